@@ -1,0 +1,82 @@
+"""The failure tree. Every error a user can fix is a `TandemError`: where, what, fix, and the exit code it ends with.
+
+    TandemError
+    ├── GateError          1   a validation gate failed
+    ├── InputError         2   wrong input: a recipe, a checkpoint, an artifact, an argument
+    │   ├── RecipeError        one or more problems in a recipe, reported together
+    │   ├── SourceError        weights or tokenizer that cannot be used
+    │   └── ArtifactError      an artifact or release that must not be trusted
+    └── HostError         3   toolchain, device, network, disk
+
+Anything else that escapes is a bug in Tandem. This module does not print; `cli.py` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class TandemError(Exception):
+    """A failure with a remedy: `where` it is, `what` is wrong, and what to do (`fix`)."""
+
+    exit_code = 2
+    title = "error"
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.fix = fix
+        super().__init__(f"{where}: {what}" if where else what)
+
+
+class GateError(TandemError):
+    """A validation gate failed; the artifact stays unpublished."""
+
+    exit_code = 1
+    title = "gate failed"
+
+
+class InputError(TandemError):
+    """Something the user gave cannot be used as it is."""
+
+    title = "wrong input"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding in a recipe or plan: `where` is `file:line: key`."""
+
+    where: str
+    what: str
+    fix: str = ""
+
+
+class RecipeError(InputError):
+    """Every problem of a recipe at once."""
+
+    title = "recipe"
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        first = self.problems[0]
+        super().__init__(first.what, where=first.where, fix=first.fix)
+
+
+class SourceError(InputError):
+    """A checkpoint, tokenizer or draft that is missing, damaged, unsupported or does not fit its pair."""
+
+    title = "source"
+
+
+class ArtifactError(InputError):
+    """An artifact or release that does not verify, does not match this host, or must not be overwritten."""
+
+    title = "artifact"
+
+
+class HostError(TandemError):
+    """The machine lacks something: a compiler, a device, a package, the network, disk space."""
+
+    exit_code = 3
+    title = "environment"

@@ -1,0 +1,56 @@
+"""What a decoder is, without its weights: sizes, rotary embedding, options. Imports no torch.
+
+One `ModelConfig` describes every supported family; the family files (`llama.py`, `qwen2.py`, ...) only translate their
+Hugging Face `config.json` into it and refuse, by name, what they do not cover.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Frequency scaling of Llama 3.1 and later (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-shaped decoder: RMSNorm, rotary attention with grouped KV heads, SwiGLU.
+
+    `draft_vocab` is the size of a reduced output vocabulary (EAGLE-3 convention: target id = draft id + d2t[draft id]);
+    None means the output vocabulary is `vocab`. `shares_embedding` says the checkpoint has no embedding of its own and
+    uses the target's.
+    """
+
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    norm_eps: float
+    rope_theta: float
+    max_position: int
+    rope_scaling: Llama3Rope | None = None
+    rope_linear_factor: float = 1.0
+    tied: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    draft_vocab: int | None = None
+    shares_embedding: bool = False
+    eos_ids: tuple[int, ...] = field(default=())
+
+    @property
+    def out_vocab(self) -> int:
+        """Rows of the LM head."""
+        return self.draft_vocab or self.vocab

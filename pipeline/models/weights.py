@@ -1,0 +1,116 @@
+"""The weights of a decoder as data: every tensor's name, shape and how it is split over ranks. Imports no torch.
+
+Names are those of the Hugging Face checkpoint. The plan counts bytes from this table, the sharder cuts by it, and the
+graphs declare their inputs from it, so the three cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.models.config import ModelConfig
+
+Split = Literal["replicate", "rows", "columns", "kv_rows", "vocab"]
+Kind = Literal["linear", "embedding", "vector", "index"]
+
+BLOCK = 32
+"""Rows of a linear weight are padded to whole blocks of this many, so every backend may store it blocked."""
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One tensor of a checkpoint.
+
+    `shape` is the checkpoint's own. `split` says what a rank gets: `rows` / `columns` an equal slice of axis 0 / 1,
+    `kv_rows` whole KV heads of axis 0 (each replicated when there are more ranks than heads), `vocab` a slice of axis 0
+    after padding the vocabulary, `replicate` everything. `kind` is what a backend may re-lay out (`linear`,
+    `embedding`: 2-D [out, in]) or must leave (`vector`, `index`: 1-D; `index` is int32).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: Split
+    kind: Kind
+
+
+def up_to(value: int, multiple: int) -> int:
+    """`value` rounded up to a multiple."""
+    return -(-value // multiple) * multiple
+
+
+def weight_specs(config: ModelConfig, *, replicated: bool = False) -> list[WeightSpec]:
+    """Every tensor that `config` needs, in checkpoint order.
+
+    `replicated` (a replicated draft) keeps all tensors whole on each rank. A model that shares the target's embedding
+    lists it too: who stores it is the shard plan's decision.
+    """
+    specs = list(_specs(config))
+    if not replicated:
+        return specs
+    return [WeightSpec(s.name, s.shape, "replicate", s.kind) for s in specs]
+
+
+def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
+    q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    yield WeightSpec("model.embed_tokens.weight", (c.vocab, c.hidden), "vocab", "embedding")
+    for layer in range(c.layers):
+        base = f"model.layers.{layer}"
+        yield WeightSpec(f"{base}.input_layernorm.weight", (c.hidden,), "replicate", "vector")
+        for name, rows, split in (("q", q_rows, "rows"), ("k", kv_rows, "kv_rows"), ("v", kv_rows, "kv_rows")):
+            yield WeightSpec(f"{base}.self_attn.{name}_proj.weight", (rows, c.hidden), split, "linear")  # type: ignore[arg-type]
+            if c.qkv_bias:
+                yield WeightSpec(f"{base}.self_attn.{name}_proj.bias", (rows,), split, "vector")  # type: ignore[arg-type]
+        if c.qk_norm:
+            yield WeightSpec(f"{base}.self_attn.q_norm.weight", (c.head_dim,), "replicate", "vector")
+            yield WeightSpec(f"{base}.self_attn.k_norm.weight", (c.head_dim,), "replicate", "vector")
+        yield WeightSpec(f"{base}.self_attn.o_proj.weight", (c.hidden, q_rows), "columns", "linear")
+        if c.out_bias:
+            yield WeightSpec(f"{base}.self_attn.o_proj.bias", (c.hidden,), "replicate", "vector")
+        yield WeightSpec(f"{base}.post_attention_layernorm.weight", (c.hidden,), "replicate", "vector")
+        for name in ("gate", "up"):
+            yield WeightSpec(f"{base}.mlp.{name}_proj.weight", (c.intermediate, c.hidden), "rows", "linear")
+            if c.mlp_bias:
+                yield WeightSpec(f"{base}.mlp.{name}_proj.bias", (c.intermediate,), "rows", "vector")
+        yield WeightSpec(f"{base}.mlp.down_proj.weight", (c.hidden, c.intermediate), "columns", "linear")
+        if c.mlp_bias:
+            yield WeightSpec(f"{base}.mlp.down_proj.bias", (c.hidden,), "replicate", "vector")
+    yield WeightSpec("model.norm.weight", (c.hidden,), "replicate", "vector")
+    if not c.tied:
+        yield WeightSpec("lm_head.weight", (c.out_vocab, c.hidden), "vocab", "linear")
+    if c.draft_vocab is not None:
+        yield WeightSpec("d2t", (c.draft_vocab,), "replicate", "index")
+
+
+def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ...]:
+    """Shape of one rank's slice before any backend packing; a split vocabulary is padded to whole blocks per rank."""
+    head, *rest = spec.shape
+    if spec.split == "rows":
+        return (head // tp, *rest)
+    if spec.split == "columns":
+        return (head, rest[0] // tp)
+    if spec.split == "kv_rows":
+        return (max(config.kv_heads // tp, 1) * config.head_dim, *rest)
+    if spec.split == "vocab":
+        return (padded_vocab(head, tp) // tp, *rest)
+    return spec.shape
+
+
+def padded_vocab(vocab: int, tp: int) -> int:
+    """Vocabulary rows after padding, so that each of `tp` ranks holds whole blocks."""
+    return up_to(vocab, BLOCK * tp)
+
+
+def vocab_offset(rows_per_rank: int, rank: int) -> int:
+    """First vocabulary id of a rank's slice; it reaches the graph as a per-rank weight so that all ranks share one graph."""
+    return rows_per_rank * rank
+
+
+def kv_head_of(rank: int, config: ModelConfig, tp: int) -> tuple[int, int]:
+    """Half-open range of the checkpoint's KV heads that `rank` holds."""
+    if tp <= config.kv_heads:
+        per_rank = config.kv_heads // tp
+        return rank * per_rank, (rank + 1) * per_rank
+    head = rank // (tp // config.kv_heads)
+    return head, head + 1
