@@ -1,0 +1,116 @@
+"""Safetensors files by their headers: which tensor lies where, without reading it. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import SourceError
+
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I64": 8}
+"""Dtypes that Tandem reads, by their safetensors names."""
+
+OTHER_DTYPE_BYTES = {"F64": 8, "I16": 2, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "U8": 1, "BOOL": 1}
+HEADER_LIMIT_BYTES = 100_000_000
+ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where a tensor's bytes lie: `offset` is absolute in `file`; rows are contiguous."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def rows(self, first: int, last: int) -> TensorRef:
+        """Rows [first, last) of axis 0."""
+        row_bytes = self.nbytes // self.shape[0]
+        return replace(
+            self,
+            shape=(last - first, *self.shape[1:]),
+            offset=self.offset + first * row_bytes,
+            nbytes=(last - first) * row_bytes,
+        )
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """Tensors of one safetensors file.
+
+    Raises:
+        SourceError: the file is missing, truncated, or its header is not one.
+    """
+    header, start, size = _raw_header(path)
+    tensors, end = {}, 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            first, last = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, f"header entry of tensor {name!r} is malformed: {entry!r}") from error
+        width = DTYPE_BYTES.get(dtype) or OTHER_DTYPE_BYTES.get(dtype)
+        if not 0 <= first <= last or (width and last - first != width * math.prod(shape)):
+            raise _damaged(path, f"tensor {name!r}: {last - first} bytes do not hold {dtype}{list(shape)}")
+        tensors[name] = TensorRef(path, dtype, shape, start + first, last - first)
+        end = max(end, last)
+    if start + end != size:
+        state = "truncated" if size < start + end else "longer than its header says"
+        raise _damaged(path, f"file is {state}: {size} bytes, the header describes {start + end}")
+    return tensors
+
+
+def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Parsed header, offset of the data, size of the file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(HEADER_LIMIT_BYTES, size - 8):
+                raise _damaged(path, f"file is truncated or not safetensors: {size} bytes, header of {length}")
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise SourceError("weight file is missing", where=str(path), fix="download the checkpoint again") from error
+    except ValueError as error:
+        raise _damaged(path, f"header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "header is not a JSON object")
+    return header, 8 + length, size
+
+
+def _damaged(path: Path, what: str) -> SourceError:
+    return SourceError(what, where=str(path), fix="delete this file and download the checkpoint again")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A safetensors file before it is written: its header, and where each tensor goes (absolute offset, bytes)."""
+
+    header: bytes
+    places: Mapping[str, tuple[int, int]]
+    size: int
+
+
+def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Layout:
+    """Lay out tensors (name, safetensors dtype, shape) in the order given."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places, end = {}, 0
+    for name, dtype, shape in tensors:
+        nbytes = DTYPE_BYTES[dtype] * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        places[name] = (end, nbytes)
+        end += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    # Padded with spaces, as the format allows, so that mapped tensors start on a cache line.
+    text += b" " * (-(len(text) + 8) % ALIGNMENT_BYTES)
+    start = 8 + len(text)
+    absolute = {name: (start + first, nbytes) for name, (first, nbytes) in places.items()}
+    return Layout(len(text).to_bytes(8, "little") + text, absolute, start + end)
