@@ -1,0 +1,1 @@
+"""The heart: the graphs of a pair, how drafts are accepted, how tokens are chosen."""

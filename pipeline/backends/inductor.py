@@ -1,0 +1,205 @@
+"""AOTInductor: torch.export, C++ kernels, one shared library per graph. Runs everything for real on any machine.
+
+Weights and state are inputs of a graph, so nothing is baked in and graphs share both without a copy.
+
+Blocked weights: a linear weight [N, I] is stored as [N/32, I, 32]. A step that verifies K+1 tokens multiplies a handful
+of rows by every weight; on that shape the blocked product runs near memory bandwidth where the plain one does not
+(`benchmarks/linear_layouts.py`).
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.backends.base import Toolchain, Traced
+from pipeline.backends.packing import BlockPacking, Packing, PlainPacking
+from pipeline.errors import HostError, Problem
+from pipeline.models.parallel import Seams
+from pipeline.plan import GraphSpec
+from pipeline.signature import PairShape, signature
+from pipeline.trace import GraphModule, empty
+
+GROUP = "0"
+"""Name that torch.distributed gives the default process group."""
+
+MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
+
+
+class BlockedSeams(Seams):
+    """Blocked weights on one rank."""
+
+    def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """Product with a blocked weight [N/32, I, 32]."""
+        batch, tokens, inputs = x_BTI.shape
+        blocks = torch.matmul(x_BTI.reshape(1, batch * tokens, inputs), weight)
+        return blocks.permute(1, 0, 2).reshape(batch, tokens, -1)[..., :rows]
+
+    def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
+        """Rows of a blocked table: row r is lane r % 32 of block r // 32."""
+        ids, lanes = ids_BT.long(), weight.shape[-1]
+        return weight[ids // lanes, :, ids % lanes]
+
+
+class RankedSeams(BlockedSeams):
+    """Blocked weights, split over `tp` ranks; sums and gathers are functional collectives inside the graph."""
+
+    def __init__(self, tp: int) -> None:
+        self.tp = tp
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", GROUP))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Concatenate the last axis over ranks."""
+        flat = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), self.tp, GROUP)
+        parts = _wait(flat).view(self.tp, *x.shape)
+        return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)
+
+
+def _wait(x: Tensor) -> Tensor:
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(x)
+    return done
+
+
+class PlainRankedSeams(RankedSeams):
+    """Plain weights, split over ranks (CUDA)."""
+
+    linear = Seams.linear
+    embed = Seams.embed
+
+
+class InductorBackend:
+    """AOTInductor for the CPU (default) or CUDA."""
+
+    graph_file = "graph.pt2"
+
+    def __init__(self, device: str = "cpu", isa: str = "native") -> None:
+        self.device = device
+        self.isa = isa
+        self.packing: Packing = BlockPacking() if device == "cpu" else PlainPacking()
+
+    def toolchain(self) -> Toolchain:
+        """Versions of torch and the C++ compiler, and the instruction set that `native` means here."""
+        versions = {"torch": str(torch.__version__), "cxx": _compiler_version()}
+        if self.device == "cpu":
+            versions["machine"] = platform.machine()
+            versions["isa"] = self.requires()["isa"]
+        else:
+            versions["cuda"] = str(torch.version.cuda)
+            versions["compute_capability"] = self.requires()["compute_capability"]
+        return Toolchain("inductor", versions)
+
+    def flags(self) -> dict[str, str]:
+        """What changes the generated code."""
+        return {"device": self.device, "isa": self.isa}
+
+    def requires(self) -> dict[str, str]:
+        """Instruction set of a CPU artifact, compute capability of a GPU one."""
+        if self.device == "cuda":
+            major, minor = torch.cuda.get_device_capability()
+            return {"device": "cuda", "compute_capability": f"{major}.{minor}"}
+        isa = torch.backends.cpu.get_cpu_capability().lower() if self.isa == "native" else self.isa
+        return {"device": "cpu", "machine": platform.machine(), "isa": isa}
+
+    def preflight(self) -> list[Problem]:
+        """A C++ compiler on PATH, and a GPU where one is asked for."""
+        problems = []
+        if shutil.which(_cxx()) is None:
+            problems.append(
+                Problem("backend.name", f"inductor needs a C++ compiler; {_cxx()!r} is not on PATH", "install g++")
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            problems.append(Problem("backend.device", "cuda was asked for but no GPU is usable", "use device: cpu"))
+        return problems
+
+    def seams(self, tp: int) -> Seams:
+        """Layouts and collectives of a model split over `tp` ranks."""
+        if self.device == "cpu":
+            return BlockedSeams() if tp == 1 else RankedSeams(tp)
+        return Seams() if tp == 1 else PlainRankedSeams(tp)
+
+    def trace(self, spec: GraphSpec, pair: PairShape) -> Traced:
+        """Export the graph to ATen operators on uninitialised tensors."""
+        io = signature(spec, pair, self.packing)
+        module = GraphModule(spec, pair, io, self.seams)
+        inputs = empty(io.inputs, self.device)
+        with torch.no_grad():
+            program = torch.export.export(module, (inputs,), strict=False)
+        return Traced(canonical(program).encode(), io, program)
+
+    def compile(self, traced: Traced, work: Path) -> bytes:
+        """Lower to C++ (or Triton) and build the shared library; returns the `.pt2` package."""
+        package = work / self.graph_file
+        settings: dict[str, Any] = {
+            "aot_inductor.compile_wrapper_opt_level": "O0",
+            "compile_threads": 1,
+            "cpp.simdlen": VECTOR_BITS[self.isa],
+        }
+        if self.device == "cpu":
+            settings["cpp.march"] = MARCH[self.isa]
+        torch._inductor.aoti_compile_and_package(traced.program, package_path=str(package), inductor_configs=settings)
+        return package.read_bytes()
+
+    def load(self, graph: Path, device: str = "cpu") -> LoadedGraph:
+        """Open a package that has been verified."""
+        return LoadedGraph(graph, -1 if self.device == "cpu" else torch.cuda.current_device())
+
+
+class LoadedGraph:
+    """A package opened for execution."""
+
+    def __init__(self, package: Path, device_index: int) -> None:
+        try:
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, device_index)
+        except RuntimeError as error:
+            raise HostError(
+                f"cannot load the graph: {error}", where=str(package), fix="run `tandem verify`, then rebuild"
+            ) from error
+
+    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run on tensors in signature order."""
+        outputs: list[Tensor] = self._loader.run(list(tensors))
+        return outputs
+
+
+def canonical(program: torch.export.ExportedProgram) -> str:
+    """The graph as text that two machines agree on: operators, arguments, shapes, dtypes. No metadata, no paths."""
+    lines = []
+    for node in program.graph.nodes:
+        lines.append(f"{node.name} = {node.op} {node.target} {node.args} {node.kwargs} : {_value(node.meta.get('val'))}")
+    lines.append(str(program.graph_signature))
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device.type}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(_value(v) for v in value) + ")"
+    return str(value)
+
+
+def _cxx() -> str:
+    import torch._inductor.config as config
+
+    return str(config.cpp.cxx[1])
+
+
+@cache
+def _compiler_version() -> str:
+    try:
+        out = subprocess.run([_cxx(), "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "missing"
+    return out.stdout.strip()

@@ -1,0 +1,154 @@
+"""Plan -> compiled graphs in the cache: trace, key, and compile what the cache lacks, in worker processes.
+
+The unit of work, `compile_graph`, runs anywhere that has the toolchain and the cache; an executor decides where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache as memoize
+from pathlib import Path
+from typing import Any
+
+from pipeline.backends.base import cache_key, make_backend
+from pipeline.cache import Cache
+from pipeline.errors import HostError
+from pipeline.plan import GraphSpec
+from pipeline.signature import PairShape
+
+SHAPING = ("models", "speculation", "backends", "trace.py", "signature.py")
+"""Parts of this package that decide what a graph computes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One graph to compile: plain data, so that it can travel to another process or machine."""
+
+    spec: GraphSpec
+    pair: PairShape
+    backend: dict[str, Any]
+    cache: str
+    log: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A graph in the cache. `hit` says that it was already there."""
+
+    spec: GraphSpec
+    key: str
+    hit: bool
+    seconds: float
+
+
+def compile_graph(job: Job) -> Compiled:
+    """Trace, look up, compile on a miss. Concurrent calls for one key compile once.
+
+    A memo from (graph, package source, toolchain) to the key spares the tracing when nothing that shapes the graph
+    has changed.
+    """
+    started = time.monotonic()
+    store = Cache(Path(job.cache))
+    backend = make_backend(job.backend)
+    memo = f"{_memo_key(job, backend.toolchain().as_dict(), backend.flags())}"
+    known = store.get(memo)
+    if known is not None and store.get(key := known.read_text()) is not None:
+        return Compiled(job.spec, key, True, time.monotonic() - started)
+    with store.lock(memo), _logged(Path(job.log)):
+        key, hit = _trace_and_compile(job, backend, store)
+        store.put(memo, key.encode())
+    return Compiled(job.spec, key, hit, time.monotonic() - started)
+
+
+def _trace_and_compile(job: Job, backend: Any, store: Cache) -> tuple[str, bool]:
+    traced = backend.trace(job.spec, job.pair)
+    key = cache_key(traced, backend.toolchain(), backend.flags())
+    with store.lock(key):
+        if store.get(key) is not None:
+            return key, True
+        with tempfile.TemporaryDirectory(prefix="tandem-compile-") as work:
+            store.put(key, _compile(job, backend, traced, Path(work)))
+    return key, False
+
+
+def _compile(job: Job, backend: Any, traced: Any, work: Path) -> bytes:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")
+    try:
+        built: bytes = backend.compile(traced, work)
+    except Exception as error:
+        raise HostError(
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            where=f"compile {job.spec.name}",
+            fix=f"the compiler's output is in {job.log}",
+        ) from error
+    return built
+
+
+def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], None]) -> list[Compiled]:
+    """Compile every job, `workers` at a time in processes of their own; `done` is called as each ends.
+
+    Raises:
+        HostError: the first failure, with the graph and its log. Graphs already compiled stay in the cache.
+    """
+    from pipeline.executors.local import run_all
+
+    return run_all(compile_graph, jobs, workers, done)
+
+
+def worker_count(graph_memory_bytes: int, graphs: int) -> int:
+    """As many workers as cores and free memory allow."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), free // max(graph_memory_bytes, 1), graphs))
+
+
+@contextlib.contextmanager
+def _logged(log: Path) -> Iterator[None]:
+    """Send this process's output to `log`, native code included."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for target, copy in enumerate(saved, start=1):
+                os.dup2(copy, target)
+                os.close(copy)
+
+
+def _memo_key(job: Job, toolchain: dict[str, str], flags: dict[str, str]) -> str:
+    from dataclasses import asdict
+
+    facts = {
+        "spec": asdict(job.spec),
+        "pair": asdict(job.pair),
+        "toolchain": toolchain,
+        "flags": flags,
+        "source": source_digest(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@memoize
+def source_digest() -> str:
+    """sha256 over the parts of this package that shape graphs."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for part in SHAPING:
+        path = root / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()

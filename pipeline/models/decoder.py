@@ -1,0 +1,185 @@
+"""The decoder of every supported family: RMSNorm, rotary attention over a KV cache, SwiGLU. Pure functions.
+
+Does not know phases, sampling, or how weights are stored and reduced: those come in through `Seams`.
+
+Shapes: B rows, T tokens, S keys attended over, H hidden, N query heads, G KV heads, D head size, V vocabulary;
+heads and vocabulary are this rank's share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.models.config import Llama3Rope, ModelConfig
+from pipeline.models.parallel import Seams, State, Writes
+from pipeline.models.weights import padded_vocab
+
+Weights = Mapping[str, Tensor]
+
+OFFSET = "rank.vocab_offset"
+"""Per-rank weight, int32 [1]: the first vocabulary id of this rank's slice."""
+
+
+@dataclass(frozen=True)
+class Attend:
+    """What one pass attends over: `bias_BTS` float32, 0 where a query sees a key and -inf elsewhere.
+
+    `kv` is the number of cached positions to read, or 0 to attend over the tokens of this very pass (prefill from an
+    empty row), where S = T.
+    """
+
+    bias_BTS: Tensor
+    kv: int
+
+
+def attend_where(seen_BTS: Tensor, kv: int) -> Attend:
+    """`Attend` from a bool mask, True where a query sees a key."""
+    return Attend(torch.where(seen_BTS, 0.0, -math.inf), kv)
+
+
+def hidden_states(
+    config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, positions_BT: Tensor,
+    state: State, writes: Writes, attend: Attend,
+) -> Tensor:
+    """Run all layers; returns normalised hidden states [B, T, H] and writes keys and values into `state`.
+
+    Shapes: tokens_BT, positions_BT int32 or int64 [B, T].
+    """  # fmt: skip
+    x = _embed(config, weights, seams, tokens_BT)
+    rotary = _rotary(config, positions_BT, x.dtype)
+    for layer in range(config.layers):
+        w = _layer(weights, layer)
+        normed = _rms_norm(x, w["input_layernorm.weight"], config.norm_eps)
+        x = x + _attention(config, w, seams, normed, rotary, layer, state, writes, attend)
+        normed = _rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps)
+        x = x + _mlp(config, w, seams, normed)
+    return _rms_norm(x, weights["model.norm.weight"], config.norm_eps)
+
+
+def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor) -> Tensor:
+    """This rank's slice of the logits, float32 [B, T, V]; padding of the vocabulary is -inf."""
+    head = weights["model.embed_tokens.weight" if config.tied else "lm_head.weight"]
+    rows = vocab_rows(config.out_vocab, seams.tp)
+    out_BTV = seams.head(hidden_BTH, head, rows)
+    if rows * seams.tp == config.out_vocab:
+        return out_BTV
+    ids_V = torch.arange(rows, device=out_BTV.device) + weights[OFFSET]
+    return out_BTV.masked_fill(ids_V >= config.out_vocab, -math.inf)
+
+
+def vocab_rows(vocab: int, tp: int) -> int:
+    """Vocabulary rows of one rank: all of them on a single rank, whole blocks when split."""
+    return vocab if tp == 1 else padded_vocab(vocab, tp) // tp
+
+
+def _layer(weights: Weights, layer: int) -> dict[str, Tensor]:
+    prefix = f"model.layers.{layer}."
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+
+
+def _embed(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor) -> Tensor:
+    table = weights["model.embed_tokens.weight"]
+    if seams.tp == 1:
+        return seams.embed(tokens_BT, table)
+    rows = vocab_rows(config.vocab, seams.tp)
+    local_BT = tokens_BT - weights[OFFSET]
+    mine_BT = (local_BT >= 0) & (local_BT < rows)
+    x_BTH = seams.embed(local_BT.clamp(0, rows - 1), table)
+    return seams.all_reduce(torch.where(mine_BT[..., None], x_BTH, torch.zeros_like(x_BTH)))
+
+
+def _rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Normalise in float32, scale in the model's dtype (Zhang and Sennrich 2019, as transformers computes it)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_H * wide.to(x.dtype)
+
+
+def _rotary(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, T, D] of the rotary embedding (Su et al. 2021), angles in float32."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions_BT.device).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents) / config.rope_linear_factor
+    if config.rope_scaling is not None:
+        frequencies = _scale_llama3(frequencies, config.rope_scaling)
+    angles = positions_BT.float()[:, None, :, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _scale_llama3(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
+    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, those between interpolated."""
+    wavelength = 2 * math.pi / frequencies
+    low = rope.original_max_position / rope.low_freq_factor
+    high = rope.original_max_position / rope.high_freq_factor
+    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    between = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    scaled = torch.where(wavelength > low, frequencies / rope.factor, between)
+    return torch.where(wavelength < high, frequencies, scaled)
+
+
+def _rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rotary
+    first, second = x_BNTD.chunk(2, dim=-1)
+    return x_BNTD * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _project(w: Weights, seams: Seams, x_BTH: Tensor, name: str, rows: int) -> Tensor:
+    out = seams.linear(x_BTH, w[f"{name}.weight"], rows)
+    bias = w.get(f"{name}.bias")
+    return out if bias is None else out + bias
+
+
+def _attention(
+    config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor, rotary: tuple[Tensor, Tensor],
+    layer: int, state: State, writes: Writes, attend: Attend,
+) -> Tensor:  # fmt: skip
+    batch, tokens, _ = x_BTH.shape
+    heads, kv_heads, dim = config.heads // seams.tp, max(config.kv_heads // seams.tp, 1), config.head_dim
+
+    def split(name: str, count: int) -> Tensor:
+        return _project(w, seams, x_BTH, f"self_attn.{name}_proj", count * dim).view(batch, tokens, count, dim)
+
+    q, k, v = split("q", heads), split("k", kv_heads), split("v", kv_heads).transpose(1, 2)
+    if config.qk_norm:
+        q = _rms_norm(q, w["self_attn.q_norm.weight"], config.norm_eps)
+        k = _rms_norm(k, w["self_attn.k_norm.weight"], config.norm_eps)
+    q, k = _rotate(torch.cat((q, k), dim=2).transpose(1, 2), rotary).split((heads, kv_heads), dim=1)
+    cached_k = seams.write(state, f"k.{layer}", k, writes)
+    cached_v = seams.write(state, f"v.{layer}", v, writes)
+    if attend.kv:
+        k, v = cached_k[:batch, :, : attend.kv], cached_v[:batch, :, : attend.kv]
+    out_BTX = _attend(q, k, v, attend.bias_BTS)
+    out = seams.all_reduce(seams.linear(out_BTX, w["self_attn.o_proj.weight"], config.hidden))
+    bias = w.get("self_attn.o_proj.bias")
+    return out if bias is None else out + bias
+
+
+def _attend(q_BNTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, bias_BTS: Tensor) -> Tensor:
+    """Grouped-query attention (Ainslie et al. 2023): -> [B, T, N * D].
+
+    The query heads of one KV head are stacked on the token axis, so keys and values are never repeated in memory.
+    """
+    batch, heads, tokens, dim = q_BNTD.shape
+    groups, keys = k_BGSD.shape[1], k_BGSD.shape[2]
+    q = q_BNTD.reshape(batch, groups, -1, dim)
+    bias = bias_BTS[:, None, None].expand(-1, 1, heads // groups, -1, -1).reshape(-1, 1, q.shape[2], keys)
+    out = functional.scaled_dot_product_attention(q, k_BGSD, v_BGSD, attn_mask=bias.to(q.dtype))
+    return out.view(batch, heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, heads * dim)
+
+
+def _mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
+    """SwiGLU (Shazeer 2020)."""
+    rows = config.intermediate // seams.tp
+    gate = _project(w, seams, x_BTH, "mlp.gate_proj", rows)
+    up = _project(w, seams, x_BTH, "mlp.up_proj", rows)
+    out = seams.all_reduce(seams.linear(functional.silu(gate) * up, w["mlp.down_proj.weight"], config.hidden))
+    bias = w.get("mlp.down_proj.bias")
+    return out if bias is None else out + bias

@@ -1,0 +1,75 @@
+"""The seam between a model's mathematics and the backend that runs it: layouts of weights, collectives, the KV cache.
+
+A decoder calls these few methods and nothing else that a backend could want to change. `Seams` here is the plain,
+single-rank implementation that also serves as the eager reference; backends derive from it.
+
+Shapes: B rows, T tokens, S cache length, H KV heads on this rank, D head size, N output features, I input features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+State = dict[str, Tensor]
+"""KV caches of one model: `k.<layer>` and `v.<layer>`, each [rows, H, S_max, D]."""
+
+
+@dataclass(frozen=True)
+class Writes:
+    """Where a pass stores its keys and values: one index into every cache of a model.
+
+    `index` int64 (rows [B, 1, 1], heads [1, H, 1], positions [B, 1, T]).
+    """
+
+    index: tuple[Tensor, Tensor, Tensor]
+
+
+def plan_writes(state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Tensor) -> Writes:
+    """Writes of `rows_B` at `positions_BT`; tokens that must change nothing (`keep_BT` False) go to the scratch position.
+
+    The last position of every cache row is scratch: never attended over, never part of a sequence. It turns "write
+    nothing" into an ordinary write, so that a pass is one indexed write a cache, without a branch or a read.
+    """
+    cache = state["k.0"]
+    heads_H = torch.arange(cache.shape[1], device=cache.device)
+    places_BT = torch.where(keep_BT, positions_BT, cache.shape[2] - 1)
+    return Writes((rows_B.long()[:, None, None], heads_H[None, :, None], places_BT.long()[:, None, :]))
+
+
+class Seams:
+    """Plain layout, one rank, caches written in place. Subclasses override what their backend does better."""
+
+    tp = 1
+
+    def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """`x @ weight.T` with `rows` output features: [B, T, I] -> [B, T, rows]."""
+        return functional.linear(x_BTI, weight)[..., :rows]
+
+    def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """LM head, accumulated and returned in float32, so that low-precision rounding cannot create ties."""
+        return self.linear(x_BTI.float(), weight.float(), rows)
+
+    def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
+        """Rows of an embedding: int [B, T] -> [B, T, I]."""
+        return functional.embedding(ids_BT, weight)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Concatenate the last axis over ranks, in rank order."""
+        return x
+
+    def write(self, state: State, name: str, new_BHTD: Tensor, writes: Writes) -> Tensor:
+        """Store `new_BHTD` in the cache `name` and return the whole cache [rows, H, S_max, D]."""
+        state[name].index_put_(writes.index, new_BHTD)
+        return state[name]
+
+    def put_row(self, state: State, name: str, rows_B: Tensor, values_B: Tensor) -> None:
+        """One indexed write of whole entries of a 1-D state tensor, in place."""
+        state[name].index_put_((rows_B,), values_B)

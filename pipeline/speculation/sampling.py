@@ -1,0 +1,92 @@
+"""Choosing tokens from logits: exact argmax with the lowest id on ties, and temperature / top-k / top-p sampling.
+
+Random numbers are arguments, so everything here is deterministic.
+
+Shapes: B rows, T positions, V vocabulary (whole unless said otherwise), N candidates kept, sorted by descending logit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.models.parallel import Seams
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Per-row sampling parameters: temperature float [B] (0 = greedy), top_k int [B] (0 = off), top_p float [B]."""
+
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A truncated distribution: token ids int64 [B, T, N] and their probabilities float32 [B, T, N], summing to 1."""
+
+    ids_BTN: Tensor
+    probs_BTN: Tensor
+
+
+def greedy(logits_BTV: Tensor, seams: Seams, offset_1: Tensor | None) -> Tensor:
+    """Highest-scoring token, int64 [B, T]; ties go to the lowest id on any number of ranks.
+
+    `logits_BTV` is this rank's slice and `offset_1` its first vocabulary id (None on a single rank).
+    """
+    best_BT1 = logits_BTV.amax(dim=-1, keepdim=True)
+    size = logits_BTV.shape[-1]
+    ids_V = torch.arange(size, device=logits_BTV.device)
+    first_BT1 = torch.where(logits_BTV == best_BT1, ids_V, size - 1).amin(dim=-1, keepdim=True)
+    if seams.tp == 1 or offset_1 is None:
+        return first_BT1[..., 0]
+    bests_BTR = seams.all_gather(best_BT1)
+    ids_BTR = seams.all_gather((first_BT1 + offset_1).to(torch.int32)).long()
+    lead_BT1 = bests_BTR.amax(dim=-1, keepdim=True)
+    return torch.where(bests_BTR == lead_BT1, ids_BTR, size * seams.tp).amin(dim=-1)
+
+
+def candidates(logits_BTV: Tensor, sampling: Sampling, keep: int | None) -> Candidates:
+    """The distribution to sample from: temperature, then top-k, then top-p, over the best `keep` tokens (None: all).
+
+    Rows with temperature 0 put all mass on the argmax, so greedy and sampled requests share a batch. top-p keeps
+    the smallest set whose mass reaches p (Holtzman et al. 2019), the token that crosses included.
+    """
+    size = logits_BTV.shape[-1]
+    scores, ids = torch.topk(logits_BTV, min(keep or size, size), dim=-1, sorted=True)
+    rank_N = torch.arange(scores.shape[-1], device=scores.device)
+    temperature = sampling.temperature_B[:, None, None]
+    is_greedy = temperature <= 0
+    best_BT1 = greedy(logits_BTV, Seams(), None)[..., None]
+    ids = torch.where(is_greedy & (rank_N == 0), best_BT1, ids)
+    scores = scores / torch.where(is_greedy, torch.ones_like(temperature), temperature)
+    top_k = torch.where(sampling.top_k_B > 0, sampling.top_k_B, size)[:, None, None]
+    top_k = torch.where(is_greedy, torch.ones_like(top_k), top_k)
+    scores = scores.masked_fill(rank_N >= top_k, -torch.inf)
+    probs = torch.softmax(scores, dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    kept = torch.where((before < sampling.top_p_B[:, None, None]) | (rank_N == 0), probs, torch.zeros_like(probs))
+    return Candidates(ids, kept / kept.sum(dim=-1, keepdim=True))
+
+
+def draw(choice: Candidates, uniforms_BT: Tensor) -> Tensor:
+    """Sample one token per position by inverting the cumulative distribution: int64 [B, T]."""
+    index_BT1 = pick(choice.probs_BTN, uniforms_BT)
+    return choice.ids_BTN.gather(-1, index_BT1)[..., 0]
+
+
+def pick(weights_BTN: Tensor, uniforms_BT: Tensor) -> Tensor:
+    """Index drawn in proportion to non-negative weights, int64 [B, T, 1]; never one of weight zero.
+
+    The uniform is scaled by the total, so weights need no normalising; rounding at the top end falls back to the last
+    index with weight.
+    """
+    cumulative = weights_BTN.cumsum(dim=-1)
+    threshold = uniforms_BT[..., None] * cumulative[..., -1:]
+    index = (cumulative <= threshold).sum(dim=-1, keepdim=True)
+    positions = torch.arange(weights_BTN.shape[-1], device=weights_BTN.device)
+    last = torch.where(weights_BTN > 0, positions, 0).amax(dim=-1, keepdim=True)
+    return torch.minimum(index, last)

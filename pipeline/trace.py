@@ -1,0 +1,79 @@
+"""GraphSpec -> a module of flat tensors that a backend can trace. One module class for all phases and backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.parallel import Seams, State
+from pipeline.plan import GraphSpec
+from pipeline.signature import EMBEDDING, PairShape, Signature, TensorSpec
+from pipeline.speculation import graphs
+from pipeline.speculation.sampling import Sampling
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+
+SeamsFor = Callable[[int], Seams]
+"""Makes the seams of a model split over so many ranks."""
+
+
+class GraphModule(nn.Module):
+    """A graph over one flat list of tensors in the order of its signature.
+
+    Holds no tensors: weights, state and arguments are all inputs, so that graphs share them without a copy.
+    """
+
+    def __init__(self, spec: GraphSpec, pair: PairShape, io: Signature, seams_for: SeamsFor) -> None:
+        super().__init__()
+        self.spec, self.pair, self.io, self.seams_for = spec, pair, io, seams_for
+
+    def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run the phase; returns the signature's outputs and updates the state tensors in place."""
+        named = {t.name: tensor for t, tensor in zip(self.io.inputs, tensors, strict=True)}
+        return run_phase(self.spec, self.pair, named, self.seams_for)
+
+
+def run_phase(
+    spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor
+) -> tuple[Tensor, ...]:
+    """Run one phase on tensors by name. State entries of `named` are updated."""
+    models = {name: _model(name, pair, named, seams_for) for name in ("target", "draft")}
+    target, draft = models["target"], models["draft"]
+    if spec.phase == "score":
+        return (graphs.score(models[spec.model], named["tokens"], named["position"], spec.kv),)
+    choose = _choose(spec, pair, named)
+    if spec.phase == "prefill":
+        return (graphs.prefill(target, draft, named["tokens"], named["lengths"], named["slots"], choose),)
+    row = (named["last_token"], named["position"], named["active"])
+    if spec.phase == "decode":
+        return (graphs.decode(target, draft, *row, spec.kv, choose),)
+    return graphs.speculate(target, draft, *row, spec.kv, spec.draft_tokens, choose)
+
+
+def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:
+    """Uninitialised tensors of a signature: address space only, until something writes them."""
+    return [torch.empty(t.shape, dtype=DTYPES[t.dtype], device=device) for t in specs]
+
+
+def _model(name: str, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor) -> graphs.Model:
+    own = {key.removeprefix(f"{name}/"): tensor for key, tensor in named.items() if key.startswith(f"{name}/")}
+    state: State = {key: t for key, t in own.items() if key == graphs.TAIL or key.startswith(("k.", "v."))}
+    weights = {key: t for key, t in own.items() if key not in state}
+    if name == "draft" and pair.embedding_is_shared and f"target/{EMBEDDING}" in named:
+        weights[EMBEDDING] = named[f"target/{EMBEDDING}"]
+    return graphs.Model(pair.config_of(name), weights, state, seams_for(pair.tp_of(name)))
+
+
+def _choose(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor]) -> graphs.Choose:
+    if spec.sampling == "greedy":
+        return graphs.Choose()
+    sampling = Sampling(named["temperature"], named["top_k"], named["top_p"])
+    return graphs.Choose(sampling, named["uniforms"], pair.candidates)
