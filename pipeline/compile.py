@@ -97,6 +97,7 @@ def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], No
 
     Raises:
         HostError: the first failure, with the graph and its log. Graphs already compiled stay in the cache.
+
     """
     from pipeline.executors.local import run_all
 

@@ -110,7 +110,9 @@ def signature(spec: GraphSpec, pair: PairShape, packing: PackedShape) -> Signatu
     """The signature of one graph."""
     models = models_of(spec)
     return Signature(
-        tuple(t for m in _weight_owners(spec, pair) for t in _weights(pair, m, packing, only_embedding=m not in models)),
+        tuple(
+            t for m in _weight_owners(spec, pair) for t in _weights(pair, m, packing, only_embedding=m not in models)
+        ),
         tuple(t for m in models for t in _state(pair, m)) + _tail(spec, pair),
         _arguments(spec),
         _outputs(spec, pair),

@@ -41,9 +41,7 @@ class GraphModule(nn.Module):
         return run_phase(self.spec, self.pair, named, self.seams_for)
 
 
-def run_phase(
-    spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor
-) -> tuple[Tensor, ...]:
+def run_phase(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor) -> tuple[Tensor, ...]:
     """Run one phase on tensors by name. State entries of `named` are updated."""
     models = {name: _model(name, pair, named, seams_for) for name in ("target", "draft")}
     target, draft = models["target"], models["draft"]

@@ -99,6 +99,7 @@ def make_backend(settings: Mapping[str, Any]) -> Backend:
 
     Raises:
         HostError: it is not part of this version, or its packages are not installed.
+
     """
     name = settings["name"]
     if name not in BACKENDS:

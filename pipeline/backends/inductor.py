@@ -177,7 +177,9 @@ def canonical(program: torch.export.ExportedProgram) -> str:
     """The graph as text that two machines agree on: operators, arguments, shapes, dtypes. No metadata, no paths."""
     lines = []
     for node in program.graph.nodes:
-        lines.append(f"{node.name} = {node.op} {node.target} {node.args} {node.kwargs} : {_value(node.meta.get('val'))}")
+        lines.append(
+            f"{node.name} = {node.op} {node.target} {node.args} {node.kwargs} : {_value(node.meta.get('val'))}"
+        )
     lines.append(str(program.graph_signature))
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ def run_all(
     Raises:
         HostError: a worker died (most often: killed for memory). Errors of a job are raised as they are; jobs not yet
             started are cancelled.
+
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_share, initargs=(workers,)) as pool:

@@ -25,6 +25,7 @@ def config_of(config_json: Mapping[str, Any], where: str) -> ModelConfig:
 
     Raises:
         SourceError: an architecture or a field that Tandem does not cover, by name and value.
+
     """
     family = config_json.get("model_type")
     if family not in FAMILIES:

@@ -44,8 +44,14 @@ def attend_where(seen_BTS: Tensor, kv: int) -> Attend:
 
 
 def hidden_states(
-    config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, positions_BT: Tensor,
-    state: State, writes: Writes, attend: Attend,
+    config: ModelConfig,
+    weights: Weights,
+    seams: Seams,
+    tokens_BT: Tensor,
+    positions_BT: Tensor,
+    state: State,
+    writes: Writes,
+    attend: Attend,
 ) -> Tensor:
     """Run all layers; returns normalised hidden states [B, T, H] and writes keys and values into `state`.
 
@@ -102,7 +108,7 @@ def _rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 
 def _rotary(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, T, D] of the rotary embedding (Su et al. 2021), angles in float32."""
+    """Cos and sin [B, 1, T, D] of the rotary embedding (Su et al. 2021), angles in float32."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions_BT.device).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents) / config.rope_linear_factor
     if config.rope_scaling is not None:

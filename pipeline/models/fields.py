@@ -14,6 +14,7 @@ def shared_fields(config: Mapping[str, Any], where: str, **family: Any) -> Model
 
     Raises:
         SourceError: a missing size, or a field whose value would change the mathematics in a way Tandem does not cover.
+
     """
     _refuse_unsupported(config, where)
     hidden = _size(config, "hidden_size", where)

@@ -12,6 +12,4 @@ from pipeline.models.fields import shared_fields
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """Translate a `LlamaConfig`. `attention_bias` covers q, k, v and o alike, as in transformers."""
     bias = bool(config.get("attention_bias", False))
-    return shared_fields(
-        config, where, qkv_bias=bias, out_bias=bias, mlp_bias=bool(config.get("mlp_bias", False))
-    )
+    return shared_fields(config, where, qkv_bias=bias, out_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)))

@@ -42,9 +42,7 @@ class Model:
         writes = plan_writes(self.state, rows_B, positions_BT, active_B[:, None] & (positions_BT < self.usable(kv)))
         keys_S = torch.arange(kv, device=tokens_BT.device)
         attend = attend_where(keys_S <= positions_BT[..., None], kv)
-        return hidden_states(
-            self.config, self.weights, self.seams, tokens_BT, positions_BT, self.state, writes, attend
-        )
+        return hidden_states(self.config, self.weights, self.seams, tokens_BT, positions_BT, self.state, writes, attend)
 
     def usable(self, kv: int) -> int:
         """Positions of a bucket that hold tokens; the last of the whole cache is scratch (see `plan_writes`)."""
@@ -81,7 +79,9 @@ class Choose:
     keep: int | None = field(default=None)
 
 
-def prefill(target: Model, draft: Model, tokens_BT: Tensor, lengths_B: Tensor, slots_B: Tensor, choose: Choose) -> Tensor:
+def prefill(
+    target: Model, draft: Model, tokens_BT: Tensor, lengths_B: Tensor, slots_B: Tensor, choose: Choose
+) -> Tensor:
     """Fill both models' caches from empty rows; returns the first new token, int32 [B] (-1 for rows of length 0).
 
     Shapes: tokens_BT right-padded, lengths_B real tokens per row, slots_B distinct cache rows, uniforms [B, 1].
@@ -119,7 +119,14 @@ def decode(
 
 
 def speculate(
-    target: Model, draft: Model, last_B: Tensor, position_B: Tensor, active_B: Tensor, kv: int, steps: int, choose: Choose
+    target: Model,
+    draft: Model,
+    last_B: Tensor,
+    position_B: Tensor,
+    active_B: Tensor,
+    kv: int,
+    steps: int,
+    choose: Choose,
 ) -> tuple[Tensor, Tensor]:
     """Propose `steps` tokens with the draft, verify them in one pass of the target: 1 to K+1 tokens per row.
 
@@ -181,9 +188,7 @@ def _next(target: Model, hidden_B1H: Tensor, choose: Choose) -> Tensor:
 
 
 def _stack(dists: list[Candidates]) -> Candidates:
-    return Candidates(
-        torch.cat([d.ids_BTN for d in dists], dim=1), torch.cat([d.probs_BTN for d in dists], dim=1)
-    )
+    return Candidates(torch.cat([d.ids_BTN for d in dists], dim=1), torch.cat([d.probs_BTN for d in dists], dim=1))
 
 
 def _before_last(last_B: Tensor, emitted: Emitted) -> Tensor:
