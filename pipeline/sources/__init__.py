@@ -1,0 +1,107 @@
+"""Where weights come from: a source string -> a checked `Checkpoint`, a folder in Hugging Face layout.
+
+A source is a folder (relative to the recipe's), `hf://org/name@revision`, `package://name==version` (a GGUF file in a
+Python package), or `pico://family` (a tiny random model). One file a kind; each only brings a folder. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from pipeline.errors import SourceError
+from pipeline.recipe import Recipe
+from pipeline.signature import EMBEDDING
+from pipeline.sources.checkpoint import Checkpoint, Progress, open_checkpoint, silent, with_shared_embedding
+from pipeline.sources.derived import derive
+from pipeline.sources.tokenizer import check_tokenizers
+from pipeline.sources.weights import check_weights, weights
+
+__all__ = [
+    "Checkpoint",
+    "Progress",
+    "check_pair",
+    "check_tokenizers",
+    "check_weights",
+    "derive",
+    "resolve",
+    "resolve_pair",
+    "weights",
+]
+
+KINDS = {
+    "hf": "pipeline.sources.hub",
+    "package": "pipeline.sources.package",
+    "pico": "pipeline.sources.pico",
+}
+"""Scheme of a source -> the module whose `fetch(location, cache, progress) -> (folder, revision)` brings it."""
+
+Role = Literal["target", "draft"]
+
+
+def resolve(
+    source: str, *, base: Path, cache: Path, progress: Progress = silent, role: Role = "target"
+) -> Checkpoint:
+    """Bring a source here, open it and check its tensors against its config.
+
+    `base` is the folder that relative sources start from. A draft may lack an embedding: it then shares its target's.
+
+    Raises:
+        SourceError: anything wrong with the source; HostError: no network, no space.
+
+    """
+    scheme, separator, location = source.partition("://")
+    if not separator:
+        root, revision = base / Path(source).expanduser(), ""
+    elif scheme in KINDS:
+        root, revision = import_module(KINDS[scheme]).fetch(location, cache, progress)
+    else:
+        fix = f"write a folder, or one of {', '.join(f'{kind}://' for kind in KINDS)}"
+        raise SourceError(f"unknown kind of source {scheme!r}", where=source, fix=fix)
+    checkpoint = open_checkpoint(root, revision=revision, memo=cache / "digests", progress=progress)
+    if role == "draft" and EMBEDDING not in weights(checkpoint):
+        checkpoint = with_shared_embedding(checkpoint)
+    elif role == "target" and (checkpoint.config.draft_vocab or checkpoint.config.shares_embedding):
+        fix = "name it as the draft, and the model it was made for as the target"
+        raise SourceError("this checkpoint is a draft: it needs a target's vocabulary", where=source, fix=fix)
+    check_weights(checkpoint)
+    return checkpoint
+
+
+def resolve_pair(
+    recipe: Recipe, *, base: Path, cache: Path, progress: Progress = silent
+) -> tuple[Checkpoint, Checkpoint]:
+    """Target and draft of a recipe, checked to fit each other.
+
+    Raises:
+        SourceError: as `resolve`, and a draft that does not fit its target.
+
+    """
+    target = resolve(recipe.target.source, base=base, cache=cache, progress=progress)
+    if recipe.draft.derive is not None:
+        draft = derive(target, recipe.draft.derive.layers)
+        check_weights(draft)
+    elif recipe.draft.source is not None:
+        draft = resolve(recipe.draft.source, base=base, cache=cache, progress=progress, role="draft")
+    else:
+        raise SourceError("the draft has neither a source nor a derivation", where="draft", fix="give one of the two")
+    check_pair(target, draft)
+    return target, draft
+
+
+def check_pair(target: Checkpoint, draft: Checkpoint) -> None:
+    """Refuse a draft that cannot propose tokens to this target.
+
+    Raises:
+        SourceError: another tokenizer, vocabulary, or (where it shares the embedding) hidden size.
+
+    """
+    check_tokenizers(target, draft)
+    sizes = [("vocab_size", target.config.vocab, draft.config.vocab)]
+    if draft.config.shares_embedding:
+        sizes.append(("hidden_size", target.config.hidden, draft.config.hidden))
+    for name, wanted, found in sizes:
+        if wanted != found:
+            fix = "use a draft that was made for this target, or `derive: {from: target, layers: [...]}`"
+            raise SourceError(f"{name}={found}, but the target has {wanted}", where=str(draft.root), fix=fix)

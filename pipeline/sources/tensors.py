@@ -45,6 +45,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
 
     Raises:
         SourceError: the file is missing, truncated, or its header is not one.
+
     """
     header, start, size = _raw_header(path)
     tensors, end = {}, 0

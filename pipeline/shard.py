@@ -1,0 +1,392 @@
+"""Write each rank's weights: stream both checkpoints through a small window into one safetensors file a rank and model.
+
+Decides nothing about placement (the weight table and the plan do) and keeps no tensor: besides headers it holds `SLOTS`
+windows of `WINDOW_BYTES` as read and as stored (a window is at least one block of 32 rows). That is 4 x (16 + 32) MiB
+when bfloat16 is widened to float32, whatever the model's size.
+
+    read (thread) -> convert, cut and pack (here, torch) -> write (thread) and hash (threads)
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from pipeline.backends.packing import Packing
+from pipeline.errors import HostError, InputError, SourceError
+from pipeline.files import atomic_file, link_or_copy
+from pipeline.models.config import ModelConfig
+from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_shape, padded_vocab, up_to, vocab_offset
+from pipeline.signature import EMBEDDING, OFFSET, PairShape, stored_weights
+from pipeline.sources import Checkpoint, weights
+from pipeline.sources.tensors import DTYPE_BYTES, Layout, TensorRef, layout
+
+WINDOW_BYTES = 16 << 20
+SLOTS = 4
+HASHERS = 4
+LARGE_BYTES = 2 << 30
+"""Checkpoints from this size on are dropped from the page cache as they are read and written; smaller ones stay, since
+validation is about to read them again."""
+
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}
+TORCH = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+Progress = Callable[[int, int], None]
+"""Called with bytes written and bytes to write."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One rank's weights of one model; `sha256` was computed while the file was written."""
+
+    path: Path
+    sha256: str
+    size: int
+    rank: int
+    model: str
+
+
+@dataclass(frozen=True)
+class _Meter:
+    """Reports one model's bytes as part of the whole."""
+
+    report: Progress | None
+    before: int
+    total: int
+
+    def __call__(self, written: int) -> None:
+        if self.report is not None:
+            self.report(self.before + written, self.total)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns [first, last) of a window, and the ranks that store them."""
+
+    first: int
+    last: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some rows of one tensor, read once: `real` rows from `source`, then zeros up to `rows`."""
+
+    source: TensorRef
+    spec: WeightSpec
+    dtype: str
+    rows: int
+    real: int
+    parts: tuple[Part, ...]
+
+    @property
+    def width(self) -> int:
+        """Elements in a row: 1 in a 1-D tensor."""
+        return math.prod(self.spec.shape[1:])
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the window as read."""
+        return self.rows * self.width * DTYPE_BYTES[self.source.dtype]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that hold the window as stored, once for each part."""
+        return up_to(self.rows, BLOCK) * self.width * DTYPE_BYTES[self.dtype]
+
+
+def shard_path(out: Path, model: str, rank: int, ranks: int) -> Path:
+    """Where a rank's weights lie in an artifact."""
+    return out / "weights" / model / f"rank-{rank}-of-{ranks}.safetensors"
+
+
+def write_shards(
+    pair: PairShape, target: Checkpoint, draft: Checkpoint, out: Path, *, packing: Packing,
+    progress: Progress | None = None,
+) -> list[ShardFile]:
+    """Write `weights/{target,draft}/rank-<r>-of-<n>.safetensors` under `out`, each atomically.
+
+    Raises:
+        SourceError: a checkpoint that cannot be read to its end, or a value that the dtype cannot hold.
+        HostError: not enough space.
+
+    """  # fmt: skip
+    if pair.draft.draft_vocab is not None and not pair.draft_replicated and pair.tp > 1:
+        what = "a draft with a reduced vocabulary cannot be split: its head and embedding would need two offsets"
+        raise InputError(what, where="draft.placement", fix="write placement: replicated")
+    jobs = [_job("target", pair, target, target, packing), _job("draft", pair, draft, target, packing)]
+    total = sum(job.layout.size * job.copies for job in jobs)
+    _check_space(out, sum(job.layout.size * len(job.ranks) for job in jobs))
+    done, files = 0, []
+    for job in jobs:
+        try:
+            written = _write(job, out, _Meter(progress, done, total))
+        except OSError as error:
+            raise _explained(error, out) from error
+        done += job.layout.size * job.copies
+        files += written
+    return files
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One model's files: the same layout on each rank, cut differently."""
+
+    model: str
+    pair: PairShape
+    layout: Layout
+    tensors: tuple[tuple[WeightSpec, TensorRef], ...]
+    packing: Packing
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.pair.config_of(self.model)
+
+    @property
+    def split(self) -> int:
+        """Ranks that the model is split over."""
+        return self.pair.tp_of(self.model)
+
+    @property
+    def ranks(self) -> range:
+        return range(self.pair.tp)
+
+    @property
+    def copies(self) -> int:
+        """Files that are written; the files of a replicated model are one file, linked."""
+        return self.split
+
+    @property
+    def windows(self) -> Iterator[Window]:
+        """Every window, in the order in which the files are written."""
+        dtype = self.pair.dtype_of(self.model)
+        for spec, source in self.tensors:
+            stored = STORED["int32" if spec.kind == "index" else dtype]
+            yield from windows(spec, source, stored, self.config, self.split)
+
+    def offset(self, rank: int) -> bytes:
+        """`rank.vocab_offset`: the first vocabulary id of a rank's slice."""
+        rows = padded_vocab(self.config.vocab, self.split) // self.split
+        return vocab_offset(rows, rank if self.split > 1 else 0).to_bytes(4, "little")
+
+
+def _job(model: str, pair: PairShape, checkpoint: Checkpoint, target: Checkpoint, packing: Packing) -> _Job:
+    """Find every tensor and lay out the files. Index tensors and the offset go last, so that weights stay aligned."""
+    sources = dict(weights(checkpoint))
+    if pair.config_of(model).shares_embedding:
+        sources[EMBEDDING] = weights(target)[EMBEDDING]
+    specs = sorted(stored_weights(pair, model), key=lambda spec: spec.kind == "index")
+    config, split, dtype = pair.config_of(model), pair.tp_of(model), STORED[pair.dtype_of(model)]
+    entries = [
+        (s.name, "I32" if s.kind == "index" else dtype, packing.packed_shape(local_shape(s, config, split), s.kind))
+        for s in specs
+    ]
+    plan = layout([*entries, (OFFSET, "I32", (1,))], {"format": "pt", "packing": packing.name})
+    return _Job(model, pair, plan, tuple((spec, sources[spec.name]) for spec in specs), packing)
+
+
+def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig, tp: int) -> Iterator[Window]:
+    """Cut one tensor into windows of whole blocks; each byte is read once, but for KV heads that many ranks need."""
+    row_bytes = math.prod(spec.shape[1:]) * max(DTYPE_BYTES[source.dtype], 1)
+    step = max(WINDOW_BYTES // row_bytes // BLOCK, 1) * BLOCK
+    for first, last, parts in _spans(spec, config, tp):
+        for start in range(first, last, step):
+            rows = min(step, last - start)
+            real = max(min(rows, spec.shape[0] - start), 0)
+            yield Window(source.rows(start, start + real), spec, dtype, rows, real, parts)
+
+
+def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
+    """Row ranges of a tensor, in rank order, and who stores which columns of them; past its end there are zeros."""
+    rows, width = spec.shape[0], math.prod(spec.shape[1:])
+    everyone = tuple(range(tp))
+    if spec.split == "replicate":
+        yield 0, rows, (Part(0, width, everyone),)
+    elif spec.split == "columns":
+        share = width // tp
+        yield 0, rows, tuple(Part(rank * share, (rank + 1) * share, (rank,)) for rank in everyone)
+    elif spec.split == "kv_rows":
+        holders: dict[tuple[int, int], list[int]] = {}
+        for rank in everyone:
+            holders.setdefault(kv_head_of(rank, config, tp), []).append(rank)
+        for (first, last), ranks in holders.items():
+            yield first * config.head_dim, last * config.head_dim, (Part(0, width, tuple(ranks)),)
+    else:
+        share = (padded_vocab(rows, tp) if spec.split == "vocab" else rows) // tp
+        for rank in everyone:
+            yield rank * share, (rank + 1) * share, (Part(0, width, (rank,)),)
+
+
+def _write(job: _Job, out: Path, progress: _Meter) -> list[ShardFile]:
+    """Write one model's files, all ranks at once, so that the checkpoint is read once."""
+    paths = [shard_path(out, job.model, rank, len(job.ranks)) for rank in job.ranks]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        files = [stack.enter_context(atomic_file(paths[rank])) for rank in range(job.copies)]
+        digests = _stream(job, files, progress)
+    for path in paths[job.copies :]:
+        link_or_copy(paths[0], path)
+    return [
+        ShardFile(path, digests[min(rank, job.copies - 1)], job.layout.size, rank, job.model)
+        for rank, path in enumerate(paths)
+    ]
+
+
+@dataclass
+class _Slot:
+    """Buffers of one window in flight, and the work that still reads them."""
+
+    read: Tensor
+    stored: Tensor
+    using: list[Future[None]] = field(default_factory=list)
+
+    def wait(self) -> None:
+        """Until the buffers are free; raises what went wrong."""
+        for future in self.using:
+            future.result()
+        self.using.clear()
+
+
+def _stream(job: _Job, files: Sequence[IO[bytes]], progress: _Meter) -> list[str]:
+    """Stream all windows into the files; returns their sha256."""
+    sizes = [(w.read_bytes, w.stored_bytes) for w in job.windows]
+    read, stored = (max(size[i] for size in sizes) for i in (0, 1))
+    slots = [_Slot(torch.empty(read, dtype=torch.uint8), torch.empty(stored, dtype=torch.uint8)) for _ in range(SLOTS)]
+    large = job.layout.size * len(files) >= LARGE_BYTES
+    with ExitStack() as stack:
+        reader = _Reader(stack, large)
+        sink = _Sink(files, stack, large)
+        slots[0].using += sink.put(job.layout.header, range(len(files)))
+        waiting: deque[tuple[Window, _Slot, Future[None]]] = deque()
+        for number, window in enumerate(job.windows):
+            slot = slots[number % SLOTS]
+            slot.wait()
+            waiting.append((window, slot, reader.start(window, slot.read)))
+            if len(waiting) == SLOTS // 2:
+                _emit(*waiting.popleft(), job.packing, sink)
+                progress(sink.written)
+        for item in waiting:
+            _emit(*item, job.packing, sink)
+        for rank in range(len(files)):
+            slots[0].using += sink.put(job.offset(rank), (rank,))
+        for slot in slots:
+            slot.wait()
+        digests = sink.finish()
+    assert sink.written == job.layout.size * len(files)
+    progress(sink.written)
+    return digests
+
+
+def _emit(window: Window, slot: _Slot, read: Future[None], packing: Packing, sink: _Sink) -> None:
+    """Convert, cut and pack a window that has been read, and hand it to the files."""
+    read.result()
+    shape = (window.rows, *window.spec.shape[1:])
+    whole = slot.read[: window.read_bytes].view(TORCH[window.source.dtype]).view(shape)
+    start, dtype = 0, TORCH[window.dtype]
+    for part in window.parts:
+        weight = whole if len(shape) == 1 else whole[:, part.first : part.last]
+        packed = packing.packed_shape(tuple(weight.shape), window.spec.kind)
+        end = start + math.prod(packed) * dtype.itemsize
+        out = slot.stored[start:end].view(dtype).view(packed)
+        packing.pack(weight, window.spec.kind, out)
+        if dtype == torch.float16 and not bool(out.isfinite().all()):
+            what = f"{window.spec.name} has values that float16 cannot hold"
+            raise SourceError(what, where=str(window.source.file), fix="use dtype: bfloat16 or float32")
+        slot.using += sink.put(slot.stored[start:end].numpy().data, part.ranks)
+        start = end
+
+
+class _Reader:
+    """Reads windows ahead, in a thread of its own."""
+
+    def __init__(self, stack: ExitStack, drop_cache: bool) -> None:
+        self._stack, self._drop_cache = stack, drop_cache
+        self._open: dict[Path, IO[bytes]] = {}
+        self._pool = stack.enter_context(ThreadPoolExecutor(1, "read"))
+
+    def start(self, window: Window, buffer: Tensor) -> Future[None]:
+        """Read a window into the buffer; what lies past the tensor's end is zero."""
+        return self._pool.submit(self._read, window, buffer[: window.read_bytes].numpy().data)
+
+    def _read(self, window: Window, buffer: memoryview) -> None:
+        source = window.source
+        if source.file not in self._open:
+            self._open[source.file] = self._stack.enter_context(source.file.open("rb"))
+        descriptor, done = self._open[source.file].fileno(), 0
+        while done < source.nbytes:
+            count = os.preadv(descriptor, [buffer[done : source.nbytes]], source.offset + done)
+            if not count:
+                fix = "delete this file and download the checkpoint again"
+                raise SourceError(f"file ends inside {window.spec.name}", where=str(source.file), fix=fix)
+            done += count
+        if done < len(buffer):
+            buffer[done:] = bytes(len(buffer) - done)
+        if self._drop_cache:
+            os.posix_fadvise(descriptor, source.offset, source.nbytes, os.POSIX_FADV_DONTNEED)
+
+
+class _Sink:
+    """Files that are written in order by one thread and hashed by others (hashlib releases the lock)."""
+
+    def __init__(self, files: Sequence[IO[bytes]], stack: ExitStack, drop_cache: bool) -> None:
+        self.written = 0
+        self._files, self._drop_cache = files, drop_cache
+        self._digests = [hashlib.sha256() for _ in files]
+        self._writer = stack.enter_context(ThreadPoolExecutor(1, "write"))
+        hashers = [stack.enter_context(ThreadPoolExecutor(1, "hash")) for _ in range(min(len(files), HASHERS))]
+        self._hashers = [hashers[i % len(hashers)] for i in range(len(files))]
+
+    def put(self, data: bytes | memoryview, ranks: Sequence[int]) -> list[Future[None]]:
+        """Append to the files of some ranks; the futures are done when `data` may change."""
+        self.written += len(data) * len(ranks)
+        hashed = [self._hashers[rank].submit(self._digests[rank].update, data) for rank in ranks]
+        return [*hashed, *(self._writer.submit(self._write, self._files[rank], data) for rank in ranks)]
+
+    def _write(self, file: IO[bytes], data: bytes | memoryview) -> None:
+        file.write(data)
+        if self._drop_cache:
+            # On pages that are not on disk yet this starts writing them, so the final fsync has little left to do.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def finish(self) -> list[str]:
+        """sha256 of each file, once all that was put has been hashed and written."""
+        last = [pool.submit(lambda: None) for pool in (self._writer, *self._hashers)]
+        for future in last:
+            future.result()
+        return [digest.hexdigest() for digest in self._digests]
+
+
+def _check_space(out: Path, needed: int) -> None:
+    folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        what = f"{needed / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} GB are free"
+        raise HostError(what, where=str(out), fix="free space, or build into a folder on another disk")
+
+
+def _explained(error: OSError, out: Path) -> Exception:
+    """A disk's failure as an error with a remedy; anything else as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return HostError("no space left for the weights", where=str(out), fix="free space and build again")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return HostError(f"cannot write: {error.strerror}", where=str(out), fix="build into a writable folder")
+    return error

@@ -1,0 +1,36 @@
+"""A draft made of some of its target's layers: the target's own files under new numbers. Copies nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.errors import SourceError
+from pipeline.models import config_of
+from pipeline.sources.checkpoint import Checkpoint, with_shared_embedding
+
+WHERE = "draft.derive.layers"
+
+
+def derive(target: Checkpoint, layers: tuple[int, ...]) -> Checkpoint:
+    """The draft whose layer i is the target's layer `layers[i]`; it shares the target's embedding and head.
+
+    Raises:
+        SourceError: no layers, or one that the target does not have.
+
+    """
+    count = target.config.layers
+    wrong = [layer for layer in layers if not 0 <= layer < count]
+    if wrong or not layers:
+        what = f"the target has no layer {wrong[0]}" if wrong else "no layers are named"
+        raise SourceError(what, where=WHERE, fix=f"name layers of 0..{count - 1}, for example [0, 1, {count - 1}]")
+    config_json = target.config_json | {"num_hidden_layers": len(layers)}
+    if isinstance(config_json.get("layer_types"), list):
+        config_json["layer_types"] = [config_json["layer_types"][layer] for layer in layers]
+    draft = replace(
+        target,
+        config=config_of(config_json, WHERE),
+        config_json=config_json,
+        revision=f"{target.revision}#layers={','.join(map(str, layers))}",
+        layers=layers,
+    )
+    return with_shared_embedding(draft)
