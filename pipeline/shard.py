@@ -244,6 +244,7 @@ def _write(job: _Job, out: Path, progress: _Meter) -> list[ShardFile]:
         files = [stack.enter_context(atomic_file(paths[rank])) for rank in range(job.copies)]
         digests = _stream(job, files, progress)
     for path in paths[job.copies :]:
+        path.unlink(missing_ok=True)
         link_or_copy(paths[0], path)
     return [
         ShardFile(path, digests[min(rank, job.copies - 1)], job.layout.size, rank, job.model)

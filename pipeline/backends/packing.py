@@ -36,11 +36,11 @@ class PlainPacking:
 
     name = "plain"
 
-    def packed_shape(self, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    def packed_shape(self, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:  # noqa: ARG002 - the protocol's
         """The shape itself."""
         return shape
 
-    def pack(self, weight: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
+    def pack(self, weight: Tensor, kind: str, out: Tensor | None = None) -> Tensor:  # noqa: ARG002 - the protocol's
         """Copy, or return the weight itself if there is nowhere to copy it to."""
         return weight.contiguous() if out is None else out.copy_(weight)
 

@@ -120,8 +120,8 @@ def weight_files(root: Path) -> list[str]:
 
 
 CONVERT = (
-    "save it with transformers' model.save_pretrained(folder), which writes safetensors; Tandem opens no pickled weights, "
-    "because opening them can run code"
+    "save it with transformers' model.save_pretrained(folder), which writes safetensors; "
+    "Tandem opens no pickled weights, because opening them can run code"
 )
 
 

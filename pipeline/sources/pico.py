@@ -31,7 +31,7 @@ GENERATOR = "v1"
 
 VOCAB = 512
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-LATER_LAYERS = 0.2
+LATER_LAYERS = 0.1
 """Scale of what the layers after the first add to the residual stream."""
 
 EMBEDDING = 0.05
@@ -103,7 +103,8 @@ class Pico:
 
     def config(self) -> dict[str, Any]:
         """`config.json`."""
-        config: dict[str, Any] = {"model_type": self.family, **SIZES, **FAMILIES[self.family], "num_hidden_layers": self.layers}
+        config: dict[str, Any] = {"model_type": self.family, **SIZES, **FAMILIES[self.family]}
+        config["num_hidden_layers"] = self.layers
         if self.draft_vocab:
             config |= {"num_hidden_layers": 1, "tie_word_embeddings": False, "draft_vocab_size": self.draft_vocab}
         return config
