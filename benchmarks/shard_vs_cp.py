@@ -1,0 +1,121 @@
+"""Sharding against copying: `write_shards` and `cp`, the same checkpoint, the same disk, in turns, both synced.
+
+    python benchmarks/shard_vs_cp.py [--gigabytes 2] [--rounds 5] [--folder /somewhere]
+
+Rates are of checkpoint bytes. Every run starts with the checkpoint in the page cache (`warm`) or out of it (`cold`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.backends.packing import BlockPacking, Packing, PlainPacking
+from pipeline.models import config_of
+from pipeline.models.weights import weight_specs
+from pipeline.shard import write_shards
+from pipeline.signature import PairShape
+from pipeline.sources import Checkpoint, derive, resolve
+from pipeline.sources.tensors import layout
+
+LAYER_BYTES = 2 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def write_checkpoint(root: Path, size: int) -> None:
+    """A bfloat16 checkpoint of about `size` random bytes in one file."""
+    root.mkdir(parents=True)
+    config = CONFIG | {"num_hidden_layers": max(1, size // LAYER_BYTES)}
+    (root / "config.json").write_text(json.dumps(config))
+    plan = layout([(s.name, "BF16", s.shape) for s in weight_specs(config_of(config, "benchmark"))], {})
+    with (root / "model.safetensors").open("wb") as file:
+        file.write(plan.header)
+        left = plan.size - len(plan.header)
+        while left:
+            left -= file.write(os.urandom(min(left, 16 << 20)))
+        os.fsync(file.fileno())
+
+
+def copy(source: Path, target: Path) -> None:
+    """`cp`, then fsync of the copy and its folder."""
+    target.mkdir(parents=True)
+    subprocess.run(["cp", source / "model.safetensors", target], check=True)
+    subprocess.run(["sync", target / "model.safetensors", target], check=True)
+
+
+def shard(target: Checkpoint, out: Path, packing: Packing) -> None:
+    """One rank; the derived draft adds one layer, which is counted as work but not as bytes."""
+    draft = derive(target, (0,))
+    pair = PairShape(target.config, draft.config, "bfloat16", "bfloat16", 1, True, rows=1, length=64, candidates=None)
+    write_shards(pair, target, draft, out, packing=packing)
+
+
+def prepare(file: Path, *, warm: bool) -> None:
+    """Bring the checkpoint into the page cache, or drop it, and let earlier writes settle."""
+    os.sync()
+    with file.open("rb") as source:
+        if warm:
+            while source.read(16 << 20):
+                pass
+        else:
+            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(action: Callable[[Path], None], source: Path, out: Path, *, warm: bool) -> float:
+    """Seconds of one run."""
+    prepare(source / "model.safetensors", warm=warm)
+    start = time.perf_counter()
+    action(out)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(out)
+    return seconds
+
+
+def main() -> None:
+    """Generate, measure in turns, print medians and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        work = Path(name)
+        write_checkpoint(work / "model", int(arguments.gigabytes * 1e9))
+        target = resolve("model", base=work, cache=work / "cache")
+        size = (work / "model" / "model.safetensors").stat().st_size
+        actions: dict[str, Callable[[Path], None]] = {
+            "cp": lambda out: copy(work / "model", out),
+            "shard plain": lambda out: shard(target, out, PlainPacking()),
+            "shard block32": lambda out: shard(target, out, BlockPacking()),
+        }
+        for warm in (True, False):
+            times: dict[str, list[float]] = {label: [] for label in actions}
+            for _ in range(arguments.rounds):
+                for label, action in actions.items():
+                    times[label].append(measure(action, work / "model", work / "out", warm=warm))
+            median = {label: statistics.median(seconds) for label, seconds in times.items()}
+            print(f"{size / 1e9:.2f} GB, {'warm' if warm else 'cold'}, median of {arguments.rounds} (min..max):")
+            for label, seconds in times.items():
+                spread = f"{min(seconds):.2f}..{max(seconds):.2f} s"
+                rate = size / 1e6 / median[label]
+                print(f"  {label:14} {rate:6.0f} MB/s  {median['cp'] / median[label]:5.2f} of cp  ({spread})")
+
+
+if __name__ == "__main__":
+    main()
