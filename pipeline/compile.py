@@ -80,7 +80,6 @@ def _trace_and_compile(job: Job, backend: Any, store: Cache) -> tuple[str, bool]
 
 
 def _compile(job: Job, backend: Any, traced: Any, work: Path) -> bytes:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")
     try:
         built: bytes = backend.compile(traced, work)
     except Exception as error:

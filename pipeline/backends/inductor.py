@@ -9,9 +9,11 @@ of rows by every weight; on that shape the blocked product runs near memory band
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -30,6 +32,9 @@ from pipeline.trace import GraphModule, empty
 
 GROUP = "0"
 """Name that torch.distributed gives the default process group."""
+
+SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
+"""Where Inductor writes sources and objects. Always the same place, because their paths end up in the library."""
 
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
@@ -141,8 +146,10 @@ class InductorBackend:
     def compile(self, traced: Traced, work: Path) -> bytes:
         """Lower to C++ (or Triton) and build the shared library; returns the `.pt2` package."""
         package = work / self.graph_file
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(SCRATCH)
         settings: dict[str, Any] = {
             "aot_inductor.compile_wrapper_opt_level": "O0",
+            "aot_inductor.enable_line_tables": False,
             "compile_threads": 1,
             "cpp.simdlen": VECTOR_BITS[self.isa],
         }
