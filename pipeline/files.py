@@ -1,6 +1,7 @@
-"""The one way files are written: temp in the same folder, fsync, rename. Plus digests and path safety. Imports no torch.
+"""The one way files are written: temp in the same folder, fsync, rename; digests; path safety. Imports no torch.
 
-A kill at any moment leaves either the old file or the new one; temp names of dead writers are swept by the next one.
+A kill at any moment leaves the old file or the new one. Temp names carry host and process, so that what a killed writer
+left is swept by the next one. Waiting for other writers is not done here: see `Cache.lock`.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +24,27 @@ from typing import IO
 from pipeline.errors import ArtifactError, HostError
 
 TEMP = ".tmp-"
-CHUNK_BYTES = 1 << 20
+FOREIGN_AGE_S = 24 * 3600.0
+"""Temp names of another host, whose processes cannot be seen from here, are swept after a day."""
+
+RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+
+WRITABLE = "choose a folder that can be written"
+FIXES = {
+    errno.ENOSPC: "free space on this disk, or choose another one",
+    errno.EDQUOT: "free space in this quota, or choose another disk",
+    errno.EFBIG: "choose a disk that takes large files, or raise the limit (ulimit -f)",
+    errno.EROFS: WRITABLE,
+    errno.EACCES: WRITABLE,
+    errno.EPERM: WRITABLE,
+    errno.ENOTDIR: "a file is in the way of this folder; move it",
+    errno.EEXIST: "a file is in the way of this folder; move it",
+    errno.EISDIR: "a folder is in the way of this file; move it",
+}
 
 
 @dataclass(frozen=True)
@@ -39,17 +61,34 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fixes = {
-            errno.ENOSPC: "free space on this disk, or set TANDEM_CACHE and --out to another one",
-            errno.EDQUOT: "free space in this quota",
-            errno.EROFS: "choose a folder that can be written",
-            errno.EACCES: "choose a folder that can be written",
-            errno.EPERM: "choose a folder that can be written",
-            errno.ENOTDIR: "a file is in the way of this folder; move it",
-        }
-        if error.errno not in fixes:
+        if error.errno not in FIXES:
             raise
-        raise HostError(f"cannot write: {error.strerror}", where=str(path), fix=fixes[error.errno]) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        left = f"; {free_bytes(path):,} bytes are free" if full else ""
+        # A file opened while this one is written may be the one at fault.
+        where = str(path if error.filename is None or TEMP in str(error.filename) else error.filename)
+        raise HostError(f"cannot write: {error.strerror}{left}", where=where, fix=FIXES[error.errno]) from error
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk of `path`, which need not exist yet."""
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
+
+
+def check_space(path: Path, needed_bytes: int) -> None:
+    """Refuse work that cannot fit, before it starts.
+
+    Raises:
+        HostError: names bytes needed and free.
+
+    """
+    free = free_bytes(path)
+    if free < needed_bytes:
+        what = f"no space: {needed_bytes:,} bytes needed, {free:,} free"
+        raise HostError(what, where=str(path), fix=FIXES[errno.ENOSPC])
 
 
 @contextlib.contextmanager
@@ -58,19 +97,13 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         HostError: no space, read-only or forbidden.
+
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp = _temp_name(path)
-        try:
-            with temp.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temp.replace(path)
-            sync_folder(path.parent)
-        finally:
-            temp.unlink(missing_ok=True)
+    with disk_errors(path), _temp_file(path) as (temp, file):
+        yield file
+        _finish(file)
+        temp.replace(path)
+        sync_folder(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -79,17 +112,37 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def create_only(path: Path, data: bytes) -> bool:
+    """Write a file that must not be there yet; of several writers one gets True, and nobody sees half a file.
+
+    Raises:
+        HostError: no space, read-only or forbidden.
+
+    """
+    with disk_errors(path), _temp_file(path) as (temp, file):
+        file.write(data)
+        _finish(file)
+        try:
+            if not _rename(temp, path, RENAME_NOREPLACE):
+                os.link(temp, path)
+        except FileExistsError:
+            return False
+        sync_folder(path.parent)
+        return True
+
+
 @contextlib.contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
     """Build a folder aside; at the end it takes the place of `path`, exchanged in one step if one is there already.
 
     Raises:
         HostError: no space, read-only or forbidden.
+
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        temp = _temp_name(path)
+        sweep_once(path.parent)
+        temp = temp_name(path)
         temp.mkdir()
         try:
             yield temp
@@ -97,15 +150,29 @@ def atomic_dir(path: Path) -> Iterator[Path]:
             _take_place(temp, path)
             sync_folder(path.parent)
         finally:
-            shutil.rmtree(temp, ignore_errors=True)
+            remove(temp)  # what did not come to be, or what was replaced
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
     """Remove what killed writers left in `folder`: temp names whose process is gone."""
     for left in folder.glob(f"{TEMP}*"):
-        owner = left.name.removeprefix(TEMP).split("-", 1)[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others sweep, too
+            if _abandoned(left):
+                remove(left)
+
+
+@functools.cache
+def sweep_once(folder: Path) -> None:
+    """Sweep a folder the first time that this process writes there."""
+    sweep(folder)
 
 
 def sha256_file(path: Path) -> str:
@@ -120,32 +187,57 @@ def digest_file(path: Path) -> FileDigest:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link, or copy where the disk does not allow it."""
+    """Hard-link the file that `source` leads to, or copy it where the disk does not allow links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+        if error.errno not in NO_LINKS:
             raise
-        shutil.copyfile(source, target)
+        with source.open("rb") as file, atomic_file(target) as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
 
 
 def safe_relative(path: str, where: str) -> PurePosixPath:
-    """A path of a manifest, known to stay inside its folder.
+    """A path of a manifest, known to stay inside its folder as long as no link is in it.
 
     Raises:
         ArtifactError: absolute, empty, with `..`, a backslash or a control character.
+
     """
     parts = PurePosixPath(path).parts
     plain = path == "/".join(parts) and not path.startswith("/") and parts and ".." not in parts
-    if not plain or "\\" in path or any(ord(c) < 32 for c in path):
-        raise ArtifactError(f"path {path!r} leaves its folder or is not plain", where=where, fix="do not use this artifact")
+    odd = any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 or c == "\\" for c in path)  # and what no file system encodes
+    if not plain or odd:
+        what = f"path {path!r} leaves its folder or is not plain"
+        raise ArtifactError(what, where=where, fix="do not use this artifact")
     return PurePosixPath(path)
 
 
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+@contextlib.contextmanager
+def _temp_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_once(path.parent)
+    temp = temp_name(path)
+    try:
+        with temp.open("xb") as file:
+            yield temp, file
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _finish(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -155,26 +247,69 @@ def sync_folder(folder: Path) -> None:
 def _sync_tree(root: Path) -> None:
     for folder, _, names in os.walk(root):
         for name in names:
-            handle = os.open(Path(folder) / name, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        sync_folder(Path(folder))
+            if not (Path(folder) / name).is_symlink():
+                _sync(Path(folder) / name)
+        _sync(Path(folder))
 
 
 def _take_place(temp: Path, path: Path) -> None:
-    if not path.exists():
+    """Rename onto `path`, whatever is there, even if it comes or goes meanwhile."""
+    while True:
+        try:
+            if not os.path.lexists(path):
+                temp.rename(path)
+                return
+            if _rename(temp, path, RENAME_EXCHANGE):
+                return
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or not temp.exists():
+                raise
+            continue
+        old = temp_name(path)  # a disk without exchange: a kill between the two renames leaves no folder, not half
+        path.rename(old)
         temp.rename(path)
+        remove(old)
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(AT_FDCWD, bytes(temp), AT_FDCWD, bytes(path), RENAME_EXCHANGE) == 0:
-        return
-    old = _temp_name(path)  # a file system without exchange: a kill between the two renames leaves no artifact, not half
-    path.rename(old)
-    temp.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _temp_name(path: Path) -> Path:
-    return path.parent / f"{TEMP}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}"
+def _rename(source: Path, target: Path, flags: int) -> bool:
+    """Linux's renameat2; False where this system or disk does not know it."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(target))
+
+
+def temp_name(path: Path) -> Path:
+    """A name beside `path` that `sweep` removes once this process is gone."""
+    # The name is cut, since the whole must stay under 255 bytes.
+    return path.parent / f"{TEMP}{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name[:60]}"
+
+
+def _abandoned(temp: Path) -> bool:
+    host, _, rest = temp.name.removeprefix(TEMP).partition("-")
+    pid = rest.partition("-")[0]
+    if host == _host() and pid.isdigit():
+        return not _running(int(pid))
+    return time.time() - temp.lstat().st_mtime > FOREIGN_AGE_S
+
+
+def _running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@functools.cache
+def _host() -> str:
+    """Names this host, or this container: process numbers mean nothing elsewhere."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
