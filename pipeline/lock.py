@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,15 +99,16 @@ def relock(recipe: Recipe, lock: Lock) -> Lock:
 
 def digest(lock: Lock) -> str:
     """sha256 that names a lock's contents."""
-    return hashlib.sha256(_bytes(lock)).hexdigest()
+    return hashlib.sha256(to_bytes(lock)).hexdigest()
 
 
 def write(path: Path, lock: Lock) -> None:
     """Write a lock whole, or not at all."""
-    write_atomic(path, _bytes(lock))
+    write_atomic(path, to_bytes(lock))
 
 
-def _bytes(lock: Lock) -> bytes:
+def to_bytes(lock: Lock) -> bytes:
+    """The text of a lock file."""
     return (json.dumps({"version": VERSION, **asdict(lock)}, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -130,6 +131,9 @@ def read(path: Path) -> Lock:
     if data.get("version") != VERSION:
         what = f"found version {data.get('version')!r}, accepted: {VERSION}"
         raise InputError(what, where=f"{path}: version", fix=_relock_command(path))
+    unknown = sorted(data.keys() - {"version", *(f.name for f in fields(Lock))})
+    if unknown:
+        raise InputError("unknown key", where=f"{path}: {unknown[0]}", fix=_relock_command(path))
     return _lock_of(data, path)
 
 

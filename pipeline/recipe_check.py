@@ -101,7 +101,7 @@ def _backend_conflicts(data: Mapping[str, Any]) -> Iterator[Finding]:
     neuron = _section(NeuronBackend, data, "backend")
     inductor = _section(InductorBackend, data, "backend")
     if inductor and inductor.device == "cuda" and inductor.isa != "native":
-        what = f"found {inductor.isa!r} with device cuda; it applies to CPU artifacts"
+        what = f"found {_shown(inductor.isa)} with device cuda; it applies to CPU artifacts"
         yield ("backend", "isa"), what, "remove isa"
     parallel = data.get("parallel")
     ranks = parallel.get("tensor") if isinstance(parallel, dict) else None
@@ -148,9 +148,8 @@ def _explain(error: dict[str, Any], data: Any) -> Finding:
 def _key(loc: Sequence[str | int], data: Any) -> Key:
     """Pydantic's location without the tags of unions, which are no keys of the file."""
     key: list[str | int] = []
-    for index, part in enumerate(loc):
-        last = index == len(loc) - 1
-        if isinstance(data, dict) and part not in data and data.get("name", "inductor") == part and not last:
+    for part in loc:
+        if isinstance(data, dict) and part not in data and data.get("name") == part:
             continue
         key.append(part)
         data = _inside(data, part)

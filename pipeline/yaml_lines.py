@@ -116,11 +116,10 @@ def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node, int]]:
 
 
 def _scalar(node: yaml.ScalarNode, key: Key, document: Document) -> Any:
-    tag = node.tag.removeprefix("tag:yaml.org,2002:")
+    tag, text = node.tag.removeprefix("tag:yaml.org,2002:"), str(node.value)
     if tag not in SCALARS:
         document.problems.append(Problem(document.place(key), f"tag {node.tag!r}", "write a plain value"))
-        return None
-    text = str(node.value)
+        return text
     construct = SafeConstructor()
     if tag == "int" and ":" not in text:
         return construct.construct_yaml_int(node)
