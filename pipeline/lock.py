@@ -93,7 +93,11 @@ def relock(recipe: Recipe, lock: Lock) -> Lock:
     for key, wanted, locked in pairs:
         if wanted != locked:
             what = f"the recipe says {wanted or 'a derived draft'}, the lock has {locked or 'a derived draft'}"
-            raise InputError(what, where=recipe.place(key), fix="lock it where the source can be reached")
+            raise InputError(
+                what,
+                where=recipe.place(key),
+                fix=f"where the source can be reached, run: tandem recipe lock {recipe.name}",
+            )
     return Lock(recipe.digest(), lock.target, lock.draft, lock.toolchain)
 
 
@@ -157,14 +161,14 @@ def pair_configs(recipe: Recipe, lock: Lock, where: str) -> tuple[ModelConfig, M
     """Configs of target and draft from the lock alone; `where` names the lock in errors.
 
     Raises:
-        SourceError: a config that is not supported. InputError: the lock has no draft, and the recipe derives none.
+        SourceError: a config that is not supported.
+        InputError: the lock is of other sources than the recipe names.
 
     """
+    relock(recipe, lock)
     target = config_of(lock.target.config, f"{where}: target.config")
     if lock.draft is not None:
         return target, config_of(lock.draft.config, f"{where}: draft.config")
-    if recipe.draft.derive is None:
-        raise InputError("the lock has no draft", where=where, fix=f"run: tandem recipe lock {recipe.name}")
     return target, config_of(derived_config(recipe, lock.target.config), f"{where}: draft.config")
 
 

@@ -158,7 +158,7 @@ def test_make_lock_of_a_derived_pair_gives_back_its_configs(tmp_path: Path) -> N
 
 def test_pair_configs_layer_that_is_not_there(tmp_path: Path) -> None:
     recipe = load(write_recipe(tmp_path, RECIPE.replace("[0, 2]", "[0, 7]")))
-    lock = Lock(recipe.digest(), replace(TARGET, config={"model_type": "llama", **SIZES}))
+    lock = Lock(recipe.digest(), replace(TARGET, source="pico://llama", config={"model_type": "llama", **SIZES}))
     with pytest.raises(InputError) as caught:
         locks.pair_configs(recipe, lock, "lock")
     assert caught.value.what == "the target has no layer 7"
@@ -172,6 +172,13 @@ SIZES = {
     "num_attention_heads": 4,
     "vocab_size": 512,
 }
+
+
+def test_pair_configs_lock_of_another_source_is_refused(tmp_path: Path) -> None:
+    recipe = load(write_recipe(tmp_path))
+    with pytest.raises(InputError) as caught:
+        locks.pair_configs(recipe, Lock(recipe.digest(), TARGET), "lock")
+    assert caught.value.fix.endswith("tandem recipe lock pair")
 
 
 def test_relock_keeps_the_pins_of_a_changed_recipe(tmp_path: Path) -> None:

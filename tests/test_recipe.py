@@ -6,6 +6,9 @@ A line `#! <line> <key> | <part of what> | <part of fix>` in such a file is one 
 from __future__ import annotations
 
 import json
+import runpy
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -189,6 +192,18 @@ def test_schema_describes_every_key() -> None:
 def test_schema_knows_the_keys_of_files() -> None:
     assert set(schema()["properties"]) >= {field.alias or name for name, field in Recipe.model_fields.items()}
     assert "from" in schema()["$defs"]["Derive"]["properties"]
+
+
+def test_reference_page_is_what_the_schema_says() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "make_recipe_reference.py"))["reference"]()
+    assert (ROOT / "docs" / "recipe.md").read_text() == page, "run: python docs/make_recipe_reference.py"
+    assert "## `draft.derive`" in page
+
+
+def test_recipe_modules_import_no_torch() -> None:
+    code = "import sys, pipeline.plan, pipeline.lock, pipeline.recipe_check; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(("name", "least"), [("default", 60), ("pico", 10)])
