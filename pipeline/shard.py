@@ -1,15 +1,14 @@
 """Write each rank's weights: stream both checkpoints through a small window into one safetensors file a rank and model.
 
-Decides nothing about placement (the weight table and the plan do) and keeps no tensor: besides headers it holds `SLOTS`
-windows of `WINDOW_BYTES` as read and as stored (a window is at least one block of 32 rows). That is 4 x (16 + 32) MiB
-when bfloat16 is widened to float32, whatever the model's size.
+Decides nothing about placement (the weight table and the plan do) and keeps no tensor. Besides headers it holds `SLOTS`
+windows of `WINDOW_BYTES` (at least one block of 32 rows), as read and as stored: 8 x (4 + 8) MiB when bfloat16 is widened
+to float32, whatever the model's size.
 
     read (thread) -> convert, cut and pack (here, torch) -> write (thread) and hash (threads)
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
@@ -17,7 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -34,8 +33,9 @@ from pipeline.signature import EMBEDDING, OFFSET, PairShape, stored_weights
 from pipeline.sources import Checkpoint, weights
 from pipeline.sources.tensors import DTYPE_BYTES, Layout, TensorRef, layout
 
-WINDOW_BYTES = 16 << 20
-SLOTS = 4
+WINDOW_BYTES = 4 << 20
+SLOTS = 8
+FLUSH_BYTES = 64 << 20
 HASHERS = 4
 LARGE_BYTES = 2 << 30
 """Checkpoints from this size on are dropped from the page cache as they are read and written; smaller ones stay, since
@@ -137,14 +137,22 @@ def write_shards(
     total = sum(job.layout.size * job.copies for job in jobs)
     _check_space(out, sum(job.layout.size * len(job.ranks) for job in jobs))
     done, files = 0, []
-    for job in jobs:
-        try:
-            written = _write(job, out, _Meter(progress, done, total))
-        except OSError as error:
-            raise _explained(error, out) from error
-        done += job.layout.size * job.copies
-        files += written
+    with _one_thread():
+        for job in jobs:
+            files += _write(job, out, _Meter(progress, done, total))
+            done += job.layout.size * job.copies
     return files
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch copies with one thread: the others would spin while this pipeline reads, hashes and writes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -306,14 +314,21 @@ def _emit(window: Window, slot: _Slot, read: Future[None], packing: Packing, sin
     for part in window.parts:
         weight = whole if len(shape) == 1 else whole[:, part.first : part.last]
         packed = packing.packed_shape(tuple(weight.shape), window.spec.kind)
+        if packed == weight.shape and weight.dtype == dtype and weight.is_contiguous():
+            slot.using += sink.put(weight.view(torch.uint8).flatten().numpy().data, part.ranks)
+            continue
         end = start + math.prod(packed) * dtype.itemsize
         out = slot.stored[start:end].view(dtype).view(packed)
         packing.pack(weight, window.spec.kind, out)
-        if dtype == torch.float16 and not bool(out.isfinite().all()):
-            what = f"{window.spec.name} has values that float16 cannot hold"
-            raise SourceError(what, where=str(window.source.file), fix="use dtype: bfloat16 or float32")
+        _refuse_overflow(out, window)
         slot.using += sink.put(slot.stored[start:end].numpy().data, part.ranks)
         start = end
+
+
+def _refuse_overflow(stored: Tensor, window: Window) -> None:
+    if stored.dtype == torch.float16 and not bool(stored.isfinite().all()):
+        what = f"{window.spec.name} has values that float16 cannot hold"
+        raise SourceError(what, where=str(window.source.file), fix="use dtype: bfloat16 or float32")
 
 
 class _Reader:
@@ -351,6 +366,7 @@ class _Sink:
     def __init__(self, files: Sequence[IO[bytes]], stack: ExitStack, drop_cache: bool) -> None:
         self.written = 0
         self._files, self._drop_cache = files, drop_cache
+        self._started = [0 for _ in files]
         self._digests = [hashlib.sha256() for _ in files]
         self._writer = stack.enter_context(ThreadPoolExecutor(1, "write"))
         hashers = [stack.enter_context(ThreadPoolExecutor(1, "hash")) for _ in range(min(len(files), HASHERS))]
@@ -360,13 +376,19 @@ class _Sink:
         """Append to the files of some ranks; the futures are done when `data` may change."""
         self.written += len(data) * len(ranks)
         hashed = [self._hashers[rank].submit(self._digests[rank].update, data) for rank in ranks]
-        return [*hashed, *(self._writer.submit(self._write, self._files[rank], data) for rank in ranks)]
+        return [*hashed, *(self._writer.submit(self._write, rank, data) for rank in ranks)]
 
-    def _write(self, file: IO[bytes], data: bytes | memoryview) -> None:
+    def _write(self, rank: int, data: bytes | memoryview) -> None:
+        file = self._files[rank]
         file.write(data)
-        if self._drop_cache:
-            # On pages that are not on disk yet this starts writing them, so the final fsync has little left to do.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        end, start = file.tell(), self._started[rank]
+        if end - start < FLUSH_BYTES:
+            return
+        # Pages that are not on disk yet are not dropped by this: it starts writing them, so that the final fsync has
+        # little left to do. Those of earlier calls are on disk by now and would be dropped.
+        first = 0 if self._drop_cache else start
+        os.posix_fadvise(file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
+        self._started[rank] = end
 
     def finish(self) -> list[str]:
         """sha256 of each file, once all that was put has been hashed and written."""
@@ -383,11 +405,3 @@ def _check_space(out: Path, needed: int) -> None:
         what = f"{needed / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} GB are free"
         raise HostError(what, where=str(out), fix="free space, or build into a folder on another disk")
 
-
-def _explained(error: OSError, out: Path) -> Exception:
-    """A disk's failure as an error with a remedy; anything else as it is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return HostError("no space left for the weights", where=str(out), fix="free space and build again")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return HostError(f"cannot write: {error.strerror}", where=str(out), fix="build into a writable folder")
-    return error

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Packing(Protocol):
-    """A layout of weights. Packing a weight window by window, in windows of whole blocks of rows, packs the weight."""
+    """A layout of weights. Packing a weight window by window, in windows of whole blocks of rows, packs the weight.
+
+    A weight whose shape is kept is kept as it is.
+    """
 
     name: str
     """Goes into the shards' headers."""
