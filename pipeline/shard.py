@@ -1,8 +1,8 @@
 """Write each rank's weights: stream both checkpoints through a small window into one safetensors file a rank and model.
 
 Decides nothing about placement (the weight table and the plan do) and keeps no tensor. Besides headers it holds `SLOTS`
-windows of `WINDOW_BYTES` (at least one block of 32 rows), as read and as stored: 8 x (4 + 8) MiB when bfloat16 is widened
-to float32, whatever the model's size.
+windows of `WINDOW_BYTES` (at least one block of 32 rows), as read and as stored: 8 x (4 + 8) MiB when bfloat16 becomes
+float32, whatever the model's size.
 
     read (thread) -> convert, cut and pack (here, torch) -> write (thread) and hash (threads)
 """
