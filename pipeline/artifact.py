@@ -1,28 +1,49 @@
 """The artifact: a directory whose manifest lists every file. Reading, verifying, comparing. Imports no torch.
 
-Paths in a manifest are never trusted; nothing outside the directory is ever opened; links are refused.
+Paths in a manifest are never trusted, nothing outside the directory is opened, and links are refused. Signatures are
+not checked here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import ArtifactError
-from pipeline.files import digest_file, safe_relative
+from pipeline.errors import ArtifactError, InputError
+from pipeline.files import FileDigest, safe_relative, sha256_file
 from pipeline.plan import GraphSpec
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+HASHERS = 4
+ABOUT_THE_BUILD = ("provenance.json", "reports/*", "signature")
+"""Files that tell of one build, and are not part of what the artifact is."""
+
+ISA_ORDER = ("default", "avx2", "avx512")
+LOADED_WITH = ("torch", "cuda", "neuronx-cc", "neuronx-distributed")
+"""Parts of a toolchain that loading needs too, in the same major.minor; the others only compiled."""
+
+AGAIN = "pull or build the artifact again"
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
+Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
 
 Progress = Callable[[int, int], None]
-"""Called with bytes checked and bytes in all."""
+"""Called with bytes done and bytes in all, by one thread at a time."""
+
+
+def silent(done: int, total: int) -> None:
+    """A `Progress` that shows nothing."""
 
 
 class Part(BaseModel):
@@ -39,8 +60,9 @@ class FileEntry(Part):
 
 
 class GraphEntry(Part):
-    """A graph and the key it was compiled under."""
+    """A graph, the key it was compiled under, and its files."""
 
+    name: str
     phase: Literal["prefill", "decode", "speculate", "score"]
     batch: int
     tokens: int
@@ -49,12 +71,22 @@ class GraphEntry(Part):
     sampling: Literal["greedy", "stochastic"]
     model: Literal["pair", "target", "draft"]
     key: str
+    file: str
+    io: str
 
     def spec(self) -> GraphSpec:
         """The graph's bucket."""
         return GraphSpec(
             self.phase, self.batch, self.tokens, self.kv, self.draft_tokens, self.sampling, self.model
         )  # fmt: skip
+
+
+class ShardEntry(Part):
+    """One rank's weights of one model."""
+
+    model: Literal["target", "draft"]
+    rank: int
+    file: str
 
 
 class ShapesEntry(Part):
@@ -69,8 +101,8 @@ class Manifest(Part):
     """`manifest.json`."""
 
     schema_version: Literal[1] = 1
-    name: str
-    version: str
+    name: Name
+    version: Version
     created: str
     recipe_digest: str
     lock_digest: str
@@ -85,8 +117,19 @@ class Manifest(Part):
     candidates: int | None
     eos_ids: tuple[int, ...]
     graphs: tuple[GraphEntry, ...]
+    shards: tuple[ShardEntry, ...]
     files: dict[str, FileEntry]
     validation: dict[str, Any] | None = None
+
+    @property
+    def passed(self) -> bool | None:
+        """Verdict of the gates; None before they ran."""
+        return None if self.validation is None else self.validation.get("passed") is True
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(entry.size for entry in self.files.values())
 
 
 @dataclass(frozen=True)
@@ -102,85 +145,43 @@ def read(root: Path) -> Artifact:
 
     Raises:
         ArtifactError: none here, another schema version, or an unsafe path in it.
+
     """
     path = root / MANIFEST
     try:
-        data = json.loads(path.read_bytes())
-        version = data.get("schema_version")
-    except (OSError, ValueError, AttributeError) as error:
-        what = "no artifact here" if isinstance(error, FileNotFoundError) else f"unreadable manifest: {error}"
+        if path.is_symlink():
+            raise ArtifactError("the manifest is a link", where=str(path), fix=AGAIN)
+        data = path.read_bytes()
+    except OSError as error:
+        what = "no artifact here" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
         raise ArtifactError(what, where=str(path), fix="name the directory that `tandem build` printed") from error
-    if version != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"schema_version {version!r}, this Tandem reads {SCHEMA_VERSION}", where=str(path), fix="use a matching version"
-        )
+    return Artifact(root, parse(data, str(path)))
+
+
+def parse(data: bytes, where: str) -> Manifest:
+    """Manifest from its bytes.
+
+    Raises:
+        ArtifactError: damaged, of another schema version, or with paths that could leave the directory.
+
+    """
     try:
-        manifest = Manifest.model_validate_json(json.dumps(data))
+        version = json.loads(data).get("schema_version")
+    except (ValueError, AttributeError) as error:
+        raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
+    if version != SCHEMA_VERSION:
+        what = f"schema_version {version!r}, this Tandem reads {SCHEMA_VERSION}"
+        raise ArtifactError(what, where=where, fix="use the version of Tandem that it was built with")
+    try:
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{place}: {first['msg']}", where=str(path), fix="pull or build the artifact again") from error
-    for name in manifest.files:
-        safe_relative(name, str(path))
-    return Artifact(root, manifest)
-
-
-def verify(root: Path, progress: Progress = lambda done, total: None) -> Artifact:
-    """Check every file's size and sha256, and that nothing is missing or extra.
-
-    Raises:
-        ArtifactError: the first kind of fault, naming each path and both values.
-    """
-    artifact = read(root)
-    found = {p.relative_to(root).as_posix(): p for p in _walk(root)}
-    found.pop(MANIFEST, None)
-    faults = [f"{name}: a link" for name, path in found.items() if path.is_symlink()]
-    faults += [f"{name}: missing" for name in artifact.manifest.files.keys() - found.keys()]
-    faults += [f"{name}: not in the manifest" for name in found.keys() - artifact.manifest.files.keys()]
-    total, done = sum(entry.size for entry in artifact.manifest.files.values()), 0
-    for name, entry in artifact.manifest.files.items() if not faults else ():
-        faults += _compare(name, found[name], entry)
-        done += entry.size
-        progress(done, total)
+        raise ArtifactError(f"{place}: {first['msg']}", where=where, fix=AGAIN) from error
+    faults = list(_path_faults(manifest, where))
     if faults:
-        raise ArtifactError("; ".join(sorted(faults)), where=str(root), fix="pull or build the artifact again")
-    return artifact
-
-
-def check_host(manifest: Manifest, host: Mapping[str, str]) -> None:
-    """Refuse an artifact made for another machine.
-
-    `host` is what this machine has, in the words of `requires`; `isa` is satisfied by a larger instruction set.
-
-    Raises:
-        ArtifactError: names each field with both values.
-    """
-    order = {"default": 0, "avx2": 1, "avx512": 2}
-    faults = []
-    for field, needed in manifest.requires.items():
-        have = host.get(field, "nothing")
-        if field == "isa" and needed in order and have in order and order[have] >= order[needed]:
-            continue
-        if have != needed:
-            faults.append(f"{field}: the artifact needs {needed}, this host has {have}")
-    if faults:
-        raise ArtifactError("; ".join(faults), where=manifest.name, fix="pull the variant for this host, or build here")
-
-
-def diff(first: Manifest, second: Manifest) -> dict[str, Any]:
-    """What differs between two artifacts: fields with both values, files added, removed, changed."""
-    a, b = first.model_dump(mode="json"), second.model_dump(mode="json")
-    skip = {"files", "created", "version"}
-    changed = {k: {"from": a[k], "to": b[k]} for k in a if k not in skip and a[k] != b[k]}
-    both = a["files"].keys() & b["files"].keys()
-    return {
-        "fields": changed,
-        "files": {
-            "added": sorted(b["files"].keys() - a["files"].keys()),
-            "removed": sorted(a["files"].keys() - b["files"].keys()),
-            "changed": sorted(name for name in both if a["files"][name] != b["files"][name]),
-        },
-    }
+        raise ArtifactError("; ".join(faults), where=where, fix="do not use this artifact")
+    return manifest
 
 
 def dump(manifest: Manifest) -> bytes:
@@ -188,19 +189,183 @@ def dump(manifest: Manifest) -> bytes:
     return json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _walk(root: Path) -> list[Path]:
-    found = []
-    for folder, folders, names in os.walk(root):
-        links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        found += [Path(folder) / name for name in [*names, *links]]
-    return found
+def content_digest(manifest: Manifest) -> str:
+    """sha256 of what an artifact is and does: not of when it was built, what its version is, or how its gates went.
+
+    Two builds of the same inputs have the same content digest.
+    """
+    data = manifest.model_dump(mode="json", exclude={"version", "created", "validation"})
+    data["files"] = {name: entry for name, entry in data["files"].items() if not _matches(name, ABOUT_THE_BUILD)}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _compare(name: str, path: Path, entry: FileEntry) -> list[str]:
+def select(manifest: Manifest, only: Sequence[str] | None) -> dict[str, FileEntry]:
+    """Files that match one of the patterns (`weights/*/rank-0-*`); all where there are none."""
+    return {name: entry for name, entry in manifest.files.items() if only is None or _matches(name, only)}
+
+
+def verify(root: Path, progress: Progress = silent, *, only: Sequence[str] | None = None) -> Artifact:
+    """Check every file's size and sha256, and that nothing is missing or extra; with `only`, of a part that was pulled.
+
+    Raises:
+        ArtifactError: every fault, naming each path and both values.
+
+    """
+    artifact = read(root)
+    listed = select(artifact.manifest, only)
+    found = {path.relative_to(root).as_posix(): path for path in _walk(root)}
+    found.pop(MANIFEST, None)
+    faults = [f"{name}: missing" for name in listed.keys() - found.keys()]
+    faults += [f"{name}: not in the manifest" for name in found.keys() - listed.keys()]
+    faults += [f"{name}: {kind}" for name, path in found.items() if (kind := _odd_kind(path))]
+    sound = {name: entry for name, entry in listed.items() if name in found and not _odd_kind(found[name])}
+    faults += differences(root, sound, progress)
+    if faults:
+        raise ArtifactError("; ".join(sorted(faults)), where=str(root), fix=AGAIN)
+    return artifact
+
+
+def difference(path: Path, entry: FileEntry | FileDigest) -> str | None:
+    """How a file differs from what it should be, with both values; None if it does not."""
     size = path.stat().st_size
     if size != entry.size:
-        return [f"{name}: {size} bytes, the manifest says {entry.size}"]
-    sha256 = digest_file(path).sha256
+        return f"{size} bytes, should be {entry.size}"
+    sha256 = sha256_file(path)
     if sha256 != entry.sha256:
-        return [f"{name}: sha256 {sha256[:12]}..., the manifest says {entry.sha256[:12]}..."]
-    return []
+        return f"sha256 {sha256}, should be {entry.sha256}"
+    return None
+
+
+def check_host(
+    manifest: Manifest, host: Mapping[str, str], *, toolchain: Mapping[str, str] | None = None, ranks: int | None = None
+) -> None:  # fmt: skip
+    """Refuse an artifact made for another machine.
+
+    `host` is what this machine has, in the words of `requires`; `isa` is satisfied by a larger instruction set.
+    `toolchain` and `ranks` are checked where they are given.
+
+    Raises:
+        ArtifactError: names each field with both values.
+
+    """
+    faults = [
+        f"{field}: the artifact needs {needed}, this host has {host.get(field, 'none')}"
+        for field, needed in manifest.requires.items()
+        if not _satisfies(field, needed, host.get(field))
+    ]
+    if ranks is not None and ranks != manifest.tensor:
+        faults.append(f"tensor: the artifact needs {manifest.tensor} ranks, there are {ranks}")
+    for field in ("backend", *LOADED_WITH):
+        built, here = manifest.toolchain.get(field), (toolchain or {}).get(field)
+        if toolchain is not None and built is not None and _minor(built) != _minor(here):
+            faults.append(f"toolchain.{field}: built with {built}, this host has {here or 'none'}")
+    if faults:
+        where = f"{manifest.name}@{manifest.version}"
+        raise ArtifactError("; ".join(faults), where=where, fix="pull the variant for this host, or build here")
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to replace a directory that holds anything but an artifact.
+
+    Raises:
+        InputError: names the directory.
+
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise InputError("this folder holds something else than an artifact", where=str(out), fix="name a new folder")
+
+
+def diff(first: Manifest, second: Manifest) -> dict[str, Any]:
+    """What differs between two artifacts.
+
+    `fields`: dotted name to both values. `files`: names added, removed and changed, by top folder (`graphs`, `weights`,
+    `tokenizer`, `reports`; `other` at the top).
+    """
+    skip = {"files", "graphs", "shards"}
+    a, b = (_flat(m.model_dump(mode="json", exclude=skip)) for m in (first, second))
+    fields = {k: {"from": a.get(k), "to": b.get(k)} for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+    files: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(first.files.keys() | second.files.keys()):
+        old, new = first.files.get(name), second.files.get(name)
+        if old != new:
+            kind = "added" if old is None else "removed" if new is None else "changed"
+            top = name.partition("/")[0] if "/" in name else "other"
+            files.setdefault(top, {}).setdefault(kind, []).append(name)
+    return {"fields": fields, "files": files}
+
+
+def compare(first: Artifact, second: Artifact) -> dict[str, Any]:
+    """As `diff`, and `recipe`: the recipe's keys that differ, with both values. Reads the recipes, nothing else."""
+    from pipeline.yaml_lines import read as read_yaml
+
+    a, b = (_flat(read_yaml(one.root / "recipe.yaml").data) for one in (first, second))
+    keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    recipe = {key: {"from": a.get(key), "to": b.get(key)} for key in keys}
+    return {"recipe": recipe, **diff(first.manifest, second.manifest)}
+
+
+def _path_faults(manifest: Manifest, where: str) -> Iterator[str]:
+    names = manifest.files.keys()
+    for name in names:
+        try:
+            parents = {parent.as_posix() for parent in safe_relative(name, where).parents}
+        except ArtifactError as error:
+            yield error.what
+            continue
+        if name == MANIFEST or parents & names:
+            yield f"path {name!r} is also the manifest, or lies inside a file"
+    used = [path for graph in manifest.graphs for path in (graph.file, graph.io)] + [s.file for s in manifest.shards]
+    for name in used:
+        if name not in names:
+            yield f"path {name!r} is used but not listed in files"
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Everything below `root` that is not a plain folder; links are not followed."""
+    for folder, folders, names in os.walk(root):
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        yield from (Path(folder) / name for name in [*names, *links])
+
+
+def _odd_kind(path: Path) -> str | None:
+    mode = path.lstat().st_mode
+    if stat.S_ISREG(mode):
+        return None
+    return f"a link to {path.readlink()}" if stat.S_ISLNK(mode) else "not a plain file"
+
+
+def differences(root: Path, listed: Mapping[str, FileEntry], progress: Progress = silent) -> list[str]:
+    """Hash in threads, the largest first: hashlib lets go of the interpreter."""
+    total, done, faults = sum(entry.size for entry in listed.values()), 0, []
+    with ThreadPoolExecutor(HASHERS, "verify") as pool:
+        order = sorted(listed, key=lambda name: -listed[name].size)
+        running = {pool.submit(difference, root / name, listed[name]): name for name in order}
+        for future in as_completed(running):
+            name = running[future]
+            if what := future.result():
+                faults.append(f"{name}: {what}")
+            done += listed[name].size
+            progress(done, total)
+    return faults
+
+
+def _satisfies(field: str, needed: str, have: str | None) -> bool:
+    if field == "isa" and needed in ISA_ORDER and have in ISA_ORDER:
+        return ISA_ORDER.index(have) >= ISA_ORDER.index(needed)
+    return have == needed
+
+
+def _minor(version: str | None) -> list[str] | None:
+    return None if version is None else version.split("+")[0].split(".")[:2]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(data, Mapping):
+        return {prefix: data}
+    parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in data.items())
+    return {key: value for part in parts for key, value in part.items()}

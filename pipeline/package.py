@@ -1,24 +1,39 @@
-"""Compiled graphs + shards + tokenizer + recipe and lock -> an artifact directory, complete or not there at all."""
+"""Compiled graphs + shards + tokenizer + recipe and lock -> an artifact directory, complete or not there at all.
+
+Compiles nothing and judges nothing: reports come later, from validation, through `add_reports`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from pipeline.artifact import MANIFEST, Artifact, FileEntry, GraphEntry, Manifest, ShapesEntry, dump, read
+from pipeline import lock as locks
+from pipeline.artifact import (
+    MANIFEST,
+    Artifact,
+    FileEntry,
+    GraphEntry,
+    Manifest,
+    ShapesEntry,
+    ShardEntry,
+    check_replaceable,
+    content_digest,
+    differences,
+    dump,
+    read,
+)
 from pipeline.cache import Cache
 from pipeline.errors import HostError
-from pipeline.files import atomic_dir, digest_file, link_or_copy, write_atomic
-from pipeline.lock import Lock, digest
+from pipeline.files import FileDigest, atomic_dir, digest_file, link_or_copy, remove
 from pipeline.signature import signature
 
 if TYPE_CHECKING:
@@ -28,104 +43,178 @@ if TYPE_CHECKING:
     from pipeline.shard import ShardFile
     from pipeline.sources import Checkpoint
 
+VERSION_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What goes into an artifact. Shard paths are relative to `weights`."""
+
+    plan: Plan
+    backend: Backend
+    lock: locks.Lock
+    compiled: Sequence[Compiled]
+    shards: Sequence[ShardFile]
+    weights: Path
+    target: Checkpoint
+    cache: Cache
+
 
 def package(
-    out: Path, plan: Plan, backend: Backend, lock: Lock, compiled: Sequence[Compiled],
-    shards: Sequence[ShardFile], weights: Path, target: Checkpoint, cache: Path,
-) -> Artifact:  # fmt: skip
-    """Assemble the artifact aside and put it in the place of `out` in one step. Large files are hard-linked.
+    out: Path,
+    plan: Plan,
+    backend: Backend,
+    lock: locks.Lock,
+    compiled: Sequence[Compiled],
+    shards: Sequence[ShardFile],
+    weights: Path,
+    target: Checkpoint,
+    cache: Path,
+) -> Artifact:
+    """Assemble the artifact aside and put it in the place of `out` in one step. Graphs and shards are hard-linked.
 
     Raises:
-        HostError: no space, or a cached graph vanished meanwhile.
-    """
+        HostError: no space, or a cached graph or shard vanished or is damaged.
+        InputError: `out` holds something else.
+
+    """  # fmt: skip
+    check_replaceable(out)
+    parts = _Parts(plan, backend, lock, compiled, shards, weights, target, Cache(cache))
     with atomic_dir(out) as folder:
+        known = dict(_add_shards(folder, parts))
         for one in compiled:
-            _add_graph(folder, one, plan, backend, Cache(cache))
-        known = {}
-        for shard in shards:
-            link_or_copy(weights / shard.path, folder / shard.path)
-            known[shard.path.as_posix()] = FileEntry(sha256=shard.sha256, size=shard.size)
+            _add_graph(folder, one, parts)
         for name in target.tokenizer_files:
-            link_or_copy((target.root / name).resolve(), folder / "tokenizer" / name)
-        _add_texts(folder, plan, backend, lock)
-        (folder / MANIFEST).write_bytes(dump(_manifest(folder, plan, backend, lock, compiled, known)))
+            place = folder / "tokenizer" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(target.root / name, place)  # a link would follow later edits of the checkpoint
+        _add_texts(folder, parts)
+        (folder / MANIFEST).write_bytes(dump(_manifest(_digests(folder, known), parts)))
     return read(out)
 
 
 def add_reports(root: Path, reports: Mapping[str, bytes], summary: dict[str, Any]) -> Artifact:
-    """Write `reports/<name>` and the validation summary into an artifact; the manifest goes last."""
+    """Put `reports/<name>` and the validation summary into an artifact: all of them appear in one step.
+
+    Raises:
+        HostError: no space, read-only or forbidden.
+
+    """
     manifest = read(root).manifest
-    files = dict(manifest.files)
-    for name, data in reports.items():
-        write_atomic(root / "reports" / name, data)
-        files[f"reports/{name}"] = FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-    write_atomic(root / MANIFEST, dump(manifest.model_copy(update={"files": files, "validation": summary})))
-    return read(root)
+    added = {f"reports/{name}": data for name, data in reports.items()}
+    entries = {name: _entry(FileDigest(hashlib.sha256(data).hexdigest(), len(data))) for name, data in added.items()}
+    new = manifest.model_copy(update={"files": {**manifest.files, **entries}, "validation": summary})
+    with atomic_dir(root) as folder:
+        for name in manifest.files.keys() - added.keys():
+            link_or_copy(root / name, folder / name)
+        (folder / "reports").mkdir(exist_ok=True)
+        for name, data in added.items():
+            (folder / name).write_bytes(data)
+        (folder / MANIFEST).write_bytes(dump(new))
+    return Artifact(root, new)
 
 
-def _add_graph(folder: Path, one: Compiled, plan: Plan, backend: Backend, cache: Cache) -> None:
-    stored = cache.get(one.key)
+def _add_shards(folder: Path, parts: _Parts) -> Iterator[tuple[str, FileEntry]]:
+    """Link the shards. They may be of an earlier build, and edits of its artifact reach them, so they are checked."""
+    expected = {shard.path.as_posix(): FileEntry(sha256=shard.sha256, size=shard.size) for shard in parts.shards}
+    try:
+        faults = differences(parts.weights, expected)
+    except FileNotFoundError as error:
+        faults = [f"{error.filename}: missing"]
+    if faults:
+        remove(parts.weights)
+        what = f"cached shards were damaged and are removed: {'; '.join(faults)}"
+        raise HostError(what, where=str(parts.weights), fix="run the build again")
+    for name, entry in expected.items():
+        link_or_copy(parts.weights / name, folder / name)
+        yield name, entry
+
+
+def _add_graph(folder: Path, one: Compiled, parts: _Parts) -> None:
+    stored = parts.cache.get(one.key)
     if stored is None:
-        raise HostError("a compiled graph vanished from the cache", where=one.spec.name, fix="run the build again")
+        what = "a compiled graph vanished from the cache, or was damaged"
+        raise HostError(what, where=one.spec.name, fix="run the build again")
     place = folder / "graphs" / one.spec.name
-    link_or_copy(stored, place / backend.graph_file)
-    io = signature(one.spec, plan.pair, backend.packing).to_json()
-    (place / "io.json").write_text(json.dumps(io, sort_keys=True))
-    (place / "flags.json").write_text(json.dumps(backend.flags(), sort_keys=True))
+    link_or_copy(stored, place / parts.backend.graph_file)
+    _write_json(place / "io.json", signature(one.spec, parts.plan.pair, parts.backend.packing).to_json())
+    _write_json(place / "flags.json", parts.backend.flags())
 
 
-def _add_texts(folder: Path, plan: Plan, backend: Backend, lock: Lock) -> None:
-    recipe = plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    (folder / "recipe.lock").write_text(json.dumps(asdict(lock), indent=1, sort_keys=True))
+def _add_texts(folder: Path, parts: _Parts) -> None:
+    (folder / "recipe.yaml").write_text(parts.plan.recipe.to_yaml())
+    locks.write(folder / "recipe.lock", parts.lock)
+    sources = {"target": parts.lock.target, "draft": parts.lock.draft}
     provenance = {
-        "recipe_digest": _recipe_digest(plan),
-        "lock_digest": digest(lock),
-        "toolchain": backend.toolchain().as_dict(),
+        "recipe_digest": parts.plan.recipe.digest(),
+        "lock_digest": locks.digest(parts.lock),
+        "toolchain": parts.backend.toolchain().as_dict(),
+        "inputs": {role: asdict(source) for role, source in sources.items() if source is not None},
         "source_commit": _commit(),
     }
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
+    _write_json(folder / "provenance.json", provenance)
 
 
-def _manifest(
-    folder: Path, plan: Plan, backend: Backend, lock: Lock, compiled: Sequence[Compiled], known: dict[str, FileEntry]
-) -> Manifest:
-    recipe = plan.recipe
-    files = known | {
-        path.relative_to(folder).as_posix(): FileEntry(**asdict(digest_file(path)))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() not in known
-    }
-    content = json.dumps({name: entry.sha256 for name, entry in sorted(files.items()) if name != "provenance.json"})
-    return Manifest(
+def _manifest(files: dict[str, FileEntry], parts: _Parts) -> Manifest:
+    recipe, backend = parts.plan.recipe, parts.backend
+    manifest = Manifest(
         name=recipe.name,
-        version=hashlib.sha256(content.encode()).hexdigest()[:12],
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(float(os.environ.get("SOURCE_DATE_EPOCH") or time.time()))),
-        recipe_digest=_recipe_digest(plan),
-        lock_digest=digest(lock),
+        version="unversioned",
+        created=_created(),
+        recipe_digest=recipe.digest(),
+        lock_digest=locks.digest(parts.lock),
         toolchain=backend.toolchain().as_dict(),
         backend=recipe.backend.model_dump(),
         requires=backend.requires(),
-        tensor=plan.pair.tp,
+        tensor=parts.plan.pair.tp,
         dtype=recipe.target.dtype,
         shapes=ShapesEntry(**recipe.shapes.model_dump()),
         draft_tokens=recipe.speculation.draft_tokens,
         sampling=recipe.speculation.sampling,
         candidates=recipe.speculation.candidates,
-        eos_ids=plan.pair.target.eos_ids,
-        graphs=tuple(GraphEntry(**asdict(one.spec), key=one.key) for one in compiled),
+        eos_ids=parts.plan.pair.target.eos_ids,
+        graphs=tuple(_graph_entry(one, backend.graph_file) for one in parts.compiled),
+        shards=tuple(_shard_entry(one) for one in parts.shards),
         files=files,
     )
+    return manifest.model_copy(update={"version": content_digest(manifest)[:VERSION_LENGTH]})
 
 
-def _recipe_digest(plan: Plan) -> str:
-    return hashlib.sha256(plan.recipe.model_dump_json(by_alias=True).encode()).hexdigest()
+def _graph_entry(one: Compiled, graph_file: str) -> GraphEntry:
+    name = one.spec.name
+    paths = {"file": f"graphs/{name}/{graph_file}", "io": f"graphs/{name}/io.json"}
+    return GraphEntry.model_validate({"name": name, "key": one.key, **paths, **asdict(one.spec)})
+
+
+def _shard_entry(one: ShardFile) -> ShardEntry:
+    return ShardEntry.model_validate({"model": one.model, "rank": one.rank, "file": one.path.as_posix()})
+
+
+def _digests(folder: Path, known: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
+    """Every file of the artifact; those that are known are not read again."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: known[name] if name in known else _entry(digest_file(path)) for name, path in names.items()}
+
+
+def _entry(digest: FileDigest) -> FileEntry:
+    return FileEntry(sha256=digest.sha256, size=digest.size)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+
+
+def _created() -> str:
+    """Now, or the time that a reproducible build is told to claim (reproducible-builds.org/specs/source-date-epoch)."""
+    seconds = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _commit() -> str:
-    """The commit that is built from, if this is a checkout."""
+    """The commit of this package, if it runs from a checkout; `-dirty` when that was edited."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return out.stdout.strip()

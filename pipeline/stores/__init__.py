@@ -1,0 +1,1 @@
+"""Where releases live: one contract (`base`), one file for each kind of registry."""
