@@ -9,13 +9,11 @@ float32, whatever the model's size.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,14 +30,12 @@ from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_shape, 
 from pipeline.signature import EMBEDDING, OFFSET, PairShape, stored_weights
 from pipeline.sources import Checkpoint, weights
 from pipeline.sources.tensors import DTYPE_BYTES, Layout, TensorRef, layout
+from pipeline.streams import Reader, Sink
 
 WINDOW_BYTES = 4 << 20
 SLOTS = 8
-FLUSH_BYTES = 64 << 20
-HASHERS = 4
-LARGE_BYTES = 2 << 30
-"""Checkpoints from this size on are dropped from the page cache as they are read and written; smaller ones stay, since
-validation is about to read them again."""
+LARGE_BYTES = 1 << 30
+"""Shards from this size on pass by the page cache; smaller ones stay in it, since validation is about to read them."""
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}
 TORCH = {
@@ -120,7 +116,12 @@ def shard_path(out: Path, model: str, rank: int, ranks: int) -> Path:
 
 
 def write_shards(
-    pair: PairShape, target: Checkpoint, draft: Checkpoint, out: Path, *, packing: Packing,
+    pair: PairShape,
+    target: Checkpoint,
+    draft: Checkpoint,
+    out: Path,
+    *,
+    packing: Packing,
     progress: Progress | None = None,
 ) -> list[ShardFile]:
     """Write `weights/{target,draft}/rank-<r>-of-<n>.safetensors` under `out`, each atomically.
@@ -282,14 +283,15 @@ def _stream(job: _Job, files: Sequence[IO[bytes]], progress: _Meter) -> list[str
     slots = [_Slot(torch.empty(read, dtype=torch.uint8), torch.empty(stored, dtype=torch.uint8)) for _ in range(SLOTS)]
     large = job.layout.size * len(files) >= LARGE_BYTES
     with ExitStack() as stack:
-        reader = _Reader(stack, large)
-        sink = _Sink(files, stack, large)
+        reader = Reader(stack, drop_cache=large)
+        sink = Sink(files, stack, direct=large)
         slots[0].using += sink.put(job.layout.header, range(len(files)))
         waiting: deque[tuple[Window, _Slot, Future[None]]] = deque()
         for number, window in enumerate(job.windows):
             slot = slots[number % SLOTS]
             slot.wait()
-            waiting.append((window, slot, reader.start(window, slot.read)))
+            buffer = slot.read[: window.read_bytes].numpy().data
+            waiting.append((window, slot, reader.start(window.source, buffer)))
             if len(waiting) == SLOTS // 2:
                 _emit(*waiting.popleft(), job.packing, sink)
                 progress(sink.written)
@@ -305,7 +307,7 @@ def _stream(job: _Job, files: Sequence[IO[bytes]], progress: _Meter) -> list[str
     return digests
 
 
-def _emit(window: Window, slot: _Slot, read: Future[None], packing: Packing, sink: _Sink) -> None:
+def _emit(window: Window, slot: _Slot, read: Future[None], packing: Packing, sink: Sink) -> None:
     """Convert, cut and pack a window that has been read, and hand it to the files."""
     read.result()
     shape = (window.rows, *window.spec.shape[1:])
@@ -331,77 +333,9 @@ def _refuse_overflow(stored: Tensor, window: Window) -> None:
         raise SourceError(what, where=str(window.source.file), fix="use dtype: bfloat16 or float32")
 
 
-class _Reader:
-    """Reads windows ahead, in a thread of its own."""
-
-    def __init__(self, stack: ExitStack, drop_cache: bool) -> None:
-        self._stack, self._drop_cache = stack, drop_cache
-        self._open: dict[Path, IO[bytes]] = {}
-        self._pool = stack.enter_context(ThreadPoolExecutor(1, "read"))
-
-    def start(self, window: Window, buffer: Tensor) -> Future[None]:
-        """Read a window into the buffer; what lies past the tensor's end is zero."""
-        return self._pool.submit(self._read, window, buffer[: window.read_bytes].numpy().data)
-
-    def _read(self, window: Window, buffer: memoryview) -> None:
-        source = window.source
-        if source.file not in self._open:
-            self._open[source.file] = self._stack.enter_context(source.file.open("rb"))
-        descriptor, done = self._open[source.file].fileno(), 0
-        while done < source.nbytes:
-            count = os.preadv(descriptor, [buffer[done : source.nbytes]], source.offset + done)
-            if not count:
-                fix = "delete this file and download the checkpoint again"
-                raise SourceError(f"file ends inside {window.spec.name}", where=str(source.file), fix=fix)
-            done += count
-        if done < len(buffer):
-            buffer[done:] = bytes(len(buffer) - done)
-        if self._drop_cache:
-            os.posix_fadvise(descriptor, source.offset, source.nbytes, os.POSIX_FADV_DONTNEED)
-
-
-class _Sink:
-    """Files that are written in order by one thread and hashed by others (hashlib releases the lock)."""
-
-    def __init__(self, files: Sequence[IO[bytes]], stack: ExitStack, drop_cache: bool) -> None:
-        self.written = 0
-        self._files, self._drop_cache = files, drop_cache
-        self._started = [0 for _ in files]
-        self._digests = [hashlib.sha256() for _ in files]
-        self._writer = stack.enter_context(ThreadPoolExecutor(1, "write"))
-        hashers = [stack.enter_context(ThreadPoolExecutor(1, "hash")) for _ in range(min(len(files), HASHERS))]
-        self._hashers = [hashers[i % len(hashers)] for i in range(len(files))]
-
-    def put(self, data: bytes | memoryview, ranks: Sequence[int]) -> list[Future[None]]:
-        """Append to the files of some ranks; the futures are done when `data` may change."""
-        self.written += len(data) * len(ranks)
-        hashed = [self._hashers[rank].submit(self._digests[rank].update, data) for rank in ranks]
-        return [*hashed, *(self._writer.submit(self._write, rank, data) for rank in ranks)]
-
-    def _write(self, rank: int, data: bytes | memoryview) -> None:
-        file = self._files[rank]
-        file.write(data)
-        end, start = file.tell(), self._started[rank]
-        if end - start < FLUSH_BYTES:
-            return
-        # Pages that are not on disk yet are not dropped by this: it starts writing them, so that the final fsync has
-        # little left to do. Those of earlier calls are on disk by now and would be dropped.
-        first = 0 if self._drop_cache else start
-        os.posix_fadvise(file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
-        self._started[rank] = end
-
-    def finish(self) -> list[str]:
-        """sha256 of each file, once all that was put has been hashed and written."""
-        last = [pool.submit(lambda: None) for pool in (self._writer, *self._hashers)]
-        for future in last:
-            future.result()
-        return [digest.hexdigest() for digest in self._digests]
-
-
 def _check_space(out: Path, needed: int) -> None:
     folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
         what = f"{needed / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} GB are free"
         raise HostError(what, where=str(out), fix="free space, or build into a folder on another disk")
-

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from pipeline.backends.packing import BlockPacking
+from pipeline.files import sha256_file
 from pipeline.models import config_of
 from pipeline.models.weights import weight_specs
 from pipeline.shard import write_shards
@@ -56,9 +57,10 @@ def main(work: Path) -> None:
     target = resolve("model", base=work, cache=work / "cache")
     draft = derive(target, (0,))
     pair = PairShape(target.config, draft.config, "bfloat16", "bfloat16", 1, True, rows=1, length=64, candidates=None)
-    write_shards(pair, target, draft, work / "out", packing=BlockPacking())
+    shards = write_shards(pair, target, draft, work / "out", packing=BlockPacking())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sys.stdout.write(json.dumps({"checkpoint_bytes": size, "peak_bytes": peak}))
+    intact = all(sha256_file(shard.path) == shard.sha256 for shard in shards)
+    sys.stdout.write(json.dumps({"checkpoint_bytes": size, "peak_bytes": peak, "intact": intact}))
 
 
 if __name__ == "__main__":

@@ -257,5 +257,6 @@ def test_write_shards_memory_is_bounded_for_a_checkpoint_of_8_gb(tmp_path: Path)
         report = json.loads(done.stdout)
         assert report["checkpoint_bytes"] > 8e9
         assert report["peak_bytes"] < 1 << 30, report
+        assert report["intact"]
     finally:
         shutil.rmtree(tmp_path)
