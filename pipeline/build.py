@@ -78,6 +78,7 @@ def build(recipe: Recipe | Path, out: Path | None = None, **options: Any) -> Art
 
     Raises:
         TandemError: wrong input, a missing tool, or a failed gate; what is finished stays cached.
+
     """
     base = Path("recipes")
     if isinstance(recipe, Path):
@@ -135,10 +136,8 @@ def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
 
     logs = request.cache / "logs" / request.recipe.name
     settings = request.recipe.backend.model_dump()
-    jobs = [
-        Job(spec, plan.pair, settings, str(request.cache), str(logs / f"{spec.name}.log")) for spec in plan.graphs
-    ]
-    workers = request.workers or worker_count(GRAPH_MEMORY_BYTES, len(jobs))
+    jobs = [Job(spec, plan.pair, settings, str(request.cache), str(logs / f"{spec.name}.log")) for spec in plan.graphs]
+    workers = request.workers or worker_count(max(plan.compile_memory(spec) for spec in plan.graphs), len(jobs))
     request.say(f"compile: {len(jobs)} graphs, {workers} at a time; logs in {logs}")
     left = {spec.name: plan.compile_seconds(spec) for spec in plan.graphs}
 
@@ -150,10 +149,6 @@ def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
         request.say(f"  {one.spec.name}: {how}{remaining}")
 
     return compile_all(jobs, workers, done)
-
-
-GRAPH_MEMORY_BYTES = 3 << 30
-"""Memory to allow for one compile worker; its peak on a 30-layer fused graph is below this."""
 
 
 def _shard(
@@ -238,5 +233,3 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "none"
-
-

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, render. The only file that prints or exits. Imports no torch by itself."""
+"""The command line: parse, call one function, render. The only file that prints or exits. Imports no torch itself."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ def render(error: TandemError) -> None:
 @click.pass_context
 def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """Compile a target LLM and its draft in tandem: one recipe in, one validated artifact out."""
-    ctx.obj = {"verbose": verbose, "say": (lambda line: None) if quiet else _say}
+    ctx.obj = {"verbose": verbose, "say": _silent if quiet else _say}
+
+
+def _silent(line: str) -> None:
+    """Show nothing."""
 
 
 def _say(line: str) -> None:
@@ -88,7 +92,13 @@ as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for mac
 @as_json
 @click.pass_obj
 def build(
-    obj: dict[str, Any], recipe: str, out: Path | None, workers: int | None, locked: bool, no_validate: bool, json_: bool
+    obj: dict[str, Any],
+    recipe: str,
+    out: Path | None,
+    workers: int | None,
+    locked: bool,
+    no_validate: bool,
+    json_: bool,
 ) -> None:
     """Build RECIPE (a name in recipes/, or a file) into a validated artifact."""
     from pipeline.build import Request, run
@@ -223,7 +233,8 @@ def inspect(artifact: str, json_: bool) -> None:
     for name, value in {
         "artifact": f"{manifest.name} {manifest.version}", "path": found.root, "created": manifest.created,
         "needs": manifest.requires, "toolchain": manifest.toolchain, "ranks": manifest.tensor, "dtype": manifest.dtype,
-        "K": list(manifest.draft_tokens), "sampling": list(manifest.sampling), "candidates": manifest.candidates or "all",
+        "K": list(manifest.draft_tokens), "sampling": list(manifest.sampling),
+        "candidates": manifest.candidates or "all",
         "graphs": len(manifest.graphs), "files": f"{len(manifest.files)}, {size / (1 << 20):.1f} MiB", "gates": verdict,
     }.items():  # fmt: skip
         click.echo(f"{name:<12}{value}")
@@ -275,7 +286,9 @@ def publish(artifact: str, url: str, aliases: tuple[str, ...], dry_run: bool, js
         _json(asdict(release))
         return
     verb = "would send" if dry_run else "sent"
-    click.echo(f"{release.name}@{release.version}: {verb} {release.sent} blobs, {release.sent_bytes / (1 << 20):.1f} MiB")
+    click.echo(
+        f"{release.name}@{release.version}: {verb} {release.sent} blobs, {release.sent_bytes / (1 << 20):.1f} MiB"
+    )
 
 
 @main.command()

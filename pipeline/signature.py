@@ -1,4 +1,4 @@
-"""The inputs and outputs of a graph, by name, shape and dtype: what tracing builds and the runtime binds. Imports no torch.
+"""Inputs and outputs of a graph by name, shape and dtype: what tracing builds and the runtime binds. No torch.
 
 Input order is weights, state, then arguments; outputs are results only, since state is updated in place (or aliased).
 """
@@ -167,7 +167,9 @@ def _arguments(spec: GraphSpec) -> tuple[TensorSpec, ...]:
             TensorSpec("slots", (b,), "int32"),
         )
     else:
-        own = tuple(TensorSpec(name, (b,), "int32") for name in ("last_token", "position")) + (
+        own = (
+            TensorSpec("last_token", (b,), "int32"),
+            TensorSpec("position", (b,), "int32"),
             TensorSpec("active", (b,), "bool"),
         )
     if spec.sampling == "greedy":

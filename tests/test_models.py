@@ -1,4 +1,4 @@
-"""Decoders against transformers: logits of random small models of each family, through prefill-like and step-like passes."""
+"""Decoders against transformers: logits of random small models of each family."""
 
 import pytest
 import torch

@@ -107,9 +107,7 @@ def test_resolve_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
     assert "lm_head.weight in model.safetensors differs from" in refusal("m", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("keep", "said"), [(-5, "truncated"), (4, "truncated"), (40, "truncated or not safetensors")]
-)
+@pytest.mark.parametrize(("keep", "said"), [(-5, "truncated"), (4, "truncated"), (40, "truncated or not safetensors")])
 def test_resolve_truncated_file_is_refused(tmp_path: Path, keep: int, said: str) -> None:
     write_checkpoint(tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"

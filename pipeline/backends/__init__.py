@@ -1,0 +1,1 @@
+"""Toolchains that compile and run graphs; one file each."""

@@ -1,4 +1,4 @@
-"""What a backend is: a toolchain that traces graphs, compiles them, and loads them. Backends never import each other."""
+"""What a backend is: a toolchain that traces, compiles and loads graphs. Backends never import each other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Toolchain:
 
 @dataclass(frozen=True)
 class Traced:
-    """A traced graph: its canonical text (no paths, times or line numbers), its signature, and the backend's own program.
+    """A traced graph: its canonical text (no paths, times, line numbers), its signature, the backend's own program.
 
     `program` stays inside the process that traced it; `ir` is what the cache key is made of.
     """
@@ -89,7 +89,7 @@ class Backend(Protocol):
         """Compile; pure. `work` is an empty directory for intermediate files."""
         ...
 
-    def load(self, graph: Path, device: str) -> Executable:
+    def load(self, graph: Path) -> Executable:
         """Open a verified graph file."""
         ...
 

@@ -158,7 +158,7 @@ class InductorBackend:
         torch._inductor.aoti_compile_and_package(traced.program, package_path=str(package), inductor_configs=settings)
         return package.read_bytes()
 
-    def load(self, graph: Path, device: str = "cpu") -> LoadedGraph:
+    def load(self, graph: Path) -> LoadedGraph:
         """Open a package that has been verified."""
         return LoadedGraph(graph, -1 if self.device == "cpu" else torch.cuda.current_device())
 
@@ -182,13 +182,11 @@ class LoadedGraph:
 
 def canonical(program: torch.export.ExportedProgram) -> str:
     """The graph as text that two machines agree on: operators, arguments, shapes, dtypes. No metadata, no paths."""
-    lines = []
-    for node in program.graph.nodes:
-        lines.append(
-            f"{node.name} = {node.op} {node.target} {node.args} {node.kwargs} : {_value(node.meta.get('val'))}"
-        )
-    lines.append(str(program.graph_signature))
-    return "\n".join(lines)
+    lines = [
+        f"{node.name} = {node.op} {node.target} {node.args} {node.kwargs} : {_value(node.meta.get('val'))}"
+        for node in program.graph.nodes
+    ]
+    return "\n".join([*lines, str(program.graph_signature)])
 
 
 def _value(value: Any) -> str:

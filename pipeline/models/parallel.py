@@ -29,7 +29,7 @@ class Writes:
 
 
 def plan_writes(state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Tensor) -> Writes:
-    """Writes of `rows_B` at `positions_BT`; tokens that must change nothing (`keep_BT` False) go to the scratch position.
+    """Writes of `rows_B` at `positions_BT`; tokens that must change nothing (`keep_BT` False) go to scratch.
 
     The last position of every cache row is scratch: never attended over, never part of a sequence. It turns "write
     nothing" into an ordinary write, so that a pass is one indexed write a cache, without a branch or a read.

@@ -14,6 +14,7 @@ def load(artifact_dir: str | Path) -> Engine:
 
     Raises:
         ArtifactError: a file that does not match its digest, or an artifact made for another host.
+
     """
     from pipeline import artifact
     from pipeline.runtime.ranks import open_ranks

@@ -80,8 +80,16 @@ class Engine:
         self._stats = {"prefills": 0, "speculative_steps": 0, "decode_steps": 0, "tokens": 0, "catch_ups": 0}
 
     def generate(
-        self, prompts: Sequence[str] | Sequence[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
-        top_k: int = 0, top_p: float = 1.0, seed: int = 0, speculate: bool = True, draft_tokens: int | None = None,
+        self,
+        prompts: Sequence[str | list[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        speculate: bool = True,
+        draft_tokens: int | None = None,
         on_tokens: OnTokens | None = None,
     ) -> list[Generation]:
         """Generate for every prompt; more prompts than rows are queued, rows are refilled as they finish.
@@ -91,6 +99,7 @@ class Engine:
 
         Raises:
             InputError: an empty prompt, one longer than the largest prefill bucket, or sampling that was not built.
+
         """  # fmt: skip
         settings = Settings(max_new_tokens, temperature, top_k, top_p, self._steps(draft_tokens) if speculate else None)
         self._check(settings)
@@ -102,7 +111,7 @@ class Engine:
             fresh = self._admit(slots, waiting, settings)
             for slot, row in enumerate(slots):
                 if row is not None and (slot in fresh) and self._finished(row, settings):
-                    results[row.index], slots[slot] = self._result(row, settings), None
+                    results[row.index], slots[slot] = self._result(row), None
             if fresh and on_tokens:
                 self._report(slots, fresh, on_tokens)
             if not any(slots):
@@ -110,7 +119,7 @@ class Engine:
             self._step(slots, settings, on_tokens)
             for slot, row in enumerate(slots):
                 if row is not None and self._finished(row, settings):
-                    results[row.index], slots[slot] = self._result(row, settings), None
+                    results[row.index], slots[slot] = self._result(row), None
         return [result for result in results if result is not None]
 
     def stats(self) -> dict[str, int]:
@@ -158,7 +167,7 @@ class Engine:
         full = row.position >= self.length
         return new >= settings.max_new_tokens or full or row.tokens[-1] in self.manifest.eos_ids
 
-    def _result(self, row: Row, settings: Settings) -> Generation:
+    def _result(self, row: Row) -> Generation:
         new = row.tokens[row.prompt :]
         reason = "stop" if new[-1] in self.manifest.eos_ids else "length"
         accepted = sum(row.emitted) - row.speculative_steps
@@ -216,9 +225,7 @@ class Engine:
             # After a fully accepted step the draft lacks the last token it proposed, until its next pass.
             row.in_draft = row.position - (len(new) > steps)
 
-    def _decode(
-        self, rows: dict[int, Row], settings: Settings, on_tokens: OnTokens | None, deepest: int
-    ) -> None:
+    def _decode(self, rows: dict[int, Row], settings: Settings, on_tokens: OnTokens | None, deepest: int) -> None:
         spec = self._graph("decode", max(rows) + 1, deepest + 1, settings, 0)
         arguments = self._row_arguments(spec, rows) | self._sampling(spec, rows, settings, 1)
         out = self.ranks.run(spec, arguments)["token"]
@@ -290,7 +297,7 @@ class Engine:
         return min(fits, key=lambda g: (g.batch, g.kv))
 
     def _prefill_graph(self, tokens: int, rows: int) -> GraphSpec:
-        """The smallest token bucket that holds the prompts; of its batches the smallest that takes all, else the largest."""
+        """The smallest token bucket that holds the prompts, in the smallest batch that takes all, else the largest."""
         fits = [g for g in self.graphs if g.phase == "prefill" and g.tokens >= tokens]
         bucket = [g for g in fits if g.tokens == min(f.tokens for f in fits)]
         return min((g for g in bucket if g.batch >= rows), key=lambda g: g.batch, default=bucket[-1])

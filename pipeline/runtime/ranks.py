@@ -77,7 +77,9 @@ class ManyRanks:
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run one graph on every rank."""
-        plain = {name: (tensor.tolist(), str(tensor.dtype).removeprefix("torch.")) for name, tensor in arguments.items()}
+        plain = {
+            name: (tensor.tolist(), str(tensor.dtype).removeprefix("torch.")) for name, tensor in arguments.items()
+        }
         for pipe in self._pipes:
             pipe.send((spec, plain))
         outputs = self.session.run(spec, arguments)
@@ -122,15 +124,13 @@ def _serve(pipe: Connection, root: Path, manifest: Manifest, rank: int, port: in
         try:
             session.run(spec, {k: torch.tensor(v, dtype=getattr(torch, dtype)) for k, (v, dtype) in plain.items()})
             pipe.send(None)
-        except Exception as error:  # noqa: BLE001 - reported to rank 0, which raises it
+        except Exception as error:
             pipe.send(f"{type(error).__name__}: {error}")
     torch.distributed.destroy_process_group()
 
 
 def _join(rank: int, ranks: int, port: int) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
 
 
 def _free_port() -> int:

@@ -49,7 +49,7 @@ class Session:
             folder = self.root / "graphs" / spec.name
             io = Signature.from_json(json.loads((folder / "io.json").read_text()))
             bound = [self._weights[t.name] for t in io.weights] + [self._state_tensor(t) for t in io.state]
-            graph = self._backend.load(folder / self._backend.graph_file, self.device)
+            graph = self._backend.load(folder / self._backend.graph_file)
             self._graphs[spec.name] = (graph, io, bound)
         return self._graphs[spec.name]
 

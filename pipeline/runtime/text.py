@@ -36,6 +36,7 @@ class Text:
 
         Raises:
             ArtifactError: the pair has no chat template.
+
         """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -40,9 +40,7 @@ KINDS = {
 Role = Literal["target", "draft"]
 
 
-def resolve(
-    source: str, *, base: Path, cache: Path, progress: Progress = silent, role: Role = "target"
-) -> Checkpoint:
+def resolve(source: str, *, base: Path, cache: Path, progress: Progress = silent, role: Role = "target") -> Checkpoint:
     """Bring a source here, open it and check its tensors against its config.
 
     `base` is the folder that relative sources start from. A draft may lack an embedding: it then shares its target's.

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from pipeline.errors import GateError
 
@@ -38,14 +38,14 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, gold
 
     Raises:
         GateError: a gate failed; the reports say where, and the artifact cannot be published.
+
     """
     from pipeline.package import add_reports
-    from pipeline.recipe import Recipe
+    from pipeline.recipe import load as load_recipe
     from pipeline.runtime import load
     from pipeline.validate.prompts import load_prompts
-    from pipeline.yaml_lines import read
 
-    recipe = Recipe.model_validate(read(root / "recipe.yaml").data)
+    recipe = load_recipe(root / "recipe.yaml")
     prompts = load_prompts(base / recipe.validate_.prompts)
     say(f"validate: {len(prompts)} prompts")
     engine = load(root)
@@ -66,11 +66,10 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, gold
 def validate_artifact(root: Path, base: Path, say: Any) -> None:
     """Run the gates on a built artifact again, with the sources its recipe names."""
     from pipeline.cache import default_root
-    from pipeline.recipe import Recipe
+    from pipeline.recipe import load as load_recipe
     from pipeline.sources import resolve_pair
-    from pipeline.yaml_lines import read
 
-    recipe = Recipe.model_validate(read(root / "recipe.yaml").data)
+    recipe = load_recipe(root / "recipe.yaml")
     target, draft = resolve_pair(recipe, base=base, cache=default_root() / "sources")
     validate(root, target, draft, base, default_root() / "goldens", say)
 
@@ -173,7 +172,9 @@ def _distribution(engine: Engine, prompt: list[int], verdict: Verdict) -> list[s
         for test in chi_square_step(engine, spec, prompt, seed=spec.batch):
             rows.append({"graph": spec.name, **asdict(test)})
             if test.p_value < FALSE_ALARM:
-                failures.append(f"{spec.name}: token {test.position} is not distributed as the target, p={test.p_value:.1e}")
+                failures.append(
+                    f"{spec.name}: token {test.position} is not distributed as the target, p={test.p_value:.1e}"
+                )
     verdict.data["distribution"] = {"false_alarm_rate": FALSE_ALARM, "tests": rows}
     return failures
 
@@ -206,9 +207,9 @@ def tokens_per_step(answers: list[Generation]) -> float:
 def junit(name: str, verdict: Verdict) -> bytes:
     """The gates as a JUnit report, a test case each."""
     failed = sum(bool(found) for found in verdict.gates.values())
-    suite = ElementTree.Element("testsuite", name=name, tests=str(len(verdict.gates)), failures=str(failed))
+    suite = ET.Element("testsuite", name=name, tests=str(len(verdict.gates)), failures=str(failed))
     for gate, found in verdict.gates.items():
-        case = ElementTree.SubElement(suite, "testcase", classname=name, name=gate)
+        case = ET.SubElement(suite, "testcase", classname=name, name=gate)
         if found:
-            ElementTree.SubElement(case, "failure", message=found[0]).text = "\n".join(found)
-    return ElementTree.tostring(suite, xml_declaration=True, encoding="utf-8")
+            ET.SubElement(case, "failure", message=found[0]).text = "\n".join(found)
+    return ET.tostring(suite, xml_declaration=True, encoding="utf-8")

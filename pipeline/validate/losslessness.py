@@ -63,14 +63,14 @@ def chi_square_step(engine: Engine, spec: GraphSpec, prompt: list[int], seed: in
     tests = [_test(tokens[:, 0], expected(engine, prompt), 0)]
     values, sizes = tokens[:, 0].unique(return_counts=True)
     modal = int(values[sizes.argmax()])
-    second = tokens[(tokens[:, 0] == modal) & (counts >= 2), 1]  # noqa: PLR2004 - two tokens
+    second = tokens[(tokens[:, 0] == modal) & (counts >= 2), 1]
     if len(second) >= DRAWS // 8:
         tests.append(_test(second, expected(engine, [*prompt, modal]), 1))
     return tests
 
 
 def expected(engine: Engine, prefix: list[int]) -> Tensor:
-    """The target's distribution after `prefix` under the test's settings, float64 [V]; written independently of the graphs."""
+    """The target's distribution after `prefix` under the test's settings, float64 [V]; independent of the graphs."""
     logits_V = _last_logits(engine, prefix).double() / TEMPERATURE
     keep = engine.manifest.candidates or len(logits_V)
     order = logits_V.argsort(descending=True)[: min(TOP_K, keep)]
@@ -120,7 +120,7 @@ def _test(drawn: Tensor, probs_V: Tensor, position: int) -> ChiSquare:
     if bool((seen_V[probs_V == 0] > 0).any()):
         return ChiSquare(position, float("inf"), 0, 0.0, total)
     expected_V = probs_V * total
-    large = expected_V >= 5  # noqa: PLR2004 - the usual rule for the test
+    large = expected_V >= 5
     seen = torch.cat((seen_V[large], seen_V[~large].sum()[None]))
     wanted = torch.cat((expected_V[large], expected_V[~large].sum()[None]))
     used = wanted > 0

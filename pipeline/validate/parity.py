@@ -86,10 +86,15 @@ class Parity:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "tokens": self.tokens, "flips": self.flips, "near_ties": self.near_ties,
-            "worst_relative": {str(k or "all"): v for k, v in self.worst.items()}, "tolerances": {str(k or "all"): v for k, v in RTOL.items()},
-            "worst_absolute": self.worst_absolute, "error_over_dtype_noise": self.error_ratio, "first_divergence": self.first_divergence,
-        }  # fmt: skip
+            "tokens": self.tokens,
+            "flips": self.flips,
+            "near_ties": self.near_ties,
+            "worst_relative": {str(k or "all"): worst for k, worst in self.worst.items()},
+            "tolerances": {str(k or "all"): bound for k, bound in RTOL.items()},
+            "worst_absolute": self.worst_absolute,
+            "error_over_dtype_noise": self.error_ratio,
+            "first_divergence": self.first_divergence,
+        }
 
 
 def score(engine: Engine, spec: GraphSpec, sequences: list[list[int]]) -> list[Tensor]:

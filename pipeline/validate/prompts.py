@@ -23,11 +23,14 @@ def load_prompts(path: Path) -> list[Prompt]:
 
     Raises:
         InputError: no such file, no prompts, or a line that is not a prompt; names file and line.
+
     """
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise InputError(f"cannot read prompts: {error.strerror}", where=str(path), fix="see validate.prompts") from error
+        raise InputError(
+            f"cannot read prompts: {error.strerror}", where=str(path), fix="see validate.prompts"
+        ) from error
     prompts = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise InputError("no prompts", where=str(path), fix="add lines with id, class and prompt")

@@ -52,7 +52,9 @@ def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attentio
     is put together from both.
     """  # fmt: skip
     kind = DTYPES[dtype]
-    whole = checkpoint.layers is None and not checkpoint.config.shares_embedding and checkpoint.config.draft_vocab is None
+    whole = (
+        checkpoint.layers is None and not checkpoint.config.shares_embedding and checkpoint.config.draft_vocab is None
+    )
     if whole:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.root, dtype=kind, attn_implementation=attention

@@ -1,0 +1,139 @@
+"""Measure an artifact: plain and speculative decode interleaved over the same prompts, in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipeline.errors import InputError
+
+Answer = Callable[[list[int]], tuple[list[float], int]]
+"""Answers a prompt: arrival time of each token in seconds from the start, and steps taken."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians over prompts, one request at a time; inter-token latency is elapsed time over tokens of a step."""
+
+    name: str
+    first_token_ms: float
+    p50_ms: float
+    p99_ms: float
+    tokens_per_s: float
+    tokens_per_step: float
+
+
+def bench(root: Path, count: int, max_new_tokens: int, against: str | None) -> list[Figures]:
+    """Measure `count` of the recipe's prompts.
+
+    Raises:
+        InputError: the prompts of the recipe are not here.
+
+    """
+    from pipeline.recipe import load as load_recipe
+    from pipeline.runtime import load
+    from pipeline.validate.prompts import load_prompts
+
+    recipe = load_recipe(root / "recipe.yaml")
+    prompts = load_prompts(Path("recipes") / recipe.validate_.prompts)
+    engine = load(root)
+    step = max(len(prompts) // count, 1)
+    texts = [prompt.text for prompt in prompts[::step]][:count]
+    encoded = [engine.text.chat(text) if engine.text.has_chat else engine.text.encode(text) for text in texts]
+    contenders = {
+        "plain decode": _artifact(engine, max_new_tokens, speculate=False),
+        "speculation": _artifact(engine, max_new_tokens, speculate=True),
+    }
+    if against == "hf":
+        contenders |= _transformers(recipe, max_new_tokens)
+    for answer in contenders.values():
+        answer(encoded[0])
+    runs: dict[str, list[tuple[list[float], int]]] = {name: [] for name in contenders}
+    for tokens in encoded:
+        for name, answer in contenders.items():
+            runs[name].append(answer(tokens))
+    return [_figures(name, found) for name, found in runs.items()]
+
+
+def _artifact(engine: Any, limit: int, *, speculate: bool) -> Answer:
+    def answer(tokens: list[int]) -> tuple[list[float], int]:
+        arrivals: list[float] = []
+        started = time.perf_counter()
+
+        def on_tokens(index: int, new: list[int]) -> None:  # noqa: ARG001 - the engine's callback
+            arrivals.extend([time.perf_counter() - started] * len(new))
+
+        result = engine.generate([tokens], max_new_tokens=limit, speculate=speculate, on_tokens=on_tokens)[0]
+        return arrivals, result.steps or len(arrivals) - 1
+
+    return answer
+
+
+def _transformers(recipe: Any, limit: int) -> dict[str, Answer]:
+    """`generate` and, where the draft is a whole model, assisted generation with the same pair."""
+    import torch
+
+    from pipeline.cache import default_root
+    from pipeline.sources import resolve_pair
+    from pipeline.validate.reference import build_model
+
+    target, draft = resolve_pair(recipe, base=Path("recipes"), cache=default_root() / "sources")
+    model = build_model(target, target, recipe.target.dtype, "sdpa")
+
+    def generate(assistant: Any) -> Answer:
+        def answer(tokens: list[int]) -> tuple[list[float], int]:
+            arrivals: list[float] = []
+            started = time.perf_counter()
+            given = torch.tensor([tokens])
+            clock = _Clock(arrivals, started)
+            with torch.no_grad():
+                model.generate(
+                    given, attention_mask=torch.ones_like(given), max_new_tokens=limit, do_sample=False,
+                    assistant_model=assistant, streamer=None if assistant else clock,
+                )  # fmt: skip
+            if assistant:
+                arrivals.extend([time.perf_counter() - started] * limit)
+            return arrivals, len(arrivals) - 1
+
+        return answer
+
+    found = {"transformers generate": generate(None)}
+    if draft.config.draft_vocab is None:
+        found["transformers assisted"] = generate(build_model(draft, target, recipe.target.dtype, "sdpa"))
+    return found
+
+
+class _Clock:
+    """A transformers streamer that keeps arrival times."""
+
+    def __init__(self, arrivals: list[float], started: float) -> None:
+        self._arrivals, self._started, self._prompt_seen = arrivals, started, False
+
+    def put(self, value: Any) -> None:  # noqa: ARG002 - transformers' interface
+        """Take a token; the first call is the prompt."""
+        if self._prompt_seen:
+            self._arrivals.append(time.perf_counter() - self._started)
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+def _figures(name: str, runs: list[tuple[list[float], int]]) -> Figures:
+    if not runs:
+        raise InputError("no prompts were measured", where="bench", fix="use --prompts 1 or more")
+    gaps = sorted((a[-1] - a[0]) / max(len(a) - 1, 1) * 1e3 for a, _ in runs)
+    steps = [(b - a) * 1e3 for times, _ in runs for a, b in pairwise(times) if b > a]
+    return Figures(
+        name,
+        median(arrivals[0] for arrivals, _ in runs) * 1e3,
+        median(gaps),
+        sorted(steps)[int(len(steps) * 0.99) - 1] if steps else 0.0,
+        sum(len(a) for a, _ in runs) / sum(a[-1] for a, _ in runs),
+        sum(len(a) - 1 for a, _ in runs) / max(sum(s for _, s in runs), 1),
+    )

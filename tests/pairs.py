@@ -1,0 +1,99 @@
+"""Small random pairs that run eagerly, and a reference generation that uses no cache and no speculation."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline.models import config_of
+from pipeline.models.parallel import Seams
+from pipeline.models.weights import weight_specs
+from pipeline.plan import GraphSpec
+from pipeline.signature import PairShape
+from pipeline.trace import run_phase
+
+SMALL = {
+    "model_type": "qwen3",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass
+class Pair:
+    """Weights and state of a pair by signature name; `step` runs one phase eagerly."""
+
+    shape: PairShape
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def step(self, spec: GraphSpec, **arguments):
+        """Run a phase; arguments are lists or tensors."""
+        given = {k: torch.as_tensor(v) for k, v in arguments.items()}
+        given = {k: v.int() if v.dtype == torch.int64 else v for k, v in given.items()}
+        with torch.no_grad():
+            return run_phase(spec, self.shape, {**self.tensors, **self.state, **given}, lambda tp: Seams())
+
+    def logits(self, model: str, tokens: list[int]) -> torch.Tensor:
+        """Logits [T, V] of a whole sequence from an empty cache that nobody else sees."""
+        alone = Pair(self.shape, self.tensors, empty_state(self.shape))
+        spec = GraphSpec("score", 1, len(tokens), self.shape.length, model=model)
+        return alone.step(spec, tokens=[tokens], position=[0])[0][0]
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """Plain greedy generation, recomputed from scratch for every token."""
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self.logits("target", tokens)[-1].argmax()))
+        return tokens[len(prompt) :]
+
+    def prefill(self, prompts: list[list[int]], how: str = "greedy", **sampling):
+        """Prefill prompts into rows 0.. and return each row's first token."""
+        longest = max(map(len, prompts))
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        spec = GraphSpec("prefill", len(prompts), longest, self.shape.length, sampling=how)
+        lengths = [len(prompt) for prompt in prompts]
+        return self.step(spec, tokens=tokens, lengths=lengths, slots=list(range(len(prompts))), **sampling)[0]
+
+
+def empty_state(shape: PairShape) -> dict[str, torch.Tensor]:
+    """Zeroed caches of both models."""
+    state = {"draft/tail": torch.zeros(shape.rows, dtype=torch.int32)}
+    for model in ("target", "draft"):
+        config = shape.config_of(model)
+        for layer in range(config.layers):
+            for part in ("k", "v"):
+                state[f"{model}/{part}.{layer}"] = torch.zeros(
+                    shape.rows, config.kv_heads, shape.length, config.head_dim
+                )
+    return state
+
+
+def make_pair(agreement: str = "some", rows: int = 4, length: int = 40, candidates: int | None = None) -> Pair:
+    """A random pair. `agreement`: the draft is the target (`all`), its first layer (`some`), its negative (`none`)."""
+    torch.manual_seed(0)
+    target = config_of(SMALL, "target")
+    layers = 3 if agreement == "all" else 1
+    draft = config_of(SMALL | {"num_hidden_layers": layers, "shares_embedding": True}, "draft")
+    shape = PairShape(target, draft, "float32", "float32", 1, True, rows, length, candidates)
+    weights = {}
+    for spec in weight_specs(target):
+        scale = 0.3 if spec.kind != "vector" else 0.1
+        weights[spec.name] = torch.randn(spec.shape) * scale + (spec.kind == "vector")
+        if ".layers.0." not in spec.name and spec.name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[spec.name] *= 0.3
+    tensors = {f"target/{name}": tensor for name, tensor in weights.items()}
+    for spec in weight_specs(draft):
+        if spec.name != "model.embed_tokens.weight":
+            tensors[f"draft/{spec.name}"] = weights[spec.name].clone()
+    if agreement == "none":
+        tensors["draft/model.norm.weight"] = -tensors["draft/model.norm.weight"]
+    return Pair(shape, tensors, empty_state(shape))
