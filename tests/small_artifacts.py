@@ -29,6 +29,7 @@ RECIPE = {
     "draft": {"derive": {"from": "target", "layers": [0]}},
     "speculation": {"draft_tokens": [2]},
     "shapes": {"batch": [1], "prefill": [16], "kv": [32]},
+    "validate": {"max_new_tokens": 8},
 }
 
 

@@ -1,4 +1,4 @@
-"""Artifacts: any flipped bit, any file too many or too few, any path or link that leads out, any other host is refused."""
+"""Artifacts: a flipped bit, a file too many or too few, a path or link that leads out, another host: all refused."""
 
 from __future__ import annotations
 
@@ -37,9 +37,16 @@ FILES = [
 ]
 
 
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original")
+    return small.make_validated(folder / "out", folder / "work").root
+
+
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
-    return small.make_validated(tmp_path / "out", tmp_path / "work").root
+def made(tmp_path: Path, original: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "out"))
 
 
 def edit_manifest(root: Path, change) -> None:
@@ -169,11 +176,10 @@ def test_read_no_artifact(tmp_path):
     assert caught.value.exit_code == 2
 
 
-def test_verify_moved_and_alone(made, tmp_path):
+def test_verify_moved_and_alone(tmp_path):
     """An artifact needs nothing outside its directory."""
-    shutil.copytree(made, tmp_path / "elsewhere")
+    small.make(tmp_path / "out2", tmp_path / "work").root.rename(tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "work")
-    shutil.rmtree(made)
     verify(tmp_path / "elsewhere")
 
 
@@ -245,7 +251,8 @@ def test_package_recipe_and_lock_read_back(made):
     assert locks.digest(locks.read(made / "recipe.lock")) == read(made).manifest.lock_digest
 
 
-def test_package_links_graphs_and_shards(made, tmp_path):
+def test_package_links_graphs_and_shards(tmp_path):
+    made = small.make(tmp_path / "out", tmp_path / "work").root
     stored = {path.stat().st_ino for path in (tmp_path / "work").rglob("*") if path.is_file()}
     for graph in read(made).manifest.graphs:
         assert (made / graph.file).stat().st_ino in stored
@@ -325,7 +332,7 @@ def _add_reports_forever(root: Path) -> None:
 
 
 def test_add_reports_killed(made):
-    """Reports and manifest used to change one after the other: a kill in between left an artifact that did not verify."""
+    """Reports and manifest used to change one by one: a kill in between left an artifact that did not verify."""
     for delay_s in (0.02, 0.05, 0.1):
         process = multiprocessing.get_context("fork").Process(target=_add_reports_forever, args=(made,))
         process.start()
