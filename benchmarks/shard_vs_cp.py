@@ -2,7 +2,8 @@
 
     python benchmarks/shard_vs_cp.py [--gigabytes 2] [--rounds 5] [--folder /somewhere]
 
-Rates are of checkpoint bytes. Every run starts with the checkpoint in the page cache (`warm`) or out of it (`cold`).
+Rates are of bytes written: a sharder's run also writes its draft (one layer).
+Every run starts with the checkpoint in the page cache (`warm`) or out of it (`cold`).
 """
 
 from __future__ import annotations
@@ -52,18 +53,19 @@ def write_checkpoint(root: Path, size: int) -> None:
         os.fsync(file.fileno())
 
 
-def copy(source: Path, target: Path) -> None:
-    """`cp`, then fsync of the copy and its folder."""
+def copy(source: Path, target: Path) -> int:
+    """`cp`, then fsync of the copy and its folder; returns the bytes written."""
     target.mkdir(parents=True)
     subprocess.run(["cp", source / "model.safetensors", target], check=True)
     subprocess.run(["sync", target / "model.safetensors", target], check=True)
+    return (target / "model.safetensors").stat().st_size
 
 
-def shard(target: Checkpoint, out: Path, packing: Packing) -> None:
-    """One rank; the derived draft adds one layer, which is counted as work but not as bytes."""
+def shard(target: Checkpoint, out: Path, packing: Packing) -> int:
+    """One rank of a target and its first layer as draft; returns the bytes written."""
     draft = derive(target, (0,))
     pair = PairShape(target.config, draft.config, "bfloat16", "bfloat16", 1, True, rows=1, length=64, candidates=None)
-    write_shards(pair, target, draft, out, packing=packing)
+    return sum(file.size for file in write_shards(pair, target, draft, out, packing=packing))
 
 
 def prepare(file: Path, *, warm: bool) -> None:
@@ -77,14 +79,14 @@ def prepare(file: Path, *, warm: bool) -> None:
             os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(action: Callable[[Path], None], source: Path, out: Path, *, warm: bool) -> float:
-    """Seconds of one run."""
+def measure(action: Callable[[Path], int], source: Path, out: Path, *, warm: bool) -> float:
+    """Megabytes a second of one run."""
     prepare(source / "model.safetensors", warm=warm)
     start = time.perf_counter()
-    action(out)
+    written = action(out)
     seconds = time.perf_counter() - start
     shutil.rmtree(out)
-    return seconds
+    return written / 1e6 / seconds
 
 
 def main() -> None:
@@ -99,22 +101,21 @@ def main() -> None:
         write_checkpoint(work / "model", int(arguments.gigabytes * 1e9))
         target = resolve("model", base=work, cache=work / "cache")
         size = (work / "model" / "model.safetensors").stat().st_size
-        actions: dict[str, Callable[[Path], None]] = {
+        actions: dict[str, Callable[[Path], int]] = {
             "cp": lambda out: copy(work / "model", out),
             "shard plain": lambda out: shard(target, out, PlainPacking()),
             "shard block32": lambda out: shard(target, out, BlockPacking()),
         }
         for warm in (True, False):
-            times: dict[str, list[float]] = {label: [] for label in actions}
+            rates: dict[str, list[float]] = {label: [] for label in actions}
             for _ in range(arguments.rounds):
                 for label, action in actions.items():
-                    times[label].append(measure(action, work / "model", work / "out", warm=warm))
-            median = {label: statistics.median(seconds) for label, seconds in times.items()}
+                    rates[label].append(measure(action, work / "model", work / "out", warm=warm))
+            median = {label: statistics.median(found) for label, found in rates.items()}
             print(f"{size / 1e9:.2f} GB, {'warm' if warm else 'cold'}, median of {arguments.rounds} (min..max):")
-            for label, seconds in times.items():
-                spread = f"{min(seconds):.2f}..{max(seconds):.2f} s"
-                rate = size / 1e6 / median[label]
-                print(f"  {label:14} {rate:6.0f} MB/s  {median['cp'] / median[label]:5.2f} of cp  ({spread})")
+            for label, found in rates.items():
+                spread = f"{min(found):.0f}..{max(found):.0f}"
+                print(f"  {label:14} {median[label]:6.0f} MB/s  {median[label] / median['cp']:5.2f} of cp  ({spread})")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ class Reader:
 
     def _read(self, source: TensorRef, buffer: memoryview) -> None:
         if source.file not in self._open:
-            self._open[source.file] = self._stack.enter_context(source.file.open("rb"))
+            file = self._open[source.file] = self._stack.enter_context(source.file.open("rb"))
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         descriptor, done = self._open[source.file].fileno(), 0
         while done < source.nbytes:
             count = os.preadv(descriptor, [buffer[done : source.nbytes]], source.offset + done)
