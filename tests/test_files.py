@@ -191,7 +191,7 @@ def test_atomic_dir_without_exchange(tmp_path, monkeypatch):
 
 
 def _write_dirs(path: Path, text: str) -> None:
-    for _ in range(40):
+    for _ in range(12):
         with atomic_dir(path) as folder:
             for name in ("a", "b"):
                 (folder / name).write_text(text)
@@ -237,21 +237,21 @@ def test_sweep_keeps_the_living_and_the_foreign(tmp_path):
     assert set(tmp_path.iterdir()) == {living, foreign}
 
 
-def _create(path: Path, number: int) -> None:
-    os._exit(int(create_only(path, str(number).encode())))
+def _create(folder: Path, number: int, start, wins) -> None:
+    start.wait()
+    wins.put([name for name in range(12) if create_only(folder / str(name), str(number).encode())])
 
 
 def test_create_only_has_one_winner(tmp_path):
-    path = tmp_path / "file"
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_create, args=(path, number)) for number in range(8)]
+    start, wins = context.Barrier(4), context.SimpleQueue()
+    writers = [context.Process(target=_create, args=(tmp_path, number, start, wins)) for number in range(4)]
     for writer in writers:
         writer.start()
+    won = sorted(name for _ in writers for name in wins.get())
     for writer in writers:
         writer.join()
-    winners = [number for number, writer in enumerate(writers) if writer.exitcode == 1]
-    assert len(winners) == 1
-    assert path.read_text() == str(winners[0])
+    assert won == list(range(12))
     assert temps(tmp_path) == []
 
 
