@@ -63,16 +63,16 @@ class Cache:
         entry = self._entry(key)
         data = entry / "data"
         try:
-            inode = data.stat().st_ino
-            recorded = _recorded(entry)
-            found = digest_file(data)
+            with data.open("rb") as file:  # while it is open, no other file gets its number
+                recorded, found = _recorded(entry), digest_file(data)
+                if recorded != found:
+                    self.note(f"cache entry {key} is damaged ({_difference(recorded, found)}): removed")
+                    number = os.fstat(file.fileno()).st_ino
+                    _drop(entry, unless=lambda moved: _whole(moved) and (moved / "data").stat().st_ino != number)
+                    return None
         except OSError:
             if os.path.lexists(entry):  # else nobody has put it yet
                 _drop(entry, unless=_whole)  # somebody may have put it just now
-            return None
-        if recorded != found:
-            self.note(f"cache entry {key} is damaged ({_difference(recorded, found)}): removed")
-            _drop(entry, unless=lambda entry: _whole(entry) and (entry / "data").stat().st_ino != inode)
             return None
         with contextlib.suppress(OSError):  # a cache that is only read keeps no time of use
             os.utime(entry / "entry.json")
