@@ -37,7 +37,7 @@ def built(tmp_path_factory):
     base = tmp_path_factory.mktemp("tiny")
     (base / "tiny.yaml").write_text(RECIPE)
     (base / "prompts.jsonl").write_text(
-        "".join(json.dumps({"id": str(i), "class": "chat", "prompt": t}) + "\n" for i, t in enumerate("a bc d".split()))
+        "".join(json.dumps({"id": str(i), "class": "chat", "prompt": t}) + "\n" for i, t in enumerate(["a", "bc", "d"]))
     )
     request = Request(recipe=load(base / "tiny.yaml"), base=base, out=base / "out", cache=base / "cache", workers=2)
     return request, run(request)
@@ -67,7 +67,7 @@ def test_build_again_does_nothing_without_torch(built):
     code = (
         "import sys, pathlib; from pipeline.build import Request, run; from pipeline.recipe import load\n"
         f"base = pathlib.Path({str(request.base)!r})\n"
-        "r = run(Request(recipe=load(base / 'tiny.yaml'), base=base, out=base / 'out', cache=base / 'cache', workers=2))\n"
+        "r = run(Request(recipe=load(base / 'tiny.yaml'), base=base, out=base / 'out', cache=base / 'cache'))\n"
         "assert r.fresh and 'torch' not in sys.modules, r; print(r.seconds)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -106,7 +106,8 @@ def test_build_survives_kill_at_any_moment(built, tmp_path):
     code = (
         "import sys, pathlib; from pipeline.build import Request, run; from pipeline.recipe import load\n"
         "base, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])\n"
-        "run(Request(recipe=load(base / 'tiny.yaml'), base=base, out=out, cache=base / 'cache', workers=1, validate=False))"
+        "recipe = load(base / 'tiny.yaml')\n"
+        "run(Request(recipe=recipe, base=base, out=out, cache=base / 'cache', workers=1, validate=False))"
     )
     out = tmp_path / "out"
     for delay_s in (0.4, 2.0, 5.0):
