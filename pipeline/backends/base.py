@@ -77,6 +77,10 @@ class Backend(Protocol):
         """What a host must have to run the result: instruction set, compute capability or chip."""
         ...
 
+    def host(self) -> dict[str, str]:
+        """What this host has, in the words of `requires`."""
+        ...
+
     def preflight(self) -> list[Problem]:
         """What is missing on this machine, before any work starts."""
         ...

@@ -125,6 +125,10 @@ class InductorBackend:
         isa = torch.backends.cpu.get_cpu_capability().lower() if self.isa == "native" else self.isa
         return {"device": "cpu", "machine": platform.machine(), "isa": isa}
 
+    def host(self) -> dict[str, str]:
+        """What this host has, in the words of `requires`."""
+        return InductorBackend(self.device).requires()
+
     def preflight(self) -> list[Problem]:
         """A C++ compiler on PATH, and a GPU where one is asked for."""
         problems = []

@@ -17,9 +17,11 @@ def load(artifact_dir: str | Path) -> Engine:
 
     """
     from pipeline import artifact
+    from pipeline.backends.base import make_backend
     from pipeline.runtime.ranks import open_ranks
     from pipeline.runtime.text import Text
 
-    found = artifact.read(Path(artifact_dir))
-    artifact.verify(found.root)
+    found = artifact.verify(Path(artifact_dir))
+    backend = make_backend(found.manifest.backend)
+    artifact.check_host(found.manifest, backend.host(), toolchain=backend.toolchain().as_dict())
     return Engine(found.manifest, open_ranks(found.root, found.manifest), Text(found.root / "tokenizer"))
