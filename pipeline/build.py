@@ -8,11 +8,14 @@ one that finds nothing changed does nothing: it compares a stamp, without import
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +25,7 @@ from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.cache import default_root
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.files import write_atomic
+from pipeline.files import disk_errors, sha256_file, write_atomic
 from pipeline.recipe import Recipe, load
 
 if TYPE_CHECKING:
@@ -89,16 +92,18 @@ def build(recipe: Recipe | Path, out: Path | None = None, **options: Any) -> Art
 
 
 def run(request: Request) -> Report:
-    """Run the stages that are stale."""
+    """Run the stages that are stale. Builds of one output at once take turns, and all but the first find it done."""
     started = time.monotonic()
     report = Report(request.out)
-    inputs = fingerprint(request)
-    if _is_current(request, inputs):
-        report.fresh = True
-        report.seconds = time.monotonic() - started
-        return report
-    _stages(request, report)
-    write_atomic(request.stamp, json.dumps({"inputs": fingerprint(request)}).encode())
+    with _alone(request.stamp.with_suffix(".lock")):
+        inputs = fingerprint(request)  # as they were before anything was read: what changes meanwhile is stale again
+        report.fresh = _is_current(request, inputs)
+        if not report.fresh:
+            with disk_errors(request.stamp):
+                request.stamp.unlink(missing_ok=True)
+            _stages(request, report)
+            stamp = {"inputs": inputs, "artifact": _identity(request.out)}
+            write_atomic(request.stamp, json.dumps(stamp).encode())
     report.seconds = time.monotonic() - started
     return report
 
@@ -108,7 +113,7 @@ def _stages(request: Request, report: Report) -> None:
     from pipeline.lock import make_lock
     from pipeline.package import package
     from pipeline.plan import make_plan
-    from pipeline.sources import resolve_pair
+    from pipeline.sources import resolve_pair, tokenizer_files
 
     backend = make_backend(request.recipe.backend.model_dump())
     problems = backend.preflight()
@@ -120,10 +125,11 @@ def _stages(request: Request, report: Report) -> None:
     lock = make_lock(request.recipe, target, draft, backend.toolchain().as_dict())
     if request.locked:
         _check_lock(request, lock)
+    tokenizer = tokenizer_files(target)
     compiled = _compile(request, plan, report)
     shards, weights = _shard(request, plan, target, draft, backend)
     request.say("package")
-    built = package(request.out, plan, backend, lock, compiled, shards, weights, target, request.cache)
+    built = package(request.out, plan, backend, lock, compiled, shards, weights, tokenizer, request.cache)
     if request.validate:
         from pipeline.validate import validate
 
@@ -154,9 +160,9 @@ def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
 def _shard(
     request: Request, plan: Plan, target: Checkpoint, draft: Checkpoint, backend: Backend
 ) -> tuple[list[ShardFile], Path]:
-    """Write the weight shards, or find those of an earlier build with the same weights and layout."""
+    """Write the weight shards, or take those of an earlier build with the same weights and layout, if still whole."""
     from pipeline.files import atomic_dir
-    from pipeline.shard import ShardFile, write_shards
+    from pipeline.shard import write_shards
 
     facts = {
         "pair": asdict(plan.pair) | {"rows": 0, "length": 0, "candidates": 0},
@@ -167,14 +173,51 @@ def _shard(
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     root = request.cache / "shards" / key
-    if not (root / "shards.json").is_file():
-        request.say(f"shard: weights for {plan.pair.tp} rank(s)")
-        with atomic_dir(root) as folder:
-            files = write_shards(plan.pair, target, draft, folder, packing=backend.packing)
-            rows = [[str(f.path.relative_to(folder)), f.sha256, f.size, f.rank, f.model] for f in files]
-            (folder / "shards.json").write_text(json.dumps(rows))
-    rows = json.loads((root / "shards.json").read_text())
-    return [ShardFile(Path(path), *rest) for path, *rest in rows], root
+    with _alone(root.with_suffix(".lock")):
+        found = _whole_shards(root, request.say)
+        if found is None:
+            request.say(f"shard: weights for {plan.pair.tp} rank(s)")
+            with atomic_dir(root) as folder:
+                files = write_shards(plan.pair, target, draft, folder, packing=backend.packing)
+                found = [replace(file, path=file.path.relative_to(folder)) for file in files]
+                rows = [[str(f.path), f.sha256, f.size, f.rank, f.model] for f in found]
+                (folder / "shards.json").write_text(json.dumps(rows))
+    return found, root
+
+
+def _whole_shards(root: Path, say: Say) -> list[ShardFile] | None:
+    """Shards of an earlier build, read through and compared with their digests; None if they must be written."""
+    from pipeline.artifact import FileEntry, differences
+    from pipeline.shard import ShardFile
+
+    if not root.exists():
+        return None
+    try:
+        rows = json.loads((root / "shards.json").read_text())
+        found = [ShardFile(Path(path), *rest) for path, *rest in rows]
+        faults = differences(root, {f.path.as_posix(): FileEntry(sha256=f.sha256, size=f.size) for f in found})
+    except (OSError, ValueError, TypeError) as error:
+        faults = [str(error)]
+    if not faults:
+        return found
+    say(f"shard: cached shards are damaged ({'; '.join(faults)}): written again")
+    shutil.rmtree(root, ignore_errors=True)
+    return None
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold a lock file among all builds that share this cache; that of a killed build falls free."""
+    from filelock import FileLock
+
+    with disk_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def fingerprint(request: Request) -> dict[str, Any]:
@@ -183,28 +226,52 @@ def fingerprint(request: Request) -> dict[str, Any]:
     digest = hashlib.sha256()
     for path in sorted(here.rglob("*.py")):
         digest.update(path.read_bytes())
-    recipe = request.recipe
-    names = [n for n in (recipe.target.source, recipe.draft.source) if n and "://" not in n]
-    local = [p for name in names for p in _files(request.base / name)] + [request.base / recipe.validate_.prompts]
     return {
-        "recipe": recipe.model_dump_json(by_alias=True),
+        "recipe": request.recipe.model_dump_json(by_alias=True),
         "package": digest.hexdigest(),
         "versions": {name: _version(name) for name in VERSIONED},
-        "files": sorted([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in local if p.is_file()),
+        "compiler": [os.environ.get("CXX"), shutil.which(os.environ.get("CXX", "g++"))],
+        "files": sorted(_stamp_of(path) for path in _local_files(request) if path.is_file()),
         "validate": request.validate,
+        "locked": request.locked,
     }
 
 
+def _local_files(request: Request) -> list[Path]:
+    """Files outside the package that decide a build: folders of weights, prompts, and the lock where it binds."""
+    from pipeline.lock import lock_path
+    from pipeline.validate.prompts import prompts_path
+
+    recipe, base = request.recipe, request.base
+    names = [n for n in (recipe.target.source, recipe.draft.source) if n and "://" not in n]
+    found = [path for name in names for path in _files(base / Path(name).expanduser())]
+    found.append(prompts_path(recipe.validate_.prompts, base))
+    return [*found, lock_path(base / f"{recipe.name}.yaml")] if request.locked else found
+
+
+def _stamp_of(path: Path) -> list[Any]:
+    """What changes whenever a file is written or replaced, even by one of its size and time."""
+    stat = path.stat()
+    return [str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def _is_current(request: Request, inputs: dict[str, Any]) -> bool:
-    """True when the last build had these inputs and its artifact is still whole, by names and sizes."""
+    """True when `out` still holds the artifact of the last build, made of these inputs; by digest, names and sizes."""
     try:
-        recorded = json.loads(request.stamp.read_text())["inputs"]
+        recorded = json.loads(request.stamp.read_text())
         files = artifacts.read(request.out).manifest.files
-        return recorded == json.loads(json.dumps(inputs)) and all(
-            (request.out / name).stat().st_size == entry.size for name, entry in files.items()
+        return (
+            recorded["inputs"] == json.loads(json.dumps(inputs))
+            and recorded["artifact"] == _identity(request.out)
+            and all((request.out / name).stat().st_size == entry.size for name, entry in files.items())
         )
-    except (OSError, ValueError, KeyError, ArtifactError):
+    except (OSError, ValueError, KeyError, TypeError, ArtifactError):
         return False
+
+
+def _identity(root: Path) -> str:
+    """Names an artifact with its reports."""
+    return sha256_file(root / artifacts.MANIFEST)
 
 
 def _check_lock(request: Request, fresh: Any) -> None:

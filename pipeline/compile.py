@@ -59,13 +59,23 @@ def compile_graph(job: Job) -> Compiled:
     store = Cache(Path(job.cache))
     backend = make_backend(job.backend)
     memo = f"{_memo_key(job, backend.toolchain().as_dict(), backend.flags())}"
-    known = store.get(memo)
-    if known is not None and store.get(key := known.read_text()) is not None:
-        return Compiled(job.spec, key, True, time.monotonic() - started)
-    with store.lock(memo), _logged(Path(job.log)):
-        key, hit = _trace_and_compile(job, backend, store)
-        store.put(memo, key.encode())
+    key, hit = _known(store, memo), True
+    if key is None:
+        with store.lock(memo), _logged(Path(job.log)):
+            key = _known(store, memo)  # another build may have compiled it while this one waited
+            if key is None:
+                key, hit = _trace_and_compile(job, backend, store)
+                store.put(memo, key.encode())
     return Compiled(job.spec, key, hit, time.monotonic() - started)
+
+
+def _known(store: Cache, memo: str) -> str | None:
+    """The key that a memo names, if the graph is there, whole."""
+    noted = store.get(memo)
+    if noted is None:
+        return None
+    key = noted.read_text()
+    return key if store.get(key) is not None else None
 
 
 def _trace_and_compile(job: Job, backend: Any, store: Cache) -> tuple[str, bool]:

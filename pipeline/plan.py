@@ -240,9 +240,9 @@ def _conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Itera
 
 def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:
     where = recipe.place("draft")
-    if target.vocab != draft.vocab:
-        what = f"the draft has vocab_size={draft.vocab}, the target {target.vocab}"
-        yield Problem(where, what, "use a draft with the target's tokenizer")
+    if target.vocab != draft.vocab and (draft.shares_embedding or draft.draft_vocab):
+        what = f"the draft has vocab_size={draft.vocab}, the target, whose vocabulary it uses, {target.vocab}"
+        yield Problem(where, what, "use a draft that was made for this target")
     if draft.shares_embedding and target.hidden != draft.hidden:
         what = f"the draft uses the target's embedding, but has hidden_size={draft.hidden}, the target {target.hidden}"
         yield Problem(where, what, "use a draft that was made for this target")
@@ -251,8 +251,9 @@ def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> 
         what = f"found {dtype}, but the draft uses the target's embedding, which is {recipe.target.dtype}"
         yield Problem(recipe.place("draft.dtype"), what, f"use {recipe.target.dtype}, or leave it out")
     candidates = recipe.speculation.candidates
-    if candidates is not None and candidates > target.vocab:
-        what = f"found {candidates}, more than the vocabulary of {target.vocab}"
+    vocab = min(target.vocab, draft.vocab)
+    if candidates is not None and candidates > vocab:
+        what = f"found {candidates}, more than the vocabulary of {vocab}"
         yield Problem(recipe.place("speculation.candidates"), what, "use less, or leave it out to keep all")
 
 

@@ -67,7 +67,8 @@ def _model(name: str, pair: PairShape, named: dict[str, Tensor], seams_for: Seam
     weights = {key: t for key, t in own.items() if key not in state}
     if name == "draft" and pair.embedding_is_shared and f"target/{EMBEDDING}" in named:
         weights[EMBEDDING] = named[f"target/{EMBEDDING}"]
-    return graphs.Model(pair.config_of(name), weights, state, seams_for(pair.tp_of(name)))
+    partner = pair.target.vocab if name == "draft" and pair.draft.vocab != pair.target.vocab else None
+    return graphs.Model(pair.config_of(name), weights, state, seams_for(pair.tp_of(name)), partner)
 
 
 def _choose(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor]) -> graphs.Choose:

@@ -68,15 +68,16 @@ def hidden_states(
     return _rms_norm(x, weights["model.norm.weight"], config.norm_eps)
 
 
-def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor) -> Tensor:
-    """This rank's slice of the logits, float32 [B, T, V]; padding of the vocabulary is -inf."""
+def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, known: int | None = None) -> Tensor:
+    """This rank's slice of the logits, float32 [B, T, V]; -inf beyond the vocabulary, or its first `known` ids."""
     head = weights["model.embed_tokens.weight" if config.tied else "lm_head.weight"]
     rows = vocab_rows(config.out_vocab, seams.tp)
     out_BTV = seams.head(hidden_BTH, head, rows)
-    if rows * seams.tp == config.out_vocab:
+    size = min(known or config.out_vocab, config.out_vocab)
+    if rows * seams.tp == size:
         return out_BTV
     ids_V = torch.arange(rows, device=out_BTV.device) + weights[OFFSET]
-    return out_BTV.masked_fill(ids_V >= config.out_vocab, -math.inf)
+    return out_BTV.masked_fill(ids_V >= size, -math.inf)
 
 
 def vocab_rows(vocab: int, tp: int) -> int:

@@ -43,10 +43,10 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, gold
     from pipeline.package import add_reports
     from pipeline.recipe import load as load_recipe
     from pipeline.runtime import load
-    from pipeline.validate.prompts import load_prompts
+    from pipeline.validate.prompts import load_prompts, prompts_path
 
     recipe = load_recipe(root / "recipe.yaml")
-    prompts = load_prompts(base / recipe.validate_.prompts)
+    prompts = load_prompts(prompts_path(recipe.validate_.prompts, base))
     say(f"validate: {len(prompts)} prompts")
     engine = load(root)
     try:
