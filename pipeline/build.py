@@ -1,6 +1,6 @@
 """START HERE: the stages of a build, in order, and which of them a change makes stale.
 
-    recipe -> sources -> plan -> compile (trace, AOT) + shard -> package -> validate -> artifact
+    recipe -> sources -> plan -> shard -> compile (trace, AOT) -> package -> validate -> artifact
 
 Every stage's result is addressed by its inputs, so a build that is killed anywhere is completed by the next one, and
 one that finds nothing changed does nothing: it compares a stamp, without importing torch.
@@ -25,7 +25,7 @@ from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.cache import default_root
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.files import disk_errors, sha256_file, write_atomic
+from pipeline.files import check_writable, disk_errors, sha256_file, write_atomic
 from pipeline.recipe import Recipe, load
 
 if TYPE_CHECKING:
@@ -57,6 +57,14 @@ def silent(line: str) -> None:
     """A `Say` that shows nothing."""
 
 
+Progress = Callable[[str, float, float], None]
+"""Told what is under way, how much is done, and how much there is in all."""
+
+
+def unseen(what: str, done: float, total: float) -> None:
+    """A `Progress` that shows nothing."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One build: a recipe and where things go."""
@@ -69,6 +77,7 @@ class Request:
     validate: bool = True
     locked: bool = False
     say: Say = silent
+    progress: Progress = unseen
 
     @cached_property
     def stamp(self) -> Path:
@@ -99,6 +108,8 @@ def run(request: Request) -> Report:
         inputs = fingerprint(request)  # as they were before anything was read: what changes meanwhile is stale again
         report.fresh = _is_current(request, inputs)
         if not report.fresh:
+            artifacts.check_replaceable(request.out)
+            check_writable(request.out.absolute().parent)
             with disk_errors(request.stamp):
                 request.stamp.unlink(missing_ok=True)
             _stages(request, report)
@@ -120,14 +131,16 @@ def _stages(request: Request, report: Report) -> None:
     if problems:
         raise _preflight_error(problems)
     request.say("sources: target and draft")
-    target, draft = resolve_pair(request.recipe, base=request.base, cache=request.cache / "sources")
+    target, draft = resolve_pair(
+        request.recipe, base=request.base, cache=request.cache / "sources", progress=request.progress
+    )
     plan = make_plan(request.recipe, target.config, draft.config)
     lock = make_lock(request.recipe, target, draft, backend.toolchain().as_dict())
     if request.locked:
         _check_lock(request, lock)
     tokenizer = tokenizer_files(target)
-    compiled = _compile(request, plan, report)
     shards, weights = _shard(request, plan, target, draft, backend)
+    compiled = _compile(request, plan, report)
     request.say("package")
     built = package(request.out, plan, backend, lock, compiled, shards, weights, tokenizer, request.cache)
     if request.validate:
@@ -147,9 +160,12 @@ def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
     request.say(f"compile: {len(jobs)} graphs, {workers} at a time; logs in {logs}")
     left = {spec.name: plan.compile_seconds(spec) for spec in plan.graphs}
 
+    request.progress("compile", 0, len(jobs))
+
     def done(one: Compiled) -> None:
         left.pop(one.spec.name)
         (report.reused if one.hit else report.compiled).append(one.spec.name)
+        request.progress("compile", len(jobs) - len(left), len(jobs))
         how = "cached" if one.hit else f"{one.seconds:.0f} s"
         remaining = f", {len(left)} left, about {sum(left.values()) / workers:.0f} s" if left else ""
         request.say(f"  {one.spec.name}: {how}{remaining}")
@@ -178,7 +194,10 @@ def _shard(
         if found is None:
             request.say(f"shard: weights for {plan.pair.tp} rank(s)")
             with atomic_dir(root) as folder:
-                files = write_shards(plan.pair, target, draft, folder, packing=backend.packing)
+                files = write_shards(
+                    plan.pair, target, draft, folder, packing=backend.packing,
+                    progress=lambda done, total: request.progress("shard", done, total),
+                )  # fmt: skip
                 found = [replace(file, path=file.path.relative_to(folder)) for file in files]
                 rows = [[str(f.path), f.sha256, f.size, f.rank, f.model] for f in found]
                 (folder / "shards.json").write_text(json.dumps(rows))

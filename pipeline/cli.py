@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,54 +11,65 @@ from typing import Any
 import click
 
 from pipeline import __version__
-from pipeline.errors import InputError, RecipeError, TandemError
+from pipeline.console import Console, print_error, print_json
+from pipeline.errors import InputError, TandemError
 
 RECIPES = Path("recipes")
+VERBOSE = "Show tracebacks."
+QUIET = "Show results and errors only."
 
 
-class Tandem(click.Group):
+class Command(click.Command):
+    """A command that takes -v and -q, as the group before it does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for letter, name, text in (("-v", "verbose", VERBOSE), ("-q", "quiet", QUIET)):
+            self.params.append(
+                click.Option([letter, f"--{name}"], is_flag=True, help=text, expose_value=False, callback=_note)
+            )
+
+
+def _note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and param.name:
+        setattr(ctx.ensure_object(Console), param.name, True)
+
+
+class Group(click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+    group_class = type
+
+
+class Tandem(Group):
     """Turns the failure tree into messages and exit codes."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; an error says where, what, fix; a traceback only with -v."""
+        console = ctx.ensure_object(Console)
         try:
             return super().invoke(ctx)
         except TandemError as error:
-            if ctx.params.get("verbose"):
+            console.close()
+            if console.verbose:
                 raise
-            render(error)
+            print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
+            console.close()
             click.echo("interrupted; run the same command to continue", err=True)
             sys.exit(130)
-
-
-def render(error: TandemError) -> None:
-    """Print an error on stderr."""
-    problems = error.problems if isinstance(error, RecipeError) else (error,)
-    for problem in problems:
-        click.secho(f"{error.title}: ", fg="red", err=True, nl=False)
-        click.echo(f"{problem.where}: {problem.what}" if problem.where else problem.what, err=True)
-        if problem.fix:
-            click.echo(f"  fix: {problem.fix}", err=True)
+        finally:
+            console.close()
 
 
 @click.group(cls=Tandem, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
-@click.option("-q", "--quiet", is_flag=True, help="Show results only.")
-@click.pass_context
-def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
+@click.option("-v", "--verbose", is_flag=True, help=VERBOSE, expose_value=False, callback=_note)
+@click.option("-q", "--quiet", is_flag=True, help=QUIET, expose_value=False, callback=_note)
+def main() -> None:
     """Compile a target LLM and its draft in tandem: one recipe in, one validated artifact out."""
-    ctx.obj = {"verbose": verbose, "say": _silent if quiet else _say}
-
-
-def _silent(line: str) -> None:
-    """Show nothing."""
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
 
 
 def _recipe(name: str) -> Path:
@@ -73,11 +83,10 @@ def _artifact_dir(name: str) -> Path:
     for path in (Path(name), Path("artifacts") / name):
         if (path / "manifest.json").is_file():
             return path
-    raise InputError(f"no artifact {name!r}", where="artifacts", fix=f"make build RECIPE={name}")
-
-
-def _json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=1, default=str))
+    built = sorted(path.parent.name for path in Path("artifacts").glob("*/manifest.json"))
+    here = f"artifacts here: {', '.join(built) or 'none'}"
+    fix = f"make build RECIPE={name}" if (RECIPES / f"{name}.yaml").is_file() else f"name an artifact's folder; {here}"
+    raise InputError(f"no artifact {name!r}", where="artifacts", fix=fix)
 
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for machines.")
@@ -92,7 +101,7 @@ as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for mac
 @as_json
 @click.pass_obj
 def build(
-    obj: dict[str, Any],
+    console: Console,
     recipe: str,
     out: Path | None,
     workers: int | None,
@@ -108,11 +117,12 @@ def build(
     parsed = load(path)
     request = Request(
         recipe=parsed, base=path.parent, out=out or Path("artifacts") / parsed.name, workers=workers,
-        validate=not no_validate, locked=locked, say=obj["say"],
+        validate=not no_validate, locked=locked,
+        say=console.say, progress=console.progress,
     )  # fmt: skip
     report = run(request)
     if json_:
-        _json(asdict(report))
+        print_json(asdict(report))
     elif report.fresh:
         click.echo(f"{report.artifact}: nothing changed ({report.seconds:.2f} s)")
     else:
@@ -142,7 +152,7 @@ def plan(recipe: str, json_: bool) -> None:
     made = make_plan(parsed, *configs)
     memory = asdict(made.memory) | {"total": made.memory.total}
     if json_:
-        _json({"graphs": [spec.name for spec in made.graphs], "memory_bytes_per_rank": memory})
+        print_json({"graphs": [spec.name for spec in made.graphs], "memory_bytes_per_rank": memory})
         return
     click.echo(f"{parsed.name}: {len(made.graphs)} graphs, {made.pair.tp} rank(s)")
     for spec in made.graphs:
@@ -161,9 +171,11 @@ def plan(recipe: str, json_: bool) -> None:
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--speculate/--no-speculate", default=True)
+@as_json
+@click.pass_obj
 def run(
-    artifact: str, prompt: str, raw: bool, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-    seed: int, speculate: bool,
+    console: Console, artifact: str, prompt: str, raw: bool, max_new_tokens: int, temperature: float, top_k: int,
+    top_p: float, seed: int, speculate: bool, json_: bool,
 ) -> None:  # fmt: skip
     """Stream the answer of ARTIFACT to a prompt."""
     from pipeline.runtime import load
@@ -172,11 +184,14 @@ def run(
     tokens = engine.text.encode(prompt) if raw or not engine.text.has_chat else engine.text.chat(prompt)
     answer = engine.generate(
         [tokens], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        speculate=speculate, on_tokens=_streamer(engine.text.decode),
+        speculate=speculate, on_tokens=None if json_ else _streamer(engine.text.decode),
     )[0]  # fmt: skip
+    if json_:
+        print_json(asdict(answer))
+        return
     click.echo("")
     per_step = sum(answer.emitted_per_step) / max(answer.steps, 1)
-    _say(f"[{len(answer.tokens)} tokens, {answer.steps} speculative steps, {per_step:.2f} tokens a step]")
+    console.say(f"[{len(answer.tokens)} tokens, {answer.steps} speculative steps, {per_step:.2f} tokens a step]")
 
 
 def _streamer(decode: Callable[[list[int]], str]) -> Callable[[int, list[int]], None]:
@@ -207,7 +222,7 @@ def bench(artifact: str, against: str | None, count: int, max_new_tokens: int, j
 
     rows = measure(_artifact_dir(artifact), count, max_new_tokens, against)
     if json_:
-        _json([asdict(row) for row in rows])
+        print_json([asdict(row) for row in rows])
         return
     click.echo(f"{'':<24}{'first token':>12}{'p50':>10}{'p99':>10}{'tokens/s':>10}{'tokens/step':>13}")
     for row in rows:
@@ -225,7 +240,7 @@ def inspect(artifact: str, json_: bool) -> None:
     found = read(_artifact_dir(artifact))
     manifest = found.manifest
     if json_:
-        _json(manifest.model_dump(mode="json"))
+        print_json(manifest.model_dump(mode="json"))
         return
     size = sum(entry.size for entry in manifest.files.values())
     passed = (manifest.validation or {}).get("passed")
@@ -242,33 +257,50 @@ def inspect(artifact: str, json_: bool) -> None:
 
 @main.command()
 @click.argument("artifact")
-def verify(artifact: str) -> None:
+@as_json
+@click.pass_obj
+def verify(console: Console, artifact: str, json_: bool) -> None:
     """Check every file of ARTIFACT against its manifest."""
     from pipeline.artifact import verify as check
 
-    found = check(_artifact_dir(artifact))
+    found = check(_artifact_dir(artifact), lambda done, total: console.progress("verify", done, total))
+    if json_:
+        print_json({"name": found.manifest.name, "version": found.manifest.version, "files": len(found.manifest.files)})
+        return
     click.echo(f"{found.manifest.name} {found.manifest.version}: {len(found.manifest.files)} files match")
 
 
 @main.command()
 @click.argument("first")
 @click.argument("second")
-def diff(first: str, second: str) -> None:
+@as_json
+def diff(first: str, second: str, json_: bool) -> None:  # noqa: ARG001 - it is JSON either way
     """Show what differs between two artifacts."""
     from pipeline.artifact import diff as compare
     from pipeline.artifact import read
 
-    _json(compare(read(_artifact_dir(first)).manifest, read(_artifact_dir(second)).manifest))
+    print_json(compare(read(_artifact_dir(first)).manifest, read(_artifact_dir(second)).manifest))
 
 
 @main.command()
 @click.argument("artifact")
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The recipe it was built from, which relative sources and prompts belong to (default: one in recipes/).",
+)
+@as_json
 @click.pass_obj
-def validate(obj: dict[str, Any], artifact: str) -> None:
+def validate(console: Console, artifact: str, recipe_file: Path | None, json_: bool) -> None:
     """Run the gates on ARTIFACT again and store the reports in it."""
+    from pipeline.artifact import read
     from pipeline.validate import validate_artifact
 
-    validate_artifact(_artifact_dir(artifact), RECIPES, obj["say"])
+    root = _artifact_dir(artifact)
+    validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.say)
+    if json_:
+        print_json(read(root).manifest.validation)
 
 
 @main.command()
@@ -283,7 +315,7 @@ def publish(artifact: str, url: str, aliases: tuple[str, ...], dry_run: bool, js
 
     release = send(_artifact_dir(artifact), url, aliases, dry_run=dry_run)
     if json_:
-        _json(asdict(release))
+        print_json(asdict(release))
         return
     verb = "would send" if dry_run else "sent"
     click.echo(
@@ -294,31 +326,45 @@ def publish(artifact: str, url: str, aliases: tuple[str, ...], dry_run: bool, js
 @main.command()
 @click.argument("reference")
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
-def pull(reference: str, directory: Path | None) -> None:
+@as_json
+def pull(reference: str, directory: Path | None, json_: bool) -> None:
     """Pull a release, REGISTRY/NAME@VERSION-or-ALIAS, into DIRECTORY, verified."""
     from pipeline.pull import pull as fetch
 
-    click.echo(str(fetch(reference, directory)))
+    root = fetch(reference, directory)
+    if json_:
+        print_json({"artifact": root})
+        return
+    click.echo(str(root))
 
 
 @main.command()
 @click.argument("release")
 @click.argument("alias_name")
 @click.option("--to", "url", default="artifacts/registry", show_default=True)
-def alias(release: str, alias_name: str, url: str) -> None:
+@as_json
+def alias(release: str, alias_name: str, url: str, json_: bool) -> None:
     """Point ALIAS_NAME at RELEASE, NAME@VERSION."""
     from pipeline.publish import set_alias
 
     set_alias(url, release, alias_name)
+    if json_:
+        print_json({"alias": alias_name, "release": release})
+        return
     click.echo(f"{alias_name} -> {release}")
 
 
 @main.command()
-def doctor() -> None:
+@as_json
+def doctor(json_: bool) -> None:
     """Say what this machine can build and run."""
     from pipeline.backends.base import make_backend
 
     backend = make_backend({"name": "inductor"})
+    if json_:
+        found = [asdict(problem) for problem in backend.preflight()]
+        print_json({"toolchain": backend.toolchain().as_dict(), "requires": backend.requires(), "problems": found})
+        sys.exit(3 if found else 0)
     for name, value in (backend.toolchain().as_dict() | backend.requires()).items():
         click.echo(f"{name:<12}{value}")
     problems = backend.preflight()
@@ -327,46 +373,56 @@ def doctor() -> None:
     sys.exit(3 if problems else 0)
 
 
-@main.group()
+@main.group(cls=Group)
 def cache() -> None:
     """Look after the cache of compiled graphs."""
 
 
 @cache.command()
-def stats() -> None:
+@as_json
+def stats(json_: bool) -> None:
     """Count entries and bytes."""
     from pipeline.cache import Cache, default_root
 
     found = Cache(default_root()).stats()
+    if json_:
+        print_json(asdict(found) | {"root": default_root()})
+        return
     click.echo(f"{found.entries} entries, {found.size_bytes / (1 << 20):.1f} MiB in {default_root()}")
 
 
 @cache.command()
 @click.option("--max-gib", type=float, required=True, help="Keep at most this much, the newest.")
-def gc(max_gib: float) -> None:
+@as_json
+def gc(max_gib: float, json_: bool) -> None:
     """Remove the oldest entries."""
     from pipeline.cache import Cache, default_root
 
     removed = Cache(default_root()).gc(int(max_gib * (1 << 30)))
+    if json_:
+        print_json(asdict(removed))
+        return
     click.echo(f"removed {removed.entries} entries, {removed.size_bytes / (1 << 20):.1f} MiB")
 
 
-@main.group()
+@main.group(cls=Group)
 def recipe() -> None:
     """Check and lock recipes."""
 
 
 @recipe.command()
-def schema() -> None:
+@as_json
+def schema(json_: bool) -> None:  # noqa: ARG001 - it is JSON either way
     """Print the JSON Schema of a recipe, for editors."""
     from pipeline.recipe import schema as make
 
-    _json(make())
+    print_json(make())
 
 
 @recipe.command()
 @click.argument("names", nargs=-1, required=True)
-def check(names: tuple[str, ...]) -> None:
+@as_json
+def check(names: tuple[str, ...], json_: bool) -> None:
     """Check recipes, and plan those that have a lock."""
     from pipeline.lock import lock_path, pair_configs, read
     from pipeline.plan import make_plan
@@ -377,12 +433,16 @@ def check(names: tuple[str, ...]) -> None:
         parsed = load(path)
         if lock_path(path).is_file():
             make_plan(parsed, *pair_configs(parsed, read(lock_path(path)), str(lock_path(path))))
-        click.echo(f"{path}: ok")
+        if not json_:
+            click.echo(f"{path}: ok")
+    if json_:
+        print_json({"checked": list(names)})
 
 
 @recipe.command()
 @click.argument("name")
-def lock(name: str) -> None:
+@as_json
+def lock(name: str, json_: bool) -> None:
     """Pin what RECIPE's sources and toolchain are now, beside it."""
     from pipeline.backends.base import make_backend
     from pipeline.cache import default_root
@@ -395,4 +455,7 @@ def lock(name: str) -> None:
     pair = resolve_pair(parsed, base=path.parent, cache=default_root() / "sources")
     toolchain = make_backend(parsed.backend.model_dump()).toolchain().as_dict()
     write(lock_path(path), make_lock(parsed, *pair, toolchain))
+    if json_:
+        print_json({"lock": lock_path(path)})
+        return
     click.echo(f"wrote {lock_path(path)}")

@@ -14,12 +14,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pipeline.backends.base import Toolchain, Traced
@@ -35,6 +37,12 @@ GROUP = "0"
 
 SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
 """Where Inductor writes sources and objects. Always the same place, because their paths end up in the library."""
+
+MARK = ".whole"
+NO_CHECKS = """
+static bool _check_aoti_runtime_check_inputs_env() { return false; }
+static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
+"""
 
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
@@ -166,15 +174,62 @@ class InductorBackend:
             "aot_inductor.enable_line_tables": False,
             "compile_threads": 1,
             "cpp.simdlen": VECTOR_BITS[self.isa],
+            "cpp.vec_isa_ok": True,  # the processor says what it has; compiling probes for that takes seconds
         }
         if self.device == "cpu":
             settings["cpp.march"] = MARCH[self.isa]
-        torch._inductor.aoti_compile_and_package(traced.program, package_path=str(package), inductor_configs=settings)
+        with whole_headers(SCRATCH / "headers"), _no_input_checks():
+            torch._inductor.aoti_compile_and_package(
+                traced.program, package_path=str(package), inductor_configs=settings
+            )
         return package.read_bytes()
 
     def load(self, graph: Path) -> LoadedGraph:
         """Open a package that has been verified."""
         return LoadedGraph(graph, -1 if self.device == "cpu" else torch.cuda.current_device())
+
+
+@contextmanager
+def whole_headers(folder: Path) -> Iterator[None]:
+    """Keep Inductor's precompiled headers in `folder`, without any that a killed compiler left half-written.
+
+    Inductor takes whatever file is there, for ever. A header is marked once a compile that saw it has succeeded; one
+    without a mark that nobody is writing is removed.
+    """
+    from torch._inductor import codecache
+
+    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
+    for header in _unmarked(folder):
+        header.unlink(missing_ok=True)
+    yield
+    for header in _unmarked(folder):
+        header.with_suffix(MARK).touch()
+
+
+def _unmarked(folder: Path) -> list[Path]:
+    """Precompiled headers without a mark whose lock is free."""
+    found = []
+    for header in folder.glob("*.gch"):
+        if not header.with_suffix(MARK).exists():
+            with suppress(Timeout), FileLock(folder / "locks" / f"{header.name.split('.')[0]}.lock", timeout=0):
+                found.append(header)
+    return found
+
+
+@contextmanager
+def _no_input_checks() -> Iterator[None]:
+    """Leave out the checks of every input that an environment variable turns on: half the code to compile."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    def write_none(self: CppWrapperCpu) -> None:
+        self.prefix.splice_aot(NO_CHECKS)
+
+    original = CppWrapperCpu.generate_input_output_runtime_checks
+    CppWrapperCpu.generate_input_output_runtime_checks = write_none
+    try:
+        yield
+    finally:
+        CppWrapperCpu.generate_input_output_runtime_checks = original
 
 
 class LoadedGraph:
