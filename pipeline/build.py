@@ -125,11 +125,14 @@ def _stages(request: Request, report: Report) -> None:
     from pipeline.package import package
     from pipeline.plan import make_plan
     from pipeline.sources import resolve_pair, tokenizer_files
+    from pipeline.validate.prompts import load_prompts, prompts_path
 
     backend = make_backend(request.recipe.backend.model_dump())
     problems = backend.preflight()
     if problems:
         raise _preflight_error(problems)
+    if request.validate:
+        load_prompts(prompts_path(request.recipe.validate_.prompts, request.base))  # refused now, not after an hour
     request.say("sources: target and draft")
     target, draft = resolve_pair(
         request.recipe, base=request.base, cache=request.cache / "sources", progress=request.progress

@@ -222,7 +222,16 @@ def test_build_equals_transformers(family, dtype, tmp_path):
         pytest.skip("two families are enough in bfloat16")
     recipe = write_recipe(family, tmp_path / "recipe", dtype)
     (tmp_path / "elsewhere").mkdir()
-    tandem = [sys.executable, "-m", "pipeline.cli", "build", str(recipe), "--out", "made", "--no-validate"]
+    tandem = [
+        sys.executable,
+        "-c",
+        "from pipeline.cli import main; main()",
+        "build",
+        str(recipe),
+        "--out",
+        "made",
+        "--no-validate",
+    ]
     subprocess.run(tandem, cwd=tmp_path / "elsewhere", check=True)
     engine = runtime.load(tmp_path / "elsewhere" / "made")
     prompts = [engine.text.encode(text) for text in families.PROMPTS]
