@@ -29,9 +29,9 @@ def run_all(
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(workers,)) as pool:
-        futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
         results: dict[int, Result] = {}
         try:
+            futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
             for future in as_completed(futures):
                 results[futures[future]] = future.result()
                 done(results[futures[future]])
@@ -44,7 +44,7 @@ def run_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
-                worker.terminate()  # leaving would wait for what they compile now, which may take minutes
+                worker.kill()  # leaving would wait for what they compile now, which may take minutes
             raise
     return [results[index] for index in range(len(jobs))]
 
