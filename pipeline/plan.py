@@ -235,6 +235,11 @@ def _conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Itera
             if bucket > config.max_position:
                 what = f"found {bucket}, longer than the {name}'s max_position_embeddings={config.max_position}"
                 yield Problem(recipe.place(f"shapes.kv[{index}]"), what, f"use kv buckets up to {config.max_position}")
+            elif bucket > (config.window or bucket):
+                what = (
+                    f"found {bucket}, longer than the {name}'s sliding_window={config.window}, which is not supported"
+                )
+                yield Problem(recipe.place(f"shapes.kv[{index}]"), what, f"use kv buckets up to {config.window}")
     yield from _pair_conflicts(recipe, target, draft)
 
 

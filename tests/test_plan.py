@@ -176,8 +176,20 @@ def test_conflict_sharded_draft_may_be_replicated_instead(tmp_path: Path) -> Non
 
 
 def test_conflict_vocabularies_that_differ(tmp_path: Path) -> None:
-    (problem,) = problems_of(recipe_of(tmp_path), SMALL, replace(SMALL, vocab=500))
-    assert problem.what == "the draft has vocab_size=500, the target 512"
+    """Padding may differ, unless the draft uses the target's embedding or names its ids."""
+    recipe = recipe_of(tmp_path)
+    make_plan(recipe, SMALL, replace(SMALL, vocab=500))
+    for own in ({"shares_embedding": True}, {"draft_vocab": 100, "tied": False}):
+        (problem,) = problems_of(recipe, SMALL, replace(SMALL, vocab=500, **own))
+        assert problem.what == "the draft has vocab_size=500, the target, whose vocabulary it uses, 512"
+
+
+def test_conflict_cache_longer_than_a_sliding_window(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    longest = recipe.shapes.kv[-1]
+    make_plan(recipe, replace(SMALL, window=longest), SMALL)
+    (problem,) = problems_of(recipe, replace(SMALL, window=longest - 1), SMALL)
+    assert f"found {longest}, longer than the target's sliding_window={longest - 1}" in problem.what
 
 
 def test_reduced_vocabulary_is_no_conflict(tmp_path: Path) -> None:
