@@ -104,7 +104,7 @@ def run(request: Request) -> Report:
     """Run the stages that are stale. Builds of one output at once take turns, and all but the first find it done."""
     started = time.monotonic()
     report = Report(request.out)
-    with _alone(request.stamp.with_suffix(".lock")):
+    with _alone(request.stamp.with_suffix(".lock"), request.say, f"another build of {request.out}"):
         inputs = fingerprint(request)  # as they were before anything was read: what changes meanwhile is stale again
         report.fresh = _is_current(request, inputs)
         if not report.fresh:
@@ -192,7 +192,7 @@ def _shard(
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     root = request.cache / "shards" / key
-    with _alone(root.with_suffix(".lock")):
+    with _alone(root.with_suffix(".lock"), request.say, "a build that writes the same shards"):
         found = _whole_shards(root, request.say)
         if found is None:
             request.say(f"shard: weights for {plan.pair.tp} rank(s)")
@@ -228,14 +228,18 @@ def _whole_shards(root: Path, say: Say) -> list[ShardFile] | None:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _alone(lock: Path, say: Say, other: str) -> Iterator[None]:
     """Hold a lock file among all builds that share this cache; that of a killed build falls free."""
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
+    held = FileLock(lock)
     with disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock)
-        held.acquire()
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting for {other}")
+            held.acquire()
     try:
         yield
     finally:

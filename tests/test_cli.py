@@ -310,3 +310,21 @@ def test_progress_off_a_terminal_is_plain_lines(work, capfd):
     captured = capfd.readouterr()
     assert captured.err == "package\n"
     assert captured.out == ""
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    """Lines stay above the bar, and the bar is gone at the end."""
+    code = (
+        "import time\nfrom pipeline.console import Console\nc = Console()\nc.progress('shard', 1, 2)\ntime.sleep(0.5)\nc.say('package [x]')\n"
+        "c.progress('shard', 2, 2)\nc.close()"
+    )
+    ours, theirs = os.openpty()
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, env=env)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "shard" in shown
+    assert "50%" in shown
+    assert "package [x]\r\n" in shown
+    assert "\x1b[2K" in shown, "the bar was never taken away"
