@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from test_files import on_small_disk
 
 import pipeline
 from pipeline import artifact, runtime
@@ -381,12 +382,12 @@ def test_a_changed_flag_affects_its_graphs_alone(built):
     assert {name for name in plain if plain[name] != keep[name]} == {n for n in plain if n.endswith("stochastic")}
 
 
-@pytest.mark.parametrize("limit", [6_000, 100_000])
-def test_build_on_a_full_disk_leaves_nothing_half_written(built, tmp_path, limit):
+@pytest.mark.parametrize(("limit", "missing"), [(6_000, "sources"), (100_000, "shards")])
+def test_build_on_a_full_disk_leaves_nothing_half_written(built, tmp_path, limit, missing):
     """A limit on file sizes fails writes in the middle, like a full disk: in the sources, and in the shards."""
     request, _ = built
     cache = tmp_path / "cache"
-    shutil.copytree(request.cache, cache, ignore=shutil.ignore_patterns("shards", "sources"))
+    shutil.copytree(request.cache, cache, ignore=shutil.ignore_patterns(missing))
     child = child_build(request, tmp_path / "out", cache, limit=limit)
     output, errors = child.communicate()
     assert child.returncode == 3, errors
@@ -404,6 +405,24 @@ def test_build_into_a_read_only_folder_is_refused_before_anything_runs(built, tm
         again(request, cache=tmp_path / "cache", out=tmp_path / "file" / "out", validate=False)
     assert str(tmp_path / "file") in caught.value.where
     assert not (tmp_path / "cache" / "graphs").exists()
+
+
+def test_build_onto_a_read_only_disk_is_refused_before_anything_runs(local):
+    code = f"""
+    from pathlib import Path
+    from pipeline.build import Request, run
+    from pipeline.errors import HostError
+    from pipeline.recipe import load
+    base = Path({str(local)!r})
+    try:
+        run(Request(load(base / "local.yaml"), base, Path("/mnt/out"), base / "cache"))
+    except HostError as error:
+        print(error, "|", error.fix)
+    """
+    assert "Read-only file system | choose a folder that can be written" in on_small_disk(
+        "mount -o remount,ro /mnt", code
+    )
+    assert not (local / "cache" / "graphs").exists()
 
 
 def test_engine_equals_transformers_token_by_token(built):

@@ -315,7 +315,8 @@ def test_progress_off_a_terminal_is_plain_lines(work, capfd):
 def test_progress_on_a_terminal_is_a_bar():
     """Lines stay above the bar, and the bar is gone at the end."""
     code = (
-        "import time\nfrom pipeline.console import Console\nc = Console()\nc.progress('shard', 1, 2)\ntime.sleep(0.5)\nc.say('package [x]')\n"
+        "import time\nfrom pipeline.console import Console\nc = Console()\nc.progress('shard', 1, 2)\n"
+        "time.sleep(0.5)\nc.say('package [x]')\n"
         "c.progress('shard', 2, 2)\nc.close()"
     )
     ours, theirs = os.openpty()
