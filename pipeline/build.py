@@ -76,8 +76,14 @@ class Request:
     workers: int | None = None
     validate: bool = True
     locked: bool = False
+    lock: Path | None = None
     say: Say = silent
     progress: Progress = unseen
+
+    @property
+    def lock_file(self) -> Path:
+        """The recipe's lock, which need not exist."""
+        return self.lock or self.base / f"{self.recipe.name}.lock"
 
     @cached_property
     def stamp(self) -> Path:
@@ -265,14 +271,13 @@ def fingerprint(request: Request) -> dict[str, Any]:
 
 def _local_files(request: Request) -> list[Path]:
     """Files outside the package that decide a build: folders of weights, prompts, and the lock where it binds."""
-    from pipeline.lock import lock_path
     from pipeline.validate.prompts import prompts_path
 
     recipe, base = request.recipe, request.base
     names = [n for n in (recipe.target.source, recipe.draft.source) if n and "://" not in n]
     found = [path for name in names for path in _files(base / Path(name).expanduser())]
     found.append(prompts_path(recipe.validate_.prompts, base))
-    return [*found, lock_path(base / f"{recipe.name}.yaml")] if request.locked else found
+    return [*found, request.lock_file] if request.locked else found
 
 
 def _stamp_of(path: Path) -> list[Any]:
@@ -301,10 +306,9 @@ def _identity(root: Path) -> str:
 
 
 def _check_lock(request: Request, fresh: Any) -> None:
-    from pipeline.lock import check_locked, lock_path, read
+    from pipeline.lock import check_locked, read
 
-    path = lock_path(request.base / f"{request.recipe.name}.yaml")
-    problems = check_locked(read(path), fresh, str(path))
+    problems = check_locked(read(request.lock_file), fresh, str(request.lock_file))
     if problems:
         raise RecipeError(problems)
 

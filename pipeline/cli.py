@@ -52,9 +52,7 @@ class Tandem(Group):
             return super().invoke(ctx)
         except TandemError as error:
             console.close()
-            if console.verbose:
-                raise
-            print_error(error)
+            print_error(error, with_traceback=console.verbose)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             console.close()
@@ -111,6 +109,7 @@ def build(
 ) -> None:
     """Build RECIPE (a name in recipes/, or a file) into a validated artifact."""
     from pipeline.build import Request, run
+    from pipeline.lock import lock_path
     from pipeline.recipe import load
 
     path = _recipe(recipe)
@@ -118,7 +117,7 @@ def build(
     request = Request(
         recipe=parsed, base=path.parent, out=out or Path("artifacts") / parsed.name, workers=workers,
         validate=not no_validate, locked=locked,
-        say=console.say, progress=console.progress,
+        lock=lock_path(path), say=console.say, progress=console.progress,
     )  # fmt: skip
     report = run(request)
     if json_:

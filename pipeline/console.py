@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +80,10 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=1, default=str))
 
 
-def print_error(error: TandemError) -> None:
+def print_error(error: TandemError, *, with_traceback: bool) -> None:
     """An error on stderr: where, what, fix; all problems of a recipe."""
+    if with_traceback:
+        traceback.print_exception(error)
     problems = error.problems if isinstance(error, RecipeError) else (error,)
     for problem in problems:
         click.secho(f"{error.title}: ", fg="red", err=True, nl=False)
