@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,9 +99,8 @@ FAMILIES = {
 }
 
 
-def write_pair(family: str, root: Path) -> dict[str, Any]:
+def write_pair(spec: Family, root: Path) -> dict[str, Any]:
     """Save target and draft below `root`; returns the recipe's `draft` section."""
-    spec = FAMILIES[family]
     target = _model(spec, spec.changes, seed=3)
     _save(target, root / "target", spec)
     write_tokenizer(root / "target", spec.tokenizer)
@@ -199,9 +197,3 @@ def _sentencepiece() -> bytes:
         minloglevel=2,
     )  # fmt: skip
     return out.getvalue()
-
-
-def copy_of(root: Path, where: Path) -> Path:
-    """A copy of a folder, to be spoiled."""
-    shutil.copytree(root, where)
-    return where

@@ -127,4 +127,5 @@ def _padded_pair(vocab: int, draft_vocab: int, rows: int, length: int, candidate
                 count = min(len(values), len(known))
                 values[:count] = known[:count]
             tensors[f"{model}/{spec.name}"] = values
+        tensors[f"{model}/rank.vocab_offset"] = torch.zeros(1, dtype=torch.int32)
     return Pair(shape, tensors, empty_state(shape))

@@ -5,10 +5,9 @@ The fast tests run the graphs eagerly on shards that the sharder wrote; the slow
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,11 +66,11 @@ class EagerRanks:
         pass
 
 
-def write_recipe(family: str, root: Path, dtype: str = "float32") -> Path:
+def write_recipe(family: str, root: Path, dtype: str = "float32", spec: families.Family | None = None) -> Path:
     recipe = {
         "name": family,
         "target": {"source": "./target", "dtype": dtype},
-        "draft": families.write_pair(family, root),
+        "draft": families.write_pair(spec or families.FAMILIES[family], root),
         "speculation": {"draft_tokens": [3], "sampling": ["greedy", "stochastic"]},
         "shapes": {"batch": [1, 3], "prefill": [48], "kv": [64]},
         "validate": {"max_new_tokens": 8},
@@ -156,8 +155,8 @@ def test_speculation_with_another_vocabulary_draws_from_the_targets_distribution
     from pairs import make_pair
     from scipy import stats
 
-    pair = make_pair(vocab=(61, 55))
-    prompt, rows, draws = [5, 9, 23, 7], 4, 1500
+    pair = make_pair(vocab=(61, 55), rows=16)
+    prompt, rows, draws = [5, 9, 23, 7], 16, 120
     pair.prefill([prompt[:-1]] * rows)
     logits = pair.logits("target", prompt)[-1]
     spec = GraphSpec("speculate", rows, 3, pair.shape.length, 2, sampling="stochastic")
@@ -202,15 +201,10 @@ def test_ids_that_one_model_lacks_are_never_proposed(draft_vocab):
 
 
 def test_pair_whose_tokenizer_exceeds_a_vocabulary_is_refused(tmp_path):
-    recipe = write_recipe("qwen2", tmp_path)
-    config = json.loads((tmp_path / "draft" / "config.json").read_text())
-    from checkpoints import write_checkpoint
-
-    for file in (tmp_path / "draft").glob("model*"):
-        file.unlink()
-    write_checkpoint(tmp_path / "draft", **(config | {"vocab_size": 300, "head_dim": 16}))
-    with pytest.raises(SourceError, match="vocab_size=300, the target's is 416; their tokenizer has 342 ids"):
-        resolve_pair(load(recipe), base=tmp_path, cache=tmp_path / "cache")
+    small = replace(families.FAMILIES["qwen2"], draft={"vocab_size": 300, "num_hidden_layers": 1})
+    recipe = load(write_recipe("qwen2", tmp_path, spec=small))
+    with pytest.raises(SourceError, match="vocab_size=300, the target's is 416; their tokenizer has 341 ids"):
+        resolve_pair(recipe, base=tmp_path, cache=tmp_path / "cache")
 
 
 @pytest.mark.slow

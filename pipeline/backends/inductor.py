@@ -123,7 +123,23 @@ class InductorBackend:
 
     def flags(self) -> dict[str, str]:
         """What changes the generated code."""
-        return {"device": self.device, "isa": self.isa}
+        return {
+            "device": self.device,
+            "isa": self.isa,
+            **{name: str(value) for name, value in self._settings().items()},
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """Inductor's configuration."""
+        common: dict[str, Any] = {
+            "aot_inductor.compile_wrapper_opt_level": "O0",
+            "aot_inductor.enable_line_tables": False,
+            "cpp.simdlen": VECTOR_BITS[self.isa],
+            # Inductor writes a thread count into its loops. Left open it is that of whoever compiles, and the same
+            # graph compiled by one worker or by two would be two different programs under one key.
+            "cpp.threads": 1,
+        }
+        return common | ({"cpp.march": MARCH[self.isa]} if self.device == "cpu" else {})
 
     def requires(self) -> dict[str, str]:
         """Instruction set of a CPU artifact, compute capability of a GPU one."""
@@ -169,15 +185,8 @@ class InductorBackend:
         """Lower to C++ (or Triton) and build the shared library; returns the `.pt2` package."""
         package = work / self.graph_file
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(SCRATCH)
-        settings: dict[str, Any] = {
-            "aot_inductor.compile_wrapper_opt_level": "O0",
-            "aot_inductor.enable_line_tables": False,
-            "compile_threads": 1,
-            "cpp.simdlen": VECTOR_BITS[self.isa],
-            "cpp.vec_isa_ok": True,  # the processor says what it has; compiling probes for that takes seconds
-        }
-        if self.device == "cpu":
-            settings["cpp.march"] = MARCH[self.isa]
+        # The processor says which instructions it has; Inductor's probes for that compile for seconds.
+        settings = self._settings() | {"compile_threads": 1, "cpp.vec_isa_ok": True}
         with whole_headers(SCRATCH / "headers"), _no_input_checks():
             torch._inductor.aoti_compile_and_package(
                 traced.program, package_path=str(package), inductor_configs=settings
