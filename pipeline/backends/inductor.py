@@ -9,6 +9,7 @@ of rows by every weight; on that shape the blocked product runs near memory band
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -187,7 +188,8 @@ class InductorBackend:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(SCRATCH)
         # The processor says which instructions it has; Inductor's probes for that compile for seconds.
         settings = self._settings() | {"compile_threads": 1, "cpp.vec_isa_ok": True}
-        with whole_headers(SCRATCH / "headers"), _no_input_checks():
+        flags = hashlib.sha256(repr(sorted(self.flags().items())).encode()).hexdigest()[:12]
+        with whole_headers(SCRATCH / "headers" / flags), _no_input_checks():
             torch._inductor.aoti_compile_and_package(
                 traced.program, package_path=str(package), inductor_configs=settings
             )
@@ -202,7 +204,7 @@ class InductorBackend:
 def whole_headers(folder: Path) -> Iterator[None]:
     """Keep Inductor's precompiled headers in `folder`, without any that a killed compiler left half-written.
 
-    Inductor takes whatever file is there, for ever. A header is marked once a compile that saw it has succeeded; one
+    All compiles that share the folder use the same headers. Inductor takes whatever file is there, for ever. A header is marked once a compile that saw it has succeeded; one
     without a mark that nobody is writing is removed.
     """
     from torch._inductor import codecache
