@@ -204,8 +204,8 @@ class InductorBackend:
 def whole_headers(folder: Path) -> Iterator[None]:
     """Keep Inductor's precompiled headers in `folder`, without any that a killed compiler left half-written.
 
-    All compiles that share the folder use the same headers. Inductor takes whatever file is there, for ever. A header is marked once a compile that saw it has succeeded; one
-    without a mark that nobody is writing is removed.
+    All compiles that share the folder use the same headers. Inductor takes whatever file is there, for ever. So one is
+    marked once a compile that saw it has succeeded, and one without a mark that nobody is writing is removed.
     """
     from torch._inductor import codecache
 
