@@ -2,9 +2,8 @@
 
 Weights and state are inputs of a graph, so nothing is baked in and graphs share both without a copy.
 
-Blocked weights: a linear weight [N, I] is stored as [N/32, I, 32]. A step that verifies K+1 tokens multiplies a handful
-of rows by every weight; on that shape the blocked product runs near memory bandwidth where the plain one does not
-(`benchmarks/linear_layouts.py`).
+Blocked weights: a linear weight [N, I] is stored as [N/32, I, 32] and multiplied by `block_linear`, whose kernel
+streams it near memory bandwidth for one row and for a handful alike.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pipeline.backends.base import Toolchain, Traced
+from pipeline.backends.block_linear import block_linear
 from pipeline.backends.packing import BlockPacking, Packing, PlainPacking
 from pipeline.errors import HostError, Problem
 from pipeline.models.parallel import Seams
@@ -39,6 +39,9 @@ GROUP = "0"
 SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
 """Where Inductor writes sources and objects. Always the same place, because their paths end up in the library."""
 
+KERNEL_DIGEST = hashlib.sha256(Path(__file__).with_name("block_linear_kernel.py").read_bytes()).hexdigest()[:12]
+"""Of our own part of the generated code, which the traced graph only names."""
+
 MARK = ".whole"
 NO_CHECKS = """
 static bool _check_aoti_runtime_check_inputs_env() { return false; }
@@ -50,13 +53,17 @@ VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
 
 
 class BlockedSeams(Seams):
-    """Blocked weights on one rank."""
+    """Blocked weights on one rank, summed in float32."""
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Product with a blocked weight [N/32, I, 32]."""
+        return self.head(x_BTI, weight, rows).to(x_BTI.dtype)
+
+    def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """The same, left in float32."""
         batch, tokens, inputs = x_BTI.shape
-        blocks = torch.matmul(x_BTI.reshape(1, batch * tokens, inputs), weight)
-        return blocks.permute(1, 0, 2).reshape(batch, tokens, -1)[..., :rows]
+        out = block_linear(x_BTI.float().reshape(batch * tokens, inputs), weight)
+        return out.view(batch, tokens, -1)[..., :rows]
 
     def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
         """Rows of a blocked table: row r is lane r % 32 of block r // 32."""
@@ -98,6 +105,7 @@ class PlainRankedSeams(RankedSeams):
     """Plain weights, split over ranks (CUDA)."""
 
     linear = Seams.linear
+    head = Seams.head
     embed = Seams.embed
 
 
@@ -127,6 +135,7 @@ class InductorBackend:
         return {
             "device": self.device,
             "isa": self.isa,
+            "kernel": KERNEL_DIGEST,
             **{name: str(value) for name, value in self._settings().items()},
         }
 
@@ -184,10 +193,17 @@ class InductorBackend:
 
     def compile(self, traced: Traced, work: Path) -> bytes:
         """Lower to C++ (or Triton) and build the shared library; returns the `.pt2` package."""
+        from pipeline.backends import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
+
         package = work / self.graph_file
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(SCRATCH)
         # The processor says which instructions it has; Inductor's probes for that compile for seconds.
         settings = self._settings() | {"compile_threads": 1, "cpp.vec_isa_ok": True}
+        if has_collectives(traced.program):
+            # A worker thread of gloo lets go of a collective's tensor late and under gloo's lock. If a graph hands that
+            # very tensor to Python as an output, letting go needs the interpreter lock, which the next run of a graph
+            # holds while it waits for gloo's: a deadlock. Without reuse no output ever is a collective's tensor.
+            settings |= {"allow_buffer_reuse": False, "inplace_buffers": False}
         flags = hashlib.sha256(repr(sorted(self.flags().items())).encode()).hexdigest()[:12]
         with whole_headers(SCRATCH / "headers" / flags), _no_input_checks():
             torch._inductor.aoti_compile_and_package(
@@ -258,6 +274,11 @@ class LoadedGraph:
         """Run on tensors in signature order."""
         outputs: list[Tensor] = self._loader.run(list(tensors))
         return outputs
+
+
+def has_collectives(program: torch.export.ExportedProgram) -> bool:
+    """Whether a graph talks to other ranks."""
+    return any("_c10d_functional" in str(node.target) for node in program.graph.nodes)
 
 
 def canonical(program: torch.export.ExportedProgram) -> str:
