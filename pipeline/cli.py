@@ -314,17 +314,31 @@ def alias(release: str, alias_name: str, url: str) -> None:
 
 
 @main.command()
-def doctor() -> None:
-    """Say what this machine can build and run."""
-    from pipeline.backends.base import make_backend
+@click.argument("recipe", required=False)
+@click.option("--backend", type=click.Choice(["inductor", "neuron"]), default="inductor", show_default=True)
+@click.option("--target", type=click.Choice(["trn1", "trn2", "inf2"]), default="trn2", help="Chip, for neuron.")
+@click.option("--lnc", type=click.IntRange(1, 2), default=1, help="Physical cores in a logical one, for neuron.")
+@as_json
+def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool) -> None:
+    """Say what this machine can build and run; with RECIPE, whether it is enough for that."""
+    from pipeline.doctor import diagnose
+    from pipeline.recipe import load
 
-    backend = make_backend({"name": "inductor"})
-    for name, value in (backend.toolchain().as_dict() | backend.requires()).items():
-        click.echo(f"{name:<12}{value}")
-    problems = backend.preflight()
-    for problem in problems:
-        click.echo(f"problem     {problem.what}; fix: {problem.fix}")
-    sys.exit(3 if problems else 0)
+    if recipe is None:
+        found = diagnose({"name": backend, **({"target": target, "lnc": lnc} if backend == "neuron" else {})})
+    else:
+        path = _recipe(recipe)
+        parsed = load(path)
+        found = diagnose(parsed.backend.model_dump(), parsed, path)
+    if json_:
+        _json(asdict(found))
+    else:
+        for section, facts in found.facts.items():
+            for name, value in facts.items():
+                click.echo(f"{section:<10}{name:<24}{value}")
+        for problem in found.problems:
+            click.echo(f"problem   {problem.where}: {problem.what}\n  fix: {problem.fix}")
+    sys.exit(3 if found.problems else 0)
 
 
 @main.group()

@@ -251,6 +251,9 @@ def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> 
         what = f"found {dtype}, but the draft uses the target's embedding, which is {recipe.target.dtype}"
         yield Problem(recipe.place("draft.dtype"), what, f"use {recipe.target.dtype}, or leave it out")
     candidates = recipe.speculation.candidates
+    if recipe.backend.name == "neuron" and candidates is None and "stochastic" in recipe.speculation.sampling:
+        what = "neuron samples from the best N tokens; found no N for its stochastic graphs"
+        yield Problem(recipe.place("speculation.candidates"), what, "write candidates: 256")
     if candidates is not None and candidates > target.vocab:
         what = f"found {candidates}, more than the vocabulary of {target.vocab}"
         yield Problem(recipe.place("speculation.candidates"), what, "use less, or leave it out to keep all")
