@@ -341,6 +341,22 @@ def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool)
     sys.exit(3 if found.problems else 0)
 
 
+@main.command()
+@click.argument("recipe")
+@click.argument("directory", type=click.Path(path_type=Path))
+def nxdi(recipe: str, directory: Path) -> None:
+    """Write the NxD Inference configuration of RECIPE, and the script that compiles it, into DIRECTORY."""
+    from pipeline.backends.neuron.nxdi import write
+    from pipeline.lock import lock_path, pair_configs, read
+    from pipeline.plan import make_plan
+    from pipeline.recipe import load
+
+    path = _recipe(recipe)
+    parsed, lock_file = load(path), read(lock_path(path))
+    made = make_plan(parsed, *pair_configs(parsed, lock_file, str(lock_path(path))))
+    click.echo(f"wrote {write(directory, made, lock_file)}")
+
+
 @main.group()
 def cache() -> None:
     """Look after the cache of compiled graphs."""
