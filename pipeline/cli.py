@@ -263,12 +263,18 @@ def diff(first: str, second: str) -> None:
 
 @main.command()
 @click.argument("artifact")
+@click.option("--on-device", is_flag=True, help="Refuse to judge an artifact for an accelerator anywhere else.")
 @click.pass_obj
-def validate(obj: dict[str, Any], artifact: str) -> None:
-    """Run the gates on ARTIFACT again and store the reports in it."""
+def validate(obj: dict[str, Any], artifact: str, on_device: bool) -> None:
+    """Run the gates on ARTIFACT again and store the reports in it; they say what they ran on."""
+    from pipeline.artifact import read
     from pipeline.validate import validate_artifact
 
-    validate_artifact(_artifact_dir(artifact), RECIPES, obj["say"])
+    root = _artifact_dir(artifact)
+    device = read(root).manifest.requires.get("device", "cpu")
+    if on_device and device == "cpu":
+        raise InputError("the artifact runs on a CPU", where=str(root), fix="leave out --on-device")
+    validate_artifact(root, RECIPES, obj["say"])
 
 
 @main.command()

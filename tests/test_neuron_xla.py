@@ -16,6 +16,7 @@ import pytest
 import torch
 from neuron_lane import DEVICE, FAKE, FAKE_NXD, TESTS, environment, run, tandem
 from pairs import SMALL, Pair, empty_state
+from torch.nn import functional
 
 from pipeline.artifact import read
 from pipeline.backends.packing import PlainPacking
@@ -82,6 +83,10 @@ def make(family: str, rows: int = 4, tp: int = 1, *, replicated: bool = True, re
             tensors[f"draft/{spec.name}"] = weights[spec.name].clone()
     for model in ("target", "draft"):
         tensors[f"{model}/rank.vocab_offset"] = torch.zeros(1, dtype=torch.int32)
+        for spec in weight_specs(shape.config_of(model), replicated=model == "draft" and replicated):
+            if spec.split == "vocab":  # shards hold whole blocks
+                one = tensors[f"{model}/{spec.name}"]
+                tensors[f"{model}/{spec.name}"] = functional.pad(one, (0, 0, 0, -len(one) % 32))
     return Pair(shape, tensors, empty_state(shape))
 
 
