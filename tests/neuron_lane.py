@@ -14,6 +14,10 @@ DEVICE = "trn2.48xlarge 2 4"
 """What the fake neuron-ls reports: instance type, lnc, cores."""
 
 
+XLA = {"PJRT_DEVICE": "CPU", "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+"""XLA's CPU compiles quickly: a graph runs once or twice."""
+
+
 def environment(*, nxd: list[Path] | None = None, **more: str) -> dict[str, str]:
     """Variables of a process that has the fake SDK; `nxd` replaces the fake of neuronx-distributed."""
     paths = [TESTS.parent, TESTS, *(nxd or [FAKE_NXD]), FAKE]
@@ -23,7 +27,7 @@ def environment(*, nxd: list[Path] | None = None, **more: str) -> dict[str, str]
         **kept,
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "PATH": os.pathsep.join([str(FAKE / "bin"), kept.get("PATH", "")]),
-        "PJRT_DEVICE": "CPU",
+        **XLA,
         **more,
     }
 

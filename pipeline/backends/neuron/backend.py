@@ -189,8 +189,7 @@ class NeuronBackend:
 
     def compile(self, traced: Traced, work: Path) -> bytes:
         """Compile with neuronx-cc; returns the graph file."""
-        with sdk_environment(self.target, self.lnc):
-            environment = dict(os.environ)
+        environment = support.AT_START | sdk_variables(self.target, self.lnc)
         listing = _operators(tuple(environment.items()))
         supported = hlo.DOCUMENTED | hlo.NAMED_LATER if listing is None else hlo.operators(listing)
         if found := hlo.faults(traced.program.hlo, supported):
@@ -266,10 +265,15 @@ def key(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
+def sdk_variables(target: str, lnc: int) -> dict[str, str]:
+    """By which the SDK's own code learns the chip where there is none."""
+    return {"NEURON_PLATFORM_TARGET_OVERRIDE": target, "NEURON_LOGICAL_NC_CONFIG": str(lnc)}
+
+
 @contextmanager
 def sdk_environment(target: str, lnc: int) -> Iterator[None]:
-    """The two variables by which the SDK's own code learns the chip where there is none; restored afterwards."""
-    wanted = {"NEURON_PLATFORM_TARGET_OVERRIDE": target, "NEURON_LOGICAL_NC_CONFIG": str(lnc)}
+    """Set `sdk_variables`; restored afterwards."""
+    wanted = sdk_variables(target, lnc)
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -67,6 +67,9 @@ PLACEHOLDERS = {
 }
 """Versions on PyPI that hold one empty module: they keep the names, the packages are in AWS's own index."""
 
+AT_START = dict(os.environ)
+"""The environment before the SDK is imported: torch-xla and NxD set variables that are not the user's."""
+
 TRACE_ENVIRONMENT = ("XLA_", "NEURON_")
 HARMLESS = (
     "NEURON_RT_", "NEURON_COMPILE_CACHE", "NEURON_CPP_LOG", "NEURON_PLATFORM_TARGET_OVERRIDE",
@@ -96,7 +99,7 @@ def versions() -> dict[str, str]:
     return {name: _version(name) for name in PACKAGES}
 
 
-def environment(values: Mapping[str, str] = os.environ) -> dict[str, str]:
+def environment(values: Mapping[str, str] = AT_START) -> dict[str, str]:
     """Variables that change the code that tracing and compiling give."""
     return {
         name: value
@@ -129,7 +132,7 @@ def parse_devices(listed: Any) -> Device | None:
     return Device(str(first.get("instance_type", "unknown")), cores, lnc, memory)
 
 
-def problems(chip: str, lnc: int, found: Mapping[str, str], values: Mapping[str, str] = os.environ) -> list[Problem]:
+def problems(chip: str, lnc: int, found: Mapping[str, str], values: Mapping[str, str] = AT_START) -> list[Problem]:
     """What keeps this host from building for `chip`; `found` are installed versions."""
     return [
         *_python_problems(),
