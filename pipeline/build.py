@@ -152,7 +152,7 @@ def _stages(request: Request, report: Report) -> None:
     compiled = _compile(request, plan, report)
     request.say("package")
     built = package(request.out, plan, backend, lock, compiled, shards, weights, tokenizer, request.cache)
-    if request.validate:
+    if request.validate and _runs_here(request, backend, built):
         from pipeline.validate import validate
 
         validate(built.root, target, draft, request.base, request.cache / "goldens", request.say)
@@ -303,6 +303,16 @@ def _is_current(request: Request, inputs: dict[str, Any]) -> bool:
 def _identity(root: Path) -> str:
     """Names an artifact with its reports."""
     return sha256_file(root / artifacts.MANIFEST)
+
+
+def _runs_here(request: Request, backend: Backend, built: Artifact) -> bool:
+    """Whether this host can run what it built; an artifact for another chip or instruction set is left unvalidated."""
+    try:
+        artifacts.check_host(built.manifest, backend.host())
+    except ArtifactError as error:
+        request.say(f"not validated: {error.what}; run `tandem validate {built.root}` on such a host before publishing")
+        return False
+    return True
 
 
 def _check_lock(request: Request, fresh: Any) -> None:

@@ -289,14 +289,18 @@ def diff(first: str, second: str, json_: bool) -> None:  # noqa: ARG001 - it is 
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The recipe it was built from, which relative sources and prompts belong to (default: one in recipes/).",
 )
+@click.option("--on-device", is_flag=True, help="Refuse to judge an artifact for an accelerator anywhere else.")
 @as_json
 @click.pass_obj
-def validate(console: Console, artifact: str, recipe_file: Path | None, json_: bool) -> None:
-    """Run the gates on ARTIFACT again and store the reports in it."""
+def validate(console: Console, artifact: str, recipe_file: Path | None, on_device: bool, json_: bool) -> None:
+    """Run the gates on ARTIFACT again and store the reports in it; they say what they ran on."""
     from pipeline.artifact import read
     from pipeline.validate import validate_artifact
 
     root = _artifact_dir(artifact)
+    device = read(root).manifest.requires.get("device", "cpu")
+    if on_device and device == "cpu":
+        raise InputError("the artifact runs on a CPU", where=str(root), fix="leave out --on-device")
     validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.say)
     if json_:
         print_json(read(root).manifest.validation)
@@ -354,22 +358,47 @@ def alias(release: str, alias_name: str, url: str, json_: bool) -> None:
 
 
 @main.command()
+@click.argument("recipe", required=False)
+@click.option("--backend", type=click.Choice(["inductor", "neuron"]), default="inductor", show_default=True)
+@click.option("--target", type=click.Choice(["trn1", "trn2", "inf2"]), default="trn2", help="Chip, for neuron.")
+@click.option("--lnc", type=click.IntRange(1, 2), default=1, help="Physical cores in a logical one, for neuron.")
 @as_json
-def doctor(json_: bool) -> None:
-    """Say what this machine can build and run."""
-    from pipeline.backends.base import make_backend
+def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool) -> None:
+    """Say what this machine can build and run; with RECIPE, whether it is enough for that."""
+    from pipeline.doctor import diagnose
+    from pipeline.recipe import load
 
-    backend = make_backend({"name": "inductor"})
+    if recipe is None:
+        found = diagnose({"name": backend, **({"target": target, "lnc": lnc} if backend == "neuron" else {})})
+    else:
+        path = _recipe(recipe)
+        parsed = load(path)
+        found = diagnose(parsed.backend.model_dump(), parsed, path)
     if json_:
-        found = [asdict(problem) for problem in backend.preflight()]
-        print_json({"toolchain": backend.toolchain().as_dict(), "requires": backend.requires(), "problems": found})
-        sys.exit(3 if found else 0)
-    for name, value in (backend.toolchain().as_dict() | backend.requires()).items():
-        click.echo(f"{name:<12}{value}")
-    problems = backend.preflight()
-    for problem in problems:
-        click.echo(f"problem     {problem.what}; fix: {problem.fix}")
-    sys.exit(3 if problems else 0)
+        print_json(asdict(found))
+    else:
+        for section, facts in found.facts.items():
+            for name, value in facts.items():
+                click.echo(f"{section:<10}{name:<24}{value}")
+        for problem in found.problems:
+            click.echo(f"problem   {problem.where}: {problem.what}\n  fix: {problem.fix}")
+    sys.exit(3 if found.problems else 0)
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("directory", type=click.Path(path_type=Path))
+def nxdi(recipe: str, directory: Path) -> None:
+    """Write the NxD Inference configuration of RECIPE, and the script that compiles it, into DIRECTORY."""
+    from pipeline.backends.neuron.nxdi import write
+    from pipeline.lock import lock_path, pair_configs, read
+    from pipeline.plan import make_plan
+    from pipeline.recipe import load
+
+    path = _recipe(recipe)
+    parsed, lock_file = load(path), read(lock_path(path))
+    made = make_plan(parsed, *pair_configs(parsed, lock_file, str(lock_path(path))))
+    click.echo(f"wrote {write(directory, made, lock_file)}")
 
 
 @main.group(cls=Group)

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.backends.base import cache_key, make_backend
 from pipeline.cache import Cache
-from pipeline.errors import HostError
+from pipeline.errors import HostError, TandemError
 from pipeline.plan import GraphSpec
 from pipeline.signature import PairShape
 
@@ -92,6 +92,8 @@ def _trace_and_compile(job: Job, backend: Any, store: Cache) -> tuple[str, bool]
 def _compile(job: Job, backend: Any, traced: Any, work: Path) -> bytes:
     try:
         built: bytes = backend.compile(traced, work)
+    except TandemError:
+        raise
     except Exception as error:
         raise HostError(
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",

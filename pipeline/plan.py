@@ -257,6 +257,9 @@ def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> 
         yield Problem(recipe.place("draft.dtype"), what, f"use {recipe.target.dtype}, or leave it out")
     candidates = recipe.speculation.candidates
     vocab = min(target.vocab, draft.vocab)
+    if recipe.backend.name == "neuron" and candidates is None and "stochastic" in recipe.speculation.sampling:
+        what = "neuron samples from the best N tokens; found no N for its stochastic graphs"
+        yield Problem(recipe.place("speculation.candidates"), what, "write candidates: 256")
     if candidates is not None and candidates > vocab:
         what = f"found {candidates}, more than the vocabulary of {vocab}"
         yield Problem(recipe.place("speculation.candidates"), what, "use less, or leave it out to keep all")

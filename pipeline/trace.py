@@ -42,8 +42,17 @@ class GraphModule(nn.Module):
 
 
 def run_phase(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor) -> tuple[Tensor, ...]:
-    """Run one phase on tensors by name. State entries of `named` are updated."""
+    """Run one phase on tensors by name. State entries of `named` are updated, in place or by replacement."""
     models = {name: _model(name, pair, named, seams_for) for name in ("target", "draft")}
+    outputs = _outputs(spec, pair, named, models)
+    for name, model in models.items():
+        named.update({f"{name}/{key}": tensor for key, tensor in model.state.items()})
+    return outputs
+
+
+def _outputs(
+    spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], models: dict[str, graphs.Model]
+) -> tuple[Tensor, ...]:
     target, draft = models["target"], models["draft"]
     if spec.phase == "score":
         return (graphs.score(models[spec.model], named["tokens"], named["position"], spec.kv),)

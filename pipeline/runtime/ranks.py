@@ -45,6 +45,10 @@ class Ranks(Protocol):
 
 def open_ranks(root: Path, manifest: Manifest) -> Ranks:
     """Ranks of an artifact that has been verified."""
+    if manifest.backend.get("name") == "neuron":
+        from pipeline.backends.neuron.runtime import NeuronRanks
+
+        return NeuronRanks(root, manifest)
     if manifest.tensor == 1:
         return OneRank(root, manifest)
     return ManyRanks(root, manifest)

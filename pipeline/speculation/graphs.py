@@ -78,7 +78,7 @@ class Model:
 
     def candidates(self, hidden_BTH: Tensor, sampling: Sampling, keep: int | None) -> Candidates:
         """The distribution to sample from, as ids of the target."""
-        found = candidates(self.all_logits(hidden_BTH)[..., : self.proposable], sampling, keep)
+        found = candidates(self.all_logits(hidden_BTH)[..., : self.proposable], sampling, keep, self.seams)
         return Candidates(self.to_target(found.ids_BTN), found.probs_BTN)
 
     def to_target(self, ids: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def prefill(
         keep_BT = active_B[:, None] & (positions_T < model.usable(tokens_BT.shape[1]))
         writes = plan_writes(model.state, slots_B, positions_BT, keep_BT)
         hidden = model.run(tokens_BT, positions_BT, writes, causal)
-    last_B11 = (lengths_B.long() - 1).clamp(min=0)[:, None, None]
+    last_B11 = (lengths_B.long() - 1).clamp(0, tokens_BT.shape[1] - 1)[:, None, None]
     hidden = hidden.gather(1, last_B11.expand(-1, 1, hidden.shape[-1]))
     last_token_B = tokens_BT.gather(1, last_B11[:, :, 0])[:, 0]
     _remember(draft, slots_B.long(), last_token_B, active_B)
@@ -179,7 +179,7 @@ def _propose(
     """Draft `steps` tokens: int64 [B, K] in the target's ids, and, when sampling, the distribution of each."""
     tail_B = draft.state[TAIL][: last_B.shape[0]]
     tokens_BT = torch.stack((tail_B, last_B), dim=1).long()
-    positions_BT = (position_B[:, None] + torch.tensor([-1, 0], device=last_B.device)).clamp(min=0)
+    positions_BT = (position_B[:, None] + _range(2, last_B) - 1).clamp(0, kv)
     drafts: list[Tensor] = []
     dists: list[Candidates] = []
     for step in range(steps):
@@ -208,7 +208,7 @@ def _stack(dists: list[Candidates]) -> Candidates:
 def _before_last(last_B: Tensor, emitted: Emitted) -> Tensor:
     """The token before the newest one of each row."""
     history = torch.cat((last_B[:, None].long(), emitted.tokens), dim=1)
-    return history.gather(1, (emitted.count - 1).clamp(min=0)[:, None])[:, 0]
+    return history.gather(1, (emitted.count - 1).clamp(0, history.shape[1] - 2)[:, None])[:, 0]
 
 
 def _remember(draft: Model, rows_B: Tensor, tokens_B: Tensor, active_B: Tensor) -> None:
