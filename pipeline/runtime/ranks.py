@@ -28,6 +28,10 @@ class Ranks(Protocol):
         """Zero all state."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """Rank 0's live state by name."""
+        ...
+
     def close(self) -> None:
         """End workers."""
         ...
@@ -53,6 +57,10 @@ class OneRank:
     def reset(self) -> None:
         """Zero all state."""
         self.session.reset()
+
+    def state(self) -> dict[str, Tensor]:
+        """Rank 0's live state by name."""
+        return self.session.state()
 
     def close(self) -> None:
         """Nothing to end."""
@@ -95,6 +103,10 @@ class ManyRanks:
             pipe.send(None)
             pipe.recv()
         self.session.reset()
+
+    def state(self) -> dict[str, Tensor]:
+        """Rank 0's live state by name."""
+        return self.session.state()
 
     def close(self) -> None:
         """End the workers."""
