@@ -51,7 +51,7 @@ def render(error: TandemError) -> None:
 @click.pass_context
 def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """Compile a target LLM and its draft in tandem: one recipe in, one validated artifact out."""
-    ctx.obj = {"verbose": verbose, "say": _silent if quiet else _say}
+    ctx.obj = {"verbose": verbose, "quiet": quiet, "say": _silent if quiet else _say}
 
 
 def _silent(line: str) -> None:
@@ -242,75 +242,12 @@ def inspect(artifact: str, json_: bool) -> None:
 
 @main.command()
 @click.argument("artifact")
-def verify(artifact: str) -> None:
-    """Check every file of ARTIFACT against its manifest."""
-    from pipeline.artifact import verify as check
-
-    found = check(_artifact_dir(artifact))
-    click.echo(f"{found.manifest.name} {found.manifest.version}: {len(found.manifest.files)} files match")
-
-
-@main.command()
-@click.argument("first")
-@click.argument("second")
-def diff(first: str, second: str) -> None:
-    """Show what differs between two artifacts."""
-    from pipeline.artifact import diff as compare
-    from pipeline.artifact import read
-
-    _json(compare(read(_artifact_dir(first)).manifest, read(_artifact_dir(second)).manifest))
-
-
-@main.command()
-@click.argument("artifact")
 @click.pass_obj
 def validate(obj: dict[str, Any], artifact: str) -> None:
     """Run the gates on ARTIFACT again and store the reports in it."""
     from pipeline.validate import validate_artifact
 
     validate_artifact(_artifact_dir(artifact), RECIPES, obj["say"])
-
-
-@main.command()
-@click.argument("artifact")
-@click.option("--to", "url", default="artifacts/registry", show_default=True, help="Registry: a folder.")
-@click.option("--alias", "aliases", multiple=True, help="Point this alias at the release.")
-@click.option("--dry-run", is_flag=True, help="Show what would be sent.")
-@as_json
-def publish(artifact: str, url: str, aliases: tuple[str, ...], dry_run: bool, json_: bool) -> None:
-    """Publish ARTIFACT as an immutable release."""
-    from pipeline.publish import publish as send
-
-    release = send(_artifact_dir(artifact), url, aliases, dry_run=dry_run)
-    if json_:
-        _json(asdict(release))
-        return
-    verb = "would send" if dry_run else "sent"
-    click.echo(
-        f"{release.name}@{release.version}: {verb} {release.sent} blobs, {release.sent_bytes / (1 << 20):.1f} MiB"
-    )
-
-
-@main.command()
-@click.argument("reference")
-@click.argument("directory", required=False, type=click.Path(path_type=Path))
-def pull(reference: str, directory: Path | None) -> None:
-    """Pull a release, REGISTRY/NAME@VERSION-or-ALIAS, into DIRECTORY, verified."""
-    from pipeline.pull import pull as fetch
-
-    click.echo(str(fetch(reference, directory)))
-
-
-@main.command()
-@click.argument("release")
-@click.argument("alias_name")
-@click.option("--to", "url", default="artifacts/registry", show_default=True)
-def alias(release: str, alias_name: str, url: str) -> None:
-    """Point ALIAS_NAME at RELEASE, NAME@VERSION."""
-    from pipeline.publish import set_alias
-
-    set_alias(url, release, alias_name)
-    click.echo(f"{alias_name} -> {release}")
 
 
 @main.command()
@@ -325,30 +262,6 @@ def doctor() -> None:
     for problem in problems:
         click.echo(f"problem     {problem.what}; fix: {problem.fix}")
     sys.exit(3 if problems else 0)
-
-
-@main.group()
-def cache() -> None:
-    """Look after the cache of compiled graphs."""
-
-
-@cache.command()
-def stats() -> None:
-    """Count entries and bytes."""
-    from pipeline.cache import Cache, default_root
-
-    found = Cache(default_root()).stats()
-    click.echo(f"{found.entries} entries, {found.size_bytes / (1 << 20):.1f} MiB in {default_root()}")
-
-
-@cache.command()
-@click.option("--max-gib", type=float, required=True, help="Keep at most this much, the newest.")
-def gc(max_gib: float) -> None:
-    """Remove the oldest entries."""
-    from pipeline.cache import Cache, default_root
-
-    removed = Cache(default_root()).gc(int(max_gib * (1 << 30)))
-    click.echo(f"removed {removed.entries} entries, {removed.size_bytes / (1 << 20):.1f} MiB")
 
 
 @main.group()
@@ -396,3 +309,8 @@ def lock(name: str) -> None:
     toolchain = make_backend(parsed.backend.model_dump()).toolchain().as_dict()
     write(lock_path(path), make_lock(parsed, *pair, toolchain))
     click.echo(f"wrote {lock_path(path)}")
+
+
+from pipeline import cli_registry  # noqa: E402 - it adds its commands to `main`
+
+cli_registry.add_to(main, _artifact_dir)

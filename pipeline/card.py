@@ -1,0 +1,86 @@
+"""A release's page for people: pair, chip, shapes, toolchain, gates, and how to pull it. Written from manifests alone.
+
+Its front matter is what a Hugging Face Hub reads: licence, `base_model` (which links the models), tags.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from pipeline.artifact import Manifest
+from pipeline.release import Document
+
+
+def card(document: Document, manifests: Mapping[str, Manifest], sources: Mapping[str, Any] | None = None) -> str:
+    """README.md of a release; `sources` are the lock's `target` and `draft`, and the licence where it is known."""
+    front = yaml.safe_dump(_front(dict(sources or {})), sort_keys=False).strip()
+    parts = [f"---\n{front}\n---\n\n# {document.name} {document.version}\n", *_intro(document)]
+    for variant, manifest in manifests.items():
+        parts.append(f"\n## {variant or 'The artifact'}\n\n{_table(_facts(manifest))}")
+        if manifest.validation:
+            parts.append(f"\n### Gates\n\n{_table(_gates(manifest.validation))}")
+    return "\n".join(parts)
+
+
+def _front(sources: dict[str, Any]) -> dict[str, Any]:
+    front: dict[str, Any] = {"library_name": "tandem", "tags": ["tandem", "speculative-decoding", "ahead-of-time"]}
+    front["license"] = sources.get("license") or "other"
+    models = [source for role in ("target", "draft") if (source := _hub_model(sources.get(role)))]
+    return front | ({"base_model": models, "base_model_relation": "quantized"} if models else {})
+
+
+def _hub_model(source: Any) -> str | None:
+    text = str(source or "")
+    return text.removeprefix("hf://").partition("@")[0] if text.startswith("hf://") else None
+
+
+def _intro(document: Document) -> Iterator[str]:
+    yield "A target LLM and its draft, compiled ahead of time for speculative decoding by Tandem. Servers load it and"
+    yield "never compile; every file is pinned by its sha256 in `manifest.json`.\n"
+    yield f"```sh\ntandem pull REGISTRY/{document.name}@{document.version} somewhere/\n```"
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    shapes = manifest.shapes
+    return {
+        "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
+        "ranks": manifest.tensor,
+        "dtype": manifest.dtype,
+        "draft tokens K": ", ".join(map(str, manifest.draft_tokens)),
+        "sampling": ", ".join(manifest.sampling),
+        "batch": ", ".join(map(str, shapes.batch)),
+        "prefill buckets": ", ".join(map(str, shapes.prefill)),
+        "cache buckets": ", ".join(map(str, shapes.kv)),
+        "graphs": len(manifest.graphs),
+        "size": f"{manifest.size_bytes / (1 << 20):,.1f} MiB",
+        "toolchain": ", ".join(f"{key} {value}" for key, value in manifest.toolchain.items()),
+        "recipe": f"sha256 {manifest.recipe_digest}",
+    }
+
+
+def _gates(validation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Numbers and verdicts of the validation summary, flat; lists are too long for a page."""
+    rows: dict[str, Any] = {}
+    for key, value in validation.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            rows |= _gates(value, f"{name}: ")
+        elif isinstance(value, bool):
+            rows[name] = "yes" if value else "no"
+        elif isinstance(value, float):
+            rows[name] = f"{value:.4g}"
+        elif not isinstance(value, list):
+            rows[name] = value
+    return rows
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    def cell(value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value)
+        return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+    return "| | |\n| --- | --- |\n" + "".join(f"| {cell(key)} | {cell(value)} |\n" for key, value in rows.items())
