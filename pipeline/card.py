@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,28 +15,36 @@ import yaml
 from pipeline.artifact import Manifest
 from pipeline.release import Document
 
+TAGS = ("tandem", "speculative-decoding", "ahead-of-time")
 
-def card(document: Document, manifests: Mapping[str, Manifest], sources: Mapping[str, Any] | None = None) -> str:
-    """README.md of a release; `sources` are the lock's `target` and `draft`, and the licence where it is known."""
-    front = yaml.safe_dump(_front(dict(sources or {})), sort_keys=False).strip()
+
+def card(document: Document, manifests: Mapping[str, Manifest], root: Path) -> str:
+    """README.md of a release; the lock in the artifact at `root` names the models."""
+    front = yaml.safe_dump(_front(root), sort_keys=False).strip()
     parts = [f"---\n{front}\n---\n\n# {document.name} {document.version}\n", *_intro(document)]
     for variant, manifest in manifests.items():
         parts.append(f"\n## {variant or 'The artifact'}\n\n{_table(_facts(manifest))}")
         if manifest.validation:
-            parts.append(f"\n### Gates\n\n{_table(_gates(manifest.validation))}")
+            parts.append(f"\n### Gates and speed\n\n{_table(_gates(manifest.validation))}")
     return "\n".join(parts)
 
 
-def _front(sources: dict[str, Any]) -> dict[str, Any]:
-    front: dict[str, Any] = {"library_name": "tandem", "tags": ["tandem", "speculative-decoding", "ahead-of-time"]}
-    front["license"] = sources.get("license") or "other"
-    models = [source for role in ("target", "draft") if (source := _hub_model(sources.get(role)))]
-    return front | ({"base_model": models, "base_model_relation": "quantized"} if models else {})
+def _front(root: Path) -> dict[str, Any]:
+    """The licence is that of the models: a Hub shows it through `base_model`."""
+    front = {"library_name": "tandem", "license": "other", "license_name": "that-of-the-base-models"}
+    models = list(_hub_models(root / "recipe.lock"))
+    return front | {"tags": list(TAGS)} | ({"base_model": models} if models else {})
 
 
-def _hub_model(source: Any) -> str | None:
-    text = str(source or "")
-    return text.removeprefix("hf://").partition("@")[0] if text.startswith("hf://") else None
+def _hub_models(lock: Path) -> Iterator[str]:
+    try:
+        data = json.loads(lock.read_bytes())
+    except (OSError, ValueError):
+        return
+    for role in ("target", "draft"):
+        source = str((data.get(role) or {}).get("source", ""))
+        if source.startswith("hf://"):
+            yield source.removeprefix("hf://").partition("@")[0]
 
 
 def _intro(document: Document) -> Iterator[str]:

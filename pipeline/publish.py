@@ -58,11 +58,11 @@ def publish(
     store = open_store(url)
     for alias in aliases:
         check_alias(store, made.document.name, made.document.version, alias, url)
+    content = _content(made)
     if dry_run:
-        return _release(made, url, aliases, *_missing(store, made, url))
+        return _release(made, url, aliases, *_missing(store, made, content, url))
     with store.publishing():
-        there, missing = _missing(store, made, url)
-        content = _content(made)
+        there, missing = _missing(store, made, content, url)
         _send(store, content, missing, progress)
         if there is None and not store.create_release(content):
             _published(store, made.document, url)  # somebody else was faster: with the same content, or this raises
@@ -90,9 +90,10 @@ def _content(made: Bundle) -> Content:
     from pipeline.card import card
 
     manifests = {prefix: one.manifest for prefix, one in made.artifacts.items()}
+    root = next(iter(made.artifacts.values())).root
     return Content(
         made.document.name, made.document.version, made.data, made.files, made.sources,
-        tuple(_signatures(made.artifacts.items())), card(made.document, manifests),
+        tuple(_signatures(made.artifacts.items())), card(made.document, manifests, root),
     )  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def _changed(there: Document, ours: Document) -> list[str]:
     return ["variants"]
 
 
-def _missing(store: Store, made: Bundle, url: str) -> tuple[Document | None, list[str]]:
+def _missing(store: Store, made: Bundle, content: Content, url: str) -> tuple[Document | None, list[str]]:
     """The release if it is there, and a path of each blob that the registry lacks.
 
     Of a release that is there already, only what it lists: blobs that were lost are sent again.
@@ -141,7 +142,7 @@ def _missing(store: Store, made: Bundle, url: str) -> tuple[Document | None, lis
         name, version = there.name, there.version
         listed = all_files(there, lambda path, entry: read_small(store, name, version, path, entry), url)
         files = {path: entry for path, entry in files.items() if listed.get(path) == entry}
-    return there, store.missing(made.document.name, files)
+    return there, store.missing(content, files)
 
 
 def _send(store: Store, content: Content, missing: Sequence[str], progress: Progress) -> None:

@@ -67,12 +67,8 @@ class Bundle:
     """Artifacts on disk as one release: its document, and every file by its path in the release."""
 
     document: Document
+    data: bytes
     artifacts: Mapping[str, Artifact]
-
-    @property
-    def data(self) -> bytes:
-        """The document's bytes."""
-        return dump(self.document)
 
     @property
     def files(self) -> dict[str, FileEntry]:
@@ -100,7 +96,8 @@ def bundle(artifacts: Sequence[Artifact], version: str | None = None) -> Bundle:
     """
     first = artifacts[0].manifest
     if len(artifacts) == 1 and version in (None, first.version):
-        return Bundle(first, {"": artifacts[0]})
+        data = (artifacts[0].root / MANIFEST).read_bytes()  # as it is: a signature is over these bytes
+        return Bundle(parse(data, str(artifacts[0].root)), data, {"": artifacts[0]})
     named: dict[str, Artifact] = {}
     for one in artifacts:
         key = variant_name(one.manifest)
@@ -115,7 +112,7 @@ def bundle(artifacts: Sequence[Artifact], version: str | None = None) -> Bundle:
     index = Index(name=first.name, version=version or "unversioned", created=created, variants=entries)
     if version is None:
         index = index.model_copy(update={"version": digest_of(index)[:VERSION_LENGTH]})
-    return Bundle(index, named)
+    return Bundle(index, dump(index), named)
 
 
 def _variant_entry(artifact: Artifact) -> VariantEntry:

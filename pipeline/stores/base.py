@@ -116,8 +116,8 @@ class Store(Protocol):
         """
         ...
 
-    def missing(self, name: str, files: Mapping[str, Pinned]) -> list[str]:
-        """Of each blob that must be sent one path, small ones first."""
+    def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:
+        """Of each blob among these files of a release that must be sent one path, small ones first."""
         ...
 
     def send(self, content: Content, paths: Sequence[str], report: Report) -> None:

@@ -43,7 +43,7 @@ class ObjectStore:
             finally:
                 self.lease = None
 
-    def missing(self, name: str, files: Mapping[str, Pinned]) -> list[str]:  # noqa: ARG002 - blobs are shared
+    def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:  # noqa: ARG002 - blobs are shared
         """One path of each blob that is not stored with its size, small ones first."""
         paths = {entry.sha256: path for path, entry in files.items()}
         order = sorted(paths.values(), key=lambda path: files[path].size)
