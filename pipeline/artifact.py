@@ -28,6 +28,7 @@ SIGNATURE = "signature"
 """A signature over the manifest's bytes: beside it, and not listed in it."""
 SCHEMA_VERSION = 1
 HASHERS = 4
+MAX_FILES = 100_000
 ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
 """Files that tell of one build, and are not part of what the artifact is."""
 
@@ -120,7 +121,7 @@ class Manifest(Part):
     eos_ids: tuple[int, ...]
     graphs: tuple[GraphEntry, ...]
     shards: tuple[ShardEntry, ...]
-    files: dict[str, FileEntry]
+    files: dict[str, FileEntry] = Field(max_length=MAX_FILES)
     validation: dict[str, Any] | None = None
 
     @property

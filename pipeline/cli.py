@@ -88,6 +88,8 @@ as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for mac
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the artifact (default: artifacts/NAME).")
 @click.option("--workers", type=click.IntRange(1), help="Compile workers (default: by cores and memory).")
 @click.option("--locked", is_flag=True, help="Refuse sources or toolchains that differ from the recipe's lock.")
+@click.option("--remote-cache", envvar="TANDEM_REMOTE_CACHE", help="Shared cache of graphs: a folder or s3://...")
+@click.option("--push-cache", is_flag=True, envvar="TANDEM_PUSH_CACHE", help="Write compiled graphs there, too.")
 @click.option("--no-validate", is_flag=True, help="Skip the gates; the artifact cannot be published.")
 @as_json
 @click.pass_obj
@@ -97,18 +99,22 @@ def build(
     out: Path | None,
     workers: int | None,
     locked: bool,
+    remote_cache: str | None,
+    push_cache: bool,
     no_validate: bool,
     json_: bool,
 ) -> None:
     """Build RECIPE (a name in recipes/, or a file) into a validated artifact."""
     from pipeline.build import Request, run
     from pipeline.recipe import load
+    from pipeline.remote_cache import Remote
 
     path = _recipe(recipe)
     parsed = load(path)
+    remote = Remote(remote_cache, "write" if push_cache else "read") if remote_cache else None
     request = Request(
         recipe=parsed, base=path.parent, out=out or Path("artifacts") / parsed.name, workers=workers,
-        validate=not no_validate, locked=locked, say=obj["say"],
+        validate=not no_validate, locked=locked, remote=remote, say=obj["say"],
     )  # fmt: skip
     report = run(request)
     if json_:

@@ -15,6 +15,8 @@ import click
 
 if TYPE_CHECKING:
     from pipeline.artifact import Progress
+    from pipeline.cache import Cache
+    from pipeline.remote_cache import RemoteCache
     from pipeline.signing import Policy
 
 MIB = 1 << 20
@@ -296,20 +298,61 @@ def cache() -> None:
     """Look after the cache of compiled graphs, here and shared."""
 
 
-@cache.command()
-def stats() -> None:
-    """Count entries and bytes."""
-    from pipeline.cache import Cache, default_root
+shared = click.argument("url", envvar="TANDEM_REMOTE_CACHE")
 
-    found = Cache(default_root()).stats()
-    click.echo(f"{found.entries} entries, {found.size_bytes / MIB:.1f} MiB in {default_root()}")
+
+@cache.command("push")
+@shared
+def cache_push(url: str) -> None:
+    """Push compiled graphs to the shared cache at URL."""
+    from pipeline.cache import Cache, default_root
+    from pipeline.remote_cache import Remote, push_all
+
+    count = push_all(Cache(default_root()), Remote(url, "write").open(_note))
+    click.echo(f"pushed {count} graphs to {url}")
+
+
+@cache.command("pull")
+@shared
+def cache_pull(url: str) -> None:
+    """Pull the graphs that this machine's toolchain can use from the shared cache at URL."""
+    from pipeline.backends.base import make_backend
+    from pipeline.cache import Cache, default_root
+    from pipeline.remote_cache import Remote, pull_all
+
+    toolchain = make_backend({"name": "inductor"}).toolchain().as_dict()
+    count = pull_all(Cache(default_root()), Remote(url).open(_note), toolchain)
+    click.echo(f"pulled {count} graphs from {url}")
+
+
+@cache.command()
+@click.option("--remote", "url", help="Of this shared cache, not of the local one.")
+@as_json
+def stats(url: str | None, json_: bool) -> None:
+    """Count entries and bytes."""
+    found = _cache(url).stats()
+    if json_:
+        _json(asdict(found))
+        return
+    click.echo(f"{found.entries} entries, {found.size_bytes / MIB:.1f} MiB in {url or 'the local cache'}")
 
 
 @cache.command("gc")
 @click.option("--max-gib", type=float, required=True, help="Keep at most this much, the newest.")
-def cache_gc(max_gib: float) -> None:
+@click.option("--max-days", type=float, help="Remove what is older (local: not used for longer).")
+@click.option("--remote", "url", help="Of this shared cache, not of the local one.")
+def cache_gc(max_gib: float, max_days: float | None, url: str | None) -> None:
     """Remove the oldest entries."""
-    from pipeline.cache import Cache, default_root
-
-    removed = Cache(default_root()).gc(int(max_gib * (1 << 30)))
+    removed = _cache(url).gc(int(max_gib * (1 << 30)), None if max_days is None else max_days * 24 * 3600)
     click.echo(f"removed {removed.entries} entries, {removed.size_bytes / MIB:.1f} MiB")
+
+
+def _cache(url: str | None) -> Cache | RemoteCache:
+    from pipeline.cache import Cache, default_root
+    from pipeline.remote_cache import Remote
+
+    return Remote(url, "write").open(_note) if url else Cache(default_root())
+
+
+def _note(line: str) -> None:
+    click.echo(line, err=True)

@@ -17,6 +17,7 @@ from pipeline.cache import default_root
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files import atomic_dir, link_or_copy, write_atomic
 from pipeline.host import host_facts
+from pipeline.provenance import PROVENANCE
 from pipeline.registry import Reference, find_release, parse_reference, read_small
 from pipeline.release import Document, choose, parse_document
 from pipeline.signing import Policy
@@ -65,6 +66,8 @@ def pull(
     store = None if offline else open_store(ref.url)
     found = _recall(ref, variant, blobs) if store is None else _find(ref, store, variant, blobs)
     signature = policy.check(found.data, found.signatures, str(ref)) if policy else next(iter(found.signatures), None)
+    if policy is not None and store is not None and policy.rule(str(ref)).builder != "*":
+        policy.check_builder(_provenance(store, ref, found), str(ref))
     files = artifact.select(found.manifest, only)
     if not files:
         raise InputError(f"no file matches {', '.join(only or ())}", where=str(ref), fix="see `tandem inspect`")
@@ -99,6 +102,13 @@ def _find(ref: Reference, store: Store, variant: str | None, blobs: Blobs) -> _F
     for wanted in {ref.wanted, version}:
         _remember(Reference(ref.url, ref.name, wanted), variant, blobs, data, signatures)
     return _Found(version, prefix, data, manifest, signatures)
+
+
+def _provenance(store: Store, ref: Reference, found: _Found) -> bytes:
+    entry = found.manifest.files.get(PROVENANCE)
+    if entry is None:
+        return b""
+    return read_small(store, ref.name, found.version, found.prefix + PROVENANCE, entry)
 
 
 def _check_names(document: Document, ref: Reference, version: str) -> None:

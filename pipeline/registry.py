@@ -13,12 +13,10 @@ from typing import Any
 from pipeline.artifact import FileEntry, Manifest, diff, parse, read
 from pipeline.errors import ArtifactError, InputError
 from pipeline.release import Document, all_files, parse_document
-from pipeline.stores.base import Alias, Blob, Move, Removed, Store, open_store
+from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Move, Removed, Store, open_store
 
 SWAPS = 8
 """Attempts at moving an alias while others move it, too."""
-MANIFEST_LIMIT = 64 << 20
-"""No manifest is larger: a claim that it is must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def read_small(store: Store, name: str, version: str, path: str, entry: FileEntr
 
     """
     where = f"{name}@{version}: {path}"
-    if entry.size > MANIFEST_LIMIT:
+    if entry.size > SMALL_BYTES:
         raise ArtifactError(f"{entry.size:,} bytes is no manifest", where=where, fix="do not use this release")
     data = bytes(store.read_blob(Blob(name, version, path, entry.sha256, entry.size), 0, entry.size))
     found = hashlib.sha256(data).hexdigest()

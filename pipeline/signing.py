@@ -6,6 +6,7 @@ byte of the artifact is fetched, and again before it is opened for execution. Ne
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.artifact import MANIFEST, SIGNATURE, read
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files import write_atomic
+from pipeline.provenance import builder_of
 
 GITHUB = "https://token.actions.githubusercontent.com"
 """Issuer of GitHub Actions' identities, the usual one for keyless signatures."""
@@ -52,6 +54,7 @@ class Rule(Part):
     """Releases, as patterns of `URL/name@version`, and those of whom one must have signed."""
 
     releases: str = "*"
+    builder: str = Field(default="*", description="pattern of the builder that provenance.json must name")
     signed_by: Annotated[tuple[Signer, ...], Field(min_length=1)]
 
 
@@ -69,11 +72,7 @@ class Policy(Part):
             HostError: signatures cannot be checked here.
 
         """
-        rule = next((one for one in self.rules if fnmatchcase(where, one.releases)), None)
-        if rule is None:
-            raise ArtifactError(
-                "no rule of the policy allows this release", where=where, fix="add one, or do not use it"
-            )
+        rule = self.rule(where)
         wanted = " or ".join(map(str, rule.signed_by))
         if not signatures:
             raise ArtifactError("not signed", where=where, fix=f"have it signed by {wanted}: tandem sign")
@@ -87,6 +86,35 @@ class Policy(Part):
         what = f"not signed by {wanted}: {'; '.join(dict.fromkeys(faults))}"
         raise ArtifactError(what, where=where, fix="do not use this artifact")
 
+    def check_builder(self, provenance: bytes, where: str) -> None:
+        """Compare the builder that a statement names; the statement is pinned by the manifest that was signed.
+
+        Raises:
+            ArtifactError: another builder.
+
+        """
+        try:
+            found = builder_of(json.loads(provenance))
+        except ValueError:
+            found = ""
+        wanted = self.rule(where).builder
+        if not fnmatchcase(found, wanted):
+            what = f"built by {found or 'nobody that is named'}, the policy wants {wanted}"
+            raise ArtifactError(what, where=where, fix="do not use this artifact")
+
+    def rule(self, where: str) -> Rule:
+        """The first rule that matches a release.
+
+        Raises:
+            ArtifactError: none does.
+
+        """
+        found = next((one for one in self.rules if fnmatchcase(where, one.releases)), None)
+        if found is None:
+            what = "no rule of the policy allows this release"
+            raise ArtifactError(what, where=where, fix="add one, or do not use it")
+        return found
+
 
 def read_policy(path: Path) -> Policy:
     """A policy from its YAML file.
@@ -99,7 +127,7 @@ def read_policy(path: Path) -> Policy:
 
     try:
         data = yaml.safe_load(path.read_bytes())
-        policy = Policy.model_validate_json(_json(data))
+        policy = Policy.model_validate_json(json.dumps(data, default=str))
     except OSError as error:
         raise InputError(f"no policy: {error.strerror}", where=str(path), fix="see docs/operations.md") from error
     except yaml.YAMLError as error:
@@ -212,12 +240,6 @@ def _library(module: str) -> Any:
     except ModuleNotFoundError as error:
         what = f"signatures need the package {error.name}"
         raise HostError(what, where="signature", fix="pip install 'tandem[sign]'") from error
-
-
-def _json(data: Any) -> str:
-    import json
-
-    return json.dumps(data, default=str)
 
 
 def _with_base(policy: Policy, base: Path) -> Policy:

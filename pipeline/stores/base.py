@@ -22,6 +22,9 @@ STORES: dict[str, str] = {
 }
 """Scheme of a registry's URL -> what opens its store. A URL without a scheme is a folder."""
 
+SMALL_BYTES = 64 << 20
+"""No manifest, alias or signature is larger: a claim that it is must not fill the memory."""
+
 Report = Callable[[int], None]
 """Called with bytes that were moved just now, from any thread."""
 

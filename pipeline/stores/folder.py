@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from pipeline.files import TEMP, atomic_file, create_only, disk_errors, write_atomic
 from pipeline.stores.base import Listing, Object
-from pipeline.stores.objects import ObjectStore, checked_pieces
+from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
 
 CHUNK_BYTES = 1 << 20
 ABSENT = (FileNotFoundError, NotADirectoryError)
@@ -52,6 +52,7 @@ class FolderBucket:
     def get(self, key: str) -> Object | None:
         """A small file; its bytes are its token."""
         with contextlib.suppress(*ABSENT):
+            check_small((self.root / key).stat().st_size, str(self.root / key))
             data = (self.root / key).read_bytes()
             return Object(data, data.decode(errors="replace"))
         return None

@@ -23,7 +23,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
 
 from pipeline.errors import ArtifactError, HostError, InputError
-from pipeline.stores.base import Alias, Blob, Content, Interrupted, Move, Pinned, Removed, Report
+from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Content, Interrupted, Move, Pinned, Removed, Report
 
 LOCATION = re.compile(r"[\w-][\w.-]*")
 MAIN = "main"
@@ -294,7 +294,7 @@ class HubStore:
     def _read_small(self, name: str, commit: str, path: str) -> bytes | None:
         for attempt in range(TRIES):
             try:
-                return self._get(name, commit, path)
+                return self._get(name, commit, path, (0, SMALL_BYTES))
             except Interrupted:
                 if attempt == TRIES - 1:
                     raise

@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from pipeline.errors import ArtifactError, InputError
-from pipeline.stores.base import Alias, Blob, Bucket, Content, Move, Pinned, Removed, Report
+from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Bucket, Content, Move, Pinned, Removed, Report
 from pipeline.stores.leases import Lease, collecting, leased
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -169,6 +169,18 @@ def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[byte
     if digest.hexdigest() != sha256:
         what = f"sha256 {digest.hexdigest()}, should be {sha256}"
         raise ArtifactError(what, where=str(source), fix="build the artifact again")
+
+
+def check_small(size: int, where: str) -> None:
+    """Refuse to read what no small object can be.
+
+    Raises:
+        ArtifactError: too large.
+
+    """
+    if size > SMALL_BYTES:
+        what = f"{size:,} bytes, no manifest has more than {SMALL_BYTES:,}"
+        raise ArtifactError(what, where=where, fix="do not use this release")
 
 
 def _blob(sha256: str) -> str:

@@ -20,7 +20,7 @@ from obstore.store import S3Store
 
 from pipeline.errors import HostError, InputError
 from pipeline.stores.base import Interrupted, Listing, Object
-from pipeline.stores.objects import ObjectStore, checked_pieces
+from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
 
 LOCATION = re.compile(r"(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(/(?P<prefix>[\w.+/=-]*))?")
 PART_BYTES = 8 << 20
@@ -123,6 +123,7 @@ class S3Bucket:
         with self._explained(key):
             try:
                 found = obstore.get(self.store, self.prefix + key)
+                check_small(found.meta["size"], f"{self.where}/{key}")
                 return Object(bytes(found.bytes()), found.meta["e_tag"] or "")
             except FileNotFoundError:
                 return None
