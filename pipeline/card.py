@@ -15,13 +15,21 @@ import yaml
 from pipeline.artifact import Manifest
 from pipeline.release import Document
 
+INTRODUCTION = """A target LLM and its draft, compiled ahead of time for speculative decoding by Tandem. Servers load it
+and never compile; every file is pinned by its sha256 in `manifest.json`."""
 TAGS = ("tandem", "speculative-decoding", "ahead-of-time")
 
 
 def card(document: Document, manifests: Mapping[str, Manifest], root: Path) -> str:
     """README.md of a release; the lock in the artifact at `root` names the models."""
     front = yaml.safe_dump(_front(root), sort_keys=False).strip()
-    parts = [f"---\n{front}\n---\n\n# {document.name} {document.version}\n", *_intro(document)]
+    pulled = f"```sh\ntandem pull REGISTRY/{document.name}@{document.version} somewhere/\n```"
+    return f"---\n{front}\n---\n\n{body(document, manifests)}\n\n## Use\n\n{pulled}\n"
+
+
+def body(document: Document, manifests: Mapping[str, Manifest]) -> str:
+    """The page without its front matter: also a CI job's summary, and a pull request's comment."""
+    parts = [f"# {document.name} {document.version}\n\n{INTRODUCTION}"]
     for variant, manifest in manifests.items():
         parts.append(f"\n## {variant or 'The artifact'}\n\n{_table(_facts(manifest))}")
         if manifest.validation:
@@ -45,12 +53,6 @@ def _hub_models(lock: Path) -> Iterator[str]:
         source = str((data.get(role) or {}).get("source", ""))
         if source.startswith("hf://"):
             yield source.removeprefix("hf://").partition("@")[0]
-
-
-def _intro(document: Document) -> Iterator[str]:
-    yield "A target LLM and its draft, compiled ahead of time for speculative decoding by Tandem. Servers load it and"
-    yield "never compile; every file is pinned by its sha256 in `manifest.json`.\n"
-    yield f"```sh\ntandem pull REGISTRY/{document.name}@{document.version} somewhere/\n```"
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:

@@ -223,13 +223,19 @@ def bench(artifact: str, against: str | None, count: int, max_new_tokens: int, j
 
 @main.command()
 @click.argument("artifact")
+@click.option("--markdown", is_flag=True, help="Print tables for a summary or a comment.")
 @as_json
-def inspect(artifact: str, json_: bool) -> None:
+def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     """Show what ARTIFACT is, without opening its weights or graphs."""
     from pipeline.artifact import read
 
     found = read(_artifact_dir(artifact))
     manifest = found.manifest
+    if markdown:
+        from pipeline.card import body
+
+        click.echo(body(manifest, {"": manifest}))
+        return
     if json_:
         _json(manifest.model_dump(mode="json"))
         return
@@ -297,6 +303,16 @@ def check(names: tuple[str, ...]) -> None:
         if lock_path(path).is_file():
             make_plan(parsed, *pair_configs(parsed, read(lock_path(path)), str(lock_path(path))))
         click.echo(f"{path}: ok")
+
+
+@recipe.command()
+@click.argument("paths", nargs=-1, required=True)
+def changed(paths: tuple[str, ...]) -> None:
+    """Print the names of the recipes that changed PATHS concern, as a JSON list; - reads paths from stdin."""
+    from pipeline.changed import changed_recipes
+
+    given = sys.stdin.read().splitlines() if paths == ("-",) else list(paths)
+    click.echo(json.dumps(changed_recipes(given, RECIPES)))
 
 
 @recipe.command()

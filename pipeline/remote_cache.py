@@ -1,10 +1,10 @@
-"""The cache of compiled graphs that machines share: in a folder or an S3 bucket, read by builds, written by trusted ones.
+"""The cache of compiled graphs that machines share, in a folder or S3 bucket: read by builds, written by trusted ones.
 
-    graphs/<2 hex>/<key>/<sha256>    the graph          graphs/<2 hex>/<key>/entry.json    its digest and toolchain
+    graphs/<2 hex>/<key>/<sha256>    the graph        graphs/<2 hex>/<key>/entry.json    its digest and toolchain
 
-Nothing in it is trusted: an entry whose bytes do not have their digest, or that another toolchain made, is a miss, and a
-build that may write replaces it. Whoever can write here can still name a digest of their own for a key, so give write
-access to CI alone; a release is trusted by its signature, not by this cache. Imports no torch.
+Nothing in it is trusted: an entry whose bytes do not have their digest, or that another toolchain made, is a miss, and
+a build that may write replaces it. Whoever can write here can still name a digest of their own for a key, so give
+write access to CI alone; a release is trusted by its signature, not by this cache. Imports no torch.
 """
 
 from __future__ import annotations
