@@ -15,13 +15,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files import FileDigest, safe_relative, sha256_file
-from pipeline.plan import GraphSpec
+
+if TYPE_CHECKING:
+    from pipeline.plan import GraphSpec  # planning is not needed to pull
 
 MANIFEST = "manifest.json"
 SIGNATURE = "signature"
@@ -79,6 +81,8 @@ class GraphEntry(Part):
 
     def spec(self) -> GraphSpec:
         """The graph's bucket."""
+        from pipeline.plan import GraphSpec
+
         return GraphSpec(
             self.phase, self.batch, self.tokens, self.kv, self.draft_tokens, self.sampling, self.model
         )  # fmt: skip

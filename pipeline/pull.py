@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import artifact
 from pipeline.artifact import MANIFEST, SIGNATURE, Manifest, Progress, check_replaceable, silent
@@ -20,8 +21,10 @@ from pipeline.host import host_facts
 from pipeline.provenance import PROVENANCE
 from pipeline.registry import Reference, find_release, parse_reference, read_small
 from pipeline.release import Document, choose, parse_document
-from pipeline.signing import Policy
 from pipeline.stores.base import Store, open_store
+
+if TYPE_CHECKING:
+    from pipeline.signing import Policy
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class GitHub:
     gated: set[str] = field(default_factory=set)
     private: set[str] = field(default_factory=set)
     uploaded: int = 0
+    known: set[tuple[str, str]] = field(default_factory=set)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def repo(self, name: str) -> Path:
@@ -257,6 +258,7 @@ class Cdn(Handler):
         with self.state.lock:
             self.state.uploaded += self.state.root.joinpath("lfs", file.name).stat().st_size
         Path(file.name).rename(self.state.blob(oid))
+        self.state.known.add((self.query["repo"][0], oid))
 
 
 class Api(Handler):
@@ -340,8 +342,8 @@ class Api(Handler):
         objects = []
         for one in body["objects"]:
             answer: dict[str, Any] = {"oid": one["oid"], "size": one["size"]}
-            if not self.state.blob(one["oid"]).is_file():
-                answer["actions"] = {"upload": {"href": self.signed(one["oid"])}}
+            if (repo, one["oid"]) not in self.state.known:  # as on the Hub, a repository shares only with itself
+                answer["actions"] = {"upload": {"href": f"{self.signed(one['oid'])}&repo={repo}"}}
             objects.append(answer)
         self.answer(200, {"transfer": "basic", "objects": objects})
 

@@ -227,8 +227,8 @@ def test_release_stops_at_a_failed_gate(repository, s3_url, tmp_path):
     """The alias stays where it was, and nothing is published."""
     path = repository / "recipes/tiny.yaml"
     path.write_text(path.read_text().replace("tokens_per_step: 1.0", "tokens_per_step: 2.9"))
-    environ = os.environ | {"PYTHONPATH": str(repository), "TANDEM_CACHE": str(tmp_path / "cache"), "REGISTRY": s3_url,
-                            "PATH": f"{BIN}:{os.environ['PATH']}", "SIGNING_KEY": "unused", "ALIAS": "prod"}  # fmt: skip
+    environ = os.environ | {"PYTHONPATH": str(repository), "TANDEM_CACHE": str(tmp_path / "cache"), "REGISTRY": s3_url}
+    environ |= {"PATH": f"{BIN}:{os.environ['PATH']}", "SIGNING_KEY": "unused", "ALIAS": "prod"}
     subprocess.run([str(BIN / "tandem"), "recipe", "lock", "tiny"], cwd=repository, env=environ, check=True)
     steps = "ci/release.sh build tiny && ci/release.sh publish tiny"
     done = subprocess.run(
