@@ -325,3 +325,137 @@ def test_pull_without_space(registry, options):
     with pytest.raises(HostError, match=r"10,000,\d+,\d+,\d+,\d+ bytes needed, [\d,]+ free"):
         pull(f"{registry}/small@latest", **options)
     assert not options["directory"].exists()
+
+
+def spoil(registry: Path, change) -> None:
+    """Rewrite a release's manifest, as a registry that lies would."""
+    manifest = next(registry.glob("releases/small/*/manifest.json"))
+    data = json.loads(manifest.read_text())
+    change(data)
+    manifest.write_text(json.dumps(data))
+
+
+def test_pull_a_million_files(registry, options):
+    """Refused by their number, before a byte is fetched or a folder made."""
+
+    def many(data) -> None:
+        entry = data["files"]["recipe.yaml"]
+        data["files"] |= {f"f{number}": entry for number in range(200_001)}
+
+    spoil(registry, many)
+    with pytest.raises(ArtifactError, match="files"):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+
+
+def test_pull_a_manifest_that_fills_the_memory(registry, options, monkeypatch):
+    monkeypatch.setattr("pipeline.stores.objects.SMALL_BYTES", 1 << 20)
+    manifest = next(registry.glob("releases/small/*/manifest.json"))
+    os.truncate(manifest, 1 << 40)  # a hole: a terabyte that takes no disk
+    with pytest.raises(ArtifactError, match="no manifest has more"):
+        pull(f"{registry}/small@latest", **options)
+
+
+def test_pull_a_size_that_is_not_there(registry, original, options):
+    """A claim of 10 GB for a blob of a megabyte: what is there arrives, and is seen not to be it."""
+    spoil(registry, lambda data: data["files"][WEIGHTS].update(size=10_000_000_000))
+    with pytest.raises((ArtifactError, HostError), match=r"fewer bytes|bytes needed"):
+        pull(f"{registry}/small@latest", **options)
+    assert sum(path.stat().st_blocks * 512 for path in options["cache"].rglob("*") if path.is_file()) < 50_000_000
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"schema_version": 1}', b"\xff" * 100])
+def test_pull_a_damaged_manifest(registry, options, data):
+    next(registry.glob("releases/small/*/manifest.json")).write_bytes(data)
+    with pytest.raises(ArtifactError):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "signature", "recipe.yaml/x", "graphs", ".", "a//b", "a/./b"])
+def test_pull_a_path_that_is_taken(registry, options, place):
+    spoil(registry, lambda data: data["files"].update({place: data["files"]["recipe.yaml"]}))
+    with pytest.raises(ArtifactError, match="path"):
+        pull(f"{registry}/small@latest", **options)
+
+
+def test_pull_into_a_link(registry, original, options, tmp_path):
+    """A directory that is a link is replaced, never followed: what it leads to is left alone."""
+    (tmp_path / "elsewhere").mkdir()
+    options["directory"].symlink_to(tmp_path / "elsewhere")
+    pull(f"{registry}/small@latest", **options)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert small.digests(options["directory"]) == small.digests(original)
+
+
+def test_pull_linked_blob_in_the_local_store(registry, original, options, tmp_path):
+    """A link planted in the local store must not be written through."""
+    entry = read(original).manifest.files[WEIGHTS]
+    place = options["cache"] / "blobs" / "sha256" / entry.sha256[:2] / entry.sha256
+    place.parent.mkdir(parents=True)
+    (tmp_path / "precious").write_text("mine")
+    place.symlink_to(tmp_path / "precious")
+    pull(f"{registry}/small@latest", **options)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (options["directory"] / WEIGHTS).is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("host", "chosen"),
+    [({"device": "cpu", "machine": "x86_64", "isa": "avx512"}, "cpu-avx512-tp1"),
+     ({"device": "cpu", "machine": "x86_64", "isa": "avx2"}, "cpu-avx2-tp1"),
+     ({"device": "neuron", "target": "trn2"}, "trn2-tp8"),
+     ({"device": "cpu", "machine": "aarch64", "isa": "default"}, None)],
+)  # fmt: skip
+def test_choose_a_variant(original, tmp_path, host, chosen):
+    from pipeline.release import bundle, choose
+
+    artifacts = []
+    for number, (requires, ranks) in enumerate([
+        ({"device": "cpu", "machine": "x86_64", "isa": "avx2"}, 1),
+        ({"device": "cpu", "machine": "x86_64", "isa": "avx512"}, 1),
+        ({"device": "neuron", "target": "trn2"}, 8),
+    ]):  # fmt: skip
+        root = Path(shutil.copytree(original, tmp_path / str(number)))
+        data = json.loads((root / MANIFEST).read_text()) | {"requires": requires, "tensor": ranks}
+        (root / MANIFEST).write_text(json.dumps(data))
+        artifacts.append(read(root))
+    index = bundle(artifacts).document
+    if chosen is None:
+        with pytest.raises(InputError, match="no variant for this host") as caught:
+            choose(index, host, None, "here")
+        assert "trn2-tp8" in caught.value.fix
+    else:
+        assert choose(index, host, None, "here") == chosen
+
+
+def test_choose_never_guesses_ranks(original, tmp_path):
+    from pipeline.release import bundle, choose
+
+    artifacts = []
+    for ranks in (1, 2):
+        root = Path(shutil.copytree(original, tmp_path / str(ranks)))
+        (root / MANIFEST).write_text(json.dumps(json.loads((root / MANIFEST).read_text()) | {"tensor": ranks}))
+        artifacts.append(read(root))
+    index, host = bundle(artifacts).document, {"device": "cpu", "machine": "x86_64", "isa": "avx512"}
+    with pytest.raises(InputError, match="2 variants run on this host"):
+        choose(index, host, None, "here")
+    assert choose(index, host, "cpu-avx2-tp2", "here") == "cpu-avx2-tp2"
+
+
+def test_host_facts(tmp_path):
+    from pipeline.host import host_facts
+
+    proc, dev, sys_ = tmp_path / "proc", tmp_path / "dev", tmp_path / "sys"
+    for folder in (proc, dev, sys_ / "devices/virtual/dmi/id"):
+        folder.mkdir(parents=True)
+    for flags, isa in (
+        ("sse", "default"),
+        ("avx2 fma", "avx2"),
+        ("avx2 fma avx512f avx512bw avx512dq avx512vl", "avx512"),
+    ):
+        (proc / "cpuinfo").write_text(f"processor: 0\nflags\t\t: {flags}\n")
+        assert host_facts(proc, dev, sys_)["isa"] == isa
+    (dev / "neuron0").touch()
+    (sys_ / "devices/virtual/dmi/id/product_name").write_text("trn2.48xlarge\n")
+    assert host_facts(proc, dev, sys_) == {"device": "neuron", "target": "trn2"}
