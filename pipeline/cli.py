@@ -167,14 +167,16 @@ def plan(recipe: str, json_: bool) -> None:
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--speculate/--no-speculate", default=True)
+@click.option("--policy", "policy_file", type=click.Path(path_type=Path), envvar="TANDEM_POLICY", help="Who must sign.")
 def run(
     artifact: str, prompt: str, raw: bool, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-    seed: int, speculate: bool,
+    seed: int, speculate: bool, policy_file: Path | None,
 ) -> None:  # fmt: skip
     """Stream the answer of ARTIFACT to a prompt."""
     from pipeline.runtime import load
+    from pipeline.signing import read_policy
 
-    engine = load(_artifact_dir(artifact))
+    engine = load(_artifact_dir(artifact), read_policy(policy_file) if policy_file else None)
     tokens = engine.text.encode(prompt) if raw or not engine.text.has_chat else engine.text.chat(prompt)
     answer = engine.generate(
         [tokens], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,

@@ -69,12 +69,12 @@ def pull(
     store = None if offline else open_store(ref.url)
     found = _recall(ref, variant, blobs) if store is None else _find(ref, store, variant, blobs)
     signature = policy.check(found.data, found.signatures, str(ref)) if policy else next(iter(found.signatures), None)
-    if policy is not None and store is not None and policy.rule(str(ref)).builder != "*":
-        policy.check_builder(_provenance(store, ref, found), str(ref))
+    origin = Origin(store, ref.name, found.version, found.prefix) if store else None
+    if policy is not None:
+        policy.check_builder(lambda: _provenance(found.manifest, blobs, origin), str(ref))
     files = artifact.select(found.manifest, only)
     if not files:
         raise InputError(f"no file matches {', '.join(only or ())}", where=str(ref), fix="see `tandem inspect`")
-    origin = Origin(store, ref.name, found.version, found.prefix) if store else None
     blobs.bring(origin, files, progress)
     with atomic_dir(out) as folder:
         for path, entry in files.items():
@@ -107,11 +107,13 @@ def _find(ref: Reference, store: Store, variant: str | None, blobs: Blobs) -> _F
     return _Found(version, prefix, data, manifest, signatures)
 
 
-def _provenance(store: Store, ref: Reference, found: _Found) -> bytes:
-    entry = found.manifest.files.get(PROVENANCE)
+def _provenance(manifest: Manifest, blobs: Blobs, origin: Origin | None) -> bytes:
+    """The statement that the manifest pins, brought before anything else."""
+    entry = manifest.files.get(PROVENANCE)
     if entry is None:
         return b""
-    return read_small(store, ref.name, found.version, found.prefix + PROVENANCE, entry)
+    blobs.bring(origin, {PROVENANCE: entry}, silent)
+    return blobs.path(entry.sha256).read_bytes()
 
 
 def _check_names(document: Document, ref: Reference, version: str) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.artifact import MANIFEST, SIGNATURE, read
+from pipeline.artifact import MANIFEST, SIGNATURE, Manifest, difference, read
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files import write_atomic
-from pipeline.provenance import builder_of
+from pipeline.provenance import PROVENANCE, builder_of
 
 GITHUB = "https://token.actions.githubusercontent.com"
 """Issuer of GitHub Actions' identities, the usual one for keyless signatures."""
@@ -51,7 +51,10 @@ class Signer(Part):
 
 
 class Rule(Part):
-    """Releases, as patterns of `URL/name@version`, and those of whom one must have signed."""
+    """Releases, as patterns of `URL/name@version`, and those of whom one must have signed.
+
+    Of an artifact on disk, which has no URL, the part of a pattern after its last slash is compared.
+    """
 
     releases: str = "*"
     builder: str = Field(default="*", description="pattern of the builder that provenance.json must name")
@@ -86,18 +89,20 @@ class Policy(Part):
         what = f"not signed by {wanted}: {'; '.join(dict.fromkeys(faults))}"
         raise ArtifactError(what, where=where, fix="do not use this artifact")
 
-    def check_builder(self, provenance: bytes, where: str) -> None:
-        """Compare the builder that a statement names; the statement is pinned by the manifest that was signed.
+    def check_builder(self, provenance: Callable[[], bytes], where: str) -> None:
+        """Compare the builder that a statement names, if the rule asks; the manifest that was signed pins it.
 
         Raises:
             ArtifactError: another builder.
 
         """
+        wanted = self.rule(where).builder
+        if wanted == "*":
+            return
         try:
-            found = builder_of(json.loads(provenance))
+            found = builder_of(json.loads(provenance()))
         except ValueError:
             found = ""
-        wanted = self.rule(where).builder
         if not fnmatchcase(found, wanted):
             what = f"built by {found or 'nobody that is named'}, the policy wants {wanted}"
             raise ArtifactError(what, where=where, fix="do not use this artifact")
@@ -109,7 +114,7 @@ class Policy(Part):
             ArtifactError: none does.
 
         """
-        found = next((one for one in self.rules if fnmatchcase(where, one.releases)), None)
+        found = next((one for one in self.rules if _matches(where, one.releases)), None)
         if found is None:
             what = "no rule of the policy allows this release"
             raise ArtifactError(what, where=where, fix="add one, or do not use it")
@@ -182,7 +187,7 @@ def _signer(key: Path | None, password: str | None, token: str | None, root: Pat
         raise InputError(f"not a private key that can be used: {error}", where=str(key), fix=fix) from error
 
 
-def check_artifact(root: Path, policy: Policy, where: str | None = None) -> None:
+def check_artifact(root: Path, policy: Policy) -> None:
     """Refuse an artifact on disk that is not signed as the policy demands. Its files are `artifact.verify`'s.
 
     Raises:
@@ -192,7 +197,21 @@ def check_artifact(root: Path, policy: Policy, where: str | None = None) -> None
     manifest = read(root).manifest
     path = root / SIGNATURE
     signatures = [path.read_bytes()] if path.is_file() and not path.is_symlink() else []
-    policy.check((root / MANIFEST).read_bytes(), signatures, where or f"{root}/{manifest.name}@{manifest.version}")
+    where = f"{manifest.name}@{manifest.version}"
+    policy.check((root / MANIFEST).read_bytes(), signatures, where)
+    policy.check_builder(lambda: _own_provenance(root, manifest), where)
+
+
+def _own_provenance(root: Path, manifest: Manifest) -> bytes:
+    """The statement of an artifact on disk; empty if it is not the one that its manifest pins."""
+    entry = manifest.files.get(PROVENANCE)
+    if entry is None or not (root / PROVENANCE).is_file() or difference(root / PROVENANCE, entry):
+        return b""
+    return (root / PROVENANCE).read_bytes()
+
+
+def _matches(where: str, pattern: str) -> bool:
+    return fnmatchcase(where, pattern if "/" in where else pattern.rpartition("/")[2])
 
 
 def _fault(manifest: bytes, signature: bytes, signer: Signer, base: Path) -> str | None:

@@ -165,10 +165,18 @@ def test_policy_file(made, keys, options, tmp_path, builder, message):
     (tmp_path / "policy.yaml").write_text(POLICY.format(url=url, builder=builder))
     policy = read_policy(tmp_path / "policy.yaml")
     if not message:
-        check_artifact(pull(f"{url}/small@latest", policy=policy, **options), policy, f"{url}/small@latest")
+        out = pull(f"{url}/small@latest", policy=policy, **options)
+        check_artifact(out, policy)
+        pull(f"{url}/small@latest", policy=policy, offline=True, **options)
+        (out / PROVENANCE).unlink()  # so that no edit reaches the local store
+        (out / PROVENANCE).write_text("{}")
+        with pytest.raises(ArtifactError, match="built by nobody"):
+            check_artifact(out, policy)
         return
-    with pytest.raises(ArtifactError, match=message):
-        pull(f"{url}/small@latest", policy=policy, **options)
+    pull(f"{url}/small@latest", **options)
+    for offline in (False, True):
+        with pytest.raises(ArtifactError, match=message):
+            pull(f"{url}/small@latest", policy=policy, offline=offline, **options)
 
 
 def test_policy_without_a_rule_for_a_release(made, keys, options, tmp_path):
@@ -251,3 +259,15 @@ def test_sbom_is_cyclonedx(original):
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     names = {one["name"].lower() for one in json.loads(text)["components"]}
     assert {"pydantic", "click", "cxx"} <= names
+
+
+def test_load_refuses_before_it_opens_anything(made, keys, tmp_path):
+    """The graph here is no library at all: opening it would be another error."""
+    pytest.importorskip("torch")
+    from pipeline.runtime import load
+
+    with pytest.raises(ArtifactError, match=r"not signed$"):
+        load(made, require(str(keys[1])))
+    sign(made, key_pair(tmp_path, "stranger")[0])
+    with pytest.raises(ArtifactError, match="not signed by"):
+        load(made, require(str(keys[1])))
