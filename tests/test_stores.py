@@ -289,6 +289,15 @@ def test_hub_refused(made, hub_url, monkeypatch, token):
     assert "HF_TOKEN" in caught.value.fix
 
 
+def test_hub_one_repository(made, hub_url, options):
+    """`hf://org/name`, as a recipe may say; another name does not go there."""
+    publish(made, f"{hub_url}/small", ["latest"])
+    assert small.digests(pull(f"{hub_url}/small@latest", **options)) == small.digests(made)
+    assert [one.name for one in registry.list_releases(f"{hub_url}/small")] == ["small"]
+    with pytest.raises(InputError, match="this repository is for 'large'"):
+        publish(made, f"{hub_url}/large")
+
+
 def test_hub_private_and_gated(made, hub_url, hub_server, monkeypatch, options):
     publish(made, hub_url, ["latest"])
     repo = f"{hub_url.removeprefix('hf://')}/small"

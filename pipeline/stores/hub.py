@@ -1,4 +1,5 @@
-"""A registry on a Hugging Face Hub: `hf://org`. One repository a name, one commit a release, a tag a version.
+"""A registry on a Hugging Face Hub: `hf://org`, or `hf://org/name` for one name alone. A name is a repository, a release
+a commit, a version a tag.
 
 An alias is a branch whose head holds the files of the release it points at, so the Hub's own clients can read it; its
 moves are its commits. Races are decided by the Hub: a tag is created once, a commit names the parent it was made for.
@@ -25,7 +26,7 @@ from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_s
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Content, Interrupted, Move, Pinned, Removed, Report
 
-LOCATION = re.compile(r"[\w-][\w.-]*")
+LOCATION = re.compile(r"(?P<org>[\w-][\w.-]*)(/(?P<name>[\w-][\w.-]*))?")
 MAIN = "main"
 TAG = "tandem"
 """What our cards are tagged with."""
@@ -48,18 +49,20 @@ def open_hub(location: str) -> HubStore:
         InputError: not a name.
 
     """
-    if LOCATION.fullmatch(location) is None:
-        fix = "write hf://org; a release is hf://org/name@version"
-        raise InputError("not an organisation or user", where=f"hf://{location}", fix=fix)
-    return HubStore(location, os.environ.get("HF_ENDPOINT") or None, os.environ.get("HF_TOKEN") or None)
+    match = LOCATION.fullmatch(location)
+    if match is None:
+        fix = "write hf://org or hf://org/name; a release is hf://org/name@version"
+        raise InputError("not an organisation, user or repository", where=f"hf://{location}", fix=fix)
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=os.environ.get("HF_TOKEN") or None)
+    return HubStore(match["org"], match["name"], api)
 
 
 class HubStore:
     """See `Store`."""
 
-    def __init__(self, org: str, endpoint: str | None = None, token: str | None = None) -> None:
+    def __init__(self, org: str, only: str | None, api: HfApi) -> None:
         disable_progress_bars()
-        self.org, self.api = org, HfApi(endpoint=endpoint, token=token)
+        self.org, self.only, self.api = org, only, api
         self.added: dict[str, CommitOperationAdd] = {}
         self.located: dict[tuple[str, str, str], str] = {}
         self.commits: dict[tuple[str, str], str] = {}
@@ -125,6 +128,8 @@ class HubStore:
 
     def names(self) -> list[str]:
         """Repositories of the organisation that carry our tag."""
+        if self.only is not None:
+            return [self.only]
         with self._explained(self.org):
             found = self.api.list_models(author=self.org, filter=TAG)
             return sorted(one.id.rpartition("/")[2] for one in found)
@@ -338,6 +343,9 @@ class HubStore:
         raise AssertionError
 
     def _repo(self, name: str) -> str:
+        if self.only not in (None, name):
+            what = f"this repository is for {self.only!r}, the artifact is {name!r}"
+            raise InputError(what, where=f"hf://{self.org}/{self.only}", fix=f"use hf://{self.org}")
         return f"{self.org}/{name}"
 
     def _where(self, name: str) -> str:
