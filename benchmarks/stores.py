@@ -113,24 +113,26 @@ def hub() -> Iterator[tuple[dict[str, str], dict[str, Callable[..., list[str]]]]
 def measure(kind: str, size: int, count: int, rounds: int, work: Path) -> None:
     """One table: both directions, every client in turn, medians of all rounds."""
     made = make_artifact(work / f"{kind}-{count}", size, count)
-    version = f"v{count}"
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with {"s3": s3, "hub": hub}[kind]() as (environ, clients):
+        names = ["tandem", *clients]
         for number in range(rounds):
-            name = f"{count}-{number}"
-            url = environ["REGISTRY"].format(name)
-            out, cache = work / "out", work / "cache"
-            ours = environ | {"TANDEM_CACHE": str(cache), "PYTHONPATH": str(HERE.parent)}
+            order = names[number % len(names) :] + names[: number % len(names)]  # who goes first finds colder memory
             for way in ("publish", "pull"):
-                command = [str(made), "--to", url] if way == "publish" else [f"{url}/small@{version}", str(out)]
-                found.setdefault((way, "tandem"), []).append(run([*TANDEM, way, *command], ours))
-                for client, make in clients.items():
-                    shutil.rmtree(out, ignore_errors=True)
-                    out.mkdir()
-                    command = make(way, made, out, name)
-                    found.setdefault((way, client), []).append(run(command, environ))
-                for folder in (out, cache):
-                    shutil.rmtree(folder, ignore_errors=True)
+                for who in order:
+                    out, cache = work / "out", work / "cache"
+                    place = f"{count}-{number}"
+                    if who == "tandem":
+                        url = environ["REGISTRY"].format(place)
+                        tail = [str(made), "--to", url] if way == "publish" else [f"{url}/small@v{count}", str(out)]
+                        command = [*TANDEM, way, *tail]
+                    else:
+                        out.mkdir()
+                        command = clients[who](way, made, out, place)
+                    ours = {"TANDEM_CACHE": str(cache), "PYTHONPATH": str(HERE.parent)} if who == "tandem" else {}
+                    found.setdefault((way, who), []).append(run(command, environ | ours))
+                    for folder in (out, cache):
+                        shutil.rmtree(folder, ignore_errors=True)
     for way in ("publish", "pull"):
         rates = {
             who: size / MIB / statistics.median(s for s, _ in runs) for (w, who), runs in found.items() if w == way

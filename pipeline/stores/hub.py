@@ -1,6 +1,6 @@
-"""A registry on a Hugging Face Hub: `hf://org`, or `hf://org/name` for one name alone. A name is a repository, a release
-a commit, a version a tag.
+"""A registry on a Hugging Face Hub: `hf://org`, or `hf://org/name` for one name alone.
 
+A name is a repository, a release a commit, a version a tag.
 An alias is a branch whose head holds the files of the release it points at, so the Hub's own clients can read it; its
 moves are its commits. Races are decided by the Hub: a tag is created once, a commit names the parent it was made for.
 Large files go through huggingface_hub's own path (Xet or LFS), which sends nothing that the repository has.
