@@ -5,7 +5,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RECIPE ?= smollm2-135m-spec
 
-.PHONY: build test test-slow test-servers lint types check clean
+# PyTorch/XLA ends at torch 2.9, so its tests have an environment of their own (7 GB).
+XLA_VENV   ?= .venv-xla
+XLA_PYTHON ?= $(PYTHON)
+XLA_READY  := $(XLA_VENV)/.ready
+
+.PHONY: build test test-slow test-servers test-xla lint types check clean
 build: $(READY)          ## compile, validate and package one recipe: make build RECIPE=name
 	$(BIN)/tandem build $(RECIPE)
 
@@ -25,7 +30,18 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE=<neuronx-distributed 2.29>/src adds the real NxD
+	$(XLA_VENV)/bin/python -m pytest -m xla
+
 check: lint types test
+
+$(XLA_READY): tests/requirements-xla.txt
+	$(XLA_PYTHON) -m venv $(XLA_VENV)
+	$(XLA_VENV)/bin/python -m pip install --quiet --requirement $<
+	$(XLA_VENV)/bin/python -m pip download --quiet --no-deps --dest $(XLA_VENV)/wheels tensorflow-cpu==2.21.0
+	$(XLA_VENV)/bin/python tests/xla_protos.py $(XLA_VENV)/wheels/tensorflow_cpu-*.whl
+	rm -rf $(XLA_VENV)/wheels
+	touch $@
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,4 +49,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(XLA_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

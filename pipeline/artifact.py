@@ -280,6 +280,8 @@ def check_replaceable(out: Path) -> None:
         InputError: names the directory.
 
     """
+    if out.is_file():
+        raise InputError("a file is in the way of the artifact", where=str(out), fix="name a new folder")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise InputError("this folder holds something else than an artifact", where=str(out), fix="name a new folder")
 

@@ -1,6 +1,6 @@
 """START HERE: the stages of a build, in order, and which of them a change makes stale.
 
-    recipe -> sources -> plan -> compile (trace, AOT) + shard -> package -> validate -> artifact
+    recipe -> sources -> plan -> shard -> compile (trace, AOT) -> package -> validate -> artifact
 
 Every stage's result is addressed by its inputs, so a build that is killed anywhere is completed by the next one, and
 one that finds nothing changed does nothing: it compares a stamp, without importing torch.
@@ -8,11 +8,14 @@ one that finds nothing changed does nothing: it compares a stamp, without import
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +25,7 @@ from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.cache import default_root
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.files import write_atomic
+from pipeline.files import check_writable, disk_errors, sha256_file, write_atomic
 from pipeline.recipe import Recipe, load
 
 if TYPE_CHECKING:
@@ -55,6 +58,14 @@ def silent(line: str) -> None:
     """A `Say` that shows nothing."""
 
 
+Progress = Callable[[str, float, float], None]
+"""Told what is under way, how much is done, and how much there is in all."""
+
+
+def unseen(what: str, done: float, total: float) -> None:
+    """A `Progress` that shows nothing."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One build: a recipe and where things go."""
@@ -67,7 +78,14 @@ class Request:
     validate: bool = True
     locked: bool = False
     remote: Remote | None = None
+    lock: Path | None = None
     say: Say = silent
+    progress: Progress = unseen
+
+    @property
+    def lock_file(self) -> Path:
+        """The recipe's lock, which need not exist."""
+        return self.lock or self.base / f"{self.recipe.name}.lock"
 
     @cached_property
     def stamp(self) -> Path:
@@ -91,16 +109,20 @@ def build(recipe: Recipe | Path, out: Path | None = None, **options: Any) -> Art
 
 
 def run(request: Request) -> Report:
-    """Run the stages that are stale."""
+    """Run the stages that are stale. Builds of one output at once take turns, and all but the first find it done."""
     started = time.monotonic()
     report = Report(request.out)
-    inputs = fingerprint(request)
-    if _is_current(request, inputs):
-        report.fresh = True
-        report.seconds = time.monotonic() - started
-        return report
-    _stages(request, report)
-    write_atomic(request.stamp, json.dumps({"inputs": fingerprint(request)}).encode())
+    with _alone(request.stamp.with_suffix(".lock"), request.say, f"another build of {request.out}"):
+        inputs = fingerprint(request)  # as they were before anything was read: what changes meanwhile is stale again
+        report.fresh = _is_current(request, inputs)
+        if not report.fresh:
+            artifacts.check_replaceable(request.out)
+            check_writable(request.out.absolute().parent)
+            with disk_errors(request.stamp):
+                request.stamp.unlink(missing_ok=True)
+            _stages(request, report)
+            stamp = {"inputs": inputs, "artifact": _identity(request.out)}
+            write_atomic(request.stamp, json.dumps(stamp).encode())
     report.seconds = time.monotonic() - started
     return report
 
@@ -110,23 +132,29 @@ def _stages(request: Request, report: Report) -> None:
     from pipeline.lock import make_lock
     from pipeline.package import package
     from pipeline.plan import make_plan
-    from pipeline.sources import resolve_pair
+    from pipeline.sources import resolve_pair, tokenizer_files
+    from pipeline.validate.prompts import load_prompts, prompts_path
 
     backend = make_backend(request.recipe.backend.model_dump())
     problems = backend.preflight()
     if problems:
         raise _preflight_error(problems)
+    if request.validate:
+        load_prompts(prompts_path(request.recipe.validate_.prompts, request.base))  # refused now, not after an hour
     request.say("sources: target and draft")
-    target, draft = resolve_pair(request.recipe, base=request.base, cache=request.cache / "sources")
+    target, draft = resolve_pair(
+        request.recipe, base=request.base, cache=request.cache / "sources", progress=request.progress
+    )
     plan = make_plan(request.recipe, target.config, draft.config)
     lock = make_lock(request.recipe, target, draft, backend.toolchain().as_dict())
     if request.locked:
         _check_lock(request, lock)
-    compiled = _compile(request, plan, report)
+    tokenizer = tokenizer_files(target)
     shards, weights = _shard(request, plan, target, draft, backend)
+    compiled = _compile(request, plan, report)
     request.say("package")
-    built = package(request.out, plan, backend, lock, compiled, shards, weights, target, request.cache)
-    if request.validate:
+    built = package(request.out, plan, backend, lock, compiled, shards, weights, tokenizer, request.cache)
+    if request.validate and _runs_here(request, backend, built):
         from pipeline.validate import validate
 
         validate(built.root, target, draft, request.base, request.cache / "goldens", request.say)
@@ -144,9 +172,12 @@ def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
     request.say(f"compile: {len(jobs)} graphs, {workers} at a time; logs in {logs}")
     left = {spec.name: plan.compile_seconds(spec) for spec in plan.graphs}
 
+    request.progress("compile", 0, len(jobs))
+
     def done(one: Compiled) -> None:
         left.pop(one.spec.name)
         (report.reused if one.hit else report.compiled).append(one.spec.name)
+        request.progress("compile", len(jobs) - len(left), len(jobs))
         how = "cached" if one.hit else f"{one.seconds:.0f} s"
         remaining = f", {len(left)} left, about {sum(left.values()) / workers:.0f} s" if left else ""
         request.say(f"  {one.spec.name}: {how}{remaining}")
@@ -159,9 +190,9 @@ def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
 def _shard(
     request: Request, plan: Plan, target: Checkpoint, draft: Checkpoint, backend: Backend
 ) -> tuple[list[ShardFile], Path]:
-    """Write the weight shards, or find those of an earlier build with the same weights and layout."""
+    """Write the weight shards, or take those of an earlier build with the same weights and layout, if still whole."""
     from pipeline.files import atomic_dir
-    from pipeline.shard import ShardFile, write_shards
+    from pipeline.shard import write_shards
 
     facts = {
         "pair": asdict(plan.pair) | {"rows": 0, "length": 0, "candidates": 0},
@@ -172,14 +203,58 @@ def _shard(
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     root = request.cache / "shards" / key
-    if not (root / "shards.json").is_file():
-        request.say(f"shard: weights for {plan.pair.tp} rank(s)")
-        with atomic_dir(root) as folder:
-            files = write_shards(plan.pair, target, draft, folder, packing=backend.packing)
-            rows = [[str(f.path.relative_to(folder)), f.sha256, f.size, f.rank, f.model] for f in files]
-            (folder / "shards.json").write_text(json.dumps(rows))
-    rows = json.loads((root / "shards.json").read_text())
-    return [ShardFile(Path(path), *rest) for path, *rest in rows], root
+    with _alone(root.with_suffix(".lock"), request.say, "a build that writes the same shards"):
+        found = _whole_shards(root, request.say)
+        if found is None:
+            request.say(f"shard: weights for {plan.pair.tp} rank(s)")
+            with atomic_dir(root) as folder:
+                files = write_shards(
+                    plan.pair, target, draft, folder, packing=backend.packing,
+                    progress=lambda done, total: request.progress("shard", done, total),
+                )  # fmt: skip
+                found = [replace(file, path=file.path.relative_to(folder)) for file in files]
+                rows = [[str(f.path), f.sha256, f.size, f.rank, f.model] for f in found]
+                (folder / "shards.json").write_text(json.dumps(rows))
+    return found, root
+
+
+def _whole_shards(root: Path, say: Say) -> list[ShardFile] | None:
+    """Shards of an earlier build, read through and compared with their digests; None if they must be written."""
+    from pipeline.artifact import FileEntry, differences
+    from pipeline.shard import ShardFile
+
+    if not root.exists():
+        return None
+    try:
+        rows = json.loads((root / "shards.json").read_text())
+        found = [ShardFile(Path(path), *rest) for path, *rest in rows]
+        faults = differences(root, {f.path.as_posix(): FileEntry(sha256=f.sha256, size=f.size) for f in found})
+    except (OSError, ValueError, TypeError) as error:
+        faults = [str(error)]
+    if not faults:
+        return found
+    say(f"shard: cached shards are damaged ({'; '.join(faults)}): written again")
+    shutil.rmtree(root, ignore_errors=True)
+    return None
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, say: Say, other: str) -> Iterator[None]:
+    """Hold a lock file among all builds that share this cache; that of a killed build falls free."""
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock)
+    with disk_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting for {other}")
+            held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def fingerprint(request: Request) -> dict[str, Any]:
@@ -188,35 +263,67 @@ def fingerprint(request: Request) -> dict[str, Any]:
     digest = hashlib.sha256()
     for path in sorted(here.rglob("*.py")):
         digest.update(path.read_bytes())
-    recipe = request.recipe
-    names = [n for n in (recipe.target.source, recipe.draft.source) if n and "://" not in n]
-    local = [p for name in names for p in _files(request.base / name)] + [request.base / recipe.validate_.prompts]
     return {
-        "recipe": recipe.model_dump_json(by_alias=True),
+        "recipe": request.recipe.model_dump_json(by_alias=True),
         "package": digest.hexdigest(),
         "versions": {name: _version(name) for name in VERSIONED},
-        "files": sorted([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in local if p.is_file()),
+        "compiler": [os.environ.get("CXX"), shutil.which(os.environ.get("CXX", "g++"))],
+        "files": sorted(_stamp_of(path) for path in _local_files(request) if path.is_file()),
         "validate": request.validate,
+        "locked": request.locked,
     }
 
 
+def _local_files(request: Request) -> list[Path]:
+    """Files outside the package that decide a build: folders of weights, prompts, and the lock where it binds."""
+    from pipeline.validate.prompts import prompts_path
+
+    recipe, base = request.recipe, request.base
+    names = [n for n in (recipe.target.source, recipe.draft.source) if n and "://" not in n]
+    found = [path for name in names for path in _files(base / Path(name).expanduser())]
+    found.append(prompts_path(recipe.validate_.prompts, base))
+    return [*found, request.lock_file] if request.locked else found
+
+
+def _stamp_of(path: Path) -> list[Any]:
+    """What changes whenever a file is written or replaced, even by one of its size and time."""
+    stat = path.stat()
+    return [str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def _is_current(request: Request, inputs: dict[str, Any]) -> bool:
-    """True when the last build had these inputs and its artifact is still whole, by names and sizes."""
+    """True when `out` still holds the artifact of the last build, made of these inputs; by digest, names and sizes."""
     try:
-        recorded = json.loads(request.stamp.read_text())["inputs"]
+        recorded = json.loads(request.stamp.read_text())
         files = artifacts.read(request.out).manifest.files
-        return recorded == json.loads(json.dumps(inputs)) and all(
-            (request.out / name).stat().st_size == entry.size for name, entry in files.items()
+        return (
+            recorded["inputs"] == json.loads(json.dumps(inputs))
+            and recorded["artifact"] == _identity(request.out)
+            and all((request.out / name).stat().st_size == entry.size for name, entry in files.items())
         )
-    except (OSError, ValueError, KeyError, ArtifactError):
+    except (OSError, ValueError, KeyError, TypeError, ArtifactError):
         return False
 
 
-def _check_lock(request: Request, fresh: Any) -> None:
-    from pipeline.lock import check_locked, lock_path, read
+def _identity(root: Path) -> str:
+    """Names an artifact with its reports."""
+    return sha256_file(root / artifacts.MANIFEST)
 
-    path = lock_path(request.base / f"{request.recipe.name}.yaml")
-    problems = check_locked(read(path), fresh, str(path))
+
+def _runs_here(request: Request, backend: Backend, built: Artifact) -> bool:
+    """Whether this host can run what it built; an artifact for another chip or instruction set is left unvalidated."""
+    try:
+        artifacts.check_host(built.manifest, backend.host())
+    except ArtifactError as error:
+        request.say(f"not validated: {error.what}; run `tandem validate {built.root}` on such a host before publishing")
+        return False
+    return True
+
+
+def _check_lock(request: Request, fresh: Any) -> None:
+    from pipeline.lock import check_locked, read
+
+    problems = check_locked(read(request.lock_file), fresh, str(request.lock_file))
     if problems:
         raise RecipeError(problems)
 

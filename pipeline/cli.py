@@ -12,54 +12,39 @@ from typing import Any
 import click
 
 from pipeline import __version__
-from pipeline.errors import InputError, RecipeError, TandemError
+from pipeline.commands import QUIET, VERBOSE, Group, as_json, note
+from pipeline.console import Console, print_error, print_json
+from pipeline.errors import InputError, TandemError
 
 RECIPES = Path("recipes")
 
 
-class Tandem(click.Group):
+class Tandem(Group):
     """Turns the failure tree into messages and exit codes."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; an error says where, what, fix; a traceback only with -v."""
+        console = ctx.ensure_object(Console)
         try:
             return super().invoke(ctx)
         except TandemError as error:
-            if ctx.params.get("verbose"):
-                raise
-            render(error)
+            console.close()
+            print_error(error, with_traceback=console.verbose)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
+            console.close()
             click.echo("interrupted; run the same command to continue", err=True)
             sys.exit(130)
-
-
-def render(error: TandemError) -> None:
-    """Print an error on stderr."""
-    problems = error.problems if isinstance(error, RecipeError) else (error,)
-    for problem in problems:
-        click.secho(f"{error.title}: ", fg="red", err=True, nl=False)
-        click.echo(f"{problem.where}: {problem.what}" if problem.where else problem.what, err=True)
-        if problem.fix:
-            click.echo(f"  fix: {problem.fix}", err=True)
+        finally:
+            console.close()
 
 
 @click.group(cls=Tandem, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
-@click.option("-q", "--quiet", is_flag=True, help="Show results only.")
-@click.pass_context
-def main(ctx: click.Context, verbose: bool, quiet: bool) -> None:
+@click.option("-v", "--verbose", is_flag=True, help=VERBOSE, expose_value=False, callback=note)
+@click.option("-q", "--quiet", is_flag=True, help=QUIET, expose_value=False, callback=note)
+def main() -> None:
     """Compile a target LLM and its draft in tandem: one recipe in, one validated artifact out."""
-    ctx.obj = {"verbose": verbose, "quiet": quiet, "say": _silent if quiet else _say}
-
-
-def _silent(line: str) -> None:
-    """Show nothing."""
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
 
 
 def _recipe(name: str) -> Path:
@@ -73,14 +58,10 @@ def _artifact_dir(name: str) -> Path:
     for path in (Path(name), Path("artifacts") / name):
         if (path / "manifest.json").is_file():
             return path
-    raise InputError(f"no artifact {name!r}", where="artifacts", fix=f"make build RECIPE={name}")
-
-
-def _json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=1, default=str))
-
-
-as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for machines.")
+    built = sorted(path.parent.name for path in Path("artifacts").glob("*/manifest.json"))
+    here = f"artifacts here: {', '.join(built) or 'none'}"
+    fix = f"make build RECIPE={name}" if (RECIPES / f"{name}.yaml").is_file() else f"name an artifact's folder; {here}"
+    raise InputError(f"no artifact {name!r}", where="artifacts", fix=fix)
 
 
 @main.command()
@@ -94,7 +75,7 @@ as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for mac
 @as_json
 @click.pass_obj
 def build(
-    obj: dict[str, Any],
+    console: Console,
     recipe: str,
     out: Path | None,
     workers: int | None,
@@ -106,6 +87,7 @@ def build(
 ) -> None:
     """Build RECIPE (a name in recipes/, or a file) into a validated artifact."""
     from pipeline.build import Request, run
+    from pipeline.lock import lock_path
     from pipeline.recipe import load
     from pipeline.remote_cache import Remote
 
@@ -114,11 +96,12 @@ def build(
     remote = Remote(remote_cache, "write" if push_cache else "read") if remote_cache else None
     request = Request(
         recipe=parsed, base=path.parent, out=out or Path("artifacts") / parsed.name, workers=workers,
-        validate=not no_validate, locked=locked, remote=remote, say=obj["say"],
+        validate=not no_validate, locked=locked, remote=remote,
+        lock=lock_path(path), say=console.say, progress=console.progress,
     )  # fmt: skip
     report = run(request)
     if json_:
-        _json(asdict(report))
+        print_json(asdict(report))
     elif report.fresh:
         click.echo(f"{report.artifact}: nothing changed ({report.seconds:.2f} s)")
     else:
@@ -148,7 +131,7 @@ def plan(recipe: str, json_: bool) -> None:
     made = make_plan(parsed, *configs)
     memory = asdict(made.memory) | {"total": made.memory.total}
     if json_:
-        _json({"graphs": [spec.name for spec in made.graphs], "memory_bytes_per_rank": memory})
+        print_json({"graphs": [spec.name for spec in made.graphs], "memory_bytes_per_rank": memory})
         return
     click.echo(f"{parsed.name}: {len(made.graphs)} graphs, {made.pair.tp} rank(s)")
     for spec in made.graphs:
@@ -168,9 +151,11 @@ def plan(recipe: str, json_: bool) -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--speculate/--no-speculate", default=True)
 @click.option("--policy", "policy_file", type=click.Path(path_type=Path), envvar="TANDEM_POLICY", help="Who must sign.")
+@as_json
+@click.pass_obj
 def run(
-    artifact: str, prompt: str, raw: bool, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-    seed: int, speculate: bool, policy_file: Path | None,
+    console: Console, artifact: str, prompt: str, raw: bool, max_new_tokens: int, temperature: float, top_k: int,
+    top_p: float, seed: int, speculate: bool, policy_file: Path | None, json_: bool,
 ) -> None:  # fmt: skip
     """Stream the answer of ARTIFACT to a prompt."""
     from pipeline.runtime import load
@@ -180,11 +165,14 @@ def run(
     tokens = engine.text.encode(prompt) if raw or not engine.text.has_chat else engine.text.chat(prompt)
     answer = engine.generate(
         [tokens], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        speculate=speculate, on_tokens=_streamer(engine.text.decode),
+        speculate=speculate, on_tokens=None if json_ else _streamer(engine.text.decode),
     )[0]  # fmt: skip
+    if json_:
+        print_json(asdict(answer))
+        return
     click.echo("")
     per_step = sum(answer.emitted_per_step) / max(answer.steps, 1)
-    _say(f"[{len(answer.tokens)} tokens, {answer.steps} speculative steps, {per_step:.2f} tokens a step]")
+    console.say(f"[{len(answer.tokens)} tokens, {answer.steps} speculative steps, {per_step:.2f} tokens a step]")
 
 
 def _streamer(decode: Callable[[list[int]], str]) -> Callable[[int, list[int]], None]:
@@ -215,7 +203,7 @@ def bench(artifact: str, against: str | None, count: int, max_new_tokens: int, j
 
     rows = measure(_artifact_dir(artifact), count, max_new_tokens, against)
     if json_:
-        _json([asdict(row) for row in rows])
+        print_json([asdict(row) for row in rows])
         return
     click.echo(f"{'':<24}{'first token':>12}{'p50':>10}{'p99':>10}{'tokens/s':>10}{'tokens/step':>13}")
     for row in rows:
@@ -239,7 +227,7 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
         click.echo(body(manifest, {"": manifest}))
         return
     if json_:
-        _json(manifest.model_dump(mode="json"))
+        print_json(manifest.model_dump(mode="json"))
         return
     size = sum(entry.size for entry in manifest.files.values())
     passed = (manifest.validation or {}).get("passed")
@@ -256,44 +244,91 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
 
 @main.command()
 @click.argument("artifact")
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The recipe it was built from, which relative sources and prompts belong to (default: one in recipes/).",
+)
+@click.option("--on-device", is_flag=True, help="Refuse to judge an artifact for an accelerator anywhere else.")
+@as_json
 @click.pass_obj
-def validate(obj: dict[str, Any], artifact: str) -> None:
-    """Run the gates on ARTIFACT again and store the reports in it."""
+def validate(console: Console, artifact: str, recipe_file: Path | None, on_device: bool, json_: bool) -> None:
+    """Run the gates on ARTIFACT again and store the reports in it; they say what they ran on."""
+    from pipeline.artifact import read
     from pipeline.validate import validate_artifact
 
-    validate_artifact(_artifact_dir(artifact), RECIPES, obj["say"])
+    root = _artifact_dir(artifact)
+    device = read(root).manifest.requires.get("device", "cpu")
+    if on_device and device == "cpu":
+        raise InputError("the artifact runs on a CPU", where=str(root), fix="leave out --on-device")
+    validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.say)
+    if json_:
+        print_json(read(root).manifest.validation)
 
 
 @main.command()
-def doctor() -> None:
-    """Say what this machine can build and run."""
-    from pipeline.backends.base import make_backend
+@click.argument("recipe", required=False)
+@click.option("--backend", type=click.Choice(["inductor", "neuron"]), default="inductor", show_default=True)
+@click.option("--target", type=click.Choice(["trn1", "trn2", "inf2"]), default="trn2", help="Chip, for neuron.")
+@click.option("--lnc", type=click.IntRange(1, 2), default=1, help="Physical cores in a logical one, for neuron.")
+@as_json
+def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool) -> None:
+    """Say what this machine can build and run; with RECIPE, whether it is enough for that."""
+    from pipeline.doctor import diagnose
+    from pipeline.recipe import load
 
-    backend = make_backend({"name": "inductor"})
-    for name, value in (backend.toolchain().as_dict() | backend.requires()).items():
-        click.echo(f"{name:<12}{value}")
-    problems = backend.preflight()
-    for problem in problems:
-        click.echo(f"problem     {problem.what}; fix: {problem.fix}")
-    sys.exit(3 if problems else 0)
+    if recipe is None:
+        found = diagnose({"name": backend, **({"target": target, "lnc": lnc} if backend == "neuron" else {})})
+    else:
+        path = _recipe(recipe)
+        parsed = load(path)
+        found = diagnose(parsed.backend.model_dump(), parsed, path)
+    if json_:
+        print_json(asdict(found))
+    else:
+        for section, facts in found.facts.items():
+            for name, value in facts.items():
+                click.echo(f"{section:<10}{name:<24}{value}")
+        for problem in found.problems:
+            click.echo(f"problem   {problem.where}: {problem.what}\n  fix: {problem.fix}")
+    sys.exit(3 if found.problems else 0)
 
 
-@main.group()
+@main.command()
+@click.argument("recipe")
+@click.argument("directory", type=click.Path(path_type=Path))
+def nxdi(recipe: str, directory: Path) -> None:
+    """Write the NxD Inference configuration of RECIPE, and the script that compiles it, into DIRECTORY."""
+    from pipeline.backends.neuron.nxdi import write
+    from pipeline.lock import lock_path, pair_configs, read
+    from pipeline.plan import make_plan
+    from pipeline.recipe import load
+
+    path = _recipe(recipe)
+    parsed, lock_file = load(path), read(lock_path(path))
+    made = make_plan(parsed, *pair_configs(parsed, lock_file, str(lock_path(path))))
+    click.echo(f"wrote {write(directory, made, lock_file)}")
+
+
+@main.group(cls=Group)
 def recipe() -> None:
     """Check and lock recipes."""
 
 
 @recipe.command()
-def schema() -> None:
+@as_json
+def schema(json_: bool) -> None:  # noqa: ARG001 - it is JSON either way
     """Print the JSON Schema of a recipe, for editors."""
     from pipeline.recipe import schema as make
 
-    _json(make())
+    print_json(make())
 
 
 @recipe.command()
 @click.argument("names", nargs=-1, required=True)
-def check(names: tuple[str, ...]) -> None:
+@as_json
+def check(names: tuple[str, ...], json_: bool) -> None:
     """Check recipes, and plan those that have a lock."""
     from pipeline.lock import lock_path, pair_configs, read
     from pipeline.plan import make_plan
@@ -304,12 +339,16 @@ def check(names: tuple[str, ...]) -> None:
         parsed = load(path)
         if lock_path(path).is_file():
             make_plan(parsed, *pair_configs(parsed, read(lock_path(path)), str(lock_path(path))))
-        click.echo(f"{path}: ok")
+        if not json_:
+            click.echo(f"{path}: ok")
+    if json_:
+        print_json({"checked": list(names)})
 
 
 @recipe.command()
 @click.argument("paths", nargs=-1, required=True)
-def changed(paths: tuple[str, ...]) -> None:
+@as_json
+def changed(paths: tuple[str, ...], json_: bool) -> None:  # noqa: ARG001 - it is JSON either way
     """Print the names of the recipes that changed PATHS concern, as a JSON list; - reads paths from stdin."""
     from pipeline.changed import changed_recipes
 
@@ -319,7 +358,8 @@ def changed(paths: tuple[str, ...]) -> None:
 
 @recipe.command()
 @click.argument("name")
-def lock(name: str) -> None:
+@as_json
+def lock(name: str, json_: bool) -> None:
     """Pin what RECIPE's sources and toolchain are now, beside it."""
     from pipeline.backends.base import make_backend
     from pipeline.cache import default_root
@@ -332,6 +372,9 @@ def lock(name: str) -> None:
     pair = resolve_pair(parsed, base=path.parent, cache=default_root() / "sources")
     toolchain = make_backend(parsed.backend.model_dump()).toolchain().as_dict()
     write(lock_path(path), make_lock(parsed, *pair, toolchain))
+    if json_:
+        print_json({"lock": lock_path(path)})
+        return
     click.echo(f"wrote {lock_path(path)}")
 
 

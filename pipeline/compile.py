@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.backends.base import cache_key, make_backend
 from pipeline.cache import Cache
-from pipeline.errors import HostError
+from pipeline.errors import HostError, TandemError
 from pipeline.plan import GraphSpec
 from pipeline.remote_cache import Remote
 from pipeline.signature import PairShape
@@ -62,14 +62,24 @@ def compile_graph(job: Job) -> Compiled:
     store = Cache(Path(job.cache))
     backend = make_backend(job.backend)
     memo = f"{_memo_key(job, backend.toolchain().as_dict(), backend.flags())}"
-    known = store.get(memo)
-    if known is not None and store.get(key := known.read_text()) is not None:
-        return Compiled(job.spec, key, True, time.monotonic() - started)
     notes: list[str] = []
-    with store.lock(memo), _logged(Path(job.log)):
-        key, hit = _trace_and_compile(job, backend, store, notes)
-        store.put(memo, key.encode())
+    key, hit = _known(store, memo), True
+    if key is None:
+        with store.lock(memo), _logged(Path(job.log)):
+            key = _known(store, memo)  # another build may have compiled it while this one waited
+            if key is None:
+                key, hit = _trace_and_compile(job, backend, store, notes)
+                store.put(memo, key.encode())
     return Compiled(job.spec, key, hit, time.monotonic() - started, tuple(notes))
+
+
+def _known(store: Cache, memo: str) -> str | None:
+    """The key that a memo names, if the graph is there, whole."""
+    noted = store.get(memo)
+    if noted is None:
+        return None
+    key = noted.read_text()
+    return key if store.get(key) is not None else None
 
 
 def _trace_and_compile(job: Job, backend: Any, store: Cache, notes: list[str]) -> tuple[str, bool]:
@@ -91,6 +101,8 @@ def _trace_and_compile(job: Job, backend: Any, store: Cache, notes: list[str]) -
 def _compile(job: Job, backend: Any, traced: Any, work: Path) -> bytes:
     try:
         built: bytes = backend.compile(traced, work)
+    except TandemError:
+        raise
     except Exception as error:
         raise HostError(
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",

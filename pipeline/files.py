@@ -91,6 +91,17 @@ def check_space(path: Path, needed_bytes: int) -> None:
         raise HostError(what, where=str(path), fix=FIXES[errno.ENOSPC])
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse work whose result could not be written, before it starts; makes the folder.
+
+    Raises:
+        HostError: no space, read-only or forbidden.
+
+    """
+    with disk_errors(folder), _temp_file(folder / "check"):
+        pass
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that appears at `path` complete, or not at all.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,13 +26,12 @@ from pipeline.artifact import (
     ShardEntry,
     check_replaceable,
     content_digest,
-    differences,
     dump,
     read,
 )
 from pipeline.cache import Cache
 from pipeline.errors import HostError
-from pipeline.files import FileDigest, atomic_dir, digest_file, link_or_copy, remove
+from pipeline.files import FileDigest, atomic_dir, digest_file, link_or_copy
 from pipeline.signature import signature
 
 if TYPE_CHECKING:
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from pipeline.compile import Compiled
     from pipeline.plan import Plan
     from pipeline.shard import ShardFile
-    from pipeline.sources import Checkpoint
 
 VERSION_LENGTH = 12
 
@@ -56,7 +53,6 @@ class _Parts:
     compiled: Sequence[Compiled]
     shards: Sequence[ShardFile]
     weights: Path
-    target: Checkpoint
     cache: Cache
 
 
@@ -68,7 +64,7 @@ def package(
     compiled: Sequence[Compiled],
     shards: Sequence[ShardFile],
     weights: Path,
-    target: Checkpoint,
+    tokenizer: Mapping[str, bytes],
     cache: Path,
 ) -> Artifact:
     """Assemble the artifact aside and put it in the place of `out` in one step. Graphs and shards are hard-linked.
@@ -79,15 +75,14 @@ def package(
 
     """  # fmt: skip
     check_replaceable(out)
-    parts = _Parts(plan, backend, lock, compiled, shards, weights, target, Cache(cache))
+    parts = _Parts(plan, backend, lock, compiled, shards, weights, Cache(cache))
     with atomic_dir(out) as folder:
         known = dict(_add_shards(folder, parts))
         for one in compiled:
             _add_graph(folder, one, parts)
-        for name in target.tokenizer_files:
-            place = folder / "tokenizer" / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(target.root / name, place)  # a link would follow later edits of the checkpoint
+        (folder / "tokenizer").mkdir()
+        for name, data in tokenizer.items():
+            (folder / "tokenizer" / name).write_bytes(data)
         _add_texts(folder, parts)
         files = _add_provenance(folder, _digests(folder, known), parts)
         (folder / MANIFEST).write_bytes(dump(_manifest(files, parts)))
@@ -116,19 +111,11 @@ def add_reports(root: Path, reports: Mapping[str, bytes], summary: dict[str, Any
 
 
 def _add_shards(folder: Path, parts: _Parts) -> Iterator[tuple[str, FileEntry]]:
-    """Link the shards. They may be of an earlier build, and edits of its artifact reach them, so they are checked."""
-    expected = {shard.path.as_posix(): FileEntry(sha256=shard.sha256, size=shard.size) for shard in parts.shards}
-    try:
-        faults = differences(parts.weights, expected)
-    except FileNotFoundError as error:
-        faults = [f"{error.filename}: missing"]
-    if faults:
-        remove(parts.weights)
-        what = f"cached shards were damaged and are removed: {'; '.join(faults)}"
-        raise HostError(what, where=str(parts.weights), fix="run the build again")
-    for name, entry in expected.items():
+    """Link the shards, which the shard stage has just written or compared with their digests."""
+    for shard in parts.shards:
+        name = shard.path.as_posix()
         link_or_copy(parts.weights / name, folder / name)
-        yield name, entry
+        yield name, FileEntry(sha256=shard.sha256, size=shard.size)
 
 
 def _add_graph(folder: Path, one: Compiled, parts: _Parts) -> None:

@@ -235,14 +235,19 @@ def _conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Itera
             if bucket > config.max_position:
                 what = f"found {bucket}, longer than the {name}'s max_position_embeddings={config.max_position}"
                 yield Problem(recipe.place(f"shapes.kv[{index}]"), what, f"use kv buckets up to {config.max_position}")
+            elif bucket > (config.window or bucket):
+                what = (
+                    f"found {bucket}, longer than the {name}'s sliding_window={config.window}, which is not supported"
+                )
+                yield Problem(recipe.place(f"shapes.kv[{index}]"), what, f"use kv buckets up to {config.window}")
     yield from _pair_conflicts(recipe, target, draft)
 
 
 def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:
     where = recipe.place("draft")
-    if target.vocab != draft.vocab:
-        what = f"the draft has vocab_size={draft.vocab}, the target {target.vocab}"
-        yield Problem(where, what, "use a draft with the target's tokenizer")
+    if target.vocab != draft.vocab and (draft.shares_embedding or draft.draft_vocab):
+        what = f"the draft has vocab_size={draft.vocab}, the target, whose vocabulary it uses, {target.vocab}"
+        yield Problem(where, what, "use a draft that was made for this target")
     if draft.shares_embedding and target.hidden != draft.hidden:
         what = f"the draft uses the target's embedding, but has hidden_size={draft.hidden}, the target {target.hidden}"
         yield Problem(where, what, "use a draft that was made for this target")
@@ -251,8 +256,12 @@ def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> 
         what = f"found {dtype}, but the draft uses the target's embedding, which is {recipe.target.dtype}"
         yield Problem(recipe.place("draft.dtype"), what, f"use {recipe.target.dtype}, or leave it out")
     candidates = recipe.speculation.candidates
-    if candidates is not None and candidates > target.vocab:
-        what = f"found {candidates}, more than the vocabulary of {target.vocab}"
+    vocab = min(target.vocab, draft.vocab)
+    if recipe.backend.name == "neuron" and candidates is None and "stochastic" in recipe.speculation.sampling:
+        what = "neuron samples from the best N tokens; found no N for its stochastic graphs"
+        yield Problem(recipe.place("speculation.candidates"), what, "write candidates: 256")
+    if candidates is not None and candidates > vocab:
+        what = f"found {candidates}, more than the vocabulary of {vocab}"
         yield Problem(recipe.place("speculation.candidates"), what, "use less, or leave it out to keep all")
 
 

@@ -42,8 +42,17 @@ class GraphModule(nn.Module):
 
 
 def run_phase(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor) -> tuple[Tensor, ...]:
-    """Run one phase on tensors by name. State entries of `named` are updated."""
+    """Run one phase on tensors by name. State entries of `named` are updated, in place or by replacement."""
     models = {name: _model(name, pair, named, seams_for) for name in ("target", "draft")}
+    outputs = _outputs(spec, pair, named, models)
+    for name, model in models.items():
+        named.update({f"{name}/{key}": tensor for key, tensor in model.state.items()})
+    return outputs
+
+
+def _outputs(
+    spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], models: dict[str, graphs.Model]
+) -> tuple[Tensor, ...]:
     target, draft = models["target"], models["draft"]
     if spec.phase == "score":
         return (graphs.score(models[spec.model], named["tokens"], named["position"], spec.kv),)
@@ -67,7 +76,8 @@ def _model(name: str, pair: PairShape, named: dict[str, Tensor], seams_for: Seam
     weights = {key: t for key, t in own.items() if key not in state}
     if name == "draft" and pair.embedding_is_shared and f"target/{EMBEDDING}" in named:
         weights[EMBEDDING] = named[f"target/{EMBEDDING}"]
-    return graphs.Model(pair.config_of(name), weights, state, seams_for(pair.tp_of(name)))
+    partner = pair.target.vocab if name == "draft" and pair.draft.vocab != pair.target.vocab else None
+    return graphs.Model(pair.config_of(name), weights, state, seams_for(pair.tp_of(name)), partner)
 
 
 def _choose(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor]) -> graphs.Choose:

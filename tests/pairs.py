@@ -77,9 +77,20 @@ def empty_state(shape: PairShape) -> dict[str, torch.Tensor]:
     return state
 
 
-def make_pair(agreement: str = "some", rows: int = 4, length: int = 40, candidates: int | None = None) -> Pair:
-    """A random pair. `agreement`: the draft is the target (`all`), its first layer (`some`), its negative (`none`)."""
+def make_pair(
+    agreement: str = "some",
+    rows: int = 4,
+    length: int = 40,
+    candidates: int | None = None,
+    vocab: tuple[int, int] | None = None,
+) -> Pair:
+    """A random pair. `agreement`: the draft is the target (`all`), its first layer (`some`), its negative (`none`).
+
+    `vocab`: sizes of the target's and the draft's vocabulary; the draft then has an embedding and a head of its own.
+    """
     torch.manual_seed(0)
+    if vocab is not None:
+        return _padded_pair(*vocab, rows, length, candidates)
     target = config_of(SMALL, "target")
     layers = 3 if agreement == "all" else 1
     draft = config_of(SMALL | {"num_hidden_layers": layers, "shares_embedding": True}, "draft")
@@ -96,4 +107,25 @@ def make_pair(agreement: str = "some", rows: int = 4, length: int = 40, candidat
             tensors[f"draft/{spec.name}"] = weights[spec.name].clone()
     if agreement == "none":
         tensors["draft/model.norm.weight"] = -tensors["draft/model.norm.weight"]
+    return Pair(shape, tensors, empty_state(shape))
+
+
+def _padded_pair(vocab: int, draft_vocab: int, rows: int, length: int, candidates: int | None) -> Pair:
+    configs = {
+        "target": config_of(SMALL | {"vocab_size": vocab, "tie_word_embeddings": False}, "target"),
+        "draft": config_of(
+            SMALL | {"vocab_size": draft_vocab, "tie_word_embeddings": False, "num_hidden_layers": 1}, "draft"
+        ),
+    }
+    shape = PairShape(configs["target"], configs["draft"], "float32", "float32", 1, True, rows, length, candidates)
+    tensors: dict[str, torch.Tensor] = {}
+    for model, config in configs.items():
+        for spec in weight_specs(config):
+            values = torch.randn(spec.shape) * (0.3 if spec.kind != "vector" else 0.1) + (spec.kind == "vector")
+            known = tensors.get(f"target/{spec.name}")
+            if model == "draft" and known is not None:
+                count = min(len(values), len(known))
+                values[:count] = known[:count]
+            tensors[f"{model}/{spec.name}"] = values
+        tensors[f"{model}/rank.vocab_offset"] = torch.zeros(1, dtype=torch.int32)
     return Pair(shape, tensors, empty_state(shape))

@@ -17,7 +17,6 @@ from pipeline.models.config import ModelConfig
 from pipeline.package import add_reports, package
 from pipeline.plan import make_plan
 from pipeline.recipe import Recipe
-from pipeline.sources.checkpoint import Checkpoint
 
 CONFIG = ModelConfig(
     family="llama", layers=2, hidden=16, intermediate=32, heads=2, kv_heads=1, head_dim=8, vocab=64, norm_eps=1e-5,
@@ -73,12 +72,8 @@ def make(out: Path, work: Path, *, weights: bytes = b"weights", graph: bytes = b
         compiled.append(Compiled(spec, key, False, 0.0))
     root = work / "shards" / hashlib.sha256(weights).hexdigest()[:8]
     shards = [_shard(root, model, weights * (size // 7)) for model in ("target", "draft")]
-    tokenizer = work / "target" / "tokenizer.json"
-    tokenizer.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.write_text("{}")
-    target = Checkpoint(tokenizer.parent, CONFIG, {}, {"tokenizer.json": None}, "r1")
     lock = Lock(recipe.digest(), LockedSource("./target", "r1"))
-    return package(out, plan, Backend(), lock, compiled, shards, root, target, cache.root)
+    return package(out, plan, Backend(), lock, compiled, shards, root, {"tokenizer.json": b"{}"}, cache.root)
 
 
 def make_validated(out: Path, work: Path, *, passed: bool = True, **contents) -> Artifact:

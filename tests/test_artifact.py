@@ -18,7 +18,7 @@ import small_artifacts as small
 from pipeline import artifact as artifacts
 from pipeline import lock as locks
 from pipeline.artifact import MANIFEST, check_host, compare, content_digest, diff, dump, read, verify
-from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.errors import ArtifactError, InputError
 from pipeline.files import TEMP, sweep
 from pipeline.package import add_reports
 from pipeline.recipe import load
@@ -268,19 +268,6 @@ def test_package_refuses_to_replace_other_things(tmp_path):
     with pytest.raises(InputError, match="something else than an artifact"):
         small.make(tmp_path / "home", tmp_path / "work")
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years"
-
-
-def test_package_damaged_shard_is_removed(tmp_path):
-    """Artifact and cache share bytes, so an edit of the one damages the other: the next build but one is whole."""
-    work = tmp_path / "work"
-    made = small.make(tmp_path / "out", work)
-    with (made.root / FILES[3]).open("r+b") as file:
-        file.write(b"X")
-    with pytest.raises(HostError, match="cached shards were damaged and are removed") as caught:
-        small.make(tmp_path / "out", work)
-    assert caught.value.fix == "run the build again"
-    small.make(tmp_path / "out", work)
-    verify(tmp_path / "out")
 
 
 def test_package_damaged_graph_is_refused(tmp_path):

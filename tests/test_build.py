@@ -1,7 +1,9 @@
 """The whole pipeline on a tiny pair: build once, then everything that follows from it."""
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -14,10 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from test_files import on_small_disk
 
+import pipeline
 from pipeline import artifact, runtime
-from pipeline.build import Request, run
-from pipeline.errors import ArtifactError, InputError
+from pipeline.artifact import content_digest
+from pipeline.backends.base import cache_key, make_backend
+from pipeline.build import Request, fingerprint, run
+from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.files import TEMP
+from pipeline.plan import make_plan
 from pipeline.recipe import load
 from pipeline.sources import resolve_pair
 
@@ -52,6 +60,65 @@ def recipe(request, old, new):
     path = request.base / "changed.yaml"
     path.write_text(RECIPE.replace(old, new))
     return load(path)
+
+
+CHILD = """
+import json, resource, sys
+from dataclasses import asdict
+from pathlib import Path
+from pipeline.build import Request, run
+from pipeline.errors import TandemError
+from pipeline.recipe import load
+base, out, cache = map(Path, sys.argv[1:4])
+validate, limit = sys.argv[4] == "True", int(sys.argv[5])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+try:
+    request = Request(load(base / "tiny.yaml"), base, out, cache, workers=1, validate=validate, say=say)
+    print(json.dumps(asdict(run(request)), default=str))
+except TandemError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def child_build(request, out, cache, *, validate=False, limit=0, env=None, cwd=None) -> subprocess.Popen[str]:
+    """Build the tiny recipe in a process group of its own; it prints its report as JSON."""
+    arguments = [str(part) for part in (request.base, out, cache, validate, limit)]
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments], start_new_session=True, text=True, env=env, cwd=cwd,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def kill(child: subprocess.Popen[str], delay_s: float) -> str:
+    """End a build with all its workers and compilers; returns the last stage that it spoke of."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=delay_s)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    said = [line for line in child.communicate()[1].splitlines() if line and not line.startswith(" ")]
+    return said[-1].partition(":")[0] if said else "start"
+
+
+def same_parts(root: Path) -> dict[str, object]:
+    """Files of an artifact that two builds of one recipe have in common: provenance and reports tell of one build."""
+    files = artifact.verify(root).manifest.files
+    return {
+        name: entry
+        for name, entry in files.items()
+        if not name.startswith(("reports/", "provenance.json", "sbom.cdx.json"))
+    }
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
 
 
 def test_build_compiles_every_graph_and_passes_its_gates(built):
@@ -100,42 +167,266 @@ def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     assert report.compiled == ["prefill-b2-t24-s48"]
 
 
-def test_build_survives_kill_at_any_moment(built, tmp_path):
-    """Killed builds leave nothing that the next one trusts wrongly: same digests as an undisturbed build."""
-    request, _ = built
-    code = (
-        "import sys, pathlib; from pipeline.build import Request, run; from pipeline.recipe import load\n"
-        "base, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])\n"
-        "recipe = load(base / 'tiny.yaml')\n"
-        "run(Request(recipe=recipe, base=base, out=out, cache=base / 'cache', workers=1, validate=False))"
-    )
-    out = tmp_path / "out"
-    for delay_s in (0.4, 2.0, 5.0):
-        shutil.rmtree(request.cache / "shards", ignore_errors=True)
-        child = subprocess.Popen([sys.executable, "-c", code, str(request.base), str(out)], start_new_session=True)
-        time.sleep(delay_s)
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    again(request, out=out, validate=False)
-    killed, calm = artifact.verify(out).manifest.files, artifact.read(request.out).manifest.files
-    aside = ("reports/", "provenance.json", "sbom.cdx.json")  # provenance tells where and when; nothing else may differ
-    same = {name: entry for name, entry in calm.items() if not name.startswith(aside)}
-    assert {name: entry for name, entry in killed.items() if not name.startswith(aside)} == same
-
-
 def test_build_replaces_a_corrupted_cache_entry(built, tmp_path):
     request, _ = built
     key = artifact.read(request.out).manifest.graphs[0].key
     cache = tmp_path / "cache"
     shutil.copytree(request.cache, cache)
-    data = cache / "graphs" / key[:2] / key / "data"
-    data.chmod(0o644)
-    spoiled = bytearray(data.read_bytes())
-    spoiled[len(spoiled) // 2] ^= 1
-    data.write_bytes(spoiled)
+    flip(cache / "graphs" / key[:2] / key / "data")
     report = again(request, cache=cache, out=tmp_path / "out", validate=False)
     assert len(report.compiled) == 1
     artifact.verify(tmp_path / "out")
+
+
+def test_build_writes_damaged_cached_shards_again(built, tmp_path):
+    """Artifact and cache share files, so an edit of the one damages the other; one build later all is whole."""
+    request, _ = built
+    cache, said = tmp_path / "cache", []
+    shutil.copytree(request.cache, cache)
+    shards = sorted(cache.glob("shards/*/weights/*/*.safetensors"))
+    flip(shards[0])
+    shards[-1].unlink()
+    again(request, cache=cache, out=tmp_path / "out", validate=False, say=said.append)
+    assert any(str(shards[0].name) in line and "damaged" in line for line in said)
+    assert content_digest(artifact.verify(tmp_path / "out").manifest) == content_digest(
+        artifact.read(request.out).manifest
+    )
+
+
+def test_build_is_not_fooled_by_an_artifact_of_another_recipe(built, tmp_path):
+    """The stamp of a build once outlived its artifact: recipe A, B, then A again at one output left B there."""
+    request, _ = built
+    out, other = tmp_path / "out", recipe(request, "pico://qwen3?layers=2", "pico://qwen3?layers=2&seed=5")
+    first = again(request, out=out, validate=False)
+    assert again(request, out=out, validate=False).fresh
+    before = artifact.read(out).manifest.version
+    again(request, recipe=other, out=out, validate=False)
+    assert not (report := again(request, out=out, validate=False)).fresh
+    assert (first.compiled, report.compiled) == ([], [])
+    assert artifact.read(out).manifest.version == before
+
+
+def test_build_checks_the_lock_even_if_nothing_else_changed(built, tmp_path):
+    request, _ = built
+    with pytest.raises(InputError, match="no lock"):
+        again(request, locked=True)
+
+
+def _request(base: Path, **options) -> Request:
+    return Request(recipe=load(base / "local.yaml"), base=base, out=base / "out", cache=base / "cache", **options)
+
+
+@pytest.fixture
+def local(tmp_path):
+    """A recipe with a base, a local target, a local draft and prompts; nothing of it is ever built."""
+    (tmp_path / "base.yaml").write_text("shapes: {batch: [2], prefill: [16], kv: [48]}\n")
+    text = "base: base.yaml\nname: local\ntarget: {source: ./model}\ndraft: {source: ./draft}\n"
+    text += "speculation: {draft_tokens: [2]}\nvalidate: {prompts: prompts.jsonl}\n"
+    (tmp_path / "local.yaml").write_text(text)
+    (tmp_path / "prompts.jsonl").write_text('{"id": "1", "class": "chat", "prompt": "a"}\n')
+    for name in ("model", "draft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "local.lock").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "prompts.jsonl",
+        "draft/model.safetensors",
+        "model/model.safetensors",
+        "base.yaml",
+        "draft/new.json",
+        "local.lock",
+    ],
+)
+def test_fingerprint_sees_a_changed_file(local, change):
+    """Even one of the same size, with its old time put back."""
+    before = fingerprint(_request(local, locked=True))
+    assert fingerprint(_request(local, locked=True)) == before
+    file = local / change
+    if file.exists():
+        stat, data = file.stat(), file.read_bytes()
+        file.write_bytes(data.replace(b"[2]", b"[3]") if change == "base.yaml" else data[:-1] + b"#")
+        assert file.stat().st_size == stat.st_size
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    else:
+        file.write_text("{}")
+    assert fingerprint(_request(local, locked=True)) != before
+
+
+def test_build_elsewhere_on_another_machine_is_all_hits(built, tmp_path):
+    """Another checkout, home, temp folder and cache path: only what the cache holds is the same."""
+    request, _ = built
+    root = Path(pipeline.__file__).parent
+    shutil.copytree(root, tmp_path / "checkout" / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(request.cache, tmp_path / "moved-cache", ignore=shutil.ignore_patterns("stamps", "shards", "locks"))
+    for name in ("home", "temp"):
+        (tmp_path / name).mkdir()
+    places = {
+        "HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path / "temp"),
+        "PYTHONPATH": str(tmp_path / "checkout"),
+    }
+    done = child_build(
+        request, tmp_path / "out", tmp_path / "moved-cache", env=os.environ | places, cwd=tmp_path / "home"
+    )
+    report = json.loads(done.communicate()[0])
+    assert report["compiled"] == []
+    assert len(report["reused"]) == 5
+    assert content_digest(artifact.verify(tmp_path / "out").manifest) == content_digest(
+        artifact.read(request.out).manifest
+    )
+
+
+def test_builds_at_once_compile_a_graph_once(built, tmp_path):
+    """Three processes, one cache that lacks one graph; two of them write the same output."""
+    request, _ = built
+    cache = tmp_path / "cache"
+    shutil.copytree(request.cache, cache)
+    manifest = artifact.read(request.out).manifest
+    key = next(g.key for g in manifest.graphs if g.name.startswith("score-draft"))
+    shutil.rmtree(cache / "graphs" / key[:2] / key)
+    children = [child_build(request, tmp_path / out, cache) for out in ("a", "b", "b")]
+    reports = [json.loads(child.communicate()[0]) for child in children]
+    assert sorted(name for report in reports for name in report["compiled"]) == ["score-draft-b2-t16-s48"]
+    assert sum(report["fresh"] for report in reports) == 1
+    digests = {content_digest(artifact.verify(tmp_path / out).manifest) for out in ("a", "b")}
+    assert digests == {content_digest(manifest)}
+
+
+def test_build_survives_kills(built, tmp_path):
+    """Killed builds leave nothing that the next one trusts wrongly: same digests as an undisturbed build."""
+    request, _ = built
+    cache = tmp_path / "cache"
+    shutil.copytree(request.cache, cache)
+    for delay_s in (0.5, 4.0, 8.0):
+        shutil.rmtree(cache / "shards", ignore_errors=True)
+        kill(child_build(request, tmp_path / "out", cache), delay_s)
+    again(request, cache=cache, out=tmp_path / "out", validate=False)
+    assert same_parts(tmp_path / "out") == same_parts(request.out)
+
+
+@pytest.mark.slow
+def test_build_survives_kills_at_twenty_moments_of_every_stage(built, tmp_path):
+    """From a cold cache and a cold compiler scratch; what killed builds finished is kept, the rest is done again."""
+    request, _ = built
+    draw, cache, temp = random.Random(8), tmp_path / "cache", tmp_path / "temp"
+    temp.mkdir()
+    env = os.environ | {"TMPDIR": str(temp)}
+    started = time.monotonic()
+    calm = child_build(request, tmp_path / "calm", tmp_path / "calm-cache", env=env, validate=True)
+    assert calm.wait() == 0
+    whole_s = time.monotonic() - started
+    shutil.rmtree(temp)
+    temp.mkdir()
+    stages = set()
+    for round_ in range(20):
+        if round_ % 4 == 3:  # so that late rounds meet the early stages, too
+            shutil.rmtree(draw.choice([cache / "shards", cache / "sources", cache / "goldens"]), ignore_errors=True)
+        if round_ % 4 == 1 and (entries := sorted(cache.glob("graphs/??/*"))):
+            shutil.rmtree(draw.choice(entries))
+        child = child_build(request, tmp_path / "out", cache, env=env, validate=True)
+        stages.add(kill(child, draw.uniform(0.5, whole_s if round_ < 6 else whole_s / 3)))
+    assert len(stages) >= 3, stages
+    last = child_build(request, tmp_path / "out", cache, env=env, validate=True)
+    assert last.wait() == 0
+    found = artifact.verify(tmp_path / "out").manifest
+    assert found.validation["passed"]
+    assert same_parts(tmp_path / "out") == same_parts(tmp_path / "calm")
+    assert not list(tmp_path.glob(f"{TEMP}*"))
+
+
+@pytest.mark.slow
+def test_eight_builds_at_once_from_nothing(built, tmp_path):
+    request, _ = built
+    outs = [tmp_path / f"out-{number // 2}" for number in range(8)]
+    children = [child_build(request, out, tmp_path / "cache", validate=True) for out in outs]
+    reports = [json.loads(child.communicate()[0]) for child in children]
+    assert len([name for report in reports for name in report["compiled"]]) == 5
+    assert sum(report["fresh"] for report in reports) == 4
+    assert len({content_digest(artifact.verify(out).manifest) for out in outs}) == 1
+    assert same_parts(outs[0]) == same_parts(request.out)
+
+
+def test_build_with_another_k_compiles_its_graph_alone(built, tmp_path):
+    request, _ = built
+    report = again(
+        request, recipe=recipe(request, "[2], sampling", "[2, 3], sampling"), out=tmp_path / "out", validate=False
+    )
+    assert report.compiled == ["speculate-b2-t4-s48-k3"]
+
+
+def keys(request: Request, parsed) -> dict[str, str]:
+    """Cache key of every graph of a recipe, found by tracing alone."""
+    backend = make_backend(parsed.backend.model_dump())
+    plan = make_plan(
+        parsed, *(c.config for c in resolve_pair(parsed, base=request.base, cache=request.cache / "sources"))
+    )
+    traced = {spec.name: backend.trace(spec, plan.pair) for spec in plan.graphs}
+    return {name: cache_key(graph, backend.toolchain(), backend.flags()) for name, graph in traced.items()}
+
+
+def test_a_changed_flag_affects_its_graphs_alone(built):
+    request, _ = built
+    both = RECIPE.replace("[greedy]", "[greedy, stochastic]")
+    paths = {}
+    for name, text in {
+        "plain": both,
+        "isa": both + "backend: {name: inductor, isa: avx2}\n",
+        "keep": both.replace("stochastic]", "stochastic], candidates: 64"),
+    }.items():
+        paths[name] = request.base / f"{name}.yaml"
+        paths[name].write_text(text)
+    plain, isa, keep = (keys(request, load(path)) for path in paths.values())
+    assert plain.keys() == isa.keys() == keep.keys()
+    assert not set(plain.values()) & set(isa.values())
+    assert {name for name in plain if plain[name] != keep[name]} == {n for n in plain if n.endswith("stochastic")}
+
+
+@pytest.mark.parametrize(("limit", "missing"), [(6_000, "sources"), (100_000, "shards")])
+def test_build_on_a_full_disk_leaves_nothing_half_written(built, tmp_path, limit, missing):
+    """A limit on file sizes fails writes in the middle, like a full disk: in the sources, and in the shards."""
+    request, _ = built
+    cache = tmp_path / "cache"
+    shutil.copytree(request.cache, cache, ignore=shutil.ignore_patterns(missing))
+    child = child_build(request, tmp_path / "out", cache, limit=limit)
+    output, errors = child.communicate()
+    assert child.returncode == 3, errors
+    assert "cannot write: File too large" in output
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob(f"{TEMP}*"))
+    again(request, cache=cache, out=tmp_path / "out", validate=False)
+    assert same_parts(tmp_path / "out") == same_parts(request.out)
+
+
+def test_build_into_a_read_only_folder_is_refused_before_anything_runs(built, tmp_path):
+    request, _ = built
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HostError, match="cannot write") as caught:
+        again(request, cache=tmp_path / "cache", out=tmp_path / "file" / "out", validate=False)
+    assert str(tmp_path / "file") in caught.value.where
+    assert not (tmp_path / "cache" / "graphs").exists()
+
+
+def test_build_onto_a_read_only_disk_is_refused_before_anything_runs(local):
+    code = f"""
+    from pathlib import Path
+    from pipeline.build import Request, run
+    from pipeline.errors import HostError
+    from pipeline.recipe import load
+    base = Path({str(local)!r})
+    try:
+        run(Request(load(base / "local.yaml"), base, Path("/mnt/out"), base / "cache"))
+    except HostError as error:
+        print(error, "|", error.fix)
+    """
+    assert "Read-only file system | choose a folder that can be written" in on_small_disk(
+        "mount -o remount,ro /mnt", code
+    )
+    assert not (local / "cache" / "graphs").exists()
 
 
 def test_engine_equals_transformers_token_by_token(built):
@@ -181,6 +472,16 @@ def test_graphs_do_not_copy_caches(built):
     allocated = re.findall(r"aoti_torch_empty_strided\w*\((?:\d+, )?(int_array_\d+)", source)
     assert allocated, "the generated code names its allocations differently; mend this test"
     assert not set(arrays) & set(allocated)
+
+
+def test_graphs_carry_no_checks_of_every_input(built):
+    """Inductor's checks of inputs, which an environment variable would turn on, are half of what a compiler reads."""
+    folder = next((built[0].out / "graphs").glob("speculate-*"))
+    with zipfile.ZipFile(folder / "graph.pt2") as package:
+        name = next(n for n in package.namelist() if n.endswith(".wrapper.cpp"))
+        source = package.read(name).decode()
+    assert "__check_inputs_outputs(" in source, "the generated code names its checks differently; mend this test"
+    assert "check_input_0" not in source
 
 
 def test_load_refuses_a_flipped_bit(built, tmp_path):

@@ -34,6 +34,7 @@ CASES = {
     "linear-rope": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
     "one-kv-head": ("Llama", {"num_key_value_heads": 1, "head_dim": 10}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 12}),
+    "mistral-window": ("Mistral", {"sliding_window": 64}),  # never reached in a cache of 64
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 20, "tie_word_embeddings": False}),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
@@ -90,7 +91,7 @@ def test_logits_equal_transformers(case):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"hidden_size": None}, "hidden_size"),
     ],
@@ -98,3 +99,18 @@ def test_logits_equal_transformers(case):
 def test_config_of_refuses_by_name(change, named):
     with pytest.raises(SourceError, match=named):
         config_of({"model_type": "llama"} | SMALL | change, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 4096}, 4096),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096}, 4096),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3, "sliding_window": 4096}, None),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3, "sliding_window": 4096}, 4096),
+    ],
+)
+def test_config_of_knows_an_active_window(change, window):
+    assert config_of({"model_type": "llama"} | SMALL | change, "config.json").window == window

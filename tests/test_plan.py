@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pipeline import lock as locks
 from pipeline.backends.packing import BlockPacking
 from pipeline.errors import Problem, RecipeError
 from pipeline.models.config import ModelConfig
+from pipeline.models.weights import weight_specs
 from pipeline.plan import GIB, Plan, graph_digest_fields, make_plan
 from pipeline.recipe import Recipe, find, load
 from pipeline.signature import signature
@@ -33,7 +35,7 @@ RECIPE = """\
 name: pair
 target: {source: ./target}
 draft: {source: ./draft, placement: %(placement)s}
-speculation: {draft_tokens: [2, 4], sampling: %(sampling)s}
+speculation: {draft_tokens: [2, 4], sampling: %(sampling)s%(candidates)s}
 shapes: {batch: [1, 4], prefill: [32, 48], kv: [64, 128]}
 parallel: {tensor: %(tensor)s}
 backend: %(backend)s
@@ -47,8 +49,9 @@ DEFAULTS = {
 
 
 def recipe_of(folder: Path, **changes: object) -> Recipe:
-    path = folder / "pair.yaml"
-    path.write_text(RECIPE % (DEFAULTS | changes))
+    path, words = folder / "pair.yaml", DEFAULTS | changes
+    words.setdefault("candidates", ", candidates: 64" if "stochastic" in str(words["sampling"]) else "")
+    path.write_text(RECIPE % words)
     return load(path)
 
 
@@ -176,8 +179,20 @@ def test_conflict_sharded_draft_may_be_replicated_instead(tmp_path: Path) -> Non
 
 
 def test_conflict_vocabularies_that_differ(tmp_path: Path) -> None:
-    (problem,) = problems_of(recipe_of(tmp_path), SMALL, replace(SMALL, vocab=500))
-    assert problem.what == "the draft has vocab_size=500, the target 512"
+    """Padding may differ, unless the draft uses the target's embedding or names its ids."""
+    recipe = recipe_of(tmp_path)
+    make_plan(recipe, SMALL, replace(SMALL, vocab=500))
+    for own in ({"shares_embedding": True}, {"draft_vocab": 100, "tied": False}):
+        (problem,) = problems_of(recipe, SMALL, replace(SMALL, vocab=500, **own))
+        assert problem.what == "the draft has vocab_size=500, the target, whose vocabulary it uses, 512"
+
+
+def test_conflict_cache_longer_than_a_sliding_window(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    longest = recipe.shapes.kv[-1]
+    make_plan(recipe, replace(SMALL, window=longest), SMALL)
+    (problem,) = problems_of(recipe, replace(SMALL, window=longest - 1), SMALL)
+    assert f"found {longest}, longer than the target's sliding_window={longest - 1}" in problem.what
 
 
 def test_reduced_vocabulary_is_no_conflict(tmp_path: Path) -> None:
@@ -232,3 +247,34 @@ def test_graph_digest_fields_ignore_what_a_graph_does_not_see(tmp_path: Path) ->
     assert graph_digest_fields(plan, score) == graph_digest_fields(other_draft, score)
     assert graph_digest_fields(plan, decode) != graph_digest_fields(other_draft, decode)
     assert graph_digest_fields(plan, decode) != graph_digest_fields(plan, score)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("llama-70b-spec", (70.6e9, 1.24e9)), ("qwen3-32b-spec", (32.8e9, 1.72e9))]
+)
+def test_parameters_are_those_of_the_published_models(name: str, published: tuple[float, float]) -> None:
+    """The model cards say 70.6 and 1.24, 32.8 and 1.7 billion: what HBM is counted from."""
+    plan = shipped(name)
+    for config, billions in zip((plan.target, plan.draft), published, strict=True):
+        count = sum(math.prod(spec.shape) for spec in weight_specs(config))
+        assert abs(count / billions - 1) < 0.005, count
+
+
+def test_published_deployments_fit_a_core() -> None:
+    """AWS serves the 70B pair on 64 cores at 12,800 tokens, the 32B pair on 32 at batch 4; 4 cores do not hold 70B."""
+    for name in ("llama-70b-spec", "qwen3-32b-spec"):
+        plan = shipped(name)
+        assert plan.memory_limit is not None
+        assert plan.memory.total < 0.5 * plan.memory_limit
+    big = shipped("llama-70b-spec")
+    few = big.recipe.model_copy(update={"parallel": big.recipe.parallel.model_copy(update={"tensor": 4})})
+    with pytest.raises(RecipeError, match="a rank needs"):
+        make_plan(few, big.target, big.draft)
+
+
+def test_stochastic_graphs_on_neuron_need_a_number_of_candidates() -> None:
+    big = shipped("llama-8b-spec")
+    speculation = big.recipe.speculation.model_copy(update={"candidates": None})
+    recipe = big.recipe.model_copy(update={"speculation": speculation})
+    with pytest.raises(RecipeError, match="neuron samples from the best N tokens"):
+        make_plan(recipe, big.target, big.draft)

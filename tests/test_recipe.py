@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import InputError, Problem, RecipeError
 from pipeline.recipe import InductorBackend, NeuronBackend, Recipe, find, load, schema
+from pipeline.validate.prompts import prompts_path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -72,7 +73,7 @@ def test_bad_recipes_all_say_what_they_expect() -> None:
 def test_load_shipped_recipe_is_named_as_its_file(path: Path) -> None:
     recipe = load(path)
     assert recipe.name == path.stem
-    assert (path.parent / recipe.validate_.prompts).is_file()
+    assert prompts_path(recipe.validate_.prompts, path.parent).is_file()
 
 
 def test_load_fills_defaults(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.backends.packing import BlockPacking, PlainPacking
+from pipeline.backends.packing import WIDE, BlockPacking, PlainPacking
 from pipeline.errors import HostError, InputError, SourceError
 from pipeline.shard import WINDOW_BYTES, write_shards
 from pipeline.signature import PairShape
@@ -76,6 +76,19 @@ def test_write_shards_each_rank_holds_its_slice(tmp_path: Path, tp: int, packing
             want = expected_slice(name, whole[name], shard.rank, tp, kv_heads=2, head_dim=16)
             assert tensor.dtype == getattr(torch, stored)
             assert torch.equal(unpacked(tensor, want.shape[0]).float(), want.float()), (name, shard.rank)
+
+
+@pytest.mark.parametrize("rows", [64, 70])
+@pytest.mark.parametrize("columns", [WIDE - 1, WIDE + 6])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_pack_narrow_and_wide(rows: int, columns: int, stored: torch.dtype) -> None:
+    """Also a slice of columns, which is not contiguous."""
+    whole = torch.randn(rows, 2 * columns).bfloat16()
+    for weight in (whole[:, :columns], whole[:, columns:]):
+        out = torch.full((-(-rows // 32), columns, 32), torch.nan, dtype=stored)
+        BlockPacking().pack(weight, "linear", out)
+        assert torch.equal(unpacked(out, rows), weight.to(stored))
+        assert not unpacked(out, out.shape[0] * 32)[rows:].any()
 
 
 def test_write_shards_offset_of_a_single_rank_is_zero(tmp_path: Path) -> None:

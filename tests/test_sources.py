@@ -227,7 +227,7 @@ def test_derive_layer_that_is_not_there_is_refused(tmp_path: Path, layers: tuple
 def test_check_pair_sizes_that_differ_are_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m")
     write_draft(tmp_path / "d", hidden_size=64)
-    write_checkpoint(tmp_path / "v", vocab_size=71)
+    write_draft(tmp_path / "v", vocab_size=71)
     target = opened("m", tmp_path)
     with pytest.raises(SourceError, match="hidden_size=64, but the target has 32"):
         check_pair(target, opened("d", tmp_path, role="draft"))

@@ -17,6 +17,7 @@ from pipeline.signature import PairShape, Signature
 
 BACKENDS = {
     "inductor": "pipeline.backends.inductor:InductorBackend",
+    "neuron": "pipeline.backends.neuron.backend:NeuronBackend",
 }
 
 

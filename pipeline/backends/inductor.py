@@ -2,27 +2,30 @@
 
 Weights and state are inputs of a graph, so nothing is baked in and graphs share both without a copy.
 
-Blocked weights: a linear weight [N, I] is stored as [N/32, I, 32]. A step that verifies K+1 tokens multiplies a handful
-of rows by every weight; on that shape the blocked product runs near memory bandwidth where the plain one does not
-(`benchmarks/linear_layouts.py`).
+Blocked weights: a linear weight [N, I] is stored as [N/32, I, 32] and multiplied by `block_linear`, whose kernel
+streams it near memory bandwidth for one row and for a handful alike.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pipeline.backends.base import Toolchain, Traced
+from pipeline.backends.block_linear import block_linear
 from pipeline.backends.packing import BlockPacking, Packing, PlainPacking
 from pipeline.errors import HostError, Problem
 from pipeline.models.parallel import Seams
@@ -36,18 +39,31 @@ GROUP = "0"
 SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
 """Where Inductor writes sources and objects. Always the same place, because their paths end up in the library."""
 
+KERNEL_DIGEST = hashlib.sha256(Path(__file__).with_name("block_linear_kernel.py").read_bytes()).hexdigest()[:12]
+"""Of our own part of the generated code, which the traced graph only names."""
+
+MARK = ".whole"
+NO_CHECKS = """
+static bool _check_aoti_runtime_check_inputs_env() { return false; }
+static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
+"""
+
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
 
 
 class BlockedSeams(Seams):
-    """Blocked weights on one rank."""
+    """Blocked weights on one rank, summed in float32."""
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Product with a blocked weight [N/32, I, 32]."""
+        return self.head(x_BTI, weight, rows).to(x_BTI.dtype)
+
+    def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """The same, left in float32."""
         batch, tokens, inputs = x_BTI.shape
-        blocks = torch.matmul(x_BTI.reshape(1, batch * tokens, inputs), weight)
-        return blocks.permute(1, 0, 2).reshape(batch, tokens, -1)[..., :rows]
+        out = block_linear(x_BTI.float().reshape(batch * tokens, inputs), weight)
+        return out.view(batch, tokens, -1)[..., :rows]
 
     def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
         """Rows of a blocked table: row r is lane r % 32 of block r // 32."""
@@ -89,6 +105,7 @@ class PlainRankedSeams(RankedSeams):
     """Plain weights, split over ranks (CUDA)."""
 
     linear = Seams.linear
+    head = Seams.head
     embed = Seams.embed
 
 
@@ -115,7 +132,24 @@ class InductorBackend:
 
     def flags(self) -> dict[str, str]:
         """What changes the generated code."""
-        return {"device": self.device, "isa": self.isa}
+        return {
+            "device": self.device,
+            "isa": self.isa,
+            "kernel": KERNEL_DIGEST,
+            **{name: str(value) for name, value in self._settings().items()},
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """Inductor's configuration."""
+        common: dict[str, Any] = {
+            "aot_inductor.compile_wrapper_opt_level": "O0",
+            "aot_inductor.enable_line_tables": False,
+            "cpp.simdlen": VECTOR_BITS[self.isa],
+            # Inductor writes a thread count into its loops. Left open it is that of whoever compiles, and the same
+            # graph compiled by one worker or by two would be two different programs under one key.
+            "cpp.threads": 1,
+        }
+        return common | ({"cpp.march": MARCH[self.isa]} if self.device == "cpu" else {})
 
     def requires(self) -> dict[str, str]:
         """Instruction set of a CPU artifact, compute capability of a GPU one."""
@@ -159,22 +193,70 @@ class InductorBackend:
 
     def compile(self, traced: Traced, work: Path) -> bytes:
         """Lower to C++ (or Triton) and build the shared library; returns the `.pt2` package."""
+        from pipeline.backends import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
+
         package = work / self.graph_file
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(SCRATCH)
-        settings: dict[str, Any] = {
-            "aot_inductor.compile_wrapper_opt_level": "O0",
-            "aot_inductor.enable_line_tables": False,
-            "compile_threads": 1,
-            "cpp.simdlen": VECTOR_BITS[self.isa],
-        }
-        if self.device == "cpu":
-            settings["cpp.march"] = MARCH[self.isa]
-        torch._inductor.aoti_compile_and_package(traced.program, package_path=str(package), inductor_configs=settings)
+        # The processor says which instructions it has; Inductor's probes for that compile for seconds.
+        settings = self._settings() | {"compile_threads": 1, "cpp.vec_isa_ok": True}
+        if has_collectives(traced.program):
+            # A worker thread of gloo lets go of a collective's tensor late and under gloo's lock. If a graph hands that
+            # very tensor to Python as an output, letting go needs the interpreter lock, which the next run of a graph
+            # holds while it waits for gloo's: a deadlock. Without reuse no output ever is a collective's tensor.
+            settings |= {"allow_buffer_reuse": False, "inplace_buffers": False}
+        flags = hashlib.sha256(repr(sorted(self.flags().items())).encode()).hexdigest()[:12]
+        with whole_headers(SCRATCH / "headers" / flags), _no_input_checks():
+            torch._inductor.aoti_compile_and_package(
+                traced.program, package_path=str(package), inductor_configs=settings
+            )
         return package.read_bytes()
 
     def load(self, graph: Path) -> LoadedGraph:
         """Open a package that has been verified."""
         return LoadedGraph(graph, -1 if self.device == "cpu" else torch.cuda.current_device())
+
+
+@contextmanager
+def whole_headers(folder: Path) -> Iterator[None]:
+    """Keep Inductor's precompiled headers in `folder`, without any that a killed compiler left half-written.
+
+    All compiles that share the folder use the same headers. Inductor takes whatever file is there, for ever. So one is
+    marked once a compile that saw it has succeeded, and one without a mark that nobody is writing is removed.
+    """
+    from torch._inductor import codecache
+
+    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
+    for header in _unmarked(folder):
+        header.unlink(missing_ok=True)
+    yield
+    for header in _unmarked(folder):
+        header.with_suffix(MARK).touch()
+
+
+def _unmarked(folder: Path) -> list[Path]:
+    """Precompiled headers without a mark whose lock is free."""
+    found = []
+    for header in folder.glob("*.gch"):
+        if not header.with_suffix(MARK).exists():
+            with suppress(Timeout), FileLock(folder / "locks" / f"{header.name.split('.')[0]}.lock", timeout=0):
+                found.append(header)
+    return found
+
+
+@contextmanager
+def _no_input_checks() -> Iterator[None]:
+    """Leave out the checks of every input that an environment variable turns on: half the code to compile."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    def write_none(self: CppWrapperCpu) -> None:
+        self.prefix.splice_aot(NO_CHECKS)
+
+    original = CppWrapperCpu.generate_input_output_runtime_checks
+    CppWrapperCpu.generate_input_output_runtime_checks = write_none
+    try:
+        yield
+    finally:
+        CppWrapperCpu.generate_input_output_runtime_checks = original
 
 
 class LoadedGraph:
@@ -192,6 +274,11 @@ class LoadedGraph:
         """Run on tensors in signature order."""
         outputs: list[Tensor] = self._loader.run(list(tensors))
         return outputs
+
+
+def has_collectives(program: torch.export.ExportedProgram) -> bool:
+    """Whether a graph talks to other ranks."""
+    return any("_c10d_functional" in str(node.target) for node in program.graph.nodes)
 
 
 def canonical(program: torch.export.ExportedProgram) -> str:

@@ -12,6 +12,10 @@ from pipeline.models.weights import BLOCK, up_to
 if TYPE_CHECKING:
     from torch import Tensor
 
+WIDE = 1024
+"""Columns from which blocks are transposed one by one, at 2 GB/s: torch does that for two contiguous axes of one dtype
+in tiles. Three axes at once it walks in steps of a whole row, which from here on fall onto the same few cache lines."""
+
 
 class Packing(Protocol):
     """A layout of weights. Packing a weight window by window, in windows of whole blocks of rows, packs the weight.
@@ -72,7 +76,12 @@ class BlockPacking:
             return out.copy_(weight)
         rows, columns = weight.shape
         whole = rows // BLOCK
-        out[:whole].copy_(weight[: whole * BLOCK].view(whole, BLOCK, columns).transpose(1, 2))
+        blocks = weight[: whole * BLOCK].contiguous().view(whole, BLOCK, columns)
+        if columns < WIDE:
+            out[:whole].copy_(blocks.transpose(1, 2))
+        else:
+            for place, block in zip(out, blocks, strict=False):
+                place.copy_(block.t().contiguous())
         if rows % BLOCK:
             out[whole].zero_()
             out[whole, :, : rows % BLOCK].copy_(weight[whole * BLOCK :].t())

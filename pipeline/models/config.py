@@ -25,7 +25,8 @@ class ModelConfig:
 
     `draft_vocab` is the size of a reduced output vocabulary (EAGLE-3 convention: target id = draft id + d2t[draft id]);
     None means the output vocabulary is `vocab`. `shares_embedding` says the checkpoint has no embedding of its own and
-    uses the target's.
+    uses the target's. `window` is the sliding window of some or all layers: within it attention is full attention, and
+    the plan refuses caches that are longer.
     """
 
     family: str
@@ -49,6 +50,7 @@ class ModelConfig:
     draft_vocab: int | None = None
     shares_embedding: bool = False
     eos_ids: tuple[int, ...] = field(default=())
+    window: int | None = None
 
     @property
     def out_vocab(self) -> int:

@@ -68,15 +68,16 @@ def hidden_states(
     return _rms_norm(x, weights["model.norm.weight"], config.norm_eps)
 
 
-def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor) -> Tensor:
-    """This rank's slice of the logits, float32 [B, T, V]; padding of the vocabulary is -inf."""
+def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, known: int | None = None) -> Tensor:
+    """This rank's slice of the logits, float32 [B, T, V]; -inf beyond the vocabulary, or its first `known` ids."""
     head = weights["model.embed_tokens.weight" if config.tied else "lm_head.weight"]
     rows = vocab_rows(config.out_vocab, seams.tp)
     out_BTV = seams.head(hidden_BTH, head, rows)
-    if rows * seams.tp == config.out_vocab:
+    size = min(known or config.out_vocab, config.out_vocab)
+    if rows * seams.tp == size:
         return out_BTV
     ids_V = torch.arange(rows, device=out_BTV.device) + weights[OFFSET]
-    return out_BTV.masked_fill(ids_V >= config.out_vocab, -math.inf)
+    return torch.where(ids_V < size, out_BTV, -math.inf)
 
 
 def vocab_rows(vocab: int, tp: int) -> int:
@@ -110,7 +111,8 @@ def _rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 def _rotary(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cos and sin [B, 1, T, D] of the rotary embedding (Su et al. 2021), angles in float32."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions_BT.device).float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents) / config.rope_linear_factor
+    # As an exponential: theta ** x is a power with an exponent that varies, which not every compiler takes.
+    frequencies = torch.exp(exponents * -math.log(config.rope_theta)) / config.rope_linear_factor
     if config.rope_scaling is not None:
         frequencies = _scale_llama3(frequencies, config.rope_scaling)
     angles = positions_BT.float()[:, None, :, None] * frequencies

@@ -38,6 +38,7 @@ def shared_fields(config: Mapping[str, Any], where: str, **family: Any) -> Model
         "draft_vocab": config.get("draft_vocab_size"),
         "shares_embedding": bool(config.get("shares_embedding", False)),
         "eos_ids": _ids(config.get("eos_token_id")),
+        "window": _window(config, where),
     }
     return _checked(ModelConfig(**(common | family)), where)
 
@@ -77,21 +78,17 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
         raise SourceError(f"partial_rotary_factor={partial} is not supported", where=where)
     if config.get("pretraining_tp", 1) not in (None, 1):
         raise SourceError(f"pretraining_tp={config['pretraining_tp']} is not supported", where=where)
-    _refuse_window(config, where)
 
 
-def _refuse_window(config: Mapping[str, Any], where: str) -> None:
-    """Sliding-window attention is refused where it would be active."""
-    types = config.get("layer_types") or []
-    if any(kind != "full_attention" for kind in types):
-        raise SourceError(f"layer_types={sorted(set(types))} is not supported", where=where, fix="use full attention")
-    active = config.get("use_sliding_window", config["model_type"] == "mistral")
-    if active and not types and config.get("sliding_window"):
-        raise SourceError(
-            f"sliding_window={config['sliding_window']} is not supported",
-            where=where,
-            fix="use a revision without a window (sliding_window: null)",
-        )
+def _window(config: Mapping[str, Any], where: str) -> int | None:
+    """The sliding window, if any layer has one; other kinds of layers are refused."""
+    types = set(config.get("layer_types") or ())
+    unknown = sorted(types - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise SourceError(f"layer_types={unknown} is not supported", where=where, fix="use full or sliding attention")
+    by_default = config["model_type"] == "mistral"
+    active = "sliding_attention" in types if types else config.get("use_sliding_window", by_default)
+    return _size(config, "sliding_window", where) if active and config.get("sliding_window") else None
 
 
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None, float]:

@@ -65,6 +65,11 @@ class Seams:
         """Concatenate the last axis over ranks, in rank order."""
         return x
 
+    def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` highest of the last axis, descending: values and int64 indices."""
+        values, indices = torch.topk(scores, count, dim=-1, sorted=True)
+        return values, indices
+
     def write(self, state: State, name: str, new_BHTD: Tensor, writes: Writes) -> Tensor:
         """Store `new_BHTD` in the cache `name` and return the whole cache [rows, H, S_max, D]."""
         state[name].index_put_(writes.index, new_BHTD)
@@ -73,3 +78,7 @@ class Seams:
     def put_row(self, state: State, name: str, rows_B: Tensor, values_B: Tensor) -> None:
         """One indexed write of whole entries of a 1-D state tensor, in place."""
         state[name].index_put_((rows_B,), values_B)
+
+
+PLAIN = Seams()
+"""The seams of one rank without a backend."""

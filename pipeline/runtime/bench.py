@@ -37,10 +37,10 @@ def bench(root: Path, count: int, max_new_tokens: int, against: str | None) -> l
     """
     from pipeline.recipe import load as load_recipe
     from pipeline.runtime import load
-    from pipeline.validate.prompts import load_prompts
+    from pipeline.validate.prompts import load_prompts, prompts_path
 
     recipe = load_recipe(root / "recipe.yaml")
-    prompts = load_prompts(Path("recipes") / recipe.validate_.prompts)
+    prompts = load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))
     engine = load(root)
     step = max(len(prompts) // count, 1)
     texts = [prompt.text for prompt in prompts[::step]][:count]

@@ -1,20 +1,30 @@
-"""All ranks of an artifact behind one call. One rank runs here; more run in processes joined by gloo."""
+"""All ranks of an artifact behind one call. One rank runs here; more run in processes of their own, joined by gloo."""
 
 from __future__ import annotations
 
 import multiprocessing
-import socket
-from multiprocessing.connection import Connection
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from pipeline.artifact import Manifest
 from pipeline.errors import HostError
 from pipeline.plan import GraphSpec
 from pipeline.runtime.session import Session
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+"""Longest that a rank waits for another one inside a collective."""
 
 
 class Ranks(Protocol):
@@ -35,6 +45,10 @@ class Ranks(Protocol):
 
 def open_ranks(root: Path, manifest: Manifest) -> Ranks:
     """Ranks of an artifact that has been verified."""
+    if manifest.backend.get("name") == "neuron":
+        from pipeline.backends.neuron.runtime import NeuronRanks
+
+        return NeuronRanks(root, manifest)
     if manifest.tensor == 1:
         return OneRank(root, manifest)
     return ManyRanks(root, manifest)
@@ -59,42 +73,40 @@ class OneRank:
 
 
 class ManyRanks:
-    """Rank 0 here, the others in worker processes; all run the same graph on the same arguments."""
+    """Every rank in a worker process; all run the same graph on the same arguments.
+
+    This process only sends and listens, so that a rank that dies ends the call with an error, never with a hang.
+    """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        self._folder = tempfile.TemporaryDirectory(prefix="tandem-ranks-")
         self._pipes: list[Connection] = []
-        self._workers = []
-        for rank in range(1, manifest.tensor):
+        self._workers: list[SpawnProcess] = []
+        for rank in range(manifest.tensor):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(theirs, root, manifest, rank, port), daemon=True)
+            worker = context.Process(
+                target=_serve, args=(theirs, root, manifest, rank, self._folder.name), daemon=True, name=f"rank {rank}"
+            )
             worker.start()
+            theirs.close()
             self._pipes.append(ours)
             self._workers.append(worker)
-        _join(0, manifest.tensor, port)
-        self.session = Session(root, manifest, 0)
+        self._answers()
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run one graph on every rank."""
-        plain = {
-            name: (tensor.tolist(), str(tensor.dtype).removeprefix("torch.")) for name, tensor in arguments.items()
-        }
-        for pipe in self._pipes:
-            pipe.send((spec, plain))
-        outputs = self.session.run(spec, arguments)
-        for rank, pipe in enumerate(self._pipes, start=1):
-            failure = pipe.recv()
-            if failure is not None:
-                raise HostError(failure, where=f"rank {rank}", fix="run `tandem verify` on the artifact")
-        return outputs
+        """Run one graph on every rank.
+
+        Raises:
+            HostError: a rank failed or died; the others are ended, too.
+
+        """
+        outputs = self._ask((spec, {name: tensor.numpy() for name, tensor in arguments.items()}))
+        return {name: torch.from_numpy(array) for name, array in outputs.items()}
 
     def reset(self) -> None:
         """Zero all state on every rank."""
-        for pipe in self._pipes:
-            pipe.send(None)
-            pipe.recv()
-        self.session.reset()
+        self._ask(None)
 
     def close(self) -> None:
         """End the workers."""
@@ -102,38 +114,72 @@ class ManyRanks:
             pipe.close()
         for worker in self._workers:
             worker.join(timeout=10)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            worker.kill()
+        self._folder.cleanup()
+
+    def _ask(self, message: tuple[GraphSpec, dict[str, np.ndarray]] | None) -> dict[str, np.ndarray]:
+        for pipe in self._pipes:
+            with suppress(BrokenPipeError):  # `_answers` says which rank is gone
+                pipe.send(message)
+        return self._answers()
+
+    def _answers(self) -> dict[str, np.ndarray]:
+        """One answer of each rank; rank 0's is returned."""
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self._pipes):
+            for rank in self._ready(answers):
+                try:
+                    answers[rank] = self._pipes[rank].recv()
+                except (EOFError, ConnectionError):
+                    answers[rank] = f"the process of the rank died, exit code {self._exit_code(rank)}"
+                if isinstance(answers[rank], str):
+                    self._fail(rank, answers[rank])
+        found: dict[str, np.ndarray] = answers[0]
+        return found
+
+    def _ready(self, answered: dict[int, Any]) -> Iterator[int]:
+        """Ranks that have something to say, or are gone."""
+        ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in answered])
+        return (rank for rank, pipe in enumerate(self._pipes) if pipe in ready)
+
+    def _exit_code(self, rank: int) -> int | None:
+        self._workers[rank].join(timeout=10)
+        return self._workers[rank].exitcode
+
+    def _fail(self, rank: int, failure: str) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self.close()
+        raise HostError(failure, where=f"rank {rank}", fix="free memory, run `tandem verify`, then load again")
 
 
-def _serve(pipe: Connection, root: Path, manifest: Manifest, rank: int, port: int) -> None:
-    """Worker: run what rank 0 sends until it closes the pipe."""
-    torch.set_num_threads(1)
-    _join(rank, manifest.tensor, port)
-    session = Session(root, manifest, rank)
-    while True:
-        try:
-            message = pipe.recv()
-        except EOFError:
-            break
-        if message is None:
-            session.reset()
-            pipe.send(None)
-            continue
-        spec, plain = message
-        try:
-            session.run(spec, {k: torch.tensor(v, dtype=getattr(torch, dtype)) for k, (v, dtype) in plain.items()})
-            pipe.send(None)
-        except Exception as error:
+def _serve(pipe: Connection, root: Path, manifest: Manifest, rank: int, folder: str) -> None:
+    """Worker: join the others, load, then run what arrives until the pipe closes. Answers outputs, or a failure."""
+    try:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // manifest.tensor))
+        _join(rank, manifest.tensor, folder)
+        session = Session(root, manifest, rank)
+        pipe.send({})
+        while True:
+            pipe.send(_answer(session, pipe.recv(), rank))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        pass
+    except Exception as error:
+        with suppress(BrokenPipeError):
             pipe.send(f"{type(error).__name__}: {error}")
-    torch.distributed.destroy_process_group()
 
 
-def _join(rank: int, ranks: int, port: int) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+def _answer(session: Session, message: tuple[GraphSpec, dict[str, np.ndarray]] | None, rank: int) -> Any:
+    if message is None:
+        session.reset()
+        return {}
+    spec, arguments = message
+    outputs = session.run(spec, {name: torch.from_numpy(array) for name, array in arguments.items()})
+    return {name: tensor.numpy() for name, tensor in outputs.items()} if rank == 0 else {}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _join(rank: int, ranks: int, folder: str) -> None:
+    """Meet the other ranks through a file, over the loopback interface: needs no free port and no host name."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = FileStore(f"{folder}/meet", ranks)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)

@@ -1,8 +1,9 @@
-"""Text <-> tokens with the artifact's own tokenizer. No transformers at run time."""
+"""Text <-> tokens with the artifact's own tokenizer and chat template. No transformers at run time."""
 
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ class Text:
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._config: dict[str, Any] = {}
-        if (folder / "tokenizer_config.json").is_file():
-            self._config = json.loads((folder / "tokenizer_config.json").read_text())
-        template = folder / "chat_template.jinja"
-        self._template = template.read_text() if template.is_file() else self._config.get("chat_template")
+        config, special = _read(folder / "tokenizer_config.json"), _read(folder / "special_tokens_map.json")
+        self._specials = {
+            key: _token(value) for key, value in (special | config).items() if key.endswith("_token") and value
+        }
+        self._template = _template(folder, config)
 
     @property
     def has_chat(self) -> bool:
         """Whether the pair has a chat template."""
-        return isinstance(self._template, str)
+        return self._template is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the tokenizer adds."""
@@ -35,20 +36,24 @@ class Text:
         """Token ids of one user message in the chat template, up to where the answer starts.
 
         Raises:
-            ArtifactError: the pair has no chat template.
+            ArtifactError: the pair has no chat template, or one that refuses.
 
         """
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2 import TemplateError
 
-        if not isinstance(self._template, str):
+        if self._template is None:
             raise ArtifactError("this pair has no chat template", where="tokenizer", fix="send plain text (--raw)")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        text = environment.from_string(self._template).render(
-            messages=[{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            bos_token=_token(self._config.get("bos_token")),
-            eos_token=_token(self._config.get("eos_token")),
-        )
+        try:
+            text = _environment().from_string(self._template).render(
+                messages=[{"role": "user", "content": prompt}],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._specials,
+            )  # fmt: skip
+        except TemplateError as error:
+            what = f"the chat template fails: {error}"
+            raise ArtifactError(what, where="tokenizer", fix="send plain text (--raw)") from error
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: list[int]) -> str:
@@ -56,5 +61,55 @@ class Text:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The chat template, wherever a checkpoint may keep it; of several, the one named `default`."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    found = config.get("chat_template") or _read(folder / "chat_template.json").get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else None
+
+
 def _token(value: Any) -> str:
-    return str(value["content"]) if isinstance(value, dict) else str(value or "")
+    return str(value["content"]) if isinstance(value, dict) else str(value)
+
+
+def _environment() -> Any:
+    """What templates of the Hub are written for: a sandbox with the helpers that transformers gives them."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what an assistant said, for training; here its body is all that counts."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2's interface
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": lambda layout: datetime.now().astimezone().strftime(layout),
+    }
+    return environment

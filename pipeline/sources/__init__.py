@@ -15,7 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.signature import EMBEDDING
 from pipeline.sources.checkpoint import Checkpoint, Progress, open_checkpoint, silent, with_shared_embedding
 from pipeline.sources.derived import derive
-from pipeline.sources.tokenizer import check_tokenizers
+from pipeline.sources.tokenizer import check_tokenizers, tokenizer_files, vocabulary_size
 from pipeline.sources.weights import check_weights, weights
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "derive",
     "resolve",
     "resolve_pair",
+    "tokenizer_files",
     "weights",
 ]
 
@@ -91,15 +92,25 @@ def resolve_pair(
 def check_pair(target: Checkpoint, draft: Checkpoint) -> None:
     """Refuse a draft that cannot propose tokens to this target.
 
+    Both must have one tokenizer; their `vocab_size` may be padded differently beyond it.
+
     Raises:
         SourceError: another tokenizer, vocabulary, or (where it shares the embedding) hidden size.
 
     """
     check_tokenizers(target, draft)
-    sizes = [("vocab_size", target.config.vocab, draft.config.vocab)]
+    sizes = []
+    if draft.config.shares_embedding or draft.config.draft_vocab:
+        sizes.append(("vocab_size", target.config.vocab, draft.config.vocab))
     if draft.config.shares_embedding:
         sizes.append(("hidden_size", target.config.hidden, draft.config.hidden))
+    fix = "use a draft that was made for this target, or `derive: {from: target, layers: [...]}`"
     for name, wanted, found in sizes:
         if wanted != found:
-            fix = "use a draft that was made for this target, or `derive: {from: target, layers: [...]}`"
             raise SourceError(f"{name}={found}, but the target has {wanted}", where=str(draft.root), fix=fix)
+    smaller = min(target.config.vocab, draft.config.vocab)
+    if target.config.vocab != draft.config.vocab and (needed := vocabulary_size(target)) > smaller:
+        what = (
+            f"vocab_size={draft.config.vocab}, the target's is {target.config.vocab}; their tokenizer has {needed} ids"
+        )
+        raise SourceError(what, where=str(draft.root), fix=fix)

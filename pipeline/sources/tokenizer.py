@@ -1,4 +1,7 @@
-"""Do two checkpoints tokenize alike? Compared file against file, never assumed. Imports no torch."""
+"""A checkpoint's tokenizer as one `tokenizer.json`; and do two checkpoints tokenize alike? Compared, never assumed.
+
+Imports no torch itself; transformers, where it is needed, does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,32 @@ from pipeline.errors import SourceError
 from pipeline.sources.checkpoint import Checkpoint
 
 SHOWN_IDS = 3
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 FIX = "use a draft of the target's own family and tokenizer, or `derive: {from: target, layers: [...]}`"
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What an artifact carries of a tokenizer: the checkpoint's files, with a `tokenizer.json` that stands alone.
+
+    That file is made as transformers reads the folder, so added tokens, begin-of-sequence settings and older formats
+    (sentencepiece, vocab and merges) mean what they mean there, and no reader needs more than `tokenizers`.
+
+    Raises:
+        SourceError: the checkpoint has no tokenizer, or one that transformers cannot read.
+
+    """
+    files = {name: (checkpoint.root / name).read_bytes() for name in checkpoint.tokenizer_files}
+    if not VOCABULARIES & files.keys():
+        fix = f"add one of {', '.join(sorted(VOCABULARIES))} to the folder"
+        raise SourceError("the target has no tokenizer", where=str(checkpoint.root), fix=fix)
+    return {**files, "tokenizer.json": _as_transformers(checkpoint.root).encode()}
+
+
+def vocabulary_size(checkpoint: Checkpoint) -> int:
+    """One more than the largest id of its tokenizer; 0 where it has none."""
+    if not checkpoint.tokenizer_files:
+        return 0
+    return max(_ids(_tokenizer_json(checkpoint.root)), default=-1) + 1
 
 
 def check_tokenizers(target: Checkpoint, draft: Checkpoint) -> None:
@@ -53,7 +81,7 @@ def _tokenizer_json(root: Path) -> dict[str, Any]:
     path = root / "tokenizer.json"
     try:
         if not path.is_file():
-            return _converted(root)
+            return dict(json.loads(_as_transformers(root)))
         data = json.loads(path.read_bytes())
     except ValueError as error:
         raise SourceError(f"not a tokenizer: {error}", where=str(path), fix="download the checkpoint again") from error
@@ -62,16 +90,16 @@ def _tokenizer_json(root: Path) -> dict[str, Any]:
     return data
 
 
-def _converted(root: Path) -> dict[str, Any]:
-    """Older formats (sentencepiece, vocab and merges), as transformers converts them."""
+def _as_transformers(root: Path) -> str:
+    """The folder's tokenizer, as transformers reads it, as the text of a `tokenizer.json`."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(root)
-        return dict(json.loads(tokenizer.backend_tokenizer.to_str()))
-    except (OSError, ValueError, AttributeError, ImportError) as error:
+        return str(AutoTokenizer.from_pretrained(root, local_files_only=True).backend_tokenizer.to_str())
+    except Exception as error:  # the tokenizers library raises bare Exception
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(
-            f"its tokenizer cannot be read: {error}", where=str(root), fix="add a tokenizer.json to the folder"
+            f"its tokenizer cannot be read: {reason}", where=str(root), fix="add a whole tokenizer.json to the folder"
         ) from error
 
 

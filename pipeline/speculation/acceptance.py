@@ -62,7 +62,7 @@ def _replacement(
     at = count_B[:, None, None]
     ids_BN = p.ids_BTN.gather(1, at.expand(-1, 1, p.ids_BTN.shape[-1]))[:, 0]
     p_BN = p.probs_BTN.gather(1, at.expand(-1, 1, p.probs_BTN.shape[-1]))[:, 0]
-    at = at.clamp(max=steps - 1)
+    at = at.clamp(0, steps - 1)
     q_ids_BM = q.ids_BTN.gather(1, at.expand(-1, 1, q.ids_BTN.shape[-1]))[:, 0]
     q_probs_BM = q.probs_BTN.gather(1, at.expand(-1, 1, q.probs_BTN.shape[-1]))[:, 0]
     q_BN = lookup(q_ids_BM, q_probs_BM, ids_BN, vocab)
@@ -88,9 +88,10 @@ def _probability(dist: Candidates, tokens_BK: Tensor, steps: int) -> Tensor:
 
 def _accepted(matches_BK: Tensor, room_B: Tensor) -> Tensor:
     """Length of the accepted prefix, int64 [B]."""
-    position_K = torch.arange(matches_BK.shape[1], device=matches_BK.device)
+    steps = matches_BK.shape[1]
+    position_K = torch.arange(steps, dtype=torch.int32, device=matches_BK.device)
     allowed_BK = matches_BK & (position_K < room_B[:, None])
-    return allowed_BK.long().cumprod(dim=1).sum(dim=1)
+    return torch.where(allowed_BK, steps, position_K).amin(dim=1).long()
 
 
 def _emit(matches_BK: Tensor, tokens_BT: Tensor, room_B: Tensor, active_B: Tensor) -> Emitted:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import OFFSET, Weights, attend_where, hidden_states, logits
-from pipeline.models.parallel import Seams, State, plan_writes
+from pipeline.models.decoder import OFFSET, Attend, Weights, attend_where, hidden_states, logits
+from pipeline.models.parallel import Seams, State, Writes, plan_writes
 from pipeline.speculation.acceptance import Emitted, accept_greedy, accept_stochastic
 from pipeline.speculation.sampling import Candidates, Sampling, candidates, draw, greedy
 
@@ -29,12 +29,17 @@ seen the last draft token it proposed; this pass fills that hole in its cache, a
 
 @dataclass(frozen=True)
 class Model:
-    """One model of a pair inside a graph: its config, this rank's weights, its caches and its backend seams."""
+    """One model of a pair inside a graph: its config, this rank's weights, its caches and its backend seams.
+
+    `partner_vocab` is set for a draft whose `vocab_size` is padded otherwise than its target's. It then never proposes
+    an id that the target lacks, and reads one that it lacks itself as its own last id: a worse guess, the same output.
+    """
 
     config: ModelConfig
     weights: Weights
     state: State
     seams: Seams
+    partner_vocab: int | None = None
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, active_B: Tensor, kv: int) -> Tensor:
         """Run rows 0..B-1 over their caches; a query sees keys at or before its own position."""
@@ -42,27 +47,38 @@ class Model:
         writes = plan_writes(self.state, rows_B, positions_BT, active_B[:, None] & (positions_BT < self.usable(kv)))
         keys_S = torch.arange(kv, device=tokens_BT.device)
         attend = attend_where(keys_S <= positions_BT[..., None], kv)
+        return self.run(tokens_BT, positions_BT, writes, attend)
+
+    def run(self, tokens_BT: Tensor, positions_BT: Tensor, writes: Writes, attend: Attend) -> Tensor:
+        """All layers over tokens of the pair's common tokenizer: [B, T, H]."""
+        if self.partner_vocab is not None and self.partner_vocab > self.config.vocab:
+            tokens_BT = tokens_BT.clamp(max=self.config.vocab - 1)
         return hidden_states(self.config, self.weights, self.seams, tokens_BT, positions_BT, self.state, writes, attend)
 
     def usable(self, kv: int) -> int:
         """Positions of a bucket that hold tokens; the last of the whole cache is scratch (see `plan_writes`)."""
         return min(kv, self.state["k.0"].shape[2] - 1)
 
-    def logits(self, hidden_BTH: Tensor) -> Tensor:
-        """This rank's logits, float32 [B, T, V / tp]."""
-        return logits(self.config, self.weights, self.seams, hidden_BTH)
+    @property
+    def proposable(self) -> int:
+        """Ids of the output vocabulary that the pair has in common."""
+        return min(self.config.out_vocab, self.partner_vocab or self.config.out_vocab)
+
+    def logits(self, hidden_BTH: Tensor, known: int | None = None) -> Tensor:
+        """This rank's logits, float32 [B, T, V / tp]; -inf from the id `known` on."""
+        return logits(self.config, self.weights, self.seams, hidden_BTH, known)
 
     def all_logits(self, hidden_BTH: Tensor) -> Tensor:
         """Logits of the whole vocabulary, float32 [B, T, V]."""
         return self.seams.all_gather(self.logits(hidden_BTH))[..., : self.config.out_vocab]
 
     def greedy(self, hidden_BTH: Tensor) -> Tensor:
-        """Argmax over the whole vocabulary, int64 [B, T], as ids of the target."""
-        return self.to_target(greedy(self.logits(hidden_BTH), self.seams, self.weights.get(OFFSET)))
+        """Argmax over the ids that the pair has in common, int64 [B, T], as ids of the target."""
+        return self.to_target(greedy(self.logits(hidden_BTH, self.proposable), self.seams, self.weights.get(OFFSET)))
 
     def candidates(self, hidden_BTH: Tensor, sampling: Sampling, keep: int | None) -> Candidates:
         """The distribution to sample from, as ids of the target."""
-        found = candidates(self.all_logits(hidden_BTH), sampling, keep)
+        found = candidates(self.all_logits(hidden_BTH)[..., : self.proposable], sampling, keep, self.seams)
         return Candidates(self.to_target(found.ids_BTN), found.probs_BTN)
 
     def to_target(self, ids: Tensor) -> Tensor:
@@ -93,10 +109,8 @@ def prefill(
     for model in (draft, target):
         keep_BT = active_B[:, None] & (positions_T < model.usable(tokens_BT.shape[1]))
         writes = plan_writes(model.state, slots_B, positions_BT, keep_BT)
-        hidden = hidden_states(
-            model.config, model.weights, model.seams, tokens_BT, positions_BT, model.state, writes, causal
-        )
-    last_B11 = (lengths_B.long() - 1).clamp(min=0)[:, None, None]
+        hidden = model.run(tokens_BT, positions_BT, writes, causal)
+    last_B11 = (lengths_B.long() - 1).clamp(0, tokens_BT.shape[1] - 1)[:, None, None]
     hidden = hidden.gather(1, last_B11.expand(-1, 1, hidden.shape[-1]))
     last_token_B = tokens_BT.gather(1, last_B11[:, :, 0])[:, 0]
     _remember(draft, slots_B.long(), last_token_B, active_B)
@@ -165,7 +179,7 @@ def _propose(
     """Draft `steps` tokens: int64 [B, K] in the target's ids, and, when sampling, the distribution of each."""
     tail_B = draft.state[TAIL][: last_B.shape[0]]
     tokens_BT = torch.stack((tail_B, last_B), dim=1).long()
-    positions_BT = (position_B[:, None] + torch.tensor([-1, 0], device=last_B.device)).clamp(min=0)
+    positions_BT = (position_B[:, None] + _range(2, last_B) - 1).clamp(0, kv)
     drafts: list[Tensor] = []
     dists: list[Candidates] = []
     for step in range(steps):
@@ -194,7 +208,7 @@ def _stack(dists: list[Candidates]) -> Candidates:
 def _before_last(last_B: Tensor, emitted: Emitted) -> Tensor:
     """The token before the newest one of each row."""
     history = torch.cat((last_B[:, None].long(), emitted.tokens), dim=1)
-    return history.gather(1, (emitted.count - 1).clamp(min=0)[:, None])[:, 0]
+    return history.gather(1, (emitted.count - 1).clamp(0, history.shape[1] - 2)[:, None])[:, 0]
 
 
 def _remember(draft: Model, rows_B: Tensor, tokens_B: Tensor, active_B: Tensor) -> None:

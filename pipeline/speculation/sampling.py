@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.models.parallel import Seams
+from pipeline.models.parallel import PLAIN, Seams
 
 
 @dataclass(frozen=True)
@@ -39,33 +39,35 @@ def greedy(logits_BTV: Tensor, seams: Seams, offset_1: Tensor | None) -> Tensor:
     """
     best_BT1 = logits_BTV.amax(dim=-1, keepdim=True)
     size = logits_BTV.shape[-1]
-    ids_V = torch.arange(size, device=logits_BTV.device)
+    ids_V = torch.arange(size, dtype=torch.int32, device=logits_BTV.device)
     first_BT1 = torch.where(logits_BTV == best_BT1, ids_V, size - 1).amin(dim=-1, keepdim=True)
     if seams.tp == 1 or offset_1 is None:
-        return first_BT1[..., 0]
+        return first_BT1[..., 0].long()
     bests_BTR = seams.all_gather(best_BT1)
-    ids_BTR = seams.all_gather((first_BT1 + offset_1).to(torch.int32)).long()
+    ids_BTR = seams.all_gather(first_BT1 + offset_1)
     lead_BT1 = bests_BTR.amax(dim=-1, keepdim=True)
-    return torch.where(bests_BTR == lead_BT1, ids_BTR, size * seams.tp).amin(dim=-1)
+    return torch.where(bests_BTR == lead_BT1, ids_BTR, size * seams.tp).amin(dim=-1).long()
 
 
-def candidates(logits_BTV: Tensor, sampling: Sampling, keep: int | None) -> Candidates:
+def candidates(
+    logits_BTV: Tensor, sampling: Sampling, keep: int | None, seams: Seams = PLAIN
+) -> Candidates:  # fmt: skip
     """The distribution to sample from: temperature, then top-k, then top-p, over the best `keep` tokens (None: all).
 
     Rows with temperature 0 put all mass on the argmax, so greedy and sampled requests share a batch. top-p keeps
     the smallest set whose mass reaches p (Holtzman et al. 2019), the token that crosses included.
     """
     size = logits_BTV.shape[-1]
-    scores, ids = torch.topk(logits_BTV, min(keep or size, size), dim=-1, sorted=True)
+    scores, ids = seams.top(logits_BTV, min(keep or size, size))
     rank_N = torch.arange(scores.shape[-1], device=scores.device)
     temperature = sampling.temperature_B[:, None, None]
     is_greedy = temperature <= 0
-    best_BT1 = greedy(logits_BTV, Seams(), None)[..., None]
+    best_BT1 = greedy(logits_BTV, PLAIN, None)[..., None]
     ids = torch.where(is_greedy & (rank_N == 0), best_BT1, ids)
     scores = scores / torch.where(is_greedy, torch.ones_like(temperature), temperature)
     top_k = torch.where(sampling.top_k_B > 0, sampling.top_k_B, size)[:, None, None]
     top_k = torch.where(is_greedy, torch.ones_like(top_k), top_k)
-    scores = scores.masked_fill(rank_N >= top_k, -torch.inf)
+    scores = torch.where(rank_N < top_k, scores, -torch.inf)
     probs = torch.softmax(scores, dim=-1)
     before = probs.cumsum(dim=-1) - probs
     kept = torch.where((before < sampling.top_p_B[:, None, None]) | (rank_N == 0), probs, torch.zeros_like(probs))
@@ -87,6 +89,6 @@ def pick(weights_BTN: Tensor, uniforms_BT: Tensor) -> Tensor:
     cumulative = weights_BTN.cumsum(dim=-1)
     threshold = uniforms_BT[..., None] * cumulative[..., -1:]
     index = (cumulative <= threshold).sum(dim=-1, keepdim=True)
-    positions = torch.arange(weights_BTN.shape[-1], device=weights_BTN.device)
+    positions = torch.arange(weights_BTN.shape[-1], dtype=torch.int32, device=weights_BTN.device)
     last = torch.where(weights_BTN > 0, positions, 0).amax(dim=-1, keepdim=True)
-    return torch.minimum(index, last)
+    return torch.minimum(index, last.long())

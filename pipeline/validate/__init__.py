@@ -40,20 +40,22 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, gold
         GateError: a gate failed; the reports say where, and the artifact cannot be published.
 
     """
+    from pipeline.backends.base import make_backend
     from pipeline.package import add_reports
     from pipeline.recipe import load as load_recipe
     from pipeline.runtime import load
-    from pipeline.validate.prompts import load_prompts
+    from pipeline.validate.prompts import load_prompts, prompts_path
 
     recipe = load_recipe(root / "recipe.yaml")
-    prompts = load_prompts(base / recipe.validate_.prompts)
+    prompts = load_prompts(prompts_path(recipe.validate_.prompts, base))
     say(f"validate: {len(prompts)} prompts")
     engine = load(root)
     try:
         verdict = _gates(engine, recipe, prompts, (target, draft), goldens, say)
     finally:
         engine.close()
-    summary = {"passed": verdict.passed, "gates": verdict.gates, **verdict.data["summary"]}
+    ran_on = make_backend(engine.manifest.backend).host()
+    summary = {"passed": verdict.passed, "gates": verdict.gates, "ran_on": ran_on, **verdict.data["summary"]}
     report = json.dumps({"passed": verdict.passed, "gates": verdict.gates, **verdict.data}, indent=1, sort_keys=True)
     add_reports(root, {"parity.json": report.encode(), "junit.xml": junit(recipe.name, verdict)}, summary)
     for gate, failures in verdict.gates.items():

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 
+DEFAULT = "prompts/default.jsonl"
+SHIPPED = Path(__file__).parent / "default_prompts.jsonl"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -16,6 +19,12 @@ class Prompt:
     id: str
     kind: str
     text: str
+
+
+def prompts_path(name: str, base: Path) -> Path:
+    """The prompt file of a recipe in the folder `base`; the default one ships with Tandem unless there is one."""
+    own = base / Path(name).expanduser()
+    return SHIPPED if name == DEFAULT and not own.is_file() else own
 
 
 def load_prompts(path: Path) -> list[Prompt]:

@@ -1,0 +1,235 @@
+"""HLO -> NEFF: neuronx-cc as a process of its own, with a log, a time limit, and errors that say what its codes mean.
+
+Written from the compiler's command line reference, "How to generate a NEFF file", its error codes, and "Work with NEFF
+Files" in the Neuron SDK documents. Not called through libneuronxla, whose cache and flags depend on the environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cache import default_root
+from pipeline.errors import ArtifactError, HostError
+from pipeline.files import atomic_dir
+
+TIMEOUT_S = 4 * 3600
+"""A 70B graph takes about an hour; one that takes four will not end. `TANDEM_COMPILE_TIMEOUT_S` overrides it."""
+
+INTERNAL_ERROR = 70
+"""Exit status of the compiler's own failures. Without a documented code it is often gone the next time (aws-neuron-sdk
+issue 1369), so it alone is tried again."""
+
+ATTEMPTS = 3
+RETRY_DELAY_S = 5.0
+CODE = re.compile(r"NCC_[A-Z]{4}\d{3}")
+KEPT_LINES = 3
+HLO, NEFF, LOG, COMMAND = "model.hlo", "model.neff", "log-neuron-cc.txt", "command.txt"
+
+HEADER_BYTES = 1024
+HEADER = struct.Struct("<5Q128sI32s16s256sI64sQI468s")
+
+MORE_RANKS = "use more ranks (parallel.tensor), or smaller batch, prefill or kv buckets"
+REPORT = "this is a fault of Tandem's graph: please report it with the log"
+OPERATOR = "compare the log with `neuronx-cc list-operators --framework XLA`; " + REPORT
+MEANINGS = {
+    "NCC_EARG001": ("this chip does not have that logical core configuration", "set backend.lnc to what the chip has"),
+    "NCC_EBIR023": ("an MLP kernel is wider than the 4096 that it can hold", MORE_RANKS),
+    "NCC_EBVF030": ("the graph needs more instructions than a NEFF may have", MORE_RANKS),
+    "NCC_EHCA005": ("a custom call that this compiler does not know", "use the compiler of the same SDK release"),
+    "NCC_EMOD025": ("a tensor without a static shape", REPORT),
+    "NCC_EOOM001": ("the graph's tensors do not fit the device's memory", MORE_RANKS),
+    "NCC_EOOM002": ("the graph's tensors do not fit the device's memory", MORE_RANKS),
+    "NCC_ESFH002": ("an integer constant that does not fit 32 bits", REPORT),
+    "NCC_ESPP004": ("a data type that the chip does not have", "use dtype: bfloat16, float16 or float32"),
+    "NCC_ESPP047": ("an 8-bit float that the chip does not have", "use dtype: bfloat16, float16 or float32"),
+    "NCC_EUOC002": ("an operator that the compiler does not support", OPERATOR),
+    "NCC_EVRF001": ("an operator that the compiler does not support", OPERATOR),
+    "NCC_EVRF004": ("complex numbers, which the chip does not have", REPORT),
+    "NCC_EVRF005": ("an 8-bit float that the chip does not have", "use dtype: bfloat16, float16 or float32"),
+    "NCC_EVRF007": ("the graph needs more instructions than a NEFF may have", MORE_RANKS),
+    "NCC_EVRF009": ("the graph's tensors do not fit the device's memory", MORE_RANKS),
+    "NCC_EVRF013": ("top-k of integers", REPORT),
+    "NCC_EVRF015": ("a custom call that this compiler does not know", "use the compiler of the same SDK release"),
+    "NCC_EVRF016": ("a scatter that combines integers", REPORT),
+    "NCC_EVRF019": ("a windowed reduction of several operands", REPORT),
+    "NCC_EVRF031": ("a scatter past the end of its operand", REPORT),
+    "NCC_EVRF035": ("a matrix product of integers", REPORT),
+    "NCC_EVRF056": ("a gather past the end of its operand", REPORT),
+    "NCC_EVRF060": ("a scatter that combines integers", REPORT),
+    "NCC_EVRF061": ("an all-reduce of integers", REPORT),
+    "NCC_EVRF062": ("a power of 64-bit integers", REPORT),
+    "NCC_EVRF063": ("a reduce-scatter of integers", REPORT),
+    "NCC_EVRF064": ("HLO that breaks XLA's shape rules", REPORT),
+    "NCC_EVRF065": ("a kernel of another NKI version", "install packages of one SDK release"),
+    "NCC_EXSP001": ("the graph's tensors do not fit the device's memory", MORE_RANKS),
+    "NCC_EXTP004": ("the graph needs more instructions than a NEFF may have", MORE_RANKS),
+}
+"""Codes that a decoder can meet: what they mean, in our words, and what to do."""
+
+OWN_FLAGS = frozenset(["framework", "target", "lnc", "logical-nc-config", "output", "logfile", "verbose", "model-type"])
+"""Flags that follow from the recipe or belong to the process; a recipe cannot set them."""
+
+
+@dataclass(frozen=True)
+class NeffHeader:
+    """The 1024 bytes in front of a NEFF's archive, as far as a loader can use them."""
+
+    header_bytes: int
+    data_bytes: int
+    version: tuple[int, int]
+    lnc: int
+
+
+def arguments(chip: str, lnc: int, extra: Mapping[str, str]) -> list[str]:
+    """Flags that decide the code. `extra` are a recipe's, without dashes: `{"optlevel": "2"}`; "" for a bare flag."""
+    flags = {"framework": "XLA", "target": chip, "model-type": "transformer", "lnc": str(lnc), "auto-cast": "none",
+             "optlevel": "1"}  # fmt: skip
+    if chip in ("trn1", "inf2"):
+        flags["enable-saturate-infinity"] = ""
+    flags |= {name.lstrip("-"): value for name, value in extra.items()}
+    return [f"--{name}={value}" if value else f"--{name}" for name, value in sorted(flags.items())]
+
+
+def compile_neff(hlo: bytes, flags: Sequence[str], work: Path, environment: Mapping[str, str]) -> bytes:
+    """Compile in the empty directory `work`; trying again where the compiler failed without a reason.
+
+    Raises:
+        HostError: with the compiler's code, what it means, what to do, and where log and command were kept.
+
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        folder = work / f"attempt-{attempt}"
+        folder.mkdir()
+        status = _run(hlo, flags, folder, environment)
+        if status == 0 and (folder / NEFF).is_file():
+            data = (folder / NEFF).read_bytes()
+            check_neff(data, str(folder / NEFF))
+            return data
+        if status != INTERNAL_ERROR or _codes(folder) or attempt == ATTEMPTS:
+            break
+        time.sleep(RETRY_DELAY_S * attempt)
+    raise _failure(status, attempt, _keep(folder, hlo))
+
+
+def read_header(data: bytes, where: str) -> NeffHeader:
+    """The header of a NEFF.
+
+    Raises:
+        ArtifactError: this is no NEFF.
+
+    """
+    if len(data) < HEADER_BYTES:
+        raise ArtifactError(f"{len(data)} bytes, a NEFF's header has {HEADER_BYTES}", where=where, fix="build it again")
+    fields = HEADER.unpack_from(data)
+    header = NeffHeader(fields[1], fields[2], (fields[3], fields[4]), fields[13])
+    if header.header_bytes != HEADER_BYTES:
+        what = f"header_size {header.header_bytes}, a NEFF has {HEADER_BYTES}"
+        raise ArtifactError(what, where=where, fix="this is no NEFF, or of a format that is not known; build it again")
+    return header
+
+
+def check_neff(data: bytes, where: str, lnc: int | None = None) -> NeffHeader:
+    """Refuse a NEFF that is cut short, or made for other logical cores than `lnc`.
+
+    Raises:
+        ArtifactError: names the field and both values.
+
+    """
+    header = read_header(data, where)
+    if len(data) != header.header_bytes + header.data_bytes:
+        what = f"{len(data)} bytes, its header says {header.header_bytes} + {header.data_bytes}: truncated or damaged"
+        raise ArtifactError(what, where=where, fix="pull or build the artifact again")
+    if lnc is not None and header.lnc not in (0, lnc):  # 0: written by a compiler that does not know the field
+        what = f"lnc_size {header.lnc}, the artifact says {lnc}"
+        raise ArtifactError(what, where=where, fix="pull or build the artifact again")
+    return header
+
+
+def supported_operators(environment: Mapping[str, str]) -> str | None:
+    """The compiler's own list of operators; None where it gives none."""
+    command = ["neuronx-cc", "list-operators", "--framework", "XLA"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=dict(environment))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout if len(done.stdout.split()) > 1 else None
+
+
+def _run(hlo: bytes, flags: Sequence[str], folder: Path, environment: Mapping[str, str]) -> int:
+    """Run the compiler in `folder`; its output goes to files there. Returns its exit status."""
+    (folder / HLO).write_bytes(hlo)
+    command = ["neuronx-cc", "compile", HLO, *flags, f"--output={NEFF}", f"--logfile={LOG}", "--verbose=35"]
+    (folder / COMMAND).write_text(shlex.join(command) + "\n")
+    limit = float(os.environ.get("TANDEM_COMPILE_TIMEOUT_S", TIMEOUT_S))
+    with (folder / "output.txt").open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=dict(environment),
+                start_new_session=True,
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            fix = "activate the Neuron virtual environment; `tandem doctor` says what is missing"
+            raise HostError("neuronx-cc is not on PATH", where="compile", fix=fix) from error
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired as error:
+            what = f"neuronx-cc did not end within {limit:.0f} s"
+            fix = f"log and command are in {_keep(folder, hlo)}; set TANDEM_COMPILE_TIMEOUT_S for more time"
+            raise HostError(what, where="compile", fix=fix) from error
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Leave no compiler behind, its own children included, whatever ended the wait."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _codes(folder: Path) -> list[str]:
+    """Error codes in a compiler's output, in order, each once."""
+    return list(dict.fromkeys(CODE.findall(_output(folder))))
+
+
+def _output(folder: Path) -> str:
+    paths = (folder / "output.txt", folder / LOG)
+    return "\n".join(path.read_text(errors="replace") for path in paths if path.is_file())
+
+
+def _keep(folder: Path, hlo: bytes) -> Path:
+    """Keep the graph, command, log and output of a failure, one folder a graph: the work directory is removed."""
+    place = default_root() / "failed-compiles" / hashlib.sha256(hlo).hexdigest()[:16]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_dir(place) as kept:
+        for name in (HLO, COMMAND, LOG, "output.txt"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, kept / name)
+    return place
+
+
+def _failure(status: int, attempts: int, kept: Path) -> HostError:
+    codes = _codes(kept)
+    tries = f" ({attempts} attempts)" if attempts > 1 else ""
+    if codes:
+        meaning, fix = MEANINGS.get(codes[0], ("see the compiler's error codes", "read the log"))
+        what = f"neuronx-cc: {codes[0]}: {meaning} (exit status {status}{tries})"
+        return HostError(what, where="compile", fix=f"{fix}; log and command are in {kept}")
+    said = [line for line in _output(kept).splitlines() if re.search(r"error|fail", line, re.IGNORECASE)]
+    last = "; ".join(said[-KEPT_LINES:]) or "no message"
+    killed = status in (-signal.SIGKILL, 137)
+    fix = "free memory or lower --workers" if killed else "read the log"
+    return HostError(
+        f"neuronx-cc ended with status {status}{tries}: {last}", where="compile", fix=f"{fix}; it is in {kept}"
+    )

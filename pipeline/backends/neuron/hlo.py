@@ -1,0 +1,157 @@
+"""A traced graph as text that two machines agree on, and what in it neuronx-cc is known not to take.
+
+Works on any protobuf message shaped like XLA's `HloModuleProto`; imports neither torch nor the SDK. Names, ids and
+source metadata are not part of the text: they change with the folder, the line and the order of tracing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+FLOAT = {10: "f16", 11: "f32", 16: "bf16"}
+INTEGER = {2: "s8", 3: "s16", 4: "s32", 5: "s64", 6: "u8", 7: "u16", 8: "u32", 9: "u64"}
+DTYPES = {1: "pred", **INTEGER, **FLOAT}
+"""Data types of a device that our graphs may use, by XLA's number (xla_data.proto); no 64-bit or complex floats."""
+
+FOREIGN = {12: "f64", 15: "c64", 18: "c128"}
+
+DOCUMENTED = frozenset((
+    "abs", "add", "all-gather", "all-reduce", "atan2", "batch-norm-grad", "batch-norm-inference",
+    "batch-norm-training", "bitcast-convert", "broadcast", "ceil", "clamp", "compare", "concatenate", "constant",
+    "convert", "cosine", "custom-call", "divide", "dot", "dynamic-update-slice", "exponential", "floor", "gather",
+    "get-tuple-element", "iota", "log", "and", "not", "maximum", "minimum", "multiply", "negate", "pad", "power",
+    "reduce", "reshape", "reverse", "rng-bit-generator", "rng", "rsqrt", "scatter", "select", "select-and-scatter",
+    "shift-right-logical", "sign", "sine", "slice", "sqrt", "subtract", "tanh", "transpose", "tuple",
+))  # fmt: skip
+"""HLO of the compiler's list of supported operators (Neuron compiler release notes, "Supported Operators")."""
+
+NAMED_LATER = frozenset(["logistic", "or", "reduce-window"])
+"""HLO that later documents name: `logistic` (release notes), `reduce-window` (NCC_EVRF017 to 19)."""
+
+STRUCTURE = frozenset(["parameter", "call", "bitcast", "copy"])
+"""Not computations."""
+
+CUSTOM_CALLS = frozenset(["AwsNeuronTopK", "AwsNeuronArgMax", "AwsNeuronSoftmax", "AwsNeuronSilu", "AwsNeuronRmsNorm"])
+"""Targets that the compiler recognises (NCC_EVRF015) and that our graphs can meet."""
+
+VOLATILE = frozenset(
+    ["name", "id", "metadata", "operand_ids", "called_computation_ids", "control_predecessor_ids", "channel_id"]
+)
+XLA_BUILDER = {
+    "mul": "multiply", "div": "divide", "sub": "subtract", "neg": "negate", "max": "maximum", "min": "minimum",
+    "exp": "exponential", "cos": "cosine", "sin": "sine", "rev": "reverse", "reversereverse": "reverse", "pow": "power",
+    "eq": "compare", "ne": "compare", "lt": "compare", "le": "compare", "gt": "compare", "ge": "compare",
+    "convertelementtype": "convert", "bitcastconverttype": "bitcast-convert", "logicaland": "and", "logicalor": "or",
+    "logicalnot": "not", "dotgeneral": "dot", "broadcastindim": "broadcast", "constantliteral": "constant",
+    "rnguniform": "rng", "batchnorm": "batch-norm-training",
+}  # fmt: skip
+"""Names of `neuronx-cc list-operators` that are not simply the HLO name without its hyphens."""
+
+
+def canonical(hlo: Any, meta: Any) -> bytes:
+    """The graph as text: computations in the order they are reached, instructions by position, then inputs by name."""
+    return "\n".join([*_module(hlo), *_inputs(meta)]).encode()
+
+
+def operators(listing: str) -> frozenset[str]:
+    """HLO opcodes of the output of `neuronx-cc list-operators --framework XLA`."""
+    known = {opcode.replace("-", ""): opcode for opcode in DOCUMENTED | NAMED_LATER}
+    found = set()
+    for line in listing.split():
+        name = re.sub(r"[^a-z0-9]", "", line.lower())
+        found.add(XLA_BUILDER.get(name) or known.get(name) or line.lower().replace("_", "-"))
+    return frozenset(found)
+
+
+def faults(hlo: Any, supported: frozenset[str] = DOCUMENTED | NAMED_LATER) -> list[str]:
+    """What the compiler is documented not to take, one sentence each with its error code; empty if nothing."""
+    roots = {c.id: next(i for i in c.instructions if i.id == c.root_id) for c in hlo.computations}
+    shapes = {i.id: i.shape.element_type for c in hlo.computations for i in c.instructions}
+    found = {
+        fault
+        for computation in hlo.computations
+        for instruction in computation.instructions
+        for fault in _instruction_faults(instruction, roots, shapes, supported)
+    }
+    return sorted(found)
+
+
+def collectives(hlo: Any) -> dict[str, int]:
+    """How many all-reduces and all-gathers a graph has."""
+    codes = [i.opcode for c in hlo.computations for i in c.instructions]
+    return {code: codes.count(code) for code in ("all-reduce", "all-gather") if code in codes}
+
+
+def _instruction_faults(
+    one: Any, roots: Mapping[int, Any], shapes: Mapping[int, int], supported: frozenset[str]
+) -> Iterator[str]:
+    kind = one.shape.element_type
+    if one.opcode not in supported | STRUCTURE:
+        yield f"operator {one.opcode} is not supported (NCC_EVRF001)"
+    if kind in FOREIGN:
+        yield f"data type {FOREIGN[kind]} is not supported (NCC_ESPP004)"
+    if one.opcode == "constant" and kind == 5 and any(abs(v) >= 1 << 31 for v in one.literal.s64s):
+        yield "a 64-bit constant does not fit 32 bits, to which integers are narrowed (NCC_ESFH002)"
+    operands = [shapes.get(i, 0) for i in one.operand_ids]
+    if one.opcode in ("all-reduce", "reduce-scatter") and any(o in INTEGER for o in operands):
+        yield f"{one.opcode} of integers is computed in float32 (NCC_EVRF061)"
+    if one.opcode == "dot" and any(o in INTEGER for o in operands):
+        yield "dot of integers is computed in float32 (NCC_EVRF035)"
+    combines = one.opcode == "scatter" and roots[one.called_computation_ids[0]].opcode != "parameter"
+    if combines and operands[0] in INTEGER:
+        yield "scatter that combines integers is computed in float32 (NCC_EVRF060)"
+    if one.opcode == "custom-call":
+        if one.custom_call_target not in CUSTOM_CALLS:
+            yield f"custom call {one.custom_call_target} is not recognised (NCC_EVRF015)"
+        if one.custom_call_target == "AwsNeuronTopK" and any(o in INTEGER for o in operands):
+            yield "TopK does not take integers (NCC_EVRF013)"
+
+
+def _module(hlo: Any) -> Iterator[str]:
+    by_id = {computation.id: computation for computation in hlo.computations}
+    order: list[int] = []
+    waiting = [hlo.entry_computation_id]
+    while waiting:
+        current = waiting.pop(0)
+        if current not in order:
+            order.append(current)
+            waiting.extend(i for one in by_id[current].instructions for i in one.called_computation_ids)
+    channels: dict[int, int] = {}
+    for number, key in enumerate(order):
+        places = {one.id: place for place, one in enumerate(by_id[key].instructions)}
+        for place, one in enumerate(by_id[key].instructions):
+            channel = channels.setdefault(one.channel_id, len(channels)) if one.channel_id else ""
+            links = [[places[i] for i in one.operand_ids], [order.index(i) for i in one.called_computation_ids]]
+            root = "root " if one.id == by_id[key].root_id else ""
+            yield f"{root}{number}.{place} {links} {channel} {_fields(one)}"
+
+
+def _fields(message: Any) -> str:
+    """All set fields but the volatile ones; messages by their bytes in the order of field numbers."""
+    parts = []
+    for field, value in message.ListFields():
+        if field.name in VOLATILE:
+            continue
+        parts.append(f"{field.name}={_value(value)}")
+    return " ".join(parts)
+
+
+def _value(value: Any) -> str:
+    if hasattr(value, "SerializeToString"):
+        data: bytes = value.SerializeToString(deterministic=True)
+        return data.hex()
+    if isinstance(value, str | bytes | int | float | bool):
+        return repr(value)
+    return "[" + ", ".join(_value(item) for item in value) + "]"
+
+
+def _inputs(meta: Any) -> Iterator[str]:
+    """Which name each parameter has, and which outputs become which state."""
+    for one in meta.input_tensors:
+        yield f"input {one.type} {one.user_input_key!r} {one.checkpoint_key!r} {list(one.shape)} {one.data_type}"
+    for one in meta.output_tensors:
+        yield f"output {list(one.shape)} {one.data_type}"
+    for key in sorted(meta.output_aliases_to):
+        yield f"alias {key} -> {meta.output_aliases_to[key]}"

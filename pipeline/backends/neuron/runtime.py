@@ -1,0 +1,204 @@
+"""All graphs and all ranks of an artifact on a Neuron device: one NxDModel, assembled from files that were verified.
+
+One process drives every rank. Nothing is compiled, and no TorchScript or pickle is read: NxDModel is built from each
+graph's NEFF and metaneff as `NxDModel.load` would rebuild it.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.artifact import GraphEntry, Manifest
+from pipeline.backends.neuron import support
+from pipeline.backends.neuron.backend import LAYOUT, METANEFF, NEFF, NeuronModule, dotted, key, sdk_environment
+from pipeline.backends.neuron.compiler import check_neff
+from pipeline.errors import ArtifactError, HostError
+from pipeline.plan import GraphSpec
+from pipeline.signature import Signature, TensorSpec
+from pipeline.trace import DTYPES
+
+AGAIN = "pull or build the artifact again"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph's file, taken apart."""
+
+    spec: GraphSpec
+    io: Signature
+    neff: bytes
+    metaneff: bytes
+    layout: dict[str, dict[str, str]]
+
+    def get_neff_bytes(self) -> bytes:
+        """What NxDModel asks of compilation artifacts."""
+        return self.neff
+
+
+class NeuronRanks:
+    """Every rank of an artifact on this host's device; see `pipeline.runtime.ranks.Ranks`."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        settings = manifest.backend
+        self._graphs = {one.name: read_graph(root, one, settings["lnc"]) for one in manifest.graphs}
+        weights = read_weights(root, manifest)
+        check_weights(self._graphs, weights, root)
+        found = support.run_problems(settings["target"], settings["lnc"], manifest.tensor, support.device())
+        if found:
+            where = f"{manifest.name}@{manifest.version}: {found[0].where}"
+            raise HostError("; ".join(p.what for p in found), where=where, fix=found[0].fix)
+        with sdk_environment(settings["target"], settings["lnc"]):
+            self._model = assemble(list(self._graphs.values()), manifest.tensor)
+            self._model.set_weights(weights)
+            self._model.to_neuron()
+        self._ranks = manifest.tensor
+
+    def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run one graph on every rank; rank 0's results, on the CPU."""
+        io = self._graphs[spec.name].io
+        given = {one.name: arguments[one.name].to(DTYPES[one.dtype]) for one in io.arguments}
+        results = self._model(model_name=spec.name, **given)
+        listed = [results] if isinstance(results, Tensor) else list(results)
+        return {one.name: result.cpu() for one, result in zip(io.outputs, listed, strict=True)}
+
+    def reset(self) -> None:
+        """Zero all state on every rank."""
+        for one in states(list(self._graphs.values())).values():
+            zeros = torch.zeros(one.shape, dtype=DTYPES[one.dtype])
+            for rank in range(self._ranks):
+                self._model.write_to_neuron_buffer(zeros, dotted(one.name), rank)
+
+    def close(self) -> None:
+        """Nothing to end: the device's memory goes with the process."""
+
+
+def read_graph(root: Path, entry: GraphEntry, lnc: int) -> Graph:
+    """Take a graph's file apart and check its NEFF's header.
+
+    Raises:
+        ArtifactError: damaged, cut short, or for other logical cores.
+
+    """
+    path = root / entry.file
+    try:
+        with zipfile.ZipFile(path) as archive:
+            neff, metaneff, layout = (archive.read(part) for part in (NEFF, METANEFF, LAYOUT))
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise ArtifactError(f"not a graph file: {error}", where=str(path), fix=AGAIN) from error
+    check_neff(neff, f"{path}: {NEFF}", lnc)
+    io = Signature.from_json(json.loads((root / entry.io).read_text()))
+    return Graph(entry.spec(), io, neff, metaneff, json.loads(layout))
+
+
+def read_weights(root: Path, manifest: Manifest) -> list[dict[str, Tensor]]:
+    """Each rank's weights, by the names of the graphs.
+
+    Raises:
+        ArtifactError: a rank's file is missing.
+
+    """
+    ranks = []
+    for rank in range(manifest.tensor):
+        weights: dict[str, Tensor] = {}
+        for model in ("target", "draft"):
+            path = root / f"weights/{model}/rank-{rank}-of-{manifest.tensor}.safetensors"
+            if not path.is_file():
+                what = f"the {model}'s weights of rank {rank} are missing; the artifact has {manifest.tensor} ranks"
+                raise ArtifactError(what, where=str(path), fix="pull the artifact without --only, or again")
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    weights[dotted(f"{model}/{name}")] = file.get_tensor(name)
+        ranks.append(weights)
+    return ranks
+
+
+def check_weights(graphs: dict[str, Graph], ranks: list[dict[str, Tensor]], root: Path) -> None:
+    """Every weight of every graph must be in every rank's shards, with its shape and dtype.
+
+    Raises:
+        ArtifactError: names each fault with both values.
+
+    """
+    wanted = {dotted(one.name): one for graph in graphs.values() for one in graph.io.weights}
+    faults = [fault for rank, weights in enumerate(ranks) for fault in _weight_faults(rank, weights, wanted)]
+    if faults:
+        raise ArtifactError("; ".join(faults[:10]), where=str(root), fix=AGAIN)
+
+
+def states(graphs: list[Graph]) -> dict[str, TensorSpec]:
+    """State of all graphs, by signature name; a state that two graphs share has one shape.
+
+    Raises:
+        ArtifactError: two graphs disagree.
+
+    """
+    found: dict[str, TensorSpec] = {}
+    for graph in graphs:
+        for one in graph.io.state:
+            if found.setdefault(one.name, one) != one:
+                what = f"{one.name} is {found[one.name].shape} in one graph, {one.shape} in {graph.spec.name}"
+                raise ArtifactError(what, where="state", fix=AGAIN)
+    return found
+
+
+def assemble(graphs: list[Graph], ranks: int) -> Any:
+    """NxDModel with every graph, and state that covers them all (its own default looks at the first graph only)."""
+    from neuronx_distributed import NxDModel
+    from neuronx_distributed.trace.nxd_model.base_nxd_model import StateInitializer
+
+    found = {dotted(name): one for name, one in states(graphs).items()}
+    initial = StateInitializer(
+        {name: list(one.shape) for name, one in found.items()},
+        {name: DTYPES[one.dtype] for name, one in found.items()},
+        ranks,
+    )
+    model = NxDModel(world_size=ranks, state_initializer=initial)
+    for graph in graphs:
+        model.add(graph.spec.name, trace_artifacts(graph), graph)
+    return model
+
+
+def trace_artifacts(graph: Graph) -> Any:
+    """NxD's trace artifacts of a graph, rebuilt from its file."""
+    from neuronx_distributed.trace.model_builder_utils import ModelParamInfo, ProvidedArgInfo, TraceArtifacts
+    from torch_neuronx.proto import metaneff_pb2
+    from torch_neuronx.xla_impl import structure
+
+    meta = metaneff_pb2.MetaNeff()
+    meta.ParseFromString(graph.metaneff)
+    flattener, packer = graph.layout["flattener"], graph.layout["packer"]
+    arguments = {one.name: torch.zeros(one.shape, dtype=DTYPES[one.dtype]) for one in graph.io.arguments}
+    names = [name for name in NeuronModule.forward.__annotations__ if name != "return"]
+    weights = (place for place, one in enumerate(meta.input_tensors) if key(one.checkpoint_key))
+    return TraceArtifacts(
+        hlo=None,
+        metaneff=meta,
+        flattener=structure.Flattener(*(ast.literal_eval(flattener[name]) for name in ("layout", "exclude"))),
+        packer=structure.Packer(*(ast.literal_eval(packer[name]) for name in ("layout", "identifiers", "constants"))),
+        weight_name_to_idx={key(meta.input_tensors[place].checkpoint_key): place for place in weights},
+        weight_names_to_skip=set(),
+        provided_args=[ProvidedArgInfo(name, False, arguments[name]) for name in names if name in arguments],
+        model_params=[ModelParamInfo(name, False) for name in names],
+    )
+
+
+def _weight_faults(rank: int, weights: dict[str, Tensor], wanted: dict[str, TensorSpec]) -> Iterator[str]:
+    for name, spec in wanted.items():
+        tensor = weights.get(name)
+        if tensor is None:
+            yield f"rank {rank} has no {name}"
+        elif tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
+            have = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            yield f"rank {rank}: {name} is {have}, its graphs need {list(spec.shape)} {spec.dtype}"
+    for name in weights.keys() - wanted.keys():
+        yield f"rank {rank}: no graph knows {name}"

@@ -1,0 +1,105 @@
+"""What this machine can build and run: facts and problems, found before any work starts. Prints nothing.
+
+With a recipe, its own backend is examined, and its plan's needs are held against memory and disk.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cache import default_root
+from pipeline.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
+    from pipeline.recipe import Recipe
+
+GIB = 1 << 30
+
+
+@dataclass
+class Diagnosis:
+    """`facts` by section and name; `problems` keep this machine from doing what was asked."""
+
+    facts: dict[str, dict[str, str]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def diagnose(settings: Mapping[str, Any], recipe: Recipe | None = None, path: Path | None = None) -> Diagnosis:
+    """Examine this machine for a backend (`settings` as in a recipe), and for one recipe with its lock at `path`."""
+    from pipeline.backends.base import make_backend
+
+    backend = make_backend(settings)
+    found = Diagnosis({"machine": _machine(), "packages": backend.toolchain().as_dict()}, backend.preflight())
+    found.facts["device"] = backend.host() if settings["name"] == "neuron" else backend.requires()
+    if recipe is not None and path is not None:
+        _recipe(found, recipe, path)
+    return found
+
+
+def _machine() -> dict[str, str]:
+    free, total = _memory()
+    return {
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
+        "cache": f"{default_root()}, {_disk(default_root()) / GIB:.1f} GiB free",
+    }
+
+
+def _recipe(found: Diagnosis, recipe: Recipe, path: Path) -> None:
+    """The plan's needs, where the recipe's lock has the models' configs."""
+    from pipeline.lock import lock_path, pair_configs, read
+    from pipeline.plan import make_plan
+
+    if not lock_path(path).is_file():
+        found.facts["recipe"] = {"plan": f"{path} has no lock; run `tandem recipe lock {recipe.name}` for a plan"}
+        return
+    try:
+        plan = make_plan(recipe, *pair_configs(recipe, read(lock_path(path)), str(lock_path(path))))
+    except RecipeError as error:
+        found.problems += error.problems
+        return
+    largest = max(plan.compile_memory(spec) for spec in plan.graphs)
+    found.facts["recipe"] = {
+        "graphs": f"{len(plan.graphs)}, compiled for {plan.pair.tp} rank(s)",
+        "memory on a rank": f"{plan.memory.total / GIB:.1f} GiB{_limit(plan)}",
+        "memory to compile": f"{largest / GIB:.1f} GiB for the largest graph (estimate)",
+        "artifact": f"{plan.artifact_bytes / GIB:.1f} GiB",
+    }
+    found.problems += _shortages(plan, largest)
+
+
+def _limit(plan: Plan) -> str:
+    return "" if plan.memory_limit is None else f" of {plan.memory_limit / GIB:.0f} on a core"
+
+
+def _shortages(plan: Plan, largest: int) -> Iterator[Problem]:
+    free, total = _memory()
+    if largest > total:
+        what = f"the largest graph needs about {largest / GIB:.1f} GiB to compile, this machine has {total / GIB:.1f}"
+        yield Problem("machine.memory", what, "build on a larger machine; no device is needed for it")
+    elif largest > free:
+        what = f"the largest graph needs about {largest / GIB:.1f} GiB to compile, {free / GIB:.1f} are free"
+        yield Problem("machine.memory", what, "end other programs")
+    disk = _disk(default_root())
+    if plan.stored_bytes > disk:
+        what = f"the artifact needs about {plan.stored_bytes / GIB:.1f} GiB, the cache's disk has {disk / GIB:.1f} free"
+        yield Problem("machine.disk", what, "set TANDEM_CACHE to a larger disk, and build beside it")
+
+
+def _memory() -> tuple[int, int]:
+    """Free and whole memory, in bytes."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+
+def _disk(path: Path) -> int:
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(existing).free

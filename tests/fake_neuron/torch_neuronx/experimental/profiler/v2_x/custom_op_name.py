@@ -1,0 +1,2 @@
+def hlo_debug(*arguments, **keywords):
+    return None

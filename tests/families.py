@@ -1,0 +1,199 @@
+"""Pairs of every family as they occur in the wild: configs, weights in parts, forms of tokenizers."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. A model reads tokens and writes the next one; a draft guesses.\n"
+    "def add(first, second):\n    return first + second\nWhat is 12 + 345? Numbers, words and 'quotes' in one line.\n"
+)
+PROMPTS = (
+    "The quick brown fox",
+    "def add(a, b):",
+    "What is 12 + 3?",
+    "a",
+    "A model reads tokens, and 'quotes' é",
+    "numbers words lines",
+    "jumps over",
+)
+CHAT = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{%- if tools is not none %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{%- if add_generation_prompt %}{{ bos_token + '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One pair: a transformers class, what its config changes, the form of its tokenizer, and its draft."""
+
+    model: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str = "json"
+    draft: dict[str, Any] | None = None
+    """Changes of the draft's config against the target's; None: derived from the target's first layer."""
+    saved: torch.dtype = torch.float32
+    eos: list[int] | None = None
+
+
+FAMILIES = {
+    "llama": Family(
+        "Llama",
+        {"rope_parameters": LLAMA3, "tie_word_embeddings": False},
+        "json-jinja",
+        draft={"num_hidden_layers": 1, "tie_word_embeddings": False},
+        saved=torch.bfloat16,
+        eos=[2, 7, 9],
+    ),
+    "mistral": Family(
+        "Mistral",
+        {"head_dim": 24, "sliding_window": None, "tie_word_embeddings": False},
+        "sentencepiece",
+        draft={"num_hidden_layers": 1},
+    ),
+    "qwen2": Family(  # padded as the small and the large Qwen2.5 are: the draft's vocabulary is the smaller one
+        "Qwen2",
+        {"vocab_size": 416, "tie_word_embeddings": False, "num_key_value_heads": 1},
+        "vocab-merges",
+        draft={"vocab_size": 380, "num_hidden_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen2-padded-draft": Family(
+        "Qwen2",
+        {"vocab_size": 380, "tie_word_embeddings": False},
+        "json",
+        draft={"vocab_size": 416, "num_hidden_layers": 1, "tie_word_embeddings": False},
+    ),
+    "qwen3": Family("Qwen3", {"head_dim": 20, "tie_word_embeddings": False}, "json-config"),
+    "smollm": Family(
+        "Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}, "json-config", saved=torch.bfloat16
+    ),
+}
+
+
+def write_pair(spec: Family, root: Path) -> dict[str, Any]:
+    """Save target and draft below `root`; returns the recipe's `draft` section."""
+    target = _model(spec, spec.changes, seed=3)
+    _save(target, root / "target", spec)
+    write_tokenizer(root / "target", spec.tokenizer)
+    if spec.draft is None:
+        return {"derive": {"from": "target", "layers": [0]}}
+    draft = _model(spec, spec.changes | spec.draft, seed=4)
+    _resemble(draft, target)
+    _save(draft, root / "draft", spec)
+    write_tokenizer(root / "draft", spec.tokenizer)
+    return {"source": "./draft"}
+
+
+def _model(spec: Family, changes: dict[str, Any], seed: int) -> Any:
+    config = getattr(transformers, f"{spec.model}Config")(**(SIZES | changes))
+    model = getattr(transformers, f"{spec.model}ForCausalLM")(config).eval().float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            later = name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers.0." not in name
+            noise = torch.randn(parameter.shape, generator=generator) * (0.03 if later else 0.18)
+            parameter.copy_(noise + (parameter.ndim == 1 and "bias" not in name))
+    return model
+
+
+def _resemble(draft: Any, target: Any) -> None:
+    """Give a draft the target's tensors, where both have them: it then guesses right now and then."""
+    ours, theirs = draft.state_dict(), target.state_dict()
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            rows = min(len(tensor), len(theirs[name]))
+            tensor[:rows] = theirs[name][:rows]
+
+
+def _save(model: Any, root: Path, spec: Family) -> None:
+    model = model.to(spec.saved)
+    if spec.eos:
+        model.generation_config.eos_token_id = spec.eos
+    model.save_pretrained(root, max_shard_size="100KB")
+    assert (root / "model.safetensors.index.json").is_file()
+
+
+def write_tokenizer(root: Path, form: str) -> None:
+    """One of the forms in which checkpoints carry their tokenizer; 330 to 360 ids."""
+    root.mkdir(parents=True, exist_ok=True)
+    if form == "sentencepiece":
+        (root / "tokenizer.model").write_bytes(_sentencepiece())
+        added = {"340": {"content": "<|im_start|>", "special": True}, "341": {"content": "<|im_end|>", "special": True}}
+        _config(root, tokenizer_class="LlamaTokenizer", add_bos_token=True, added_tokens_decoder=added)
+        return
+    _byte_level().save(str(root / "tokenizer.json"))
+    if form == "vocab-merges":
+        model = json.loads((root / "tokenizer.json").read_text())["model"]
+        (root / "vocab.json").write_text(json.dumps(model["vocab"]))
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        (root / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+        (root / "tokenizer.json").unlink()
+        _config(root, tokenizer_class="Qwen2Tokenizer", chat_template=CHAT)
+    elif form == "json-jinja":
+        _config(root, tokenizer_class="PreTrainedTokenizerFast")
+        (root / "chat_template.jinja").write_text(CHAT)
+    elif form == "json-config":
+        template = [{"name": "default", "template": CHAT}, {"name": "tool_use", "template": "no"}]
+        _config(root, tokenizer_class="PreTrainedTokenizerFast", chat_template=template)
+
+
+def _config(root: Path, **fields: Any) -> None:
+    names = {"bos_token": "<s>", "eos_token": {"content": "</s>", "__type": "AddedToken"}, "unk_token": "<unk>"}
+    (root / "tokenizer_config.json").write_text(json.dumps(names | fields))
+
+
+def _byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def _sentencepiece() -> bytes:
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines() * 20), model_writer=out, vocab_size=340, model_type="bpe",
+        byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, hard_vocab_limit=False,
+        minloglevel=2,
+    )  # fmt: skip
+    return out.getvalue()

@@ -1,0 +1,80 @@
+"""The configuration for NxD Inference: translated words, refusals, paths. NxD Inference itself is not run."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.backends.neuron import nxdi
+from pipeline.errors import RecipeError
+from pipeline.lock import lock_path, pair_configs, read
+from pipeline.plan import make_plan
+from pipeline.recipe import load
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def plan(name="llama-70b-spec", **speculation):
+    path = RECIPES / f"{name}.yaml"
+    recipe = load(path)
+    settings = {"sampling": ("greedy",), "candidates": None} | speculation
+    recipe = recipe.model_copy(update={"speculation": recipe.speculation.model_copy(update=settings)})
+    return make_plan(recipe, *pair_configs(recipe, read(lock_path(path)), str(lock_path(path))))
+
+
+def test_package_says_it_in_nxdi_s_words():
+    made = nxdi.package(plan())
+    config = made.neuron_config
+    assert config["speculation_length"] == 7  # AWS publishes this pair with 7: six drafts and the last token
+    assert config["enable_fused_speculation"]
+    assert (config["tp_degree"], config["logical_nc_config"], config["seq_len"]) == (64, 2, 12800)
+    assert config["context_encoding_buckets"] == [2048, 12288]
+    assert config["on_device_sampling_config"]["do_sample"] is False
+    draft = made.draft_neuron_config
+    assert (draft["speculation_length"], draft["enable_fused_speculation"], draft["tp_degree"]) == (0, False, 1)
+    assert made.application == ("neuronx_distributed_inference.models.llama.modeling_llama", "NeuronLlamaForCausalLM")
+
+
+def test_vllm_is_not_offered_the_last_positions():
+    arguments = nxdi.package(plan()).vllm["arguments"]
+    assert arguments["max-model-len"] == 12800 - 7
+    assert arguments["speculative-config"]["num_speculative_tokens"] == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "speculation", "key", "says"),
+    [
+        ("llama-70b-spec", {"sampling": ("greedy", "stochastic"), "candidates": 256}, "speculation.sampling",
+         "verifies a draft model's tokens by argmax alone"),
+        ("llama-70b-spec", {"draft_tokens": (2, 4)}, "speculation.draft_tokens", "compiles one speculation length"),
+        ("qwen3-32b-spec", {}, "draft.placement", "a qwen3 draft cannot have other ranks than its target"),
+    ],
+)  # fmt: skip
+def test_package_refuses_with_the_reason(name, speculation, key, says):
+    with pytest.raises(RecipeError) as caught:
+        nxdi.package(plan(name, **speculation))
+    (problem,) = caught.value.problems
+    assert problem.where.endswith(key)
+    assert says in problem.what
+    assert problem.fix
+
+
+def test_write_records_what_nxdi_does_not(tmp_path):
+    path = RECIPES / "llama-70b-spec.yaml"
+    nxdi.write(tmp_path, plan(), read(lock_path(path)))
+    recorded = json.loads((tmp_path / nxdi.PACKAGE).read_text())
+    assert recorded["checkpoints"]["target"]["source"]["revision"] == "6f6073b423013f6a7d4d9f39144961bfbfbc386b"
+    assert recorded["checkpoints"]["draft"]["path"] == "models/draft"
+    assert str(tmp_path) not in (tmp_path / nxdi.PACKAGE).read_text()
+    ast.parse((tmp_path / nxdi.SCRIPT).read_text())
+
+
+def test_paths_are_relative_in_the_package_and_absolute_where_it_is_pulled(tmp_path):
+    baked = {
+        "_name_or_path": "/build/here/models/target", "vocab_size": 5,
+        "fused_spec_config": {"draft_model_path": "/build/here/models/draft", "names": ["/elsewhere"]},
+    }  # fmt: skip
+    packed = nxdi.relative(baked, Path("/build/here"))
+    assert packed["fused_spec_config"] == {"draft_model_path": "./models/draft", "names": ["/elsewhere"]}
+    assert nxdi.localize(packed, tmp_path)["_name_or_path"] == str(tmp_path / "models/target")

@@ -1,0 +1,123 @@
+"""What `preflight` says of a host, and what a host must have to run an artifact."""
+
+import pytest
+
+from pipeline.backends.neuron import support
+
+GOOD = {
+    "torch": "2.9.0+cpu", "torch-xla": "2.9.0", "torch-neuronx": "2.9.0.2.13.26312+c6b58d9",
+    "neuronx-distributed": "0.18.27753+abc", "libneuronxla": "2.2.16408.0", "neuronx-cc": "2.24.8799.0+6f62ff7c",
+}  # fmt: skip
+NEWEST = GOOD | {
+    "torch-neuronx": "2.9.0.2.15.32035", "neuronx-distributed": "0.19.28492", "neuronx-cc": "2.26.6360.0",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def compiler_on_path(monkeypatch):
+    monkeypatch.setattr(support.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.setattr(support.sys, "version_info", (3, 12, 1))
+
+
+def said(found, chip="trn2", lnc=2, values=None):
+    problems = support.problems(chip, lnc, found, values or {})
+    assert all(problem.fix for problem in problems)
+    return [f"{problem.where}: {problem.what}" for problem in problems]
+
+
+@pytest.mark.parametrize("found", [GOOD, NEWEST, NEWEST | {"neuronx-cc": "2.27.5334.0"}])
+@pytest.mark.parametrize("chip", ["trn1", "trn2", "inf2"])
+def test_supported_releases_have_no_problem(found, chip):
+    assert said(found, chip) == []
+
+
+def test_no_sdk_at_all():
+    (only,) = said(dict.fromkeys(support.PACKAGES, "missing") | {"torch": "2.9.0"})
+    assert only == "packages: not installed: torch-xla, torch-neuronx, neuronx-distributed, libneuronxla, neuronx-cc"
+
+
+def test_fix_of_a_missing_sdk_installs_from_the_vendor_s_index():
+    (problem,) = support.problems("trn2", 2, GOOD | {"neuronx-cc": "missing"}, {})
+    assert "--extra-index-url https://pip.repos.neuron.amazonaws.com" in problem.fix
+
+
+@pytest.mark.parametrize(("name", "version"), [(n, v) for n, v in support.PLACEHOLDERS.items() if n in GOOD])
+def test_placeholders_of_pypi_are_told_from_packages(name, version):
+    (only,) = said(GOOD | {name: version})
+    assert only == f"packages: {name} {version} is the empty placeholder of PyPI, not the SDK's package"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"torch": "2.13.0+cpu"}, "packages.torch: torch 2.13.0+cpu; PyTorch/XLA on Neuron ends at torch 2.9"),
+        (
+            {"neuronx-cc": "2.26.6360.0"},
+            "packages.neuronx-cc: neuronx-cc 2.26.6360.0; neuronx-distributed 0.18.27753+abc is of SDK 2.29, "
+            "which has 2.24.*",
+        ),
+        ({"torch-neuronx": "2.9.0.2.15.1"}, "packages.torch-neuronx: torch-neuronx 2.9.0.2.15.1; "),
+        ({"neuronx-distributed": "0.21.1"}, "packages.neuronx-distributed: neuronx-distributed 0.21.1; supported: "),
+        ({"neuronx-cc": "2.27.5334.0"}, "packages.neuronx-cc: neuronx-cc 2.27.5334.0; "),
+    ],
+)
+def test_versions_that_do_not_belong_together(changes, says):
+    (only,) = said(GOOD | changes)
+    assert only.startswith(says)
+
+
+def test_python_that_the_packages_do_not_come_for(monkeypatch):
+    monkeypatch.setattr(support.sys, "version_info", (3, 14, 0))
+    assert said(GOOD) == ["python: Python 3.14, the Neuron packages come for 3.11 and 3.12"]
+
+
+def test_compiler_that_is_not_on_the_path(monkeypatch):
+    monkeypatch.setattr(support.shutil, "which", lambda name, path=None: None)
+    assert said(GOOD) == ["PATH: neuronx-cc 2.24.8799.0+6f62ff7c is installed but not on PATH"]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"NEURON_CC_FLAGS": "-O3"}, "NEURON_CC_FLAGS='-O3' is set; flags outside the recipe are not used"),
+        ({"NEURON_PLATFORM_TARGET_OVERRIDE": "trn1"}, "NEURON_PLATFORM_TARGET_OVERRIDE=trn1, the recipe says trn2"),
+        ({"NEURON_LOGICAL_NC_CONFIG": "1"}, "NEURON_LOGICAL_NC_CONFIG=1, the recipe says 2"),
+    ],
+)  # fmt: skip
+def test_environment_that_contradicts_the_recipe(values, says):
+    assert said(GOOD, values=values) == [f"environment: {says}"]
+
+
+def test_environment_keeps_what_changes_code():
+    values = {"XLA_USE_BF16": "1", "NEURON_FUSE_SOFTMAX": "1", "NEURON_RT_VISIBLE_CORES": "0-3", "HOME": "/root",
+              "NEURON_CC_FLAGS": "-O1"}  # fmt: skip
+    assert support.environment(values) == {"NEURON_FUSE_SOFTMAX": "1", "XLA_USE_BF16": "1"}
+
+
+def listed(instance, lnc, cores, devices=2):
+    one = {"instance_type": instance, "logical_neuroncore_config": lnc, "nc_count": cores, "memory_size": 96 << 30}
+    return support.parse_devices([one] * devices)
+
+
+def test_devices_of_neuron_ls():
+    found = listed("trn2n.48xlarge", 2, 4, devices=16)
+    assert (found.chip, found.cores, found.lnc, found.core_bytes) == ("trn2", 64, 2, 24 << 30)
+    assert support.parse_devices([]) is None
+
+
+@pytest.mark.parametrize(
+    ("here", "says"),
+    [
+        (None, "device: no Neuron device on this host"),
+        (("trn1.32xlarge", 1, 2), "device.chip: the artifact is for trn2, this host is trn1.32xlarge (trn1)"),
+        (("trn2.48xlarge", 1, 8), "device.lnc: the artifact needs lnc=2, this host runs with 1"),
+        (("trn2.48xlarge", 2, 2), "device.cores: the artifact needs 8 cores, this host has 4"),
+    ],
+)
+def test_run_problems_name_both_values(here, says):
+    found = support.run_problems("trn2", 2, 8, None if here is None else listed(*here))
+    assert f"{found[0].where}: {found[0].what}" == says
+
+
+def test_run_problems_of_a_host_that_fits():
+    assert support.run_problems("trn2", 2, 8, listed("trn2.48xlarge", 2, 4)) == []
