@@ -75,50 +75,77 @@ def _artifact(engine: Any, limit: int, *, speculate: bool) -> Answer:
 
 
 def _transformers(recipe: Any, limit: int) -> dict[str, Answer]:
-    """`generate` and, where the draft is a whole model, assisted generation with the same pair."""
-    import torch
-
+    """`generate`, and assisted generation with the same pair and K."""
     from pipeline.cache import default_root
     from pipeline.sources import resolve_pair
     from pipeline.validate.reference import build_model
 
     target, draft = resolve_pair(recipe, base=Path("recipes"), cache=default_root() / "sources")
     model = build_model(target, target, recipe.target.dtype, "sdpa")
+    assistant = build_model(draft, target, recipe.draft.dtype or recipe.target.dtype, "sdpa")
+    if draft.config.draft_vocab is not None:
+        assistant.lm_head = _whole_head(assistant.lm_head, draft, target.config.vocab)
+    assistant.generation_config.num_assistant_tokens = recipe.speculation.draft_tokens[0]
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    return {
+        "transformers generate": _generate(model, None, limit),
+        "transformers assisted": _generate(model, assistant, limit),
+    }
 
-    def generate(assistant: Any) -> Answer:
-        def answer(tokens: list[int]) -> tuple[list[float], int]:
-            arrivals: list[float] = []
-            started = time.perf_counter()
-            given = torch.tensor([tokens])
-            clock = _Clock(arrivals, started)
-            with torch.no_grad():
-                model.generate(
-                    given, attention_mask=torch.ones_like(given), max_new_tokens=limit, do_sample=False,
-                    assistant_model=assistant, streamer=None if assistant else clock,
-                )  # fmt: skip
-            if assistant:
-                arrivals.extend([time.perf_counter() - started] * limit)
-            return arrivals, len(arrivals) - 1
 
-        return answer
+def _generate(model: Any, assistant: Any, limit: int) -> Answer:
+    import torch
 
-    found = {"transformers generate": generate(None)}
-    if draft.config.draft_vocab is None:
-        found["transformers assisted"] = generate(build_model(draft, target, recipe.target.dtype, "sdpa"))
-    return found
+    def answer(tokens: list[int]) -> tuple[list[float], int]:
+        given = torch.tensor([tokens])
+        clock = _Clock(len(tokens))
+        with torch.no_grad():
+            model.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=limit, do_sample=False,
+                assistant_model=assistant, streamer=clock,
+            )  # fmt: skip
+        return clock.arrivals, clock.steps
+
+    return answer
+
+
+def _whole_head(head: Any, draft: Any, vocab: int) -> Any:
+    """A head of a reduced vocabulary that gives logits of the whole one, which is all that transformers knows."""
+    import torch
+
+    from pipeline.sources import weights
+    from pipeline.validate.goldens import read_tensor
+
+    ids = torch.arange(draft.config.draft_vocab) + read_tensor(weights(draft)["d2t"]).long()
+
+    class WholeHead(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            few = self.head(hidden)
+            return few.new_full((*few.shape[:-1], vocab), -torch.inf).index_copy(-1, ids, few)
+
+    return WholeHead()
 
 
 class _Clock:
     """A transformers streamer that keeps arrival times."""
 
-    def __init__(self, arrivals: list[float], started: float) -> None:
-        self._arrivals, self._started, self._prompt_seen = arrivals, started, False
+    def __init__(self, prompt: int) -> None:
+        self.arrivals: list[float] = []
+        self.steps = -1
+        self._prompt, self._started = prompt, time.perf_counter()
 
-    def put(self, value: Any) -> None:  # noqa: ARG002 - transformers' interface
-        """Take a token; the first call is the prompt."""
-        if self._prompt_seen:
-            self._arrivals.append(time.perf_counter() - self._started)
-        self._prompt_seen = True
+    def put(self, value: Any) -> None:
+        """Take tokens; the first are the prompt."""
+        new = value.numel() - self._prompt
+        self._prompt = 0
+        if new > 0:
+            self.arrivals.extend([time.perf_counter() - self._started] * new)
+            self.steps += 1
 
     def end(self) -> None:
         """Nothing to flush."""
