@@ -12,11 +12,9 @@ from typing import Any
 import click
 
 from pipeline import __version__
-from pipeline.commands import QUIET, VERBOSE, Group, as_json, note
+from pipeline.commands import QUIET, RECIPES, VERBOSE, Group, artifact_dir, as_json, note
 from pipeline.console import Console, print_error, print_json
 from pipeline.errors import InputError, TandemError
-
-RECIPES = Path("recipes")
 
 
 class Tandem(Group):
@@ -51,17 +49,6 @@ def _recipe(name: str) -> Path:
     from pipeline.recipe import find
 
     return find(name, RECIPES)
-
-
-def _artifact_dir(name: str) -> Path:
-    """An artifact by path, or by the name of its recipe under `artifacts/`."""
-    for path in (Path(name), Path("artifacts") / name):
-        if (path / "manifest.json").is_file():
-            return path
-    built = sorted(path.parent.name for path in Path("artifacts").glob("*/manifest.json"))
-    here = f"artifacts here: {', '.join(built) or 'none'}"
-    fix = f"make build RECIPE={name}" if (RECIPES / f"{name}.yaml").is_file() else f"name an artifact's folder; {here}"
-    raise InputError(f"no artifact {name!r}", where="artifacts", fix=fix)
 
 
 @main.command()
@@ -161,7 +148,7 @@ def run(
     from pipeline.runtime import load
     from pipeline.signing import read_policy
 
-    engine = load(_artifact_dir(artifact), read_policy(policy_file) if policy_file else None)
+    engine = load(artifact_dir(artifact), read_policy(policy_file) if policy_file else None)
     tokens = engine.text.encode(prompt) if raw or not engine.text.has_chat else engine.text.chat(prompt)
     answer = engine.generate(
         [tokens], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
@@ -201,7 +188,7 @@ def bench(artifact: str, against: str | None, count: int, max_new_tokens: int, j
     """Measure ARTIFACT with and without speculation, interleaved, in one run."""
     from pipeline.runtime.bench import bench as measure
 
-    rows = measure(_artifact_dir(artifact), count, max_new_tokens, against)
+    rows = measure(artifact_dir(artifact), count, max_new_tokens, against)
     if json_:
         print_json([asdict(row) for row in rows])
         return
@@ -219,7 +206,7 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     """Show what ARTIFACT is, without opening its weights or graphs."""
     from pipeline.artifact import read
 
-    found = read(_artifact_dir(artifact))
+    found = read(artifact_dir(artifact))
     manifest = found.manifest
     if markdown:
         from pipeline.card import body
@@ -258,7 +245,7 @@ def validate(console: Console, artifact: str, recipe_file: Path | None, on_devic
     from pipeline.artifact import read
     from pipeline.validate import validate_artifact
 
-    root = _artifact_dir(artifact)
+    root = artifact_dir(artifact)
     device = read(root).manifest.requires.get("device", "cpu")
     if on_device and device == "cpu":
         raise InputError("the artifact runs on a CPU", where=str(root), fix="leave out --on-device")
@@ -380,4 +367,4 @@ def lock(name: str, json_: bool) -> None:
 
 from pipeline import cli_registry  # noqa: E402 - it adds its commands to `main`
 
-cli_registry.add_to(main, _artifact_dir)
+cli_registry.add_to(main)

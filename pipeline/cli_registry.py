@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands import Command, Group, as_json
+from pipeline.commands import Command, Group, artifact_dir, as_json
 from pipeline.console import Console, print_json
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from pipeline.signing import Policy
 
 MIB = 1 << 20
-_find: list[Callable[[str], Path]] = []
 
 identity_option = click.option(
     "--require-signature", "identity", help="Refuse what this public key's file, or identity, did not sign."
@@ -30,15 +28,10 @@ policy_option = click.option(
 )
 
 
-def add_to(main: click.Group, artifact_dir: Callable[[str], Path]) -> None:
-    """Add the commands; `artifact_dir` finds an artifact by path or name."""
-    _find.append(artifact_dir)
+def add_to(main: click.Group) -> None:
+    """Add the commands."""
     for command in (publish, pull, ls, diff, gc, sign, verify, alias, cache):
         main.add_command(command)
-
-
-def _artifact_dir(name: str) -> Path:
-    return _find[-1](name)
 
 
 def _shown(json_: bool, data: Any, line: str) -> None:
@@ -66,7 +59,7 @@ def publish(
     """Publish ARTIFACTS as an immutable release; several of one recipe (chips, ranks) become its variants."""
     from pipeline.publish import publish as send
 
-    roots = [_artifact_dir(name) for name in artifacts]
+    roots = [artifact_dir(name) for name in artifacts]
     if (key or keyless) and not dry_run:
         for root in roots:
             _sign(root, key)
@@ -138,7 +131,7 @@ def diff(first: str, second: str, variant: str | None, json_: bool) -> None:
     """Show what differs between two artifacts or releases: graphs, shapes, toolchain, gates, files."""
     from pipeline.registry import compare, manifest_of
 
-    one, two = (manifest_of(name if "@" in name else str(_artifact_dir(name)), variant) for name in (first, second))
+    one, two = (manifest_of(name if "@" in name else str(artifact_dir(name)), variant) for name in (first, second))
     found = compare(one, two)
     if json_:
         print_json(found)
@@ -171,7 +164,7 @@ def gc(url: str, dry_run: bool, json_: bool) -> None:
 @as_json
 def sign(artifact: str, key: Path | None, json_: bool) -> None:
     """Sign ARTIFACT's manifest; publish sends the signature along."""
-    made = _sign(_artifact_dir(artifact), key)
+    made = _sign(artifact_dir(artifact), key)
     _shown(json_, {"signature": made}, str(made))
 
 
@@ -195,7 +188,7 @@ def verify(
     """Check every file of ARTIFACT against its manifest, and who signed that."""
     from pipeline.artifact import verify as check
 
-    root = _artifact_dir(artifact)
+    root = artifact_dir(artifact)
     policy = _policy(identity, issuer, policy_file)
     if policy is not None:
         from pipeline.signing import check_artifact

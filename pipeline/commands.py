@@ -1,13 +1,16 @@
-"""What every command of the command line shares: -v, -q, --json. Used by `cli.py` and `cli_registry.py`."""
+"""What the commands in `cli.py` and `cli_registry.py` share: -v, -q, --json, and how artifacts are named."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from pipeline.console import Console
+from pipeline.errors import InputError
 
+RECIPES = Path("recipes")
 VERBOSE = "Show tracebacks."
 QUIET = "Show results and errors only."
 
@@ -36,3 +39,14 @@ def note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     """Remember -v or -q, wherever it was given."""
     if value and param.name:
         setattr(ctx.ensure_object(Console), param.name, True)
+
+
+def artifact_dir(name: str) -> Path:
+    """An artifact by path, or by the name of its recipe under `artifacts/`."""
+    for path in (Path(name), Path("artifacts") / name):
+        if (path / "manifest.json").is_file():
+            return path
+    built = sorted(path.parent.name for path in Path("artifacts").glob("*/manifest.json"))
+    here = f"artifacts here: {', '.join(built) or 'none'}"
+    fix = f"make build RECIPE={name}" if (RECIPES / f"{name}.yaml").is_file() else f"name an artifact's folder; {here}"
+    raise InputError(f"no artifact {name!r}", where="artifacts", fix=fix)

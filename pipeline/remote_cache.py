@@ -23,6 +23,7 @@ from pipeline.files import temp_name
 from pipeline.stores.base import Bucket, open_bucket
 
 PART_BYTES = 4 << 20
+PARTS = 4
 LIMIT_BYTES = 4 << 30
 """No graph is larger: an entry that says so must not fill the disk."""
 
@@ -138,7 +139,7 @@ class RemoteCache:
         there = self.bucket.get(_place(key, "entry.json"))
         if there is not None and self._sound(key, toolchain):
             return False
-        self.bucket.upload(_place(key, sha256), data, sha256)
+        self.bucket.upload(_place(key, sha256), data, sha256, PARTS)
         text = json.dumps({"key": key, "sha256": sha256, "size": entry.size, "toolchain": entry.toolchain})
         return self.bucket.swap(_place(key, "entry.json"), text.encode(), there.token if there else None)
 

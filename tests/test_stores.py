@@ -273,7 +273,7 @@ def test_s3_collect_keeps_what_is_reached(tmp_path, made, s3_url, options):
     bucket = open_bucket(s3_url)
     (tmp_path / "junk").write_bytes(b"junk")
     sha256 = small.digests(tmp_path)["junk"]
-    bucket.upload(f"blobs/sha256/{sha256[:2]}/{sha256}", tmp_path / "junk", sha256)
+    bucket.upload(f"blobs/sha256/{sha256[:2]}/{sha256}", tmp_path / "junk", sha256, 1)
     assert registry.collect(s3_url, dry_run=True).blobs == 1
     assert registry.collect(s3_url).blobs == 1
     assert registry.collect(s3_url).blobs == 0

@@ -209,8 +209,8 @@ class Bucket(Protocol):
         """Size of an object, or None."""
         ...
 
-    def upload(self, key: str, source: Path, sha256: str) -> None:
-        """Store a file whole, or not at all; bytes that do not have this digest are refused."""
+    def upload(self, key: str, source: Path, sha256: str, parts: int) -> None:
+        """Store a file whole, or not at all, up to so many parts at a time; bytes of another digest are refused."""
         ...
 
     def read(self, key: str, offset: int, length: int) -> bytes:

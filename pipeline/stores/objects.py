@@ -22,6 +22,8 @@ from pipeline.stores.leases import Lease, collecting, leased
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 PARALLEL = 8
+PARTS = 16
+"""Parts of all uploads together that are on their way: what a publish holds in memory."""
 HISTORY = 1000
 """Moves that an alias remembers."""
 
@@ -53,10 +55,11 @@ class ObjectStore:
 
     def send(self, content: Content, paths: Sequence[str], report: Report) -> None:
         """Upload several at a time; the first failure stops what has not begun."""
+        parts = max(2, PARTS // min(PARALLEL, max(len(paths), 1)))
 
         def upload(path: str) -> None:
             entry = content.files[path]
-            self.bucket.upload(_blob(entry.sha256), content.sources[path], entry.sha256)
+            self.bucket.upload(_blob(entry.sha256), content.sources[path], entry.sha256, parts)
             report(entry.size)
 
         with ThreadPoolExecutor(PARALLEL, "send") as pool:

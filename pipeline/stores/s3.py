@@ -24,8 +24,6 @@ from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
 
 LOCATION = re.compile(r"(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(/(?P<prefix>[\w.+/=-]*))?")
 PART_BYTES = 8 << 20
-PARTS = 4
-"""Parts of one upload on their way at a time: with eight uploads, what a publish holds in memory."""
 RETRIES = 8
 RETRY_S = 60.0
 PROBE = ".tandem-registry"
@@ -100,7 +98,7 @@ class S3Bucket:
             except FileNotFoundError:
                 return None
 
-    def upload(self, key: str, source: Path, sha256: str) -> None:
+    def upload(self, key: str, source: Path, sha256: str, parts: int) -> None:
         """Small files in one request, large ones in parallel parts. A file that changed meanwhile is refused."""
         with self._explained(key):
             if source.stat().st_size <= PART_BYTES:
@@ -108,7 +106,7 @@ class S3Bucket:
                 obstore.put(self.store, self.prefix + key, data, use_multipart=False)
                 return
             pieces = checked_pieces(source, sha256, PART_BYTES)
-            obstore.put(self.store, self.prefix + key, pieces, chunk_size=PART_BYTES, max_concurrency=PARTS)
+            obstore.put(self.store, self.prefix + key, pieces, chunk_size=PART_BYTES, max_concurrency=parts)
 
     def read(self, key: str, offset: int, length: int) -> bytes:
         """A part of an object."""
