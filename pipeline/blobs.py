@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -32,6 +33,8 @@ AHEAD = 4
 """Parts of one blob on their way at a time: WRITERS * AHEAD * PART_BYTES is all that a pull holds in memory."""
 CHUNK_BYTES = 1 << 20
 TRIES = 6
+GIVE_UP_S = 90.0
+"""No new try after this: some clients try again for a minute themselves."""
 SHORT_TRIES = 3
 """Of answers that end early without an error: a blob that was cut in the registry does not grow."""
 FIRST_PAUSE_S = 0.2
@@ -208,13 +211,14 @@ def _parts(job: _Job, offset: int) -> Iterator[bytes]:
 def _read(job: _Job, offset: int, length: int) -> bytes:
     """One part, tried again after failures that may pass, with growing pauses; a short answer is one of them."""
     pause, short, blob = FIRST_PAUSE_S, 0, job.origin.blob(job.path, job.entry)
+    started = time.monotonic()
     for attempt in range(TRIES):
         if job.stopped.is_set():
             raise Interrupted("another file failed", where=job.path)
         try:
             found = job.origin.store.read_blob(blob, offset, length)
         except Interrupted:
-            if attempt == TRIES - 1:
+            if attempt == TRIES - 1 or time.monotonic() - started > GIVE_UP_S:
                 raise
         else:
             if len(found) == length:

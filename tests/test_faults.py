@@ -271,3 +271,17 @@ def test_readers_while_publishing_and_collecting(original, s3_url, tmp_path):
     for root in roots:
         out = pull(f"{s3_url}/small@{read(root).manifest.version}", tmp_path / "x", cache=tmp_path / "fresh")
         assert small.digests(out) == small.digests(root)
+
+
+def test_hub_token_is_revoked_midway(original, hub_url, hub_proxies, options):
+    """Large files were sent, the commit is refused: no release is seen, and the next publish sends none again."""
+    api, cdn = hub_proxies
+    api.faults = [Fault("POST .*commit", "401", 1)]
+    with pytest.raises(HostError, match="token"):
+        publish(original, hub_url, ["latest"])
+    assert open_store(hub_url).versions("small") == []
+    sent = cdn.sent_bytes
+    assert sent > 1_000_000
+    publish(original, hub_url, ["latest"])
+    assert cdn.sent_bytes == sent
+    assert small.digests(pull(f"{hub_url}/small@latest", **options)) == small.digests(original)

@@ -268,6 +268,27 @@ def test_s3_server_without_conditions(made, s3_url, monkeypatch):
             publish(made, s3_url)
 
 
+ANSWERS = [
+    ("403", b"<Error><Code>RequestTimeTooSkewed</Code></Error>", "clock differs"),
+    ("404", b"<Error><Code>NoSuchBucket</Code></Error>", "no such bucket"),
+    ("400", b"<Error><Code>InvalidRequest</Code></Error>", r"answers 400 \(InvalidRequest\)"),
+    ("501", b"<Error><Code>NotImplemented</Code></Error>", "conditional writes"),
+    ("503", b"", "answers 503"),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "message"), ANSWERS, ids=[status for status, _, _ in ANSWERS])
+def test_s3_says_what_an_answer_means(made, s3_url, s3_server, monkeypatch, status, body, message):
+    import fault_proxy
+
+    monkeypatch.setattr("pipeline.stores.s3.RETRY_S", 1.0)
+    with fault_proxy.before(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.faults = [fault_proxy.Fault("PUT", status, 1000, body=body)]
+        with pytest.raises(HostError, match=message):
+            publish(made, s3_url)
+
+
 def test_s3_collect_keeps_what_is_reached(tmp_path, made, s3_url, options):
     publish(made, s3_url, ["latest"])
     bucket = open_bucket(s3_url)

@@ -189,7 +189,14 @@ class S3Bucket:
                 return HostError(what, where=self.where, fix=fix)
         if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
             return HostError("access denied", where=f"{self.where}/{key}", fix="check the rights of these credentials")
-        status = re.search(r"\b(50\d|429) ", text)
+        status = re.search(r"status code: (\d{3})", text) or re.search(r"\b(50\d|429) ", text)
+        if status and status[1].startswith("4") and status[1] != "429":
+            code = re.search(r"<Code>(\w+)</Code>", text)
+            what = f"the server answers {status[1]}{f' ({code[1]})' if code else ''}"
+            return HostError(what, where=f"{self.where}/{key}", fix="see what this means on that server")
+        if status and status[1] == "501":
+            what = "this server lacks what a registry needs, conditional writes"
+            return HostError(what, where=self.where, fix=CONDITIONS)
         what = f"the server answers {status[1]}" if status else "the server cannot be reached, or breaks off"
         return Interrupted(what, where=self.where, fix="try again: what was moved is kept")
 
