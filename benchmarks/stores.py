@@ -53,8 +53,8 @@ def make_artifact(root: Path, size: int, count: int) -> Path:
     return made
 
 
-def run(command: list[str], environ: dict[str, str]) -> tuple[float, float]:
-    """Seconds and peak memory (MiB) of a process."""
+def run(command: list[str], environ: dict[str, str]) -> tuple[float, float, float]:
+    """Seconds, processor seconds and peak memory (MiB) of a process."""
     started = time.monotonic()
     process = subprocess.Popen(command, env=os.environ | environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -62,7 +62,7 @@ def run(command: list[str], environ: dict[str, str]) -> tuple[float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{command}: {shown.decode()[-2000:]}")
-    return time.monotonic() - started, usage.ru_maxrss / 1024
+    return time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def hub() -> Iterator[tuple[dict[str, str], dict[str, Callable[..., list[str]]]]
 def measure(kind: str, size: int, count: int, rounds: int, work: Path) -> None:
     """One table: both directions, every client in turn, medians of all rounds."""
     made = make_artifact(work / f"{kind}-{count}", size, count)
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     with {"s3": s3, "hub": hub}[kind]() as (environ, clients):
         names = ["tandem", *clients]
         for number in range(rounds):
@@ -134,15 +134,13 @@ def measure(kind: str, size: int, count: int, rounds: int, work: Path) -> None:
                     for folder in (out, cache):
                         shutil.rmtree(folder, ignore_errors=True)
     for way in ("publish", "pull"):
-        rates = {
-            who: size / MIB / statistics.median(s for s, _ in runs) for (w, who), runs in found.items() if w == way
-        }
-        best = max(rate for who, rate in rates.items() if who != "tandem")
-        peak = max(memory for _, memory in found[way, "tandem"])
-        listed = ", ".join(f"{who} {rate:.0f}" for who, rate in rates.items())
-        ratio = rates["tandem"] / best
-        print(f"{kind} {way} {size / 1e9:.1f} GB in {count} files, MiB/s: {listed}; ratio {ratio:.2f}, "
-              f"peak {peak:.0f} MiB", flush=True)  # fmt: skip
+        runs = {who: list(zip(*rows, strict=True)) for (w, who), rows in found.items() if w == way}
+        rates = {who: size / MIB / statistics.median(seconds) for who, (seconds, _, _) in runs.items()}
+        spent = {who: statistics.median(processor) for who, (_, processor, _) in runs.items()}
+        ratio = rates["tandem"] / max(rate for who, rate in rates.items() if who != "tandem")
+        print(f"{kind} {way} {size / 1e9:.1f} GB in {count} files, MiB/s (processor s): "
+              + ", ".join(f"{who} {rate:.0f} ({spent[who]:.1f})" for who, rate in rates.items())
+              + f"; ratio to the best {ratio:.2f}, our peak {max(runs['tandem'][2]):.0f} MiB", flush=True)  # fmt: skip
 
 
 def delta(work: Path) -> None:
@@ -180,8 +178,8 @@ def start_up(rounds: int) -> None:
         "import of the pull stage": [sys.executable, "-c", "import pipeline.pull"],
     }
     for name, command in commands.items():
-        times = [run(command, {"PYTHONPATH": str(HERE.parent)})[0] for _ in range(rounds)]
-        print(f"{name}: {statistics.median(times):.3f} s (median of {rounds})")
+        times = [run(command, {"PYTHONPATH": str(HERE.parent)})[1] for _ in range(rounds)]
+        print(f"{name}: {statistics.median(times):.2f} processor seconds (median of {rounds})")
 
 
 def main() -> None:
