@@ -15,18 +15,23 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files import FileDigest, safe_relative, sha256_file
-from pipeline.plan import GraphSpec
+
+if TYPE_CHECKING:
+    from pipeline.plan import GraphSpec  # planning is not needed to pull
 
 MANIFEST = "manifest.json"
+SIGNATURE = "signature"
+"""A signature over the manifest's bytes: beside it, and not listed in it."""
 SCHEMA_VERSION = 1
 HASHERS = 4
-ABOUT_THE_BUILD = ("provenance.json", "reports/*", "signature")
+MAX_FILES = 100_000
+ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
 """Files that tell of one build, and are not part of what the artifact is."""
 
 ISA_ORDER = ("default", "avx2", "avx512")
@@ -76,6 +81,8 @@ class GraphEntry(Part):
 
     def spec(self) -> GraphSpec:
         """The graph's bucket."""
+        from pipeline.plan import GraphSpec
+
         return GraphSpec(
             self.phase, self.batch, self.tokens, self.kv, self.draft_tokens, self.sampling, self.model
         )  # fmt: skip
@@ -118,7 +125,7 @@ class Manifest(Part):
     eos_ids: tuple[int, ...]
     graphs: tuple[GraphEntry, ...]
     shards: tuple[ShardEntry, ...]
-    files: dict[str, FileEntry]
+    files: dict[str, FileEntry] = Field(max_length=MAX_FILES)
     validation: dict[str, Any] | None = None
 
     @property
@@ -184,7 +191,7 @@ def parse(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def dump(manifest: Manifest) -> bytes:
+def dump(manifest: Part) -> bytes:
     """The manifest's bytes; equal manifests give equal bytes."""
     return json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True).encode() + b"\n"
 
@@ -214,7 +221,9 @@ def verify(root: Path, progress: Progress = silent, *, only: Sequence[str] | Non
     artifact = read(root)
     listed = select(artifact.manifest, only)
     found = {path.relative_to(root).as_posix(): path for path in _walk(root)}
-    found.pop(MANIFEST, None)
+    for name in (MANIFEST, SIGNATURE):
+        if name in found and not _odd_kind(found[name]):
+            found.pop(name)
     faults = [f"{name}: missing" for name in listed.keys() - found.keys()]
     faults += [f"{name}: not in the manifest" for name in found.keys() - listed.keys()]
     faults += [f"{name}: {kind}" for name, path in found.items() if (kind := _odd_kind(path))]
@@ -251,7 +260,7 @@ def check_host(
     faults = [
         f"{field}: the artifact needs {needed}, this host has {host.get(field, 'none')}"
         for field, needed in manifest.requires.items()
-        if not _satisfies(field, needed, host.get(field))
+        if not satisfies(field, needed, host.get(field))
     ]
     if ranks is not None and ranks != manifest.tensor:
         faults.append(f"tensor: the artifact needs {manifest.tensor} ranks, there are {ranks}")
@@ -314,8 +323,8 @@ def _path_faults(manifest: Manifest, where: str) -> Iterator[str]:
         except ArtifactError as error:
             yield error.what
             continue
-        if name == MANIFEST or parents & names:
-            yield f"path {name!r} is also the manifest, or lies inside a file"
+        if name in (MANIFEST, SIGNATURE) or parents & names:
+            yield f"path {name!r} is also the manifest, its signature, or lies inside a file"
     used = [path for graph in manifest.graphs for path in (graph.file, graph.io)] + [s.file for s in manifest.shards]
     for name in used:
         if name not in names:
@@ -351,7 +360,8 @@ def differences(root: Path, listed: Mapping[str, FileEntry], progress: Progress 
     return faults
 
 
-def _satisfies(field: str, needed: str, have: str | None) -> bool:
+def satisfies(field: str, needed: str, have: str | None) -> bool:
+    """Whether a host's value fulfils one of `requires`."""
     if field == "isa" and needed in ISA_ORDER and have in ISA_ORDER:
         return ISA_ORDER.index(have) >= ISA_ORDER.index(needed)
     return have == needed

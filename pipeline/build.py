@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.backends.base import Backend
     from pipeline.compile import Compiled
     from pipeline.plan import Plan
+    from pipeline.remote_cache import Remote
     from pipeline.shard import ShardFile
     from pipeline.sources import Checkpoint
 
@@ -76,6 +77,7 @@ class Request:
     workers: int | None = None
     validate: bool = True
     locked: bool = False
+    remote: Remote | None = None
     lock: Path | None = None
     say: Say = silent
     progress: Progress = unseen
@@ -164,7 +166,8 @@ def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
 
     logs = request.cache / "logs" / request.recipe.name
     settings = request.recipe.backend.model_dump()
-    jobs = [Job(spec, plan.pair, settings, str(request.cache), str(logs / f"{spec.name}.log")) for spec in plan.graphs]
+    cache, remote = str(request.cache), request.remote
+    jobs = [Job(spec, plan.pair, settings, cache, str(logs / f"{spec.name}.log"), remote) for spec in plan.graphs]
     workers = request.workers or worker_count(max(plan.compile_memory(spec) for spec in plan.graphs), len(jobs))
     request.say(f"compile: {len(jobs)} graphs, {workers} at a time; logs in {logs}")
     left = {spec.name: plan.compile_seconds(spec) for spec in plan.graphs}
@@ -178,6 +181,8 @@ def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
         how = "cached" if one.hit else f"{one.seconds:.0f} s"
         remaining = f", {len(left)} left, about {sum(left.values()) / workers:.0f} s" if left else ""
         request.say(f"  {one.spec.name}: {how}{remaining}")
+        for note in one.notes:
+            request.say(f"    {note}")
 
     return compile_all(jobs, workers, done)
 

@@ -1,6 +1,6 @@
 """The content-addressed store of compiled graphs: key -> bytes, checked whenever they are taken out. Imports no torch.
 
-Local only, and it never decides what a key is made of: see `backends.base.cache_key`.
+Local; `remote_cache` shares it. It never decides what a key is made of: see `backends.base.cache_key`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -78,8 +79,10 @@ class Cache:
             os.utime(entry / "entry.json")
         return data
 
-    def put(self, key: str, data: bytes | Path) -> Path:
+    def put(self, key: str, data: bytes | Path, about: Mapping[str, str] | None = None) -> Path:
         """Store bytes, or a file, which is linked and must not be written to any more. The first writer wins.
+
+        `about` is kept beside a graph: the toolchain that made it, which sharing it needs.
 
         Raises:
             HostError: no space, read-only or forbidden.
@@ -90,7 +93,8 @@ class Cache:
             with atomic_dir(entry) as folder:
                 _place(data, folder / "data")
                 found = digest_file(folder / "data")
-                facts = {"sha256": found.sha256, "size": found.size, "created": int(time.time())}
+                facts: dict[str, Any] = {"sha256": found.sha256, "size": found.size, "created": int(time.time())}
+                facts |= {"about": dict(about)} if about is not None else {}
                 (folder / "entry.json").write_text(json.dumps(facts))
         return entry / "data"
 
@@ -99,6 +103,16 @@ class Cache:
         """Hold `key` among all processes that share this cache; a dead holder's lock falls free."""
         with self._lock(key):
             yield
+
+    def graphs(self) -> Iterator[tuple[str, Path, dict[str, str]]]:
+        """Key, file and toolchain of every graph whose toolchain is known, each checked."""
+        for held in self._held():
+            try:
+                about = json.loads((self._entry(held.key) / "entry.json").read_text()).get("about")
+            except (OSError, ValueError, AttributeError):
+                continue
+            if isinstance(about, dict) and (data := self.get(held.key)) is not None:
+                yield held.key, data, about
 
     def stats(self) -> Stats:
         """Count what is stored."""

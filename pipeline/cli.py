@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,35 +12,9 @@ from typing import Any
 import click
 
 from pipeline import __version__
+from pipeline.commands import QUIET, RECIPES, VERBOSE, Group, artifact_dir, as_json, note
 from pipeline.console import Console, print_error, print_json
 from pipeline.errors import InputError, TandemError
-
-RECIPES = Path("recipes")
-VERBOSE = "Show tracebacks."
-QUIET = "Show results and errors only."
-
-
-class Command(click.Command):
-    """A command that takes -v and -q, as the group before it does."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for letter, name, text in (("-v", "verbose", VERBOSE), ("-q", "quiet", QUIET)):
-            self.params.append(
-                click.Option([letter, f"--{name}"], is_flag=True, help=text, expose_value=False, callback=_note)
-            )
-
-
-def _note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value and param.name:
-        setattr(ctx.ensure_object(Console), param.name, True)
-
-
-class Group(click.Group):
-    """A group of such commands."""
-
-    command_class = Command
-    group_class = type
 
 
 class Tandem(Group):
@@ -64,8 +39,8 @@ class Tandem(Group):
 
 @click.group(cls=Tandem, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("-v", "--verbose", is_flag=True, help=VERBOSE, expose_value=False, callback=_note)
-@click.option("-q", "--quiet", is_flag=True, help=QUIET, expose_value=False, callback=_note)
+@click.option("-v", "--verbose", is_flag=True, help=VERBOSE, expose_value=False, callback=note)
+@click.option("-q", "--quiet", is_flag=True, help=QUIET, expose_value=False, callback=note)
 def main() -> None:
     """Compile a target LLM and its draft in tandem: one recipe in, one validated artifact out."""
 
@@ -76,25 +51,13 @@ def _recipe(name: str) -> Path:
     return find(name, RECIPES)
 
 
-def _artifact_dir(name: str) -> Path:
-    """An artifact by path, or by the name of its recipe under `artifacts/`."""
-    for path in (Path(name), Path("artifacts") / name):
-        if (path / "manifest.json").is_file():
-            return path
-    built = sorted(path.parent.name for path in Path("artifacts").glob("*/manifest.json"))
-    here = f"artifacts here: {', '.join(built) or 'none'}"
-    fix = f"make build RECIPE={name}" if (RECIPES / f"{name}.yaml").is_file() else f"name an artifact's folder; {here}"
-    raise InputError(f"no artifact {name!r}", where="artifacts", fix=fix)
-
-
-as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for machines.")
-
-
 @main.command()
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the artifact (default: artifacts/NAME).")
 @click.option("--workers", type=click.IntRange(1), help="Compile workers (default: by cores and memory).")
 @click.option("--locked", is_flag=True, help="Refuse sources or toolchains that differ from the recipe's lock.")
+@click.option("--remote-cache", envvar="TANDEM_REMOTE_CACHE", help="Shared cache of graphs: a folder or s3://...")
+@click.option("--push-cache", is_flag=True, envvar="TANDEM_PUSH_CACHE", help="Write compiled graphs there, too.")
 @click.option("--no-validate", is_flag=True, help="Skip the gates; the artifact cannot be published.")
 @as_json
 @click.pass_obj
@@ -104,6 +67,8 @@ def build(
     out: Path | None,
     workers: int | None,
     locked: bool,
+    remote_cache: str | None,
+    push_cache: bool,
     no_validate: bool,
     json_: bool,
 ) -> None:
@@ -111,12 +76,14 @@ def build(
     from pipeline.build import Request, run
     from pipeline.lock import lock_path
     from pipeline.recipe import load
+    from pipeline.remote_cache import Remote
 
     path = _recipe(recipe)
     parsed = load(path)
+    remote = Remote(remote_cache, "write" if push_cache else "read") if remote_cache else None
     request = Request(
         recipe=parsed, base=path.parent, out=out or Path("artifacts") / parsed.name, workers=workers,
-        validate=not no_validate, locked=locked,
+        validate=not no_validate, locked=locked, remote=remote,
         lock=lock_path(path), say=console.say, progress=console.progress,
     )  # fmt: skip
     report = run(request)
@@ -170,16 +137,18 @@ def plan(recipe: str, json_: bool) -> None:
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--speculate/--no-speculate", default=True)
+@click.option("--policy", "policy_file", type=click.Path(path_type=Path), envvar="TANDEM_POLICY", help="Who must sign.")
 @as_json
 @click.pass_obj
 def run(
     console: Console, artifact: str, prompt: str, raw: bool, max_new_tokens: int, temperature: float, top_k: int,
-    top_p: float, seed: int, speculate: bool, json_: bool,
+    top_p: float, seed: int, speculate: bool, policy_file: Path | None, json_: bool,
 ) -> None:  # fmt: skip
     """Stream the answer of ARTIFACT to a prompt."""
     from pipeline.runtime import load
+    from pipeline.signing import read_policy
 
-    engine = load(_artifact_dir(artifact))
+    engine = load(artifact_dir(artifact), read_policy(policy_file) if policy_file else None)
     tokens = engine.text.encode(prompt) if raw or not engine.text.has_chat else engine.text.chat(prompt)
     answer = engine.generate(
         [tokens], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
@@ -219,7 +188,7 @@ def bench(artifact: str, against: str | None, count: int, max_new_tokens: int, j
     """Measure ARTIFACT with and without speculation, interleaved, in one run."""
     from pipeline.runtime.bench import bench as measure
 
-    rows = measure(_artifact_dir(artifact), count, max_new_tokens, against)
+    rows = measure(artifact_dir(artifact), count, max_new_tokens, against)
     if json_:
         print_json([asdict(row) for row in rows])
         return
@@ -231,13 +200,19 @@ def bench(artifact: str, against: str | None, count: int, max_new_tokens: int, j
 
 @main.command()
 @click.argument("artifact")
+@click.option("--markdown", is_flag=True, help="Print tables for a summary or a comment.")
 @as_json
-def inspect(artifact: str, json_: bool) -> None:
+def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     """Show what ARTIFACT is, without opening its weights or graphs."""
     from pipeline.artifact import read
 
-    found = read(_artifact_dir(artifact))
+    found = read(artifact_dir(artifact))
     manifest = found.manifest
+    if markdown:
+        from pipeline.card import body
+
+        click.echo(body(manifest, {"": manifest}))
+        return
     if json_:
         print_json(manifest.model_dump(mode="json"))
         return
@@ -256,33 +231,6 @@ def inspect(artifact: str, json_: bool) -> None:
 
 @main.command()
 @click.argument("artifact")
-@as_json
-@click.pass_obj
-def verify(console: Console, artifact: str, json_: bool) -> None:
-    """Check every file of ARTIFACT against its manifest."""
-    from pipeline.artifact import verify as check
-
-    found = check(_artifact_dir(artifact), lambda done, total: console.progress("verify", done, total))
-    if json_:
-        print_json({"name": found.manifest.name, "version": found.manifest.version, "files": len(found.manifest.files)})
-        return
-    click.echo(f"{found.manifest.name} {found.manifest.version}: {len(found.manifest.files)} files match")
-
-
-@main.command()
-@click.argument("first")
-@click.argument("second")
-@as_json
-def diff(first: str, second: str, json_: bool) -> None:  # noqa: ARG001 - it is JSON either way
-    """Show what differs between two artifacts."""
-    from pipeline.artifact import diff as compare
-    from pipeline.artifact import read
-
-    print_json(compare(read(_artifact_dir(first)).manifest, read(_artifact_dir(second)).manifest))
-
-
-@main.command()
-@click.argument("artifact")
 @click.option(
     "--recipe",
     "recipe_file",
@@ -297,7 +245,7 @@ def validate(console: Console, artifact: str, recipe_file: Path | None, on_devic
     from pipeline.artifact import read
     from pipeline.validate import validate_artifact
 
-    root = _artifact_dir(artifact)
+    root = artifact_dir(artifact)
     device = read(root).manifest.requires.get("device", "cpu")
     if on_device and device == "cpu":
         raise InputError("the artifact runs on a CPU", where=str(root), fix="leave out --on-device")
@@ -321,7 +269,7 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: b
         return
     if len(artifacts) not in (1, 2):
         raise InputError(f"{len(artifacts)} artifacts", where="report", fix="give one, or two to compare")
-    roots = [_artifact_dir(name) for name in artifacts]
+    roots = [artifact_dir(name) for name in artifacts]
     found = [report.load(root) for root in roots]
     if len(found) == 1:
         if json_:
@@ -341,57 +289,6 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: b
             f"  {compare.judgement(change)}"
         )
     click.echo(f"the page is {page}")
-
-
-@main.command()
-@click.argument("artifact")
-@click.option("--to", "url", default="artifacts/registry", show_default=True, help="Registry: a folder.")
-@click.option("--alias", "aliases", multiple=True, help="Point this alias at the release.")
-@click.option("--dry-run", is_flag=True, help="Show what would be sent.")
-@as_json
-def publish(artifact: str, url: str, aliases: tuple[str, ...], dry_run: bool, json_: bool) -> None:
-    """Publish ARTIFACT as an immutable release."""
-    from pipeline.publish import publish as send
-
-    release = send(_artifact_dir(artifact), url, aliases, dry_run=dry_run)
-    if json_:
-        print_json(asdict(release))
-        return
-    verb = "would send" if dry_run else "sent"
-    click.echo(
-        f"{release.name}@{release.version}: {verb} {release.sent} blobs, {release.sent_bytes / (1 << 20):.1f} MiB"
-    )
-
-
-@main.command()
-@click.argument("reference")
-@click.argument("directory", required=False, type=click.Path(path_type=Path))
-@as_json
-def pull(reference: str, directory: Path | None, json_: bool) -> None:
-    """Pull a release, REGISTRY/NAME@VERSION-or-ALIAS, into DIRECTORY, verified."""
-    from pipeline.pull import pull as fetch
-
-    root = fetch(reference, directory)
-    if json_:
-        print_json({"artifact": root})
-        return
-    click.echo(str(root))
-
-
-@main.command()
-@click.argument("release")
-@click.argument("alias_name")
-@click.option("--to", "url", default="artifacts/registry", show_default=True)
-@as_json
-def alias(release: str, alias_name: str, url: str, json_: bool) -> None:
-    """Point ALIAS_NAME at RELEASE, NAME@VERSION."""
-    from pipeline.publish import set_alias
-
-    set_alias(url, release, alias_name)
-    if json_:
-        print_json({"alias": alias_name, "release": release})
-        return
-    click.echo(f"{alias_name} -> {release}")
 
 
 @main.command()
@@ -439,38 +336,6 @@ def nxdi(recipe: str, directory: Path) -> None:
 
 
 @main.group(cls=Group)
-def cache() -> None:
-    """Look after the cache of compiled graphs."""
-
-
-@cache.command()
-@as_json
-def stats(json_: bool) -> None:
-    """Count entries and bytes."""
-    from pipeline.cache import Cache, default_root
-
-    found = Cache(default_root()).stats()
-    if json_:
-        print_json(asdict(found) | {"root": default_root()})
-        return
-    click.echo(f"{found.entries} entries, {found.size_bytes / (1 << 20):.1f} MiB in {default_root()}")
-
-
-@cache.command()
-@click.option("--max-gib", type=float, required=True, help="Keep at most this much, the newest.")
-@as_json
-def gc(max_gib: float, json_: bool) -> None:
-    """Remove the oldest entries."""
-    from pipeline.cache import Cache, default_root
-
-    removed = Cache(default_root()).gc(int(max_gib * (1 << 30)))
-    if json_:
-        print_json(asdict(removed))
-        return
-    click.echo(f"removed {removed.entries} entries, {removed.size_bytes / (1 << 20):.1f} MiB")
-
-
-@main.group(cls=Group)
 def recipe() -> None:
     """Check and lock recipes."""
 
@@ -505,6 +370,17 @@ def check(names: tuple[str, ...], json_: bool) -> None:
 
 
 @recipe.command()
+@click.argument("paths", nargs=-1, required=True)
+@as_json
+def changed(paths: tuple[str, ...], json_: bool) -> None:  # noqa: ARG001 - it is JSON either way
+    """Print the names of the recipes that changed PATHS concern, as a JSON list; - reads paths from stdin."""
+    from pipeline.changed import changed_recipes
+
+    given = sys.stdin.read().splitlines() if paths == ("-",) else list(paths)
+    click.echo(json.dumps(changed_recipes(given, RECIPES)))
+
+
+@recipe.command()
 @click.argument("name")
 @as_json
 def lock(name: str, json_: bool) -> None:
@@ -524,3 +400,8 @@ def lock(name: str, json_: bool) -> None:
         print_json({"lock": lock_path(path)})
         return
     click.echo(f"wrote {lock_path(path)}")
+
+
+from pipeline import cli_registry  # noqa: E402 - it adds its commands to `main`
+
+cli_registry.add_to(main)

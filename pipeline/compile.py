@@ -22,6 +22,7 @@ from pipeline.backends.base import cache_key, make_backend
 from pipeline.cache import Cache
 from pipeline.errors import HostError, TandemError
 from pipeline.plan import GraphSpec
+from pipeline.remote_cache import Remote
 from pipeline.signature import PairShape
 
 SHAPING = ("models", "speculation", "backends", "trace.py", "signature.py")
@@ -37,16 +38,18 @@ class Job:
     backend: dict[str, Any]
     cache: str
     log: str
+    remote: Remote | None = None
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A graph in the cache. `hit` says that it was already there."""
+    """A graph in the cache. `hit` says that it was already there, or in the shared one; `notes` what went wrong."""
 
     spec: GraphSpec
     key: str
     hit: bool
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def compile_graph(job: Job) -> Compiled:
@@ -59,14 +62,15 @@ def compile_graph(job: Job) -> Compiled:
     store = Cache(Path(job.cache))
     backend = make_backend(job.backend)
     memo = f"{_memo_key(job, backend.toolchain().as_dict(), backend.flags())}"
+    notes: list[str] = []
     key, hit = _known(store, memo), True
     if key is None:
         with store.lock(memo), _logged(Path(job.log)):
             key = _known(store, memo)  # another build may have compiled it while this one waited
             if key is None:
-                key, hit = _trace_and_compile(job, backend, store)
+                key, hit = _trace_and_compile(job, backend, store, notes)
                 store.put(memo, key.encode())
-    return Compiled(job.spec, key, hit, time.monotonic() - started)
+    return Compiled(job.spec, key, hit, time.monotonic() - started, tuple(notes))
 
 
 def _known(store: Cache, memo: str) -> str | None:
@@ -78,14 +82,19 @@ def _known(store: Cache, memo: str) -> str | None:
     return key if store.get(key) is not None else None
 
 
-def _trace_and_compile(job: Job, backend: Any, store: Cache) -> tuple[str, bool]:
+def _trace_and_compile(job: Job, backend: Any, store: Cache, notes: list[str]) -> tuple[str, bool]:
+    """The shared cache is asked after the local one, and given what was compiled."""
     traced = backend.trace(job.spec, job.pair)
     key = cache_key(traced, backend.toolchain(), backend.flags())
+    toolchain = backend.toolchain().as_dict()
+    remote = job.remote.open(notes.append) if job.remote else None
     with store.lock(key):
-        if store.get(key) is not None:
+        if store.get(key) is not None or (remote and remote.fetch(key, toolchain, store)):
             return key, True
         with tempfile.TemporaryDirectory(prefix="tandem-compile-") as work:
-            store.put(key, _compile(job, backend, traced, Path(work)))
+            made = store.put(key, _compile(job, backend, traced, Path(work)), toolchain)
+        if remote:
+            remote.push(key, made, toolchain)
     return key, False
 
 

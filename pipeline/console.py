@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 LINE_EVERY_S = 10.0
+MIB = 1 << 20
 
 
 @dataclass
@@ -41,23 +43,35 @@ class Console:
         else:
             click.echo(line, err=True)
 
-    def progress(self, what: str, done: float, total: float) -> None:
-        """How far one piece of work has come; complete at `done` = `total`."""
+    def progress(self, what: str, done: float, total: float, detail: str = "") -> None:
+        """How far one piece of work has come; complete at `done` = `total`. `detail` says it in other words."""
         if self.quiet:
             return
         if sys.stderr.isatty():
-            self._draw(what, done, total)
+            self._draw(what, done, total, detail)
         elif time.monotonic() - self._told.setdefault(what, time.monotonic()) >= LINE_EVERY_S and done < total:
             self._told[what] = time.monotonic()
-            click.echo(f"  {what}: {100 * done / total:.0f}%", err=True)
+            click.echo(f"  {what}: {detail or f'{100 * done / total:.0f}%'}", err=True)
 
-    def _draw(self, what: str, done: float, total: float) -> None:
+    def transfer(self, what: str) -> Callable[[int, int], None]:
+        """How far bytes have come, told with what is left of the time, as far as the rate until now tells."""
+        started = time.monotonic()
+
+        def moved(done: int, total: int) -> None:
+            took = time.monotonic() - started
+            left = f", {took * (total - done) / done:.0f} s left" if 0 < done < total else ""
+            self.progress(what, done, total, f"{done / MIB:,.1f} of {total / MIB:,.1f} MiB{left}")
+
+        return moved
+
+    def _draw(self, what: str, done: float, total: float, detail: str) -> None:
         if self._bars is None:
             self._bars = _bars()
             self._bars.start()
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done, total=total, visible=done < total)
+        shown = f"{what}: {detail}" if detail else what
+        self._bars.update(self._tasks[what], completed=done, total=total, visible=done < total, description=shown)
 
     def close(self) -> None:
         """End the bars, if there are any."""

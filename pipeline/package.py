@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import lock as locks
+from pipeline import provenance
 from pipeline.artifact import (
     MANIFEST,
     Artifact,
@@ -84,7 +84,8 @@ def package(
         for name, data in tokenizer.items():
             (folder / "tokenizer" / name).write_bytes(data)
         _add_texts(folder, parts)
-        (folder / MANIFEST).write_bytes(dump(_manifest(_digests(folder, known), parts)))
+        files = _add_provenance(folder, _digests(folder, known), parts)
+        (folder / MANIFEST).write_bytes(dump(_manifest(files, parts)))
     return read(out)
 
 
@@ -131,15 +132,22 @@ def _add_graph(folder: Path, one: Compiled, parts: _Parts) -> None:
 def _add_texts(folder: Path, parts: _Parts) -> None:
     (folder / "recipe.yaml").write_text(parts.plan.recipe.to_yaml())
     locks.write(folder / "recipe.lock", parts.lock)
+
+
+def _add_provenance(folder: Path, files: dict[str, FileEntry], parts: _Parts) -> dict[str, FileEntry]:
+    """Write what tells of this build, over all other files; returns their entries with these."""
+    recipe, backend = parts.plan.recipe, parts.backend
     sources = {"target": parts.lock.target, "draft": parts.lock.draft}
-    provenance = {
-        "recipe_digest": parts.plan.recipe.digest(),
-        "lock_digest": locks.digest(parts.lock),
-        "toolchain": parts.backend.toolchain().as_dict(),
-        "inputs": {role: asdict(source) for role, source in sources.items() if source is not None},
-        "source_commit": _commit(),
-    }
-    _write_json(folder / "provenance.json", provenance)
+    build = provenance.Build(
+        recipe.name, _created(), recipe.digest(), locks.digest(parts.lock), recipe.backend.model_dump(),
+        backend.flags(), backend.toolchain().as_dict(),
+        {role: asdict(source) for role, source in sources.items() if source is not None},
+    )  # fmt: skip
+    subjects = {name: entry.sha256 for name, entry in files.items()}
+    _write_json(folder / provenance.PROVENANCE, provenance.statement(build, subjects))
+    _write_json(folder / provenance.SBOM, provenance.sbom(build))
+    made = (provenance.PROVENANCE, provenance.SBOM)
+    return files | {name: _entry(digest_file(folder / name)) for name in made}
 
 
 def _manifest(files: dict[str, FileEntry], parts: _Parts) -> Manifest:
@@ -196,12 +204,3 @@ def _created() -> str:
     """Now, or the time that a reproducible build is told to claim (reproducible-builds.org/specs/source-date-epoch)."""
     seconds = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def _commit() -> str:
-    """The commit of this package, if it runs from a checkout; `-dirty` when that was edited."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

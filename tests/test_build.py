@@ -106,7 +106,11 @@ def kill(child: subprocess.Popen[str], delay_s: float) -> str:
 def same_parts(root: Path) -> dict[str, object]:
     """Files of an artifact that two builds of one recipe have in common: provenance and reports tell of one build."""
     files = artifact.verify(root).manifest.files
-    return {name: entry for name, entry in files.items() if not name.startswith(("reports/", "provenance.json"))}
+    return {
+        name: entry
+        for name, entry in files.items()
+        if not name.startswith(("reports/", "provenance.json", "sbom.cdx.json"))
+    }
 
 
 def flip(path: Path) -> None:
@@ -490,3 +494,26 @@ def test_load_refuses_a_flipped_bit(built, tmp_path):
     victim.write_bytes(data)
     with pytest.raises(ArtifactError, match="weights/target"):
         runtime.load(copy)
+
+
+def test_build_on_a_cold_machine_with_a_warm_shared_cache(built, tmp_path):
+    """Zero compiles; a poisoned entry is seen, rebuilt alone, and replaced."""
+    from pipeline.cache import Cache
+    from pipeline.remote_cache import Remote, push_all
+
+    request, first = built
+    url = str(tmp_path / "shared")
+    assert push_all(Cache(request.cache), Remote(url, "write").open()) >= len(first.compiled)
+    changes = {"out": tmp_path / "out", "validate": False}
+    report = again(request, cache=tmp_path / "cold", remote=Remote(url), **changes)
+    assert (report.compiled, len(report.reused)) == ([], 5)
+    entries = {graph.key: graph.name for graph in artifact.read(request.out).manifest.graphs}
+    key = sorted(entries)[0]
+    data = next(path for path in Path(url, "graphs", key[:2], key).iterdir() if path.name != "entry.json")
+    data.write_bytes(b"poison" + data.read_bytes()[6:])
+    said = []
+    report = again(request, cache=tmp_path / "colder", remote=Remote(url, "write"), say=said.append, **changes)
+    assert report.compiled == [entries[key]]
+    assert any("should be" in line and key in line for line in said)
+    report = again(request, cache=tmp_path / "coldest", remote=Remote(url), **changes)
+    assert report.compiled == []

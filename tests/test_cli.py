@@ -243,6 +243,9 @@ def test_json_results_are_json_alone(work, tmp_path):
         ("inspect", "out"), ("verify", "out"), ("diff", "out", "out"), ("cache", "stats"),
         ("cache", "gc", "--max-gib", "1"),
         ("recipe", "schema"), ("recipe", "check", "mine.yaml"), ("plan", "mine.yaml"), ("publish", "out", "--dry-run"),
+        ("publish", "out", "--to", "r", "--alias", "prod"), ("ls", "r"), ("alias", "list", "r/small"),
+        ("alias", "history", "r/small@prod"), ("pull", "r/small@prod", "p"), ("diff", "r/small@prod", "out"),
+        ("alias", "set", "r/small@prod", "next"), ("gc", "r", "--dry-run"), ("recipe", "changed", "mine.yaml"),
     ):  # fmt: skip
         result = invoke(*arguments, "--json")
         assert result.exit_code == 0, (arguments, result.stderr)
@@ -253,11 +256,12 @@ def test_json_results_are_json_alone(work, tmp_path):
 NO_TORCH = [
     ("--help",), ("build", "--help"), ("inspect", "out"), ("verify", "out"), ("diff", "out", "out"), ("cache", "stats"),
     ("cache", "gc", "--max-gib", "1"), ("recipe", "schema"), ("recipe", "check", "mine.yaml"), ("plan", "mine.yaml"),
+    ("publish", "out", "--to", "r", "--alias", "prod"), ("pull", "r/small@prod", "p"), ("ls", "r"), ("gc", "r"),
 ]  # fmt: skip
 
 
 def test_commands_that_need_no_torch_import_none(work, tmp_path):
-    small.make(tmp_path / "out", tmp_path / "work")
+    small.make_validated(tmp_path / "out", tmp_path / "work")
     source = (
         "import sys\nfrom pipeline.cli import main\n"
         f"for arguments in {NO_TORCH!r}:\n"

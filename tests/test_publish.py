@@ -17,8 +17,9 @@ from pipeline.artifact import MANIFEST, dump, read
 from pipeline.errors import ArtifactError, GateError, HostError, InputError
 from pipeline.files import TEMP
 from pipeline.package import add_reports
-from pipeline.publish import list_releases, publish, set_alias
-from pipeline.stores.base import Alias, open_store
+from pipeline.publish import publish
+from pipeline.registry import list_releases, set_alias
+from pipeline.stores.base import Move, open_store
 
 FORK = multiprocessing.get_context("fork")
 
@@ -45,7 +46,7 @@ def test_publish_layout(made, url):
     root = Path(url)
     assert release.fresh
     assert (root / "releases" / "small" / manifest.version / MANIFEST).read_bytes() == dump(manifest)
-    assert (root / "aliases" / "small" / "latest").read_text() == manifest.version
+    assert (root / "aliases" / "small" / "latest").read_text().split()[0] == manifest.version
     blobs = {path.name: path.parent.name for path in (root / "blobs" / "sha256").rglob("*") if path.is_file()}
     assert blobs == {entry.sha256: entry.sha256[:2] for entry in manifest.files.values()}
     assert release.sent == len(blobs)
@@ -157,9 +158,9 @@ def test_publish_again_restores_lost_blobs(made, url):
 
 
 def test_publish_unknown_kind(made):
-    with pytest.raises(HostError, match="s3:// are not supported by this version") as caught:
-        publish(made, "s3://bucket/prefix")
-    assert caught.value.fix == "accepted: a folder, file://..."
+    with pytest.raises(HostError, match="ftp:// are not supported by this version") as caught:
+        publish(made, "ftp://bucket/prefix")
+    assert caught.value.fix == "accepted: a folder, file://..., hf://..., s3://..."
 
 
 def test_publish_registry_is_a_file(made, tmp_path):
@@ -186,13 +187,13 @@ def test_publish_killed_then_complete(tmp_path, url):
         process.join()
         stopped += process.exitcode != 0
         store = open_store(url)
-        if store.read_manifest("small", version) is not None:
+        if store.read_release("small", version) is not None:
             assert whole <= {path.name for path in (Path(url) / "blobs").rglob("*")}
         else:
             assert store.read_alias("small", "latest") is None
     assert stopped
     publish(made, url, ["latest"])
-    assert open_store(url).read_alias("small", "latest") == Alias(version, version)
+    assert open_store(url).read_alias("small", "latest").version == version
     names = {path.name for path in (Path(url) / "blobs").rglob("*") if path.is_file()}
     assert whole <= names
 
@@ -271,11 +272,13 @@ def test_publish_alias_must_be_plain(made, url, alias):
 
 def test_swap_alias_with_an_old_token(url):
     store = open_store(url)
-    assert store.swap_alias("small", "prod", "1", None)
-    assert not store.swap_alias("small", "prod", "2", None)
-    assert not store.swap_alias("small", "prod", "2", "0")
-    assert store.swap_alias("small", "prod", "2", "1")
+    assert store.swap_alias("small", "prod", Move("1"), None)
+    first = store.read_alias("small", "prod")
+    assert not store.swap_alias("small", "prod", Move("2"), None)
+    assert store.swap_alias("small", "prod", Move("2"), first)
+    assert not store.swap_alias("small", "prod", Move("3"), first)
     assert store.aliases("small") == {"prod": "2"}
+    assert store.read_alias("small", "prod").moves == (Move("2"), Move("1"))
 
 
 def _count_up(url: str) -> None:
@@ -284,7 +287,7 @@ def _count_up(url: str) -> None:
         while True:
             now = store.read_alias("small", "n")
             value = int(now.version) if now else 0
-            if store.swap_alias("small", "n", str(value + 1), now.token if now else None):
+            if store.swap_alias("small", "n", Move(str(value + 1)), now):
                 break
 
 
@@ -294,7 +297,8 @@ def test_swap_alias_loses_no_update(url):
         process.start()
     for process in processes:
         process.join()
-    assert open_store(url).read_alias("small", "n") == Alias("40", "40")
+    found = open_store(url).read_alias("small", "n")
+    assert [move.version for move in found.moves] == [str(n) for n in range(40, 0, -1)]
 
 
 def test_list_releases_of_nothing(url):

@@ -14,10 +14,12 @@ import pytest
 import small_artifacts as small
 
 from pipeline.artifact import MANIFEST, read, verify
+from pipeline.blobs import Blobs, Origin
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files import TEMP
 from pipeline.publish import publish
-from pipeline.pull import Blobs, Reference, parse_reference, pull
+from pipeline.pull import pull
+from pipeline.registry import Reference, parse_reference
 
 FORK = multiprocessing.get_context("fork")
 
@@ -102,10 +104,16 @@ def test_pull_flipped_bit(registry, original, options, name, place):
     with pytest.raises(ArtifactError, match=rf"{name}: sha256 \w{{64}}, should be {path.name}"):
         pull(f"{registry}/small@latest", **options)
     assert not options["directory"].exists()
-    assert list(options["cache"].rglob("*.partial")) == []
+    assert not [one for one in options["cache"].rglob("*") if one.stem == path.name and "locks" not in one.parts]
 
 
-@pytest.mark.parametrize("size", [0, 10, 3_000_000], ids=["empty", "short", "long"])
+def test_pull_reads_no_more_than_is_listed(registry, original, options):
+    """A blob that grew in the registry: its first bytes are what was published, and nothing else is taken."""
+    os.truncate(blob(registry, original, WEIGHTS), 3_000_000)
+    assert small.digests(pull(f"{registry}/small@latest", **options)) == small.digests(original)
+
+
+@pytest.mark.parametrize("size", [0, 10], ids=["empty", "short"])
 def test_pull_wrong_size(registry, original, options, size):
     path = blob(registry, original, WEIGHTS)
     os.truncate(path, size)
@@ -178,9 +186,14 @@ class Counting:
     def __init__(self, store) -> None:
         self.store, self.bytes = store, 0
 
-    def open_blob(self, sha256: str, offset: int = 0):
-        self.bytes += self.store._blob(sha256).stat().st_size - offset
-        return self.store.open_blob(sha256, offset)
+    def read_blob(self, blob, offset: int, length: int):
+        data = self.store.read_blob(blob, offset, length)
+        self.bytes += len(data)
+        return data
+
+
+def origin(store, original: Path) -> Origin:
+    return Origin(store, "small", read(original).manifest.version)
 
 
 @pytest.mark.parametrize("kept", [1, 1_000_000, 2_000_000], ids=["start", "middle", "all"])
@@ -194,7 +207,7 @@ def test_bring_resumes(registry, original, tmp_path, kept):
     partial.parent.mkdir(parents=True)
     partial.write_bytes((original / WEIGHTS).read_bytes()[:kept])
     seen = []
-    blobs.bring(store, {WEIGHTS: entry}, lambda done, total: seen.append((done, total)))
+    blobs.bring(origin(store, original), {WEIGHTS: entry}, lambda done, total: seen.append((done, total)))
     assert store.bytes == entry.size - kept
     assert blobs.path(entry.sha256).read_bytes() == (original / WEIGHTS).read_bytes()
     assert seen[-1] == (entry.size, entry.size)
@@ -211,7 +224,9 @@ def test_bring_starts_over_after_a_wrong_part(registry, original, tmp_path, data
     partial.parent.mkdir(parents=True)
     partial.write_bytes(data)
     seen = []
-    blobs.bring(open_store(str(registry)), {WEIGHTS: entry}, lambda done, total: seen.append((done, total)))
+    blobs.bring(
+        origin(open_store(str(registry)), original), {WEIGHTS: entry}, lambda done, total: seen.append((done, total))
+    )
     assert blobs.path(entry.sha256).read_bytes() == (original / WEIGHTS).read_bytes()
     assert seen[-1] == (entry.size, entry.size)
 
@@ -310,3 +325,137 @@ def test_pull_without_space(registry, options):
     with pytest.raises(HostError, match=r"10,000,\d+,\d+,\d+,\d+ bytes needed, [\d,]+ free"):
         pull(f"{registry}/small@latest", **options)
     assert not options["directory"].exists()
+
+
+def spoil(registry: Path, change) -> None:
+    """Rewrite a release's manifest, as a registry that lies would."""
+    manifest = next(registry.glob("releases/small/*/manifest.json"))
+    data = json.loads(manifest.read_text())
+    change(data)
+    manifest.write_text(json.dumps(data))
+
+
+def test_pull_a_million_files(registry, options):
+    """Refused by their number, before a byte is fetched or a folder made."""
+
+    def many(data) -> None:
+        entry = data["files"]["recipe.yaml"]
+        data["files"] |= {f"f{number}": entry for number in range(200_001)}
+
+    spoil(registry, many)
+    with pytest.raises(ArtifactError, match="files"):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+
+
+def test_pull_a_manifest_that_fills_the_memory(registry, options, monkeypatch):
+    monkeypatch.setattr("pipeline.stores.objects.SMALL_BYTES", 1 << 20)
+    manifest = next(registry.glob("releases/small/*/manifest.json"))
+    os.truncate(manifest, 1 << 40)  # a hole: a terabyte that takes no disk
+    with pytest.raises(ArtifactError, match="no manifest has more"):
+        pull(f"{registry}/small@latest", **options)
+
+
+def test_pull_a_size_that_is_not_there(registry, original, options):
+    """A claim of 10 GB for a blob of a megabyte: what is there arrives, and is seen not to be it."""
+    spoil(registry, lambda data: data["files"][WEIGHTS].update(size=10_000_000_000))
+    with pytest.raises((ArtifactError, HostError), match=r"fewer bytes|bytes needed"):
+        pull(f"{registry}/small@latest", **options)
+    assert sum(path.stat().st_blocks * 512 for path in options["cache"].rglob("*") if path.is_file()) < 50_000_000
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"schema_version": 1}', b"\xff" * 100])
+def test_pull_a_damaged_manifest(registry, options, data):
+    next(registry.glob("releases/small/*/manifest.json")).write_bytes(data)
+    with pytest.raises(ArtifactError):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "signature", "recipe.yaml/x", "graphs", ".", "a//b", "a/./b"])
+def test_pull_a_path_that_is_taken(registry, options, place):
+    spoil(registry, lambda data: data["files"].update({place: data["files"]["recipe.yaml"]}))
+    with pytest.raises(ArtifactError, match="path"):
+        pull(f"{registry}/small@latest", **options)
+
+
+def test_pull_into_a_link(registry, original, options, tmp_path):
+    """A directory that is a link is replaced, never followed: what it leads to is left alone."""
+    (tmp_path / "elsewhere").mkdir()
+    options["directory"].symlink_to(tmp_path / "elsewhere")
+    pull(f"{registry}/small@latest", **options)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert small.digests(options["directory"]) == small.digests(original)
+
+
+def test_pull_linked_blob_in_the_local_store(registry, original, options, tmp_path):
+    """A link planted in the local store must not be written through."""
+    entry = read(original).manifest.files[WEIGHTS]
+    place = options["cache"] / "blobs" / "sha256" / entry.sha256[:2] / entry.sha256
+    place.parent.mkdir(parents=True)
+    (tmp_path / "precious").write_text("mine")
+    place.symlink_to(tmp_path / "precious")
+    pull(f"{registry}/small@latest", **options)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (options["directory"] / WEIGHTS).is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("host", "chosen"),
+    [({"device": "cpu", "machine": "x86_64", "isa": "avx512"}, "cpu-avx512-tp1"),
+     ({"device": "cpu", "machine": "x86_64", "isa": "avx2"}, "cpu-avx2-tp1"),
+     ({"device": "neuron", "target": "trn2"}, "trn2-tp8"),
+     ({"device": "cpu", "machine": "aarch64", "isa": "default"}, None)],
+)  # fmt: skip
+def test_choose_a_variant(original, tmp_path, host, chosen):
+    from pipeline.release import bundle, choose
+
+    artifacts = []
+    for number, (requires, ranks) in enumerate([
+        ({"device": "cpu", "machine": "x86_64", "isa": "avx2"}, 1),
+        ({"device": "cpu", "machine": "x86_64", "isa": "avx512"}, 1),
+        ({"device": "neuron", "target": "trn2"}, 8),
+    ]):  # fmt: skip
+        root = Path(shutil.copytree(original, tmp_path / str(number)))
+        data = json.loads((root / MANIFEST).read_text()) | {"requires": requires, "tensor": ranks}
+        (root / MANIFEST).write_text(json.dumps(data))
+        artifacts.append(read(root))
+    index = bundle(artifacts).document
+    if chosen is None:
+        with pytest.raises(InputError, match="no variant for this host") as caught:
+            choose(index, host, None, "here")
+        assert "trn2-tp8" in caught.value.fix
+    else:
+        assert choose(index, host, None, "here") == chosen
+
+
+def test_choose_never_guesses_ranks(original, tmp_path):
+    from pipeline.release import bundle, choose
+
+    artifacts = []
+    for ranks in (1, 2):
+        root = Path(shutil.copytree(original, tmp_path / str(ranks)))
+        (root / MANIFEST).write_text(json.dumps(json.loads((root / MANIFEST).read_text()) | {"tensor": ranks}))
+        artifacts.append(read(root))
+    index, host = bundle(artifacts).document, {"device": "cpu", "machine": "x86_64", "isa": "avx512"}
+    with pytest.raises(InputError, match="2 variants run on this host"):
+        choose(index, host, None, "here")
+    assert choose(index, host, "cpu-avx2-tp2", "here") == "cpu-avx2-tp2"
+
+
+def test_host_facts(tmp_path):
+    from pipeline.host import host_facts
+
+    proc, dev, sys_ = tmp_path / "proc", tmp_path / "dev", tmp_path / "sys"
+    for folder in (proc, dev, sys_ / "devices/virtual/dmi/id"):
+        folder.mkdir(parents=True)
+    for flags, isa in (
+        ("sse", "default"),
+        ("avx2 fma", "avx2"),
+        ("avx2 fma avx512f avx512bw avx512dq avx512vl", "avx512"),
+    ):
+        (proc / "cpuinfo").write_text(f"processor: 0\nflags\t\t: {flags}\n")
+        assert host_facts(proc, dev, sys_)["isa"] == isa
+    (dev / "neuron0").touch()
+    (sys_ / "devices/virtual/dmi/id/product_name").write_text("trn2.48xlarge\n")
+    assert host_facts(proc, dev, sys_) == {"device": "neuron", "target": "trn2"}

@@ -1,0 +1,324 @@
+"""The command line of registries: publish, pull, ls, diff, alias, gc, sign, verify, cache. A part of `cli.py`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.commands import Command, Group, artifact_dir, as_json
+from pipeline.console import Console, print_json
+
+if TYPE_CHECKING:
+    from pipeline.cache import Cache
+    from pipeline.remote_cache import RemoteCache
+    from pipeline.signing import Policy
+
+MIB = 1 << 20
+
+identity_option = click.option(
+    "--require-signature", "identity", help="Refuse what this public key's file, or identity, did not sign."
+)
+issuer_option = click.option("--issuer", help="Issuer of that identity (default: GitHub Actions).")
+policy_option = click.option(
+    "--policy", "policy_file", type=click.Path(path_type=Path), envvar="TANDEM_POLICY", help="Policy file."
+)
+
+
+def add_to(main: click.Group) -> None:
+    """Add the commands."""
+    for command in (publish, pull, ls, diff, gc, sign, verify, alias, cache):
+        main.add_command(command)
+
+
+def _shown(json_: bool, data: Any, line: str) -> None:
+    if json_:
+        print_json(data)
+    else:
+        click.echo(line)
+
+
+@click.command(cls=Command)
+@click.argument("artifacts", nargs=-1, required=True)
+@click.option("--to", "url", default="artifacts/registry", show_default=True,
+              help="Registry: a folder, s3://bucket/prefix, or hf://org.")  # fmt: skip
+@click.option("--alias", "aliases", multiple=True, help="Point this alias at the release.")
+@click.option("--version", "version", help="Name of the release (default: from its content).")
+@click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this private key before.")
+@click.option("--keyless", is_flag=True, help="Sign with the identity of this CI job before.")
+@click.option("--dry-run", is_flag=True, help="Show what would be sent.")
+@as_json
+@click.pass_obj
+def publish(
+    console: Console, artifacts: tuple[str, ...], url: str, aliases: tuple[str, ...], version: str | None,
+    key: Path | None, keyless: bool, dry_run: bool, json_: bool,
+) -> None:  # fmt: skip
+    """Publish ARTIFACTS as an immutable release; several of one recipe (chips, ranks) become its variants."""
+    from pipeline.publish import publish as send
+
+    roots = [artifact_dir(name) for name in artifacts]
+    if (key or keyless) and not dry_run:
+        for root in roots:
+            _sign(root, key)
+    progress = console.transfer("publish")
+    release = send(roots, url, aliases, version=version, dry_run=dry_run, progress=progress)
+    verb, size = "would send" if dry_run else "sent", release.sent_bytes / MIB
+    line = f"{release.name}@{release.version}: {verb} {release.sent} blobs, {size:.1f} MiB to {url}"
+    _shown(json_, asdict(release), line)
+
+
+@click.command(cls=Command)
+@click.argument("reference")
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, help="A part: graphs, weights, tokenizer, reports, or a pattern of paths.")
+@click.option("--variant", help="Which of a release's variants (default: the one for this host).")
+@click.option("--offline", is_flag=True, help="Ask nobody: it must have been pulled before.")
+@identity_option
+@issuer_option
+@policy_option
+@as_json
+@click.pass_obj
+def pull(
+    console: Console, reference: str, directory: Path | None, only: tuple[str, ...], variant: str | None,
+    offline: bool, identity: str | None, issuer: str | None, policy_file: Path | None, json_: bool,
+) -> None:  # fmt: skip
+    """Pull a release, REGISTRY/NAME@VERSION-or-ALIAS, into DIRECTORY, verified."""
+    from pipeline.pull import pull as fetch
+
+    parts = [part if any(c in part for c in "*?[/.") else f"{part}/*" for part in only]
+    out = fetch(
+        reference, directory, only=[*parts, "recipe.*", "tokenizer/*"] if parts else None, variant=variant,
+        policy=_policy(identity, issuer, policy_file), offline=offline, progress=console.transfer("pull"),
+    )  # fmt: skip
+    _shown(json_, {"artifact": out}, str(out))
+
+
+def _policy(identity: str | None, issuer: str | None, path: Path | None) -> Policy | None:
+    from pipeline import signing
+
+    if identity is not None:
+        return signing.require(identity, issuer or signing.GITHUB)
+    return signing.read_policy(path) if path is not None else None
+
+
+@click.command(cls=Command)
+@click.argument("url")
+@as_json
+def ls(url: str, json_: bool) -> None:
+    """List the releases of a registry, or, with URL/NAME@, of one name."""
+    from pipeline.registry import list_releases
+
+    place, _, last = url.rpartition("/")
+    found = list_releases(place, last.rstrip("@")) if last.endswith("@") else list_releases(url)
+    if json_:
+        print_json([asdict(one) for one in found])
+        return
+    for one in found:
+        aliases = f"  <- {', '.join(one.aliases)}" if one.aliases else ""
+        variants = f"  [{', '.join(one.variants)}]" if one.variants else ""
+        click.echo(f"{one.name}@{one.version}  {one.created}  {one.size_bytes / MIB:,.1f} MiB{variants}{aliases}")
+
+
+@click.command(cls=Command)
+@click.argument("first")
+@click.argument("second")
+@click.option("--variant", help="Which variant of releases that have several.")
+@as_json
+def diff(first: str, second: str, variant: str | None, json_: bool) -> None:
+    """Show what differs between two artifacts or releases: graphs, shapes, toolchain, gates, files."""
+    from pipeline.registry import compare, manifest_of
+
+    one, two = (manifest_of(name if "@" in name else str(artifact_dir(name)), variant) for name in (first, second))
+    found = compare(one, two)
+    if json_:
+        print_json(found)
+        return
+    for how, names in found["graphs"].items():
+        click.echo("".join(f"graph {how}: {name}\n" for name in names), nl=False)
+    for field, values in found["fields"].items():
+        click.echo(f"{field}: {values['from']} -> {values['to']}")
+    for top, changes in found["files"].items():
+        click.echo(f"{top}: " + ", ".join(f"{len(names)} {how}" for how, names in changes.items()))
+
+
+@click.command(cls=Command)
+@click.argument("url")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed.")
+@as_json
+def gc(url: str, dry_run: bool, json_: bool) -> None:
+    """Remove blobs that no release of a registry reaches. Never removes releases or aliases."""
+    from pipeline.registry import collect
+
+    found = collect(url, dry_run=dry_run)
+    verb = "would remove" if dry_run else "removed"
+    line = f"{verb} {found.blobs} blobs, {found.size_bytes / MIB:,.1f} MiB; {found.kept} are in use"
+    _shown(json_, asdict(found), line)
+
+
+@click.command(cls=Command)
+@click.argument("artifact")
+@click.option("--key", type=click.Path(path_type=Path), help="Private key, PEM (default: keyless, this CI job).")
+@as_json
+def sign(artifact: str, key: Path | None, json_: bool) -> None:
+    """Sign ARTIFACT's manifest; publish sends the signature along."""
+    made = _sign(artifact_dir(artifact), key)
+    _shown(json_, {"signature": made}, str(made))
+
+
+def _sign(root: Path, key: Path | None) -> Path:
+    from pipeline import signing
+
+    password, token = os.environ.get("TANDEM_KEY_PASSWORD"), os.environ.get("SIGSTORE_ID_TOKEN")
+    return signing.sign(root, key, password=password, token=token)
+
+
+@click.command(cls=Command)
+@click.argument("artifact")
+@identity_option
+@issuer_option
+@policy_option
+@as_json
+@click.pass_obj
+def verify(
+    console: Console, artifact: str, identity: str | None, issuer: str | None, policy_file: Path | None, json_: bool
+) -> None:  # fmt: skip
+    """Check every file of ARTIFACT against its manifest, and who signed that."""
+    from pipeline.artifact import verify as check
+
+    root = artifact_dir(artifact)
+    policy = _policy(identity, issuer, policy_file)
+    if policy is not None:
+        from pipeline.signing import check_artifact
+
+        check_artifact(root, policy)
+    found = check(root, lambda done, total: console.progress("verify", done, total)).manifest
+    data = {"name": found.name, "version": found.version, "files": len(found.files), "signed": policy is not None}
+    _shown(json_, data, f"{found.name} {found.version}: {len(found.files)} files match")
+
+
+@click.group(cls=Group)
+def alias() -> None:
+    """Move and follow aliases of releases."""
+
+
+@alias.command("set")
+@click.argument("reference")
+@click.argument("alias_name")
+@as_json
+def alias_set(reference: str, alias_name: str, json_: bool) -> None:
+    """Point ALIAS_NAME at a release, REGISTRY/NAME@VERSION-or-ALIAS."""
+    from pipeline.registry import parse_reference, set_alias
+
+    ref = parse_reference(reference)
+    set_alias(ref.url, f"{ref.name}@{ref.wanted}", alias_name)
+    release = f"{ref.name}@{ref.wanted}"
+    _shown(json_, {"alias": alias_name, "release": release}, f"{alias_name} -> {release}")
+
+
+@alias.command("list")
+@click.argument("reference")
+@as_json
+def alias_list(reference: str, json_: bool) -> None:
+    """List the aliases of REGISTRY/NAME and where they point."""
+    from pipeline.registry import parse_reference
+    from pipeline.stores.base import open_store
+
+    ref = parse_reference(reference)
+    found = open_store(ref.url).aliases(ref.name)
+    _shown(json_, found, "\n".join(f"{name} -> {version}" for name, version in found.items()))
+
+
+@alias.command("history")
+@click.argument("reference")
+@as_json
+def alias_history(reference: str, json_: bool) -> None:
+    """Show where REGISTRY/NAME@ALIAS has pointed, the newest first."""
+    from pipeline.registry import history, parse_reference
+
+    ref = parse_reference(reference)
+    moves = history(ref.url, ref.name, ref.wanted).moves
+    lines = (f"{move.version}  {move.when}  {move.who}".rstrip() for move in moves)
+    _shown(json_, [asdict(move) for move in moves], "\n".join(lines))
+
+
+@alias.command("rollback")
+@click.argument("reference")
+@as_json
+def alias_rollback(reference: str, json_: bool) -> None:
+    """Point REGISTRY/NAME@ALIAS back at the release before."""
+    from pipeline.registry import parse_reference, roll_back
+
+    ref = parse_reference(reference)
+    before, now = roll_back(ref.url, ref.name, ref.wanted)
+    _shown(json_, {"alias": ref.wanted, "from": before, "to": now}, f"{ref.wanted}: {before} -> {now}")
+
+
+@click.group(cls=Group)
+def cache() -> None:
+    """Look after the cache of compiled graphs, here and shared."""
+
+
+shared = click.argument("url", envvar="TANDEM_REMOTE_CACHE")
+
+
+@cache.command("push")
+@shared
+@as_json
+@click.pass_obj
+def cache_push(console: Console, url: str, json_: bool) -> None:
+    """Push compiled graphs to the shared cache at URL."""
+    from pipeline.cache import Cache, default_root
+    from pipeline.remote_cache import Remote, push_all
+
+    count = push_all(Cache(default_root()), Remote(url, "write").open(console.say))
+    _shown(json_, {"pushed": count}, f"pushed {count} graphs to {url}")
+
+
+@cache.command("pull")
+@shared
+@as_json
+@click.pass_obj
+def cache_pull(console: Console, url: str, json_: bool) -> None:
+    """Pull the graphs that this machine's toolchain can use from the shared cache at URL."""
+    from pipeline.backends.base import make_backend
+    from pipeline.cache import Cache, default_root
+    from pipeline.remote_cache import Remote, pull_all
+
+    toolchain = make_backend({"name": "inductor"}).toolchain().as_dict()
+    count = pull_all(Cache(default_root()), Remote(url).open(console.say), toolchain)
+    _shown(json_, {"pulled": count}, f"pulled {count} graphs from {url}")
+
+
+@cache.command()
+@click.option("--remote", "url", help="Of this shared cache, not of the local one.")
+@as_json
+def stats(url: str | None, json_: bool) -> None:
+    """Count entries and bytes."""
+    from pipeline.cache import default_root
+
+    found, place = _cache(url).stats(), url or default_root()
+    line = f"{found.entries} entries, {found.size_bytes / MIB:.1f} MiB in {place}"
+    _shown(json_, asdict(found) | {"root": place}, line)
+
+
+@cache.command("gc")
+@click.option("--max-gib", type=float, required=True, help="Keep at most this much, the newest.")
+@click.option("--max-days", type=float, help="Remove what is older (local: not used for longer).")
+@click.option("--remote", "url", help="Of this shared cache, not of the local one.")
+@as_json
+def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: bool) -> None:
+    """Remove the oldest entries."""
+    age_s = None if max_days is None else max_days * 24 * 3600
+    removed = _cache(url).gc(int(max_gib * (1 << 30)), age_s)
+    line = f"removed {removed.entries} entries, {removed.size_bytes / MIB:.1f} MiB"
+    _shown(json_, asdict(removed), line)
+
+
+def _cache(url: str | None) -> Cache | RemoteCache:
+    from pipeline.cache import Cache, default_root
+    from pipeline.remote_cache import Remote
+
+    return Remote(url, "write").open() if url else Cache(default_root())

@@ -1,0 +1,48 @@
+"""What this machine has, in the words of a manifest's `requires`, told without torch: enough to choose a variant.
+
+Loading checks again, with the backend itself. Nothing is opened for execution here.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+NEURON_FAMILIES = {"trn1": "trn1", "trn1n": "trn1", "trn2": "trn2", "trn2u": "trn2", "inf2": "inf2"}
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+
+
+def host_facts(proc: Path = Path("/proc"), dev: Path = Path("/dev"), sys: Path = Path("/sys")) -> dict[str, str]:
+    """Device, and what is known of it. A machine with an accelerator is one, although it has a CPU, too."""
+    if (dev / "neuron0").exists():
+        family = _read(sys / "devices/virtual/dmi/id/product_name").partition(".")[0]
+        return {"device": "neuron", "target": NEURON_FAMILIES.get(family, family or "unknown")}
+    if (dev / "nvidia0").exists() and (capability := _compute_capability()):
+        return {"device": "cuda", "compute_capability": capability}
+    return {"device": "cpu", "machine": platform.machine(), "isa": _isa(proc)}
+
+
+def _isa(proc: Path) -> str:
+    """As torch names it: avx512 needs all four parts."""
+    lines = [line for line in _read(proc / "cpuinfo").splitlines() if line.startswith(("flags", "Features"))]
+    flags = set(lines[0].split()) if lines else set()
+    if flags.issuperset(AVX512):
+        return "avx512"
+    return "avx2" if "avx2" in flags and "fma" in flags else "default"
+
+
+def _compute_capability() -> str:
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found[0] if found else ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

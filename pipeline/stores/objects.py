@@ -1,0 +1,215 @@
+"""A registry over objects: the same layout and the same guarantees in a folder and in an S3 bucket.
+
+    blobs/sha256/<2 hex>/<sha256>    releases/<name>/<version>/manifest.json    aliases/<name>/<alias>
+    signatures/<sha256 of a manifest>/<sha256 of the signature>    leases/    collections/
+
+An alias is a text, its moves, the newest first: the first word of the first line is where it points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from pipeline.errors import ArtifactError, InputError
+from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Bucket, Content, Move, Pinned, Removed, Report
+from pipeline.stores.leases import Lease, collecting, leased
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+PARALLEL = 8
+PARTS = 16
+"""Parts of all uploads together that are on their way: what a publish holds in memory."""
+HISTORY = 1000
+"""Moves that an alias remembers."""
+
+
+class ObjectStore:
+    """See `Store`."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.lease: Lease | None = None
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Hold a lease; see `leases`."""
+        self.bucket.check()
+        with leased(self.bucket) as self.lease:
+            try:
+                yield
+            finally:
+                self.lease = None
+
+    def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:  # noqa: ARG002 - blobs are shared
+        """One path of each blob that is not stored with its size, small ones first."""
+        paths = {entry.sha256: path for path, entry in files.items()}
+        order = sorted(paths.values(), key=lambda path: files[path].size)
+        with ThreadPoolExecutor(PARALLEL, "look") as pool:
+            sizes = pool.map(lambda path: self.bucket.size(_blob(files[path].sha256)), order)
+            return [path for path, size in zip(order, sizes, strict=True) if size != files[path].size]
+
+    def send(self, content: Content, paths: Sequence[str], report: Report) -> None:
+        """Upload several at a time; the first failure stops what has not begun."""
+        parts = max(2, PARTS // min(PARALLEL, max(len(paths), 1)))
+
+        def upload(path: str) -> None:
+            entry = content.files[path]
+            self.bucket.upload(_blob(entry.sha256), content.sources[path], entry.sha256, parts)
+            report(entry.size)
+
+        with ThreadPoolExecutor(PARALLEL, "send") as pool:
+            running = [pool.submit(upload, path) for path in paths]
+            done, left = wait(running, return_when=FIRST_EXCEPTION)
+            for future in left:
+                future.cancel()
+        for future in done:
+            future.result()
+
+    def create_release(self, content: Content) -> bool:
+        """Signatures first, under the manifest's digest; then the manifest: the first writer wins."""
+        for one in content.signatures:
+            self.bucket.create(f"{_signatures(one.manifest_sha256)}/{_sha256(one.data)}", one.data)
+        if self.lease is not None:
+            self.lease.check()
+        return self.bucket.create(_release(content.name, content.version), content.document)
+
+    def read_release(self, name: str, version: str) -> bytes | None:
+        """A release's manifest, or None."""
+        found = self.bucket.get(_release(name, version))
+        return found.data if found else None
+
+    def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:  # noqa: ARG002 - found by digest
+        """Signatures over a manifest."""
+        found = (self.bucket.get(one.key) for one in self.bucket.list(_signatures(manifest_sha256)))
+        return [one.data for one in found if one is not None]
+
+    def read_blob(self, blob: Blob, offset: int, length: int) -> bytes:
+        """A part of a blob.
+
+        Raises:
+            ArtifactError: it is missing.
+
+        """
+        try:
+            return self.bucket.read(_blob(blob.sha256), offset, length)
+        except FileNotFoundError as error:
+            what = f"blob {blob.sha256} is missing"
+            raise ArtifactError(what, where=self.bucket.where, fix="publish the release again") from error
+
+    def names(self) -> list[str]:
+        """Names that have releases."""
+        return sorted({name for name, _ in self._releases("releases")})
+
+    def versions(self, name: str) -> list[str]:
+        """Published versions of a name."""
+        return sorted(version for _, version in self._releases(f"releases/{_plain(name)}"))
+
+    def aliases(self, name: str) -> dict[str, str]:
+        """Aliases of a name and the versions they point at."""
+        found = sorted(one.key.rpartition("/")[2] for one in self.bucket.list(f"aliases/{_plain(name)}"))
+        aliases = {alias: self.read_alias(name, alias) for alias in found}
+        return {alias: points.version for alias, points in aliases.items() if points is not None}
+
+    def read_alias(self, name: str, alias: str) -> Alias | None:
+        """Where an alias points, or None."""
+        found = self.bucket.get(_alias(name, alias))
+        if found is None:
+            return None
+        lines = [line.split("\t") for line in found.data.decode(errors="replace").splitlines() if line.strip()]
+        moves = tuple(Move(*[*line, "", ""][:3]) for line in lines)
+        if not moves or not NAME.fullmatch(moves[0].version):
+            raise ArtifactError("damaged alias", where=f"{self.bucket.where}: {alias}", fix="set it again")
+        return Alias(moves[0].version, found.token, moves)
+
+    def swap_alias(self, name: str, alias: str, move: Move, was: Alias | None) -> bool:
+        """Replace the text of an alias, if it is as it was."""
+        moves = (move, *(was.moves if was else ()))[:HISTORY]
+        text = "".join("\t".join((one.version, one.when, one.who)).rstrip("\t") + "\n" for one in moves)
+        return self.bucket.swap(_alias(name, alias), text.encode(), was.token if was else None)
+
+    def collect(self, reachable: Callable[[bytes], set[str]], *, dry_run: bool) -> Removed:
+        """Remove blobs that no release reaches, unless somebody publishes. Releases are never removed."""
+        self.bucket.check()
+        with collecting(self.bucket) as time_left:
+            blobs = list(self.bucket.list("blobs"))
+            keep: set[str] = set()
+            for name, version in self._releases("releases"):
+                keep |= reachable(self.read_release(name, version) or b"")
+            unused = [one for one in blobs if one.key.rpartition("/")[2] not in keep]
+            removed = freed = 0
+            for one in unused:
+                if not time_left():
+                    break
+                if not dry_run:
+                    self.bucket.delete(one.key)
+                removed, freed = removed + 1, freed + one.size
+        return Removed(removed, freed, len(blobs) - removed)
+
+    def _releases(self, below: str) -> Iterator[tuple[str, str]]:
+        for one in self.bucket.list(below):
+            parts = one.key.split("/")
+            if len(parts) == 4 and parts[0] == "releases" and parts[3] == "manifest.json":
+                yield parts[1], parts[2]
+
+
+def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[bytes]:
+    """A file's bytes in pieces; raises at the end, before a writer finishes, if they are not what they should be.
+
+    Raises:
+        ArtifactError: another digest.
+
+    """
+    digest = hashlib.sha256()
+    with source.open("rb") as file:
+        while piece := file.read(piece_bytes):
+            digest.update(piece)
+            yield piece
+    if digest.hexdigest() != sha256:
+        what = f"sha256 {digest.hexdigest()}, should be {sha256}"
+        raise ArtifactError(what, where=str(source), fix="build the artifact again")
+
+
+def check_small(size: int, where: str) -> None:
+    """Refuse to read what no small object can be.
+
+    Raises:
+        ArtifactError: too large.
+
+    """
+    if size > SMALL_BYTES:
+        what = f"{size:,} bytes, no manifest has more than {SMALL_BYTES:,}"
+        raise ArtifactError(what, where=where, fix="do not use this release")
+
+
+def _blob(sha256: str) -> str:
+    assert DIGEST.fullmatch(sha256), sha256
+    return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def _release(name: str, version: str) -> str:
+    return f"releases/{_plain(name)}/{_plain(version)}/manifest.json"
+
+
+def _alias(name: str, alias: str) -> str:
+    return f"aliases/{_plain(name)}/{_plain(alias)}"
+
+
+def _signatures(manifest_sha256: str) -> str:
+    assert DIGEST.fullmatch(manifest_sha256), manifest_sha256
+    return f"signatures/{manifest_sha256}"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _plain(name: str) -> str:
+    """A name that is one part of a path, and never a temp name."""
+    if not NAME.fullmatch(name):
+        raise InputError(f"{name!r} is not a plain name", where="registry", fix="use letters, digits, . _ + -")
+    return name

@@ -1,0 +1,226 @@
+"""A registry in an S3 bucket, of AWS or of any server that honours conditional writes: `s3://bucket/prefix`.
+
+Settings come from the environment, as other AWS tools read it: AWS_ENDPOINT_URL(_S3), AWS_REGION, AWS_PROFILE and the
+credentials' usual chain. Sent bytes carry a sha256 that the server checks; failures that may pass are tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore import exceptions
+from obstore.store import S3Store
+
+from pipeline.errors import HostError, InputError
+from pipeline.stores.base import Interrupted, Listing, Object
+from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
+
+LOCATION = re.compile(r"(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(/(?P<prefix>[\w.+/=-]*))?")
+PART_BYTES = 8 << 20
+RETRIES = 8
+RETRY_S = 60.0
+PROBE = ".tandem-registry"
+PROBE_DATA = b"This bucket prefix is a registry of Tandem.\n"
+NO_TAG = '"00000000000000000000000000000000"'
+OWN_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_SKIP_SIGNATURE",
+)
+CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of this machine"
+CONDITIONS = "use a server that honours If-None-Match and If-Match, or a folder or a Hub as registry"
+EXPLAINED = {
+    "NoSuchBucket": ("no such bucket", "create the bucket, or name another one"),
+    "ExpiredToken": ("the credentials have expired", "renew them, and run the same command to continue"),
+    "TokenRefreshRequired": ("the credentials have expired", "renew them, and run the same command to continue"),
+    "RequestTimeTooSkewed": ("this machine's clock differs from the server's", "set the clock (NTP)"),
+    "SignatureDoesNotMatch": ("the secret key is wrong", CREDENTIALS),
+    "InvalidAccessKeyId": ("the access key is unknown", CREDENTIALS),
+    "credential": ("no usable credentials", CREDENTIALS),
+}
+
+
+def open_s3(location: str) -> ObjectStore:
+    """The registry at `bucket/prefix`. Asks nobody yet.
+
+    Raises:
+        InputError: not a bucket's name.
+
+    """
+    match = LOCATION.fullmatch(location)
+    if match is None:
+        raise InputError("not a bucket and prefix", where=f"s3://{location}", fix="write s3://bucket/prefix")
+    return ObjectStore(S3Bucket(match["bucket"], (match["prefix"] or "").strip("/")))
+
+
+class S3Bucket:
+    """See `Bucket`. `strip_quotes` is for servers that compare an ETag without its quotes."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.where = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.store = _client(bucket)
+        self.checked = self.strip_quotes = False
+
+    def check(self) -> None:
+        """Ask for what the server must refuse: creating an object twice, and swapping it with a wrong token.
+
+        Raises:
+            HostError: it does not refuse, or refuses what it must not.
+
+        """
+        if self.checked:
+            return
+        if self.create(PROBE, PROBE_DATA) and self.create(PROBE, PROBE_DATA):
+            what = "this server ignores If-None-Match: two could publish one version"
+            raise HostError(what, where=self.where, fix=CONDITIONS)
+        if self.swap(PROBE, PROBE_DATA, NO_TAG):
+            what = "this server ignores If-Match: moves of aliases could be lost"
+            raise HostError(what, where=self.where, fix=CONDITIONS)
+        if not (self._swaps(strip_quotes=False) or self._swaps(strip_quotes=True)):
+            raise HostError("this server refuses a right If-Match", where=self.where, fix=CONDITIONS)
+        self.checked = True
+
+    def size(self, key: str) -> int | None:
+        """Size of an object, or None."""
+        with self._explained(key):
+            try:
+                return int(obstore.head(self.store, self.prefix + key)["size"])
+            except FileNotFoundError:
+                return None
+
+    def upload(self, key: str, source: Path, sha256: str, parts: int) -> None:
+        """Small files in one request, large ones in parallel parts. A file that changed meanwhile is refused."""
+        with self._explained(key):
+            if source.stat().st_size <= PART_BYTES:
+                data = b"".join(checked_pieces(source, sha256, PART_BYTES))
+                obstore.put(self.store, self.prefix + key, data, use_multipart=False)
+                return
+            pieces = checked_pieces(source, sha256, PART_BYTES)
+            obstore.put(self.store, self.prefix + key, pieces, chunk_size=PART_BYTES, max_concurrency=parts)
+
+    def read(self, key: str, offset: int, length: int) -> bytes:
+        """A part of an object."""
+        if length == 0:
+            return b""
+        with self._explained(key):
+            # Any buffer will do for the caller; this one was not copied.
+            return obstore.get_range(self.store, self.prefix + key, start=offset, length=length)  # type: ignore[return-value]
+
+    def get(self, key: str) -> Object | None:
+        """A small object and its ETag."""
+        with self._explained(key):
+            try:
+                found = obstore.get(self.store, self.prefix + key)
+                check_small(found.meta["size"], f"{self.where}/{key}")
+                return Object(bytes(found.bytes()), found.meta["e_tag"] or "")
+            except FileNotFoundError:
+                return None
+
+    def create(self, key: str, data: bytes) -> bool:
+        """If-None-Match: *. A request that was tried again may meet its own first try, which counts as ours."""
+        return self._conditional(key, data, "create")
+
+    def swap(self, key: str, data: bytes, token: str | None) -> bool:
+        """If-Match, or If-None-Match where nothing should be there."""
+        if token is None:
+            return self.create(key, data)
+        return self._conditional(key, data, {"e_tag": token.strip('"') if self.strip_quotes else token})
+
+    def list(self, prefix: str) -> Iterator[Listing]:
+        """Objects below a prefix, page after page."""
+        with self._explained(prefix):
+            for page in obstore.list(self.store, self.prefix + prefix):
+                for one in page:
+                    key = one["path"].removeprefix(self.prefix)
+                    yield Listing(key, one["size"], one["last_modified"].timestamp())
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one at a time, since some servers have no other way."""
+        with self._explained(key):
+            try:
+                obstore.delete(self.store, self.prefix + key)
+            except FileNotFoundError:
+                return
+
+    def _conditional(self, key: str, data: bytes, mode: Any) -> bool:
+        with self._explained(key):
+            try:
+                obstore.put(self.store, self.prefix + key, data, mode=mode, use_multipart=False)
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+                return False
+            except FileNotFoundError as error:
+                if mode == "create" or "NoSuchBucket" in str(error):
+                    raise
+                return False  # some servers answer so when there is nothing to swap
+        return True
+
+    def _swaps(self, *, strip_quotes: bool) -> bool:
+        """Whether a right token is accepted. Others may check at the same time: the same bytes keep their token."""
+        self.strip_quotes = strip_quotes
+        now = self.get(PROBE)
+        return now is not None and self.swap(PROBE, PROBE_DATA, now.token)
+
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        """Say what a failure of the server means. Nothing of the request is repeated: it might hold credentials."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if "NoSuchBucket" not in str(error):
+                raise
+            raise HostError("no such bucket", where=self.where, fix=EXPLAINED["NoSuchBucket"][1]) from error
+        except exceptions.BaseError as error:
+            raise self._failure(error, key) from error
+
+    def _failure(self, error: Exception, key: str) -> HostError:
+        text = str(error)
+        for sign, (what, fix) in EXPLAINED.items():
+            if sign in text:
+                return HostError(what, where=self.where, fix=fix)
+        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+            return HostError("access denied", where=f"{self.where}/{key}", fix="check the rights of these credentials")
+        status = re.search(r"status code: (\d{3})", text) or re.search(r"\b(50\d|429) ", text)
+        if status and status[1].startswith("4") and status[1] != "429":
+            code = re.search(r"<Code>(\w+)</Code>", text)
+            what = f"the server answers {status[1]}{f' ({code[1]})' if code else ''}"
+            return HostError(what, where=f"{self.where}/{key}", fix="see what this means on that server")
+        if status and status[1] == "501":
+            what = "this server lacks what a registry needs, conditional writes"
+            return HostError(what, where=self.where, fix=CONDITIONS)
+        what = f"the server answers {status[1]}" if status else "the server cannot be reached, or breaks off"
+        return Interrupted(what, where=self.where, fix="try again: what was moved is kept")
+
+
+def _client(bucket: str) -> S3Store:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return S3Store(
+        bucket,
+        checksum_algorithm="SHA256",
+        client_options={"allow_http": endpoint.startswith("http://"), "connect_timeout": "10s", "timeout": "180s"},
+        retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)},
+        disable_bulk_delete=True,
+        **_credentials(),
+    )
+
+
+def _credentials() -> dict[str, Any]:
+    """Variables, web identity and roles are read by the client itself; profiles need boto3."""
+    home = Path.home() / ".aws"
+    named = [os.environ.get("AWS_SHARED_CREDENTIALS_FILE"), os.environ.get("AWS_CONFIG_FILE")]
+    files = [Path(name) for name in named if name] + [home / "credentials", home / "config"]
+    profiles = os.environ.get("AWS_PROFILE") or any(path.is_file() for path in files)
+    if any(os.environ.get(name) for name in OWN_CREDENTIALS) or not profiles:
+        return {}
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    return {"credential_provider": Boto3CredentialProvider()}

@@ -1,0 +1,62 @@
+"""Servers that tests of the marker `server` share: started once a session, on the loopback interface."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator:
+    """A real S3 server with a bucket `tests`."""
+    import boto3
+    import s3_server as servers
+
+    with servers.running() as server:
+        key, secret = server.identities["rw"]
+        client = boto3.client(
+            "s3", endpoint_url=server.endpoint, aws_access_key_id=key, aws_secret_access_key=secret,
+            region_name="us-east-1",
+        )  # fmt: skip
+        client.create_bucket(Bucket="tests")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator:
+    """A Hub that can be written to."""
+    import git_hub
+
+    with git_hub.running() as hub:
+        yield hub
+
+
+@pytest.fixture
+def s3_url(s3_server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty registry of its own in the bucket, and the environment to reach it."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_server.environ().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://tests/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def hub_url(hub_server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An organisation of its own on the Hub, and the environment to reach it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # read at import; this server has LFS only
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_ENDPOINT", hub_server.endpoint)
+    monkeypatch.setenv("HF_TOKEN", hub_server.token)
+    return f"hf://org-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(params=["s3", "hub"])
+def url(request: pytest.FixtureRequest) -> str:
+    """Each kind of registry that needs a server."""
+    found: str = request.getfixturevalue(f"{request.param}_url")
+    return found
