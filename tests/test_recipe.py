@@ -209,7 +209,7 @@ def test_recipe_modules_import_no_torch() -> None:
 
 @pytest.mark.parametrize(("name", "least"), [("default", 60), ("pico", 10)])
 def test_prompts_are_varied_and_short(name: str, least: int) -> None:
-    lines = (ROOT / "recipes" / "prompts" / f"{name}.jsonl").read_text().splitlines()
+    lines = prompts_path(f"prompts/{name}.jsonl", ROOT / "recipes").read_text().splitlines()
     prompts = [json.loads(line) for line in lines]
     assert len(prompts) >= least
     assert len({p["id"] for p in prompts}) == len({p["prompt"] for p in prompts}) == len(prompts)
