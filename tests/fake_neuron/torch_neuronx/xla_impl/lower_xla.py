@@ -2,12 +2,19 @@
 
 import torch
 import torch_xla
+import torch_xla.core.xla_model as xm
 from torch_xla.core import xla_builder
 from torch_neuronx.pyhlo import hlo_pb2
 
 XLA = torch_xla._XLAC
 DTYPES = {1: torch.bool, 4: torch.int32, 5: torch.int64, 10: torch.float16, 11: torch.float32, 16: torch.bfloat16}
 LITERALS = {torch.bool: "preds", torch.int32: "s32s", torch.int64: "s64s", torch.float32: "f32s", torch.float64: "f64s"}
+
+
+def begin():
+    """Forget what earlier lowerings left pending: it has no contents to be run on."""
+    torch_xla._XLAC._clear_pending_irs("xla:0")
+    torch_xla.sync(wait=True)
 
 
 def placeholder(tensor):
@@ -18,6 +25,7 @@ def placeholder(tensor):
 
 def lower(named, results):
     """HLO of `results` -> (module, the parameters' order). `named` are all tensors that may be a parameter."""
+    xm.wait_device_ops()  # uploads of scalars
     context = XLA.lowering.LoweringContext("model")
     context.build(results)
     hlo = hlo_pb2.HloModuleProto()

@@ -45,6 +45,7 @@ def generate_hlo(func, example_inputs, **keywords):
     for name in ("cpu_backend", "enable_aliasing", "treat_inputs_as_kwargs"):
         if not keywords.get(name):
             raise RuntimeError(f"the fake SDK lowers with {name}=True only")
+    lowering.begin()
     model, before = func, _tables(func)
     for table, name, tensor in before:
         table[name] = lowering.placeholder(tensor)
