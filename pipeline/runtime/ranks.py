@@ -27,9 +27,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 """Longest that a rank waits for another one inside a collective."""
 
 
-RESET, STATE = "reset", "state"
-Message = str | tuple[GraphSpec, dict[str, np.ndarray]]
-"""What a rank is asked: a word, or a graph to run."""
+Message = tuple[GraphSpec, dict[str, np.ndarray]] | None
+"""What a rank is asked: to run a graph, or to zero its state."""
 
 
 class Ranks(Protocol):
@@ -44,7 +43,7 @@ class Ranks(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Rank 0's state by name, as it is now."""
+        """Live state by name, where one rank runs in this process and has all of it; else nothing."""
         ...
 
     def close(self) -> None:
@@ -78,7 +77,7 @@ class OneRank:
         self.session.reset()
 
     def state(self) -> dict[str, Tensor]:
-        """Rank 0's state by name, as it is now."""
+        """Live state by name."""
         return self.session.state()
 
     def close(self) -> None:
@@ -118,11 +117,11 @@ class ManyRanks:
 
     def reset(self) -> None:
         """Zero all state on every rank."""
-        self._ask(RESET)
+        self._ask(None)
 
     def state(self) -> dict[str, Tensor]:
-        """Rank 0's state by name, as it is now."""
-        return _tensors(self._ask(STATE))
+        """Nothing: every rank has its own, elsewhere."""
+        return {}
 
     def close(self) -> None:
         """End the workers."""
@@ -186,19 +185,17 @@ def _serve(pipe: Connection, root: Path, manifest: Manifest, rank: int, folder: 
 
 
 def _answer(session: Session, message: Message, rank: int) -> dict[str, np.ndarray]:
-    if message == RESET:
+    if message is None:
         session.reset()
         return {}
-    if isinstance(message, str):
-        return _arrays(session.state()) if rank == 0 else {}
     spec, arguments = message
     outputs = session.run(spec, _tensors(arguments))
     return _arrays(outputs) if rank == 0 else {}
 
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """As plain arrays, bfloat16 widened: what crosses a pipe without torch's shared memory."""
-    return {k: (t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy() for k, t in tensors.items()}
+    """As plain arrays, which cross a pipe without torch's shared memory."""
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:

@@ -79,9 +79,8 @@ class NeuronRanks:
                 self._model.write_to_neuron_buffer(zeros, dotted(one.name), rank)
 
     def state(self) -> dict[str, Tensor]:
-        """Rank 0's state by name, as it is now."""
-        specs = states(list(self._graphs.values())).values()
-        return {one.name: self._model.read_from_neuron_buffer(dotted(one.name), 0) for one in specs}
+        """Nothing: it is on the device."""
+        return {}
 
     def close(self) -> None:
         """Nothing to end: the device's memory goes with the process."""
