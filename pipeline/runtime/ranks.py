@@ -38,6 +38,10 @@ class Ranks(Protocol):
         """Zero all state."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """Rank 0's live state by name."""
+        ...
+
     def close(self) -> None:
         """End workers."""
         ...
@@ -67,6 +71,10 @@ class OneRank:
     def reset(self) -> None:
         """Zero all state."""
         self.session.reset()
+
+    def state(self) -> dict[str, Tensor]:
+        """Rank 0's live state by name."""
+        return self.session.state()
 
     def close(self) -> None:
         """Nothing to end."""
@@ -107,6 +115,10 @@ class ManyRanks:
     def reset(self) -> None:
         """Zero all state on every rank."""
         self._ask(None)
+
+    def state(self) -> dict[str, Tensor]:
+        """Rank 0's live state by name."""
+        return self.session.state()
 
     def close(self) -> None:
         """End the workers."""
