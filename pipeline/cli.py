@@ -317,20 +317,23 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: b
     from pipeline.validate import compare, report
 
     if schema_:
-        _json(report.schema())
+        print_json(report.schema())
         return
     if len(artifacts) not in (1, 2):
         raise InputError(f"{len(artifacts)} artifacts", where="report", fix="give one, or two to compare")
     roots = [_artifact_dir(name) for name in artifacts]
     found = [report.load(root) for root in roots]
     if len(found) == 1:
-        click.echo(json.dumps(report.summary(found[0]), indent=1) if json_ else report.markdown(found[0]), nl=json_)
+        if json_:
+            print_json(report.summary(found[0]))
+        else:
+            click.echo(report.markdown(found[0]), nl=False)
         return
     changes = compare.compare(*found)
     page = out or Path("compare.html")
     write_atomic(page, compare.render(*found).encode())
     if json_:
-        _json([asdict(change) for change in changes])
+        print_json([asdict(change) for change in changes])
         return
     for change in changes:
         click.echo(

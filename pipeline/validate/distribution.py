@@ -116,6 +116,7 @@ def _place(
     """Add the tokens of a row."""
     for at, token in enumerate(tokens):
         target_V, draft_D = (of[at] for of in logits)
+        draft_D = draft_D[: len(target_V)]  # a draft never proposes what pads its vocabulary
         p = distribution(target_V, keep)
         q = distribution(draft_D, keep)
         if draft_ids is not None:

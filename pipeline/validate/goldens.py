@@ -185,7 +185,8 @@ class Reference:
 
     def _start(self, tokens: list[int], kind: torch.dtype) -> _Recorder:
         """Embed a sequence and record what the model hands to its layers: mask, positions, rotary tables."""
-        rows = torch.stack([self._read(self._embedding.rows(t, t + 1))[0] for t in tokens])
+        last = self._embedding.shape[0] - 1  # as the graphs do where a draft's vocabulary is padded less
+        rows = torch.stack([self._read(self._embedding.rows(min(t, last), min(t, last) + 1))[0] for t in tokens])
         recorder = _Recorder()
         self._model.layers[0] = recorder
         self._model(inputs_embeds=rows[None].to(kind), use_cache=False)
