@@ -213,7 +213,7 @@ class Speed(Part):
 
 
 class Choices(Part):
-    """Tokens of the prefill and decode graphs against the baseline's own."""
+    """Tokens of the answers and of the prefill graphs against the baseline's own choice."""
 
     tokens: int
     near_ties: int
@@ -335,6 +335,8 @@ def headlines(report: Report) -> list[tuple[str, str]]:
     flips = sum(of.flips for of in report.parity.values())
     ties = sum(of.near_ties for of in report.parity.values())
     rows.append(("flipped tokens", f"{flips}, of which near-ties {ties}"))
+    choices = report.choices
+    rows.append(("answers, token by token", f"{choices.tokens} as the baseline chooses, near-ties {choices.near_ties}"))
     lossless = report.losslessness
     others = len(lossless.differences) - lossless.near_ties
     rows.append(
