@@ -75,7 +75,7 @@ def draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], draft_ids
     starts = [Row(list(probe[: usable - size + 1 - row % 2]), 0) for row, probe in enumerate(probes[: spec.batch])]
     drawn = Drawn(spec.name)
     generator = torch.Generator().manual_seed(spec.batch * 1000 + spec.draft_tokens)
-    while size > 0 and len(drawn.index) < DRAWS and not drawn.excluded:
+    for _ in range(-(-DRAWS // (spec.batch * size)) if size > 0 else 0):
         rows, indices = _generate(engine, spec, starts, usable, generator)
         begins = [row.start - 1 for row in rows]
         scored = [row.tokens[begin:-1] for row, begin in zip(rows, begins, strict=True)]
@@ -196,7 +196,7 @@ def _tests(drawn: Drawn, share: float) -> Iterator[ExactTest]:
 def chi_square_uniform(places: Tensor) -> float:
     """p-value of uniformity over equal bins."""
     expected = len(places) / BINS
-    seen = torch.histc(places.float(), BINS, 0.0, 1.0).double()
+    seen = torch.histc(places.clamp(0, 1), BINS, 0.0, 1.0)
     statistic = ((seen - expected) ** 2 / expected).sum()
     return float(torch.special.gammaincc(torch.tensor((BINS - 1) / 2).double(), statistic / 2))
 

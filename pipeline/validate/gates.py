@@ -138,10 +138,12 @@ class Gates:
         probes = [probe.tokens for probe in self.probes]
         lossless: Lossless | None = None
         drawn: list[distribution.Drawn] = []
-        for number, kv in enumerate(self.engine.manifest.shapes.kv):
+        shorter = 0
+        for kv in self.engine.manifest.shapes.kv:
             with self._stage("parity"):
                 for model, of in figures.items():
-                    self._measure(model, kv, of, whole=number == 0)
+                    self._measure(model, kv, of, shorter)
+            shorter = kv
             lossless = lossless or self._compare_prompts(TIE * figures["target"].floor)
             known = len(lossless.differences)
             with self._stage("losslessness at bucket edges"):
@@ -169,12 +171,13 @@ class Gates:
     def _index(self) -> dict[str, int]:
         return {sequence.name: index for index, sequence in enumerate([*self.sequences, *self.probes])}
 
-    def _measure(self, model: str, kv: int, of: Parity, *, whole: bool) -> None:
-        """All prompts in the first bucket, some in the others; the probes in each, last: they stay in the caches."""
+    def _measure(self, model: str, kv: int, of: Parity, shorter: int) -> None:
+        """Each prompt in its smallest bucket, some in larger ones; probes in each, last: they stay in the caches."""
         spec = next(g for g in self.engine.graphs if g.phase == "score" and g.model == model and g.kv == kv)
-        chosen = self.sequences if whole else self.sequences[:: max(len(self.sequences) // SPREAD, 1)]
+        every = max(len(self.sequences) // SPREAD, 1)
+        chosen = [s for i, s in enumerate(self.sequences) if len(s.tokens) > shorter or i % every == 0]
+        chosen.sort(key=lambda s: len(s.tokens))
         usable = min(kv, self.engine.length)
-        chosen = sorted(chosen, key=lambda s: len(s.tokens))
         for group in (chosen, self.probes[: spec.batch]):
             cut = [Sequence_(s.name, s.kind, s.tokens[:usable], s.prompt) for s in group]
             goldens = [self.goldens[model][s.name].cut(usable) for s in group]
