@@ -39,7 +39,7 @@ class Ranks(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Rank 0's live state by name."""
+        """Live state by name, where one rank runs in this process and has all of it; else nothing."""
         ...
 
     def close(self) -> None:
@@ -73,7 +73,7 @@ class OneRank:
         self.session.reset()
 
     def state(self) -> dict[str, Tensor]:
-        """Rank 0's live state by name."""
+        """Live state by name."""
         return self.session.state()
 
     def close(self) -> None:
@@ -117,8 +117,8 @@ class ManyRanks:
         self._ask(None)
 
     def state(self) -> dict[str, Tensor]:
-        """Rank 0's live state by name."""
-        return self.session.state()
+        """Nothing: every rank has its own, elsewhere."""
+        return {}
 
     def close(self) -> None:
         """End the workers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
     try:
         gates = Gates(engine, recipe, prompts, (target, draft), Cache(cache), say)
         gates.run()
-        found = make_report(gates)
+        found = make_report(gates, make_backend(engine.manifest.backend).host())
     finally:
         engine.close()
     files = {
@@ -75,8 +76,8 @@ def validate_artifact(root: Path, base: Path, say: Any) -> None:
     validate(root, target, draft, base, default_root(), say)
 
 
-def make_report(gates: Gates) -> Report:
-    """The report of gates that have run."""
+def make_report(gates: Gates, ran_on: Mapping[str, str] | None = None) -> Report:
+    """The report of gates that have run, on a host in the words of `Backend.host`."""
     from pipeline.validate.report import Gate, Report
 
     found, manifest = gates.found, gates.engine.manifest
@@ -94,7 +95,7 @@ def make_report(gates: Gates) -> Report:
             "acceptance": found.data["acceptance"],
             "speed": found.data["speed"],
             "sequences": [_sequence(gates.engine, s) for s in (*gates.sequences, *gates.probes)],
-            "provenance": _provenance(manifest, gates),
+            "provenance": _provenance(manifest, gates) | {"ran_on": dict(ran_on or {})},
         }
     )
 

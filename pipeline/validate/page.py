@@ -329,6 +329,7 @@ def _provenance(report: Report) -> str:
         ("lock", f"<code>{escape(p.lock_digest)}</code>"),
         ("toolchain", escape(", ".join(f"{k} {v}" for k, v in p.toolchain.items()))),
         ("needs", escape(", ".join(f"{k} {v}" for k, v in p.requires.items()))),
+        ("ran on", escape(", ".join(f"{k} {v}" for k, v in p.ran_on.items()))),
         ("reference", f"transformers {escape(p.transformers)}; {escape(goldens)}"),
         ("time", escape(", ".join(f"{name} {seconds:.0f} s" for name, seconds in p.seconds.items()))),
     ]

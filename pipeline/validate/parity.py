@@ -303,8 +303,8 @@ def measure(
         run_score(engine, spec, [sequence.tokens for sequence in chosen], keep)
         for row, (sequence, pieces) in enumerate(zip(chosen, parts, strict=True)):
             parity.add(sequence, spec.name, _whole(pieces), goldens[start + row])
-            if engine.manifest.tensor == 1:
-                parity.add_caches(engine.ranks.state(), row, goldens[start + row])
+            if state := engine.ranks.state():
+                parity.add_caches(state, row, goldens[start + row])
 
 
 def run_score(

@@ -250,6 +250,7 @@ class Provenance(Part):
     lock_digest: str
     toolchain: dict[str, str]
     requires: dict[str, str]
+    ran_on: dict[str, str]
     transformers: str
     created: str
     goldens: dict[str, Cached]
@@ -321,6 +322,7 @@ def summary(report: Report) -> dict[str, Any]:
     return {
         "passed": report.passed,
         "gates": {gate.name: list(gate.findings) for gate in report.gates},
+        "ran_on": report.provenance.ran_on,
         "tokens_per_step": {str(a.draft_tokens): a.tokens_per_step for a in report.acceptance},
         "error_over_noise": {model: of.error_over_noise for model, of in report.parity.items()},
     }
