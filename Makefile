@@ -10,7 +10,7 @@ XLA_VENV   ?= .venv-xla
 XLA_PYTHON ?= $(PYTHON)
 XLA_READY  := $(XLA_VENV)/.ready
 
-.PHONY: build test test-slow test-servers test-xla lint types check clean
+.PHONY: build test test-slow test-report test-servers test-xla lint types check clean
 build: $(READY)          ## compile, validate and package one recipe: make build RECIPE=name
 	$(BIN)/tandem build $(RECIPE)
 
@@ -19,6 +19,11 @@ test: $(READY)           ## fast tests
 
 test-slow: $(READY)      ## minutes of compiling, real weights, large checkpoints
 	$(BIN)/python -m pytest -m slow
+
+test-report: $(READY)    ## the parity page in a real Chromium
+	$(BIN)/python -m pip install --quiet playwright
+	command -v chromium >/dev/null || $(BIN)/playwright install --with-deps chromium
+	$(BIN)/python -m pytest -m browser
 
 test-servers: $(READY)   ## a real S3 server and a Hub over loopback, which the tests start themselves
 	$(BIN)/python -m pip install --quiet --editable '.[servers]'

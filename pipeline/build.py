@@ -157,7 +157,7 @@ def _stages(request: Request, report: Report) -> None:
     if request.validate and _runs_here(request, backend, built):
         from pipeline.validate import validate
 
-        validate(built.root, target, draft, request.base, request.cache / "goldens", request.say)
+        validate(built.root, target, draft, request.base, request.cache, request.say)
 
 
 def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:

@@ -255,6 +255,43 @@ def validate(console: Console, artifact: str, recipe_file: Path | None, on_devic
 
 
 @main.command()
+@click.argument("artifacts", nargs=-1)
+@click.option("--schema", "schema_", is_flag=True, help="Print the JSON Schema of reports/parity.json.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the page here (default: compare.html, for two).")
+@as_json
+def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: bool) -> None:
+    """Show the parity report of ARTIFACTS: of one, or what moved from a first to a second and if it is beyond noise."""
+    from pipeline.files import write_atomic
+    from pipeline.validate import compare, report
+
+    if schema_:
+        print_json(report.schema())
+        return
+    if len(artifacts) not in (1, 2):
+        raise InputError(f"{len(artifacts)} artifacts", where="report", fix="give one, or two to compare")
+    roots = [artifact_dir(name) for name in artifacts]
+    found = [report.load(root) for root in roots]
+    if len(found) == 1:
+        if json_:
+            print_json(report.summary(found[0]))
+        else:
+            click.echo(report.markdown(found[0]), nl=False)
+        return
+    changes = compare.compare(*found)
+    page = out or Path("compare.html")
+    write_atomic(page, compare.render(*found).encode())
+    if json_:
+        print_json([asdict(change) for change in changes])
+        return
+    for change in changes:
+        click.echo(
+            f"{change.what:<44}{report.show(change.before):>12}{report.show(change.after):>12}"
+            f"  {compare.judgement(change)}"
+        )
+    click.echo(f"the page is {page}")
+
+
+@main.command()
 @click.argument("recipe", required=False)
 @click.option("--backend", type=click.Choice(["inductor", "neuron"]), default="inductor", show_default=True)
 @click.option("--target", type=click.Choice(["trn1", "trn2", "inf2"]), default="trn2", help="Chip, for neuron.")

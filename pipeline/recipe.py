@@ -13,7 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.errors import InputError, Problem
 
@@ -180,6 +189,17 @@ class Validate(Part):
     )
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(default=32, description="tokens generated for each prompt")
     gates: Gates = Field(default=Gates(), description="limits; a gate that fails stops publishing")
+    price_per_hour: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="what the machine costs an hour; the report then states the cost of a million tokens"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_price(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A price that is not given leaves no trace: recipes keep the digests they had before there were prices."""
+        data: dict[str, Any] = serialize(self)
+        if self.price_per_hour is None:
+            data.pop("price_per_hour", None)
+        return data
 
 
 class Publish(Part):

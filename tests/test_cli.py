@@ -18,7 +18,7 @@ from checkpoints import CONFIG, random_weights, write_checkpoint
 from click.testing import CliRunner, Result
 from families import write_tokenizer
 from hub_server import Repo, running
-from test_executors import members, wait_for
+from test_executors import heed_interrupts, members, wait_for
 
 from pipeline.cli import main
 from pipeline.files import TEMP
@@ -288,7 +288,7 @@ def test_build_interrupted_ends_at_once_with_130(work):
     """Ctrl-C goes to the whole process group; workers and compilers end, and what was finished stays."""
     child = subprocess.Popen(
         [sys.executable, "-c", TANDEM, "build", "mine.yaml", "--out", "out", "--workers", "1"],
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     wait_for(lambda: any(work.glob("cache/logs/mine/*.log")), 120)
     os.killpg(child.pid, signal.SIGINT)

@@ -23,6 +23,11 @@ if __name__ == "__main__":
 """
 
 
+def heed_interrupts() -> None:
+    """In a child to be: take Ctrl-C, even if whoever runs the tests ignores it, as background jobs of a shell do."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def square(number: int) -> int:
     return number * number
 
@@ -58,12 +63,9 @@ def test_workers_end_with_their_parent(tmp_path, number, code):
     script.write_text(SLEEPERS)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     child = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env=env,
-    )
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=env, preexec_fn=heed_interrupts,
+    )  # fmt: skip
     assert child.stdout is not None
     child.stdout.readline()
     wait_for(lambda: len(members(child.pid)) >= 3)  # the parent, and two workers at least

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from filelock import FileLock
 
-from pipeline.backends.inductor import whole_headers
+from pipeline.backends.inductor import scratch, whole_headers
 
 
 def test_whole_headers_removes_what_a_killed_compiler_left(tmp_path):
@@ -28,3 +33,37 @@ def test_whole_headers_does_not_trust_those_of_a_compile_that_failed(tmp_path):
         (tmp_path / "new.h.gch").write_bytes(b"perhaps broken")
         1 / 0  # noqa: B018 - stands for a compiler that fails
     assert not list(tmp_path.glob("*.whole"))
+
+
+def test_scratch_is_empty_at_first_and_gone_at_the_end(tmp_path):
+    """Sources that an earlier compile left were taken, and grew: one graph compiled twice was two packages."""
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "graph" / "left.cpp").write_text("// by a killed compiler")
+    with scratch(tmp_path / "graph"):
+        assert list((tmp_path / "graph").iterdir()) == []
+        (tmp_path / "graph" / "new.cpp").touch()
+    assert not (tmp_path / "graph").exists()
+
+
+@pytest.mark.slow
+def test_compile_twice_is_the_same_bytes(tmp_path):
+    """In one process and in another, with other thread counts."""
+    code = (
+        "import hashlib, pathlib, torch\n"
+        "from pairs import make_pair\nfrom pipeline.backends.base import make_backend\n"
+        "from pipeline.plan import GraphSpec\n"
+        "backend, spec = make_backend({'name': 'inductor'}), GraphSpec('score', 1, 4, 40, model='draft')\n"
+        "for threads in (1, 2):\n"
+        "    torch.set_num_threads(threads)\n"
+        "    data = backend.compile(backend.trace(spec, make_pair().shape), pathlib.Path.cwd())\n"
+        "    print(hashlib.sha256(data).hexdigest())\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))}
+    found = set()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path / folder, env=env, capture_output=True, text=True, check=True
+        )
+        found |= set(done.stdout.split())
+    assert len(found) == 1

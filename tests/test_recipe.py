@@ -209,7 +209,7 @@ def test_recipe_modules_import_no_torch() -> None:
 
 @pytest.mark.parametrize(("name", "least"), [("default", 60), ("pico", 10)])
 def test_prompts_are_varied_and_short(name: str, least: int) -> None:
-    lines = (ROOT / "recipes" / "prompts" / f"{name}.jsonl").read_text().splitlines()
+    lines = prompts_path(f"prompts/{name}.jsonl", ROOT / "recipes").read_text().splitlines()
     prompts = [json.loads(line) for line in lines]
     assert len(prompts) >= least
     assert len({p["id"] for p in prompts}) == len({p["prompt"] for p in prompts}) == len(prompts)
@@ -218,3 +218,14 @@ def test_prompts_are_varied_and_short(name: str, least: int) -> None:
         classes = Counter(p["class"] for p in prompts)
         assert set(classes) == {"code", "json", "chat", "summary", "open_ended"}
         assert min(classes.values()) >= 12
+
+
+def test_prompts_path_default_ships_with_the_package(tmp_path: Path) -> None:
+    """A recipe anywhere has prompts; a file of its own wins, and any other name must be there."""
+    shipped = prompts_path("prompts/default.jsonl", tmp_path)
+    assert shipped.is_file()
+    assert tmp_path not in shipped.parents
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "default.jsonl").write_text("")
+    assert prompts_path("prompts/default.jsonl", tmp_path) == tmp_path / "prompts" / "default.jsonl"
+    assert prompts_path("mine.jsonl", tmp_path) == tmp_path / "mine.jsonl"

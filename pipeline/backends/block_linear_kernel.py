@@ -19,13 +19,13 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
 KERNEL = r"""
-{{header}}
+HEADER
 
-namespace {{kernel.kernel_name}}_parts {
+namespace NAME_parts {
 
 using Vec = at::vec::Vectorized<float>;
-using Weight = {{weight_type}};
-constexpr int64_t I = {{inputs}}, BLOCKS = {{blocks}}, LANES = {{lanes}}, M = {{rows}}, N = BLOCKS * LANES;
+using Weight = WEIGHT_TYPE;
+constexpr int64_t I = INPUTS, BLOCKS = BLOCK_COUNT, LANES = LANE_COUNT, M = ROW_COUNT, N = BLOCKS * LANES;
 constexpr int64_t CHUNK = 2 * Vec::size();
 static_assert(LANES % CHUNK == 0);
 
@@ -59,19 +59,19 @@ inline void rows_times_block(const float* x, const Weight* w, float* out) {
 
 }
 
-extern "C" {{kernel.def_kernel(inputs={"X": x, "W": w}, outputs={"Y": y})}}
+extern "C" SIGNATURE
 {
-    using namespace {{kernel.kernel_name}}_parts;
+    using namespace NAME_parts;
     // Rows whose sums fit in registers, two vectors each: half of AVX-512's 32, or of 16.
     constexpr int64_t TILE = Vec::size() >= 16 ? 8 : 4, WHOLE = M / TILE * TILE;
     #pragma omp parallel for
     for (int64_t block = 0; block < BLOCKS; ++block) {
-        const Weight* from = W + {{w_offset}} + block * I * LANES;
+        const Weight* from = W + W_OFFSET + block * I * LANES;
         for (int64_t m = 0; m < WHOLE; m += TILE) {
-            rows_times_block<TILE>(X + {{x_offset}} + m * I, from, Y + m * N + block * LANES);
+            rows_times_block<TILE>(X + X_OFFSET + m * I, from, Y + m * N + block * LANES);
         }
         if constexpr (M > WHOLE) {
-            rows_times_block<M - WHOLE>(X + {{x_offset}} + WHOLE * I, from, Y + WHOLE * N + block * LANES);
+            rows_times_block<M - WHOLE>(X + X_OFFSET + WHOLE * I, from, Y + WHOLE * N + block * LANES);
         }
     }
 }
@@ -89,12 +89,22 @@ class BlockLinearTemplate(CppTemplate):
         assert not epilogue_nodes, epilogue_nodes
         x, w = self.input_nodes
         blocks, inputs, lanes = (int(size) for size in w.get_size())
-        template = self._template_from_string(KERNEL)
-        return str(template.render(
-            header=self.header().getvalue(), kernel=kernel, x=x, w=w, y=template_buffer_node or self.output_node,
-            weight_type=kernel.dtype(w), inputs=inputs, blocks=blocks, lanes=lanes, rows=int(x.get_size()[0]),
-            x_offset=x.get_layout().offset, w_offset=w.get_layout().offset,
-        ))  # fmt: skip
+        parts = {
+            "HEADER": self.header().getvalue(),
+            "SIGNATURE": kernel.def_kernel({"X": x, "W": w}, {"Y": template_buffer_node or self.output_node}),
+            "NAME": kernel.kernel_name,
+            "WEIGHT_TYPE": kernel.dtype(w),
+            "INPUTS": inputs,
+            "BLOCK_COUNT": blocks,
+            "LANE_COUNT": lanes,
+            "ROW_COUNT": int(x.get_size()[0]),
+            "X_OFFSET": x.get_layout().offset,
+            "W_OFFSET": w.get_layout().offset,
+        }
+        code = KERNEL
+        for name, value in parts.items():
+            code = code.replace(name, str(value))
+        return code
 
 
 @lowering.register_lowering(torch.ops.tandem.block_linear, type_promotion_kind=None)  # type: ignore[untyped-decorator]

@@ -37,7 +37,7 @@ GROUP = "0"
 """Name that torch.distributed gives the default process group."""
 
 SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
-"""Where Inductor writes sources and objects. Always the same place, because their paths end up in the library."""
+"""Where Inductor writes: one folder a graph, always the same one, because its path ends up in the library."""
 
 KERNEL_DIGEST = hashlib.sha256(Path(__file__).with_name("block_linear_kernel.py").read_bytes()).hexdigest()[:12]
 """Of our own part of the generated code, which the traced graph only names."""
@@ -196,7 +196,6 @@ class InductorBackend:
         from pipeline.backends import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
 
         package = work / self.graph_file
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(SCRATCH)
         # The processor says which instructions it has; Inductor's probes for that compile for seconds.
         settings = self._settings() | {"compile_threads": 1, "cpp.vec_isa_ok": True}
         if has_collectives(traced.program):
@@ -204,8 +203,9 @@ class InductorBackend:
             # very tensor to Python as an output, letting go needs the interpreter lock, which the next run of a graph
             # holds while it waits for gloo's: a deadlock. Without reuse no output ever is a collective's tensor.
             settings |= {"allow_buffer_reuse": False, "inplace_buffers": False}
-        flags = hashlib.sha256(repr(sorted(self.flags().items())).encode()).hexdigest()[:12]
-        with whole_headers(SCRATCH / "headers" / flags), _no_input_checks():
+        flags = repr(sorted(self.flags().items())).encode()
+        headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + traced.ir))
+        with scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers), _no_input_checks():
             torch._inductor.aoti_compile_and_package(
                 traced.program, package_path=str(package), inductor_configs=settings
             )
@@ -214,6 +214,23 @@ class InductorBackend:
     def load(self, graph: Path) -> LoadedGraph:
         """Open a package that has been verified."""
         return LoadedGraph(graph, -1 if self.device == "cpu" else torch.cuda.current_device())
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[None]:
+    """Let Inductor write its sources in `folder`, which is empty at first and gone at the end; others wait.
+
+    Inductor takes sources that it finds and adds its commands to them each time, and both end up in the package.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

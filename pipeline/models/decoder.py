@@ -129,8 +129,9 @@ def _scale_llama3(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
         rope.high_freq_factor - rope.low_freq_factor
     )
     between = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
-    scaled = torch.where(wavelength > low, frequencies / rope.factor, between)
-    return torch.where(wavelength < high, frequencies, scaled)
+    # Limits as tensors: XLA would compare with a Python number in float64.
+    scaled = torch.where(wavelength > torch.full_like(wavelength, low), frequencies / rope.factor, between)
+    return torch.where(wavelength < torch.full_like(wavelength, high), frequencies, scaled)
 
 
 def _rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

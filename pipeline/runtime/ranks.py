@@ -27,6 +27,10 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 """Longest that a rank waits for another one inside a collective."""
 
 
+Message = tuple[GraphSpec, dict[str, np.ndarray]] | None
+"""What a rank is asked: to run a graph, or to zero its state."""
+
+
 class Ranks(Protocol):
     """Runs a graph on every rank; rank 0's outputs are the answer."""
 
@@ -36,6 +40,10 @@ class Ranks(Protocol):
 
     def reset(self) -> None:
         """Zero all state."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Live state by name, where one rank runs in this process and has all of it; else nothing."""
         ...
 
     def close(self) -> None:
@@ -67,6 +75,10 @@ class OneRank:
     def reset(self) -> None:
         """Zero all state."""
         self.session.reset()
+
+    def state(self) -> dict[str, Tensor]:
+        """Live state by name."""
+        return self.session.state()
 
     def close(self) -> None:
         """Nothing to end."""
@@ -101,12 +113,15 @@ class ManyRanks:
             HostError: a rank failed or died; the others are ended, too.
 
         """
-        outputs = self._ask((spec, {name: tensor.numpy() for name, tensor in arguments.items()}))
-        return {name: torch.from_numpy(array) for name, array in outputs.items()}
+        return _tensors(self._ask((spec, _arrays(arguments))))
 
     def reset(self) -> None:
         """Zero all state on every rank."""
         self._ask(None)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: every rank has its own, elsewhere."""
+        return {}
 
     def close(self) -> None:
         """End the workers."""
@@ -117,7 +132,7 @@ class ManyRanks:
             worker.kill()
         self._folder.cleanup()
 
-    def _ask(self, message: tuple[GraphSpec, dict[str, np.ndarray]] | None) -> dict[str, np.ndarray]:
+    def _ask(self, message: Message) -> dict[str, np.ndarray]:
         for pipe in self._pipes:
             with suppress(BrokenPipeError):  # `_answers` says which rank is gone
                 pipe.send(message)
@@ -169,13 +184,22 @@ def _serve(pipe: Connection, root: Path, manifest: Manifest, rank: int, folder: 
             pipe.send(f"{type(error).__name__}: {error}")
 
 
-def _answer(session: Session, message: tuple[GraphSpec, dict[str, np.ndarray]] | None, rank: int) -> Any:
+def _answer(session: Session, message: Message, rank: int) -> dict[str, np.ndarray]:
     if message is None:
         session.reset()
         return {}
     spec, arguments = message
-    outputs = session.run(spec, {name: torch.from_numpy(array) for name, array in arguments.items()})
-    return {name: tensor.numpy() for name, tensor in outputs.items()} if rank == 0 else {}
+    outputs = session.run(spec, _tensors(arguments))
+    return _arrays(outputs) if rank == 0 else {}
+
+
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """As plain arrays, which cross a pipe without torch's shared memory."""
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _join(rank: int, ranks: int, folder: str) -> None:

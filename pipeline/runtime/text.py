@@ -60,6 +60,10 @@ class Text:
         """Text of token ids, special tokens left out."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
+    def token(self, token: int) -> str:
+        """Text of one token, special ones by name; parts of a character are shown as the replacement character."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
 
 def _read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}

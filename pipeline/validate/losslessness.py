@@ -1,132 +1,218 @@
-"""Gate 2: does speculation change the output? On the shipped graphs.
+"""Gate 2, greedy: does speculation change the output? On the shipped graphs, each of them.
 
-Greedy: tokens equal plain decode's; in low precision a difference is allowed only at a near-tie, and counted.
-Stochastic: draws of one `speculate` step against the target's own distribution, by a chi-square test at a fixed
-false-alarm rate.
+Over prompts, through the engine: speculation against plain decode. Then at the end of every KV bucket, graph by graph:
+each (batch, K, bucket) is driven from the same caches as plain decode until no position is left, so the last K
+positions, where a step has less room than K, are visited by every graph. Stochastic graphs run there at temperature 0,
+which must be greedy too. In low precision a difference is allowed at a near-tie only, and is counted.
+
+Shapes: B rows, K draft tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.plan import GraphSpec
 from pipeline.runtime.engine import Engine, Generation
-from pipeline.validate.parity import score
-
-FALSE_ALARM = 1e-4
-"""Probability that a correct artifact fails one chi-square test."""
-
-DRAWS = 320
-TEMPERATURE, TOP_K, TOP_P = 1.3, 12, 0.95
+from pipeline.validate.parity import run_score, score
 
 
 @dataclass(frozen=True)
-class ChiSquare:
-    """One test: position in the step, statistic, degrees of freedom, p-value, draws."""
+class Difference:
+    """A place where two graphs chose different tokens: who, where, and the gap of their logits over the largest."""
 
+    graph: str
+    prompt: str
     position: int
-    statistic: float
-    degrees: int
-    p_value: float
-    draws: int
+    plain: int
+    speculative: int
+    gap: float
+    near_tie: bool
 
 
-def compare_greedy(plain: list[Generation], speculative: list[Generation]) -> list[dict[str, Any]]:
-    """Prompts whose tokens differ, with the first place."""
-    found = []
-    for index, (a, b) in enumerate(zip(plain, speculative, strict=True)):
-        if a.tokens != b.tokens:
-            pairs = zip(a.tokens, b.tokens, strict=False)
-            place = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a.tokens), len(b.tokens)))
-            found.append({"prompt": index, "position": place})
-    return found
+@dataclass
+class Lossless:
+    """What was compared. `tie` is the relative gap within which two logits are a near-tie."""
+
+    tie: float
+    tokens: int = 0
+    differences: list[Difference] = field(default_factory=list)
+    graphs: dict[str, int] = field(default_factory=dict)
+    """Tokens compared, by graph, at the ends of buckets."""
+
+    def failures(self, near_tie_rate: float) -> list[str]:
+        """Why this gate fails; empty when it passes."""
+        found = [
+            f"{d.graph}: {d.prompt} differs from plain decode at position {d.position}, gap {d.gap:.1e}"
+            for d in self.differences
+            if not d.near_tie
+        ]
+        ties = len(self.differences) - len(found)
+        if ties > near_tie_rate * self.tokens:
+            found.append(f"near-tie differences {ties} of {self.tokens} tokens exceed the rate {near_tie_rate}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        return {
+            "tokens": self.tokens,
+            "near_ties": sum(d.near_tie for d in self.differences),
+            "tie_tolerance": self.tie,
+            "differences": [vars(d) for d in self.differences],
+            "edges": [{"graph": graph, "tokens": tokens} for graph, tokens in self.graphs.items()],
+        }
 
 
-def is_near_tie(engine: Engine, prefix: list[int], choices: tuple[int, int], dtype: str) -> bool:
-    """Whether both tokens lie within the dtype's rounding of the best logit after `prefix`."""
-    last_V = _last_logits(engine, prefix)
-    unit = {"float32": 2**-20, "bfloat16": 2**-6, "float16": 2**-9}[dtype]
-    noise = unit * float(last_V.abs().max())
-    return all(float(last_V.max() - last_V[token]) <= noise for token in choices)
+@dataclass
+class Row:
+    """A cache row being driven: its history. All but the last token are in the caches."""
+
+    tokens: list[int]
+    start: int
+
+    @property
+    def new(self) -> list[int]:
+        """Tokens since the start."""
+        return self.tokens[self.start :]
 
 
-def chi_square_step(engine: Engine, spec: GraphSpec, prompt: list[int], seed: int) -> list[ChiSquare]:
-    """Repeat one stochastic step from the same state and test its first and second token.
+def compare_prompts(
+    engine: Engine, names: Sequence[str], prompts: Sequence[list[int]], plain: Sequence[Generation],
+    speculative: Sequence[Generation], how: str, found: Lossless,
+) -> None:  # fmt: skip
+    """Compare two runs of the engine over the same prompts."""
+    for name, prompt, a, b in zip(names, prompts, plain, speculative, strict=True):
+        found.tokens += len(a.tokens)
+        _compare(engine, (how, name), prompt, (a.tokens, b.tokens), found)
 
-    The second token is tested among draws that share the most frequent first one and emitted at least two.
+
+def compare_edges(engine: Engine, kv: int, probes: Sequence[list[int]], found: Lossless) -> None:
+    """Drive every graph of one KV bucket, whose caches hold the probes, over its last positions.
+
+    Runs that follow each other start from different tokens: what the one before left in the caches is wrong for the
+    next, so a graph that failed to write its own keys and values would be seen.
     """
-    tokens, counts = _draw(engine, spec, prompt, seed)
-    tests = [_test(tokens[:, 0], expected(engine, prompt), 0)]
-    values, sizes = tokens[:, 0].unique(return_counts=True)
-    modal = int(values[sizes.argmax()])
-    second = tokens[(tokens[:, 0] == modal) & (counts >= 2), 1]
-    if len(second) >= DRAWS // 8:
-        tests.append(_test(second, expected(engine, [*prompt, modal]), 1))
-    return tests
+    usable = min(kv, engine.length)
+    steps = max(g.draft_tokens for g in engine.graphs)
+    span = min(2 * (steps + 1) + 2, usable - 2)
+    if span < 1:
+        return
+    compared: list[tuple[GraphSpec, int, list[Row], list[Row]]] = []
+    for batch in sorted({g.batch for g in engine.graphs if g.phase == "decode"}):
+        graphs = [g for g in engine.graphs if g.kv == kv and g.batch == batch and g.phase in ("decode", "speculate")]
+        plain = next(g for g in graphs if g.phase == "decode")
+        others = [g for g in graphs if g is not plain]
+        starts = [_starts(probes, batch, usable - span, variant) for variant in range(len(others) + 1)]
+        expected = [drive(engine, plain, plain, rows) for rows in starts]
+        compared += [
+            (spec, variant, expected[variant], drive(engine, spec, plain, starts[variant]))
+            for variant, spec in enumerate(others)
+        ]
+    for spec, variant, wanted, got in compared:
+        for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
+            found.tokens += len(a.new)
+            found.graphs[spec.name] = found.graphs.get(spec.name, 0) + len(a.new)
+            where = (spec.name, f"end of bucket {kv}, row {index}, start {variant}")
+            _compare(engine, where, a.tokens[: a.start], (a.new, b.new), found)
 
 
-def expected(engine: Engine, prefix: list[int]) -> Tensor:
-    """The target's distribution after `prefix` under the test's settings, float64 [V]; independent of the graphs."""
-    logits_V = _last_logits(engine, prefix).double() / TEMPERATURE
-    keep = engine.manifest.candidates or len(logits_V)
-    order = logits_V.argsort(descending=True)[: min(TOP_K, keep)]
-    probs = torch.softmax(logits_V[order], 0)
-    inside = int((probs.cumsum(0) < TOP_P).sum()) + 1
-    out = torch.zeros_like(logits_V)
-    out[order[:inside]] = probs[:inside] / probs[:inside].sum()
-    return out
+def fill(engine: Engine, kv: int, sequences: Sequence[list[int]]) -> None:
+    """Put sequences into the caches of both models, a row each, through the `score` graphs of a bucket."""
+    for model in ("target", "draft"):
+        spec = next(g for g in engine.graphs if g.phase == "score" and g.model == model and g.kv == kv)
+        run_score(engine, spec, sequences[: spec.batch], lambda row, first, logits: None)  # noqa: ARG005
 
 
-def _last_logits(engine: Engine, prefix: list[int]) -> Tensor:
-    specs = [g for g in engine.graphs if g.phase == "score" and g.model == "target" and g.kv >= len(prefix)]
-    return score(engine, min(specs, key=lambda g: g.kv), [prefix])[0][-1]
+def drive(engine: Engine, spec: GraphSpec, plain: GraphSpec, starts: Sequence[Row], limit: int | None = None,
+          sampling: dict[str, torch.Tensor] | None = None, generator: torch.Generator | None = None,
+          ) -> list[Row]:  # fmt: skip
+    """Run one graph from `starts` until every row is full, or has `limit` new tokens.
+
+    Greedy unless `sampling` gives temperature, top_k and top_p. `plain` is a decode graph of the same batch: it reads
+    the token before the last one again, which tells the draft what came before.
+    """
+    rows = [Row(list(row.tokens), len(row.tokens)) for row in starts]
+    usable = min(spec.kv, engine.length)
+    step(engine, plain, [Row(row.tokens[:-1], 0) for row in rows], [True] * len(rows))
+    while True:
+        active = [len(r.tokens) - 1 < usable and (limit is None or len(r.new) < limit) for r in rows]
+        if not any(active):
+            return rows
+        for row, new in zip(rows, step(engine, spec, rows, active, sampling, generator), strict=True):
+            row.tokens.extend(new)
 
 
-def _draw(engine: Engine, spec: GraphSpec, prompt: list[int], seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens [draws, K+1] and counts of repeated steps; every row of the batch holds the same prompt."""
-    models = [
-        next(g for g in engine.graphs if g.phase == "score" and g.model == m and g.kv >= len(prompt))
-        for m in ("target", "draft")
-    ]
-    for model in models:
-        score(engine, model, [prompt] * model.batch)
-    generator = torch.Generator().manual_seed(seed)
-    rows = spec.batch
+def step(
+    engine: Engine, spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool],
+    sampling: dict[str, torch.Tensor] | None = None, generator: torch.Generator | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """Run a decode or speculate graph once; new tokens of each row, none for those that are not active."""
     arguments = {
-        "last_token": torch.full((rows,), prompt[-1], dtype=torch.int32),
-        "position": torch.full((rows,), len(prompt) - 1, dtype=torch.int32),
-        "active": torch.ones(rows, dtype=torch.bool),
-        "temperature": torch.full((rows,), TEMPERATURE),
-        "top_k": torch.full((rows,), TOP_K, dtype=torch.int32),
-        "top_p": torch.full((rows,), TOP_P),
+        "last_token": torch.tensor([row.tokens[-1] for row in rows], dtype=torch.int32),
+        "position": torch.tensor([len(row.tokens) - 1 for row in rows], dtype=torch.int32),
+        "active": torch.tensor(active),
     }
-    tokens, counts = [], []
-    for _ in range(-(-DRAWS // rows)):
-        uniforms = torch.rand(rows, 2 * spec.draft_tokens + 1, generator=generator)
-        out = engine.ranks.run(spec, arguments | {"uniforms": uniforms})
-        tokens.append(out["tokens"].clone())
-        counts.append(out["count"].clone())
-    return torch.cat(tokens), torch.cat(counts)
+    if spec.sampling == "stochastic":
+        draws = 2 * spec.draft_tokens + 1 if spec.phase == "speculate" else 1
+        arguments |= sampling or settings(len(rows), 0.0, 0, 1.0)
+        arguments["uniforms"] = torch.rand(len(rows), draws, generator=generator or torch.Generator().manual_seed(0))
+    out = engine.ranks.run(spec, arguments)
+    if spec.phase == "decode":
+        return [[int(token)] if on else [] for token, on in zip(out["token"], active, strict=True)]
+    return [out["tokens"][row, : int(out["count"][row])].tolist() for row in range(len(rows))]
 
 
-def _test(drawn: Tensor, probs_V: Tensor, position: int) -> ChiSquare:
-    """Pearson's test; outcomes expected fewer than 5 times share a bin, impossible ones fail outright."""
-    total = len(drawn)
-    seen_V = torch.bincount(drawn.long(), minlength=len(probs_V)).double()
-    if bool((seen_V[probs_V == 0] > 0).any()):
-        return ChiSquare(position, float("inf"), 0, 0.0, total)
-    expected_V = probs_V * total
-    large = expected_V >= 5
-    seen = torch.cat((seen_V[large], seen_V[~large].sum()[None]))
-    wanted = torch.cat((expected_V[large], expected_V[~large].sum()[None]))
-    used = wanted > 0
-    statistic = float(((seen - wanted)[used] ** 2 / wanted[used]).sum())
-    degrees = int(used.sum()) - 1
-    if degrees < 1:
-        return ChiSquare(position, statistic, 0, 1.0, total)
-    p_value = float(torch.special.gammaincc(torch.tensor(degrees / 2).double(), torch.tensor(statistic / 2).double()))
-    return ChiSquare(position, statistic, degrees, p_value, total)
+def settings(rows: int, temperature: float, top_k: int, top_p: float) -> dict[str, torch.Tensor]:
+    """Sampling arguments, the same for all rows."""
+    return {
+        "temperature": torch.full((rows,), temperature),
+        "top_k": torch.full((rows,), top_k, dtype=torch.int32),
+        "top_p": torch.full((rows,), top_p),
+    }
+
+
+def _starts(probes: Sequence[list[int]], batch: int, place: int, variant: int) -> list[Row]:
+    """Ragged rows at and just before `place`; their last token is taken from elsewhere in the probe."""
+    rows = []
+    for index, probe in enumerate(probes[:batch]):
+        at = max(place - index, 1)
+        rows.append(Row([*probe[:at], probe[(7 * at + 13 * variant + index) % len(probe)]], 0))
+    return rows
+
+
+def _compare(
+    engine: Engine, where: tuple[str, str], prefix: list[int], tokens: tuple[list[int], list[int]], found: Lossless
+) -> None:
+    """Note the first difference, and every token of the second run after it that is not the target's own choice."""
+    plain, other = tokens
+    pairs = zip(plain, other, strict=False)
+    at = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(plain), len(other)))
+    if at == len(plain) == len(other):
+        return
+    if at == min(len(plain), len(other)):
+        longer = plain[at] if at < len(plain) else -1
+        end = other[at] if at < len(other) else -1
+        found.differences.append(Difference(*where, len(prefix) + at, longer, end, float("inf"), near_tie=False))
+        return
+    found.differences += list(_judge(engine, where, prefix, (plain, other), at, found.tie))
+
+
+def _judge(
+    engine: Engine, where: tuple[str, str], prefix: list[int], tokens: tuple[list[int], list[int]], at: int, tie: float
+) -> Iterator[Difference]:
+    """Teacher-force the second run, and tell wherever it left the target's own choice by how much."""
+    plain, other = tokens
+    sequence = [*prefix, *other]
+    specs = [g for g in engine.graphs if g.phase == "score" and g.model == "target" and g.kv >= len(sequence) - 1]
+    logits_TV = score(engine, min(specs, key=lambda g: g.kv), [sequence[:-1]])[0][len(prefix) - 1 :]
+    for place in range(at, len(other)):
+        rivals = (plain[at], other[at]) if place == at else (other[place],)
+        best, scale = float(logits_TV[place].max()), float(logits_TV[place].abs().max())
+        gap = max(best - float(logits_TV[place, token]) for token in rivals) / scale
+        if place == at or gap > 0:
+            wanted = plain[at] if place == at else int(logits_TV[place].argmax())
+            yield Difference(*where, len(prefix) + place, wanted, other[place], gap, near_tie=gap <= tie)

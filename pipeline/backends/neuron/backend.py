@@ -196,7 +196,7 @@ class NeuronBackend:
             what = f"neuronx-cc does not take this graph: {'; '.join(found)}"
             raise HostError(what, where="compile", fix="please report this: it is a fault of Tandem's graph")
         flags = compiler.arguments(self.target, self.lnc, self.extra)
-        neff = compiler.compile_neff(traced.program.hlo.SerializeToString(), flags, work, environment)
+        neff = compiler.compile_neff(hlo.stripped(traced.program.hlo), flags, work, environment)
         return pack(neff, traced.program)
 
     def load(self, graph: Path) -> Executable:

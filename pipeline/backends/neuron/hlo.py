@@ -55,6 +55,20 @@ def canonical(hlo: Any, meta: Any) -> bytes:
     return "\n".join([*_module(hlo), *_inputs(meta)]).encode()
 
 
+def stripped(hlo: Any) -> bytes:
+    """The module as bytes for the compiler, without source files and lines: those would end up in the NEFF."""
+    copy = type(hlo)()
+    copy.CopyFrom(hlo)
+    for computation in copy.computations:
+        for one in computation.instructions:
+            if "metadata" in one.DESCRIPTOR.fields_by_name:
+                one.ClearField("metadata")
+    if "stack_frame_index" in copy.DESCRIPTOR.fields_by_name:
+        copy.ClearField("stack_frame_index")
+    data: bytes = copy.SerializeToString(deterministic=True)
+    return data
+
+
 def operators(listing: str) -> frozenset[str]:
     """HLO opcodes of the output of `neuronx-cc list-operators --framework XLA`."""
     known = {opcode.replace("-", ""): opcode for opcode in DOCUMENTED | NAMED_LATER}

@@ -78,6 +78,10 @@ class NeuronRanks:
             for rank in range(self._ranks):
                 self._model.write_to_neuron_buffer(zeros, dotted(one.name), rank)
 
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: it is on the device."""
+        return {}
+
     def close(self) -> None:
         """Nothing to end: the device's memory goes with the process."""
 

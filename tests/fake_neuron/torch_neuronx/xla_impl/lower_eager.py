@@ -51,12 +51,12 @@ HloModuleProto = _messages()["HloModule"]
 """As much of XLA's message as Tandem reads, and the exported program."""
 
 
-def device():
-    return torch.device("cpu")
-
-
-def settle():
+def begin():
     pass
+
+
+def placeholder(tensor):
+    return tensor
 
 
 def lower(named, results, model, replaced):

@@ -2,6 +2,8 @@
 
 import torch
 import torch_xla
+import torch_xla.core.xla_model as xm
+from torch_xla.core import xla_builder
 from torch_neuronx.pyhlo import hlo_pb2
 
 XLA = torch_xla._XLAC
@@ -9,24 +11,28 @@ DTYPES = {1: torch.bool, 4: torch.int32, 5: torch.int64, 10: torch.float16, 11: 
 LITERALS = {torch.bool: "preds", torch.int32: "s32s", torch.int64: "s64s", torch.float32: "f32s", torch.float64: "f64s"}
 
 
-def device():
-    """Where a module is lowered."""
-    return torch_xla.device()
-
-
-def settle():
-    """Give every tensor its data, so that it becomes a parameter."""
+def begin():
+    """Forget what earlier lowerings left pending: it has no contents to be run on."""
+    torch_xla._XLAC._clear_pending_irs("xla:0")
     torch_xla.sync(wait=True)
+
+
+def placeholder(tensor):
+    """A tensor without contents that becomes a parameter: large models are lowered without their weights."""
+    empty = xla_builder.create_placeholder_tensor(list(tensor.shape), tensor.dtype)
+    return torch.nn.Parameter(empty, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else empty
 
 
 def lower(named, results):
     """HLO of `results` -> (module, the parameters' order). `named` are all tensors that may be a parameter."""
+    xm.wait_device_ops()  # uploads of scalars
     context = XLA.lowering.LoweringContext("model")
     context.build(results)
     hlo = hlo_pb2.HloModuleProto()
     hlo.ParseFromString(context.hlo())
     numbers = {one: number for one, tensor in named.items() if (number := context.tensor_parameter_id(tensor)) >= 0}
-    constants = {n: t for n, t in context.parameter_id_tensor_mapping().items() if n not in numbers.values()}
+    every = context.device_parameter_id_tensor_mapping()
+    constants = {number: tensor.cpu() for number, tensor in every.items() if number not in numbers.values()}
     order = [*numbers]
     _renumber(hlo, {numbers[one]: place for place, one in enumerate(order)}, constants)
     return hlo, order

@@ -45,11 +45,13 @@ def generate_hlo(func, example_inputs, **keywords):
     for name in ("cpu_backend", "enable_aliasing", "treat_inputs_as_kwargs"):
         if not keywords.get(name):
             raise RuntimeError(f"the fake SDK lowers with {name}=True only")
-    model = func.to(lowering.device())
-    inputs = {name: tensor.to(lowering.device()) for name, tensor in example_inputs.items()}
+    lowering.begin()
+    model, before = func, _tables(func)
+    for table, name, tensor in before:
+        table[name] = lowering.placeholder(tensor)
+    inputs = {name: lowering.placeholder(tensor) for name, tensor in example_inputs.items()}
     weights, states = dict(model.named_parameters()), dict(model.named_buffers())
     versions = {name: tensor._version for name, tensor in states.items()}
-    lowering.settle()
     named = {("input", name): tensor for name, tensor in inputs.items()}
     named |= {("weight", name): tensor for name, tensor in weights.items()}
     named |= {("state", name): tensor for name, tensor in states.items()}
@@ -68,8 +70,15 @@ def generate_hlo(func, example_inputs, **keywords):
         hlo, order = lowering.lower(named, results, model, replaced)
     else:
         hlo, order = lowering.lower(named, results)
-    model.to("cpu")
+    for table, name, tensor in before:
+        table[name] = tensor
     return _artifacts(hlo, order, named, outputs, results[len(outputs) :], replaced)
+
+
+def _tables(model):
+    """Every parameter and buffer: the dictionary that holds it, its name there, itself."""
+    tables = [t for module in model.modules() for t in (module._parameters, module._buffers)]
+    return [(table, name, tensor) for table in tables for name, tensor in table.items()]
 
 
 def _set_buffer(model, name, tensor):

@@ -35,6 +35,11 @@ class NxDModel(torch.nn.Module):
             model.initialize(self.states, self.weights, 0)
         self.loaded = True
 
+    def read_from_neuron_buffer(self, buffer_key, rank):
+        if not self.loaded:
+            raise AssertionError("Model must be loaded on neuron before calling these methods")
+        return self.states[rank][buffer_key].clone()
+
     def write_to_neuron_buffer(self, tensor, buffer_key, rank):
         if not self.loaded:
             raise AssertionError("Model must be loaded on neuron before calling these methods")

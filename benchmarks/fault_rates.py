@@ -1,0 +1,53 @@
+"""How often the gates catch planted faults, and pass clean pairs, over seeds: `python benchmarks/fault_rates.py 5`.
+
+Runs eagerly, so that what is measured is the gates and not the compiler.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import planted
+from reports import gates_of, recipe_of
+
+SAMPLED = ("greedy", "stochastic")
+
+
+def main(seeds: int) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for dtype in ("float32", "bfloat16"):
+            faults = [*planted.NUMERIC, *(planted.FLOAT32_ONLY if dtype == "float32" else ())]
+            for fault in (None, *faults):
+                found = [gates_of(work, recipe_of("llama", 10 + s, dtype), fault, s) for s in range(seeds)]
+                caught = sum(not gates.found.passed for gates in found)
+                name = fault.__name__ if fault else "clean"
+                ratios = sorted(_worst(gates) for gates in found)
+                print(
+                    f"{dtype:<9} {name:<24} caught {caught} of {seeds}, "
+                    f"worst ratio {ratios[0]:.2f} to {ratios[-1]:.2f}",
+                    flush=True,
+                )
+        for fault in (None, *planted.ACCEPTANCE):
+            found = [
+                gates_of(work, recipe_of("llama", 10 + s, "float32", SAMPLED, (2,)), fault, s) for s in range(seeds)
+            ]
+            caught = sum(bool(gates.found.gates["distribution"]) for gates in found)
+            print(f"sampling  {fault.__name__ if fault else 'clean':<24} caught {caught} of {seeds}", flush=True)
+
+
+def _worst(gates) -> float:
+    """The largest ratio to noise that a gate looks at: over all tokens, of a slice, of a layer."""
+    figures = gates.found.data["parity"].values()
+    layers = [ratio for of in figures for pair in of["layers"] for ratio in pair]
+    slices = [s["error_over_noise"] for of in figures for s in of["slices"] if s["tokens"] >= 16]
+    return max(*layers, *slices, *(of["error_over_noise"] for of in figures))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)

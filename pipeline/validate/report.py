@@ -1,0 +1,392 @@
+"""What the gates found, as data: `parity.json` and its schema, JUnit for CI, Markdown for pull requests. No torch.
+
+Every other form (the page, the terminal, a comparison) is made from this one object, so their numbers agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from xml.etree import ElementTree as ET
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from pipeline.errors import InputError
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+"""A figure; null where it is infinite or not a number, which JSON cannot say."""
+
+
+class Part(BaseModel):
+    """Base of the report's sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Gate(Part):
+    """One gate: its findings, none when it passed."""
+
+    name: str
+    passed: bool
+    findings: tuple[str, ...]
+
+
+class TokenSequence(Part):
+    """Tokens that were scored: a prompt with its answer, or a probe that fills the cache."""
+
+    name: str
+    kind: str = Field(alias="class")
+    prompt_tokens: int = Field(description="how many of the tokens were given; the rest are the answer")
+    tokens: tuple[int, ...]
+    texts: tuple[str, ...]
+
+
+class Slice(Part):
+    """Figures of some tokens: those of a graph, a class, a prompt, a stretch of positions."""
+
+    kind: Literal["graph", "class", "prompt", "positions"]
+    name: str
+    tokens: int
+    error_over_noise: Number
+    flips: int
+    largest_error: Number
+
+
+class Divergence(Part):
+    """The first token that the artifact would choose otherwise than the baseline."""
+
+    prompt: str
+    graph: str
+    position: int
+    expected: int
+    chosen: int
+    gap: Number = Field(description="baseline's top-1 minus top-2 logit")
+    gap_ulp: Number = Field(description="the same in units in the last place of the dtype")
+    near_tie: bool
+
+
+class Points(Part):
+    """Figures of every token, in columns. `flip`: 0 as the baseline, 1 flipped, 2 flipped at a near-tie."""
+
+    graphs: tuple[str, ...]
+    sequence: tuple[int, ...]
+    graph: tuple[int, ...]
+    position: tuple[int, ...]
+    flip: tuple[int, ...]
+    error: tuple[Number, ...] = Field(description="largest error of the top 50 logits over the largest logit")
+    noise: tuple[Number, ...] = Field(description="the same of transformers in the recipe's dtype")
+    sigma_ratio: tuple[Number, ...] = Field(description="spread of the error over spread of the noise")
+    kl: tuple[Number, ...] = Field(description="Kullback-Leibler divergence from the baseline, nats")
+    bhattacharyya: tuple[Number, ...] = Field(description="Bhattacharyya coefficient with the baseline")
+    gap: tuple[Number, ...]
+    gap_ulp: tuple[Number, ...]
+
+
+class ModelParity(Part):
+    """Gate 1 of one model."""
+
+    dtype: str
+    tokens: int
+    worst_relative_error: dict[str, Number]
+    error_over_noise: Number
+    largest_token_over_noise: Number
+    sigma_ratio: Number = Field(description="median over tokens")
+    kl_mean: Number
+    kl_largest: Number
+    kl_noise_mean: Number
+    bhattacharyya_smallest: Number
+    flips: int
+    near_ties: int
+    flips_of_noise: int = Field(description="tokens that transformers itself flips in the recipe's dtype")
+    first_divergence: Divergence | None
+    layers: tuple[tuple[Number, Number], ...] = Field(
+        description="error over noise of each layer's keys and values; empty where ranks share them"
+    )
+    slices: tuple[Slice, ...]
+    points: Points
+
+
+class Difference(Part):
+    """A place where speculation and plain decode differ."""
+
+    graph: str
+    prompt: str
+    position: int
+    plain: int
+    speculative: int
+    gap: Number
+    near_tie: bool
+
+
+class Edge(Part):
+    """Tokens of a graph that were compared at the end of its bucket."""
+
+    graph: str
+    tokens: int
+
+
+class Losslessness(Part):
+    """Gate 2, greedy."""
+
+    tokens: int
+    near_ties: int
+    tie_tolerance: Number
+    differences: tuple[Difference, ...]
+    edges: tuple[Edge, ...]
+
+
+class ExactTest(Part):
+    """One test of a stochastic graph."""
+
+    graph: str
+    test: str
+    tokens: int
+    p_value: Number
+    shift: Number = Field(description="probability moved to the draft's tokens that it finds with 90% power")
+
+
+class Distribution(Part):
+    """Gate 2, stochastic."""
+
+    false_alarm_rate: float
+    temperature: float
+    top_k: int
+    top_p: float
+    tests: tuple[ExactTest, ...]
+
+
+class OfClass(Part):
+    """Acceptance of one class of prompts."""
+
+    tokens_per_step: float
+    accepted_by_position: tuple[float, ...]
+
+
+class Acceptance(Part):
+    """Gate 3, one K. `lengths[i]` counts steps that emitted i + 1 tokens."""
+
+    draft_tokens: int
+    tokens_per_step: float
+    accepted_by_position: tuple[float, ...]
+    accepted_given_previous: tuple[float, ...]
+    lengths: tuple[int, ...]
+    by_class: dict[str, OfClass]
+    by_prompt: dict[str, float]
+
+
+class Latencies(Part):
+    """One way of decoding, one request at a time."""
+
+    first_token_ms: float
+    step_ms: tuple[float, ...]
+    step_p50_ms: Number
+    step_p99_ms: Number
+    inter_token_ms: Number
+    tokens_per_s: float
+
+
+class Cost(Part):
+    """Cost of a million tokens, in the currency of the recipe's price; null without one."""
+
+    plain: Number
+    speculative: Number
+
+
+class Speed(Part):
+    """Gate 4."""
+
+    draft_tokens: int
+    prompts: tuple[str, ...]
+    plain: Latencies
+    speculative: Latencies
+    measured_speedup: Number
+    expected_speedup: Number
+    draft_cost: Number = Field(description="weights of a draft pass over those of a target pass")
+    cost_per_million_tokens: Cost
+
+
+class Choices(Part):
+    """Tokens of the answers and of the prefill graphs against the baseline's own choice."""
+
+    tokens: int
+    near_ties: int
+    flips_of_noise: int
+
+
+class Tested(Part):
+    """What was tested."""
+
+    prompts: int
+    classes: tuple[str, ...]
+    graphs: tuple[str, ...]
+    batch: tuple[int, ...]
+    prefill: tuple[int, ...]
+    kv: tuple[int, ...]
+    draft_tokens: tuple[int, ...]
+    sampling: tuple[str, ...]
+    ranks: int
+    dtype: str
+    cut_prompts: tuple[str, ...] = Field(description="prompts longer than the largest prefill bucket: their ends ran")
+
+
+class Cached(Part):
+    """Sequences whose reference was computed, and those that were cached."""
+
+    computed: int
+    cached: int
+
+
+class Provenance(Part):
+    """Where the figures come from."""
+
+    recipe_digest: str
+    lock_digest: str
+    toolchain: dict[str, str]
+    requires: dict[str, str]
+    ran_on: dict[str, str]
+    transformers: str
+    created: str
+    goldens: dict[str, Cached]
+    seconds: dict[str, float]
+
+
+class Report(Part):
+    """The numerical parity report of one artifact: `reports/parity.json`."""
+
+    format: Literal["tandem-parity-1"] = "tandem-parity-1"
+    name: str
+    version: str
+    passed: bool
+    gates: tuple[Gate, ...]
+    tested: Tested
+    parity: dict[str, ModelParity]
+    choices: Choices
+    losslessness: Losslessness
+    distribution: Distribution | None
+    acceptance: tuple[Acceptance, ...]
+    speed: Speed
+    sequences: tuple[TokenSequence, ...]
+    provenance: Provenance
+
+
+def to_bytes(report: Report) -> bytes:
+    """`parity.json`."""
+    return json.dumps(report.model_dump(mode="json", by_alias=True), allow_nan=False, separators=(",", ":")).encode()
+
+
+def read(data: bytes, where: str) -> Report:
+    """A report from its bytes.
+
+    Raises:
+        InputError: it is not one of this format.
+
+    """
+    try:
+        return Report.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"not a parity report of this version: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise InputError(what, where=where, fix="run `tandem validate` on the artifact") from error
+
+
+def load(root: Path) -> Report:
+    """The report of an artifact.
+
+    Raises:
+        InputError: it has not been validated, or by another version.
+
+    """
+    path = root / "reports" / "parity.json"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError("no parity report", where=str(path), fix="run `tandem validate` on the artifact") from error
+    return read(data, str(path))
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of `parity.json`."""
+    found = Report.model_json_schema(by_alias=True, mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """What the manifest keeps."""
+    return {
+        "passed": report.passed,
+        "gates": {gate.name: list(gate.findings) for gate in report.gates},
+        "ran_on": report.provenance.ran_on,
+        "tokens_per_step": {str(a.draft_tokens): a.tokens_per_step for a in report.acceptance},
+        "error_over_noise": {model: of.error_over_noise for model, of in report.parity.items()},
+    }
+
+
+def headlines(report: Report) -> list[tuple[str, str]]:
+    """The figures that a reader wants first, as label and value: terminal, Markdown and page show these same ones."""
+    rows = [
+        (f"{model}: error over {of.dtype} noise", f"{show(of.error_over_noise)} over {of.tokens} tokens")
+        for model, of in report.parity.items()
+    ]
+    flips = sum(of.flips for of in report.parity.values())
+    ties = sum(of.near_ties for of in report.parity.values())
+    rows.append(("flipped tokens", f"{flips}, of which near-ties {ties}"))
+    choices = report.choices
+    rows.append(("answers, token by token", f"{choices.tokens} as the baseline chooses, near-ties {choices.near_ties}"))
+    lossless = report.losslessness
+    others = len(lossless.differences) - lossless.near_ties
+    rows.append(
+        (
+            "speculation against plain decode",
+            f"{others} differences in {lossless.tokens} tokens, near-ties {lossless.near_ties}",
+        )
+    )
+    if report.distribution is not None:
+        smallest = min((t.p_value for t in report.distribution.tests if t.p_value is not None), default=1.0)
+        rows.append(("sampling", f"{len(report.distribution.tests)} exact tests, smallest p {show(smallest)}"))
+    rows += [(f"tokens a step, K={a.draft_tokens}", f"{a.tokens_per_step:.2f}") for a in report.acceptance]
+    rows.append(
+        ("speed-up", f"{show(report.speed.measured_speedup)} measured, {show(report.speed.expected_speedup)} expected")
+    )
+    return rows
+
+
+def show(value: float | None) -> str:
+    """A figure for a reader."""
+    if value is None:
+        return "not a number"
+    return f"{value:.2f}" if 0.01 <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"
+
+
+def junit(report: Report) -> bytes:
+    """The gates as a JUnit report, a test case each."""
+    failed = sum(not gate.passed for gate in report.gates)
+    suite = ET.Element("testsuite", name=report.name, tests=str(len(report.gates)), failures=str(failed))
+    for gate in report.gates:
+        case = ET.SubElement(suite, "testcase", classname=report.name, name=gate.name)
+        if gate.findings:
+            ET.SubElement(case, "failure", message=gate.findings[0]).text = "\n".join(gate.findings)
+    return ET.tostring(suite, xml_declaration=True, encoding="utf-8")
+
+
+def markdown(report: Report) -> str:
+    """A summary for a pull request or a model card."""
+    verdict = "passed" if report.passed else "**failed**"
+    lines = [
+        f"### {report.name} {report.version}: validation {verdict}",
+        "",
+        "| gate | verdict | finding |",
+        "| --- | --- | --- |",
+    ]
+    for gate in report.gates:
+        first = gate.findings[0].replace("|", "\\|") if gate.findings else ""
+        more = f" (and {len(gate.findings) - 1} more)" if len(gate.findings) > 1 else ""
+        lines.append(f"| {gate.name} | {'passed' if gate.passed else '**failed**'} | {first}{more} |")
+    lines += ["", "| | |", "| --- | --- |", *(f"| {label} | {value} |" for label, value in headlines(report))]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,79 @@
+"""An artifact's engine that runs its graphs eagerly from a checkpoint: no compiling, and faults can be planted in it.
+
+The gates see what they see of a compiled artifact: an `Engine` with ranks that run graphs by name. Only the compiler is
+left out, so faults of every kind can be planted in seconds and over many seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from pipeline.artifact import GraphEntry, Manifest
+from pipeline.backends.packing import PlainPacking
+from pipeline.models.parallel import Seams
+from pipeline.plan import GraphSpec, Plan, make_plan
+from pipeline.recipe import Recipe
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.text import Text
+from pipeline.signature import PairShape, signature, stored_weights
+from pipeline.sources import Checkpoint, weights
+from pipeline.trace import DTYPES, run_phase
+from pipeline.validate.goldens import read_tensor
+
+
+def _nothing(spec: GraphSpec, state: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+class EagerRanks:
+    """Runs graphs eagerly. Faults go into `tensors`, `shape` and `around`, a context that every run is in."""
+
+    def __init__(self, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> None:
+        self.shape: PairShape = plan.pair
+        self.seams: Callable[[int], Seams] = lambda tp: Seams()
+        self.tensors = {}
+        for model, checkpoint in zip(("target", "draft"), pair, strict=True):
+            refs = weights(checkpoint)
+            kind = DTYPES[plan.pair.dtype_of(model)]
+            for spec in stored_weights(plan.pair, model):
+                tensor = read_tensor(refs[spec.name])
+                self.tensors[f"{model}/{spec.name}"] = tensor.int() if spec.kind == "index" else tensor.to(kind)
+        self.tensors_of_state: dict[str, torch.Tensor] = {}
+        self.around: Callable[[GraphSpec, dict[str, torch.Tensor]], AbstractContextManager[None]] = _nothing
+
+    def run(self, spec: GraphSpec, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        io = signature(spec, self.shape, PlainPacking())
+        for t in io.state:
+            self.tensors_of_state.setdefault(t.name, torch.zeros(t.shape, dtype=DTYPES[t.dtype]))
+        given = {t.name: arguments[t.name] for t in io.arguments}
+        with torch.no_grad(), self.around(spec, self.tensors_of_state):
+            outputs = run_phase(spec, self.shape, {**self.tensors, **self.tensors_of_state, **given}, self.seams)
+        return {t.name: out for t, out in zip(io.outputs, outputs, strict=True)}
+
+    def reset(self) -> None:
+        for tensor in self.tensors_of_state.values():
+            tensor.zero_()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.tensors_of_state
+
+    def close(self) -> None:
+        pass
+
+
+def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint]) -> Engine:
+    """The engine that a build of this recipe would load."""
+    plan = make_plan(recipe, pair[0].config, pair[1].config)
+    graphs = tuple(GraphEntry(name=s.name, key="-", file="-", io="-", **dataclasses.asdict(s)) for s in plan.graphs)
+    manifest = Manifest.model_construct(
+        name=recipe.name, version="eager", created="", recipe_digest=recipe.digest(), lock_digest="", toolchain={},
+        backend={}, requires={}, tensor=1, dtype=recipe.target.dtype, shapes=recipe.shapes,
+        draft_tokens=recipe.speculation.draft_tokens, sampling=recipe.speculation.sampling,
+        candidates=recipe.speculation.candidates, eos_ids=plan.pair.target.eos_ids, graphs=graphs, shards=(), files={},
+    )  # fmt: skip
+    return Engine(manifest, EagerRanks(plan, pair), Text(Path(pair[0].root)))

@@ -1,0 +1,112 @@
+"""Gates on a compiled bfloat16 pair, and on what is left of it after someone edits its shards. Compiles five graphs."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline import artifact
+from pipeline.artifact import FileEntry, dump
+from pipeline.build import Request, run
+from pipeline.errors import ArtifactError, GateError
+from pipeline.publish import publish
+from pipeline.recipe import load
+from pipeline.sources import resolve_pair
+from pipeline.validate import report, validate
+
+RECIPE = """
+name: half
+target: {source: "pico://llama?layers=2", dtype: bfloat16}
+draft: {derive: {from: target, layers: [0]}}
+speculation: {draft_tokens: [2], sampling: [greedy]}
+shapes: {batch: [2], prefill: [32], kv: [48]}
+validate: {prompts: prompts.jsonl, max_new_tokens: 10, gates: {tokens_per_step: 1.0}}
+"""
+TEXTS = ["The quick brown fox", "def add(first,", "Once upon a time"]
+
+
+@pytest.fixture(scope="module")
+def request_(tmp_path_factory):
+    """A validated bfloat16 artifact, by the request that made it."""
+    base = tmp_path_factory.mktemp("half")
+    (base / "half.yaml").write_text(RECIPE)
+    lines = [json.dumps({"id": f"p{i}", "class": "chat", "prompt": text}) for i, text in enumerate(TEXTS)]
+    (base / "prompts.jsonl").write_text("\n".join(lines))
+    request = Request(recipe=load(base / "half.yaml"), base=base, out=base / "out", cache=base / "cache", workers=2)
+    run(request)
+    return request
+
+
+def gates(request, root: Path) -> list[str]:
+    """Run the gates on an artifact of this request; returns the lines said."""
+    said: list[str] = []
+    pair = resolve_pair(request.recipe, base=request.base, cache=request.cache / "sources")
+    validate(root, *pair, request.base, request.cache, said.append)
+    return said
+
+
+def edited(request, root: Path, change) -> Path:
+    """A copy whose target shard went through `change`, with a manifest that agrees."""
+    shutil.copytree(request.out, root)
+    name = next(n for n in artifact.read(root).manifest.files if n.startswith("weights/target/"))
+    tensors = load_file(root / name)
+    change(tensors)
+    (root / name).unlink()
+    save_file(tensors, root / name)
+    data = (root / name).read_bytes()
+    manifest = artifact.read(root).manifest
+    entry = FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    changed = manifest.model_copy(update={"files": {**manifest.files, name: entry}, "validation": None})
+    (root / "manifest.json").unlink()
+    (root / "manifest.json").write_bytes(dump(changed))
+    return root
+
+
+def test_bfloat16_pair_passes_and_visits_every_graph(request_):
+    found = report.load(request_.out)
+    assert found.passed
+    assert {path.name for path in (request_.out / "reports").iterdir()} == {
+        "parity.json", "parity.html", "parity.md", "junit.xml",
+    }  # fmt: skip
+    assert found.parity["target"].dtype == "bfloat16"
+    assert len(found.parity["target"].layers) == 2
+    assert 0.3 < found.parity["target"].error_over_noise < 1.5
+    scored = {graph for of in found.parity.values() for graph in of.points.graphs}
+    driven = {edge.graph for edge in found.losslessness.edges}
+    speculate = {name for name in found.tested.graphs if name.startswith("speculate")}
+    assert scored == {name for name in found.tested.graphs if name.startswith("score")}
+    assert speculate <= driven
+    longest = max(found.parity["target"].points.position)
+    assert longest == 46, "probes fill the cache to its last usable position"
+
+
+def test_validate_again_takes_references_from_the_cache(request_):
+    gates(request_, request_.out)
+    goldens = report.load(request_.out).provenance.goldens
+    assert all(of.computed == 0 and of.cached > 0 for of in goldens.values())
+
+
+def test_edited_weights_fail_and_cannot_be_published(request_, tmp_path):
+    def perturb(tensors):
+        name = "model.layers.1.self_attn.k_proj.weight"
+        tensors[name] = (tensors[name].float() * 1.02).bfloat16()
+
+    root = edited(request_, tmp_path / "edited", perturb)
+    with pytest.raises(GateError, match="keys of layer 1"):
+        gates(request_, root)
+    found = artifact.verify(root).manifest
+    assert found.validation["passed"] is False
+    with pytest.raises(ArtifactError):
+        publish(root, str(tmp_path / "registry"), ())
+
+
+def test_shifted_shard_fails(request_, tmp_path):
+    def shift(tensors):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].roll(1, 0)
+
+    with pytest.raises(GateError):
+        gates(request_, edited(request_, tmp_path / "edited", shift))
