@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from pipeline.artifact import FileEntry, Progress, difference
 from pipeline.errors import ArtifactError, HostError
-from pipeline.files import check_space, disk_errors, sync_folder
+from pipeline.files import check_space, disk_errors
 from pipeline.stores.base import Blob, Interrupted, Store
 
 WRITERS = 8
@@ -32,6 +32,7 @@ PART_BYTES = 4 << 20
 AHEAD = 4
 """Parts of one blob on their way at a time: WRITERS * AHEAD * PART_BYTES is all that a pull holds in memory."""
 CHUNK_BYTES = 1 << 20
+FLUSH_BYTES = 32 << 20
 TRIES = 6
 GIVE_UP_S = 90.0
 """No new try after this: some clients try again for a minute themselves."""
@@ -157,7 +158,6 @@ class Blobs:
             what = f"{job.path}: sha256 {found}, should be {entry.sha256}"
             raise ArtifactError(what, where="registry", fix="publish the artifact again")
         partial.replace(self.path(entry.sha256))
-        sync_folder(partial.parent)
 
     def _partial(self, entry: FileEntry) -> Path:
         """A fixed name, unlike a temp name, since the next pull continues it; the lock keeps it to one writer."""
@@ -170,13 +170,26 @@ def _stream(job: _Job, partial: Path) -> str:
     with partial.open("a+b") as file:
         there = _digest_kept(file, digest)
         job.meter.add(min(there, entry.size))
+        sent = there
         for piece in _parts(job, there):
             digest.update(piece)
             file.write(piece)
+            there += len(piece)
             job.meter.add(len(piece))
-        file.flush()
-        os.fsync(file.fileno())
+            if there - sent >= FLUSH_BYTES or there >= entry.size:
+                file.flush()
+                _start_writing(file, sent, there - sent)
+                sent = there
     return digest.hexdigest()
+
+
+def _start_writing(file: IO[bytes], offset: int, length: int) -> None:
+    """Begin to write to the disk, without waiting: the artifact's folder is synced once, at the end of a pull.
+
+    Nothing here relies on it: blobs are checked whenever they are used, and a partial file that lost bytes starts over.
+    """
+    # Pages that are not on disk yet are not dropped by this; it starts writing them.
+    os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def _digest_kept(file: IO[bytes], digest: hashlib._Hash) -> int:
