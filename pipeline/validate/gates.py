@@ -23,7 +23,7 @@ from pipeline.runtime.engine import Engine, Generation
 from pipeline.sources import Checkpoint
 from pipeline.validate import acceptance, distribution, losslessness, parity
 from pipeline.validate.goldens import Golden, Goldens
-from pipeline.validate.limits import ALL_LIMIT, TIE
+from pipeline.validate.limits import FLIP_LIMIT, TIE
 from pipeline.validate.losslessness import Lossless
 from pipeline.validate.parity import Parity, Sequence_
 from pipeline.validate.prompts import Prompt
@@ -228,7 +228,7 @@ class Gates:
         with self._stage("prefill graphs"):
             for spec in (g for g in self.engine.graphs if g.phase == "prefill"):
                 self._prefill(spec, counts, failures, floor)
-        allowed = self.recipe.validate_.gates.near_tie_rate * counts["tokens"] + ALL_LIMIT * counts["flips_of_noise"]
+        allowed = self.recipe.validate_.gates.near_tie_rate * counts["tokens"] + FLIP_LIMIT * counts["flips_of_noise"]
         if counts["near_ties"] > allowed:
             failures.append(
                 f"near-ties {counts['near_ties']} of {counts['tokens']} tokens; at most {allowed:.0f} are usual"
