@@ -91,15 +91,17 @@ def _find(ref: Reference, store: Store, variant: str | None, blobs: Blobs) -> _F
     document = parse_document(data, str(ref))
     _check_names(document, ref, version)
     prefix = ""
-    if not isinstance(document, Manifest):
+    if isinstance(document, Manifest):
+        manifest = document
+        if variant is not None:
+            raise InputError("this release has no variants", where=str(ref), fix="leave out --variant")
+    else:
         chosen = choose(document, host_facts(), variant, str(ref))
         prefix = f"{chosen}/"
         data = read_small(store, ref.name, version, f"{prefix}{MANIFEST}", document.variants[chosen].manifest)
-    elif variant is not None:
-        raise InputError("this release has no variants", where=str(ref), fix="leave out --variant")
-    manifest = artifact.parse(data, str(ref))
-    if manifest.name != ref.name:
-        raise _mistaken("name", manifest.name, ref.name, ref)
+        manifest = artifact.parse(data, str(ref))
+        if manifest.name != ref.name:
+            raise _mistaken("name", manifest.name, ref.name, ref)
     digest = hashlib.sha256(data).hexdigest()
     signatures = tuple(store.signatures(ref.name, version, f"{prefix}{SIGNATURE}", digest))
     for wanted in {ref.wanted, version}:

@@ -46,6 +46,8 @@ class GitHub:
     private: set[str] = field(default_factory=set)
     uploaded: int = 0
     known: set[tuple[str, str]] = field(default_factory=set)
+    trees: dict[tuple[str, str], dict[str, dict[str, Any]]] = field(default_factory=dict)
+    small: dict[str, str] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def repo(self, name: str) -> Path:
@@ -96,13 +98,21 @@ class GitHub:
         return made
 
     def tree(self, name: str, commit: str) -> dict[str, dict[str, Any]]:
-        """Files of a commit as the tree route lists them."""
+        """Files of a commit as the tree route lists them; commits do not change, so each is read once."""
+        with self.lock:
+            if (name, commit) not in self.trees:
+                self.trees[name, commit] = self.read_tree(name, commit)
+            return self.trees[name, commit]
+
+    def read_tree(self, name: str, commit: str) -> dict[str, dict[str, Any]]:
         found = {}
         for line in self.git(name, "ls-tree", "-r", "-l", "-z", commit).decode().split("\0")[:-1]:
             facts, path = line.split("\t", 1)
             _, _, oid, size = facts.split()
             entry: dict[str, Any] = {"type": "file", "oid": oid, "size": int(size), "path": path}
-            if int(size) < 200 and (pointed := POINTED.fullmatch(self.git(name, "cat-file", "blob", oid).decode())):
+            if int(size) < 200 and oid not in self.small:
+                self.small[oid] = self.git(name, "cat-file", "blob", oid).decode(errors="replace")
+            if pointed := POINTED.fullmatch(self.small.get(oid, "")):
                 entry |= {"size": int(pointed[2])}
                 entry["lfs"] = {"oid": pointed[1], "size": int(pointed[2]), "pointerSize": int(size)}
             found[path] = entry
