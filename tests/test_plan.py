@@ -13,7 +13,7 @@ from pipeline.backends.packing import BlockPacking
 from pipeline.errors import Problem, RecipeError
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import weight_specs
-from pipeline.plan import GIB, Plan, graph_digest_fields, make_plan
+from pipeline.plan import DTYPE_BYTES, GIB, Plan, graph_digest_fields, make_plan
 from pipeline.recipe import Recipe, find, load
 from pipeline.signature import signature
 
@@ -134,10 +134,7 @@ def test_smollm2_weights_are_those_that_its_graphs_take() -> None:
     score = next(g for g in plan.graphs if g.name.startswith("score-target"))
     found = 0
     for tensor in signature(score, plan.pair, BlockPacking()).weights:
-        size = 4
-        for length in tensor.shape:
-            size *= length
-        found += size
+        found += math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
     assert plan.memory.target_weights == found
 
 
