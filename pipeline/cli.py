@@ -322,7 +322,8 @@ def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool)
 @main.command()
 @click.argument("recipe")
 @click.argument("directory", type=click.Path(path_type=Path))
-def nxdi(recipe: str, directory: Path) -> None:
+@as_json
+def nxdi(recipe: str, directory: Path, json_: bool) -> None:
     """Write the NxD Inference configuration of RECIPE, and the script that compiles it, into DIRECTORY."""
     from pipeline.backends.neuron.nxdi import write
     from pipeline.lock import lock_path, pair_configs, read
@@ -332,7 +333,11 @@ def nxdi(recipe: str, directory: Path) -> None:
     path = _recipe(recipe)
     parsed, lock_file = load(path), read(lock_path(path))
     made = make_plan(parsed, *pair_configs(parsed, lock_file, str(lock_path(path))))
-    click.echo(f"wrote {write(directory, made, lock_file)}")
+    written = write(directory, made, lock_file)
+    if json_:
+        print_json({"written": written})
+        return
+    click.echo(f"wrote {written}")
 
 
 @main.group(cls=Group)

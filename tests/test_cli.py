@@ -196,7 +196,7 @@ def test_build_of_an_unknown_recipe_names_what_there_is(work):
 
 def test_neuron_recipe_says_what_is_missing_here(work):
     (work / "mine.yaml").write_text(RECIPE + "backend: {name: neuron, target: trn2}\n")
-    refused(work, 3, "backend")
+    refused(work, 3, "neuronx", "fix: pip install")
 
 
 @pytest.mark.parametrize("name", ["some/folder", "no-such-thing"])

@@ -52,7 +52,7 @@ class Model:
     def run(self, tokens_BT: Tensor, positions_BT: Tensor, writes: Writes, attend: Attend) -> Tensor:
         """All layers over tokens of the pair's common tokenizer: [B, T, H]."""
         if self.partner_vocab is not None and self.partner_vocab > self.config.vocab:
-            tokens_BT = tokens_BT.clamp(max=self.config.vocab - 1)
+            tokens_BT = tokens_BT.clamp(0, self.config.vocab - 1)
         return hidden_states(self.config, self.weights, self.seams, tokens_BT, positions_BT, self.state, writes, attend)
 
     def usable(self, kv: int) -> int:

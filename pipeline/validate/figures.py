@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from statistics import median
 
-from pipeline.validate.limits import LAYER_LIMIT
+from pipeline.validate.limits import limits
 from pipeline.validate.plots import Axis, Plot, axis
 from pipeline.validate.report import Acceptance, ModelParity, Report, Speed, show
 
@@ -76,12 +76,13 @@ def _error_by_position(report: Report, model: str, of: ModelParity) -> str:
 def _error_by_layer(model: str, of: ModelParity) -> str:
     columns = [[math.inf if value is None else value for value in column] for column in zip(*of.layers, strict=True)]
     keys, values = columns
-    top = max([1.6, *(v for v in (*keys, *values) if math.isfinite(v))]) * 1.1
+    limit = limits(of.dtype).layer
+    top = max([limit * 1.07, *(v for v in (*keys, *values) if math.isfinite(v))]) * 1.1
     last = max(len(keys) - 1, 1)
     ticks = tuple((float(n), str(n)) for n in range(0, last + 1, -(-last // 8)))
     plot = Plot(f"Error by layer, {model}", Axis(0, last, "layer", ticks=ticks), Axis(0, top, "error over noise"))
     plot.rule(1.0, f"{of.dtype} noise", "usual")
-    plot.rule(LAYER_LIMIT, "limit")
+    plot.rule(limit, "limit")
     for name, style, column in (("keys", "a", keys), ("values", "c", values)):
         plot.line([(i, min(v, top)) for i, v in enumerate(column)], style, name)
         plot.dots([(i, min(v, top)) for i, v in enumerate(column)], style)

@@ -23,7 +23,7 @@ from pipeline.runtime.engine import Engine, Generation
 from pipeline.sources import Checkpoint
 from pipeline.validate import acceptance, distribution, losslessness, parity
 from pipeline.validate.goldens import Golden, Goldens
-from pipeline.validate.limits import ALL_LIMIT, TIE
+from pipeline.validate.limits import FLIP_LIMIT, TIE
 from pipeline.validate.losslessness import Lossless
 from pipeline.validate.parity import Parity, Sequence_
 from pipeline.validate.prompts import Prompt
@@ -152,7 +152,7 @@ class Gates:
                 with self._stage("distribution"):
                     if len(lossless.differences) > known:  # judging them used the caches
                         losslessness.fill(self.engine, kv, [p[: min(kv, self.engine.length)] for p in probes])
-                    drawn += self._draw(kv, probes)
+                    drawn += self._draw(kv, probes, lossless.tie)
         assert lossless is not None
         self._judge(figures, lossless, drawn)
 
@@ -199,12 +199,12 @@ class Gates:
             losslessness.fill(self.engine, first, [probe.tokens[:usable] for probe in self.probes])
         return lossless
 
-    def _draw(self, kv: int, probes: Sequence[list[int]]) -> Iterator[distribution.Drawn]:
+    def _draw(self, kv: int, probes: Sequence[list[int]], tie: float) -> Iterator[distribution.Drawn]:
         ids = self._draft_ids()
         for spec in self.engine.graphs:
             if (spec.kv, spec.sampling) == (kv, "stochastic") and spec.phase in ("decode", "speculate"):
                 self.say(f"    {spec.name}")
-                yield distribution.draw(self.engine, spec, probes, ids)
+                yield distribution.draw(self.engine, spec, probes, ids, tie)
 
     def _draft_ids(self) -> Tensor | None:
         from pipeline.sources import weights
@@ -228,7 +228,7 @@ class Gates:
         with self._stage("prefill graphs"):
             for spec in (g for g in self.engine.graphs if g.phase == "prefill"):
                 self._prefill(spec, counts, failures, floor)
-        allowed = self.recipe.validate_.gates.near_tie_rate * counts["tokens"] + ALL_LIMIT * counts["flips_of_noise"]
+        allowed = self.recipe.validate_.gates.near_tie_rate * counts["tokens"] + FLIP_LIMIT * counts["flips_of_noise"]
         if counts["near_ties"] > allowed:
             failures.append(
                 f"near-ties {counts['near_ties']} of {counts['tokens']} tokens; at most {allowed:.0f} are usual"

@@ -23,17 +23,7 @@ from pipeline.plan import GraphSpec
 from pipeline.runtime.engine import Engine
 from pipeline.trace import DTYPES
 from pipeline.validate.goldens import Golden, Summary, project_cache, summary
-from pipeline.validate.limits import (
-    ALL_LIMIT,
-    ATOL,
-    LAYER_LIMIT,
-    MAP,
-    MAP_ALL,
-    SLICE_LIMIT,
-    SLICE_TOKENS,
-    TIE,
-    TOKEN_LIMIT,
-)
+from pipeline.validate.limits import ATOL, FLIP_LIMIT, MAP, MAP_ALL, SLICE_TOKENS, TIE, limits
 
 POSITION_BINS = 16
 
@@ -161,33 +151,35 @@ def _over_map(parity: Parity, table: dict[str, Tensor]) -> Iterator[str]:
     for name, bound in (*((str(k), bound) for k, bound in MAP.items()), ("all", MAP_ALL)):
         column = table[f"error_{name}"] - table["allowed"]
         row = int(column.argmax())
-        limit = max(bound, ALL_LIMIT * float(table[f"noise_{name}"].max()))
+        limit = max(bound, limits(parity.dtype).all * float(table[f"noise_{name}"].max()))
         if not float(column[row]) <= limit:
             yield f"top-{name} error {float(column[row]):.2e} exceeds {limit:.2g} at {place(parity, table, row)}"
 
 
 def _over_noise(parity: Parity, table: dict[str, Tensor]) -> Iterator[str]:
     ratio = error_over_noise(table)
-    if not ratio <= ALL_LIMIT:
-        yield f"error is {ratio:.2f} times the noise of {parity.dtype}, over all tokens; the limit is {ALL_LIMIT}"
+    limit = limits(parity.dtype)
+    if not ratio <= limit.all:
+        yield f"error is {ratio:.2f} times the noise of {parity.dtype}, over all tokens; the limit is {limit.all}"
     slices = [(error_over_noise(table, m), kind, name) for kind, name, m in parity.groups() if m.sum() >= SLICE_TOKENS]
     worst, kind, name = max(slices, default=(0.0, "", ""))
-    if not worst <= SLICE_LIMIT:
-        yield f"error is {worst:.2f} times the noise of {parity.dtype} in {kind} {name}; the limit is {SLICE_LIMIT}"
+    if not worst <= limit.slice:
+        yield f"error is {worst:.2f} times the noise of {parity.dtype} in {kind} {name}; the limit is {limit.slice}"
     row = int(table["over_noise"].argmax())
     over = float(table["over_noise"][row])
-    if not over <= TOKEN_LIMIT:
+    if not over <= limit.token:
         where = place(parity, table, row)
-        yield f"a token's error is {over:.1f} times its noise at {where}; the limit is {TOKEN_LIMIT}"
+        yield f"a token's error is {over:.1f} times its noise at {where}; the limit is {limit.token}"
 
 
 def _layers(parity: Parity) -> Iterator[str]:
     """The first layer whose keys or values stray: where a fault is, rather than what it does in the end."""
+    limit = limits(parity.dtype).layer
     for layer, ratios in enumerate(parity.layers_over_noise):
         for what, ratio in zip(("keys", "values"), ratios, strict=True):
-            if not ratio <= LAYER_LIMIT:
+            if not ratio <= limit:
                 noise = f"{ratio:.2f} times the noise of {parity.dtype}"
-                yield f"{what} of layer {layer} are off by {noise}; the limit is {LAYER_LIMIT}"
+                yield f"{what} of layer {layer} are off by {noise}; the limit is {limit}"
                 return
 
 
@@ -198,7 +190,7 @@ def _flips(parity: Parity, table: dict[str, Tensor], near_tie_rate: float) -> It
         gap = float(table["gap_chosen"][row])
         yield f"{flips - ties} tokens flip beyond near-ties, first at {place(parity, table, row)}, gap {gap:.2e}"
     usual = int(table["flip_noise"].sum())
-    if ties > near_tie_rate * len(table["flip"]) + ALL_LIMIT * usual:
+    if ties > near_tie_rate * len(table["flip"]) + FLIP_LIMIT * usual:
         yield f"near-tie flips {ties} of {len(table['flip'])}; transformers in {parity.dtype} has {usual}"
 
 

@@ -105,23 +105,25 @@ def read_graph(root: Path, entry: GraphEntry, lnc: int) -> Graph:
 
 
 def read_weights(root: Path, manifest: Manifest) -> list[dict[str, Tensor]]:
-    """Each rank's weights, by the names of the graphs.
+    """Each rank's weights, by the names of the graphs; equal files (a replicated draft) are read once.
 
     Raises:
         ArtifactError: a rank's file is missing.
 
     """
-    ranks = []
+    ranks, read = [], dict[str, dict[str, Tensor]]()
     for rank in range(manifest.tensor):
         weights: dict[str, Tensor] = {}
         for model in ("target", "draft"):
-            path = root / f"weights/{model}/rank-{rank}-of-{manifest.tensor}.safetensors"
-            if not path.is_file():
+            name = f"weights/{model}/rank-{rank}-of-{manifest.tensor}.safetensors"
+            if name not in manifest.files or not (root / name).is_file():
                 what = f"the {model}'s weights of rank {rank} are missing; the artifact has {manifest.tensor} ranks"
-                raise ArtifactError(what, where=str(path), fix="pull the artifact without --only, or again")
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    weights[dotted(f"{model}/{name}")] = file.get_tensor(name)
+                raise ArtifactError(what, where=str(root / name), fix="pull the artifact without --only, or again")
+            digest = f"{model}/{manifest.files[name].sha256}"
+            if digest not in read:
+                with safe_open(root / name, framework="pt") as file:
+                    read[digest] = {dotted(f"{model}/{n}"): file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            weights |= read[digest]
         ranks.append(weights)
     return ranks
 
