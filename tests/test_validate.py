@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import artifact
 from pipeline.artifact import FileEntry, dump
 from pipeline.build import Request, run
-from pipeline.errors import ArtifactError, GateError
+from pipeline.errors import GateError
 from pipeline.publish import publish
 from pipeline.recipe import load
 from pipeline.sources import resolve_pair
@@ -99,7 +99,7 @@ def test_edited_weights_fail_and_cannot_be_published(request_, tmp_path):
         gates(request_, root)
     found = artifact.verify(root).manifest
     assert found.validation["passed"] is False
-    with pytest.raises(ArtifactError):
+    with pytest.raises(GateError, match="failed its gates"):
         publish(root, str(tmp_path / "registry"), ())
 
 
