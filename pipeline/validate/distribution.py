@@ -15,6 +15,7 @@ Shapes: T tokens drawn, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,8 +39,8 @@ BINS = 10
 LEAST = 25
 """A group with fewer tokens is not tested."""
 
-SLACK = 0.02
-"""Share of probability, and of the largest logit, by which the border of top-k and top-p may differ between kernels."""
+BORDER_SHARE = 0.05
+"""Share of tokens that noise may let past the borders of top-k and top-p, and two more."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,14 @@ class Drawn:
     liked: list[bool] = field(default_factory=list)
     chance: list[float] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
+    borders: int = 0
 
 
-def draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], draft_ids: Tensor | None) -> Drawn:
+def draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], draft_ids: Tensor | None, tie: float) -> Drawn:
     """Let a graph generate up to the end of its bucket, whose caches hold the probes, and score what it drew.
 
-    Short buckets are run through more than once. `draft_ids` are the target's ids of a reduced vocabulary.
+    Short buckets are run through more than once. `draft_ids` are the target's ids of a reduced vocabulary; `tie` is
+    the relative gap that noise closes between two logits.
     """
     usable = min(spec.kv, engine.length)
     size = min(-(-DRAWS // spec.batch), usable - 2)
@@ -89,7 +92,7 @@ def draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], draft_ids
             for m in ("target", "draft")
         )
         for row, index, p, q in zip(rows, indices, target, draft, strict=True):
-            _place(drawn, row.new, index, (p, q), draft_ids, engine.manifest.candidates, generator)
+            _place(drawn, row.new, index, (p, q), draft_ids, engine.manifest.candidates, generator, tie)
     return drawn
 
 
@@ -111,7 +114,7 @@ def _generate(
 
 def _place(
     drawn: Drawn, tokens: list[int], index: list[int], logits: tuple[Tensor, Tensor], draft_ids: Tensor | None,
-    keep: int | None, generator: torch.Generator,
+    keep: int | None, generator: torch.Generator, tie: float,
 ) -> None:  # fmt: skip
     """Add the tokens of a row."""
     for at, token in enumerate(tokens):
@@ -122,7 +125,8 @@ def _place(
         if draft_ids is not None:
             q = {int(draft_ids[token_id]): share for token_id, share in q.items()}
         if token not in p:
-            if not _nearly_in(target_V, token, keep):
+            drawn.borders += 1
+            if not _nearly_in(target_V, token, keep, tie):
                 drawn.excluded.append(f"drew token {token}, which the target excludes")
             continue
         before = list(p).index(token)
@@ -145,14 +149,14 @@ def distribution(logits_V: Tensor, keep: int | None) -> dict[int, float]:
     return dict(zip(best.indices[:inside].tolist(), shares.tolist(), strict=True))
 
 
-def _nearly_in(logits_V: Tensor, token: int, keep: int | None) -> bool:
-    """Whether rounding alone may have let a token past the borders of top-k and top-p."""
+def _nearly_in(logits_V: Tensor, token: int, keep: int | None, tie: float) -> bool:
+    """Whether noise alone may have let a token past the borders of top-k and top-p: logits move by `tie` at most."""
     scaled_V = logits_V.double() / TEMPERATURE
+    moved = tie * float(scaled_V.abs().max())
     best = scaled_V.topk(min(TOP_K, keep or TOP_K, len(scaled_V))).values
-    near_k = float(scaled_V[token]) >= float(best[-1]) - SLACK * float(scaled_V.abs().max())
-    probs = torch.softmax(best, 0)
-    before = float(probs[best > scaled_V[token]].sum())
-    return near_k and before < TOP_P + SLACK
+    above = float(torch.softmax(best, 0)[best > scaled_V[token] + moved].sum())
+    lowered = above * math.exp(-moved) / (above * math.exp(-moved) + 1 - above)
+    return float(scaled_V[token]) >= float(best[-1]) - moved and lowered < TOP_P
 
 
 def judge(drawn: Sequence[Drawn]) -> tuple[list[ExactTest], list[str]]:
@@ -162,6 +166,11 @@ def judge(drawn: Sequence[Drawn]) -> tuple[list[ExactTest], list[str]]:
     share = FALSE_ALARM / (4 * max(len(groups), 1))
     tests = [test for one in groups for test in _tests(one, share)]
     failures = [f"{one.graph}: {what}" for one in drawn for what in one.excluded[:1]]
+    failures += [
+        f"{one.graph}: {one.borders} tokens from beyond top-k or top-p"
+        for one in drawn
+        if one.borders > BORDER_SHARE * len(one.index) + 2
+    ]
     failures += [
         f"{t.graph}: {t.test} test over {t.tokens} tokens, p={t.p_value:.1e}" for t in tests if not t.p_value >= share
     ]

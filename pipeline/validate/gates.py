@@ -152,7 +152,7 @@ class Gates:
                 with self._stage("distribution"):
                     if len(lossless.differences) > known:  # judging them used the caches
                         losslessness.fill(self.engine, kv, [p[: min(kv, self.engine.length)] for p in probes])
-                    drawn += self._draw(kv, probes)
+                    drawn += self._draw(kv, probes, lossless.tie)
         assert lossless is not None
         self._judge(figures, lossless, drawn)
 
@@ -199,12 +199,12 @@ class Gates:
             losslessness.fill(self.engine, first, [probe.tokens[:usable] for probe in self.probes])
         return lossless
 
-    def _draw(self, kv: int, probes: Sequence[list[int]]) -> Iterator[distribution.Drawn]:
+    def _draw(self, kv: int, probes: Sequence[list[int]], tie: float) -> Iterator[distribution.Drawn]:
         ids = self._draft_ids()
         for spec in self.engine.graphs:
             if (spec.kv, spec.sampling) == (kv, "stochastic") and spec.phase in ("decode", "speculate"):
                 self.say(f"    {spec.name}")
-                yield distribution.draw(self.engine, spec, probes, ids)
+                yield distribution.draw(self.engine, spec, probes, ids, tie)
 
     def _draft_ids(self) -> Tensor | None:
         from pipeline.sources import weights
