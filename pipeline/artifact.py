@@ -119,6 +119,7 @@ class Manifest(Part):
     tensor: int
     dtype: str
     shapes: ShapesEntry
+    method: Literal["draft_model", "eagle3"] = "draft_model"
     draft_tokens: tuple[int, ...]
     sampling: tuple[str, ...]
     candidates: int | None

@@ -164,6 +164,7 @@ def _manifest(files: dict[str, FileEntry], parts: _Parts) -> Manifest:
         tensor=parts.plan.pair.tp,
         dtype=recipe.target.dtype,
         shapes=ShapesEntry(**recipe.shapes.model_dump()),
+        method=recipe.speculation.method,
         draft_tokens=recipe.speculation.draft_tokens,
         sampling=recipe.speculation.sampling,
         candidates=recipe.speculation.candidates,

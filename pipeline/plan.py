@@ -174,7 +174,7 @@ def graph_digest_fields(plan: Plan, spec: GraphSpec) -> dict[str, Any]:
     """What decides the code of one graph, as plain data: nothing of other buckets, other models, or validation."""
     from pipeline.signature import models_of
 
-    pair, models = plan.pair, models_of(spec)
+    pair, models = plan.pair, models_of(spec, plan.pair)
     configs = {m: {k: v for k, v in asdict(pair.config_of(m)).items() if k != "eos_ids"} for m in models}
     return {
         "graph": asdict(spec),
@@ -251,6 +251,7 @@ def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> 
     if draft.shares_embedding and target.hidden != draft.hidden:
         what = f"the draft uses the target's embedding, but has hidden_size={draft.hidden}, the target {target.hidden}"
         yield Problem(where, what, "use a draft that was made for this target")
+    yield from _method_conflicts(recipe, target, draft)
     dtype = recipe.draft.dtype or recipe.target.dtype
     if draft.shares_embedding and dtype != recipe.target.dtype:
         what = f"found {dtype}, but the draft uses the target's embedding, which is {recipe.target.dtype}"
@@ -263,6 +264,25 @@ def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> 
     if candidates is not None and candidates > vocab:
         what = f"found {candidates}, more than the vocabulary of {vocab}"
         yield Problem(recipe.place("speculation.candidates"), what, "use less, or leave it out to keep all")
+
+
+def _method_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:
+    method = "draft_model" if draft.eagle3 is None else "eagle3"
+    if recipe.speculation.method != method:
+        what = f"found {recipe.speculation.method}, but the draft is made for {method}"
+        yield Problem(recipe.place("speculation.method"), what, f"write method: {method}, or name another draft")
+    if draft.eagle3 is None:
+        return
+    dtype = recipe.draft.dtype or recipe.target.dtype
+    if dtype != recipe.target.dtype:
+        what = f"found {dtype}, but the draft reads the target's hidden states, which are {recipe.target.dtype}"
+        yield Problem(recipe.place("draft.dtype"), what, f"use {recipe.target.dtype}, or leave it out")
+    if recipe.draft.placement == "sharded" and recipe.parallel.tensor > 1:
+        what = "found sharded; an EAGLE-3 head is whole on each rank, as the states that it reads are"
+        yield Problem(recipe.place("draft.placement"), what, "write placement: replicated")
+    if draft.vocab != target.vocab:
+        what = f"the draft has vocab_size={draft.vocab}, the target, whose tokens it reads, {target.vocab}"
+        yield Problem(recipe.place("draft"), what, "use a draft that was made for this target")
 
 
 def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
@@ -325,7 +345,7 @@ def _scratch(pair: PairShape, spec: GraphSpec) -> int:
     scored = spec.tokens if spec.phase in ("score", "speculate") else 1
     copies = 4 if spec.sampling == "stochastic" else 2
     logits = 4 * spec.batch * scored * pair.target.vocab * copies
-    return max(layer(model) for model in models_of(spec)) + logits
+    return max(layer(model) for model in models_of(spec, pair)) + logits
 
 
 def _overflow(plan: Plan, limit: int) -> Problem:

@@ -112,8 +112,9 @@ class Draft(Part):
 class Speculation(Part):
     """How tokens are proposed and chosen."""
 
-    method: Literal["draft_model"] = Field(
-        default="draft_model", description="a draft model proposes, the target verifies"
+    method: Literal["draft_model", "eagle3"] = Field(
+        default="draft_model",
+        description="what proposes: draft_model, a smaller model; eagle3, a one-layer head over the target's states",
     )
     draft_tokens: Buckets = Field(
         description="K: proposals per step, vLLM's num_speculative_tokens; a step emits 1 to K+1 tokens"

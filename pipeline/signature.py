@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from pipeline.models.config import ModelConfig
+from pipeline.models.eagle3 import taps_of
 from pipeline.models.weights import WeightSpec, local_shape, weight_specs
 from pipeline.plan import GraphSpec
 
@@ -88,14 +89,20 @@ class PairShape:
         return self.draft_dtype if model == "draft" else self.target_dtype
 
     @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose inputs the draft reads."""
+        return taps_of(self.target, self.draft)
+
+    @property
     def embedding_is_shared(self) -> bool:
         """True when the draft reads the very tensor that the target has on this rank."""
         return self.draft.shares_embedding and self.tp_of("draft") == self.tp
 
 
-def models_of(spec: GraphSpec) -> tuple[str, ...]:
-    """Models whose weights a graph needs."""
-    return ("target", "draft") if spec.model == "pair" else (spec.model,)
+def models_of(spec: GraphSpec, pair: PairShape) -> tuple[str, ...]:
+    """Models that a graph runs: a head over the target's states is never scored without it."""
+    whole = spec.model == "pair" or (spec.model == "draft" and pair.draft.eagle3 is not None)
+    return ("target", "draft") if whole else (spec.model,)
 
 
 def stored_weights(pair: PairShape, model: str) -> list[WeightSpec]:
@@ -108,22 +115,22 @@ def stored_weights(pair: PairShape, model: str) -> list[WeightSpec]:
 
 def signature(spec: GraphSpec, pair: PairShape, packing: PackedShape) -> Signature:
     """The signature of one graph."""
-    models = models_of(spec)
+    models = models_of(spec, pair)
     return Signature(
         tuple(
             t for m in _weight_owners(spec, pair) for t in _weights(pair, m, packing, only_embedding=m not in models)
         ),
-        tuple(t for m in models for t in _state(pair, m)) + _tail(spec, pair),
+        tuple(t for m in models for t in _state(pair, m)) + _between_steps(spec, pair),
         _arguments(spec),
         _outputs(spec, pair),
     )
 
 
 def _weight_owners(spec: GraphSpec, pair: PairShape) -> tuple[str, ...]:
-    """A draft alone still needs the target's embedding when it shares it."""
+    """A draft model alone still needs the target's embedding when it shares it."""
     if spec.model == "draft" and pair.embedding_is_shared:
         return ("target", "draft")
-    return models_of(spec)
+    return models_of(spec, pair)
 
 
 def _weights(pair: PairShape, model: str, packing: PackedShape, *, only_embedding: bool) -> list[TensorSpec]:
@@ -151,8 +158,10 @@ def _state(pair: PairShape, model: str) -> list[TensorSpec]:
     ]
 
 
-def _tail(spec: GraphSpec, pair: PairShape) -> tuple[TensorSpec, ...]:
-    """Every phase but `score` keeps the token before the last one, which the draft reads when it speculates."""
+def _between_steps(spec: GraphSpec, pair: PairShape) -> tuple[TensorSpec, ...]:
+    """What the draft keeps from one step to the next, beside its caches; see `speculation.drafters`."""
+    if pair.draft.eagle3 is not None and "draft" in models_of(spec, pair):
+        return (TensorSpec("draft/feature", (pair.rows, pair.draft.hidden), pair.draft_dtype),)
     return () if spec.phase == "score" else (TensorSpec("draft/tail", (pair.rows,), "int32"),)
 
 

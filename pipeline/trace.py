@@ -11,6 +11,8 @@ from pipeline.models.parallel import Seams, State
 from pipeline.plan import GraphSpec
 from pipeline.signature import EMBEDDING, PairShape, Signature, TensorSpec
 from pipeline.speculation import graphs
+from pipeline.speculation.drafters import FEATURE, TAIL, drafter_of, score
+from pipeline.speculation.model import Choose, Model
 from pipeline.speculation.sampling import Sampling
 
 DTYPES = {
@@ -51,18 +53,19 @@ def run_phase(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], seams_
 
 
 def _outputs(
-    spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], models: dict[str, graphs.Model]
+    spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], models: dict[str, Model]
 ) -> tuple[Tensor, ...]:
-    target, draft = models["target"], models["draft"]
+    target, drafter = models["target"], drafter_of(models["draft"])
     if spec.phase == "score":
-        return (graphs.score(models[spec.model], named["tokens"], named["position"], spec.kv),)
+        inputs = (named["tokens"], named["position"], spec.kv)
+        return (drafter.score(target, *inputs) if spec.model == "draft" else score(target, *inputs)[0],)
     choose = _choose(spec, pair, named)
     if spec.phase == "prefill":
-        return (graphs.prefill(target, draft, named["tokens"], named["lengths"], named["slots"], choose),)
+        return (graphs.prefill(target, drafter, named["tokens"], named["lengths"], named["slots"], choose),)
     row = (named["last_token"], named["position"], named["active"])
     if spec.phase == "decode":
-        return (graphs.decode(target, draft, *row, spec.kv, choose),)
-    return graphs.speculate(target, draft, *row, spec.kv, spec.draft_tokens, choose)
+        return (graphs.decode(target, drafter, *row, spec.kv, choose),)
+    return graphs.speculate(target, drafter, *row, spec.kv, spec.draft_tokens, choose)
 
 
 def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:
@@ -70,18 +73,19 @@ def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:
     return [torch.empty(t.shape, dtype=DTYPES[t.dtype], device=device) for t in specs]
 
 
-def _model(name: str, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor) -> graphs.Model:
+def _model(name: str, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor) -> Model:
     own = {key.removeprefix(f"{name}/"): tensor for key, tensor in named.items() if key.startswith(f"{name}/")}
-    state: State = {key: t for key, t in own.items() if key == graphs.TAIL or key.startswith(("k.", "v."))}
+    state: State = {key: t for key, t in own.items() if key in (TAIL, FEATURE) or key.startswith(("k.", "v."))}
     weights = {key: t for key, t in own.items() if key not in state}
     if name == "draft" and pair.embedding_is_shared and f"target/{EMBEDDING}" in named:
         weights[EMBEDDING] = named[f"target/{EMBEDDING}"]
     partner = pair.target.vocab if name == "draft" and pair.draft.vocab != pair.target.vocab else None
-    return graphs.Model(pair.config_of(name), weights, state, seams_for(pair.tp_of(name)), partner)
+    taps = pair.taps if name == "target" else ()
+    return Model(pair.config_of(name), weights, state, seams_for(pair.tp_of(name)), partner, taps)
 
 
-def _choose(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor]) -> graphs.Choose:
+def _choose(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor]) -> Choose:
     if spec.sampling == "greedy":
-        return graphs.Choose()
+        return Choose()
     sampling = Sampling(named["temperature"], named["top_k"], named["top_p"])
-    return graphs.Choose(sampling, named["uniforms"], pair.candidates)
+    return Choose(sampling, named["uniforms"], pair.candidates)

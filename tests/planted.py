@@ -10,7 +10,7 @@ import torch
 from eager import EagerRanks
 
 from pipeline.models.decoder import attend_where
-from pipeline.speculation import graphs
+from pipeline.speculation import graphs, model
 
 Plant = Callable[[EagerRanks, int], None]
 """Spoils ranks, with a seed."""
@@ -68,11 +68,11 @@ def mask_misses_the_oldest(ranks: EagerRanks, seed: int) -> None:
 def _mask(change: Callable[[torch.Tensor], torch.Tensor], phases: tuple[str, ...]):
     @contextmanager
     def around(spec, state) -> Iterator[None]:
-        graphs.attend_where = lambda seen, kv: attend_where(change(seen) if spec.phase in phases else seen, kv)
+        model.attend_where = lambda seen, kv: attend_where(change(seen) if spec.phase in phases else seen, kv)
         try:
             yield
         finally:
-            graphs.attend_where = attend_where
+            model.attend_where = attend_where
 
     return around
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from pipeline.errors import SourceError
+from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
 
 FAMILIES = {
@@ -27,6 +28,8 @@ def config_of(config_json: Mapping[str, Any], where: str) -> ModelConfig:
         SourceError: an architecture or a field that Tandem does not cover, by name and value.
 
     """
+    if eagle3.is_head(config_json):
+        return eagle3.read_config(config_json, where)
     family = config_json.get("model_type")
     if family not in FAMILIES:
         raise SourceError(

@@ -20,6 +20,19 @@ class Llama3Rope:
 
 
 @dataclass(frozen=True)
+class Eagle3:
+    """What makes a one-layer draft an EAGLE-3 head (Li et al. 2025): it reads the target's hidden states.
+
+    `taps` are the target's layers whose inputs it reads; empty for the convention's (see `models.eagle3.taps_of`).
+    `norm_before_residual` says that the residual stream starts from the normalised features.
+    """
+
+    target_hidden: int
+    taps: tuple[int, ...] = ()
+    norm_before_residual: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Llama-shaped decoder: RMSNorm, rotary attention with grouped KV heads, SwiGLU.
 
@@ -51,6 +64,7 @@ class ModelConfig:
     shares_embedding: bool = False
     eos_ids: tuple[int, ...] = field(default=())
     window: int | None = None
+    eagle3: Eagle3 | None = None
 
     @property
     def out_vocab(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,13 @@ class Attend:
     kv: int
 
 
+class Hidden(NamedTuple):
+    """Hidden states of one pass: `last_BTH` after the last norm, `taps_BTX` inputs of tapped layers, side by side."""
+
+    last_BTH: Tensor
+    taps_BTX: Tensor | None = None
+
+
 def attend_where(seen_BTS: Tensor, kv: int) -> Attend:
     """`Attend` from a bool mask, True where a query sees a key."""
     return Attend(torch.where(seen_BTS, 0.0, -math.inf), kv)
@@ -52,20 +60,26 @@ def hidden_states(
     state: State,
     writes: Writes,
     attend: Attend,
-) -> Tensor:
-    """Run all layers; returns normalised hidden states [B, T, H] and writes keys and values into `state`.
+    taps: tuple[int, ...] = (),
+) -> Hidden:
+    """Run all layers and write keys and values into `state`.
 
+    `taps` names layers whose input is kept as well, for a draft that reads the target's hidden states.
     Shapes: tokens_BT, positions_BT int32 or int64 [B, T].
     """  # fmt: skip
-    x = _embed(config, weights, seams, tokens_BT)
-    rotary = _rotary(config, positions_BT, x.dtype)
+    x = embed(config, weights, seams, tokens_BT)
+    rotary = rotary_of(config, positions_BT, x.dtype)
+    tapped = []
     for layer in range(config.layers):
-        w = _layer(weights, layer)
-        normed = _rms_norm(x, w["input_layernorm.weight"], config.norm_eps)
-        x = x + _attention(config, w, seams, normed, rotary, layer, state, writes, attend)
-        normed = _rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps)
-        x = x + _mlp(config, w, seams, normed)
-    return _rms_norm(x, weights["model.norm.weight"], config.norm_eps)
+        w = layer_weights(weights, layer)
+        if layer in taps:
+            tapped.append(x)
+        normed = rms_norm(x, w["input_layernorm.weight"], config.norm_eps)
+        x = x + attention(config, w, seams, normed, rotary, layer, state, writes, attend)
+        normed = rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps)
+        x = x + mlp(config, w, seams, normed)
+    last = rms_norm(x, weights["model.norm.weight"], config.norm_eps)
+    return Hidden(last, torch.cat(tapped, dim=-1) if taps else None)
 
 
 def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, known: int | None = None) -> Tensor:
@@ -85,12 +99,14 @@ def vocab_rows(vocab: int, tp: int) -> int:
     return vocab if tp == 1 else padded_vocab(vocab, tp) // tp
 
 
-def _layer(weights: Weights, layer: int) -> dict[str, Tensor]:
+def layer_weights(weights: Weights, layer: int) -> dict[str, Tensor]:
+    """One layer's weights, named within it."""
     prefix = f"model.layers.{layer}."
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
-def _embed(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor) -> Tensor:
+def embed(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor) -> Tensor:
+    """Embed tokens: int [B, T] -> [B, T, H]."""
     table = weights["model.embed_tokens.weight"]
     if seams.tp == 1:
         return seams.embed(tokens_BT, table)
@@ -101,14 +117,14 @@ def _embed(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tenso
     return seams.all_reduce(torch.where(mine_BT[..., None], x_BTH, torch.zeros_like(x_BTH)))
 
 
-def _rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """Normalise in float32, scale in the model's dtype (Zhang and Sennrich 2019, as transformers computes it)."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight_H * wide.to(x.dtype)
 
 
-def _rotary(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_of(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cos and sin [B, 1, T, D] of the rotary embedding (Su et al. 2021), angles in float32."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions_BT.device).float() / config.head_dim
     # As an exponential: theta ** x is a power with an exponent that varies, which not every compiler takes.
@@ -134,33 +150,30 @@ def _scale_llama3(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
     return torch.where(wavelength < torch.full_like(wavelength, high), frequencies, scaled)
 
 
-def _rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply the rotary embedding: [B, N, T, D]."""
     cos, sin = rotary
     first, second = x_BNTD.chunk(2, dim=-1)
     return x_BNTD * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _project(w: Weights, seams: Seams, x_BTH: Tensor, name: str, rows: int) -> Tensor:
+def project(w: Weights, seams: Seams, x_BTH: Tensor, name: str, rows: int) -> Tensor:
+    """A linear layer of `rows` outputs, with its bias if it has one."""
     out = seams.linear(x_BTH, w[f"{name}.weight"], rows)
     bias = w.get(f"{name}.bias")
     return out if bias is None else out + bias
 
 
-def _attention(
-    config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor, rotary: tuple[Tensor, Tensor],
+def attention(
+    config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: tuple[Tensor, Tensor],
     layer: int, state: State, writes: Writes, attend: Attend,
 ) -> Tensor:  # fmt: skip
-    batch, tokens, _ = x_BTH.shape
-    heads, kv_heads, dim = config.heads // seams.tp, max(config.kv_heads // seams.tp, 1), config.head_dim
-
-    def split(name: str, count: int) -> Tensor:
-        return _project(w, seams, x_BTH, f"self_attn.{name}_proj", count * dim).view(batch, tokens, count, dim)
-
-    q, k, v = split("q", heads), split("k", kv_heads), split("v", kv_heads).transpose(1, 2)
-    if config.qk_norm:
-        q = _rms_norm(q, w["self_attn.q_norm.weight"], config.norm_eps)
-        k = _rms_norm(k, w["self_attn.k_norm.weight"], config.norm_eps)
-    q, k = _rotate(torch.cat((q, k), dim=2).transpose(1, 2), rotary).split((heads, kv_heads), dim=1)
+    """Attention of one layer over its cache, into which this pass's keys and values are written first: [B, T, H]."""
+    batch = x_BTX.shape[0]
+    heads, kv_heads = config.heads // seams.tp, kv_heads_of(config, seams)
+    q, k, v = (heads_of(config, w, seams, x_BTX, *part) for part in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
+    q, k = rotate(torch.cat((q, k), dim=2).transpose(1, 2), rotary).split((heads, kv_heads), dim=1)
+    v = v.transpose(1, 2)
     cached_k = seams.write(state, f"k.{layer}", k, writes)
     cached_v = seams.write(state, f"v.{layer}", v, writes)
     if attend.kv:
@@ -169,6 +182,30 @@ def _attention(
     out = seams.all_reduce(seams.linear(out_BTX, w["self_attn.o_proj.weight"], config.hidden))
     bias = w.get("self_attn.o_proj.bias")
     return out if bias is None else out + bias
+
+
+def store(
+    config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: tuple[Tensor, Tensor],
+    layer: int, state: State, writes: Writes,
+) -> None:  # fmt: skip
+    """Only write one layer's keys and values."""
+    k, v = (heads_of(config, w, seams, x_BTX, part, kv_heads_of(config, seams)).transpose(1, 2) for part in "kv")
+    seams.write(state, f"k.{layer}", rotate(k, rotary), writes)
+    seams.write(state, f"v.{layer}", v, writes)
+
+
+def kv_heads_of(config: ModelConfig, seams: Seams) -> int:
+    """KV heads on this rank."""
+    return max(config.kv_heads // seams.tp, 1)
+
+
+def heads_of(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, name: str, count: int) -> Tensor:
+    """One of q, k and v by head, normalised where the family does so: [B, T, count, D]."""
+    out = project(w, seams, x_BTX, f"self_attn.{name}_proj", count * config.head_dim)
+    out = out.view(*x_BTX.shape[:2], count, config.head_dim)
+    if config.qk_norm and name in "qk":
+        return rms_norm(out, w[f"self_attn.{name}_norm.weight"], config.norm_eps)
+    return out
 
 
 def _attend(q_BNTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, bias_BTS: Tensor) -> Tensor:
@@ -184,11 +221,11 @@ def _attend(q_BNTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, bias_BTS: Tensor) ->
     return out.view(batch, heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, heads * dim)
 
 
-def _mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
+def mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
     """SwiGLU (Shazeer 2020)."""
     rows = config.intermediate // seams.tp
-    gate = _project(w, seams, x_BTH, "mlp.gate_proj", rows)
-    up = _project(w, seams, x_BTH, "mlp.up_proj", rows)
+    gate = project(w, seams, x_BTH, "mlp.gate_proj", rows)
+    up = project(w, seams, x_BTH, "mlp.up_proj", rows)
     out = seams.all_reduce(seams.linear(functional.silu(gate) * up, w["mlp.down_proj.weight"], config.hidden))
     bias = w.get("mlp.down_proj.bias")
     return out if bias is None else out + bias

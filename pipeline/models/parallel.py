@@ -75,9 +75,9 @@ class Seams:
         state[name].index_put_(writes.index, new_BHTD)
         return state[name]
 
-    def put_row(self, state: State, name: str, rows_B: Tensor, values_B: Tensor) -> None:
-        """One indexed write of whole entries of a 1-D state tensor, in place."""
-        state[name].index_put_((rows_B,), values_B)
+    def put_row(self, state: State, name: str, rows_B: Tensor, values: Tensor) -> None:
+        """One indexed write of the entries of whole rows, in place."""
+        state[name].index_put_((rows_B,), values)
 
 
 PLAIN = Seams()

@@ -15,6 +15,9 @@ from pipeline.models.config import ModelConfig
 Split = Literal["replicate", "rows", "columns", "kv_rows", "vocab"]
 Kind = Literal["linear", "embedding", "vector", "index"]
 
+TAPS = 3
+"""Hidden states of the target that an EAGLE-3 head reads at each position: low, middle and high layers."""
+
 BLOCK = 32
 """Rows of a linear weight are padded to whole blocks of this many, so every backend may store it blocked."""
 
@@ -55,11 +58,16 @@ def weight_specs(config: ModelConfig, *, replicated: bool = False) -> list[Weigh
 def _specs(c: ModelConfig) -> Iterator[WeightSpec]:  # noqa: C901 - a table, not logic
     q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
     yield WeightSpec("model.embed_tokens.weight", (c.vocab, c.hidden), "vocab", "embedding")
+    width = c.hidden
+    if c.eagle3 is not None:  # its layer reads a token's embedding beside the target's features
+        width = 2 * c.hidden
+        yield WeightSpec("fc.weight", (c.hidden, TAPS * c.eagle3.target_hidden), "replicate", "linear")
+        yield WeightSpec("model.layers.0.hidden_norm.weight", (c.hidden,), "replicate", "vector")
     for layer in range(c.layers):
         base = f"model.layers.{layer}"
         yield WeightSpec(f"{base}.input_layernorm.weight", (c.hidden,), "replicate", "vector")
         for name, rows, split in (("q", q_rows, "rows"), ("k", kv_rows, "kv_rows"), ("v", kv_rows, "kv_rows")):
-            yield WeightSpec(f"{base}.self_attn.{name}_proj.weight", (rows, c.hidden), split, "linear")  # type: ignore[arg-type]
+            yield WeightSpec(f"{base}.self_attn.{name}_proj.weight", (rows, width), split, "linear")  # type: ignore[arg-type]
             if c.qkv_bias:
                 yield WeightSpec(f"{base}.self_attn.{name}_proj.bias", (rows,), split, "vector")  # type: ignore[arg-type]
         if c.qk_norm:

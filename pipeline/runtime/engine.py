@@ -222,7 +222,7 @@ class Engine:
             self._take(row, new, settings, on_tokens)
             row.speculative_steps += 1
             row.emitted.append(len(new))
-            # After a fully accepted step the draft lacks the last token it proposed, until its next pass.
+            # After a fully accepted step a draft model lacks the last token it proposed, until its next pass.
             row.in_draft = row.position - (len(new) > steps)
 
     def _decode(self, rows: dict[int, Row], settings: Settings, on_tokens: OnTokens | None, deepest: int) -> None:
@@ -232,6 +232,8 @@ class Engine:
         self._stats["decode_steps"] += 1
         for slot, row in rows.items():
             self._take(row, [int(out[slot])], settings, on_tokens)
+            if self.manifest.method == "eagle3":  # its head follows every step of the target
+                row.in_draft = row.position
 
     def _take(self, row: Row, new: list[int], settings: Settings, on_tokens: OnTokens | None) -> None:
         """Append a step's tokens, cut at the end of the sequence and at the limit."""

@@ -28,12 +28,21 @@ class Text:
         """Whether the pair has a chat template."""
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer adds."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer adds unless `special` is off."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def chat(self, prompt: str) -> list[int]:
         """Token ids of one user message in the chat template, up to where the answer starts.
+
+        Raises:
+            ArtifactError: as `chat_text`.
+
+        """
+        return self.encode(self.chat_text(prompt), special=False)
+
+    def chat_text(self, prompt: str) -> str:
+        """The text of one user message in the chat template, up to where the answer starts.
 
         Raises:
             ArtifactError: the pair has no chat template, or one that refuses.
@@ -44,17 +53,16 @@ class Text:
         if self._template is None:
             raise ArtifactError("this pair has no chat template", where="tokenizer", fix="send plain text (--raw)")
         try:
-            text = _environment().from_string(self._template).render(
+            return str(_environment().from_string(self._template).render(
                 messages=[{"role": "user", "content": prompt}],
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
                 **self._specials,
-            )  # fmt: skip
+            ))  # fmt: skip
         except TemplateError as error:
             what = f"the chat template fails: {error}"
             raise ArtifactError(what, where="tokenizer", fix="send plain text (--raw)") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out."""

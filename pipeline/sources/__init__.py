@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import SourceError
+from pipeline.models.eagle3 import taps_of
 from pipeline.recipe import Recipe
 from pipeline.signature import EMBEDDING
 from pipeline.sources.checkpoint import Checkpoint, Progress, open_checkpoint, silent, with_shared_embedding
@@ -108,9 +109,25 @@ def check_pair(target: Checkpoint, draft: Checkpoint) -> None:
     for name, wanted, found in sizes:
         if wanted != found:
             raise SourceError(f"{name}={found}, but the target has {wanted}", where=str(draft.root), fix=fix)
+    _check_head(target, draft)
     smaller = min(target.config.vocab, draft.config.vocab)
     if target.config.vocab != draft.config.vocab and (needed := vocabulary_size(target)) > smaller:
         what = (
             f"vocab_size={draft.config.vocab}, the target's is {target.config.vocab}; their tokenizer has {needed} ids"
         )
         raise SourceError(what, where=str(draft.root), fix=fix)
+
+
+def _check_head(target: Checkpoint, draft: Checkpoint) -> None:
+    """Refuse an EAGLE-3 head that was made for another target."""
+    head = draft.config.eagle3
+    if head is None:
+        return
+    fix = "use a head that was made for this target, or `tandem distill` one"
+    if head.target_hidden != target.config.hidden:
+        what = f"it reads hidden states of size {head.target_hidden}, the target's have {target.config.hidden}"
+        raise SourceError(what, where=str(draft.root), fix=fix)
+    taps = taps_of(target.config, draft.config)
+    if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= target.config.layers:
+        what = f"it reads the target's layers {list(taps)}, which has {target.config.layers}"
+        raise SourceError(what, where=str(draft.root), fix=f"{fix}; eagle_config names its layers")

@@ -1,8 +1,8 @@
 """A tiny random model written on the fly: `pico://llama`. For trying a pipeline in seconds; it says nothing of use.
 
 `pico://<family>?seed=1&layers=4` varies it; `pico://<family>?draft_vocab=128` is a draft for it that has a reduced
-vocabulary and shares its embedding. The same location always gives the same bytes. Later layers are small, so a draft
-made of the first layer agrees with the whole often, not always.
+vocabulary and shares its embedding, `&eagle3=1` makes it an untrained EAGLE-3 head. The same location always gives the
+same bytes. Later layers are small, so a draft made of the first layer agrees with the whole often, not always.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from filelock import FileLock
 from pipeline.errors import SourceError
 from pipeline.files import atomic_dir
 from pipeline.models import config_of
-from pipeline.models.weights import WeightSpec, weight_specs
+from pipeline.models.eagle3 import TAPPED
+from pipeline.models.weights import TAPS, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import SINGLE, Progress
 from pipeline.sources.tensors import layout
 
@@ -94,11 +95,13 @@ class Pico:
     seed: int = 0
     layers: int = 3
     draft_vocab: int | None = None
+    eagle3: int = 0
 
     @property
     def key(self) -> str:
         """Names the content."""
         draft = f"-d{self.draft_vocab}" if self.draft_vocab else ""
+        draft += "-eagle3" if self.eagle3 else ""
         return f"{self.family}-s{self.seed}-l{self.layers}{draft}-{GENERATOR}"
 
     def config(self) -> dict[str, Any]:
@@ -107,6 +110,8 @@ class Pico:
         config["num_hidden_layers"] = self.layers
         if self.draft_vocab:
             config |= {"num_hidden_layers": 1, "tie_word_embeddings": False, "draft_vocab_size": self.draft_vocab}
+        if self.eagle3:
+            config |= {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": {TAPPED: list(range(TAPS))}}
         return config
 
 
@@ -133,7 +138,7 @@ def _parse(location: str) -> Pico:
     family, _, query = location.partition("?")
     if family not in FAMILIES:
         raise SourceError(f"no tiny model of family {family!r}", where=where, fix=f"use one of {', '.join(FAMILIES)}")
-    limits = {"seed": (0, 2**32 - 1), "layers": (1, 64), "draft_vocab": (1, VOCAB)}
+    limits = {"seed": (0, 2**32 - 1), "layers": (1, 64), "draft_vocab": (1, VOCAB), "eagle3": (0, 1)}
     options: dict[str, int] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         low, high = limits.get(key, (1, 0))
@@ -202,8 +207,18 @@ def _random(pico: Pico, whole: Pico) -> Iterator[tuple[str, ndarray]]:
     # Evenly spread, and the end-of-sequence token among them.
     ids = np.unique(np.linspace(SIZES["eos_token_id"], VOCAB - 1, pico.draft_vocab).astype(np.int32))
     offsets = ids - np.arange(len(ids), dtype=np.int32)
-    yield from ((name, w) for name, w in drawn.items() if name.startswith("model.layers.0."))
-    yield "model.norm.weight", drawn["model.norm.weight"]
+    if pico.eagle3:
+        head_config = config_of(pico.config(), pico.key)
+        own = ("fc.", "model.layers.0.")
+        yield from (
+            (s.name.replace("model.layers.0.", "midlayer."), _draw(random, s, tied=False).astype(np.float32))
+            for s in weight_specs(head_config)
+            if s.name.startswith(own)
+        )
+        yield "norm.weight", drawn["model.norm.weight"]
+    else:
+        yield from ((name, w) for name, w in drawn.items() if name.startswith("model.layers.0."))
+        yield "model.norm.weight", drawn["model.norm.weight"]
     yield "lm_head.weight", head[ids]
     yield "d2t", offsets.astype(np.int32)
 

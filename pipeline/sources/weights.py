@@ -42,8 +42,19 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
             what = f"tensor {twice[0]!r} is also in {found[twice[0]].file.name}"
             raise SourceError(what, where=str(checkpoint.root / name), fix="download the checkpoint again")
         found |= tensors
+    if checkpoint.config.eagle3 is not None:
+        found = {_head_name(name): tensor for name, tensor in found.items()}
     found = dict(_unfused(found, checkpoint.config))
     return found if checkpoint.layers is None else dict(_renumbered(found, checkpoint.layers))
+
+
+def _head_name(name: str) -> str:
+    """The name of an EAGLE-3 head's tensor as a decoder has it: public heads say `midlayer` or `layers.0`, `norm`."""
+    name = name.removeprefix("model.")
+    for layer in ("midlayer.", "layers.0."):
+        if name.startswith(layer):
+            return f"model.layers.0.{name.removeprefix(layer)}"
+    return f"model.{name}" if name.startswith(("norm.", "embed_tokens.")) else name
 
 
 def _unfused(tensors: Mapping[str, TensorRef], c: ModelConfig) -> Iterator[tuple[str, TensorRef]]:

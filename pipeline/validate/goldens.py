@@ -67,7 +67,8 @@ class Summary:
 class Golden:
     """Baseline and noise of one sequence. `ids` int32 [T, N] by descending baseline logit.
 
-    `caches` and `caches_noise`, float32 [T, layers, 2, R'], are projections of every layer's keys and values.
+    `caches` and `caches_noise`, float32 [T, layers, 2, R'], are projections of every layer's keys and values; of an
+    EAGLE-3 head there are T - 1.
     """
 
     ids: Tensor
@@ -78,7 +79,8 @@ class Golden:
 
     def cut(self, tokens: int) -> Golden:
         """The first tokens only: attention is causal, so they are the same in a longer sequence."""
-        caches = self.caches[:tokens], self.caches_noise[:tokens]
+        held = tokens - (len(self.ids) - len(self.caches))
+        caches = self.caches[:held], self.caches_noise[:held]
         return Golden(self.ids[:tokens], self.baseline.cut(tokens), self.noise.cut(tokens), *caches)
 
 
@@ -101,13 +103,20 @@ class Goldens:
         missing = {key: tokens for key, tokens in zip(keys, sequences, strict=True) if self._load(key) is None}
         self.found += len(keys) - len(missing)
         if missing:
-            self.say(f"  reference of {len(missing)} sequences, {self.checkpoint.config.layers} layers one at a time")
-            model = Reference(self.checkpoint, self.target, self.dtype)
+            model = self._reference()
+            self.say(f"  reference of {len(missing)} sequences, {model.layers} layers one at a time")
             for key, golden in zip(missing, model.goldens(list(missing.values())), strict=True):
                 self.cache.put(key, _pack(golden))
                 self._known[key] = golden
             self.computed += len(missing)
         return [self._known[key] for key in keys]
+
+    def _reference(self) -> Reference:
+        if self.checkpoint.config.eagle3 is None:
+            return Reference(self.checkpoint, self.target, self.dtype)
+        from pipeline.validate.eagle3_reference import Eagle3Reference
+
+        return Eagle3Reference(self.checkpoint, self.target, self.dtype)
 
     def _load(self, key: str) -> Golden | None:
         if key not in self._known:
@@ -155,51 +164,74 @@ class Reference:
         self._refs = weights(checkpoint)
         shared = checkpoint.config.shares_embedding
         self._embedding = (weights(target) if shared else self._refs)[EMBEDDING]
-        fields = {k: v for k, v in checkpoint.config_json.items() if k not in ("model_type", "layer_types")}
-        fields |= {"num_hidden_layers": checkpoint.config.layers}
-        config = transformers.AutoConfig.for_model(checkpoint.config_json["model_type"], **fields)
-        with torch.device("meta"):
-            self._model = transformers.AutoModel.from_config(config, attn_implementation="sdpa").eval()
-        self._layers = self._model.layers
-        self._model.layers = nn.ModuleList([_Recorder()])
-        self._model.norm, self._norm = nn.Identity(), self._model.norm
-        self._model.rotary_emb = type(self._model.rotary_emb)(config=config)
+
+    @property
+    def layers(self) -> int:
+        """Layers that are read."""
+        return self.checkpoint.config.layers
 
     @torch.no_grad()
     def goldens(self, sequences: list[list[int]]) -> Iterator[Golden]:
         """Run the layers over all sequences, then yield a golden for each."""
-        runs = {kind: [self._start(tokens, kind) for tokens in sequences] for kind in self.kinds}
+        runs = self.run_layers(sequences)
+        caches = [[torch.stack(run.cache.layers, dim=1) for run in runs[kind]] for kind in self.kinds]
+        baseline, noise = (list(self._normed(runs.pop(kind), kind)) for kind in self.kinds)
+        for high, low, keys, keys_noise in zip(baseline, noise, *caches, strict=True):
+            yield self.golden(high, low, keys, keys_noise)
+
+    def run_layers(
+        self, sequences: list[list[int]], watch: Callable[[int, torch.dtype, int, Tensor], None] | None = None
+    ) -> dict[torch.dtype, list[Recorder]]:
+        """Run all layers in both precisions; `watch` sees layer, precision, sequence and the layer's input."""
+        model = self._skeleton()
+        runs = {kind: [self._start(model, tokens, kind) for tokens in sequences] for kind in self.kinds}
         for index, layer in enumerate(self._layers):
             prefix = f"model.layers.{index}."
-            state = {n.removeprefix(prefix): self._read(r) for n, r in self._refs.items() if n.startswith(prefix)}
+            state = {n.removeprefix(prefix): self.read(r) for n, r in self._refs.items() if n.startswith(prefix)}
             for kind, started in runs.items():
                 layer.load_state_dict({name: tensor.to(kind) for name, tensor in state.items()}, assign=True)
-                for run in started:
+                for number, run in enumerate(started):
+                    if watch is not None:
+                        watch(index, kind, number, run.hidden)
                     out = layer(run.hidden, **run.options)
                     run.hidden = out[0] if isinstance(out, tuple) else out
             layer.to("meta")
-        caches = [[torch.stack(run.cache.layers, dim=1) for run in runs[kind]] for kind in self.kinds]
-        baseline, noise = (list(self._logit_parts(runs.pop(kind), kind)) for kind in self.kinds)
-        for high, low, keys, keys_noise in zip(baseline, noise, *caches, strict=True):
-            yield self._golden(high, low, keys, keys_noise)
+        return runs
 
-    def _start(self, tokens: list[int], kind: torch.dtype) -> _Recorder:
+    def _skeleton(self) -> Any:
+        """Make transformers' model without weights; its layers are taken out and run one by one."""
+        fields = {k: v for k, v in self.checkpoint.config_json.items() if k not in ("model_type", "layer_types")}
+        fields |= {"num_hidden_layers": self.checkpoint.config.layers}
+        config = transformers.AutoConfig.for_model(self.checkpoint.config_json["model_type"], **fields)
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+        self._layers = model.layers
+        model.layers = nn.ModuleList([Recorder()])
+        model.norm, self._norm = nn.Identity(), model.norm
+        model.rotary_emb = type(model.rotary_emb)(config=config)
+        return model
+
+    def _start(self, model: Any, tokens: list[int], kind: torch.dtype) -> Recorder:
         """Embed a sequence and record what the model hands to its layers: mask, positions, rotary tables."""
-        last = self._embedding.shape[0] - 1  # as the graphs do where a draft's vocabulary is padded less
-        rows = torch.stack([self._read(self._embedding.rows(min(t, last), min(t, last) + 1))[0] for t in tokens])
-        recorder = _Recorder()
-        self._model.layers[0] = recorder
-        self._model(inputs_embeds=rows[None].to(kind), use_cache=False)
+        recorder = Recorder()
+        model.layers[0] = recorder
+        model(inputs_embeds=self.embed(tokens)[None].to(kind), use_cache=False)
         recorder.options[next(name for name in CACHE_NAMES if name in recorder.options)] = recorder.cache
         return recorder
 
-    def _logit_parts(self, runs: list[_Recorder], kind: torch.dtype) -> Iterator[Tensor]:
+    def embed(self, tokens: list[int]) -> Tensor:
+        """Embeddings [T, H] as the recipe's dtype holds them."""
+        last = self._embedding.shape[0] - 1  # as the graphs do where a draft's vocabulary is padded less
+        return torch.stack([self.read(self._embedding.rows(min(t, last), min(t, last) + 1))[0] for t in tokens])
+
+    def _normed(self, runs: list[Recorder], kind: torch.dtype) -> Iterator[Tensor]:
         """Normalised hidden states [T, H] of each sequence, which is all that remains of a run."""
-        self._norm.load_state_dict({"weight": self._read(self._refs[NORM]).to(kind)}, assign=True)
+        self._norm.load_state_dict({"weight": self.read(self._refs[NORM]).to(kind)}, assign=True)
         for run in runs:
             yield self._norm(run.hidden)[0]
 
-    def _golden(self, high_TH: Tensor, low_TH: Tensor, caches: Tensor, caches_noise: Tensor) -> Golden:
+    def golden(self, high_TH: Tensor, low_TH: Tensor, caches: Tensor, caches_noise: Tensor) -> Golden:
+        """What is kept of normalised hidden states and projected caches in both precisions."""
         ids, parts = [], ([], [])  # type: tuple[list[Tensor], tuple[list[Summary], list[Summary]]]
         for start in range(0, len(high_TH), TOKENS_AT_ONCE):
             chosen = None
@@ -217,10 +249,10 @@ class Reference:
         ref = self._embedding if tied else self._refs[HEAD]
         wide = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
         rows = range(0, ref.shape[0], HEAD_ROWS)
-        blocks = (self._read(ref.rows(r, min(r + HEAD_ROWS, ref.shape[0]))).to(wide.dtype) for r in rows)
+        blocks = (self.read(ref.rows(r, min(r + HEAD_ROWS, ref.shape[0]))).to(wide.dtype) for r in rows)
         return torch.cat([wide @ block.T for block in blocks], dim=-1)
 
-    def _read(self, ref: TensorRef) -> Tensor:
+    def read(self, ref: TensorRef) -> Tensor:
         """A tensor as the recipe's dtype holds it."""
         return read_tensor(ref).to(self.dtype)
 
@@ -233,7 +265,7 @@ def read_tensor(ref: TensorRef) -> Tensor:
     return torch.frombuffer(data, dtype=STORED[ref.dtype]).view(ref.shape)
 
 
-class _Recorder(nn.Module):
+class Recorder(nn.Module):
     """Stands where the layers are and keeps what they would be given."""
 
     def __init__(self) -> None:

@@ -44,9 +44,9 @@ class NeuronSeams(Seams):
         state[name] = state[name].index_put(writes.index, new_BHTD)
         return state[name]
 
-    def put_row(self, state: State, name: str, rows_B: Tensor, values_B: Tensor) -> None:
+    def put_row(self, state: State, name: str, rows_B: Tensor, values: Tensor) -> None:
         """A scatter into a new tensor, which takes the state's name."""
-        state[name] = state[name].index_put((rows_B,), values_B)
+        state[name] = state[name].index_put((rows_B,), values)
 
     def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """`AwsNeuronTopK`: XLA's own top-k is a sort, which the compiler does not take."""
@@ -253,9 +253,9 @@ def check_names(spec: GraphSpec, io: Signature, metaneff: Any) -> None:
 
 
 def written(spec: GraphSpec, io: Signature) -> set[str]:
-    """State that a phase writes: decode leaves the draft's caches to its next catch-up."""
+    """State that a phase writes: decode leaves a draft model's caches to its next catch-up."""
     names = {one.name for one in io.state}
-    if spec.phase == "decode":
+    if spec.phase == "decode" and "draft/tail" in names:
         names = {name for name in names if not name.startswith("draft/") or name == "draft/tail"}
     return {dotted(name) for name in names}
 

@@ -1,0 +1,99 @@
+"""Training of an EAGLE-3 head: several drafted tokens in a row, each from the head's own output (Li et al. 2025).
+
+Depth 0 reads the target's features, depth s the head's own output at depth s - 1, as drafting does ("training-time
+test"). A query of depth s sees the depth-0 keys up to where its chain began, and the keys of its own chain.
+
+Shapes: B sequences, T positions, H hidden, N query heads, G KV heads, D head size, V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.models.config import ModelConfig
+from pipeline.models.decoder import heads_of, layer_weights, mlp, rms_norm, rotary_of, rotate
+from pipeline.models.eagle3_layer import features, inputs_of
+from pipeline.models.parallel import PLAIN
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences right-padded to T: tokens int64 [B, T + 1], features of the first T, and what to learn.
+
+    `learn_BT` marks tokens of the answer, by the position whose distribution gives them: position i gives token i + 1.
+    """
+
+    tokens_BT1: Tensor
+    taps_BTX: Tensor
+    last_BTH: Tensor
+    learn_BT: Tensor
+
+
+@dataclass(frozen=True)
+class Guess:
+    """The head's answers at one depth: logits [M, V] for the M positions that are learned, and where those are.
+
+    `index` holds sequence and position of the target's distribution that each is a guess of.
+    """
+
+    logits_MV: Tensor
+    index: tuple[Tensor, Tensor]
+
+
+def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depths: int) -> Iterator[Guess]:
+    """Draft `depths` tokens from every position at once."""
+    w = layer_weights(weights, 0)
+    length = batch.taps_BTX.shape[1]
+    x_BTH = features(config, weights, PLAIN, batch.taps_BTX)
+    positions_T = torch.arange(length, device=x_BTH.device)
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for depth in range(depths):
+        tokens_BT = _ahead(batch.tokens_BT1[:, :-1], depth + 1)
+        both_BTX, residual_BTH = inputs_of(config, weights, PLAIN, tokens_BT, x_BTH)
+        q, k, v = (heads_of(config, w, PLAIN, both_BTX, *part).transpose(1, 2) for part in _parts(config))
+        rotary = rotary_of(config, (positions_T + depth)[None], q.dtype)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        keys.append(k)
+        values.append(v)
+        x_BTH = residual_BTH + PLAIN.linear(_attend(q, keys, values), w["self_attn.o_proj.weight"], config.hidden)
+        x_BTH = x_BTH + mlp(config, w, PLAIN, rms_norm(x_BTH, w["post_attention_layernorm.weight"], config.norm_eps))
+        # From position i the chain has now read up to token i + depth + 1: its guess is that of position i + depth + 1.
+        learned_BT = _ahead(batch.learn_BT, depth + 1)
+        index = learned_BT.nonzero(as_tuple=True)
+        hidden_MH = rms_norm(x_BTH[index], weights["model.norm.weight"], config.norm_eps)
+        logits_MV = PLAIN.linear(hidden_MH, weights["lm_head.weight"], config.out_vocab)
+        yield Guess(logits_MV, (index[0], index[1] + depth + 1))
+
+
+def _parts(config: ModelConfig) -> tuple[tuple[str, int], ...]:
+    return (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads))
+
+
+def _ahead(values_BT: Tensor, by: int) -> Tensor:
+    """Every position gets the value `by` positions later; zeros (False) beyond the end."""
+    moved = torch.zeros_like(values_BT)
+    moved[:, : values_BT.shape[1] - by] = values_BT[:, by:]
+    return moved
+
+
+def _attend(q_BNTD: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """Attention of the newest depth: over depth 0 up to each position, and over its own chain: [B, T, N * D]."""
+    batch, heads, length, dim = q_BNTD.shape
+    groups = keys[0].shape[1]
+    q = q_BNTD.reshape(batch, groups, heads // groups, length, dim)
+    scale = dim**-0.5
+    causal_TT = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    scores = torch.einsum("bgrtd,bgsd->bgrts", q, keys[0]).float() * scale
+    parts = [scores.masked_fill(~causal_TT, -math.inf)]
+    parts += [(q * k[:, :, None]).sum(-1, keepdim=True).float() * scale for k in keys[1:]]
+    weights = torch.softmax(torch.cat(parts, dim=-1), dim=-1).to(q.dtype)
+    out = torch.einsum("bgrts,bgsd->bgrtd", weights[..., :length], values[0])
+    for number, v in enumerate(values[1:]):
+        out = out + weights[..., length + number, None] * v[:, :, None]
+    return out.reshape(batch, heads, length, dim).transpose(1, 2).reshape(batch, length, heads * dim)

@@ -1,0 +1,85 @@
+"""A new EAGLE-3 head: its config, its vocabulary, and weights to start from, taken from its target."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.models.eagle3 import TAPPED, read_config
+from pipeline.models.weights import weight_specs
+from pipeline.sources import Checkpoint, weights
+from pipeline.validate.goldens import EMBEDDING, HEAD, NORM, read_tensor
+
+EMBEDDING_SCALE = 0.02
+"""Size of the weights by which the new layer reads a token's embedding, at the start."""
+
+KEPT = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+    "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "hidden_act",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def head_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...]) -> dict[str, Any]:
+    """`config.json` of a head of the target's own sizes, in the public convention."""
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        **{key: target.config_json[key] for key in KEPT if key in target.config_json},
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": False,
+        "draft_vocab_size": draft_vocab,
+        "eagle_config": {TAPPED: list(taps)},
+    }
+
+
+def frequent(tokens: Iterable[Tensor], size: int, always: Iterable[int]) -> Tensor:
+    """The ids of a reduced vocabulary, ascending int64: `always`, and what was written most often."""
+    counts: Counter[int] = Counter()
+    for some in tokens:
+        counts.update(some.tolist())
+    first = list(dict.fromkeys(always))
+    ids = first + [token for token, _ in counts.most_common() if token not in set(first)]
+    spare = (token for token in range(1 << 30) if token not in counts and token not in first)
+    while len(ids) < size:
+        ids.append(next(spare))
+    return torch.tensor(sorted(ids[:size]))
+
+
+def initial(target: Checkpoint, config_json: dict[str, Any], ids_V: Tensor, seed: int) -> dict[str, Tensor]:
+    """Weights float32 to start from: the target's last layer over its highest features, its norm, rows of its head."""
+    config = read_config(config_json, "head")
+    refs = weights(target)
+    generator = torch.Generator().manual_seed(seed)
+    last = f"model.layers.{target.config.layers - 1}."
+    found: dict[str, Tensor] = {}
+    for spec in weight_specs(config):
+        name = spec.name.replace("model.layers.0.", last)
+        if spec.name in (EMBEDDING, "d2t"):
+            continue
+        if spec.name == HEAD:
+            found[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
+        elif spec.name == NORM:
+            found[spec.name] = read_tensor(refs[NORM]).float()
+        elif spec.name == "fc.weight":
+            found[spec.name] = torch.randn(spec.shape, generator=generator) * EMBEDDING_SCALE * spec.shape[1] ** -0.5
+            found[spec.name][:, -config.hidden :] += torch.eye(config.hidden)
+        elif spec.name.endswith("hidden_norm.weight"):
+            found[spec.name] = read_tensor(refs[f"{last}input_layernorm.weight"]).float()
+        elif spec.name.endswith("input_layernorm.weight"):
+            found[spec.name] = torch.ones(spec.shape)
+        elif spec.shape[-1] == 2 * config.hidden:
+            tokens = torch.randn(spec.shape[0], config.hidden, generator=generator) * EMBEDDING_SCALE
+            found[spec.name] = torch.cat((tokens, read_tensor(refs[name]).float()), dim=1)
+        else:
+            found[spec.name] = read_tensor(refs[name]).float()
+    return found
+
+
+def public_name(name: str) -> str:
+    """A weight's name in the files of public heads."""
+    return name.replace("model.layers.0.", "midlayer.").replace("model.norm.", "norm.")

@@ -1,0 +1,243 @@
+"""Fit a head to what the target wrote: minimise the divergence from the target's distribution over the draft's tokens.
+
+A run is decided by its data, settings and seed. It saves weights, optimiser and step together, so a killed run goes on
+where it was; weights are float32, products bfloat16 where the device is faster with them.
+
+Shapes: M learned positions, H hidden, V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pipeline.distill.data import Sequence_
+from pipeline.distill.eagle3 import Batch, Guess, guesses
+from pipeline.files import write_atomic
+from pipeline.models.config import ModelConfig
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. `objective`: the target's distribution, or only the token it chose."""
+
+    steps: int = 1200
+    batch_tokens: int = 2048
+    rate: float = 6e-4
+    warmup: int = 60
+    depths: int = 3
+    depth_weight: float = 0.8
+    objective: str = "distribution"
+    seed: int = 0
+    bfloat16: bool = True
+
+
+@dataclass
+class Accuracy:
+    """Held-out guesses: at each depth how many chains were right so far, and right again."""
+
+    reached: list[int] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)
+
+    @property
+    def given_previous(self) -> list[float]:
+        """Chance that a draft token is right, given that all before it are."""
+        return [r / max(n, 1) for n, r in zip(self.reached, self.right, strict=True)]
+
+    def tokens_per_step(self, steps: int) -> float:
+        """Expected tokens of a greedy step with K = `steps`; depths beyond the last measured repeat it."""
+        rates = self.given_previous
+        chances = [math.prod((rates + rates[-1:] * steps)[: k + 1]) for k in range(steps)]
+        return 1 + sum(chances)
+
+
+@dataclass
+class Trainer:
+    """A head in training. `weights` are float32, `head_VH` the rows of the target's LM head for the draft's ids."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    embedding: Tensor
+    head_VH: Tensor
+    ids_V: Tensor
+    settings: Settings
+    folder: Path
+    say: Say
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        device = self.head_VH.device
+        self.trained = {name: w.to(device).requires_grad_() for name, w in self.weights.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=self.settings.rate, weight_decay=0.0, betas=(0.9, 0.95)
+        )
+        if self._state.is_file():
+            self._load()
+
+    def train(self, sequences: Sequence[Sequence_], held_out: Sequence[Sequence_]) -> Accuracy:
+        """Train to the last step; returns the accuracy on `held_out`."""
+        started, first = time.monotonic(), self.step
+        losses: list[float] = []
+        for batch in self._batches(sequences):
+            if self.step >= self.settings.steps:
+                break
+            losses.append(self._update(batch))
+            self.step += 1
+            if self.step % 25 == 0 or self.step == self.settings.steps:
+                self._save()
+                left = (time.monotonic() - started) / (self.step - first) * (self.settings.steps - self.step)
+                loss = sum(losses[-50:]) / len(losses[-50:])
+                self.say(f"step {self.step} of {self.settings.steps}, loss {loss:.3f}, {left / 60:.0f} min left")
+            if self.step % 400 == 0 and held_out:
+                self.say(describe(self.accuracy(held_out)))
+        return self.accuracy(held_out)
+
+    @torch.inference_mode()
+    def accuracy(self, sequences: Sequence[Sequence_]) -> Accuracy:
+        """Greedy guesses against the tokens that the target chose."""
+        found = Accuracy([0] * self.settings.depths, [0] * self.settings.depths)
+        for start in range(0, len(sequences), 8):
+            batch = make_batch(sequences[start : start + 8], self.head_VH.device)
+            right = torch.ones_like(batch.learn_BT)
+            for depth, guess in enumerate(self._guesses(batch)):
+                rows, places = guess.index
+                began = places - depth - 1
+                so_far = right[rows, began]
+                best = self.ids_V[guess.logits_MV.argmax(-1)]
+                now = so_far & (best == batch.tokens_BT1[rows, places + 1])
+                found.reached[depth] += int(so_far.sum())
+                found.right[depth] += int(now.sum())
+                right = torch.zeros_like(right)
+                right[rows, began] = now
+        return found
+
+    def export(self) -> dict[str, Tensor]:
+        """The trained weights."""
+        return {name: w.detach().cpu() for name, w in self.trained.items()}
+
+    def _guesses(self, batch: Batch) -> Iterator[Guess]:
+        weights = {**self.trained, "model.embed_tokens.weight": self.embedding}
+        kind = self.head_VH.device.type
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
+            yield from guesses(self.config, weights, batch, self.settings.depths)
+
+    def _update(self, batch: Batch) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate * self._schedule()
+        losses = [self._loss(batch, guess) for guess in self._guesses(batch)]
+        shares = [self.settings.depth_weight**depth for depth in range(len(losses))]
+        loss = sum((w * one for w, one in zip(shares, losses, strict=True)), torch.zeros(())) / sum(shares)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def _loss(self, batch: Batch, guess: Guess) -> Tensor:
+        """Cross-entropy to the target's distribution over the draft's tokens, or to the token that was chosen."""
+        rows, places = guess.index
+        log_probs_MV = torch.log_softmax(guess.logits_MV.float(), dim=-1)
+        if self.settings.objective == "distribution":
+            with torch.no_grad():
+                last_MH = batch.last_BTH[rows, places]
+                wanted_MV = torch.softmax((last_MH @ self.head_VH.T.to(last_MH.dtype)).float(), dim=-1)
+            return -(wanted_MV * log_probs_MV).sum(-1).mean()
+        chosen_M = torch.searchsorted(self.ids_V, batch.tokens_BT1[rows, places + 1]).clamp(max=len(self.ids_V) - 1)
+        known_M = self.ids_V[chosen_M] == batch.tokens_BT1[rows, places + 1]
+        return -log_probs_MV[known_M].gather(-1, chosen_M[known_M, None]).mean()
+
+    def _schedule(self) -> float:
+        """Warm-up, then a cosine to a twentieth."""
+        if self.step < self.settings.warmup:
+            return (self.step + 1) / self.settings.warmup
+        done = (self.step - self.settings.warmup) / max(self.settings.steps - self.settings.warmup, 1)
+        return 0.05 + 0.95 * (1 + math.cos(math.pi * min(done, 1))) / 2
+
+    def _batches(self, sequences: Sequence[Sequence_]) -> Iterator[Batch]:
+        """Endless batches from the current step on, shuffled anew in each epoch; sequences of like length together."""
+        seen = 0
+        epoch = 0
+        while True:
+            generator = torch.Generator().manual_seed(self.settings.seed * 1000 + epoch)
+            for chosen in _grouped(sequences, self.settings.batch_tokens, generator):
+                if seen >= self.step:
+                    yield make_batch([sequences[i] for i in chosen], self.head_VH.device)
+                seen += 1
+            epoch += 1
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "training.safetensors"
+
+    def _save(self) -> None:
+        tensors = dict(self.export())
+        for name, w in self.trained.items():
+            state = self.optimizer.state[w]
+            tensors |= {f"{part}/{name}": state[part] for part in ("exp_avg", "exp_avg_sq")}
+        facts = {"step": str(self.step), "settings": json.dumps(asdict(self.settings))}
+        write_atomic(self._state, save(tensors, facts))
+
+    def _load(self) -> None:
+        with safe_open(self._state, framework="pt") as file:
+            facts = file.metadata()
+            if json.loads(facts["settings"]) != asdict(self.settings):
+                self.say("other settings than the run that was interrupted: starting over")
+                return
+            self.step = int(facts["step"])
+            with torch.no_grad():
+                for name, w in self.trained.items():
+                    w.copy_(file.get_tensor(name))
+                    moments = {
+                        part: file.get_tensor(f"{part}/{name}").to(w.device) for part in ("exp_avg", "exp_avg_sq")
+                    }
+                    self.optimizer.state[w] = {"step": torch.tensor(float(self.step)), **moments}
+        self.say(f"going on at step {self.step}")
+
+
+def make_batch(sequences: Sequence[Sequence_], device: torch.device | str) -> Batch:
+    """Pad sequences to one length."""
+    tokens = pad_sequence([s.tokens.long() for s in sequences], batch_first=True)
+    taps = pad_sequence([s.taps_TX for s in sequences], batch_first=True)
+    last = pad_sequence([s.last_TH for s in sequences], batch_first=True)
+    places = torch.arange(taps.shape[1])
+    lengths, prompts = (torch.tensor([n(s) for s in sequences])[:, None] for n in (_length, _prompt))
+    learn = (places >= prompts - 1) & (places < lengths - 1)
+    return Batch(tokens.to(device), taps.to(device), last.to(device), learn.to(device))
+
+
+def _length(sequence: Sequence_) -> int:
+    return len(sequence.tokens)
+
+
+def _prompt(sequence: Sequence_) -> int:
+    return sequence.prompt
+
+
+def _grouped(sequences: Sequence[Sequence_], tokens: int, generator: torch.Generator) -> list[list[int]]:
+    """Batches of at most so many padded tokens, in random order."""
+    jitter = torch.rand(len(sequences), generator=generator)
+    order = sorted(range(len(sequences)), key=lambda i: _length(sequences[i]) + 40 * float(jitter[i]))
+    batches: list[list[int]] = [[]]
+    for i in order:
+        if batches[-1] and (len(batches[-1]) + 1) * max(_length(sequences[j]) for j in (*batches[-1], i)) > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def describe(accuracy: Accuracy) -> str:
+    """One line for a reader."""
+    rates = ", ".join(f"{rate:.2f}" for rate in accuracy.given_previous)
+    return f"held out: draft tokens right, given those before: {rates}; {accuracy.tokens_per_step(4):.2f} tokens a step"

@@ -1,0 +1,50 @@
+"""EAGLE-3 heads by their configs, in the convention of SafeAILab/EAGLE and SpecForge. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import SourceError
+from pipeline.models.config import Eagle3, ModelConfig
+from pipeline.models.fields import shared_fields
+from pipeline.models.weights import TAPS
+
+TAPPED = "eagle_aux_hidden_state_layer_ids"
+"""Field of `eagle_config` that names the tapped layers."""
+
+
+def is_head(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is an EAGLE-3 head's."""
+    return any("eagle3" in str(name).lower() for name in config.get("architectures") or ())
+
+
+def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """Translate a head's config.
+
+    Raises:
+        SourceError: more than one layer, another number of tapped layers, or a field that is not covered.
+
+    """
+    options: Mapping[str, Any] = config.get("eagle_config") or {}
+    taps = tuple(options.get(TAPPED) or ())
+    if config.get("num_hidden_layers") != 1:
+        what = f"num_hidden_layers={config.get('num_hidden_layers')}, an EAGLE-3 head has 1"
+        raise SourceError(what, where=where, fix="use a head in the convention of SafeAILab/EAGLE")
+    if taps and (len(taps) != TAPS or list(taps) != sorted(set(taps))):
+        what = f"eagle_aux_hidden_state_layer_ids={list(taps)}, expected {TAPS} layers, ascending"
+        raise SourceError(what, where=where, fix="repair config.json")
+    head = Eagle3(
+        target_hidden=int(config.get("target_hidden_size") or config["hidden_size"]),
+        taps=taps,
+        norm_before_residual=bool(config.get("norm_before_residual", False)),
+    )
+    family = {"family": "eagle3", "tied": False, "qkv_bias": bool(config.get("attention_bias", False)), "eagle3": head}
+    return shared_fields({"model_type": "llama", **config}, where, **family)
+
+
+def taps_of(target: ModelConfig, draft: ModelConfig) -> tuple[int, ...]:
+    """Layers of the target whose inputs the draft reads: its config's, else one low, one middle, one high layer."""
+    if draft.eagle3 is None:
+        return ()
+    return draft.eagle3.taps or (2, target.layers // 2, target.layers - 3)

@@ -1,0 +1,143 @@
+"""One model of a pair inside a graph: passes over its caches, logits, and the choice of tokens.
+
+Shapes: B rows, T tokens, S attended cache length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.models.config import ModelConfig
+from pipeline.models.decoder import OFFSET, Attend, Hidden, Weights, attend_where, hidden_states, logits
+from pipeline.models.parallel import Seams, State, Writes, plan_writes
+from pipeline.speculation.sampling import Candidates, Sampling, candidates, draw, greedy
+
+
+@dataclass(frozen=True)
+class Choose:
+    """How a graph picks tokens: greedily, or from `sampling` with `uniforms` float32 and the best `keep` candidates."""
+
+    sampling: Sampling | None = None
+    uniforms: Tensor | None = None
+    keep: int | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Right-padded prompts: tokens and positions int [B, T], lengths int [B] (0 for rows that have none), slots [B]."""
+
+    tokens_BT: Tensor
+    positions_BT: Tensor
+    lengths_B: Tensor
+    slots_B: Tensor
+
+    @property
+    def active(self) -> Tensor:
+        """Rows that have a prompt."""
+        return self.lengths_B > 0
+
+    @property
+    def last(self) -> Tensor:
+        """Where each row's last token is, int64."""
+        return (self.lengths_B.long() - 1).clamp(0, self.tokens_BT.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Cache rows 0..B-1 between steps: their last token and its position, int32 [B], and those that take part, bool.
+
+    The last token is not in the caches yet. `kv` is the attended length.
+    """
+
+    last_B: Tensor
+    position_B: Tensor
+    alive_B: Tensor
+    kv: int
+
+    @property
+    def index(self) -> Tensor:
+        """Cache rows, int64."""
+        return torch.arange(self.last_B.shape[0], device=self.last_B.device)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a pair inside a graph: its config, this rank's weights, its caches and its backend seams.
+
+    `partner_vocab` is set for a draft whose `vocab_size` is padded otherwise than its target's. It then never proposes
+    an id that the target lacks, and reads one that it lacks itself as its own last id: a worse guess, the same output.
+    """
+
+    config: ModelConfig
+    weights: Weights
+    state: State
+    seams: Seams
+    partner_vocab: int | None = None
+    taps: tuple[int, ...] = ()
+
+    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, active_B: Tensor, kv: int) -> Hidden:
+        """Run rows 0..B-1 over their caches; a query sees keys at or before its own position."""
+        rows_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
+        writes = plan_writes(self.state, rows_B, positions_BT, active_B[:, None] & (positions_BT < self.usable(kv)))
+        keys_S = torch.arange(kv, device=tokens_BT.device)
+        attend = attend_where(keys_S <= positions_BT[..., None], kv)
+        return self.run(tokens_BT, positions_BT, writes, attend)
+
+    def read(self, prompt: Prompt) -> Hidden:
+        """Run whole prompts into empty rows."""
+        positions_T = prompt.positions_BT[0]
+        causal = attend_where((positions_T <= positions_T[:, None])[None], kv=0)
+        keep_BT = prompt.active[:, None] & (positions_T < self.usable(len(positions_T)))
+        writes = plan_writes(self.state, prompt.slots_B, prompt.positions_BT, keep_BT)
+        return self.run(prompt.tokens_BT, prompt.positions_BT, writes, causal)
+
+    def run(self, tokens_BT: Tensor, positions_BT: Tensor, writes: Writes, attend: Attend) -> Hidden:
+        """All layers over tokens of the pair's common tokenizer."""
+        inputs = (self.readable(tokens_BT), positions_BT, self.state, writes, attend, self.taps)
+        return hidden_states(self.config, self.weights, self.seams, *inputs)
+
+    def readable(self, tokens_BT: Tensor) -> Tensor:
+        """Tokens with ids that this model's embedding has."""
+        if self.partner_vocab is not None and self.partner_vocab > self.config.vocab:
+            return tokens_BT.clamp(0, self.config.vocab - 1)
+        return tokens_BT
+
+    def usable(self, kv: int) -> int:
+        """Positions of a bucket that hold tokens; the last of the whole cache is scratch (see `plan_writes`)."""
+        return min(kv, self.state["k.0"].shape[2] - 1)
+
+    @property
+    def proposable(self) -> int:
+        """Ids of the output vocabulary that the pair has in common."""
+        return min(self.config.out_vocab, self.partner_vocab or self.config.out_vocab)
+
+    def logits(self, hidden_BTH: Tensor, known: int | None = None) -> Tensor:
+        """This rank's logits, float32 [B, T, V / tp]; -inf from the id `known` on."""
+        return logits(self.config, self.weights, self.seams, hidden_BTH, known)
+
+    def all_logits(self, hidden_BTH: Tensor) -> Tensor:
+        """Logits of the whole vocabulary, float32 [B, T, V]."""
+        return self.seams.all_gather(self.logits(hidden_BTH))[..., : self.config.out_vocab]
+
+    def next(self, hidden_B1H: Tensor, choose: Choose, draw_at: int = 0) -> tuple[Tensor, Candidates | None]:
+        """Choose a token for each row: int64 [B, 1], and when sampling the distribution it was drawn from."""
+        if choose.sampling is None or choose.uniforms is None:
+            return self.greedy(hidden_B1H), None
+        found = self.candidates(hidden_B1H, choose.sampling, choose.keep)
+        return draw(found, choose.uniforms[:, draw_at : draw_at + 1]), found
+
+    def greedy(self, hidden_BTH: Tensor) -> Tensor:
+        """Argmax over the ids that the pair has in common, int64 [B, T], as ids of the target."""
+        return self.to_target(greedy(self.logits(hidden_BTH, self.proposable), self.seams, self.weights.get(OFFSET)))
+
+    def candidates(self, hidden_BTH: Tensor, sampling: Sampling, keep: int | None) -> Candidates:
+        """The distribution to sample from, as ids of the target."""
+        found = candidates(self.all_logits(hidden_BTH)[..., : self.proposable], sampling, keep, self.seams)
+        return Candidates(self.to_target(found.ids_BTN), found.probs_BTN)
+
+    def to_target(self, ids: Tensor) -> Tensor:
+        """Map ids of a reduced vocabulary to the target's (EAGLE-3 convention, `d2t` offsets)."""
+        return ids if self.config.draft_vocab is None else ids + self.weights["d2t"][ids]
