@@ -98,6 +98,61 @@ def build(
 
 @main.command()
 @click.argument("recipe")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the draft (default: drafts/NAME-eagle3 beside it)."
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to learn from."
+)
+@click.option("--steps", type=click.IntRange(1), default=4000, show_default=True, help="Steps of training.")
+@click.option("--draft-vocab", type=click.IntRange(32), default=7680, show_default=True, help="Tokens it may propose.")
+@click.option(
+    "--objective",
+    type=click.Choice(["distribution", "token"]),
+    default="distribution",
+    show_default=True,
+    help="What to learn: the target's distribution, or the token that it chose.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, exists=True),
+    help="JSON lines with prompt (default: the target writes its own).",
+)
+@click.option(
+    "--transcripts",
+    type=click.Path(path_type=Path, exists=True),
+    help="JSON lines with prompt and answer: what the target wrote before.",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda.")
+@click.option("--seed", default=0, show_default=True)
+@as_json
+@click.pass_obj
+def distill(
+    console: Console, recipe: str, out: Path | None, tokens: int, steps: int, draft_vocab: int, objective: str,
+    prompts: Path | None, transcripts: Path | None, device: str, seed: int, json_: bool,
+) -> None:  # fmt: skip
+    """Train an EAGLE-3 draft for the target of RECIPE. Stopped, the same command goes on where it was."""
+    from pipeline.distill import Request, distill
+    from pipeline.recipe import load
+
+    path = _recipe(recipe)
+    parsed = load(path)
+    request = Request(
+        recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-eagle3", tokens=tokens,
+        steps=steps, draft_vocab=draft_vocab, seed=seed, objective=objective, device=device, prompts=prompts,
+        transcripts=transcripts, say=console.say,
+    )  # fmt: skip
+    figures = distill(request)
+    if json_:
+        print_json(figures)
+        return
+    for kind, rate in figures["tokens_per_step"].items():
+        click.echo(f"  {kind:<12} {rate:.2f} tokens a step with K=4")
+    click.echo(f"{request.out}: name it in a recipe as draft.source, with speculation.method: eagle3")
+
+
+@main.command()
+@click.argument("recipe")
 @as_json
 def plan(recipe: str, json_: bool) -> None:
     """Show graphs, memory per rank and times of RECIPE, without weights where its lock has the configs."""

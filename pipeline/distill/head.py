@@ -72,7 +72,7 @@ def initial(target: Checkpoint, config_json: dict[str, Any], ids_V: Tensor, seed
             found[spec.name] = read_tensor(refs[f"{last}input_layernorm.weight"]).float()
         elif spec.name.endswith("input_layernorm.weight"):
             found[spec.name] = torch.ones(spec.shape)
-        elif spec.shape[-1] == 2 * config.hidden:
+        elif spec.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             tokens = torch.randn(spec.shape[0], config.hidden, generator=generator) * EMBEDDING_SCALE
             found[spec.name] = torch.cat((tokens, read_tensor(refs[name]).float()), dim=1)
         else:

@@ -1,0 +1,62 @@
+"""A trained head as a folder that a recipe can name: weights, config, figures, and a card for a reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline.distill.head import public_name
+from pipeline.files import atomic_dir
+from pipeline.recipe import Recipe
+
+
+def write_head(
+    out: Path,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    ids_V: Tensor,
+    figures: dict[str, Any],
+    recipe: Recipe,
+) -> None:
+    """Write the folder at once, in bfloat16; one that is there is replaced."""
+    tensors = {public_name(name): tensor.bfloat16().contiguous() for name, tensor in weights.items()}
+    tensors["d2t"] = (ids_V.cpu() - torch.arange(len(ids_V))).int()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_dir(out) as work:
+        (work / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (work / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
+        (work / "README.md").write_text(card(figures, recipe))
+
+
+def card(figures: dict[str, Any], recipe: Recipe) -> str:
+    """What the head is, what it learned from and how well it guesses."""
+    data, settings = figures["data"], figures["settings"]
+    depths = len(next(iter(figures["right_given_previous"].values())))
+    rows = [
+        f"| {kind} | " + " | ".join(f"{rate:.2f}" for rate in rates) + f" | {figures['tokens_per_step'][kind]:.2f} |"
+        for kind, rates in figures["right_given_previous"].items()
+    ]
+    head = "| class | " + " | ".join(f"token {i + 1}" for i in range(depths)) + " | tokens a step, K=4 |"
+    return f"""# EAGLE-3 head for {recipe.target.source}
+
+One layer over the target's hidden states; proposes from {settings["draft_vocab"]} tokens (`d2t`), shares the target's
+embedding. Made by `tandem distill`.
+
+- Data: {data["sequences"]} conversations that the target wrote, {data["greedy"]} of them greedily, with
+  {data["answer_tokens"]} tokens of answers. The prompts of the recipe's gates were kept out.
+- Training: {settings["steps"]} steps of {settings["batch_tokens"]} tokens, {settings["depths"]} drafted tokens in a row
+  at the end; objective: {settings["objective"]}; seed {settings["seed"]}.
+
+Draft tokens that the target takes, given that it took those before, on its greedy answers to the prompts of the
+recipe's gates; tokens a step follow from them.
+
+{head}
+|{" --- |" * (depths + 2)}
+{chr(10).join(rows)}
+"""

@@ -1,0 +1,159 @@
+"""One distillation: what data it needs, what is held out, and the trainer that starts from the target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.distill import ANSWER_TOKENS, LENGTH, ROWS, Request, data_key
+from pipeline.distill.data import PART, Prompts, Sequence_, read_part, write_part, write_transcripts
+from pipeline.distill.generate import Request as Writing
+from pipeline.distill.generate import Writer
+from pipeline.distill.head import frequent, head_config, initial
+from pipeline.distill.prompts import Apart
+from pipeline.distill.train import Settings, Trainer
+from pipeline.errors import InputError
+from pipeline.models.eagle3 import read_config
+from pipeline.runtime.text import Text
+from pipeline.sources import Checkpoint, tokenizer_files, weights
+from pipeline.validate.goldens import EMBEDDING, HEAD, read_tensor
+from pipeline.validate.prompts import Prompt, load_prompts, prompts_path
+
+SHORTEST = 4
+"""Answers of fewer tokens teach nothing."""
+
+
+@dataclass
+class Job:
+    """A target, its data folder, and what was counted."""
+
+    request: Request
+    target: Checkpoint
+    taps: tuple[int, ...]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where data and training of this target lie."""
+        return self.request.cache / "distill" / data_key(self.request, self.target.revision, self.taps)
+
+    @cached_property
+    def text(self) -> Text:
+        """The target's tokenizer and chat template."""
+        folder = self.folder / "tokenizer"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in tokenizer_files(self.target).items():
+            (folder / name).write_bytes(data)
+        return Text(folder)
+
+    @cached_property
+    def evaluated(self) -> list[Prompt]:
+        """The recipe's own prompts: measured on, never trained on."""
+        return load_prompts(prompts_path(self.request.recipe.validate_.prompts, self.request.base))
+
+    @cached_property
+    def writer(self) -> Writer:
+        """The target, loaded to write."""
+        return Writer(self.target, self.request.recipe.target.dtype, ROWS, LENGTH, self.taps, self.request.device)
+
+    @cached_property
+    def config_json(self) -> dict[str, Any]:
+        """The head's `config.json`."""
+        return head_config(self.target, self.request.draft_vocab, self.taps)
+
+    def write_data(self) -> None:
+        """Write parts until there are as many answer tokens as asked for."""
+        say, apart = self.request.say, Apart(prompt.text for prompt in self.evaluated)
+        if self.request.transcripts is not None:
+            kept = [pair for pair in _conversations(self.request.transcripts) if apart(pair[0])]
+            tokens = [(self._encode(prompt), self.text.encode(answer, special=False)) for prompt, answer in kept]
+            write_transcripts(self.folder / "data", "given", tokens, self.writer)
+        given = _lines(self.request.prompts, "prompt") if self.request.prompts else []
+        prompts = Prompts(self.text, apart, given)
+        number = 0
+        while self._count() < self.request.tokens:
+            if given and number * PART >= len(given):
+                break
+            write_part(self.folder / "data", number, PART, self.writer, prompts, ANSWER_TOKENS, say)
+            number += 1
+            say(f"{self.counts['answer_tokens']} of {self.request.tokens} tokens written")
+
+    def sequences(self) -> list[Sequence_]:
+        """All that may be trained on."""
+        found = [s for path in self._parts() for s in read_part(path)]
+        return [s for s in found if len(s.tokens) - s.prompt >= SHORTEST]
+
+    def held_out(self) -> dict[str, list[Sequence_]]:
+        """Greedy answers to the recipe's prompts, by class."""
+        asked = [
+            Writing(self._encode(p.text)[-LENGTH // 2 :], ANSWER_TOKENS, 0.0, i) for i, p in enumerate(self.evaluated)
+        ]
+        found: dict[str, list[Sequence_]] = {}
+        for written in sorted(self.writer.write(asked), key=lambda w: w.request.seed):
+            tokens = torch.tensor(written.tokens, dtype=torch.int32)
+            sequence = Sequence_(tokens, len(written.request.tokens), written.taps_TX, written.last_TH)
+            found.setdefault(self.evaluated[written.request.seed].kind, []).append(sequence)
+        return found
+
+    def ids(self, sequences: Sequence[Sequence_]) -> Tensor:
+        """Target ids of the reduced vocabulary, ascending int64."""
+        size = min(self.request.draft_vocab, self.target.config.vocab)
+        return frequent((s.tokens[s.prompt :] for s in sequences), size, self.target.config.eos_ids)
+
+    def trainer(self, sequences: Sequence[Sequence_]) -> Trainer:
+        """A head at its start, or where an interrupted run left it."""
+        request, ids = self.request, self.ids(sequences)
+        refs = weights(self.target)
+        device = request.device
+        embedding = read_tensor(refs[EMBEDDING]).float().to(device)
+        head = embedding if self.target.config.tied else read_tensor(refs[HEAD]).float().to(device)
+        start = initial(self.target, self.config_json, ids, request.seed)
+        settings = Settings(steps=request.steps, objective=request.objective, seed=request.seed)
+        config = read_config(self.config_json, "head")
+        folder = self.folder / f"{request.objective}-{request.draft_vocab}-{len(sequences)}"
+        ids = ids.to(device)
+        return Trainer(config, start, embedding, head[ids], ids, settings, folder, request.say)
+
+    def _encode(self, prompt: str) -> list[int]:
+        return self.text.chat(prompt) if self.text.has_chat else self.text.encode(prompt)
+
+    def _parts(self) -> list[Path]:
+        return sorted((self.folder / "data").glob("*.safetensors"))
+
+    def _count(self) -> int:
+        """Answer tokens on disk, from the parts' headers."""
+        totals = {"sequences": 0, "answer_tokens": 0, "greedy": 0}
+        for path in self._parts():
+            with safe_open(path, framework="pt") as file:
+                for name, value in json.loads(file.metadata()["counts"]).items():
+                    totals[name] += value
+        self.counts = totals
+        return totals["answer_tokens"]
+
+
+def _conversations(path: Path) -> list[tuple[str, str]]:
+    return list(zip(_lines(path, "prompt"), _lines(path, "answer"), strict=True))
+
+
+def _lines(path: Path, key: str) -> list[str]:
+    """One field of every JSON line."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(str(json.loads(line)[key]))
+        except (ValueError, KeyError, TypeError) as error:
+            fix = f'write one JSON object a line, with "{key}"'
+            raise InputError("not such a line", where=f"{path}:{number}", fix=fix) from error
+    return found

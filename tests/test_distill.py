@@ -1,0 +1,183 @@
+"""Training a head for a tiny target: from nothing to a draft that a recipe names, with kills in between."""
+
+import json
+
+import pytest
+import torch
+from eager import make_engine
+
+from pipeline.distill import Request, distill
+from pipeline.distill.data import read_part
+from pipeline.distill.eagle3 import guesses
+from pipeline.distill.generate import Request as Writing
+from pipeline.distill.generate import Writer
+from pipeline.distill.prompts import Apart
+from pipeline.distill.train import make_batch
+from pipeline.errors import InputError
+from pipeline.files import sha256_file
+from pipeline.recipe import Recipe
+from pipeline.sources import resolve, resolve_pair
+
+CONTENT = {
+    "name": "tiny",
+    "target": {"source": "pico://llama", "dtype": "float32"},
+    "draft": {"derive": {"from": "target", "layers": (0,)}},
+    "speculation": {"draft_tokens": (2,)},
+    "shapes": {"batch": (1,), "prefill": (64,), "kv": (128,)},
+    "validate": {"prompts": "held-out.jsonl", "max_new_tokens": 10},
+}
+HELD_OUT = ["The quick brown fox jumps", "def add(first, second):"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    base = tmp_path_factory.mktemp("distill")
+    lines = [json.dumps({"id": f"p{i}", "class": "chat", "prompt": text}) for i, text in enumerate(HELD_OUT)]
+    (base / "held-out.jsonl").write_text("\n".join(lines))
+    return base
+
+
+def request_of(work, out: str = "head", **more) -> Request:
+    settings = {"tokens": 12_000, "steps": 150, "draft_vocab": 256, "cache": work / "cache", **more}
+    return Request(recipe=Recipe.model_validate(CONTENT), base=work, out=work / out, **settings)
+
+
+@pytest.fixture(scope="module")
+def figures(work):
+    return distill(request_of(work))
+
+
+def test_head_guesses_and_a_recipe_can_name_it(work, figures):
+    assert figures["tokens_per_step"]["chat"] > 1.3
+    assert figures["data"]["answer_tokens"] >= 12_000
+    assert "| chat |" in (work / "head" / "README.md").read_text()
+    content = CONTENT | {"draft": {"source": "head"}, "speculation": {"method": "eagle3", "draft_tokens": (2,)}}
+    recipe = Recipe.model_validate(content)
+    pair = resolve_pair(recipe, base=work, cache=work / "cache" / "sources")
+    engine = make_engine(recipe, pair)
+    prompts = [engine.text.chat(text) for text in HELD_OUT]
+    plain = engine.generate(prompts, max_new_tokens=60, speculate=False)
+    speculative = engine.generate(prompts, max_new_tokens=60)
+    assert [a.tokens for a in plain] == [a.tokens for a in speculative]
+    steps = [size for answer in speculative for size in answer.emitted_per_step]
+    assert sum(steps) / len(steps) > 1.2
+    assert max(steps) == 3
+
+
+def test_the_same_seed_gives_the_same_head(work, figures):
+    distill(request_of(work, "again", cache=work / "other"))
+    assert sha256_file(work / "again" / "model.safetensors") == sha256_file(work / "head" / "model.safetensors")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["part 1", "step 100"])
+def test_a_killed_run_goes_on(work, figures, moment):
+    """Parts are not written again, training starts from the last state, and the head is the same."""
+    cache = work / moment.replace(" ", "-")
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith(moment):
+            raise Killed
+
+    said: list[str] = []
+    with pytest.raises(Killed):
+        distill(request_of(work, moment, cache=cache, say=say))
+    times = {path: path.stat().st_mtime_ns for path in cache.rglob("part-*.safetensors")}
+    later: list[str] = []
+    distill(request_of(work, moment, cache=cache, say=later.append))
+    assert times
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    if moment == "step 100":
+        assert "going on at step 100" in later
+    assert sha256_file(work / moment / "model.safetensors") == sha256_file(work / "head" / "model.safetensors")
+
+
+def test_training_drafts_as_the_graphs_do(work, figures):
+    """The head's chain of guesses in training equals its proposals in the speculate graph."""
+    content = CONTENT | {"draft": {"source": "head"}, "speculation": {"method": "eagle3", "draft_tokens": (3,)}}
+    recipe = Recipe.model_validate(content)
+    target, draft = resolve_pair(recipe, base=work, cache=work / "cache" / "sources")
+    engine = make_engine(recipe, (target, draft))
+    prompt = engine.text.chat(HELD_OUT[0])
+    answer = engine.generate([prompt], max_new_tokens=40)[0]
+    writer = Writer(target, "float32", 1, 128, (0, 1, 2))
+    written = next(writer.read([(prompt, answer.tokens)]))
+    part = next((work / "cache" / "distill").rglob("part-*.safetensors"))
+    one = read_part(part)[0]
+    sequence = type(one)(torch.tensor(written.tokens, dtype=torch.int32), len(prompt), written.taps_TX, written.last_TH)
+    batch = make_batch([sequence], "cpu")
+    weights = {n.removeprefix("draft/"): t for n, t in engine.ranks.tensors.items() if n.startswith("draft/")}
+    weights["model.embed_tokens.weight"] = engine.ranks.tensors["target/model.embed_tokens.weight"]
+    ids = torch.arange(256) + weights["d2t"].long()
+    right = torch.ones(batch.learn_BT.shape[1], dtype=torch.bool)
+    took = torch.zeros(batch.learn_BT.shape[1], dtype=torch.long)
+    for depth, guess in enumerate(guesses(draft.config, weights, batch, 3)):
+        rows, places = guess.index
+        now = torch.zeros_like(right)
+        best = ids[guess.logits_MV.argmax(-1)]
+        now[places - depth - 1] = right[places - depth - 1] & (best == batch.tokens_BT1[rows, places + 1])
+        took += now
+        right = now
+    at = len(prompt)
+    for size in answer.emitted_per_step[:-1]:
+        assert int(took[at - 1]) == size - 1, at
+        at += size
+
+
+def test_writer_continues_as_the_engine_does(work):
+    """Rows that join and leave at different times write what each would alone."""
+    recipe = Recipe.model_validate(CONTENT)
+    target = resolve(recipe.target.source, base=work, cache=work / "cache" / "sources")
+    engine = make_engine(recipe, resolve_pair(recipe, base=work, cache=work / "cache" / "sources"))
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15], [8, 8], [3]]
+    writer = Writer(target, "float32", 2, 96, (0, 1, 2))
+    found = {w.request.seed: w for w in writer.write(Writing(p, 5 + 9 * i, 0.0, i) for i, p in enumerate(prompts))}
+    for seed, written in found.items():
+        alone = engine.generate([prompts[seed]], max_new_tokens=5 + 9 * seed, speculate=False)[0]
+        assert written.tokens == [*prompts[seed], *alone.tokens]
+        assert written.last_TH.shape == (len(written.tokens) - 1, 64)
+        again = next(writer.read([(prompts[seed], alone.tokens)]))
+        assert torch.allclose(again.taps_TX, written.taps_TX, atol=1e-4)
+
+
+def test_held_out_prompts_are_kept_apart():
+    apart = Apart(["Write a function that returns the n-th Fibonacci number iteratively, please."])
+    assert not apart("Hello! write a function that returns the n th fibonacci number, recursively")
+    assert apart("Write a function that returns the largest prime")
+    assert not Apart(["Say hi"])("say HI")
+
+
+def test_out_that_is_something_else_is_refused(work):
+    (work / "mine").mkdir()
+    (work / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="something else"):
+        distill(request_of(work, "mine"))
+
+
+def test_transcripts_and_prompts_of_ones_own(work):
+    (work / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"Tell me about {i}"}) for i in range(20)))
+    talks = [
+        {"prompt": f"What is {i}?", "answer": "It is the number that follows the one before it."} for i in range(9)
+    ]
+    talks.append({"prompt": HELD_OUT[0], "answer": "over the lazy dog"})
+    (work / "talks.jsonl").write_text("\n".join(json.dumps(talk) for talk in talks))
+    figures = distill(
+        request_of(work, "own", tokens=300, steps=5, prompts=work / "prompts.jsonl", transcripts=work / "talks.jsonl")
+    )
+    assert figures["data"]["sequences"] == 9 + 20
+    (work / "bad.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}')
+    with pytest.raises(InputError, match=r"bad\.jsonl:2"):
+        distill(request_of(work, "bad", prompts=work / "bad.jsonl"))
