@@ -167,6 +167,7 @@ def _manifest(files: dict[str, FileEntry], parts: _Parts) -> Manifest:
         draft_tokens=recipe.speculation.draft_tokens,
         sampling=recipe.speculation.sampling,
         candidates=recipe.speculation.candidates,
+        vocab=parts.plan.pair.target.vocab,
         eos_ids=parts.plan.pair.target.eos_ids,
         graphs=tuple(_graph_entry(one, backend.graph_file) for one in parts.compiled),
         shards=tuple(_shard_entry(one) for one in parts.shards),

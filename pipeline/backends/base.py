@@ -16,7 +16,7 @@ from pipeline.plan import GraphSpec
 from pipeline.signature import PairShape, Signature
 
 BACKENDS = {
-    "inductor": "pipeline.backends.inductor:InductorBackend",
+    "inductor": "pipeline.backends.inductor.backend:InductorBackend",
     "neuron": "pipeline.backends.neuron.backend:NeuronBackend",
 }
 
