@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from neuron_lane import FAKE_NXD, FAKE_NXDI, environment, run, tandem
+from neuron_lane import FAKE_NXD, FAKE_NXDI, XLA, environment, run, tandem
 
 from pipeline import artifact, runtime
 from pipeline.errors import GateError, HostError
@@ -72,6 +72,7 @@ def test_package_is_an_artifact_that_records_what_nxdi_does_not(packed):
     assert manifest.toolchain["neuronx-cc"] == "2.24.8799.0"
     assert manifest.backend["flags"] == {
         "env.NEURON_FUSE_SOFTMAX": "1",
+        "env.XLA_FLAGS": XLA["XLA_FLAGS"],
         "neuronx-cc.context_encoding_model": "--auto-cast=none --lnc=2 -O1",
         "neuronx-cc.fused_speculation_model": "--auto-cast=none --lnc=2 -O1",
     }
