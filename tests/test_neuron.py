@@ -14,7 +14,10 @@ from pipeline.backends.base import Traced, cache_key
 from pipeline.backends.neuron import runtime as neuron
 from pipeline.backends.neuron import support
 from pipeline.backends.neuron.backend import NeuronBackend
+from pipeline.errors import ArtifactError
 from pipeline.files import sha256_file
+from pipeline.plan import GraphSpec
+from pipeline.signature import Signature, TensorSpec
 
 RECIPE = """
 name: tiny
@@ -259,6 +262,19 @@ def test_load_on_devices(loads, device):
 def test_load_refuses_damage(loads, name):
     """NxD drops unknown names with a warning, so the sets are compared; a NEFF's header tells its length."""
     assert DAMAGES[name][1] in loads[name]
+
+
+@pytest.mark.parametrize(("length", "kind"), [(48, "float32"), (40, "bfloat16")])
+def test_graphs_that_disagree_on_a_state_are_refused(length, kind):
+    """Buckets share the caches: NxDModel would make them as its first graph says."""
+
+    def graph(length, kind):
+        io = Signature((), (TensorSpec("target/k.0", (4, 2, length, 8), kind),), (), ())
+        return neuron.Graph(GraphSpec("decode", 4, 1, length), io, b"", b"", {})
+
+    assert neuron.states([graph(40, "float32")] * 2).keys() == {"target/k.0"}
+    with pytest.raises(ArtifactError, match=r"target/k.0 is \(4, 2, 40, 8\) in one graph"):
+        neuron.states([graph(40, "float32"), graph(length, kind)])
 
 
 TRACE = """
