@@ -36,7 +36,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE=<neuronx-distributed 2.29>/src adds the real NxD
-	$(XLA_VENV)/bin/python -m pytest -m xla
+	$(XLA_VENV)/bin/python -m pytest -m xla tests/test_neuron_xla.py
 
 check: lint types test
 

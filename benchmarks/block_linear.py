@@ -13,8 +13,8 @@ from statistics import median
 
 import torch
 
-from pipeline.backends.block_linear import block_linear
-from pipeline.backends.inductor import LoadedGraph
+from pipeline.backends.inductor.backend import LoadedGraph
+from pipeline.backends.inductor.block_linear import block_linear
 from pipeline.backends.packing import BlockPacking
 
 HIDDEN, WIDE, VOCAB = 576, 1536, 49152
@@ -59,7 +59,7 @@ class Layers(torch.nn.Module):
 
 
 def compiled(product, layers, x, weights):
-    from pipeline.backends import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
+    from pipeline.backends.inductor import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
 
     program = torch.export.export(Layers(product, layers), (x, weights))
     package = str(Path(tempfile.mkdtemp()) / "graph.pt2")

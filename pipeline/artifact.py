@@ -123,6 +123,7 @@ class Manifest(Part):
     draft_tokens: tuple[int, ...]
     sampling: tuple[str, ...]
     candidates: int | None
+    vocab: int
     eos_ids: tuple[int, ...]
     graphs: tuple[GraphEntry, ...]
     shards: tuple[ShardEntry, ...]

@@ -161,30 +161,39 @@ def _stages(request: Request, report: Report) -> None:
 
 
 def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
-    """Compile what the cache lacks, in workers, saying what remains."""
-    from pipeline.compile import Job, compile_all, worker_count
+    """Compile what the cache lacks, in workers, saying what remains. Graphs in a shared cache are found by workers."""
+    from pipeline.compile import Job, cached, compile_all, worker_count
 
     logs = request.cache / "logs" / request.recipe.name
     settings = request.recipe.backend.model_dump()
     cache, remote = str(request.cache), request.remote
     jobs = [Job(spec, plan.pair, settings, cache, str(logs / f"{spec.name}.log"), remote) for spec in plan.graphs]
-    workers = request.workers or worker_count(max(plan.compile_memory(spec) for spec in plan.graphs), len(jobs))
-    request.say(f"compile: {len(jobs)} graphs, {workers} at a time; logs in {logs}")
-    left = {spec.name: plan.compile_seconds(spec) for spec in plan.graphs}
+    found = {spec.name: one for spec, job in zip(plan.graphs, jobs, strict=True) if (one := cached(job))}
+    missing = [job for job in jobs if job.spec.name not in found]
+    left = {job.spec.name: plan.compile_seconds(job.spec) for job in missing}
+    memory = max((plan.compile_memory(job.spec) for job in missing), default=0)
+    workers = request.workers or worker_count(memory, max(len(missing), 1))
 
-    request.progress("compile", 0, len(jobs))
+    def remaining() -> str:
+        return f"about {sum(left.values()) / workers:.0f} s"
 
     def done(one: Compiled) -> None:
-        left.pop(one.spec.name)
+        left.pop(one.spec.name, None)
+        found[one.spec.name] = one
         (report.reused if one.hit else report.compiled).append(one.spec.name)
         request.progress("compile", len(jobs) - len(left), len(jobs))
         how = "cached" if one.hit else f"{one.seconds:.0f} s"
-        remaining = f", {len(left)} left, about {sum(left.values()) / workers:.0f} s" if left else ""
-        request.say(f"  {one.spec.name}: {how}{remaining}")
+        request.say(f"  {one.spec.name}: {how}" + (f", {len(left)} left, {remaining()}" if left else ""))
         for note in one.notes:
             request.say(f"    {note}")
 
-    return compile_all(jobs, workers, done)
+    what = f"{len(missing)} of {len(jobs)} graphs, {workers} at a time, {remaining()}; logs in {logs}"
+    request.say(f"compile: {what}" if missing else f"compile: all {len(jobs)} graphs are cached")
+    for one in list(found.values()):
+        done(one)
+    if missing:
+        compile_all(missing, workers, done)
+    return [found[spec.name] for spec in plan.graphs]
 
 
 def _shard(

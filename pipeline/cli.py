@@ -377,18 +377,29 @@ def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool)
 @main.command()
 @click.argument("recipe")
 @click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--compile", "compile_", is_flag=True, help="Compile with NxD Inference, here, into an artifact.")
 @as_json
-def nxdi(recipe: str, directory: Path, json_: bool) -> None:
-    """Write the NxD Inference configuration of RECIPE, and the script that compiles it, into DIRECTORY."""
-    from pipeline.backends.neuron.nxdi import write
+@click.pass_obj
+def nxdi(console: Console, recipe: str, directory: Path, compile_: bool, json_: bool) -> None:
+    """Write what NxD Inference is asked for RECIPE, or, with --compile, what vLLM's NxDI-backed plugin loads."""
+    from pipeline import nxdi as stage
+    from pipeline.cache import default_root
     from pipeline.lock import lock_path, pair_configs, read
     from pipeline.plan import make_plan
     from pipeline.recipe import load
+    from pipeline.sources import resolve_pair
 
     path = _recipe(recipe)
-    parsed, lock_file = load(path), read(lock_path(path))
-    made = make_plan(parsed, *pair_configs(parsed, lock_file, str(lock_path(path))))
-    written = write(directory, made, lock_file)
+    parsed = load(path)
+    if compile_:
+        console.say("sources: target and draft")
+        pair = resolve_pair(parsed, base=path.parent, cache=default_root() / "sources")
+        console.say("compile: with NxD Inference; this takes long")
+        written = stage.build(directory, make_plan(parsed, *(one.config for one in pair)), pair).root
+    else:
+        pinned = read(lock_path(path))
+        made = make_plan(parsed, *pair_configs(parsed, pinned, str(lock_path(path))))
+        written = stage.write(directory, made, pinned)
     if json_:
         print_json({"written": written})
         return

@@ -49,12 +49,13 @@ def _shown(json_: bool, data: Any, line: str) -> None:
 @click.option("--version", "version", help="Name of the release (default: from its content).")
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this private key before.")
 @click.option("--keyless", is_flag=True, help="Sign with the identity of this CI job before.")
+@click.option("--unvalidated", is_flag=True, help="Let packages of NxD Inference pass, which have no gates here.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent.")
 @as_json
 @click.pass_obj
 def publish(
     console: Console, artifacts: tuple[str, ...], url: str, aliases: tuple[str, ...], version: str | None,
-    key: Path | None, keyless: bool, dry_run: bool, json_: bool,
+    key: Path | None, keyless: bool, unvalidated: bool, dry_run: bool, json_: bool,
 ) -> None:  # fmt: skip
     """Publish ARTIFACTS as an immutable release; several of one recipe (chips, ranks) become its variants."""
     from pipeline.publish import publish as send
@@ -64,7 +65,9 @@ def publish(
         for root in roots:
             _sign(root, key)
     progress = console.transfer("publish")
-    release = send(roots, url, aliases, version=version, dry_run=dry_run, progress=progress)
+    release = send(
+        roots, url, aliases, version=version, unvalidated=unvalidated, dry_run=dry_run, progress=progress
+    )  # fmt: skip
     verb, size = "would send" if dry_run else "sent", release.sent_bytes / MIB
     line = f"{release.name}@{release.version}: {verb} {release.sent} blobs, {size:.1f} MiB to {url}"
     _shown(json_, asdict(release), line)

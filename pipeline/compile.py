@@ -13,12 +13,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache as memoize
 from pathlib import Path
 from typing import Any
 
-from pipeline.backends.base import cache_key, make_backend
+from pipeline.backends.base import Backend, Traced, cache_key, make_backend
 from pipeline.cache import Cache
 from pipeline.errors import HostError, TandemError
 from pipeline.plan import GraphSpec
@@ -52,6 +52,12 @@ class Compiled:
     notes: tuple[str, ...] = ()
 
 
+def cached(job: Job) -> Compiled | None:
+    """A graph that the local cache has, found by its memo, without tracing; None if it has to be traced."""
+    key = _known(Cache(Path(job.cache)), _memo_key(job, make_backend(job.backend)))
+    return None if key is None else Compiled(job.spec, key, hit=True, seconds=0.0)
+
+
 def compile_graph(job: Job) -> Compiled:
     """Trace, look up, compile on a miss. Concurrent calls for one key compile once.
 
@@ -61,7 +67,7 @@ def compile_graph(job: Job) -> Compiled:
     started = time.monotonic()
     store = Cache(Path(job.cache))
     backend = make_backend(job.backend)
-    memo = f"{_memo_key(job, backend.toolchain().as_dict(), backend.flags())}"
+    memo = _memo_key(job, backend)
     notes: list[str] = []
     key, hit = _known(store, memo), True
     if key is None:
@@ -82,7 +88,7 @@ def _known(store: Cache, memo: str) -> str | None:
     return key if store.get(key) is not None else None
 
 
-def _trace_and_compile(job: Job, backend: Any, store: Cache, notes: list[str]) -> tuple[str, bool]:
+def _trace_and_compile(job: Job, backend: Backend, store: Cache, notes: list[str]) -> tuple[str, bool]:
     """The shared cache is asked after the local one, and given what was compiled."""
     traced = backend.trace(job.spec, job.pair)
     key = cache_key(traced, backend.toolchain(), backend.flags())
@@ -98,9 +104,9 @@ def _trace_and_compile(job: Job, backend: Any, store: Cache, notes: list[str]) -
     return key, False
 
 
-def _compile(job: Job, backend: Any, traced: Any, work: Path) -> bytes:
+def _compile(job: Job, backend: Backend, traced: Traced, work: Path) -> bytes:
     try:
-        built: bytes = backend.compile(traced, work)
+        return backend.compile(traced, work)
     except TandemError:
         raise
     except Exception as error:
@@ -109,7 +115,6 @@ def _compile(job: Job, backend: Any, traced: Any, work: Path) -> bytes:
             where=f"compile {job.spec.name}",
             fix=f"the compiler's output is in {job.log}",
         ) from error
-    return built
 
 
 def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], None]) -> list[Compiled]:
@@ -150,14 +155,12 @@ def _logged(log: Path) -> Iterator[None]:
                 os.close(copy)
 
 
-def _memo_key(job: Job, toolchain: dict[str, str], flags: dict[str, str]) -> str:
-    from dataclasses import asdict
-
+def _memo_key(job: Job, backend: Backend) -> str:
     facts = {
         "spec": asdict(job.spec),
         "pair": asdict(job.pair),
-        "toolchain": toolchain,
-        "flags": flags,
+        "toolchain": backend.toolchain().as_dict(),
+        "flags": backend.flags(),
         "source": source_digest(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -44,16 +44,17 @@ VERSION_LENGTH = 12
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """What goes into an artifact. Shard paths are relative to `weights`."""
+class Facts:
+    """What an artifact tells of itself: its plan and lock, and the backend that made it, as plain data."""
 
     plan: Plan
-    backend: Backend
     lock: locks.Lock
-    compiled: Sequence[Compiled]
-    shards: Sequence[ShardFile]
-    weights: Path
-    cache: Cache
+    backend: Mapping[str, Any]
+    toolchain: Mapping[str, str]
+    flags: Mapping[str, str]
+    requires: Mapping[str, str]
+    graphs: tuple[GraphEntry, ...] = ()
+    shards: tuple[ShardEntry, ...] = ()
 
 
 def package(
@@ -75,18 +76,33 @@ def package(
 
     """  # fmt: skip
     check_replaceable(out)
-    parts = _Parts(plan, backend, lock, compiled, shards, weights, Cache(cache))
+    facts = Facts(
+        plan, lock, plan.recipe.backend.model_dump(), backend.toolchain().as_dict(), backend.flags(),
+        backend.requires(), tuple(_graph_entry(one, backend.graph_file) for one in compiled),
+        tuple(_shard_entry(one) for one in shards),
+    )  # fmt: skip
     with atomic_dir(out) as folder:
-        known = dict(_add_shards(folder, parts))
+        known = dict(_add_shards(folder, shards, weights))
         for one in compiled:
-            _add_graph(folder, one, parts)
+            _add_graph(folder, one, plan, backend, Cache(cache))
         (folder / "tokenizer").mkdir()
         for name, data in tokenizer.items():
             (folder / "tokenizer" / name).write_bytes(data)
-        _add_texts(folder, parts)
-        files = _add_provenance(folder, _digests(folder, known), parts)
-        (folder / MANIFEST).write_bytes(dump(_manifest(files, parts)))
+        seal(folder, facts, known)
     return read(out)
+
+
+def seal(folder: Path, facts: Facts, known: Mapping[str, FileEntry] | None = None) -> Manifest:
+    """Make a folder an artifact: recipe, lock, provenance, and the manifest, which lists every file in it.
+
+    Files in `known` are taken at their word.
+    """
+    (folder / "recipe.yaml").write_text(facts.plan.recipe.to_yaml())
+    locks.write(folder / "recipe.lock", facts.lock)
+    files = _add_provenance(folder, _digests(folder, known or {}), facts)
+    manifest = _manifest(files, facts)
+    (folder / MANIFEST).write_bytes(dump(manifest))
+    return manifest
 
 
 def add_reports(root: Path, reports: Mapping[str, bytes], summary: dict[str, Any]) -> Artifact:
@@ -110,37 +126,31 @@ def add_reports(root: Path, reports: Mapping[str, bytes], summary: dict[str, Any
     return Artifact(root, new)
 
 
-def _add_shards(folder: Path, parts: _Parts) -> Iterator[tuple[str, FileEntry]]:
+def _add_shards(folder: Path, shards: Sequence[ShardFile], weights: Path) -> Iterator[tuple[str, FileEntry]]:
     """Link the shards, which the shard stage has just written or compared with their digests."""
-    for shard in parts.shards:
+    for shard in shards:
         name = shard.path.as_posix()
-        link_or_copy(parts.weights / name, folder / name)
+        link_or_copy(weights / name, folder / name)
         yield name, FileEntry(sha256=shard.sha256, size=shard.size)
 
 
-def _add_graph(folder: Path, one: Compiled, parts: _Parts) -> None:
-    stored = parts.cache.get(one.key)
+def _add_graph(folder: Path, one: Compiled, plan: Plan, backend: Backend, cache: Cache) -> None:
+    stored = cache.get(one.key)
     if stored is None:
         what = "a compiled graph vanished from the cache, or was damaged"
         raise HostError(what, where=one.spec.name, fix="run the build again")
     place = folder / "graphs" / one.spec.name
-    link_or_copy(stored, place / parts.backend.graph_file)
-    _write_json(place / "io.json", signature(one.spec, parts.plan.pair, parts.backend.packing).to_json())
-    _write_json(place / "flags.json", parts.backend.flags())
+    link_or_copy(stored, place / backend.graph_file)
+    _write_json(place / "io.json", signature(one.spec, plan.pair, backend.packing).to_json())
+    _write_json(place / "flags.json", backend.flags())
 
 
-def _add_texts(folder: Path, parts: _Parts) -> None:
-    (folder / "recipe.yaml").write_text(parts.plan.recipe.to_yaml())
-    locks.write(folder / "recipe.lock", parts.lock)
-
-
-def _add_provenance(folder: Path, files: dict[str, FileEntry], parts: _Parts) -> dict[str, FileEntry]:
+def _add_provenance(folder: Path, files: dict[str, FileEntry], facts: Facts) -> dict[str, FileEntry]:
     """Write what tells of this build, over all other files; returns their entries with these."""
-    recipe, backend = parts.plan.recipe, parts.backend
-    sources = {"target": parts.lock.target, "draft": parts.lock.draft}
+    recipe, lock = facts.plan.recipe, facts.lock
+    sources = {"target": lock.target, "draft": lock.draft}
     build = provenance.Build(
-        recipe.name, _created(), recipe.digest(), locks.digest(parts.lock), recipe.backend.model_dump(),
-        backend.flags(), backend.toolchain().as_dict(),
+        recipe.name, _created(), recipe.digest(), locks.digest(lock), facts.backend, facts.flags, facts.toolchain,
         {role: asdict(source) for role, source in sources.items() if source is not None},
     )  # fmt: skip
     subjects = {name: entry.sha256 for name, entry in files.items()}
@@ -150,27 +160,28 @@ def _add_provenance(folder: Path, files: dict[str, FileEntry], parts: _Parts) ->
     return files | {name: _entry(digest_file(folder / name)) for name in made}
 
 
-def _manifest(files: dict[str, FileEntry], parts: _Parts) -> Manifest:
-    recipe, backend = parts.plan.recipe, parts.backend
+def _manifest(files: dict[str, FileEntry], facts: Facts) -> Manifest:
+    recipe = facts.plan.recipe
     manifest = Manifest(
         name=recipe.name,
         version="unversioned",
         created=_created(),
         recipe_digest=recipe.digest(),
-        lock_digest=locks.digest(parts.lock),
-        toolchain=backend.toolchain().as_dict(),
-        backend=recipe.backend.model_dump(),
-        requires=backend.requires(),
-        tensor=parts.plan.pair.tp,
+        lock_digest=locks.digest(facts.lock),
+        toolchain=dict(facts.toolchain),
+        backend=dict(facts.backend),
+        requires=dict(facts.requires),
+        tensor=facts.plan.pair.tp,
         dtype=recipe.target.dtype,
         shapes=ShapesEntry(**recipe.shapes.model_dump()),
         method=recipe.speculation.method,
         draft_tokens=recipe.speculation.draft_tokens,
         sampling=recipe.speculation.sampling,
         candidates=recipe.speculation.candidates,
-        eos_ids=parts.plan.pair.target.eos_ids,
-        graphs=tuple(_graph_entry(one, backend.graph_file) for one in parts.compiled),
-        shards=tuple(_shard_entry(one) for one in parts.shards),
+        vocab=facts.plan.pair.target.vocab,
+        eos_ids=facts.plan.pair.target.eos_ids,
+        graphs=facts.graphs,
+        shards=facts.shards,
         files=files,
     )
     return manifest.model_copy(update={"version": content_digest(manifest)[:VERSION_LENGTH]})

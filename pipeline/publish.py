@@ -37,13 +37,15 @@ def publish(
     aliases: Sequence[str] = (),
     *,
     version: str | None = None,
+    unvalidated: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> Release:
     """Publish verified artifacts whose gates passed; publishing them again sends nothing.
 
     Several artifacts of one recipe become the variants of one release. An equal artifact that was built or validated
-    at another time is the same release: the published one stays.
+    at another time is the same release: the published one stays. `unvalidated` lets pass what has no gates here: a
+    package of NxD Inference.
 
     Raises:
         GateError: one was not validated, or failed.
@@ -53,7 +55,7 @@ def publish(
     """  # fmt: skip
     artifacts = [verify(root) for root in ([roots] if isinstance(roots, Path) else roots)]
     for one in artifacts:
-        _check_gates(one.manifest, one.root)
+        _check_gates(one.manifest, one.root, unvalidated)
     made = bundle(artifacts, version)
     store = open_store(url)
     for alias in aliases:
@@ -80,8 +82,12 @@ def _release(
     )  # fmt: skip
 
 
-def _check_gates(manifest: Manifest, root: Path) -> None:
-    if manifest.passed is not True:
+def _check_gates(manifest: Manifest, root: Path, unvalidated: bool) -> None:
+    if manifest.backend.get("name") == "nxdi":
+        if not unvalidated:
+            what = f"{manifest.name} was compiled by NxD Inference, and has no gates here"
+            raise GateError(what, where=str(root), fix="check it on its chip, then publish it with --unvalidated")
+    elif manifest.passed is not True:
         state = "was not validated" if manifest.passed is None else "failed its gates"
         raise GateError(f"{manifest.name} {state}", where=str(root), fix=f"tandem validate {root}")
 

@@ -75,6 +75,7 @@ def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint]) -> Engine:
         backend={}, requires={}, tensor=1, dtype=recipe.target.dtype, shapes=recipe.shapes,
         method=recipe.speculation.method,
         draft_tokens=recipe.speculation.draft_tokens, sampling=recipe.speculation.sampling,
-        candidates=recipe.speculation.candidates, eos_ids=plan.pair.target.eos_ids, graphs=graphs, shards=(), files={},
+        candidates=recipe.speculation.candidates, vocab=plan.pair.target.vocab,
+        eos_ids=plan.pair.target.eos_ids, graphs=graphs, shards=(), files={},
     )  # fmt: skip
     return Engine(manifest, EagerRanks(plan, pair), Text(Path(pair[0].root)))

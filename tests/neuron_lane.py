@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-FAKE, FAKE_NXD = TESTS / "fake_neuron", TESTS / "fake_nxd"
+FAKE, FAKE_NXD, FAKE_NXDI = TESTS / "fake_neuron", TESTS / "fake_nxd", TESTS / "fake_nxdi"
 DEVICE = "trn2.48xlarge 2 4"
 """What the fake neuron-ls reports: instance type, lnc, cores."""
 

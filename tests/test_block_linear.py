@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.backends.block_linear import block_linear
-from pipeline.backends.inductor import LoadedGraph
+from pipeline.backends.inductor.backend import LoadedGraph
+from pipeline.backends.inductor.block_linear import block_linear
 from pipeline.backends.packing import BlockPacking
 
 
@@ -17,7 +17,7 @@ class Products(torch.nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(tmp_path, dtype):
-    from pipeline.backends import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
+    from pipeline.backends.inductor import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
 
     torch.manual_seed(0)
     plain = torch.randn(190, 96).to(dtype)

@@ -162,8 +162,10 @@ def test_build_again_does_nothing_without_torch(built):
 
 def test_build_elsewhere_is_all_hits(built, tmp_path):
     request, _ = built
-    report = again(request, out=tmp_path / "elsewhere", validate=False)
+    said = []
+    report = again(request, out=tmp_path / "elsewhere", validate=False, say=said.append)
     assert report.compiled == []
+    assert "compile: all 5 graphs are cached" in said
     first, second = (artifact.read(p).manifest for p in (request.out, tmp_path / "elsewhere"))
     assert [g.key for g in first.graphs] == [g.key for g in second.graphs]
 
@@ -181,9 +183,13 @@ def test_build_with_new_weights_compiles_nothing(built, tmp_path):
 
 def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     request, _ = built
-    changed = recipe(request, "prefill: [16]", "prefill: [16, 24]")
-    report = again(request, recipe=changed, out=tmp_path / "out", validate=False)
+    changed, said = recipe(request, "prefill: [16]", "prefill: [16, 24]"), []
+    report = again(request, recipe=changed, out=tmp_path / "out", validate=False, say=said.append)
     assert report.compiled == ["prefill-b2-t24-s48"]
+    target, draft = resolve_pair(changed, base=request.base, cache=request.cache / "sources")
+    plan = make_plan(changed, target.config, draft.config)
+    seconds = plan.compile_seconds(next(spec for spec in plan.graphs if spec.name == report.compiled[0]))
+    assert any(f"compile: 1 of 6 graphs, 2 at a time, about {seconds / 2:.0f} s; logs in" in line for line in said)
 
 
 def test_build_replaces_a_corrupted_cache_entry(built, tmp_path):
@@ -477,6 +483,11 @@ def test_engine_refuses_what_the_artifact_does_not_have(built):
         engine.generate([[1] * 17], max_new_tokens=4)
     with pytest.raises(InputError, match="K=9"):
         engine.generate([[1]], max_new_tokens=4, draft_tokens=9)
+    for token in (-1, engine.manifest.vocab):
+        with pytest.raises(InputError, match=f"token id {token}; the artifact's vocabulary has ids 0 to") as caught:
+            engine.generate([[1], [2, token]], max_new_tokens=4)
+        assert caught.value.where == "prompt 1"
+    assert engine.generate([[engine.manifest.vocab - 1]], max_new_tokens=1)[0].tokens
 
 
 def test_graphs_do_not_copy_caches(built):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipeline.backends.inductor import scratch, whole_headers
+from pipeline.backends.inductor.scratch import scratch, whole_headers
 
 
 def test_whole_headers_removes_what_a_killed_compiler_left(tmp_path):

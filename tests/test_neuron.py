@@ -5,14 +5,19 @@ import shutil
 import zipfile
 
 import pytest
+import torch
 from neuron_lane import DEVICE, environment, run, tandem
 from safetensors.torch import load_file, save_file
 
 from pipeline import artifact
 from pipeline.backends.base import Traced, cache_key
+from pipeline.backends.neuron import runtime as neuron
 from pipeline.backends.neuron import support
 from pipeline.backends.neuron.backend import NeuronBackend
+from pipeline.errors import ArtifactError
 from pipeline.files import sha256_file
+from pipeline.plan import GraphSpec
+from pipeline.signature import Signature, TensorSpec
 
 RECIPE = """
 name: tiny
@@ -155,15 +160,68 @@ def test_nothing_in_the_artifact_names_the_build_s_folders(built):
             assert str(root.parent).encode() not in path.read_bytes(), path
 
 
-def test_host_without_a_device_builds_the_same_and_leaves_the_gates_to_one_that_has(built, tmp_path):
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """The same recipe, built in another folder on a host without a device."""
+    base = tmp_path_factory.mktemp("hostless") / "elsewhere"
+    return base, build(base, where=environment())
+
+
+def test_host_without_a_device_builds_the_same_and_leaves_the_gates_to_one_that_has(built, elsewhere):
     """The key is HLO, flags and toolchain: another folder, no device, the same keys."""
-    done = build(tmp_path / "elsewhere", where=environment())
+    base, done = elsewhere
     assert done.returncode == 0, done.stderr
     assert "not validated: " in done.stderr
     assert "device: the artifact needs neuron, this host has none" in done.stderr
-    here, there = (artifact.read(root).manifest for root in (built[0], tmp_path / "elsewhere/out"))
+    here, there = (artifact.read(root).manifest for root in (built[0], base / "out"))
     assert there.passed is None
     assert [(g.name, g.key) for g in here.graphs] == [(g.name, g.key) for g in there.graphs]
+
+
+def test_validate_on_device_adds_its_verdict_to_what_a_host_without_one_built(elsewhere, tmp_path):
+    base, _ = elsewhere
+    root = shutil.copytree(base / "out", tmp_path / "out")
+    words = ["validate", str(root), "--on-device", "--recipe", str(base / "tiny.yaml")]
+    cache = {"TANDEM_CACHE": str(base / "cache")}
+    refused = tandem(*words, where=environment() | cache, cwd=base)
+    assert refused.returncode == 2
+    assert "device: the artifact needs neuron, this host has none" in refused.stderr
+    before = artifact.verify(root).manifest
+    assert before.passed is None
+    done = tandem(*words, where=environment(FAKE_NEURON_LS=DEVICE) | cache, cwd=base)
+    assert done.returncode == 0, done.stderr
+    after = artifact.verify(root).manifest
+    assert after.passed
+    assert after.validation["ran_on"] == {"device": "neuron", "chip": "trn2", "lnc": "2"}
+    assert after.version == before.version
+    assert after.files.keys() >= {"reports/parity.json", "reports/parity.html", "reports/junit.xml"}
+
+
+def test_shards_of_two_ranks_with_a_replicated_draft(built, tmp_path):
+    """Ranks share the draft's tensors, put together they hold the target; all graphs and both ranks make one NxDModel.
+
+    The fake device has one core, so they are not run.
+    """
+    done = build(tmp_path, where=environment(), recipe=RECIPE + "parallel: {tensor: 2}\n")
+    assert done.returncode == 0, done.stderr
+    root, manifest = tmp_path / "out", artifact.verify(tmp_path / "out").manifest
+    graphs = {one.name: neuron.read_graph(root, one, lnc=2) for one in manifest.graphs}
+    ranks = neuron.read_weights(root, manifest)
+    neuron.check_weights(graphs, ranks, root)
+    (alone,) = neuron.read_weights(built[0], artifact.read(built[0]).manifest)
+    first, second = ranks
+    assert first.keys() == second.keys() == alone.keys()
+    for name, whole in alone.items():
+        if name.startswith("draft."):
+            assert first[name] is second[name], name
+        elif name != "target.rank.vocab_offset":
+            joined = [torch.cat([first[name], second[name]], dim) for dim in range(whole.dim())]
+            split = [one for one in joined if one.shape == whole.shape] or [first[name]]
+            assert any(torch.equal(one, whole) for one in split), name
+    assert [rank["target.rank.vocab_offset"].item() for rank in ranks] == [0, artifact.read(root).manifest.vocab // 2]
+    device = {"one core": (str(root), "trn2.48xlarge 2 1")}
+    said = json.loads(run(LOAD.format(cases=device), environment()).stdout.splitlines()[-1])
+    assert "the artifact needs 2 cores, this host has 1" in said["one core"]
 
 
 def test_environment_that_changes_code_changes_the_key(monkeypatch):
@@ -204,6 +262,19 @@ def test_load_on_devices(loads, device):
 def test_load_refuses_damage(loads, name):
     """NxD drops unknown names with a warning, so the sets are compared; a NEFF's header tells its length."""
     assert DAMAGES[name][1] in loads[name]
+
+
+@pytest.mark.parametrize(("length", "kind"), [(48, "float32"), (40, "bfloat16")])
+def test_graphs_that_disagree_on_a_state_are_refused(length, kind):
+    """Buckets share the caches: NxDModel would make them as its first graph says."""
+
+    def graph(length, kind):
+        io = Signature((), (TensorSpec("target/k.0", (4, 2, length, 8), kind),), (), ())
+        return neuron.Graph(GraphSpec("decode", 4, 1, length), io, b"", b"", {})
+
+    assert neuron.states([graph(40, "float32")] * 2).keys() == {"target/k.0"}
+    with pytest.raises(ArtifactError, match=r"target/k.0 is \(4, 2, 40, 8\) in one graph"):
+        neuron.states([graph(40, "float32"), graph(length, kind)])
 
 
 TRACE = """

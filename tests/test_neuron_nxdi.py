@@ -1,11 +1,11 @@
 """The configuration for NxD Inference: translated words, refusals, paths. NxD Inference itself is not run."""
 
-import ast
 import json
 from pathlib import Path
 
 import pytest
 
+from pipeline import nxdi as stage
 from pipeline.backends.neuron import nxdi
 from pipeline.errors import RecipeError
 from pipeline.lock import lock_path, pair_configs, read
@@ -62,19 +62,46 @@ def test_package_refuses_with_the_reason(name, speculation, key, says):
 
 def test_write_records_what_nxdi_does_not(tmp_path):
     path = RECIPES / "llama-70b-spec.yaml"
-    nxdi.write(tmp_path, plan(), read(lock_path(path)))
-    recorded = json.loads((tmp_path / nxdi.PACKAGE).read_text())
+    written = stage.write(tmp_path, plan(), read(lock_path(path)))
+    recorded = json.loads(written.read_text())
     assert recorded["checkpoints"]["target"]["source"]["revision"] == "6f6073b423013f6a7d4d9f39144961bfbfbc386b"
     assert recorded["checkpoints"]["draft"]["path"] == "models/draft"
-    assert str(tmp_path) not in (tmp_path / nxdi.PACKAGE).read_text()
-    ast.parse((tmp_path / nxdi.SCRIPT).read_text())
+    assert str(tmp_path) not in written.read_text()
 
 
-def test_paths_are_relative_in_the_package_and_absolute_where_it_is_pulled(tmp_path):
+def test_relative_replaces_the_build_s_folders_and_nothing_else():
     baked = {
-        "_name_or_path": "/build/here/models/target", "vocab_size": 5,
-        "fused_spec_config": {"draft_model_path": "/build/here/models/draft", "names": ["/elsewhere"]},
+        "_name_or_path": "/cache/target/", "vocab_size": 5,
+        "fused_spec_config": {"draft_model_path": "/cache/draft", "names": ["/elsewhere", "/cache/draft-2"]},
     }  # fmt: skip
-    packed = nxdi.relative(baked, Path("/build/here"))
-    assert packed["fused_spec_config"] == {"draft_model_path": "./models/draft", "names": ["/elsewhere"]}
-    assert nxdi.localize(packed, tmp_path)["_name_or_path"] == str(tmp_path / "models/target")
+    packed = nxdi.relative(baked, {"/cache/target": "models/target", "/cache/draft": "models/draft"})
+    assert packed == {
+        "_name_or_path": "models/target", "vocab_size": 5,
+        "fused_spec_config": {"draft_model_path": "models/draft", "names": ["/elsewhere", "/cache/draft-2"]},
+    }  # fmt: skip
+
+
+VERSIONS = {
+    "torch": "2.9.0", "torch-xla": "2.9.0", "torch-neuronx": "2.9.0.2.13.1", "neuronx-distributed": "0.18.27753",
+    "libneuronxla": "2.2", "neuronx-cc": "2.24.1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chip", "inference", "says"),
+    [
+        ("trn2", "missing", "not installed: neuronx-distributed-inference"),
+        ("trn2", "0.1.0", "the empty placeholder of PyPI"),
+        ("trn2", "0.8.16251", "neuronx-distributed is of SDK 2.29, which has 0.9.*"),
+        ("trn1", "0.9.17334", "NxD Inference of SDK 2.29 does not run on trn1: from 2.29 on it needs trn2"),
+        ("trn2", "0.9.17334", None),
+    ],
+)
+def test_host_problems_of_nxd_inference(chip, inference, says):
+    found = [p for p in nxdi.host_problems(chip, 1, VERSIONS, inference) if "NxD Inf" in p.what or "infer" in p.what]
+    assert [says in problem.what and bool(problem.fix) for problem in found] == ([] if says is None else [True])
+
+
+def test_host_problems_lets_trn1_use_the_last_sdk_that_serves_it():
+    older = VERSIONS | {"torch-neuronx": "2.9.0.2.12.1", "neuronx-distributed": "0.17.1", "neuronx-cc": "2.23.1"}
+    assert not [p for p in nxdi.host_problems("trn1", 1, older, "0.8.16251") if "Inference" in p.what]

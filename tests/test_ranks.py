@@ -5,11 +5,13 @@ import os
 import signal
 
 import pytest
+from eager import make_engine
 
 from pipeline import runtime
 from pipeline.build import Request, run
 from pipeline.errors import HostError
 from pipeline.recipe import load
+from pipeline.sources import resolve_pair
 
 RECIPE = """
 name: ranked
@@ -30,19 +32,32 @@ def base(tmp_path_factory):
     return folder
 
 
-def built(base, tp, placement, family="qwen3", sampling="greedy"):
-    """An engine of the same pair on `tp` ranks."""
+def written(base, tp, placement, family="qwen3", sampling="greedy"):
+    """The recipe of the same pair on `tp` ranks."""
     path = base / f"{family}-{tp}-{placement}-{sampling}.yaml"
     path.write_text(RECIPE.format(tp=tp, placement=placement, family=family, sampling=sampling))
+    return path
+
+
+def built(base, *pair):
+    """An engine of the same pair on so many ranks."""
+    path = written(base, *pair)
     out = base / path.stem
     run(Request(recipe=load(path), base=base, out=out, cache=base / "cache", workers=2, validate=False))
     return runtime.load(out)
 
 
+def eager(base, *pair):
+    """The same pair whole, on one rank, uncompiled: what its ranks have to equal."""
+    recipe = load(written(base, *pair))
+    alone = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"tensor": 1})})
+    return make_engine(alone, resolve_pair(recipe, base=base, cache=base / "cache/sources"))
+
+
 @pytest.fixture(scope="module")
 def alone(base):
     """Greedy tokens on one rank, plain and speculative: equal."""
-    engine = built(base, 1, "replicated")
+    engine = eager(base, 1, "replicated")
     answers = [[a.tokens for a in engine.generate(PROMPTS, max_new_tokens=24, speculate=s)] for s in (False, True)]
     assert answers[0] == answers[1]
     return answers[0]
@@ -63,18 +78,20 @@ def test_ranks_give_the_tokens_of_one_rank(base, alone, tp, placement):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-def test_families_on_ranks_greedy_and_stochastic(base, family):
+def test_families_on_eight_ranks_greedy_and_stochastic(base, family):
     """Eight ranks replicate four KV heads. Draws depend on the uniforms alone, so tokens are equal, too."""
-    answers = []
-    for tp in (1, 2, 8):
-        engine = built(base, tp, "replicated", family, "greedy, stochastic")
-        try:
-            greedy = engine.generate(PROMPTS, max_new_tokens=20)
-            drawn = engine.generate(PROMPTS, max_new_tokens=20, temperature=1.2, top_k=20, top_p=0.9, seed=3)
-            answers.append([[a.tokens for a in found] for found in (greedy, drawn)])
-        finally:
-            engine.close()
-    assert answers[0] == answers[1] == answers[2]
+    pair = (8, "replicated", family, "greedy, stochastic")
+    engines = [eager(base, *pair), built(base, *pair)]
+    try:
+        greedy, drawn = (
+            [[a.tokens for a in engine.generate(PROMPTS, max_new_tokens=20, **how)] for engine in engines]
+            for how in ({}, {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "seed": 3})
+        )
+    finally:
+        engines[1].close()
+    assert greedy[0] == greedy[1]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != greedy[0]
 
 
 def test_a_killed_rank_is_an_error(base, alone):

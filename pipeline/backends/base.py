@@ -16,7 +16,7 @@ from pipeline.plan import GraphSpec
 from pipeline.signature import PairShape, Signature
 
 BACKENDS = {
-    "inductor": "pipeline.backends.inductor:InductorBackend",
+    "inductor": "pipeline.backends.inductor.backend:InductorBackend",
     "neuron": "pipeline.backends.neuron.backend:NeuronBackend",
 }
 
@@ -107,6 +107,12 @@ def make_backend(settings: Mapping[str, Any]) -> Backend:
 
     """
     name = settings["name"]
+    if name == "nxdi":
+        what, fix = (
+            "a package of NxD Inference, which vLLM runs",
+            "see tandem-nxdi.json in it: environment and arguments",
+        )
+        raise HostError(what, where="backend", fix=fix)
     if name not in BACKENDS:
         raise HostError(
             f"backend {name!r} cannot build or run here", where="backend", fix=f"available: {', '.join(BACKENDS)}"

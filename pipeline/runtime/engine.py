@@ -98,7 +98,8 @@ class Engine:
         depend on what else is in the batch.
 
         Raises:
-            InputError: an empty prompt, one longer than the largest prefill bucket, or sampling that was not built.
+            InputError: an empty prompt, one longer than the largest prefill bucket, token ids beyond the vocabulary, or
+                sampling that was not built.
 
         """  # fmt: skip
         settings = Settings(max_new_tokens, temperature, top_k, top_p, self._steps(draft_tokens) if speculate else None)
@@ -152,15 +153,24 @@ class Engine:
 
     def _row(self, index: int, prompt: str | list[int], seed: int) -> Row:
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        longest = self.manifest.shapes.prefill[-1]
+        self._check_tokens(tokens, f"prompt {index}")
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        return Row(index, len(tokens), tokens, 0, generator)
+
+    def _check_tokens(self, tokens: list[int], where: str) -> None:
+        longest, last = self.manifest.shapes.prefill[-1], self.manifest.vocab - 1
         if not tokens or len(tokens) > longest:
             raise InputError(
                 f"{len(tokens)} tokens; the artifact takes 1 to {longest}",
-                where=f"prompt {index}",
+                where=where,
                 fix="shorten the prompt, or build with a larger prefill bucket",
             )
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        return Row(index, len(tokens), tokens, 0, generator)
+        if strange := [token for token in tokens if not 0 <= token <= last]:
+            raise InputError(
+                f"token id {strange[0]}; the artifact's vocabulary has ids 0 to {last}",
+                where=where,
+                fix="send text, or ids of the artifact's own tokenizer",
+            )
 
     def _finished(self, row: Row, settings: Settings) -> bool:
         new = len(row.tokens) - row.prompt

@@ -1,24 +1,21 @@
-"""The same recipe for NxD Inference: the configuration of its fused speculation, and what of a recipe it cannot do.
+"""The same recipe for NxD Inference: what it is asked for, what of a recipe it cannot do, and if it did what was asked.
 
 For servers that already run vLLM's NxDI-backed plugin (0.5.x). Written from neuronx-distributed-inference 0.9
-(models/config, inference_demo, model_base); nothing here was run with it. Imports no torch; compiling is NxDI's own.
+(models/config, models/application_base, inference_demo, model_base). Imports no torch: `nxdi_compile` runs it.
 
 Its `speculation_length` counts the tokens that the target verifies, K + 1 here; a last draft pass fills the cache.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.backends.neuron import support
 from pipeline.errors import Problem, RecipeError
-from pipeline.files import write_atomic
 
 if TYPE_CHECKING:
-    from pipeline.lock import Lock
     from pipeline.plan import Plan
 
 CLASSES = {
@@ -27,12 +24,19 @@ CLASSES = {
     "qwen2": ("neuronx_distributed_inference.models.qwen2.modeling_qwen2", "Qwen2"),
     "qwen3": ("neuronx_distributed_inference.models.qwen3.modeling_qwen3", "Qwen3"),
 }
-CONFIG, PACKAGE, SCRIPT = "neuron_config.json", "tandem-nxdi.json", "compile.py"
+CONFIG, MODEL = "neuron_config.json", "model.pt"
 OWN_TP_FAMILIES = ("llama",)
 """Families whose modules ask for the group they belong to: only their draft may have fewer ranks than the target."""
 
 PLACES = {"target": "models/target", "draft": "models/draft"}
-"""Where the package expects the checkpoints, relative to itself; made absolute by `localize`."""
+"""Where a package keeps configs and tokenizer of the pair, relative to itself: vLLM is started inside it."""
+
+DISTRIBUTION = "neuronx-distributed-inference"
+RELEASES = {"2.28": "0.8", "2.29": "0.9", "2.30": "0.10.17970", "2.31": "0.10.18399"}
+"""Version of NxD Inference in each SDK release that `support.RELEASES` knows (n2-manifest.json)."""
+
+NEWER_CHIPS_FROM = "2.29"
+"""From this SDK on NxD Inference runs on Trn2 only (release notes of the component)."""
 
 
 @dataclass(frozen=True)
@@ -77,42 +81,76 @@ def package(plan: Plan) -> Package:
     return Package(target, draft, _classes(pair.target.family), _classes(pair.draft.family), _vllm(plan, k))
 
 
-def write(out: Path, plan: Plan, lock: Lock) -> Path:
-    """Write the package and the script that compiles it on a host with NxD Inference; checkpoints are not copied.
+def weight_file(rank: int) -> str:
+    """Where NxD Inference writes and looks for a rank's weights of both models."""
+    return f"weights/tp{rank}_sharded_checkpoint.safetensors"
 
-    Raises:
-        RecipeError: the recipe asks for what NxD Inference does not do.
 
+def differences(made: Package, written: Mapping[str, Any]) -> list[str]:
+    """What NxD Inference did not take as asked: it logs a warning about keys that it does not know, and goes on.
+
+    `written` is its `neuron_config.json`.
     """
-    made = package(plan)
-    sources = {"target": asdict(lock.target), "draft": asdict(lock.draft) if lock.draft else None}
-    recorded = {
-        **asdict(made),
-        "recipe": plan.recipe.name,
-        "recipe_sha256": plan.recipe.digest(),
-        "checkpoints": {role: {"path": PLACES[role], "source": source} for role, source in sources.items()},
-    }
-    write_atomic(out / PACKAGE, json.dumps(recorded, indent=1, sort_keys=True).encode() + b"\n")
-    write_atomic(out / SCRIPT, COMPILE.encode())
-    return out / PACKAGE
+    fused = written.get("fused_spec_config") or {}
+    draft = (fused.get("draft_config") or {}).get("neuron_config") or {}
+    target = written.get("neuron_config") or {}
+    return [
+        *_different(made.neuron_config, target, "neuron_config"),
+        *_different(made.draft_neuron_config, draft, "fused_spec_config.draft_config.neuron_config"),
+    ]
 
 
-def relative(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """NxDI's `neuron_config.json` with the absolute paths that it bakes in made relative to the package."""
-    return _paths(dict(config), lambda text: f"./{Path(text).relative_to(root).as_posix()}", str(root))
+def relative(config: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    """NxD Inference's `neuron_config.json` with the absolute paths that it bakes in replaced by places in the package.
+
+    `places` maps a folder of the build to one of the package. Nothing that runs needs the absolute ones: weights are
+    sharded, and vLLM is given its models by place.
+    """
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [replaced(inner) for inner in value]
+        return places.get(value.rstrip("/"), value) if isinstance(value, str) else value
+
+    return {key: replaced(value) for key, value in config.items()}
 
 
-def localize(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """The inverse, where the package was pulled to: NxDI opens its checkpoints by absolute path."""
-    return _paths(dict(config), lambda text: str(root / text.removeprefix("./")), "./")
+def host_problems(chip: str, lnc: int, found: Mapping[str, str], inference: str) -> list[Problem]:
+    """What keeps this host from compiling with NxD Inference; `found` and `inference` are installed versions."""
+    return [*support.problems(chip, lnc, found), *_inference_problems(chip, found, inference)]
 
 
-def _paths(value: Any, change: Any, prefix: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _paths(inner, change, prefix) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_paths(inner, change, prefix) for inner in value]
-    return change(value) if isinstance(value, str) and value.startswith(prefix) else value
+def _inference_problems(chip: str, found: Mapping[str, str], inference: str) -> Iterator[Problem]:
+    newest = support.RELEASES[-1]
+    install = f"{newest.install()} '{DISTRIBUTION}=={RELEASES[newest.sdk]}.*'"
+    if inference == "missing":
+        yield Problem("packages", f"not installed: {DISTRIBUTION}", install)
+        return
+    if inference == support.PLACEHOLDERS[DISTRIBUTION]:
+        what = f"{DISTRIBUTION} {inference} is the empty placeholder of PyPI, not the SDK's package"
+        yield Problem("packages", what, f"pip uninstall {DISTRIBUTION}, then {install}")
+        return
+    release = support.release_of(found.get("neuronx-distributed", "missing"))
+    if release is None:
+        return  # `support.problems` says what is wrong with it
+    wanted = RELEASES[release.sdk]
+    if not support.begins(inference, wanted):
+        what = f"{DISTRIBUTION} {inference}; neuronx-distributed is of SDK {release.sdk}, which has {wanted}.*"
+        yield Problem("packages", what, f"pip install --extra-index-url {support.INDEX} '{DISTRIBUTION}=={wanted}.*'")
+    if chip in ("trn1", "inf2") and list(RELEASES).index(release.sdk) >= list(RELEASES).index(NEWER_CHIPS_FROM):
+        what = f"NxD Inference of SDK {release.sdk} does not run on {chip}: from {NEWER_CHIPS_FROM} on it needs trn2"
+        yield Problem("backend.target", what, support.RELEASES[0].install())
+
+
+def _different(asked: Mapping[str, Any], have: Mapping[str, Any], place: str) -> Iterator[str]:
+    for name, value in asked.items():
+        there = have.get(name)
+        if isinstance(value, dict) and isinstance(there, dict):
+            yield from _different(value, there, f"{place}.{name}")
+        elif there != value:
+            yield f"{place}.{name}: asked {value!r}, NxD Inference wrote {there!r}"
 
 
 def _problems(plan: Plan) -> Iterator[Problem]:
@@ -157,47 +195,3 @@ def _vllm(plan: Plan, k: int) -> dict[str, Any]:
             "speculative-config": {"model": PLACES["draft"], "num_speculative_tokens": k + 1},
         },
     }
-
-
-COMPILE = '''\
-"""Compile this package with NxD Inference: python compile.py, beside models/target and models/draft.
-
-Makes model.pt, weights/ and neuron_config.json, whose paths become relative.
-"""
-
-import importlib
-import json
-from pathlib import Path
-
-from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig
-from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
-
-from pipeline.backends.neuron import nxdi
-
-root = Path(__file__).resolve().parent
-made = json.loads((root / nxdi.PACKAGE).read_text())
-
-
-def application(key):
-    module, name = made[key]
-    return getattr(importlib.import_module(module), name)
-
-
-def config(key, settings, role):
-    cls, path = application(key), str(root / nxdi.PLACES[role])
-    neuron = cls.get_neuron_config_cls()(**made[settings])
-    return cls.get_config_cls()(neuron, load_config=load_pretrained_config(path))
-
-
-target = config("application", "neuron_config", "target")
-draft = config("draft_application", "draft_neuron_config", "draft")
-target.fused_spec_config = FusedSpecNeuronConfig(
-    application("application")._model_cls,
-    draft_config=draft,
-    draft_model_path=str(root / nxdi.PLACES["draft"]),
-    draft_model_cls=application("draft_application"),
-)
-application("application")(str(root / nxdi.PLACES["target"]), target).compile(str(root) + "/")
-written = root / nxdi.CONFIG
-written.write_text(json.dumps(nxdi.relative(json.loads(written.read_text()), root), indent=2, sort_keys=True))
-'''

@@ -160,6 +160,17 @@ def run_problems(chip: str, lnc: int, ranks: int, here: Device | None) -> list[P
     return found
 
 
+def release_of(distributed: str) -> Release | None:
+    """The SDK release that a version of neuronx-distributed is of."""
+    return next((r for r in reversed(RELEASES) if begins(distributed, r.distributed)), None)
+
+
+def begins(version: str, *prefixes: str) -> bool:
+    """True where the leading parts of a version are one of the prefixes."""
+    parts = version.split("+")[0].split(".")
+    return any(parts[: len(p.split("."))] == p.split(".") for p in prefixes)
+
+
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
@@ -187,13 +198,13 @@ def _package_problems(found: Mapping[str, str]) -> Iterator[Problem]:
 def _version_problems(chip: str, found: Mapping[str, str]) -> Iterator[Problem]:
     """The installed versions against the table: each known, all of one release, and a release that has the chip."""
     torch = found.get("torch", "missing")
-    if torch != "missing" and not _begins(torch, TORCH):
+    if torch != "missing" and not begins(torch, TORCH):
         what = f"torch {torch}; PyTorch/XLA on Neuron ends at torch {TORCH}"
         yield Problem("packages.torch", what, RELEASES[-1].install())
     distributed = found.get("neuronx-distributed", "missing")
     if distributed in ("missing", PLACEHOLDERS["neuronx-distributed"]):
         return
-    release = next((r for r in reversed(RELEASES) if _begins(distributed, r.distributed)), None)
+    release = release_of(distributed)
     if release is None:
         known = ", ".join(f"{r.distributed} (SDK {r.sdk})" for r in RELEASES)
         what = f"neuronx-distributed {distributed}; supported: {known}"
@@ -204,8 +215,8 @@ def _version_problems(chip: str, found: Mapping[str, str]) -> Iterator[Problem]:
     wanted = {COMPILER: release.compiler, "torch-neuronx": release.torch_neuronx}
     for name, version in wanted.items():
         have = found.get(name, "missing")
-        later = name == COMPILER and release is RELEASES[-1] and _begins(have, *LATER_COMPILERS)
-        if have not in ("missing", PLACEHOLDERS[name]) and not _begins(have, version) and not later:
+        later = name == COMPILER and release is RELEASES[-1] and begins(have, *LATER_COMPILERS)
+        if have not in ("missing", PLACEHOLDERS[name]) and not begins(have, version) and not later:
             what = f"{name} {have}; neuronx-distributed {distributed} is of SDK {release.sdk}, which has {version}.*"
             yield Problem(f"packages.{name}", what, release.install())
 
@@ -225,12 +236,6 @@ def _environment_problems(chip: str, lnc: int, values: Mapping[str, str]) -> Ite
         if values.get(name, value) != value:
             what = f"{name}={values[name]}, the recipe says {value}"
             yield Problem("environment", what, f"unset {name}; the recipe decides")
-
-
-def _begins(version: str, *prefixes: str) -> bool:
-    """True where the leading parts of a version are one of the prefixes."""
-    parts = version.split("+")[0].split(".")
-    return any(parts[: len(p.split("."))] == p.split(".") for p in prefixes)
 
 
 def _sdks(chip: str) -> str:

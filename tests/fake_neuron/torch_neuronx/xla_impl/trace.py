@@ -130,3 +130,7 @@ def __getattr__(name):
         raise RuntimeError(f"torch_neuronx.xla_impl.trace.{name} is not part of the fake SDK")
 
     return unusable
+
+
+def generate_neff(*arguments, **keywords):
+    raise RuntimeError("not part of the fake SDK: Tandem starts neuronx-cc itself")

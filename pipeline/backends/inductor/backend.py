@@ -1,31 +1,22 @@
-"""AOTInductor: torch.export, C++ kernels, one shared library per graph. Runs everything for real on any machine.
-
-Weights and state are inputs of a graph, so nothing is baked in and graphs share both without a copy.
-
-Blocked weights: a linear weight [N, I] is stored as [N/32, I, 32] and multiplied by `block_linear`, whose kernel
-streams it near memory bandwidth for one row and for a handful alike.
-"""
+"""The backend: torch.export traces a graph, AOTInductor compiles it to one shared library, a loader runs it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pipeline.backends.base import Toolchain, Traced
-from pipeline.backends.block_linear import block_linear
+from pipeline.backends.inductor.scratch import SCRATCH, no_input_checks, scratch, whole_headers
+from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, RankedSeams
 from pipeline.backends.packing import BlockPacking, Packing, PlainPacking
 from pipeline.errors import HostError, Problem
 from pipeline.models.parallel import Seams
@@ -33,80 +24,11 @@ from pipeline.plan import GraphSpec
 from pipeline.signature import PairShape, signature
 from pipeline.trace import GraphModule, empty
 
-GROUP = "0"
-"""Name that torch.distributed gives the default process group."""
-
-SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
-"""Where Inductor writes: one folder a graph, always the same one, because its path ends up in the library."""
-
 KERNEL_DIGEST = hashlib.sha256(Path(__file__).with_name("block_linear_kernel.py").read_bytes()).hexdigest()[:12]
 """Of our own part of the generated code, which the traced graph only names."""
 
-MARK = ".whole"
-NO_CHECKS = """
-static bool _check_aoti_runtime_check_inputs_env() { return false; }
-static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
-"""
-
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
-
-
-class BlockedSeams(Seams):
-    """Blocked weights on one rank, summed in float32."""
-
-    def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """Product with a blocked weight [N/32, I, 32]."""
-        return self.head(x_BTI, weight, rows).to(x_BTI.dtype)
-
-    def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """The same, left in float32."""
-        batch, tokens, inputs = x_BTI.shape
-        out = block_linear(x_BTI.float().reshape(batch * tokens, inputs), weight)
-        return out.view(batch, tokens, -1)[..., :rows]
-
-    def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
-        """Rows of a blocked table: row r is lane r % 32 of block r // 32."""
-        ids, lanes = ids_BT.long(), weight.shape[-1]
-        return weight[ids // lanes, :, ids % lanes]
-
-
-class RankedSeams(BlockedSeams):
-    """Blocked weights, split over `tp` ranks; sums and gathers are functional collectives inside the graph."""
-
-    def __init__(self, tp: int) -> None:
-        self.tp = tp
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks."""
-        return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", GROUP))
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Concatenate the last axis over ranks."""
-        flat = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), self.tp, GROUP)
-        parts = _wait(flat).view(self.tp, *x.shape)
-        return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)
-
-
-def _stand_in_group(ranks: int) -> None:
-    """Register a process group that only has a size: tracing and compiling resolve it by name, nothing is sent."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-
-
-def _wait(x: Tensor) -> Tensor:
-    done: Tensor = torch.ops._c10d_functional.wait_tensor(x)
-    return done
-
-
-class PlainRankedSeams(RankedSeams):
-    """Plain weights, split over ranks (CUDA)."""
-
-    linear = Seams.linear
-    head = Seams.head
-    embed = Seams.embed
 
 
 class InductorBackend:
@@ -193,7 +115,7 @@ class InductorBackend:
 
     def compile(self, traced: Traced, work: Path) -> bytes:
         """Lower to C++ (or Triton) and build the shared library; returns the `.pt2` package."""
-        from pipeline.backends import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
+        from pipeline.backends.inductor import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
 
         package = work / self.graph_file
         # The processor says which instructions it has; Inductor's probes for that compile for seconds.
@@ -205,7 +127,7 @@ class InductorBackend:
             settings |= {"allow_buffer_reuse": False, "inplace_buffers": False}
         flags = repr(sorted(self.flags().items())).encode()
         headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + traced.ir))
-        with scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers), _no_input_checks():
+        with scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers), no_input_checks():
             torch._inductor.aoti_compile_and_package(
                 traced.program, package_path=str(package), inductor_configs=settings
             )
@@ -216,64 +138,12 @@ class InductorBackend:
         return LoadedGraph(graph, -1 if self.device == "cpu" else torch.cuda.current_device())
 
 
-@contextmanager
-def scratch(folder: Path) -> Iterator[None]:
-    """Let Inductor write its sources in `folder`, which is empty at first and gone at the end; others wait.
+def _stand_in_group(ranks: int) -> None:
+    """Register a process group that only has a size: tracing and compiling resolve it by name, nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    Inductor takes sources that it finds and adds its commands to them each time, and both end up in the package.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-        try:
-            yield
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def whole_headers(folder: Path) -> Iterator[None]:
-    """Keep Inductor's precompiled headers in `folder`, without any that a killed compiler left half-written.
-
-    All compiles that share the folder use the same headers. Inductor takes whatever file is there, for ever. So one is
-    marked once a compile that saw it has succeeded, and one without a mark that nobody is writing is removed.
-    """
-    from torch._inductor import codecache
-
-    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
-    for header in _unmarked(folder):
-        header.unlink(missing_ok=True)
-    yield
-    for header in _unmarked(folder):
-        header.with_suffix(MARK).touch()
-
-
-def _unmarked(folder: Path) -> list[Path]:
-    """Precompiled headers without a mark whose lock is free."""
-    found = []
-    for header in folder.glob("*.gch"):
-        if not header.with_suffix(MARK).exists():
-            with suppress(Timeout), FileLock(folder / "locks" / f"{header.name.split('.')[0]}.lock", timeout=0):
-                found.append(header)
-    return found
-
-
-@contextmanager
-def _no_input_checks() -> Iterator[None]:
-    """Leave out the checks of every input that an environment variable turns on: half the code to compile."""
-    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
-
-    def write_none(self: CppWrapperCpu) -> None:
-        self.prefix.splice_aot(NO_CHECKS)
-
-    original = CppWrapperCpu.generate_input_output_runtime_checks
-    CppWrapperCpu.generate_input_output_runtime_checks = write_none
-    try:
-        yield
-    finally:
-        CppWrapperCpu.generate_input_output_runtime_checks = original
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
 
 
 class LoadedGraph:

@@ -1,0 +1,61 @@
+"""What this backend fills the models' seams with: products with blocked weights, and collectives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.backends.inductor.block_linear import block_linear
+from pipeline.models.parallel import Seams
+
+GROUP = "0"
+"""Name that torch.distributed gives the default process group."""
+
+
+class BlockedSeams(Seams):
+    """Blocked weights on one rank, summed in float32."""
+
+    def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """Product with a blocked weight [N/32, I, 32]."""
+        return self.head(x_BTI, weight, rows).to(x_BTI.dtype)
+
+    def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """The same, left in float32."""
+        batch, tokens, inputs = x_BTI.shape
+        out = block_linear(x_BTI.float().reshape(batch * tokens, inputs), weight)
+        return out.view(batch, tokens, -1)[..., :rows]
+
+    def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
+        """Rows of a blocked table: row r is lane r % 32 of block r // 32."""
+        ids, lanes = ids_BT.long(), weight.shape[-1]
+        return weight[ids // lanes, :, ids % lanes]
+
+
+class RankedSeams(BlockedSeams):
+    """Blocked weights, split over `tp` ranks; sums and gathers are functional collectives inside the graph."""
+
+    def __init__(self, tp: int) -> None:
+        self.tp = tp
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", GROUP))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Concatenate the last axis over ranks."""
+        flat = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), self.tp, GROUP)
+        parts = _wait(flat).view(self.tp, *x.shape)
+        return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)
+
+
+def _wait(x: Tensor) -> Tensor:
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(x)
+    return done
+
+
+class PlainRankedSeams(RankedSeams):
+    """Plain weights, split over ranks (CUDA)."""
+
+    linear = Seams.linear
+    head = Seams.head
+    embed = Seams.embed
