@@ -176,6 +176,7 @@ def _manifest(files: dict[str, FileEntry], facts: Facts) -> Manifest:
         shapes=ShapesEntry(**recipe.shapes.model_dump()),
         method=recipe.speculation.method,
         draft_tokens=recipe.speculation.draft_tokens,
+        step_costs=recipe.speculation.step_costs,
         sampling=recipe.speculation.sampling,
         candidates=recipe.speculation.candidates,
         vocab=facts.plan.pair.target.vocab,

@@ -125,6 +125,28 @@ class Speculation(Part):
     candidates: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="tokens that a stochastic graph keeps before sampling; all when left out"
     )
+    step_costs: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        default=None,
+        description="cost of a step for each of draft_tokens, in plain decode steps, as `tandem tune` measures it; "
+        "greedy decoding then chooses K, or plain decode, by what is accepted (eagle3)",
+    )
+
+    @model_validator(mode="after")
+    def _a_cost_each(self) -> Speculation:
+        if self.step_costs is not None and len(self.step_costs) != len(self.draft_tokens):
+            found = f"found {len(self.step_costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
+            raise ValueError(f"{found}; accepted: one each")
+        if self.step_costs is not None and self.method != "eagle3":
+            raise ValueError("found step_costs with a draft model, which cannot pause for free; accepted: eagle3")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_costs(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Costs that are not given leave no trace: recipes keep the digests they had before there were any."""
+        data: dict[str, Any] = serialize(self)
+        if self.step_costs is None:
+            data.pop("step_costs", None)
+        return data
 
 
 class Shapes(Part):

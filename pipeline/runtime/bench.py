@@ -75,23 +75,23 @@ def _artifact(engine: Any, limit: int, *, speculate: bool) -> Answer:
 
 
 def _transformers(recipe: Any, limit: int) -> dict[str, Answer]:
-    """`generate`, and assisted generation with the same pair and K."""
+    """`generate`, and assisted generation with the same pair and K where the draft is a model."""
     from pipeline.cache import default_root
     from pipeline.sources import resolve_pair
     from pipeline.validate.reference import build_model
 
     target, draft = resolve_pair(recipe, base=Path("recipes"), cache=default_root() / "sources")
     model = build_model(target, target, recipe.target.dtype, "sdpa")
+    plain = {"transformers generate": _generate(model, None, limit)}
+    if draft.config.eagle3 is not None:  # transformers has no such drafts
+        return plain
     assistant = build_model(draft, target, recipe.draft.dtype or recipe.target.dtype, "sdpa")
     if draft.config.draft_vocab is not None:
         assistant.lm_head = _whole_head(assistant.lm_head, draft, target.config.vocab)
     assistant.generation_config.num_assistant_tokens = recipe.speculation.draft_tokens[0]
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
-    return {
-        "transformers generate": _generate(model, None, limit),
-        "transformers assisted": _generate(model, assistant, limit),
-    }
+    return plain | {"transformers assisted": _generate(model, assistant, limit)}
 
 
 def _generate(model: Any, assistant: Any, limit: int) -> Answer:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.artifact import Manifest
 from pipeline.errors import InputError
 from pipeline.plan import GraphSpec
+from pipeline.runtime.pace import Acceptance, Pace
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.text import Text
 
@@ -43,6 +44,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     draft_tokens: int | None = None
+    pace: Pace | None = None
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Row:
     generator: torch.Generator
     emitted: list[int] = field(default_factory=list)
     speculative_steps: int = 0
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
     @property
     def position(self) -> int:
@@ -95,14 +98,17 @@ class Engine:
         """Generate for every prompt; more prompts than rows are queued, rows are refilled as they finish.
 
         Greedy at temperature 0. Random numbers depend on `seed` and the prompt's index alone, so an answer does not
-        depend on what else is in the batch.
+        depend on what else is in the batch. Without `draft_tokens`, K is the first that was built; where the artifact
+        knows what steps cost, greedy decoding chooses K, or plain decode, anew for each step.
 
         Raises:
             InputError: an empty prompt, one longer than the largest prefill bucket, token ids beyond the vocabulary, or
                 sampling that was not built.
 
         """  # fmt: skip
-        settings = Settings(max_new_tokens, temperature, top_k, top_p, self._steps(draft_tokens) if speculate else None)
+        steps = self._steps(draft_tokens) if speculate else None
+        pace = self._pace(temperature) if speculate and draft_tokens is None else None
+        settings = Settings(max_new_tokens, temperature, top_k, top_p, steps, pace)
         self._check(settings)
         waiting = [self._row(index, prompt, seed) for index, prompt in enumerate(prompts)]
         results: list[Generation | None] = [None] * len(waiting)
@@ -150,6 +156,13 @@ class Engine:
         if draft_tokens not in built:
             raise InputError(f"K={draft_tokens} was not built", where="draft_tokens", fix=f"use one of {list(built)}")
         return draft_tokens
+
+    def _pace(self, temperature: float) -> Pace | None:
+        """Steps of changing K would draw other random numbers, so only greedy decoding has a pace."""
+        costs = self.manifest.step_costs
+        if costs is None or temperature > 0:
+            return None
+        return Pace(dict(zip(self.manifest.draft_tokens, costs, strict=True)))
 
     def _row(self, index: int, prompt: str | list[int], seed: int) -> Row:
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -219,6 +232,8 @@ class Engine:
         rows = {slot: row for slot, row in enumerate(slots) if row is not None}
         deepest = max(row.position for row in rows.values())
         steps = settings.draft_tokens
+        if settings.pace is not None:
+            steps = settings.pace.choose([row.acceptance for row in rows.values()]) or None
         if steps is None or deepest + steps >= self.length:
             self._decode(rows, settings, on_tokens, deepest)
             return
@@ -232,6 +247,7 @@ class Engine:
             self._take(row, new, settings, on_tokens)
             row.speculative_steps += 1
             row.emitted.append(len(new))
+            row.acceptance.saw(len(new) - 1, steps)
             # After a fully accepted step a draft model lacks the last token it proposed, until its next pass.
             row.in_draft = row.position - (len(new) > steps)
 

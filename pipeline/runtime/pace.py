@@ -1,0 +1,61 @@
+"""How many tokens to draft next: what recent steps accepted, against what steps cost.
+
+The choice depends on the tokens alone, never on a clock, so the same request takes the same steps on every run. A step
+with K drafts emits 1 + a + a^2 + ... + a^K tokens where drafts are accepted at rate a (Leviathan et al. 2023); K is
+worth it while that gains more than the step costs. Plain decode is K = 0; in it a row's rate drifts back to where rows
+start, so a speculative step now and then tests whether the text has become easier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+START = 0.5
+"""Acceptance that a row is assumed to have before its first step."""
+
+KNOWN = 3
+"""How many drafts that assumption counts for."""
+
+NEWEST = 0.06
+"""Least share of the newest draft in the running acceptance."""
+
+DRIFT = 0.002
+"""Share by which a plain step moves the acceptance back to the start: bad text is tested about every 16 steps."""
+
+
+@dataclass
+class Acceptance:
+    """Running acceptance of one row's drafts."""
+
+    rate: float = START
+    drafts: int = 0
+
+    def saw(self, accepted: int, drafted: int) -> None:
+        """A step accepted so many of the drafts; those after the first rejected one tell nothing."""
+        for at in range(min(accepted + 1, drafted)):
+            self.drafts += 1
+            self.rate += max(NEWEST, 1 / (KNOWN + self.drafts)) * ((at < accepted) - self.rate)
+
+    def rested(self) -> None:
+        """A plain step was taken."""
+        self.rate += DRIFT * (START - self.rate)
+
+    def tokens(self, steps: int) -> float:
+        """Expected tokens of a step with K = `steps`."""
+        return sum(self.rate**k for k in range(steps + 1))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Chooses K for a batch. `costs`: a step's cost in plain decode steps, by K."""
+
+    costs: Mapping[int, float]
+
+    def choose(self, rows: Sequence[Acceptance]) -> int:
+        """K of the next step; 0 for plain decode."""
+        best = max((0, *self.costs), key=lambda k: sum(row.tokens(k) for row in rows) / self.costs.get(k, 1.0))
+        if best == 0:
+            for row in rows:
+                row.rested()
+        return best
