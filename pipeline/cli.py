@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pipeline import __version__
-from pipeline.commands import QUIET, RECIPES, VERBOSE, Group, artifact_dir, as_json, note
+from pipeline.commands import QUIET, RECIPES, VERBOSE, Group, artifact_dir, as_json, note, recipe_path
 from pipeline.console import Console, print_error, print_json
 from pipeline.errors import InputError, TandemError
 
@@ -45,12 +45,6 @@ def main() -> None:
     """Compile a target LLM and its draft in tandem: one recipe in, one validated artifact out."""
 
 
-def _recipe(name: str) -> Path:
-    from pipeline.recipe import find
-
-    return find(name, RECIPES)
-
-
 @main.command()
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the artifact (default: artifacts/NAME).")
@@ -78,7 +72,7 @@ def build(
     from pipeline.recipe import load
     from pipeline.remote_cache import Remote
 
-    path = _recipe(recipe)
+    path = recipe_path(recipe)
     parsed = load(path)
     remote = Remote(remote_cache, "write" if push_cache else "read") if remote_cache else None
     request = Request(
@@ -98,61 +92,6 @@ def build(
 
 @main.command()
 @click.argument("recipe")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the draft (default: drafts/NAME-eagle3 beside it)."
-)
-@click.option(
-    "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to learn from."
-)
-@click.option("--steps", type=click.IntRange(1), default=4000, show_default=True, help="Steps of training.")
-@click.option("--draft-vocab", type=click.IntRange(32), default=7680, show_default=True, help="Tokens it may propose.")
-@click.option(
-    "--objective",
-    type=click.Choice(["distribution", "token"]),
-    default="distribution",
-    show_default=True,
-    help="What to learn: the target's distribution, or the token that it chose.",
-)
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path, exists=True),
-    help="JSON lines with prompt (default: the target writes its own).",
-)
-@click.option(
-    "--transcripts",
-    type=click.Path(path_type=Path, exists=True),
-    help="JSON lines with prompt and answer: what the target wrote before.",
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda.")
-@click.option("--seed", default=0, show_default=True)
-@as_json
-@click.pass_obj
-def distill(
-    console: Console, recipe: str, out: Path | None, tokens: int, steps: int, draft_vocab: int, objective: str,
-    prompts: Path | None, transcripts: Path | None, device: str, seed: int, json_: bool,
-) -> None:  # fmt: skip
-    """Train an EAGLE-3 draft for the target of RECIPE. Stopped, the same command goes on where it was."""
-    from pipeline.distill import Request, distill
-    from pipeline.recipe import load
-
-    path = _recipe(recipe)
-    parsed = load(path)
-    request = Request(
-        recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-eagle3", tokens=tokens,
-        steps=steps, draft_vocab=draft_vocab, seed=seed, objective=objective, device=device, prompts=prompts,
-        transcripts=transcripts, say=console.say,
-    )  # fmt: skip
-    figures = distill(request)
-    if json_:
-        print_json(figures)
-        return
-    for kind, rate in figures["tokens_per_step"].items():
-        click.echo(f"  {kind:<12} {rate:.2f} tokens a step with K=4")
-    click.echo(f"{request.out}: name it in a recipe as draft.source, with speculation.method: eagle3")
-
-
-@main.command()
-@click.argument("recipe")
 @as_json
 def plan(recipe: str, json_: bool) -> None:
     """Show graphs, memory per rank and times of RECIPE, without weights where its lock has the configs."""
@@ -160,7 +99,7 @@ def plan(recipe: str, json_: bool) -> None:
     from pipeline.plan import make_plan
     from pipeline.recipe import load
 
-    path = _recipe(recipe)
+    path = recipe_path(recipe)
     parsed = load(path)
     if lock_path(path).is_file():
         configs = pair_configs(parsed, read(lock_path(path)), str(lock_path(path)))
@@ -360,7 +299,7 @@ def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool)
     if recipe is None:
         found = diagnose({"name": backend, **({"target": target, "lnc": lnc} if backend == "neuron" else {})})
     else:
-        path = _recipe(recipe)
+        path = recipe_path(recipe)
         parsed = load(path)
         found = diagnose(parsed.backend.model_dump(), parsed, path)
     if json_:
@@ -389,7 +328,7 @@ def nxdi(console: Console, recipe: str, directory: Path, compile_: bool, json_: 
     from pipeline.recipe import load
     from pipeline.sources import resolve_pair
 
-    path = _recipe(recipe)
+    path = recipe_path(recipe)
     parsed = load(path)
     if compile_:
         console.say("sources: target and draft")
@@ -430,7 +369,7 @@ def check(names: tuple[str, ...], json_: bool) -> None:
     from pipeline.recipe import load
 
     for name in names:
-        path = _recipe(name)
+        path = recipe_path(name)
         parsed = load(path)
         if lock_path(path).is_file():
             make_plan(parsed, *pair_configs(parsed, read(lock_path(path)), str(lock_path(path))))
@@ -462,7 +401,7 @@ def lock(name: str, json_: bool) -> None:
     from pipeline.recipe import load
     from pipeline.sources import resolve_pair
 
-    path = _recipe(name)
+    path = recipe_path(name)
     parsed = load(path)
     pair = resolve_pair(parsed, base=path.parent, cache=default_root() / "sources")
     toolchain = make_backend(parsed.backend.model_dump()).toolchain().as_dict()
@@ -473,6 +412,7 @@ def lock(name: str, json_: bool) -> None:
     click.echo(f"wrote {lock_path(path)}")
 
 
-from pipeline import cli_registry  # noqa: E402 - it adds its commands to `main`
+from pipeline import cli_drafts, cli_registry  # noqa: E402 - they add their commands to `main`
 
 cli_registry.add_to(main)
+cli_drafts.add_to(main)

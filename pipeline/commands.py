@@ -50,3 +50,10 @@ def artifact_dir(name: str) -> Path:
     here = f"artifacts here: {', '.join(built) or 'none'}"
     fix = f"make build RECIPE={name}" if (RECIPES / f"{name}.yaml").is_file() else f"name an artifact's folder; {here}"
     raise InputError(f"no artifact {name!r}", where="artifacts", fix=fix)
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe's file, by its name in `recipes/` or by path."""
+    from pipeline.recipe import find
+
+    return find(name, RECIPES)

@@ -63,13 +63,16 @@ def bench(root: Path, count: int, max_new_tokens: int, against: str | None) -> l
 def _artifact(engine: Any, limit: int, *, speculate: bool) -> Answer:
     def answer(tokens: list[int]) -> tuple[list[float], int]:
         arrivals: list[float] = []
+        steps = -1  # the first token is the prefill's
         started = time.perf_counter()
 
         def on_tokens(index: int, new: list[int]) -> None:  # noqa: ARG001 - the engine's callback
+            nonlocal steps
             arrivals.extend([time.perf_counter() - started] * len(new))
+            steps += 1
 
-        result = engine.generate([tokens], max_new_tokens=limit, speculate=speculate, on_tokens=on_tokens)[0]
-        return arrivals, result.steps or len(arrivals) - 1
+        engine.generate([tokens], max_new_tokens=limit, speculate=speculate, on_tokens=on_tokens)
+        return arrivals, steps
 
     return answer
 

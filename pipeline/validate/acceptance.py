@@ -70,9 +70,9 @@ def speed(
     runs: dict[str, list[tuple[list[float], int]]] = {"plain": [], "speculative": []}
     for number, prompt in enumerate([encoded[0], *encoded]):
         for name, draft_tokens in (("plain", None), ("speculative", steps)):
-            run = _timed(engine, prompt, tokens, draft_tokens)
+            arrivals, answer = timed(engine, prompt, tokens, draft_tokens)
             if number:  # the first of all only warms up
-                runs[name].append(run)
+                runs[name].append((arrivals, len(answer.tokens)))
     found = {name: _latencies(of) for name, of in runs.items()}
     measured = (
         found["speculative"]["tokens_per_s"] / found["plain"]["tokens_per_s"]
@@ -82,15 +82,15 @@ def speed(
     return {"draft_tokens": steps, "prompts": list(names), **found, "measured_speedup": measured}
 
 
-def _timed(engine: Engine, prompt: list[int], limit: int, draft_tokens: int | None) -> tuple[list[float], int]:
-    """Arrival of each step's tokens in seconds, and the tokens in all."""
+def timed(engine: Engine, prompt: list[int], limit: int, draft_tokens: int | None) -> tuple[list[float], Generation]:
+    """Arrival of each step's tokens in seconds, and the answer; plain decode without `draft_tokens`."""
     arrivals: list[float] = []
     started = time.perf_counter()
     answer = engine.generate(
         [prompt], max_new_tokens=limit, speculate=draft_tokens is not None, draft_tokens=draft_tokens,
         on_tokens=lambda index, new: arrivals.append(time.perf_counter() - started),  # noqa: ARG005
     )[0]  # fmt: skip
-    return arrivals, len(answer.tokens)
+    return arrivals, answer
 
 
 def _latencies(runs: Sequence[tuple[list[float], int]]) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""The command line of drafts: distill, tune. A part of `cli.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pipeline.commands import Command, artifact_dir, as_json, recipe_path
+from pipeline.console import Console, print_json
+from pipeline.files import write_atomic
+
+
+def add_to(main: click.Group) -> None:
+    """Add the commands."""
+    for command in (distill, tune):
+        main.add_command(command)
+
+
+@click.command(cls=Command)
+@click.argument("recipe")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the draft (default: drafts/NAME-eagle3 beside it)."
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to learn from."
+)
+@click.option("--steps", type=click.IntRange(1), default=4000, show_default=True, help="Steps of training.")
+@click.option("--draft-vocab", type=click.IntRange(32), default=7680, show_default=True, help="Tokens it may propose.")
+@click.option(
+    "--objective",
+    type=click.Choice(["distribution", "token"]),
+    default="distribution",
+    show_default=True,
+    help="What to learn: the target's distribution, or the token that it chose.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, exists=True),
+    help="JSON lines with prompt (default: the target writes its own).",
+)
+@click.option(
+    "--transcripts",
+    type=click.Path(path_type=Path, exists=True),
+    help="JSON lines with prompt and answer: what the target wrote before.",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda.")
+@click.option("--seed", default=0, show_default=True)
+@as_json
+@click.pass_obj
+def distill(
+    console: Console, recipe: str, out: Path | None, tokens: int, steps: int, draft_vocab: int, objective: str,
+    prompts: Path | None, transcripts: Path | None, device: str, seed: int, json_: bool,
+) -> None:  # fmt: skip
+    """Train an EAGLE-3 draft for the target of RECIPE. Stopped, the same command goes on where it was."""
+    from pipeline.distill import Request, distill
+    from pipeline.recipe import load
+
+    path = recipe_path(recipe)
+    parsed = load(path)
+    request = Request(
+        recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-eagle3", tokens=tokens,
+        steps=steps, draft_vocab=draft_vocab, seed=seed, objective=objective, device=device, prompts=prompts,
+        transcripts=transcripts, say=console.say,
+    )  # fmt: skip
+    figures = distill(request)
+    if json_:
+        print_json(figures)
+        return
+    for kind, rate in figures["tokens_per_step"].items():
+        click.echo(f"  {kind:<12} {rate:.2f} tokens a step with K=4")
+    click.echo(f"{request.out}: name it in a recipe as draft.source, with speculation.method: eagle3")
+
+
+@click.command(cls=Command)
+@click.argument("recipe")
+@click.option("--artifact", help="Measure this artifact (default: artifacts/NAME).")
+@click.option("--prompts", "each", type=click.IntRange(1), default=4, show_default=True, help="Prompts of each class.")
+@click.option("--max-new-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--write", is_flag=True, help="Put the best K and their costs into the recipe.")
+@as_json
+@click.pass_obj
+def tune(
+    console: Console, recipe: str, artifact: str | None, each: int, max_new_tokens: int, write: bool, json_: bool
+) -> None:
+    """Measure acceptance and step costs of RECIPE's built artifact here, and say which K are best."""
+    from pipeline.recipe import load
+    from pipeline.runtime import load as load_artifact
+    from pipeline.tune import curve, write_recipe
+    from pipeline.tune import tune as measure
+    from pipeline.validate.prompts import load_prompts, prompts_path
+
+    path = recipe_path(recipe)
+    parsed = load(path)
+    prompts = load_prompts(prompts_path(parsed.validate_.prompts, path.parent))
+    engine = load_artifact(artifact_dir(artifact or parsed.name))
+    found = measure(engine, prompts, each, max_new_tokens, console.say)
+    data = found.to_json()
+    pages = Path("artifacts") / "tuning"
+    pages.mkdir(parents=True, exist_ok=True)
+    write_atomic(pages / f"{parsed.name}.html", curve(found, parsed.name).encode())
+    write_atomic(pages / f"{parsed.name}.json", json.dumps(data, indent=2).encode())
+    if write:
+        write_recipe(path, found)
+    if json_:
+        print_json(data)
+        return
+    for k, cost in found.step_costs.items():
+        click.echo(f"  K={k}: a step costs {cost:.2f} plain ones")
+    for kind, speeds in found.expected.items():
+        best = max(speeds, key=lambda k: speeds[k])
+        click.echo(f"  {kind:<12} best K={best}: {speeds[best]:.2f} times plain decode")
+    done = "written into the recipe; build it again" if write else "--write puts them into the recipe"
+    click.echo(f"draft_tokens: {data['draft_tokens']}, step_costs: {data['step_costs']} ({done})")

@@ -1,0 +1,104 @@
+"""Tuning: the arithmetic of K, the measurement on an engine, and what is written into a recipe."""
+
+import pytest
+import torch
+from eager import make_engine
+
+from pipeline.errors import InputError
+from pipeline.recipe import Recipe, load
+from pipeline.sources import resolve_pair
+from pipeline.tune import choose, curve, tokens_of, tune, write_recipe
+from pipeline.validate.prompts import Prompt
+
+COSTS = {2: 1.2, 4: 1.4}
+
+
+def test_tokens_follow_from_rates():
+    assert tokens_of([0.5, 0.5], 0) == 1
+    assert tokens_of([0.5, 0.4], 2) == pytest.approx(1 + 0.5 + 0.2)
+    assert tokens_of([0.5, 0.4], 3) == pytest.approx(1 + 0.5 + 0.2 + 0.08)
+
+
+def test_costs_lie_on_the_line_through_what_was_measured():
+    found = choose(COSTS, {"all": [0.5] * 4})
+    assert found.cost(0) == 1
+    assert [found.cost(k) for k in (2, 3, 4, 6)] == pytest.approx([1.2, 1.3, 1.4, 1.6])
+    assert choose({4: 1.4}, {"all": [0.5] * 4}).cost(2) == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize(("rate", "wanted"), [(0.2, 1), (0.5, 2), (0.9, 8)])
+def test_more_is_drafted_where_more_is_accepted(rate, wanted):
+    """By hand: argmax over K of (1 - a^(K+1)) / (1 - a) / (1 + 0.1 K)."""
+    found = choose(COSTS, {"all": [rate] * 4})
+    best = max(range(1, 9), key=lambda k: sum(rate**i for i in range(k + 1)) / (1 + 0.1 * k))
+    assert found.draft_tokens == [best] == [wanted]
+
+
+def test_a_class_of_its_own_gets_a_k_of_its_own():
+    found = choose(COSTS, {"all": [0.5] * 4, "json": [0.95] * 4, "chat": [0.48] * 4})
+    assert found.draft_tokens == [2, 8]
+    assert found.to_json()["step_costs"] == pytest.approx([1.2, 1.8])
+
+
+def test_curve_is_a_page_that_names_every_class():
+    page = curve(choose(COSTS, {"all": [0.5] * 4, "<json>": [0.9] * 4}), "a<b")
+    assert page.startswith("<!doctype html>")
+    assert "&lt;json&gt;" in page
+    assert "a&lt;b" in page
+    assert page.count("<polyline") == 2
+
+
+RECIPES = {
+    "flow": "speculation: {method: eagle3, draft_tokens: [1, 2], sampling: [greedy]}  # mine\n",
+    "again": "speculation: {method: eagle3, draft_tokens: [1, 2], step_costs: [1.0, 2.0], sampling: [greedy]}\n",
+    "block": "speculation:\n  method: eagle3\n  draft_tokens: [1, 2]  # chosen\n  sampling: [greedy]\n",
+    "block again": "speculation:\n  method: eagle3\n  draft_tokens: [1]\n  step_costs: [1.5]\n  sampling: [greedy]\n",
+}
+REST = """name: head
+target: {source: "pico://llama", dtype: float32}
+draft: {source: "pico://llama?draft_vocab=128&eagle3=1"}
+shapes: {batch: [1], prefill: [32], kv: [64]}
+"""
+
+
+@pytest.mark.parametrize("layout", RECIPES)
+def test_recipe_is_written_and_keeps_everything_else(tmp_path, layout):
+    path = tmp_path / "head.yaml"
+    path.write_text(REST + RECIPES[layout])
+    write_recipe(path, choose(COSTS, {"all": [0.5] * 4, "json": [0.95] * 4}))
+    recipe = load(path)
+    assert recipe.speculation.draft_tokens == (2, 8)
+    assert recipe.speculation.step_costs == (1.2, 1.8)
+    assert recipe.speculation.sampling == ("greedy",)
+    assert path.read_text().startswith(REST)
+    assert ("#" in path.read_text()) == ("#" in RECIPES[layout])
+
+
+def test_recipe_that_inherits_its_k_is_refused(tmp_path):
+    path = tmp_path / "head.yaml"
+    path.write_text("base: other.yaml\n")
+    with pytest.raises(InputError, match="draft_tokens"):
+        write_recipe(path, choose(COSTS, {"all": [0.5]}))
+
+
+def test_measures_an_engine(tmp_path):
+    """Eagerly on a tiny pair: every built K gets a cost, every class its rates."""
+    torch.set_num_threads(1)
+    content = {
+        "name": "head",
+        "target": {"source": "pico://llama", "dtype": "float32"},
+        "draft": {"derive": {"from": "target", "layers": (0,)}},
+        "speculation": {"draft_tokens": (1, 3)},
+        "shapes": {"batch": (1,), "prefill": (32,), "kv": (64,)},
+    }
+    recipe = Recipe.model_validate(content)
+    engine = make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources"))
+    prompts = [Prompt(f"p{i}", ("chat", "code")[i % 2], text) for i, text in enumerate(["The dog", "def add(", "Once"])]
+    lines: list[str] = []
+    found = tune(engine, prompts, 1, 12, lines.append)
+    assert set(found.step_costs) == {1, 3}
+    assert all(cost > 0.5 for cost in found.step_costs.values())
+    assert set(found.rates) == {"all", "chat", "code"}
+    assert all(len(rates) == 3 and max(rates) <= 1 for rates in found.rates.values())
+    assert lines == ["1 of 2 prompts", "2 of 2 prompts"]
+    assert found.draft_tokens
