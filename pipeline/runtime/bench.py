@@ -50,7 +50,7 @@ def bench(root: Path, count: int, max_new_tokens: int, against: str | None) -> l
         "speculation": _artifact(engine, max_new_tokens, speculate=True),
     }
     if against == "hf":
-        contenders |= _transformers(recipe, max_new_tokens)
+        contenders |= transformers_answers(recipe, max_new_tokens)
     for answer in contenders.values():
         answer(encoded[0])
     runs: dict[str, list[tuple[list[float], int]]] = {name: [] for name in contenders}
@@ -77,7 +77,7 @@ def _artifact(engine: Any, limit: int, *, speculate: bool) -> Answer:
     return answer
 
 
-def _transformers(recipe: Any, limit: int) -> dict[str, Answer]:
+def transformers_answers(recipe: Any, limit: int) -> dict[str, Answer]:
     """`generate`, and assisted generation with the same pair and K where the draft is a model."""
     from pipeline.cache import default_root
     from pipeline.sources import resolve_pair

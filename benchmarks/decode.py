@@ -1,0 +1,139 @@
+"""Decode of one artifact beside transformers on the same weights: one run, the same prompts, interleaved.
+
+    python benchmarks/decode.py [ARTIFACT] [--draft-model ARTIFACT] [--rounds 5] [--prompts 2] [--max-new-tokens 64]
+
+Contenders, batch 1, greedy: the artifact plain, with each K, and with K by pace; a second artifact whose draft is a
+model; transformers' `generate`, and its assisted generation with that model. Structured prompts (code, JSON) and the
+others apart. A contender's figure is the median over rounds of its tokens over its time after each first token.
+
+The roofline: bytes of weights that a plain step reads, over the read bandwidth that this run measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from pipeline.recipe import load as load_recipe
+from pipeline.runtime import load
+from pipeline.runtime.bench import Answer, transformers_answers
+from pipeline.validate.prompts import load_prompts, prompts_path
+
+STRUCTURED = ("code", "json")
+READ_BYTES = 512 << 20
+
+
+def bandwidth() -> float:
+    """Bytes a second that a sum over a large tensor reads, the best of several."""
+    data = torch.ones(READ_BYTES // 4)
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        data.sum()
+        best = max(best, READ_BYTES / (time.perf_counter() - started))
+    return best
+
+
+def artifact(engine: Any, limit: int, **how: Any) -> Answer:
+    """Answers through an engine."""
+
+    def answer(tokens: list[int]) -> tuple[list[float], int]:
+        arrivals: list[float] = []
+        steps = -1
+        started = time.perf_counter()
+
+        def on_tokens(index: int, new: list[int]) -> None:  # noqa: ARG001 - a callback
+            nonlocal steps
+            arrivals.extend([time.perf_counter() - started] * len(new))
+            steps += 1
+
+        engine.generate([tokens], max_new_tokens=limit, on_tokens=on_tokens, **how)
+        return arrivals, steps
+
+    return answer
+
+
+def contenders(root: Path, other: Path | None, limit: int) -> tuple[dict[str, Answer], Any]:
+    """All of them, by name, and the first artifact's engine."""
+    engine = load(root)
+    found = {"plain decode": artifact(engine, limit, speculate=False)}
+    found |= {f"K={k}": artifact(engine, limit, draft_tokens=k) for k in engine.manifest.draft_tokens}
+    if engine.manifest.step_costs:
+        found["K by pace"] = artifact(engine, limit)
+    if other is not None:
+        second = load(other)
+        k = second.manifest.draft_tokens[0]
+        found[f"draft model, K={k}"] = artifact(second, limit)
+        found |= transformers_answers(load_recipe(other / "recipe.yaml"), limit)
+    else:
+        found |= transformers_answers(load_recipe(root / "recipe.yaml"), limit)
+    return found, engine
+
+
+def weight_bytes(root: Path) -> int:
+    """Weights that a plain step reads: the target's shard; an embedding apart from the head is a row."""
+    return (root / "weights" / "target" / "rank-0-of-1.safetensors").stat().st_size
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", nargs="?", type=Path, default=Path("artifacts/smollm2-135m-spec"))
+    parser.add_argument("--draft-model", type=Path, help="an artifact of the same target whose draft is a model")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=2, help="of each class")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    args = parser.parse_args()
+    recipe = load_recipe(args.artifact / "recipe.yaml")
+    prompts = load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))
+    kinds = dict.fromkeys(prompt.kind for prompt in prompts)
+    chosen = [p for kind in kinds for p in [q for q in prompts if q.kind == kind][: args.prompts]]
+    answers, engine = contenders(args.artifact, args.draft_model, args.max_new_tokens)
+    encoded = [(p.kind in STRUCTURED, engine.text.chat(p.text)) for p in chosen]
+    for answer in answers.values():
+        answer(encoded[0][1])
+    rounds: dict[str, list[dict[bool, list[float]]]] = {name: [] for name in answers}
+    for _ in range(args.rounds):
+        for name in answers:
+            rounds[name].append({True: [0.0, 0.0, 0.0], False: [0.0, 0.0, 0.0]})
+        for structured, tokens in encoded:
+            for name, answer in answers.items():
+                arrivals, steps = answer(tokens)
+                cell = rounds[name][-1][structured]
+                for place, value in enumerate((len(arrivals) - 1, arrivals[-1] - arrivals[0], steps)):
+                    cell[place] += value
+    show(rounds)
+    speed = bandwidth()
+    limit = speed / weight_bytes(args.artifact)
+    plain = median(rate(of, (True, False)) for of in rounds["plain decode"])
+    print(f"\nread bandwidth {speed / 1e9:.1f} GB/s, {weight_bytes(args.artifact) / 1e6:.0f} MB a plain step: at most "
+          f"{limit:.1f} tokens/s; plain decode is {plain / limit:.2f} of it")  # fmt: skip
+
+
+def rate(of: dict[bool, list[float]], groups: tuple[bool, ...]) -> float:
+    """Tokens a second after the first ones, over some groups of prompts."""
+    return sum(of[g][0] for g in groups) / sum(of[g][1] for g in groups)
+
+
+def show(rounds: dict[str, list[dict[bool, list[float]]]]) -> None:
+    """The table."""
+    groups = {"all": (True, False), "structured": (True,), "others": (False,)}
+    print("| | " + " | ".join(f"{name}, tokens/s | over plain" for name in groups) + " | tokens a step |")
+    print("|" + " --- |" * (2 * len(groups) + 2))
+    plain = {name: median(rate(of, g) for of in rounds["plain decode"]) for name, g in groups.items()}
+    for name, runs in rounds.items():
+        cells = []
+        for group, g in groups.items():
+            speed = median(rate(of, g) for of in runs)
+            cells += [f"{speed:.1f}", f"{speed / plain[group]:.2f}"]
+        tokens, steps = (sum(of[g][place] for of in runs for g in (True, False)) for place in (0, 2))
+        print(f"| {name} | " + " | ".join(cells) + f" | {tokens / max(steps, 1):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
