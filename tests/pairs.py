@@ -67,6 +67,8 @@ class Pair:
 def empty_state(shape: PairShape) -> dict[str, torch.Tensor]:
     """Zeroed caches of both models."""
     state = {"draft/tail": torch.zeros(shape.rows, dtype=torch.int32)}
+    if shape.draft.eagle3 is not None:
+        state = {"draft/feature": torch.zeros(shape.rows, shape.draft.hidden)}
     for model in ("target", "draft"):
         config = shape.config_of(model)
         for layer in range(config.layers):

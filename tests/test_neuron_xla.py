@@ -23,6 +23,7 @@ from torch.nn import functional
 from pipeline.artifact import read
 from pipeline.backends.packing import PlainPacking
 from pipeline.models import config_of
+from pipeline.models.config import ModelConfig
 from pipeline.models.weights import weight_specs
 from pipeline.plan import GraphSpec
 from pipeline.signature import PairShape, signature
@@ -60,13 +61,22 @@ def sdk():
     return NeuronBackend("trn2", 2)
 
 
+def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
+    """Target and draft; `eagle3` is a head over the three layers of a llama."""
+    config = SMALL | FAMILIES.get(family, FAMILIES["llama"])
+    draft = config | {"num_hidden_layers": 1, "tie_word_embeddings": not reduced}
+    if reduced:
+        draft |= {"draft_vocab_size": 32}
+    if family == "eagle3":
+        taps = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+        draft |= {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": taps}
+    return config_of(config, "target"), config_of(draft, "draft")
+
+
 def make(family: str, rows: int = 4, tp: int = 1, *, replicated: bool = True, reduced: bool = False) -> Pair:
     """A random pair of a family; its draft is the target's first layer, with an embedding of its own if it is split."""
     torch.manual_seed(0)
-    config = SMALL | FAMILIES[family]
-    extra = {"draft_vocab_size": 32} if reduced else {}
-    target = config_of(config, "target")
-    draft = config_of(config | {"num_hidden_layers": 1, "tie_word_embeddings": not reduced} | extra, "draft")
+    target, draft = configs(family, reduced)
     shape = PairShape(target, draft, "float32", "float32", tp, replicated, rows, LENGTH, 16)
     weights = {}
     for spec in weight_specs(target):
@@ -82,8 +92,10 @@ def make(family: str, rows: int = 4, tp: int = 1, *, replicated: bool = True, re
         elif spec.name == "lm_head.weight" and reduced:
             ids = torch.arange(32) + torch.arange(32) // 2
             tensors["draft/lm_head.weight"] = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])[ids]
-        else:
+        elif spec.name in weights and spec.shape == weights[spec.name].shape:
             tensors[f"draft/{spec.name}"] = weights[spec.name].clone()
+        else:
+            tensors[f"draft/{spec.name}"] = torch.randn(spec.shape) * 0.3 + (spec.kind == "vector")
     for model in ("target", "draft"):
         tensors[f"{model}/rank.vocab_offset"] = torch.zeros(1, dtype=torch.int32)
         for spec in weight_specs(shape.config_of(model), replicated=model == "draft" and replicated):
@@ -151,10 +163,10 @@ def arguments_of(spec: GraphSpec, shape: PairShape):
     return found
 
 
-@pytest.mark.parametrize(("family", "rows"), [*((family, 4) for family in FAMILIES), ("qwen3", 1)])
+@pytest.mark.parametrize(("family", "rows"), [*((family, 4) for family in FAMILIES), ("qwen3", 1), ("eagle3", 4)])
 def test_hlo_equals_eager(sdk, family, rows):
     """Outputs and carried state of every phase, from a cache that holds something, to 1e-4."""
-    pair = make(family, rows)
+    pair = make(family, rows, reduced=family == "eagle3")
     graphs = Graphs(sdk, pair)
     noise = torch.Generator().manual_seed(1)
     filled = {
@@ -174,8 +186,9 @@ def test_hlo_equals_eager(sdk, family, rows):
             )
 
 
-@pytest.mark.parametrize("reduced", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "reduced"), [*((family, reduced) for family in FAMILIES for reduced in (False, True)), ("eagle3", True)]
+)
 def test_generation_through_hlo_equals_plain_greedy(sdk, family, reduced):
     """Prefill, then speculate with K=3, then decode: state carried through every step, tokens as without any cache."""
     pair = make(family, 4, reduced=reduced)
