@@ -47,7 +47,7 @@ def work(tmp_path_factory):
 
 
 def request_of(work, out: str = "head", **more) -> Request:
-    settings = {"tokens": 12_000, "steps": 150, "draft_vocab": 256, "cache": work / "cache", **more}
+    settings = {"tokens": 8_000, "steps": 120, "draft_vocab": 256, "cache": work / "cache", **more}
     return Request(recipe=Recipe.model_validate(CONTENT), base=work, out=work / out, **settings)
 
 
@@ -58,7 +58,7 @@ def figures(work):
 
 def test_head_guesses_and_a_recipe_can_name_it(work, figures):
     assert figures["tokens_per_step"]["chat"] > 1.3
-    assert figures["data"]["answer_tokens"] >= 12_000
+    assert figures["data"]["answer_tokens"] >= 8_000
     assert "| chat |" in (work / "head" / "README.md").read_text()
     content = CONTENT | {"draft": {"source": "head"}, "speculation": {"method": "eagle3", "draft_tokens": (2,)}}
     recipe = Recipe.model_validate(content)
@@ -73,18 +73,13 @@ def test_head_guesses_and_a_recipe_can_name_it(work, figures):
     assert max(steps) == 3
 
 
-def test_the_same_seed_gives_the_same_head(work, figures):
-    distill(request_of(work, "again", cache=work / "other"))
-    assert sha256_file(work / "again" / "model.safetensors") == sha256_file(work / "head" / "model.safetensors")
-
-
 class Killed(Exception):
     pass
 
 
 @pytest.mark.parametrize("moment", ["part 1", "step 100"])
 def test_a_killed_run_goes_on(work, figures, moment):
-    """Parts are not written again, training starts from the last state, and the head is the same."""
+    """Parts are not written again, training starts from the last state, and the same seed gives the same head."""
     cache = work / moment.replace(" ", "-")
 
     def say(line: str) -> None:

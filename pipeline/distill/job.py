@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.distill import ANSWER_TOKENS, LENGTH, ROWS, Request, data_key
 from pipeline.distill.data import PART, Prompts, Sequence_, read_part, write_part, write_transcripts
 from pipeline.distill.generate import Request as Writing
 from pipeline.distill.generate import Writer
 from pipeline.distill.head import frequent, head_config, initial
 from pipeline.distill.prompts import Apart
+from pipeline.distill.request import ANSWER_TOKENS, LENGTH, ROWS, Request, data_key
 from pipeline.distill.train import Settings, Trainer
 from pipeline.errors import InputError
 from pipeline.models.eagle3 import read_config

@@ -164,7 +164,10 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     if len(recipe.speculation.draft_tokens) > 1:
         what = f"found {list(recipe.speculation.draft_tokens)}; NxD Inference compiles one speculation length"
         yield Problem(place("speculation.draft_tokens"), what, "write one K")
-    if pair.draft.draft_vocab is not None or pair.draft.shares_embedding:
+    if pair.draft.eagle3 is not None:
+        what = "found eagle3; NxD Inference's fused path is driven here with draft models only"
+        yield Problem(place("speculation.method"), what, "use a draft model, or the neuron backend, which has both")
+    elif pair.draft.draft_vocab is not None or pair.draft.shares_embedding:
         what = "the draft has a reduced vocabulary or no embedding; NxD Inference needs a whole model"
         yield Problem(place("draft"), what, "use a draft with its own embedding and the target's vocabulary")
     if recipe.draft.derive is not None:

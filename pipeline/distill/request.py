@@ -1,0 +1,51 @@
+"""What a distillation is asked for, and the name of its data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.cache import default_root
+from pipeline.recipe import Recipe
+
+Say = Callable[[str], None]
+
+DRAFT_VOCAB = 7680
+ROWS = 64
+ANSWER_TOKENS = 192
+LENGTH = 384
+"""Longest sequence that is learned, prompt and answer, in tokens."""
+
+
+def _silent(line: str) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One draft to train. `tokens` of answers are written before training; `out` is the folder to write."""
+
+    recipe: Recipe
+    base: Path
+    out: Path
+    tokens: int = 1_000_000
+    steps: int = 4000
+    draft_vocab: int = DRAFT_VOCAB
+    seed: int = 0
+    objective: str = "distribution"
+    device: str = "cpu"
+    prompts: Path | None = None
+    transcripts: Path | None = None
+    cache: Path = field(default_factory=default_root)
+    say: Say = _silent
+
+
+def data_key(request: Request, revision: str, taps: tuple[int, ...]) -> str:
+    """Names the data: everything that decides its parts, and not how many of them there are."""
+    files = [path.read_bytes() if path else b"" for path in (request.prompts, request.transcripts)]
+    facts = [revision, request.recipe.target.dtype, taps, request.seed, LENGTH, ANSWER_TOKENS]
+    text = json.dumps(facts).encode() + b"".join(hashlib.sha256(data).digest() for data in files)
+    return hashlib.sha256(text).hexdigest()[:16]
