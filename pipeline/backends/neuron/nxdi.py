@@ -164,6 +164,16 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     if len(recipe.speculation.draft_tokens) > 1:
         what = f"found {list(recipe.speculation.draft_tokens)}; NxD Inference compiles one speculation length"
         yield Problem(place("speculation.draft_tokens"), what, "write one K")
+    yield from _draft_problems(plan)
+
+
+def _draft_problems(plan: Plan) -> Iterator[Problem]:
+    recipe, pair = plan.recipe, plan.pair
+    place = recipe.place
+    if pair.draft.family not in CLASSES:
+        what = f"the draft is of kind {pair.draft.family}; packages of NxD Inference are made of two whole models"
+        yield Problem(place("draft.source"), what, "use a smaller model as draft, or the neuron backend")
+        return
     if pair.draft.draft_vocab is not None or pair.draft.shares_embedding:
         what = "the draft has a reduced vocabulary or no embedding; NxD Inference needs a whole model"
         yield Problem(place("draft"), what, "use a draft with its own embedding and the target's vocabulary")
