@@ -1,6 +1,7 @@
 """The configuration for NxD Inference: translated words, refusals, paths. NxD Inference itself is not run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def test_package_refuses_with_the_reason(name, speculation, key, says):
     assert problem.where.endswith(key)
     assert says in problem.what
     assert problem.fix
+
+
+def test_package_refuses_a_draft_that_is_no_model():
+    made = plan()
+    head = replace(made.pair.draft, family="eagle3")
+    with pytest.raises(RecipeError) as caught:
+        nxdi.package(replace(made, pair=replace(made.pair, draft=head)))
+    assert [p.what.partition(";")[0] for p in caught.value.problems] == ["the draft is of kind eagle3"]
 
 
 def test_write_records_what_nxdi_does_not(tmp_path):

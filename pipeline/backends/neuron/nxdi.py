@@ -154,7 +154,7 @@ def _different(asked: Mapping[str, Any], have: Mapping[str, Any], place: str) ->
 
 
 def _problems(plan: Plan) -> Iterator[Problem]:
-    recipe, pair = plan.recipe, plan.pair
+    recipe = plan.recipe
     place = recipe.place
     if recipe.backend.name != "neuron":
         yield Problem(place("backend.name"), f"found {recipe.backend.name}", "use name: neuron")
@@ -164,10 +164,17 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     if len(recipe.speculation.draft_tokens) > 1:
         what = f"found {list(recipe.speculation.draft_tokens)}; NxD Inference compiles one speculation length"
         yield Problem(place("speculation.draft_tokens"), what, "write one K")
-    if pair.draft.eagle3 is not None:
-        what = "found eagle3; NxD Inference's fused path is driven here with draft models only"
-        yield Problem(place("speculation.method"), what, "use a draft model, or the neuron backend, which has both")
-    elif pair.draft.draft_vocab is not None or pair.draft.shares_embedding:
+    yield from _draft_problems(plan)
+
+
+def _draft_problems(plan: Plan) -> Iterator[Problem]:
+    recipe, pair = plan.recipe, plan.pair
+    place = recipe.place
+    if pair.draft.family not in CLASSES:
+        what = f"the draft is of kind {pair.draft.family}; packages of NxD Inference are made of two whole models"
+        yield Problem(place("draft.source"), what, "use a smaller model as draft, or the neuron backend")
+        return
+    if pair.draft.draft_vocab is not None or pair.draft.shares_embedding:
         what = "the draft has a reduced vocabulary or no embedding; NxD Inference needs a whole model"
         yield Problem(place("draft"), what, "use a draft with its own embedding and the target's vocabulary")
     if recipe.draft.derive is not None:
