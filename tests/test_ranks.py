@@ -32,10 +32,18 @@ def base(tmp_path_factory):
     return folder
 
 
+HEAD = (
+    RECIPE.replace("{family}?layers=2", "llama")
+    .replace("derive: {{from: target, layers: [0]}}", 'source: "pico://llama?draft_vocab=128&eagle3=1"')
+    .replace("{{draft_tokens", "{{method: eagle3, draft_tokens")
+)
+
+
 def written(base, tp, placement, family="qwen3", sampling="greedy"):
-    """The recipe of the same pair on `tp` ranks."""
+    """The recipe of the same pair on `tp` ranks; of family `eagle3`, a llama with a head."""
     path = base / f"{family}-{tp}-{placement}-{sampling}.yaml"
-    path.write_text(RECIPE.format(tp=tp, placement=placement, family=family, sampling=sampling))
+    recipe = HEAD if family == "eagle3" else RECIPE
+    path.write_text(recipe.format(tp=tp, placement=placement, family=family, sampling=sampling))
     return path
 
 
@@ -77,10 +85,10 @@ def test_ranks_give_the_tokens_of_one_rank(base, alone, tp, placement):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-def test_families_on_eight_ranks_greedy_and_stochastic(base, family):
+@pytest.mark.parametrize(("family", "tp"), [("llama", 8), ("qwen2", 8), ("mistral", 8), ("eagle3", 2)])
+def test_families_on_ranks_greedy_and_stochastic(base, family, tp):
     """Eight ranks replicate four KV heads. Draws depend on the uniforms alone, so tokens are equal, too."""
-    pair = (8, "replicated", family, "greedy, stochastic")
+    pair = (tp, "replicated", family, "greedy, stochastic")
     engines = [eager(base, *pair), built(base, *pair)]
     try:
         greedy, drawn = (
