@@ -25,8 +25,8 @@ from pipeline.plan import GraphSpec
 from pipeline.remote_cache import Remote
 from pipeline.signature import PairShape
 
-SHAPING = ("models", "speculation", "backends", "trace.py", "signature.py")
-"""Parts of this package that decide what a graph computes."""
+SHAPING = ("models", "speculation", "trace.py", "signature.py", "backends/base.py", "backends/packing.py")
+"""Parts of this package that decide what a graph computes, beside its own backend."""
 
 
 @dataclass(frozen=True)
@@ -161,17 +161,17 @@ def _memo_key(job: Job, backend: Backend) -> str:
         "pair": asdict(job.pair),
         "toolchain": backend.toolchain().as_dict(),
         "flags": backend.flags(),
-        "source": source_digest(),
+        "source": source_digest(job.backend["name"]),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @memoize
-def source_digest() -> str:
-    """sha256 over the parts of this package that shape graphs."""
+def source_digest(backend: str) -> str:
+    """sha256 over the parts of this package that shape a backend's graphs."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
-    for part in SHAPING:
+    for part in (*SHAPING, f"backends/{backend}"):
         path = root / part
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
