@@ -35,7 +35,6 @@ from pipeline.sources import Checkpoint, tokenizer_files
 from pipeline.sources.checkpoint import CONFIG_FILES
 
 ASKED = "tandem-nxdi.json"
-LOG_LINES = 3
 
 
 def write(out: Path, plan: Plan, lock: Lock) -> Path:
@@ -113,8 +112,8 @@ def _failure(status: int, output: Path) -> HostError:
     kept = default_root() / "failed-compiles" / "nxdi.txt"
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(output, kept)
-    last = "; ".join(line for line in kept.read_text(errors="replace").splitlines()[-LOG_LINES:] if line.strip())
-    what = f"NxD Inference ended with status {status}: {last or 'no message'}"
+    said = [line for line in kept.read_text(errors="replace").splitlines() if line.strip()] or ["no message"]
+    what = f"NxD Inference ended with status {status}: {said[-1]}"
     return HostError(what, where="compile", fix=f"its output is in {kept}")
 
 

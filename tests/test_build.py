@@ -387,12 +387,13 @@ def test_build_with_another_k_compiles_its_graph_alone(built, tmp_path):
 
 
 def keys(request: Request, parsed) -> dict[str, str]:
-    """Cache key of every graph of a recipe, found by tracing alone."""
+    """Cache keys of a recipe's greedy and stochastic graphs, found by tracing alone; of two phases, the cheap ones."""
     backend = make_backend(parsed.backend.model_dump())
     plan = make_plan(
         parsed, *(c.config for c in resolve_pair(parsed, base=request.base, cache=request.cache / "sources"))
     )
-    traced = {spec.name: backend.trace(spec, plan.pair) for spec in plan.graphs}
+    chosen = [spec for spec in plan.graphs if spec.phase in ("prefill", "decode")]
+    traced = {spec.name: backend.trace(spec, plan.pair) for spec in chosen}
     return {name: cache_key(graph, backend.toolchain(), backend.flags()) for name, graph in traced.items()}
 
 
