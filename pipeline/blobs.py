@@ -28,10 +28,10 @@ from pipeline.files import check_space, disk_errors
 from pipeline.outputs import BLOCK_BYTES, open_output
 from pipeline.stores.base import Blob, Interrupted, Store
 
-WRITERS = 8
+WRITERS = 6
 READERS = 16
-PART_BYTES = 4 << 20
-AHEAD = 4
+PART_BYTES = 8 << 20
+AHEAD = 3
 """Parts of one blob on their way at a time. WRITERS * (AHEAD + 1) * PART_BYTES is all that a pull holds in memory."""
 CHUNK_BYTES = 1 << 20
 TRIES = 6
