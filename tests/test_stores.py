@@ -277,6 +277,28 @@ ANSWERS = [
 ]
 
 
+DENIED = [  # what is refused, by what of a publish, and what a policy lacks
+    ("GET .*(list-type|prefix=)", "list", "s3:ListBucket on arn:aws:s3:::tests"),
+    ("GET /tests/.*releases/[^?]*manifest", "get", "s3:GetObject on arn:aws:s3:::tests/"),
+    ("HEAD", "head", "s3:GetObject"),
+    ("(PUT|POST)", "put", "s3:PutObject"),
+    ("DELETE", "delete", "s3:DeleteObject"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "verb", "fix"), DENIED, ids=[verb for _, verb, _ in DENIED])
+def test_s3_denied_says_what_a_policy_lacks(made, s3_url, s3_server, monkeypatch, pattern, verb, fix):
+    import fault_proxy
+
+    denied = b"<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>"
+    with fault_proxy.before(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.faults = [fault_proxy.Fault(pattern, "403", 1000, body=denied)]
+        with pytest.raises(HostError, match=f"{s3_url}/.*these credentials may not {verb} this") as caught:
+            publish(made, s3_url)
+    assert fix in caught.value.fix
+
+
 @pytest.mark.parametrize(("status", "body", "message"), ANSWERS, ids=[status for status, _, _ in ANSWERS])
 def test_s3_says_what_an_answer_means(made, s3_url, s3_server, monkeypatch, status, body, message):
     import fault_proxy
