@@ -114,29 +114,27 @@ def hub() -> Iterator[tuple[dict[str, str], dict[str, Callable[..., list[str]]]]
 Runs = dict[str, list[tuple[float, float, float]]]
 
 
-def measure(kind: str, size: int, count: int, rounds: range, skip: list[str], work: Path) -> Runs:
-    """What `run` says of both directions, every client in turn."""
-    made = make_artifact(work / f"{kind}-{count}", size, count)
+def measure(kind: str, made: Path, count: int, number: int, skip: list[str], work: Path) -> Runs:
+    """What `run` says of one round: both directions, every client in turn, on a fresh server."""
     found: Runs = {}
     with {"s3": s3, "hub": hub}[kind]() as (environ, clients):
         names = [name for name in ("tandem", *clients) if name not in skip]
-        for number in rounds:
-            order = names[number % len(names) :] + names[: number % len(names)]  # who goes first finds colder memory
-            for way in ("publish", "pull"):
-                for who in order:
-                    out, cache = work / "out", work / "cache"
-                    place = f"{count}-{number}"
-                    if who == "tandem":
-                        url = environ["REGISTRY"].format(place)
-                        tail = [str(made), "--to", url] if way == "publish" else [f"{url}/small@v{count}", str(out)]
-                        command = [*TANDEM, way, *tail]
-                    else:
-                        out.mkdir()
-                        command = clients[who](way, made, out, place)
-                    ours = {"TANDEM_CACHE": str(cache), "PYTHONPATH": str(HERE.parent)} if who == "tandem" else {}
-                    found.setdefault(f"{way} {who}", []).append(run(command, environ | ours))
-                    for folder in (out, cache):
-                        shutil.rmtree(folder, ignore_errors=True)
+        order = names[number % len(names) :] + names[: number % len(names)]  # who goes first finds colder memory
+        for way in ("publish", "pull"):
+            for who in order:
+                out, cache = work / "out", work / "cache"
+                place = f"{count}-{number}"
+                if who == "tandem":
+                    url = environ["REGISTRY"].format(place)
+                    tail = [str(made), "--to", url] if way == "publish" else [f"{url}/small@v{count}", str(out)]
+                    command = [*TANDEM, way, *tail]
+                else:
+                    out.mkdir()
+                    command = clients[who](way, made, out, place)
+                ours = {"TANDEM_CACHE": str(cache), "PYTHONPATH": str(HERE.parent)} if who == "tandem" else {}
+                found.setdefault(f"{way} {who}", []).append(run(command, environ | ours))
+                for folder in (out, cache):
+                    shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
@@ -155,10 +153,8 @@ def show(kind: str, size: int, count: int, found: Runs) -> None:
               + f"; ratio to the best {ratio:.2f}, our peak {max(runs['tandem'][2]):.0f} MiB", flush=True)  # fmt: skip
 
 
-def kept(path: Path | None, name: str, found: Runs) -> Runs:
+def kept(path: Path, name: str, found: Runs) -> Runs:
     """These runs and those that the file has, which gets them."""
-    if path is None:
-        return found
     data = json.loads(path.read_text()) if path.is_file() else {}
     there = data.setdefault(name, {})
     for key, rows in found.items():
@@ -223,12 +219,13 @@ def main() -> None:
             start_up(given.rounds)
         else:
             for count in given.files:
-                size = int(given.gigabytes * 1e9)
-                name = f"{given.kind} {size} {count}"
-                before = len(kept(given.keep, name, {}).get("pull tandem", ()))
-                rounds = range(before, before + given.rounds)
-                found = measure(given.kind, size, count, rounds, given.skip, work)
-                show(given.kind, size, count, kept(given.keep, name, found))
+                size, name = int(given.gigabytes * 1e9), f"{given.kind} {given.gigabytes} GB {count}"
+                made = make_artifact(work / f"{given.kind}-{count}", size, count)
+                keep = given.keep or work / "runs.json"
+                for _ in range(given.rounds):
+                    number = len(kept(keep, name, {}).get("pull tandem", ()))
+                    kept(keep, name, measure(given.kind, made, count, number, given.skip, work))
+                show(given.kind, size, count, kept(keep, name, {}))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
