@@ -16,12 +16,13 @@ import yaml
 from click.testing import CliRunner
 
 from pipeline.artifact import MANIFEST, dump, read
+from pipeline.card import body
 from pipeline.cli import main
 from pipeline.errors import ArtifactError, GateError, HostError, InputError
 from pipeline.files import TEMP
 from pipeline.package import add_reports
 from pipeline.publish import publish
-from pipeline.registry import list_releases, set_alias
+from pipeline.registry import compare, list_releases, set_alias
 from pipeline.stores.base import Move, open_store
 
 FORK = multiprocessing.get_context("fork")
@@ -366,3 +367,18 @@ def test_publish_failed_gates_go_nowhere(tmp_path):
     code, shown = tandem("publish", str(made))
     assert (code, shown.count("failed its gates")) == (1, 1)
     assert not (tmp_path / "one").exists()
+
+
+def test_card_and_diff_show_parity_and_speed(tmp_path):
+    roots = []
+    for rate in (49.2, 51.3):
+        made = small.make(tmp_path / str(rate), tmp_path / "work").root
+        figures = {"error_over_noise": {"target": rate / 100}, "speed": {"plain": {"tokens_per_s": rate}}}
+        roots.append(add_reports(made, {"parity.json": b"{}"}, {"passed": True} | figures).root)
+    first, second = (read(root).manifest for root in roots)
+    page = body(first, {"": first})
+    assert "| speed: plain: tokens per s | 49.2 |" in page
+    assert "| error over noise: target | 0.492 |" in page
+    found = compare(first, second)["fields"]
+    assert found["validation.speed.plain.tokens_per_s"] == {"from": 49.2, "to": 51.3}
+    assert found["validation.error_over_noise.target"] == {"from": 0.492, "to": 0.513}
