@@ -373,12 +373,12 @@ def test_card_and_diff_show_parity_and_speed(tmp_path):
     roots = []
     for rate in (49.2, 51.3):
         made = small.make(tmp_path / str(rate), tmp_path / "work").root
-        figures = {"error_over_noise": {"target": rate / 100}, "speed": {"plain": {"tokens_per_s": rate}}}
+        figures = {"error_over_noise": {"target": rate}, "speed": {"plain": {"tokens_per_s": rate}}}
         roots.append(add_reports(made, {"parity.json": b"{}"}, {"passed": True} | figures).root)
     first, second = (read(root).manifest for root in roots)
     page = body(first, {"": first})
     assert "| speed: plain: tokens per s | 49.2 |" in page
-    assert "| error over noise: target | 0.492 |" in page
+    assert "| error over noise: target | 49.2 |" in page
     found = compare(first, second)["fields"]
     assert found["validation.speed.plain.tokens_per_s"] == {"from": 49.2, "to": 51.3}
-    assert found["validation.error_over_noise.target"] == {"from": 0.492, "to": 0.513}
+    assert found["validation.error_over_noise.target"] == {"from": 49.2, "to": 51.3}
