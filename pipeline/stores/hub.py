@@ -29,7 +29,7 @@ MAIN = "main"
 TAG = "tandem"
 """What our cards are tagged with."""
 KEPT = (".gitattributes",)
-GROUP_BYTES = 64 << 20
+GROUP_BYTES = 256 << 20
 GROUP_FILES = 100
 GROUPS = UPLOADS = 4
 """Groups on their way at a time, and files of each."""
