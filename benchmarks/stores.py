@@ -6,6 +6,7 @@
 
 Rates are of the artifact's bytes over the wall time of a whole process, with its start, hashing and fsync. Peak
 memory is of that process. The S3 server is SeaweedFS, the Hub the tests' own: absolute rates say little, ratios more.
+`--keep FILE` adds the runs to a file and shows the medians of all that it has, so that rounds may be run one at a time.
 """
 
 from __future__ import annotations
@@ -110,37 +111,56 @@ def hub() -> Iterator[tuple[dict[str, str], dict[str, Callable[..., list[str]]]]
         }  # fmt: skip
 
 
-def measure(kind: str, size: int, count: int, rounds: int, work: Path) -> None:
-    """One table: both directions, every client in turn, medians of all rounds."""
-    made = make_artifact(work / f"{kind}-{count}", size, count)
-    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+Runs = dict[str, list[tuple[float, float, float]]]
+
+
+def measure(kind: str, made: Path, count: int, number: int, skip: list[str], work: Path) -> Runs:
+    """What `run` says of one round: both directions, every client in turn, on a fresh server."""
+    found: Runs = {}
     with {"s3": s3, "hub": hub}[kind]() as (environ, clients):
-        names = ["tandem", *clients]
-        for number in range(rounds):
-            order = names[number % len(names) :] + names[: number % len(names)]  # who goes first finds colder memory
-            for way in ("publish", "pull"):
-                for who in order:
-                    out, cache = work / "out", work / "cache"
-                    place = f"{count}-{number}"
-                    if who == "tandem":
-                        url = environ["REGISTRY"].format(place)
-                        tail = [str(made), "--to", url] if way == "publish" else [f"{url}/small@v{count}", str(out)]
-                        command = [*TANDEM, way, *tail]
-                    else:
-                        out.mkdir()
-                        command = clients[who](way, made, out, place)
-                    ours = {"TANDEM_CACHE": str(cache), "PYTHONPATH": str(HERE.parent)} if who == "tandem" else {}
-                    found.setdefault((way, who), []).append(run(command, environ | ours))
-                    for folder in (out, cache):
-                        shutil.rmtree(folder, ignore_errors=True)
+        names = [name for name in ("tandem", *clients) if name not in skip]
+        order = names[number % len(names) :] + names[: number % len(names)]  # who goes first finds colder memory
+        for way in ("publish", "pull"):
+            for who in order:
+                out, cache = work / "out", work / "cache"
+                place = f"{count}-{number}"
+                if who == "tandem":
+                    url = environ["REGISTRY"].format(place)
+                    tail = [str(made), "--to", url] if way == "publish" else [f"{url}/small@v{count}", str(out)]
+                    command = [*TANDEM, way, *tail]
+                else:
+                    out.mkdir()
+                    command = clients[who](way, made, out, place)
+                ours = {"TANDEM_CACHE": str(cache), "PYTHONPATH": str(HERE.parent)} if who == "tandem" else {}
+                found.setdefault(f"{way} {who}", []).append(run(command, environ | ours))
+                for folder in (out, cache):
+                    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def show(kind: str, size: int, count: int, found: Runs) -> None:
+    """One line for each direction: medians of all rounds."""
     for way in ("publish", "pull"):
-        runs = {who: list(zip(*rows, strict=True)) for (w, who), rows in found.items() if w == way}
+        runs = {
+            name.split()[1]: list(zip(*rows, strict=True)) for name, rows in found.items() if name.split()[0] == way
+        }
         rates = {who: size / MIB / statistics.median(seconds) for who, (seconds, _, _) in runs.items()}
         spent = {who: statistics.median(processor) for who, (_, processor, _) in runs.items()}
         ratio = rates["tandem"] / max(rate for who, rate in rates.items() if who != "tandem")
-        print(f"{kind} {way} {size / 1e9:.1f} GB in {count} files, MiB/s (processor s): "
+        print(f"{kind} {way} {size / 1e9:.1f} GB in {count} files, {len(found[f'{way} tandem'])} rounds, "
+              "MiB/s (processor s): "
               + ", ".join(f"{who} {rate:.0f} ({spent[who]:.1f})" for who, rate in rates.items())
               + f"; ratio to the best {ratio:.2f}, our peak {max(runs['tandem'][2]):.0f} MiB", flush=True)  # fmt: skip
+
+
+def kept(path: Path, name: str, found: Runs) -> Runs:
+    """These runs and those that the file has, which gets them."""
+    data = json.loads(path.read_text()) if path.is_file() else {}
+    there = data.setdefault(name, {})
+    for key, rows in found.items():
+        there.setdefault(key, []).extend(rows)
+    path.write_text(json.dumps(data))
+    return there
 
 
 def delta(work: Path) -> None:
@@ -188,6 +208,8 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--files", type=int, nargs="+", default=[200, 4])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--skip", nargs="*", default=[], help="clients to leave out")
+    parser.add_argument("--keep", type=Path)
     given = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="tandem-stores-"))
     try:
@@ -197,7 +219,13 @@ def main() -> None:
             start_up(given.rounds)
         else:
             for count in given.files:
-                measure(given.kind, int(given.gigabytes * 1e9), count, given.rounds, work)
+                size, name = int(given.gigabytes * 1e9), f"{given.kind} {given.gigabytes} GB {count}"
+                made = make_artifact(work / f"{given.kind}-{count}", size, count)
+                keep = given.keep or work / "runs.json"
+                for _ in range(given.rounds):
+                    number = len(kept(keep, name, {}).get("pull tandem", ()))
+                    kept(keep, name, measure(given.kind, made, count, number, given.skip, work))
+                show(given.kind, size, count, kept(keep, name, {}))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -7,13 +7,14 @@ is continued at its size, whatever byte that is. What waits in memory is bounded
 from __future__ import annotations
 
 import hashlib
-import os
+import itertools
+import mmap
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,15 +25,15 @@ from filelock import FileLock
 from pipeline.artifact import FileEntry, Progress, difference
 from pipeline.errors import ArtifactError, HostError
 from pipeline.files import check_space, disk_errors
+from pipeline.outputs import BLOCK_BYTES, open_output
 from pipeline.stores.base import Blob, Interrupted, Store
 
-WRITERS = 8
+WRITERS = 6
 READERS = 16
-PART_BYTES = 4 << 20
-AHEAD = 4
-"""Parts of one blob on their way at a time: WRITERS * AHEAD * PART_BYTES is all that a pull holds in memory."""
+PART_BYTES = 8 << 20
+AHEAD = 3
+"""Parts of one blob on their way at a time. WRITERS * (AHEAD + 1) * PART_BYTES is all that a pull holds in memory."""
 CHUNK_BYTES = 1 << 20
-FLUSH_BYTES = 32 << 20
 TRIES = 6
 GIVE_UP_S = 90.0
 """No new try after this: some clients try again for a minute themselves."""
@@ -80,6 +81,16 @@ class _Job:
     meter: _Meter
     readers: ThreadPoolExecutor
     stopped: threading.Event
+
+
+class _Ring(threading.local):
+    """Memory for the parts that a thread's blob has on their way, and for the one that it writes."""
+
+    def __init__(self) -> None:
+        self.parts = [memoryview(mmap.mmap(-1, PART_BYTES)) for _ in range(AHEAD + 1)]
+
+
+RING = _Ring()
 
 
 @dataclass(frozen=True)
@@ -168,28 +179,18 @@ def _stream(job: _Job, partial: Path) -> str:
     """Append what `partial` lacks; returns the sha256 of the whole. Never writes more than the blob's size."""
     digest, entry = hashlib.sha256(), job.entry
     with partial.open("a+b") as file:
+        size = file.tell()
+        if size < entry.size:
+            file.truncate(size - size % BLOCK_BYTES)
         there = _digest_kept(file, digest)
         job.meter.add(min(there, entry.size))
-        sent = there
+        output = open_output(file, BLOCK_BYTES, aligned=True)
         for piece in _parts(job, there):
             digest.update(piece)
-            file.write(piece)
-            there += len(piece)
+            output.write(piece)
             job.meter.add(len(piece))
-            if there - sent >= FLUSH_BYTES or there >= entry.size:
-                file.flush()
-                _start_writing(file, sent, there - sent)
-                sent = there
+        output.finish()
     return digest.hexdigest()
-
-
-def _start_writing(file: IO[bytes], offset: int, length: int) -> None:
-    """Begin to write to the disk, without waiting: the artifact's folder is synced once, at the end of a pull.
-
-    Nothing here relies on it: blobs are checked whenever they are used, and a partial file that lost bytes starts over.
-    """
-    # Pages that are not on disk yet are not dropped by this; it starts writing them.
-    os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def _digest_kept(file: IO[bytes], digest: hashlib._Hash) -> int:
@@ -199,29 +200,31 @@ def _digest_kept(file: IO[bytes], digest: hashlib._Hash) -> int:
     return file.tell()
 
 
-def _parts(job: _Job, offset: int) -> Iterator[bytes]:
-    """The blob's parts from `offset` on, in order, some read ahead. A blob that ends early ends here, too."""
+def _parts(job: _Job, offset: int) -> Iterator[memoryview]:
+    """The blob's parts from `offset` on, in order, some read ahead, each in memory that a later one takes over."""
     starts = iter(range(offset, job.entry.size, PART_BYTES))
-    ahead: deque[Future[bytes]] = deque()
+    memory, ahead = itertools.cycle(RING.parts), deque[Future[memoryview]]()
 
     def read_ahead() -> None:
         start = next(starts, None)
         if start is not None:
-            ahead.append(job.readers.submit(_read, job, start, min(PART_BYTES, job.entry.size - start)))
+            buffer = next(memory)[: job.entry.size - start]
+            ahead.append(job.readers.submit(_read, job, start, buffer))
 
     for _ in range(AHEAD):
         read_ahead()
     try:
         while ahead:
             piece = ahead.popleft().result()
-            yield piece
             read_ahead()
+            yield piece
     finally:
         for future in ahead:
             future.cancel()
+        wait(ahead)  # one that runs would write into the memory of this thread's next blob
 
 
-def _read(job: _Job, offset: int, length: int) -> bytes:
+def _read(job: _Job, offset: int, buffer: memoryview) -> memoryview:
     """One part, tried again after failures that may pass, with growing pauses; a short answer is one of them."""
     pause, short, blob = FIRST_PAUSE_S, 0, job.origin.blob(job.path, job.entry)
     started = time.monotonic()
@@ -229,13 +232,13 @@ def _read(job: _Job, offset: int, length: int) -> bytes:
         if job.stopped.is_set():
             raise Interrupted("another file failed", where=job.path)
         try:
-            found = job.origin.store.read_blob(blob, offset, length)
+            found = job.origin.store.read_blob(blob, offset, buffer)
         except Interrupted:
             if attempt == TRIES - 1 or time.monotonic() - started > GIVE_UP_S:
                 raise
         else:
-            if len(found) == length:
-                return found
+            if found == len(buffer):
+                return buffer
             short += 1
             if short == SHORT_TRIES:
                 break

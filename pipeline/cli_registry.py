@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.commands import Command, Group, artifact_dir, as_json
-from pipeline.console import Console, print_json
+from pipeline.console import Console, print_error, print_json
 
 if TYPE_CHECKING:
     from pipeline.cache import Cache
+    from pipeline.publish import Outcome
     from pipeline.remote_cache import RemoteCache
     from pipeline.signing import Policy
 
 MIB = 1 << 20
+REGISTRY = "artifacts/registry"
 
 identity_option = click.option(
     "--require-signature", "identity", help="Refuse what this public key's file, or identity, did not sign."
@@ -43,9 +45,10 @@ def _shown(json_: bool, data: Any, line: str) -> None:
 
 @click.command(cls=Command)
 @click.argument("artifacts", nargs=-1, required=True)
-@click.option("--to", "url", default="artifacts/registry", show_default=True,
-              help="Registry: a folder, s3://bucket/prefix, or hf://org.")  # fmt: skip
-@click.option("--alias", "aliases", multiple=True, help="Point this alias at the release.")
+@click.option("--to", "urls", multiple=True, metavar="REGISTRY",
+              help="A folder, s3://bucket/prefix, or hf://org; may be repeated (default: what the recipe's `publish` "
+                   f"lists, or else {REGISTRY}).")  # fmt: skip
+@click.option("--alias", "aliases", multiple=True, help="Point this alias at the release, beside the recipe's.")
 @click.option("--version", "version", help="Name of the release (default: from its content).")
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this private key before.")
 @click.option("--keyless", is_flag=True, help="Sign with the identity of this CI job before.")
@@ -54,23 +57,46 @@ def _shown(json_: bool, data: Any, line: str) -> None:
 @as_json
 @click.pass_obj
 def publish(
-    console: Console, artifacts: tuple[str, ...], url: str, aliases: tuple[str, ...], version: str | None,
-    key: Path | None, keyless: bool, unvalidated: bool, dry_run: bool, json_: bool,
+    console: Console, artifacts: tuple[str, ...], urls: tuple[str, ...], aliases: tuple[str, ...],
+    version: str | None, key: Path | None, keyless: bool, unvalidated: bool, dry_run: bool, json_: bool,
 ) -> None:  # fmt: skip
     """Publish ARTIFACTS as an immutable release; several of one recipe (chips, ranks) become its variants."""
-    from pipeline.publish import publish as send
+    from pipeline.publish import Place, listed_places, publish_all
 
     roots = [artifact_dir(name) for name in artifacts]
+    listed = [Place(url) for url in urls] or listed_places(roots) or [Place(REGISTRY)]
+    places = [Place(one.url, tuple(dict.fromkeys((*one.aliases, *aliases)))) for one in listed]
     if (key or keyless) and not dry_run:
         for root in roots:
             _sign(root, key)
-    progress = console.transfer("publish")
-    release = send(
-        roots, url, aliases, version=version, unvalidated=unvalidated, dry_run=dry_run, progress=progress
+    outcomes = publish_all(
+        roots, places, version=version, unvalidated=unvalidated, dry_run=dry_run, progress=console.transfer("publish")
     )  # fmt: skip
-    verb, size = "would send" if dry_run else "sent", release.sent_bytes / MIB
-    line = f"{release.name}@{release.version}: {verb} {release.sent} blobs, {size:.1f} MiB to {url}"
-    _shown(json_, asdict(release), line)
+    if json_:
+        print_json([_outcome_json(one) for one in outcomes])
+    failed = [one.error for one in outcomes if one.error is not None]
+    for one in outcomes if not json_ else ():
+        click.echo(_outcome_line(one, "would send" if dry_run else "sent"))
+    for error in failed[:-1]:
+        print_error(error, with_traceback=console.verbose)
+    if failed:
+        raise failed[-1]
+
+
+def _outcome_line(one: Outcome, verb: str) -> str:
+    if one.release is None:
+        return f"not published to {one.url}: see below"
+    found = one.release
+    aliases = f"; {', '.join(found.aliases)} -> {found.version}" if found.aliases else ""
+    size = found.sent_bytes / MIB
+    return f"{found.name}@{found.version}: {verb} {found.sent} blobs, {size:.1f} MiB to {one.url}{aliases}"
+
+
+def _outcome_json(one: Outcome) -> dict[str, Any]:
+    if one.release is not None:
+        return asdict(one.release)
+    error = one.error
+    return {"url": one.url, "error": {"where": error.where, "what": error.what, "fix": error.fix} if error else None}
 
 
 @click.command(cls=Command)

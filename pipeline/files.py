@@ -201,14 +201,22 @@ def digest_file(path: Path) -> FileDigest:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link the file that `source` leads to, or copy it where the disk does not allow links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    real = source.resolve() if source.is_symlink() else source
     try:
-        os.link(source.resolve(), target)
+        _link(real, target)
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        with source.open("rb") as file, atomic_file(target) as copy:
+        with real.open("rb") as file, atomic_file(target) as copy:
             shutil.copyfileobj(file, copy, 1 << 20)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:  # seldom: of many files of a folder, the first
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, target)
 
 
 def safe_relative(path: str, where: str) -> PurePosixPath:
@@ -259,10 +267,16 @@ def _sync(path: Path) -> None:
 
 def _sync_tree(root: Path) -> None:
     """Several at a time: a disk takes them together."""
-    found = [(Path(folder), names) for folder, _, names in os.walk(root)]
-    files = [folder / name for folder, names in found for name in names if not (folder / name).is_symlink()]
+    files, folders = [], [root]
+    for folder in folders:  # grows on the way
+        with os.scandir(folder) as entries:
+            for one in entries:
+                if one.is_dir(follow_symlinks=False):
+                    folders.append(Path(one.path))
+                elif one.is_file(follow_symlinks=False):
+                    files.append(Path(one.path))
     with ThreadPoolExecutor(SYNCS, "sync") as pool:
-        for paths in (files, [folder for folder, _ in found]):
+        for paths in (files, folders):
             for _ in pool.map(_sync, paths):
                 pass
 

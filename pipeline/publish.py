@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifact import MANIFEST, SIGNATURE, Artifact, Manifest, Progress, diff, silent, verify
-from pipeline.errors import ArtifactError, GateError
+from pipeline.errors import ArtifactError, GateError, TandemError
+from pipeline.recipe import load
 from pipeline.registry import check_alias, move_alias, read_small
 from pipeline.release import Bundle, Document, all_files, bundle, digest_of, parse_document
 from pipeline.stores.base import Content, Signature, Store, open_store
@@ -29,6 +30,37 @@ class Release:
     sent_bytes: int
     fresh: bool
     aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A registry that a release goes to, and the aliases that point at it there afterwards."""
+
+    url: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one place: a release, or why there is none."""
+
+    url: str
+    release: Release | None = None
+    error: TandemError | None = None
+
+
+def listed_places(roots: Sequence[Path]) -> list[Place]:
+    """Where the recipes that artifacts were built from want them, in their order.
+
+    Raises:
+        RecipeError: a recipe in an artifact cannot be read.
+
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for root in roots:
+        for one in load(root / "recipe.yaml").publish:
+            found[one.to] = tuple(dict.fromkeys((*found.get(one.to, ()), *one.aliases)))
+    return [Place(url, aliases) for url, aliases in found.items()]
 
 
 def publish(
@@ -53,33 +85,63 @@ def publish(
         HostError: the registry cannot be reached or written.
 
     """  # fmt: skip
-    artifacts = [verify(root) for root in ([roots] if isinstance(roots, Path) else roots)]
+    made = _bundled([roots] if isinstance(roots, Path) else roots, version, unvalidated)
+    return _publish(made, Place(url, tuple(aliases)), dry_run, progress)
+
+
+def publish_all(
+    roots: Sequence[Path],
+    places: Sequence[Place],
+    *,
+    version: str | None = None,
+    unvalidated: bool = False,
+    dry_run: bool = False,
+    progress: Progress = silent,
+) -> list[Outcome]:
+    """As `publish`, to each place in turn; one that fails does not keep it from the others.
+
+    Raises:
+        GateError: an artifact was not validated, or failed.
+        ArtifactError: one does not verify.
+
+    """
+    made, found = _bundled(roots, version, unvalidated), []
+    for place in places:
+        try:
+            found.append(Outcome(place.url, _publish(made, place, dry_run, progress)))
+        except TandemError as error:
+            found.append(Outcome(place.url, error=error))
+    return found
+
+
+def _bundled(roots: Sequence[Path], version: str | None, unvalidated: bool) -> Bundle:
+    artifacts = [verify(root) for root in roots]
     for one in artifacts:
         _check_gates(one.manifest, one.root, unvalidated)
-    made = bundle(artifacts, version)
-    store = open_store(url)
-    for alias in aliases:
+    return bundle(artifacts, version)
+
+
+def _publish(made: Bundle, place: Place, dry_run: bool, progress: Progress) -> Release:
+    url, store = place.url, open_store(place.url)
+    for alias in place.aliases:
         check_alias(store, made.document.name, made.document.version, alias, url)
     content = _content(made)
     if dry_run:
-        return _release(made, url, aliases, *_missing(store, made, content, url))
+        return _release(made, place, *_missing(store, made, content, url))
     with store.publishing():
         there, missing = _missing(store, made, content, url)
         _send(store, content, missing, progress)
         if there is None and not store.create_release(content):
             _published(store, made.document, url)  # somebody else was faster: with the same content, or this raises
-        for alias in aliases:
+        for alias in place.aliases:
             move_alias(store, content.name, alias, content.version, url)
-    return _release(made, url, aliases, there, missing)
+    return _release(made, place, there, missing)
 
 
-def _release(
-    made: Bundle, url: str, aliases: Sequence[str], there: Document | None, missing: Sequence[str]
-) -> Release:  # fmt: skip
+def _release(made: Bundle, place: Place, there: Document | None, missing: Sequence[str]) -> Release:
     size = sum(made.files[path].size for path in missing)
-    return Release(
-        made.document.name, made.document.version, url, len(missing), size, there is None, tuple(aliases)
-    )  # fmt: skip
+    name, version = made.document.name, made.document.version
+    return Release(name, version, place.url, len(missing), size, there is None, place.aliases)
 
 
 def _check_gates(manifest: Manifest, root: Path, unvalidated: bool) -> None:

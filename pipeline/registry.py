@@ -87,7 +87,8 @@ def read_small(store: Store, name: str, version: str, path: str, entry: FileEntr
     where = f"{name}@{version}: {path}"
     if entry.size > SMALL_BYTES:
         raise ArtifactError(f"{entry.size:,} bytes is no manifest", where=where, fix="do not use this release")
-    data = bytes(store.read_blob(Blob(name, version, path, entry.sha256, entry.size), 0, entry.size))
+    buffer = memoryview(bytearray(entry.size))
+    data = bytes(buffer[: store.read_blob(Blob(name, version, path, entry.sha256, entry.size), 0, buffer)])
     found = hashlib.sha256(data).hexdigest()
     if found != entry.sha256:
         what = f"sha256 {found}, should be {entry.sha256}"

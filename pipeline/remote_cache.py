@@ -125,12 +125,17 @@ class RemoteCache:
     def _download(self, entry: Entry, temp: Path) -> str:
         digest = hashlib.sha256()
         with temp.open("xb") as file:
-            for start in range(0, entry.size, PART_BYTES):
-                length = min(PART_BYTES, entry.size - start)
-                piece = self.bucket.read(_place(entry.key, entry.sha256), start, length)
+            for piece in self._pieces(entry):
                 digest.update(piece)
                 file.write(piece)
         return digest.hexdigest()
+
+    def _pieces(self, entry: Entry) -> Iterator[memoryview]:
+        """A graph's bytes, in memory that the next piece takes over."""
+        buffer = memoryview(bytearray(min(PART_BYTES, entry.size)))
+        for start in range(0, entry.size, PART_BYTES):
+            part = buffer[: min(PART_BYTES, entry.size - start)]
+            yield part[: self.bucket.read(_place(entry.key, entry.sha256), start, part)]
 
     def _push(self, key: str, data: Path, toolchain: Mapping[str, str]) -> bool:
         with data.open("rb") as file:
@@ -151,8 +156,8 @@ class RemoteCache:
         if self.bucket.size(_place(key, entry.sha256)) != entry.size:
             return False
         digest = hashlib.sha256()
-        for start in range(0, entry.size, PART_BYTES):
-            digest.update(self.bucket.read(_place(key, entry.sha256), start, min(PART_BYTES, entry.size - start)))
+        for piece in self._pieces(entry):
+            digest.update(piece)
         return digest.hexdigest() == entry.sha256
 
     def _entry(self, key: str) -> Entry | None:

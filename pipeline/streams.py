@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,10 +11,10 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.errors import SourceError
+from pipeline.outputs import open_output
 from pipeline.sources.tensors import TensorRef
 
 HASHERS = 4
-FLUSH_BYTES = 64 << 20
 STAGE_BYTES = 4 << 20
 STAGES_BYTES = 32 << 20
 
@@ -61,9 +59,7 @@ class Sink:
     def __init__(self, files: Sequence[IO[bytes]], stack: ExitStack, *, direct: bool) -> None:
         self.written = 0
         stage = min(STAGE_BYTES, max(STAGES_BYTES // len(files), 1 << 20))
-        self._outputs = [
-            _Direct(file, stage) if direct and _set_direct(file, on=True) else _Cached(file) for file in files
-        ]
+        self._outputs = [open_output(file, stage, direct=direct) for file in files]
         self._digests = [hashlib.sha256() for _ in files]
         self._writer = stack.enter_context(ThreadPoolExecutor(1, "write"))
         hashers = [stack.enter_context(ThreadPoolExecutor(1, "hash")) for _ in range(min(len(files), HASHERS))]
@@ -82,62 +78,3 @@ class Sink:
         for future in last:
             future.result()
         return [digest.hexdigest() for digest in self._digests]
-
-
-class _Cached:
-    """A file written through the page cache, and sent to the disk along the way."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._sent = file, 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        end = self._file.tell()
-        if end - self._sent >= FLUSH_BYTES:
-            # Pages that are not on disk yet are not dropped by this: it starts writing them, so that the final fsync
-            # has little left to do.
-            os.posix_fadvise(self._file.fileno(), self._sent, end - self._sent, os.POSIX_FADV_DONTNEED)
-            self._sent = end
-
-    def finish(self) -> None:
-        """Nothing is held back."""
-
-
-class _Direct:
-    """A file written past the page cache: a copy less, and nothing else is pushed out of memory.
-
-    The disk takes whole blocks from aligned memory only, so bytes are gathered in a stage; the last piece goes through
-    the cache.
-    """
-
-    def __init__(self, file: IO[bytes], stage_bytes: int) -> None:
-        self._file, self._stage, self._used = file, mmap.mmap(-1, stage_bytes), 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        while rest:
-            take = min(len(rest), len(self._stage) - self._used)
-            self._stage[self._used : self._used + take] = rest[:take]
-            self._used, rest = self._used + take, rest[take:]
-            if self._used == len(self._stage):
-                self._flush(self._stage)
-
-    def finish(self) -> None:
-        _set_direct(self._file, on=False)
-        self._flush(self._stage[: self._used])
-
-    def _flush(self, data: mmap.mmap | bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._file.fileno(), view) :]
-        self._used = 0
-
-
-def _set_direct(file: IO[bytes], *, on: bool) -> bool:
-    """Switch direct writing; False where the file system has none."""
-    flags = fcntl.fcntl(file, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-    except OSError:
-        return False
-    return True

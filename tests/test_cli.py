@@ -334,3 +334,18 @@ def test_progress_on_a_terminal_is_a_bar():
     assert "50%" in shown
     assert "package [x]\r\n" in shown
     assert "\x1b[2K" in shown, "the bar was never taken away"
+
+
+def test_transfer_tells_bytes_and_time_left(monkeypatch, capsys):
+    """Where no bar can be drawn, a plain line now and then."""
+    from pipeline import console
+
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    moved = console.Console().transfer("pull")
+    for second in range(0, 41, 4):
+        now[0] = float(second)
+        moved(second * console.MIB, 40 * console.MIB)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["  pull: 12.0 of 40.0 MiB, 28 s left", "  pull: 24.0 of 40.0 MiB, 16 s left",
+                     "  pull: 36.0 of 40.0 MiB, 4 s left"]  # fmt: skip

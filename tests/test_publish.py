@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 import small_artifacts as small
+import yaml
+from click.testing import CliRunner
 
 from pipeline.artifact import MANIFEST, dump, read
+from pipeline.card import body
+from pipeline.cli import main
 from pipeline.errors import ArtifactError, GateError, HostError, InputError
 from pipeline.files import TEMP
 from pipeline.package import add_reports
 from pipeline.publish import publish
-from pipeline.registry import list_releases, set_alias
+from pipeline.registry import compare, list_releases, set_alias
 from pipeline.stores.base import Move, open_store
 
 FORK = multiprocessing.get_context("fork")
@@ -303,3 +307,78 @@ def test_swap_alias_loses_no_update(url):
 
 def test_list_releases_of_nothing(url):
     assert list_releases(url) == []
+
+
+def listed(root: Path, *places: dict) -> None:
+    """Give the recipe in an artifact a `publish:` list, as a build from such a recipe would."""
+    path = root / "recipe.yaml"
+    data = yaml.safe_load(path.read_text()) | {"publish": list(places)}
+    path.write_text(yaml.safe_dump(data))
+    manifest = json.loads((root / MANIFEST).read_text())
+    manifest["files"]["recipe.yaml"] = {"sha256": small.digests(root)["recipe.yaml"], "size": path.stat().st_size}
+    (root / MANIFEST).write_text(json.dumps(manifest))
+
+
+def tandem(*args: str) -> tuple[int, str]:
+    found = CliRunner().invoke(main, list(args))
+    return found.exit_code, found.output
+
+
+def test_publish_goes_where_the_recipe_says(tmp_path):
+    made = small.make_validated(tmp_path / "out", tmp_path / "work").root
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    listed(made, {"to": one, "aliases": ["latest"]}, {"to": two}, {"to": one, "aliases": ["nightly"]})
+    code, shown = tandem("publish", str(made), "--alias", "prod")
+    assert (code, len(shown.splitlines())) == (0, 2)
+    assert {url: list_releases(url)[0].aliases for url in (one, two)} == {
+        one: ("latest", "nightly", "prod"), two: ("prod",),
+    }  # fmt: skip
+
+
+def test_publish_to_leaves_the_list_alone(tmp_path):
+    made = small.make_validated(tmp_path / "out", tmp_path / "work").root
+    listed(made, {"to": str(tmp_path / "one"), "aliases": ["latest"]})
+    code, _ = tandem("publish", str(made), "--to", str(tmp_path / "two"), "--to", str(tmp_path / "three"))
+    assert code == 0
+    assert not (tmp_path / "one").exists()
+    assert [one.aliases for name in ("two", "three") for one in list_releases(str(tmp_path / name))] == [(), ()]
+
+
+def test_publish_one_failing_place_hides_no_other(tmp_path):
+    """Each place has its line, each failure its fix; the exit code is a failure's."""
+    made = small.make_validated(tmp_path / "out", tmp_path / "work").root
+    (tmp_path / "file").write_text("in the way")
+    good, bad = str(tmp_path / "good"), str(tmp_path / "file/registry")
+    listed(made, {"to": bad, "aliases": ["latest"]}, {"to": good, "aliases": ["latest"]}, {"to": "gs://bucket"})
+    code, shown = tandem("publish", str(made))
+    assert code == 3
+    assert f"not published to {bad}" in shown
+    assert f"blobs, 0.0 MiB to {good}; latest ->" in shown
+    assert shown.count("fix: ") == 2
+    assert list_releases(good)[0].aliases == ("latest",)
+    found = json.loads(CliRunner().invoke(main, ["publish", str(made), "--json"]).stdout)
+    assert [one["url"] for one in found] == [bad, good, "gs://bucket"]
+    assert [sorted(one) == ["error", "url"] for one in found] == [True, False, True]
+
+
+def test_publish_failed_gates_go_nowhere(tmp_path):
+    made = small.make_validated(tmp_path / "out", tmp_path / "work", passed=False).root
+    listed(made, {"to": str(tmp_path / "one")}, {"to": str(tmp_path / "two")})
+    code, shown = tandem("publish", str(made))
+    assert (code, shown.count("failed its gates")) == (1, 1)
+    assert not (tmp_path / "one").exists()
+
+
+def test_card_and_diff_show_parity_and_speed(tmp_path):
+    roots = []
+    for rate in (49.2, 51.3):
+        made = small.make(tmp_path / str(rate), tmp_path / "work").root
+        figures = {"error_over_noise": {"target": rate}, "speed": {"plain": {"tokens_per_s": rate}}}
+        roots.append(add_reports(made, {"parity.json": b"{}"}, {"passed": True} | figures).root)
+    first, second = (read(root).manifest for root in roots)
+    page = body(first, {"": first})
+    assert "| speed: plain: tokens per s | 49.2 |" in page
+    assert "| error over noise: target | 49.2 |" in page
+    found = compare(first, second)["fields"]
+    assert found["validation.speed.plain.tokens_per_s"] == {"from": 49.2, "to": 51.3}
+    assert found["validation.error_over_noise.target"] == {"from": 49.2, "to": 51.3}

@@ -57,6 +57,7 @@ def test_all_forms_tell_the_same_figures(good, bad):
         summary_of = report.summary(one)
         assert summary_of["passed"] == one.passed == (not failed)
         assert summary_of["error_over_noise"]["target"] == one.parity["target"].error_over_noise
+        assert summary_of["speed"]["speculative"]["tokens_per_s"] == one.speed.speculative.tokens_per_s
 
 
 def test_page_is_one_file_and_its_links_lead_somewhere(good, bad):

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,6 +18,7 @@ import small_artifacts as small
 from pipeline import registry
 from pipeline.artifact import MANIFEST, read, verify
 from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.files import sha256_file
 from pipeline.publish import publish
 from pipeline.pull import pull
 from pipeline.stores.base import Move, open_bucket, open_store
@@ -277,6 +279,28 @@ ANSWERS = [
 ]
 
 
+DENIED = [  # what is refused, by what of a publish, and what a policy lacks
+    ("GET .*(list-type|prefix=)", "list", "s3:ListBucket on arn:aws:s3:::tests"),
+    ("GET /tests/.*releases/[^?]*manifest", "get", "s3:GetObject on arn:aws:s3:::tests/"),
+    ("HEAD", "head", "s3:GetObject"),
+    ("(PUT|POST)", "put", "s3:PutObject"),
+    ("DELETE", "delete", "s3:DeleteObject"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "verb", "fix"), DENIED, ids=[verb for _, verb, _ in DENIED])
+def test_s3_denied_says_what_a_policy_lacks(made, s3_url, s3_server, monkeypatch, pattern, verb, fix):
+    import fault_proxy
+
+    denied = b"<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>"
+    with fault_proxy.before(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.faults = [fault_proxy.Fault(pattern, "403", 1000, body=denied)]
+        with pytest.raises(HostError, match=f"{s3_url}/.*these credentials may not {verb} this") as caught:
+            publish(made, s3_url)
+    assert fix in caught.value.fix
+
+
 @pytest.mark.parametrize(("status", "body", "message"), ANSWERS, ids=[status for status, _, _ in ANSWERS])
 def test_s3_says_what_an_answer_means(made, s3_url, s3_server, monkeypatch, status, body, message):
     import fault_proxy
@@ -367,8 +391,6 @@ def test_hub_card_tag_and_branch(made, hub_url, hub_server, tmp_path):
 
 def test_pull_start_up_is_light():
     """No torch, no client library before it is needed."""
-    import subprocess
-
     heavy = ("torch", "obstore", "huggingface_hub", "boto3", "model_signing")
     code = f"import sys, pipeline.pull, pipeline.publish; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -378,3 +400,31 @@ def test_pull_start_up_is_light():
 def test_read_manifest_unchanged(made, url, options):
     publish(made, url, ["latest"])
     assert read(pull(f"{url}/small@latest", **options)).manifest == read(made).manifest
+
+
+def test_memory_does_not_grow_with_the_artifact(tmp_path, url):
+    """A file of 700 MB, either way, in less than 300 MB: what is on its way is bounded, whatever the size."""
+    made = small.make_validated(tmp_path / "made", tmp_path / "work").root
+    path, data = made / "weights/target/rank-0-of-1.safetensors", json.loads((made / "manifest.json").read_text())
+    os.truncate(path, 700_000_000)
+    digest = sha256_file(path)
+    data["files"][str(path.relative_to(made))] = {"sha256": digest, "size": 700_000_000}
+    (made / "manifest.json").write_text(json.dumps(data))
+    out = tmp_path / "out"
+    for args in (("publish", str(made), "--to", url, "--alias", "latest"), ("pull", f"{url}/small@latest", str(out))):
+        assert peak_mib(*args, cache=tmp_path / "cache") < 300
+    assert sha256_file(out / path.relative_to(made)) == digest
+
+
+def peak_mib(*args: str, cache: Path) -> float:
+    """Peak memory of a command; as it sees it itself, since a child's `ru_maxrss` begins at its parent's."""
+    code = (
+        "from pipeline.cli import main\n"
+        "try: main()\n"
+        "finally: print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    environ = os.environ | {"TANDEM_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", *args], env=environ, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.split()[-1]) / 1024

@@ -6,12 +6,13 @@ client library: each store imports its own when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from pipeline.errors import HostError
 
@@ -21,6 +22,8 @@ STORES: dict[str, str] = {
     "hf": "pipeline.stores.hub:open_hub",
 }
 """Scheme of a registry's URL -> what opens its store. A URL without a scheme is a folder."""
+
+Item = TypeVar("Item")
 
 SMALL_BYTES = 64 << 20
 """No manifest, alias or signature is larger: a claim that it is must not fill the memory."""
@@ -139,8 +142,10 @@ class Store(Protocol):
         """Signatures over a manifest of a release; `path` as in `Signature`. Nothing is known of their worth."""
         ...
 
-    def read_blob(self, blob: Blob, offset: int, length: int) -> bytes:
-        """These bytes of a blob, or fewer where it ends. Not checked: the reader knows what it asked for.
+    def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
+        """Fill the buffer from `offset` on; returns the bytes that came, fewer where the blob ends.
+
+        Not checked: the reader knows what it asked for.
 
         Raises:
             ArtifactError: it is missing.
@@ -213,8 +218,8 @@ class Bucket(Protocol):
         """Store a file whole, or not at all, up to so many parts at a time; bytes of another digest are refused."""
         ...
 
-    def read(self, key: str, offset: int, length: int) -> bytes:
-        """A part of an object; FileNotFoundError if there is none."""
+    def read(self, key: str, offset: int, buffer: memoryview) -> int:
+        """Fill the buffer from `offset` on; the bytes that came. FileNotFoundError if there is no such object."""
         ...
 
     def get(self, key: str) -> Object | None:
@@ -236,6 +241,17 @@ class Bucket(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
         ...
+
+
+def in_parallel(threads: int, work: Callable[[Item], object], items: Iterable[Item]) -> None:
+    """Do work on several items at a time; the first failure stops what has not begun, and is raised."""
+    with ThreadPoolExecutor(threads, "send") as pool:
+        running = [pool.submit(work, item) for item in items]
+        done, left = wait(running, return_when=FIRST_EXCEPTION)
+        for future in left:
+            future.cancel()
+    for future in done:
+        future.result()
 
 
 def open_store(url: str) -> Store:

@@ -43,11 +43,14 @@ class FolderBucket:
             for piece in checked_pieces(source, sha256, CHUNK_BYTES):
                 out.write(piece)
 
-    def read(self, key: str, offset: int, length: int) -> bytes:
+    def read(self, key: str, offset: int, buffer: memoryview) -> int:
         """A part of a file."""
-        with (self.root / key).open("rb") as file:
+        with (self.root / key).open("rb", buffering=0) as file:
             file.seek(offset)
-            return file.read(length)
+            done = 0
+            while done < len(buffer) and (count := file.readinto(buffer[done:])):
+                done += count
+            return done
 
     def get(self, key: str) -> Object | None:
         """A small file; its bytes are its token."""

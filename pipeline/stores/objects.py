@@ -12,11 +12,11 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.errors import ArtifactError, InputError
-from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Bucket, Content, Move, Pinned, Removed, Report
+from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Bucket, Content, Move, Pinned, Removed, Report, in_parallel
 from pipeline.stores.leases import Lease, collecting, leased
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -62,13 +62,7 @@ class ObjectStore:
             self.bucket.upload(_blob(entry.sha256), content.sources[path], entry.sha256, parts)
             report(entry.size)
 
-        with ThreadPoolExecutor(PARALLEL, "send") as pool:
-            running = [pool.submit(upload, path) for path in paths]
-            done, left = wait(running, return_when=FIRST_EXCEPTION)
-            for future in left:
-                future.cancel()
-        for future in done:
-            future.result()
+        in_parallel(PARALLEL, upload, paths)
 
     def create_release(self, content: Content) -> bool:
         """Signatures first, under the manifest's digest; then the manifest: the first writer wins."""
@@ -88,7 +82,7 @@ class ObjectStore:
         found = (self.bucket.get(one.key) for one in self.bucket.list(_signatures(manifest_sha256)))
         return [one.data for one in found if one is not None]
 
-    def read_blob(self, blob: Blob, offset: int, length: int) -> bytes:
+    def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
         """A part of a blob.
 
         Raises:
@@ -96,7 +90,7 @@ class ObjectStore:
 
         """
         try:
-            return self.bucket.read(_blob(blob.sha256), offset, length)
+            return self.bucket.read(_blob(blob.sha256), offset, buffer)
         except FileNotFoundError as error:
             what = f"blob {blob.sha256} is missing"
             raise ArtifactError(what, where=self.bucket.where, fix="publish the release again") from error

@@ -21,9 +21,11 @@ from obstore.store import S3Store
 from pipeline.errors import HostError, InputError
 from pipeline.stores.base import Interrupted, Listing, Object
 from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
+from pipeline.stores.ranges import Ranges
 
 LOCATION = re.compile(r"(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(/(?P<prefix>[\w.+/=-]*))?")
 PART_BYTES = 8 << 20
+SIGNED_FOR = timedelta(minutes=15)
 RETRIES = 8
 RETRY_S = 60.0
 PROBE = ".tandem-registry"
@@ -67,8 +69,8 @@ class S3Bucket:
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.where = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.prefix = f"{prefix}/" if prefix else ""
-        self.store = _client(bucket)
+        self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
+        self.store, self.ranges = _client(bucket), Ranges()
         self.checked = self.strip_quotes = False
 
     def check(self) -> None:
@@ -92,7 +94,7 @@ class S3Bucket:
 
     def size(self, key: str) -> int | None:
         """Size of an object, or None."""
-        with self._explained(key):
+        with self._explained("head", key):
             try:
                 return int(obstore.head(self.store, self.prefix + key)["size"])
             except FileNotFoundError:
@@ -100,7 +102,7 @@ class S3Bucket:
 
     def upload(self, key: str, source: Path, sha256: str, parts: int) -> None:
         """Small files in one request, large ones in parallel parts. A file that changed meanwhile is refused."""
-        with self._explained(key):
+        with self._explained("put", key):
             if source.stat().st_size <= PART_BYTES:
                 data = b"".join(checked_pieces(source, sha256, PART_BYTES))
                 obstore.put(self.store, self.prefix + key, data, use_multipart=False)
@@ -108,17 +110,22 @@ class S3Bucket:
             pieces = checked_pieces(source, sha256, PART_BYTES)
             obstore.put(self.store, self.prefix + key, pieces, chunk_size=PART_BYTES, max_concurrency=parts)
 
-    def read(self, key: str, offset: int, length: int) -> bytes:
-        """A part of an object."""
-        if length == 0:
-            return b""
-        with self._explained(key):
-            # Any buffer will do for the caller; this one was not copied.
-            return obstore.get_range(self.store, self.prefix + key, start=offset, length=length)  # type: ignore[return-value]
+    def read(self, key: str, offset: int, buffer: memoryview) -> int:
+        """A part of an object: by a signed URL, or, where that does not do, by the client."""
+        if not buffer:
+            return 0
+        with self._explained("get", key):
+            if not os.environ.get("AWS_SKIP_SIGNATURE"):
+                url = obstore.sign(self.store, "GET", self.prefix + key, SIGNED_FOR)
+                if (found := self.ranges.read(url, offset, buffer)) is not None:
+                    return found
+            piece = obstore.get_range(self.store, self.prefix + key, start=offset, length=len(buffer))
+            buffer[: len(piece)] = memoryview(piece)
+            return len(piece)
 
     def get(self, key: str) -> Object | None:
         """A small object and its ETag."""
-        with self._explained(key):
+        with self._explained("get", key):
             try:
                 found = obstore.get(self.store, self.prefix + key)
                 check_small(found.meta["size"], f"{self.where}/{key}")
@@ -138,7 +145,7 @@ class S3Bucket:
 
     def list(self, prefix: str) -> Iterator[Listing]:
         """Objects below a prefix, page after page."""
-        with self._explained(prefix):
+        with self._explained("list", prefix):
             for page in obstore.list(self.store, self.prefix + prefix):
                 for one in page:
                     key = one["path"].removeprefix(self.prefix)
@@ -146,14 +153,14 @@ class S3Bucket:
 
     def delete(self, key: str) -> None:
         """Remove an object; one at a time, since some servers have no other way."""
-        with self._explained(key):
+        with self._explained("delete", key):
             try:
                 obstore.delete(self.store, self.prefix + key)
             except FileNotFoundError:
                 return
 
     def _conditional(self, key: str, data: bytes, mode: Any) -> bool:
-        with self._explained(key):
+        with self._explained("put", key):
             try:
                 obstore.put(self.store, self.prefix + key, data, mode=mode, use_multipart=False)
             except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
@@ -171,7 +178,7 @@ class S3Bucket:
         return now is not None and self.swap(PROBE, PROBE_DATA, now.token)
 
     @contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
+    def _explained(self, verb: str, key: str) -> Iterator[None]:
         """Say what a failure of the server means. Nothing of the request is repeated: it might hold credentials."""
         try:
             yield
@@ -180,15 +187,17 @@ class S3Bucket:
                 raise
             raise HostError("no such bucket", where=self.where, fix=EXPLAINED["NoSuchBucket"][1]) from error
         except exceptions.BaseError as error:
-            raise self._failure(error, key) from error
+            raise self._failure(error, verb, key) from error
 
-    def _failure(self, error: Exception, key: str) -> HostError:
+    def _failure(self, error: Exception, verb: str, key: str) -> HostError:
         text = str(error)
         for sign, (what, fix) in EXPLAINED.items():
             if sign in text:
                 return HostError(what, where=self.where, fix=fix)
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-            return HostError("access denied", where=f"{self.where}/{key}", fix="check the rights of these credentials")
+        denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
+        if denied or "<Code>AccessDenied</Code>" in text:  # a refused list has no class of its own
+            what = f"access denied: these credentials may not {verb} this"
+            return HostError(what, where=f"{self.where}/{key}", fix=self._needed(verb))
         status = re.search(r"status code: (\d{3})", text) or re.search(r"\b(50\d|429) ", text)
         if status and status[1].startswith("4") and status[1] != "429":
             code = re.search(r"<Code>(\w+)</Code>", text)
@@ -199,6 +208,18 @@ class S3Bucket:
             return HostError(what, where=self.where, fix=CONDITIONS)
         what = f"the server answers {status[1]}" if status else "the server cannot be reached, or breaks off"
         return Interrupted(what, where=self.where, fix="try again: what was moved is kept")
+
+    def _needed(self, verb: str) -> str:
+        """What a policy must allow. A missing object is answered like a forbidden one to who may not list."""
+        bucket, objects = f"arn:aws:s3:::{self.bucket}", f"arn:aws:s3:::{self.bucket}/{self.prefix}*"
+        lists = f"s3:ListBucket on {bucket}"
+        return {
+            "list": f"allow {lists}",
+            "get": f"allow s3:GetObject on {objects} and {lists}",
+            "head": f"allow s3:GetObject on {objects} and {lists}",
+            "put": f"allow s3:PutObject and s3:GetObject on {objects}",
+            "delete": f"allow s3:DeleteObject on {objects}",
+        }[verb]
 
 
 def _client(bucket: str) -> S3Store:

@@ -325,6 +325,19 @@ def summary(report: Report) -> dict[str, Any]:
         "ran_on": report.provenance.ran_on,
         "tokens_per_step": {str(a.draft_tokens): a.tokens_per_step for a in report.acceptance},
         "error_over_noise": {model: of.error_over_noise for model, of in report.parity.items()},
+        "speed": {
+            "plain": _rates(report.speed.plain),
+            "speculative": _rates(report.speed.speculative),
+            "measured_speedup": report.speed.measured_speedup,
+        },
+    }
+
+
+def _rates(of: Latencies) -> dict[str, Any]:
+    return {
+        "tokens_per_s": of.tokens_per_s,
+        "first_token_ms": of.first_token_ms,
+        "inter_token_ms": of.inter_token_ms,
     }
 
 

@@ -1,0 +1,101 @@
+"""Large files written in order: past the page cache where the disk can, which saves a copy and everybody's memory.
+
+Knows nothing of what is written. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from typing import IO, Protocol
+
+FLUSH_BYTES = 64 << 20
+BLOCK_BYTES = 4096
+"""Where a direct write may begin: no disk has larger blocks."""
+
+
+class Output(Protocol):
+    """A file that is appended to."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append; `data` may change afterwards."""
+        ...
+
+    def finish(self) -> None:
+        """Write what is held back. The file is complete, and may still have to be synced."""
+        ...
+
+
+def open_output(file: IO[bytes], stage_bytes: int, *, direct: bool = True, aligned: bool = False) -> Output:
+    """What appends to a file, which must end at a whole block; direct writing takes `stage_bytes` of memory.
+
+    `aligned`: what is written lies at whole pages of memory, and all of it but the last piece is whole blocks.
+    """
+    if direct and _set_direct(file, on=True):
+        return _Direct(file, stage_bytes, aligned=aligned)
+    return _Cached(file)
+
+
+class _Cached:
+    """A file written through the page cache, and sent to the disk along the way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._sent = file, file.tell()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        end = self._file.tell()
+        if end - self._sent >= FLUSH_BYTES:
+            # Pages that are not on disk yet are not dropped by this: it starts writing them, so that the final fsync
+            # has little left to do.
+            os.posix_fadvise(self._file.fileno(), self._sent, end - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = end
+
+    def finish(self) -> None:
+        self._file.flush()
+
+
+class _Direct:
+    """A file written past the page cache: a copy less, and nothing else is pushed out of memory.
+
+    The disk takes whole blocks from aligned memory only, so other bytes are gathered in a stage; the last piece goes
+    through the cache.
+    """
+
+    def __init__(self, file: IO[bytes], stage_bytes: int, *, aligned: bool) -> None:
+        self._file, self._stage, self._used = file, mmap.mmap(-1, stage_bytes), 0
+        self._aligned = aligned
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        if self._aligned and not self._used:
+            whole = len(rest) - len(rest) % BLOCK_BYTES
+            self._flush(rest[:whole])
+            rest = rest[whole:]
+        while rest:
+            take = min(len(rest), len(self._stage) - self._used)
+            self._stage[self._used : self._used + take] = rest[:take]
+            self._used, rest = self._used + take, rest[take:]
+            if self._used == len(self._stage):
+                self._flush(self._stage)
+
+    def finish(self) -> None:
+        _set_direct(self._file, on=False)
+        self._flush(self._stage[: self._used])
+
+    def _flush(self, data: mmap.mmap | bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._file.fileno(), view) :]
+        self._used = 0
+
+
+def _set_direct(file: IO[bytes], *, on: bool) -> bool:
+    """Switch direct writing; False where the file system has none."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,93 @@
+"""A range of a URL that needs no header (signed, or public), into the caller's memory, over connections kept open.
+
+A fast path beside a store's own client: nothing is copied on the way from the socket. It knows no errors. What is out
+of the ordinary (a proxy, an answer that is not the range, a connection that breaks) is None; the caller then asks its
+client, which tries again, and knows what is wrong.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from contextlib import suppress
+from functools import cached_property
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+if TYPE_CHECKING:
+    import ssl
+
+TIMEOUT_S = 60.0
+
+
+class Ranges:
+    """Connections by origin; any thread takes a free one."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[str, str], list[HTTPConnection]] = {}
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close, self._free)
+
+    def read(self, url: str, offset: int, buffer: memoryview) -> int | None:
+        """Fill the buffer from `offset` on; the bytes that came, fewer where the file ends, or None."""
+        parts = urlsplit(url)
+        if _proxied(parts):
+            return None
+        connection = self._take(parts)
+        try:
+            found = _fill(connection, parts, offset, buffer)
+        except (OSError, HTTPException, ValueError):
+            found = None
+        if found is None:
+            connection.close()
+        else:
+            with self._lock:
+                self._free.setdefault(_origin(parts), []).append(connection)
+        return found
+
+    def _take(self, parts: SplitResult) -> HTTPConnection:
+        with self._lock, suppress(KeyError, IndexError):
+            return self._free[_origin(parts)].pop()
+        if parts.scheme == "https":
+            return HTTPSConnection(parts.netloc, timeout=TIMEOUT_S, context=self._tls)
+        return HTTPConnection(parts.netloc, timeout=TIMEOUT_S)
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        import ssl
+
+        return ssl.create_default_context()
+
+
+def _fill(connection: HTTPConnection, parts: SplitResult, offset: int, buffer: memoryview) -> int | None:
+    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    connection.request("GET", target, headers={"Range": f"bytes={offset}-{offset + len(buffer) - 1}"})
+    answer = connection.getresponse()
+    begins = (answer.getheader("Content-Range") or "").startswith(f"bytes {offset}-")
+    length = int(answer.getheader("Content-Length") or -1)
+    if answer.status != 206 or not begins or not 0 <= length <= len(buffer) or answer.getheader("Content-Encoding"):
+        return None
+    done = 0
+    while done < length:
+        count = answer.readinto(buffer[done:length])
+        if not count:
+            return None
+        done += count
+    answer.read()  # nothing; it ends the answer, so that the connection can be used again
+    return done
+
+
+def _origin(parts: SplitResult) -> tuple[str, str]:
+    return parts.scheme, parts.netloc
+
+
+def _proxied(parts: SplitResult) -> bool:
+    return parts.scheme in getproxies() and not proxy_bypass(parts.hostname or "")
+
+
+def _close(free: dict[tuple[str, str], list[HTTPConnection]]) -> None:
+    for connections in free.values():
+        for one in connections:
+            one.close()
