@@ -60,7 +60,7 @@ def run(config, weights, tokens, start, state):
     writes = plan_writes(state, torch.arange(rows), positions, keep)
     attend = attend_where(torch.arange(kv) <= positions[..., None], kv)
     hidden = hidden_states(config, weights, seams, tokens, positions, state, writes, attend)
-    return logits(config, weights, seams, hidden)
+    return logits(config, weights, seams, hidden.last_BTH)
 
 
 @pytest.mark.parametrize("case", CASES)

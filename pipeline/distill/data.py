@@ -55,7 +55,7 @@ class Prompts:
     def of(self, writer: Writer, seeds: range) -> Iterator[tuple[int, list[int]]]:
         """Seed and tokens of every prompt that may be trained on."""
         if self.given:
-            chosen = ((seed, self.given[seed % len(self.given)]) for seed in seeds)
+            chosen = ((seed, self.given[seed]) for seed in seeds if seed < len(self.given))
             yield from ((seed, self._encode(prompt)) for seed, prompt in chosen if self.apart(prompt))
             return
         before, after = user_turn(self.text)
