@@ -1,4 +1,4 @@
-"""Servers that tests of the marker `server` share: started once a session, on the loopback interface."""
+"""What tests share: one thread, and the servers of the marker `server`, started once a session over loopback."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator:
+    """Tiny tensors: more threads only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,7 @@ from pipeline.validate.prompts import Prompt
 HEAD = "pico://llama?draft_vocab=128&eagle3=1"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +68,6 @@ def test_parity_sees_a_wrong_head(work, name, tmp_path):
     chosen = [Prompt("p0", "chat", PROMPTS[0])]
     found = Gates(engine, recipe, chosen, pair, Cache(work / "cache"), lambda line: None).run()
     assert any(failure.startswith("draft:") for failure in found.gates["parity"])
-
-
-def trained(work, tmp_path):
-    """A head that guesses often: it ignores the features' context and looks the token after a token up in a table."""
-    recipe = recipe_of()
-    target, _ = pair_of(work, recipe)
-    return target
 
 
 @pytest.mark.parametrize("rows", [1, 4])

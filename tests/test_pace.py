@@ -4,13 +4,14 @@ import json
 import random
 
 import pytest
-import torch
 from eager import make_engine
 
 from pipeline.errors import TandemError
 from pipeline.recipe import Recipe
 from pipeline.runtime.pace import Acceptance, Pace
 from pipeline.sources import resolve_pair
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COSTS = {2: 1.25, 4: 1.6}
 
@@ -80,7 +81,6 @@ CONTENT = {
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     work = tmp_path_factory.mktemp("pace")
-    torch.set_num_threads(1)
     recipe = Recipe.model_validate(CONTENT)
     return make_engine(recipe, resolve_pair(recipe, base=work, cache=work / "sources"))
 

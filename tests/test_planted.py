@@ -5,7 +5,6 @@ Rates over many seeds: `benchmarks/fault_rates.py`.
 
 import planted
 import pytest
-import torch
 from reports import gates_of, recipe_of
 
 SAMPLED = ("greedy", "stochastic")
@@ -13,13 +12,7 @@ UNLIKE = (2,)
 """Layers of a draft that often disagrees with its target: there is something to reject."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Tuning: the arithmetic of K, the measurement on an engine, and what is written into a recipe."""
 
 import pytest
-import torch
 from eager import make_engine
 
 from pipeline.errors import InputError
@@ -9,6 +8,8 @@ from pipeline.recipe import Recipe, load
 from pipeline.sources import resolve_pair
 from pipeline.tune import choose, curve, tokens_of, tune, write_recipe
 from pipeline.validate.prompts import Prompt
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COSTS = {2: 1.2, 4: 1.4}
 
@@ -83,7 +84,6 @@ def test_recipe_that_inherits_its_k_is_refused(tmp_path):
 
 def test_measures_an_engine(tmp_path):
     """Eagerly on a tiny pair: every built K gets a cost, every class its rates."""
-    torch.set_num_threads(1)
     content = {
         "name": "head",
         "target": {"source": "pico://llama", "dtype": "float32"},
