@@ -102,7 +102,7 @@ def tune(
     write_atomic(pages / f"{parsed.name}.html", curve(found, parsed.name).encode())
     write_atomic(pages / f"{parsed.name}.json", json.dumps(data, indent=2).encode())
     if write:
-        write_recipe(path, found)
+        write_recipe(path, found, paced=parsed.speculation.method == "eagle3")
     if json_:
         print_json(data)
         return

@@ -56,7 +56,12 @@ class Tuning:
 
 
 def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, tokens: int, say: Say) -> Tuning:
-    """Measure a loaded artifact."""
+    """Measure a loaded artifact.
+
+    Raises:
+        InputError: no answer has a step.
+
+    """
     from pipeline.validate.acceptance import acceptance, timed
 
     chosen = _spread(prompts, prompts_per_class)
@@ -73,6 +78,9 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
             if k == built[-1]:
                 answers.append(answer)
         say(f"{number + 1} of {len(chosen)} prompts")
+    if not all(gaps.values()):
+        what = "every answer ended with its first token: there is no step to measure"
+        raise InputError(what, where="tune", fix="use other prompts, or more --max-new-tokens")
     plain = median(gaps.pop(0))
     costs = {k: median(of) / plain for k, of in gaps.items()}
     rates = {"all": acceptance(chosen, answers, built[-1])["accepted_given_previous"]}
@@ -134,8 +142,8 @@ def curve(found: Tuning, name: str) -> str:
     return document(f"Tuning of {name}", [f"<main id='main'><h1>{escape(name)}</h1>", figure, "</main>"])
 
 
-def write_recipe(path: Path, found: Tuning) -> None:
-    """Put K and costs into a recipe file; everything else in it stays as it is.
+def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:
+    """Put K, and for a head that is `paced` its costs, into a recipe file; everything else in it stays as it is.
 
     Raises:
         InputError: the file does not write `draft_tokens: [...]` itself.
@@ -150,5 +158,6 @@ def write_recipe(path: Path, found: Tuning) -> None:
         raise InputError("has no `draft_tokens: [...]` to change", where=str(path), fix=f"write {wanted} and {costs}")
     text = re.sub(r",?[ \t]*\n?[ \t]*step_costs:\s*\[[^\]]*\]", "", text)
     between = ", " if "{" in known["before"] else "\n" + known["indent"].lstrip("\n")
-    text = re.sub(r"draft_tokens:\s*\[[^\]]*\]", f"{wanted}{between}{costs}", text, count=1)
+    new = f"{wanted}{between}{costs}" if paced else wanted
+    text = re.sub(r"draft_tokens:\s*\[[^\]]*\]", new, text, count=1)
     write_atomic(path, text.encode())

@@ -9,8 +9,7 @@ from eager import make_engine
 from pipeline.distill import Request, distill
 from pipeline.distill.data import read_part
 from pipeline.distill.eagle3 import guesses
-from pipeline.distill.generate import Request as Writing
-from pipeline.distill.generate import Writer
+from pipeline.distill.generate import Writer, Writing
 from pipeline.distill.prompts import Apart
 from pipeline.distill.train import make_batch
 from pipeline.errors import InputError
@@ -156,6 +155,16 @@ def test_out_that_is_something_else_is_refused(work):
         distill(request_of(work, "mine"))
 
 
+@pytest.mark.parametrize(
+    ("change", "where"), [({"draft_vocab": 5000}, "--draft-vocab"), ({"device": "cuda:77"}, "--device")]
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(work, change, where):
+    with pytest.raises(InputError) as caught:
+        distill(request_of(work, "never", **change))
+    assert caught.value.where == where
+    assert not (work / "never").exists()
+
+
 def test_transcripts_and_prompts_of_ones_own(work):
     (work / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"Tell me about {i}"}) for i in range(20)))
     talks = [
@@ -167,6 +176,9 @@ def test_transcripts_and_prompts_of_ones_own(work):
         request_of(work, "own", tokens=300, steps=5, prompts=work / "prompts.jsonl", transcripts=work / "talks.jsonl")
     )
     assert figures["data"]["sequences"] == 9 + 20
+    (work / "empty.jsonl").write_text("")
+    with pytest.raises(InputError, match="no lines"):
+        distill(request_of(work, "empty", prompts=work / "empty.jsonl"))
     (work / "bad.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}')
     with pytest.raises(InputError, match=r"bad\.jsonl:2"):
         distill(request_of(work, "bad", prompts=work / "bad.jsonl"))

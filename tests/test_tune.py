@@ -66,7 +66,7 @@ shapes: {batch: [1], prefill: [32], kv: [64]}
 def test_recipe_is_written_and_keeps_everything_else(tmp_path, layout):
     path = tmp_path / "head.yaml"
     path.write_text(REST + RECIPES[layout])
-    write_recipe(path, choose(COSTS, {"all": [0.5] * 4, "json": [0.95] * 4}))
+    write_recipe(path, choose(COSTS, {"all": [0.5] * 4, "json": [0.95] * 4}), paced=True)
     recipe = load(path)
     assert recipe.speculation.draft_tokens == (2, 8)
     assert recipe.speculation.step_costs == (1.2, 1.8)
@@ -75,11 +75,21 @@ def test_recipe_is_written_and_keeps_everything_else(tmp_path, layout):
     assert ("#" in path.read_text()) == ("#" in RECIPES[layout])
 
 
+def test_recipe_with_a_draft_model_gets_k_alone(tmp_path):
+    """It has no pace: with costs it would be refused."""
+    path = tmp_path / "model.yaml"
+    rest = REST.replace("&eagle3=1", "")
+    path.write_text(rest + "speculation: {draft_tokens: [4]}\n")
+    write_recipe(path, choose({4: 1.4}, {"all": [0.5] * 4}), paced=False)
+    assert load(path).speculation.draft_tokens == (2,)
+    assert load(path).speculation.step_costs is None
+
+
 def test_recipe_that_inherits_its_k_is_refused(tmp_path):
     path = tmp_path / "head.yaml"
     path.write_text("base: other.yaml\n")
     with pytest.raises(InputError, match="draft_tokens"):
-        write_recipe(path, choose(COSTS, {"all": [0.5]}))
+        write_recipe(path, choose(COSTS, {"all": [0.5]}), paced=True)
 
 
 def test_measures_an_engine(tmp_path):

@@ -11,10 +11,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from pipeline.distill.card import write_head
 from pipeline.distill.job import Job
 from pipeline.distill.request import Request
 from pipeline.errors import InputError
+from pipeline.files import disk_errors
 from pipeline.models.weights import TAPS
 from pipeline.sources import resolve
 
@@ -33,6 +36,13 @@ def distill(request: Request) -> dict[str, Any]:
     if out.exists() and not (out / "training.json").is_file():
         raise InputError("there is something else", where=str(out), fix="give another --out, or remove it")
     job = _job(request)
+    with disk_errors(job.folder):
+        return _run(job)
+
+
+def _run(job: Job) -> dict[str, Any]:
+    """Write what data is missing, train, export."""
+    request, out = job.request, job.request.out
     job.write_data()
     sequences = job.sequences()
     request.say(f"training on {len(sequences)} sequences, {job.counts['answer_tokens']} tokens of answers")
@@ -52,10 +62,23 @@ def distill(request: Request) -> dict[str, Any]:
     return figures
 
 
+def _is_here(device: str) -> bool:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
 def _job(request: Request) -> Job:
     target = resolve(request.recipe.target.source, base=request.base, cache=request.cache / "sources")
     layers = target.config.layers
     if layers < TAPS:
         what = f"the target has {layers} layers; a head reads {TAPS}"
         raise InputError(what, where=request.recipe.name, fix=f"use a target of {TAPS} layers or more")
+    if request.draft_vocab > target.config.vocab:
+        what = f"found {request.draft_vocab}, more than the target's vocabulary of {target.config.vocab}"
+        raise InputError(what, where="--draft-vocab", fix="use less")
+    if not _is_here(request.device):
+        raise InputError(f"no device {request.device!r} here", where="--device", fix="use cpu")
     return Job(request, target, (2, layers // 2, layers - 3) if layers >= 8 else tuple(range(layers))[-TAPS:])

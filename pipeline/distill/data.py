@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from pipeline.distill.generate import Request, Writer, Written
+from pipeline.distill.generate import Writer, Writing, Written
 from pipeline.distill.prompts import Apart, opening, user_turn
 from pipeline.files import write_atomic
 from pipeline.runtime.text import Text
@@ -35,7 +35,7 @@ PART = 256
 
 
 @dataclass(frozen=True)
-class Sequence_:  # noqa: N801 - `Sequence` is typing's
+class Conversation:
     """One sequence: `tokens` int32 [T + 1], of which `prompt` were given; features of all but the last."""
 
     tokens: Tensor
@@ -61,7 +61,7 @@ class Prompts:
         before, after = user_turn(self.text)
         first = {seed: opening(seed) for seed in seeds}
         requests = (
-            Request(self.text.encode(before + words, special=False), PROMPT_TOKENS, PROMPT_TEMPERATURE, seed)
+            Writing(self.text.encode(before + words, special=False), PROMPT_TOKENS, PROMPT_TEMPERATURE, seed)
             for seed, words in first.items()
         )
         for written in writer.write(requests):
@@ -95,7 +95,7 @@ def write_part(
         greedy = seed % 10 < GREEDY_SHARE * 10
         room = writer.length - len(tokens)
         if room > 0:
-            requests.append(Request(tokens, min(new, room), 0.0 if greedy else ANSWER_TEMPERATURE, seed))
+            requests.append(Writing(tokens, min(new, room), 0.0 if greedy else ANSWER_TEMPERATURE, seed))
     found = sorted(writer.write(requests), key=lambda written: written.request.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, _pack(found))
@@ -118,16 +118,15 @@ def _pack(found: Sequence[Written]) -> bytes:
     return save(tensors, {"counts": json.dumps(counts)})
 
 
-def read_part(path: Path) -> list[Sequence_]:
+def read_part(path: Path) -> list[Conversation]:
     """All sequences of a part; their tensors are views of one file's."""
     part = load_file(path)
     ends = torch.cat((torch.zeros(1, dtype=torch.long), part["lengths"].long().cumsum(0))).tolist()
     found = []
     for number, (first, last) in enumerate(pairwise(ends)):
         seen = slice(first - number, last - number - 1)
-        found.append(
-            Sequence_(part["tokens"][first:last], int(part["prompts"][number]), part["taps"][seen], part["last"][seen])
-        )
+        states = part["taps"][seen], part["last"][seen]
+        found.append(Conversation(part["tokens"][first:last], int(part["prompts"][number]), *states))
     return found
 
 

@@ -29,7 +29,7 @@ CANDIDATES = 64
 
 
 @dataclass(frozen=True)
-class Request:
+class Writing:
     """Tokens to continue: at most `new` more, greedily at temperature 0. `seed` decides the draws."""
 
     tokens: list[int]
@@ -45,7 +45,7 @@ class Written:
     `taps_TX` and `last_TH`, in the target's dtype, are the inputs of the tapped layers and the normalised output.
     """
 
-    request: Request
+    request: Writing
     tokens: list[int]
     taps_TX: Tensor
     last_TH: Tensor
@@ -53,7 +53,7 @@ class Written:
 
 @dataclass
 class _Row:
-    request: Request
+    request: Writing
     tokens: list[int]
     generator: torch.Generator
 
@@ -94,7 +94,7 @@ class Writer:
         self._kept = torch.zeros(self.rows, self.length, (len(self.taps) + 1) * config.hidden, dtype=dtype)
 
     @torch.inference_mode()
-    def write(self, requests: Iterable[Request]) -> Iterator[Written]:
+    def write(self, requests: Iterable[Writing]) -> Iterator[Written]:
         """Finished sequences, in the order in which they end."""
         queue = iter(requests)
         rows: list[_Row | None] = [None] * self.rows
@@ -118,7 +118,7 @@ class Writer:
             last, taps, lengths = self._prefill(range(len(chosen)), [tokens for _, tokens in chosen])
             for row, (prompt, tokens) in enumerate(chosen):
                 size = int(lengths[row]) - 1
-                yield Written(Request(prompt, 0), tokens, taps[row, :size].cpu(), last[row, :size].cpu())
+                yield Written(Writing(prompt, 0), tokens, taps[row, :size].cpu(), last[row, :size].cpu())
 
     def _prefill(self, slots: Sequence[int], sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Read sequences into empty rows in one pass: last and tapped states [B, T, ..], and lengths."""
@@ -131,7 +131,7 @@ class Writer:
         last, taps = self.model.read(Prompt(*(tensor.to(self.device) for tensor in inputs)))
         return last, last[..., :0] if taps is None else taps, lengths
 
-    def _admit(self, queue: Iterator[Request], rows: list[_Row | None], free: list[int]) -> bool:
+    def _admit(self, queue: Iterator[Writing], rows: list[_Row | None], free: list[int]) -> bool:
         """Fill free rows from the queue and read their prompts in one pass; False when the queue has ended."""
         fresh = dict(zip(free, queue, strict=False))
         if not fresh:

@@ -13,14 +13,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.distill.data import PART, Prompts, Sequence_, read_part, write_part, write_transcripts
-from pipeline.distill.generate import Request as Writing
-from pipeline.distill.generate import Writer
+from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_part, write_transcripts
+from pipeline.distill.generate import Writer, Writing
 from pipeline.distill.head import frequent, head_config, initial
 from pipeline.distill.prompts import Apart
 from pipeline.distill.request import ANSWER_TOKENS, LENGTH, ROWS, Request, data_key
 from pipeline.distill.train import Settings, Trainer
 from pipeline.errors import InputError
+from pipeline.files import write_atomic
 from pipeline.models.eagle3 import read_config
 from pipeline.runtime.text import Text
 from pipeline.sources import Checkpoint, tokenizer_files, weights
@@ -51,7 +51,7 @@ class Job:
         folder = self.folder / "tokenizer"
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in tokenizer_files(self.target).items():
-            (folder / name).write_bytes(data)
+            write_atomic(folder / name, data)
         return Text(folder)
 
     @cached_property
@@ -86,29 +86,29 @@ class Job:
             number += 1
             say(f"{self.counts['answer_tokens']} of {self.request.tokens} tokens written")
 
-    def sequences(self) -> list[Sequence_]:
+    def sequences(self) -> list[Conversation]:
         """All that may be trained on."""
         found = [s for path in self._parts() for s in read_part(path)]
         return [s for s in found if len(s.tokens) - s.prompt >= SHORTEST]
 
-    def held_out(self) -> dict[str, list[Sequence_]]:
+    def held_out(self) -> dict[str, list[Conversation]]:
         """Greedy answers to the recipe's prompts, by class."""
         asked = [
             Writing(self._encode(p.text)[-LENGTH // 2 :], ANSWER_TOKENS, 0.0, i) for i, p in enumerate(self.evaluated)
         ]
-        found: dict[str, list[Sequence_]] = {}
+        found: dict[str, list[Conversation]] = {}
         for written in sorted(self.writer.write(asked), key=lambda w: w.request.seed):
             tokens = torch.tensor(written.tokens, dtype=torch.int32)
-            sequence = Sequence_(tokens, len(written.request.tokens), written.taps_TX, written.last_TH)
+            sequence = Conversation(tokens, len(written.request.tokens), written.taps_TX, written.last_TH)
             found.setdefault(self.evaluated[written.request.seed].kind, []).append(sequence)
         return found
 
-    def ids(self, sequences: Sequence[Sequence_]) -> Tensor:
+    def ids(self, sequences: Sequence[Conversation]) -> Tensor:
         """Target ids of the reduced vocabulary, ascending int64."""
-        size = min(self.request.draft_vocab, self.target.config.vocab)
-        return frequent((s.tokens[s.prompt :] for s in sequences), size, self.target.config.eos_ids)
+        written = (s.tokens[s.prompt :] for s in sequences)
+        return frequent(written, self.request.draft_vocab, self.target.config.eos_ids)
 
-    def trainer(self, sequences: Sequence[Sequence_]) -> Trainer:
+    def trainer(self, sequences: Sequence[Conversation]) -> Trainer:
         """A head at its start, or where an interrupted run left it."""
         request, ids = self.request, self.ids(sequences)
         refs = weights(self.target)
@@ -156,4 +156,6 @@ def _lines(path: Path, key: str) -> list[str]:
         except (ValueError, KeyError, TypeError) as error:
             fix = f'write one JSON object a line, with "{key}"'
             raise InputError("not such a line", where=f"{path}:{number}", fix=fix) from error
+    if not found:
+        raise InputError("no lines", where=str(path), fix=f'write one JSON object a line, with "{key}"')
     return found

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.distill.data import Sequence_
+from pipeline.distill.data import Conversation
 from pipeline.distill.eagle3 import Batch, Guess, guesses
 from pipeline.files import write_atomic
 from pipeline.models.config import ModelConfig
@@ -90,7 +90,7 @@ class Trainer:
         if self._state.is_file():
             self._load()
 
-    def train(self, sequences: Sequence[Sequence_], held_out: Sequence[Sequence_]) -> Accuracy:
+    def train(self, sequences: Sequence[Conversation], held_out: Sequence[Conversation]) -> Accuracy:
         """Train to the last step; returns the accuracy on `held_out`."""
         started, first = time.monotonic(), self.step
         losses: list[float] = []
@@ -109,7 +109,7 @@ class Trainer:
         return self.accuracy(held_out)
 
     @torch.inference_mode()
-    def accuracy(self, sequences: Sequence[Sequence_]) -> Accuracy:
+    def accuracy(self, sequences: Sequence[Conversation]) -> Accuracy:
         """Greedy guesses against the tokens that the target chose."""
         found = Accuracy([0] * self.settings.depths, [0] * self.settings.depths)
         for start in range(0, len(sequences), 8):
@@ -170,7 +170,7 @@ class Trainer:
         done = (self.step - self.settings.warmup) / max(self.settings.steps - self.settings.warmup, 1)
         return 0.05 + 0.95 * (1 + math.cos(math.pi * min(done, 1))) / 2
 
-    def _batches(self, sequences: Sequence[Sequence_]) -> Iterator[Batch]:
+    def _batches(self, sequences: Sequence[Conversation]) -> Iterator[Batch]:
         """Endless batches from the current step on, shuffled anew in each epoch; sequences of like length together."""
         seen = 0
         epoch = 0
@@ -211,7 +211,7 @@ class Trainer:
         self.say(f"going on at step {self.step}")
 
 
-def make_batch(sequences: Sequence[Sequence_], device: torch.device | str) -> Batch:
+def make_batch(sequences: Sequence[Conversation], device: torch.device | str) -> Batch:
     """Pad sequences to one length."""
     tokens = pad_sequence([s.tokens.long() for s in sequences], batch_first=True)
     taps = pad_sequence([s.taps_TX for s in sequences], batch_first=True)
@@ -222,15 +222,15 @@ def make_batch(sequences: Sequence[Sequence_], device: torch.device | str) -> Ba
     return Batch(tokens.to(device), taps.to(device), last.to(device), learn.to(device))
 
 
-def _length(sequence: Sequence_) -> int:
+def _length(sequence: Conversation) -> int:
     return len(sequence.tokens)
 
 
-def _prompt(sequence: Sequence_) -> int:
+def _prompt(sequence: Conversation) -> int:
     return sequence.prompt
 
 
-def _grouped(sequences: Sequence[Sequence_], tokens: int, generator: torch.Generator) -> list[list[int]]:
+def _grouped(sequences: Sequence[Conversation], tokens: int, generator: torch.Generator) -> list[list[int]]:
     """Batches of at most so many padded tokens, in random order."""
     jitter = torch.rand(len(sequences), generator=generator)
     order = sorted(range(len(sequences)), key=lambda i: _length(sequences[i]) + 40 * float(jitter[i]))
