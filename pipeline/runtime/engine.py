@@ -146,8 +146,15 @@ class Engine:
                 where="temperature",
                 fix=f"add {how} to speculation.sampling and rebuild",
             )
-        if settings.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={settings.max_new_tokens} is not positive", where="max_new_tokens")
+        accepted = {
+            "max_new_tokens": (settings.max_new_tokens >= 1, "1 or more"),
+            "temperature": (settings.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (settings.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < settings.top_p <= 1, "more than 0, at most 1"),
+        }
+        for name, (fits, range_) in accepted.items():
+            if not fits:
+                raise InputError(f"found {getattr(settings, name)}", where=name, fix=f"use {range_}")
 
     def _steps(self, draft_tokens: int | None) -> int:
         built = self.manifest.draft_tokens
