@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.models.config import ModelConfig
-from pipeline.models.eagle3 import taps_of
 from pipeline.models.weights import local_shape
 from pipeline.recipe import Recipe, Sampling
 
@@ -281,12 +280,6 @@ def _method_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -
     if recipe.draft.placement == "sharded" and recipe.parallel.tensor > 1:
         what = "found sharded; an EAGLE-3 head is whole on each rank, as the states that it reads are"
         yield Problem(recipe.place("draft.placement"), what, "write placement: replicated")
-    if recipe.backend.name == "inductor" and recipe.parallel.tensor > 1 and taps_of(target, draft)[0] == 0:
-        # Inductor joins the taps in place: into the tensor that the embedding's collective is still to sum.
-        what = (
-            f"found {recipe.parallel.tensor}, but the draft reads the target's embedding (layer 0), which ranks split"
-        )
-        yield Problem(recipe.place("parallel.tensor"), what, "write tensor: 1, or use a head that reads later layers")
     if draft.vocab != target.vocab:
         what = f"the draft has vocab_size={draft.vocab}, the target, whose tokens it reads, {target.vocab}"
         yield Problem(recipe.place("draft"), what, "use a draft that was made for this target")

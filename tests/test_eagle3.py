@@ -161,14 +161,6 @@ def test_head_of_another_target_is_refused(work, tmp_path, change, what):
         pair_of(work, recipe_of(draft=str(tmp_path)))
 
 
-def test_split_target_whose_embedding_is_read_is_refused(work):
-    recipe = recipe_of()
-    pair = pair_of(work, recipe)
-    split = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"tensor": 2})})
-    with pytest.raises(RecipeError, match="layer 0"):
-        make_plan(split, pair[0].config, pair[1].config)
-
-
 @pytest.mark.parametrize(("method", "draft"), [("draft_model", HEAD), ("eagle3", "pico://llama?draft_vocab=128")])
 def test_method_must_be_the_drafts(work, method, draft):
     recipe = recipe_of(method=method, draft=draft)

@@ -30,6 +30,17 @@ KERNEL_DIGEST = hashlib.sha256(Path(__file__).with_name("block_linear_kernel.py"
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
 
+COLLECTIVES: dict[str, Any] = {"allow_buffer_reuse": False, "inplace_buffers": False, "max_fusion_size": 1}
+"""Inductor's configuration for graphs with collectives (torch 2.13), part of their keys.
+
+- No reuse of buffers. A worker thread of gloo lets go of a collective's tensor late and under its lock. If a graph
+  hands that very tensor to Python as an output, letting go needs the interpreter's lock, which the next run of a graph
+  holds while it waits for gloo's: a deadlock. Without reuse no output ever is a collective's tensor.
+- No fusion. Sums are lowered to be in place, and a fused kernel may be placed before the sum that one of its inputs
+  waits for: seen where hidden states are kept beside later layers (heads), whose last layer then lacked the other
+  ranks' part.
+"""
+
 
 class InductorBackend:
     """AOTInductor for the CPU (default) or CUDA."""
@@ -111,7 +122,8 @@ class InductorBackend:
             _stand_in_group(pair.tp)
         with torch.no_grad():
             program = torch.export.export(module, (inputs,), strict=False)
-        return Traced(canonical(program).encode(), io, program)
+        ir = canonical(program) + (repr(COLLECTIVES) if has_collectives(program) else "")
+        return Traced(ir.encode(), io, program)
 
     def compile(self, traced: Traced, work: Path) -> bytes:
         """Lower to C++ (or Triton) and build the shared library; returns the `.pt2` package."""
@@ -121,10 +133,7 @@ class InductorBackend:
         # The processor says which instructions it has; Inductor's probes for that compile for seconds.
         settings = self._settings() | {"compile_threads": 1, "cpp.vec_isa_ok": True}
         if has_collectives(traced.program):
-            # A worker thread of gloo lets go of a collective's tensor late and under gloo's lock. If a graph hands that
-            # very tensor to Python as an output, letting go needs the interpreter lock, which the next run of a graph
-            # holds while it waits for gloo's: a deadlock. Without reuse no output ever is a collective's tensor.
-            settings |= {"allow_buffer_reuse": False, "inplace_buffers": False}
+            settings |= COLLECTIVES
         flags = repr(sorted(self.flags().items())).encode()
         headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + traced.ir))
         with scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers), no_input_checks():
