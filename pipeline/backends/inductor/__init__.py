@@ -1,6 +1,7 @@
 """AOTInductor: torch.export, C++ kernels, one shared library per graph. Runs everything for real on any machine.
 
     seams.py                blocked weights and collectives: what the models' seams are filled with
+    collectives.py          sums and gathers over ranks
     backend.py              the backend: trace, compile, load
     scratch.py              Inductor's folders, headers and checks
     block_linear.py         a few rows times a blocked weight: what it computes

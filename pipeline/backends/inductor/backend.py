@@ -30,17 +30,6 @@ KERNEL_DIGEST = hashlib.sha256(Path(__file__).with_name("block_linear_kernel.py"
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
 
-COLLECTIVES: dict[str, Any] = {"allow_buffer_reuse": False, "inplace_buffers": False, "max_fusion_size": 1}
-"""Inductor's configuration for graphs with collectives (torch 2.13), part of their keys.
-
-- No reuse of buffers. A worker thread of gloo lets go of a collective's tensor late and under its lock. If a graph
-  hands that very tensor to Python as an output, letting go needs the interpreter's lock, which the next run of a graph
-  holds while it waits for gloo's: a deadlock. Without reuse no output ever is a collective's tensor.
-- No fusion. Sums are lowered to be in place, and a fused kernel may be placed before the sum that one of its inputs
-  waits for: seen where hidden states are kept beside later layers (heads), whose last layer then lacked the other
-  ranks' part.
-"""
-
 
 class InductorBackend:
     """AOTInductor for the CPU (default) or CUDA."""
@@ -118,12 +107,9 @@ class InductorBackend:
         io = signature(spec, pair, self.packing)
         module = GraphModule(spec, pair, io, self.seams)
         inputs = empty(io.inputs, self.device)
-        if pair.tp > 1:
-            _stand_in_group(pair.tp)
         with torch.no_grad():
             program = torch.export.export(module, (inputs,), strict=False)
-        ir = canonical(program) + (repr(COLLECTIVES) if has_collectives(program) else "")
-        return Traced(ir.encode(), io, program)
+        return Traced(canonical(program).encode(), io, program)
 
     def compile(self, traced: Traced, work: Path) -> bytes:
         """Lower to C++ (or Triton) and build the shared library; returns the `.pt2` package."""
@@ -132,8 +118,6 @@ class InductorBackend:
         package = work / self.graph_file
         # The processor says which instructions it has; Inductor's probes for that compile for seconds.
         settings = self._settings() | {"compile_threads": 1, "cpp.vec_isa_ok": True}
-        if has_collectives(traced.program):
-            settings |= COLLECTIVES
         flags = repr(sorted(self.flags().items())).encode()
         headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + traced.ir))
         with scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers), no_input_checks():
@@ -145,14 +129,6 @@ class InductorBackend:
     def load(self, graph: Path) -> LoadedGraph:
         """Open a package that has been verified."""
         return LoadedGraph(graph, -1 if self.device == "cpu" else torch.cuda.current_device())
-
-
-def _stand_in_group(ranks: int) -> None:
-    """Register a process group that only has a size: tracing and compiling resolve it by name, nothing is sent."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
 
 
 class LoadedGraph:
@@ -170,11 +146,6 @@ class LoadedGraph:
         """Run on tensors in signature order."""
         outputs: list[Tensor] = self._loader.run(list(tensors))
         return outputs
-
-
-def has_collectives(program: torch.export.ExportedProgram) -> bool:
-    """Whether a graph talks to other ranks."""
-    return any("_c10d_functional" in str(node.target) for node in program.graph.nodes)
 
 
 def canonical(program: torch.export.ExportedProgram) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pipeline.backends.inductor.block_linear import block_linear
+from pipeline.backends.inductor.collectives import all_gather, all_reduce
 from pipeline.models.parallel import Seams
-
-GROUP = "0"
-"""Name that torch.distributed gives the default process group."""
 
 
 class BlockedSeams(Seams):
@@ -32,25 +29,18 @@ class BlockedSeams(Seams):
 
 
 class RankedSeams(BlockedSeams):
-    """Blocked weights, split over `tp` ranks; sums and gathers are functional collectives inside the graph."""
+    """Blocked weights, split over `tp` ranks; sums and gathers are operators inside the graph."""
 
     def __init__(self, tp: int) -> None:
         self.tp = tp
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks."""
-        return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", GROUP))
+        return all_reduce(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate the last axis over ranks."""
-        flat = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), self.tp, GROUP)
-        parts = _wait(flat).view(self.tp, *x.shape)
-        return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)
-
-
-def _wait(x: Tensor) -> Tensor:
-    done: Tensor = torch.ops._c10d_functional.wait_tensor(x)
-    return done
+        return all_gather(x, self.tp).movedim(0, -2).reshape(*x.shape[:-1], -1)
 
 
 class PlainRankedSeams(RankedSeams):
