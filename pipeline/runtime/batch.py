@@ -1,0 +1,233 @@
+"""Cache rows of a loaded artifact and the graphs that advance them: what the engine and servers have in common.
+
+Decides which bucket runs and what it is given; whoever calls decides which rows take part and what becomes of their
+tokens. A row keeps its tokens and how far the draft's cache reaches, so speculation can be switched at any step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.artifact import Manifest
+from pipeline.errors import InputError
+from pipeline.plan import GraphSpec
+from pipeline.runtime.pace import Acceptance, Pace
+from pipeline.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a row's tokens are chosen: greedily at temperature 0; `top_k` 0 and `top_p` 1 keep every candidate."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass
+class Row:
+    """A request in a cache row. `tokens` is prompt and output; all but the last are in the target's cache."""
+
+    tokens: list[int]
+    prompt: int
+    generator: torch.Generator
+    choice: Choice
+    in_draft: int = 0
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    @property
+    def position(self) -> int:
+        """Tokens in the target's cache; where the last token will be written."""
+        return len(self.tokens) - 1
+
+
+Rows = Mapping[int, Row]
+"""Rows by their slot in the caches."""
+
+
+class Batch:
+    """The slots of an artifact. Every method takes the rows that take part; new tokens are the caller's to append."""
+
+    def __init__(self, manifest: Manifest, ranks: Ranks) -> None:
+        self.manifest = manifest
+        self.ranks = ranks
+        self.graphs = [g.spec() for g in manifest.graphs]
+        self.slots = manifest.shapes.batch[-1]
+        self.length = manifest.shapes.kv[-1] - 1
+        self.stats = {"prefills": 0, "speculative_steps": 0, "decode_steps": 0, "tokens": 0, "catch_ups": 0}
+
+    def check_choice(self, choice: Choice) -> None:
+        """Refuse sampling that was not built, or settings out of range.
+
+        Raises:
+            InputError: naming the setting.
+
+        """
+        how = "stochastic" if choice.temperature > 0 else "greedy"
+        if how not in self.manifest.sampling:
+            built = ", ".join(self.manifest.sampling)
+            raise InputError(
+                f"{how} sampling was not built; the artifact has {built}",
+                where="temperature",
+                fix=f"add {how} to speculation.sampling and rebuild",
+            )
+        accepted = {
+            "temperature": (choice.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (choice.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < choice.top_p <= 1, "more than 0, at most 1"),
+        }
+        for name, (fits, range_) in accepted.items():
+            if not fits:
+                raise InputError(f"found {getattr(choice, name)}", where=name, fix=f"use {range_}")
+
+    def check_prompt(self, tokens: Sequence[int], where: str) -> None:
+        """Refuse prompts that no prefill bucket takes, and ids that the target lacks.
+
+        Raises:
+            InputError: with the limit.
+
+        """
+        longest, last = self.manifest.shapes.prefill[-1], self.manifest.vocab - 1
+        if not tokens or len(tokens) > longest:
+            raise InputError(
+                f"{len(tokens)} tokens; the artifact takes 1 to {longest}",
+                where=where,
+                fix="shorten the prompt, or build with a larger prefill bucket",
+            )
+        if strange := [token for token in tokens if not 0 <= token <= last]:
+            raise InputError(
+                f"token id {strange[0]}; the artifact's vocabulary has ids 0 to {last}",
+                where=where,
+                fix="send text, or ids of the artifact's own tokenizer",
+            )
+
+    def pace(self) -> Pace | None:
+        """What chooses K per step, where the artifact knows what steps cost.
+
+        For greedy rows only: steps of changing K would draw other random numbers.
+        """
+        costs = self.manifest.step_costs
+        return None if costs is None else Pace(dict(zip(self.manifest.draft_tokens, costs, strict=True)))
+
+    def prefill(self, rows: Rows) -> dict[int, int]:
+        """Read whole prompts into their slots, as many at a time as a graph takes; returns each row's first token."""
+        spec = self._prefill_graph(max(row.prompt for row in rows.values()), len(rows))
+        slots = list(rows)
+        first: dict[int, int] = {}
+        for start in range(0, len(slots), spec.batch):
+            first |= self._prefill(spec, {slot: rows[slot] for slot in slots[start : start + spec.batch]})
+        return first
+
+    def decode(self, rows: Rows) -> dict[int, list[int]]:
+        """One token per row from the target alone."""
+        spec = self._graph("decode", rows, _deepest(rows) + 1, 0)
+        out = self.ranks.run(spec, _where(spec, rows) | _sampling(spec, rows, 1))["token"]
+        self.stats["decode_steps"] += 1
+        for row in rows.values():
+            if self.manifest.method == "eagle3":  # its head follows every step of the target
+                row.in_draft = row.position + 1
+        return {slot: [int(out[slot])] for slot in rows}
+
+    def has_room(self, rows: Rows, steps: int) -> bool:
+        """Whether K = `steps` drafts fit behind every row."""
+        return _deepest(rows) + steps < self.length
+
+    def speculate(self, rows: Rows, steps: int) -> dict[int, list[int]]:
+        """Draft `steps` tokens and verify them: 1 to K+1 tokens per row."""
+        self._catch_up(rows)
+        spec = self._graph("speculate", rows, _deepest(rows) + steps + 1, steps)
+        out = self.ranks.run(spec, _where(spec, rows) | _sampling(spec, rows, 2 * steps + 1))
+        self.stats["speculative_steps"] += 1
+        new = {slot: out["tokens"][slot, : int(out["count"][slot])].tolist() for slot in rows}
+        for slot, row in rows.items():
+            row.acceptance.saw(len(new[slot]) - 1, steps)
+            # After a fully accepted step a draft model lacks the last token it proposed, until its next pass.
+            row.in_draft = row.position + len(new[slot]) - (len(new[slot]) > steps)
+        return new
+
+    def _prefill(self, spec: GraphSpec, rows: Rows) -> dict[int, int]:
+        tokens = torch.zeros(spec.batch, spec.tokens, dtype=torch.int32)
+        lengths = torch.zeros(spec.batch, dtype=torch.int32)
+        spare = [slot for slot in range(self.slots) if slot not in rows]
+        slots = torch.tensor((list(rows) + spare)[: spec.batch], dtype=torch.int32)
+        for place, row in enumerate(rows.values()):
+            tokens[place, : row.prompt] = torch.tensor(row.tokens, dtype=torch.int32)
+            lengths[place] = row.in_draft = row.prompt
+        arguments = {"tokens": tokens, "lengths": lengths, "slots": slots}
+        order = dict(enumerate(rows.values()))
+        out = self.ranks.run(spec, arguments | _sampling(spec, order, 1))["token"]
+        self.stats["prefills"] += 1
+        return {slot: int(out[place]) for place, slot in enumerate(rows)}
+
+    def _catch_up(self, rows: Rows) -> None:
+        """Show the draft what was decoded without it, through its `score` graph.
+
+        A step itself covers the token before the last one; only longer gaps need this. Rows without a gap get their
+        own next positions, which hold nothing yet.
+        """
+        while gaps := {slot: row for slot, row in rows.items() if row.in_draft < row.position - 1}:
+            spec = self._score_graph("draft", _deepest(rows))
+            tokens = torch.zeros(spec.batch, spec.tokens, dtype=torch.int32)
+            position = torch.full((spec.batch,), self.length, dtype=torch.int32)
+            for slot, row in gaps.items():
+                piece = row.tokens[row.in_draft : row.position][: spec.tokens]
+                tokens[slot, : len(piece)] = torch.tensor(piece, dtype=torch.int32)
+                position[slot] = row.in_draft
+                row.in_draft += len(piece)
+            self.ranks.run(spec, {"tokens": tokens, "position": position})
+            self.stats["catch_ups"] += 1
+
+    def _graph(self, phase: str, rows: Rows, length: int, steps: int) -> GraphSpec:
+        """The smallest bucket that holds the rows' slots and `length` positions."""
+        how = _how(rows)
+        fits = [
+            g for g in self.graphs
+            if g.phase == phase and g.sampling == how and g.draft_tokens == steps and g.batch > max(rows)
+            and g.kv >= min(length, self.length)
+        ]  # fmt: skip
+        return min(fits, key=lambda g: (g.batch, g.kv))
+
+    def _prefill_graph(self, tokens: int, rows: int) -> GraphSpec:
+        """The smallest token bucket that holds the prompts, in the smallest batch that takes all, else the largest."""
+        fits = [g for g in self.graphs if g.phase == "prefill" and g.tokens >= tokens]
+        bucket = [g for g in fits if g.tokens == min(f.tokens for f in fits)]
+        return min((g for g in bucket if g.batch >= rows), key=lambda g: g.batch, default=bucket[-1])
+
+    def _score_graph(self, model: str, length: int) -> GraphSpec:
+        fits = [g for g in self.graphs if g.phase == "score" and g.model == model and g.kv >= min(length, self.length)]
+        return min(fits, key=lambda g: g.kv)
+
+
+def _deepest(rows: Rows) -> int:
+    return max(row.position for row in rows.values())
+
+
+def _how(rows: Rows) -> str:
+    """Rows that are greedy may share a stochastic graph: temperature 0 there puts all mass on the best token."""
+    return "stochastic" if any(row.choice.temperature > 0 for row in rows.values()) else "greedy"
+
+
+def _where(spec: GraphSpec, rows: Rows) -> dict[str, Tensor]:
+    last = torch.zeros(spec.batch, dtype=torch.int32)
+    position = torch.zeros(spec.batch, dtype=torch.int32)
+    active = torch.zeros(spec.batch, dtype=torch.bool)
+    for slot, row in rows.items():
+        last[slot], position[slot], active[slot] = row.tokens[-1], row.position, True
+    return {"last_token": last, "position": position, "active": active}
+
+
+def _sampling(spec: GraphSpec, rows: Rows, draws: int) -> dict[str, Tensor]:
+    """Arguments of a stochastic graph; none for a greedy one."""
+    if spec.sampling == "greedy":
+        return {}
+    temperature, top_p = torch.zeros(spec.batch), torch.ones(spec.batch)
+    top_k = torch.zeros(spec.batch, dtype=torch.int32)
+    uniforms = torch.zeros(spec.batch, draws)
+    for slot, row in rows.items():
+        temperature[slot], top_k[slot], top_p[slot] = row.choice.temperature, row.choice.top_k, row.choice.top_p
+        uniforms[slot] = torch.rand(draws, generator=row.generator)
+    return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "uniforms": uniforms}
