@@ -85,11 +85,19 @@ def package(
         known = dict(_add_shards(folder, shards, weights))
         for one in compiled:
             _add_graph(folder, one, plan, backend, Cache(cache))
+        _write_json(folder / "config.json", lock.target.config)
+        _write_json(folder / "generation_config.json", _generation(plan))
         (folder / "tokenizer").mkdir()
         for name, data in tokenizer.items():
             (folder / "tokenizer" / name).write_bytes(data)
         seal(folder, facts, known)
     return read(out)
+
+
+def _generation(plan: Plan) -> dict[str, Any]:
+    """What servers assume of a request that does not say: where answers end, and greedy if nothing else was built."""
+    greedy = "stochastic" not in plan.recipe.speculation.sampling
+    return {"eos_token_id": list(plan.pair.target.eos_ids)} | ({"temperature": 0.0} if greedy else {})
 
 
 def seal(folder: Path, facts: Facts, known: Mapping[str, FileEntry] | None = None) -> Manifest:

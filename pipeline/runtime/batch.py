@@ -49,6 +49,53 @@ Rows = Mapping[int, Row]
 """Rows by their slot in the caches."""
 
 
+def check_choice(manifest: Manifest, choice: Choice) -> None:
+    """Refuse sampling that was not built, or settings out of range.
+
+    Raises:
+        InputError: naming the setting.
+
+    """
+    how = "stochastic" if choice.temperature > 0 else "greedy"
+    if how not in manifest.sampling:
+        built = ", ".join(manifest.sampling)
+        raise InputError(
+            f"{how} sampling was not built; the artifact has {built}",
+            where="temperature",
+            fix=f"add {how} to speculation.sampling and rebuild",
+        )
+    accepted = {
+        "temperature": (choice.temperature >= 0, "0 (greedy) or more"),
+        "top_k": (choice.top_k >= 0, "0 (all tokens) or more"),
+        "top_p": (0 < choice.top_p <= 1, "more than 0, at most 1"),
+    }
+    for name, (fits, range_) in accepted.items():
+        if not fits:
+            raise InputError(f"found {getattr(choice, name)}", where=name, fix=f"use {range_}")
+
+
+def check_prompt(manifest: Manifest, tokens: Sequence[int], where: str) -> None:
+    """Refuse prompts that no prefill bucket takes, and ids that the target lacks.
+
+    Raises:
+        InputError: with the limit.
+
+    """
+    longest, last = manifest.shapes.prefill[-1], manifest.vocab - 1
+    if not tokens or len(tokens) > longest:
+        raise InputError(
+            f"{len(tokens)} tokens; the artifact takes 1 to {longest}",
+            where=where,
+            fix="shorten the prompt, or build with a larger prefill bucket",
+        )
+    if strange := [token for token in tokens if not 0 <= token <= last]:
+        raise InputError(
+            f"token id {strange[0]}; the artifact's vocabulary has ids 0 to {last}",
+            where=where,
+            fix="send text, or ids of the artifact's own tokenizer",
+        )
+
+
 class Batch:
     """The slots of an artifact. Every method takes the rows that take part; new tokens are the caller's to append."""
 
@@ -60,51 +107,6 @@ class Batch:
         self.length = manifest.shapes.kv[-1] - 1
         self.stats = {"prefills": 0, "speculative_steps": 0, "decode_steps": 0, "tokens": 0, "catch_ups": 0}
 
-    def check_choice(self, choice: Choice) -> None:
-        """Refuse sampling that was not built, or settings out of range.
-
-        Raises:
-            InputError: naming the setting.
-
-        """
-        how = "stochastic" if choice.temperature > 0 else "greedy"
-        if how not in self.manifest.sampling:
-            built = ", ".join(self.manifest.sampling)
-            raise InputError(
-                f"{how} sampling was not built; the artifact has {built}",
-                where="temperature",
-                fix=f"add {how} to speculation.sampling and rebuild",
-            )
-        accepted = {
-            "temperature": (choice.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (choice.top_k >= 0, "0 (all tokens) or more"),
-            "top_p": (0 < choice.top_p <= 1, "more than 0, at most 1"),
-        }
-        for name, (fits, range_) in accepted.items():
-            if not fits:
-                raise InputError(f"found {getattr(choice, name)}", where=name, fix=f"use {range_}")
-
-    def check_prompt(self, tokens: Sequence[int], where: str) -> None:
-        """Refuse prompts that no prefill bucket takes, and ids that the target lacks.
-
-        Raises:
-            InputError: with the limit.
-
-        """
-        longest, last = self.manifest.shapes.prefill[-1], self.manifest.vocab - 1
-        if not tokens or len(tokens) > longest:
-            raise InputError(
-                f"{len(tokens)} tokens; the artifact takes 1 to {longest}",
-                where=where,
-                fix="shorten the prompt, or build with a larger prefill bucket",
-            )
-        if strange := [token for token in tokens if not 0 <= token <= last]:
-            raise InputError(
-                f"token id {strange[0]}; the artifact's vocabulary has ids 0 to {last}",
-                where=where,
-                fix="send text, or ids of the artifact's own tokenizer",
-            )
-
     def pace(self) -> Pace | None:
         """What chooses K per step, where the artifact knows what steps cost.
 
@@ -112,6 +114,22 @@ class Batch:
         """
         costs = self.manifest.step_costs
         return None if costs is None else Pace(dict(zip(self.manifest.draft_tokens, costs, strict=True)))
+
+    def warm(self) -> int:
+        """Run every graph that serving uses once, with nobody in it, so that no request waits for its opening."""
+        used = [g for g in self.graphs if g.phase != "score" or g.model == "draft"]
+        for spec in used:
+            if spec.phase == "score":
+                self._score(spec, {})
+            elif spec.phase == "prefill":
+                self._prefill(spec, {})
+            else:
+                self.ranks.run(spec, _where(spec, {}) | _sampling(spec, {}, 2 * spec.draft_tokens + 1))
+        return len(used)
+
+    def close(self) -> None:
+        """End the ranks."""
+        self.ranks.close()
 
     def prefill(self, rows: Rows) -> dict[int, int]:
         """Read whole prompts into their slots, as many at a time as a graph takes; returns each row's first token."""
@@ -160,7 +178,7 @@ class Batch:
         arguments = {"tokens": tokens, "lengths": lengths, "slots": slots}
         order = dict(enumerate(rows.values()))
         out = self.ranks.run(spec, arguments | _sampling(spec, order, 1))["token"]
-        self.stats["prefills"] += 1
+        self.stats["prefills"] += len(rows) > 0
         return {slot: int(out[place]) for place, slot in enumerate(rows)}
 
     def _catch_up(self, rows: Rows) -> None:
@@ -171,15 +189,19 @@ class Batch:
         """
         while gaps := {slot: row for slot, row in rows.items() if row.in_draft < row.position - 1}:
             spec = self._score_graph("draft", _deepest(rows))
-            tokens = torch.zeros(spec.batch, spec.tokens, dtype=torch.int32)
-            position = torch.full((spec.batch,), self.length, dtype=torch.int32)
-            for slot, row in gaps.items():
-                piece = row.tokens[row.in_draft : row.position][: spec.tokens]
-                tokens[slot, : len(piece)] = torch.tensor(piece, dtype=torch.int32)
-                position[slot] = row.in_draft
-                row.in_draft += len(piece)
-            self.ranks.run(spec, {"tokens": tokens, "position": position})
+            self._score(spec, gaps)
             self.stats["catch_ups"] += 1
+
+    def _score(self, spec: GraphSpec, rows: Rows) -> None:
+        """Show the draft the next piece of what it lacks."""
+        tokens = torch.zeros(spec.batch, spec.tokens, dtype=torch.int32)
+        position = torch.full((spec.batch,), self.length, dtype=torch.int32)
+        for slot, row in rows.items():
+            piece = row.tokens[row.in_draft : row.position][: spec.tokens]
+            tokens[slot, : len(piece)] = torch.tensor(piece, dtype=torch.int32)
+            position[slot] = row.in_draft
+            row.in_draft += len(piece)
+        self.ranks.run(spec, {"tokens": tokens, "position": position})
 
     def _graph(self, phase: str, rows: Rows, length: int, steps: int) -> GraphSpec:
         """The smallest bucket that holds the rows' slots and `length` positions."""

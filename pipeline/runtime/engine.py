@@ -12,7 +12,7 @@ import torch
 
 from pipeline.artifact import Manifest
 from pipeline.errors import InputError
-from pipeline.runtime.batch import Batch, Choice, Row
+from pipeline.runtime.batch import Batch, Choice, Row, check_choice, check_prompt
 from pipeline.runtime.pace import Pace
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.text import Text
@@ -93,7 +93,7 @@ class Engine:
         if max_new_tokens < 1:
             raise InputError(f"found {max_new_tokens}", where="max_new_tokens", fix="use 1 or more")
         choice = Choice(temperature, top_k, top_p)
-        self.batch.check_choice(choice)
+        check_choice(self.manifest, choice)
         paced = speculate and draft_tokens is None and temperature == 0
         steps = self._steps(draft_tokens) if speculate else None
         settings = Settings(max_new_tokens, steps, self.batch.pace() if paced else None)
@@ -116,7 +116,7 @@ class Engine:
 
     def close(self) -> None:
         """End the ranks."""
-        self.ranks.close()
+        self.batch.close()
 
     def _steps(self, draft_tokens: int | None) -> int:
         built = self.manifest.draft_tokens
@@ -128,7 +128,7 @@ class Engine:
 
     def _row(self, index: int, prompt: str | list[int], choice: Choice, seed: int) -> Prompt:
         tokens = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self.batch.check_prompt(tokens, f"prompt {index}")
+        check_prompt(self.manifest, tokens, f"prompt {index}")
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         return Prompt(tokens, len(tokens), generator, choice, index=index)
 

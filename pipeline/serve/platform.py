@@ -1,0 +1,214 @@
+"""vLLM's platform for artifacts: its settings come from the manifest, and what contradicts it is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.platforms.interface import Platform, PlatformEnum
+
+from pipeline.errors import InputError, TandemError
+from pipeline.runtime.batch import check_choice, check_prompt
+from pipeline.serve import settings
+from pipeline.serve.plugin import ARTIFACT
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.inputs import EngineInput
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+logger = init_logger(f"vllm.{__name__}")
+
+UNSUPPORTED: dict[str, Any] = {
+    "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_tokens": 0,
+    "logprobs": None, "prompt_logprobs": None, "logit_bias": None, "allowed_token_ids": None, "bad_words": None,
+    "structured_outputs": None, "thinking_token_budget": None, "prompt_logprob_token_ids": None,
+}  # fmt: skip
+"""Fields of a request that the graphs cannot honour, and their values when nobody asks for them."""
+
+
+class TandemPlatform(Platform):
+    """Serves the artifact in `TANDEM_ARTIFACT`. The device is the artifact's business; to vLLM it is a CPU."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "tandem"
+    device_type = "cpu"
+    dispatch_key = "CPU"
+    dist_backend = "gloo"
+
+    _told_by_parser = False
+
+    @property
+    def supported_dtypes(self) -> list[torch.dtype]:
+        """Those of artifacts."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        """None of vLLM's are used."""
+
+    @classmethod
+    def get_device_name(cls, device_id: int = 0) -> str:
+        """For logs."""
+        del device_id
+        return "tandem"
+
+    @classmethod
+    def get_device_total_memory(cls, device_id: int = 0) -> int:
+        """Of the host, in bytes."""
+        del device_id
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @classmethod
+    def inference_mode(cls) -> Any:
+        """Plain no-grad: graphs update their state in place."""
+        return torch.no_grad()
+
+    @classmethod
+    def manual_seed_all(cls, seed: int) -> None:
+        """Every request has a generator of its own."""
+
+    @classmethod
+    def is_pin_memory_available(cls) -> bool:
+        """Nothing is copied to a device by vLLM."""
+        return False
+
+    @classmethod
+    def pre_register_and_update(cls, parser: FlexibleArgumentParser | None = None) -> None:
+        """Make the artifact's values the defaults of the command line; refuse an artifact before anything starts."""
+        if parser is None:
+            return
+        root = Path(os.environ[ARTIFACT])
+        try:
+            manifest = settings.checked(root)
+        except TandemError as error:
+            raise SystemExit(_line(error)) from error
+        parser.set_defaults(**settings.of_vllm(root, manifest))
+        cls._told_by_parser = True
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Fit vLLM's configuration to the artifact.
+
+        Raises:
+            SystemExit: with one line, where the artifact cannot be served or a setting contradicts it.
+
+        """
+        root = Path(vllm_config.model_config.model)
+        try:
+            manifest = settings.checked(root)
+            settings.options(vllm_config.additional_config)
+            _refuse_contradictions(vllm_config, settings.of_vllm(root, manifest), told=cls._told_by_parser)
+        except TandemError as error:
+            raise SystemExit(_line(error)) from error
+        _configure(vllm_config, manifest)
+
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
+        """Blocks are bookkeeping; no attention backend has a say."""
+
+    @classmethod
+    def check_runner_kv_caches_multi_layer(cls) -> None:
+        """There are none."""
+
+    @classmethod
+    def validate_request(cls, processed_inputs: EngineInput, params: SamplingParams | PoolingParams) -> None:
+        """Refuse what the graphs cannot do, naming the field; vLLM answers with status 400.
+
+        Raises:
+            ValueError: in one line.
+
+        """
+        from vllm.sampling_params import SamplingParams
+
+        from pipeline.serve.worker import choice
+
+        if not isinstance(params, SamplingParams):
+            what = "this artifact generates text; pooling and embedding are not in it"
+            raise ValueError(what)  # noqa: TRY004 - the client's mistake, which vLLM answers with status 400
+        for name, unset in UNSUPPORTED.items():
+            if (found := getattr(params, name)) not in (unset, [], {}):
+                raise ValueError(f"{name}: found {found}; the artifact's graphs cannot do this. Leave {name} out")
+        manifest = settings.checked(Path(os.environ[ARTIFACT]))
+        try:
+            check_prompt(manifest, _token_ids(processed_inputs), "prompt")
+            check_choice(manifest, choice(params))
+        except InputError as error:
+            raise ValueError(_line(error)) from error
+
+
+def _token_ids(inputs: Any) -> list[int]:
+    found = inputs.get("prompt_token_ids") if isinstance(inputs, dict) else None
+    if found is None:
+        raise ValueError("prompt: this artifact takes text or token ids, no embeddings and no other media")
+    return list(found)
+
+
+def _refuse_contradictions(config: VllmConfig, values: dict[str, Any], *, told: bool) -> None:
+    """A flag of the command line against the artifact's value; without a parser, vLLM's own defaults are replaced."""
+    found = {
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "max_model_len": config.model_config.max_model_len,
+    }
+    for name, given in found.items():
+        if told and given > values[name]:
+            raise _contradiction(name, given, f"at most {values[name]}")
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    if told and dtype != values["dtype"]:
+        raise _contradiction("dtype", dtype, values["dtype"])
+    unwanted = {
+        "speculative_config": config.speculative_config,
+        "quantization": config.model_config.quantization,
+        "enable_lora": config.lora_config,
+        "kv_transfer_config": config.kv_transfer_config,
+    }
+    for name, value in unwanted.items():
+        if value is not None:
+            raise _contradiction(name, value, "nothing: it is part of the build")
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if (given := getattr(config.parallel_config, name)) != 1:
+            raise _contradiction(name, given, "1: its ranks are processes of its own")
+
+
+def _contradiction(name: str, given: object, wanted: object) -> InputError:
+    flag = "--" + name.replace("_", "-")
+    return InputError(f"found {given}; the artifact has {wanted}", where=flag, fix=f"leave {flag} out")
+
+
+def _configure(config: VllmConfig, manifest: Any) -> None:
+    """Write the artifact's values into vLLM's configuration."""
+    from vllm.config import CompilationMode, CUDAGraphMode, SpeculativeConfig
+
+    slots, most = manifest.shapes.batch[-1], settings.most_tokens(manifest)
+    config.model_config.max_model_len = min(config.model_config.max_model_len, most)
+    config.scheduler_config.max_model_len = config.model_config.max_model_len
+    config.scheduler_config.max_num_seqs = min(config.scheduler_config.max_num_seqs, slots)
+    # A step may prefill every slot at once; a prompt is never cut into chunks.
+    config.scheduler_config.max_num_batched_tokens = slots * most
+    config.scheduler_config.enable_chunked_prefill = False
+    config.scheduler_config.async_scheduling = False
+    config.cache_config.block_size = settings.BLOCK
+    config.cache_config.enable_prefix_caching = False
+    config.cache_config.num_gpu_blocks_override = settings.blocks(manifest)
+    config.parallel_config.worker_cls = "pipeline.serve.worker.TandemWorker"
+    config.parallel_config.distributed_executor_backend = "uni"
+    config.compilation_config.mode = CompilationMode.NONE
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    # What makes vLLM's scheduler and metrics count drafts; its proposer is never loaded, the graphs are.
+    config.speculative_config = SpeculativeConfig(
+        method="custom_class",
+        model="pipeline.serve.worker.TandemWorker",
+        num_speculative_tokens=max(manifest.draft_tokens),
+        target_model_config=config.model_config,
+        target_parallel_config=config.parallel_config,
+    )
+
+
+def _line(error: TandemError) -> str:
+    where = f"{error.where}: " if error.where else ""
+    return f"tandem: {where}{error.what}" + (f"; {error.fix}" if error.fix else "")
