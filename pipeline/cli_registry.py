@@ -120,12 +120,13 @@ def pull(
     parts = [part if any(c in part for c in "*?[/.") else f"{part}/*" for part in only]
     out = fetch(
         reference, directory, only=[*parts, "recipe.*", "tokenizer/*"] if parts else None, variant=variant,
-        policy=_policy(identity, issuer, policy_file), offline=offline, progress=console.transfer("pull"),
+        policy=policy_of(identity, issuer, policy_file), offline=offline, progress=console.transfer("pull"),
     )  # fmt: skip
     _shown(json_, {"artifact": out}, str(out))
 
 
-def _policy(identity: str | None, issuer: str | None, path: Path | None) -> Policy | None:
+def policy_of(identity: str | None, issuer: str | None, path: Path | None) -> Policy | None:
+    """Whose signature the options ask for."""
     from pipeline import signing
 
     if identity is not None:
@@ -218,7 +219,7 @@ def verify(
     from pipeline.artifact import verify as check
 
     root = artifact_dir(artifact)
-    policy = _policy(identity, issuer, policy_file)
+    policy = policy_of(identity, issuer, policy_file)
     if policy is not None:
         from pipeline.signing import check_artifact
 

@@ -90,6 +90,8 @@ def package(
         (folder / "tokenizer").mkdir()
         for name, data in tokenizer.items():
             (folder / "tokenizer" / name).write_bytes(data)
+        # Servers look beside a tokenizer for the kind of model it belongs to.
+        _write_json(folder / "tokenizer/config.json", {"model_type": lock.target.config["model_type"]})
         seal(folder, facts, known)
     return read(out)
 

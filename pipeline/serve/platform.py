@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+WORKER = "pipeline.serve.worker.TandemWorker"
+
 UNSUPPORTED: dict[str, Any] = {
     "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_tokens": 0,
     "logprobs": None, "prompt_logprobs": None, "logit_bias": None, "allowed_token_ids": None, "bad_words": None,
@@ -99,6 +101,8 @@ class TandemPlatform(Platform):
             SystemExit: with one line, where the artifact cannot be served or a setting contradicts it.
 
         """
+        if vllm_config.parallel_config.worker_cls == WORKER:
+            return  # vLLM asks again in the process of its engine, with what was configured here
         root = Path(vllm_config.model_config.model)
         try:
             manifest = settings.checked(root)
@@ -195,14 +199,14 @@ def _configure(config: VllmConfig, manifest: Any) -> None:
     config.cache_config.block_size = settings.BLOCK
     config.cache_config.enable_prefix_caching = False
     config.cache_config.num_gpu_blocks_override = settings.blocks(manifest)
-    config.parallel_config.worker_cls = "pipeline.serve.worker.TandemWorker"
+    config.parallel_config.worker_cls = WORKER
     config.parallel_config.distributed_executor_backend = "uni"
     config.compilation_config.mode = CompilationMode.NONE
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     # What makes vLLM's scheduler and metrics count drafts; its proposer is never loaded, the graphs are.
     config.speculative_config = SpeculativeConfig(
         method="custom_class",
-        model="pipeline.serve.worker.TandemWorker",
+        model=WORKER,
         num_speculative_tokens=max(manifest.draft_tokens),
         target_model_config=config.model_config,
         target_parallel_config=config.parallel_config,

@@ -1,0 +1,71 @@
+"""The command line of serving. A part of `cli.py`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli_registry import identity_option, issuer_option, policy_of, policy_option
+from pipeline.commands import Command, artifact_dir
+from pipeline.console import Console
+from pipeline.errors import HostError
+from pipeline.serve.plugin import ARTIFACT
+
+if TYPE_CHECKING:
+    from pipeline.signing import Policy
+
+
+def add_to(main: click.Group) -> None:
+    """Add the commands."""
+    main.add_command(serve)
+
+
+@click.command(cls=Command, context_settings={"ignore_unknown_options": True})
+@click.argument("artifact")
+@click.argument("vllm_args", nargs=-1, type=click.UNPROCESSED)
+@identity_option
+@issuer_option
+@policy_option
+@click.pass_obj
+def serve(
+    console: Console, artifact: str, vllm_args: tuple[str, ...],
+    identity: str | None, issuer: str | None, policy_file: Path | None,
+) -> None:  # fmt: skip
+    """Serve ARTIFACT (a folder, a name under artifacts/, or REGISTRY/NAME@VERSION-or-ALIAS) with vLLM.
+
+    An OpenAI-compatible server on port 8000; everything else is passed on to vLLM (--port, --host, --api-key ...).
+    A release is pulled and verified first. Nothing is compiled.
+    """
+    if find_spec("vllm") is None:
+        raise HostError("vLLM is not installed here", where="tandem serve", fix="pip install 'tandem[vllm]'")
+    root = _root(console, artifact, policy_of(identity, issuer, policy_file)).resolve()
+    if policy_file is not None:
+        os.environ["TANDEM_POLICY"] = str(policy_file.resolve())
+    from pipeline.artifact import read
+
+    named = any(one.partition("=")[0] == "--served-model-name" for one in vllm_args)
+    name = () if named else ("--served-model-name", read(root).manifest.name)
+    # Not vLLM's own command: that of its CPU build does not start, since it asks for a package named `vllm`.
+    module = ("-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server")
+    command = [sys.executable, *module, "--model", str(root), *name, *vllm_args]
+    console.close()
+    os.execve(sys.executable, command, os.environ | {ARTIFACT: str(root)})  # noqa: S606 - becomes the server
+
+
+def _root(console: Console, artifact: str, policy: Policy | None) -> Path:
+    """The artifact's folder, pulled if it is a release. Files are verified when the server starts."""
+    if "://" not in artifact and "@" not in artifact:
+        root = artifact_dir(artifact)
+        if policy is not None:
+            from pipeline.signing import check_artifact
+
+            check_artifact(root, policy)
+        return root
+    from pipeline.pull import pull
+
+    return pull(artifact, policy=policy, progress=console.transfer("pull"))
