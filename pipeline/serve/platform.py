@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
@@ -125,7 +126,7 @@ class TandemPlatform(Platform):
         """Refuse what the graphs cannot do, naming the field; vLLM answers with status 400.
 
         Raises:
-            ValueError: in one line.
+            VLLMValidationError: in one line.
 
         """
         from vllm.sampling_params import SamplingParams
@@ -133,23 +134,24 @@ class TandemPlatform(Platform):
         from pipeline.serve.worker import choice
 
         if not isinstance(params, SamplingParams):
-            what = "this artifact generates text; pooling and embedding are not in it"
-            raise ValueError(what)  # noqa: TRY004 - the client's mistake, which vLLM answers with status 400
+            raise VLLMValidationError("this artifact generates text; pooling and embedding are not in it")
         for name, unset in UNSUPPORTED.items():
             if (found := getattr(params, name)) not in (unset, [], {}):
-                raise ValueError(f"{name}: found {found}; the artifact's graphs cannot do this. Leave {name} out")
+                what = f"{name}: found {found}; the artifact's graphs cannot do this. Leave {name} out"
+                raise VLLMValidationError(what, parameter=name)
         manifest = settings.checked(Path(os.environ[ARTIFACT]))
         try:
             check_prompt(manifest, _token_ids(processed_inputs), "prompt")
             check_choice(manifest, choice(params))
         except InputError as error:
-            raise ValueError(_line(error)) from error
+            raise VLLMValidationError(f"{error.where}: {error.what}; {error.fix}", parameter=error.where) from error
 
 
 def _token_ids(inputs: Any) -> list[int]:
     found = inputs.get("prompt_token_ids") if isinstance(inputs, dict) else None
     if found is None:
-        raise ValueError("prompt: this artifact takes text or token ids, no embeddings and no other media")
+        what = "prompt: this artifact takes text or token ids, no embeddings and no other media"
+        raise VLLMValidationError(what, parameter="prompt")
     return list(found)
 
 
