@@ -412,7 +412,8 @@ def lock(name: str, json_: bool) -> None:
     click.echo(f"wrote {lock_path(path)}")
 
 
-from pipeline import cli_drafts, cli_registry  # noqa: E402 - they add their commands to `main`
+from pipeline import cli_drafts, cli_registry, cli_vllm  # noqa: E402 - they add their commands to `main`
 
 cli_registry.add_to(main)
 cli_drafts.add_to(main)
+cli_vllm.add_to(main)

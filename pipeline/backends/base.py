@@ -110,7 +110,7 @@ def make_backend(settings: Mapping[str, Any]) -> Backend:
     if name == "nxdi":
         what, fix = (
             "a package of NxD Inference, which vLLM runs",
-            "see tandem-nxdi.json in it: environment and arguments",
+            "tandem vllm-args ARTIFACT prints how",
         )
         raise HostError(what, where="backend", fix=fix)
     if name not in BACKENDS:
