@@ -198,17 +198,20 @@ def bench(artifact: str, against: str | None, count: int, max_new_tokens: int, j
 @as_json
 def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     """Show what ARTIFACT is, without opening its weights or graphs."""
-    from pipeline.artifact import read
+    from pipeline.artifact import CacheManifest, read
+    from pipeline.card import body, facts
 
     found = read(artifact_dir(artifact))
     manifest = found.manifest
     if markdown:
-        from pipeline.card import body
-
         click.echo(body(manifest, {"": manifest}))
         return
     if json_:
         print_json(manifest.model_dump(mode="json"))
+        return
+    if isinstance(manifest, CacheManifest):
+        for name, value in facts(manifest).items():
+            click.echo(f"{name:<16}{value}")
         return
     size = sum(entry.size for entry in manifest.files.values())
     passed = (manifest.validation or {}).get("passed")

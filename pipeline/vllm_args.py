@@ -8,18 +8,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from pipeline.artifact import AGAIN, Part, verify
+from pipeline.artifact import AGAIN, CACHE_KIND, Part, verify
 from pipeline.errors import ArtifactError, InputError
 
 ASKED = "tandem-nxdi.json"
 KIND = "nxdi"
-CACHE_KIND = "vllm-compile-cache"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 
@@ -36,8 +35,13 @@ class Serve:
 
     def shell(self) -> str:
         """One line for a shell."""
-        variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.environment.items())
-        return f"cd {shlex.quote(self.directory)} && {variables} {shlex.join(self.command)}"
+        return f"cd {shlex.quote(self.directory)} && {shell_line(self.environment, self.command)}"
+
+
+def shell_line(environment: Mapping[str, str], command: Sequence[str]) -> str:
+    """A command with its environment; the names must be names of variables."""
+    variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    return " ".join([*variables, shlex.join(command)])
 
 
 class _Speculation(Part):
