@@ -34,6 +34,8 @@ MAX_FILES = 100_000
 ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
 """Files that tell of one build, and are not part of what the artifact is."""
 
+CACHE_KIND = "vllm-compile-cache"
+
 ISA_ORDER = ("default", "avx2", "avx512")
 LOADED_WITH = ("torch", "cuda", "neuronx-cc", "neuronx-distributed")
 """Parts of a toolchain that loading needs too, in the same major.minor; the others only compiled."""
@@ -142,6 +144,25 @@ class Manifest(Part):
         return sum(entry.size for entry in self.files.values())
 
 
+class CacheManifest(Manifest):
+    """`manifest.json` of a compile cache of vLLM's Neuron plugin: it knows nothing of pairs, recipes and graphs."""
+
+    kind: Literal["vllm-compile-cache"]
+    recipe_digest: Literal[""] = Field(default="", exclude=True)
+    lock_digest: Literal[""] = Field(default="", exclude=True)
+    dtype: Literal[""] = Field(default="", exclude=True)
+    shapes: ShapesEntry = Field(default=ShapesEntry(batch=(), prefill=(), kv=()), exclude=True)
+    method: Literal["draft_model"] = Field(default="draft_model", exclude=True)
+    draft_tokens: tuple[()] = Field(default=(), exclude=True)
+    step_costs: None = Field(default=None, exclude=True)
+    sampling: tuple[()] = Field(default=(), exclude=True)
+    candidates: None = Field(default=None, exclude=True)
+    vocab: Literal[0] = Field(default=0, exclude=True)
+    eos_ids: tuple[()] = Field(default=(), exclude=True)
+    graphs: tuple[()] = Field(default=(), exclude=True)
+    shards: tuple[()] = Field(default=(), exclude=True)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A directory and its parsed manifest; not verified yet."""
@@ -176,14 +197,15 @@ def parse(data: bytes, where: str) -> Manifest:
 
     """
     try:
-        version = json.loads(data).get("schema_version")
+        read_json = json.loads(data)
+        version, kind = read_json.get("schema_version"), read_json.get("kind")
     except (ValueError, AttributeError) as error:
         raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
     if version != SCHEMA_VERSION:
         what = f"schema_version {version!r}, this Tandem reads {SCHEMA_VERSION}"
         raise ArtifactError(what, where=where, fix="use the version of Tandem that it was built with")
     try:
-        manifest = Manifest.model_validate_json(data)
+        manifest = (CacheManifest if kind == CACHE_KIND else Manifest).model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

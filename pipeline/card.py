@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.artifact import Manifest
+from pipeline.artifact import CacheManifest, Manifest
 from pipeline.release import Document
 
 INTRODUCTION = """A target LLM and its draft, compiled ahead of time for speculative decoding by Tandem. Servers load it
@@ -31,7 +31,7 @@ def body(document: Document, manifests: Mapping[str, Manifest]) -> str:
     """The page without its front matter: also a CI job's summary, and a pull request's comment."""
     parts = [f"# {document.name} {document.version}\n\n{INTRODUCTION}"]
     for variant, manifest in manifests.items():
-        parts.append(f"\n## {variant or 'The artifact'}\n\n{_table(_facts(manifest))}")
+        parts.append(f"\n## {variant or 'The artifact'}\n\n{_table(facts(manifest))}")
         if manifest.validation:
             parts.append(f"\n### Gates and speed\n\n{_table(_gates(manifest.validation))}")
     return "\n".join(parts)
@@ -55,7 +55,10 @@ def _hub_models(lock: Path) -> Iterator[str]:
             yield source.removeprefix("hf://").partition("@")[0]
 
 
-def _facts(manifest: Manifest) -> dict[str, Any]:
+def facts(manifest: Manifest) -> dict[str, Any]:
+    """What an artifact is and needs, by the words of a page."""
+    if isinstance(manifest, CacheManifest):
+        return _cache_facts(manifest)
     shapes = manifest.shapes
     return {
         "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
@@ -70,6 +73,18 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "size": f"{manifest.size_bytes / (1 << 20):,.1f} MiB",
         "toolchain": ", ".join(f"{key} {value}" for key, value in manifest.toolchain.items()),
         "recipe": f"sha256 {manifest.recipe_digest}",
+    }
+
+
+def _cache_facts(manifest: CacheManifest) -> dict[str, Any]:
+    told = manifest.backend
+    return {
+        "kind": "compile cache of vLLM's Neuron plugin, checked for completeness, never run here",
+        "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
+        "filled by": " ".join(["vllm", "serve", *map(str, told.get("serve", ()))]),
+        "compiler flags": "; ".join(map(str, told.get("flags", ()))),
+        "size": f"{manifest.size_bytes / (1 << 20):,.1f} MiB",
+        "versions": ", ".join(f"{key} {value}" for key, value in manifest.toolchain.items()),
     }
 
 

@@ -198,17 +198,20 @@ def bench(artifact: str, against: str | None, count: int, max_new_tokens: int, j
 @as_json
 def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     """Show what ARTIFACT is, without opening its weights or graphs."""
-    from pipeline.artifact import read
+    from pipeline.artifact import CacheManifest, read
+    from pipeline.card import body, facts
 
     found = read(artifact_dir(artifact))
     manifest = found.manifest
     if markdown:
-        from pipeline.card import body
-
         click.echo(body(manifest, {"": manifest}))
         return
     if json_:
         print_json(manifest.model_dump(mode="json"))
+        return
+    if isinstance(manifest, CacheManifest):
+        for name, value in facts(manifest).items():
+            click.echo(f"{name:<16}{value}")
         return
     size = sum(entry.size for entry in manifest.files.values())
     passed = (manifest.validation or {}).get("passed")
@@ -412,8 +415,9 @@ def lock(name: str, json_: bool) -> None:
     click.echo(f"wrote {lock_path(path)}")
 
 
-from pipeline import cli_drafts, cli_registry, cli_serve  # noqa: E402 - they add their commands to `main`
+from pipeline import cli_drafts, cli_registry, cli_serve, cli_vllm  # noqa: E402 - they add their commands to `main`
 
 cli_registry.add_to(main)
 cli_drafts.add_to(main)
 cli_serve.add_to(main)
+cli_vllm.add_to(main)

@@ -52,7 +52,9 @@ def _shown(json_: bool, data: Any, line: str) -> None:
 @click.option("--version", "version", help="Name of the release (default: from its content).")
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this private key before.")
 @click.option("--keyless", is_flag=True, help="Sign with the identity of this CI job before.")
-@click.option("--unvalidated", is_flag=True, help="Let packages of NxD Inference pass, which have no gates here.")
+@click.option(
+    "--unvalidated", is_flag=True, help="Let pass what has no gates: packages of NxD Inference, compile caches."
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be sent.")
 @as_json
 @click.pass_obj

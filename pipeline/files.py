@@ -145,22 +145,26 @@ def create_only(path: Path, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_dir(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path, *, replace: bool = True, aside: Path | None = None) -> Iterator[Path]:
     """Build a folder aside; at the end it takes the place of `path`, exchanged in one step if one is there already.
+
+    Without `replace` nothing may be there. `aside` is where it is built: a folder on the same disk, for readers that
+    take every name beside `path` for their own.
 
     Raises:
         HostError: no space, read-only or forbidden.
+        ArtifactError: something came to be at `path`, and may not be replaced.
 
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep_once(path.parent)
-        temp = temp_name(path)
+        sweep_once(aside or path.parent)
+        temp = temp_name((aside or path.parent) / path.name)
         temp.mkdir()
         try:
             yield temp
             _sync_tree(temp)
-            _take_place(temp, path)
+            (_take_place if replace else _take_free_place)(temp, path)
             sync_folder(path.parent)
         finally:
             remove(temp)  # what did not come to be, or what was replaced
@@ -299,6 +303,19 @@ def _take_place(temp: Path, path: Path) -> None:
         temp.rename(path)
         remove(old)
         return
+
+
+def _take_free_place(temp: Path, path: Path) -> None:
+    try:
+        if not _rename(temp, path, RENAME_NOREPLACE):
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            temp.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        what = "something came to be here meanwhile, and is not replaced"
+        raise ArtifactError(what, where=str(path), fix="run the same command again") from error
 
 
 def _rename(source: Path, target: Path, flags: int) -> bool:

@@ -33,8 +33,7 @@ from pipeline.package import Facts, seal
 from pipeline.plan import Plan
 from pipeline.sources import Checkpoint, tokenizer_files
 from pipeline.sources.checkpoint import CONFIG_FILES
-
-ASKED = "tandem-nxdi.json"
+from pipeline.vllm_args import ASKED
 
 
 def write(out: Path, plan: Plan, lock: Lock) -> Path:

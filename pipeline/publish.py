@@ -11,12 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifact import MANIFEST, SIGNATURE, Artifact, Manifest, Progress, diff, silent, verify
+from pipeline.artifact import CACHE_KIND, MANIFEST, SIGNATURE, Artifact, Manifest, Progress, diff, silent, verify
 from pipeline.errors import ArtifactError, GateError, TandemError
 from pipeline.recipe import load
 from pipeline.registry import check_alias, move_alias, read_small
 from pipeline.release import Bundle, Document, all_files, bundle, digest_of, parse_document
 from pipeline.stores.base import Content, Signature, Store, open_store
+
+UNGATED = {"nxdi": "NxD Inference", CACHE_KIND: "vLLM's Neuron plugin"}
+"""Whose code the gates here cannot run: such artifacts are published only as unvalidated."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ def listed_places(roots: Sequence[Path]) -> list[Place]:
     """
     found: dict[str, tuple[str, ...]] = {}
     for root in roots:
+        if not (root / "recipe.yaml").is_file():
+            continue  # a compile cache has none
         for one in load(root / "recipe.yaml").publish:
             found[one.to] = tuple(dict.fromkeys((*found.get(one.to, ()), *one.aliases)))
     return [Place(url, aliases) for url, aliases in found.items()]
@@ -77,7 +82,7 @@ def publish(
 
     Several artifacts of one recipe become the variants of one release. An equal artifact that was built or validated
     at another time is the same release: the published one stays. `unvalidated` lets pass what has no gates here: a
-    package of NxD Inference.
+    package of NxD Inference, a compile cache.
 
     Raises:
         GateError: one was not validated, or failed.
@@ -145,9 +150,9 @@ def _release(made: Bundle, place: Place, there: Document | None, missing: Sequen
 
 
 def _check_gates(manifest: Manifest, root: Path, unvalidated: bool) -> None:
-    if manifest.backend.get("name") == "nxdi":
+    if (maker := UNGATED.get(str(manifest.backend.get("name")))) is not None:
         if not unvalidated:
-            what = f"{manifest.name} was compiled by NxD Inference, and has no gates here"
+            what = f"{manifest.name} was compiled by {maker}, and has no gates here"
             raise GateError(what, where=str(root), fix="check it on its chip, then publish it with --unvalidated")
     elif manifest.passed is not True:
         state = "was not validated" if manifest.passed is None else "failed its gates"

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from pipeline.artifact import (
     AGAIN,
+    CACHE_KIND,
     MANIFEST,
     Artifact,
     FileEntry,
@@ -151,7 +152,7 @@ def parse_document(data: bytes, where: str) -> Document:
         kind = json.loads(data).get("kind")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
-    if kind is None:
+    if kind in (None, CACHE_KIND):
         return parse(data, where)
     try:
         return Index.model_validate_json(data)

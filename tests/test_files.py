@@ -286,3 +286,18 @@ def test_safe_relative_refuses(path):
 @pytest.mark.parametrize("path", ["a", "a/b-1.2/c_d", "..a/b..", "weights/target/rank-0-of-1.safetensors", "ü"])
 def test_safe_relative_accepts(path):
     assert safe_relative(path, "manifest.json").as_posix() == path
+
+
+@pytest.mark.parametrize("there", ["a file in it", ""])
+def test_atomic_dir_that_may_not_replace(tmp_path, there):
+    """What comes to be at its place while it is built stays, and nothing is left aside."""
+    aside, place = tmp_path / "aside", tmp_path / "deep" / "place"
+    aside.mkdir()
+    with pytest.raises(ArtifactError, match="not replaced"), atomic_dir(place, replace=False, aside=aside) as folder:
+        assert folder.parent == aside
+        (folder / "name").write_text("new")
+        place.mkdir()
+        if there:
+            (place / "other").write_text(there)
+    assert not (place / "name").exists()
+    assert not list(aside.iterdir())

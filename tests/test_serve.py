@@ -45,8 +45,8 @@ class Scheduler:
                 continue
             self.requests.drop(gone)
             self.steps.append(self.requests.planned)
-            going = {name: self.requests.planned for name in self.running}
-            for name, asked, limit in new:
+            going = dict.fromkeys(self.running, self.requests.planned)
+            for name, _, limit in new:
                 self.running[name], self.answers[name] = limit, []
             found = self.requests.step({name: asked for name, asked, _ in new}, going)
             assert found.keys() == self.running.keys()
@@ -62,8 +62,8 @@ class Scheduler:
         return len(answer) >= self.running[name] or (name in cancel and len(answer) > 2)
 
 
-def greedy(count=len(PROMPTS), **how):
-    return [(f"r{i}", request(PROMPTS[i], Choice(), 0, **how), 6 + i) for i in range(count)]
+def greedy(**how):
+    return [(f"r{i}", request(prompt, Choice(), 0, **how), 6 + i) for i, prompt in enumerate(PROMPTS)]
 
 
 def expected(engine, limit_of=lambda i: 6 + i):

@@ -215,9 +215,10 @@ def test_what_the_graphs_cannot_do_is_refused_by_name(server: Server, field: str
 def test_bad_json_streams_stops_and_several_answers(server: Server) -> None:
     assert server.post("/v1/completions", b"{")[0] in (400, 422)
     whole = server.complete([5, 9, 3], max_tokens=12)
+    body = {"model": "served", "prompt": [5, 9, 3], "temperature": 0, "max_tokens": 12}
     stream = urllib.request.Request(
         f"http://127.0.0.1:{server.port}/v1/completions",
-        json.dumps({"model": "served", "prompt": [5, 9, 3], "temperature": 0, "max_tokens": 12, "stream": True}).encode(),
+        json.dumps(body | {"stream": True}).encode(),
         {"content-type": "application/json"},
     )  # fmt: skip
     with urllib.request.urlopen(stream, timeout=60) as answer:
@@ -238,7 +239,8 @@ def test_disconnects_free_their_slots(server: Server) -> None:
     for _ in range(12):
         client = socket.create_connection(("127.0.0.1", server.port))
         body = json.dumps({"model": "served", "prompt": [5] * 20, "max_tokens": 70, "ignore_eos": True, "stream": True})
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        headers = ("Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}")
+        head = "\r\n".join(("POST /v1/completions HTTP/1.1", *headers, "", ""))
         client.sendall((head + body).encode())
         client.recv(100)
         client.close()

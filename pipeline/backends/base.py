@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.artifact import CACHE_KIND
 from pipeline.backends.packing import Packing
 from pipeline.errors import HostError, Problem
 from pipeline.plan import GraphSpec
@@ -110,8 +111,11 @@ def make_backend(settings: Mapping[str, Any]) -> Backend:
     if name == "nxdi":
         what, fix = (
             "a package of NxD Inference, which vLLM runs",
-            "see tandem-nxdi.json in it: environment and arguments",
+            "tandem vllm-args ARTIFACT prints how",
         )
+        raise HostError(what, where="backend", fix=fix)
+    if name == CACHE_KIND:
+        what, fix = "a compile cache of vLLM's Neuron plugin", "tandem vllm-cache install ARTIFACT"
         raise HostError(what, where="backend", fix=fix)
     if name not in BACKENDS:
         raise HostError(
