@@ -121,7 +121,7 @@ def pull(
 
     parts = [part if any(c in part for c in "*?[/.") else f"{part}/*" for part in only]
     out = fetch(
-        reference, directory, only=[*parts, "recipe.*", "tokenizer/*"] if parts else None, variant=variant,
+        reference, directory, only=[*parts, "recipe.*", "*config.json", "tokenizer/*"] if parts else None, variant=variant,
         policy=policy_of(identity, issuer, policy_file), offline=offline, progress=console.transfer("pull"),
     )  # fmt: skip
     _shown(json_, {"artifact": out}, str(out))

@@ -5,6 +5,7 @@ Loading checks again, with the backend itself. Nothing is opened for execution h
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -17,7 +18,9 @@ def host_facts(proc: Path = Path("/proc"), dev: Path = Path("/dev"), sys: Path =
     """Device, and what is known of it. A machine with an accelerator is one, although it has a CPU, too."""
     if (dev / "neuron0").exists():
         family = _read(sys / "devices/virtual/dmi/id/product_name").partition(".")[0]
-        return {"device": "neuron", "target": NEURON_FAMILIES.get(family, family or "unknown")}
+        chip = NEURON_FAMILIES.get(family, family or "unknown")
+        lnc = os.environ.get("NEURON_LOGICAL_NC_CONFIG", "2" if chip == "trn2" else "1")
+        return {"device": "neuron", "chip": chip, "lnc": lnc}
     if (dev / "nvidia0").exists() and (capability := _compute_capability()):
         return {"device": "cuda", "compute_capability": capability}
     return {"device": "cpu", "machine": platform.machine(), "isa": _isa(proc)}

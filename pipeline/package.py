@@ -91,7 +91,7 @@ def package(
         for name, data in tokenizer.items():
             (folder / "tokenizer" / name).write_bytes(data)
         # Servers look beside a tokenizer for the kind of model it belongs to.
-        _write_json(folder / "tokenizer/config.json", {"model_type": lock.target.config["model_type"]})
+        _write_json(folder / "tokenizer/config.json", lock.target.config)
         seal(folder, facts, known)
     return read(out)
 

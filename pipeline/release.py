@@ -127,7 +127,7 @@ def _variant_entry(artifact: Artifact) -> VariantEntry:
 def variant_name(manifest: Manifest) -> str:
     """What tells variants of one recipe apart: `cpu-avx2-tp1`, `trn2-lnc2-tp8`."""
     requires = manifest.requires
-    chip = requires.get("target") or requires.get("chip") or requires.get("device", "any")
+    chip = requires.get("chip") or requires.get("device", "any")
     fine = [requires[key] for key in ("isa", "compute_capability") if key in requires]
     lnc = [f"lnc{requires['lnc']}"] if "lnc" in requires else []
     return "-".join([chip, *fine, *lnc, f"tp{manifest.tensor}"]).lower()

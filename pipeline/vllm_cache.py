@@ -155,7 +155,7 @@ def pack(source: Path, out: Path, name: str, filled: Filled) -> Artifact:
         made = CacheManifest(
             kind="vllm-compile-cache", name=_checked_name(name), version="unversioned", created=_now(),
             toolchain=toolchain, backend=told.model_dump(mode="json"), tensor=_tensor(filled.serve), files=files,
-            requires={"device": "neuron", "target": told.target},
+            requires={"device": "neuron", "chip": told.target},
         )  # fmt: skip
         made = made.model_copy(update={"version": content_digest(made)[:VERSION_LENGTH]})
         (folder / MANIFEST).write_bytes(dump(made))

@@ -308,7 +308,7 @@ def test_pull_offline(registry, original, options):
 
 def test_pull_offline_without_its_blobs(registry, options):
     pull(f"{registry}/small@latest", only=["recipe.yaml"], **options)
-    with pytest.raises(HostError, match=r"files are not here, for example graphs/"):
+    with pytest.raises(HostError, match=r"files are not here, for example config.json"):
         pull(f"{registry}/small@latest", offline=True, **options)
 
 
@@ -406,7 +406,7 @@ def test_pull_linked_blob_in_the_local_store(registry, original, options, tmp_pa
     ("host", "chosen"),
     [({"device": "cpu", "machine": "x86_64", "isa": "avx512"}, "cpu-avx512-tp1"),
      ({"device": "cpu", "machine": "x86_64", "isa": "avx2"}, "cpu-avx2-tp1"),
-     ({"device": "neuron", "target": "trn2"}, "trn2-tp8"),
+     ({"device": "neuron", "chip": "trn2"}, "trn2-tp8"),
      ({"device": "cpu", "machine": "aarch64", "isa": "default"}, None)],
 )  # fmt: skip
 def test_choose_a_variant(original, tmp_path, host, chosen):
@@ -416,7 +416,7 @@ def test_choose_a_variant(original, tmp_path, host, chosen):
     for number, (requires, ranks) in enumerate([
         ({"device": "cpu", "machine": "x86_64", "isa": "avx2"}, 1),
         ({"device": "cpu", "machine": "x86_64", "isa": "avx512"}, 1),
-        ({"device": "neuron", "target": "trn2"}, 8),
+        ({"device": "neuron", "chip": "trn2"}, 8),
     ]):  # fmt: skip
         root = Path(shutil.copytree(original, tmp_path / str(number)))
         data = json.loads((root / MANIFEST).read_text()) | {"requires": requires, "tensor": ranks}
@@ -460,4 +460,4 @@ def test_host_facts(tmp_path):
         assert host_facts(proc, dev, sys_)["isa"] == isa
     (dev / "neuron0").touch()
     (sys_ / "devices/virtual/dmi/id/product_name").write_text("trn2.48xlarge\n")
-    assert host_facts(proc, dev, sys_) == {"device": "neuron", "target": "trn2"}
+    assert host_facts(proc, dev, sys_) == {"device": "neuron", "chip": "trn2", "lnc": "2"}

@@ -29,7 +29,7 @@ KEYS = ("0" * 31 + "a", "0" * 31 + "b")
 VERSIONS = {"vllm": "0.21.0", "vllm-neuron": "0.21.0.1.0.0", "neuronx-cc": "2.26.6360.0", "nki": "0.5.0"}
 SERVE = ("some/model", "--tensor-parallel-size", "8", "--additional-config", '{"a": "b c"}')
 FILLED = Filled(SERVE, {"NEURON_LOGICAL_NC_CONFIG": "2"}, VERSIONS)
-HOST = {"device": "neuron", "target": "trn2"}
+HOST = {"device": "neuron", "chip": "trn2"}
 
 
 def fake_entry(cache: Path, key: str, *, target: str = "trn2", flags: str = "-O1 --lnc=2", inside: str = "") -> Path:
@@ -95,7 +95,7 @@ def test_pack_records_what_fills_a_cache_and_leaves_out_what_is_one_server_s(pac
     assert isinstance(manifest, CacheManifest)
     assert json.loads((packed / MANIFEST).read_bytes())["kind"] == "vllm-compile-cache"
     assert manifest.toolchain == {"backend": "vllm-compile-cache", **VERSIONS}
-    assert manifest.requires == {"device": "neuron", "target": "trn2"}
+    assert manifest.requires == {"device": "neuron", "chip": "trn2"}
     assert manifest.tensor == 8
     assert manifest.backend["flags"] == ["-O1 --lnc=2"]
     assert tuple(manifest.backend["serve"]) == SERVE
@@ -237,7 +237,7 @@ def test_install_refuses_other_versions(packed, tmp_path):
 
 def test_install_refuses_another_chip(packed, tmp_path):
     with pytest.raises(ArtifactError, match="needs trn2, this host has trn3"):
-        put(packed, tmp_path / "root", host={"device": "neuron", "target": "trn3"})
+        put(packed, tmp_path / "root", host={"device": "neuron", "chip": "trn3"})
 
 
 def test_install_where_nothing_is_known_says_so(packed, tmp_path):
