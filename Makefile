@@ -10,7 +10,11 @@ XLA_VENV   ?= .venv-xla
 XLA_PYTHON ?= $(PYTHON)
 XLA_READY  := $(XLA_VENV)/.ready
 
-.PHONY: build test test-slow test-report test-servers test-xla lint types check clean
+# vLLM pins its own versions of much, so it has an environment of its own, too (2 GB).
+VLLM_VENV   ?= .venv-vllm
+VLLM_READY  := $(VLLM_VENV)/.ready
+
+.PHONY: build test test-slow test-report test-servers test-xla test-vllm lint types check clean
 build: $(READY)          ## compile, validate and package one recipe: make build RECIPE=name
 	$(BIN)/tandem build $(RECIPE)
 
@@ -38,6 +42,9 @@ types: $(READY)
 test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE=<neuronx-distributed 2.29>/src adds the real NxD
 	$(XLA_VENV)/bin/python -m pytest -m xla tests/test_neuron_xla.py
 
+test-vllm: $(VLLM_READY) ## a real vLLM serves an artifact over loopback
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py
+
 check: lint types test
 
 $(XLA_READY): tests/requirements-xla.txt
@@ -48,10 +55,15 @@ $(XLA_READY): tests/requirements-xla.txt
 	rm -rf $(XLA_VENV)/wheels
 	touch $@
 
+$(VLLM_READY): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[inductor,vllm]' pytest scipy
+	touch $@
+
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[inductor,dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(XLA_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -42,7 +42,7 @@ def serve(
     A release is pulled and verified first. Nothing is compiled.
     """
     if find_spec("vllm") is None:
-        raise HostError("vLLM is not installed here", where="tandem serve", fix="pip install 'tandem[vllm]'")
+        raise HostError("vLLM is not installed here", where="tandem serve", fix="run `pip install '.[vllm]'` in Tandem's folder")
     root = _root(console, artifact, policy_of(identity, issuer, policy_file)).resolve()
     if policy_file is not None:
         os.environ["TANDEM_POLICY"] = str(policy_file.resolve())
