@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 REGISTRY = "artifacts/registry"
+ALWAYS = ("recipe.*", "*config.json", "tokenizer/*")
+"""What every part of an artifact comes with."""
 
 identity_option = click.option(
     "--require-signature", "identity", help="Refuse what this public key's file, or identity, did not sign."
@@ -121,7 +123,7 @@ def pull(
 
     parts = [part if any(c in part for c in "*?[/.") else f"{part}/*" for part in only]
     out = fetch(
-        reference, directory, only=[*parts, "recipe.*", "*config.json", "tokenizer/*"] if parts else None, variant=variant,
+        reference, directory, only=[*parts, *ALWAYS] if parts else None, variant=variant,
         policy=policy_of(identity, issuer, policy_file), offline=offline, progress=console.transfer("pull"),
     )  # fmt: skip
     _shown(json_, {"artifact": out}, str(out))

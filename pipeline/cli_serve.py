@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli_registry import identity_option, issuer_option, policy_of, policy_option
-from pipeline.commands import Command, artifact_dir
-from pipeline.console import Console
+from pipeline.commands import Command, artifact_dir, as_json
+from pipeline.console import Console, print_json
 from pipeline.errors import HostError
 from pipeline.serve.plugin import ARTIFACT
 
 if TYPE_CHECKING:
     from pipeline.signing import Policy
+
+INSTALL = "run `pip install '.[vllm]'` in Tandem's folder"
 
 
 def add_to(main: click.Group) -> None:
@@ -31,18 +34,21 @@ def add_to(main: click.Group) -> None:
 @identity_option
 @issuer_option
 @policy_option
+@as_json
 @click.pass_obj
 def serve(
     console: Console, artifact: str, vllm_args: tuple[str, ...],
-    identity: str | None, issuer: str | None, policy_file: Path | None,
+    identity: str | None, issuer: str | None, policy_file: Path | None, json_: bool,
 ) -> None:  # fmt: skip
     """Serve ARTIFACT (a folder, a name under artifacts/, or REGISTRY/NAME@VERSION-or-ALIAS) with vLLM.
 
     An OpenAI-compatible server on port 8000; everything else is passed on to vLLM (--port, --host, --api-key ...).
-    A release is pulled and verified first. Nothing is compiled.
+    A release is pulled and verified first. Nothing is compiled. With --json, what would be run is printed instead.
     """
     if find_spec("vllm") is None:
-        raise HostError("vLLM is not installed here", where="tandem serve", fix="run `pip install '.[vllm]'` in Tandem's folder")
+        raise HostError("vLLM is not installed here", where="tandem serve", fix=INSTALL)
+    if not any(one.name == "tandem" for one in entry_points(group="vllm.platform_plugins")):
+        raise HostError("vLLM does not see Tandem's plugin: an older installation", where="tandem serve", fix=INSTALL)
     root = _root(console, artifact, policy_of(identity, issuer, policy_file)).resolve()
     if policy_file is not None:
         os.environ["TANDEM_POLICY"] = str(policy_file.resolve())
@@ -54,6 +60,9 @@ def serve(
     module = ("-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server")
     command = [sys.executable, *module, "--model", str(root), *name, *vllm_args]
     console.close()
+    if json_:
+        print_json({"command": command, "environment": {ARTIFACT: str(root)}})
+        return
     os.execve(sys.executable, command, os.environ | {ARTIFACT: str(root)})  # noqa: S606 - becomes the server
 
 

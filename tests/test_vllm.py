@@ -61,7 +61,7 @@ class Server:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self.port), "--host", "127.0.0.1", *arguments],
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
     def wait(self) -> None:
