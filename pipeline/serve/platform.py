@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.exceptions import VLLMValidationError
-from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from pipeline.errors import InputError, TandemError
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-logger = init_logger(f"vllm.{__name__}")
 
 WORKER = "pipeline.serve.worker.TandemWorker"
 
