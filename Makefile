@@ -57,7 +57,7 @@ $(XLA_READY): tests/requirements-xla.txt
 
 $(VLLM_READY): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[inductor,vllm]' pytest scipy
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[vllm]' pytest scipy
 	touch $@
 
 $(READY): pyproject.toml

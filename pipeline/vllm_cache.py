@@ -135,6 +135,10 @@ def pack(source: Path, out: Path, name: str, filled: Filled) -> Artifact:
 
     """
     cache = source / PLACE if (source / PLACE).is_dir() else source
+    if not cache.is_dir():
+        raise InputError(
+            "no such folder", where=str(cache), fix="name the VLLM_CACHE_ROOT of the server that filled it"
+        )
     keys, faults = _keys(cache)
     if faults:
         fix = "let the server finish its warm-up, then stop it; remove entries that no server finished"

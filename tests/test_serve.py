@@ -22,8 +22,11 @@ PROMPTS = [[5, 9, 3], [7, 8], [1, 2, 3, 4, 5, 6, 8], [4], [9, 9, 2], [3, 1]]
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    work = tmp_path_factory.mktemp("serve")
-    recipe = recipe_of("llama", 4, "float32", ("greedy", "stochastic"))
+    return eager(tmp_path_factory.mktemp("serve"))
+
+
+def eager(work, layers=(0,)):
+    recipe = recipe_of("llama", 4, "float32", ("greedy", "stochastic"), layers)
     recipe = recipe.model_copy(update={"shapes": recipe.shapes.model_copy(update={"batch": (1, 4)})})
     return make_engine(recipe, resolve_pair(recipe, base=work, cache=work / "sources"))
 
@@ -110,6 +113,20 @@ def test_under_load_and_on_request_rows_decode_plainly(engine):
     assert sum(steps > 0 for steps in busy.steps) < sum(steps > 0 for steps in calm.steps)
     for name, tokens in expected(engine).items():
         assert served[name][: len(tokens)] == tokens
+
+
+def test_a_step_that_a_limit_cuts_leaves_the_answer_alone(tmp_path):
+    """A scheduler that leaves room for no draft, although one was planned: the draft must not skip what it misread."""
+    engine = eager(tmp_path, layers=(0, 1, 2))  # the whole target as its draft: every draft is accepted
+    requests, asked = Requests(engine.batch), request(PROMPTS[2], Choice(), 0)
+    answer = list(requests.step({"r": asked}, {})["r"])
+    [tokens] = (one.tokens for one in engine.generate([PROMPTS[2]], max_new_tokens=20))
+    for step in range(12):
+        room = requests.planned if step % 3 else min(1, requests.planned)
+        answer += requests.step({}, {"r": room})["r"]
+        assert asked.in_draft <= asked.position
+    kept = min(len(tokens), len(answer))
+    assert answer[:kept] == tokens[:kept]
 
 
 def test_more_requests_than_slots_is_a_bug_of_the_scheduler(engine):

@@ -2,6 +2,7 @@
 
     plugin.py       entry point: is this process about to serve one of our artifacts?
     platform.py     vLLM's settings, from the manifest; contradictions and unsupported requests refused
+    settings.py     those values, our own options, and the check of the artifact; imports no vLLM
     worker.py       the worker vLLM drives: opens the artifact, executes its scheduler's steps
     requests.py     the scheduler's requests in the slots of `runtime.batch`; imports no vLLM
 

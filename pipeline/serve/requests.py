@@ -62,7 +62,9 @@ class Requests:
         if going:
             tokens |= self._advance(going)
         for name, found in tokens.items():
-            self._rows[name].tokens.extend(found)
+            row = self._rows[name]
+            row.tokens.extend(found)
+            row.in_draft = min(row.in_draft, row.position)  # the draft has read tokens that a limit cut off
         self.planned = self._plan(tokens)
         return tokens
 

@@ -17,6 +17,9 @@ BLOCK = 16
 """Tokens of a block in the scheduler's books."""
 
 
+CONFIG = "config.json"
+
+
 class Options(BaseModel):
     """Our part of `--additional-config`, under `tandem`."""
 
@@ -73,7 +76,7 @@ def checked(root: Path) -> Manifest:
     Signatures are asked for as the policy in `TANDEM_POLICY` says. Once per process: vLLM asks at several moments.
 
     Raises:
-        ArtifactError: as `runtime.verified`, or gates that failed or did not run.
+        ArtifactError: as `runtime.verified`, gates that failed or did not run, or no configuration for vLLM.
 
     """
     from pipeline.runtime import verified
@@ -84,4 +87,7 @@ def checked(root: Path) -> Manifest:
     if manifest.passed is not True:
         what = "its gates failed" if manifest.passed is False else "its gates did not run"
         raise ArtifactError(what, where=str(root), fix=f"run `tandem validate {root}`")
+    if CONFIG not in manifest.files:
+        what = f"it has no {CONFIG}, which vLLM reads: an older Tandem packed it"
+        raise ArtifactError(what, where=str(root), fix="build it again: every graph comes from the cache")
     return manifest

@@ -15,7 +15,7 @@ from torch.distributed import ReduceOp
 
 @torch.library.custom_op("tandem::all_reduce", mutates_args=())
 def all_reduce(x: Tensor) -> Tensor:
-    """Sum over ranks of the default group; any shape."""
+    """Sum over ranks of the default group: [...] of any dtype -> the same."""
     out = x.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(out, ReduceOp.SUM)
     return out
@@ -28,7 +28,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("tandem::all_gather", mutates_args=())
 def all_gather(x: Tensor, ranks: int) -> Tensor:
-    """Every rank's `x`, stacked in a new first axis of length `ranks`."""
+    """Every rank's `x`: [...] of any dtype -> [ranks, ...]."""
     out = x.new_empty(ranks, *x.shape)
     torch.distributed.all_gather(list(out), x.contiguous())
     return out
