@@ -119,11 +119,11 @@ def test_a_step_that_a_limit_cuts_leaves_the_answer_alone(tmp_path):
     """A scheduler that leaves room for no draft, although one was planned: the draft must not skip what it misread."""
     engine = eager(tmp_path, layers=(0, 1, 2))  # the whole target as its draft: every draft is accepted
     requests, asked = Requests(engine.batch), request(PROMPTS[2], Choice(), 0)
-    answer = list(requests.step({"r": asked}, {})["r"])
-    [tokens] = (one.tokens for one in engine.generate([PROMPTS[2]], max_new_tokens=20))
-    for step in range(12):
-        room = requests.planned if step % 3 else min(1, requests.planned)
-        answer += requests.step({}, {"r": room})["r"]
+    answer = list(requests.step({"r": asked, "other": request(PROMPTS[0], Choice(), 0)}, {})["r"])
+    [tokens] = (one.tokens for one in engine.generate([PROMPTS[2]], max_new_tokens=12))
+    for step in range(6):
+        room = requests.planned if step % 2 else 0
+        answer += requests.step({}, {"r": room, "other": requests.planned})["r"]
         assert asked.in_draft <= asked.position
     kept = min(len(tokens), len(answer))
     assert answer[:kept] == tokens[:kept]
