@@ -118,9 +118,9 @@ def test_under_load_and_on_request_rows_decode_plainly(engine):
 def test_a_step_that_a_limit_cuts_leaves_the_answer_alone(tmp_path):
     """A scheduler that leaves room for no draft, although one was planned: the draft must not skip what it misread."""
     engine = eager(tmp_path, layers=(0, 1, 2))  # the whole target as its draft: every draft is accepted
+    [tokens] = (one.tokens for one in engine.generate([PROMPTS[2]], max_new_tokens=12))
     requests, asked = Requests(engine.batch), request(PROMPTS[2], Choice(), 0)
     answer = list(requests.step({"r": asked, "other": request(PROMPTS[0], Choice(), 0)}, {})["r"])
-    [tokens] = (one.tokens for one in engine.generate([PROMPTS[2]], max_new_tokens=12))
     for step in range(6):
         room = requests.planned if step % 2 else 0
         answer += requests.step({}, {"r": room, "other": requests.planned})["r"]
