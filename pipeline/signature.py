@@ -5,7 +5,7 @@ Input order is weights, state, then arguments; outputs are results only, since s
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from pipeline.models.config import ModelConfig
@@ -75,6 +75,8 @@ class PairShape:
     rows: int
     length: int
     candidates: int | None
+    target_weights: str | None = None
+    draft_weights: str | None = None
 
     def tp_of(self, model: str) -> int:
         """Ranks that a model is split over."""
@@ -85,8 +87,12 @@ class PairShape:
         return self.draft if model == "draft" else self.target
 
     def dtype_of(self, model: str) -> str:
-        """Dtype of a model's weights and caches."""
+        """Dtype of a model's caches, and of its weights unless they are stored narrower."""
         return self.draft_dtype if model == "draft" else self.target_dtype
+
+    def stored_dtype(self, model: str, kind: str) -> str:
+        """Dtype in which a weight of this kind is stored."""
+        return {"index": "int32", "int8": "int8"}.get(kind, self.dtype_of(model))
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -108,6 +114,8 @@ def models_of(spec: GraphSpec, pair: PairShape) -> tuple[str, ...]:
 def stored_weights(pair: PairShape, model: str) -> list[WeightSpec]:
     """Weights that a model's own shard file holds on each rank, before the vocabulary offset."""
     specs = weight_specs(pair.config_of(model), replicated=model == "draft" and pair.draft_replicated)
+    if (pair.draft_weights if model == "draft" else pair.target_weights) == "int8":
+        specs = [replace(s, kind="int8") if s.kind in ("linear", "embedding") else s for s in specs]
     if model == "draft" and pair.embedding_is_shared:
         return [s for s in specs if s.name != EMBEDDING]
     return specs
@@ -139,9 +147,8 @@ def _weights(pair: PairShape, model: str, packing: PackedShape, *, only_embeddin
     for spec in stored_weights(pair, model):
         if only_embedding and spec.name != EMBEDDING:
             continue
-        dtype = "int32" if spec.kind == "index" else pair.dtype_of(model)
         shape = packing.packed_shape(local_shape(spec, config, tp), spec.kind)
-        found.append(TensorSpec(f"{model}/{spec.name}", shape, dtype))
+        found.append(TensorSpec(f"{model}/{spec.name}", shape, pair.stored_dtype(model, spec.kind)))
     if not only_embedding:
         found.append(TensorSpec(f"{model}/{OFFSET}", (1,), "int32"))
     return found

@@ -106,14 +106,14 @@ def layer_weights(weights: Weights, layer: int) -> dict[str, Tensor]:
 
 
 def embed(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor) -> Tensor:
-    """Embed tokens: int [B, T] -> [B, T, H]."""
-    table = weights["model.embed_tokens.weight"]
+    """Embed tokens: int [B, T] -> [B, T, H], in the model's dtype."""
+    table, dtype = weights["model.embed_tokens.weight"], weights["model.norm.weight"].dtype
     if seams.tp == 1:
-        return seams.embed(tokens_BT, table)
+        return seams.embed(tokens_BT, table).to(dtype)
     rows = vocab_rows(config.vocab, seams.tp)
     local_BT = tokens_BT - weights[OFFSET]
     mine_BT = (local_BT >= 0) & (local_BT < rows)
-    x_BTH = seams.embed(local_BT.clamp(0, rows - 1), table)
+    x_BTH = seams.embed(local_BT.clamp(0, rows - 1), table).to(dtype)
     return seams.all_reduce(torch.where(mine_BT[..., None], x_BTH, torch.zeros_like(x_BTH)))
 
 

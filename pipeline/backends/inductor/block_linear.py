@@ -3,7 +3,8 @@
 Here is what it computes; `block_linear_kernel.py` is what Inductor compiles it to, so that a compiled graph carries its
 kernel and needs nothing of this package.
 
-Shapes: M rows, I input features, N output features (whole blocks of 32).
+Shapes: M rows, I input features, N output features (whole blocks of 32). An int8 block is [I + 4, 32]: its last
+rows are the bytes of its scales.
 """
 
 from __future__ import annotations
@@ -16,9 +17,15 @@ from torch import Tensor
 def block_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T` of a blocked weight, summed in float32.
 
-    Shapes: x float32 [M, I] contiguous, weight [N/32, I, 32] float32, bfloat16 or float16 -> float32 [M, N].
+    Shapes: x float32 [M, I] contiguous, weight [N/32, I, 32] float32, bfloat16 or float16, or int8 [N/32, I + 4, 32] ->
+    float32 [M, N].
     """
-    blocks = torch.matmul(x[None], weight.float())
+    if weight.dtype == torch.int8:
+        inputs = x.shape[1]
+        scales = weight[:, inputs:].reshape(weight.shape[0], -1).view(torch.float32)
+        blocks = torch.matmul(x[None], weight[:, :inputs].float()) * scales[:, None]
+    else:
+        blocks = torch.matmul(x[None], weight.float())
     return blocks.permute(1, 0, 2).reshape(x.shape[0], -1)
 
 

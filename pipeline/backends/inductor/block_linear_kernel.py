@@ -26,15 +26,28 @@ namespace NAME_parts {
 using Vec = at::vec::Vectorized<float>;
 using Weight = WEIGHT_TYPE;
 constexpr int64_t I = INPUTS, BLOCKS = BLOCK_COUNT, LANES = LANE_COUNT, M = ROW_COUNT, N = BLOCKS * LANES;
-constexpr int64_t CHUNK = 2 * Vec::size();
+constexpr int64_t CHUNK = 2 * Vec::size(), BLOCK_SIZE = BLOCK_ROWS * LANES;
+constexpr bool SCALED = std::is_same_v<Weight, int8_t>;
 static_assert(LANES % CHUNK == 0);
 
 inline Vec widened(const float* from) { return Vec::loadu(from); }
 inline Vec widened(const at::BFloat16* from) { Vec wide; at::vec::load_fp32_from_bf16(from, wide); return wide; }
 inline Vec widened(const at::Half* from) { Vec wide; at::vec::load_fp32_from_fp16(from, wide); return wide; }
 
+inline Vec widened(const int8_t* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(CPU_CAPABILITY_AVX2)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    __at_align__ float wide[Vec::size()];
+    for (int64_t lane = 0; lane < Vec::size(); ++lane) wide[lane] = from[lane];
+    return Vec::loadu(wide);
+#endif
+}
+
 template <int64_t ROWS>
-inline void rows_times_chunk(const float* x, const Weight* w, float* out) {
+inline void rows_times_chunk(const float* x, const Weight* w, const float* scales, float* out) {
     Vec low[ROWS], high[ROWS];
     for (int64_t m = 0; m < ROWS; ++m) { low[m] = Vec(0.0f); high[m] = Vec(0.0f); }
     for (int64_t i = 0; i < I; ++i) {
@@ -47,6 +60,10 @@ inline void rows_times_chunk(const float* x, const Weight* w, float* out) {
         }
     }
     for (int64_t m = 0; m < ROWS; ++m) {
+        if constexpr (SCALED) {
+            low[m] = low[m] * Vec::loadu(scales);
+            high[m] = high[m] * Vec::loadu(scales + Vec::size());
+        }
         low[m].store(out + m * N);
         high[m].store(out + m * N + Vec::size());
     }
@@ -54,7 +71,9 @@ inline void rows_times_chunk(const float* x, const Weight* w, float* out) {
 
 template <int64_t ROWS>
 inline void rows_times_block(const float* x, const Weight* w, float* out) {
-    for (int64_t lane = 0; lane < LANES; lane += CHUNK) rows_times_chunk<ROWS>(x, w + lane, out + lane);
+    // An int8 block ends in the bytes of its float32 scales.
+    const float* scales = reinterpret_cast<const float*>(w + I * LANES);
+    for (int64_t lane = 0; lane < LANES; lane += CHUNK) rows_times_chunk<ROWS>(x, w + lane, scales + lane, out + lane);
 }
 
 }
@@ -66,7 +85,7 @@ extern "C" SIGNATURE
     constexpr int64_t TILE = Vec::size() >= 16 ? 8 : 4, WHOLE = M / TILE * TILE;
     #pragma omp parallel for
     for (int64_t block = 0; block < BLOCKS; ++block) {
-        const Weight* from = W + W_OFFSET + block * I * LANES;
+        const Weight* from = W + W_OFFSET + block * BLOCK_SIZE;
         for (int64_t m = 0; m < WHOLE; m += TILE) {
             rows_times_block<TILE>(X + X_OFFSET + m * I, from, Y + m * N + block * LANES);
         }
@@ -88,13 +107,14 @@ class BlockLinearTemplate(CppTemplate):
         """C++ of the kernel."""
         assert not epilogue_nodes, epilogue_nodes
         x, w = self.input_nodes
-        blocks, inputs, lanes = (int(size) for size in w.get_size())
+        blocks, block_rows, lanes = (int(size) for size in w.get_size())
         parts = {
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel({"X": x, "W": w}, {"Y": template_buffer_node or self.output_node}),
             "NAME": kernel.kernel_name,
             "WEIGHT_TYPE": kernel.dtype(w),
-            "INPUTS": inputs,
+            "INPUTS": int(x.get_size()[1]),
+            "BLOCK_ROWS": block_rows,
             "BLOCK_COUNT": blocks,
             "LANE_COUNT": lanes,
             "ROW_COUNT": int(x.get_size()[0]),

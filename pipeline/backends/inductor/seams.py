@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pipeline.backends.inductor.block_linear import block_linear
 from pipeline.backends.inductor.collectives import all_gather, all_reduce
+from pipeline.backends.packing import SCALE_ROWS
 from pipeline.models.parallel import Seams
 
 
@@ -25,7 +27,18 @@ class BlockedSeams(Seams):
     def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
         """Rows of a blocked table: row r is lane r % 32 of block r // 32."""
         ids, lanes = ids_BT.long(), weight.shape[-1]
-        return weight[ids // lanes, :, ids % lanes]
+        rows = weight[ids // lanes, :, ids % lanes]
+        return rows if weight.dtype != torch.int8 else rows[..., :-SCALE_ROWS].float() * _scales(ids, weight)[..., None]
+
+
+def _scales(ids_BT: Tensor, weight: Tensor) -> Tensor:
+    """Scales of some rows of a blocked int8 table, float32 [B, T], put together from their four bytes each."""
+    lanes = weight.shape[-1]
+    bytes_BTL4 = weight[ids_BT // lanes, -SCALE_ROWS:].reshape(*ids_BT.shape, lanes, 4)
+    index = (ids_BT % lanes)[..., None, None].expand(*ids_BT.shape, 1, 4)
+    low_to_high = bytes_BTL4.gather(-2, index)[..., 0, :].int() & 0xFF
+    first, second, third, fourth = low_to_high.unbind(-1)
+    return (first | second << 8 | third << 16 | fourth << 24).view(torch.float32)
 
 
 class RankedSeams(BlockedSeams):
