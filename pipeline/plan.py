@@ -172,7 +172,7 @@ def make_plan(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Plan:
 
 def graph_digest_fields(plan: Plan, spec: GraphSpec) -> dict[str, Any]:
     """What decides the code of one graph, as plain data: nothing of other buckets, other models, or validation."""
-    from pipeline.signature import models_of, stored_weights
+    from pipeline.signature import models_of
 
     pair, models = plan.pair, models_of(spec, plan.pair)
     configs = {m: {k: v for k, v in asdict(pair.config_of(m)).items() if k != "eos_ids"} for m in models}
@@ -180,7 +180,7 @@ def graph_digest_fields(plan: Plan, spec: GraphSpec) -> dict[str, Any]:
         "graph": asdict(spec),
         "configs": configs,
         "dtypes": {m: pair.dtype_of(m) for m in models},
-        "weights": {m: sorted({s.kind for s in stored_weights(pair, m)}) for m in models},
+        "weights": {m: pair.stored_dtype(m, "linear") for m in models},
         "ranks": {m: pair.tp_of(m) for m in models},
         "state": [pair.rows, pair.length],
         "candidates": pair.candidates if spec.sampling == "stochastic" else None,
@@ -326,9 +326,9 @@ def _weights(recipe: Recipe, pair: PairShape, model: str) -> int:
     packing = BlockPacking() if blocked else PlainPacking()
     config, tp = pair.config_of(model), pair.tp_of(model)
     return DTYPE_BYTES["int32"] + sum(  # and the vocabulary offset
-        math.prod(packing.packed_shape(local_shape(s, config, tp), s.kind))
-        * DTYPE_BYTES[pair.stored_dtype(model, s.kind)]
+        math.prod(packing.packed_shape(local_shape(s, config, tp), s.kind, dtype)) * DTYPE_BYTES[dtype]
         for s in stored_weights(pair, model)
+        for dtype in (pair.stored_dtype(model, s.kind),)
     )
 
 

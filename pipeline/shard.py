@@ -22,7 +22,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from pipeline.backends.packing import SCALE_ROWS, Packing
+from pipeline.backends.packing import SCALE_BYTES, Packing
 from pipeline.errors import HostError, InputError, SourceError
 from pipeline.files import atomic_file, link_or_copy
 from pipeline.models.config import ModelConfig
@@ -39,6 +39,7 @@ LARGE_BYTES = 1 << 30
 """Shards from this size on pass by the page cache; smaller ones stay in it, since validation is about to read them."""
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "int8": "I8"}
+NAMES = {short: name for name, short in STORED.items()}
 TORCH = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -109,8 +110,9 @@ class Window:
     @property
     def stored_bytes(self) -> int:
         """Bytes that hold the window as stored, once for each part."""
-        scales = SCALE_ROWS * len(self.parts) if self.spec.kind == "int8" else 0
-        return up_to(self.rows, BLOCK) * (self.width + scales) * DTYPE_BYTES[self.dtype]
+        blocks = up_to(self.rows, BLOCK) // BLOCK
+        scales = SCALE_BYTES * len(self.parts) if self.dtype == "I8" else 0
+        return blocks * (BLOCK * self.width * DTYPE_BYTES[self.dtype] + scales)
 
 
 def shard_path(out: Path, model: str, rank: int, ranks: int) -> Path:
@@ -208,8 +210,9 @@ def _job(model: str, pair: PairShape, checkpoint: Checkpoint, target: Checkpoint
     specs = sorted(stored_weights(pair, model), key=lambda spec: spec.kind == "index")
     config, split = pair.config_of(model), pair.tp_of(model)
     entries = [
-        (s.name, STORED[pair.stored_dtype(model, s.kind)], packing.packed_shape(local_shape(s, config, split), s.kind))
+        (s.name, STORED[dtype], packing.packed_shape(local_shape(s, config, split), s.kind, dtype))
         for s in specs
+        for dtype in (pair.stored_dtype(model, s.kind),)
     ]
     plan = layout([*entries, (OFFSET, "I32", (1,))], {"format": "pt", "packing": packing.name})
     return _Job(model, pair, plan, tuple((spec, sources[spec.name]) for spec in specs), packing)
@@ -315,11 +318,11 @@ def _emit(window: Window, slot: _Slot, read: Future[None], packing: Packing, sin
     shape = (window.rows, *window.spec.shape[1:])
     whole = slot.read[: window.read_bytes].view(TORCH[window.source.dtype]).view(shape)
     start, dtype, scales = 0, TORCH[window.dtype], None
-    if window.spec.kind == "int8":  # by whole rows, before ranks take their columns
+    if dtype == torch.int8:  # by whole rows, before ranks take their columns
         whole, scales = quantise(whole)
     for part in window.parts:
         weight = whole if len(shape) == 1 else whole[:, part.first : part.last]
-        packed = packing.packed_shape(tuple(weight.shape), window.spec.kind)
+        packed = packing.packed_shape(tuple(weight.shape), window.spec.kind, NAMES[window.dtype])
         if packed == weight.shape and weight.dtype == dtype and weight.is_contiguous():
             slot.using += sink.put(weight.view(torch.uint8).flatten().numpy().data, part.ranks)
             continue

@@ -5,7 +5,7 @@ Input order is weights, state, then arguments; outputs are results only, since s
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from pipeline.models.config import ModelConfig
@@ -20,8 +20,8 @@ EMBEDDING = "model.embed_tokens.weight"
 class PackedShape(Protocol):
     """The half of a backend's packing that needs no tensors."""
 
-    def packed_shape(self, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-        """Shape in which a weight of local `shape` is stored."""
+    def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
+        """Shape in which a weight of local `shape` is stored as `dtype`."""
         ...
 
 
@@ -92,7 +92,10 @@ class PairShape:
 
     def stored_dtype(self, model: str, kind: str) -> str:
         """Dtype in which a weight of this kind is stored."""
-        return {"index": "int32", "int8": "int8"}.get(kind, self.dtype_of(model))
+        if kind == "index":
+            return "int32"
+        narrow = self.draft_weights if model == "draft" else self.target_weights
+        return narrow if narrow is not None and kind != "vector" else self.dtype_of(model)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -114,8 +117,6 @@ def models_of(spec: GraphSpec, pair: PairShape) -> tuple[str, ...]:
 def stored_weights(pair: PairShape, model: str) -> list[WeightSpec]:
     """Weights that a model's own shard file holds on each rank, before the vocabulary offset."""
     specs = weight_specs(pair.config_of(model), replicated=model == "draft" and pair.draft_replicated)
-    if (pair.draft_weights if model == "draft" else pair.target_weights) == "int8":
-        specs = [replace(s, kind="int8") if s.kind in ("linear", "embedding") else s for s in specs]
     if model == "draft" and pair.embedding_is_shared:
         return [s for s in specs if s.name != EMBEDDING]
     return specs
@@ -147,8 +148,9 @@ def _weights(pair: PairShape, model: str, packing: PackedShape, *, only_embeddin
     for spec in stored_weights(pair, model):
         if only_embedding and spec.name != EMBEDDING:
             continue
-        shape = packing.packed_shape(local_shape(spec, config, tp), spec.kind)
-        found.append(TensorSpec(f"{model}/{spec.name}", shape, pair.stored_dtype(model, spec.kind)))
+        dtype = pair.stored_dtype(model, spec.kind)
+        shape = packing.packed_shape(local_shape(spec, config, tp), spec.kind, dtype)
+        found.append(TensorSpec(f"{model}/{spec.name}", shape, dtype))
     if not only_embedding:
         found.append(TensorSpec(f"{model}/{OFFSET}", (1,), "int32"))
     return found

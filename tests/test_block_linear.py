@@ -14,25 +14,37 @@ class Products(torch.nn.Module):
     """Products of the first rows, and of a slice that does not start at the tensor's beginning."""
 
     def forward(self, x, weight):
-        return (*(block_linear(x[:rows], weight) for rows in (1, 5, 8, 13)), block_linear(x[3:5], weight))
+        return (*(block_linear(x[:rows], weight) for rows in (1, 5, 8, 45)), block_linear(x[3:5], weight))
 
 
 def packed(plain, dtype):
     """A weight as stored, and what that stands for."""
-    if dtype != torch.int8:
-        return BlockPacking().pack(plain.to(dtype), "linear"), plain.to(dtype)
-    whole, scales = quantise(plain)
-    out = torch.empty(BlockPacking().packed_shape(tuple(plain.shape), "int8"), dtype=torch.int8)
-    return BlockPacking().pack(whole, "int8", out, scales), rounded(plain)
+    name = str(dtype).removeprefix("torch.")
+    out = torch.empty(BlockPacking().packed_shape(tuple(plain.shape), "linear", name), dtype=dtype)
+    whole, scales = quantise(plain) if dtype == torch.int8 else (plain, None)
+    BlockPacking().pack(whole, "linear", out, scales)
+    return out, rounded(plain) if dtype == torch.int8 else plain.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
-def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(tmp_path, dtype):
+KINDS = [
+    (torch.float32, torch.float32, 96),
+    (torch.float16, torch.float16, 96),
+    (torch.bfloat16, torch.bfloat16, 96),  # tiles, where there are any
+    (torch.bfloat16, torch.bfloat16, 90),
+    (torch.bfloat16, torch.bfloat16, 91),
+    (torch.bfloat16, torch.int8, 96),
+    (torch.float32, torch.int8, 96),
+    (torch.float32, torch.int8, 91),
+]
+
+
+@pytest.mark.parametrize(("inputs", "dtype", "columns"), KINDS)
+def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(tmp_path, inputs, dtype, columns):
     from pipeline.backends.inductor import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
 
     torch.manual_seed(0)
-    x = torch.randn(13, 96)
-    weight, plain = packed(torch.randn(190, 96), dtype)
+    x = torch.randn(45, columns).to(inputs)
+    weight, plain = packed(torch.randn(190, columns), dtype)
     program = torch.export.export(Products(), (x, weight))
     package = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "graph.pt2"), inductor_configs={"cpp.threads": 1}

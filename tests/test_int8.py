@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.backends.packing import SCALE_ROWS, BlockPacking
+from pipeline.backends.packing import SCALE_BYTES, BlockPacking
 from pipeline.errors import RecipeError
 from pipeline.models.int8 import LARGEST, quantise, rounded
 from pipeline.recipe import load
@@ -56,9 +56,10 @@ def test_shards_hold_int8_blocks_with_the_scales_of_whole_rows(tmp_path: Path, t
                 assert stored.dtype == torch.bfloat16
                 continue
             assert stored.dtype == torch.int8
-            blocks, columns = stored.shape[0], stored.shape[1] - SCALE_ROWS
-            scales = stored[:, columns:].reshape(blocks, 128).view(torch.float32)
-            found = (stored[:, :columns].float() * scales[:, None]).transpose(1, 2).reshape(-1, columns)
+            flat = stored.reshape(len(stored), -1)
+            scales = flat[:, -SCALE_BYTES:].contiguous().view(torch.float32)
+            pairs = flat[:, :-SCALE_BYTES].reshape(len(stored), -1, 32, 2).transpose(1, 2)
+            found = pairs.reshape(len(stored) * 32, -1).float() * scales.reshape(-1, 1)
             want = expected_slice(name, rounded(whole[name]), shard.rank, tp, kv_heads=2, head_dim=16)
             assert torch.equal(found[: want.shape[0]], want), name
             assert not found[want.shape[0] :].any()

@@ -13,7 +13,7 @@ from typing import Literal
 from pipeline.models.config import ModelConfig
 
 Split = Literal["replicate", "rows", "columns", "kv_rows", "vocab"]
-Kind = Literal["linear", "embedding", "int8", "vector", "index"]
+Kind = Literal["linear", "embedding", "vector", "index"]
 
 TAPS = 3
 """Hidden states of the target that an EAGLE-3 head reads at each position: low, middle and high layers."""
@@ -29,8 +29,7 @@ class WeightSpec:
     `shape` is the checkpoint's own. `split` says what a rank gets: `rows` / `columns` an equal slice of axis 0 / 1,
     `kv_rows` whole KV heads of axis 0 (each replicated when there are more ranks than heads), `vocab` a slice of axis 0
     after padding the vocabulary, `replicate` everything. `kind` is what a backend may re-lay out (`linear`,
-    `embedding`: 2-D [out, in]; `int8` either of them, to be stored as int8 with scales) or must leave (`vector`,
-    `index`: 1-D; `index` is int32).
+    `embedding`: 2-D [out, in]) or must leave (`vector`, `index`: 1-D; `index` is int32).
     """
 
     name: str
