@@ -1,7 +1,7 @@
 """Other engines on the same weights, each in a process of its own, for `decode.py`.
 
     python benchmarks/peers.py vllm FOLDER [--ngram K]      in an environment that has vLLM
-    python benchmarks/peers.py llama GGUF {BF16,Q8_0}       in one that has xllamacpp and gguf (pip install xllamacpp gguf)
+    python benchmarks/peers.py llama GGUF {BF16,Q8_0}       in one that has xllamacpp and gguf
 
 Reads lines of JSON, `{"tokens": [...], "limit": 64}`, and answers each with `{"tokens": n, "seconds": s}`: the tokens
 after the first, and the time that they took. The first answer, `{"ready": true}`, says that it has loaded.
@@ -45,8 +45,8 @@ def vllm(folder: str, ngram: int, length: int) -> Answer:
         engine.add_request(str(count), {"prompt_token_ids": tokens}, SamplingParams(temperature=0, max_tokens=limit))
         arrivals: list[tuple[float, int]] = []
         while engine.has_unfinished_requests():
-            for output in engine.step():
-                arrivals.append((time.perf_counter(), len(output.outputs[0].token_ids)))
+            found = engine.step()
+            arrivals += [(time.perf_counter(), len(output.outputs[0].token_ids)) for output in found]
         (first, already), (last, all_) = arrivals[0], arrivals[-1]
         return all_ - already, last - first
 

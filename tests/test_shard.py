@@ -128,7 +128,7 @@ def test_write_shards_says_its_packing(tmp_path: Path) -> None:
     target = opened(tmp_path / "m", tmp_path)
     shards = write_shards(pair_of(target, target), target, target, tmp_path / "out", packing=BlockPacking())
     with safe_open(shards[0].path, "pt") as file:
-        assert file.metadata()["packing"] == "block32"
+        assert file.metadata()["packing"] == "block32-pairs"
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: p.name)

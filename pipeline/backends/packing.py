@@ -62,12 +62,12 @@ class BlockPacking:
     """2-D weights as blocks of 32 rows, the rest plain.
 
     A product with a few rows of activations then reads memory in order, several times faster on CPUs than `x @ w.T`.
-    A block of float32 or float16 is [K, 32]. Of bfloat16 and int8 it is [K / 2, 32, 2], two inputs side by side, which is
-    how processors multiply them ([K, 32] where K is odd); an int8 block carries its scales: their bytes follow as two
+    A block of float32 or float16 is [K, 32]. Of bfloat16 and int8 it is [K / 2, 32, 2], two inputs side by side, as
+    processors multiply them ([K, 32] where K is odd); an int8 block carries its scales: their bytes follow as two
     more of its K / 2 (four of K).
     """
 
-    name = f"block{BLOCK}"
+    name = f"block{BLOCK}-pairs"
 
     def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
         """[N, K] -> [ceil(N/32), K, 32] or [ceil(N/32), K/2, 32, 2] for `linear` and `embedding`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.models import eagle3_layer
 from pipeline.models.decoder import Hidden
-from pipeline.models.parallel import Writes, plan_writes
+from pipeline.models.parallel import Writes, attend_up_to, plan_writes
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
 from pipeline.speculation.sampling import Candidates

@@ -108,8 +108,9 @@ TANDEM_AMX inline const at::BFloat16* pairs_of(const Weight* w, at::BFloat16* sc
         for (int64_t row = 0; row < 16; ++row) {
             for (int64_t half = 0; half < 2; ++half) {
                 const int8_t* from = reinterpret_cast<const int8_t*>(w) + row * 64 + half * 32;
-                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + 16))));
+                const __m128i* bytes = reinterpret_cast<const __m128i*>(from);
+                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
                 _mm512_storeu_si512(scratch + row * 64 + half * 32, (__m512i)_mm512_cvtne2ps_pbh(high, low));
             }
         }
@@ -130,19 +131,27 @@ TANDEM_AMX inline void store(const float* sums, int64_t rows, const float* scale
     }
 }
 
+constexpr int64_t AHEAD = 16384;  // bytes; tiles load too few lines at a time for the processor to run ahead itself
+
 template <int64_t ROWS>  // 1 to 32
 TANDEM_AMX inline void rows_times_tiles(const at::BFloat16* x, const Weight* w, float* out) {
     constexpr int64_t FIRST = ROWS < 16 ? ROWS : 16, SECOND = ROWS - FIRST;
     alignas(64) Palette palette{FIRST, SECOND ? SECOND : 1};
-    alignas(64) at::BFloat16 scratch[SCALED ? 1024 : 32];
+    alignas(64) at::BFloat16 scratch[2][SCALED ? 1024 : 32];
     alignas(64) float sums[512];
     _tile_loadconfig(&palette);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    // Converted one turn ahead: tiles wait for stores to reach the cache.
+    const at::BFloat16* next = pairs_of(w, scratch[0]);
     for (int64_t i = 0; i < I; i += 32) {
-        const at::BFloat16* pairs = pairs_of(w + i * LANES, scratch);
+        const at::BFloat16* pairs = next;
+        for (int64_t line = 0; line < 32 * LANES * int64_t(sizeof(Weight)); line += 64) {
+            _mm_prefetch(reinterpret_cast<const char*>(w + i * LANES) + AHEAD + line, _MM_HINT_T0);
+        }
+        if (i + 32 < I) next = pairs_of(w + (i + 32) * LANES, scratch[(i / 32 + 1) % 2]);
         _tile_loadd(6, pairs, 128);
         _tile_loadd(7, pairs + 32, 128);
         _tile_loadd(4, x + i, I * 2);

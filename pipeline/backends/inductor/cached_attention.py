@@ -19,7 +19,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, last: Tensor, kv: int) -> 
     Shapes: q float32 [B, N, T, D], k and v [rows >= B, G, S_max, D] of any float dtype, last int32 [B, T], the last of
     the keys 0 .. kv - 1 that a query sees, from 0 -> float32 [B, T, N, D]. All contiguous.
     """
-    batch, heads, tokens, dim = q.shape
+    batch, heads, _, dim = q.shape
     groups = k.shape[1]
     keys, values = (cache[:batch, :, :kv].float().repeat_interleave(heads // groups, dim=1) for cache in (k, v))
     hidden = torch.arange(kv, device=q.device) > last[:, None, :, None]

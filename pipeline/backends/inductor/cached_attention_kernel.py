@@ -1,7 +1,7 @@
 """The C++ that `cached_attention` becomes inside a graph. Imported only to compile.
 
-Keys and values of one head are read once, in order, in chunks whose scores stay in a register file's reach; sums are
-rescaled where a chunk has a new largest score (Milakov and Gimelshein 2018). Every query's sum runs over its keys in the
+Keys and values of one head are read once, in order, in chunks whose scores stay in the nearest cache; sums are
+rescaled where a chunk has a new largest score (Milakov, Gimelshein 2018). Every query's sum runs over its keys in the
 same order however many queries and rows there are.
 """
 
@@ -108,7 +108,9 @@ class CachedAttentionTemplate(CppTemplate):
         assert not epilogue_nodes, epilogue_nodes
         q, k, v, last = self.input_nodes
         batch, heads, tokens, dim = (int(size) for size in q.get_size())
-        signature = kernel.def_kernel({"Q": q, "K": k, "V": v, "LAST": last}, {"Y": template_buffer_node or self.output_node})
+        signature = kernel.def_kernel(
+            {"Q": q, "K": k, "V": v, "LAST": last}, {"Y": template_buffer_node or self.output_node}
+        )
         parts = {
             "HEADER": self.header().getvalue(),
             "SIGNATURE": signature,

@@ -1,4 +1,4 @@
-"""What this backend fills the models' seams with: products with blocked weights, attention over caches, and collectives."""
+"""What this backend fills the models' seams with: products with blocked weights, attention over caches, collectives."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ inline std::pair<Vec, Vec> unpaired(const T* from) {
     if constexpr (std::is_same_v<T, int8_t>) {
         const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
         const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8), high = _mm256_srai_epi16(both, 8);
-        return {Vec(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(low))), Vec(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(high)))};
+        const auto wide = [](__m256i half) { return Vec(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(half))); };
+        return {wide(low), wide(high)};
     }
 #elif defined(CPU_CAPABILITY_AVX2)
     if constexpr (std::is_same_v<T, at::BFloat16>) {
