@@ -71,7 +71,7 @@ def test_head_guesses_and_a_recipe_can_name_it(work, figures):
 
 
 def test_draft_model_learns_from_the_same_data_and_a_recipe_can_name_it(work, figures):
-    found = distill(request_of(work, "layers", method="draft_model", layers=(0, 3)))
+    found = distill(request_of(work, "layers", method="draft_model", layers=(0, 2)))
     assert found["data"] == figures["data"]
     assert found["tokens_per_step"]["chat"] > 1.3
     assert "A draft model" in (work / "layers" / "README.md").read_text()
@@ -88,8 +88,8 @@ def test_draft_model_learns_from_the_same_data_and_a_recipe_can_name_it(work, fi
 def test_training_a_draft_model_reads_as_transformers_does(work, figures):
     """Its chains count what a row of drafted tokens would have had right."""
     target = resolve("pico://llama", base=work, cache=work / "cache" / "sources")
-    config = config_of(model_config(target, 256, (0, 3)), "draft")
-    weights = layers_of(target, config, (0, 3), torch.arange(256))
+    config = config_of(model_config(target, 256, (0, 2)), "draft")
+    weights = layers_of(target, config, (0, 2), torch.arange(256))
     weights["model.embed_tokens.weight"] = read_tensor(source_weights(target)["model.embed_tokens.weight"]).float()
     one = read_part(next((work / "cache" / "distill").rglob("part-*.safetensors")))[0]
     batch = make_batch([one], "cpu")

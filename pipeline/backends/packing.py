@@ -93,8 +93,8 @@ class BlockPacking:
         if out.dim() == 4:  # two inputs are one element that is twice as wide
             weight = _pairs(weight.to(out.dtype).contiguous())
             out = _pairs(out)[..., 0]
-        blocks = weight[: whole * BLOCK].contiguous().view(whole, BLOCK, -1)
-        if columns < WIDE:
+        blocks = weight[: whole * BLOCK].contiguous().view(whole, BLOCK, weight.shape[1])
+        if weight.shape[1] < WIDE:
             out[:whole].copy_(blocks.transpose(1, 2))
         else:
             for place, block in zip(out, blocks, strict=False):
