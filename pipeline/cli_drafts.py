@@ -9,6 +9,7 @@ import click
 
 from pipeline.commands import Command, artifact_dir, as_json, recipe_path
 from pipeline.console import Console, print_json
+from pipeline.errors import InputError
 from pipeline.files import write_atomic
 
 
@@ -21,8 +22,16 @@ def add_to(main: click.Group) -> None:
 @click.command(cls=Command)
 @click.argument("recipe")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the draft (default: drafts/NAME-eagle3 beside it)."
+    "--out", type=click.Path(path_type=Path), help="Folder of the draft (default: drafts/NAME-METHOD beside it)."
 )
+@click.option(
+    "--method",
+    type=click.Choice(["eagle3", "draft_model"]),
+    default="eagle3",
+    show_default=True,
+    help="A head over the target's hidden states, or a model of some of its layers.",
+)
+@click.option("--layers", help="Layers that a draft model starts from, like 0,1,29 (default: the first two, the last).")
 @click.option(
     "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to learn from."
 )
@@ -50,19 +59,20 @@ def add_to(main: click.Group) -> None:
 @as_json
 @click.pass_obj
 def distill(
-    console: Console, recipe: str, out: Path | None, tokens: int, steps: int, draft_vocab: int, objective: str,
-    prompts: Path | None, transcripts: Path | None, device: str, seed: int, json_: bool,
+    console: Console, recipe: str, out: Path | None, method: str, layers: str | None, tokens: int, steps: int,
+    draft_vocab: int, objective: str, prompts: Path | None, transcripts: Path | None, device: str, seed: int,
+    json_: bool,
 ) -> None:  # fmt: skip
-    """Train an EAGLE-3 draft for the target of RECIPE. Stopped, the same command goes on where it was."""
+    """Train a draft for the target of RECIPE. Stopped, the same command goes on where it was."""
     from pipeline.distill import Request, distill
     from pipeline.recipe import load
 
     path = recipe_path(recipe)
     parsed = load(path)
     request = Request(
-        recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-eagle3", tokens=tokens,
+        recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-{method}", tokens=tokens,
         steps=steps, draft_vocab=draft_vocab, seed=seed, objective=objective, device=device, prompts=prompts,
-        transcripts=transcripts, say=console.say,
+        transcripts=transcripts, method=method, layers=_numbers(layers), say=console.say,
     )  # fmt: skip
     figures = distill(request)
     if json_:
@@ -70,7 +80,14 @@ def distill(
         return
     for kind, rate in figures["tokens_per_step"].items():
         click.echo(f"  {kind:<12} {rate:.2f} tokens a step with K=4")
-    click.echo(f"{request.out}: name it in a recipe as draft.source, with speculation.method: eagle3")
+    click.echo(f"{request.out}: name it in a recipe as draft.source, with speculation.method: {method}")
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise InputError(f"found {text!r}", where="--layers", fix="write numbers, like 0,1,29") from error
 
 
 @click.command(cls=Command)

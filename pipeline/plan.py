@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Phase = Literal["prefill", "decode", "speculate", "score"]
 Role = Literal["pair", "target", "draft"]
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1}
 GIB = 1 << 30
 MIB = 1 << 20
 CORE_MEMORY = {("trn2", 1): 12 * GIB, ("trn2", 2): 24 * GIB, ("trn1", 1): 16 * GIB, ("inf2", 1): 16 * GIB}
@@ -180,6 +180,7 @@ def graph_digest_fields(plan: Plan, spec: GraphSpec) -> dict[str, Any]:
         "graph": asdict(spec),
         "configs": configs,
         "dtypes": {m: pair.dtype_of(m) for m in models},
+        "weights": {m: pair.stored_dtype(m, "linear") for m in models},
         "ranks": {m: pair.tp_of(m) for m in models},
         "state": [pair.rows, pair.length],
         "candidates": pair.candidates if spec.sampling == "stochastic" else None,
@@ -200,6 +201,8 @@ def _pair_shape(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Pair
         rows=recipe.shapes.batch[-1],
         length=recipe.shapes.kv[-1],
         candidates=recipe.speculation.candidates,
+        target_weights=recipe.target.weights,
+        draft_weights=recipe.draft_weights,
     )
 
 
@@ -256,6 +259,11 @@ def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> 
     if draft.shares_embedding and dtype != recipe.target.dtype:
         what = f"found {dtype}, but the draft uses the target's embedding, which is {recipe.target.dtype}"
         yield Problem(recipe.place("draft.dtype"), what, f"use {recipe.target.dtype}, or leave it out")
+    if draft.shares_embedding and recipe.draft_weights != recipe.target.weights:
+        what = (
+            f"found {recipe.draft_weights}, but the draft uses the target's embedding, which is {recipe.target.dtype}"
+        )
+        yield Problem(recipe.place("draft.weights"), what, "write target.weights: int8, or leave it out")
     candidates = recipe.speculation.candidates
     vocab = min(target.vocab, draft.vocab)
     if recipe.backend.name == "neuron" and candidates is None and "stochastic" in recipe.speculation.sampling:
@@ -317,11 +325,10 @@ def _weights(recipe: Recipe, pair: PairShape, model: str) -> int:
     blocked = recipe.backend.name == "inductor" and recipe.backend.device == "cpu"
     packing = BlockPacking() if blocked else PlainPacking()
     config, tp = pair.config_of(model), pair.tp_of(model)
-    size = {"index": DTYPE_BYTES["int32"]}
     return DTYPE_BYTES["int32"] + sum(  # and the vocabulary offset
-        math.prod(packing.packed_shape(local_shape(s, config, tp), s.kind))
-        * size.get(s.kind, DTYPE_BYTES[pair.dtype_of(model)])
+        math.prod(packing.packed_shape(local_shape(s, config, tp), s.kind, dtype)) * DTYPE_BYTES[dtype]
         for s in stored_weights(pair, model)
+        for dtype in (pair.stored_dtype(model, s.kind),)
     )
 
 

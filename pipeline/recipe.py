@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.yaml_lines import Document
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["int8"]
 Sampling = Literal["greedy", "stochastic"]
 
 
@@ -76,7 +77,25 @@ class Derive(Part):
     )
 
 
-class Target(Part):
+class _Weighted(Part):
+    """A model whose matrices may be stored narrower than its dtype."""
+
+    weights: Weights | None = Field(
+        default=None,
+        description="int8: matrices and embeddings as int8 with a scale for each output feature, sums in float32 "
+        "(inductor on a CPU); the dtype itself when left out, and for a draft what the target has",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_weights(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A choice that is not made leaves no trace: recipes keep the digests they had before there was one."""
+        data: dict[str, Any] = serialize(self)
+        if self.weights is None:
+            data.pop("weights", None)
+        return data
+
+
+class Target(_Weighted):
     """The model whose output is served."""
 
     source: Source = Field(
@@ -86,7 +105,7 @@ class Target(Part):
     dtype: Dtype = Field(default="float32", description="dtype of weights and caches")
 
 
-class Draft(Part):
+class Draft(_Weighted):
     """The model that proposes: exactly one of `source` and `derive`."""
 
     source: Source | None = Field(
@@ -248,6 +267,11 @@ class Recipe(Part):
     publish: tuple[Publish, ...] = Field(default=(), description="registries that the artifact goes to")
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def draft_weights(self) -> Weights | None:
+        """How the draft's matrices are stored."""
+        return self.draft.weights or self.target.weights
 
     def remember(self, places: Mapping[str, str], path: str) -> None:
         """Note which `file:line` each dotted key was read from."""

@@ -103,6 +103,10 @@ def _backend_conflicts(data: Mapping[str, Any]) -> Iterator[Finding]:
     if inductor and inductor.device == "cuda" and inductor.isa != "native":
         what = f"found {_shown(inductor.isa)} with device cuda; it applies to CPU artifacts"
         yield ("backend", "isa"), what, "remove isa"
+    narrow = [k for k in ("target", "draft") if isinstance(data.get(k), dict) and data[k].get("weights") == "int8"]
+    if narrow and (neuron or (inductor and inductor.device == "cuda")):
+        what = "found int8; only inductor on a CPU has kernels for it"
+        yield (narrow[0], "weights"), what, "remove weights"
     parallel = data.get("parallel")
     ranks = parallel.get("tensor") if isinstance(parallel, dict) else None
     if neuron and isinstance(ranks, int) and ranks > CORES[neuron.target, neuron.lnc]:

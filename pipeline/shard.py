@@ -22,10 +22,11 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from pipeline.backends.packing import Packing
+from pipeline.backends.packing import SCALE_BYTES, Packing
 from pipeline.errors import HostError, InputError, SourceError
 from pipeline.files import atomic_file, link_or_copy
 from pipeline.models.config import ModelConfig
+from pipeline.models.int8 import quantise
 from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_shape, padded_vocab, up_to, vocab_offset
 from pipeline.signature import EMBEDDING, OFFSET, PairShape, stored_weights
 from pipeline.sources import Checkpoint, weights
@@ -37,13 +38,15 @@ SLOTS = 8
 LARGE_BYTES = 1 << 30
 """Shards from this size on pass by the page cache; smaller ones stay in it, since validation is about to read them."""
 
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "int8": "I8"}
+NAMES = {short: name for name, short in STORED.items()}
 TORCH = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "I8": torch.int8,
 }
 
 Progress = Callable[[int, int], None]
@@ -107,7 +110,9 @@ class Window:
     @property
     def stored_bytes(self) -> int:
         """Bytes that hold the window as stored, once for each part."""
-        return up_to(self.rows, BLOCK) * self.width * DTYPE_BYTES[self.dtype]
+        blocks = up_to(self.rows, BLOCK) // BLOCK
+        scales = SCALE_BYTES * len(self.parts) if self.dtype == "I8" else 0
+        return blocks * (BLOCK * self.width * DTYPE_BYTES[self.dtype] + scales)
 
 
 def shard_path(out: Path, model: str, rank: int, ranks: int) -> Path:
@@ -187,9 +192,8 @@ class _Job:
     @property
     def windows(self) -> Iterator[Window]:
         """Every window, in the order in which the files are written."""
-        dtype = self.pair.dtype_of(self.model)
         for spec, source in self.tensors:
-            stored = STORED["int32" if spec.kind == "index" else dtype]
+            stored = STORED[self.pair.stored_dtype(self.model, spec.kind)]
             yield from windows(spec, source, stored, self.config, self.split)
 
     def offset(self, rank: int) -> bytes:
@@ -204,10 +208,11 @@ def _job(model: str, pair: PairShape, checkpoint: Checkpoint, target: Checkpoint
     if pair.config_of(model).shares_embedding:
         sources[EMBEDDING] = weights(target)[EMBEDDING]
     specs = sorted(stored_weights(pair, model), key=lambda spec: spec.kind == "index")
-    config, split, dtype = pair.config_of(model), pair.tp_of(model), STORED[pair.dtype_of(model)]
+    config, split = pair.config_of(model), pair.tp_of(model)
     entries = [
-        (s.name, "I32" if s.kind == "index" else dtype, packing.packed_shape(local_shape(s, config, split), s.kind))
+        (s.name, STORED[dtype], packing.packed_shape(local_shape(s, config, split), s.kind, dtype))
         for s in specs
+        for dtype in (pair.stored_dtype(model, s.kind),)
     ]
     plan = layout([*entries, (OFFSET, "I32", (1,))], {"format": "pt", "packing": packing.name})
     return _Job(model, pair, plan, tuple((spec, sources[spec.name]) for spec in specs), packing)
@@ -312,16 +317,18 @@ def _emit(window: Window, slot: _Slot, read: Future[None], packing: Packing, sin
     read.result()
     shape = (window.rows, *window.spec.shape[1:])
     whole = slot.read[: window.read_bytes].view(TORCH[window.source.dtype]).view(shape)
-    start, dtype = 0, TORCH[window.dtype]
+    start, dtype, scales = 0, TORCH[window.dtype], None
+    if dtype == torch.int8:  # by whole rows, before ranks take their columns
+        whole, scales = quantise(whole)
     for part in window.parts:
         weight = whole if len(shape) == 1 else whole[:, part.first : part.last]
-        packed = packing.packed_shape(tuple(weight.shape), window.spec.kind)
+        packed = packing.packed_shape(tuple(weight.shape), window.spec.kind, NAMES[window.dtype])
         if packed == weight.shape and weight.dtype == dtype and weight.is_contiguous():
             slot.using += sink.put(weight.view(torch.uint8).flatten().numpy().data, part.ranks)
             continue
         end = start + math.prod(packed) * dtype.itemsize
         out = slot.stored[start:end].view(dtype).view(packed)
-        packing.pack(weight, window.spec.kind, out)
+        packing.pack(weight, window.spec.kind, out, scales)
         _refuse_overflow(out, window)
         slot.using += sink.put(slot.stored[start:end].numpy().data, part.ranks)
         start = end

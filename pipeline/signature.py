@@ -20,8 +20,8 @@ EMBEDDING = "model.embed_tokens.weight"
 class PackedShape(Protocol):
     """The half of a backend's packing that needs no tensors."""
 
-    def packed_shape(self, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-        """Shape in which a weight of local `shape` is stored."""
+    def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
+        """Shape in which a weight of local `shape` is stored as `dtype`."""
         ...
 
 
@@ -75,6 +75,8 @@ class PairShape:
     rows: int
     length: int
     candidates: int | None
+    target_weights: str | None = None
+    draft_weights: str | None = None
 
     def tp_of(self, model: str) -> int:
         """Ranks that a model is split over."""
@@ -85,8 +87,15 @@ class PairShape:
         return self.draft if model == "draft" else self.target
 
     def dtype_of(self, model: str) -> str:
-        """Dtype of a model's weights and caches."""
+        """Dtype of a model's caches, and of its weights unless they are stored narrower."""
         return self.draft_dtype if model == "draft" else self.target_dtype
+
+    def stored_dtype(self, model: str, kind: str) -> str:
+        """Dtype in which a weight of this kind is stored."""
+        if kind == "index":
+            return "int32"
+        narrow = self.draft_weights if model == "draft" else self.target_weights
+        return narrow if narrow is not None and kind != "vector" else self.dtype_of(model)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -139,8 +148,8 @@ def _weights(pair: PairShape, model: str, packing: PackedShape, *, only_embeddin
     for spec in stored_weights(pair, model):
         if only_embedding and spec.name != EMBEDDING:
             continue
-        dtype = "int32" if spec.kind == "index" else pair.dtype_of(model)
-        shape = packing.packed_shape(local_shape(spec, config, tp), spec.kind)
+        dtype = pair.stored_dtype(model, spec.kind)
+        shape = packing.packed_shape(local_shape(spec, config, tp), spec.kind, dtype)
         found.append(TensorSpec(f"{model}/{spec.name}", shape, dtype))
     if not only_embedding:
         found.append(TensorSpec(f"{model}/{OFFSET}", (1,), "int32"))

@@ -20,6 +20,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int32": torch.int32,
+    "int8": torch.int8,
     "bool": torch.bool,
 }
 

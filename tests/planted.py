@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from eager import EagerRanks
 
-from pipeline.models.decoder import attend_where
+from pipeline.models.parallel import Attend, attend_up_to
 from pipeline.speculation import graphs, model
 
 Plant = Callable[[EagerRanks, int], None]
@@ -68,11 +68,16 @@ def mask_misses_the_oldest(ranks: EagerRanks, seed: int) -> None:
 def _mask(change: Callable[[torch.Tensor], torch.Tensor], phases: tuple[str, ...]):
     @contextmanager
     def around(spec, state) -> Iterator[None]:
-        model.attend_where = lambda seen, kv: attend_where(change(seen) if spec.phase in phases else seen, kv)
+        def changed(last_BT: torch.Tensor, kv: int = 0) -> Attend:
+            attend = attend_up_to(last_BT, kv)
+            seen = change(attend.bias_BTS == 0) if spec.phase in phases else attend.bias_BTS == 0
+            return replace(attend, bias_BTS=torch.where(seen, 0.0, -torch.inf))
+
+        model.attend_up_to = changed
         try:
             yield
         finally:
-            model.attend_where = attend_where
+            model.attend_up_to = attend_up_to
 
     return around
 

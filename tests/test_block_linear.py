@@ -5,23 +5,46 @@ import torch
 
 from pipeline.backends.inductor.backend import LoadedGraph
 from pipeline.backends.inductor.block_linear import block_linear
+from pipeline.backends.inductor.seams import BlockedSeams
 from pipeline.backends.packing import BlockPacking
+from pipeline.models.int8 import quantise, rounded
 
 
 class Products(torch.nn.Module):
     """Products of the first rows, and of a slice that does not start at the tensor's beginning."""
 
     def forward(self, x, weight):
-        return (*(block_linear(x[:rows], weight) for rows in (1, 5, 8, 13)), block_linear(x[3:5], weight))
+        return (*(block_linear(x[:rows], weight) for rows in (1, 5, 8, 45)), block_linear(x[3:5], weight))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(tmp_path, dtype):
+def packed(plain, dtype):
+    """A weight as stored, and what that stands for."""
+    name = str(dtype).removeprefix("torch.")
+    out = torch.empty(BlockPacking().packed_shape(tuple(plain.shape), "linear", name), dtype=dtype)
+    whole, scales = quantise(plain) if dtype == torch.int8 else (plain, None)
+    BlockPacking().pack(whole, "linear", out, scales)
+    return out, rounded(plain) if dtype == torch.int8 else plain.to(dtype)
+
+
+KINDS = [
+    (torch.float32, torch.float32, 96),
+    (torch.float16, torch.float16, 96),
+    (torch.bfloat16, torch.bfloat16, 96),  # tiles, where there are any
+    (torch.bfloat16, torch.bfloat16, 90),
+    (torch.bfloat16, torch.bfloat16, 91),
+    (torch.bfloat16, torch.int8, 96),
+    (torch.float32, torch.int8, 96),
+    (torch.float32, torch.int8, 91),
+]
+
+
+@pytest.mark.parametrize(("inputs", "dtype", "columns"), KINDS)
+def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(tmp_path, inputs, dtype, columns):
     from pipeline.backends.inductor import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
 
     torch.manual_seed(0)
-    plain = torch.randn(190, 96).to(dtype)
-    x, weight = torch.randn(13, 96), BlockPacking().pack(plain, "linear")
+    x = torch.randn(45, columns).to(inputs)
+    weight, plain = packed(torch.randn(190, columns), dtype)
     program = torch.export.export(Products(), (x, weight))
     package = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "graph.pt2"), inductor_configs={"cpp.threads": 1}
@@ -34,3 +57,24 @@ def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(tmp_path, dt
         assert torch.equal(part, same)
     eager = block_linear(x, weight)[:, :190]
     assert torch.allclose(eager.double(), exact, atol=5e-5)
+
+
+class Lookup(torch.nn.Module):
+    """Rows of an int8 table."""
+
+    def forward(self, ids, weight):
+        return BlockedSeams().embed(ids, weight)
+
+
+def test_compiled_lookup_in_an_int8_table_gives_its_rows(tmp_path):
+    torch.manual_seed(0)
+    plain = torch.randn(70, 96)
+    plain[40] = 0
+    weight, stands_for = packed(plain, torch.int8)
+    ids = torch.tensor([[0, 31, 32], [40, 69, 63]], dtype=torch.int32)
+    assert torch.equal(Lookup()(ids, weight), stands_for[ids])
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.export(Lookup(), (ids, weight)), package_path=str(tmp_path / "graph.pt2")
+    )
+    assert torch.equal(LoadedGraph(package, -1).run([ids, weight])[0], stands_for[ids])
+    assert (rounded(plain) - plain).abs().max() <= plain.abs().max() / 254 * 1.001

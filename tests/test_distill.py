@@ -6,16 +6,20 @@ import pytest
 import torch
 from eager import make_engine
 
-from pipeline.distill import Request, distill
+from pipeline.distill import Request, distill, draft_model
 from pipeline.distill.data import read_part
 from pipeline.distill.eagle3 import guesses
 from pipeline.distill.generate import Writer, Writing
+from pipeline.distill.head import layers_of, model_config
 from pipeline.distill.prompts import Apart
 from pipeline.distill.train import make_batch
 from pipeline.errors import InputError
 from pipeline.files import sha256_file
+from pipeline.models import config_of
 from pipeline.recipe import Recipe
 from pipeline.sources import resolve, resolve_pair
+from pipeline.sources import weights as source_weights
+from pipeline.validate.goldens import read_tensor
 
 CONTENT = {
     "name": "tiny",
@@ -64,6 +68,39 @@ def test_head_guesses_and_a_recipe_can_name_it(work, figures):
     steps = [size for answer in speculative for size in answer.emitted_per_step]
     assert sum(steps) / len(steps) > 1.2
     assert max(steps) == 3
+
+
+def test_draft_model_learns_from_the_same_data_and_a_recipe_can_name_it(work, figures):
+    found = distill(request_of(work, "layers", method="draft_model", layers=(0, 2)))
+    assert found["data"] == figures["data"]
+    assert found["tokens_per_step"]["chat"] > 1.3
+    assert "A draft model" in (work / "layers" / "README.md").read_text()
+    recipe = Recipe.model_validate(CONTENT | {"draft": {"source": "layers"}})
+    engine = make_engine(recipe, resolve_pair(recipe, base=work, cache=work / "cache" / "sources"))
+    prompts = [engine.text.chat(text) for text in HELD_OUT]
+    plain = engine.generate(prompts, max_new_tokens=60, speculate=False)
+    speculative = engine.generate(prompts, max_new_tokens=60)
+    assert [a.tokens for a in plain] == [a.tokens for a in speculative]
+    steps = [size for answer in speculative for size in answer.emitted_per_step]
+    assert sum(steps) / len(steps) > 1.2
+
+
+def test_training_a_draft_model_reads_as_transformers_does(work, figures):
+    """Its chains count what a row of drafted tokens would have had right."""
+    target = resolve("pico://llama", base=work, cache=work / "cache" / "sources")
+    config = config_of(model_config(target, 256, (0, 2)), "draft")
+    weights = layers_of(target, config, (0, 2), torch.arange(256))
+    weights["model.embed_tokens.weight"] = read_tensor(source_weights(target)["model.embed_tokens.weight"]).float()
+    one = read_part(next((work / "cache" / "distill").rglob("part-*.safetensors")))[0]
+    batch = make_batch([one], "cpu")
+    first, second, third = draft_model.guesses(config, weights, batch, 3)
+    assert len(first.began_M) == int(batch.learn_BT.sum())
+    assert len(first.began_M) - len(third.began_M) == 2
+    assert torch.equal(second.index[1], second.began_M + 1)
+    assert torch.equal(second.logits_MV, first.logits_MV[1:])
+    shorter = make_batch([type(one)(one.tokens[:-3], one.prompt, one.taps_TX[:-3], one.last_TH[:-3])], "cpu")
+    again = next(draft_model.guesses(config, weights, shorter, 1))
+    assert torch.allclose(again.logits_MV, first.logits_MV[:-3], atol=1e-4)
 
 
 class Killed(Exception):
@@ -156,7 +193,13 @@ def test_out_that_is_something_else_is_refused(work):
 
 
 @pytest.mark.parametrize(
-    ("change", "where"), [({"draft_vocab": 5000}, "--draft-vocab"), ({"device": "cuda:77"}, "--device")]
+    ("change", "where"),
+    [
+        ({"draft_vocab": 5000}, "--draft-vocab"),
+        ({"device": "cuda:77"}, "--device"),
+        ({"layers": (0,)}, "--layers"),
+        ({"method": "draft_model", "layers": (0, 99)}, "--layers"),
+    ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(work, change, where):
     with pytest.raises(InputError) as caught:

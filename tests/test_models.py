@@ -6,8 +6,8 @@ import transformers
 
 from pipeline.errors import SourceError
 from pipeline.models import config_of
-from pipeline.models.decoder import attend_where, hidden_states, logits
-from pipeline.models.parallel import Seams, plan_writes
+from pipeline.models.decoder import hidden_states, logits
+from pipeline.models.parallel import Seams, attend_up_to, plan_writes
 
 SMALL = {
     "vocab_size": 97,
@@ -58,7 +58,7 @@ def run(config, weights, tokens, start, state):
     seams, kv = Seams(), 64
     keep = torch.ones(rows, count, dtype=torch.bool)
     writes = plan_writes(state, torch.arange(rows), positions, keep)
-    attend = attend_where(torch.arange(kv) <= positions[..., None], kv)
+    attend = attend_up_to(positions, kv)
     hidden = hidden_states(config, weights, seams, tokens, positions, state, writes, attend)
     return logits(config, weights, seams, hidden.last_BTH)
 

@@ -16,24 +16,30 @@ WIDE = 1024
 """Columns from which blocks are transposed one by one, at 2 GB/s: torch does that for two contiguous axes of one dtype
 in tiles. Three axes at once it walks in steps of a whole row, which from here on fall onto the same few cache lines."""
 
+SCALE_BYTES = 4 * BLOCK
+"""Bytes of the float32 scales of an int8 block, which follow its weights."""
+
+MATRICES = ("linear", "embedding")
+
 
 class Packing(Protocol):
     """A layout of weights. Packing a weight window by window, in windows of whole blocks of rows, packs the weight.
 
-    A weight whose shape is kept is kept as it is.
+    A weight whose shape is kept is kept as it is. Dtypes are those of recipes, `float32`, and `int8`.
     """
 
     name: str
     """Goes into the shards' headers."""
 
-    def packed_shape(self, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-        """Shape in which a weight of local `shape` is stored."""
+    def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
+        """Shape in which a weight of local `shape` is stored as `dtype`."""
         ...
 
-    def pack(self, weight: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
-        """Lay out one weight, or one window of it that starts on a block; `out` receives it, converted to its dtype.
+    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Lay out one weight, or one window of it that starts on a block, into `out`, converted to its dtype.
 
-        Shapes: weight as in the checkpoint -> `packed_shape(weight.shape, kind)`.
+        Shapes: weight as in the checkpoint -> `packed_shape(weight.shape, kind, dtype)`; scales float32 [N] of an int8
+        weight.
         """
         ...
 
@@ -43,41 +49,52 @@ class PlainPacking:
 
     name = "plain"
 
-    def packed_shape(self, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:  # noqa: ARG002 - the protocol's
+    def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:  # noqa: ARG002 - the protocol's
         """The shape itself."""
         return shape
 
-    def pack(self, weight: Tensor, kind: str, out: Tensor | None = None) -> Tensor:  # noqa: ARG002 - the protocol's
-        """Copy, or return the weight itself if there is nowhere to copy it to."""
-        return weight.contiguous() if out is None else out.copy_(weight)
+    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:  # noqa: ARG002 - the protocol's
+        """Copy."""
+        return out.copy_(weight)
 
 
 class BlockPacking:
-    """2-D weights as blocks [ceil(N/32), K, 32], the rest plain.
+    """2-D weights as blocks of 32 rows, the rest plain.
 
     A product with a few rows of activations then reads memory in order, several times faster on CPUs than `x @ w.T`.
+    A block of float32 or float16 is [K, 32]. Of bfloat16 and int8 it is [K / 2, 32, 2], two inputs side by side, as
+    processors multiply them ([K, 32] where K is odd); an int8 block carries its scales: their bytes follow as two
+    more of its K / 2 (four of K).
     """
 
-    name = f"block{BLOCK}"
+    name = f"block{BLOCK}-pairs"
 
-    def packed_shape(self, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-        """[N, K] -> [ceil(N/32), K, 32] for `linear` and `embedding`."""
-        if kind not in ("linear", "embedding"):
+    def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
+        """[N, K] -> [ceil(N/32), K, 32] or [ceil(N/32), K/2, 32, 2] for `linear` and `embedding`."""
+        if kind not in MATRICES:
             return shape
         rows, columns = shape
-        return (up_to(rows, BLOCK) // BLOCK, columns, BLOCK)
+        blocks = up_to(rows, BLOCK) // BLOCK
+        columns += SCALE_BYTES // BLOCK if dtype == "int8" else 0
+        return (blocks, columns // 2, BLOCK, 2) if paired(columns, dtype) else (blocks, columns, BLOCK)
 
-    def pack(self, weight: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
+    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:
         """Transpose block by block; rows that fill the last block are zero."""
-        packed = self.packed_shape(tuple(weight.shape), kind)
-        if out is None:
-            out = weight.new_empty(packed)
-        if packed == tuple(weight.shape):
+        if kind not in MATRICES:
             return out.copy_(weight)
         rows, columns = weight.shape
+        if scales is not None:
+            padded = scales.new_zeros(len(out) * BLOCK)
+            padded[:rows] = scales
+            flat = out.view(len(out), -1)
+            flat[:, -SCALE_BYTES:].copy_(padded.view(len(out), BLOCK).view(out.dtype))
+            out = out[:, : -(SCALE_BYTES // out[0, 0].numel())]
         whole = rows // BLOCK
-        blocks = weight[: whole * BLOCK].contiguous().view(whole, BLOCK, columns)
-        if columns < WIDE:
+        if out.dim() == 4:  # two inputs are one element that is twice as wide
+            weight = _pairs(weight.to(out.dtype).contiguous())
+            out = _pairs(out)[..., 0]
+        blocks = weight[: whole * BLOCK].contiguous().view(whole, BLOCK, weight.shape[1])
+        if weight.shape[1] < WIDE:
             out[:whole].copy_(blocks.transpose(1, 2))
         else:
             for place, block in zip(out, blocks, strict=False):
@@ -86,3 +103,15 @@ class BlockPacking:
             out[whole].zero_()
             out[whole, :, : rows % BLOCK].copy_(weight[whole * BLOCK :].t())
         return out
+
+
+def paired(columns: int, dtype: str) -> bool:
+    """Whether a block of that dtype keeps two inputs side by side."""
+    return dtype in ("bfloat16", "int8") and columns % 2 == 0
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """Two neighbours of the last axis as one integer."""
+    import torch
+
+    return values.view({1: torch.int16, 2: torch.int32}[values.element_size()])

@@ -8,12 +8,12 @@ never trained on: prompts that share words with them are dropped, and the card c
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from pipeline.distill.card import write_head
+from pipeline.distill.card import write_draft
 from pipeline.distill.job import Job
 from pipeline.distill.request import Request
 from pipeline.errors import InputError
@@ -52,13 +52,15 @@ def _run(job: Job) -> dict[str, Any]:
     by_class = {kind: trainer.accuracy(group) for kind, group in held_out.items()}
     settings = asdict(trainer.settings) | {"draft_vocab": request.draft_vocab}
     figures = {
+        "method": request.method,
+        "layers": list(request.layers),
         "target": job.target.revision,
         "data": job.counts,
         "settings": settings,
         "right_given_previous": {kind: accuracy.given_previous for kind, accuracy in by_class.items()},
         "tokens_per_step": {kind: accuracy.tokens_per_step(4) for kind, accuracy in by_class.items()},
     }
-    write_head(out, job.config_json, trainer.export(), job.ids(sequences), figures, request.recipe)
+    write_draft(out, job.config_json, trainer.export(), job.ids(sequences), figures, request.recipe)
     return figures
 
 
@@ -76,6 +78,15 @@ def _job(request: Request) -> Job:
     if layers < TAPS:
         what = f"the target has {layers} layers; a head reads {TAPS}"
         raise InputError(what, where=request.recipe.name, fix=f"use a target of {TAPS} layers or more")
+    if request.method == "draft_model":
+        request = replace(request, layers=request.layers or tuple(dict.fromkeys((0, 1, layers - 1))))
+        wrong = [layer for layer in request.layers if not 0 <= layer < layers]
+        if wrong:
+            raise InputError(
+                f"found {wrong[0]}; the target has layers 0 to {layers - 1}", where="--layers", fix="use those"
+            )
+    elif request.layers:
+        raise InputError("found layers for a head, which has one", where="--layers", fix="add --method draft_model")
     if request.draft_vocab > target.config.vocab:
         what = f"found {request.draft_vocab}, more than the target's vocabulary of {target.config.vocab}"
         raise InputError(what, where="--draft-vocab", fix="use less")

@@ -1,4 +1,4 @@
-"""A trained head as a folder that a recipe can name: weights, config, figures, and a card for a reader."""
+"""A trained draft as a folder that a recipe can name: weights, config, figures, and a card for a reader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.files import atomic_dir
 from pipeline.recipe import Recipe
 
 
-def write_head(
+def write_draft(
     out: Path,
     config: dict[str, Any],
     weights: dict[str, Tensor],
@@ -24,7 +24,8 @@ def write_head(
     recipe: Recipe,
 ) -> None:
     """Write the folder at once, in bfloat16; one that is there is replaced."""
-    tensors = {public_name(name): tensor.bfloat16().contiguous() for name, tensor in weights.items()}
+    named = public_name if figures["method"] == "eagle3" else str
+    tensors = {named(name): tensor.bfloat16().contiguous() for name, tensor in weights.items()}
     tensors["d2t"] = (ids_V.cpu() - torch.arange(len(ids_V))).int()
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(out) as work:
@@ -35,7 +36,7 @@ def write_head(
 
 
 def card(figures: dict[str, Any], recipe: Recipe) -> str:
-    """What the head is, what it learned from and how well it guesses."""
+    """What the draft is, what it learned from and how well it guesses."""
     data, settings = figures["data"], figures["settings"]
     depths = len(next(iter(figures["right_given_previous"].values())))
     rows = [
@@ -43,9 +44,13 @@ def card(figures: dict[str, Any], recipe: Recipe) -> str:
         for kind, rates in figures["right_given_previous"].items()
     ]
     head = "| class | " + " | ".join(f"token {i + 1}" for i in range(depths)) + " | tokens a step, K=4 |"
-    return f"""# EAGLE-3 head for {recipe.target.source}
+    title, what = "An EAGLE-3 head", "One layer over the target's hidden states"
+    if figures["method"] == "draft_model":
+        title = "A draft model"
+        what = f"A model that starts from the target's layers {', '.join(map(str, figures['layers']))}"
+    return f"""# {title} for {recipe.target.source}
 
-One layer over the target's hidden states; proposes from {settings["draft_vocab"]} tokens (`d2t`), shares the target's
+{what}; proposes from {settings["draft_vocab"]} tokens (`d2t`), shares the target's
 embedding. Made by `tandem distill`.
 
 - Data: {data["sequences"]} conversations that the target wrote, {data["greedy"]} of them greedily, with

@@ -38,11 +38,13 @@ class Batch:
 class Guess:
     """The head's answers at one depth: logits [M, V] for the M positions that are learned, and where those are.
 
-    `index` holds sequence and position of the target's distribution that each is a guess of.
+    `index` holds sequence and position of the target's distribution that each is a guess of, `began_M` the position at
+    which the chain that it belongs to began.
     """
 
     logits_MV: Tensor
     index: tuple[Tensor, Tensor]
+    began_M: Tensor
 
 
 def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depths: int) -> Iterator[Guess]:
@@ -68,7 +70,7 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
         index = learned_BT.nonzero(as_tuple=True)
         hidden_MH = rms_norm(x_BTH[index], weights["model.norm.weight"], config.norm_eps)
         logits_MV = PLAIN.linear(hidden_MH, weights["lm_head.weight"], config.out_vocab)
-        yield Guess(logits_MV, (index[0], index[1] + depth + 1))
+        yield Guess(logits_MV, (index[0], index[1] + depth + 1), index[1])
 
 
 def _parts(config: ModelConfig) -> tuple[tuple[str, int], ...]:

@@ -1,4 +1,4 @@
-"""A new EAGLE-3 head: its config, its vocabulary, and weights to start from, taken from its target."""
+"""A new draft: its config, its vocabulary, and weights to start from, taken from its target."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import TAPPED, read_config
 from pipeline.models.weights import weight_specs
 from pipeline.sources import Checkpoint, weights
@@ -35,6 +36,36 @@ def head_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...]) -> 
         "draft_vocab_size": draft_vocab,
         "eagle_config": {TAPPED: list(taps)},
     }
+
+
+def model_config(target: Checkpoint, draft_vocab: int, layers: tuple[int, ...]) -> dict[str, Any]:
+    """`config.json` of a draft model of some of the target's layers, which uses the target's embedding."""
+    fields = {
+        key: value for key, value in target.config_json.items() if key not in ("layer_types", "transformers_version")
+    }
+    return fields | {
+        "num_hidden_layers": len(layers),
+        "tie_word_embeddings": False,
+        "draft_vocab_size": draft_vocab,
+    }
+
+
+def layers_of(target: Checkpoint, config: ModelConfig, layers: tuple[int, ...], ids_V: Tensor) -> dict[str, Tensor]:
+    """Weights float32 of a draft model to start from: chosen layers, the target's norm, rows of its head."""
+    refs = weights(target)
+    found: dict[str, Tensor] = {}
+    for spec in weight_specs(config):
+        if spec.name in (EMBEDDING, "d2t"):
+            continue
+        if spec.name == HEAD:
+            found[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
+            continue
+        name = spec.name
+        if name.startswith("model.layers."):
+            _, _, number, rest = name.split(".", 3)
+            name = f"model.layers.{layers[int(number)]}.{rest}"
+        found[spec.name] = read_tensor(refs[name]).float()
+    return found
 
 
 def frequent(tokens: Iterable[Tensor], size: int, always: Iterable[int]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pipeline.distill import draft_model, eagle3
 from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_part, write_transcripts
 from pipeline.distill.generate import Writer, Writing
-from pipeline.distill.head import frequent, head_config, initial
+from pipeline.distill.head import frequent, head_config, initial, layers_of, model_config
 from pipeline.distill.prompts import Apart
 from pipeline.distill.request import ANSWER_TOKENS, LENGTH, ROWS, Request, data_key
 from pipeline.distill.train import Settings, Trainer
 from pipeline.errors import InputError
 from pipeline.files import write_atomic
+from pipeline.models import config_of
 from pipeline.models.eagle3 import read_config
 from pipeline.runtime.text import Text
 from pipeline.sources import Checkpoint, tokenizer_files, weights
@@ -66,8 +68,11 @@ class Job:
 
     @cached_property
     def config_json(self) -> dict[str, Any]:
-        """The head's `config.json`."""
-        return head_config(self.target, self.request.draft_vocab, self.taps)
+        """The draft's `config.json`."""
+        request = self.request
+        if request.method == "draft_model":
+            return model_config(self.target, request.draft_vocab, request.layers)
+        return head_config(self.target, request.draft_vocab, self.taps)
 
     def write_data(self) -> None:
         """Write parts until there are as many answer tokens as asked for."""
@@ -109,18 +114,24 @@ class Job:
         return frequent(written, self.request.draft_vocab, self.target.config.eos_ids)
 
     def trainer(self, sequences: Sequence[Conversation]) -> Trainer:
-        """A head at its start, or where an interrupted run left it."""
+        """A draft at its start, or where an interrupted run left it."""
         request, ids = self.request, self.ids(sequences)
         refs = weights(self.target)
         device = request.device
         embedding = read_tensor(refs[EMBEDDING]).float().to(device)
         head = embedding if self.target.config.tied else read_tensor(refs[HEAD]).float().to(device)
-        start = initial(self.target, self.config_json, ids, request.seed)
         settings = Settings(steps=request.steps, objective=request.objective, seed=request.seed)
-        config = read_config(self.config_json, "head")
-        folder = self.folder / f"{request.objective}-{request.draft_vocab}-{len(sequences)}"
-        ids = ids.to(device)
-        return Trainer(config, start, embedding, head[ids], ids, settings, folder, request.say)
+        name = f"{request.objective}-{request.draft_vocab}-{len(sequences)}"
+        if request.method == "draft_model":
+            config = config_of(self.config_json, "draft")
+            start = layers_of(self.target, config, request.layers, ids)
+            settings, guesses = replace(settings, single=1.0), draft_model.guesses
+            name += "-layers-" + "-".join(map(str, request.layers))
+        else:
+            config = read_config(self.config_json, "head")
+            start, guesses = initial(self.target, self.config_json, ids, request.seed), eagle3.guesses
+        folder, ids = self.folder / name, ids.to(device)
+        return Trainer(guesses, config, start, embedding, head[ids], ids, settings, folder, request.say)
 
     def _encode(self, prompt: str) -> list[int]:
         return self.text.chat(prompt) if self.text.has_chat else self.text.encode(prompt)

@@ -26,7 +26,10 @@ def _silent(line: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """One draft to train. `tokens` of answers are written before training; `out` is the folder to write."""
+    """One draft to train. `tokens` of answers are written before training; `out` is the folder to write.
+
+    `layers` are those of the target that a draft model starts from, in order (`method` `draft_model`).
+    """
 
     recipe: Recipe
     base: Path
@@ -34,6 +37,8 @@ class Request:
     tokens: int = 1_000_000
     steps: int = 4000
     draft_vocab: int = DRAFT_VOCAB
+    method: str = "eagle3"
+    layers: tuple[int, ...] = ()
     seed: int = 0
     objective: str = "distribution"
     device: str = "cpu"

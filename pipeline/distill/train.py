@@ -1,4 +1,4 @@
-"""Fit a head to what the target wrote: minimise the divergence from the target's distribution over the draft's tokens.
+"""Fit a draft to what the target wrote: minimise the divergence from the target's distribution over the draft's tokens.
 
 A run is decided by its data, settings and seed. It saves weights, optimiser and step together, so a killed run goes on
 where it was; weights are float32, products bfloat16 where the device is faster with them.
@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.distill.data import Conversation
-from pipeline.distill.eagle3 import Batch, Guess, guesses
+from pipeline.distill.eagle3 import Batch, Guess
 from pipeline.files import write_atomic
 from pipeline.models.config import ModelConfig
 
 Say = Callable[[str], None]
+Guesses = Callable[[ModelConfig, dict[str, Tensor], Batch, int], Iterator[Guess]]
+"""A kind of draft: its answers to a batch, one depth after the other."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class Accuracy:
 
 @dataclass
 class Trainer:
-    """A head in training. `weights` are float32, `head_VH` the rows of the target's LM head for the draft's ids."""
+    """A draft in training. `weights` are float32, `head_VH` the rows of the target's LM head for the draft's ids."""
 
+    guesses: Guesses
     config: ModelConfig
     weights: dict[str, Tensor]
     embedding: Tensor
@@ -117,7 +120,7 @@ class Trainer:
             right = torch.ones_like(batch.learn_BT)
             for depth, guess in enumerate(self._guesses(batch, self.settings.depths)):
                 rows, places = guess.index
-                began = places - depth - 1
+                began = guess.began_M
                 so_far = right[rows, began]
                 best = self.ids_V[guess.logits_MV.argmax(-1)]
                 now = so_far & (best == batch.tokens_BT1[rows, places + 1])
@@ -135,7 +138,7 @@ class Trainer:
         weights = {**self.trained, "model.embed_tokens.weight": self.embedding}
         kind = self.head_VH.device.type
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
-            yield from guesses(self.config, weights, batch, depths)
+            yield from self.guesses(self.config, weights, batch, depths)
 
     def _update(self, batch: Batch) -> float:
         for group in self.optimizer.param_groups:

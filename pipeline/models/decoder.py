@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.models.config import Llama3Rope, ModelConfig
-from pipeline.models.parallel import Seams, State, Writes
+from pipeline.models.parallel import Attend, Seams, State, Writes
 from pipeline.models.weights import padded_vocab
 
 Weights = Mapping[str, Tensor]
@@ -27,28 +26,11 @@ OFFSET = "rank.vocab_offset"
 """Per-rank weight, int32 [1]: the first vocabulary id of this rank's slice."""
 
 
-@dataclass(frozen=True)
-class Attend:
-    """What one pass attends over: `bias_BTS` float32, 0 where a query sees a key and -inf elsewhere.
-
-    `kv` is the number of cached positions to read, or 0 to attend over the tokens of this very pass (prefill from an
-    empty row), where S = T.
-    """
-
-    bias_BTS: Tensor
-    kv: int
-
-
 class Hidden(NamedTuple):
     """Hidden states of one pass: `last_BTH` after the last norm, `taps_BTX` inputs of tapped layers, side by side."""
 
     last_BTH: Tensor
     taps_BTX: Tensor | None = None
-
-
-def attend_where(seen_BTS: Tensor, kv: int) -> Attend:
-    """`Attend` from a bool mask, True where a query sees a key."""
-    return Attend(torch.where(seen_BTS, 0.0, -math.inf), kv)
 
 
 def hidden_states(
@@ -106,14 +88,14 @@ def layer_weights(weights: Weights, layer: int) -> dict[str, Tensor]:
 
 
 def embed(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor) -> Tensor:
-    """Embed tokens: int [B, T] -> [B, T, H]."""
-    table = weights["model.embed_tokens.weight"]
+    """Embed tokens: int [B, T] -> [B, T, H], in the model's dtype."""
+    table, dtype = weights["model.embed_tokens.weight"], weights["model.norm.weight"].dtype
     if seams.tp == 1:
-        return seams.embed(tokens_BT, table)
+        return seams.embed(tokens_BT, table).to(dtype)
     rows = vocab_rows(config.vocab, seams.tp)
     local_BT = tokens_BT - weights[OFFSET]
     mine_BT = (local_BT >= 0) & (local_BT < rows)
-    x_BTH = seams.embed(local_BT.clamp(0, rows - 1), table)
+    x_BTH = seams.embed(local_BT.clamp(0, rows - 1), table).to(dtype)
     return seams.all_reduce(torch.where(mine_BT[..., None], x_BTH, torch.zeros_like(x_BTH)))
 
 
@@ -169,16 +151,13 @@ def attention(
     layer: int, state: State, writes: Writes, attend: Attend,
 ) -> Tensor:  # fmt: skip
     """Attention of one layer over its cache, into which this pass's keys and values are written first: [B, T, H]."""
-    batch = x_BTX.shape[0]
     heads, kv_heads = config.heads // seams.tp, kv_heads_of(config, seams)
     q, k, v = (heads_of(config, w, seams, x_BTX, *part) for part in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
     q, k = rotate(torch.cat((q, k), dim=2).transpose(1, 2), rotary).split((heads, kv_heads), dim=1)
     v = v.transpose(1, 2)
     cached_k = seams.write(state, f"k.{layer}", k, writes)
     cached_v = seams.write(state, f"v.{layer}", v, writes)
-    if attend.kv:
-        k, v = cached_k[:batch, :, : attend.kv], cached_v[:batch, :, : attend.kv]
-    out_BTX = _attend(q, k, v, attend.bias_BTS)
+    out_BTX = seams.attend(q, cached_k, cached_v, attend) if attend.kv else seams.attend(q, k, v, attend)
     out = seams.all_reduce(seams.linear(out_BTX, w["self_attn.o_proj.weight"], config.hidden))
     bias = w.get("self_attn.o_proj.bias")
     return out if bias is None else out + bias
@@ -206,19 +185,6 @@ def heads_of(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, name:
     if config.qk_norm and name in "qk":
         return rms_norm(out, w[f"self_attn.{name}_norm.weight"], config.norm_eps)
     return out
-
-
-def _attend(q_BNTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, bias_BTS: Tensor) -> Tensor:
-    """Grouped-query attention (Ainslie et al. 2023): -> [B, T, N * D].
-
-    The query heads of one KV head are stacked on the token axis, so keys and values are never repeated in memory.
-    """
-    batch, heads, tokens, dim = q_BNTD.shape
-    groups, keys = k_BGSD.shape[1], k_BGSD.shape[2]
-    q = q_BNTD.reshape(batch, groups, -1, dim)
-    bias = bias_BTS[:, None, None].expand(-1, 1, heads // groups, -1, -1).reshape(-1, 1, q.shape[2], keys)
-    out = functional.scaled_dot_product_attention(q, k_BGSD, v_BGSD, attn_mask=bias.to(q.dtype))
-    return out.view(batch, heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, heads * dim)
 
 
 def mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import (
-    Attend,
     Weights,
     attention,
     embed,
@@ -23,7 +22,7 @@ from pipeline.models.decoder import (
     rotary_of,
     store,
 )
-from pipeline.models.parallel import Seams, State, Writes
+from pipeline.models.parallel import Attend, Seams, State, Writes
 
 
 def features(config: ModelConfig, weights: Weights, seams: Seams, taps_BTX: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, S cache length, H KV heads on this rank, D head size, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,25 @@ def plan_writes(state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Ten
     return Writes((rows_B.long()[:, None, None], heads_H[None, :, None], places_BT.long()[:, None, :]))
 
 
+@dataclass(frozen=True)
+class Attend:
+    """What one pass attends over: the keys up to `last_BT` (int, from 0), of `kv` cached ones or of this very pass.
+
+    `kv` 0 means the pass itself (prefill from an empty row), where S = T. `bias_BTS` float32 says the same as a mask: 0
+    where a query sees a key and -inf elsewhere.
+    """
+
+    last_BT: Tensor
+    kv: int
+    bias_BTS: Tensor
+
+
+def attend_up_to(last_BT: Tensor, kv: int = 0) -> Attend:
+    """`Attend` from the last key that each query sees."""
+    keys_S = torch.arange(kv or last_BT.shape[1], device=last_BT.device)
+    return Attend(last_BT, kv, torch.where(keys_S <= last_BT[..., None], 0.0, -math.inf))
+
+
 class Seams:
     """Plain layout, one rank, caches written in place. Subclasses override what their backend does better."""
 
@@ -56,6 +76,21 @@ class Seams:
     def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
         """Rows of an embedding: int [B, T] -> [B, T, I]."""
         return functional.embedding(ids_BT, weight)
+
+    def attend(self, q_BNTD: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        """Grouped-query attention (Ainslie et al. 2023): -> [B, T, N * D].
+
+        `k` and `v` are this pass's [B, H, T, D], or whole caches [rows, H, S_max, D] where `attend.kv` is not 0. The
+        query heads of one KV head are stacked on the token axis, so keys and values are never repeated in memory.
+        """
+        batch, heads, tokens, dim = q_BNTD.shape
+        if attend.kv:
+            k, v = k[:batch, :, : attend.kv], v[:batch, :, : attend.kv]
+        groups, keys = k.shape[1], k.shape[2]
+        q = q_BNTD.reshape(batch, groups, -1, dim)
+        bias = attend.bias_BTS[:, None, None].expand(-1, 1, heads // groups, -1, -1).reshape(-1, 1, q.shape[2], keys)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return out.view(batch, heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, heads * dim)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks."""

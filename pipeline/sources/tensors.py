@@ -11,10 +11,10 @@ from typing import Any
 
 from pipeline.errors import SourceError
 
-DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I64": 8}
-"""Dtypes that Tandem reads, by their safetensors names."""
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I64": 8, "I8": 1}
+"""Dtypes that Tandem reads or writes, by their safetensors names."""
 
-OTHER_DTYPE_BYTES = {"F64": 8, "I16": 2, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "U8": 1, "BOOL": 1}
+OTHER_DTYPE_BYTES = {"F64": 8, "I16": 2, "U16": 2, "U32": 4, "U64": 8, "U8": 1, "BOOL": 1}
 HEADER_LIMIT_BYTES = 100_000_000
 ALIGNMENT_BYTES = 64
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pipeline.models import eagle3_layer
-from pipeline.models.decoder import Attend, Hidden, attend_where
-from pipeline.models.parallel import Writes, plan_writes
+from pipeline.models.decoder import Hidden
+from pipeline.models.parallel import Writes, attend_up_to, plan_writes
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
 from pipeline.speculation.sampling import Candidates
@@ -185,8 +185,7 @@ class Eagle3:
     def _run(self, rows: Rows, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The layer over rows 0..B-1 and their caches."""
         model = self.model
-        seen_BTS = count(rows.kv, tokens_BT) <= positions_BT.clamp(min=0)[..., None]
-        attend: Attend = attend_where(seen_BTS, rows.kv)
+        attend = attend_up_to(positions_BT.clamp(min=0), rows.kv)
         writes = self._writes(rows, positions_BT)
         inputs = (model.readable(tokens_BT), features_BTH, positions_BT, model.state, writes, attend)
         return eagle3_layer.hidden_states(model.config, model.weights, model.seams, *inputs)

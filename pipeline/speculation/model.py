@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import OFFSET, Attend, Hidden, Weights, attend_where, hidden_states, logits
-from pipeline.models.parallel import Seams, State, Writes, plan_writes
+from pipeline.models.decoder import OFFSET, Hidden, Weights, hidden_states, logits
+from pipeline.models.parallel import Attend, Seams, State, Writes, attend_up_to, plan_writes
 from pipeline.speculation.sampling import Candidates, Sampling, candidates, draw, greedy
 
 
@@ -82,17 +82,14 @@ class Model:
         """Run rows 0..B-1 over their caches; a query sees keys at or before its own position."""
         rows_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
         writes = plan_writes(self.state, rows_B, positions_BT, active_B[:, None] & (positions_BT < self.usable(kv)))
-        keys_S = torch.arange(kv, device=tokens_BT.device)
-        attend = attend_where(keys_S <= positions_BT[..., None], kv)
-        return self.run(tokens_BT, positions_BT, writes, attend)
+        return self.run(tokens_BT, positions_BT, writes, attend_up_to(positions_BT, kv))
 
     def read(self, prompt: Prompt) -> Hidden:
         """Run whole prompts into empty rows."""
         positions_T = prompt.positions_BT[0]
-        causal = attend_where((positions_T <= positions_T[:, None])[None], kv=0)
         keep_BT = prompt.active[:, None] & (positions_T < self.usable(len(positions_T)))
         writes = plan_writes(self.state, prompt.slots_B, prompt.positions_BT, keep_BT)
-        return self.run(prompt.tokens_BT, prompt.positions_BT, writes, causal)
+        return self.run(prompt.tokens_BT, prompt.positions_BT, writes, attend_up_to(positions_T[None]))
 
     def run(self, tokens_BT: Tensor, positions_BT: Tensor, writes: Writes, attend: Attend) -> Hidden:
         """All layers over tokens of the pair's common tokenizer."""

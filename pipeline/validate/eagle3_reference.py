@@ -30,9 +30,9 @@ class Eagle3Reference(Reference):
     before it, they are zeros.
     """
 
-    def __init__(self, checkpoint: Checkpoint, target: Checkpoint, dtype: str) -> None:
-        super().__init__(checkpoint, target, dtype)
-        self._target = Reference(target, target, dtype)
+    def __init__(self, checkpoint: Checkpoint, target: Checkpoint, dtype: str, narrow: str | None = None) -> None:
+        super().__init__(checkpoint, target, dtype, narrow)
+        self._target = Reference(target, target, dtype, narrow)
         self._taps = taps_of(target.config, checkpoint.config)
         fields = {k: v for k, v in checkpoint.config_json.items() if k != "model_type"}
         self._rotary = LlamaRotaryEmbedding(config=LlamaConfig(**fields))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -27,6 +27,7 @@ from pipeline.validate.limits import FLIP_LIMIT, TIE
 from pipeline.validate.losslessness import Lossless
 from pipeline.validate.parity import Parity, Sequence_
 from pipeline.validate.prompts import Prompt
+from pipeline.validate.rounding import rounding
 
 PLAIN_PROMPTS = 16
 """Prompts that plain decode answers, too. The answers to all are compared with the reference, token by token."""
@@ -121,13 +122,18 @@ class Gates:
     def _references(self) -> None:
         """Goldens of both models, by sequence name."""
         self.goldens: dict[str, dict[str, Golden]] = {}
+        self.roundings: dict[str, dict[str, Any]] = {}
         counts = {}
         everything = [*self.sequences, *self.probes]
         for model, checkpoint in zip(("target", "draft"), self.pair, strict=True):
-            source = Goldens(checkpoint, self.pair[0], self._dtype(model), self.cache, self.say)
+            narrow = self.recipe.draft_weights if model == "draft" else self.recipe.target.weights
+            source = Goldens(checkpoint, self.pair[0], self._dtype(model), self.cache, self.say, narrow)
             goldens = source.of([sequence.tokens for sequence in everything])
             self.goldens[model] = {s.name: g for s, g in zip(everything, goldens, strict=True)}
             counts[model] = {"computed": source.computed, "cached": source.found}
+            if narrow is not None:
+                whole = replace(source, narrow=None, _known={}).of([sequence.tokens for sequence in self.sequences])
+                self.roundings[model] = rounding(goldens[: len(whole)], whole)
         self.found.data["goldens"] = counts
 
     def _dtype(self, model: str) -> str:
@@ -160,7 +166,9 @@ class Gates:
         rate = self.recipe.validate_.gates.near_tie_rate
         choices, faults = self._choices(figures["target"].floor)
         self.found.gates["parity"] = [*(f for of in figures.values() for f in parity.failures(of, rate)), *faults]
-        self.found.data["parity"] = {m: parity.to_json(of, self._index()) for m, of in figures.items()}
+        self.found.data["parity"] = {
+            m: parity.to_json(of, self._index()) | {"rounding": self.roundings.get(m)} for m, of in figures.items()
+        }
         self.found.data["choices"] = choices
         self.found.gates["losslessness"] = lossless.failures(rate)
         self.found.data["losslessness"] = lossless.to_json()

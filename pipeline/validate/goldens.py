@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.cache import Cache
+from pipeline.models.int8 import rounded
 from pipeline.sources import Checkpoint, weights
 from pipeline.sources.tensors import TensorRef
 from pipeline.trace import DTYPES
@@ -86,13 +87,17 @@ class Golden:
 
 @dataclass
 class Goldens:
-    """The reference of one model of a pair. `computed` and `found` count sequences."""
+    """The reference of one model of a pair. `computed` and `found` count sequences.
+
+    `narrow` is what its matrices are stored as, if narrower than the dtype: both runs then have the rounded weights.
+    """
 
     checkpoint: Checkpoint
     target: Checkpoint
     dtype: str
     cache: Cache
     say: Progress
+    narrow: str | None = None
     computed: int = 0
     found: int = 0
     _known: dict[str, Golden] = field(default_factory=dict)
@@ -113,10 +118,10 @@ class Goldens:
 
     def _reference(self) -> Reference:
         if self.checkpoint.config.eagle3 is None:
-            return Reference(self.checkpoint, self.target, self.dtype)
+            return Reference(self.checkpoint, self.target, self.dtype, self.narrow)
         from pipeline.validate.eagle3_reference import Eagle3Reference
 
-        return Eagle3Reference(self.checkpoint, self.target, self.dtype)
+        return Eagle3Reference(self.checkpoint, self.target, self.dtype, self.narrow)
 
     def _load(self, key: str) -> Golden | None:
         if key not in self._known:
@@ -128,6 +133,7 @@ class Goldens:
     def _key(self, tokens: list[int]) -> str:
         files = sorted((n, d.sha256) for c in (self.checkpoint, self.target) for n, d in c.files.items())
         facts = [FORMAT, files, self.checkpoint.layers, tokens, self.dtype, transformers.__version__]
+        facts += [self.narrow] if self.narrow else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -157,8 +163,9 @@ def projection(vocab: int) -> Tensor:
 class Reference:
     """A checkpoint run by transformers' own modules, one layer in memory at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, target: Checkpoint, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, target: Checkpoint, dtype: str, narrow: str | None = None) -> None:
         self.checkpoint = checkpoint
+        self.narrow = narrow
         self.dtype = DTYPES[dtype]
         self.kinds = (above(dtype), self.dtype)
         self._refs = weights(checkpoint)
@@ -253,8 +260,11 @@ class Reference:
         return torch.cat([wide @ block.T for block in blocks], dim=-1)
 
     def read(self, ref: TensorRef) -> Tensor:
-        """A tensor as the recipe's dtype holds it."""
-        return read_tensor(ref).to(self.dtype)
+        """A tensor as the recipe's dtype holds it; a matrix stored as int8 as what that stands for, float32."""
+        tensor = read_tensor(ref)
+        if self.narrow == "int8" and tensor.dim() == 2:
+            return rounded(tensor)
+        return tensor.to(self.dtype)
 
 
 def read_tensor(ref: TensorRef) -> Tensor:

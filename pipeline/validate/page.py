@@ -172,6 +172,14 @@ def _parity(report: Report, model: str, of: ModelParity) -> str:
         ),
         ("flipped tokens, near-ties, of transformers in the dtype", f"{of.flips}, {of.near_ties}, {of.flips_of_noise}"),
     ]
+    if of.rounding is not None:
+        r = of.rounding
+        facts += [
+            ("int8 weights against the dtype's: likeliest token the same (the dtype against one precision up)",
+             f"{show(r.same_choice)} ({show(r.same_choice_of_noise)})"),
+            ("int8 weights against the dtype's: error of logits (noise of the dtype)",
+             f"{show(r.logit_error)} ({show(r.logit_noise)})"),
+        ]  # fmt: skip
     first = of.first_divergence
     if first is not None:
         anchor = token_id(report, first.prompt, first.position)

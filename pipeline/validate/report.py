@@ -89,6 +89,16 @@ class Points(Part):
     gap_ulp: tuple[Number, ...]
 
 
+class Rounding(Part):
+    """What int8 weights changed against the dtype's own, in the reference."""
+
+    tokens: int
+    same_choice: Number = Field(description="share of tokens after which the likeliest next one is the same")
+    same_choice_of_noise: Number = Field(description="that share for the dtype against one precision up")
+    logit_error: Number = Field(description="root of the mean square difference of logits")
+    logit_noise: Number = Field(description="that of the dtype against one precision up")
+
+
 class ModelParity(Part):
     """Gate 1 of one model."""
 
@@ -109,6 +119,7 @@ class ModelParity(Part):
     layers: tuple[tuple[Number, Number], ...] = Field(
         description="error over noise of each layer's keys and values; empty where ranks share them"
     )
+    rounding: Rounding | None = None
     slices: tuple[Slice, ...]
     points: Points
 

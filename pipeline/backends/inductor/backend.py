@@ -24,7 +24,8 @@ from pipeline.plan import GraphSpec
 from pipeline.signature import PairShape, signature
 from pipeline.trace import GraphModule, empty
 
-KERNEL_DIGEST = hashlib.sha256(Path(__file__).with_name("block_linear_kernel.py").read_bytes()).hexdigest()[:12]
+KERNELS = ("block_linear_kernel.py", "cached_attention_kernel.py", "vectors.py")
+KERNEL_DIGEST = hashlib.sha256(b"".join(Path(__file__).with_name(k).read_bytes() for k in KERNELS)).hexdigest()[:12]
 """Of our own part of the generated code, which the traced graph only names."""
 
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
@@ -113,7 +114,7 @@ class InductorBackend:
 
     def compile(self, traced: Traced, work: Path) -> bytes:
         """Lower to C++ (or Triton) and build the shared library; returns the `.pt2` package."""
-        from pipeline.backends.inductor import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
+        from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401 - known from here on
 
         package = work / self.graph_file
         # The processor says which instructions it has; Inductor's probes for that compile for seconds.

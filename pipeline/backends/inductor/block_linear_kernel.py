@@ -2,11 +2,12 @@
 
 A decode step multiplies one row by every weight, a step that verifies K drafts K + 1 rows, so either takes as long as
 the weights take to arrive from memory, if the kernel lets them stream. torch's own products do not at 2 to 8 rows.
-Here a block [I, 32] is read once, in order, for up to eight rows at a time, and sums are kept in registers, in float32
-whatever the weight's dtype. Every row's sum runs over I in the same order however many rows there are: decode, verify
-and score agree bit by bit in their linear layers.
+A block is read once, in order, for all rows at a time, and sums are kept in registers, in float32 whatever the weight's
+dtype. Every row's sum runs over I in the same order however many rows there are: decode, verify and score agree bit by
+bit in their linear layers.
 
-Threads are the runtime's choice, not the build's.
+Two ways, chosen when a graph runs: tiles of Intel's AMX where the processor has them and the rows are bfloat16, vectors
+elsewhere. So an artifact needs no AMX, whatever machine built it. Threads are the runtime's choice, too.
 """
 
 from __future__ import annotations
@@ -18,35 +19,48 @@ import torch._inductor.lowering as lowering  # before what follows: inductor's m
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
-KERNEL = r"""
-HEADER
+from pipeline.backends.inductor.vectors import TILES, WIDENED
 
-namespace NAME_parts {
-
-using Vec = at::vec::Vectorized<float>;
+SHAPES = r"""
 using Weight = WEIGHT_TYPE;
-constexpr int64_t I = INPUTS, BLOCKS = BLOCK_COUNT, LANES = LANE_COUNT, M = ROW_COUNT, N = BLOCKS * LANES;
-constexpr int64_t CHUNK = 2 * Vec::size();
+using Input = INPUT_TYPE;
+constexpr int64_t I = INPUTS, BLOCKS = BLOCK_COUNT, LANES = 32, M = ROW_COUNT, N = BLOCKS * LANES;
+constexpr int64_t BLOCK_SIZE = BLOCK_ELEMENTS, CHUNK = 2 * Vec::size();
+constexpr bool SCALED = std::is_same_v<Weight, int8_t>, PAIRED = IS_PAIRED;
 static_assert(LANES % CHUNK == 0);
 
-inline Vec widened(const float* from) { return Vec::loadu(from); }
-inline Vec widened(const at::BFloat16* from) { Vec wide; at::vec::load_fp32_from_bf16(from, wide); return wide; }
-inline Vec widened(const at::Half* from) { Vec wide; at::vec::load_fp32_from_fp16(from, wide); return wide; }
+// An int8 block ends in the bytes of its float32 scales.
+inline const float* scales_of(const Weight* block) { return reinterpret_cast<const float*>(block + I * LANES); }
+"""
 
+VECTORS = r"""
 template <int64_t ROWS>
-inline void rows_times_chunk(const float* x, const Weight* w, float* out) {
+inline void rows_times_chunk(const float* x, const Weight* w, const float* scales, float* out) {
     Vec low[ROWS], high[ROWS];
     for (int64_t m = 0; m < ROWS; ++m) { low[m] = Vec(0.0f); high[m] = Vec(0.0f); }
-    for (int64_t i = 0; i < I; ++i) {
-        const Vec first = widened(w + i * LANES), second = widened(w + i * LANES + Vec::size());
+    const auto add = [&](int64_t i, const Vec& first, const Vec& second) {
         #pragma GCC unroll 8
         for (int64_t m = 0; m < ROWS; ++m) {
             const Vec one(x[m * I + i]);
             low[m] = at::vec::fmadd(one, first, low[m]);
             high[m] = at::vec::fmadd(one, second, high[m]);
         }
+    };
+    if constexpr (PAIRED) {
+        for (int64_t i = 0; i < I; i += 2) {
+            const auto [first, next_first] = unpaired(w + i * LANES);
+            const auto [second, next_second] = unpaired(w + i * LANES + 2 * Vec::size());
+            add(i, first, second);
+            add(i + 1, next_first, next_second);
+        }
+    } else {
+        for (int64_t i = 0; i < I; ++i) add(i, widened(w + i * LANES), widened(w + i * LANES + Vec::size()));
     }
     for (int64_t m = 0; m < ROWS; ++m) {
+        if constexpr (SCALED) {
+            low[m] = low[m] * Vec::loadu(scales);
+            high[m] = high[m] * Vec::loadu(scales + Vec::size());
+        }
         low[m].store(out + m * N);
         high[m].store(out + m * N + Vec::size());
     }
@@ -54,27 +68,147 @@ inline void rows_times_chunk(const float* x, const Weight* w, float* out) {
 
 template <int64_t ROWS>
 inline void rows_times_block(const float* x, const Weight* w, float* out) {
-    for (int64_t lane = 0; lane < LANES; lane += CHUNK) rows_times_chunk<ROWS>(x, w + lane, out + lane);
+    for (int64_t lane = 0; lane < LANES; lane += CHUNK) {
+        rows_times_chunk<ROWS>(x, w + lane * (PAIRED ? 2 : 1), scales_of(w) + lane, out + lane);
+    }
 }
 
+inline const float* wide(const float* x, std::vector<float>&) { return x; }
+template <typename T>
+inline const float* wide(const T* x, std::vector<float>& memory) {
+    memory.assign(x, x + M * I);
+    return memory.data();
 }
 
-extern "C" SIGNATURE
-{
-    using namespace NAME_parts;
+inline void by_vectors(const Input* x, const Weight* w, float* y) {
+    std::vector<float> memory;
+    const float* rows = wide(x, memory);
     // Rows whose sums fit in registers, two vectors each: half of AVX-512's 32, or of 16.
     constexpr int64_t TILE = Vec::size() >= 16 ? 8 : 4, WHOLE = M / TILE * TILE;
     #pragma omp parallel for
     for (int64_t block = 0; block < BLOCKS; ++block) {
-        const Weight* from = W + W_OFFSET + block * I * LANES;
+        const Weight* from = w + block * BLOCK_SIZE;
         for (int64_t m = 0; m < WHOLE; m += TILE) {
-            rows_times_block<TILE>(X + X_OFFSET + m * I, from, Y + m * N + block * LANES);
+            rows_times_block<TILE>(rows + m * I, from, y + m * N + block * LANES);
         }
         if constexpr (M > WHOLE) {
-            rows_times_block<M - WHOLE>(X + X_OFFSET + WHOLE * I, from, Y + WHOLE * N + block * LANES);
+            rows_times_block<M - WHOLE>(rows + WHOLE * I, from, y + WHOLE * N + block * LANES);
         }
     }
 }
+"""
+
+BY_TILES = r"""
+#if defined(__x86_64__)
+static_assert(PAIRED && std::is_same_v<Input, at::BFloat16> && I % 32 == 0);
+
+// 32 inputs of a block as two tiles of bfloat16 pairs: where they lie, or, of int8, converted into `scratch`.
+TANDEM_AMX inline const at::BFloat16* pairs_of(const Weight* w, at::BFloat16* scratch) {
+    if constexpr (SCALED) {
+        for (int64_t row = 0; row < 16; ++row) {
+            for (int64_t half = 0; half < 2; ++half) {
+                const int8_t* from = reinterpret_cast<const int8_t*>(w) + row * 64 + half * 32;
+                const __m128i* bytes = reinterpret_cast<const __m128i*>(from);
+                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
+                _mm512_storeu_si512(scratch + row * 64 + half * 32, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            }
+        }
+        return scratch;
+    } else {
+        return reinterpret_cast<const at::BFloat16*>(w);
+    }
+}
+
+// Sums of up to 32 rows, in tiles 0 to 3, written out row by row.
+TANDEM_AMX inline void store(const float* sums, int64_t rows, const float* scales, float* out) {
+    for (int64_t m = 0; m < rows; ++m) {
+        for (int64_t lane = 0; lane < LANES; lane += 16) {
+            __m512 sum = _mm512_loadu_ps(sums + (lane / 16) * 256 + m * 16);
+            if constexpr (SCALED) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scales + lane));
+            _mm512_storeu_ps(out + m * N + lane, sum);
+        }
+    }
+}
+
+constexpr int64_t AHEAD = 16384;  // bytes; tiles load too few lines at a time for the processor to run ahead itself
+
+template <int64_t ROWS>  // 1 to 32
+TANDEM_AMX inline void rows_times_tiles(const at::BFloat16* x, const Weight* w, float* out) {
+    constexpr int64_t FIRST = ROWS < 16 ? ROWS : 16, SECOND = ROWS - FIRST;
+    alignas(64) Palette palette{FIRST, SECOND ? SECOND : 1};
+    alignas(64) at::BFloat16 scratch[2][SCALED ? 1024 : 32];
+    alignas(64) float sums[512];
+    _tile_loadconfig(&palette);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    // Converted one turn ahead: tiles wait for stores to reach the cache.
+    const at::BFloat16* next = pairs_of(w, scratch[0]);
+    for (int64_t i = 0; i < I; i += 32) {
+        const at::BFloat16* pairs = next;
+        for (int64_t line = 0; line < 32 * LANES * int64_t(sizeof(Weight)); line += 64) {
+            _mm_prefetch(reinterpret_cast<const char*>(w + i * LANES) + AHEAD + line, _MM_HINT_T0);
+        }
+        if (i + 32 < I) next = pairs_of(w + (i + 32) * LANES, scratch[(i / 32 + 1) % 2]);
+        _tile_loadd(6, pairs, 128);
+        _tile_loadd(7, pairs + 32, 128);
+        _tile_loadd(4, x + i, I * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (SECOND > 0) {
+            _tile_loadd(5, x + 16 * I + i, I * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    store(sums, FIRST, scales_of(w), out);
+    if constexpr (SECOND > 0) {
+        _tile_stored(2, sums, 64);
+        _tile_stored(3, sums + 256, 64);
+        store(sums, SECOND, scales_of(w), out + 16 * N);
+    }
+}
+
+TANDEM_AMX inline void block_by_tiles(const at::BFloat16* x, const Weight* from, float* out) {
+    constexpr int64_t WHOLE = M / 32 * 32;
+    for (int64_t m = 0; m < WHOLE; m += 32) rows_times_tiles<32>(x + m * I, from, out + m * N);
+    if constexpr (M > WHOLE) rows_times_tiles<M - WHOLE>(x + WHOLE * I, from, out + WHOLE * N);
+    _tile_release();
+}
+
+inline bool by_tiles(const Input* x, const Weight* w, float* y) {
+    if (!has_tiles()) return false;
+    #pragma omp parallel for
+    for (int64_t block = 0; block < BLOCKS; ++block) {
+        block_by_tiles(x, w + block * BLOCK_SIZE, y + block * LANES);
+    }
+    return true;
+}
+#else
+inline bool by_tiles(const Input*, const Weight*, float*) { return false; }
+#endif
+"""
+
+NO_TILES = "inline bool by_tiles(const Input*, const Weight*, float*) { return false; }"
+
+KERNEL = f"""
+HEADER
+#include <vector>
+{TILES.includes}
+
+namespace NAME_parts {{
+{WIDENED}{TILES.code}{SHAPES}{VECTORS}BY_TILES
+}}
+
+extern "C" SIGNATURE
+{{
+    using namespace NAME_parts;
+    if (!by_tiles(X + X_OFFSET, W + W_OFFSET, Y)) by_vectors(X + X_OFFSET, W + W_OFFSET, Y);
+}}
 """
 
 
@@ -88,15 +222,23 @@ class BlockLinearTemplate(CppTemplate):
         """C++ of the kernel."""
         assert not epilogue_nodes, epilogue_nodes
         x, w = self.input_nodes
-        blocks, inputs, lanes = (int(size) for size in w.get_size())
+        blocks, *block = (int(size) for size in w.get_size())
+        elements = 1
+        for size in block:
+            elements *= size
+        paired, inputs = len(block) == 3, int(x.get_size()[1])
+        tiled = paired and x.get_dtype() == torch.bfloat16 and inputs % 32 == 0
         parts = {
+            "BY_TILES": BY_TILES if tiled else NO_TILES,
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel({"X": x, "W": w}, {"Y": template_buffer_node or self.output_node}),
             "NAME": kernel.kernel_name,
             "WEIGHT_TYPE": kernel.dtype(w),
+            "INPUT_TYPE": kernel.dtype(x),
+            "IS_PAIRED": "true" if paired else "false",
             "INPUTS": inputs,
+            "BLOCK_ELEMENTS": elements,
             "BLOCK_COUNT": blocks,
-            "LANE_COUNT": lanes,
             "ROW_COUNT": int(x.get_size()[0]),
             "X_OFFSET": x.get_layout().offset,
             "W_OFFSET": w.get_layout().offset,

@@ -1,31 +1,56 @@
-"""What this backend fills the models' seams with: products with blocked weights, and collectives."""
+"""What this backend fills the models' seams with: products with blocked weights, attention over caches, collectives."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pipeline.backends.inductor.block_linear import block_linear
+from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.backends.inductor.collectives import all_gather, all_reduce
-from pipeline.models.parallel import Seams
+from pipeline.backends.packing import SCALE_BYTES
+from pipeline.models.parallel import Attend, Seams
+from pipeline.models.weights import BLOCK
 
 
 class BlockedSeams(Seams):
     """Blocked weights on one rank, summed in float32."""
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """Product with a blocked weight [N/32, I, 32]."""
+        """Product with a blocked weight."""
         return self.head(x_BTI, weight, rows).to(x_BTI.dtype)
 
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """The same, left in float32."""
         batch, tokens, inputs = x_BTI.shape
-        out = block_linear(x_BTI.float().reshape(batch * tokens, inputs), weight)
+        out = block_linear(x_BTI.reshape(batch * tokens, inputs).contiguous(), weight)
         return out.view(batch, tokens, -1)[..., :rows]
+
+    def attend(self, q_BNTD: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        """Over caches, only as far as each query sees."""
+        if not attend.kv:
+            return super().attend(q_BNTD, k, v, attend)
+        batch, heads, tokens, dim = q_BNTD.shape
+        last_BT = attend.last_BT.int().expand(batch, tokens).contiguous()
+        out = cached_attention(q_BNTD.float().contiguous(), k, v, last_BT, attend.kv)
+        return out.to(q_BNTD.dtype).view(batch, tokens, heads * dim)
 
     def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
         """Rows of a blocked table: row r is lane r % 32 of block r // 32."""
-        ids, lanes = ids_BT.long(), weight.shape[-1]
-        return weight[ids // lanes, :, ids % lanes]
+        ids = ids_BT.long()
+        rows = weight[ids // BLOCK, :, ids % BLOCK].reshape(*ids.shape, -1)
+        if weight.dtype != torch.int8:
+            return rows
+        return rows[..., : -SCALE_BYTES // BLOCK].float() * _scales(ids, weight)[..., None]
+
+
+def _scales(ids_BT: Tensor, weight: Tensor) -> Tensor:
+    """Scales of some rows of a blocked int8 table, float32 [B, T], put together from their four bytes each."""
+    bytes_BTL4 = weight.view(len(weight), -1)[:, -SCALE_BYTES:][ids_BT // BLOCK].view(*ids_BT.shape, BLOCK, 4)
+    index = (ids_BT % BLOCK)[..., None, None].expand(*ids_BT.shape, 1, 4)
+    low_to_high = bytes_BTL4.gather(-2, index)[..., 0, :].int() & 0xFF
+    first, second, third, fourth = low_to_high.unbind(-1)
+    return (first | second << 8 | third << 16 | fourth << 24).view(torch.float32)
 
 
 class RankedSeams(BlockedSeams):
@@ -49,3 +74,4 @@ class PlainRankedSeams(RankedSeams):
     linear = Seams.linear
     head = Seams.head
     embed = Seams.embed
+    attend = Seams.attend

@@ -1,0 +1,124 @@
+"""Other engines on the same weights, each in a process of its own, for `decode.py`.
+
+    python benchmarks/peers.py vllm FOLDER [--ngram K]      in an environment that has vLLM
+    python benchmarks/peers.py llama GGUF {BF16,Q8_0}       in one that has xllamacpp and gguf
+
+Reads lines of JSON, `{"tokens": [...], "limit": 64}`, and answers each with `{"tokens": n, "seconds": s}`: the tokens
+after the first, and the time that they took. The first answer, `{"ready": true}`, says that it has loaded.
+
+llama.cpp runs the target's own GGUF with its tensors rewritten at the given precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Answer = Callable[[list[int], int], tuple[int, float]]
+"""Tokens of a prompt and how many to write at most -> tokens after the first, and their seconds."""
+
+
+def vllm(folder: str, ngram: int, length: int) -> Answer:
+    """vLLM's engine in this process, with its defaults for a CPU."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_PLUGINS": ""}
+    from vllm import EngineArgs, LLMEngine, SamplingParams
+
+    speculation: Any = None
+    if ngram:
+        speculation = {"method": "ngram", "num_speculative_tokens": ngram, "prompt_lookup_max": 4}
+    engine = LLMEngine.from_engine_args(
+        EngineArgs(model=folder, dtype="bfloat16", max_model_len=length, max_num_seqs=1,
+                   enable_prefix_caching=False, speculative_config=speculation)
+    )  # fmt: skip
+    count = 0
+
+    def answer(tokens: list[int], limit: int) -> tuple[int, float]:
+        nonlocal count
+        count += 1
+        engine.add_request(str(count), {"prompt_token_ids": tokens}, SamplingParams(temperature=0, max_tokens=limit))
+        arrivals: list[tuple[float, int]] = []
+        while engine.has_unfinished_requests():
+            found = engine.step()
+            arrivals += [(time.perf_counter(), len(output.outputs[0].token_ids)) for output in found]
+        (first, already), (last, all_) = arrivals[0], arrivals[-1]
+        return all_ - already, last - first
+
+    return answer
+
+
+def llama(source: str, precision: str, length: int) -> Answer:
+    """llama.cpp's server, called without HTTP."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(rewritten(Path(source), precision))
+    params.n_ctx, params.n_parallel, params.n_predict, params.cache_prompt = length, 1, 256, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
+    params.verbosity = 0
+    server = xllamacpp.Server(params)
+
+    def answer(tokens: list[int], limit: int) -> tuple[int, float]:
+        asked = {"prompt": tokens, "n_predict": limit, "temperature": 0, "cache_prompt": False, "top_k": 1}
+        found = server.handle_completions(asked)
+        timings = (found if isinstance(found, dict) else json.loads(found))["timings"]
+        return int(timings["predicted_n"]) - 1, float(timings["predicted_ms"]) / 1000
+
+    return answer
+
+
+def rewritten(source: Path, precision: str) -> Path:
+    """The GGUF with its matrices at another precision; vectors stay as they are."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    kind = gguf.GGMLQuantizationType[precision]
+    out = Path(tempfile.mkdtemp()) / f"{precision}.gguf"
+    writer = gguf.GGUFWriter(out, "llama")
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        wanted = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(tensor.name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def main() -> None:
+    """Load, then answer until the input ends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=["vllm", "llama"])
+    parser.add_argument("model")
+    parser.add_argument("precision", nargs="?", default="BF16", choices=["BF16", "Q8_0"])
+    parser.add_argument("--ngram", type=int, default=0)
+    parser.add_argument("--length", type=int, default=1024)
+    asked = parser.parse_args()
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an engine prints does not belong among the answers
+    answer = (
+        vllm(asked.model, asked.ngram, asked.length)
+        if asked.engine == "vllm"
+        else llama(asked.model, asked.precision, asked.length)
+    )
+    print(json.dumps({"ready": True}), file=out, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        tokens, seconds = answer(request["tokens"], request["limit"])
+        print(json.dumps({"tokens": tokens, "seconds": seconds}), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

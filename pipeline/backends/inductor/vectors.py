@@ -1,0 +1,100 @@
+"""C++ that our kernels share: loads of any stored dtype, widened to vectors of float32, and Intel's AMX tiles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WIDENED = r"""
+using Vec = at::vec::Vectorized<float>;
+
+inline Vec widened(const float* from) { return Vec::loadu(from); }
+inline Vec widened(const at::BFloat16* from) { Vec wide; at::vec::load_fp32_from_bf16(from, wide); return wide; }
+inline Vec widened(const at::Half* from) { Vec wide; at::vec::load_fp32_from_fp16(from, wide); return wide; }
+inline Vec widened(const int8_t* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(CPU_CAPABILITY_AVX2)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    __at_align__ float wide[Vec::size()];
+    for (int64_t lane = 0; lane < Vec::size(); ++lane) wide[lane] = from[lane];
+    return Vec::loadu(wide);
+#endif
+}
+
+// Values that lie in pairs, (a0 b0) (a1 b1) ..: all the a, and all the b.
+template <typename T>
+inline std::pair<Vec, Vec> unpaired(const T* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<T, at::BFloat16>) {
+        const __m512i both = _mm512_loadu_si512(from);
+        const __m512i high = _mm512_and_si512(both, _mm512_set1_epi32(0xFFFF0000));
+        return {Vec(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))), Vec(_mm512_castsi512_ps(high))};
+    }
+    if constexpr (std::is_same_v<T, int8_t>) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8), high = _mm256_srai_epi16(both, 8);
+        const auto wide = [](__m256i half) { return Vec(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(half))); };
+        return {wide(low), wide(high)};
+    }
+#elif defined(CPU_CAPABILITY_AVX2)
+    if constexpr (std::is_same_v<T, at::BFloat16>) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        const __m256i high = _mm256_and_si256(both, _mm256_set1_epi32(0xFFFF0000));
+        return {Vec(_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))), Vec(_mm256_castsi256_ps(high))};
+    }
+#endif
+    __at_align__ float low[Vec::size()], high[Vec::size()];
+    for (int64_t lane = 0; lane < Vec::size(); ++lane) {
+        low[lane] = static_cast<float>(from[2 * lane]);
+        high[lane] = static_cast<float>(from[2 * lane + 1]);
+    }
+    return {Vec::loadu(low), Vec::loadu(high)};
+}
+"""
+
+
+class Code(NamedTuple):
+    """C++ and what it includes."""
+
+    includes: str
+    code: str
+
+
+TILES = Code(
+    r"""
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TANDEM_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
+#endif
+""",
+    r"""
+#if defined(__x86_64__)
+// Tiles 0 to 3 hold sums, 4 and 5 rows of activations, 6 and 7 weights: [rows, 16 x 4 bytes] each.
+struct Palette {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+    Palette(int64_t first, int64_t second) {
+        const int64_t all[8] = {first, first, second, second, first, second, 16, 16};
+        for (int64_t tile = 0; tile < 8; ++tile) rows[tile] = static_cast<uint8_t>(all[tile]);
+    }
+};
+
+// The processor has AMX for bfloat16, and the kernel lets this process use it (asked once).
+inline bool has_tiles() {
+    static const bool found = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &e, &f, &g, &h)) return false;
+        const bool tiles = (d >> 24 & 1) && (d >> 22 & 1), bfloat16 = e >> 5 & 1;
+        constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+        return tiles && bfloat16 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    }();
+    return found;
+}
+#endif
+""",
+)
