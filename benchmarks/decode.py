@@ -1,10 +1,11 @@
-"""Decode of one artifact beside transformers on the same weights: one run, the same prompts, interleaved.
+"""Decode of one artifact beside other engines on the same weights: one run, the same prompts, interleaved.
 
-    python benchmarks/decode.py [ARTIFACT] [--draft-model ARTIFACT] [--rounds 5] [--prompts 2] [--max-new-tokens 64]
+    python benchmarks/decode.py [ARTIFACT] [--draft-model ARTIFACT] [--vllm PYTHON] [--llama PYTHON --precision Q8_0]
 
 Contenders, batch 1, greedy: the artifact plain, with each K, and with K by pace; a second artifact whose draft is a
-model; transformers' `generate`, and its assisted generation with that model. Structured prompts (code, JSON) and the
-others apart. A contender's figure is the median over rounds of its tokens over its time after each first token.
+model; transformers' `generate`, and its assisted generation with that model; vLLM, plain and with its n-gram
+speculation; llama.cpp at a precision (`peers.py` says what their environments need). Structured prompts (code, JSON)
+and the others apart. A contender's figure is the median over rounds of its tokens over its time after each first token.
 
 The roofline: bytes of weights that a plain step reads, over the read bandwidth that this run measured.
 """
@@ -12,16 +13,22 @@ The roofline: bytes of weights that a plain step reads, over the read bandwidth 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from serving import export
 
+from pipeline.cache import default_root
 from pipeline.recipe import load as load_recipe
 from pipeline.runtime import load
 from pipeline.runtime.bench import Answer, transformers_answers
+from pipeline.sources import resolve
 from pipeline.validate.prompts import load_prompts, prompts_path
 
 STRUCTURED = ("code", "json")
@@ -75,6 +82,58 @@ def contenders(root: Path, other: Path | None, limit: int) -> tuple[dict[str, An
     return found, engine
 
 
+class Peer:
+    """An engine in a process of its own (`peers.py`)."""
+
+    def __init__(self, python: Path, *arguments: object) -> None:
+        command = [str(python), "-W", "ignore", str(Path(__file__).with_name("peers.py")), *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._line()
+
+    def _line(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"ended without an answer: {self.process.args}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def answer(self, limit: int) -> Answer:
+        """Answers through it; it tells the time of all tokens after the first, so arrivals are only the ends."""
+
+        def answer(tokens: list[int]) -> tuple[list[float], int]:
+            assert self.process.stdin is not None
+            print(json.dumps({"tokens": tokens, "limit": limit}), file=self.process.stdin, flush=True)
+            found = self._line()
+            return [0.0] * found["tokens"] + [found["seconds"]], found["tokens"]
+
+        return answer
+
+    def end(self) -> None:
+        """Close its input and wait."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def peers(asked: argparse.Namespace, work: Path) -> dict[str, Peer]:
+    """The engines that were asked for, loaded."""
+    recipe = load_recipe(asked.artifact / "recipe.yaml")
+    found: dict[str, Peer] = {}
+    if asked.vllm is not None:
+        target = resolve(recipe.target.source, base=Path("recipes"), cache=default_root() / "sources")
+        folder = export(target, work / "target")
+        length = ("--length", recipe.shapes.kv[-1])
+        found["vLLM"] = Peer(asked.vllm, "vllm", folder, *length)
+        found["vLLM, n-gram K=4"] = Peer(asked.vllm, "vllm", folder, "--ngram", 4, *length)
+    if asked.llama is not None:
+        (source,) = (default_root() / "sources" / "packages").rglob("*.gguf")
+        found[f"llama.cpp {asked.precision}"] = Peer(asked.llama, "llama", source, asked.precision)
+    return found
+
+
 def weight_bytes(root: Path) -> int:
     """Weights that a plain step reads: the target's shard; an embedding apart from the head is a row."""
     return (root / "weights" / "target" / "rank-0-of-1.safetensors").stat().st_size
@@ -85,6 +144,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", nargs="?", type=Path, default=Path("artifacts/smollm2-135m-spec"))
     parser.add_argument("--draft-model", type=Path, help="an artifact of the same target whose draft is a model")
+    parser.add_argument("--vllm", type=Path, help="python of an environment that has vLLM")
+    parser.add_argument("--llama", type=Path, help="python of an environment that has xllamacpp and gguf")
+    parser.add_argument("--precision", choices=["BF16", "Q8_0"], default="BF16", help="of llama.cpp's weights")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=2, help="of each class")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -94,6 +156,9 @@ def main() -> None:
     kinds = dict.fromkeys(prompt.kind for prompt in prompts)
     chosen = [p for kind in kinds for p in [q for q in prompts if q.kind == kind][: args.prompts]]
     answers, engine = contenders(args.artifact, args.draft_model, args.max_new_tokens)
+    work = tempfile.TemporaryDirectory()
+    others = peers(args, Path(work.name))
+    answers |= {name: peer.answer(args.max_new_tokens) for name, peer in others.items()}
     encoded = [(p.kind in STRUCTURED, engine.text.chat(p.text)) for p in chosen]
     for answer in answers.values():
         answer(encoded[0][1])
@@ -107,6 +172,9 @@ def main() -> None:
                 cell = rounds[name][-1][structured]
                 for place, value in enumerate((len(arrivals) - 1, arrivals[-1] - arrivals[0], steps)):
                     cell[place] += value
+    for peer in others.values():
+        peer.end()
+    work.cleanup()
     show(rounds)
     speed = bandwidth()
     limit = speed / weight_bytes(args.artifact)

@@ -132,7 +132,7 @@ def main() -> None:
                  {"VLLM_CACHE_ROOT": f"{work}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{work}/inductor",
                   "VLLM_CPU_KVCACHE_SPACE": "2"}),
             ):  # fmt: skip
-                servers[name] = Server(command, Path(f"{name.replace(' ', '-')}.log"), **environment)
+                servers[name] = Server(command, Path(work) / f"{name}.log", **environment)
                 print(f"{name}: {servers[name].first_token(prompts[0]):.1f} s from its start to its first token")
             for together in (1, 4, 8):
                 found: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}

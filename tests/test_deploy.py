@@ -20,6 +20,7 @@ from pipeline.publish import publish
 
 ROOT = Path(__file__).parents[1]
 WORKFLOW = ROOT / ".github/workflows/release.yml"
+SLOW = ROOT / ".github/workflows/slow.yml"
 BIN = Path(sys.executable).parent
 TINY = """
 name: tiny
@@ -38,16 +39,27 @@ def tool(name: str) -> str:
 
 
 @pytest.mark.server
-def test_workflow_by_actionlint():
-    done = subprocess.run([tool("actionlint"), str(WORKFLOW)], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("workflow", [WORKFLOW, SLOW], ids=lambda path: path.stem)
+def test_workflow_by_actionlint(workflow):
+    done = subprocess.run([tool("actionlint"), str(workflow)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.server
-def test_workflow_by_its_schema():
-    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", str(WORKFLOW)]
+@pytest.mark.parametrize("workflow", [WORKFLOW, SLOW], ids=lambda path: path.stem)
+def test_workflow_by_its_schema(workflow):
+    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", str(workflow)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_slow_lanes_are_targets_of_the_makefile():
+    data = yaml.safe_load(SLOW.read_text())
+    lanes = data["jobs"]["lane"]["strategy"]["matrix"]["lane"]
+    targets = re.findall(r"^([\w-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
+    assert set(lanes) == {target for target in targets if target.startswith("test-")}
+    assert data["jobs"]["lane"]["permissions"] == {"contents": "read"}
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", one) for one in re.findall(r"uses: (\S+)", SLOW.read_text()))
 
 
 def test_workflow_pins_actions_and_asks_for_little():
