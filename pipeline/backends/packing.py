@@ -82,7 +82,7 @@ class BlockPacking:
         """Transpose block by block; rows that fill the last block are zero."""
         if kind not in MATRICES:
             return out.copy_(weight)
-        rows, columns = weight.shape
+        rows = weight.shape[0]
         if scales is not None:
             padded = scales.new_zeros(len(out) * BLOCK)
             padded[:rows] = scales
