@@ -21,7 +21,7 @@ from pipeline.files import disk_errors
 from pipeline.models.weights import TAPS
 from pipeline.sources import resolve
 
-__all__ = ["Request", "distill"]
+__all__ = ["Request", "distill", "prepare"]
 
 
 def distill(request: Request) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def distill(request: Request) -> dict[str, Any]:
     out = request.out
     if out.exists() and not (out / "training.json").is_file():
         raise InputError("there is something else", where=str(out), fix="give another --out, or remove it")
-    job = _job(request)
+    job = prepare(request)
     with disk_errors(job.folder):
         return _run(job)
 
@@ -72,7 +72,8 @@ def _is_here(device: str) -> bool:
     return True
 
 
-def _job(request: Request) -> Job:
+def prepare(request: Request) -> Job:
+    """The job of a request: its target, and checks that need nothing written."""
     target = resolve(request.recipe.target.source, base=request.base, cache=request.cache / "sources")
     layers = target.config.layers
     if layers < TAPS:

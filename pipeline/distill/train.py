@@ -93,8 +93,8 @@ class Trainer:
         if self._state.is_file():
             self._load()
 
-    def train(self, sequences: Sequence[Conversation], held_out: Sequence[Conversation]) -> Accuracy:
-        """Train to the last step; returns the accuracy on `held_out`."""
+    def train(self, sequences: Sequence[Conversation], held_out: Sequence[Conversation]) -> None:
+        """Train to the last step; says the accuracy on `held_out` now and then."""
         started, first = time.monotonic(), self.step
         losses: list[float] = []
         for batch in self._batches(sequences):
@@ -109,7 +109,6 @@ class Trainer:
                 self.say(f"step {self.step} of {self.settings.steps}, loss {loss:.3f}, {left / 60:.0f} min left")
             if self.step % 400 == 0 and held_out:
                 self.say(describe(self.accuracy(held_out)))
-        return self.accuracy(held_out)
 
     @torch.inference_mode()
     def accuracy(self, sequences: Sequence[Conversation]) -> Accuracy:
