@@ -33,6 +33,9 @@ def add_to(main: click.Group) -> None:
 )
 @click.option("--layers", help="Layers that a draft model starts from, like 0,1,29 (default: the first two, the last).")
 @click.option(
+    "--start", type=click.Path(path_type=Path, exists=True), help="Folder of a draft to train further (default: none)."
+)
+@click.option(
     "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to learn from."
 )
 @click.option("--steps", type=click.IntRange(1), default=4000, show_default=True, help="Steps of training.")
@@ -59,9 +62,9 @@ def add_to(main: click.Group) -> None:
 @as_json
 @click.pass_obj
 def distill(
-    console: Console, recipe: str, out: Path | None, method: str, layers: str | None, tokens: int, steps: int,
-    draft_vocab: int, objective: str, prompts: Path | None, transcripts: Path | None, device: str, seed: int,
-    json_: bool,
+    console: Console, recipe: str, out: Path | None, method: str, layers: str | None, start: Path | None,
+    tokens: int, steps: int, draft_vocab: int, objective: str, prompts: Path | None, transcripts: Path | None,
+    device: str, seed: int, json_: bool,
 ) -> None:  # fmt: skip
     """Train a draft for the target of RECIPE. Stopped, the same command goes on where it was."""
     from pipeline.distill import Request, distill
@@ -72,7 +75,7 @@ def distill(
     request = Request(
         recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-{method}", tokens=tokens,
         steps=steps, draft_vocab=draft_vocab, seed=seed, objective=objective, device=device, prompts=prompts,
-        transcripts=transcripts, method=method, layers=_numbers(layers), say=console.say,
+        transcripts=transcripts, method=method, layers=_numbers(layers), start=start, say=console.say,
     )  # fmt: skip
     figures = distill(request)
     if json_:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from eager import make_engine
+from safetensors.torch import load_file
 
 from pipeline.distill import Request, distill, draft_model
 from pipeline.distill.data import read_part
@@ -101,6 +102,18 @@ def test_training_a_draft_model_reads_as_transformers_does(work, figures):
     shorter = make_batch([type(one)(one.tokens[:-3], one.prompt, one.taps_TX[:-3], one.last_TH[:-3])], "cpu")
     again = next(draft_model.guesses(config, weights, shorter, 1))
     assert torch.allclose(again.logits_MV, first.logits_MV[:-3], atol=1e-4)
+
+
+def test_a_draft_is_trained_further(work, figures):
+    further = distill(request_of(work, "further", start=work / "head", steps=60))
+    assert further["start"] == "head"
+    assert further["tokens_per_step"]["chat"] > figures["tokens_per_step"]["chat"] - 0.1
+    old, new = (load_file(work / name / "model.safetensors") for name in ("head", "further"))
+    assert torch.equal(old["d2t"], new["d2t"])
+    assert not torch.equal(old["fc.weight"], new["fc.weight"])
+    for change in ({"draft_vocab": 512}, {"start": work / "cache"}):
+        with pytest.raises(InputError):
+            distill(request_of(work, "never", **({"start": work / "head", "steps": 5} | change)))
 
 
 class Killed(Exception):

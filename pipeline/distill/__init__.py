@@ -54,6 +54,7 @@ def _run(job: Job) -> dict[str, Any]:
     figures = {
         "method": request.method,
         "layers": list(request.layers),
+        "start": request.start.name if request.start is not None else None,
         "target": job.target.revision,
         "data": job.counts,
         "settings": settings,

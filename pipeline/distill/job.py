@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.distill import draft_model, eagle3
@@ -26,9 +28,11 @@ from pipeline.models import config_of
 from pipeline.models.eagle3 import read_config
 from pipeline.runtime.text import Text
 from pipeline.sources import Checkpoint, tokenizer_files, weights
+from pipeline.sources.weights import decoder_name
 from pipeline.validate.goldens import EMBEDDING, HEAD, read_tensor
 from pipeline.validate.prompts import Prompt, load_prompts, prompts_path
 
+WEIGHTS = "model.safetensors"
 SHORTEST = 4
 """Answers of fewer tokens teach nothing."""
 
@@ -110,6 +114,9 @@ class Job:
 
     def ids(self, sequences: Sequence[Conversation]) -> Tensor:
         """Target ids of the reduced vocabulary, ascending int64."""
+        if self.request.start is not None:
+            offsets = self._started["d2t"]
+            return torch.arange(len(offsets)) + offsets.long()
         written = (s.tokens[s.prompt :] for s in sequences)
         return frequent(written, self.request.draft_vocab, self.target.config.eos_ids)
 
@@ -130,8 +137,30 @@ class Job:
         else:
             config = read_config(self.config_json, "head")
             start, guesses = initial(self.target, self.config_json, ids, request.seed), eagle3.guesses
+        if request.start is not None:
+            start = {weight: self._started[weight].float() for weight in start}
+            name += "-from-" + hashlib.sha256((request.start / WEIGHTS).read_bytes()).hexdigest()[:8]
         folder, ids = self.folder / name, ids.to(device)
         return Trainer(guesses, config, start, embedding, head[ids], ids, settings, folder, request.say)
+
+    @cached_property
+    def _started(self) -> dict[str, Tensor]:
+        """Weights of the draft that is trained further, by the names that the models use."""
+        assert self.request.start is not None
+        path = self.request.start / WEIGHTS
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"cannot be read: {error}", where=str(path), fix="name a folder that distill wrote"
+            ) from error
+        named = decoder_name if self.request.method == "eagle3" else str
+        found = {named(name): tensor for name, tensor in found.items()}
+        missing = [n for n in ("d2t", "lm_head.weight", "model.norm.weight") if n not in found]
+        if missing or len(found["d2t"]) != self.request.draft_vocab:
+            what = f"missing {missing[0]}" if missing else f"its vocabulary has {len(found['d2t'])} tokens"
+            raise InputError(what, where=str(path), fix="name a draft of this kind, and its size as --draft-vocab")
+        return found
 
     def _encode(self, prompt: str) -> list[int]:
         return self.text.chat(prompt) if self.text.has_chat else self.text.encode(prompt)

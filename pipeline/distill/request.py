@@ -28,7 +28,8 @@ def _silent(line: str) -> None:
 class Request:
     """One draft to train. `tokens` of answers are written before training; `out` is the folder to write.
 
-    `layers` are those of the target that a draft model starts from, in order (`method` `draft_model`).
+    `layers` are those of the target that a draft model starts from, in order (`method` `draft_model`). `start` is the
+    folder of a draft of the same kind to train further, with its vocabulary.
     """
 
     recipe: Recipe
@@ -39,6 +40,7 @@ class Request:
     draft_vocab: int = DRAFT_VOCAB
     method: str = "eagle3"
     layers: tuple[int, ...] = ()
+    start: Path | None = None
     seed: int = 0
     objective: str = "distribution"
     device: str = "cpu"
