@@ -23,13 +23,14 @@ import pytest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_thread")]
 
-RECIPE = """
+TARGET = "pico://llama?layers=2"
+RECIPE = f"""
 name: served
-target: {source: "pico://llama?layers=2", dtype: float32}
-draft: {derive: {from: target, layers: [0]}}
-speculation: {draft_tokens: [2], sampling: [greedy, stochastic]}
-shapes: {batch: [1, 4], prefill: [32], kv: [96]}
-validate: {prompts: pico.jsonl, max_new_tokens: 12, gates: {tokens_per_step: 1.05}}
+target: {{source: "{TARGET}", dtype: float32}}
+draft: {{derive: {{from: target, layers: [0]}}}}
+speculation: {{draft_tokens: [2], sampling: [greedy, stochastic]}}
+shapes: {{batch: [1, 4], prefill: [32], kv: [96]}}
+validate: {{prompts: pico.jsonl, max_new_tokens: 12, gates: {{tokens_per_step: 1.05}}}}
 """
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 240
@@ -38,12 +39,16 @@ START_SECONDS = 240
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A validated artifact of a tiny pair."""
+    return built(tmp_path_factory.mktemp("served"), RECIPE)
+
+
+def built(base: Path, recipe: str) -> Path:
+    """A validated artifact of a recipe."""
     from pipeline.build import Request, run
     from pipeline.recipe import load
 
-    base = tmp_path_factory.mktemp("served")
     shutil.copy(ROOT / "recipes/prompts/pico.jsonl", base)
-    (base / "served.yaml").write_text(RECIPE)
+    (base / "served.yaml").write_text(recipe)
     run(Request(recipe=load(base / "served.yaml"), base=base, out=base / "served", cache=base / "cache", workers=2))
     return base / "served"
 
@@ -51,12 +56,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """`tandem serve` in a process group of its own."""
 
+    COMMAND = ("-c", "from pipeline.cli import main; main()", "serve")
+
     def __init__(self, artifact: Path, log: Path, *arguments: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
-        command = [sys.executable, "-c", "from pipeline.cli import main; main()", "serve", str(artifact)]
+        command = [sys.executable, *self.COMMAND, str(artifact)]
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self.port), "--host", "127.0.0.1", *arguments],
@@ -108,6 +115,12 @@ class Server:
         return {m[1] + "".join(re.findall(r'position="(\d)"', m[2])): float(m[3]) for m in found if m}
 
 
+class PlainServer(Server):
+    """vLLM without Tandem."""
+
+    COMMAND = ("-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model")
+
+
 @contextmanager
 def running(artifact: Path, log: Path, *arguments: str) -> Iterator[Server]:
     """A healthy server, killed at the end."""
@@ -151,6 +164,70 @@ def test_answers_are_those_of_the_engine(server: Server, artifact: Path) -> None
     # A last step that has room for one token fewer than the engine's is all that may differ.
     assert abs(counted["num_drafts"] - steps) <= 64
     assert server.process.poll() is None
+
+
+def test_answers_are_those_of_plain_vllm(server: Server, tmp_path: Path) -> None:
+    """vLLM's own implementation of the target, float32: all tokens of 64 answers, but for near-ties after the first."""
+    command = ["--max-model-len", "96", "--dtype", "float32", "--enforce-eager", "--served-model-name", "served"]
+    plain = PlainServer(exported(tmp_path / "target"), tmp_path / "log", *command)
+    try:
+        plain.wait()
+        asked = prompts(64)
+        with ThreadPoolExecutor(8) as pool:
+            ours, theirs = (
+                list(pool.map(lambda prompt, s=s: s.complete(prompt, max_tokens=24)["token_ids"], asked))
+                for s in (server, plain)
+            )
+    finally:
+        plain.kill()
+    different = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    gaps = [near_tie(asked[i], ours[i], theirs[i]) for i in different]
+    assert len(different) <= 3
+    assert all(gap < 1e-4 for gap in gaps)
+
+
+def exported(folder: Path) -> Path:
+    """The target as a folder that plain vLLM opens."""
+    from safetensors.torch import save_file
+
+    from pipeline.sources import resolve, tokenizer_files, weights
+    from pipeline.validate.goldens import read_tensor
+
+    target = resolve(TARGET, base=folder.parent, cache=folder.parent / "sources")
+    folder.mkdir()
+    tensors = {name: read_tensor(ref).float() for name, ref in weights(target).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(dict(target.config_json) | {"torch_dtype": "float32"}))
+    for name, data in tokenizer_files(target).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def near_tie(prompt: list[int], ours: list[int], theirs: list[int]) -> float:
+    """How far apart transformers' logits are where two answers part."""
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    with tempfile.TemporaryDirectory() as work:
+        model = AutoModelForCausalLM.from_pretrained(exported(Path(work) / "target"), dtype=torch.float32)
+    logits = model(torch.tensor([[*prompt, *ours[:at]]])).logits[0, -1]
+    return float((logits[ours[at]] - logits[theirs[at]]).abs())
+
+
+def test_an_artifact_of_two_ranks_is_served(tmp_path: Path) -> None:
+    """The ranks are processes of the engine's own process; killed with it, and right."""
+    from pipeline import runtime
+
+    artifact = built(tmp_path, RECIPE.replace("shapes:", "parallel: {tensor: 2}\nshapes:"))
+    engine = runtime.load(artifact)
+    expected = [engine.generate([prompt], max_new_tokens=10)[0].tokens for prompt in prompts(12)]
+    engine.close()
+    with running(artifact, tmp_path / "log") as server, ThreadPoolExecutor(4) as pool:
+        served = list(pool.map(lambda prompt: server.complete(prompt, max_tokens=10)["token_ids"], prompts(12)))
+    assert served == expected
 
 
 def test_the_longest_answer_fills_the_cache(server: Server, artifact: Path) -> None:
@@ -274,6 +351,23 @@ def test_flags_that_contradict_the_artifact_are_refused(
     server = Server(artifact, tmp_path / "log", *arguments)
     assert server.process.wait(timeout=START_SECONDS) != 0
     assert told in server.log.read_text()
+
+
+def test_an_artifact_for_another_processor_does_not_start(artifact: Path, tmp_path: Path) -> None:
+    from pipeline.artifact import content_digest, dump, read
+
+    other = tmp_path / "other"
+    shutil.copytree(artifact, other)
+    manifest = read(other).manifest
+    manifest = manifest.model_copy(update={"requires": {**manifest.requires, "machine": "riscv64"}})
+    (other / "manifest.json").write_bytes(
+        dump(manifest.model_copy(update={"version": content_digest(manifest)[: len(manifest.version)]}))
+    )
+    server = Server(other, tmp_path / "log")
+    assert server.process.wait(timeout=START_SECONDS) != 0
+    last = server.log.read_text().strip().splitlines()[-1]
+    assert "tandem:" in last
+    assert "riscv64" in last
 
 
 def test_a_damaged_artifact_does_not_start(artifact: Path, tmp_path: Path) -> None:
