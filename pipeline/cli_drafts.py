@@ -98,13 +98,13 @@ def _numbers(text: str | None) -> tuple[int, ...]:
 @click.option("--artifact", help="Measure this artifact (default: artifacts/NAME).")
 @click.option("--prompts", "each", type=click.IntRange(1), default=4, show_default=True, help="Prompts of each class.")
 @click.option("--max-new-tokens", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--write", is_flag=True, help="Put the best K and their costs into the recipe.")
+@click.option("--write", is_flag=True, help="Put the best K, their costs and the buckets into the recipe.")
 @as_json
 @click.pass_obj
 def tune(
     console: Console, recipe: str, artifact: str | None, each: int, max_new_tokens: int, write: bool, json_: bool
 ) -> None:
-    """Measure acceptance and step costs of RECIPE's built artifact here, and say which K are best."""
+    """Measure acceptance and step costs of RECIPE's built artifact here, and say which K and buckets are best."""
     from pipeline.recipe import load
     from pipeline.runtime import load as load_artifact
     from pipeline.tune import curve, write_recipe
@@ -131,5 +131,7 @@ def tune(
     for kind, speeds in found.expected.items():
         best = max(speeds, key=lambda k: speeds[k])
         click.echo(f"  {kind:<12} best K={best}: {speeds[best]:.2f} times plain decode")
+    for name, (now, then) in found.padding.items():
+        click.echo(f"  {name} buckets {found.shapes[name]}: {then:.2f} tokens run for each there is (now {now:.2f})")
     done = "written into the recipe; build it again" if write else "--write puts them into the recipe"
     click.echo(f"draft_tokens: {data['draft_tokens']}, step_costs: {data['step_costs']} ({done})")

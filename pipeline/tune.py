@@ -1,14 +1,15 @@
-"""Measure what a pair's steps cost here and what they gain, and say which K to build.
+"""Measure what a pair's steps cost here and what they gain, and say which K and which buckets to build.
 
 Every prompt is answered in turn by plain decode and by each K that was built, so costs are ratios of one run. A step's
 cost is fitted as a straight line over K; tokens of a step follow from the acceptance rates (Leviathan et al. 2023).
+Prompts and answers have lengths; the few buckets that pad them least follow from those (`buckets.py`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import accumulate, pairwise
 from operator import mul
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from pipeline.buckets import buckets_for, padded
 from pipeline.errors import InputError
 from pipeline.files import write_atomic
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from pipeline.validate.prompts import Prompt
 
 LARGEST_K = 8
+MOST_PREFILL, MOST_KV = 3, 2
+"""Buckets at most: each is a graph for every batch and phase."""
+
 PENALTY = 0.02
 """A further K must gain more than this share on some class to be worth the time that its graphs take to compile."""
 
@@ -39,6 +44,10 @@ class Tuning:
     draft_tokens: list[int]
     expected: dict[str, dict[int, float]] = field(default_factory=dict)
     """Tokens per plain step's time, by prompt class (`all` first) and K."""
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    """`prefill` and `kv` buckets."""
+    padding: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Tokens run over tokens there are, with the buckets of now and with those of `shapes`."""
 
     def cost(self, k: int) -> float:
         """Cost of any K, on the line through plain decode and what was measured."""
@@ -52,7 +61,8 @@ class Tuning:
         costs = [round(self.cost(k), 3) for k in self.draft_tokens]
         measured = {str(k): cost for k, cost in self.step_costs.items()}
         return {"draft_tokens": self.draft_tokens, "step_costs": costs, "measured_costs": measured,
-                "accepted_given_previous": self.rates, "expected_speed": self.expected}  # fmt: skip
+                "accepted_given_previous": self.rates, "expected_speed": self.expected,
+                "shapes": self.shapes, "padding": self.padding}  # fmt: skip
 
 
 def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, tokens: int, say: Say) -> Tuning:
@@ -87,7 +97,25 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
     for kind in dict.fromkeys(prompt.kind for prompt in chosen):
         of = [(p, a) for p, a in zip(chosen, answers, strict=True) if p.kind == kind]
         rates[kind] = acceptance([p for p, _ in of], [a for _, a in of], built[-1])["accepted_given_previous"]
-    return choose(costs, rates)
+    return replace(choose(costs, rates), **_shapes(engine, prompts, tokens))
+
+
+def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
+    """Buckets for all prompts with answers of up to so many tokens, and what they pad."""
+    text, now = engine.text, engine.manifest.shapes
+    lengths = [len(text.chat(p.text) if text.has_chat else text.encode(p.text)) for p in prompts]
+    ends = [length + tokens for length in lengths]
+    # On a CPU attention reads the keys that there are, whatever the bucket.
+    reads_all = engine.manifest.requires.get("device") != "cpu"
+    shapes = {
+        "prefill": buckets_for(lengths, now.prefill[-1], MOST_PREFILL, 32),
+        "kv": buckets_for(ends, now.kv[-1], MOST_KV, 128) if reads_all else [now.kv[-1]],
+    }
+    total = sum(min(length, now.prefill[-1]) for length in lengths)
+    padding = {"prefill": (padded(lengths, now.prefill) / total, padded(lengths, shapes["prefill"]) / total)}
+    if reads_all:
+        padding["kv"] = tuple(padded(ends, of) / sum(ends) for of in (now.kv, shapes["kv"]))  # type: ignore[assignment]
+    return {"shapes": shapes, "padding": padding}
 
 
 def choose(costs: dict[int, float], rates: dict[str, list[float]]) -> Tuning:
@@ -143,7 +171,9 @@ def curve(found: Tuning, name: str) -> str:
 
 
 def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:
-    """Put K, and for a head that is `paced` its costs, into a recipe file; everything else in it stays as it is.
+    """Put K, for a head that is `paced` its costs, and the buckets that a recipe file writes itself into it.
+
+    Everything else in it stays as it is.
 
     Raises:
         InputError: the file does not write `draft_tokens: [...]` itself.
@@ -160,4 +190,6 @@ def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:
     between = ", " if "{" in known["before"] else "\n" + known["indent"].lstrip("\n")
     new = f"{wanted}{between}{costs}" if paced else wanted
     text = re.sub(r"draft_tokens:\s*\[[^\]]*\]", new, text, count=1)
+    for name, buckets in found.shapes.items():
+        text = re.sub(rf"\b{name}:\s*\[[^\]]*\]", f"{name}: {buckets}", text, count=1)
     write_atomic(path, text.encode())

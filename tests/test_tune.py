@@ -1,8 +1,13 @@
 """Tuning: the arithmetic of K, the measurement on an engine, and what is written into a recipe."""
 
+import random
+from dataclasses import replace
+from itertools import combinations
+
 import pytest
 from eager import make_engine
 
+from pipeline.buckets import buckets_for, padded
 from pipeline.errors import InputError
 from pipeline.recipe import Recipe, load
 from pipeline.sources import resolve_pair
@@ -49,6 +54,25 @@ def test_curve_is_a_page_that_names_every_class():
     assert page.count("<polyline") == 2
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_buckets_are_the_best_there_are(seed):
+    """Against all choices, by brute force."""
+    rng = random.Random(seed)
+    lengths = [rng.choice([rng.randint(1, 60), rng.randint(100, 230)]) for _ in range(30)]
+    choices = range(32, 256, 32)
+    best = {n: min(padded(lengths, [*c, 256]) for c in combinations(choices, n - 1)) for n in (1, 2, 3)}
+    found = buckets_for(lengths, 256, 3, 32)
+    assert found[-1] == 256
+    assert padded(lengths, found) == best[len(found)]
+    assert len(found) == 3 or best[len(found)] - best[len(found) + 1] <= 0.02 * sum(lengths)
+
+
+def test_a_bucket_that_saves_nothing_is_not_built():
+    assert buckets_for([250, 240, 256], 256, 3, 32) == [256]
+    assert buckets_for([10, 20, 250], 256, 3, 32) == [32, 256]
+    assert padded([10, 300], [32, 256]) == 32 + 256
+
+
 RECIPES = {
     "flow": "speculation: {method: eagle3, draft_tokens: [1, 2], sampling: [greedy]}  # mine\n",
     "again": "speculation: {method: eagle3, draft_tokens: [1, 2], step_costs: [1.0, 2.0], sampling: [greedy]}\n",
@@ -73,6 +97,14 @@ def test_recipe_is_written_and_keeps_everything_else(tmp_path, layout):
     assert recipe.speculation.sampling == ("greedy",)
     assert path.read_text().startswith(REST)
     assert ("#" in path.read_text()) == ("#" in RECIPES[layout])
+
+
+def test_recipe_gets_its_buckets(tmp_path):
+    path = tmp_path / "head.yaml"
+    path.write_text(REST + RECIPES["flow"])
+    write_recipe(path, replace(choose(COSTS, {"all": [0.5]}), shapes={"prefill": [16, 32], "kv": [96]}), paced=True)
+    assert load(path).shapes.prefill == (16, 32)
+    assert load(path).shapes.kv == (96,)
 
 
 def test_recipe_with_a_draft_model_gets_k_alone(tmp_path):
@@ -112,3 +144,6 @@ def test_measures_an_engine(tmp_path):
     assert all(len(rates) == 3 and max(rates) <= 1 for rates in found.rates.values())
     assert lines == ["1 of 2 prompts", "2 of 2 prompts"]
     assert found.draft_tokens
+    assert found.shapes == {"prefill": [32], "kv": [64]}
+    now, then = found.padding["prefill"]
+    assert now == then > 1
