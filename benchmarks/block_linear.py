@@ -1,13 +1,17 @@
 """Linear layers of a small decoder, a few rows: our kernel, torch's product on the same blocks, torch's plain product.
 
-Every contender is one AOTInductor graph over the same weights, which are inputs and far larger than the caches. The
-limit is how fast the weights can be read once: measured by a sum over them. In bfloat16 the other two do not compile
-with torch 2.13: Inductor declares one accumulator twice.
+    PYTHONPATH=. python benchmarks/block_linear.py [--dtype bfloat16] [--layers 30] [--rows 1 5 20 64]
+
+Every contender runs over the same weights, which are inputs and far larger than the caches. In float32 each is one
+AOTInductor graph; in bfloat16 and int8 torch's plain product is bfloat16 and runs eagerly, since Inductor declares one
+accumulator twice there (torch 2.13). The limit is how fast the weights can be read once: measured by a sum over one
+large tensor.
 """
 
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +20,9 @@ import torch
 from pipeline.backends.inductor.backend import LoadedGraph
 from pipeline.backends.inductor.block_linear import block_linear
 from pipeline.backends.packing import BlockPacking
+from pipeline.models.int8 import quantise
 
+SUMMED_BYTES = 512 << 20
 HIDDEN, WIDE, VOCAB = 576, 1536, 49152
 SHAPES = [
     (HIDDEN, HIDDEN),
@@ -78,31 +84,43 @@ def timed(run, rounds):
     return median(found)
 
 
+def stored(weight, name):
+    """A weight as shards hold it."""
+    whole, scales = quantise(weight) if name == "int8" else (weight, None)
+    shape = BlockPacking().packed_shape(tuple(weight.shape), "linear", name)
+    out = torch.empty(shape, dtype=getattr(torch, name))
+    BlockPacking().pack(whole, "linear", out, scales)
+    return out
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8"], default="float32")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    dtype = getattr(torch, arguments.dtype)
-    shapes = [*SHAPES * arguments.layers, (VOCAB, HIDDEN)]
-    flat = [(torch.randn(shape) * 0.05).to(dtype) for shape in shapes]
-    packed = [BlockPacking().pack(weight, "linear") for weight in flat]
-    size = sum(weight.numel() * weight.element_size() for weight in flat)
-    words = [weight.view(torch.int64 if weight.numel() % 4 == 0 else torch.int16) for weight in flat]
-    limit = timed(lambda: [word.sum() for word in words], arguments.rounds)
-    print(f"{size / 1e6:.0f} MB of {arguments.dtype}; read once: {limit * 1e3:.1f} ms, {size / limit / 1e9:.1f} GB/s")
+    narrow = arguments.dtype == "int8"
+    dtype = torch.bfloat16 if narrow else getattr(torch, arguments.dtype)
+    flat = [(torch.randn(shape) * 0.05).to(dtype) for shape in [*SHAPES * arguments.layers, (VOCAB, HIDDEN)]]
+    packed = [stored(weight, arguments.dtype) for weight in flat]
+    size = sum(weight.numel() * weight.element_size() for weight in packed)
+    large = torch.ones(SUMMED_BYTES // 4)
+    speed = SUMMED_BYTES / timed(large.sum, arguments.rounds)
+    limit = size / speed
+    print(f"{size / 1e6:.0f} MB of {arguments.dtype}; read once: {limit * 1e3:.1f} ms at {speed / 1e9:.1f} GB/s")
     for rows in arguments.rows:
         x = torch.randn(rows, HIDDEN).to(dtype)
-        graphs = {
-            p.__name__: compiled(p, arguments.layers, x, packed if p is not plain else flat)
-            for p in (ours, blocks, plain)
-        }
-        for name, graph in graphs.items():
-            weights = flat if name == "plain" else packed
-            took = timed(lambda graph=graph, given=[x, *weights]: graph.run(given), arguments.rounds)
+        runs = {"ours": partial(compiled(ours, arguments.layers, x, packed).run, [x, *packed])}
+        if dtype == torch.float32:
+            runs["blocks"] = partial(compiled(blocks, arguments.layers, x, packed).run, [x, *packed])
+            runs["plain"] = partial(compiled(plain, arguments.layers, x, flat).run, [x, *flat])
+        else:
+            runs["plain"] = partial(Layers(plain, arguments.layers), x, flat)
+        for name, run in runs.items():
+            with torch.no_grad():
+                took = timed(run, arguments.rounds)
             print(f"  M={rows} {name:<7}{took * 1e3:7.1f} ms  {took / limit:5.2f} of reading once", flush=True)
 
 
