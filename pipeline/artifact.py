@@ -123,7 +123,7 @@ class Manifest(Part):
     shapes: ShapesEntry
     method: Literal["draft_model", "eagle3"] = "draft_model"
     draft_tokens: tuple[int, ...]
-    step_costs: tuple[float, ...] | None = None
+    step_costs: tuple[float, ...] | dict[int, tuple[float, ...]] | None = None
     sampling: tuple[str, ...]
     candidates: int | None
     vocab: int

@@ -57,6 +57,7 @@ def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+Costs = tuple[Annotated[float, Field(gt=0)], ...]
 Buckets = Annotated[tuple[int, ...], AfterValidator(_buckets)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Source = Annotated[str, Field(min_length=1)]
@@ -144,17 +145,19 @@ class Speculation(Part):
     candidates: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="tokens that a stochastic graph keeps before sampling; all when left out"
     )
-    step_costs: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+    step_costs: Costs | dict[int, Costs] | None = Field(
         default=None,
-        description="cost of a step for each of draft_tokens, in plain decode steps, as `tandem tune` measures it; "
-        "greedy decoding then chooses K, or plain decode, by what is accepted (eagle3)",
+        description="cost of a step for each of draft_tokens, in plain decode steps, as `tandem tune` measures it: a "
+        "list, or one for each batch bucket; greedy decoding then chooses K, or plain decode, by what is accepted (eagle3)",
     )
 
     @model_validator(mode="after")
     def _a_cost_each(self) -> Speculation:
-        if self.step_costs is not None and len(self.step_costs) != len(self.draft_tokens):
-            found = f"found {len(self.step_costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
-            raise ValueError(f"{found}; accepted: one each")
+        given = self.step_costs.values() if isinstance(self.step_costs, dict) else [self.step_costs or ()]
+        for costs in given if self.step_costs is not None else ():
+            if len(costs) != len(self.draft_tokens):
+                found = f"found {len(costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
+                raise ValueError(f"{found}; accepted: one each")
         if self.step_costs is not None and self.method != "eagle3":
             raise ValueError("found step_costs with a draft model, which cannot pause for free; accepted: eagle3")
         return self

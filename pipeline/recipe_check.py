@@ -84,6 +84,9 @@ def _sampling_conflicts(speculation: Speculation) -> Iterator[Finding]:
 
 def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: Validate | None) -> Iterator[Finding]:
     longest = shapes.kv[-1]
+    if speculation and isinstance(speculation.step_costs, dict) and set(speculation.step_costs) != set(shapes.batch):
+        what = f"found costs for the batches {sorted(speculation.step_costs)}; the buckets are {list(shapes.batch)}"
+        yield ("speculation", "step_costs"), what, "write one list for each batch bucket, or a single list"
     for index, bucket in enumerate(shapes.prefill):
         if bucket >= longest:
             what = f"found {bucket}, which leaves no room in the largest kv bucket {longest}"

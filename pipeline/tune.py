@@ -1,17 +1,18 @@
 """Measure what a pair's steps cost here and what they gain, and say which K and which buckets to build.
 
-Every prompt is answered in turn by plain decode and by each K that was built, so costs are ratios of one run. A step's
-cost is fitted as a straight line over K; tokens of a step follow from the acceptance rates (Leviathan et al. 2023).
+In every batch bucket plain decode and each K that was built take steps in turn, so costs are ratios of one run. A
+step's cost is fitted as a straight line over K; tokens of a step follow from the acceptance rates (Leviathan et al. 2023).
 Prompts and answers have lengths; the few buckets that pad them least follow from those (`buckets.py`).
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from operator import mul
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from pipeline.validate.prompts import Prompt
 
 LARGEST_K = 8
+TURNS, STEPS = 5, 6
+"""Turns of each K, and steps of a turn, by which a step is timed."""
+
 MOST_PREFILL, MOST_KV = 3, 2
 """Buckets at most: each is a graph for every batch and phase."""
 
@@ -37,7 +41,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured. `step_costs` by K built, in plain steps; `rates` of acceptance given those before."""
+    """What was measured. `step_costs` by K built, in plain steps, in the smallest batch bucket, and `larger` in each of
+    the others; `rates` of acceptance given those before.
+    """
 
     step_costs: dict[int, float]
     rates: dict[str, list[float]]
@@ -46,19 +52,22 @@ class Tuning:
     """Tokens per plain step's time, by prompt class (`all` first) and K."""
     shapes: dict[str, list[int]] = field(default_factory=dict)
     """`prefill` and `kv` buckets."""
+    larger: dict[int, dict[int, float]] = field(default_factory=dict)
+    smallest: int = 1
     padding: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Tokens run over tokens there are, with the buckets of now and with those of `shapes`."""
 
     def cost(self, k: int) -> float:
-        """Cost of any K, on the line through plain decode and what was measured."""
-        if k in self.step_costs:
-            return self.step_costs[k]
-        slope, base = _line(sorted(self.step_costs.items()))
-        return 1.0 if k == 0 else base + slope * k
+        """Cost of any K in the smallest batch, on the line through plain decode and what was measured."""
+        return _cost(self.step_costs, k)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        costs = [round(self.cost(k), 3) for k in self.draft_tokens]
+        by_batch = {
+            batch: [round(_cost(of, k), 3) for k in self.draft_tokens]
+            for batch, of in ({self.smallest: self.step_costs} | self.larger).items()
+        }
+        costs: Any = by_batch if self.larger else by_batch[self.smallest]
         measured = {str(k): cost for k, cost in self.step_costs.items()}
         return {"draft_tokens": self.draft_tokens, "step_costs": costs, "measured_costs": measured,
                 "accepted_given_previous": self.rates, "expected_speed": self.expected,
@@ -72,32 +81,60 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
         InputError: no answer has a step.
 
     """
-    from pipeline.validate.acceptance import acceptance, timed
+    from pipeline.validate.acceptance import acceptance
 
     chosen = _spread(prompts, prompts_per_class)
     built = list(engine.manifest.draft_tokens)
-    gaps: dict[int, list[float]] = {k: [] for k in (0, *built)}
+    smallest, *others = engine.manifest.shapes.batch
+    costs = {batch: _costs(engine, batch, min(tokens, engine.length // 2)) for batch in (smallest, *others)}
+    say(f"measured steps of {len(costs)} batch buckets")
     answers = []
     for number, prompt in enumerate(chosen):
         encoded = engine.text.chat(prompt.text) if engine.text.has_chat else engine.text.encode(prompt.text)
-        for k in gaps:
-            if number == 0:  # graphs are opened on first use
-                timed(engine, encoded, 8, k or None)
-            arrivals, answer = timed(engine, encoded, tokens, k or None)
-            gaps[k] += [b - a for a, b in pairwise(arrivals)]
-            if k == built[-1]:
-                answers.append(answer)
+        answers += engine.generate([encoded], max_new_tokens=tokens, draft_tokens=built[-1])
         say(f"{number + 1} of {len(chosen)} prompts")
-    if not all(gaps.values()):
+    if not any(answer.emitted_per_step for answer in answers):
         what = "every answer ended with its first token: there is no step to measure"
         raise InputError(what, where="tune", fix="use other prompts, or more --max-new-tokens")
-    plain = median(gaps.pop(0))
-    costs = {k: median(of) / plain for k, of in gaps.items()}
     rates = {"all": acceptance(chosen, answers, built[-1])["accepted_given_previous"]}
     for kind in dict.fromkeys(prompt.kind for prompt in chosen):
         of = [(p, a) for p, a in zip(chosen, answers, strict=True) if p.kind == kind]
         rates[kind] = acceptance([p for p, _ in of], [a for _, a in of], built[-1])["accepted_given_previous"]
-    return replace(choose(costs, rates), **_shapes(engine, prompts, tokens))
+    found = choose(costs.pop(smallest), rates)
+    return replace(found, smallest=smallest, larger=costs, **_shapes(engine, prompts, tokens))
+
+
+def _costs(engine: Engine, batch: int, position: int) -> dict[int, float]:
+    """Cost of a step with each K, in plain steps, when all rows of a batch bucket take part at a position."""
+    import torch
+
+    how = engine.manifest.sampling[0]
+    graphs = [
+        g for g in engine.graphs
+        if g.phase in ("decode", "speculate") and (g.batch, g.sampling) == (batch, how) and g.kv > position
+    ]  # fmt: skip
+    kv = min(g.kv for g in graphs)
+    arguments: dict[str, Any] = {
+        "last_token": torch.full((batch,), position % engine.manifest.vocab, dtype=torch.int32),
+        "position": torch.full((batch,), position, dtype=torch.int32),
+        "active": torch.ones(batch, dtype=torch.bool),
+    }
+    if how == "stochastic":
+        arguments |= {"temperature": torch.zeros(batch), "top_k": torch.zeros(batch, dtype=torch.int32),
+                      "top_p": torch.ones(batch)}  # fmt: skip
+    took: dict[int, list[float]] = {g.draft_tokens: [] for g in graphs}
+    for turn in range(TURNS + 1):
+        for graph in (g for g in graphs if g.kv == kv):
+            given = arguments | (
+                {"uniforms": torch.zeros(batch, 2 * graph.draft_tokens + 1)} if len(arguments) > 3 else {}
+            )
+            for _ in range(STEPS):
+                started = time.perf_counter()
+                engine.ranks.run(graph, given)
+                if turn:  # graphs are opened on first use
+                    took[graph.draft_tokens].append(time.perf_counter() - started)
+    plain = median(took.pop(0))
+    return {k: median(of) / plain for k, of in took.items()}
 
 
 def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
@@ -135,6 +172,13 @@ def tokens_of(rates: Sequence[float], k: int) -> float:
     """Expected tokens of a step with K drafts; places beyond the last measured repeat its rate."""
     every = [*rates, *[rates[-1]] * k][:k]
     return 1 + sum(accumulate(every, mul))
+
+
+def _cost(measured: dict[int, float], k: int) -> float:
+    if k in measured:
+        return measured[k]
+    slope, base = _line(sorted(measured.items()))
+    return 1.0 if k == 0 else base + slope * k
 
 
 def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
@@ -186,7 +230,7 @@ def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:
     known = re.search(r"^(?P<indent>\s*)(?P<before>.*?)draft_tokens:\s*\[[^\]]*\]", text, re.MULTILINE)
     if known is None:
         raise InputError("has no `draft_tokens: [...]` to change", where=str(path), fix=f"write {wanted} and {costs}")
-    text = re.sub(r",?[ \t]*\n?[ \t]*step_costs:\s*\[[^\]]*\]", "", text)
+    text = re.sub(r",?[ \t]*\n?[ \t]*step_costs:\s*(\[[^\]]*\]|\{[^}]*\})", "", text)
     between = ", " if "{" in known["before"] else "\n" + known["indent"].lstrip("\n")
     new = f"{wanted}{between}{costs}" if paced else wanted
     text = re.sub(r"draft_tokens:\s*\[[^\]]*\]", new, text, count=1)

@@ -8,7 +8,7 @@ from eager import make_engine
 
 from pipeline.errors import TandemError
 from pipeline.recipe import Recipe
-from pipeline.runtime.pace import Acceptance, Pace
+from pipeline.runtime.pace import Acceptance, Pace, Paces
 from pipeline.sources import resolve_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,6 +65,13 @@ def test_many_rows_share_one_choice():
     easy, hard = Acceptance(0.95), Acceptance(0.0)
     assert Pace(COSTS).choose([easy, easy, easy, hard]) == 4
     assert Pace(COSTS).choose([hard, hard, hard, hard]) == 0
+
+
+def test_each_batch_bucket_has_its_own_costs():
+    paces = Paces({1: Pace({4: 1.2}), 8: Pace({4: 3.0})})
+    assert paces.choose({0: Acceptance(0.6)}) == 4
+    assert paces.choose({0: Acceptance(0.6), 1: Acceptance(0.6)}) == 0
+    assert paces.choose({3: Acceptance(0.6)}) == 0
 
 
 CONTENT = {

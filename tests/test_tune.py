@@ -8,7 +8,7 @@ import pytest
 from eager import make_engine
 
 from pipeline.buckets import buckets_for, padded
-from pipeline.errors import InputError
+from pipeline.errors import InputError, RecipeError
 from pipeline.recipe import Recipe, load
 from pipeline.sources import resolve_pair
 from pipeline.tune import choose, curve, tokens_of, tune, write_recipe
@@ -107,6 +107,19 @@ def test_recipe_gets_its_buckets(tmp_path):
     assert load(path).shapes.kv == (96,)
 
 
+@pytest.mark.parametrize("layout", RECIPES)
+def test_recipe_gets_costs_for_every_batch(tmp_path, layout):
+    path = tmp_path / "head.yaml"
+    path.write_text(REST.replace("batch: [1]", "batch: [1, 4]") + RECIPES[layout])
+    found = replace(choose(COSTS, {"all": [0.5] * 4}), larger={4: {2: 1.5, 4: 2.0}})
+    for _ in range(2):
+        write_recipe(path, found, paced=True)
+        assert load(path).speculation.step_costs == {1: (1.2,), 4: (1.5,)}
+    path.write_text(path.read_text().replace("batch: [1, 4]", "batch: [1, 8]"))
+    with pytest.raises(RecipeError, match=r"found costs for the batches \[1, 4\]; the buckets are \[1, 8\]"):
+        load(path)
+
+
 def test_recipe_with_a_draft_model_gets_k_alone(tmp_path):
     """It has no pace: with costs it would be refused."""
     path = tmp_path / "model.yaml"
@@ -131,7 +144,7 @@ def test_measures_an_engine(tmp_path):
         "target": {"source": "pico://llama", "dtype": "float32"},
         "draft": {"derive": {"from": "target", "layers": (0,)}},
         "speculation": {"draft_tokens": (1, 3)},
-        "shapes": {"batch": (1,), "prefill": (32,), "kv": (64,)},
+        "shapes": {"batch": (1, 2), "prefill": (32,), "kv": (64,)},
     }
     recipe = Recipe.model_validate(content)
     engine = make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources"))
@@ -142,7 +155,10 @@ def test_measures_an_engine(tmp_path):
     assert all(cost > 0.5 for cost in found.step_costs.values())
     assert set(found.rates) == {"all", "chat", "code"}
     assert all(len(rates) == 3 and max(rates) <= 1 for rates in found.rates.values())
-    assert lines == ["1 of 2 prompts", "2 of 2 prompts"]
+    assert lines == ["measured steps of 2 batch buckets", "1 of 2 prompts", "2 of 2 prompts"]
+    assert set(found.larger) == {2}
+    assert set(found.larger[2]) == {1, 3}
+    assert set(found.to_json()["step_costs"]) == {1, 2}
     assert found.draft_tokens
     assert found.shapes == {"prefill": [32], "kv": [64]}
     now, then = found.padding["prefill"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.artifact import Manifest
 from pipeline.errors import InputError
 from pipeline.plan import GraphSpec
-from pipeline.runtime.pace import Acceptance, Pace
+from pipeline.runtime.pace import Acceptance, Pace, Paces
 from pipeline.runtime.ranks import Ranks
 
 
@@ -107,13 +107,16 @@ class Batch:
         self.length = manifest.shapes.kv[-1] - 1
         self.stats = {"prefills": 0, "speculative_steps": 0, "decode_steps": 0, "tokens": 0, "catch_ups": 0}
 
-    def pace(self) -> Pace | None:
+    def pace(self) -> Paces | None:
         """What chooses K per step, where the artifact knows what steps cost.
 
         For greedy rows only: steps of changing K would draw other random numbers.
         """
-        costs = self.manifest.step_costs
-        return None if costs is None else Pace(dict(zip(self.manifest.draft_tokens, costs, strict=True)))
+        costs, batches = self.manifest.step_costs, self.manifest.shapes.batch
+        if costs is None:
+            return None
+        by_batch = costs if isinstance(costs, dict) else dict.fromkeys(batches, costs)
+        return Paces({b: Pace(dict(zip(self.manifest.draft_tokens, by_batch[b], strict=True))) for b in batches})
 
     def warm(self) -> int:
         """Run every graph that serving uses once, with nobody in it, so that no request waits for its opening."""

@@ -13,7 +13,7 @@ import torch
 from pipeline.artifact import Manifest
 from pipeline.errors import InputError
 from pipeline.runtime.batch import Batch, Choice, Row, check_choice, check_prompt
-from pipeline.runtime.pace import Pace
+from pipeline.runtime.pace import Paces
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.text import Text
 
@@ -39,7 +39,7 @@ class Settings:
 
     max_new_tokens: int
     draft_tokens: int | None = None
-    pace: Pace | None = None
+    pace: Paces | None = None
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Engine:
         """One step of every active row: speculation where every row has room for it, else plain decode."""
         steps = settings.draft_tokens
         if settings.pace is not None:
-            steps = settings.pace.choose([row.acceptance for row in rows.values()]) or None
+            steps = settings.pace.choose({slot: row.acceptance for slot, row in rows.items()}) or None
         speculates = steps is not None and self.batch.has_room(rows, steps)
         new = self.batch.speculate(rows, steps) if speculates and steps else self.batch.decode(rows)
         for slot, row in rows.items():

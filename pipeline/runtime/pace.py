@@ -47,6 +47,18 @@ class Acceptance:
 
 
 @dataclass(frozen=True)
+class Paces:
+    """A `Pace` for each batch bucket: verifying costs more where many rows are verified."""
+
+    by_batch: Mapping[int, Pace]
+
+    def choose(self, rows: Mapping[int, Acceptance]) -> int:
+        """K of the next step of rows, by their slots; 0 for plain decode."""
+        bucket = min(batch for batch in self.by_batch if batch > max(rows))
+        return self.by_batch[bucket].choose(list(rows.values()))
+
+
+@dataclass(frozen=True)
 class Pace:
     """Chooses K for a batch. `costs`: a step's cost in plain decode steps, by K."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.runtime.batch import Batch, Choice, Row
-from pipeline.runtime.pace import Pace
+from pipeline.runtime.pace import Paces
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Requests:
     def __init__(self, batch: Batch, most: int | None = None) -> None:
         self.batch = batch
         self.most = most
-        self._pace: Pace | None = batch.pace()
+        self._pace: Paces | None = batch.pace()
         self._slots: dict[str, int] = {}
         self._rows: dict[str, Request] = {}
         self.planned = 0
@@ -95,5 +95,5 @@ class Requests:
             return 0
         steps = self.batch.manifest.draft_tokens[0]
         if self._pace is not None and all(row.choice.temperature == 0 for row in rows.values()):
-            steps = self._pace.choose([row.acceptance for row in rows.values()])
+            steps = self._pace.choose({slot: row.acceptance for slot, row in rows.items()})
         return steps if steps and self.batch.has_room(rows, steps) else 0
