@@ -17,7 +17,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files import FileDigest, safe_relative, sha256_file
@@ -120,6 +127,7 @@ class Manifest(Part):
     requires: dict[str, str]
     tensor: int
     dtype: str
+    weights: Literal["int8"] | None = None
     shapes: ShapesEntry
     method: Literal["draft_model", "eagle3"] = "draft_model"
     draft_tokens: tuple[int, ...]
@@ -132,6 +140,14 @@ class Manifest(Part):
     shards: tuple[ShardEntry, ...]
     files: dict[str, FileEntry] = Field(max_length=MAX_FILES)
     validation: dict[str, Any] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_weights(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Weights of the dtype leave no trace: manifests keep the digests they had before there were others."""
+        data: dict[str, Any] = serialize(self)
+        if self.weights is None:
+            data.pop("weights", None)
+        return data
 
     @property
     def passed(self) -> bool | None:

@@ -63,7 +63,7 @@ def facts(manifest: Manifest) -> dict[str, Any]:
     return {
         "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
         "ranks": manifest.tensor,
-        "dtype": manifest.dtype,
+        "dtype": manifest.dtype + (f", weights {manifest.weights}" if manifest.weights else ""),
         "draft tokens K": ", ".join(map(str, manifest.draft_tokens)),
         "sampling": ", ".join(manifest.sampling),
         "batch": ", ".join(map(str, shapes.batch)),

@@ -218,7 +218,8 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     verdict = {True: "passed", False: "FAILED", None: "not validated"}[passed]
     for name, value in {
         "artifact": f"{manifest.name} {manifest.version}", "path": found.root, "created": manifest.created,
-        "needs": manifest.requires, "toolchain": manifest.toolchain, "ranks": manifest.tensor, "dtype": manifest.dtype,
+        "needs": manifest.requires, "toolchain": manifest.toolchain, "ranks": manifest.tensor,
+        "dtype": manifest.dtype + (f", weights {manifest.weights}" if manifest.weights else ""),
         "K": list(manifest.draft_tokens), "sampling": list(manifest.sampling),
         "candidates": manifest.candidates or "all",
         "graphs": len(manifest.graphs), "files": f"{len(manifest.files)}, {size / (1 << 20):.1f} MiB", "gates": verdict,

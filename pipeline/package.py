@@ -183,6 +183,7 @@ def _manifest(files: dict[str, FileEntry], facts: Facts) -> Manifest:
         requires=dict(facts.requires),
         tensor=facts.plan.pair.tp,
         dtype=recipe.target.dtype,
+        weights=recipe.target.weights,
         shapes=ShapesEntry(**recipe.shapes.model_dump()),
         method=recipe.speculation.method,
         draft_tokens=recipe.speculation.draft_tokens,

@@ -148,7 +148,7 @@ class Speculation(Part):
     step_costs: Costs | dict[int, Costs] | None = Field(
         default=None,
         description="cost of a step for each of draft_tokens, in plain decode steps, as `tandem tune` measures it: a "
-        "list, or one for each batch bucket; greedy decoding then chooses K, or plain decode, by what is accepted (eagle3)",
+        "list, or one for each batch bucket; greedy decoding then chooses K, or plain decode, by what was taken",
     )
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """Measure what a pair's steps cost here and what they gain, and say which K and which buckets to build.
 
 In every batch bucket plain decode and each K that was built take steps in turn, so costs are ratios of one run. A
-step's cost is fitted as a straight line over K; tokens of a step follow from the acceptance rates (Leviathan et al. 2023).
+step's cost is fitted as a straight line over K; its tokens follow from the acceptance rates (Leviathan et al. 2023).
 Prompts and answers have lengths; the few buckets that pad them least follow from those (`buckets.py`).
 """
 
