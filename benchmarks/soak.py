@@ -2,13 +2,13 @@
 
     python benchmarks/soak.py [ARTIFACT] [--minutes 30]
 
-To be run by the environment that has vLLM. The answers to some prompts, alone and greedy, are what every later
-answer to them must be; in bfloat16 a batch of one and a larger one round differently, so a difference is allowed where
-the artifact's own logits put the two tokens within the tie tolerance of its report. Then many clients at once, in
-random order: whole answers and streamed ones (compared), sampled ones, disconnects in mid-stream, prompts that are too
-long, bad JSON, an unknown model, an unsupported field, and vLLM's own `bench serve` beside them. Every 20 s memory of
-the server's processes is added up. Ends with an error if an answer differs, a status is not the expected one, a request
-takes longer than `PATIENCE` seconds, memory grows, or requests are left over.
+To be run by the environment that has vLLM. The answers to some prompts, alone and greedy, are what every later answer to
+them must be; in bfloat16 a batch of one and a larger one round differently, so a difference is allowed where the
+artifact's own logits put the two tokens closer than bfloat16's noise at the median token of its report. Then many clients
+at once, in random order: whole answers and streamed ones (compared), sampled ones, disconnects in mid-stream, prompts
+that are too long, bad JSON, an unknown model, an unsupported field, and vLLM's own `bench serve` beside them. Every 20 s
+the memory of the server's processes is added up. Ends with an error if an answer differs, a status is not the expected
+one, a request takes longer than `PATIENCE` seconds, memory grows, or requests are left over.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ def watch(load: Load, server: Server, tokenizer: Path, seconds: float) -> tuple[
 
 def judged(root: Path, load: Load) -> list[str]:
     """Answers that differ from the first ones by more than a near-tie, by the logits after what they share."""
-    tolerance = json.loads((root / "reports" / "parity.json").read_text())["losslessness"]["tie_tolerance"]
+    report = json.loads((root / "reports" / "parity.json").read_text())
+    noise = median(report["parity"]["target"]["points"]["noise"])  # relative to the largest logit
     engine = open_artifact(root)
     spec = next(g for g in engine.graphs if g.phase == "score" and g.model == "target")
     faults = []
@@ -210,6 +211,7 @@ def judged(root: Path, load: Load) -> list[str]:
             continue
         tokens = [*engine.text.chat(load.prompts[number]), *first[:shared]]
         logits = score(engine, spec, [tokens])[0][-1]
+        tolerance = noise * float(logits.max())
         gap = float((logits[first[shared]] - logits[ours[shared]]).abs())
         print(f"prompt {number}, token {shared}: gap {gap:.3f}, tolerance {tolerance:.3f}")
         if gap > tolerance:

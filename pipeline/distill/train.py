@@ -43,7 +43,7 @@ class Settings:
     rate: float = 1e-3
     warmup: int = 50
     depths: int = 3
-    single: float = 0.75
+    single: float = 0.2
     depth_weight: float = 0.8
     objective: str = "distribution"
     seed: int = 0
