@@ -2,13 +2,13 @@
 
     python benchmarks/soak.py [ARTIFACT] [--minutes 30]
 
-To be run by the environment that has vLLM. The answers to some prompts, alone and greedy, are what every later answer to
-them must be; in bfloat16 a batch of one and a larger one round differently, so a difference is allowed where the
-artifact's own logits put the two tokens closer than bfloat16's noise at the median token of its report. Then many clients
-at once, in random order: whole answers and streamed ones (compared), sampled ones, disconnects in mid-stream, prompts
-that are too long, bad JSON, an unknown model, an unsupported field, and vLLM's own `bench serve` beside them. Every 20 s
-the memory of the server's processes is added up. Ends with an error if an answer differs, a status is not the expected
-one, a request takes longer than `PATIENCE` seconds, memory grows, or requests are left over.
+To be run by the environment that has vLLM. The answers to some prompts, alone and greedy, are what every later answer
+to them must be; in bfloat16 a batch of one and a larger one round differently, so a difference is allowed where the
+artifact's own logits put the two tokens closer than bfloat16's noise at the median token of its report. Then many
+clients at once, in random order: whole answers and streamed ones (compared), sampled ones, disconnects in mid-stream,
+prompts that are too long, bad JSON, an unknown model, an unsupported field, and vLLM's own `bench serve` beside them.
+Every 20 s the memory of the server's processes is added up. Ends with an error if an answer differs, a status is not
+the expected one, a request takes longer than `PATIENCE` seconds, memory grows, or requests are left over.
 """
 
 from __future__ import annotations
