@@ -1,0 +1,48 @@
+"""Several requests at once in the engine: speculation by pace beside plain decode.
+
+    PYTHONPATH=. python benchmarks/batches.py [ARTIFACT] [--rounds 5] [--max-new-tokens 56]
+
+Greedy; as many prompts as rows, of all classes; the two take turns. Figures are medians of tokens a second, prompts included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+
+from pipeline.recipe import load as load_recipe
+from pipeline.runtime import load
+from pipeline.validate.prompts import load_prompts, prompts_path
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", nargs="?", type=Path, default=Path("artifacts/smollm2-135m-spec"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max-new-tokens", type=int, default=56)
+    asked = parser.parse_args()
+    recipe = load_recipe(asked.artifact / "recipe.yaml")
+    engine = load(asked.artifact)
+    prompts = load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))
+    encoded = [engine.text.chat(p.text) for p in prompts]
+    print("| at once | plain, tokens/s | by pace | ratio |")
+    print("| --- | --- | --- | --- |")
+    for rows in (1, 4, engine.rows):
+        chosen = encoded[:: len(encoded) // rows][:rows] if rows > 1 else encoded[:1]
+        speeds: dict[bool, list[float]] = {False: [], True: []}
+        for number in range(asked.rounds + 1):
+            for speculate, found in speeds.items():
+                started = time.perf_counter()
+                answers = engine.generate(chosen, max_new_tokens=asked.max_new_tokens, speculate=speculate)
+                took = time.perf_counter() - started
+                if number:  # graphs are opened on first use
+                    found.append(sum(len(answer.tokens) for answer in answers) / took)
+        plain, paced = (median(speeds[speculate]) for speculate in (False, True))
+        print(f"| {rows} | {plain:.1f} | {paced:.1f} | {paced / plain:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
