@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python benchmarks/batches.py [ARTIFACT] [--rounds 5] [--max-new-tokens 56]
 
-Greedy; as many prompts as rows, of all classes; the two take turns. Figures are medians of tokens a second, prompts included.
+Greedy; as many prompts as rows, of all classes; the two take turns. Figures are medians of tokens a second, prompts
+included.
 """
 
 from __future__ import annotations
