@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/batches.py [ARTIFACT] [--rounds 5] [--max-new-tokens 56]
 
-Greedy; as many prompts as rows, of all classes; the two take turns. Figures are medians of tokens a second, prompts
-included.
+Greedy; prompts of all classes, three for each row, so that rows are refilled as they end (answers that start together
+end together only without speculation); the two take turns. Figures are medians of tokens a second, prompts included.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from statistics import median
 from pipeline.recipe import load as load_recipe
 from pipeline.runtime import load
 from pipeline.validate.prompts import load_prompts, prompts_path
+
+REFILLS = 3
 
 
 def main() -> None:
@@ -31,13 +33,18 @@ def main() -> None:
     encoded = [engine.text.chat(p.text) for p in prompts]
     print("| at once | plain, tokens/s | by pace | ratio |")
     print("| --- | --- | --- | --- |")
-    for rows in (1, 4, engine.rows):
-        chosen = encoded[:: len(encoded) // rows][:rows] if rows > 1 else encoded[:1]
+    for rows in (1, engine.rows):
+        chosen = [encoded[:: len(encoded) // REFILLS // rows][: REFILLS * rows]]
+        chosen = [[one] for one in chosen[0]] if rows == 1 else chosen
         speeds: dict[bool, list[float]] = {False: [], True: []}
         for number in range(asked.rounds + 1):
             for speculate, found in speeds.items():
                 started = time.perf_counter()
-                answers = engine.generate(chosen, max_new_tokens=asked.max_new_tokens, speculate=speculate)
+                answers = [
+                    answer
+                    for some in chosen
+                    for answer in engine.generate(some, max_new_tokens=asked.max_new_tokens, speculate=speculate)
+                ]
                 took = time.perf_counter() - started
                 if number:  # graphs are opened on first use
                     found.append(sum(len(answer.tokens) for answer in answers) / took)

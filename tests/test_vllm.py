@@ -168,7 +168,8 @@ def test_answers_are_those_of_the_engine(server: Server, artifact: Path) -> None
 
 def test_answers_are_those_of_plain_vllm(server: Server, tmp_path: Path) -> None:
     """vLLM's own implementation of the target, float32: all tokens of 64 answers, but for near-ties after the first."""
-    command = ["--max-model-len", "96", "--dtype", "float32", "--enforce-eager", "--served-model-name", "served"]
+    command = ["--max-model-len", "96", "--dtype", "float32", "--enforce-eager", "--served-model-name", "served",
+               "--gpu-memory-utilization", "0.2"]  # fmt: skip
     plain = PlainServer(exported(tmp_path / "target"), tmp_path / "log", *command)
     try:
         plain.wait()
