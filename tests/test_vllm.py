@@ -56,14 +56,12 @@ def built(base: Path, recipe: str) -> Path:
 class Server:
     """`tandem serve` in a process group of its own."""
 
-    COMMAND = ("-c", "from pipeline.cli import main; main()", "serve")
-
     def __init__(self, artifact: Path, log: Path, *arguments: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
-        command = [sys.executable, *self.COMMAND, str(artifact)]
+        command = [sys.executable, "-c", "from pipeline.cli import main; main()", "serve", str(artifact)]
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self.port), "--host", "127.0.0.1", *arguments],
@@ -115,12 +113,6 @@ class Server:
         return {m[1] + "".join(re.findall(r'position="(\d)"', m[2])): float(m[3]) for m in found if m}
 
 
-class PlainServer(Server):
-    """vLLM without Tandem."""
-
-    COMMAND = ("-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model")
-
-
 @contextmanager
 def running(artifact: Path, log: Path, *arguments: str) -> Iterator[Server]:
     """A healthy server, killed at the end."""
@@ -164,58 +156,6 @@ def test_answers_are_those_of_the_engine(server: Server, artifact: Path) -> None
     # A last step that has room for one token fewer than the engine's is all that may differ.
     assert abs(counted["num_drafts"] - steps) <= 64
     assert server.process.poll() is None
-
-
-def test_answers_are_those_of_plain_vllm(server: Server, tmp_path: Path) -> None:
-    """vLLM's own implementation of the target, float32: all tokens of 64 answers, but for near-ties after the first."""
-    command = ["--max-model-len", "96", "--dtype", "float32", "--enforce-eager", "--served-model-name", "served",
-               "--gpu-memory-utilization", "0.2"]  # fmt: skip
-    plain = PlainServer(exported(tmp_path / "target"), tmp_path / "log", *command)
-    try:
-        plain.wait()
-        asked = prompts(64)
-        with ThreadPoolExecutor(8) as pool:
-            ours, theirs = (
-                list(pool.map(lambda prompt, s=s: s.complete(prompt, max_tokens=24)["token_ids"], asked))
-                for s in (server, plain)
-            )
-    finally:
-        plain.kill()
-    different = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
-    gaps = [near_tie(asked[i], ours[i], theirs[i]) for i in different]
-    assert len(different) <= 3
-    assert all(gap < 1e-4 for gap in gaps)
-
-
-def exported(folder: Path) -> Path:
-    """The target as a folder that plain vLLM opens."""
-    from safetensors.torch import save_file
-
-    from pipeline.sources import resolve, tokenizer_files, weights
-    from pipeline.validate.goldens import read_tensor
-
-    target = resolve(TARGET, base=folder.parent, cache=folder.parent / "sources")
-    folder.mkdir()
-    tensors = {name: read_tensor(ref).float() for name, ref in weights(target).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(dict(target.config_json) | {"torch_dtype": "float32"}))
-    for name, data in tokenizer_files(target).items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def near_tie(prompt: list[int], ours: list[int], theirs: list[int]) -> float:
-    """How far apart transformers' logits are where two answers part."""
-    import tempfile
-
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-    with tempfile.TemporaryDirectory() as work:
-        model = AutoModelForCausalLM.from_pretrained(exported(Path(work) / "target"), dtype=torch.float32)
-    logits = model(torch.tensor([[*prompt, *ours[:at]]])).logits[0, -1]
-    return float((logits[ours[at]] - logits[theirs[at]]).abs())
 
 
 def test_an_artifact_of_two_ranks_is_served(tmp_path: Path) -> None:
