@@ -2,8 +2,8 @@
 
     python benchmarks/agreement.py [ARTIFACT]
 
-To be run by the environment that has vLLM (eager, so that it starts soon). Where two answers part, the gap between the two
-tokens' logits is compared with bfloat16's noise at the median token of the artifact's report, as in `soak.py`.
+To be run by the environment that has vLLM (eager, so that it starts soon). Where two answers part, the gap between the
+two tokens' logits is compared with bfloat16's noise at the median token of the artifact's report, as in `soak.py`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def main() -> None:
     prompts = [p.text for p in load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))][:64]
     with tempfile.TemporaryDirectory() as work:
         target = resolve(recipe.target.source, base=Path("recipes"), cache=default_root() / "sources")
-        plain = [*MODULE, "--model", str(export(target, Path(work) / "target")), "--dtype", "bfloat16", "--enforce-eager",
-                 "--max-model-len", str(recipe.shapes.kv[-1])]  # fmt: skip
+        folder, length = export(target, Path(work) / "target"), str(recipe.shapes.kv[-1])
+        plain = [*MODULE, "--model", str(folder), "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", length]
         servers = [
             Server([*MODULE, "--model", str(root)], Path(work) / "a"),
             Server(plain, Path(work) / "b", VLLM_CPU_KVCACHE_SPACE="2"),
