@@ -143,7 +143,7 @@ class Manifest(Part):
 
     @model_serializer(mode="wrap")
     def _without_weights(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Weights of the dtype leave no trace: manifests keep the digests they had before there were others."""
+        """Weights of the dtype itself leave no trace: manifests keep the digests they had before there were others."""
         data: dict[str, Any] = serialize(self)
         if self.weights is None:
             data.pop("weights", None)

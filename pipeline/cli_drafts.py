@@ -39,7 +39,9 @@ def add_to(main: click.Group) -> None:
     "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to learn from."
 )
 @click.option("--steps", type=click.IntRange(1), default=4000, show_default=True, help="Steps of training.")
-@click.option("--draft-vocab", type=click.IntRange(32), default=7680, show_default=True, help="Tokens it may propose.")
+@click.option(
+    "--draft-vocab", type=click.IntRange(32), help="Tokens it may propose (default: 7680, or those of --start)."
+)
 @click.option(
     "--objective",
     type=click.Choice(["distribution", "token"]),
@@ -63,7 +65,7 @@ def add_to(main: click.Group) -> None:
 @click.pass_obj
 def distill(
     console: Console, recipe: str, out: Path | None, method: str, layers: str | None, start: Path | None,
-    tokens: int, steps: int, draft_vocab: int, objective: str, prompts: Path | None, transcripts: Path | None,
+    tokens: int, steps: int, draft_vocab: int | None, objective: str, prompts: Path | None, transcripts: Path | None,
     device: str, seed: int, json_: bool,
 ) -> None:  # fmt: skip
     """Train a draft for the target of RECIPE. Stopped, the same command goes on where it was."""

@@ -11,15 +11,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
     SerializerFunctionWrapHandler,
+    Tag,
     model_serializer,
     model_validator,
 )
@@ -57,7 +59,14 @@ def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+LISTED, BY_BATCH = "a list", "by batch"
+"""Names of the two forms of `step_costs`; in findings they are no keys of the file."""
+
 Costs = tuple[Annotated[float, Field(gt=0)], ...]
+StepCosts = Annotated[
+    Annotated[Costs, Tag(LISTED)] | Annotated[dict[int, Costs], Tag(BY_BATCH)],
+    Discriminator(lambda value: BY_BATCH if isinstance(value, dict) else LISTED),
+]
 Buckets = Annotated[tuple[int, ...], AfterValidator(_buckets)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Source = Annotated[str, Field(min_length=1)]
@@ -67,6 +76,14 @@ class Part(BaseModel):
     """Base of every section: immutable, unknown keys refused, no silent conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Keys that came later. Not given, they leave no trace: recipes keep the digests they had before there were any."""
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = serialize(self)
+        return {key: value for key, value in data.items() if value is not None or key not in self.LATER}
 
 
 class Derive(Part):
@@ -81,19 +98,13 @@ class Derive(Part):
 class _Weighted(Part):
     """A model whose matrices may be stored narrower than its dtype."""
 
+    LATER = ("weights",)
+
     weights: Weights | None = Field(
         default=None,
         description="int8: matrices and embeddings as int8 with a scale for each output feature, sums in float32 "
         "(inductor on a CPU); the dtype itself when left out, and for a draft what the target has",
     )
-
-    @model_serializer(mode="wrap")
-    def _without_weights(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A choice that is not made leaves no trace: recipes keep the digests they had before there was one."""
-        data: dict[str, Any] = serialize(self)
-        if self.weights is None:
-            data.pop("weights", None)
-        return data
 
 
 class Target(_Weighted):
@@ -132,6 +143,8 @@ class Draft(_Weighted):
 class Speculation(Part):
     """How tokens are proposed and chosen."""
 
+    LATER = ("step_costs",)
+
     method: Literal["draft_model", "eagle3"] = Field(
         default="draft_model",
         description="what proposes: draft_model, a smaller model; eagle3, a one-layer head over the target's states",
@@ -145,7 +158,7 @@ class Speculation(Part):
     candidates: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="tokens that a stochastic graph keeps before sampling; all when left out"
     )
-    step_costs: Costs | dict[int, Costs] | None = Field(
+    step_costs: StepCosts | None = Field(
         default=None,
         description="cost of a step for each of draft_tokens, in plain decode steps, as `tandem tune` measures it: a "
         "list, or one for each batch bucket; greedy decoding then chooses K, or plain decode, by what was taken",
@@ -153,22 +166,15 @@ class Speculation(Part):
 
     @model_validator(mode="after")
     def _a_cost_each(self) -> Speculation:
-        given = self.step_costs.values() if isinstance(self.step_costs, dict) else [self.step_costs or ()]
-        for costs in given if self.step_costs is not None else ():
+        if self.step_costs is None:
+            return self
+        for costs in self.step_costs.values() if isinstance(self.step_costs, dict) else [self.step_costs]:
             if len(costs) != len(self.draft_tokens):
                 found = f"found {len(costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
                 raise ValueError(f"{found}; accepted: one each")
-        if self.step_costs is not None and self.method != "eagle3":
+        if self.method != "eagle3":
             raise ValueError("found step_costs with a draft model, which cannot pause for free; accepted: eagle3")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_costs(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Costs that are not given leave no trace: recipes keep the digests they had before there were any."""
-        data: dict[str, Any] = serialize(self)
-        if self.step_costs is None:
-            data.pop("step_costs", None)
-        return data
 
 
 class Shapes(Part):
@@ -228,6 +234,8 @@ class Gates(Part):
 class Validate(Part):
     """What is tested before an artifact may be published."""
 
+    LATER = ("price_per_hour",)
+
     prompts: Source = Field(
         default="prompts/default.jsonl",
         description="JSON lines with id, class and prompt, relative to the recipe; the default file ships with Tandem",
@@ -237,14 +245,6 @@ class Validate(Part):
     price_per_hour: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="what the machine costs an hour; the report then states the cost of a million tokens"
     )
-
-    @model_serializer(mode="wrap")
-    def _without_price(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A price that is not given leaves no trace: recipes keep the digests they had before there were prices."""
-        data: dict[str, Any] = serialize(self)
-        if self.price_per_hour is None:
-            data.pop("price_per_hour", None)
-        return data
 
 
 class Publish(Part):

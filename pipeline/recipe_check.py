@@ -11,7 +11,17 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import Problem, RecipeError
-from pipeline.recipe import InductorBackend, NeuronBackend, Recipe, Shapes, Speculation, Validate, schema
+from pipeline.recipe import (
+    BY_BATCH,
+    LISTED,
+    InductorBackend,
+    NeuronBackend,
+    Recipe,
+    Shapes,
+    Speculation,
+    Validate,
+    schema,
+)
 from pipeline.yaml_lines import Document, Key
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -156,7 +166,9 @@ def _key(loc: Sequence[str | int], data: Any) -> Key:
     """Pydantic's location without the tags of unions, which are no keys of the file."""
     key: list[str | int] = []
     for part in loc:
-        if isinstance(data, dict) and part not in data and data.get("name") == part:
+        if part in (LISTED, BY_BATCH, "[key]") or (
+            isinstance(data, dict) and part not in data and data.get("name") == part
+        ):
             continue
         key.append(part)
         data = _inside(data, part)

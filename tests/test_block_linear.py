@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.backends.inductor.backend import LoadedGraph
+from pipeline.backends.inductor.backend import InductorBackend, LoadedGraph
 from pipeline.backends.inductor.block_linear import block_linear
 from pipeline.backends.inductor.seams import BlockedSeams
 from pipeline.backends.packing import BlockPacking
@@ -38,8 +38,15 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("inputs", "dtype", "columns"), KINDS)
-def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(tmp_path, inputs, dtype, columns):
+@pytest.mark.parametrize(
+    ("inputs", "dtype", "columns", "isa"),
+    [
+        *((*kind, "native") for kind in KINDS),
+        (torch.bfloat16, torch.bfloat16, 96, "avx2"),
+        (torch.bfloat16, torch.int8, 96, "avx2"),
+    ],
+)
+def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(tmp_path, inputs, dtype, columns, isa):
     from pipeline.backends.inductor import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
 
     torch.manual_seed(0)
@@ -47,7 +54,7 @@ def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(tmp_path, in
     weight, plain = packed(torch.randn(190, columns), dtype)
     program = torch.export.export(Products(), (x, weight))
     package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "graph.pt2"), inductor_configs={"cpp.threads": 1}
+        program, package_path=str(tmp_path / "graph.pt2"), inductor_configs=InductorBackend(isa=isa)._settings()
     )
     one, five, eight, all_rows, inner = (t[:, :190] for t in LoadedGraph(package, -1).run([x, weight]))
     exact = x.double() @ plain.double().T

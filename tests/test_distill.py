@@ -111,9 +111,15 @@ def test_a_draft_is_trained_further(work, figures):
     old, new = (load_file(work / name / "model.safetensors") for name in ("head", "further"))
     assert torch.equal(old["d2t"], new["d2t"])
     assert not torch.equal(old["fc.weight"], new["fc.weight"])
-    for change in ({"draft_vocab": 512}, {"start": work / "cache"}):
-        with pytest.raises(InputError):
-            distill(request_of(work, "never", **({"start": work / "head", "steps": 5} | change)))
+    for change, where in (
+        ({"draft_vocab": 512}, "--draft-vocab"),
+        ({"start": work / "cache"}, str(work / "cache")),
+        ({"method": "draft_model"}, "--method"),
+        ({"layers": (0,)}, "--layers"),
+    ):
+        with pytest.raises(InputError) as caught:
+            distill(request_of(work, "never", **({"start": work / "head", "steps": 5, "tokens": 1 << 40} | change)))
+        assert where in (caught.value.where or ""), "before anything is written"
 
 
 class Killed(Exception):

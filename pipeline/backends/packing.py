@@ -25,7 +25,7 @@ MATRICES = ("linear", "embedding")
 class Packing(Protocol):
     """A layout of weights. Packing a weight window by window, in windows of whole blocks of rows, packs the weight.
 
-    A weight whose shape is kept is kept as it is. Dtypes are those of recipes, `float32`, and `int8`.
+    A weight whose shape is kept is kept as it is. Dtypes are named as in recipes: `float32`, `bfloat16`, `int8`, ..
     """
 
     name: str

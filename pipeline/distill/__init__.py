@@ -15,11 +15,12 @@ import torch
 
 from pipeline.distill.card import write_draft
 from pipeline.distill.job import Job
-from pipeline.distill.request import Request
+from pipeline.distill.request import DRAFT_VOCAB, Request
 from pipeline.errors import InputError
 from pipeline.files import disk_errors
+from pipeline.models.eagle3 import taps_of
 from pipeline.models.weights import TAPS
-from pipeline.sources import resolve
+from pipeline.sources import Checkpoint, check_pair, resolve
 
 __all__ = ["Request", "distill", "prepare"]
 
@@ -50,10 +51,10 @@ def _run(job: Job) -> dict[str, Any]:
     trainer = job.trainer(sequences)
     trainer.train(sequences, [s for group in held_out.values() for s in group])
     by_class = {kind: trainer.accuracy(group) for kind, group in held_out.items()}
-    settings = asdict(trainer.settings) | {"draft_vocab": request.draft_vocab}
+    settings = asdict(trainer.settings) | {"draft_vocab": job.vocab}
     figures = {
         "method": request.method,
-        "layers": list(request.layers),
+        "layers": list(job.request.layers),
         "start": request.start.name if request.start is not None else None,
         "target": job.target.revision,
         "data": job.counts,
@@ -75,23 +76,57 @@ def _is_here(device: str) -> bool:
 
 def prepare(request: Request) -> Job:
     """The job of a request: its target, and checks that need nothing written."""
-    target = resolve(request.recipe.target.source, base=request.base, cache=request.cache / "sources")
+    cache = request.cache / "sources"
+    target = resolve(request.recipe.target.source, base=request.base, cache=cache)
     layers = target.config.layers
     if layers < TAPS:
         what = f"the target has {layers} layers; a head reads {TAPS}"
         raise InputError(what, where=request.recipe.name, fix=f"use a target of {TAPS} layers or more")
-    if request.method == "draft_model":
-        request = replace(request, layers=request.layers or tuple(dict.fromkeys((0, 1, layers - 1))))
-        wrong = [layer for layer in request.layers if not 0 <= layer < layers]
-        if wrong:
-            raise InputError(
-                f"found {wrong[0]}; the target has layers 0 to {layers - 1}", where="--layers", fix="use those"
-            )
-    elif request.layers:
-        raise InputError("found layers for a head, which has one", where="--layers", fix="add --method draft_model")
-    if request.draft_vocab > target.config.vocab:
-        what = f"found {request.draft_vocab}, more than the target's vocabulary of {target.config.vocab}"
-        raise InputError(what, where="--draft-vocab", fix="use less")
+    taps = (2, layers // 2, layers - 3) if layers >= 8 else tuple(range(layers))[-TAPS:]
     if not _is_here(request.device):
         raise InputError(f"no device {request.device!r} here", where="--device", fix="use cpu")
-    return Job(request, target, (2, layers // 2, layers - 3) if layers >= 8 else tuple(range(layers))[-TAPS:])
+    if request.start is None:
+        return Job(replace(request, layers=_layers(request, target)), target, taps, _vocab(request, target))
+    start = resolve(str(request.start.absolute()), base=request.base, cache=cache, role="draft")
+    check_pair(target, start)
+    return Job(request, target, taps_of(target.config, start.config) or taps, _agreed(request, start), start)
+
+
+def _layers(request: Request, target: Checkpoint) -> tuple[int, ...]:
+    """The target's layers that a new draft model starts from."""
+    layers, chosen = target.config.layers, request.layers
+    if request.method == "draft_model":
+        chosen = chosen or tuple(dict.fromkeys((0, 1, layers - 1)))
+    elif chosen:
+        raise InputError("found layers for a head, which has one", where="--layers", fix="add --method draft_model")
+    if wrong := [layer for layer in chosen if not 0 <= layer < layers]:
+        what = f"found {wrong[0]}; the target has layers 0 to {layers - 1}"
+        raise InputError(what, where="--layers", fix="use those")
+    return chosen
+
+
+def _vocab(request: Request, target: Checkpoint) -> int:
+    """Tokens that a new draft may propose."""
+    vocab = request.draft_vocab or DRAFT_VOCAB
+    if vocab > target.config.vocab:
+        what = f"found {vocab}, more than the target's vocabulary of {target.config.vocab}"
+        raise InputError(what, where="--draft-vocab", fix="use less")
+    return vocab
+
+
+def _agreed(request: Request, start: Checkpoint) -> int:
+    """Vocabulary of the draft to train further, which is of the kind that is asked for and has layers of its own."""
+    method = "draft_model" if start.config.eagle3 is None else "eagle3"
+    vocab = start.config.draft_vocab
+    if vocab is None:
+        raise InputError(
+            "it has the whole vocabulary", where=str(request.start), fix="start from one that distill made"
+        )
+    if method != request.method:
+        raise InputError(f"found {request.method}, but the start is {method}", where="--method", fix=f"write {method}")
+    if request.layers:
+        raise InputError("found layers beside a draft that has its own", where="--layers", fix="leave one of them out")
+    if request.draft_vocab not in (None, vocab):
+        what = f"found {request.draft_vocab}, but the start has {vocab}"
+        raise InputError(what, where="--draft-vocab", fix="leave it out")
+    return vocab

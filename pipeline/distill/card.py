@@ -47,7 +47,9 @@ def card(figures: dict[str, Any], recipe: Recipe) -> str:
     title, what = "An EAGLE-3 head", "One layer over the target's hidden states"
     if figures["method"] == "draft_model":
         title = "A draft model"
-        what = f"A model that starts from the target's layers {', '.join(map(str, figures['layers']))}"
+        layers = ", ".join(map(str, figures["layers"]))
+        what = f"A model that starts from the target's layers {layers}" if layers else "A model of a few layers"
+    further = f"\n- Trained further from: {figures['start']}." if figures["start"] else ""
     return f"""# {title} for {recipe.target.source}
 
 {what}; proposes from {settings["draft_vocab"]} tokens (`d2t`), shares the target's
@@ -56,7 +58,7 @@ embedding. Made by `tandem distill`.
 - Data: {data["sequences"]} conversations that the target wrote, {data["greedy"]} of them greedily, with
   {data["answer_tokens"]} tokens of answers. The prompts of the recipe's gates were kept out.
 - Training: {settings["steps"]} steps of {settings["batch_tokens"]} tokens, {settings["depths"]} drafted tokens in a row
-  at the end; objective: {settings["objective"]}; seed {settings["seed"]}.
+  at the end; objective: {settings["objective"]}; seed {settings["seed"]}.{further}
 
 Draft tokens that the target takes, given that it took those before, on its greedy answers to the prompts of the
 recipe's gates; tokens a step follow from them.

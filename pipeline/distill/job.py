@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.distill import draft_model, eagle3
@@ -28,22 +26,25 @@ from pipeline.models import config_of
 from pipeline.models.eagle3 import read_config
 from pipeline.runtime.text import Text
 from pipeline.sources import Checkpoint, tokenizer_files, weights
-from pipeline.sources.weights import decoder_name
 from pipeline.validate.goldens import EMBEDDING, HEAD, read_tensor
 from pipeline.validate.prompts import Prompt, load_prompts, prompts_path
 
-WEIGHTS = "model.safetensors"
 SHORTEST = 4
 """Answers of fewer tokens teach nothing."""
 
 
 @dataclass
 class Job:
-    """A target, its data folder, and what was counted."""
+    """A target, its data folder, the draft to train further if there is one, and what was counted.
+
+    `taps` are the layers whose inputs are kept with the data, `vocab` the tokens that the draft may propose.
+    """
 
     request: Request
     target: Checkpoint
     taps: tuple[int, ...]
+    vocab: int
+    start: Checkpoint | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -74,9 +75,11 @@ class Job:
     def config_json(self) -> dict[str, Any]:
         """The draft's `config.json`."""
         request = self.request
+        if self.start is not None:
+            return {key: value for key, value in self.start.config_json.items() if key != "shares_embedding"}
         if request.method == "draft_model":
-            return model_config(self.target, request.draft_vocab, request.layers)
-        return head_config(self.target, request.draft_vocab, self.taps)
+            return model_config(self.target, self.vocab, request.layers)
+        return head_config(self.target, self.vocab, self.taps)
 
     def write_data(self) -> None:
         """Write parts until there are as many answer tokens as asked for."""
@@ -114,11 +117,11 @@ class Job:
 
     def ids(self, sequences: Sequence[Conversation]) -> Tensor:
         """Target ids of the reduced vocabulary, ascending int64."""
-        if self.request.start is not None:
-            offsets = self._started["d2t"]
+        if self.start is not None:
+            offsets = read_tensor(weights(self.start)["d2t"])
             return torch.arange(len(offsets)) + offsets.long()
         written = (s.tokens[s.prompt :] for s in sequences)
-        return frequent(written, self.request.draft_vocab, self.target.config.eos_ids)
+        return frequent(written, self.vocab, self.target.config.eos_ids)
 
     def trainer(self, sequences: Sequence[Conversation]) -> Trainer:
         """A draft at its start, or where an interrupted run left it."""
@@ -128,7 +131,7 @@ class Job:
         embedding = read_tensor(refs[EMBEDDING]).float().to(device)
         head = embedding if self.target.config.tied else read_tensor(refs[HEAD]).float().to(device)
         settings = Settings(steps=request.steps, objective=request.objective, seed=request.seed)
-        name = f"{request.objective}-{request.draft_vocab}-{len(sequences)}"
+        name = f"{request.objective}-{self.vocab}-{len(sequences)}"
         if request.method == "draft_model":
             config = config_of(self.config_json, "draft")
             start = layers_of(self.target, config, request.layers, ids)
@@ -137,30 +140,12 @@ class Job:
         else:
             config = read_config(self.config_json, "head")
             start, guesses = initial(self.target, self.config_json, ids, request.seed), eagle3.guesses
-        if request.start is not None:
-            start = {weight: self._started[weight].float() for weight in start}
-            name += "-from-" + hashlib.sha256((request.start / WEIGHTS).read_bytes()).hexdigest()[:8]
+        if self.start is not None:
+            found = weights(self.start)
+            start = {weight: read_tensor(found[weight]).float() for weight in start}
+            name += "-from-" + self.start.files["model.safetensors"].sha256[:8]
         folder, ids = self.folder / name, ids.to(device)
         return Trainer(guesses, config, start, embedding, head[ids], ids, settings, folder, request.say)
-
-    @cached_property
-    def _started(self) -> dict[str, Tensor]:
-        """Weights of the draft that is trained further, by the names that the models use."""
-        assert self.request.start is not None
-        path = self.request.start / WEIGHTS
-        try:
-            found = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"cannot be read: {error}", where=str(path), fix="name a folder that distill wrote"
-            ) from error
-        named = decoder_name if self.request.method == "eagle3" else str
-        found = {named(name): tensor for name, tensor in found.items()}
-        missing = [n for n in ("d2t", "lm_head.weight", "model.norm.weight") if n not in found]
-        if missing or len(found["d2t"]) != self.request.draft_vocab:
-            what = f"missing {missing[0]}" if missing else f"its vocabulary has {len(found['d2t'])} tokens"
-            raise InputError(what, where=str(path), fix="name a draft of this kind, and its size as --draft-vocab")
-        return found
 
     def _encode(self, prompt: str) -> list[int]:
         return self.text.chat(prompt) if self.text.has_chat else self.text.encode(prompt)

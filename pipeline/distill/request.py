@@ -29,7 +29,7 @@ class Request:
     """One draft to train. `tokens` of answers are written before training; `out` is the folder to write.
 
     `layers` are those of the target that a draft model starts from, in order (`method` `draft_model`). `start` is the
-    folder of a draft of the same kind to train further, with its vocabulary.
+    folder of a draft to train further, as it is: its layers and its vocabulary.
     """
 
     recipe: Recipe
@@ -37,7 +37,7 @@ class Request:
     out: Path
     tokens: int = 1_000_000
     steps: int = 4000
-    draft_vocab: int = DRAFT_VOCAB
+    draft_vocab: int | None = None
     method: str = "eagle3"
     layers: tuple[int, ...] = ()
     start: Path | None = None

@@ -43,12 +43,12 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
             raise SourceError(what, where=str(checkpoint.root / name), fix="download the checkpoint again")
         found |= tensors
     if checkpoint.config.eagle3 is not None:
-        found = {decoder_name(name): tensor for name, tensor in found.items()}
+        found = {_head_name(name): tensor for name, tensor in found.items()}
     found = dict(_unfused(found, checkpoint.config))
     return found if checkpoint.layers is None else dict(_renumbered(found, checkpoint.layers))
 
 
-def decoder_name(name: str) -> str:
+def _head_name(name: str) -> str:
     """The name of an EAGLE-3 head's tensor as a decoder has it: public heads say `midlayer` or `layers.0`, `norm`."""
     name = name.removeprefix("model.")
     for layer in ("midlayer.", "layers.0."):

@@ -12,6 +12,7 @@ elsewhere. So an artifact needs no AMX, whatever machine built it. Threads are t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch._inductor.lowering as lowering  # before what follows: inductor's m
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
-from pipeline.backends.inductor.vectors import TILES, WIDENED
+from pipeline.backends.inductor.vectors import TILES, WIDENED, filled
 
 SHAPES = r"""
 using Weight = WEIGHT_TYPE;
@@ -99,7 +100,7 @@ inline void by_vectors(const Input* x, const Weight* w, float* y) {
 """
 
 BY_TILES = r"""
-#if defined(__x86_64__)
+#if defined(TANDEM_AMX)
 static_assert(PAIRED && std::is_same_v<Input, at::BFloat16> && I % 32 == 0);
 
 // 32 inputs of a block as two tiles of bfloat16 pairs: where they lie, or, of int8, converted into `scratch`.
@@ -223,9 +224,6 @@ class BlockLinearTemplate(CppTemplate):
         assert not epilogue_nodes, epilogue_nodes
         x, w = self.input_nodes
         blocks, *block = (int(size) for size in w.get_size())
-        elements = 1
-        for size in block:
-            elements *= size
         paired, inputs = len(block) == 3, int(x.get_size()[1])
         tiled = paired and x.get_dtype() == torch.bfloat16 and inputs % 32 == 0
         parts = {
@@ -237,16 +235,13 @@ class BlockLinearTemplate(CppTemplate):
             "INPUT_TYPE": kernel.dtype(x),
             "IS_PAIRED": "true" if paired else "false",
             "INPUTS": inputs,
-            "BLOCK_ELEMENTS": elements,
+            "BLOCK_ELEMENTS": math.prod(block),
             "BLOCK_COUNT": blocks,
             "ROW_COUNT": int(x.get_size()[0]),
             "X_OFFSET": x.get_layout().offset,
             "W_OFFSET": w.get_layout().offset,
         }
-        code = KERNEL
-        for name, value in parts.items():
-            code = code.replace(name, str(value))
-        return code
+        return filled(KERNEL, parts)
 
 
 @lowering.register_lowering(torch.ops.tandem.block_linear, type_promotion_kind=None)  # type: ignore[untyped-decorator]

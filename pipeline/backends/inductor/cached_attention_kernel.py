@@ -14,7 +14,7 @@ import torch._inductor.lowering as lowering  # before what follows: inductor's m
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
-from pipeline.backends.inductor.vectors import WIDENED
+from pipeline.backends.inductor.vectors import WIDENED, filled
 
 KERNEL = (
     r"""
@@ -108,12 +108,10 @@ class CachedAttentionTemplate(CppTemplate):
         assert not epilogue_nodes, epilogue_nodes
         q, k, v, last = self.input_nodes
         batch, heads, tokens, dim = (int(size) for size in q.get_size())
-        signature = kernel.def_kernel(
-            {"Q": q, "K": k, "V": v, "LAST": last}, {"Y": template_buffer_node or self.output_node}
-        )
+        inputs, outputs = {"Q": q, "K": k, "V": v, "LAST": last}, {"Y": template_buffer_node or self.output_node}
         parts = {
             "HEADER": self.header().getvalue(),
-            "SIGNATURE": signature,
+            "SIGNATURE": kernel.def_kernel(inputs, outputs),
             "NAME": kernel.kernel_name,
             "CACHED_TYPE": kernel.dtype(k),
             "BATCH": batch,
@@ -126,10 +124,7 @@ class CachedAttentionTemplate(CppTemplate):
             "Q_OFFSET": q.get_layout().offset,
             "LAST_OFFSET": last.get_layout().offset,
         }
-        code = KERNEL
-        for name, value in parts.items():
-            code = code.replace(name, str(value))
-        return code
+        return filled(KERNEL, parts)
 
 
 @lowering.register_lowering(torch.ops.tandem.cached_attention, type_promotion_kind=None)  # type: ignore[untyped-decorator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 WIDENED = r"""
@@ -63,7 +64,8 @@ class Code(NamedTuple):
 
 TILES = Code(
     r"""
-#if defined(__x86_64__)
+// GCC knows AMX from version 11 on, clang from 12.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -72,7 +74,7 @@ TILES = Code(
 #endif
 """,
     r"""
-#if defined(__x86_64__)
+#if defined(TANDEM_AMX)
 // Tiles 0 to 3 hold sums, 4 and 5 rows of activations, 6 and 7 weights: [rows, 16 x 4 bytes] each.
 struct Palette {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -98,3 +100,10 @@ inline bool has_tiles() {
 #endif
 """,
 )
+
+
+def filled(code: str, parts: Mapping[str, object]) -> str:
+    """A kernel's code with its names, in capitals, replaced by what they stand for; parts may hold later names."""
+    for name, value in parts.items():
+        code = code.replace(name, str(value))
+    return code
