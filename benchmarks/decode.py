@@ -139,6 +139,27 @@ def weight_bytes(root: Path) -> int:
     return (root / "weights" / "target" / "rank-0-of-1.safetensors").stat().st_size
 
 
+Rounds = dict[str, list[dict[bool, list[float]]]]
+"""By contender and round, of structured prompts and of others: tokens after the first, their seconds, and steps."""
+
+
+def measure(answers: dict[str, Answer], encoded: list[tuple[bool, list[int]]], rounds: int) -> Rounds:
+    """All contenders answer a prompt before any answers the next; a first answer of each is not counted."""
+    for answer in answers.values():
+        answer(encoded[0][1])
+    found: Rounds = {name: [] for name in answers}
+    for _ in range(rounds):
+        for of in found.values():
+            of.append({True: [0.0, 0.0, 0.0], False: [0.0, 0.0, 0.0]})
+        for structured, tokens in encoded:
+            for name, answer in answers.items():
+                arrivals, steps = answer(tokens)
+                cell = found[name][-1][structured]
+                for place, value in enumerate((len(arrivals) - 1, arrivals[-1] - arrivals[0], steps)):
+                    cell[place] += value
+    return found
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,18 +181,7 @@ def main() -> None:
     others = peers(args, Path(work.name))
     answers |= {name: peer.answer(args.max_new_tokens) for name, peer in others.items()}
     encoded = [(p.kind in STRUCTURED, engine.text.chat(p.text)) for p in chosen]
-    for answer in answers.values():
-        answer(encoded[0][1])
-    rounds: dict[str, list[dict[bool, list[float]]]] = {name: [] for name in answers}
-    for _ in range(args.rounds):
-        for name in answers:
-            rounds[name].append({True: [0.0, 0.0, 0.0], False: [0.0, 0.0, 0.0]})
-        for structured, tokens in encoded:
-            for name, answer in answers.items():
-                arrivals, steps = answer(tokens)
-                cell = rounds[name][-1][structured]
-                for place, value in enumerate((len(arrivals) - 1, arrivals[-1] - arrivals[0], steps)):
-                    cell[place] += value
+    rounds = measure(answers, encoded, args.rounds)
     for peer in others.values():
         peer.end()
     work.cleanup()
@@ -188,7 +198,7 @@ def rate(of: dict[bool, list[float]], groups: tuple[bool, ...]) -> float:
     return sum(of[g][0] for g in groups) / sum(of[g][1] for g in groups)
 
 
-def show(rounds: dict[str, list[dict[bool, list[float]]]]) -> None:
+def show(rounds: Rounds) -> None:
     """The table."""
     groups = {"all": (True, False), "structured": (True,), "others": (False,)}
     print("| | " + " | ".join(f"{name}, tokens/s | over plain" for name in groups) + " | tokens a step |")

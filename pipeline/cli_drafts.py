@@ -60,7 +60,7 @@ def add_to(main: click.Group) -> None:
     help="JSON lines with prompt and answer: what the target wrote before.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Decides text and training: another seed, other text.")
 @as_json
 @click.pass_obj
 def distill(

@@ -259,11 +259,6 @@ def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> 
     if draft.shares_embedding and dtype != recipe.target.dtype:
         what = f"found {dtype}, but the draft uses the target's embedding, which is {recipe.target.dtype}"
         yield Problem(recipe.place("draft.dtype"), what, f"use {recipe.target.dtype}, or leave it out")
-    if draft.shares_embedding and recipe.draft_weights != recipe.target.weights:
-        what = (
-            f"found {recipe.draft_weights}, but the draft uses the target's embedding, which is {recipe.target.dtype}"
-        )
-        yield Problem(recipe.place("draft.weights"), what, "write target.weights: int8, or leave it out")
     candidates = recipe.speculation.candidates
     vocab = min(target.vocab, draft.vocab)
     if recipe.backend.name == "neuron" and candidates is None and "stochastic" in recipe.speculation.sampling:

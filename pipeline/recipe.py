@@ -103,7 +103,8 @@ class _Weighted(Part):
     weights: Weights | None = Field(
         default=None,
         description="int8: matrices and embeddings as int8 with a scale for each output feature, sums in float32 "
-        "(inductor on a CPU); the dtype itself when left out, and for a draft what the target has",
+        "(inductor on a CPU); the dtype itself when left out, and for a draft what the target has; the target's "
+        "embedding is stored as the target says, also for a draft that reads it",
     )
 
 

@@ -94,7 +94,8 @@ class PairShape:
         """Dtype in which a weight of this kind is stored."""
         if kind == "index":
             return "int32"
-        narrow = self.draft_weights if model == "draft" else self.target_weights
+        shared = kind == "embedding" and self.config_of(model).shares_embedding
+        narrow = self.draft_weights if model == "draft" and not shared else self.target_weights
         return narrow if narrow is not None and kind != "vector" else self.dtype_of(model)
 
     @property

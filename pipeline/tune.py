@@ -23,6 +23,9 @@ from pipeline.errors import InputError
 from pipeline.files import write_atomic
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.plan import GraphSpec
     from pipeline.runtime.engine import Engine
     from pipeline.validate.prompts import Prompt
 
@@ -106,35 +109,43 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
 
 def _costs(engine: Engine, batch: int, position: int) -> dict[int, float]:
     """Cost of a step with each K, in plain steps, when all rows of a batch bucket take part at a position."""
-    import torch
-
     how = engine.manifest.sampling[0]
     graphs = [
         g for g in engine.graphs
         if g.phase in ("decode", "speculate") and (g.batch, g.sampling) == (batch, how) and g.kv > position
     ]  # fmt: skip
     kv = min(g.kv for g in graphs)
-    arguments: dict[str, Any] = {
+    timed = [(g.draft_tokens, g, _arguments(engine, g, position)) for g in graphs if g.kv == kv]
+    took: dict[int, list[float]] = {steps: [] for steps, *_ in timed}
+    for turn in range(TURNS + 1):
+        for steps, graph, arguments in timed:
+            for _ in range(STEPS):
+                started = time.perf_counter()
+                engine.ranks.run(graph, arguments)
+                if turn:  # graphs are opened on first use
+                    took[steps].append(time.perf_counter() - started)
+    plain = median(took.pop(0))
+    return {k: median(of) / plain for k, of in took.items()}
+
+
+def _arguments(engine: Engine, graph: GraphSpec, position: int) -> dict[str, Tensor]:
+    """What a step of all rows of a graph is given, its caches filled up to a position."""
+    import torch
+
+    batch = graph.batch
+    given = {
         "last_token": torch.full((batch,), position % engine.manifest.vocab, dtype=torch.int32),
         "position": torch.full((batch,), position, dtype=torch.int32),
         "active": torch.ones(batch, dtype=torch.bool),
     }
-    if how == "stochastic":
-        arguments |= {"temperature": torch.zeros(batch), "top_k": torch.zeros(batch, dtype=torch.int32),
-                      "top_p": torch.ones(batch)}  # fmt: skip
-    took: dict[int, list[float]] = {g.draft_tokens: [] for g in graphs}
-    for turn in range(TURNS + 1):
-        for graph in (g for g in graphs if g.kv == kv):
-            given = arguments | (
-                {"uniforms": torch.zeros(batch, 2 * graph.draft_tokens + 1)} if len(arguments) > 3 else {}
-            )
-            for _ in range(STEPS):
-                started = time.perf_counter()
-                engine.ranks.run(graph, given)
-                if turn:  # graphs are opened on first use
-                    took[graph.draft_tokens].append(time.perf_counter() - started)
-    plain = median(took.pop(0))
-    return {k: median(of) / plain for k, of in took.items()}
+    if graph.sampling == "stochastic":
+        given |= {
+            "temperature": torch.zeros(batch),
+            "top_k": torch.zeros(batch, dtype=torch.int32),
+            "top_p": torch.ones(batch),
+            "uniforms": torch.zeros(batch, 2 * graph.draft_tokens + 1),
+        }
+    return given
 
 
 def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:

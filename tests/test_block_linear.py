@@ -29,7 +29,7 @@ def packed(plain, dtype):
 KINDS = [
     (torch.float32, torch.float32, 96),
     (torch.float16, torch.float16, 96),
-    (torch.bfloat16, torch.bfloat16, 96),  # tiles, where there are any
+    (torch.bfloat16, torch.bfloat16, 96),  # tiles or pairs, where there are any
     (torch.bfloat16, torch.bfloat16, 90),
     (torch.bfloat16, torch.bfloat16, 91),
     (torch.bfloat16, torch.int8, 96),
@@ -39,16 +39,24 @@ KINDS = [
 
 
 @pytest.mark.parametrize(
-    ("inputs", "dtype", "columns", "isa"),
+    ("inputs", "dtype", "columns", "isa", "by"),
     [
-        *((*kind, "native") for kind in KINDS),
-        (torch.bfloat16, torch.bfloat16, 96, "avx2"),
-        (torch.bfloat16, torch.int8, 96, "avx2"),
+        *((*kind, "native", "any") for kind in KINDS),
+        *((torch.bfloat16, torch.bfloat16, 96, isa, "vectors") for isa in ("native", "avx2")),
+        *((torch.bfloat16, torch.int8, 96, isa, "vectors") for isa in ("native", "avx2")),
+        (torch.bfloat16, torch.bfloat16, 96, "avx2", "pairs"),
+        (torch.bfloat16, torch.int8, 96, "native", "pairs"),
     ],
 )
-def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(tmp_path, inputs, dtype, columns, isa):
-    from pipeline.backends.inductor import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
+def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(
+    tmp_path, monkeypatch, inputs, dtype, columns, isa, by
+):
+    from pipeline.backends.inductor import block_linear_kernel as kernel
 
+    if by != "any":  # as on processors without tiles, or without pairs
+        monkeypatch.setattr(kernel, "BY_TILES", kernel.NO_TILES)
+    if by == "vectors":
+        monkeypatch.setattr(kernel, "BY_PAIRS", kernel.NO_PAIRS)
     torch.manual_seed(0)
     x = torch.randn(45, columns).to(inputs)
     weight, plain = packed(torch.randn(190, columns), dtype)

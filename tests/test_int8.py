@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_shard import expected_slice, opened, pair_of, write_checkpoint
 
-from pipeline.backends.packing import SCALE_BYTES, BlockPacking
+from pipeline.backends.packing import SCALE_BYTES, BlockPacking, PlainPacking
 from pipeline.errors import RecipeError
 from pipeline.models.int8 import LARGEST, quantise, rounded
 from pipeline.recipe import load
 from pipeline.shard import write_shards
-from pipeline.validate.goldens import Reference
-from tests.test_shard import expected_slice, opened, pair_of, write_checkpoint
+from pipeline.sources import derive
+from pipeline.validate.goldens import EMBEDDING, Reference
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -65,6 +66,38 @@ def test_shards_hold_int8_blocks_with_the_scales_of_whole_rows(tmp_path: Path, t
             assert not found[want.shape[0] :].any()
 
 
+@pytest.mark.parametrize("packing", [BlockPacking(), PlainPacking()])
+def test_an_int8_draft_leaves_its_targets_embedding_alone(tmp_path: Path, packing: BlockPacking) -> None:
+    """Also where it has a copy of its own, since the target's is split over ranks."""
+    whole = write_checkpoint(tmp_path / "m", dtype=torch.bfloat16)
+    target = opened(tmp_path / "m", tmp_path)
+    draft = derive(target, (1,))
+    pair = replace(pair_of(target, draft, tp=2, dtype="bfloat16"), draft_weights="int8")
+    shards = list(write_shards(pair, target, draft, tmp_path / "out", packing=packing))
+    of_target, of_draft = (load_file(shard.path) for shard in (shards[0], shards[-1]))
+    assert of_draft[EMBEDDING].dtype == of_target[EMBEDDING].dtype == torch.bfloat16
+    assert of_draft[EMBEDDING].numel() >= whole[EMBEDDING].numel()
+    for name, stored in of_draft.items():
+        if name.endswith("_proj.weight"):
+            assert stored.dtype == torch.int8, name
+            assert of_target[name].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("embedding", ["int8", None])
+def test_reference_of_an_int8_draft_reads_the_targets_embedding_as_the_target_has_it(
+    tmp_path: Path, embedding: str | None
+) -> None:
+    whole = write_checkpoint(tmp_path / "m", dtype=torch.float32)
+    target = opened(tmp_path / "m", tmp_path)
+    again = {name: rounded(w) if w.dim() == 2 and (embedding or name != EMBEDDING) else w for name, w in whole.items()}
+    write_checkpoint(tmp_path / "r", again)
+    same = opened(tmp_path / "r", tmp_path / "other")
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+    found = next(Reference(derive(target, (1,)), target, "float32", "int8", embedding).goldens([tokens]))
+    expected = next(Reference(derive(same, (1,)), same, "float32").goldens([tokens]))
+    assert torch.allclose(found.baseline.projected, expected.baseline.projected, rtol=1e-9)
+
+
 def test_reference_rounds_matrices_and_leaves_vectors(tmp_path: Path) -> None:
     whole = write_checkpoint(tmp_path / "m", dtype=torch.float32)
     target = opened(tmp_path / "m", tmp_path)
@@ -105,16 +138,21 @@ def test_recipe_without_a_choice_keeps_its_digest(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_build_passes_its_gates_and_says_what_rounding_cost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("narrow", [("target", "draft"), ("draft",)])
+def test_build_passes_its_gates_and_says_what_rounding_cost(tmp_path: Path, narrow: tuple[str, ...]) -> None:
     from pipeline.build import Request, run
 
     shutil.copy(ROOT / "recipes/prompts/pico.jsonl", tmp_path)
-    (tmp_path / "r.yaml").write_text(RECIPE)
+    text = (
+        RECIPE if "target" in narrow else RECIPE.replace(", weights: int8", "").replace("[0]}}", "[0]}, weights: int8}")
+    )
+    (tmp_path / "r.yaml").write_text(text)
     out = tmp_path / "narrow"
     run(Request(recipe=load(tmp_path / "r.yaml"), base=tmp_path, out=out, cache=tmp_path / "cache", workers=2))
     report = json.loads((out / "reports" / "parity.json").read_text())
     assert all(gate["passed"] for gate in report["gates"])
-    for model in ("target", "draft"):
+    assert ("rounding" in report["parity"]["target"]) == ("target" in narrow)
+    for model in narrow:
         rounding = report["parity"][model]["rounding"]
         assert rounding["logit_error"] > rounding["logit_noise"] > 0
         assert 0.8 < rounding["same_choice"] <= 1

@@ -33,6 +33,9 @@ GREEDY_SHARE = 0.7
 PART = 256
 """Prompts of a part: what a kill may cost."""
 
+SEEDS = 2**32
+"""Prompts that one seed of a request has room for."""
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -46,16 +49,18 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where a part's prompts come from: `given` ones in turn, or written by the target between `before` and `after`."""
+    """Where a part's prompts come from: `given` ones in turn, or written by the target; `seed` decides all draws."""
 
     text: Text
     apart: Apart
     given: Sequence[str] = ()
+    seed: int = 0
 
-    def of(self, writer: Writer, seeds: range) -> Iterator[tuple[int, list[int]]]:
+    def of(self, writer: Writer, numbers: range) -> Iterator[tuple[int, list[int]]]:
         """Seed and tokens of every prompt that may be trained on."""
+        seeds = range(self.seed * SEEDS + numbers.start, self.seed * SEEDS + numbers.stop)
         if self.given:
-            chosen = ((seed, self.given[seed]) for seed in seeds if seed < len(self.given))
+            chosen = zip(seeds, self.given[numbers.start : numbers.stop], strict=False)
             yield from ((seed, self._encode(prompt)) for seed, prompt in chosen if self.apart(prompt))
             return
         before, after = user_turn(self.text)

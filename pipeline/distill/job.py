@@ -89,14 +89,14 @@ class Job:
             tokens = [(self._encode(prompt), self.text.encode(answer, special=False)) for prompt, answer in kept]
             write_transcripts(self.folder / "data", "given", tokens, self.writer)
         given = _lines(self.request.prompts, "prompt") if self.request.prompts else []
-        prompts = Prompts(self.text, apart, given)
+        prompts = Prompts(self.text, apart, given, self.request.seed)
         number = 0
         while self._count() < self.request.tokens:
             if given and number * PART >= len(given):
                 break
             write_part(self.folder / "data", number, PART, self.writer, prompts, ANSWER_TOKENS, say)
             number += 1
-            say(f"{self.counts['answer_tokens']} of {self.request.tokens} tokens written")
+            say(f"{self._count()} of {self.request.tokens} tokens written")
 
     def sequences(self) -> list[Conversation]:
         """All that may be trained on."""

@@ -30,9 +30,16 @@ class Eagle3Reference(Reference):
     before it, they are zeros.
     """
 
-    def __init__(self, checkpoint: Checkpoint, target: Checkpoint, dtype: str, narrow: str | None = None) -> None:
-        super().__init__(checkpoint, target, dtype, narrow)
-        self._target = Reference(target, target, dtype, narrow)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        target: Checkpoint,
+        dtype: str,
+        narrow: str | None = None,
+        target_narrow: str | None = None,
+    ) -> None:
+        super().__init__(checkpoint, target, dtype, narrow, target_narrow)
+        self._target = Reference(target, target, dtype, target_narrow)
         self._taps = taps_of(target.config, checkpoint.config)
         fields = {k: v for k, v in checkpoint.config_json.items() if k != "model_type"}
         self._rotary = LlamaRotaryEmbedding(config=LlamaConfig(**fields))

@@ -127,12 +127,14 @@ class Gates:
         everything = [*self.sequences, *self.probes]
         for model, checkpoint in zip(("target", "draft"), self.pair, strict=True):
             narrow = self.recipe.draft_weights if model == "draft" else self.recipe.target.weights
-            source = Goldens(checkpoint, self.pair[0], self._dtype(model), self.cache, self.say, narrow)
+            stored = narrow, self.recipe.target.weights
+            source = Goldens(checkpoint, self.pair[0], self._dtype(model), self.cache, self.say, *stored)
             goldens = source.of([sequence.tokens for sequence in everything])
             self.goldens[model] = {s.name: g for s, g in zip(everything, goldens, strict=True)}
             counts[model] = {"computed": source.computed, "cached": source.found}
             if narrow is not None:
-                whole = replace(source, narrow=None, _known={}).of([sequence.tokens for sequence in self.sequences])
+                plain = replace(source, narrow=None, target_narrow=None, _known={})
+                whole = plain.of([sequence.tokens for sequence in self.sequences])
                 self.roundings[model] = rounding(goldens[: len(whole)], whole)
         self.found.data["goldens"] = counts
 

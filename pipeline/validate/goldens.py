@@ -89,7 +89,8 @@ class Golden:
 class Goldens:
     """The reference of one model of a pair. `computed` and `found` count sequences.
 
-    `narrow` is what its matrices are stored as, if narrower than the dtype: both runs then have the rounded weights.
+    `narrow` is what its matrices are stored as, if narrower than the dtype, and `target_narrow` what those of the
+    target are, whose states or embedding it may read: both runs then have the rounded weights.
     """
 
     checkpoint: Checkpoint
@@ -98,6 +99,7 @@ class Goldens:
     cache: Cache
     say: Progress
     narrow: str | None = None
+    target_narrow: str | None = None
     computed: int = 0
     found: int = 0
     _known: dict[str, Golden] = field(default_factory=dict)
@@ -117,11 +119,12 @@ class Goldens:
         return [self._known[key] for key in keys]
 
     def _reference(self) -> Reference:
+        given = self.checkpoint, self.target, self.dtype, self.narrow, self.target_narrow
         if self.checkpoint.config.eagle3 is None:
-            return Reference(self.checkpoint, self.target, self.dtype, self.narrow)
+            return Reference(*given)
         from pipeline.validate.eagle3_reference import Eagle3Reference
 
-        return Eagle3Reference(self.checkpoint, self.target, self.dtype, self.narrow)
+        return Eagle3Reference(*given)
 
     def _load(self, key: str) -> Golden | None:
         if key not in self._known:
@@ -134,6 +137,7 @@ class Goldens:
         files = sorted((n, d.sha256) for c in (self.checkpoint, self.target) for n, d in c.files.items())
         facts = [FORMAT, files, self.checkpoint.layers, tokens, self.dtype, transformers.__version__]
         facts += [self.narrow] if self.narrow else []
+        facts += [{"target": self.target_narrow}] if self.target_narrow != self.narrow else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -163,7 +167,14 @@ def projection(vocab: int) -> Tensor:
 class Reference:
     """A checkpoint run by transformers' own modules, one layer in memory at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, target: Checkpoint, dtype: str, narrow: str | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        target: Checkpoint,
+        dtype: str,
+        narrow: str | None = None,
+        target_narrow: str | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.narrow = narrow
         self.dtype = DTYPES[dtype]
@@ -171,6 +182,7 @@ class Reference:
         self._refs = weights(checkpoint)
         shared = checkpoint.config.shares_embedding
         self._embedding = (weights(target) if shared else self._refs)[EMBEDDING]
+        self._embedding_narrow = target_narrow if shared else narrow
 
     @property
     def layers(self) -> int:
@@ -229,7 +241,8 @@ class Reference:
     def embed(self, tokens: list[int]) -> Tensor:
         """Embeddings [T, H] as the recipe's dtype holds them."""
         last = self._embedding.shape[0] - 1  # as the graphs do where a draft's vocabulary is padded less
-        return torch.stack([self.read(self._embedding.rows(min(t, last), min(t, last) + 1))[0] for t in tokens])
+        rows = (self._embedding.rows(min(t, last), min(t, last) + 1) for t in tokens)
+        return torch.stack([self._read(row, self._embedding_narrow)[0] for row in rows])
 
     def _normed(self, runs: list[Recorder], kind: torch.dtype) -> Iterator[Tensor]:
         """Normalised hidden states [T, H] of each sequence, which is all that remains of a run."""
@@ -256,13 +269,17 @@ class Reference:
         ref = self._embedding if tied else self._refs[HEAD]
         wide = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
         rows = range(0, ref.shape[0], HEAD_ROWS)
-        blocks = (self.read(ref.rows(r, min(r + HEAD_ROWS, ref.shape[0]))).to(wide.dtype) for r in rows)
+        narrow = self._embedding_narrow if tied else self.narrow
+        blocks = (self._read(ref.rows(r, min(r + HEAD_ROWS, ref.shape[0])), narrow).to(wide.dtype) for r in rows)
         return torch.cat([wide @ block.T for block in blocks], dim=-1)
 
     def read(self, ref: TensorRef) -> Tensor:
         """A tensor as the recipe's dtype holds it; a matrix stored as int8 as what that stands for, float32."""
+        return self._read(ref, self.narrow)
+
+    def _read(self, ref: TensorRef, narrow: str | None) -> Tensor:
         tensor = read_tensor(ref)
-        if self.narrow == "int8" and tensor.dim() == 2:
+        if narrow == "int8" and tensor.dim() == 2:
             return rounded(tensor)
         return tensor.to(self.dtype)
 

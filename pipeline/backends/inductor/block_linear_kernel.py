@@ -6,8 +6,9 @@ A block is read once, in order, for all rows at a time, and sums are kept in reg
 dtype. Every row's sum runs over I in the same order however many rows there are: decode, verify and score agree bit by
 bit in their linear layers.
 
-Two ways, chosen when a graph runs: tiles of Intel's AMX where the processor has them and the rows are bfloat16, vectors
-elsewhere. So an artifact needs no AMX, whatever machine built it. Threads are the runtime's choice, too.
+Three ways, chosen when a graph runs. Rows of bfloat16 go by tiles of Intel's AMX where the processor has them, else by
+AVX-512's products of bfloat16 pairs; everything else goes by vectors of float32. So an artifact needs neither, whatever
+machine built it. Threads are the runtime's choice, too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch._inductor.lowering as lowering  # before what follows: inductor's m
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
-from pipeline.backends.inductor.vectors import TILES, WIDENED, filled
+from pipeline.backends.inductor.vectors import NATIVE_BFLOAT16, WIDENED, filled
 
 SHAPES = r"""
 using Weight = WEIGHT_TYPE;
@@ -99,22 +100,74 @@ inline void by_vectors(const Input* x, const Weight* w, float* y) {
 }
 """
 
+BY_PAIRS = r"""
+#if defined(TANDEM_BF16)
+static_assert(PAIRED && std::is_same_v<Input, at::BFloat16>);
+
+// Two inputs of 16 outputs, side by side as bfloat16: where they lie, or, of int8, converted.
+TANDEM_BF16 inline __m512bh pair_of(const Weight* w) {
+    if constexpr (SCALED) {
+        const __m128i* bytes = reinterpret_cast<const __m128i*>(w);
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
+        return _mm512_cvtne2ps_pbh(high, low);
+    } else {
+        return (__m512bh)_mm512_loadu_si512(w);
+    }
+}
+
+TANDEM_BF16 inline __m512 scaled(__m512 sum, const float* scales) {
+    if constexpr (SCALED) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scales));
+    return sum;
+}
+
+template <int64_t ROWS>
+TANDEM_BF16 inline void rows_times_pairs(const at::BFloat16* x, const Weight* w, float* out) {
+    __m512 low[ROWS], high[ROWS];
+    for (int64_t m = 0; m < ROWS; ++m) { low[m] = _mm512_setzero_ps(); high[m] = _mm512_setzero_ps(); }
+    for (int64_t i = 0; i < I; i += 2) {
+        const __m512bh first = pair_of(w + i * LANES), second = pair_of(w + i * LANES + LANES);
+        #pragma GCC unroll 16
+        for (int64_t m = 0; m < ROWS; ++m) {
+            int32_t two;
+            std::memcpy(&two, x + m * I + i, sizeof two);
+            const __m512bh one = (__m512bh)_mm512_set1_epi32(two);
+            low[m] = _mm512_dpbf16_ps(low[m], one, first);
+            high[m] = _mm512_dpbf16_ps(high[m], one, second);
+        }
+    }
+    for (int64_t m = 0; m < ROWS; ++m) {
+        _mm512_storeu_ps(out + m * N, scaled(low[m], scales_of(w)));
+        _mm512_storeu_ps(out + m * N + 16, scaled(high[m], scales_of(w) + 16));
+    }
+}
+
+inline bool by_pairs(const Input* x, const Weight* w, float* y) {
+    if (!has_pairs()) return false;
+    // Rows whose sums fit in registers, two vectors each, shared out evenly.
+    constexpr int64_t PARTS = (M + 11) / 12, TILE = (M + PARTS - 1) / PARTS, WHOLE = M / TILE * TILE;
+    #pragma omp parallel for
+    for (int64_t block = 0; block < BLOCKS; ++block) {
+        const Weight* from = w + block * BLOCK_SIZE;
+        float* out = y + block * LANES;
+        for (int64_t m = 0; m < WHOLE; m += TILE) rows_times_pairs<TILE>(x + m * I, from, out + m * N);
+        if constexpr (M > WHOLE) rows_times_pairs<M - WHOLE>(x + WHOLE * I, from, out + WHOLE * N);
+    }
+    return true;
+}
+#else
+inline bool by_pairs(const Input*, const Weight*, float*) { return false; }
+#endif
+"""
+
 BY_TILES = r"""
 #if defined(TANDEM_AMX)
-static_assert(PAIRED && std::is_same_v<Input, at::BFloat16> && I % 32 == 0);
+static_assert(I % 32 == 0);
 
 // 32 inputs of a block as two tiles of bfloat16 pairs: where they lie, or, of int8, converted into `scratch`.
 TANDEM_AMX inline const at::BFloat16* pairs_of(const Weight* w, at::BFloat16* scratch) {
     if constexpr (SCALED) {
-        for (int64_t row = 0; row < 16; ++row) {
-            for (int64_t half = 0; half < 2; ++half) {
-                const int8_t* from = reinterpret_cast<const int8_t*>(w) + row * 64 + half * 32;
-                const __m128i* bytes = reinterpret_cast<const __m128i*>(from);
-                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
-                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
-                _mm512_storeu_si512(scratch + row * 64 + half * 32, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-            }
-        }
+        for (int64_t n = 0; n < 32 * LANES; n += 32) _mm512_storeu_si512(scratch + n, (__m512i)pair_of(w + n));
         return scratch;
     } else {
         return reinterpret_cast<const at::BFloat16*>(w);
@@ -125,9 +178,8 @@ TANDEM_AMX inline const at::BFloat16* pairs_of(const Weight* w, at::BFloat16* sc
 TANDEM_AMX inline void store(const float* sums, int64_t rows, const float* scales, float* out) {
     for (int64_t m = 0; m < rows; ++m) {
         for (int64_t lane = 0; lane < LANES; lane += 16) {
-            __m512 sum = _mm512_loadu_ps(sums + (lane / 16) * 256 + m * 16);
-            if constexpr (SCALED) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scales + lane));
-            _mm512_storeu_ps(out + m * N + lane, sum);
+            const __m512 sum = _mm512_loadu_ps(sums + (lane / 16) * 256 + m * 16);
+            _mm512_storeu_ps(out + m * N + lane, scaled(sum, scales + lane));
         }
     }
 }
@@ -194,21 +246,26 @@ inline bool by_tiles(const Input*, const Weight*, float*) { return false; }
 #endif
 """
 
+NO_PAIRS = "inline bool by_pairs(const Input*, const Weight*, float*) { return false; }"
 NO_TILES = "inline bool by_tiles(const Input*, const Weight*, float*) { return false; }"
 
 KERNEL = f"""
 HEADER
+#include <cstring>
 #include <vector>
-{TILES.includes}
+{NATIVE_BFLOAT16.includes}
 
 namespace NAME_parts {{
-{WIDENED}{TILES.code}{SHAPES}{VECTORS}BY_TILES
+{WIDENED}{NATIVE_BFLOAT16.code}{SHAPES}{VECTORS}BY_PAIRS
+BY_TILES
 }}
 
 extern "C" SIGNATURE
 {{
     using namespace NAME_parts;
-    if (!by_tiles(X + X_OFFSET, W + W_OFFSET, Y)) by_vectors(X + X_OFFSET, W + W_OFFSET, Y);
+    const auto* x = X + X_OFFSET;
+    const auto* w = W + W_OFFSET;
+    if (!by_tiles(x, w, Y) && !by_pairs(x, w, Y)) by_vectors(x, w, Y);
 }}
 """
 
@@ -225,9 +282,10 @@ class BlockLinearTemplate(CppTemplate):
         x, w = self.input_nodes
         blocks, *block = (int(size) for size in w.get_size())
         paired, inputs = len(block) == 3, int(x.get_size()[1])
-        tiled = paired and x.get_dtype() == torch.bfloat16 and inputs % 32 == 0
+        pairs = paired and x.get_dtype() == torch.bfloat16
         parts = {
-            "BY_TILES": BY_TILES if tiled else NO_TILES,
+            "BY_PAIRS": BY_PAIRS if pairs else NO_PAIRS,
+            "BY_TILES": BY_TILES if pairs and inputs % 32 == 0 else NO_TILES,
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel({"X": x, "W": w}, {"Y": template_buffer_node or self.output_node}),
             "NAME": kernel.kernel_name,

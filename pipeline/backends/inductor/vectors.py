@@ -1,4 +1,4 @@
-"""C++ that our kernels share: loads of any stored dtype, widened to vectors of float32, and Intel's AMX tiles."""
+"""C++ that our kernels share: loads of any stored dtype, widened to vectors of float32; what there is for bfloat16."""
 
 from __future__ import annotations
 
@@ -62,19 +62,26 @@ class Code(NamedTuple):
     code: str
 
 
-TILES = Code(
+NATIVE_BFLOAT16 = Code(
     r"""
-// GCC knows AMX from version 11 on, clang from 12.
+// GCC knows AMX from version 11 on, clang from 12; both know AVX-512's bfloat16 longer.
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#define TANDEM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define TANDEM_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
 #endif
 """,
     r"""
 #if defined(TANDEM_AMX)
+// The processor multiplies pairs of bfloat16, and the kernel keeps AVX-512's registers (asked once).
+inline bool has_pairs() {
+    static const bool found = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq");
+    return found;
+}
+
 // Tiles 0 to 3 hold sums, 4 and 5 rows of activations, 6 and 7 weights: [rows, 16 x 4 bytes] each.
 struct Palette {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -89,11 +96,11 @@ struct Palette {
 // The processor has AMX for bfloat16, and the kernel lets this process use it (asked once).
 inline bool has_tiles() {
     static const bool found = [] {
-        unsigned a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
-        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &e, &f, &g, &h)) return false;
-        const bool tiles = (d >> 24 & 1) && (d >> 22 & 1), bfloat16 = e >> 5 & 1;
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        if (!has_pairs() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+        const bool tiles = (d >> 24 & 1) && (d >> 22 & 1);
         constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-        return tiles && bfloat16 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+        return tiles && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
     }();
     return found;
 }
