@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from bars import bars
 from serving import export
 
 from pipeline.cache import default_root
@@ -32,6 +33,7 @@ from pipeline.sources import resolve
 from pipeline.validate.prompts import load_prompts, prompts_path
 
 STRUCTURED = ("code", "json")
+GROUPS = {"all": (True, False), "structured": (True,), "others": (False,)}
 READ_BYTES = 512 << 20
 
 
@@ -170,7 +172,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=["BF16", "Q8_0"], default="BF16", help="of llama.cpp's weights")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=2, help="of each class")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--plot", type=Path, help="an SVG file to write")
     args = parser.parse_args()
     recipe = load_recipe(args.artifact / "recipe.yaml")
     prompts = load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))
@@ -185,30 +188,33 @@ def main() -> None:
     for peer in others.values():
         peer.end()
     work.cleanup()
-    show(rounds)
+    speeds = {name: {group: rates(runs, group) for group in GROUPS} for name, runs in rounds.items()}
+    show(rounds, speeds)
+    if args.plot is not None:
+        args.plot.write_text(bars("Decode, one request at a time, tokens/s", speeds))
     speed = bandwidth()
     limit = speed / weight_bytes(args.artifact)
-    plain = median(rate(of, (True, False)) for of in rounds["plain decode"])
+    plain = speeds["plain decode"]["all"]
     print(f"\nread bandwidth {speed / 1e9:.1f} GB/s, {weight_bytes(args.artifact) / 1e6:.0f} MB a plain step: at most "
           f"{limit:.1f} tokens/s; plain decode is {plain / limit:.2f} of it")  # fmt: skip
 
 
-def rate(of: dict[bool, list[float]], groups: tuple[bool, ...]) -> float:
-    """Tokens a second after the first ones, over some groups of prompts."""
-    return sum(of[g][0] for g in groups) / sum(of[g][1] for g in groups)
+def rates(rounds: list[dict[bool, list[float]]], group: str) -> float:
+    """Tokens a second after the first ones, over a group of prompts: the median of rounds."""
+    of = GROUPS[group]
+    return median(sum(cell[g][0] for g in of) / sum(cell[g][1] for g in of) for cell in rounds)
 
 
-def show(rounds: Rounds) -> None:
+def show(rounds: Rounds, speeds: dict[str, dict[str, float]]) -> None:
     """The table."""
-    groups = {"all": (True, False), "structured": (True,), "others": (False,)}
-    print("| | " + " | ".join(f"{name}, tokens/s | over plain" for name in groups) + " | tokens a step |")
-    print("|" + " --- |" * (2 * len(groups) + 2))
-    plain = {name: median(rate(of, g) for of in rounds["plain decode"]) for name, g in groups.items()}
+    print("| | " + " | ".join(f"{name}, tokens/s | over plain" for name in GROUPS) + " | tokens a step |")
+    print("|" + " --- |" * (2 * len(GROUPS) + 2))
     for name, runs in rounds.items():
-        cells = []
-        for group, g in groups.items():
-            speed = median(rate(of, g) for of in runs)
-            cells += [f"{speed:.1f}", f"{speed / plain[group]:.2f}"]
+        cells = [
+            cell
+            for group, speed in speeds[name].items()
+            for cell in (f"{speed:.1f}", f"{speed / speeds['plain decode'][group]:.2f}")
+        ]
         tokens, steps = (sum(of[g][place] for of in runs for g in (True, False)) for place in (0, 2))
         print(f"| {name} | " + " | ".join(cells) + f" | {tokens / max(steps, 1):.2f} |")
 

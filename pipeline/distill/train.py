@@ -143,7 +143,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * self._schedule()
         depths = 1 if self.step < self.settings.single * self.settings.steps else self.settings.depths
-        losses = [self._loss(batch, guess) for guess in self._guesses(batch, depths)]
+        wanted = self._wanted(batch) if self.settings.objective == "distribution" else None
+        losses = [self._loss(batch, guess, wanted) for guess in self._guesses(batch, depths)]
         shares = [self.settings.depth_weight**depth for depth in range(len(losses))]
         loss = sum((w * one for w, one in zip(shares, losses, strict=True)), torch.zeros(())) / sum(shares)
         self.optimizer.zero_grad(set_to_none=True)
@@ -152,15 +153,20 @@ class Trainer:
         self.optimizer.step()
         return float(loss.detach())
 
-    def _loss(self, batch: Batch, guess: Guess) -> Tensor:
+    @torch.no_grad()
+    def _wanted(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The target's distributions over the draft's tokens [M, V], once for all depths, and which is where [B, T]."""
+        last_MH = batch.last_BTH[batch.learn_BT]
+        number_BT = (batch.learn_BT.flatten().cumsum(0) - 1).view(batch.learn_BT.shape)
+        return torch.softmax((last_MH @ self.head_VH.T.to(last_MH.dtype)).float(), dim=-1), number_BT
+
+    def _loss(self, batch: Batch, guess: Guess, wanted: tuple[Tensor, Tensor] | None) -> Tensor:
         """Cross-entropy to the target's distribution over the draft's tokens, or to the token that was chosen."""
         rows, places = guess.index
         log_probs_MV = torch.log_softmax(guess.logits_MV.float(), dim=-1)
-        if self.settings.objective == "distribution":
-            with torch.no_grad():
-                last_MH = batch.last_BTH[rows, places]
-                wanted_MV = torch.softmax((last_MH @ self.head_VH.T.to(last_MH.dtype)).float(), dim=-1)
-            return -(wanted_MV * log_probs_MV).sum(-1).mean()
+        if wanted is not None:
+            wanted_MV, number_BT = wanted
+            return -(wanted_MV[number_BT[rows, places]] * log_probs_MV).sum(-1).mean()
         chosen_M = torch.searchsorted(self.ids_V, batch.tokens_BT1[rows, places + 1]).clamp(max=len(self.ids_V) - 1)
         known_M = self.ids_V[chosen_M] == batch.tokens_BT1[rows, places + 1]
         return -log_probs_MV[known_M].gather(-1, chosen_M[known_M, None]).mean()
