@@ -1,9 +1,11 @@
 """Several requests at once in the engine: speculation by pace beside plain decode.
 
-    PYTHONPATH=. python benchmarks/batches.py [ARTIFACT] [--rounds 5] [--max-new-tokens 56]
+    PYTHONPATH=. python benchmarks/batches.py [ARTIFACT] [--rounds 5] [--max-new-tokens 128]
 
-Greedy; prompts of all classes, three for each row, so that rows are refilled as they end (answers that start together
-end together only without speculation); the two take turns. Figures are medians of tokens a second, prompts included.
+Greedy, as many at once as each batch bucket has; prompts of all classes, three for each row, so that rows are refilled
+as they end. The two take turns. Figures are medians of tokens a second, prompts included. Answers that reach the limit
+end together only without speculation, and prompts are then read together, too: the longer answers are, the less that
+favours plain decode.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", nargs="?", type=Path, default=Path("artifacts/smollm2-135m-spec"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--max-new-tokens", type=int, default=56)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     asked = parser.parse_args()
     recipe = load_recipe(asked.artifact / "recipe.yaml")
     engine = load(asked.artifact)
@@ -33,7 +35,8 @@ def main() -> None:
     encoded = [engine.text.chat(p.text) for p in prompts]
     print("| at once | plain, tokens/s | by pace | ratio |")
     print("| --- | --- | --- | --- |")
-    for rows in (1, engine.rows):
+    for rows in recipe.shapes.batch:
+        engine.rows = rows
         chosen = [encoded[:: len(encoded) // REFILLS // rows][: REFILLS * rows]]
         chosen = [[one] for one in chosen[0]] if rows == 1 else chosen
         speeds: dict[bool, list[float]] = {False: [], True: []}
