@@ -1,6 +1,6 @@
 """Kinds of drafts on the same data, trained for the same number of steps: objectives, depths, a head or a model.
 
-    PYTHONPATH=. python benchmarks/drafts.py [RECIPE] [--steps 200] [--tokens 200000]
+    PYTHONPATH=. python benchmarks/drafts.py [RECIPE] [--steps 200] [--tokens 200000] [--seed 0]
 
 Uses what `tandem distill RECIPE` has written, or writes it. Tokens a step are those of greedy speculation on the
 recipe's own prompts, which no draft is trained on. Speed is in plain decode steps: tokens of a step with the best K,
@@ -38,9 +38,10 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", type=Path, default=Path("recipes/smollm2-135m-spec.yaml"))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0, help="of the data and the training, as distill's")
     asked = parser.parse_args()
     request = Request(recipe=load(asked.recipe), base=asked.recipe.parent, out=Path("unused"), tokens=asked.tokens,
-                      steps=asked.steps)  # fmt: skip
+                      steps=asked.steps, seed=asked.seed)  # fmt: skip
     job = prepare(request)
     job.write_data()
     sequences, held_out = job.sequences(), [s for group in job.held_out().values() for s in group]

@@ -7,8 +7,8 @@ import torch
 from eager import make_engine
 from safetensors.torch import load_file
 
-from pipeline.distill import Request, distill, draft_model
-from pipeline.distill.data import read_part
+from pipeline.distill import Request, distill, draft_model, prepare
+from pipeline.distill.data import PART, SEEDS, Prompts, read_part
 from pipeline.distill.eagle3 import guesses
 from pipeline.distill.generate import Writer, Writing
 from pipeline.distill.head import layers_of, model_config
@@ -52,6 +52,14 @@ def request_of(work, out: str = "head", **more) -> Request:
 @pytest.fixture(scope="module")
 def figures(work):
     return distill(request_of(work))
+
+
+def test_a_seed_decides_what_prompts_are_written_and_not_which_given_ones_are_used(work):
+    job = prepare(request_of(work))
+    given = Prompts(job.text, Apart([]), ["one two", "three four", "five"], seed=1)
+    assert [seed - SEEDS for seed, _ in given.of(job.writer, range(1, PART))] == [1, 2]
+    written = [[t for _, t in Prompts(job.text, Apart([]), seed=s).of(job.writer, range(64))] for s in (0, 0, 1)]
+    assert written[0] == written[1] != written[2]
 
 
 def test_head_guesses_and_a_recipe_can_name_it(work, figures):
