@@ -33,7 +33,7 @@ from pipeline.sources import resolve
 from pipeline.validate.prompts import load_prompts, prompts_path
 
 STRUCTURED = ("code", "json")
-GROUPS = {"all": (True, False), "structured": (True,), "others": (False,)}
+GROUPS = ("all", "structured", "others")
 READ_BYTES = 512 << 20
 
 
@@ -141,22 +141,25 @@ def weight_bytes(root: Path) -> int:
     return (root / "weights" / "target" / "rank-0-of-1.safetensors").stat().st_size
 
 
-Rounds = dict[str, list[dict[bool, list[float]]]]
-"""By contender and round, of structured prompts and of others: tokens after the first, their seconds, and steps."""
+Cells = dict[str, list[float]]
+"""By class of prompt: tokens after the first ones, their seconds, and steps."""
+
+Rounds = dict[str, list[Cells]]
+"""By contender."""
 
 
-def measure(answers: dict[str, Answer], encoded: list[tuple[bool, list[int]]], rounds: int) -> Rounds:
+def measure(answers: dict[str, Answer], encoded: list[tuple[str, list[int]]], rounds: int) -> Rounds:
     """All contenders answer a prompt before any answers the next; a first answer of each is not counted."""
     for answer in answers.values():
         answer(encoded[0][1])
     found: Rounds = {name: [] for name in answers}
     for _ in range(rounds):
         for of in found.values():
-            of.append({True: [0.0, 0.0, 0.0], False: [0.0, 0.0, 0.0]})
-        for structured, tokens in encoded:
+            of.append({kind: [0.0, 0.0, 0.0] for kind, _ in encoded})
+        for kind, tokens in encoded:
             for name, answer in answers.items():
                 arrivals, steps = answer(tokens)
-                cell = found[name][-1][structured]
+                cell = found[name][-1][kind]
                 for place, value in enumerate((len(arrivals) - 1, arrivals[-1] - arrivals[0], steps)):
                     cell[place] += value
     return found
@@ -183,26 +186,29 @@ def main() -> None:
     work = tempfile.TemporaryDirectory()
     others = peers(args, Path(work.name))
     answers |= {name: peer.answer(args.max_new_tokens) for name, peer in others.items()}
-    encoded = [(p.kind in STRUCTURED, engine.text.chat(p.text)) for p in chosen]
+    encoded = [(p.kind, engine.text.chat(p.text)) for p in chosen]
     rounds = measure(answers, encoded, args.rounds)
     for peer in others.values():
         peer.end()
     work.cleanup()
-    speeds = {name: {group: rates(runs, group) for group in GROUPS} for name, runs in rounds.items()}
+    speeds = {name: {group: speed(runs, group) for group in GROUPS} for name, runs in rounds.items()}
     show(rounds, speeds)
+    if "K by pace" in rounds:
+        ratios = {kind: speed(rounds["K by pace"], kind) / speed(rounds["plain decode"], kind) for kind in kinds}
+        print("\nK by pace over plain: " + ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in ratios.items()))
     if args.plot is not None:
         args.plot.write_text(bars("Decode, one request at a time, tokens/s", speeds))
-    speed = bandwidth()
-    limit = speed / weight_bytes(args.artifact)
+    read = bandwidth()
+    limit = read / weight_bytes(args.artifact)
     plain = speeds["plain decode"]["all"]
-    print(f"\nread bandwidth {speed / 1e9:.1f} GB/s, {weight_bytes(args.artifact) / 1e6:.0f} MB a plain step: at most "
+    print(f"\nread bandwidth {read / 1e9:.1f} GB/s, {weight_bytes(args.artifact) / 1e6:.0f} MB a plain step: at most "
           f"{limit:.1f} tokens/s; plain decode is {plain / limit:.2f} of it")  # fmt: skip
 
 
-def rates(rounds: list[dict[bool, list[float]]], group: str) -> float:
-    """Tokens a second after the first ones, over a group of prompts: the median of rounds."""
-    of = GROUPS[group]
-    return median(sum(cell[g][0] for g in of) / sum(cell[g][1] for g in of) for cell in rounds)
+def speed(rounds: list[Cells], group: str) -> float:
+    """Tokens a second after the first ones, over a class or a group of them: the median of rounds."""
+    kinds = [k for k in rounds[0] if group in (k, "all", "structured" if k in STRUCTURED else "others")]
+    return median(sum(cells[k][0] for k in kinds) / sum(cells[k][1] for k in kinds) for cells in rounds)
 
 
 def show(rounds: Rounds, speeds: dict[str, dict[str, float]]) -> None:
@@ -212,10 +218,10 @@ def show(rounds: Rounds, speeds: dict[str, dict[str, float]]) -> None:
     for name, runs in rounds.items():
         cells = [
             cell
-            for group, speed in speeds[name].items()
-            for cell in (f"{speed:.1f}", f"{speed / speeds['plain decode'][group]:.2f}")
+            for group, found in speeds[name].items()
+            for cell in (f"{found:.1f}", f"{found / speeds['plain decode'][group]:.2f}")
         ]
-        tokens, steps = (sum(of[g][place] for of in runs for g in (True, False)) for place in (0, 2))
+        tokens, steps = (sum(cell[place] for cells in runs for cell in cells.values()) for place in (0, 2))
         print(f"| {name} | " + " | ".join(cells) + f" | {tokens / max(steps, 1):.2f} |")
 
 

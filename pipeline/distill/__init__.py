@@ -50,6 +50,8 @@ def _run(job: Job) -> dict[str, Any]:
     held_out = job.held_out()
     trainer = job.trainer(sequences)
     trainer.train(sequences, [s for group in held_out.values() for s in group])
+    if job.start is not None:
+        trainer.average()
     by_class = {kind: trainer.accuracy(group) for kind, group in held_out.items()}
     settings = asdict(trainer.settings) | {"draft_vocab": job.vocab}
     figures = {

@@ -86,7 +86,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         device = self.head_VH.device
-        self.trained = {name: w.to(device).requires_grad_() for name, w in self.weights.items()}
+        self.trained = {name: w.to(device, copy=True).requires_grad_() for name, w in self.weights.items()}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=self.settings.rate, weight_decay=0.0, betas=(0.9, 0.95)
         )
@@ -128,6 +128,12 @@ class Trainer:
                 right = torch.zeros_like(right)
                 right[rows, began] = now
         return found
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Go half the way back to the start: what the start was good at stays (Wortsman et al. 2022, WiSE-FT)."""
+        for name, w in self.trained.items():
+            w.lerp_(self.weights[name].to(w.device), 0.5)
 
     def export(self) -> dict[str, Tensor]:
         """The trained weights."""
