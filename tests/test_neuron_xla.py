@@ -314,7 +314,7 @@ def test_pico_is_built_gated_and_run(tmp_path):
 
 
 def weightless(recipe: str, layers: int | None, tp: int) -> tuple[list[GraphSpec], PairShape]:
-    """Graphs and pair of a recipe from its lock, with its models cut to so many layers, for so many ranks."""
+    """Graphs and pair of a recipe from its lock, weights in its dtype, cut to so many layers, for so many ranks."""
     from pipeline.lock import lock_path, pair_configs
     from pipeline.lock import read as read_lock
     from pipeline.plan import make_plan
@@ -322,7 +322,8 @@ def weightless(recipe: str, layers: int | None, tp: int) -> tuple[list[GraphSpec
 
     path = find(recipe, TESTS.parent / "recipes")
     parsed = load(path)
-    cut = parsed.model_copy(update={"parallel": parsed.parallel.model_copy(update={"tensor": tp})})
+    changes = {"parallel": {"tensor": tp}, "target": {"weights": None}, "draft": {"weights": None}}
+    cut = parsed.model_copy(update={p: getattr(parsed, p).model_copy(update=new) for p, new in changes.items()})
     configs = pair_configs(parsed, read_lock(lock_path(path)), str(lock_path(path)))
     if layers:
         configs = tuple(replace(config, layers=layers) for config in configs)
