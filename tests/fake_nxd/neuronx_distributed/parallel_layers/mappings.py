@@ -14,9 +14,10 @@ def _groups():
 def reduce_from_tensor_model_parallel_region(input_, process_group=None):
     if find_spec("torch_xla") is None:
         return input_ * len(_groups()[0])
-    import torch_xla.core.xla_model as xm
+    import torch_xla
 
-    return xm.all_reduce(xm.REDUCE_SUM, input_, groups=_groups())
+    # `xm.all_reduce` leaves the operator out in a process that is alone, as a tracing one is.
+    return torch_xla._XLAC._xla_all_reduce("sum", input_, 1.0, _groups(), False)
 
 
 def gather_from_tensor_model_parallel_region(input_, process_group=None):
