@@ -237,6 +237,8 @@ def test_hlo_is_what_the_compiler_takes(sdk, family, tp, replicated):
 
 def sums(spec: GraphSpec, shape: PairShape) -> int:
     """All-reduces of a graph: one for the embedding and two a layer, each time that a split model runs."""
+    if spec.phase == "score" and spec.model == "draft" and shape.draft.eagle3 is not None:
+        return 1 + 2 * (shape.target.layers - 1) if shape.tp > 1 else 0  # the last layer of the target: keys alone
     runs = {"prefill": {"target": 1, "draft": 1}, "decode": {"target": 1}, "score": {spec.model: 1}}
     each = runs.get(spec.phase, {"target": 1, "draft": spec.draft_tokens})
     return sum(times * (1 + 2 * shape.config_of(m).layers) for m, times in each.items() if shape.tp_of(m) > 1)

@@ -150,8 +150,9 @@ class Eagle3:
             positions_BK = rows.position_B[:, None] + count(steps, rows.last_B)
             keep_BK = count(steps, rows.last_B) < emitted.count[:, None] - 1
             writes = self._writes(rows, positions_BK, keep_BK)
-            self._remember(emitted.tokens[:, :-1].clamp(min=0), features_BTH[:, :-1], positions_BK, writes)
-        last_BH = at(features_BTH, (emitted.count.long() - 1).clamp(min=0))
+            tokens_BK = emitted.tokens[:, :-1].clamp(0, self.model.config.vocab - 1)
+            self._remember(tokens_BK, features_BTH[:, :-1], positions_BK, writes)
+        last_BH = at(features_BTH, (emitted.count.long() - 1).clamp(0, steps))
         put(self.model, FEATURE, rows.index, last_BH, rows.alive_B[:, None])
 
     def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Tensor:
@@ -185,7 +186,7 @@ class Eagle3:
     def _run(self, rows: Rows, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The layer over rows 0..B-1 and their caches."""
         model = self.model
-        attend = attend_up_to(positions_BT.clamp(min=0), rows.kv)
+        attend = attend_up_to(positions_BT.clamp(0, rows.kv), rows.kv)
         writes = self._writes(rows, positions_BT)
         inputs = (model.readable(tokens_BT), features_BTH, positions_BT, model.state, writes, attend)
         return eagle3_layer.hidden_states(model.config, model.weights, model.seams, *inputs)
