@@ -8,11 +8,12 @@ from eager import make_engine
 from safetensors.torch import load_file
 
 from pipeline.distill import Request, distill, draft_model, prepare
-from pipeline.distill.data import PART, SEEDS, Prompts, read_part
+from pipeline.distill.data import PART, Prompts, read_part
 from pipeline.distill.eagle3 import guesses
 from pipeline.distill.generate import Writer, Writing
 from pipeline.distill.head import layers_of, model_config
 from pipeline.distill.prompts import Apart
+from pipeline.distill.request import SEEDS
 from pipeline.distill.train import make_batch
 from pipeline.errors import InputError
 from pipeline.files import sha256_file

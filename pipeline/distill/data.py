@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.distill.generate import Writer, Writing, Written
 from pipeline.distill.prompts import Apart, opening, user_turn
+from pipeline.distill.request import SEEDS
 from pipeline.files import write_atomic
 from pipeline.runtime.text import Text
 
@@ -32,9 +33,6 @@ GREEDY_SHARE = 0.7
 
 PART = 256
 """Prompts of a part: what a kill may cost."""
-
-SEEDS = 2**32
-"""Prompts that one seed of a request has room for."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from pipeline.recipe import Recipe
 Say = Callable[[str], None]
 
 DRAFT_VOCAB = 7680
+SEEDS = 2**32
+"""Prompts that one seed of a request has room for."""
+
 ROWS = 64
 ANSWER_TOKENS = 192
 LENGTH = 384
@@ -53,6 +56,6 @@ class Request:
 def data_key(request: Request, revision: str, taps: tuple[int, ...]) -> str:
     """Names the data: everything that decides its parts, and not how many of them there are."""
     files = [path.read_bytes() if path else b"" for path in (request.prompts, request.transcripts)]
-    facts = [revision, request.recipe.target.dtype, taps, request.seed, LENGTH, ANSWER_TOKENS]
+    facts = [revision, request.recipe.target.dtype, taps, request.seed * SEEDS, LENGTH, ANSWER_TOKENS]
     text = json.dumps(facts).encode() + b"".join(hashlib.sha256(data).digest() for data in files)
     return hashlib.sha256(text).hexdigest()[:16]

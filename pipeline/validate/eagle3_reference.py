@@ -9,6 +9,7 @@ Shapes: T tokens, H hidden, N query heads, G KV heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pipeline.models.eagle3 import taps_of
-from pipeline.sources import Checkpoint
 from pipeline.validate.goldens import Golden, Reference, project_cache
 
 LAYER = "model.layers.0."
@@ -30,19 +30,14 @@ class Eagle3Reference(Reference):
     before it, they are zeros.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        target: Checkpoint,
-        dtype: str,
-        narrow: str | None = None,
-        target_narrow: str | None = None,
-    ) -> None:
-        super().__init__(checkpoint, target, dtype, narrow, target_narrow)
-        self._target = Reference(target, target, dtype, target_narrow)
-        self._taps = taps_of(target.config, checkpoint.config)
-        fields = {k: v for k, v in checkpoint.config_json.items() if k != "model_type"}
-        self._rotary = LlamaRotaryEmbedding(config=LlamaConfig(**fields))
+    @cached_property
+    def _target(self) -> Reference:
+        return Reference(self.target, self.target, self.dtype_name, self.target_narrow)
+
+    @cached_property
+    def _rotary(self) -> LlamaRotaryEmbedding:
+        fields = {k: v for k, v in self.checkpoint.config_json.items() if k != "model_type"}
+        return LlamaRotaryEmbedding(config=LlamaConfig(**fields))
 
     @property
     def layers(self) -> int:
@@ -52,10 +47,11 @@ class Eagle3Reference(Reference):
     @torch.no_grad()
     def goldens(self, sequences: list[list[int]]) -> Iterator[Golden]:
         """Run the target over all sequences, then the head over each."""
+        taps = taps_of(self.target.config, self.checkpoint.config)
         seen: dict[tuple[torch.dtype, int], list[Tensor]] = {}
 
         def watch(layer: int, kind: torch.dtype, number: int, hidden_1TH: Tensor) -> None:
-            if layer in self._taps:
+            if layer in taps:
                 seen.setdefault((kind, number), []).append(hidden_1TH[0])
 
         self._target.run_layers(sequences, watch)

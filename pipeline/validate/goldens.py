@@ -175,8 +175,9 @@ class Reference:
         narrow: str | None = None,
         target_narrow: str | None = None,
     ) -> None:
-        self.checkpoint = checkpoint
-        self.narrow = narrow
+        self.checkpoint, self.target = checkpoint, target
+        self.narrow, self.target_narrow = narrow, target_narrow
+        self.dtype_name = dtype
         self.dtype = DTYPES[dtype]
         self.kinds = (above(dtype), self.dtype)
         self._refs = weights(checkpoint)
