@@ -62,7 +62,7 @@ def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(
     weight, plain = packed(torch.randn(190, columns), dtype)
     program = torch.export.export(Products(), (x, weight))
     package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "graph.pt2"), inductor_configs=InductorBackend(isa=isa)._settings()
+        program, package_path=str(tmp_path / "graph.pt2"), inductor_configs=InductorBackend(isa=isa).settings()
     )
     one, five, eight, all_rows, inner = (t[:, :190] for t in LoadedGraph(package, -1).run([x, weight]))
     exact = x.double() @ plain.double().T

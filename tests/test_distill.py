@@ -1,13 +1,14 @@
 """Training a head for a tiny target: from nothing to a draft that a recipe names, with kills in between."""
 
 import json
+import math
 
 import pytest
 import torch
 from eager import make_engine
 from safetensors.torch import load_file
 
-from pipeline.distill import Request, distill, draft_model, prepare
+from pipeline.distill import Request, distill, draft_model, generate, prepare
 from pipeline.distill.data import PART, Prompts, read_part
 from pipeline.distill.eagle3 import guesses
 from pipeline.distill.generate import Writer, Writing
@@ -190,13 +191,16 @@ def test_training_drafts_as_the_graphs_do(work, figures):
         at += size
 
 
-def test_writer_continues_as_the_engine_does(work):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_writer_continues_as_the_engine_does(work, compiled, monkeypatch):
     """Rows that join and leave at different times write what each would alone."""
+    monkeypatch.setattr(generate, "WORTH_COMPILING", 0 if compiled else math.inf)
     recipe = Recipe.model_validate(CONTENT)
     target = resolve(recipe.target.source, base=work, cache=work / "cache" / "sources")
     engine = make_engine(recipe, resolve_pair(recipe, base=work, cache=work / "cache" / "sources"))
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15], [8, 8], [3]]
     writer = Writer(target, "float32", 2, 96, (0, 1, 2))
+    assert writer.compiled == compiled
     found = {w.request.seed: w for w in writer.write(Writing(p, 5 + 9 * i, 0.0, i) for i, p in enumerate(prompts))}
     for seed, written in found.items():
         alone = engine.generate([prompts[seed]], max_new_tokens=5 + 9 * seed, speculate=False)[0]

@@ -1,7 +1,7 @@
 """The target writes text, many rows at a time, and every hidden state that a draft learns from is kept on the way.
 
-Rows are admitted as others end, so no pass is spent on rows that are done. Runs the same pure functions as the compiled
-graphs, eagerly, on any device.
+Rows are admitted as others end, so no pass is spent on rows that are done. Runs the same pure functions as an
+artifact's graphs: prompts eagerly, steps compiled where that pays.
 
 Shapes: B rows, T tokens, H hidden, X tapped features (3 H).
 """
@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pipeline.backends.inductor.just_in_time import blocked, compiled
+from pipeline.models.decoder import Hidden
 from pipeline.models.parallel import Seams, State
+from pipeline.models.weights import up_to
 from pipeline.sources import Checkpoint, weights
 from pipeline.speculation.model import Model, Prompt
 from pipeline.trace import DTYPES
@@ -26,6 +29,10 @@ KV_STEP = 64
 
 CANDIDATES = 64
 """Likeliest tokens that sampling draws from."""
+
+
+WORTH_COMPILING = 50_000_000
+"""Weights from which on steps are compiled, on a CPU: twice as fast from then on, for a minute or two at first."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,23 @@ class _Narrow(Seams):
         return self.linear(x_BTI, weight, rows).float()
 
 
+def _step(model: Model, tokens_B1: Tensor, positions_B1: Tensor, active_B: Tensor, kv: int) -> tuple[Tensor, Tensor]:
+    """Read one token a row: what is kept of it [B, X + H], and logits float32 [B, V]."""
+    seen = model.hidden(tokens_B1, positions_B1, active_B, kv)
+    return _kept(seen)[:, 0], model.logits(seen.last_BTH)[:, 0]
+
+
+def _kept(seen: Hidden) -> Tensor:
+    """Tapped states and last ones, side by side: [B, T, X + H]."""
+    return seen.last_BTH if seen.taps_BTX is None else torch.cat((seen.taps_BTX, seen.last_BTH), dim=-1)
+
+
 @dataclass
 class Writer:
-    """A target loaded to write with `rows` rows of up to `length` tokens."""
+    """A target loaded to write with `rows` rows of up to `length` tokens.
+
+    A large one on a CPU is there twice, for prompts and for steps.
+    """
 
     checkpoint: Checkpoint
     dtype: str
@@ -90,7 +111,11 @@ class Writer:
             for layer in range(config.layers)
             for part in "kv"
         }
-        self.model = Model(config, loaded, state, self.seams, taps=self.taps)
+        self.model = self.stepped = Model(config, loaded, state, self.seams, taps=self.taps)
+        self._run = _step
+        self.compiled = self.device == "cpu" and sum(w.numel() for w in loaded.values()) >= WORTH_COMPILING
+        if self.compiled:
+            self.stepped, self._run = blocked(self.model, self.dtype), compiled(_step)
         self._kept = torch.zeros(self.rows, self.length, (len(self.taps) + 1) * config.hidden, dtype=dtype)
 
     @torch.inference_mode()
@@ -115,50 +140,50 @@ class Writer:
         """Prompts with answers that the target has written before, `rows` at a time; cut at the writer's length."""
         for start in range(0, len(sequences), self.rows):
             chosen = [(prompt, [*prompt, *answer][: self.length]) for prompt, answer in sequences[start:][: self.rows]]
-            last, taps, lengths = self._prefill(range(len(chosen)), [tokens for _, tokens in chosen])
+            seen, lengths = self._prefill(range(len(chosen)), [tokens for _, tokens in chosen])
+            kept = _kept(seen).cpu()
             for row, (prompt, tokens) in enumerate(chosen):
-                size = int(lengths[row]) - 1
-                yield Written(Writing(prompt, 0), tokens, taps[row, :size].cpu(), last[row, :size].cpu())
+                yield self._written(Writing(prompt, 0), tokens, kept[row, : int(lengths[row]) - 1])
 
-    def _prefill(self, slots: Sequence[int], sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Read sequences into empty rows in one pass: last and tapped states [B, T, ..], and lengths."""
+    def _prefill(self, slots: Sequence[int], sequences: Sequence[list[int]]) -> tuple[Hidden, Tensor]:
+        """Read sequences into empty rows in one pass: states [B, T, ..], and lengths."""
         lengths = torch.tensor([len(tokens) for tokens in sequences])
         tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
         for row, given in enumerate(sequences):
             tokens[row, : len(given)] = torch.tensor(given)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         inputs = (tokens, positions, lengths, torch.tensor(list(slots)))
-        last, taps = self.model.read(Prompt(*(tensor.to(self.device) for tensor in inputs)))
-        return last, last[..., :0] if taps is None else taps, lengths
+        return self.model.read(Prompt(*(tensor.to(self.device) for tensor in inputs))), lengths
 
     def _admit(self, queue: Iterator[Writing], rows: list[_Row | None], free: list[int]) -> bool:
         """Fill free rows from the queue and read their prompts in one pass; False when the queue has ended."""
         fresh = dict(zip(free, queue, strict=False))
         if not fresh:
             return False
-        last, taps, lengths = self._prefill(list(fresh), [request.tokens for request in fresh.values()])
-        both = torch.cat((taps, last), dim=-1).cpu()
+        seen, lengths = self._prefill(list(fresh), [request.tokens for request in fresh.values()])
+        kept = _kept(seen).cpu()
         for row, slot in enumerate(fresh):
-            self._kept[slot, : int(lengths[row])] = both[row, : int(lengths[row])]
+            self._kept[slot, : int(lengths[row])] = kept[row, : int(lengths[row])]
         for slot, request in fresh.items():
             rows[slot] = _Row(request, list(request.tokens), torch.Generator().manual_seed(request.seed))
-        self._choose([rows[slot] for slot in fresh], last[torch.arange(len(fresh)), lengths - 1])
+        ends_BH = seen.last_BTH[torch.arange(len(fresh)), lengths - 1]
+        self._choose([rows[slot] for slot in fresh], self.model.logits(ends_BH[:, None])[:, 0])
         return len(fresh) == len(free)
 
     def _step(self, rows: list[_Row | None]) -> None:
         tokens = torch.tensor([row.tokens[-1] if row else 0 for row in rows])
         positions = torch.tensor([len(row.tokens) - 1 if row else 0 for row in rows])
         active = torch.tensor([row is not None for row in rows])
-        kv = min(-(-(int(positions.max()) + 1) // KV_STEP) * KV_STEP, self.length)
+        # Compiled attention stops at each row's own end, so one graph serves all lengths.
+        kv = self.length if self.compiled else min(up_to(int(positions.max()) + 1, KV_STEP), self.length)
         inputs = (tokens[:, None].to(self.device), positions[:, None].to(self.device), active.to(self.device))
-        hidden = self.model.hidden(*inputs, kv)
-        both = hidden.last_BTH if hidden.taps_BTX is None else torch.cat((hidden.taps_BTX, hidden.last_BTH), dim=-1)
-        self._kept[torch.arange(self.rows)[active], positions[active]] = both[:, 0].cpu()[active]
-        self._choose(rows, hidden.last_BTH[:, 0])
+        kept, logits = self._run(self.stepped, *inputs, kv)
+        self._kept[torch.arange(self.rows)[active], positions[active]] = kept.cpu()[active]
+        self._choose(rows, logits)
 
-    def _choose(self, rows: list[_Row | None], hidden_BH: Tensor) -> None:
+    def _choose(self, rows: list[_Row | None], logits_BV: Tensor) -> None:
         """Append a token to every row: the best one, or one drawn at the row's temperature."""
-        found = self.model.logits(hidden_BH[:, None])[:, 0].topk(CANDIDATES, dim=-1)
+        found = logits_BV.topk(CANDIDATES, dim=-1)
         best, logits = found.indices.cpu(), found.values.cpu()
         for place, row in enumerate(rows):
             if row is None:
@@ -174,6 +199,8 @@ class Writer:
         return row.ended >= row.request.new or full or row.tokens[-1] in self.checkpoint.config.eos_ids
 
     def _finished(self, slot: int, row: _Row) -> Written:
-        kept = self._kept[slot, : len(row.tokens) - 1].clone()
+        return self._written(row.request, row.tokens, self._kept[slot, : len(row.tokens) - 1].clone())
+
+    def _written(self, request: Writing, tokens: list[int], kept: Tensor) -> Written:
         split = len(self.taps) * self.checkpoint.config.hidden
-        return Written(row.request, row.tokens, kept[:, :split], kept[:, split:])
+        return Written(request, tokens, kept[:, :split], kept[:, split:])

@@ -59,10 +59,10 @@ class InductorBackend:
             "device": self.device,
             "isa": self.isa,
             "kernel": KERNEL_DIGEST,
-            **{name: str(value) for name, value in self._settings().items()},
+            **{name: str(value) for name, value in self.settings().items()},
         }
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Inductor's configuration."""
         common: dict[str, Any] = {
             "aot_inductor.compile_wrapper_opt_level": "O0",
@@ -118,7 +118,7 @@ class InductorBackend:
 
         package = work / self.graph_file
         # The processor says which instructions it has; Inductor's probes for that compile for seconds.
-        settings = self._settings() | {"compile_threads": 1, "cpp.vec_isa_ok": True}
+        settings = self.settings() | {"compile_threads": 1, "cpp.vec_isa_ok": True}
         flags = repr(sorted(self.flags().items())).encode()
         headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + traced.ir))
         with scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers), no_input_checks():

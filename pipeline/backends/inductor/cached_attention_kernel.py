@@ -1,7 +1,8 @@
 """The C++ that `cached_attention` becomes inside a graph. Imported only to compile.
 
-Keys and values of one head are read once, in order, in chunks whose scores stay in the nearest cache; sums are
-rescaled where a chunk has a new largest score (Milakov, Gimelshein 2018). Every query's sum runs over its keys in the
+Keys and values are read in order, in chunks whose scores stay in the nearest cache, for all queries of the heads that
+share them; sums are rescaled where a chunk has a new largest score (Milakov, Gimelshein 2018). A chunk's keys are
+transposed first, so that a query is multiplied with many keys at a time. Every query's sum runs over its keys in the
 same order however many queries and rows there are.
 """
 
@@ -19,6 +20,9 @@ from pipeline.backends.inductor.vectors import WIDENED, filled
 KERNEL = (
     r"""
 HEADER
+#include <algorithm>
+#include <cmath>
+#include <cstring>
 
 namespace NAME_parts {
 """
@@ -26,55 +30,119 @@ namespace NAME_parts {
     + r"""
 using Cached = CACHED_TYPE;
 constexpr int64_t B = BATCH, N = QUERY_HEADS, G = KV_HEADS, T = TOKENS, D = HEAD_SIZE, S = KEYS, LENGTH = CACHE_LENGTH;
-constexpr int64_t CHUNK = 64;
+constexpr int64_t LANES = Vec::size(), CHUNK = 64, VECTORS = (D + LANES - 1) / LANES, PADDED = VECTORS * LANES;
+// Queries of the heads that share keys: as many at a time as have their sums in registers, shared out evenly.
+constexpr int64_t QUERIES = N / G * T, FIT = std::max<int64_t>((LANES >= 16 ? 24 : 10) / VECTORS, 1);
+constexpr int64_t SHARE = (QUERIES + (QUERIES + FIT - 1) / FIT - 1) / ((QUERIES + FIT - 1) / FIT);
+constexpr int64_t PARTS = (QUERIES + SHARE - 1) / SHARE, REST = QUERIES - (PARTS - 1) * SHARE;
 constexpr float LOWEST = -3.0e38f;
-constexpr bool WHOLE = D % Vec::size() == 0;
+// Rows of bfloat16 are transposed two values at a time.
+constexpr bool PAIRS = std::is_same_v<Cached, at::BFloat16> && D % (2 * LANES) == 0;
+constexpr int64_t WIDTH = PAIRS ? D / 2 : PADDED;
 
-inline float product(const float* q, const Cached* k) {
-    if constexpr (WHOLE) {
-        Vec sum(0.0f);
-        for (int64_t d = 0; d < D; d += Vec::size()) sum = at::vec::fmadd(Vec::loadu(q + d), widened(k + d), sum);
-        return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
-    } else {
-        float sum = 0.0f;
-        for (int64_t d = 0; d < D; ++d) sum += q[d] * static_cast<float>(k[d]);
-        return sum;
+// One row as float32, filled up with zeros.
+inline void widen(const Cached* from, float* to) {
+    for (int64_t d = 0; d + LANES <= D; d += LANES) widened(from + d).store(to + d);
+    for (int64_t d = D / LANES * LANES; d < PADDED; ++d) to[d] = d < D ? static_cast<float>(from[d]) : 0.0f;
+}
+
+// Keys side by side: of `count` rows [count, D] to [WIDTH, CHUNK], in single values or in pairs.
+inline void transpose(const Cached* k, int64_t count, float* out) {
+    alignas(64) float rows[LANES * WIDTH];
+    for (int64_t first = 0; first < count; first += LANES) {
+        const int64_t here = std::min(LANES, count - first);
+        const float* from = rows;
+        if (PAIRS && here == LANES) {
+            from = reinterpret_cast<const float*>(k + first * D);
+        } else {
+            for (int64_t s = 0; s < LANES; ++s) {
+                float* row = rows + s * WIDTH;
+                if (s >= here) std::memset(row, 0, WIDTH * sizeof(float));
+                else if constexpr (PAIRS) std::memcpy(row, k + (first + s) * D, WIDTH * sizeof(float));
+                else widen(k + (first + s) * D, row);
+            }
+        }
+        for (int64_t d = 0; d < WIDTH; d += LANES) {
+            at::vec::transpose_mxn<float, LANES, LANES>(from + d, WIDTH, out + d * CHUNK + first, CHUNK);
+        }
     }
 }
 
-inline void add(float* sum, float share, const Cached* v) {
-    if constexpr (WHOLE) {
-        for (int64_t d = 0; d < D; d += Vec::size()) {
-            at::vec::fmadd(Vec(share), widened(v + d), Vec::loadu(sum + d)).store(sum + d);
+// `R` queries with the same keys and values; query r sees the first keys[r] of them.
+template <int64_t R>
+inline void attend(const float* q, const Cached* k, const Cached* v, const int64_t* keys, float* const* out) {
+    const Vec scale(1.0f / std::sqrt(static_cast<float>(D)));
+    alignas(64) float columns[WIDTH * CHUNK], scores[R * CHUNK], sums[R * PADDED] = {}, wide[PADDED];
+    float best[R], total[R] = {};
+    std::fill_n(best, R, LOWEST);
+    const int64_t all = *std::max_element(keys, keys + R);
+    for (int64_t first = 0; first < all; first += CHUNK) {
+        const int64_t count = std::min(CHUNK, all - first);
+        transpose(k + first * D, count, columns);
+        for (int64_t s = 0; s < count; s += LANES) {
+            Vec even[R], odd[R];  // two sums, so that one need not wait for the other
+            for (int64_t r = 0; r < R; ++r) { even[r] = Vec(0.0f); odd[r] = Vec(0.0f); }
+            const auto add = [&](Vec* sums, int64_t d, const Vec& column) {
+                #pragma GCC unroll 24
+                for (int64_t r = 0; r < R; ++r) sums[r] = at::vec::fmadd(Vec(q[r * D + d]), column, sums[r]);
+            };
+            for (int64_t d = 0; d + 1 < D; d += 2) {
+                if constexpr (PAIRS) {
+                    const auto [one, other] = unpaired(reinterpret_cast<const Cached*>(columns + d / 2 * CHUNK + s));
+                    add(even, d, one);
+                    add(odd, d + 1, other);
+                } else {
+                    add(even, d, Vec::loadu(columns + d * CHUNK + s));
+                    add(odd, d + 1, Vec::loadu(columns + (d + 1) * CHUNK + s));
+                }
+            }
+            if constexpr (D % 2) add(even, D - 1, Vec::loadu(columns + (D - 1) * CHUNK + s));
+            for (int64_t r = 0; r < R; ++r) ((even[r] + odd[r]) * scale).store(scores + r * CHUNK + s);
         }
-    } else {
-        for (int64_t d = 0; d < D; ++d) sum[d] += share * static_cast<float>(v[d]);
-    }
-}
-
-inline void attend(const float* q, const Cached* k, const Cached* v, int64_t keys, float* out) {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(D));
-    alignas(64) float sum[D] = {}, scores[CHUNK];
-    float best = LOWEST, total = 0.0f;
-    for (int64_t first = 0; first < keys; first += CHUNK) {
-        const int64_t count = std::min(CHUNK, keys - first);
-        float top = best;
+        for (int64_t r = 0; r < R; ++r) {
+            float* mine = scores + r * CHUNK;
+            for (int64_t s = std::clamp<int64_t>(keys[r] - first, 0, CHUNK); s < CHUNK; ++s) mine[s] = LOWEST;
+            Vec top(best[r]), shares(0.0f);
+            for (int64_t s = 0; s < CHUNK; s += LANES) top = at::vec::maximum(top, Vec::loadu(mine + s));
+            const float now = at::vec::vec_reduce_all<float>(
+                [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
+            for (int64_t s = 0; s < CHUNK; s += LANES) {
+                const Vec share = (Vec::loadu(mine + s) - Vec(now)).exp();
+                share.store(mine + s);
+                shares = shares + share;
+            }
+            const float shrink = std::exp(best[r] - now);
+            best[r] = now;
+            total[r] = total[r] * shrink
+                + at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, shares);
+            for (int64_t d = 0; d < PADDED; d += LANES) {
+                (Vec::loadu(sums + r * PADDED + d) * Vec(shrink)).store(sums + r * PADDED + d);
+            }
+        }
+        Vec sum[R * VECTORS];
+        #pragma GCC unroll 32
+        for (int64_t n = 0; n < R * VECTORS; ++n) sum[n] = Vec::loadu(sums + n * LANES);
         for (int64_t s = 0; s < count; ++s) {
-            scores[s] = product(q, k + (first + s) * D) * scale;
-            top = std::max(top, scores[s]);
+            const Cached* value = v + (first + s) * D;
+            if constexpr (D % LANES != 0) widen(value, wide);
+            #pragma GCC unroll 8
+            for (int64_t d = 0; d < VECTORS; ++d) {
+                const Vec part = D % LANES == 0 ? widened(value + d * LANES) : Vec::loadu(wide + d * LANES);
+                #pragma GCC unroll 24
+                for (int64_t r = 0; r < R; ++r) {
+                    Vec& mine = sum[r * VECTORS + d];
+                    mine = at::vec::fmadd(Vec(scores[r * CHUNK + s]), part, mine);
+                }
+            }
         }
-        for (int64_t s = count; s < CHUNK; ++s) scores[s] = LOWEST;
-        for (int64_t s = 0; s < CHUNK; s += Vec::size()) (Vec::loadu(scores + s) - Vec(top)).exp().store(scores + s);
-        const float shrink = std::exp(best - top);
-        total *= shrink;
-        for (int64_t d = 0; d < D; ++d) sum[d] *= shrink;
-        for (int64_t s = 0; s < count; ++s) {
-            total += scores[s];
-            add(sum, scores[s], v + (first + s) * D);
-        }
-        best = top;
+        #pragma GCC unroll 32
+        for (int64_t n = 0; n < R * VECTORS; ++n) sum[n].store(sums + n * LANES);
     }
-    for (int64_t d = 0; d < D; ++d) out[d] = sum[d] / total;
+    for (int64_t r = 0; r < R; ++r) {
+        float* mine = sums + r * PADDED;
+        for (int64_t d = 0; d < PADDED; d += LANES) (Vec::loadu(mine + d) / Vec(total[r])).store(mine + d);
+        std::memcpy(out[r], mine, D * sizeof(float));
+    }
 }
 
 }
@@ -83,13 +151,21 @@ extern "C" SIGNATURE
 {
     using namespace NAME_parts;
     #pragma omp parallel for
-    for (int64_t place = 0; place < B * N; ++place) {
-        const int64_t b = place / N, n = place % N, cache = (b * G + n / (N / G)) * LENGTH * D;
-        for (int64_t t = 0; t < T; ++t) {
-            const int64_t keys = std::min<int64_t>(S, static_cast<int64_t>(LAST[LAST_OFFSET + b * T + t]) + 1);
-            attend(Q + Q_OFFSET + (place * T + t) * D, K + cache, V + cache, std::max<int64_t>(keys, 1),
-                   Y + ((b * T + t) * N + n) * D);
+    for (int64_t place = 0; place < B * G * PARTS; ++place) {
+        const int64_t part = place % PARTS, g = place / PARTS % G, b = place / PARTS / G;
+        const int64_t first = part * SHARE, count = part + 1 < PARTS ? SHARE : REST;
+        int64_t keys[SHARE];
+        float* out[SHARE];
+        for (int64_t r = 0; r < count; ++r) {
+            const int64_t n = g * (N / G) + (first + r) / T, t = (first + r) % T;
+            const int64_t last = static_cast<int64_t>(LAST[LAST_OFFSET + b * T + t]) + 1;
+            keys[r] = std::max<int64_t>(std::min(S, last), 1);
+            out[r] = Y + ((b * T + t) * N + n) * D;
         }
+        const float* q = Q + Q_OFFSET + ((b * G + g) * QUERIES + first) * D;
+        const Cached *k = K + (b * G + g) * LENGTH * D, *v = V + (b * G + g) * LENGTH * D;
+        if (count == SHARE) attend<SHARE>(q, k, v, keys, out);
+        else attend<REST>(q, k, v, keys, out);
     }
 }
 """

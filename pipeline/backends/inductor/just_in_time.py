@@ -1,0 +1,37 @@
+"""Our kernels in this process, for work that needs no artifact: writing what a draft learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from pipeline.backends.inductor.backend import InductorBackend
+from pipeline.backends.inductor.seams import BlockedSeams
+from pipeline.backends.packing import BlockPacking
+from pipeline.models.weights import weight_specs
+from pipeline.speculation.model import Model
+from pipeline.trace import DTYPES
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def blocked(model: Model, dtype: str) -> Model:
+    """The same model on the same caches, with a second set of weights, in blocks."""
+    packing, packed = BlockPacking(), {}
+    for spec in weight_specs(model.config):
+        shape = packing.packed_shape(spec.shape, spec.kind, dtype)
+        packed[spec.name] = torch.empty(shape, dtype=DTYPES[dtype])
+        packing.pack(model.weights[spec.name], spec.kind, packed[spec.name])
+    return replace(model, weights=packed, seams=BlockedSeams())
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` as one compiled graph: at its first call, and for the shapes of that call."""
+    from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401 - known from here on
+
+    settings = {name: value for name, value in InductorBackend().settings().items() if not name.startswith("aot")}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=settings)
