@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -260,7 +259,7 @@ def validate(console: Console, artifact: str, recipe_file: Path | None, on_devic
 def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: bool) -> None:
     """Show the parity report of ARTIFACTS: of one, or what moved from a first to a second and if it is beyond noise."""
     from pipeline.files import write_atomic
-    from pipeline.validate import compare, report
+    from pipeline.validate import compare, report, summaries
 
     if schema_:
         print_json(report.schema())
@@ -271,9 +270,9 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: b
     found = [report.load(root) for root in roots]
     if len(found) == 1:
         if json_:
-            print_json(report.summary(found[0]))
+            print_json(summaries.summary(found[0]))
         else:
-            click.echo(report.markdown(found[0]), nl=False)
+            click.echo(summaries.markdown(found[0]), nl=False)
         return
     changes = compare.compare(*found)
     page = out or Path("compare.html")
@@ -283,7 +282,7 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: b
         return
     for change in changes:
         click.echo(
-            f"{change.what:<44}{report.show(change.before):>12}{report.show(change.after):>12}"
+            f"{change.what:<44}{summaries.show(change.before):>12}{summaries.show(change.after):>12}"
             f"  {compare.judgement(change)}"
         )
     click.echo(f"the page is {page}")
@@ -349,75 +348,9 @@ def nxdi(console: Console, recipe: str, directory: Path, compile_: bool, json_: 
     click.echo(f"wrote {written}")
 
 
-@main.group(cls=Group)
-def recipe() -> None:
-    """Check and lock recipes."""
+from pipeline import cli_drafts, cli_recipe, cli_registry, cli_serve, cli_vllm  # noqa: E402 - they add their commands to `main`
 
-
-@recipe.command()
-@as_json
-def schema(json_: bool) -> None:  # noqa: ARG001 - it is JSON either way
-    """Print the JSON Schema of a recipe, for editors."""
-    from pipeline.recipe import schema as make
-
-    print_json(make())
-
-
-@recipe.command()
-@click.argument("names", nargs=-1, required=True)
-@as_json
-def check(names: tuple[str, ...], json_: bool) -> None:
-    """Check recipes, and plan those that have a lock."""
-    from pipeline.lock import lock_path, pair_configs, read
-    from pipeline.plan import make_plan
-    from pipeline.recipe import load
-
-    for name in names:
-        path = recipe_path(name)
-        parsed = load(path)
-        if lock_path(path).is_file():
-            make_plan(parsed, *pair_configs(parsed, read(lock_path(path)), str(lock_path(path))))
-        if not json_:
-            click.echo(f"{path}: ok")
-    if json_:
-        print_json({"checked": list(names)})
-
-
-@recipe.command()
-@click.argument("paths", nargs=-1, required=True)
-@as_json
-def changed(paths: tuple[str, ...], json_: bool) -> None:  # noqa: ARG001 - it is JSON either way
-    """Print the names of the recipes that changed PATHS concern, as a JSON list; - reads paths from stdin."""
-    from pipeline.changed import changed_recipes
-
-    given = sys.stdin.read().splitlines() if paths == ("-",) else list(paths)
-    click.echo(json.dumps(changed_recipes(given, RECIPES)))
-
-
-@recipe.command()
-@click.argument("name")
-@as_json
-def lock(name: str, json_: bool) -> None:
-    """Pin what RECIPE's sources and toolchain are now, beside it."""
-    from pipeline.backends.base import make_backend
-    from pipeline.cache import default_root
-    from pipeline.lock import lock_path, make_lock, write
-    from pipeline.recipe import load
-    from pipeline.sources import resolve_pair
-
-    path = recipe_path(name)
-    parsed = load(path)
-    pair = resolve_pair(parsed, base=path.parent, cache=default_root() / "sources")
-    toolchain = make_backend(parsed.backend.model_dump()).toolchain().as_dict()
-    write(lock_path(path), make_lock(parsed, *pair, toolchain))
-    if json_:
-        print_json({"lock": lock_path(path)})
-        return
-    click.echo(f"wrote {lock_path(path)}")
-
-
-from pipeline import cli_drafts, cli_registry, cli_serve, cli_vllm  # noqa: E402 - they add their commands to `main`
-
+cli_recipe.add_to(main)
 cli_registry.add_to(main)
 cli_drafts.add_to(main)
 cli_serve.add_to(main)

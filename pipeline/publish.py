@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifact import CACHE_KIND, MANIFEST, SIGNATURE, Artifact, Manifest, Progress, diff, silent, verify
+from pipeline.artifact import CACHE_KIND, MANIFEST, SIGNATURE, Artifact, Manifest, Progress, silent, verify
+from pipeline.artifact_diff import diff
 from pipeline.errors import ArtifactError, GateError, TandemError
 from pipeline.recipe import load
 from pipeline.registry import check_alias, move_alias, read_small

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import FileEntry, Manifest, diff, parse, read
+from pipeline.artifact import FileEntry, Manifest, parse, read
+from pipeline.artifact_diff import diff
 from pipeline.errors import ArtifactError, InputError
 from pipeline.release import Document, all_files, parse_document
 from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Move, Removed, Store, open_store

@@ -17,7 +17,8 @@ import small_artifacts as small
 
 from pipeline import artifact as artifacts
 from pipeline import lock as locks
-from pipeline.artifact import MANIFEST, check_host, compare, content_digest, diff, dump, read, verify
+from pipeline.artifact import MANIFEST, check_host, content_digest, dump, read, verify
+from pipeline.artifact_diff import compare, diff
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files import TEMP, sweep
 from pipeline.package import add_reports

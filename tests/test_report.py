@@ -13,7 +13,7 @@ from reports import PROMPTS, gates_of, recipe_of, report_of
 
 from pipeline import cli
 from pipeline.errors import InputError
-from pipeline.validate import compare, make_report, page, report
+from pipeline.validate import compare, make_report, page, report, summaries
 from pipeline.validate.goldens import RANKS, recorded_ids, summary
 from pipeline.validate.prompts import load_prompts
 
@@ -47,14 +47,14 @@ def test_json_follows_its_schema_and_reads_back_equal(good):
 
 def test_all_forms_tell_the_same_figures(good, bad):
     for one in (good, bad):
-        markdown, html, tree = report.markdown(one), page.render(one), ET.fromstring(report.junit(one))
+        markdown, html, tree = summaries.markdown(one), page.render(one), ET.fromstring(summaries.junit(one))
         failed = [gate.name for gate in one.gates if not gate.passed]
         assert [case.get("name") for case in tree if case.find("failure") is not None] == failed
         assert int(tree.get("failures")) == len(failed)
-        for label, value in report.headlines(one):
+        for label, value in summaries.headlines(one):
             assert f"| {label} | {value} |" in markdown
             assert f"<dt>{label}</dt><dd>{value}</dd>" in html
-        summary_of = report.summary(one)
+        summary_of = summaries.summary(one)
         assert summary_of["passed"] == one.passed == (not failed)
         assert summary_of["error_over_noise"]["target"] == one.parity["target"].error_over_noise
         assert summary_of["speed"]["speculative"]["tokens_per_s"] == one.speed.speculative.tokens_per_s

@@ -31,7 +31,7 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
     from pipeline.package import add_reports
     from pipeline.recipe import load as load_recipe
     from pipeline.runtime import load
-    from pipeline.validate import page, report
+    from pipeline.validate import page, report, summaries
     from pipeline.validate.gates import Gates
     from pipeline.validate.prompts import load_prompts, prompts_path
 
@@ -49,14 +49,14 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
     files = {
         "parity.json": report.to_bytes(found),
         "parity.html": page.render(found).encode(),
-        "parity.md": report.markdown(found).encode(),
-        "junit.xml": report.junit(found),
+        "parity.md": summaries.markdown(found).encode(),
+        "junit.xml": summaries.junit(found),
     }
     ran_on = make_backend(engine.manifest.backend).host()
-    add_reports(root, files, report.summary(found) | {"ran_on": ran_on})
+    add_reports(root, files, summaries.summary(found) | {"ran_on": ran_on})
     for gate in found.gates:
         say(f"  {gate.name}: {'passed' if gate.passed else 'FAILED'}")
-    for label, value in report.headlines(found):
+    for label, value in summaries.headlines(found):
         say(f"    {label}: {value}")
     say(f"  {time.monotonic() - started:.0f} s; the report is {root / 'reports' / 'parity.html'}")
     if not found.passed:

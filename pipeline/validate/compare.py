@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from html import escape
 
 from pipeline.validate import page
-from pipeline.validate.report import Acceptance, Latencies, Report, show
+from pipeline.validate.report import Acceptance, Latencies, Report
+from pipeline.validate.summaries import show
 
 SIGNIFICANCE = 3.29
 """Standard errors: one in a thousand, two-sided."""

@@ -9,7 +9,8 @@ from statistics import median
 
 from pipeline.validate.limits import limits
 from pipeline.validate.plots import Axis, Plot, axis
-from pipeline.validate.report import Acceptance, ModelParity, Report, Speed, show
+from pipeline.validate.report import Acceptance, ModelParity, Report, Speed
+from pipeline.validate.summaries import show
 
 BINS = 40
 LINKED = 10

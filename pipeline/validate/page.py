@@ -10,7 +10,8 @@ from html import escape
 from importlib import resources
 
 from pipeline.validate.figures import figures
-from pipeline.validate.report import Gate, ModelParity, Report, TokenSequence, headlines, show
+from pipeline.validate.report import Gate, ModelParity, Report, TokenSequence
+from pipeline.validate.summaries import headlines, show
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 SECTIONS = {"parity": "parity", "losslessness": "losslessness", "distribution": "sampling", "acceptance": "acceptance"}
