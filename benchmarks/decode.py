@@ -3,9 +3,9 @@
     python benchmarks/decode.py [ARTIFACT] [--draft-model ARTIFACT] [--vllm PYTHON] [--llama PYTHON --precision Q8_0]
 
 Contenders, batch 1, greedy: the artifact plain, with each K, and with K by pace; a second artifact whose draft is a
-model; transformers' `generate`, and its assisted generation with that model; vLLM, plain and with its n-gram
-speculation; llama.cpp at a precision (`peers.py` says what their environments need). Structured prompts (code, JSON)
-and the others apart. A contender's figure is the median over rounds of its tokens over its time after each first token.
+model; transformers' `generate`, and its assisted generation with that model; vLLM, plain, with its n-gram speculation
+and with the artifact's own EAGLE-3 head; llama.cpp at a precision (`peers.py` says what their environments need).
+Structured prompts (code, JSON) and the others apart. A contender's figure is the median over rounds of its tokens over its time after each first token.
 
 The roofline: bytes of weights that a plain step reads, over the read bandwidth that this run measured.
 """
@@ -109,7 +109,7 @@ class Peer:
             assert self.process.stdin is not None
             print(json.dumps({"tokens": tokens, "limit": limit}), file=self.process.stdin, flush=True)
             found = self._line()
-            return [0.0] * found["tokens"] + [found["seconds"]], found["tokens"]
+            return [0.0] * found["tokens"] + [found["seconds"]], found["steps"]
 
         return answer
 
@@ -130,6 +130,12 @@ def peers(asked: argparse.Namespace, work: Path) -> dict[str, Peer]:
         length = ("--length", recipe.shapes.kv[-1])
         found["vLLM"] = Peer(asked.vllm, "vllm", folder, *length)
         found["vLLM, n-gram K=4"] = Peer(asked.vllm, "vllm", folder, "--ngram", 4, *length)
+        if recipe.speculation.method == "eagle3":
+            head = resolve(
+                recipe.draft.source, base=Path("recipes"), cache=default_root() / "sources", role="draft"
+            ).root
+            for k in recipe.speculation.draft_tokens:
+                found[f"vLLM, EAGLE-3 K={k}"] = Peer(asked.vllm, "vllm", folder, "--eagle3", head, k, *length)
     if asked.llama is not None:
         (source,) = (default_root() / "sources" / "packages").rglob("*.gguf")
         found[f"llama.cpp {asked.precision}"] = Peer(asked.llama, "llama", source, asked.precision)

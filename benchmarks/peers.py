@@ -1,10 +1,11 @@
 """Other engines on the same weights, each in a process of its own, for `decode.py`.
 
-    python benchmarks/peers.py vllm FOLDER [--ngram K]      in an environment that has vLLM
-    python benchmarks/peers.py llama GGUF {BF16,Q8_0}       in one that has xllamacpp and gguf
+    python benchmarks/peers.py vllm FOLDER [--ngram K | --eagle3 HEAD K]    in an environment that has vLLM
+    python benchmarks/peers.py llama GGUF {BF16,Q8_0}                       in one that has xllamacpp and gguf
 
-Reads lines of JSON, `{"tokens": [...], "limit": 64}`, and answers each with `{"tokens": n, "seconds": s}`: the tokens
-after the first, and the time that they took. The first answer, `{"ready": true}`, says that it has loaded.
+Reads lines of JSON, `{"tokens": [...], "limit": 64}`, and answers each with `{"tokens": n, "seconds": s, "steps": m}`:
+the tokens after the first, the time that they took, and the steps. The first answer, `{"ready": true}`, says that it has
+loaded.
 
 llama.cpp runs the target's own GGUF with its tensors rewritten at the given precision.
 """
@@ -21,25 +22,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Answer = Callable[[list[int], int], tuple[int, float]]
-"""Tokens of a prompt and how many to write at most -> tokens after the first, and their seconds."""
+Answer = Callable[[list[int], int], tuple[int, float, int]]
+"""Tokens of a prompt and how many to write at most -> tokens after the first, their seconds, and steps."""
 
 
-def vllm(folder: str, ngram: int, length: int) -> Answer:
+def vllm(folder: str, speculation: dict[str, Any] | None, length: int) -> Answer:
     """vLLM's engine in this process, with its defaults for a CPU."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_PLUGINS": ""}
     from vllm import EngineArgs, LLMEngine, SamplingParams
 
-    speculation: Any = None
-    if ngram:
-        speculation = {"method": "ngram", "num_speculative_tokens": ngram, "prompt_lookup_max": 4}
     engine = LLMEngine.from_engine_args(
         EngineArgs(model=folder, dtype="bfloat16", max_model_len=length, max_num_seqs=1,
                    enable_prefix_caching=False, speculative_config=speculation)
     )  # fmt: skip
     count = 0
 
-    def answer(tokens: list[int], limit: int) -> tuple[int, float]:
+    def answer(tokens: list[int], limit: int) -> tuple[int, float, int]:
         nonlocal count
         count += 1
         engine.add_request(str(count), {"prompt_token_ids": tokens}, SamplingParams(temperature=0, max_tokens=limit))
@@ -48,7 +46,7 @@ def vllm(folder: str, ngram: int, length: int) -> Answer:
             found = engine.step()
             arrivals += [(time.perf_counter(), len(output.outputs[0].token_ids)) for output in found]
         (first, already), (last, all_) = arrivals[0], arrivals[-1]
-        return all_ - already, last - first
+        return all_ - already, last - first, len(arrivals) - 1
 
     return answer
 
@@ -64,11 +62,12 @@ def llama(source: str, precision: str, length: int) -> Answer:
     params.verbosity = 0
     server = xllamacpp.Server(params)
 
-    def answer(tokens: list[int], limit: int) -> tuple[int, float]:
+    def answer(tokens: list[int], limit: int) -> tuple[int, float, int]:
         asked = {"prompt": tokens, "n_predict": limit, "temperature": 0, "cache_prompt": False, "top_k": 1}
         found = server.handle_completions(asked)
         timings = (found if isinstance(found, dict) else json.loads(found))["timings"]
-        return int(timings["predicted_n"]) - 1, float(timings["predicted_ms"]) / 1000
+        new = int(timings["predicted_n"]) - 1
+        return new, float(timings["predicted_ms"]) / 1000, new
 
     return answer
 
@@ -103,21 +102,28 @@ def main() -> None:
     parser.add_argument("engine", choices=["vllm", "llama"])
     parser.add_argument("model")
     parser.add_argument("precision", nargs="?", default="BF16", choices=["BF16", "Q8_0"])
-    parser.add_argument("--ngram", type=int, default=0)
+    parser.add_argument("--ngram", type=int, metavar="K")
+    parser.add_argument("--eagle3", nargs=2, metavar=("HEAD", "K"))
     parser.add_argument("--length", type=int, default=1024)
     asked = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an engine prints does not belong among the answers
+    speculation: dict[str, Any] | None = None
+    if asked.ngram:
+        speculation = {"method": "ngram", "num_speculative_tokens": asked.ngram, "prompt_lookup_max": 4}
+    elif asked.eagle3:
+        head, k = asked.eagle3
+        speculation = {"method": "eagle3", "model": head, "num_speculative_tokens": int(k)}
     answer = (
-        vllm(asked.model, asked.ngram, asked.length)
+        vllm(asked.model, speculation, asked.length)
         if asked.engine == "vllm"
         else llama(asked.model, asked.precision, asked.length)
     )
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        tokens, seconds = answer(request["tokens"], request["limit"])
-        print(json.dumps({"tokens": tokens, "seconds": seconds}), file=out, flush=True)
+        tokens, seconds, steps = answer(request["tokens"], request["limit"])
+        print(json.dumps({"tokens": tokens, "seconds": seconds, "steps": steps}), file=out, flush=True)
 
 
 if __name__ == "__main__":
