@@ -5,7 +5,8 @@
 Contenders, batch 1, greedy: the artifact plain, with each K, and with K by pace; a second artifact whose draft is a
 model; transformers' `generate`, and its assisted generation with that model; vLLM, plain, with its n-gram speculation
 and with the artifact's own EAGLE-3 head; llama.cpp at a precision (`peers.py` says what their environments need).
-Structured prompts (code, JSON) and the others apart. A contender's figure is the median over rounds of its tokens over its time after each first token.
+Structured prompts (code, JSON) and the others apart. A contender's figure is the median over rounds of its tokens over
+its time after each first token.
 
 The roofline: bytes of weights that a plain step reads, over the read bandwidth that this run measured.
 """

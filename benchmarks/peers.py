@@ -4,8 +4,8 @@
     python benchmarks/peers.py llama GGUF {BF16,Q8_0}                       in one that has xllamacpp and gguf
 
 Reads lines of JSON, `{"tokens": [...], "limit": 64}`, and answers each with `{"tokens": n, "seconds": s, "steps": m}`:
-the tokens after the first, the time that they took, and the steps. The first answer, `{"ready": true}`, says that it has
-loaded.
+the tokens after the first, the time that they took, and the steps. The first answer, `{"ready": true}`, says that
+it has loaded.
 
 llama.cpp runs the target's own GGUF with its tensors rewritten at the given precision.
 """
@@ -26,14 +26,14 @@ Answer = Callable[[list[int], int], tuple[int, float, int]]
 """Tokens of a prompt and how many to write at most -> tokens after the first, their seconds, and steps."""
 
 
-def vllm(folder: str, speculation: dict[str, Any] | None, length: int) -> Answer:
+def vllm(folder: str, speculation: dict[str, Any] | None, length: int, eager: bool) -> Answer:
     """vLLM's engine in this process, with its defaults for a CPU."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_PLUGINS": ""}
     from vllm import EngineArgs, LLMEngine, SamplingParams
 
     engine = LLMEngine.from_engine_args(
         EngineArgs(model=folder, dtype="bfloat16", max_model_len=length, max_num_seqs=1,
-                   enable_prefix_caching=False, speculative_config=speculation)
+                   enable_prefix_caching=False, speculative_config=speculation, enforce_eager=eager)
     )  # fmt: skip
     count = 0
 
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("precision", nargs="?", default="BF16", choices=["BF16", "Q8_0"])
     parser.add_argument("--ngram", type=int, metavar="K")
     parser.add_argument("--eagle3", nargs=2, metavar=("HEAD", "K"))
+    parser.add_argument("--eager", action="store_true", help="compile nothing: slower steps, there sooner")
     parser.add_argument("--length", type=int, default=1024)
     asked = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
@@ -115,7 +116,7 @@ def main() -> None:
         head, k = asked.eagle3
         speculation = {"method": "eagle3", "model": head, "num_speculative_tokens": int(k)}
     answer = (
-        vllm(asked.model, speculation, asked.length)
+        vllm(asked.model, speculation, asked.length, asked.eager)
         if asked.engine == "vllm"
         else llama(asked.model, asked.precision, asked.length)
     )
