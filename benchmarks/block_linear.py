@@ -67,11 +67,15 @@ class Layers(torch.nn.Module):
 def compiled(product, layers, x, weights):
     from pipeline.backends.inductor import block_linear_kernel  # noqa: F401 - tells Inductor of the kernel
 
-    program = torch.export.export(Layers(product, layers), (x, weights))
-    package = str(Path(tempfile.mkdtemp()) / "graph.pt2")
+    return package(Layers(product, layers), (x, weights))
+
+
+def package(module, inputs):
+    program = torch.export.export(module, inputs)
+    path = str(Path(tempfile.mkdtemp()) / "graph.pt2")
     options = {"cpp.threads": 1, "aot_inductor.compile_wrapper_opt_level": "O0"}
-    torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
-    return LoadedGraph(package, -1)
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+    return LoadedGraph(path, -1)
 
 
 def timed(run, rounds):
