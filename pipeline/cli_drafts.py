@@ -36,6 +36,13 @@ def add_to(main: click.Group) -> None:
     "--start", type=click.Path(path_type=Path, exists=True), help="Folder of a draft to train further (default: none)."
 )
 @click.option(
+    "--start-share",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="How much of --start stays: less, the more new text there is.",
+)
+@click.option(
     "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to learn from."
 )
 @click.option("--steps", type=click.IntRange(1), default=4000, show_default=True, help="Steps of training.")
@@ -66,7 +73,7 @@ def add_to(main: click.Group) -> None:
 def distill(
     console: Console, recipe: str, out: Path | None, method: str, layers: str | None, start: Path | None,
     tokens: int, steps: int, draft_vocab: int | None, objective: str, prompts: Path | None, transcripts: Path | None,
-    device: str, seed: int, json_: bool,
+    device: str, seed: int, start_share: float, json_: bool,
 ) -> None:  # fmt: skip
     """Train a draft for the target of RECIPE. Stopped, the same command goes on where it was."""
     from pipeline.distill import Request, distill
@@ -77,7 +84,8 @@ def distill(
     request = Request(
         recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-{method}", tokens=tokens,
         steps=steps, draft_vocab=draft_vocab, seed=seed, objective=objective, device=device, prompts=prompts,
-        transcripts=transcripts, method=method, layers=_numbers(layers), start=start, say=console.say,
+        transcripts=transcripts, method=method, layers=_numbers(layers), start=start,
+        start_share=start_share, say=console.say,
     )  # fmt: skip
     figures = distill(request)
     if json_:

@@ -51,13 +51,14 @@ def _run(job: Job) -> dict[str, Any]:
     trainer = job.trainer(sequences)
     trainer.train(sequences, [s for group in held_out.values() for s in group])
     if job.start is not None:
-        trainer.average()
+        trainer.average(request.start_share)
     by_class = {kind: trainer.accuracy(group) for kind, group in held_out.items()}
     settings = asdict(trainer.settings) | {"draft_vocab": job.vocab}
     figures = {
         "method": request.method,
         "layers": list(job.request.layers),
         "start": request.start.name if request.start is not None else None,
+        "start_share": request.start_share if request.start is not None else None,
         "target": job.target.revision,
         "data": job.counts,
         "settings": settings,

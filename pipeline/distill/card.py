@@ -49,7 +49,11 @@ def card(figures: dict[str, Any], recipe: Recipe) -> str:
         title = "A draft model"
         layers = ", ".join(map(str, figures["layers"]))
         what = f"A model that starts from the target's layers {layers}" if layers else "A model of a few layers"
-    further = f"\n- Trained further from {figures['start']}, and averaged with it." if figures["start"] else ""
+    further = (
+        f"\n- Trained further from {figures['start']}, of which a share of {figures['start_share']} stays."
+        if figures["start"]
+        else ""
+    )
     return f"""# {title} for {recipe.target.source}
 
 {what}; proposes from {settings["draft_vocab"]} tokens (`d2t`), shares the target's

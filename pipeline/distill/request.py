@@ -32,7 +32,7 @@ class Request:
     """One draft to train. `tokens` of answers are written before training; `out` is the folder to write.
 
     `layers` are those of the target that a draft model starts from, in order (`method` `draft_model`). `start` is the
-    folder of a draft to train further, as it is: its layers and its vocabulary.
+    folder of a draft to train further, as it is: its layers and its vocabulary; `start_share` of it stays.
     """
 
     recipe: Recipe
@@ -44,6 +44,7 @@ class Request:
     method: str = "eagle3"
     layers: tuple[int, ...] = ()
     start: Path | None = None
+    start_share: float = 0.5
     seed: int = 0
     objective: str = "distribution"
     device: str = "cpu"

@@ -130,10 +130,10 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def average(self) -> None:
-        """Go half the way back to the start: what the start was good at stays (Wortsman et al. 2022, WiSE-FT)."""
+    def average(self, share: float) -> None:
+        """Go a share of the way back to the start: what it was good at stays (Wortsman et al. 2022, WiSE-FT)."""
         for name, w in self.trained.items():
-            w.lerp_(self.weights[name].to(w.device), 0.5)
+            w.lerp_(self.weights[name].to(w.device), share)
 
     def export(self) -> dict[str, Tensor]:
         """The trained weights."""
