@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.backends.inductor.backend import LoadedGraph
+from pipeline.backends.inductor.backend import InductorBackend, LoadedGraph
 from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.models.parallel import PLAIN, attend_up_to
 
@@ -18,9 +18,19 @@ class Attention(torch.nn.Module):
         return cached_attention(q, k, v, last, KV)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 24])
-def test_compiled_attention_is_exact_and_reads_only_what_is_seen(tmp_path, dtype, dim):
+@pytest.mark.parametrize(
+    ("dtype", "dim", "isa"),
+    [
+        (torch.float32, 64, "native"),
+        (torch.float32, 23, "native"),
+        (torch.bfloat16, 64, "native"),
+        (torch.bfloat16, 64, "avx2"),
+        (torch.bfloat16, 24, "avx2"),
+        (torch.float16, 64, "native"),
+        (torch.float16, 24, "native"),
+    ],
+)
+def test_compiled_attention_is_exact_and_reads_only_what_is_seen(tmp_path, dtype, dim, isa):
     from pipeline.backends.inductor import cached_attention_kernel  # noqa: F401 - tells Inductor of the kernel
 
     torch.manual_seed(0)
@@ -34,7 +44,7 @@ def test_compiled_attention_is_exact_and_reads_only_what_is_seen(tmp_path, dtype
     v[0, :, 3:] = torch.nan
     program = torch.export.export(Attention(), (q, k.clone(), v, new, last))
     package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "graph.pt2"), inductor_configs={"cpp.threads": 1}
+        program, package_path=str(tmp_path / "graph.pt2"), inductor_configs=InductorBackend(isa=isa).settings()
     )
     found = LoadedGraph(package, -1).run([q, k, v, new, last])[0]
     assert (found - expected).abs().max() < 2e-6

@@ -210,6 +210,15 @@ def test_writer_continues_as_the_engine_does(work, compiled, monkeypatch):
         assert torch.allclose(again.taps_TX, written.taps_TX, atol=1e-4)
 
 
+def test_writer_without_a_compiler_writes_all_the_same(work, monkeypatch):
+    monkeypatch.setattr(generate, "WORTH_COMPILING", 0)
+    monkeypatch.setenv("PATH", "")
+    target = resolve(CONTENT["target"]["source"], base=work, cache=work / "cache" / "sources")
+    writer = Writer(target, "float32", 2, 96, (0, 1, 2))
+    assert not writer.compiled
+    assert len(next(writer.write([Writing([5, 6], 4)])).tokens) == 6
+
+
 def test_held_out_prompts_are_kept_apart():
     apart = Apart(["Write a function that returns the n-th Fibonacci number iteratively, please."])
     assert not apart("Hello! write a function that returns the n th fibonacci number, recursively")

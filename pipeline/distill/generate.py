@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.backends.inductor.just_in_time import blocked, compiled
+from pipeline.backends.inductor import just_in_time
 from pipeline.models.decoder import Hidden
 from pipeline.models.parallel import Seams, State
 from pipeline.models.weights import up_to
@@ -30,9 +30,8 @@ KV_STEP = 64
 CANDIDATES = 64
 """Likeliest tokens that sampling draws from."""
 
-
 WORTH_COMPILING = 50_000_000
-"""Weights from which on steps are compiled, on a CPU: twice as fast from then on, for a minute or two at first."""
+"""Weights from which on steps are compiled, on a CPU with a C++ compiler: a minute or two first, twice as fast then."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,10 @@ class Writer:
         }
         self.model = self.stepped = Model(config, loaded, state, self.seams, taps=self.taps)
         self._run = _step
-        self.compiled = self.device == "cpu" and sum(w.numel() for w in loaded.values()) >= WORTH_COMPILING
+        large = sum(w.numel() for w in loaded.values()) >= WORTH_COMPILING
+        self.compiled = large and self.device == "cpu" and just_in_time.usable()
         if self.compiled:
-            self.stepped, self._run = blocked(self.model, self.dtype), compiled(_step)
+            self.stepped, self._run = just_in_time.blocked(self.model, self.dtype), just_in_time.compiled(_step)
         self._kept = torch.zeros(self.rows, self.length, (len(self.taps) + 1) * config.hidden, dtype=dtype)
 
     @torch.inference_mode()

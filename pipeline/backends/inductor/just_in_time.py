@@ -19,6 +19,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def usable() -> bool:
+    """Whether this machine can compile."""
+    return not InductorBackend().preflight()
+
+
 def blocked(model: Model, dtype: str) -> Model:
     """The same model on the same caches, with a second set of weights, in blocks."""
     packing, packed = BlockPacking(), {}
