@@ -68,6 +68,20 @@ def artifact(engine: Any, limit: int, **how: Any) -> Answer:
     return answer
 
 
+def without_lookup(engine: Any, answer: Answer) -> Answer:
+    """Answers of an artifact that looks nothing up."""
+    manifest = engine.batch.manifest
+
+    def alone(tokens: list[int]) -> tuple[list[float], int]:
+        engine.batch.manifest = manifest.model_copy(update={"lookup": None})
+        try:
+            return answer(tokens)
+        finally:
+            engine.batch.manifest = manifest
+
+    return alone
+
+
 def contenders(root: Path, other: Path | None, limit: int) -> tuple[dict[str, Answer], Any]:
     """All of them, by name, and the first artifact's engine."""
     engine = load(root)
@@ -75,6 +89,9 @@ def contenders(root: Path, other: Path | None, limit: int) -> tuple[dict[str, An
     found |= {f"K={k}": artifact(engine, limit, draft_tokens=k) for k in engine.manifest.draft_tokens}
     if engine.manifest.step_costs:
         found["K by pace"] = artifact(engine, limit)
+    if engine.manifest.lookup:
+        k = engine.manifest.draft_tokens[-1]
+        found[f"K={k}, the draft alone"] = without_lookup(engine, artifact(engine, limit, draft_tokens=k))
     if other is not None:
         second = load(other)
         k = second.manifest.draft_tokens[0]

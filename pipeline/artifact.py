@@ -132,6 +132,7 @@ class Manifest(Part):
     method: Literal["draft_model", "eagle3"] = "draft_model"
     draft_tokens: tuple[int, ...]
     step_costs: tuple[float, ...] | dict[int, tuple[float, ...]] | None = None
+    lookup: int | None = Field(default=None, ge=1)
     sampling: tuple[str, ...]
     candidates: int | None
     vocab: int
@@ -142,12 +143,10 @@ class Manifest(Part):
     validation: dict[str, Any] | None = None
 
     @model_serializer(mode="wrap")
-    def _without_weights(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Weights of the dtype itself leave no trace: manifests keep the digests they had before there were others."""
+    def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What came later and is not used leaves no trace: manifests keep the digests they had before."""
         data: dict[str, Any] = serialize(self)
-        if self.weights is None:
-            data.pop("weights", None)
-        return data
+        return {key: value for key, value in data.items() if value is not None or key not in ("weights", "lookup")}
 
     @property
     def passed(self) -> bool | None:
@@ -171,6 +170,7 @@ class CacheManifest(Manifest):
     method: Literal["draft_model"] = Field(default="draft_model", exclude=True)
     draft_tokens: tuple[()] = Field(default=(), exclude=True)
     step_costs: None = Field(default=None, exclude=True)
+    lookup: None = Field(default=None, exclude=True)
     sampling: tuple[()] = Field(default=(), exclude=True)
     candidates: None = Field(default=None, exclude=True)
     vocab: Literal[0] = Field(default=0, exclude=True)

@@ -65,6 +65,7 @@ def facts(manifest: Manifest) -> dict[str, Any]:
         "ranks": manifest.tensor,
         "dtype": manifest.dtype + (f", weights {manifest.weights}" if manifest.weights else ""),
         "draft tokens K": ", ".join(map(str, manifest.draft_tokens)),
+        "prompt lookup": f"by {manifest.lookup} tokens" if manifest.lookup else "no",
         "sampling": ", ".join(manifest.sampling),
         "batch": ", ".join(map(str, shapes.batch)),
         "prefill buckets": ", ".join(map(str, shapes.prefill)),

@@ -38,9 +38,7 @@ def add_to(main: click.Group) -> None:
 @click.option(
     "--start-share",
     type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="How much of --start stays: less, the more new text there is.",
+    help="How much of --start stays: less, the more new text there is (default: 0.5).",
 )
 @click.option(
     "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to learn from."
@@ -73,19 +71,24 @@ def add_to(main: click.Group) -> None:
 def distill(
     console: Console, recipe: str, out: Path | None, method: str, layers: str | None, start: Path | None,
     tokens: int, steps: int, draft_vocab: int | None, objective: str, prompts: Path | None, transcripts: Path | None,
-    device: str, seed: int, start_share: float, json_: bool,
+    device: str, seed: int, start_share: float | None, json_: bool,
 ) -> None:  # fmt: skip
     """Train a draft for the target of RECIPE. Stopped, the same command goes on where it was."""
     from pipeline.distill import Request, distill
+    from pipeline.distill.request import START_SHARE
     from pipeline.recipe import load
 
+    if start is None and start_share is not None:
+        raise InputError(
+            f"found {start_share} without --start", where="--start-share", fix="name a draft: --start PATH"
+        )
     path = recipe_path(recipe)
     parsed = load(path)
     request = Request(
         recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-{method}", tokens=tokens,
         steps=steps, draft_vocab=draft_vocab, seed=seed, objective=objective, device=device, prompts=prompts,
         transcripts=transcripts, method=method, layers=_numbers(layers), start=start,
-        start_share=start_share, say=console.say,
+        start_share=START_SHARE if start_share is None else start_share, say=console.say,
     )  # fmt: skip
     figures = distill(request)
     if json_:

@@ -188,6 +188,7 @@ def _manifest(files: dict[str, FileEntry], facts: Facts) -> Manifest:
         method=recipe.speculation.method,
         draft_tokens=recipe.speculation.draft_tokens,
         step_costs=recipe.speculation.step_costs,
+        lookup=recipe.speculation.lookup,
         sampling=recipe.speculation.sampling,
         candidates=recipe.speculation.candidates,
         vocab=facts.plan.pair.target.vocab,

@@ -185,7 +185,7 @@ def graph_digest_fields(plan: Plan, spec: GraphSpec) -> dict[str, Any]:
         "state": [pair.rows, pair.length],
         "candidates": pair.candidates if spec.sampling == "stochastic" else None,
         "backend": plan.recipe.backend.model_dump(mode="json"),
-    }
+    } | ({"copied": True} if pair.lookup and spec.phase == "speculate" else {})
 
 
 def _pair_shape(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairShape:
@@ -203,6 +203,7 @@ def _pair_shape(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Pair
         candidates=recipe.speculation.candidates,
         target_weights=recipe.target.weights,
         draft_weights=recipe.draft_weights,
+        lookup=recipe.speculation.lookup is not None,
     )
 
 

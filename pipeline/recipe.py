@@ -144,7 +144,7 @@ class Draft(_Weighted):
 class Speculation(Part):
     """How tokens are proposed and chosen."""
 
-    LATER = ("step_costs",)
+    LATER = ("step_costs", "lookup")
 
     method: Literal["draft_model", "eagle3"] = Field(
         default="draft_model",
@@ -158,6 +158,11 @@ class Speculation(Part):
     )
     candidates: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="tokens that a stochastic graph keeps before sampling; all when left out"
+    )
+    lookup: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="prompt lookup: where the last so many tokens occurred before in a request, what followed them is "
+        "proposed, and the draft fills up the step; 3 is a good choice, off when left out",
     )
     step_costs: StepCosts | None = Field(
         default=None,

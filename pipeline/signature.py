@@ -64,7 +64,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class PairShape:
-    """Everything about a pair that shapes its graphs: configs, dtypes, ranks, cache size, sampling truncation."""
+    """Everything about a pair that shapes its graphs: configs, dtypes, ranks, cache size, what a step is given."""
 
     target: ModelConfig
     draft: ModelConfig
@@ -77,6 +77,7 @@ class PairShape:
     candidates: int | None
     target_weights: str | None = None
     draft_weights: str | None = None
+    lookup: bool = False
 
     def tp_of(self, model: str) -> int:
         """Ranks that a model is split over."""
@@ -131,7 +132,7 @@ def signature(spec: GraphSpec, pair: PairShape, packing: PackedShape) -> Signatu
             t for m in _weight_owners(spec, pair) for t in _weights(pair, m, packing, only_embedding=m not in models)
         ),
         tuple(t for m in models for t in _state(pair, m)) + _between_steps(spec, pair),
-        _arguments(spec),
+        _arguments(spec, pair),
         _outputs(spec, pair),
     )
 
@@ -175,7 +176,7 @@ def _between_steps(spec: GraphSpec, pair: PairShape) -> tuple[TensorSpec, ...]:
     return () if spec.phase == "score" else (TensorSpec("draft/tail", (pair.rows,), "int32"),)
 
 
-def _arguments(spec: GraphSpec) -> tuple[TensorSpec, ...]:
+def _arguments(spec: GraphSpec, pair: PairShape) -> tuple[TensorSpec, ...]:
     b, t, k = spec.batch, spec.tokens, spec.draft_tokens
     if spec.phase == "score":
         return (TensorSpec("tokens", (b, t), "int32"), TensorSpec("position", (b,), "int32"))
@@ -191,6 +192,8 @@ def _arguments(spec: GraphSpec) -> tuple[TensorSpec, ...]:
             TensorSpec("position", (b,), "int32"),
             TensorSpec("active", (b,), "bool"),
         )
+    if spec.phase == "speculate" and pair.lookup:
+        own = (*own, TensorSpec("copied", (b, k), "int32"))
     if spec.sampling == "greedy":
         return own
     draws = 2 * k + 1 if spec.phase == "speculate" else 1

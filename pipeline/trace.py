@@ -86,7 +86,8 @@ def _model(name: str, pair: PairShape, named: dict[str, Tensor], seams_for: Seam
 
 
 def _choose(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor]) -> Choose:
+    copied = named.get("copied")
     if spec.sampling == "greedy":
-        return Choose()
+        return Choose(copied=copied)
     sampling = Sampling(named["temperature"], named["top_k"], named["top_p"])
-    return Choose(sampling, named["uniforms"], pair.candidates)
+    return Choose(sampling, named["uniforms"], pair.candidates, copied)

@@ -132,12 +132,15 @@ def _arguments(engine: Engine, graph: GraphSpec, position: int) -> dict[str, Ten
     """What a step of all rows of a graph is given, its caches filled up to a position."""
     import torch
 
+    from pipeline.runtime.lookup import argument
+
     batch = graph.batch
     given = {
         "last_token": torch.full((batch,), position % engine.manifest.vocab, dtype=torch.int32),
         "position": torch.full((batch,), position, dtype=torch.int32),
         "active": torch.ones(batch, dtype=torch.bool),
     }
+    given |= argument(graph, {})
     if graph.sampling == "stochastic":
         given |= {
             "temperature": torch.zeros(batch),

@@ -73,7 +73,7 @@ def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint]) -> Engine:
     manifest = Manifest.model_construct(
         name=recipe.name, version="eager", created="", recipe_digest=recipe.digest(), lock_digest="", toolchain={},
         backend={}, requires={}, tensor=1, dtype=recipe.target.dtype, shapes=recipe.shapes,
-        method=recipe.speculation.method, step_costs=recipe.speculation.step_costs,
+        method=recipe.speculation.method, step_costs=recipe.speculation.step_costs, lookup=recipe.speculation.lookup,
         draft_tokens=recipe.speculation.draft_tokens, sampling=recipe.speculation.sampling,
         candidates=recipe.speculation.candidates, vocab=plan.pair.target.vocab,
         eos_ids=plan.pair.target.eos_ids, graphs=graphs, shards=(), files={},

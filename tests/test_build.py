@@ -33,7 +33,7 @@ RECIPE = """
 name: tiny
 target: {source: "pico://qwen3?layers=2", dtype: float32}
 draft: {derive: {from: target, layers: [0]}}
-speculation: {draft_tokens: [2], sampling: [greedy]}
+speculation: {draft_tokens: [2], sampling: [greedy], lookup: 2}
 shapes: {batch: [2], prefill: [16], kv: [48]}
 validate: {prompts: prompts.jsonl, max_new_tokens: 10, gates: {tokens_per_step: 1.0}}
 """

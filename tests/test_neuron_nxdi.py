@@ -49,6 +49,7 @@ def test_vllm_is_not_offered_the_last_positions():
         ("llama-70b-spec", {"sampling": ("greedy", "stochastic"), "candidates": 256}, "speculation.sampling",
          "verifies a draft model's tokens by argmax alone"),
         ("llama-70b-spec", {"draft_tokens": (2, 4)}, "speculation.draft_tokens", "compiles one speculation length"),
+        ("llama-70b-spec", {"lookup": 3}, "speculation.lookup", "take no tokens but the draft's own"),
         ("qwen3-32b-spec", {}, "draft.placement", "a qwen3 draft cannot have other ranks than its target"),
     ],
 )  # fmt: skip

@@ -73,11 +73,13 @@ def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
     return config_of(config, "target"), config_of(draft, "draft")
 
 
-def make(family: str, rows: int = 4, tp: int = 1, *, replicated: bool = True, reduced: bool = False) -> Pair:
+def make(
+    family: str, rows: int = 4, tp: int = 1, *, replicated: bool = True, reduced: bool = False, lookup: bool = False
+) -> Pair:
     """A random pair of a family; its draft is the target's first layer, with an embedding of its own if it is split."""
     torch.manual_seed(0)
     target, draft = configs(family, reduced)
-    shape = PairShape(target, draft, "float32", "float32", tp, replicated, rows, LENGTH, 16)
+    shape = PairShape(target, draft, "float32", "float32", tp, replicated, rows, LENGTH, 16, lookup=lookup)
     weights = {}
     for spec in weight_specs(target):
         noise = torch.randn(spec.shape) * (0.1 if spec.kind == "vector" else 0.3)
@@ -159,14 +161,16 @@ def arguments_of(spec: GraphSpec, shape: PairShape):
             "active": lambda: [True, True, False, True][:rows], "temperature": lambda: [0.7, 0.0, 1.0, 1.3][:rows],
             "top_k": lambda: [0, 3, 5, 0][:rows], "top_p": lambda: [0.9, 1.0, 0.5, 1.0][:rows],
             "uniforms": lambda s=one.shape: torch.rand(s, generator=generator),
+            "copied": lambda s=one.shape: torch.randint(-30, 61, s, generator=generator).clamp(min=-1),
         }[one.name]()  # fmt: skip
     return found
 
 
+@pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize(("family", "rows"), [*((family, 4) for family in FAMILIES), ("qwen3", 1), ("eagle3", 4)])
-def test_hlo_equals_eager(sdk, family, rows):
-    """Outputs and carried state of every phase, from a cache that holds something, to 1e-4."""
-    pair = make(family, rows, reduced=family == "eagle3")
+def test_hlo_equals_eager(sdk, family, rows, lookup):
+    """Outputs and carried state of every phase, from a cache that holds something, to 1e-4; with copied drafts, too."""
+    pair = make(family, rows, reduced=family == "eagle3", lookup=lookup)
     graphs = Graphs(sdk, pair)
     noise = torch.Generator().manual_seed(1)
     filled = {
@@ -174,6 +178,8 @@ def test_hlo_equals_eager(sdk, family, rows):
         for name, t in empty_state(pair.shape).items()
     }
     for spec in phases(rows):
+        if lookup and spec.phase != "speculate":
+            continue  # the same graph as without
         pair.state = {name: tensor.clone() for name, tensor in filled.items()}
         graphs.state = {name: tensor.clone() for name, tensor in filled.items()}
         arguments = arguments_of(spec, pair.shape)

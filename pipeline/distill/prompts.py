@@ -17,7 +17,7 @@ SHINGLE_WORDS = 8
 """A training prompt that shares this many words in a row with a prompt of the gates is dropped."""
 
 OPENINGS = (
-    *("",) * 30,
+    *("",) * 10,
     "Write a Python function",
     "Write a short Python program",
     "Write a JavaScript function",
@@ -51,7 +51,7 @@ OPENINGS = (
     "What is the difference between",
     "Help me plan",
 )
-"""First words of the prompts that the target writes; most have none."""
+"""First words of the prompts that the target writes; a quarter has none."""
 
 
 def user_turn(text: Text) -> tuple[str, str]:

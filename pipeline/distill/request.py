@@ -23,6 +23,10 @@ LENGTH = 384
 """Longest sequence that is learned, prompt and answer, in tokens."""
 
 
+START_SHARE = 0.5
+"""How much of a draft that is trained further stays."""
+
+
 def _silent(line: str) -> None:
     """Show nothing."""
 
@@ -44,7 +48,7 @@ class Request:
     method: str = "eagle3"
     layers: tuple[int, ...] = ()
     start: Path | None = None
-    start_share: float = 0.5
+    start_share: float = START_SHARE
     seed: int = 0
     objective: str = "distribution"
     device: str = "cpu"

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.artifact import Manifest
 from pipeline.errors import InputError
 from pipeline.plan import GraphSpec
+from pipeline.runtime.lookup import Lookup, argument
 from pipeline.runtime.pace import Acceptance, Pace, Paces
 from pipeline.runtime.ranks import Ranks
 
@@ -37,7 +38,9 @@ class Row:
     generator: torch.Generator
     choice: Choice
     in_draft: int = 0
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    drafted: Acceptance = field(default_factory=Acceptance)
+    copied: Acceptance = field(default_factory=Acceptance)
+    lookup: Lookup = field(default_factory=Lookup)
 
     @property
     def position(self) -> int:
@@ -105,7 +108,8 @@ class Batch:
         self.graphs = [g.spec() for g in manifest.graphs]
         self.slots = manifest.shapes.batch[-1]
         self.length = manifest.shapes.kv[-1] - 1
-        self.stats = {"prefills": 0, "speculative_steps": 0, "decode_steps": 0, "tokens": 0, "catch_ups": 0}
+        counted = ("prefills", "speculative_steps", "decode_steps", "tokens", "catch_ups", "copies")
+        self.stats = dict.fromkeys(counted, 0)
 
     def pace(self) -> Paces | None:
         """What chooses K per step, where the artifact knows what steps cost.
@@ -127,7 +131,8 @@ class Batch:
             elif spec.phase == "prefill":
                 self._prefill(spec, {})
             else:
-                self.ranks.run(spec, _where(spec, {}) | _sampling(spec, {}, 2 * spec.draft_tokens + 1))
+                sampling = _sampling(spec, {}, 2 * spec.draft_tokens + 1)
+                self.ranks.run(spec, _where(spec, {}) | argument(spec, {}) | sampling)
         return len(used)
 
     def close(self) -> None:
@@ -157,18 +162,30 @@ class Batch:
         """Whether K = `steps` drafts fit behind every row."""
         return _deepest(rows) + steps < self.length
 
+    def acceptance(self, rows: Rows) -> dict[int, Acceptance]:
+        """What became of drafts of the kind that each row's next step has: copied ones, or the draft's own."""
+        return {slot: row.copied if self._copies(row, 1) else row.drafted for slot, row in rows.items()}
+
     def speculate(self, rows: Rows, steps: int) -> dict[int, list[int]]:
         """Draft `steps` tokens and verify them: 1 to K+1 tokens per row."""
         self._catch_up(rows)
         spec = self._graph("speculate", rows, _deepest(rows) + steps + 1, steps)
-        out = self.ranks.run(spec, _where(spec, rows) | _sampling(spec, rows, 2 * steps + 1))
+        copies = {slot: self._copies(row, steps) for slot, row in rows.items()}
+        arguments = _where(spec, rows) | argument(spec, copies) | _sampling(spec, rows, 2 * steps + 1)
+        out = self.ranks.run(spec, arguments)
         self.stats["speculative_steps"] += 1
+        self.stats["copies"] += sum(map(bool, copies.values()))
         new = {slot: out["tokens"][slot, : int(out["count"][slot])].tolist() for slot in rows}
         for slot, row in rows.items():
-            row.acceptance.saw(len(new[slot]) - 1, steps)
+            (row.copied if copies[slot] else row.drafted).saw(len(new[slot]) - 1, steps)
             # After a fully accepted step a draft model lacks the last token it proposed, until its next pass.
             row.in_draft = row.position + len(new[slot]) - (len(new[slot]) > steps)
         return new
+
+    def _copies(self, row: Row, most: int) -> list[int]:
+        """Tokens to propose instead of the draft's, where the artifact looks them up."""
+        size = self.manifest.lookup
+        return [] if size is None else row.lookup.find(row.tokens, size, most)
 
     def _prefill(self, spec: GraphSpec, rows: Rows) -> dict[int, int]:
         tokens = torch.zeros(spec.batch, spec.tokens, dtype=torch.int32)

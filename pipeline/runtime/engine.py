@@ -111,7 +111,7 @@ class Engine:
         return [result for result in results if result is not None]
 
     def stats(self) -> dict[str, int]:
-        """Counts since loading: prefills, speculative and plain steps, tokens, draft catch-ups."""
+        """Counts since loading: prefills, speculative and plain steps, tokens, catch-ups, steps of rows with a copy."""
         return dict(self.batch.stats)
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class Engine:
         """One step of every active row: speculation where every row has room for it, else plain decode."""
         steps = settings.draft_tokens
         if settings.pace is not None:
-            steps = settings.pace.choose({slot: row.acceptance for slot, row in rows.items()}) or None
+            steps = settings.pace.choose(self.batch.acceptance(rows)) or None
         speculates = steps is not None and self.batch.has_room(rows, steps)
         new = self.batch.speculate(rows, steps) if speculates and steps else self.batch.decode(rows)
         for slot, row in rows.items():

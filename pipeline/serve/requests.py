@@ -95,5 +95,5 @@ class Requests:
             return 0
         steps = self.batch.manifest.draft_tokens[0]
         if self._pace is not None and all(row.choice.temperature == 0 for row in rows.values()):
-            steps = self._pace.choose({slot: row.acceptance for slot, row in rows.items()})
+            steps = self._pace.choose(self.batch.acceptance(rows))
         return steps if steps and self.batch.has_room(rows, steps) else 0

@@ -19,7 +19,7 @@ from pipeline.models.decoder import Hidden
 from pipeline.models.parallel import Writes, attend_up_to, plan_writes
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
-from pipeline.speculation.sampling import Candidates
+from pipeline.speculation.sampling import Candidates, certain
 
 TAIL = "tail"
 """State of a draft model, int32 [rows]: the token before a row's last one.
@@ -86,7 +86,7 @@ class DraftModel:
         dists: list[Candidates] = []
         for step in range(steps):
             hidden = self.model.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv).last_BTH[:, -1:]
-            tokens_BT, found = self.model.next(hidden, choose, step)
+            tokens_BT, found = _proposed(self.model, hidden, choose, step)
             drafts.append(tokens_BT)
             dists += [] if found is None else [found]
             positions_BT = positions_BT[:, -1:] + 1
@@ -136,7 +136,7 @@ class Eagle3:
         dists: list[Candidates] = []
         for step in range(steps):
             hidden, features_B1H = self._run(rows, tokens_B1, features_B1H, positions_B1)
-            tokens_B1, found = self.model.next(hidden, choose, step)
+            tokens_B1, found = _proposed(self.model, hidden, choose, step)
             drafts.append(tokens_B1)
             dists += [] if found is None else [found]
             positions_B1 = positions_B1 + 1
@@ -195,6 +195,16 @@ class Eagle3:
         model = self.model
         inputs = (model.readable(tokens_BT), features_BTH, positions_BT, model.state, writes)
         eagle3_layer.remember(model.config, model.weights, model.seams, *inputs)
+
+
+def _proposed(model: Model, hidden_B1H: Tensor, choose: Choose, step: int) -> tuple[Tensor, Candidates | None]:
+    """The draft's token of a step, int64 [B, 1], and its distribution; a copied token where there is one."""
+    tokens_B1, found = model.next(hidden_B1H, choose, step)
+    if choose.copied is None:
+        return tokens_B1, found
+    copied_B1 = choose.copied[:, step : step + 1].long()
+    tokens_B1 = torch.where(copied_B1 >= 0, copied_B1, tokens_B1)
+    return tokens_B1, None if found is None else certain(found, copied_B1)
 
 
 def score(model: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> tuple[Tensor, Hidden]:

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, S attended cache length, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,11 +18,15 @@ from pipeline.speculation.sampling import Candidates, Sampling, candidates, draw
 
 @dataclass(frozen=True)
 class Choose:
-    """How a graph picks tokens: greedily, or from `sampling` with `uniforms` float32 and the best `keep` candidates."""
+    """How a graph picks tokens: greedily, or from `sampling` with `uniforms` float32 and the best `keep` candidates.
+
+    `copied` int32 [B, K] are tokens to propose instead of the draft's own, -1 for none.
+    """
 
     sampling: Sampling | None = None
     uniforms: Tensor | None = None
-    keep: int | None = field(default=None)
+    keep: int | None = None
+    copied: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,17 @@ def candidates(
     return Candidates(ids, kept / kept.sum(dim=-1, keepdim=True))
 
 
+def certain(choice: Candidates, tokens_BT: Tensor) -> Candidates:
+    """Put all mass on a token wherever `tokens_BT` is not negative; the least likely candidate makes room for it."""
+    wanted_BT1 = tokens_BT[..., None]
+    there_BT1 = (choice.ids_BTN == wanted_BT1).any(dim=-1, keepdim=True)
+    place_N = torch.arange(choice.ids_BTN.shape[-1], device=tokens_BT.device)
+    replaced_BTN = ~there_BT1 & (place_N == choice.ids_BTN.shape[-1] - 1)
+    ids_BTN = torch.where((wanted_BT1 >= 0) & replaced_BTN, wanted_BT1, choice.ids_BTN)
+    probs_BTN = torch.where(wanted_BT1 >= 0, (ids_BTN == wanted_BT1).to(choice.probs_BTN.dtype), choice.probs_BTN)
+    return Candidates(ids_BTN, probs_BTN)
+
+
 def draw(choice: Candidates, uniforms_BT: Tensor) -> Tensor:
     """Sample one token per position by inverting the cumulative distribution: int64 [B, T]."""
     index_BT1 = pick(choice.probs_BTN, uniforms_BT)

@@ -18,6 +18,7 @@ import torch
 
 from pipeline.plan import GraphSpec
 from pipeline.runtime.engine import Engine, Generation
+from pipeline.runtime.lookup import Lookup, argument
 from pipeline.validate.parity import run_score, score
 
 
@@ -155,6 +156,7 @@ def step(
         "last_token": torch.tensor([row.tokens[-1] for row in rows], dtype=torch.int32),
         "position": torch.tensor([len(row.tokens) - 1 for row in rows], dtype=torch.int32),
         "active": torch.tensor(active),
+        **argument(spec, {at: _copies(row.tokens, spec.draft_tokens) for at, row in enumerate(rows)}),
     }
     if spec.sampling == "stochastic":
         draws = 2 * spec.draft_tokens + 1 if spec.phase == "speculate" else 1
@@ -164,6 +166,12 @@ def step(
     if spec.phase == "decode":
         return [[int(token)] if on else [] for token, on in zip(out["token"], active, strict=True)]
     return [out["tokens"][row, : int(out["count"][row])].tolist() for row in range(len(rows))]
+
+
+def _copies(tokens: list[int], steps: int) -> list[int]:
+    """Copied drafts, right and wrong ones: of a whole step, of its first half, or none, by turns."""
+    most = (0, (steps + 1) // 2, steps)[len(tokens) % 3]
+    return Lookup().find(tokens, 1, most) or tokens[:most]
 
 
 def settings(rows: int, temperature: float, top_k: int, top_p: float) -> dict[str, torch.Tensor]:

@@ -103,11 +103,13 @@ class NeuronModule(nn.Module):
         top_k: Tensor | None = None,
         top_p: Tensor | None = None,
         uniforms: Tensor | None = None,
+        copied: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run the phase; state buffers are replaced."""
         arguments = {
             "tokens": tokens, "lengths": lengths, "slots": slots, "last_token": last_token, "position": position,
             "active": active, "temperature": temperature, "top_k": top_k, "top_p": top_p, "uniforms": uniforms,
+            "copied": copied,
         }  # fmt: skip
         named = {name: value for name, value in arguments.items() if value is not None}
         for one in self.io.weights + self.io.state:

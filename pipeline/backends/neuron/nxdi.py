@@ -164,6 +164,9 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     if len(recipe.speculation.draft_tokens) > 1:
         what = f"found {list(recipe.speculation.draft_tokens)}; NxD Inference compiles one speculation length"
         yield Problem(place("speculation.draft_tokens"), what, "write one K")
+    if recipe.speculation.lookup is not None:
+        what = f"found {recipe.speculation.lookup}; NxD Inference's fused graphs take no tokens but the draft's own"
+        yield Problem(place("speculation.lookup"), what, "leave it out, or use the neuron backend")
     yield from _draft_problems(plan)
 
 
