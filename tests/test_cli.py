@@ -349,3 +349,10 @@ def test_transfer_tells_bytes_and_time_left(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["  pull: 12.0 of 40.0 MiB, 28 s left", "  pull: 24.0 of 40.0 MiB, 16 s left",
                      "  pull: 36.0 of 40.0 MiB, 4 s left"]  # fmt: skip
+
+
+def test_a_share_of_no_start_is_an_error():
+    result = invoke("distill", "pico-spec", "--start-share", "0.2")
+    assert result.exit_code == 2
+    assert "--start-share: found 0.2 without --start" in result.stderr
+    assert "fix: name a draft: --start PATH" in result.stderr
