@@ -45,7 +45,9 @@ def add_to(main: click.Group) -> None:
 )
 @click.option("--steps", type=click.IntRange(1), default=4000, show_default=True, help="Steps of training.")
 @click.option(
-    "--draft-vocab", type=click.IntRange(32), help="Tokens it may propose (default: 7680, or those of --start)."
+    "--draft-vocab",
+    type=click.IntRange(32),
+    help="Tokens it may propose; with --start, they are chosen anew (default: 7680, or those of --start).",
 )
 @click.option(
     "--objective",

@@ -115,14 +115,14 @@ def test_training_a_draft_model_reads_as_transformers_does(work, figures):
 
 
 def test_a_draft_is_trained_further(work, figures):
-    further = distill(request_of(work, "further", start=work / "head", steps=60))
+    further = distill(request_of(work, "further", start=work / "head", steps=60, draft_vocab=None))
     assert further["start"] == "head"
     assert further["tokens_per_step"]["chat"] > figures["tokens_per_step"]["chat"] - 0.1
     old, new = (load_file(work / name / "model.safetensors") for name in ("head", "further"))
     assert torch.equal(old["d2t"], new["d2t"])
     assert not torch.equal(old["fc.weight"], new["fc.weight"])
     for change, where in (
-        ({"draft_vocab": 512}, "--draft-vocab"),
+        ({"draft_vocab": 1 << 20}, "--draft-vocab"),
         ({"start": work / "cache"}, str(work / "cache")),
         ({"method": "draft_model"}, "--method"),
         ({"layers": (0,)}, "--layers"),
@@ -130,6 +130,23 @@ def test_a_draft_is_trained_further(work, figures):
         with pytest.raises(InputError) as caught:
             distill(request_of(work, "never", **({"start": work / "head", "steps": 5, "tokens": 1 << 40} | change)))
         assert where in (caught.value.where or ""), "before anything is written"
+
+
+def test_a_draft_that_is_trained_further_may_get_another_vocabulary(work, figures):
+    """It keeps the rows of the tokens that it had; others start as the target's."""
+    job = prepare(request_of(work, "other", start=work / "head", draft_vocab=320))
+    sequences = job.sequences()
+    old, ids = load_file(work / "head" / "model.safetensors"), job.ids(sequences)
+    old_ids = (torch.arange(256) + old["d2t"]).tolist()
+    assert len(ids) == job.config_json["draft_vocab_size"] == 320
+    target = read_tensor(source_weights(job.target)["model.embed_tokens.weight"]).float()
+    rows = job.trainer(sequences).weights["lm_head.weight"]
+    kept = 0
+    for row, token in zip(rows, ids.tolist(), strict=True):
+        known = token in old_ids
+        kept += known
+        assert torch.equal(row, old["lm_head.weight"][old_ids.index(token)].float() if known else target[token])
+    assert kept > 128
 
 
 class Killed(Exception):

@@ -92,7 +92,7 @@ def prepare(request: Request) -> Job:
         return Job(replace(request, layers=_layers(request, target)), target, taps, _vocab(request, target))
     start = resolve(str(request.start.absolute()), base=request.base, cache=cache, role="draft")
     check_pair(target, start)
-    return Job(request, target, taps_of(target.config, start.config) or taps, _agreed(request, start), start)
+    return Job(request, target, taps_of(target.config, start.config) or taps, _agreed(request, start, target), start)
 
 
 def _layers(request: Request, target: Checkpoint) -> tuple[int, ...]:
@@ -111,14 +111,21 @@ def _layers(request: Request, target: Checkpoint) -> tuple[int, ...]:
 def _vocab(request: Request, target: Checkpoint) -> int:
     """Tokens that a new draft may propose."""
     vocab = request.draft_vocab or DRAFT_VOCAB
+    return _within(vocab, target)
+
+
+def _within(vocab: int, target: Checkpoint) -> int:
     if vocab > target.config.vocab:
         what = f"found {vocab}, more than the target's vocabulary of {target.config.vocab}"
         raise InputError(what, where="--draft-vocab", fix="use less")
     return vocab
 
 
-def _agreed(request: Request, start: Checkpoint) -> int:
-    """Vocabulary of the draft to train further, which is of the kind that is asked for and has layers of its own."""
+def _agreed(request: Request, start: Checkpoint, target: Checkpoint) -> int:
+    """Vocabulary of the draft to train further: its own size, unless another is asked for.
+
+    The start is of the kind that is asked for, and has layers of its own.
+    """
     method = "draft_model" if start.config.eagle3 is None else "eagle3"
     vocab = start.config.draft_vocab
     if vocab is None:
@@ -129,7 +136,4 @@ def _agreed(request: Request, start: Checkpoint) -> int:
         raise InputError(f"found {request.method}, but the start is {method}", where="--method", fix=f"write {method}")
     if request.layers:
         raise InputError("found layers beside a draft that has its own", where="--layers", fix="leave one of them out")
-    if request.draft_vocab not in (None, vocab):
-        what = f"found {request.draft_vocab}, but the start has {vocab}"
-        raise InputError(what, where="--draft-vocab", fix="leave it out")
-    return vocab
+    return _within(request.draft_vocab or vocab, target)

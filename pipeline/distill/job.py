@@ -52,6 +52,11 @@ class Job:
         """Where data and training of this target lie."""
         return self.request.cache / "distill" / data_key(self.request, self.target.revision, self.taps)
 
+    @property
+    def chooses_anew(self) -> bool:
+        """Whether a draft that is trained further gets another vocabulary; it keeps the rows that it has of it."""
+        return self.start is not None and self.request.draft_vocab is not None
+
     @cached_property
     def text(self) -> Text:
         """The target's tokenizer and chat template."""
@@ -76,7 +81,8 @@ class Job:
         """The draft's `config.json`."""
         request = self.request
         if self.start is not None:
-            return {key: value for key, value in self.start.config_json.items() if key != "shares_embedding"}
+            own = {key: value for key, value in self.start.config_json.items() if key != "shares_embedding"}
+            return own | {"draft_vocab_size": self.vocab}
         if request.method == "draft_model":
             return model_config(self.target, self.vocab, request.layers)
         return head_config(self.target, self.vocab, self.taps)
@@ -116,10 +122,9 @@ class Job:
         return found
 
     def ids(self, sequences: Sequence[Conversation]) -> Tensor:
-        """Target ids of the reduced vocabulary, ascending int64."""
-        if self.start is not None:
-            offsets = read_tensor(weights(self.start)["d2t"])
-            return torch.arange(len(offsets)) + offsets.long()
+        """Target ids of the reduced vocabulary, ascending int64: the start's, or those written most often."""
+        if self.start is not None and not self.chooses_anew:
+            return _ids_of(self.start)
         written = (s.tokens[s.prompt :] for s in sequences)
         return frequent(written, self.vocab, self.target.config.eos_ids)
 
@@ -142,7 +147,11 @@ class Job:
             start, guesses = initial(self.target, self.config_json, ids, request.seed), eagle3.guesses
         if self.start is not None:
             found = weights(self.start)
-            start = {weight: read_tensor(found[weight]).float() for weight in start}
+            known = {weight: read_tensor(found[weight]).float() for weight in start}
+            if self.chooses_anew:
+                known[HEAD] = _rows(known[HEAD], _ids_of(self.start), start[HEAD], ids)
+                name += "-anew"
+            start = known
             name += "-from-" + self.start.files["model.safetensors"].sha256[:8]
         folder, ids = self.folder / name, ids.to(device)
         return Trainer(guesses, config, start, embedding, head[ids], ids, settings, folder, request.say)
@@ -162,6 +171,19 @@ class Job:
                     totals[name] += value
         self.counts = totals
         return totals["answer_tokens"]
+
+
+def _ids_of(draft: Checkpoint) -> Tensor:
+    """Target ids of a draft's vocabulary, ascending int64."""
+    offsets = read_tensor(weights(draft)["d2t"])
+    return torch.arange(len(offsets)) + offsets.long()
+
+
+def _rows(old_VH: Tensor, old_ids_V: Tensor, new_UH: Tensor, ids_U: Tensor) -> Tensor:
+    """Rows of `ids_U`: those of `old_VH` that it has, the others from `new_UH`."""
+    places_U = torch.searchsorted(old_ids_V, ids_U).clamp(max=len(old_ids_V) - 1)
+    kept_U1 = (old_ids_V[places_U] == ids_U)[:, None]
+    return torch.where(kept_U1, old_VH[places_U], new_UH)
 
 
 def _conversations(path: Path) -> list[tuple[str, str]]:
