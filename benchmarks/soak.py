@@ -35,8 +35,8 @@ from serving import MODULE, Server
 
 from pipeline.recipe import load
 from pipeline.runtime import load as open_artifact
-from pipeline.validate.parity import score
 from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.scoring import score
 
 PATIENCE = 120
 CLIENTS = 6

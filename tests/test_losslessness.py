@@ -7,7 +7,7 @@ from reports import recipe_of
 from pipeline.runtime.engine import Generation
 from pipeline.sources import resolve_pair
 from pipeline.validate.losslessness import Lossless, compare_prompts
-from pipeline.validate.parity import score
+from pipeline.validate.scoring import score
 
 PROMPT = [5, 6, 7, 30]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.plan import GraphSpec
 from pipeline.runtime.engine import Engine
 from pipeline.validate.losslessness import Row, settings, step
-from pipeline.validate.parity import score
+from pipeline.validate.scoring import score
 
 FALSE_ALARM = 1e-4
 """Probability that a right artifact fails this gate, over all its tests."""

@@ -19,7 +19,7 @@ import torch
 from pipeline.plan import GraphSpec
 from pipeline.runtime.engine import Engine, Generation
 from pipeline.runtime.lookup import Lookup, argument
-from pipeline.validate.parity import run_score, score
+from pipeline.validate.scoring import run_score, score
 
 
 @dataclass(frozen=True)
