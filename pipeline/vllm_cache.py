@@ -11,13 +11,12 @@ in the environment printed here. Compiles nothing, runs nothing, opens no NEFF. 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -44,22 +43,15 @@ from pipeline.errors import ArtifactError, InputError
 from pipeline.files import atomic_dir, check_space, create_only, digest_file
 from pipeline.release import VERSION_LENGTH
 from pipeline.vllm_args import VARIABLE, shell_line
+from pipeline.vllm_cache_layout import KEY, NKI, OF_ONE_SERVER, entries, entry_faults, listing
 
 PLACE = PurePosixPath("neuron/compile_cache")
 """Where the plugin keeps it under VLLM_CACHE_ROOT."""
 
 ROOT = "VLLM_CACHE_ROOT"
-NKI = "nki"
-HLO, METADATA, COMPLETE, COMMAND = "graph.hlo", ".artifact_metadata_v0.json", ".compilation_complete", "command.txt"
-KEY = re.compile(r"[0-9a-f]{32}")
+COMMAND = "command.txt"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 SHOWN = 6
-PASSING = re.compile(r"\.[0-9a-f]{32}\.compilation_metadata(\.lock)?|[0-9a-f]{32}\.(tmp|trash)\..*")
-"""Locks, and what killed processes left. Where a lock travels, the plugin takes its entry for a dead compile's."""
-
-OF_ONE_SERVER = re.compile(r"\.cache_accessed|([A-Za-z0-9_.-]*\.)?rank[0-9]+|[0-9a-f]{32}\.lock|.*\.tmp\.[0-9]+")
-"""In an entry or among kernels: marks of use, folders in which a rank compiled, locks, half-written files."""
-
 NEVER_COMPILE = {
     "VLLM_NEURON_DISABLE_WARMUP_COMPILE": "1",
     "VLLM_NEURON_DISABLE_GRAPH_CAPTURE_BACKEND": "1",
@@ -139,14 +131,14 @@ def pack(source: Path, out: Path, name: str, filled: Filled) -> Artifact:
         raise InputError(
             "no such folder", where=str(cache), fix="name the VLLM_CACHE_ROOT of the server that filled it"
         )
-    keys, faults = _keys(cache)
+    keys, faults = entries(cache)
     if faults:
         fix = "let the server finish its warm-up, then stop it; remove entries that no server finished"
         raise InputError(_some(faults), where=str(cache), fix=fix)
     check_replaceable(out)
     toolchain = {"backend": CACHE_KIND, **_versions(filled.versions)}
     told = _told(cache, keys, filled)
-    names = [name for top in (*keys, NKI) for name in _listing(cache, top)]
+    names = [name for top in (*keys, NKI) for name in listing(cache, top)]
     check_space(out, sum((cache / one).stat().st_size for one in names))
     with atomic_dir(out) as folder:
         files = {}
@@ -154,7 +146,7 @@ def pack(source: Path, out: Path, name: str, filled: Filled) -> Artifact:
             _copy(cache / one, folder / PLACE / one)
             digest = digest_file(folder / PLACE / one)
             files[str(PLACE / one)] = FileEntry(sha256=digest.sha256, size=digest.size)
-        if late := [fault for key in keys for fault in _entry_faults(folder / PLACE / key)]:
+        if late := [fault for key in keys for fault in entry_faults(folder / PLACE / key)]:
             raise InputError(f"changed while it was packed: {_some(late)}", where=str(cache), fix="stop the server")
         made = CacheManifest(
             kind="vllm-compile-cache", name=_checked_name(name), version="unversioned", created=_now(),
@@ -199,74 +191,6 @@ def install(root: Path, cache_root: Path, *, host: Mapping[str, str], versions: 
     environment = {**told.environment, ROOT: str(base), **NEVER_COMPILE}
     unchecked = tuple(name for name in manifest.toolchain if name != "backend" and name not in versions)
     return Installed(str(base), environment, ("vllm", "serve", *told.serve), fresh, len(keys) - fresh, unchecked)
-
-
-def _keys(cache: Path) -> tuple[list[str], list[str]]:
-    """Names of the entries, and what keeps the plugin, or us, from taking the folder for a whole cache."""
-    if cache.is_symlink() or not cache.is_dir():
-        return [], ["no folder is here"]
-    keys: list[str] = []
-    faults: list[str] = []
-    for one in sorted(cache.iterdir()):
-        if KEY.fullmatch(one.name):
-            keys.append(one.name)
-            faults += _entry_faults(one)
-        elif one.name == NKI:
-            faults += _kernel_faults(one)
-        elif not PASSING.fullmatch(one.name):
-            faults.append(f"{one.name}: neither an entry nor kernels; only the layout with <key>/graph.hlo is known")
-    return keys, faults if keys else [*faults, "no entry"]
-
-
-def _entry_faults(entry: Path) -> Iterator[str]:
-    """Why an entry is not complete: what the plugin looks for, and that sizes and keys are those it wrote down."""
-    key = entry.name
-    if entry.is_symlink() or not entry.is_dir():
-        yield f"{key}: not a folder"
-        return
-    neff = entry / f"graph_{key}.neff"
-    wanted = (entry / HLO, neff, entry / METADATA, entry / COMPLETE)
-    absent = [one.name for one in wanted if not one.is_file() or not one.stat().st_size]
-    yield from (f"{key}: no {name}" for name in absent)
-    yield from _links(entry)
-    if absent:
-        return
-    found = re.search(rb"^neff_size:([0-9]+)$", (entry / COMPLETE).read_bytes(), re.MULTILINE)
-    if found and int(found[1]) != neff.stat().st_size:
-        yield f"{key}: {neff.name} has {neff.stat().st_size} bytes, {COMPLETE} says {int(found[1])}"
-    inside = _json(entry / METADATA).get("cache_key")
-    if inside != key:
-        yield f"{key}: {METADATA} is of the key {inside!r}"
-
-
-def _kernel_faults(folder: Path) -> Iterator[str]:
-    if folder.is_symlink() or not folder.is_dir():
-        yield f"{NKI}: not a folder"
-        return
-    yield from _links(folder)
-    for one in sorted(folder.glob("*.json")):
-        if not _json(one):
-            yield f"{NKI}/{one.name}: damaged"
-
-
-def _links(folder: Path) -> Iterator[str]:
-    for one in sorted(folder.rglob("*")):
-        if one.is_symlink() or not (one.is_dir() or one.is_file()):
-            yield f"{folder.name}/{one.relative_to(folder)}: a link, or not a plain file"
-
-
-def _listing(cache: Path, top: str) -> list[str]:
-    """Files of an entry, or of the kernels, that mean something elsewhere."""
-    names = (one.relative_to(cache) for one in sorted((cache / top).rglob("*")) if one.is_file())
-    return [name.as_posix() for name in names if not any(map(OF_ONE_SERVER.fullmatch, name.parts[1:]))]
-
-
-def _json(path: Path) -> dict[str, object]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _told(cache: Path, keys: Sequence[str], filled: Filled) -> Told:
@@ -334,7 +258,7 @@ def _read(manifest: CacheManifest, root: Path) -> tuple[Told, list[str]]:
         told = Told.model_validate(manifest.backend)
     except ValidationError as error:
         raise ArtifactError("damaged manifest: backend", where=str(root), fix=AGAIN) from error
-    keys, faults = _keys(root / PLACE)
+    keys, faults = entries(root / PLACE)
     faults += [f"{name}: no part of a cache" for name in manifest.files if not _part(name)]
     faults += [f"{name!r}: no variable" for name in told.environment if not VARIABLE.fullmatch(name)]
     if faults:

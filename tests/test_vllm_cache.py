@@ -23,7 +23,8 @@ from pipeline.publish import listed_places, publish
 from pipeline.pull import pull
 from pipeline.registry import list_releases
 from pipeline.runtime import load
-from pipeline.vllm_cache import COMPLETE, HLO, METADATA, NEVER_COMPILE, PLACE, Filled, install, pack
+from pipeline.vllm_cache import NEVER_COMPILE, PLACE, Filled, install, pack
+from pipeline.vllm_cache_layout import COMPLETE, HLO, METADATA
 
 KEYS = ("0" * 31 + "a", "0" * 31 + "b")
 VERSIONS = {"vllm": "0.21.0", "vllm-neuron": "0.21.0.1.0.0", "neuronx-cc": "2.26.6360.0", "nki": "0.5.0"}
