@@ -52,7 +52,7 @@ class Tuning:
     rates: dict[str, list[float]]
     draft_tokens: list[int]
     expected: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Tokens per plain step's time, by prompt class (`all` first) and K."""
+    """Tokens per plain step's time, by prompt class (`all` first), of steps with a copy (`copies`, last), and K."""
     shapes: dict[str, list[int]] = field(default_factory=dict)
     """`prefill` and `kv` buckets."""
     larger: dict[int, dict[int, float]] = field(default_factory=dict)
@@ -84,7 +84,7 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
         InputError: no answer has a step.
 
     """
-    from pipeline.validate.acceptance import acceptance
+    from pipeline.validate.acceptance import acceptance, given_previous
 
     chosen = _spread(prompts, prompts_per_class)
     built = list(engine.manifest.draft_tokens)
@@ -103,6 +103,9 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
     for kind in dict.fromkeys(prompt.kind for prompt in chosen):
         of = [(p, a) for p, a in zip(chosen, answers, strict=True) if p.kind == kind]
         rates[kind] = acceptance([p for p, _ in of], [a for _, a in of], built[-1])["accepted_given_previous"]
+    steps = [step for answer in answers for step in zip(answer.emitted_per_step, answer.copied_per_step, strict=True)]
+    if copied := [emitted for emitted, copies in steps if copies]:
+        rates["copies"] = given_previous(copied, built[-1])
     found = choose(costs.pop(smallest), rates)
     return replace(found, smallest=smallest, larger=costs, **_shapes(engine, prompts, tokens))
 
@@ -219,7 +222,7 @@ def curve(found: Tuning, name: str) -> str:
 
     top = max(max(speeds.values()) for speeds in found.expected.values())
     plot = Plot("Expected speed", Axis(0, LARGEST_K, "draft tokens K"), Axis(0, top * 1.08, "plain decode = 1"))
-    for style, (kind, speeds) in zip(("a", "b", "c", "d", "e", "noise"), found.expected.items(), strict=False):
+    for style, (kind, speeds) in zip(("a", "b", "c", "d", "e", "noise", "f"), found.expected.items(), strict=False):
         plot.line(sorted(speeds.items()), style, kind)
         plot.dots([(k, speeds[k]) for k in found.draft_tokens], style)
     plot.rule(1.0, "plain decode")

@@ -163,3 +163,22 @@ def test_measures_an_engine(tmp_path):
     assert found.shapes == {"prefill": [32], "kv": [64]}
     now, then = found.padding["prefill"]
     assert now == then > 1
+
+
+def test_copies_are_a_class_of_their_own(tmp_path):
+    """Their rate is that of the steps in which something was copied."""
+    content = {
+        "name": "copying",
+        "target": {"source": "pico://llama", "dtype": "float32"},
+        "draft": {"source": "pico://llama?draft_vocab=128&eagle3=1"},
+        "speculation": {"method": "eagle3", "draft_tokens": (2,), "lookup": 1},
+        "shapes": {"batch": (1,), "prefill": (32,), "kv": (128,)},
+    }
+    recipe = Recipe.model_validate(content)
+    engine = make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path))
+    found = tune(engine, [Prompt("p", "chat", "one two one two one two")], 1, 60, lambda line: None)
+    assert list(found.rates) == ["all", "chat", "copies"]
+    assert list(found.expected) == ["all", "chat", "copies"]
+    answer = engine.generate([engine.text.encode("one two one two one two")], max_new_tokens=60, draft_tokens=2)[0]
+    assert len(answer.copied_per_step) == answer.steps
+    assert any(answer.copied_per_step)

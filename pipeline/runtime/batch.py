@@ -41,6 +41,8 @@ class Row:
     drafted: Acceptance = field(default_factory=Acceptance)
     copied: Acceptance = field(default_factory=Acceptance)
     lookup: Lookup = field(default_factory=Lookup)
+    copies: bool = False
+    """Whether copied tokens were proposed in the newest speculative step."""
 
     @property
     def position(self) -> int:
@@ -177,7 +179,8 @@ class Batch:
         self.stats["copies"] += sum(map(bool, copies.values()))
         new = {slot: out["tokens"][slot, : int(out["count"][slot])].tolist() for slot in rows}
         for slot, row in rows.items():
-            (row.copied if copies[slot] else row.drafted).saw(len(new[slot]) - 1, steps)
+            row.copies = bool(copies[slot])
+            (row.copied if row.copies else row.drafted).saw(len(new[slot]) - 1, steps)
             # After a fully accepted step a draft model lacks the last token it proposed, until its next pass.
             row.in_draft = row.position + len(new[slot]) - (len(new[slot]) > steps)
         return new

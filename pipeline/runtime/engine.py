@@ -22,7 +22,8 @@ from pipeline.runtime.text import Text
 class Generation:
     """One answer: new token ids, their text, speculative steps taken, draft tokens accepted, and why it ended.
 
-    `finish_reason` is `stop` (end-of-sequence token, which is included) or `length`.
+    Of each step: how many tokens it emitted, and whether prompt lookup proposed some of them. `finish_reason` is `stop`
+    (end-of-sequence token, which is included) or `length`.
     """
 
     tokens: list[int]
@@ -31,6 +32,7 @@ class Generation:
     accepted: int
     finish_reason: str
     emitted_per_step: list[int] = field(default_factory=list)
+    copied_per_step: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Prompt(Row):
 
     index: int = 0
     emitted: list[int] = field(default_factory=list)
+    copied_steps: list[bool] = field(default_factory=list)
 
 
 OnTokens = Callable[[int, list[int]], None]
@@ -154,6 +157,7 @@ class Engine:
         for slot, row in rows.items():
             if speculates:
                 row.emitted.append(len(new[slot]))
+                row.copied_steps.append(row.copies)
             self._take(row, new[slot], settings, on_tokens)
 
     def _take(self, row: Prompt, new: list[int], settings: Settings, on_tokens: OnTokens | None) -> None:
@@ -182,4 +186,5 @@ class Engine:
     def _result(self, row: Prompt) -> Generation:
         new, steps = row.tokens[row.prompt :], len(row.emitted)
         reason = "stop" if new[-1] in self.manifest.eos_ids else "length"
-        return Generation(new, self.text.decode(new), steps, sum(row.emitted) - steps, reason, list(row.emitted))
+        per_step = list(row.emitted), list(row.copied_steps)
+        return Generation(new, self.text.decode(new), steps, sum(row.emitted) - steps, reason, *per_step)

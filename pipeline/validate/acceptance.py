@@ -23,17 +23,23 @@ def acceptance(prompts: Sequence[Prompt], answers: Sequence[Generation], steps: 
     emitted = [n for answer in answers for n in answer.emitted_per_step]
     total = max(len(emitted), 1)
     reached = [sum(n > place + 1 for n in emitted) for place in range(steps)]
-    tried = [len(emitted), *reached[:-1]]
     kinds = dict.fromkeys(prompt.kind for prompt in prompts)
     return {
         "draft_tokens": steps,
         "tokens_per_step": tokens_per_step(answers),
         "accepted_by_position": [count / total for count in reached],
-        "accepted_given_previous": [count / max(of, 1) for count, of in zip(reached, tried, strict=True)],
+        "accepted_given_previous": given_previous(emitted, steps),
         "lengths": [Counter(emitted)[n] for n in range(1, steps + 2)],
         "by_class": {kind: _of_class(prompts, answers, kind, steps) for kind in kinds},
         "by_prompt": {p.id: tokens_per_step([a]) for p, a in zip(prompts, answers, strict=True) if a.steps},
     }
+
+
+def given_previous(emitted: Sequence[int], steps: int) -> list[float]:
+    """Share of draft tokens accepted at each of `steps` places, given that all before were; from tokens of steps."""
+    reached = [sum(n > place + 1 for n in emitted) for place in range(steps)]
+    tried = [len(emitted), *reached[:-1]]
+    return [count / max(of, 1) for count, of in zip(reached, tried, strict=True)]
 
 
 def tokens_per_step(answers: Sequence[Generation]) -> float:
