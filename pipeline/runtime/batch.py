@@ -16,7 +16,7 @@ from pipeline.artifact import Manifest
 from pipeline.errors import InputError
 from pipeline.plan import GraphSpec
 from pipeline.runtime.lookup import Lookup, argument
-from pipeline.runtime.pace import Acceptance, Pace, Paces
+from pipeline.runtime.pace import COPIED, Acceptance, Pace, Paces
 from pipeline.runtime.ranks import Ranks
 
 
@@ -39,7 +39,7 @@ class Row:
     choice: Choice
     in_draft: int = 0
     drafted: Acceptance = field(default_factory=Acceptance)
-    copied: Acceptance = field(default_factory=Acceptance)
+    copied: Acceptance = field(default_factory=lambda: Acceptance(COPIED, start=COPIED))
     lookup: Lookup = field(default_factory=Lookup)
     copies: bool = False
     """Whether copied tokens were proposed in the newest speculative step."""

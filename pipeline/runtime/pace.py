@@ -14,6 +14,9 @@ from dataclasses import dataclass
 START = 0.5
 """Acceptance that a row is assumed to have before its first step."""
 
+COPIED = 0.8
+"""The same of copied tokens: three in a row that occurred before are mostly followed by what followed them then."""
+
 KNOWN = 3
 """How many drafts that assumption counts for."""
 
@@ -26,10 +29,11 @@ DRIFT = 0.002
 
 @dataclass
 class Acceptance:
-    """Running acceptance of one row's drafts."""
+    """Running acceptance of one row's drafts, from what is assumed at the `start`."""
 
     rate: float = START
     drafts: int = 0
+    start: float = START
 
     def saw(self, accepted: int, drafted: int) -> None:
         """A step accepted so many of the drafts; those after the first rejected one tell nothing."""
@@ -39,7 +43,7 @@ class Acceptance:
 
     def rested(self) -> None:
         """A plain step was taken."""
-        self.rate += DRIFT * (START - self.rate)
+        self.rate += DRIFT * (self.start - self.rate)
 
     def tokens(self, steps: int) -> float:
         """Expected tokens of a step with K = `steps`."""
