@@ -19,7 +19,7 @@ build: $(READY)          ## compile, validate and package one recipe: make build
 	$(BIN)/tandem build $(RECIPE)
 
 test: $(READY)           ## fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)      ## minutes of compiling, real weights, large checkpoints
 	$(BIN)/python -m pytest -m slow
