@@ -5,8 +5,8 @@
 Contenders, batch 1, greedy: the artifact plain, with each K, and with K by pace; a second artifact whose draft is a
 model; transformers' `generate`, and its assisted generation with that model; vLLM, plain, with its n-gram speculation
 and with the artifact's own EAGLE-3 head; llama.cpp at a precision (`peers.py` says what their environments need).
-Structured prompts (code, JSON) and the others apart. A contender's figure is the median over rounds of its tokens over
-its time after each first token.
+With `--alone` only the first of these. Structured prompts (code, JSON) and the others apart. A contender's figure is
+the median over rounds of its tokens over its time after each first token.
 
 The roofline: bytes of weights that a plain step reads, over the read bandwidth that this run measured.
 """
@@ -82,7 +82,7 @@ def without_lookup(engine: Any, answer: Answer) -> Answer:
     return alone
 
 
-def contenders(root: Path, other: Path | None, limit: int) -> tuple[dict[str, Answer], Any]:
+def contenders(root: Path, other: Path | None, limit: int, *, alone: bool) -> tuple[dict[str, Answer], Any]:
     """All of them, by name, and the first artifact's engine."""
     engine = load(root)
     found = {"plain decode": artifact(engine, limit, speculate=False)}
@@ -92,6 +92,8 @@ def contenders(root: Path, other: Path | None, limit: int) -> tuple[dict[str, An
     if engine.manifest.lookup:
         k = engine.manifest.draft_tokens[-1]
         found[f"K={k}, the draft alone"] = without_lookup(engine, artifact(engine, limit, draft_tokens=k))
+    if alone:
+        return found, engine
     if other is not None:
         second = load(other)
         k = second.manifest.draft_tokens[0]
@@ -194,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", nargs="?", type=Path, default=Path("artifacts/smollm2-135m-spec"))
     parser.add_argument("--draft-model", type=Path, help="an artifact of the same target whose draft is a model")
+    parser.add_argument("--alone", action="store_true", help="the artifact's own contenders only")
     parser.add_argument("--vllm", type=Path, help="python of an environment that has vLLM")
     parser.add_argument("--llama", type=Path, help="python of an environment that has xllamacpp and gguf")
     parser.add_argument("--precision", choices=["BF16", "Q8_0"], default="BF16", help="of llama.cpp's weights")
@@ -206,7 +209,7 @@ def main() -> None:
     prompts = load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))
     kinds = dict.fromkeys(prompt.kind for prompt in prompts)
     chosen = [p for kind in kinds for p in [q for q in prompts if q.kind == kind][: args.prompts]]
-    answers, engine = contenders(args.artifact, args.draft_model, args.max_new_tokens)
+    answers, engine = contenders(args.artifact, args.draft_model, args.max_new_tokens, alone=args.alone)
     work = tempfile.TemporaryDirectory()
     others = peers(args, Path(work.name))
     answers |= {name: peer.answer(args.max_new_tokens) for name, peer in others.items()}
