@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.runtime.engine import Engine, Generation
 from pipeline.validate.prompts import Prompt
 
-SPEED_PROMPTS, SPEED_TOKENS = 3, 24
+SPEED_PROMPTS, SPEED_TOKENS = 5, 24
 
 
 def acceptance(prompts: Sequence[Prompt], answers: Sequence[Generation], steps: int) -> dict[str, Any]:
