@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cache import default_root
+from pipeline.distill.prompts import OPENINGS
 from pipeline.recipe import Recipe
 
 Say = Callable[[str], None]
@@ -61,6 +62,7 @@ class Request:
 def data_key(request: Request, revision: str, taps: tuple[int, ...]) -> str:
     """Names the data: everything that decides its parts, and not how many of them there are."""
     files = [path.read_bytes() if path else b"" for path in (request.prompts, request.transcripts)]
-    facts = [revision, request.recipe.target.dtype, taps, request.seed * SEEDS, LENGTH, ANSWER_TOKENS]
+    openings = OPENINGS if request.prompts is None else ()
+    facts = [revision, request.recipe.target.dtype, taps, request.seed * SEEDS, LENGTH, ANSWER_TOKENS, openings]
     text = json.dumps(facts).encode() + b"".join(hashlib.sha256(data).digest() for data in files)
     return hashlib.sha256(text).hexdigest()[:16]
