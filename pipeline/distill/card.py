@@ -65,7 +65,8 @@ embedding. Made by `tandem distill`.
   at the end; objective: {settings["objective"]}; seed {settings["seed"]}.{further}
 
 Draft tokens that the target takes, given that it took those before, on its greedy answers to the prompts of the
-recipe's gates; tokens a step follow from them.
+recipe's gates, over all positions. The tokens a step that follow from them are an upper estimate: steps begin where a
+draft failed, which is where text is hard.
 
 {head}
 |{" --- |" * (depths + 2)}
