@@ -9,6 +9,7 @@ from reports import PROMPTS
 from pipeline.cache import Cache
 from pipeline.plan import GraphSpec, graph_digest_fields, make_plan
 from pipeline.recipe import Recipe
+from pipeline.runtime.batch import Choice
 from pipeline.runtime.lookup import Lookup, argument
 from pipeline.sources import resolve_pair
 from pipeline.speculation.sampling import Candidates, certain
@@ -161,19 +162,13 @@ def test_copies_save_steps_where_text_repeats(work):
 def test_pace_judges_copies_by_copies(work):
     """With the head always wrong, K is chosen where a copy is at hand, and plain decode elsewhere."""
     engine = engine_of(work, recipe_of("eagle3", 2, costs=(1.2, 1.4)))
-    row = engine._row(0, [5, 9, 3, 4, 5, 9], choice=_greedy(), seed=0)
+    row = engine._row(0, [5, 9, 3, 4, 5, 9], choice=Choice(), seed=0)
     for _ in range(200):
         row.drafted.saw(0, 4)
         row.copied.saw(4, 4)
     assert engine.batch.pace().choose(engine.batch.acceptance({0: row})) == 4
     row.tokens.append(50)
     assert engine.batch.pace().choose(engine.batch.acceptance({0: row})) == 0
-
-
-def _greedy():
-    from pipeline.runtime.batch import Choice
-
-    return Choice()
 
 
 @pytest.mark.parametrize("method", DRAFTS)

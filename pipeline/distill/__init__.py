@@ -110,11 +110,11 @@ def _layers(request: Request, target: Checkpoint) -> tuple[int, ...]:
 
 def _vocab(request: Request, target: Checkpoint) -> int:
     """Tokens that a new draft may propose."""
-    vocab = request.draft_vocab or DRAFT_VOCAB
-    return _within(vocab, target)
+    return _within(request.draft_vocab or DRAFT_VOCAB, target)
 
 
 def _within(vocab: int, target: Checkpoint) -> int:
+    """A vocabulary's size, refused where the target has fewer tokens."""
     if vocab > target.config.vocab:
         what = f"found {vocab}, more than the target's vocabulary of {target.config.vocab}"
         raise InputError(what, where="--draft-vocab", fix="use less")

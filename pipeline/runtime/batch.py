@@ -31,7 +31,10 @@ class Choice:
 
 @dataclass
 class Row:
-    """A request in a cache row. `tokens` is prompt and output; all but the last are in the target's cache."""
+    """A request in a cache row. `tokens` is prompt and output; all but the last are in the target's cache.
+
+    `drafted` and `copied` are the acceptances of the draft's own tokens and of those that prompt lookup proposed.
+    """
 
     tokens: list[int]
     prompt: int
@@ -41,7 +44,7 @@ class Row:
     drafted: Acceptance = field(default_factory=Acceptance)
     copied: Acceptance = field(default_factory=lambda: Acceptance(COPIED, start=COPIED))
     lookup: Lookup = field(default_factory=Lookup)
-    copies: bool = False
+    has_copied: bool = False
     """Whether copied tokens were proposed in the newest speculative step."""
 
     @property
@@ -179,8 +182,8 @@ class Batch:
         self.stats["copies"] += sum(map(bool, copies.values()))
         new = {slot: out["tokens"][slot, : int(out["count"][slot])].tolist() for slot in rows}
         for slot, row in rows.items():
-            row.copies = bool(copies[slot])
-            (row.copied if row.copies else row.drafted).saw(len(new[slot]) - 1, steps)
+            row.has_copied = bool(copies[slot])
+            (row.copied if row.has_copied else row.drafted).saw(len(new[slot]) - 1, steps)
             # After a fully accepted step a draft model lacks the last token it proposed, until its next pass.
             row.in_draft = row.position + len(new[slot]) - (len(new[slot]) > steps)
         return new

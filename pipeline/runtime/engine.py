@@ -157,7 +157,7 @@ class Engine:
         for slot, row in rows.items():
             if speculates:
                 row.emitted.append(len(new[slot]))
-                row.copied_steps.append(row.copies)
+                row.copied_steps.append(row.has_copied)
             self._take(row, new[slot], settings, on_tokens)
 
     def _take(self, row: Prompt, new: list[int], settings: Settings, on_tokens: OnTokens | None) -> None:
