@@ -66,6 +66,12 @@ def add_to(main: click.Group) -> None:
     type=click.Path(path_type=Path, exists=True),
     help="JSON lines with prompt and answer: what the target wrote before.",
 )
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    multiple=True,
+    help="Folder of text that an earlier run wrote for this target, learned from as well (may be repeated).",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda.")
 @click.option("--seed", default=0, show_default=True, help="Decides text and training: another seed, other text.")
 @as_json
@@ -73,7 +79,7 @@ def add_to(main: click.Group) -> None:
 def distill(
     console: Console, recipe: str, out: Path | None, method: str, layers: str | None, start: Path | None,
     tokens: int, steps: int, draft_vocab: int | None, objective: str, prompts: Path | None, transcripts: Path | None,
-    device: str, seed: int, start_share: float | None, json_: bool,
+    text: tuple[Path, ...], device: str, seed: int, start_share: float | None, json_: bool,
 ) -> None:  # fmt: skip
     """Train a draft for the target of RECIPE. Stopped, the same command goes on where it was."""
     from pipeline.distill import Request, distill
@@ -89,7 +95,7 @@ def distill(
     request = Request(
         recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-{method}", tokens=tokens,
         steps=steps, draft_vocab=draft_vocab, seed=seed, objective=objective, device=device, prompts=prompts,
-        transcripts=transcripts, method=method, layers=_numbers(layers), start=start,
+        transcripts=transcripts, text=text, method=method, layers=_numbers(layers), start=start,
         start_share=START_SHARE if start_share is None else start_share, say=console.say,
     )  # fmt: skip
     figures = distill(request)

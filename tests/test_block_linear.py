@@ -4,17 +4,23 @@ import pytest
 import torch
 
 from pipeline.backends.inductor.backend import InductorBackend, LoadedGraph
-from pipeline.backends.inductor.block_linear import block_linear
+from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.seams import BlockedSeams
 from pipeline.backends.packing import BlockPacking
 from pipeline.models.int8 import quantise, rounded
 
 
 class Products(torch.nn.Module):
-    """Products of the first rows, and of a slice that does not start at the tensor's beginning."""
+    """Products of the first rows, of a slice that does not start at the tensor's beginning, and of two weights."""
 
-    def forward(self, x, weight):
-        return (*(block_linear(x[:rows], weight) for rows in (1, 5, 8, 45)), block_linear(x[3:5], weight))
+    def forward(self, x, weight, other):
+        return (
+            *(block_linear(x[:rows], [weight]) for rows in (1, 5, 8, 45)),
+            block_linear(x[3:5], [weight]),
+            block_linear(x, [other, weight]),
+            block_swiglu(x[:5], other, weight[1:4]),
+            block_swiglu(x, other, weight[1:4]),
+        )
 
 
 def packed(plain, dtype):
@@ -59,19 +65,27 @@ def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(
         monkeypatch.setattr(kernel, "BY_PAIRS", kernel.NO_PAIRS)
     torch.manual_seed(0)
     x = torch.randn(45, columns).to(inputs)
-    weight, plain = packed(torch.randn(190, columns), dtype)
-    program = torch.export.export(Products(), (x, weight))
+    (weight, plain), (other, gate) = (packed(torch.randn(count, columns) * 0.1, dtype) for count in (190, 96))
+    program = torch.export.export(Products(), (x, weight, other))
     package = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "graph.pt2"), inductor_configs=InductorBackend(isa=isa).settings()
     )
-    one, five, eight, all_rows, inner = (t[:, :190] for t in LoadedGraph(package, -1).run([x, weight]))
+    one, five, eight, all_rows, inner, both, few_gated, gated = LoadedGraph(package, -1).run([x, weight, other])
     exact = x.double() @ plain.double().T
-    worst = (all_rows - exact).abs().max()
-    assert worst < 5e-5, f"largest error {worst:.1e}"
+    worst = (all_rows[:, :190] - exact).abs().max()
+    assert worst < 5e-6, f"largest error {worst:.1e}"
     for part, same in ((one, all_rows[:1]), (five, all_rows[:5]), (eight, all_rows[:8]), (inner, all_rows[3:5])):
         assert torch.equal(part, same)
-    eager = block_linear(x, weight)[:, :190]
-    assert torch.allclose(eager.double(), exact, atol=5e-5)
+    assert torch.equal(both[:, 96:], all_rows)
+    assert torch.equal(few_gated, gated[:5])
+    fused = torch.nn.functional.silu(both[:, :96]) * all_rows[:, 32:128]
+    assert torch.allclose(gated.float(), fused.to(inputs).float(), rtol=2**-7 if inputs != torch.float32 else 1e-6)
+    for eager, compiled in (
+        (block_linear(x, [other, weight]), both),
+        (block_swiglu(x, other, weight[1:4]).float(), gated.float()),
+    ):
+        assert torch.allclose(eager, compiled, atol=5e-6, rtol=2**-7)
+    assert torch.allclose(both[:, :96].double(), x.double() @ gate.double().T, atol=5e-6)
 
 
 class Lookup(torch.nn.Module):

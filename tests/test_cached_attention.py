@@ -39,7 +39,8 @@ def test_compiled_attention_is_exact_and_reads_only_what_is_seen(tmp_path, dtype
     last = torch.tensor([[0, 1, 2], [130, 131, 149]], dtype=torch.int32)
     expected = cached_attention(q, write(k, last, new), v, last, KV)
     plain = PLAIN.attend(q, write(k, last, new).float(), v.float(), attend_up_to(last, KV)).view(2, 3, 6, dim)
-    assert torch.allclose(expected, plain, atol=1e-5)
+    rounding = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    assert torch.allclose(expected.float(), plain, atol=1e-5, rtol=rounding)
     k[0, :, 3:] = torch.nan
     v[0, :, 3:] = torch.nan
     program = torch.export.export(Attention(), (q, k.clone(), v, new, last))
@@ -47,7 +48,9 @@ def test_compiled_attention_is_exact_and_reads_only_what_is_seen(tmp_path, dtype
         program, package_path=str(tmp_path / "graph.pt2"), inductor_configs=InductorBackend(isa=isa).settings()
     )
     found = LoadedGraph(package, -1).run([q, k, v, new, last])[0]
-    assert (found - expected).abs().max() < 2e-6
+    assert found.dtype == dtype
+    assert torch.allclose(found.float(), expected.float(), atol=2e-6, rtol=rounding)
+    assert dtype == torch.float32 or (found == expected).float().mean() > 0.99
     assert torch.equal(k[1, :, 149], new[1, :, 0])
 
 

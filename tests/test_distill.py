@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 from eager import make_engine
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pipeline.distill import Request, distill, draft_model, generate, prepare
 from pipeline.distill.data import PART, Prompts, read_part
@@ -264,6 +265,28 @@ def test_what_cannot_be_is_refused_before_anything_is_written(work, change, wher
         distill(request_of(work, "never", **change))
     assert caught.value.where == where
     assert not (work / "never").exists()
+
+
+def test_text_of_an_earlier_run_is_learned_from_and_only_the_targets_own(work, figures):
+    folder = prepare(request_of(work)).folder / "data"
+    job = prepare(request_of(work, "more", seed=3, text=(folder,)))
+    job.write_data()  # what is there is enough
+    assert not (job.folder / "data").exists()
+    assert job.counts == figures["data"]
+    assert [s.tokens.tolist() for s in job.sequences()] == [
+        s.tokens.tolist() for s in prepare(request_of(work)).sequences()
+    ]
+    other = work / "another-target"
+    other.mkdir()
+    part = load_file(folder / "part-00000.safetensors")
+    with safe_open(folder / "part-00000.safetensors", "pt") as file:
+        facts = file.metadata()
+    save_file(part | {"last": -part["last"]}, other / "part-00000.safetensors", facts)
+    with pytest.raises(InputError, match="hidden states"):
+        prepare(request_of(work, "more", text=(other,))).write_data()
+    (other / "part-00000.safetensors").unlink()
+    with pytest.raises(InputError, match="no text there"):
+        prepare(request_of(work, "more", text=(other,))).write_data()
 
 
 def test_transcripts_and_prompts_of_ones_own(work):

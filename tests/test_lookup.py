@@ -56,6 +56,11 @@ def test_certain_puts_all_mass_on_one_token():
     assert torch.equal(found.probs_BTN[:, 0], torch.tensor([[0.0, 1, 0], [0, 0, 1], [0.5, 0.3, 0.2]]))
 
 
+def test_a_candidate_that_is_there_twice_counts_once():
+    tied = Candidates(torch.tensor([[[4, 4, 9]]]), torch.tensor([[[1.0, 0.0, 0.0]]]))
+    assert certain(tied, torch.tensor([[4]])).probs_BTN.tolist() == [[[1.0, 0.0, 0.0]]]
+
+
 @pytest.mark.parametrize("wrong_at", [0, 2, 4])
 def test_a_step_accepts_copies_up_to_the_first_wrong_one(wrong_at):
     """A draft that is always wrong: whatever is right was copied. What comes after is not disturbed by it."""

@@ -38,12 +38,14 @@ class Toolchain:
 class Traced:
     """A traced graph: its canonical text (no paths, times, line numbers), its signature, the backend's own program.
 
-    `program` stays inside the process that traced it; `ir` is what the cache key is made of.
+    `program` stays inside the process that traced it; `ir` is what the cache key is made of. A graph that is `repeated`
+    runs at every step of a generation, and is worth more time to compile.
     """
 
     ir: bytes
     signature: Signature
     program: Any = field(repr=False, default=None)
+    repeated: bool = False
 
 
 def cache_key(traced: Traced, toolchain: Toolchain, flags: Mapping[str, str]) -> str:

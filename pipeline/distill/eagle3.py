@@ -53,12 +53,13 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
     length = batch.taps_BTX.shape[1]
     x_BTH = features(config, weights, PLAIN, batch.taps_BTX)
     positions_T = torch.arange(length, device=x_BTH.device)
+    heads = (config.heads, config.kv_heads, config.kv_heads)
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for depth in range(depths):
         tokens_BT = _ahead(batch.tokens_BT1[:, :-1], depth + 1)
         both_BTX, residual_BTH = inputs_of(config, weights, PLAIN, tokens_BT, x_BTH)
-        q, k, v = (heads_of(config, w, PLAIN, both_BTX, *part).transpose(1, 2) for part in _parts(config))
+        q, k, v = heads_of(config, w, PLAIN, both_BTX, "qkv").split(heads, dim=1)
         rotary = rotary_of(config, (positions_T + depth)[None], q.dtype)
         q, k = rotate(q, rotary), rotate(k, rotary)
         keys.append(k)
@@ -71,10 +72,6 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
         hidden_MH = rms_norm(x_BTH[index], weights["model.norm.weight"], config.norm_eps)
         logits_MV = PLAIN.linear(hidden_MH, weights["lm_head.weight"], config.out_vocab)
         yield Guess(logits_MV, (index[0], index[1] + depth + 1), index[1])
-
-
-def _parts(config: ModelConfig) -> tuple[tuple[str, int], ...]:
-    return (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads))
 
 
 def _ahead(values_BT: Tensor, by: int) -> Tensor:

@@ -32,6 +32,9 @@ from pipeline.validate.prompts import Prompt, load_prompts, prompts_path
 SHORTEST = 4
 """Answers of fewer tokens teach nothing."""
 
+SAME_STATES = 0.1
+"""Hidden states on disk may differ by this much from what the target gives, relative: rounding is a tenth of it."""
+
 
 @dataclass
 class Job:
@@ -72,6 +75,11 @@ class Job:
         return load_prompts(prompts_path(self.request.recipe.validate_.prompts, self.request.base))
 
     @cached_property
+    def apart(self) -> Apart:
+        """Keeps those out of what is trained on."""
+        return Apart(prompt.text for prompt in self.evaluated)
+
+    @cached_property
     def writer(self) -> Writer:
         """The target, loaded to write."""
         return Writer(self.target, self.request.recipe.target.dtype, ROWS, LENGTH, self.taps, self.request.device)
@@ -89,7 +97,9 @@ class Job:
 
     def write_data(self) -> None:
         """Write parts until there are as many answer tokens as asked for."""
-        say, apart = self.request.say, Apart(prompt.text for prompt in self.evaluated)
+        say, apart = self.request.say, self.apart
+        for folder in self.request.text:
+            self._check_text(folder)
         if self.request.transcripts is not None:
             kept = [pair for pair in _conversations(self.request.transcripts) if apart(pair[0])]
             tokens = [(self._encode(prompt), self.text.encode(answer, special=False)) for prompt, answer in kept]
@@ -97,6 +107,7 @@ class Job:
         given = _lines(self.request.prompts, "prompt") if self.request.prompts else []
         prompts = Prompts(self.text, apart, given, self.request.seed)
         number = 0
+        say(f"text in {self.folder / 'data'}")
         while self._count() < self.request.tokens:
             if given and number * PART >= len(given):
                 break
@@ -105,8 +116,9 @@ class Job:
             say(f"{self._count()} of {self.request.tokens} tokens written")
 
     def sequences(self) -> list[Conversation]:
-        """All that may be trained on."""
+        """All that may be trained on; text of earlier runs only where its prompts are kept apart today, too."""
         found = [s for path in self._parts() for s in read_part(path)]
+        found += [s for path in self._given() for s in read_part(path) if self.apart(self._prompt(s))]
         return [s for s in found if len(s.tokens) - s.prompt >= SHORTEST]
 
     def held_out(self) -> dict[str, list[Conversation]]:
@@ -136,6 +148,8 @@ class Job:
         embedding = read_tensor(refs[EMBEDDING]).float().to(device)
         head = embedding if self.target.config.tied else read_tensor(refs[HEAD]).float().to(device)
         settings = Settings(steps=request.steps, objective=request.objective, seed=request.seed)
+        if self.start is not None:  # it knows one token ahead: what it knows of more is not unlearned first
+            settings = replace(settings, single=0.0)
         name = f"{request.objective}-{self.vocab}-{len(sequences)}"
         if request.method == "draft_model":
             config = config_of(self.config_json, "draft")
@@ -159,18 +173,42 @@ class Job:
     def _encode(self, prompt: str) -> list[int]:
         return self.text.chat(prompt) if self.text.has_chat else self.text.encode(prompt)
 
+    def _prompt(self, sequence: Conversation) -> str:
+        return self.text.decode(sequence.tokens[: sequence.prompt].tolist())
+
     def _parts(self) -> list[Path]:
-        return sorted((self.folder / "data").glob("*.safetensors"))
+        return _parts_in(self.folder / "data")
+
+    def _given(self) -> list[Path]:
+        return [path for folder in self.request.text for path in _parts_in(folder)]
+
+    def _check_text(self, folder: Path) -> None:
+        """Compare the hidden states of its first sequence with what the target gives: no other model's are learned."""
+        parts = _parts_in(folder)
+        if not parts:
+            raise InputError("no text there", where=str(folder), fix="name the folder that a run said its text is in")
+        stored = read_part(parts[0])[0]
+        tokens = stored.tokens.tolist()
+        (seen,) = self.writer.read([(tokens[: stored.prompt], tokens[stored.prompt :])])
+        for old, new in ((stored.taps_TX, seen.taps_TX), (stored.last_TH, seen.last_TH)):
+            if old.shape != new.shape or (old.float() - new.float()).norm() > SAME_STATES * new.float().norm():
+                taps = ", ".join(map(str, self.taps))
+                what = f"not the hidden states that the target has before layers {taps}"
+                raise InputError(what, where=str(folder), fix="name text that was written for this target")
 
     def _count(self) -> int:
         """Answer tokens on disk, from the parts' headers."""
         totals = {"sequences": 0, "answer_tokens": 0, "greedy": 0}
-        for path in self._parts():
+        for path in (*self._parts(), *self._given()):
             with safe_open(path, framework="pt") as file:
                 for name, value in json.loads(file.metadata()["counts"]).items():
                     totals[name] += value
         self.counts = totals
         return totals["answer_tokens"]
+
+
+def _parts_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _ids_of(draft: Checkpoint) -> Tensor:

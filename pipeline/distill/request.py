@@ -37,7 +37,8 @@ class Request:
     """One draft to train. `tokens` of answers are written before training; `out` is the folder to write.
 
     `layers` are those of the target that a draft model starts from, in order (`method` `draft_model`). `start` is the
-    folder of a draft to train further, as it is: its layers and its vocabulary; `start_share` of it stays.
+    folder of a draft to train further, as it is: its layers and its vocabulary; `start_share` of it stays. `text` are
+    folders that earlier runs wrote for the same target, learned from as well; their tokens count among `tokens`.
     """
 
     recipe: Recipe
@@ -55,6 +56,7 @@ class Request:
     device: str = "cpu"
     prompts: Path | None = None
     transcripts: Path | None = None
+    text: tuple[Path, ...] = ()
     cache: Path = field(default_factory=default_root)
     say: Say = _silent
 

@@ -139,11 +139,11 @@ def rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return x_BNTD * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def project(w: Weights, seams: Seams, x_BTH: Tensor, name: str, rows: int) -> Tensor:
-    """A linear layer of `rows` outputs, with its bias if it has one."""
-    out = seams.linear(x_BTH, w[f"{name}.weight"], rows)
-    bias = w.get(f"{name}.bias")
-    return out if bias is None else out + bias
+def project(w: Weights, seams: Seams, x_BTH: Tensor, rows: Mapping[str, int]) -> Tensor:
+    """Linear layers of so many `rows` each, with their biases if they have any, side by side: [B, T, sum of rows]."""
+    out = seams.linears(x_BTH, [w[f"{name}.weight"] for name in rows], list(rows.values()))
+    biases = [w[f"{name}.bias"] for name in rows if f"{name}.bias" in w]
+    return out + torch.cat(biases) if biases else out
 
 
 def attention(
@@ -152,9 +152,8 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """Attention of one layer over its cache, into which this pass's keys and values are written first: [B, T, H]."""
     heads, kv_heads = config.heads // seams.tp, kv_heads_of(config, seams)
-    q, k, v = (heads_of(config, w, seams, x_BTX, *part) for part in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
-    q, k = rotate(torch.cat((q, k), dim=2).transpose(1, 2), rotary).split((heads, kv_heads), dim=1)
-    v = v.transpose(1, 2)
+    turned, v = heads_of(config, w, seams, x_BTX, "qkv").split((heads + kv_heads, kv_heads), dim=1)
+    q, k = rotate(turned, rotary).split((heads, kv_heads), dim=1)
     cached_k = seams.write(state, f"k.{layer}", k, writes)
     cached_v = seams.write(state, f"v.{layer}", v, writes)
     out_BTX = seams.attend(q, cached_k, cached_v, attend) if attend.kv else seams.attend(q, k, v, attend)
@@ -168,7 +167,7 @@ def store(
     layer: int, state: State, writes: Writes,
 ) -> None:  # fmt: skip
     """Only write one layer's keys and values."""
-    k, v = (heads_of(config, w, seams, x_BTX, part, kv_heads_of(config, seams)).transpose(1, 2) for part in "kv")
+    k, v = heads_of(config, w, seams, x_BTX, "kv").chunk(2, dim=1)
     seams.write(state, f"k.{layer}", rotate(k, rotary), writes)
     seams.write(state, f"v.{layer}", v, writes)
 
@@ -178,20 +177,27 @@ def kv_heads_of(config: ModelConfig, seams: Seams) -> int:
     return max(config.kv_heads // seams.tp, 1)
 
 
-def heads_of(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, name: str, count: int) -> Tensor:
-    """One of q, k and v by head, normalised where the family does so: [B, T, count, D]."""
-    out = project(w, seams, x_BTX, f"self_attn.{name}_proj", count * config.head_dim)
-    out = out.view(*x_BTX.shape[:2], count, config.head_dim)
-    if config.qk_norm and name in "qk":
-        return rms_norm(out, w[f"self_attn.{name}_norm.weight"], config.norm_eps)
-    return out
+def heads_of(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, names: str) -> Tensor:
+    """Heads of "qkv", or of "kv", one after the other, q and k normalised where the family does so: [B, N, T, D]."""
+    kv_heads = kv_heads_of(config, seams)
+    counts = {name: config.heads // seams.tp if name == "q" else kv_heads for name in names}
+    rows = {f"self_attn.{name}_proj": count * config.head_dim for name, count in counts.items()}
+    out = project(w, seams, x_BTX, rows).view(*x_BTX.shape[:2], -1, config.head_dim)
+    if config.qk_norm:
+        each = [w[f"self_attn.{name}_norm.weight"].expand(counts[name], -1) for name in names if name in "qk"]
+        rest, v = out.split((out.shape[2] - kv_heads, kv_heads), dim=2)
+        out = torch.cat((rms_norm(rest, torch.cat(each), config.norm_eps), v), dim=2)
+    return out.transpose(1, 2)
 
 
 def mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
     """SwiGLU (Shazeer 2020)."""
     rows = config.intermediate // seams.tp
-    gate = project(w, seams, x_BTH, "mlp.gate_proj", rows)
-    up = project(w, seams, x_BTH, "mlp.up_proj", rows)
-    out = seams.all_reduce(seams.linear(functional.silu(gate) * up, w["mlp.down_proj.weight"], config.hidden))
+    if config.mlp_bias:
+        gate, up = project(w, seams, x_BTH, {"mlp.gate_proj": rows, "mlp.up_proj": rows}).chunk(2, dim=-1)
+        inner = functional.silu(gate) * up
+    else:
+        inner = seams.swiglu(x_BTH, w["mlp.gate_proj.weight"], w["mlp.up_proj.weight"], rows)
+    out = seams.all_reduce(seams.linear(inner, w["mlp.down_proj.weight"], config.hidden))
     bias = w.get("mlp.down_proj.bias")
     return out if bias is None else out + bias

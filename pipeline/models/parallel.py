@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, S cache length, H KV heads on this rank, D head size, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,15 @@ class Seams:
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """`x @ weight.T` with `rows` output features: [B, T, I] -> [B, T, rows]."""
         return functional.linear(x_BTI, weight)[..., :rows]
+
+    def linears(self, x_BTI: Tensor, weights: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        """Several of them, side by side: -> [B, T, sum of rows]."""
+        parts = [self.linear(x_BTI, weight, count) for weight, count in zip(weights, rows, strict=True)]
+        return torch.cat(parts, dim=-1)
+
+    def swiglu(self, x_BTI: Tensor, gate: Tensor, up: Tensor, rows: int) -> Tensor:
+        """`silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020): -> [B, T, rows]."""
+        return functional.silu(self.linear(x_BTI, gate, rows)) * self.linear(x_BTI, up, rows)
 
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """LM head, accumulated and returned in float32, so that low-precision rounding cannot create ties."""

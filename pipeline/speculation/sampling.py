@@ -81,7 +81,9 @@ def certain(choice: Candidates, tokens_BT: Tensor) -> Candidates:
     place_N = torch.arange(choice.ids_BTN.shape[-1], device=tokens_BT.device)
     replaced_BTN = ~there_BT1 & (place_N == choice.ids_BTN.shape[-1] - 1)
     ids_BTN = torch.where((wanted_BT1 >= 0) & replaced_BTN, wanted_BT1, choice.ids_BTN)
-    probs_BTN = torch.where(wanted_BT1 >= 0, (ids_BTN == wanted_BT1).to(choice.probs_BTN.dtype), choice.probs_BTN)
+    is_wanted_BTN = ids_BTN == wanted_BT1
+    first_BTN = is_wanted_BTN & (is_wanted_BTN.int().cumsum(dim=-1) == 1)  # a tied argmax may be there twice
+    probs_BTN = torch.where(wanted_BT1 >= 0, first_BTN.to(choice.probs_BTN.dtype), choice.probs_BTN)
     return Candidates(ids_BTN, probs_BTN)
 
 

@@ -1,26 +1,57 @@
-"""A few rows times a blocked weight, as an operator: what decoding and verifying spend their time on.
+"""A few rows times blocked weights, as operators: what decoding and verifying spend their time on.
 
-Here is what it computes; `block_linear_kernel.py` is what Inductor compiles it to, so that a compiled graph carries its
-kernel and needs nothing of this package.
+Here is what they compute; `block_linear_kernel.py` is what Inductor compiles them to, so that a compiled graph carries
+its kernels and needs nothing of this package.
 
 Shapes: M rows, I input features, N output features (whole blocks of 32); blocks as `BlockPacking` lays them out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.models.weights import BLOCK
 
 
 @torch.library.custom_op("tandem::block_linear", mutates_args=())
-def block_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` of a blocked weight, summed in float32.
+def block_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`x @ weight.T` of blocked weights of one dtype, side by side, summed in float32.
 
-    Shapes: x [M, I] of the model's dtype, contiguous; weight [N/32, I, 32], or [N/32, I/2, 32, 2], of it or int8, whose
-    scales follow -> float32 [M, N].
+    Shapes: x [M, I] of the model's dtype, contiguous; weights [N/32, I, 32], or [N/32, I/2, 32, 2], of it or int8,
+    whose scales follow -> float32 [M, sum of N].
     """
+    return torch.cat([_product(x, weight) for weight in weights], dim=-1)
+
+
+@block_linear.register_fake
+def _(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return x.new_empty(x.shape[0], sum(_outputs(weight) for weight in weights), dtype=torch.float32)
+
+
+@torch.library.custom_op("tandem::block_swiglu", mutates_args=())
+def block_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020) of blocked weights, in float32, rounded once at the end.
+
+    Shapes: x, gate, up as of `block_linear` -> x's dtype [M, N].
+    """
+    return (functional.silu(_product(x, gate)) * _product(x, up)).to(x.dtype)
+
+
+@block_swiglu.register_fake
+def _(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:  # noqa: ARG001 - the operator's
+    return x.new_empty(x.shape[0], _outputs(gate))
+
+
+def _outputs(weight: Tensor) -> int:
+    return weight.shape[0] * weight.shape[2]
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """With one weight, float32 [M, N]."""
     count, inputs = len(weight), x.shape[1]
     flat = weight.reshape(count, -1)
     blocks = flat[:, : inputs * BLOCK].float()
@@ -30,8 +61,3 @@ def block_linear(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype == torch.int8:
         blocks = blocks * flat[:, inputs * BLOCK :].contiguous().view(torch.float32)[:, None]
     return blocks.permute(1, 0, 2).reshape(x.shape[0], -1)
-
-
-@block_linear.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0] * weight.shape[2], dtype=torch.float32)

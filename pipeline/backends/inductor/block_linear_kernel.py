@@ -1,10 +1,13 @@
-"""The C++ that `block_linear` becomes inside a graph, and how Inductor is told of it. Imported only to compile.
+"""The C++ that `block_linear` and `block_swiglu` become in a graph, and how Inductor is told. Imported only to compile.
 
 A decode step multiplies one row by every weight, a step that verifies K drafts K + 1 rows, so either takes as long as
 the weights take to arrive from memory, if the kernel lets them stream. torch's own products do not at 2 to 8 rows.
 A block is read once, in order, for all rows at a time, and sums are kept in registers, in float32 whatever the weight's
 dtype. Every row's sum runs over I in the same order however many rows there are: decode, verify and score agree bit by
 bit in their linear layers.
+
+Weights that read the same rows are one loop, since every loop ends with threads that wait for each other, and what
+Inductor makes of the little work between products runs on one of them: in a decoder that is a sixth of a step.
 
 Three ways, chosen when a graph runs. Rows of bfloat16 go by tiles of Intel's AMX where the processor has them, else by
 AVX-512's products of bfloat16 pairs; everything else goes by vectors of float32. So an artifact needs neither, whatever
@@ -26,17 +29,62 @@ from pipeline.backends.inductor.vectors import NATIVE_BFLOAT16, WIDENED, filled
 SHAPES = r"""
 using Weight = WEIGHT_TYPE;
 using Input = INPUT_TYPE;
+using Output = OUTPUT_TYPE;
 constexpr int64_t I = INPUTS, BLOCKS = BLOCK_COUNT, LANES = 32, M = ROW_COUNT, N = BLOCKS * LANES;
 constexpr int64_t BLOCK_SIZE = BLOCK_ELEMENTS, CHUNK = 2 * Vec::size();
-constexpr bool SCALED = std::is_same_v<Weight, int8_t>, PAIRED = IS_PAIRED;
+constexpr bool SCALED = std::is_same_v<Weight, int8_t>, PAIRED = IS_PAIRED, GATED = IS_GATED;
 static_assert(LANES % CHUNK == 0);
 
 // An int8 block ends in the bytes of its float32 scales.
 inline const float* scales_of(const Weight* block) { return reinterpret_cast<const float*>(block + I * LANES); }
+
+// Blocks of several weights in a row: the first one of each.
+constexpr int64_t FIRST[] = {FIRST_BLOCKS};
+inline const Weight* block_at(const Weight* const* weights, int64_t block) {
+    int64_t n = 0;
+    while (block >= FIRST[n + 1]) ++n;
+    return weights[n] + (block - FIRST[n]) * BLOCK_SIZE;
+}
+
+// silu(gate) * up of one row of a block.
+inline void gated(const float* gate, const float* up, Output* out) {
+    const auto product = [&](int64_t lane) {
+        const Vec g = Vec::loadu(gate + lane);
+        return g / (Vec(1.0f) + g.neg().exp()) * Vec::loadu(up + lane);
+    };
+    for (int64_t lane = 0; lane < LANES; lane += CHUNK) {
+        store_both(product(lane), product(lane + Vec::size()), out + lane);
+    }
+}
+
+// Some rows times one block, or the same block of both weights. `Way` multiplies: at most `Way::TILE` rows at a time.
+template <typename Way, int64_t ROWS>
+inline void rows_times_block(const typename Way::Row* x, const Weight* const* weights, int64_t block, Output* y) {
+    if constexpr (GATED) {
+        alignas(64) float gate[ROWS * LANES], up[ROWS * LANES];
+        Way::template times<ROWS, LANES>(x, weights[0] + block * BLOCK_SIZE, gate);
+        Way::template times<ROWS, LANES>(x, weights[1] + block * BLOCK_SIZE, up);
+        for (int64_t m = 0; m < ROWS; ++m) gated(gate + m * LANES, up + m * LANES, y + m * N + block * LANES);
+    } else {
+        Way::template times<ROWS, N>(x, block_at(weights, block), y + block * LANES);
+    }
+}
+
+template <typename Way>
+inline void all_blocks(const typename Way::Row* x, const Weight* const* weights, Output* y) {
+    constexpr int64_t TILE = Way::TILE, WHOLE = M / TILE * TILE;
+    #pragma omp parallel for
+    for (int64_t block = 0; block < BLOCKS; ++block) {
+        for (int64_t m = 0; m < WHOLE; m += TILE) {
+            rows_times_block<Way, TILE>(x + m * I, weights, block, y + m * N);
+        }
+        if constexpr (M > WHOLE) rows_times_block<Way, M - WHOLE>(x + WHOLE * I, weights, block, y + WHOLE * N);
+    }
+}
 """
 
 VECTORS = r"""
-template <int64_t ROWS>
+template <int64_t ROWS, int64_t STRIDE>
 inline void rows_times_chunk(const float* x, const Weight* w, const float* scales, float* out) {
     Vec low[ROWS], high[ROWS];
     for (int64_t m = 0; m < ROWS; ++m) { low[m] = Vec(0.0f); high[m] = Vec(0.0f); }
@@ -63,17 +111,22 @@ inline void rows_times_chunk(const float* x, const Weight* w, const float* scale
             low[m] = low[m] * Vec::loadu(scales);
             high[m] = high[m] * Vec::loadu(scales + Vec::size());
         }
-        low[m].store(out + m * N);
-        high[m].store(out + m * N + Vec::size());
+        low[m].store(out + m * STRIDE);
+        high[m].store(out + m * STRIDE + Vec::size());
     }
 }
 
-template <int64_t ROWS>
-inline void rows_times_block(const float* x, const Weight* w, float* out) {
-    for (int64_t lane = 0; lane < LANES; lane += CHUNK) {
-        rows_times_chunk<ROWS>(x, w + lane * (PAIRED ? 2 : 1), scales_of(w) + lane, out + lane);
+struct ByVectors {
+    using Row = float;
+    // Rows whose sums fit in registers, two vectors each: half of AVX-512's 32, or of 16.
+    static constexpr int64_t TILE = Vec::size() >= 16 ? 8 : 4;
+    template <int64_t ROWS, int64_t STRIDE>
+    static inline void times(const float* x, const Weight* w, float* out) {
+        for (int64_t lane = 0; lane < LANES; lane += CHUNK) {
+            rows_times_chunk<ROWS, STRIDE>(x, w + lane * (PAIRED ? 2 : 1), scales_of(w) + lane, out + lane);
+        }
     }
-}
+};
 
 inline const float* wide(const float* x, std::vector<float>&) { return x; }
 template <typename T>
@@ -82,21 +135,9 @@ inline const float* wide(const T* x, std::vector<float>& memory) {
     return memory.data();
 }
 
-inline void by_vectors(const Input* x, const Weight* w, float* y) {
+inline void by_vectors(const Input* x, const Weight* const* weights, Output* y) {
     std::vector<float> memory;
-    const float* rows = wide(x, memory);
-    // Rows whose sums fit in registers, two vectors each: half of AVX-512's 32, or of 16.
-    constexpr int64_t TILE = Vec::size() >= 16 ? 8 : 4, WHOLE = M / TILE * TILE;
-    #pragma omp parallel for
-    for (int64_t block = 0; block < BLOCKS; ++block) {
-        const Weight* from = w + block * BLOCK_SIZE;
-        for (int64_t m = 0; m < WHOLE; m += TILE) {
-            rows_times_block<TILE>(rows + m * I, from, y + m * N + block * LANES);
-        }
-        if constexpr (M > WHOLE) {
-            rows_times_block<M - WHOLE>(rows + WHOLE * I, from, y + WHOLE * N + block * LANES);
-        }
-    }
+    all_blocks<ByVectors>(wide(x, memory), weights, y);
 }
 """
 
@@ -121,42 +162,39 @@ TANDEM_BF16 inline __m512 scaled(__m512 sum, const float* scales) {
     return sum;
 }
 
-template <int64_t ROWS>
-TANDEM_BF16 inline void rows_times_pairs(const at::BFloat16* x, const Weight* w, float* out) {
-    __m512 low[ROWS], high[ROWS];
-    for (int64_t m = 0; m < ROWS; ++m) { low[m] = _mm512_setzero_ps(); high[m] = _mm512_setzero_ps(); }
-    for (int64_t i = 0; i < I; i += 2) {
-        const __m512bh first = pair_of(w + i * LANES), second = pair_of(w + i * LANES + LANES);
-        #pragma GCC unroll 16
+struct ByPairs {
+    using Row = at::BFloat16;
+    // Rows whose sums fit in registers, two vectors each, shared out evenly.
+    static constexpr int64_t PARTS = (M + 11) / 12, TILE = (M + PARTS - 1) / PARTS;
+    template <int64_t ROWS, int64_t STRIDE>
+    TANDEM_BF16 static inline void times(const at::BFloat16* x, const Weight* w, float* out) {
+        __m512 low[ROWS], high[ROWS];
+        for (int64_t m = 0; m < ROWS; ++m) { low[m] = _mm512_setzero_ps(); high[m] = _mm512_setzero_ps(); }
+        for (int64_t i = 0; i < I; i += 2) {
+            const __m512bh first = pair_of(w + i * LANES), second = pair_of(w + i * LANES + LANES);
+            #pragma GCC unroll 16
+            for (int64_t m = 0; m < ROWS; ++m) {
+                int32_t two;
+                std::memcpy(&two, x + m * I + i, sizeof two);
+                const __m512bh one = (__m512bh)_mm512_set1_epi32(two);
+                low[m] = _mm512_dpbf16_ps(low[m], one, first);
+                high[m] = _mm512_dpbf16_ps(high[m], one, second);
+            }
+        }
         for (int64_t m = 0; m < ROWS; ++m) {
-            int32_t two;
-            std::memcpy(&two, x + m * I + i, sizeof two);
-            const __m512bh one = (__m512bh)_mm512_set1_epi32(two);
-            low[m] = _mm512_dpbf16_ps(low[m], one, first);
-            high[m] = _mm512_dpbf16_ps(high[m], one, second);
+            _mm512_storeu_ps(out + m * STRIDE, scaled(low[m], scales_of(w)));
+            _mm512_storeu_ps(out + m * STRIDE + 16, scaled(high[m], scales_of(w) + 16));
         }
     }
-    for (int64_t m = 0; m < ROWS; ++m) {
-        _mm512_storeu_ps(out + m * N, scaled(low[m], scales_of(w)));
-        _mm512_storeu_ps(out + m * N + 16, scaled(high[m], scales_of(w) + 16));
-    }
-}
+};
 
-inline bool by_pairs(const Input* x, const Weight* w, float* y) {
+inline bool by_pairs(const Input* x, const Weight* const* weights, Output* y) {
     if (!has_pairs()) return false;
-    // Rows whose sums fit in registers, two vectors each, shared out evenly.
-    constexpr int64_t PARTS = (M + 11) / 12, TILE = (M + PARTS - 1) / PARTS, WHOLE = M / TILE * TILE;
-    #pragma omp parallel for
-    for (int64_t block = 0; block < BLOCKS; ++block) {
-        const Weight* from = w + block * BLOCK_SIZE;
-        float* out = y + block * LANES;
-        for (int64_t m = 0; m < WHOLE; m += TILE) rows_times_pairs<TILE>(x + m * I, from, out + m * N);
-        if constexpr (M > WHOLE) rows_times_pairs<M - WHOLE>(x + WHOLE * I, from, out + WHOLE * N);
-    }
+    all_blocks<ByPairs>(x, weights, y);
     return true;
 }
 #else
-inline bool by_pairs(const Input*, const Weight*, float*) { return false; }
+inline bool by_pairs(const Input*, const Weight* const*, Output*) { return false; }
 #endif
 """
 
@@ -174,19 +212,20 @@ TANDEM_AMX inline const at::BFloat16* pairs_of(const Weight* w, at::BFloat16* sc
     }
 }
 
-// Sums of up to 32 rows, in tiles 0 to 3, written out row by row.
+// Sums of up to 16 rows, as a tile's two halves left them, written out row by row.
+template <int64_t STRIDE>
 TANDEM_AMX inline void store(const float* sums, int64_t rows, const float* scales, float* out) {
     for (int64_t m = 0; m < rows; ++m) {
         for (int64_t lane = 0; lane < LANES; lane += 16) {
             const __m512 sum = _mm512_loadu_ps(sums + (lane / 16) * 256 + m * 16);
-            _mm512_storeu_ps(out + m * N + lane, scaled(sum, scales + lane));
+            _mm512_storeu_ps(out + m * STRIDE + lane, scaled(sum, scales + lane));
         }
     }
 }
 
 constexpr int64_t AHEAD = 16384;  // bytes; tiles load too few lines at a time for the processor to run ahead itself
 
-template <int64_t ROWS>  // 1 to 32
+template <int64_t ROWS, int64_t STRIDE>  // 1 to 32
 TANDEM_AMX inline void rows_times_tiles(const at::BFloat16* x, const Weight* w, float* out) {
     constexpr int64_t FIRST = ROWS < 16 ? ROWS : 16, SECOND = ROWS - FIRST;
     alignas(64) Palette palette{FIRST, SECOND ? SECOND : 1};
@@ -218,36 +257,36 @@ TANDEM_AMX inline void rows_times_tiles(const at::BFloat16* x, const Weight* w, 
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
-    store(sums, FIRST, scales_of(w), out);
+    store<STRIDE>(sums, FIRST, scales_of(w), out);
     if constexpr (SECOND > 0) {
         _tile_stored(2, sums, 64);
         _tile_stored(3, sums + 256, 64);
-        store(sums, SECOND, scales_of(w), out + 16 * N);
+        store<STRIDE>(sums, SECOND, scales_of(w), out + 16 * STRIDE);
     }
-}
-
-TANDEM_AMX inline void block_by_tiles(const at::BFloat16* x, const Weight* from, float* out) {
-    constexpr int64_t WHOLE = M / 32 * 32;
-    for (int64_t m = 0; m < WHOLE; m += 32) rows_times_tiles<32>(x + m * I, from, out + m * N);
-    if constexpr (M > WHOLE) rows_times_tiles<M - WHOLE>(x + WHOLE * I, from, out + WHOLE * N);
     _tile_release();
 }
 
-inline bool by_tiles(const Input* x, const Weight* w, float* y) {
-    if (!has_tiles()) return false;
-    #pragma omp parallel for
-    for (int64_t block = 0; block < BLOCKS; ++block) {
-        block_by_tiles(x, w + block * BLOCK_SIZE, y + block * LANES);
+struct ByTiles {
+    using Row = at::BFloat16;
+    static constexpr int64_t TILE = 32;
+    template <int64_t ROWS, int64_t STRIDE>
+    TANDEM_AMX static inline void times(const at::BFloat16* x, const Weight* w, float* out) {
+        rows_times_tiles<ROWS, STRIDE>(x, w, out);
     }
+};
+
+inline bool by_tiles(const Input* x, const Weight* const* weights, Output* y) {
+    if (!has_tiles()) return false;
+    all_blocks<ByTiles>(x, weights, y);
     return true;
 }
 #else
-inline bool by_tiles(const Input*, const Weight*, float*) { return false; }
+inline bool by_tiles(const Input*, const Weight* const*, Output*) { return false; }
 #endif
 """
 
-NO_PAIRS = "inline bool by_pairs(const Input*, const Weight*, float*) { return false; }"
-NO_TILES = "inline bool by_tiles(const Input*, const Weight*, float*) { return false; }"
+NO_PAIRS = "inline bool by_pairs(const Input*, const Weight* const*, Output*) { return false; }"
+NO_TILES = "inline bool by_tiles(const Input*, const Weight* const*, Output*) { return false; }"
 
 KERNEL = f"""
 HEADER
@@ -264,49 +303,66 @@ extern "C" SIGNATURE
 {{
     using namespace NAME_parts;
     const auto* x = X + X_OFFSET;
-    const auto* w = W + W_OFFSET;
-    if (!by_tiles(x, w, Y) && !by_pairs(x, w, Y)) by_vectors(x, w, Y);
+    const Weight* const weights[] = {{WEIGHTS}};
+    if (!by_tiles(x, weights, Y) && !by_pairs(x, weights, Y)) by_vectors(x, weights, Y);
 }}
 """
 
 
 class BlockLinearTemplate(CppTemplate):
-    """The kernel for one shape."""
+    """The kernel for some shapes: products side by side, or, `gated`, the one product that SwiGLU makes of two."""
 
-    def __init__(self, inputs: list[Any], layout: ir.Layout) -> None:
-        super().__init__("block_linear", inputs, layout, num_threads=1)
+    def __init__(self, inputs: list[Any], layout: ir.Layout, *, gated: bool) -> None:
+        super().__init__("block_swiglu" if gated else "block_linear", inputs, layout, num_threads=1)
+        self.gated = gated
 
     def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
         """C++ of the kernel."""
         assert not epilogue_nodes, epilogue_nodes
-        x, w = self.input_nodes
-        blocks, *block = (int(size) for size in w.get_size())
-        paired, inputs = len(block) == 3, int(x.get_size()[1])
+        x, *weights = self.input_nodes
+        block = [int(size) for size in weights[0].get_size()[1:]]
+        counts = [int(weight.get_size()[0]) for weight in weights]
+        paired, columns = len(block) == 3, int(x.get_size()[1])
         pairs = paired and x.get_dtype() == torch.bfloat16
-        parts = {
+        out = template_buffer_node or self.output_node
+        named = {f"W{number}": weight for number, weight in enumerate(weights)}
+        parts: dict[str, Any] = {
             "BY_PAIRS": BY_PAIRS if pairs else NO_PAIRS,
-            "BY_TILES": BY_TILES if pairs and inputs % 32 == 0 else NO_TILES,
+            "BY_TILES": BY_TILES if pairs and columns % 32 == 0 else NO_TILES,
             "HEADER": self.header().getvalue(),
-            "SIGNATURE": kernel.def_kernel({"X": x, "W": w}, {"Y": template_buffer_node or self.output_node}),
+            "SIGNATURE": kernel.def_kernel({"X": x, **named}, {"Y": out}),
             "NAME": kernel.kernel_name,
-            "WEIGHT_TYPE": kernel.dtype(w),
+            "WEIGHTS": ", ".join(f"{name} + {weight.get_layout().offset}" for name, weight in named.items()),
+            "WEIGHT_TYPE": kernel.dtype(weights[0]),
             "INPUT_TYPE": kernel.dtype(x),
+            "OUTPUT_TYPE": kernel.dtype(out),
             "IS_PAIRED": "true" if paired else "false",
-            "INPUTS": inputs,
+            "IS_GATED": "true" if self.gated else "false",
+            "INPUTS": columns,
             "BLOCK_ELEMENTS": math.prod(block),
-            "BLOCK_COUNT": blocks,
+            "BLOCK_COUNT": counts[0] if self.gated else sum(counts),
+            "FIRST_BLOCKS": ", ".join(str(sum(counts[:number])) for number in range(len(counts) + 1)),
             "ROW_COUNT": int(x.get_size()[0]),
             "X_OFFSET": x.get_layout().offset,
-            "W_OFFSET": w.get_layout().offset,
         }
         return filled(KERNEL, parts)
 
 
-@lowering.register_lowering(torch.ops.tandem.block_linear, type_promotion_kind=None)  # type: ignore[untyped-decorator]
-def _lower(x: Any, weight: Any) -> Any:
-    x, weight = (ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in (x, weight))
-    size = [x.get_size()[0], weight.get_size()[0] * weight.get_size()[2]]
-    layout = ir.FixedLayout(x.get_device(), torch.float32, size)
-    out = BlockLinearTemplate([x, weight], layout).generate().output_node()
+def _lowered(x: Any, weights: list[Any], dtype: torch.dtype, *, gated: bool) -> Any:
+    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in (x, *weights)]
+    columns = [weight.get_size()[0] * weight.get_size()[2] for weight in inputs[1:]]
+    size = [inputs[0].get_size()[0], columns[0] if gated else sum(columns)]
+    layout = ir.FixedLayout(inputs[0].get_device(), dtype, size)
+    out = BlockLinearTemplate(inputs, layout, gated=gated).generate().output_node()
     out.data.data.allow_epilogue_fusion = False
     return out
+
+
+@lowering.register_lowering(torch.ops.tandem.block_linear, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+def _lower_linear(x: Any, weights: list[Any]) -> Any:
+    return _lowered(x, weights, torch.float32, gated=False)
+
+
+@lowering.register_lowering(torch.ops.tandem.block_swiglu, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+def _lower_swiglu(x: Any, gate: Any, up: Any) -> Any:
+    return _lowered(x, [gate, up], x.get_dtype(), gated=True)

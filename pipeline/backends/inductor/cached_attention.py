@@ -14,20 +14,20 @@ from torch import Tensor
 
 @torch.library.custom_op("tandem::cached_attention", mutates_args=())
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, last: Tensor, kv: int) -> Tensor:
-    """Softmax attention (Vaswani et al. 2017) of grouped heads (Ainslie et al. 2023), in float32.
+    """Softmax attention (Vaswani et al. 2017) of grouped heads (Ainslie et al. 2023), in float32, rounded at the end.
 
     Shapes: q float32 [B, N, T, D], k and v [rows >= B, G, S_max, D] of any float dtype, last int32 [B, T], the last of
-    the keys 0 .. kv - 1 that a query sees, from 0 -> float32 [B, T, N, D]. All contiguous.
+    the keys 0 .. kv - 1 that a query sees, from 0 -> the caches' dtype [B, T, N, D]. All contiguous.
     """
     batch, heads, _, dim = q.shape
     groups = k.shape[1]
     keys, values = (cache[:batch, :, :kv].float().repeat_interleave(heads // groups, dim=1) for cache in (k, v))
     hidden = torch.arange(kv, device=q.device) > last[:, None, :, None]
     scores = (q @ keys.transpose(-1, -2) * dim**-0.5).masked_fill(hidden, -torch.inf)
-    return (torch.softmax(scores, dim=-1) @ values).transpose(1, 2).contiguous()
+    return (torch.softmax(scores, dim=-1) @ values).transpose(1, 2).contiguous().to(k.dtype)
 
 
 @cached_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, last: Tensor, kv: int) -> Tensor:  # noqa: ARG001 - the operator's
     batch, heads, tokens, dim = q.shape
-    return q.new_empty(batch, tokens, heads, dim)
+    return k.new_empty(batch, tokens, heads, dim)

@@ -70,7 +70,7 @@ inline void transpose(const Cached* k, int64_t count, float* out) {
 
 // `R` queries with the same keys and values; query r sees the first keys[r] of them.
 template <int64_t R>
-inline void attend(const float* q, const Cached* k, const Cached* v, const int64_t* keys, float* const* out) {
+inline void attend(const float* q, const Cached* k, const Cached* v, const int64_t* keys, Cached* const* out) {
     const Vec scale(1.0f / std::sqrt(static_cast<float>(D)));
     alignas(64) float columns[WIDTH * CHUNK], scores[R * CHUNK], sums[R * PADDED] = {}, wide[PADDED];
     float best[R], total[R] = {};
@@ -139,9 +139,13 @@ inline void attend(const float* q, const Cached* k, const Cached* v, const int64
         for (int64_t n = 0; n < R * VECTORS; ++n) sum[n].store(sums + n * LANES);
     }
     for (int64_t r = 0; r < R; ++r) {
-        float* mine = sums + r * PADDED;
-        for (int64_t d = 0; d < PADDED; d += LANES) (Vec::loadu(mine + d) / Vec(total[r])).store(mine + d);
-        std::memcpy(out[r], mine, D * sizeof(float));
+        const Vec all(total[r]);
+        const float* mine = sums + r * PADDED;
+        constexpr int64_t WHOLE = D / (2 * LANES) * (2 * LANES);
+        for (int64_t d = 0; d < WHOLE; d += 2 * LANES) {
+            store_both(Vec::loadu(mine + d) / all, Vec::loadu(mine + d + LANES) / all, out[r] + d);
+        }
+        for (int64_t d = WHOLE; d < D; ++d) out[r][d] = static_cast<Cached>(mine[d] / total[r]);
     }
 }
 
@@ -155,7 +159,7 @@ extern "C" SIGNATURE
         const int64_t part = place % PARTS, g = place / PARTS % G, b = place / PARTS / G;
         const int64_t first = part * SHARE, count = part + 1 < PARTS ? SHARE : REST;
         int64_t keys[SHARE];
-        float* out[SHARE];
+        Cached* out[SHARE];
         for (int64_t r = 0; r < count; ++r) {
             const int64_t n = g * (N / G) + (first + r) / T, t = (first + r) % T;
             const int64_t last = static_cast<int64_t>(LAST[LAST_OFFSET + b * T + t]) + 1;
@@ -207,7 +211,7 @@ class CachedAttentionTemplate(CppTemplate):
 def _lower(q: Any, k: Any, v: Any, last: Any, kv: int) -> Any:
     inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in (q, k, v, last)]
     batch, heads, tokens, dim = inputs[0].get_size()
-    layout = ir.FixedLayout(inputs[0].get_device(), torch.float32, [batch, tokens, heads, dim])
+    layout = ir.FixedLayout(inputs[0].get_device(), k.get_dtype(), [batch, tokens, heads, dim])
     out = CachedAttentionTemplate(inputs, layout, kv).generate().output_node()
     out.data.data.allow_epilogue_fusion = False
     return out

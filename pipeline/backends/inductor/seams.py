@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from pipeline.backends.inductor.block_linear import block_linear
+from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.backends.inductor.collectives import all_gather, all_reduce
 from pipeline.backends.packing import SCALE_BYTES
@@ -20,11 +22,22 @@ class BlockedSeams(Seams):
         """Product with a blocked weight."""
         return self.head(x_BTI, weight, rows).to(x_BTI.dtype)
 
+    def linears(self, x_BTI: Tensor, weights: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        """Products with several blocked weights, in one loop."""
+        out = block_linear(_flat(x_BTI), weights).to(x_BTI.dtype).view(*x_BTI.shape[:2], -1)
+        whole = [weight.shape[0] * BLOCK for weight in weights]
+        if whole == list(rows):
+            return out
+        parts = out.split(whole, dim=-1)
+        return torch.cat([part[..., :count] for part, count in zip(parts, rows, strict=True)], dim=-1)
+
+    def swiglu(self, x_BTI: Tensor, gate: Tensor, up: Tensor, rows: int) -> Tensor:
+        """Both products and what is made of them, in one loop; rounded once, at the end."""
+        return block_swiglu(_flat(x_BTI), gate, up).view(*x_BTI.shape[:2], -1)[..., :rows]
+
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """The same, left in float32."""
-        batch, tokens, inputs = x_BTI.shape
-        out = block_linear(x_BTI.reshape(batch * tokens, inputs).contiguous(), weight)
-        return out.view(batch, tokens, -1)[..., :rows]
+        """A product, left in float32."""
+        return block_linear(_flat(x_BTI), [weight]).view(*x_BTI.shape[:2], -1)[..., :rows]
 
     def attend(self, q_BNTD: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         """Over caches, only as far as each query sees."""
@@ -42,6 +55,10 @@ class BlockedSeams(Seams):
         if weight.dtype != torch.int8:
             return rows
         return rows[..., : -SCALE_BYTES // BLOCK].float() * _scales(ids, weight)[..., None]
+
+
+def _flat(x_BTI: Tensor) -> Tensor:
+    return x_BTI.reshape(-1, x_BTI.shape[-1]).contiguous()
 
 
 def _scales(ids_BT: Tensor, weight: Tensor) -> Tensor:
@@ -72,6 +89,8 @@ class PlainRankedSeams(RankedSeams):
     """Plain weights, split over ranks (CUDA)."""
 
     linear = Seams.linear
+    linears = Seams.linears
+    swiglu = Seams.swiglu
     head = Seams.head
     embed = Seams.embed
     attend = Seams.attend

@@ -1,4 +1,4 @@
-"""C++ that our kernels share: loads of any stored dtype, widened to vectors of float32; what there is for bfloat16."""
+"""C++ that our kernels share: any stored dtype to vectors of float32 and back; what processors have for bfloat16."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ inline Vec widened(const int8_t* from) {
     for (int64_t lane = 0; lane < Vec::size(); ++lane) wide[lane] = from[lane];
     return Vec::loadu(wide);
 #endif
+}
+
+// Two vectors next to each other, rounded to what is stored.
+template <typename T>
+inline void store_both(const Vec& first, const Vec& second, T* to) {
+    if constexpr (std::is_same_v<T, float>) {
+        first.store(to);
+        second.store(to + Vec::size());
+    } else {
+        const at::vec::VectorizedN<float, 2> both(first, second);
+        at::vec::convert<T, 1, float, 2>(both).store(to, 2 * Vec::size());
+    }
 }
 
 // Values that lie in pairs, (a0 b0) (a1 b1) ..: all the a, and all the b.
