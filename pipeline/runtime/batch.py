@@ -180,7 +180,8 @@ class Batch:
         out = self.ranks.run(spec, arguments)
         self.stats["speculative_steps"] += 1
         self.stats["copies"] += sum(map(bool, copies.values()))
-        new = {slot: out["tokens"][slot, : int(out["count"][slot])].tolist() for slot in rows}
+        tokens, counts = out["tokens"].tolist(), out["count"].tolist()
+        new = {slot: tokens[slot][: counts[slot]] for slot in rows}
         for slot, row in rows.items():
             row.has_copied = bool(copies[slot])
             (row.copied if row.has_copied else row.drafted).saw(len(new[slot]) - 1, steps)
@@ -260,12 +261,16 @@ def _how(rows: Rows) -> str:
 
 
 def _where(spec: GraphSpec, rows: Rows) -> dict[str, Tensor]:
-    last = torch.zeros(spec.batch, dtype=torch.int32)
-    position = torch.zeros(spec.batch, dtype=torch.int32)
-    active = torch.zeros(spec.batch, dtype=torch.bool)
+    """Where each slot is. Built as lists: an assignment to a tensor takes as long as making three of them."""
+    empty = [0] * spec.batch
+    last, position, active = list(empty), list(empty), list(empty)
     for slot, row in rows.items():
-        last[slot], position[slot], active[slot] = row.tokens[-1], row.position, True
-    return {"last_token": last, "position": position, "active": active}
+        last[slot], position[slot], active[slot] = row.tokens[-1], row.position, 1
+    return {
+        "last_token": torch.tensor(last, dtype=torch.int32),
+        "position": torch.tensor(position, dtype=torch.int32),
+        "active": torch.tensor(active, dtype=torch.bool),
+    }
 
 
 def _sampling(spec: GraphSpec, rows: Rows, draws: int) -> dict[str, Tensor]:

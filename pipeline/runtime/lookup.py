@@ -35,7 +35,6 @@ class Lookup:
 
 def argument(spec: GraphSpec, copies: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
     """What a `speculate` graph is told of copies, by row: int32 [B, K], -1 where the draft guesses."""
-    copied = torch.full((spec.batch, spec.draft_tokens), -1, dtype=torch.int32)
-    for row, tokens in copies.items():
-        copied[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-    return {"copied": copied}
+    nothing = [-1] * spec.draft_tokens
+    copied = [[*copies.get(row, ()), *nothing][: spec.draft_tokens] for row in range(spec.batch)]
+    return {"copied": torch.tensor(copied, dtype=torch.int32)}
