@@ -261,16 +261,12 @@ def _how(rows: Rows) -> str:
 
 
 def _where(spec: GraphSpec, rows: Rows) -> dict[str, Tensor]:
-    """Where each slot is. Built as lists: an assignment to a tensor takes as long as making three of them."""
-    empty = [0] * spec.batch
-    last, position, active = list(empty), list(empty), list(empty)
+    last = torch.zeros(spec.batch, dtype=torch.int32)
+    position = torch.zeros(spec.batch, dtype=torch.int32)
+    active = torch.zeros(spec.batch, dtype=torch.bool)
     for slot, row in rows.items():
-        last[slot], position[slot], active[slot] = row.tokens[-1], row.position, 1
-    return {
-        "last_token": torch.tensor(last, dtype=torch.int32),
-        "position": torch.tensor(position, dtype=torch.int32),
-        "active": torch.tensor(active, dtype=torch.bool),
-    }
+        last[slot], position[slot], active[slot] = row.tokens[-1], row.position, True
+    return {"last_token": last, "position": position, "active": active}
 
 
 def _sampling(spec: GraphSpec, rows: Rows, draws: int) -> dict[str, Tensor]:
