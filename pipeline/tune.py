@@ -118,7 +118,7 @@ def _costs(engine: Engine, batch: int, position: int) -> dict[int, float]:
         if g.phase in ("decode", "speculate") and (g.batch, g.sampling) == (batch, how) and g.kv > position
     ]  # fmt: skip
     kv = min(g.kv for g in graphs)
-    timed = [(g.draft_tokens, g, _arguments(engine, g, position)) for g in graphs if g.kv == kv]
+    timed = [(g.draft_tokens, g, step_arguments(engine, g, position)) for g in graphs if g.kv == kv]
     took: dict[int, list[float]] = {steps: [] for steps, *_ in timed}
     for turn in range(TURNS + 1):
         for steps, graph, arguments in timed:
@@ -131,7 +131,7 @@ def _costs(engine: Engine, batch: int, position: int) -> dict[int, float]:
     return {k: median(of) / plain for k, of in took.items()}
 
 
-def _arguments(engine: Engine, graph: GraphSpec, position: int) -> dict[str, Tensor]:
+def step_arguments(engine: Engine, graph: GraphSpec, position: int) -> dict[str, Tensor]:
     """What a step of all rows of a graph is given, its caches filled up to a position."""
     import torch
 

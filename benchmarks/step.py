@@ -1,0 +1,98 @@
+"""What a step costs, and where its time goes: plain decode and every K, in turns, outside the engine.
+
+    PYTHONPATH=. python benchmarks/step.py [ARTIFACT] [--batch 1] [--position 200] [--seconds 5]
+
+Medians of greedy steps, and, where Linux's `perf` is there, samples of the thread that calls (the others wait for it, or
+it for them): products with weights, attention, waiting for other threads, kernels of Inductor's own, all else: calls
+between kernels, the allocator, Python. Sampling slows the process down; shares are of the median without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from pipeline.runtime import load
+from pipeline.tune import step_arguments
+
+TURNS, STEPS, FREQUENCY = 8, 12, 4999
+KINDS = {
+    "products": r"rows_times|all_blocks|::times<|by_pairs|by_tiles|by_vectors",
+    "attention": r"attend<|cached_attention",
+    "waiting": r"libgomp|libomp|libiomp",
+    "other kernels": r"cpp_fused|Sleef",
+}
+"""Parts of a step, by what a sample's symbol and library match; the first that does counts."""
+
+
+def sampled(run: Callable[[], None], seconds: float) -> dict[str, float]:
+    """Shares of the calling thread's time by kind of work, of a function that is called over and over."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "perf.data"
+        command = ["perf", "record", "-q", "-F", str(FREQUENCY), "-p", str(os.getpid()), "-o", str(data)]
+        recorder = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        time.sleep(1)
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            run()
+        recorder.send_signal(signal.SIGINT)
+        recorder.wait()
+        script = ["perf", "script", "-i", str(data), "--tid", str(os.getpid()), "-F", "ip,sym,dso"]
+        lines = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    counts = Counter(kind_of(line) for line in lines if line.strip())
+    return {kind: counts[kind] / sum(counts.values()) for kind in (*KINDS, "all else")}
+
+
+def kind_of(line: str) -> str:
+    """Which part of a step a sample belongs to."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, line)), "all else")
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", nargs="?", type=Path, default=Path("artifacts/smollm2-135m-spec"))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--position", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=5)
+    asked = parser.parse_args()
+    engine = load(asked.artifact)
+    runs: dict[int, Callable[[], None]] = {}
+    for graph in engine.graphs:
+        wanted = graph.phase in ("decode", "speculate") and (graph.batch, graph.sampling) == (asked.batch, "greedy")
+        if wanted and graph.draft_tokens not in runs:
+            given = step_arguments(engine, graph, asked.position)
+            runs[graph.draft_tokens] = lambda graph=graph, given=given: engine.ranks.run(graph, given)
+    took: dict[int, list[float]] = {steps: [] for steps in runs}
+    for turn in range(TURNS + 1):
+        for steps, run in runs.items():
+            for number in range(STEPS):
+                started = time.perf_counter()
+                run()
+                if turn and number > 1:
+                    took[steps].append(time.perf_counter() - started)
+    ordered = sorted(runs)
+    typical = {steps: median(took[steps]) * 1e3 for steps in ordered}
+    print("| ms | " + " | ".join(f"K={steps}" if steps else "plain" for steps in ordered) + " |")
+    print("|" + " --- |" * (len(ordered) + 1))
+    print("| a step | " + " | ".join(f"{typical[steps]:.2f}" for steps in ordered) + " |")
+    print("| in plain steps | " + " | ".join(f"{typical[steps] / typical[0]:.2f}" for steps in ordered) + " |")
+    if shutil.which("perf") is None:
+        return
+    shares = {steps: sampled(runs[steps], asked.seconds) for steps in ordered}
+    for kind in (*KINDS, "all else"):
+        print(f"| {kind} | " + " | ".join(f"{shares[steps][kind] * typical[steps]:.2f}" for steps in ordered) + " |")
+
+
+if __name__ == "__main__":
+    main()
