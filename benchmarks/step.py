@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/step.py [ARTIFACT] [--batch 1] [--position 200] [--seconds 5]
 
-Medians of greedy steps, and, where Linux's `perf` is there, samples of the thread that calls (the others wait for it, or
+Medians of greedy steps, and, where Linux's `perf` is there, samples of the thread that calls (the others wait for it or
 it for them): products with weights, attention, waiting for other threads, kernels of Inductor's own, all else: calls
 between kernels, the allocator, Python. Sampling slows the process down; shares are of the median without it.
 """
