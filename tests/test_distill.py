@@ -269,7 +269,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(work, change, wher
 
 def test_text_of_an_earlier_run_is_learned_from_and_only_the_targets_own(work, figures):
     folder = prepare(request_of(work)).folder / "data"
-    job = prepare(request_of(work, "more", seed=3, text=(folder,)))
+    job = prepare(request_of(work, "more", seed=3, text=(folder, folder)))
     job.write_data()  # what is there is enough
     assert not (job.folder / "data").exists()
     assert job.counts == figures["data"]
@@ -283,6 +283,12 @@ def test_text_of_an_earlier_run_is_learned_from_and_only_the_targets_own(work, f
         facts = file.metadata()
     save_file(part | {"last": -part["last"]}, other / "part-00000.safetensors", facts)
     with pytest.raises(InputError, match="hidden states"):
+        prepare(request_of(work, "more", text=(other,))).write_data()
+    (other / "part-00000.safetensors").write_bytes((folder / "part-00000.safetensors").read_bytes()[:-9])
+    with pytest.raises(InputError, match="damaged"):
+        prepare(request_of(work, "more", text=(other,))).write_data()
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, other / "part-00000.safetensors")
+    with pytest.raises(InputError, match="not text that a run wrote"):
         prepare(request_of(work, "more", text=(other,))).write_data()
     (other / "part-00000.safetensors").unlink()
     with pytest.raises(InputError, match="no text there"):

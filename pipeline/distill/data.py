@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -30,6 +31,9 @@ PROMPT_TOKENS = 96
 PROMPT_TEMPERATURE = 1.0
 ANSWER_TEMPERATURE = 0.8
 GREEDY_SHARE = 0.7
+
+TENSORS = {"tokens", "lengths", "prompts", "taps", "last"}
+"""What a part holds."""
 
 PART = 256
 """Prompts of a part: what a kill may cost."""
@@ -119,6 +123,15 @@ def _pack(found: Sequence[Written]) -> bytes:
         "last": torch.cat([w.last_TH for w in found]),
     }
     return save(tensors, {"counts": json.dumps(counts)})
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is a whole part, by its header: nothing of its tensors is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "counts" in (file.metadata() or {}) and set(file.keys()) == TENSORS
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_part(path: Path) -> list[Conversation]:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.distill import draft_model, eagle3
-from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_part, write_transcripts
+from pipeline.distill.data import PART, Conversation, Prompts, is_part, read_part, write_part, write_transcripts
 from pipeline.distill.generate import Writer, Writing
 from pipeline.distill.head import frequent, head_config, initial, layers_of, model_config
 from pipeline.distill.prompts import Apart
@@ -180,14 +180,20 @@ class Job:
         return _parts_in(self.folder / "data")
 
     def _given(self) -> list[Path]:
-        return [path for folder in self.request.text for path in _parts_in(folder)]
+        """Parts of earlier runs; a folder that is named twice, or is this run's own, counts once."""
+        own = (self.folder / "data").resolve()
+        folders = dict.fromkeys(folder.resolve() for folder in self.request.text)
+        return [path for folder in folders if folder != own for path in _parts_in(folder)]
 
     def _check_text(self, folder: Path) -> None:
         """Compare the hidden states of its first sequence with what the target gives: no other model's are learned."""
         parts = _parts_in(folder)
-        if not parts:
+        for path in parts:
+            if not is_part(path):
+                raise InputError("not text that a run wrote, or damaged", where=str(path), fix="remove that file")
+        stored = next((sequence for path in parts for sequence in read_part(path)), None)
+        if stored is None:
             raise InputError("no text there", where=str(folder), fix="name the folder that a run said its text is in")
-        stored = read_part(parts[0])[0]
         tokens = stored.tokens.tolist()
         (seen,) = self.writer.read([(tokens[: stored.prompt], tokens[stored.prompt :])])
         for old, new in ((stored.taps_TX, seen.taps_TX), (stored.last_TH, seen.last_TH)):
