@@ -98,9 +98,9 @@ def contenders(root: Path, other: Path | None, limit: int, *, alone: bool) -> tu
         second = load(other)
         k = second.manifest.draft_tokens[0]
         found[f"draft model, K={k}"] = artifact(second, limit)
-        found |= transformers_answers(load_recipe(other / "recipe.yaml"), limit)
+        found |= transformers_answers(load_recipe(other / "recipe.yaml"), Path("recipes"), limit)
     else:
-        found |= transformers_answers(load_recipe(root / "recipe.yaml"), limit)
+        found |= transformers_answers(load_recipe(root / "recipe.yaml"), Path("recipes"), limit)
     return found, engine
 
 

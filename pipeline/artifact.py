@@ -41,6 +41,9 @@ MAX_FILES = 100_000
 ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
 """Files that tell of one build, and are not part of what the artifact is."""
 
+ALWAYS = ("recipe.*", "*config.json", "tokenizer/*")
+"""What every part of an artifact comes with."""
+
 CACHE_KIND = "vllm-compile-cache"
 
 ISA_ORDER = ("default", "avx2", "avx512")
@@ -215,7 +218,7 @@ def parse(data: bytes, where: str) -> Manifest:
     try:
         read_json = json.loads(data)
         version, kind = read_json.get("schema_version"), read_json.get("kind")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
     if version != SCHEMA_VERSION:
         what = f"schema_version {version!r}, this Tandem reads {SCHEMA_VERSION}"
@@ -245,6 +248,20 @@ def content_digest(manifest: Manifest) -> str:
     data = manifest.model_dump(mode="json", exclude={"version", "created", "validation"})
     data["files"] = {name: entry for name, entry in data["files"].items() if not _matches(name, ABOUT_THE_BUILD)}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def part(manifest: Manifest, only: Sequence[str] | None, where: str) -> tuple[str, ...] | None:
+    """Patterns of a part of an artifact: those that were asked for, and what every part comes with; None for all.
+
+    Raises:
+        InputError: one matches nothing; says what there is.
+
+    """
+    for pattern in only or ():
+        if not select(manifest, [pattern]):
+            tops = ", ".join(sorted({name.partition("/")[0] for name in manifest.files}))
+            raise InputError(f"no file matches {pattern}", where=where, fix=f"it has {tops}")
+    return (*only, *ALWAYS) if only else None
 
 
 def select(manifest: Manifest, only: Sequence[str] | None) -> dict[str, FileEntry]:
@@ -321,6 +338,9 @@ def check_replaceable(out: Path) -> None:
         InputError: names the directory.
 
     """
+    if os.path.ismount(out):
+        what = "this folder is a mount point, which cannot be replaced in one step"
+        raise InputError(what, where=str(out), fix=f"name a folder inside it, for example {out / 'artifact'}")
     if out.is_file():
         raise InputError("a file is in the way of the artifact", where=str(out), fix="name a new folder")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():

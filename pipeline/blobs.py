@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import mmap
+import os
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -141,6 +142,8 @@ class Blobs:
             fault = difference(place, entry) if place.is_file() else "missing"
             if fault is None:
                 meter.add(entry.size)
+                with suppress(OSError):  # when it was used last, for `tandem cache gc`
+                    os.utime(place)
             elif origin is None:
                 raise HostError(f"{path} is damaged here: {fault}", where=str(place), fix="pull it online")
             else:

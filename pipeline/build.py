@@ -241,6 +241,8 @@ def _whole_shards(root: Path, say: Say) -> list[ShardFile] | None:
     except (OSError, ValueError, TypeError) as error:
         faults = [str(error)]
     if not faults:
+        with contextlib.suppress(OSError):  # when it was used last, for `tandem cache gc`
+            os.utime(root / "shards.json")
         return found
     say(f"shard: cached shards are damaged ({'; '.join(faults)}): written again")
     shutil.rmtree(root, ignore_errors=True)

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from pipeline import __version__
-from pipeline.commands import QUIET, RECIPES, VERBOSE, Group, artifact_dir, as_json, note, recipe_path
-from pipeline.console import Console, print_error, print_json
-from pipeline.errors import InputError, TandemError
+from pipeline.commands import (
+    QUIET,
+    RECIPES,
+    VERBOSE,
+    Group,
+    artifact_dir,
+    as_json,
+    note,
+    policy_of,
+    policy_option,
+    recipe_path,
+)
+from pipeline.console import Console, Stream, print_error, print_json
+from pipeline.errors import HostError, InputError, TandemError
+
+recipe_option = click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The recipe it was built from, which relative sources and prompts belong to (default: one in recipes/).",
+)
 
 
 class Tandem(Group):
@@ -25,15 +43,32 @@ class Tandem(Group):
         try:
             return super().invoke(ctx)
         except TandemError as error:
-            console.close()
-            print_error(error, with_traceback=console.verbose)
-            sys.exit(error.exit_code)
+            _end(console, error)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader went away: click ends quietly
+                raise
+            _end(console, _of_host(error))
         except KeyboardInterrupt:
             console.close()
             click.echo("interrupted; run the same command to continue", err=True)
             sys.exit(130)
         finally:
             console.close()
+
+
+def _end(console: Console, error: TandemError) -> NoReturn:
+    console.close()
+    print_error(error, with_traceback=console.verbose)
+    sys.exit(error.exit_code)
+
+
+def _of_host(error: OSError) -> HostError:
+    """What the machine refused, wherever in a command that was."""
+    places = (error.filename, error.filename2)
+    where = " -> ".join(str(one) for one in places if one is not None)
+    made = HostError(error.strerror or str(error), where=where, fix="-v shows what was being done")
+    made.__cause__ = error
+    return made
 
 
 @click.group(cls=Tandem, context_settings={"help_option_names": ["-h", "--help"]})
@@ -124,13 +159,13 @@ def plan(recipe: str, json_: bool) -> None:
 @click.argument("artifact")
 @click.option("--prompt", required=True, help="Text to answer.")
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
-@click.option("--max-new-tokens", default=128, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--top-k", default=0, show_default=True)
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--speculate/--no-speculate", default=True)
-@click.option("--policy", "policy_file", type=click.Path(path_type=Path), envvar="TANDEM_POLICY", help="Who must sign.")
+@policy_option
 @as_json
 @click.pass_obj
 def run(
@@ -139,55 +174,47 @@ def run(
 ) -> None:  # fmt: skip
     """Stream the answer of ARTIFACT to a prompt."""
     from pipeline.runtime import load
-    from pipeline.signing import read_policy
 
-    engine = load(artifact_dir(artifact), read_policy(policy_file) if policy_file else None)
+    engine = load(artifact_dir(artifact), policy_of(policy_file))
     tokens = engine.text.encode(prompt) if raw or not engine.text.has_chat else engine.text.chat(prompt)
+    stream = Stream(engine.text.decode)
     answer = engine.generate(
         [tokens], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        speculate=speculate, on_tokens=None if json_ else _streamer(engine.text.decode),
+        speculate=speculate, on_tokens=None if json_ else lambda _, new: click.echo(stream.push(new), nl=False),
     )[0]  # fmt: skip
     if json_:
         print_json(asdict(answer))
         return
-    click.echo("")
+    click.echo(stream.rest())
     per_step = sum(answer.emitted_per_step) / max(answer.steps, 1)
     console.say(f"[{len(answer.tokens)} tokens, {answer.steps} speculative steps, {per_step:.2f} tokens a step]")
-
-
-def _streamer(decode: Callable[[list[int]], str]) -> Callable[[int, list[int]], None]:
-    """Print text as tokens come; holds back an unfinished multi-byte character."""
-    seen: list[int] = []
-    shown = ""
-
-    def show(index: int, tokens: list[int]) -> None:
-        nonlocal shown
-        seen.extend(tokens)
-        text = decode(seen)
-        if index == 0 and not text.endswith("\ufffd"):
-            click.echo(text[len(shown) :], nl=False)
-            shown = text
-
-    return show
 
 
 @main.command()
 @click.argument("artifact")
 @click.option("--against", type=click.Choice(["hf"]), help="Measure transformers with the same pair in the same run.")
-@click.option("--prompts", "count", default=8, show_default=True, help="How many of the recipe's prompts.")
-@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option(
+    "--prompts", "count", type=click.IntRange(1), default=8, show_default=True, help="How many of the recipe's prompts."
+)
+@click.option("--max-new-tokens", type=click.IntRange(2), default=64, show_default=True)
+@recipe_option
+@policy_option
 @as_json
-def bench(artifact: str, against: str | None, count: int, max_new_tokens: int, json_: bool) -> None:
+def bench(
+    artifact: str, against: str | None, count: int, max_new_tokens: int, recipe_file: Path | None,
+    policy_file: Path | None, json_: bool,
+) -> None:  # fmt: skip
     """Measure ARTIFACT with and without speculation, interleaved, in one run."""
     from pipeline.runtime.bench import bench as measure
 
-    rows = measure(artifact_dir(artifact), count, max_new_tokens, against)
+    base = recipe_file.parent if recipe_file else RECIPES
+    rows = measure(artifact_dir(artifact), base, count, max_new_tokens, against, policy_of(policy_file))
     if json_:
         print_json([asdict(row) for row in rows])
         return
-    click.echo(f"{'':<24}{'first token':>12}{'p50':>10}{'p99':>10}{'tokens/s':>10}{'tokens/step':>13}")
+    click.echo(f"{'':<24}{'first token':>12}{'a token: p50':>14}{'p99':>10}{'tokens/s':>10}{'tokens/step':>13}")
     for row in rows:
-        cells = f"{row.first_token_ms:>9.0f} ms{row.p50_ms:>7.1f} ms{row.p99_ms:>7.1f} ms"
+        cells = f"{row.first_token_ms:>9.0f} ms{row.p50_ms:>11.1f} ms{row.p99_ms:>7.1f} ms"
         click.echo(f"{row.name:<24}{cells}{row.tokens_per_s:>10.1f}{row.tokens_per_step:>13.2f}")
 
 
@@ -228,16 +255,14 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
 
 @main.command()
 @click.argument("artifact")
-@click.option(
-    "--recipe",
-    "recipe_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The recipe it was built from, which relative sources and prompts belong to (default: one in recipes/).",
-)
+@recipe_option
 @click.option("--on-device", is_flag=True, help="Refuse to judge an artifact for an accelerator anywhere else.")
+@policy_option
 @as_json
 @click.pass_obj
-def validate(console: Console, artifact: str, recipe_file: Path | None, on_device: bool, json_: bool) -> None:
+def validate(
+    console: Console, artifact: str, recipe_file: Path | None, on_device: bool, policy_file: Path | None, json_: bool
+) -> None:  # fmt: skip
     """Run the gates on ARTIFACT again and store the reports in it; they say what they ran on."""
     from pipeline.artifact import read
     from pipeline.validate import validate_artifact
@@ -246,6 +271,10 @@ def validate(console: Console, artifact: str, recipe_file: Path | None, on_devic
     device = read(root).manifest.requires.get("device", "cpu")
     if on_device and device == "cpu":
         raise InputError("the artifact runs on a CPU", where=str(root), fix="leave out --on-device")
+    if (policy := policy_of(policy_file)) is not None:
+        from pipeline.signing import check_artifact
+
+        check_artifact(root, policy)
     validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.say)
     if json_:
         print_json(read(root).manifest.validation)

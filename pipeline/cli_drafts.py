@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.commands import Command, artifact_dir, as_json, recipe_path
+from pipeline.commands import Command, artifact_dir, as_json, policy_of, policy_option, recipe_path
 from pipeline.console import Console, print_json
 from pipeline.errors import InputError
 from pipeline.files import write_atomic
@@ -120,11 +120,13 @@ def _numbers(text: str | None) -> tuple[int, ...]:
 @click.option("--prompts", "each", type=click.IntRange(1), default=4, show_default=True, help="Prompts of each class.")
 @click.option("--max-new-tokens", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--write", is_flag=True, help="Put the best K, their costs and the buckets into the recipe.")
+@policy_option
 @as_json
 @click.pass_obj
 def tune(
-    console: Console, recipe: str, artifact: str | None, each: int, max_new_tokens: int, write: bool, json_: bool
-) -> None:
+    console: Console, recipe: str, artifact: str | None, each: int, max_new_tokens: int, write: bool,
+    policy_file: Path | None, json_: bool,
+) -> None:  # fmt: skip
     """Measure acceptance and step costs of RECIPE's built artifact here, and say which K and buckets are best."""
     from pipeline.recipe import load
     from pipeline.runtime import load as load_artifact
@@ -135,7 +137,7 @@ def tune(
     path = recipe_path(recipe)
     parsed = load(path)
     prompts = load_prompts(prompts_path(parsed.validate_.prompts, path.parent))
-    engine = load_artifact(artifact_dir(artifact or parsed.name))
+    engine = load_artifact(artifact_dir(artifact or parsed.name), policy_of(policy_file))
     found = measure(engine, prompts, each, max_new_tokens, console.say)
     data = found.to_json()
     pages = Path("artifacts") / "tuning"

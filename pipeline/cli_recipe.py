@@ -29,14 +29,19 @@ def schema(json_: bool) -> None:  # noqa: ARG001 - it is JSON either way
 @click.argument("names", nargs=-1, required=True)
 @as_json
 def check(names: tuple[str, ...], json_: bool) -> None:
-    """Check recipes, and plan those that have a lock."""
+    """Check recipes, their prompts and registries, and plan those that have a lock."""
     from pipeline.lock import lock_path, pair_configs, read
     from pipeline.plan import make_plan
     from pipeline.recipe import load
+    from pipeline.stores.base import scheme_of
+    from pipeline.validate.prompts import load_prompts, prompts_path
 
     for name in names:
         path = recipe_path(name)
         parsed = load(path)
+        load_prompts(prompts_path(parsed.validate_.prompts, path.parent))
+        for one in parsed.publish:
+            scheme_of(one.to)
         if lock_path(path).is_file():
             make_plan(parsed, *pair_configs(parsed, read(lock_path(path)), str(lock_path(path))))
         if not json_:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands import Command, Group, artifact_dir, as_json
+from pipeline.commands import (
+    Command,
+    Group,
+    artifact_dir,
+    as_json,
+    identity_option,
+    issuer_option,
+    policy_of,
+    policy_option,
+)
 from pipeline.console import Console, print_error, print_json
 
 if TYPE_CHECKING:
     from pipeline.cache import Cache
     from pipeline.publish import Outcome
     from pipeline.remote_cache import RemoteCache
-    from pipeline.signing import Policy
 
 MIB = 1 << 20
 REGISTRY = "artifacts/registry"
-ALWAYS = ("recipe.*", "*config.json", "tokenizer/*")
-"""What every part of an artifact comes with."""
-
-identity_option = click.option(
-    "--require-signature", "identity", help="Refuse what this public key's file, or identity, did not sign."
-)
-issuer_option = click.option("--issuer", help="Issuer of that identity (default: GitHub Actions).")
-policy_option = click.option(
-    "--policy", "policy_file", type=click.Path(path_type=Path), envvar="TANDEM_POLICY", help="Policy file."
-)
 
 
 def add_to(main: click.Group) -> None:
@@ -74,7 +74,8 @@ def publish(
         for root in roots:
             _sign(root, key)
     outcomes = publish_all(
-        roots, places, version=version, unvalidated=unvalidated, dry_run=dry_run, progress=console.transfer("publish")
+        roots, places, version=version, sign=_signer(key) if key or keyless else None, unvalidated=unvalidated,
+        dry_run=dry_run, progress=console.transfer("publish"),
     )  # fmt: skip
     if json_:
         print_json([_outcome_json(one) for one in outcomes])
@@ -121,32 +122,29 @@ def pull(
     """Pull a release, REGISTRY/NAME@VERSION-or-ALIAS, into DIRECTORY, verified."""
     from pipeline.pull import pull as fetch
 
-    parts = [part if any(c in part for c in "*?[/.") else f"{part}/*" for part in only]
     out = fetch(
-        reference, directory, only=[*parts, *ALWAYS] if parts else None, variant=variant,
-        policy=policy_of(identity, issuer, policy_file), offline=offline, progress=console.transfer("pull"),
+        reference, directory, only=_patterns(only), variant=variant,
+        policy=policy_of(policy_file, identity, issuer), offline=offline, progress=console.transfer("pull"),
     )  # fmt: skip
     _shown(json_, {"artifact": out}, str(out))
 
 
-def policy_of(identity: str | None, issuer: str | None, path: Path | None) -> Policy | None:
-    """Whose signature the options ask for."""
-    from pipeline import signing
-
-    if identity is not None:
-        return signing.require(identity, issuer or signing.GITHUB)
-    return signing.read_policy(path) if path is not None else None
+def _patterns(parts: tuple[str, ...]) -> list[str] | None:
+    return [part if any(c in part for c in "*?[/.") else f"{part}/*" for part in parts] or None
 
 
 @click.command(cls=Command)
 @click.argument("url")
 @as_json
-def ls(url: str, json_: bool) -> None:
+@click.pass_obj
+def ls(console: Console, url: str, json_: bool) -> None:
     """List the releases of a registry, or, with URL/NAME@, of one name."""
     from pipeline.registry import list_releases
 
     place, _, last = url.rpartition("/")
     found = list_releases(place, last.rstrip("@")) if last.endswith("@") else list_releases(url)
+    if not found:
+        console.say(f"nothing is published in {url}")
     if json_:
         print_json([asdict(one) for one in found])
         return
@@ -205,32 +203,46 @@ def sign(artifact: str, key: Path | None, json_: bool) -> None:
 def _sign(root: Path, key: Path | None) -> Path:
     from pipeline import signing
 
-    password, token = os.environ.get("TANDEM_KEY_PASSWORD"), os.environ.get("SIGSTORE_ID_TOKEN")
-    return signing.sign(root, key, password=password, token=token)
+    return signing.sign(root, key, **_secrets())
+
+
+def _signer(key: Path | None) -> Callable[[bytes], bytes]:
+    from pipeline import signing
+
+    return lambda index: signing.signature_over(index, "release", key, **_secrets())
+
+
+def _secrets() -> dict[str, str | None]:
+    return {"password": os.environ.get("TANDEM_KEY_PASSWORD"), "token": os.environ.get("SIGSTORE_ID_TOKEN")}
 
 
 @click.command(cls=Command)
 @click.argument("artifact")
+@click.option("--only", multiple=True, help="The part that was pulled with the same option.")
 @identity_option
 @issuer_option
 @policy_option
 @as_json
 @click.pass_obj
 def verify(
-    console: Console, artifact: str, identity: str | None, issuer: str | None, policy_file: Path | None, json_: bool
+    console: Console, artifact: str, only: tuple[str, ...], identity: str | None, issuer: str | None,
+    policy_file: Path | None, json_: bool,
 ) -> None:  # fmt: skip
     """Check every file of ARTIFACT against its manifest, and who signed that."""
+    from pipeline.artifact import part, read, select
     from pipeline.artifact import verify as check
 
     root = artifact_dir(artifact)
-    policy = policy_of(identity, issuer, policy_file)
+    policy = policy_of(policy_file, identity, issuer)
     if policy is not None:
         from pipeline.signing import check_artifact
 
         check_artifact(root, policy)
-    found = check(root, lambda done, total: console.progress("verify", done, total)).manifest
-    data = {"name": found.name, "version": found.version, "files": len(found.files), "signed": policy is not None}
-    _shown(json_, data, f"{found.name} {found.version}: {len(found.files)} files match")
+    patterns = part(read(root).manifest, _patterns(only), str(root))
+    found = check(root, lambda done, total: console.progress("verify", done, total), only=patterns).manifest
+    count = len(select(found, patterns))
+    data = {"name": found.name, "version": found.version, "files": count, "signed": policy is not None}
+    _shown(json_, data, f"{found.name} {found.version}: {count} files match")
 
 
 @click.group(cls=Group)
@@ -262,7 +274,8 @@ def alias_list(reference: str, json_: bool) -> None:
 
     ref = parse_reference(reference)
     found = open_store(ref.url).aliases(ref.name)
-    _shown(json_, found, "\n".join(f"{name} -> {version}" for name, version in found.items()))
+    lines = (f"{name} -> {version or 'damaged; set it again'}" for name, version in found.items())
+    _shown(json_, found, "\n".join(lines))
 
 
 @alias.command("history")
@@ -330,25 +343,46 @@ def cache_pull(console: Console, url: str, json_: bool) -> None:
 @click.option("--remote", "url", help="Of this shared cache, not of the local one.")
 @as_json
 def stats(url: str | None, json_: bool) -> None:
-    """Count entries and bytes."""
+    """Count compiled graphs and bytes; of the local cache, the bytes of every folder, too."""
     from pipeline.cache import default_root
+    from pipeline.housekeeping import folder_sizes
 
     found, place = _cache(url).stats(), url or default_root()
-    line = f"{found.entries} entries, {found.size_bytes / MIB:.1f} MiB in {place}"
-    _shown(json_, asdict(found) | {"root": place}, line)
+    folders = {} if url else folder_sizes(default_root())
+    lines = [f"{found.entries} graphs, {found.size_bytes / MIB:,.1f} MiB in {place}"]
+    lines += [f"  {name:<10}{size / MIB:>12,.1f} MiB" for name, size in folders.items()]
+    _shown(json_, asdict(found) | {"root": place, "folders": folders}, "\n".join(lines))
+
+
+AMOUNT = click.FloatRange(0, 1e6)
+
+
+def _amount(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:  # noqa: ARG001
+    if value is not None and math.isnan(value):  # a range lets it pass
+        raise click.BadParameter("nan is no amount")
+    return value
 
 
 @cache.command("gc")
-@click.option("--max-gib", type=float, required=True, help="Keep at most this much, the newest.")
-@click.option("--max-days", type=float, help="Remove what is older (local: not used for longer).")
+@click.option("--max-gib", type=AMOUNT, callback=_amount, required=True, help="Keep at most this much, the newest.")
+@click.option("--max-days", type=AMOUNT, callback=_amount, help="Remove what is older (local: not used for longer).")
 @click.option("--remote", "url", help="Of this shared cache, not of the local one.")
 @as_json
 def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: bool) -> None:
-    """Remove the oldest entries."""
-    age_s = None if max_days is None else max_days * 24 * 3600
+    """Remove the oldest graphs.
+
+    With --max-days also, of the local cache, pulled blobs and weight shards that no artifact here is linked to. Written
+    text (distill) and sources are never removed.
+    """
+    from pipeline.cache import Stats, default_root
+    from pipeline.housekeeping import DAY_S, remove_unused
+
+    age_s = None if max_days is None else max_days * DAY_S
     removed = _cache(url).gc(int(max_gib * (1 << 30)), age_s)
-    line = f"removed {removed.entries} entries, {removed.size_bytes / MIB:.1f} MiB"
-    _shown(json_, asdict(removed), line)
+    unused = Stats(0, 0) if url or age_s is None else remove_unused(default_root(), age_s)
+    parts = (f"{removed.entries} graphs, {removed.size_bytes / MIB:,.1f} MiB",
+             f"{unused.entries} blobs and shards, {unused.size_bytes / MIB:,.1f} MiB")  # fmt: skip
+    _shown(json_, asdict(removed) | {"unused": asdict(unused)}, f"removed {'; '.join(parts)}")
 
 
 def _cache(url: str | None) -> Cache | RemoteCache:

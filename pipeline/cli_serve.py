@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli_registry import identity_option, issuer_option, policy_of, policy_option
-from pipeline.commands import Command, artifact_dir, as_json
+from pipeline.commands import Command, artifact_dir, as_json, identity_option, issuer_option, policy_of, policy_option
 from pipeline.console import Console, print_json
 from pipeline.errors import HostError
 from pipeline.serve.plugin import ARTIFACT
@@ -49,7 +48,7 @@ def serve(
         raise HostError("vLLM is not installed here", where="tandem serve", fix=INSTALL)
     if not any(one.name == "tandem" for one in entry_points(group="vllm.platform_plugins")):
         raise HostError("vLLM does not see Tandem's plugin: an older installation", where="tandem serve", fix=INSTALL)
-    root = _root(console, artifact, policy_of(identity, issuer, policy_file)).resolve()
+    root = _root(console, artifact, policy_of(policy_file, identity, issuer)).resolve()
     if policy_file is not None:
         os.environ["TANDEM_POLICY"] = str(policy_file.resolve())
     from pipeline.artifact import read

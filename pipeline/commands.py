@@ -1,20 +1,31 @@
-"""What the commands in `cli.py` and `cli_registry.py` share: -v, -q, --json, and how artifacts are named."""
+"""What the commands share: -v, -q, --json, how artifacts are named, and who must have signed them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.console import Console
 from pipeline.errors import InputError
 
+if TYPE_CHECKING:
+    from pipeline.signing import Policy
+
 RECIPES = Path("recipes")
 VERBOSE = "Show tracebacks."
 QUIET = "Show results and errors only."
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for machines.")
+identity_option = click.option(
+    "--require-signature", "identity", help="Refuse what this public key's file, or identity, did not sign."
+)
+issuer_option = click.option("--issuer", help="Issuer of that identity (default: GitHub Actions).")
+policy_option = click.option(
+    "--policy", "policy_file", type=click.Path(path_type=Path), envvar="TANDEM_POLICY",
+    help="File that says who must have signed.",
+)  # fmt: skip
 
 
 class Command(click.Command):
@@ -57,3 +68,20 @@ def recipe_path(name: str) -> Path:
     from pipeline.recipe import find
 
     return find(name, RECIPES)
+
+
+def policy_of(path: Path | None, identity: str | None = None, issuer: str | None = None) -> Policy | None:
+    """Who must have signed, as the options say.
+
+    Raises:
+        InputError: a policy and an identity, of which one would be left out.
+
+    """
+    from pipeline import signing
+
+    if path is None:
+        return None if identity is None else signing.require(identity, issuer or signing.GITHUB)
+    if identity is not None:
+        fix = "leave one out (a policy may come from TANDEM_POLICY)"
+        raise InputError("there is a policy, too", where="--require-signature", fix=fix)
+    return signing.read_policy(path)

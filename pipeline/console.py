@@ -81,6 +81,27 @@ class Console:
             self._tasks.clear()
 
 
+class Stream:
+    """The text of tokens as they come; what may be a part of a character waits for the rest of it."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def push(self, tokens: list[int]) -> str:
+        """What can be shown now."""
+        self._tokens.extend(tokens)
+        text = self._decode(self._tokens).rstrip("\ufffd")
+        new = text[len(self._shown) :]
+        self._shown += new
+        return new
+
+    def rest(self) -> str:
+        """What is left at the end."""
+        return self._decode(self._tokens)[len(self._shown) :]
+
+
 def _bars() -> Progress:
     from rich.console import Console as Terminal
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

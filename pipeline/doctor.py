@@ -90,7 +90,8 @@ def _shortages(plan: Plan, largest: int) -> Iterator[Problem]:
         yield Problem("machine.memory", what, "end other programs")
     disk = _disk(default_root())
     if plan.stored_bytes > disk:
-        what = f"the artifact needs about {plan.stored_bytes / GIB:.1f} GiB, the cache's disk has {disk / GIB:.1f} free"
+        needed = f"its files need about {plan.stored_bytes / GIB:.1f} GiB, equal ones once"
+        what = f"{needed}; the cache's disk has {disk / GIB:.1f} free"
         yield Problem("machine.disk", what, "set TANDEM_CACHE to a larger disk, and build beside it")
 
 

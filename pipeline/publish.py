@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.artifact import CACHE_KIND, MANIFEST, SIGNATURE, Artifact, Manifest, Progress, silent, verify
+from pipeline.artifact import CACHE_KIND, MANIFEST, SIGNATURE, Manifest, Progress, silent, verify
 from pipeline.artifact_diff import diff
-from pipeline.errors import ArtifactError, GateError, TandemError
+from pipeline.errors import ArtifactError, GateError, InputError, TandemError
 from pipeline.recipe import load
 from pipeline.registry import check_alias, move_alias, read_small
-from pipeline.release import Bundle, Document, all_files, bundle, digest_of, parse_document
+from pipeline.release import Bundle, Document, Index, all_files, bundle, digest_of, parse_document
 from pipeline.stores.base import Content, Signature, Store, open_store
 
 UNGATED = {"nxdi": "NxD Inference", CACHE_KIND: "vLLM's Neuron plugin"}
 """Whose code the gates here cannot run: such artifacts are published only as unvalidated."""
+
+Sign = Callable[[bytes], bytes]
+"""Makes a signature over an index, which, unlike a manifest, comes to be when it is published."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def publish(
     aliases: Sequence[str] = (),
     *,
     version: str | None = None,
+    sign: Sign | None = None,
     unvalidated: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
@@ -82,16 +86,18 @@ def publish(
     """Publish verified artifacts whose gates passed; publishing them again sends nothing.
 
     Several artifacts of one recipe become the variants of one release. An equal artifact that was built or validated
-    at another time is the same release: the published one stays. `unvalidated` lets pass what has no gates here: a
-    package of NxD Inference, a compile cache.
+    at another time is the same release: the published one stays. `sign` signs what names variants, or a version that
+    was chosen; an artifact is signed before. `unvalidated` lets pass what has no gates here: a package of NxD
+    Inference, a compile cache.
 
     Raises:
         GateError: one was not validated, or failed.
         ArtifactError: one does not verify, or the version is taken by another content.
+        InputError: an alias has the version's name, or a version that of an alias.
         HostError: the registry cannot be reached or written.
 
     """  # fmt: skip
-    made = _bundled([roots] if isinstance(roots, Path) else roots, version, unvalidated)
+    made = _bundled([roots] if isinstance(roots, Path) else roots, version, unvalidated, None if dry_run else sign)
     return _publish(made, Place(url, tuple(aliases)), dry_run, progress)
 
 
@@ -100,6 +106,7 @@ def publish_all(
     places: Sequence[Place],
     *,
     version: str | None = None,
+    sign: Sign | None = None,
     unvalidated: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
@@ -111,7 +118,7 @@ def publish_all(
         ArtifactError: one does not verify.
 
     """
-    made, found = _bundled(roots, version, unvalidated), []
+    made, found = _bundled(roots, version, unvalidated, None if dry_run else sign), []
     for place in places:
         try:
             found.append(Outcome(place.url, _publish(made, place, dry_run, progress)))
@@ -120,17 +127,19 @@ def publish_all(
     return found
 
 
-def _bundled(roots: Sequence[Path], version: str | None, unvalidated: bool) -> Bundle:
+def _bundled(roots: Sequence[Path], version: str | None, unvalidated: bool, sign: Sign | None) -> Bundle:
     artifacts = [verify(root) for root in roots]
     for one in artifacts:
         _check_gates(one.manifest, one.root, unvalidated)
-    return bundle(artifacts, version)
+    made = bundle(artifacts, version)
+    return replace(made, signature=sign(made.data)) if sign and isinstance(made.document, Index) else made
 
 
 def _publish(made: Bundle, place: Place, dry_run: bool, progress: Progress) -> Release:
     url, store = place.url, open_store(place.url)
     for alias in place.aliases:
         check_alias(store, made.document.name, made.document.version, alias, url)
+    _check_version(store, made.document, url)
     content = _content(made)
     if dry_run:
         return _release(made, place, *_missing(store, made, content, url))
@@ -142,6 +151,13 @@ def _publish(made: Bundle, place: Place, dry_run: bool, progress: Progress) -> R
         for alias in place.aliases:
             move_alias(store, content.name, alias, content.version, url)
     return _release(made, place, there, missing)
+
+
+def _check_version(store: Store, document: Document, url: str) -> None:
+    """A version named like an alias would take its place, since a version never yields to an alias."""
+    if store.read_alias(document.name, document.version) is not None:
+        what = f"version {document.version!r} is an alias of {document.name}"
+        raise InputError(what, where=url, fix="choose another version, or leave it out")
 
 
 def _release(made: Bundle, place: Place, there: Document | None, missing: Sequence[str]) -> Release:
@@ -167,12 +183,14 @@ def _content(made: Bundle) -> Content:
     root = next(iter(made.artifacts.values())).root
     return Content(
         made.document.name, made.document.version, made.data, made.files, made.sources,
-        tuple(_signatures(made.artifacts.items())), card(made.document, manifests, root),
+        tuple(_signatures(made)), card(made.document, manifests, root),
     )  # fmt: skip
 
 
-def _signatures(artifacts: Iterable[tuple[str, Artifact]]) -> Iterable[Signature]:
-    for prefix, one in artifacts:
+def _signatures(made: Bundle) -> Iterable[Signature]:
+    if made.signature is not None:
+        yield Signature(SIGNATURE, hashlib.sha256(made.data).hexdigest(), made.signature)
+    for prefix, one in made.artifacts.items():
         path = one.root / SIGNATURE
         if path.is_file():
             digest = hashlib.sha256((one.root / MANIFEST).read_bytes()).hexdigest()

@@ -28,14 +28,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class _Signed:
+    """A document, and the signatures that there are over it; nothing is known of their worth."""
+
+    data: bytes
+    signatures: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
 class _Found:
-    """A release, and one artifact of it. `prefix` is its folder in the release; `signature` is empty if it has none."""
+    """A release, and one artifact of it. `prefix` is its folder in the release; `index` names its variants, if any."""
 
     version: str
     prefix: str
-    data: bytes
     manifest: Manifest
-    signatures: tuple[bytes, ...]
+    own: _Signed
+    index: _Signed | None
 
 
 def pull(
@@ -51,12 +59,13 @@ def pull(
 ) -> Path:
     """Pull a release into `directory` (default `artifacts/pulled/<name>`), complete or not at all; returns it.
 
-    `only` takes the files that match its patterns (`weights/*/rank-0-*`), a part that `artifact.verify(..., only=...)`
-    checks. Of a release with variants, the one for this host. `policy` says whose signature is needed. `offline` asks
-    nobody: the release must have been pulled before.
+    `only` takes the files that match its patterns (`weights/*/rank-0-*`), and what every part comes with; see
+    `artifact.part`. Of a release with variants, the one for this host. `policy` says who must
+    have signed the artifact, and the index that names its version. `offline` asks nobody: the release must have been
+    pulled before.
 
     Raises:
-        InputError: no such release, alias or variant, or `directory` holds something else than an artifact.
+        InputError: no such release, alias or variant, no file that matches, or `directory` cannot be replaced.
         ArtifactError: a blob that does not match its digest, an unsafe path, a manifest of another release, or not
             signed as `policy` demands: then nothing was fetched.
         HostError: no space, a registry that cannot be reached, or, offline, what was never pulled.
@@ -68,21 +77,29 @@ def pull(
     blobs = Blobs((cache or default_root()) / "blobs")
     store = None if offline else open_store(ref.url)
     found = _recall(ref, variant, blobs) if store is None else _find(ref, store, variant, blobs)
-    signature = policy.check(found.data, found.signatures, str(ref)) if policy else next(iter(found.signatures), None)
+    signature = _check_signed(found, policy, str(ref)) if policy else next(iter(found.own.signatures), None)
     origin = Origin(store, ref.name, found.version, found.prefix) if store else None
     if policy is not None:
         policy.check_builder(lambda: _provenance(found.manifest, blobs, origin), str(ref))
-    files = artifact.select(found.manifest, only)
-    if not files:
-        raise InputError(f"no file matches {', '.join(only or ())}", where=str(ref), fix="see `tandem inspect`")
+    files = artifact.select(found.manifest, artifact.part(found.manifest, only, str(ref)))
     blobs.bring(origin, files, progress)
     with atomic_dir(out) as folder:
         for path, entry in files.items():
             link_or_copy(blobs.path(entry.sha256), folder / path)
-        (folder / MANIFEST).write_bytes(found.data)
+        (folder / MANIFEST).write_bytes(found.own.data)
         if signature is not None:
             (folder / SIGNATURE).write_bytes(signature)
     return out
+
+
+def _check_signed(found: _Found, policy: Policy, where: str) -> bytes:
+    """The accepted signature over the artifact's manifest, after that over the index."""
+    if found.index is not None:
+        if not found.index.signatures:
+            what, fix = "the index of this release is not signed", "publish it with --sign, as another version"
+            raise ArtifactError(what, where=where, fix=fix)
+        policy.check(found.index.data, found.index.signatures, where)
+    return policy.check(found.own.data, found.own.signatures, where)
 
 
 def _find(ref: Reference, store: Store, variant: str | None, blobs: Blobs) -> _Found:
@@ -90,23 +107,28 @@ def _find(ref: Reference, store: Store, variant: str | None, blobs: Blobs) -> _F
     version, data = find_release(store, ref.name, ref.wanted, ref.url)
     document = parse_document(data, str(ref))
     _check_names(document, ref, version)
-    prefix = ""
+    prefix, index = "", None
     if isinstance(document, Manifest):
         manifest = document
         if variant is not None:
             raise InputError("this release has no variants", where=str(ref), fix="leave out --variant")
     else:
         chosen = choose(document, host_facts(), variant, str(ref))
+        index = _signed(store, ref.name, version, "", data)
         prefix = f"{chosen}/"
         data = read_small(store, ref.name, version, f"{prefix}{MANIFEST}", document.variants[chosen].manifest)
         manifest = artifact.parse(data, str(ref))
         if manifest.name != ref.name:
             raise _mistaken("name", manifest.name, ref.name, ref)
-    digest = hashlib.sha256(data).hexdigest()
-    signatures = tuple(store.signatures(ref.name, version, f"{prefix}{SIGNATURE}", digest))
+    found = _Found(version, prefix, manifest, _signed(store, ref.name, version, prefix, data), index)
     for wanted in {ref.wanted, version}:
-        _remember(Reference(ref.url, ref.name, wanted), variant, blobs, data, signatures)
-    return _Found(version, prefix, data, manifest, signatures)
+        _remember(_memory(Reference(ref.url, ref.name, wanted), variant, blobs), found)
+    return found
+
+
+def _signed(store: Store, name: str, version: str, prefix: str, data: bytes) -> _Signed:
+    digest = hashlib.sha256(data).hexdigest()
+    return _Signed(data, tuple(store.signatures(name, version, f"{prefix}{SIGNATURE}", digest)))
 
 
 def _provenance(manifest: Manifest, blobs: Blobs, origin: Origin | None) -> bytes:
@@ -130,23 +152,32 @@ def _mistaken(field: str, found: str, asked: str, ref: Reference) -> ArtifactErr
     return ArtifactError(what, where=str(ref), fix="publish it again")
 
 
-def _remember(ref: Reference, variant: str | None, blobs: Blobs, data: bytes, signatures: tuple[bytes, ...]) -> None:
-    place = _memory(ref, variant, blobs)
-    write_atomic(place, data)
-    for one in signatures[:1]:
-        write_atomic(place.with_suffix(".signature"), one)
+def _remember(memory: Path, found: _Found) -> None:
+    for place, one in ((memory, found.own), (memory.with_suffix(".index"), found.index)):
+        if one is not None:
+            write_atomic(place, one.data)
+            for signature in one.signatures[:1]:
+                write_atomic(_signature_of(place), signature)
 
 
 def _recall(ref: Reference, variant: str | None, blobs: Blobs) -> _Found:
-    place = _memory(ref, variant, blobs)
-    try:
-        data = place.read_bytes()
-    except FileNotFoundError as error:
+    memory = _memory(ref, variant, blobs)
+    own, index = _recalled(memory), _recalled(memory.with_suffix(".index"))
+    if own is None:
         what = "this release was never pulled here"
-        raise HostError(what, where=str(ref), fix="pull it once with a network") from error
-    signature = place.with_suffix(".signature")
-    signatures = (signature.read_bytes(),) if signature.is_file() else ()
-    return _Found(ref.wanted, "", data, artifact.parse(data, str(ref)), signatures)
+        raise HostError(what, where=str(ref), fix="pull it once with a network")
+    return _Found(ref.wanted, "", artifact.parse(own.data, str(ref)), own, index)
+
+
+def _recalled(place: Path) -> _Signed | None:
+    if not place.is_file():
+        return None
+    signature = _signature_of(place)
+    return _Signed(place.read_bytes(), (signature.read_bytes(),) if signature.is_file() else ())
+
+
+def _signature_of(place: Path) -> Path:
+    return place.with_name(f"{place.name}.signature")
 
 
 def _memory(ref: Reference, variant: str | None, blobs: Blobs) -> Path:

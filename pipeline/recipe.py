@@ -35,6 +35,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["int8"]
 Sampling = Literal["greedy", "stochastic"]
 
+SOURCES = ("hf", "package", "pico")
+"""Schemes of sources: the keys of `pipeline.sources.KINDS`."""
+
 
 def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:
     if not values:
@@ -53,6 +56,14 @@ def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _source(address: str) -> str:
+    scheme, separator, _ = address.partition("://")
+    if separator and scheme not in SOURCES:
+        accepted = ", ".join(f"{kind}://" for kind in SOURCES)
+        raise ValueError(f"found {address!r}; accepted: a folder, or one of {accepted}")
+    return address
+
+
 def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError(f"found {list(values)}, repeated; accepted: {list(dict.fromkeys(values))}")
@@ -68,8 +79,8 @@ StepCosts = Annotated[
     Discriminator(lambda value: BY_BATCH if isinstance(value, dict) else LISTED),
 ]
 Buckets = Annotated[tuple[int, ...], AfterValidator(_buckets)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-Source = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
+Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
 
 
 class Part(BaseModel):
@@ -256,7 +267,7 @@ class Validate(Part):
 class Publish(Part):
     """A registry that a build's artifact goes to."""
 
-    to: Source = Field(description="a folder, s3://bucket/prefix, or hf://org/name")
+    to: Annotated[str, Field(min_length=1)] = Field(description="a folder, s3://bucket/prefix, or hf://org/name")
     aliases: Annotated[tuple[Name, ...], AfterValidator(_no_repeats)] = Field(
         default=(), description="aliases that point at the new release afterwards"
     )

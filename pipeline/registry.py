@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.artifact import FileEntry, Manifest, parse, read
 from pipeline.artifact_diff import diff
 from pipeline.errors import ArtifactError, InputError
-from pipeline.release import Document, all_files, parse_document
+from pipeline.release import Document, all_files, choose, parse_document
 from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Move, Removed, Store, open_store
 
 SWAPS = 8
@@ -64,18 +64,25 @@ def find_release(store: Store, name: str, wanted: str, url: str) -> tuple[str, b
 
     Raises:
         InputError: neither; names what is published.
+        ArtifactError: a damaged alias.
 
     """
     version = wanted
     data = store.read_release(name, version) if wanted else None
     if data is None and wanted and (alias := store.read_alias(name, wanted)):
-        version = alias.version
+        version = _points_at(alias, wanted, f"{url}/{name}")
         data = store.read_release(name, version)
     if data is None:
         known = ", ".join([*store.versions(name), *store.aliases(name)]) or "nothing"
         what = f"no version or alias {wanted!r} of {name!r}"
         raise InputError(what, where=url, fix=f"published here under {name!r}: {known}")
     return version, data
+
+
+def _points_at(alias: Alias, name: str, where: str) -> str:
+    if not alias.version:
+        raise ArtifactError(f"alias {name!r} is damaged", where=where, fix=f"tandem alias set {where}@VERSION {name}")
+    return alias.version
 
 
 def read_small(store: Store, name: str, version: str, path: str, entry: FileEntry) -> bytes:
@@ -164,6 +171,7 @@ def history(url: str, name: str, alias: str) -> Alias:
 
     Raises:
         InputError: there is none; names what there is.
+        ArtifactError: it is damaged.
 
     """
     store = open_store(url)
@@ -171,6 +179,7 @@ def history(url: str, name: str, alias: str) -> Alias:
     if found is None:
         known = ", ".join(store.aliases(name)) or "none"
         raise InputError(f"no alias {alias!r} of {name!r}", where=url, fix=f"aliases here: {known}")
+    _points_at(found, alias, f"{url}/{name}")
     return found
 
 
@@ -227,7 +236,7 @@ def manifest_of(reference: str, variant: str | None = None) -> Manifest:
     """The manifest of an artifact on disk, or of a release, which is not pulled for it.
 
     Raises:
-        InputError: neither.
+        InputError: neither, or no such variant.
 
     """
     if (Path(reference) / "manifest.json").is_file():
@@ -238,7 +247,7 @@ def manifest_of(reference: str, variant: str | None = None) -> Manifest:
     document = parse_document(data, reference)
     if isinstance(document, Manifest):
         return document
-    chosen = variant if variant in document.variants else next(iter(document.variants))
+    chosen = choose(document, {}, variant or next(iter(document.variants)), reference)
     entry = document.variants[chosen].manifest
     return parse(read_small(store, ref.name, version, f"{chosen}/manifest.json", entry), f"{reference}/{chosen}")
 

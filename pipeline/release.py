@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.artifact import (
     AGAIN,
@@ -65,11 +65,15 @@ Fetch = Callable[[str, FileEntry], bytes]
 
 @dataclass(frozen=True)
 class Bundle:
-    """Artifacts on disk as one release: its document, and every file by its path in the release."""
+    """Artifacts on disk as one release: its document, and every file by its path in the release.
+
+    `signature` is over an index; an artifact that is a release by itself brings its own.
+    """
 
     document: Document
     data: bytes
     artifacts: Mapping[str, Artifact]
+    signature: bytes | None = None
 
     @property
     def files(self) -> dict[str, FileEntry]:
@@ -92,9 +96,11 @@ def bundle(artifacts: Sequence[Artifact], version: str | None = None) -> Bundle:
     """One release of these artifacts: one alone without a version of its own is published as it is.
 
     Raises:
-        InputError: other names, or two for the same chip and ranks.
+        InputError: other names, two for the same chip and ranks, or no name for a version.
 
     """
+    if version is not None:
+        _check_version(version)
     first = artifacts[0].manifest
     if len(artifacts) == 1 and version in (None, first.version):
         data = (artifacts[0].root / MANIFEST).read_bytes()  # as it is: a signature is over these bytes
@@ -114,6 +120,14 @@ def bundle(artifacts: Sequence[Artifact], version: str | None = None) -> Bundle:
     if version is None:
         index = index.model_copy(update={"version": digest_of(index)[:VERSION_LENGTH]})
     return Bundle(index, dump(index), named)
+
+
+def _check_version(version: str) -> None:
+    try:
+        TypeAdapter(Version).validate_python(version)
+    except ValidationError as error:
+        fix = "up to 100 letters, digits and . _ + -, for example 1.0"
+        raise InputError(f"{version!r} cannot name a version", where="--version", fix=fix) from error
 
 
 def _variant_entry(artifact: Artifact) -> VariantEntry:

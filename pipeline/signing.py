@@ -160,26 +160,37 @@ def sign(root: Path, key: Path | None = None, *, password: str | None = None, to
 
     """
     read(root)  # only a manifest that can be trusted to be one
-    config = _signer(key, password, token, root)
-    with tempfile.TemporaryDirectory(prefix="tandem-sign-") as work:
-        lone, made = Path(work) / "artifact", Path(work) / SIGNATURE
-        lone.mkdir()
-        (lone / MANIFEST).write_bytes((root / MANIFEST).read_bytes())
-        try:
-            config.sign(lone, made)
-        except Exception as error:
-            raise HostError(f"cannot sign: {_first_line(error)}", where=str(root), fix=KEYLESS) from error
-        write_atomic(root / SIGNATURE, made.read_bytes())
+    write_atomic(root / SIGNATURE, signature_over((root / MANIFEST).read_bytes(), str(root), key, password, token))
     return root / SIGNATURE
 
 
-def _signer(key: Path | None, password: str | None, token: str | None, root: Path) -> Any:
+def signature_over(document: bytes, where: str, key: Path | None, password: str | None, token: str | None) -> bytes:
+    """A signature over a manifest, or over the index of a release, as if it lay in a folder by itself.
+
+    Raises:
+        InputError: no such key, or it cannot be used.
+        HostError: no identity here, or the signing services cannot be reached.
+
+    """
+    config = _signer(key, password, token, where)
+    with tempfile.TemporaryDirectory(prefix="tandem-sign-") as work:
+        lone, made = Path(work) / "artifact", Path(work) / SIGNATURE
+        lone.mkdir()
+        (lone / MANIFEST).write_bytes(document)
+        try:
+            config.sign(lone, made)
+        except Exception as error:
+            raise HostError(f"cannot sign: {_first_line(error)}", where=where, fix=KEYLESS) from error
+        return made.read_bytes()
+
+
+def _signer(key: Path | None, password: str | None, token: str | None, where: str) -> Any:
     config = _library("signing").Config()
     if key is None:
         try:
             return config.use_sigstore_signer(use_ambient_credentials=token is None, identity_token=token)
         except Exception as error:
-            raise HostError(f"cannot sign: {_first_line(error)}", where=str(root), fix=KEYLESS) from error
+            raise HostError(f"cannot sign: {_first_line(error)}", where=where, fix=KEYLESS) from error
     try:
         return config.use_elliptic_key_signer(private_key=key, password=password)
     except (ValueError, OSError, TypeError) as error:

@@ -21,6 +21,7 @@ from hub_server import Repo, running
 from test_executors import heed_interrupts, members, wait_for
 
 from pipeline.cli import main
+from pipeline.console import Stream
 from pipeline.files import TEMP
 
 TANDEM = "from pipeline.cli import main; main()"
@@ -75,7 +76,11 @@ RECIPE_FAULTS = {
     "ranks that do not divide": ("name: mine", "name: mine\nparallel: {tensor: 3}", "found 3, which does not divide"),
     "unknown backend": ("name: mine", "name: mine\nbackend: {name: cuda}", "accepted: inductor, neuron"),
     "unknown layer": ("[0]", "[7]", "the target has no layer 7"),
-    "unknown source": ("./target", "ftp://x", "unknown kind of source 'ftp'"),
+    "unknown source": (
+        "./target",
+        "ftp://x",
+        "mine.yaml:2: target.source: found 'ftp://x'; accepted: a folder, or one of hf://",
+    ),
     "no such folder": ("./target", "./nowhere", "no such folder"),
     "no such package": ("./target", "package://nothing", "a package needs an exact version"),
     "prompts that are not there": (
@@ -356,3 +361,67 @@ def test_a_share_of_no_start_is_an_error():
     assert result.exit_code == 2
     assert "--start-share: found 0.2 without --start" in result.stderr
     assert "fix: name a draft: --start PATH" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("publish", "out", "--to", "r", "--version", "a b"), 2, "'a b' cannot name a version"),
+        (("publish", "out", "--to", "r", "--version", ""), 2, "'' cannot name a version"),
+        (("bench", "out", "--prompts", "0"), 2, "0 is not in the range"),
+        (("cache", "gc", "--max-gib", "nan"), 2, "nan is no amount"),
+        (("cache", "gc", "--max-gib", "-1"), 2, "not in the range"),
+        (("gc", "nowhere"), 2, "nothing is published here"),
+        (("pull", "r/small@latest", "/proc"), 2, "a mount point"),
+        (("pull", "r/small@latest", "/proc/nothing"), 3, "/proc/"),
+        (("pull", "r/small@latest", "p", "--only", "weight"), 2, "no file matches weight/*"),
+        (("diff", "r/variants/small@1", "out", "--variant", "typo"), 2, "no variant 'typo'"),
+        (("inspect", "deep"), 2, "damaged manifest"),
+        (("recipe", "check", "elsewhere.yaml"), 3, "registries of kind gs:// are not supported"),
+        (("recipe", "check", "unprompted.yaml"), 2, "none.jsonl: cannot read prompts"),
+        (("recipe", "check", "long.yaml"), 2, "at most 100 characters"),
+    ],
+)
+def test_bad_input_is_one_clear_error(work, arguments, code, said):
+    made = small.make_validated(work / "out", work / "work").root
+    for place, *version in (("r",), ("r/variants", "--version", "1")):
+        assert invoke("publish", made, "--to", place, "--alias", "latest", *version).exit_code == 0
+    (work / "deep").mkdir()
+    (work / "deep" / "manifest.json").write_text("[" * 100_000)
+    (work / "elsewhere.yaml").write_text(RECIPE + "publish: [{to: 'gs://bucket'}]\n")
+    (work / "unprompted.yaml").write_text(RECIPE + "validate: {prompts: none.jsonl, max_new_tokens: 8}\n")
+    (work / "long.yaml").write_text(RECIPE.replace("mine", "m" * 101))
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_ls_of_nothing_says_so(work):
+    result = invoke("ls", "nowhere")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "nothing is published in nowhere" in result.stderr
+    assert not (work / "nowhere").exists()
+
+
+def test_pull_and_verify_a_part(work):
+    small.make_validated(work / "out", work / "work")
+    assert invoke("publish", "out", "--to", "r", "--alias", "latest").exit_code == 0
+    assert invoke("pull", "r/small@latest", "p", "--only", "weights").exit_code == 0
+    assert "missing" in invoke("verify", "p").stderr
+    part = invoke("verify", "p", "--only", "weights")
+    assert part.exit_code == 0, part.stderr
+    assert "small" in part.stdout
+    assert invoke("pull", "r/small@latest", "p", "--only", "wheights").exit_code == 2
+    assert invoke("verify", "p", "--only", "weights").exit_code == 0, "a wrong part must not replace a right one"
+
+
+def test_stream_shows_every_character_once():
+    text = "Hello wörld 🎉"
+    data = text.encode()
+    stream = Stream(lambda tokens: bytes(tokens).decode(errors="replace"))
+    shown = [stream.push(list(data[i : i + 3])) for i in range(0, len(data) - 1, 3)]
+    assert all("\ufffd" not in part for part in shown)
+    cut = "".join(shown) + stream.rest()
+    assert cut == bytes(data[: len(shown) * 3]).decode(errors="replace")

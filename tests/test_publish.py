@@ -382,3 +382,32 @@ def test_card_and_diff_show_parity_and_speed(tmp_path):
     found = compare(first, second)["fields"]
     assert found["validation.speed.plain.tokens_per_s"] == {"from": 49.2, "to": 51.3}
     assert found["validation.error_over_noise.target"] == {"from": 49.2, "to": 51.3}
+
+
+def test_a_version_never_takes_the_place_of_an_alias(made, url, tmp_path):
+    """A version never yields to an alias: whoever names one `latest` would decide for good what is pulled."""
+    first = publish(made, url, ["latest"])
+    other = small.make_validated(tmp_path / "b", tmp_path / "w", weights=b"others").root
+    with pytest.raises(InputError, match="version 'latest' is an alias of small"):
+        publish(other, url, version="latest")
+    assert open_store(url).aliases("small") == {"latest": first.version}
+    assert open_store(url).versions("small") == [first.version]
+
+
+@pytest.mark.parametrize("version", ["", "a b", "../../x", "-x", "v" * 101])
+def test_a_version_is_a_plain_name(made, url, version):
+    with pytest.raises(InputError, match="cannot name a version"):
+        publish(made, url, version=version)
+    assert not Path(url).exists()
+
+
+def test_a_damaged_alias_hides_no_other_and_can_be_set_again(made, url):
+    release = publish(made, url, ["latest", "prod"])
+    (Path(url) / "aliases" / "small" / "prod").write_text("")
+    assert [one.aliases for one in list_releases(url)] == [("latest",)]
+    assert open_store(url).aliases("small") == {"latest": release.version, "prod": ""}
+    with pytest.raises(ArtifactError, match="alias 'prod' is damaged") as caught:
+        set_alias(url, "small@prod", "other")
+    assert "tandem alias set" in caught.value.fix
+    set_alias(url, "small@latest", "prod")
+    assert open_store(url).aliases("small") == {"latest": release.version, "prod": release.version}

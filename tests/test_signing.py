@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import small_artifacts as small
+from click.testing import CliRunner
 from signing_keys import key_pair
 
 from pipeline import signing
 from pipeline.artifact import MANIFEST, SIGNATURE, read, verify
+from pipeline.cli import main
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.provenance import PROVENANCE, SBOM
 from pipeline.publish import publish
 from pipeline.pull import pull
-from pipeline.signing import check_artifact, read_policy, require, sign
+from pipeline.signing import check_artifact, read_policy, require, sign, signature_over
 
 pytest.importorskip("model_signing")
 
@@ -271,3 +273,51 @@ def test_load_refuses_before_it_opens_anything(made, keys, tmp_path):
     sign(made, key_pair(tmp_path, "stranger")[0])
     with pytest.raises(ArtifactError, match="not signed by"):
         load(made, require(str(keys[1])))
+
+
+@pytest.fixture
+def signer(keys):
+    return lambda index: signature_over(index, "release", keys[0], None, None)
+
+
+def test_a_version_that_was_chosen_is_signed_too(made, keys, signer, options, tmp_path):
+    """Who can write to a registry, and has no key, gives no old release a new version."""
+    url, policy = str(tmp_path / "registry"), require(str(keys[1]))
+    sign(made, keys[0])
+    publish(made, url, ["latest"], version="1.0", sign=signer)
+    releases = tmp_path / "registry" / "releases" / "small"
+    for offline in (False, True):
+        check_artifact(pull(f"{url}/small@1.0", policy=policy, offline=offline, **options), policy)
+    (releases / "2.0").mkdir()
+    index = (releases / "1.0" / MANIFEST).read_text()
+    (releases / "2.0" / MANIFEST).write_text(index.replace('"version": "1.0"', '"version": "2.0"'))
+    pull(f"{url}/small@2.0", **options)
+    for offline in (False, True):
+        with pytest.raises(ArtifactError, match="the index of this release is not signed"):
+            pull(f"{url}/small@2.0", policy=policy, offline=offline, **options)
+
+
+def test_an_index_signed_by_a_stranger(made, keys, options, tmp_path):
+    stranger = key_pair(tmp_path, "stranger")[0]
+    sign(made, keys[0])
+    url = str(tmp_path / "registry")
+    publish(made, url, version="1.0", sign=lambda index: signature_over(index, "release", stranger, None, None))
+    with pytest.raises(ArtifactError, match="Key mismatch"):
+        pull(f"{url}/small@1.0", policy=require(str(keys[1])), **options)
+
+
+def test_commands_that_run_an_artifact_ask_for_signatures(made, keys, tmp_path, monkeypatch):
+    (tmp_path / "policy.yaml").write_text(POLICY.format(url="", builder="*"))
+    monkeypatch.setenv("TANDEM_POLICY", str(tmp_path / "policy.yaml"))
+    monkeypatch.chdir(Path(__file__).parent.parent)  # where recipes/ is
+    for command in (("run", str(made), "--prompt", "hi"), ("bench", str(made)), ("validate", str(made)),
+                    ("tune", "pico-spec", "--artifact", str(made)), ("verify", str(made))):  # fmt: skip
+        result = CliRunner().invoke(main, command)
+        assert "not signed" in result.output, command
+
+
+def test_a_policy_and_an_identity_exclude_each_other(made, keys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TANDEM_POLICY", str(tmp_path / "policy.yaml"))
+    result = CliRunner().invoke(main, ["verify", str(made), "--require-signature", str(keys[1])])
+    assert result.exit_code == 2
+    assert "there is a policy, too" in result.output

@@ -19,6 +19,9 @@ from pipeline.runtime.lookup import Lookup, argument
 from pipeline.runtime.pace import COPIED, Acceptance, Pace, Paces
 from pipeline.runtime.ranks import Ranks
 
+TOP_K = 2**31 - 1
+"""The largest `top_k`: graphs take it as int32."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -74,7 +77,7 @@ def check_choice(manifest: Manifest, choice: Choice) -> None:
         )
     accepted = {
         "temperature": (choice.temperature >= 0, "0 (greedy) or more"),
-        "top_k": (choice.top_k >= 0, "0 (all tokens) or more"),
+        "top_k": (0 <= choice.top_k <= TOP_K, f"0 (all tokens) to {TOP_K}"),
         "top_p": (0 < choice.top_p <= 1, "more than 0, at most 1"),
     }
     for name, (fits, range_) in accepted.items():

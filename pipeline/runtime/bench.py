@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from math import ceil
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InputError
+if TYPE_CHECKING:
+    from pipeline.signing import Policy
 
 Answer = Callable[[list[int]], tuple[list[float], int]]
 """Answers a prompt: arrival time of each token in seconds from the start, and steps taken."""
@@ -18,7 +20,10 @@ Answer = Callable[[list[int]], tuple[list[float], int]]
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians over prompts, one request at a time; inter-token latency is elapsed time over tokens of a step."""
+    """One request at a time: median time to the first token, and quantiles over tokens of the time that each took.
+
+    Tokens of one step share its time.
+    """
 
     name: str
     first_token_ms: float
@@ -28,11 +33,14 @@ class Figures:
     tokens_per_step: float
 
 
-def bench(root: Path, count: int, max_new_tokens: int, against: str | None) -> list[Figures]:
-    """Measure `count` of the recipe's prompts.
+def bench(
+    root: Path, base: Path, count: int, max_new_tokens: int, against: str | None, policy: Policy | None = None
+) -> list[Figures]:
+    """Measure `count` of the recipe's prompts; `base` is the folder that its relative paths start at.
 
     Raises:
         InputError: the prompts of the recipe are not here.
+        ArtifactError: as `runtime.load`.
 
     """
     from pipeline.recipe import load as load_recipe
@@ -40,8 +48,8 @@ def bench(root: Path, count: int, max_new_tokens: int, against: str | None) -> l
     from pipeline.validate.prompts import load_prompts, prompts_path
 
     recipe = load_recipe(root / "recipe.yaml")
-    prompts = load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))
-    engine = load(root)
+    prompts = load_prompts(prompts_path(recipe.validate_.prompts, base))
+    engine = load(root, policy)
     step = max(len(prompts) // count, 1)
     texts = [prompt.text for prompt in prompts[::step]][:count]
     encoded = [engine.text.chat(text) if engine.text.has_chat else engine.text.encode(text) for text in texts]
@@ -50,7 +58,7 @@ def bench(root: Path, count: int, max_new_tokens: int, against: str | None) -> l
         "speculation": _artifact(engine, max_new_tokens, speculate=True),
     }
     if against == "hf":
-        contenders |= transformers_answers(recipe, max_new_tokens)
+        contenders |= transformers_answers(recipe, base, max_new_tokens)
     for answer in contenders.values():
         answer(encoded[0])
     runs: dict[str, list[tuple[list[float], int]]] = {name: [] for name in contenders}
@@ -77,13 +85,13 @@ def _artifact(engine: Any, limit: int, *, speculate: bool) -> Answer:
     return answer
 
 
-def transformers_answers(recipe: Any, limit: int) -> dict[str, Answer]:
+def transformers_answers(recipe: Any, base: Path, limit: int) -> dict[str, Answer]:
     """`generate`, and assisted generation with the same pair and K where the draft is a model."""
     from pipeline.cache import default_root
     from pipeline.sources import resolve_pair
     from pipeline.validate.reference import build_model
 
-    target, draft = resolve_pair(recipe, base=Path("recipes"), cache=default_root() / "sources")
+    target, draft = resolve_pair(recipe, base=base, cache=default_root() / "sources")
     model = build_model(target, target, recipe.target.dtype, "sdpa")
     plain = {"transformers generate": _generate(model, None, limit)}
     if draft.config.eagle3 is not None:  # transformers has no such drafts
@@ -154,16 +162,20 @@ class _Clock:
         """Nothing to flush."""
 
 
+def _latencies(arrivals: list[float]) -> Iterator[float]:
+    """What each token after the first took, in seconds: its step's time over the tokens of that step."""
+    steps = [(time_, len(list(tokens))) for time_, tokens in groupby(arrivals)]
+    for (before, _), (now, count) in pairwise(steps):
+        yield from [(now - before) / count] * count
+
+
 def _figures(name: str, runs: list[tuple[list[float], int]]) -> Figures:
-    if not runs:
-        raise InputError("no prompts were measured", where="bench", fix="use --prompts 1 or more")
-    gaps = sorted((a[-1] - a[0]) / max(len(a) - 1, 1) * 1e3 for a, _ in runs)
-    steps = [(b - a) * 1e3 for times, _ in runs for a, b in pairwise(times) if b > a]
+    took = sorted(each for arrivals, _ in runs for each in _latencies(arrivals)) or [0.0]
     return Figures(
         name,
         median(arrivals[0] for arrivals, _ in runs) * 1e3,
-        median(gaps),
-        sorted(steps)[int(len(steps) * 0.99) - 1] if steps else 0.0,
+        median(took) * 1e3,
+        took[ceil(len(took) * 0.99) - 1] * 1e3,
         sum(len(a) for a, _ in runs) / sum(a[-1] for a, _ in runs),
         sum(len(a) - 1 for a, _ in runs) / max(sum(s for _, s in runs), 1),
     )

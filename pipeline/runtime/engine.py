@@ -17,13 +17,16 @@ from pipeline.runtime.pace import Paces
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.text import Text
 
+SEEDS = 1 << 32
+
 
 @dataclass(frozen=True)
 class Generation:
     """One answer: new token ids, their text, speculative steps taken, draft tokens accepted, and why it ended.
 
-    Of each step: how many tokens it emitted, and whether prompt lookup proposed some of them. `finish_reason` is `stop`
-    (end-of-sequence token, which is included) or `length`.
+    Of each step: how many tokens it emitted, and whether prompt lookup proposed some of them. These and `accepted`
+    count also what the end of the answer then cut off. `finish_reason` is `stop` (end-of-sequence token, which is
+    included) or `length`.
     """
 
     tokens: list[int]
@@ -89,12 +92,14 @@ class Engine:
         knows what steps cost, greedy decoding chooses K, or plain decode, anew for each step.
 
         Raises:
-            InputError: an empty prompt, one longer than the largest prefill bucket, token ids beyond the vocabulary, or
-                sampling that was not built.
+            InputError: an empty prompt, one longer than the largest prefill bucket, token ids beyond the vocabulary,
+                settings out of range, or sampling that was not built.
 
         """  # fmt: skip
         if max_new_tokens < 1:
             raise InputError(f"found {max_new_tokens}", where="max_new_tokens", fix="use 1 or more")
+        if not 0 <= seed < SEEDS:
+            raise InputError(f"found {seed}", where="seed", fix=f"use 0 to {SEEDS - 1}")
         choice = Choice(temperature, top_k, top_p)
         check_choice(self.manifest, choice)
         paced = speculate and draft_tokens is None and temperature == 0
@@ -148,14 +153,13 @@ class Engine:
             self._take(rows[slot], [token], settings, on_tokens)
 
     def _step(self, rows: dict[int, Prompt], settings: Settings, on_tokens: OnTokens | None) -> None:
-        """One step of every active row: speculation where every row has room for it, else plain decode."""
+        """One step of every active row; at the end of the caches a speculative one counts fewer drafts by itself."""
         steps = settings.draft_tokens
         if settings.pace is not None:
             steps = settings.pace.choose(self.batch.acceptance(rows)) or None
-        speculates = steps is not None and self.batch.has_room(rows, steps)
-        new = self.batch.speculate(rows, steps) if speculates and steps else self.batch.decode(rows)
+        new = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
         for slot, row in rows.items():
-            if speculates:
+            if steps:
                 row.emitted.append(len(new[slot]))
                 row.copied_steps.append(row.has_copied)
             self._take(row, new[slot], settings, on_tokens)

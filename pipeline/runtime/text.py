@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, InputError
 
 
 class Text:
@@ -29,7 +29,16 @@ class Text:
         return self._template is not None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer adds unless `special` is off."""
+        """Token ids, with the special tokens that the tokenizer adds unless `special` is off.
+
+        Raises:
+            InputError: the text has parts of a character, as a command line in another encoding gives them.
+
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"character {error.start} is no character", where="prompt", fix="send UTF-8") from error
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def chat(self, prompt: str) -> list[int]:

@@ -94,7 +94,10 @@ class Move:
 
 @dataclass(frozen=True)
 class Alias:
-    """The version an alias points at, the token that a swap must show, and its moves, the newest first."""
+    """The version an alias points at, the token that a swap must show, and its moves, the newest first.
+
+    No version: its text is damaged, and can only be set again.
+    """
 
     version: str
     token: str
@@ -278,7 +281,13 @@ def open_bucket(url: str) -> Bucket:
     return bucket
 
 
-def _opener(url: str) -> Store:
+def scheme_of(url: str) -> tuple[str, str]:
+    """Kind of a registry, and the rest of its address.
+
+    Raises:
+        HostError: a kind that this version does not have.
+
+    """
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "file", url
@@ -286,6 +295,11 @@ def _opener(url: str) -> Store:
         what = f"registries of kind {scheme}:// are not supported by this version"
         accepted = ", ".join(f"{known}://..." for known in sorted(STORES))
         raise HostError(what, where=url, fix=f"accepted: a folder, {accepted}")
+    return scheme, rest
+
+
+def _opener(url: str) -> Store:
+    scheme, rest = scheme_of(url)
     module, _, attribute = STORES[scheme].partition(":")
     try:
         return getattr(import_module(module), attribute)(rest)

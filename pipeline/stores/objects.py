@@ -117,7 +117,7 @@ class ObjectStore:
         lines = [line.split("\t") for line in found.data.decode(errors="replace").splitlines() if line.strip()]
         moves = tuple(Move(*[*line, "", ""][:3]) for line in lines)
         if not moves or not NAME.fullmatch(moves[0].version):
-            raise ArtifactError("damaged alias", where=f"{self.bucket.where}: {alias}", fix="set it again")
+            return Alias("", found.token)
         return Alias(moves[0].version, found.token, moves)
 
     def swap_alias(self, name: str, alias: str, move: Move, was: Alias | None) -> bool:
@@ -128,6 +128,8 @@ class ObjectStore:
 
     def collect(self, reachable: Callable[[bytes], set[str]], *, dry_run: bool) -> Removed:
         """Remove blobs that no release reaches, unless somebody publishes. Releases are never removed."""
+        if next(self.bucket.list(""), None) is None:
+            raise InputError("nothing is published here", where=self.bucket.where, fix="check the registry's address")
         self.bucket.check()
         with collecting(self.bucket) as time_left:
             blobs = list(self.bucket.list("blobs"))

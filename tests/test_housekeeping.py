@@ -1,0 +1,78 @@
+"""The local cache: what no artifact is linked to and nobody used for long goes; all else stays."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from pipeline.cache import Stats
+from pipeline.housekeeping import DAY_S, folder_sizes, remove_unused
+
+SHA = "ab" * 32
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A cache with a blob and a folder of shards, both three days old."""
+    for path in (blob(tmp_path), shards(tmp_path) / "weights" / "rank-0", shards(tmp_path) / "shards.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"12345")
+        os.utime(path, (time.time() - 3 * DAY_S,) * 2)
+    (tmp_path / "blobs" / "locks").mkdir()
+    return tmp_path
+
+
+def blob(root: Path) -> Path:
+    return root / "blobs" / "sha256" / SHA[:2] / SHA
+
+
+def shards(root: Path) -> Path:
+    return root / "shards" / "key"
+
+
+def test_what_nobody_uses_goes(root):
+    assert remove_unused(root, 2 * DAY_S) == Stats(2, 15)
+    assert not blob(root).exists()
+    assert not shards(root).exists()
+
+
+def test_half_a_blob_goes(root):
+    blob(root).rename(blob(root).with_suffix(".partial"))
+    assert remove_unused(root, 2 * DAY_S).entries == 2
+
+
+def test_what_is_newer_stays(root):
+    assert remove_unused(root, 4 * DAY_S) == Stats(0, 0)
+    assert blob(root).exists()
+    assert shards(root).exists()
+
+
+def test_what_was_used_within_a_day_stays_whatever_is_asked(root):
+    for path in (blob(root), shards(root) / "shards.json"):
+        os.utime(path)
+    assert remove_unused(root, 0) == Stats(0, 0)
+
+
+def test_what_an_artifact_is_linked_to_stays(root, tmp_path):
+    os.link(blob(root), tmp_path / "artifact-blob")
+    os.link(shards(root) / "weights" / "rank-0", tmp_path / "artifact-weights")
+    assert remove_unused(root, 0) == Stats(0, 0)
+
+
+def test_what_somebody_holds_stays(root):
+    with FileLock(root / "blobs" / "locks" / f"{SHA}.lock"), FileLock(shards(root).with_suffix(".lock")):
+        assert remove_unused(root, 0) == Stats(0, 0)
+
+
+def test_sizes_count_linked_files_once(root):
+    os.link(blob(root), blob(root).with_name("cd" * 32))
+    assert folder_sizes(root) == {"blobs": 5, "shards": 10}
+
+
+def test_no_cache_yet(tmp_path):
+    assert folder_sizes(tmp_path / "none") == {}
+    assert remove_unused(tmp_path / "none", 0) == Stats(0, 0)
