@@ -82,6 +82,53 @@ def test_workflow_pins_actions_and_asks_for_little():
     assert not any("${{" in run for run in runs)  # expressions in a shell are how branch names become commands
 
 
+def test_no_push_loses_its_release():
+    """Only a pull request's runs replace each other; publishing waits by recipe, and builds the newest commit."""
+    data = yaml.safe_load(WORKFLOW.read_text())
+    assert data["concurrency"] == {
+        "group": "release-${{ github.event_name == 'pull_request' && github.ref || github.run_id }}",
+        "cancel-in-progress": True,
+    }
+    publish = data["jobs"]["publish"]
+    assert publish["concurrency"] == {"group": "publish-${{ matrix.recipe }}", "cancel-in-progress": False}
+    assert publish["steps"][0]["with"]["ref"] == "${{ github.ref }}"
+
+
+def test_policies_name_the_workflow_that_signs():
+    """A certificate carries the file and the ref of the workflow that runs: this one, on the branch that it is for."""
+    triggers = yaml.safe_load(WORKFLOW.read_text())[True]  # YAML reads `on` as a truth
+    assert set(triggers) == {"push", "pull_request"}
+    (branch,) = triggers["push"]["branches"]
+    identity = f"identity: https://github.com/ORG/REPO/.github/workflows/{WORKFLOW.name}@refs/heads/{branch}\n"
+    for policy in ("deploy/kubernetes/serve.yaml", "docs/operations.md"):
+        assert identity in (ROOT / policy).read_text()
+
+
+def test_recipes_of_other_backends_are_left_out(tmp_path):
+    """One that cannot be read stays: its build tells why."""
+    (tmp_path / "recipes").mkdir()
+    recipes = {"here": TINY, "chip": TINY + "backend: {name: neuron, target: trn2}\n", "damaged": "nonsense: ["}
+    for name, text in recipes.items():
+        (tmp_path / f"recipes/{name}.yaml").write_text(text)
+    command = [sys.executable, str(ROOT / "ci/of_backend.py"), "inductor"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    names = json.dumps([*recipes])
+    done = subprocess.run(command, cwd=tmp_path, env=environ, input=names, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == ["here", "damaged"]
+    assert done.stderr == "chip: left out, it is not for inductor\n"
+
+
+def test_settings_that_nobody_made_are_unset(tmp_path):
+    """A workflow's unset variable is an empty text; as AWS_ENDPOINT_URL that ends the S3 client."""
+    (tmp_path / "tandem").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "tandem").chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "AWS_ENDPOINT_URL": "", "AWS_REGION": "us-east-1"}
+    command = ["bash", str(ROOT / "ci/release.sh"), "summary", "any"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert "AWS_REGION=us-east-1\n" in done.stdout
+    assert "AWS_ENDPOINT_URL" not in done.stdout
+
+
 @pytest.mark.server
 def test_kubernetes_manifests():
     command = [tool("kubernetes-validate"), "--strict", *map(str, (ROOT / "deploy/kubernetes").glob("*.yaml"))]
@@ -89,20 +136,41 @@ def test_kubernetes_manifests():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_kubernetes_arguments_are_options():
-    """The init container's command line is one that `tandem pull` takes; the server cannot write the volume."""
+@pytest.fixture(scope="module")
+def manifests() -> dict[str, dict]:
+    """The manifests by their kind."""
+    return {one["kind"]: one for one in yaml.safe_load_all((ROOT / "deploy/kubernetes/serve.yaml").read_text())}
+
+
+def test_kubernetes_arguments_are_options(manifests):
+    """Both containers' command lines are ones that `tandem` takes; the server cannot write the volume."""
     from pipeline.cli import main
 
-    documents = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/serve.yaml").read_text()))
-    pod = next(one for one in documents if one["kind"] == "Deployment")["spec"]["template"]["spec"]
-    command, *args = pod["initContainers"][0]["args"]
-    main.commands[command].make_context(command, args)
+    pod = manifests["Deployment"]["spec"]["template"]["spec"]
+    for container, wanted in ((pod["initContainers"][0], "pull"), (pod["containers"][0], "serve")):
+        command, *args = container["args"]
+        assert command == wanted
+        main.commands[command].make_context(command, args)
     mounts = {one["name"]: one for one in pod["containers"][0]["volumeMounts"]}
     assert mounts["models"]["readOnly"] is True
-    policy = next(one for one in documents if one["kind"] == "ConfigMap")["data"]["policy.yaml"]
+    policy = manifests["ConfigMap"]["data"]["policy.yaml"]
     from pipeline.signing import Policy
 
     Policy.model_validate(yaml.safe_load(policy) | {}, strict=False)
+
+
+def test_kubernetes_service_reaches_a_ready_server(manifests):
+    """Service, probe and server have one port; answers under way have their time before the pod is killed."""
+    deployment, service = manifests["Deployment"]["spec"], manifests["Service"]["spec"]
+    pod = deployment["template"]["spec"]
+    server = pod["containers"][0]
+    options = dict(zip(server["args"][2::2], server["args"][3::2], strict=True))
+    assert {one["name"]: str(one["containerPort"]) for one in server["ports"]} == {"http": options["--port"]}
+    assert server["readinessProbe"]["httpGet"] == {"path": "/health", "port": "http"}
+    assert [one["targetPort"] for one in service["ports"]] == ["http"]
+    assert service["selector"] == deployment["selector"]["matchLabels"] == deployment["template"]["metadata"]["labels"]
+    waits = int(server["lifecycle"]["preStop"]["exec"]["command"][1]) + int(options["--shutdown-timeout"])
+    assert pod["terminationGracePeriodSeconds"] > waits
 
 
 @pytest.mark.server
@@ -121,6 +189,9 @@ def test_systemd_unit(tmp_path):
     unit.write_text(text.replace("/opt/tandem/bin/tandem", "/bin/true"))  # what it starts is not installed here
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    user = re.search(r"sysusers.d/tandem.conf: +(u (\w+) .*?) {2,}", text)
+    subprocess.run(["systemd-sysusers", "--dry-run", "--inline", user[1]], check=True)
+    assert f"\nUser={user[2]}\n" in text
 
 
 @pytest.mark.server
@@ -141,7 +212,7 @@ def test_pull_without_torch(tmp_path, url):
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository with this package, a recipe, and a commit that changes it."""
+    """A repository with this package, a recipe, and a commit that changes it and one for a chip."""
     root = tmp_path / "repository"
     for name in ("pipeline", "ci", ".github"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -155,6 +226,8 @@ def repository(tmp_path: Path) -> Path:
     git(root, "add", "-A")
     git(root, "commit", "-q", "-m", "one")
     (root / "recipes/prompts.jsonl").write_text(prompt + prompt.replace('"0"', '"1"'))
+    chip = TINY.replace("name: tiny", "name: chip").replace("float32", "bfloat16")
+    (root / "recipes/chip.yaml").write_text(chip + "backend: {name: neuron, target: trn2}\n")
     environ = os.environ | {"PYTHONPATH": str(root), "TANDEM_CACHE": str(tmp_path / "cache")}
     subprocess.run([str(BIN / "tandem"), "recipe", "lock", "tiny"], cwd=root, env=environ, check=True)
     git(root, "add", "-A")
@@ -181,19 +254,40 @@ class Runner:
         }  # fmt: skip
 
     def job(self, name: str) -> None:
+        """Its steps; once one failed, only those that run always, and the failure is raised at the end."""
         job = yaml.safe_load((self.root / ".github/workflows/release.yml").read_text())["jobs"][name]
+        failure = None
         for step in job["steps"]:
-            if "run" in step and step["name"] != "Install":
-                given = {k: self.value(v) for k, v in (job.get("env", {}) | step.get("env", {})).items()}
-                subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], cwd=self.root, check=True,
-                               env=self.environ | {k: v for k, v in given.items() if v is not None})  # fmt: skip
+            if "run" not in step or step["name"] == "Install" or (failure and step.get("if") != "always()"):
+                continue
+            given = {key: self.value(text) for key, text in (job.get("env", {}) | step.get("env", {})).items()}
+            command = ["bash", "-eo", "pipefail", "-c", step["run"]]
+            try:
+                subprocess.run(command, cwd=self.root, check=True, env=self.environ | given)
+            except subprocess.CalledProcessError as error:
+                failure = failure or error
+        if failure:
+            raise failure
 
-    def value(self, text: str) -> str | None:
-        """An expression must be one that the test knows; secrets come with the environment."""
+    def value(self, text: str) -> str:
+        """An expression must be one that the test knows; credentials come with the environment, or are empty."""
         match = re.fullmatch(r"\$\{\{ (.*) \}\}", str(text))
         if match is None:
             return str(text)
-        return None if match[1].startswith("secrets.") else self.expressions[match[1]]
+        given = re.fullmatch(r"(?:secrets|vars)\.((?:AWS|HF)_\w+)", match[1])
+        return os.environ.get(given[1], "") if given else self.expressions[match[1]]
+
+
+def expressions_of(repository: Path, registry_url: str, cache_url: str) -> dict[str, str]:
+    """What the workflow's expressions are after a push of the last commit."""
+    base = "github.event_name == 'pull_request' && github.event.pull_request.base.sha || github.event.before"
+    return {
+        base: git(repository, "rev-parse", "HEAD~1"), "github.sha": git(repository, "rev-parse", "HEAD"),
+        "matrix.recipe": "tiny", "vars.TANDEM_REGISTRY": registry_url, "vars.TANDEM_ALIAS": "prod",
+        "vars.TANDEM_REMOTE_CACHE": cache_url,
+        "vars.TANDEM_REMOTE_CACHE != '' && '1' || '0'": "1" if cache_url else "0",
+        "github.token": "t", "github.repository": "org/repo", "github.event.pull_request.number": "7",
+    }  # fmt: skip
 
 
 @pytest.mark.server
@@ -209,15 +303,8 @@ def test_workflow_steps(repository, url, s3_url, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/gh").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$GH_LOG"; cp comment.md "$GH_LOG.body"\n')
     (tmp_path / "bin/gh").chmod(0o755)
-    base = "github.event_name == 'pull_request' && github.event.pull_request.base.sha || github.event.before"
-    expressions = {
-        base: git(repository, "rev-parse", "HEAD~1"), "github.sha": git(repository, "rev-parse", "HEAD"),
-        "matrix.recipe": "tiny", "inputs.registry": url, "inputs.alias": "prod", "inputs.remote-cache": s3_url,
-        "inputs.remote-cache != '' && '1' || '0'": "1", "github.token": "t", "github.repository": "org/repo",
-        "github.event.pull_request.number": "7",
-    }  # fmt: skip
     environ = {"SIGNING_KEY": str(private), "TANDEM_CACHE": str(tmp_path / "cache"), "GH_LOG": str(tmp_path / "gh")}
-    runner = Runner(repository, expressions, environ)
+    runner = Runner(repository, expressions_of(repository, url, s3_url), environ)
     runner.job("changed")
     assert runner.output.read_text() == 'recipes=["tiny"]\n'
     runner.job("publish")
@@ -236,19 +323,28 @@ def test_workflow_steps(repository, url, s3_url, tmp_path):
 
 @pytest.mark.server
 def test_release_stops_at_a_failed_gate(repository, s3_url, tmp_path):
-    """The alias stays where it was, and nothing is published."""
+    """Nothing is published, and no alias moves; the tables and the reports are there all the same."""
     path = repository / "recipes/tiny.yaml"
     path.write_text(path.read_text().replace("tokens_per_step: 1.0", "tokens_per_step: 2.9"))
-    environ = os.environ | {"PYTHONPATH": str(repository), "TANDEM_CACHE": str(tmp_path / "cache"), "REGISTRY": s3_url}
-    environ |= {"PATH": f"{BIN}:{os.environ['PATH']}", "SIGNING_KEY": "unused", "ALIAS": "prod"}
-    subprocess.run([str(BIN / "tandem"), "recipe", "lock", "tiny"], cwd=repository, env=environ, check=True)
-    steps = "ci/release.sh build tiny && ci/release.sh publish tiny"
-    done = subprocess.run(
-        ["bash", "-c", steps], cwd=repository, env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    assert "gate failed" in done.stderr
+    environ = {"TANDEM_CACHE": str(tmp_path / "cache"), "SIGNING_KEY": "unused"}
+    runner = Runner(repository, expressions_of(repository, s3_url, ""), environ)
+    command = [str(BIN / "tandem"), "recipe", "lock", "tiny"]
+    subprocess.run(command, cwd=repository, env=runner.environ, check=True)
+    with pytest.raises(subprocess.CalledProcessError, match=r"release\.sh build"):
+        runner.job("publish")
+    assert "| passed | no |" in runner.summary.read_text()
+    assert (repository / "artifacts/tiny/reports/parity.html").is_file()
     assert registry.list_releases(s3_url) == []
+
+
+@pytest.mark.server
+def test_a_build_that_made_nothing_has_a_summary(repository, tmp_path):
+    (repository / "recipes/tiny.lock").write_text("damaged")
+    runner = Runner(repository, expressions_of(repository, "", ""), {"TANDEM_CACHE": str(tmp_path / "cache")})
+    with pytest.raises(subprocess.CalledProcessError, match=r"release\.sh build"):
+        runner.job("check")
+    assert (repository / "summaries/tiny.md").read_text() == "## tiny\n\nNo artifact: the log says why.\n"
+    assert runner.summary.read_text() == (repository / "summaries/tiny.md").read_text()
 
 
 def test_changed_recipes(tmp_path, monkeypatch):
