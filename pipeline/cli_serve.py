@@ -19,6 +19,9 @@ from pipeline.serve.plugin import ARTIFACT
 if TYPE_CHECKING:
     from pipeline.signing import Policy
 
+DRAIN_S = "20"
+"""Seconds that answers under way have when the server must end: within what Kubernetes gives a pod, 30."""
+
 INSTALL = "run `pip install '.[vllm]'` in Tandem's folder"
 
 
@@ -53,11 +56,12 @@ def serve(
         os.environ["TANDEM_POLICY"] = str(policy_file.resolve())
     from pipeline.artifact import read
 
-    named = any(one.partition("=")[0] == "--served-model-name" for one in vllm_args)
-    name = () if named else ("--served-model-name", read(root).manifest.name)
+    defaults = {"--served-model-name": read(root).manifest.name, "--shutdown-timeout": DRAIN_S}
+    given = {one.partition("=")[0] for one in vllm_args}
+    more = [word for option, value in defaults.items() if option not in given for word in (option, value)]
     # Not vLLM's own command: that of its CPU build does not start, since it asks for a package named `vllm`.
     module = ("-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server")
-    command = [sys.executable, *module, "--model", str(root), *name, *vllm_args]
+    command = [sys.executable, *module, "--model", str(root), *more, *vllm_args]
     console.close()
     if json_:
         print_json({"command": command, "environment": {ARTIFACT: str(root)}})

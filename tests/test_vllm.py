@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -274,6 +274,16 @@ def test_killed_and_started_again_it_serves(artifact: Path, tmp_path: Path) -> N
             answers.append(one.complete([5, 9, 3], max_tokens=20)["token_ids"])
     assert answers[0] == answers[1]
     assert "compiled nothing" in (tmp_path / "1.log").read_text()
+
+
+def test_told_to_end_it_finishes_its_answers(artifact: Path, tmp_path: Path) -> None:
+    with running(artifact, tmp_path / "log") as one, ThreadPoolExecutor(16) as pool:
+        running_ = [pool.submit(one.complete, [5, 9, 3], max_tokens=60, ignore_eos=True) for _ in range(16)]
+        next(as_completed(running_)).result()
+        one.process.send_signal(signal.SIGTERM)
+        assert sum(not answer.done() for answer in running_) > 4, "nothing was under way: nothing is tested"
+        assert [len(answer.result()["token_ids"]) for answer in running_] == [60] * 16
+        one.process.wait(timeout=60)
 
 
 @pytest.mark.parametrize(
