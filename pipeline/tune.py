@@ -7,9 +7,8 @@ Prompts and answers have lengths; the few buckets that pad them least follow fro
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import accumulate
@@ -18,9 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from pipeline.buckets import buckets_for, padded
 from pipeline.errors import InputError
-from pipeline.files import write_atomic
+from pipeline.files import atomic_file
+from pipeline.recipe import load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +42,8 @@ PENALTY = 0.02
 """A further K must gain more than this share on some class to be worth the time that its graphs take to compile."""
 
 Say = Callable[[str], None]
+Edit = tuple[int, int, str]
+"""Characters from, up to, and what takes their place."""
 
 
 @dataclass(frozen=True)
@@ -237,20 +241,62 @@ def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:
     Everything else in it stays as it is.
 
     Raises:
-        InputError: the file does not write `draft_tokens: [...]` itself.
+        InputError: the file does not write `draft_tokens` itself, or would not load with what was measured.
 
     """
-    text = path.read_text()
     data = found.to_json()
-    wanted = f"draft_tokens: {data['draft_tokens']}"
-    costs = f"step_costs: {data['step_costs']}"
-    known = re.search(r"^(?P<indent>\s*)(?P<before>.*?)draft_tokens:\s*\[[^\]]*\]", text, re.MULTILINE)
-    if known is None:
-        raise InputError("has no `draft_tokens: [...]` to change", where=str(path), fix=f"write {wanted} and {costs}")
-    text = re.sub(r",?[ \t]*\n?[ \t]*step_costs:\s*(\[[^\]]*\]|\{[^}]*\})", "", text)
-    between = ", " if "{" in known["before"] else "\n" + known["indent"].lstrip("\n")
-    new = f"{wanted}{between}{costs}" if paced else wanted
-    text = re.sub(r"draft_tokens:\s*\[[^\]]*\]", new, text, count=1)
-    for name, buckets in found.shapes.items():
-        text = re.sub(rf"\b{name}:\s*\[[^\]]*\]", f"{name}: {buckets}", text, count=1)
-    write_atomic(path, text.encode())
+    wanted = {name: data[name] for name in ("draft_tokens", "step_costs") if paced or name == "draft_tokens"}
+    fix = "write " + " and ".join(f"{name}: {value}" for name, value in wanted.items())
+    text = path.read_bytes().decode()
+    speculation = _section(text, "speculation")
+    if "draft_tokens" not in _entries(speculation):
+        raise InputError("has no `draft_tokens: [...]` to change", where=str(path), fix=fix)
+    edits = [*_replaced(speculation, wanted), *_replaced(_section(text, "shapes"), found.shapes)]
+    if wanted.keys() - _entries(speculation).keys():
+        edits.append(_added(text, speculation, f"step_costs: {data['step_costs']}"))
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    with atomic_file(path) as file:
+        file.write(text.encode())
+        file.flush()
+        try:
+            load(Path(file.name))
+        except InputError as error:
+            what = f"would not load with what was measured: {error.what}"
+            raise InputError(what, where=str(path), fix=fix) from error
+
+
+def _section(text: str, name: str) -> Any:
+    """Node of one section of a recipe, or None."""
+    _, value = _entries(yaml.compose(text, Loader=yaml.SafeLoader)).get(name, (None, None))
+    return value
+
+
+def _entries(node: Any) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """Keys and values of a mapping as they stand in its file, by name; none of anything else."""
+    return {key.value: (key, value) for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+
+
+def _replaced(section: Any, values: dict[str, Any]) -> Iterator[Edit]:
+    """Other values for the keys that a section has."""
+    for name, (key, value) in _entries(section).items():
+        if name in values:
+            yield key.end_mark.index, _end(value), f": {values[name]}"
+
+
+def _added(text: str, section: Any, entry: str) -> Edit:
+    """One more entry behind `draft_tokens`: in its line inside braces, else in the next one."""
+    key, value = _entries(section)["draft_tokens"]
+    end = _end(value)
+    if section.flow_style:
+        return end, end, f", {entry}"
+    end = (text + "\n").index("\n", end)
+    return end, end, f"\n{' ' * key.start_mark.column}{entry}"
+
+
+def _end(node: yaml.Node) -> int:
+    """Where a value ends; the mark of one in block style lies beyond the comments that follow it."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
+    return int(node.end_mark.index)

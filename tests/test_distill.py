@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.distill import Request, distill, draft_model, generate, prepare
-from pipeline.distill.data import PART, Prompts, read_part
+from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_part
 from pipeline.distill.eagle3 import guesses
 from pipeline.distill.generate import Writer, Writing
 from pipeline.distill.head import layers_of, model_config
@@ -55,6 +57,24 @@ def request_of(work, out: str = "head", **more) -> Request:
 @pytest.fixture(scope="module")
 def figures(work):
     return distill(request_of(work))
+
+
+ASKED = ["Say hi", "Tell me about the river that flows through the old town", "Name three birds", "Count to ten"]
+
+
+def asking(work, name: str, prompts: list[str], **more) -> Request:
+    """Answers to given prompts: seconds of writing."""
+    path = work / f"{name}.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    return request_of(work, name, prompts=path, **more)
+
+
+@pytest.fixture(scope="module")
+def asked(work):
+    """A request whose text is there: an answer to each of four prompts."""
+    request = asking(work, "asked", ASKED, steps=2)
+    prepare(request).write_data()
+    return request
 
 
 def test_a_seed_decides_what_prompts_are_written_and_not_which_given_ones_are_used(work):
@@ -244,6 +264,88 @@ def test_held_out_prompts_are_kept_apart():
     assert not Apart(["Say hi"])("say HI")
 
 
+def test_prompts_that_gates_came_to_ask_are_not_learned_from(work, asked):
+    """A run's own text was once read unfiltered, and with its chat template around it a short prompt never matched."""
+    assert len(prepare(asked).sequences()) == 4
+    lines = [{"id": "a", "class": "chat", "prompt": "say hi!"}, {"id": "b", "class": "chat", "prompt": ASKED[1][8:]}]
+    (work / "later.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    recipe = Recipe.model_validate(CONTENT | {"validate": {"prompts": "later.jsonl"}})
+    job = prepare(replace(asked, recipe=recipe))
+    assert job.folder == prepare(asked).folder
+    kept = [job.text.decode(s.tokens[: s.prompt].tolist()) for s in job.sequences()]
+    assert [any(words in prompt for prompt in kept) for words in ASKED] == [False, False, True, True]
+
+
+def test_training_goes_on_with_the_same_text_and_vocabulary_alone(work, asked):
+    """Other text of as many sequences was once learned by a draft whose LM head had rows of other tokens."""
+    job = prepare(asked)
+    *some, last = job.sequences()
+    job.trainer(some).train(some, [])
+    assert job.trainer(some).step == 2
+    assert job.trainer([*some[1:], last]).step == 0
+    assert job.trainer(some[::-1]).step == 0
+    job.vocab = 320
+    assert job.trainer(some).step == 0
+
+
+def test_an_answer_that_is_shorter_than_a_chain_is_counted(work, asked):
+    """A target may end its answer to a held-out prompt at once."""
+    job = prepare(asked)
+    sequences = job.sequences()
+    one = sequences[0]
+    short = Conversation(one.tokens[:3], 2, one.taps_TX[:2], one.last_TH[:2])
+    assert job.trainer(sequences).accuracy([short]).reached == [1, 0, 0]
+
+
+def test_part_without_a_prompt_of_use_is_empty_and_no_text_at_all_is_refused(work, monkeypatch):
+    monkeypatch.setattr("pipeline.distill.job.PART", 2)
+    job = prepare(asking(work, "some", [HELD_OUT[0], "word " * 400, *ASKED[:2]]))
+    job.write_data()
+    assert [len(read_part(path)) for path in sorted(job.folder.rglob("part-*.safetensors"))] == [0, 2]
+    assert len(job.sequences()) == 2
+    with pytest.raises(InputError, match="nothing to learn from") as caught:
+        distill(asking(work, "none", HELD_OUT))
+    assert "prompts" in caught.value.fix
+
+
+def test_target_that_writes_no_prompt_of_use_is_refused(work):
+    """Parts would be written for ever."""
+    job = prepare(request_of(work))
+    prompts = Prompts(job.text, lambda prompt: False)
+    with pytest.raises(InputError, match="no prompt") as caught:
+        write_part(work / "unused", 0, 4, job.writer, prompts, 9, lambda line: None)
+    assert "--prompts" in caught.value.fix
+    assert not (work / "unused").exists()
+
+
+def test_a_draft_in_files_of_any_name_is_trained_further(work, figures, asked):
+    sequences = prepare(asked).sequences()
+    whole = load_file(work / "head" / "model.safetensors")
+    for name in ("renamed", "sharded"):
+        shutil.copytree(work / "head", work / name)
+        (work / name / "model.safetensors").unlink()
+    save_file(whole, work / "renamed" / "head.safetensors")
+    places = {weight: f"model-{number % 2}.safetensors" for number, weight in enumerate(whole)}
+    for file in set(places.values()):
+        save_file({w: tensor for w, tensor in whole.items() if places[w] == file}, work / "sharded" / file)
+    (work / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    for name in ("renamed", "sharded"):
+        trainer = prepare(replace(asked, start=work / name, draft_vocab=None)).trainer(sequences)
+        assert torch.equal(trainer.weights["lm_head.weight"], whole["lm_head.weight"].float())
+
+
+def test_writer_ends_with_the_first_token_where_that_is_all_there_is(work):
+    """It once read a row on before it asked whether the row had ended."""
+    target = resolve("pico://llama", base=work, cache=work / "cache" / "sources")
+    writer = Writer(target, "float32", 2, 96, (0, 1, 2))
+    (one,) = writer.write([Writing([5, 6, 7], 1)])
+    assert one.tokens[:-1] == [5, 6, 7]
+    assert one.last_TH.shape == (3, 64)
+    writer.checkpoint = replace(target, config=replace(target.config, eos_ids=(one.tokens[-1],)))
+    ended = list(writer.write(Writing([5, 6, 7], 9, seed=i) for i in range(5)))
+    assert [w.tokens for w in ended] == [one.tokens] * 5
+
+
 def test_out_that_is_something_else_is_refused(work):
     (work / "mine").mkdir()
     (work / "mine" / "thesis.txt").write_text("years of work")
@@ -255,6 +357,8 @@ def test_out_that_is_something_else_is_refused(work):
     ("change", "where"),
     [
         ({"draft_vocab": 5000}, "--draft-vocab"),
+        ({"seed": 1 << 32}, "--seed"),
+        ({"seed": -1}, "--seed"),
         ({"device": "cuda:77"}, "--device"),
         ({"layers": (0,)}, "--layers"),
         ({"method": "draft_model", "layers": (0, 99)}, "--layers"),

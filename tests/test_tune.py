@@ -79,6 +79,12 @@ RECIPES = {
     "block": "speculation:\n  method: eagle3\n  draft_tokens: [1, 2]  # chosen\n  sampling: [greedy]\n",
     "block again": "speculation:\n  method: eagle3\n  draft_tokens: [1]\n  step_costs: [1.5]\n  sampling: [greedy]\n",
 }
+COSTED = {
+    "block list": "step_costs:\n  - 1.0  # K=1\n  - 2.0\n  # then\n",
+    "block list indented": "step_costs:\n    - 1.0\n    - 2.0\n\n",
+    "block by batch": "step_costs:\n    1: [1.0, 2.0]\n    # of four rows\n    4:\n      - 1.5\n      - 2.0\n",
+    "flow": "step_costs: [1.0, 2.0]  # measured\n",
+}
 REST = """name: head
 target: {source: "pico://llama", dtype: float32}
 draft: {source: "pico://llama?draft_vocab=128&eagle3=1"}
@@ -97,6 +103,68 @@ def test_recipe_is_written_and_keeps_everything_else(tmp_path, layout):
     assert recipe.speculation.sampling == ("greedy",)
     assert path.read_text().startswith(REST)
     assert ("#" in path.read_text()) == ("#" in RECIPES[layout])
+
+
+@pytest.mark.parametrize("layout", COSTED)
+@pytest.mark.parametrize("first", [True, False])
+def test_costs_in_any_layout_are_replaced(tmp_path, layout, first):
+    """Those in block style once stayed, and made the key one given twice."""
+    path = tmp_path / "head.yaml"
+    entries = ["  method: eagle3\n", "  draft_tokens: [1, 2]  # chosen\n"]
+    entries.insert(0 if first else 2, "  " + COSTED[layout])
+    path.write_text(REST.replace("batch: [1]", "batch: [1, 4]") + "speculation:\n" + "".join(entries) + "# end\n")
+    write_recipe(path, replace(choose(COSTS, {"all": [0.5] * 4}), larger={4: {2: 1.5, 4: 2.0}}), paced=True)
+    assert load(path).speculation.step_costs == {1: (1.2,), 4: (1.5,)}
+    assert "draft_tokens: [2]  # chosen\n" in path.read_text()
+    assert path.read_text().endswith("# end\n")
+
+
+def test_draft_tokens_in_block_style_are_replaced(tmp_path):
+    path = tmp_path / "head.yaml"
+    path.write_text(REST + "speculation:\n  draft_tokens:\n  - 1\n  - 2\n\n  # a head\n  method: eagle3\n")
+    write_recipe(path, choose(COSTS, {"all": [0.5] * 4}), paced=True)
+    rest = "speculation:\n  draft_tokens: [2]\n  step_costs: [1.2]\n\n  # a head\n  method: eagle3\n"
+    assert path.read_text() == REST + rest
+
+
+def test_costs_that_come_first_in_braces_are_replaced(tmp_path):
+    """A comma once stayed where they had been."""
+    path = tmp_path / "head.yaml"
+    path.write_text(REST + "speculation: {step_costs: [1.0, 2.0], method: eagle3, draft_tokens: [1, 2]}\n")
+    write_recipe(path, choose(COSTS, {"all": [0.5] * 4}), paced=True)
+    assert path.read_text() == REST + "speculation: {step_costs: [1.2], method: eagle3, draft_tokens: [2]}\n"
+
+
+def test_comments_are_not_taken_for_keys(tmp_path):
+    path = tmp_path / "head.yaml"
+    comment = "# draft_tokens: [4] was slower, step_costs: [1.4], kv: [128] too\n"
+    path.write_text(comment + REST + "speculation:\n  " + comment + "  method: eagle3\n  draft_tokens: [1, 2] # now\n")
+    write_recipe(path, replace(choose(COSTS, {"all": [0.5] * 4}), shapes={"kv": [96]}), paced=True)
+    assert load(path).speculation.step_costs == (1.2,)
+    assert load(path).shapes.kv == (96,)
+    after = "  method: eagle3\n  draft_tokens: [2] # now\n  step_costs: [1.2]\n"
+    assert path.read_text() == comment + REST.replace("kv: [64]", "kv: [96]") + "speculation:\n  " + comment + after
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        REST.replace("batch: [1]", "batch: [1, 2]") + RECIPES["flow"],
+        REST.replace("batch: [1]", "batch: &k [1, 4]") + "speculation: {method: eagle3, draft_tokens: *k}\n",
+    ],
+    ids=["other batches than were measured", "an alias"],
+)
+def test_what_would_not_load_is_not_written(tmp_path, text):
+    path = tmp_path / "head.yaml"
+    path.write_text(text)
+    load(path)
+    found = replace(choose(COSTS, {"all": [0.5] * 4}), larger={4: {2: 1.5, 4: 2.0}})
+    with pytest.raises(InputError) as caught:
+        write_recipe(path, found, paced=True)
+    assert caught.value.where == str(path)
+    assert caught.value.fix == "write draft_tokens: [2] and step_costs: {1: [1.2], 4: [1.5]}"
+    assert path.read_text() == text
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_recipe_gets_its_buckets(tmp_path):

@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.distill.generate import Writer, Writing, Written
 from pipeline.distill.prompts import Apart, opening, user_turn
 from pipeline.distill.request import SEEDS
+from pipeline.errors import InputError
 from pipeline.files import write_atomic
 from pipeline.runtime.text import Text
 
@@ -91,7 +92,12 @@ def part_path(folder: Path, number: int) -> Path:
 def write_part(
     folder: Path, number: int, size: int, writer: Writer, prompts: Prompts, new: int, say: Callable[[str], None]
 ) -> None:
-    """Write one part of `size` prompts, unless it is there."""
+    """Write one part of `size` prompts, unless it is there; empty where none of the given ones may be trained on.
+
+    Raises:
+        InputError: the target was to write the prompts, and none is of use.
+
+    """
     path = part_path(folder, number)
     if path.is_file():
         return
@@ -103,6 +109,9 @@ def write_part(
         room = writer.length - len(tokens)
         if room > 0:
             requests.append(Writing(tokens, min(new, room), 0.0 if greedy else ANSWER_TEMPERATURE, seed))
+    if not requests and not prompts.given:
+        what = f"the target wrote no prompt of use, of {size}"
+        raise InputError(what, where=str(path), fix="give a prompt file: --prompts FILE")
     found = sorted(writer.write(requests), key=lambda written: written.request.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, _pack(found))
@@ -119,10 +128,14 @@ def _pack(found: Sequence[Written]) -> bytes:
         "tokens": torch.tensor([token for w in found for token in w.tokens], dtype=torch.int32),
         "lengths": torch.tensor([len(w.tokens) for w in found], dtype=torch.int32),
         "prompts": torch.tensor([len(w.request.tokens) for w in found], dtype=torch.int32),
-        "taps": torch.cat([w.taps_TX for w in found]),
-        "last": torch.cat([w.last_TH for w in found]),
+        "taps": _rows([w.taps_TX for w in found]),
+        "last": _rows([w.last_TH for w in found]),
     }
     return save(tensors, {"counts": json.dumps(counts)})
+
+
+def _rows(states: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(states)) if states else torch.empty(0, 0)
 
 
 def is_part(path: Path) -> bool:

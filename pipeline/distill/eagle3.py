@@ -77,7 +77,7 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
 def _ahead(values_BT: Tensor, by: int) -> Tensor:
     """Every position gets the value `by` positions later; zeros (False) beyond the end."""
     moved = torch.zeros_like(values_BT)
-    moved[:, : values_BT.shape[1] - by] = values_BT[:, by:]
+    moved[:, : max(values_BT.shape[1] - by, 0)] = values_BT[:, by:]
     return moved
 
 

@@ -128,7 +128,7 @@ class Writer:
             free = [slot for slot, row in enumerate(rows) if row is None]
             if more and len(free) >= max(self.rows // 8, 1):
                 more = self._admit(queue, rows, free)
-            if any(rows):
+            else:
                 self._step(rows)
             for slot, row in enumerate(rows):
                 if row is not None and self._done(row):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from pipeline.distill import draft_model, eagle3
 from pipeline.distill.data import PART, Conversation, Prompts, is_part, read_part, write_part, write_transcripts
 from pipeline.distill.generate import Writer, Writing
 from pipeline.distill.head import frequent, head_config, initial, layers_of, model_config
-from pipeline.distill.prompts import Apart
+from pipeline.distill.prompts import SENTINEL, Apart
 from pipeline.distill.request import ANSWER_TOKENS, LENGTH, ROWS, Request, data_key
 from pipeline.distill.train import Settings, Trainer
 from pipeline.errors import InputError
@@ -116,10 +117,18 @@ class Job:
             say(f"{self._count()} of {self.request.tokens} tokens written")
 
     def sequences(self) -> list[Conversation]:
-        """All that may be trained on; text of earlier runs only where its prompts are kept apart today, too."""
-        found = [s for path in self._parts() for s in read_part(path)]
-        found += [s for path in self._given() for s in read_part(path) if self.apart(self._prompt(s))]
-        return [s for s in found if len(s.tokens) - s.prompt >= SHORTEST]
+        """All that may be trained on: whoever wrote it, and whenever, only where its prompts are kept apart today.
+
+        Raises:
+            InputError: there is nothing.
+
+        """
+        written = (s for path in (*self._parts(), *self._given()) for s in read_part(path))
+        found = [s for s in written if len(s.tokens) - s.prompt >= SHORTEST and self.apart(self._prompt(s))]
+        if not found:
+            what = "nothing to learn from: prompts are too long or those of the gates, or answers too short"
+            raise InputError(what, where=str(self.folder / "data"), fix="give other prompts: --prompts FILE")
+        return found
 
     def held_out(self) -> dict[str, list[Conversation]]:
         """Greedy answers to the recipe's prompts, by class."""
@@ -150,12 +159,10 @@ class Job:
         settings = Settings(steps=request.steps, objective=request.objective, seed=request.seed)
         if self.start is not None:  # it knows one token ahead: what it knows of more is not unlearned first
             settings = replace(settings, single=0.0)
-        name = f"{request.objective}-{self.vocab}-{len(sequences)}"
         if request.method == "draft_model":
             config = config_of(self.config_json, "draft")
             start = layers_of(self.target, config, request.layers, ids)
             settings, guesses = replace(settings, single=1.0), draft_model.guesses
-            name += "-layers-" + "-".join(map(str, request.layers))
         else:
             config = read_config(self.config_json, "head")
             start, guesses = initial(self.target, self.config_json, ids, request.seed), eagle3.guesses
@@ -164,17 +171,35 @@ class Job:
             known = {weight: read_tensor(found[weight]).float() for weight in start}
             if self.chooses_anew:
                 known[HEAD] = _rows(known[HEAD], _ids_of(self.start), start[HEAD], ids)
-                name += "-anew"
             start = known
-            name += "-from-" + self.start.files["model.safetensors"].sha256[:8]
-        folder, ids = self.folder / name, ids.to(device)
+        folder, ids = self.folder / self._name(sequences, ids), ids.to(device)
         return Trainer(guesses, config, start, embedding, head[ids], ids, settings, folder, request.say)
+
+    def _name(self, sequences: Sequence[Conversation], ids: Tensor) -> str:
+        """Names a training by what decides it beside its settings: text, vocabulary, and where the draft starts."""
+        digest = hashlib.sha256(ids.numpy().tobytes())
+        for s in sequences:
+            digest.update(f"{s.prompt} {len(s.tokens)} ".encode() + s.tokens.numpy().tobytes())
+        name = f"{self.request.objective}-{self.vocab}-{digest.hexdigest()[:16]}"
+        if self.request.method == "draft_model":
+            name += "-layers-" + "-".join(map(str, self.request.layers))
+        return name if self.start is None else f"{name}-from-{self.start.revision[-8:]}"
 
     def _encode(self, prompt: str) -> list[int]:
         return self.text.chat(prompt) if self.text.has_chat else self.text.encode(prompt)
 
     def _prompt(self, sequence: Conversation) -> str:
-        return self.text.decode(sequence.tokens[: sequence.prompt].tolist())
+        """What the user said."""
+        before, after = self._template
+        text = self.text.decode(sequence.tokens[: sequence.prompt].tolist())
+        return text.removeprefix(before).removesuffix(after)
+
+    @cached_property
+    def _template(self) -> tuple[str, str]:
+        """Text around what the user said, as it is decoded: special tokens left out."""
+        parts = (self.text.chat_text(SENTINEL) if self.text.has_chat else "").partition(SENTINEL)
+        before, _, after = (self.text.decode(self.text.encode(part, special=False)) for part in parts)
+        return before, after
 
     def _parts(self) -> list[Path]:
         return _parts_in(self.folder / "data")

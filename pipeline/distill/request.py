@@ -10,13 +10,14 @@ from pathlib import Path
 
 from pipeline.cache import default_root
 from pipeline.distill.prompts import OPENINGS
+from pipeline.errors import InputError
 from pipeline.recipe import Recipe
 
 Say = Callable[[str], None]
 
 DRAFT_VOCAB = 7680
 SEEDS = 2**32
-"""Prompts that one seed of a request has room for."""
+"""Prompts that one seed of a request has room for, and how many such seeds there are: draws are seeded with 64 bits."""
 
 ROWS = 64
 ANSWER_TOKENS = 192
@@ -39,6 +40,10 @@ class Request:
     `layers` are those of the target that a draft model starts from, in order (`method` `draft_model`). `start` is the
     folder of a draft to train further, as it is: its layers and its vocabulary; `start_share` of it stays. `text` are
     folders that earlier runs wrote for the same target, learned from as well; their tokens count among `tokens`.
+
+    Raises:
+        InputError: a seed that is out of range.
+
     """
 
     recipe: Recipe
@@ -60,9 +65,16 @@ class Request:
     cache: Path = field(default_factory=default_root)
     say: Say = _silent
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < SEEDS:
+            raise InputError(f"found {self.seed}", where="--seed", fix=f"use 0 to {SEEDS - 1}")
+
 
 def data_key(request: Request, revision: str, taps: tuple[int, ...]) -> str:
-    """Names the data: everything that decides its parts, and not how many of them there are."""
+    """Names the data: what decides its parts, and not how many of them there are.
+
+    The prompts of the gates are not in it: what is read is kept apart from those of today (`Job.sequences`).
+    """
     files = [path.read_bytes() if path else b"" for path in (request.prompts, request.transcripts)]
     openings = OPENINGS if request.prompts is None else ()
     facts = [revision, request.recipe.target.dtype, taps, request.seed * SEEDS, LENGTH, ANSWER_TOKENS, openings]
