@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.models.config import ModelConfig
@@ -168,24 +168,6 @@ def make_plan(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Plan:
     if plan.memory_limit is not None and plan.memory.total > plan.memory_limit:
         raise RecipeError([_overflow(plan, plan.memory_limit)])
     return plan
-
-
-def graph_digest_fields(plan: Plan, spec: GraphSpec) -> dict[str, Any]:
-    """What decides the code of one graph, as plain data: nothing of other buckets, other models, or validation."""
-    from pipeline.signature import models_of
-
-    pair, models = plan.pair, models_of(spec, plan.pair)
-    configs = {m: {k: v for k, v in asdict(pair.config_of(m)).items() if k != "eos_ids"} for m in models}
-    return {
-        "graph": asdict(spec),
-        "configs": configs,
-        "dtypes": {m: pair.dtype_of(m) for m in models},
-        "weights": {m: pair.stored_dtype(m, "linear") for m in models},
-        "ranks": {m: pair.tp_of(m) for m in models},
-        "state": [pair.rows, pair.length],
-        "candidates": pair.candidates if spec.sampling == "stochastic" else None,
-        "backend": plan.recipe.backend.model_dump(mode="json"),
-    } | ({"copied": True} if pair.lookup and spec.phase == "speculate" else {})
 
 
 def _pair_shape(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairShape:

@@ -6,11 +6,14 @@ from eager import make_engine
 from pairs import make_pair
 from reports import PROMPTS
 
+from pipeline.backends.base import make_backend
+from pipeline.backends.packing import PlainPacking
 from pipeline.cache import Cache
-from pipeline.plan import GraphSpec, graph_digest_fields, make_plan
+from pipeline.plan import GraphSpec, make_plan
 from pipeline.recipe import Recipe
 from pipeline.runtime.batch import Choice
 from pipeline.runtime.lookup import Lookup, argument
+from pipeline.signature import signature
 from pipeline.sources import resolve_pair
 from pipeline.speculation.sampling import Candidates, certain
 from pipeline.validate.gates import Gates
@@ -193,11 +196,14 @@ def test_gates_pass_and_drive_copies(work, method):
 
 
 def test_only_speculation_with_lookup_is_another_graph(work):
-    """Recipes without it keep their digests and the keys of their graphs."""
+    """Recipes without it keep their digests; graphs of other phases their inputs, what is traced, and so their keys."""
     without, with_it = recipe_of("eagle3", None), recipe_of("eagle3", 3)
     assert "lookup" not in without.model_dump(mode="json")["speculation"]
     pair = resolve_pair(without, base=work, cache=work / "sources")
     plans = [make_plan(recipe, pair[0].config, pair[1].config) for recipe in (without, with_it)]
     for spec in plans[0].graphs:
-        same = graph_digest_fields(plans[0], spec) == graph_digest_fields(plans[1], spec)
-        assert same == (spec.phase != "speculate")
+        ios = [signature(spec, plan.pair, PlainPacking()) for plan in plans]
+        assert (ios[0] == ios[1]) == (spec.phase != "speculate"), spec.name
+    backend, decode = make_backend({"name": "inductor"}), GraphSpec("decode", 1, 1, 32)
+    graphs = [backend.trace(decode, plan.pair).ir for plan in plans]
+    assert graphs[0] == graphs[1]

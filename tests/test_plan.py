@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline import lock as locks
+from pipeline.backends.base import make_backend
 from pipeline.backends.packing import BlockPacking
 from pipeline.errors import Problem, RecipeError
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import weight_specs
-from pipeline.plan import DTYPE_BYTES, GIB, Plan, graph_digest_fields, make_plan
+from pipeline.plan import DTYPE_BYTES, GIB, GraphSpec, Plan, make_plan
 from pipeline.recipe import Recipe, find, load
 from pipeline.signature import signature
 
@@ -234,16 +235,14 @@ def test_estimates_grow_with_layer_passes(tmp_path: Path) -> None:
         assert estimate(k4) > estimate(decode) > 0
 
 
-def test_graph_digest_fields_ignore_what_a_graph_does_not_see(tmp_path: Path) -> None:
+def test_a_graph_depends_on_what_it_sees_alone(tmp_path: Path) -> None:
+    """What is traced, and so its cache key: scoring a target depends on no draft, no sampling, no end of an answer."""
     plan = make_plan(recipe_of(tmp_path), SMALL, SMALL)
-    decode = next(g for g in plan.graphs if g.name == "decode-b1-t1-s64")
-    score = next(g for g in plan.graphs if g.name == "score-target-b4-t32-s64")
-    fewer = make_plan(recipe_of(tmp_path, sampling="[greedy]"), replace(SMALL, eos_ids=(7,)), SMALL)
-    assert graph_digest_fields(plan, decode) == graph_digest_fields(fewer, decode)
-    other_draft = make_plan(recipe_of(tmp_path), SMALL, replace(SMALL, layers=1))
-    assert graph_digest_fields(plan, score) == graph_digest_fields(other_draft, score)
-    assert graph_digest_fields(plan, decode) != graph_digest_fields(other_draft, decode)
-    assert graph_digest_fields(plan, decode) != graph_digest_fields(plan, score)
+    unseen = make_plan(recipe_of(tmp_path, sampling="[greedy]"), replace(SMALL, eos_ids=(7,)), replace(SMALL, layers=1))
+    seen = make_plan(recipe_of(tmp_path), replace(SMALL, layers=2), SMALL)
+    backend, spec = make_backend({"name": "inductor"}), GraphSpec("score", 4, 32, 64, model="target")
+    graph, same, other = (backend.trace(spec, p.pair).ir for p in (plan, unseen, seen))
+    assert graph == same != other
 
 
 @pytest.mark.parametrize(

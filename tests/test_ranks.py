@@ -3,14 +3,19 @@
 import json
 import os
 import signal
+from contextlib import contextmanager, suppress
 
 import pytest
+import torch
 from eager import make_engine
+from safetensors.torch import save_file
 
 from pipeline import runtime
+from pipeline.artifact import Manifest
 from pipeline.build import Request, run
 from pipeline.errors import HostError
 from pipeline.recipe import load
+from pipeline.runtime.ranks import ManyRanks
 from pipeline.sources import resolve_pair
 
 RECIPE = """
@@ -103,7 +108,47 @@ def test_families_on_ranks_greedy_and_stochastic(base, family, tp):
 
 
 def test_a_killed_rank_is_an_error(base, alone):
+    """Of this call and of those after it, which used to end in `OSError: handle is closed`."""
     engine = built(base, 2, "sharded")
     os.kill(engine.ranks._workers[1].pid, signal.SIGKILL)
-    with pytest.raises(HostError, match="rank"):
-        engine.generate(PROMPTS, max_new_tokens=24)
+    for failure in ("rank [01]", "the ranks have ended"):
+        with pytest.raises(HostError, match=failure):
+            engine.generate(PROMPTS, max_new_tokens=24)
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next(tmp_path):
+    """The next call used to return what the ranks had answered too late."""
+    ranks = without_graphs(tmp_path)
+    slow = ranks._workers[1].pid
+    os.kill(slow, signal.SIGSTOP)
+    with pytest.raises(TimeoutError), limit(seconds=0.2):
+        ranks.reset()
+    with suppress(ProcessLookupError):  # it was ended
+        os.kill(slow, signal.SIGCONT)
+    with pytest.raises(HostError, match="the ranks have ended"):
+        ranks.reset()
+
+
+def without_graphs(root) -> ManyRanks:
+    """Two ranks that have weights, of no use, and zero their state when asked."""
+    for name in ("target/rank-0", "target/rank-1", "draft/rank-0", "draft/rank-1"):
+        path = root / f"weights/{name}-of-2.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"weight": torch.zeros(1)}, path)
+    return ManyRanks(root, Manifest.model_construct(tensor=2, backend={"name": "inductor"}, requires={}))
+
+
+@contextmanager
+def limit(seconds):
+    """What a caller may set itself: an exception wherever its main thread is then."""
+
+    def ring(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -214,8 +214,8 @@ class Batch:
     def _catch_up(self, rows: Rows) -> None:
         """Show the draft what was decoded without it, through its `score` graph.
 
-        A step itself covers the token before the last one; only longer gaps need this. Rows without a gap get their
-        own next positions, which hold nothing yet.
+        A step itself covers the token before the last one; only longer gaps need this. Rows without a gap take part at
+        the scratch position.
         """
         while gaps := {slot: row for slot, row in rows.items() if row.in_draft < row.position - 1}:
             spec = self._score_graph("draft", _deepest(rows))

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -104,13 +104,14 @@ class ManyRanks:
             theirs.close()
             self._pipes.append(ours)
             self._workers.append(worker)
-        self._answers()
+        with self._end_on_failure():
+            self._answers()
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run one graph on every rank.
 
         Raises:
-            HostError: a rank failed or died; the others are ended, too.
+            HostError: a rank failed or died, now or in an earlier call; the others are ended, too.
 
         """
         return _tensors(self._ask((spec, _arrays(arguments))))
@@ -125,7 +126,8 @@ class ManyRanks:
 
     def close(self) -> None:
         """End the workers."""
-        for pipe in self._pipes:
+        pipes, self._pipes = self._pipes, []
+        for pipe in pipes:
             pipe.close()
         for worker in self._workers:
             worker.join(timeout=10)
@@ -133,10 +135,24 @@ class ManyRanks:
         self._folder.cleanup()
 
     def _ask(self, message: Message) -> dict[str, np.ndarray]:
-        for pipe in self._pipes:
-            with suppress(BrokenPipeError):  # `_answers` says which rank is gone
-                pipe.send(message)
-        return self._answers()
+        if not self._pipes:
+            raise HostError("the ranks have ended", where="ranks", fix="load the artifact again")
+        with self._end_on_failure():
+            for pipe in self._pipes:
+                with suppress(BrokenPipeError):  # `_answers` says which rank is gone
+                    pipe.send(message)
+            return self._answers()
+
+    @contextmanager
+    def _end_on_failure(self) -> Iterator[None]:
+        """End the ranks unless all of them answer: the next call would take late answers for its own."""
+        try:
+            yield
+        except BaseException:  # a timeout's or Ctrl-C's, too
+            for worker in self._workers:
+                worker.kill()
+            self.close()
+            raise
 
     def _answers(self) -> dict[str, np.ndarray]:
         """One answer of each rank; rank 0's is returned."""
@@ -148,7 +164,8 @@ class ManyRanks:
                 except (EOFError, ConnectionError):
                     answers[rank] = f"the process of the rank died, exit code {self._exit_code(rank)}"
                 if isinstance(answers[rank], str):
-                    self._fail(rank, answers[rank])
+                    fix = "free memory, run `tandem verify`, then load again"
+                    raise HostError(answers[rank], where=f"rank {rank}", fix=fix)
         found: dict[str, np.ndarray] = answers[0]
         return found
 
@@ -160,12 +177,6 @@ class ManyRanks:
     def _exit_code(self, rank: int) -> int | None:
         self._workers[rank].join(timeout=10)
         return self._workers[rank].exitcode
-
-    def _fail(self, rank: int, failure: str) -> None:
-        for worker in self._workers:
-            worker.kill()
-        self.close()
-        raise HostError(failure, where=f"rank {rank}", fix="free memory, run `tandem verify`, then load again")
 
 
 def _serve(pipe: Connection, root: Path, manifest: Manifest, rank: int, folder: str) -> None:
