@@ -47,23 +47,25 @@ def test_scratch_is_empty_at_first_and_gone_at_the_end(tmp_path):
 
 @pytest.mark.slow
 def test_compile_twice_is_the_same_bytes(tmp_path):
-    """In one process and in another, with other thread counts."""
+    """In one process and in another, with other thread counts, whatever was compiled before."""
     code = (
-        "import hashlib, pathlib, torch\n"
+        "import hashlib, pathlib, sys, torch\n"
         "from pairs import make_pair\nfrom pipeline.backends.base import make_backend\n"
         "from pipeline.plan import GraphSpec\n"
-        "backend, spec = make_backend({'name': 'inductor'}), GraphSpec('score', 1, 4, 40, model='draft')\n"
-        "for threads in (1, 2):\n"
+        "backend = make_backend({'name': 'inductor'})\n"
+        "specs = {'score': GraphSpec('score', 1, 4, 40, model='draft'), 'decode': GraphSpec('decode', 1, 1, 40)}\n"
+        "for threads, phase in enumerate(sys.argv[1:], 1):\n"
         "    torch.set_num_threads(threads)\n"
-        "    data = backend.compile(backend.trace(spec, make_pair().shape), pathlib.Path.cwd())\n"
-        "    print(hashlib.sha256(data).hexdigest())\n"
+        "    data = backend.compile(backend.trace(specs[phase], make_pair().shape), pathlib.Path.cwd())\n"
+        "    print(phase, hashlib.sha256(data).hexdigest())\n"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))}
     found = set()
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
+    for phases in (("score", "decode", "score"), ("decode", "score")):
+        folder = tmp_path / "-".join(phases)
+        folder.mkdir()
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path / folder, env=env, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, *phases], cwd=folder, env=env, capture_output=True, text=True, check=True
         )
-        found |= set(done.stdout.split())
-    assert len(found) == 1
+        found |= set(done.stdout.splitlines())
+    assert len(found) == 2

@@ -132,7 +132,7 @@ class InductorBackend:
         }
         flags = repr(sorted(self.flags().items())).encode()
         headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + traced.ir))
-        with scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers), no_input_checks():
+        with scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers, level), no_input_checks():
             torch._inductor.aoti_compile_and_package(
                 traced.program, package_path=str(package), inductor_configs=settings
             )

@@ -7,7 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -39,20 +41,30 @@ def scratch(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_headers(folder: Path) -> Iterator[None]:
+def whole_headers(folder: Path, level: str) -> Iterator[None]:
     """Keep Inductor's precompiled headers in `folder`, without any that a killed compiler left half-written.
 
     All compiles that share the folder use the same headers. Inductor takes whatever file is there, for ever. So one is
-    marked once a compile that saw it has succeeded, and one without a mark that nobody is writing is removed.
+    marked once a compile that saw it has succeeded, and one without a mark that nobody is writing is removed. Inductor
+    also remembers, for a process, which header a command takes, but not the wrapper's optimisation `level`, which the
+    header depends on: compilers ignore one of another level, and its name would end up in the package.
     """
     from torch._inductor import codecache
 
     codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
+    codecache._precompile_header = _headers_of(level)
     for header in _unmarked(folder):
         header.unlink(missing_ok=True)
     yield
     for header in _unmarked(folder):
         header.with_suffix(MARK).touch()
+
+
+@cache
+def _headers_of(level: str) -> Any:  # noqa: ARG001 - what Inductor remembers, apart for each level
+    from torch._inductor import codecache
+
+    return cache(codecache._precompile_header.__wrapped__)
 
 
 def _unmarked(folder: Path) -> list[Path]:
