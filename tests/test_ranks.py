@@ -76,7 +76,7 @@ def alone(base):
     return answers[0]
 
 
-@pytest.mark.parametrize(("tp", "placement"), [(2, "sharded"), (4, "replicated")])
+@pytest.mark.parametrize(("tp", "placement"), [(2, "sharded"), pytest.param(4, "replicated", marks=pytest.mark.slow)])
 def test_ranks_give_the_tokens_of_one_rank(base, alone, tp, placement):
     """With more prompts than rows. Ten rounds: two ranks used to deadlock between gloo's lock and the interpreter's."""
     engine = built(base, tp, placement)
