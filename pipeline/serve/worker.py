@@ -35,8 +35,8 @@ class TandemWorker(WorkerBase):
     def init_device(self) -> None:
         """Nothing: graphs run where the artifact says."""
         self.device = torch.device("cpu")
-        if not torch.accelerator.is_available():  # vLLM empties its cache at the end, whether there is one or not
-            torch.accelerator.empty_cache = lambda: None
+        if not torch.accelerator.is_available():  # vLLM empties its caches at the end, whether there is one or not
+            torch.accelerator.empty_cache = torch.accelerator.empty_host_cache = lambda: None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Open the artifact, which the platform has verified."""
