@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -16,7 +17,7 @@ import pytest
 import small_artifacts as small
 
 from pipeline import registry
-from pipeline.artifact import MANIFEST, read, verify
+from pipeline.artifact import MANIFEST, SIGNATURE, read, verify
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files import sha256_file
 from pipeline.publish import publish
@@ -178,7 +179,16 @@ def test_list_releases_and_compare(tmp_path, made, url):
 def test_pull_only_graphs(made, url, options):
     publish(made, url, ["latest"])
     out = pull(f"{url}/small@latest", only=["graphs/*"], **options)
-    assert {path.relative_to(out).parts[0] for path in out.rglob("*") if path.is_file()} == {"graphs", MANIFEST}
+    found = {path.relative_to(out).parts[0] for path in out.rglob("*") if path.is_file()}
+    assert {"graphs", "tokenizer", MANIFEST} <= found
+    assert not found & {"weights", "reports"}
+
+
+def test_an_index_brings_its_signature(made, url):
+    publish(made, url, version="1.0", sign=lambda index: b"over " + hashlib.sha256(index).digest())
+    store = open_store(url)
+    digest = hashlib.sha256(store.read_release("small", "1.0"))
+    assert list(store.signatures("small", "1.0", SIGNATURE, digest.hexdigest())) == [b"over " + digest.digest()]
 
 
 def test_pull_unknown(made, url, options):
