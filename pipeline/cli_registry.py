@@ -357,7 +357,7 @@ def stats(url: str | None, json_: bool) -> None:
 AMOUNT = click.FloatRange(0, 1e6)
 
 
-def _amount(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:  # noqa: ARG001
+def _amount(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
     if value is not None and math.isnan(value):  # a range lets it pass
         raise click.BadParameter("nan is no amount")
     return value

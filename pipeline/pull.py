@@ -6,6 +6,8 @@ Loads and runs nothing. Blobs already here are hard-linked, after they were chec
 from __future__ import annotations
 
 import hashlib
+import json
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,31 +155,24 @@ def _mistaken(field: str, found: str, asked: str, ref: Reference) -> ArtifactErr
 
 
 def _remember(memory: Path, found: _Found) -> None:
-    for place, one in ((memory, found.own), (memory.with_suffix(".index"), found.index)):
-        if one is not None:
-            write_atomic(place, one.data)
-            for signature in one.signatures[:1]:
-                write_atomic(_signature_of(place), signature)
+    """In one file, so that after a kill a manifest never lies beside another release's index."""
+    documents = [found.own] if found.index is None else [found.own, found.index]
+    write_atomic(memory, json.dumps([[_text(one.data), *map(_text, one.signatures)] for one in documents]).encode())
+
+
+def _text(data: bytes) -> str:
+    return b64encode(data).decode()
 
 
 def _recall(ref: Reference, variant: str | None, blobs: Blobs) -> _Found:
-    memory = _memory(ref, variant, blobs)
-    own, index = _recalled(memory), _recalled(memory.with_suffix(".index"))
-    if own is None:
+    try:
+        rows = json.loads(_memory(ref, variant, blobs).read_bytes())
+        documents = [_Signed(data, tuple(signatures)) for data, *signatures in (map(b64decode, row) for row in rows)]
+        own, *index = documents
+    except (FileNotFoundError, ValueError, TypeError) as error:
         what = "this release was never pulled here"
-        raise HostError(what, where=str(ref), fix="pull it once with a network")
-    return _Found(ref.wanted, "", artifact.parse(own.data, str(ref)), own, index)
-
-
-def _recalled(place: Path) -> _Signed | None:
-    if not place.is_file():
-        return None
-    signature = _signature_of(place)
-    return _Signed(place.read_bytes(), (signature.read_bytes(),) if signature.is_file() else ())
-
-
-def _signature_of(place: Path) -> Path:
-    return place.with_name(f"{place.name}.signature")
+        raise HostError(what, where=str(ref), fix="pull it once with a network") from error
+    return _Found(ref.wanted, "", artifact.parse(own.data, str(ref)), own, next(iter(index), None))
 
 
 def _memory(ref: Reference, variant: str | None, blobs: Blobs) -> Path:

@@ -321,3 +321,18 @@ def test_a_policy_and_an_identity_exclude_each_other(made, keys, tmp_path, monke
     result = CliRunner().invoke(main, ["verify", str(made), "--require-signature", str(keys[1])])
     assert result.exit_code == 2
     assert "there is a policy, too" in result.output
+
+
+def test_what_is_remembered_of_an_alias_is_of_one_release(made, keys, signer, options, tmp_path):
+    """After an alias moved from a release with an index to one without, and where the memory is damaged."""
+    url, policy = str(tmp_path / "registry"), require(str(keys[1]))
+    sign(made, keys[0])
+    publish(made, url, ["prod"], version="1.0", sign=signer)
+    pull(f"{url}/small@prod", policy=policy, **options)
+    publish(made, url, ["prod"])
+    pull(f"{url}/small@prod", policy=policy, **options)
+    check_artifact(pull(f"{url}/small@prod", policy=policy, offline=True, **options), policy)
+    for memory in (options["cache"] / "blobs" / "manifests").iterdir():
+        memory.write_bytes(memory.read_bytes()[:40])
+    with pytest.raises(HostError, match="never pulled here"):
+        pull(f"{url}/small@prod", policy=policy, offline=True, **options)

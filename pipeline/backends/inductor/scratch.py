@@ -17,6 +17,8 @@ SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
 """Where Inductor writes: one folder a graph, always the same one, because its path ends up in the library."""
 
 MARK = ".whole"
+HEADERS: dict[str, Any] = {}
+"""What Inductor remembers of headers in this process, by the wrapper's level of optimisation."""
 NO_CHECKS = """
 static bool _check_aoti_runtime_check_inputs_env() { return false; }
 static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
@@ -52,19 +54,12 @@ def whole_headers(folder: Path, level: str) -> Iterator[None]:
     from torch._inductor import codecache
 
     codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
-    codecache._precompile_header = _headers_of(level)
+    codecache._precompile_header = HEADERS.setdefault(level, cache(codecache._precompile_header.__wrapped__))
     for header in _unmarked(folder):
         header.unlink(missing_ok=True)
     yield
     for header in _unmarked(folder):
         header.with_suffix(MARK).touch()
-
-
-@cache
-def _headers_of(level: str) -> Any:  # noqa: ARG001 - what Inductor remembers, apart for each level
-    from torch._inductor import codecache
-
-    return cache(codecache._precompile_header.__wrapped__)
 
 
 def _unmarked(folder: Path) -> list[Path]:
