@@ -16,9 +16,9 @@ from pathlib import Path
 from serving import MODULE, Server, export
 from soak import Load, judged
 
-from pipeline.cache import default_root
-from pipeline.recipe import load
-from pipeline.sources import resolve
+from pipeline.cache.local import default_root
+from pipeline.recipe.schema import load
+from pipeline.sources.pair import resolve
 from pipeline.validate.prompts import load_prompts, prompts_path
 
 

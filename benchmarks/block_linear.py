@@ -20,7 +20,7 @@ import torch
 
 from pipeline.backends.inductor.backend import LoadedGraph
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
-from pipeline.backends.packing import BlockPacking
+from pipeline.graphs.packing import BlockPacking
 from pipeline.models.int8 import quantise
 
 SUMMED_BYTES = 512 << 20

@@ -26,11 +26,11 @@ import torch
 from bars import bars
 from serving import export
 
-from pipeline.cache import default_root
-from pipeline.recipe import load as load_recipe
-from pipeline.runtime import load
-from pipeline.runtime.bench import Answer, transformers_answers
-from pipeline.sources import resolve
+from pipeline.cache.local import default_root
+from pipeline.measure.bench import Answer, transformers_answers
+from pipeline.recipe.schema import load as load_recipe
+from pipeline.runtime.open import load
+from pipeline.sources.pair import resolve
 from pipeline.validate.prompts import load_prompts, prompts_path
 
 STRUCTURED = ("code", "json")

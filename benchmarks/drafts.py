@@ -15,10 +15,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.distill import prepare
 from pipeline.distill.request import Request
+from pipeline.distill.run import prepare
 from pipeline.models.weights import weight_specs
-from pipeline.recipe import load
+from pipeline.recipe.schema import load
 
 LARGEST_K = 6
 KINDS: tuple[tuple[str, str, tuple[int, ...]], ...] = (

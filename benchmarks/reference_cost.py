@@ -9,10 +9,10 @@ import time
 
 import torch
 
-from pipeline.cache import default_root
-from pipeline.recipe import find, load
-from pipeline.sources import resolve_pair
-from pipeline.validate.goldens import Reference
+from pipeline.cache.local import default_root
+from pipeline.recipe.schema import find, load
+from pipeline.sources.pair import resolve_pair
+from pipeline.validate.reference.goldens import Reference
 
 
 def main(name: str, sequences: int, tokens: int) -> None:

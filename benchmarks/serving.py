@@ -28,11 +28,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pipeline.cache import default_root
-from pipeline.recipe import load
-from pipeline.sources import Checkpoint, resolve_pair, tokenizer_files, weights
-from pipeline.validate.goldens import read_tensor
+from pipeline.cache.local import default_root
+from pipeline.recipe.schema import load
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.pair import resolve_pair
+from pipeline.sources.tokenizer import tokenizer_files
+from pipeline.sources.weights import weights
 from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.reference.goldens import read_tensor
 
 MODULE = ["-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
 

@@ -19,13 +19,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.backends.packing import BlockPacking, Packing, PlainPacking
-from pipeline.models import config_of
+from pipeline.graphs.packing import BlockPacking, Packing, PlainPacking
+from pipeline.graphs.signature import PairShape
+from pipeline.models.families import config_of
 from pipeline.models.weights import weight_specs
-from pipeline.shard import write_shards
-from pipeline.signature import PairShape
-from pipeline.sources import Checkpoint, derive, resolve
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.derived import derive
+from pipeline.sources.pair import resolve
 from pipeline.sources.tensors import layout
+from pipeline.stages.shard import write_shards
 
 LAYER_BYTES = 2 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
 CONFIG = {

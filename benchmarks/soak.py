@@ -33,10 +33,10 @@ from typing import Any
 
 from serving import MODULE, Server
 
-from pipeline.recipe import load
-from pipeline.runtime import load as open_artifact
+from pipeline.recipe.schema import load
+from pipeline.runtime.open import load as open_artifact
+from pipeline.validate.gates.scoring import score
 from pipeline.validate.prompts import load_prompts, prompts_path
-from pipeline.validate.scoring import score
 
 PATIENCE = 120
 CLIENTS = 6

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from pipeline.runtime import load
-from pipeline.tune import step_arguments
+from pipeline.measure.tune import step_arguments
+from pipeline.runtime.open import load
 
 TURNS, STEPS, FREQUENCY = 8, 12, 4999
 KINDS = {

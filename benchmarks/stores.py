@@ -28,7 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 BIN = Path(sys.executable).parent
-TANDEM = [sys.executable, "-c", "from pipeline.cli import main; main()", "-q"]
+TANDEM = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "-q"]
 MIB = 1 << 20
 
 
@@ -173,7 +173,7 @@ def delta(work: Path) -> None:
         os.environ.update(server.environ() | {"AWS_ENDPOINT_URL": proxy.endpoint})
         import boto3
 
-        from pipeline.publish import publish
+        from pipeline.registry.publish import publish
 
         boto3.client("s3", endpoint_url=server.endpoint).create_bucket(Bucket="bench")
         made = small.make_validated(work / "one", work / "work", size=20_000_000).root
@@ -195,7 +195,7 @@ def start_up(rounds: int) -> None:
     """The command line's start, and what a pull imports before it asks anybody."""
     commands = {
         "tandem pull --help": [*TANDEM, "pull", "--help"],
-        "import of the pull stage": [sys.executable, "-c", "import pipeline.pull"],
+        "import of the pull stage": [sys.executable, "-c", "import pipeline.registry.pull"],
     }
     for name, command in commands.items():
         times = [run(command, {"PYTHONPATH": str(HERE.parent)})[1] for _ in range(rounds)]

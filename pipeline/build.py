@@ -21,20 +21,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import artifact as artifacts
-from pipeline.artifact import Artifact
-from pipeline.cache import default_root
+from pipeline.artifact import manifest as artifacts
+from pipeline.artifact.manifest import Artifact
+from pipeline.cache.local import default_root
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.files import check_writable, disk_errors, sha256_file, write_atomic
-from pipeline.recipe import Recipe, load
+from pipeline.files.atomic import check_writable, disk_errors, sha256_file, write_atomic
+from pipeline.recipe.schema import Recipe, load
 
 if TYPE_CHECKING:
     from pipeline.backends.base import Backend
-    from pipeline.compile import Compiled
-    from pipeline.plan import Plan
-    from pipeline.remote_cache import Remote
-    from pipeline.shard import ShardFile
-    from pipeline.sources import Checkpoint
+    from pipeline.cache.remote import Remote
+    from pipeline.plan.plan import Plan
+    from pipeline.sources.checkpoint import Checkpoint
+    from pipeline.stages.compile import Compiled
+    from pipeline.stages.shard import ShardFile
 
 VERSIONED = ("torch", "transformers", "safetensors", "gguf", "tokenizers")
 
@@ -129,10 +129,11 @@ def run(request: Request) -> Report:
 
 def _stages(request: Request, report: Report) -> None:
     from pipeline.backends.base import make_backend
-    from pipeline.lock import make_lock
-    from pipeline.package import package
-    from pipeline.plan import make_plan
-    from pipeline.sources import resolve_pair, tokenizer_files
+    from pipeline.plan.lock import make_lock
+    from pipeline.plan.plan import make_plan
+    from pipeline.sources.pair import resolve_pair
+    from pipeline.sources.tokenizer import tokenizer_files
+    from pipeline.stages.package import package
     from pipeline.validate.prompts import load_prompts, prompts_path
 
     backend = make_backend(request.recipe.backend.model_dump())
@@ -155,14 +156,14 @@ def _stages(request: Request, report: Report) -> None:
     request.say("package")
     built = package(request.out, plan, backend, lock, compiled, shards, weights, tokenizer, request.cache)
     if request.validate and _runs_here(request, backend, built):
-        from pipeline.validate import validate
+        from pipeline.validate.run import validate
 
         validate(built.root, target, draft, request.base, request.cache, request.say)
 
 
 def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
     """Compile what the cache lacks, in workers, saying what remains. Graphs in a shared cache are found by workers."""
-    from pipeline.compile import Job, cached, compile_all, worker_count
+    from pipeline.stages.compile import Job, cached, compile_all, worker_count
 
     logs = request.cache / "logs" / request.recipe.name
     settings = request.recipe.backend.model_dump()
@@ -200,8 +201,8 @@ def _shard(
     request: Request, plan: Plan, target: Checkpoint, draft: Checkpoint, backend: Backend
 ) -> tuple[list[ShardFile], Path]:
     """Write the weight shards, or take those of an earlier build with the same weights and layout, if still whole."""
-    from pipeline.files import atomic_dir
-    from pipeline.shard import write_shards
+    from pipeline.files.atomic import atomic_dir
+    from pipeline.stages.shard import write_shards
 
     facts = {
         "pair": asdict(plan.pair) | {"rows": 0, "length": 0, "candidates": 0},
@@ -229,8 +230,8 @@ def _shard(
 
 def _whole_shards(root: Path, say: Say) -> list[ShardFile] | None:
     """Shards of an earlier build, read through and compared with their digests; None if they must be written."""
-    from pipeline.artifact import FileEntry, differences
-    from pipeline.shard import ShardFile
+    from pipeline.artifact.manifest import FileEntry, differences
+    from pipeline.stages.shard import ShardFile
 
     if not root.exists():
         return None
@@ -332,7 +333,7 @@ def _runs_here(request: Request, backend: Backend, built: Artifact) -> bool:
 
 
 def _check_lock(request: Request, fresh: Any) -> None:
-    from pipeline.lock import check_locked, read
+    from pipeline.plan.lock import check_locked, read
 
     problems = check_locked(read(request.lock_file), fresh, str(request.lock_file))
     if problems:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cache import default_root
+from pipeline.cache.local import default_root
 from pipeline.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
-    from pipeline.recipe import Recipe
+    from pipeline.plan.plan import Plan
+    from pipeline.recipe.schema import Recipe
 
 GIB = 1 << 30
 
@@ -55,8 +55,8 @@ def _machine() -> dict[str, str]:
 
 def _recipe(found: Diagnosis, recipe: Recipe, path: Path) -> None:
     """The plan's needs, where the recipe's lock has the models' configs."""
-    from pipeline.lock import lock_path, pair_configs, read
-    from pipeline.plan import make_plan
+    from pipeline.plan.lock import lock_path, pair_configs, read
+    from pipeline.plan.plan import make_plan
 
     if not lock_path(path).is_file():
         found.facts["recipe"] = {"plan": f"{path} has no lock; run `tandem recipe lock {recipe.name}` for a plan"}

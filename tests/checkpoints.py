@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.models import config_of
+from pipeline.models.families import config_of
 from pipeline.models.weights import weight_specs
 
 CONFIG: dict[str, Any] = {

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import torch
 
-from pipeline.artifact import GraphEntry, Manifest
-from pipeline.backends.packing import PlainPacking
+from pipeline.artifact.manifest import GraphEntry, Manifest
+from pipeline.graphs.module import DTYPES, run_phase
+from pipeline.graphs.packing import PlainPacking
+from pipeline.graphs.signature import PairShape, signature, stored_weights
 from pipeline.models.parallel import Seams
-from pipeline.plan import GraphSpec, Plan, make_plan
-from pipeline.recipe import Recipe
+from pipeline.plan.plan import GraphSpec, Plan, make_plan
+from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
-from pipeline.signature import PairShape, signature, stored_weights
-from pipeline.sources import Checkpoint, weights
-from pipeline.trace import DTYPES, run_phase
-from pipeline.validate.goldens import read_tensor
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.weights import weights
+from pipeline.validate.reference.goldens import read_tensor
 
 
 def _nothing(spec: GraphSpec, state: dict[str, torch.Tensor]) -> AbstractContextManager[None]:

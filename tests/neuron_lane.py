@@ -40,7 +40,7 @@ def run(code: str, where: dict[str, str], timeout: float = 600) -> subprocess.Co
 
 def tandem(*words: str, where: dict[str, str], cwd: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from pipeline.cli.main import main; main()", *words]
     return subprocess.run(command, env=where, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.models import config_of
+from pipeline.graphs.module import run_phase
+from pipeline.graphs.signature import PairShape
+from pipeline.models.families import config_of
 from pipeline.models.parallel import Seams
 from pipeline.models.weights import weight_specs
-from pipeline.plan import GraphSpec
-from pipeline.signature import PairShape
-from pipeline.trace import run_phase
+from pipeline.plan.plan import GraphSpec
 
 SMALL = {
     "model_type": "qwen3",

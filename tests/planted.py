@@ -10,7 +10,8 @@ import torch
 from eager import EagerRanks
 
 from pipeline.models.parallel import Attend, attend_up_to
-from pipeline.speculation import graphs, model
+from pipeline.speculation import model
+from pipeline.speculation import phases as graphs
 
 Plant = Callable[[EagerRanks, int], None]
 """Spoils ranks, with a seed."""

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from eager import make_engine
 
-from pipeline.cache import Cache
-from pipeline.recipe import Recipe
-from pipeline.sources import resolve_pair
-from pipeline.validate import make_report
-from pipeline.validate.gates import Gates
+from pipeline.cache.local import Cache
+from pipeline.recipe.schema import Recipe
+from pipeline.sources.pair import resolve_pair
+from pipeline.validate.gates.run import Gates
 from pipeline.validate.prompts import Prompt
-from pipeline.validate.report import Report
+from pipeline.validate.report.schema import Report
+from pipeline.validate.run import make_report
 
 PROMPTS = ["The quick brown fox", "def add(first,", "What is the capital", "Once upon a time there", "In the morning"]
 

@@ -7,14 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.backends.packing import BlockPacking
-from pipeline.files import sha256_file
-from pipeline.models import config_of
+from pipeline.files.atomic import sha256_file
+from pipeline.graphs.packing import BlockPacking
+from pipeline.graphs.signature import PairShape
+from pipeline.models.families import config_of
 from pipeline.models.weights import weight_specs
-from pipeline.shard import write_shards
-from pipeline.signature import PairShape
-from pipeline.sources import derive, resolve
+from pipeline.sources.derived import derive
+from pipeline.sources.pair import resolve
 from pipeline.sources.tensors import layout
+from pipeline.stages.shard import write_shards
 
 CONFIG = {
     "model_type": "llama",

@@ -7,16 +7,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifact import Artifact
+from pipeline.artifact.manifest import Artifact
 from pipeline.backends.base import Toolchain
-from pipeline.backends.packing import PlainPacking
-from pipeline.cache import Cache
-from pipeline.compile import Compiled
-from pipeline.lock import Lock, LockedSource
+from pipeline.cache.local import Cache
+from pipeline.graphs.packing import PlainPacking
 from pipeline.models.config import ModelConfig
-from pipeline.package import add_reports, package
-from pipeline.plan import make_plan
-from pipeline.recipe import Recipe
+from pipeline.plan.lock import Lock, LockedSource
+from pipeline.plan.plan import make_plan
+from pipeline.recipe.schema import Recipe
+from pipeline.stages.compile import Compiled
+from pipeline.stages.package import add_reports, package
 
 CONFIG = ModelConfig(
     family="llama", layers=2, hidden=16, intermediate=32, heads=2, kv_heads=1, head_dim=8, vocab=64, norm_eps=1e-5,

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import small_artifacts as small
 
-from pipeline import artifact as artifacts
-from pipeline import lock as locks
-from pipeline.artifact import MANIFEST, check_host, content_digest, dump, read, verify
-from pipeline.artifact_diff import compare, diff
+from pipeline.artifact import manifest as artifacts
+from pipeline.artifact.diff import compare, diff
+from pipeline.artifact.manifest import MANIFEST, check_host, content_digest, dump, read, verify
 from pipeline.errors import ArtifactError, InputError
-from pipeline.files import TEMP, sweep
-from pipeline.package import add_reports
-from pipeline.recipe import load
+from pipeline.files.atomic import TEMP, sweep
+from pipeline.plan import lock as locks
+from pipeline.recipe.schema import load
+from pipeline.stages.package import add_reports
 
 FILES = [
     "graphs/decode-b1-t1-s32/graph.bin",
@@ -371,8 +371,9 @@ def test_compare_names_recipe_keys(made, tmp_path, monkeypatch):
 
 def test_import_brings_no_torch():
     code = (
-        "import sys, pipeline.package, pipeline.publish, pipeline.pull, pipeline.cache; print('torch' in sys.modules)"
+        "import sys, pipeline.stages.package, pipeline.registry.publish, pipeline.registry.pull, pipeline.cache.local\n"
+        "print('torch' in sys.modules)"
     )
-    root = Path(artifacts.__file__).parent.parent
+    root = Path(artifacts.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout == "False\n"

@@ -4,10 +4,10 @@ import pytest
 import torch
 from eager import make_engine
 
-from pipeline.plan import GraphSpec
-from pipeline.recipe import Recipe
+from pipeline.plan.plan import GraphSpec
+from pipeline.recipe.schema import Recipe
 from pipeline.runtime.batch import Batch, Choice, Row
-from pipeline.sources import resolve_pair
+from pipeline.sources.pair import resolve_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.runtime.bench import _figures
+from pipeline.measure.bench import _figures
 
 
 def test_tokens_of_one_step_share_its_time():

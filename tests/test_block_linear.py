@@ -6,7 +6,7 @@ import torch
 from pipeline.backends.inductor.backend import InductorBackend, LoadedGraph
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.seams import BlockedSeams
-from pipeline.backends.packing import BlockPacking
+from pipeline.graphs.packing import BlockPacking
 from pipeline.models.int8 import quantise, rounded
 
 

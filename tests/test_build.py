@@ -19,15 +19,16 @@ import transformers
 from test_files import on_small_disk
 
 import pipeline
-from pipeline import artifact, runtime
-from pipeline.artifact import content_digest
+from pipeline import runtime
+from pipeline.artifact import manifest as artifact
+from pipeline.artifact.manifest import content_digest
 from pipeline.backends.base import cache_key, make_backend
 from pipeline.build import Request, fingerprint, run
 from pipeline.errors import ArtifactError, HostError, InputError
-from pipeline.files import TEMP, remove
-from pipeline.plan import make_plan
-from pipeline.recipe import load
-from pipeline.sources import resolve_pair
+from pipeline.files.atomic import TEMP, remove
+from pipeline.plan.plan import make_plan
+from pipeline.recipe.schema import load
+from pipeline.sources.pair import resolve_pair
 
 RECIPE = """
 name: tiny
@@ -531,8 +532,8 @@ def test_load_refuses_a_flipped_bit(built, tmp_path):
 
 def test_build_on_a_cold_machine_with_a_warm_shared_cache(built, tmp_path):
     """Zero compiles; a poisoned entry is seen, rebuilt alone, and replaced."""
-    from pipeline.cache import Cache
-    from pipeline.remote_cache import Remote, push_all
+    from pipeline.cache.local import Cache
+    from pipeline.cache.remote import Remote, push_all
 
     request, first = built
     url = str(tmp_path / "shared")

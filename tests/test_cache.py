@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cache as caches
-from pipeline.cache import Cache, Stats
-from pipeline.files import TEMP, FileDigest, digest_file
+from pipeline.cache import local as caches
+from pipeline.cache.local import Cache, Stats
+from pipeline.files.atomic import TEMP, FileDigest, digest_file
 
 KEY = "ab" * 32
 FORK = multiprocessing.get_context("fork")

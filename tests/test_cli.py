@@ -20,11 +20,11 @@ from families import write_tokenizer
 from hub_server import Repo, running
 from test_executors import heed_interrupts, members, wait_for
 
-from pipeline.cli import main
-from pipeline.console import Stream
-from pipeline.files import TEMP
+from pipeline.cli.console import Stream
+from pipeline.cli.main import main
+from pipeline.files.atomic import TEMP
 
-TANDEM = "from pipeline.cli import main; main()"
+TANDEM = "from pipeline.cli.main import main; main()"
 RECIPE = """\
 name: mine
 target: {source: ./target}
@@ -268,7 +268,7 @@ NO_TORCH = [
 def test_commands_that_need_no_torch_import_none(work, tmp_path):
     small.make_validated(tmp_path / "out", tmp_path / "work")
     source = (
-        "import sys\nfrom pipeline.cli import main\n"
+        "import sys\nfrom pipeline.cli.main import main\n"
         f"for arguments in {NO_TORCH!r}:\n"
         "    try:\n        main(list(arguments))\n"
         "    except SystemExit as end:\n        assert not end.code, (arguments, end.code)\n"
@@ -309,7 +309,7 @@ def test_build_interrupted_ends_at_once_with_130(work):
 
 def test_progress_off_a_terminal_is_plain_lines(work, capfd):
     """No control codes, and -q leaves nothing but the result."""
-    from pipeline.console import Console
+    from pipeline.cli.console import Console
 
     console = Console()
     for done in range(3):
@@ -325,7 +325,7 @@ def test_progress_off_a_terminal_is_plain_lines(work, capfd):
 def test_progress_on_a_terminal_is_a_bar():
     """Lines stay above the bar, and the bar is gone at the end."""
     code = (
-        "import time\nfrom pipeline.console import Console\nc = Console()\nc.progress('shard', 1, 2)\n"
+        "import time\nfrom pipeline.cli.console import Console\nc = Console()\nc.progress('shard', 1, 2)\n"
         "time.sleep(0.5)\nc.say('package [x]')\n"
         "c.progress('shard', 2, 2)\nc.close()"
     )
@@ -343,7 +343,7 @@ def test_progress_on_a_terminal_is_a_bar():
 
 def test_transfer_tells_bytes_and_time_left(monkeypatch, capsys):
     """Where no bar can be drawn, a plain line now and then."""
-    from pipeline import console
+    from pipeline.cli import console
 
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])

@@ -14,9 +14,9 @@ import pytest
 import small_artifacts as small
 import yaml
 
-from pipeline import registry
-from pipeline.changed import changed_recipes
-from pipeline.publish import publish
+from pipeline.recipe.changed import changed_recipes
+from pipeline.registry import releases as registry
+from pipeline.registry.publish import publish
 
 ROOT = Path(__file__).parents[1]
 WORKFLOW = ROOT / ".github/workflows/release.yml"
@@ -110,7 +110,7 @@ def test_recipes_of_other_backends_are_left_out(tmp_path):
     recipes = {"here": TINY, "chip": TINY + "backend: {name: neuron, target: trn2}\n", "damaged": "nonsense: ["}
     for name, text in recipes.items():
         (tmp_path / f"recipes/{name}.yaml").write_text(text)
-    command = [sys.executable, str(ROOT / "ci/of_backend.py"), "inductor"]
+    command = [sys.executable, str(ROOT / "scripts/ci/of_backend.py"), "inductor"]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     names = json.dumps([*recipes])
     done = subprocess.run(command, cwd=tmp_path, env=environ, input=names, capture_output=True, text=True, check=True)
@@ -123,7 +123,7 @@ def test_settings_that_nobody_made_are_unset(tmp_path):
     (tmp_path / "tandem").write_text("#!/bin/sh\nenv\n")
     (tmp_path / "tandem").chmod(0o755)
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "AWS_ENDPOINT_URL": "", "AWS_REGION": "us-east-1"}
-    command = ["bash", str(ROOT / "ci/release.sh"), "summary", "any"]
+    command = ["bash", str(ROOT / "scripts/ci/release.sh"), "summary", "any"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     assert "AWS_REGION=us-east-1\n" in done.stdout
     assert "AWS_ENDPOINT_URL" not in done.stdout
@@ -144,7 +144,7 @@ def manifests() -> dict[str, dict]:
 
 def test_kubernetes_arguments_are_options(manifests):
     """Both containers' command lines are ones that `tandem` takes; the server cannot write the volume."""
-    from pipeline.cli import main
+    from pipeline.cli.main import main
 
     pod = manifests["Deployment"]["spec"]["template"]["spec"]
     for container, wanted in ((pod["initContainers"][0], "pull"), (pod["containers"][0], "serve")):
@@ -154,7 +154,7 @@ def test_kubernetes_arguments_are_options(manifests):
     mounts = {one["name"]: one for one in pod["containers"][0]["volumeMounts"]}
     assert mounts["models"]["readOnly"] is True
     policy = manifests["ConfigMap"]["data"]["policy.yaml"]
-    from pipeline.signing import Policy
+    from pipeline.artifact.signing import Policy
 
     Policy.model_validate(yaml.safe_load(policy) | {}, strict=False)
 
@@ -202,7 +202,7 @@ def test_pull_without_torch(tmp_path, url):
     code = (
         "import sys\n"
         "for name in ('torch', 'numpy', 'transformers', 'safetensors'): sys.modules[name] = None\n"
-        "from pipeline.cli import main; main()"
+        "from pipeline.cli.main import main; main()"
     )
     out = tmp_path / "out"
     environ = os.environ | {"PYTHONPATH": str(ROOT), "TANDEM_CACHE": str(tmp_path / "cache")}
@@ -214,7 +214,7 @@ def test_pull_without_torch(tmp_path, url):
 def repository(tmp_path: Path) -> Path:
     """A repository with this package, a recipe, and a commit that changes it and one for a chip."""
     root = tmp_path / "repository"
-    for name in ("pipeline", "ci", ".github"):
+    for name in ("pipeline", "scripts", ".github"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "recipes").mkdir()
     (root / "recipes/tiny.yaml").write_text(TINY)
@@ -296,8 +296,8 @@ def test_workflow_steps(repository, url, s3_url, tmp_path):
     comment of a pull request. `gh` is a stand-in that keeps what it was given; the key replaces the job's identity."""
     from signing_keys import key_pair
 
-    from pipeline import signing
-    from pipeline.pull import pull
+    from pipeline.artifact import signing
+    from pipeline.registry.pull import pull
 
     private, public = key_pair(tmp_path, "release")
     (tmp_path / "bin").mkdir()

@@ -11,21 +11,22 @@ from eager import make_engine
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.distill import Request, distill, draft_model, generate, prepare
+from pipeline.distill import draft_model, generate
 from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_part
 from pipeline.distill.eagle3 import guesses
 from pipeline.distill.generate import Writer, Writing
 from pipeline.distill.head import layers_of, model_config
 from pipeline.distill.prompts import Apart
-from pipeline.distill.request import SEEDS
+from pipeline.distill.request import SEEDS, Request
+from pipeline.distill.run import distill, prepare
 from pipeline.distill.train import make_batch
 from pipeline.errors import InputError
-from pipeline.files import sha256_file
-from pipeline.models import config_of
-from pipeline.recipe import Recipe
-from pipeline.sources import resolve, resolve_pair
-from pipeline.sources import weights as source_weights
-from pipeline.validate.goldens import read_tensor
+from pipeline.files.atomic import sha256_file
+from pipeline.models.families import config_of
+from pipeline.recipe.schema import Recipe
+from pipeline.sources.pair import resolve, resolve_pair
+from pipeline.sources.weights import weights as source_weights
+from pipeline.validate.reference.goldens import read_tensor
 
 CONTENT = {
     "name": "tiny",

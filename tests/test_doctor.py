@@ -7,7 +7,7 @@ import pytest
 from neuron_lane import DEVICE, TESTS, environment, tandem
 
 from pipeline import doctor
-from pipeline.recipe import load
+from pipeline.recipe.schema import load
 
 RECIPES = TESTS.parent / "recipes"
 GIB = doctor.GIB

@@ -8,14 +8,14 @@ from eager import make_engine
 from reports import PROMPTS
 from safetensors.torch import load_file, save_file
 
-from pipeline.cache import Cache
+from pipeline.cache.local import Cache
 from pipeline.errors import RecipeError, SourceError
-from pipeline.models import config_of
 from pipeline.models.eagle3 import taps_of
-from pipeline.plan import make_plan
-from pipeline.recipe import Recipe
-from pipeline.sources import resolve_pair
-from pipeline.validate.gates import Gates
+from pipeline.models.families import config_of
+from pipeline.plan.plan import make_plan
+from pipeline.recipe.schema import Recipe
+from pipeline.sources.pair import resolve_pair
+from pipeline.validate.gates.run import Gates
 from pipeline.validate.prompts import Prompt
 
 HEAD = "pico://llama?draft_vocab=128&eagle3=1"

@@ -5,7 +5,7 @@ from eager import make_engine
 from reports import recipe_of
 
 from pipeline.errors import InputError
-from pipeline.sources import resolve_pair
+from pipeline.sources.pair import resolve_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

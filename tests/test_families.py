@@ -20,17 +20,18 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline import runtime
-from pipeline.backends.packing import PlainPacking
 from pipeline.errors import SourceError
+from pipeline.graphs.module import DTYPES, run_phase
+from pipeline.graphs.packing import PlainPacking
+from pipeline.graphs.signature import Signature, signature
 from pipeline.models.parallel import Seams
-from pipeline.plan import GraphSpec, Plan, make_plan
-from pipeline.recipe import Recipe, load
+from pipeline.plan.plan import GraphSpec, Plan, make_plan
+from pipeline.recipe.schema import Recipe, load
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
-from pipeline.shard import write_shards
-from pipeline.signature import Signature, signature
-from pipeline.sources import resolve_pair, tokenizer_files
-from pipeline.trace import DTYPES, run_phase
+from pipeline.sources.pair import resolve_pair
+from pipeline.sources.tokenizer import tokenizer_files
+from pipeline.stages.shard import write_shards
 
 NEW_TOKENS = 24
 
@@ -229,7 +230,7 @@ def test_build_equals_transformers(family, dtype, tmp_path):
     tandem = [
         sys.executable,
         "-c",
-        "from pipeline.cli import main; main()",
+        "from pipeline.cli.main import main; main()",
         "build",
         str(recipe),
         "--out",

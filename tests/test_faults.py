@@ -17,19 +17,19 @@ import pytest
 import small_artifacts as small
 from fault_proxy import Fault
 
-from pipeline import registry
-from pipeline.artifact import read
+from pipeline.artifact.manifest import read
 from pipeline.errors import ArtifactError, HostError
-from pipeline.files import TEMP
-from pipeline.publish import publish
-from pipeline.pull import pull
-from pipeline.release import parse_document
+from pipeline.files.atomic import TEMP
+from pipeline.registry import releases as registry
+from pipeline.registry.publish import publish
+from pipeline.registry.pull import pull
+from pipeline.registry.release import parse_document
 from pipeline.stores.base import open_bucket, open_store
 
 pytestmark = pytest.mark.server
 KILLS = 50
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
-RUN = "import sys; from pipeline.cli import main; main()"
+RUN = "import sys; from pipeline.cli.main import main; main()"
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import files
 from pipeline.errors import ArtifactError, HostError
-from pipeline.files import TEMP, atomic_dir, atomic_file, create_only, link_or_copy, safe_relative, sweep, write_atomic
+from pipeline.files import atomic as files
+from pipeline.files.atomic import (
+    TEMP,
+    atomic_dir,
+    atomic_file,
+    create_only,
+    link_or_copy,
+    safe_relative,
+    sweep,
+    write_atomic,
+)
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,10 +10,11 @@ import torch
 import transformers
 from checkpoints import write_checkpoint
 
-from pipeline.cache import Cache
-from pipeline.sources import derive, resolve
-from pipeline.validate.goldens import Goldens, Reference
-from pipeline.validate.reference import build_model
+from pipeline.cache.local import Cache
+from pipeline.measure.hf_model import build_model
+from pipeline.sources.derived import derive
+from pipeline.sources.pair import resolve
+from pipeline.validate.reference.goldens import Goldens, Reference
 
 SEQUENCE = [5, 60, 7, 8, 300, 41, 7, 7, 19]
 
@@ -56,7 +57,7 @@ def test_reference_of_a_draft_with_a_reduced_vocabulary(sources):
 
 
 def test_caches_are_those_of_transformers(sources):
-    from pipeline.validate.goldens import project_cache
+    from pipeline.validate.reference.goldens import project_cache
 
     target = pico(sources, "qwen3")
     golden = next(Reference(target, target, "bfloat16").goldens([SEQUENCE]))
@@ -99,8 +100,8 @@ def test_reference_needs_a_layer_in_memory_not_the_model(tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 24, "num_attention_heads": 16}
     write_checkpoint(tmp_path / "model", files=4, **sizes, num_key_value_heads=4, head_dim=64)
     code = (
-        "import json, resource, sys; from pathlib import Path; from pipeline.sources import resolve\n"
-        "from pipeline.validate.goldens import Reference\n"
+        "import json, resource, sys; from pathlib import Path; from pipeline.sources.pair import resolve\n"
+        "from pipeline.validate.reference.goldens import Reference\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "root = Path(sys.argv[1]); target = resolve('./model', base=root, cache=root)\n"
         "reference = Reference(target, target, 'float32')\n"

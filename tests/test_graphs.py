@@ -5,7 +5,7 @@ import torch
 from pairs import empty_state, make_pair
 
 from pipeline.models.parallel import Seams
-from pipeline.plan import GraphSpec
+from pipeline.plan.plan import GraphSpec
 from pipeline.speculation.acceptance import accept_stochastic
 from pipeline.speculation.sampling import Candidates, Sampling, candidates, greedy, pick
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipeline.cache import Stats
-from pipeline.housekeeping import DAY_S, folder_sizes, remove_unused
+from pipeline.cache.collect import DAY_S, folder_sizes, remove_unused
+from pipeline.cache.local import Stats
 
 SHA = "ab" * 32
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from test_shard import expected_slice, opened, pair_of, write_checkpoint
 
-from pipeline.backends.packing import SCALE_BYTES, BlockPacking, PlainPacking
 from pipeline.errors import RecipeError
+from pipeline.graphs.packing import SCALE_BYTES, BlockPacking, PlainPacking
 from pipeline.models.int8 import LARGEST, quantise, rounded
-from pipeline.recipe import load
-from pipeline.shard import write_shards
-from pipeline.sources import derive
-from pipeline.validate.goldens import EMBEDDING, Reference
+from pipeline.recipe.schema import load
+from pipeline.sources.derived import derive
+from pipeline.stages.shard import write_shards
+from pipeline.validate.reference.goldens import EMBEDDING, Reference
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """

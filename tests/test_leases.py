@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import small_artifacts as small
 
-from pipeline import registry
 from pipeline.errors import ArtifactError, HostError
-from pipeline.publish import publish
-from pipeline.pull import pull
+from pipeline.registry import releases as registry
+from pipeline.registry.publish import publish
+from pipeline.registry.pull import pull
 from pipeline.stores import leases
 from pipeline.stores.folder import FolderBucket, open_folder
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import lock as locks
 from pipeline.errors import InputError
-from pipeline.files import FileDigest
-from pipeline.lock import Lock, LockedSource
-from pipeline.models import config_of
-from pipeline.recipe import load
-from pipeline.sources import resolve_pair
+from pipeline.files.atomic import FileDigest
+from pipeline.models.families import config_of
+from pipeline.plan import lock as locks
+from pipeline.plan.lock import Lock, LockedSource
+from pipeline.recipe.schema import load
+from pipeline.sources.pair import resolve_pair
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -7,16 +7,16 @@ from pairs import make_pair
 from reports import PROMPTS
 
 from pipeline.backends.base import make_backend
-from pipeline.backends.packing import PlainPacking
-from pipeline.cache import Cache
-from pipeline.plan import GraphSpec, make_plan
-from pipeline.recipe import Recipe
+from pipeline.cache.local import Cache
+from pipeline.graphs.packing import PlainPacking
+from pipeline.graphs.signature import signature
+from pipeline.plan.plan import GraphSpec, make_plan
+from pipeline.recipe.schema import Recipe
 from pipeline.runtime.batch import Choice
 from pipeline.runtime.lookup import Lookup, argument
-from pipeline.signature import signature
-from pipeline.sources import resolve_pair
+from pipeline.sources.pair import resolve_pair
 from pipeline.speculation.sampling import Candidates, certain
-from pipeline.validate.gates import Gates
+from pipeline.validate.gates.run import Gates
 from pipeline.validate.prompts import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,9 +5,9 @@ from eager import make_engine
 from reports import recipe_of
 
 from pipeline.runtime.engine import Generation
-from pipeline.sources import resolve_pair
-from pipeline.validate.losslessness import Lossless, compare_prompts
-from pipeline.validate.scoring import score
+from pipeline.sources.pair import resolve_pair
+from pipeline.validate.gates.losslessness import Lossless, compare_prompts
+from pipeline.validate.gates.scoring import score
 
 PROMPT = [5, 6, 7, 30]
 

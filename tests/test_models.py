@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from pipeline.errors import SourceError
-from pipeline.models import config_of
 from pipeline.models.decoder import hidden_states, logits
+from pipeline.models.families import config_of
 from pipeline.models.parallel import Seams, attend_up_to, plan_writes
 
 SMALL = {

@@ -9,15 +9,15 @@ import torch
 from neuron_lane import DEVICE, environment, run, tandem
 from safetensors.torch import load_file, save_file
 
-from pipeline import artifact
+from pipeline.artifact import manifest as artifact
 from pipeline.backends.base import Traced, cache_key
 from pipeline.backends.neuron import runtime as neuron
 from pipeline.backends.neuron import support
 from pipeline.backends.neuron.backend import NeuronBackend
 from pipeline.errors import ArtifactError
-from pipeline.files import sha256_file
-from pipeline.plan import GraphSpec
-from pipeline.signature import Signature, TensorSpec
+from pipeline.files.atomic import sha256_file
+from pipeline.graphs.signature import Signature, TensorSpec
+from pipeline.plan.plan import GraphSpec
 
 RECIPE = """
 name: tiny

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import nxdi as stage
-from pipeline.backends.neuron import nxdi
 from pipeline.errors import RecipeError
-from pipeline.lock import lock_path, pair_configs, read
-from pipeline.plan import make_plan
-from pipeline.recipe import load
+from pipeline.nxdi import build as stage
+from pipeline.nxdi import config as nxdi
+from pipeline.plan.lock import lock_path, pair_configs, read
+from pipeline.plan.plan import make_plan
+from pipeline.recipe.schema import load
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -20,13 +20,13 @@ from neuron_lane import DEVICE, FAKE, FAKE_NXD, TESTS, XLA, environment, run, ta
 from pairs import SMALL, Pair, empty_state
 from torch.nn import functional
 
-from pipeline.artifact import read
-from pipeline.backends.packing import PlainPacking
-from pipeline.models import config_of
+from pipeline.artifact.manifest import read
+from pipeline.graphs.packing import PlainPacking
+from pipeline.graphs.signature import PairShape, signature
 from pipeline.models.config import ModelConfig
+from pipeline.models.families import config_of
 from pipeline.models.weights import weight_specs
-from pipeline.plan import GraphSpec
-from pipeline.signature import PairShape, signature
+from pipeline.plan.plan import GraphSpec
 
 pytestmark = pytest.mark.xla
 
@@ -323,10 +323,10 @@ def test_pico_is_built_gated_and_run(tmp_path):
 
 def weightless(recipe: str, layers: int | None, tp: int) -> tuple[list[GraphSpec], PairShape]:
     """Graphs and pair of a recipe from its lock, weights in its dtype, cut to so many layers, for so many ranks."""
-    from pipeline.lock import lock_path, pair_configs
-    from pipeline.lock import read as read_lock
-    from pipeline.plan import make_plan
-    from pipeline.recipe import find, load
+    from pipeline.plan.lock import lock_path, pair_configs
+    from pipeline.plan.lock import read as read_lock
+    from pipeline.plan.plan import make_plan
+    from pipeline.recipe.schema import find, load
 
     path = find(recipe, TESTS.parent / "recipes")
     parsed = load(path)
@@ -391,12 +391,12 @@ print(json.dumps({{
 @pytest.mark.skipif(not (SOURCE and NXDI), reason="needs TANDEM_NXD_SOURCE and TANDEM_NXDI_SOURCE")
 def test_nxd_inference_takes_the_configuration_as_it_is_asked(tmp_path):
     """The real configuration classes of NxD Inference: every key is known, and the file is loaded with places in it."""
-    from pipeline.backends.neuron import nxdi
-    from pipeline.backends.neuron.nxdi_compile import Request
-    from pipeline.lock import lock_path, pair_configs
-    from pipeline.lock import read as read_lock
-    from pipeline.plan import make_plan
-    from pipeline.recipe import find, load
+    from pipeline.nxdi import config as nxdi
+    from pipeline.nxdi.compile import Request
+    from pipeline.plan.lock import lock_path, pair_configs
+    from pipeline.plan.lock import read as read_lock
+    from pipeline.plan.plan import make_plan
+    from pipeline.recipe.schema import find, load
 
     path = find("llama-70b-spec", TESTS.parent / "recipes")
     recipe, pinned = load(path), read_lock(lock_path(path))

@@ -6,10 +6,11 @@ import shutil
 import pytest
 from neuron_lane import FAKE_NXD, FAKE_NXDI, XLA, environment, run, tandem
 
-from pipeline import artifact, runtime
+from pipeline import runtime
+from pipeline.artifact import manifest as artifact
 from pipeline.errors import GateError, HostError
-from pipeline.publish import publish
-from pipeline.pull import pull
+from pipeline.registry.publish import publish
+from pipeline.registry.pull import pull
 
 RECIPE = """
 name: tiny

@@ -7,9 +7,9 @@ import pytest
 from eager import make_engine
 
 from pipeline.errors import TandemError
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 from pipeline.runtime.pace import Acceptance, Pace, Paces
-from pipeline.sources import resolve_pair
+from pipeline.sources.pair import resolve_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from reports import recipe_of, report_of
 
-from pipeline.validate import page
+from pipeline.validate.report import page
 
 pytestmark = pytest.mark.browser
 

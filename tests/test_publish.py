@@ -15,14 +15,14 @@ import small_artifacts as small
 import yaml
 from click.testing import CliRunner
 
-from pipeline.artifact import MANIFEST, dump, read
-from pipeline.card import body
-from pipeline.cli import main
+from pipeline.artifact.manifest import MANIFEST, dump, read
+from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, GateError, HostError, InputError
-from pipeline.files import TEMP
-from pipeline.package import add_reports
-from pipeline.publish import publish
-from pipeline.registry import compare, list_releases, set_alias
+from pipeline.files.atomic import TEMP
+from pipeline.registry.card import body
+from pipeline.registry.publish import publish
+from pipeline.registry.releases import compare, list_releases, set_alias
+from pipeline.stages.package import add_reports
 from pipeline.stores.base import Move, open_store
 
 FORK = multiprocessing.get_context("fork")

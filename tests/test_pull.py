@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import small_artifacts as small
 
-from pipeline.artifact import MANIFEST, part, read, verify
-from pipeline.blobs import Blobs, Origin
+from pipeline.artifact.manifest import MANIFEST, part, read, verify
 from pipeline.errors import ArtifactError, HostError, InputError
-from pipeline.files import TEMP
-from pipeline.outputs import BLOCK_BYTES
-from pipeline.publish import publish
-from pipeline.pull import pull
-from pipeline.registry import Reference, parse_reference
+from pipeline.files.atomic import TEMP
+from pipeline.files.direct import BLOCK_BYTES
+from pipeline.registry.blobs import Blobs, Origin
+from pipeline.registry.publish import publish
+from pipeline.registry.pull import pull
+from pipeline.registry.releases import Reference, parse_reference
 
 FORK = multiprocessing.get_context("fork")
 
@@ -414,7 +414,7 @@ def test_pull_linked_blob_in_the_local_store(registry, original, options, tmp_pa
      ({"device": "cpu", "machine": "aarch64", "isa": "default"}, None)],
 )  # fmt: skip
 def test_choose_a_variant(original, tmp_path, host, chosen):
-    from pipeline.release import bundle, choose
+    from pipeline.registry.release import bundle, choose
 
     artifacts = []
     for number, (requires, ranks) in enumerate([
@@ -436,7 +436,7 @@ def test_choose_a_variant(original, tmp_path, host, chosen):
 
 
 def test_choose_never_guesses_ranks(original, tmp_path):
-    from pipeline.release import bundle, choose
+    from pipeline.registry.release import bundle, choose
 
     artifacts = []
     for ranks in (1, 2):
@@ -450,7 +450,7 @@ def test_choose_never_guesses_ranks(original, tmp_path):
 
 
 def test_host_facts(tmp_path):
-    from pipeline.host import host_facts
+    from pipeline.artifact.host import host_facts
 
     proc, dev, sys_ = tmp_path / "proc", tmp_path / "dev", tmp_path / "sys"
     for folder in (proc, dev, sys_ / "devices/virtual/dmi/id"):

@@ -11,12 +11,12 @@ from eager import make_engine
 from safetensors.torch import save_file
 
 from pipeline import runtime
-from pipeline.artifact import Manifest
+from pipeline.artifact.manifest import Manifest
 from pipeline.build import Request, run
 from pipeline.errors import HostError
-from pipeline.recipe import load
+from pipeline.recipe.schema import load
 from pipeline.runtime.ranks import ManyRanks
-from pipeline.sources import resolve_pair
+from pipeline.sources.pair import resolve_pair
 
 RECIPE = """
 name: ranked

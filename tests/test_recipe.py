@@ -16,7 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import InputError, Problem, RecipeError
-from pipeline.recipe import InductorBackend, NeuronBackend, Recipe, find, load, schema
+from pipeline.recipe.schema import InductorBackend, NeuronBackend, Recipe, find, load, schema
 from pipeline.validate.prompts import prompts_path
 
 HERE = Path(__file__).parent
@@ -202,7 +202,7 @@ def test_reference_page_is_what_the_schema_says() -> None:
 
 
 def test_recipe_modules_import_no_torch() -> None:
-    code = "import sys, pipeline.plan, pipeline.lock, pipeline.recipe_check; print('torch' in sys.modules)"
+    code = "import sys, pipeline.plan.plan, pipeline.plan.lock, pipeline.recipe.check; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "False\n"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import Cache
+from pipeline.cache.local import Cache
+from pipeline.cache.remote import Remote, RemoteCache, pull_all, push_all
 from pipeline.errors import HostError
-from pipeline.remote_cache import Remote, RemoteCache, pull_all, push_all
 from pipeline.stores.base import open_bucket
 
 TOOLCHAIN = {"backend": "inductor", "torch": "2.13.0+cpu"}

@@ -11,11 +11,13 @@ import torch
 from click.testing import CliRunner
 from reports import PROMPTS, gates_of, recipe_of, report_of
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.errors import InputError
-from pipeline.validate import compare, make_report, page, report, summaries
-from pipeline.validate.goldens import RANKS, recorded_ids, summary
 from pipeline.validate.prompts import load_prompts
+from pipeline.validate.reference.goldens import RANKS, recorded_ids, summary
+from pipeline.validate.report import compare, page, summaries
+from pipeline.validate.report import schema as report
+from pipeline.validate.run import make_report
 
 
 @pytest.fixture(scope="module")

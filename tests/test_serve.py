@@ -13,7 +13,7 @@ from pipeline.errors import InputError
 from pipeline.runtime.batch import Choice
 from pipeline.serve import plugin, settings
 from pipeline.serve.requests import Requests, request
-from pipeline.sources import resolve_pair
+from pipeline.sources.pair import resolve_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,11 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.backends.packing import WIDE, BlockPacking, PlainPacking
 from pipeline.errors import HostError, InputError, SourceError
-from pipeline.shard import WINDOW_BYTES, write_shards
-from pipeline.signature import PairShape
-from pipeline.sources import Checkpoint, derive, resolve
+from pipeline.graphs.packing import WIDE, BlockPacking, PlainPacking
+from pipeline.graphs.signature import PairShape
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.derived import derive
+from pipeline.sources.pair import resolve
+from pipeline.stages.shard import WINDOW_BYTES, write_shards
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PACKINGS = [PlainPacking(), BlockPacking()]

@@ -13,14 +13,14 @@ import small_artifacts as small
 from click.testing import CliRunner
 from signing_keys import key_pair
 
-from pipeline import signing
-from pipeline.artifact import MANIFEST, SIGNATURE, read, verify
-from pipeline.cli import main
+from pipeline.artifact import signing
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read, verify
+from pipeline.artifact.provenance import PROVENANCE, SBOM
+from pipeline.artifact.signing import check_artifact, read_policy, require, sign, signature_over
+from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, HostError, InputError
-from pipeline.provenance import PROVENANCE, SBOM
-from pipeline.publish import publish
-from pipeline.pull import pull
-from pipeline.signing import check_artifact, read_policy, require, sign, signature_over
+from pipeline.registry.publish import publish
+from pipeline.registry.pull import pull
 
 pytest.importorskip("model_signing")
 
@@ -266,7 +266,7 @@ def test_sbom_is_cyclonedx(original):
 def test_load_refuses_before_it_opens_anything(made, keys, tmp_path):
     """The graph here is no library at all: opening it would be another error."""
     pytest.importorskip("torch")
-    from pipeline.runtime import load
+    from pipeline.runtime.open import load
 
     with pytest.raises(ArtifactError, match=r"not signed$"):
         load(made, require(str(keys[1])))

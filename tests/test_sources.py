@@ -18,10 +18,14 @@ from hub_server import FakeHub, Repo, running
 from safetensors.torch import load_file
 
 from pipeline.errors import HostError, SourceError
-from pipeline.recipe import Recipe
-from pipeline.sources import Checkpoint, check_pair, check_tokenizers, derive, resolve, resolve_pair, weights
+from pipeline.recipe.schema import Recipe
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.derived import derive
 from pipeline.sources.gguf import convert_once
 from pipeline.sources.hub import Hub
+from pipeline.sources.pair import check_pair, resolve, resolve_pair
+from pipeline.sources.tokenizer import check_tokenizers
+from pipeline.sources.weights import weights
 
 EMBEDDING = "model.embed_tokens.weight"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -340,7 +344,7 @@ def test_pico_first_layer_agrees_with_the_whole_often_not_always(tmp_path: Path,
 def test_pico_is_the_same_in_another_process(tmp_path: Path) -> None:
     here = opened("pico://qwen2?seed=3", tmp_path)
     script = (
-        "import sys; from pathlib import Path; from pipeline.sources import resolve\n"
+        "import sys; from pathlib import Path; from pipeline.sources.pair import resolve\n"
         "c = resolve('pico://qwen2?seed=3', base=Path(), cache=Path(sys.argv[1]))\n"
         "print(' '.join(f'{n}={d.sha256}' for n, d in sorted(c.files.items())))"
     )

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import small_artifacts as small
 
-from pipeline import registry
-from pipeline.artifact import MANIFEST, SIGNATURE, read, verify
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read, verify
 from pipeline.errors import ArtifactError, HostError, InputError
-from pipeline.files import sha256_file
-from pipeline.publish import publish
-from pipeline.pull import pull
+from pipeline.files.atomic import sha256_file
+from pipeline.registry import releases as registry
+from pipeline.registry.publish import publish
+from pipeline.registry.pull import pull
 from pipeline.stores.base import Move, open_bucket, open_store
 
 pytestmark = pytest.mark.server
@@ -222,7 +222,7 @@ def test_variants(tmp_path, made, url):
 def test_signed(tmp_path, made, url, options):
     from signing_keys import key_pair
 
-    from pipeline import signing
+    from pipeline.artifact import signing
 
     private, public = key_pair(tmp_path, "release")
     _, stranger = key_pair(tmp_path, "stranger")
@@ -402,7 +402,8 @@ def test_hub_card_tag_and_branch(made, hub_url, hub_server, tmp_path):
 def test_pull_start_up_is_light():
     """No torch, no client library before it is needed."""
     heavy = ("torch", "obstore", "huggingface_hub", "boto3", "model_signing")
-    code = f"import sys, pipeline.pull, pipeline.publish; print([m for m in {heavy} if m in sys.modules])"
+    modules = "pipeline.registry.pull, pipeline.registry.publish"
+    code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -429,7 +430,7 @@ def test_memory_does_not_grow_with_the_artifact(tmp_path, url):
 def peak_mib(*args: str, cache: Path) -> float:
     """Peak memory of a command; as it sees it itself, since a child's `ru_maxrss` begins at its parent's."""
     code = (
-        "from pipeline.cli import main\n"
+        "from pipeline.cli.main import main\n"
         "try: main()\n"
         "finally: print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import SourceError
 from pipeline.sources.tensors import TensorRef
-from pipeline.streams import STAGE_BYTES, Reader, Sink
+from pipeline.stages.streams import STAGE_BYTES, Reader, Sink
 
 
 @pytest.mark.parametrize("direct", [False, True])

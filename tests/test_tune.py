@@ -7,11 +7,11 @@ from itertools import combinations
 import pytest
 from eager import make_engine
 
-from pipeline.buckets import buckets_for, padded
 from pipeline.errors import InputError, RecipeError
-from pipeline.recipe import Recipe, load
-from pipeline.sources import resolve_pair
-from pipeline.tune import choose, curve, tokens_of, tune, write_recipe
+from pipeline.measure.buckets import buckets_for, padded
+from pipeline.measure.tune import choose, curve, tokens_of, tune, write_recipe
+from pipeline.recipe.schema import Recipe, load
+from pipeline.sources.pair import resolve_pair
 from pipeline.validate.prompts import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")

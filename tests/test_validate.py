@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline import artifact
-from pipeline.artifact import FileEntry, dump
+from pipeline.artifact import manifest as artifact
+from pipeline.artifact.manifest import FileEntry, dump
 from pipeline.build import Request, run
 from pipeline.errors import GateError
-from pipeline.publish import publish
-from pipeline.recipe import load
-from pipeline.sources import resolve_pair
-from pipeline.validate import report, validate
+from pipeline.recipe.schema import load
+from pipeline.registry.publish import publish
+from pipeline.sources.pair import resolve_pair
+from pipeline.validate.report import schema as report
+from pipeline.validate.run import validate
 
 RECIPE = """
 name: half

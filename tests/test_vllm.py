@@ -45,7 +45,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(base: Path, recipe: str) -> Path:
     """A validated artifact of a recipe."""
     from pipeline.build import Request, run
-    from pipeline.recipe import load
+    from pipeline.recipe.schema import load
 
     shutil.copy(ROOT / "recipes/prompts/pico.jsonl", base)
     (base / "served.yaml").write_text(recipe)
@@ -61,7 +61,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
-        command = [sys.executable, "-c", "from pipeline.cli import main; main()", "serve", str(artifact)]
+        command = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "serve", str(artifact)]
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self.port), "--host", "127.0.0.1", *arguments],
@@ -306,7 +306,7 @@ def test_flags_that_contradict_the_artifact_are_refused(
 
 
 def test_an_artifact_for_another_processor_does_not_start(artifact: Path, tmp_path: Path) -> None:
-    from pipeline.artifact import content_digest, dump, read
+    from pipeline.artifact.manifest import content_digest, dump, read
 
     other = tmp_path / "other"
     shutil.copytree(artifact, other)
@@ -338,9 +338,9 @@ def test_a_damaged_artifact_does_not_start(artifact: Path, tmp_path: Path) -> No
 
 def test_vllm_itself_speculates_with_a_head_that_distill_made(tmp_path: Path) -> None:
     """The shipped head in vLLM's own EAGLE-3, unchanged: it proposes what it was trained to."""
-    from pipeline.cache import default_root
+    from pipeline.cache.local import default_root
     from pipeline.runtime.text import Text
-    from pipeline.sources import resolve
+    from pipeline.sources.pair import resolve
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from serving import export

@@ -11,14 +11,14 @@ import pytest
 import small_artifacts as small
 from click.testing import CliRunner
 
-from pipeline.artifact import MANIFEST, Artifact, FileEntry, dump
-from pipeline.backends.neuron.nxdi import _vllm
-from pipeline.cli import main
+from pipeline.artifact.manifest import MANIFEST, Artifact, FileEntry, dump
+from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, InputError
-from pipeline.files import digest_file
-from pipeline.plan import make_plan
-from pipeline.recipe import Recipe
-from pipeline.vllm_args import ASKED, classic
+from pipeline.files.atomic import digest_file
+from pipeline.nxdi.config import _vllm
+from pipeline.nxdi.vllm_args import ASKED, classic
+from pipeline.plan.plan import make_plan
+from pipeline.recipe.schema import Recipe
 
 
 @pytest.fixture

@@ -14,17 +14,17 @@ import pytest
 import small_artifacts as small
 from click.testing import CliRunner
 
-from pipeline.artifact import MANIFEST, CacheManifest, FileEntry, content_digest, dump, read, verify
-from pipeline.card import body
-from pipeline.cli import main
+from pipeline.artifact.manifest import MANIFEST, CacheManifest, FileEntry, content_digest, dump, read, verify
+from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, GateError, HostError, InputError
-from pipeline.files import TEMP, digest_file
-from pipeline.publish import listed_places, publish
-from pipeline.pull import pull
-from pipeline.registry import list_releases
-from pipeline.runtime import load
-from pipeline.vllm_cache import NEVER_COMPILE, PLACE, Filled, install, pack
-from pipeline.vllm_cache_layout import COMPLETE, HLO, METADATA
+from pipeline.files.atomic import TEMP, digest_file
+from pipeline.nxdi.vllm_cache import NEVER_COMPILE, PLACE, Filled, install, pack
+from pipeline.nxdi.vllm_cache_layout import COMPLETE, HLO, METADATA
+from pipeline.registry.card import body
+from pipeline.registry.publish import listed_places, publish
+from pipeline.registry.pull import pull
+from pipeline.registry.releases import list_releases
+from pipeline.runtime.open import load
 
 KEYS = ("0" * 31 + "a", "0" * 31 + "b")
 VERSIONS = {"vllm": "0.21.0", "vllm-neuron": "0.21.0.1.0.0", "neuronx-cc": "2.26.6360.0", "nki": "0.5.0"}

@@ -10,11 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifact import CACHE_KIND
-from pipeline.backends.packing import Packing
+from pipeline.artifact.manifest import CACHE_KIND
 from pipeline.errors import HostError, Problem
-from pipeline.plan import GraphSpec
-from pipeline.signature import PairShape, Signature
+from pipeline.graphs.packing import Packing
+from pipeline.graphs.signature import PairShape, Signature
+from pipeline.plan.plan import GraphSpec
 
 BACKENDS = {
     "inductor": "pipeline.backends.inductor.backend:InductorBackend",

@@ -11,8 +11,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.distill.head import public_name
-from pipeline.files import atomic_dir
-from pipeline.recipe import Recipe
+from pipeline.files.atomic import atomic_dir
+from pipeline.recipe.schema import Recipe
 
 
 def write_draft(

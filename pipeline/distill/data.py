@@ -23,7 +23,7 @@ from pipeline.distill.generate import Writer, Writing, Written
 from pipeline.distill.prompts import Apart, opening, user_turn
 from pipeline.distill.request import SEEDS
 from pipeline.errors import InputError
-from pipeline.files import write_atomic
+from pipeline.files.atomic import write_atomic
 from pipeline.runtime.text import Text
 
 PROMPT_TOKENS = 96

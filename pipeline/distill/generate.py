@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from pipeline.backends.inductor import just_in_time
+from pipeline.graphs.module import DTYPES
 from pipeline.models.decoder import Hidden
 from pipeline.models.parallel import Seams, State
 from pipeline.models.weights import up_to
-from pipeline.sources import Checkpoint, weights
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.weights import weights
 from pipeline.speculation.model import Model, Prompt
-from pipeline.trace import DTYPES
-from pipeline.validate.goldens import read_tensor
+from pipeline.validate.reference.goldens import read_tensor
 
 KV_STEP = 64
 """Cached positions are attended over in multiples of this many."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import TAPPED, read_config
 from pipeline.models.weights import weight_specs
-from pipeline.sources import Checkpoint, weights
-from pipeline.validate.goldens import EMBEDDING, HEAD, NORM, read_tensor
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.weights import weights
+from pipeline.validate.reference.goldens import EMBEDDING, HEAD, NORM, read_tensor
 
 EMBEDDING_SCALE = 0.02
 """Size of the weights by which the new layer reads a token's embedding, at the start."""

@@ -22,13 +22,15 @@ from pipeline.distill.prompts import SENTINEL, Apart
 from pipeline.distill.request import ANSWER_TOKENS, LENGTH, ROWS, Request, data_key
 from pipeline.distill.train import Settings, Trainer
 from pipeline.errors import InputError
-from pipeline.files import write_atomic
-from pipeline.models import config_of
+from pipeline.files.atomic import write_atomic
 from pipeline.models.eagle3 import read_config
+from pipeline.models.families import config_of
 from pipeline.runtime.text import Text
-from pipeline.sources import Checkpoint, tokenizer_files, weights
-from pipeline.validate.goldens import EMBEDDING, HEAD, read_tensor
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.tokenizer import tokenizer_files
+from pipeline.sources.weights import weights
 from pipeline.validate.prompts import Prompt, load_prompts, prompts_path
+from pipeline.validate.reference.goldens import EMBEDDING, HEAD, read_tensor
 
 SHORTEST = 4
 """Answers of fewer tokens teach nothing."""

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.cache import default_root
+from pipeline.cache.local import default_root
 from pipeline.distill.prompts import OPENINGS
 from pipeline.errors import InputError
-from pipeline.recipe import Recipe
+from pipeline.recipe.schema import Recipe
 
 Say = Callable[[str], None]
 

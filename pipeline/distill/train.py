@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.distill.data import Conversation
 from pipeline.distill.eagle3 import Batch, Guess
-from pipeline.files import write_atomic
+from pipeline.files.atomic import write_atomic
 from pipeline.models.config import ModelConfig
 
 Say = Callable[[str], None]

@@ -1,41 +1,4 @@
 """Decoders as pure functions of (weights, inputs, state); one file a family says how its `config.json` is read.
 
-`config_of` is the only door from a Hugging Face config to a `ModelConfig`. It imports no torch.
+`families.config_of` is the only door from a Hugging Face config to a `ModelConfig`. Knows no phases and no sampling.
 """
-
-from __future__ import annotations
-
-from collections.abc import Mapping
-from importlib import import_module
-from typing import Any
-
-from pipeline.errors import SourceError
-from pipeline.models import eagle3
-from pipeline.models.config import ModelConfig
-
-FAMILIES = {
-    "llama": "pipeline.models.llama",
-    "mistral": "pipeline.models.mistral",
-    "qwen2": "pipeline.models.qwen2",
-    "qwen3": "pipeline.models.qwen3",
-}
-
-
-def config_of(config_json: Mapping[str, Any], where: str) -> ModelConfig:
-    """Read a checkpoint's `config.json`; `where` names it in errors.
-
-    Raises:
-        SourceError: an architecture or a field that Tandem does not cover, by name and value.
-
-    """
-    if eagle3.is_head(config_json):
-        return eagle3.read_config(config_json, where)
-    family = config_json.get("model_type")
-    if family not in FAMILIES:
-        raise SourceError(
-            f"model_type {family!r} is not supported",
-            where=where,
-            fix=f"use a model of one of these families: {', '.join(sorted(FAMILIES))}",
-        )
-    config: ModelConfig = import_module(FAMILIES[family]).read_config(config_json, where)
-    return config

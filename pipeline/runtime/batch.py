@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.artifact import Manifest
+from pipeline.artifact.manifest import Manifest
 from pipeline.errors import InputError
-from pipeline.plan import GraphSpec
+from pipeline.plan.plan import GraphSpec
 from pipeline.runtime.lookup import Lookup, argument
 from pipeline.runtime.pace import COPIED, Acceptance, Pace, Paces
 from pipeline.runtime.ranks import Ranks

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.artifact import Manifest
+from pipeline.artifact.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.runtime.batch import Batch, Choice, Row, check_choice, check_prompt
 from pipeline.runtime.pace import Paces

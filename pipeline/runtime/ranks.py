@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from pipeline.artifact import Manifest
+from pipeline.artifact.manifest import Manifest
 from pipeline.errors import HostError
-from pipeline.plan import GraphSpec
+from pipeline.plan.plan import GraphSpec
 from pipeline.runtime.session import Session
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)

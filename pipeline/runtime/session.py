@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.artifact import Manifest
+from pipeline.artifact.manifest import Manifest
 from pipeline.backends.base import Backend, Executable, make_backend
-from pipeline.plan import GraphSpec
-from pipeline.signature import Signature, TensorSpec
-from pipeline.trace import DTYPES
+from pipeline.graphs.module import DTYPES
+from pipeline.graphs.signature import Signature, TensorSpec
+from pipeline.plan.plan import GraphSpec
 
 
 class Session:

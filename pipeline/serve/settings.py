@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.artifact import Manifest
+from pipeline.artifact.manifest import Manifest
 from pipeline.errors import ArtifactError, InputError
 
 BLOCK = 16
@@ -79,8 +79,8 @@ def checked(root: Path) -> Manifest:
         ArtifactError: as `runtime.verified`, gates that failed or did not run, or no configuration for vLLM.
 
     """
-    from pipeline.runtime import verified
-    from pipeline.signing import read_policy
+    from pipeline.artifact.signing import read_policy
+    from pipeline.runtime.open import verified
 
     policy = os.environ.get("TANDEM_POLICY")
     manifest = verified(root, read_policy(Path(policy)) if policy else None).manifest

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.files import FileDigest, sha256_file, write_atomic
-from pipeline.models import config_of
+from pipeline.files.atomic import FileDigest, sha256_file, write_atomic
 from pipeline.models.config import ModelConfig
+from pipeline.models.families import config_of
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done, bytes in all."""

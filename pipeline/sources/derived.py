@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.errors import SourceError
-from pipeline.models import config_of
+from pipeline.models.families import config_of
 from pipeline.sources.checkpoint import Checkpoint, with_shared_embedding
 
 WHERE = "draft.derive.layers"

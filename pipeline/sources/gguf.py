@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from pipeline.errors import HostError, SourceError
-from pipeline.files import atomic_dir
-from pipeline.models import config_of
+from pipeline.files.atomic import atomic_dir
+from pipeline.models.families import config_of
 from pipeline.sources.checkpoint import SINGLE, Progress
 from pipeline.sources.tensors import layout
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import HostError, SourceError
-from pipeline.files import write_atomic
-from pipeline.models import config_of
+from pipeline.files.atomic import write_atomic
+from pipeline.models.families import config_of
 from pipeline.sources.checkpoint import (
     CONFIG_FILES,
     INDEX,

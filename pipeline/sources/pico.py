@@ -17,9 +17,9 @@ from urllib.parse import parse_qsl
 from filelock import FileLock
 
 from pipeline.errors import SourceError
-from pipeline.files import atomic_dir
-from pipeline.models import config_of
+from pipeline.files.atomic import atomic_dir
 from pipeline.models.eagle3 import TAPPED
+from pipeline.models.families import config_of
 from pipeline.models.weights import TAPS, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import SINGLE, Progress
 from pipeline.sources.tensors import layout

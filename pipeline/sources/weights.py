@@ -11,9 +11,9 @@ from array import array
 from collections.abc import Iterator, Mapping
 
 from pipeline.errors import SourceError
+from pipeline.graphs.signature import EMBEDDING
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import WeightSpec, weight_specs
-from pipeline.signature import EMBEDDING
 from pipeline.sources.checkpoint import Checkpoint, weight_files
 from pipeline.sources.tensors import TensorRef, read_header
 

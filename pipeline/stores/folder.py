@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pipeline.files import TEMP, atomic_file, create_only, disk_errors, write_atomic
+from pipeline.files.atomic import TEMP, atomic_file, create_only, disk_errors, write_atomic
 from pipeline.stores.base import Listing, Object
 from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
 

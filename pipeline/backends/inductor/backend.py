@@ -18,12 +18,12 @@ from torch import Tensor
 from pipeline.backends.base import Toolchain, Traced
 from pipeline.backends.inductor.scratch import SCRATCH, no_input_checks, scratch, whole_headers
 from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, RankedSeams
-from pipeline.backends.packing import BlockPacking, Packing, PlainPacking
 from pipeline.errors import HostError, Problem
+from pipeline.graphs.module import GraphModule, empty
+from pipeline.graphs.packing import BlockPacking, Packing, PlainPacking
+from pipeline.graphs.signature import PairShape, signature
 from pipeline.models.parallel import Seams
-from pipeline.plan import GraphSpec
-from pipeline.signature import PairShape, signature
-from pipeline.trace import GraphModule, empty
+from pipeline.plan.plan import GraphSpec
 
 KERNELS = ("block_linear_kernel.py", "cached_attention_kernel.py", "vectors.py")
 KERNEL_DIGEST = hashlib.sha256(b"".join(Path(__file__).with_name(k).read_bytes() for k in KERNELS)).hexdigest()[:12]

@@ -10,10 +10,10 @@ import torch
 
 from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.seams import BlockedSeams
-from pipeline.backends.packing import BlockPacking
+from pipeline.graphs.module import DTYPES
+from pipeline.graphs.packing import BlockPacking
 from pipeline.models.weights import weight_specs
 from pipeline.speculation.model import Model
-from pipeline.trace import DTYPES
 
 P = ParamSpec("P")
 R = TypeVar("R")

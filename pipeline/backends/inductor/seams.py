@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.backends.inductor.collectives import all_gather, all_reduce
-from pipeline.backends.packing import SCALE_BYTES
+from pipeline.graphs.packing import SCALE_BYTES
 from pipeline.models.parallel import Attend, Seams
 from pipeline.models.weights import BLOCK
 

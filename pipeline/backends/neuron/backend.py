@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from pipeline.backends.base import Executable, Toolchain, Traced
 from pipeline.backends.neuron import compiler, hlo, support
-from pipeline.backends.packing import Packing, PlainPacking
 from pipeline.errors import HostError, Problem
+from pipeline.graphs.module import DTYPES, SeamsFor, run_phase
+from pipeline.graphs.packing import Packing, PlainPacking
+from pipeline.graphs.signature import PairShape, Signature, signature
 from pipeline.models.parallel import Seams, State, Writes
-from pipeline.plan import GraphSpec
-from pipeline.signature import PairShape, Signature, signature
-from pipeline.trace import DTYPES, SeamsFor, run_phase
+from pipeline.plan.plan import GraphSpec
 
 NEFF, METANEFF, LAYOUT = "graph.neff", "metaneff.pb", "layout.json"
 EPOCH = (1980, 1, 1, 0, 0, 0)

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache import default_root
+from pipeline.cache.local import default_root
 from pipeline.errors import ArtifactError, HostError
-from pipeline.files import atomic_dir
+from pipeline.files.atomic import atomic_dir
 
 TIMEOUT_S = 4 * 3600
 """A 70B graph takes about an hour; one that takes four will not end. `TANDEM_COMPILE_TIMEOUT_S` overrides it."""

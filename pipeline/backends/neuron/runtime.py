@@ -18,14 +18,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.artifact import GraphEntry, Manifest
+from pipeline.artifact.manifest import GraphEntry, Manifest
 from pipeline.backends.neuron import support
 from pipeline.backends.neuron.backend import LAYOUT, METANEFF, NEFF, NeuronModule, dotted, key, sdk_environment
 from pipeline.backends.neuron.compiler import check_neff
 from pipeline.errors import ArtifactError, HostError
-from pipeline.plan import GraphSpec
-from pipeline.signature import Signature, TensorSpec
-from pipeline.trace import DTYPES
+from pipeline.graphs.module import DTYPES
+from pipeline.graphs.signature import Signature, TensorSpec
+from pipeline.plan.plan import GraphSpec
 
 AGAIN = "pull or build the artifact again"
 

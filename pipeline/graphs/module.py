@@ -1,0 +1,93 @@
+"""GraphSpec -> a module of flat tensors that a backend can trace. One module class for all phases and backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.graphs.signature import EMBEDDING, PairShape, Signature, TensorSpec
+from pipeline.models.parallel import Seams, State
+from pipeline.plan.plan import GraphSpec
+from pipeline.speculation import phases as graphs
+from pipeline.speculation.drafters import FEATURE, TAIL, drafter_of, score
+from pipeline.speculation.model import Choose, Model
+from pipeline.speculation.sampling import Sampling
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int32": torch.int32,
+    "int8": torch.int8,
+    "bool": torch.bool,
+}
+
+SeamsFor = Callable[[int], Seams]
+"""Makes the seams of a model split over so many ranks."""
+
+
+class GraphModule(nn.Module):
+    """A graph over one flat list of tensors in the order of its signature.
+
+    Holds no tensors: weights, state and arguments are all inputs, so that graphs share them without a copy.
+    """
+
+    def __init__(self, spec: GraphSpec, pair: PairShape, io: Signature, seams_for: SeamsFor) -> None:
+        super().__init__()
+        self.spec, self.pair, self.io, self.seams_for = spec, pair, io, seams_for
+
+    def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run the phase; returns the signature's outputs and updates the state tensors in place."""
+        named = {t.name: tensor for t, tensor in zip(self.io.inputs, tensors, strict=True)}
+        return run_phase(self.spec, self.pair, named, self.seams_for)
+
+
+def run_phase(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor) -> tuple[Tensor, ...]:
+    """Run one phase on tensors by name. State entries of `named` are updated, in place or by replacement."""
+    models = {name: _model(name, pair, named, seams_for) for name in ("target", "draft")}
+    outputs = _outputs(spec, pair, named, models)
+    for name, model in models.items():
+        named.update({f"{name}/{key}": tensor for key, tensor in model.state.items()})
+    return outputs
+
+
+def _outputs(
+    spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], models: dict[str, Model]
+) -> tuple[Tensor, ...]:
+    target, drafter = models["target"], drafter_of(models["draft"])
+    if spec.phase == "score":
+        inputs = (named["tokens"], named["position"], spec.kv)
+        return (drafter.score(target, *inputs) if spec.model == "draft" else score(target, *inputs)[0],)
+    choose = _choose(spec, pair, named)
+    if spec.phase == "prefill":
+        return (graphs.prefill(target, drafter, named["tokens"], named["lengths"], named["slots"], choose),)
+    row = (named["last_token"], named["position"], named["active"])
+    if spec.phase == "decode":
+        return (graphs.decode(target, drafter, *row, spec.kv, choose),)
+    return graphs.speculate(target, drafter, *row, spec.kv, spec.draft_tokens, choose)
+
+
+def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:
+    """Uninitialised tensors of a signature: address space only, until something writes them."""
+    return [torch.empty(t.shape, dtype=DTYPES[t.dtype], device=device) for t in specs]
+
+
+def _model(name: str, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor) -> Model:
+    own = {key.removeprefix(f"{name}/"): tensor for key, tensor in named.items() if key.startswith(f"{name}/")}
+    state: State = {key: t for key, t in own.items() if key in (TAIL, FEATURE) or key.startswith(("k.", "v."))}
+    weights = {key: t for key, t in own.items() if key not in state}
+    if name == "draft" and pair.embedding_is_shared and f"target/{EMBEDDING}" in named:
+        weights[EMBEDDING] = named[f"target/{EMBEDDING}"]
+    partner = pair.target.vocab if name == "draft" and pair.draft.vocab != pair.target.vocab else None
+    taps = pair.taps if name == "target" else ()
+    return Model(pair.config_of(name), weights, state, seams_for(pair.tp_of(name)), partner, taps)
+
+
+def _choose(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor]) -> Choose:
+    copied = named.get("copied")
+    if spec.sampling == "greedy":
+        return Choose(copied=copied)
+    sampling = Sampling(named["temperature"], named["top_k"], named["top_p"])
+    return Choose(sampling, named["uniforms"], pair.candidates, copied)

@@ -1,0 +1,302 @@
+"""Measure what a pair's steps cost here and what they gain, and say which K and which buckets to build.
+
+In every batch bucket plain decode and each K that was built take steps in turn, so costs are ratios of one run. A
+step's cost is fitted as a straight line over K; its tokens follow from the acceptance rates (Leviathan et al. 2023).
+Prompts and answers have lengths; the few buckets that pad them least follow from those (`buckets.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
+from itertools import accumulate
+from operator import mul
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pipeline.errors import InputError
+from pipeline.files.atomic import atomic_file
+from pipeline.measure.buckets import buckets_for, padded
+from pipeline.recipe.schema import load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.plan.plan import GraphSpec
+    from pipeline.runtime.engine import Engine
+    from pipeline.validate.prompts import Prompt
+
+LARGEST_K = 8
+TURNS, STEPS = 5, 6
+"""Turns of each K, and steps of a turn, by which a step is timed."""
+
+MOST_PREFILL, MOST_KV = 3, 2
+"""Buckets at most: each is a graph for every batch and phase."""
+
+PENALTY = 0.02
+"""A further K must gain more than this share on some class to be worth the time that its graphs take to compile."""
+
+Say = Callable[[str], None]
+Edit = tuple[int, int, str]
+"""Characters from, up to, and what takes their place."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured. `step_costs` by K built, in plain steps, in the smallest batch bucket, and `larger` in each of
+    the others; `rates` of acceptance given those before.
+    """
+
+    step_costs: dict[int, float]
+    rates: dict[str, list[float]]
+    draft_tokens: list[int]
+    expected: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Tokens per plain step's time, by prompt class (`all` first), of steps with a copy (`copies`, last), and K."""
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    """`prefill` and `kv` buckets."""
+    larger: dict[int, dict[int, float]] = field(default_factory=dict)
+    smallest: int = 1
+    padding: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Tokens run over tokens there are, with the buckets of now and with those of `shapes`."""
+
+    def cost(self, k: int) -> float:
+        """Cost of any K in the smallest batch, on the line through plain decode and what was measured."""
+        return _cost(self.step_costs, k)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        by_batch = {
+            batch: [round(_cost(of, k), 3) for k in self.draft_tokens]
+            for batch, of in ({self.smallest: self.step_costs} | self.larger).items()
+        }
+        costs: Any = by_batch if self.larger else by_batch[self.smallest]
+        measured = {str(k): cost for k, cost in self.step_costs.items()}
+        return {"draft_tokens": self.draft_tokens, "step_costs": costs, "measured_costs": measured,
+                "accepted_given_previous": self.rates, "expected_speed": self.expected,
+                "shapes": self.shapes, "padding": self.padding}  # fmt: skip
+
+
+def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, tokens: int, say: Say) -> Tuning:
+    """Measure a loaded artifact.
+
+    Raises:
+        InputError: no answer has a step.
+
+    """
+    from pipeline.validate.gates.acceptance import acceptance, given_previous
+
+    chosen = _spread(prompts, prompts_per_class)
+    built = list(engine.manifest.draft_tokens)
+    smallest, *others = engine.manifest.shapes.batch
+    costs = {batch: _costs(engine, batch, min(tokens, engine.length // 2)) for batch in (smallest, *others)}
+    say(f"measured steps of {len(costs)} batch buckets")
+    answers = []
+    for number, prompt in enumerate(chosen):
+        encoded = engine.text.chat(prompt.text) if engine.text.has_chat else engine.text.encode(prompt.text)
+        answers += engine.generate([encoded], max_new_tokens=tokens, draft_tokens=built[-1])
+        say(f"{number + 1} of {len(chosen)} prompts")
+    if not any(answer.emitted_per_step for answer in answers):
+        what = "every answer ended with its first token: there is no step to measure"
+        raise InputError(what, where="tune", fix="use other prompts, or more --max-new-tokens")
+    rates = {"all": acceptance(chosen, answers, built[-1])["accepted_given_previous"]}
+    for kind in dict.fromkeys(prompt.kind for prompt in chosen):
+        of = [(p, a) for p, a in zip(chosen, answers, strict=True) if p.kind == kind]
+        rates[kind] = acceptance([p for p, _ in of], [a for _, a in of], built[-1])["accepted_given_previous"]
+    steps = [step for answer in answers for step in zip(answer.emitted_per_step, answer.copied_per_step, strict=True)]
+    if copied := [emitted for emitted, copies in steps if copies]:
+        rates["copies"] = given_previous(copied, built[-1])
+    found = choose(costs.pop(smallest), rates)
+    return replace(found, smallest=smallest, larger=costs, **_shapes(engine, prompts, tokens))
+
+
+def _costs(engine: Engine, batch: int, position: int) -> dict[int, float]:
+    """Cost of a step with each K, in plain steps, when all rows of a batch bucket take part at a position."""
+    how = engine.manifest.sampling[0]
+    graphs = [
+        g for g in engine.graphs
+        if g.phase in ("decode", "speculate") and (g.batch, g.sampling) == (batch, how) and g.kv > position
+    ]  # fmt: skip
+    kv = min(g.kv for g in graphs)
+    timed = [(g.draft_tokens, g, step_arguments(engine, g, position)) for g in graphs if g.kv == kv]
+    took: dict[int, list[float]] = {steps: [] for steps, *_ in timed}
+    for turn in range(TURNS + 1):
+        for steps, graph, arguments in timed:
+            for _ in range(STEPS):
+                started = time.perf_counter()
+                engine.ranks.run(graph, arguments)
+                if turn:  # graphs are opened on first use
+                    took[steps].append(time.perf_counter() - started)
+    plain = median(took.pop(0))
+    return {k: median(of) / plain for k, of in took.items()}
+
+
+def step_arguments(engine: Engine, graph: GraphSpec, position: int) -> dict[str, Tensor]:
+    """What a step of all rows of a graph is given, its caches filled up to a position."""
+    import torch
+
+    from pipeline.runtime.lookup import argument
+
+    batch = graph.batch
+    given = {
+        "last_token": torch.full((batch,), position % engine.manifest.vocab, dtype=torch.int32),
+        "position": torch.full((batch,), position, dtype=torch.int32),
+        "active": torch.ones(batch, dtype=torch.bool),
+    }
+    given |= argument(graph, {})
+    if graph.sampling == "stochastic":
+        given |= {
+            "temperature": torch.zeros(batch),
+            "top_k": torch.zeros(batch, dtype=torch.int32),
+            "top_p": torch.ones(batch),
+            "uniforms": torch.zeros(batch, 2 * graph.draft_tokens + 1),
+        }
+    return given
+
+
+def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
+    """Buckets for all prompts with answers of up to so many tokens, and what they pad."""
+    text, now = engine.text, engine.manifest.shapes
+    lengths = [len(text.chat(p.text) if text.has_chat else text.encode(p.text)) for p in prompts]
+    ends = [length + tokens for length in lengths]
+    # On a CPU attention reads the keys that there are, whatever the bucket.
+    reads_all = engine.manifest.requires.get("device") != "cpu"
+    shapes = {
+        "prefill": buckets_for(lengths, now.prefill[-1], MOST_PREFILL, 32),
+        "kv": buckets_for(ends, now.kv[-1], MOST_KV, 128) if reads_all else [now.kv[-1]],
+    }
+    total = sum(min(length, now.prefill[-1]) for length in lengths)
+    padding = {"prefill": (padded(lengths, now.prefill) / total, padded(lengths, shapes["prefill"]) / total)}
+    if reads_all:
+        padding["kv"] = tuple(padded(ends, of) / sum(ends) for of in (now.kv, shapes["kv"]))  # type: ignore[assignment]
+    return {"shapes": shapes, "padding": padding}
+
+
+def choose(costs: dict[int, float], rates: dict[str, list[float]]) -> Tuning:
+    """Which K to build: the best over all prompts, and others that a class of prompts gains by."""
+    found = Tuning(costs, rates, [])
+    expected = {kind: {k: tokens_of(of, k) / found.cost(k) for k in range(LARGEST_K + 1)} for kind, of in rates.items()}
+    wanted: list[int] = []
+    for speeds in expected.values():
+        best = max(range(1, LARGEST_K + 1), key=lambda k: speeds[k])
+        known = max((speeds[k] for k in wanted), default=0.0)
+        if not wanted or speeds[best] > max(known, 1.0) * (1 + PENALTY):
+            wanted.append(best)
+    return Tuning(costs, rates, sorted(wanted), expected)
+
+
+def tokens_of(rates: Sequence[float], k: int) -> float:
+    """Expected tokens of a step with K drafts; places beyond the last measured repeat its rate."""
+    every = [*rates, *[rates[-1]] * k][:k]
+    return 1 + sum(accumulate(every, mul))
+
+
+def _cost(measured: dict[int, float], k: int) -> float:
+    if k in measured:
+        return measured[k]
+    slope, base = _line(sorted(measured.items()))
+    return 1.0 if k == 0 else base + slope * k
+
+
+def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Slope and base of a least-squares line; through plain decode's cost of 1 where there is one point."""
+    if len(points) == 1:
+        (k, cost), base = points[0], 1.0
+        return (cost - base) / k, base
+    xs, ys = [k for k, _ in points], [cost for _, cost in points]
+    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
+    slope = sum((x - mx) * (y - my) for x, y in points) / sum((x - mx) ** 2 for x in xs)
+    return slope, my - slope * mx
+
+
+def _spread(prompts: Sequence[Prompt], each: int) -> list[Prompt]:
+    """The first prompts of each class."""
+    kinds = dict.fromkeys(prompt.kind for prompt in prompts)
+    return [prompt for kind in kinds for prompt in [p for p in prompts if p.kind == kind][:each]]
+
+
+def curve(found: Tuning, name: str) -> str:
+    """A page with the expected speed over K, one line a class."""
+    from pipeline.validate.report.page import document
+    from pipeline.validate.report.plots import Axis, Plot
+
+    top = max(max(speeds.values()) for speeds in found.expected.values())
+    plot = Plot("Expected speed", Axis(0, LARGEST_K, "draft tokens K"), Axis(0, top * 1.08, "plain decode = 1"))
+    for style, (kind, speeds) in zip(("a", "b", "c", "d", "e", "noise", "f"), found.expected.items(), strict=False):
+        plot.line(sorted(speeds.items()), style, kind)
+        plot.dots([(k, speeds[k]) for k in found.draft_tokens], style)
+    plot.rule(1.0, "plain decode")
+    measured = ", ".join(f"K={k}: {cost:.2f}" for k, cost in found.step_costs.items())
+    figure = plot.svg("curve", f"Measured step costs, in plain steps: {measured}.")
+    return document(f"Tuning of {name}", [f"<main id='main'><h1>{escape(name)}</h1>", figure, "</main>"])
+
+
+def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:
+    """Put K, for a head that is `paced` its costs, and the buckets that a recipe file writes itself into it.
+
+    Everything else in it stays as it is.
+
+    Raises:
+        InputError: the file does not write `draft_tokens` itself, or would not load with what was measured.
+
+    """
+    data = found.to_json()
+    wanted = {name: data[name] for name in ("draft_tokens", "step_costs") if paced or name == "draft_tokens"}
+    fix = "write " + " and ".join(f"{name}: {value}" for name, value in wanted.items())
+    text = path.read_bytes().decode()
+    speculation = _section(text, "speculation")
+    if "draft_tokens" not in _entries(speculation):
+        raise InputError("has no `draft_tokens: [...]` to change", where=str(path), fix=fix)
+    edits = [*_replaced(speculation, wanted), *_replaced(_section(text, "shapes"), found.shapes)]
+    if wanted.keys() - _entries(speculation).keys():
+        edits.append(_added(text, speculation, f"step_costs: {data['step_costs']}"))
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    with atomic_file(path) as file:
+        file.write(text.encode())
+        file.flush()
+        try:
+            load(Path(file.name))
+        except InputError as error:
+            what = f"would not load with what was measured: {error.what}"
+            raise InputError(what, where=str(path), fix=fix) from error
+
+
+def _section(text: str, name: str) -> Any:
+    """Node of one section of a recipe, or None."""
+    _, value = _entries(yaml.compose(text, Loader=yaml.SafeLoader)).get(name, (None, None))
+    return value
+
+
+def _entries(node: Any) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """Keys and values of a mapping as they stand in its file, by name; none of anything else."""
+    return {key.value: (key, value) for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+
+
+def _replaced(section: Any, values: dict[str, Any]) -> Iterator[Edit]:
+    """Other values for the keys that a section has."""
+    for name, (key, value) in _entries(section).items():
+        if name in values:
+            yield key.end_mark.index, _end(value), f": {values[name]}"
+
+
+def _added(text: str, section: Any, entry: str) -> Edit:
+    """One more entry behind `draft_tokens`: in its line inside braces, else in the next one."""
+    key, value = _entries(section)["draft_tokens"]
+    end = _end(value)
+    if section.flow_style:
+        return end, end, f", {entry}"
+    end = (text + "\n").index("\n", end)
+    return end, end, f"\n{' ' * key.start_mark.column}{entry}"
+
+
+def _end(node: yaml.Node) -> int:
+    """Where a value ends; the mark of one in block style lies beyond the comments that follow it."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
+    return int(node.end_mark.index)

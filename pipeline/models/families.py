@@ -1,0 +1,38 @@
+"""Which family a `config.json` is of, and the `ModelConfig` that its file makes of it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from pipeline.errors import SourceError
+from pipeline.models import eagle3
+from pipeline.models.config import ModelConfig
+
+FAMILIES = {
+    "llama": "pipeline.models.llama",
+    "mistral": "pipeline.models.mistral",
+    "qwen2": "pipeline.models.qwen2",
+    "qwen3": "pipeline.models.qwen3",
+}
+
+
+def config_of(config_json: Mapping[str, Any], where: str) -> ModelConfig:
+    """Read a checkpoint's `config.json`; `where` names it in errors.
+
+    Raises:
+        SourceError: an architecture or a field that Tandem does not cover, by name and value.
+
+    """
+    if eagle3.is_head(config_json):
+        return eagle3.read_config(config_json, where)
+    family = config_json.get("model_type")
+    if family not in FAMILIES:
+        raise SourceError(
+            f"model_type {family!r} is not supported",
+            where=where,
+            fix=f"use a model of one of these families: {', '.join(sorted(FAMILIES))}",
+        )
+    config: ModelConfig = import_module(FAMILIES[family]).read_config(config_json, where)
+    return config

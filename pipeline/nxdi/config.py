@@ -1,0 +1,210 @@
+"""The same recipe for NxD Inference: what it is asked for, what of a recipe it cannot do, and if it did what was asked.
+
+For servers that already run vLLM's NxDI-backed plugin (0.5.x). Written from neuronx-distributed-inference 0.9
+(models/config, models/application_base, inference_demo, model_base). Imports no torch: `nxdi_compile` runs it.
+
+Its `speculation_length` counts the tokens that the target verifies, K + 1 here; a last draft pass fills the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.backends.neuron import support
+from pipeline.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from pipeline.plan.plan import Plan
+
+CLASSES = {
+    "llama": ("neuronx_distributed_inference.models.llama.modeling_llama", "Llama"),
+    "mistral": ("neuronx_distributed_inference.models.mistral.modeling_mistral", "Mistral"),
+    "qwen2": ("neuronx_distributed_inference.models.qwen2.modeling_qwen2", "Qwen2"),
+    "qwen3": ("neuronx_distributed_inference.models.qwen3.modeling_qwen3", "Qwen3"),
+}
+CONFIG, MODEL = "neuron_config.json", "model.pt"
+OWN_TP_FAMILIES = ("llama",)
+"""Families whose modules ask for the group they belong to: only their draft may have fewer ranks than the target."""
+
+PLACES = {"target": "models/target", "draft": "models/draft"}
+"""Where a package keeps configs and tokenizer of the pair, relative to itself: vLLM is started inside it."""
+
+DISTRIBUTION = "neuronx-distributed-inference"
+RELEASES = {"2.28": "0.8", "2.29": "0.9", "2.30": "0.10.17970", "2.31": "0.10.18399"}
+"""Version of NxD Inference in each SDK release that `support.RELEASES` knows (n2-manifest.json)."""
+
+NEWER_CHIPS_FROM = "2.29"
+"""From this SDK on NxD Inference runs on Trn2 only (release notes of the component)."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """What NxD Inference is asked for, and what vLLM is told."""
+
+    neuron_config: dict[str, Any]
+    draft_neuron_config: dict[str, Any]
+    application: tuple[str, str]
+    draft_application: tuple[str, str]
+    vllm: dict[str, Any]
+
+
+def problems(plan: Plan) -> list[Problem]:
+    """What of a recipe NxD Inference's fused speculation does not do; nothing is silently left out."""
+    return list(_problems(plan))
+
+
+def package(plan: Plan) -> Package:
+    """Configuration for a recipe that NxD Inference can serve.
+
+    Raises:
+        RecipeError: every reason why it cannot.
+
+    """
+    found = problems(plan)
+    if found:
+        raise RecipeError(found)
+    recipe, pair = plan.recipe, plan.pair
+    (k,) = recipe.speculation.draft_tokens
+    shapes, rows = recipe.shapes, recipe.shapes.batch[-1]
+    common = {
+        "tp_degree": pair.tp, "batch_size": rows, "max_batch_size": rows, "ctx_batch_size": 1, "tkg_batch_size": rows,
+        "is_continuous_batching": rows > 1, "seq_len": shapes.kv[-1], "max_context_length": shapes.prefill[-1],
+        "torch_dtype": recipe.target.dtype, "logical_nc_config": plan.recipe.backend.lnc,  # type: ignore[union-attr]
+        "enable_bucketing": True, "context_encoding_buckets": list(shapes.prefill),
+        "token_generation_buckets": list(shapes.kv), "save_sharded_checkpoint": True,
+        "on_device_sampling_config": {"do_sample": False, "dynamic": False, "deterministic": True, "top_k": 1},
+    }  # fmt: skip
+    target = {**common, "speculation_length": k + 1, "enable_fused_speculation": True}
+    draft = {**common, "speculation_length": 0, "enable_fused_speculation": False, "tp_degree": pair.tp_of("draft")}
+    return Package(target, draft, _classes(pair.target.family), _classes(pair.draft.family), _vllm(plan, k))
+
+
+def weight_file(rank: int) -> str:
+    """Where NxD Inference writes and looks for a rank's weights of both models."""
+    return f"weights/tp{rank}_sharded_checkpoint.safetensors"
+
+
+def differences(made: Package, written: Mapping[str, Any]) -> list[str]:
+    """What NxD Inference did not take as asked: it logs a warning about keys that it does not know, and goes on.
+
+    `written` is its `neuron_config.json`.
+    """
+    fused = written.get("fused_spec_config") or {}
+    draft = (fused.get("draft_config") or {}).get("neuron_config") or {}
+    target = written.get("neuron_config") or {}
+    return [
+        *_different(made.neuron_config, target, "neuron_config"),
+        *_different(made.draft_neuron_config, draft, "fused_spec_config.draft_config.neuron_config"),
+    ]
+
+
+def relative(config: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    """NxD Inference's `neuron_config.json` with the absolute paths that it bakes in replaced by places in the package.
+
+    `places` maps a folder of the build to one of the package. Nothing that runs needs the absolute ones: weights are
+    sharded, and vLLM is given its models by place.
+    """
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [replaced(inner) for inner in value]
+        return places.get(value.rstrip("/"), value) if isinstance(value, str) else value
+
+    return {key: replaced(value) for key, value in config.items()}
+
+
+def host_problems(chip: str, lnc: int, found: Mapping[str, str], inference: str) -> list[Problem]:
+    """What keeps this host from compiling with NxD Inference; `found` and `inference` are installed versions."""
+    return [*support.problems(chip, lnc, found), *_inference_problems(chip, found, inference)]
+
+
+def _inference_problems(chip: str, found: Mapping[str, str], inference: str) -> Iterator[Problem]:
+    newest = support.RELEASES[-1]
+    install = f"{newest.install()} '{DISTRIBUTION}=={RELEASES[newest.sdk]}.*'"
+    if inference == "missing":
+        yield Problem("packages", f"not installed: {DISTRIBUTION}", install)
+        return
+    if inference == support.PLACEHOLDERS[DISTRIBUTION]:
+        what = f"{DISTRIBUTION} {inference} is the empty placeholder of PyPI, not the SDK's package"
+        yield Problem("packages", what, f"pip uninstall {DISTRIBUTION}, then {install}")
+        return
+    release = support.release_of(found.get("neuronx-distributed", "missing"))
+    if release is None:
+        return  # `support.problems` says what is wrong with it
+    wanted = RELEASES[release.sdk]
+    if not support.begins(inference, wanted):
+        what = f"{DISTRIBUTION} {inference}; neuronx-distributed is of SDK {release.sdk}, which has {wanted}.*"
+        yield Problem("packages", what, f"pip install --extra-index-url {support.INDEX} '{DISTRIBUTION}=={wanted}.*'")
+    if chip in ("trn1", "inf2") and list(RELEASES).index(release.sdk) >= list(RELEASES).index(NEWER_CHIPS_FROM):
+        what = f"NxD Inference of SDK {release.sdk} does not run on {chip}: from {NEWER_CHIPS_FROM} on it needs trn2"
+        yield Problem("backend.target", what, support.RELEASES[0].install())
+
+
+def _different(asked: Mapping[str, Any], have: Mapping[str, Any], place: str) -> Iterator[str]:
+    for name, value in asked.items():
+        there = have.get(name)
+        if isinstance(value, dict) and isinstance(there, dict):
+            yield from _different(value, there, f"{place}.{name}")
+        elif there != value:
+            yield f"{place}.{name}: asked {value!r}, NxD Inference wrote {there!r}"
+
+
+def _problems(plan: Plan) -> Iterator[Problem]:
+    recipe = plan.recipe
+    place = recipe.place
+    if recipe.backend.name != "neuron":
+        yield Problem(place("backend.name"), f"found {recipe.backend.name}", "use name: neuron")
+    if "stochastic" in recipe.speculation.sampling:
+        what = "found stochastic; NxD Inference verifies a draft model's tokens by argmax alone, and samples the first"
+        yield Problem(place("speculation.sampling"), what, "use [greedy], or the neuron backend, which has both")
+    if len(recipe.speculation.draft_tokens) > 1:
+        what = f"found {list(recipe.speculation.draft_tokens)}; NxD Inference compiles one speculation length"
+        yield Problem(place("speculation.draft_tokens"), what, "write one K")
+    if recipe.speculation.lookup is not None:
+        what = f"found {recipe.speculation.lookup}; NxD Inference's fused graphs take no tokens but the draft's own"
+        yield Problem(place("speculation.lookup"), what, "leave it out, or use the neuron backend")
+    yield from _draft_problems(plan)
+
+
+def _draft_problems(plan: Plan) -> Iterator[Problem]:
+    recipe, pair = plan.recipe, plan.pair
+    place = recipe.place
+    if pair.draft.family not in CLASSES:
+        what = f"the draft is of kind {pair.draft.family}; packages of NxD Inference are made of two whole models"
+        yield Problem(place("draft.source"), what, "use a smaller model as draft, or the neuron backend")
+        return
+    if pair.draft.draft_vocab is not None or pair.draft.shares_embedding:
+        what = "the draft has a reduced vocabulary or no embedding; NxD Inference needs a whole model"
+        yield Problem(place("draft"), what, "use a draft with its own embedding and the target's vocabulary")
+    if recipe.draft.derive is not None:
+        yield Problem(place("draft.derive"), "NxD Inference reads the draft from a checkpoint", "write it out first")
+    if pair.tp_of("draft") != pair.tp and pair.draft.family not in OWN_TP_FAMILIES:
+        what = f"a {pair.draft.family} draft cannot have other ranks than its target in NxD Inference"
+        yield Problem(place("draft.placement"), what, "write placement: sharded")
+    if pair.target_dtype != pair.draft_dtype:
+        what = f"found {pair.draft_dtype}, the target is {pair.target_dtype}"
+        yield Problem(place("draft.dtype"), what, "use the target's dtype")
+
+
+def _classes(family: str) -> tuple[str, str]:
+    module, name = CLASSES[family]
+    return module, f"Neuron{name}ForCausalLM"
+
+
+def _vllm(plan: Plan, k: int) -> dict[str, Any]:
+    """Environment and arguments of `vllm serve`. NxDI does not guard the last positions, so they are not offered."""
+    shapes = plan.recipe.shapes
+    return {
+        "environment": {"NEURON_COMPILED_ARTIFACTS": ".", "VLLM_NEURON_FRAMEWORK": "neuronx-distributed-inference"},
+        "arguments": {
+            "model": PLACES["target"],
+            "tensor-parallel-size": plan.pair.tp,
+            "max-num-seqs": shapes.batch[-1],
+            "max-model-len": shapes.kv[-1] - (k + 1),
+            "speculative-config": {"model": PLACES["draft"], "num_speculative_tokens": k + 1},
+        },
+    }

@@ -1,0 +1,237 @@
+"""The lock beside a recipe pins what floats: source revisions, a sha256 for each file, the toolchain, model configs.
+
+The configs let a recipe be checked and planned without its weights. A lock is JSON with sorted keys, so that it diffs
+well. This module compares and stores; bringing sources and naming toolchains is the caller's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import InputError, Problem
+from pipeline.files.atomic import FileDigest, write_atomic
+from pipeline.models.config import ModelConfig
+from pipeline.models.families import config_of
+from pipeline.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from pipeline.sources.checkpoint import Checkpoint
+
+VERSION = 1
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class LockedSource:
+    """One model as it was when locked.
+
+    `files` holds its digests, or, where the weights were never here, those of its config alone: the revision then pins
+    the rest. `config` is its `config.json`.
+    """
+
+    source: str
+    revision: str
+    files: dict[str, FileDigest] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def floating(self) -> bool:
+        """True when the revision is a branch or tag, which may move."""
+        return self.source.startswith("hf://") and not COMMIT.fullmatch(self.revision)
+
+    @property
+    def has_weights(self) -> bool:
+        """True when the weights' digests are known."""
+        return any(name.endswith(".safetensors") for name in self.files)
+
+
+@dataclass(frozen=True)
+class Lock:
+    """All that is pinned of one recipe. A derived draft has no source of its own; an empty toolchain is not pinned."""
+
+    recipe_sha256: str
+    target: LockedSource
+    draft: LockedSource | None = None
+    toolchain: dict[str, str] = field(default_factory=dict)
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where the lock of a recipe file is."""
+    return recipe.with_suffix(".lock")
+
+
+def make_lock(recipe: Recipe, target: Checkpoint, draft: Checkpoint, toolchain: Mapping[str, str]) -> Lock:
+    """Pin a recipe to the checkpoints that its sources are now."""
+    own_draft = recipe.draft.source is not None
+    return Lock(
+        recipe.digest(),
+        _locked(recipe.target.source, target),
+        _locked(str(recipe.draft.source), draft) if own_draft else None,
+        dict(toolchain),
+    )
+
+
+def _locked(source: str, checkpoint: Checkpoint) -> LockedSource:
+    return LockedSource(source, checkpoint.revision, dict(checkpoint.files), dict(checkpoint.config_json))
+
+
+def relock(recipe: Recipe, lock: Lock) -> Lock:
+    """The same pins for a recipe that changed elsewhere, without any source at hand.
+
+    Raises:
+        InputError: the recipe names another source than the lock.
+
+    """
+    pairs = [("target.source", recipe.target.source, lock.target.source)]
+    pairs.append(("draft.source", recipe.draft.source or "", lock.draft.source if lock.draft else ""))
+    for key, wanted, locked in pairs:
+        if wanted != locked:
+            what = f"the recipe says {wanted or 'a derived draft'}, the lock has {locked or 'a derived draft'}"
+            raise InputError(
+                what,
+                where=recipe.place(key),
+                fix=f"where the source can be reached, run: tandem recipe lock {recipe.name}",
+            )
+    return Lock(recipe.digest(), lock.target, lock.draft, lock.toolchain)
+
+
+def digest(lock: Lock) -> str:
+    """sha256 that names a lock's contents."""
+    return hashlib.sha256(to_bytes(lock)).hexdigest()
+
+
+def write(path: Path, lock: Lock) -> None:
+    """Write a lock whole, or not at all."""
+    write_atomic(path, to_bytes(lock))
+
+
+def to_bytes(lock: Lock) -> bytes:
+    """The text of a lock file."""
+    return (json.dumps({"version": VERSION, **asdict(lock)}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def read(path: Path) -> Lock:
+    """Read a lock (JSON, or YAML, of which JSON is a part).
+
+    Raises:
+        InputError: there is none, or it is damaged; names the key.
+
+    """
+    from pipeline.recipe.document import read as read_document
+
+    if not path.is_file():
+        raise InputError("no lock", where=str(path), fix=_relock_command(path))
+    document = read_document(path)
+    if document.problems:
+        first = document.problems[0]
+        raise InputError(first.what, where=first.where, fix=_relock_command(path))
+    data = document.data
+    if data.get("version") != VERSION:
+        what = f"found version {data.get('version')!r}, accepted: {VERSION}"
+        raise InputError(what, where=f"{path}: version", fix=_relock_command(path))
+    unknown = sorted(data.keys() - {"version", *(f.name for f in fields(Lock))})
+    if unknown:
+        raise InputError("unknown key", where=f"{path}: {unknown[0]}", fix=_relock_command(path))
+    return _lock_of(data, path)
+
+
+def _lock_of(data: dict[str, Any], path: Path) -> Lock:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        plain = {key: value for key, value in data.items() if key != "version"}
+        return TypeAdapter(Lock).validate_json(json.dumps(plain), strict=True)
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = ".".join(str(part) for part in found["loc"])
+        raise InputError(f"damaged lock: {found['msg']}", where=f"{path}: {key}", fix=_relock_command(path)) from error
+
+
+def _relock_command(path: Path) -> str:
+    return f"run: tandem recipe lock {path.stem}"
+
+
+def pair_configs(recipe: Recipe, lock: Lock, where: str) -> tuple[ModelConfig, ModelConfig]:
+    """Configs of target and draft from the lock alone; `where` names the lock in errors.
+
+    Raises:
+        SourceError: a config that is not supported.
+        InputError: the lock is of other sources than the recipe names.
+
+    """
+    relock(recipe, lock)
+    target = config_of(lock.target.config, f"{where}: target.config")
+    if lock.draft is not None:
+        return target, config_of(lock.draft.config, f"{where}: draft.config")
+    return target, config_of(derived_config(recipe, lock.target.config), f"{where}: draft.config")
+
+
+def derived_config(recipe: Recipe, target: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of a draft made of some of the target's layers.
+
+    Raises:
+        InputError: a layer that the target does not have.
+
+    """
+    layers = recipe.draft.derive.layers if recipe.draft.derive else ()
+    count = target["num_hidden_layers"]
+    for layer in layers:
+        if layer >= count:
+            fix = f"name layers of 0..{count - 1}"
+            raise InputError(f"the target has no layer {layer}", where=recipe.place("draft.derive.layers"), fix=fix)
+    config = {**target, "num_hidden_layers": len(layers), "shares_embedding": True}
+    if isinstance(target.get("layer_types"), list):
+        config["layer_types"] = [target["layer_types"][layer] for layer in layers]
+    return config
+
+
+def check_locked(lock: Lock, fresh: Lock, where: str = "lock") -> list[Problem]:
+    """What `--locked` refuses: every item that is not as locked, with both values, and sources that may still move."""
+    fix = "restore what was locked, or accept the change: tandem recipe lock"
+    drift = [Problem(f"{where}: {key}", f"locked {old}, found {new}", fix) for key, old, new in _drift(lock, fresh)]
+    for role, source in (("target", lock.target), ("draft", lock.draft)):
+        if source is not None and source.floating:
+            what = f"locked to {source.revision!r}, a name that may move"
+            drift.append(Problem(f"{where}: {role}.revision", what, "lock it where the Hub can be reached"))
+    return drift
+
+
+def _drift(lock: Lock, fresh: Lock) -> Iterator[tuple[str, str, str]]:
+    """(key, locked value, fresh value) of each difference."""
+    if lock.recipe_sha256 != fresh.recipe_sha256:
+        yield "recipe_sha256", lock.recipe_sha256, fresh.recipe_sha256
+    yield from _source_drift("target", lock.target, fresh.target)
+    if lock.draft is not None and fresh.draft is not None:
+        yield from _source_drift("draft", lock.draft, fresh.draft)
+    elif lock.draft is not fresh.draft:
+        yield "draft", _origin(lock.draft), _origin(fresh.draft)
+    for key, version in sorted(lock.toolchain.items()):
+        found = fresh.toolchain.get(key, "nothing")
+        # torch 2.13.0+cpu is torch 2.13.0 unless the lock says which build.
+        if version != (found if "+" in version else found.split("+")[0]):
+            yield f"toolchain.{key}", version, found
+
+
+def _source_drift(role: str, locked: LockedSource, fresh: LockedSource) -> Iterator[tuple[str, str, str]]:
+    for key, old, new in (("source", locked.source, fresh.source), ("revision", locked.revision, fresh.revision)):
+        if old != new:
+            yield f"{role}.{key}", old, new
+    names = locked.files.keys() | fresh.files.keys() if locked.has_weights else locked.files.keys()
+    for name in sorted(names):
+        old, new = (_digest_text(files.get(name)) for files in (locked.files, fresh.files))
+        if old != new:
+            yield f"{role}.files.{name}", old, new
+
+
+def _digest_text(found: FileDigest | None) -> str:
+    return f"sha256 {found.sha256} ({found.size} bytes)" if found else "no such file"
+
+
+def _origin(source: LockedSource | None) -> str:
+    return source.source if source else "a draft derived from the target"

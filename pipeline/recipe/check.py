@@ -1,0 +1,247 @@
+"""A document -> a Recipe, or all that is wrong with it: where, value found, values accepted, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.errors import Problem, RecipeError
+from pipeline.recipe.document import Document, Key
+from pipeline.recipe.schema import (
+    BY_BATCH,
+    LISTED,
+    InductorBackend,
+    NeuronBackend,
+    Recipe,
+    Shapes,
+    Speculation,
+    Validate,
+    schema,
+)
+
+Section = TypeVar("Section", bound=BaseModel)
+Finding = tuple[Key, str, str]
+"""Where, what is wrong, and what to do."""
+
+EXPECTED = {
+    "string_type": "text",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list, like [1, 4]",
+    "dict_type": "a mapping, `key: value`",
+    "model_type": "a mapping, `key: value`",
+    "model_attributes_type": "a mapping, `key: value`",
+}
+LIMITS = {
+    "greater_than_equal": ("ge", "at least"),
+    "less_than_equal": ("le", "at most"),
+    "string_too_short": ("min_length", "text of a length of at least"),
+}
+CORES = {("trn1", 1): 32, ("inf2", 1): 24, ("trn2", 1): 128, ("trn2", 2): 64}
+"""Logical cores of the largest instance, by chip and LNC."""
+
+
+def parse(document: Document) -> Recipe:
+    """The recipe of a document.
+
+    Raises:
+        RecipeError: every problem, in the order of the file.
+
+    """
+    findings: list[Finding] = []
+    recipe = None
+    try:
+        # From JSON, so that pydantic is strict about types and still takes lists for tuples.
+        recipe = Recipe.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        findings += [_explain(dict(e), document.data) for e in error.errors(include_url=False)]
+    findings += cross_checks(document.data)
+    problems = document.problems + [Problem(document.place(key), what, fix) for key, what, fix in findings]
+    if recipe is None or problems:
+        raise RecipeError(sorted(problems, key=_line))
+    return recipe
+
+
+def _line(problem: Problem) -> tuple[str, int]:
+    file, _, rest = problem.where.partition(":")
+    number = rest.partition(":")[0]
+    return file, int(number) if number.isdecimal() else 0
+
+
+def cross_checks(data: Mapping[str, Any]) -> Iterator[Finding]:
+    """Conflicts between keys; a section that is wrong in itself is left out."""
+    shapes, speculation = _section(Shapes, data, "shapes"), _section(Speculation, data, "speculation")
+    validate = _section(Validate, data, "validate")
+    if speculation:
+        yield from _sampling_conflicts(speculation)
+    if shapes:
+        yield from _shape_conflicts(shapes, speculation, validate)
+    yield from _backend_conflicts(data)
+
+
+def _sampling_conflicts(speculation: Speculation) -> Iterator[Finding]:
+    if speculation.candidates is not None and "stochastic" not in speculation.sampling:
+        what = f"found {speculation.candidates} without a stochastic graph to use it"
+        yield ("speculation", "candidates"), what, "add stochastic to speculation.sampling, or remove candidates"
+
+
+def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: Validate | None) -> Iterator[Finding]:
+    longest = shapes.kv[-1]
+    if speculation and isinstance(speculation.step_costs, dict) and set(speculation.step_costs) != set(shapes.batch):
+        what = f"found costs for the batches {sorted(speculation.step_costs)}; the buckets are {list(shapes.batch)}"
+        yield ("speculation", "step_costs"), what, "write one list for each batch bucket, or a single list"
+    for index, bucket in enumerate(shapes.prefill):
+        if bucket >= longest:
+            what = f"found {bucket}, which leaves no room in the largest kv bucket {longest}"
+            yield ("shapes", "prefill", index), what, f"use prefill buckets below {longest}, or a larger kv bucket"
+    for index, k in enumerate(speculation.draft_tokens if speculation else ()):
+        if k + 1 >= shapes.kv[0]:
+            what = f"found K={k}, whose step of {k + 1} tokens does not fit the kv bucket {shapes.kv[0]}"
+            yield ("speculation", "draft_tokens", index), what, f"use K below {shapes.kv[0] - 1}, or larger kv buckets"
+    if validate and validate.max_new_tokens >= longest:
+        what = f"found {validate.max_new_tokens}, which leaves no room for a prompt in the largest kv bucket {longest}"
+        yield ("validate", "max_new_tokens"), what, f"use less than {longest}"
+
+
+def _backend_conflicts(data: Mapping[str, Any]) -> Iterator[Finding]:
+    neuron = _section(NeuronBackend, data, "backend")
+    inductor = _section(InductorBackend, data, "backend")
+    if inductor and inductor.device == "cuda" and inductor.isa != "native":
+        what = f"found {_shown(inductor.isa)} with device cuda; it applies to CPU artifacts"
+        yield ("backend", "isa"), what, "remove isa"
+    narrow = [k for k in ("target", "draft") if isinstance(data.get(k), dict) and data[k].get("weights") == "int8"]
+    if narrow and (neuron or (inductor and inductor.device == "cuda")):
+        what = "found int8; only inductor on a CPU has kernels for it"
+        yield (narrow[0], "weights"), what, "remove weights"
+    parallel = data.get("parallel")
+    ranks = parallel.get("tensor") if isinstance(parallel, dict) else None
+    if neuron and isinstance(ranks, int) and ranks > CORES[neuron.target, neuron.lnc]:
+        cores = CORES[neuron.target, neuron.lnc]
+        what = f"found {ranks}; the largest {neuron.target} instance has {cores} cores at lnc={neuron.lnc}"
+        yield ("parallel", "tensor"), what, f"use at most {cores}"
+
+
+def _section(model: type[Section], data: Mapping[str, Any], key: str) -> Section | None:
+    """A section on its own, if it is there and right."""
+    try:
+        return model.model_validate_json(json.dumps(data[key]), strict=True) if key in data else None
+    except ValidationError:
+        return None
+
+
+def _explain(error: dict[str, Any], data: Any) -> Finding:
+    """A pydantic finding in our words."""
+    key = _key(error["loc"], data)
+    kind, found = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        names = list(_properties(key[:-1], data))
+        return key, "unknown key", f"{_hint(str(key[-1]), names)}keys here: {', '.join(names)}"
+    if kind == "missing":
+        about = _properties(key[:-1], data).get(str(key[-1]), {}).get("description", "it is required")
+        return key, "missing", f"add `{key[-1]}:` ({about})"
+    if kind in EXPECTED:
+        return key, f"found {_shown(found)}, expected {EXPECTED[kind]}", _type_fix(kind, found)
+    if kind in ("literal_error", "union_tag_invalid", "union_tag_not_found"):
+        return _choice(key, error)
+    if kind == "string_pattern_mismatch":
+        what = f"found {_shown(found)}; accepted: lower case letters, digits, `.`, `_`, `-`, first a letter or digit"
+        return key, what, f"for example {str(found).lower().replace(' ', '-')!r}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return key, message, "write what is accepted"
+    if kind in LIMITS:
+        limit = error["ctx"][LIMITS[kind][0]]
+        return key, f"found {_shown(found)}; accepted: {LIMITS[kind][1]} {limit}", f"use {LIMITS[kind][1]} {limit}"
+    return key, f"found {_shown(found)}; {message[:1].lower()}{message[1:]}", "choose an accepted value"
+
+
+def _key(loc: Sequence[str | int], data: Any) -> Key:
+    """Pydantic's location without the tags of unions, which are no keys of the file."""
+    key: list[str | int] = []
+    for part in loc:
+        if part in (LISTED, BY_BATCH, "[key]") or (
+            isinstance(data, dict) and part not in data and data.get("name") == part
+        ):
+            continue
+        key.append(part)
+        data = _inside(data, part)
+    return tuple(key)
+
+
+def _inside(data: Any, part: str | int) -> Any:
+    """What `data` has at a key or index; None if nothing."""
+    if isinstance(data, dict):
+        return data.get(part)
+    return data[part] if isinstance(data, list) and isinstance(part, int) else None
+
+
+def _choice(key: Key, error: dict[str, Any]) -> Finding:
+    """A value that is none of the accepted ones."""
+    context = error.get("ctx", {})
+    accepted = str(context.get("expected") or context.get("expected_tags") or "'inductor' or 'neuron'")
+    names = accepted.replace(" or ", ", ").replace("'", "").split(", ")
+    if error["type"] == "literal_error":
+        found = error["input"]
+    else:
+        key = (*key, "name")
+        found = error["input"].get("name") if isinstance(error["input"], dict) else None
+    what = "missing" if found is None and "tag" in error["type"] else f"found {_shown(found)}"
+    fix = _hint(str(found), names) or f"use {' or '.join(names)}"
+    return key, f"{what}; accepted: {', '.join(names)}", fix.strip()
+
+
+def _type_fix(kind: str, found: Any) -> str:
+    if kind == "string_type" and isinstance(found, bool):
+        return "put it in quotes: YAML reads yes, no, on and off as true and false"
+    if kind == "string_type" and isinstance(found, int | float):
+        return f'put it in quotes: "{found}"'
+    if kind == "tuple_type" and not isinstance(found, dict):
+        return f"put it in brackets: [{found}]"
+    if kind in ("int_type", "float_type") and isinstance(found, str):
+        return "write it without quotes and units"
+    return f"write {EXPECTED[kind]}"
+
+
+def _hint(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return schema()
+
+
+def _properties(key: Key, data: Any) -> dict[str, Any]:
+    """JSON Schema of the keys that the section at `key` may have."""
+    root = _schema()
+    node: dict[str, Any] = root
+    for part in key:
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        data = _inside(data, part)
+        node = _resolved(node, root, data)
+    return dict(node.get("properties", {}))
+
+
+def _resolved(node: dict[str, Any], root: dict[str, Any], data: Any) -> dict[str, Any]:
+    """Follow a reference, and take the alternative of a union that the data means."""
+    choices = node.get("oneOf") or [c for c in node.get("anyOf", ()) if "$ref" in c]
+    if choices:
+        mapping = node.get("discriminator", {}).get("mapping", {})
+        named = data.get("name") if isinstance(data, dict) else None
+        node = {"$ref": mapping[named]} if named in mapping else choices[0]
+    if "$ref" in node:
+        node = root["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    return node

@@ -1,0 +1,379 @@
+"""YAML -> Recipe: the schema, and every check that needs no weights and no device. Imports no torch.
+
+Errors name file, line and key, and all problems of a file are reported together. What needs the models' configs (ranks
+that do not divide heads, memory) is the plan's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
+
+from pipeline.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from pipeline.recipe.document import Document
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["int8"]
+Sampling = Literal["greedy", "stochastic"]
+
+SOURCES = ("hf", "package", "pico")
+"""Schemes of sources: the keys of `pipeline.sources.pair.KINDS`."""
+
+
+def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:
+    if not values:
+        raise ValueError("found []; accepted: at least one")
+    if min(values) < 1:
+        raise ValueError(f"found {min(values)}; accepted: integers from 1")
+    if list(values) != sorted(set(values)):
+        fault = "repeated" if len(set(values)) < len(values) else "not ascending"
+        raise ValueError(f"found {list(values)}, {fault}; accepted: {sorted(set(values))}")
+    return values
+
+
+def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("found []; accepted: at least one")
+    return values
+
+
+def _source(address: str) -> str:
+    scheme, separator, _ = address.partition("://")
+    if separator and scheme not in SOURCES:
+        accepted = ", ".join(f"{kind}://" for kind in SOURCES)
+        raise ValueError(f"found {address!r}; accepted: a folder, or one of {accepted}")
+    return address
+
+
+def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"found {list(values)}, repeated; accepted: {list(dict.fromkeys(values))}")
+    return values
+
+
+LISTED, BY_BATCH = "a list", "by batch"
+"""Names of the two forms of `step_costs`; in findings they are no keys of the file."""
+
+Costs = tuple[Annotated[float, Field(gt=0)], ...]
+StepCosts = Annotated[
+    Annotated[Costs, Tag(LISTED)] | Annotated[dict[int, Costs], Tag(BY_BATCH)],
+    Discriminator(lambda value: BY_BATCH if isinstance(value, dict) else LISTED),
+]
+Buckets = Annotated[tuple[int, ...], AfterValidator(_buckets)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
+Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
+
+
+class Part(BaseModel):
+    """Base of every section: immutable, unknown keys refused, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Keys that came later. Not given, they leave no trace: recipes keep the digests they had before there were any."""
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = serialize(self)
+        return {key: value for key, value in data.items() if value is not None or key not in self.LATER}
+
+
+class Derive(Part):
+    """A draft made of some of the target's layers."""
+
+    from_: Literal["target"] = Field(alias="from", description="the model whose layers are taken")
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_some)] = Field(
+        description="layers of the target, from 0, in the order they run in the draft"
+    )
+
+
+class _Weighted(Part):
+    """A model whose matrices may be stored narrower than its dtype."""
+
+    LATER = ("weights",)
+
+    weights: Weights | None = Field(
+        default=None,
+        description="int8: matrices and embeddings as int8 with a scale for each output feature, sums in float32 "
+        "(inductor on a CPU); the dtype itself when left out, and for a draft what the target has; the target's "
+        "embedding is stored as the target says, also for a draft that reads it",
+    )
+
+
+class Target(_Weighted):
+    """The model whose output is served."""
+
+    source: Source = Field(
+        description="a folder, hf://org/name@revision, package://name==version, or pico://family; "
+        "folders are relative to the recipe"
+    )
+    dtype: Dtype = Field(default="float32", description="dtype of weights and caches")
+
+
+class Draft(_Weighted):
+    """The model that proposes: exactly one of `source` and `derive`."""
+
+    source: Source | None = Field(
+        default=None,
+        description="like target.source; the draft may lack an embedding (it uses the target's) "
+        "and have a reduced vocabulary (draft_vocab_size, d2t)",
+    )
+    derive: Derive | None = Field(default=None, description="make the draft from the target's own layers")
+    dtype: Dtype | None = Field(default=None, description="the target's when left out")
+    placement: Literal["replicated", "sharded"] = Field(
+        default="replicated",
+        description="replicated: whole on every rank, no collectives while drafting; sharded: split like the target",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Draft:
+        if (self.source is None) == (self.derive is None):
+            found = "neither" if self.source is None else "both"
+            raise ValueError(f"found {found} of source and derive; accepted: exactly one")
+        return self
+
+
+class Speculation(Part):
+    """How tokens are proposed and chosen."""
+
+    LATER = ("step_costs", "lookup")
+
+    method: Literal["draft_model", "eagle3"] = Field(
+        default="draft_model",
+        description="what proposes: draft_model, a smaller model; eagle3, a one-layer head over the target's states",
+    )
+    draft_tokens: Buckets = Field(
+        description="K: proposals per step, vLLM's num_speculative_tokens; a step emits 1 to K+1 tokens"
+    )
+    sampling: Annotated[tuple[Sampling, ...], AfterValidator(_some), AfterValidator(_no_repeats)] = Field(
+        default=("greedy",), description="graphs to build: greedy (argmax), stochastic (temperature, top-k, top-p)"
+    )
+    candidates: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="tokens that a stochastic graph keeps before sampling; all when left out"
+    )
+    lookup: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="prompt lookup: where the last so many tokens occurred before in a request, what followed them is "
+        "proposed, and the draft fills up the step; 3 is a good choice, off when left out",
+    )
+    step_costs: StepCosts | None = Field(
+        default=None,
+        description="cost of a step for each of draft_tokens, in plain decode steps, as `tandem tune` measures it: a "
+        "list, or one for each batch bucket; greedy decoding then chooses K, or plain decode, by what was taken",
+    )
+
+    @model_validator(mode="after")
+    def _a_cost_each(self) -> Speculation:
+        if self.step_costs is None:
+            return self
+        for costs in self.step_costs.values() if isinstance(self.step_costs, dict) else [self.step_costs]:
+            if len(costs) != len(self.draft_tokens):
+                found = f"found {len(costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
+                raise ValueError(f"{found}; accepted: one each")
+        if self.method != "eagle3":
+            raise ValueError("found step_costs with a draft model, which cannot pause for free; accepted: eagle3")
+        return self
+
+
+class Shapes(Part):
+    """Buckets, ascending: the static shapes that graphs are compiled for."""
+
+    batch: Buckets = Field(description="rows decoded together")
+    prefill: Buckets = Field(description="prompt lengths in tokens")
+    kv: Buckets = Field(description="cache lengths in tokens; the largest bounds prompt + output")
+
+
+class Parallel(Part):
+    """Ranks."""
+
+    tensor: Annotated[int, Field(ge=1)] = Field(default=1, description="tensor-parallel ranks")
+
+
+class InductorBackend(Part):
+    """AOTInductor: shared libraries for CPUs and NVIDIA GPUs."""
+
+    name: Literal["inductor"] = "inductor"
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="what the artifact runs on")
+    isa: Literal["native", "avx2", "avx512"] = Field(
+        default="native", description="instruction set that a CPU artifact needs; native: the build host's"
+    )
+
+
+class NeuronBackend(Part):
+    """AWS Neuron: NEFFs for Trainium and Inferentia."""
+
+    name: Literal["neuron"]
+    target: Literal["trn1", "trn2", "inf2"] = Field(description="chip")
+    lnc: int = Field(default=1, description="physical cores in a logical one: 1 or 2 on trn2, 1 elsewhere")
+    flags: dict[str, str] = Field(default_factory=dict, description="extra neuronx-cc flags")
+
+    @model_validator(mode="after")
+    def _lnc_fits(self) -> NeuronBackend:
+        allowed = (1, 2) if self.target == "trn2" else (1,)
+        if self.lnc not in allowed:
+            raise ValueError(f"found lnc={self.lnc}; accepted on {self.target}: {' or '.join(map(str, allowed))}")
+        return self
+
+
+Backend = Annotated[InductorBackend | NeuronBackend, Field(discriminator="name")]
+
+
+class Gates(Part):
+    """Limits of the validation gates."""
+
+    tokens_per_step: Annotated[float, Field(ge=1)] = Field(
+        default=1.0, description="least tokens that a speculative step emits, on average over the prompts"
+    )
+    near_tie_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.02, description="largest share of tokens that may differ from plain decode at proven near-ties"
+    )
+
+
+class Validate(Part):
+    """What is tested before an artifact may be published."""
+
+    LATER = ("price_per_hour",)
+
+    prompts: Source = Field(
+        default="prompts/default.jsonl",
+        description="JSON lines with id, class and prompt, relative to the recipe; the default file ships with Tandem",
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(default=32, description="tokens generated for each prompt")
+    gates: Gates = Field(default=Gates(), description="limits; a gate that fails stops publishing")
+    price_per_hour: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="what the machine costs an hour; the report then states the cost of a million tokens"
+    )
+
+
+class Publish(Part):
+    """A registry that a build's artifact goes to."""
+
+    to: Annotated[str, Field(min_length=1)] = Field(description="a folder, s3://bucket/prefix, or hf://org/name")
+    aliases: Annotated[tuple[Name, ...], AfterValidator(_no_repeats)] = Field(
+        default=(), description="aliases that point at the new release afterwards"
+    )
+
+
+class Recipe(Part):
+    """One target and draft pair, and all that decides its artifact."""
+
+    name: Name = Field(description="name of the artifact: lower case, digits, dot, underscore, hyphen")
+    target: Target = Field(description="the model whose output is served")
+    draft: Draft = Field(description="the model that proposes")
+    speculation: Speculation = Field(description="how tokens are proposed and chosen")
+    shapes: Shapes = Field(description="buckets that graphs are compiled for")
+    parallel: Parallel = Field(default=Parallel(), description="ranks")
+    backend: Backend = Field(default=InductorBackend(), description="what compiles and runs the graphs")
+    validate_: Validate = Field(default=Validate(), alias="validate", description="tests before publishing")
+    publish: tuple[Publish, ...] = Field(default=(), description="registries that the artifact goes to")
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def draft_weights(self) -> Weights | None:
+        """How the draft's matrices are stored."""
+        return self.draft.weights or self.target.weights
+
+    def remember(self, places: Mapping[str, str], path: str) -> None:
+        """Note which `file:line` each dotted key was read from."""
+        self._places.update({**places, "": f"{path}:1"})
+
+    def place(self, key: str) -> str:
+        """`file:line: key` of a dotted key, for problems found later; `name: key` for a recipe that has no file."""
+        known = key
+        while known and known not in self._places:
+            known = known[: max(known.rfind("."), known.rfind("["), 0)]
+        return f"{self._places.get(known, self.name)}: {key}"
+
+    def digest(self) -> str:
+        """sha256 of what the recipe says, whatever its layout, comments or base."""
+        data = self.model_dump(mode="json", by_alias=True)
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The whole recipe as one YAML file, defaults written out and base merged; `load` reads it back equal."""
+        import yaml
+
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return yaml.safe_dump(data, sort_keys=False, width=120)
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe; `base: other.yaml` in it is merged beneath, one level deep.
+
+    Raises:
+        RecipeError: every problem, each with file, line and key.
+        InputError: no such file.
+
+    """
+    from pipeline.recipe.check import parse
+    from pipeline.recipe.document import dotted
+
+    document = _with_base(path)
+    recipe = parse(document)
+    recipe.remember({dotted(key): f"{file}:{line}" for key, (file, line) in document.lines.items()}, str(path))
+    return recipe
+
+
+def _with_base(path: Path) -> Document:
+    from pipeline.recipe.document import read
+
+    document = read(path)
+    if "base" not in document.data:
+        return document
+    name = document.data.pop("base")
+    where = document.place(("base",))
+    if not isinstance(name, str):
+        document.problems.append(Problem(where, f"found {name!r}, expected a file name", "write base: other.yaml"))
+        return document
+    if not (path.parent / name).is_file():
+        document.problems.append(Problem(where, f"no file {name!r} beside the recipe", "check the name"))
+        return document
+    base = read(path.parent / name)
+    if "base" in base.data:
+        del base.data["base"]
+        base.problems.append(Problem(base.place(("base",)), "a base of a base", "merge the two: one level is read"))
+    return document.over(base)
+
+
+def find(name: str, root: Path = Path("recipes")) -> Path:
+    """The file of a recipe given by name or path.
+
+    Raises:
+        InputError: there is none; names what there is.
+
+    """
+    for path in (root / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in root.glob("*.yaml"))
+    near = difflib.get_close_matches(name, known, 1)
+    fix = f"did you mean {near[0]!r}?" if near else f"recipes here: {', '.join(known) or 'none'}"
+    raise InputError(f"no recipe {name!r}", where=str(root), fix=fix)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a recipe file, for editors."""
+    found = Recipe.model_json_schema(by_alias=True)
+    base = {"type": "string", "title": "Base", "description": "a YAML file beside this one that is merged beneath it"}
+    properties = {"base": base, **found["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "properties": properties}

@@ -1,0 +1,113 @@
+"""A release's page for people: pair, chip, shapes, toolchain, gates, and how to pull it. Written from manifests alone.
+
+Its front matter is what a Hugging Face Hub reads: licence, `base_model` (which links the models), tags.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.artifact.manifest import CacheManifest, Manifest
+from pipeline.registry.release import Document
+
+INTRODUCTION = """A target LLM and its draft, compiled ahead of time for speculative decoding by Tandem. Servers load it
+and never compile; every file is pinned by its sha256 in `manifest.json`."""
+TAGS = ("tandem", "speculative-decoding", "ahead-of-time")
+
+
+def card(document: Document, manifests: Mapping[str, Manifest], root: Path) -> str:
+    """README.md of a release; the lock in the artifact at `root` names the models."""
+    front = yaml.safe_dump(_front(root), sort_keys=False).strip()
+    pulled = f"```sh\ntandem pull REGISTRY/{document.name}@{document.version} somewhere/\n```"
+    return f"---\n{front}\n---\n\n{body(document, manifests)}\n\n## Use\n\n{pulled}\n"
+
+
+def body(document: Document, manifests: Mapping[str, Manifest]) -> str:
+    """The page without its front matter: also a CI job's summary, and a pull request's comment."""
+    parts = [f"# {document.name} {document.version}\n\n{INTRODUCTION}"]
+    for variant, manifest in manifests.items():
+        parts.append(f"\n## {variant or 'The artifact'}\n\n{_table(facts(manifest))}")
+        if manifest.validation:
+            parts.append(f"\n### Gates and speed\n\n{_table(_gates(manifest.validation))}")
+    return "\n".join(parts)
+
+
+def _front(root: Path) -> dict[str, Any]:
+    """The licence is that of the models: a Hub shows it through `base_model`."""
+    front = {"library_name": "tandem", "license": "other", "license_name": "that-of-the-base-models"}
+    models = list(_hub_models(root / "recipe.lock"))
+    return front | {"tags": list(TAGS)} | ({"base_model": models} if models else {})
+
+
+def _hub_models(lock: Path) -> Iterator[str]:
+    try:
+        data = json.loads(lock.read_bytes())
+    except (OSError, ValueError):
+        return
+    for role in ("target", "draft"):
+        source = str((data.get(role) or {}).get("source", ""))
+        if source.startswith("hf://"):
+            yield source.removeprefix("hf://").partition("@")[0]
+
+
+def facts(manifest: Manifest) -> dict[str, Any]:
+    """What an artifact is and needs, by the words of a page."""
+    if isinstance(manifest, CacheManifest):
+        return _cache_facts(manifest)
+    shapes = manifest.shapes
+    return {
+        "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
+        "ranks": manifest.tensor,
+        "dtype": manifest.dtype + (f", weights {manifest.weights}" if manifest.weights else ""),
+        "draft tokens K": ", ".join(map(str, manifest.draft_tokens)),
+        "prompt lookup": f"by {manifest.lookup} tokens" if manifest.lookup else "no",
+        "sampling": ", ".join(manifest.sampling),
+        "batch": ", ".join(map(str, shapes.batch)),
+        "prefill buckets": ", ".join(map(str, shapes.prefill)),
+        "cache buckets": ", ".join(map(str, shapes.kv)),
+        "graphs": len(manifest.graphs),
+        "size": f"{manifest.size_bytes / (1 << 20):,.1f} MiB",
+        "toolchain": ", ".join(f"{key} {value}" for key, value in manifest.toolchain.items()),
+        "recipe": f"sha256 {manifest.recipe_digest}",
+    }
+
+
+def _cache_facts(manifest: CacheManifest) -> dict[str, Any]:
+    told = manifest.backend
+    return {
+        "kind": "compile cache of vLLM's Neuron plugin, checked for completeness, never run here",
+        "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
+        "filled by": " ".join(["vllm", "serve", *map(str, told.get("serve", ()))]),
+        "compiler flags": "; ".join(map(str, told.get("flags", ()))),
+        "size": f"{manifest.size_bytes / (1 << 20):,.1f} MiB",
+        "versions": ", ".join(f"{key} {value}" for key, value in manifest.toolchain.items()),
+    }
+
+
+def _gates(validation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Numbers and verdicts of the validation summary, flat; lists are too long for a page."""
+    rows: dict[str, Any] = {}
+    for key, value in validation.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            rows |= _gates(value, f"{name}: ")
+        elif isinstance(value, bool):
+            rows[name] = "yes" if value else "no"
+        elif isinstance(value, float):
+            rows[name] = f"{value:.4g}"
+        elif not isinstance(value, list):
+            rows[name] = value
+    return rows
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    def cell(value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value)
+        return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+    return "| | |\n| --- | --- |\n" + "".join(f"| {cell(key)} | {cell(value)} |\n" for key, value in rows.items())

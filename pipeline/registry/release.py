@@ -1,0 +1,225 @@
+"""What a release is made of: one artifact, or several variants of one recipe (chips, ranks). Pure; imports no torch.
+
+The document of a release (`manifest.json` in the registry) is an artifact's manifest, or an index that names the
+manifest of each variant by its digest. Variants are published together, so an index never changes either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from pipeline.artifact.manifest import (
+    AGAIN,
+    CACHE_KIND,
+    MANIFEST,
+    Artifact,
+    FileEntry,
+    Manifest,
+    Name,
+    Part,
+    Version,
+    content_digest,
+    dump,
+    parse,
+    satisfies,
+)
+from pipeline.errors import ArtifactError, InputError
+
+VERSION_LENGTH = 12
+INDEX_LIMIT = 100
+
+Variant = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
+
+
+class VariantEntry(Part):
+    """One variant: its manifest, and what choosing needs."""
+
+    manifest: FileEntry
+    content: str = Field(pattern="^[0-9a-f]{64}$")
+    requires: dict[str, str]
+    tensor: int
+
+
+class Index(Part):
+    """A release of several variants."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["variants"] = "variants"
+    name: Name
+    version: Version
+    created: str
+    variants: dict[Variant, VariantEntry] = Field(min_length=1, max_length=INDEX_LIMIT)
+
+
+Document = Manifest | Index
+Fetch = Callable[[str, FileEntry], bytes]
+"""Brings a small file of a release, checked."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Artifacts on disk as one release: its document, and every file by its path in the release.
+
+    `signature` is over an index; an artifact that is a release by itself brings its own.
+    """
+
+    document: Document
+    data: bytes
+    artifacts: Mapping[str, Artifact]
+    signature: bytes | None = None
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """Every file but the document."""
+        if isinstance(self.document, Manifest):
+            return dict(self.document.files)
+        files = {f"{v}/{MANIFEST}": entry.manifest for v, entry in self.document.variants.items()}
+        return files | {f"{v}/{n}": e for v, one in self.artifacts.items() for n, e in one.manifest.files.items()}
+
+    @property
+    def sources(self) -> dict[str, Path]:
+        """Where each file lies."""
+        single = isinstance(self.document, Manifest)
+        roots = {"" if single else f"{variant}/": one for variant, one in self.artifacts.items()}
+        inside = {f"{prefix}{n}": one.root / n for prefix, one in roots.items() for n in one.manifest.files}
+        return inside | {f"{prefix}{MANIFEST}": one.root / MANIFEST for prefix, one in roots.items() if prefix}
+
+
+def bundle(artifacts: Sequence[Artifact], version: str | None = None) -> Bundle:
+    """One release of these artifacts: one alone without a version of its own is published as it is.
+
+    Raises:
+        InputError: other names, two for the same chip and ranks, or no name for a version.
+
+    """
+    if version is not None:
+        _check_version(version)
+    first = artifacts[0].manifest
+    if len(artifacts) == 1 and version in (None, first.version):
+        data = (artifacts[0].root / MANIFEST).read_bytes()  # as it is: a signature is over these bytes
+        return Bundle(parse(data, str(artifacts[0].root)), data, {"": artifacts[0]})
+    named: dict[str, Artifact] = {}
+    for one in artifacts:
+        key = variant_name(one.manifest)
+        if one.manifest.name != first.name or key in named:
+            what = f"{one.manifest.name} for {key} beside {first.name} for {', '.join(named)}"
+            raise InputError(
+                what, where=str(one.root), fix="publish variants of one recipe, one for each chip and ranks"
+            )
+        named[key] = one
+    entries = {key: _variant_entry(one) for key, one in sorted(named.items())}
+    created = max(one.manifest.created for one in artifacts)
+    index = Index(name=first.name, version=version or "unversioned", created=created, variants=entries)
+    if version is None:
+        index = index.model_copy(update={"version": digest_of(index)[:VERSION_LENGTH]})
+    return Bundle(index, dump(index), named)
+
+
+def _check_version(version: str) -> None:
+    try:
+        TypeAdapter(Version).validate_python(version)
+    except ValidationError as error:
+        fix = "up to 100 letters, digits and . _ + -, for example 1.0"
+        raise InputError(f"{version!r} cannot name a version", where="--version", fix=fix) from error
+
+
+def _variant_entry(artifact: Artifact) -> VariantEntry:
+    data = (artifact.root / MANIFEST).read_bytes()
+    entry = FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    found = artifact.manifest
+    content = content_digest(found)
+    return VariantEntry(manifest=entry, content=content, requires=found.requires, tensor=found.tensor)
+
+
+def variant_name(manifest: Manifest) -> str:
+    """What tells variants of one recipe apart: `cpu-avx2-tp1`, `trn2-lnc2-tp8`."""
+    requires = manifest.requires
+    chip = requires.get("chip") or requires.get("device", "any")
+    fine = [requires[key] for key in ("isa", "compute_capability") if key in requires]
+    lnc = [f"lnc{requires['lnc']}"] if "lnc" in requires else []
+    return "-".join([chip, *fine, *lnc, f"tp{manifest.tensor}"]).lower()
+
+
+def digest_of(document: Document) -> str:
+    """sha256 of what a release is and does, whenever it was built."""
+    if isinstance(document, Manifest):
+        return content_digest(document)
+    contents = {name: entry.content for name, entry in document.variants.items()}
+    return hashlib.sha256(json.dumps([document.name, contents], sort_keys=True).encode()).hexdigest()
+
+
+def parse_document(data: bytes, where: str) -> Document:
+    """The document of a release from its bytes.
+
+    Raises:
+        ArtifactError: damaged, of another schema version, or with unsafe paths.
+
+    """
+    try:
+        kind = json.loads(data).get("kind")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
+    if kind in (None, CACHE_KIND):
+        return parse(data, where)
+    try:
+        return Index.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{place}: {first['msg']}", where=where, fix=AGAIN) from error
+
+
+def all_files(document: Document, fetch: Fetch, where: str) -> dict[str, FileEntry]:
+    """Every file that a published release reaches, by its path in the release."""
+    if isinstance(document, Manifest):
+        return dict(document.files)
+    files = {}
+    for name, entry in document.variants.items():
+        path = f"{name}/{MANIFEST}"
+        files[path] = entry.manifest
+        inner = parse(fetch(path, entry.manifest), f"{where}/{name}")
+        files |= {f"{name}/{path}": one for path, one in inner.files.items()}
+    return files
+
+
+def choose(index: Index, host: Mapping[str, str], wanted: str | None, where: str) -> str:
+    """The variant for a host, or the one that was asked for.
+
+    Of several that run here, accelerators come before CPUs, and larger instruction sets before smaller ones; a number
+    of ranks is never guessed.
+
+    Raises:
+        InputError: none runs here, or several do; lists what there is.
+
+    """
+    listed = ", ".join(index.variants)
+    if wanted is not None:
+        if wanted not in index.variants:
+            raise InputError(f"no variant {wanted!r}", where=where, fix=f"variants of this release: {listed}")
+        return wanted
+    fits = [n for n, e in index.variants.items() if all(satisfies(k, v, host.get(k)) for k, v in e.requires.items())]
+    if not fits:
+        here = ", ".join(f"{key}={value}" for key, value in host.items())
+        fix = f"name one with --variant: {listed}"
+        raise InputError(f"no variant for this host ({here})", where=where, fix=fix)
+    best = max(_rank(index.variants[name]) for name in fits)
+    fits = [name for name in fits if _rank(index.variants[name]) == best]
+    if len(fits) > 1:
+        fix = f"name one with --variant: {', '.join(fits)}"
+        raise InputError(f"{len(fits)} variants run on this host", where=where, fix=fix)
+    return fits[0]
+
+
+def _rank(entry: VariantEntry) -> tuple[int, int, str]:
+    from pipeline.artifact.manifest import ISA_ORDER
+
+    isa = entry.requires.get("isa", "")
+    known = ISA_ORDER.index(isa) if isa in ISA_ORDER else -1
+    return (entry.requires.get("device") != "cpu", known, "")

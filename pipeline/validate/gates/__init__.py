@@ -1,0 +1,1 @@
+"""What is compared, gate by gate, and within which limits. Shows nothing."""

@@ -1,0 +1,1 @@
+"""What transformers computes for a sequence, which the gates compare with. Runs no graph of ours."""

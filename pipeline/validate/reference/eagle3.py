@@ -1,0 +1,111 @@
+"""The reference of an EAGLE-3 head: transformers' target gives the features, the head itself is written out here.
+
+transformers has no such head, so this is the paper's layer (Li et al. 2025) over a whole sequence at once, apart from
+the graphs' own: no cache, no buckets, no shared code but the rotary tables of transformers.
+
+Shapes: T tokens, H hidden, N query heads, G KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from pipeline.models.eagle3 import taps_of
+from pipeline.validate.reference.goldens import Golden, Reference, project_cache
+
+LAYER = "model.layers.0."
+
+
+class Eagle3Reference(Reference):
+    """An EAGLE-3 head over transformers' target, in two precisions.
+
+    The logits at a token are those that follow it, as of any model; at a sequence's first token, which has no features
+    before it, they are zeros.
+    """
+
+    @cached_property
+    def _target(self) -> Reference:
+        return Reference(self.target, self.target, self.dtype_name, self.target_narrow)
+
+    @cached_property
+    def _rotary(self) -> LlamaRotaryEmbedding:
+        fields = {k: v for k, v in self.checkpoint.config_json.items() if k != "model_type"}
+        return LlamaRotaryEmbedding(config=LlamaConfig(**fields))
+
+    @property
+    def layers(self) -> int:
+        """The target's layers, and one."""
+        return self._target.layers + 1
+
+    @torch.no_grad()
+    def goldens(self, sequences: list[list[int]]) -> Iterator[Golden]:
+        """Run the target over all sequences, then the head over each."""
+        taps = taps_of(self.target.config, self.checkpoint.config)
+        seen: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+
+        def watch(layer: int, kind: torch.dtype, number: int, hidden_1TH: Tensor) -> None:
+            if layer in taps:
+                seen.setdefault((kind, number), []).append(hidden_1TH[0])
+
+        self._target.run_layers(sequences, watch)
+        for number, tokens in enumerate(sequences):
+            features = (torch.cat(seen.pop((kind, number)), dim=-1) for kind in self.kinds)
+            (high, keys), (low, keys_noise) = (
+                self._head_states(tokens, taps_TX, kind) for taps_TX, kind in zip(features, self.kinds, strict=True)
+            )
+            yield self.golden(high, low, keys, keys_noise)
+
+    def _head_states(self, tokens: list[int], taps_TX: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the head's LM head reads at each token [T, H], and projections of its keys and values."""
+        w = {name: self.read(ref).to(kind) for name, ref in self._refs.items() if ref.dtype not in ("I32", "I64")}
+        features_TH = taps_TX[:-1] @ w["fc.weight"].T
+        embedded_TH = self.embed(tokens[1:]).to(kind)
+        normed_TH = self._norm_of(features_TH, w[f"{LAYER}hidden_norm.weight"])
+        head = self.checkpoint.config.eagle3
+        assert head is not None
+        x = normed_TH if head.norm_before_residual else features_TH
+        both = torch.cat((self._norm_of(embedded_TH, w[f"{LAYER}input_layernorm.weight"]), normed_TH), dim=-1)
+        out, caches = self._attention(both, w)
+        x = x + out
+        normed_TH = self._norm_of(x, w[f"{LAYER}post_attention_layernorm.weight"])
+        gate, up = (normed_TH @ w[f"{LAYER}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (functional.silu(gate) * up) @ w[f"{LAYER}mlp.down_proj.weight"].T
+        last_TH = self._norm_of(x, w["model.norm.weight"])
+        return torch.cat((last_TH.new_zeros(1, last_TH.shape[1]), last_TH)), caches
+
+    def _attention(self, both_TX: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        c, size = self.checkpoint.config, len(both_TX)
+
+        def heads(name: str, count: int) -> Tensor:
+            out = both_TX @ w[f"{LAYER}self_attn.{name}_proj.weight"].T
+            bias = w.get(f"{LAYER}self_attn.{name}_proj.bias")
+            out = out if bias is None else out + bias
+            return out.view(size, count, c.head_dim).transpose(0, 1)
+
+        q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
+        cos, sin = (table[0] for table in self._rotary(both_TX[None], torch.arange(size)[None]))
+
+        def turn(x_NTD: Tensor) -> Tensor:
+            first, second = x_NTD.chunk(2, dim=-1)
+            return x_NTD * cos + torch.cat((-second, first), dim=-1) * sin
+
+        q, k = turn(q), turn(k)
+        repeat = c.heads // c.kv_heads
+        out = functional.scaled_dot_product_attention(
+            q[None], k.repeat_interleave(repeat, 0)[None], v.repeat_interleave(repeat, 0)[None], is_causal=True
+        )[0]
+        out_TX = out.transpose(0, 1).reshape(size, c.heads * c.head_dim)
+        caches = torch.stack([project_cache(k), project_cache(v)], dim=1)[:, None]
+        return out_TX @ w[f"{LAYER}self_attn.o_proj.weight"].T, caches
+
+    def _norm_of(self, x: Tensor, weight_H: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.checkpoint.config.norm_eps)
+        return weight_H * wide.to(x.dtype)

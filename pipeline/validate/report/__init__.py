@@ -1,0 +1,1 @@
+"""What the gates found, as data, page, Markdown and JUnit. Judges nothing; imports no torch."""

@@ -1,0 +1,96 @@
+"""Shorter forms of a report: figures for the manifest, lines for the terminal, JUnit for CI, Markdown for reviews."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from pipeline.validate.report.schema import Latencies, Report
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """What the manifest keeps."""
+    return {
+        "passed": report.passed,
+        "gates": {gate.name: list(gate.findings) for gate in report.gates},
+        "ran_on": report.provenance.ran_on,
+        "tokens_per_step": {str(a.draft_tokens): a.tokens_per_step for a in report.acceptance},
+        "error_over_noise": {model: of.error_over_noise for model, of in report.parity.items()},
+        "speed": {
+            "plain": _rates(report.speed.plain),
+            "speculative": _rates(report.speed.speculative),
+            "measured_speedup": report.speed.measured_speedup,
+        },
+    }
+
+
+def _rates(of: Latencies) -> dict[str, Any]:
+    return {
+        "tokens_per_s": of.tokens_per_s,
+        "first_token_ms": of.first_token_ms,
+        "inter_token_ms": of.inter_token_ms,
+    }
+
+
+def headlines(report: Report) -> list[tuple[str, str]]:
+    """The figures that a reader wants first, as label and value: terminal, Markdown and page show these same ones."""
+    rows = [
+        (f"{model}: error over {of.dtype} noise", f"{show(of.error_over_noise)} over {of.tokens} tokens")
+        for model, of in report.parity.items()
+    ]
+    flips = sum(of.flips for of in report.parity.values())
+    ties = sum(of.near_ties for of in report.parity.values())
+    rows.append(("flipped tokens", f"{flips}, of which near-ties {ties}"))
+    choices = report.choices
+    rows.append(("answers, token by token", f"{choices.tokens} as the baseline chooses, near-ties {choices.near_ties}"))
+    lossless = report.losslessness
+    others = len(lossless.differences) - lossless.near_ties
+    rows.append(
+        (
+            "speculation against plain decode",
+            f"{others} differences in {lossless.tokens} tokens, near-ties {lossless.near_ties}",
+        )
+    )
+    if report.distribution is not None:
+        smallest = min((t.p_value for t in report.distribution.tests if t.p_value is not None), default=1.0)
+        rows.append(("sampling", f"{len(report.distribution.tests)} exact tests, smallest p {show(smallest)}"))
+    rows += [(f"tokens a step, K={a.draft_tokens}", f"{a.tokens_per_step:.2f}") for a in report.acceptance]
+    rows.append(
+        ("speed-up", f"{show(report.speed.measured_speedup)} measured, {show(report.speed.expected_speedup)} expected")
+    )
+    return rows
+
+
+def show(value: float | None) -> str:
+    """A figure for a reader."""
+    if value is None:
+        return "not a number"
+    return f"{value:.2f}" if 0.01 <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"
+
+
+def junit(report: Report) -> bytes:
+    """The gates as a JUnit report, a test case each."""
+    failed = sum(not gate.passed for gate in report.gates)
+    suite = ET.Element("testsuite", name=report.name, tests=str(len(report.gates)), failures=str(failed))
+    for gate in report.gates:
+        case = ET.SubElement(suite, "testcase", classname=report.name, name=gate.name)
+        if gate.findings:
+            ET.SubElement(case, "failure", message=gate.findings[0]).text = "\n".join(gate.findings)
+    return ET.tostring(suite, xml_declaration=True, encoding="utf-8")
+
+
+def markdown(report: Report) -> str:
+    """A summary for a pull request or a model card."""
+    verdict = "passed" if report.passed else "**failed**"
+    lines = [
+        f"### {report.name} {report.version}: validation {verdict}",
+        "",
+        "| gate | verdict | finding |",
+        "| --- | --- | --- |",
+    ]
+    for gate in report.gates:
+        first = gate.findings[0].replace("|", "\\|") if gate.findings else ""
+        more = f" (and {len(gate.findings) - 1} more)" if len(gate.findings) > 1 else ""
+        lines.append(f"| {gate.name} | {'passed' if gate.passed else '**failed**'} | {first}{more} |")
+    lines += ["", "| | |", "| --- | --- |", *(f"| {label} | {value} |" for label, value in headlines(report))]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Compile on merge, for any CI: changed recipes, a locked build with its gates, a signed release, an alias.
+#
+#   scripts/ci/release.sh changed BASE [HEAD]   names of the recipes that the commits between them touch, as a JSON list
+#   scripts/ci/release.sh build RECIPE          build from the lock, and run the gates; a failed gate ends here
+#   scripts/ci/release.sh summary RECIPE        what was built and how the gates went, in Markdown; a failed build has one, too
+#   scripts/ci/release.sh publish RECIPE        sign, publish, and only then move the alias
+#
+# From the environment: REGISTRY (a folder, s3://bucket/prefix, hf://org), ALIAS (none: no alias is moved), SIGNING_KEY (a
+# private key's file) or an identity of the CI job for a keyless signature, TANDEM_REMOTE_CACHE and TANDEM_PUSH_CACHE=1.
+# With BACKEND, `changed` names only the recipes that this backend builds.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+# CI gives what nobody set as an empty text, which AWS tools take for a value.
+for name in "${!AWS_@}" "${!HF_@}" "${!TANDEM_@}"; do
+  if [[ -z ${!name} ]]; then unset "$name"; fi
+done
+
+say() { printf '%s\n' "$*" >&2; }
+
+changed() { files "$@" | tandem recipe changed - | of_backend; }
+
+files() {
+  local base=$1 head=${2:-HEAD}
+  # A first push has no commit before it: then every recipe counts as changed.
+  if [[ $base =~ ^0+$ ]] || ! git cat-file -e "$base^{commit}" 2>/dev/null; then
+    git ls-files -- recipes
+  else
+    git diff --name-only --no-renames "$base" "$head" -- recipes
+  fi
+}
+
+of_backend() { if [[ -n ${BACKEND:-} ]]; then python scripts/ci/of_backend.py "$BACKEND"; else cat; fi; }
+
+build() { tandem build "$1" --locked; }
+
+summary() { tandem inspect "$1" --markdown || printf '## %s\n\nNo artifact: the log says why.\n' "$1"; }
+
+publish() {
+  local sign=() alias=()
+  if [[ -n ${SIGNING_KEY:-} ]]; then
+    sign=(--sign "$SIGNING_KEY")
+  elif [[ -n ${ACTIONS_ID_TOKEN_REQUEST_URL:-}${SIGSTORE_ID_TOKEN:-} ]]; then
+    sign=(--keyless)
+  else
+    say "nothing to sign with: set SIGNING_KEY, or give this job an identity (id-token: write)"
+    return 3
+  fi
+  if [[ -n ${ALIAS:-} ]]; then alias=(--alias "$ALIAS"); fi
+  tandem publish "$1" --to "${REGISTRY:?set REGISTRY}" "${sign[@]}" "${alias[@]}"
+}
+
+command=${1:?see the head of this file}
+shift
+case $command in
+  changed | build | summary | publish) "$command" "$@" ;;
+  *) say "unknown step $command" && exit 2 ;;
+esac
