@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
@@ -26,6 +26,7 @@ from pipeline.artifact.manifest import Artifact
 from pipeline.cache.local import default_root
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.files.atomic import check_writable, disk_errors, sha256_file, write_atomic
+from pipeline.progress import Log, Progress, no_log, no_progress
 from pipeline.recipe.schema import Recipe, load
 
 if TYPE_CHECKING:
@@ -50,22 +51,6 @@ class Report:
     seconds: float = 0.0
 
 
-Say = Callable[[str], None]
-"""Shows one line of progress."""
-
-
-def silent(line: str) -> None:
-    """A `Say` that shows nothing."""
-
-
-Progress = Callable[[str, float, float], None]
-"""Told what is under way, how much is done, and how much there is in all."""
-
-
-def unseen(what: str, done: float, total: float) -> None:
-    """A `Progress` that shows nothing."""
-
-
 @dataclass(frozen=True)
 class Request:
     """One build: a recipe and where things go."""
@@ -79,8 +64,8 @@ class Request:
     locked: bool = False
     remote: Remote | None = None
     lock: Path | None = None
-    say: Say = silent
-    progress: Progress = unseen
+    log: Log = no_log
+    progress: Progress = no_progress
 
     @property
     def lock_file(self) -> Path:
@@ -112,7 +97,7 @@ def run(request: Request) -> Report:
     """Run the stages that are stale. Builds of one output at once take turns, and all but the first find it done."""
     started = time.monotonic()
     report = Report(request.out)
-    with _alone(request.stamp.with_suffix(".lock"), request.say, f"another build of {request.out}"):
+    with _alone(request.stamp.with_suffix(".lock"), request.log, f"another build of {request.out}"):
         inputs = fingerprint(request)  # as they were before anything was read: what changes meanwhile is stale again
         report.fresh = _is_current(request, inputs)
         if not report.fresh:
@@ -142,7 +127,7 @@ def _stages(request: Request, report: Report) -> None:
         raise _preflight_error(problems)
     if request.validate:
         load_prompts(prompts_path(request.recipe.validate_.prompts, request.base))  # refused now, not after an hour
-    request.say("sources: target and draft")
+    request.log("sources: target and draft")
     target, draft = resolve_pair(
         request.recipe, base=request.base, cache=request.cache / "sources", progress=request.progress
     )
@@ -153,12 +138,12 @@ def _stages(request: Request, report: Report) -> None:
     tokenizer = tokenizer_files(target)
     shards, weights = _shard(request, plan, target, draft, backend)
     compiled = _compile(request, plan, report)
-    request.say("package")
+    request.log("package")
     built = package(request.out, plan, backend, lock, compiled, shards, weights, tokenizer, request.cache)
     if request.validate and _runs_here(request, backend, built):
         from pipeline.validate.run import validate
 
-        validate(built.root, target, draft, request.base, request.cache, request.say)
+        validate(built.root, target, draft, request.base, request.cache, request.log)
 
 
 def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
@@ -184,12 +169,12 @@ def _compile(request: Request, plan: Plan, report: Report) -> list[Compiled]:
         (report.reused if one.hit else report.compiled).append(one.spec.name)
         request.progress("compile", len(jobs) - len(left), len(jobs))
         how = "cached" if one.hit else f"{one.seconds:.0f} s"
-        request.say(f"  {one.spec.name}: {how}" + (f", {len(left)} left, {remaining()}" if left else ""))
+        request.log(f"  {one.spec.name}: {how}" + (f", {len(left)} left, {remaining()}" if left else ""))
         for note in one.notes:
-            request.say(f"    {note}")
+            request.log(f"    {note}")
 
     what = f"{len(missing)} of {len(jobs)} graphs, {workers} at a time, {remaining()}; logs in {logs}"
-    request.say(f"compile: {what}" if missing else f"compile: all {len(jobs)} graphs are cached")
+    request.log(f"compile: {what}" if missing else f"compile: all {len(jobs)} graphs are cached")
     for one in list(found.values()):
         done(one)
     if missing:
@@ -213,10 +198,10 @@ def _shard(
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     root = request.cache / "shards" / key
-    with _alone(root.with_suffix(".lock"), request.say, "a build that writes the same shards"):
-        found = _whole_shards(root, request.say)
+    with _alone(root.with_suffix(".lock"), request.log, "a build that writes the same shards"):
+        found = _whole_shards(root, request.log)
         if found is None:
-            request.say(f"shard: weights for {plan.pair.tp} rank(s)")
+            request.log(f"shard: weights for {plan.pair.tp} rank(s)")
             with atomic_dir(root) as folder:
                 files = write_shards(
                     plan.pair, target, draft, folder, packing=backend.packing,
@@ -228,7 +213,7 @@ def _shard(
     return found, root
 
 
-def _whole_shards(root: Path, say: Say) -> list[ShardFile] | None:
+def _whole_shards(root: Path, log: Log) -> list[ShardFile] | None:
     """Shards of an earlier build, read through and compared with their digests; None if they must be written."""
     from pipeline.artifact.manifest import FileEntry, differences
     from pipeline.stages.shard import ShardFile
@@ -245,13 +230,13 @@ def _whole_shards(root: Path, say: Say) -> list[ShardFile] | None:
         with contextlib.suppress(OSError):  # when it was used last, for `tandem cache gc`
             os.utime(root / "shards.json")
         return found
-    say(f"shard: cached shards are damaged ({'; '.join(faults)}): written again")
+    log(f"shard: cached shards are damaged ({'; '.join(faults)}): written again")
     shutil.rmtree(root, ignore_errors=True)
     return None
 
 
 @contextlib.contextmanager
-def _alone(lock: Path, say: Say, other: str) -> Iterator[None]:
+def _alone(lock: Path, log: Log, other: str) -> Iterator[None]:
     """Hold a lock file among all builds that share this cache; that of a killed build falls free."""
     from filelock import FileLock, Timeout
 
@@ -261,7 +246,7 @@ def _alone(lock: Path, say: Say, other: str) -> Iterator[None]:
         try:
             held.acquire(timeout=0)
         except Timeout:
-            say(f"waiting for {other}")
+            log(f"waiting for {other}")
             held.acquire()
     try:
         yield
@@ -327,7 +312,7 @@ def _runs_here(request: Request, backend: Backend, built: Artifact) -> bool:
     try:
         artifacts.check_host(built.manifest, backend.host())
     except ArtifactError as error:
-        request.say(f"not validated: {error.what}; run `tandem validate {built.root}` on such a host before publishing")
+        request.log(f"not validated: {error.what}; run `tandem validate {built.root}` on such a host before publishing")
         return False
     return True
 

@@ -164,7 +164,7 @@ def test_build_again_does_nothing_without_torch(built):
 def test_build_elsewhere_is_all_hits(built, tmp_path):
     request, _ = built
     said = []
-    report = again(request, out=tmp_path / "elsewhere", validate=False, say=said.append)
+    report = again(request, out=tmp_path / "elsewhere", validate=False, log=said.append)
     assert report.compiled == []
     assert "compile: all 5 graphs are cached" in said
     first, second = (artifact.read(p).manifest for p in (request.out, tmp_path / "elsewhere"))
@@ -185,7 +185,7 @@ def test_build_with_new_weights_compiles_nothing(built, tmp_path):
 def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     request, _ = built
     changed, said = recipe(request, "prefill: [16]", "prefill: [16, 24]"), []
-    report = again(request, recipe=changed, out=tmp_path / "out", validate=False, say=said.append)
+    report = again(request, recipe=changed, out=tmp_path / "out", validate=False, log=said.append)
     assert report.compiled == ["prefill-b2-t24-s48"]
     target, draft = resolve_pair(changed, base=request.base, cache=request.cache / "sources")
     plan = make_plan(changed, target.config, draft.config)
@@ -212,7 +212,7 @@ def test_build_writes_damaged_cached_shards_again(built, tmp_path):
     shards = sorted(cache.glob("shards/*/weights/*/*.safetensors"))
     flip(shards[0])
     shards[-1].unlink()
-    again(request, cache=cache, out=tmp_path / "out", validate=False, say=said.append)
+    again(request, cache=cache, out=tmp_path / "out", validate=False, log=said.append)
     assert any(str(shards[0].name) in line and "damaged" in line for line in said)
     assert content_digest(artifact.verify(tmp_path / "out").manifest) == content_digest(
         artifact.read(request.out).manifest
@@ -546,7 +546,7 @@ def test_build_on_a_cold_machine_with_a_warm_shared_cache(built, tmp_path):
     data = next(path for path in Path(url, "graphs", key[:2], key).iterdir() if len(path.name) == 64)
     data.write_bytes(b"poison" + data.read_bytes()[6:])
     said = []
-    report = again(request, cache=tmp_path / "colder", remote=Remote(url, "write"), say=said.append, **changes)
+    report = again(request, cache=tmp_path / "colder", remote=Remote(url, "write"), log=said.append, **changes)
     assert report.compiled == [entries[key]]
     assert any("should be" in line and key in line for line in said)
     report = again(request, cache=tmp_path / "coldest", remote=Remote(url), **changes)

@@ -314,9 +314,9 @@ def test_progress_off_a_terminal_is_plain_lines(work, capfd):
     console = Console()
     for done in range(3):
         console.progress("shard", done, 2)
-    console.say("package")
+    console.log("package")
     console.close()
-    Console(quiet=True).say("nothing")
+    Console(quiet=True).log("nothing")
     captured = capfd.readouterr()
     assert captured.err == "package\n"
     assert captured.out == ""

@@ -180,17 +180,17 @@ def test_a_killed_run_goes_on(work, figures, moment):
     """Parts are not written again, training starts from the last state, and the same seed gives the same head."""
     cache = work / moment.replace(" ", "-")
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         said.append(line)
         if line.startswith(moment):
             raise Killed
 
     said: list[str] = []
     with pytest.raises(Killed):
-        distill(request_of(work, moment, cache=cache, say=say))
+        distill(request_of(work, moment, cache=cache, log=log))
     times = {path: path.stat().st_mtime_ns for path in cache.rglob("part-*.safetensors")}
     later: list[str] = []
-    distill(request_of(work, moment, cache=cache, say=later.append))
+    distill(request_of(work, moment, cache=cache, log=later.append))
     assert times
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     if moment == "step 100":

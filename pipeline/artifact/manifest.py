@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
 )
 
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import FileDigest, safe_relative, sha256_file
+from pipeline.progress import ByteProgress, no_byte_progress
+from pipeline.records import Record
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import GraphSpec  # planning is not needed to pull
@@ -55,28 +53,15 @@ AGAIN = "pull or build the artifact again"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
 
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all, by one thread at a time."""
 
-
-def silent(done: int, total: int) -> None:
-    """A `Progress` that shows nothing."""
-
-
-class Part(BaseModel):
-    """Base of the manifest's sections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(Part):
+class FileEntry(Record):
     """What pins a file."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     size: int = Field(ge=0)
 
 
-class GraphEntry(Part):
+class GraphEntry(Record):
     """A graph, the key it was compiled under, and its files."""
 
     name: str
@@ -100,7 +85,7 @@ class GraphEntry(Part):
         )  # fmt: skip
 
 
-class ShardEntry(Part):
+class ShardEntry(Record):
     """One rank's weights of one model."""
 
     model: Literal["target", "draft"]
@@ -108,7 +93,7 @@ class ShardEntry(Part):
     file: str
 
 
-class ShapesEntry(Part):
+class ShapesEntry(Record):
     """Buckets."""
 
     batch: tuple[int, ...]
@@ -116,7 +101,7 @@ class ShapesEntry(Part):
     kv: tuple[int, ...]
 
 
-class Manifest(Part):
+class Manifest(Record):
     """`manifest.json`."""
 
     schema_version: Literal[1] = 1
@@ -144,12 +129,6 @@ class Manifest(Part):
     shards: tuple[ShardEntry, ...]
     files: dict[str, FileEntry] = Field(max_length=MAX_FILES)
     validation: dict[str, Any] | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What came later and is not used leaves no trace: manifests keep the digests they had before."""
-        data: dict[str, Any] = serialize(self)
-        return {key: value for key, value in data.items() if value is not None or key not in ("weights", "lookup")}
 
     @property
     def passed(self) -> bool | None:
@@ -235,7 +214,7 @@ def parse(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def dump(manifest: Part) -> bytes:
+def dump(manifest: Record) -> bytes:
     """The manifest's bytes; equal manifests give equal bytes."""
     return json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True).encode() + b"\n"
 
@@ -269,7 +248,7 @@ def select(manifest: Manifest, only: Sequence[str] | None) -> dict[str, FileEntr
     return {name: entry for name, entry in manifest.files.items() if only is None or _matches(name, only)}
 
 
-def verify(root: Path, progress: Progress = silent, *, only: Sequence[str] | None = None) -> Artifact:
+def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Sequence[str] | None = None) -> Artifact:
     """Check every file's size and sha256, and that nothing is missing or extra; with `only`, of a part that was pulled.
 
     Raises:
@@ -377,7 +356,7 @@ def _odd_kind(path: Path) -> str | None:
     return f"a link to {path.readlink()}" if stat.S_ISLNK(mode) else "not a plain file"
 
 
-def differences(root: Path, listed: Mapping[str, FileEntry], progress: Progress = silent) -> list[str]:
+def differences(root: Path, listed: Mapping[str, FileEntry], progress: ByteProgress = no_byte_progress) -> list[str]:
     """Hash in threads, the largest first: hashlib lets go of the interpreter."""
     total, done, faults = sum(entry.size for entry in listed.values()), 0, []
     with ThreadPoolExecutor(HASHERS, "verify") as pool:

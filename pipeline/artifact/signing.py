@@ -13,12 +13,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, difference, read
 from pipeline.artifact.provenance import PROVENANCE, builder_of
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import write_atomic
+from pipeline.records import Record
 
 GITHUB = "https://token.actions.githubusercontent.com"
 """Issuer of GitHub Actions' identities, the usual one for keyless signatures."""
@@ -27,13 +28,7 @@ GITHUB = "https://token.actions.githubusercontent.com"
 KEYLESS = "check the network and this job's identity (permission id-token: write), or sign with --key"
 
 
-class Part(BaseModel):
-    """Base of the policy's sections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Signer(Part):
+class Signer(Record):
     """Someone to be trusted: the holder of a key, or a keyless identity as its issuer names it."""
 
     key: str | None = Field(default=None, description="file of a public key (PEM), relative to the policy")
@@ -50,7 +45,7 @@ class Signer(Part):
         return self.key or f"{self.identity} (issuer {self.issuer})"
 
 
-class Rule(Part):
+class Rule(Record):
     """Releases, as patterns of `URL/name@version`, and those of whom one must have signed.
 
     Of an artifact on disk, which has no URL, the part of a pattern after its last slash is compared.
@@ -61,7 +56,7 @@ class Rule(Part):
     signed_by: Annotated[tuple[Signer, ...], Field(min_length=1)]
 
 
-class Policy(Part):
+class Policy(Record):
     """What must be signed by whom. The first rule that matches decides; without one, a release is refused."""
 
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]

@@ -18,16 +18,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.files.atomic import FileDigest, atomic_dir, digest_file, disk_errors, link_or_copy, remove, temp_name
+from pipeline.progress import Log, no_log
 
 KEY = re.compile(r"[0-9a-z][0-9a-z._-]+")
-
-
-def silent(line: str) -> None:
-    """A `Note` that is not told."""
-
-
-Note = Callable[[str], None]
-"""Told, in one line, what the cache repaired."""
 
 
 def default_root() -> Path:
@@ -55,9 +48,9 @@ class _Held:
 class Cache:
     """Entries `<root>/graphs/<2 hex>/<key>/{data, entry.json}`, each renamed into place whole."""
 
-    def __init__(self, root: Path, note: Note = silent) -> None:
+    def __init__(self, root: Path, log: Log = no_log) -> None:
         self.root = root
-        self.note = note
+        self.log = log
 
     def get(self, key: str) -> Path | None:
         """The file stored under `key`, or None. An entry that does not match its digest is removed: a miss."""
@@ -67,7 +60,7 @@ class Cache:
             with data.open("rb") as file:  # while it is open, no other file gets its number
                 recorded, found = _recorded(entry), digest_file(data)
                 if recorded != found:
-                    self.note(f"cache entry {key} is damaged ({_difference(recorded, found)}): removed")
+                    self.log(f"cache entry {key} is damaged ({_difference(recorded, found)}): removed")
                     number = os.fstat(file.fileno()).st_ino
                     _drop(entry, unless=lambda moved: _whole(moved) and (moved / "data").stat().st_ino != number)
                     return None

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.cache.local import KEY, Cache, Note, Stats, silent
+from pipeline.cache.local import KEY, Cache, Stats
 from pipeline.errors import HostError
 from pipeline.files.atomic import temp_name
+from pipeline.progress import Log, no_log
 from pipeline.stores.base import Bucket, open_bucket
 
 PART_BYTES = 4 << 20
@@ -37,9 +38,9 @@ class Remote:
     url: str
     mode: Mode = "read"
 
-    def open(self, note: Note = silent) -> RemoteCache:
+    def open(self, log: Log = no_log) -> RemoteCache:
         """The cache itself."""
-        return RemoteCache(open_bucket(self.url), self.mode, note)
+        return RemoteCache(open_bucket(self.url), self.mode, log)
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,15 @@ class Entry:
 class RemoteCache:
     """See the module. Its failures never fail a build: they are noted, and the graph is compiled."""
 
-    def __init__(self, bucket: Bucket, mode: Mode = "read", note: Note = silent) -> None:
-        self.bucket, self.mode, self.note = bucket, mode, note
+    def __init__(self, bucket: Bucket, mode: Mode = "read", log: Log = no_log) -> None:
+        self.bucket, self.mode, self.log = bucket, mode, log
 
     def fetch(self, key: str, toolchain: Mapping[str, str], local: Cache) -> bool:
         """Bring a graph into the local cache; False if there is none that may be used."""
         try:
             return self._fetch(key, toolchain, local)
         except (HostError, FileNotFoundError) as error:
-            self.note(f"shared cache: {error}")
+            self.log(f"shared cache: {error}")
             return False
 
     def push(self, key: str, data: Path, toolchain: Mapping[str, str]) -> bool:
@@ -73,7 +74,7 @@ class RemoteCache:
         try:
             return self._push(key, data, toolchain)
         except HostError as error:
-            self.note(f"shared cache: {error}")
+            self.log(f"shared cache: {error}")
             return False
 
     def entries(self) -> Iterator[tuple[Entry, float]]:
@@ -108,14 +109,14 @@ class RemoteCache:
         if entry is None:
             return False
         if entry.toolchain != dict(toolchain):
-            self.note(f"shared cache: {key} was made by another toolchain: not used")
+            self.log(f"shared cache: {key} was made by another toolchain: not used")
             return False
         temp = temp_name(local.root / "remote")
         temp.parent.mkdir(parents=True, exist_ok=True)
         try:
             found = self._download(entry, temp)
             if found != entry.sha256:
-                self.note(f"shared cache: {key} has sha256 {found}, should be {entry.sha256}: not used")
+                self.log(f"shared cache: {key} has sha256 {found}, should be {entry.sha256}: not used")
                 return False
             local.put(key, temp, toolchain)
         finally:
@@ -168,11 +169,11 @@ class RemoteCache:
             facts = json.loads(found.data)
             entry = Entry(str(facts["key"]), str(facts["sha256"]), int(facts["size"]), dict(facts["toolchain"]))
         except (ValueError, KeyError, TypeError, RecursionError):
-            self.note(f"shared cache: {key} has a damaged entry: not used")
+            self.log(f"shared cache: {key} has a damaged entry: not used")
             return None
         plain = entry.key == key and len(entry.sha256) == 64 and entry.sha256.isalnum()
         if not plain or not 0 <= entry.size <= LIMIT_BYTES:
-            self.note(f"shared cache: {key} has an entry that cannot be: not used")
+            self.log(f"shared cache: {key} has an entry that cannot be: not used")
             return None
         return entry
 

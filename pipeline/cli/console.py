@@ -34,7 +34,7 @@ class Console:
     _tasks: dict[str, TaskID] = field(default_factory=dict)
     _told: dict[str, float] = field(default_factory=dict)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """One line of what is going on."""
         if self.quiet:
             return

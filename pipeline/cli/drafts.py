@@ -96,7 +96,7 @@ def distill(
         recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-{method}", tokens=tokens,
         steps=steps, draft_vocab=draft_vocab, seed=seed, objective=objective, device=device, prompts=prompts,
         transcripts=transcripts, text=text, method=method, layers=_numbers(layers), start=start,
-        start_share=START_SHARE if start_share is None else start_share, say=console.say,
+        start_share=START_SHARE if start_share is None else start_share, log=console.log,
     )  # fmt: skip
     figures = distill(request)
     if json_:
@@ -138,7 +138,7 @@ def tune(
     parsed = load(path)
     prompts = load_prompts(prompts_path(parsed.validate_.prompts, path.parent))
     engine = load_artifact(artifact_dir(artifact or parsed.name), policy_of(policy_file))
-    found = measure(engine, prompts, each, max_new_tokens, console.say)
+    found = measure(engine, prompts, each, max_new_tokens, console.log)
     data = found.to_json()
     pages = Path("artifacts") / "tuning"
     pages.mkdir(parents=True, exist_ok=True)

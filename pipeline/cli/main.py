@@ -112,7 +112,7 @@ def build(
     request = Request(
         recipe=parsed, base=path.parent, out=out or Path("artifacts") / parsed.name, workers=workers,
         validate=not no_validate, locked=locked, remote=remote,
-        lock=lock_path(path), say=console.say, progress=console.progress,
+        lock=lock_path(path), log=console.log, progress=console.progress,
     )  # fmt: skip
     report = run(request)
     if json_:
@@ -187,7 +187,7 @@ def run(
         return
     click.echo(stream.rest())
     per_step = sum(answer.emitted_per_step) / max(answer.steps, 1)
-    console.say(f"[{len(answer.tokens)} tokens, {answer.steps} speculative steps, {per_step:.2f} tokens a step]")
+    console.log(f"[{len(answer.tokens)} tokens, {answer.steps} speculative steps, {per_step:.2f} tokens a step]")
 
 
 @main.command()
@@ -275,7 +275,7 @@ def validate(
         from pipeline.artifact.signing import check_artifact
 
         check_artifact(root, policy)
-    validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.say)
+    validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.log)
     if json_:
         print_json(read(root).manifest.validation)
 
@@ -364,9 +364,9 @@ def nxdi(console: Console, recipe: str, directory: Path, compile_: bool, json_: 
     path = recipe_path(recipe)
     parsed = load(path)
     if compile_:
-        console.say("sources: target and draft")
+        console.log("sources: target and draft")
         pair = resolve_pair(parsed, base=path.parent, cache=default_root() / "sources")
-        console.say("compile: with NxD Inference; this takes long")
+        console.log("compile: with NxD Inference; this takes long")
         written = stage.build(directory, make_plan(parsed, *(one.config for one in pair)), pair).root
     else:
         pinned = read(lock_path(path))

@@ -144,7 +144,7 @@ def ls(console: Console, url: str, json_: bool) -> None:
     place, _, last = url.rpartition("/")
     found = list_releases(place, last.rstrip("@")) if last.endswith("@") else list_releases(url)
     if not found:
-        console.say(f"nothing is published in {url}")
+        console.log(f"nothing is published in {url}")
     if json_:
         print_json([asdict(one) for one in found])
         return
@@ -320,7 +320,7 @@ def cache_push(console: Console, url: str, json_: bool) -> None:
     from pipeline.cache.local import Cache, default_root
     from pipeline.cache.remote import Remote, push_all
 
-    count = push_all(Cache(default_root()), Remote(url, "write").open(console.say))
+    count = push_all(Cache(default_root()), Remote(url, "write").open(console.log))
     _shown(json_, {"pushed": count}, f"pushed {count} graphs to {url}")
 
 
@@ -335,7 +335,7 @@ def cache_pull(console: Console, url: str, json_: bool) -> None:
     from pipeline.cache.remote import Remote, pull_all
 
     toolchain = make_backend({"name": "inductor"}).toolchain().as_dict()
-    count = pull_all(Cache(default_root()), Remote(url).open(console.say), toolchain)
+    count = pull_all(Cache(default_root()), Remote(url).open(console.log), toolchain)
     _shown(json_, {"pulled": count}, f"pulled {count} graphs from {url}")
 
 

@@ -87,9 +87,9 @@ def install(console: Console, artifact: str, cache_root: Path | None, json_: boo
     if json_:
         print_json(asdict(found))
         return
-    console.say(f"{found.cache_root}: {found.added} graphs added, {found.kept} were there")
+    console.log(f"{found.cache_root}: {found.added} graphs added, {found.kept} were there")
     if found.unchecked:
-        console.say(f"not installed here, so their versions were not compared: {', '.join(found.unchecked)}")
+        console.log(f"not installed here, so their versions were not compared: {', '.join(found.unchecked)}")
     click.echo(found.shell())
 
 

@@ -90,7 +90,7 @@ def part_path(folder: Path, number: int) -> Path:
 
 
 def write_part(
-    folder: Path, number: int, size: int, writer: Writer, prompts: Prompts, new: int, say: Callable[[str], None]
+    folder: Path, number: int, size: int, writer: Writer, prompts: Prompts, new: int, log: Callable[[str], None]
 ) -> None:
     """Write one part of `size` prompts, unless it is there; empty where none of the given ones may be trained on.
 
@@ -102,7 +102,7 @@ def write_part(
     if path.is_file():
         return
     asked = sorted(prompts.of(writer, range(number * size, (number + 1) * size)))
-    say(f"part {number}: {len(asked)} prompts")
+    log(f"part {number}: {len(asked)} prompts")
     requests = []
     for seed, tokens in asked:
         greedy = seed % 10 < GREEDY_SHARE * 10
@@ -115,7 +115,7 @@ def write_part(
     found = sorted(writer.write(requests), key=lambda written: written.request.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, _pack(found))
-    say(f"part {number}: {sum(len(w.tokens) - len(w.request.tokens) for w in found)} tokens")
+    log(f"part {number}: {sum(len(w.tokens) - len(w.request.tokens) for w in found)} tokens")
 
 
 def _pack(found: Sequence[Written]) -> bytes:

@@ -100,7 +100,7 @@ class Job:
 
     def write_data(self) -> None:
         """Write parts until there are as many answer tokens as asked for."""
-        say, apart = self.request.say, self.apart
+        log, apart = self.request.log, self.apart
         for folder in self.request.text:
             self._check_text(folder)
         if self.request.transcripts is not None:
@@ -110,13 +110,13 @@ class Job:
         given = _lines(self.request.prompts, "prompt") if self.request.prompts else []
         prompts = Prompts(self.text, apart, given, self.request.seed)
         number = 0
-        say(f"text in {self.folder / 'data'}")
+        log(f"text in {self.folder / 'data'}")
         while self._count() < self.request.tokens:
             if given and number * PART >= len(given):
                 break
-            write_part(self.folder / "data", number, PART, self.writer, prompts, ANSWER_TOKENS, say)
+            write_part(self.folder / "data", number, PART, self.writer, prompts, ANSWER_TOKENS, log)
             number += 1
-            say(f"{self._count()} of {self.request.tokens} tokens written")
+            log(f"{self._count()} of {self.request.tokens} tokens written")
 
     def sequences(self) -> list[Conversation]:
         """All that may be trained on: whoever wrote it, and whenever, only where its prompts are kept apart today.
@@ -175,7 +175,7 @@ class Job:
                 known[HEAD] = _rows(known[HEAD], _ids_of(self.start), start[HEAD], ids)
             start = known
         folder, ids = self.folder / self._name(sequences, ids), ids.to(device)
-        return Trainer(guesses, config, start, embedding, head[ids], ids, settings, folder, request.say)
+        return Trainer(guesses, config, start, embedding, head[ids], ids, settings, folder, request.log)
 
     def _name(self, sequences: Sequence[Conversation], ids: Tensor) -> str:
         """Names a training by what decides it beside its settings: text, vocabulary, and where the draft starts."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cache.local import default_root
 from pipeline.distill.prompts import OPENINGS
 from pipeline.errors import InputError
+from pipeline.progress import Log, no_log
 from pipeline.recipe.schema import Recipe
-
-Say = Callable[[str], None]
 
 DRAFT_VOCAB = 7680
 SEEDS = 2**32
@@ -27,10 +25,6 @@ LENGTH = 384
 
 START_SHARE = 0.5
 """How much of a draft that is trained further stays."""
-
-
-def _silent(line: str) -> None:
-    """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Request:
     transcripts: Path | None = None
     text: tuple[Path, ...] = ()
     cache: Path = field(default_factory=default_root)
-    say: Say = _silent
+    log: Log = no_log
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < SEEDS:

@@ -45,7 +45,7 @@ def _run(job: Job) -> dict[str, Any]:
     request, out = job.request, job.request.out
     job.write_data()
     sequences = job.sequences()
-    request.say(f"training on {len(sequences)} sequences, {job.counts['answer_tokens']} tokens of answers")
+    request.log(f"training on {len(sequences)} sequences, {job.counts['answer_tokens']} tokens of answers")
     held_out = job.held_out()
     trainer = job.trainer(sequences)
     trainer.train(sequences, [s for group in held_out.values() for s in group])

@@ -25,8 +25,8 @@ from pipeline.distill.data import Conversation
 from pipeline.distill.eagle3 import Batch, Guess
 from pipeline.files.atomic import write_atomic
 from pipeline.models.config import ModelConfig
+from pipeline.progress import Log
 
-Say = Callable[[str], None]
 Guesses = Callable[[ModelConfig, dict[str, Tensor], Batch, int], Iterator[Guess]]
 """A kind of draft: its answers to a batch, one depth after the other."""
 
@@ -81,7 +81,7 @@ class Trainer:
     ids_V: Tensor
     settings: Settings
     folder: Path
-    say: Say
+    log: Log
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -106,9 +106,9 @@ class Trainer:
                 self._save()
                 left = (time.monotonic() - started) / (self.step - first) * (self.settings.steps - self.step)
                 loss = sum(losses[-50:]) / len(losses[-50:])
-                self.say(f"step {self.step} of {self.settings.steps}, loss {loss:.3f}, {left / 60:.0f} min left")
+                self.log(f"step {self.step} of {self.settings.steps}, loss {loss:.3f}, {left / 60:.0f} min left")
             if self.step % 400 == 0 and held_out:
-                self.say(describe(self.accuracy(held_out)))
+                self.log(describe(self.accuracy(held_out)))
 
     @torch.inference_mode()
     def accuracy(self, sequences: Sequence[Conversation]) -> Accuracy:
@@ -212,7 +212,7 @@ class Trainer:
         with safe_open(self._state, framework="pt") as file:
             facts = file.metadata()
             if json.loads(facts["settings"]) != asdict(self.settings):
-                self.say("other settings than the run that was interrupted: starting over")
+                self.log("other settings than the run that was interrupted: starting over")
                 return
             self.step = int(facts["step"])
             with torch.no_grad():
@@ -222,7 +222,7 @@ class Trainer:
                         part: file.get_tensor(f"{part}/{name}").to(w.device) for part in ("exp_avg", "exp_avg_sq")
                     }
                     self.optimizer.state[w] = {"step": torch.tensor(float(self.step)), **moments}
-        self.say(f"going on at step {self.step}")
+        self.log(f"going on at step {self.step}")
 
 
 def make_batch(sequences: Sequence[Conversation], device: torch.device | str) -> Batch:

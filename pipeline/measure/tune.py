@@ -8,7 +8,7 @@ Prompts and answers have lengths; the few buckets that pad them least follow fro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import accumulate
@@ -22,6 +22,7 @@ import yaml
 from pipeline.errors import InputError
 from pipeline.files.atomic import atomic_file
 from pipeline.measure.buckets import buckets_for, padded
+from pipeline.progress import Log
 from pipeline.recipe.schema import load
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ MOST_PREFILL, MOST_KV = 3, 2
 PENALTY = 0.02
 """A further K must gain more than this share on some class to be worth the time that its graphs take to compile."""
 
-Say = Callable[[str], None]
 Edit = tuple[int, int, str]
 """Characters from, up to, and what takes their place."""
 
@@ -81,7 +81,7 @@ class Tuning:
                 "shapes": self.shapes, "padding": self.padding}  # fmt: skip
 
 
-def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, tokens: int, say: Say) -> Tuning:
+def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, tokens: int, log: Log) -> Tuning:
     """Measure a loaded artifact.
 
     Raises:
@@ -94,12 +94,12 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
     built = list(engine.manifest.draft_tokens)
     smallest, *others = engine.manifest.shapes.batch
     costs = {batch: _costs(engine, batch, min(tokens, engine.length // 2)) for batch in (smallest, *others)}
-    say(f"measured steps of {len(costs)} batch buckets")
+    log(f"measured steps of {len(costs)} batch buckets")
     answers = []
     for number, prompt in enumerate(chosen):
         encoded = engine.text.chat(prompt.text) if engine.text.has_chat else engine.text.encode(prompt.text)
         answers += engine.generate([encoded], max_new_tokens=tokens, draft_tokens=built[-1])
-        say(f"{number + 1} of {len(chosen)} prompts")
+        log(f"{number + 1} of {len(chosen)} prompts")
     if not any(answer.emitted_per_step for answer in answers):
         what = "every answer ended with its first token: there is no step to measure"
         raise InputError(what, where="tune", fix="use other prompts, or more --max-new-tokens")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from pipeline.artifact.manifest import AGAIN, CACHE_KIND, Part, verify
+from pipeline.artifact.manifest import AGAIN, CACHE_KIND, verify
 from pipeline.errors import ArtifactError, InputError
+from pipeline.records import Record
 
 ASKED = "tandem-nxdi.json"
 KIND = "nxdi"
@@ -44,19 +45,19 @@ def shell_line(environment: Mapping[str, str], command: Sequence[str]) -> str:
     return " ".join([*variables, shlex.join(command)])
 
 
-class _Speculation(Part):
+class _Speculation(Record):
     model: str
     num_speculative_tokens: int = Field(ge=1)
 
 
-class _Arguments(Part):
+class _Arguments(Record):
     model_config = ConfigDict(extra="allow")
 
     model: str
     speculation: _Speculation = Field(alias="speculative-config")
 
 
-class _Vllm(Part):
+class _Vllm(Record):
     environment: dict[str, str]
     arguments: _Arguments
 

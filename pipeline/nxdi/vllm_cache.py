@@ -30,7 +30,6 @@ from pipeline.artifact.manifest import (
     Artifact,
     CacheManifest,
     FileEntry,
-    Part,
     check_host,
     check_replaceable,
     content_digest,
@@ -43,6 +42,7 @@ from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import atomic_dir, check_space, create_only, digest_file
 from pipeline.nxdi.vllm_args import VARIABLE, shell_line
 from pipeline.nxdi.vllm_cache_layout import KEY, NKI, OF_ONE_SERVER, entries, entry_faults, listing
+from pipeline.records import Record
 from pipeline.registry.release import VERSION_LENGTH
 
 PLACE = PurePosixPath("neuron/compile_cache")
@@ -67,7 +67,7 @@ OWN_OPTIONS = ("--framework", "--target", "--output", "--logfile")
 """What the plugin tells the compiler itself; the rest of a command are flags."""
 
 
-class Told(Part):
+class Told(Record):
     """What a cache's manifest says under `backend`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

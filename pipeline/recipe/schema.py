@@ -11,22 +11,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
-    SerializerFunctionWrapHandler,
     Tag,
-    model_serializer,
     model_validator,
 )
 
 from pipeline.errors import InputError, Problem
+from pipeline.records import Record
 
 if TYPE_CHECKING:
     from pipeline.recipe.document import Document
@@ -83,21 +80,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
 
 
-class Part(BaseModel):
-    """Base of every section: immutable, unknown keys refused, no silent conversion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-    LATER: ClassVar[tuple[str, ...]] = ()
-    """Keys that came later. Not given, they leave no trace: recipes keep the digests they had before there were any."""
-
-    @model_serializer(mode="wrap")
-    def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = serialize(self)
-        return {key: value for key, value in data.items() if value is not None or key not in self.LATER}
-
-
-class Derive(Part):
+class Derive(Record):
     """A draft made of some of the target's layers."""
 
     from_: Literal["target"] = Field(alias="from", description="the model whose layers are taken")
@@ -106,10 +89,8 @@ class Derive(Part):
     )
 
 
-class _Weighted(Part):
+class _Weighted(Record):
     """A model whose matrices may be stored narrower than its dtype."""
-
-    LATER = ("weights",)
 
     weights: Weights | None = Field(
         default=None,
@@ -152,10 +133,8 @@ class Draft(_Weighted):
         return self
 
 
-class Speculation(Part):
+class Speculation(Record):
     """How tokens are proposed and chosen."""
-
-    LATER = ("step_costs", "lookup")
 
     method: Literal["draft_model", "eagle3"] = Field(
         default="draft_model",
@@ -194,7 +173,7 @@ class Speculation(Part):
         return self
 
 
-class Shapes(Part):
+class Shapes(Record):
     """Buckets, ascending: the static shapes that graphs are compiled for."""
 
     batch: Buckets = Field(description="rows decoded together")
@@ -202,13 +181,13 @@ class Shapes(Part):
     kv: Buckets = Field(description="cache lengths in tokens; the largest bounds prompt + output")
 
 
-class Parallel(Part):
+class Parallel(Record):
     """Ranks."""
 
     tensor: Annotated[int, Field(ge=1)] = Field(default=1, description="tensor-parallel ranks")
 
 
-class InductorBackend(Part):
+class InductorBackend(Record):
     """AOTInductor: shared libraries for CPUs and NVIDIA GPUs."""
 
     name: Literal["inductor"] = "inductor"
@@ -218,7 +197,7 @@ class InductorBackend(Part):
     )
 
 
-class NeuronBackend(Part):
+class NeuronBackend(Record):
     """AWS Neuron: NEFFs for Trainium and Inferentia."""
 
     name: Literal["neuron"]
@@ -237,7 +216,7 @@ class NeuronBackend(Part):
 Backend = Annotated[InductorBackend | NeuronBackend, Field(discriminator="name")]
 
 
-class Gates(Part):
+class Gates(Record):
     """Limits of the validation gates."""
 
     tokens_per_step: Annotated[float, Field(ge=1)] = Field(
@@ -248,10 +227,8 @@ class Gates(Part):
     )
 
 
-class Validate(Part):
+class Validate(Record):
     """What is tested before an artifact may be published."""
-
-    LATER = ("price_per_hour",)
 
     prompts: Source = Field(
         default="prompts/default.jsonl",
@@ -264,7 +241,7 @@ class Validate(Part):
     )
 
 
-class Publish(Part):
+class Publish(Record):
     """A registry that a build's artifact goes to."""
 
     to: Annotated[str, Field(min_length=1)] = Field(description="a folder, s3://bucket/prefix, or hf://org/name")
@@ -273,7 +250,7 @@ class Publish(Part):
     )
 
 
-class Recipe(Part):
+class Recipe(Record):
     """One target and draft pair, and all that decides its artifact."""
 
     name: Name = Field(description="name of the artifact: lower case, digits, dot, underscore, hyphen")

@@ -23,10 +23,11 @@ from typing import IO
 
 from filelock import FileLock
 
-from pipeline.artifact.manifest import FileEntry, Progress, difference
+from pipeline.artifact.manifest import FileEntry, difference
 from pipeline.errors import ArtifactError, HostError
 from pipeline.files.atomic import check_space, disk_errors
 from pipeline.files.direct import BLOCK_BYTES, open_output
+from pipeline.progress import ByteProgress
 from pipeline.stores.base import Blob, Interrupted, Store
 
 WRITERS = 6
@@ -47,7 +48,7 @@ FIRST_PAUSE_S = 0.2
 class _Meter:
     """Adds up bytes from several threads and reports them one at a time."""
 
-    report: Progress
+    report: ByteProgress
     total: int
     done: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -104,7 +105,7 @@ class Blobs:
         """Where a blob lies."""
         return self.root / "sha256" / sha256[:2] / sha256
 
-    def bring(self, origin: Origin | None, files: Mapping[str, FileEntry], progress: Progress) -> None:
+    def bring(self, origin: Origin | None, files: Mapping[str, FileEntry], progress: ByteProgress) -> None:
         """Have every blob here, checked, several at a time. The first failure stops the others.
 
         Raises:

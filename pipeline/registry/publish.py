@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.artifact.diff import diff
-from pipeline.artifact.manifest import CACHE_KIND, MANIFEST, SIGNATURE, Manifest, Progress, silent, verify
+from pipeline.artifact.manifest import CACHE_KIND, MANIFEST, SIGNATURE, Manifest, verify
 from pipeline.errors import ArtifactError, GateError, InputError, TandemError
+from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.recipe.schema import load
 from pipeline.registry.release import Bundle, Document, Index, all_files, bundle, digest_of, parse_document
 from pipeline.registry.releases import check_alias, move_alias, read_small
@@ -81,7 +82,7 @@ def publish(
     sign: Sign | None = None,
     unvalidated: bool = False,
     dry_run: bool = False,
-    progress: Progress = silent,
+    progress: ByteProgress = no_byte_progress,
 ) -> Release:
     """Publish verified artifacts whose gates passed; publishing them again sends nothing.
 
@@ -109,7 +110,7 @@ def publish_all(
     sign: Sign | None = None,
     unvalidated: bool = False,
     dry_run: bool = False,
-    progress: Progress = silent,
+    progress: ByteProgress = no_byte_progress,
 ) -> list[Outcome]:
     """As `publish`, to each place in turn; one that fails does not keep it from the others.
 
@@ -135,7 +136,7 @@ def _bundled(roots: Sequence[Path], version: str | None, unvalidated: bool, sign
     return replace(made, signature=sign(made.data)) if sign and isinstance(made.document, Index) else made
 
 
-def _publish(made: Bundle, place: Place, dry_run: bool, progress: Progress) -> Release:
+def _publish(made: Bundle, place: Place, dry_run: bool, progress: ByteProgress) -> Release:
     url, store = place.url, open_store(place.url)
     for alias in place.aliases:
         check_alias(store, made.document.name, made.document.version, alias, url)
@@ -237,7 +238,7 @@ def _missing(store: Store, made: Bundle, content: Content, url: str) -> tuple[Do
     return there, store.missing(content, files)
 
 
-def _send(store: Store, content: Content, missing: Sequence[str], progress: Progress) -> None:
+def _send(store: Store, content: Content, missing: Sequence[str], progress: ByteProgress) -> None:
     total, done, lock = sum(content.files[path].size for path in missing), 0, threading.Lock()
 
     def report(size: int) -> None:

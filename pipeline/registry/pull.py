@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.host import host_facts
-from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, Progress, check_replaceable, silent
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, check_replaceable
 from pipeline.artifact.provenance import PROVENANCE
 from pipeline.cache.local import default_root
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import atomic_dir, link_or_copy, write_atomic
+from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.registry.blobs import Blobs, Origin
 from pipeline.registry.release import Document, choose, parse_document
 from pipeline.registry.releases import Reference, find_release, parse_reference, read_small
@@ -57,7 +58,7 @@ def pull(
     variant: str | None = None,
     policy: Policy | None = None,
     offline: bool = False,
-    progress: Progress = silent,
+    progress: ByteProgress = no_byte_progress,
 ) -> Path:
     """Pull a release into `directory` (default `artifacts/pulled/<name>`), complete or not at all; returns it.
 
@@ -138,7 +139,7 @@ def _provenance(manifest: Manifest, blobs: Blobs, origin: Origin | None) -> byte
     entry = manifest.files.get(PROVENANCE)
     if entry is None:
         return b""
-    blobs.bring(origin, {PROVENANCE: entry}, silent)
+    blobs.bring(origin, {PROVENANCE: entry}, no_byte_progress)
     return blobs.path(entry.sha256).read_bytes()
 
 

@@ -23,7 +23,6 @@ from pipeline.artifact.manifest import (
     FileEntry,
     Manifest,
     Name,
-    Part,
     Version,
     content_digest,
     dump,
@@ -31,6 +30,7 @@ from pipeline.artifact.manifest import (
     satisfies,
 )
 from pipeline.errors import ArtifactError, InputError
+from pipeline.records import Record
 
 VERSION_LENGTH = 12
 INDEX_LIMIT = 100
@@ -38,7 +38,7 @@ INDEX_LIMIT = 100
 Variant = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 
 
-class VariantEntry(Part):
+class VariantEntry(Record):
     """One variant: its manifest, and what choosing needs."""
 
     manifest: FileEntry
@@ -47,7 +47,7 @@ class VariantEntry(Part):
     tensor: int
 
 
-class Index(Part):
+class Index(Record):
     """A release of several variants."""
 
     schema_version: Literal[1] = 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,7 @@ from pipeline.errors import SourceError
 from pipeline.files.atomic import FileDigest, sha256_file, write_atomic
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, bytes done, bytes in all."""
+from pipeline.progress import Progress, no_progress
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,10 +33,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 CONFIG_FILES = ("config.json", "generation_config.json")
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """A `Progress` that shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    root: Path, *, revision: str = "", memo: Path | None = None, progress: Progress = silent
+    root: Path, *, revision: str = "", memo: Path | None = None, progress: Progress = no_progress
 ) -> Checkpoint:
     """Open a folder in Hugging Face layout.
 

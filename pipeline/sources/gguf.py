@@ -17,7 +17,8 @@ from filelock import FileLock
 from pipeline.errors import HostError, SourceError
 from pipeline.files.atomic import atomic_dir
 from pipeline.models.families import config_of
-from pipeline.sources.checkpoint import SINGLE, Progress
+from pipeline.progress import Progress
+from pipeline.sources.checkpoint import SINGLE
 from pipeline.sources.tensors import layout
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from typing import Any
 from pipeline.errors import HostError, SourceError
 from pipeline.files.atomic import write_atomic
 from pipeline.models.families import config_of
+from pipeline.progress import Progress
 from pipeline.sources.checkpoint import (
     CONFIG_FILES,
     INDEX,
     SINGLE,
     TOKENIZER_FILES,
-    Progress,
     indexed_files,
     refuse_without_weights,
 )

@@ -18,7 +18,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.errors import HostError, SourceError
-from pipeline.sources.checkpoint import Progress, digest_files
+from pipeline.progress import Progress
+from pipeline.sources.checkpoint import digest_files
 from pipeline.sources.gguf import convert_once
 
 LOCATION = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)")

@@ -13,8 +13,9 @@ from typing import Literal
 from pipeline.errors import SourceError
 from pipeline.graphs.signature import EMBEDDING
 from pipeline.models.eagle3 import taps_of
+from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
-from pipeline.sources.checkpoint import Checkpoint, Progress, open_checkpoint, silent, with_shared_embedding
+from pipeline.sources.checkpoint import Checkpoint, open_checkpoint, with_shared_embedding
 from pipeline.sources.derived import derive
 from pipeline.sources.tokenizer import check_tokenizers, vocabulary_size
 from pipeline.sources.weights import check_weights, weights
@@ -29,7 +30,9 @@ KINDS = {
 Role = Literal["target", "draft"]
 
 
-def resolve(source: str, *, base: Path, cache: Path, progress: Progress = silent, role: Role = "target") -> Checkpoint:
+def resolve(
+    source: str, *, base: Path, cache: Path, progress: Progress = no_progress, role: Role = "target"
+) -> Checkpoint:
     """Bring a source here, open it and check its tensors against its config.
 
     `base` is the folder that relative sources start from. A draft may lack an embedding: it then shares its target's.
@@ -57,7 +60,7 @@ def resolve(source: str, *, base: Path, cache: Path, progress: Progress = silent
 
 
 def resolve_pair(
-    recipe: Recipe, *, base: Path, cache: Path, progress: Progress = silent
+    recipe: Recipe, *, base: Path, cache: Path, progress: Progress = no_progress
 ) -> tuple[Checkpoint, Checkpoint]:
     """Target and draft of a recipe, checked to fit each other.
 

@@ -21,7 +21,8 @@ from pipeline.files.atomic import atomic_dir
 from pipeline.models.eagle3 import TAPPED
 from pipeline.models.families import config_of
 from pipeline.models.weights import TAPS, WeightSpec, weight_specs
-from pipeline.sources.checkpoint import SINGLE, Progress
+from pipeline.progress import Progress
+from pipeline.sources.checkpoint import SINGLE
 from pipeline.sources.tensors import layout
 
 if TYPE_CHECKING:

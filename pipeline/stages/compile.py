@@ -37,7 +37,7 @@ class Job:
     pair: PairShape
     backend: dict[str, Any]
     cache: str
-    log: str
+    log_file: str
     remote: Remote | None = None
 
 
@@ -71,7 +71,7 @@ def compile_graph(job: Job) -> Compiled:
     notes: list[str] = []
     key, hit = _known(store, memo), True
     if key is None:
-        with store.lock(memo), _logged(Path(job.log)):
+        with store.lock(memo), _logged(Path(job.log_file)):
             key = _known(store, memo)  # another build may have compiled it while this one waited
             if key is None:
                 key, hit = _trace_and_compile(job, backend, store, notes)
@@ -113,7 +113,7 @@ def _compile(job: Job, backend: Backend, traced: Traced, work: Path) -> bytes:
         raise HostError(
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
             where=f"compile {job.spec.name}",
-            fix=f"the compiler's output is in {job.log}",
+            fix=f"the compiler's output is in {job.log_file}",
         ) from error
 
 
@@ -136,13 +136,13 @@ def worker_count(graph_memory_bytes: int, graphs: int) -> int:
 
 
 @contextlib.contextmanager
-def _logged(log: Path) -> Iterator[None]:
-    """Send this process's output to `log`, native code included."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+def _logged(log_file: Path) -> Iterator[None]:
+    """Send this process's output to `log_file`, native code included."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log.open("ab") as file:
+    with log_file.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:

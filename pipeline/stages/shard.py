@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from pipeline.graphs.signature import EMBEDDING, OFFSET, PairShape, stored_weigh
 from pipeline.models.config import ModelConfig
 from pipeline.models.int8 import quantise
 from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_shape, padded_vocab, up_to, vocab_offset
+from pipeline.progress import ByteProgress
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tensors import DTYPE_BYTES, Layout, TensorRef, layout
 from pipeline.sources.weights import weights
@@ -50,9 +51,6 @@ TORCH = {
     "I8": torch.int8,
 }
 
-Progress = Callable[[int, int], None]
-"""Called with bytes written and bytes to write."""
-
 
 @dataclass(frozen=True)
 class ShardFile:
@@ -69,7 +67,7 @@ class ShardFile:
 class _Meter:
     """Reports one model's bytes as part of the whole."""
 
-    report: Progress | None
+    report: ByteProgress | None
     before: int
     total: int
 
@@ -128,7 +126,7 @@ def write_shards(
     out: Path,
     *,
     packing: Packing,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> list[ShardFile]:
     """Write `weights/{target,draft}/rank-<r>-of-<n>.safetensors` under `out`, each atomically.
 

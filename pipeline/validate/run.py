@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHOWN_FINDINGS = 10
 
 
-def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cache: Path, say: Any) -> None:
+def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cache: Path, log: Any) -> None:
     """Run the gates on the artifact in `root` and store the reports in it.
 
     Raises:
@@ -38,11 +38,11 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
 
     recipe = load_recipe(root / "recipe.yaml")
     prompts = load_prompts(prompts_path(recipe.validate_.prompts, base))
-    say(f"validate: {len(prompts)} prompts")
+    log(f"validate: {len(prompts)} prompts")
     started = time.monotonic()
     engine = load(root)
     try:
-        gates = Gates(engine, recipe, prompts, (target, draft), Cache(cache), say)
+        gates = Gates(engine, recipe, prompts, (target, draft), Cache(cache), log)
         gates.run()
         found = make_report(gates, make_backend(engine.manifest.backend).host())
     finally:
@@ -56,10 +56,10 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
     ran_on = make_backend(engine.manifest.backend).host()
     add_reports(root, files, summaries.summary(found) | {"ran_on": ran_on})
     for gate in found.gates:
-        say(f"  {gate.name}: {'passed' if gate.passed else 'FAILED'}")
+        log(f"  {gate.name}: {'passed' if gate.passed else 'FAILED'}")
     for label, value in summaries.headlines(found):
-        say(f"    {label}: {value}")
-    say(f"  {time.monotonic() - started:.0f} s; the report is {root / 'reports' / 'parity.html'}")
+        log(f"    {label}: {value}")
+    log(f"  {time.monotonic() - started:.0f} s; the report is {root / 'reports' / 'parity.html'}")
     if not found.passed:
         failures = [what for gate in found.gates for what in gate.findings]
         more = f"; and {len(failures) - SHOWN_FINDINGS} more" if len(failures) > SHOWN_FINDINGS else ""
@@ -67,7 +67,7 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
         raise GateError(what, where=recipe.name, fix=f"open {root / 'reports' / 'parity.html'}")
 
 
-def validate_artifact(root: Path, base: Path, say: Any) -> None:
+def validate_artifact(root: Path, base: Path, log: Any) -> None:
     """Run the gates on a built artifact again, with the sources its recipe names."""
     from pipeline.cache.local import default_root
     from pipeline.recipe.schema import load as load_recipe
@@ -75,7 +75,7 @@ def validate_artifact(root: Path, base: Path, say: Any) -> None:
 
     recipe = load_recipe(root / "recipe.yaml")
     target, draft = resolve_pair(recipe, base=base, cache=default_root() / "sources")
-    validate(root, target, draft, base, default_root(), say)
+    validate(root, target, draft, base, default_root(), log)
 
 
 def make_report(gates: Gates, ran_on: Mapping[str, str] | None = None) -> Report:

@@ -281,11 +281,11 @@ def _bhattacharyya(base: Summary, other: Summary) -> Tensor:
 
 def measure(
     engine: Engine, spec: GraphSpec, sequences: Sequence[Sequence_], goldens: Sequence[Golden], parity: Parity,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Score sequences through one graph, B at a time, and compare each with its golden."""
     for start in range(0, len(sequences), spec.batch):
-        say(f"    {spec.name}: {start} of {len(sequences)} sequences")
+        log(f"    {spec.name}: {start} of {len(sequences)} sequences")
         chosen = sequences[start : start + spec.batch]
         parts: list[list[Summary]] = [[] for _ in chosen]
         ids = [goldens[start + row].ids for row in range(len(chosen))]

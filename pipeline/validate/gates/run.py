@@ -7,7 +7,7 @@ losslessness and the distribution are then tested.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.cache.local import Cache
 from pipeline.plan.plan import GraphSpec
+from pipeline.progress import Log
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Engine, Generation
 from pipeline.sources.checkpoint import Checkpoint
@@ -34,8 +35,6 @@ PLAIN_PROMPTS = 16
 
 SPREAD = 8
 """Prompts that are scored again in each further KV bucket, beside the probes."""
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Gates:
     prompts: list[Prompt]
     pair: tuple[Checkpoint, Checkpoint]
     cache: Cache
-    say: Say
+    log: Log
     found: Findings = field(default_factory=Findings)
 
     def run(self) -> Findings:
@@ -83,7 +82,7 @@ class Gates:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        self.say(f"  {name}")
+        self.log(f"  {name}")
         started = time.monotonic()
         yield
         self.found.seconds[name] = self.found.seconds.get(name, 0.0) + time.monotonic() - started
@@ -99,7 +98,7 @@ class Gates:
 
     def _generate(self, encoded: list[list[int]], steps: int | None) -> list[Generation]:
         limit = self.recipe.validate_.max_new_tokens
-        shown = _Progress(self.say, len(encoded), limit)
+        shown = _Progress(self.log, len(encoded), limit)
         return self.engine.generate(
             encoded, max_new_tokens=limit, speculate=steps is not None, draft_tokens=steps, on_tokens=shown
         )
@@ -128,7 +127,7 @@ class Gates:
         for model, checkpoint in zip(("target", "draft"), self.pair, strict=True):
             narrow = self.recipe.draft_weights if model == "draft" else self.recipe.target.weights
             stored = narrow, self.recipe.target.weights
-            source = Goldens(checkpoint, self.pair[0], self._dtype(model), self.cache, self.say, *stored)
+            source = Goldens(checkpoint, self.pair[0], self._dtype(model), self.cache, self.log, *stored)
             goldens = source.of([sequence.tokens for sequence in everything])
             self.goldens[model] = {s.name: g for s, g in zip(everything, goldens, strict=True)}
             counts[model] = {"computed": source.computed, "cached": source.found}
@@ -191,7 +190,7 @@ class Gates:
         for group in (chosen, self.probes[: spec.batch]):
             cut = [Sequence_(s.name, s.kind, s.tokens[:usable], s.prompt) for s in group]
             goldens = [self.goldens[model][s.name].cut(usable) for s in group]
-            parity.measure(self.engine, spec, cut, goldens, of, self.say)
+            parity.measure(self.engine, spec, cut, goldens, of, self.log)
 
     def _compare_prompts(self, tie: float) -> Lossless:
         """The first K against plain decode, where that ran; every other K against the first, on all prompts."""
@@ -213,7 +212,7 @@ class Gates:
         ids = self._draft_ids()
         for spec in self.engine.graphs:
             if (spec.kv, spec.sampling) == (kv, "stochastic") and spec.phase in ("decode", "speculate"):
-                self.say(f"    {spec.name}")
+                self.log(f"    {spec.name}")
                 yield distribution.draw(self.engine, spec, probes, ids, tie)
 
     def _draft_ids(self) -> Tensor | None:
@@ -317,7 +316,7 @@ class Gates:
 class _Progress:
     """Shows how many tokens of a generation have come, about every tenth."""
 
-    say: Say
+    log: Log
     prompts: int
     tokens: int
     came: int = 0
@@ -328,7 +327,7 @@ class _Progress:
         share = 10 * self.came // (self.prompts * self.tokens)
         if share > self.shown:
             self.shown = share
-            self.say(f"    {self.came} of at most {self.prompts * self.tokens} tokens")
+            self.log(f"    {self.came} of at most {self.prompts * self.tokens} tokens")
 
 
 def _bytes_read(checkpoint: Checkpoint) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pipeline.cache.local import Cache
 from pipeline.graphs.module import DTYPES
 from pipeline.models.int8 import rounded
+from pipeline.progress import Log
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tensors import TensorRef
 from pipeline.sources.weights import weights
@@ -46,9 +47,6 @@ CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 TOKENS_AT_ONCE = 256
 HEAD_ROWS = 16384
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32}
-
-Progress = Callable[[str], None]
-"""Shows one line."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Goldens:
     target: Checkpoint
     dtype: str
     cache: Cache
-    say: Progress
+    log: Log
     narrow: str | None = None
     target_narrow: str | None = None
     computed: int = 0
@@ -112,7 +110,7 @@ class Goldens:
         self.found += len(keys) - len(missing)
         if missing:
             model = self._reference()
-            self.say(f"  reference of {len(missing)} sequences, {model.layers} layers one at a time")
+            self.log(f"  reference of {len(missing)} sequences, {model.layers} layers one at a time")
             for key, golden in zip(missing, model.goldens(list(missing.values())), strict=True):
                 self.cache.put(key, _pack(golden))
                 self._known[key] = golden

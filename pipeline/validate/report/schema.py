@@ -10,9 +10,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from pipeline.errors import InputError
+from pipeline.records import Record
 
 
 def _finite(value: Any) -> Any:
@@ -23,13 +24,7 @@ Number = Annotated[float | None, BeforeValidator(_finite)]
 """A figure; null where it is infinite or not a number, which JSON cannot say."""
 
 
-class Part(BaseModel):
-    """Base of the report's sections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class Gate(Part):
+class Gate(Record):
     """One gate: its findings, none when it passed."""
 
     name: str
@@ -37,7 +32,7 @@ class Gate(Part):
     findings: tuple[str, ...]
 
 
-class TokenSequence(Part):
+class TokenSequence(Record):
     """Tokens that were scored: a prompt with its answer, or a probe that fills the cache."""
 
     name: str
@@ -47,7 +42,7 @@ class TokenSequence(Part):
     texts: tuple[str, ...]
 
 
-class Slice(Part):
+class Slice(Record):
     """Figures of some tokens: those of a graph, a class, a prompt, a stretch of positions."""
 
     kind: Literal["graph", "class", "prompt", "positions"]
@@ -58,7 +53,7 @@ class Slice(Part):
     largest_error: Number
 
 
-class Divergence(Part):
+class Divergence(Record):
     """The first token that the artifact would choose otherwise than the baseline."""
 
     prompt: str
@@ -71,7 +66,7 @@ class Divergence(Part):
     near_tie: bool
 
 
-class Points(Part):
+class Points(Record):
     """Figures of every token, in columns. `flip`: 0 as the baseline, 1 flipped, 2 flipped at a near-tie."""
 
     graphs: tuple[str, ...]
@@ -88,7 +83,7 @@ class Points(Part):
     gap_ulp: tuple[Number, ...]
 
 
-class Rounding(Part):
+class Rounding(Record):
     """What int8 weights changed against the dtype's own, in the reference."""
 
     tokens: int
@@ -98,7 +93,7 @@ class Rounding(Part):
     logit_noise: Number = Field(description="that of the dtype against one precision up")
 
 
-class ModelParity(Part):
+class ModelParity(Record):
     """Gate 1 of one model."""
 
     dtype: str
@@ -123,7 +118,7 @@ class ModelParity(Part):
     points: Points
 
 
-class Difference(Part):
+class Difference(Record):
     """A place where speculation and plain decode differ."""
 
     graph: str
@@ -135,14 +130,14 @@ class Difference(Part):
     near_tie: bool
 
 
-class Edge(Part):
+class Edge(Record):
     """Tokens of a graph that were compared at the end of its bucket."""
 
     graph: str
     tokens: int
 
 
-class Losslessness(Part):
+class Losslessness(Record):
     """Gate 2, greedy."""
 
     tokens: int
@@ -152,7 +147,7 @@ class Losslessness(Part):
     edges: tuple[Edge, ...]
 
 
-class ExactTest(Part):
+class ExactTest(Record):
     """One test of a stochastic graph."""
 
     graph: str
@@ -162,7 +157,7 @@ class ExactTest(Part):
     shift: Number = Field(description="probability moved to the draft's tokens that it finds with 90% power")
 
 
-class Distribution(Part):
+class Distribution(Record):
     """Gate 2, stochastic."""
 
     false_alarm_rate: float
@@ -172,14 +167,14 @@ class Distribution(Part):
     tests: tuple[ExactTest, ...]
 
 
-class OfClass(Part):
+class OfClass(Record):
     """Acceptance of one class of prompts."""
 
     tokens_per_step: float
     accepted_by_position: tuple[float, ...]
 
 
-class Acceptance(Part):
+class Acceptance(Record):
     """Gate 3, one K. `lengths[i]` counts steps that emitted i + 1 tokens."""
 
     draft_tokens: int
@@ -191,7 +186,7 @@ class Acceptance(Part):
     by_prompt: dict[str, float]
 
 
-class Latencies(Part):
+class Latencies(Record):
     """One way of decoding, one request at a time."""
 
     first_token_ms: float
@@ -202,14 +197,14 @@ class Latencies(Part):
     tokens_per_s: float
 
 
-class Cost(Part):
+class Cost(Record):
     """Cost of a million tokens, in the currency of the recipe's price; null without one."""
 
     plain: Number
     speculative: Number
 
 
-class Speed(Part):
+class Speed(Record):
     """Gate 4."""
 
     draft_tokens: int
@@ -222,7 +217,7 @@ class Speed(Part):
     cost_per_million_tokens: Cost
 
 
-class Choices(Part):
+class Choices(Record):
     """Tokens of the answers and of the prefill graphs against the baseline's own choice."""
 
     tokens: int
@@ -230,7 +225,7 @@ class Choices(Part):
     flips_of_noise: int
 
 
-class Tested(Part):
+class Tested(Record):
     """What was tested."""
 
     prompts: int
@@ -246,14 +241,14 @@ class Tested(Part):
     cut_prompts: tuple[str, ...] = Field(description="prompts longer than the largest prefill bucket: their ends ran")
 
 
-class Cached(Part):
+class Cached(Record):
     """Sequences whose reference was computed, and those that were cached."""
 
     computed: int
     cached: int
 
 
-class Provenance(Part):
+class Provenance(Record):
     """Where the figures come from."""
 
     recipe_digest: str
@@ -267,7 +262,7 @@ class Provenance(Part):
     seconds: dict[str, float]
 
 
-class Report(Part):
+class Report(Record):
     """The numerical parity report of one artifact: `reports/parity.json`."""
 
     format: Literal["tandem-parity-1"] = "tandem-parity-1"
