@@ -16,7 +16,7 @@ import torch
 from pipeline.artifact.manifest import GraphEntry, Manifest
 from pipeline.graphs.module import DTYPES, run_phase
 from pipeline.graphs.packing import PlainPacking
-from pipeline.graphs.signature import PairShape, signature, stored_weights
+from pipeline.graphs.signature import PairSpec, signature, stored_weights
 from pipeline.models.parallel import Seams
 from pipeline.plan.plan import GraphSpec, Plan, make_plan
 from pipeline.recipe.schema import Recipe
@@ -35,7 +35,7 @@ class EagerRanks:
     """Runs graphs eagerly. Faults go into `tensors`, `shape` and `around`, a context that every run is in."""
 
     def __init__(self, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> None:
-        self.shape: PairShape = plan.pair
+        self.shape: PairSpec = plan.pair
         self.seams: Callable[[int], Seams] = lambda tp: Seams()
         self.tensors = {}
         for model, checkpoint in zip(("target", "draft"), pair, strict=True):

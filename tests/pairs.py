@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.graphs.module import run_phase
-from pipeline.graphs.signature import PairShape
+from pipeline.graphs.signature import PairSpec
 from pipeline.models.families import config_of
 from pipeline.models.parallel import Seams
 from pipeline.models.weights import weight_specs
@@ -29,7 +29,7 @@ SMALL = {
 class Pair:
     """Weights and state of a pair by signature name; `step` runs one phase eagerly."""
 
-    shape: PairShape
+    shape: PairSpec
     tensors: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Pair:
         return self.step(spec, tokens=tokens, lengths=lengths, slots=list(range(len(prompts))), **sampling)[0]
 
 
-def empty_state(shape: PairShape) -> dict[str, torch.Tensor]:
+def empty_state(shape: PairSpec) -> dict[str, torch.Tensor]:
     """Zeroed caches of both models."""
     state = {"draft/tail": torch.zeros(shape.rows, dtype=torch.int32)}
     if shape.draft.eagle3 is not None:
@@ -96,7 +96,7 @@ def make_pair(
     target = config_of(SMALL, "target")
     layers = 3 if agreement == "all" else 1
     draft = config_of(SMALL | {"num_hidden_layers": layers, "shares_embedding": True}, "draft")
-    shape = PairShape(target, draft, "float32", "float32", 1, True, rows, length, candidates)
+    shape = PairSpec(target, draft, "float32", "float32", 1, True, rows, length, candidates)
     weights = {}
     for spec in weight_specs(target):
         scale = 0.3 if spec.kind != "vector" else 0.1
@@ -119,7 +119,7 @@ def _padded_pair(vocab: int, draft_vocab: int, rows: int, length: int, candidate
             SMALL | {"vocab_size": draft_vocab, "tie_word_embeddings": False, "num_hidden_layers": 1}, "draft"
         ),
     }
-    shape = PairShape(configs["target"], configs["draft"], "float32", "float32", 1, True, rows, length, candidates)
+    shape = PairSpec(configs["target"], configs["draft"], "float32", "float32", 1, True, rows, length, candidates)
     tensors: dict[str, torch.Tensor] = {}
     for model, config in configs.items():
         for spec in weight_specs(config):

@@ -16,7 +16,7 @@ from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_
 from pipeline.distill.eagle3 import guesses
 from pipeline.distill.generate import Writer, Writing
 from pipeline.distill.head import layers_of, model_config
-from pipeline.distill.prompts import Apart
+from pipeline.distill.prompts import HeldOutFilter
 from pipeline.distill.request import SEEDS, Request
 from pipeline.distill.run import distill, prepare
 from pipeline.distill.train import make_batch
@@ -80,9 +80,11 @@ def asked(work):
 
 def test_a_seed_decides_what_prompts_are_written_and_not_which_given_ones_are_used(work):
     job = prepare(request_of(work))
-    given = Prompts(job.text, Apart([]), ["one two", "three four", "five"], seed=1)
+    given = Prompts(job.text, HeldOutFilter([]), ["one two", "three four", "five"], seed=1)
     assert [seed - SEEDS for seed, _ in given.of(job.writer, range(1, PART))] == [1, 2]
-    written = [[t for _, t in Prompts(job.text, Apart([]), seed=s).of(job.writer, range(64))] for s in (0, 0, 1)]
+    written = [
+        [t for _, t in Prompts(job.text, HeldOutFilter([]), seed=s).of(job.writer, range(64))] for s in (0, 0, 1)
+    ]
     assert written[0] == written[1] != written[2]
 
 
@@ -259,10 +261,10 @@ def test_writer_without_a_compiler_writes_all_the_same(work, monkeypatch):
 
 
 def test_held_out_prompts_are_kept_apart():
-    apart = Apart(["Write a function that returns the n-th Fibonacci number iteratively, please."])
-    assert not apart("Hello! write a function that returns the n th fibonacci number, recursively")
-    assert apart("Write a function that returns the largest prime")
-    assert not Apart(["Say hi"])("say HI")
+    held_out_filter = HeldOutFilter(["Write a function that returns the n-th Fibonacci number iteratively, please."])
+    assert not held_out_filter("Hello! write a function that returns the n th fibonacci number, recursively")
+    assert held_out_filter("Write a function that returns the largest prime")
+    assert not HeldOutFilter(["Say hi"])("say HI")
 
 
 def test_prompts_that_gates_came_to_ask_are_not_learned_from(work, asked):

@@ -172,11 +172,11 @@ def test_pace_judges_copies_by_copies(work):
     engine = engine_of(work, recipe_of("eagle3", 2, costs=(1.2, 1.4)))
     row = engine._row(0, [5, 9, 3, 4, 5, 9], choice=Choice(), seed=0)
     for _ in range(200):
-        row.drafted.saw(0, 4)
-        row.copied.saw(4, 4)
-    assert engine.batch.pace().choose(engine.batch.acceptance({0: row})) == 4
+        row.drafted.record_step(0, 4)
+        row.copied.record_step(4, 4)
+    assert engine.batch.draft_length_policy().choose(engine.batch.acceptance({0: row})) == 4
     row.tokens.append(50)
-    assert engine.batch.pace().choose(engine.batch.acceptance({0: row})) == 0
+    assert engine.batch.draft_length_policy().choose(engine.batch.acceptance({0: row})) == 0
 
 
 @pytest.mark.parametrize("method", DRAFTS)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from pipeline.artifact.manifest import read
 from pipeline.graphs.packing import PlainPacking
-from pipeline.graphs.signature import PairShape, signature
+from pipeline.graphs.signature import PairSpec, signature
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
 from pipeline.models.weights import weight_specs
@@ -79,7 +79,7 @@ def make(
     """A random pair of a family; its draft is the target's first layer, with an embedding of its own if it is split."""
     torch.manual_seed(0)
     target, draft = configs(family, reduced)
-    shape = PairShape(target, draft, "float32", "float32", tp, replicated, rows, LENGTH, 16, lookup=lookup)
+    shape = PairSpec(target, draft, "float32", "float32", tp, replicated, rows, LENGTH, 16, lookup=lookup)
     weights = {}
     for spec in weight_specs(target):
         noise = torch.randn(spec.shape) * (0.1 if spec.kind == "vector" else 0.3)
@@ -149,7 +149,7 @@ def phases(rows: int) -> list[GraphSpec]:
     ]
 
 
-def arguments_of(spec: GraphSpec, shape: PairShape):
+def arguments_of(spec: GraphSpec, shape: PairSpec):
     """Ragged rows, one of them inactive, at positions that the bucket holds."""
     generator = torch.Generator().manual_seed(3)
     rows, found = spec.batch, {}
@@ -241,7 +241,7 @@ def test_hlo_is_what_the_compiler_takes(sdk, family, tp, replicated):
         assert (found.get("all-gather", 0) > 0) == (tp > 1 and not (spec.model == "draft" and replicated)), spec.name
 
 
-def sums(spec: GraphSpec, shape: PairShape) -> int:
+def sums(spec: GraphSpec, shape: PairSpec) -> int:
     """All-reduces of a graph: one for the embedding and two a layer, each time that a split model runs."""
     if spec.phase == "score" and spec.model == "draft" and shape.draft.eagle3 is not None:
         return 1 + 2 * (shape.target.layers - 1) if shape.tp > 1 else 0  # the last layer of the target: keys alone
@@ -321,7 +321,7 @@ def test_pico_is_built_gated_and_run(tmp_path):
     assert len(manifest.graphs) == 7
 
 
-def weightless(recipe: str, layers: int | None, tp: int) -> tuple[list[GraphSpec], PairShape]:
+def weightless(recipe: str, layers: int | None, tp: int) -> tuple[list[GraphSpec], PairSpec]:
     """Graphs and pair of a recipe from its lock, weights in its dtype, cut to so many layers, for so many ranks."""
     from pipeline.plan.lock import lock_path, pair_configs
     from pipeline.plan.lock import read as read_lock

@@ -209,7 +209,7 @@ def test_bring_resumes(registry, original, tmp_path, kept):
     partial.parent.mkdir(parents=True)
     partial.write_bytes((original / WEIGHTS).read_bytes()[:kept])
     seen = []
-    blobs.bring(origin(store, original), {WEIGHTS: entry}, lambda done, total: seen.append((done, total)))
+    blobs.fetch_all(origin(store, original), {WEIGHTS: entry}, lambda done, total: seen.append((done, total)))
     assert store.bytes == (0 if kept == entry.size else entry.size - kept + kept % BLOCK_BYTES)
     assert blobs.path(entry.sha256).read_bytes() == (original / WEIGHTS).read_bytes()
     assert seen[-1] == (entry.size, entry.size)
@@ -226,7 +226,7 @@ def test_bring_starts_over_after_a_wrong_part(registry, original, tmp_path, data
     partial.parent.mkdir(parents=True)
     partial.write_bytes(data)
     seen = []
-    blobs.bring(
+    blobs.fetch_all(
         origin(open_store(str(registry)), original), {WEIGHTS: entry}, lambda done, total: seen.append((done, total))
     )
     assert blobs.path(entry.sha256).read_bytes() == (original / WEIGHTS).read_bytes()

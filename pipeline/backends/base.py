@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from pipeline.artifact.manifest import CACHE_KIND
 from pipeline.errors import HostError, Problem
 from pipeline.graphs.packing import Packing
-from pipeline.graphs.signature import PairShape, Signature
+from pipeline.graphs.signature import PairSpec, Signature
 from pipeline.plan.plan import GraphSpec
 
 BACKENDS = {
@@ -89,7 +89,7 @@ class Backend(Protocol):
         """What is missing on this machine, before any work starts."""
         ...
 
-    def trace(self, spec: GraphSpec, pair: PairShape) -> Traced:
+    def trace(self, spec: GraphSpec, pair: PairSpec) -> Traced:
         """Trace one graph on tensors without contents."""
         ...
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.distill.generate import Writer, Writing, Written
-from pipeline.distill.prompts import Apart, opening, user_turn
+from pipeline.distill.prompts import HeldOutFilter, opening, user_turn
 from pipeline.distill.request import SEEDS
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
@@ -55,7 +55,7 @@ class Prompts:
     """Where a part's prompts come from: `given` ones in turn, or written by the target; `seed` decides all draws."""
 
     text: Text
-    apart: Apart
+    held_out_filter: HeldOutFilter
     given: Sequence[str] = ()
     seed: int = 0
 
@@ -64,7 +64,7 @@ class Prompts:
         seeds = range(self.seed * SEEDS + numbers.start, self.seed * SEEDS + numbers.stop)
         if self.given:
             chosen = zip(seeds, self.given[numbers.start : numbers.stop], strict=False)
-            yield from ((seed, self._encode(prompt)) for seed, prompt in chosen if self.apart(prompt))
+            yield from ((seed, self._encode(prompt)) for seed, prompt in chosen if self.held_out_filter(prompt))
             return
         before, after = user_turn(self.text)
         first = {seed: opening(seed) for seed in seeds}
@@ -77,7 +77,7 @@ class Prompts:
                 continue
             new = self.text.decode(written.tokens[len(written.request.tokens) :])
             prompt = (first[written.request.seed] + new).strip()
-            if prompt and self.apart(prompt):
+            if prompt and self.held_out_filter(prompt):
                 yield written.request.seed, self.text.encode(before + prompt + after, special=False)
 
     def _encode(self, prompt: str) -> list[int]:

@@ -18,7 +18,7 @@ from pipeline.distill import draft_model, eagle3
 from pipeline.distill.data import PART, Conversation, Prompts, is_part, read_part, write_part, write_transcripts
 from pipeline.distill.generate import Writer, Writing
 from pipeline.distill.head import frequent, head_config, initial, layers_of, model_config
-from pipeline.distill.prompts import SENTINEL, Apart
+from pipeline.distill.prompts import SENTINEL, HeldOutFilter
 from pipeline.distill.request import ANSWER_TOKENS, LENGTH, ROWS, Request, data_key
 from pipeline.distill.train import Settings, Trainer
 from pipeline.errors import InputError
@@ -78,9 +78,9 @@ class Job:
         return load_prompts(prompts_path(self.request.recipe.validate_.prompts, self.request.base))
 
     @cached_property
-    def apart(self) -> Apart:
+    def held_out_filter(self) -> HeldOutFilter:
         """Keeps those out of what is trained on."""
-        return Apart(prompt.text for prompt in self.evaluated)
+        return HeldOutFilter(prompt.text for prompt in self.evaluated)
 
     @cached_property
     def writer(self) -> Writer:
@@ -100,15 +100,15 @@ class Job:
 
     def write_data(self) -> None:
         """Write parts until there are as many answer tokens as asked for."""
-        log, apart = self.request.log, self.apart
+        log, held_out_filter = self.request.log, self.held_out_filter
         for folder in self.request.text:
             self._check_text(folder)
         if self.request.transcripts is not None:
-            kept = [pair for pair in _conversations(self.request.transcripts) if apart(pair[0])]
+            kept = [pair for pair in _conversations(self.request.transcripts) if held_out_filter(pair[0])]
             tokens = [(self._encode(prompt), self.text.encode(answer, special=False)) for prompt, answer in kept]
             write_transcripts(self.folder / "data", "given", tokens, self.writer)
         given = _lines(self.request.prompts, "prompt") if self.request.prompts else []
-        prompts = Prompts(self.text, apart, given, self.request.seed)
+        prompts = Prompts(self.text, held_out_filter, given, self.request.seed)
         number = 0
         log(f"text in {self.folder / 'data'}")
         while self._count() < self.request.tokens:
@@ -126,7 +126,7 @@ class Job:
 
         """
         written = (s for path in (*self._parts(), *self._given()) for s in read_part(path))
-        found = [s for s in written if len(s.tokens) - s.prompt >= SHORTEST and self.apart(self._prompt(s))]
+        found = [s for s in written if len(s.tokens) - s.prompt >= SHORTEST and self.held_out_filter(self._prompt(s))]
         if not found:
             what = "nothing to learn from: prompts are too long or those of the gates, or answers too short"
             raise InputError(what, where=str(self.folder / "data"), fix="give other prompts: --prompts FILE")

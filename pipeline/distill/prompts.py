@@ -73,7 +73,7 @@ def opening(seed: int) -> str:
     return random.Random(seed).choice(OPENINGS)  # noqa: S311 - variety, not secrecy
 
 
-class Apart:
+class HeldOutFilter:
     """Keeps training prompts apart from held-out ones."""
 
     def __init__(self, held_out: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pipeline.graphs.signature import EMBEDDING, PairShape, Signature, TensorSpec
+from pipeline.graphs.signature import EMBEDDING, PairSpec, Signature, TensorSpec
 from pipeline.models.parallel import Seams, State
 from pipeline.plan.plan import GraphSpec
 from pipeline.speculation import phases as graphs
@@ -34,7 +34,7 @@ class GraphModule(nn.Module):
     Holds no tensors: weights, state and arguments are all inputs, so that graphs share them without a copy.
     """
 
-    def __init__(self, spec: GraphSpec, pair: PairShape, io: Signature, seams_for: SeamsFor) -> None:
+    def __init__(self, spec: GraphSpec, pair: PairSpec, io: Signature, seams_for: SeamsFor) -> None:
         super().__init__()
         self.spec, self.pair, self.io, self.seams_for = spec, pair, io, seams_for
 
@@ -44,7 +44,7 @@ class GraphModule(nn.Module):
         return run_phase(self.spec, self.pair, named, self.seams_for)
 
 
-def run_phase(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor) -> tuple[Tensor, ...]:
+def run_phase(spec: GraphSpec, pair: PairSpec, named: dict[str, Tensor], seams_for: SeamsFor) -> tuple[Tensor, ...]:
     """Run one phase on tensors by name. State entries of `named` are updated, in place or by replacement."""
     models = {name: _model(name, pair, named, seams_for) for name in ("target", "draft")}
     outputs = _outputs(spec, pair, named, models)
@@ -53,9 +53,7 @@ def run_phase(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], seams_
     return outputs
 
 
-def _outputs(
-    spec: GraphSpec, pair: PairShape, named: dict[str, Tensor], models: dict[str, Model]
-) -> tuple[Tensor, ...]:
+def _outputs(spec: GraphSpec, pair: PairSpec, named: dict[str, Tensor], models: dict[str, Model]) -> tuple[Tensor, ...]:
     target, drafter = models["target"], drafter_of(models["draft"])
     if spec.phase == "score":
         inputs = (named["tokens"], named["position"], spec.kv)
@@ -74,7 +72,7 @@ def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:
     return [torch.empty(t.shape, dtype=DTYPES[t.dtype], device=device) for t in specs]
 
 
-def _model(name: str, pair: PairShape, named: dict[str, Tensor], seams_for: SeamsFor) -> Model:
+def _model(name: str, pair: PairSpec, named: dict[str, Tensor], seams_for: SeamsFor) -> Model:
     own = {key.removeprefix(f"{name}/"): tensor for key, tensor in named.items() if key.startswith(f"{name}/")}
     state: State = {key: t for key, t in own.items() if key in (TAIL, FEATURE) or key.startswith(("k.", "v."))}
     weights = {key: t for key, t in own.items() if key not in state}
@@ -85,7 +83,7 @@ def _model(name: str, pair: PairShape, named: dict[str, Tensor], seams_for: Seam
     return Model(pair.config_of(name), weights, state, seams_for(pair.tp_of(name)), partner, taps)
 
 
-def _choose(spec: GraphSpec, pair: PairShape, named: dict[str, Tensor]) -> Choose:
+def _choose(spec: GraphSpec, pair: PairSpec, named: dict[str, Tensor]) -> Choose:
     copied = named.get("copied")
     if spec.sampling == "greedy":
         return Choose(copied=copied)

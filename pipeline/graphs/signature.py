@@ -63,7 +63,7 @@ class Signature:
 
 
 @dataclass(frozen=True)
-class PairShape:
+class PairSpec:
     """Everything about a pair that shapes its graphs: configs, dtypes, ranks, cache size, what a step is given."""
 
     target: ModelConfig
@@ -110,13 +110,13 @@ class PairShape:
         return self.draft.shares_embedding and self.tp_of("draft") == self.tp
 
 
-def models_of(spec: GraphSpec, pair: PairShape) -> tuple[str, ...]:
+def models_of(spec: GraphSpec, pair: PairSpec) -> tuple[str, ...]:
     """Models that a graph runs: a head over the target's states is never scored without it."""
     whole = spec.model == "pair" or (spec.model == "draft" and pair.draft.eagle3 is not None)
     return ("target", "draft") if whole else (spec.model,)
 
 
-def stored_weights(pair: PairShape, model: str) -> list[WeightSpec]:
+def stored_weights(pair: PairSpec, model: str) -> list[WeightSpec]:
     """Weights that a model's own shard file holds on each rank, before the vocabulary offset."""
     specs = weight_specs(pair.config_of(model), replicated=model == "draft" and pair.draft_replicated)
     if model == "draft" and pair.embedding_is_shared:
@@ -124,7 +124,7 @@ def stored_weights(pair: PairShape, model: str) -> list[WeightSpec]:
     return specs
 
 
-def signature(spec: GraphSpec, pair: PairShape, packing: PackedShape) -> Signature:
+def signature(spec: GraphSpec, pair: PairSpec, packing: PackedShape) -> Signature:
     """The signature of one graph."""
     models = models_of(spec, pair)
     return Signature(
@@ -137,14 +137,14 @@ def signature(spec: GraphSpec, pair: PairShape, packing: PackedShape) -> Signatu
     )
 
 
-def _weight_owners(spec: GraphSpec, pair: PairShape) -> tuple[str, ...]:
+def _weight_owners(spec: GraphSpec, pair: PairSpec) -> tuple[str, ...]:
     """A draft model alone still needs the target's embedding when it shares it."""
     if spec.model == "draft" and pair.embedding_is_shared:
         return ("target", "draft")
     return models_of(spec, pair)
 
 
-def _weights(pair: PairShape, model: str, packing: PackedShape, *, only_embedding: bool) -> list[TensorSpec]:
+def _weights(pair: PairSpec, model: str, packing: PackedShape, *, only_embedding: bool) -> list[TensorSpec]:
     config, tp = pair.config_of(model), pair.tp_of(model)
     found = []
     for spec in stored_weights(pair, model):
@@ -158,7 +158,7 @@ def _weights(pair: PairShape, model: str, packing: PackedShape, *, only_embeddin
     return found
 
 
-def _state(pair: PairShape, model: str) -> list[TensorSpec]:
+def _state(pair: PairSpec, model: str) -> list[TensorSpec]:
     config = pair.config_of(model)
     heads = max(config.kv_heads // pair.tp_of(model), 1)
     shape = (pair.rows, heads, pair.length, config.head_dim)
@@ -169,14 +169,14 @@ def _state(pair: PairShape, model: str) -> list[TensorSpec]:
     ]
 
 
-def _between_steps(spec: GraphSpec, pair: PairShape) -> tuple[TensorSpec, ...]:
+def _between_steps(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
     """What the draft keeps from one step to the next, beside its caches; see `speculation.drafters`."""
     if pair.draft.eagle3 is not None and "draft" in models_of(spec, pair):
         return (TensorSpec("draft/feature", (pair.rows, pair.draft.hidden), pair.draft_dtype),)
     return () if spec.phase == "score" else (TensorSpec("draft/tail", (pair.rows,), "int32"),)
 
 
-def _arguments(spec: GraphSpec, pair: PairShape) -> tuple[TensorSpec, ...]:
+def _arguments(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
     b, t, k = spec.batch, spec.tokens, spec.draft_tokens
     if spec.phase == "score":
         return (TensorSpec("tokens", (b, t), "int32"), TensorSpec("position", (b,), "int32"))
@@ -206,7 +206,7 @@ def _arguments(spec: GraphSpec, pair: PairShape) -> tuple[TensorSpec, ...]:
     )
 
 
-def _outputs(spec: GraphSpec, pair: PairShape) -> tuple[TensorSpec, ...]:
+def _outputs(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
     b = spec.batch
     if spec.phase == "score":
         return (TensorSpec("logits", (b, spec.tokens, pair.config_of(spec.model).out_vocab), "float32"),)

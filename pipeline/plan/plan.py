@@ -17,7 +17,7 @@ from pipeline.models.weights import local_shape
 from pipeline.recipe.schema import Recipe, Sampling
 
 if TYPE_CHECKING:
-    from pipeline.graphs.signature import PairShape
+    from pipeline.graphs.signature import PairSpec
 
 Phase = Literal["prefill", "decode", "speculate", "score"]
 Role = Literal["pair", "target", "draft"]
@@ -97,7 +97,7 @@ class Plan:
     """All that a build will do, decided before it starts."""
 
     recipe: Recipe
-    pair: PairShape
+    pair: PairSpec
     graphs: tuple[GraphSpec, ...]
     memory: Memory
 
@@ -170,10 +170,10 @@ def make_plan(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Plan:
     return plan
 
 
-def _pair_shape(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairShape:
-    from pipeline.graphs.signature import PairShape
+def _pair_shape(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairSpec:
+    from pipeline.graphs.signature import PairSpec
 
-    return PairShape(
+    return PairSpec(
         target=target,
         draft=draft,
         target_dtype=recipe.target.dtype,
@@ -285,7 +285,7 @@ def _fits(config: ModelConfig, tp: int) -> bool:
     return not any(_undivided(config, tp))
 
 
-def _memory(recipe: Recipe, pair: PairShape, graphs: tuple[GraphSpec, ...]) -> Memory:
+def _memory(recipe: Recipe, pair: PairSpec, graphs: tuple[GraphSpec, ...]) -> Memory:
     return Memory(
         _weights(recipe, pair, "target"),
         _weights(recipe, pair, "draft"),
@@ -295,7 +295,7 @@ def _memory(recipe: Recipe, pair: PairShape, graphs: tuple[GraphSpec, ...]) -> M
     )
 
 
-def _weights(recipe: Recipe, pair: PairShape, model: str) -> int:
+def _weights(recipe: Recipe, pair: PairSpec, model: str) -> int:
     """Bytes of one rank's shard, as the backend lays it out."""
     from pipeline.graphs.packing import BlockPacking, PlainPacking
     from pipeline.graphs.signature import stored_weights
@@ -310,14 +310,14 @@ def _weights(recipe: Recipe, pair: PairShape, model: str) -> int:
     )
 
 
-def _kv(pair: PairShape, model: str) -> int:
+def _kv(pair: PairSpec, model: str) -> int:
     config = pair.config_of(model)
     heads = max(config.kv_heads // pair.tp_of(model), 1)
     per_token = 2 * config.layers * heads * config.head_dim * DTYPE_BYTES[pair.dtype_of(model)]
     return pair.rows * pair.length * per_token
 
 
-def _scratch(pair: PairShape, spec: GraphSpec) -> int:
+def _scratch(pair: PairSpec, spec: GraphSpec) -> int:
     """Estimate of a graph's live activations, in float32: one layer's, tiles of attention scores, and the logits."""
     from pipeline.graphs.signature import models_of
 

@@ -105,7 +105,7 @@ class Blobs:
         """Where a blob lies."""
         return self.root / "sha256" / sha256[:2] / sha256
 
-    def bring(self, origin: Origin | None, files: Mapping[str, FileEntry], progress: ByteProgress) -> None:
+    def fetch_all(self, origin: Origin | None, files: Mapping[str, FileEntry], progress: ByteProgress) -> None:
         """Have every blob here, checked, several at a time. The first failure stops the others.
 
         Raises:

@@ -85,7 +85,7 @@ def pull(
     if policy is not None:
         policy.check_builder(lambda: _provenance(found.manifest, blobs, origin), str(ref))
     files = artifact.select(found.manifest, artifact.part(found.manifest, only, str(ref)))
-    blobs.bring(origin, files, progress)
+    blobs.fetch_all(origin, files, progress)
     with atomic_dir(out) as folder:
         for path, entry in files.items():
             link_or_copy(blobs.path(entry.sha256), folder / path)
@@ -139,7 +139,7 @@ def _provenance(manifest: Manifest, blobs: Blobs, origin: Origin | None) -> byte
     entry = manifest.files.get(PROVENANCE)
     if entry is None:
         return b""
-    blobs.bring(origin, {PROVENANCE: entry}, no_byte_progress)
+    blobs.fetch_all(origin, {PROVENANCE: entry}, no_byte_progress)
     return blobs.path(entry.sha256).read_bytes()
 
 

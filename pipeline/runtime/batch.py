@@ -15,8 +15,8 @@ from torch import Tensor
 from pipeline.artifact.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.plan.plan import GraphSpec
+from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
 from pipeline.runtime.lookup import Lookup, argument
-from pipeline.runtime.pace import COPIED, Acceptance, Pace, Paces
 from pipeline.runtime.ranks import Ranks
 
 TOP_K = 2**31 - 1
@@ -119,7 +119,7 @@ class Batch:
         counted = ("prefills", "speculative_steps", "decode_steps", "tokens", "catch_ups", "copies")
         self.stats = dict.fromkeys(counted, 0)
 
-    def pace(self) -> Paces | None:
+    def draft_length_policy(self) -> DraftLengthPolicies | None:
         """What chooses K per step, where the artifact knows what steps cost.
 
         For greedy rows only: steps of changing K would draw other random numbers.
@@ -128,7 +128,9 @@ class Batch:
         if costs is None:
             return None
         by_batch = costs if isinstance(costs, dict) else dict.fromkeys(batches, costs)
-        return Paces({b: Pace(dict(zip(self.manifest.draft_tokens, by_batch[b], strict=True))) for b in batches})
+        return DraftLengthPolicies(
+            {b: DraftLengthPolicy(dict(zip(self.manifest.draft_tokens, by_batch[b], strict=True))) for b in batches}
+        )
 
     def warm(self) -> int:
         """Run every graph that serving uses once, with nobody in it, so that no request waits for its opening."""
@@ -187,7 +189,7 @@ class Batch:
         new = {slot: tokens[slot][: counts[slot]] for slot in rows}
         for slot, row in rows.items():
             row.has_copied = bool(copies[slot])
-            (row.copied if row.has_copied else row.drafted).saw(len(new[slot]) - 1, steps)
+            (row.copied if row.has_copied else row.drafted).record_step(len(new[slot]) - 1, steps)
             # After a fully accepted step a draft model lacks the last token it proposed, until its next pass.
             row.in_draft = row.position + len(new[slot]) - (len(new[slot]) > steps)
         return new

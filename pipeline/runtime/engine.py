@@ -13,7 +13,7 @@ import torch
 from pipeline.artifact.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.runtime.batch import Batch, Choice, Row, check_choice, check_prompt
-from pipeline.runtime.pace import Paces
+from pipeline.runtime.draft_length import DraftLengthPolicies
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.text import Text
 
@@ -44,7 +44,7 @@ class Settings:
 
     max_new_tokens: int
     draft_tokens: int | None = None
-    pace: Paces | None = None
+    draft_length_policy: DraftLengthPolicies | None = None
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Engine:
         check_choice(self.manifest, choice)
         paced = speculate and draft_tokens is None and temperature == 0
         steps = self._steps(draft_tokens) if speculate else None
-        settings = Settings(max_new_tokens, steps, self.batch.pace() if paced else None)
+        settings = Settings(max_new_tokens, steps, self.batch.draft_length_policy() if paced else None)
         waiting = [self._row(index, prompt, choice, seed) for index, prompt in enumerate(prompts)]
         results: list[Generation | None] = [None] * len(waiting)
         slots: list[Prompt | None] = [None] * self.rows
@@ -155,8 +155,8 @@ class Engine:
     def _step(self, rows: dict[int, Prompt], settings: Settings, on_tokens: OnTokens | None) -> None:
         """One step of every active row; at the end of the caches a speculative one counts fewer drafts by itself."""
         steps = settings.draft_tokens
-        if settings.pace is not None:
-            steps = settings.pace.choose(self.batch.acceptance(rows)) or None
+        if settings.draft_length_policy is not None:
+            steps = settings.draft_length_policy.choose(self.batch.acceptance(rows)) or None
         new = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
         for slot, row in rows.items():
             if steps:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.runtime.batch import Batch, Choice, Row
-from pipeline.runtime.pace import Paces
+from pipeline.runtime.draft_length import DraftLengthPolicies
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Requests:
     def __init__(self, batch: Batch, most: int | None = None) -> None:
         self.batch = batch
         self.most = most
-        self._pace: Paces | None = batch.pace()
+        self._draft_length_policy: DraftLengthPolicies | None = batch.draft_length_policy()
         self._slots: dict[str, int] = {}
         self._rows: dict[str, Request] = {}
         self.planned = 0
@@ -94,6 +94,6 @@ class Requests:
         if not all(row.speculate for row in rows.values()):
             return 0
         steps = self.batch.manifest.draft_tokens[0]
-        if self._pace is not None and all(row.choice.temperature == 0 for row in rows.values()):
-            steps = self._pace.choose(self.batch.acceptance(rows))
+        if self._draft_length_policy is not None and all(row.choice.temperature == 0 for row in rows.values()):
+            steps = self._draft_length_policy.choose(self.batch.acceptance(rows))
         return steps if steps and self.batch.has_room(rows, steps) else 0

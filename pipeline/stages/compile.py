@@ -22,7 +22,7 @@ from pipeline.backends.base import Backend, Traced, cache_key, make_backend
 from pipeline.cache.local import Cache
 from pipeline.cache.remote import Remote
 from pipeline.errors import HostError, TandemError
-from pipeline.graphs.signature import PairShape
+from pipeline.graphs.signature import PairSpec
 from pipeline.plan.plan import GraphSpec
 
 SHAPING = ("models", "speculation", "graphs", "backends/base.py")
@@ -34,7 +34,7 @@ class Job:
     """One graph to compile: plain data, so that it can travel to another process or machine."""
 
     spec: GraphSpec
-    pair: PairShape
+    pair: PairSpec
     backend: dict[str, Any]
     cache: str
     log_file: str

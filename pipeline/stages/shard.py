@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.errors import HostError, InputError, SourceError
 from pipeline.files.atomic import atomic_file, link_or_copy
 from pipeline.graphs.packing import SCALE_BYTES, Packing
-from pipeline.graphs.signature import EMBEDDING, OFFSET, PairShape, stored_weights
+from pipeline.graphs.signature import EMBEDDING, OFFSET, PairSpec, stored_weights
 from pipeline.models.config import ModelConfig
 from pipeline.models.int8 import quantise
 from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_shape, padded_vocab, up_to, vocab_offset
@@ -120,7 +120,7 @@ def shard_path(out: Path, model: str, rank: int, ranks: int) -> Path:
 
 
 def write_shards(
-    pair: PairShape,
+    pair: PairSpec,
     target: Checkpoint,
     draft: Checkpoint,
     out: Path,
@@ -165,7 +165,7 @@ class _Job:
     """One model's files: the same layout on each rank, cut differently."""
 
     model: str
-    pair: PairShape
+    pair: PairSpec
     layout: Layout
     tensors: tuple[tuple[WeightSpec, TensorRef], ...]
     packing: Packing
@@ -201,7 +201,7 @@ class _Job:
         return vocab_offset(rows, rank if self.split > 1 else 0).to_bytes(4, "little")
 
 
-def _job(model: str, pair: PairShape, checkpoint: Checkpoint, target: Checkpoint, packing: Packing) -> _Job:
+def _job(model: str, pair: PairSpec, checkpoint: Checkpoint, target: Checkpoint, packing: Packing) -> _Job:
     """Find every tensor and lay out the files. Index tensors and the offset go last, so that weights stay aligned."""
     sources = dict(weights(checkpoint))
     if pair.config_of(model).shares_embedding:

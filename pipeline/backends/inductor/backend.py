@@ -21,7 +21,7 @@ from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, Ran
 from pipeline.errors import HostError, Problem
 from pipeline.graphs.module import GraphModule, empty
 from pipeline.graphs.packing import BlockPacking, Packing, PlainPacking
-from pipeline.graphs.signature import PairShape, signature
+from pipeline.graphs.signature import PairSpec, signature
 from pipeline.models.parallel import Seams
 from pipeline.plan.plan import GraphSpec
 
@@ -108,7 +108,7 @@ class InductorBackend:
             return BlockedSeams() if tp == 1 else RankedSeams(tp)
         return Seams() if tp == 1 else PlainRankedSeams(tp)
 
-    def trace(self, spec: GraphSpec, pair: PairShape) -> Traced:
+    def trace(self, spec: GraphSpec, pair: PairSpec) -> Traced:
         """Export the graph to ATen operators on uninitialised tensors."""
         io = signature(spec, pair, self.packing)
         module = GraphModule(spec, pair, io, self.seams)

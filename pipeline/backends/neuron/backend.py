@@ -24,7 +24,7 @@ from pipeline.backends.neuron import compiler, hlo, support
 from pipeline.errors import HostError, Problem
 from pipeline.graphs.module import DTYPES, SeamsFor, run_phase
 from pipeline.graphs.packing import Packing, PlainPacking
-from pipeline.graphs.signature import PairShape, Signature, signature
+from pipeline.graphs.signature import PairSpec, Signature, signature
 from pipeline.models.parallel import Seams, State, Writes
 from pipeline.plan.plan import GraphSpec
 
@@ -80,7 +80,7 @@ class NeuronModule(nn.Module):
     Names are those of the signature with dots for slashes: `target.model.norm.weight`, `draft.k.0`.
     """
 
-    def __init__(self, spec: GraphSpec, pair: PairShape, io: Signature, seams_for: SeamsFor) -> None:
+    def __init__(self, spec: GraphSpec, pair: PairSpec, io: Signature, seams_for: SeamsFor) -> None:
         super().__init__()
         self.spec, self.pair, self.io, self.seams_for = spec, pair, io, seams_for
         for one in io.weights:
@@ -175,7 +175,7 @@ class NeuronBackend:
         own = [Problem("backend.flags", f"{name} is not a recipe's to set", "remove it") for name in taken]
         return own + support.problems(self.target, self.lnc, support.versions())
 
-    def trace(self, spec: GraphSpec, pair: PairShape) -> Traced:
+    def trace(self, spec: GraphSpec, pair: PairSpec) -> Traced:
         """Trace one graph for all ranks, with no device, and check that names and state are what the shards hold."""
         io = signature(spec, pair, self.packing)
         with sdk_environment(self.target, self.lnc):

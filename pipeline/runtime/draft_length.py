@@ -35,13 +35,13 @@ class Acceptance:
     drafts: int = 0
     start: float = START
 
-    def saw(self, accepted: int, drafted: int) -> None:
+    def record_step(self, accepted: int, drafted: int) -> None:
         """A step accepted so many of the drafts; those after the first rejected one tell nothing."""
         for at in range(min(accepted + 1, drafted)):
             self.drafts += 1
             self.rate += max(NEWEST, 1 / (KNOWN + self.drafts)) * ((at < accepted) - self.rate)
 
-    def rested(self) -> None:
+    def record_plain_step(self) -> None:
         """A plain step was taken."""
         self.rate += DRIFT * (self.start - self.rate)
 
@@ -51,10 +51,10 @@ class Acceptance:
 
 
 @dataclass(frozen=True)
-class Paces:
-    """A `Pace` for each batch bucket: verifying costs more where many rows are verified."""
+class DraftLengthPolicies:
+    """A `DraftLengthPolicy` for each batch bucket: verifying costs more where many rows are verified."""
 
-    by_batch: Mapping[int, Pace]
+    by_batch: Mapping[int, DraftLengthPolicy]
 
     def choose(self, rows: Mapping[int, Acceptance]) -> int:
         """K of the next step of rows, by their slots; 0 for plain decode."""
@@ -63,7 +63,7 @@ class Paces:
 
 
 @dataclass(frozen=True)
-class Pace:
+class DraftLengthPolicy:
     """Chooses K for a batch. `costs`: a step's cost in plain decode steps, by K."""
 
     costs: Mapping[int, float]
@@ -73,5 +73,5 @@ class Pace:
         best = max((0, *self.costs), key=lambda k: sum(row.tokens(k) for row in rows) / self.costs.get(k, 1.0))
         if best == 0:
             for row in rows:
-                row.rested()
+                row.record_plain_step()
         return best

@@ -8,7 +8,7 @@ from eager import make_engine
 
 from pipeline.errors import TandemError
 from pipeline.recipe.schema import Recipe
-from pipeline.runtime.pace import Acceptance, Pace, Paces
+from pipeline.runtime.draft_length import Acceptance, DraftLengthPolicies, DraftLengthPolicy
 from pipeline.sources.pair import resolve_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,15 +18,15 @@ COSTS = {2: 1.25, 4: 1.6}
 
 def simulate(rate: float, steps: int = 4000, seed: int = 0) -> float:
     """Tokens per plain step's time when drafts are accepted at `rate`."""
-    chance, row, pace = random.Random(seed), Acceptance(), Pace(COSTS)
+    chance, row, draft_length_policy = random.Random(seed), Acceptance(), DraftLengthPolicy(COSTS)
     tokens = cost = 0.0
     for _ in range(steps):
-        k = pace.choose([row])
+        k = draft_length_policy.choose([row])
         accepted = 0
         while accepted < k and chance.random() < rate:
             accepted += 1
         if k:
-            row.saw(accepted, k)
+            row.record_step(accepted, k)
         tokens += 1 + accepted
         cost += COSTS.get(k, 1.0)
     return tokens / cost
@@ -49,13 +49,13 @@ def test_pace_is_near_the_best_fixed_choice_and_never_below_plain(rate):
 
 
 def test_pace_comes_back_when_text_gets_easier():
-    row, pace = Acceptance(), Pace(COSTS)
+    row, draft_length_policy = Acceptance(), DraftLengthPolicy(COSTS)
     chosen = []
     for turn in range(400):
-        k = pace.choose([row])
+        k = draft_length_policy.choose([row])
         chosen.append(k)
         if k:
-            row.saw(0 if turn < 150 else k, k)
+            row.record_step(0 if turn < 150 else k, k)
     assert set(chosen[60:150]) == {0, 2}
     assert chosen[60:150].count(0) > 75
     assert chosen[200:] == [4] * 200
@@ -63,15 +63,15 @@ def test_pace_comes_back_when_text_gets_easier():
 
 def test_many_rows_share_one_choice():
     easy, hard = Acceptance(0.95), Acceptance(0.0)
-    assert Pace(COSTS).choose([easy, easy, easy, hard]) == 4
-    assert Pace(COSTS).choose([hard, hard, hard, hard]) == 0
+    assert DraftLengthPolicy(COSTS).choose([easy, easy, easy, hard]) == 4
+    assert DraftLengthPolicy(COSTS).choose([hard, hard, hard, hard]) == 0
 
 
 def test_each_batch_bucket_has_its_own_costs():
-    paces = Paces({1: Pace({4: 1.2}), 8: Pace({4: 3.0})})
-    assert paces.choose({0: Acceptance(0.6)}) == 4
-    assert paces.choose({0: Acceptance(0.6), 1: Acceptance(0.6)}) == 0
-    assert paces.choose({3: Acceptance(0.6)}) == 0
+    policies = DraftLengthPolicies({1: DraftLengthPolicy({4: 1.2}), 8: DraftLengthPolicy({4: 3.0})})
+    assert policies.choose({0: Acceptance(0.6)}) == 4
+    assert policies.choose({0: Acceptance(0.6), 1: Acceptance(0.6)}) == 0
+    assert policies.choose({3: Acceptance(0.6)}) == 0
 
 
 CONTENT = {
