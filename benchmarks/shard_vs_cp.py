@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.graphs.packing import BlockPacking, Packing, PlainPacking
-from pipeline.graphs.signature import PairSpec
+from pipeline.graphs.spec import ModelsSpec
 from pipeline.models.families import config_of
 from pipeline.models.weights import weight_specs
 from pipeline.sources.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def copy(source: Path, target: Path) -> int:
 def shard(target: Checkpoint, out: Path, packing: Packing) -> int:
     """One rank of a target and its first layer as draft; returns the bytes written."""
     draft = derive(target, (0,))
-    pair = PairSpec(target.config, draft.config, "bfloat16", "bfloat16", 1, True, rows=1, length=64, candidates=None)
+    pair = ModelsSpec(target.config, draft.config, "bfloat16", "bfloat16", 1, True)
     return sum(file.size for file in write_shards(pair, target, draft, out, packing=packing))
 
 

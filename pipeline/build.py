@@ -201,10 +201,10 @@ def _shard(
     with _alone(root.with_suffix(".lock"), request.log, "a build that writes the same shards"):
         found = _whole_shards(root, request.log)
         if found is None:
-            request.log(f"shard: weights for {plan.pair.tp} rank(s)")
+            request.log(f"shard: weights for {plan.pair.models.tp} rank(s)")
             with atomic_dir(root) as folder:
                 files = write_shards(
-                    plan.pair, target, draft, folder, packing=backend.packing,
+                    plan.pair.models, target, draft, folder, packing=backend.packing,
                     progress=lambda done, total: request.progress("shard", done, total),
                 )  # fmt: skip
                 found = [replace(file, path=file.path.relative_to(folder)) for file in files]

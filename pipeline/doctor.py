@@ -68,7 +68,7 @@ def _recipe(found: Diagnosis, recipe: Recipe, path: Path) -> None:
         return
     largest = max(plan.compile_memory(spec) for spec in plan.graphs)
     found.facts["recipe"] = {
-        "graphs": f"{len(plan.graphs)}, compiled for {plan.pair.tp} rank(s)",
+        "graphs": f"{len(plan.graphs)}, compiled for {plan.pair.models.tp} rank(s)",
         "memory on a rank": f"{plan.memory.total / GIB:.1f} GiB{_limit(plan)}",
         "memory to compile": f"{largest / GIB:.1f} GiB for the largest graph (estimate)",
         "artifact": f"{plan.artifact_bytes / GIB:.1f} GiB",

@@ -16,9 +16,10 @@ import torch
 from pipeline.artifact.manifest import GraphEntry, Manifest
 from pipeline.graphs.module import DTYPES, run_phase
 from pipeline.graphs.packing import PlainPacking
-from pipeline.graphs.signature import PairSpec, signature, stored_weights
+from pipeline.graphs.signature import signature, stored_weights
+from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams
-from pipeline.plan.plan import GraphSpec, Plan, make_plan
+from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
@@ -40,8 +41,8 @@ class EagerRanks:
         self.tensors = {}
         for model, checkpoint in zip(("target", "draft"), pair, strict=True):
             refs = weights(checkpoint)
-            kind = DTYPES[plan.pair.dtype_of(model)]
-            for spec in stored_weights(plan.pair, model):
+            kind = DTYPES[plan.pair.models.dtype_of(model)]
+            for spec in stored_weights(plan.pair.models, model):
                 tensor = read_tensor(refs[spec.name])
                 self.tensors[f"{model}/{spec.name}"] = tensor.int() if spec.kind == "index" else tensor.to(kind)
         self.tensors_of_state: dict[str, torch.Tensor] = {}

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.graphs.module import run_phase
-from pipeline.graphs.signature import PairSpec
+from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
 from pipeline.models.families import config_of
 from pipeline.models.parallel import Seams
 from pipeline.models.weights import weight_specs
-from pipeline.plan.plan import GraphSpec
 
 SMALL = {
     "model_type": "qwen3",
@@ -70,7 +69,7 @@ def empty_state(shape: PairSpec) -> dict[str, torch.Tensor]:
     if shape.draft.eagle3 is not None:
         state = {"draft/feature": torch.zeros(shape.rows, shape.draft.hidden)}
     for model in ("target", "draft"):
-        config = shape.config_of(model)
+        config = shape.models.config_of(model)
         for layer in range(config.layers):
             for part in ("k", "v"):
                 state[f"{model}/{part}.{layer}"] = torch.zeros(
@@ -96,7 +95,7 @@ def make_pair(
     target = config_of(SMALL, "target")
     layers = 3 if agreement == "all" else 1
     draft = config_of(SMALL | {"num_hidden_layers": layers, "shares_embedding": True}, "draft")
-    shape = PairSpec(target, draft, "float32", "float32", 1, True, rows, length, candidates)
+    shape = PairSpec(ModelsSpec(target, draft, "float32", "float32", 1, True), rows, length, candidates)
     weights = {}
     for spec in weight_specs(target):
         scale = 0.3 if spec.kind != "vector" else 0.1
@@ -119,7 +118,8 @@ def _padded_pair(vocab: int, draft_vocab: int, rows: int, length: int, candidate
             SMALL | {"vocab_size": draft_vocab, "tie_word_embeddings": False, "num_hidden_layers": 1}, "draft"
         ),
     }
-    shape = PairSpec(configs["target"], configs["draft"], "float32", "float32", 1, True, rows, length, candidates)
+    models = ModelsSpec(configs["target"], configs["draft"], "float32", "float32", 1, True)
+    shape = PairSpec(models, rows, length, candidates)
     tensors: dict[str, torch.Tensor] = {}
     for model, config in configs.items():
         for spec in weight_specs(config):

@@ -28,8 +28,9 @@ def perturbed_layer(ranks: EagerRanks, seed: int) -> None:
 
 def wrong_rope_base(ranks: EagerRanks, seed: int) -> None:
     """Rotary base of another model, for the target only."""
-    target = replace(ranks.shape.target, rope_theta=ranks.shape.target.rope_theta * (2 + seed))
-    ranks.shape = replace(ranks.shape, target=target)
+    models = ranks.shape.models
+    target = replace(models.target, rope_theta=models.target.rope_theta * (2 + seed))
+    ranks.shape = replace(ranks.shape, models=replace(models, target=target))
 
 
 def swapped_query_heads(ranks: EagerRanks, seed: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.files.atomic import sha256_file
 from pipeline.graphs.packing import BlockPacking
-from pipeline.graphs.signature import PairSpec
+from pipeline.graphs.spec import ModelsSpec
 from pipeline.models.families import config_of
 from pipeline.models.weights import weight_specs
 from pipeline.sources.derived import derive
@@ -62,7 +62,7 @@ def main(work: Path) -> None:
     size = write_large(work / "model")
     target = resolve("model", base=work, cache=work / "cache")
     draft = derive(target, (0,))
-    pair = PairSpec(target.config, draft.config, "bfloat16", "bfloat16", 1, True, rows=1, length=64, candidates=None)
+    pair = ModelsSpec(target.config, draft.config, "bfloat16", "bfloat16", 1, True)
     shards = write_shards(pair, target, draft, work / "out", packing=BlockPacking())
     peak = peak_resident_bytes()
     intact = all(sha256_file(shard.path) == shard.sha256 for shard in shards)

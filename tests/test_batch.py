@@ -4,7 +4,7 @@ import pytest
 import torch
 from eager import make_engine
 
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.batch import Batch, Choice, Row
 from pipeline.sources.pair import resolve_pair

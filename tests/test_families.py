@@ -24,8 +24,9 @@ from pipeline.errors import SourceError
 from pipeline.graphs.module import DTYPES, run_phase
 from pipeline.graphs.packing import PlainPacking
 from pipeline.graphs.signature import Signature, signature
+from pipeline.graphs.spec import GraphSpec
 from pipeline.models.parallel import Seams
-from pipeline.plan.plan import GraphSpec, Plan, make_plan
+from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe.schema import Recipe, load
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
@@ -95,7 +96,7 @@ def pair(request, tmp_path_factory) -> tuple[str, Path, Recipe, Engine]:
     recipe = load(write_recipe(request.param, root))
     target, draft = resolve_pair(recipe, base=root, cache=root / "cache")
     plan = make_plan(recipe, target.config, draft.config)
-    write_shards(plan.pair, target, draft, root / "shards", packing=PlainPacking())
+    write_shards(plan.pair.models, target, draft, root / "shards", packing=PlainPacking())
     (root / "tokenizer").mkdir()
     for name, data in tokenizer_files(target).items():
         (root / "tokenizer" / name).write_bytes(data)

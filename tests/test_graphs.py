@@ -4,8 +4,8 @@ import pytest
 import torch
 from pairs import empty_state, make_pair
 
+from pipeline.graphs.spec import GraphSpec
 from pipeline.models.parallel import Seams
-from pipeline.plan.plan import GraphSpec
 from pipeline.speculation.acceptance import accept_stochastic
 from pipeline.speculation.sampling import Candidates, Sampling, candidates, greedy, pick
 

@@ -10,7 +10,8 @@ from pipeline.backends.base import make_backend
 from pipeline.cache.local import Cache
 from pipeline.graphs.packing import PlainPacking
 from pipeline.graphs.signature import signature
-from pipeline.plan.plan import GraphSpec, make_plan
+from pipeline.graphs.spec import GraphSpec
+from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.batch import Choice
 from pipeline.runtime.lookup import Lookup, argument

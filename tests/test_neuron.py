@@ -17,7 +17,7 @@ from pipeline.backends.neuron.backend import NeuronBackend
 from pipeline.errors import ArtifactError
 from pipeline.files.atomic import sha256_file
 from pipeline.graphs.signature import Signature, TensorSpec
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 
 RECIPE = """
 name: tiny

@@ -22,11 +22,11 @@ from torch.nn import functional
 
 from pipeline.artifact.manifest import read
 from pipeline.graphs.packing import PlainPacking
-from pipeline.graphs.signature import PairSpec, signature
+from pipeline.graphs.signature import signature
+from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
 from pipeline.models.weights import weight_specs
-from pipeline.plan.plan import GraphSpec
 
 pytestmark = pytest.mark.xla
 
@@ -79,7 +79,7 @@ def make(
     """A random pair of a family; its draft is the target's first layer, with an embedding of its own if it is split."""
     torch.manual_seed(0)
     target, draft = configs(family, reduced)
-    shape = PairSpec(target, draft, "float32", "float32", tp, replicated, rows, LENGTH, 16, lookup=lookup)
+    shape = PairSpec(ModelsSpec(target, draft, "float32", "float32", tp, replicated), rows, LENGTH, 16, lookup=lookup)
     weights = {}
     for spec in weight_specs(target):
         noise = torch.randn(spec.shape) * (0.1 if spec.kind == "vector" else 0.3)
@@ -100,7 +100,7 @@ def make(
             tensors[f"draft/{spec.name}"] = torch.randn(spec.shape) * 0.3 + (spec.kind == "vector")
     for model in ("target", "draft"):
         tensors[f"{model}/rank.vocab_offset"] = torch.zeros(1, dtype=torch.int32)
-        for spec in weight_specs(shape.config_of(model), replicated=model == "draft" and replicated):
+        for spec in weight_specs(shape.models.config_of(model), replicated=model == "draft" and replicated):
             if spec.split == "vocab":  # shards hold whole blocks
                 one = tensors[f"{model}/{spec.name}"]
                 tensors[f"{model}/{spec.name}"] = functional.pad(one, (0, 0, 0, -len(one) % 32))
@@ -244,10 +244,14 @@ def test_hlo_is_what_the_compiler_takes(sdk, family, tp, replicated):
 def sums(spec: GraphSpec, shape: PairSpec) -> int:
     """All-reduces of a graph: one for the embedding and two a layer, each time that a split model runs."""
     if spec.phase == "score" and spec.model == "draft" and shape.draft.eagle3 is not None:
-        return 1 + 2 * (shape.target.layers - 1) if shape.tp > 1 else 0  # the last layer of the target: keys alone
+        return (
+            1 + 2 * (shape.target.layers - 1) if shape.models.tp > 1 else 0
+        )  # the last layer of the target: keys alone
     runs = {"prefill": {"target": 1, "draft": 1}, "decode": {"target": 1}, "score": {spec.model: 1}}
     each = runs.get(spec.phase, {"target": 1, "draft": spec.draft_tokens})
-    return sum(times * (1 + 2 * shape.config_of(m).layers) for m, times in each.items() if shape.tp_of(m) > 1)
+    return sum(
+        times * (1 + 2 * shape.models.config_of(m).layers) for m, times in each.items() if shape.models.tp_of(m) > 1
+    )
 
 
 def test_trace_says_how_it_wants_to_be_lowered(sdk):

@@ -12,10 +12,11 @@ from pipeline.backends.base import make_backend
 from pipeline.errors import Problem, RecipeError
 from pipeline.graphs.packing import BlockPacking
 from pipeline.graphs.signature import signature
+from pipeline.graphs.spec import GraphSpec
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import weight_specs
 from pipeline.plan import lock as locks
-from pipeline.plan.plan import DTYPE_BYTES, GIB, GraphSpec, Plan, make_plan
+from pipeline.plan.plan import DTYPE_BYTES, GIB, Plan, make_plan
 from pipeline.recipe.schema import Recipe, find, load
 
 ROOT = Path(__file__).parent.parent

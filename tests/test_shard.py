@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.errors import HostError, InputError, SourceError
 from pipeline.graphs.packing import WIDE, BlockPacking, PlainPacking
-from pipeline.graphs.signature import PairSpec
+from pipeline.graphs.spec import ModelsSpec
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.derived import derive
 from pipeline.sources.pair import resolve
@@ -33,8 +33,8 @@ PACKINGS = [PlainPacking(), BlockPacking()]
 
 def pair_of(
     target: Checkpoint, draft: Checkpoint, *, tp: int = 1, dtype: str = "float32", replicated: bool = True
-) -> PairSpec:
-    return PairSpec(target.config, draft.config, dtype, dtype, tp, replicated, rows=1, length=64, candidates=None)
+) -> ModelsSpec:
+    return ModelsSpec(target.config, draft.config, dtype, dtype, tp, replicated)
 
 
 def opened(root: Path, tmp_path: Path, **kwargs: str) -> Checkpoint:

@@ -28,7 +28,7 @@ from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.records import Record
 
 if TYPE_CHECKING:
-    from pipeline.plan.plan import GraphSpec  # planning is not needed to pull
+    from pipeline.graphs.spec import GraphSpec  # planning is not needed to pull
 
 MANIFEST = "manifest.json"
 SIGNATURE = "signature"
@@ -78,7 +78,7 @@ class GraphEntry(Record):
 
     def spec(self) -> GraphSpec:
         """The graph's bucket."""
-        from pipeline.plan.plan import GraphSpec
+        from pipeline.graphs.spec import GraphSpec
 
         return GraphSpec(
             self.phase, self.batch, self.tokens, self.kv, self.draft_tokens, self.sampling, self.model

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from pipeline.artifact.manifest import CACHE_KIND
 from pipeline.errors import HostError, Problem
 from pipeline.graphs.packing import Packing
-from pipeline.graphs.signature import PairSpec, Signature
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.signature import Signature
+from pipeline.graphs.spec import GraphSpec, PairSpec
 
 BACKENDS = {
     "inductor": "pipeline.backends.inductor.backend:InductorBackend",

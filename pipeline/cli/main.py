@@ -148,7 +148,7 @@ def plan(recipe: str, json_: bool) -> None:
     if json_:
         print_json({"graphs": [spec.name for spec in made.graphs], "memory_bytes_per_rank": memory})
         return
-    click.echo(f"{parsed.name}: {len(made.graphs)} graphs, {made.pair.tp} rank(s)")
+    click.echo(f"{parsed.name}: {len(made.graphs)} graphs, {made.pair.models.tp} rank(s)")
     for spec in made.graphs:
         click.echo(f"  {spec.name}")
     for name, size in memory.items():

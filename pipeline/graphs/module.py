@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.graphs.signature import EMBEDDING, PairSpec, Signature, TensorSpec
+from pipeline.graphs.signature import EMBEDDING, Signature, TensorSpec
+from pipeline.graphs.spec import ROLES, GraphSpec, PairSpec, Role
 from pipeline.models.parallel import Seams, State
-from pipeline.plan.plan import GraphSpec
 from pipeline.speculation import phases as graphs
 from pipeline.speculation.drafters import FEATURE, TAIL, drafter_of, score
 from pipeline.speculation.model import Choose, Model
@@ -46,14 +46,16 @@ class GraphModule(nn.Module):
 
 def run_phase(spec: GraphSpec, pair: PairSpec, named: dict[str, Tensor], seams_for: SeamsFor) -> tuple[Tensor, ...]:
     """Run one phase on tensors by name. State entries of `named` are updated, in place or by replacement."""
-    models = {name: _model(name, pair, named, seams_for) for name in ("target", "draft")}
+    models = {role: _model(role, pair, named, seams_for) for role in ROLES}
     outputs = _outputs(spec, pair, named, models)
-    for name, model in models.items():
-        named.update({f"{name}/{key}": tensor for key, tensor in model.state.items()})
+    for role, model in models.items():
+        named.update({f"{role}/{key}": tensor for key, tensor in model.state.items()})
     return outputs
 
 
-def _outputs(spec: GraphSpec, pair: PairSpec, named: dict[str, Tensor], models: dict[str, Model]) -> tuple[Tensor, ...]:
+def _outputs(
+    spec: GraphSpec, pair: PairSpec, named: dict[str, Tensor], models: Mapping[Role, Model]
+) -> tuple[Tensor, ...]:
     target, drafter = models["target"], drafter_of(models["draft"])
     if spec.phase == "score":
         inputs = (named["tokens"], named["position"], spec.kv)
@@ -72,15 +74,16 @@ def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:
     return [torch.empty(t.shape, dtype=DTYPES[t.dtype], device=device) for t in specs]
 
 
-def _model(name: str, pair: PairSpec, named: dict[str, Tensor], seams_for: SeamsFor) -> Model:
-    own = {key.removeprefix(f"{name}/"): tensor for key, tensor in named.items() if key.startswith(f"{name}/")}
+def _model(role: Role, pair: PairSpec, named: Mapping[str, Tensor], seams_for: SeamsFor) -> Model:
+    own = {key.removeprefix(f"{role}/"): tensor for key, tensor in named.items() if key.startswith(f"{role}/")}
     state: State = {key: t for key, t in own.items() if key in (TAIL, FEATURE) or key.startswith(("k.", "v."))}
     weights = {key: t for key, t in own.items() if key not in state}
-    if name == "draft" and pair.embedding_is_shared and f"target/{EMBEDDING}" in named:
+    if role == "draft" and pair.models.embedding_is_shared and f"target/{EMBEDDING}" in named:
         weights[EMBEDDING] = named[f"target/{EMBEDDING}"]
-    partner = pair.target.vocab if name == "draft" and pair.draft.vocab != pair.target.vocab else None
-    taps = pair.taps if name == "target" else ()
-    return Model(pair.config_of(name), weights, state, seams_for(pair.tp_of(name)), partner, taps)
+    partner = pair.target.vocab if role == "draft" and pair.draft.vocab != pair.target.vocab else None
+    taps = pair.models.taps if role == "target" else ()
+    seams = seams_for(pair.models.tp_of(role))
+    return Model(pair.models.config_of(role), weights, state, seams, partner, taps)
 
 
 def _choose(spec: GraphSpec, pair: PairSpec, named: dict[str, Tensor]) -> Choose:

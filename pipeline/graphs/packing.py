@@ -1,4 +1,4 @@
-"""How a backend wants weights laid out in the shards that it loads. Knows shapes and layouts, not files or ranks.
+"""Layouts of weights in shards. Knows shapes, not files or ranks; imports torch only to pack.
 
 Shapes: N output features (rows of a checkpoint's weight), K input features.
 """
@@ -115,3 +115,7 @@ def _pairs(values: Tensor) -> Tensor:
     import torch
 
     return values.view({1: torch.int16, 2: torch.int32}[values.element_size()])
+
+
+PACKINGS: dict[str, Packing] = {"plain": PlainPacking(), "block": BlockPacking()}
+"""Layouts by the name that a backend's settings give them."""

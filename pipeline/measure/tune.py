@@ -28,7 +28,7 @@ from pipeline.recipe.schema import load
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.plan.plan import GraphSpec
+    from pipeline.graphs.spec import GraphSpec
     from pipeline.runtime.engine import Engine
     from pipeline.validate.prompts import Prompt
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipeline.models.draft_kind import DRAFT_MODEL, EAGLE3, DraftKind
+
 
 @dataclass(frozen=True)
 class Llama3Rope:
@@ -70,3 +72,8 @@ class ModelConfig:
     def out_vocab(self) -> int:
         """Rows of the LM head."""
         return self.draft_vocab or self.vocab
+
+    @property
+    def draft_kind(self) -> DraftKind:
+        """The kind of draft that this model would be."""
+        return DRAFT_MODEL if self.eagle3 is None else EAGLE3

@@ -69,7 +69,7 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
     lock = make_lock(plan.recipe, *pair, toolchain)
     with atomic_dir(out) as folder:
         flags = _compile(folder, made, roots, settings)
-        _check(folder, made, plan.pair.tp)
+        _check(folder, made, plan.pair.models.tp)
         _make_relative(folder, {roots[role]: place for role, place in nxdi.PLACES.items()} | {str(folder): "."})
         _add_models(folder, pair)
         (folder / ASKED).write_bytes(_asked(made, plan, lock))

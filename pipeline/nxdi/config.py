@@ -69,7 +69,8 @@ def package(plan: Plan) -> Package:
     (k,) = recipe.speculation.draft_tokens
     shapes, rows = recipe.shapes, recipe.shapes.batch[-1]
     common = {
-        "tp_degree": pair.tp, "batch_size": rows, "max_batch_size": rows, "ctx_batch_size": 1, "tkg_batch_size": rows,
+        "tp_degree": pair.models.tp,
+        "batch_size": rows, "max_batch_size": rows, "ctx_batch_size": 1, "tkg_batch_size": rows,
         "is_continuous_batching": rows > 1, "seq_len": shapes.kv[-1], "max_context_length": shapes.prefill[-1],
         "torch_dtype": recipe.target.dtype, "logical_nc_config": plan.recipe.backend.lnc,  # type: ignore[union-attr]
         "enable_bucketing": True, "context_encoding_buckets": list(shapes.prefill),
@@ -77,7 +78,12 @@ def package(plan: Plan) -> Package:
         "on_device_sampling_config": {"do_sample": False, "dynamic": False, "deterministic": True, "top_k": 1},
     }  # fmt: skip
     target = {**common, "speculation_length": k + 1, "enable_fused_speculation": True}
-    draft = {**common, "speculation_length": 0, "enable_fused_speculation": False, "tp_degree": pair.tp_of("draft")}
+    draft = {
+        **common,
+        "speculation_length": 0,
+        "enable_fused_speculation": False,
+        "tp_degree": pair.models.tp_of("draft"),
+    }
     return Package(target, draft, _classes(pair.target.family), _classes(pair.draft.family), _vllm(plan, k))
 
 
@@ -182,11 +188,11 @@ def _draft_problems(plan: Plan) -> Iterator[Problem]:
         yield Problem(place("draft"), what, "use a draft with its own embedding and the target's vocabulary")
     if recipe.draft.derive is not None:
         yield Problem(place("draft.derive"), "NxD Inference reads the draft from a checkpoint", "write it out first")
-    if pair.tp_of("draft") != pair.tp and pair.draft.family not in OWN_TP_FAMILIES:
+    if pair.models.tp_of("draft") != pair.models.tp and pair.draft.family not in OWN_TP_FAMILIES:
         what = f"a {pair.draft.family} draft cannot have other ranks than its target in NxD Inference"
         yield Problem(place("draft.placement"), what, "write placement: sharded")
-    if pair.target_dtype != pair.draft_dtype:
-        what = f"found {pair.draft_dtype}, the target is {pair.target_dtype}"
+    if pair.models.target_dtype != pair.models.draft_dtype:
+        what = f"found {pair.models.draft_dtype}, the target is {pair.models.target_dtype}"
         yield Problem(place("draft.dtype"), what, "use the target's dtype")
 
 
@@ -202,7 +208,7 @@ def _vllm(plan: Plan, k: int) -> dict[str, Any]:
         "environment": {"NEURON_COMPILED_ARTIFACTS": ".", "VLLM_NEURON_FRAMEWORK": "neuronx-distributed-inference"},
         "arguments": {
             "model": PLACES["target"],
-            "tensor-parallel-size": plan.pair.tp,
+            "tensor-parallel-size": plan.pair.models.tp,
             "max-num-seqs": shapes.batch[-1],
             "max-model-len": shapes.kv[-1] - (k + 1),
             "speculative-config": {"model": PLACES["draft"], "num_speculative_tokens": k + 1},

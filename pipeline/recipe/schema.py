@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,8 @@ from pydantic import (
 )
 
 from pipeline.errors import InputError, Problem
+from pipeline.graphs.spec import Sampling
+from pipeline.models.draft_kind import DRAFT_KINDS, DraftMethod
 from pipeline.records import Record
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["int8"]
-Sampling = Literal["greedy", "stochastic"]
 
 SOURCES = ("hf", "package", "pico")
 """Schemes of sources: the keys of `pipeline.sources.pair.KINDS`."""
@@ -136,7 +137,7 @@ class Draft(_Weighted):
 class Speculation(Record):
     """How tokens are proposed and chosen."""
 
-    method: Literal["draft_model", "eagle3"] = Field(
+    method: DraftMethod = Field(
         default="draft_model",
         description="what proposes: draft_model, a smaller model; eagle3, a one-layer head over the target's states",
     )
@@ -168,7 +169,7 @@ class Speculation(Record):
             if len(costs) != len(self.draft_tokens):
                 found = f"found {len(costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
                 raise ValueError(f"{found}; accepted: one each")
-        if self.method != "eagle3":
+        if not DRAFT_KINDS[self.method].reads_target_states:
             raise ValueError("found step_costs with a draft model, which cannot pause for free; accepted: eagle3")
         return self
 
@@ -187,6 +188,11 @@ class Parallel(Record):
     tensor: Annotated[int, Field(ge=1)] = Field(default=1, description="tensor-parallel ranks")
 
 
+GIB = 1 << 30
+CORE_MEMORY = {("trn2", 1): 12 * GIB, ("trn2", 2): 24 * GIB, ("trn1", 1): 16 * GIB, ("inf2", 1): 16 * GIB}
+"""Device memory of a logical core, by chip and LNC (Neuron SDK, feature guide)."""
+
+
 class InductorBackend(Record):
     """AOTInductor: shared libraries for CPUs and NVIDIA GPUs."""
 
@@ -196,6 +202,15 @@ class InductorBackend(Record):
         default="native", description="instruction set that a CPU artifact needs; native: the build host's"
     )
 
+    core_memory_bytes: ClassVar[None] = None
+    core_name: ClassVar[str] = "the host"
+    needs_candidates: ClassVar[bool] = False
+
+    @property
+    def packing(self) -> Literal["block", "plain"]:
+        """Layout of weights in the shards: `graphs.packing.PACKINGS`."""
+        return "block" if self.device == "cpu" else "plain"
+
 
 class NeuronBackend(Record):
     """AWS Neuron: NEFFs for Trainium and Inferentia."""
@@ -204,6 +219,19 @@ class NeuronBackend(Record):
     target: Literal["trn1", "trn2", "inf2"] = Field(description="chip")
     lnc: int = Field(default=1, description="physical cores in a logical one: 1 or 2 on trn2, 1 elsewhere")
     flags: dict[str, str] = Field(default_factory=dict, description="extra neuronx-cc flags")
+
+    packing: ClassVar[Literal["plain"]] = "plain"
+    needs_candidates: ClassVar[bool] = True
+
+    @property
+    def core_memory_bytes(self) -> int:
+        """Device memory of a logical core."""
+        return CORE_MEMORY[self.target, self.lnc]
+
+    @property
+    def core_name(self) -> str:
+        """What messages call a core."""
+        return f"a core with lnc={self.lnc}"
 
     @model_validator(mode="after")
     def _lnc_fits(self) -> NeuronBackend:
@@ -264,6 +292,11 @@ class Recipe(Record):
     publish: tuple[Publish, ...] = Field(default=(), description="registries that the artifact goes to")
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def draft_dtype(self) -> Dtype:
+        """Dtype of the draft's weights and caches."""
+        return self.draft.dtype or self.target.dtype
 
     @property
     def draft_weights(self) -> Weights | None:

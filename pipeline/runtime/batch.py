@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.artifact.manifest import Manifest
 from pipeline.errors import InputError
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
 from pipeline.runtime.lookup import Lookup, argument
 from pipeline.runtime.ranks import Ranks

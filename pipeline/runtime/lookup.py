@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 
 
 class Lookup:

@@ -20,7 +20,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from pipeline.artifact.manifest import Manifest
 from pipeline.errors import HostError
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.session import Session
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)

@@ -13,7 +13,7 @@ from pipeline.artifact.manifest import Manifest
 from pipeline.backends.base import Backend, Executable, make_backend
 from pipeline.graphs.module import DTYPES
 from pipeline.graphs.signature import Signature, TensorSpec
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 
 
 class Session:

@@ -22,8 +22,7 @@ from pipeline.backends.base import Backend, Traced, cache_key, make_backend
 from pipeline.cache.local import Cache
 from pipeline.cache.remote import Remote
 from pipeline.errors import HostError, TandemError
-from pipeline.graphs.signature import PairSpec
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec, PairSpec
 
 SHAPING = ("models", "speculation", "graphs", "backends/base.py")
 """Parts of this package that decide what a graph computes, beside its own backend."""

@@ -181,7 +181,7 @@ def _manifest(files: dict[str, FileEntry], facts: Facts) -> Manifest:
         toolchain=dict(facts.toolchain),
         backend=dict(facts.backend),
         requires=dict(facts.requires),
-        tensor=facts.plan.pair.tp,
+        tensor=facts.plan.pair.models.tp,
         dtype=recipe.target.dtype,
         weights=recipe.target.weights,
         shapes=ShapesEntry(**recipe.shapes.model_dump()),

@@ -25,7 +25,8 @@ from torch import Tensor
 from pipeline.errors import HostError, InputError, SourceError
 from pipeline.files.atomic import atomic_file, link_or_copy
 from pipeline.graphs.packing import SCALE_BYTES, Packing
-from pipeline.graphs.signature import EMBEDDING, OFFSET, PairSpec, stored_weights
+from pipeline.graphs.signature import EMBEDDING, OFFSET, stored_weights
+from pipeline.graphs.spec import ModelsSpec, Role
 from pipeline.models.config import ModelConfig
 from pipeline.models.int8 import quantise
 from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_shape, padded_vocab, up_to, vocab_offset
@@ -60,7 +61,7 @@ class ShardFile:
     sha256: str
     size: int
     rank: int
-    model: str
+    model: Role
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class _Meter:
 
 
 @dataclass(frozen=True)
-class Part:
+class ColumnRange:
     """Columns [first, last) of a window, and the ranks that store them."""
 
     first: int
@@ -94,7 +95,7 @@ class Window:
     dtype: str
     rows: int
     real: int
-    parts: tuple[Part, ...]
+    parts: tuple[ColumnRange, ...]
 
     @property
     def width(self) -> int:
@@ -114,13 +115,13 @@ class Window:
         return blocks * (BLOCK * self.width * DTYPE_BYTES[self.dtype] + scales)
 
 
-def shard_path(out: Path, model: str, rank: int, ranks: int) -> Path:
+def shard_path(out: Path, role: Role, rank: int, ranks: int) -> Path:
     """Where a rank's weights lie in an artifact."""
-    return out / "weights" / model / f"rank-{rank}-of-{ranks}.safetensors"
+    return out / "weights" / role / f"rank-{rank}-of-{ranks}.safetensors"
 
 
 def write_shards(
-    pair: PairSpec,
+    models: ModelsSpec,
     target: Checkpoint,
     draft: Checkpoint,
     out: Path,
@@ -135,10 +136,10 @@ def write_shards(
         HostError: not enough space.
 
     """  # fmt: skip
-    if pair.draft.draft_vocab is not None and not pair.draft_replicated and pair.tp > 1:
+    if models.draft.draft_vocab is not None and not models.draft_replicated and models.tp > 1:
         what = "a draft with a reduced vocabulary cannot be split: its head and embedding would need two offsets"
         raise InputError(what, where="draft.placement", fix="write placement: replicated")
-    jobs = [_job("target", pair, target, target, packing), _job("draft", pair, draft, target, packing)]
+    jobs = [_job("target", models, target, target, packing), _job("draft", models, draft, target, packing)]
     total = sum(job.layout.size * job.copies for job in jobs)
     _check_space(out, sum(job.layout.size * len(job.ranks) for job in jobs))
     done, files = 0, []
@@ -164,24 +165,24 @@ def _one_thread() -> Iterator[None]:
 class _Job:
     """One model's files: the same layout on each rank, cut differently."""
 
-    model: str
-    pair: PairSpec
+    role: Role
+    models: ModelsSpec
     layout: Layout
     tensors: tuple[tuple[WeightSpec, TensorRef], ...]
     packing: Packing
 
     @property
     def config(self) -> ModelConfig:
-        return self.pair.config_of(self.model)
+        return self.models.config_of(self.role)
 
     @property
     def split(self) -> int:
         """Ranks that the model is split over."""
-        return self.pair.tp_of(self.model)
+        return self.models.tp_of(self.role)
 
     @property
     def ranks(self) -> range:
-        return range(self.pair.tp)
+        return range(self.models.tp)
 
     @property
     def copies(self) -> int:
@@ -192,7 +193,7 @@ class _Job:
     def windows(self) -> Iterator[Window]:
         """Every window, in the order in which the files are written."""
         for spec, source in self.tensors:
-            stored = STORED[self.pair.stored_dtype(self.model, spec.kind)]
+            stored = STORED[self.models.stored_dtype(self.role, spec.kind)]
             yield from windows(spec, source, stored, self.config, self.split)
 
     def offset(self, rank: int) -> bytes:
@@ -201,20 +202,20 @@ class _Job:
         return vocab_offset(rows, rank if self.split > 1 else 0).to_bytes(4, "little")
 
 
-def _job(model: str, pair: PairSpec, checkpoint: Checkpoint, target: Checkpoint, packing: Packing) -> _Job:
+def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpoint, packing: Packing) -> _Job:
     """Find every tensor and lay out the files. Index tensors and the offset go last, so that weights stay aligned."""
     sources = dict(weights(checkpoint))
-    if pair.config_of(model).shares_embedding:
+    config, split = models.config_of(role), models.tp_of(role)
+    if config.shares_embedding:
         sources[EMBEDDING] = weights(target)[EMBEDDING]
-    specs = sorted(stored_weights(pair, model), key=lambda spec: spec.kind == "index")
-    config, split = pair.config_of(model), pair.tp_of(model)
-    entries = [
-        (s.name, STORED[dtype], packing.packed_shape(local_shape(s, config, split), s.kind, dtype))
-        for s in specs
-        for dtype in (pair.stored_dtype(model, s.kind),)
-    ]
-    plan = layout([*entries, (OFFSET, "I32", (1,))], {"format": "pt", "packing": packing.name})
-    return _Job(model, pair, plan, tuple((spec, sources[spec.name]) for spec in specs), packing)
+    specs = sorted(stored_weights(models, role), key=lambda spec: spec.kind == "index")
+    entries = []
+    for spec in specs:
+        dtype = models.stored_dtype(role, spec.kind)
+        shape = packing.packed_shape(local_shape(spec, config, split), spec.kind, dtype)
+        entries.append((spec.name, STORED[dtype], shape))
+    file = layout([*entries, (OFFSET, "I32", (1,))], {"format": "pt", "packing": packing.name})
+    return _Job(role, models, file, tuple((spec, sources[spec.name]) for spec in specs), packing)
 
 
 def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig, tp: int) -> Iterator[Window]:
@@ -228,30 +229,30 @@ def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig
             yield Window(source.rows(start, start + real), spec, dtype, rows, real, parts)
 
 
-def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[tuple[int, int, tuple[Part, ...]]]:
+def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[tuple[int, int, tuple[ColumnRange, ...]]]:
     """Row ranges of a tensor, in rank order, and who stores which columns of them; past its end there are zeros."""
     rows, width = spec.shape[0], math.prod(spec.shape[1:])
     everyone = tuple(range(tp))
     if spec.split == "replicate":
-        yield 0, rows, (Part(0, width, everyone),)
+        yield 0, rows, (ColumnRange(0, width, everyone),)
     elif spec.split == "columns":
         share = width // tp
-        yield 0, rows, tuple(Part(rank * share, (rank + 1) * share, (rank,)) for rank in everyone)
+        yield 0, rows, tuple(ColumnRange(rank * share, (rank + 1) * share, (rank,)) for rank in everyone)
     elif spec.split == "kv_rows":
         holders: dict[tuple[int, int], list[int]] = {}
         for rank in everyone:
             holders.setdefault(kv_head_of(rank, config, tp), []).append(rank)
         for (first, last), ranks in holders.items():
-            yield first * config.head_dim, last * config.head_dim, (Part(0, width, tuple(ranks)),)
+            yield first * config.head_dim, last * config.head_dim, (ColumnRange(0, width, tuple(ranks)),)
     else:
         share = (padded_vocab(rows, tp) if spec.split == "vocab" else rows) // tp
         for rank in everyone:
-            yield rank * share, (rank + 1) * share, (Part(0, width, (rank,)),)
+            yield rank * share, (rank + 1) * share, (ColumnRange(0, width, (rank,)),)
 
 
 def _write(job: _Job, out: Path, progress: _Meter) -> list[ShardFile]:
     """Write one model's files, all ranks at once, so that the checkpoint is read once."""
-    paths = [shard_path(out, job.model, rank, len(job.ranks)) for rank in job.ranks]
+    paths = [shard_path(out, job.role, rank, len(job.ranks)) for rank in job.ranks]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         files = [stack.enter_context(atomic_file(paths[rank])) for rank in range(job.copies)]
@@ -260,7 +261,7 @@ def _write(job: _Job, out: Path, progress: _Meter) -> list[ShardFile]:
         path.unlink(missing_ok=True)
         link_or_copy(paths[0], path)
     return [
-        ShardFile(path, digests[min(rank, job.copies - 1)], job.layout.size, rank, job.model)
+        ShardFile(path, digests[min(rank, job.copies - 1)], job.layout.size, rank, job.role)
         for rank, path in enumerate(paths)
     ]
 

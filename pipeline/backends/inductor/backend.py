@@ -21,9 +21,9 @@ from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, Ran
 from pipeline.errors import HostError, Problem
 from pipeline.graphs.module import GraphModule, empty
 from pipeline.graphs.packing import BlockPacking, Packing, PlainPacking
-from pipeline.graphs.signature import PairSpec, signature
+from pipeline.graphs.signature import signature
+from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams
-from pipeline.plan.plan import GraphSpec
 
 KERNELS = ("block_linear_kernel.py", "cached_attention_kernel.py", "vectors.py")
 KERNEL_DIGEST = hashlib.sha256(b"".join(Path(__file__).with_name(k).read_bytes() for k in KERNELS)).hexdigest()[:12]

@@ -24,9 +24,9 @@ from pipeline.backends.neuron import compiler, hlo, support
 from pipeline.errors import HostError, Problem
 from pipeline.graphs.module import DTYPES, SeamsFor, run_phase
 from pipeline.graphs.packing import Packing, PlainPacking
-from pipeline.graphs.signature import PairSpec, Signature, signature
+from pipeline.graphs.signature import Signature, signature
+from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams, State, Writes
-from pipeline.plan.plan import GraphSpec
 
 NEFF, METANEFF, LAYOUT = "graph.neff", "metaneff.pb", "layout.json"
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -181,7 +181,9 @@ class NeuronBackend:
         with sdk_environment(self.target, self.lnc):
             from neuronx_distributed import ModelBuilder, NxDParallelState  # asks for the chip when it is imported
 
-            with NxDParallelState(world_size=pair.tp, tensor_model_parallel_size=pair.tp, lnc_size=self.lnc):
+            with NxDParallelState(
+                world_size=pair.models.tp, tensor_model_parallel_size=pair.models.tp, lnc_size=self.lnc
+            ):
                 module = NeuronModule(spec, pair, io, NeuronSeams)
                 builder = ModelBuilder(module)
                 builder.trace(kwargs=module.example(), tag=spec.name)

@@ -25,7 +25,7 @@ from pipeline.backends.neuron.compiler import check_neff
 from pipeline.errors import ArtifactError, HostError
 from pipeline.graphs.module import DTYPES
 from pipeline.graphs.signature import Signature, TensorSpec
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 
 AGAIN = "pull or build the artifact again"
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine
 from pipeline.validate.gates.losslessness import Row, settings, step
 from pipeline.validate.gates.scoring import score

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine, Generation
 from pipeline.runtime.lookup import Lookup, argument
 from pipeline.validate.gates.scoring import run_score, score

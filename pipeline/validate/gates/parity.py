@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.graphs.module import DTYPES
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine
 from pipeline.validate.gates.limits import ATOL, FLIP_LIMIT, MAP, MAP_ALL, SLICE_TOKENS, TIE, limits
 from pipeline.validate.gates.scoring import run_score

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.local import Cache
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 from pipeline.progress import Log
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Engine, Generation

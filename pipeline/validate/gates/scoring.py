@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.plan.plan import GraphSpec
+from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine
 
 

@@ -1,0 +1,145 @@
+"""What a graph is made from: its bucket (`GraphSpec`) and its pair (`PairSpec`). Plain data; imports no torch.
+
+Facts of weights (`ModelsSpec`) and facts of graphs (`PairSpec`) are apart: shards depend on the first alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from pipeline.models.config import ModelConfig
+from pipeline.models.draft_kind import DraftKind
+from pipeline.models.eagle3 import taps_of
+
+Phase = Literal["prefill", "decode", "speculate", "score"]
+Sampling = Literal["greedy", "stochastic"]
+Role = Literal["target", "draft"]
+ROLES: tuple[Role, Role] = ("target", "draft")
+Scope = Literal["pair", "target", "draft"]
+"""Models that a graph runs: both, or one of them."""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One static-shape graph: traced once, compiled once, the same on every rank.
+
+    `batch` rows, `tokens` query length T (prefill bucket; 1 for decode; K+1 for speculate), `kv` attended cache
+    length S, `draft_tokens` K (speculate only, else 0), `model` which model(s) it runs (`score` runs one of the two).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    phase: Phase
+    batch: int
+    tokens: int
+    kv: int
+    draft_tokens: int = 0
+    sampling: Sampling = "greedy"
+    model: Scope = "pair"
+
+    @property
+    def name(self) -> str:
+        """Directory name inside an artifact: `<phase>[-<model>]-b<B>-t<T>-s<S>[-k<K>][-stochastic]`."""
+        phase = f"{self.phase}-{self.model}" if self.phase == "score" else self.phase
+        k = f"-k{self.draft_tokens}" if self.draft_tokens else ""
+        tail = "-stochastic" if self.sampling == "stochastic" else ""
+        return f"{phase}-b{self.batch}-t{self.tokens}-s{self.kv}{k}{tail}"
+
+    @property
+    def draws(self) -> int:
+        """Random numbers per row: one token, or K drafts, K acceptances and a last token."""
+        return 2 * self.draft_tokens + 1 if self.phase == "speculate" else 1
+
+
+@dataclass(frozen=True)
+class ModelsSpec:
+    """Both models as ranks hold them: configs, dtypes, split. Decides the shards, and with `PairSpec` the graphs.
+
+    `target_weights` and `draft_weights`: how matrices are stored if narrower than the dtype (`int8`).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    target: ModelConfig
+    draft: ModelConfig
+    target_dtype: str
+    draft_dtype: str
+    tp: int
+    draft_replicated: bool
+    target_weights: str | None = None
+    draft_weights: str | None = None
+
+    def config_of(self, role: Role) -> ModelConfig:
+        """Config of one model."""
+        return self.draft if role == "draft" else self.target
+
+    def tp_of(self, role: Role) -> int:
+        """Ranks that a model is split over."""
+        return 1 if role == "draft" and self.draft_replicated else self.tp
+
+    def kv_heads_of(self, role: Role) -> int:
+        """KV heads on one rank; replicated where there are more ranks than heads."""
+        return max(self.config_of(role).kv_heads // self.tp_of(role), 1)
+
+    def dtype_of(self, role: Role) -> str:
+        """Dtype of a model's caches, and of its weights unless they are stored narrower."""
+        return self.draft_dtype if role == "draft" else self.target_dtype
+
+    def stored_dtype(self, role: Role, kind: str) -> str:
+        """Dtype in which a weight of this kind is stored."""
+        if kind == "index":
+            return "int32"
+        shared = kind == "embedding" and self.config_of(role).shares_embedding
+        narrow = self.draft_weights if role == "draft" and not shared else self.target_weights
+        return narrow if narrow is not None and kind != "vector" else self.dtype_of(role)
+
+    @property
+    def draft_kind(self) -> DraftKind:
+        """The kind of draft."""
+        return self.draft.draft_kind
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose inputs the draft reads."""
+        return taps_of(self.target, self.draft)
+
+    @property
+    def embedding_is_shared(self) -> bool:
+        """True when the draft reads the tensor that the target has on this rank."""
+        return self.draft.shares_embedding and self.tp_of("draft") == self.tp
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """Everything about a pair that shapes its graphs: its models, the size of the caches, what a step is given.
+
+    `rows` and `length` of the caches; `candidates` that stochastic graphs keep (None: all); `lookup`: speculative steps
+    take copied tokens.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    models: ModelsSpec
+    rows: int
+    length: int
+    candidates: int | None = None
+    lookup: bool = False
+
+    @property
+    def target(self) -> ModelConfig:
+        """The target's config."""
+        return self.models.target
+
+    @property
+    def draft(self) -> ModelConfig:
+        """The draft's config."""
+        return self.models.draft
+
+    def roles_of(self, spec: GraphSpec) -> tuple[Role, ...]:
+        """Models that a graph runs: a draft that reads the target's states is never scored without it."""
+        if spec.model == "pair" or (spec.model == "draft" and self.models.draft_kind.reads_target_states):
+            return ("target", "draft")
+        return (spec.model,)

@@ -1,0 +1,97 @@
+"""Where a recipe does not fit its models: every conflict, with its place, the values, and what to do. Pure; no torch.
+
+What one rank needs of its core is `estimates`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.errors import Problem
+from pipeline.models.config import ModelConfig
+from pipeline.recipe.schema import Recipe
+
+
+def conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:
+    """Yield every conflict of a recipe with its models."""
+    tp = recipe.parallel.tensor
+    sharded = [("target", target)] + ([("draft", draft)] if recipe.draft.placement == "sharded" else [])
+    fits = [n for n in range(1, target.heads + 1) if all(_fits(config, n) for _, config in sharded)]
+    for name, config in sharded:
+        for size, value in _undivided(config, tp):
+            what = f"found {tp}, which does not divide the {name}'s {size}={value}"
+            alone = "" if name == "target" or not _fits(target, tp) else ", or draft.placement: replicated"
+            yield Problem(recipe.place("parallel.tensor"), what, f"use one of {fits}{alone}")
+    for name, config in (("target", target), ("draft", draft)):
+        yield from _length_conflicts(recipe, name, config)
+    yield from _pair_conflicts(recipe, target, draft)
+    yield from _method_conflicts(recipe, target, draft)
+    yield from _candidate_conflicts(recipe, min(target.vocab, draft.vocab))
+
+
+def _length_conflicts(recipe: Recipe, name: str, config: ModelConfig) -> Iterator[Problem]:
+    for index, bucket in enumerate(recipe.shapes.kv):
+        where = recipe.place(f"shapes.kv[{index}]")
+        if bucket > config.max_position:
+            what = f"found {bucket}, longer than the {name}'s max_position_embeddings={config.max_position}"
+            yield Problem(where, what, f"use kv buckets up to {config.max_position}")
+        elif bucket > (config.window or bucket):
+            what = f"found {bucket}, longer than the {name}'s sliding_window={config.window}, which is not supported"
+            yield Problem(where, what, f"use kv buckets up to {config.window}")
+
+
+def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:
+    where = recipe.place("draft")
+    if target.vocab != draft.vocab and (draft.shares_embedding or draft.draft_vocab):
+        what = f"the draft has vocab_size={draft.vocab}, the target, whose vocabulary it uses, {target.vocab}"
+        yield Problem(where, what, "use a draft that was made for this target")
+    if draft.shares_embedding and target.hidden != draft.hidden:
+        what = f"the draft uses the target's embedding, but has hidden_size={draft.hidden}, the target {target.hidden}"
+        yield Problem(where, what, "use a draft that was made for this target")
+    if draft.shares_embedding and recipe.draft_dtype != recipe.target.dtype:
+        found, wanted = recipe.draft_dtype, recipe.target.dtype
+        what = f"found {found}, but the draft uses the target's embedding, which is {wanted}"
+        yield Problem(recipe.place("draft.dtype"), what, f"use {wanted}, or leave it out")
+
+
+def _candidate_conflicts(recipe: Recipe, vocab: int) -> Iterator[Problem]:
+    candidates, where = recipe.speculation.candidates, recipe.place("speculation.candidates")
+    if candidates is None and recipe.backend.needs_candidates and "stochastic" in recipe.speculation.sampling:
+        what = f"{recipe.backend.name} samples from the best N tokens; found no N for its stochastic graphs"
+        yield Problem(where, what, "write candidates: 256")
+    if candidates is not None and candidates > vocab:
+        what = f"found {candidates}, more than the vocabulary of {vocab}"
+        yield Problem(where, what, "use less, or leave it out to keep all")
+
+
+def _method_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:
+    method = draft.draft_kind.method
+    if recipe.speculation.method != method:
+        what = f"found {recipe.speculation.method}, but the draft is made for {method}"
+        yield Problem(recipe.place("speculation.method"), what, f"write method: {method}, or name another draft")
+    if not draft.draft_kind.reads_target_states:
+        return
+    if recipe.draft_dtype != recipe.target.dtype:
+        found, wanted = recipe.draft_dtype, recipe.target.dtype
+        what = f"found {found}, but the draft reads the target's hidden states, which are {wanted}"
+        yield Problem(recipe.place("draft.dtype"), what, f"use {wanted}, or leave it out")
+    if recipe.draft.placement == "sharded" and recipe.parallel.tensor > 1:
+        what = "found sharded; an EAGLE-3 head is whole on each rank, as the states that it reads are"
+        yield Problem(recipe.place("draft.placement"), what, "write placement: replicated")
+    if draft.vocab != target.vocab:
+        what = f"the draft has vocab_size={draft.vocab}, the target, whose tokens it reads, {target.vocab}"
+        yield Problem(recipe.place("draft"), what, "use a draft that was made for this target")
+
+
+def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
+    """Sizes of a model that `tp` ranks cannot share; more ranks than KV heads replicate them, whole."""
+    if config.heads % tp:
+        yield "num_attention_heads", config.heads
+    if config.kv_heads % tp and tp % config.kv_heads:
+        yield "num_key_value_heads", config.kv_heads
+    if config.intermediate % tp:
+        yield "intermediate_size", config.intermediate
+
+
+def _fits(config: ModelConfig, tp: int) -> bool:
+    return not any(_undivided(config, tp))

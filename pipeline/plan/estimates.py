@@ -1,0 +1,122 @@
+"""What a plan costs: memory of a rank, size of graphs and artifact, time and memory to compile. Pure; no torch.
+
+Weights and caches are counted exactly, from the tables that the sharder and the graphs use. Scratch, compile time and
+compile memory are estimates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.graphs.packing import Packing
+from pipeline.graphs.signature import stored_weights
+from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
+from pipeline.models.weights import local_shape
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1}
+MIB = 1 << 20
+GIB = 1 << 30
+ATTENTION_TILE = 512
+"""Keys for which a fused attention kernel holds scores at a time."""
+
+
+@dataclass(frozen=True)
+class CompileCost:
+    """What compiling one graph takes, and what comes out: a fixed part and a part for each layer pass."""
+
+    fixed_s: float
+    pass_s: float
+    fixed_memory_bytes: int
+    pass_memory_bytes: int
+    fixed_size_bytes: int
+    pass_size_bytes: int
+
+    def seconds(self, passes: int) -> float:
+        """Time to compile on one core."""
+        return self.fixed_s + self.pass_s * passes
+
+    def memory_bytes(self, passes: int) -> int:
+        """Host memory that compiling takes."""
+        return self.fixed_memory_bytes + self.pass_memory_bytes * passes
+
+    def size_bytes(self, passes: int) -> int:
+        """Size of the compiled graph."""
+        return self.fixed_size_bytes + self.pass_size_bytes * passes
+
+
+COMPILE_COSTS = {
+    # Measured on one core: SmolLM2-135M, speculate with K=4, 42 passes: 92 s, 1.25 GiB in two processes, 6.2 MB.
+    "inductor": CompileCost(15, 2.0, 1000 * MIB, 8 * MIB, MIB // 4, 140 << 10),
+    # Not measured here: from public reports of neuronx-cc, to tell minutes from hours.
+    "neuron": CompileCost(60, 8.0, 8 * GIB, 128 * MIB, 16 * MIB, MIB),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. All but `scratch`, an estimate, are exact."""
+
+    target_weights: int
+    draft_weights: int
+    target_kv: int
+    draft_kv: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        """Everything a rank holds while it serves."""
+        return self.target_weights + self.draft_weights + self.target_kv + self.draft_kv + self.scratch
+
+
+def rank_memory(pair: PairSpec, packing: Packing, graphs: Iterable[GraphSpec]) -> Memory:
+    """Count the memory of one rank."""
+    models = pair.models
+    return Memory(
+        target_weights=weight_bytes(models, "target", packing),
+        draft_weights=weight_bytes(models, "draft", packing),
+        target_kv=_cache_bytes(pair, "target"),
+        draft_kv=_cache_bytes(pair, "draft"),
+        scratch=max(_scratch_bytes(pair, spec) for spec in graphs),
+    )
+
+
+def weight_bytes(models: ModelsSpec, role: Role, packing: Packing) -> int:
+    """Bytes of one rank's shard, as the backend lays it out, with the vocabulary offset."""
+    config, tp = models.config_of(role), models.tp_of(role)
+    size = DTYPE_BYTES["int32"]
+    for weight in stored_weights(models, role):
+        dtype = models.stored_dtype(role, weight.kind)
+        shape = packing.packed_shape(local_shape(weight, config, tp), weight.kind, dtype)
+        size += math.prod(shape) * DTYPE_BYTES[dtype]
+    return size
+
+
+def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:
+    """How often a graph runs a layer: K times for each of the draft's in `speculate`, else once."""
+    if spec.phase == "score":
+        return pair.draft.layers if spec.model == "draft" else pair.target.layers
+    draft_passes = {"speculate": spec.draft_tokens, "prefill": 1, "decode": 0}[spec.phase]
+    return pair.target.layers + draft_passes * pair.draft.layers
+
+
+def _cache_bytes(pair: PairSpec, role: Role) -> int:
+    config = pair.models.config_of(role)
+    elements = 2 * config.layers * pair.models.kv_heads_of(role) * config.head_dim
+    return pair.rows * pair.length * elements * DTYPE_BYTES[pair.models.dtype_of(role)]
+
+
+def _scratch_bytes(pair: PairSpec, spec: GraphSpec) -> int:
+    """Estimate of a graph's live activations, in float32: one layer's, tiles of attention scores, and the logits."""
+
+    def layer(role: Role) -> int:
+        config, tp = pair.models.config_of(role), pair.models.tp_of(role)
+        rows, heads = spec.batch * spec.tokens, config.heads // tp
+        wide = 4 * config.hidden + 3 * heads * config.head_dim + 2 * config.intermediate // tp
+        return 4 * rows * (wide + heads * min(spec.kv, ATTENTION_TILE))
+
+    scored = spec.tokens if spec.phase in ("score", "speculate") else 1
+    copies = 4 if spec.sampling == "stochastic" else 2
+    logits = 4 * spec.batch * scored * pair.target.vocab * copies
+    return max(layer(role) for role in pair.roles_of(spec)) + logits
