@@ -16,7 +16,8 @@ from pipeline.graphs.spec import GraphSpec
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import weight_specs
 from pipeline.plan import lock as locks
-from pipeline.plan.plan import DTYPE_BYTES, GIB, Plan, make_plan
+from pipeline.plan.estimates import DTYPE_BYTES, GIB, layer_passes
+from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe.schema import Recipe, find, load
 
 ROOT = Path(__file__).parent.parent
@@ -196,7 +197,7 @@ def test_conflict_cache_longer_than_a_sliding_window(tmp_path: Path) -> None:
 
 def test_reduced_vocabulary_is_no_conflict(tmp_path: Path) -> None:
     plan = make_plan(recipe_of(tmp_path), SMALL, replace(SMALL, draft_vocab=100, tied=False))
-    assert plan.draft.out_vocab == 100
+    assert plan.pair.draft.out_vocab == 100
 
 
 def test_conflict_kv_bucket_longer_than_positions(tmp_path: Path) -> None:
@@ -230,8 +231,8 @@ def test_estimates_grow_with_layer_passes(tmp_path: Path) -> None:
     plan = make_plan(recipe_of(tmp_path), SMALL, SMALL)
     by_name = {graph.name: graph for graph in plan.graphs}
     decode, k4 = by_name["decode-b1-t1-s64"], by_name["speculate-b1-t5-s64-k4"]
-    assert plan.layer_passes(decode) == 3
-    assert plan.layer_passes(k4) == 3 + 4 * 3
+    assert layer_passes(plan.pair, decode) == 3
+    assert layer_passes(plan.pair, k4) == 3 + 4 * 3
     for estimate in (plan.compile_seconds, plan.compile_memory, plan.graph_bytes):
         assert estimate(k4) > estimate(decode) > 0
 
@@ -252,7 +253,7 @@ def test_a_graph_depends_on_what_it_sees_alone(tmp_path: Path) -> None:
 def test_parameters_are_those_of_the_published_models(name: str, published: tuple[float, float]) -> None:
     """The model cards say 70.6 and 1.24, 32.8 and 1.7 billion: what HBM is counted from."""
     plan = shipped(name)
-    for config, billions in zip((plan.target, plan.draft), published, strict=True):
+    for config, billions in zip((plan.pair.target, plan.pair.draft), published, strict=True):
         count = sum(math.prod(spec.shape) for spec in weight_specs(config))
         assert abs(count / billions - 1) < 0.005, count
 
@@ -266,7 +267,7 @@ def test_published_deployments_fit_a_core() -> None:
     big = shipped("llama-70b-spec")
     few = big.recipe.model_copy(update={"parallel": big.recipe.parallel.model_copy(update={"tensor": 4})})
     with pytest.raises(RecipeError, match="a rank needs"):
-        make_plan(few, big.target, big.draft)
+        make_plan(few, big.pair.target, big.pair.draft)
 
 
 def test_stochastic_graphs_on_neuron_need_a_number_of_candidates() -> None:
@@ -274,4 +275,4 @@ def test_stochastic_graphs_on_neuron_need_a_number_of_candidates() -> None:
     speculation = big.recipe.speculation.model_copy(update={"candidates": None})
     recipe = big.recipe.model_copy(update={"speculation": speculation})
     with pytest.raises(RecipeError, match="neuron samples from the best N tokens"):
-        make_plan(recipe, big.target, big.draft)
+        make_plan(recipe, big.pair.target, big.pair.draft)
