@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.models.families import config_of
-from pipeline.models.weights import weight_specs
+from pipeline.models.weights import D2T, weight_specs
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -37,7 +37,7 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype = torch.float32, s
     specs = weight_specs(config_of(config, "test"))
     found = {s.name: torch.randn(s.shape, generator=generator).to(dtype) for s in specs if s.kind != "index"}
     if "draft_vocab_size" in config:
-        found["d2t"] = torch.arange(config["draft_vocab_size"])  # draft id i is target id 2 i
+        found[D2T] = torch.arange(config["draft_vocab_size"])  # draft id i is target id 2 i
     return found
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from pipeline.artifact.manifest import GraphEntry, Manifest
-from pipeline.graphs.module import DTYPES, run_phase
+from pipeline.graphs.dtypes import torch_dtype
+from pipeline.graphs.module import run_phase
 from pipeline.graphs.packing import PlainPacking
 from pipeline.graphs.signature import signature, stored_weights
 from pipeline.graphs.spec import GraphSpec, PairSpec
@@ -41,7 +42,7 @@ class EagerRanks:
         self.tensors = {}
         for model, checkpoint in zip(("target", "draft"), pair, strict=True):
             refs = weights(checkpoint)
-            kind = DTYPES[plan.pair.models.dtype_of(model)]
+            kind = torch_dtype(plan.pair.models.dtype_of(model))
             for spec in stored_weights(plan.pair.models, model):
                 tensor = read_tensor(refs[spec.name])
                 self.tensors[f"{model}/{spec.name}"] = tensor.int() if spec.kind == "index" else tensor.to(kind)
@@ -51,7 +52,7 @@ class EagerRanks:
     def run(self, spec: GraphSpec, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         io = signature(spec, self.shape, PlainPacking())
         for t in io.state:
-            self.tensors_of_state.setdefault(t.name, torch.zeros(t.shape, dtype=DTYPES[t.dtype]))
+            self.tensors_of_state.setdefault(t.name, torch.zeros(t.shape, dtype=torch_dtype(t.dtype)))
         given = {t.name: arguments[t.name] for t in io.arguments}
         with torch.no_grad(), self.around(spec, self.tensors_of_state):
             outputs = run_phase(spec, self.shape, {**self.tensors, **self.tensors_of_state, **given}, self.seams)

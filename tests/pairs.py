@@ -8,7 +8,7 @@ from pipeline.graphs.module import run_phase
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
 from pipeline.models.families import config_of
 from pipeline.models.parallel import Seams
-from pipeline.models.weights import weight_specs
+from pipeline.models.weights import EMBEDDING, weight_specs
 
 SMALL = {
     "model_type": "qwen3",
@@ -104,7 +104,7 @@ def make_pair(
             weights[spec.name] *= 0.3
     tensors = {f"target/{name}": tensor for name, tensor in weights.items()}
     for spec in weight_specs(draft):
-        if spec.name != "model.embed_tokens.weight":
+        if spec.name != EMBEDDING:
             tensors[f"draft/{spec.name}"] = weights[spec.name].clone()
     if agreement == "none":
         tensors["draft/model.norm.weight"] = -tensors["draft/model.norm.weight"]

@@ -10,6 +10,7 @@ import torch
 from eager import EagerRanks
 
 from pipeline.models.parallel import Attend, attend_up_to
+from pipeline.models.weights import EMBEDDING
 from pipeline.speculation import model
 from pipeline.speculation import phases as graphs
 
@@ -124,7 +125,7 @@ def shifted_shard(ranks: EagerRanks, seed: int) -> None:
 
 def shifted_vocabulary(ranks: EagerRanks, seed: int) -> None:
     """The second of two ranks' slices of the vocabulary begins a row late."""
-    _shift(ranks, "target/model.embed_tokens.weight")
+    _shift(ranks, f"target/{EMBEDDING}")
 
 
 def _shift(ranks: EagerRanks, name: str) -> None:

@@ -23,6 +23,7 @@ from test_executors import heed_interrupts, members, wait_for
 from pipeline.cli.console import Stream
 from pipeline.cli.main import main
 from pipeline.files.atomic import TEMP
+from pipeline.models.weights import NORM
 
 TANDEM = "from pipeline.cli.main import main; main()"
 RECIPE = """\
@@ -103,7 +104,6 @@ def _without(weights, name):
     return {key: tensor for key, tensor in weights.items() if key != name}
 
 
-NORM = "model.norm.weight"
 WEIGHT_FAULTS = {
     "missing weight": (lambda w: _without(w, NORM), f"missing weight {NORM} [32]"),
     "extra weight": (lambda w: w | {"model.extra": torch.ones(3)}, "extra weight model.extra [3]"),

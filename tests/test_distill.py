@@ -23,6 +23,7 @@ from pipeline.distill.train import make_batch
 from pipeline.errors import InputError
 from pipeline.files.atomic import sha256_file
 from pipeline.models.families import config_of
+from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.pair import resolve, resolve_pair
 from pipeline.sources.weights import weights as source_weights
@@ -125,7 +126,7 @@ def test_training_a_draft_model_reads_as_transformers_does(work, figures):
     target = resolve("pico://llama", base=work, cache=work / "cache" / "sources")
     config = config_of(model_config(target, 256, (0, 2)), "draft")
     weights = layers_of(target, config, (0, 2), torch.arange(256))
-    weights["model.embed_tokens.weight"] = read_tensor(source_weights(target)["model.embed_tokens.weight"]).float()
+    weights[EMBEDDING] = read_tensor(source_weights(target)[EMBEDDING]).float()
     one = read_part(next((work / "cache" / "distill").rglob("part-*.safetensors")))[0]
     batch = make_batch([one], "cpu")
     first, second, third = draft_model.guesses(config, weights, batch, 3)
@@ -143,7 +144,7 @@ def test_a_draft_is_trained_further(work, figures):
     assert further["start"] == "head"
     assert further["tokens_per_step"]["chat"] > figures["tokens_per_step"]["chat"] - 0.1
     old, new = (load_file(work / name / "model.safetensors") for name in ("head", "further"))
-    assert torch.equal(old["d2t"], new["d2t"])
+    assert torch.equal(old[D2T], new[D2T])
     assert not torch.equal(old["fc.weight"], new["fc.weight"])
     for change, where in (
         ({"draft_vocab": 1 << 20}, "--draft-vocab"),
@@ -161,15 +162,15 @@ def test_a_draft_that_is_trained_further_may_get_another_vocabulary(work, figure
     job = prepare(request_of(work, "other", start=work / "head", draft_vocab=320))
     sequences = job.sequences()
     old, ids = load_file(work / "head" / "model.safetensors"), job.ids(sequences)
-    old_ids = (torch.arange(256) + old["d2t"]).tolist()
+    old_ids = (torch.arange(256) + old[D2T]).tolist()
     assert len(ids) == job.config_json["draft_vocab_size"] == 320
-    target = read_tensor(source_weights(job.target)["model.embed_tokens.weight"]).float()
-    rows = job.trainer(sequences).weights["lm_head.weight"]
+    target = read_tensor(source_weights(job.target)[EMBEDDING]).float()
+    rows = job.trainer(sequences).weights[HEAD]
     kept = 0
     for row, token in zip(rows, ids.tolist(), strict=True):
         known = token in old_ids
         kept += known
-        assert torch.equal(row, old["lm_head.weight"][old_ids.index(token)].float() if known else target[token])
+        assert torch.equal(row, old[HEAD][old_ids.index(token)].float() if known else target[token])
     assert kept > 128
 
 
@@ -215,8 +216,8 @@ def test_training_drafts_as_the_graphs_do(work, figures):
     sequence = type(one)(torch.tensor(written.tokens, dtype=torch.int32), len(prompt), written.taps_TX, written.last_TH)
     batch = make_batch([sequence], "cpu")
     weights = {n.removeprefix("draft/"): t for n, t in engine.ranks.tensors.items() if n.startswith("draft/")}
-    weights["model.embed_tokens.weight"] = engine.ranks.tensors["target/model.embed_tokens.weight"]
-    ids = torch.arange(256) + weights["d2t"].long()
+    weights[EMBEDDING] = engine.ranks.tensors[f"target/{EMBEDDING}"]
+    ids = torch.arange(256) + weights[D2T].long()
     right = torch.ones(batch.learn_BT.shape[1], dtype=torch.bool)
     took = torch.zeros(batch.learn_BT.shape[1], dtype=torch.long)
     for depth, guess in enumerate(guesses(draft.config, weights, batch, 3)):
@@ -334,7 +335,7 @@ def test_a_draft_in_files_of_any_name_is_trained_further(work, figures, asked):
     (work / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     for name in ("renamed", "sharded"):
         trainer = prepare(replace(asked, start=work / name, draft_vocab=None)).trainer(sequences)
-        assert torch.equal(trainer.weights["lm_head.weight"], whole["lm_head.weight"].float())
+        assert torch.equal(trainer.weights[HEAD], whole[HEAD].float())
 
 
 def test_writer_ends_with_the_first_token_where_that_is_all_there_is(work):
@@ -394,7 +395,7 @@ def test_text_of_an_earlier_run_is_learned_from_and_only_the_targets_own(work, f
     (other / "part-00000.safetensors").write_bytes((folder / "part-00000.safetensors").read_bytes()[:-9])
     with pytest.raises(InputError, match="damaged"):
         prepare(request_of(work, "more", text=(other,))).write_data()
-    save_file({"lm_head.weight": torch.zeros(2, 2)}, other / "part-00000.safetensors")
+    save_file({HEAD: torch.zeros(2, 2)}, other / "part-00000.safetensors")
     with pytest.raises(InputError, match="not text that a run wrote"):
         prepare(request_of(work, "more", text=(other,))).write_data()
     (other / "part-00000.safetensors").unlink()

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from pipeline import runtime
 from pipeline.errors import SourceError
-from pipeline.graphs.module import DTYPES, run_phase
+from pipeline.graphs.dtypes import torch_dtype
+from pipeline.graphs.module import run_phase
 from pipeline.graphs.packing import PlainPacking
 from pipeline.graphs.signature import Signature, signature
 from pipeline.graphs.spec import GraphSpec
@@ -55,7 +56,7 @@ class EagerRanks:
     def run(self, spec: GraphSpec, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         io: Signature = signature(spec, self.plan.pair, PlainPacking())
         for t in io.state:
-            self.state.setdefault(t.name, torch.zeros(t.shape, dtype=DTYPES[t.dtype]))
+            self.state.setdefault(t.name, torch.zeros(t.shape, dtype=torch_dtype(t.dtype)))
         named = {t.name: self.weights.get(t.name, self.state.get(t.name)) for t in io.weights + io.state} | arguments
         with torch.no_grad():
             outputs = run_phase(spec, self.plan.pair, named, lambda _: Seams())

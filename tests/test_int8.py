@@ -15,10 +15,11 @@ from test_shard import expected_slice, opened, pair_of, write_checkpoint
 from pipeline.errors import RecipeError
 from pipeline.graphs.packing import SCALE_BYTES, BlockPacking, PlainPacking
 from pipeline.models.int8 import LARGEST, quantise, rounded
+from pipeline.models.weights import EMBEDDING, OFFSET
 from pipeline.recipe.schema import load
 from pipeline.sources.derived import derive
 from pipeline.stages.shard import write_shards
-from pipeline.validate.reference.goldens import EMBEDDING, Reference
+from pipeline.validate.reference.goldens import Reference
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -51,7 +52,7 @@ def test_shards_hold_int8_blocks_with_the_scales_of_whole_rows(tmp_path: Path, t
     assert narrow.size < 0.65 * plain.size
     for shard in (s for s in shards if s.model == "target"):
         for name, stored in load_file(shard.path).items():
-            if name == "rank.vocab_offset":
+            if name == OFFSET:
                 continue
             if whole[name].dim() == 1:
                 assert stored.dtype == torch.bfloat16

@@ -18,6 +18,7 @@ from pipeline.errors import ArtifactError
 from pipeline.files.atomic import sha256_file
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec
+from pipeline.models.weights import NORM
 
 RECIPE = """
 name: tiny
@@ -96,7 +97,6 @@ def edit_weights(change):
     return damage
 
 
-NORM = "model.norm.weight"
 DAMAGES = {
     "cut": (cut_neff, "truncated or damaged"),
     "no zip": (lambda root: next((root / "graphs").rglob("*.zip")).write_bytes(b"else"), "not a graph file"),

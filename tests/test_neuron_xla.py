@@ -26,7 +26,7 @@ from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
-from pipeline.models.weights import weight_specs
+from pipeline.models.weights import D2T, EMBEDDING, HEAD, weight_specs
 
 pytestmark = pytest.mark.xla
 
@@ -89,11 +89,11 @@ def make(
             weights[spec.name] *= 0.3
     tensors = {f"target/{name}": tensor for name, tensor in weights.items()}
     for spec in weight_specs(draft):
-        if spec.name == "d2t":
+        if spec.name == D2T:
             tensors["draft/d2t"] = torch.arange(32, dtype=torch.int32) // 2  # draft id i is target id i + i // 2
-        elif spec.name == "lm_head.weight" and reduced:
+        elif spec.name == HEAD and reduced:
             ids = torch.arange(32) + torch.arange(32) // 2
-            tensors["draft/lm_head.weight"] = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])[ids]
+            tensors["draft/lm_head.weight"] = weights.get(HEAD, weights[EMBEDDING])[ids]
         elif spec.name in weights and spec.shape == weights[spec.name].shape:
             tensors[f"draft/{spec.name}"] = weights[spec.name].clone()
         else:

@@ -10,13 +10,14 @@ import pytest
 
 from pipeline.backends.base import make_backend
 from pipeline.errors import Problem, RecipeError
+from pipeline.graphs.dtypes import DTYPES
 from pipeline.graphs.packing import BlockPacking
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import weight_specs
 from pipeline.plan import lock as locks
-from pipeline.plan.estimates import DTYPE_BYTES, GIB, layer_passes
+from pipeline.plan.estimates import GIB, layer_passes
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe.schema import Recipe, find, load
 
@@ -137,7 +138,7 @@ def test_smollm2_weights_are_those_that_its_graphs_take() -> None:
     score = next(g for g in plan.graphs if g.name.startswith("score-target"))
     found = 0
     for tensor in signature(score, plan.pair, BlockPacking()).weights:
-        found += math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        found += math.prod(tensor.shape) * DTYPES[tensor.dtype].size_bytes
     assert plan.memory.target_weights == found
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from pipeline.errors import HostError, InputError, SourceError
 from pipeline.graphs.packing import WIDE, BlockPacking, PlainPacking
 from pipeline.graphs.spec import ModelsSpec
+from pipeline.models.weights import D2T, EMBEDDING, HEAD, OFFSET
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.derived import derive
 from pipeline.sources.pair import resolve
 from pipeline.stages.shard import WINDOW_BYTES, write_shards
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PACKINGS = [PlainPacking(), BlockPacking()]
 
 
@@ -74,7 +74,7 @@ def test_write_shards_each_rank_holds_its_slice(tmp_path: Path, tp: int, packing
     pair = pair_of(target, target, tp=tp, dtype=stored, replicated=False)
     for shard in write_shards(pair, target, target, tmp_path / "out", packing=packing):
         found = load_file(shard.path)
-        assert found.pop("rank.vocab_offset").tolist() == [shard.rank * (96 if tp == 1 else -(-70 // (32 * tp)) * 32)]
+        assert found.pop(OFFSET).tolist() == [shard.rank * (96 if tp == 1 else -(-70 // (32 * tp)) * 32)]
         assert set(found) == set(whole)
         for name, tensor in found.items():
             want = expected_slice(name, whole[name], shard.rank, tp, kv_heads=2, head_dim=16)
@@ -102,7 +102,7 @@ def test_write_shards_offset_of_a_single_rank_is_zero(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m")
     target = opened(tmp_path / "m", tmp_path)
     shards = write_shards(pair_of(target, target), target, target, tmp_path / "out", packing=PlainPacking())
-    assert [load_file(s.path)["rank.vocab_offset"].tolist() for s in shards] == [[0], [0]]
+    assert [load_file(s.path)[OFFSET].tolist() for s in shards] == [[0], [0]]
 
 
 def test_write_shards_digest_and_size_are_the_files(tmp_path: Path) -> None:
@@ -205,8 +205,8 @@ def test_write_shards_reduced_vocabulary_keeps_offsets_as_int32(tmp_path: Path) 
     draft = opened(tmp_path / "d", tmp_path, role="draft")
     shards = write_shards(pair_of(target, draft), target, draft, tmp_path / "out", packing=BlockPacking())
     found = load_file(shards[1].path)
-    assert found["d2t"].dtype == torch.int32
-    assert found["d2t"].tolist() == list(range(33))
+    assert found[D2T].dtype == torch.int32
+    assert found[D2T].tolist() == list(range(33))
     assert tuple(found[HEAD].shape) == (2, 32, 32)
     assert torch.equal(unpacked(found[HEAD], 33), weights[HEAD])
     assert not found[HEAD][1, :, 1:].any()

@@ -18,6 +18,7 @@ from hub_server import FakeHub, Repo, running
 from safetensors.torch import load_file
 
 from pipeline.errors import HostError, SourceError
+from pipeline.models.weights import D2T, EMBEDDING, HEAD, NORM
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.derived import derive
@@ -27,7 +28,6 @@ from pipeline.sources.pair import check_pair, resolve, resolve_pair
 from pipeline.sources.tokenizer import check_tokenizers
 from pipeline.sources.weights import weights
 
-EMBEDDING = "model.embed_tokens.weight"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
@@ -92,8 +92,8 @@ def test_resolve_buffers_and_inverse_vocabulary_are_ignored(tmp_path: Path) -> N
 def test_resolve_names_every_problem_at_once(tmp_path: Path) -> None:
     tensors = random_weights(CONFIG)
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    tensors["model.norm.weight"] = torch.ones(33)
-    tensors["lm_head.weight"] = torch.ones((70, 32), dtype=torch.int8)
+    tensors[NORM] = torch.ones(33)
+    tensors[HEAD] = torch.ones((70, 32), dtype=torch.int8)
     tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(64, 32)
     write_checkpoint(tmp_path / "m", tensors)
     message = refusal("m", tmp_path)
@@ -107,7 +107,7 @@ def test_resolve_names_every_problem_at_once(tmp_path: Path) -> None:
 def test_resolve_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
     config = CONFIG | {"tie_word_embeddings": True}
     tensors = random_weights(config)
-    write_checkpoint(tmp_path / "m", tensors | {"lm_head.weight": tensors[EMBEDDING] + 1}, tie_word_embeddings=True)
+    write_checkpoint(tmp_path / "m", tensors | {HEAD: tensors[EMBEDDING] + 1}, tie_word_embeddings=True)
     assert "lm_head.weight in model.safetensors differs from" in refusal("m", tmp_path)
 
 
@@ -202,7 +202,7 @@ def test_resolve_target_without_embedding_is_refused(tmp_path: Path) -> None:
 )
 def test_resolve_draft_ids_must_land_on_target_ids_of_their_own(tmp_path: Path, d2t: torch.Tensor, said: str) -> None:
     tensors = random_weights(draft_config())
-    write_checkpoint(tmp_path / "d", tensors | {"d2t": d2t}, draft_vocab_size=33)
+    write_checkpoint(tmp_path / "d", tensors | {D2T: d2t}, draft_vocab_size=33)
     assert said in refusal("d", tmp_path, role="draft")
 
 
@@ -216,7 +216,7 @@ def test_derive_renumbers_the_targets_own_tensors(tmp_path: Path) -> None:
     name = "model.layers.{}.self_attn.q_proj.weight"
     assert found[name.format(0)] == whole[name.format(2)]
     assert found[name.format(1)] == whole[name.format(0)]
-    assert found["lm_head.weight"] == whole["lm_head.weight"]
+    assert found[HEAD] == whole[HEAD]
     assert name.format(2) not in found
     assert draft.revision != derive(target, (0, 2)).revision != target.revision
 
@@ -589,7 +589,7 @@ def as_transformers_reads(gguf: Path, root: Path) -> Any:
     tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
+    assert set(missing) <= {HEAD}
     return model
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.distill.head import public_name
 from pipeline.files.atomic import atomic_dir
+from pipeline.models.weights import D2T
 from pipeline.recipe.schema import Recipe
 
 
@@ -26,7 +27,7 @@ def write_draft(
     """Write the folder at once, in bfloat16; one that is there is replaced."""
     named = public_name if figures["method"] == "eagle3" else str
     tensors = {named(name): tensor.bfloat16().contiguous() for name, tensor in weights.items()}
-    tensors["d2t"] = (ids_V.cpu() - torch.arange(len(ids_V))).int()
+    tensors[D2T] = (ids_V.cpu() - torch.arange(len(ids_V))).int()
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(out) as work:
         (work / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))

@@ -18,6 +18,7 @@ from pipeline.distill.eagle3 import Batch, Guess
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import hidden_states
 from pipeline.models.parallel import Seams, State, Writes, attend_up_to
+from pipeline.models.weights import HEAD
 
 
 class _Uncached(Seams):
@@ -35,7 +36,7 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
     seams = _Uncached()
     hidden = hidden_states(config, weights, seams, tokens_BT, positions_T.expand_as(tokens_BT), {}, nowhere, attend)
     rows, places = batch.learn_BT.nonzero(as_tuple=True)
-    logits_MV = seams.linear(hidden.last_BTH[rows, places], weights["lm_head.weight"], config.out_vocab)
+    logits_MV = seams.linear(hidden.last_BTH[rows, places], weights[HEAD], config.out_vocab)
     for depth in range(depths):
         first = (places - depth).clamp(min=0)
         whole = batch.learn_BT[rows, first] & (places >= depth)

@@ -19,6 +19,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import heads_of, layer_weights, mlp, rms_norm, rotary_of, rotate
 from pipeline.models.eagle3_layer import features, inputs_of
 from pipeline.models.parallel import PLAIN
+from pipeline.models.weights import HEAD, NORM
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
         # From position i the chain has now read up to token i + depth + 1: its guess is that of position i + depth + 1.
         learned_BT = _ahead(batch.learn_BT, depth + 1)
         index = learned_BT.nonzero(as_tuple=True)
-        hidden_MH = rms_norm(x_BTH[index], weights["model.norm.weight"], config.norm_eps)
-        logits_MV = PLAIN.linear(hidden_MH, weights["lm_head.weight"], config.out_vocab)
+        hidden_MH = rms_norm(x_BTH[index], weights[NORM], config.norm_eps)
+        logits_MV = PLAIN.linear(hidden_MH, weights[HEAD], config.out_vocab)
         yield Guess(logits_MV, (index[0], index[1] + depth + 1), index[1])
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backends.inductor import just_in_time
-from pipeline.graphs.module import DTYPES
+from pipeline.graphs.dtypes import torch_dtype
 from pipeline.models.decoder import Hidden
 from pipeline.models.parallel import Seams, State
 from pipeline.models.weights import up_to
@@ -103,7 +103,7 @@ class Writer:
     seams: Seams = field(default_factory=_Narrow)
 
     def __post_init__(self) -> None:
-        config, dtype = self.checkpoint.config, DTYPES[self.dtype]
+        config, dtype = self.checkpoint.config, torch_dtype(self.dtype)
         shape = (self.rows, config.kv_heads, self.length + 1, config.head_dim)
         loaded = {n: read_tensor(ref).to(self.device, dtype) for n, ref in weights(self.checkpoint).items()}
         state: State = {

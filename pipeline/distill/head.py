@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import TAPPED, read_config
-from pipeline.models.weights import weight_specs
+from pipeline.models.weights import D2T, EMBEDDING, HEAD, NORM, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.weights import weights
-from pipeline.validate.reference.goldens import EMBEDDING, HEAD, NORM, read_tensor
+from pipeline.validate.reference.goldens import read_tensor
 
 EMBEDDING_SCALE = 0.02
 """Size of the weights by which the new layer reads a token's embedding, at the start."""
@@ -56,7 +56,7 @@ def layers_of(target: Checkpoint, config: ModelConfig, layers: tuple[int, ...], 
     refs = weights(target)
     found: dict[str, Tensor] = {}
     for spec in weight_specs(config):
-        if spec.name in (EMBEDDING, "d2t"):
+        if spec.name in (EMBEDDING, D2T):
             continue
         if spec.name == HEAD:
             found[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
@@ -91,7 +91,7 @@ def initial(target: Checkpoint, config_json: dict[str, Any], ids_V: Tensor, seed
     found: dict[str, Tensor] = {}
     for spec in weight_specs(config):
         name = spec.name.replace("model.layers.0.", last)
-        if spec.name in (EMBEDDING, "d2t"):
+        if spec.name in (EMBEDDING, D2T):
             continue
         if spec.name == HEAD:
             found[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]

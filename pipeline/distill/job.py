@@ -25,12 +25,13 @@ from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
 from pipeline.models.eagle3 import read_config
 from pipeline.models.families import config_of
+from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.runtime.text import Text
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.sources.weights import weights
 from pipeline.validate.prompts import Prompt, load_prompts, prompts_path
-from pipeline.validate.reference.goldens import EMBEDDING, HEAD, read_tensor
+from pipeline.validate.reference.goldens import read_tensor
 
 SHORTEST = 4
 """Answers of fewer tokens teach nothing."""
@@ -246,7 +247,7 @@ def _parts_in(folder: Path) -> list[Path]:
 
 def _ids_of(draft: Checkpoint) -> Tensor:
     """Target ids of a draft's vocabulary, ascending int64."""
-    offsets = read_tensor(weights(draft)["d2t"])
+    offsets = read_tensor(weights(draft)[D2T])
     return torch.arange(len(offsets)) + offsets.long()
 
 

@@ -25,6 +25,7 @@ from pipeline.distill.data import Conversation
 from pipeline.distill.eagle3 import Batch, Guess
 from pipeline.files.atomic import write_atomic
 from pipeline.models.config import ModelConfig
+from pipeline.models.weights import EMBEDDING
 from pipeline.progress import Log
 
 Guesses = Callable[[ModelConfig, dict[str, Tensor], Batch, int], Iterator[Guess]]
@@ -140,7 +141,7 @@ class Trainer:
         return {name: w.detach().cpu() for name, w in self.trained.items()}
 
     def _guesses(self, batch: Batch, depths: int) -> Iterator[Guess]:
-        weights = {**self.trained, "model.embed_tokens.weight": self.embedding}
+        weights = {**self.trained, EMBEDDING: self.embedding}
         kind = self.head_VH.device.type
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
             yield from self.guesses(self.config, weights, batch, depths)

@@ -7,22 +7,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.graphs.signature import EMBEDDING, Signature, TensorSpec
+from pipeline.graphs.dtypes import torch_dtype
+from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import ROLES, GraphSpec, PairSpec, Role
 from pipeline.models.parallel import Seams, State
+from pipeline.models.weights import EMBEDDING
 from pipeline.speculation import phases as graphs
 from pipeline.speculation.drafters import FEATURE, TAIL, drafter_of, score
 from pipeline.speculation.model import Choose, Model
 from pipeline.speculation.sampling import Sampling
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int32": torch.int32,
-    "int8": torch.int8,
-    "bool": torch.bool,
-}
 
 SeamsFor = Callable[[int], Seams]
 """Makes the seams of a model split over so many ranks."""
@@ -71,7 +64,7 @@ def _outputs(
 
 def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:
     """Uninitialised tensors of a signature: address space only, until something writes them."""
-    return [torch.empty(t.shape, dtype=DTYPES[t.dtype], device=device) for t in specs]
+    return [torch.empty(t.shape, dtype=torch_dtype(t.dtype), device=device) for t in specs]
 
 
 def _model(role: Role, pair: PairSpec, named: Mapping[str, Tensor], seams_for: SeamsFor) -> Model:

@@ -10,10 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
-from pipeline.models.weights import WeightSpec, local_shape, weight_specs
-
-OFFSET = "rank.vocab_offset"
-EMBEDDING = "model.embed_tokens.weight"
+from pipeline.models.weights import EMBEDDING, OFFSET, WeightSpec, local_shape, weight_specs
 
 
 class PackedShape(Protocol):

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from pipeline.models.weights import D2T
+
 if TYPE_CHECKING:
     from pipeline.artifact.signing import Policy
 
@@ -128,7 +130,7 @@ def _whole_head(head: Any, draft: Any, vocab: int) -> Any:
     from pipeline.sources.weights import weights
     from pipeline.validate.reference.goldens import read_tensor
 
-    ids = torch.arange(draft.config.draft_vocab) + read_tensor(weights(draft)["d2t"]).long()
+    ids = torch.arange(draft.config.draft_vocab) + read_tensor(weights(draft)[D2T]).long()
 
     class WholeHead(torch.nn.Module):
         def __init__(self) -> None:

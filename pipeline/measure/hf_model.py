@@ -9,17 +9,18 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.graphs.module import DTYPES
+from pipeline.graphs.dtypes import torch_dtype
+from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.weights import weights
-from pipeline.validate.reference.goldens import EMBEDDING, read_tensor
+from pipeline.validate.reference.goldens import read_tensor
 
 
 def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attention: str) -> Any:
     """The checkpoint as a transformers model. A draft that shares its target's embedding, or has a reduced vocabulary,
     is put together from both.
     """  # fmt: skip
-    kind = DTYPES[dtype]
+    kind = torch_dtype(dtype)
     whole = (
         checkpoint.layers is None and not checkpoint.config.shares_embedding and checkpoint.config.draft_vocab is None
     )
@@ -34,11 +35,11 @@ def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attentio
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=attention)
     if checkpoint.config.draft_vocab is not None:
         model.lm_head = torch.nn.Linear(checkpoint.config.hidden, checkpoint.config.draft_vocab, bias=False, dtype=kind)
-    state = {name: tensor.to(kind) for name, tensor in _tensors(checkpoint) if name != "d2t"}
+    state = {name: tensor.to(kind) for name, tensor in _tensors(checkpoint) if name != D2T}
     if checkpoint.config.shares_embedding:
         state[EMBEDDING] = dict(_tensors(target, EMBEDDING))[EMBEDDING].to(kind)
     if checkpoint.config.tied:
-        state["lm_head.weight"] = state[EMBEDDING]
+        state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, strict=True)
     return model.eval()
 

@@ -18,12 +18,9 @@ from torch.nn import functional
 
 from pipeline.models.config import Llama3Rope, ModelConfig
 from pipeline.models.parallel import Attend, Seams, State, Writes
-from pipeline.models.weights import padded_vocab
+from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, padded_vocab
 
 Weights = Mapping[str, Tensor]
-
-OFFSET = "rank.vocab_offset"
-"""Per-rank weight, int32 [1]: the first vocabulary id of this rank's slice."""
 
 
 class Hidden(NamedTuple):
@@ -60,13 +57,13 @@ def hidden_states(
         x = x + attention(config, w, seams, normed, rotary, layer, state, writes, attend)
         normed = rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps)
         x = x + mlp(config, w, seams, normed)
-    last = rms_norm(x, weights["model.norm.weight"], config.norm_eps)
+    last = rms_norm(x, weights[NORM], config.norm_eps)
     return Hidden(last, torch.cat(tapped, dim=-1) if taps else None)
 
 
 def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, known: int | None = None) -> Tensor:
     """This rank's slice of the logits, float32 [B, T, V]; -inf beyond the vocabulary, or its first `known` ids."""
-    head = weights["model.embed_tokens.weight" if config.tied else "lm_head.weight"]
+    head = weights[EMBEDDING if config.tied else HEAD]
     rows = vocab_rows(config.out_vocab, seams.tp)
     out_BTV = seams.head(hidden_BTH, head, rows)
     size = min(known or config.out_vocab, config.out_vocab)
@@ -89,7 +86,7 @@ def layer_weights(weights: Weights, layer: int) -> dict[str, Tensor]:
 
 def embed(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor) -> Tensor:
     """Embed tokens: int [B, T] -> [B, T, H], in the model's dtype."""
-    table, dtype = weights["model.embed_tokens.weight"], weights["model.norm.weight"].dtype
+    table, dtype = weights[EMBEDDING], weights[NORM].dtype
     if seams.tp == 1:
         return seams.embed(tokens_BT, table).to(dtype)
     rows = vocab_rows(config.vocab, seams.tp)

@@ -23,6 +23,7 @@ from pipeline.models.decoder import (
     store,
 )
 from pipeline.models.parallel import Attend, Seams, State, Writes
+from pipeline.models.weights import NORM
 
 
 def features(config: ModelConfig, weights: Weights, seams: Seams, taps_BTX: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def hidden_states(
     rotary = rotary_of(config, positions_BT, inputs.dtype)
     x = residual + attention(config, w, seams, inputs, rotary, 0, state, writes, attend)
     x = x + mlp(config, w, seams, rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps))
-    return rms_norm(x, weights["model.norm.weight"], config.norm_eps), x
+    return rms_norm(x, weights[NORM], config.norm_eps), x
 
 
 def inputs_of(

@@ -15,6 +15,17 @@ from pipeline.models.config import ModelConfig
 Split = Literal["replicate", "rows", "columns", "kv_rows", "vocab"]
 Kind = Literal["linear", "embedding", "vector", "index"]
 
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+"""The norm after the last layer."""
+
+HEAD = "lm_head.weight"
+D2T = "d2t"
+"""Offsets from the ids of a reduced vocabulary to those of the target: target id = draft id + d2t[draft id]."""
+
+OFFSET = "rank.vocab_offset"
+"""Not of a checkpoint: the first vocabulary id of a rank's slice, see `vocab_offset`."""
+
 TAPS = 3
 """Hidden states of the target that an EAGLE-3 head reads at each position: low, middle and high layers."""
 
@@ -57,7 +68,7 @@ def weight_specs(config: ModelConfig, *, replicated: bool = False) -> list[Weigh
 
 def _specs(c: ModelConfig) -> Iterator[WeightSpec]:  # noqa: C901 - a table, not logic
     q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    yield WeightSpec("model.embed_tokens.weight", (c.vocab, c.hidden), "vocab", "embedding")
+    yield WeightSpec(EMBEDDING, (c.vocab, c.hidden), "vocab", "embedding")
     width = c.hidden
     if c.eagle3 is not None:  # its layer reads a token's embedding beside the target's features
         width = 2 * c.hidden
@@ -84,11 +95,11 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:  # noqa: C901 - a table, not
         yield WeightSpec(f"{base}.mlp.down_proj.weight", (c.hidden, c.intermediate), "columns", "linear")
         if c.mlp_bias:
             yield WeightSpec(f"{base}.mlp.down_proj.bias", (c.hidden,), "replicate", "vector")
-    yield WeightSpec("model.norm.weight", (c.hidden,), "replicate", "vector")
+    yield WeightSpec(NORM, (c.hidden,), "replicate", "vector")
     if not c.tied:
-        yield WeightSpec("lm_head.weight", (c.out_vocab, c.hidden), "vocab", "linear")
+        yield WeightSpec(HEAD, (c.out_vocab, c.hidden), "vocab", "linear")
     if c.draft_vocab is not None:
-        yield WeightSpec("d2t", (c.draft_vocab,), "replicate", "index")
+        yield WeightSpec(D2T, (c.draft_vocab,), "replicate", "index")
 
 
 def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ...]:

@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.graphs.dtypes import DTYPES
 from pipeline.graphs.packing import Packing
 from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
 from pipeline.models.weights import local_shape
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1}
 MIB = 1 << 20
 GIB = 1 << 30
 ATTENTION_TILE = 512
@@ -85,11 +85,11 @@ def rank_memory(pair: PairSpec, packing: Packing, graphs: Iterable[GraphSpec]) -
 def weight_bytes(models: ModelsSpec, role: Role, packing: Packing) -> int:
     """Bytes of one rank's shard, as the backend lays it out, with the vocabulary offset."""
     config, tp = models.config_of(role), models.tp_of(role)
-    size = DTYPE_BYTES["int32"]
+    size = DTYPES["int32"].size_bytes
     for weight in stored_weights(models, role):
         dtype = models.stored_dtype(role, weight.kind)
         shape = packing.packed_shape(local_shape(weight, config, tp), weight.kind, dtype)
-        size += math.prod(shape) * DTYPE_BYTES[dtype]
+        size += math.prod(shape) * DTYPES[dtype].size_bytes
     return size
 
 
@@ -104,7 +104,7 @@ def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:
 def _cache_bytes(pair: PairSpec, role: Role) -> int:
     config = pair.models.config_of(role)
     elements = 2 * config.layers * pair.models.kv_heads_of(role) * config.head_dim
-    return pair.rows * pair.length * elements * DTYPE_BYTES[pair.models.dtype_of(role)]
+    return pair.rows * pair.length * elements * DTYPES[pair.models.dtype_of(role)].size_bytes
 
 
 def _scratch_bytes(pair: PairSpec, spec: GraphSpec) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.artifact.manifest import Manifest
 from pipeline.backends.base import Backend, Executable, make_backend
-from pipeline.graphs.module import DTYPES
+from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec
 
@@ -56,7 +56,7 @@ class Session:
     def _state_tensor(self, spec: TensorSpec) -> Tensor:
         """State is shared by all graphs and starts as zeros."""
         if spec.name not in self._state:
-            self._state[spec.name] = torch.zeros(spec.shape, dtype=DTYPES[spec.dtype], device=self.device)
+            self._state[spec.name] = torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype), device=self.device)
         return self._state[spec.name]
 
     def _load_weights(self, rank: int) -> dict[str, Tensor]:

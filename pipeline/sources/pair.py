@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import SourceError
-from pipeline.graphs.signature import EMBEDDING
 from pipeline.models.eagle3 import taps_of
+from pipeline.models.weights import EMBEDDING
 from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint, with_shared_embedding

@@ -20,7 +20,7 @@ from pipeline.errors import SourceError
 from pipeline.files.atomic import atomic_dir
 from pipeline.models.eagle3 import TAPPED
 from pipeline.models.families import config_of
-from pipeline.models.weights import TAPS, WeightSpec, weight_specs
+from pipeline.models.weights import D2T, EMBEDDING, HEAD, NORM, TAPS, WeightSpec, weight_specs
 from pipeline.progress import Progress
 from pipeline.sources.checkpoint import SINGLE
 from pipeline.sources.tensors import layout
@@ -36,7 +36,7 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LATER_LAYERS = 0.1
 """Scale of what the layers after the first add to the residual stream."""
 
-EMBEDDING = 0.05
+EMBEDDING_SCALE = 0.05
 """Scale of the embedding: small, or a tied model would answer each token with itself."""
 
 LOGITS = 3.0
@@ -187,7 +187,7 @@ def _weights(pico: Pico) -> Iterator[bytes]:
     """The safetensors file, piece by piece."""
     whole = Pico(pico.family, pico.seed, pico.layers)
     values = dict(_random(pico, whole))
-    shapes = [(name, "I32" if name == "d2t" else "F32", tensor.shape) for name, tensor in values.items()]
+    shapes = [(name, "I32" if name == D2T else "F32", tensor.shape) for name, tensor in values.items()]
     yield layout(shapes, {"format": "pt"}).header
     for tensor in values.values():
         yield tensor.tobytes()
@@ -204,7 +204,7 @@ def _random(pico: Pico, whole: Pico) -> Iterator[tuple[str, ndarray]]:
     if pico.draft_vocab is None:
         yield from drawn.items()
         return
-    head = drawn.get("lm_head.weight", drawn["model.embed_tokens.weight"])
+    head = drawn.get(HEAD, drawn[EMBEDDING])
     # Evenly spread, and the end-of-sequence token among them.
     ids = np.unique(np.linspace(SIZES["eos_token_id"], VOCAB - 1, pico.draft_vocab).astype(np.int32))
     offsets = ids - np.arange(len(ids), dtype=np.int32)
@@ -216,12 +216,12 @@ def _random(pico: Pico, whole: Pico) -> Iterator[tuple[str, ndarray]]:
             for s in weight_specs(head_config)
             if s.name.startswith(own)
         )
-        yield "norm.weight", drawn["model.norm.weight"]
+        yield "norm.weight", drawn[NORM]
     else:
         yield from ((name, w) for name, w in drawn.items() if name.startswith("model.layers.0."))
-        yield "model.norm.weight", drawn["model.norm.weight"]
-    yield "lm_head.weight", head[ids]
-    yield "d2t", offsets.astype(np.int32)
+        yield NORM, drawn[NORM]
+    yield HEAD, head[ids]
+    yield D2T, offsets.astype(np.int32)
 
 
 def _draw(random: Any, spec: WeightSpec, *, tied: bool) -> ndarray:
@@ -230,12 +230,12 @@ def _draw(random: Any, spec: WeightSpec, *, tied: bool) -> ndarray:
     values = random.standard_normal(spec.shape)
     if spec.name.endswith("norm.weight"):
         values = 1 + 0.1 * values
-        if spec.name == "model.norm.weight":
-            values = values * (LOGITS * spec.shape[0] ** -0.5 / EMBEDDING if tied else LOGITS)
+        if spec.name == NORM:
+            values = values * (LOGITS * spec.shape[0] ** -0.5 / EMBEDDING_SCALE if tied else LOGITS)
     elif spec.name.endswith(".bias"):
         values = 0.1 * values
-    elif spec.name == "model.embed_tokens.weight":
-        values = values * EMBEDDING
+    elif spec.name == EMBEDDING:
+        values = values * EMBEDDING_SCALE
     else:
         scale = spec.shape[-1] ** -0.5
         adds = spec.name.endswith(("o_proj.weight", "down_proj.weight"))

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SourceError
+from pipeline.graphs.dtypes import SAFETENSORS
 
-DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I64": 8, "I8": 1}
-"""Dtypes that Tandem reads or writes, by their safetensors names."""
-
-OTHER_DTYPE_BYTES = {"F64": 8, "I16": 2, "U16": 2, "U32": 4, "U64": 8, "U8": 1, "BOOL": 1}
 HEADER_LIMIT_BYTES = 100_000_000
 ALIGNMENT_BYTES = 64
 
@@ -57,8 +54,8 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             first, last = (int(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"header entry of tensor {name!r} is malformed: {entry!r}") from error
-        width = DTYPE_BYTES.get(dtype) or OTHER_DTYPE_BYTES.get(dtype)
-        if not 0 <= first <= last or (width and last - first != width * math.prod(shape)):
+        known = SAFETENSORS.get(dtype)
+        if not 0 <= first <= last or (known and last - first != known.size_bytes * math.prod(shape)):
             raise _damaged(path, f"tensor {name!r}: {last - first} bytes do not hold {dtype}{list(shape)}")
         tensors[name] = TensorRef(path, dtype, shape, start + first, last - first)
         end = max(end, last)
@@ -105,7 +102,7 @@ def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mappin
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     places, end = {}, 0
     for name, dtype, shape in tensors:
-        nbytes = DTYPE_BYTES[dtype] * math.prod(shape)
+        nbytes = SAFETENSORS[dtype].size_bytes * math.prod(shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
         places[name] = (end, nbytes)
         end += nbytes

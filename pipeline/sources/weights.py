@@ -11,13 +11,11 @@ from array import array
 from collections.abc import Iterator, Mapping
 
 from pipeline.errors import SourceError
-from pipeline.graphs.signature import EMBEDDING
 from pipeline.models.config import ModelConfig
-from pipeline.models.weights import WeightSpec, weight_specs
+from pipeline.models.weights import D2T, EMBEDDING, HEAD, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import Checkpoint, weight_files
 from pipeline.sources.tensors import TensorRef, read_header
 
-HEAD = "lm_head.weight"
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)|t2d")
 """Buffers that some checkpoints carry and no model here reads; `t2d` is the inverse of `d2t`."""
 
@@ -103,8 +101,8 @@ def check_weights(checkpoint: Checkpoint) -> None:
     problems = [text for name, spec in needed.items() for text in _findings(spec, found.get(name))]
     if checkpoint.layers is None:
         problems += list(_extra(found, needed, checkpoint.config))
-    if not problems and "d2t" in needed:
-        problems += _offset_findings(found["d2t"], checkpoint.config)
+    if not problems and D2T in needed:
+        problems += _offset_findings(found[D2T], checkpoint.config)
     if problems:
         shown = problems[:SHOWN_PROBLEMS]
         if len(problems) > len(shown):

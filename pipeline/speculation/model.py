@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import OFFSET, Hidden, Weights, hidden_states, logits
+from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
 from pipeline.models.parallel import Attend, Seams, State, Writes, attend_up_to, plan_writes
+from pipeline.models.weights import D2T, OFFSET
 from pipeline.speculation.sampling import Candidates, Sampling, candidates, draw, greedy
 
 
@@ -141,4 +142,4 @@ class Model:
 
     def to_target(self, ids: Tensor) -> Tensor:
         """Map ids of a reduced vocabulary to the target's (EAGLE-3 convention, `d2t` offsets)."""
-        return ids if self.config.draft_vocab is None else ids + self.weights["d2t"][ids]
+        return ids if self.config.draft_vocab is None else ids + self.weights[D2T][ids]

@@ -24,15 +24,26 @@ from torch import Tensor
 
 from pipeline.errors import HostError, InputError, SourceError
 from pipeline.files.atomic import atomic_file, link_or_copy
+from pipeline.graphs.dtypes import DTYPES, SAFETENSORS
 from pipeline.graphs.packing import SCALE_BYTES, Packing
-from pipeline.graphs.signature import EMBEDDING, OFFSET, stored_weights
+from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import ModelsSpec, Role
 from pipeline.models.config import ModelConfig
 from pipeline.models.int8 import quantise
-from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_shape, padded_vocab, up_to, vocab_offset
+from pipeline.models.weights import (
+    BLOCK,
+    EMBEDDING,
+    OFFSET,
+    WeightSpec,
+    kv_head_of,
+    local_shape,
+    padded_vocab,
+    up_to,
+    vocab_offset,
+)
 from pipeline.progress import ByteProgress
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.tensors import DTYPE_BYTES, Layout, TensorRef, layout
+from pipeline.sources.tensors import Layout, TensorRef, layout
 from pipeline.sources.weights import weights
 from pipeline.stages.streams import Reader, Sink
 
@@ -40,17 +51,6 @@ WINDOW_BYTES = 4 << 20
 SLOTS = 8
 LARGE_BYTES = 1 << 30
 """Shards from this size on pass by the page cache; smaller ones stay in it, since validation is about to read them."""
-
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "int8": "I8"}
-NAMES = {short: name for name, short in STORED.items()}
-TORCH = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-}
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ class Window:
     @property
     def read_bytes(self) -> int:
         """Bytes of the window as read."""
-        return self.rows * self.width * DTYPE_BYTES[self.source.dtype]
+        return self.rows * self.width * SAFETENSORS[self.source.dtype].size_bytes
 
     @property
     def stored_bytes(self) -> int:
         """Bytes that hold the window as stored, once for each part."""
         blocks = up_to(self.rows, BLOCK) // BLOCK
         scales = SCALE_BYTES * len(self.parts) if self.dtype == "I8" else 0
-        return blocks * (BLOCK * self.width * DTYPE_BYTES[self.dtype] + scales)
+        return blocks * (BLOCK * self.width * SAFETENSORS[self.dtype].size_bytes + scales)
 
 
 def shard_path(out: Path, role: Role, rank: int, ranks: int) -> Path:
@@ -193,7 +193,7 @@ class _Job:
     def windows(self) -> Iterator[Window]:
         """Every window, in the order in which the files are written."""
         for spec, source in self.tensors:
-            stored = STORED[self.models.stored_dtype(self.role, spec.kind)]
+            stored = DTYPES[self.models.stored_dtype(self.role, spec.kind)].short
             yield from windows(spec, source, stored, self.config, self.split)
 
     def offset(self, rank: int) -> bytes:
@@ -213,14 +213,14 @@ def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpo
     for spec in specs:
         dtype = models.stored_dtype(role, spec.kind)
         shape = packing.packed_shape(local_shape(spec, config, split), spec.kind, dtype)
-        entries.append((spec.name, STORED[dtype], shape))
-    file = layout([*entries, (OFFSET, "I32", (1,))], {"format": "pt", "packing": packing.name})
+        entries.append((spec.name, DTYPES[dtype].short, shape))
+    file = layout([*entries, (OFFSET, DTYPES["int32"].short, (1,))], {"format": "pt", "packing": packing.name})
     return _Job(role, models, file, tuple((spec, sources[spec.name]) for spec in specs), packing)
 
 
 def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig, tp: int) -> Iterator[Window]:
     """Cut one tensor into windows of whole blocks; each byte is read once, but for KV heads that many ranks need."""
-    row_bytes = math.prod(spec.shape[1:]) * max(DTYPE_BYTES[source.dtype], 1)
+    row_bytes = math.prod(spec.shape[1:]) * SAFETENSORS[source.dtype].size_bytes
     step = max(WINDOW_BYTES // row_bytes // BLOCK, 1) * BLOCK
     for first, last, parts in _spans(spec, config, tp):
         for start in range(first, last, step):
@@ -316,13 +316,13 @@ def _emit(window: Window, slot: _Slot, read: Future[None], packing: Packing, sin
     """Convert, cut and pack a window that has been read, and hand it to the files."""
     read.result()
     shape = (window.rows, *window.spec.shape[1:])
-    whole = slot.read[: window.read_bytes].view(TORCH[window.source.dtype]).view(shape)
-    start, dtype, scales = 0, TORCH[window.dtype], None
+    whole = slot.read[: window.read_bytes].view(SAFETENSORS[window.source.dtype].as_torch()).view(shape)
+    start, dtype, scales = 0, SAFETENSORS[window.dtype].as_torch(), None
     if dtype == torch.int8:  # by whole rows, before ranks take their columns
         whole, scales = quantise(whole)
     for part in window.parts:
         weight = whole if len(shape) == 1 else whole[:, part.first : part.last]
-        packed = packing.packed_shape(tuple(weight.shape), window.spec.kind, NAMES[window.dtype])
+        packed = packing.packed_shape(tuple(weight.shape), window.spec.kind, SAFETENSORS[window.dtype].name)
         if packed == weight.shape and weight.dtype == dtype and weight.is_contiguous():
             slot.using += sink.put(weight.view(torch.uint8).flatten().numpy().data, part.ranks)
             continue

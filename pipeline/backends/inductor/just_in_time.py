@@ -10,7 +10,7 @@ import torch
 
 from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.seams import BlockedSeams
-from pipeline.graphs.module import DTYPES
+from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.weights import weight_specs
 from pipeline.speculation.model import Model
@@ -29,7 +29,7 @@ def blocked(model: Model, dtype: str) -> Model:
     packing, packed = BlockPacking(), {}
     for spec in weight_specs(model.config):
         shape = packing.packed_shape(spec.shape, spec.kind, dtype)
-        packed[spec.name] = torch.empty(shape, dtype=DTYPES[dtype])
+        packed[spec.name] = torch.empty(shape, dtype=torch_dtype(dtype))
         packing.pack(model.weights[spec.name], spec.kind, packed[spec.name])
     return replace(model, weights=packed, seams=BlockedSeams())
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from pipeline.backends.base import Executable, Toolchain, Traced
 from pipeline.backends.neuron import compiler, hlo, support
 from pipeline.errors import HostError, Problem
-from pipeline.graphs.module import DTYPES, SeamsFor, run_phase
+from pipeline.graphs.dtypes import torch_dtype
+from pipeline.graphs.module import SeamsFor, run_phase
 from pipeline.graphs.packing import Packing, PlainPacking
 from pipeline.graphs.signature import Signature, signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
@@ -84,12 +85,12 @@ class NeuronModule(nn.Module):
         super().__init__()
         self.spec, self.pair, self.io, self.seams_for = spec, pair, io, seams_for
         for one in io.weights:
-            tensor = torch.empty(one.shape, dtype=DTYPES[one.dtype])
+            tensor = torch.empty(one.shape, dtype=torch_dtype(one.dtype))
             owner, leaf = self._place(one.name)
             owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
         for one in io.state:
             owner, leaf = self._place(one.name)
-            owner.register_buffer(leaf, torch.zeros(one.shape, dtype=DTYPES[one.dtype]))
+            owner.register_buffer(leaf, torch.zeros(one.shape, dtype=torch_dtype(one.dtype)))
 
     def forward(
         self,
@@ -123,7 +124,7 @@ class NeuronModule(nn.Module):
 
     def example(self) -> dict[str, Tensor]:
         """Arguments to trace with: zeros, by name."""
-        return {one.name: torch.zeros(one.shape, dtype=DTYPES[one.dtype]) for one in self.io.arguments}
+        return {one.name: torch.zeros(one.shape, dtype=torch_dtype(one.dtype)) for one in self.io.arguments}
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         """The submodule that owns a dotted name, made where it is not there yet."""

@@ -23,7 +23,7 @@ from pipeline.backends.neuron import support
 from pipeline.backends.neuron.backend import LAYOUT, METANEFF, NEFF, NeuronModule, dotted, key, sdk_environment
 from pipeline.backends.neuron.compiler import check_neff
 from pipeline.errors import ArtifactError, HostError
-from pipeline.graphs.module import DTYPES
+from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec
 
@@ -66,7 +66,7 @@ class NeuronRanks:
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run one graph on every rank; rank 0's results, on the CPU."""
         io = self._graphs[spec.name].io
-        given = {one.name: arguments[one.name].to(DTYPES[one.dtype]) for one in io.arguments}
+        given = {one.name: arguments[one.name].to(torch_dtype(one.dtype)) for one in io.arguments}
         results = self._model(model_name=spec.name, **given)
         listed = [results] if isinstance(results, Tensor) else list(results)
         return {one.name: result.cpu() for one, result in zip(io.outputs, listed, strict=True)}
@@ -74,7 +74,7 @@ class NeuronRanks:
     def reset(self) -> None:
         """Zero all state on every rank."""
         for one in states(list(self._graphs.values())).values():
-            zeros = torch.zeros(one.shape, dtype=DTYPES[one.dtype])
+            zeros = torch.zeros(one.shape, dtype=torch_dtype(one.dtype))
             for rank in range(self._ranks):
                 self._model.write_to_neuron_buffer(zeros, dotted(one.name), rank)
 
@@ -165,7 +165,7 @@ def assemble(graphs: list[Graph], ranks: int) -> Any:
     found = {dotted(name): one for name, one in states(graphs).items()}
     initial = StateInitializer(
         {name: list(one.shape) for name, one in found.items()},
-        {name: DTYPES[one.dtype] for name, one in found.items()},
+        {name: torch_dtype(one.dtype) for name, one in found.items()},
         ranks,
     )
     model = NxDModel(world_size=ranks, state_initializer=initial)
@@ -183,7 +183,7 @@ def trace_artifacts(graph: Graph) -> Any:
     meta = metaneff_pb2.MetaNeff()
     meta.ParseFromString(graph.metaneff)
     flattener, packer = graph.layout["flattener"], graph.layout["packer"]
-    arguments = {one.name: torch.zeros(one.shape, dtype=DTYPES[one.dtype]) for one in graph.io.arguments}
+    arguments = {one.name: torch.zeros(one.shape, dtype=torch_dtype(one.dtype)) for one in graph.io.arguments}
     names = [name for name in NeuronModule.forward.__annotations__ if name != "return"]
     weights = (place for place, one in enumerate(meta.input_tensors) if key(one.checkpoint_key))
     return TraceArtifacts(
@@ -203,7 +203,7 @@ def _weight_faults(rank: int, weights: dict[str, Tensor], wanted: dict[str, Tens
         tensor = weights.get(name)
         if tensor is None:
             yield f"rank {rank} has no {name}"
-        elif tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
+        elif tuple(tensor.shape) != spec.shape or tensor.dtype != torch_dtype(spec.dtype):
             have = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
             yield f"rank {rank}: {name} is {have}, its graphs need {list(spec.shape)} {spec.dtype}"
     for name in weights.keys() - wanted.keys():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.graphs.module import DTYPES
+from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine
 from pipeline.validate.gates.limits import ATOL, FLIP_LIMIT, MAP, MAP_ALL, SLICE_TOKENS, TIE, limits
@@ -254,7 +254,7 @@ def noise_at(golden: Golden, at: int) -> float:
 def ulp(values: Tensor, dtype: str) -> Tensor:
     """Distance of neighbouring numbers of `dtype` at these magnitudes."""
     exponent = torch.floor(torch.log2(values.abs().clamp(min=torch.finfo(torch.float32).tiny)))
-    return torch.exp2(exponent) * torch.finfo(DTYPES[dtype]).eps
+    return torch.exp2(exponent) * torch.finfo(torch_dtype(dtype)).eps
 
 
 def _vocabulary(one: Summary, other: Summary) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.cache.local import Cache
 from pipeline.graphs.spec import GraphSpec
+from pipeline.models.weights import D2T, EMBEDDING
 from pipeline.progress import Log
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Engine, Generation
@@ -222,7 +223,7 @@ class Gates:
         draft = self.pair[1]
         if draft.config.draft_vocab is None:
             return None
-        return torch.arange(draft.config.draft_vocab) + read_tensor(weights(draft)["d2t"]).long()
+        return torch.arange(draft.config.draft_vocab) + read_tensor(weights(draft)[D2T]).long()
 
     def _choices(self, floor: float) -> tuple[dict[str, int], list[str]]:
         """Tokens of the answers and of the prefill graphs against the baseline's own choice after the same tokens."""
@@ -336,5 +337,5 @@ def _bytes_read(checkpoint: Checkpoint) -> int:
 
     config = checkpoint.config
     sizes = {spec.name: torch.Size(spec.shape).numel() for spec in weight_specs(config)}
-    embedding = sizes["model.embed_tokens.weight"]
+    embedding = sizes[EMBEDDING]
     return sum(sizes.values()) - (0 if config.tied else embedding)

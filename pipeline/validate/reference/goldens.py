@@ -25,8 +25,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.cache.local import Cache
-from pipeline.graphs.module import DTYPES
+from pipeline.graphs.dtypes import SAFETENSORS, torch_dtype
 from pipeline.models.int8 import rounded
+from pipeline.models.weights import EMBEDDING, HEAD, NORM
 from pipeline.progress import Log
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tensors import TensorRef
@@ -35,7 +36,6 @@ from pipeline.sources.weights import weights
 FORMAT = 1
 """Part of every key: raise it when a golden's content changes."""
 
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 RANKS = (*range(50), *range(50, 1000, 10))
 """Ranks of the baseline whose logits are recorded: the first 50, then every tenth up to 1000."""
 
@@ -46,7 +46,6 @@ CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 
 TOKENS_AT_ONCE = 256
 HEAD_ROWS = 16384
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32}
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class Reference:
         self.checkpoint, self.target = checkpoint, target
         self.narrow, self.target_narrow = narrow, target_narrow
         self.dtype_name = dtype
-        self.dtype = DTYPES[dtype]
+        self.dtype = torch_dtype(dtype)
         self.kinds = (above(dtype), self.dtype)
         self._refs = weights(checkpoint)
         shared = checkpoint.config.shares_embedding
@@ -289,7 +288,7 @@ def read_tensor(ref: TensorRef) -> Tensor:
     with ref.file.open("rb") as file:
         file.seek(ref.offset)
         data = bytearray(file.read(ref.nbytes))
-    return torch.frombuffer(data, dtype=STORED[ref.dtype]).view(ref.shape)
+    return torch.frombuffer(data, dtype=SAFETENSORS[ref.dtype].as_torch()).view(ref.shape)
 
 
 class Recorder(nn.Module):
