@@ -80,3 +80,10 @@ class HostError(TandemError):
 
     exit_code = 3
     title = "environment"
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what an exception says, for a message of ours; never the name of its class."""
+    if isinstance(error, KeyError):
+        return f"missing key: {error}"
+    return next(iter(str(error).strip().splitlines()), "no details")

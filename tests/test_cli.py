@@ -134,7 +134,9 @@ def test_build_refuses_another_tokenizer_and_says_how_it_differs(work):
     vocab = data["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     file.write_text(json.dumps(data))
-    refused(work, 2, "its tokenizer differs from the target's", "2 ids differ", "'a' against 'b'", "source: draft: ")
+    refused(
+        work, 2, "the draft's tokenizer differs from the target's", "2 ids differ", "'a' against 'b'", "source: draft: "
+    )
 
 
 def test_build_refuses_a_target_without_a_tokenizer(work):
@@ -145,7 +147,7 @@ def test_build_refuses_a_target_without_a_tokenizer(work):
 
 def test_build_refuses_a_broken_tokenizer_before_it_compiles(work):
     (work / "target" / "tokenizer.json").write_text('{"model": {}}')
-    refused(work, 2, "its tokenizer cannot be read")
+    refused(work, 2, "the tokenizer cannot be read")
 
 
 def test_build_refuses_an_unknown_revision(work, monkeypatch):

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import HostError
-from pipeline.executors.local import run_all
+from pipeline.executors.base import Executor
+from pipeline.executors.local import LocalExecutor
 
 SLEEPERS = """
 import time
-from pipeline.executors.local import run_all
+from pipeline.executors.local import LocalExecutor
 if __name__ == "__main__":
     print("started", flush=True)
-    run_all(time.sleep, [600, 600], 2, print)
+    LocalExecutor(2).run(time.sleep, [600, 600], print)
 """
 
 
@@ -40,20 +41,21 @@ def fail(number: int) -> int:
     raise HostError(f"job {number} failed")
 
 
-def test_run_all_keeps_the_order_of_jobs():
+def test_run_keeps_the_order_of_jobs():
     seen: list[int] = []
-    assert run_all(square, [3, 1, 2], 2, seen.append) == [9, 1, 4]
+    executor: Executor = LocalExecutor(2)
+    assert executor.run(square, [3, 1, 2], seen.append) == [9, 1, 4]
     assert sorted(seen) == [1, 4, 9]
 
 
-def test_run_all_error_of_a_job_is_raised_as_it_is():
+def test_run_error_of_a_job_is_raised_as_it_is():
     with pytest.raises(HostError, match="job 1 failed"):
-        run_all(fail, [1, 1], 1, lambda _: None)
+        LocalExecutor(1).run(fail, [1, 1], lambda _: None)
 
 
-def test_run_all_dead_worker_is_explained():
+def test_run_dead_worker_is_explained():
     with pytest.raises(HostError, match="probably out of memory"):
-        run_all(die, [1], 1, lambda _: None)
+        LocalExecutor(1).run(die, [1], lambda _: None)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 1)])

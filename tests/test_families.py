@@ -216,7 +216,7 @@ def test_ids_that_one_model_lacks_are_never_proposed(draft_vocab):
 def test_pair_whose_tokenizer_exceeds_a_vocabulary_is_refused(tmp_path):
     small = replace(families.FAMILIES["qwen2"], draft={"vocab_size": 300, "num_hidden_layers": 1})
     recipe = load(write_recipe("qwen2", tmp_path, spec=small))
-    with pytest.raises(SourceError, match="vocab_size=300, the target's is 416; their tokenizer has 341 ids"):
+    with pytest.raises(SourceError, match="vocab_size=300, but the target has 416; tokenizer ids: 341"):
         resolve_pair(recipe, base=tmp_path, cache=tmp_path / "cache")
 
 

@@ -368,9 +368,9 @@ import json
 from pathlib import Path
 from neuronx_distributed_inference.models.config import CONFIG_FILE, FusedSpecNeuronConfig, InferenceConfig
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
-from pipeline.backends.neuron import nxdi
-from pipeline.backends.neuron.nxdi_compile import Request
-asked = Request.parse(Path({request!r}).read_bytes())
+from pipeline.nxdi import config as nxdi
+from pipeline.nxdi.compile import CompileOrder
+asked = CompileOrder.parse(Path({request!r}).read_bytes())
 def config(settings, checkpoint):
     neuron = InferenceConfig.get_neuron_config_cls()(**settings)
     return InferenceConfig(neuron, load_config=load_pretrained_config(checkpoint))
@@ -396,7 +396,7 @@ print(json.dumps({{
 def test_nxd_inference_takes_the_configuration_as_it_is_asked(tmp_path):
     """The real configuration classes of NxD Inference: every key is known, and the file is loaded with places in it."""
     from pipeline.nxdi import config as nxdi
-    from pipeline.nxdi.compile import Request
+    from pipeline.nxdi.compile import CompileOrder
     from pipeline.plan.lock import lock_path, pair_configs
     from pipeline.plan.lock import read as read_lock
     from pipeline.plan.plan import make_plan
@@ -411,7 +411,7 @@ def test_nxd_inference_takes_the_configuration_as_it_is_asked(tmp_path):
         (tmp_path / role / "config.json").write_text(json.dumps(source.config))
     made = nxdi.package(make_plan(recipe, *pair_configs(recipe, pinned, str(path))))
     places = [str(tmp_path / name) for name in ("target", "draft", "out", "answer")]
-    (tmp_path / "request.json").write_bytes(Request(made, *places).dump())
+    (tmp_path / "request.json").write_bytes(CompileOrder(made, *places).dump())
     where = environment(nxd=[*NXD, Path(NXDI)], NEURON_PLATFORM_TARGET_OVERRIDE="trn2")
     done = run(ASK_NXDI.format(request=str(tmp_path / "request.json")), where, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]

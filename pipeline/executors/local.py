@@ -9,48 +9,50 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from dataclasses import dataclass
 
 from pipeline.errors import HostError
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+from pipeline.executors.base import Job, Result
 
 
-def run_all(
-    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, done: Callable[[Result], None]
-) -> list[Result]:
-    """Results in the order of `jobs`; `done` is called as each ends.
+@dataclass(frozen=True)
+class LocalExecutor:
+    """Runs at most `workers` jobs at a time, each in a worker process that splits the cores with the others."""
 
-    Raises:
-        HostError: a worker died (most often: killed for memory). Errors of a job are raised as they are; jobs not yet
-            started are cancelled.
+    workers: int
 
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(workers,)) as pool:
-        results: dict[int, Result] = {}
-        try:
-            futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                done(results[futures[future]])
-        except BrokenProcessPool as error:
-            raise HostError(
-                "a compile worker was killed; the machine is probably out of memory",
-                where="compile",
-                fix="free memory or lower --workers, then run the same command: finished graphs are kept",
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.kill()  # leaving would wait for what they compile now, which may take minutes
-            raise
-    return [results[index] for index in range(len(jobs))]
+    def run(self, work: Callable[[Job], Result], jobs: Sequence[Job], done: Callable[[Result], None]) -> list[Result]:
+        """Return the results in the order of `jobs`; `done` is called when each job ends.
+
+        Raises:
+            HostError: a worker was killed, most often for lack of memory. An error of a job is raised as it is; jobs
+                that have not started are cancelled.
+
+        """
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.workers, context, initializer=_start, initargs=(self.workers,)) as pool:
+            results: dict[int, Result] = {}
+            try:
+                futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
+                for future in as_completed(futures):
+                    results[futures[future]] = future.result()
+                    done(results[futures[future]])
+            except BrokenProcessPool as error:
+                raise HostError(
+                    "a compile worker was killed; the machine is probably out of memory",
+                    where="compile",
+                    fix="free memory or lower --workers, then run the same command: finished graphs are kept",
+                ) from error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in multiprocessing.active_children():
+                    worker.kill()  # otherwise leaving the pool waits for running compiles, which may take minutes
+                raise
+        return [results[index] for index in range(len(jobs))]
 
 
 def _start(workers: int) -> None:
-    """Begin a worker: split the cores, before torch is imported; leave Ctrl-C to the parent, and end when it ends."""
+    """Start a worker: split the cores before torch is imported, ignore Ctrl-C, and end when the parent ends."""
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -58,7 +60,7 @@ def _start(workers: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot end its workers; they would hold locks, and wait for work, for ever."""
+    """Kill this worker when its parent has ended: otherwise it would keep its locks and wait for jobs forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,12 +18,12 @@ from pipeline.files.atomic import FileDigest, write_atomic
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
 from pipeline.recipe.schema import Recipe
+from pipeline.sources.hub import is_commit
 
 if TYPE_CHECKING:
     from pipeline.sources.checkpoint import Checkpoint
 
 VERSION = 1
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class LockedSource:
     @property
     def floating(self) -> bool:
         """True when the revision is a branch or tag, which may move."""
-        return self.source.startswith("hf://") and not COMMIT.fullmatch(self.revision)
+        return self.source.startswith("hf://") and not is_commit(self.revision)
 
     @property
     def has_weights(self) -> bool:

@@ -34,7 +34,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["int8"]
 
 SOURCES = ("hf", "package", "pico")
-"""Schemes of sources: the keys of `pipeline.sources.pair.KINDS`."""
+"""Schemes of sources: the keys of `pipeline.sources.kinds.KINDS` beside the folder, which has none."""
 
 
 def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,22 +1,25 @@
 """A checkpoint: a folder in Hugging Face layout, opened and checked. Reads headers and configs, never weights' values.
 
-Where the folder comes from is the business of the other files in this package. Imports no torch.
+The modules of the kinds of source provide the folder. Imports no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from pipeline.errors import SourceError
 from pipeline.files.atomic import FileDigest, sha256_file, write_atomic
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
 from pipeline.progress import Progress, no_progress
+from pipeline.records import Record
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -56,13 +59,28 @@ class Checkpoint:
         return tuple(name for name in self.files if name in TOKENIZER_FILES)
 
 
+class FileStamp(Record):
+    """Size, time and inode of a file when it had this digest."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    sha256: str
+
+
+class Memo(Record):
+    """Stamps of a folder's files by name."""
+
+    files: dict[str, FileStamp]
+
+
 def open_checkpoint(
     root: Path, *, revision: str = "", memo: Path | None = None, progress: Progress = no_progress
 ) -> Checkpoint:
     """Open a folder in Hugging Face layout.
 
-    Digests of unchanged files are remembered in the folder `memo`, so that opening again reads no weights. Without a
-    `revision`, a digest over all files is used.
+    The folder `memo` keeps digests of unchanged files, so that opening again reads no weights. Without a `revision`,
+    it is a digest over all files.
 
     Raises:
         SourceError: no such folder, no config, pickled weights only, or a model that is not supported.
@@ -79,14 +97,14 @@ def open_checkpoint(
 
 
 def content_revision(files: dict[str, FileDigest]) -> str:
-    """A name for the content of these files."""
+    """Return a digest over the names and contents of these files."""
     text = "".join(f"{digest.sha256}  {name}\n" for name, digest in sorted(files.items()))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """`config.json`, with the end-of-sequence ids of `generation_config.json`, which transformers' generate prefers."""
-    config = _read_json(root / "config.json", "a checkpoint needs its config.json")
+    """Return `config.json`, with the end-of-sequence ids of `generation_config.json`, as transformers' generate."""
+    config = _read_json(root / "config.json", "add the checkpoint's config.json")
     generation = root / "generation_config.json"
     if generation.is_file():
         eos = _read_json(generation, "").get("eos_token_id")
@@ -96,10 +114,10 @@ def read_config(root: Path) -> dict[str, Any]:
 
 
 def weight_files(root: Path) -> list[str]:
-    """Names of the safetensors files that hold the model.
+    """Return the names of the safetensors files that hold the model.
 
     Raises:
-        SourceError: there are none, or the index names a file outside the folder.
+        SourceError: no such files, or an index that names a file outside the folder.
 
     """
     if (root / INDEX).is_file():
@@ -107,43 +125,44 @@ def weight_files(root: Path) -> list[str]:
         return indexed_files(index, str(root / INDEX))
     if (root / SINGLE).is_file():
         return [SINGLE]
-    found = sorted(path.name for path in root.glob("*.safetensors"))
-    if len(found) == 1:
-        return found
-    raise SourceError(*_no_weights(sorted(p.name for p in root.iterdir()), found), where=str(root), fix=CONVERT)
+    candidates = sorted(path.name for path in root.glob("*.safetensors"))
+    if len(candidates) == 1:
+        return candidates
+    names = sorted(path.name for path in root.iterdir())
+    raise SourceError(_no_weights(names, candidates), where=str(root), fix=CONVERT)
 
 
 CONVERT = (
     "save it with transformers' model.save_pretrained(folder), which writes safetensors; "
-    "Tandem opens no pickled weights, because opening them can run code"
+    "Tandem does not read pickled weights, because reading them can execute code"
 )
 
 
-def _no_weights(names: list[str], safetensors: list[str]) -> tuple[str]:
+def _no_weights(names: list[str], safetensors: list[str]) -> str:
     pickled = [name for name in names if name.endswith(PICKLED)]
     if safetensors:
-        return (f"{len(safetensors)} safetensors files but no {INDEX}: {', '.join(safetensors[:4])}",)
+        return f"{len(safetensors)} safetensors files but no {INDEX}: {', '.join(safetensors[:4])}"
     if pickled:
-        return (f"only pickled weights: {', '.join(pickled[:4])}",)
-    return ("no safetensors weights in this folder",)
+        return f"only pickled weights: {', '.join(pickled[:4])}"
+    return "no safetensors weights"
 
 
 def refuse_without_weights(names: Iterable[str], where: str) -> None:
-    """Refuse a listing that has no safetensors, before anything is downloaded."""
+    """Raise a SourceError for a listing without safetensors, before anything is downloaded."""
     names = sorted(names)
     if not any(name.endswith(".safetensors") for name in names):
-        raise SourceError(*_no_weights(names, []), where=where, fix=CONVERT)
+        raise SourceError(_no_weights(names, []), where=where, fix=CONVERT)
 
 
 def indexed_files(index: dict[str, Any], where: str) -> list[str]:
-    """Files that an index of sharded safetensors names."""
+    """Return the names of the files in an index of sharded safetensors."""
     table = index.get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise SourceError("index has no weight_map", where=where, fix="download the checkpoint again")
+        raise SourceError("no weight_map in the index", where=where, fix="download the checkpoint again")
     names = sorted({str(name) for name in table.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise SourceError(f"weight_map names {name!r}, not a safetensors file of this folder", where=where)
+            raise SourceError(f"weight_map has {name!r}, not a safetensors file of this folder", where=where)
     return names
 
 
@@ -160,40 +179,37 @@ def _read_json(path: Path, fix: str) -> dict[str, Any]:
 
 
 def digest_files(root: Path, names: list[str], memo: Path | None, progress: Progress) -> dict[str, FileDigest]:
-    """sha256 and size of files under `root`; read only if size, time or inode differ from what `memo` remembers."""
-    note = memo / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}.json" if memo else None
-    known = _remembered(note)
-    stamps, digests = {}, {}
+    """Return sha256 and size of files under `root`; read only if size, time or inode differ from those in `memo`."""
+    path = memo / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}.json" if memo else None
+    known = _read_memo(path)
+    stamps: dict[str, FileStamp] = {}
     total = sum((root / name).stat().st_size for name in names)
     done = 0
     for name in names:
         stat = (root / name).stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        old = known.get(name)
-        if old and old[:3] == stamp:
-            sha256 = str(old[3])
-        else:
+        stamp = known.get(name)
+        if stamp is None or (stamp.size, stamp.mtime_ns, stamp.inode) != (stat.st_size, stat.st_mtime_ns, stat.st_ino):
             progress(f"hashing {name}", done, total)
             sha256 = sha256_file(root / name)
+            stamp = FileStamp(size=stat.st_size, mtime_ns=stat.st_mtime_ns, inode=stat.st_ino, sha256=sha256)
         done += stat.st_size
-        stamps[name] = [*stamp, sha256]
-        digests[name] = FileDigest(sha256=sha256, size=stat.st_size)
-    if note and stamps != known:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(note, json.dumps(stamps).encode())
-    return digests
+        stamps[name] = stamp
+    if path and stamps != known:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, Memo(files=stamps).model_dump_json().encode())
+    return {name: FileDigest(sha256=stamp.sha256, size=stamp.size) for name, stamp in stamps.items()}
 
 
-def _remembered(note: Path | None) -> dict[str, list[Any]]:
-    """What a memo says; a memo that cannot be read is only a slower start."""
+def _read_memo(path: Path | None) -> Mapping[str, FileStamp]:
+    """Return the stamps in a memo; one that cannot be read only costs time, so it counts as empty."""
     try:
-        return dict(json.loads(note.read_bytes())) if note else {}
-    except (OSError, ValueError):
+        return Memo.model_validate_json(path.read_bytes()).files if path else {}
+    except (OSError, ValidationError):
         return {}
 
 
 def with_shared_embedding(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint, marked as using its target's embedding."""
+    """Return the same checkpoint, marked as one that uses its target's embedding."""
     return replace(
         checkpoint,
         config=replace(checkpoint.config, shares_embedding=True),

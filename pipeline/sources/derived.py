@@ -1,4 +1,4 @@
-"""A draft made of some of its target's layers: the target's own files under new numbers. Copies nothing."""
+"""A draft of some of its target's layers: the target's own files under new layer numbers. Copies nothing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ WHERE = "draft.derive.layers"
 
 
 def derive(target: Checkpoint, layers: tuple[int, ...]) -> Checkpoint:
-    """The draft whose layer i is the target's layer `layers[i]`; it shares the target's embedding and head.
+    """Return the draft whose layer i is the target's layer `layers[i]`, with the target's embedding and head.
 
     Raises:
-        SourceError: no layers, or one that the target does not have.
+        SourceError: no layers, or a layer that the target does not have.
 
     """
     count = target.config.layers
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong or not layers:
-        what = f"the target has no layer {wrong[0]}" if wrong else "no layers are named"
-        raise SourceError(what, where=WHERE, fix=f"name layers of 0..{count - 1}, for example [0, 1, {count - 1}]")
+        what = f"the target has no layer {wrong[0]}" if wrong else "no layers"
+        raise SourceError(what, where=WHERE, fix=f"use layers of 0..{count - 1}, for example [0, 1, {count - 1}]")
     config_json = target.config_json | {"num_hidden_layers": len(layers)}
     if isinstance(config_json.get("layer_types"), list):
         config_json["layer_types"] = [config_json["layer_types"][layer] for layer in layers]

@@ -1,6 +1,6 @@
 """GGUF -> a folder in Hugging Face layout, in float32, written tensor by tensor.
 
-Covers the families that `pipeline.models` covers. Does not keep the quantisation: the weights are dequantised exactly.
+Supports the families of `pipeline.models`. Does not keep the quantisation: the weights are dequantised exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from pipeline.errors import HostError, SourceError
+from pipeline.errors import HostError, SourceError, reason
 from pipeline.files.atomic import atomic_dir
 from pipeline.models.families import config_of
 from pipeline.progress import Progress
@@ -55,11 +55,11 @@ NAMES = {
 }
 TENSOR = re.compile(r"(blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
 HOST_KEYS = ("is_local", "local_files_only", "name_or_path", "gguf_file")
-"""Keys of a saved tokenizer config that tell of the machine that saved it."""
+"""Keys of a saved tokenizer config that describe the host that saved it."""
 
 
 def convert_once(path: Path, sha256: str, cache: Path, progress: Progress) -> Path:
-    """Folder in the cache that holds `path` converted; builds that run at once convert it once.
+    """Return the folder in the cache with `path` converted, at most once by builds that run at the same time.
 
     Raises:
         SourceError: an architecture, tensor or quantisation that is not supported, or a damaged file.
@@ -90,7 +90,7 @@ def _open(path: Path) -> GGUFReader:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise HostError("reading GGUF needs the package gguf", where=str(path), fix="pip install gguf") from error
+        raise HostError("the package gguf is not installed", where=str(path), fix="pip install gguf") from error
     try:
         return GGUFReader(str(path))
     except (ValueError, IndexError, OSError) as error:
@@ -115,7 +115,9 @@ class _Fields:
     def need(self, key: str) -> Any:
         value = self.get(key)
         if value is None:
-            raise SourceError(f"{self.architecture}.{key} is missing", where=self.where, fix="convert the model again")
+            raise SourceError(
+                f"no {self.architecture}.{key} in the file's metadata", where=self.where, fix="convert the model again"
+            )
         return value
 
     def token(self, name: str) -> int | None:
@@ -124,11 +126,11 @@ class _Fields:
 
 
 def _config(fields: _Fields, tensors: set[str]) -> dict[str, Any]:
-    """`config.json` of a GGUF file's metadata."""
+    """Return the `config.json` of a GGUF file's metadata."""
     architecture = fields.architecture
     if architecture not in ARCHITECTURES:
         fix = f"supported: {', '.join(ARCHITECTURES)}"
-        raise SourceError(f"GGUF architecture {architecture!r} is not supported", where=fields.where, fix=fix)
+        raise SourceError(f"unsupported GGUF architecture: {architecture!r}", where=fields.where, fix=fix)
     heads, hidden = int(fields.need("attention.head_count")), int(fields.need("embedding_length"))
     head_dim = int(fields.get("attention.key_length") or fields.get("rope.dimension_count") or hidden // heads)
     config: dict[str, Any] = {
@@ -159,7 +161,7 @@ def _rope(fields: _Fields) -> dict[str, Any]:
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": float(fields.need("rope.scaling.factor"))}
     if kind != "none":
-        raise SourceError(f"rope scaling {kind!r} is not supported in GGUF", where=fields.where, fix=USE_ORIGINAL)
+        raise SourceError(f"unsupported rope scaling in GGUF: {kind!r}", where=fields.where, fix=USE_ORIGINAL)
     return rope
 
 
@@ -167,13 +169,15 @@ USE_ORIGINAL = "use the model's original checkpoint (hf:// or a folder)"
 
 
 def _save_tokenizer(path: Path, out: Path) -> None:
-    """Transformers rebuilds the fast tokenizer from the GGUF metadata, chat template included."""
-    from transformers import AutoTokenizer
+    """Write the tokenizer, chat template included, that transformers builds from the GGUF metadata."""
+    from transformers import AutoTokenizer  # here, because it imports torch
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except (ValueError, KeyError, OSError) as error:
-        raise SourceError(f"its tokenizer cannot be converted: {error}", where=str(path), fix=USE_ORIGINAL) from error
+        raise SourceError(
+            f"the tokenizer cannot be converted: {reason(error)}", where=str(path), fix=USE_ORIGINAL
+        ) from error
     tokenizer.save_pretrained(str(out))
     saved = out / "tokenizer_config.json"
     config = {key: value for key, value in json.loads(saved.read_text()).items() if key not in HOST_KEYS}
@@ -183,7 +187,7 @@ def _save_tokenizer(path: Path, out: Path) -> None:
 def _weights(
     reader: GGUFReader, config: dict[str, Any], path: Path, progress: Progress
 ) -> Iterator[bytes | memoryview]:
-    """The safetensors file, piece by piece: never more than one tensor in memory."""
+    """Yield the safetensors file, piece by piece, with at most one tensor in memory."""
     import numpy as np
     from gguf import dequantize
 
@@ -196,18 +200,18 @@ def _weights(
         try:
             values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
         except (NotImplementedError, ValueError) as error:
-            raise SourceError(f"{tensor.name}: {error}", where=str(path), fix=USE_ORIGINAL) from error
+            raise SourceError(f"{tensor.name}: {reason(error)}", where=str(path), fix=USE_ORIGINAL) from error
         values = _unpermute(config)(name, values)
         yield np.ascontiguousarray(values, dtype="<f4").data.cast("B")
-        done += plan.places[name][1]
+        done += plan.tensors[name].nbytes
         progress("converting GGUF", done, plan.size)
 
 
 def _name(gguf_name: str, path: Path) -> str:
-    """The Hugging Face name of a GGUF tensor."""
+    """Return the Hugging Face name of a GGUF tensor."""
     match = TENSOR.fullmatch(gguf_name)
     if match is None or match["part"] not in NAMES:
-        raise SourceError(f"tensor {gguf_name!r} is not supported in GGUF", where=str(path), fix=USE_ORIGINAL)
+        raise SourceError(f"unsupported tensor in GGUF: {gguf_name!r}", where=str(path), fix=USE_ORIGINAL)
     layer = f"model.layers.{match['layer']}." if match["layer"] else ""
     return f"{layer}{NAMES[match['part']]}.{match['leaf']}"
 

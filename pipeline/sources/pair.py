@@ -1,12 +1,10 @@
 """A source string -> a checked `Checkpoint`, and a recipe's target and draft, checked to fit each other.
 
-A source is a folder (relative to the recipe's), `hf://org/name@revision`, `package://name==version` (a GGUF file in a
-Python package), or `pico://family` (a tiny random model). Imports no torch.
+A source is of one of the kinds in `kinds.py`. Imports no torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -17,15 +15,9 @@ from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint, with_shared_embedding
 from pipeline.sources.derived import derive
+from pipeline.sources.kinds import fetch
 from pipeline.sources.tokenizer import check_tokenizers, vocabulary_size
 from pipeline.sources.weights import check_weights, weights
-
-KINDS = {
-    "hf": "pipeline.sources.hub",
-    "package": "pipeline.sources.package",
-    "pico": "pipeline.sources.pico",
-}
-"""Scheme of a source -> the module whose `fetch(location, cache, progress) -> (folder, revision)` brings it."""
 
 Role = Literal["target", "draft"]
 
@@ -33,28 +25,23 @@ Role = Literal["target", "draft"]
 def resolve(
     source: str, *, base: Path, cache: Path, progress: Progress = no_progress, role: Role = "target"
 ) -> Checkpoint:
-    """Bring a source here, open it and check its tensors against its config.
+    """Fetch a source, open it and check its tensors against its config.
 
-    `base` is the folder that relative sources start from. A draft may lack an embedding: it then shares its target's.
+    `base` is the folder that relative sources start from. A draft without an embedding shares its target's.
 
     Raises:
         SourceError: anything wrong with the source; HostError: no network, no space.
 
     """
-    scheme, separator, location = source.partition("://")
-    if not separator:
-        root, revision = base / Path(source).expanduser(), ""
-    elif scheme in KINDS:
-        root, revision = import_module(KINDS[scheme]).fetch(location, cache, progress)
-    else:
-        fix = f"write a folder, or one of {', '.join(f'{kind}://' for kind in KINDS)}"
-        raise SourceError(f"unknown kind of source {scheme!r}", where=source, fix=fix)
-    checkpoint = open_checkpoint(root, revision=revision, memo=cache / "digests", progress=progress)
+    fetched = fetch(source, base=base, cache=cache, progress=progress)
+    memo = cache / "digests"
+    checkpoint = open_checkpoint(fetched.root, revision=fetched.revision, memo=memo, progress=progress)
     if role == "draft" and EMBEDDING not in weights(checkpoint):
         checkpoint = with_shared_embedding(checkpoint)
     elif role == "target" and (checkpoint.config.draft_vocab or checkpoint.config.shares_embedding):
-        fix = "name it as the draft, and the model it was made for as the target"
-        raise SourceError("this checkpoint is a draft: it needs a target's vocabulary", where=source, fix=fix)
+        fix = "use it as the draft, and the model that it was trained for as the target"
+        what = "this checkpoint is a draft: it uses the embedding or the vocabulary of a target"
+        raise SourceError(what, where=source, fix=fix)
     check_weights(checkpoint)
     return checkpoint
 
@@ -62,7 +49,7 @@ def resolve(
 def resolve_pair(
     recipe: Recipe, *, base: Path, cache: Path, progress: Progress = no_progress
 ) -> tuple[Checkpoint, Checkpoint]:
-    """Target and draft of a recipe, checked to fit each other.
+    """Return the target and draft of a recipe, checked to fit each other.
 
     Raises:
         SourceError: as `resolve`, and a draft that does not fit its target.
@@ -75,18 +62,18 @@ def resolve_pair(
     elif recipe.draft.source is not None:
         draft = resolve(recipe.draft.source, base=base, cache=cache, progress=progress, role="draft")
     else:
-        raise SourceError("the draft has neither a source nor a derivation", where="draft", fix="give one of the two")
+        raise SourceError("the draft has neither source nor derive", where="draft", fix="set exactly one of the two")
     check_pair(target, draft)
     return target, draft
 
 
 def check_pair(target: Checkpoint, draft: Checkpoint) -> None:
-    """Refuse a draft that cannot propose tokens to this target.
+    """Raise an error for a draft that cannot propose tokens to this target.
 
-    Both must have one tokenizer; their `vocab_size` may be padded differently beyond it.
+    Both must have the same tokenizer; their `vocab_size` may be padded differently beyond it.
 
     Raises:
-        SourceError: another tokenizer, vocabulary, or (where it shares the embedding) hidden size.
+        SourceError: tokenizer, vocabulary, or (for a shared embedding) hidden size differ.
 
     """
     check_tokenizers(target, draft)
@@ -95,29 +82,27 @@ def check_pair(target: Checkpoint, draft: Checkpoint) -> None:
         sizes.append(("vocab_size", target.config.vocab, draft.config.vocab))
     if draft.config.shares_embedding:
         sizes.append(("hidden_size", target.config.hidden, draft.config.hidden))
-    fix = "use a draft that was made for this target, or `derive: {from: target, layers: [...]}`"
-    for name, wanted, found in sizes:
-        if wanted != found:
-            raise SourceError(f"{name}={found}, but the target has {wanted}", where=str(draft.root), fix=fix)
+    fix = "use a draft that was trained for this target, or `derive: {from: target, layers: [...]}`"
+    for name, of_target, of_draft in sizes:
+        if of_target != of_draft:
+            raise SourceError(f"{name}={of_draft}, but the target has {of_target}", where=str(draft.root), fix=fix)
     _check_head(target, draft)
     smaller = min(target.config.vocab, draft.config.vocab)
     if target.config.vocab != draft.config.vocab and (needed := vocabulary_size(target)) > smaller:
-        what = (
-            f"vocab_size={draft.config.vocab}, the target's is {target.config.vocab}; their tokenizer has {needed} ids"
-        )
+        what = f"vocab_size={draft.config.vocab}, but the target has {target.config.vocab}; tokenizer ids: {needed}"
         raise SourceError(what, where=str(draft.root), fix=fix)
 
 
 def _check_head(target: Checkpoint, draft: Checkpoint) -> None:
-    """Refuse an EAGLE-3 head that was made for another target."""
+    """Raise an error for an EAGLE-3 head that was trained for another target."""
     head = draft.config.eagle3
     if head is None:
         return
-    fix = "use a head that was made for this target, or `tandem distill` one"
+    fix = "use a head that was trained for this target, or train one with `tandem distill`"
     if head.target_hidden != target.config.hidden:
-        what = f"it reads hidden states of size {head.target_hidden}, the target's have {target.config.hidden}"
+        what = f"the head reads hidden states of size {head.target_hidden}, but the target has {target.config.hidden}"
         raise SourceError(what, where=str(draft.root), fix=fix)
     taps = taps_of(target.config, draft.config)
     if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= target.config.layers:
-        what = f"it reads the target's layers {list(taps)}, which has {target.config.layers}"
-        raise SourceError(what, where=str(draft.root), fix=f"{fix}; eagle_config names its layers")
+        what = f"the head reads layers {list(taps)} of the target, which has {target.config.layers}"
+        raise SourceError(what, where=str(draft.root), fix=f"{fix}; eagle_config in config.json lists the layers")

@@ -1,4 +1,4 @@
-"""A tiny random model written on the fly: `pico://llama`. For trying a pipeline in seconds; it says nothing of use.
+"""A tiny random model, generated on this host: `pico://llama`. For trying a pipeline in seconds; its text is noise.
 
 `pico://<family>?seed=1&layers=4` varies it; `pico://<family>?draft_vocab=128` is a draft for it that has a reduced
 vocabulary and shares its embedding, `&eagle3=1` makes it an untrained EAGLE-3 head. The same location always gives the
@@ -22,6 +22,7 @@ from pipeline.models.eagle3 import TAPPED
 from pipeline.models.families import config_of
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, NORM, TAPS, WeightSpec, weight_specs
 from pipeline.progress import Progress
+from pipeline.sources.base import Fetched
 from pipeline.sources.checkpoint import SINGLE
 from pipeline.sources.tensors import layout
 
@@ -100,7 +101,7 @@ class Pico:
 
     @property
     def key(self) -> str:
-        """Names the content."""
+        """Name of the content."""
         draft = f"-d{self.draft_vocab}" if self.draft_vocab else ""
         draft += "-eagle3" if self.eagle3 else ""
         return f"{self.family}-s{self.seed}-l{self.layers}{draft}-{GENERATOR}"
@@ -116,13 +117,14 @@ class Pico:
         return config
 
 
-def fetch(location: str, cache: Path, progress: Progress) -> tuple[Path, str]:
-    """Folder and revision of `<family>[?seed=..&layers=..&draft_vocab=..]`.
+def fetch(location: str, *, base: Path, cache: Path, progress: Progress) -> Fetched:
+    """Return the folder and revision of `<family>[?seed=..&layers=..&draft_vocab=..]`.
 
     Raises:
         SourceError: an unknown family or option.
 
     """
+    del base  # of folders only
     pico = _parse(location)
     target = cache / "pico" / pico.key
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -131,21 +133,33 @@ def fetch(location: str, cache: Path, progress: Progress) -> tuple[Path, str]:
             progress("writing a tiny model", 0, 0)
             with atomic_dir(target) as work:
                 write(pico, work)
-    return target, pico.key
+    return Fetched(target, pico.key)
+
+
+def moving(location: str) -> bool:
+    """Return False: a location always generates the same bytes."""
+    del location
+    return False
+
+
+def current_revision(location: str, *, timeout_s: float) -> str | None:
+    """Return None: a location always generates the same bytes."""
+    del location, timeout_s
+    return None
 
 
 def _parse(location: str) -> Pico:
     where = f"pico://{location}"
     family, _, query = location.partition("?")
     if family not in FAMILIES:
-        raise SourceError(f"no tiny model of family {family!r}", where=where, fix=f"use one of {', '.join(FAMILIES)}")
+        raise SourceError(f"unknown family: {family!r}", where=where, fix=f"use one of {', '.join(FAMILIES)}")
     limits = {"seed": (0, 2**32 - 1), "layers": (1, 64), "draft_vocab": (1, VOCAB), "eagle3": (0, 1)}
     options: dict[str, int] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         low, high = limits.get(key, (1, 0))
         if not value.isdecimal() or not low <= int(value) <= high:
             accepted = ", ".join(f"{name} ({low}..{high})" for name, (low, high) in limits.items())
-            raise SourceError(f"option {key}={value!r} is not accepted", where=where, fix=f"options: {accepted}")
+            raise SourceError(f"unsupported option: {key}={value!r}", where=where, fix=f"options: {accepted}")
         options[key] = int(value)
     return Pico(family, **options)
 
@@ -162,7 +176,7 @@ def write(pico: Pico, out: Path) -> None:
 
 
 def _write_tokenizer(out: Path) -> None:
-    """Byte-level BPE: all bytes, a few hundred merges, three special tokens, a chat template."""
+    """Write a byte-level BPE: all bytes, a few hundred merges, three special tokens, a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -176,7 +190,9 @@ def _write_tokenizer(out: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT], trainer)
-    (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))  # its own `save` hides why a disk refuses
+    (out / "tokenizer.json").write_text(
+        tokenizer.to_str(pretty=True)
+    )  # its own `save` hides the operating system's error
     names = {"bos_token": SPECIALS[0], "eos_token": SPECIALS[2], "pad_token": SPECIALS[0]}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, **names}
     config |= {"model_max_length": SIZES["max_position_embeddings"], "clean_up_tokenization_spaces": False}
@@ -184,7 +200,7 @@ def _write_tokenizer(out: Path) -> None:
 
 
 def _weights(pico: Pico) -> Iterator[bytes]:
-    """The safetensors file, piece by piece."""
+    """Yield the safetensors file, piece by piece."""
     whole = Pico(pico.family, pico.seed, pico.layers)
     values = dict(_random(pico, whole))
     shapes = [(name, "I32" if name == D2T else "F32", tensor.shape) for name, tensor in values.items()]
@@ -194,7 +210,7 @@ def _weights(pico: Pico) -> Iterator[bytes]:
 
 
 def _random(pico: Pico, whole: Pico) -> Iterator[tuple[str, ndarray]]:
-    """Weights of the whole model, or those that its draft takes from them."""
+    """Yield the weights of the whole model, or those that its draft takes from them."""
     import numpy as np
 
     config = config_of(whole.config(), whole.key)

@@ -1,4 +1,4 @@
-"""Safetensors files by their headers: which tensor lies where, without reading it. Imports no torch."""
+"""Safetensors files by their headers: the position of each tensor, without reading its values. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where a tensor's bytes lie: `offset` is absolute in `file`; rows are contiguous."""
+    """Position of a tensor's bytes: `offset` is absolute in `file`; rows are contiguous."""
 
     file: Path
     dtype: str
@@ -27,7 +27,7 @@ class TensorRef:
     nbytes: int
 
     def rows(self, first: int, last: int) -> TensorRef:
-        """Rows [first, last) of axis 0."""
+        """Return rows [first, last) of axis 0."""
         row_bytes = self.nbytes // self.shape[0]
         return replace(
             self,
@@ -38,10 +38,10 @@ class TensorRef:
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:
-    """Tensors of one safetensors file.
+    """Return the tensors of one safetensors file by name.
 
     Raises:
-        SourceError: the file is missing, truncated, or its header is not one.
+        SourceError: the file is missing, truncated, or has a malformed header.
 
     """
     header, start, size = _raw_header(path)
@@ -53,20 +53,20 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
             first, last = (int(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, f"header entry of tensor {name!r} is malformed: {entry!r}") from error
+            raise _damaged(path, f"malformed header entry of tensor {name!r}: {entry!r}") from error
         known = SAFETENSORS.get(dtype)
         if not 0 <= first <= last or (known and last - first != known.size_bytes * math.prod(shape)):
             raise _damaged(path, f"tensor {name!r}: {last - first} bytes do not hold {dtype}{list(shape)}")
         tensors[name] = TensorRef(path, dtype, shape, start + first, last - first)
         end = max(end, last)
     if start + end != size:
-        state = "truncated" if size < start + end else "longer than its header says"
+        state = "truncated" if size < start + end else "longer than its header describes"
         raise _damaged(path, f"file is {state}: {size} bytes, the header describes {start + end}")
     return tensors
 
 
 def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Parsed header, offset of the data, size of the file."""
+    """Return the parsed header, the offset of the data, and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -89,26 +89,34 @@ def _damaged(path: Path, what: str) -> SourceError:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """A range of a file: `offset` is absolute."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Layout:
-    """A safetensors file before it is written: its header, and where each tensor goes (absolute offset, bytes)."""
+    """A safetensors file before it is written: its header, and the position of each tensor."""
 
     header: bytes
-    places: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, Extent]
     size: int
 
 
 def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Layout:
-    """Lay out tensors (name, safetensors dtype, shape) in the order given."""
+    """Return the layout of tensors (name, safetensors dtype, shape) in the order given."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    places, end = {}, 0
+    extents, end = {}, 0
     for name, dtype, shape in tensors:
         nbytes = SAFETENSORS[dtype].size_bytes * math.prod(shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
-        places[name] = (end, nbytes)
+        extents[name] = Extent(end, nbytes)
         end += nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     # Padded with spaces, as the format allows, so that mapped tensors start on a cache line.
     text += b" " * (-(len(text) + 8) % ALIGNMENT_BYTES)
     start = 8 + len(text)
-    absolute = {name: (start + first, nbytes) for name, (first, nbytes) in places.items()}
+    absolute = {name: Extent(start + extent.offset, extent.nbytes) for name, extent in extents.items()}
     return Layout(len(text).to_bytes(8, "little") + text, absolute, start + end)

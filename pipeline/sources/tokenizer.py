@@ -1,6 +1,6 @@
-"""A checkpoint's tokenizer as one `tokenizer.json`; and do two checkpoints tokenize alike? Compared, never assumed.
+"""A checkpoint's tokenizer as one `tokenizer.json`, and the comparison of two checkpoints' tokenizers.
 
-Imports no torch itself; transformers, where it is needed, does.
+Imports no torch at import; transformers, imported for folders without a `tokenizer.json`, does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, reason
 from pipeline.sources.checkpoint import Checkpoint
 
 SHOWN_IDS = 3
@@ -19,13 +19,13 @@ FIX = "use a draft of the target's own family and tokenizer, or `derive: {from: 
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """What an artifact carries of a tokenizer: the checkpoint's files, with a `tokenizer.json` that stands alone.
+    """Return an artifact's tokenizer files: the checkpoint's, with a `tokenizer.json` that needs no other file.
 
-    That file is made as transformers reads the folder, so added tokens, begin-of-sequence settings and older formats
-    (sentencepiece, vocab and merges) mean what they mean there, and no reader needs more than `tokenizers`.
+    Transformers makes that file from the folder, so added tokens, begin-of-sequence settings and older formats
+    (sentencepiece, vocab and merges) keep their meaning, and readers need only `tokenizers`.
 
     Raises:
-        SourceError: the checkpoint has no tokenizer, or one that transformers cannot read.
+        SourceError: the checkpoint has no tokenizer, or transformers cannot read it.
 
     """
     files = {name: (checkpoint.root / name).read_bytes() for name in checkpoint.tokenizer_files}
@@ -36,17 +36,17 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def vocabulary_size(checkpoint: Checkpoint) -> int:
-    """One more than the largest id of its tokenizer; 0 where it has none."""
+    """Return the largest id of the checkpoint's tokenizer plus one; 0 without a tokenizer."""
     if not checkpoint.tokenizer_files:
         return 0
     return max(_ids(_tokenizer_json(checkpoint.root)), default=-1) + 1
 
 
 def check_tokenizers(target: Checkpoint, draft: Checkpoint) -> None:
-    """Refuse a draft whose tokenizer differs from its target's; one without tokenizer files uses the target's.
+    """Raise an error if the draft's tokenizer differs from its target's; without tokenizer files it uses the target's.
 
     Raises:
-        SourceError: how they differ: sizes and first ids, merges, added tokens, normalizer or pre-tokenizer.
+        SourceError: the differences: sizes and first ids, merges, added tokens, normalizer or pre-tokenizer.
 
     """
     if not draft.tokenizer_files or draft.root == target.root:
@@ -54,27 +54,27 @@ def check_tokenizers(target: Checkpoint, draft: Checkpoint) -> None:
     same = "tokenizer.json"
     if same in draft.files and target.files.get(same) == draft.files[same]:
         return
-    found = list(differences(_tokenizer_json(target.root), _tokenizer_json(draft.root)))
-    if found:
-        what = f"its tokenizer differs from the target's: {'; '.join(found)}"
+    differing = differences(_tokenizer_json(target.root), _tokenizer_json(draft.root))
+    if differing:
+        what = f"the draft's tokenizer differs from the target's: {'; '.join(differing)}"
         raise SourceError(what, where=str(draft.root), fix=FIX)
 
 
 def differences(target: Mapping[str, Any], draft: Mapping[str, Any]) -> list[str]:
-    """How two parsed `tokenizer.json` differ in what they do to text."""
+    """Return the differences of two parsed `tokenizer.json` that change how text is tokenized."""
     ids, draft_ids = _ids(target), _ids(draft)
-    found = []
+    lines = []
     if ids != draft_ids:
         differing = sorted(i for i in ids.keys() | draft_ids.keys() if ids.get(i) != draft_ids.get(i))
         shown = ", ".join(f"id {i}: {ids.get(i)!r} against {draft_ids.get(i)!r}" for i in differing[:SHOWN_IDS])
-        found.append(f"{len(ids)} tokens against {len(draft_ids)}, {len(differing)} ids differ ({shown})")
+        lines.append(f"{len(ids)} tokens against {len(draft_ids)}, {len(differing)} ids differ ({shown})")
     merges, draft_merges = _merges(target), _merges(draft)
     if merges != draft_merges:
         at = next((i for i, (a, b) in enumerate(zip(merges, draft_merges, strict=False)) if a != b), "the end")
-        found.append(f"{len(merges)} merges against {len(draft_merges)}, the first difference at {at}")
+        lines.append(f"{len(merges)} merges against {len(draft_merges)}, the first difference at {at}")
     steps = ("normalizer", "pre_tokenizer")
     changed = [step for step in steps if target.get(step) != draft.get(step)]
-    return found + [f"{step} {_short(target.get(step))} against {_short(draft.get(step))}" for step in changed]
+    return lines + [f"{step} {_short(target.get(step))} against {_short(draft.get(step))}" for step in changed]
 
 
 def _tokenizer_json(root: Path) -> dict[str, Any]:
@@ -84,27 +84,27 @@ def _tokenizer_json(root: Path) -> dict[str, Any]:
             return dict(json.loads(_as_transformers(root)))
         data = json.loads(path.read_bytes())
     except ValueError as error:
-        raise SourceError(f"not a tokenizer: {error}", where=str(path), fix="download the checkpoint again") from error
+        raise SourceError(
+            f"malformed tokenizer: {error}", where=str(path), fix="download the checkpoint again"
+        ) from error
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise SourceError("not a tokenizer: it has no `model`", where=str(path), fix="download the checkpoint again")
+        raise SourceError("malformed tokenizer: no `model`", where=str(path), fix="download the checkpoint again")
     return data
 
 
 def _as_transformers(root: Path) -> str:
-    """The folder's tokenizer, as transformers reads it, as the text of a `tokenizer.json`."""
-    from transformers import AutoTokenizer
+    """Return the folder's tokenizer, as transformers reads it, as the text of a `tokenizer.json`."""
+    from transformers import AutoTokenizer  # here, because it imports torch
 
     try:
         return str(AutoTokenizer.from_pretrained(root, local_files_only=True).backend_tokenizer.to_str())
     except Exception as error:  # the tokenizers library raises bare Exception
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise SourceError(
-            f"its tokenizer cannot be read: {reason}", where=str(root), fix="add a whole tokenizer.json to the folder"
-        ) from error
+        what, fix = f"the tokenizer cannot be read: {reason(error)}", "add a complete tokenizer.json to the folder"
+        raise SourceError(what, where=str(root), fix=fix) from error
 
 
 def _ids(tokenizer: Mapping[str, Any]) -> dict[int, str]:
-    """Token by id, added tokens included."""
+    """Return token by id, added tokens included."""
     vocab = tokenizer["model"].get("vocab", {})
     pairs = vocab.items() if isinstance(vocab, dict) else ((piece[0], i) for i, piece in enumerate(vocab))
     ids = {int(i): str(token) for token, i in pairs}
@@ -112,7 +112,7 @@ def _ids(tokenizer: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _merges(tokenizer: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Merges, whether written as "a b" or as ["a", "b"]."""
+    """Return the merges, written as "a b" or as ["a", "b"]."""
     merges = tokenizer["model"].get("merges") or []
     return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
 

@@ -22,6 +22,7 @@ from pipeline.backends.base import Backend, Traced, cache_key, make_backend
 from pipeline.cache.local import Cache
 from pipeline.cache.remote import Remote
 from pipeline.errors import HostError, TandemError
+from pipeline.executors.local import LocalExecutor
 from pipeline.graphs.spec import GraphSpec, PairSpec
 
 SHAPING = ("models", "speculation", "graphs", "backends/base.py")
@@ -123,9 +124,7 @@ def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], No
         HostError: the first failure, with the graph and its log. Graphs already compiled stay in the cache.
 
     """
-    from pipeline.executors.local import run_all
-
-    return run_all(compile_graph, jobs, workers, done)
+    return LocalExecutor(workers).run(compile_graph, jobs, done)
 
 
 def worker_count(graph_memory_bytes: int, graphs: int) -> int:

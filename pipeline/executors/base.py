@@ -1,0 +1,24 @@
+"""The contract of an executor: it decides where jobs run, and knows nothing about what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Executor(Protocol):
+    """Runs jobs in other processes, on this machine or on others."""
+
+    def run(self, work: Callable[[Job], Result], jobs: Sequence[Job], done: Callable[[Result], None]) -> list[Result]:
+        """Return `work(job)` for each job, in the order of `jobs`; call `done` with each result when its job ends.
+
+        `work` is a function of a module, jobs and results can be pickled, and `done` is called in the caller's thread.
+
+        Raises:
+            HostError: a worker was killed. An error of a job is raised as it is, and ends the other jobs.
+
+        """
+        ...

@@ -1,0 +1,56 @@
+"""The kinds of source by scheme, and what depends on the kind alone. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.errors import SourceError, TandemError
+from pipeline.progress import Progress
+from pipeline.sources import folder, hub, package, pico
+from pipeline.sources.base import Fetched, SourceKind
+
+KINDS: Mapping[str, SourceKind] = {"": folder, "hf": hub, "package": package, "pico": pico}
+"""Scheme of a source -> the module of its kind; a folder has no scheme."""
+
+REVISION_TIMEOUT_S = 5.0
+
+
+def fetch(source: str, *, base: Path, cache: Path, progress: Progress) -> Fetched:
+    """Return the folder of a source, downloaded or converted if it is not on this host yet.
+
+    Raises:
+        SourceError: an unknown scheme, or as the kind's own `fetch`; HostError: no network, no space.
+
+    """
+    kind, location = _kind_of(source)
+    return kind.fetch(location, base=base, cache=cache, progress=progress)
+
+
+def moving(source: str) -> bool:
+    """Whether the content of a source may change while its text stays the same, and no file on this host tells."""
+    kind, location = _kind_of(source)
+    return kind.moving(location)
+
+
+def current_revision(source: str, *, timeout_s: float = REVISION_TIMEOUT_S) -> str | None:
+    """Return what a moving source names now, at the cost of one request.
+
+    None for a source that does not move, and where the revision cannot be determined: no network, no access.
+    """
+    kind, location = _kind_of(source)
+    try:
+        return kind.current_revision(location, timeout_s=timeout_s) if kind.moving(location) else None
+    except TandemError:
+        return None
+
+
+def _kind_of(source: str) -> tuple[SourceKind, str]:
+    """The kind of a source, and its location without the scheme."""
+    scheme, separator, location = source.partition("://")
+    if not separator:
+        return KINDS[""], source
+    if scheme not in KINDS or not scheme:
+        fix = f"use a folder, or one of {', '.join(f'{name}://' for name in KINDS if name)}"
+        raise SourceError(f"unknown kind of source: {scheme!r}", where=source, fix=fix)
+    return KINDS[scheme], location
