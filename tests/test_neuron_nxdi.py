@@ -25,7 +25,7 @@ def plan(name="llama-70b-spec", **speculation):
 
 
 def test_package_says_it_in_nxdi_s_words():
-    made = nxdi.package(plan())
+    made = nxdi.settings(plan())
     config = made.neuron_config
     assert config["speculation_length"] == 7  # AWS publishes this pair with 7: six drafts and the last token
     assert config["enable_fused_speculation"]
@@ -38,7 +38,7 @@ def test_package_says_it_in_nxdi_s_words():
 
 
 def test_vllm_is_not_offered_the_last_positions():
-    arguments = nxdi.package(plan()).vllm["arguments"]
+    arguments = nxdi.settings(plan()).vllm["arguments"]
     assert arguments["max-model-len"] == 12800 - 7
     assert arguments["speculative-config"]["num_speculative_tokens"] == 7
 
@@ -47,15 +47,15 @@ def test_vllm_is_not_offered_the_last_positions():
     ("name", "speculation", "key", "says"),
     [
         ("llama-70b-spec", {"sampling": ("greedy", "stochastic"), "candidates": 256}, "speculation.sampling",
-         "verifies a draft model's tokens by argmax alone"),
+         "verifies a draft model's tokens by argmax only"),
         ("llama-70b-spec", {"draft_tokens": (2, 4)}, "speculation.draft_tokens", "compiles one speculation length"),
         ("llama-70b-spec", {"lookup": 3}, "speculation.lookup", "take no tokens but the draft's own"),
-        ("qwen3-32b-spec", {}, "draft.placement", "a qwen3 draft cannot have other ranks than its target"),
+        ("qwen3-32b-spec", {}, "draft.placement", "a qwen3 draft needs as many ranks as its target"),
     ],
 )  # fmt: skip
 def test_package_refuses_with_the_reason(name, speculation, key, says):
     with pytest.raises(RecipeError) as caught:
-        nxdi.package(plan(name, **speculation))
+        nxdi.settings(plan(name, **speculation))
     (problem,) = caught.value.problems
     assert problem.where.endswith(key)
     assert says in problem.what
@@ -66,8 +66,8 @@ def test_package_refuses_a_draft_that_is_no_model():
     made = plan()
     head = replace(made.pair.draft, family="eagle3")
     with pytest.raises(RecipeError) as caught:
-        nxdi.package(replace(made, pair=replace(made.pair, draft=head)))
-    assert [p.what.partition(";")[0] for p in caught.value.problems] == ["the draft is of kind eagle3"]
+        nxdi.settings(replace(made, pair=replace(made.pair, draft=head)))
+    assert [p.what.partition(";")[0] for p in caught.value.problems] == ["the draft is of family eagle3"]
 
 
 def test_write_records_what_nxdi_does_not(tmp_path):

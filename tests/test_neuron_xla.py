@@ -374,8 +374,8 @@ asked = CompileOrder.parse(Path({request!r}).read_bytes())
 def config(settings, checkpoint):
     neuron = InferenceConfig.get_neuron_config_cls()(**settings)
     return InferenceConfig(neuron, load_config=load_pretrained_config(checkpoint))
-made = config(asked.package.neuron_config, asked.target)
-draft = config(asked.package.draft_neuron_config, asked.draft)
+made = config(asked.settings.neuron_config, asked.target)
+draft = config(asked.settings.draft_neuron_config, asked.draft)
 made.fused_spec_config = FusedSpecNeuronConfig(dict, draft_config=draft, draft_model_path=asked.draft)
 made.save(asked.out)
 written = json.loads(Path(asked.out, CONFIG_FILE).read_text())
@@ -383,8 +383,8 @@ packed = nxdi.relative(written, {{asked.target: "models/target", asked.draft: "m
 Path(asked.out, CONFIG_FILE).write_text(json.dumps(packed))
 again = InferenceConfig.load(asked.out)
 print(json.dumps({{
-    "different": nxdi.differences(asked.package, written), "file": CONFIG_FILE,
-    "unknown": nxdi.differences(asked.package, {{"neuron_config": {{}}}})[:1],
+    "different": nxdi.differences(asked.settings, written), "file": CONFIG_FILE,
+    "unknown": nxdi.differences(asked.settings, {{"neuron_config": {{}}}})[:1],
     "places": [again._name_or_path, again.fused_spec_config.draft_model_path],
     "loaded": [again.neuron_config.speculation_length, again.neuron_config.tp_degree,
                again.fused_spec_config.draft_config.neuron_config.tp_degree],
@@ -409,8 +409,8 @@ def test_nxd_inference_takes_the_configuration_as_it_is_asked(tmp_path):
     for role, source in (("target", pinned.target), ("draft", pinned.draft)):
         (tmp_path / role).mkdir()
         (tmp_path / role / "config.json").write_text(json.dumps(source.config))
-    made = nxdi.package(make_plan(recipe, *pair_configs(recipe, pinned, str(path))))
-    places = [str(tmp_path / name) for name in ("target", "draft", "out", "answer")]
+    made = nxdi.settings(make_plan(recipe, *pair_configs(recipe, pinned, str(path))))
+    places = [str(tmp_path / name) for name in ("target", "draft", "out", "flags")]
     (tmp_path / "request.json").write_bytes(CompileOrder(made, *places).dump())
     where = environment(nxd=[*NXD, Path(NXDI)], NEURON_PLATFORM_TARGET_OVERRIDE="trn2")
     done = run(ASK_NXDI.format(request=str(tmp_path / "request.json")), where, timeout=1500)

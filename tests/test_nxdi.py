@@ -127,9 +127,9 @@ def test_vllm_would_compile_again_where_a_rank_is_missing(packed, tmp_path):
     ("fake", "says"),
     [
         ("fail", "NxD Inference ended with status 1: RuntimeError: neuronx-cc failed with 70"),
-        ("forget speculation_length", "neuron_config.speculation_length: asked 4, NxD Inference wrote None"),
+        ("forget speculation_length", "neuron_config.speculation_length: expected 4, NxD Inference wrote None"),
         ("no weights/tp1_sharded_checkpoint.safetensors", "wrote no weights/tp1_sharded_checkpoint.safetensors"),
-        ("uneven", "is in the weights of rank 0 alone"),
+        ("uneven", "only rank 0 has the weight"),
     ],
 )
 def test_what_nxd_inference_leaves_undone_is_refused(packed, fake, says):
@@ -149,7 +149,7 @@ def test_compile_needs_nxd_inference_and_a_recipe_that_it_can_do(packed):
     assert "not installed: neuronx-distributed-inference" in done.stderr
     done = compile_tiny(base, "none", recipe=RECIPE.replace("[greedy]", "[greedy, stochastic], candidates: 64"))
     assert done.returncode == 2
-    assert "verifies a draft model's tokens by argmax alone" in done.stderr
+    assert "verifies a draft model's tokens by argmax only" in done.stderr
 
 
 def test_tandem_says_who_runs_a_package(packed):

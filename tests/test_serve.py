@@ -12,7 +12,7 @@ from reports import recipe_of
 from pipeline.errors import InputError
 from pipeline.runtime.batch import Choice
 from pipeline.serve import plugin, settings
-from pipeline.serve.requests import Requests, request
+from pipeline.serve.requests import RequestSlots, served_request
 from pipeline.sources.pair import resolve_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +66,7 @@ class Scheduler:
 
 
 def greedy(**how):
-    return [(f"r{i}", request(prompt, Choice(), 0, **how), 6 + i) for i, prompt in enumerate(PROMPTS)]
+    return [(f"r{i}", served_request(prompt, Choice(), 0, **how), 6 + i) for i, prompt in enumerate(PROMPTS)]
 
 
 def expected(engine, limit_of=lambda i: 6 + i):
@@ -78,16 +78,16 @@ def expected(engine, limit_of=lambda i: 6 + i):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_requests_that_come_and_go_get_the_engines_tokens(engine, seed):
-    served = Scheduler(Requests(engine.batch), 4).run(greedy(), seed)
+    served = Scheduler(RequestSlots(engine.batch), 4).run(greedy(), seed)
     for name, tokens in expected(engine).items():
         assert served[name][: len(tokens)] == tokens
 
 
 def test_a_sampled_neighbour_moves_no_greedy_row_and_repeats_itself(engine):
     hot = Choice(temperature=1.3, top_k=20)
-    mixed = [(f"r{i}", request(PROMPTS[i], hot if i % 2 else Choice(), 11), 6 + i) for i in range(6)]
-    again = [(f"r{i}", request(PROMPTS[i], hot if i % 2 else Choice(), 11), 6 + i) for i in range(6)]
-    first, second = (Scheduler(Requests(engine.batch), 4).run(asked, 2) for asked in (mixed, again))
+    mixed = [(f"r{i}", served_request(PROMPTS[i], hot if i % 2 else Choice(), 11), 6 + i) for i in range(6)]
+    again = [(f"r{i}", served_request(PROMPTS[i], hot if i % 2 else Choice(), 11), 6 + i) for i in range(6)]
+    first, second = (Scheduler(RequestSlots(engine.batch), 4).run(asked, 2) for asked in (mixed, again))
     assert first == second
     alone = expected(engine)
     for name in ("r0", "r2", "r4"):
@@ -96,18 +96,18 @@ def test_a_sampled_neighbour_moves_no_greedy_row_and_repeats_itself(engine):
 
 
 def test_cancelled_requests_free_their_slots(engine):
-    scheduler = Scheduler(Requests(engine.batch), 2)
+    scheduler = Scheduler(RequestSlots(engine.batch), 2)
     served = scheduler.run(greedy(), 1, cancel=("r1", "r3"))
     assert len(served) == len(PROMPTS)
     assert scheduler.requests._slots == {}
 
 
 def test_under_load_and_on_request_rows_decode_plainly(engine):
-    busy = Scheduler(Requests(engine.batch, most=1), 4)
+    busy = Scheduler(RequestSlots(engine.batch, speculate_up_to=1), 4)
     assert busy.run(greedy()).keys() == expected(engine).keys()
-    calm = Scheduler(Requests(engine.batch, most=4), 4)
+    calm = Scheduler(RequestSlots(engine.batch, speculate_up_to=4), 4)
     calm.run(greedy())
-    off = Scheduler(Requests(engine.batch), 4)
+    off = Scheduler(RequestSlots(engine.batch), 4)
     served = off.run(greedy(speculate=False))
     assert set(off.steps) == {0}
     assert sum(steps > 0 for steps in busy.steps) < sum(steps > 0 for steps in calm.steps)
@@ -119,8 +119,8 @@ def test_a_step_that_a_limit_cuts_leaves_the_answer_alone(tmp_path):
     """A scheduler that leaves room for no draft, although one was planned: the draft must not skip what it misread."""
     engine = eager(tmp_path, layers=(0, 1, 2))  # the whole target as its draft: every draft is accepted
     [tokens] = (one.tokens for one in engine.generate([PROMPTS[2]], max_new_tokens=12))
-    requests, asked = Requests(engine.batch), request(PROMPTS[2], Choice(), 0)
-    answer = list(requests.step({"r": asked, "other": request(PROMPTS[0], Choice(), 0)}, {})["r"])
+    requests, asked = RequestSlots(engine.batch), served_request(PROMPTS[2], Choice(), 0)
+    answer = list(requests.step({"r": asked, "other": served_request(PROMPTS[0], Choice(), 0)}, {})["r"])
     for step in range(6):
         room = requests.planned if step % 2 else 0
         answer += requests.step({}, {"r": room, "other": requests.planned})["r"]
@@ -131,7 +131,7 @@ def test_a_step_that_a_limit_cuts_leaves_the_answer_alone(tmp_path):
 
 def test_more_requests_than_slots_is_a_bug_of_the_scheduler(engine):
     with pytest.raises(RuntimeError, match="free slots"):
-        Requests(engine.batch).step({str(i): request([5], Choice(), 0) for i in range(9)}, {})
+        RequestSlots(engine.batch).step({str(i): served_request([5], Choice(), 0) for i in range(9)}, {})
 
 
 def test_the_plugin_takes_artifacts_and_nothing_else(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import digest_file
 from pipeline.nxdi.config import _vllm
-from pipeline.nxdi.vllm_args import ASKED, classic
+from pipeline.nxdi.vllm_args import SETTINGS, classic
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import Recipe
 
@@ -31,9 +31,9 @@ def told(made: Artifact, **environment: str) -> Artifact:
     recipe = Recipe.model_validate_json(json.dumps(small.RECIPE), strict=False)
     asked = {"vllm": _vllm(make_plan(recipe, small.CONFIG, small.CONFIG), recipe.speculation.draft_tokens[0])}
     asked["vllm"]["environment"] |= environment
-    (made.root / ASKED).write_text(json.dumps(asked))
-    digest = digest_file(made.root / ASKED)
-    files = {**made.manifest.files, ASKED: FileEntry(sha256=digest.sha256, size=digest.size)}
+    (made.root / SETTINGS).write_text(json.dumps(asked))
+    digest = digest_file(made.root / SETTINGS)
+    files = {**made.manifest.files, SETTINGS: FileEntry(sha256=digest.sha256, size=digest.size)}
     manifest = made.manifest.model_copy(update={"backend": {"name": "nxdi", "target": "trn2"}, "files": files})
     (made.root / MANIFEST).write_bytes(dump(manifest))
     return Artifact(made.root, manifest)
@@ -75,14 +75,14 @@ def test_vllm_args_json(nxdi):
 
 
 def test_classic_refuses_what_does_not_verify(nxdi):
-    (nxdi / ASKED).write_text("{}")
-    with pytest.raises(ArtifactError, match=ASKED):
+    (nxdi / SETTINGS).write_text("{}")
+    with pytest.raises(ArtifactError, match=SETTINGS):
         classic(nxdi)
 
 
 def test_classic_refuses_a_variable_that_is_a_command(tmp_path):
     root = told(small.make(tmp_path / "out", tmp_path / "work"), **{"A=1; rm -rf x; B": "1"}).root
-    with pytest.raises(ArtifactError, match="no environment variable"):
+    with pytest.raises(ArtifactError, match="invalid name of an environment variable"):
         classic(root)
 
 

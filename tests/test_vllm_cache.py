@@ -18,7 +18,7 @@ from pipeline.artifact.manifest import MANIFEST, CacheManifest, FileEntry, conte
 from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, GateError, HostError, InputError
 from pipeline.files.atomic import TEMP, digest_file
-from pipeline.nxdi.vllm_cache import NEVER_COMPILE, PLACE, Filled, install, pack
+from pipeline.nxdi.vllm_cache import CACHE_FOLDER, NEVER_COMPILE, ServerRun, install, pack
 from pipeline.nxdi.vllm_cache_layout import COMPLETE, HLO, METADATA
 from pipeline.registry.card import body
 from pipeline.registry.publish import listed_places, publish
@@ -29,7 +29,7 @@ from pipeline.runtime.open import load
 KEYS = ("0" * 31 + "a", "0" * 31 + "b")
 VERSIONS = {"vllm": "0.21.0", "vllm-neuron": "0.21.0.1.0.0", "neuronx-cc": "2.26.6360.0", "nki": "0.5.0"}
 SERVE = ("some/model", "--tensor-parallel-size", "8", "--additional-config", '{"a": "b c"}')
-FILLED = Filled(SERVE, {"NEURON_LOGICAL_NC_CONFIG": "2"}, VERSIONS)
+RUN = ServerRun(SERVE, {"NEURON_LOGICAL_NC_CONFIG": "2"}, VERSIONS)
 HOST = {"device": "neuron", "chip": "trn2"}
 
 
@@ -51,7 +51,7 @@ def fake_entry(cache: Path, key: str, *, target: str = "trn2", flags: str = "-O1
 
 def fake_cache(root: Path) -> Path:
     """A VLLM_CACHE_ROOT with two graphs, a kernel, and what a server leaves beside them."""
-    cache = root / PLACE
+    cache = root / CACHE_FOLDER
     for key in KEYS:
         fake_entry(cache, key)
     (cache / KEYS[0] / ".cache_accessed").write_text("1785542400")
@@ -74,7 +74,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def packed(cache: Path, tmp_path: Path) -> Path:
-    return pack(cache, tmp_path / "packed", "tiny-cache", FILLED).root
+    return pack(cache, tmp_path / "packed", "tiny-cache", RUN).root
 
 
 def put(packed: Path, root: Path, host=HOST, versions=VERSIONS):
@@ -101,12 +101,12 @@ def test_pack_records_what_fills_a_cache_and_leaves_out_what_is_one_server_s(pac
     assert manifest.backend["flags"] == ["-O1 --lnc=2"]
     assert tuple(manifest.backend["serve"]) == SERVE
     names = (HLO, METADATA, COMPLETE, "command.txt")
-    entries = {f"{PLACE}/{key}/{name}" for key in KEYS for name in (*names, f"graph_{key}.neff")}
-    assert manifest.files.keys() == entries | {f"{PLACE}/nki/k1.json"}
+    entries = {f"{CACHE_FOLDER}/{key}/{name}" for key in KEYS for name in (*names, f"graph_{key}.neff")}
+    assert manifest.files.keys() == entries | {f"{CACHE_FOLDER}/nki/k1.json"}
 
 
 def test_pack_takes_the_cache_folder_itself_and_gives_the_same(cache, packed, tmp_path):
-    again = pack(cache / PLACE, tmp_path / "again", "tiny-cache", FILLED)
+    again = pack(cache / CACHE_FOLDER, tmp_path / "again", "tiny-cache", RUN)
     assert again.manifest.version == read(packed).manifest.version
     assert content_digest(again.manifest) == content_digest(read(packed).manifest)
 
@@ -121,55 +121,55 @@ def test_pack_takes_the_cache_folder_itself_and_gives_the_same(cache, packed, tm
     ],
 )
 def test_pack_refuses_an_entry_that_is_not_complete(cache, tmp_path, name, says):
-    (cache / PLACE / KEYS[1] / name).unlink()
+    (cache / CACHE_FOLDER / KEYS[1] / name).unlink()
     with pytest.raises(InputError, match=f"{KEYS[1]}: {says}") as caught:
-        pack(cache, tmp_path / "out", "tiny-cache", FILLED)
+        pack(cache, tmp_path / "out", "tiny-cache", RUN)
     assert "warm-up" in caught.value.fix
     assert not (tmp_path / "out").exists()
 
 
 def test_pack_refuses_a_neff_of_another_size_than_its_mark_says(cache, tmp_path):
-    (cache / PLACE / KEYS[0] / f"graph_{KEYS[0]}.neff").write_bytes(b"cut")
+    (cache / CACHE_FOLDER / KEYS[0] / f"graph_{KEYS[0]}.neff").write_bytes(b"cut")
     with pytest.raises(InputError, match=r"has 3 bytes, \.compilation_complete says 40"):
-        pack(cache, tmp_path / "out", "tiny-cache", FILLED)
+        pack(cache, tmp_path / "out", "tiny-cache", RUN)
 
 
 def test_pack_refuses_an_entry_that_was_renamed(cache, tmp_path):
     """The plugin ends with an error where the key inside is another than the folder's."""
-    fake_entry(cache / PLACE, "c" * 32, inside="d" * 32)
-    with pytest.raises(InputError, match=f"is of the key '{'d' * 32}'"):
-        pack(cache, tmp_path / "out", "tiny-cache", FILLED)
+    fake_entry(cache / CACHE_FOLDER, "c" * 32, inside="d" * 32)
+    with pytest.raises(InputError, match=f"has the key '{'d' * 32}'"):
+        pack(cache, tmp_path / "out", "tiny-cache", RUN)
 
 
 def test_pack_refuses_another_layout(tmp_path):
     """Only the layout of the sources that were read is taken; that of the native route is not known here."""
     (tmp_path / "cache/rank_0/neff").mkdir(parents=True)
     with pytest.raises(InputError, match=r"rank_0: neither an entry nor kernels.*no entry"):
-        pack(tmp_path / "cache", tmp_path / "out", "tiny-cache", FILLED)
+        pack(tmp_path / "cache", tmp_path / "out", "tiny-cache", RUN)
 
 
 def test_pack_refuses_a_link(cache, tmp_path):
-    (cache / PLACE / KEYS[0] / "more").symlink_to("/etc/passwd")
+    (cache / CACHE_FOLDER / KEYS[0] / "more").symlink_to("/etc/passwd")
     with pytest.raises(InputError, match="more: a link"):
-        pack(cache, tmp_path / "out", "tiny-cache", FILLED)
+        pack(cache, tmp_path / "out", "tiny-cache", RUN)
 
 
 def test_pack_refuses_entries_for_two_chips(cache, tmp_path):
-    fake_entry(cache / PLACE, "c" * 32, target="trn3")
+    fake_entry(cache / CACHE_FOLDER, "c" * 32, target="trn3")
     with pytest.raises(InputError, match="for trn2, trn3"):
-        pack(cache, tmp_path / "out", "tiny-cache", FILLED)
+        pack(cache, tmp_path / "out", "tiny-cache", RUN)
 
 
 def test_pack_without_versions_names_the_option(cache, tmp_path):
     with pytest.raises(InputError) as caught:
-        pack(cache, tmp_path / "out", "tiny-cache", Filled(SERVE, {}, {"nki": "0.5.0"}))
+        pack(cache, tmp_path / "out", "tiny-cache", ServerRun(SERVE, {}, {"nki": "0.5.0"}))
     assert "--version-of neuronx-cc=VERSION" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", ["VLLM_CACHE_ROOT", "VLLM_NEURON_DISABLE_COMPILE_CACHE", "A B"])
 def test_pack_refuses_variables_that_contradict(cache, tmp_path, name):
     with pytest.raises(InputError, match=name):
-        pack(cache, tmp_path / "out", "tiny-cache", Filled(SERVE, {name: "1"}, VERSIONS))
+        pack(cache, tmp_path / "out", "tiny-cache", ServerRun(SERVE, {name: "1"}, VERSIONS))
 
 
 def test_publish_pull_install(packed, tmp_path):
@@ -201,14 +201,14 @@ def test_install_says_what_a_server_needs(packed, tmp_path):
 
 def test_install_again_keeps_what_a_server_used(packed, tmp_path):
     put(packed, tmp_path / "root")
-    (tmp_path / "root" / PLACE / KEYS[0] / ".cache_accessed").write_text("now")
+    (tmp_path / "root" / CACHE_FOLDER / KEYS[0] / ".cache_accessed").write_text("now")
     done = put(packed, tmp_path / "root")
     assert (done.added, done.kept) == (0, 2)
 
 
 def test_install_brings_what_is_missing_beside_others(packed, tmp_path):
     put(packed, tmp_path / "root")
-    place = tmp_path / "root" / PLACE
+    place = tmp_path / "root" / CACHE_FOLDER
     shutil.rmtree(place / KEYS[1])
     (place / "nki/k1.json").unlink()
     fake_entry(place, "e" * 32)
@@ -220,11 +220,11 @@ def test_install_brings_what_is_missing_beside_others(packed, tmp_path):
 
 @pytest.mark.parametrize("name", [f"{KEYS[0]}/{HLO}", "nki/k1.json"])
 def test_install_never_replaces_another_content(packed, tmp_path, name):
-    place = tmp_path / "root" / PLACE
+    place = tmp_path / "root" / CACHE_FOLDER
     (place / name).parent.mkdir(parents=True)
     (place / name).write_text("somebody else's")
     before = small.digests(tmp_path / "root")
-    with pytest.raises(ArtifactError, match="is not replaced") as caught:
+    with pytest.raises(ArtifactError, match="not overwritten") as caught:
         put(packed, tmp_path / "root")
     assert "--cache-root" in caught.value.fix
     assert small.digests(tmp_path / "root") == before
@@ -247,13 +247,13 @@ def test_install_where_nothing_is_known_says_so(packed, tmp_path):
 
 
 def test_install_refuses_a_damaged_artifact(packed, tmp_path):
-    (packed / PLACE / KEYS[0] / HLO).write_text("changed")
+    (packed / CACHE_FOLDER / KEYS[0] / HLO).write_text("changed")
     with pytest.raises(ArtifactError, match=HLO):
         put(packed, tmp_path / "root")
 
 
 def test_install_refuses_an_incomplete_one_whatever_its_manifest_says(packed, tmp_path):
-    (packed / PLACE / KEYS[0] / COMPLETE).unlink()
+    (packed / CACHE_FOLDER / KEYS[0] / COMPLETE).unlink()
     with pytest.raises(ArtifactError, match=r"no \.compilation_complete"):
         put(resealed(packed), tmp_path / "root")
     assert not (tmp_path / "root").exists()
@@ -266,19 +266,19 @@ def test_install_takes_nothing_but_a_cache(packed, tmp_path, name):
     """A lock that came along would make the plugin throw its entry away."""
     (packed / name).parent.mkdir(exist_ok=True, parents=True)
     (packed / name).write_text("pid:1\n")
-    with pytest.raises(ArtifactError, match="no part of a cache"):
+    with pytest.raises(ArtifactError, match="not a file of a cache"):
         put(resealed(packed), tmp_path / "root")
 
 
 def test_install_refuses_a_variable_that_is_a_command(packed, tmp_path):
     backend = {**read(packed).manifest.backend, "environment": {"A=1; touch x; B": "1"}}
-    with pytest.raises(ArtifactError, match="no variable"):
+    with pytest.raises(ArtifactError, match="invalid name of a variable"):
         put(resealed(packed, backend=backend), tmp_path / "root")
 
 
 def test_install_refuses_an_artifact_of_another_kind(tmp_path):
     made = small.make(tmp_path / "out", tmp_path / "work").root
-    with pytest.raises(InputError, match="no compile cache"):
+    with pytest.raises(InputError, match="not a compile cache"):
         put(made, tmp_path / "root")
 
 

@@ -54,15 +54,15 @@ def pack(
     json_: bool,
 ) -> None:  # fmt: skip
     """Make an artifact of DIRECTORY: a VLLM_CACHE_ROOT, or its neuron/compile_cache, that a server has filled."""
-    from pipeline.nxdi.vllm_cache import Filled
+    from pipeline.nxdi.vllm_cache import ServerRun
     from pipeline.nxdi.vllm_cache import pack as make
 
     try:
         words = shlex.split(serve)
     except ValueError as error:
         raise InputError(str(error), where="--serve", fix="quote it as a shell would") from error
-    filled = Filled(words, _pairs("--env", variables), _pairs("--version-of", versions))
-    made = make(directory, out, name, filled).manifest
+    run = ServerRun(words, _pairs("--env", variables), _pairs("--version-of", versions))
+    made = make(directory, out, name, run).manifest
     if json_:
         print_json({"artifact": out, "name": made.name, "version": made.version, "backend": made.backend})
         return

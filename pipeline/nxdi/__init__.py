@@ -1,4 +1,4 @@
-"""NxD Inference and vLLM's Neuron plugins: the same recipe, compiled by AWS's own library, and its caches as artifacts.
+"""NxD Inference and vLLM's Neuron plugins: a recipe compiled by AWS's own library, and vLLM's compile caches.
 
-Tandem does not run or validate what it makes here. Entered by cli.
+Neither runs nor validates these artifacts. Entered by cli; no other room imports it.
 """

@@ -2,10 +2,10 @@
 
     model.pt  neuron_config.json  weights/tp<rank>_sharded_checkpoint.safetensors    what NxD Inference writes
     models/{target,draft}/      configs and tokenizer: vLLM reads them, and no weights there
-    tandem-nxdi.json            what was asked for, and how vLLM is started inside the folder
-    manifest.json, recipe.*, provenance.json     what NxD Inference does not record
+    tandem-nxdi.json            the settings, and how vLLM is started inside the folder
+    manifest.json, recipe.*, provenance.json     facts that NxD Inference does not record
 
-NxD Inference's `model.pt` is TorchScript; nothing here opens it. Tandem neither validates nor runs these artifacts.
+NxD Inference's `model.pt` is TorchScript; Tandem does not open it. Tandem neither validates nor runs these artifacts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from safetensors import safe_open
 
 from pipeline.artifact.manifest import Artifact, check_replaceable, read
 from pipeline.backends.base import Toolchain
@@ -28,102 +29,99 @@ from pipeline.cache.local import default_root
 from pipeline.errors import HostError
 from pipeline.files.atomic import atomic_dir, write_atomic
 from pipeline.nxdi import config as nxdi
-from pipeline.nxdi.compile import Request
-from pipeline.nxdi.vllm_args import ASKED
+from pipeline.nxdi.compile import CompileOrder
+from pipeline.nxdi.vllm_args import SETTINGS
 from pipeline.plan.lock import Lock, make_lock
 from pipeline.plan.plan import Plan
+from pipeline.recipe.schema import NeuronBackend
 from pipeline.sources.checkpoint import CONFIG_FILES, Checkpoint
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.package import Facts, seal
 
 
 def write(out: Path, plan: Plan, lock: Lock) -> Path:
-    """Write what NxD Inference would be asked for, and how vLLM would be started: nothing is compiled.
+    """Write the settings for NxD Inference and vLLM, and compile nothing.
 
     Raises:
-        RecipeError: the recipe asks for what NxD Inference does not do.
+        RecipeError: NxD Inference does not support the recipe.
 
     """
-    write_atomic(out / ASKED, _asked(nxdi.package(plan), plan, lock))
-    return out / ASKED
+    write_atomic(out / SETTINGS, _settings_json(nxdi.settings(plan), plan, lock))
+    return out / SETTINGS
 
 
 def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifact:
-    """Compile and shard with NxD Inference, which needs its SDK and no device, and seal the result.
+    """Compile and shard with NxD Inference, which needs its SDK but no device, and seal the result.
 
     Raises:
-        RecipeError: the recipe asks for what NxD Inference does not do.
-        HostError: the SDK is missing or does not fit, or NxD Inference failed, or did not do what it was asked.
+        RecipeError: NxD Inference does not support the recipe.
+        HostError: the SDK is missing or of another version, or NxD Inference failed or ignored a setting.
 
     """
-    made = nxdi.package(plan)
-    settings = plan.recipe.backend.model_dump()
+    settings, chip = nxdi.settings(plan), nxdi.backend_of(plan)
     versions, inference = support.versions(), _version()
-    problems = nxdi.host_problems(settings["target"], settings["lnc"], versions, inference)
+    problems = nxdi.host_problems(chip.target, chip.lnc, versions, inference)
     if problems:
         what = "; ".join(problem.what for problem in problems)
         raise HostError(what, where=problems[0].where, fix=problems[0].fix)
     check_replaceable(out)
-    roots = {role: str(one.root.absolute()) for role, one in zip(nxdi.PLACES, pair, strict=True)}
+    roots = {role: str(model.root.absolute()) for role, model in zip(nxdi.MODEL_FOLDERS, pair, strict=True)}
     toolchain = Toolchain("nxdi", {**versions, nxdi.DISTRIBUTION: inference}).as_dict()
     lock = make_lock(plan.recipe, *pair, toolchain)
     with atomic_dir(out) as folder:
-        flags = _compile(folder, made, roots, settings)
-        _check(folder, made, plan.pair.models.tp)
-        _make_relative(folder, {roots[role]: place for role, place in nxdi.PLACES.items()} | {str(folder): "."})
+        flags = _compile(folder, settings, roots, chip)
+        _check(folder, settings, plan.pair.models.tp)
+        _make_relative(folder, {roots[role]: name for role, name in nxdi.MODEL_FOLDERS.items()} | {str(folder): "."})
         _add_models(folder, pair)
-        (folder / ASKED).write_bytes(_asked(made, plan, lock))
-        backend = {"name": "nxdi", "target": settings["target"], "lnc": settings["lnc"], "flags": flags}
-        requires = {"device": "neuron", "chip": settings["target"], "lnc": str(settings["lnc"])}
+        (folder / SETTINGS).write_bytes(_settings_json(settings, plan, lock))
+        backend = {"name": "nxdi", "target": chip.target, "lnc": chip.lnc, "flags": flags}
+        requires = {"device": "neuron", "chip": chip.target, "lnc": str(chip.lnc)}
         seal(folder, Facts(plan, lock, backend, toolchain, flags, requires))
     return read(out)
 
 
-def _asked(made: nxdi.Package, plan: Plan, lock: Lock) -> bytes:
+def _settings_json(settings: nxdi.NxdiSettings, plan: Plan, lock: Lock) -> bytes:
     sources = {"target": asdict(lock.target), "draft": asdict(lock.draft) if lock.draft else None}
-    checkpoints = {role: {"path": place, "source": sources[role]} for role, place in nxdi.PLACES.items()}
-    recorded = {**asdict(made), "recipe": plan.recipe.name, "recipe_sha256": plan.recipe.digest()}
+    checkpoints = {role: {"path": path, "source": sources[role]} for role, path in nxdi.MODEL_FOLDERS.items()}
+    recorded = {**asdict(settings), "recipe": plan.recipe.name, "recipe_sha256": plan.recipe.digest()}
     return json.dumps({**recorded, "checkpoints": checkpoints}, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _compile(folder: Path, made: nxdi.Package, roots: dict[str, str], settings: dict[str, Any]) -> dict[str, str]:
-    """Run NxD Inference; returns the flags and the environment that decided the code. A failure keeps its output."""
-    chip = {
-        "NEURON_PLATFORM_TARGET_OVERRIDE": settings["target"],
-        "NEURON_LOGICAL_NC_CONFIG": str(settings["lnc"]),
-    }
+def _compile(folder: Path, settings: nxdi.NxdiSettings, roots: dict[str, str], chip: NeuronBackend) -> dict[str, str]:
+    """Run NxD Inference; return the flags and environment that shaped the code. A failure keeps its output."""
+    overrides = {"NEURON_PLATFORM_TARGET_OVERRIDE": chip.target, "NEURON_LOGICAL_NC_CONFIG": str(chip.lnc)}
     with tempfile.TemporaryDirectory(prefix="tandem-nxdi-") as name:
         work = Path(name)
-        request = Request(made, roots["target"], roots["draft"], str(folder), str(work / "answer.json"))
-        (work / "request.json").write_bytes(request.dump())
-        # NxD Inference removes this folder before it starts, whoever else may be using it.
-        environment = support.AT_START | chip | {"BASE_COMPILE_WORK_DIR": f"{work}/compile/"}
-        command = [sys.executable, "-m", "pipeline.nxdi.compile", str(work / "request.json")]
+        order = CompileOrder(settings, roots["target"], roots["draft"], str(folder), str(work / "flags.json"))
+        (work / "order.json").write_bytes(order.dump())
+        # NxD Inference deletes this folder when it starts, even if another process uses it.
+        environment = support.AT_START | overrides | {"BASE_COMPILE_WORK_DIR": f"{work}/compile/"}
+        command = [sys.executable, "-m", "pipeline.nxdi.compile", str(work / "order.json")]
         with (work / "output.txt").open("wb") as output:
             done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
         if done.returncode:
             raise _failure(done.returncode, work / "output.txt")
-        flags = json.loads((work / "answer.json").read_text())
-    found = {f"neuronx-cc.{tag}": text for tag, text in sorted(flags.items())}
-    return found | {f"env.{name}": value for name, value in support.environment().items()}
+        flags = json.loads((work / "flags.json").read_text())
+    by_submodel = {f"neuronx-cc.{tag}": text for tag, text in sorted(flags.items())}
+    return by_submodel | {f"env.{name}": value for name, value in support.environment().items()}
 
 
 def _failure(status: int, output: Path) -> HostError:
     kept = default_root() / "failed-compiles" / "nxdi.txt"
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(output, kept)
-    said = [line for line in kept.read_text(errors="replace").splitlines() if line.strip()] or ["no message"]
-    what = f"NxD Inference ended with status {status}: {said[-1]}"
-    return HostError(what, where="compile", fix=f"its output is in {kept}")
+    lines = [line for line in kept.read_text(errors="replace").splitlines() if line.strip()] or ["no message"]
+    what = f"NxD Inference ended with status {status}: {lines[-1]}"
+    return HostError(what, where="compile", fix=f"read its output: {kept}")
 
 
-def _check(folder: Path, made: nxdi.Package, ranks: int) -> None:
-    """Refuse what vLLM would silently compile again: a part that is missing, or another configuration than asked."""
+def _check(folder: Path, settings: nxdi.NxdiSettings, ranks: int) -> None:
+    """Raise an error for output that vLLM would silently compile again: a missing file, or other settings."""
     faults = list(_missing(folder, ranks))
     if not faults:
-        faults = nxdi.differences(made, json.loads((folder / nxdi.CONFIG).read_text()))
+        faults = nxdi.differences(settings, json.loads((folder / nxdi.CONFIG).read_text()))
     if not faults:
-        faults = list(_uneven(folder, ranks))
+        faults = list(_uneven_ranks(folder, ranks))
     if faults:
         raise HostError("; ".join(faults), where="nxdi", fix="install packages of one SDK release, see `tandem doctor`")
 
@@ -134,40 +132,38 @@ def _missing(folder: Path, ranks: int) -> Iterator[str]:
             yield f"NxD Inference wrote no {name}"
 
 
-def _uneven(folder: Path, ranks: int) -> Iterator[str]:
-    """Ranks run one program: their weights have the same names, of both models."""
-    from safetensors import safe_open
-
+def _uneven_ranks(folder: Path, ranks: int) -> Iterator[str]:
+    """Yield weights that some ranks lack: all ranks run the same program on the weights of both models."""
     first: set[str] = set()
     for rank in range(ranks):
         with safe_open(folder / nxdi.weight_file(rank), framework="np") as file:
             names = set(file.keys())
         first = first or names
         for name in sorted(names ^ first)[:3]:
-            yield f"{name} is in the weights of rank {rank if name in names else 0} alone"
+            yield f"only rank {rank if name in names else 0} has the weight {name}"
     for model in ("target_model", "draft_model"):
         if not any(name.startswith(f"{model}.") for name in first):
-            yield f"the weights have none of the {model.partition('_')[0]}"
+            yield f"no weights of the {model.partition('_')[0]}"
 
 
-def _make_relative(folder: Path, places: dict[str, str]) -> None:
+def _make_relative(folder: Path, folders: dict[str, str]) -> None:
     path = folder / nxdi.CONFIG
-    config = nxdi.relative(json.loads(path.read_text()), places)
+    config = nxdi.relative(json.loads(path.read_text()), folders)
     text = json.dumps(config, indent=2, sort_keys=True)
-    if left := [place for place in places if place in text]:
-        raise HostError(f"{nxdi.CONFIG} still names {left[0]}", where="nxdi", fix="please report this")
+    if absolute := [name for name in folders if name in text]:
+        raise HostError(f"{nxdi.CONFIG} contains the absolute path {absolute[0]}", where="nxdi", fix="report this bug")
     path.write_text(text + "\n")
 
 
 def _add_models(folder: Path, pair: tuple[Checkpoint, Checkpoint]) -> None:
-    for role, one in zip(nxdi.PLACES, pair, strict=True):
-        place = folder / nxdi.PLACES[role]
-        place.mkdir(parents=True)
+    for role, model in zip(nxdi.MODEL_FOLDERS, pair, strict=True):
+        out = folder / nxdi.MODEL_FOLDERS[role]
+        out.mkdir(parents=True)
         for name in CONFIG_FILES:
-            if (one.root / name).is_file():
-                shutil.copyfile(one.root / name, place / name)
-        for name, data in (tokenizer_files(one) if role == "target" else {}).items():
-            (place / name).write_bytes(data)
+            if (model.root / name).is_file():
+                shutil.copyfile(model.root / name, out / name)
+        for name, data in (tokenizer_files(model) if role == "target" else {}).items():
+            (out / name).write_bytes(data)
 
 
 def _version() -> str:

@@ -1,8 +1,8 @@
-"""NxD Inference's part of a package: trace, compile and shard one fused pair. Runs as a process of its own.
+"""NxD Inference's part of a build: trace, compile and shard one fused pair, in a separate process.
 
-    python -m pipeline.nxdi.compile REQUEST
+    python -m pipeline.nxdi.compile ORDER.json
 
-It sets environment variables, empties its work folder, and may end the process, so nothing else shares one with it.
+It sets environment variables, empties its work folder, and may end the process, so it runs in a process of its own.
 Follows inference_demo and vLLM's classic loader (`_init_fused_spec_config`).
 """
 
@@ -16,60 +16,61 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files.atomic import write_atomic
-from pipeline.nxdi.config import Package
+from pipeline.nxdi.config import NxdiSettings
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to compile: the configuration, both checkpoints, where the package goes, and where to tell how it went."""
+class CompileOrder:
+    """One pair to compile: settings, folders of both checkpoints, output folder, and the file for compiler flags."""
 
-    package: Package
+    settings: NxdiSettings
     target: str
     draft: str
     out: str
-    answer: str
+    flags: str
 
     def dump(self) -> bytes:
-        """As JSON."""
+        """Return the order as JSON."""
         return json.dumps(asdict(self)).encode()
 
     @staticmethod
-    def parse(data: bytes) -> Request:
-        """From JSON."""
+    def parse(data: bytes) -> CompileOrder:
+        """Return the order in `data`, which `dump` wrote."""
         fields = json.loads(data)
-        return Request(**{**fields, "package": Package(**fields["package"])})
+        return CompileOrder(**{**fields, "settings": NxdiSettings(**fields["settings"])})
 
 
-def compile_pair(request: Request) -> dict[str, str]:
-    """Write `model.pt`, `neuron_config.json` and `weights/`; returns the compiler flags of each submodel by its tag."""
-    from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig
+def compile_pair(order: CompileOrder) -> dict[str, str]:
+    """Write `model.pt`, `neuron_config.json` and `weights/`; return the compiler flags of each submodel by its tag."""
+    from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig  # here: not installed by Tandem
 
-    made = request.package
-    application, draft_application = _application(made.application), _application(made.draft_application)
-    config = _config(application, made.neuron_config, request.target)
+    settings = order.settings
+    application, draft_application = _application(settings.application), _application(settings.draft_application)
+    config = _config(application, settings.neuron_config, order.target)
     config.fused_spec_config = FusedSpecNeuronConfig(
         application._model_cls,  # noqa: SLF001 - how NxD Inference's own demo names it
-        draft_config=_config(draft_application, made.draft_neuron_config, request.draft),
-        draft_model_path=request.draft,
+        draft_config=_config(draft_application, settings.draft_neuron_config, order.draft),
+        draft_model_path=order.draft,
         draft_model_cls=draft_application,
     )
-    pair = application(request.target, config)
-    pair.compile(request.out)
-    return {str(one.tag): str(one.compiler_args) for one in pair.models}
+    pair = application(order.target, config)
+    pair.compile(order.out)
+    return {str(submodel.tag): str(submodel.compiler_args) for submodel in pair.models}
 
 
-def _application(place: tuple[str, str]) -> Any:
-    module, name = place
+def _application(path: tuple[str, str]) -> Any:
+    """Return a class of NxD Inference by module and name."""
+    module, name = path
     return getattr(import_module(module), name)
 
 
 def _config(application: Any, settings: dict[str, Any], checkpoint: str) -> Any:
-    from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config
+    from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config  # here, as above
 
     neuron = application.get_neuron_config_cls()(**settings)
     return application.get_config_cls()(neuron, load_config=load_pretrained_config(checkpoint))
 
 
 if __name__ == "__main__":
-    asked = Request.parse(Path(sys.argv[1]).read_bytes())
-    write_atomic(Path(asked.answer), json.dumps(compile_pair(asked)).encode())
+    this_order = CompileOrder.parse(Path(sys.argv[1]).read_bytes())
+    write_atomic(Path(this_order.flags), json.dumps(compile_pair(this_order)).encode())

@@ -1,7 +1,7 @@
-"""The same recipe for NxD Inference: what it is asked for, what of a recipe it cannot do, and if it did what was asked.
+"""Settings of NxD Inference for a recipe: its configuration, what it does not support, and what it did not accept.
 
 For servers that already run vLLM's NxDI-backed plugin (0.5.x). Written from neuronx-distributed-inference 0.9
-(models/config, models/application_base, inference_demo, model_base). Imports no torch: `nxdi_compile` runs it.
+(models/config, models/application_base, inference_demo, model_base). Imports no torch and not NxD Inference.
 
 Its `speculation_length` counts the tokens that the target verifies, K + 1 here; a last draft pass fills the cache.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.neuron import support
 from pipeline.errors import Problem, RecipeError
+from pipeline.recipe.schema import NeuronBackend
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan
@@ -26,22 +27,22 @@ CLASSES = {
 }
 CONFIG, MODEL = "neuron_config.json", "model.pt"
 OWN_TP_FAMILIES = ("llama",)
-"""Families whose modules ask for the group they belong to: only their draft may have fewer ranks than the target."""
+"""Families whose modules look up their own process group: only their draft may have fewer ranks than the target."""
 
-PLACES = {"target": "models/target", "draft": "models/draft"}
-"""Where a package keeps configs and tokenizer of the pair, relative to itself: vLLM is started inside it."""
+MODEL_FOLDERS = {"target": "models/target", "draft": "models/draft"}
+"""Folders of the pair's configs and tokenizer, relative to the artifact: vLLM is started inside it."""
 
 DISTRIBUTION = "neuronx-distributed-inference"
 RELEASES = {"2.28": "0.8", "2.29": "0.9", "2.30": "0.10.17970", "2.31": "0.10.18399"}
 """Version of NxD Inference in each SDK release that `support.RELEASES` knows (n2-manifest.json)."""
 
 NEWER_CHIPS_FROM = "2.29"
-"""From this SDK on NxD Inference runs on Trn2 only (release notes of the component)."""
+"""Since this SDK NxD Inference runs on Trn2 only (release notes of the component)."""
 
 
 @dataclass(frozen=True)
-class Package:
-    """What NxD Inference is asked for, and what vLLM is told."""
+class NxdiSettings:
+    """Settings of NxD Inference for target and draft, their classes (module, name), and vLLM's settings."""
 
     neuron_config: dict[str, Any]
     draft_neuron_config: dict[str, Any]
@@ -51,20 +52,19 @@ class Package:
 
 
 def problems(plan: Plan) -> list[Problem]:
-    """What of a recipe NxD Inference's fused speculation does not do; nothing is silently left out."""
+    """Return everything in a recipe that NxD Inference's fused speculation does not support."""
     return list(_problems(plan))
 
 
-def package(plan: Plan) -> Package:
-    """Configuration for a recipe that NxD Inference can serve.
+def settings(plan: Plan) -> NxdiSettings:
+    """Return the settings of NxD Inference and vLLM for a recipe.
 
     Raises:
-        RecipeError: every reason why it cannot.
+        RecipeError: everything that NxD Inference does not support.
 
     """
-    found = problems(plan)
-    if found:
-        raise RecipeError(found)
+    if unsupported := problems(plan):
+        raise RecipeError(unsupported)
     recipe, pair = plan.recipe, plan.pair
     (k,) = recipe.speculation.draft_tokens
     shapes, rows = recipe.shapes, recipe.shapes.batch[-1]
@@ -72,7 +72,7 @@ def package(plan: Plan) -> Package:
         "tp_degree": pair.models.tp,
         "batch_size": rows, "max_batch_size": rows, "ctx_batch_size": 1, "tkg_batch_size": rows,
         "is_continuous_batching": rows > 1, "seq_len": shapes.kv[-1], "max_context_length": shapes.prefill[-1],
-        "torch_dtype": recipe.target.dtype, "logical_nc_config": plan.recipe.backend.lnc,  # type: ignore[union-attr]
+        "torch_dtype": recipe.target.dtype, "logical_nc_config": backend_of(plan).lnc,
         "enable_bucketing": True, "context_encoding_buckets": list(shapes.prefill),
         "token_generation_buckets": list(shapes.kv), "save_sharded_checkpoint": True,
         "on_device_sampling_config": {"do_sample": False, "dynamic": False, "deterministic": True, "top_k": 1},
@@ -84,16 +84,23 @@ def package(plan: Plan) -> Package:
         "enable_fused_speculation": False,
         "tp_degree": pair.models.tp_of("draft"),
     }
-    return Package(target, draft, _classes(pair.target.family), _classes(pair.draft.family), _vllm(plan, k))
+    return NxdiSettings(target, draft, _classes(pair.target.family), _classes(pair.draft.family), _vllm(plan, k))
+
+
+def backend_of(plan: Plan) -> NeuronBackend:
+    """Return the recipe's backend, which is neuron's for every recipe without `problems`."""
+    backend = plan.recipe.backend
+    assert isinstance(backend, NeuronBackend)
+    return backend
 
 
 def weight_file(rank: int) -> str:
-    """Where NxD Inference writes and looks for a rank's weights of both models."""
+    """Return the path at which NxD Inference writes and reads a rank's weights of both models."""
     return f"weights/tp{rank}_sharded_checkpoint.safetensors"
 
 
-def differences(made: Package, written: Mapping[str, Any]) -> list[str]:
-    """What NxD Inference did not take as asked: it logs a warning about keys that it does not know, and goes on.
+def differences(expected: NxdiSettings, written: Mapping[str, Any]) -> list[str]:
+    """Return settings that NxD Inference did not accept: it only logs a warning about a key that it does not know.
 
     `written` is its `neuron_config.json`.
     """
@@ -101,16 +108,16 @@ def differences(made: Package, written: Mapping[str, Any]) -> list[str]:
     draft = (fused.get("draft_config") or {}).get("neuron_config") or {}
     target = written.get("neuron_config") or {}
     return [
-        *_different(made.neuron_config, target, "neuron_config"),
-        *_different(made.draft_neuron_config, draft, "fused_spec_config.draft_config.neuron_config"),
+        *_different(expected.neuron_config, target, "neuron_config"),
+        *_different(expected.draft_neuron_config, draft, "fused_spec_config.draft_config.neuron_config"),
     ]
 
 
-def relative(config: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
-    """NxD Inference's `neuron_config.json` with the absolute paths that it bakes in replaced by places in the package.
+def relative(config: Mapping[str, Any], folders: Mapping[str, str]) -> dict[str, Any]:
+    """Return NxD Inference's `neuron_config.json` with absolute paths replaced by paths in the artifact.
 
-    `places` maps a folder of the build to one of the package. Nothing that runs needs the absolute ones: weights are
-    sharded, and vLLM is given its models by place.
+    `folders` maps a folder of the build to one of the artifact. No process needs the absolute paths: weights are
+    sharded, and vLLM is given relative paths of its models.
     """
 
     def replaced(value: Any) -> Any:
@@ -118,17 +125,17 @@ def relative(config: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, 
             return {key: replaced(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [replaced(inner) for inner in value]
-        return places.get(value.rstrip("/"), value) if isinstance(value, str) else value
+        return folders.get(value.rstrip("/"), value) if isinstance(value, str) else value
 
     return {key: replaced(value) for key, value in config.items()}
 
 
-def host_problems(chip: str, lnc: int, found: Mapping[str, str], inference: str) -> list[Problem]:
-    """What keeps this host from compiling with NxD Inference; `found` and `inference` are installed versions."""
-    return [*support.problems(chip, lnc, found), *_inference_problems(chip, found, inference)]
+def host_problems(chip: str, lnc: int, versions: Mapping[str, str], inference: str) -> list[Problem]:
+    """Return why this host cannot compile with NxD Inference; `versions` and `inference` are installed versions."""
+    return [*support.problems(chip, lnc, versions), *_inference_problems(chip, versions, inference)]
 
 
-def _inference_problems(chip: str, found: Mapping[str, str], inference: str) -> Iterator[Problem]:
+def _inference_problems(chip: str, versions: Mapping[str, str], inference: str) -> Iterator[Problem]:
     newest = support.RELEASES[-1]
     install = f"{newest.install()} '{DISTRIBUTION}=={RELEASES[newest.sdk]}.*'"
     if inference == "missing":
@@ -138,25 +145,25 @@ def _inference_problems(chip: str, found: Mapping[str, str], inference: str) -> 
         what = f"{DISTRIBUTION} {inference} is the empty placeholder of PyPI, not the SDK's package"
         yield Problem("packages", what, f"pip uninstall {DISTRIBUTION}, then {install}")
         return
-    release = support.release_of(found.get("neuronx-distributed", "missing"))
+    release = support.release_of(versions.get("neuronx-distributed", "missing"))
     if release is None:
-        return  # `support.problems` says what is wrong with it
-    wanted = RELEASES[release.sdk]
-    if not support.begins(inference, wanted):
-        what = f"{DISTRIBUTION} {inference}; neuronx-distributed is of SDK {release.sdk}, which has {wanted}.*"
-        yield Problem("packages", what, f"pip install --extra-index-url {support.INDEX} '{DISTRIBUTION}=={wanted}.*'")
+        return  # `support.problems` reports it
+    expected = RELEASES[release.sdk]
+    if not support.begins(inference, expected):
+        what = f"{DISTRIBUTION} {inference}; neuronx-distributed is of SDK {release.sdk}, which has {expected}.*"
+        yield Problem("packages", what, f"pip install --extra-index-url {support.INDEX} '{DISTRIBUTION}=={expected}.*'")
     if chip in ("trn1", "inf2") and list(RELEASES).index(release.sdk) >= list(RELEASES).index(NEWER_CHIPS_FROM):
-        what = f"NxD Inference of SDK {release.sdk} does not run on {chip}: from {NEWER_CHIPS_FROM} on it needs trn2"
+        what = f"NxD Inference of SDK {release.sdk} does not run on {chip}: since {NEWER_CHIPS_FROM} it needs trn2"
         yield Problem("backend.target", what, support.RELEASES[0].install())
 
 
-def _different(asked: Mapping[str, Any], have: Mapping[str, Any], place: str) -> Iterator[str]:
-    for name, value in asked.items():
-        there = have.get(name)
-        if isinstance(value, dict) and isinstance(there, dict):
-            yield from _different(value, there, f"{place}.{name}")
-        elif there != value:
-            yield f"{place}.{name}: asked {value!r}, NxD Inference wrote {there!r}"
+def _different(expected: Mapping[str, Any], written: Mapping[str, Any], key: str) -> Iterator[str]:
+    for name, value in expected.items():
+        actual = written.get(name)
+        if isinstance(value, dict) and isinstance(actual, dict):
+            yield from _different(value, actual, f"{key}.{name}")
+        elif actual != value:
+            yield f"{key}.{name}: expected {value!r}, NxD Inference wrote {actual!r}"
 
 
 def _problems(plan: Plan) -> Iterator[Problem]:
@@ -165,14 +172,14 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     if recipe.backend.name != "neuron":
         yield Problem(place("backend.name"), f"found {recipe.backend.name}", "use name: neuron")
     if "stochastic" in recipe.speculation.sampling:
-        what = "found stochastic; NxD Inference verifies a draft model's tokens by argmax alone, and samples the first"
-        yield Problem(place("speculation.sampling"), what, "use [greedy], or the neuron backend, which has both")
+        what = "found stochastic; NxD Inference verifies a draft model's tokens by argmax only, and samples the first"
+        yield Problem(place("speculation.sampling"), what, "use [greedy], or the neuron backend, which supports both")
     if len(recipe.speculation.draft_tokens) > 1:
         what = f"found {list(recipe.speculation.draft_tokens)}; NxD Inference compiles one speculation length"
         yield Problem(place("speculation.draft_tokens"), what, "write one K")
     if recipe.speculation.lookup is not None:
-        what = f"found {recipe.speculation.lookup}; NxD Inference's fused graphs take no tokens but the draft's own"
-        yield Problem(place("speculation.lookup"), what, "leave it out, or use the neuron backend")
+        what = f"found {recipe.speculation.lookup}; NxD Inference's fused graphs accept only the draft's tokens"
+        yield Problem(place("speculation.lookup"), what, "remove it, or use the neuron backend")
     yield from _draft_problems(plan)
 
 
@@ -180,19 +187,23 @@ def _draft_problems(plan: Plan) -> Iterator[Problem]:
     recipe, pair = plan.recipe, plan.pair
     place = recipe.place
     if pair.draft.family not in CLASSES:
-        what = f"the draft is of kind {pair.draft.family}; packages of NxD Inference are made of two whole models"
+        what = f"the draft is of family {pair.draft.family}; NxD Inference needs two complete models"
         yield Problem(place("draft.source"), what, "use a smaller model as draft, or the neuron backend")
         return
     if pair.draft.draft_vocab is not None or pair.draft.shares_embedding:
-        what = "the draft has a reduced vocabulary or no embedding; NxD Inference needs a whole model"
+        what = "the draft has a reduced vocabulary or no embedding; NxD Inference needs a complete model"
         yield Problem(place("draft"), what, "use a draft with its own embedding and the target's vocabulary")
     if recipe.draft.derive is not None:
-        yield Problem(place("draft.derive"), "NxD Inference reads the draft from a checkpoint", "write it out first")
+        yield Problem(
+            place("draft.derive"),
+            "NxD Inference reads the draft from a checkpoint",
+            "save the layers as a checkpoint and use that as draft.source",
+        )
     if pair.models.tp_of("draft") != pair.models.tp and pair.draft.family not in OWN_TP_FAMILIES:
-        what = f"a {pair.draft.family} draft cannot have other ranks than its target in NxD Inference"
+        what = f"a {pair.draft.family} draft needs as many ranks as its target in NxD Inference"
         yield Problem(place("draft.placement"), what, "write placement: sharded")
     if pair.models.target_dtype != pair.models.draft_dtype:
-        what = f"found {pair.models.draft_dtype}, the target is {pair.models.target_dtype}"
+        what = f"found {pair.models.draft_dtype}, the target has {pair.models.target_dtype}"
         yield Problem(place("draft.dtype"), what, "use the target's dtype")
 
 
@@ -202,15 +213,18 @@ def _classes(family: str) -> tuple[str, str]:
 
 
 def _vllm(plan: Plan, k: int) -> dict[str, Any]:
-    """Environment and arguments of `vllm serve`. NxDI does not guard the last positions, so they are not offered."""
+    """Return environment and arguments of `vllm serve`.
+
+    NxDI does not check the last positions of a cache, so `max-model-len` excludes them.
+    """
     shapes = plan.recipe.shapes
     return {
         "environment": {"NEURON_COMPILED_ARTIFACTS": ".", "VLLM_NEURON_FRAMEWORK": "neuronx-distributed-inference"},
         "arguments": {
-            "model": PLACES["target"],
+            "model": MODEL_FOLDERS["target"],
             "tensor-parallel-size": plan.pair.models.tp,
             "max-num-seqs": shapes.batch[-1],
             "max-model-len": shapes.kv[-1] - (k + 1),
-            "speculative-config": {"model": PLACES["draft"], "num_speculative_tokens": k + 1},
+            "speculative-config": {"model": MODEL_FOLDERS["draft"], "num_speculative_tokens": k + 1},
         },
     }

@@ -1,6 +1,6 @@
-"""How vLLM's classic, NxDI-backed Neuron plugin is started on an artifact that NxD Inference compiled.
+"""The command that starts vLLM's classic, NxDI-backed Neuron plugin on an artifact that NxD Inference compiled.
 
-Reads what the artifact says, after its digests were checked; starts nothing. Imports no torch.
+Verifies the artifact and reads its settings; starts nothing. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pipeline.artifact.manifest import AGAIN, CACHE_KIND, verify
 from pipeline.errors import ArtifactError, InputError
 from pipeline.records import Record
 
-ASKED = "tandem-nxdi.json"
+SETTINGS = "tandem-nxdi.json"
 KIND = "nxdi"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 
 
 @dataclass(frozen=True)
-class Serve:
-    """A command, the folder that it is started in, and what it must find in its environment."""
+class ServeCommand:
+    """A command, the folder in which it is started, and its environment variables."""
 
     directory: str
     environment: Mapping[str, str]
@@ -35,12 +35,12 @@ class Serve:
     num_speculative_tokens: int
 
     def shell(self) -> str:
-        """One line for a shell."""
+        """Return the command as one line for a shell."""
         return f"cd {shlex.quote(self.directory)} && {shell_line(self.environment, self.command)}"
 
 
 def shell_line(environment: Mapping[str, str], command: Sequence[str]) -> str:
-    """A command with its environment; the names must be names of variables."""
+    """Return a command with its environment as one line; names of variables are not quoted."""
     variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     return " ".join([*variables, shlex.join(command)])
 
@@ -62,52 +62,53 @@ class _Vllm(Record):
     arguments: _Arguments
 
 
-def classic(root: Path) -> Serve:
-    """The command for an artifact of NxD Inference, wherever it lies.
+def classic(root: Path) -> ServeCommand:
+    """Return the command for an artifact of NxD Inference in any folder.
 
-    Its `neuron_config.json` names the models relative to the artifact, so the command is started inside.
+    Its `neuron_config.json` has paths of the models relative to the artifact, so the command is started inside.
 
     Raises:
-        ArtifactError: it does not verify, or does not say how it is served.
-        InputError: it is of another kind; says what serves it.
+        ArtifactError: the artifact does not verify, or has no valid settings of vLLM.
+        InputError: an artifact of another kind; the fix is the command that serves it.
 
     """
-    found = verify(root)
-    kind = str(found.manifest.backend.get("name"))
+    manifest = verify(root).manifest
+    kind = str(manifest.backend.get("name"))
     if kind != KIND:
         raise _other_kind(kind, root)
-    if ASKED not in found.manifest.files:
-        raise ArtifactError(f"{ASKED} is not in it", where=str(root), fix=AGAIN)
-    place = root / ASKED
+    if SETTINGS not in manifest.files:
+        raise ArtifactError(f"no {SETTINGS} in the artifact", where=str(root), fix=AGAIN)
+    path = root / SETTINGS
     try:
-        told = _Vllm.model_validate(json.loads(place.read_bytes())["vllm"])
+        settings = _Vllm.model_validate(json.loads(path.read_bytes())["vllm"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise ArtifactError("does not say how vLLM is started", where=str(place), fix=AGAIN) from error
-    return _serve(root.resolve(), told, found.manifest.draft_tokens[0], place)
+        raise ArtifactError("no valid settings of vLLM", where=str(path), fix=AGAIN) from error
+    return _command(root.resolve(), settings, manifest.draft_tokens[0], path)
 
 
-def _serve(root: Path, told: _Vllm, draft_tokens: int, place: Path) -> Serve:
-    options = told.arguments.model_extra or {}
-    if bad := [name for name in told.environment if not VARIABLE.fullmatch(name)]:
-        raise ArtifactError(f"{bad[0]!r} is no environment variable", where=str(place), fix="do not use this artifact")
+def _command(root: Path, settings: _Vllm, draft_tokens: int, path: Path) -> ServeCommand:
+    options = settings.arguments.model_extra or {}
+    if bad := [name for name in settings.environment if not VARIABLE.fullmatch(name)]:
+        what = f"invalid name of an environment variable: {bad[0]!r}"
+        raise ArtifactError(what, where=str(path), fix="do not use this artifact")
     if bad := [name for name in options if not OPTION.fullmatch(name)]:
-        raise ArtifactError(f"{bad[0]!r} is no option of vLLM", where=str(place), fix="do not use this artifact")
-    speculation = told.arguments.speculation
+        raise ArtifactError(f"invalid name of an option: {bad[0]!r}", where=str(path), fix="do not use this artifact")
+    speculation = settings.arguments.speculation
     draft = {"model": str(root / speculation.model), "num_speculative_tokens": speculation.num_speculative_tokens}
-    command = ["vllm", "serve", str(root / told.arguments.model)]
+    command = ["vllm", "serve", str(root / settings.arguments.model)]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
     command += ["--speculative-config", json.dumps(draft)]
-    environment = dict(told.environment)
+    environment = dict(settings.environment)
     if "NEURON_COMPILED_ARTIFACTS" in environment:
         environment["NEURON_COMPILED_ARTIFACTS"] = str(root / environment["NEURON_COMPILED_ARTIFACTS"])
-    return Serve(str(root), environment, tuple(command), draft_tokens, speculation.num_speculative_tokens)
+    return ServeCommand(str(root), environment, tuple(command), draft_tokens, speculation.num_speculative_tokens)
 
 
 def _other_kind(kind: str, root: Path) -> InputError:
     if kind == CACHE_KIND:
-        what, fix = "a compile cache of the newer plugin, which is installed", f"tandem vllm-cache install {root}"
+        what, fix = "a compile cache of vLLM's newer Neuron plugin", f"tandem vllm-cache install {root}"
     else:
-        what = f"made by the {kind} backend; vLLM's own Neuron plugins do not load it"
+        what = f"an artifact of the {kind} backend; vLLM's own Neuron plugins do not load it"
         fix = f"vllm serve {root.resolve()}, with Tandem installed beside vLLM"
     return InputError(what, where=str(root), fix=fix)

@@ -5,8 +5,8 @@
     manifest.json                 versions, flags, chip, and the arguments and environment of the server that filled it
 
 The layout is that of the plugin's sources (vllm_neuron 0.21: compile/{cache,backend,schema,parallel_compile}.py and
-nki/nki_cache.py). A key names a graph, its shapes, versions and flags; what else a server wants is a miss: an error
-in the environment printed here. Compiles nothing, runs nothing, opens no NEFF. Imports no torch.
+nki/nki_cache.py). A key names a graph, its shapes, versions and flags; a graph with another key is a miss, which is an
+error in the environment that `install` prints. Compiles nothing, runs nothing, opens no NEFF. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pipeline.artifact.manifest import (
     AGAIN,
@@ -45,8 +45,8 @@ from pipeline.nxdi.vllm_cache_layout import KEY, NKI, OF_ONE_SERVER, entries, en
 from pipeline.records import Record
 from pipeline.registry.release import VERSION_LENGTH
 
-PLACE = PurePosixPath("neuron/compile_cache")
-"""Where the plugin keeps it under VLLM_CACHE_ROOT."""
+CACHE_FOLDER = PurePosixPath("neuron/compile_cache")
+"""The plugin's cache under VLLM_CACHE_ROOT."""
 
 ROOT = "VLLM_CACHE_ROOT"
 COMMAND = "command.txt"
@@ -57,20 +57,18 @@ NEVER_COMPILE = {
     "VLLM_NEURON_DISABLE_GRAPH_CAPTURE_BACKEND": "1",
     "NEURON_LIBTORCH_DISABLE_GRAPH_CAPTURE_BACKEND": "1",
 }
-"""A miss is an error, and no graphs are captured, since those are compiled without asking the first switch. The other
-has two names: one is in the sources of 0.21, one in AWS's documents of 0.24."""
+"""A miss is an error, and graphs are not captured, because captured graphs ignore the first switch. The second switch
+has two names: one in the sources of 0.21, one in AWS's documents of 0.24."""
 
 CONTRADICTIONS = ("VLLM_NEURON_DISABLE_COMPILE_CACHE", "NEURON_LIBTORCH_DISABLE_COMPILE_CACHE", ROOT, *NEVER_COMPILE)
 PACKAGES = ("vllm", "vllm-neuron", "libtorch-neuronx-lite", "torch-neuronx", "neuronx-cc", "nki")
 NEEDED = ("vllm-neuron", "neuronx-cc")
 OWN_OPTIONS = ("--framework", "--target", "--output", "--logfile")
-"""What the plugin tells the compiler itself; the rest of a command are flags."""
+"""Options that the plugin itself gives the compiler; the rest of a command are flags."""
 
 
-class Told(Record):
-    """What a cache's manifest says under `backend`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class CacheFacts(Record):
+    """The section `backend` of a cache's manifest."""
 
     name: str
     target: str
@@ -81,8 +79,8 @@ class Told(Record):
 
 
 @dataclass(frozen=True)
-class Filled:
-    """How a cache was filled: arguments of `vllm serve`, variables, and versions where other than those installed."""
+class ServerRun:
+    """The server that filled a cache: its arguments and variables, and versions that differ from those installed."""
 
     serve: Sequence[str]
     environment: Mapping[str, str]
@@ -90,8 +88,8 @@ class Filled:
 
 
 @dataclass(frozen=True)
-class Installed:
-    """What came of an installation, and what a server is started with. `unchecked` versions are not known here."""
+class Installation:
+    """An installed cache, and the command of a server on it. `unchecked` packages are not installed on this host."""
 
     cache_root: str
     environment: Mapping[str, str]
@@ -101,118 +99,124 @@ class Installed:
     unchecked: tuple[str, ...]
 
     def shell(self) -> str:
-        """One line for a shell."""
+        """Return the command as one line for a shell."""
         return shell_line(self.environment, self.command)
 
 
 def installed_versions() -> dict[str, str]:
-    """Packages of this host that decide a key or trace the graph; those that are absent are left out."""
-    found = {}
+    """Return the versions of this host's packages that decide a key or trace the graph."""
+    versions = {}
     for name in PACKAGES:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
         if version != PLACEHOLDERS.get(name):
-            found[name] = version
-    return found
+            versions[name] = version
+    return versions
 
 
-def pack(source: Path, out: Path, name: str, filled: Filled) -> Artifact:
-    """Make an artifact of a cache folder, or of the VLLM_CACHE_ROOT that it lies in.
+def pack(source: Path, out: Path, name: str, run: ServerRun) -> Artifact:
+    """Make an artifact of a cache folder, or of the VLLM_CACHE_ROOT above it.
 
     Raises:
-        InputError: no cache, another layout, an entry without its marks, a missing fact, or `out` holds something else.
+        InputError: no cache, another layout, an incomplete entry, a missing fact, or `out` is not an artifact.
         HostError: no space, read-only or forbidden.
 
     """
-    cache = source / PLACE if (source / PLACE).is_dir() else source
+    cache = source / CACHE_FOLDER if (source / CACHE_FOLDER).is_dir() else source
     if not cache.is_dir():
-        raise InputError(
-            "no such folder", where=str(cache), fix="name the VLLM_CACHE_ROOT of the server that filled it"
-        )
+        fix = "use the VLLM_CACHE_ROOT of the server that filled the cache"
+        raise InputError("no such folder", where=str(cache), fix=fix)
     keys, faults = entries(cache)
     if faults:
-        fix = "let the server finish its warm-up, then stop it; remove entries that no server finished"
-        raise InputError(_some(faults), where=str(cache), fix=fix)
+        fix = "let the server finish its warm-up, then stop it; remove incomplete entries"
+        raise InputError(_shown(faults), where=str(cache), fix=fix)
     check_replaceable(out)
-    toolchain = {"backend": CACHE_KIND, **_versions(filled.versions)}
-    told = _told(cache, keys, filled)
-    names = [name for top in (*keys, NKI) for name in listing(cache, top)]
-    check_space(out, sum((cache / one).stat().st_size for one in names))
+    toolchain = {"backend": CACHE_KIND, **_versions(run.versions)}
+    facts = _facts(cache, keys, run)
+    names = [path for top in (*keys, NKI) for path in listing(cache, top)]
+    check_space(out, sum((cache / path).stat().st_size for path in names))
     with atomic_dir(out) as folder:
         files = {}
-        for one in names:
-            _copy(cache / one, folder / PLACE / one)
-            digest = digest_file(folder / PLACE / one)
-            files[str(PLACE / one)] = FileEntry(sha256=digest.sha256, size=digest.size)
-        if late := [fault for key in keys for fault in entry_faults(folder / PLACE / key)]:
-            raise InputError(f"changed while it was packed: {_some(late)}", where=str(cache), fix="stop the server")
-        made = CacheManifest(
+        for path in names:
+            _copy(cache / path, folder / CACHE_FOLDER / path)
+            digest = digest_file(folder / CACHE_FOLDER / path)
+            files[str(CACHE_FOLDER / path)] = FileEntry(sha256=digest.sha256, size=digest.size)
+        if late := [fault for key in keys for fault in entry_faults(folder / CACHE_FOLDER / key)]:
+            raise InputError(f"changed while it was packed: {_shown(late)}", where=str(cache), fix="stop the server")
+        manifest = CacheManifest(
             kind="vllm-compile-cache", name=_checked_name(name), version="unversioned", created=_now(),
-            toolchain=toolchain, backend=told.model_dump(mode="json"), tensor=_tensor(filled.serve), files=files,
-            requires={"device": "neuron", "chip": told.target},
+            toolchain=toolchain, backend=facts.model_dump(mode="json"), tensor=_tensor(run.serve), files=files,
+            requires={"device": "neuron", "chip": facts.target},
         )  # fmt: skip
-        made = made.model_copy(update={"version": content_digest(made)[:VERSION_LENGTH]})
-        (folder / MANIFEST).write_bytes(dump(made))
-    return Artifact(out, made)
+        manifest = manifest.model_copy(update={"version": content_digest(manifest)[:VERSION_LENGTH]})
+        (folder / MANIFEST).write_bytes(dump(manifest))
+    return Artifact(out, manifest)
 
 
-def install(root: Path, cache_root: Path, *, host: Mapping[str, str], versions: Mapping[str, str]) -> Installed:
-    """Put a verified cache where vLLM reads it: whole entries, none of which replaces another.
+def install(root: Path, cache_root: Path, *, host: Mapping[str, str], versions: Mapping[str, str]) -> Installation:
+    """Copy a verified cache to where vLLM reads it, entry by entry; no entry replaces another.
 
-    `host` is told as `host_facts` tells it; where it has no Neuron device, the chip is not checked, and packages that
-    `versions` lacks are not either. A kill leaves whole entries, and the next call brings the others.
+    `host` is the result of `host_facts`. On a host without a Neuron device the chip is not checked; packages that
+    `versions` lacks are not checked either. After a kill all entries are complete, and the next call adds the rest.
 
     Raises:
         InputError: an artifact of another kind.
-        ArtifactError: it does not verify, is incomplete, is for another host, or something else is there already.
+        ArtifactError: it does not verify, is incomplete, is for another host, or differs from an installed entry.
         HostError: no space, read-only or forbidden.
 
     """
-    manifest, base, place = verify(root).manifest, cache_root.absolute(), cache_root.absolute() / PLACE
+    manifest, base, folder = verify(root).manifest, cache_root.absolute(), cache_root.absolute() / CACHE_FOLDER
     if not isinstance(manifest, CacheManifest):
-        raise InputError("this is no compile cache", where=str(root), fix="tandem inspect says what it is")
-    told, keys = _read(manifest, root)
+        raise InputError("not a compile cache", where=str(root), fix=f"its kind: tandem inspect {root}")
+    facts, keys = _read(manifest, root)
     _check_host(manifest, host, versions)
-    new = _new(manifest, place)
-    check_space(place, sum(entry.size for name, entry in manifest.files.items() if name.split("/")[2] in new))
+    new = _new(manifest, folder)
+    check_space(folder, sum(entry.size for name, entry in manifest.files.items() if name.split("/")[2] in new))
     for key in [key for key in keys if key in new]:
-        with atomic_dir(place / key, replace=False, aside=base) as folder:
+        with atomic_dir(folder / key, replace=False, aside=base) as work:
             for name in _of(manifest, key):
-                _copy(root / name, folder / Path(name).relative_to(PLACE / key))
+                _copy(root / name, work / Path(name).relative_to(CACHE_FOLDER / key))
     if NKI in new:
         for name in _of(manifest, NKI):
-            if not create_only(base / name, (root / name).read_bytes()) and difference(
-                base / name, manifest.files[name]
-            ):
-                raise _occupied([f"{name}: came meanwhile"], place)
-    fresh = len(new - {NKI})
-    environment = {**told.environment, ROOT: str(base), **NEVER_COMPILE}
+            created = create_only(base / name, (root / name).read_bytes())
+            if not created and difference(base / name, manifest.files[name]):
+                raise _occupied([f"{name}: created by another process"], folder)
+    added = len(new - {NKI})
+    environment = {**facts.environment, ROOT: str(base), **NEVER_COMPILE}
     unchecked = tuple(name for name in manifest.toolchain if name != "backend" and name not in versions)
-    return Installed(str(base), environment, ("vllm", "serve", *told.serve), fresh, len(keys) - fresh, unchecked)
+    return Installation(str(base), environment, ("vllm", "serve", *facts.serve), added, len(keys) - added, unchecked)
 
 
-def _told(cache: Path, keys: Sequence[str], filled: Filled) -> Told:
-    """What the manifest tells: chip and flags are read from the commands that the plugin left in its entries."""
-    commands = [found for key in keys if (found := _command(cache / key / COMMAND))]
-    targets, flags = ({found[i] for found in commands} for i in (0, 1))
+def _facts(cache: Path, keys: Sequence[str], run: ServerRun) -> CacheFacts:
+    """Return the manifest's facts; chip and flags are in the commands that the plugin left in its entries."""
+    commands = [command for key in keys if (command := _command(cache / key / COMMAND))]
+    targets = {command.target for command in commands}
     if len(targets) != 1:
         what = f"the entries are for {', '.join(sorted(targets)) or 'an unknown chip'}"
-        fix = f"pack a cache of one chip, as the plugin left it: {COMMAND} in its entries tells the chip"
+        fix = f"pack a cache of one chip, as the plugin left it: {COMMAND} in its entries names the chip"
         raise InputError(what, where=str(cache), fix=fix)
-    for name in filled.environment:
+    for name in run.environment:
         if not VARIABLE.fullmatch(name) or name in CONTRADICTIONS:
-            what = f"{name!r} is no variable that a server on this cache can have"
-            raise InputError(what, where="--env", fix="leave it out: install sets what decides about the cache")
-    return Told(
-        name=CACHE_KIND, target=targets.pop(), flags=tuple(sorted(flags)), serve=tuple(filled.serve),
-        environment=dict(filled.environment), keys=len(keys),
+            what = f"invalid variable for a server on this cache: {name!r}"
+            raise InputError(what, where="--env", fix="remove it: install sets the variables of the cache")
+    return CacheFacts(
+        name=CACHE_KIND, target=targets.pop(), flags=tuple(sorted({command.flags for command in commands})),
+        serve=tuple(run.serve), environment=dict(run.environment), keys=len(keys),
     )  # fmt: skip
 
 
-def _command(path: Path) -> tuple[str, str] | None:
-    """Target and flags of a compiler's command: `neuronx-cc compile FILE`, the plugin's own options, flags."""
+@dataclass(frozen=True)
+class _Command:
+    """A compiler's command: the chip, and its flags as one text."""
+
+    target: str
+    flags: str
+
+
+def _command(path: Path) -> _Command | None:
+    """Return the command in a file: `neuronx-cc compile FILE`, the plugin's own options, flags."""
     try:
         words = shlex.split(path.read_text())[3:]
     except (OSError, ValueError):
@@ -225,50 +229,51 @@ def _command(path: Path) -> tuple[str, str] | None:
             continue
         value = value if equals else words.pop(0) if words else ""
         target = value if name == "--target" else target
-    return (target, shlex.join(flags)) if target else None
+    return _Command(target, shlex.join(flags)) if target else None
 
 
 def _versions(given: Mapping[str, str]) -> dict[str, str]:
-    found = {**installed_versions(), **given}
+    versions = {**installed_versions(), **given}
     if unknown := sorted(given.keys() - set(PACKAGES)):
-        raise InputError(f"{unknown[0]!r} is none of {', '.join(PACKAGES)}", where="--version-of", fix="leave it out")
-    if absent := [name for name in NEEDED if name not in found]:
-        what = f"not installed here, so that their versions are not known: {', '.join(absent)}"
-        fix = "pack where the server ran, or name them: " + " ".join(f"--version-of {one}=VERSION" for one in absent)
-        raise InputError(what, where="--version-of", fix=fix)
-    return {name: found[name] for name in PACKAGES if name in found}
+        fix = f"use {', '.join(PACKAGES)}"
+        raise InputError(f"unknown package: {unknown[0]!r}", where="--version-of", fix=fix)
+    if absent := [name for name in NEEDED if name not in versions]:
+        what = f"unknown version, because it is not installed on this host: {', '.join(absent)}"
+        options = " ".join(f"--version-of {name}=VERSION" for name in absent)
+        raise InputError(what, where="--version-of", fix=f"pack on the host of the server, or add {options}")
+    return {name: versions[name] for name in PACKAGES if name in versions}
 
 
 def _tensor(serve: Sequence[str]) -> int:
-    """Ranks of the server; vLLM's default is one."""
+    """Return the ranks of the server; vLLM's default is one."""
     match = re.search(r"(?:^| )(?:--tensor-parallel-size|-tp)[ =]([0-9]+)(?: |$)", " ".join(serve))
     return int(match[1]) if match else 1
 
 
 def _checked_name(name: str) -> str:
     if not NAME.fullmatch(name):
-        what, fix = f"{name!r} cannot name a release", "use lower-case letters, digits, dots, dashes, underscores"
+        what, fix = f"invalid name of a release: {name!r}", "use lower-case letters, digits, dots, dashes, underscores"
         raise InputError(what, where="--name", fix=fix)
     return name
 
 
-def _read(manifest: CacheManifest, root: Path) -> tuple[Told, list[str]]:
-    """What the manifest tells, and the entries, which are looked at again: a manifest's word is not enough."""
+def _read(manifest: CacheManifest, root: Path) -> tuple[CacheFacts, list[str]]:
+    """Return the manifest's facts, and the keys of the entries, which are checked again."""
     try:
-        told = Told.model_validate(manifest.backend)
+        facts = CacheFacts.model_validate(manifest.backend)
     except ValidationError as error:
         raise ArtifactError("damaged manifest: backend", where=str(root), fix=AGAIN) from error
-    keys, faults = entries(root / PLACE)
-    faults += [f"{name}: no part of a cache" for name in manifest.files if not _part(name)]
-    faults += [f"{name!r}: no variable" for name in told.environment if not VARIABLE.fullmatch(name)]
+    keys, faults = entries(root / CACHE_FOLDER)
+    faults += [f"{name}: not a file of a cache" for name in manifest.files if not _is_of_cache(name)]
+    faults += [f"invalid name of a variable: {name!r}" for name in facts.environment if not VARIABLE.fullmatch(name)]
     if faults:
-        raise ArtifactError(_some(faults), where=str(root), fix="do not use this artifact; pack the cache again")
-    return told, keys
+        raise ArtifactError(_shown(faults), where=str(root), fix="do not use this artifact; pack the cache again")
+    return facts, keys
 
 
-def _part(name: str) -> bool:
+def _is_of_cache(name: str) -> bool:
     parts = PurePosixPath(name).parts
-    inside = len(parts) > 3 and parts[:2] == PLACE.parts and (parts[2] == NKI or bool(KEY.fullmatch(parts[2])))
+    inside = len(parts) > 3 and parts[:2] == CACHE_FOLDER.parts and (parts[2] == NKI or bool(KEY.fullmatch(parts[2])))
     return inside and not any(map(OF_ONE_SERVER.fullmatch, parts[3:]))
 
 
@@ -281,52 +286,55 @@ def _check_host(manifest: CacheManifest, host: Mapping[str, str], versions: Mapp
         if name in versions and versions[name] != built
     ]
     if faults:
-        where, fix = f"{manifest.name}@{manifest.version}", "install these versions, or fill a cache with those here"
+        where, fix = (
+            f"{manifest.name}@{manifest.version}",
+            "install these versions, or fill a cache with this host's versions",
+        )
         raise ArtifactError("; ".join(faults), where=where, fix=fix)
 
 
-def _new(manifest: CacheManifest, place: Path) -> set[str]:
-    """Entries (and kernels) that are not there yet.
+def _new(manifest: CacheManifest, folder: Path) -> set[str]:
+    """Return the keys (and `nki`) of entries that are not installed yet.
 
     Raises:
-        ArtifactError: what is there under their names is not the same.
+        ArtifactError: an installed entry has another content.
 
     """
     new, faults = set(), []
     for top in {name.split("/")[2] for name in manifest.files}:
-        if not os.path.lexists(place / top):
+        if not os.path.lexists(folder / top):
             new.add(top)
             continue
         for name in _of(manifest, top):
-            path = place.parent.parent / name
+            path = folder.parent.parent / name
             if not path.is_file() or path.is_symlink():
                 if top == NKI and not os.path.lexists(path):
-                    new.add(NKI)  # kernels are files of their own
+                    new.add(NKI)  # each kernel is an entry
                     continue
-                faults.append(f"{name}: not there, or not a file")
+                faults.append(f"{name}: missing, or not a file")
             elif fault := difference(path, manifest.files[name]):
                 faults.append(f"{name}: {fault}")
     if faults:
-        raise _occupied(sorted(faults), place)
+        raise _occupied(sorted(faults), folder)
     return new
 
 
-def _occupied(faults: Sequence[str], place: Path) -> ArtifactError:
-    what = f"another content is here already, and is not replaced: {_some(faults)}"
-    return ArtifactError(what, where=str(place), fix="name an empty --cache-root, or remove these entries")
+def _occupied(faults: Sequence[str], folder: Path) -> ArtifactError:
+    what = f"installed entries have another content; not overwritten: {_shown(faults)}"
+    return ArtifactError(what, where=str(folder), fix="use an empty --cache-root, or remove these entries")
 
 
 def _of(manifest: CacheManifest, top: str) -> list[str]:
-    return [name for name in manifest.files if name.startswith(f"{PLACE}/{top}/")]
+    return [name for name in manifest.files if name.startswith(f"{CACHE_FOLDER}/{top}/")]
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A copy, never a link: the plugin writes into its cache."""
+    """Copy a file; a link would let the plugin write into the artifact."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
 
 
-def _some(faults: Sequence[str]) -> str:
+def _shown(faults: Sequence[str]) -> str:
     more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
     return "; ".join(faults[:SHOWN]) + more
 

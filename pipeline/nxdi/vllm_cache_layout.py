@@ -1,4 +1,4 @@
-"""A compile cache of vLLM's Neuron plugin on disk: is it whole, and which of its files mean something elsewhere.
+"""A compile cache of vLLM's Neuron plugin on disk: its entries, faults in them, and the files that another host needs.
 
 The layout is that of the plugin's sources; see `vllm_cache.py`.
 """
@@ -13,49 +13,49 @@ from pathlib import Path
 NKI = "nki"
 HLO, METADATA, COMPLETE = "graph.hlo", ".artifact_metadata_v0.json", ".compilation_complete"
 KEY = re.compile(r"[0-9a-f]{32}")
-PASSING = re.compile(r"\.[0-9a-f]{32}\.compilation_metadata(\.lock)?|[0-9a-f]{32}\.(tmp|trash)\..*")
-"""Locks, and what killed processes left. Where a lock travels, the plugin takes its entry for a dead compile's."""
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.compilation_metadata(\.lock)?|[0-9a-f]{32}\.(tmp|trash)\..*")
+"""Locks, and files of killed processes. With a copied lock the plugin takes an entry for an unfinished compile."""
 
 OF_ONE_SERVER = re.compile(r"\.cache_accessed|([A-Za-z0-9_.-]*\.)?rank[0-9]+|[0-9a-f]{32}\.lock|.*\.tmp\.[0-9]+")
-"""In an entry or among kernels: marks of use, folders in which a rank compiled, locks, half-written files."""
+"""In an entry or among kernels: marks of use, working folders of ranks, locks, partial files."""
 
 
 def entries(cache: Path) -> tuple[list[str], list[str]]:
-    """Names of the entries, and what keeps the plugin, or us, from taking the folder for a whole cache."""
+    """Return the keys of the entries, and every reason why the folder is not a complete cache."""
     if cache.is_symlink() or not cache.is_dir():
-        return [], ["no folder is here"]
+        return [], ["no folder"]
     keys: list[str] = []
     faults: list[str] = []
-    for one in sorted(cache.iterdir()):
-        if KEY.fullmatch(one.name):
-            keys.append(one.name)
-            faults += entry_faults(one)
-        elif one.name == NKI:
-            faults += _kernel_faults(one)
-        elif not PASSING.fullmatch(one.name):
-            faults.append(f"{one.name}: neither an entry nor kernels; only the layout with <key>/graph.hlo is known")
+    for path in sorted(cache.iterdir()):
+        if KEY.fullmatch(path.name):
+            keys.append(path.name)
+            faults += entry_faults(path)
+        elif path.name == NKI:
+            faults += _kernel_faults(path)
+        elif not TEMPORARY.fullmatch(path.name):
+            faults.append(f"{path.name}: neither an entry nor kernels; supported: the layout with <key>/graph.hlo")
     return keys, faults if keys else [*faults, "no entry"]
 
 
 def entry_faults(entry: Path) -> Iterator[str]:
-    """Why an entry is not complete: what the plugin looks for, and that sizes and keys are those it wrote down."""
+    """Yield why an entry is not complete: files that the plugin looks for, and the sizes and keys that it recorded."""
     key = entry.name
     if entry.is_symlink() or not entry.is_dir():
         yield f"{key}: not a folder"
         return
     neff = entry / f"graph_{key}.neff"
-    wanted = (entry / HLO, neff, entry / METADATA, entry / COMPLETE)
-    absent = [one.name for one in wanted if not one.is_file() or not one.stat().st_size]
+    needed = (entry / HLO, neff, entry / METADATA, entry / COMPLETE)
+    absent = [path.name for path in needed if not path.is_file() or not path.stat().st_size]
     yield from (f"{key}: no {name}" for name in absent)
     yield from _links(entry)
     if absent:
         return
-    found = re.search(rb"^neff_size:([0-9]+)$", (entry / COMPLETE).read_bytes(), re.MULTILINE)
-    if found and int(found[1]) != neff.stat().st_size:
-        yield f"{key}: {neff.name} has {neff.stat().st_size} bytes, {COMPLETE} says {int(found[1])}"
-    inside = _json(entry / METADATA).get("cache_key")
-    if inside != key:
-        yield f"{key}: {METADATA} is of the key {inside!r}"
+    recorded = re.search(rb"^neff_size:([0-9]+)$", (entry / COMPLETE).read_bytes(), re.MULTILINE)
+    if recorded and int(recorded[1]) != neff.stat().st_size:
+        yield f"{key}: {neff.name} has {neff.stat().st_size} bytes, {COMPLETE} says {int(recorded[1])}"
+    metadata_key = _json(entry / METADATA).get("cache_key")
+    if metadata_key != key:
+        yield f"{key}: {METADATA} has the key {metadata_key!r}"
 
 
 def _kernel_faults(folder: Path) -> Iterator[str]:
@@ -63,26 +63,26 @@ def _kernel_faults(folder: Path) -> Iterator[str]:
         yield f"{NKI}: not a folder"
         return
     yield from _links(folder)
-    for one in sorted(folder.glob("*.json")):
-        if not _json(one):
-            yield f"{NKI}/{one.name}: damaged"
+    for path in sorted(folder.glob("*.json")):
+        if not _json(path):
+            yield f"{NKI}/{path.name}: damaged"
 
 
 def _links(folder: Path) -> Iterator[str]:
-    for one in sorted(folder.rglob("*")):
-        if one.is_symlink() or not (one.is_dir() or one.is_file()):
-            yield f"{folder.name}/{one.relative_to(folder)}: a link, or not a plain file"
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            yield f"{folder.name}/{path.relative_to(folder)}: a link, or not a plain file"
 
 
 def listing(cache: Path, top: str) -> list[str]:
-    """Files of an entry, or of the kernels, that mean something elsewhere."""
-    names = (one.relative_to(cache) for one in sorted((cache / top).rglob("*")) if one.is_file())
+    """Return the files of an entry, or of the kernels, that another host needs."""
+    names = (path.relative_to(cache) for path in sorted((cache / top).rglob("*")) if path.is_file())
     return [name.as_posix() for name in names if not any(map(OF_ONE_SERVER.fullmatch, name.parts[1:]))]
 
 
 def _json(path: Path) -> dict[str, object]:
     try:
-        found = json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}

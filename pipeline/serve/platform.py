@@ -1,4 +1,4 @@
-"""vLLM's platform for artifacts: its settings come from the manifest, and what contradicts it is refused."""
+"""vLLM's platform for artifacts: takes its settings from the manifest, and rejects arguments that contradict it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ UNSUPPORTED: dict[str, Any] = {
     "logprobs": None, "prompt_logprobs": None, "logit_bias": None, "allowed_token_ids": None, "bad_words": None,
     "structured_outputs": None, "thinking_token_budget": None, "prompt_logprob_token_ids": None,
 }  # fmt: skip
-"""Fields of a request that the graphs cannot honour, and their values when nobody asks for them."""
+"""Fields of a request that the graphs do not support, and their defaults."""
 
 
 class TandemPlatform(Platform):
-    """Serves the artifact in `TANDEM_ARTIFACT`. The device is the artifact's business; to vLLM it is a CPU."""
+    """Serves the artifact in `TANDEM_ARTIFACT`. The artifact decides about the device; for vLLM it is a CPU."""
 
     _enum = PlatformEnum.OOT
     device_name = "tandem"
@@ -41,46 +41,46 @@ class TandemPlatform(Platform):
     dispatch_key = "CPU"
     dist_backend = "gloo"
 
-    _told_by_parser = False
+    _parser_has_defaults = False
 
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
-        """Those of artifacts."""
+        """Dtypes of artifacts."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def import_kernels(cls) -> None:
-        """None of vLLM's are used."""
+        """No-op: vLLM's kernels are not used."""
 
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
-        """For logs."""
+        """Return a name for logs."""
         del device_id
         return "tandem"
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
-        """Of the host, in bytes."""
+        """Return the memory of the host, in bytes."""
         del device_id
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     @classmethod
     def inference_mode(cls) -> Any:
-        """Plain no-grad: graphs update their state in place."""
+        """Return no-grad, because graphs update their state in place."""
         return torch.no_grad()
 
     @classmethod
     def manual_seed_all(cls, seed: int) -> None:
-        """Every request has a generator of its own."""
+        """No-op: each request has its own generator."""
 
     @classmethod
     def is_pin_memory_available(cls) -> bool:
-        """Nothing is copied to a device by vLLM."""
+        """Return False: vLLM copies nothing to a device."""
         return False
 
     @classmethod
     def pre_register_and_update(cls, parser: FlexibleArgumentParser | None = None) -> None:
-        """Make the artifact's values the defaults of the command line; refuse an artifact before anything starts."""
+        """Make the artifact's values the defaults of the command line; verify the artifact before vLLM starts."""
         if parser is None:
             return
         root = Path(os.environ[ARTIFACT])
@@ -89,52 +89,52 @@ class TandemPlatform(Platform):
         except TandemError as error:
             raise SystemExit(_line(error)) from error
         parser.set_defaults(**settings.of_vllm(root, manifest))
-        cls._told_by_parser = True
+        cls._parser_has_defaults = True
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Fit vLLM's configuration to the artifact.
+        """Set vLLM's configuration to the artifact's values.
 
         Raises:
-            SystemExit: with one line, where the artifact cannot be served or a setting contradicts it.
+            SystemExit: with one line, if the artifact cannot be served or a setting contradicts it.
 
         """
         if vllm_config.parallel_config.worker_cls == WORKER:
-            return  # vLLM asks again in the process of its engine, with what was configured here
+            return  # vLLM calls this again in its engine's process, with this configuration
         root = Path(vllm_config.model_config.model)
         try:
             manifest = settings.checked(root)
             settings.options(vllm_config.additional_config)
-            _refuse_contradictions(vllm_config, settings.of_vllm(root, manifest), told=cls._told_by_parser)
+            _check_arguments(vllm_config, settings.of_vllm(root, manifest), explicit=cls._parser_has_defaults)
         except TandemError as error:
             raise SystemExit(_line(error)) from error
         _configure(vllm_config, manifest)
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
-        """Blocks are bookkeeping; no attention backend has a say."""
+        """No-op: blocks are bookkeeping, and no attention backend uses them."""
 
     @classmethod
     def check_runner_kv_caches_multi_layer(cls) -> None:
-        """There are none."""
+        """No-op: vLLM has no KV caches."""
 
     @classmethod
     def validate_request(cls, processed_inputs: EngineInput, params: SamplingParams | PoolingParams) -> None:
-        """Refuse what the graphs cannot do, naming the field; vLLM answers with status 400.
+        """Check a request against what the graphs support; vLLM answers an error with status 400.
 
         Raises:
-            VLLMValidationError: in one line.
+            VLLMValidationError: with the field, in one line.
 
         """
-        from vllm.sampling_params import SamplingParams
+        from vllm.sampling_params import SamplingParams  # here: vLLM picks its platform while it is imported
 
-        from pipeline.serve.worker import choice
+        from pipeline.serve.worker import choice  # here, as above
 
         if not isinstance(params, SamplingParams):
-            raise VLLMValidationError("this artifact generates text; pooling and embedding are not in it")
+            raise VLLMValidationError("unsupported by this artifact: pooling and embedding")
         for name, unset in UNSUPPORTED.items():
-            if (found := getattr(params, name)) not in (unset, [], {}):
-                what = f"{name}: found {found}; the artifact's graphs cannot do this. Leave {name} out"
+            if (value := getattr(params, name)) not in (unset, [], {}):
+                what = f"{name}: found {value}; unsupported by the artifact's graphs. Remove {name}"
                 raise VLLMValidationError(what, parameter=name)
         manifest = settings.checked(Path(os.environ[ARTIFACT]))
         try:
@@ -145,53 +145,53 @@ class TandemPlatform(Platform):
 
 
 def _token_ids(inputs: Any) -> list[int]:
-    found = inputs.get("prompt_token_ids") if isinstance(inputs, dict) else None
-    if found is None:
-        what = "prompt: this artifact takes text or token ids, no embeddings and no other media"
+    token_ids = inputs.get("prompt_token_ids") if isinstance(inputs, dict) else None
+    if token_ids is None:
+        what = "prompt: unsupported by this artifact: embeddings and media other than text"
         raise VLLMValidationError(what, parameter="prompt")
-    return list(found)
+    return list(token_ids)
 
 
-def _refuse_contradictions(config: VllmConfig, values: dict[str, Any], *, told: bool) -> None:
-    """A flag of the command line against the artifact's value; without a parser, vLLM's own defaults are replaced."""
-    found = {
+def _check_arguments(config: VllmConfig, values: dict[str, Any], *, explicit: bool) -> None:
+    """Raise an error for an argument that contradicts the artifact; without a parser, arguments are not `explicit`."""
+    limits = {
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_model_len": config.model_config.max_model_len,
     }
-    for name, given in found.items():
-        if told and given > values[name]:
-            raise _contradiction(name, given, f"at most {values[name]}")
+    for name, value in limits.items():
+        if explicit and value > values[name]:
+            raise _contradiction(name, value, f"at most {values[name]}")
     dtype = str(config.model_config.dtype).removeprefix("torch.")
-    if told and dtype != values["dtype"]:
+    if explicit and dtype != values["dtype"]:
         raise _contradiction("dtype", dtype, values["dtype"])
-    unwanted = {
+    unsupported = {
         "speculative_config": config.speculative_config,
         "quantization": config.model_config.quantization,
         "enable_lora": config.lora_config,
         "kv_transfer_config": config.kv_transfer_config,
     }
-    for name, value in unwanted.items():
-        if value is not None:
-            raise _contradiction(name, value, "nothing: it is part of the build")
+    for name, setting in unsupported.items():
+        if setting is not None:
+            raise _contradiction(name, setting, "no such setting: it is part of the build")
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if (given := getattr(config.parallel_config, name)) != 1:
-            raise _contradiction(name, given, "1: its ranks are processes of its own")
+        if (size := getattr(config.parallel_config, name)) != 1:
+            raise _contradiction(name, size, "1: its ranks are separate processes")
 
 
-def _contradiction(name: str, given: object, wanted: object) -> InputError:
+def _contradiction(name: str, value: object, accepted: str) -> InputError:
     flag = "--" + name.replace("_", "-")
-    return InputError(f"found {given}; the artifact has {wanted}", where=flag, fix=f"leave {flag} out")
+    return InputError(f"found {value}; the artifact has {accepted}", where=flag, fix=f"remove {flag}")
 
 
 def _configure(config: VllmConfig, manifest: Any) -> None:
     """Write the artifact's values into vLLM's configuration."""
-    from vllm.config import CompilationMode, CUDAGraphMode, SpeculativeConfig
+    from vllm.config import CompilationMode, CUDAGraphMode, SpeculativeConfig  # here, as above
 
     slots, most = manifest.shapes.batch[-1], settings.most_tokens(manifest)
     config.model_config.max_model_len = min(config.model_config.max_model_len, most)
     config.scheduler_config.max_model_len = config.model_config.max_model_len
     config.scheduler_config.max_num_seqs = min(config.scheduler_config.max_num_seqs, slots)
-    # A step may prefill every slot at once; a prompt is never cut into chunks.
+    # A step may prefill every slot at once; prompts are not chunked.
     config.scheduler_config.max_num_batched_tokens = slots * most
     config.scheduler_config.enable_chunked_prefill = False
     config.scheduler_config.async_scheduling = False
@@ -202,7 +202,7 @@ def _configure(config: VllmConfig, manifest: Any) -> None:
     config.parallel_config.distributed_executor_backend = "uni"
     config.compilation_config.mode = CompilationMode.NONE
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-    # What makes vLLM's scheduler and metrics count drafts; its proposer is never loaded, the graphs are.
+    # vLLM's scheduler and metrics count drafts only with this setting; its proposer is not loaded.
     config.speculative_config = SpeculativeConfig(
         method="custom_class",
         model=WORKER,

@@ -1,4 +1,4 @@
-"""The entry point `vllm.platform_plugins`: vLLM asks it in every process, before it reads its arguments."""
+"""The entry point `vllm.platform_plugins`: vLLM calls it in every process, before it reads its arguments."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ ARTIFACT = "TANDEM_ARTIFACT"
 
 
 def platform() -> str | None:
-    """The platform's class, if an artifact is served; any other model is left to vLLM's own platforms.
+    """Return the name of the platform's class if this process serves an artifact; None for any other model.
 
-    The artifact is named by `TANDEM_ARTIFACT`, or is an argument of the command (`vllm serve DIRECTORY`).
+    `TANDEM_ARTIFACT` or an argument of the command (`vllm serve DIRECTORY`) names the artifact.
     """
-    found = os.environ.get(ARTIFACT) or next((one for one in sys.argv[1:] if _is_artifact(one)), None)
-    if found is None:
+    artifact = os.environ.get(ARTIFACT) or next((word for word in sys.argv[1:] if _is_artifact(word)), None)
+    if artifact is None:
         return None
-    os.environ[ARTIFACT] = str(Path(found).resolve())  # for the processes that vLLM starts
+    os.environ[ARTIFACT] = str(Path(artifact).resolve())  # for the processes that vLLM starts
     return "pipeline.serve.platform.TandemPlatform"
 
 
 def _is_artifact(argument: str) -> bool:
-    """Whether a manifest of ours lies there. What is in it is checked later."""
+    """Whether an argument is a folder with a manifest of ours; the manifest is verified later."""
     folder = Path(argument.rpartition("=")[2])
     return (folder / "manifest.json").is_file() and (folder / "recipe.lock").is_file()

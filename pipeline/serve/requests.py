@@ -1,7 +1,7 @@
 """Requests of a server in the slots of a batch. Imports no vLLM.
 
-Every step is told who is new, who goes on and who is gone, as a scheduler tells its worker; slots are filled from the
-lowest, so that a quiet server runs its smallest bucket.
+Each step gets the new, the running and the finished requests, as a scheduler gives them to its worker. The lowest free
+slot is filled first, so that a server with few requests runs its smallest bucket.
 """
 
 from __future__ import annotations
@@ -16,59 +16,58 @@ from pipeline.runtime.draft_length import DraftLengthPolicies
 
 
 @dataclass
-class Request(Row):
-    """A request in a slot; `speculate` is its own wish."""
+class ServedRequest(Row):
+    """A request in a slot; `speculate` is False for a request that excludes drafts."""
 
     speculate: bool = True
 
 
-def request(tokens: Iterable[int], choice: Choice, seed: int | None, *, speculate: bool = True) -> Request:
-    """A request before its first step; without a seed, its draws are nobody's to repeat."""
+def served_request(tokens: Iterable[int], choice: Choice, seed: int | None, *, speculate: bool = True) -> ServedRequest:
+    """Return a request before its first step; without a seed, its draws are not reproducible."""
     prompt = list(tokens)
     generator = torch.Generator()
     _ = generator.seed() if seed is None else generator.manual_seed(seed)
-    return Request(prompt, len(prompt), generator, choice, speculate=speculate)
+    return ServedRequest(prompt, len(prompt), generator, choice, speculate=speculate)
 
 
-class Requests:
-    """The requests that a worker runs.
+class RequestSlots:
+    """The requests that a worker runs, each in a slot of the batch.
 
-    `most` is the largest number of rows that speculate together; more decode plainly, since verifying then costs
-    more than it saves.
+    `speculate_up_to` is the largest number of rows that speculate together: with more rows a decode step is faster.
     """
 
-    def __init__(self, batch: Batch, most: int | None = None) -> None:
+    def __init__(self, batch: Batch, speculate_up_to: int | None = None) -> None:
         self.batch = batch
-        self.most = most
+        self.speculate_up_to = speculate_up_to
         self._draft_length_policy: DraftLengthPolicies | None = batch.draft_length_policy()
         self._slots: dict[str, int] = {}
-        self._rows: dict[str, Request] = {}
+        self._rows: dict[str, ServedRequest] = {}
         self.planned = 0
-        """K of the next step; 0 for plain decode."""
+        """K of the next step; 0 for a decode step."""
 
     def drop(self, names: Iterable[str]) -> None:
-        """Free the slots of requests that are finished, cancelled or unknown."""
+        """Free the slots of finished or cancelled requests; ignore unknown names."""
         for name in names:
             self._slots.pop(name, None)
             self._rows.pop(name, None)
 
-    def step(self, new: Mapping[str, Request], going: Mapping[str, int]) -> dict[str, list[int]]:
-        """Prefill `new` requests and take one step with those that go on; returns their tokens.
+    def step(self, new: Mapping[str, ServedRequest], running: Mapping[str, int]) -> dict[str, list[int]]:
+        """Prefill `new` requests and take one step with those in `running`; return the tokens of all.
 
-        `going` gives each request the most drafts that may count for it; the step drafts what was planned, unless
-        nobody has room for a draft.
+        `running` gives the largest number of drafts that may count for each request. The step drafts `planned` tokens,
+        unless that number is 0 for every request.
         """
         tokens = {name: [token] for name, token in self._prefill(new).items()}
-        if going:
-            tokens |= self._advance(going)
-        for name, found in tokens.items():
+        if running:
+            tokens |= self._advance(running)
+        for name, emitted in tokens.items():
             row = self._rows[name]
-            row.tokens.extend(found)
-            row.in_draft = min(row.in_draft, row.position)  # the draft has read tokens that a limit cut off
+            row.tokens.extend(emitted)
+            row.in_draft = min(row.in_draft, row.position)  # the draft has read tokens beyond the limit
         self.planned = self._plan(tokens)
         return tokens
 
-    def _prefill(self, new: Mapping[str, Request]) -> dict[str, int]:
+    def _prefill(self, new: Mapping[str, ServedRequest]) -> dict[str, int]:
         if not new:
             return {}
         free = (slot for slot in range(self.batch.slots) if slot not in self._slots.values())
@@ -80,16 +79,16 @@ class Requests:
         first = self.batch.prefill({slot: new[name] for name, slot in slots.items()})
         return {name: first[slot] for name, slot in slots.items()}
 
-    def _advance(self, going: Mapping[str, int]) -> dict[str, list[int]]:
-        rows = {self._slots[name]: self._rows[name] for name in going}
-        steps = self.planned if any(going.values()) else 0
-        found = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
-        return {name: found[self._slots[name]][: most + 1] for name, most in going.items()}
+    def _advance(self, running: Mapping[str, int]) -> dict[str, list[int]]:
+        rows = {self._slots[name]: self._rows[name] for name in running}
+        steps = self.planned if any(running.values()) else 0
+        emitted = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
+        return {name: emitted[self._slots[name]][: drafts + 1] for name, drafts in running.items()}
 
     def _plan(self, names: Iterable[str]) -> int:
-        """K for those that took part now: they most likely take part next."""
+        """Return K for the next step, chosen from the requests of this one."""
         rows = {self._slots[name]: self._rows[name] for name in names}
-        if not rows or (self.most is not None and len(rows) > self.most):
+        if not rows or (self.speculate_up_to is not None and len(rows) > self.speculate_up_to):
             return 0
         if not all(row.speculate for row in rows.values()):
             return 0

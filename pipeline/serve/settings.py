@@ -1,4 +1,4 @@
-"""vLLM's settings as an artifact has them. Imports no vLLM."""
+"""vLLM's settings for an artifact, and our own options. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -8,57 +8,57 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.artifact.manifest import Manifest
+from pipeline.artifact.signing import read_policy
 from pipeline.errors import ArtifactError, InputError
+from pipeline.records import Record
+from pipeline.runtime.open import verified
 
 BLOCK = 16
-"""Tokens of a block in the scheduler's books."""
-
+"""Tokens of a block, for the scheduler's counts."""
 
 CONFIG = "config.json"
 
 
-class Options(BaseModel):
+class ServeOptions(Record):
     """Our part of `--additional-config`, under `tandem`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     speculate_up_to: int | None = Field(default=None, ge=0)
-    """Rows that speculate together at most; with more, everyone decodes plainly."""
+    """Largest number of rows that speculate together; with more rows, all take decode steps."""
 
 
-def options(additional_config: object) -> Options:
-    """Read them.
+def options(additional_config: object) -> ServeOptions:
+    """Return our options in vLLM's additional configuration.
 
     Raises:
-        InputError: an option that is unknown or of another type.
+        InputError: an unknown option, or a value of another type.
 
     """
-    given = additional_config.get("tandem", {}) if isinstance(additional_config, Mapping) else {}
+    section = additional_config.get("tandem", {}) if isinstance(additional_config, Mapping) else {}
     try:
-        return Options.model_validate(given)
+        return ServeOptions.model_validate(section)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(("additional-config", "tandem", *map(str, first["loc"])))
-        known = ", ".join(Options.model_fields)
-        raise InputError(f"{first['msg']} (found {first['input']!r})", where=where, fix=f"known: {known}") from error
+        known = ", ".join(ServeOptions.model_fields)
+        raise InputError(f"{first['msg']} (found {first['input']!r})", where=where, fix=f"options: {known}") from error
 
 
 def most_tokens(manifest: Manifest) -> int:
-    """Longest prompt and answer together: the last token is never read, so it needs no place in the cache."""
+    """Return the longest prompt and answer together: the last token is not read, so it needs no cache position."""
     return manifest.shapes.kv[-1]
 
 
 def blocks(manifest: Manifest) -> int:
-    """Blocks that all slots can fill, drafts at the end included, and the one that vLLM keeps for itself."""
+    """Return the number of blocks that all slots can fill, drafts at the end included, and vLLM's own block."""
     per_slot = -(-(most_tokens(manifest) + 2 * max(manifest.draft_tokens) + 1) // BLOCK)
     return manifest.shapes.batch[-1] * per_slot + 1
 
 
 def of_vllm(root: Path, manifest: Manifest) -> dict[str, Any]:
-    """Values of vLLM's arguments, by their names in the engine's arguments."""
+    """Return values of vLLM's arguments, by their names in the engine's arguments."""
     return {
         "tokenizer": str(root / "tokenizer"),
         "dtype": manifest.dtype,
@@ -71,23 +71,20 @@ def of_vllm(root: Path, manifest: Manifest) -> dict[str, Any]:
 
 @cache
 def checked(root: Path) -> Manifest:
-    """The manifest of an artifact whose every file was verified, which passed its gates and fits this host.
+    """Return the manifest of an artifact after verifying every file, its gates, and that it runs on this host.
 
-    Signatures are asked for as the policy in `TANDEM_POLICY` says. Once per process: vLLM asks at several moments.
+    The policy file in `TANDEM_POLICY` decides about signatures. Verifies once per process: vLLM calls this repeatedly.
 
     Raises:
         ArtifactError: as `runtime.verified`, gates that failed or did not run, or no configuration for vLLM.
 
     """
-    from pipeline.artifact.signing import read_policy
-    from pipeline.runtime.open import verified
-
     policy = os.environ.get("TANDEM_POLICY")
     manifest = verified(root, read_policy(Path(policy)) if policy else None).manifest
     if manifest.passed is not True:
-        what = "its gates failed" if manifest.passed is False else "its gates did not run"
+        what = "validation gates failed" if manifest.passed is False else "validation gates did not run"
         raise ArtifactError(what, where=str(root), fix=f"run `tandem validate {root}`")
     if CONFIG not in manifest.files:
-        what = f"it has no {CONFIG}, which vLLM reads: an older Tandem packed it"
-        raise ArtifactError(what, where=str(root), fix="build it again: every graph comes from the cache")
+        what = f"no {CONFIG} for vLLM: an older version of Tandem built this artifact"
+        raise ArtifactError(what, where=str(root), fix="build it again; every graph comes from the cache")
     return manifest
