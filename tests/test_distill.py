@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from pipeline.distill import draft_model, generate
 from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_part
 from pipeline.distill.eagle3 import guesses
-from pipeline.distill.generate import Writer, Writing
+from pipeline.distill.generate import Transcript, Writer, Writing
 from pipeline.distill.head import layers_of, model_config
 from pipeline.distill.prompts import HeldOutFilter
-from pipeline.distill.request import SEEDS, Request
 from pipeline.distill.run import distill, prepare
+from pipeline.distill.settings import SEEDS, DistillSettings
 from pipeline.distill.train import make_batch
 from pipeline.errors import InputError
 from pipeline.files.atomic import sha256_file
@@ -51,9 +51,9 @@ def work(tmp_path_factory):
     return base
 
 
-def request_of(work, out: str = "head", **more) -> Request:
+def request_of(work, out: str = "head", **more) -> DistillSettings:
     settings = {"tokens": 8_000, "steps": 120, "draft_vocab": 256, "cache": work / "cache", **more}
-    return Request(recipe=Recipe.model_validate(CONTENT), base=work, out=work / out, **settings)
+    return DistillSettings(recipe=Recipe.model_validate(CONTENT), base=work, out=work / out, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def figures(work):
 ASKED = ["Say hi", "Tell me about the river that flows through the old town", "Name three birds", "Count to ten"]
 
 
-def asking(work, name: str, prompts: list[str], **more) -> Request:
+def asking(work, name: str, prompts: list[str], **more) -> DistillSettings:
     """Answers to given prompts: seconds of writing."""
     path = work / f"{name}.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
@@ -82,16 +82,15 @@ def asked(work):
 def test_a_seed_decides_what_prompts_are_written_and_not_which_given_ones_are_used(work):
     job = prepare(request_of(work))
     given = Prompts(job.text, HeldOutFilter([]), ["one two", "three four", "five"], seed=1)
-    assert [seed - SEEDS for seed, _ in given.of(job.writer, range(1, PART))] == [1, 2]
-    written = [
-        [t for _, t in Prompts(job.text, HeldOutFilter([]), seed=s).of(job.writer, range(64))] for s in (0, 0, 1)
-    ]
+    assert [prompt.seed - SEEDS for prompt in given.of(job.writer, range(1, PART))] == [1, 2]
+    sources = [Prompts(job.text, HeldOutFilter([]), seed=seed) for seed in (0, 0, 1)]
+    written = [[prompt.tokens for prompt in source.of(job.writer, range(64))] for source in sources]
     assert written[0] == written[1] != written[2]
 
 
 def test_head_guesses_and_a_recipe_can_name_it(work, figures):
-    assert figures["tokens_per_step"]["chat"] > 1.3
-    assert figures["data"]["answer_tokens"] >= 8_000
+    assert figures.tokens_per_step["chat"] > 1.3
+    assert figures.data.answer_tokens >= 8_000
     assert "| chat |" in (work / "head" / "README.md").read_text()
     content = CONTENT | {"draft": {"source": "head"}, "speculation": {"method": "eagle3", "draft_tokens": (2,)}}
     recipe = Recipe.model_validate(content)
@@ -108,8 +107,8 @@ def test_head_guesses_and_a_recipe_can_name_it(work, figures):
 
 def test_draft_model_learns_from_the_same_data_and_a_recipe_can_name_it(work, figures):
     found = distill(request_of(work, "layers", method="draft_model", layers=(0, 2)))
-    assert found["data"] == figures["data"]
-    assert found["tokens_per_step"]["chat"] > 1.3
+    assert found.data == figures.data
+    assert found.tokens_per_step["chat"] > 1.3
     assert "A draft model" in (work / "layers" / "README.md").read_text()
     recipe = Recipe.model_validate(CONTENT | {"draft": {"source": "layers"}})
     engine = make_engine(recipe, resolve_pair(recipe, base=work, cache=work / "cache" / "sources"))
@@ -132,7 +131,7 @@ def test_training_a_draft_model_reads_as_transformers_does(work, figures):
     first, second, third = draft_model.guesses(config, weights, batch, 3)
     assert len(first.began_M) == int(batch.learn_BT.sum())
     assert len(first.began_M) - len(third.began_M) == 2
-    assert torch.equal(second.index[1], second.began_M + 1)
+    assert torch.equal(second.positions_M, second.began_M + 1)
     assert torch.equal(second.logits_MV, first.logits_MV[1:])
     shorter = make_batch([type(one)(one.tokens[:-3], one.prompt, one.taps_TX[:-3], one.last_TH[:-3])], "cpu")
     again = next(draft_model.guesses(config, weights, shorter, 1))
@@ -141,8 +140,8 @@ def test_training_a_draft_model_reads_as_transformers_does(work, figures):
 
 def test_a_draft_is_trained_further(work, figures):
     further = distill(request_of(work, "further", start=work / "head", steps=60, draft_vocab=None))
-    assert further["start"] == "head"
-    assert further["tokens_per_step"]["chat"] > figures["tokens_per_step"]["chat"] - 0.1
+    assert further.start == "head"
+    assert further.tokens_per_step["chat"] > figures.tokens_per_step["chat"] - 0.1
     old, new = (load_file(work / name / "model.safetensors") for name in ("head", "further"))
     assert torch.equal(old[D2T], new[D2T])
     assert not torch.equal(old["fc.weight"], new["fc.weight"])
@@ -165,7 +164,7 @@ def test_a_draft_that_is_trained_further_may_get_another_vocabulary(work, figure
     old_ids = (torch.arange(256) + old[D2T]).tolist()
     assert len(ids) == job.config_json["draft_vocab_size"] == 320
     target = read_tensor(source_weights(job.target)[EMBEDDING]).float()
-    rows = job.trainer(sequences).weights[HEAD]
+    rows = job.trainer(sequences).draft.weights[HEAD]
     kept = 0
     for row, token in zip(rows, ids.tolist(), strict=True):
         known = token in old_ids
@@ -197,7 +196,7 @@ def test_a_killed_run_goes_on(work, figures, moment):
     assert times
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     if moment == "step 100":
-        assert "going on at step 100" in later
+        assert "resuming at step 100" in later
     assert sha256_file(work / moment / "model.safetensors") == sha256_file(work / "head" / "model.safetensors")
 
 
@@ -210,7 +209,7 @@ def test_training_drafts_as_the_graphs_do(work, figures):
     prompt = engine.text.chat(HELD_OUT[0])
     answer = engine.generate([prompt], max_new_tokens=40)[0]
     writer = Writer(target, "float32", 1, 128, (0, 1, 2))
-    written = next(writer.read([(prompt, answer.tokens)]))
+    written = next(writer.read([Transcript(prompt, answer.tokens)]))
     part = next((work / "cache" / "distill").rglob("part-*.safetensors"))
     one = read_part(part)[0]
     sequence = type(one)(torch.tensor(written.tokens, dtype=torch.int32), len(prompt), written.taps_TX, written.last_TH)
@@ -221,10 +220,9 @@ def test_training_drafts_as_the_graphs_do(work, figures):
     right = torch.ones(batch.learn_BT.shape[1], dtype=torch.bool)
     took = torch.zeros(batch.learn_BT.shape[1], dtype=torch.long)
     for depth, guess in enumerate(guesses(draft.config, weights, batch, 3)):
-        rows, places = guess.index
         now = torch.zeros_like(right)
         best = ids[guess.logits_MV.argmax(-1)]
-        now[places - depth - 1] = right[places - depth - 1] & (best == batch.tokens_BT1[rows, places + 1])
+        now[guess.began_M] = right[guess.began_M] & (best == batch.tokens_BT1[guess.rows_M, guess.positions_M + 1])
         took += now
         right = now
     at = len(prompt)
@@ -243,12 +241,12 @@ def test_writer_continues_as_the_engine_does(work, compiled, monkeypatch):
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15], [8, 8], [3]]
     writer = Writer(target, "float32", 2, 96, (0, 1, 2))
     assert writer.compiled == compiled
-    found = {w.request.seed: w for w in writer.write(Writing(p, 5 + 9 * i, 0.0, i) for i, p in enumerate(prompts))}
+    found = {w.writing.seed: w for w in writer.write(Writing(p, 5 + 9 * i, 0.0, i) for i, p in enumerate(prompts))}
     for seed, written in found.items():
         alone = engine.generate([prompts[seed]], max_new_tokens=5 + 9 * seed, speculate=False)[0]
         assert written.tokens == [*prompts[seed], *alone.tokens]
         assert written.last_TH.shape == (len(written.tokens) - 1, 64)
-        again = next(writer.read([(prompts[seed], alone.tokens)]))
+        again = next(writer.read([Transcript(prompts[seed], alone.tokens)]))
         assert torch.allclose(again.taps_TX, written.taps_TX, atol=1e-4)
 
 
@@ -307,7 +305,7 @@ def test_part_without_a_prompt_of_use_is_empty_and_no_text_at_all_is_refused(wor
     job.write_data()
     assert [len(read_part(path)) for path in sorted(job.folder.rglob("part-*.safetensors"))] == [0, 2]
     assert len(job.sequences()) == 2
-    with pytest.raises(InputError, match="nothing to learn from") as caught:
+    with pytest.raises(InputError, match="no usable sequences") as caught:
         distill(asking(work, "none", HELD_OUT))
     assert "prompts" in caught.value.fix
 
@@ -316,7 +314,7 @@ def test_target_that_writes_no_prompt_of_use_is_refused(work):
     """Parts would be written for ever."""
     job = prepare(request_of(work))
     prompts = Prompts(job.text, lambda prompt: False)
-    with pytest.raises(InputError, match="no prompt") as caught:
+    with pytest.raises(InputError, match="none of the 4 prompts that the target wrote is usable") as caught:
         write_part(work / "unused", 0, 4, job.writer, prompts, 9, lambda line: None)
     assert "--prompts" in caught.value.fix
     assert not (work / "unused").exists()
@@ -335,7 +333,7 @@ def test_a_draft_in_files_of_any_name_is_trained_further(work, figures, asked):
     (work / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     for name in ("renamed", "sharded"):
         trainer = prepare(replace(asked, start=work / name, draft_vocab=None)).trainer(sequences)
-        assert torch.equal(trainer.weights[HEAD], whole[HEAD].float())
+        assert torch.equal(trainer.draft.weights[HEAD], whole[HEAD].float())
 
 
 def test_writer_ends_with_the_first_token_where_that_is_all_there_is(work):
@@ -353,7 +351,7 @@ def test_writer_ends_with_the_first_token_where_that_is_all_there_is(work):
 def test_out_that_is_something_else_is_refused(work):
     (work / "mine").mkdir()
     (work / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="something else"):
+    with pytest.raises(InputError, match="output directory was not created by `tandem distill`"):
         distill(request_of(work, "mine"))
 
 
@@ -380,7 +378,7 @@ def test_text_of_an_earlier_run_is_learned_from_and_only_the_targets_own(work, f
     job = prepare(request_of(work, "more", seed=3, text=(folder, folder)))
     job.write_data()  # what is there is enough
     assert not (job.folder / "data").exists()
-    assert job.counts == figures["data"]
+    assert job.counts == figures.data
     assert [s.tokens.tolist() for s in job.sequences()] == [
         s.tokens.tolist() for s in prepare(request_of(work)).sequences()
     ]
@@ -396,10 +394,10 @@ def test_text_of_an_earlier_run_is_learned_from_and_only_the_targets_own(work, f
     with pytest.raises(InputError, match="damaged"):
         prepare(request_of(work, "more", text=(other,))).write_data()
     save_file({HEAD: torch.zeros(2, 2)}, other / "part-00000.safetensors")
-    with pytest.raises(InputError, match="not text that a run wrote"):
+    with pytest.raises(InputError, match="not a part of training data"):
         prepare(request_of(work, "more", text=(other,))).write_data()
     (other / "part-00000.safetensors").unlink()
-    with pytest.raises(InputError, match="no text there"):
+    with pytest.raises(InputError, match="no training data in this folder"):
         prepare(request_of(work, "more", text=(other,))).write_data()
 
 
@@ -413,9 +411,9 @@ def test_transcripts_and_prompts_of_ones_own(work):
     figures = distill(
         request_of(work, "own", tokens=300, steps=5, prompts=work / "prompts.jsonl", transcripts=work / "talks.jsonl")
     )
-    assert figures["data"]["sequences"] == 9 + 20
+    assert figures.data.sequences == 9 + 20
     (work / "empty.jsonl").write_text("")
-    with pytest.raises(InputError, match="no lines"):
+    with pytest.raises(InputError, match="no lines in the file"):
         distill(request_of(work, "empty", prompts=work / "empty.jsonl"))
     (work / "bad.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}')
     with pytest.raises(InputError, match=r"bad\.jsonl:2"):

@@ -49,7 +49,7 @@ def test_vllm_is_not_offered_the_last_positions():
         ("llama-70b-spec", {"sampling": ("greedy", "stochastic"), "candidates": 256}, "speculation.sampling",
          "verifies a draft model's tokens by argmax only"),
         ("llama-70b-spec", {"draft_tokens": (2, 4)}, "speculation.draft_tokens", "compiles one speculation length"),
-        ("llama-70b-spec", {"lookup": 3}, "speculation.lookup", "take no tokens but the draft's own"),
+        ("llama-70b-spec", {"lookup": 3}, "speculation.lookup", "accept only the draft's tokens"),
         ("qwen3-32b-spec", {}, "draft.placement", "a qwen3 draft needs as many ranks as its target"),
     ],
 )  # fmt: skip
@@ -103,7 +103,7 @@ VERSIONS = {
         ("trn2", "missing", "not installed: neuronx-distributed-inference"),
         ("trn2", "0.1.0", "the empty placeholder of PyPI"),
         ("trn2", "0.8.16251", "neuronx-distributed is of SDK 2.29, which has 0.9.*"),
-        ("trn1", "0.9.17334", "NxD Inference of SDK 2.29 does not run on trn1: from 2.29 on it needs trn2"),
+        ("trn1", "0.9.17334", "NxD Inference of SDK 2.29 does not run on trn1: since 2.29 it needs trn2"),
         ("trn2", "0.9.17334", None),
     ],
 )

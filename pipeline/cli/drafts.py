@@ -82,8 +82,8 @@ def distill(
     text: tuple[Path, ...], device: str, seed: int, start_share: float | None, json_: bool,
 ) -> None:  # fmt: skip
     """Train a draft for the target of RECIPE. Stopped, the same command goes on where it was."""
-    from pipeline.distill.request import START_SHARE, Request
     from pipeline.distill.run import distill
+    from pipeline.distill.settings import START_SHARE, DistillSettings
     from pipeline.recipe.schema import load
 
     if start is None and start_share is not None:
@@ -92,19 +92,19 @@ def distill(
         )
     path = recipe_path(recipe)
     parsed = load(path)
-    request = Request(
+    settings = DistillSettings(
         recipe=parsed, base=path.parent, out=out or path.parent / "drafts" / f"{parsed.name}-{method}", tokens=tokens,
         steps=steps, draft_vocab=draft_vocab, seed=seed, objective=objective, device=device, prompts=prompts,
         transcripts=transcripts, text=text, method=method, layers=_numbers(layers), start=start,
         start_share=START_SHARE if start_share is None else start_share, log=console.log,
     )  # fmt: skip
-    figures = distill(request)
+    figures = distill(settings)
     if json_:
-        print_json(figures)
+        print_json(figures.model_dump(mode="json"))
         return
-    for kind, rate in figures["tokens_per_step"].items():
-        click.echo(f"  {kind:<12} {rate:.2f} tokens a step with K=4")
-    click.echo(f"{request.out}: name it in a recipe as draft.source, with speculation.method: {method}")
+    for kind, rate in figures.tokens_per_step.items():
+        click.echo(f"  {kind:<12} tokens per step (K=4): {rate:.2f}")
+    click.echo(f"{settings.out}: use it in a recipe as draft.source, with speculation.method: {method}")
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

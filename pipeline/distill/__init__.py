@@ -1,4 +1,4 @@
-"""Train a draft for a target that has none: the target writes, a draft learns to guess what it writes next.
+"""Train a draft for a target that has none: the target writes text, and a draft learns to predict the next tokens.
 
-Writes a folder that a recipe can name; changes no target and builds nothing. Entered by cli.
+Writes a folder that a recipe can use as draft.source; changes no target and builds no artifact. Entered by cli.
 """

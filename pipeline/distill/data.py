@@ -1,15 +1,14 @@
-"""What a draft is trained on: sequences that the target wrote and the hidden states it had, in numbered parts on disk.
+"""Training data: sequences that the target wrote and its hidden states, in numbered parts on disk.
 
-A part is one safetensors file, complete or absent, and decided by its number alone: a run that was killed goes on at
-the first part that is missing, and several processes may write parts of one folder.
+A part is one safetensors file, complete or absent, and its number alone decides its content: after a kill a run resumes
+at the first missing part, and several processes may write parts of one folder.
 
 Shapes: N tokens of all sequences of a part, H hidden, X tapped features (3 H).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,30 +18,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from pipeline.distill.generate import Writer, Writing, Written
+from pipeline.distill.figures import TextCounts
+from pipeline.distill.generate import Transcript, Writer, Writing, Written
 from pipeline.distill.prompts import HeldOutFilter, opening, user_turn
-from pipeline.distill.request import SEEDS
+from pipeline.distill.settings import SEEDS
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
+from pipeline.progress import Log
 from pipeline.runtime.text import Text
 
 PROMPT_TOKENS = 96
-"""Longest prompt that the target writes itself, in tokens; one that has not ended by then is dropped."""
+"""Longest prompt that the target writes itself, in tokens; a prompt without an end by then is dropped."""
 
 PROMPT_TEMPERATURE = 1.0
 ANSWER_TEMPERATURE = 0.8
 GREEDY_SHARE = 0.7
 
 TENSORS = {"tokens", "lengths", "prompts", "taps", "last"}
-"""What a part holds."""
+"""Names of the tensors in a part."""
 
 PART = 256
-"""Prompts of a part: what a kill may cost."""
+"""Prompts in a part; a kill loses at most one part."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One sequence: `tokens` int32 [T + 1], of which `prompt` were given; features of all but the last."""
+    """One sequence: `tokens` int32 [T + 1], the first `prompt` of them the prompt; features of all but the last."""
 
     tokens: Tensor
     prompt: int
@@ -51,87 +52,101 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class SeededPrompt:
+    """Tokens of a prompt, and the seed of the draws in its answer."""
+
+    seed: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
 class Prompts:
-    """Where a part's prompts come from: `given` ones in turn, or written by the target; `seed` decides all draws."""
+    """The source of prompts: `given` ones in order, or else the target itself; `seed` decides all draws."""
 
     text: Text
     held_out_filter: HeldOutFilter
     given: Sequence[str] = ()
     seed: int = 0
 
-    def of(self, writer: Writer, numbers: range) -> Iterator[tuple[int, list[int]]]:
-        """Seed and tokens of every prompt that may be trained on."""
+    def of(self, writer: Writer, numbers: range) -> Iterator[SeededPrompt]:
+        """Yield every prompt of these numbers that may be trained on."""
         seeds = range(self.seed * SEEDS + numbers.start, self.seed * SEEDS + numbers.stop)
         if self.given:
             chosen = zip(seeds, self.given[numbers.start : numbers.stop], strict=False)
-            yield from ((seed, self._encode(prompt)) for seed, prompt in chosen if self.held_out_filter(prompt))
+            allowed = ((seed, prompt) for seed, prompt in chosen if self.held_out_filter(prompt))
+            yield from (SeededPrompt(seed, self._encode(prompt)) for seed, prompt in allowed)
             return
         before, after = user_turn(self.text)
         first = {seed: opening(seed) for seed in seeds}
-        requests = (
+        writings = (
             Writing(self.text.encode(before + words, special=False), PROMPT_TOKENS, PROMPT_TEMPERATURE, seed)
             for seed, words in first.items()
         )
-        for written in writer.write(requests):
+        for written in writer.write(writings):
             if written.tokens[-1] not in writer.checkpoint.config.eos_ids:
                 continue
-            new = self.text.decode(written.tokens[len(written.request.tokens) :])
-            prompt = (first[written.request.seed] + new).strip()
+            new = self.text.decode(written.tokens[len(written.writing.tokens) :])
+            prompt = (first[written.writing.seed] + new).strip()
             if prompt and self.held_out_filter(prompt):
-                yield written.request.seed, self.text.encode(before + prompt + after, special=False)
+                yield SeededPrompt(written.writing.seed, self.text.encode(before + prompt + after, special=False))
 
     def _encode(self, prompt: str) -> list[int]:
         return self.text.chat(prompt) if self.text.has_chat else self.text.encode(prompt)
 
 
 def part_path(folder: Path, number: int) -> Path:
-    """File of one part."""
+    """Return the path of a part."""
     return folder / f"part-{number:05d}.safetensors"
 
 
-def write_part(
-    folder: Path, number: int, size: int, writer: Writer, prompts: Prompts, new: int, log: Callable[[str], None]
-) -> None:
-    """Write one part of `size` prompts, unless it is there; empty where none of the given ones may be trained on.
+def write_part(folder: Path, number: int, size: int, writer: Writer, prompts: Prompts, new: int, log: Log) -> None:
+    """Write one part of `size` prompts with answers of at most `new` tokens; do nothing if the part exists.
+
+    A part is empty if none of its given prompts may be trained on.
 
     Raises:
-        InputError: the target was to write the prompts, and none is of use.
+        InputError: the target wrote the prompts itself, and none of them is usable.
 
     """
     path = part_path(folder, number)
     if path.is_file():
         return
-    asked = sorted(prompts.of(writer, range(number * size, (number + 1) * size)))
-    log(f"part {number}: {len(asked)} prompts")
-    requests = []
-    for seed, tokens in asked:
-        greedy = seed % 10 < GREEDY_SHARE * 10
-        room = writer.length - len(tokens)
+    numbers = range(number * size, (number + 1) * size)
+    chosen = sorted(prompts.of(writer, numbers), key=lambda prompt: prompt.seed)
+    log(f"part {number}: {len(chosen)} prompts")
+    writings = []
+    for prompt in chosen:
+        greedy = prompt.seed % 10 < GREEDY_SHARE * 10
+        room = writer.length - len(prompt.tokens)
         if room > 0:
-            requests.append(Writing(tokens, min(new, room), 0.0 if greedy else ANSWER_TEMPERATURE, seed))
-    if not requests and not prompts.given:
-        what = f"the target wrote no prompt of use, of {size}"
-        raise InputError(what, where=str(path), fix="give a prompt file: --prompts FILE")
-    found = sorted(writer.write(requests), key=lambda written: written.request.seed)
+            temperature = 0.0 if greedy else ANSWER_TEMPERATURE
+            writings.append(Writing(prompt.tokens, min(new, room), temperature, prompt.seed))
+    if not writings and not prompts.given:
+        what = f"none of the {size} prompts that the target wrote is usable"
+        raise InputError(what, where=str(path), fix="add a prompt file: --prompts FILE")
+    sequences = sorted(writer.write(writings), key=lambda written: written.writing.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, _pack(found))
-    log(f"part {number}: {sum(len(w.tokens) - len(w.request.tokens) for w in found)} tokens")
+    write_atomic(path, _pack(sequences))
+    log(f"part {number}: {_counts(sequences).answer_tokens} tokens")
 
 
-def _pack(found: Sequence[Written]) -> bytes:
-    counts = {
-        "sequences": len(found),
-        "answer_tokens": sum(len(w.tokens) - len(w.request.tokens) for w in found),
-        "greedy": sum(w.request.temperature == 0 for w in found),
-    }
+def _counts(sequences: Sequence[Written]) -> TextCounts:
+    return TextCounts(
+        sequences=len(sequences),
+        answer_tokens=sum(len(s.tokens) - len(s.writing.tokens) for s in sequences),
+        greedy=sum(s.writing.temperature == 0 for s in sequences),
+    )
+
+
+def _pack(sequences: Sequence[Written]) -> bytes:
     tensors = {
-        "tokens": torch.tensor([token for w in found for token in w.tokens], dtype=torch.int32),
-        "lengths": torch.tensor([len(w.tokens) for w in found], dtype=torch.int32),
-        "prompts": torch.tensor([len(w.request.tokens) for w in found], dtype=torch.int32),
-        "taps": _rows([w.taps_TX for w in found]),
-        "last": _rows([w.last_TH for w in found]),
+        "tokens": torch.tensor([token for s in sequences for token in s.tokens], dtype=torch.int32),
+        "lengths": torch.tensor([len(s.tokens) for s in sequences], dtype=torch.int32),
+        "prompts": torch.tensor([len(s.writing.tokens) for s in sequences], dtype=torch.int32),
+        "taps": _rows([s.taps_TX for s in sequences]),
+        "last": _rows([s.last_TH for s in sequences]),
     }
-    return save(tensors, {"counts": json.dumps(counts)})
+    return save(tensors, {"counts": _counts(sequences).model_dump_json()})
 
 
 def _rows(states: Sequence[Tensor]) -> Tensor:
@@ -139,7 +154,7 @@ def _rows(states: Sequence[Tensor]) -> Tensor:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file is a whole part, by its header: nothing of its tensors is read."""
+    """Whether a file is a complete part, by its header; reads no tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             return "counts" in (file.metadata() or {}) and set(file.keys()) == TENSORS
@@ -147,24 +162,28 @@ def is_part(path: Path) -> bool:
         return False
 
 
+def count_part(path: Path) -> TextCounts:
+    """Return the counts in a part's header."""
+    with safe_open(path, framework="pt") as file:
+        return TextCounts.model_validate_json(file.metadata()["counts"])
+
+
 def read_part(path: Path) -> list[Conversation]:
-    """All sequences of a part; their tensors are views of one file's."""
+    """Return all sequences of a part; their tensors are views of the file's."""
     part = load_file(path)
     ends = torch.cat((torch.zeros(1, dtype=torch.long), part["lengths"].long().cumsum(0))).tolist()
-    found = []
+    conversations = []
     for number, (first, last) in enumerate(pairwise(ends)):
-        seen = slice(first - number, last - number - 1)
-        states = part["taps"][seen], part["last"][seen]
-        found.append(Conversation(part["tokens"][first:last], int(part["prompts"][number]), *states))
-    return found
+        rows = slice(first - number, last - number - 1)
+        prompt = int(part["prompts"][number])
+        conversations.append(Conversation(part["tokens"][first:last], prompt, part["taps"][rows], part["last"][rows]))
+    return conversations
 
 
-def write_transcripts(
-    folder: Path, name: str, conversations: Sequence[tuple[list[int], list[int]]], writer: Writer
-) -> None:
-    """Write conversations that the target had before, prompt and answer as tokens, as parts of `PART` each."""
-    for start in range(0, len(conversations), PART):
+def write_transcripts(folder: Path, name: str, transcripts: Sequence[Transcript], writer: Writer) -> None:
+    """Write transcripts with their hidden states, as parts of `PART` each."""
+    for start in range(0, len(transcripts), PART):
         path = folder / f"{name}-{start // PART:05d}.safetensors"
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, _pack(list(writer.read(conversations[start : start + PART]))))
+            write_atomic(path, _pack(list(writer.read(transcripts[start : start + PART]))))

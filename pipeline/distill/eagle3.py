@@ -24,7 +24,7 @@ from pipeline.models.weights import HEAD, NORM
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences right-padded to T: tokens int64 [B, T + 1], features of the first T, and what to learn.
+    """Sequences right-padded to T: tokens int64 [B, T + 1], features of the first T, and positions to learn.
 
     `learn_BT` marks tokens of the answer, by the position whose distribution gives them: position i gives token i + 1.
     """
@@ -37,19 +37,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Guess:
-    """The head's answers at one depth: logits [M, V] for the M positions that are learned, and where those are.
+    """A draft's answers at one depth: logits [M, V] for the M positions to learn.
 
-    `index` holds sequence and position of the target's distribution that each is a guess of, `began_M` the position at
-    which the chain that it belongs to began.
+    `rows_M` and `positions_M` are sequence and position of the target's distribution that each answer predicts,
+    `began_M` is the position at which its chain began.
     """
 
     logits_MV: Tensor
-    index: tuple[Tensor, Tensor]
+    rows_M: Tensor
+    positions_M: Tensor
     began_M: Tensor
 
 
 def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depths: int) -> Iterator[Guess]:
-    """Draft `depths` tokens from every position at once."""
+    """Yield the answers of `depths` draft tokens from every position at once."""
     w = layer_weights(weights, 0)
     length = batch.taps_BTX.shape[1]
     x_BTH = features(config, weights, PLAIN, batch.taps_BTX)
@@ -67,23 +68,22 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
         values.append(v)
         x_BTH = residual_BTH + PLAIN.linear(_attend(q, keys, values), w["self_attn.o_proj.weight"], config.hidden)
         x_BTH = x_BTH + mlp(config, w, PLAIN, rms_norm(x_BTH, w["post_attention_layernorm.weight"], config.norm_eps))
-        # From position i the chain has now read up to token i + depth + 1: its guess is that of position i + depth + 1.
-        learned_BT = _ahead(batch.learn_BT, depth + 1)
-        index = learned_BT.nonzero(as_tuple=True)
-        hidden_MH = rms_norm(x_BTH[index], weights[NORM], config.norm_eps)
+        # The chain from position i has read up to token i + depth + 1: its answer predicts position i + depth + 1.
+        rows_M, began_M = _ahead(batch.learn_BT, depth + 1).nonzero(as_tuple=True)
+        hidden_MH = rms_norm(x_BTH[rows_M, began_M], weights[NORM], config.norm_eps)
         logits_MV = PLAIN.linear(hidden_MH, weights[HEAD], config.out_vocab)
-        yield Guess(logits_MV, (index[0], index[1] + depth + 1), index[1])
+        yield Guess(logits_MV, rows_M, began_M + depth + 1, began_M)
 
 
 def _ahead(values_BT: Tensor, by: int) -> Tensor:
-    """Every position gets the value `by` positions later; zeros (False) beyond the end."""
+    """Return for each position the value `by` positions later; zeros (False) beyond the end."""
     moved = torch.zeros_like(values_BT)
     moved[:, : max(values_BT.shape[1] - by, 0)] = values_BT[:, by:]
     return moved
 
 
 def _attend(q_BNTD: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-    """Attention of the newest depth: over depth 0 up to each position, and over its own chain: [B, T, N * D]."""
+    """Return attention of the last depth, over depth 0 up to each position and over its own chain: [B, T, N * D]."""
     batch, heads, length, dim = q_BNTD.shape
     groups = keys[0].shape[1]
     q = q_BNTD.reshape(batch, groups, heads // groups, length, dim)

@@ -1,4 +1,4 @@
-"""A new draft: its config, its vocabulary, and weights to start from, taken from its target."""
+"""A new draft: its config, its vocabulary, and its initial weights, from its target."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.sources.weights import weights
 from pipeline.validate.reference.goldens import read_tensor
 
 EMBEDDING_SCALE = 0.02
-"""Size of the weights by which the new layer reads a token's embedding, at the start."""
+"""Scale of the initial weights with which the new layer reads a token's embedding."""
 
 KEPT = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -27,7 +27,7 @@ KEPT = (
 
 
 def head_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...]) -> dict[str, Any]:
-    """`config.json` of a head of the target's own sizes, in the public convention."""
+    """Return the `config.json` of a head of the target's sizes, in the public convention."""
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -40,7 +40,7 @@ def head_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...]) -> 
 
 
 def model_config(target: Checkpoint, draft_vocab: int, layers: tuple[int, ...]) -> dict[str, Any]:
-    """`config.json` of a draft model of some of the target's layers, which uses the target's embedding."""
+    """Return the `config.json` of a draft model of some of the target's layers, with the target's embedding."""
     fields = {
         key: value for key, value in target.config_json.items() if key not in ("layer_types", "transformers_version")
     }
@@ -52,28 +52,28 @@ def model_config(target: Checkpoint, draft_vocab: int, layers: tuple[int, ...]) 
 
 
 def layers_of(target: Checkpoint, config: ModelConfig, layers: tuple[int, ...], ids_V: Tensor) -> dict[str, Tensor]:
-    """Weights float32 of a draft model to start from: chosen layers, the target's norm, rows of its head."""
+    """Return a draft model's initial weights, float32: chosen layers, the target's norm, rows of its head."""
     refs = weights(target)
-    found: dict[str, Tensor] = {}
+    start: dict[str, Tensor] = {}
     for spec in weight_specs(config):
         if spec.name in (EMBEDDING, D2T):
             continue
         if spec.name == HEAD:
-            found[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
+            start[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
             continue
         name = spec.name
         if name.startswith("model.layers."):
             _, _, number, rest = name.split(".", 3)
             name = f"model.layers.{layers[int(number)]}.{rest}"
-        found[spec.name] = read_tensor(refs[name]).float()
-    return found
+        start[spec.name] = read_tensor(refs[name]).float()
+    return start
 
 
 def frequent(tokens: Iterable[Tensor], size: int, always: Iterable[int]) -> Tensor:
-    """The ids of a reduced vocabulary, ascending int64: `always`, and what was written most often."""
+    """Return the ids of a reduced vocabulary, ascending int64: `always`, and the most frequent of `tokens`."""
     counts: Counter[int] = Counter()
-    for some in tokens:
-        counts.update(some.tolist())
+    for sequence_T in tokens:
+        counts.update(sequence_T.tolist())
     first = list(dict.fromkeys(always))
     ids = first + [token for token, _ in counts.most_common() if token not in set(first)]
     spare = (token for token in range(1 << 30) if token not in counts and token not in first)
@@ -83,35 +83,35 @@ def frequent(tokens: Iterable[Tensor], size: int, always: Iterable[int]) -> Tens
 
 
 def initial(target: Checkpoint, config_json: dict[str, Any], ids_V: Tensor, seed: int) -> dict[str, Tensor]:
-    """Weights float32 to start from: the target's last layer over its highest features, its norm, rows of its head."""
+    """Return a head's initial weights, float32: the target's last layer over its highest features, norm, head rows."""
     config = read_config(config_json, "head")
     refs = weights(target)
     generator = torch.Generator().manual_seed(seed)
     last = f"model.layers.{target.config.layers - 1}."
-    found: dict[str, Tensor] = {}
+    start: dict[str, Tensor] = {}
     for spec in weight_specs(config):
         name = spec.name.replace("model.layers.0.", last)
         if spec.name in (EMBEDDING, D2T):
             continue
         if spec.name == HEAD:
-            found[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
+            start[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
         elif spec.name == NORM:
-            found[spec.name] = read_tensor(refs[NORM]).float()
+            start[spec.name] = read_tensor(refs[NORM]).float()
         elif spec.name == "fc.weight":
-            found[spec.name] = torch.randn(spec.shape, generator=generator) * EMBEDDING_SCALE * spec.shape[1] ** -0.5
-            found[spec.name][:, -config.hidden :] += torch.eye(config.hidden)
+            start[spec.name] = torch.randn(spec.shape, generator=generator) * EMBEDDING_SCALE * spec.shape[1] ** -0.5
+            start[spec.name][:, -config.hidden :] += torch.eye(config.hidden)
         elif spec.name.endswith("hidden_norm.weight"):
-            found[spec.name] = read_tensor(refs[f"{last}input_layernorm.weight"]).float()
+            start[spec.name] = read_tensor(refs[f"{last}input_layernorm.weight"]).float()
         elif spec.name.endswith("input_layernorm.weight"):
-            found[spec.name] = torch.ones(spec.shape)
+            start[spec.name] = torch.ones(spec.shape)
         elif spec.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             tokens = torch.randn(spec.shape[0], config.hidden, generator=generator) * EMBEDDING_SCALE
-            found[spec.name] = torch.cat((tokens, read_tensor(refs[name]).float()), dim=1)
+            start[spec.name] = torch.cat((tokens, read_tensor(refs[name]).float()), dim=1)
         else:
-            found[spec.name] = read_tensor(refs[name]).float()
-    return found
+            start[spec.name] = read_tensor(refs[name]).float()
+    return start
 
 
 def public_name(name: str) -> str:
-    """A weight's name in the files of public heads."""
+    """Return a weight's name in the files of public heads."""
     return name.replace("model.layers.0.", "midlayer.").replace("model.norm.", "norm.")

@@ -1,9 +1,8 @@
-"""One distillation: what data it needs, what is held out, and the trainer that starts from the target."""
+"""One distillation: its data, its held-out prompts, and a trainer of its draft."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,16 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.distill import draft_model, eagle3
-from pipeline.distill.data import PART, Conversation, Prompts, is_part, read_part, write_part, write_transcripts
-from pipeline.distill.generate import Writer, Writing
+from pipeline.distill.data import (
+    PART,
+    Conversation,
+    Prompts,
+    count_part,
+    is_part,
+    read_part,
+    write_part,
+    write_transcripts,
+)
+from pipeline.distill.figures import TextCounts
+from pipeline.distill.generate import Transcript, Writer, Writing
 from pipeline.distill.head import frequent, head_config, initial, layers_of, model_config
-from pipeline.distill.prompts import SENTINEL, HeldOutFilter
-from pipeline.distill.request import ANSWER_TOKENS, LENGTH, ROWS, Request, data_key
-from pipeline.distill.train import Settings, Trainer
+from pipeline.distill.prompts import SENTINEL, HeldOutFilter, read_field
+from pipeline.distill.settings import ANSWER_TOKENS, LENGTH, ROWS, DistillSettings, data_key
+from pipeline.distill.train import InitialDraft, TargetTables, Trainer, TrainingSettings
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
 from pipeline.models.eagle3 import read_config
@@ -34,35 +42,35 @@ from pipeline.validate.prompts import Prompt, load_prompts, prompts_path
 from pipeline.validate.reference.goldens import read_tensor
 
 SHORTEST = 4
-"""Answers of fewer tokens teach nothing."""
+"""Sequences with a shorter answer, in tokens, are dropped."""
 
 SAME_STATES = 0.1
-"""Hidden states on disk may differ by this much from what the target gives, relative: rounding is a tenth of it."""
+"""Largest relative difference of hidden states on disk from the target's; rounding causes a tenth of it."""
 
 
 @dataclass
 class Job:
-    """A target, its data folder, the draft to train further if there is one, and what was counted.
+    """A target, its data folder, the draft to train further if there is one, and the counts of the data.
 
-    `taps` are the layers whose inputs are kept with the data, `vocab` the tokens that the draft may propose.
+    `taps` are the layers whose inputs the data has, `vocab` is the number of tokens that the draft may propose.
     """
 
-    request: Request
+    settings: DistillSettings
     target: Checkpoint
     taps: tuple[int, ...]
     vocab: int
     start: Checkpoint | None = None
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: TextCounts = field(default_factory=TextCounts)
 
     @cached_property
     def folder(self) -> Path:
-        """Where data and training of this target lie."""
-        return self.request.cache / "distill" / data_key(self.request, self.target.revision, self.taps)
+        """Folder of the data and of saved trainings."""
+        return self.settings.cache / "distill" / data_key(self.settings, self.target.revision, self.taps)
 
     @property
-    def chooses_anew(self) -> bool:
-        """Whether a draft that is trained further gets another vocabulary; it keeps the rows that it has of it."""
-        return self.start is not None and self.request.draft_vocab is not None
+    def new_vocabulary(self) -> bool:
+        """Whether a draft that is trained further gets another vocabulary; it keeps its rows of common tokens."""
+        return self.start is not None and self.settings.draft_vocab is not None
 
     @cached_property
     def text(self) -> Text:
@@ -75,131 +83,143 @@ class Job:
 
     @cached_property
     def evaluated(self) -> list[Prompt]:
-        """The recipe's own prompts: measured on, never trained on."""
-        return load_prompts(prompts_path(self.request.recipe.validate_.prompts, self.request.base))
+        """The recipe's own prompts, for measurements only."""
+        return load_prompts(prompts_path(self.settings.recipe.validate_.prompts, self.settings.base))
 
     @cached_property
     def held_out_filter(self) -> HeldOutFilter:
-        """Keeps those out of what is trained on."""
+        """The filter that excludes them from training."""
         return HeldOutFilter(prompt.text for prompt in self.evaluated)
 
     @cached_property
     def writer(self) -> Writer:
         """The target, loaded to write."""
-        return Writer(self.target, self.request.recipe.target.dtype, ROWS, LENGTH, self.taps, self.request.device)
+        return Writer(self.target, self.settings.recipe.target.dtype, ROWS, LENGTH, self.taps, self.settings.device)
 
     @cached_property
     def config_json(self) -> dict[str, Any]:
         """The draft's `config.json`."""
-        request = self.request
+        settings = self.settings
         if self.start is not None:
             own = {key: value for key, value in self.start.config_json.items() if key != "shares_embedding"}
             return own | {"draft_vocab_size": self.vocab}
-        if request.method == "draft_model":
-            return model_config(self.target, self.vocab, request.layers)
+        if settings.method == "draft_model":
+            return model_config(self.target, self.vocab, settings.layers)
         return head_config(self.target, self.vocab, self.taps)
 
     def write_data(self) -> None:
-        """Write parts until there are as many answer tokens as asked for."""
-        log, held_out_filter = self.request.log, self.held_out_filter
-        for folder in self.request.text:
+        """Write parts until the data has as many answer tokens as the settings say, or the given prompts end."""
+        settings, log = self.settings, self.settings.log
+        for folder in settings.text:
             self._check_text(folder)
-        if self.request.transcripts is not None:
-            kept = [pair for pair in _conversations(self.request.transcripts) if held_out_filter(pair[0])]
-            tokens = [(self._encode(prompt), self.text.encode(answer, special=False)) for prompt, answer in kept]
-            write_transcripts(self.folder / "data", "given", tokens, self.writer)
-        given = _lines(self.request.prompts, "prompt") if self.request.prompts else []
-        prompts = Prompts(self.text, held_out_filter, given, self.request.seed)
+        if settings.transcripts is not None:
+            write_transcripts(self.folder / "data", "given", self._transcripts(settings.transcripts), self.writer)
+        given = read_field(settings.prompts, "prompt") if settings.prompts else []
+        prompts = Prompts(self.text, self.held_out_filter, given, settings.seed)
         number = 0
-        log(f"text in {self.folder / 'data'}")
-        while self._count() < self.request.tokens:
+        log(f"data folder: {self.folder / 'data'}")
+        while self._count() < settings.tokens:
             if given and number * PART >= len(given):
                 break
             write_part(self.folder / "data", number, PART, self.writer, prompts, ANSWER_TOKENS, log)
             number += 1
-            log(f"{self._count()} of {self.request.tokens} tokens written")
+            log(f"answer tokens written: {self._count()} of {settings.tokens}")
 
     def sequences(self) -> list[Conversation]:
-        """All that may be trained on: whoever wrote it, and whenever, only where its prompts are kept apart today.
+        """Return all sequences of all parts that may be trained on, given the prompts of the gates as they are now.
 
         Raises:
-            InputError: there is nothing.
+            InputError: no such sequences.
 
         """
         written = (s for path in (*self._parts(), *self._given()) for s in read_part(path))
-        found = [s for s in written if len(s.tokens) - s.prompt >= SHORTEST and self.held_out_filter(self._prompt(s))]
-        if not found:
-            what = "nothing to learn from: prompts are too long or those of the gates, or answers too short"
-            raise InputError(what, where=str(self.folder / "data"), fix="give other prompts: --prompts FILE")
-        return found
+        usable = [s for s in written if len(s.tokens) - s.prompt >= SHORTEST and self.held_out_filter(self._prompt(s))]
+        if not usable:
+            what = "no usable sequences: prompts are too long or of the gates, or answers are too short"
+            raise InputError(what, where=str(self.folder / "data"), fix="use other prompts: --prompts FILE")
+        return usable
 
     def held_out(self) -> dict[str, list[Conversation]]:
-        """Greedy answers to the recipe's prompts, by class."""
-        asked = [
+        """Return greedy answers to the recipe's prompts, by class."""
+        writings = [
             Writing(self._encode(p.text)[-LENGTH // 2 :], ANSWER_TOKENS, 0.0, i) for i, p in enumerate(self.evaluated)
         ]
-        found: dict[str, list[Conversation]] = {}
-        for written in sorted(self.writer.write(asked), key=lambda w: w.request.seed):
+        by_class: dict[str, list[Conversation]] = {}
+        for written in sorted(self.writer.write(writings), key=lambda w: w.writing.seed):
             tokens = torch.tensor(written.tokens, dtype=torch.int32)
-            sequence = Conversation(tokens, len(written.request.tokens), written.taps_TX, written.last_TH)
-            found.setdefault(self.evaluated[written.request.seed].kind, []).append(sequence)
-        return found
+            sequence = Conversation(tokens, len(written.writing.tokens), written.taps_TX, written.last_TH)
+            by_class.setdefault(self.evaluated[written.writing.seed].kind, []).append(sequence)
+        return by_class
 
     def ids(self, sequences: Sequence[Conversation]) -> Tensor:
-        """Target ids of the reduced vocabulary, ascending int64: the start's, or those written most often."""
-        if self.start is not None and not self.chooses_anew:
+        """Return the target ids of the reduced vocabulary, ascending int64: the start's, or the most frequent."""
+        if self.start is not None and not self.new_vocabulary:
             return _ids_of(self.start)
         written = (s.tokens[s.prompt :] for s in sequences)
         return frequent(written, self.vocab, self.target.config.eos_ids)
 
     def trainer(self, sequences: Sequence[Conversation]) -> Trainer:
-        """A draft at its start, or where an interrupted run left it."""
-        request, ids = self.request, self.ids(sequences)
+        """Return a trainer at the draft's initial weights, or at the last state that an interrupted run saved."""
+        ids, device = self.ids(sequences), self.settings.device
         refs = weights(self.target)
-        device = request.device
         embedding = read_tensor(refs[EMBEDDING]).float().to(device)
         head = embedding if self.target.config.tied else read_tensor(refs[HEAD]).float().to(device)
-        settings = Settings(steps=request.steps, objective=request.objective, seed=request.seed)
-        if self.start is not None:  # it knows one token ahead: what it knows of more is not unlearned first
-            settings = replace(settings, single=0.0)
-        if request.method == "draft_model":
+        folder, device_ids = self.folder / self._name(sequences, ids), ids.to(device)
+        tables = TargetTables(embedding, head[device_ids], device_ids)
+        return Trainer(self._initial(ids), tables, self._training_settings(), folder, self.settings.log)
+
+    def _training_settings(self) -> TrainingSettings:
+        settings = self.settings
+        training = TrainingSettings(steps=settings.steps, objective=settings.objective, seed=settings.seed)
+        if settings.method == "draft_model":  # its later tokens need no training of their own
+            return replace(training, single=1.0)
+        # Steps on one token alone would first unlearn the later tokens of a trained head.
+        return training if self.start is None else replace(training, single=0.0)
+
+    def _initial(self, ids: Tensor) -> InitialDraft:
+        """Return the draft before its training, from the target's weights or from those of `start`."""
+        if self.settings.method == "draft_model":
             config = config_of(self.config_json, "draft")
-            start = layers_of(self.target, config, request.layers, ids)
-            settings, guesses = replace(settings, single=1.0), draft_model.guesses
+            guesses, new = draft_model.guesses, layers_of(self.target, config, self.settings.layers, ids)
         else:
             config = read_config(self.config_json, "head")
-            start, guesses = initial(self.target, self.config_json, ids, request.seed), eagle3.guesses
-        if self.start is not None:
-            found = weights(self.start)
-            known = {weight: read_tensor(found[weight]).float() for weight in start}
-            if self.chooses_anew:
-                known[HEAD] = _rows(known[HEAD], _ids_of(self.start), start[HEAD], ids)
-            start = known
-        folder, ids = self.folder / self._name(sequences, ids), ids.to(device)
-        return Trainer(guesses, config, start, embedding, head[ids], ids, settings, folder, request.log)
+            guesses, new = eagle3.guesses, initial(self.target, self.config_json, ids, self.settings.seed)
+        if self.start is None:
+            return InitialDraft(guesses, config, new)
+        refs = weights(self.start)
+        trained = {name: read_tensor(refs[name]).float() for name in new}
+        if self.new_vocabulary:
+            trained[HEAD] = _rows(trained[HEAD], _ids_of(self.start), new[HEAD], ids)
+        return InitialDraft(guesses, config, trained)
 
     def _name(self, sequences: Sequence[Conversation], ids: Tensor) -> str:
-        """Names a training by what decides it beside its settings: text, vocabulary, and where the draft starts."""
+        """Return the name of a training: a digest of everything beside its settings, and the start."""
         digest = hashlib.sha256(ids.numpy().tobytes())
         for s in sequences:
             digest.update(f"{s.prompt} {len(s.tokens)} ".encode() + s.tokens.numpy().tobytes())
-        name = f"{self.request.objective}-{self.vocab}-{digest.hexdigest()[:16]}"
-        if self.request.method == "draft_model":
-            name += "-layers-" + "-".join(map(str, self.request.layers))
+        name = f"{self.settings.objective}-{self.vocab}-{digest.hexdigest()[:16]}"
+        if self.settings.method == "draft_model":
+            name += "-layers-" + "-".join(map(str, self.settings.layers))
         return name if self.start is None else f"{name}-from-{self.start.revision[-8:]}"
+
+    def _transcripts(self, path: Path) -> list[Transcript]:
+        """Return the transcripts in a file whose prompts may be trained on, as tokens."""
+        pairs = zip(read_field(path, "prompt"), read_field(path, "answer"), strict=True)
+        allowed = ((prompt, answer) for prompt, answer in pairs if self.held_out_filter(prompt))
+        return [Transcript(self._encode(prompt), self.text.encode(answer, special=False)) for prompt, answer in allowed]
 
     def _encode(self, prompt: str) -> list[int]:
         return self.text.chat(prompt) if self.text.has_chat else self.text.encode(prompt)
 
     def _prompt(self, sequence: Conversation) -> str:
-        """What the user said."""
+        """Return the user's message in a sequence."""
         before, after = self._template
         text = self.text.decode(sequence.tokens[: sequence.prompt].tolist())
         return text.removeprefix(before).removesuffix(after)
 
     @cached_property
     def _template(self) -> tuple[str, str]:
-        """Text around what the user said, as it is decoded: special tokens left out."""
+        """Text around the user's message, decoded without special tokens."""
         parts = (self.text.chat_text(SENTINEL) if self.text.has_chat else "").partition(SENTINEL)
         before, _, after = (self.text.decode(self.text.encode(part, special=False)) for part in parts)
         return before, after
@@ -208,37 +228,34 @@ class Job:
         return _parts_in(self.folder / "data")
 
     def _given(self) -> list[Path]:
-        """Parts of earlier runs; a folder that is named twice, or is this run's own, counts once."""
+        """Return the parts of earlier runs; a folder that is given twice, or is this run's own, counts once."""
         own = (self.folder / "data").resolve()
-        folders = dict.fromkeys(folder.resolve() for folder in self.request.text)
+        folders = dict.fromkeys(folder.resolve() for folder in self.settings.text)
         return [path for folder in folders if folder != own for path in _parts_in(folder)]
 
     def _check_text(self, folder: Path) -> None:
-        """Compare the hidden states of its first sequence with what the target gives: no other model's are learned."""
+        """Raise an error if the hidden states of a folder's first sequence differ from the target's."""
         parts = _parts_in(folder)
         for path in parts:
             if not is_part(path):
-                raise InputError("not text that a run wrote, or damaged", where=str(path), fix="remove that file")
+                raise InputError("not a part of training data, or damaged", where=str(path), fix="remove this file")
         stored = next((sequence for path in parts for sequence in read_part(path)), None)
         if stored is None:
-            raise InputError("no text there", where=str(folder), fix="name the folder that a run said its text is in")
+            raise InputError("no training data in this folder", where=str(folder), fix="use a run's data folder")
         tokens = stored.tokens.tolist()
-        (seen,) = self.writer.read([(tokens[: stored.prompt], tokens[stored.prompt :])])
-        for old, new in ((stored.taps_TX, seen.taps_TX), (stored.last_TH, seen.last_TH)):
+        (written,) = self.writer.read([Transcript(tokens[: stored.prompt], tokens[stored.prompt :])])
+        for old, new in ((stored.taps_TX, written.taps_TX), (stored.last_TH, written.last_TH)):
             if old.shape != new.shape or (old.float() - new.float()).norm() > SAME_STATES * new.float().norm():
                 taps = ", ".join(map(str, self.taps))
-                what = f"not the hidden states that the target has before layers {taps}"
-                raise InputError(what, where=str(folder), fix="name text that was written for this target")
+                what = f"hidden states differ from those of the target before layers {taps}"
+                raise InputError(what, where=str(folder), fix="use data that was written for this target")
 
     def _count(self) -> int:
-        """Answer tokens on disk, from the parts' headers."""
-        totals = {"sequences": 0, "answer_tokens": 0, "greedy": 0}
+        """Update the counts from the parts' headers; return the answer tokens."""
+        self.counts = TextCounts()
         for path in (*self._parts(), *self._given()):
-            with safe_open(path, framework="pt") as file:
-                for name, value in json.loads(file.metadata()["counts"]).items():
-                    totals[name] += value
-        self.counts = totals
-        return totals["answer_tokens"]
+            self.counts = self.counts.plus(count_part(path))
+        return self.counts.answer_tokens
 
 
 def _parts_in(folder: Path) -> list[Path]:
@@ -246,35 +263,13 @@ def _parts_in(folder: Path) -> list[Path]:
 
 
 def _ids_of(draft: Checkpoint) -> Tensor:
-    """Target ids of a draft's vocabulary, ascending int64."""
+    """Return the target ids of a draft's vocabulary, ascending int64."""
     offsets = read_tensor(weights(draft)[D2T])
     return torch.arange(len(offsets)) + offsets.long()
 
 
 def _rows(old_VH: Tensor, old_ids_V: Tensor, new_UH: Tensor, ids_U: Tensor) -> Tensor:
-    """Rows of `ids_U`: those of `old_VH` that it has, the others from `new_UH`."""
-    places_U = torch.searchsorted(old_ids_V, ids_U).clamp(max=len(old_ids_V) - 1)
-    kept_U1 = (old_ids_V[places_U] == ids_U)[:, None]
-    return torch.where(kept_U1, old_VH[places_U], new_UH)
-
-
-def _conversations(path: Path) -> list[tuple[str, str]]:
-    return list(zip(_lines(path, "prompt"), _lines(path, "answer"), strict=True))
-
-
-def _lines(path: Path, key: str) -> list[str]:
-    """One field of every JSON line."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(str(json.loads(line)[key]))
-        except (ValueError, KeyError, TypeError) as error:
-            fix = f'write one JSON object a line, with "{key}"'
-            raise InputError("not such a line", where=f"{path}:{number}", fix=fix) from error
-    if not found:
-        raise InputError("no lines", where=str(path), fix=f'write one JSON object a line, with "{key}"')
-    return found
+    """Return the rows of `ids_U`: from `old_VH` where it has them, else from `new_UH`."""
+    index_U = torch.searchsorted(old_ids_V, ids_U).clamp(max=len(old_ids_V) - 1)
+    kept_U1 = (old_ids_V[index_U] == ids_U)[:, None]
+    return torch.where(kept_U1, old_VH[index_U], new_UH)

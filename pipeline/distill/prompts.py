@@ -1,20 +1,22 @@
-"""Prompts to learn from, which the target writes itself, and how they are kept apart from those of the gates.
+"""Prompts for training, which the target writes itself, and the filter that excludes prompts of the gates.
 
-A chat model that is shown its template up to where a user speaks goes on as a user would (Xu et al. 2024, Magpie), so a
-prompt set exists for every target. Some are given their first words, so that code, JSON and summaries are among them.
+A chat model whose input ends where a user's message begins continues with such a message (Xu et al. 2024, Magpie), so
+every chat model has a prompt set. Some prompts start with given words, so that the set has code, JSON and summaries.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable
+from pathlib import Path
 
-from pipeline.errors import SourceError
+from pipeline.errors import InputError, SourceError, reason
 from pipeline.runtime.text import Text
 
 SENTINEL = "\N{OBJECT REPLACEMENT CHARACTER}"
 SHINGLE_WORDS = 8
-"""A training prompt that shares this many words in a row with a prompt of the gates is dropped."""
+"""A training prompt is dropped if it has this many consecutive words in common with a prompt of the gates."""
 
 OPENINGS = (
     *("",) * 10,
@@ -55,26 +57,49 @@ OPENINGS = (
 
 
 def user_turn(text: Text) -> tuple[str, str]:
-    """The chat template around one user message: what comes before it, and after it up to the answer.
+    """Return the chat template's text before a user message, and after it up to the answer.
 
     Raises:
-        SourceError: the target has no chat template, so it cannot write prompts itself.
+        SourceError: the target has no chat template, so it cannot write prompts.
 
     """
     if not text.has_chat:
-        what = "the target has no chat template, so it cannot write prompts"
-        raise SourceError(what, where="distill", fix="give a prompt file: --prompts FILE")
+        what = "the target cannot write prompts, because it has no chat template"
+        raise SourceError(what, where="distill", fix="add a prompt file: --prompts FILE")
     before, after = text.chat_text(SENTINEL).split(SENTINEL)
     return before, after
 
 
 def opening(seed: int) -> str:
-    """First words of the prompt with this seed."""
+    """Return the first words of the prompt with this seed."""
     return random.Random(seed).choice(OPENINGS)  # noqa: S311 - variety, not secrecy
 
 
+def read_field(path: Path, key: str) -> list[str]:
+    """Return one field of every line of a file of JSON lines.
+
+    Raises:
+        InputError: the file cannot be read or is empty, or a line is not a JSON object with that field.
+
+    """
+    fix = f'write one JSON object per line, with "{key}"'
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"file cannot be read: {reason(error)}", where=str(path), fix="check the path") from error
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(str(json.loads(line)[key]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f'not a JSON object with "{key}"', where=f"{path}:{number}", fix=fix) from error
+    if not values:
+        raise InputError("no lines in the file", where=str(path), fix=fix)
+    return values
+
+
 class HeldOutFilter:
-    """Keeps training prompts apart from held-out ones."""
+    """Decides which prompts may be trained on: those without text in common with held-out prompts."""
 
     def __init__(self, held_out: Iterable[str]) -> None:
         self._known = {shingle for text in held_out for shingle in _shingles(text)}

@@ -1,21 +1,21 @@
-"""Train a draft for a target that has none: the target writes, a head learns to guess what it writes next.
+"""Train a draft for a target that has none, on text of the target.
 
-    prompts -> text and hidden states (parts on disk) -> training -> folder that a recipe can name
+    prompts -> text and hidden states (parts on disk) -> training -> folder that a recipe can use
 
-Data and training resume where a kill left them. The recipe's own prompts, on which the gates measure acceptance, are
-never trained on: prompts that share words with them are dropped, and the card counts on them alone.
+After a kill, data and training resume. The recipe's own prompts, on which the gates measure acceptance, are not part of
+the training: prompts that share words with them are dropped, and the card's figures are of those prompts only.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 
 from pipeline.distill.card import write_draft
+from pipeline.distill.figures import DraftFigures, TrainingFacts
 from pipeline.distill.job import Job
-from pipeline.distill.request import DRAFT_VOCAB, Request
+from pipeline.distill.settings import DRAFT_VOCAB, DistillSettings
 from pipeline.errors import InputError
 from pipeline.files.atomic import disk_errors
 from pipeline.models.eagle3 import taps_of
@@ -24,47 +24,47 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import check_pair, resolve
 
 
-def distill(request: Request) -> dict[str, Any]:
-    """Write data, train, export; returns the card's figures.
+def distill(settings: DistillSettings) -> DraftFigures:
+    """Write data, train, and write the draft's folder; return the card's figures.
 
     Raises:
-        InputError: a target too shallow for three taps, an `out` that holds something else, unreadable prompts.
+        InputError: too few layers for three taps, an output directory of another origin, unreadable prompts.
         SourceError: the target, as in a build.
 
     """
-    out = request.out
+    out = settings.out
     if out.exists() and not (out / "training.json").is_file():
-        raise InputError("there is something else", where=str(out), fix="give another --out, or remove it")
-    job = prepare(request)
+        what = "output directory was not created by `tandem distill`"
+        raise InputError(what, where=str(out), fix="use another --out, or remove the directory")
+    job = prepare(settings)
     with disk_errors(job.folder):
         return _run(job)
 
 
-def _run(job: Job) -> dict[str, Any]:
-    """Write what data is missing, train, export."""
-    request, out = job.request, job.request.out
+def _run(job: Job) -> DraftFigures:
+    """Write missing data, train, and write the draft's folder."""
+    settings = job.settings
     job.write_data()
     sequences = job.sequences()
-    request.log(f"training on {len(sequences)} sequences, {job.counts['answer_tokens']} tokens of answers")
+    settings.log(f"training on {len(sequences)} sequences, {job.counts.answer_tokens} answer tokens")
     held_out = job.held_out()
     trainer = job.trainer(sequences)
     trainer.train(sequences, [s for group in held_out.values() for s in group])
     if job.start is not None:
-        trainer.average(request.start_share)
+        trainer.average(settings.start_share)
     by_class = {kind: trainer.accuracy(group) for kind, group in held_out.items()}
-    settings = asdict(trainer.settings) | {"draft_vocab": job.vocab}
-    figures = {
-        "method": request.method,
-        "layers": list(job.request.layers),
-        "start": request.start.name if request.start is not None else None,
-        "start_share": request.start_share if request.start is not None else None,
-        "target": job.target.revision,
-        "data": job.counts,
-        "settings": settings,
-        "right_given_previous": {kind: accuracy.given_previous for kind, accuracy in by_class.items()},
-        "tokens_per_step": {kind: accuracy.tokens_per_step(4) for kind, accuracy in by_class.items()},
-    }
-    write_draft(out, job.config_json, trainer.export(), job.ids(sequences), figures, request.recipe)
+    figures = DraftFigures(
+        method=settings.method,
+        layers=settings.layers,
+        start=settings.start.name if settings.start is not None else None,
+        start_share=settings.start_share if settings.start is not None else None,
+        target=job.target.revision,
+        data=job.counts,
+        settings=TrainingFacts(**asdict(trainer.settings), draft_vocab=job.vocab),
+        right_given_previous={kind: accuracy.given_previous for kind, accuracy in by_class.items()},
+        tokens_per_step={kind: accuracy.tokens_per_step(4) for kind, accuracy in by_class.items()},
+    )
+    write_draft(settings.out, job.config_json, trainer.export(), job.ids(sequences), figures, settings.recipe)
     return figures
 
 
@@ -76,63 +76,66 @@ def _is_here(device: str) -> bool:
     return True
 
 
-def prepare(request: Request) -> Job:
-    """The job of a request: its target, and checks that need nothing written."""
-    cache = request.cache / "sources"
-    target = resolve(request.recipe.target.source, base=request.base, cache=cache)
+def prepare(settings: DistillSettings) -> Job:
+    """Return the job for these settings, with its target; check everything that needs no data."""
+    cache = settings.cache / "sources"
+    target = resolve(settings.recipe.target.source, base=settings.base, cache=cache)
     layers = target.config.layers
     if layers < TAPS:
         what = f"the target has {layers} layers; a head reads {TAPS}"
-        raise InputError(what, where=request.recipe.name, fix=f"use a target of {TAPS} layers or more")
+        raise InputError(what, where=settings.recipe.name, fix=f"use a target of {TAPS} layers or more")
     taps = (2, layers // 2, layers - 3) if layers >= 8 else tuple(range(layers))[-TAPS:]
-    if not _is_here(request.device):
-        raise InputError(f"no device {request.device!r} here", where="--device", fix="use cpu")
-    if request.start is None:
-        return Job(replace(request, layers=_layers(request, target)), target, taps, _vocab(request, target))
-    start = resolve(str(request.start.absolute()), base=request.base, cache=cache, role="draft")
+    if not _is_here(settings.device):
+        raise InputError(f"no such device: {settings.device!r}", where="--device", fix="use cpu")
+    if settings.start is None:
+        return Job(replace(settings, layers=_layers(settings, target)), target, taps, _vocab(settings, target))
+    start = resolve(str(settings.start.absolute()), base=settings.base, cache=cache, role="draft")
     check_pair(target, start)
-    return Job(request, target, taps_of(target.config, start.config) or taps, _agreed(request, start, target), start)
+    vocab = _vocab_of_start(settings, start, target)
+    return Job(settings, target, taps_of(target.config, start.config) or taps, vocab, start)
 
 
-def _layers(request: Request, target: Checkpoint) -> tuple[int, ...]:
-    """The target's layers that a new draft model starts from."""
-    layers, chosen = target.config.layers, request.layers
-    if request.method == "draft_model":
+def _layers(settings: DistillSettings, target: Checkpoint) -> tuple[int, ...]:
+    """Return the target's layers that a new draft model starts from."""
+    layers, chosen = target.config.layers, settings.layers
+    if settings.method == "draft_model":
         chosen = chosen or tuple(dict.fromkeys((0, 1, layers - 1)))
     elif chosen:
-        raise InputError("found layers for a head, which has one", where="--layers", fix="add --method draft_model")
+        raise InputError("found layers for an EAGLE-3 head", where="--layers", fix="add --method draft_model")
     if wrong := [layer for layer in chosen if not 0 <= layer < layers]:
         what = f"found {wrong[0]}; the target has layers 0 to {layers - 1}"
-        raise InputError(what, where="--layers", fix="use those")
+        raise InputError(what, where="--layers", fix="use layers of the target")
     return chosen
 
 
-def _vocab(request: Request, target: Checkpoint) -> int:
-    """Tokens that a new draft may propose."""
-    return _within(request.draft_vocab or DRAFT_VOCAB, target)
+def _vocab(settings: DistillSettings, target: Checkpoint) -> int:
+    """Return the number of tokens that a new draft may propose."""
+    return _within(settings.draft_vocab or DRAFT_VOCAB, target)
 
 
 def _within(vocab: int, target: Checkpoint) -> int:
-    """A vocabulary's size, refused where the target has fewer tokens."""
+    """Return a vocabulary's size; raise an error if the target has fewer tokens."""
     if vocab > target.config.vocab:
         what = f"found {vocab}, more than the target's vocabulary of {target.config.vocab}"
-        raise InputError(what, where="--draft-vocab", fix="use less")
+        raise InputError(what, where="--draft-vocab", fix="use a smaller number")
     return vocab
 
 
-def _agreed(request: Request, start: Checkpoint, target: Checkpoint) -> int:
-    """Vocabulary of the draft to train further: its own size, unless another is asked for.
+def _vocab_of_start(settings: DistillSettings, start: Checkpoint, target: Checkpoint) -> int:
+    """Return the vocabulary's size of a draft to train further: its own, or that of the settings.
 
-    The start is of the kind that is asked for, and has layers of its own.
+    Raises:
+        InputError: the start has the whole vocabulary or is of another method, or layers are given.
+
     """
     method = "draft_model" if start.config.eagle3 is None else "eagle3"
     vocab = start.config.draft_vocab
     if vocab is None:
-        raise InputError(
-            "it has the whole vocabulary", where=str(request.start), fix="start from one that distill made"
-        )
-    if method != request.method:
-        raise InputError(f"found {request.method}, but the start is {method}", where="--method", fix=f"write {method}")
-    if request.layers:
-        raise InputError("found layers beside a draft that has its own", where="--layers", fix="leave one of them out")
-    return _within(request.draft_vocab or vocab, target)
+        what = "the draft has no reduced vocabulary"
+        raise InputError(what, where=str(settings.start), fix="start from a draft of `tandem distill`")
+    if method != settings.method:
+        raise InputError(f"found {settings.method}, but the start is {method}", where="--method", fix=f"use {method}")
+    if settings.layers:
+        what = "found layers beside --start, whose draft has its own layers"
+        raise InputError(what, where="--layers", fix="remove --layers or --start")
+    return _within(settings.draft_vocab or vocab, target)

@@ -1,7 +1,7 @@
-"""Fit a draft to what the target wrote: minimise the divergence from the target's distribution over the draft's tokens.
+"""Fit a draft to the target's text: minimise the divergence from the target's distribution over the draft's tokens.
 
-A run is decided by its data, settings and seed. It saves weights, optimiser and step together, so a killed run goes on
-where it was; weights are float32, products bfloat16 where the device is faster with them.
+Data, settings and seed decide the result. Weights, optimiser state and step are saved together, so a killed run resumes
+at its last save; weights are float32, products bfloat16 if the settings say so.
 
 Shapes: M learned positions, H hidden, V draft vocabulary.
 """
@@ -33,10 +33,11 @@ Guesses = Callable[[ModelConfig, dict[str, Tensor], Batch, int], Iterator[Guess]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to train. `objective`: the target's distribution, or only the token it chose.
+class TrainingSettings:
+    """Settings of a training. `objective` is `distribution`, the target's, or `token`, only the token that it chose.
 
-    The first `single` of the steps learn one drafted token, which costs a third; the others `depths` in a row.
+    A share `single` of the steps, at the start, learns one drafted token at a third of the cost; the others `depths` in
+    a row.
     """
 
     steps: int = 2000
@@ -53,41 +54,55 @@ class Settings:
 
 @dataclass
 class Accuracy:
-    """Held-out guesses: at each depth how many chains were right so far, and right again."""
+    """Held-out accuracy: at each depth the number of chains that were right before it, and at it."""
 
     reached: list[int] = field(default_factory=list)
     right: list[int] = field(default_factory=list)
 
     @property
     def given_previous(self) -> list[float]:
-        """Chance that a draft token is right, given that all before it are."""
+        """Chance of a draft token to be right, given that all before it are."""
         return [r / max(n, 1) for n, r in zip(self.reached, self.right, strict=True)]
 
     def tokens_per_step(self, steps: int) -> float:
-        """Expected tokens of a greedy step with K = `steps`; depths beyond the last measured repeat it."""
+        """Return the expected tokens of a greedy step with K = `steps`; unmeasured depths repeat the last rate."""
         rates = self.given_previous
         chances = [math.prod((rates + rates[-1:] * steps)[: k + 1]) for k in range(steps)]
         return 1 + sum(chances)
 
 
-@dataclass
-class Trainer:
-    """A draft in training. `weights` are float32, `head_VH` the rows of the target's LM head for the draft's ids."""
+@dataclass(frozen=True)
+class InitialDraft:
+    """A draft before its training: the function of its kind, its config, and float32 weights."""
 
     guesses: Guesses
     config: ModelConfig
     weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TargetTables:
+    """The target's embedding, and the rows of its LM head for the draft's ids, on the device of the training."""
+
     embedding: Tensor
     head_VH: Tensor
     ids_V: Tensor
-    settings: Settings
+
+
+@dataclass
+class Trainer:
+    """A draft in training, and the folder of its saved state."""
+
+    draft: InitialDraft
+    target: TargetTables
+    settings: TrainingSettings
     folder: Path
     log: Log
     step: int = 0
 
     def __post_init__(self) -> None:
-        device = self.head_VH.device
-        self.trained = {name: w.to(device, copy=True).requires_grad_() for name, w in self.weights.items()}
+        self.device = self.target.head_VH.device
+        self.trained = {name: w.to(self.device, copy=True).requires_grad_() for name, w in self.draft.weights.items()}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=self.settings.rate, weight_decay=0.0, betas=(0.9, 0.95)
         )
@@ -95,7 +110,7 @@ class Trainer:
             self._load()
 
     def train(self, sequences: Sequence[Conversation], held_out: Sequence[Conversation]) -> None:
-        """Train to the last step; says the accuracy on `held_out` now and then."""
+        """Train to the last step; log the accuracy on `held_out` every 400 steps."""
         started, first = time.monotonic(), self.step
         losses: list[float] = []
         for batch in self._batches(sequences):
@@ -113,47 +128,46 @@ class Trainer:
 
     @torch.inference_mode()
     def accuracy(self, sequences: Sequence[Conversation]) -> Accuracy:
-        """Greedy guesses against the tokens that the target chose."""
-        found = Accuracy([0] * self.settings.depths, [0] * self.settings.depths)
+        """Return the accuracy of greedy answers against the tokens that the target chose."""
+        accuracy = Accuracy([0] * self.settings.depths, [0] * self.settings.depths)
         for start in range(0, len(sequences), 8):
-            batch = make_batch(sequences[start : start + 8], self.head_VH.device)
-            right = torch.ones_like(batch.learn_BT)
+            batch = make_batch(sequences[start : start + 8], self.device)
+            right_BT = torch.ones_like(batch.learn_BT)
             for depth, guess in enumerate(self._guesses(batch, self.settings.depths)):
-                rows, places = guess.index
-                began = guess.began_M
-                so_far = right[rows, began]
-                best = self.ids_V[guess.logits_MV.argmax(-1)]
-                now = so_far & (best == batch.tokens_BT1[rows, places + 1])
-                found.reached[depth] += int(so_far.sum())
-                found.right[depth] += int(now.sum())
-                right = torch.zeros_like(right)
-                right[rows, began] = now
-        return found
+                chains = guess.rows_M, guess.began_M
+                before_M = right_BT[chains]
+                best_M = self.target.ids_V[guess.logits_MV.argmax(-1)]
+                right_M = before_M & (best_M == batch.tokens_BT1[guess.rows_M, guess.positions_M + 1])
+                accuracy.reached[depth] += int(before_M.sum())
+                accuracy.right[depth] += int(right_M.sum())
+                right_BT = torch.zeros_like(right_BT)
+                right_BT[chains] = right_M
+        return accuracy
 
     @torch.no_grad()
     def average(self, share: float) -> None:
-        """Go a share of the way back to the start: what it was good at stays (Wortsman et al. 2022, WiSE-FT)."""
+        """Average with the initial weights, with this share of them (Wortsman et al. 2022, WiSE-FT)."""
         for name, w in self.trained.items():
-            w.lerp_(self.weights[name].to(w.device), share)
+            w.lerp_(self.draft.weights[name].to(w.device), share)
 
     def export(self) -> dict[str, Tensor]:
-        """The trained weights."""
+        """Return the trained weights, on the CPU."""
         return {name: w.detach().cpu() for name, w in self.trained.items()}
 
     def _guesses(self, batch: Batch, depths: int) -> Iterator[Guess]:
-        weights = {**self.trained, EMBEDDING: self.embedding}
-        kind = self.head_VH.device.type
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
-            yield from self.guesses(self.config, weights, batch, depths)
+        weights = {**self.trained, EMBEDDING: self.target.embedding}
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
+            yield from self.draft.guesses(self.draft.config, weights, batch, depths)
 
     def _update(self, batch: Batch) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * self._schedule()
         depths = 1 if self.step < self.settings.single * self.settings.steps else self.settings.depths
-        wanted = self._wanted(batch) if self.settings.objective == "distribution" else None
-        losses = [self._loss(batch, guess, wanted) for guess in self._guesses(batch, depths)]
+        expected = self._expected(batch) if self.settings.objective == "distribution" else None
+        losses = [self._loss(batch, guess, expected) for guess in self._guesses(batch, depths)]
         shares = [self.settings.depth_weight**depth for depth in range(len(losses))]
-        loss = sum((w * one for w, one in zip(shares, losses, strict=True)), torch.zeros(())) / sum(shares)
+        weighted = (share * loss for share, loss in zip(shares, losses, strict=True))
+        loss = sum(weighted, torch.zeros(())) / sum(shares)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
@@ -161,40 +175,41 @@ class Trainer:
         return float(loss.detach())
 
     @torch.no_grad()
-    def _wanted(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The target's distributions over the draft's tokens [M, V], once for all depths, and which is where [B, T]."""
+    def _expected(self, batch: Batch) -> _Expected:
+        """Return the target's distributions over the draft's tokens, computed once for all depths."""
         last_MH = batch.last_BTH[batch.learn_BT]
         number_BT = (batch.learn_BT.flatten().cumsum(0) - 1).view(batch.learn_BT.shape)
-        return torch.softmax((last_MH @ self.head_VH.T.to(last_MH.dtype)).float(), dim=-1), number_BT
+        logits_MV = (last_MH @ self.target.head_VH.T.to(last_MH.dtype)).float()
+        return _Expected(torch.softmax(logits_MV, dim=-1), number_BT)
 
-    def _loss(self, batch: Batch, guess: Guess, wanted: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Cross-entropy to the target's distribution over the draft's tokens, or to the token that was chosen."""
-        rows, places = guess.index
+    def _loss(self, batch: Batch, guess: Guess, expected: _Expected | None) -> Tensor:
+        """Return the cross-entropy to the target's distribution over the draft's tokens, or to the chosen token."""
         log_probs_MV = torch.log_softmax(guess.logits_MV.float(), dim=-1)
-        if wanted is not None:
-            wanted_MV, number_BT = wanted
-            return -(wanted_MV[number_BT[rows, places]] * log_probs_MV).sum(-1).mean()
-        chosen_M = torch.searchsorted(self.ids_V, batch.tokens_BT1[rows, places + 1]).clamp(max=len(self.ids_V) - 1)
-        known_M = self.ids_V[chosen_M] == batch.tokens_BT1[rows, places + 1]
+        if expected is not None:
+            probs_MV = expected.probs_MV[expected.number_BT[guess.rows_M, guess.positions_M]]
+            return -(probs_MV * log_probs_MV).sum(-1).mean()
+        ids_V, tokens_M = self.target.ids_V, batch.tokens_BT1[guess.rows_M, guess.positions_M + 1]
+        chosen_M = torch.searchsorted(ids_V, tokens_M).clamp(max=len(ids_V) - 1)
+        known_M = ids_V[chosen_M] == tokens_M
         return -log_probs_MV[known_M].gather(-1, chosen_M[known_M, None]).mean()
 
     def _schedule(self) -> float:
-        """Warm-up, then a cosine to a twentieth."""
+        """Return the factor of the learning rate: a warm-up, then a cosine down to a twentieth."""
         if self.step < self.settings.warmup:
             return (self.step + 1) / self.settings.warmup
         done = (self.step - self.settings.warmup) / max(self.settings.steps - self.settings.warmup, 1)
         return 0.05 + 0.95 * (1 + math.cos(math.pi * min(done, 1))) / 2
 
     def _batches(self, sequences: Sequence[Conversation]) -> Iterator[Batch]:
-        """Endless batches from the current step on, shuffled anew in each epoch; sequences of like length together."""
-        seen = 0
+        """Yield endless batches from the current step on, shuffled in each epoch, of sequences of similar length."""
+        number = 0
         epoch = 0
         while True:
             generator = torch.Generator().manual_seed(self.settings.seed * 1000 + epoch)
             for chosen in _grouped(sequences, self.settings.batch_tokens, generator):
-                if seen >= self.step:
-                    yield make_batch([sequences[i] for i in chosen], self.head_VH.device)
-                seen += 1
+                if number >= self.step:
+                    yield make_batch([sequences[i] for i in chosen], self.device)
+                number += 1
             epoch += 1
 
     @property
@@ -213,7 +228,7 @@ class Trainer:
         with safe_open(self._state, framework="pt") as file:
             facts = file.metadata()
             if json.loads(facts["settings"]) != asdict(self.settings):
-                self.log("other settings than the run that was interrupted: starting over")
+                self.log("settings differ from those of the interrupted run: training starts again")
                 return
             self.step = int(facts["step"])
             with torch.no_grad():
@@ -223,41 +238,44 @@ class Trainer:
                         part: file.get_tensor(f"{part}/{name}").to(w.device) for part in ("exp_avg", "exp_avg_sq")
                     }
                     self.optimizer.state[w] = {"step": torch.tensor(float(self.step)), **moments}
-        self.log(f"going on at step {self.step}")
+        self.log(f"resuming at step {self.step}")
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """Distributions of the target [M, V], and for each position of a batch [B, T] the index of its distribution."""
+
+    probs_MV: Tensor
+    number_BT: Tensor
 
 
 def make_batch(sequences: Sequence[Conversation], device: torch.device | str) -> Batch:
-    """Pad sequences to one length."""
+    """Return sequences padded to the same length."""
     tokens = pad_sequence([s.tokens.long() for s in sequences], batch_first=True)
     taps = pad_sequence([s.taps_TX for s in sequences], batch_first=True)
     last = pad_sequence([s.last_TH for s in sequences], batch_first=True)
-    places = torch.arange(taps.shape[1])
-    lengths, prompts = (torch.tensor([n(s) for s in sequences])[:, None] for n in (_length, _prompt))
-    learn = (places >= prompts - 1) & (places < lengths - 1)
+    positions = torch.arange(taps.shape[1])
+    lengths = torch.tensor([len(s.tokens) for s in sequences])[:, None]
+    prompts = torch.tensor([s.prompt for s in sequences])[:, None]
+    learn = (positions >= prompts - 1) & (positions < lengths - 1)
     return Batch(tokens.to(device), taps.to(device), last.to(device), learn.to(device))
 
 
-def _length(sequence: Conversation) -> int:
-    return len(sequence.tokens)
-
-
-def _prompt(sequence: Conversation) -> int:
-    return sequence.prompt
-
-
 def _grouped(sequences: Sequence[Conversation], tokens: int, generator: torch.Generator) -> list[list[int]]:
-    """Batches of at most so many padded tokens, in random order."""
+    """Return batches, as indices, of at most `tokens` padded tokens each, in random order."""
     jitter = torch.rand(len(sequences), generator=generator)
-    order = sorted(range(len(sequences)), key=lambda i: _length(sequences[i]) + 40 * float(jitter[i]))
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    order = sorted(range(len(sequences)), key=lambda i: lengths[i] + 40 * float(jitter[i]))
     batches: list[list[int]] = [[]]
     for i in order:
-        if batches[-1] and (len(batches[-1]) + 1) * max(_length(sequences[j]) for j in (*batches[-1], i)) > tokens:
+        if batches[-1] and (len(batches[-1]) + 1) * max(lengths[j] for j in (*batches[-1], i)) > tokens:
             batches.append([])
         batches[-1].append(i)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def describe(accuracy: Accuracy) -> str:
-    """One line for a reader."""
+    """Return the accuracy as a line for the log."""
     rates = ", ".join(f"{rate:.2f}" for rate in accuracy.given_previous)
-    return f"held out: draft tokens right, given those before: {rates}; {accuracy.tokens_per_step(4):.2f} tokens a step"
+    per_step = accuracy.tokens_per_step(4)
+    return f"held out: draft tokens right, given those before: {rates}; tokens per step (K=4): {per_step:.2f}"

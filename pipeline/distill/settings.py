@@ -1,4 +1,4 @@
-"""What a distillation is asked for, and the name of its data."""
+"""Settings of a distillation, and the name of its data."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from pipeline.recipe.schema import Recipe
 
 DRAFT_VOCAB = 7680
 SEEDS = 2**32
-"""Prompts that one seed of a request has room for, and how many such seeds there are: draws are seeded with 64 bits."""
+"""Prompts of one seed, and the number of such seeds: draws are seeded with 64 bits."""
 
 ROWS = 64
 ANSWER_TOKENS = 192
 LENGTH = 384
-"""Longest sequence that is learned, prompt and answer, in tokens."""
-
+"""Longest sequence in the data, prompt and answer, in tokens."""
 
 START_SHARE = 0.5
-"""How much of a draft that is trained further stays."""
+"""Share of `start` in the weights of a draft that is trained further."""
 
 
 @dataclass(frozen=True)
-class Request:
+class DistillSettings:
     """One draft to train. `tokens` of answers are written before training; `out` is the folder to write.
 
     `layers` are those of the target that a draft model starts from, in order (`method` `draft_model`). `start` is the
-    folder of a draft to train further, as it is: its layers and its vocabulary; `start_share` of it stays. `text` are
-    folders that earlier runs wrote for the same target, learned from as well; their tokens count among `tokens`.
+    folder of a draft to train further, with its own layers and vocabulary; its share of the result is `start_share`.
+    `text` are data folders of earlier runs for the same target, also learned from; their tokens count among `tokens`.
 
     Raises:
         InputError: a seed that is out of range.
@@ -61,16 +60,18 @@ class Request:
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < SEEDS:
-            raise InputError(f"found {self.seed}", where="--seed", fix=f"use 0 to {SEEDS - 1}")
+            raise InputError(f"found {self.seed}; accepted: 0 to {SEEDS - 1}", where="--seed", fix="use another seed")
 
 
-def data_key(request: Request, revision: str, taps: tuple[int, ...]) -> str:
-    """Names the data: what decides its parts, and not how many of them there are.
+def data_key(settings: DistillSettings, revision: str, taps: tuple[int, ...]) -> str:
+    """Return the name of the data: it depends on the content of its parts, and not on their number.
 
-    The prompts of the gates are not in it: what is read is kept apart from those of today (`Job.sequences`).
+    The prompts of the gates are not part of it: sequences that share words with them are dropped when the data is read
+    (`Job.sequences`).
     """
-    files = [path.read_bytes() if path else b"" for path in (request.prompts, request.transcripts)]
-    openings = OPENINGS if request.prompts is None else ()
-    facts = [revision, request.recipe.target.dtype, taps, request.seed * SEEDS, LENGTH, ANSWER_TOKENS, openings]
+    files = [path.read_bytes() if path else b"" for path in (settings.prompts, settings.transcripts)]
+    openings = OPENINGS if settings.prompts is None else ()
+    # A list, as it always was: other keys would write hours of text again.
+    facts = [revision, settings.recipe.target.dtype, taps, settings.seed * SEEDS, LENGTH, ANSWER_TOKENS, openings]
     text = json.dumps(facts).encode() + b"".join(hashlib.sha256(data).digest() for data in files)
     return hashlib.sha256(text).hexdigest()[:16]
