@@ -219,7 +219,7 @@ def test_training_drafts_as_the_graphs_do(work, figures):
     ids = torch.arange(256) + weights[D2T].long()
     right = torch.ones(batch.learn_BT.shape[1], dtype=torch.bool)
     took = torch.zeros(batch.learn_BT.shape[1], dtype=torch.long)
-    for depth, guess in enumerate(guesses(draft.config, weights, batch, 3)):
+    for guess in guesses(draft.config, weights, batch, 3):
         now = torch.zeros_like(right)
         best = ids[guess.logits_MV.argmax(-1)]
         now[guess.began_M] = right[guess.began_M] & (best == batch.tokens_BT1[guess.rows_M, guess.positions_M + 1])
