@@ -11,6 +11,7 @@ from pipeline.cli.console import Console, print_json
 from pipeline.cli.options import Command, artifact_dir, as_json, policy_of, policy_option, recipe_path
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
+from pipeline.models.draft_kind import DraftMethod
 
 
 def add_to(main: click.Group) -> None:
@@ -77,7 +78,7 @@ def add_to(main: click.Group) -> None:
 @as_json
 @click.pass_obj
 def distill(
-    console: Console, recipe: str, out: Path | None, method: str, layers: str | None, start: Path | None,
+    console: Console, recipe: str, out: Path | None, method: DraftMethod, layers: str | None, start: Path | None,
     tokens: int, steps: int, draft_vocab: int | None, objective: str, prompts: Path | None, transcripts: Path | None,
     text: tuple[Path, ...], device: str, seed: int, start_share: float | None, json_: bool,
 ) -> None:  # fmt: skip

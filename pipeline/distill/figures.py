@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.models.draft_kind import DraftMethod
 from pipeline.records import Record
 
 
@@ -44,7 +45,7 @@ class DraftFigures(Record):
     `tokens_per_step` is what follows from it for K=4.
     """
 
-    method: str
+    method: DraftMethod
     layers: tuple[int, ...]
     start: str | None
     start_share: float | None

@@ -128,7 +128,7 @@ def _vocab_of_start(settings: DistillSettings, start: Checkpoint, target: Checkp
         InputError: the start has the whole vocabulary or is of another method, or layers are given.
 
     """
-    method = "draft_model" if start.config.eagle3 is None else "eagle3"
+    method = start.config.draft_kind.method
     vocab = start.config.draft_vocab
     if vocab is None:
         what = "the draft has no reduced vocabulary"

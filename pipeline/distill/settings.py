@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.cache.local import default_root
 from pipeline.distill.prompts import OPENINGS
 from pipeline.errors import InputError
+from pipeline.models.draft_kind import DraftMethod
 from pipeline.progress import Log, no_log
 from pipeline.recipe.schema import Recipe
 
@@ -45,7 +46,7 @@ class DistillSettings:
     tokens: int = 1_000_000
     steps: int = 4000
     draft_vocab: int | None = None
-    method: str = "eagle3"
+    method: DraftMethod = "eagle3"
     layers: tuple[int, ...] = ()
     start: Path | None = None
     start_share: float = START_SHARE
