@@ -88,7 +88,7 @@ def convert(path: Path, out: Path, progress: Progress) -> None:
 
 def _open(path: Path) -> GGUFReader:
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader  # here: an extra that most sources do not need
     except ImportError as error:
         raise HostError("the package gguf is not installed", where=str(path), fix="pip install gguf") from error
     try:
@@ -188,8 +188,8 @@ def _weights(
     reader: GGUFReader, config: dict[str, Any], path: Path, progress: Progress
 ) -> Iterator[bytes | memoryview]:
     """Yield the safetensors file, piece by piece, with at most one tensor in memory."""
-    import numpy as np
-    from gguf import dequantize
+    import numpy as np  # here: slow to import, and only converting needs it
+    from gguf import dequantize  # here: an extra, as above
 
     named = [(_name(tensor.name, path), tensor) for tensor in reader.tensors]
     shapes = [(name, "F32", tuple(int(n) for n in reversed(tensor.shape))) for name, tensor in named]

@@ -177,6 +177,7 @@ def write(pico: Pico, out: Path) -> None:
 
 def _write_tokenizer(out: Path) -> None:
     """Write a byte-level BPE: all bytes, a few hundred merges, three special tokens, a chat template."""
+    # Here, because it is slow to import and only this kind of source needs it.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -211,7 +212,7 @@ def _weights(pico: Pico) -> Iterator[bytes]:
 
 def _random(pico: Pico, whole: Pico) -> Iterator[tuple[str, ndarray]]:
     """Yield the weights of the whole model, or those that its draft takes from them."""
-    import numpy as np
+    import numpy as np  # here, as above
 
     config = config_of(whole.config(), whole.key)
     # RandomState's stream is frozen by numpy's policy; newer generators may change between releases.
@@ -241,7 +242,7 @@ def _random(pico: Pico, whole: Pico) -> Iterator[tuple[str, ndarray]]:
 
 
 def _draw(random: Any, spec: WeightSpec, *, tied: bool) -> ndarray:
-    import numpy as np
+    import numpy as np  # here, as above
 
     values = random.standard_normal(spec.shape)
     if spec.name.endswith("norm.weight"):
