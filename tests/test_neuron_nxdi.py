@@ -65,8 +65,9 @@ def test_package_refuses_with_the_reason(name, speculation, key, says):
 def test_package_refuses_a_draft_that_is_no_model():
     made = plan()
     head = replace(made.pair.draft, family="eagle3")
+    pair = replace(made.pair, models=replace(made.pair.models, draft=head))
     with pytest.raises(RecipeError) as caught:
-        nxdi.settings(replace(made, pair=replace(made.pair, draft=head)))
+        nxdi.settings(replace(made, pair=pair))
     assert [p.what.partition(";")[0] for p in caught.value.problems] == ["the draft is of family eagle3"]
 
 
