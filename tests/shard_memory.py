@@ -15,7 +15,7 @@ from pipeline.models.weights import weight_specs
 from pipeline.sources.derived import derive
 from pipeline.sources.pair import resolve
 from pipeline.sources.tensors import layout
-from pipeline.stages.shard import write_shards
+from pipeline.stages.shard_files import write_shards
 
 CONFIG = {
     "model_type": "llama",

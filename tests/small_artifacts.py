@@ -16,7 +16,8 @@ from pipeline.plan.lock import Lock, LockedSource
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import Recipe
 from pipeline.stages.compile import Compiled
-from pipeline.stages.package import add_reports, package
+from pipeline.artifact.reports import add_reports
+from pipeline.stages.package import package
 
 CONFIG = ModelConfig(
     family="llama", layers=2, hidden=16, intermediate=32, heads=2, kv_heads=1, head_dim=8, vocab=64, norm_eps=1e-5,

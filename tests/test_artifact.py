@@ -17,12 +17,13 @@ import small_artifacts as small
 
 from pipeline.artifact import manifest as artifacts
 from pipeline.artifact.diff import compare, diff
-from pipeline.artifact.manifest import MANIFEST, check_host, content_digest, dump, read, verify
+from pipeline.artifact.manifest import MANIFEST, content_digest, dump, read
+from pipeline.artifact.verify import check_host, verify
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import TEMP, sweep
 from pipeline.plan import lock as locks
 from pipeline.recipe.schema import load
-from pipeline.stages.package import add_reports
+from pipeline.artifact.reports import add_reports
 
 FILES = [
     "graphs/decode-b1-t1-s32/graph.bin",

@@ -6,7 +6,8 @@ from eager import make_engine
 
 from pipeline.graphs.spec import GraphSpec
 from pipeline.recipe.schema import Recipe
-from pipeline.runtime.batch import Batch, Choice, Row
+from pipeline.runtime.batch import Batch, Row
+from pipeline.graphs.arguments import Choice
 from pipeline.sources.pair import resolve_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -32,7 +32,7 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
-from pipeline.stages.shard import write_shards
+from pipeline.stages.shard_files import write_shards
 
 NEW_TOKENS = 24
 

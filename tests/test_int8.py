@@ -17,7 +17,7 @@ from pipeline.graphs.packing import SCALE_BYTES, BlockPacking, PlainPacking
 from pipeline.models.int8 import LARGEST, quantise, rounded
 from pipeline.recipe.schema import load
 from pipeline.sources.derived import derive
-from pipeline.stages.shard import write_shards
+from pipeline.stages.shard_files import write_shards
 from pipeline.validate.reference.goldens import EMBEDDING, Reference
 
 ROOT = Path(__file__).parent.parent

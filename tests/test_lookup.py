@@ -13,7 +13,7 @@ from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import Recipe
-from pipeline.runtime.batch import Choice
+from pipeline.graphs.arguments import Choice
 from pipeline.runtime.lookup import Lookup, argument
 from pipeline.sources.pair import resolve_pair
 from pipeline.speculation.sampling import Candidates, certain

@@ -22,7 +22,7 @@ from pipeline.files.atomic import TEMP
 from pipeline.registry.card import body
 from pipeline.registry.publish import publish
 from pipeline.registry.releases import compare, list_releases, set_alias
-from pipeline.stages.package import add_reports
+from pipeline.artifact.reports import add_reports
 from pipeline.stores.base import Move, open_store
 
 FORK = multiprocessing.get_context("fork")

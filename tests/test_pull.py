@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import small_artifacts as small
 
-from pipeline.artifact.manifest import MANIFEST, part, read, verify
+from pipeline.artifact.manifest import MANIFEST, part, read
+from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import TEMP
 from pipeline.files.direct import BLOCK_BYTES

@@ -10,7 +10,7 @@ from eager import make_engine
 from reports import recipe_of
 
 from pipeline.errors import InputError
-from pipeline.runtime.batch import Choice
+from pipeline.graphs.arguments import Choice
 from pipeline.serve import plugin, settings
 from pipeline.serve.requests import Requests, request
 from pipeline.sources.pair import resolve_pair

@@ -25,7 +25,7 @@ from pipeline.graphs.spec import ModelsSpec
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.derived import derive
 from pipeline.sources.pair import resolve
-from pipeline.stages.shard import WINDOW_BYTES, write_shards
+from pipeline.stages.shard_files import WINDOW_BYTES, write_shards
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PACKINGS = [PlainPacking(), BlockPacking()]

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from signing_keys import key_pair
 
 from pipeline.artifact import signing
-from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read, verify
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read
+from pipeline.artifact.verify import verify
 from pipeline.artifact.provenance import PROVENANCE, SBOM
 from pipeline.artifact.signing import check_artifact, read_policy, require, sign, signature_over
 from pipeline.cli.main import main

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import small_artifacts as small
 
-from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read, verify
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read
+from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import sha256_file
 from pipeline.registry import releases as registry

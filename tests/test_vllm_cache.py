@@ -14,7 +14,8 @@ import pytest
 import small_artifacts as small
 from click.testing import CliRunner
 
-from pipeline.artifact.manifest import MANIFEST, CacheManifest, FileEntry, content_digest, dump, read, verify
+from pipeline.artifact.manifest import MANIFEST, CacheManifest, FileEntry, content_digest, dump, read
+from pipeline.artifact.verify import verify
 from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, GateError, HostError, InputError
 from pipeline.files.atomic import TEMP, digest_file

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from pipeline.artifact.manifest import Artifact, check_replaceable, read
+from pipeline.artifact.manifest import Artifact, NxdiBackend, NxdiManifest, read
+from pipeline.artifact.verify import check_replaceable
 from pipeline.backends.base import Toolchain
 from pipeline.backends.neuron import support
 from pipeline.cache.local import default_root
@@ -31,10 +31,12 @@ from pipeline.nxdi import config as nxdi
 from pipeline.nxdi.compile import Request
 from pipeline.nxdi.vllm_args import ASKED
 from pipeline.plan.lock import Lock, make_lock
+from pipeline.plan.lock import digest as lock_digest
 from pipeline.plan.plan import Plan
+from pipeline.recipe.schema import NeuronSettings
 from pipeline.sources.checkpoint import CONFIG_FILES, Checkpoint
 from pipeline.sources.tokenizer import tokenizer_files
-from pipeline.stages.package import Facts, seal
+from pipeline.stages.package import UNVERSIONED, Origin, created_now, seal
 
 
 def write(out: Path, plan: Plan, lock: Lock) -> Path:
@@ -57,9 +59,9 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
 
     """
     made = nxdi.package(plan)
-    settings = plan.recipe.backend.model_dump()
+    settings = nxdi.neuron_settings(plan.recipe)
     versions, inference = support.versions(), _version()
-    problems = nxdi.host_problems(settings["target"], settings["lnc"], versions, inference)
+    problems = nxdi.host_problems(settings.target, settings.lnc, versions, inference)
     if problems:
         what = "; ".join(problem.what for problem in problems)
         raise HostError(what, where=problems[0].where, fix=problems[0].fix)
@@ -73,9 +75,15 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
         _make_relative(folder, {roots[role]: place for role, place in nxdi.PLACES.items()} | {str(folder): "."})
         _add_models(folder, pair)
         (folder / ASKED).write_bytes(_asked(made, plan, lock))
-        backend = {"name": "nxdi", "target": settings["target"], "lnc": settings["lnc"], "flags": flags}
-        requires = {"device": "neuron", "chip": settings["target"], "lnc": str(settings["lnc"])}
-        seal(folder, Facts(plan, lock, backend, toolchain, flags, requires))
+        backend = NxdiBackend(target=settings.target, lnc=settings.lnc, flags=flags)
+        manifest = NxdiManifest(
+            name=plan.recipe.name, version=UNVERSIONED, created=created_now(), recipe_digest=plan.recipe.digest(),
+            lock_digest=lock_digest(lock), toolchain=toolchain, backend=backend, pair=plan.pair,
+            requires={"device": "neuron", "chip": settings.target, "lnc": str(settings.lnc)},
+            draft_tokens=plan.recipe.speculation.draft_tokens[0], files={},
+        )  # fmt: skip
+        origin = Origin(plan.recipe, lock, {"name": "nxdi", **backend.model_dump()}, toolchain, flags)
+        seal(folder, manifest, origin)
     return read(out)
 
 
@@ -86,11 +94,11 @@ def _asked(made: nxdi.Package, plan: Plan, lock: Lock) -> bytes:
     return json.dumps({**recorded, "checkpoints": checkpoints}, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _compile(folder: Path, made: nxdi.Package, roots: dict[str, str], settings: dict[str, Any]) -> dict[str, str]:
+def _compile(folder: Path, made: nxdi.Package, roots: dict[str, str], settings: NeuronSettings) -> dict[str, str]:
     """Run NxD Inference; returns the flags and the environment that decided the code. A failure keeps its output."""
     chip = {
-        "NEURON_PLATFORM_TARGET_OVERRIDE": settings["target"],
-        "NEURON_LOGICAL_NC_CONFIG": str(settings["lnc"]),
+        "NEURON_PLATFORM_TARGET_OVERRIDE": settings.target,
+        "NEURON_LOGICAL_NC_CONFIG": str(settings.lnc),
     }
     with tempfile.TemporaryDirectory(prefix="tandem-nxdi-") as name:
         work = Path(name)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.neuron import support
 from pipeline.errors import Problem, RecipeError
+from pipeline.recipe.schema import NeuronSettings, Recipe
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan
@@ -48,6 +49,12 @@ class Package:
     application: tuple[str, str]
     draft_application: tuple[str, str]
     vllm: dict[str, Any]
+
+
+def neuron_settings(recipe: Recipe) -> NeuronSettings:
+    """The recipe's backend section, which `package` has found to be Neuron's."""
+    assert isinstance(recipe.backend, NeuronSettings)
+    return recipe.backend
 
 
 def problems(plan: Plan) -> list[Problem]:

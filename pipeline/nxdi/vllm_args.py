@@ -14,12 +14,12 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from pipeline.artifact.manifest import AGAIN, CACHE_KIND, verify
+from pipeline.artifact.manifest import AGAIN, CacheManifest, Manifest, NxdiManifest
+from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, InputError
 from pipeline.records import Record
 
 ASKED = "tandem-nxdi.json"
-KIND = "nxdi"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 
@@ -73,9 +73,9 @@ def classic(root: Path) -> Serve:
 
     """
     found = verify(root)
-    kind = str(found.manifest.backend.get("name"))
-    if kind != KIND:
-        raise _other_kind(kind, root)
+    manifest = found.manifest
+    if not isinstance(manifest, NxdiManifest):
+        raise _other_kind(manifest, root)
     if ASKED not in found.manifest.files:
         raise ArtifactError(f"{ASKED} is not in it", where=str(root), fix=AGAIN)
     place = root / ASKED
@@ -83,7 +83,7 @@ def classic(root: Path) -> Serve:
         told = _Vllm.model_validate(json.loads(place.read_bytes())["vllm"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise ArtifactError("does not say how vLLM is started", where=str(place), fix=AGAIN) from error
-    return _serve(root.resolve(), told, found.manifest.draft_tokens[0], place)
+    return _serve(root.resolve(), told, manifest.draft_tokens, place)
 
 
 def _serve(root: Path, told: _Vllm, draft_tokens: int, place: Path) -> Serve:
@@ -104,10 +104,10 @@ def _serve(root: Path, told: _Vllm, draft_tokens: int, place: Path) -> Serve:
     return Serve(str(root), environment, tuple(command), draft_tokens, speculation.num_speculative_tokens)
 
 
-def _other_kind(kind: str, root: Path) -> InputError:
-    if kind == CACHE_KIND:
+def _other_kind(manifest: Manifest, root: Path) -> InputError:
+    if isinstance(manifest, CacheManifest):
         what, fix = "a compile cache of the newer plugin, which is installed", f"tandem vllm-cache install {root}"
     else:
-        what = f"made by the {kind} backend; vLLM's own Neuron plugins do not load it"
+        what = f"made by the {manifest.toolchain['backend']} backend; vLLM's own Neuron plugins do not load it"
         fix = f"vllm serve {root.resolve()}, with Tandem installed beside vLLM"
     return InputError(what, where=str(root), fix=fix)

@@ -21,28 +21,21 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
-from pydantic import ConfigDict, ValidationError
-
 from pipeline.artifact.manifest import (
-    AGAIN,
     CACHE_KIND,
     MANIFEST,
-    Artifact,
+    CacheBackend,
     CacheManifest,
     FileEntry,
-    check_host,
-    check_replaceable,
     content_digest,
-    difference,
     dump,
-    verify,
 )
+from pipeline.artifact.verify import check_host, check_replaceable, difference, verify
 from pipeline.backends.neuron.support import PLACEHOLDERS
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import atomic_dir, check_space, create_only, digest_file
 from pipeline.nxdi.vllm_args import VARIABLE, shell_line
 from pipeline.nxdi.vllm_cache_layout import KEY, NKI, OF_ONE_SERVER, entries, entry_faults, listing
-from pipeline.records import Record
 from pipeline.registry.release import VERSION_LENGTH
 
 PLACE = PurePosixPath("neuron/compile_cache")
@@ -65,19 +58,6 @@ PACKAGES = ("vllm", "vllm-neuron", "libtorch-neuronx-lite", "torch-neuronx", "ne
 NEEDED = ("vllm-neuron", "neuronx-cc")
 OWN_OPTIONS = ("--framework", "--target", "--output", "--logfile")
 """What the plugin tells the compiler itself; the rest of a command are flags."""
-
-
-class Told(Record):
-    """What a cache's manifest says under `backend`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    target: str
-    flags: tuple[str, ...]
-    serve: tuple[str, ...]
-    environment: dict[str, str]
-    keys: int
 
 
 @dataclass(frozen=True)
@@ -118,7 +98,7 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def pack(source: Path, out: Path, name: str, filled: Filled) -> Artifact:
+def pack(source: Path, out: Path, name: str, filled: Filled) -> CacheManifest:
     """Make an artifact of a cache folder, or of the VLLM_CACHE_ROOT that it lies in.
 
     Raises:
@@ -149,13 +129,13 @@ def pack(source: Path, out: Path, name: str, filled: Filled) -> Artifact:
         if late := [fault for key in keys for fault in entry_faults(folder / PLACE / key)]:
             raise InputError(f"changed while it was packed: {_some(late)}", where=str(cache), fix="stop the server")
         made = CacheManifest(
-            kind="vllm-compile-cache", name=_checked_name(name), version="unversioned", created=_now(),
-            toolchain=toolchain, backend=told.model_dump(mode="json"), tensor=_tensor(filled.serve), files=files,
+            name=_checked_name(name), version="unversioned", created=_now(),
+            toolchain=toolchain, backend=told, tensor=_tensor(filled.serve), files=files,
             requires={"device": "neuron", "chip": told.target},
         )  # fmt: skip
         made = made.model_copy(update={"version": content_digest(made)[:VERSION_LENGTH]})
         (folder / MANIFEST).write_bytes(dump(made))
-    return Artifact(out, made)
+    return made
 
 
 def install(root: Path, cache_root: Path, *, host: Mapping[str, str], versions: Mapping[str, str]) -> Installed:
@@ -193,7 +173,7 @@ def install(root: Path, cache_root: Path, *, host: Mapping[str, str], versions: 
     return Installed(str(base), environment, ("vllm", "serve", *told.serve), fresh, len(keys) - fresh, unchecked)
 
 
-def _told(cache: Path, keys: Sequence[str], filled: Filled) -> Told:
+def _told(cache: Path, keys: Sequence[str], filled: Filled) -> CacheBackend:
     """What the manifest tells: chip and flags are read from the commands that the plugin left in its entries."""
     commands = [found for key in keys if (found := _command(cache / key / COMMAND))]
     targets, flags = ({found[i] for found in commands} for i in (0, 1))
@@ -205,8 +185,8 @@ def _told(cache: Path, keys: Sequence[str], filled: Filled) -> Told:
         if not VARIABLE.fullmatch(name) or name in CONTRADICTIONS:
             what = f"{name!r} is no variable that a server on this cache can have"
             raise InputError(what, where="--env", fix="leave it out: install sets what decides about the cache")
-    return Told(
-        name=CACHE_KIND, target=targets.pop(), flags=tuple(sorted(flags)), serve=tuple(filled.serve),
+    return CacheBackend(
+        target=targets.pop(), flags=tuple(sorted(flags)), serve=tuple(filled.serve),
         environment=dict(filled.environment), keys=len(keys),
     )  # fmt: skip
 
@@ -252,12 +232,9 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _read(manifest: CacheManifest, root: Path) -> tuple[Told, list[str]]:
+def _read(manifest: CacheManifest, root: Path) -> tuple[CacheBackend, list[str]]:
     """What the manifest tells, and the entries, which are looked at again: a manifest's word is not enough."""
-    try:
-        told = Told.model_validate(manifest.backend)
-    except ValidationError as error:
-        raise ArtifactError("damaged manifest: backend", where=str(root), fix=AGAIN) from error
+    told = manifest.backend
     keys, faults = entries(root / PLACE)
     faults += [f"{name}: no part of a cache" for name in manifest.files if not _part(name)]
     faults += [f"{name!r}: no variable" for name in told.environment if not VARIABLE.fullmatch(name)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.artifact.manifest import Manifest
+from pipeline.artifact.manifest import PairManifest
 from pipeline.errors import ArtifactError, InputError
 
 BLOCK = 16
@@ -46,18 +46,18 @@ def options(additional_config: object) -> Options:
         raise InputError(f"{first['msg']} (found {first['input']!r})", where=where, fix=f"known: {known}") from error
 
 
-def most_tokens(manifest: Manifest) -> int:
+def most_tokens(manifest: PairManifest) -> int:
     """Longest prompt and answer together: the last token is never read, so it needs no place in the cache."""
     return manifest.shapes.kv[-1]
 
 
-def blocks(manifest: Manifest) -> int:
+def blocks(manifest: PairManifest) -> int:
     """Blocks that all slots can fill, drafts at the end included, and the one that vLLM keeps for itself."""
     per_slot = -(-(most_tokens(manifest) + 2 * max(manifest.draft_tokens) + 1) // BLOCK)
     return manifest.shapes.batch[-1] * per_slot + 1
 
 
-def of_vllm(root: Path, manifest: Manifest) -> dict[str, Any]:
+def of_vllm(root: Path, manifest: PairManifest) -> dict[str, Any]:
     """Values of vLLM's arguments, by their names in the engine's arguments."""
     return {
         "tokenizer": str(root / "tokenizer"),
@@ -70,7 +70,7 @@ def of_vllm(root: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 @cache
-def checked(root: Path) -> Manifest:
+def checked(root: Path) -> PairManifest:
     """The manifest of an artifact whose every file was verified, which passed its gates and fits this host.
 
     Signatures are asked for as the policy in `TANDEM_POLICY` says. Once per process: vLLM asks at several moments.

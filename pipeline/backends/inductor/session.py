@@ -1,32 +1,51 @@
-"""One rank of a loaded artifact: its weights, its state, its graphs. Knows nothing of requests or text."""
+"""One rank of an opened artifact: its weights, its state, its graphs. Knows nothing of requests or text."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.artifact.manifest import Manifest
-from pipeline.backends.base import Backend, Executable, make_backend
+from pipeline.artifact.manifest import PairManifest
+from pipeline.errors import HostError
 from pipeline.graphs.module import DTYPES
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec
+
+GRAPH_FILE = "graph.pt2"
+
+
+class LoadedGraph:
+    """An AOTInductor package opened for execution."""
+
+    def __init__(self, package: Path, device: str) -> None:
+        index = -1 if device == "cpu" else torch.cuda.current_device()
+        try:
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
+        except RuntimeError as error:
+            what, fix = f"cannot load the graph: {error}", "run `tandem verify`, then rebuild"
+            raise HostError(what, where=str(package), fix=fix) from error
+
+    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run on tensors in signature order; the state among them is updated in place."""
+        outputs: list[Tensor] = self._loader.run(list(tensors))
+        return outputs
 
 
 class Session:
     """Runs graphs of one rank. Graphs are opened on first use; weights are mapped once and shared by all graphs."""
 
-    def __init__(self, root: Path, manifest: Manifest, rank: int = 0) -> None:
+    def __init__(self, root: Path, manifest: PairManifest, rank: int = 0) -> None:
         self.root = root
         self.manifest = manifest
         self.device = str(manifest.requires.get("device", "cpu"))
-        self._backend: Backend = make_backend(manifest.backend)
         self._weights = self._load_weights(rank)
         self._state: dict[str, Tensor] = {}
-        self._graphs: dict[str, tuple[Executable, Signature, list[Tensor]]] = {}
+        self._graphs: dict[str, tuple[LoadedGraph, Signature, list[Tensor]]] = {}
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run one graph; its state is updated in place. Returns outputs by name, on the CPU."""
@@ -44,12 +63,12 @@ class Session:
         """The live state tensors by name, for tests and diagnosis."""
         return self._state
 
-    def _open(self, spec: GraphSpec) -> tuple[Executable, Signature, list[Tensor]]:
+    def _open(self, spec: GraphSpec) -> tuple[LoadedGraph, Signature, list[Tensor]]:
         if spec.name not in self._graphs:
             folder = self.root / "graphs" / spec.name
             io = Signature.from_json(json.loads((folder / "io.json").read_text()))
             bound = [self._weights[t.name] for t in io.weights] + [self._state_tensor(t) for t in io.state]
-            graph = self._backend.load(folder / self._backend.graph_file)
+            graph = LoadedGraph(folder / GRAPH_FILE, self.device)
             self._graphs[spec.name] = (graph, io, bound)
         return self._graphs[spec.name]
 
@@ -62,7 +81,7 @@ class Session:
     def _load_weights(self, rank: int) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
         for model in ("target", "draft"):
-            name = f"weights/{model}/rank-{rank}-of-{self.manifest.tensor}.safetensors"
+            name = f"weights/{model}/rank-{rank}-of-{self.manifest.ranks}.safetensors"
             with safe_open(self.root / name, framework="pt", device=self.device) as file:
                 for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                     weights[f"{model}/{key}"] = file.get_tensor(key)

@@ -11,17 +11,17 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from pipeline.artifact.manifest import Manifest
+from pipeline.artifact.manifest import PairManifest
+from pipeline.backends.inductor.session import Session
 from pipeline.errors import HostError
 from pipeline.graphs.spec import GraphSpec
-from pipeline.runtime.session import Session
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 """Longest that a rank waits for another one inside a collective."""
@@ -31,41 +31,10 @@ Message = tuple[GraphSpec, dict[str, np.ndarray]] | None
 """What a rank is asked: to run a graph, or to zero its state."""
 
 
-class Ranks(Protocol):
-    """Runs a graph on every rank; rank 0's outputs are the answer."""
-
-    def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run one graph."""
-        ...
-
-    def reset(self) -> None:
-        """Zero all state."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Live state by name, where one rank runs in this process and has all of it; else nothing."""
-        ...
-
-    def close(self) -> None:
-        """End workers."""
-        ...
-
-
-def open_ranks(root: Path, manifest: Manifest) -> Ranks:
-    """Ranks of an artifact that has been verified."""
-    if manifest.backend.get("name") == "neuron":
-        from pipeline.backends.neuron.runtime import NeuronRanks
-
-        return NeuronRanks(root, manifest)
-    if manifest.tensor == 1:
-        return OneRank(root, manifest)
-    return ManyRanks(root, manifest)
-
-
 class OneRank:
     """A single rank in this process."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, manifest: PairManifest) -> None:
         self.session = Session(root, manifest)
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,12 +59,12 @@ class ManyRanks:
     This process only sends and listens, so that a rank that dies ends the call with an error, never with a hang.
     """
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, manifest: PairManifest) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-ranks-")
         self._pipes: list[Connection] = []
         self._workers: list[SpawnProcess] = []
-        for rank in range(manifest.tensor):
+        for rank in range(manifest.ranks):
             ours, theirs = context.Pipe()
             worker = context.Process(
                 target=_serve, args=(theirs, root, manifest, rank, self._folder.name), daemon=True, name=f"rank {rank}"
@@ -179,11 +148,11 @@ class ManyRanks:
         return self._workers[rank].exitcode
 
 
-def _serve(pipe: Connection, root: Path, manifest: Manifest, rank: int, folder: str) -> None:
+def _serve(pipe: Connection, root: Path, manifest: PairManifest, rank: int, folder: str) -> None:
     """Worker: join the others, load, then run what arrives until the pipe closes. Answers outputs, or a failure."""
     try:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // manifest.tensor))
-        _join(rank, manifest.tensor, folder)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // manifest.ranks))
+        _join(rank, manifest.ranks, folder)
         session = Session(root, manifest, rank)
         pipe.send({})
         while True:

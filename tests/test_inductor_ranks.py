@@ -15,7 +15,7 @@ from pipeline.artifact.manifest import Manifest
 from pipeline.build import Request, run
 from pipeline.errors import HostError
 from pipeline.recipe.schema import load
-from pipeline.runtime.ranks import ManyRanks
+from pipeline.backends.inductor.ranks import ManyRanks
 from pipeline.sources.pair import resolve_pair
 
 RECIPE = """
