@@ -16,12 +16,12 @@ import pytest
 
 from pipeline.artifact.diff import compare, diff
 from pipeline.artifact.manifest import MANIFEST, content_digest, dump, read
+from pipeline.artifact.reports import add_reports
 from pipeline.artifact.verify import check_host, verify
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import TEMP, sweep
 from pipeline.plan import lock as locks
 from pipeline.recipe.schema import load
-from pipeline.artifact.reports import add_reports
 from support import small_artifacts as small
 from support.paths import ROOT, TESTS
 

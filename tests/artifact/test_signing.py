@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from pipeline.artifact import signing
 from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read
-from pipeline.artifact.verify import verify
 from pipeline.artifact.provenance import PROVENANCE, SBOM
 from pipeline.artifact.signing import check_artifact, read_policy, require, sign, signature_over
+from pipeline.artifact.verify import verify
 from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.registry.publish import publish

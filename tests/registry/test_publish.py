@@ -15,13 +15,13 @@ import yaml
 from click.testing import CliRunner
 
 from pipeline.artifact.manifest import MANIFEST, dump, read
+from pipeline.artifact.reports import add_reports
 from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, GateError, HostError, InputError
 from pipeline.files.atomic import TEMP
 from pipeline.registry.card import body
 from pipeline.registry.publish import publish
 from pipeline.registry.releases import compare, list_releases, set_alias
-from pipeline.artifact.reports import add_reports
 from pipeline.stores.base import Move, open_store
 from support import small_artifacts as small
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from pipeline.graphs.arguments import Choice
 from pipeline.graphs.spec import GraphSpec
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.batch import Batch, Row
-from pipeline.graphs.arguments import Choice
 from pipeline.sources.pair import resolve_pair
 from support.eager import make_engine
 

@@ -5,12 +5,12 @@ import torch
 
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import Cache
+from pipeline.graphs.arguments import Choice
 from pipeline.graphs.packing import PlainPacking
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import Recipe
-from pipeline.graphs.arguments import Choice
 from pipeline.runtime.lookup import Lookup, argument
 from pipeline.sources.pair import resolve_pair
 from pipeline.speculation.sampling import Candidates, certain

@@ -21,7 +21,6 @@ from torch import Tensor
 from pipeline.errors import HostError, InputError, SourceError
 from pipeline.graphs.packing import WIDE, BlockPacking, PlainPacking
 from pipeline.sources.derived import derive
-from pipeline.sources.pair import resolve
 from pipeline.stages.shard_files import WINDOW_BYTES, write_shards
 from support.checkpoints import random_weights, write_checkpoint
 from support.paths import PYTHONPATH, TESTS

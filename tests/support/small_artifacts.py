@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifact.manifest import Artifact
+from pipeline.artifact.reports import add_reports
 from pipeline.backends.base import Toolchain
 from pipeline.cache.local import Cache
 from pipeline.graphs.packing import PlainPacking
@@ -16,7 +17,6 @@ from pipeline.plan.lock import Lock, LockedSource
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import Recipe
 from pipeline.stages.compile import Compiled
-from pipeline.artifact.reports import add_reports
 from pipeline.stages.package import package
 
 CONFIG = ModelConfig(

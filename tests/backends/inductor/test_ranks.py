@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from pipeline import runtime
 from pipeline.artifact.manifest import Manifest
+from pipeline.backends.inductor.ranks import ManyRanks
 from pipeline.build import Request, run
 from pipeline.errors import HostError
 from pipeline.recipe.schema import load
-from pipeline.backends.inductor.ranks import ManyRanks
 from pipeline.sources.pair import resolve_pair
 from support.eager import make_engine
 
