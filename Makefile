@@ -40,10 +40,10 @@ types: $(READY)
 	$(BIN)/mypy
 
 test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE=<neuronx-distributed 2.29>/src adds the real NxD
-	$(XLA_VENV)/bin/python -m pytest -m xla tests/test_neuron_xla.py
+	$(XLA_VENV)/bin/python -m pytest -m xla tests/backends/neuron/test_xla.py
 
 test-vllm: $(VLLM_READY) ## a real vLLM serves an artifact over loopback
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py
 
 check: lint types test
 
@@ -51,7 +51,7 @@ $(XLA_READY): tests/requirements-xla.txt
 	$(XLA_PYTHON) -m venv $(XLA_VENV)
 	$(XLA_VENV)/bin/python -m pip install --quiet --requirement $<
 	$(XLA_VENV)/bin/python -m pip download --quiet --no-deps --dest $(XLA_VENV)/wheels tensorflow-cpu==2.21.0
-	$(XLA_VENV)/bin/python tests/xla_protos.py $(XLA_VENV)/wheels/tensorflow_cpu-*.whl
+	$(XLA_VENV)/bin/python tests/support/xla_protos.py $(XLA_VENV)/wheels/tensorflow_cpu-*.whl
 	rm -rf $(XLA_VENV)/wheels
 	touch $@
 

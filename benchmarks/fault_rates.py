@@ -11,8 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import planted
-from reports import gates_of, recipe_of
+from support import planted
+from support.reports import gates_of, recipe_of
 
 SAMPLED = ("greedy", "stochastic")
 

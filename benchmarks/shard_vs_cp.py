@@ -27,7 +27,7 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.derived import derive
 from pipeline.sources.pair import resolve
 from pipeline.sources.tensors import layout
-from pipeline.stages.shard import write_shards
+from pipeline.stages.shard_files import write_shards
 
 LAYER_BYTES = 2 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
 CONFIG = {

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from pipeline.measure.tune import step_arguments
+from pipeline.measure.tune import full_step
 from pipeline.runtime.open import load
 
 TURNS, STEPS, FREQUENCY = 8, 12, 4999
@@ -71,7 +71,7 @@ def main() -> None:
     for graph in engine.graphs:
         wanted = graph.phase in ("decode", "speculate") and (graph.batch, graph.sampling) == (asked.batch, "greedy")
         if wanted and graph.draft_tokens not in runs:
-            given = step_arguments(engine, graph, asked.position)
+            given = full_step(engine, graph, asked.position)
             runs[graph.draft_tokens] = lambda graph=graph, given=given: engine.ranks.run(graph, given)
     took: dict[int, list[float]] = {steps: [] for steps in runs}
     for turn in range(TURNS + 1):

@@ -34,7 +34,7 @@ MIB = 1 << 20
 
 def make_artifact(root: Path, size: int, count: int) -> Path:
     """A validated artifact of `count` files of random bytes, with the manifest that they need."""
-    import small_artifacts as small
+    from support import small_artifacts as small
 
     made = small.make_validated(root / "artifact", root / "work").root
     data = json.loads((made / "manifest.json").read_text())
@@ -70,7 +70,8 @@ def run(command: list[str], environ: dict[str, str]) -> tuple[float, float, floa
 def s3() -> Iterator[tuple[dict[str, str], dict[str, Callable[..., list[str]]]]]:
     """The server's environment, and for each client a command for each direction."""
     import boto3
-    import s3_server
+
+    from support import s3_server
 
     with s3_server.running() as server:
         environ = server.environ()
@@ -98,7 +99,7 @@ DOWNLOAD = "import sys; from huggingface_hub import snapshot_download as d; d(sy
 @contextmanager
 def hub() -> Iterator[tuple[dict[str, str], dict[str, Callable[..., list[str]]]]]:
     """As `s3`, on the tests' Hub, which has LFS and no Xet."""
-    import git_hub
+    from support import git_hub
 
     with git_hub.running() as server:
         environ = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": server.token, "HF_HUB_DISABLE_XET": "1",
@@ -165,9 +166,8 @@ def kept(path: Path, name: str, found: Runs) -> Runs:
 
 def delta(work: Path) -> None:
     """Bytes that reach the server when one graph of an artifact changes, counted by a proxy before it."""
-    import fault_proxy
-    import s3_server
-    import small_artifacts as small
+    from support import fault_proxy, s3_server
+    from support import small_artifacts as small
 
     with s3_server.running() as server, fault_proxy.before(server.endpoint) as proxy:
         os.environ.update(server.environ() | {"AWS_ENDPOINT_URL": proxy.endpoint})

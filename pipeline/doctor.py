@@ -8,17 +8,17 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.cache.local import default_root
 from pipeline.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan
-    from pipeline.recipe.schema import Recipe
+    from pipeline.recipe.schema import BackendSettings, Recipe
 
 GIB = 1 << 30
 
@@ -31,13 +31,13 @@ class Diagnosis:
     problems: list[Problem] = field(default_factory=list)
 
 
-def diagnose(settings: Mapping[str, Any], recipe: Recipe | None = None, path: Path | None = None) -> Diagnosis:
+def diagnose(settings: BackendSettings, recipe: Recipe | None = None, path: Path | None = None) -> Diagnosis:
     """Examine this machine for a backend (`settings` as in a recipe), and for one recipe with its lock at `path`."""
     from pipeline.backends.base import make_backend
 
     backend = make_backend(settings)
     found = Diagnosis({"machine": _machine(), "packages": backend.toolchain().as_dict()}, backend.preflight())
-    found.facts["device"] = backend.host() if settings["name"] == "neuron" else backend.requires()
+    found.facts["device"] = backend.host()
     if recipe is not None and path is not None:
         _recipe(found, recipe, path)
     return found

@@ -7,14 +7,24 @@
     │   ├── SourceError        weights or tokenizer that cannot be used
     │   └── ArtifactError      an artifact or release that must not be trusted
     └── HostError         3   toolchain, device, network, disk
+        └── PreflightError       one or more things that a machine lacks, reported together
 
-Anything else that escapes is a bug in Tandem. This module does not print; `cli.py` does.
+Anything else that escapes is a bug in Tandem. This module does not print; the command line does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding in a recipe or plan: `where` is `file:line: key`."""
+
+    where: str
+    what: str
+    fix: str = ""
 
 
 class TandemError(Exception):
@@ -27,6 +37,7 @@ class TandemError(Exception):
         self.what = what
         self.where = where
         self.fix = fix
+        self.problems: tuple[Problem, ...] = (Problem(where, what, fix),)
         super().__init__(f"{where}: {what}" if where else what)
 
 
@@ -43,24 +54,15 @@ class InputError(TandemError):
     title = "wrong input"
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One finding in a recipe or plan: `where` is `file:line: key`."""
-
-    where: str
-    what: str
-    fix: str = ""
-
-
 class RecipeError(InputError):
     """Every problem of a recipe at once."""
 
     title = "recipe"
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(problems)
-        first = self.problems[0]
+        first, *_ = problems
         super().__init__(first.what, where=first.where, fix=first.fix)
+        self.problems = tuple(problems)
 
 
 class SourceError(InputError):
@@ -80,6 +82,15 @@ class HostError(TandemError):
 
     exit_code = 3
     title = "environment"
+
+
+class PreflightError(HostError):
+    """Everything that a machine lacks, at once."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        first, *_ = problems
+        super().__init__("; ".join(problem.what for problem in problems), where=first.where, fix=first.fix)
+        self.problems = tuple(problems)
 
 
 def reason(error: BaseException) -> str:

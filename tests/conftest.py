@@ -23,7 +23,8 @@ def one_thread() -> Iterator:
 def s3_server() -> Iterator:
     """A real S3 server with a bucket `tests`."""
     import boto3
-    import s3_server as servers
+
+    from support import s3_server as servers
 
     with servers.running() as server:
         key, secret = server.identities["rw"]
@@ -38,7 +39,7 @@ def s3_server() -> Iterator:
 @pytest.fixture(scope="session")
 def hub_server() -> Iterator:
     """A Hub that can be written to."""
-    import git_hub
+    from support import git_hub
 
     with git_hub.running() as hub:
         yield hub

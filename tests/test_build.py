@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_files import on_small_disk
 
 import pipeline
 from pipeline import runtime
@@ -29,6 +28,7 @@ from pipeline.files.atomic import TEMP, remove
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import load
 from pipeline.sources.pair import resolve_pair
+from support.small_disk import on_small_disk
 
 RECIPE = """
 name: tiny

@@ -4,12 +4,13 @@ import json
 import shutil
 
 import pytest
-from neuron_lane import DEVICE, TESTS, environment, tandem
 
 from pipeline import doctor
 from pipeline.recipe.schema import load
+from support.neuron_lane import DEVICE, environment, tandem
+from support.paths import ROOT
 
-RECIPES = TESTS.parent / "recipes"
+RECIPES = ROOT / "recipes"
 GIB = doctor.GIB
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.artifact.manifest import Artifact, Manifest
+from pipeline.artifact.manifest import Manifest
 
 
 def diff(first: Manifest, second: Manifest) -> dict[str, Any]:
@@ -25,16 +25,6 @@ def diff(first: Manifest, second: Manifest) -> dict[str, Any]:
             top = name.partition("/")[0] if "/" in name else "other"
             files.setdefault(top, {}).setdefault(kind, []).append(name)
     return {"fields": fields, "files": files}
-
-
-def compare(first: Artifact, second: Artifact) -> dict[str, Any]:
-    """As `diff`, and `recipe`: the recipe's keys that differ, with both values. Reads the recipes, nothing else."""
-    from pipeline.recipe.document import read as read_yaml
-
-    a, b = (_flat(read_yaml(one.root / "recipe.yaml").data) for one in (first, second))
-    keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-    recipe = {key: {"from": a.get(key), "to": b.get(key)} for key in keys}
-    return {"recipe": recipe, **diff(first.manifest, second.manifest)}
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,40 +1,31 @@
-"""The artifact: a directory whose manifest lists every file. Reading, verifying, comparing. Imports no torch.
+"""`manifest.json`: what an artifact is, by kind, and every file in it with its digest. Nothing else is opened.
 
-Paths in a manifest are never trusted, nothing outside the directory is opened, and links are refused. Signatures are
-not checked here.
+Paths in a manifest are never trusted. Files are compared in `verify`, signatures in `signing`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    ValidationError,
-)
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.errors import ArtifactError, InputError
-from pipeline.files.atomic import FileDigest, safe_relative, sha256_file
-from pipeline.progress import ByteProgress, no_byte_progress
+from pipeline.files.atomic import safe_relative
+from pipeline.graphs.spec import GraphSpec, PairSpec, Role, Sampling
+from pipeline.models.draft_kind import DraftKind
+from pipeline.recipe.schema import BackendSettings, Shapes, StepCosts
 from pipeline.records import Record
-
-if TYPE_CHECKING:
-    from pipeline.graphs.spec import GraphSpec  # planning is not needed to pull
 
 MANIFEST = "manifest.json"
 SIGNATURE = "signature"
 """A signature over the manifest's bytes: beside it, and not listed in it."""
-SCHEMA_VERSION = 1
-HASHERS = 4
+SCHEMA_VERSION: Literal[2] = 2
 MAX_FILES = 100_000
 ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
 """Files that tell of one build, and are not part of what the artifact is."""
@@ -42,13 +33,9 @@ ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
 ALWAYS = ("recipe.*", "*config.json", "tokenizer/*")
 """What every part of an artifact comes with."""
 
-CACHE_KIND = "vllm-compile-cache"
-
-ISA_ORDER = ("default", "avx2", "avx512")
-LOADED_WITH = ("torch", "cuda", "neuronx-cc", "neuronx-distributed")
-"""Parts of a toolchain that loading needs too, in the same major.minor; the others only compiled."""
-
 AGAIN = "pull or build the artifact again"
+CACHE_KIND: Literal["vllm-compile-cache"] = "vllm-compile-cache"
+SAMPLINGS: tuple[Sampling, Sampling] = ("greedy", "stochastic")
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
@@ -64,71 +51,79 @@ class FileEntry(Record):
 class GraphEntry(Record):
     """A graph, the key it was compiled under, and its files."""
 
-    name: str
-    phase: Literal["prefill", "decode", "speculate", "score"]
-    batch: int
-    tokens: int
-    kv: int
-    draft_tokens: int
-    sampling: Literal["greedy", "stochastic"]
-    model: Literal["pair", "target", "draft"]
+    spec: GraphSpec
     key: str
     file: str
     io: str
 
-    def spec(self) -> GraphSpec:
-        """The graph's bucket."""
-        from pipeline.graphs.spec import GraphSpec
-
-        return GraphSpec(
-            self.phase, self.batch, self.tokens, self.kv, self.draft_tokens, self.sampling, self.model
-        )  # fmt: skip
+    @property
+    def name(self) -> str:
+        """The graph's folder."""
+        return self.spec.name
 
 
 class ShardEntry(Record):
     """One rank's weights of one model."""
 
-    model: Literal["target", "draft"]
+    model: Role
     rank: int
     file: str
 
 
-class ShapesEntry(Record):
-    """Buckets."""
-
-    batch: tuple[int, ...]
-    prefill: tuple[int, ...]
-    kv: tuple[int, ...]
-
-
 class Manifest(Record):
-    """`manifest.json`."""
+    """What the manifests of all kinds have: who it is, what made it, what it needs, its files."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
+    kind: str
     name: Name
     version: Version
     created: str
+    toolchain: dict[str, str]
+    requires: dict[str, str]
+    files: dict[str, FileEntry] = Field(max_length=MAX_FILES)
+
+    @property
+    def ranks(self) -> int:
+        """Tensor-parallel ranks."""
+        raise NotImplementedError
+
+    @property
+    def passed(self) -> bool | None:
+        """Verdict of the gates; None before they ran, and where there are none."""
+        return None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(entry.size for entry in self.files.values())
+
+    def used_files(self) -> list[str]:
+        """Paths that other fields of the manifest name."""
+        return []
+
+
+class PairManifest(Manifest):
+    """A pair that Tandem compiled: its facts (`pair`), graphs, shards, and how its gates went.
+
+    `step_costs` and `lookup` are the recipe's: what the runtime chooses K by, and how many tokens prompt lookup
+    matches.
+    """
+
+    kind: Literal["pair"] = "pair"
     recipe_digest: str
     lock_digest: str
-    toolchain: dict[str, str]
-    backend: dict[str, Any]
-    requires: dict[str, str]
-    tensor: int
-    dtype: str
-    weights: Literal["int8"] | None = None
-    shapes: ShapesEntry
-    method: Literal["draft_model", "eagle3"] = "draft_model"
-    draft_tokens: tuple[int, ...]
-    step_costs: tuple[float, ...] | dict[int, tuple[float, ...]] | None = None
-    lookup: int | None = Field(default=None, ge=1)
-    sampling: tuple[str, ...]
-    candidates: int | None
-    vocab: int
-    eos_ids: tuple[int, ...]
+    backend: BackendSettings
+    pair: PairSpec
     graphs: tuple[GraphEntry, ...]
     shards: tuple[ShardEntry, ...]
-    files: dict[str, FileEntry] = Field(max_length=MAX_FILES)
+    step_costs: StepCosts | None = None
+    lookup: int | None = Field(default=None, ge=1)
     validation: dict[str, Any] | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.pair.models.tp
 
     @property
     def passed(self) -> bool | None:
@@ -136,29 +131,108 @@ class Manifest(Record):
         return None if self.validation is None else self.validation.get("passed") is True
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of all files but the manifest."""
-        return sum(entry.size for entry in self.files.values())
+    def dtype(self) -> str:
+        """Dtype of the target."""
+        return self.pair.models.target_dtype
+
+    @property
+    def weights(self) -> str | None:
+        """How the target's matrices are stored, if narrower than its dtype."""
+        return self.pair.models.target_weights
+
+    @property
+    def draft_kind(self) -> DraftKind:
+        """The kind of draft."""
+        return self.pair.models.draft_kind
+
+    @property
+    def vocab(self) -> int:
+        """Ids that the target may emit."""
+        return self.pair.target.vocab
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self.pair.target.eos_ids
+
+    @property
+    def draft_tokens(self) -> tuple[int, ...]:
+        """Every K that was built, ascending."""
+        return _ascending(entry.spec.draft_tokens for entry in self.graphs if entry.spec.phase == "speculate")
+
+    @property
+    def sampling(self) -> tuple[Sampling, ...]:
+        """Kinds of sampling that were built; greedy first."""
+        built = {entry.spec.sampling for entry in self.graphs if entry.spec.phase == "decode"}
+        return tuple(sampling for sampling in SAMPLINGS if sampling in built)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Buckets that were built."""
+        steps = [entry.spec for entry in self.graphs if entry.spec.phase == "decode"]
+        prefills = [entry.spec for entry in self.graphs if entry.spec.phase == "prefill"]
+        return Shapes(
+            batch=_ascending(spec.batch for spec in steps),
+            prefill=_ascending(spec.tokens for spec in prefills),
+            kv=_ascending(spec.kv for spec in steps),
+        )
+
+    def used_files(self) -> list[str]:
+        """Files of graphs and shards."""
+        graphs = [path for graph in self.graphs for path in (graph.file, graph.io)]
+        return graphs + [shard.file for shard in self.shards]
+
+
+class NxdiBackend(Record):
+    """How NxD Inference was asked to compile."""
+
+    target: str
+    lnc: int
+    flags: dict[str, str]
+
+
+class NxdiManifest(Manifest):
+    """A pair that NxD Inference compiled; only vLLM's NxDI-backed plugin runs it."""
+
+    kind: Literal["nxdi"] = "nxdi"
+    recipe_digest: str
+    lock_digest: str
+    backend: NxdiBackend
+    pair: PairSpec
+    draft_tokens: int
+
+    @property
+    def ranks(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.pair.models.tp
+
+
+class CacheBackend(Record):
+    """How a compile cache was filled: chip, compiler flags, arguments of `vllm serve`, its variables, entries."""
+
+    target: str
+    flags: tuple[str, ...]
+    serve: tuple[str, ...]
+    environment: dict[str, str]
+    keys: int
 
 
 class CacheManifest(Manifest):
-    """`manifest.json` of a compile cache of vLLM's Neuron plugin: it knows nothing of pairs, recipes and graphs."""
+    """A compile cache of vLLM's Neuron plugin: it knows nothing of pairs, recipes and graphs."""
 
-    kind: Literal["vllm-compile-cache"]
-    recipe_digest: Literal[""] = Field(default="", exclude=True)
-    lock_digest: Literal[""] = Field(default="", exclude=True)
-    dtype: Literal[""] = Field(default="", exclude=True)
-    shapes: ShapesEntry = Field(default=ShapesEntry(batch=(), prefill=(), kv=()), exclude=True)
-    method: Literal["draft_model"] = Field(default="draft_model", exclude=True)
-    draft_tokens: tuple[()] = Field(default=(), exclude=True)
-    step_costs: None = Field(default=None, exclude=True)
-    lookup: None = Field(default=None, exclude=True)
-    sampling: tuple[()] = Field(default=(), exclude=True)
-    candidates: None = Field(default=None, exclude=True)
-    vocab: Literal[0] = Field(default=0, exclude=True)
-    eos_ids: tuple[()] = Field(default=(), exclude=True)
-    graphs: tuple[()] = Field(default=(), exclude=True)
-    shards: tuple[()] = Field(default=(), exclude=True)
+    kind: Literal["vllm-compile-cache"] = CACHE_KIND
+    backend: CacheBackend
+    tensor: int
+
+    @property
+    def ranks(self) -> int:
+        """Tensor-parallel ranks of the server that filled it."""
+        return self.tensor
+
+
+AnyManifest = Annotated[PairManifest | NxdiManifest | CacheManifest, Field(discriminator="kind")]
+MANIFESTS: TypeAdapter[PairManifest | NxdiManifest | CacheManifest] = TypeAdapter(AnyManifest)
+KINDS = ("pair", "nxdi", CACHE_KIND)
 
 
 @dataclass(frozen=True)
@@ -169,8 +243,15 @@ class Artifact:
     manifest: Manifest
 
 
+@dataclass(frozen=True)
+class PairArtifact(Artifact):
+    """An artifact that Tandem's runtime opens."""
+
+    manifest: PairManifest
+
+
 def read(root: Path) -> Artifact:
-    """Parse the manifest; opens nothing else.
+    """Parse the manifest of an artifact of any kind; opens nothing else.
 
     Raises:
         ArtifactError: none here, another schema version, or an unsafe path in it.
@@ -187,27 +268,54 @@ def read(root: Path) -> Artifact:
     return Artifact(root, parse(data, str(path)))
 
 
-def parse(data: bytes, where: str) -> Manifest:
-    """Manifest from its bytes.
+def read_pair(root: Path) -> PairArtifact:
+    """Parse the manifest of a pair that Tandem compiled; opens nothing else.
+
+    Raises:
+        ArtifactError: as `read`.
+        InputError: an artifact of another kind; says what runs it.
+
+    """
+    return pair_of(read(root))
+
+
+def pair_of(artifact: Artifact) -> PairArtifact:
+    """Narrow an artifact to a pair that Tandem compiled.
+
+    Raises:
+        InputError: an artifact of another kind; says what runs it.
+
+    """
+    manifest = artifact.manifest
+    if isinstance(manifest, PairManifest):
+        return PairArtifact(artifact.root, manifest)
+    if manifest.kind == "nxdi":
+        what, fix = "a package of NxD Inference, which vLLM runs", f"tandem vllm-args {artifact.root}"
+    else:
+        what, fix = "a compile cache of vLLM's Neuron plugin", f"tandem vllm-cache install {artifact.root}"
+    raise InputError(what, where=str(artifact.root), fix=fix)
+
+
+def parse(data: bytes, where: str) -> PairManifest | NxdiManifest | CacheManifest:
+    """Parse a manifest's bytes.
 
     Raises:
         ArtifactError: damaged, of another schema version, or with paths that could leave the directory.
 
     """
     try:
-        read_json = json.loads(data)
-        version, kind = read_json.get("schema_version"), read_json.get("kind")
+        version = json.loads(data).get("schema_version")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
     if version != SCHEMA_VERSION:
         what = f"schema_version {version!r}, this Tandem reads {SCHEMA_VERSION}"
         raise ArtifactError(what, where=where, fix="use the version of Tandem that it was built with")
     try:
-        manifest = (CacheManifest if kind == CACHE_KIND else Manifest).model_validate_json(data)
+        manifest = MANIFESTS.validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{place}: {first['msg']}", where=where, fix=AGAIN) from error
+        place = ".".join(str(part) for part in first["loc"] if part not in KINDS)
+        raise ArtifactError(f"{place or 'kind'}: {first['msg']}", where=where, fix=AGAIN) from error
     faults = list(_path_faults(manifest, where))
     if faults:
         raise ArtifactError("; ".join(faults), where=where, fix="do not use this artifact")
@@ -248,84 +356,6 @@ def select(manifest: Manifest, only: Sequence[str] | None) -> dict[str, FileEntr
     return {name: entry for name, entry in manifest.files.items() if only is None or _matches(name, only)}
 
 
-def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Sequence[str] | None = None) -> Artifact:
-    """Check every file's size and sha256, and that nothing is missing or extra; with `only`, of a part that was pulled.
-
-    Raises:
-        ArtifactError: every fault, naming each path and both values.
-
-    """
-    artifact = read(root)
-    listed = select(artifact.manifest, only)
-    found = {path.relative_to(root).as_posix(): path for path in _walk(root)}
-    for name in (MANIFEST, SIGNATURE):
-        if name in found and not _odd_kind(found[name]):
-            found.pop(name)
-    faults = [f"{name}: missing" for name in listed.keys() - found.keys()]
-    faults += [f"{name}: not in the manifest" for name in found.keys() - listed.keys()]
-    faults += [f"{name}: {kind}" for name, path in found.items() if (kind := _odd_kind(path))]
-    sound = {name: entry for name, entry in listed.items() if name in found and not _odd_kind(found[name])}
-    faults += differences(root, sound, progress)
-    if faults:
-        raise ArtifactError("; ".join(sorted(faults)), where=str(root), fix=AGAIN)
-    return artifact
-
-
-def difference(path: Path, entry: FileEntry | FileDigest) -> str | None:
-    """How a file differs from what it should be, with both values; None if it does not."""
-    size = path.stat().st_size
-    if size != entry.size:
-        return f"{size} bytes, should be {entry.size}"
-    sha256 = sha256_file(path)
-    if sha256 != entry.sha256:
-        return f"sha256 {sha256}, should be {entry.sha256}"
-    return None
-
-
-def check_host(
-    manifest: Manifest, host: Mapping[str, str], *, toolchain: Mapping[str, str] | None = None, ranks: int | None = None
-) -> None:  # fmt: skip
-    """Refuse an artifact made for another machine.
-
-    `host` is what this machine has, in the words of `requires`; `isa` is satisfied by a larger instruction set.
-    `toolchain` and `ranks` are checked where they are given.
-
-    Raises:
-        ArtifactError: names each field with both values.
-
-    """
-    faults = [
-        f"{field}: the artifact needs {needed}, this host has {host.get(field, 'none')}"
-        for field, needed in manifest.requires.items()
-        if not satisfies(field, needed, host.get(field))
-    ]
-    if ranks is not None and ranks != manifest.tensor:
-        faults.append(f"tensor: the artifact needs {manifest.tensor} ranks, there are {ranks}")
-    for field in ("backend", *LOADED_WITH):
-        built, here = manifest.toolchain.get(field), (toolchain or {}).get(field)
-        if toolchain is not None and built is not None and _minor(built) != _minor(here):
-            faults.append(f"toolchain.{field}: built with {built}, this host has {here or 'none'}")
-    if faults:
-        where = f"{manifest.name}@{manifest.version}"
-        raise ArtifactError("; ".join(faults), where=where, fix="pull the variant for this host, or build here")
-
-
-def check_replaceable(out: Path) -> None:
-    """Refuse to replace a directory that holds anything but an artifact.
-
-    Raises:
-        InputError: names the directory.
-
-    """
-    if os.path.ismount(out):
-        what = "this folder is a mount point, which cannot be replaced in one step"
-        raise InputError(what, where=str(out), fix=f"name a folder inside it, for example {out / 'artifact'}")
-    if out.is_file():
-        raise InputError("a file is in the way of the artifact", where=str(out), fix="name a new folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise InputError("this folder holds something else than an artifact", where=str(out), fix="name a new folder")
-
-
 def _path_faults(manifest: Manifest, where: str) -> Iterator[str]:
     names = manifest.files.keys()
     for name in names:
@@ -336,50 +366,13 @@ def _path_faults(manifest: Manifest, where: str) -> Iterator[str]:
             continue
         if name in (MANIFEST, SIGNATURE) or parents & names:
             yield f"path {name!r} is also the manifest, its signature, or lies inside a file"
-    used = [path for graph in manifest.graphs for path in (graph.file, graph.io)] + [s.file for s in manifest.shards]
-    for name in used:
+    for name in manifest.used_files():
         if name not in names:
             yield f"path {name!r} is used but not listed in files"
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Everything below `root` that is not a plain folder; links are not followed."""
-    for folder, folders, names in os.walk(root):
-        links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        yield from (Path(folder) / name for name in [*names, *links])
-
-
-def _odd_kind(path: Path) -> str | None:
-    mode = path.lstat().st_mode
-    if stat.S_ISREG(mode):
-        return None
-    return f"a link to {path.readlink()}" if stat.S_ISLNK(mode) else "not a plain file"
-
-
-def differences(root: Path, listed: Mapping[str, FileEntry], progress: ByteProgress = no_byte_progress) -> list[str]:
-    """Hash in threads, the largest first: hashlib lets go of the interpreter."""
-    total, done, faults = sum(entry.size for entry in listed.values()), 0, []
-    with ThreadPoolExecutor(HASHERS, "verify") as pool:
-        order = sorted(listed, key=lambda name: -listed[name].size)
-        running = {pool.submit(difference, root / name, listed[name]): name for name in order}
-        for future in as_completed(running):
-            name = running[future]
-            if what := future.result():
-                faults.append(f"{name}: {what}")
-            done += listed[name].size
-            progress(done, total)
-    return faults
-
-
-def satisfies(field: str, needed: str, have: str | None) -> bool:
-    """Whether a host's value fulfils one of `requires`."""
-    if field == "isa" and needed in ISA_ORDER and have in ISA_ORDER:
-        return ISA_ORDER.index(have) >= ISA_ORDER.index(needed)
-    return have == needed
-
-
-def _minor(version: str | None) -> list[str] | None:
-    return None if version is None else version.split("+")[0].split(".")[:2]
+def _ascending(values: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(values)))
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, difference, read
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, read
 from pipeline.artifact.provenance import PROVENANCE, builder_of
+from pipeline.artifact.verify import difference
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import write_atomic
 from pipeline.records import Record

@@ -1,25 +1,33 @@
-"""What a backend is: a toolchain that traces, compiles and loads graphs. Backends never import each other."""
+"""What a backend is: a toolchain that traces and compiles graphs, and opens artifacts.
+
+Backends never import each other.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.artifact.manifest import CACHE_KIND
+from pipeline.artifact.manifest import PairManifest
 from pipeline.errors import HostError, Problem
 from pipeline.graphs.packing import Packing
 from pipeline.graphs.signature import Signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
+from pipeline.recipe.schema import BackendSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor  # tensors are named here, never made: commands that only plan do not import torch
 
 BACKENDS = {
     "inductor": "pipeline.backends.inductor.backend:InductorBackend",
     "neuron": "pipeline.backends.neuron.backend:NeuronBackend",
 }
+"""Name in a recipe -> the class, imported when it is used."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,23 @@ def cache_key(traced: Traced, toolchain: Toolchain, flags: Mapping[str, str]) ->
     return hashlib.sha256(traced.ir + b"\0" + settings.encode()).hexdigest()
 
 
-class Executable(Protocol):
-    """A loaded graph."""
+class Ranks(Protocol):
+    """An opened artifact on all its ranks; rank 0's outputs are the answer."""
 
-    def run(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """Take tensors in signature order, update the state among them in place, return the outputs."""
+    def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run one graph on every rank; returns its outputs by name, on the CPU."""
+        ...
+
+    def reset(self) -> None:
+        """Zero all state."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Live state by name, where one rank runs in this process and has all of it; else nothing."""
+        ...
+
+    def close(self) -> None:
+        """End workers."""
         ...
 
 
@@ -97,38 +117,28 @@ class Backend(Protocol):
         """Compile; pure. `work` is an empty directory for intermediate files."""
         ...
 
-    def load(self, graph: Path) -> Executable:
-        """Open a verified graph file."""
+    def open(self, root: Path, manifest: PairManifest) -> Ranks:
+        """Open an artifact whose files were verified, on all its ranks."""
         ...
 
 
-def make_backend(settings: Mapping[str, Any]) -> Backend:
-    """The backend that a recipe's `backend` section names.
+def make_backend(settings: BackendSettings) -> Backend:
+    """The backend of a recipe's `backend` section.
 
     Raises:
-        HostError: it is not part of this version, or its packages are not installed.
+        HostError: its packages are not installed.
 
     """
-    name = settings["name"]
-    if name == "nxdi":
-        what, fix = (
-            "a package of NxD Inference, which vLLM runs",
-            "tandem vllm-args ARTIFACT prints how",
-        )
-        raise HostError(what, where="backend", fix=fix)
-    if name == CACHE_KIND:
-        what, fix = "a compile cache of vLLM's Neuron plugin", "tandem vllm-cache install ARTIFACT"
-        raise HostError(what, where="backend", fix=fix)
-    if name not in BACKENDS:
-        raise HostError(
-            f"backend {name!r} cannot build or run here", where="backend", fix=f"available: {', '.join(BACKENDS)}"
-        )
-    module, _, attribute = BACKENDS[name].partition(":")
+    module, _, attribute = BACKENDS[settings.name].partition(":")
     try:
         factory = getattr(import_module(module), attribute)
     except ImportError as error:
-        raise HostError(
-            f"backend {name!r} needs {error.name}", where="backend", fix=f"pip install 'tandem[{name}]'"
-        ) from error
-    backend: Backend = factory(**{key: value for key, value in settings.items() if key != "name"})
+        what, fix = f"backend {settings.name!r} needs {error.name}", f"pip install 'tandem[{settings.name}]'"
+        raise HostError(what, where="backend", fix=fix) from error
+    backend: Backend = factory(settings)
     return backend
+
+
+def package_of(settings: BackendSettings) -> str:
+    """Dotted name of the package that a backend is written in."""
+    return BACKENDS[settings.name].partition(":")[0].rpartition(".")[0]

@@ -1,6 +1,6 @@
-"""What the local cache keeps beside compiled graphs: how large it is, and what no artifact uses any more.
+"""How large the local cache is, by kind, and what leaves it: entries used longest ago, and what no artifact links.
 
-Pulled blobs and weight shards are hard-linked into artifacts: one that has no other name is used by none here. Text
+Pulled blobs and weight shards are hard-linked into artifacts: a file that has no other name is used by none here. Text
 that a target wrote, and downloaded sources, took hours: they are counted, and left to people. Imports no torch.
 """
 
@@ -14,11 +14,33 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipeline.cache.local import Stats
+from pipeline.cache.local import KINDS, Cache, Kind, Stats
 from pipeline.files.atomic import remove
 
 DAY_S = 24 * 3600.0
 """Nothing that was used within a day goes: a build or a pull may be about to link it."""
+
+
+def entry_stats(root: Path) -> dict[Kind, Stats]:
+    """Entries and bytes of each kind."""
+    return {kind: Cache(root, kind).stats() for kind in KINDS}
+
+
+def collect(root: Path, max_bytes: int, max_age_s: float | None = None) -> dict[Kind, Stats]:
+    """Remove entries used longest ago until all kinds together have at most `max_bytes`, and those older than that.
+
+    Never removes what another process holds. Returns what was removed, by kind.
+    """
+    stored = [(entry, kind) for kind in KINDS for entry in Cache(root, kind).entries()]
+    stored.sort(key=lambda item: item[0].used)
+    total, now = sum(entry.size_bytes for entry, _ in stored), time.time()
+    removed: dict[Kind, Stats] = dict.fromkeys(KINDS, Stats(0, 0))
+    for entry, kind in stored:
+        old = max_age_s is not None and now - entry.used > max_age_s
+        if (total > max_bytes or old) and Cache(root, kind).remove_if_free(entry.key):
+            total -= entry.size_bytes
+            removed[kind] += Stats(1, entry.size_bytes)
+    return removed
 
 
 def folder_sizes(root: Path) -> dict[str, int]:

@@ -1,6 +1,10 @@
-"""The content-addressed store of compiled graphs: key -> bytes, checked whenever they are taken out. Imports no torch.
+"""The content-addressed store of one kind of entry: key -> bytes, checked whenever they are taken out.
 
-Local; `remote_cache` shares it. It never decides what a key is made of: see `backends.base.cache_key`.
+    graphs    compiled graphs (`backends.base.cache_key`); `cache.remote` shares these
+    memos     from the inputs of a graph to its key, so that nothing is traced twice
+    goldens   reference outputs of the gates
+
+It never decides what a key is made of. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -21,6 +25,8 @@ from pipeline.files.atomic import FileDigest, atomic_dir, digest_file, disk_erro
 from pipeline.progress import Log, no_log
 
 KEY = re.compile(r"[0-9a-z][0-9a-z._-]+")
+Kind = Literal["graphs", "memos", "goldens"]
+KINDS: tuple[Kind, ...] = ("graphs", "memos", "goldens")
 
 
 def default_root() -> Path:
@@ -35,9 +41,12 @@ class Stats:
     entries: int
     size_bytes: int
 
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(self.entries + other.entries, self.size_bytes + other.size_bytes)
+
 
 @dataclass(frozen=True)
-class _Held:
+class StoredEntry:
     """An entry on disk: when it was last used, and its size."""
 
     key: str
@@ -46,10 +55,11 @@ class _Held:
 
 
 class Cache:
-    """Entries `<root>/graphs/<2 hex>/<key>/{data, entry.json}`, each renamed into place whole."""
+    """Entries `<root>/<kind>/<2 hex>/<key>/{data, entry.json}`, each renamed into place whole."""
 
-    def __init__(self, root: Path, log: Log = no_log) -> None:
+    def __init__(self, root: Path, kind: Kind, log: Log = no_log) -> None:
         self.root = root
+        self.kind: Kind = kind
         self.log = log
 
     def get(self, key: str) -> Path | None:
@@ -88,7 +98,7 @@ class Cache:
                 found = digest_file(folder / "data")
                 facts: dict[str, Any] = {"sha256": found.sha256, "size": found.size, "created": int(time.time())}
                 facts |= {"about": dict(about)} if about is not None else {}
-                (folder / "entry.json").write_text(json.dumps(facts))
+                (folder / "entry.json").write_text(json.dumps(facts), encoding="utf-8")
         return entry / "data"
 
     @contextlib.contextmanager
@@ -97,37 +107,33 @@ class Cache:
         with self._lock(key):
             yield
 
-    def graphs(self) -> Iterator[tuple[str, Path, dict[str, str]]]:
-        """Key, file and toolchain of every graph whose toolchain is known, each checked."""
-        for held in self._held():
+    def with_toolchains(self) -> Iterator[tuple[str, Path, dict[str, str]]]:
+        """Key, file and toolchain of every entry whose toolchain is known, each checked."""
+        for stored in self.entries():
             try:
-                about = json.loads((self._entry(held.key) / "entry.json").read_text()).get("about")
+                text = (self._entry(stored.key) / "entry.json").read_text(encoding="utf-8")
+                about = json.loads(text).get("about")
             except (OSError, ValueError, AttributeError):
                 continue
-            if isinstance(about, dict) and (data := self.get(held.key)) is not None:
-                yield held.key, data, about
+            if isinstance(about, dict) and (data := self.get(stored.key)) is not None:
+                yield stored.key, data, about
 
     def stats(self) -> Stats:
         """Count what is stored."""
-        held = self._held()
-        return Stats(len(held), sum(one.size_bytes for one in held))
+        entries = self.entries()
+        return Stats(len(entries), sum(entry.size_bytes for entry in entries))
 
-    def gc(self, max_bytes: int, max_age_s: float | None = None) -> Stats:
-        """Remove what was used longest ago until at most `max_bytes` remain, and all not used for `max_age_s`.
+    def entries(self) -> list[StoredEntry]:
+        """Every entry."""
+        entries = []
+        for data in self.root.glob(f"{self.kind}/??/[!.]*/data"):
+            with contextlib.suppress(OSError):  # others remove, too
+                used = (data.parent / "entry.json").stat().st_mtime
+                entries.append(StoredEntry(data.parent.name, used, data.stat().st_size))
+        return entries
 
-        Never removes what somebody holds. Returns what was removed.
-        """
-        held = sorted(self._held(), key=lambda one: one.used)
-        total, now = sum(one.size_bytes for one in held), time.time()
-        removed = freed = 0
-        for one in held:
-            old = max_age_s is not None and now - one.used > max_age_s
-            if (total - freed > max_bytes or old) and self._remove_if_free(one.key):
-                freed += one.size_bytes
-                removed += 1
-        return Stats(removed, freed)
-
-    def _remove_if_free(self, key: str) -> bool:
+    def remove_if_free(self, key: str) -> bool:
+        """Remove an entry unless another process holds it; True if it was removed."""
         lock = self._lock(key)
         try:
             lock.acquire(timeout=0)
@@ -146,15 +152,7 @@ class Cache:
         return FileLock(folder / f"{_checked(key)}.lock")
 
     def _entry(self, key: str) -> Path:
-        return self.root / "graphs" / key[:2] / _checked(key)
-
-    def _held(self) -> list[_Held]:
-        held = []
-        for data in self.root.glob("graphs/??/[!.]*/data"):
-            with contextlib.suppress(OSError):  # others remove, too
-                used = (data.parent / "entry.json").stat().st_mtime
-                held.append(_Held(data.parent.name, used, data.stat().st_size))
-        return held
+        return self.root / self.kind / key[:2] / _checked(key)
 
 
 def _drop(entry: Path, unless: Callable[[Path], bool]) -> None:
@@ -186,7 +184,7 @@ def _place(data: bytes | Path, target: Path) -> None:
 def _recorded(entry: Path) -> FileDigest | None:
     """What the entry says of itself, or None if that cannot be read."""
     try:
-        facts = json.loads((entry / "entry.json").read_text())
+        facts = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
         return FileDigest(facts["sha256"], facts["size"])
     except (ValueError, KeyError, TypeError):
         return None

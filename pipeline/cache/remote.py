@@ -180,7 +180,7 @@ class RemoteCache:
 
 def push_all(local: Cache, remote: RemoteCache) -> int:
     """Push every graph of the local cache whose toolchain is known; returns how many were new."""
-    return sum(remote.push(key, data, about) for key, data, about in local.graphs())
+    return sum(remote.push(key, data, about) for key, data, about in local.with_toolchains())
 
 
 def pull_all(local: Cache, remote: RemoteCache, toolchain: Mapping[str, str]) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import RecipeError, TandemError
+from pipeline.errors import TandemError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -119,8 +119,7 @@ def print_error(error: TandemError, *, with_traceback: bool) -> None:
     """An error on stderr: where, what, fix; all problems of a recipe."""
     if with_traceback:
         traceback.print_exception(error)
-    problems = error.problems if isinstance(error, RecipeError) else (error,)
-    for problem in problems:
+    for problem in error.problems:
         click.secho(f"{error.title}: ", fg="red", err=True, nl=False)
         click.echo(f"{problem.where}: {problem.what}" if problem.where else problem.what, err=True)
         if problem.fix:

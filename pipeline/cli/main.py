@@ -101,7 +101,7 @@ def build(
     json_: bool,
 ) -> None:
     """Build RECIPE (a name in recipes/, or a file) into a validated artifact."""
-    from pipeline.build import Request, run
+    from pipeline.build import BuildSettings, run
     from pipeline.cache.remote import Remote
     from pipeline.plan.lock import lock_path
     from pipeline.recipe.schema import load
@@ -109,12 +109,12 @@ def build(
     path = recipe_path(recipe)
     parsed = load(path)
     remote = Remote(remote_cache, "write" if push_cache else "read") if remote_cache else None
-    request = Request(
+    settings = BuildSettings(
         recipe=parsed, base=path.parent, out=out or Path("artifacts") / parsed.name, workers=workers,
         validate=not no_validate, locked=locked, remote=remote,
         lock=lock_path(path), log=console.log, progress=console.progress,
     )  # fmt: skip
-    report = run(request)
+    report = run(settings)
     if json_:
         print_json(asdict(report))
     elif report.fresh:
@@ -224,7 +224,7 @@ def bench(
 @as_json
 def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     """Show what ARTIFACT is, without opening its weights or graphs."""
-    from pipeline.artifact.manifest import CacheManifest, read
+    from pipeline.artifact.manifest import PairManifest, read
     from pipeline.registry.card import body, facts
 
     found = read(artifact_dir(artifact))
@@ -235,19 +235,19 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     if json_:
         print_json(manifest.model_dump(mode="json"))
         return
-    if isinstance(manifest, CacheManifest):
+    if not isinstance(manifest, PairManifest):
         for name, value in facts(manifest).items():
             click.echo(f"{name:<16}{value}")
         return
     size = sum(entry.size for entry in manifest.files.values())
-    passed = (manifest.validation or {}).get("passed")
+    passed = manifest.passed
     verdict = {True: "passed", False: "FAILED", None: "not validated"}[passed]
     for name, value in {
         "artifact": f"{manifest.name} {manifest.version}", "path": found.root, "created": manifest.created,
-        "needs": manifest.requires, "toolchain": manifest.toolchain, "ranks": manifest.tensor,
+        "needs": manifest.requires, "toolchain": manifest.toolchain, "ranks": manifest.ranks,
         "dtype": manifest.dtype + (f", weights {manifest.weights}" if manifest.weights else ""),
         "K": list(manifest.draft_tokens), "sampling": list(manifest.sampling),
-        "candidates": manifest.candidates or "all",
+        "candidates": manifest.pair.candidates or "all",
         "graphs": len(manifest.graphs), "files": f"{len(manifest.files)}, {size / (1 << 20):.1f} MiB", "gates": verdict,
     }.items():  # fmt: skip
         click.echo(f"{name:<12}{value}")
@@ -264,7 +264,7 @@ def validate(
     console: Console, artifact: str, recipe_file: Path | None, on_device: bool, policy_file: Path | None, json_: bool
 ) -> None:  # fmt: skip
     """Run the gates on ARTIFACT again and store the reports in it; they say what they ran on."""
-    from pipeline.artifact.manifest import read
+    from pipeline.artifact.manifest import read, read_pair
     from pipeline.validate.run import validate_artifact
 
     root = artifact_dir(artifact)
@@ -277,7 +277,7 @@ def validate(
         check_artifact(root, policy)
     validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.log)
     if json_:
-        print_json(read(root).manifest.validation)
+        print_json(read_pair(root).manifest.validation)
 
 
 @main.command()
@@ -327,14 +327,15 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: b
 def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool) -> None:
     """Say what this machine can build and run; with RECIPE, whether it is enough for that."""
     from pipeline.doctor import diagnose
-    from pipeline.recipe.schema import load
+    from pipeline.recipe.schema import InductorSettings, NeuronSettings, load
 
     if recipe is None:
-        found = diagnose({"name": backend, **({"target": target, "lnc": lnc} if backend == "neuron" else {})})
+        neuron = {"name": "neuron", "target": target, "lnc": lnc}
+        found = diagnose(NeuronSettings.model_validate(neuron) if backend == "neuron" else InductorSettings())
     else:
         path = recipe_path(recipe)
         parsed = load(path)
-        found = diagnose(parsed.backend.model_dump(), parsed, path)
+        found = diagnose(parsed.backend, parsed, path)
     if json_:
         print_json(asdict(found))
     else:

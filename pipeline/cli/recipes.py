@@ -75,7 +75,7 @@ def lock(name: str, json_: bool) -> None:
     path = recipe_path(name)
     parsed = load(path)
     pair = resolve_pair(parsed, base=path.parent, cache=default_root() / "sources")
-    toolchain = make_backend(parsed.backend.model_dump()).toolchain().as_dict()
+    toolchain = make_backend(parsed.backend).toolchain().as_dict()
     write(lock_path(path), make_lock(parsed, *pair, toolchain))
     if json_:
         print_json({"lock": lock_path(path)})

@@ -230,7 +230,7 @@ def verify(
 ) -> None:  # fmt: skip
     """Check every file of ARTIFACT against its manifest, and who signed that."""
     from pipeline.artifact.manifest import part, read, select
-    from pipeline.artifact.manifest import verify as check
+    from pipeline.artifact.verify import verify as check
 
     root = artifact_dir(artifact)
     policy = policy_of(policy_file, identity, issuer)
@@ -320,7 +320,7 @@ def cache_push(console: Console, url: str, json_: bool) -> None:
     from pipeline.cache.local import Cache, default_root
     from pipeline.cache.remote import Remote, push_all
 
-    count = push_all(Cache(default_root()), Remote(url, "write").open(console.log))
+    count = push_all(Cache(default_root(), "graphs"), Remote(url, "write").open(console.log))
     _shown(json_, {"pushed": count}, f"pushed {count} graphs to {url}")
 
 
@@ -333,9 +333,10 @@ def cache_pull(console: Console, url: str, json_: bool) -> None:
     from pipeline.backends.base import make_backend
     from pipeline.cache.local import Cache, default_root
     from pipeline.cache.remote import Remote, pull_all
+    from pipeline.recipe.schema import InductorSettings
 
-    toolchain = make_backend({"name": "inductor"}).toolchain().as_dict()
-    count = pull_all(Cache(default_root()), Remote(url).open(console.log), toolchain)
+    toolchain = make_backend(InductorSettings()).toolchain().as_dict()
+    count = pull_all(Cache(default_root(), "graphs"), Remote(url).open(console.log), toolchain)
     _shown(json_, {"pulled": count}, f"pulled {count} graphs from {url}")
 
 
@@ -374,11 +375,16 @@ def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: boo
     With --max-days also, of the local cache, pulled blobs and weight shards that no artifact here is linked to. Written
     text (distill) and sources are never removed.
     """
-    from pipeline.cache.collect import DAY_S, remove_unused
+    from pipeline.cache.collect import DAY_S, collect, remove_unused
     from pipeline.cache.local import Stats, default_root
+    from pipeline.cache.remote import Remote
 
     age_s = None if max_days is None else max_days * DAY_S
-    removed = _cache(url).gc(int(max_gib * (1 << 30)), age_s)
+    max_bytes = int(max_gib * (1 << 30))
+    if url:
+        removed = Remote(url, "write").open().gc(max_bytes, age_s)
+    else:
+        removed = sum(collect(default_root(), max_bytes, age_s).values(), Stats(0, 0))
     unused = Stats(0, 0) if url or age_s is None else remove_unused(default_root(), age_s)
     parts = (f"{removed.entries} graphs, {removed.size_bytes / MIB:,.1f} MiB",
              f"{unused.entries} blobs and shards, {unused.size_bytes / MIB:,.1f} MiB")  # fmt: skip
@@ -389,4 +395,4 @@ def _cache(url: str | None) -> Cache | RemoteCache:
     from pipeline.cache.local import Cache, default_root
     from pipeline.cache.remote import Remote
 
-    return Remote(url, "write").open() if url else Cache(default_root())
+    return Remote(url, "write").open() if url else Cache(default_root(), "graphs")

@@ -62,12 +62,12 @@ def pack(
     except ValueError as error:
         raise InputError(str(error), where="--serve", fix="quote it as a shell would") from error
     run = ServerRun(words, _pairs("--env", variables), _pairs("--version-of", versions))
-    made = make(directory, out, name, run).manifest
+    made = make(directory, out, name, run)
     if json_:
-        print_json({"artifact": out, "name": made.name, "version": made.version, "backend": made.backend})
+        print_json({"artifact": out, "name": made.name, "version": made.version, "backend": made.backend.model_dump()})
         return
     size = made.size_bytes / (1 << 20)
-    click.echo(f"{out}: {made.name} {made.version}, {made.backend['keys']} graphs, {size:.1f} MiB")
+    click.echo(f"{out}: {made.name} {made.version}, {made.backend.keys} graphs, {size:.1f} MiB")
 
 
 @vllm_cache.command()

@@ -21,13 +21,12 @@ import yaml
 
 from pipeline.errors import InputError
 from pipeline.files.atomic import atomic_file
+from pipeline.graphs.arguments import Arguments, StepRow, step_arguments
 from pipeline.measure.buckets import buckets_for, padded
 from pipeline.progress import Log
 from pipeline.recipe.schema import load
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pipeline.graphs.spec import GraphSpec
     from pipeline.runtime.engine import Engine
     from pipeline.validate.prompts import Prompt
@@ -122,7 +121,7 @@ def _costs(engine: Engine, batch: int, position: int) -> dict[int, float]:
         if g.phase in ("decode", "speculate") and (g.batch, g.sampling) == (batch, how) and g.kv > position
     ]  # fmt: skip
     kv = min(g.kv for g in graphs)
-    timed = [(g.draft_tokens, g, step_arguments(engine, g, position)) for g in graphs if g.kv == kv]
+    timed = [(g.draft_tokens, g, full_step(engine, g, position)) for g in graphs if g.kv == kv]
     took: dict[int, list[float]] = {steps: [] for steps, *_ in timed}
     for turn in range(TURNS + 1):
         for steps, graph, arguments in timed:
@@ -135,27 +134,10 @@ def _costs(engine: Engine, batch: int, position: int) -> dict[int, float]:
     return {k: median(of) / plain for k, of in took.items()}
 
 
-def step_arguments(engine: Engine, graph: GraphSpec, position: int) -> dict[str, Tensor]:
-    """What a step of all rows of a graph is given, its caches filled up to a position."""
-    import torch
-
-    from pipeline.runtime.lookup import argument
-
-    batch = graph.batch
-    given = {
-        "last_token": torch.full((batch,), position % engine.manifest.vocab, dtype=torch.int32),
-        "position": torch.full((batch,), position, dtype=torch.int32),
-        "active": torch.ones(batch, dtype=torch.bool),
-    }
-    given |= argument(graph, {})
-    if graph.sampling == "stochastic":
-        given |= {
-            "temperature": torch.zeros(batch),
-            "top_k": torch.zeros(batch, dtype=torch.int32),
-            "top_p": torch.ones(batch),
-            "uniforms": torch.zeros(batch, 2 * graph.draft_tokens + 1),
-        }
-    return given
+def full_step(engine: Engine, graph: GraphSpec, position: int) -> Arguments:
+    """Arguments of a step of all rows of a graph, its caches filled up to a position."""
+    row = StepRow(position % engine.manifest.vocab, position)
+    return step_arguments(graph, dict.fromkeys(range(graph.batch), row))
 
 
 def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:

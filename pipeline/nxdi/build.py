@@ -22,7 +22,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from pipeline.artifact.manifest import Artifact, check_replaceable, read
+from pipeline.artifact.manifest import Artifact, NxdiBackend, NxdiManifest, read
+from pipeline.artifact.verify import check_replaceable
 from pipeline.backends.base import Toolchain
 from pipeline.backends.neuron import support
 from pipeline.cache.local import default_root
@@ -32,11 +33,12 @@ from pipeline.nxdi import config as nxdi
 from pipeline.nxdi.compile import CompileOrder
 from pipeline.nxdi.vllm_args import SETTINGS
 from pipeline.plan.lock import Lock, make_lock
+from pipeline.plan.lock import digest as lock_digest
 from pipeline.plan.plan import Plan
-from pipeline.recipe.schema import NeuronBackend
+from pipeline.recipe.schema import NeuronSettings
 from pipeline.sources.checkpoint import CONFIG_FILES, Checkpoint
 from pipeline.sources.tokenizer import tokenizer_files
-from pipeline.stages.package import Facts, seal
+from pipeline.stages.package import UNVERSIONED, Origin, created_now, seal
 
 
 def write(out: Path, plan: Plan, lock: Lock) -> Path:
@@ -58,7 +60,7 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
         HostError: the SDK is missing or of another version, or NxD Inference failed or ignored a setting.
 
     """
-    settings, chip = nxdi.settings(plan), nxdi.backend_of(plan)
+    settings, chip = nxdi.settings(plan), nxdi.neuron_settings(plan.recipe)
     versions, inference = support.versions(), _version()
     problems = nxdi.host_problems(chip.target, chip.lnc, versions, inference)
     if problems:
@@ -74,9 +76,15 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
         _make_relative(folder, {roots[role]: name for role, name in nxdi.MODEL_FOLDERS.items()} | {str(folder): "."})
         _add_models(folder, pair)
         (folder / SETTINGS).write_bytes(_settings_json(settings, plan, lock))
-        backend = {"name": "nxdi", "target": chip.target, "lnc": chip.lnc, "flags": flags}
-        requires = {"device": "neuron", "chip": chip.target, "lnc": str(chip.lnc)}
-        seal(folder, Facts(plan, lock, backend, toolchain, flags, requires))
+        backend = NxdiBackend(target=chip.target, lnc=chip.lnc, flags=flags)
+        manifest = NxdiManifest(
+            name=plan.recipe.name, version=UNVERSIONED, created=created_now(), recipe_digest=plan.recipe.digest(),
+            lock_digest=lock_digest(lock), toolchain=toolchain, backend=backend, pair=plan.pair,
+            requires={"device": "neuron", "chip": chip.target, "lnc": str(chip.lnc)},
+            draft_tokens=plan.recipe.speculation.draft_tokens[0], files={},
+        )  # fmt: skip
+        origin = Origin(plan.recipe, lock, {"name": "nxdi", **backend.model_dump()}, toolchain, flags)
+        seal(folder, manifest, origin)
     return read(out)
 
 
@@ -87,7 +95,7 @@ def _settings_json(settings: nxdi.NxdiSettings, plan: Plan, lock: Lock) -> bytes
     return json.dumps({**recorded, "checkpoints": checkpoints}, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _compile(folder: Path, settings: nxdi.NxdiSettings, roots: dict[str, str], chip: NeuronBackend) -> dict[str, str]:
+def _compile(folder: Path, settings: nxdi.NxdiSettings, roots: dict[str, str], chip: NeuronSettings) -> dict[str, str]:
     """Run NxD Inference; return the flags and environment that shaped the code. A failure keeps its output."""
     overrides = {"NEURON_PLATFORM_TARGET_OVERRIDE": chip.target, "NEURON_LOGICAL_NC_CONFIG": str(chip.lnc)}
     with tempfile.TemporaryDirectory(prefix="tandem-nxdi-") as name:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.neuron import support
 from pipeline.errors import Problem, RecipeError
-from pipeline.recipe.schema import NeuronBackend
+from pipeline.recipe.schema import NeuronSettings, Recipe
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan
@@ -51,6 +51,12 @@ class NxdiSettings:
     vllm: dict[str, Any]
 
 
+def neuron_settings(recipe: Recipe) -> NeuronSettings:
+    """Return the recipe's backend section, which is Neuron's for every recipe without `problems`."""
+    assert isinstance(recipe.backend, NeuronSettings)
+    return recipe.backend
+
+
 def problems(plan: Plan) -> list[Problem]:
     """Return everything in a recipe that NxD Inference's fused speculation does not support."""
     return list(_problems(plan))
@@ -72,7 +78,7 @@ def settings(plan: Plan) -> NxdiSettings:
         "tp_degree": pair.models.tp,
         "batch_size": rows, "max_batch_size": rows, "ctx_batch_size": 1, "tkg_batch_size": rows,
         "is_continuous_batching": rows > 1, "seq_len": shapes.kv[-1], "max_context_length": shapes.prefill[-1],
-        "torch_dtype": recipe.target.dtype, "logical_nc_config": backend_of(plan).lnc,
+        "torch_dtype": recipe.target.dtype, "logical_nc_config": neuron_settings(recipe).lnc,
         "enable_bucketing": True, "context_encoding_buckets": list(shapes.prefill),
         "token_generation_buckets": list(shapes.kv), "save_sharded_checkpoint": True,
         "on_device_sampling_config": {"do_sample": False, "dynamic": False, "deterministic": True, "top_k": 1},
@@ -85,13 +91,6 @@ def settings(plan: Plan) -> NxdiSettings:
         "tp_degree": pair.models.tp_of("draft"),
     }
     return NxdiSettings(target, draft, _classes(pair.target.family), _classes(pair.draft.family), _vllm(plan, k))
-
-
-def backend_of(plan: Plan) -> NeuronBackend:
-    """Return the recipe's backend, which is neuron's for every recipe without `problems`."""
-    backend = plan.recipe.backend
-    assert isinstance(backend, NeuronBackend)
-    return backend
 
 
 def weight_file(rank: int) -> str:

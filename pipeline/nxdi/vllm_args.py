@@ -14,12 +14,12 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from pipeline.artifact.manifest import AGAIN, CACHE_KIND, verify
+from pipeline.artifact.manifest import AGAIN, CacheManifest, Manifest, NxdiManifest
+from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, InputError
 from pipeline.records import Record
 
 SETTINGS = "tandem-nxdi.json"
-KIND = "nxdi"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 
@@ -73,9 +73,8 @@ def classic(root: Path) -> ServeCommand:
 
     """
     manifest = verify(root).manifest
-    kind = str(manifest.backend.get("name"))
-    if kind != KIND:
-        raise _other_kind(kind, root)
+    if not isinstance(manifest, NxdiManifest):
+        raise _other_kind(manifest, root)
     if SETTINGS not in manifest.files:
         raise ArtifactError(f"no {SETTINGS} in the artifact", where=str(root), fix=AGAIN)
     path = root / SETTINGS
@@ -83,7 +82,7 @@ def classic(root: Path) -> ServeCommand:
         settings = _Vllm.model_validate(json.loads(path.read_bytes())["vllm"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise ArtifactError("no valid settings of vLLM", where=str(path), fix=AGAIN) from error
-    return _command(root.resolve(), settings, manifest.draft_tokens[0], path)
+    return _command(root.resolve(), settings, manifest.draft_tokens, path)
 
 
 def _command(root: Path, settings: _Vllm, draft_tokens: int, path: Path) -> ServeCommand:
@@ -105,10 +104,10 @@ def _command(root: Path, settings: _Vllm, draft_tokens: int, path: Path) -> Serv
     return ServeCommand(str(root), environment, tuple(command), draft_tokens, speculation.num_speculative_tokens)
 
 
-def _other_kind(kind: str, root: Path) -> InputError:
-    if kind == CACHE_KIND:
+def _other_kind(manifest: Manifest, root: Path) -> InputError:
+    if isinstance(manifest, CacheManifest):
         what, fix = "a compile cache of vLLM's newer Neuron plugin", f"tandem vllm-cache install {root}"
     else:
-        what = f"an artifact of the {kind} backend; vLLM's own Neuron plugins do not load it"
+        what = f"an artifact of the {manifest.toolchain['backend']} backend; vLLM's own Neuron plugins do not load it"
         fix = f"vllm serve {root.resolve()}, with Tandem installed beside vLLM"
     return InputError(what, where=str(root), fix=fix)

@@ -21,28 +21,21 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
-from pydantic import ValidationError
-
 from pipeline.artifact.manifest import (
-    AGAIN,
     CACHE_KIND,
     MANIFEST,
-    Artifact,
+    CacheBackend,
     CacheManifest,
     FileEntry,
-    check_host,
-    check_replaceable,
     content_digest,
-    difference,
     dump,
-    verify,
 )
+from pipeline.artifact.verify import check_host, check_replaceable, difference, verify
 from pipeline.backends.neuron.support import PLACEHOLDERS
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import atomic_dir, check_space, create_only, digest_file
 from pipeline.nxdi.vllm_args import VARIABLE, shell_line
 from pipeline.nxdi.vllm_cache_layout import KEY, NKI, OF_ONE_SERVER, entries, entry_faults, listing
-from pipeline.records import Record
 from pipeline.registry.release import VERSION_LENGTH
 
 CACHE_FOLDER = PurePosixPath("neuron/compile_cache")
@@ -65,17 +58,6 @@ PACKAGES = ("vllm", "vllm-neuron", "libtorch-neuronx-lite", "torch-neuronx", "ne
 NEEDED = ("vllm-neuron", "neuronx-cc")
 OWN_OPTIONS = ("--framework", "--target", "--output", "--logfile")
 """Options that the plugin itself gives the compiler; the rest of a command are flags."""
-
-
-class CacheFacts(Record):
-    """The section `backend` of a cache's manifest."""
-
-    name: str
-    target: str
-    flags: tuple[str, ...]
-    serve: tuple[str, ...]
-    environment: dict[str, str]
-    keys: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +98,7 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def pack(source: Path, out: Path, name: str, run: ServerRun) -> Artifact:
+def pack(source: Path, out: Path, name: str, run: ServerRun) -> CacheManifest:
     """Make an artifact of a cache folder, or of the VLLM_CACHE_ROOT above it.
 
     Raises:
@@ -146,13 +128,13 @@ def pack(source: Path, out: Path, name: str, run: ServerRun) -> Artifact:
         if late := [fault for key in keys for fault in entry_faults(folder / CACHE_FOLDER / key)]:
             raise InputError(f"changed while it was packed: {_shown(late)}", where=str(cache), fix="stop the server")
         manifest = CacheManifest(
-            kind="vllm-compile-cache", name=_checked_name(name), version="unversioned", created=_now(),
-            toolchain=toolchain, backend=facts.model_dump(mode="json"), tensor=_tensor(run.serve), files=files,
+            name=_checked_name(name), version="unversioned", created=_now(), toolchain=toolchain, backend=facts,
+            tensor=_tensor(run.serve), files=files,
             requires={"device": "neuron", "chip": facts.target},
         )  # fmt: skip
         manifest = manifest.model_copy(update={"version": content_digest(manifest)[:VERSION_LENGTH]})
         (folder / MANIFEST).write_bytes(dump(manifest))
-    return Artifact(out, manifest)
+    return manifest
 
 
 def install(root: Path, cache_root: Path, *, host: Mapping[str, str], versions: Mapping[str, str]) -> Installation:
@@ -189,7 +171,7 @@ def install(root: Path, cache_root: Path, *, host: Mapping[str, str], versions: 
     return Installation(str(base), environment, ("vllm", "serve", *facts.serve), added, len(keys) - added, unchecked)
 
 
-def _facts(cache: Path, keys: Sequence[str], run: ServerRun) -> CacheFacts:
+def _facts(cache: Path, keys: Sequence[str], run: ServerRun) -> CacheBackend:
     """Return the manifest's facts; chip and flags are in the commands that the plugin left in its entries."""
     commands = [command for key in keys if (command := _command(cache / key / COMMAND))]
     targets = {command.target for command in commands}
@@ -201,8 +183,8 @@ def _facts(cache: Path, keys: Sequence[str], run: ServerRun) -> CacheFacts:
         if not VARIABLE.fullmatch(name) or name in CONTRADICTIONS:
             what = f"invalid variable for a server on this cache: {name!r}"
             raise InputError(what, where="--env", fix="remove it: install sets the variables of the cache")
-    return CacheFacts(
-        name=CACHE_KIND, target=targets.pop(), flags=tuple(sorted({command.flags for command in commands})),
+    return CacheBackend(
+        target=targets.pop(), flags=tuple(sorted({command.flags for command in commands})),
         serve=tuple(run.serve), environment=dict(run.environment), keys=len(keys),
     )  # fmt: skip
 
@@ -257,12 +239,9 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _read(manifest: CacheManifest, root: Path) -> tuple[CacheFacts, list[str]]:
+def _read(manifest: CacheManifest, root: Path) -> tuple[CacheBackend, list[str]]:
     """Return the manifest's facts, and the keys of the entries, which are checked again."""
-    try:
-        facts = CacheFacts.model_validate(manifest.backend)
-    except ValidationError as error:
-        raise ArtifactError("damaged manifest: backend", where=str(root), fix=AGAIN) from error
+    facts = manifest.backend
     keys, faults = entries(root / CACHE_FOLDER)
     faults += [f"{name}: not a file of a cache" for name in manifest.files if not _is_of_cache(name)]
     faults += [f"invalid name of a variable: {name!r}" for name in facts.environment if not VARIABLE.fullmatch(name)]

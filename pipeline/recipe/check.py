@@ -15,8 +15,8 @@ from pipeline.recipe.document import Document, Key
 from pipeline.recipe.schema import (
     BY_BATCH,
     LISTED,
-    InductorBackend,
-    NeuronBackend,
+    InductorSettings,
+    NeuronSettings,
     Recipe,
     Shapes,
     Speculation,
@@ -111,8 +111,8 @@ def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: 
 
 
 def _backend_conflicts(data: Mapping[str, Any]) -> Iterator[Finding]:
-    neuron = _section(NeuronBackend, data, "backend")
-    inductor = _section(InductorBackend, data, "backend")
+    neuron = _section(NeuronSettings, data, "backend")
+    inductor = _section(InductorSettings, data, "backend")
     if inductor and inductor.device == "cuda" and inductor.isa != "native":
         what = f"found {_shown(inductor.isa)} with device cuda; it applies to CPU artifacts"
         yield ("backend", "isa"), what, "remove isa"

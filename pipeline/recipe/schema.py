@@ -193,7 +193,7 @@ CORE_MEMORY = {("trn2", 1): 12 * GIB, ("trn2", 2): 24 * GIB, ("trn1", 1): 16 * G
 """Device memory of a logical core, by chip and LNC (Neuron SDK, feature guide)."""
 
 
-class InductorBackend(Record):
+class InductorSettings(Record):
     """AOTInductor: shared libraries for CPUs and NVIDIA GPUs."""
 
     name: Literal["inductor"] = "inductor"
@@ -212,7 +212,7 @@ class InductorBackend(Record):
         return "block" if self.device == "cpu" else "plain"
 
 
-class NeuronBackend(Record):
+class NeuronSettings(Record):
     """AWS Neuron: NEFFs for Trainium and Inferentia."""
 
     name: Literal["neuron"]
@@ -234,14 +234,14 @@ class NeuronBackend(Record):
         return f"a core with lnc={self.lnc}"
 
     @model_validator(mode="after")
-    def _lnc_fits(self) -> NeuronBackend:
+    def _lnc_fits(self) -> NeuronSettings:
         allowed = (1, 2) if self.target == "trn2" else (1,)
         if self.lnc not in allowed:
             raise ValueError(f"found lnc={self.lnc}; accepted on {self.target}: {' or '.join(map(str, allowed))}")
         return self
 
 
-Backend = Annotated[InductorBackend | NeuronBackend, Field(discriminator="name")]
+BackendSettings = Annotated[InductorSettings | NeuronSettings, Field(discriminator="name")]
 
 
 class Gates(Record):
@@ -287,7 +287,7 @@ class Recipe(Record):
     speculation: Speculation = Field(description="how tokens are proposed and chosen")
     shapes: Shapes = Field(description="buckets that graphs are compiled for")
     parallel: Parallel = Field(default=Parallel(), description="ranks")
-    backend: Backend = Field(default=InductorBackend(), description="what compiles and runs the graphs")
+    backend: BackendSettings = Field(default=InductorSettings(), description="what compiles and runs the graphs")
     validate_: Validate = Field(default=Validate(), alias="validate", description="tests before publishing")
     publish: tuple[Publish, ...] = Field(default=(), description="registries that the artifact goes to")
 

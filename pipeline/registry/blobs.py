@@ -23,7 +23,8 @@ from typing import IO
 
 from filelock import FileLock
 
-from pipeline.artifact.manifest import FileEntry, difference
+from pipeline.artifact.manifest import FileEntry
+from pipeline.artifact.verify import difference
 from pipeline.errors import ArtifactError, HostError
 from pipeline.files.atomic import check_space, disk_errors
 from pipeline.files.direct import BLOCK_BYTES, open_output

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.artifact.manifest import CacheManifest, Manifest
+from pipeline.artifact.manifest import CacheManifest, Manifest, PairManifest
 from pipeline.registry.release import Document
 
 INTRODUCTION = """A target LLM and its draft, compiled ahead of time for speculative decoding by Tandem. Servers load it
@@ -32,7 +32,7 @@ def body(document: Document, manifests: Mapping[str, Manifest]) -> str:
     parts = [f"# {document.name} {document.version}\n\n{INTRODUCTION}"]
     for variant, manifest in manifests.items():
         parts.append(f"\n## {variant or 'The artifact'}\n\n{_table(facts(manifest))}")
-        if manifest.validation:
+        if isinstance(manifest, PairManifest) and manifest.validation:
             parts.append(f"\n### Gates and speed\n\n{_table(_gates(manifest.validation))}")
     return "\n".join(parts)
 
@@ -59,10 +59,19 @@ def facts(manifest: Manifest) -> dict[str, Any]:
     """What an artifact is and needs, by the words of a page."""
     if isinstance(manifest, CacheManifest):
         return _cache_facts(manifest)
-    shapes = manifest.shapes
+    built = _pair_facts(manifest) if isinstance(manifest, PairManifest) else {}
     return {
         "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
-        "ranks": manifest.tensor,
+        "ranks": manifest.ranks,
+        **built,
+        "size": f"{manifest.size_bytes / (1 << 20):,.1f} MiB",
+        "toolchain": ", ".join(f"{key} {value}" for key, value in manifest.toolchain.items()),
+    }
+
+
+def _pair_facts(manifest: PairManifest) -> dict[str, Any]:
+    shapes = manifest.shapes
+    return {
         "dtype": manifest.dtype + (f", weights {manifest.weights}" if manifest.weights else ""),
         "draft tokens K": ", ".join(map(str, manifest.draft_tokens)),
         "prompt lookup": f"by {manifest.lookup} tokens" if manifest.lookup else "no",
@@ -71,8 +80,6 @@ def facts(manifest: Manifest) -> dict[str, Any]:
         "prefill buckets": ", ".join(map(str, shapes.prefill)),
         "cache buckets": ", ".join(map(str, shapes.kv)),
         "graphs": len(manifest.graphs),
-        "size": f"{manifest.size_bytes / (1 << 20):,.1f} MiB",
-        "toolchain": ", ".join(f"{key} {value}" for key, value in manifest.toolchain.items()),
         "recipe": f"sha256 {manifest.recipe_digest}",
     }
 
@@ -82,8 +89,8 @@ def _cache_facts(manifest: CacheManifest) -> dict[str, Any]:
     return {
         "kind": "compile cache of vLLM's Neuron plugin, checked for completeness, never run here",
         "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
-        "filled by": " ".join(["vllm", "serve", *map(str, told.get("serve", ()))]),
-        "compiler flags": "; ".join(map(str, told.get("flags", ()))),
+        "filled by": " ".join(["vllm", "serve", *told.serve]),
+        "compiler flags": "; ".join(told.flags),
         "size": f"{manifest.size_bytes / (1 << 20):,.1f} MiB",
         "versions": ", ".join(f"{key} {value}" for key, value in manifest.toolchain.items()),
     }

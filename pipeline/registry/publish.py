@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.artifact.diff import diff
-from pipeline.artifact.manifest import CACHE_KIND, MANIFEST, SIGNATURE, Manifest, verify
+from pipeline.artifact.manifest import CACHE_KIND, MANIFEST, SIGNATURE, Manifest
+from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, GateError, InputError, TandemError
 from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.recipe.schema import load
@@ -168,7 +169,7 @@ def _release(made: Bundle, place: Place, there: Document | None, missing: Sequen
 
 
 def _check_gates(manifest: Manifest, root: Path, unvalidated: bool) -> None:
-    if (maker := UNGATED.get(str(manifest.backend.get("name")))) is not None:
+    if (maker := UNGATED.get(manifest.kind)) is not None:
         if not unvalidated:
             what = f"{manifest.name} was compiled by {maker}, and has no gates here"
             raise GateError(what, where=str(root), fix="check it on its chip, then publish it with --unvalidated")

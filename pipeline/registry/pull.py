@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.host import host_facts
-from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, check_replaceable
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest
 from pipeline.artifact.provenance import PROVENANCE
+from pipeline.artifact.verify import check_replaceable
 from pipeline.cache.local import default_root
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import atomic_dir, link_or_copy, write_atomic

@@ -27,8 +27,8 @@ from pipeline.artifact.manifest import (
     content_digest,
     dump,
     parse,
-    satisfies,
 )
+from pipeline.artifact.verify import satisfies
 from pipeline.errors import ArtifactError, InputError
 from pipeline.records import Record
 
@@ -135,7 +135,7 @@ def _variant_entry(artifact: Artifact) -> VariantEntry:
     entry = FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
     found = artifact.manifest
     content = content_digest(found)
-    return VariantEntry(manifest=entry, content=content, requires=found.requires, tensor=found.tensor)
+    return VariantEntry(manifest=entry, content=content, requires=found.requires, tensor=found.ranks)
 
 
 def variant_name(manifest: Manifest) -> str:
@@ -144,7 +144,7 @@ def variant_name(manifest: Manifest) -> str:
     chip = requires.get("chip") or requires.get("device", "any")
     fine = [requires[key] for key in ("isa", "compute_capability") if key in requires]
     lnc = [f"lnc{requires['lnc']}"] if "lnc" in requires else []
-    return "-".join([chip, *fine, *lnc, f"tp{manifest.tensor}"]).lower()
+    return "-".join([chip, *fine, *lnc, f"tp{manifest.ranks}"]).lower()
 
 
 def digest_of(document: Document) -> str:
@@ -218,7 +218,7 @@ def choose(index: Index, host: Mapping[str, str], wanted: str | None, where: str
 
 
 def _rank(entry: VariantEntry) -> tuple[int, int, str]:
-    from pipeline.artifact.manifest import ISA_ORDER
+    from pipeline.artifact.verify import ISA_ORDER
 
     isa = entry.requires.get("isa", "")
     known = ISA_ORDER.index(isa) if isa in ISA_ORDER else -1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact.diff import diff
-from pipeline.artifact.manifest import FileEntry, Manifest, parse, read
+from pipeline.artifact.manifest import FileEntry, Manifest, PairManifest, parse, read
 from pipeline.errors import ArtifactError, InputError
 from pipeline.registry.release import Document, all_files, choose, parse_document
 from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Move, Removed, Store, open_store
@@ -254,13 +254,18 @@ def manifest_of(reference: str, variant: str | None = None) -> Manifest:
 
 def compare(first: Manifest, second: Manifest) -> dict[str, Any]:
     """What differs between two releases: graphs by name and key, fields (shapes, toolchain, gates), files."""
-    a, b = ({graph.name: graph.key for graph in one.graphs} for one in (first, second))
+    a, b = (_keys(one) for one in (first, second))
     graphs = {
         "added": sorted(b.keys() - a.keys()),
         "removed": sorted(a.keys() - b.keys()),
         "recompiled": sorted(name for name in a.keys() & b.keys() if a[name] != b[name]),
     }
     return {"graphs": graphs, **diff(first, second)}
+
+
+def _keys(manifest: Manifest) -> dict[str, str]:
+    """Cache keys of a pair's graphs, by name."""
+    return {graph.name: graph.key for graph in manifest.graphs} if isinstance(manifest, PairManifest) else {}
 
 
 def this_move(version: str) -> Move:

@@ -10,26 +10,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from pipeline.artifact.manifest import Manifest
+from pipeline.artifact.manifest import PairManifest
+from pipeline.backends.base import Ranks
 from pipeline.errors import InputError
+from pipeline.graphs.arguments import (
+    Choice,
+    Draw,
+    PromptRow,
+    ScoreRow,
+    StepRow,
+    prefill_arguments,
+    score_arguments,
+    step_arguments,
+)
 from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
-from pipeline.runtime.lookup import Lookup, argument
-from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.lookup import Lookup
 
 TOP_K = 2**31 - 1
 """The largest `top_k`: graphs take it as int32."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a row's tokens are chosen: greedily at temperature 0; `top_k` 0 and `top_p` 1 keep every candidate."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
 
 
 @dataclass
@@ -60,7 +60,7 @@ Rows = Mapping[int, Row]
 """Rows by their slot in the caches."""
 
 
-def check_choice(manifest: Manifest, choice: Choice) -> None:
+def check_choice(manifest: PairManifest, choice: Choice) -> None:
     """Refuse sampling that was not built, or settings out of range.
 
     Raises:
@@ -85,7 +85,7 @@ def check_choice(manifest: Manifest, choice: Choice) -> None:
             raise InputError(f"found {getattr(choice, name)}", where=name, fix=f"use {range_}")
 
 
-def check_prompt(manifest: Manifest, tokens: Sequence[int], where: str) -> None:
+def check_prompt(manifest: PairManifest, tokens: Sequence[int], where: str) -> None:
     """Refuse prompts that no prefill bucket takes, and ids that the target lacks.
 
     Raises:
@@ -110,10 +110,10 @@ def check_prompt(manifest: Manifest, tokens: Sequence[int], where: str) -> None:
 class Batch:
     """The slots of an artifact. Every method takes the rows that take part; new tokens are the caller's to append."""
 
-    def __init__(self, manifest: Manifest, ranks: Ranks) -> None:
+    def __init__(self, manifest: PairManifest, ranks: Ranks) -> None:
         self.manifest = manifest
         self.ranks = ranks
-        self.graphs = [g.spec() for g in manifest.graphs]
+        self.graphs = [entry.spec for entry in manifest.graphs]
         self.slots = manifest.shapes.batch[-1]
         self.length = manifest.shapes.kv[-1] - 1
         counted = ("prefills", "speculative_steps", "decode_steps", "tokens", "catch_ups", "copies")
@@ -141,8 +141,7 @@ class Batch:
             elif spec.phase == "prefill":
                 self._prefill(spec, {})
             else:
-                sampling = _sampling(spec, {}, 2 * spec.draft_tokens + 1)
-                self.ranks.run(spec, _where(spec, {}) | argument(spec, {}) | sampling)
+                self.ranks.run(spec, step_arguments(spec, {}))
         return len(used)
 
     def close(self) -> None:
@@ -161,10 +160,10 @@ class Batch:
     def decode(self, rows: Rows) -> dict[int, list[int]]:
         """One token per row from the target alone."""
         spec = self._graph("decode", rows, _deepest(rows) + 1, 0)
-        out = self.ranks.run(spec, _where(spec, rows) | _sampling(spec, rows, 1))["token"]
+        out = self.ranks.run(spec, step_arguments(spec, _step_rows(spec, rows)))["token"]
         self.stats["decode_steps"] += 1
         for row in rows.values():
-            if self.manifest.method == "eagle3":  # its head follows every step of the target
+            if self.manifest.draft_kind.reads_target_states:  # it follows every step of the target
                 row.in_draft = row.position + 1
         return {slot: [int(out[slot])] for slot in rows}
 
@@ -181,8 +180,7 @@ class Batch:
         self._catch_up(rows)
         spec = self._graph("speculate", rows, _deepest(rows) + steps + 1, steps)
         copies = {slot: self._copies(row, steps) for slot, row in rows.items()}
-        arguments = _where(spec, rows) | argument(spec, copies) | _sampling(spec, rows, 2 * steps + 1)
-        out = self.ranks.run(spec, arguments)
+        out = self.ranks.run(spec, step_arguments(spec, _step_rows(spec, rows, copies)))
         self.stats["speculative_steps"] += 1
         self.stats["copies"] += sum(map(bool, copies.values()))
         tokens, counts = out["tokens"].tolist(), out["count"].tolist()
@@ -200,16 +198,10 @@ class Batch:
         return [] if size is None else row.lookup.find(row.tokens, size, most)
 
     def _prefill(self, spec: GraphSpec, rows: Rows) -> dict[int, int]:
-        tokens = torch.zeros(spec.batch, spec.tokens, dtype=torch.int32)
-        lengths = torch.zeros(spec.batch, dtype=torch.int32)
-        spare = [slot for slot in range(self.slots) if slot not in rows]
-        slots = torch.tensor((list(rows) + spare)[: spec.batch], dtype=torch.int32)
-        for place, row in enumerate(rows.values()):
-            tokens[place, : row.prompt] = torch.tensor(row.tokens, dtype=torch.int32)
-            lengths[place] = row.in_draft = row.prompt
-        arguments = {"tokens": tokens, "lengths": lengths, "slots": slots}
-        order = dict(enumerate(rows.values()))
-        out = self.ranks.run(spec, arguments | _sampling(spec, order, 1))["token"]
+        prompts = [PromptRow(row.tokens[: row.prompt], slot, _draw(spec, row)) for slot, row in rows.items()]
+        for row in rows.values():
+            row.in_draft = row.prompt
+        out = self.ranks.run(spec, prefill_arguments(spec, prompts, self.slots))["token"]
         self.stats["prefills"] += len(rows) > 0
         return {slot: int(out[place]) for place, slot in enumerate(rows)}
 
@@ -226,14 +218,12 @@ class Batch:
 
     def _score(self, spec: GraphSpec, rows: Rows) -> None:
         """Show the draft the next piece of what it lacks."""
-        tokens = torch.zeros(spec.batch, spec.tokens, dtype=torch.int32)
-        position = torch.full((spec.batch,), self.length, dtype=torch.int32)
+        pieces = {}
         for slot, row in rows.items():
             piece = row.tokens[row.in_draft : row.position][: spec.tokens]
-            tokens[slot, : len(piece)] = torch.tensor(piece, dtype=torch.int32)
-            position[slot] = row.in_draft
+            pieces[slot] = ScoreRow(piece, row.in_draft)
             row.in_draft += len(piece)
-        self.ranks.run(spec, {"tokens": tokens, "position": position})
+        self.ranks.run(spec, score_arguments(spec, pieces, self.length))
 
     def _graph(self, phase: str, rows: Rows, length: int, steps: int) -> GraphSpec:
         """The smallest bucket that holds the rows' slots and `length` positions."""
@@ -265,23 +255,17 @@ def _how(rows: Rows) -> str:
     return "stochastic" if any(row.choice.temperature > 0 for row in rows.values()) else "greedy"
 
 
-def _where(spec: GraphSpec, rows: Rows) -> dict[str, Tensor]:
-    last = torch.zeros(spec.batch, dtype=torch.int32)
-    position = torch.zeros(spec.batch, dtype=torch.int32)
-    active = torch.zeros(spec.batch, dtype=torch.bool)
-    for slot, row in rows.items():
-        last[slot], position[slot], active[slot] = row.tokens[-1], row.position, True
-    return {"last_token": last, "position": position, "active": active}
+def _step_rows(spec: GraphSpec, rows: Rows, copies: Mapping[int, Sequence[int]] | None = None) -> dict[int, StepRow]:
+    """Rows as a step takes them; `copies` are tokens that prompt lookup proposes."""
+    copied = copies or {}
+    return {
+        slot: StepRow(row.tokens[-1], row.position, _draw(spec, row), copied.get(slot, ()))
+        for slot, row in rows.items()
+    }
 
 
-def _sampling(spec: GraphSpec, rows: Rows, draws: int) -> dict[str, Tensor]:
-    """Arguments of a stochastic graph; none for a greedy one."""
+def _draw(spec: GraphSpec, row: Row) -> Draw:
+    """How a row samples; a greedy graph takes no random numbers of it."""
     if spec.sampling == "greedy":
-        return {}
-    temperature, top_p = torch.zeros(spec.batch), torch.ones(spec.batch)
-    top_k = torch.zeros(spec.batch, dtype=torch.int32)
-    uniforms = torch.zeros(spec.batch, draws)
-    for slot, row in rows.items():
-        temperature[slot], top_k[slot], top_p[slot] = row.choice.temperature, row.choice.top_k, row.choice.top_p
-        uniforms[slot] = torch.rand(draws, generator=row.generator)
-    return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "uniforms": uniforms}
+        return Draw(row.choice)
+    return Draw(row.choice, torch.rand(spec.draws, generator=row.generator))

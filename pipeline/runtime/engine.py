@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.artifact.manifest import Manifest
+from pipeline.artifact.manifest import PairManifest
+from pipeline.backends.base import Ranks
 from pipeline.errors import InputError
-from pipeline.runtime.batch import Batch, Choice, Row, check_choice, check_prompt
+from pipeline.graphs.arguments import Choice
+from pipeline.runtime.batch import Batch, Row, check_choice, check_prompt
 from pipeline.runtime.draft_length import DraftLengthPolicies
-from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.text import Text
 
 SEEDS = 1 << 32
@@ -63,7 +64,7 @@ OnTokens = Callable[[int, list[int]], None]
 class Engine:
     """A loaded artifact. Not thread-safe: one `generate` at a time."""
 
-    def __init__(self, manifest: Manifest, ranks: Ranks, text: Text) -> None:
+    def __init__(self, manifest: PairManifest, ranks: Ranks, text: Text) -> None:
         self.manifest = manifest
         self.ranks = ranks
         self.text = text

@@ -6,12 +6,7 @@ et al. 2024, SuffixDecoding, which lets a draft model guess where nothing is fou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
-
-from pipeline.graphs.spec import GraphSpec
+from collections.abc import Sequence
 
 
 class Lookup:
@@ -31,10 +26,3 @@ class Lookup:
         self._known = len(tokens)
         found = self._ends.get(tuple(tokens[-size:]))
         return [] if found is None else list(tokens[found : found + most])
-
-
-def argument(spec: GraphSpec, copies: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
-    """What a `speculate` graph is told of copies, by row: int32 [B, K], -1 where the draft guesses."""
-    nothing = [-1] * spec.draft_tokens
-    copied = [[*copies.get(row, ()), *nothing][: spec.draft_tokens] for row in range(spec.batch)]
-    return {"copied": torch.tensor(copied, dtype=torch.int32)}

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.runtime.batch import Batch, Choice, Row
+from pipeline.graphs.arguments import Choice
+from pipeline.runtime.batch import Batch, Row
 from pipeline.runtime.draft_length import DraftLengthPolicies
 
 

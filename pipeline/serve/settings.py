@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from pipeline.artifact.manifest import Manifest
+from pipeline.artifact.manifest import PairManifest
 from pipeline.artifact.signing import read_policy
 from pipeline.errors import ArtifactError, InputError
 from pipeline.records import Record
@@ -46,18 +46,18 @@ def options(additional_config: object) -> ServeOptions:
         raise InputError(f"{first['msg']} (found {first['input']!r})", where=where, fix=f"options: {known}") from error
 
 
-def most_tokens(manifest: Manifest) -> int:
+def most_tokens(manifest: PairManifest) -> int:
     """Return the longest prompt and answer together: the last token is not read, so it needs no cache position."""
     return manifest.shapes.kv[-1]
 
 
-def blocks(manifest: Manifest) -> int:
+def blocks(manifest: PairManifest) -> int:
     """Return the number of blocks that all slots can fill, drafts at the end included, and vLLM's own block."""
     per_slot = -(-(most_tokens(manifest) + 2 * max(manifest.draft_tokens) + 1) // BLOCK)
     return manifest.shapes.batch[-1] * per_slot + 1
 
 
-def of_vllm(root: Path, manifest: Manifest) -> dict[str, Any]:
+def of_vllm(root: Path, manifest: PairManifest) -> dict[str, Any]:
     """Return values of vLLM's arguments, by their names in the engine's arguments."""
     return {
         "tokenizer": str(root / "tokenizer"),
@@ -70,7 +70,7 @@ def of_vllm(root: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 @cache
-def checked(root: Path) -> Manifest:
+def checked(root: Path) -> PairManifest:
     """Return the manifest of an artifact after verifying every file, its gates, and that it runs on this host.
 
     The policy file in `TANDEM_POLICY` decides about signatures. Verifies once per process: vLLM calls this repeatedly.

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from pipeline.runtime.batch import Choice
+from pipeline.graphs.arguments import Choice
 from pipeline.runtime.open import open_batch
 from pipeline.serve.requests import RequestSlots, ServedRequest, served_request
 from pipeline.serve.settings import BLOCK, blocks, options

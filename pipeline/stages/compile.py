@@ -1,32 +1,32 @@
-"""Plan -> compiled graphs in the cache: trace, key, and compile what the cache lacks, in worker processes.
+"""The compile stage: trace, key, and compile what the cache lacks, in worker processes.
 
 The unit of work, `compile_graph`, runs anywhere that has the toolchain and the cache; an executor decides where.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as memoize
 from pathlib import Path
-from typing import Any
 
-from pipeline.backends.base import Backend, Traced, cache_key, make_backend
+from pipeline.backends.base import Backend, Traced, cache_key, make_backend, package_of
 from pipeline.cache.local import Cache
 from pipeline.cache.remote import Remote
 from pipeline.errors import HostError, TandemError
 from pipeline.executors.local import LocalExecutor
 from pipeline.graphs.spec import GraphSpec, PairSpec
+from pipeline.plan.plan import Plan
+from pipeline.progress import Log, Progress
+from pipeline.recipe.schema import BackendSettings
+from pipeline.stages.workers import output_to, worker_count
 
 SHAPING = ("models", "speculation", "graphs", "backends/base.py")
-"""Parts of this package that decide what a graph computes, beside its own backend."""
+"""Parts of this package that decide what a graph computes, whole rooms, beside the package of its backend."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Job:
 
     spec: GraphSpec
     pair: PairSpec
-    backend: dict[str, Any]
-    cache: str
-    log_file: str
+    backend: BackendSettings
+    cache: Path
+    log_file: Path
     remote: Remote | None = None
 
 
@@ -52,69 +52,65 @@ class Compiled:
     notes: tuple[str, ...] = ()
 
 
-def cached(job: Job) -> Compiled | None:
-    """A graph that the local cache has, found by its memo, without tracing; None if it has to be traced."""
-    key = _known(Cache(Path(job.cache)), _memo_key(job, make_backend(job.backend)))
-    return None if key is None else Compiled(job.spec, key, hit=True, seconds=0.0)
+@dataclass(frozen=True)
+class CompileSettings:
+    """Where graphs are kept and shared, and how many workers compile (None: as many as fit)."""
+
+    cache: Path
+    workers: int | None = None
+    remote: Remote | None = None
 
 
-def compile_graph(job: Job) -> Compiled:
-    """Trace, look up, compile on a miss. Concurrent calls for one key compile once.
+def compile_plan(plan: Plan, settings: CompileSettings, log: Log, progress: Progress) -> list[Compiled]:
+    """Compile every graph of a plan that the cache lacks, logging each as it ends and what remains.
 
-    A memo from (graph, package source, toolchain) to the key spares the tracing when nothing that shapes the graph
-    has changed.
+    Raises:
+        HostError: the first failure, with the graph and its log. Graphs already compiled stay in the cache.
+
     """
-    started = time.monotonic()
-    store = Cache(Path(job.cache))
-    backend = make_backend(job.backend)
-    memo = _memo_key(job, backend)
-    notes: list[str] = []
-    key, hit = _known(store, memo), True
-    if key is None:
-        with store.lock(memo), _logged(Path(job.log_file)):
-            key = _known(store, memo)  # another build may have compiled it while this one waited
-            if key is None:
-                key, hit = _trace_and_compile(job, backend, store, notes)
-                store.put(memo, key.encode())
-    return Compiled(job.spec, key, hit, time.monotonic() - started, tuple(notes))
+    logs = settings.cache / "logs" / plan.recipe.name
+    jobs = [
+        Job(spec, plan.pair, plan.recipe.backend, settings.cache, logs / f"{spec.name}.log", settings.remote)
+        for spec in plan.graphs
+    ]
+    results = {hit.spec.name: hit for job in jobs if (hit := cached(job))}
+    missing = [job for job in jobs if job.spec.name not in results]
+    tally = _Tally(plan, [job.spec for job in missing], settings.workers)
+    what = f"{len(missing)} of {len(jobs)} graphs, {tally.workers} at a time, {tally.remaining()}; logs in {logs}"
+    log(f"compile: {what}" if missing else f"compile: all {len(jobs)} graphs are cached")
+
+    def ended(result: Compiled) -> None:
+        results[result.spec.name] = result
+        tally.left.pop(result.spec.name, None)
+        progress("compile", len(jobs) - len(tally.left), len(jobs))
+        log(tally.line(result))
+        for note in result.notes:
+            log(f"    {note}")
+
+    for result in list(results.values()):
+        ended(result)
+    if missing:
+        compile_all(missing, tally.workers, ended)
+    return [results[spec.name] for spec in plan.graphs]
 
 
-def _known(store: Cache, memo: str) -> str | None:
-    """The key that a memo names, if the graph is there, whole."""
-    noted = store.get(memo)
-    if noted is None:
-        return None
-    key = noted.read_text()
-    return key if store.get(key) is not None else None
+class _Tally:
+    """What is left to compile, and how long that takes about."""
 
+    def __init__(self, plan: Plan, missing: Sequence[GraphSpec], workers: int | None) -> None:
+        self.left = {spec.name: plan.compile_seconds(spec) for spec in missing}
+        memory_bytes = max((plan.compile_memory(spec) for spec in missing), default=0)
+        self.workers = workers or worker_count(memory_bytes, max(len(missing), 1))
 
-def _trace_and_compile(job: Job, backend: Backend, store: Cache, notes: list[str]) -> tuple[str, bool]:
-    """The shared cache is asked after the local one, and given what was compiled."""
-    traced = backend.trace(job.spec, job.pair)
-    key = cache_key(traced, backend.toolchain(), backend.flags())
-    toolchain = backend.toolchain().as_dict()
-    remote = job.remote.open(notes.append) if job.remote else None
-    with store.lock(key):
-        if store.get(key) is not None or (remote and remote.fetch(key, toolchain, store)):
-            return key, True
-        with tempfile.TemporaryDirectory(prefix="tandem-compile-") as work:
-            made = store.put(key, _compile(job, backend, traced, Path(work)), toolchain)
-        if remote:
-            remote.push(key, made, toolchain)
-    return key, False
+    def remaining(self) -> str:
+        """Estimate of the time that remains."""
+        return f"about {sum(self.left.values()) / self.workers:.0f} s"
 
-
-def _compile(job: Job, backend: Backend, traced: Traced, work: Path) -> bytes:
-    try:
-        return backend.compile(traced, work)
-    except TandemError:
-        raise
-    except Exception as error:
-        raise HostError(
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
-            where=f"compile {job.spec.name}",
-            fix=f"the compiler's output is in {job.log_file}",
-        ) from error
+    def line(self, result: Compiled) -> str:
+        """One line for a graph that ended."""
+        how = "cached" if result.hit else f"{result.seconds:.0f} s"
+        left = f", {len(self.left)} left, {self.remaining()}" if self.left else ""
+        return f"  {result.spec.name}: {how}{left}"
 
 
 def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], None]) -> list[Compiled]:
@@ -127,30 +123,68 @@ def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], No
     return LocalExecutor(workers).run(compile_graph, jobs, done)
 
 
-def worker_count(graph_memory_bytes: int, graphs: int) -> int:
-    """As many workers as cores and free memory allow."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), free // max(graph_memory_bytes, 1), graphs))
+def cached(job: Job) -> Compiled | None:
+    """A graph that the local cache has, by its memo, without tracing; None if it has to be traced."""
+    key = _known(job, _memo_key(job, make_backend(job.backend)))
+    return None if key is None else Compiled(job.spec, key, hit=True, seconds=0.0)
 
 
-@contextlib.contextmanager
-def _logged(log_file: Path) -> Iterator[None]:
-    """Send this process's output to `log_file`, native code included."""
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with log_file.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for target, copy in enumerate(saved, start=1):
-                os.dup2(copy, target)
-                os.close(copy)
+def compile_graph(job: Job) -> Compiled:
+    """Trace, look up, compile on a miss. Concurrent calls for one key compile once.
+
+    A memo from (graph, package source, toolchain) to the key spares the tracing when nothing that shapes the graph
+    has changed.
+    """
+    started = time.monotonic()
+    memos = Cache(job.cache, "memos")
+    backend = make_backend(job.backend)
+    memo = _memo_key(job, backend)
+    notes: list[str] = []
+    key, hit = _known(job, memo), True
+    if key is None:
+        with memos.lock(memo), output_to(job.log_file):
+            key = _known(job, memo)  # another build may have compiled it while this one waited
+            if key is None:
+                key, hit = _trace_and_compile(job, backend, notes)
+                memos.put(memo, key.encode())
+    return Compiled(job.spec, key, hit, time.monotonic() - started, tuple(notes))
+
+
+def _known(job: Job, memo: str) -> str | None:
+    """The key that a memo names, if the graph is there, whole."""
+    noted = Cache(job.cache, "memos").get(memo)
+    if noted is None:
+        return None
+    key = noted.read_text(encoding="ascii")
+    return key if Cache(job.cache, "graphs").get(key) is not None else None
+
+
+def _trace_and_compile(job: Job, backend: Backend, notes: list[str]) -> tuple[str, bool]:
+    """The shared cache is asked after the local one, and given what was compiled."""
+    graphs = Cache(job.cache, "graphs")
+    traced = backend.trace(job.spec, job.pair)
+    key = cache_key(traced, backend.toolchain(), backend.flags())
+    toolchain = backend.toolchain().as_dict()
+    remote = job.remote.open(notes.append) if job.remote else None
+    with graphs.lock(key):
+        if graphs.get(key) is not None or (remote and remote.fetch(key, toolchain, graphs)):
+            return key, True
+        with tempfile.TemporaryDirectory(prefix="tandem-compile-") as work:
+            stored = graphs.put(key, _compile(job, backend, traced, Path(work)), toolchain)
+        if remote:
+            remote.push(key, stored, toolchain)
+    return key, False
+
+
+def _compile(job: Job, backend: Backend, traced: Traced, work: Path) -> bytes:
+    try:
+        return backend.compile(traced, work)
+    except TandemError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines() or ["the compiler failed without a message"]
+        fix = f"the compiler's output is in {job.log_file}"
+        raise HostError(first[0], where=f"compile {job.spec.name}", fix=fix) from error
 
 
 def _memo_key(job: Job, backend: Backend) -> str:
@@ -159,18 +193,24 @@ def _memo_key(job: Job, backend: Backend) -> str:
         "pair": asdict(job.pair),
         "toolchain": backend.toolchain().as_dict(),
         "flags": backend.flags(),
-        "source": source_digest(job.backend["name"]),
+        "source": source_digest(package_of(job.backend)),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def shaping_files(backend_package: str) -> list[Path]:
+    """Every file of this package that shapes the graphs of a backend, by its package (`pipeline.backends.inductor`)."""
+    root = Path(__file__).parents[1]
+    parts = (*SHAPING, backend_package.removeprefix("pipeline.").replace(".", "/"))
+    paths = [root / part for part in parts]
+    return [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+
+
 @memoize
-def source_digest(backend: str) -> str:
+def source_digest(backend_package: str) -> str:
     """sha256 over the parts of this package that shape a backend's graphs."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for part in (*SHAPING, f"backends/{backend}"):
-        path = root / part
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    for file in shaping_files(backend_package):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

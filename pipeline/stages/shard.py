@@ -1,348 +1,92 @@
-"""Write each rank's weights: stream both checkpoints through a small window into one safetensors file a rank and model.
-
-Decides nothing about placement (the weight table and the plan do) and keeps no tensor. Besides headers it holds `SLOTS`
-windows of `WINDOW_BYTES` (at least one block of 32 rows), as read and as stored: 8 x (4 + 8) MiB when bfloat16 becomes
-float32, whatever the model's size.
-
-    read (thread) -> convert, cut and pack (here, torch) -> write (thread) and hash (threads)
-"""
+"""The shard stage: weight shards of an earlier build with the same weights and layout, or new ones. Knows no graph."""
 
 from __future__ import annotations
 
-import math
+import contextlib
+import hashlib
+import json
+import os
 import shutil
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO
 
-import torch
-from torch import Tensor
+from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import HostError, InputError, SourceError
-from pipeline.files.atomic import atomic_file, link_or_copy
-from pipeline.graphs.dtypes import DTYPES, SAFETENSORS
-from pipeline.graphs.packing import SCALE_BYTES, Packing
-from pipeline.graphs.signature import stored_weights
-from pipeline.graphs.spec import ModelsSpec, Role
-from pipeline.models.config import ModelConfig
-from pipeline.models.int8 import quantise
-from pipeline.models.weights import (
-    BLOCK,
-    EMBEDDING,
-    OFFSET,
-    WeightSpec,
-    kv_head_of,
-    local_shape,
-    padded_vocab,
-    up_to,
-    vocab_offset,
-)
-from pipeline.progress import ByteProgress
+from pipeline.artifact.manifest import FileEntry
+from pipeline.artifact.verify import differences
+from pipeline.files.atomic import atomic_dir
+from pipeline.graphs.packing import Packing
+from pipeline.graphs.spec import ModelsSpec
+from pipeline.progress import Log, Progress
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.tensors import Layout, TensorRef, layout
-from pipeline.sources.weights import weights
-from pipeline.stages.streams import Reader, Sink
+from pipeline.stages.shard_files import ShardFile, write_shards
+from pipeline.stages.stamp import build_lock
 
-WINDOW_BYTES = 4 << 20
-SLOTS = 8
-LARGE_BYTES = 1 << 30
-"""Shards from this size on pass by the page cache; smaller ones stay in it, since validation is about to read them."""
+LISTING = "shards.json"
+RECORDS = TypeAdapter(list[ShardFile])
 
 
 @dataclass(frozen=True)
-class ShardFile:
-    """One rank's weights of one model; `sha256` was computed while the file was written."""
+class Shards:
+    """Shard files, by paths below `root`."""
 
-    path: Path
-    sha256: str
-    size: int
-    rank: int
-    model: Role
+    root: Path
+    files: tuple[ShardFile, ...]
 
 
-@dataclass(frozen=True)
-class _Meter:
-    """Reports one model's bytes as part of the whole."""
-
-    report: ByteProgress | None
-    before: int
-    total: int
-
-    def __call__(self, written: int) -> None:
-        if self.report is not None:
-            self.report(self.before + written, self.total)
-
-
-@dataclass(frozen=True)
-class ColumnRange:
-    """Columns [first, last) of a window, and the ranks that store them."""
-
-    first: int
-    last: int
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Window:
-    """Some rows of one tensor, read once: `real` rows from `source`, then zeros up to `rows`."""
-
-    source: TensorRef
-    spec: WeightSpec
-    dtype: str
-    rows: int
-    real: int
-    parts: tuple[ColumnRange, ...]
-
-    @property
-    def width(self) -> int:
-        """Elements in a row: 1 in a 1-D tensor."""
-        return math.prod(self.spec.shape[1:])
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of the window as read."""
-        return self.rows * self.width * SAFETENSORS[self.source.dtype].size_bytes
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that hold the window as stored, once for each part."""
-        blocks = up_to(self.rows, BLOCK) // BLOCK
-        scales = SCALE_BYTES * len(self.parts) if self.dtype == "I8" else 0
-        return blocks * (BLOCK * self.width * SAFETENSORS[self.dtype].size_bytes + scales)
-
-
-def shard_path(out: Path, role: Role, rank: int, ranks: int) -> Path:
-    """Where a rank's weights lie in an artifact."""
-    return out / "weights" / role / f"rank-{rank}-of-{ranks}.safetensors"
-
-
-def write_shards(
-    models: ModelsSpec,
-    target: Checkpoint,
-    draft: Checkpoint,
-    out: Path,
-    *,
-    packing: Packing,
-    progress: ByteProgress | None = None,
-) -> list[ShardFile]:
-    """Write `weights/{target,draft}/rank-<r>-of-<n>.safetensors` under `out`, each atomically.
+def shard(
+    models: ModelsSpec, pair: tuple[Checkpoint, Checkpoint], packing: Packing, cache: Path, log: Log, progress: Progress
+) -> Shards:  # fmt: skip
+    """Write the shards of both models into the cache, or take those that are there, if still whole.
 
     Raises:
         SourceError: a checkpoint that cannot be read to its end, or a value that the dtype cannot hold.
         HostError: not enough space.
 
-    """  # fmt: skip
-    if models.draft.draft_vocab is not None and not models.draft_replicated and models.tp > 1:
-        what = "a draft with a reduced vocabulary cannot be split: its head and embedding would need two offsets"
-        raise InputError(what, where="draft.placement", fix="write placement: replicated")
-    jobs = [_job("target", models, target, target, packing), _job("draft", models, draft, target, packing)]
-    total = sum(job.layout.size * job.copies for job in jobs)
-    _check_space(out, sum(job.layout.size * len(job.ranks) for job in jobs))
-    done, files = 0, []
-    with _one_thread():
-        for job in jobs:
-            files += _write(job, out, _Meter(progress, done, total))
-            done += job.layout.size * job.copies
-    return files
+    """
+    root = cache / "shards" / shard_key(models, pair, packing)
+    with build_lock(root.with_suffix(".lock"), log, "a build that writes the same shards"):
+        cached = _cached(root, log)
+        if cached is not None:
+            return Shards(root, tuple(cached))
+        log(f"shard: weights for {models.tp} rank(s)")
+        with atomic_dir(root) as folder:
+            written = write_shards(
+                models, *pair, folder, packing=packing, progress=lambda done, total: progress("shard", done, total)
+            )
+            files = [replace(file, path=file.path.relative_to(folder)) for file in written]
+            (folder / LISTING).write_bytes(RECORDS.dump_json(files))
+    return Shards(root, tuple(files))
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch copies with one thread: the others would spin while this pipeline reads, hashes and writes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def shard_key(models: ModelsSpec, pair: tuple[Checkpoint, Checkpoint], packing: Packing) -> str:
+    """Name of the shards: what their bytes follow from, and nothing about graphs."""
+    facts: Mapping[str, object] = {
+        "models": asdict(models),
+        "packing": packing.name,
+        "revisions": [[checkpoint.revision, checkpoint.layers] for checkpoint in pair],
+        "files": [sorted((name, digest.sha256) for name, digest in checkpoint.files.items()) for checkpoint in pair],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _cached(root: Path, log: Log) -> list[ShardFile] | None:
+    """Shards of an earlier build, read through and compared with their digests; None if they must be written."""
+    if not root.exists():
+        return None
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One model's files: the same layout on each rank, cut differently."""
-
-    role: Role
-    models: ModelsSpec
-    layout: Layout
-    tensors: tuple[tuple[WeightSpec, TensorRef], ...]
-    packing: Packing
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.models.config_of(self.role)
-
-    @property
-    def split(self) -> int:
-        """Ranks that the model is split over."""
-        return self.models.tp_of(self.role)
-
-    @property
-    def ranks(self) -> range:
-        return range(self.models.tp)
-
-    @property
-    def copies(self) -> int:
-        """Files that are written; the files of a replicated model are one file, linked."""
-        return self.split
-
-    @property
-    def windows(self) -> Iterator[Window]:
-        """Every window, in the order in which the files are written."""
-        for spec, source in self.tensors:
-            stored = DTYPES[self.models.stored_dtype(self.role, spec.kind)].short
-            yield from windows(spec, source, stored, self.config, self.split)
-
-    def offset(self, rank: int) -> bytes:
-        """`rank.vocab_offset`: the first vocabulary id of a rank's slice."""
-        rows = padded_vocab(self.config.vocab, self.split) // self.split
-        return vocab_offset(rows, rank if self.split > 1 else 0).to_bytes(4, "little")
-
-
-def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpoint, packing: Packing) -> _Job:
-    """Find every tensor and lay out the files. Index tensors and the offset go last, so that weights stay aligned."""
-    sources = dict(weights(checkpoint))
-    config, split = models.config_of(role), models.tp_of(role)
-    if config.shares_embedding:
-        sources[EMBEDDING] = weights(target)[EMBEDDING]
-    specs = sorted(stored_weights(models, role), key=lambda spec: spec.kind == "index")
-    entries = []
-    for spec in specs:
-        dtype = models.stored_dtype(role, spec.kind)
-        shape = packing.packed_shape(local_shape(spec, config, split), spec.kind, dtype)
-        entries.append((spec.name, DTYPES[dtype].short, shape))
-    file = layout([*entries, (OFFSET, DTYPES["int32"].short, (1,))], {"format": "pt", "packing": packing.name})
-    return _Job(role, models, file, tuple((spec, sources[spec.name]) for spec in specs), packing)
-
-
-def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig, tp: int) -> Iterator[Window]:
-    """Cut one tensor into windows of whole blocks; each byte is read once, but for KV heads that many ranks need."""
-    row_bytes = math.prod(spec.shape[1:]) * SAFETENSORS[source.dtype].size_bytes
-    step = max(WINDOW_BYTES // row_bytes // BLOCK, 1) * BLOCK
-    for first, last, parts in _spans(spec, config, tp):
-        for start in range(first, last, step):
-            rows = min(step, last - start)
-            real = max(min(rows, spec.shape[0] - start), 0)
-            yield Window(source.rows(start, start + real), spec, dtype, rows, real, parts)
-
-
-def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[tuple[int, int, tuple[ColumnRange, ...]]]:
-    """Row ranges of a tensor, in rank order, and who stores which columns of them; past its end there are zeros."""
-    rows, width = spec.shape[0], math.prod(spec.shape[1:])
-    everyone = tuple(range(tp))
-    if spec.split == "replicate":
-        yield 0, rows, (ColumnRange(0, width, everyone),)
-    elif spec.split == "columns":
-        share = width // tp
-        yield 0, rows, tuple(ColumnRange(rank * share, (rank + 1) * share, (rank,)) for rank in everyone)
-    elif spec.split == "kv_rows":
-        holders: dict[tuple[int, int], list[int]] = {}
-        for rank in everyone:
-            holders.setdefault(kv_head_of(rank, config, tp), []).append(rank)
-        for (first, last), ranks in holders.items():
-            yield first * config.head_dim, last * config.head_dim, (ColumnRange(0, width, tuple(ranks)),)
-    else:
-        share = (padded_vocab(rows, tp) if spec.split == "vocab" else rows) // tp
-        for rank in everyone:
-            yield rank * share, (rank + 1) * share, (ColumnRange(0, width, (rank,)),)
-
-
-def _write(job: _Job, out: Path, progress: _Meter) -> list[ShardFile]:
-    """Write one model's files, all ranks at once, so that the checkpoint is read once."""
-    paths = [shard_path(out, job.role, rank, len(job.ranks)) for rank in job.ranks]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        files = [stack.enter_context(atomic_file(paths[rank])) for rank in range(job.copies)]
-        digests = _stream(job, files, progress)
-    for path in paths[job.copies :]:
-        path.unlink(missing_ok=True)
-        link_or_copy(paths[0], path)
-    return [
-        ShardFile(path, digests[min(rank, job.copies - 1)], job.layout.size, rank, job.role)
-        for rank, path in enumerate(paths)
-    ]
-
-
-@dataclass
-class _Slot:
-    """Buffers of one window in flight, and the work that still reads them."""
-
-    read: Tensor
-    stored: Tensor
-    using: list[Future[None]] = field(default_factory=list)
-
-    def wait(self) -> None:
-        """Until the buffers are free; raises what went wrong."""
-        for future in self.using:
-            future.result()
-        self.using.clear()
-
-
-def _stream(job: _Job, files: Sequence[IO[bytes]], progress: _Meter) -> list[str]:
-    """Stream all windows into the files; returns their sha256."""
-    sizes = [(w.read_bytes, w.stored_bytes) for w in job.windows]
-    read, stored = (max(size[i] for size in sizes) for i in (0, 1))
-    slots = [_Slot(torch.empty(read, dtype=torch.uint8), torch.empty(stored, dtype=torch.uint8)) for _ in range(SLOTS)]
-    large = job.layout.size * len(files) >= LARGE_BYTES
-    with ExitStack() as stack:
-        reader = Reader(stack, drop_cache=large)
-        sink = Sink(files, stack, direct=large)
-        slots[0].using += sink.put(job.layout.header, range(len(files)))
-        waiting: deque[tuple[Window, _Slot, Future[None]]] = deque()
-        for number, window in enumerate(job.windows):
-            slot = slots[number % SLOTS]
-            slot.wait()
-            buffer = slot.read[: window.read_bytes].numpy().data
-            waiting.append((window, slot, reader.start(window.source, buffer)))
-            if len(waiting) == SLOTS // 2:
-                _emit(*waiting.popleft(), job.packing, sink)
-                progress(sink.written)
-        for item in waiting:
-            _emit(*item, job.packing, sink)
-        for rank in range(len(files)):
-            slots[0].using += sink.put(job.offset(rank), (rank,))
-        for slot in slots:
-            slot.wait()
-        digests = sink.finish()
-    assert sink.written == job.layout.size * len(files)
-    progress(sink.written)
-    return digests
-
-
-def _emit(window: Window, slot: _Slot, read: Future[None], packing: Packing, sink: Sink) -> None:
-    """Convert, cut and pack a window that has been read, and hand it to the files."""
-    read.result()
-    shape = (window.rows, *window.spec.shape[1:])
-    whole = slot.read[: window.read_bytes].view(SAFETENSORS[window.source.dtype].as_torch()).view(shape)
-    start, dtype, scales = 0, SAFETENSORS[window.dtype].as_torch(), None
-    if dtype == torch.int8:  # by whole rows, before ranks take their columns
-        whole, scales = quantise(whole)
-    for part in window.parts:
-        weight = whole if len(shape) == 1 else whole[:, part.first : part.last]
-        packed = packing.packed_shape(tuple(weight.shape), window.spec.kind, SAFETENSORS[window.dtype].name)
-        if packed == weight.shape and weight.dtype == dtype and weight.is_contiguous():
-            slot.using += sink.put(weight.view(torch.uint8).flatten().numpy().data, part.ranks)
-            continue
-        end = start + math.prod(packed) * dtype.itemsize
-        out = slot.stored[start:end].view(dtype).view(packed)
-        packing.pack(weight, window.spec.kind, out, scales)
-        _refuse_overflow(out, window)
-        slot.using += sink.put(slot.stored[start:end].numpy().data, part.ranks)
-        start = end
-
-
-def _refuse_overflow(stored: Tensor, window: Window) -> None:
-    if stored.dtype == torch.float16 and not bool(stored.isfinite().all()):
-        what = f"{window.spec.name} has values that float16 cannot hold"
-        raise SourceError(what, where=str(window.source.file), fix="use dtype: bfloat16 or float32")
-
-
-def _check_space(out: Path, needed: int) -> None:
-    folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        what = f"{needed / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} GB are free"
-        raise HostError(what, where=str(out), fix="free space, or build into a folder on another disk")
+        files = RECORDS.validate_json((root / LISTING).read_bytes())
+        entries = {file.path.as_posix(): FileEntry(sha256=file.sha256, size=file.size) for file in files}
+        faults = differences(root, entries)
+    except ValidationError:
+        faults = [f"{LISTING} is damaged"]
+    except OSError as error:
+        faults = [f"{error.filename}: {error.strerror}"]
+    if not faults:
+        with contextlib.suppress(OSError):  # when it was used last, for `tandem cache gc`
+            os.utime(root / LISTING)
+        return files
+    log(f"shard: cached shards are damaged ({'; '.join(faults)}): written again")
+    shutil.rmtree(root, ignore_errors=True)
+    return None

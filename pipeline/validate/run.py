@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import GateError
 
 if TYPE_CHECKING:
-    from pipeline.artifact.manifest import Manifest
+    from pipeline.artifact.manifest import PairManifest
     from pipeline.runtime.engine import Engine
     from pipeline.sources.checkpoint import Checkpoint
     from pipeline.validate.gates.run import Gates
@@ -26,11 +26,11 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
         GateError: a gate failed; the reports say where, and the artifact cannot be published.
 
     """
+    from pipeline.artifact.reports import add_reports
     from pipeline.backends.base import make_backend
     from pipeline.cache.local import Cache
     from pipeline.recipe.schema import load as load_recipe
     from pipeline.runtime.open import load
-    from pipeline.stages.package import add_reports
     from pipeline.validate.gates.run import Gates
     from pipeline.validate.prompts import load_prompts, prompts_path
     from pipeline.validate.report import page, summaries
@@ -42,7 +42,7 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
     started = time.monotonic()
     engine = load(root)
     try:
-        gates = Gates(engine, recipe, prompts, (target, draft), Cache(cache), log)
+        gates = Gates(engine, recipe, prompts, (target, draft), Cache(cache, "goldens"), log)
         gates.run()
         found = make_report(gates, make_backend(engine.manifest.backend).host())
     finally:
@@ -102,14 +102,14 @@ def make_report(gates: Gates, ran_on: Mapping[str, str] | None = None) -> Report
     )
 
 
-def _tested(manifest: Manifest, gates: Gates) -> dict[str, Any]:
+def _tested(manifest: PairManifest, gates: Gates) -> dict[str, Any]:
     return {
         "prompts": len(gates.prompts),
         "classes": list(dict.fromkeys(p.kind for p in gates.prompts)),
         "graphs": [g.name for g in manifest.graphs],
         "batch": manifest.shapes.batch, "prefill": manifest.shapes.prefill, "kv": manifest.shapes.kv,
         "draft_tokens": manifest.draft_tokens, "sampling": manifest.sampling,
-        "ranks": manifest.tensor, "dtype": manifest.dtype,
+        "ranks": manifest.ranks, "dtype": manifest.dtype,
         "cut_prompts": gates.found.data["cut_prompts"],
     }  # fmt: skip
 
@@ -124,7 +124,7 @@ def _sequence(engine: Engine, sequence: Any) -> dict[str, Any]:
     }
 
 
-def _provenance(manifest: Manifest, gates: Gates) -> dict[str, Any]:
+def _provenance(manifest: PairManifest, gates: Gates) -> dict[str, Any]:
     import transformers
 
     return {

@@ -7,7 +7,6 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.backends.base import Toolchain, Traced
+from pipeline.artifact.manifest import PairManifest
+from pipeline.backends.base import Ranks, Toolchain, Traced
+from pipeline.backends.inductor.ranks import ManyRanks, OneRank
 from pipeline.backends.inductor.scratch import SCRATCH, no_input_checks, scratch, whole_headers
 from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, RankedSeams
-from pipeline.errors import HostError, Problem
+from pipeline.backends.inductor.session import GRAPH_FILE
+from pipeline.errors import Problem
 from pipeline.graphs.module import GraphModule, empty
-from pipeline.graphs.packing import BlockPacking, Packing, PlainPacking
+from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams
+from pipeline.recipe.schema import InductorSettings
 
 KERNELS = ("block_linear_kernel.py", "cached_attention_kernel.py", "vectors.py")
 KERNEL_DIGEST = hashlib.sha256(b"".join(Path(__file__).with_name(k).read_bytes() for k in KERNELS)).hexdigest()[:12]
@@ -40,12 +43,12 @@ VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
 class InductorBackend:
     """AOTInductor for the CPU (default) or CUDA."""
 
-    graph_file = "graph.pt2"
+    graph_file = GRAPH_FILE
 
-    def __init__(self, device: str = "cpu", isa: str = "native") -> None:
-        self.device = device
-        self.isa = isa
-        self.packing: Packing = BlockPacking() if device == "cpu" else PlainPacking()
+    def __init__(self, settings: InductorSettings) -> None:
+        self.device: str = settings.device
+        self.isa: str = settings.isa
+        self.packing: Packing = PACKINGS[settings.packing]
 
     def toolchain(self) -> Toolchain:
         """Versions of torch and the C++ compiler, and the instruction set that `native` means here."""
@@ -81,15 +84,15 @@ class InductorBackend:
 
     def requires(self) -> dict[str, str]:
         """Instruction set of a CPU artifact, compute capability of a GPU one."""
-        if self.device == "cuda":
-            major, minor = torch.cuda.get_device_capability()
-            return {"device": "cuda", "compute_capability": f"{major}.{minor}"}
-        isa = torch.backends.cpu.get_cpu_capability().lower() if self.isa == "native" else self.isa
-        return {"device": "cpu", "machine": platform.machine(), "isa": isa}
+        return self.host() if self.isa == "native" else self.host() | {"isa": self.isa}
 
     def host(self) -> dict[str, str]:
         """What this host has, in the words of `requires`."""
-        return InductorBackend(self.device).requires()
+        if self.device == "cuda":
+            major, minor = torch.cuda.get_device_capability()
+            return {"device": "cuda", "compute_capability": f"{major}.{minor}"}
+        isa = torch.backends.cpu.get_cpu_capability().lower()
+        return {"device": "cpu", "machine": platform.machine(), "isa": isa}
 
     def preflight(self) -> list[Problem]:
         """A C++ compiler on PATH, and a GPU where one is asked for."""
@@ -138,26 +141,9 @@ class InductorBackend:
             )
         return package.read_bytes()
 
-    def load(self, graph: Path) -> LoadedGraph:
-        """Open a package that has been verified."""
-        return LoadedGraph(graph, -1 if self.device == "cpu" else torch.cuda.current_device())
-
-
-class LoadedGraph:
-    """A package opened for execution."""
-
-    def __init__(self, package: Path, device_index: int) -> None:
-        try:
-            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, device_index)
-        except RuntimeError as error:
-            raise HostError(
-                f"cannot load the graph: {error}", where=str(package), fix="run `tandem verify`, then rebuild"
-            ) from error
-
-    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run on tensors in signature order."""
-        outputs: list[Tensor] = self._loader.run(list(tensors))
-        return outputs
+    def open(self, root: Path, manifest: PairManifest) -> Ranks:
+        """One rank runs in this process, more in processes of their own."""
+        return OneRank(root, manifest) if manifest.ranks == 1 else ManyRanks(root, manifest)
 
 
 def canonical(program: torch.export.ExportedProgram) -> str:

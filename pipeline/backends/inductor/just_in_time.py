@@ -13,6 +13,7 @@ from pipeline.backends.inductor.seams import BlockedSeams
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.weights import weight_specs
+from pipeline.recipe.schema import InductorSettings
 from pipeline.speculation.model import Model
 
 P = ParamSpec("P")
@@ -21,7 +22,7 @@ R = TypeVar("R")
 
 def usable() -> bool:
     """Whether this machine can compile."""
-    return not InductorBackend().preflight()
+    return not InductorBackend(InductorSettings()).preflight()
 
 
 def blocked(model: Model, dtype: str) -> Model:
@@ -38,5 +39,6 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """`function` as one compiled graph: at its first call, and for the shapes of that call."""
     from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401 - known from here on
 
-    settings = {name: value for name, value in InductorBackend().settings().items() if not name.startswith("aot")}
+    every = InductorBackend(InductorSettings()).settings()
+    settings = {name: value for name, value in every.items() if not name.startswith("aot")}
     return torch.compile(function, fullgraph=True, dynamic=False, options=settings)

@@ -1,156 +1,34 @@
-"""The Neuron backend: trace a graph through NxD's ModelBuilder, compile it to a NEFF. Runs on any host with the SDK.
-
-Follows "ModelBuilderV2 API Reference" and the NxD source: weights are parameters, caches are buffers that the forward
-pass replaces (the trace turns them into aliased state), one forward signature serves all graphs of an artifact.
-"""
+"""The Neuron backend: trace a graph through NxD's ModelBuilder, compile it to a NEFF. Runs on any host with the SDK."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from pipeline.backends.base import Executable, Toolchain, Traced
+from pipeline.artifact.manifest import PairManifest
+from pipeline.backends.base import Ranks, Toolchain, Traced
 from pipeline.backends.neuron import compiler, hlo, support
+from pipeline.backends.neuron.graph_file import GRAPH_FILE, pack
+from pipeline.backends.neuron.module import NeuronModule, NeuronSeams, dotted, key
+from pipeline.backends.neuron.runtime import NeuronRanks
+from pipeline.backends.neuron.support import sdk_environment, sdk_variables
 from pipeline.errors import HostError, Problem
-from pipeline.graphs.dtypes import torch_dtype
-from pipeline.graphs.module import SeamsFor, run_phase
-from pipeline.graphs.packing import Packing, PlainPacking
+from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import Signature, signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
-from pipeline.models.parallel import Seams, State, Writes
-
-NEFF, METANEFF, LAYOUT = "graph.neff", "metaneff.pb", "layout.json"
-EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The oldest time a zip can name: equal graphs are equal bytes."""
-
-
-class NeuronSeams(Seams):
-    """Caches replaced instead of written in place, top-k by the compiler's own operator, NxD's collectives."""
-
-    def __init__(self, tp: int) -> None:
-        self.tp = tp
-
-    def write(self, state: State, name: str, new_BHTD: Tensor, writes: Writes) -> Tensor:
-        """A scatter into a new tensor, which takes the cache's name."""
-        state[name] = state[name].index_put(writes.index, new_BHTD)
-        return state[name]
-
-    def put_row(self, state: State, name: str, rows_B: Tensor, values: Tensor) -> None:
-        """A scatter into a new tensor, which takes the state's name."""
-        state[name] = state[name].index_put((rows_B,), values)
-
-    def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """`AwsNeuronTopK`: XLA's own top-k is a sort, which the compiler does not take."""
-        from torch_neuronx.xla_impl.ops import TopK
-
-        values, indices = TopK.apply(scores, count, dim=scores.dim() - 1)
-        return values, indices.long()
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks."""
-        if self.tp == 1:
-            return x
-        from neuronx_distributed.parallel_layers import mappings
-
-        summed: Tensor = mappings.reduce_from_tensor_model_parallel_region(x)
-        return summed
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Concatenate the last axis over ranks, in rank order."""
-        if self.tp == 1:
-            return x
-        from neuronx_distributed.parallel_layers import mappings
-
-        gathered: Tensor = mappings.gather_from_tensor_model_parallel_region(x)
-        return gathered
-
-
-class NeuronModule(nn.Module):
-    """A graph as ModelBuilder wants it: weights and state inside, arguments by name, None for what a phase lacks.
-
-    Names are those of the signature with dots for slashes: `target.model.norm.weight`, `draft.k.0`.
-    """
-
-    def __init__(self, spec: GraphSpec, pair: PairSpec, io: Signature, seams_for: SeamsFor) -> None:
-        super().__init__()
-        self.spec, self.pair, self.io, self.seams_for = spec, pair, io, seams_for
-        for one in io.weights:
-            tensor = torch.empty(one.shape, dtype=torch_dtype(one.dtype))
-            owner, leaf = self._place(one.name)
-            owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-        for one in io.state:
-            owner, leaf = self._place(one.name)
-            owner.register_buffer(leaf, torch.zeros(one.shape, dtype=torch_dtype(one.dtype)))
-
-    def forward(
-        self,
-        tokens: Tensor | None = None,
-        lengths: Tensor | None = None,
-        slots: Tensor | None = None,
-        last_token: Tensor | None = None,
-        position: Tensor | None = None,
-        active: Tensor | None = None,
-        temperature: Tensor | None = None,
-        top_k: Tensor | None = None,
-        top_p: Tensor | None = None,
-        uniforms: Tensor | None = None,
-        copied: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Run the phase; state buffers are replaced."""
-        arguments = {
-            "tokens": tokens, "lengths": lengths, "slots": slots, "last_token": last_token, "position": position,
-            "active": active, "temperature": temperature, "top_k": top_k, "top_p": top_p, "uniforms": uniforms,
-            "copied": copied,
-        }  # fmt: skip
-        named = {name: value for name, value in arguments.items() if value is not None}
-        for one in self.io.weights + self.io.state:
-            owner, leaf = self._place(one.name)
-            named[one.name] = getattr(owner, leaf)
-        outputs = run_phase(self.spec, self.pair, named, self.seams_for)
-        for one in self.io.state:
-            owner, leaf = self._place(one.name)
-            setattr(owner, leaf, named[one.name])
-        return outputs
-
-    def example(self) -> dict[str, Tensor]:
-        """Arguments to trace with: zeros, by name."""
-        return {one.name: torch.zeros(one.shape, dtype=torch_dtype(one.dtype)) for one in self.io.arguments}
-
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        """The submodule that owns a dotted name, made where it is not there yet."""
-        *path, leaf = dotted(name).split(".")
-        owner: nn.Module = self
-        for part in path:
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        return owner, leaf
-
-
-def dotted(name: str) -> str:
-    """A signature's name as parameters and the compiled graph spell it."""
-    return name.replace("/", ".")
+from pipeline.recipe.schema import NeuronSettings
 
 
 class NeuronBackend:
     """NEFFs for Trainium and Inferentia 2."""
 
-    graph_file = "graph.neuron.zip"
-    """The NEFF, its metaneff, and how arguments and results are packed: all that a loader needs of one graph."""
+    graph_file = GRAPH_FILE
 
-    def __init__(self, target: str, lnc: int = 1, flags: Mapping[str, str] | None = None) -> None:
-        self.target, self.lnc, self.extra = target, lnc, dict(flags or {})
-        self.packing: Packing = PlainPacking()
+    def __init__(self, settings: NeuronSettings) -> None:
+        self.target, self.lnc, self.extra = settings.target, settings.lnc, dict(settings.flags)
+        self.packing: Packing = PACKINGS[settings.packing]
 
     def toolchain(self) -> Toolchain:
         """Versions of the SDK's packages; `missing` for those that are not here."""
@@ -204,29 +82,9 @@ class NeuronBackend:
         neff = compiler.compile_neff(hlo.stripped(traced.program.hlo), flags, work, environment)
         return pack(neff, traced.program)
 
-    def load(self, graph: Path) -> Executable:
-        """Not a thing a single graph can do here: see `runtime.NeuronRanks`."""
-        what = "a NEFF runs together with the other graphs of its artifact, on all ranks"
-        raise HostError(what, where=str(graph), fix="open the artifact with pipeline.runtime.load")
-
-
-def pack(neff: bytes, program: Any) -> bytes:
-    """One graph as a zip whose bytes depend on its contents alone. `program` are NxD's trace artifacts.
-
-    Flattener and packer are kept as NxDModel.save keeps them: the text of their plain attributes.
-    """
-    flattener, packer = program.flattener, program.packer
-    layout = {
-        "flattener": {name: str(getattr(flattener, name)) for name in ("layout", "exclude")},
-        "packer": {name: str(getattr(packer, name)) for name in ("layout", "identifiers", "constants")},
-    }
-    metaneff = program.metaneff.SerializeToString(deterministic=True)
-    parts = {NEFF: neff, METANEFF: metaneff, LAYOUT: json.dumps(layout, sort_keys=True).encode()}
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in parts.items():
-            archive.writestr(zipfile.ZipInfo(name, EPOCH), data)
-    return buffer.getvalue()
+    def open(self, root: Path, manifest: PairManifest) -> Ranks:
+        """All ranks as one NxDModel on this host's device."""
+        return NeuronRanks(root, manifest, self.target, self.lnc)
 
 
 def check_names(spec: GraphSpec, io: Signature, metaneff: Any) -> None:
@@ -263,32 +121,6 @@ def written(spec: GraphSpec, io: Signature) -> set[str]:
     if spec.phase == "decode" and "draft/tail" in names:
         names = {name for name in names if not name.startswith("draft/") or name == "draft/tail"}
     return {dotted(name) for name in names}
-
-
-def key(value: Any) -> str:
-    """A name out of a metaneff, which holds bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def sdk_variables(target: str, lnc: int) -> dict[str, str]:
-    """By which the SDK's own code learns the chip where there is none."""
-    return {"NEURON_PLATFORM_TARGET_OVERRIDE": target, "NEURON_LOGICAL_NC_CONFIG": str(lnc)}
-
-
-@contextmanager
-def sdk_environment(target: str, lnc: int) -> Iterator[None]:
-    """Set `sdk_variables`; restored afterwards."""
-    wanted = sdk_variables(target, lnc)
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 _operators: Callable[[tuple[tuple[str, str], ...]], str | None] = cache(

@@ -7,10 +7,7 @@ graph's NEFF and metaneff as `NxDModel.load` would rebuild it.
 from __future__ import annotations
 
 import ast
-import json
-import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +15,33 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.artifact.manifest import GraphEntry, Manifest
+from pipeline.artifact.manifest import AGAIN, PairManifest
 from pipeline.backends.neuron import support
-from pipeline.backends.neuron.backend import LAYOUT, METANEFF, NEFF, NeuronModule, dotted, key, sdk_environment
-from pipeline.backends.neuron.compiler import check_neff
+from pipeline.backends.neuron.graph_file import Graph, read_graph
+from pipeline.backends.neuron.module import NeuronModule, dotted, key
+from pipeline.backends.neuron.support import sdk_environment
 from pipeline.errors import ArtifactError, HostError
 from pipeline.graphs.dtypes import torch_dtype
-from pipeline.graphs.signature import Signature, TensorSpec
+from pipeline.graphs.signature import TensorSpec
 from pipeline.graphs.spec import GraphSpec
-
-AGAIN = "pull or build the artifact again"
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One graph's file, taken apart."""
-
-    spec: GraphSpec
-    io: Signature
-    neff: bytes
-    metaneff: bytes
-    layout: dict[str, dict[str, str]]
-
-    def get_neff_bytes(self) -> bytes:
-        """What NxDModel asks of compilation artifacts."""
-        return self.neff
 
 
 class NeuronRanks:
-    """Every rank of an artifact on this host's device; see `pipeline.runtime.ranks.Ranks`."""
+    """Every rank of an artifact on this host's device; see `backends.base.Ranks`."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        settings = manifest.backend
-        self._graphs = {one.name: read_graph(root, one, settings["lnc"]) for one in manifest.graphs}
+    def __init__(self, root: Path, manifest: PairManifest, chip: str, lnc: int) -> None:
+        self._graphs = {entry.name: read_graph(root, entry, lnc) for entry in manifest.graphs}
         weights = read_weights(root, manifest)
         check_weights(self._graphs, weights, root)
-        found = support.run_problems(settings["target"], settings["lnc"], manifest.tensor, support.device())
-        if found:
-            where = f"{manifest.name}@{manifest.version}: {found[0].where}"
-            raise HostError("; ".join(p.what for p in found), where=where, fix=found[0].fix)
-        with sdk_environment(settings["target"], settings["lnc"]):
-            self._model = assemble(list(self._graphs.values()), manifest.tensor)
+        problems = support.run_problems(chip, lnc, manifest.ranks, support.device())
+        if problems:
+            where = f"{manifest.name}@{manifest.version}: {problems[0].where}"
+            raise HostError("; ".join(problem.what for problem in problems), where=where, fix=problems[0].fix)
+        with sdk_environment(chip, lnc):
+            self._model = assemble(list(self._graphs.values()), manifest.ranks)
             self._model.set_weights(weights)
             self._model.to_neuron()
-        self._ranks = manifest.tensor
+        self._ranks = manifest.ranks
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run one graph on every rank; rank 0's results, on the CPU."""
@@ -86,25 +66,7 @@ class NeuronRanks:
         """Nothing to end: the device's memory goes with the process."""
 
 
-def read_graph(root: Path, entry: GraphEntry, lnc: int) -> Graph:
-    """Take a graph's file apart and check its NEFF's header.
-
-    Raises:
-        ArtifactError: damaged, cut short, or for other logical cores.
-
-    """
-    path = root / entry.file
-    try:
-        with zipfile.ZipFile(path) as archive:
-            neff, metaneff, layout = (archive.read(part) for part in (NEFF, METANEFF, LAYOUT))
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise ArtifactError(f"not a graph file: {error}", where=str(path), fix=AGAIN) from error
-    check_neff(neff, f"{path}: {NEFF}", lnc)
-    io = Signature.from_json(json.loads((root / entry.io).read_text()))
-    return Graph(entry.spec(), io, neff, metaneff, json.loads(layout))
-
-
-def read_weights(root: Path, manifest: Manifest) -> list[dict[str, Tensor]]:
+def read_weights(root: Path, manifest: PairManifest) -> list[dict[str, Tensor]]:
     """Each rank's weights, by the names of the graphs; equal files (a replicated draft) are read once.
 
     Raises:
@@ -112,12 +74,12 @@ def read_weights(root: Path, manifest: Manifest) -> list[dict[str, Tensor]]:
 
     """
     ranks, read = [], dict[str, dict[str, Tensor]]()
-    for rank in range(manifest.tensor):
+    for rank in range(manifest.ranks):
         weights: dict[str, Tensor] = {}
         for model in ("target", "draft"):
-            name = f"weights/{model}/rank-{rank}-of-{manifest.tensor}.safetensors"
+            name = f"weights/{model}/rank-{rank}-of-{manifest.ranks}.safetensors"
             if name not in manifest.files or not (root / name).is_file():
-                what = f"the {model}'s weights of rank {rank} are missing; the artifact has {manifest.tensor} ranks"
+                what = f"the {model}'s weights of rank {rank} are missing; the artifact has {manifest.ranks} ranks"
                 raise ArtifactError(what, where=str(root / name), fix="pull the artifact without --only, or again")
             digest = f"{model}/{manifest.files[name].sha256}"
             if digest not in read:

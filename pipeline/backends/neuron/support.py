@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -244,3 +245,24 @@ def _sdks(chip: str) -> str:
 
 def _listed(pythons: tuple[tuple[int, int], ...]) -> str:
     return " and ".join(f"{major}.{minor}" for major, minor in pythons)
+
+
+def sdk_variables(target: str, lnc: int) -> dict[str, str]:
+    """By which the SDK's own code learns the chip where there is none."""
+    return {"NEURON_PLATFORM_TARGET_OVERRIDE": target, "NEURON_LOGICAL_NC_CONFIG": str(lnc)}
+
+
+@contextmanager
+def sdk_environment(target: str, lnc: int) -> Iterator[None]:
+    """Set `sdk_variables`; restored afterwards."""
+    wanted = sdk_variables(target, lnc)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

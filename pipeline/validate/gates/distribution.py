@@ -92,7 +92,7 @@ def draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], draft_ids
             for m in ("target", "draft")
         )
         for row, index, p, q in zip(rows, indices, target, draft, strict=True):
-            _place(drawn, row.new, index, (p, q), draft_ids, engine.manifest.candidates, generator, tie)
+            _place(drawn, row.new, index, (p, q), draft_ids, engine.manifest.pair.candidates, generator, tie)
     return drawn
 
 

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine, Generation
-from pipeline.runtime.lookup import Lookup, argument
+from pipeline.runtime.lookup import Lookup
 from pipeline.validate.gates.scoring import run_score, score
 
 
@@ -156,7 +156,10 @@ def step(
         "last_token": torch.tensor([row.tokens[-1] for row in rows], dtype=torch.int32),
         "position": torch.tensor([len(row.tokens) - 1 for row in rows], dtype=torch.int32),
         "active": torch.tensor(active),
-        **argument(spec, {at: _copies(row.tokens, spec.draft_tokens) for at, row in enumerate(rows)}),
+        "copied": torch.tensor(
+            [(_copies(row.tokens, spec.draft_tokens) + [-1] * spec.draft_tokens)[: spec.draft_tokens] for row in rows],
+            dtype=torch.int32,
+        ),
     }
     if spec.sampling == "stochastic":
         draws = 2 * spec.draft_tokens + 1 if spec.phase == "speculate" else 1

@@ -1,0 +1,189 @@
+"""All ranks of an artifact behind one call. One rank runs here; more run in processes of their own, joined by gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from pipeline.artifact.manifest import PairManifest
+from pipeline.backends.inductor.session import Session
+from pipeline.errors import HostError
+from pipeline.graphs.spec import GraphSpec
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+"""Longest that a rank waits for another one inside a collective."""
+
+
+Message = tuple[GraphSpec, dict[str, np.ndarray]] | None
+"""What a rank is asked: to run a graph, or to zero its state."""
+
+
+class OneRank:
+    """A single rank in this process."""
+
+    def __init__(self, root: Path, manifest: PairManifest) -> None:
+        self.session = Session(root, manifest)
+
+    def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run one graph."""
+        return self.session.run(spec, arguments)
+
+    def reset(self) -> None:
+        """Zero all state."""
+        self.session.reset()
+
+    def state(self) -> dict[str, Tensor]:
+        """Live state by name."""
+        return self.session.state()
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class ManyRanks:
+    """Every rank in a worker process; all run the same graph on the same arguments.
+
+    This process only sends and listens, so that a rank that dies ends the call with an error, never with a hang.
+    """
+
+    def __init__(self, root: Path, manifest: PairManifest) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="tandem-ranks-")
+        self._pipes: list[Connection] = []
+        self._workers: list[SpawnProcess] = []
+        for rank in range(manifest.ranks):
+            ours, theirs = context.Pipe()
+            worker = context.Process(
+                target=_serve, args=(theirs, root, manifest, rank, self._folder.name), daemon=True, name=f"rank {rank}"
+            )
+            worker.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._workers.append(worker)
+        with self._end_on_failure():
+            self._answers()
+
+    def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run one graph on every rank.
+
+        Raises:
+            HostError: a rank failed or died, now or in an earlier call; the others are ended, too.
+
+        """
+        return _tensors(self._ask((spec, _arrays(arguments))))
+
+    def reset(self) -> None:
+        """Zero all state on every rank."""
+        self._ask(None)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: every rank has its own, elsewhere."""
+        return {}
+
+    def close(self) -> None:
+        """End the workers."""
+        pipes, self._pipes = self._pipes, []
+        for pipe in pipes:
+            pipe.close()
+        for worker in self._workers:
+            worker.join(timeout=10)
+            worker.kill()
+        self._folder.cleanup()
+
+    def _ask(self, message: Message) -> dict[str, np.ndarray]:
+        if not self._pipes:
+            raise HostError("the ranks have ended", where="ranks", fix="load the artifact again")
+        with self._end_on_failure():
+            for pipe in self._pipes:
+                with suppress(BrokenPipeError):  # `_answers` says which rank is gone
+                    pipe.send(message)
+            return self._answers()
+
+    @contextmanager
+    def _end_on_failure(self) -> Iterator[None]:
+        """End the ranks unless all of them answer: the next call would take late answers for its own."""
+        try:
+            yield
+        except BaseException:  # a timeout's or Ctrl-C's, too
+            for worker in self._workers:
+                worker.kill()
+            self.close()
+            raise
+
+    def _answers(self) -> dict[str, np.ndarray]:
+        """One answer of each rank; rank 0's is returned."""
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self._pipes):
+            for rank in self._ready(answers):
+                try:
+                    answers[rank] = self._pipes[rank].recv()
+                except (EOFError, ConnectionError):
+                    answers[rank] = f"the process of the rank died, exit code {self._exit_code(rank)}"
+                if isinstance(answers[rank], str):
+                    fix = "free memory, run `tandem verify`, then load again"
+                    raise HostError(answers[rank], where=f"rank {rank}", fix=fix)
+        found: dict[str, np.ndarray] = answers[0]
+        return found
+
+    def _ready(self, answered: dict[int, Any]) -> Iterator[int]:
+        """Ranks that have something to say, or are gone."""
+        ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in answered])
+        return (rank for rank, pipe in enumerate(self._pipes) if pipe in ready)
+
+    def _exit_code(self, rank: int) -> int | None:
+        self._workers[rank].join(timeout=10)
+        return self._workers[rank].exitcode
+
+
+def _serve(pipe: Connection, root: Path, manifest: PairManifest, rank: int, folder: str) -> None:
+    """Worker: join the others, load, then run what arrives until the pipe closes. Answers outputs, or a failure."""
+    try:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // manifest.ranks))
+        _join(rank, manifest.ranks, folder)
+        session = Session(root, manifest, rank)
+        pipe.send({})
+        while True:
+            pipe.send(_answer(session, pipe.recv(), rank))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        pass
+    except Exception as error:
+        with suppress(BrokenPipeError):
+            pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _answer(session: Session, message: Message, rank: int) -> dict[str, np.ndarray]:
+    if message is None:
+        session.reset()
+        return {}
+    spec, arguments = message
+    outputs = session.run(spec, _tensors(arguments))
+    return _arrays(outputs) if rank == 0 else {}
+
+
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """As plain arrays, which cross a pipe without torch's shared memory."""
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _join(rank: int, ranks: int, folder: str) -> None:
+    """Meet the other ranks through a file, over the loopback interface: needs no free port and no host name."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = FileStore(f"{folder}/meet", ranks)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)

@@ -1,0 +1,88 @@
+"""One rank of an opened artifact: its weights, its state, its graphs. Knows nothing of requests or text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.artifact.manifest import PairManifest
+from pipeline.errors import HostError
+from pipeline.graphs.dtypes import torch_dtype
+from pipeline.graphs.signature import Signature, TensorSpec
+from pipeline.graphs.spec import GraphSpec
+
+GRAPH_FILE = "graph.pt2"
+
+
+class LoadedGraph:
+    """An AOTInductor package opened for execution."""
+
+    def __init__(self, package: Path, device: str) -> None:
+        index = -1 if device == "cpu" else torch.cuda.current_device()
+        try:
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
+        except RuntimeError as error:
+            what, fix = f"cannot load the graph: {error}", "run `tandem verify`, then rebuild"
+            raise HostError(what, where=str(package), fix=fix) from error
+
+    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run on tensors in signature order; the state among them is updated in place."""
+        outputs: list[Tensor] = self._loader.run(list(tensors))
+        return outputs
+
+
+class Session:
+    """Runs graphs of one rank. Graphs are opened on first use; weights are mapped once and shared by all graphs."""
+
+    def __init__(self, root: Path, manifest: PairManifest, rank: int = 0) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.device = str(manifest.requires.get("device", "cpu"))
+        self._weights = self._load_weights(rank)
+        self._state: dict[str, Tensor] = {}
+        self._graphs: dict[str, tuple[LoadedGraph, Signature, list[Tensor]]] = {}
+
+    def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run one graph; its state is updated in place. Returns outputs by name, on the CPU."""
+        graph, io, bound = self._open(spec)
+        given = [arguments[t.name].to(self.device) for t in io.arguments]
+        outputs = graph.run([*bound, *given])
+        return {t.name: out.cpu() for t, out in zip(io.outputs, outputs, strict=True)}
+
+    def reset(self) -> None:
+        """Zero all state."""
+        for tensor in self._state.values():
+            tensor.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """The live state tensors by name, for tests and diagnosis."""
+        return self._state
+
+    def _open(self, spec: GraphSpec) -> tuple[LoadedGraph, Signature, list[Tensor]]:
+        if spec.name not in self._graphs:
+            folder = self.root / "graphs" / spec.name
+            io = Signature.from_json(json.loads((folder / "io.json").read_text()))
+            bound = [self._weights[t.name] for t in io.weights] + [self._state_tensor(t) for t in io.state]
+            graph = LoadedGraph(folder / GRAPH_FILE, self.device)
+            self._graphs[spec.name] = (graph, io, bound)
+        return self._graphs[spec.name]
+
+    def _state_tensor(self, spec: TensorSpec) -> Tensor:
+        """State is shared by all graphs and starts as zeros."""
+        if spec.name not in self._state:
+            self._state[spec.name] = torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype), device=self.device)
+        return self._state[spec.name]
+
+    def _load_weights(self, rank: int) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {}
+        for model in ("target", "draft"):
+            name = f"weights/{model}/rank-{rank}-of-{self.manifest.ranks}.safetensors"
+            with safe_open(self.root / name, framework="pt", device=self.device) as file:
+                for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    weights[f"{model}/{key}"] = file.get_tensor(key)
+        return weights

@@ -1,0 +1,73 @@
+"""The file of one graph: its NEFF, its metaneff, and how arguments and results are packed, as a zip of equal bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact.manifest import AGAIN, GraphEntry
+from pipeline.backends.neuron.compiler import check_neff
+from pipeline.errors import ArtifactError
+from pipeline.graphs.signature import Signature
+from pipeline.graphs.spec import GraphSpec
+
+GRAPH_FILE = "graph.neuron.zip"
+NEFF, METANEFF, LAYOUT = "graph.neff", "metaneff.pb", "layout.json"
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The oldest time a zip can name: equal graphs are equal bytes."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph's file, unpacked."""
+
+    spec: GraphSpec
+    io: Signature
+    neff: bytes
+    metaneff: bytes
+    layout: dict[str, dict[str, str]]
+
+    def get_neff_bytes(self) -> bytes:
+        """What NxDModel asks of compilation artifacts."""
+        return self.neff
+
+
+def pack(neff: bytes, program: Any) -> bytes:
+    """One graph as a zip whose bytes depend on its contents alone. `program` are NxD's trace artifacts.
+
+    Flattener and packer are kept as NxDModel.save keeps them: the text of their plain attributes.
+    """
+    flattener, packer = program.flattener, program.packer
+    layout = {
+        "flattener": {name: str(getattr(flattener, name)) for name in ("layout", "exclude")},
+        "packer": {name: str(getattr(packer, name)) for name in ("layout", "identifiers", "constants")},
+    }
+    metaneff = program.metaneff.SerializeToString(deterministic=True)
+    parts = {NEFF: neff, METANEFF: metaneff, LAYOUT: json.dumps(layout, sort_keys=True).encode()}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in parts.items():
+            archive.writestr(zipfile.ZipInfo(name, EPOCH), data)
+    return buffer.getvalue()
+
+
+def read_graph(root: Path, entry: GraphEntry, lnc: int) -> Graph:
+    """Unpack a graph's file and check its NEFF's header.
+
+    Raises:
+        ArtifactError: damaged, cut short, or for other logical cores.
+
+    """
+    path = root / entry.file
+    try:
+        with zipfile.ZipFile(path) as archive:
+            neff, metaneff, layout = (archive.read(part) for part in (NEFF, METANEFF, LAYOUT))
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise ArtifactError(f"not a graph file: {error}", where=str(path), fix=AGAIN) from error
+    check_neff(neff, f"{path}: {NEFF}", lnc)
+    signature = Signature.from_json(json.loads((root / entry.io).read_text()))
+    return Graph(entry.spec, signature, neff, metaneff, json.loads(layout))

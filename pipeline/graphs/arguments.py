@@ -1,0 +1,139 @@
+"""What a graph is given at one call, built from rows: the one place that knows a phase's arguments. Needs torch.
+
+Rows are keyed by slot; a slot without a row takes part as an inactive one, which changes nothing.
+
+Shapes: B rows of the graph's bucket, T tokens, K draft tokens, U random numbers per row (`GraphSpec.draws`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.graphs.spec import GraphSpec
+
+Arguments = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a row's tokens are chosen: greedily at temperature 0; `top_k` 0 and `top_p` 1 keep every candidate."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Choice()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a row samples at one call: its choice, and uniforms float32 [U], zeros if not given."""
+
+    choice: Choice = GREEDY
+    uniforms: Tensor | None = None
+
+
+NO_DRAW = Draw()
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A row of a `decode` or `speculate` graph. `copied`: tokens to verify instead of the draft's, at most K."""
+
+    last_token: int
+    position: int
+    draw: Draw = NO_DRAW
+    copied: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A row of a `prefill` graph: a prompt and the cache row that it fills."""
+
+    tokens: Sequence[int]
+    slot: int
+    draw: Draw = NO_DRAW
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A row of a `score` graph: known tokens, the first of which lies at `position`."""
+
+    tokens: Sequence[int]
+    position: int
+
+
+def step_arguments(spec: GraphSpec, rows: Mapping[int, StepRow]) -> Arguments:
+    """Arguments of a `decode` or `speculate` graph.
+
+    Shapes: last_token, position int32 [B], active bool [B], copied int32 [B, K] (-1 where the draft proposes), and
+    those of sampling.
+    """
+    last, position, active = [0] * spec.batch, [0] * spec.batch, [False] * spec.batch
+    copied = [[-1] * spec.draft_tokens for _ in range(spec.batch)]
+    for slot, row in rows.items():
+        last[slot], position[slot], active[slot] = row.last_token, row.position, True
+        copied[slot][: len(row.copied)] = list(row.copied)[: spec.draft_tokens]
+    arguments = {"last_token": _int32(last), "position": _int32(position), "active": torch.tensor(active)}
+    if spec.phase == "speculate":
+        arguments["copied"] = _int32(copied)
+    return arguments | _sampling(spec, {slot: row.draw for slot, row in rows.items()})
+
+
+def prefill_arguments(spec: GraphSpec, prompts: Sequence[PromptRow], slots: int) -> Arguments:
+    """Arguments of a `prefill` graph, rows in the order of `prompts`; the rest fill free ones of the `slots`.
+
+    Shapes: tokens int32 [B, T] right-padded, lengths int32 [B] (0 without a prompt), slots int32 [B], distinct.
+    """
+    tokens = [[0] * spec.tokens for _ in range(spec.batch)]
+    lengths = [0] * spec.batch
+    for place, prompt in enumerate(prompts):
+        tokens[place][: len(prompt.tokens)] = prompt.tokens
+        lengths[place] = len(prompt.tokens)
+    taken = [prompt.slot for prompt in prompts]
+    spare = [slot for slot in range(slots) if slot not in taken]
+    arguments = {
+        "tokens": _int32(tokens),
+        "lengths": _int32(lengths),
+        "slots": _int32((taken + spare)[: spec.batch]),
+    }
+    return arguments | _sampling(spec, {place: prompt.draw for place, prompt in enumerate(prompts)})
+
+
+def score_arguments(spec: GraphSpec, rows: Mapping[int, ScoreRow], scratch: int) -> Arguments:
+    """Arguments of a `score` graph; slots without a row write to the `scratch` position.
+
+    Shapes: tokens int32 [B, T] right-padded, position int32 [B].
+    """
+    tokens = [[0] * spec.tokens for _ in range(spec.batch)]
+    position = [scratch] * spec.batch
+    for slot, row in rows.items():
+        tokens[slot][: len(row.tokens)] = row.tokens
+        position[slot] = row.position
+    return {"tokens": _int32(tokens), "position": _int32(position)}
+
+
+def _sampling(spec: GraphSpec, draws: Mapping[int, Draw]) -> Arguments:
+    """temperature, top_p float32 [B], top_k int32 [B], uniforms float32 [B, U]; none for a greedy graph."""
+    if spec.sampling == "greedy":
+        return {}
+    choices = [draws[slot].choice if slot in draws else GREEDY for slot in range(spec.batch)]
+    uniforms = torch.zeros(spec.batch, spec.draws)
+    for slot, draw in draws.items():
+        if draw.uniforms is not None:
+            uniforms[slot] = draw.uniforms
+    return {
+        "temperature": torch.tensor([choice.temperature for choice in choices]),
+        "top_k": _int32([choice.top_k for choice in choices]),
+        "top_p": torch.tensor([choice.top_p for choice in choices]),
+        "uniforms": uniforms,
+    }
+
+
+def _int32(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)

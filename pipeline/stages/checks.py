@@ -1,0 +1,83 @@
+"""What is refused before work starts: a backend that cannot build here, prompts, sources, a lock that differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.artifact.manifest import Artifact
+from pipeline.artifact.verify import check_host
+from pipeline.backends.base import Backend, make_backend
+from pipeline.errors import ArtifactError, PreflightError, RecipeError
+from pipeline.plan.lock import Lock, check_locked, make_lock, read
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.progress import Log
+from pipeline.recipe.schema import Recipe
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.pair import resolve_pair
+from pipeline.sources.tokenizer import tokenizer_files
+from pipeline.stages.settings import BuildSettings
+from pipeline.validate.prompts import load_prompts, prompts_path
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe's sources, opened and checked, and what follows from them: `pair` is target and draft."""
+
+    pair: tuple[Checkpoint, Checkpoint]
+    plan: Plan
+    lock: Lock
+    tokenizer: dict[str, bytes]
+
+
+def usable_backend(recipe: Recipe) -> Backend:
+    """The backend of a recipe, on a machine that has all it needs.
+
+    Raises:
+        PreflightError: what is missing, each with its fix.
+
+    """
+    backend = make_backend(recipe.backend)
+    problems = backend.preflight()
+    if problems:
+        raise PreflightError(problems)
+    return backend
+
+
+def check_prompts(settings: BuildSettings) -> None:
+    """Refuse a prompt file now that the gates could not read after an hour of compiling.
+
+    Raises:
+        InputError: no such file, or a line that is not a prompt.
+
+    """
+    if settings.validate:
+        load_prompts(prompts_path(settings.recipe.validate_.prompts, settings.base))
+
+
+def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
+    """Fetch and check the sources, plan, and compare with the lock where the build is locked.
+
+    Raises:
+        SourceError: a source that cannot be used.
+        RecipeError: the recipe does not fit its models or the chip, or, locked, something is not as locked.
+
+    """
+    recipe = settings.recipe
+    pair = resolve_pair(recipe, base=settings.base, cache=settings.cache / "sources", progress=settings.progress)
+    plan = make_plan(recipe, *(checkpoint.config for checkpoint in pair))
+    lock = make_lock(recipe, *pair, backend.toolchain().as_dict())
+    if settings.locked:
+        problems = check_locked(read(settings.lock_file), lock, str(settings.lock_file))
+        if problems:
+            raise RecipeError(problems)
+    return Resolved(pair, plan, lock, tokenizer_files(pair[0]))
+
+
+def runs_here(backend: Backend, artifact: Artifact, log: Log) -> bool:
+    """Whether this host can run what it built; an artifact for another chip or instruction set is left unvalidated."""
+    try:
+        check_host(artifact.manifest, backend.host())
+    except ArtifactError as error:
+        log(f"not validated: {error.what}; run `tandem validate {artifact.root}` on such a host before publishing")
+        return False
+    return True

@@ -1,0 +1,126 @@
+"""Which builds find nothing changed: a stamp of all inputs of the last one, told without torch. Runs no stage."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.artifact.manifest import MANIFEST, read
+from pipeline.errors import ArtifactError
+from pipeline.files.atomic import disk_errors, sha256_file, write_atomic
+from pipeline.progress import Log
+from pipeline.stages.settings import BuildSettings
+from pipeline.validate.prompts import prompts_path
+
+VERSIONED = ("torch", "transformers", "safetensors", "gguf", "tokenizers")
+
+
+class Stamp:
+    """The record of the last complete build of one output: its inputs, and the artifact that came out."""
+
+    def __init__(self, cache: Path, out: Path) -> None:
+        name = hashlib.sha256(bytes(out.absolute())).hexdigest()[:16]
+        self.path, self.out = cache / "stamps" / f"{name}.json", out
+
+    @property
+    def lock_file(self) -> Path:
+        """Held while a build of this output runs."""
+        return self.path.with_suffix(".lock")
+
+    def is_current(self, inputs: dict[str, Any]) -> bool:
+        """Whether the output still holds the artifact of the last build, made of these inputs; by digest and sizes."""
+        try:
+            recorded = json.loads(self.path.read_text(encoding="utf-8"))
+            files = read(self.out).manifest.files
+            return (
+                recorded["inputs"] == json.loads(json.dumps(inputs))
+                and recorded["artifact"] == self._identity()
+                and all((self.out / name).stat().st_size == entry.size for name, entry in files.items())
+            )
+        except (OSError, ValueError, KeyError, TypeError, ArtifactError):
+            return False
+
+    def clear(self) -> None:
+        """Forget the last build: until the next one ends, nothing is current."""
+        with disk_errors(self.path):
+            self.path.unlink(missing_ok=True)
+
+    def record(self, inputs: dict[str, Any]) -> None:
+        """Remember what the artifact that lies there now was made of."""
+        write_atomic(self.path, json.dumps({"inputs": inputs, "artifact": self._identity()}).encode())
+
+    def _identity(self) -> str:
+        """Names an artifact with its reports."""
+        return sha256_file(self.out / MANIFEST)
+
+
+@contextlib.contextmanager
+def build_lock(lock: Path, log: Log, other: str) -> Iterator[None]:
+    """Hold a lock file among all builds that share this cache; the lock of a killed build falls free."""
+    held = FileLock(lock)
+    with disk_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            log(f"waiting for {other}")
+            held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def fingerprint(settings: BuildSettings) -> dict[str, Any]:
+    """Everything a build depends on, as far as it can be told without torch.
+
+    Recipe, package, versions, local files, and what sources that may move point at now.
+    """
+    package = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        package.update(path.read_bytes())
+    cxx = os.environ.get("CXX")
+    return {
+        "recipe": settings.recipe.model_dump_json(by_alias=True),
+        "package": package.hexdigest(),
+        "versions": {name: _version(name) for name in VERSIONED},
+        "compiler": [cxx, shutil.which(cxx or "g++")],
+        "files": sorted(_stamp_of(path) for path in _local_files(settings) if path.is_file()),
+        "validate": settings.validate,
+        "locked": settings.locked,
+    }
+
+
+def _local_files(settings: BuildSettings) -> list[Path]:
+    """Files outside the package that decide a build: folders of weights, prompts, and the lock where it binds."""
+    recipe, base = settings.recipe, settings.base
+    names = [n for n in (recipe.target.source, recipe.draft.source) if n and "://" not in n]
+    files = [path for name in names for path in _files(base / Path(name).expanduser())]
+    files.append(prompts_path(recipe.validate_.prompts, base))
+    return [*files, settings.lock_file] if settings.locked else files
+
+
+def _files(path: Path) -> list[Path]:
+    return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+
+
+def _stamp_of(path: Path) -> list[Any]:
+    """What changes whenever a file is written or replaced, even by one of its size and time."""
+    stat = path.stat()
+    return [str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"

@@ -1,0 +1,340 @@
+"""Who signed, who must have, and what provenance says: all offline, with keys. Keyless needs the real services."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.artifact import signing
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read
+from pipeline.artifact.provenance import PROVENANCE, SBOM
+from pipeline.artifact.signing import check_artifact, read_policy, require, sign, signature_over
+from pipeline.artifact.verify import verify
+from pipeline.cli.main import main
+from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.registry.publish import publish
+from pipeline.registry.pull import pull
+from support import small_artifacts as small
+from support.paths import ROOT
+from support.signing_keys import key_pair
+
+pytest.importorskip("model_signing")
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("signing")
+    return small.make_validated(folder / "out", folder / "work").root
+
+
+@pytest.fixture
+def made(tmp_path: Path, original: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "out"))
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    return key_pair(tmp_path, "release")
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict:
+    return {"directory": tmp_path / "pulled", "cache": tmp_path / "cache"}
+
+
+def test_sign_then_check(made, keys):
+    private, public = keys
+    assert sign(made, private) == made / SIGNATURE
+    check_artifact(made, require(str(public)))
+    verify(made)  # a signature is not an extra file
+
+
+def test_sign_is_what_the_tool_of_model_signing_verifies(made, keys):
+    """No format of our own: the reference tool accepts it."""
+    sign(made, keys[0])
+    command = [str(Path(sys.executable).parent / "model_signing"), "verify", "key", str(made), "--signature",
+               str(made / SIGNATURE), "--ignore_unsigned_files", "--public_key", str(keys[1])]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_check_unsigned(made, keys):
+    with pytest.raises(ArtifactError, match=r"not signed$"):
+        check_artifact(made, require(str(keys[1])))
+
+
+def test_check_another_key(made, keys, tmp_path):
+    sign(made, key_pair(tmp_path, "stranger")[0])
+    with pytest.raises(ArtifactError, match=r"not signed by .*release\.pub: Key mismatch"):
+        check_artifact(made, require(str(keys[1])))
+
+
+@pytest.mark.parametrize("field", ["version", "files"])
+def test_check_a_changed_manifest(made, keys, field):
+    sign(made, keys[0])
+    data = json.loads((made / MANIFEST).read_text())
+    data["version"] = "other" if field == "version" else data["version"]
+    if field == "files":
+        data["files"]["recipe.yaml"] |= {"sha256": "0" * 64}
+    (made / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match="over another manifest"):
+        check_artifact(made, require(str(keys[1])))
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"not json", b"[" * 10_000, b'{"mediaType": 1}', bytes(range(256))])
+def test_check_a_damaged_signature(made, keys, data):
+    (made / SIGNATURE).write_bytes(data)
+    with pytest.raises(ArtifactError, match="not signed by"):
+        check_artifact(made, require(str(keys[1])))
+
+
+def test_check_a_signature_that_is_a_link(made, keys, tmp_path):
+    sign(made, keys[0])
+    (made / SIGNATURE).rename(tmp_path / "elsewhere")
+    (made / SIGNATURE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match=r"not signed$"):
+        check_artifact(made, require(str(keys[1])))
+    with pytest.raises(ArtifactError, match="signature: a link"):
+        verify(made)
+
+
+def test_require_a_key_that_is_not_there(made, keys, tmp_path):
+    sign(made, keys[0])
+    with pytest.raises(HostError, match="no such public key"):
+        check_artifact(made, require(str(tmp_path / "none.pub")))
+
+
+@pytest.mark.parametrize("data", [b"", b"-----BEGIN nothing-----"])
+def test_sign_with_what_is_no_key(made, tmp_path, data):
+    (tmp_path / "key.pem").write_bytes(data)
+    with pytest.raises(InputError, match="not a private key") as caught:
+        sign(made, tmp_path / "key.pem")
+    assert "openssl" in caught.value.fix
+
+
+def test_pull_refuses_before_a_byte_is_fetched(made, keys, options, tmp_path):
+    publish(made, str(tmp_path / "registry"), ["latest"])
+    with pytest.raises(ArtifactError, match="not signed"):
+        pull(f"{tmp_path}/registry/small@latest", policy=require(str(keys[1])), **options)
+    assert not options["directory"].exists()
+    assert not (options["cache"] / "blobs" / "sha256").exists()
+
+
+def test_pull_brings_the_signature(made, keys, options, tmp_path):
+    sign(made, keys[0])
+    publish(made, str(tmp_path / "registry"), ["latest"])
+    out = pull(f"{tmp_path}/registry/small@latest", policy=require(str(keys[1])), **options)
+    check_artifact(out, require(str(keys[1])))
+    shutil.rmtree(tmp_path / "registry")
+    shutil.rmtree(out)
+    pull(f"{tmp_path}/registry/small@latest", policy=require(str(keys[1])), offline=True, **options)
+
+
+def test_pull_one_of_several_signatures(made, keys, options, tmp_path):
+    """Somebody else's signature beside the right one does no harm, and helps nobody."""
+    url = str(tmp_path / "registry")
+    sign(made, key_pair(tmp_path, "stranger")[0])
+    publish(made, url, ["latest"])
+    with pytest.raises(ArtifactError, match="not signed by"):
+        pull(f"{url}/small@latest", policy=require(str(keys[1])), **options)
+    stranger = (made / SIGNATURE).read_bytes()
+    sign(made, keys[0])
+    folder = next(Path(url).glob("signatures/*"))
+    (folder / ("f" * 64)).write_bytes((made / SIGNATURE).read_bytes())
+    out = pull(f"{url}/small@latest", policy=require(str(keys[1])), **options)
+    assert (out / SIGNATURE).read_bytes() != stranger
+
+
+POLICY = """
+rules:
+  - releases: "{url}/small@*"
+    builder: "{builder}"
+    signed_by: [{{key: release.pub}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("builder", "message"), [("urn:tandem:*", ""), ("https://github.com/*", "built by urn:tandem")]
+)
+def test_policy_file(made, keys, options, tmp_path, builder, message):
+    url = str(tmp_path / "registry")
+    sign(made, keys[0])
+    publish(made, url, ["latest"])
+    (tmp_path / "policy.yaml").write_text(POLICY.format(url=url, builder=builder))
+    policy = read_policy(tmp_path / "policy.yaml")
+    if not message:
+        out = pull(f"{url}/small@latest", policy=policy, **options)
+        check_artifact(out, policy)
+        pull(f"{url}/small@latest", policy=policy, offline=True, **options)
+        (out / PROVENANCE).unlink()  # so that no edit reaches the local store
+        (out / PROVENANCE).write_text("{}")
+        with pytest.raises(ArtifactError, match="built by nobody"):
+            check_artifact(out, policy)
+        return
+    pull(f"{url}/small@latest", **options)
+    for offline in (False, True):
+        with pytest.raises(ArtifactError, match=message):
+            pull(f"{url}/small@latest", policy=policy, offline=offline, **options)
+
+
+def test_policy_without_a_rule_for_a_release(made, keys, options, tmp_path):
+    publish(made, str(tmp_path / "registry"), ["latest"])
+    (tmp_path / "policy.yaml").write_text(POLICY.format(url="s3://prod", builder="*"))
+    with pytest.raises(ArtifactError, match="no rule of the policy"):
+        pull(f"{tmp_path}/registry/small@latest", policy=read_policy(tmp_path / "policy.yaml"), **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("rules: []", "rules"), ("rules: [{signed_by: []}]", "signed_by"), ("rules: [{signed_by: [{}]}]", "exactly one"),
+     ("rule: 1", "rules"), (": :", "YAML"), ("rules: [{signed_by: [{key: a, identity: b}]}]", "exactly one")],
+)  # fmt: skip
+def test_read_policy_damaged(tmp_path, text, message):
+    (tmp_path / "policy.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_policy(tmp_path / "policy.yaml")
+
+
+def test_read_policy_missing(tmp_path):
+    with pytest.raises(InputError, match="no policy"):
+        read_policy(tmp_path / "policy.yaml")
+
+
+def test_keyless_without_its_services(made, monkeypatch):
+    """What cannot be checked is refused, and said to be the network's fault, not the artifact's."""
+
+    def unreachable(*args, **kwargs):
+        raise TUFError("Failed to refresh TUF metadata")
+
+    class TUFError(Exception):
+        pass
+
+    class Config:
+        use_sigstore_verifier = use_sigstore_signer = unreachable
+
+    monkeypatch.setattr(signing, "_library", lambda module: type("module", (), {"Config": Config}))
+    (made / SIGNATURE).write_bytes(b"{}")
+    with pytest.raises(HostError, match="cannot be checked here"):
+        check_artifact(made, require("https://github.com/org/repo/.github/workflows/release.yml@refs/heads/main"))
+    with pytest.raises(HostError, match="cannot sign"):
+        sign(made)
+
+
+def test_provenance_is_an_in_toto_statement(original):
+    """As the reference library reads it; every file but the two that tell of the build is a subject."""
+    from google.protobuf.json_format import ParseDict
+    from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
+    from in_toto_attestation.v1 import statement_pb2
+    from in_toto_attestation.v1.statement import Statement
+
+    data = json.loads((original / PROVENANCE).read_text())
+    Statement.copy_from_pb(ParseDict(data, statement_pb2.Statement())).validate()
+    ParseDict(data["predicate"], provenance_pb2.Provenance())
+    subjects = {one["name"]: one["digest"]["sha256"] for one in data["subject"]}
+    listed = {name: entry.sha256 for name, entry in read(original).manifest.files.items()}
+    assert listed.keys() - subjects.keys() == {PROVENANCE, SBOM, "reports/parity.json"}
+    assert all(listed[name] == sha256 for name, sha256 in subjects.items())
+    assert data["predicate"]["buildDefinition"]["externalParameters"]["recipe"]["name"] == "small"
+
+
+def test_provenance_names_the_workflow(tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_WORKFLOW_REF", "org/repo/.github/workflows/release.yml@refs/heads/main")
+    monkeypatch.setenv("GITHUB_REPOSITORY", "org/repo")
+    monkeypatch.setenv("GITHUB_RUN_ID", "17")
+    monkeypatch.delenv("GITHUB_SERVER_URL", raising=False)
+    root = small.make(tmp_path / "out", tmp_path / "work").root
+    details = json.loads((root / PROVENANCE).read_text())["predicate"]["runDetails"]
+    assert details["builder"]["id"] == "https://github.com/org/repo/.github/workflows/release.yml@refs/heads/main"
+    assert details["metadata"]["invocationId"] == "https://github.com/org/repo/actions/runs/17/attempts/1"
+
+
+def test_sbom_is_cyclonedx(original):
+    """Valid by the standard's own schema."""
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    text = (original / SBOM).read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    names = {one["name"].lower() for one in json.loads(text)["components"]}
+    assert {"pydantic", "click", "cxx"} <= names
+
+
+def test_load_refuses_before_it_opens_anything(made, keys, tmp_path):
+    """The graph here is no library at all: opening it would be another error."""
+    pytest.importorskip("torch")
+    from pipeline.runtime.open import load
+
+    with pytest.raises(ArtifactError, match=r"not signed$"):
+        load(made, require(str(keys[1])))
+    sign(made, key_pair(tmp_path, "stranger")[0])
+    with pytest.raises(ArtifactError, match="not signed by"):
+        load(made, require(str(keys[1])))
+
+
+@pytest.fixture
+def signer(keys):
+    return lambda index: signature_over(index, "release", keys[0], None, None)
+
+
+def test_a_version_that_was_chosen_is_signed_too(made, keys, signer, options, tmp_path):
+    """Who can write to a registry, and has no key, gives no old release a new version."""
+    url, policy = str(tmp_path / "registry"), require(str(keys[1]))
+    sign(made, keys[0])
+    publish(made, url, ["latest"], version="1.0", sign=signer)
+    releases = tmp_path / "registry" / "releases" / "small"
+    for offline in (False, True):
+        check_artifact(pull(f"{url}/small@1.0", policy=policy, offline=offline, **options), policy)
+    (releases / "2.0").mkdir()
+    index = (releases / "1.0" / MANIFEST).read_text()
+    (releases / "2.0" / MANIFEST).write_text(index.replace('"version": "1.0"', '"version": "2.0"'))
+    pull(f"{url}/small@2.0", **options)
+    for offline in (False, True):
+        with pytest.raises(ArtifactError, match="the index of this release is not signed"):
+            pull(f"{url}/small@2.0", policy=policy, offline=offline, **options)
+
+
+def test_an_index_signed_by_a_stranger(made, keys, options, tmp_path):
+    stranger = key_pair(tmp_path, "stranger")[0]
+    sign(made, keys[0])
+    url = str(tmp_path / "registry")
+    publish(made, url, version="1.0", sign=lambda index: signature_over(index, "release", stranger, None, None))
+    with pytest.raises(ArtifactError, match="Key mismatch"):
+        pull(f"{url}/small@1.0", policy=require(str(keys[1])), **options)
+
+
+def test_commands_that_run_an_artifact_ask_for_signatures(made, keys, tmp_path, monkeypatch):
+    (tmp_path / "policy.yaml").write_text(POLICY.format(url="", builder="*"))
+    monkeypatch.setenv("TANDEM_POLICY", str(tmp_path / "policy.yaml"))
+    monkeypatch.chdir(ROOT)  # where recipes/ is
+    for command in (("run", str(made), "--prompt", "hi"), ("bench", str(made)), ("validate", str(made)),
+                    ("tune", "pico-spec", "--artifact", str(made)), ("verify", str(made))):  # fmt: skip
+        result = CliRunner().invoke(main, command)
+        assert "not signed" in result.output, command
+
+
+def test_a_policy_and_an_identity_exclude_each_other(made, keys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TANDEM_POLICY", str(tmp_path / "policy.yaml"))
+    result = CliRunner().invoke(main, ["verify", str(made), "--require-signature", str(keys[1])])
+    assert result.exit_code == 2
+    assert "there is a policy, too" in result.output
+
+
+def test_what_is_remembered_of_an_alias_is_of_one_release(made, keys, signer, options, tmp_path):
+    """After an alias moved from a release with an index to one without, and where the memory is damaged."""
+    url, policy = str(tmp_path / "registry"), require(str(keys[1]))
+    sign(made, keys[0])
+    publish(made, url, ["prod"], version="1.0", sign=signer)
+    pull(f"{url}/small@prod", policy=policy, **options)
+    publish(made, url, ["prod"])
+    pull(f"{url}/small@prod", policy=policy, **options)
+    check_artifact(pull(f"{url}/small@prod", policy=policy, offline=True, **options), policy)
+    for memory in (options["cache"] / "blobs" / "manifests").iterdir():
+        memory.write_bytes(memory.read_bytes()[:40])
+    with pytest.raises(HostError, match="never pulled here"):
+        pull(f"{url}/small@prod", policy=policy, offline=True, **options)

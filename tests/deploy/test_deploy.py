@@ -1,0 +1,361 @@
+"""What is deployed: the workflow's own steps on real servers, and manifests, unit and images by their checkers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.recipe.changed import changed_recipes
+from pipeline.registry import releases as registry
+from pipeline.registry.publish import publish
+from support import small_artifacts as small
+from support.paths import ROOT
+
+WORKFLOW = ROOT / ".github/workflows/release.yml"
+SLOW = ROOT / ".github/workflows/slow.yml"
+BIN = Path(sys.executable).parent
+TINY = """
+name: tiny
+target: {source: "pico://qwen3?layers=2", dtype: float32}
+draft: {derive: {from: target, layers: [0]}}
+speculation: {draft_tokens: [2], sampling: [greedy]}
+shapes: {batch: [2], prefill: [16], kv: [48]}
+validate: {prompts: prompts.jsonl, max_new_tokens: 10, gates: {tokens_per_step: 1.0}}
+"""
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name, path=f"{BIN}:{os.environ['PATH']}")
+    assert found, f"{name} is not installed: make test-servers installs it"
+    return found
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("workflow", [WORKFLOW, SLOW], ids=lambda path: path.stem)
+def test_workflow_by_actionlint(workflow):
+    done = subprocess.run([tool("actionlint"), str(workflow)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("workflow", [WORKFLOW, SLOW], ids=lambda path: path.stem)
+def test_workflow_by_its_schema(workflow):
+    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", str(workflow)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_slow_lanes_are_targets_of_the_makefile():
+    data = yaml.safe_load(SLOW.read_text())
+    lanes = data["jobs"]["lane"]["strategy"]["matrix"]["lane"]
+    targets = re.findall(r"^([\w-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
+    assert set(lanes) == {target for target in targets if target.startswith("test-")}
+    assert data["jobs"]["lane"]["permissions"] == {"contents": "read"}
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", one) for one in re.findall(r"uses: (\S+)", SLOW.read_text()))
+
+
+def test_workflow_pins_actions_and_asks_for_little():
+    """Every action by commit; no permission at the top; code of pull requests runs without secrets or identity."""
+    text = WORKFLOW.read_text()
+    uses = re.findall(r"uses: (\S+)", text.split("name: release\n", 1)[1])
+    assert uses
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", one) for one in uses)
+    data = yaml.safe_load(text)
+    assert data["permissions"] == {}
+    rights = {name: job["permissions"] for name, job in data["jobs"].items()}
+    assert rights == {
+        "changed": {"contents": "read"},
+        "check": {"contents": "read"},
+        "comment": {"pull-requests": "write"},
+        "publish": {"contents": "read", "id-token": "write"},
+    }
+    assert "secrets." not in json.dumps(data["jobs"]["check"])
+    runs = [step.get("run", "") for job in data["jobs"].values() for step in job["steps"]]
+    assert not any("${{" in run for run in runs)  # expressions in a shell are how branch names become commands
+
+
+def test_no_push_loses_its_release():
+    """Only a pull request's runs replace each other; publishing waits by recipe, and builds the newest commit."""
+    data = yaml.safe_load(WORKFLOW.read_text())
+    assert data["concurrency"] == {
+        "group": "release-${{ github.event_name == 'pull_request' && github.ref || github.run_id }}",
+        "cancel-in-progress": True,
+    }
+    publish = data["jobs"]["publish"]
+    assert publish["concurrency"] == {"group": "publish-${{ matrix.recipe }}", "cancel-in-progress": False}
+    assert publish["steps"][0]["with"]["ref"] == "${{ github.ref }}"
+
+
+def test_policies_name_the_workflow_that_signs():
+    """A certificate carries the file and the ref of the workflow that runs: this one, on the branch that it is for."""
+    triggers = yaml.safe_load(WORKFLOW.read_text())[True]  # YAML reads `on` as a truth
+    assert set(triggers) == {"push", "pull_request"}
+    (branch,) = triggers["push"]["branches"]
+    identity = f"identity: https://github.com/ORG/REPO/.github/workflows/{WORKFLOW.name}@refs/heads/{branch}\n"
+    for policy in ("deploy/kubernetes/serve.yaml", "docs/operations.md"):
+        assert identity in (ROOT / policy).read_text()
+
+
+def test_recipes_of_other_backends_are_left_out(tmp_path):
+    """One that cannot be read stays: its build tells why."""
+    (tmp_path / "recipes").mkdir()
+    recipes = {"here": TINY, "chip": TINY + "backend: {name: neuron, target: trn2}\n", "damaged": "nonsense: ["}
+    for name, text in recipes.items():
+        (tmp_path / f"recipes/{name}.yaml").write_text(text)
+    command = [sys.executable, str(ROOT / "scripts/ci/of_backend.py"), "inductor"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    names = json.dumps([*recipes])
+    done = subprocess.run(command, cwd=tmp_path, env=environ, input=names, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == ["here", "damaged"]
+    assert done.stderr == "chip: left out, it is not for inductor\n"
+
+
+def test_settings_that_nobody_made_are_unset(tmp_path):
+    """A workflow's unset variable is an empty text; as AWS_ENDPOINT_URL that ends the S3 client."""
+    (tmp_path / "tandem").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "tandem").chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "AWS_ENDPOINT_URL": "", "AWS_REGION": "us-east-1"}
+    command = ["bash", str(ROOT / "scripts/ci/release.sh"), "summary", "any"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert "AWS_REGION=us-east-1\n" in done.stdout
+    assert "AWS_ENDPOINT_URL" not in done.stdout
+
+
+@pytest.mark.server
+def test_kubernetes_manifests():
+    command = [tool("kubernetes-validate"), "--strict", *map(str, (ROOT / "deploy/kubernetes").glob("*.yaml"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def manifests() -> dict[str, dict]:
+    """The manifests by their kind."""
+    return {one["kind"]: one for one in yaml.safe_load_all((ROOT / "deploy/kubernetes/serve.yaml").read_text())}
+
+
+def test_kubernetes_arguments_are_options(manifests):
+    """Both containers' command lines are ones that `tandem` takes; the server cannot write the volume."""
+    from pipeline.cli.main import main
+
+    pod = manifests["Deployment"]["spec"]["template"]["spec"]
+    for container, wanted in ((pod["initContainers"][0], "pull"), (pod["containers"][0], "serve")):
+        command, *args = container["args"]
+        assert command == wanted
+        main.commands[command].make_context(command, args)
+    mounts = {one["name"]: one for one in pod["containers"][0]["volumeMounts"]}
+    assert mounts["models"]["readOnly"] is True
+    policy = manifests["ConfigMap"]["data"]["policy.yaml"]
+    from pipeline.artifact.signing import Policy
+
+    Policy.model_validate(yaml.safe_load(policy) | {}, strict=False)
+
+
+def test_kubernetes_service_reaches_a_ready_server(manifests):
+    """Service, probe and server have one port; answers under way have their time before the pod is killed."""
+    deployment, service = manifests["Deployment"]["spec"], manifests["Service"]["spec"]
+    pod = deployment["template"]["spec"]
+    server = pod["containers"][0]
+    options = dict(zip(server["args"][2::2], server["args"][3::2], strict=True))
+    assert {one["name"]: str(one["containerPort"]) for one in server["ports"]} == {"http": options["--port"]}
+    assert server["readinessProbe"]["httpGet"] == {"path": "/health", "port": "http"}
+    assert [one["targetPort"] for one in service["ports"]] == ["http"]
+    assert service["selector"] == deployment["selector"]["matchLabels"] == deployment["template"]["metadata"]["labels"]
+    waits = int(server["lifecycle"]["preStop"]["exec"]["command"][1]) + int(options["--shutdown-timeout"])
+    assert pod["terminationGracePeriodSeconds"] > waits
+
+
+@pytest.mark.server
+def test_dockerfile():
+    done = subprocess.run(
+        [tool("hadolint"), str(ROOT / "deploy/Dockerfile")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.server
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+def test_systemd_unit(tmp_path):
+    text = (ROOT / "deploy/systemd/tandem-pull@.service").read_text()
+    unit = tmp_path / "tandem-pull@.service"
+    unit.write_text(text.replace("/opt/tandem/bin/tandem", "/bin/true"))  # what it starts is not installed here
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    user = re.search(r"sysusers.d/tandem.conf: +(u (\w+) .*?) {2,}", text)
+    subprocess.run(["systemd-sysusers", "--dry-run", "--inline", user[1]], check=True)
+    assert f"\nUser={user[2]}\n" in text
+
+
+@pytest.mark.server
+def test_pull_without_torch(tmp_path, url):
+    """As in the pull image: an import of torch, numpy or transformers would end this."""
+    made = small.make_validated(tmp_path / "made", tmp_path / "work").root
+    publish(made, url, ["latest"])
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'transformers', 'safetensors'): sys.modules[name] = None\n"
+        "from pipeline.cli.main import main; main()"
+    )
+    out = tmp_path / "out"
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "TANDEM_CACHE": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code, "pull", f"{url}/small@latest", str(out)], env=environ, check=True)
+    assert small.digests(out) == small.digests(made)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository with this package, a recipe, and a commit that changes it and one for a chip."""
+    root = tmp_path / "repository"
+    for name in ("pipeline", "scripts", ".github"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "recipes").mkdir()
+    (root / "recipes/tiny.yaml").write_text(TINY)
+    (root / "recipes/other.yaml").write_text(TINY.replace("name: tiny", "name: other").replace("prompts.j", "others.j"))
+    prompt = json.dumps({"id": "0", "class": "chat", "prompt": "a"}) + "\n"
+    for name in ("prompts", "others"):
+        (root / f"recipes/{name}.jsonl").write_text(prompt)
+    git(root, "init", "-q", "-b", "main")
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "one")
+    (root / "recipes/prompts.jsonl").write_text(prompt + prompt.replace('"0"', '"1"'))
+    chip = TINY.replace("name: tiny", "name: chip").replace("float32", "bfloat16")
+    (root / "recipes/chip.yaml").write_text(chip + "backend: {name: neuron, target: trn2}\n")
+    environ = os.environ | {"PYTHONPATH": str(root), "TANDEM_CACHE": str(tmp_path / "cache")}
+    subprocess.run([str(BIN / "tandem"), "recipe", "lock", "tiny"], cwd=root, env=environ, check=True)
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "two")
+    return root
+
+
+def git(root: Path, *args: str) -> str:
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *args]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+class Runner:
+    """Runs a job's shell steps as the service would: expressions replaced, one output file, one summary file."""
+
+    def __init__(self, root: Path, expressions: dict[str, str], environ: dict[str, str]) -> None:
+        self.root, self.expressions = root, expressions
+        self.output, self.summary = root.parent / "output", root.parent / "summary"
+        self.output.touch()
+        self.summary.touch()
+        self.environ = os.environ | environ | {
+            "GITHUB_OUTPUT": str(self.output), "GITHUB_STEP_SUMMARY": str(self.summary), "PYTHONPATH": str(root),
+            "PATH": f"{root.parent / 'bin'}:{BIN}:{os.environ['PATH']}",
+        }  # fmt: skip
+
+    def job(self, name: str) -> None:
+        """Its steps; once one failed, only those that run always, and the failure is raised at the end."""
+        job = yaml.safe_load((self.root / ".github/workflows/release.yml").read_text())["jobs"][name]
+        failure = None
+        for step in job["steps"]:
+            if "run" not in step or step["name"] == "Install" or (failure and step.get("if") != "always()"):
+                continue
+            given = {key: self.value(text) for key, text in (job.get("env", {}) | step.get("env", {})).items()}
+            command = ["bash", "-eo", "pipefail", "-c", step["run"]]
+            try:
+                subprocess.run(command, cwd=self.root, check=True, env=self.environ | given)
+            except subprocess.CalledProcessError as error:
+                failure = failure or error
+        if failure:
+            raise failure
+
+    def value(self, text: str) -> str:
+        """An expression must be one that the test knows; credentials come with the environment, or are empty."""
+        match = re.fullmatch(r"\$\{\{ (.*) \}\}", str(text))
+        if match is None:
+            return str(text)
+        given = re.fullmatch(r"(?:secrets|vars)\.((?:AWS|HF)_\w+)", match[1])
+        return os.environ.get(given[1], "") if given else self.expressions[match[1]]
+
+
+def expressions_of(repository: Path, registry_url: str, cache_url: str) -> dict[str, str]:
+    """What the workflow's expressions are after a push of the last commit."""
+    base = "github.event_name == 'pull_request' && github.event.pull_request.base.sha || github.event.before"
+    return {
+        base: git(repository, "rev-parse", "HEAD~1"), "github.sha": git(repository, "rev-parse", "HEAD"),
+        "matrix.recipe": "tiny", "vars.TANDEM_REGISTRY": registry_url, "vars.TANDEM_ALIAS": "prod",
+        "vars.TANDEM_REMOTE_CACHE": cache_url,
+        "vars.TANDEM_REMOTE_CACHE != '' && '1' || '0'": "1" if cache_url else "0",
+        "github.token": "t", "github.repository": "org/repo", "github.event.pull_request.number": "7",
+    }  # fmt: skip
+
+
+@pytest.mark.server
+def test_workflow_steps(repository, url, s3_url, tmp_path):
+    """A push: the changed recipe alone is built from its lock, gated, signed, published; the alias moves. Then the
+    comment of a pull request. `gh` is a stand-in that keeps what it was given; the key replaces the job's identity."""
+    from pipeline.artifact import signing
+    from pipeline.registry.pull import pull
+    from support.signing_keys import key_pair
+
+    private, public = key_pair(tmp_path, "release")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/gh").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$GH_LOG"; cp comment.md "$GH_LOG.body"\n')
+    (tmp_path / "bin/gh").chmod(0o755)
+    environ = {"SIGNING_KEY": str(private), "TANDEM_CACHE": str(tmp_path / "cache"), "GH_LOG": str(tmp_path / "gh")}
+    runner = Runner(repository, expressions_of(repository, url, s3_url), environ)
+    runner.job("changed")
+    assert runner.output.read_text() == 'recipes=["tiny"]\n'
+    runner.job("publish")
+    assert "| passed | yes |" in runner.summary.read_text()
+    released = registry.list_releases(url)
+    assert [(one.name, one.aliases) for one in released] == [("tiny", ("prod",))]
+    out = pull(f"{url}/tiny@prod", tmp_path / "out", cache=tmp_path / "c", policy=signing.require(str(public)))
+    assert (out / "graphs").is_dir()
+    runner.job("check")
+    runner.job("comment")
+    assert (tmp_path / "gh").read_text().split() == [
+        "pr", "comment", "7", "--body-file", "comment.md", "--edit-last", "--create-if-none",
+    ]  # fmt: skip
+    assert "| passed | yes |" in (tmp_path / "gh.body").read_text()
+
+
+@pytest.mark.server
+def test_release_stops_at_a_failed_gate(repository, s3_url, tmp_path):
+    """Nothing is published, and no alias moves; the tables and the reports are there all the same."""
+    path = repository / "recipes/tiny.yaml"
+    path.write_text(path.read_text().replace("tokens_per_step: 1.0", "tokens_per_step: 2.9"))
+    environ = {"TANDEM_CACHE": str(tmp_path / "cache"), "SIGNING_KEY": "unused"}
+    runner = Runner(repository, expressions_of(repository, s3_url, ""), environ)
+    command = [str(BIN / "tandem"), "recipe", "lock", "tiny"]
+    subprocess.run(command, cwd=repository, env=runner.environ, check=True)
+    with pytest.raises(subprocess.CalledProcessError, match=r"release\.sh build"):
+        runner.job("publish")
+    assert "| passed | no |" in runner.summary.read_text()
+    assert (repository / "artifacts/tiny/reports/parity.html").is_file()
+    assert registry.list_releases(s3_url) == []
+
+
+@pytest.mark.server
+def test_a_build_that_made_nothing_has_a_summary(repository, tmp_path):
+    (repository / "recipes/tiny.lock").write_text("damaged")
+    runner = Runner(repository, expressions_of(repository, "", ""), {"TANDEM_CACHE": str(tmp_path / "cache")})
+    with pytest.raises(subprocess.CalledProcessError, match=r"release\.sh build"):
+        runner.job("check")
+    assert (repository / "summaries/tiny.md").read_text() == "## tiny\n\nNo artifact: the log says why.\n"
+    assert runner.summary.read_text() == (repository / "summaries/tiny.md").read_text()
+
+
+def test_changed_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, more in (("one", ""), ("two", "base: bases/b.yaml\n"), ("bad", "nonsense: [")):
+        path = tmp_path / "recipes" / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(more + TINY.replace("name: tiny", f"name: {name}").replace("prompts.jsonl", f"{name}.jsonl"))
+    (tmp_path / "recipes/bases").mkdir()
+    (tmp_path / "recipes/bases/b.yaml").write_text("parallel: {tensor: 1}\n")
+    cases = {
+        "recipes/one.yaml": ["bad", "one"], "recipes/one.lock": ["bad", "one"], "recipes/bases/b.yaml": ["bad", "two"],
+        "recipes/two.jsonl": ["bad", "two"], "README.md": [], "recipes/bad.yaml": ["bad"], "pipeline/recipe.py": [],
+    }  # fmt: skip
+    assert {path: changed_recipes([path]) for path in cases} == cases

@@ -1,0 +1,71 @@
+"""Compile workers: errors, Ctrl-C and parents that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.errors import HostError
+from pipeline.executors.base import Executor
+from pipeline.executors.local import LocalExecutor
+from support.paths import ROOT
+from support.processes import heed_interrupts, members, wait_for
+
+SLEEPERS = """
+import time
+from pipeline.executors.local import LocalExecutor
+if __name__ == "__main__":
+    print("started", flush=True)
+    LocalExecutor(2).run(time.sleep, [600, 600], print)
+"""
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(number: int) -> int:
+    raise HostError(f"job {number} failed")
+
+
+def test_run_keeps_the_order_of_jobs():
+    seen: list[int] = []
+    executor: Executor = LocalExecutor(2)
+    assert executor.run(square, [3, 1, 2], seen.append) == [9, 1, 4]
+    assert sorted(seen) == [1, 4, 9]
+
+
+def test_run_error_of_a_job_is_raised_as_it_is():
+    with pytest.raises(HostError, match="job 1 failed"):
+        LocalExecutor(1).run(fail, [1, 1], lambda _: None)
+
+
+def test_run_dead_worker_is_explained():
+    with pytest.raises(HostError, match="probably out of memory"):
+        LocalExecutor(1).run(die, [1], lambda _: None)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 1)])
+def test_workers_end_with_their_parent(tmp_path, number, code):
+    """Only the parent is told; idle or busy workers of a killed build once stayed for ever."""
+    script = tmp_path / "sleepers.py"
+    script.write_text(SLEEPERS)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=env, preexec_fn=heed_interrupts,
+    )  # fmt: skip
+    assert child.stdout is not None
+    child.stdout.readline()
+    wait_for(lambda: len(members(child.pid)) >= 3)  # the parent, and two workers at least
+    os.kill(child.pid, number)
+    assert child.wait(timeout=30) in (code, -number)
+    wait_for(lambda: not members(child.pid))

@@ -1,0 +1,206 @@
+"""Locks: what is written reads back, what drifted is named with both values, and configs alone are enough to plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.files.atomic import FileDigest
+from pipeline.models.families import config_of
+from pipeline.plan import lock as locks
+from pipeline.plan.lock import Lock, LockedSource
+from pipeline.recipe.schema import load
+from pipeline.sources.pair import resolve_pair
+from support.paths import ROOT
+
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+COMMIT = "6f6073b423013f6a7d4d9f39144961bfbfbc386b"
+TARGET = LockedSource(
+    f"hf://org/big@{COMMIT}",
+    COMMIT,
+    {"config.json": FileDigest("a" * 64, 700), "model.safetensors": FileDigest("b" * 64, 9000)},
+    {"model_type": "llama", "num_hidden_layers": 4, "rms_norm_eps": 1e-05},
+)
+DRAFT = LockedSource("./draft", "sha256:1", {"model.safetensors": FileDigest("c" * 64, 500)}, {"model_type": "llama"})
+LOCK = Lock("d" * 64, TARGET, DRAFT, {"backend": "inductor", "torch": "2.13.0"})
+RECIPE = """\
+name: pair
+target: {source: "pico://llama"}
+draft: {derive: {from: target, layers: [0, 2]}}
+speculation: {draft_tokens: [2]}
+shapes: {batch: [1], prefill: [32], kv: [64]}
+"""
+
+
+def write_recipe(folder: Path, text: str = RECIPE) -> Path:
+    path = folder / "pair.yaml"
+    path.write_text(text)
+    return path
+
+
+def keys(problems: list[locks.Problem]) -> list[str]:
+    return [problem.where.removeprefix("lock: ") for problem in problems]
+
+
+def test_write_reads_back_equal(tmp_path: Path) -> None:
+    locks.write(tmp_path / "pair.lock", LOCK)
+    assert locks.read(tmp_path / "pair.lock") == LOCK
+    assert [path.name for path in tmp_path.iterdir()] == ["pair.lock"]
+
+
+def test_write_is_the_same_bytes_each_time(tmp_path: Path) -> None:
+    shuffled = replace(LOCK, toolchain=dict(reversed(LOCK.toolchain.items())))
+    assert locks.to_bytes(LOCK) == locks.to_bytes(shuffled)
+    assert locks.digest(LOCK) == locks.digest(shuffled)
+
+
+def test_digest_sees_every_part() -> None:
+    others = [
+        replace(LOCK, recipe_sha256="e" * 64),
+        replace(LOCK, target=replace(TARGET, revision="0" * 40)),
+        replace(LOCK, draft=None),
+        replace(LOCK, toolchain={}),
+    ]
+    assert len({locks.digest(lock) for lock in [LOCK, *others]}) == 5
+
+
+def test_read_missing_says_how_to_lock(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        locks.read(tmp_path / "pair.lock")
+    assert caught.value.fix == "run: tandem recipe lock pair"
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"version": 2}, "version"),
+        ({"recipe_sha256": 5}, "recipe_sha256"),
+        ({"target": None}, "target"),
+        ({"target": {"source": "x"}}, "target.revision"),
+        ({"surplus": 1}, "surplus"),
+    ],
+)
+def test_read_damaged_names_the_key(tmp_path: Path, change: dict[str, object], where: str) -> None:
+    path = tmp_path / "pair.lock"
+    path.write_text(json.dumps(json.loads(locks.to_bytes(LOCK)) | change))
+    with pytest.raises(InputError) as caught:
+        locks.read(path)
+    assert caught.value.where == f"{path}: {where}"
+    assert "tandem recipe lock" in caught.value.fix
+
+
+def test_read_yaml_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "pair.lock"
+    path.write_text(f"version: 1\nrecipe_sha256: abc\ntarget: {{source: './a', revision: '{COMMIT}'}}\n")
+    assert locks.read(path) == Lock("abc", LockedSource("./a", COMMIT))
+
+
+def test_check_locked_same_is_clean() -> None:
+    assert locks.check_locked(LOCK, LOCK) == []
+
+
+def test_check_locked_names_each_drifted_item_with_both_values() -> None:
+    target = replace(TARGET, revision="0" * 40, files=TARGET.files | {"model.safetensors": FileDigest("f" * 64, 9001)})
+    fresh = Lock("9" * 64, target, DRAFT, {"backend": "inductor", "torch": "2.14.0+cpu"})
+    problems = locks.check_locked(LOCK, fresh)
+    assert keys(problems) == ["recipe_sha256", "target.revision", "target.files.model.safetensors", "toolchain.torch"]
+    assert problems[1].what == f"locked {COMMIT}, found {'0' * 40}"
+    assert "f" * 64 in problems[2].what
+    assert "b" * 64 in problems[2].what
+    assert problems[3].what == "locked 2.13.0, found 2.14.0+cpu"
+
+
+def test_check_locked_torch_build_tag_is_not_drift() -> None:
+    fresh = replace(LOCK, toolchain={"backend": "inductor", "torch": "2.13.0+cpu", "cxx": "g++ 12"})
+    assert locks.check_locked(LOCK, fresh) == []
+    assert keys(locks.check_locked(fresh, LOCK)) == ["toolchain.cxx", "toolchain.torch"]
+
+
+def test_check_locked_added_and_missing_files() -> None:
+    files = {"config.json": TARGET.files["config.json"], "extra.safetensors": FileDigest("1" * 64, 1)}
+    problems = locks.check_locked(LOCK, replace(LOCK, target=replace(TARGET, files=files)))
+    assert keys(problems) == ["target.files.extra.safetensors", "target.files.model.safetensors"]
+    assert problems[0].what.startswith("locked no such file, found sha256 1111")
+
+
+def test_check_locked_config_alone_lets_weights_come() -> None:
+    """A lock made without weights pins them by the commit."""
+    config_only = replace(LOCK, target=replace(TARGET, files={"config.json": TARGET.files["config.json"]}))
+    assert locks.check_locked(config_only, LOCK) == []
+
+
+def test_check_locked_draft_replaced_by_derived() -> None:
+    (problem,) = locks.check_locked(LOCK, replace(LOCK, draft=None))
+    assert problem.what == "locked ./draft, found a draft derived from the target"
+
+
+def test_check_locked_refuses_a_branch() -> None:
+    floating = replace(LOCK, target=replace(TARGET, source="hf://org/big@main", revision="main"))
+    (problem,) = locks.check_locked(floating, floating)
+    assert problem.where == "lock: target.revision"
+    assert "may move" in problem.what
+
+
+def test_make_lock_of_a_derived_pair_gives_back_its_configs(tmp_path: Path) -> None:
+    recipe = load(write_recipe(tmp_path))
+    target, draft = resolve_pair(recipe, base=tmp_path, cache=tmp_path / "cache")
+    lock = locks.make_lock(recipe, target, draft, {"backend": "inductor"})
+    locks.write(tmp_path / "pair.lock", lock)
+    read = locks.read(tmp_path / "pair.lock")
+    assert read == lock
+    assert read.draft is None
+    assert locks.pair_configs(recipe, read, "lock") == (target.config, draft.config)
+
+
+def test_pair_configs_layer_that_is_not_there(tmp_path: Path) -> None:
+    recipe = load(write_recipe(tmp_path, RECIPE.replace("[0, 2]", "[0, 7]")))
+    lock = Lock(recipe.digest(), replace(TARGET, source="pico://llama", config={"model_type": "llama", **SIZES}))
+    with pytest.raises(InputError) as caught:
+        locks.pair_configs(recipe, lock, "lock")
+    assert caught.value.what == "the target has no layer 7"
+    assert caught.value.where.endswith("pair.yaml:3: draft.derive.layers")
+
+
+SIZES = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+}
+
+
+def test_pair_configs_lock_of_another_source_is_refused(tmp_path: Path) -> None:
+    recipe = load(write_recipe(tmp_path))
+    with pytest.raises(InputError) as caught:
+        locks.pair_configs(recipe, Lock(recipe.digest(), TARGET), "lock")
+    assert caught.value.fix.endswith("tandem recipe lock pair")
+
+
+def test_relock_keeps_the_pins_of_a_changed_recipe(tmp_path: Path) -> None:
+    recipe = load(write_recipe(tmp_path))
+    lock = Lock("0" * 64, replace(TARGET, source="pico://llama"))
+    again = locks.relock(recipe, lock)
+    assert again.recipe_sha256 == recipe.digest()
+    assert again.target == lock.target
+
+
+def test_relock_other_source_is_refused(tmp_path: Path) -> None:
+    recipe = load(write_recipe(tmp_path))
+    with pytest.raises(InputError) as caught:
+        locks.relock(recipe, Lock("0" * 64, TARGET))
+    assert "the recipe says pico://llama, the lock has hf://org/big" in caught.value.what
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_lock_belongs_to_its_recipe(path: Path) -> None:
+    recipe, lock = load(path), locks.read(locks.lock_path(path))
+    assert lock.recipe_sha256 == recipe.digest(), f"run: tandem recipe lock {path.stem}"
+    assert lock.target.source == recipe.target.source
+    assert not lock.target.floating
+    assert lock.draft is None or not lock.draft.floating
+    config_of(lock.target.config, path.stem)

@@ -1,0 +1,279 @@
+"""Plans: which graphs, how many bytes (against arithmetic by hand), and what is refused before anything is built."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.backends.base import make_backend
+from pipeline.errors import Problem, RecipeError
+from pipeline.graphs.dtypes import DTYPES
+from pipeline.graphs.packing import BlockPacking
+from pipeline.graphs.signature import signature
+from pipeline.graphs.spec import GraphSpec
+from pipeline.models.config import ModelConfig
+from pipeline.models.weights import weight_specs
+from pipeline.plan import lock as locks
+from pipeline.plan.estimates import GIB, layer_passes
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.recipe.schema import Recipe, find, load
+from support.paths import ROOT
+
+SMALL = ModelConfig(
+    family="llama",
+    layers=3,
+    hidden=64,
+    intermediate=192,
+    heads=8,
+    kv_heads=4,
+    head_dim=16,
+    vocab=512,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    max_position=2048,
+)
+RECIPE = """\
+name: pair
+target: {source: ./target}
+draft: {source: ./draft, placement: %(placement)s}
+speculation: {draft_tokens: [2, 4], sampling: %(sampling)s%(candidates)s}
+shapes: {batch: [1, 4], prefill: [32, 48], kv: [64, 128]}
+parallel: {tensor: %(tensor)s}
+backend: %(backend)s
+"""
+DEFAULTS = {
+    "placement": "replicated",
+    "sampling": "[greedy, stochastic]",
+    "tensor": 1,
+    "backend": "{name: neuron, target: trn2, lnc: 2}",
+}
+
+
+def recipe_of(folder: Path, **changes: object) -> Recipe:
+    path, words = folder / "pair.yaml", DEFAULTS | changes
+    words.setdefault("candidates", ", candidates: 64" if "stochastic" in str(words["sampling"]) else "")
+    path.write_text(RECIPE % words)
+    return load(path)
+
+
+def shipped(name: str) -> Plan:
+    path = find(name, ROOT / "recipes")
+    recipe = load(path)
+    lock_path = locks.lock_path(path)
+    return make_plan(recipe, *locks.pair_configs(recipe, locks.read(lock_path), str(lock_path)))
+
+
+def problems_of(recipe: Recipe, target: ModelConfig = SMALL, draft: ModelConfig = SMALL) -> tuple[Problem, ...]:
+    with pytest.raises(RecipeError) as caught:
+        make_plan(recipe, target, draft)
+    return caught.value.problems
+
+
+def test_make_plan_lists_every_graph_once(tmp_path: Path) -> None:
+    plan = make_plan(recipe_of(tmp_path), SMALL, SMALL)
+    names = [graph.name for graph in plan.graphs]
+    assert len(set(names)) == len(names)
+    counts = {
+        phase: sum(g.phase == phase for g in plan.graphs) for phase in ("prefill", "decode", "speculate", "score")
+    }
+    # batch x prefill; batch x kv x sampling; the same x K; kv x model.
+    assert counts == {"prefill": 4, "decode": 8, "speculate": 16, "score": 4}
+    assert "speculate-b4-t5-s128-k4-stochastic" in names
+    assert "score-draft-b4-t32-s64" in names
+    assert {g.kv for g in plan.graphs if g.phase == "prefill"} == {128}
+
+
+def test_make_plan_greedy_only_prefills_greedily(tmp_path: Path) -> None:
+    plan = make_plan(recipe_of(tmp_path, sampling="[greedy]"), SMALL, SMALL)
+    assert {graph.sampling for graph in plan.graphs} == {"greedy"}
+
+
+def test_llama_70b_memory_is_what_arithmetic_gives() -> None:
+    """Per rank, bfloat16, 64 ranks: a 64th of the target, the whole draft, one KV head of the target's eight."""
+    memory = shipped("llama-70b-spec").memory
+    vocabulary = 2016 * 8192  # 128,256 rows padded to 32 x 64, over 64 ranks
+    attention = 8192 * (128 + 128 + 128 + 128)  # one of 64 query heads, one KV head (k, v), and the output
+    mlp = 8192 * 448 * 3  # 28,672 / 64
+    elements = 2 * vocabulary + 80 * (attention + mlp + 2 * 8192) + 8192
+    assert memory.target_weights == 2 * elements + 4
+    draft_attention = 2048 * (2048 + 512 + 512 + 2048)
+    draft_elements = 128256 * 2048 + 16 * (draft_attention + 2048 * 8192 * 3 + 2 * 2048) + 2048
+    assert draft_elements == 1_235_814_400, "Llama 3.2 1B has 1.24 billion parameters; embedding and head are one"
+    assert memory.draft_weights == 2 * draft_elements + 4
+    assert memory.target_kv == 2 * 80 * 1 * 1 * 12800 * 128 * 2
+    assert memory.draft_kv == 2 * 16 * 1 * 8 * 12800 * 64 * 2
+
+
+def test_llama_70b_plan_fits_its_cores() -> None:
+    plan = shipped("llama-70b-spec")
+    assert plan.memory_limit == 24 * GIB
+    assert 7 * GIB < plan.memory.total < 9 * GIB
+    assert len(plan.graphs) == 14
+    assert plan.graphs[0].name == "speculate-b1-t7-s4096-k6"
+    # 70.6 billion parameters, KV heads held eight times; and the draft once.
+    assert 150 < plan.stored_bytes / GIB < 156
+    assert plan.artifact_bytes - plan.stored_bytes == 63 * plan.memory.draft_weights
+
+
+@pytest.mark.parametrize(("name", "graphs"), [("qwen3-32b-spec", 14), ("llama-8b-spec", 24)])
+def test_neuron_recipes_plan_from_their_locks(name: str, graphs: int) -> None:
+    plan = shipped(name)
+    assert len(plan.graphs) == graphs
+    assert plan.memory_limit is not None
+    assert plan.memory.total < plan.memory_limit
+
+
+@pytest.mark.parametrize("name", ["pico-spec", "smollm2-135m-spec"])
+def test_cpu_recipes_plan_from_their_locks(name: str) -> None:
+    plan = shipped(name)
+    assert plan.memory_limit is None
+    assert plan.memory.total < 4 * GIB
+
+
+def test_smollm2_weights_are_those_that_its_graphs_take() -> None:
+    plan = shipped("smollm2-135m-spec")
+    score = next(g for g in plan.graphs if g.name.startswith("score-target"))
+    found = 0
+    for tensor in signature(score, plan.pair, BlockPacking()).weights:
+        found += math.prod(tensor.shape) * DTYPES[tensor.dtype].size_bytes
+    assert plan.memory.target_weights == found
+
+
+def test_memory_falls_with_ranks_until_kv_heads_repeat(tmp_path: Path) -> None:
+    plans = {tp: make_plan(recipe_of(tmp_path, tensor=tp, placement="sharded"), SMALL, SMALL) for tp in (1, 4, 8)}
+    assert plans[1].memory.target_kv == 4 * plans[4].memory.target_kv
+    assert plans[4].memory.target_kv == plans[8].memory.target_kv, "four KV heads on eight ranks: each held twice"
+    assert plans[1].memory.target_weights > plans[4].memory.target_weights > plans[8].memory.target_weights
+
+
+def test_memory_shared_embedding_is_stored_once(tmp_path: Path) -> None:
+    own = make_plan(recipe_of(tmp_path), SMALL, SMALL).memory
+    shared = make_plan(recipe_of(tmp_path), SMALL, replace(SMALL, shares_embedding=True)).memory
+    assert own.draft_weights - shared.draft_weights == 512 * 64 * 4
+
+
+def test_conflict_ranks_that_do_not_divide_are_all_named(tmp_path: Path) -> None:
+    problems = problems_of(recipe_of(tmp_path, tensor=6))
+    assert [p.what for p in problems] == [
+        "found 6, which does not divide the target's num_attention_heads=8",
+        "found 6, which does not divide the target's num_key_value_heads=4",
+    ]
+    assert problems[0].where == f"{tmp_path / 'pair.yaml'}:6: parallel.tensor"
+    assert problems[0].fix == "use one of [1, 2, 4, 8]"
+
+
+def test_conflict_intermediate_that_does_not_divide(tmp_path: Path) -> None:
+    (problem,) = problems_of(recipe_of(tmp_path, tensor=8), replace(SMALL, intermediate=100))
+    assert "intermediate_size=100" in problem.what
+    assert problem.fix == "use one of [1, 2, 4]"
+
+
+def test_conflict_sharded_draft_may_be_replicated_instead(tmp_path: Path) -> None:
+    draft = replace(SMALL, heads=6, kv_heads=2)
+    (problem,) = problems_of(recipe_of(tmp_path, tensor=4, placement="sharded"), SMALL, draft)
+    assert "the draft's num_attention_heads=6" in problem.what
+    assert problem.fix == "use one of [1, 2], or draft.placement: replicated"
+    make_plan(recipe_of(tmp_path, tensor=4), SMALL, draft)
+
+
+def test_conflict_vocabularies_that_differ(tmp_path: Path) -> None:
+    """Padding may differ, unless the draft uses the target's embedding or names its ids."""
+    recipe = recipe_of(tmp_path)
+    make_plan(recipe, SMALL, replace(SMALL, vocab=500))
+    for own in ({"shares_embedding": True}, {"draft_vocab": 100, "tied": False}):
+        (problem,) = problems_of(recipe, SMALL, replace(SMALL, vocab=500, **own))
+        assert problem.what == "the draft has vocab_size=500, the target, whose vocabulary it uses, 512"
+
+
+def test_conflict_cache_longer_than_a_sliding_window(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    longest = recipe.shapes.kv[-1]
+    make_plan(recipe, replace(SMALL, window=longest), SMALL)
+    (problem,) = problems_of(recipe, replace(SMALL, window=longest - 1), SMALL)
+    assert f"found {longest}, longer than the target's sliding_window={longest - 1}" in problem.what
+
+
+def test_reduced_vocabulary_is_no_conflict(tmp_path: Path) -> None:
+    plan = make_plan(recipe_of(tmp_path), SMALL, replace(SMALL, draft_vocab=100, tied=False))
+    assert plan.pair.draft.out_vocab == 100
+
+
+def test_conflict_kv_bucket_longer_than_positions(tmp_path: Path) -> None:
+    (problem,) = problems_of(recipe_of(tmp_path), SMALL, replace(SMALL, max_position=100))
+    assert problem.where == f"{tmp_path / 'pair.yaml'}:5: shapes.kv[1]"
+    assert "the draft's max_position_embeddings=100" in problem.what
+
+
+def test_conflict_shared_embedding_of_another_size(tmp_path: Path) -> None:
+    (problem,) = problems_of(recipe_of(tmp_path), SMALL, replace(SMALL, hidden=32, shares_embedding=True))
+    assert "hidden_size=32" in problem.what
+
+
+def test_conflict_memory_names_what_takes_it(tmp_path: Path) -> None:
+    big = replace(SMALL, layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128)
+    (problem,) = problems_of(recipe_of(tmp_path, tensor=8), replace(big, vocab=512), SMALL)
+    assert "a core with lnc=2 has 24 GiB" in problem.what
+    assert "target weights" in problem.what
+    assert problem.fix == "use more ranks"
+
+
+def test_conflict_memory_halves_without_lnc2(tmp_path: Path) -> None:
+    backend = "{name: neuron, target: trn2, lnc: 1}"
+    config = replace(SMALL, layers=60, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128)
+    make_plan(recipe_of(tmp_path, tensor=8), config, SMALL)
+    (problem,) = problems_of(recipe_of(tmp_path, tensor=8, backend=backend), config)
+    assert "has 12 GiB" in problem.what
+
+
+def test_estimates_grow_with_layer_passes(tmp_path: Path) -> None:
+    plan = make_plan(recipe_of(tmp_path), SMALL, SMALL)
+    by_name = {graph.name: graph for graph in plan.graphs}
+    decode, k4 = by_name["decode-b1-t1-s64"], by_name["speculate-b1-t5-s64-k4"]
+    assert layer_passes(plan.pair, decode) == 3
+    assert layer_passes(plan.pair, k4) == 3 + 4 * 3
+    for estimate in (plan.compile_seconds, plan.compile_memory, plan.graph_bytes):
+        assert estimate(k4) > estimate(decode) > 0
+
+
+def test_a_graph_depends_on_what_it_sees_alone(tmp_path: Path) -> None:
+    """What is traced, and so its cache key: scoring a target depends on no draft, no sampling, no end of an answer."""
+    plan = make_plan(recipe_of(tmp_path), SMALL, SMALL)
+    unseen = make_plan(recipe_of(tmp_path, sampling="[greedy]"), replace(SMALL, eos_ids=(7,)), replace(SMALL, layers=1))
+    seen = make_plan(recipe_of(tmp_path), replace(SMALL, layers=2), SMALL)
+    backend, spec = make_backend({"name": "inductor"}), GraphSpec("score", 4, 32, 64, model="target")
+    graph, same, other = (backend.trace(spec, p.pair).ir for p in (plan, unseen, seen))
+    assert graph == same != other
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("llama-70b-spec", (70.6e9, 1.24e9)), ("qwen3-32b-spec", (32.8e9, 1.72e9))]
+)
+def test_parameters_are_those_of_the_published_models(name: str, published: tuple[float, float]) -> None:
+    """The model cards say 70.6 and 1.24, 32.8 and 1.7 billion: what HBM is counted from."""
+    plan = shipped(name)
+    for config, billions in zip((plan.pair.target, plan.pair.draft), published, strict=True):
+        count = sum(math.prod(spec.shape) for spec in weight_specs(config))
+        assert abs(count / billions - 1) < 0.005, count
+
+
+def test_published_deployments_fit_a_core() -> None:
+    """AWS serves the 70B pair on 64 cores at 12,800 tokens, the 32B pair on 32 at batch 4; 4 cores do not hold 70B."""
+    for name in ("llama-70b-spec", "qwen3-32b-spec"):
+        plan = shipped(name)
+        assert plan.memory_limit is not None
+        assert plan.memory.total < 0.5 * plan.memory_limit
+    big = shipped("llama-70b-spec")
+    few = big.recipe.model_copy(update={"parallel": big.recipe.parallel.model_copy(update={"tensor": 4})})
+    with pytest.raises(RecipeError, match="a rank needs"):
+        make_plan(few, big.pair.target, big.pair.draft)
+
+
+def test_stochastic_graphs_on_neuron_need_a_number_of_candidates() -> None:
+    big = shipped("llama-8b-spec")
+    speculation = big.recipe.speculation.model_copy(update={"candidates": None})
+    recipe = big.recipe.model_copy(update={"speculation": speculation})
+    with pytest.raises(RecipeError, match="neuron samples from the best N tokens"):
+        make_plan(recipe, big.pair.target, big.pair.draft)

@@ -1,0 +1,468 @@
+"""Pulling: what arrives is what was published, whole, from a registry that may lie, on disks that may be full."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifact.manifest import MANIFEST, part, read
+from pipeline.artifact.verify import verify
+from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.files.atomic import TEMP
+from pipeline.files.direct import BLOCK_BYTES
+from pipeline.registry.blobs import Blobs, Origin
+from pipeline.registry.publish import publish
+from pipeline.registry.pull import pull
+from pipeline.registry.releases import Reference, parse_reference
+from support import small_artifacts as small
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("published")
+    made = small.make_validated(folder / "out", folder / "work", size=2_000_000)
+    publish(made.root, str(folder / "registry"), ["latest"])
+    return folder
+
+
+@pytest.fixture
+def original(published: Path) -> Path:
+    return published / "out"
+
+
+@pytest.fixture
+def registry(tmp_path: Path, published: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(published / "registry", tmp_path / "registry"))
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict:
+    return {"directory": tmp_path / "pulled", "cache": tmp_path / "cache"}
+
+
+def blob(registry: Path, original: Path, name: str) -> Path:
+    sha256 = read(original).manifest.files[name].sha256
+    return registry / "blobs" / "sha256" / sha256[:2] / sha256
+
+
+WEIGHTS = "weights/target/rank-0-of-1.safetensors"
+
+
+def test_pull_alias(registry, original, options):
+    seen = []
+    out = pull(f"{registry}/small@latest", progress=lambda done, total: seen.append((done, total)), **options)
+    assert out == options["directory"]
+    assert small.digests(out) == small.digests(original)
+    verify(out)
+    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_pull_version_and_default_alias(registry, original, options, tmp_path):
+    version = read(original).manifest.version
+    pull(f"file://{registry}/small@{version}", **options)
+    pull(f"{registry}/small", tmp_path / "other", cache=tmp_path / "cache")
+    assert small.digests(tmp_path / "pulled") == small.digests(tmp_path / "other")
+
+
+def test_pull_again_links_what_is_here(registry, options, tmp_path):
+    first = pull(f"{registry}/small@latest", **options)
+    shutil.rmtree(registry / "blobs")
+    second = pull(f"{registry}/small@latest", tmp_path / "second", cache=options["cache"])
+    assert (first / WEIGHTS).samefile(second / WEIGHTS)
+
+
+def test_pull_replaces_an_older_artifact(registry, original, options, tmp_path):
+    small.make(options["directory"], tmp_path / "work", graph=b"older")
+    pull(f"{registry}/small@latest", **options)
+    assert small.digests(options["directory"]) == small.digests(original)
+
+
+def test_pull_refuses_to_replace_other_things(registry, options):
+    options["directory"].mkdir()
+    (options["directory"] / "thesis.tex").write_text("years")
+    with pytest.raises(InputError, match="something else than an artifact"):
+        pull(f"{registry}/small@latest", **options)
+    assert (options["directory"] / "thesis.tex").read_text() == "years"
+
+
+@pytest.mark.parametrize("place", [0, 1_000_000, -1])
+@pytest.mark.parametrize("name", [WEIGHTS, "graphs/decode-b1-t1-s32/graph.bin", "recipe.yaml"])
+def test_pull_flipped_bit(registry, original, options, name, place):
+    path = blob(registry, original, name)
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=rf"{name}: sha256 \w{{64}}, should be {path.name}"):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+    assert not [one for one in options["cache"].rglob("*") if one.stem == path.name and "locks" not in one.parts]
+
+
+def test_pull_reads_no_more_than_is_listed(registry, original, options):
+    """A blob that grew in the registry: its first bytes are what was published, and nothing else is taken."""
+    os.truncate(blob(registry, original, WEIGHTS), 3_000_000)
+    assert small.digests(pull(f"{registry}/small@latest", **options)) == small.digests(original)
+
+
+@pytest.mark.parametrize("size", [0, 10], ids=["empty", "short"])
+def test_pull_wrong_size(registry, original, options, size):
+    path = blob(registry, original, WEIGHTS)
+    os.truncate(path, size)
+    with pytest.raises(ArtifactError, match=WEIGHTS):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+
+
+def test_pull_missing_blob(registry, original, options):
+    path = blob(registry, original, WEIGHTS)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=f"blob {path.name} is missing"):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+
+
+@pytest.mark.parametrize("path", ["../evil", "/tmp/evil", "weights/../../evil", "..\\evil"])
+def test_pull_path_that_leaves(registry, original, options, tmp_path, path):
+    manifest = next(registry.glob("releases/small/*/manifest.json"))
+    data = json.loads(manifest.read_text())
+    data["files"][path] = data["files"]["recipe.yaml"]
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match="leaves its folder"):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+    assert list(tmp_path.rglob("*evil*")) == []
+
+
+@pytest.mark.parametrize("field", ["name", "version"])
+def test_pull_manifest_of_another_release(registry, options, field):
+    manifest = next(registry.glob("releases/small/*/manifest.json"))
+    data = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(data | {field: "other"}))
+    with pytest.raises(ArtifactError, match=r"other'?, asked was"):
+        pull(f"{registry}/small@latest", **options)
+
+
+@pytest.mark.parametrize("name", ["small@none", "other@latest", "other"])
+def test_pull_unknown(registry, options, name):
+    with pytest.raises(InputError, match="no version or alias") as caught:
+        pull(f"{registry}/{name}", **options)
+    assert "published here" in caught.value.fix
+    assert not options["cache"].exists()
+
+
+@pytest.mark.parametrize(
+    "reference", ["small@latest", "registry/", "registry/@latest", "registry/small@", "/small", ""]
+)
+def test_parse_reference_refuses(reference):
+    with pytest.raises(InputError, match="is not REGISTRY/NAME@VERSION"):
+        parse_reference(reference)
+
+
+def test_parse_reference_takes_apart():
+    assert parse_reference("s3://b@1/p/n@v1") == Reference("s3://b@1/p", "n", "v1")
+    assert parse_reference("a/b") == Reference("a", "b", "latest")
+
+
+def test_pull_damaged_local_blob_is_fetched_again(registry, original, options):
+    out = pull(f"{registry}/small@latest", **options)
+    with (out / WEIGHTS).open("r+b") as file:  # shares its bytes with the local store
+        file.write(b"edited")
+    pull(f"{registry}/small@latest", **options)
+    assert small.digests(out) == small.digests(original)
+
+
+class Counting:
+    """A folder store that counts the bytes it hands out."""
+
+    def __init__(self, store) -> None:
+        self.store, self.bytes = store, 0
+
+    def read_blob(self, blob, offset: int, buffer: memoryview) -> int:
+        count = self.store.read_blob(blob, offset, buffer)
+        self.bytes += count
+        return count
+
+
+def origin(store, original: Path) -> Origin:
+    return Origin(store, "small", read(original).manifest.version)
+
+
+@pytest.mark.parametrize("kept", [1, 1_000_000, 2_000_000], ids=["start", "middle", "all"])
+def test_bring_resumes(registry, original, tmp_path, kept):
+    """Whatever byte it stopped at; of the last block, what was there is read again."""
+    from pipeline.stores.base import open_store
+
+    store, blobs = Counting(open_store(str(registry))), Blobs(tmp_path / "blobs")
+    entry = read(original).manifest.files[WEIGHTS]
+    kept = min(kept, entry.size)
+    partial = blobs.path(entry.sha256).with_suffix(".partial")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes((original / WEIGHTS).read_bytes()[:kept])
+    seen = []
+    blobs.fetch_all(origin(store, original), {WEIGHTS: entry}, lambda done, total: seen.append((done, total)))
+    assert store.bytes == (0 if kept == entry.size else entry.size - kept + kept % BLOCK_BYTES)
+    assert blobs.path(entry.sha256).read_bytes() == (original / WEIGHTS).read_bytes()
+    assert seen[-1] == (entry.size, entry.size)
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("data", [b"wrong", b"wrong" * 1_000_000], ids=["short", "long"])
+def test_bring_starts_over_after_a_wrong_part(registry, original, tmp_path, data):
+    from pipeline.stores.base import open_store
+
+    blobs = Blobs(tmp_path / "blobs")
+    entry = read(original).manifest.files[WEIGHTS]
+    partial = blobs.path(entry.sha256).with_suffix(".partial")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(data)
+    seen = []
+    blobs.fetch_all(
+        origin(open_store(str(registry)), original), {WEIGHTS: entry}, lambda done, total: seen.append((done, total))
+    )
+    assert blobs.path(entry.sha256).read_bytes() == (original / WEIGHTS).read_bytes()
+    assert seen[-1] == (entry.size, entry.size)
+
+
+def _pull(reference: str, options: dict) -> None:
+    pull(reference, **options)
+
+
+def test_pull_killed_then_complete(registry, original, options):
+    """kill -9 at any moment: the directory is not there, or whole; pulling again completes it and leaves no litter."""
+    stopped = 0
+    for delay_s in (0.01, 0.03, 0.05, 0.08):
+        process = FORK.Process(target=_pull, args=(f"{registry}/small@latest", options))
+        process.start()
+        time.sleep(delay_s)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        stopped += process.exitcode != 0
+        if options["directory"].exists():
+            verify(options["directory"])
+            shutil.rmtree(options["directory"])
+    assert stopped
+    _pull_in_new_process(f"{registry}/small@latest", options)
+    assert small.digests(options["directory"]) == small.digests(original)
+    assert list(options["cache"].rglob("*.partial")) == []
+    assert list(options["directory"].parent.glob(f"{TEMP}*")) == []
+
+
+def _pull_in_new_process(reference: str, options: dict) -> None:
+    process = FORK.Process(target=_pull, args=(reference, options))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_pull_many_at_once(registry, original, options, tmp_path):
+    """Several pulls share one local store."""
+    folders = [tmp_path / f"pulled-{number}" for number in range(4)]
+    processes = [
+        FORK.Process(target=_pull, args=(f"{registry}/small@latest", options | {"directory": folder}))
+        for folder in folders
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    for folder in folders:
+        assert small.digests(folder) == small.digests(original)
+
+
+def test_pull_only_a_part(registry, options, original):
+    out = pull(f"{registry}/small@latest", only=["weights/target/*"], **options)
+    always = {
+        n for n in small.digests(original) if n.startswith(("recipe.", "tokenizer/")) or n.endswith("config.json")
+    }
+    expected = {WEIGHTS, MANIFEST} | always
+    assert small.digests(out).keys() == expected
+    manifest = read(out).manifest
+    verify(out, only=part(manifest, ["weights/target/*"], ""))
+    with pytest.raises(ArtifactError, match="missing"):
+        verify(out)
+    fetched = [path for path in (options["cache"] / "blobs" / "sha256").rglob("*") if path.is_file()]
+    assert len(fetched) == len({manifest.files[path].sha256 for path in expected - {MANIFEST}})
+
+
+def test_pull_only_nothing(registry, options):
+    with pytest.raises(InputError, match=r"no file matches nothing\*"):
+        pull(f"{registry}/small@latest", only=["nothing*"], **options)
+
+
+def test_pull_offline(registry, original, options):
+    with pytest.raises(HostError, match="never pulled here"):
+        pull(f"{registry}/small@latest", offline=True, **options)
+    pull(f"{registry}/small@latest", **options)
+    shutil.rmtree(registry)
+    shutil.rmtree(options["directory"])
+    for wanted in ("latest", read(original).manifest.version):
+        out = pull(f"{registry}/small@{wanted}", offline=True, **options)
+        assert small.digests(out) == small.digests(original)
+
+
+def test_pull_offline_without_its_blobs(registry, options):
+    pull(f"{registry}/small@latest", only=["recipe.yaml"], **options)
+    with pytest.raises(HostError, match=r"files are not here, for example \w+"):
+        pull(f"{registry}/small@latest", offline=True, **options)
+
+
+def test_pull_no_registry(tmp_path, options):
+    with pytest.raises(InputError, match="no version or alias"):
+        pull(f"{tmp_path}/none/small@latest", **options)
+    assert not (tmp_path / "none").exists()
+
+
+def test_pull_without_space(registry, options):
+    """The need is known before the first byte, and is refused then."""
+    manifest = next(registry.glob("releases/small/*/manifest.json"))
+    data = json.loads(manifest.read_text())
+    data["files"][WEIGHTS]["size"] = 10**16
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(HostError, match=r"10,000,\d+,\d+,\d+,\d+ bytes needed, [\d,]+ free"):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+
+
+def spoil(registry: Path, change) -> None:
+    """Rewrite a release's manifest, as a registry that lies would."""
+    manifest = next(registry.glob("releases/small/*/manifest.json"))
+    data = json.loads(manifest.read_text())
+    change(data)
+    manifest.write_text(json.dumps(data))
+
+
+def test_pull_a_million_files(registry, options):
+    """Refused by their number, before a byte is fetched or a folder made."""
+
+    def many(data) -> None:
+        entry = data["files"]["recipe.yaml"]
+        data["files"] |= {f"f{number}": entry for number in range(200_001)}
+
+    spoil(registry, many)
+    with pytest.raises(ArtifactError, match="files"):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+
+
+def test_pull_a_manifest_that_fills_the_memory(registry, options, monkeypatch):
+    monkeypatch.setattr("pipeline.stores.objects.SMALL_BYTES", 1 << 20)
+    manifest = next(registry.glob("releases/small/*/manifest.json"))
+    os.truncate(manifest, 1 << 40)  # a hole: a terabyte that takes no disk
+    with pytest.raises(ArtifactError, match="no manifest has more"):
+        pull(f"{registry}/small@latest", **options)
+
+
+def test_pull_a_size_that_is_not_there(registry, original, options):
+    """A claim of 10 GB for a blob of a megabyte: what is there arrives, and is seen not to be it."""
+    spoil(registry, lambda data: data["files"][WEIGHTS].update(size=10_000_000_000))
+    with pytest.raises((ArtifactError, HostError), match=r"fewer bytes|bytes needed"):
+        pull(f"{registry}/small@latest", **options)
+    assert sum(path.stat().st_blocks * 512 for path in options["cache"].rglob("*") if path.is_file()) < 50_000_000
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"schema_version": 1}', b"\xff" * 100])
+def test_pull_a_damaged_manifest(registry, options, data):
+    next(registry.glob("releases/small/*/manifest.json")).write_bytes(data)
+    with pytest.raises(ArtifactError):
+        pull(f"{registry}/small@latest", **options)
+    assert not options["directory"].exists()
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "signature", "recipe.yaml/x", "graphs", ".", "a//b", "a/./b"])
+def test_pull_a_path_that_is_taken(registry, options, place):
+    spoil(registry, lambda data: data["files"].update({place: data["files"]["recipe.yaml"]}))
+    with pytest.raises(ArtifactError, match="path"):
+        pull(f"{registry}/small@latest", **options)
+
+
+def test_pull_into_a_link(registry, original, options, tmp_path):
+    """A directory that is a link is replaced, never followed: what it leads to is left alone."""
+    (tmp_path / "elsewhere").mkdir()
+    options["directory"].symlink_to(tmp_path / "elsewhere")
+    pull(f"{registry}/small@latest", **options)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert small.digests(options["directory"]) == small.digests(original)
+
+
+def test_pull_linked_blob_in_the_local_store(registry, original, options, tmp_path):
+    """A link planted in the local store must not be written through."""
+    entry = read(original).manifest.files[WEIGHTS]
+    place = options["cache"] / "blobs" / "sha256" / entry.sha256[:2] / entry.sha256
+    place.parent.mkdir(parents=True)
+    (tmp_path / "precious").write_text("mine")
+    place.symlink_to(tmp_path / "precious")
+    pull(f"{registry}/small@latest", **options)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (options["directory"] / WEIGHTS).is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("host", "chosen"),
+    [({"device": "cpu", "machine": "x86_64", "isa": "avx512"}, "cpu-avx512-tp1"),
+     ({"device": "cpu", "machine": "x86_64", "isa": "avx2"}, "cpu-avx2-tp1"),
+     ({"device": "neuron", "chip": "trn2"}, "trn2-tp8"),
+     ({"device": "cpu", "machine": "aarch64", "isa": "default"}, None)],
+)  # fmt: skip
+def test_choose_a_variant(original, tmp_path, host, chosen):
+    from pipeline.registry.release import bundle, choose
+
+    artifacts = []
+    for number, (requires, ranks) in enumerate([
+        ({"device": "cpu", "machine": "x86_64", "isa": "avx2"}, 1),
+        ({"device": "cpu", "machine": "x86_64", "isa": "avx512"}, 1),
+        ({"device": "neuron", "chip": "trn2"}, 8),
+    ]):  # fmt: skip
+        root = Path(shutil.copytree(original, tmp_path / str(number)))
+        data = json.loads((root / MANIFEST).read_text()) | {"requires": requires, "tensor": ranks}
+        (root / MANIFEST).write_text(json.dumps(data))
+        artifacts.append(read(root))
+    index = bundle(artifacts).document
+    if chosen is None:
+        with pytest.raises(InputError, match="no variant for this host") as caught:
+            choose(index, host, None, "here")
+        assert "trn2-tp8" in caught.value.fix
+    else:
+        assert choose(index, host, None, "here") == chosen
+
+
+def test_choose_never_guesses_ranks(original, tmp_path):
+    from pipeline.registry.release import bundle, choose
+
+    artifacts = []
+    for ranks in (1, 2):
+        root = Path(shutil.copytree(original, tmp_path / str(ranks)))
+        (root / MANIFEST).write_text(json.dumps(json.loads((root / MANIFEST).read_text()) | {"tensor": ranks}))
+        artifacts.append(read(root))
+    index, host = bundle(artifacts).document, {"device": "cpu", "machine": "x86_64", "isa": "avx512"}
+    with pytest.raises(InputError, match="2 variants run on this host"):
+        choose(index, host, None, "here")
+    assert choose(index, host, "cpu-avx2-tp2", "here") == "cpu-avx2-tp2"
+
+
+def test_host_facts(tmp_path):
+    from pipeline.artifact.host import host_facts
+
+    proc, dev, sys_ = tmp_path / "proc", tmp_path / "dev", tmp_path / "sys"
+    for folder in (proc, dev, sys_ / "devices/virtual/dmi/id"):
+        folder.mkdir(parents=True)
+    for flags, isa in (
+        ("sse", "default"),
+        ("avx2 fma", "avx2"),
+        ("avx2 fma avx512f avx512bw avx512dq avx512vl", "avx512"),
+    ):
+        (proc / "cpuinfo").write_text(f"processor: 0\nflags\t\t: {flags}\n")
+        assert host_facts(proc, dev, sys_)["isa"] == isa
+    (dev / "neuron0").touch()
+    (sys_ / "devices/virtual/dmi/id/product_name").write_text("trn2.48xlarge\n")
+    assert host_facts(proc, dev, sys_) == {"device": "neuron", "chip": "trn2", "lnc": "2"}

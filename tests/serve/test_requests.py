@@ -1,0 +1,161 @@
+"""Requests of a server in the slots of a batch, as a scheduler drives them; and what serving refuses without vLLM."""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.graphs.arguments import Choice
+from pipeline.serve import plugin, settings
+from pipeline.serve.requests import RequestSlots, served_request
+from pipeline.sources.pair import resolve_pair
+from support.eager import make_engine
+from support.reports import recipe_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = [[5, 9, 3], [7, 8], [1, 2, 3, 4, 5, 6, 8], [4], [9, 9, 2], [3, 1]]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return eager(tmp_path_factory.mktemp("serve"))
+
+
+def eager(work, layers=(0,)):
+    recipe = recipe_of("llama", 4, "float32", ("greedy", "stochastic"), layers)
+    recipe = recipe.model_copy(update={"shapes": recipe.shapes.model_copy(update={"batch": (1, 4)})})
+    return make_engine(recipe, resolve_pair(recipe, base=work, cache=work / "sources"))
+
+
+class Scheduler:
+    """What vLLM's scheduler does with a worker's tokens: admits to free slots, cuts at a limit, drops."""
+
+    def __init__(self, requests, slots):
+        self.requests, self.slots = requests, slots
+        self.running, self.answers, self.steps = {}, {}, []
+
+    def run(self, waiting, seed=0, cancel=()):
+        """Serve (name, request, limit) triples that arrive at random moments; returns their tokens."""
+        dice, waiting, gone = random.Random(seed), list(waiting), []
+        while waiting or self.running:
+            room = self.slots - len(self.running)
+            new = [waiting.pop(0) for _ in range(min(room, len(waiting), dice.randint(0, 2)))]
+            if not new and not self.running:
+                continue
+            self.requests.drop(gone)
+            self.steps.append(self.requests.planned)
+            going = dict.fromkeys(self.running, self.requests.planned)
+            for name, _, limit in new:
+                self.running[name], self.answers[name] = limit, []
+            found = self.requests.step({name: asked for name, asked, _ in new}, going)
+            assert found.keys() == self.running.keys()
+            gone = [name for name, tokens in found.items() if self._took(name, tokens, cancel)]
+            for name in gone:
+                del self.running[name]
+        self.requests.drop(gone)
+        return self.answers
+
+    def _took(self, name, tokens, cancel):
+        answer = self.answers[name]
+        answer += tokens[: self.running[name] - len(answer)]
+        return len(answer) >= self.running[name] or (name in cancel and len(answer) > 2)
+
+
+def greedy(**how):
+    return [(f"r{i}", served_request(prompt, Choice(), 0, **how), 6 + i) for i, prompt in enumerate(PROMPTS)]
+
+
+def expected(engine, limit_of=lambda i: 6 + i):
+    """Tokens of the engine alone, past any end-of-sequence token cut as the scheduler cuts."""
+    return {
+        f"r{i}": engine.generate([prompt], max_new_tokens=limit_of(i))[0].tokens for i, prompt in enumerate(PROMPTS)
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_that_come_and_go_get_the_engines_tokens(engine, seed):
+    served = Scheduler(RequestSlots(engine.batch), 4).run(greedy(), seed)
+    for name, tokens in expected(engine).items():
+        assert served[name][: len(tokens)] == tokens
+
+
+def test_a_sampled_neighbour_moves_no_greedy_row_and_repeats_itself(engine):
+    hot = Choice(temperature=1.3, top_k=20)
+    mixed = [(f"r{i}", served_request(PROMPTS[i], hot if i % 2 else Choice(), 11), 6 + i) for i in range(6)]
+    again = [(f"r{i}", served_request(PROMPTS[i], hot if i % 2 else Choice(), 11), 6 + i) for i in range(6)]
+    first, second = (Scheduler(RequestSlots(engine.batch), 4).run(asked, 2) for asked in (mixed, again))
+    assert first == second
+    alone = expected(engine)
+    for name in ("r0", "r2", "r4"):
+        assert first[name][: len(alone[name])] == alone[name]
+    assert any(first[name][: len(alone[name])] != alone[name] for name in ("r1", "r3", "r5"))
+
+
+def test_cancelled_requests_free_their_slots(engine):
+    scheduler = Scheduler(RequestSlots(engine.batch), 2)
+    served = scheduler.run(greedy(), 1, cancel=("r1", "r3"))
+    assert len(served) == len(PROMPTS)
+    assert scheduler.requests._slots == {}
+
+
+def test_under_load_and_on_request_rows_decode_plainly(engine):
+    busy = Scheduler(RequestSlots(engine.batch, speculate_up_to=1), 4)
+    assert busy.run(greedy()).keys() == expected(engine).keys()
+    calm = Scheduler(RequestSlots(engine.batch, speculate_up_to=4), 4)
+    calm.run(greedy())
+    off = Scheduler(RequestSlots(engine.batch), 4)
+    served = off.run(greedy(speculate=False))
+    assert set(off.steps) == {0}
+    assert sum(steps > 0 for steps in busy.steps) < sum(steps > 0 for steps in calm.steps)
+    for name, tokens in expected(engine).items():
+        assert served[name][: len(tokens)] == tokens
+
+
+def test_a_step_that_a_limit_cuts_leaves_the_answer_alone(tmp_path):
+    """A scheduler that leaves room for no draft, although one was planned: the draft must not skip what it misread."""
+    engine = eager(tmp_path, layers=(0, 1, 2))  # the whole target as its draft: every draft is accepted
+    [tokens] = (one.tokens for one in engine.generate([PROMPTS[2]], max_new_tokens=12))
+    requests, asked = RequestSlots(engine.batch), served_request(PROMPTS[2], Choice(), 0)
+    answer = list(requests.step({"r": asked, "other": served_request(PROMPTS[0], Choice(), 0)}, {})["r"])
+    for step in range(6):
+        room = requests.planned if step % 2 else 0
+        answer += requests.step({}, {"r": room, "other": requests.planned})["r"]
+        assert asked.in_draft <= asked.position
+    kept = min(len(tokens), len(answer))
+    assert answer[:kept] == tokens[:kept]
+
+
+def test_more_requests_than_slots_is_a_bug_of_the_scheduler(engine):
+    with pytest.raises(RuntimeError, match="free slots"):
+        RequestSlots(engine.batch).step({str(i): served_request([5], Choice(), 0) for i in range(9)}, {})
+
+
+def test_the_plugin_takes_artifacts_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.delenv(plugin.ARTIFACT, raising=False)
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", str(tmp_path)])
+    assert plugin.platform() is None
+    for name in ("manifest.json", "recipe.lock"):
+        (tmp_path / name).write_text("{}")
+    for argument in (str(tmp_path), f"--model={tmp_path}"):
+        monkeypatch.delenv(plugin.ARTIFACT, raising=False)
+        monkeypatch.setattr(sys, "argv", ["vllm", "serve", argument])
+        assert plugin.platform() == "pipeline.serve.platform.TandemPlatform"
+
+
+def test_settings_leave_room_for_every_slot(engine):
+    manifest = engine.manifest
+    tokens = (settings.blocks(manifest) - 1) * settings.BLOCK
+    assert tokens >= manifest.shapes.batch[-1] * (manifest.shapes.kv[-1] + max(manifest.draft_tokens))
+    assert settings.most_tokens(manifest) == engine.length + 1
+
+
+@pytest.mark.parametrize("given", [{"speculate_upto": 1}, {"speculate_up_to": "two"}, {"speculate_up_to": -1}, 3])
+def test_options_are_checked(given):
+    with pytest.raises(InputError) as caught:
+        settings.options({"tandem": given})
+    assert "tandem" in caught.value.where
+    assert settings.options({}).speculate_up_to is None

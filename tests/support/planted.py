@@ -1,0 +1,170 @@
+"""Faults to plant in an eager engine: what a broken build could do to a model, a cache or a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from pipeline.models.parallel import Attend, attend_up_to
+from pipeline.models.weights import EMBEDDING
+from pipeline.speculation import model
+from pipeline.speculation import phases as graphs
+from support.eager import EagerRanks
+
+Plant = Callable[[EagerRanks, int], None]
+"""Spoils ranks, with a seed."""
+
+
+def perturbed_layer(ranks: EagerRanks, seed: int) -> None:
+    """Every weight of one layer off by 1%, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in list(ranks.tensors.items()):
+        if name.startswith("target/model.layers.1."):
+            noise = torch.randn(tensor.shape, generator=generator)
+            ranks.tensors[name] = (tensor.float() * (1 + 0.01 * noise)).to(tensor.dtype)
+
+
+def wrong_rope_base(ranks: EagerRanks, seed: int) -> None:
+    """Rotary base of another model, for the target only."""
+    models = ranks.shape.models
+    target = replace(models.target, rope_theta=models.target.rope_theta * (2 + seed))
+    ranks.shape = replace(ranks.shape, models=replace(models, target=target))
+
+
+def swapped_query_heads(ranks: EagerRanks, seed: int) -> None:
+    """Two query heads of one layer, in each other's place."""
+    _swap(ranks, "q_proj", 0, 2 + seed % 4)
+
+
+def swapped_key_heads(ranks: EagerRanks, seed: int) -> None:
+    """Two key heads of one layer, in each other's place."""
+    _swap(ranks, "k_proj", 0, 1 + seed % 3)
+
+
+def _swap(ranks: EagerRanks, name: str, first: int, second: int) -> None:
+    key, size = f"target/model.layers.1.self_attn.{name}.weight", ranks.shape.target.head_dim
+    weight = ranks.tensors[key].clone()
+    a, b = slice(first * size, (first + 1) * size), slice(second * size, (second + 1) * size)
+    weight[a], weight[b] = ranks.tensors[key][b], ranks.tensors[key][a]
+    ranks.tensors[key] = weight
+
+
+def mask_sees_one_more(ranks: EagerRanks, seed: int) -> None:
+    """Every query sees one key after its own position, in all graphs that read the cache."""
+    ranks.around = _mask(lambda seen: seen | seen.roll(1, -1), ("score", "decode", "speculate"))
+
+
+def mask_misses_the_oldest(ranks: EagerRanks, seed: int) -> None:
+    """No query sees position 0, in the graph that speculates only."""
+
+    def shift(seen: torch.Tensor) -> torch.Tensor:
+        seen = seen.clone()
+        seen[..., 0] &= ~seen[..., 1]
+        return seen
+
+    ranks.around = _mask(shift, ("speculate",))
+
+
+def _mask(change: Callable[[torch.Tensor], torch.Tensor], phases: tuple[str, ...]):
+    @contextmanager
+    def around(spec, state) -> Iterator[None]:
+        def changed(last_BT: torch.Tensor, kv: int = 0) -> Attend:
+            attend = attend_up_to(last_BT, kv)
+            seen = change(attend.bias_BTS == 0) if spec.phase in phases else attend.bias_BTS == 0
+            return replace(attend, bias_BTS=torch.where(seen, 0.0, -torch.inf))
+
+        model.attend_up_to = changed
+        try:
+            yield
+        finally:
+            model.attend_up_to = attend_up_to
+
+    return around
+
+
+def stale_row(ranks: EagerRanks, seed: int) -> None:
+    """One position of one row keeps what was there: its key in layer 1 is never stored for good."""
+
+    @contextmanager
+    def around(spec, state) -> Iterator[None]:
+        kept = state["target/k.1"][0, :, 5 + seed].clone() if "target/k.1" in state else None
+        yield
+        if kept is not None:
+            state["target/k.1"][0, :, 5 + seed] = kept
+
+    ranks.around = around
+
+
+def bfloat16_weights(ranks: EagerRanks, seed: int) -> None:
+    """Weights went through bfloat16."""
+    for name, tensor in ranks.tensors.items():
+        if name.startswith("target/") and tensor.dtype == torch.float32:
+            ranks.tensors[name] = tensor.bfloat16().float()
+
+
+def bfloat16_caches(ranks: EagerRanks, seed: int) -> None:
+    """The target's values are cached in bfloat16."""
+
+    @contextmanager
+    def around(spec, state) -> Iterator[None]:
+        yield
+        for name, tensor in state.items():
+            if name.startswith("target/v."):
+                tensor.copy_(tensor.bfloat16())
+
+    ranks.around = around
+
+
+def shifted_shard(ranks: EagerRanks, seed: int) -> None:
+    """The second of two ranks' slices of an MLP weight begins a row late."""
+    _shift(ranks, "target/model.layers.1.mlp.up_proj.weight")
+
+
+def shifted_vocabulary(ranks: EagerRanks, seed: int) -> None:
+    """The second of two ranks' slices of the vocabulary begins a row late."""
+    _shift(ranks, f"target/{EMBEDDING}")
+
+
+def _shift(ranks: EagerRanks, name: str) -> None:
+    weight = ranks.tensors[name].clone()
+    half = len(weight) // 2
+    weight[half:] = weight[half:].roll(1, 0)
+    ranks.tensors[name] = weight
+
+
+def always_accepted(ranks: EagerRanks, seed: int) -> None:
+    """Stochastic drafts are accepted whatever the target thinks of them."""
+    ranks.around = _acceptance(lambda uniforms, steps: torch.cat((uniforms[:, :steps] * 0, uniforms[:, steps:]), 1))
+
+
+def seldom_accepted(ranks: EagerRanks, seed: int) -> None:
+    """Stochastic drafts are accepted half as often as they should be, and the rest is drawn from the residual."""
+    ranks.around = _acceptance(lambda uniforms, steps: torch.cat((uniforms[:, :steps] * 2, uniforms[:, steps:]), 1))
+
+
+def _acceptance(change: Callable[[torch.Tensor, int], torch.Tensor]):
+    @contextmanager
+    def around(spec, state) -> Iterator[None]:
+        original = graphs.accept_stochastic
+
+        def changed(drafts, q, p, uniforms, *rest):
+            return original(drafts, q, p, change(uniforms, drafts.shape[1]), *rest)
+
+        graphs.accept_stochastic = changed
+        try:
+            yield
+        finally:
+            graphs.accept_stochastic = original
+
+    return around
+
+
+NUMERIC: tuple[Plant, ...] = (
+    perturbed_layer, wrong_rope_base, swapped_query_heads, swapped_key_heads, mask_sees_one_more,
+    mask_misses_the_oldest, stale_row, shifted_shard, shifted_vocabulary,
+)  # fmt: skip
+FLOAT32_ONLY: tuple[Plant, ...] = (bfloat16_weights, bfloat16_caches)
+ACCEPTANCE: tuple[Plant, ...] = (always_accepted, seldom_accepted)

@@ -1,0 +1,45 @@
+"""Reports of eager engines, for tests of what is made from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.cache.local import Cache
+from pipeline.recipe.schema import Recipe
+from pipeline.sources.pair import resolve_pair
+from pipeline.validate.gates.run import Gates
+from pipeline.validate.prompts import Prompt
+from pipeline.validate.report.schema import Report
+from pipeline.validate.run import make_report
+from support.eager import make_engine
+
+PROMPTS = ["The quick brown fox", "def add(first,", "What is the capital", "Once upon a time there", "In the morning"]
+
+
+def recipe_of(family: str, seed: int, dtype: str, sampling=("greedy",), layers=(0,), **validate) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "planted",
+            "target": {"source": f"pico://{family}?seed={seed}", "dtype": dtype},
+            "draft": {"derive": {"from": "target", "layers": layers}},
+            "speculation": {"draft_tokens": (2,), "sampling": sampling},
+            "shapes": {"batch": (1, 2), "prefill": (16, 32), "kv": (32, 48)},
+            "validate": {"max_new_tokens": 10, "gates": {"tokens_per_step": 1.0}, **validate},
+        }
+    )
+
+
+def gates_of(work: Path, recipe: Recipe, fault=None, seed: int = 0, prompts=PROMPTS) -> Gates:
+    """Gates that have run on an eager engine, spoiled or not."""
+    pair = resolve_pair(recipe, base=work, cache=work / "sources")
+    engine = make_engine(recipe, pair)
+    if fault is not None:
+        fault(engine.ranks, seed)
+    chosen = [Prompt(f"p{i}", ("chat", "code")[i % 2], text) for i, text in enumerate(prompts)]
+    gates = Gates(engine, recipe, chosen, pair, Cache(work / "cache"), lambda line: None)
+    gates.run()
+    return gates
+
+
+def report_of(work: Path, recipe: Recipe, fault=None, prompts=PROMPTS) -> Report:
+    return make_report(gates_of(work, recipe, fault, prompts=prompts))

@@ -1,0 +1,98 @@
+"""Small artifacts, packaged by the real packager from files whose contents mean nothing. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.artifact.manifest import Artifact
+from pipeline.artifact.reports import add_reports
+from pipeline.backends.base import Toolchain
+from pipeline.cache.local import Cache
+from pipeline.graphs.packing import PlainPacking
+from pipeline.models.config import ModelConfig
+from pipeline.plan.lock import Lock, LockedSource
+from pipeline.plan.plan import make_plan
+from pipeline.recipe.schema import Recipe
+from pipeline.stages.compile import Compiled
+from pipeline.stages.package import package
+
+CONFIG = ModelConfig(
+    family="llama", layers=2, hidden=16, intermediate=32, heads=2, kv_heads=1, head_dim=8, vocab=64, norm_eps=1e-5,
+    rope_theta=1e4, max_position=256, eos_ids=(2,),
+)  # fmt: skip
+RECIPE = {
+    "name": "small",
+    "target": {"source": "./target"},
+    "draft": {"derive": {"from": "target", "layers": [0]}},
+    "speculation": {"draft_tokens": [2]},
+    "shapes": {"batch": [1], "prefill": [16], "kv": [32]},
+    "validate": {"max_new_tokens": 8},
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the sharder reports of one file."""
+
+    path: Path
+    sha256: str
+    size: int
+    rank: int
+    model: str
+
+
+class Backend:
+    """What the packager asks of a backend."""
+
+    packing = PlainPacking()
+    graph_file = "graph.bin"
+
+    def toolchain(self) -> Toolchain:
+        return Toolchain("stand-in", {"torch": "2.13.0+cpu", "cxx": "g++ 12"})
+
+    def flags(self) -> dict[str, str]:
+        return {"device": "cpu"}
+
+    def requires(self) -> dict[str, str]:
+        return {"device": "cpu", "machine": "x86_64", "isa": "avx2"}
+
+
+def make(out: Path, work: Path, *, weights: bytes = b"weights", graph: bytes = b"graph", size: int = 1000) -> Artifact:
+    """Package an artifact into `out`; `work` holds its cache and inputs, and may be used again."""
+    recipe = Recipe.model_validate_json(json.dumps(RECIPE), strict=False)
+    plan = make_plan(recipe, CONFIG, CONFIG)
+    cache = Cache(work / "cache")
+    compiled = []
+    for spec in plan.graphs:
+        data = (graph + spec.name.encode()) * (size // 20)
+        key = hashlib.sha256(data).hexdigest()
+        cache.put(key, data)
+        compiled.append(Compiled(spec, key, False, 0.0))
+    root = work / "shards" / hashlib.sha256(weights).hexdigest()[:8]
+    shards = [_shard(root, model, weights * (size // 7)) for model in ("target", "draft")]
+    lock = Lock(recipe.digest(), LockedSource("./target", "r1"))
+    return package(out, plan, Backend(), lock, compiled, shards, root, {"tokenizer.json": b"{}"}, cache.root)
+
+
+def make_validated(out: Path, work: Path, *, passed: bool = True, **contents) -> Artifact:
+    """As `make`, with the reports of gates that passed, or did not."""
+    make(out, work, **contents)
+    return add_reports(out, {"parity.json": b"{}"}, {"passed": passed})
+
+
+def digests(root: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by name."""
+    paths = (path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def _shard(root: Path, model: str, data: bytes) -> Shard:
+    data = model.encode() + data
+    path = Path("weights") / model / "rank-0-of-1.safetensors"
+    if not (root / path).is_file():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+    return Shard(path, hashlib.sha256(data).hexdigest(), len(data), 0, model)

@@ -1,0 +1,55 @@
+"""The gates catch what a broken build does, and pass what is right: over families and dtypes, each test a seed.
+
+Rates over many seeds: `benchmarks/fault_rates.py`.
+"""
+
+import pytest
+
+from support import planted
+from support.reports import gates_of, recipe_of
+
+SAMPLED = ("greedy", "stochastic")
+UNLIKE = (2,)
+"""Layers of a draft that often disagrees with its target: there is something to reject."""
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("planted")
+
+
+@pytest.mark.parametrize("fault", [*planted.NUMERIC, *planted.FLOAT32_ONLY], ids=lambda f: f.__name__)
+def test_fault_in_float32_is_caught(work, fault):
+    assert not gates_of(work, recipe_of("llama", 1, "float32"), fault, 1).found.passed
+
+
+@pytest.mark.parametrize("fault", planted.NUMERIC, ids=lambda f: f.__name__)
+def test_fault_in_bfloat16_is_caught(work, fault):
+    assert not gates_of(work, recipe_of("llama", 1, "bfloat16"), fault, 1).found.passed
+
+
+def test_fault_is_found_at_its_layer(work):
+    found = gates_of(work, recipe_of("llama", 1, "bfloat16"), planted.swapped_key_heads, 1).found
+    assert any("keys of layer 1" in failure for failure in found.gates["parity"]), found.gates
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("qwen3", "bfloat16"), ("qwen2", "float16")])
+def test_clean_pair_passes(work, family, dtype):
+    found = gates_of(work, recipe_of(family, 2, dtype)).found
+    assert found.passed, found.gates
+
+
+def test_clean_sampling_passes(work):
+    found = gates_of(work, recipe_of("llama", 3, "float32", SAMPLED, UNLIKE)).found
+    assert found.passed, found.gates
+
+
+@pytest.mark.parametrize("fault", planted.ACCEPTANCE, ids=lambda f: f.__name__)
+def test_wrong_acceptance_is_caught_by_the_distribution_alone(work, fault):
+    found = gates_of(work, recipe_of("llama", 3, "float32", SAMPLED, UNLIKE), fault, 3).found
+    assert found.gates["distribution"]
+    assert not found.gates["parity"]
+    assert not found.gates["losslessness"]

@@ -1,0 +1,114 @@
+"""References equal transformers, are cached by content, and need the memory of a layer rather than of a model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from pipeline.cache.local import Cache
+from pipeline.measure.hf_model import build_model
+from pipeline.sources.derived import derive
+from pipeline.sources.pair import resolve
+from pipeline.validate.reference.goldens import Goldens, Reference
+from support.checkpoints import write_checkpoint
+
+SEQUENCE = [5, 60, 7, 8, 300, 41, 7, 7, 19]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return tmp_path_factory.mktemp("sources")
+
+
+def pico(sources: Path, location: str, role="target"):
+    return resolve(f"pico://{location}", base=sources, cache=sources, role=role)
+
+
+def check(checkpoint, target) -> None:
+    """Baseline and noise against the whole model in transformers, in float64 and float32."""
+    golden = next(Reference(checkpoint, target, "float32").goldens([SEQUENCE]))
+    with torch.no_grad():
+        for kind, part in ((torch.float64, golden.baseline), (torch.float32, golden.noise)):
+            model = build_model(checkpoint, target, "float32", "sdpa").to(kind)
+            wanted = model(torch.tensor([SEQUENCE])).logits[0]
+            close = 1e-10 if kind == torch.float64 else 1e-4
+            torch.testing.assert_close(part.values.to(kind), wanted.gather(-1, golden.ids.long()), rtol=0, atol=close)
+            assert part.best.tolist() == wanted.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_reference_equals_transformers(sources, family):
+    target = pico(sources, family)
+    check(target, target)
+
+
+def test_reference_of_a_derived_draft(sources):
+    target = pico(sources, "llama")
+    check(derive(target, (2, 0)), target)
+
+
+def test_reference_of_a_draft_with_a_reduced_vocabulary(sources):
+    target = pico(sources, "llama")
+    check(pico(sources, "llama?draft_vocab=128", "draft"), target)
+
+
+def test_caches_are_those_of_transformers(sources):
+    from pipeline.validate.reference.goldens import project_cache
+
+    target = pico(sources, "qwen3")
+    golden = next(Reference(target, target, "bfloat16").goldens([SEQUENCE]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(target.root, dtype=torch.bfloat16)
+    with torch.no_grad():
+        kept = model(torch.tensor([SEQUENCE]), use_cache=True)[1]
+    for layer in range(target.config.layers):
+        keys, values = kept.layers[layer].keys[0], kept.layers[layer].values[0]
+        assert torch.equal(golden.caches_noise[:, layer, 0], project_cache(keys))
+        assert torch.equal(golden.caches_noise[:, layer, 1], project_cache(values))
+
+
+def test_golden_of_a_beginning_is_the_beginning_of_the_golden(sources):
+    target = pico(sources, "llama")
+    whole, part = Reference(target, target, "float32").goldens([SEQUENCE, SEQUENCE[:4]])
+    cut = whole.cut(4)
+    assert torch.equal(cut.ids, part.ids)
+    torch.testing.assert_close(cut.baseline.values, part.baseline.values, rtol=0, atol=1e-10)
+    torch.testing.assert_close(cut.caches, part.caches)
+
+
+def test_goldens_are_cached_by_content(sources, tmp_path):
+    target = pico(sources, "llama")
+
+    def goldens(dtype, sequences):
+        source = Goldens(target, target, dtype, Cache(tmp_path), lambda line: None)
+        source.of(sequences)
+        return source.computed, source.found
+
+    other = [*SEQUENCE[:-1], 20]
+    assert goldens("float32", [SEQUENCE]) == (1, 0)
+    assert goldens("float32", [SEQUENCE, other]) == (1, 1)
+    assert goldens("bfloat16", [SEQUENCE]) == (1, 0)
+    assert goldens("float32", [SEQUENCE, other]) == (0, 2)
+
+
+@pytest.mark.slow
+def test_reference_needs_a_layer_in_memory_not_the_model(tmp_path):
+    """A model of 1.1 GB of float32 in 24 layers: what a reference adds stays below 0.4 GB, its float64 included."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 24, "num_attention_heads": 16}
+    write_checkpoint(tmp_path / "model", files=4, **sizes, num_key_value_heads=4, head_dim=64)
+    code = (
+        "import json, resource, sys; from pathlib import Path; from pipeline.sources.pair import resolve\n"
+        "from pipeline.validate.reference.goldens import Reference\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "root = Path(sys.argv[1]); target = resolve('./model', base=root, cache=root)\n"
+        "reference = Reference(target, target, 'float32')\n"
+        "before = peak(); list(reference.goldens([list(range(3, 40))] * 3))\n"
+        "print(json.dumps([before, peak(), sum(d.size for d in target.files.values())]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    before, after, size = json.loads(done.stdout)
+    assert size > 1.0e9
+    assert after - before < 0.4e9, f"{(after - before) / 1e9:.2f} GB for a model of {size / 1e9:.2f} GB"
