@@ -75,7 +75,7 @@ def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ..
     from pipeline.stages.checks import check_prompts, resolved, runs_here, usable_backend
     from pipeline.stages.compile import CompileSettings, compile_plan
     from pipeline.stages.package import Parts, package
-    from pipeline.stages.shard_files import shard
+    from pipeline.stages.shard import shard
     from pipeline.validate.run import validate
 
     recipe, log, progress = settings.recipe, settings.log, settings.progress

@@ -22,12 +22,13 @@ from pipeline import runtime
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.manifest import content_digest
 from pipeline.backends.base import cache_key, make_backend
-from pipeline.build import Request, fingerprint, run
+from pipeline.build import BuildSettings, run
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import TEMP, remove
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import load
 from pipeline.sources.pair import resolve_pair
+from pipeline.stages.stamp import fingerprint
 from support.small_disk import on_small_disk
 
 RECIPE = """
@@ -48,13 +49,15 @@ def built(tmp_path_factory):
     (base / "prompts.jsonl").write_text(
         "".join(json.dumps({"id": str(i), "class": "chat", "prompt": t}) + "\n" for i, t in enumerate(["a", "bc", "d"]))
     )
-    request = Request(recipe=load(base / "tiny.yaml"), base=base, out=base / "out", cache=base / "cache", workers=2)
+    request = BuildSettings(
+        recipe=load(base / "tiny.yaml"), base=base, out=base / "out", cache=base / "cache", workers=2
+    )
     return request, run(request)
 
 
 def again(request, **changes):
     fields = {name: getattr(request, name) for name in ("recipe", "base", "out", "cache", "workers", "validate")}
-    return run(Request(**(fields | changes)))
+    return run(BuildSettings(**(fields | changes)))
 
 
 def recipe(request, old, new):
@@ -67,7 +70,7 @@ CHILD = """
 import json, resource, sys
 from dataclasses import asdict
 from pathlib import Path
-from pipeline.build import Request, run
+from pipeline.build import BuildSettings, run
 from pipeline.errors import TandemError
 from pipeline.recipe import load
 base, out, cache = map(Path, sys.argv[1:4])
@@ -77,7 +80,7 @@ if limit:
 def say(line):
     print(line, file=sys.stderr, flush=True)
 try:
-    request = Request(load(base / "tiny.yaml"), base, out, cache, workers=1, validate=validate, say=say)
+    request = BuildSettings(load(base / "tiny.yaml"), base, out, cache, workers=1, validate=validate, say=say)
     print(json.dumps(asdict(run(request)), default=str))
 except TandemError as error:
     print(error)
@@ -152,9 +155,9 @@ def test_build_compiles_every_graph_and_passes_its_gates(built):
 def test_build_again_does_nothing_without_torch(built):
     request, _ = built
     code = (
-        "import sys, pathlib; from pipeline.build import Request, run; from pipeline.recipe import load\n"
+        "import sys, pathlib; from pipeline.build import BuildSettings, run; from pipeline.recipe import load\n"
         f"base = pathlib.Path({str(request.base)!r})\n"
-        "r = run(Request(recipe=load(base / 'tiny.yaml'), base=base, out=base / 'out', cache=base / 'cache'))\n"
+        "r = run(BuildSettings(recipe=load(base / 'tiny.yaml'), base=base, out=base / 'out', cache=base / 'cache'))\n"
         "assert r.fresh and 'torch' not in sys.modules, r; print(r.seconds)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -238,8 +241,8 @@ def test_build_checks_the_lock_even_if_nothing_else_changed(built, tmp_path):
         again(request, locked=True)
 
 
-def _request(base: Path, **options) -> Request:
-    return Request(recipe=load(base / "local.yaml"), base=base, out=base / "out", cache=base / "cache", **options)
+def _request(base: Path, **options) -> BuildSettings:
+    return BuildSettings(recipe=load(base / "local.yaml"), base=base, out=base / "out", cache=base / "cache", **options)
 
 
 @pytest.fixture
@@ -387,9 +390,9 @@ def test_build_with_another_k_compiles_its_graph_alone(built, tmp_path):
     assert report.compiled == ["speculate-b2-t4-s48-k3"]
 
 
-def keys(request: Request, parsed) -> dict[str, str]:
+def keys(request: BuildSettings, parsed) -> dict[str, str]:
     """Cache keys of a recipe's greedy and stochastic graphs, found by tracing alone; of two phases, the cheap ones."""
-    backend = make_backend(parsed.backend.model_dump())
+    backend = make_backend(parsed.backend)
     plan = make_plan(
         parsed, *(c.config for c in resolve_pair(parsed, base=request.base, cache=request.cache / "sources"))
     )
@@ -443,12 +446,12 @@ def test_build_into_a_read_only_folder_is_refused_before_anything_runs(built, tm
 def test_build_onto_a_read_only_disk_is_refused_before_anything_runs(local):
     code = f"""
     from pathlib import Path
-    from pipeline.build import Request, run
+    from pipeline.build import BuildSettings, run
     from pipeline.errors import HostError
     from pipeline.recipe import load
     base = Path({str(local)!r})
     try:
-        run(Request(load(base / "local.yaml"), base, Path("/mnt/out"), base / "cache"))
+        run(BuildSettings(load(base / "local.yaml"), base, Path("/mnt/out"), base / "cache"))
     except HostError as error:
         print(error, "|", error.fix)
     """

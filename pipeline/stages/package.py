@@ -39,7 +39,8 @@ from pipeline.recipe.schema import Recipe
 if TYPE_CHECKING:  # these import torch, which packing files does not
     from pipeline.backends.base import Backend
     from pipeline.stages.compile import Compiled
-    from pipeline.stages.shard_files import ShardFile, Shards
+    from pipeline.stages.shard import Shards
+    from pipeline.stages.shard_files import ShardFile
 
 UNVERSIONED = "unversioned"
 """Version of a manifest whose content is not complete yet."""

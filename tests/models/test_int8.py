@@ -142,7 +142,7 @@ def test_recipe_without_a_choice_keeps_its_digest(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("narrow", [("target", "draft"), ("draft",)])
 def test_build_passes_its_gates_and_says_what_rounding_cost(tmp_path: Path, narrow: tuple[str, ...]) -> None:
-    from pipeline.build import Request, run
+    from pipeline.build import BuildSettings, run
 
     shutil.copy(ROOT / "recipes/prompts/pico.jsonl", tmp_path)
     text = (
@@ -150,7 +150,7 @@ def test_build_passes_its_gates_and_says_what_rounding_cost(tmp_path: Path, narr
     )
     (tmp_path / "r.yaml").write_text(text)
     out = tmp_path / "narrow"
-    run(Request(recipe=load(tmp_path / "r.yaml"), base=tmp_path, out=out, cache=tmp_path / "cache", workers=2))
+    run(BuildSettings(recipe=load(tmp_path / "r.yaml"), base=tmp_path, out=out, cache=tmp_path / "cache", workers=2))
     report = json.loads((out / "reports" / "parity.json").read_text())
     assert all(gate["passed"] for gate in report["gates"])
     assert (report["parity"]["target"]["rounding"] is not None) == ("target" in narrow)

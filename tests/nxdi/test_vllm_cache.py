@@ -98,7 +98,7 @@ def test_pack_records_what_fills_a_cache_and_leaves_out_what_is_one_server_s(pac
     assert json.loads((packed / MANIFEST).read_bytes())["kind"] == "vllm-compile-cache"
     assert manifest.toolchain == {"backend": "vllm-compile-cache", **VERSIONS}
     assert manifest.requires == {"device": "neuron", "chip": "trn2"}
-    assert manifest.tensor == 8
+    assert manifest.ranks == 8
     assert manifest.backend["flags"] == ["-O1 --lnc=2"]
     assert tuple(manifest.backend["serve"]) == SERVE
     names = (HLO, METADATA, COMPLETE, "command.txt")
@@ -303,7 +303,7 @@ def test_command_line(cache, tmp_path):
     said = CliRunner().invoke(main, words)
     assert said.exit_code == 0, said.stderr
     assert "2 graphs" in said.stdout
-    assert read(tmp_path / "out").manifest.tensor == 4
+    assert read(tmp_path / "out").manifest.ranks == 4
     said = CliRunner().invoke(main, ["vllm-cache", "install", out, "--cache-root", root])
     assert said.exit_code == 0, said.stderr
     assert said.stdout.startswith(f"VLLM_CACHE_ROOT={root} VLLM_NEURON_DISABLE_WARMUP_COMPILE=1 ")

@@ -19,7 +19,7 @@ from pipeline.models.weights import weight_specs
 from pipeline.plan import lock as locks
 from pipeline.plan.estimates import GIB, layer_passes
 from pipeline.plan.plan import Plan, make_plan
-from pipeline.recipe.schema import Recipe, find, load
+from pipeline.recipe.schema import InductorSettings, Recipe, find, load
 from support.paths import ROOT
 
 SMALL = ModelConfig(
@@ -243,7 +243,7 @@ def test_a_graph_depends_on_what_it_sees_alone(tmp_path: Path) -> None:
     plan = make_plan(recipe_of(tmp_path), SMALL, SMALL)
     unseen = make_plan(recipe_of(tmp_path, sampling="[greedy]"), replace(SMALL, eos_ids=(7,)), replace(SMALL, layers=1))
     seen = make_plan(recipe_of(tmp_path), replace(SMALL, layers=2), SMALL)
-    backend, spec = make_backend({"name": "inductor"}), GraphSpec("score", 4, 32, 64, model="target")
+    backend, spec = make_backend(InductorSettings()), GraphSpec("score", 4, 32, 64, model="target")
     graph, same, other = (backend.trace(spec, p.pair).ir for p in (plan, unseen, seen))
     assert graph == same != other
 

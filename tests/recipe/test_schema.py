@@ -16,7 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import InputError, Problem, RecipeError
-from pipeline.recipe.schema import InductorBackend, NeuronBackend, Recipe, find, load, schema
+from pipeline.recipe.schema import InductorSettings, NeuronSettings, Recipe, find, load, schema
 from pipeline.validate.prompts import prompts_path
 from support.paths import ROOT, TESTS
 
@@ -79,7 +79,7 @@ def test_load_fills_defaults(tmp_path: Path) -> None:
     recipe = load(write(tmp_path, GOOD))
     assert recipe.target.dtype == "float32"
     assert recipe.speculation.sampling == ("greedy",)
-    assert recipe.backend == InductorBackend(device="cpu")
+    assert recipe.backend == InductorSettings(device="cpu")
     assert recipe.parallel.tensor == 1
 
 
@@ -115,7 +115,7 @@ def test_load_base_is_merged_beneath(tmp_path: Path) -> None:
 def test_load_base_with_another_backend_is_replaced_whole(tmp_path: Path) -> None:
     write(tmp_path, "backend: {name: neuron, target: trn2, lnc: 2}\n", "base.yaml")
     recipe = load(write(tmp_path, "base: base.yaml\n" + GOOD + "backend: {name: inductor}\n"))
-    assert recipe.backend == InductorBackend()
+    assert recipe.backend == InductorSettings()
 
 
 def test_load_problem_in_base_names_the_base(tmp_path: Path) -> None:
@@ -169,9 +169,9 @@ def test_recipe_is_immutable(tmp_path: Path) -> None:
 
 
 def test_neuron_lnc_two_needs_trn2() -> None:
-    assert NeuronBackend(name="neuron", target="trn2", lnc=2).lnc == 2
+    assert NeuronSettings(name="neuron", target="trn2", lnc=2).lnc == 2
     with pytest.raises(ValidationError, match="accepted on inf2: 1"):
-        NeuronBackend(name="neuron", target="inf2", lnc=2)
+        NeuronSettings(name="neuron", target="inf2", lnc=2)
 
 
 def test_schema_describes_every_key() -> None:

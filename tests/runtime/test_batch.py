@@ -74,7 +74,7 @@ def from_scratch(batch: Batch, rows: dict[int, Row]) -> dict[str, torch.Tensor]:
 
 def check_caches(batch: Batch, rows: dict[int, Row], wanted: dict[str, torch.Tensor]) -> None:
     """As far as they reach: a head one token less than the target, a draft model as far as its row says."""
-    head = batch.manifest.method == "eagle3"
+    head = batch.manifest.draft_kind.reads_target_states
     for slot, row in rows.items():
         reach = {"target": row.position, "draft": row.position - 1 if head else row.in_draft}
         for name, cache in wanted.items():

@@ -10,7 +10,7 @@ from pipeline.graphs.packing import PlainPacking
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.plan import make_plan
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import InductorSettings, Recipe
 from pipeline.runtime.lookup import Lookup, argument
 from pipeline.sources.pair import resolve_pair
 from pipeline.speculation.sampling import Candidates, certain
@@ -205,6 +205,6 @@ def test_only_speculation_with_lookup_is_another_graph(work):
     for spec in plans[0].graphs:
         ios = [signature(spec, plan.pair, PlainPacking()) for plan in plans]
         assert (ios[0] == ios[1]) == (spec.phase != "speculate"), spec.name
-    backend, decode = make_backend({"name": "inductor"}), GraphSpec("decode", 1, 1, 32)
+    backend, decode = make_backend(InductorSettings()), GraphSpec("decode", 1, 1, 32)
     graphs = [backend.trace(decode, plan.pair).ir for plan in plans]
     assert graphs[0] == graphs[1]

@@ -45,12 +45,16 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built(base: Path, recipe: str) -> Path:
     """A validated artifact of a recipe."""
-    from pipeline.build import Request, run
+    from pipeline.build import BuildSettings, run
     from pipeline.recipe.schema import load
 
     shutil.copy(ROOT / "recipes/prompts/pico.jsonl", base)
     (base / "served.yaml").write_text(recipe)
-    run(Request(recipe=load(base / "served.yaml"), base=base, out=base / "served", cache=base / "cache", workers=2))
+    run(
+        BuildSettings(
+            recipe=load(base / "served.yaml"), base=base, out=base / "served", cache=base / "cache", workers=2
+        )
+    )
     return base / "served"
 
 

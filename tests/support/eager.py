@@ -6,14 +6,13 @@ left out, so faults of every kind can be planted in seconds and over many seeds.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
-from pipeline.artifact.manifest import GraphEntry, Manifest
+from pipeline.artifact.manifest import GraphEntry, PairManifest
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.module import run_phase
 from pipeline.graphs.packing import PlainPacking
@@ -72,13 +71,10 @@ class EagerRanks:
 def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint]) -> Engine:
     """The engine that a build of this recipe would load."""
     plan = make_plan(recipe, pair[0].config, pair[1].config)
-    graphs = tuple(GraphEntry(name=s.name, key="-", file="-", io="-", **dataclasses.asdict(s)) for s in plan.graphs)
-    manifest = Manifest.model_construct(
+    graphs = tuple(GraphEntry(spec=spec, key="-", file="-", io="-") for spec in plan.graphs)
+    manifest = PairManifest.model_construct(
         name=recipe.name, version="eager", created="", recipe_digest=recipe.digest(), lock_digest="", toolchain={},
-        backend={}, requires={}, tensor=1, dtype=recipe.target.dtype, shapes=recipe.shapes,
-        method=recipe.speculation.method, step_costs=recipe.speculation.step_costs, lookup=recipe.speculation.lookup,
-        draft_tokens=recipe.speculation.draft_tokens, sampling=recipe.speculation.sampling,
-        candidates=recipe.speculation.candidates, vocab=plan.pair.target.vocab,
-        eos_ids=plan.pair.target.eos_ids, graphs=graphs, shards=(), files={},
+        backend=recipe.backend, requires={}, pair=plan.pair, step_costs=recipe.speculation.step_costs,
+        lookup=recipe.speculation.lookup, graphs=graphs, shards=(), files={},
     )  # fmt: skip
     return Engine(manifest, EagerRanks(plan, pair), Text(Path(pair[0].root)))

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifact.manifest import Artifact
+from pipeline.artifact.manifest import PairArtifact
 from pipeline.artifact.reports import add_reports
 from pipeline.backends.base import Toolchain
 from pipeline.cache.local import Cache
@@ -17,7 +17,7 @@ from pipeline.plan.lock import Lock, LockedSource
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import Recipe
 from pipeline.stages.compile import Compiled
-from pipeline.stages.package import package
+from pipeline.stages.package import Parts, package
 
 CONFIG = ModelConfig(
     family="llama", layers=2, hidden=16, intermediate=32, heads=2, kv_heads=1, head_dim=8, vocab=64, norm_eps=1e-5,
@@ -44,6 +44,14 @@ class Shard:
     model: str
 
 
+@dataclass(frozen=True)
+class Shards:
+    """What the shard stage hands to the packager."""
+
+    root: Path
+    files: tuple[Shard, ...]
+
+
 class Backend:
     """What the packager asks of a backend."""
 
@@ -60,11 +68,13 @@ class Backend:
         return {"device": "cpu", "machine": "x86_64", "isa": "avx2"}
 
 
-def make(out: Path, work: Path, *, weights: bytes = b"weights", graph: bytes = b"graph", size: int = 1000) -> Artifact:
+def make(
+    out: Path, work: Path, *, weights: bytes = b"weights", graph: bytes = b"graph", size: int = 1000
+) -> PairArtifact:
     """Package an artifact into `out`; `work` holds its cache and inputs, and may be used again."""
     recipe = Recipe.model_validate_json(json.dumps(RECIPE), strict=False)
     plan = make_plan(recipe, CONFIG, CONFIG)
-    cache = Cache(work / "cache")
+    cache = Cache(work / "cache", "graphs")
     compiled = []
     for spec in plan.graphs:
         data = (graph + spec.name.encode()) * (size // 20)
@@ -72,12 +82,13 @@ def make(out: Path, work: Path, *, weights: bytes = b"weights", graph: bytes = b
         cache.put(key, data)
         compiled.append(Compiled(spec, key, False, 0.0))
     root = work / "shards" / hashlib.sha256(weights).hexdigest()[:8]
-    shards = [_shard(root, model, weights * (size // 7)) for model in ("target", "draft")]
+    shards = Shards(root, tuple(_shard(root, model, weights * (size // 7)) for model in ("target", "draft")))
     lock = Lock(recipe.digest(), LockedSource("./target", "r1"))
-    return package(out, plan, Backend(), lock, compiled, shards, root, {"tokenizer.json": b"{}"}, cache.root)
+    parts = Parts(plan, lock, tuple(compiled), shards, {"tokenizer.json": b"{}"})
+    return package(out, parts, Backend(), cache.root)
 
 
-def make_validated(out: Path, work: Path, *, passed: bool = True, **contents) -> Artifact:
+def make_validated(out: Path, work: Path, *, passed: bool = True, **contents) -> PairArtifact:
     """As `make`, with the reports of gates that passed, or did not."""
     make(out, work, **contents)
     return add_reports(out, {"parity.json": b"{}"}, {"passed": passed})

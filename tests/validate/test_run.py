@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.manifest import FileEntry, dump
-from pipeline.build import Request, run
+from pipeline.build import BuildSettings, run
 from pipeline.errors import GateError
 from pipeline.recipe.schema import load
 from pipeline.registry.publish import publish
@@ -36,7 +36,9 @@ def request_(tmp_path_factory):
     (base / "half.yaml").write_text(RECIPE)
     lines = [json.dumps({"id": f"p{i}", "class": "chat", "prompt": text}) for i, text in enumerate(TEXTS)]
     (base / "prompts.jsonl").write_text("\n".join(lines))
-    request = Request(recipe=load(base / "half.yaml"), base=base, out=base / "out", cache=base / "cache", workers=2)
+    request = BuildSettings(
+        recipe=load(base / "half.yaml"), base=base, out=base / "out", cache=base / "cache", workers=2
+    )
     run(request)
     return request
 

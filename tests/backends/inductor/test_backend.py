@@ -51,8 +51,9 @@ def test_compile_twice_is_the_same_bytes(tmp_path):
     code = (
         "import hashlib, pathlib, sys, torch\n"
         "from support.pairs import make_pair\nfrom pipeline.backends.base import make_backend\n"
+        "from pipeline.recipe.schema import InductorSettings\n"
         "from pipeline.graphs.spec import GraphSpec\n"
-        "backend = make_backend({'name': 'inductor'})\n"
+        "backend = make_backend(InductorSettings())\n"
         "specs = {'score': GraphSpec('score', 1, 4, 40, model='draft'), 'decode': GraphSpec('decode', 1, 1, 40)}\n"
         "for threads, phase in enumerate(sys.argv[1:], 1):\n"
         "    torch.set_num_threads(threads)\n"

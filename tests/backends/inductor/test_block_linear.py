@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from pipeline.backends.inductor.backend import InductorBackend, LoadedGraph
+from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.seams import BlockedSeams
+from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.int8 import quantise, rounded
+from pipeline.recipe.schema import InductorSettings
 
 
 class Products(torch.nn.Module):
@@ -67,10 +69,13 @@ def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(
     x = torch.randn(45, columns).to(inputs)
     (weight, plain), (other, gate) = (packed(torch.randn(count, columns) * 0.1, dtype) for count in (190, 96))
     program = torch.export.export(Products(), (x, weight, other))
+    settings = InductorBackend(InductorSettings(isa=isa)).settings()
     package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "graph.pt2"), inductor_configs=InductorBackend(isa=isa).settings()
+        program,
+        package_path=str(tmp_path / "graph.pt2"),
+        inductor_configs=settings,
     )
-    one, five, eight, all_rows, inner, both, few_gated, gated = LoadedGraph(package, -1).run([x, weight, other])
+    one, five, eight, all_rows, inner, both, few_gated, gated = LoadedGraph(package, "cpu").run([x, weight, other])
     exact = x.double() @ plain.double().T
     worst = (all_rows[:, :190] - exact).abs().max()
     assert worst < 5e-6, f"largest error {worst:.1e}"
@@ -105,5 +110,5 @@ def test_compiled_lookup_in_an_int8_table_gives_its_rows(tmp_path):
     package = torch._inductor.aoti_compile_and_package(
         torch.export.export(Lookup(), (ids, weight)), package_path=str(tmp_path / "graph.pt2")
     )
-    assert torch.equal(LoadedGraph(package, -1).run([ids, weight])[0], stands_for[ids])
+    assert torch.equal(LoadedGraph(package, "cpu").run([ids, weight])[0], stands_for[ids])
     assert (rounded(plain) - plain).abs().max() <= plain.abs().max() / 254 * 1.001

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from pipeline.backends.inductor.backend import InductorBackend, LoadedGraph
+from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.cached_attention import cached_attention
+from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.models.parallel import PLAIN, attend_up_to
+from pipeline.recipe.schema import InductorSettings
 
 KV = 150
 
@@ -44,10 +46,13 @@ def test_compiled_attention_is_exact_and_reads_only_what_is_seen(tmp_path, dtype
     k[0, :, 3:] = torch.nan
     v[0, :, 3:] = torch.nan
     program = torch.export.export(Attention(), (q, k.clone(), v, new, last))
+    settings = InductorBackend(InductorSettings(isa=isa)).settings()
     package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "graph.pt2"), inductor_configs=InductorBackend(isa=isa).settings()
+        program,
+        package_path=str(tmp_path / "graph.pt2"),
+        inductor_configs=settings,
     )
-    found = LoadedGraph(package, -1).run([q, k, v, new, last])[0]
+    found = LoadedGraph(package, "cpu").run([q, k, v, new, last])[0]
     assert found.dtype == dtype
     assert torch.allclose(found.float(), expected.float(), atol=2e-6, rtol=rounding)
     assert dtype == torch.float32 or (found == expected).float().mean() > 0.99

@@ -4,19 +4,21 @@ import json
 import os
 import signal
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from pipeline import runtime
-from pipeline.artifact.manifest import Manifest
+from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor.ranks import ManyRanks
-from pipeline.build import Request, run
+from pipeline.build import BuildSettings, run
 from pipeline.errors import HostError
-from pipeline.recipe.schema import load
+from pipeline.recipe.schema import InductorSettings, load
 from pipeline.sources.pair import resolve_pair
 from support.eager import make_engine
+from support.pairs import make_pair
 
 RECIPE = """
 name: ranked
@@ -56,7 +58,7 @@ def built(base, *pair):
     """An engine of the same pair on so many ranks."""
     path = written(base, *pair)
     out = base / path.stem
-    run(Request(recipe=load(path), base=base, out=out, cache=base / "cache", workers=2, validate=False))
+    run(BuildSettings(recipe=load(path), base=base, out=out, cache=base / "cache", workers=2, validate=False))
     return runtime.load(out)
 
 
@@ -135,7 +137,8 @@ def without_graphs(root) -> ManyRanks:
         path = root / f"weights/{name}-of-2.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"weight": torch.zeros(1)}, path)
-    return ManyRanks(root, Manifest.model_construct(tensor=2, backend={"name": "inductor"}, requires={}))
+    pair = replace(make_pair().shape, models=replace(make_pair().shape.models, tp=2))
+    return ManyRanks(root, PairManifest.model_construct(pair=pair, backend=InductorSettings(), requires={}))
 
 
 @contextmanager

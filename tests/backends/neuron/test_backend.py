@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import manifest as artifact
 from pipeline.backends.base import Traced, cache_key
+from pipeline.backends.neuron import graph_file, support
 from pipeline.backends.neuron import runtime as neuron
-from pipeline.backends.neuron import support
 from pipeline.backends.neuron.backend import NeuronBackend
 from pipeline.errors import ArtifactError
 from pipeline.files.atomic import sha256_file
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec
 from pipeline.models.weights import NORM
+from pipeline.recipe.schema import NeuronSettings
 from support.neuron_lane import DEVICE, environment, run, tandem
 
 RECIPE = """
@@ -147,7 +148,7 @@ def test_build_passes_its_gates_on_the_device(built):
 
 def test_graph_files_hold_neff_and_metaneff(built):
     root, _ = built
-    file = next(graph.file for graph in artifact.read(root).manifest.graphs if graph.phase == "speculate")
+    file = next(graph.file for graph in artifact.read(root).manifest.graphs if graph.spec.phase == "speculate")
     with zipfile.ZipFile(root / file) as archive:
         assert archive.namelist() == ["graph.neff", "metaneff.pb", "layout.json"]
         assert json.loads(archive.read("layout.json"))["flattener"] == {"layout": "(0, 1, 2)", "exclude": "None"}
@@ -205,7 +206,7 @@ def test_shards_of_two_ranks_with_a_replicated_draft(built, tmp_path):
     done = build(tmp_path, where=environment(), recipe=RECIPE + "parallel: {tensor: 2}\n")
     assert done.returncode == 0, done.stderr
     root, manifest = tmp_path / "out", artifact.verify(tmp_path / "out").manifest
-    graphs = {one.name: neuron.read_graph(root, one, lnc=2) for one in manifest.graphs}
+    graphs = {one.name: graph_file.read_graph(root, one, lnc=2) for one in manifest.graphs}
     ranks = neuron.read_weights(root, manifest)
     neuron.check_weights(graphs, ranks, root)
     (alone,) = neuron.read_weights(built[0], artifact.read(built[0]).manifest)
@@ -229,7 +230,7 @@ def test_shards_of_two_ranks_with_a_replicated_draft(built, tmp_path):
 
 
 def test_environment_that_changes_code_changes_the_key(monkeypatch):
-    backend, traced = NeuronBackend("trn2", 2), Traced(b"ir", None)
+    backend, traced = NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2)), Traced(b"ir", None)
     plain = cache_key(traced, backend.toolchain(), backend.flags())
     monkeypatch.setitem(support.AT_START, "NEURON_RT_LOG_LEVEL", "INFO")
     assert cache_key(traced, backend.toolchain(), backend.flags()) == plain
@@ -253,7 +254,7 @@ def test_build_refuses_with_what_and_fix(tmp_path, where, says):
 
 
 def test_flags_that_the_backend_owns_are_refused():
-    backend = NeuronBackend("trn2", 2, {"--target": "trn1"})
+    backend = NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2, flags={"--target": "trn1"}))
     assert backend.preflight()[0].what == "target is not a recipe's to set"
 
 
@@ -274,7 +275,7 @@ def test_graphs_that_disagree_on_a_state_are_refused(length, kind):
 
     def graph(length, kind):
         io = Signature((), (TensorSpec("target/k.0", (4, 2, length, 8), kind),), (), ())
-        return neuron.Graph(GraphSpec("decode", 4, 1, length), io, b"", b"", {})
+        return graph_file.Graph(GraphSpec("decode", 4, 1, length), io, b"", b"", {})
 
     assert neuron.states([graph(40, "float32")] * 2).keys() == {"target/k.0"}
     with pytest.raises(ArtifactError, match=r"target/k.0 is \(4, 2, 40, 8\) in one graph"):
@@ -288,12 +289,14 @@ from support.pairs import make_pair
 from pipeline.backends.neuron import backend as module
 from pipeline.models.parallel import Seams
 from pipeline.graphs.spec import GraphSpec
+from pipeline.recipe.schema import NeuronSettings
 
-backend = module.NeuronBackend("trn2", 2)
-pair = replace(make_pair("some", candidates=16).shape, tp=2)
+backend = module.NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2))
+one = make_pair("some", candidates=16).shape
+pair = replace(one, models=replace(one.models, tp=2))
 spec = GraphSpec("score", 4, 4, 40, model="draft")
 target = GraphSpec("score", 4, 4, 40, model="target")
-print(backend.trace(target, pair).ir != backend.trace(target, replace(pair, tp=1)).ir)
+print(backend.trace(target, pair).ir != backend.trace(target, one).ir)
 traced = backend.trace(spec, pair)
 meta = traced.program.metaneff
 meta.input_tensors[3].checkpoint_key = b"draft.misspelled"

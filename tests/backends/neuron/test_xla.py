@@ -58,8 +58,9 @@ def sdk():
     os.environ.update(XLA)
     sys.path[:0] = [*map(str, NXD), str(FAKE)]
     from pipeline.backends.neuron.backend import NeuronBackend
+    from pipeline.recipe.schema import NeuronSettings
 
-    return NeuronBackend("trn2", 2)
+    return NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2))
 
 
 def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
@@ -290,8 +291,10 @@ HASH = """
 import hashlib
 from support.pairs import make_pair
 from pipeline.backends.neuron.backend import NeuronBackend
+from pipeline.recipe.schema import NeuronSettings
 from pipeline.graphs.spec import GraphSpec
-traced = NeuronBackend("trn2", 2).trace(GraphSpec("speculate", 4, 4, 40, 3), make_pair("some").shape)
+backend = NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2))
+traced = backend.trace(GraphSpec("speculate", 4, 4, 40, 3), make_pair("some").shape)
 print(hashlib.sha256(traced.ir).hexdigest())
 """
 
