@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import runtime
 from pipeline.artifact import manifest as artifact
-from pipeline.errors import GateError, HostError
+from pipeline.errors import GateError
 from pipeline.registry.publish import publish
 from pipeline.registry.pull import pull
 from support.neuron_lane import FAKE_NXD, FAKE_NXDI, XLA, environment, run, tandem
@@ -153,5 +153,5 @@ def test_compile_needs_nxd_inference_and_a_recipe_that_it_can_do(packed):
 
 
 def test_tandem_says_who_runs_a_package(packed):
-    with pytest.raises(HostError, match="which vLLM runs"):
+    with pytest.raises(InputError, match="which vLLM runs"):
         runtime.load(packed[1])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.artifact.manifest import MANIFEST, Artifact, FileEntry, dump
+from pipeline.artifact.manifest import MANIFEST, Artifact, FileEntry, NxdiBackend, NxdiManifest, PairArtifact, dump
 from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import digest_file
@@ -27,14 +27,19 @@ def nxdi(tmp_path: Path) -> Path:
     return told(small.make(tmp_path / "a b" / "out", tmp_path / "work")).root
 
 
-def told(made: Artifact, **environment: str) -> Artifact:
+def told(made: PairArtifact, **environment: str) -> Artifact:
     recipe = Recipe.model_validate_json(json.dumps(small.RECIPE), strict=False)
     asked = {"vllm": _vllm(make_plan(recipe, small.CONFIG, small.CONFIG), recipe.speculation.draft_tokens[0])}
     asked["vllm"]["environment"] |= environment
     (made.root / SETTINGS).write_text(json.dumps(asked))
     digest = digest_file(made.root / SETTINGS)
     files = {**made.manifest.files, SETTINGS: FileEntry(sha256=digest.sha256, size=digest.size)}
-    manifest = made.manifest.model_copy(update={"backend": {"name": "nxdi", "target": "trn2"}, "files": files})
+    old = made.manifest
+    manifest = NxdiManifest(
+        name=old.name, version=old.version, created=old.created, toolchain={**old.toolchain, "backend": "nxdi"},
+        requires=old.requires, files=files, recipe_digest=old.recipe_digest, lock_digest=old.lock_digest,
+        backend=NxdiBackend(target="trn2", lnc=1, flags={}), pair=old.pair, draft_tokens=old.draft_tokens[0],
+    )  # fmt: skip
     (made.root / MANIFEST).write_bytes(dump(manifest))
     return Artifact(made.root, manifest)
 

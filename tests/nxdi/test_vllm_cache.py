@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from pipeline.artifact.manifest import MANIFEST, CacheManifest, FileEntry, content_digest, dump, read
 from pipeline.artifact.verify import verify
 from pipeline.cli.main import main
-from pipeline.errors import ArtifactError, GateError, HostError, InputError
+from pipeline.errors import ArtifactError, GateError, InputError
 from pipeline.files.atomic import TEMP, digest_file
 from pipeline.nxdi.vllm_cache import CACHE_FOLDER, NEVER_COMPILE, ServerRun, install, pack
 from pipeline.nxdi.vllm_cache_layout import COMPLETE, HLO, METADATA
@@ -75,7 +75,8 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def packed(cache: Path, tmp_path: Path) -> Path:
-    return pack(cache, tmp_path / "packed", "tiny-cache", RUN).root
+    pack(cache, tmp_path / "packed", "tiny-cache", RUN)
+    return tmp_path / "packed"
 
 
 def put(packed: Path, root: Path, host=HOST, versions=VERSIONS):
@@ -99,8 +100,8 @@ def test_pack_records_what_fills_a_cache_and_leaves_out_what_is_one_server_s(pac
     assert manifest.toolchain == {"backend": "vllm-compile-cache", **VERSIONS}
     assert manifest.requires == {"device": "neuron", "chip": "trn2"}
     assert manifest.ranks == 8
-    assert manifest.backend["flags"] == ["-O1 --lnc=2"]
-    assert tuple(manifest.backend["serve"]) == SERVE
+    assert manifest.backend.flags == ("-O1 --lnc=2",)
+    assert manifest.backend.serve == SERVE
     names = (HLO, METADATA, COMPLETE, "command.txt")
     entries = {f"{CACHE_FOLDER}/{key}/{name}" for key in KEYS for name in (*names, f"graph_{key}.neff")}
     assert manifest.files.keys() == entries | {f"{CACHE_FOLDER}/nki/k1.json"}
@@ -108,8 +109,8 @@ def test_pack_records_what_fills_a_cache_and_leaves_out_what_is_one_server_s(pac
 
 def test_pack_takes_the_cache_folder_itself_and_gives_the_same(cache, packed, tmp_path):
     again = pack(cache / CACHE_FOLDER, tmp_path / "again", "tiny-cache", RUN)
-    assert again.manifest.version == read(packed).manifest.version
-    assert content_digest(again.manifest) == content_digest(read(packed).manifest)
+    assert again.version == read(packed).manifest.version
+    assert content_digest(again) == content_digest(read(packed).manifest)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,9 @@ def test_install_takes_nothing_but_a_cache(packed, tmp_path, name):
 
 
 def test_install_refuses_a_variable_that_is_a_command(packed, tmp_path):
-    backend = {**read(packed).manifest.backend, "environment": {"A=1; touch x; B": "1"}}
+    manifest = read(packed).manifest
+    assert isinstance(manifest, CacheManifest)
+    backend = manifest.backend.model_copy(update={"environment": {"A=1; touch x; B": "1"}})
     with pytest.raises(ArtifactError, match="invalid name of a variable"):
         put(resealed(packed, backend=backend), tmp_path / "root")
 
@@ -287,7 +290,7 @@ def test_other_commands_know_the_kind(packed):
     manifest = read(packed).manifest
     assert "vllm serve some/model" in body(manifest, {"": manifest})
     assert listed_places([packed]) == []
-    with pytest.raises(HostError, match="a compile cache"):
+    with pytest.raises(InputError, match="a compile cache"):
         load(packed)
     for words in (["inspect", str(packed)], ["verify", str(packed)]):
         assert CliRunner().invoke(main, words).exit_code == 0
