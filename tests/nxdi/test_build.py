@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import runtime
 from pipeline.artifact import manifest as artifact
-from pipeline.errors import GateError
+from pipeline.errors import GateError, InputError
 from pipeline.registry.publish import publish
 from pipeline.registry.pull import pull
 from support.neuron_lane import FAKE_NXD, FAKE_NXDI, XLA, environment, run, tandem
