@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe.schema import schema
+from pipeline.recipe.read import schema
 
 OUT = Path(__file__).parent / "recipe.md"
 INTRO = """\

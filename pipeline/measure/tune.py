@@ -24,7 +24,7 @@ from pipeline.files.atomic import atomic_file
 from pipeline.graphs.arguments import Arguments, StepRow, step_arguments
 from pipeline.measure.buckets import buckets_for, padded
 from pipeline.progress import Log
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 
 if TYPE_CHECKING:
     from pipeline.graphs.spec import GraphSpec

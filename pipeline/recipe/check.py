@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import Problem, RecipeError
+from pipeline.recipe.chips import CHIPS
 from pipeline.recipe.document import Document, Key
 from pipeline.recipe.schema import (
+    BASE_DESCRIPTION,
     BY_BATCH,
     LISTED,
     InductorSettings,
@@ -21,7 +22,6 @@ from pipeline.recipe.schema import (
     Shapes,
     Speculation,
     Validate,
-    schema,
 )
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -44,8 +44,6 @@ LIMITS = {
     "less_than_equal": ("le", "at most"),
     "string_too_short": ("min_length", "text of a length of at least"),
 }
-CORES = {("trn1", 1): 32, ("inf2", 1): 24, ("trn2", 1): 128, ("trn2", 2): 64}
-"""Logical cores of the largest instance, by chip and LNC."""
 
 
 def parse(document: Document) -> Recipe:
@@ -111,19 +109,23 @@ def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: 
 
 
 def _backend_conflicts(data: Mapping[str, Any]) -> Iterator[Finding]:
-    neuron = _section(NeuronSettings, data, "backend")
-    inductor = _section(InductorSettings, data, "backend")
+    neuron, inductor = _section(NeuronSettings, data, "backend"), _section(InductorSettings, data, "backend")
     if inductor and inductor.device == "cuda" and inductor.isa != "native":
         what = f"found {_shown(inductor.isa)} with device cuda; it applies to CPU artifacts"
         yield ("backend", "isa"), what, "remove isa"
+    backend = neuron or inductor
     narrow = [k for k in ("target", "draft") if isinstance(data.get(k), dict) and data[k].get("weights") == "int8"]
-    if narrow and (neuron or (inductor and inductor.device == "cuda")):
+    if narrow and backend and not backend.has_int8:
         what = "found int8; only inductor on a CPU has kernels for it"
         yield (narrow[0], "weights"), what, "remove weights"
-    parallel = data.get("parallel")
+    if neuron:
+        yield from _core_conflicts(neuron, data.get("parallel"))
+
+
+def _core_conflicts(neuron: NeuronSettings, parallel: Any) -> Iterator[Finding]:
     ranks = parallel.get("tensor") if isinstance(parallel, dict) else None
-    if neuron and isinstance(ranks, int) and ranks > CORES[neuron.target, neuron.lnc]:
-        cores = CORES[neuron.target, neuron.lnc]
+    cores = CHIPS[neuron.target].cores[neuron.lnc].largest_instance
+    if isinstance(ranks, int) and ranks > cores:
         what = f"found {ranks}; the largest {neuron.target} instance has {cores} cores at lnc={neuron.lnc}"
         yield ("parallel", "tensor"), what, f"use at most {cores}"
 
@@ -141,10 +143,10 @@ def _explain(error: dict[str, Any], data: Any) -> Finding:
     key = _key(error["loc"], data)
     kind, found = error["type"], error["input"]
     if kind == "extra_forbidden":
-        names = list(_properties(key[:-1], data))
+        names = list(_fields(key[:-1], data))
         return key, "unknown key", f"{_hint(str(key[-1]), names)}keys here: {', '.join(names)}"
     if kind == "missing":
-        about = _properties(key[:-1], data).get(str(key[-1]), {}).get("description", "it is required")
+        about = _fields(key[:-1], data).get(str(key[-1])) or "required"
         return key, "missing", f"add `{key[-1]}:` ({about})"
     if kind in EXPECTED:
         return key, f"found {_shown(found)}, expected {EXPECTED[kind]}", _type_fix(kind, found)
@@ -219,29 +221,31 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-@cache
-def _schema() -> dict[str, Any]:
-    return schema()
-
-
-def _properties(key: Key, data: Any) -> dict[str, Any]:
-    """JSON Schema of the keys that the section at `key` may have."""
-    root = _schema()
-    node: dict[str, Any] = root
+def _fields(key: Key, data: Any) -> dict[str, str]:
+    """Names and descriptions of the keys that the section at `key` accepts; none where it is no section."""
+    model: type[BaseModel] | None = Recipe
     for part in key:
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
         data = _inside(data, part)
-        node = _resolved(node, root, data)
-    return dict(node.get("properties", {}))
+        if isinstance(part, str):
+            model = _section_model(model, part, data)
+    if model is None:
+        return {}
+    base = {} if key else {"base": BASE_DESCRIPTION}
+    return base | {field.alias or name: field.description or "" for name, field in model.model_fields.items()}
 
 
-def _resolved(node: dict[str, Any], root: dict[str, Any], data: Any) -> dict[str, Any]:
-    """Follow a reference, and take the alternative of a union that the data means."""
-    choices = node.get("oneOf") or [c for c in node.get("anyOf", ()) if "$ref" in c]
-    if choices:
-        mapping = node.get("discriminator", {}).get("mapping", {})
-        named = data.get("name") if isinstance(data, dict) else None
-        node = {"$ref": mapping[named]} if named in mapping else choices[0]
-    if "$ref" in node:
-        node = root["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-    return node
+def _section_model(model: type[BaseModel] | None, key: str, data: Any) -> type[BaseModel] | None:
+    """The model of the section under a key; of several, the one whose `name` the data has, else the first."""
+    fields = model.model_fields.items() if model else ()
+    models = next((list(_models(field.annotation)) for name, field in fields if key == (field.alias or name)), [])
+    chosen = data.get("name") if isinstance(data, dict) else None
+    named = (other for other in models if chosen in get_args(other.model_fields["name"].annotation)) if chosen else ()
+    return next(iter(named), None) or next(iter(models), None)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a type is made of: itself, or the parts of a list or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)

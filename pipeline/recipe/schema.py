@@ -1,17 +1,14 @@
-"""YAML -> Recipe: the schema, and every check that needs no weights and no device. Imports no torch.
+"""The sections of a recipe as typed records, and the facts that follow from a section alone.
 
-Errors name file, line and key, and all problems of a file are reported together. What needs the models' configs (ranks
-that do not divide heads, memory) is the plan's.
+Reading a file is `read.py`'s, conflicts between sections are `check.py`'s. Imports no torch.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,19 +19,22 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import InputError, Problem
 from pipeline.graphs.spec import Sampling
 from pipeline.models.draft_kind import DRAFT_KINDS, DraftMethod
+from pipeline.recipe.chips import CHIPS, ChipName
+from pipeline.recipe.document import to_text
 from pipeline.records import Record
-
-if TYPE_CHECKING:
-    from pipeline.recipe.document import Document
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["int8"]
+Packing = Literal["block", "plain"]
+"""Layout of weights in the shards: `graphs.packing.PACKINGS`."""
 
 SOURCES = ("hf", "package", "pico")
 """Schemes of sources: the keys of `pipeline.sources.pair.KINDS`."""
+
+BASE_DESCRIPTION = "a YAML file beside this one that is merged beneath it"
+"""Of the key `base`, which only files have: a `Recipe` is already merged."""
 
 
 def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -188,11 +188,6 @@ class Parallel(Record):
     tensor: Annotated[int, Field(ge=1)] = Field(default=1, description="tensor-parallel ranks")
 
 
-GIB = 1 << 30
-CORE_MEMORY = {("trn2", 1): 12 * GIB, ("trn2", 2): 24 * GIB, ("trn1", 1): 16 * GIB, ("inf2", 1): 16 * GIB}
-"""Device memory of a logical core, by chip and LNC (Neuron SDK, feature guide)."""
-
-
 class InductorSettings(Record):
     """AOTInductor: shared libraries for CPUs and NVIDIA GPUs."""
 
@@ -207,26 +202,32 @@ class InductorSettings(Record):
     needs_candidates: ClassVar[bool] = False
 
     @property
-    def packing(self) -> Literal["block", "plain"]:
-        """Layout of weights in the shards: `graphs.packing.PACKINGS`."""
+    def packing(self) -> Packing:
+        """Layout of weights in the shards."""
         return "block" if self.device == "cpu" else "plain"
+
+    @property
+    def has_int8(self) -> bool:
+        """True where the backend has kernels for int8 weights."""
+        return self.device == "cpu"
 
 
 class NeuronSettings(Record):
     """AWS Neuron: NEFFs for Trainium and Inferentia."""
 
     name: Literal["neuron"]
-    target: Literal["trn1", "trn2", "inf2"] = Field(description="chip")
+    target: ChipName = Field(description="chip")
     lnc: int = Field(default=1, description="physical cores in a logical one: 1 or 2 on trn2, 1 elsewhere")
     flags: dict[str, str] = Field(default_factory=dict, description="extra neuronx-cc flags")
 
-    packing: ClassVar[Literal["plain"]] = "plain"
+    packing: ClassVar[Packing] = "plain"
+    has_int8: ClassVar[bool] = False
     needs_candidates: ClassVar[bool] = True
 
     @property
     def core_memory_bytes(self) -> int:
         """Device memory of a logical core."""
-        return CORE_MEMORY[self.target, self.lnc]
+        return CHIPS[self.target].cores[self.lnc].memory_bytes
 
     @property
     def core_name(self) -> str:
@@ -235,7 +236,7 @@ class NeuronSettings(Record):
 
     @model_validator(mode="after")
     def _lnc_fits(self) -> NeuronSettings:
-        allowed = (1, 2) if self.target == "trn2" else (1,)
+        allowed = CHIPS[self.target].lnc
         if self.lnc not in allowed:
             raise ValueError(f"found lnc={self.lnc}; accepted on {self.target}: {' or '.join(map(str, allowed))}")
         return self
@@ -321,69 +322,4 @@ class Recipe(Record):
 
     def to_yaml(self) -> str:
         """The whole recipe as one YAML file, defaults written out and base merged; `load` reads it back equal."""
-        import yaml
-
-        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
-        return yaml.safe_dump(data, sort_keys=False, width=120)
-
-
-def load(path: Path) -> Recipe:
-    """Read a recipe; `base: other.yaml` in it is merged beneath, one level deep.
-
-    Raises:
-        RecipeError: every problem, each with file, line and key.
-        InputError: no such file.
-
-    """
-    from pipeline.recipe.check import parse
-    from pipeline.recipe.document import dotted
-
-    document = _with_base(path)
-    recipe = parse(document)
-    recipe.remember({dotted(key): f"{file}:{line}" for key, (file, line) in document.lines.items()}, str(path))
-    return recipe
-
-
-def _with_base(path: Path) -> Document:
-    from pipeline.recipe.document import read
-
-    document = read(path)
-    if "base" not in document.data:
-        return document
-    name = document.data.pop("base")
-    where = document.place(("base",))
-    if not isinstance(name, str):
-        document.problems.append(Problem(where, f"found {name!r}, expected a file name", "write base: other.yaml"))
-        return document
-    if not (path.parent / name).is_file():
-        document.problems.append(Problem(where, f"no file {name!r} beside the recipe", "check the name"))
-        return document
-    base = read(path.parent / name)
-    if "base" in base.data:
-        del base.data["base"]
-        base.problems.append(Problem(base.place(("base",)), "a base of a base", "merge the two: one level is read"))
-    return document.over(base)
-
-
-def find(name: str, root: Path = Path("recipes")) -> Path:
-    """The file of a recipe given by name or path.
-
-    Raises:
-        InputError: there is none; names what there is.
-
-    """
-    for path in (root / f"{name}.yaml", Path(name)):
-        if path.is_file():
-            return path
-    known = sorted(path.stem for path in root.glob("*.yaml"))
-    near = difflib.get_close_matches(name, known, 1)
-    fix = f"did you mean {near[0]!r}?" if near else f"recipes here: {', '.join(known) or 'none'}"
-    raise InputError(f"no recipe {name!r}", where=str(root), fix=fix)
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema of a recipe file, for editors."""
-    found = Recipe.model_json_schema(by_alias=True)
-    base = {"type": "string", "title": "Base", "description": "a YAML file beside this one that is merged beneath it"}
-    properties = {"base": base, **found["properties"]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "properties": properties}
+        return to_text(self.model_dump(mode="json", by_alias=True, exclude_none=True))

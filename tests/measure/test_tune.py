@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import InputError, RecipeError
 from pipeline.measure.buckets import buckets_for, padded
 from pipeline.measure.tune import choose, curve, tokens_of, tune, write_recipe
-from pipeline.recipe.schema import Recipe, load
+from pipeline.recipe import Recipe, load
 from pipeline.sources.pair import resolve_pair
 from pipeline.validate.prompts import Prompt
 from support.eager import make_engine

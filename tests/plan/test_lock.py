@@ -13,7 +13,7 @@ from pipeline.files.atomic import FileDigest
 from pipeline.models.families import config_of
 from pipeline.plan import lock as locks
 from pipeline.plan.lock import Lock, LockedSource
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from pipeline.sources.pair import resolve_pair
 from support.paths import ROOT
 
