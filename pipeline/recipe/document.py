@@ -79,6 +79,7 @@ def read(path: Path) -> Document:
     try:
         yaml = YAML(typ="safe", pure=True)
         yaml.Resolver = _Resolver
+        yaml.composer.warn_double_anchors = False  # YAML allows it: an alias means the last one
         root = yaml.compose(path.read_text(encoding="utf-8-sig"))
         if not isinstance(root, MappingNode):
             raise RecipeError([Problem(f"{path}:1", "not a mapping", "start with `name: ...`")])
