@@ -1,4 +1,4 @@
-"""A document -> a Recipe, or all that is wrong with it: where, value found, values accepted, what to do."""
+"""Document -> Recipe, or every problem of the document: place, value found, values accepted, fix."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EXPECTED = {
 LIMITS = {
     "greater_than_equal": ("ge", "at least"),
     "less_than_equal": ("le", "at most"),
-    "string_too_short": ("min_length", "text of a length of at least"),
+    "string_too_short": ("min_length", "text with a length of at least"),
 }
 
 
@@ -86,7 +86,7 @@ def cross_checks(data: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _sampling_conflicts(speculation: Speculation) -> Iterator[Finding]:
     if speculation.candidates is not None and "stochastic" not in speculation.sampling:
-        what = f"found {speculation.candidates} without a stochastic graph to use it"
+        what = f"found {speculation.candidates} without a stochastic graph, which alone uses candidates"
         yield ("speculation", "candidates"), what, "add stochastic to speculation.sampling, or remove candidates"
 
 
@@ -139,9 +139,9 @@ def _section(model: type[Section], data: Mapping[str, Any], key: str) -> Section
 
 
 def _explain(error: dict[str, Any], data: Any) -> Finding:
-    """A pydantic finding in our words."""
+    """Put an error of pydantic in the words of recipes."""
     key = _key(error["loc"], data)
-    kind, found = error["type"], error["input"]
+    kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
         names = list(_fields(key[:-1], data))
         return key, "unknown key", f"{_hint(str(key[-1]), names)}keys here: {', '.join(names)}"
@@ -149,19 +149,19 @@ def _explain(error: dict[str, Any], data: Any) -> Finding:
         about = _fields(key[:-1], data).get(str(key[-1])) or "required"
         return key, "missing", f"add `{key[-1]}:` ({about})"
     if kind in EXPECTED:
-        return key, f"found {_shown(found)}, expected {EXPECTED[kind]}", _type_fix(kind, found)
+        return key, f"found {_shown(value)}, expected {EXPECTED[kind]}", _type_fix(kind, value)
     if kind in ("literal_error", "union_tag_invalid", "union_tag_not_found"):
         return _choice(key, error)
     if kind == "string_pattern_mismatch":
-        what = f"found {_shown(found)}; accepted: lower case letters, digits, `.`, `_`, `-`, first a letter or digit"
-        return key, what, f"for example {str(found).lower().replace(' ', '-')!r}"
+        what = f"found {_shown(value)}; accepted: lower case letters, digits, `.`, `_`, `-`, first a letter or digit"
+        return key, what, f"for example {str(value).lower().replace(' ', '-')!r}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
-        return key, message, "write what is accepted"
+        return key, message, "use an accepted value"
     if kind in LIMITS:
         limit = error["ctx"][LIMITS[kind][0]]
-        return key, f"found {_shown(found)}; accepted: {LIMITS[kind][1]} {limit}", f"use {LIMITS[kind][1]} {limit}"
-    return key, f"found {_shown(found)}; {message[:1].lower()}{message[1:]}", "choose an accepted value"
+        return key, f"found {_shown(value)}; accepted: {LIMITS[kind][1]} {limit}", f"use {LIMITS[kind][1]} {limit}"
+    return key, f"found {_shown(value)}; {message[:1].lower()}{message[1:]}", "use an accepted value"
 
 
 def _key(loc: Sequence[str | int], data: Any) -> Key:
@@ -190,23 +190,23 @@ def _choice(key: Key, error: dict[str, Any]) -> Finding:
     accepted = str(context.get("expected") or context.get("expected_tags") or "'inductor' or 'neuron'")
     names = accepted.replace(" or ", ", ").replace("'", "").split(", ")
     if error["type"] == "literal_error":
-        found = error["input"]
+        value = error["input"]
     else:
         key = (*key, "name")
-        found = error["input"].get("name") if isinstance(error["input"], dict) else None
-    what = "missing" if found is None and "tag" in error["type"] else f"found {_shown(found)}"
-    fix = _hint(str(found), names) or f"use {' or '.join(names)}"
+        value = error["input"].get("name") if isinstance(error["input"], dict) else None
+    what = "missing" if value is None and "tag" in error["type"] else f"found {_shown(value)}"
+    fix = _hint(str(value), names) or f"use {' or '.join(names)}"
     return key, f"{what}; accepted: {', '.join(names)}", fix.strip()
 
 
-def _type_fix(kind: str, found: Any) -> str:
-    if kind == "string_type" and isinstance(found, bool):
-        return "put it in quotes: YAML reads yes, no, on and off as true and false"
-    if kind == "string_type" and isinstance(found, int | float):
-        return f'put it in quotes: "{found}"'
-    if kind == "tuple_type" and not isinstance(found, dict):
-        return f"put it in brackets: [{found}]"
-    if kind in ("int_type", "float_type") and isinstance(found, str):
+def _type_fix(kind: str, value: Any) -> str:
+    if kind == "string_type" and isinstance(value, bool):
+        return "put it in quotes: yes, no, on and off are read as true and false"
+    if kind == "string_type" and isinstance(value, int | float):
+        return f'put it in quotes: "{value}"'
+    if kind == "tuple_type" and not isinstance(value, dict):
+        return f"put it in brackets: [{value}]"
+    if kind in ("int_type", "float_type") and isinstance(value, str):
         return "write it without quotes and units"
     return f"write {EXPECTED[kind]}"
 

@@ -48,7 +48,7 @@ def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
-def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("found []; accepted: at least one")
     return values
@@ -82,22 +82,22 @@ Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
 
 
 class Derive(Record):
-    """A draft made of some of the target's layers."""
+    """A draft that consists of layers of the target."""
 
     from_: Literal["target"] = Field(alias="from", description="the model whose layers are taken")
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_some)] = Field(
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_not_empty)] = Field(
         description="layers of the target, from 0, in the order they run in the draft"
     )
 
 
 class _Weighted(Record):
-    """A model whose matrices may be stored narrower than its dtype."""
+    """A model whose matrices can be stored narrower than its dtype."""
 
     weights: Weights | None = Field(
         default=None,
         description="int8: matrices and embeddings as int8 with a scale for each output feature, sums in float32 "
-        "(inductor on a CPU); the dtype itself when left out, and for a draft what the target has; the target's "
-        "embedding is stored as the target says, also for a draft that reads it",
+        "(inductor on a CPU); default: stored in the dtype, and for a draft as the target's weights; an embedding that "
+        "the draft shares with the target is stored as the target's weights",
     )
 
 
@@ -120,17 +120,17 @@ class Draft(_Weighted):
         "and have a reduced vocabulary (draft_vocab_size, d2t)",
     )
     derive: Derive | None = Field(default=None, description="make the draft from the target's own layers")
-    dtype: Dtype | None = Field(default=None, description="the target's when left out")
+    dtype: Dtype | None = Field(default=None, description="default: the target's dtype")
     placement: Literal["replicated", "sharded"] = Field(
         default="replicated",
         description="replicated: whole on every rank, no collectives while drafting; sharded: split like the target",
     )
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Draft:
+    def _has_one_source(self) -> Draft:
         if (self.source is None) == (self.derive is None):
-            found = "neither" if self.source is None else "both"
-            raise ValueError(f"found {found} of source and derive; accepted: exactly one")
+            given = "neither" if self.source is None else "both"
+            raise ValueError(f"found {given} of source and derive; accepted: exactly one")
         return self
 
 
@@ -144,33 +144,34 @@ class Speculation(Record):
     draft_tokens: Buckets = Field(
         description="K: proposals per step, vLLM's num_speculative_tokens; a step emits 1 to K+1 tokens"
     )
-    sampling: Annotated[tuple[Sampling, ...], AfterValidator(_some), AfterValidator(_no_repeats)] = Field(
+    sampling: Annotated[tuple[Sampling, ...], AfterValidator(_not_empty), AfterValidator(_no_repeats)] = Field(
         default=("greedy",), description="graphs to build: greedy (argmax), stochastic (temperature, top-k, top-p)"
     )
     candidates: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="tokens that a stochastic graph keeps before sampling; all when left out"
+        default=None, description="tokens that a stochastic graph keeps before sampling; default: all"
     )
     lookup: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="prompt lookup: where the last so many tokens occurred before in a request, what followed them is "
-        "proposed, and the draft fills up the step; 3 is a good choice, off when left out",
+        description="prompt lookup: number of last tokens to search for earlier in the request; the tokens that "
+        "followed them there are proposed first, the draft proposes the rest of the step; 3 is a good choice; "
+        "default: off",
     )
     step_costs: StepCosts | None = Field(
         default=None,
-        description="cost of a step for each of draft_tokens, in plain decode steps, as `tandem tune` measures it: a "
-        "list, or one for each batch bucket; greedy decoding then chooses K, or plain decode, by what was taken",
+        description="cost of a step for each value of draft_tokens, in decode steps, as `tandem tune` measures it: a "
+        "list, or a list for each batch bucket; greedy decoding then chooses K, or decode steps, by acceptance rates",
     )
 
     @model_validator(mode="after")
-    def _a_cost_each(self) -> Speculation:
+    def _has_costs_for_each_k(self) -> Speculation:
         if self.step_costs is None:
             return self
         for costs in self.step_costs.values() if isinstance(self.step_costs, dict) else [self.step_costs]:
             if len(costs) != len(self.draft_tokens):
-                found = f"found {len(costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
-                raise ValueError(f"{found}; accepted: one each")
+                what = f"found {len(costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
+                raise ValueError(f"{what}; accepted: one cost for each")
         if not DRAFT_KINDS[self.method].reads_target_states:
-            raise ValueError("found step_costs with a draft model, which cannot pause for free; accepted: eagle3")
+            raise ValueError("found step_costs with method draft_model; accepted with: eagle3")
         return self
 
 
@@ -249,15 +250,16 @@ class Gates(Record):
     """Limits of the validation gates."""
 
     tokens_per_step: Annotated[float, Field(ge=1)] = Field(
-        default=1.0, description="least tokens that a speculative step emits, on average over the prompts"
+        default=1.0, description="minimum of tokens per step, averaged over the prompts"
     )
     near_tie_rate: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.02, description="largest share of tokens that may differ from plain decode at proven near-ties"
+        default=0.02,
+        description="maximum share of tokens that may differ from decode without a draft, at proven near-ties",
     )
 
 
 class Validate(Record):
-    """What is tested before an artifact may be published."""
+    """Validation gates that an artifact passes before it is published."""
 
     prompts: Source = Field(
         default="prompts/default.jsonl",
@@ -266,7 +268,7 @@ class Validate(Record):
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(default=32, description="tokens generated for each prompt")
     gates: Gates = Field(default=Gates(), description="limits; a gate that fails stops publishing")
     price_per_hour: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="what the machine costs an hour; the report then states the cost of a million tokens"
+        default=None, description="price of the machine per hour; the report then states the cost per million tokens"
     )
 
 
@@ -280,7 +282,7 @@ class Publish(Record):
 
 
 class Recipe(Record):
-    """One target and draft pair, and all that decides its artifact."""
+    """A target and draft pair, and every setting that determines its artifact."""
 
     name: Name = Field(description="name of the artifact: lower case, digits, dot, underscore, hyphen")
     target: Target = Field(description="the model whose output is served")
@@ -289,7 +291,7 @@ class Recipe(Record):
     shapes: Shapes = Field(description="buckets that graphs are compiled for")
     parallel: Parallel = Field(default=Parallel(), description="ranks")
     backend: BackendSettings = Field(default=InductorSettings(), description="what compiles and runs the graphs")
-    validate_: Validate = Field(default=Validate(), alias="validate", description="tests before publishing")
+    validate_: Validate = Field(default=Validate(), alias="validate", description="validation before publishing")
     publish: tuple[Publish, ...] = Field(default=(), description="registries that the artifact goes to")
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -93,6 +93,20 @@ def test_read_damaged_names_the_key(tmp_path: Path, change: dict[str, object], w
     assert "tandem recipe lock" in caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [('{"version": 1,\n "version": 1}', "2: version", "key given twice"),
+     ('{"version": 1,\n "target": {', "2", "not YAML"),
+     ("[1]", "1", "not a mapping")],
+)  # fmt: skip
+def test_read_text_that_is_no_lock_names_the_line(tmp_path: Path, text: str, where: str, what: str) -> None:
+    path = tmp_path / "pair.lock"
+    path.write_text(text)
+    with pytest.raises(InputError, match=what) as caught:
+        locks.read(path)
+    assert caught.value.where == f"{path}:{where}"
+
+
 def test_read_yaml_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "pair.lock"
     path.write_text(f"version: 1\nrecipe_sha256: abc\ntarget: {{source: './a', revision: '{COMMIT}'}}\n")
