@@ -21,7 +21,7 @@ from pipeline.artifact.verify import check_host, verify
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import TEMP, sweep
 from pipeline.plan import lock as locks
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from support import small_artifacts as small
 from support.paths import ROOT, TESTS
 
