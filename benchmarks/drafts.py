@@ -18,7 +18,7 @@ from pathlib import Path
 from pipeline.distill.request import Request
 from pipeline.distill.run import prepare
 from pipeline.models.weights import weight_specs
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 
 LARGEST_K = 6
 KINDS: tuple[tuple[str, str, tuple[int, ...]], ...] = (

@@ -10,7 +10,7 @@ import time
 import torch
 
 from pipeline.cache.local import default_root
-from pipeline.recipe.schema import find, load
+from pipeline.recipe import find, load
 from pipeline.sources.pair import resolve_pair
 from pipeline.validate.reference.goldens import Reference
 

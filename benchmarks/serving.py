@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.cache.local import default_root
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files

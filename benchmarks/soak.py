@@ -33,7 +33,7 @@ from typing import Any
 
 from serving import MODULE, Server
 
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from pipeline.runtime.open import load as open_artifact
 from pipeline.validate.gates.scoring import score
 from pipeline.validate.prompts import load_prompts, prompts_path

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe.schema import schema
+from pipeline.recipe.read import schema
 
 OUT = Path(__file__).parent / "recipe.md"
 INTRO = """\
 # Recipe reference
 
-<!-- Written by docs/make_recipe_reference.py from the schema in pipeline/recipe.py: change it there. -->
+<!-- Written by docs/make_recipe_reference.py from pipeline/recipe/schema.py: change the descriptions there. -->
 
 A recipe is a YAML file in `recipes/`. `tandem recipe check NAME` reports all its problems at once, each with file, line
 and key; `tandem recipe schema` prints the JSON Schema behind this page, for editors. How to write one:

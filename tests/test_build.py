@@ -26,7 +26,7 @@ from pipeline.build import BuildSettings, run
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import TEMP, remove
 from pipeline.plan.plan import make_plan
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from pipeline.sources.pair import resolve_pair
 from pipeline.stages.stamp import fingerprint
 from support.small_disk import on_small_disk

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from pipeline import doctor
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from support.neuron_lane import DEVICE, environment, tandem
 from support.paths import ROOT
 

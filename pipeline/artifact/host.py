@@ -10,16 +10,17 @@ import platform
 import subprocess
 from pathlib import Path
 
-NEURON_FAMILIES = {"trn1": "trn1", "trn1n": "trn1", "trn2": "trn2", "trn2u": "trn2", "inf2": "inf2"}
+from pipeline.recipe.chips import CHIPS, chip_of_instance
+
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
 def host_facts(proc: Path = Path("/proc"), dev: Path = Path("/dev"), sys: Path = Path("/sys")) -> dict[str, str]:
     """Device, and what is known of it. A machine with an accelerator is one, although it has a CPU, too."""
     if (dev / "neuron0").exists():
-        family = _read(sys / "devices/virtual/dmi/id/product_name").partition(".")[0]
-        chip = NEURON_FAMILIES.get(family, family or "unknown")
-        lnc = os.environ.get("NEURON_LOGICAL_NC_CONFIG", "2" if chip == "trn2" else "1")
+        chip = chip_of_instance(_read(sys / "devices/virtual/dmi/id/product_name"))
+        default_lnc = next((known.default_lnc for known in CHIPS.values() if known.name == chip), 1)
+        lnc = os.environ.get("NEURON_LOGICAL_NC_CONFIG", str(default_lnc))
         return {"device": "neuron", "chip": chip, "lnc": lnc}
     if (dev / "nvidia0").exists() and (capability := _compute_capability()):
         return {"device": "cuda", "compute_capability": capability}

@@ -21,7 +21,7 @@ PROVENANCE, SBOM = "provenance.json", "sbom.cdx.json"
 BUILD_TYPE = "urn:tandem:build:v1"
 LOCAL_BUILDER = "urn:tandem:builder:local"
 ROOTS = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy", "neuronx-cc", "neuronx-distributed",
-         "torch-neuronx", "pydantic", "PyYAML", "click", "filelock", "rich")  # fmt: skip
+         "torch-neuronx", "pydantic", "ruamel.yaml", "click", "filelock", "rich")  # fmt: skip
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -124,14 +124,15 @@ def read_policy(path: Path) -> Policy:
         InputError: not there, or damaged; names the key.
 
     """
-    import yaml
+    from ruamel.yaml import YAML  # few pulls have a policy: keeps ruamel out of the others
+    from ruamel.yaml.error import YAMLError
 
     try:
-        data = yaml.safe_load(path.read_bytes())
+        data = YAML(typ="safe", pure=True).load(path.read_bytes())
         policy = Policy.model_validate_json(json.dumps(data, default=str))
     except OSError as error:
         raise InputError(f"no policy: {error.strerror}", where=str(path), fix="see docs/operations.md") from error
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         raise InputError("the policy is not YAML", where=str(path), fix="see docs/operations.md") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -85,7 +85,7 @@ def distill(
     """Train a draft for the target of RECIPE. Stopped, the same command goes on where it was."""
     from pipeline.distill.run import distill
     from pipeline.distill.settings import START_SHARE, DistillSettings
-    from pipeline.recipe.schema import load
+    from pipeline.recipe import load
 
     if start is None and start_share is not None:
         raise InputError(
@@ -131,7 +131,7 @@ def tune(
     """Measure acceptance and step costs of RECIPE's built artifact here, and say which K and buckets are best."""
     from pipeline.measure.tune import curve, write_recipe
     from pipeline.measure.tune import tune as measure
-    from pipeline.recipe.schema import load
+    from pipeline.recipe import load
     from pipeline.runtime.open import load as load_artifact
     from pipeline.validate.prompts import load_prompts, prompts_path
 

@@ -16,6 +16,7 @@ from pipeline.cli.options import (
     QUIET,
     RECIPES,
     VERBOSE,
+    ChipType,
     Group,
     artifact_dir,
     as_json,
@@ -104,7 +105,7 @@ def build(
     from pipeline.build import BuildSettings, run
     from pipeline.cache.remote import Remote
     from pipeline.plan.lock import lock_path
-    from pipeline.recipe.schema import load
+    from pipeline.recipe import load
 
     path = recipe_path(recipe)
     parsed = load(path)
@@ -131,7 +132,7 @@ def plan(recipe: str, json_: bool) -> None:
     """Show graphs, memory per rank and times of RECIPE, without weights where its lock has the configs."""
     from pipeline.plan.lock import lock_path, pair_configs, read
     from pipeline.plan.plan import make_plan
-    from pipeline.recipe.schema import load
+    from pipeline.recipe import load
 
     path = recipe_path(recipe)
     parsed = load(path)
@@ -321,13 +322,14 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: b
 @main.command()
 @click.argument("recipe", required=False)
 @click.option("--backend", type=click.Choice(["inductor", "neuron"]), default="inductor", show_default=True)
-@click.option("--target", type=click.Choice(["trn1", "trn2", "inf2"]), default="trn2", help="Chip, for neuron.")
+@click.option("--target", type=ChipType(), default="trn2", help="Chip, for neuron.")
 @click.option("--lnc", type=click.IntRange(1, 2), default=1, help="Physical cores in a logical one, for neuron.")
 @as_json
 def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool) -> None:
     """Say what this machine can build and run; with RECIPE, whether it is enough for that."""
     from pipeline.doctor import diagnose
-    from pipeline.recipe.schema import InductorSettings, NeuronSettings, load
+    from pipeline.recipe import load
+    from pipeline.recipe.schema import InductorSettings, NeuronSettings
 
     if recipe is None:
         neuron = {"name": "neuron", "target": target, "lnc": lnc}
@@ -359,7 +361,7 @@ def nxdi(console: Console, recipe: str, directory: Path, compile_: bool, json_: 
     from pipeline.nxdi import build as stage
     from pipeline.plan.lock import lock_path, pair_configs, read
     from pipeline.plan.plan import make_plan
-    from pipeline.recipe.schema import load
+    from pipeline.recipe import load
     from pipeline.sources.pair import resolve_pair
 
     path = recipe_path(recipe)

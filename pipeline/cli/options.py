@@ -52,6 +52,18 @@ def note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         setattr(ctx.ensure_object(Console), param.name, True)
 
 
+class ChipType(click.ParamType):
+    """A chip that recipes can name."""
+
+    name = "chip"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the chip's name."""
+        from pipeline.recipe.chips import CHIPS  # keeps pydantic, which the room imports, out of `tandem --help`
+
+        return click.Choice(list(CHIPS)).convert(value, param, ctx)
+
+
 def artifact_dir(name: str) -> Path:
     """An artifact by path, or by the name of its recipe under `artifacts/`."""
     for path in (Path(name), Path("artifacts") / name):
@@ -65,7 +77,7 @@ def artifact_dir(name: str) -> Path:
 
 def recipe_path(name: str) -> Path:
     """A recipe's file, by its name in `recipes/` or by path."""
-    from pipeline.recipe.schema import find
+    from pipeline.recipe import find
 
     return find(name, RECIPES)
 

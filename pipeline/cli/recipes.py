@@ -20,7 +20,7 @@ def recipe() -> None:
 @as_json
 def schema(json_: bool) -> None:  # noqa: ARG001 - it is JSON either way
     """Print the JSON Schema of a recipe, for editors."""
-    from pipeline.recipe.schema import schema as make
+    from pipeline.recipe.read import schema as make
 
     print_json(make())
 
@@ -32,7 +32,7 @@ def check(names: tuple[str, ...], json_: bool) -> None:
     """Check recipes, their prompts and registries, and plan those that have a lock."""
     from pipeline.plan.lock import lock_path, pair_configs, read
     from pipeline.plan.plan import make_plan
-    from pipeline.recipe.schema import load
+    from pipeline.recipe import load
     from pipeline.stores.base import scheme_of
     from pipeline.validate.prompts import load_prompts, prompts_path
 
@@ -69,7 +69,7 @@ def lock(name: str, json_: bool) -> None:
     from pipeline.backends.base import make_backend
     from pipeline.cache.local import default_root
     from pipeline.plan.lock import lock_path, make_lock, write
-    from pipeline.recipe.schema import load
+    from pipeline.recipe import load
     from pipeline.sources.pair import resolve_pair
 
     path = recipe_path(name)

@@ -45,7 +45,7 @@ def bench(
         ArtifactError: as `runtime.load`.
 
     """
-    from pipeline.recipe.schema import load as load_recipe
+    from pipeline.recipe import load as load_recipe
     from pipeline.runtime.open import load
     from pipeline.validate.prompts import load_prompts, prompts_path
 

@@ -8,7 +8,7 @@ Prompts and answers have lengths; the few buckets that pad them least follow fro
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import accumulate
@@ -17,14 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from pipeline.errors import InputError
 from pipeline.files.atomic import atomic_file
 from pipeline.graphs.arguments import Arguments, StepRow, step_arguments
 from pipeline.measure.buckets import buckets_for, padded
 from pipeline.progress import Log
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
+from pipeline.recipe.edit import read_text
 
 if TYPE_CHECKING:
     from pipeline.graphs.spec import GraphSpec
@@ -40,9 +39,6 @@ MOST_PREFILL, MOST_KV = 3, 2
 
 PENALTY = 0.02
 """A further K must gain more than this share on some class to be worth the time that its graphs take to compile."""
-
-Edit = tuple[int, int, str]
-"""Characters from, up to, and what takes their place."""
 
 
 @dataclass(frozen=True)
@@ -218,67 +214,38 @@ def curve(found: Tuning, name: str) -> str:
 
 
 def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:
-    """Put K, for a head that is `paced` its costs, and the buckets that a recipe file writes itself into it.
+    """Write K, for a head that is `paced` its step costs, and the buckets into a recipe file that has these keys.
 
-    Everything else in it stays as it is.
+    Everything else in the file stays as it is.
 
     Raises:
-        InputError: the file does not write `draft_tokens` itself, or would not load with what was measured.
+        InputError: the file has no `draft_tokens` itself, or does not load with the measured values.
 
     """
     data = found.to_json()
     wanted = {name: data[name] for name in ("draft_tokens", "step_costs") if paced or name == "draft_tokens"}
     fix = "write " + " and ".join(f"{name}: {value}" for name, value in wanted.items())
-    text = path.read_bytes().decode()
-    speculation = _section(text, "speculation")
-    if "draft_tokens" not in _entries(speculation):
+    recipe = read_text(path)
+    if not recipe.has("speculation", "draft_tokens"):
         raise InputError("has no `draft_tokens: [...]` to change", where=str(path), fix=fix)
-    edits = [*_replaced(speculation, wanted), *_replaced(_section(text, "shapes"), found.shapes)]
-    if wanted.keys() - _entries(speculation).keys():
-        edits.append(_added(text, speculation, f"step_costs: {data['step_costs']}"))
-    for start, end, new in sorted(edits, reverse=True):
-        text = text[:start] + new + text[end:]
+    try:
+        for name, value in wanted.items():
+            recipe.put("speculation", name, value, behind="draft_tokens")
+        for name in [name for name in found.shapes if recipe.has("shapes", name)]:
+            recipe.put("shapes", name, found.shapes[name], behind=name)
+        text = recipe.text()
+    except InputError as error:
+        raise InputError(error.what, where=str(path), fix=fix) from error
+    try:
+        _replace_file(path, text)
+    except InputError as error:
+        what = f"does not load with the measured values: {error.what}"
+        raise InputError(what, where=str(path), fix=fix) from error
+
+
+def _replace_file(path: Path, text: str) -> None:
+    """Write a recipe's file anew, if it loads."""
     with atomic_file(path) as file:
         file.write(text.encode())
         file.flush()
-        try:
-            load(Path(file.name))
-        except InputError as error:
-            what = f"would not load with what was measured: {error.what}"
-            raise InputError(what, where=str(path), fix=fix) from error
-
-
-def _section(text: str, name: str) -> Any:
-    """Node of one section of a recipe, or None."""
-    _, value = _entries(yaml.compose(text, Loader=yaml.SafeLoader)).get(name, (None, None))
-    return value
-
-
-def _entries(node: Any) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-    """Keys and values of a mapping as they stand in its file, by name; none of anything else."""
-    return {key.value: (key, value) for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
-
-
-def _replaced(section: Any, values: dict[str, Any]) -> Iterator[Edit]:
-    """Other values for the keys that a section has."""
-    for name, (key, value) in _entries(section).items():
-        if name in values:
-            yield key.end_mark.index, _end(value), f": {values[name]}"
-
-
-def _added(text: str, section: Any, entry: str) -> Edit:
-    """One more entry behind `draft_tokens`: in its line inside braces, else in the next one."""
-    key, value = _entries(section)["draft_tokens"]
-    end = _end(value)
-    if section.flow_style:
-        return end, end, f", {entry}"
-    end = (text + "\n").index("\n", end)
-    return end, end, f"\n{' ' * key.start_mark.column}{entry}"
-
-
-def _end(node: yaml.Node) -> int:
-    """Where a value ends; the mark of one in block style lies beyond the comments that follow it."""
-    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
-        last = node.value[-1]
-        return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
-    return int(node.end_mark.index)
+        load(Path(file.name))

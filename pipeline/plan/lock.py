@@ -17,6 +17,7 @@ from pipeline.errors import InputError, Problem
 from pipeline.files.atomic import FileDigest, write_atomic
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
+from pipeline.recipe.document import read as read_document
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.hub import is_commit
 
@@ -119,18 +120,12 @@ def read(path: Path) -> Lock:
     """Read a lock (JSON, or YAML, of which JSON is a part).
 
     Raises:
-        InputError: there is none, or it is damaged; names the key.
+        InputError: no such file, or a damaged lock; names the key.
 
     """
-    from pipeline.recipe.document import read as read_document
-
     if not path.is_file():
         raise InputError("no lock", where=str(path), fix=_relock_command(path))
-    document = read_document(path)
-    if document.problems:
-        first = document.problems[0]
-        raise InputError(first.what, where=first.where, fix=_relock_command(path))
-    data = document.data
+    data = _data(path)
     if data.get("version") != VERSION:
         what = f"found version {data.get('version')!r}, accepted: {VERSION}"
         raise InputError(what, where=f"{path}: version", fix=_relock_command(path))
@@ -138,6 +133,27 @@ def read(path: Path) -> Lock:
     if unknown:
         raise InputError("unknown key", where=f"{path}: {unknown[0]}", fix=_relock_command(path))
     return _lock_of(data, path)
+
+
+def _data(path: Path) -> dict[str, Any]:
+    """A lock's plain data: from JSON, which is fast; from YAML, with lines in its errors, where JSON is not enough."""
+    try:
+        data = json.loads(path.read_bytes(), object_pairs_hook=_mapping)
+        if isinstance(data, dict):
+            return data
+    except ValueError:
+        pass  # YAML, damaged, or with a key given twice: the document reader tells which, and in which line
+    document = read_document(path)
+    if document.problems:
+        first = document.problems[0]
+        raise InputError(first.what, where=first.where, fix=_relock_command(path))
+    return document.data
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("key given twice")
+    return dict(pairs)
 
 
 def _lock_of(data: dict[str, Any], path: Path) -> Lock:

@@ -1,5 +1,6 @@
-"""Which recipes a change touches: their own files, their locks, and what they name in the repository. Pure, but for
-reading the recipes; a recipe that does not parse counts as changed, so that its error is seen.
+"""Which recipes a change affects: through their own files, their locks, and the files that they name.
+
+Reads the recipes and nothing else. A recipe that does not load counts as changed, so that a build shows its error.
 """
 
 from __future__ import annotations
@@ -7,33 +8,42 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from pipeline.errors import RecipeError
-from pipeline.recipe.schema import load
+from pipeline.errors import InputError
+from pipeline.recipe.document import read
+from pipeline.recipe.read import load
 
 
 def changed_recipes(paths: Iterable[str], root: Path = Path("recipes")) -> list[str]:
-    """Names of the recipes in `root` that changed paths, as git prints them, concern."""
+    """Return the names of the recipes in `root` that a change of these paths, as git prints them, affects.
+
+    Raises:
+        InputError: `paths` is one string.
+
+    """
+    if isinstance(paths, str):
+        what = f"found the text {paths!r}, expected a list of paths"
+        raise InputError(what, where="changed_recipes: paths", fix=f"pass [{paths!r}]")
     changed = [PurePosixPath(path) for path in paths]
-    return sorted(recipe.stem for recipe in root.glob("*.yaml") if _touched(recipe, changed))
+    return sorted(recipe.stem for recipe in root.glob("*.yaml") if _is_affected(recipe, changed))
 
 
-def _touched(recipe: Path, changed: list[PurePosixPath]) -> bool:
+def _is_affected(recipe: Path, changed: list[PurePosixPath]) -> bool:
     named = [PurePosixPath(path.as_posix()) for path in _files_of(recipe)]
-    return any(path == one or one in path.parents for path in changed for one in named)
+    return any(path == file or file in path.parents for path in changed for file in named)
 
 
 def _files_of(recipe: Path) -> Iterator[Path]:
-    """The recipe, its lock, its base, and its folders and prompts, where they are paths beside it."""
+    """The recipe, its lock, its base, and its folders and prompts, where these are paths relative to the recipe."""
     yield recipe
     yield recipe.with_suffix(".lock")
-    base = next((line for line in recipe.read_text().splitlines() if line.startswith("base:")), "")
-    if base:
-        yield recipe.parent / base.removeprefix("base:").split("#")[0].strip().strip("\"'")
     try:
+        base = read(recipe).data.get("base")
+        if isinstance(base, str):
+            yield recipe.parent / base
         parsed = load(recipe)
-    except RecipeError:
-        yield recipe.parent  # whatever changed here may be the reason
+    except InputError:
+        yield recipe.parent  # any file here can be the reason
         return
-    for named in (parsed.target.source, parsed.draft.source, parsed.validate_.prompts):
-        if named is not None and "://" not in named:
-            yield Path(PurePosixPath(recipe.parent / named))
+    for source in (parsed.target.source, parsed.draft.source, parsed.validate_.prompts):
+        if source is not None and "://" not in source:
+            yield Path(PurePosixPath(recipe.parent / source))

@@ -1,18 +1,19 @@
-"""A document -> a Recipe, or all that is wrong with it: where, value found, values accepted, what to do."""
+"""Document -> Recipe, or every problem of the document: place, value found, values accepted, fix."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import Problem, RecipeError
+from pipeline.recipe.chips import CHIPS
 from pipeline.recipe.document import Document, Key
 from pipeline.recipe.schema import (
+    BASE_DESCRIPTION,
     BY_BATCH,
     LISTED,
     InductorSettings,
@@ -21,7 +22,6 @@ from pipeline.recipe.schema import (
     Shapes,
     Speculation,
     Validate,
-    schema,
 )
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -42,10 +42,8 @@ EXPECTED = {
 LIMITS = {
     "greater_than_equal": ("ge", "at least"),
     "less_than_equal": ("le", "at most"),
-    "string_too_short": ("min_length", "text of a length of at least"),
+    "string_too_short": ("min_length", "text with a length of at least"),
 }
-CORES = {("trn1", 1): 32, ("inf2", 1): 24, ("trn2", 1): 128, ("trn2", 2): 64}
-"""Logical cores of the largest instance, by chip and LNC."""
 
 
 def parse(document: Document) -> Recipe:
@@ -88,7 +86,7 @@ def cross_checks(data: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _sampling_conflicts(speculation: Speculation) -> Iterator[Finding]:
     if speculation.candidates is not None and "stochastic" not in speculation.sampling:
-        what = f"found {speculation.candidates} without a stochastic graph to use it"
+        what = f"found {speculation.candidates} without a stochastic graph, which alone uses candidates"
         yield ("speculation", "candidates"), what, "add stochastic to speculation.sampling, or remove candidates"
 
 
@@ -111,19 +109,23 @@ def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: 
 
 
 def _backend_conflicts(data: Mapping[str, Any]) -> Iterator[Finding]:
-    neuron = _section(NeuronSettings, data, "backend")
-    inductor = _section(InductorSettings, data, "backend")
+    neuron, inductor = _section(NeuronSettings, data, "backend"), _section(InductorSettings, data, "backend")
     if inductor and inductor.device == "cuda" and inductor.isa != "native":
         what = f"found {_shown(inductor.isa)} with device cuda; it applies to CPU artifacts"
         yield ("backend", "isa"), what, "remove isa"
+    backend = neuron or inductor
     narrow = [k for k in ("target", "draft") if isinstance(data.get(k), dict) and data[k].get("weights") == "int8"]
-    if narrow and (neuron or (inductor and inductor.device == "cuda")):
+    if narrow and backend and not backend.has_int8:
         what = "found int8; only inductor on a CPU has kernels for it"
         yield (narrow[0], "weights"), what, "remove weights"
-    parallel = data.get("parallel")
+    if neuron:
+        yield from _core_conflicts(neuron, data.get("parallel"))
+
+
+def _core_conflicts(neuron: NeuronSettings, parallel: Any) -> Iterator[Finding]:
     ranks = parallel.get("tensor") if isinstance(parallel, dict) else None
-    if neuron and isinstance(ranks, int) and ranks > CORES[neuron.target, neuron.lnc]:
-        cores = CORES[neuron.target, neuron.lnc]
+    cores = CHIPS[neuron.target].cores[neuron.lnc].largest_instance
+    if isinstance(ranks, int) and ranks > cores:
         what = f"found {ranks}; the largest {neuron.target} instance has {cores} cores at lnc={neuron.lnc}"
         yield ("parallel", "tensor"), what, f"use at most {cores}"
 
@@ -137,29 +139,29 @@ def _section(model: type[Section], data: Mapping[str, Any], key: str) -> Section
 
 
 def _explain(error: dict[str, Any], data: Any) -> Finding:
-    """A pydantic finding in our words."""
+    """Put an error of pydantic in the words of recipes."""
     key = _key(error["loc"], data)
-    kind, found = error["type"], error["input"]
+    kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
-        names = list(_properties(key[:-1], data))
+        names = list(_fields(key[:-1], data))
         return key, "unknown key", f"{_hint(str(key[-1]), names)}keys here: {', '.join(names)}"
     if kind == "missing":
-        about = _properties(key[:-1], data).get(str(key[-1]), {}).get("description", "it is required")
+        about = _fields(key[:-1], data).get(str(key[-1])) or "required"
         return key, "missing", f"add `{key[-1]}:` ({about})"
     if kind in EXPECTED:
-        return key, f"found {_shown(found)}, expected {EXPECTED[kind]}", _type_fix(kind, found)
+        return key, f"found {_shown(value)}, expected {EXPECTED[kind]}", _type_fix(kind, value)
     if kind in ("literal_error", "union_tag_invalid", "union_tag_not_found"):
         return _choice(key, error)
     if kind == "string_pattern_mismatch":
-        what = f"found {_shown(found)}; accepted: lower case letters, digits, `.`, `_`, `-`, first a letter or digit"
-        return key, what, f"for example {str(found).lower().replace(' ', '-')!r}"
+        what = f"found {_shown(value)}; accepted: lower case letters, digits, `.`, `_`, `-`, first a letter or digit"
+        return key, what, f"for example {str(value).lower().replace(' ', '-')!r}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
-        return key, message, "write what is accepted"
+        return key, message, "use an accepted value"
     if kind in LIMITS:
         limit = error["ctx"][LIMITS[kind][0]]
-        return key, f"found {_shown(found)}; accepted: {LIMITS[kind][1]} {limit}", f"use {LIMITS[kind][1]} {limit}"
-    return key, f"found {_shown(found)}; {message[:1].lower()}{message[1:]}", "choose an accepted value"
+        return key, f"found {_shown(value)}; accepted: {LIMITS[kind][1]} {limit}", f"use {LIMITS[kind][1]} {limit}"
+    return key, f"found {_shown(value)}; {message[:1].lower()}{message[1:]}", "use an accepted value"
 
 
 def _key(loc: Sequence[str | int], data: Any) -> Key:
@@ -188,23 +190,23 @@ def _choice(key: Key, error: dict[str, Any]) -> Finding:
     accepted = str(context.get("expected") or context.get("expected_tags") or "'inductor' or 'neuron'")
     names = accepted.replace(" or ", ", ").replace("'", "").split(", ")
     if error["type"] == "literal_error":
-        found = error["input"]
+        value = error["input"]
     else:
         key = (*key, "name")
-        found = error["input"].get("name") if isinstance(error["input"], dict) else None
-    what = "missing" if found is None and "tag" in error["type"] else f"found {_shown(found)}"
-    fix = _hint(str(found), names) or f"use {' or '.join(names)}"
+        value = error["input"].get("name") if isinstance(error["input"], dict) else None
+    what = "missing" if value is None and "tag" in error["type"] else f"found {_shown(value)}"
+    fix = _hint(str(value), names) or f"use {' or '.join(names)}"
     return key, f"{what}; accepted: {', '.join(names)}", fix.strip()
 
 
-def _type_fix(kind: str, found: Any) -> str:
-    if kind == "string_type" and isinstance(found, bool):
-        return "put it in quotes: YAML reads yes, no, on and off as true and false"
-    if kind == "string_type" and isinstance(found, int | float):
-        return f'put it in quotes: "{found}"'
-    if kind == "tuple_type" and not isinstance(found, dict):
-        return f"put it in brackets: [{found}]"
-    if kind in ("int_type", "float_type") and isinstance(found, str):
+def _type_fix(kind: str, value: Any) -> str:
+    if kind == "string_type" and isinstance(value, bool):
+        return "put it in quotes: yes, no, on and off are read as true and false"
+    if kind == "string_type" and isinstance(value, int | float):
+        return f'put it in quotes: "{value}"'
+    if kind == "tuple_type" and not isinstance(value, dict):
+        return f"put it in brackets: [{value}]"
+    if kind in ("int_type", "float_type") and isinstance(value, str):
         return "write it without quotes and units"
     return f"write {EXPECTED[kind]}"
 
@@ -219,29 +221,31 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-@cache
-def _schema() -> dict[str, Any]:
-    return schema()
-
-
-def _properties(key: Key, data: Any) -> dict[str, Any]:
-    """JSON Schema of the keys that the section at `key` may have."""
-    root = _schema()
-    node: dict[str, Any] = root
+def _fields(key: Key, data: Any) -> dict[str, str]:
+    """Names and descriptions of the keys that the section at `key` accepts; none where it is no section."""
+    model: type[BaseModel] | None = Recipe
     for part in key:
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
         data = _inside(data, part)
-        node = _resolved(node, root, data)
-    return dict(node.get("properties", {}))
+        if isinstance(part, str):
+            model = _section_model(model, part, data)
+    if model is None:
+        return {}
+    base = {} if key else {"base": BASE_DESCRIPTION}
+    return base | {field.alias or name: field.description or "" for name, field in model.model_fields.items()}
 
 
-def _resolved(node: dict[str, Any], root: dict[str, Any], data: Any) -> dict[str, Any]:
-    """Follow a reference, and take the alternative of a union that the data means."""
-    choices = node.get("oneOf") or [c for c in node.get("anyOf", ()) if "$ref" in c]
-    if choices:
-        mapping = node.get("discriminator", {}).get("mapping", {})
-        named = data.get("name") if isinstance(data, dict) else None
-        node = {"$ref": mapping[named]} if named in mapping else choices[0]
-    if "$ref" in node:
-        node = root["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-    return node
+def _section_model(model: type[BaseModel] | None, key: str, data: Any) -> type[BaseModel] | None:
+    """The model of the section under a key; of several, the one whose `name` the data has, else the first."""
+    fields = model.model_fields.items() if model else ()
+    models = next((list(_models(field.annotation)) for name, field in fields if key == (field.alias or name)), [])
+    chosen = data.get("name") if isinstance(data, dict) else None
+    named = (other for other in models if chosen in get_args(other.model_fields["name"].annotation)) if chosen else ()
+    return next(iter(named), None) or next(iter(models), None)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a type is made of: itself, or the parts of a list or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)

@@ -1,17 +1,14 @@
-"""YAML -> Recipe: the schema, and every check that needs no weights and no device. Imports no torch.
+"""The sections of a recipe as typed records, and the facts that follow from a section alone.
 
-Errors name file, line and key, and all problems of a file are reported together. What needs the models' configs (ranks
-that do not divide heads, memory) is the plan's.
+Reading a file is `read.py`'s, conflicts between sections are `check.py`'s. Imports no torch.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,19 +19,22 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import InputError, Problem
 from pipeline.graphs.spec import Sampling
 from pipeline.models.draft_kind import DRAFT_KINDS, DraftMethod
+from pipeline.recipe.chips import CHIPS, ChipName
+from pipeline.recipe.document import to_text
 from pipeline.records import Record
-
-if TYPE_CHECKING:
-    from pipeline.recipe.document import Document
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["int8"]
+Packing = Literal["block", "plain"]
+"""Layout of weights in the shards: `graphs.packing.PACKINGS`."""
 
 SOURCES = ("hf", "package", "pico")
 """Schemes of sources: the keys of `pipeline.sources.kinds.KINDS` beside the folder, which has none."""
+
+BASE_DESCRIPTION = "a YAML file beside this one that is merged beneath it"
+"""Of the key `base`, which only files have: a `Recipe` is already merged."""
 
 
 def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
-def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("found []; accepted: at least one")
     return values
@@ -82,22 +82,22 @@ Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
 
 
 class Derive(Record):
-    """A draft made of some of the target's layers."""
+    """A draft that consists of layers of the target."""
 
     from_: Literal["target"] = Field(alias="from", description="the model whose layers are taken")
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_some)] = Field(
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_not_empty)] = Field(
         description="layers of the target, from 0, in the order they run in the draft"
     )
 
 
 class _Weighted(Record):
-    """A model whose matrices may be stored narrower than its dtype."""
+    """A model whose matrices can be stored narrower than its dtype."""
 
     weights: Weights | None = Field(
         default=None,
         description="int8: matrices and embeddings as int8 with a scale for each output feature, sums in float32 "
-        "(inductor on a CPU); the dtype itself when left out, and for a draft what the target has; the target's "
-        "embedding is stored as the target says, also for a draft that reads it",
+        "(inductor on a CPU); default: stored in the dtype, and for a draft as the target's weights; an embedding that "
+        "the draft shares with the target is stored as the target's weights",
     )
 
 
@@ -120,17 +120,17 @@ class Draft(_Weighted):
         "and have a reduced vocabulary (draft_vocab_size, d2t)",
     )
     derive: Derive | None = Field(default=None, description="make the draft from the target's own layers")
-    dtype: Dtype | None = Field(default=None, description="the target's when left out")
+    dtype: Dtype | None = Field(default=None, description="default: the target's dtype")
     placement: Literal["replicated", "sharded"] = Field(
         default="replicated",
         description="replicated: whole on every rank, no collectives while drafting; sharded: split like the target",
     )
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Draft:
+    def _has_one_source(self) -> Draft:
         if (self.source is None) == (self.derive is None):
-            found = "neither" if self.source is None else "both"
-            raise ValueError(f"found {found} of source and derive; accepted: exactly one")
+            given = "neither" if self.source is None else "both"
+            raise ValueError(f"found {given} of source and derive; accepted: exactly one")
         return self
 
 
@@ -144,33 +144,34 @@ class Speculation(Record):
     draft_tokens: Buckets = Field(
         description="K: proposals per step, vLLM's num_speculative_tokens; a step emits 1 to K+1 tokens"
     )
-    sampling: Annotated[tuple[Sampling, ...], AfterValidator(_some), AfterValidator(_no_repeats)] = Field(
+    sampling: Annotated[tuple[Sampling, ...], AfterValidator(_not_empty), AfterValidator(_no_repeats)] = Field(
         default=("greedy",), description="graphs to build: greedy (argmax), stochastic (temperature, top-k, top-p)"
     )
     candidates: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="tokens that a stochastic graph keeps before sampling; all when left out"
+        default=None, description="tokens that a stochastic graph keeps before sampling; default: all"
     )
     lookup: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="prompt lookup: where the last so many tokens occurred before in a request, what followed them is "
-        "proposed, and the draft fills up the step; 3 is a good choice, off when left out",
+        description="prompt lookup: number of last tokens to search for earlier in the request; the tokens that "
+        "followed them there are proposed first, the draft proposes the rest of the step; 3 is a good choice; "
+        "default: off",
     )
     step_costs: StepCosts | None = Field(
         default=None,
-        description="cost of a step for each of draft_tokens, in plain decode steps, as `tandem tune` measures it: a "
-        "list, or one for each batch bucket; greedy decoding then chooses K, or plain decode, by what was taken",
+        description="cost of a step for each value of draft_tokens, in decode steps, as `tandem tune` measures it: a "
+        "list, or a list for each batch bucket; greedy decoding then chooses K, or decode steps, by acceptance rates",
     )
 
     @model_validator(mode="after")
-    def _a_cost_each(self) -> Speculation:
+    def _has_costs_for_each_k(self) -> Speculation:
         if self.step_costs is None:
             return self
         for costs in self.step_costs.values() if isinstance(self.step_costs, dict) else [self.step_costs]:
             if len(costs) != len(self.draft_tokens):
-                found = f"found {len(costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
-                raise ValueError(f"{found}; accepted: one each")
+                what = f"found {len(costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
+                raise ValueError(f"{what}; accepted: one cost for each")
         if not DRAFT_KINDS[self.method].reads_target_states:
-            raise ValueError("found step_costs with a draft model, which cannot pause for free; accepted: eagle3")
+            raise ValueError("found step_costs with method draft_model; accepted with: eagle3")
         return self
 
 
@@ -188,11 +189,6 @@ class Parallel(Record):
     tensor: Annotated[int, Field(ge=1)] = Field(default=1, description="tensor-parallel ranks")
 
 
-GIB = 1 << 30
-CORE_MEMORY = {("trn2", 1): 12 * GIB, ("trn2", 2): 24 * GIB, ("trn1", 1): 16 * GIB, ("inf2", 1): 16 * GIB}
-"""Device memory of a logical core, by chip and LNC (Neuron SDK, feature guide)."""
-
-
 class InductorSettings(Record):
     """AOTInductor: shared libraries for CPUs and NVIDIA GPUs."""
 
@@ -207,26 +203,32 @@ class InductorSettings(Record):
     needs_candidates: ClassVar[bool] = False
 
     @property
-    def packing(self) -> Literal["block", "plain"]:
-        """Layout of weights in the shards: `graphs.packing.PACKINGS`."""
+    def packing(self) -> Packing:
+        """Layout of weights in the shards."""
         return "block" if self.device == "cpu" else "plain"
+
+    @property
+    def has_int8(self) -> bool:
+        """True where the backend has kernels for int8 weights."""
+        return self.device == "cpu"
 
 
 class NeuronSettings(Record):
     """AWS Neuron: NEFFs for Trainium and Inferentia."""
 
     name: Literal["neuron"]
-    target: Literal["trn1", "trn2", "inf2"] = Field(description="chip")
+    target: ChipName = Field(description="chip")
     lnc: int = Field(default=1, description="physical cores in a logical one: 1 or 2 on trn2, 1 elsewhere")
     flags: dict[str, str] = Field(default_factory=dict, description="extra neuronx-cc flags")
 
-    packing: ClassVar[Literal["plain"]] = "plain"
+    packing: ClassVar[Packing] = "plain"
+    has_int8: ClassVar[bool] = False
     needs_candidates: ClassVar[bool] = True
 
     @property
     def core_memory_bytes(self) -> int:
         """Device memory of a logical core."""
-        return CORE_MEMORY[self.target, self.lnc]
+        return CHIPS[self.target].cores[self.lnc].memory_bytes
 
     @property
     def core_name(self) -> str:
@@ -235,7 +237,7 @@ class NeuronSettings(Record):
 
     @model_validator(mode="after")
     def _lnc_fits(self) -> NeuronSettings:
-        allowed = (1, 2) if self.target == "trn2" else (1,)
+        allowed = CHIPS[self.target].lnc
         if self.lnc not in allowed:
             raise ValueError(f"found lnc={self.lnc}; accepted on {self.target}: {' or '.join(map(str, allowed))}")
         return self
@@ -248,15 +250,16 @@ class Gates(Record):
     """Limits of the validation gates."""
 
     tokens_per_step: Annotated[float, Field(ge=1)] = Field(
-        default=1.0, description="least tokens that a speculative step emits, on average over the prompts"
+        default=1.0, description="minimum of tokens per step, averaged over the prompts"
     )
     near_tie_rate: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.02, description="largest share of tokens that may differ from plain decode at proven near-ties"
+        default=0.02,
+        description="maximum share of tokens that may differ from decode without a draft, at proven near-ties",
     )
 
 
 class Validate(Record):
-    """What is tested before an artifact may be published."""
+    """Validation gates that an artifact passes before it is published."""
 
     prompts: Source = Field(
         default="prompts/default.jsonl",
@@ -265,7 +268,7 @@ class Validate(Record):
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(default=32, description="tokens generated for each prompt")
     gates: Gates = Field(default=Gates(), description="limits; a gate that fails stops publishing")
     price_per_hour: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="what the machine costs an hour; the report then states the cost of a million tokens"
+        default=None, description="price of the machine per hour; the report then states the cost per million tokens"
     )
 
 
@@ -279,7 +282,7 @@ class Publish(Record):
 
 
 class Recipe(Record):
-    """One target and draft pair, and all that decides its artifact."""
+    """A target and draft pair, and every setting that determines its artifact."""
 
     name: Name = Field(description="name of the artifact: lower case, digits, dot, underscore, hyphen")
     target: Target = Field(description="the model whose output is served")
@@ -288,7 +291,7 @@ class Recipe(Record):
     shapes: Shapes = Field(description="buckets that graphs are compiled for")
     parallel: Parallel = Field(default=Parallel(), description="ranks")
     backend: BackendSettings = Field(default=InductorSettings(), description="what compiles and runs the graphs")
-    validate_: Validate = Field(default=Validate(), alias="validate", description="tests before publishing")
+    validate_: Validate = Field(default=Validate(), alias="validate", description="validation before publishing")
     publish: tuple[Publish, ...] = Field(default=(), description="registries that the artifact goes to")
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -321,69 +324,4 @@ class Recipe(Record):
 
     def to_yaml(self) -> str:
         """The whole recipe as one YAML file, defaults written out and base merged; `load` reads it back equal."""
-        import yaml
-
-        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
-        return yaml.safe_dump(data, sort_keys=False, width=120)
-
-
-def load(path: Path) -> Recipe:
-    """Read a recipe; `base: other.yaml` in it is merged beneath, one level deep.
-
-    Raises:
-        RecipeError: every problem, each with file, line and key.
-        InputError: no such file.
-
-    """
-    from pipeline.recipe.check import parse
-    from pipeline.recipe.document import dotted
-
-    document = _with_base(path)
-    recipe = parse(document)
-    recipe.remember({dotted(key): f"{file}:{line}" for key, (file, line) in document.lines.items()}, str(path))
-    return recipe
-
-
-def _with_base(path: Path) -> Document:
-    from pipeline.recipe.document import read
-
-    document = read(path)
-    if "base" not in document.data:
-        return document
-    name = document.data.pop("base")
-    where = document.place(("base",))
-    if not isinstance(name, str):
-        document.problems.append(Problem(where, f"found {name!r}, expected a file name", "write base: other.yaml"))
-        return document
-    if not (path.parent / name).is_file():
-        document.problems.append(Problem(where, f"no file {name!r} beside the recipe", "check the name"))
-        return document
-    base = read(path.parent / name)
-    if "base" in base.data:
-        del base.data["base"]
-        base.problems.append(Problem(base.place(("base",)), "a base of a base", "merge the two: one level is read"))
-    return document.over(base)
-
-
-def find(name: str, root: Path = Path("recipes")) -> Path:
-    """The file of a recipe given by name or path.
-
-    Raises:
-        InputError: there is none; names what there is.
-
-    """
-    for path in (root / f"{name}.yaml", Path(name)):
-        if path.is_file():
-            return path
-    known = sorted(path.stem for path in root.glob("*.yaml"))
-    near = difflib.get_close_matches(name, known, 1)
-    fix = f"did you mean {near[0]!r}?" if near else f"recipes here: {', '.join(known) or 'none'}"
-    raise InputError(f"no recipe {name!r}", where=str(root), fix=fix)
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema of a recipe file, for editors."""
-    found = Recipe.model_json_schema(by_alias=True)
-    base = {"type": "string", "title": "Base", "description": "a YAML file beside this one that is merged beneath it"}
-    properties = {"base": base, **found["properties"]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "properties": properties}
+        return to_text(self.model_dump(mode="json", by_alias=True, exclude_none=True))

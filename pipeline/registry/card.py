@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.artifact.manifest import CacheManifest, Manifest, PairManifest
+from pipeline.recipe.document import to_text
 from pipeline.registry.release import Document
 
 INTRODUCTION = """A target LLM and its draft, compiled ahead of time for speculative decoding by Tandem. Servers load it
@@ -22,7 +21,7 @@ TAGS = ("tandem", "speculative-decoding", "ahead-of-time")
 
 def card(document: Document, manifests: Mapping[str, Manifest], root: Path) -> str:
     """README.md of a release; the lock in the artifact at `root` names the models."""
-    front = yaml.safe_dump(_front(root), sort_keys=False).strip()
+    front = to_text(_front(root)).strip()
     pulled = f"```sh\ntandem pull REGISTRY/{document.name}@{document.version} somewhere/\n```"
     return f"---\n{front}\n---\n\n{body(document, manifests)}\n\n## Use\n\n{pulled}\n"
 

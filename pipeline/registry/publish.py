@@ -16,7 +16,7 @@ from pipeline.artifact.manifest import CACHE_KIND, MANIFEST, SIGNATURE, Manifest
 from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, GateError, InputError, TandemError
 from pipeline.progress import ByteProgress, no_byte_progress
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from pipeline.registry.release import Bundle, Document, Index, all_files, bundle, digest_of, parse_document
 from pipeline.registry.releases import check_alias, move_alias, read_small
 from pipeline.stores.base import Content, Signature, Store, open_store

@@ -17,7 +17,6 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.artifact.manifest import (
     AGAIN,
-    CACHE_KIND,
     MANIFEST,
     Artifact,
     FileEntry,
@@ -166,7 +165,7 @@ def parse_document(data: bytes, where: str) -> Document:
         kind = json.loads(data).get("kind")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
-    if kind in (None, CACHE_KIND):
+    if kind != "variants":
         return parse(data, where)
     try:
         return Index.model_validate_json(data)

@@ -29,7 +29,7 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
     from pipeline.artifact.reports import add_reports
     from pipeline.backends.base import make_backend
     from pipeline.cache.local import Cache
-    from pipeline.recipe.schema import load as load_recipe
+    from pipeline.recipe import load as load_recipe
     from pipeline.runtime.open import load
     from pipeline.validate.gates.run import Gates
     from pipeline.validate.prompts import load_prompts, prompts_path
@@ -70,7 +70,7 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
 def validate_artifact(root: Path, base: Path, log: Any) -> None:
     """Run the gates on a built artifact again, with the sources its recipe names."""
     from pipeline.cache.local import default_root
-    from pipeline.recipe.schema import load as load_recipe
+    from pipeline.recipe import load as load_recipe
     from pipeline.sources.pair import resolve_pair
 
     recipe = load_recipe(root / "recipe.yaml")

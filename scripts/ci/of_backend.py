@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from pipeline.errors import RecipeError
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 
 
 def is_of(backend: str, name: str) -> bool:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact.diff import compare, diff
+from pipeline.artifact.diff import diff
 from pipeline.artifact.manifest import MANIFEST, content_digest, dump, read
 from pipeline.artifact.reports import add_reports
 from pipeline.artifact.verify import check_host, verify
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import TEMP, sweep
 from pipeline.plan import lock as locks
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from support import small_artifacts as small
 from support.paths import ROOT, TESTS
 
@@ -148,9 +148,12 @@ def test_read_graph_that_is_not_listed(made, field):
 
 
 FAULTS = {
-    "schema": (lambda data: data.update(schema_version=2), "schema_version 2, this Tandem reads 1"),
+    "schema": (lambda data: data.update(schema_version=1), "schema_version 1, this Tandem reads 2"),
+    "kind": (lambda data: data.update(kind="other"), "kind: Input tag 'other'"),
+    "inside": (lambda data: data["pair"]["models"].update(later=1), "pair.models.later: "),
+    "graph": (lambda data: data["graphs"][0]["spec"].update(phase="other"), "graphs.0.spec.phase: Input should be"),
     "unknown": (lambda data: data.update(later=1), "later: Extra inputs"),
-    "type": (lambda data: data.update(tensor="two"), "tensor: Input should be a valid integer"),
+    "type": (lambda data: data["pair"].update(rows="two"), "pair.rows: Input should be a valid integer"),
     "gone": (lambda data: data.pop("files"), "files: Field required"),
     "name": (lambda data: data.update(name="../x"), "name: String should match"),
     "version": (lambda data: data.update(version="../x"), "version: String should match"),
@@ -359,12 +362,11 @@ def test_diff_names_what_changed(tmp_path):
     assert found["files"]["reports"] == {"added": ["reports/parity.json"]}
 
 
-def test_compare_names_recipe_keys(made, tmp_path, monkeypatch):
+def test_diff_names_graphs_of_another_recipe(made, tmp_path, monkeypatch):
     changed = {**small.RECIPE, "speculation": {"draft_tokens": [2, 3]}}
     monkeypatch.setattr(small, "RECIPE", changed)
     other = small.make(tmp_path / "other", tmp_path / "work")
-    found = compare(read(made), other)
-    assert found["recipe"] == {"speculation.draft_tokens": {"from": [2], "to": [2, 3]}}
+    found = diff(read(made).manifest, other.manifest)
     assert found["files"]["graphs"]["added"] == [
         f"graphs/speculate-b1-t4-s32-k3/{name}" for name in ("flags.json", "graph.bin", "io.json")
     ]

@@ -193,7 +193,8 @@ def test_policy_without_a_rule_for_a_release(made, keys, options, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("rules: []", "rules"), ("rules: [{signed_by: []}]", "signed_by"), ("rules: [{signed_by: [{}]}]", "exactly one"),
-     ("rule: 1", "rules"), (": :", "YAML"), ("rules: [{signed_by: [{key: a, identity: b}]}]", "exactly one")],
+     ("rule: 1", "rules"), (": :", "rules"), ("rules: [", "YAML"),
+     ("rules: [{signed_by: [{key: a, identity: b}]}]", "exactly one")],
 )  # fmt: skip
 def test_read_policy_damaged(tmp_path, text, message):
     (tmp_path / "policy.yaml").write_text(text)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.errors import InputError
 from pipeline.recipe.changed import changed_recipes
 from pipeline.registry import releases as registry
 from pipeline.registry.publish import publish
@@ -21,6 +22,7 @@ from support.paths import ROOT
 
 WORKFLOW = ROOT / ".github/workflows/release.yml"
 SLOW = ROOT / ".github/workflows/slow.yml"
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 BIN = Path(sys.executable).parent
 TINY = """
 name: tiny
@@ -39,25 +41,56 @@ def tool(name: str) -> str:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("workflow", [WORKFLOW, SLOW], ids=lambda path: path.stem)
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_by_actionlint(workflow):
     done = subprocess.run([tool("actionlint"), str(workflow)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("workflow", [WORKFLOW, SLOW], ids=lambda path: path.stem)
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_by_its_schema(workflow):
     command = [tool("check-jsonschema"), "--builtin-schema", "vendor.github-workflows", str(workflow)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [("dependabot", "dependabot.yml"), ("github-issue-forms", "ISSUE_TEMPLATE/[!c]*.yml"),
+     ("github-issue-config", "ISSUE_TEMPLATE/config.yml")],
+)  # fmt: skip
+def test_github_files_by_their_schemas(schema, pattern):
+    files = [str(path) for path in (ROOT / ".github").glob(pattern)]
+    assert files
+    command = [tool("check-jsonschema"), "--builtin-schema", f"vendor.{schema}", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.server
+def test_package_is_built_and_its_wheel_pulls(tmp_path):
+    """The steps of ci.yml and package.yml, on a copy: sdist and wheel, their checks, the wheel in a new environment."""
+    root = tmp_path / "checkout"
+    for name in ("pipeline", "scripts"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root / name)
+    environ = os.environ | {"PYTHON": sys.executable}
+    for step in ("build", "check", "smoke"):
+        command = ["bash", str(root / "scripts/ci/package.sh"), step]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.suffix for path in (root / "dist").iterdir()) == [".gz", ".whl"]
+
+
 def test_slow_lanes_are_targets_of_the_makefile():
+    """All of them; `test-quick` is a part of `test`, which each change runs (ci.yml)."""
     data = yaml.safe_load(SLOW.read_text())
     lanes = data["jobs"]["lane"]["strategy"]["matrix"]["lane"]
     targets = re.findall(r"^([\w-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
-    assert set(lanes) == {target for target in targets if target.startswith("test-")}
+    assert {*lanes, "test-quick"} == {target for target in targets if target.startswith("test-")}
     assert data["jobs"]["lane"]["permissions"] == {"contents": "read"}
     assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", one) for one in re.findall(r"uses: (\S+)", SLOW.read_text()))
 
@@ -359,3 +392,19 @@ def test_changed_recipes(tmp_path, monkeypatch):
         "recipes/two.jsonl": ["bad", "two"], "README.md": [], "recipes/bad.yaml": ["bad"], "pipeline/recipe.py": [],
     }  # fmt: skip
     assert {path: changed_recipes([path]) for path in cases} == cases
+
+
+@pytest.mark.parametrize("line", ["base : bases/b.yaml", "'base': \"bases/b.yaml\"  # rest", "base:\n  bases/b.yaml"])
+def test_changed_recipes_base_in_any_spelling(tmp_path, monkeypatch, line):
+    """Lines that begin with `base:` were searched for; any other spelling of the key was no base."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes/bases").mkdir(parents=True)
+    (tmp_path / "recipes/tiny.yaml").write_text(f"{line}\n{TINY}")
+    (tmp_path / "recipes/bases/b.yaml").write_text("parallel: {tensor: 1}\n")
+    assert changed_recipes(["recipes/bases/b.yaml"]) == ["tiny"]
+
+
+def test_changed_recipes_of_one_text_is_refused(tmp_path):
+    """A text was taken for a list of paths of one letter each: nothing had changed."""
+    with pytest.raises(InputError, match=r"expected a list of paths"):
+        changed_recipes("recipes/tiny.yaml", tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import InputError, RecipeError
 from pipeline.measure.buckets import buckets_for, padded
 from pipeline.measure.tune import choose, curve, tokens_of, tune, write_recipe
-from pipeline.recipe.schema import Recipe, load
+from pipeline.recipe import Recipe, load
 from pipeline.sources.pair import resolve_pair
 from pipeline.validate.prompts import Prompt
 from support.eager import make_engine
@@ -203,6 +203,31 @@ def test_recipe_that_inherits_its_k_is_refused(tmp_path):
     path.write_text("base: other.yaml\n")
     with pytest.raises(InputError, match="draft_tokens"):
         write_recipe(path, choose(COSTS, {"all": [0.5]}), paced=True)
+
+
+def test_recipe_with_a_base_gets_what_it_writes_itself(tmp_path):
+    """Its lines end as they did; buckets of the base stay the base's."""
+    path, base = tmp_path / "head.yaml", tmp_path / "base.yaml"
+    base.write_text("shapes: {batch: [1], prefill: [32], kv: [64]}\n")
+    text = REST.replace("shapes: {batch: [1], prefill: [32], kv: [64]}\n", "shapes:\n    kv:  [64]  # tokens\n")
+    text = ("base: base.yaml  # shared\n" + text + RECIPES["block"]).replace("\n", "\r\n")
+    path.write_bytes(text.encode())
+    found = replace(choose(COSTS, {"all": [0.5] * 4}), shapes={"prefill": [16, 32], "kv": [96]})
+    write_recipe(path, found, paced=True)
+    assert load(path).shapes.kv == (96,)
+    assert load(path).shapes.prefill == (32,)
+    text = text.replace("kv:  [64]", "kv: [96]").replace("[1, 2]  # chosen", "[2]  # chosen\r\n  step_costs: [1.2]")
+    assert path.read_bytes().decode() == text
+
+
+def test_recipe_whose_comments_cannot_stay_is_not_written(tmp_path):
+    path = tmp_path / "head.yaml"
+    text = REST + "speculation: {method: eagle3,  # a head\n  draft_tokens: [1, 2]}\n"
+    path.write_text(text)
+    with pytest.raises(InputError, match="comments inside") as caught:
+        write_recipe(path, choose(COSTS, {"all": [0.5] * 4}), paced=True)
+    assert caught.value.fix == "write draft_tokens: [2] and step_costs: [1.2]"
+    assert path.read_text() == text
 
 
 def test_measures_an_engine(tmp_path):

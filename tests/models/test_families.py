@@ -27,7 +27,7 @@ from pipeline.graphs.signature import Signature, signature
 from pipeline.graphs.spec import GraphSpec
 from pipeline.models.parallel import Seams
 from pipeline.plan.plan import Plan, make_plan
-from pipeline.recipe.schema import Recipe, load
+from pipeline.recipe import Recipe, load
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
 from pipeline.sources.pair import resolve_pair

@@ -15,7 +15,7 @@ from pipeline.errors import RecipeError
 from pipeline.graphs.packing import SCALE_BYTES, BlockPacking, PlainPacking
 from pipeline.models.int8 import LARGEST, quantise, rounded
 from pipeline.models.weights import EMBEDDING, OFFSET
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from pipeline.sources.derived import derive
 from pipeline.stages.shard_files import write_shards
 from pipeline.validate.reference.goldens import Reference

@@ -10,7 +10,7 @@ from pipeline.nxdi import build as stage
 from pipeline.nxdi import config as nxdi
 from pipeline.plan.lock import lock_path, pair_configs, read
 from pipeline.plan.plan import make_plan
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from support.paths import ROOT
 
 RECIPES = ROOT / "recipes"

@@ -13,7 +13,7 @@ from pipeline.files.atomic import FileDigest
 from pipeline.models.families import config_of
 from pipeline.plan import lock as locks
 from pipeline.plan.lock import Lock, LockedSource
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from pipeline.sources.pair import resolve_pair
 from support.paths import ROOT
 
@@ -91,6 +91,20 @@ def test_read_damaged_names_the_key(tmp_path: Path, change: dict[str, object], w
         locks.read(path)
     assert caught.value.where == f"{path}: {where}"
     assert "tandem recipe lock" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [('{"version": 1,\n "version": 1}', "2: version", "key given twice"),
+     ('{"version": 1,\n "target": {', "2", "not YAML"),
+     ("[1]", "1", "not a mapping")],
+)  # fmt: skip
+def test_read_text_that_is_no_lock_names_the_line(tmp_path: Path, text: str, where: str, what: str) -> None:
+    path = tmp_path / "pair.lock"
+    path.write_text(text)
+    with pytest.raises(InputError, match=what) as caught:
+        locks.read(path)
+    assert caught.value.where == f"{path}:{where}"
 
 
 def test_read_yaml_is_accepted(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from pipeline.models.weights import weight_specs
 from pipeline.plan import lock as locks
 from pipeline.plan.estimates import GIB, layer_passes
 from pipeline.plan.plan import Plan, make_plan
-from pipeline.recipe.schema import InductorSettings, Recipe, find, load
+from pipeline.recipe import Recipe, find, load
+from pipeline.recipe.schema import InductorSettings
 from support.paths import ROOT
 
 SMALL = ModelConfig(

@@ -16,7 +16,9 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import InputError, Problem, RecipeError
-from pipeline.recipe.schema import InductorSettings, NeuronSettings, Recipe, find, load, schema
+from pipeline.recipe import Recipe, find, load
+from pipeline.recipe.read import schema
+from pipeline.recipe.schema import InductorSettings, NeuronSettings
 from pipeline.validate.prompts import prompts_path
 from support.paths import ROOT, TESTS
 

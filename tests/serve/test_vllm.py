@@ -46,7 +46,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(base: Path, recipe: str) -> Path:
     """A validated artifact of a recipe."""
     from pipeline.build import BuildSettings, run
-    from pipeline.recipe.schema import load
+    from pipeline.recipe import load
 
     shutil.copy(ROOT / "recipes/prompts/pico.jsonl", base)
     (base / "served.yaml").write_text(recipe)

@@ -12,7 +12,7 @@ from pipeline.artifact import manifest as artifact
 from pipeline.artifact.manifest import FileEntry, dump
 from pipeline.build import BuildSettings, run
 from pipeline.errors import GateError
-from pipeline.recipe.schema import load
+from pipeline.recipe import load
 from pipeline.registry.publish import publish
 from pipeline.sources.pair import resolve_pair
 from pipeline.validate.report import schema as report

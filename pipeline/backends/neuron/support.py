@@ -18,6 +18,7 @@ from importlib import metadata
 from typing import Any
 
 from pipeline.errors import Problem
+from pipeline.recipe.chips import CHIPS, chip_of_instance
 
 COMPILER = "neuronx-cc"
 INDEX = "https://pip.repos.neuron.amazonaws.com"
@@ -44,12 +45,11 @@ class Release:
         return f"pip install --extra-index-url {INDEX} {listed}"
 
 
-ALL_CHIPS = ("trn1", "inf2", "trn2")
 RELEASES = (
-    Release("2.28", "2.23", "2.9.0.2.12", "0.17", ALL_CHIPS),
-    Release("2.29", "2.24", "2.9.0.2.13", "0.18", ALL_CHIPS),
-    Release("2.30", "2.25", "2.9.0.2.14", "0.19.28093", ALL_CHIPS),
-    Release("2.31", "2.26", "2.9.0.2.15", "0.19.28492", ALL_CHIPS),
+    Release("2.28", "2.23", "2.9.0.2.12", "0.17", tuple(CHIPS)),
+    Release("2.29", "2.24", "2.9.0.2.13", "0.18", tuple(CHIPS)),
+    Release("2.30", "2.25", "2.9.0.2.14", "0.19.28093", tuple(CHIPS)),
+    Release("2.31", "2.26", "2.9.0.2.15", "0.19.28492", tuple(CHIPS)),
 )
 """Newest last. SDK 2.32 has no torch-neuronx and no NxD; its set-up page pairs its compiler 2.27 with those of 2.31."""
 
@@ -90,9 +90,8 @@ class Device:
 
     @property
     def chip(self) -> str:
-        """Instance family: trn2n.48xlarge is trn2, trn1n.32xlarge is trn1."""
-        family = self.instance.partition(".")[0]
-        return next((chip for chip in ("trn3", "trn2", "trn1", "inf2") if family.startswith(chip)), family or "unknown")
+        """The chip of the instance type."""
+        return chip_of_instance(self.instance)
 
 
 def versions() -> dict[str, str]:

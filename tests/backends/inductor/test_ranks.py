@@ -15,7 +15,8 @@ from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor.ranks import ManyRanks
 from pipeline.build import BuildSettings, run
 from pipeline.errors import HostError
-from pipeline.recipe.schema import InductorSettings, load
+from pipeline.recipe import load
+from pipeline.recipe.schema import InductorSettings
 from pipeline.sources.pair import resolve_pair
 from support.eager import make_engine
 from support.pairs import make_pair

@@ -334,7 +334,7 @@ def weightless(recipe: str, layers: int | None, tp: int) -> tuple[list[GraphSpec
     from pipeline.plan.lock import lock_path, pair_configs
     from pipeline.plan.lock import read as read_lock
     from pipeline.plan.plan import make_plan
-    from pipeline.recipe.schema import find, load
+    from pipeline.recipe import find, load
 
     path = find(recipe, ROOT / "recipes")
     parsed = load(path)
@@ -404,7 +404,7 @@ def test_nxd_inference_takes_the_configuration_as_it_is_asked(tmp_path):
     from pipeline.plan.lock import lock_path, pair_configs
     from pipeline.plan.lock import read as read_lock
     from pipeline.plan.plan import make_plan
-    from pipeline.recipe.schema import find, load
+    from pipeline.recipe import find, load
 
     path = find("llama-70b-spec", ROOT / "recipes")
     recipe, pinned = load(path), read_lock(lock_path(path))

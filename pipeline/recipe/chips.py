@@ -1,0 +1,49 @@
+"""The Neuron chips that recipes can name, with every fact that depends on the chip alone. Imports nothing of Tandem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+ChipName = Literal["trn1", "trn2", "inf2"]
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Core:
+    """A logical core at one LNC: the device memory of each, and the number on the largest instance."""
+
+    memory_bytes: int
+    largest_instance: int
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip: its logical cores by LNC (physical cores in a logical one), and the instance families that carry it."""
+
+    name: ChipName
+    cores: Mapping[int, Core]
+    families: tuple[str, ...]
+    default_lnc: int = 1
+    """LNC of the Neuron runtime where no variable sets another."""
+
+    @property
+    def lnc(self) -> tuple[int, ...]:
+        """Accepted LNC values."""
+        return tuple(self.cores)
+
+
+CHIPS: Mapping[ChipName, Chip] = {
+    "trn1": Chip("trn1", {1: Core(16 * GIB, 32)}, ("trn1", "trn1n")),
+    "trn2": Chip("trn2", {1: Core(12 * GIB, 128), 2: Core(24 * GIB, 64)}, ("trn2", "trn2n", "trn2u"), default_lnc=2),
+    "inf2": Chip("inf2", {1: Core(16 * GIB, 24)}, ("inf2",)),
+}
+"""By name (Neuron SDK, feature guide on logical cores; EC2 instance types)."""
+
+
+def chip_of_instance(instance_type: str) -> str:
+    """Return the chip of an EC2 instance type; the instance family where no known chip has it, `unknown` if empty."""
+    family = instance_type.partition(".")[0]
+    return next((chip.name for chip in CHIPS.values() if family in chip.families), family or "unknown")

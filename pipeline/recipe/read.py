@@ -1,0 +1,70 @@
+"""YAML file -> Recipe: finding it, merging its base, and its JSON Schema. The checks are `check.py`'s."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError, Problem
+from pipeline.recipe.check import parse
+from pipeline.recipe.document import Document, dotted, read
+from pipeline.recipe.schema import BASE_DESCRIPTION, Recipe
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe; `base: other.yaml` in it is merged beneath, one level deep.
+
+    Raises:
+        RecipeError: every problem, each with file, line and key.
+        InputError: no such file.
+
+    """
+    document = _with_base(path)
+    recipe = parse(document)
+    recipe.remember({dotted(key): f"{file}:{line}" for key, (file, line) in document.lines.items()}, str(path))
+    return recipe
+
+
+def _with_base(path: Path) -> Document:
+    document = read(path)
+    if "base" not in document.data:
+        return document
+    name = document.data.pop("base")
+    where = document.place(("base",))
+    if not isinstance(name, str):
+        document.problems.append(Problem(where, f"found {name!r}, expected a file name", "write base: other.yaml"))
+        return document
+    if not (path.parent / name).is_file():
+        document.problems.append(Problem(where, f"no file {name!r} beside the recipe", "check the name"))
+        return document
+    base = read(path.parent / name)
+    if "base" in base.data:
+        del base.data["base"]
+        what = "a base file has a base of its own; one level is read"
+        base.problems.append(Problem(base.place(("base",)), what, "merge the two base files"))
+    return document.over(base)
+
+
+def find(name: str, root: Path = Path("recipes")) -> Path:
+    """Return the file of a recipe given by name or path.
+
+    Raises:
+        InputError: no such recipe; names the recipes in `root`.
+
+    """
+    for path in (root / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in root.glob("*.yaml"))
+    near = difflib.get_close_matches(name, known, 1)
+    fix = f"did you mean {near[0]!r}?" if near else f"recipes here: {', '.join(known) or 'none'}"
+    raise InputError(f"no recipe {name!r}", where=str(root), fix=fix)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe file, for editors."""
+    recipe = Recipe.model_json_schema(by_alias=True)
+    base = {"type": "string", "title": "Base", "description": BASE_DESCRIPTION}
+    properties = {"base": base, **recipe["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **recipe, "properties": properties}

@@ -1,0 +1,123 @@
+"""What the project promises to those who work on it: workflows, targets of the Makefile, owners, the package's tag.
+
+The files are read as text here; `test_deploy.py` runs their checkers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+import pipeline
+from support.paths import ROOT
+
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+MAKEFILE = (ROOT / "Makefile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+USES = re.compile(r"uses: (?P<action>[\w./-]+)@(?P<commit>\S+)(?: # (?P<version>\S+))?")
+
+
+def jobs(name: str) -> dict[str, dict]:
+    return yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())["jobs"]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_grants_and_limits(workflow):
+    """No permission at the top, then each job names its own, and its time; no expression becomes a shell's text."""
+    data = yaml.safe_load(workflow.read_text())
+    assert data["permissions"] == {}
+    assert "cancel-in-progress" in data["concurrency"]
+    for job in data["jobs"].values():
+        assert job["permissions"]
+        assert job["timeout-minutes"] <= 360
+        assert not any("${{" in step.get("run", "") for step in job["steps"])
+
+
+def test_actions_are_pinned_by_one_commit_each():
+    """A tag can be moved; a comment says which version the commit is, and Dependabot renews both."""
+    pins: dict[str, set[tuple[str, str]]] = {}
+    for workflow in WORKFLOWS:
+        for match in USES.finditer(workflow.read_text()):
+            assert re.fullmatch("[0-9a-f]{40}", match["commit"]), match[0]
+            assert re.fullmatch(r"v\d+\.\d+\.\d+", match["version"] or ""), match[0]
+            pins.setdefault(match["action"], set()).add((match["commit"], match["version"]))
+    assert len(pins) >= 6
+    assert {action: len(commits) for action, commits in pins.items()} == dict.fromkeys(pins, 1)
+
+
+def test_changes_are_checked_without_secrets():
+    """Code of a pull request may only read; every supported Python runs the fast tests."""
+    data = jobs("ci")
+    assert {json.dumps(job["permissions"]) for job in data.values()} == {'{"contents": "read"}'}
+    assert "secrets." not in json.dumps(data)
+    assert "make --keep-going lint types imports" in json.dumps(data["static"])
+    assert "make test" in [step.get("run") for step in data["test"]["steps"]]
+    versions = data["test"]["strategy"]["matrix"]["python"]
+    assert versions == ["3.11", "3.12", "3.13"]
+    assert PROJECT["project"]["requires-python"] == f">={versions[0]}"
+
+
+def test_package_is_published_after_its_checks_and_an_approval():
+    data = jobs("package")
+    runs = [step["run"] for step in data["build"]["steps"] if "run" in step]
+    assert [run.split()[1] for run in runs if "package.sh" in run] == ["tag", "build", "check", "smoke"]
+    assert data["attest"]["needs"] == "build"
+    assert data["publish"]["needs"] == ["build", "attest"]
+    assert data["publish"]["environment"]["name"] == "pypi"
+    assert {name: "id-token" in job["permissions"] for name, job in data.items()} == {
+        "build": False, "attest": True, "publish": True,
+    }  # fmt: skip
+    assert "cache" not in json.dumps(data)  # a pull request could have filled it
+    assert "secrets." not in json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("tag", "code"), [(f"v{pipeline.__version__}", 0), (pipeline.__version__, 3), (f"v{pipeline.__version__}.1", 3)]
+)
+def test_package_tag_is_the_version(tag, code):
+    command = ["bash", str(ROOT / "scripts/ci/package.sh"), "tag", tag]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert (f"tag {tag}, pipeline.__version__ {pipeline.__version__}" in done.stderr) == bool(code)
+
+
+def test_make_lists_every_target():
+    """Targets that a person calls are phony and have a line in `make help`, which is what `make` alone shows."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(["make"], cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == re.findall(r"^([a-z-]+):", MAKEFILE, re.M)
+    assert {line.split()[0] for line in done.stdout.splitlines()} == set(phony.split())
+
+
+def test_quick_tests_leave_out_what_fast_tests_do():
+    """`-m` replaces the expression in pyproject.toml, so the Makefile repeats it after `not compile`."""
+    options = PROJECT["tool"]["pytest"]["ini_options"]["addopts"]
+    (quick,) = re.findall(r"^QUICK +:= (.*)$", MAKEFILE, re.M)
+    assert quick == f"not compile and {options[options.index('-m') + 1]}"
+
+
+def test_contributing_names_every_lane():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    lanes = re.findall(r"^(test[a-z-]*):", MAKEFILE, re.M)
+    assert len(lanes) >= 7
+    assert [lane for lane in lanes if f"| `make {lane}` |" not in text] == []
+
+
+def test_every_room_has_owners():
+    """And no line of CODEOWNERS is about a folder that is gone."""
+    text = (ROOT / ".github/CODEOWNERS").read_text()
+    paths = [line.split()[0] for line in text.splitlines() if line.startswith("/")]
+    assert [path for path in paths if not (ROOT / path[1:]).exists()] == []
+    rooms = {f"/pipeline/{path.parent.name}/" for path in (ROOT / "pipeline").glob("*/__init__.py")}
+    assert rooms <= set(paths)
+    assert all(re.search(r" @\S+$", line) for line in text.splitlines() if line and not line.startswith("#"))
