@@ -1,4 +1,5 @@
-"""The command line: one module a group of commands, each loaded when its command is called.
+"""The command line: one module a group of commands, each imported when one of its commands is called.
 
-Parses, calls one function, renders. Only this room prints or exits. Nothing imports it.
+A command parses its options, calls one function of another room, and shows the result. Only this room prints or exits.
+No other room imports it.
 """

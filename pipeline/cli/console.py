@@ -1,6 +1,6 @@
-"""What the command line shows: lines and bars on stderr, results on stdout. Used by `cli.py` alone; decides nothing.
+"""What the command line shows: log lines, progress and errors on stderr, results on stdout. Decides nothing.
 
-On a terminal, work under way is a live bar; elsewhere it is a plain line now and then.
+On a terminal, progress is a live bar; elsewhere it is a plain line every few seconds.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.errors import TandemError
+from pipeline.progress import ByteProgress
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -26,16 +27,16 @@ MIB = 1 << 20
 
 @dataclass
 class Console:
-    """Output of one command. Quiet shows results and errors alone."""
+    """The output of one command. `log` is a `Log`, `progress` a `Progress`; with `quiet`, both are no-ops."""
 
     quiet: bool = False
     verbose: bool = False
     _bars: Progress | None = None
     _tasks: dict[str, TaskID] = field(default_factory=dict)
-    _told: dict[str, float] = field(default_factory=dict)
+    _shown_at: dict[str, float] = field(default_factory=dict)
 
     def log(self, line: str) -> None:
-        """One line of what is going on."""
+        """Show one line."""
         if self.quiet:
             return
         if self._bars is not None:
@@ -44,25 +45,25 @@ class Console:
             click.echo(line, err=True)
 
     def progress(self, what: str, done: float, total: float, detail: str = "") -> None:
-        """How far one piece of work has come; complete at `done` = `total`. `detail` says it in other words."""
+        """Show how much of a piece of work is done; `detail` replaces the percentage."""
         if self.quiet:
             return
         if sys.stderr.isatty():
             self._draw(what, done, total, detail)
-        elif time.monotonic() - self._told.setdefault(what, time.monotonic()) >= LINE_EVERY_S and done < total:
-            self._told[what] = time.monotonic()
+        elif time.monotonic() - self._shown_at.setdefault(what, time.monotonic()) >= LINE_EVERY_S and done < total:
+            self._shown_at[what] = time.monotonic()
             click.echo(f"  {what}: {detail or f'{100 * done / total:.0f}%'}", err=True)
 
-    def transfer(self, what: str) -> Callable[[int, int], None]:
-        """How far bytes have come, told with what is left of the time, as far as the rate until now tells."""
+    def transfer(self, what: str) -> ByteProgress:
+        """Return a callback that shows bytes and, from the average rate, the time left."""
         started = time.monotonic()
 
-        def moved(done: int, total: int) -> None:
-            took = time.monotonic() - started
-            left = f", {took * (total - done) / done:.0f} s left" if 0 < done < total else ""
+        def show(done: int, total: int) -> None:
+            elapsed_s = time.monotonic() - started
+            left = f", {elapsed_s * (total - done) / done:.0f} s left" if 0 < done < total else ""
             self.progress(what, done, total, f"{done / MIB:,.1f} of {total / MIB:,.1f} MiB{left}")
 
-        return moved
+        return show
 
     def _draw(self, what: str, done: float, total: float, detail: str) -> None:
         if self._bars is None:
@@ -70,39 +71,19 @@ class Console:
             self._bars.start()
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total)
-        shown = f"{what}: {detail}" if detail else what
-        self._bars.update(self._tasks[what], completed=done, total=total, visible=done < total, description=shown)
+        description = f"{what}: {detail}" if detail else what
+        self._bars.update(self._tasks[what], completed=done, total=total, visible=done < total, description=description)
 
     def close(self) -> None:
-        """End the bars, if there are any."""
+        """Remove the bars, if there are any."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
             self._tasks.clear()
 
 
-class Stream:
-    """The text of tokens as they come; what may be a part of a character waits for the rest of it."""
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
-        self._tokens: list[int] = []
-        self._shown = ""
-
-    def push(self, tokens: list[int]) -> str:
-        """What can be shown now."""
-        self._tokens.extend(tokens)
-        text = self._decode(self._tokens).rstrip("\ufffd")
-        new = text[len(self._shown) :]
-        self._shown += new
-        return new
-
-    def rest(self) -> str:
-        """What is left at the end."""
-        return self._decode(self._tokens)[len(self._shown) :]
-
-
 def _bars() -> Progress:
+    # rich takes a third of the time of `tandem --help` to import
     from rich.console import Console as Terminal
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -111,12 +92,26 @@ def _bars() -> Progress:
 
 
 def print_json(data: Any) -> None:
-    """A result for machines."""
+    """Print a result as JSON."""
     click.echo(json.dumps(data, indent=1, default=str))
 
 
+def print_result(data: Any, text: str, *, as_json: bool) -> None:
+    """Print a result as JSON or as text."""
+    if as_json:
+        print_json(data)
+    else:
+        click.echo(text)
+
+
+def print_fields(fields: Mapping[str, Any], width: int) -> None:
+    """Print one field per line, values in a column."""
+    for name, value in fields.items():
+        click.echo(f"{name:<{width}}{value}")
+
+
 def print_error(error: TandemError, *, with_traceback: bool) -> None:
-    """An error on stderr: where, what, fix; all problems of a recipe."""
+    """Print every problem of an error on stderr: where, what, fix."""
     if with_traceback:
         traceback.print_exception(error)
     for problem in error.problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,24 @@ def _environment() -> Any:
         "strftime_now": lambda layout: datetime.now().astimezone().strftime(layout),
     }
     return environment
+
+
+class StreamDecoder:
+    """Decodes tokens as they arrive; bytes of an incomplete character wait for the rest."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._returned = ""
+
+    def push(self, tokens: list[int]) -> str:
+        """Return the text that the new tokens complete."""
+        self._tokens.extend(tokens)
+        text = self._decode(self._tokens).rstrip("\ufffd")
+        new = text[len(self._returned) :]
+        self._returned += new
+        return new
+
+    def rest(self) -> str:
+        """Return what is left at the end."""
+        return self._decode(self._tokens)[len(self._returned) :]

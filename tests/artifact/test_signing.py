@@ -323,7 +323,7 @@ def test_a_policy_and_an_identity_exclude_each_other(made, keys, tmp_path, monke
     monkeypatch.setenv("TANDEM_POLICY", str(tmp_path / "policy.yaml"))
     result = CliRunner().invoke(main, ["verify", str(made), "--require-signature", str(keys[1])])
     assert result.exit_code == 2
-    assert "there is a policy, too" in result.output
+    assert "cannot be combined with a policy" in result.output
 
 
 def test_what_is_remembered_of_an_alias_is_of_one_release(made, keys, signer, options, tmp_path):

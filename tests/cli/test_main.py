@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from pipeline.cli.console import Stream
-from pipeline.cli.main import main
+import pipeline
+from pipeline.backends.base import make_backend
+from pipeline.cache.local import Cache
+from pipeline.cache.remote import Remote, push_all
+from pipeline.cli.main import COMMANDS, main
 from pipeline.files.atomic import TEMP
 from pipeline.models.weights import NORM
+from pipeline.recipe.schema import InductorSettings, NeuronSettings
+from pipeline.runtime.text import StreamDecoder
 from support import small_artifacts as small
 from support.checkpoints import CONFIG, random_weights, write_checkpoint
 from support.families import write_tokenizer
 from support.hub_server import Repo, running
+from support.paths import TESTS
 from support.processes import heed_interrupts, members, wait_for
 
 TANDEM = "from pipeline.cli.main import main; main()"
@@ -221,11 +232,14 @@ def test_missing_artifact_of_a_recipe_is_told_to_be_built(work):
     assert "fix: make build RECIPE=mine" in invoke("inspect", "mine").stderr
 
 
-def commands(group: Any = main, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    found = []
-    for name, command in group.commands.items():
-        found += commands(command, (*path, name)) if hasattr(command, "commands") else [(*path, name)]
-    return found
+def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], click.Command]:
+    """Every command that runs, by its words."""
+    by_words = {}
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        words = (*path, name)
+        by_words |= commands(command, words) if isinstance(command, click.Group) else {words: command}
+    return by_words
 
 
 @pytest.mark.parametrize("path", commands(), ids=" ".join)
@@ -234,6 +248,88 @@ def test_every_command_takes_json_quiet_and_verbose(path):
     assert "--json" in text
     assert "-q, --quiet" in text
     assert "-v, --verbose" in text
+
+
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_every_command_takes_the_parameters_that_click_passes(path):
+    """An option without its field in the settings object would fail when the command is called."""
+    command = commands()[path]
+    function = inspect.unwrap(command.callback)
+    hints = get_type_hints(function)
+    names = [name for name in inspect.signature(function).parameters if name != "console"]
+    if names == ["options"]:
+        names = [field.name for field in dataclasses.fields(hints["options"])]
+    assert sorted(names) == sorted(param.name for param in command.params if param.expose_value)
+
+
+@pytest.mark.parametrize("lazy", COMMANDS, ids=lambda lazy: lazy.name)
+def test_summary_is_the_first_sentence_of_the_help(lazy):
+    """The table has it so that `tandem --help` imports no command."""
+    assert lazy.load().name == lazy.name
+    assert " ".join(lazy.load().help.split()).startswith(lazy.short_help)
+
+
+def test_help_imports_no_command(work):
+    code = (
+        "import sys\nfrom pipeline.cli.main import main\nmain(['--help'], standalone_mode=False)\nprint(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = {name for name in done.stdout.split() if name.startswith("pipeline.")}
+    assert modules == {"pipeline.errors", "pipeline.progress", "pipeline.cli"} | {
+        f"pipeline.cli.{name}" for name in ("main", "console", "groups")
+    }
+    assert "pydantic" not in done.stdout.split()
+
+
+def test_completion_lists_commands_and_their_summaries(monkeypatch):
+    monkeypatch.setenv("COMP_WORDS", "tandem p")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    done = CliRunner().invoke(main, prog_name="tandem", complete_var="_TANDEM_COMPLETE",
+                              env={"_TANDEM_COMPLETE": "zsh_complete"})  # fmt: skip
+    words = done.stdout.splitlines()
+    assert words[1::3] == ["plan", "publish", "pull"]
+    assert words[2::3] == [lazy.short_help for name in words[1::3] for lazy in COMMANDS if lazy.name == name]
+
+
+def test_an_unknown_command_names_the_nearest():
+    result = invoke("biuld")
+    assert result.exit_code == 2
+    assert "Did you mean 'build'?" in result.stderr
+
+
+PRINTS = {"print", "exit", "quit", "input", "SystemExit", "sys.exit", "sys.stdout.write", "sys.stderr.write"}
+PRINT_PREFIXES = ("click.", "rich.", "os._exit", "os.exec", "os.abort")
+PRINTS_ALLOWED = {
+    "serve/platform.py": {"SystemExit"},  # runs in vLLM's process, where this is how a plugin ends the start
+}
+
+
+def prints(source: str) -> set[str]:
+    """Names of what a module calls or raises to print or to end the process."""
+    tree = ast.parse(source)
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    calls |= {ast.unparse(node.exc) for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc}
+    return {name for name in calls if name in PRINTS or name.startswith(PRINT_PREFIXES)}
+
+
+PRINTING = ["print(1)", "import sys; sys.exit(1)", "import click; click.echo('')", "import os; os.execve('a', [], {})",
+            "raise SystemExit", "raise SystemExit('x')", "import sys; sys.stderr.write('')"]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", PRINTING)
+def test_prints_finds_what_prints(source):
+    assert prints(source)
+
+
+def test_only_the_room_cli_prints_or_exits():
+    """CONTRIBUTING said that only `cli.py` does; nothing checked it."""
+    package = Path(pipeline.__file__).parent
+    printing = {
+        path.relative_to(package).as_posix(): names
+        for path in package.rglob("*.py")
+        if path.relative_to(package).parts[0] != "cli" and (names := prints(path.read_text()))
+    }
+    assert printing == PRINTS_ALLOWED
 
 
 @pytest.mark.parametrize("arguments", [("-v", "inspect", "x"), ("inspect", "x", "-v")])
@@ -265,6 +361,20 @@ NO_TORCH = [
     ("cache", "gc", "--max-gib", "1"), ("recipe", "schema"), ("recipe", "check", "mine.yaml"), ("plan", "mine.yaml"),
     ("publish", "out", "--to", "r", "--alias", "prod"), ("pull", "r/small@prod", "p"), ("ls", "r"), ("gc", "r"),
 ]  # fmt: skip
+
+
+EXTRAS = ("torch", "numpy", "transformers", "safetensors", "tokenizers", "huggingface_hub", "obstore", "model_signing")
+
+
+def test_help_of_every_command_needs_no_extra():
+    source = (
+        "import sys\nfrom pipeline.cli.main import main\n"
+        f"for name in {EXTRAS!r}: sys.modules[name] = None\n"
+        f"for words in {sorted(commands())!r}: main([*words, '--help'], standalone_mode=False)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--json") >= len(commands())
 
 
 def test_commands_that_need_no_torch_import_none(work, tmp_path):
@@ -328,7 +438,7 @@ def test_progress_on_a_terminal_is_a_bar():
     """Lines stay above the bar, and the bar is gone at the end."""
     code = (
         "import time\nfrom pipeline.cli.console import Console\nc = Console()\nc.progress('shard', 1, 2)\n"
-        "time.sleep(0.5)\nc.say('package [x]')\n"
+        "time.sleep(0.5)\nc.log('package [x]')\n"
         "c.progress('shard', 2, 2)\nc.close()"
     )
     ours, theirs = os.openpty()
@@ -371,7 +481,7 @@ def test_a_share_of_no_start_is_an_error():
         (("publish", "out", "--to", "r", "--version", "a b"), 2, "'a b' cannot name a version"),
         (("publish", "out", "--to", "r", "--version", ""), 2, "'' cannot name a version"),
         (("bench", "out", "--prompts", "0"), 2, "0 is not in the range"),
-        (("cache", "gc", "--max-gib", "nan"), 2, "nan is no amount"),
+        (("cache", "gc", "--max-gib", "nan"), 2, "nan is not a number"),
         (("cache", "gc", "--max-gib", "-1"), 2, "not in the range"),
         (("gc", "nowhere"), 2, "nothing is published here"),
         (("pull", "r/small@latest", "/proc"), 2, "a mount point"),
@@ -400,10 +510,79 @@ def test_bad_input_is_one_clear_error(work, arguments, code, said):
     assert isinstance(result.exception, SystemExit)
 
 
+KEY = "ab" * 32
+
+
+@pytest.fixture
+def neuron_sdk(tmp_path, monkeypatch) -> dict[str, str]:
+    """Distributions of the Neuron SDK and its compiler on the path; returns the toolchain that they are."""
+    fake = TESTS / "fake_neuron"
+    packages = tmp_path / "packages"
+    for name in ("torch", "torch-xla"):
+        about = packages / f"{name.replace('-', '_')}-2.9.0.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.9.0\n")
+    for path in (fake, packages):
+        monkeypatch.syspath_prepend(str(path))
+    monkeypatch.setenv("PATH", os.pathsep.join([str(fake / "bin"), os.environ["PATH"]]))
+    return make_backend(NeuronSettings(name="neuron", target="trn2")).toolchain().as_dict()
+
+
+def share(folder: Path, toolchains: Sequence[dict[str, str]]) -> str:
+    """A shared cache with a graph of each toolchain."""
+    local = Cache(folder / "builder", "graphs")
+    for number, toolchain in enumerate(toolchains):
+        local.put(f"{number}{number}" * 32, b"graph", toolchain)
+    assert push_all(local, Remote(str(folder / "shared"), "write").open()) == len(toolchains)
+    return str(folder / "shared")
+
+
+def test_cache_pull_takes_the_graphs_of_every_installed_backend(work, neuron_sdk):
+    """It knew only inductor: on a machine with the Neuron SDK, it pulled nothing for it."""
+    inductor = make_backend(InductorSettings()).toolchain().as_dict()
+    url = share(work, [inductor, neuron_sdk, neuron_sdk | {"neuronx-cc": "1.0"}])
+    result = invoke("cache", "pull", url, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {
+        "pulled": 2,
+        "toolchains": [{"toolchain": inductor, "pulled": 1}, {"toolchain": neuron_sdk, "pulled": 1}],
+    }
+    assert Cache(work / "cache", "graphs").get("11" * 32).read_bytes() == b"graph"
+
+
+def test_cache_pull_of_one_backend_says_which_toolchain(work, neuron_sdk):
+    inductor = make_backend(InductorSettings()).toolchain().as_dict()
+    result = invoke("cache", "pull", share(work, [inductor, neuron_sdk]), "--backend", "neuron")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("neuron (torch 2.9.0, ")
+    assert ", neuronx-cc 2.24.8799.0): pulled 1 graphs from " in result.stdout
+    assert Cache(work / "cache", "graphs").get("00" * 32) is None
+
+
+def test_cache_pull_of_a_backend_that_is_not_installed(work):
+    result = invoke("cache", "pull", "shared", "--backend", "neuron")
+    assert result.exit_code == 3
+    assert "backend neuron: " in result.stderr
+    assert "fix: `tandem doctor --backend neuron` lists every problem" in result.stderr
+
+
+def test_cache_stats_and_gc_count_by_kind(work):
+    """Goldens and memos were counted as graphs."""
+    for kind, size in (("graphs", 1 << 20), ("goldens", 2 << 20)):
+        Cache(work / "cache", kind).put(KEY, b"x" * size)
+    counted = json.loads(invoke("cache", "stats", "--json").stdout)
+    assert (counted["entries"], counted["size_bytes"]) == (1, 1 << 20)
+    assert counted["kinds"]["goldens"] == {"entries": 1, "size_bytes": 2 << 20}
+    line = "1 graphs, 1.0 MiB; 0 memos, 0.0 MiB; 1 goldens, 2.0 MiB"
+    assert f"{line} in {work / 'cache'}" in invoke("cache", "stats").stdout
+    removed = invoke("cache", "gc", "--max-gib", "0").stdout
+    assert removed == f"removed {line}; 0 blobs and shards, 0.0 MiB\n"
+
+
 def test_ls_of_nothing_says_so(work):
     result = invoke("ls", "nowhere")
     assert (result.exit_code, result.stdout) == (0, "")
-    assert "nothing is published in nowhere" in result.stderr
+    assert "no releases in nowhere" in result.stderr
     assert not (work / "nowhere").exists()
 
 
@@ -422,7 +601,7 @@ def test_pull_and_verify_a_part(work):
 def test_stream_shows_every_character_once():
     text = "Hello wörld 🎉"
     data = text.encode()
-    stream = Stream(lambda tokens: bytes(tokens).decode(errors="replace"))
+    stream = StreamDecoder(lambda tokens: bytes(tokens).decode(errors="replace"))
     shown = [stream.push(list(data[i : i + 3])) for i in range(0, len(data) - 1, 3)]
     assert all("\ufffd" not in part for part in shown)
     cut = "".join(shown) + stream.rest()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
@@ -183,7 +184,7 @@ def test_kubernetes_arguments_are_options(manifests):
     for container, wanted in ((pod["initContainers"][0], "pull"), (pod["containers"][0], "serve")):
         command, *args = container["args"]
         assert command == wanted
-        main.commands[command].make_context(command, args)
+        main.get_command(click.Context(main), command).make_context(command, args)
     mounts = {one["name"]: one for one in pod["containers"][0]["volumeMounts"]}
     assert mounts["models"]["readOnly"] is True
     policy = manifests["ConfigMap"]["data"]["policy.yaml"]

@@ -1,0 +1,62 @@
+"""Commands on aliases of releases: alias set, list, history, rollback."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from pipeline.cli.console import print_result
+from pipeline.cli.groups import Group
+from pipeline.cli.options import as_json
+from pipeline.registry.releases import history, parse_reference, roll_back, set_alias
+from pipeline.stores.base import open_store
+
+
+@click.group(cls=Group)
+def alias() -> None:
+    """Set, list and roll back aliases of releases."""
+
+
+@alias.command("set")
+@click.argument("reference")
+@click.argument("alias_name")
+@as_json
+def alias_set(reference: str, alias_name: str, json_: bool) -> None:
+    """Set ALIAS_NAME to a release. REFERENCE is REGISTRY/NAME@VERSION-or-ALIAS."""
+    ref = parse_reference(reference)
+    release = f"{ref.name}@{ref.wanted}"
+    set_alias(ref.url, release, alias_name)
+    print_result({"alias": alias_name, "release": release}, f"{alias_name} -> {release}", as_json=json_)
+
+
+@alias.command("list")
+@click.argument("reference")
+@as_json
+def alias_list(reference: str, json_: bool) -> None:
+    """List the aliases of REGISTRY/NAME with their releases."""
+    ref = parse_reference(reference)
+    aliases = open_store(ref.url).aliases(ref.name)
+    lines = (f"{name} -> {version or 'damaged; set it again'}" for name, version in aliases.items())
+    print_result(aliases, "\n".join(lines), as_json=json_)
+
+
+@alias.command("history")
+@click.argument("reference")
+@as_json
+def alias_history(reference: str, json_: bool) -> None:
+    """List the releases that REGISTRY/NAME@ALIAS has pointed at, newest first."""
+    ref = parse_reference(reference)
+    moves = history(ref.url, ref.name, ref.wanted).moves
+    lines = (f"{move.version}  {move.when}  {move.who}".rstrip() for move in moves)
+    print_result([asdict(move) for move in moves], "\n".join(lines), as_json=json_)
+
+
+@alias.command("rollback")
+@click.argument("reference")
+@as_json
+def alias_rollback(reference: str, json_: bool) -> None:
+    """Set REGISTRY/NAME@ALIAS back to the release before."""
+    ref = parse_reference(reference)
+    before, now = roll_back(ref.url, ref.name, ref.wanted)
+    print_result({"alias": ref.wanted, "from": before, "to": now}, f"{ref.wanted}: {before} -> {now}", as_json=json_)

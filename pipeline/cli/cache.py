@@ -1,0 +1,165 @@
+"""Commands on the cache of compiled graphs, local and shared: cache push, pull, stats, gc."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cache.collect import DAY_S, collect, entry_stats, folder_sizes, remove_unused
+from pipeline.cache.local import Cache, Kind, Stats, default_root
+from pipeline.cache.remote import Remote, RemoteCache, pull_all, push_all
+from pipeline.cli.console import MIB, Console, print_result
+from pipeline.cli.groups import Group
+from pipeline.cli.options import as_json
+from pipeline.errors import HostError
+
+if TYPE_CHECKING:
+    from pipeline.recipe.schema import BackendSettings
+
+GIB = 1 << 30
+
+shared = click.argument("url", envvar="TANDEM_REMOTE_CACHE")
+remote_option = click.option("--remote", "url", help="URL of a shared cache (default: the local cache).")
+
+
+@click.group(cls=Group)
+def cache() -> None:
+    """Manage the local and the shared cache of compiled graphs."""
+
+
+@cache.command("push")
+@shared
+@as_json
+@click.pass_obj
+def cache_push(console: Console, url: str, json_: bool) -> None:
+    """Push compiled graphs to the shared cache at URL."""
+    count = push_all(Cache(default_root(), "graphs"), Remote(url, "write").open(console.log))
+    print_result({"pushed": count}, f"pushed {count} graphs to {url}", as_json=json_)
+
+
+@cache.command("pull")
+@shared
+@click.option("--backend", type=click.Choice(["inductor", "neuron"]),
+              help="Pull graphs of this backend only (default: every backend that is installed).")  # fmt: skip
+@as_json
+@click.pass_obj
+def cache_pull(console: Console, url: str, backend: str | None, json_: bool) -> None:
+    """Pull the graphs that this machine's toolchains can use from the shared cache at URL."""
+    local, remote = Cache(default_root(), "graphs"), Remote(url).open(console.log)
+    pulled = [(toolchain, pull_all(local, remote, toolchain)) for toolchain in _toolchains(backend)]
+    data = {
+        "pulled": sum(count for _, count in pulled),
+        "toolchains": [{"toolchain": toolchain, "pulled": count} for toolchain, count in pulled],
+    }
+    lines = [f"{_shown(toolchain)}: pulled {count} graphs from {url}" for toolchain, count in pulled]
+    print_result(data, "\n".join(lines), as_json=json_)
+
+
+def _toolchains(name: str | None) -> list[dict[str, str]]:
+    """Return the toolchains here whose graphs can be pulled: of backend `name`, or of every backend.
+
+    Raises:
+        HostError: none is installed.
+
+    """
+    from pipeline.recipe.schema import InductorSettings, NeuronSettings  # doubles the time of `cache stats`
+
+    # The chip is in a graph's flags, not in its toolchain.
+    known = (InductorSettings(), InductorSettings(device="cuda"), NeuronSettings(name="neuron", target="trn2"))
+    toolchains, faults = [], []
+    for settings in known:
+        if name in (None, settings.name):
+            try:
+                toolchains.append(_toolchain(settings))
+            except HostError as error:
+                faults.append(error)
+    if not toolchains:
+        raise faults[0]
+    return toolchains
+
+
+def _toolchain(settings: BackendSettings) -> dict[str, str]:
+    from pipeline.backends.base import make_backend  # doubles the time of `cache stats`
+
+    backend = make_backend(settings)
+    for problem in backend.preflight():
+        if problem.where != "environment":  # variables are no part of a toolchain
+            fix = f"`tandem doctor --backend {settings.name}` lists every problem"
+            raise HostError(problem.what, where=f"backend {settings.name}", fix=fix)
+    return backend.toolchain().as_dict()
+
+
+def _shown(toolchain: Mapping[str, str]) -> str:
+    """Return a toolchain in one line: the backend, then its versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in toolchain.items() if name != "backend")
+    return f"{toolchain['backend']} ({versions})"
+
+
+@cache.command()
+@remote_option
+@as_json
+def stats(url: str | None, json_: bool) -> None:
+    """Count entries and bytes by kind and, of the local cache, the bytes of every folder."""
+    kinds, place = _stored(url), url or default_root()
+    folders = {} if url else folder_sizes(default_root())
+    lines = [f"{_sizes(kinds)} in {place}"]
+    lines += [f"  {name:<10}{size / MIB:>12,.1f} MiB" for name, size in folders.items()]
+    print_result(_data(kinds) | {"root": place, "folders": folders}, "\n".join(lines), as_json=json_)
+
+
+def _limit(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):  # click's range accepts nan
+        raise click.BadParameter("nan is not a number")
+    return value
+
+
+LIMIT = click.FloatRange(0, 1e6)
+
+
+@cache.command("gc")
+@click.option(
+    "--max-gib", type=LIMIT, callback=_limit, required=True, help="Maximum size; the oldest entries are removed first."
+)
+@click.option("--max-days", type=LIMIT, callback=_limit,
+              help="Maximum age (local cache: days since the last use).")  # fmt: skip
+@remote_option
+@as_json
+def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: bool) -> None:
+    """Remove the oldest entries.
+
+    With --max-days, pulled blobs and weight shards that no artifact here is linked to are removed from the local cache
+    as well. Text from `tandem distill` and downloaded sources are never removed.
+    """
+    age_s = None if max_days is None else max_days * DAY_S
+    max_bytes = int(max_gib * GIB)
+    removed = _graphs(_open(url).gc(max_bytes, age_s)) if url else collect(default_root(), max_bytes, age_s)
+    unused = Stats(0, 0) if url or age_s is None else remove_unused(default_root(), age_s)
+    more = f"{unused.entries} blobs and shards, {unused.size_bytes / MIB:,.1f} MiB"
+    line = f"removed {_sizes(removed)}; {more}"
+    print_result(_data(removed) | {"unused": asdict(unused)}, line, as_json=json_)
+
+
+def _open(url: str) -> RemoteCache:
+    return Remote(url, "write").open()
+
+
+def _stored(url: str | None) -> Mapping[Kind, Stats]:
+    return _graphs(_open(url).stats()) if url else entry_stats(default_root())
+
+
+def _graphs(stats: Stats) -> dict[Kind, Stats]:
+    """Return the counts of a shared cache, which has only graphs, by kind."""
+    return {"graphs": stats}
+
+
+def _sizes(kinds: Mapping[Kind, Stats]) -> str:
+    return "; ".join(f"{stats.entries} {kind}, {stats.size_bytes / MIB:,.1f} MiB" for kind, stats in kinds.items())
+
+
+def _data(kinds: Mapping[Kind, Stats]) -> dict[str, Any]:
+    """Return the counts of graphs, then those of every kind."""
+    return asdict(kinds["graphs"]) | {"kinds": {kind: asdict(stats) for kind, stats in kinds.items()}}

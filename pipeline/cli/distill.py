@@ -1,0 +1,139 @@
+"""The command that trains a draft: distill. It imports torch when it is called, not for `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli.console import Console, print_json
+from pipeline.cli.groups import Command
+from pipeline.cli.options import as_json, collected
+from pipeline.cli.paths import recipe_path
+from pipeline.errors import InputError
+from pipeline.models.draft_kind import DraftMethod
+from pipeline.progress import Log
+from pipeline.recipe import load
+
+if TYPE_CHECKING:
+    from pipeline.distill.settings import DistillSettings
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """The options of `tandem distill`."""
+
+    recipe: str
+    out: Path | None
+    method: DraftMethod
+    layers: str | None
+    start: Path | None
+    start_share: float | None
+    tokens: int
+    steps: int
+    draft_vocab: int | None
+    objective: str
+    prompts: Path | None
+    transcripts: Path | None
+    text: tuple[Path, ...]
+    device: str
+    seed: int
+    json_: bool
+
+    def settings(self, log: Log) -> DistillSettings:
+        """Return the settings of the training.
+
+        Raises:
+            InputError: options that contradict each other, or a recipe that does not load.
+
+        """
+        from pipeline.distill.settings import START_SHARE, DistillSettings  # imports torch
+
+        if self.start is None and self.start_share is not None:
+            what = f"found {self.start_share} without --start"
+            raise InputError(what, where="--start-share", fix="name a draft: --start PATH")
+        path = recipe_path(self.recipe)
+        recipe = load(path)
+        return DistillSettings(
+            recipe=recipe, base=path.parent, out=self.out or path.parent / "drafts" / f"{recipe.name}-{self.method}",
+            tokens=self.tokens, steps=self.steps, draft_vocab=self.draft_vocab, seed=self.seed,
+            objective=self.objective, device=self.device, prompts=self.prompts, transcripts=self.transcripts,
+            text=self.text, method=self.method, layers=_numbers(self.layers), start=self.start,
+            start_share=START_SHARE if self.start_share is None else self.start_share, log=log,
+        )  # fmt: skip
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise InputError(f"found {text!r}", where="--layers", fix="write numbers, like 0,1,29") from error
+
+
+existing = click.Path(path_type=Path, exists=True)
+
+
+@click.command(cls=Command)
+@click.argument("recipe")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the draft (default: drafts/NAME-METHOD beside the recipe).",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["eagle3", "draft_model"]),
+    default="eagle3",
+    show_default=True,
+    help="eagle3: a head on the target's hidden states; draft_model: a model of some target layers.",
+)
+@click.option("--layers", help="Target layers that a draft model starts from, like 0,1,29 (default: first two, last).")
+@click.option("--start", type=existing, help="Folder of a draft to train further (default: none).")
+@click.option(
+    "--start-share",
+    type=click.FloatRange(0, 1),
+    help="Share of --start in the result; use less with more new text (default: 0.5).",
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to train on."
+)
+@click.option("--steps", type=click.IntRange(1), default=4000, show_default=True, help="Training steps.")
+@click.option(
+    "--draft-vocab",
+    type=click.IntRange(32),
+    help="Size of the draft's vocabulary; with --start, its tokens are selected again (default: 7680, or the "
+    "vocabulary of --start).",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["distribution", "token"]),
+    default="distribution",
+    show_default=True,
+    help="Training objective: the target's distribution, or the token it chose.",
+)
+@click.option("--prompts", type=existing, help="JSON lines with prompt (default: the target writes prompts).")
+@click.option("--transcripts", type=existing, help="JSON lines with prompt and answer, written by the target earlier.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    multiple=True,
+    help="Folder of text from an earlier run with this target, to train on as well (may be repeated).",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the text and of the training.")
+@as_json
+@collected(DistillOptions)
+def distill(console: Console, options: DistillOptions) -> None:
+    """Train a draft for the target of RECIPE. After an interruption, the same command continues."""
+    from pipeline.distill.run import distill as train  # imports torch
+
+    settings = options.settings(console.log)
+    figures = train(settings)
+    if options.json_:
+        print_json(figures.model_dump(mode="json"))
+        return
+    for kind, per_step in figures.tokens_per_step.items():
+        click.echo(f"  {kind:<12} tokens per step (K=4): {per_step:.2f}")
+    click.echo(f"wrote {settings.out}; a recipe uses it with draft.source and speculation.method: {settings.method}")

@@ -1,0 +1,82 @@
+"""The command that measures a pair: tune. It imports torch when it is called, not for `--help`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli.console import Console, print_json
+from pipeline.cli.groups import Command
+from pipeline.cli.options import as_json, collected
+from pipeline.cli.paths import ARTIFACTS, artifact_dir, recipe_path
+from pipeline.cli.trust import policy_of, policy_option
+from pipeline.files.atomic import write_atomic
+from pipeline.recipe import load
+from pipeline.validate.prompts import load_prompts, prompts_path
+
+if TYPE_CHECKING:
+    from pipeline.measure.tune import Tuning
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """The options of `tandem tune`."""
+
+    recipe: str
+    artifact: str | None
+    prompts_per_class: int
+    max_new_tokens: int
+    write: bool
+    policy_file: Path | None
+    json_: bool
+
+
+@click.command(cls=Command)
+@click.argument("recipe")
+@click.option("--artifact", help="Artifact to measure (default: artifacts/NAME).")
+@click.option(
+    "--prompts", "prompts_per_class", type=click.IntRange(1), default=4, show_default=True, help="Prompts per class."
+)
+@click.option("--max-new-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--write", is_flag=True, help="Write the best K, their step costs and the buckets to the recipe.")
+@policy_option
+@as_json
+@collected(TuneOptions)
+def tune(console: Console, options: TuneOptions) -> None:
+    """Measure which K and buckets are best for RECIPE. Its artifact must be built and run on this machine."""
+    from pipeline.measure.tune import curve, write_recipe  # these import torch
+    from pipeline.measure.tune import tune as measure
+    from pipeline.runtime.open import load as load_artifact
+
+    path = recipe_path(options.recipe)
+    recipe = load(path)
+    prompts = load_prompts(prompts_path(recipe.validate_.prompts, path.parent))
+    engine = load_artifact(artifact_dir(options.artifact or recipe.name), policy_of(options.policy_file))
+    tuning = measure(engine, prompts, options.prompts_per_class, options.max_new_tokens, console.log)
+    data = tuning.to_json()
+    pages = ARTIFACTS / "tuning"
+    pages.mkdir(parents=True, exist_ok=True)
+    write_atomic(pages / f"{recipe.name}.html", curve(tuning, recipe.name).encode())
+    write_atomic(pages / f"{recipe.name}.json", json.dumps(data, indent=2).encode())
+    if options.write:
+        write_recipe(path, tuning, paced=recipe.speculation.method == "eagle3")
+    if options.json_:
+        print_json(data)
+        return
+    _show(tuning)
+    advice = "written to the recipe; build it again" if options.write else "--write writes them to the recipe"
+    click.echo(f"draft_tokens: {data['draft_tokens']}, step_costs: {data['step_costs']} ({advice})")
+
+
+def _show(tuning: Tuning) -> None:
+    for k, cost in tuning.step_costs.items():
+        click.echo(f"  step cost (K={k}): {cost:.2f}x a decode step")
+    for kind, speeds in tuning.expected.items():
+        best = max(speeds, key=lambda k: speeds[k])
+        click.echo(f"  {kind:<12} speed-up: {speeds[best]:.2f}x with the best K={best}")
+    for name, (now, then) in tuning.padding.items():
+        click.echo(f"  {name} buckets {tuning.shapes[name]}: padding overhead: {then:.2f}x (now {now:.2f}x)")

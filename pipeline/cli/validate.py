@@ -1,0 +1,78 @@
+"""Commands of validation: validate, report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from pipeline.artifact.manifest import read, read_pair
+from pipeline.artifact.signing import check_artifact
+from pipeline.cli.console import Console, print_json
+from pipeline.cli.groups import Command
+from pipeline.cli.options import as_json, recipe_option
+from pipeline.cli.paths import RECIPES, artifact_dir
+from pipeline.cli.trust import policy_of, policy_option
+from pipeline.errors import InputError
+from pipeline.files.atomic import write_atomic
+from pipeline.validate.report import compare, summaries
+from pipeline.validate.report import schema as reports
+from pipeline.validate.report.schema import Report
+
+
+@click.command(cls=Command)
+@click.argument("artifact")
+@recipe_option
+@click.option("--on-device", is_flag=True, help="Fail unless run on the target accelerator.")
+@policy_option
+@as_json
+@click.pass_obj
+def validate(
+    console: Console, artifact: str, recipe_file: Path | None, on_device: bool, policy_file: Path | None, json_: bool
+) -> None:  # fmt: skip
+    """Run the validation gates on ARTIFACT again. The reports in it are replaced."""
+    from pipeline.validate.run import validate_artifact  # keeps torch out of `tandem report`
+
+    root = artifact_dir(artifact)
+    device = read(root).manifest.requires.get("device", "cpu")
+    if on_device and device == "cpu":
+        raise InputError("the artifact runs on a CPU", where=str(root), fix="leave out --on-device")
+    if (policy := policy_of(policy_file)) is not None:
+        check_artifact(root, policy)
+    validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.log)
+    if json_:
+        print_json(read_pair(root).manifest.validation)
+
+
+@click.command(cls=Command)
+@click.argument("artifacts", nargs=-1)
+@click.option("--schema", "schema_", is_flag=True, help="Print the JSON Schema of reports/parity.json.")
+@click.option("--out", type=click.Path(path_type=Path), help="File of the comparison page (default: compare.html).")
+@as_json
+def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: bool) -> None:
+    """Show one parity report, or compare two. A comparison says which changes exceed the noise."""
+    if schema_:
+        print_json(reports.schema())
+        return
+    if len(artifacts) not in (1, 2):
+        raise InputError(f"{len(artifacts)} artifacts", where="report", fix="give one, or two to compare")
+    first, *others = [reports.load(artifact_dir(name)) for name in artifacts]
+    if others:
+        _compare(first, others[0], out or Path("compare.html"), json_)
+    elif json_:
+        print_json(summaries.summary(first))
+    else:
+        click.echo(summaries.markdown(first), nl=False)
+
+
+def _compare(before: Report, after: Report, page: Path, json_: bool) -> None:
+    changes = compare.compare(before, after)
+    write_atomic(page, compare.render(before, after).encode())
+    if json_:
+        print_json([asdict(change) for change in changes])
+        return
+    for change in changes:
+        values = f"{summaries.show(change.before):>12}{summaries.show(change.after):>12}"
+        click.echo(f"{change.what:<44}{values}  {compare.judgement(change)}")
+    click.echo(f"wrote {page}")
