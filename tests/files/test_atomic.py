@@ -35,7 +35,7 @@ REPORT = """
     import sys
     from pathlib import Path
     from pipeline.errors import HostError
-    from pipeline.files import atomic_dir, write_atomic, check_space
+    from pipeline.files.atomic import atomic_dir, write_atomic, check_space
     def failing(act):
         try:
             act()
@@ -90,7 +90,7 @@ def test_write_atomic_beyond_file_size_limit(tmp_path):
     import resource
     from pathlib import Path
     from pipeline.errors import HostError
-    from pipeline.files import write_atomic
+    from pipeline.files.atomic import write_atomic
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     try:
         write_atomic(Path({str(tmp_path / "file")!r}), b"x" * 5000)
