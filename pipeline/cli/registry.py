@@ -65,7 +65,7 @@ def publish(
     version: str | None, key: Path | None, keyless: bool, unvalidated: bool, dry_run: bool, json_: bool,
 ) -> None:  # fmt: skip
     """Publish ARTIFACTS as an immutable release; several of one recipe (chips, ranks) become its variants."""
-    from pipeline.registry.publish import Place, listed_places, publish_all
+    from pipeline.registry.publish import Place, PublishOptions, listed_places, publish_all
 
     roots = [artifact_dir(name) for name in artifacts]
     listed = [Place(url) for url in urls] or listed_places(roots) or [Place(REGISTRY)]
@@ -73,10 +73,9 @@ def publish(
     if (key or keyless) and not dry_run:
         for root in roots:
             _sign(root, key)
-    outcomes = publish_all(
-        roots, places, version=version, sign=_signer(key) if key or keyless else None, unvalidated=unvalidated,
-        dry_run=dry_run, progress=console.transfer("publish"),
-    )  # fmt: skip
+    sign = _signer(key) if key or keyless else None
+    options = PublishOptions(version=version, sign=sign, unvalidated=unvalidated, dry_run=dry_run)
+    outcomes = publish_all(roots, places, options, console.transfer("publish"))
     if json_:
         print_json([_outcome_json(one) for one in outcomes])
     failed = [one.error for one in outcomes if one.error is not None]
@@ -120,10 +119,11 @@ def pull(
     offline: bool, identity: str | None, issuer: str | None, policy_file: Path | None, json_: bool,
 ) -> None:  # fmt: skip
     """Pull a release, REGISTRY/NAME@VERSION-or-ALIAS, into DIRECTORY, verified."""
+    from pipeline.registry.pull import Selection
     from pipeline.registry.pull import pull as fetch
 
     out = fetch(
-        reference, directory, only=_patterns(only), variant=variant,
+        reference, directory, select=Selection(_patterns(only), variant),
         policy=policy_of(policy_file, identity, issuer), offline=offline, progress=console.transfer("pull"),
     )  # fmt: skip
     _shown(json_, {"artifact": out}, str(out))
@@ -256,7 +256,8 @@ def alias() -> None:
 @as_json
 def alias_set(reference: str, alias_name: str, json_: bool) -> None:
     """Point ALIAS_NAME at a release, REGISTRY/NAME@VERSION-or-ALIAS."""
-    from pipeline.registry.releases import parse_reference, set_alias
+    from pipeline.registry.aliases import set_alias
+    from pipeline.registry.releases import parse_reference
 
     ref = parse_reference(reference)
     set_alias(ref.url, f"{ref.name}@{ref.wanted}", alias_name)
@@ -283,7 +284,8 @@ def alias_list(reference: str, json_: bool) -> None:
 @as_json
 def alias_history(reference: str, json_: bool) -> None:
     """Show where REGISTRY/NAME@ALIAS has pointed, the newest first."""
-    from pipeline.registry.releases import history, parse_reference
+    from pipeline.registry.aliases import history
+    from pipeline.registry.releases import parse_reference
 
     ref = parse_reference(reference)
     moves = history(ref.url, ref.name, ref.wanted).moves
@@ -296,7 +298,8 @@ def alias_history(reference: str, json_: bool) -> None:
 @as_json
 def alias_rollback(reference: str, json_: bool) -> None:
     """Point REGISTRY/NAME@ALIAS back at the release before."""
-    from pipeline.registry.releases import parse_reference, roll_back
+    from pipeline.registry.aliases import roll_back
+    from pipeline.registry.releases import parse_reference
 
     ref = parse_reference(reference)
     before, now = roll_back(ref.url, ref.name, ref.wanted)

@@ -366,8 +366,8 @@ def test_a_share_of_no_start_is_an_error():
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("publish", "out", "--to", "r", "--version", "a b"), 2, "'a b' cannot name a version"),
-        (("publish", "out", "--to", "r", "--version", ""), 2, "'' cannot name a version"),
+        (("publish", "out", "--to", "r", "--version", "a b"), 2, "malformed version: 'a b'"),
+        (("publish", "out", "--to", "r", "--version", ""), 2, "malformed version: ''"),
         (("bench", "out", "--prompts", "0"), 2, "0 is not in the range"),
         (("cache", "gc", "--max-gib", "nan"), 2, "nan is no amount"),
         (("cache", "gc", "--max-gib", "-1"), 2, "not in the range"),
@@ -375,7 +375,7 @@ def test_a_share_of_no_start_is_an_error():
         (("pull", "r/small@latest", "/proc"), 2, "a mount point"),
         (("pull", "r/small@latest", "/proc/nothing"), 3, "/proc/"),
         (("pull", "r/small@latest", "p", "--only", "weight"), 2, "no file matches weight/*"),
-        (("diff", "r/variants/small@1", "out", "--variant", "typo"), 2, "no variant 'typo'"),
+        (("diff", "r/variants/small@1", "out", "--variant", "typo"), 2, "unknown variant 'typo'"),
         (("inspect", "deep"), 2, "damaged manifest"),
         (("recipe", "check", "elsewhere.yaml"), 3, "registries of kind gs:// are not supported"),
         (("recipe", "check", "unprompted.yaml"), 2, "none.jsonl: cannot read prompts"),
