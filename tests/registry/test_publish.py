@@ -271,7 +271,7 @@ def test_set_alias_named_like_a_version(made, url):
 
 @pytest.mark.parametrize("alias", ["../x", "", ".hidden", "a/b", "a\0"])
 def test_publish_alias_must_be_plain(made, url, alias):
-    with pytest.raises(InputError, match="not a plain name"):
+    with pytest.raises(InputError, match="malformed name"):
         publish(made, url, [alias])
     assert not Path(url).exists()
 

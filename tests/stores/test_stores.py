@@ -309,7 +309,7 @@ def test_s3_denied_says_what_a_policy_lacks(made, s3_url, s3_server, monkeypatch
     with fault_proxy.before(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         proxy.faults = [fault_proxy.Fault(pattern, "403", 1000, body=denied)]
-        with pytest.raises(HostError, match=f"{s3_url}/.*these credentials may not {verb} this") as caught:
+        with pytest.raises(HostError, match=f"{s3_url}/.*these credentials do not allow `{verb}`") as caught:
             publish(made, s3_url)
     assert fix in caught.value.fix
 
