@@ -67,7 +67,7 @@ class HubStore:
         yield
 
     def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:
-        """Return the paths that main's head lacks, by sha256 (large files) or git's id (small files); small files first."""
+        """Return the paths that main's head lacks, by sha256 (large files) or git's id; small files first."""
         tree = self.hub.tree(self._repo(content.name), MAIN)
         large = {file.lfs.sha256 for file in tree.values() if file.lfs}
         order = sorted({entry.sha256: path for path, entry in files.items()}.values(), key=lambda p: files[p].size)

@@ -4,7 +4,7 @@ A fast path beside a store's own client: bytes go from the socket into the calle
 errors: a proxy, a response that is not the range or a broken connection gives None, and unusual responses are handed to
 the store's own client, which retries and explains.
 
-Not urllib3, which copies every piece: it is slower by a third with 16 threads and takes 1.6 times the CPU time, by
+Not urllib3, which copies every piece: it is 30% slower with 16 threads and takes 1.7 times the CPU time, by
 `python benchmarks/ranges.py`; see "HTTP range reads" in `docs/results.md`.
 """
 
