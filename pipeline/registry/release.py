@@ -17,7 +17,6 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.artifact.manifest import (
     AGAIN,
-    CACHE_KIND,
     MANIFEST,
     Artifact,
     FileEntry,
@@ -34,6 +33,7 @@ from pipeline.records import Record
 
 VERSION_LENGTH = 12
 INDEX_LIMIT = 100
+INDEX_KIND: Literal["variants"] = "variants"
 
 Variant = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 
@@ -51,7 +51,7 @@ class Index(Record):
     """A release of several variants."""
 
     schema_version: Literal[1] = 1
-    kind: Literal["variants"] = "variants"
+    kind: Literal["variants"] = INDEX_KIND
     name: Name
     version: Version
     created: str
@@ -166,7 +166,7 @@ def parse_document(data: bytes, where: str) -> Document:
         kind = json.loads(data).get("kind")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
-    if kind in (None, CACHE_KIND):
+    if kind != INDEX_KIND:
         return parse(data, where)
     try:
         return Index.model_validate_json(data)
