@@ -87,10 +87,10 @@ def test_publish_same_version_other_content(made, url):
     (made / "recipe.yaml").write_text("name: other\n")
     data = json.loads((made / MANIFEST).read_text())
     entry = {"sha256": small.digests(made)["recipe.yaml"], "size": 12}
-    data["files"]["recipe.yaml"], data["tensor"] = entry, 2
+    data["files"]["recipe.yaml"], data["pair"]["models"]["tp"] = entry, 2
     (made / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(
-        ArtifactError, match=r"other content: published \w{64}, yours \w{64}; different: tensor, recipe.yaml"
+        ArtifactError, match=r"other content: published \w{64}, yours \w{64}; different: pair.models.tp, recipe.yaml"
     ) as error:
         publish(made, url, ["latest"])
     assert "never changes" in error.value.fix

@@ -424,7 +424,8 @@ def test_choose_a_variant(original, tmp_path, host, chosen):
         ({"device": "neuron", "chip": "trn2"}, 8),
     ]):  # fmt: skip
         root = Path(shutil.copytree(original, tmp_path / str(number)))
-        data = json.loads((root / MANIFEST).read_text()) | {"requires": requires, "tensor": ranks}
+        data = json.loads((root / MANIFEST).read_text()) | {"requires": requires}
+        data["pair"]["models"]["tp"] = ranks
         (root / MANIFEST).write_text(json.dumps(data))
         artifacts.append(read(root))
     index = make_bundle(artifacts).document
@@ -442,7 +443,9 @@ def test_choose_never_guesses_ranks(original, tmp_path):
     artifacts = []
     for ranks in (1, 2):
         root = Path(shutil.copytree(original, tmp_path / str(ranks)))
-        (root / MANIFEST).write_text(json.dumps(json.loads((root / MANIFEST).read_text()) | {"tensor": ranks}))
+        data = json.loads((root / MANIFEST).read_text())
+        data["pair"]["models"]["tp"] = ranks
+        (root / MANIFEST).write_text(json.dumps(data))
         artifacts.append(read(root))
     index, host = make_bundle(artifacts).document, {"device": "cpu", "machine": "x86_64", "isa": "avx512"}
     with pytest.raises(InputError, match="2 variants run on this host"):

@@ -208,7 +208,8 @@ def test_variants(tmp_path, made, url):
     """Two targets in one release: the host's own is chosen, others by name, and what there is is listed."""
     second = Path(shutil.copytree(made, tmp_path / "trn2"))
     data = json.loads((second / MANIFEST).read_text())
-    data |= {"requires": {"device": "neuron", "chip": "trn2", "lnc": "2"}, "tensor": 8}
+    data |= {"requires": {"device": "neuron", "chip": "trn2", "lnc": "2"}}
+    data["pair"]["models"]["tp"] = 8
     (second / MANIFEST).write_text(json.dumps(data))
     release = publish([made, second], url, ["latest"], PublishOptions(version="1.0"))
     assert release.version == "1.0"
