@@ -1,7 +1,7 @@
-"""How an artifact came to be: SLSA provenance as an in-toto statement, and an SBOM of what built it.
+"""The provenance of a build: a SLSA predicate in an in-toto statement. The list of packages is `sbom.py`'s.
 
-Both are files of the artifact, so the manifest pins them and its signature covers them. They tell of one build and are
-not part of what the artifact is. Formats: slsa.dev/spec/v1.0/provenance, in-toto Statement v1, CycloneDX 1.6.
+Both are files of the artifact, so the manifest pins them and its signature covers them. They describe one build and
+are not part of the artifact's identity. Formats: slsa.dev/spec/v1.0/provenance, in-toto Statement v1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,6 @@ from pipeline import __version__
 PROVENANCE, SBOM = "provenance.json", "sbom.cdx.json"
 BUILD_TYPE = "urn:tandem:build:v1"
 LOCAL_BUILDER = "urn:tandem:builder:local"
-ROOTS = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy", "neuronx-cc", "neuronx-distributed",
-         "torch-neuronx", "pydantic", "ruamel.yaml", "click", "filelock", "rich")  # fmt: skip
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -77,49 +73,6 @@ def builder_of(provenance: Mapping[str, Any]) -> str:
         return str(provenance["predicate"]["runDetails"]["builder"]["id"])
     except (KeyError, TypeError):
         return ""
-
-
-def sbom(build: Build) -> dict[str, Any]:
-    """CycloneDX: the packages that are installed here among those that build artifacts, and the compilers."""
-    packages = sorted(_closure(ROOTS).items(), key=lambda item: item[0].lower())
-    compilers = {key: value for key, value in build.toolchain.items() if key in ("cxx", "neuronx-cc", "cuda")}
-    return {
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
-        "version": 1,
-        "metadata": {
-            "timestamp": build.created,
-            "component": {"type": "application", "name": "tandem", "version": __version__, "bom-ref": "tandem"},
-        },
-        "components": [
-            *(_component(found) for _, found in packages),
-            *({"type": "application", "name": k, "version": v, "bom-ref": k} for k, v in sorted(compilers.items())),
-        ],
-    }
-
-
-def _component(found: metadata.Distribution) -> dict[str, Any]:
-    name, version = found.metadata["Name"], found.version
-    purl = f"pkg:pypi/{name.lower().replace('_', '-')}@{version}"
-    return {"type": "library", "name": name, "version": version, "purl": purl, "bom-ref": purl}
-
-
-def _closure(roots: Iterable[str]) -> dict[str, metadata.Distribution]:
-    """Installed packages that these need, by name; extras are left out."""
-    found: dict[str, metadata.Distribution] = {}
-    left = list(roots)
-    while left:
-        name = left.pop()
-        try:
-            one = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue
-        key = re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower()
-        if key not in found:
-            found[key] = one
-            needs = (need for need in one.requires or () if "extra ==" not in need)
-            left += [match[0] for need in needs if (match := NAME.match(need))]
-    return found
 
 
 def _sources(inputs: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -9,7 +9,8 @@ import click
 from pipeline.cli.console import print_result
 from pipeline.cli.groups import Group
 from pipeline.cli.options import as_json
-from pipeline.registry.releases import history, parse_reference, roll_back, set_alias
+from pipeline.registry.aliases import history, roll_back, set_alias
+from pipeline.registry.releases import parse_reference
 from pipeline.stores.base import open_store
 
 

@@ -15,7 +15,7 @@ from pipeline.cli.console import MIB, Console, print_error, print_json, print_re
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import artifact_dir
-from pipeline.registry.publish import Outcome, Place, Sign, listed_places, publish_all
+from pipeline.registry.publish import Outcome, Place, PublishSettings, Sign, listed_places, publish_all
 
 REGISTRY = "artifacts/registry"
 
@@ -66,10 +66,11 @@ def publish(console: Console, options: PublishOptions) -> None:
     if options.signs and not options.dry_run:
         for root in roots:
             _sign(root, options.key)
-    outcomes = publish_all(
-        roots, places, version=options.version, sign=_signer(options.key) if options.signs else None,
-        unvalidated=options.unvalidated, dry_run=options.dry_run, progress=console.transfer("publish"),
+    settings = PublishSettings(
+        version=options.version, sign=_signer(options.key) if options.signs else None,
+        unvalidated=options.unvalidated, dry_run=options.dry_run,
     )  # fmt: skip
+    outcomes = publish_all(roots, places, settings, console.transfer("publish"))
     if options.json_:
         print_json([_data(outcome) for outcome in outcomes])
     else:

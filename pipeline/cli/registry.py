@@ -12,6 +12,7 @@ from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import file_patterns
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
+from pipeline.registry.pull import Selection
 from pipeline.registry.pull import pull as pull_release
 from pipeline.registry.releases import collect, list_releases
 
@@ -46,7 +47,7 @@ class PullOptions:
 def pull(console: Console, options: PullOptions) -> None:
     """Pull a release and verify it. REFERENCE is REGISTRY/NAME@VERSION-or-ALIAS."""
     out = pull_release(
-        options.reference, options.directory, only=file_patterns(options.only), variant=options.variant,
+        options.reference, options.directory, select=Selection(file_patterns(options.only), options.variant),
         policy=policy_of(options.policy_file, options.identity, options.issuer), offline=options.offline,
         progress=console.transfer("pull"),
     )  # fmt: skip

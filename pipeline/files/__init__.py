@@ -1,4 +1,4 @@
-"""How files are written: whole or not at all, durable, and large ones past the page cache. Knows nothing of contents.
+"""How files are written: atomically and durably, and large files past the page cache. Independent of their contents.
 
 Imports no torch. Every room may enter.
 """

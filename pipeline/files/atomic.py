@@ -1,7 +1,7 @@
-"""The one way files are written: temp in the same folder, fsync, rename; digests; path safety. Imports no torch.
+"""Atomic writes: temporary file in the same folder, fsync, rename; also digests and path safety. Imports no torch.
 
-A kill at any moment leaves the old file or the new one. Temp names carry host and process, so that what a killed writer
-left is swept by the next one. Waiting for other writers is not done here: see `Cache.lock`.
+A kill at any moment leaves the old file or the new one. Temporary names carry host and process, so that the next writer
+removes the files of a killed one. Does not wait for other writers: see `Cache.lock`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.errors import ArtifactError, HostError
 
 TEMP = ".tmp-"
 FOREIGN_AGE_S = 24 * 3600.0
-"""Temp names of another host, whose processes cannot be seen from here, are swept after a day."""
+"""Age at which temporary files of another host, whose processes are not visible here, are removed."""
 
 SYNCS = 8
 RENAME_NOREPLACE = 1
@@ -51,7 +51,7 @@ FIXES = {
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What pins a file's contents."""
+    """The digest and size that pin a file's contents."""
 
     sha256: str
     size: int
@@ -59,7 +59,7 @@ class FileDigest:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn full, read-only and forbidden disks into a `HostError` that names the place."""
+    """Turn errors of full, read-only and forbidden disks into a `HostError` that names the path."""
     try:
         yield
     except OSError as error:
@@ -73,18 +73,18 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes free on the disk of `path`, which need not exist yet."""
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    return shutil.disk_usage(there).free
+    """Return the free bytes on the disk of `path`, which need not exist yet."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def check_space(path: Path, needed_bytes: int) -> None:
-    """Refuse work that cannot fit, before it starts.
+    """Reject work that does not fit on the disk, before it starts.
 
     Raises:
-        HostError: names bytes needed and free.
+        HostError: too little space; names bytes needed and free.
 
     """
     free = free_bytes(path)
@@ -94,7 +94,7 @@ def check_space(path: Path, needed_bytes: int) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse work whose result could not be written, before it starts; makes the folder.
+    """Reject work whose result could not be written, before it starts; creates the folder.
 
     Raises:
         HostError: no space, read-only or forbidden.
@@ -106,7 +106,7 @@ def check_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears at `path` complete, or not at all.
+    """Open a file that appears at `path` complete or not at all.
 
     Raises:
         HostError: no space, read-only or forbidden.
@@ -120,13 +120,13 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file whole."""
+    """Write a small file atomically."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 def create_only(path: Path, data: bytes) -> bool:
-    """Write a file that must not be there yet; of several writers one gets True, and nobody sees half a file.
+    """Write a file that must not exist yet; of several writers exactly one gets True. Readers never see a partial file.
 
     Raises:
         HostError: no space, read-only or forbidden.
@@ -146,14 +146,14 @@ def create_only(path: Path, data: bytes) -> bool:
 
 @contextlib.contextmanager
 def atomic_dir(path: Path, *, replace: bool = True, aside: Path | None = None) -> Iterator[Path]:
-    """Build a folder aside; at the end it takes the place of `path`, exchanged in one step if one is there already.
+    """Build a folder under a temporary name, then move it to `path`, in one step even if `path` exists already.
 
-    Without `replace` nothing may be there. `aside` is where it is built: a folder on the same disk, for readers that
-    take every name beside `path` for their own.
+    Without `replace`, `path` must not exist. `aside` is the folder for the temporary name, on the same disk: for
+    readers that interpret every name beside `path`.
 
     Raises:
         HostError: no space, read-only or forbidden.
-        ArtifactError: something came to be at `path`, and may not be replaced.
+        ArtifactError: `path` was created by another process, and `replace` is False.
 
     """
     with disk_errors(path):
@@ -164,14 +164,14 @@ def atomic_dir(path: Path, *, replace: bool = True, aside: Path | None = None) -
         try:
             yield temp
             _sync_tree(temp)
-            (_take_place if replace else _take_free_place)(temp, path)
+            (_move_over if replace else _move_to_free)(temp, path)
             sync_folder(path.parent)
         finally:
-            remove(temp)  # what did not come to be, or what was replaced
+            remove(temp)  # the incomplete folder, or the replaced one
 
 
 def remove(path: Path) -> None:
-    """Remove a file, link or folder, if it is there."""
+    """Remove a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -179,32 +179,32 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in `folder`: temp names whose process is gone."""
-    for left in folder.glob(f"{TEMP}*"):
-        with contextlib.suppress(OSError):  # others sweep, too
-            if _abandoned(left):
-                remove(left)
+    """Remove the temporary files of killed writers in `folder`."""
+    for temp in folder.glob(f"{TEMP}*"):
+        with contextlib.suppress(OSError):  # other processes sweep, too
+            if _abandoned(temp):
+                remove(temp)
 
 
 @functools.cache
 def sweep_once(folder: Path) -> None:
-    """Sweep a folder the first time that this process writes there."""
+    """Sweep a folder before the first write of this process to it."""
     sweep(folder)
 
 
 def sha256_file(path: Path) -> str:
-    """Digest of a file, read in pieces."""
+    """Return the digest of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_file(path: Path) -> FileDigest:
-    """sha256 and size of a file."""
+    """Return the sha256 and size of a file."""
     return FileDigest(sha256_file(path), path.stat().st_size)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link the file that `source` leads to, or copy it where the disk does not allow links."""
+    """Hard-link the file that `source` resolves to, or copy it where the disk does not allow links."""
     real = source.resolve() if source.is_symlink() else source
     try:
         _link(real, target)
@@ -218,23 +218,23 @@ def link_or_copy(source: Path, target: Path) -> None:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except FileNotFoundError:  # seldom: of many files of a folder, the first
+    except FileNotFoundError:  # rare: only the first of the files of a folder
         target.parent.mkdir(parents=True, exist_ok=True)
         os.link(source, target)
 
 
 def safe_relative(path: str, where: str) -> PurePosixPath:
-    """A path of a manifest, known to stay inside its folder as long as no link is in it.
+    """Return a path of a manifest, which stays inside its folder as long as the folder has no links.
 
     Raises:
-        ArtifactError: absolute, empty, with `..`, a backslash or a control character.
+        ArtifactError: the path is absolute or empty, or has `..`, a backslash or a control character.
 
     """
     parts = PurePosixPath(path).parts
-    plain = path == "/".join(parts) and not path.startswith("/") and parts and ".." not in parts
-    odd = any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 or c == "\\" for c in path)  # and what no file system encodes
-    if not plain or odd:
-        what = f"path {path!r} leaves its folder or is not plain"
+    relative = path == "/".join(parts) and not path.startswith("/") and parts and ".." not in parts
+    unsafe = any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 or c == "\\" for c in path)  # surrogates cannot be encoded
+    if not relative or unsafe:
+        what = f"unsafe path: {path!r}"
         raise ArtifactError(what, where=where, fix="do not use this artifact")
     return PurePosixPath(path)
 
@@ -270,23 +270,23 @@ def _sync(path: Path) -> None:
 
 
 def _sync_tree(root: Path) -> None:
-    """Several at a time: a disk takes them together."""
+    """Sync several files at a time: a disk combines the requests."""
     files, folders = [], [root]
-    for folder in folders:  # grows on the way
+    for folder in folders:  # grows in the loop
         with os.scandir(folder) as entries:
-            for one in entries:
-                if one.is_dir(follow_symlinks=False):
-                    folders.append(Path(one.path))
-                elif one.is_file(follow_symlinks=False):
-                    files.append(Path(one.path))
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+                elif entry.is_file(follow_symlinks=False):
+                    files.append(Path(entry.path))
     with ThreadPoolExecutor(SYNCS, "sync") as pool:
         for paths in (files, folders):
             for _ in pool.map(_sync, paths):
                 pass
 
 
-def _take_place(temp: Path, path: Path) -> None:
-    """Rename onto `path`, whatever is there, even if it comes or goes meanwhile."""
+def _move_over(temp: Path, path: Path) -> None:
+    """Rename onto `path`, whether it exists or not, even if another process creates or removes it."""
     while True:
         try:
             if not os.path.lexists(path):
@@ -298,14 +298,15 @@ def _take_place(temp: Path, path: Path) -> None:
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or not temp.exists():
                 raise
             continue
-        old = temp_name(path)  # a disk without exchange: a kill between the two renames leaves no folder, not half
+        # A disk without exchange: a kill between the two renames leaves no folder, never a partial one.
+        old = temp_name(path)
         path.rename(old)
         temp.rename(path)
         remove(old)
         return
 
 
-def _take_free_place(temp: Path, path: Path) -> None:
+def _move_to_free(temp: Path, path: Path) -> None:
     try:
         if not _rename(temp, path, RENAME_NOREPLACE):
             if path.exists():
@@ -314,12 +315,12 @@ def _take_free_place(temp: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
-        what = "something came to be here meanwhile, and is not replaced"
+        what = "destination was created by another process; not overwritten"
         raise ArtifactError(what, where=str(path), fix="run the same command again") from error
 
 
 def _rename(source: Path, target: Path, flags: int) -> bool:
-    """Linux's renameat2; False where this system or disk does not know it."""
+    """Call Linux's renameat2; returns False where the system or disk does not support it."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
@@ -332,8 +333,8 @@ def _rename(source: Path, target: Path, flags: int) -> bool:
 
 
 def temp_name(path: Path) -> Path:
-    """A name beside `path` that `sweep` removes once this process is gone."""
-    # The name is cut, since the whole must stay under 255 bytes.
+    """Return a name beside `path` that `sweep` removes once this process has ended."""
+    # The name is truncated, since the whole must stay under 255 bytes.
     return path.parent / f"{TEMP}{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name[:60]}"
 
 
@@ -357,5 +358,5 @@ def _running(pid: int) -> bool:
 
 @functools.cache
 def _host() -> str:
-    """Names this host, or this container: process numbers mean nothing elsewhere."""
+    """Return an id of this host or container, in which process numbers are valid."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]

@@ -1,6 +1,6 @@
-"""Large files written in order: past the page cache where the disk can, which saves a copy and everybody's memory.
+"""Large files written in order: past the page cache where the disk supports it, which saves a copy and memory.
 
-Knows nothing of what is written. Imports no torch.
+Independent of the contents. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import IO, Protocol
 
 FLUSH_BYTES = 64 << 20
 BLOCK_BYTES = 4096
-"""Where a direct write may begin: no disk has larger blocks."""
+"""Alignment of direct writes: no disk has larger blocks."""
 
 
 class Output(Protocol):
     """A file that is appended to."""
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append; `data` may change afterwards."""
+        """Append; the caller may change `data` afterwards."""
         ...
 
     def finish(self) -> None:
-        """Write what is held back. The file is complete, and may still have to be synced."""
+        """Write the buffered bytes. The file is complete afterwards, but not synced."""
         ...
 
 
 def open_output(file: IO[bytes], stage_bytes: int, *, direct: bool = True, aligned: bool = False) -> Output:
-    """What appends to a file, which must end at a whole block; direct writing takes `stage_bytes` of memory.
+    """Return an output that appends to a file whose size is whole blocks; direct writing takes `stage_bytes` of memory.
 
-    `aligned`: what is written lies at whole pages of memory, and all of it but the last piece is whole blocks.
+    `aligned` promises that the data starts at page boundaries of memory, and is whole blocks except for the last piece.
     """
     if direct and _set_direct(file, on=True):
         return _Direct(file, stage_bytes, aligned=aligned)
@@ -47,8 +47,8 @@ class _Cached:
         self._file.write(data)
         end = self._file.tell()
         if end - self._sent >= FLUSH_BYTES:
-            # Pages that are not on disk yet are not dropped by this: it starts writing them, so that the final fsync
-            # has little left to do.
+            # This does not drop pages that are not on disk yet: it starts writing them, so that the final fsync has
+            # little left to do.
             os.posix_fadvise(self._file.fileno(), self._sent, end - self._sent, os.POSIX_FADV_DONTNEED)
             self._sent = end
 
@@ -57,9 +57,9 @@ class _Cached:
 
 
 class _Direct:
-    """A file written past the page cache: a copy less, and nothing else is pushed out of memory.
+    """A file written past the page cache: one copy less, and other data stays in memory.
 
-    The disk takes whole blocks from aligned memory only, so other bytes are gathered in a stage; the last piece goes
+    The disk accepts only whole blocks from aligned memory, so other bytes are collected in a stage; the last piece goes
     through the cache.
     """
 
@@ -92,7 +92,7 @@ class _Direct:
 
 
 def _set_direct(file: IO[bytes], *, on: bool) -> bool:
-    """Switch direct writing; False where the file system has none."""
+    """Switch direct writing on or off; returns False where the file system does not support it."""
     flags = fcntl.fcntl(file, fcntl.F_GETFL)
     try:
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)

@@ -1,7 +1,7 @@
 """The local store of blobs that pulled artifacts are linked from: fetched in parallel parts, checked as they stream.
 
-Parts arrive in any order and are written in order, so a partial file is always a beginning of its blob: a killed pull
-is continued at its size, whatever byte that is. What waits in memory is bounded, whatever the blobs' sizes.
+Parts arrive in any order and are written in order, so a partial file is always a prefix of its blob: a killed pull
+continues at the file's size. Memory is bounded independently of the blobs' sizes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ WRITERS = 6
 READERS = 16
 PART_BYTES = 8 << 20
 AHEAD = 3
-"""Parts of one blob on their way at a time. WRITERS * (AHEAD + 1) * PART_BYTES is all that a pull holds in memory."""
+"""Parts of a blob that are read ahead. A pull holds WRITERS * (AHEAD + 1) * PART_BYTES in memory."""
 CHUNK_BYTES = 1 << 20
 TRIES = 6
 GIVE_UP_S = 90.0
-"""No new try after this: some clients try again for a minute themselves."""
+"""No new attempt after this: some clients retry for a minute themselves."""
 SHORT_TRIES = 3
-"""Of answers that end early without an error: a blob that was cut in the registry does not grow."""
+"""Attempts after responses that end early without an error: a blob that was truncated in the registry does not grow."""
 FIRST_PAUSE_S = 0.2
 
 
@@ -76,9 +76,9 @@ class Origin:
 
 @dataclass(frozen=True)
 class _Job:
-    """One blob on its way here."""
+    """The fetch of one blob; without an origin, the blob must be in the local store."""
 
-    origin: Origin
+    origin: Origin | None
     path: str
     entry: FileEntry
     meter: _Meter
@@ -87,7 +87,7 @@ class _Job:
 
 
 class _Ring(threading.local):
-    """Memory for the parts that a thread's blob has on their way, and for the one that it writes."""
+    """A thread's memory for the parts that are read ahead, and for the part that is being written."""
 
     def __init__(self) -> None:
         self.parts = [memoryview(mmap.mmap(-1, PART_BYTES)) for _ in range(AHEAD + 1)]
@@ -107,90 +107,86 @@ class Blobs:
         return self.root / "sha256" / sha256[:2] / sha256
 
     def fetch_all(self, origin: Origin | None, files: Mapping[str, FileEntry], progress: ByteProgress) -> None:
-        """Have every blob here, checked, several at a time. The first failure stops the others.
+        """Store every blob locally, checked, several at a time; the first failure stops the others.
 
         Raises:
-            ArtifactError: names the file and both digests.
-            HostError: no space, or, without an origin, what is missing.
+            ArtifactError: a digest mismatch; names the file and both digests.
+            HostError: no space, or, without an origin, a missing blob.
 
         """
-        wanted = {entry.sha256: (path, entry) for path, entry in files.items()}
-        absent = [(path, entry) for path, entry in wanted.values() if not self.path(entry.sha256).is_file()]
+        named = {entry.sha256: (path, entry) for path, entry in files.items()}
+        absent = [(path, entry) for path, entry in named.values() if not self.path(entry.sha256).is_file()]
         if origin is None and absent:
-            what = f"{len(absent)} files are not here, for example {min(absent)[0]}"
-            raise HostError(what, where="offline", fix="pull this release once with a network")
+            what = f"{len(absent)} files are not in the local cache, for example {min(absent)[0]}"
+            raise HostError(what, where="offline", fix="pull this release once without --offline")
         check_space(self.root, sum(entry.size - _size(self._partial(entry)) for _, entry in absent))
-        meter = _Meter(progress, sum(entry.size for _, entry in wanted.values()))
+        meter = _Meter(progress, sum(entry.size for _, entry in named.values()))
         stopped = threading.Event()
         with ThreadPoolExecutor(READERS, "read") as readers, ThreadPoolExecutor(WRITERS, "pull") as writers:
-            order = sorted(wanted.values(), key=lambda one: -one[1].size)  # large ones first: they end last
-            running = [
-                writers.submit(self._have, origin, path, entry, meter, readers, stopped) for path, entry in order
-            ]
+            jobs = [_Job(origin, path, entry, meter, readers, stopped) for path, entry in named.values()]
+            jobs.sort(key=lambda job: -job.entry.size)  # large blobs first: they end last
             try:
-                for future in as_completed(running):
+                for future in as_completed([writers.submit(self._store, job) for job in jobs]):
                     future.result()
             except BaseException:
                 stopped.set()
                 writers.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _have(
-        self, origin: Origin | None, path: str, entry: FileEntry, meter: _Meter, readers: ThreadPoolExecutor,
-        stopped: threading.Event,
-    ) -> None:  # fmt: skip
-        place = self.path(entry.sha256)
+    def _store(self, job: _Job) -> None:
+        path, entry = self.path(job.entry.sha256), job.entry
         with self._locked(entry):
-            fault = difference(place, entry) if place.is_file() else "missing"
+            fault = difference(path, entry) if path.is_file() else "missing"
             if fault is None:
-                meter.add(entry.size)
-                with suppress(OSError):  # when it was used last, for `tandem cache gc`
-                    os.utime(place)
-            elif origin is None:
-                raise HostError(f"{path} is damaged here: {fault}", where=str(place), fix="pull it online")
+                job.meter.add(entry.size)
+                with suppress(OSError):  # the time of last use, for `tandem cache gc`
+                    os.utime(path)
+            elif job.origin is None:
+                what = f"{job.path} is damaged in the local cache: {fault}"
+                raise HostError(what, where=str(path), fix="pull this release without --offline")
             else:
-                self._fetch(_Job(origin, path, entry, meter, readers, stopped))
+                self._fetch(job, job.origin)
 
     @contextmanager
     def _locked(self, entry: FileEntry) -> Iterator[None]:
-        place, lock = self.path(entry.sha256), self.root / "locks" / f"{entry.sha256}.lock"
-        with disk_errors(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
+        path, lock = self.path(entry.sha256), self.root / "locks" / f"{entry.sha256}.lock"
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(lock):
                 yield
 
-    def _fetch(self, job: _Job) -> None:
-        """Continue where a killed pull stopped; if that does not match in the end, start over once."""
+    def _fetch(self, job: _Job, origin: Origin) -> None:
+        """Continue where a killed pull stopped; if the digest does not match in the end, start over once."""
         entry, partial = job.entry, self._partial(job.entry)
         resumed = _size(partial) > 0
-        found = _stream(job, partial)
-        if found != entry.sha256 and resumed:
+        sha256 = _stream(job, origin, partial)
+        if sha256 != entry.sha256 and resumed:
             job.meter.add(-min(_size(partial), entry.size))
             partial.unlink()
-            found = _stream(job, partial)
-        if found != entry.sha256:
+            sha256 = _stream(job, origin, partial)
+        if sha256 != entry.sha256:
             partial.unlink()
-            what = f"{job.path}: sha256 {found}, should be {entry.sha256}"
+            what = f"{job.path}: sha256 mismatch: expected {entry.sha256}, found {sha256}"
             raise ArtifactError(what, where="registry", fix="publish the artifact again")
         partial.replace(self.path(entry.sha256))
 
     def _partial(self, entry: FileEntry) -> Path:
-        """A fixed name, unlike a temp name, since the next pull continues it; the lock keeps it to one writer."""
+        """Return a fixed name, unlike a temp name: the next pull continues the file; the lock allows one writer."""
         return self.path(entry.sha256).with_suffix(".partial")
 
 
-def _stream(job: _Job, partial: Path) -> str:
-    """Append what `partial` lacks; returns the sha256 of the whole. Never writes more than the blob's size."""
+def _stream(job: _Job, origin: Origin, partial: Path) -> str:
+    """Append the missing bytes to `partial`; returns the file's sha256. Never writes more than the blob's size."""
     digest, entry = hashlib.sha256(), job.entry
     with partial.open("a+b") as file:
         size = file.tell()
         if size < entry.size:
             file.truncate(size - size % BLOCK_BYTES)
-        there = _digest_kept(file, digest)
-        job.meter.add(min(there, entry.size))
+        kept_bytes = _digest_kept(file, digest)
+        job.meter.add(min(kept_bytes, entry.size))
         output = open_output(file, BLOCK_BYTES, aligned=True)
-        for piece in _parts(job, there):
+        for piece in _parts(job, origin, kept_bytes):
             digest.update(piece)
             output.write(piece)
             job.meter.add(len(piece))
@@ -205,8 +201,8 @@ def _digest_kept(file: IO[bytes], digest: hashlib._Hash) -> int:
     return file.tell()
 
 
-def _parts(job: _Job, offset: int) -> Iterator[memoryview]:
-    """The blob's parts from `offset` on, in order, some read ahead, each in memory that a later one takes over."""
+def _parts(job: _Job, origin: Origin, offset: int) -> Iterator[memoryview]:
+    """Yield the blob's parts from `offset` on, in order, some read ahead; later parts reuse the memory."""
     starts = iter(range(offset, job.entry.size, PART_BYTES))
     memory, ahead = itertools.cycle(RING.parts), deque[Future[memoryview]]()
 
@@ -214,7 +210,7 @@ def _parts(job: _Job, offset: int) -> Iterator[memoryview]:
         start = next(starts, None)
         if start is not None:
             buffer = next(memory)[: job.entry.size - start]
-            ahead.append(job.readers.submit(_read, job, start, buffer))
+            ahead.append(job.readers.submit(_read, job, origin, start, buffer))
 
     for _ in range(AHEAD):
         read_ahead()
@@ -226,30 +222,30 @@ def _parts(job: _Job, offset: int) -> Iterator[memoryview]:
     finally:
         for future in ahead:
             future.cancel()
-        wait(ahead)  # one that runs would write into the memory of this thread's next blob
+        wait(ahead)  # a running read would write into the memory of this thread's next blob
 
 
-def _read(job: _Job, offset: int, buffer: memoryview) -> memoryview:
-    """One part, tried again after failures that may pass, with growing pauses; a short answer is one of them."""
-    pause, short, blob = FIRST_PAUSE_S, 0, job.origin.blob(job.path, job.entry)
+def _read(job: _Job, origin: Origin, offset: int, buffer: memoryview) -> memoryview:
+    """Return one part; transient failures and short responses are retried with growing pauses."""
+    pause, short, blob = FIRST_PAUSE_S, 0, origin.blob(job.path, job.entry)
     started = time.monotonic()
     for attempt in range(TRIES):
         if job.stopped.is_set():
             raise Interrupted("another file failed", where=job.path)
         try:
-            found = job.origin.store.read_blob(blob, offset, buffer)
+            count = origin.store.read_blob(blob, offset, buffer)
         except Interrupted:
             if attempt == TRIES - 1 or time.monotonic() - started > GIVE_UP_S:
                 raise
         else:
-            if found == len(buffer):
+            if count == len(buffer):
                 return buffer
             short += 1
             if short == SHORT_TRIES:
                 break
         job.stopped.wait(pause * (1 + random.random()))  # noqa: S311 - spreads the load
         pause *= 2
-    what = f"{job.path}: the registry sends fewer bytes than its {job.entry.size}"
+    what = f"{job.path}: truncated in the registry: fewer bytes than the expected {job.entry.size}"
     raise ArtifactError(what, where=blob.sha256, fix="publish the artifact again")
 
 

@@ -20,14 +20,14 @@ TAGS = ("tandem", "speculative-decoding", "ahead-of-time")
 
 
 def card(document: Document, manifests: Mapping[str, Manifest], root: Path) -> str:
-    """README.md of a release; the lock in the artifact at `root` names the models."""
+    """Return the README.md of a release; the lock in the artifact at `root` names the models."""
     front = to_text(_front(root)).strip()
-    pulled = f"```sh\ntandem pull REGISTRY/{document.name}@{document.version} somewhere/\n```"
-    return f"---\n{front}\n---\n\n{body(document, manifests)}\n\n## Use\n\n{pulled}\n"
+    command = f"```sh\ntandem pull REGISTRY/{document.name}@{document.version} DIRECTORY\n```"
+    return f"---\n{front}\n---\n\n{body(document, manifests)}\n\n## Use\n\n{command}\n"
 
 
 def body(document: Document, manifests: Mapping[str, Manifest]) -> str:
-    """The page without its front matter: also a CI job's summary, and a pull request's comment."""
+    """Return the page without its front matter: also a CI job's summary, and a pull request's comment."""
     parts = [f"# {document.name} {document.version}\n\n{INTRODUCTION}"]
     for variant, manifest in manifests.items():
         parts.append(f"\n## {variant or 'The artifact'}\n\n{_table(facts(manifest))}")
@@ -37,7 +37,7 @@ def body(document: Document, manifests: Mapping[str, Manifest]) -> str:
 
 
 def _front(root: Path) -> dict[str, Any]:
-    """The licence is that of the models: a Hub shows it through `base_model`."""
+    """Return the front matter; the licence is that of the models, which a Hub shows through `base_model`."""
     front = {"library_name": "tandem", "license": "other", "license_name": "that-of-the-base-models"}
     models = list(_hub_models(root / "recipe.lock"))
     return front | {"tags": list(TAGS)} | ({"base_model": models} if models else {})
@@ -55,7 +55,7 @@ def _hub_models(lock: Path) -> Iterator[str]:
 
 
 def facts(manifest: Manifest) -> dict[str, Any]:
-    """What an artifact is and needs, by the words of a page."""
+    """Return what an artifact is and needs, by the row labels of the page."""
     if isinstance(manifest, CacheManifest):
         return _cache_facts(manifest)
     built = _pair_facts(manifest) if isinstance(manifest, PairManifest) else {}
@@ -96,7 +96,7 @@ def _cache_facts(manifest: CacheManifest) -> dict[str, Any]:
 
 
 def _gates(validation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Numbers and verdicts of the validation summary, flat; lists are too long for a page."""
+    """Return numbers and verdicts of the validation summary as flat rows; lists are omitted."""
     rows: dict[str, Any] = {}
     for key, value in validation.items():
         name = f"{prefix}{key}".replace("_", " ")

@@ -27,18 +27,19 @@ from pipeline.artifact.manifest import (
     dump,
     parse,
 )
-from pipeline.artifact.verify import satisfies
+from pipeline.artifact.verify import ISA_ORDER, satisfies
 from pipeline.errors import ArtifactError, InputError
 from pipeline.records import Record
 
 VERSION_LENGTH = 12
 INDEX_LIMIT = 100
+INDEX_KIND: Literal["variants"] = "variants"
 
 Variant = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 
 
 class VariantEntry(Record):
-    """One variant: its manifest, and what choosing needs."""
+    """One variant: its manifest, and the facts by which a variant is chosen."""
 
     manifest: FileEntry
     content: str = Field(pattern="^[0-9a-f]{64}$")
@@ -50,7 +51,7 @@ class Index(Record):
     """A release of several variants."""
 
     schema_version: Literal[1] = 1
-    kind: Literal["variants"] = "variants"
+    kind: Literal["variants"] = INDEX_KIND
     name: Name
     version: Version
     created: str
@@ -59,7 +60,7 @@ class Index(Record):
 
 Document = Manifest | Index
 Fetch = Callable[[str, FileEntry], bytes]
-"""Brings a small file of a release, checked."""
+"""Returns a small file of a release, after its digest was checked."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,23 @@ class Bundle:
         if isinstance(self.document, Manifest):
             return dict(self.document.files)
         files = {f"{v}/{MANIFEST}": entry.manifest for v, entry in self.document.variants.items()}
-        return files | {f"{v}/{n}": e for v, one in self.artifacts.items() for n, e in one.manifest.files.items()}
+        inner = {variant: artifact.manifest.files for variant, artifact in self.artifacts.items()}
+        return files | {f"{v}/{name}": entry for v, entries in inner.items() for name, entry in entries.items()}
 
     @property
     def sources(self) -> dict[str, Path]:
         """Where each file lies."""
         single = isinstance(self.document, Manifest)
-        roots = {"" if single else f"{variant}/": one for variant, one in self.artifacts.items()}
-        inside = {f"{prefix}{n}": one.root / n for prefix, one in roots.items() for n in one.manifest.files}
-        return inside | {f"{prefix}{MANIFEST}": one.root / MANIFEST for prefix, one in roots.items() if prefix}
+        prefixed = {"" if single else f"{variant}/": artifact for variant, artifact in self.artifacts.items()}
+        inside = {f"{prefix}{n}": each.root / n for prefix, each in prefixed.items() for n in each.manifest.files}
+        return inside | {f"{prefix}{MANIFEST}": each.root / MANIFEST for prefix, each in prefixed.items() if prefix}
 
 
-def bundle(artifacts: Sequence[Artifact], version: str | None = None) -> Bundle:
-    """One release of these artifacts: one alone without a version of its own is published as it is.
+def make_bundle(artifacts: Sequence[Artifact], version: str | None = None) -> Bundle:
+    """Return one release of these artifacts; a single artifact without a chosen version becomes the release unchanged.
 
     Raises:
-        InputError: other names, two for the same chip and ranks, or no name for a version.
+        InputError: the names differ, two are for the same chip and ranks, or the version is malformed.
 
     """
     if version is not None:
@@ -105,16 +107,15 @@ def bundle(artifacts: Sequence[Artifact], version: str | None = None) -> Bundle:
         data = (artifacts[0].root / MANIFEST).read_bytes()  # as it is: a signature is over these bytes
         return Bundle(parse(data, str(artifacts[0].root)), data, {"": artifacts[0]})
     named: dict[str, Artifact] = {}
-    for one in artifacts:
-        key = variant_name(one.manifest)
-        if one.manifest.name != first.name or key in named:
-            what = f"{one.manifest.name} for {key} beside {first.name} for {', '.join(named)}"
-            raise InputError(
-                what, where=str(one.root), fix="publish variants of one recipe, one for each chip and ranks"
-            )
-        named[key] = one
-    entries = {key: _variant_entry(one) for key, one in sorted(named.items())}
-    created = max(one.manifest.created for one in artifacts)
+    for artifact in artifacts:
+        key = variant_name(artifact.manifest)
+        if artifact.manifest.name != first.name or key in named:
+            what = f"{artifact.manifest.name} for {key} beside {first.name} for {', '.join(named)}"
+            fix = "publish variants of one recipe, one for each chip and ranks"
+            raise InputError(what, where=str(artifact.root), fix=fix)
+        named[key] = artifact
+    entries = {key: _variant_entry(artifact) for key, artifact in sorted(named.items())}
+    created = max(artifact.manifest.created for artifact in artifacts)
     index = Index(name=first.name, version=version or "unversioned", created=created, variants=entries)
     if version is None:
         index = index.model_copy(update={"version": digest_of(index)[:VERSION_LENGTH]})
@@ -126,19 +127,19 @@ def _check_version(version: str) -> None:
         TypeAdapter(Version).validate_python(version)
     except ValidationError as error:
         fix = "up to 100 letters, digits and . _ + -, for example 1.0"
-        raise InputError(f"{version!r} cannot name a version", where="--version", fix=fix) from error
+        raise InputError(f"malformed version: {version!r}", where="--version", fix=fix) from error
 
 
 def _variant_entry(artifact: Artifact) -> VariantEntry:
     data = (artifact.root / MANIFEST).read_bytes()
     entry = FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-    found = artifact.manifest
-    content = content_digest(found)
-    return VariantEntry(manifest=entry, content=content, requires=found.requires, tensor=found.ranks)
+    manifest = artifact.manifest
+    content = content_digest(manifest)
+    return VariantEntry(manifest=entry, content=content, requires=manifest.requires, tensor=manifest.ranks)
 
 
 def variant_name(manifest: Manifest) -> str:
-    """What tells variants of one recipe apart: `cpu-avx2-tp1`, `trn2-lnc2-tp8`."""
+    """Return the name of an artifact among the variants of its recipe: `cpu-avx2-tp1`, `trn2-lnc2-tp8`."""
     requires = manifest.requires
     chip = requires.get("chip") or requires.get("device", "any")
     fine = [requires[key] for key in ("isa", "compute_capability") if key in requires]
@@ -147,7 +148,7 @@ def variant_name(manifest: Manifest) -> str:
 
 
 def digest_of(document: Document) -> str:
-    """sha256 of what a release is and does, whenever it was built."""
+    """Return the sha256 of what a release contains, whatever the time of its build."""
     if isinstance(document, Manifest):
         return content_digest(document)
     contents = {name: entry.content for name, entry in document.variants.items()}
@@ -155,7 +156,7 @@ def digest_of(document: Document) -> str:
 
 
 def parse_document(data: bytes, where: str) -> Document:
-    """The document of a release from its bytes.
+    """Parse the document of a release.
 
     Raises:
         ArtifactError: damaged, of another schema version, or with unsafe paths.
@@ -165,18 +166,18 @@ def parse_document(data: bytes, where: str) -> Document:
         kind = json.loads(data).get("kind")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
-    if kind != "variants":
+    if kind != INDEX_KIND:
         return parse(data, where)
     try:
         return Index.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{place}: {first['msg']}", where=where, fix=AGAIN) from error
+        key = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{key}: {first['msg']}", where=where, fix=AGAIN) from error
 
 
 def all_files(document: Document, fetch: Fetch, where: str) -> dict[str, FileEntry]:
-    """Every file that a published release reaches, by its path in the release."""
+    """Return every file that a published release refers to, by its path in the release."""
     if isinstance(document, Manifest):
         return dict(document.files)
     files = {}
@@ -184,41 +185,43 @@ def all_files(document: Document, fetch: Fetch, where: str) -> dict[str, FileEnt
         path = f"{name}/{MANIFEST}"
         files[path] = entry.manifest
         inner = parse(fetch(path, entry.manifest), f"{where}/{name}")
-        files |= {f"{name}/{path}": one for path, one in inner.files.items()}
+        files |= {f"{name}/{path}": inner_entry for path, inner_entry in inner.files.items()}
     return files
 
 
 def choose(index: Index, host: Mapping[str, str], wanted: str | None, where: str) -> str:
-    """The variant for a host, or the one that was asked for.
+    """Return the variant for a host, or the requested variant.
 
-    Of several that run here, accelerators come before CPUs, and larger instruction sets before smaller ones; a number
-    of ranks is never guessed.
+    Of several that run on the host, accelerators come before CPUs, and larger instruction sets before smaller ones.
+    The number of ranks is not chosen automatically.
 
     Raises:
-        InputError: none runs here, or several do; lists what there is.
+        InputError: no variant runs on the host, or several do; lists the variants.
 
     """
     listed = ", ".join(index.variants)
     if wanted is not None:
         if wanted not in index.variants:
-            raise InputError(f"no variant {wanted!r}", where=where, fix=f"variants of this release: {listed}")
+            raise InputError(f"unknown variant {wanted!r}", where=where, fix=f"accepted: {listed}")
         return wanted
-    fits = [n for n, e in index.variants.items() if all(satisfies(k, v, host.get(k)) for k, v in e.requires.items())]
+    fits = [name for name, entry in index.variants.items() if _runs_on(host, entry)]
     if not fits:
-        here = ", ".join(f"{key}={value}" for key, value in host.items())
-        fix = f"name one with --variant: {listed}"
-        raise InputError(f"no variant for this host ({here})", where=where, fix=fix)
+        facts = ", ".join(f"{key}={value}" for key, value in host.items())
+        fix = f"choose a variant with --variant: {listed}"
+        raise InputError(f"no variant for this host ({facts})", where=where, fix=fix)
     best = max(_rank(index.variants[name]) for name in fits)
     fits = [name for name in fits if _rank(index.variants[name]) == best]
     if len(fits) > 1:
-        fix = f"name one with --variant: {', '.join(fits)}"
+        fix = f"choose a variant with --variant: {', '.join(fits)}"
         raise InputError(f"{len(fits)} variants run on this host", where=where, fix=fix)
     return fits[0]
 
 
-def _rank(entry: VariantEntry) -> tuple[int, int, str]:
-    from pipeline.artifact.verify import ISA_ORDER
+def _runs_on(host: Mapping[str, str], entry: VariantEntry) -> bool:
+    return all(satisfies(key, value, host.get(key)) for key, value in entry.requires.items())
 
+
+def _rank(entry: VariantEntry) -> tuple[int, int, str]:
     isa = entry.requires.get("isa", "")
     known = ISA_ORDER.index(isa) if isa in ISA_ORDER else -1
     return (entry.requires.get("device") != "cpu", known, "")

@@ -1,11 +1,9 @@
-"""Looking after a registry: find, list, compare releases; move, follow and roll back aliases; collect the unused."""
+"""Releases of a registry: references to them, find, list, compare, remove unused blobs. Aliases: see `aliases.py`."""
 
 from __future__ import annotations
 
-import getpass
 import hashlib
-import os
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,7 @@ from pipeline.artifact.diff import diff
 from pipeline.artifact.manifest import FileEntry, Manifest, PairManifest, parse, read
 from pipeline.errors import ArtifactError, InputError
 from pipeline.registry.release import Document, all_files, choose, parse_document
-from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Move, Removed, Store, open_store
-
-SWAPS = 8
-"""Attempts at moving an alias while others move it, too."""
+from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Removed, Store, open_store
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Listed:
 
 
 def parse_reference(reference: str) -> Reference:
-    """Take a reference apart; without `@`, it means the alias `latest`.
+    """Parse a reference; one without `@` means the alias `latest`.
 
     Raises:
         InputError: it has no registry or no name.
@@ -60,166 +55,86 @@ def parse_reference(reference: str) -> Reference:
 
 
 def find_release(store: Store, name: str, wanted: str, url: str) -> tuple[str, bytes]:
-    """Version and document of a release, by version or alias. A version never yields to an alias.
+    """Return version and document of a release, by version or alias; a version takes precedence over an alias.
 
     Raises:
-        InputError: neither; names what is published.
-        ArtifactError: a damaged alias.
+        InputError: no such version or alias; lists those that exist.
+        ArtifactError: the alias is damaged.
 
     """
     version = wanted
     data = store.read_release(name, version) if wanted else None
     if data is None and wanted and (alias := store.read_alias(name, wanted)):
-        version = _points_at(alias, wanted, f"{url}/{name}")
+        version = target_of(alias, wanted, f"{url}/{name}")
         data = store.read_release(name, version)
     if data is None:
         known = ", ".join([*store.versions(name), *store.aliases(name)]) or "nothing"
-        what = f"no version or alias {wanted!r} of {name!r}"
-        raise InputError(what, where=url, fix=f"published here under {name!r}: {known}")
+        what = f"{name!r} has no version or alias {wanted!r}"
+        raise InputError(what, where=url, fix=f"versions and aliases of {name!r}: {known}")
     return version, data
 
 
-def _points_at(alias: Alias, name: str, where: str) -> str:
+def target_of(alias: Alias, name: str, where: str) -> str:
+    """Return the version that an alias points at.
+
+    Raises:
+        ArtifactError: the alias is damaged.
+
+    """
     if not alias.version:
         raise ArtifactError(f"alias {name!r} is damaged", where=where, fix=f"tandem alias set {where}@VERSION {name}")
     return alias.version
 
 
 def read_small(store: Store, name: str, version: str, path: str, entry: FileEntry) -> bytes:
-    """A small file of a release, checked.
+    """Return a small file of a release, after its digest was checked.
 
     Raises:
-        ArtifactError: not what the release lists, or larger than any manifest.
+        ArtifactError: another digest than the release lists, or a size over the limit for manifests.
 
     """
     where = f"{name}@{version}: {path}"
     if entry.size > SMALL_BYTES:
-        raise ArtifactError(f"{entry.size:,} bytes is no manifest", where=where, fix="do not use this release")
+        what = f"manifest too large: {entry.size:,} bytes, limit {SMALL_BYTES:,}"
+        raise ArtifactError(what, where=where, fix="do not use this release")
     buffer = memoryview(bytearray(entry.size))
     data = bytes(buffer[: store.read_blob(Blob(name, version, path, entry.sha256, entry.size), 0, buffer)])
-    found = hashlib.sha256(data).hexdigest()
-    if found != entry.sha256:
-        what = f"sha256 {found}, should be {entry.sha256}"
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != entry.sha256:
+        what = f"sha256 mismatch: expected {entry.sha256}, found {sha256}"
         raise ArtifactError(what, where=where, fix="publish the release again")
     return data
 
 
 def list_releases(url: str, name: str | None = None) -> list[Listed]:
     """Releases of a registry, the newest first."""
-    store, found = open_store(url), []
-    for one in [name] if name else store.names():
-        pointers = store.aliases(one)
-        for version in store.versions(one):
-            data = store.read_release(one, version)
-            if data is not None:
-                aliases = tuple(alias for alias, points_at in pointers.items() if points_at == version)
-                found.append(_listed(store, one, version, parse_document(data, f"{url}/{one}@{version}"), aliases))
-    return sorted(found, key=lambda listed: listed.created, reverse=True)
+    store = open_store(url)
+    listed = [entry for each in ([name] if name else store.names()) for entry in _releases_of(store, each, url)]
+    return sorted(listed, key=lambda entry: entry.created, reverse=True)
 
 
-def _listed(store: Store, name: str, version: str, document: Document, aliases: tuple[str, ...]) -> Listed:
+def _releases_of(store: Store, name: str, url: str) -> Iterator[Listed]:
+    targets = store.aliases(name)
+    for version in store.versions(name):
+        data = store.read_release(name, version)
+        if data is not None:
+            aliases = tuple(alias for alias, target in targets.items() if target == version)
+            yield _listed(store, parse_document(data, f"{url}/{name}@{version}"), name, version, aliases)
+
+
+def _listed(store: Store, document: Document, name: str, version: str, aliases: tuple[str, ...]) -> Listed:
     files = all_files(document, lambda path, entry: read_small(store, name, version, path, entry), name)
     size = sum({entry.sha256: entry.size for entry in files.values()}.values())
     variants = () if isinstance(document, Manifest) else tuple(document.variants)
     return Listed(name, version, document.created, size, aliases, variants)
 
 
-def set_alias(url: str, release: str, alias: str) -> None:
-    """Point an alias at a published `name@version`, or at what another alias of the name points at.
-
-    Raises:
-        InputError: no such release, or the alias is named like one.
-
-    """
-    name, _, wanted = release.partition("@")
-    store = open_store(url)
-    version, _ = find_release(store, name, wanted, url)
-    check_alias(store, name, version, alias, url)
-    with store.publishing():
-        move_alias(store, name, alias, version, url)
-
-
-def check_alias(store: Store, name: str, version: str, alias: str, url: str) -> None:
-    """An alias named like a version could never be reached.
-
-    Raises:
-        InputError: it is.
-
-    """
-    if alias == version or store.read_release(name, alias) is not None:
-        raise InputError(f"alias {alias!r} is a version of {name}", where=url, fix="choose another name")
-
-
-def move_alias(store: Store, name: str, alias: str, version: str, url: str) -> None:
-    """Point an alias at a version, whoever else moves it; no move is lost.
-
-    Raises:
-        ArtifactError: others move it all the time.
-
-    """
-    for _ in range(SWAPS):
-        now = store.read_alias(name, alias)
-        if now is not None and now.version == version:
-            return
-        if store.swap_alias(name, alias, this_move(version), now):
-            return
-    raise ArtifactError(f"alias {alias!r} is being moved by others", where=f"{url}/{name}", fix="try again")
-
-
-def history(url: str, name: str, alias: str) -> Alias:
-    """Where an alias points, and its moves, the newest first.
-
-    Raises:
-        InputError: there is none; names what there is.
-        ArtifactError: it is damaged.
-
-    """
-    store = open_store(url)
-    found = store.read_alias(name, alias)
-    if found is None:
-        known = ", ".join(store.aliases(name)) or "none"
-        raise InputError(f"no alias {alias!r} of {name!r}", where=url, fix=f"aliases here: {known}")
-    _points_at(found, alias, f"{url}/{name}")
-    return found
-
-
-def roll_back(url: str, name: str, alias: str) -> tuple[str, str]:
-    """Point an alias back at the release before this one: versions from and to. Twice goes two releases back.
-
-    Raises:
-        InputError: there was none before, or it is gone.
-        ArtifactError: somebody moved the alias just now.
-
-    """
-    now = history(url, name, alias)
-    before = _before(now)
-    store = open_store(url)
-    if before is None or store.read_release(name, before) is None:
-        what = f"{alias!r} has pointed at {now.version} only" if before is None else f"{before} is not published"
-        raise InputError(what, where=f"{url}/{name}", fix=f"tandem alias set {url}/{name}@VERSION {alias}")
-    with store.publishing():
-        if not store.swap_alias(name, alias, this_move(before), now):
-            raise ArtifactError(f"alias {alias!r} was moved just now", where=f"{url}/{name}", fix="look, and try again")
-    return now.version, before
-
-
-def _before(now: Alias) -> str | None:
-    """The release before the one that an alias points at; rollbacks undo moves, as in a stack."""
-    stack: list[str] = []
-    for move in reversed(now.moves):
-        if len(stack) > 1 and stack[-2] == move.version:
-            stack.pop()
-        elif not stack or stack[-1] != move.version:
-            stack.append(move.version)
-    return stack[-2] if len(stack) > 1 else None
-
-
 def collect(url: str, *, dry_run: bool = False) -> Removed:
-    """Remove blobs that no release reaches: left by publishes that were killed. Releases and aliases stay.
+    """Remove blobs that no release refers to: left by publishes that were killed. Releases and aliases stay.
 
     Raises:
-        ArtifactError: a manifest cannot be read: nothing is removed, since what it reaches is not known.
-        HostError: somebody publishes all the time, or the registry keeps no loose blobs.
+        ArtifactError: a manifest cannot be read: nothing is removed, since the blobs of that release are unknown.
+        HostError: publishes do not end, or the registry keeps no loose blobs.
 
     """
     store = open_store(url)
@@ -233,7 +148,7 @@ def collect(url: str, *, dry_run: bool = False) -> Removed:
 
 
 def manifest_of(reference: str, variant: str | None = None) -> Manifest:
-    """The manifest of an artifact on disk, or of a release, which is not pulled for it.
+    """Return the manifest of an artifact on disk, or of a release, without pulling the release.
 
     Raises:
         InputError: neither, or no such variant.
@@ -253,29 +168,16 @@ def manifest_of(reference: str, variant: str | None = None) -> Manifest:
 
 
 def compare(first: Manifest, second: Manifest) -> dict[str, Any]:
-    """What differs between two releases: graphs by name and key, fields (shapes, toolchain, gates), files."""
-    a, b = (_keys(one) for one in (first, second))
+    """Return what differs between two releases: graphs by name and key, fields (shapes, toolchain, gates), files."""
+    old, new = _keys(first), _keys(second)
     graphs = {
-        "added": sorted(b.keys() - a.keys()),
-        "removed": sorted(a.keys() - b.keys()),
-        "recompiled": sorted(name for name in a.keys() & b.keys() if a[name] != b[name]),
+        "added": sorted(new.keys() - old.keys()),
+        "removed": sorted(old.keys() - new.keys()),
+        "recompiled": sorted(name for name in old.keys() & new.keys() if old[name] != new[name]),
     }
     return {"graphs": graphs, **diff(first, second)}
 
 
 def _keys(manifest: Manifest) -> dict[str, str]:
-    """Cache keys of a pair's graphs, by name."""
+    """Return the cache keys of a pair's graphs, by name; empty for other kinds."""
     return {graph.name: graph.key for graph in manifest.graphs} if isinstance(manifest, PairManifest) else {}
-
-
-def this_move(version: str) -> Move:
-    """A move of now, by whoever runs this."""
-    who = os.environ.get("GITHUB_ACTOR") or os.environ.get("USER") or _user()
-    return Move(version, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "".join(c for c in who if c.isprintable()))
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return "unknown"

@@ -26,6 +26,7 @@ from pipeline.artifact.manifest import (
     dump,
     read_pair,
 )
+from pipeline.artifact.sbom import sbom
 from pipeline.artifact.verify import check_replaceable
 from pipeline.cache.local import Cache
 from pipeline.errors import HostError
@@ -148,7 +149,7 @@ def _add_provenance(folder: Path, files: dict[str, FileEntry], origin: Origin, c
     build = provenance.Build(recipe.name, created, *digests, origin.backend, origin.flags, origin.toolchain, inputs)
     subjects = {name: entry.sha256 for name, entry in files.items()}
     _write_json(folder / provenance.PROVENANCE, provenance.statement(build, subjects))
-    _write_json(folder / provenance.SBOM, provenance.sbom(build))
+    _write_json(folder / provenance.SBOM, sbom(created, origin.toolchain))
     written = (provenance.PROVENANCE, provenance.SBOM)
     return files | {name: _entry(digest_file(folder / name)) for name in written}
 

@@ -18,6 +18,7 @@ from pipeline.artifact.manifest import MANIFEST, read
 from pipeline.errors import ArtifactError
 from pipeline.files.atomic import disk_errors, sha256_file, write_atomic
 from pipeline.progress import Log
+from pipeline.sources.kinds import current_revision, moving
 from pipeline.stages.settings import BuildSettings
 from pipeline.validate.prompts import prompts_path
 
@@ -94,10 +95,17 @@ def fingerprint(settings: BuildSettings) -> dict[str, Any]:
         "package": package.hexdigest(),
         "versions": {name: _version(name) for name in VERSIONED},
         "compiler": [cxx, shutil.which(cxx or "g++")],
+        "revisions": _revisions(settings),
         "files": sorted(_stamp_of(path) for path in _local_files(settings) if path.is_file()),
         "validate": settings.validate,
         "locked": settings.locked,
     }
+
+
+def _revisions(settings: BuildSettings) -> dict[str, str | None]:
+    """What each source that may move points at now; None where that cannot be told, for example without a network."""
+    sources = (settings.recipe.target.source, settings.recipe.draft.source)
+    return {source: current_revision(source) for source in sources if source and moving(source)}
 
 
 def _local_files(settings: BuildSettings) -> list[Path]:

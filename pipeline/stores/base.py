@@ -1,7 +1,7 @@
 """What a registry store is: blobs, releases that are created once, aliases that are compared and swapped.
 
-A store moves bytes; what a release means, and the order of writing, are `publish.py`'s and `pull.py`'s. Imports no
-client library: each store imports its own when it is used.
+A store moves bytes; the meaning of a release and the order of writing belong to `publish.py` and `pull.py`. Imports no
+client library: each store imports its own when it is opened.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ STORES: dict[str, str] = {
     "s3": "pipeline.stores.s3:open_s3",
     "hf": "pipeline.stores.hub:open_hub",
 }
-"""Scheme of a registry's URL -> what opens its store. A URL without a scheme is a folder."""
+"""Scheme of a registry's URL -> function that opens its store. A URL without a scheme is a folder."""
 
 Item = TypeVar("Item")
 
 SMALL_BYTES = 64 << 20
-"""No manifest, alias or signature is larger: a claim that it is must not fill the memory."""
+"""Limit for manifests, aliases and signatures, so that a wrong size in a registry cannot fill the memory."""
 
 Report = Callable[[int], None]
-"""Called with bytes that were moved just now, from any thread."""
+"""Called with the number of bytes that were just transferred, from any thread."""
 
 
 class Interrupted(HostError):  # noqa: N818 - it is a HostError
-    """A failure that may pass: a reset, a timeout, a server's 5xx, a body that ended early."""
+    """A transient failure: a reset, a timeout, a server's 5xx, a truncated body."""
 
 
 class Pinned(Protocol):
-    """What pins a file's contents."""
+    """The digest and size that pin a file's contents."""
 
     @property
     def sha256(self) -> str:
@@ -52,7 +52,7 @@ class Pinned(Protocol):
 
 @dataclass(frozen=True)
 class Blob:
-    """One file of a release. Where blobs are found by digest, the rest does not matter."""
+    """One file of a release. A store that finds blobs by digest ignores the other fields."""
 
     name: str
     version: str
@@ -72,7 +72,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class Content:
-    """All that a release is made of. `document` becomes its `manifest.json`, `card` a page for people."""
+    """The contents of a release. `document` becomes its `manifest.json`, `card` its README."""
 
     name: str
     version: str
@@ -85,7 +85,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Move:
-    """One step of an alias's history. The time is the mover's clock: for people, never for deciding."""
+    """One step of an alias's history. `when` is from the clock of the host that moved it: shown, never compared."""
 
     version: str
     when: str = ""
@@ -94,9 +94,9 @@ class Move:
 
 @dataclass(frozen=True)
 class Alias:
-    """The version an alias points at, the token that a swap must show, and its moves, the newest first.
+    """The version an alias points at, the token that a swap must present, and its moves, the newest first.
 
-    No version: its text is damaged, and can only be set again.
+    An empty version means that the alias's text is damaged and has to be set again.
     """
 
     version: str
@@ -114,77 +114,77 @@ class Removed:
 
 
 class Store(Protocol):
-    """One registry. Readers see a whole release or none: blobs go first, the manifest last."""
+    """One registry. Readers see a whole release or none: blobs are written first, the manifest last."""
 
     def publishing(self) -> AbstractContextManager[None]:
-        """Keep what is sent, or found to be there, from being collected while the block runs.
+        """Protect blobs that are sent, or already stored, from collection while the block runs.
 
         Raises:
-            HostError: the store cannot be written, or cannot keep the promises of a registry.
+            HostError: the store cannot be written, or lacks the guarantees that a registry needs.
 
         """
         ...
 
     def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:
-        """Of each blob among these files of a release that must be sent one path, small ones first."""
+        """Return one path for each blob among these files that the store lacks, small blobs first."""
         ...
 
     def send(self, content: Content, paths: Sequence[str], report: Report) -> None:
-        """Store the bytes of these files of a release, in parallel; nothing of it is visible yet."""
+        """Store the bytes of these files of a release, in parallel; readers do not see them yet."""
         ...
 
     def create_release(self, content: Content) -> bool:
-        """Create a release; False, and nothing that a reader sees changes, if there is one."""
+        """Create a release; returns False, and changes nothing that readers see, if it exists."""
         ...
 
     def read_release(self, name: str, version: str) -> bytes | None:
-        """A release's manifest, or None."""
+        """Return a release's manifest, or None."""
         ...
 
     def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:
-        """Signatures over a manifest of a release; `path` as in `Signature`. Nothing is known of their worth."""
+        """Return signatures over a manifest of a release, not verified; `path` as in `Signature`."""
         ...
 
     def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
-        """Fill the buffer from `offset` on; returns the bytes that came, fewer where the blob ends.
+        """Fill the buffer from `offset` on; returns the number of bytes, fewer where the blob ends.
 
-        Not checked: the reader knows what it asked for.
+        The digest is not checked here; the caller checks it.
 
         Raises:
-            ArtifactError: it is missing.
-            Interrupted: worth another try.
+            ArtifactError: the blob is missing.
+            Interrupted: a transient failure.
 
         """
         ...
 
     def names(self) -> list[str]:
-        """Names that have releases."""
+        """Return the names that have releases."""
         ...
 
     def versions(self, name: str) -> list[str]:
-        """Published versions of a name."""
+        """Return the published versions of a name."""
         ...
 
     def aliases(self, name: str) -> dict[str, str]:
-        """Aliases of a name and the versions they point at."""
+        """Return the aliases of a name and the versions they point at."""
         ...
 
     def read_alias(self, name: str, alias: str) -> Alias | None:
-        """Where an alias points, or None."""
+        """Return where an alias points, or None."""
         ...
 
     def swap_alias(self, name: str, alias: str, move: Move, was: Alias | None) -> bool:
-        """Point an alias elsewhere if it still is as it was read (None: not there); False if not."""
+        """Move an alias if it is still as it was read (`was`; None: absent); returns False if it is not."""
         ...
 
     def collect(self, reachable: Callable[[bytes], set[str]], *, dry_run: bool) -> Removed:
-        """Remove blobs that no release reaches; `reachable` tells the digests of a release's manifest."""
+        """Remove blobs that no release refers to; `reachable` returns the digests that a manifest refers to."""
         ...
 
 
 @dataclass(frozen=True)
 class Object:
-    """A small object, and the token that a swap of it must show."""
+    """A small object, and the token that a swap of it must present."""
 
     data: bytes
     token: str
@@ -192,7 +192,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Listing:
-    """An object as it is listed; `modified` is seconds by the store's own clock."""
+    """An entry of a listing; `modified` is seconds by the store's own clock."""
 
     key: str
     size: int
@@ -200,54 +200,54 @@ class Listing:
 
 
 class Bucket(Protocol):
-    """Objects by key: what a folder and an S3 bucket have in common."""
+    """Objects by key: the common interface of a folder and an S3 bucket."""
 
     where: str
 
     def check(self) -> None:
-        """Find out, once, whether create-only writes and swaps are honoured.
+        """Check, once, that create-only writes and swaps are honoured.
 
         Raises:
-            HostError: they are not, or nothing can be written.
+            HostError: they are not, or the bucket cannot be written.
 
         """
         ...
 
     def size(self, key: str) -> int | None:
-        """Size of an object, or None."""
+        """Return the size of an object, or None."""
         ...
 
     def upload(self, key: str, source: Path, sha256: str, parts: int) -> None:
-        """Store a file whole, or not at all, up to so many parts at a time; bytes of another digest are refused."""
+        """Store a file atomically, up to `parts` parts at a time; rejects bytes of another digest."""
         ...
 
     def read(self, key: str, offset: int, buffer: memoryview) -> int:
-        """Fill the buffer from `offset` on; the bytes that came. FileNotFoundError if there is no such object."""
+        """Fill the buffer from `offset` on; returns the number of bytes. FileNotFoundError if the object is absent."""
         ...
 
     def get(self, key: str) -> Object | None:
-        """A small object, or None."""
+        """Return a small object, or None."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a small object that must not be there yet; of several writers one gets True."""
+        """Write a small object that does not exist yet; of several writers exactly one gets True."""
         ...
 
     def swap(self, key: str, data: bytes, token: str | None) -> bool:
-        """Replace a small object if its token is still this one (None: it does not exist); False if not."""
+        """Replace a small object if its token is still `token` (None: it does not exist); returns False if not."""
         ...
 
     def list(self, prefix: str) -> Iterator[Listing]:
-        """Objects below `prefix/`."""
+        """Yield the objects below `prefix/`."""
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object, if it exists."""
         ...
 
 
 def in_parallel(threads: int, work: Callable[[Item], object], items: Iterable[Item]) -> None:
-    """Do work on several items at a time; the first failure stops what has not begun, and is raised."""
+    """Do work on several items at a time; the first failure cancels the items that have not begun, and is raised."""
     with ThreadPoolExecutor(threads, "send") as pool:
         running = [pool.submit(work, item) for item in items]
         done, left = wait(running, return_when=FIRST_EXCEPTION)
@@ -258,10 +258,10 @@ def in_parallel(threads: int, work: Callable[[Item], object], items: Iterable[It
 
 
 def open_store(url: str) -> Store:
-    """The store behind a registry's URL. Touches nothing.
+    """Return the store behind a registry's URL, without any request.
 
     Raises:
-        HostError: a kind that this version does not have, or whose client is not installed.
+        HostError: an unsupported kind of registry, or its client is not installed.
 
     """
     store: Store = _opener(url)
@@ -269,7 +269,7 @@ def open_store(url: str) -> Store:
 
 
 def open_bucket(url: str) -> Bucket:
-    """The bucket behind a URL, for what is not a registry: the shared cache of compiled graphs.
+    """Return the bucket behind a URL, for uses other than a registry: the shared cache of compiled graphs.
 
     Raises:
         HostError: as `open_store`, and for a Hub, which has repositories instead.
@@ -282,18 +282,18 @@ def open_bucket(url: str) -> Bucket:
 
 
 def scheme_of(url: str) -> tuple[str, str]:
-    """Kind of a registry, and the rest of its address.
+    """Return the kind of a registry, and the rest of its address.
 
     Raises:
-        HostError: a kind that this version does not have.
+        HostError: an unsupported kind of registry.
 
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "file", url
     if scheme not in STORES:
-        what = f"registries of kind {scheme}:// are not supported by this version"
-        accepted = ", ".join(f"{known}://..." for known in sorted(STORES))
+        what = f"unsupported kind of registry: {scheme}://"
+        accepted = ", ".join(f"{kind}://..." for kind in sorted(STORES))
         raise HostError(what, where=url, fix=f"accepted: a folder, {accepted}")
     return scheme, rest
 

@@ -1,4 +1,4 @@
-"""A registry in a folder: any disk that several machines share, if its renames are atomic and its locks work."""
+"""A registry in a folder: on any shared disk whose renames are atomic and whose locks work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 def open_folder(path: str) -> ObjectStore:
-    """The registry in a folder, which need not exist yet."""
+    """Return the registry in a folder, which need not exist yet."""
     return ObjectStore(FolderBucket(Path(path).expanduser()))
 
 
@@ -29,22 +29,22 @@ class FolderBucket:
         self.root, self.where = root, str(root)
 
     def check(self) -> None:
-        """A folder keeps its promises, or its writes fail."""
+        """Do nothing: a folder has these guarantees, and its writes fail if it is read-only."""
 
     def size(self, key: str) -> int | None:
-        """Size of a file, or None."""
+        """Return the size of a file, or None."""
         with contextlib.suppress(*ABSENT):
             return (self.root / key).stat().st_size
         return None
 
     def upload(self, key: str, source: Path, sha256: str, parts: int) -> None:  # noqa: ARG002 - a copy has one
-        """Copy a file in, checked on the way. A link would let later edits of the artifact reach the registry."""
+        """Copy a file in, with its digest checked. A link would let later edits of the artifact reach the registry."""
         with atomic_file(self.root / key) as out:
             for piece in checked_pieces(source, sha256, CHUNK_BYTES):
                 out.write(piece)
 
     def read(self, key: str, offset: int, buffer: memoryview) -> int:
-        """A part of a file."""
+        """Read a part of a file."""
         with (self.root / key).open("rb", buffering=0) as file:
             file.seek(offset)
             done = 0
@@ -53,7 +53,7 @@ class FolderBucket:
             return done
 
     def get(self, key: str) -> Object | None:
-        """A small file; its bytes are its token."""
+        """Return a small file; its bytes are its token."""
         with contextlib.suppress(*ABSENT):
             check_small((self.root / key).stat().st_size, str(self.root / key))
             data = (self.root / key).read_bytes()
@@ -61,32 +61,32 @@ class FolderBucket:
         return None
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a file that must not be there yet."""
+        """Write a file that must not exist yet."""
         return create_only(self.root / key, data)
 
     def swap(self, key: str, data: bytes, token: str | None) -> bool:
-        """Compare and swap under a lock file, which falls free when its holder dies."""
+        """Compare and swap under a lock file, which the system releases when its holder dies."""
         path = self.root / key
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_name(f".{path.name}.lock")):
-                now = self.get(key)
-                if (now.token if now else None) != token:
+                current = self.get(key)
+                if (current.token if current else None) != token:
                     return False
                 write_atomic(path, data)
                 return True
 
     def list(self, prefix: str) -> Iterator[Listing]:
-        """Files below a folder; temp and lock names are hidden."""
+        """Yield the files below a folder; temporary and lock names are left out."""
         for folder, _, names in os.walk(self.root / prefix):
             for name in sorted(names):
                 path = Path(folder) / name
                 if not name.startswith((".", TEMP)):
-                    with contextlib.suppress(*ABSENT):  # others remove, too
-                        found = path.stat()
-                        yield Listing(path.relative_to(self.root).as_posix(), found.st_size, found.st_mtime)
+                    with contextlib.suppress(*ABSENT):  # other processes remove files, too
+                        stat = path.stat()
+                        yield Listing(path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime)
 
     def delete(self, key: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         with disk_errors(self.root / key), contextlib.suppress(*ABSENT):
             (self.root / key).unlink()

@@ -2,8 +2,8 @@
 
 A name is a repository, a release a commit, a version a tag.
 An alias is a branch whose head holds the files of the release it points at, so the Hub's own clients can read it; its
-moves are its commits. Races are decided by the Hub: a tag is created once, a commit names the parent it was made for.
-Large files go through huggingface_hub's own path (Xet or LFS), which sends nothing that the repository has.
+moves are its commits. The Hub decides races: a tag is created once, and a commit names its expected parent.
+Large files go through huggingface_hub's own path (Xet or LFS), which sends no bytes that the repository has.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from pipeline.stores.hub_api import TRIES, Hub
 LOCATION = re.compile(r"(?P<org>[\w-][\w.-]*)(/(?P<name>[\w-][\w.-]*))?")
 MAIN = "main"
 TAG = "tandem"
-"""What our cards are tagged with."""
+"""Tag of every release's card, by which registries of an organisation are listed."""
 KEPT = (".gitattributes",)
 GROUP_BYTES = 256 << 20
 GROUP_FILES = 100
 GROUPS = UPLOADS = 4
-"""Groups on their way at a time, and files of each."""
+"""Groups that are uploaded at a time, and files of each."""
 RELEASE, POINT = "Release ", "Point {alias} at "
 Operation: TypeAlias = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 
 
 def open_hub(location: str) -> HubStore:
-    """The registry of an organisation or user. Asks nobody yet.
+    """Return the registry of an organisation or user, without any request.
 
     Raises:
-        InputError: not a name.
+        InputError: malformed name.
 
     """
     match = LOCATION.fullmatch(location)
     if match is None:
         fix = "write hf://org or hf://org/name; a release is hf://org/name@version"
-        raise InputError("not an organisation, user or repository", where=f"hf://{location}", fix=fix)
+        raise InputError("malformed organisation, user or repository", where=f"hf://{location}", fix=fix)
     return HubStore(match["org"], match["name"], Hub())
 
 
@@ -62,26 +62,26 @@ class HubStore:
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
-        """Nothing is collected on a Hub while a branch or tag reaches it."""
+        """Protect nothing: a Hub does not collect files that a branch or tag refers to."""
         self.added.clear()
         yield
 
     def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:
-        """Paths of what main's head lacks, by sha256 (large files) or git's id (small ones), small ones first."""
+        """Return the paths that main's head lacks, by sha256 (large files) or git's id; small files first."""
         tree = self.hub.tree(self._repo(content.name), MAIN)
-        large = {one.lfs.sha256 for one in tree.values() if one.lfs}
+        large = {file.lfs.sha256 for file in tree.values() if file.lfs}
         order = sorted({entry.sha256: path for path, entry in files.items()}.values(), key=lambda p: files[p].size)
         return [p for p in order if files[p].sha256 not in large and not self._same(tree.get(p), content, p)]
 
     def send(self, content: Content, paths: Sequence[str], report: Report) -> None:
-        """Create the repository if need be, and upload large files in groups. Small ones travel with the commit."""
+        """Create the repository if it is missing, and upload large files in groups. The commit brings small files."""
         repo = self._repo(content.name)
         with self.hub.explained(repo):
             self.hub.retried(lambda: self.hub.api.create_repo(repo, exist_ok=True))
             in_parallel(GROUPS, lambda group: self._upload(repo, content, group, report), _groups(paths, content.files))
 
     def create_release(self, content: Content) -> bool:
-        """Commit on main, for exactly the parent that was looked at; then the tag, which only one can create."""
+        """Commit on main with the parent that was read, then create the tag; only one process can create it."""
         repo = self._repo(content.name)
         with self.hub.explained(repo):
             self.hub.retried(lambda: self.hub.api.create_repo(repo, exist_ok=True))
@@ -92,50 +92,51 @@ class HubStore:
                 if commit is not None:
                     return self._tag(repo, content.version, commit)
                 time.sleep(0.2 * 2**attempt)
-        raise Interrupted("others commit to this repository all the time", where=self._where(repo), fix="try again")
+        what = "other processes keep committing to this repository"
+        raise Interrupted(what, where=self._where(repo), fix="try again")
 
     def read_release(self, name: str, version: str) -> bytes | None:
-        """`manifest.json` at the tag."""
+        """Return `manifest.json` at the tag."""
         commit = self._commit_of(name, version)
         return self.hub.read_small(self._repo(name), commit, "manifest.json") if commit else None
 
     def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:  # noqa: ARG002 - found by path
-        """The signature that was committed with the release."""
+        """Return the signature that was committed with the release."""
         commit = self._commit_of(name, version)
-        found = self.hub.read_small(self._repo(name), commit, path) if commit else None
-        return [found] if found is not None else []
+        signature = self.hub.read_small(self._repo(name), commit, path) if commit else None
+        return [signature] if signature is not None else []
 
     def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
-        """A range of a file at the release's commit."""
+        """Read a range of a file at the release's commit."""
         if not buffer:
             return 0
         commit = self._commit_of(blob.name, blob.version)
-        found = self.hub.read(self._repo(blob.name), commit or blob.version, blob.path, offset, buffer)
-        if found is None:
+        count = self.hub.read(self._repo(blob.name), commit or blob.version, blob.path, offset, buffer)
+        if count is None:
             what = f"{blob.path} is missing"
             raise ArtifactError(what, where=self._where(blob.name), fix="publish the release again")
-        return found
+        return count
 
     def names(self) -> list[str]:
-        """Repositories of the organisation that carry our tag."""
+        """Return the repositories of the organisation that carry our tag."""
         if self.only is not None:
             return [self.only]
         with self.hub.explained(self.org):
-            found = self.hub.api.list_models(author=self.org, filter=TAG)
-            return sorted(one.id.rpartition("/")[2] for one in found)
+            models = self.hub.api.list_models(author=self.org, filter=TAG)
+            return sorted(model.id.rpartition("/")[2] for model in models)
 
     def versions(self, name: str) -> list[str]:
-        """Tags."""
+        """Return the tags."""
         return sorted(self.hub.refs_or_none(self._repo(name))[1])
 
     def aliases(self, name: str) -> dict[str, str]:
-        """Branches other than main, and the releases that they hold."""
+        """Return the branches other than main, and the releases that they hold."""
         branches, _ = self.hub.refs_or_none(self._repo(name))
-        found = {alias: self.read_alias(name, alias) for alias in sorted(branches.keys() - {MAIN})}
-        return {alias: points.version for alias, points in found.items() if points is not None}
+        aliases = {branch: self.read_alias(name, branch) for branch in sorted(branches.keys() - {MAIN})}
+        return {branch: alias.version for branch, alias in aliases.items() if alias is not None}
 
     def read_alias(self, name: str, alias: str) -> Alias | None:
-        """Head of the branch, and the moves that its commits tell of."""
+        """Return the head of the branch, and the moves that its commits record."""
         head = self.hub.refs_or_none(self._repo(name))[0].get(alias) if alias != MAIN else None
         if head is None:
             return None
@@ -153,7 +154,7 @@ class HubStore:
         return Alias(moves[0].version, head, tuple(moves))
 
     def swap_alias(self, name: str, alias: str, move: Move, was: Alias | None) -> bool:
-        """Create the branch, or commit the release's files onto it, if its head is what was read."""
+        """Create the branch, or commit the release's files onto it, if its head has not changed since it was read."""
         repo, commit = self._repo(name), self._commit_of(name, move.version)
         if alias == MAIN or commit is None:
             raise InputError(f"alias {alias!r} cannot point at {move.version!r}", where=self._where(name))
@@ -163,7 +164,7 @@ class HubStore:
                     self.hub.api.create_branch(repo, branch=alias, revision=commit)
                     return True
                 operations = self._copies(name, commit, was.token)
-                if not operations:  # it points there already, unless somebody moved it
+                if not operations:  # it points there already, unless another process moved it
                     return self.hub.refs(repo)[0].get(alias) == was.token
                 title = POINT.format(alias=alias) + move.version
                 self.hub.api.create_commit(
@@ -176,22 +177,22 @@ class HubStore:
         return True
 
     def collect(self, reachable: Callable[[bytes], set[str]], *, dry_run: bool) -> Removed:  # noqa: ARG002
-        """Nothing: every blob is reached by a commit, and commits are the Hub's history."""
+        """Remove nothing: commits are the Hub's history, and every blob belongs to one."""
         return Removed(0, 0, sum(len(self.hub.tree(self._repo(name), MAIN)) for name in self.names()))
 
     def _upload(self, repo: str, content: Content, paths: Sequence[str], report: Report) -> None:
-        added = [self._add(content, path) for path in paths]
-        self.hub.retried(lambda: self.hub.api.preupload_lfs_files(repo, additions=added, num_threads=UPLOADS))
+        additions = [self._add(content, path) for path in paths]
+        self.hub.retried(lambda: self.hub.api.preupload_lfs_files(repo, additions=additions, num_threads=UPLOADS))
         report(sum(content.files[path].size for path in paths))
 
     def _commit_release(self, repo: str, content: Content) -> str | None:
-        """The commit that holds the release; None if somebody else committed meanwhile, or the Hub failed."""
+        """Return the commit that holds the release; None if another process committed first, or the Hub failed."""
         head = self.hub.refs(repo)[0].get(MAIN)
         operations = list(self._changes(content))
         if not operations and head:
             return head  # an earlier publish was killed before it could tag
         try:
-            made = self.hub.api.create_commit(
+            commit = self.hub.api.create_commit(
                 repo, operations, commit_message=f"{RELEASE}{content.version}", parent_commit=head, num_threads=UPLOADS
             )  # fmt: skip
         except errors.HfHubHTTPError as error:
@@ -201,13 +202,13 @@ class HubStore:
             raise
         except httpx.TransportError:
             return None
-        return str(made.oid)
+        return str(commit.oid)
 
     def _changes(self, content: Content) -> Iterator[Operation]:
-        """From main's head to the release: files that differ, texts, and what is not of this release any more."""
+        """Yield the operations from main's head to the release: changed files, texts, and removals."""
         tree = self.hub.tree(self._repo(content.name), MAIN)
         texts = {"manifest.json": content.document, "README.md": content.card.encode()}
-        texts |= {one.path: one.data for one in content.signatures}
+        texts |= {signature.path: signature.data for signature in content.signatures}
         for path in content.files:
             if not self._same(tree.get(path), content, path):
                 yield self._add(content, path)
@@ -218,31 +219,32 @@ class HubStore:
             yield CommitOperationDelete(path)
 
     def _copies(self, name: str, commit: str, head: str) -> list[Operation]:
-        """From an alias's head to a release, without sending a byte."""
+        """Return the operations from an alias's head to a release, which send no file contents."""
         new, old = self.hub.tree(self._repo(name), commit), self.hub.tree(self._repo(name), head)
-        changed = [p for p, one in new.items() if p not in old or old[p].blob_id != one.blob_id]
+        changed = [path for path, file in new.items() if path not in old or old[path].blob_id != file.blob_id]
         copies: list[Operation] = [CommitOperationCopy(path, path, src_revision=commit) for path in changed]
         return copies + [CommitOperationDelete(path) for path in old.keys() - new.keys()]
 
     def _add(self, content: Content, path: str) -> CommitOperationAdd:
-        """An addition whose digest need not be computed again; one that was uploaded stays so."""
+        """Return an addition with its known digest; an addition that was uploaded is used again."""
         entry = content.files[path]
         with self.lock:
-            found = self.added.get(path)
-            if found is None or found.upload_info.sha256.hex() != entry.sha256:
-                found = CommitOperationAdd(path, content.sources[path])
-                found.upload_info.sha256 = bytes.fromhex(entry.sha256)
-                self.added[path] = found
+            addition = self.added.get(path)
+            if addition is None or addition.upload_info.sha256.hex() != entry.sha256:
+                addition = CommitOperationAdd(path, content.sources[path])
+                addition.upload_info.sha256 = bytes.fromhex(entry.sha256)
+                self.added[path] = addition
         if content.sources[path].stat().st_size != entry.size:
-            raise ArtifactError("changed while it was published", where=str(content.sources[path]), fix="publish again")
-        return found
+            what = "file changed while it was published"
+            raise ArtifactError(what, where=str(content.sources[path]), fix="publish again")
+        return addition
 
-    def _same(self, there: RepoFile | None, content: Content, path: str) -> bool:
-        if there is None or there.size != content.files[path].size:
+    def _same(self, stored: RepoFile | None, content: Content, path: str) -> bool:
+        if stored is None or stored.size != content.files[path].size:
             return False
-        if there.lfs is not None:
-            return bool(there.lfs.sha256 == content.files[path].sha256)
-        return bool(there.blob_id == _git_id(content.sources[path].read_bytes()))
+        if stored.lfs is not None:
+            return bool(stored.lfs.sha256 == content.files[path].sha256)
+        return bool(stored.blob_id == _git_id(content.sources[path].read_bytes()))
 
     def _tag(self, repo: str, version: str, commit: str) -> bool:
         try:
@@ -250,16 +252,16 @@ class HubStore:
         except errors.HfHubHTTPError as error:
             if error.response.status_code != 409:
                 raise
-            return self.hub.refs(repo)[1].get(version) == commit  # ours, of a request that was tried again
+            return self.hub.refs(repo)[1].get(version) == commit  # ours, if a retried request met its first attempt
         return True
 
     def _commit_of(self, name: str, version: str) -> str | None:
-        """The commit of a version's tag, which does not move."""
+        """Return the commit of a version's tag, which does not move."""
         if (name, version) not in self.commits:
-            found = self.hub.refs_or_none(self._repo(name))[1].get(version)
-            if found is None:
+            commit = self.hub.refs_or_none(self._repo(name))[1].get(version)
+            if commit is None:
                 return None
-            self.commits[name, version] = found
+            self.commits[name, version] = commit
         return self.commits[name, version]
 
     def _repo(self, name: str) -> str:

@@ -1,9 +1,9 @@
 """Publishing and collecting at the same time, without a lock that a dead process would keep.
 
 A publisher writes a lease, then looks for a collection's mark; a collection writes its mark, then looks for leases. A
-store's writes are seen at once by all, so at least one of the two sees the other: the publisher takes its lease back
+store's writes are visible to all at once, so at least one of the two sees the other: the publisher withdraws its lease
 and waits, or the collection waits for the lease to end. Ages are differences between times that the store itself gave,
-never between clocks of hosts, so clocks may be wrong.
+never between clocks of hosts, so wrong clocks do no harm.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ COLLECTION_S = 1800.0
 DEAD_MARK_S = 2 * COLLECTION_S
 RENEW_S = 60.0
 VALID_S = 300.0
-"""A publisher that could not renew its lease for this long gives up. Far below what others take for dead."""
+"""A publisher that could not renew its lease for this long gives up: far below `DEAD_LEASE_S`."""
 DEAD_LEASE_S = 900.0
 PATIENCE_S = 120.0
 WAIT_S = 0.2
 
 
 class Lease:
-    """A publisher's claim, renewed by a thread: while it is held, no blob disappears."""
+    """A publisher's claim, renewed by a thread: while it is held, no blob is collected."""
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket, self.id = bucket, uuid.uuid4().hex
@@ -42,41 +42,41 @@ class Lease:
 
     @property
     def key(self) -> str:
-        """The object that is the lease now."""
+        """Return the key of the lease's current object."""
         return f"{LEASES}/{self.id}-{self.round}"
 
     def renew(self) -> None:
-        """A new object first, then the old one goes: there is one at any time."""
-        old, at = self.key, _clock()
+        """Write a new object, then delete the old one, so that one exists at any time."""
+        old, renewed = self.key, _clock()
         self.round += 1
         self.bucket.create(self.key, b"publish\n")
-        self.renewed = at
+        self.renewed = renewed
         self.bucket.delete(old)
 
     def check(self) -> None:
-        """Refuse to make visible what may not be there any more.
+        """Stop a publish whose blobs may have been collected.
 
         Raises:
             HostError: the lease was not renewed in time.
 
         """
         if _clock() - self.renewed > VALID_S:
-            what = f"this publish could not reach the registry for {VALID_S:.0f} s"
-            raise HostError(what, where=self.bucket.where, fix="publish again: what was sent is still there")
+            what = f"the registry was unreachable for {VALID_S:.0f} s during this publish"
+            raise HostError(what, where=self.bucket.where, fix="publish again: blobs that were sent are not sent twice")
 
     def keep(self) -> None:
         """Renew until it ends."""
         while not self.ended.wait(RENEW_S):
-            with contextlib.suppress(HostError):  # `check` tells, if it lasts
+            with contextlib.suppress(HostError):  # `check` raises if it lasts
                 self.renew()
 
 
 @contextlib.contextmanager
 def leased(bucket: Bucket) -> Iterator[Lease]:
-    """Hold a lease; waits for a collection that runs.
+    """Hold a lease; waits for a running collection.
 
     Raises:
-        HostError: it does not end.
+        HostError: the collection does not end.
 
     """
     lease = Lease(bucket)
@@ -85,7 +85,7 @@ def leased(bucket: Bucket) -> Iterator[Lease]:
         bucket.delete(lease.key)  # a collection waits for leases: without this, both would wait
         if time.monotonic() > deadline:
             fix = f"try again later; if no `tandem gc` runs, its mark is ignored after {DEAD_MARK_S / 60:.0f} minutes"
-            raise HostError("unused blobs are being collected here", where=bucket.where, fix=fix)
+            raise HostError("a collection of unused blobs is in progress", where=bucket.where, fix=fix)
         time.sleep(WAIT_S)
         lease.renew()
     keeper = threading.Thread(target=lease.keep, name="lease", daemon=True)
@@ -100,10 +100,10 @@ def leased(bucket: Bucket) -> Iterator[Lease]:
 
 @contextlib.contextmanager
 def collecting(bucket: Bucket) -> Iterator[Callable[[], bool]]:
-    """Hold the mark, once no publisher is left; yields what tells whether there is time left.
+    """Hold the mark, once no publish is in progress; yields a function that returns whether there is time left.
 
     Raises:
-        HostError: another collection runs, or somebody goes on publishing.
+        HostError: another collection runs, or a publish does not end.
 
     """
     mine = uuid.uuid4().hex.encode()
@@ -113,7 +113,7 @@ def collecting(bucket: Bucket) -> Iterator[Callable[[], bool]]:
     try:
         while _held(bucket):
             if _clock() - started > PATIENCE_S:
-                raise HostError("somebody publishes here", where=bucket.where, fix="collect again later")
+                raise HostError("a publish is in progress", where=bucket.where, fix="collect again later")
             time.sleep(WAIT_S)
         yield lambda: _clock() - started < COLLECTION_S
     finally:
@@ -121,39 +121,39 @@ def collecting(bucket: Bucket) -> Iterator[Callable[[], bool]]:
 
 
 def _replace_dead_mark(bucket: Bucket, mine: bytes) -> None:
-    beside = f"{MARKS}/{uuid.uuid4().hex}"
-    bucket.create(beside, b"now\n")  # what time it is by the store's clock
+    reference = f"{MARKS}/{uuid.uuid4().hex}"
+    bucket.create(reference, b"now\n")  # the present time by the store's clock
     try:
-        alive = _marked(bucket, beside)
+        alive = _marked(bucket, reference)
     finally:
-        bucket.delete(beside)
-    now = bucket.get(MARK)
-    if now is not None and now.data == mine:
-        return  # a request that was tried again met its own first try
-    if alive or not bucket.swap(MARK, mine, now.token if now else None):
-        raise HostError("another collection runs here", where=bucket.where, fix="wait for it to end")
+        bucket.delete(reference)
+    current = bucket.get(MARK)
+    if current is not None and current.data == mine:
+        return  # a retried request met its own first attempt
+    if alive or not bucket.swap(MARK, mine, current.token if current else None):
+        raise HostError("another collection is in progress", where=bucket.where, fix="wait for it to end")
 
 
 def _held(bucket: Bucket) -> bool:
-    """Whether a publisher that may be alive holds a lease; those of dead ones are removed."""
-    mark, found = _modified(bucket, MARKS).get(MARK), _modified(bucket, LEASES)
-    dead = [key for key, at in found.items() if mark is not None and mark - at > DEAD_LEASE_S]
+    """Return whether a publisher that may be alive holds a lease; removes the leases of dead publishers."""
+    mark, leases = _modified(bucket, MARKS).get(MARK), _modified(bucket, LEASES)
+    dead = [key for key, modified in leases.items() if mark is not None and mark - modified > DEAD_LEASE_S]
     for key in dead:
         bucket.delete(key)
-    return len(found) > len(dead)
+    return len(leases) > len(dead)
 
 
-def _marked(bucket: Bucket, beside: str) -> bool:
-    """Whether a collection that may be alive runs, by the age of its mark against an object of now."""
+def _marked(bucket: Bucket, reference: str) -> bool:
+    """Return whether a collection that may be alive runs: its mark is compared with the just written `reference`."""
     marks = _modified(bucket, MARKS)
-    now = (marks | _modified(bucket, LEASES)).get(beside)
+    now = (marks | _modified(bucket, LEASES)).get(reference)
     return MARK in marks and (now is None or now - marks[MARK] < DEAD_MARK_S)
 
 
 def _modified(bucket: Bucket, folder: str) -> dict[str, float]:
-    return {one.key: one.modified for one in bucket.list(folder)}
+    return {entry.key: entry.modified for entry in bucket.list(folder)}
 
 
 def _clock() -> float:
-    """Seconds, going on while the machine sleeps."""
+    """Return seconds of a clock that continues while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -3,7 +3,7 @@
     blobs/sha256/<2 hex>/<sha256>    releases/<name>/<version>/manifest.json    aliases/<name>/<alias>
     signatures/<sha256 of a manifest>/<sha256 of the signature>    leases/    collections/
 
-An alias is a text, its moves, the newest first: the first word of the first line is where it points.
+An alias is a text that lists its moves, the newest first: the first word of the first line is its version.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 PARALLEL = 8
 PARTS = 16
-"""Parts of all uploads together that are on their way: what a publish holds in memory."""
+"""Parts of all uploads together that a publish holds in memory."""
 HISTORY = 1000
-"""Moves that an alias remembers."""
+"""Moves that are kept of an alias."""
 
 
 class ObjectStore:
@@ -46,7 +46,7 @@ class ObjectStore:
                 self.lease = None
 
     def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:  # noqa: ARG002 - blobs are shared
-        """One path of each blob that is not stored with its size, small ones first."""
+        """Return one path of each blob that is not stored with its size, small blobs first."""
         paths = {entry.sha256: path for path, entry in files.items()}
         order = sorted(paths.values(), key=lambda path: files[path].size)
         with ThreadPoolExecutor(PARALLEL, "look") as pool:
@@ -54,7 +54,7 @@ class ObjectStore:
             return [path for path, size in zip(order, sizes, strict=True) if size != files[path].size]
 
     def send(self, content: Content, paths: Sequence[str], report: Report) -> None:
-        """Upload several at a time; the first failure stops what has not begun."""
+        """Upload several files at a time; the first failure cancels the uploads that have not begun."""
         parts = max(2, PARTS // min(PARALLEL, max(len(paths), 1)))
 
         def upload(path: str) -> None:
@@ -65,28 +65,29 @@ class ObjectStore:
         in_parallel(PARALLEL, upload, paths)
 
     def create_release(self, content: Content) -> bool:
-        """Signatures first, under the manifest's digest; then the manifest: the first writer wins."""
-        for one in content.signatures:
-            self.bucket.create(f"{_signatures(one.manifest_sha256)}/{_sha256(one.data)}", one.data)
+        """Write signatures first, under the manifest's digest, then the manifest: the first writer wins."""
+        for signature in content.signatures:
+            key = f"{_signatures(signature.manifest_sha256)}/{_sha256(signature.data)}"
+            self.bucket.create(key, signature.data)
         if self.lease is not None:
             self.lease.check()
         return self.bucket.create(_release(content.name, content.version), content.document)
 
     def read_release(self, name: str, version: str) -> bytes | None:
-        """A release's manifest, or None."""
-        found = self.bucket.get(_release(name, version))
-        return found.data if found else None
+        """Return a release's manifest, or None."""
+        manifest = self.bucket.get(_release(name, version))
+        return manifest.data if manifest else None
 
     def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:  # noqa: ARG002 - found by digest
-        """Signatures over a manifest."""
-        found = (self.bucket.get(one.key) for one in self.bucket.list(_signatures(manifest_sha256)))
-        return [one.data for one in found if one is not None]
+        """Return the signatures over a manifest."""
+        objects = (self.bucket.get(entry.key) for entry in self.bucket.list(_signatures(manifest_sha256)))
+        return [signature.data for signature in objects if signature is not None]
 
     def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
-        """A part of a blob.
+        """Read a part of a blob.
 
         Raises:
-            ArtifactError: it is missing.
+            ArtifactError: the blob is missing.
 
         """
         try:
@@ -96,68 +97,68 @@ class ObjectStore:
             raise ArtifactError(what, where=self.bucket.where, fix="publish the release again") from error
 
     def names(self) -> list[str]:
-        """Names that have releases."""
+        """Return the names that have releases."""
         return sorted({name for name, _ in self._releases("releases")})
 
     def versions(self, name: str) -> list[str]:
-        """Published versions of a name."""
+        """Return the published versions of a name."""
         return sorted(version for _, version in self._releases(f"releases/{_plain(name)}"))
 
     def aliases(self, name: str) -> dict[str, str]:
-        """Aliases of a name and the versions they point at."""
-        found = sorted(one.key.rpartition("/")[2] for one in self.bucket.list(f"aliases/{_plain(name)}"))
-        aliases = {alias: self.read_alias(name, alias) for alias in found}
-        return {alias: points.version for alias, points in aliases.items() if points is not None}
+        """Return the aliases of a name and the versions they point at."""
+        listed = sorted(entry.key.rpartition("/")[2] for entry in self.bucket.list(f"aliases/{_plain(name)}"))
+        aliases = {alias: self.read_alias(name, alias) for alias in listed}
+        return {key: alias.version for key, alias in aliases.items() if alias is not None}
 
     def read_alias(self, name: str, alias: str) -> Alias | None:
-        """Where an alias points, or None."""
-        found = self.bucket.get(_alias(name, alias))
-        if found is None:
+        """Return where an alias points, or None."""
+        stored = self.bucket.get(_alias(name, alias))
+        if stored is None:
             return None
-        lines = [line.split("\t") for line in found.data.decode(errors="replace").splitlines() if line.strip()]
+        lines = [line.split("\t") for line in stored.data.decode(errors="replace").splitlines() if line.strip()]
         moves = tuple(Move(*[*line, "", ""][:3]) for line in lines)
         if not moves or not NAME.fullmatch(moves[0].version):
-            return Alias("", found.token)
-        return Alias(moves[0].version, found.token, moves)
+            return Alias("", stored.token)
+        return Alias(moves[0].version, stored.token, moves)
 
     def swap_alias(self, name: str, alias: str, move: Move, was: Alias | None) -> bool:
-        """Replace the text of an alias, if it is as it was."""
+        """Replace the text of an alias, if it has not changed since it was read."""
         moves = (move, *(was.moves if was else ()))[:HISTORY]
-        text = "".join("\t".join((one.version, one.when, one.who)).rstrip("\t") + "\n" for one in moves)
+        text = "".join("\t".join((each.version, each.when, each.who)).rstrip("\t") + "\n" for each in moves)
         return self.bucket.swap(_alias(name, alias), text.encode(), was.token if was else None)
 
     def collect(self, reachable: Callable[[bytes], set[str]], *, dry_run: bool) -> Removed:
-        """Remove blobs that no release reaches, unless somebody publishes. Releases are never removed."""
+        """Remove blobs that no release refers to, unless a publish is in progress. Releases are never removed."""
         if next(self.bucket.list(""), None) is None:
-            raise InputError("nothing is published here", where=self.bucket.where, fix="check the registry's address")
+            raise InputError("the registry is empty", where=self.bucket.where, fix="check the registry's address")
         self.bucket.check()
         with collecting(self.bucket) as time_left:
             blobs = list(self.bucket.list("blobs"))
             keep: set[str] = set()
             for name, version in self._releases("releases"):
                 keep |= reachable(self.read_release(name, version) or b"")
-            unused = [one for one in blobs if one.key.rpartition("/")[2] not in keep]
+            unused = [blob for blob in blobs if blob.key.rpartition("/")[2] not in keep]
             removed = freed = 0
-            for one in unused:
+            for blob in unused:
                 if not time_left():
                     break
                 if not dry_run:
-                    self.bucket.delete(one.key)
-                removed, freed = removed + 1, freed + one.size
+                    self.bucket.delete(blob.key)
+                removed, freed = removed + 1, freed + blob.size
         return Removed(removed, freed, len(blobs) - removed)
 
     def _releases(self, below: str) -> Iterator[tuple[str, str]]:
-        for one in self.bucket.list(below):
-            parts = one.key.split("/")
+        for entry in self.bucket.list(below):
+            parts = entry.key.split("/")
             if len(parts) == 4 and parts[0] == "releases" and parts[3] == "manifest.json":
                 yield parts[1], parts[2]
 
 
 def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[bytes]:
-    """A file's bytes in pieces; raises at the end, before a writer finishes, if they are not what they should be.
+    """Yield a file's bytes in pieces; raises at the end, before a writer finishes, if the digest is wrong.
 
     Raises:
-        ArtifactError: another digest.
+        ArtifactError: a digest mismatch.
 
     """
     digest = hashlib.sha256()
@@ -166,19 +167,19 @@ def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[byte
             digest.update(piece)
             yield piece
     if digest.hexdigest() != sha256:
-        what = f"sha256 {digest.hexdigest()}, should be {sha256}"
+        what = f"sha256 mismatch: expected {sha256}, found {digest.hexdigest()}"
         raise ArtifactError(what, where=str(source), fix="build the artifact again")
 
 
 def check_small(size: int, where: str) -> None:
-    """Refuse to read what no small object can be.
+    """Reject an object that is too large for a manifest, alias or signature.
 
     Raises:
-        ArtifactError: too large.
+        ArtifactError: the object is too large.
 
     """
     if size > SMALL_BYTES:
-        what = f"{size:,} bytes, no manifest has more than {SMALL_BYTES:,}"
+        what = f"manifest too large: {size:,} bytes, limit {SMALL_BYTES:,}"
         raise ArtifactError(what, where=where, fix="do not use this release")
 
 
@@ -205,7 +206,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name that is one part of a path, and never a temp name."""
+    """Return a name unchanged, if it is a single part of a path and not a temporary name."""
     if not NAME.fullmatch(name):
-        raise InputError(f"{name!r} is not a plain name", where="registry", fix="use letters, digits, . _ + -")
+        raise InputError(f"malformed name: {name!r}", where="registry", fix="use letters, digits, . _ + -")
     return name

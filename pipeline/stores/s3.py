@@ -1,7 +1,7 @@
 """A registry in an S3 bucket, of AWS or of any server that honours conditional writes: `s3://bucket/prefix`.
 
 Settings come from the environment, as other AWS tools read it: AWS_ENDPOINT_URL(_S3), AWS_REGION, AWS_PROFILE and the
-credentials' usual chain. Sent bytes carry a sha256 that the server checks; failures that may pass are tried again.
+credentials' usual chain. Sent bytes carry a sha256 that the server checks; transient failures are retried.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ EXPLAINED = {
 
 
 def open_s3(location: str) -> ObjectStore:
-    """The registry at `bucket/prefix`. Asks nobody yet.
+    """Return the registry at `bucket/prefix`, without any request.
 
     Raises:
-        InputError: not a bucket's name.
+        InputError: malformed bucket or prefix.
 
     """
     match = LOCATION.fullmatch(location)
     if match is None:
-        raise InputError("not a bucket and prefix", where=f"s3://{location}", fix="write s3://bucket/prefix")
+        raise InputError("malformed bucket or prefix", where=f"s3://{location}", fix="write s3://bucket/prefix")
     return ObjectStore(S3Bucket(match["bucket"], (match["prefix"] or "").strip("/")))
 
 
@@ -74,26 +74,26 @@ class S3Bucket:
         self.checked = self.strip_quotes = False
 
     def check(self) -> None:
-        """Ask for what the server must refuse: creating an object twice, and swapping it with a wrong token.
+        """Send requests that the server must reject: creating an object twice, and swapping it with a wrong token.
 
         Raises:
-            HostError: it does not refuse, or refuses what it must not.
+            HostError: the server accepts them, or rejects a swap with the right token.
 
         """
         if self.checked:
             return
         if self.create(PROBE, PROBE_DATA) and self.create(PROBE, PROBE_DATA):
-            what = "this server ignores If-None-Match: two could publish one version"
+            what = "this server ignores If-None-Match: two processes could publish the same version"
             raise HostError(what, where=self.where, fix=CONDITIONS)
         if self.swap(PROBE, PROBE_DATA, NO_TAG):
             what = "this server ignores If-Match: moves of aliases could be lost"
             raise HostError(what, where=self.where, fix=CONDITIONS)
         if not (self._swaps(strip_quotes=False) or self._swaps(strip_quotes=True)):
-            raise HostError("this server refuses a right If-Match", where=self.where, fix=CONDITIONS)
+            raise HostError("this server rejects a correct If-Match", where=self.where, fix=CONDITIONS)
         self.checked = True
 
     def size(self, key: str) -> int | None:
-        """Size of an object, or None."""
+        """Return the size of an object, or None."""
         with self._explained("head", key):
             try:
                 return int(obstore.head(self.store, self.prefix + key)["size"])
@@ -101,7 +101,7 @@ class S3Bucket:
                 return None
 
     def upload(self, key: str, source: Path, sha256: str, parts: int) -> None:
-        """Small files in one request, large ones in parallel parts. A file that changed meanwhile is refused."""
+        """Send a small file in one request, a large file in parallel parts. Rejects a file whose digest differs."""
         with self._explained("put", key):
             if source.stat().st_size <= PART_BYTES:
                 data = b"".join(checked_pieces(source, sha256, PART_BYTES))
@@ -111,48 +111,48 @@ class S3Bucket:
             obstore.put(self.store, self.prefix + key, pieces, chunk_size=PART_BYTES, max_concurrency=parts)
 
     def read(self, key: str, offset: int, buffer: memoryview) -> int:
-        """A part of an object: by a signed URL, or, where that does not do, by the client."""
+        """Read a part of an object: by a signed URL, or, where that fails, by the client."""
         if not buffer:
             return 0
         with self._explained("get", key):
             if not os.environ.get("AWS_SKIP_SIGNATURE"):
                 url = obstore.sign(self.store, "GET", self.prefix + key, SIGNED_FOR)
-                if (found := self.ranges.read(url, offset, buffer)) is not None:
-                    return found
+                if (count := self.ranges.read(url, offset, buffer)) is not None:
+                    return count
             piece = obstore.get_range(self.store, self.prefix + key, start=offset, length=len(buffer))
             buffer[: len(piece)] = memoryview(piece)
             return len(piece)
 
     def get(self, key: str) -> Object | None:
-        """A small object and its ETag."""
+        """Return a small object and its ETag."""
         with self._explained("get", key):
             try:
-                found = obstore.get(self.store, self.prefix + key)
-                check_small(found.meta["size"], f"{self.where}/{key}")
-                return Object(bytes(found.bytes()), found.meta["e_tag"] or "")
+                response = obstore.get(self.store, self.prefix + key)
+                check_small(response.meta["size"], f"{self.where}/{key}")
+                return Object(bytes(response.bytes()), response.meta["e_tag"] or "")
             except FileNotFoundError:
                 return None
 
     def create(self, key: str, data: bytes) -> bool:
-        """If-None-Match: *. A request that was tried again may meet its own first try, which counts as ours."""
+        """Write with `If-None-Match: *`. A retried request may meet its own first attempt, which counts as success."""
         return self._conditional(key, data, "create")
 
     def swap(self, key: str, data: bytes, token: str | None) -> bool:
-        """If-Match, or If-None-Match where nothing should be there."""
+        """Write with `If-Match`, or with `If-None-Match: *` where the object must not exist."""
         if token is None:
             return self.create(key, data)
         return self._conditional(key, data, {"e_tag": token.strip('"') if self.strip_quotes else token})
 
     def list(self, prefix: str) -> Iterator[Listing]:
-        """Objects below a prefix, page after page."""
+        """Yield the objects below a prefix, page by page."""
         with self._explained("list", prefix):
             for page in obstore.list(self.store, self.prefix + prefix):
-                for one in page:
-                    key = one["path"].removeprefix(self.prefix)
-                    yield Listing(key, one["size"], one["last_modified"].timestamp())
+                for entry in page:
+                    key = entry["path"].removeprefix(self.prefix)
+                    yield Listing(key, entry["size"], entry["last_modified"].timestamp())
 
     def delete(self, key: str) -> None:
-        """Remove an object; one at a time, since some servers have no other way."""
+        """Remove an object, in a request of its own: some servers have no bulk delete."""
         with self._explained("delete", key):
             try:
                 obstore.delete(self.store, self.prefix + key)
@@ -168,18 +168,18 @@ class S3Bucket:
             except FileNotFoundError as error:
                 if mode == "create" or "NoSuchBucket" in str(error):
                     raise
-                return False  # some servers answer so when there is nothing to swap
+                return False  # the answer of some servers when the object to swap is absent
         return True
 
     def _swaps(self, *, strip_quotes: bool) -> bool:
-        """Whether a right token is accepted. Others may check at the same time: the same bytes keep their token."""
+        """Return whether a correct token is accepted. Concurrent checks do no harm: equal bytes keep their token."""
         self.strip_quotes = strip_quotes
-        now = self.get(PROBE)
-        return now is not None and self.swap(PROBE, PROBE_DATA, now.token)
+        probe = self.get(PROBE)
+        return probe is not None and self.swap(PROBE, PROBE_DATA, probe.token)
 
     @contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:
-        """Say what a failure of the server means. Nothing of the request is repeated: it might hold credentials."""
+        """Translate failures of the server. No part of the request is shown: it might hold credentials."""
         try:
             yield
         except FileNotFoundError as error:
@@ -195,22 +195,22 @@ class S3Bucket:
             if sign in text:
                 return HostError(what, where=self.where, fix=fix)
         denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
-        if denied or "<Code>AccessDenied</Code>" in text:  # a refused list has no class of its own
-            what = f"access denied: these credentials may not {verb} this"
+        if denied or "<Code>AccessDenied</Code>" in text:  # a denied list has no class of its own
+            what = f"access denied: these credentials do not allow `{verb}`"
             return HostError(what, where=f"{self.where}/{key}", fix=self._needed(verb))
         status = re.search(r"status code: (\d{3})", text) or re.search(r"\b(50\d|429) ", text)
         if status and status[1].startswith("4") and status[1] != "429":
             code = re.search(r"<Code>(\w+)</Code>", text)
-            what = f"the server answers {status[1]}{f' ({code[1]})' if code else ''}"
-            return HostError(what, where=f"{self.where}/{key}", fix="see what this means on that server")
+            what = f"HTTP status {status[1]}{f' ({code[1]})' if code else ''}"
+            return HostError(what, where=f"{self.where}/{key}", fix="see the documentation or log of that server")
         if status and status[1] == "501":
-            what = "this server lacks what a registry needs, conditional writes"
+            what = "this server does not support conditional writes"
             return HostError(what, where=self.where, fix=CONDITIONS)
-        what = f"the server answers {status[1]}" if status else "the server cannot be reached, or breaks off"
-        return Interrupted(what, where=self.where, fix="try again: what was moved is kept")
+        what = f"HTTP status {status[1]}" if status else "the server is unreachable, or closed the connection"
+        return Interrupted(what, where=self.where, fix="try again: completed transfers are kept")
 
     def _needed(self, verb: str) -> str:
-        """What a policy must allow. A missing object is answered like a forbidden one to who may not list."""
+        """Return what a policy must allow. Without permission to list, a missing object looks like a forbidden one."""
         bucket, objects = f"arn:aws:s3:::{self.bucket}", f"arn:aws:s3:::{self.bucket}/{self.prefix}*"
         lists = f"s3:ListBucket on {bucket}"
         return {
@@ -235,13 +235,13 @@ def _client(bucket: str) -> S3Store:
 
 
 def _credentials() -> dict[str, Any]:
-    """Variables, web identity and roles are read by the client itself; profiles need boto3."""
+    """Return a provider for profiles, which needs boto3; the client reads variables, web identity and roles itself."""
     home = Path.home() / ".aws"
     named = [os.environ.get("AWS_SHARED_CREDENTIALS_FILE"), os.environ.get("AWS_CONFIG_FILE")]
     files = [Path(name) for name in named if name] + [home / "credentials", home / "config"]
     profiles = os.environ.get("AWS_PROFILE") or any(path.is_file() for path in files)
     if any(os.environ.get(name) for name in OWN_CREDENTIALS) or not profiles:
         return {}
-    from obstore.auth.boto3 import Boto3CredentialProvider
+    from obstore.auth.boto3 import Boto3CredentialProvider  # late: loads boto3, which only profiles need
 
     return {"credential_provider": Boto3CredentialProvider()}

@@ -18,7 +18,7 @@ from pipeline.artifact.signing import check_artifact, read_policy, require, sign
 from pipeline.artifact.verify import verify
 from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, HostError, InputError
-from pipeline.registry.publish import publish
+from pipeline.registry.publish import PublishSettings, publish
 from pipeline.registry.pull import pull
 from support import small_artifacts as small
 from support.paths import ROOT
@@ -287,7 +287,7 @@ def test_a_version_that_was_chosen_is_signed_too(made, keys, signer, options, tm
     """Who can write to a registry, and has no key, gives no old release a new version."""
     url, policy = str(tmp_path / "registry"), require(str(keys[1]))
     sign(made, keys[0])
-    publish(made, url, ["latest"], version="1.0", sign=signer)
+    publish(made, url, ["latest"], PublishSettings(version="1.0", sign=signer))
     releases = tmp_path / "registry" / "releases" / "small"
     for offline in (False, True):
         check_artifact(pull(f"{url}/small@1.0", policy=policy, offline=offline, **options), policy)
@@ -304,7 +304,10 @@ def test_an_index_signed_by_a_stranger(made, keys, options, tmp_path):
     stranger = key_pair(tmp_path, "stranger")[0]
     sign(made, keys[0])
     url = str(tmp_path / "registry")
-    publish(made, url, version="1.0", sign=lambda index: signature_over(index, "release", stranger, None, None))
+    sign_wrongly = PublishSettings(
+        version="1.0", sign=lambda index: signature_over(index, "release", stranger, None, None)
+    )
+    publish(made, url, options=sign_wrongly)
     with pytest.raises(ArtifactError, match="Key mismatch"):
         pull(f"{url}/small@1.0", policy=require(str(keys[1])), **options)
 
@@ -330,12 +333,12 @@ def test_what_is_remembered_of_an_alias_is_of_one_release(made, keys, signer, op
     """After an alias moved from a release with an index to one without, and where the memory is damaged."""
     url, policy = str(tmp_path / "registry"), require(str(keys[1]))
     sign(made, keys[0])
-    publish(made, url, ["prod"], version="1.0", sign=signer)
+    publish(made, url, ["prod"], PublishSettings(version="1.0", sign=signer))
     pull(f"{url}/small@prod", policy=policy, **options)
     publish(made, url, ["prod"])
     pull(f"{url}/small@prod", policy=policy, **options)
     check_artifact(pull(f"{url}/small@prod", policy=policy, offline=True, **options), policy)
     for memory in (options["cache"] / "blobs" / "manifests").iterdir():
         memory.write_bytes(memory.read_bytes()[:40])
-    with pytest.raises(HostError, match="never pulled here"):
+    with pytest.raises(HostError, match="not in the local cache"):
         pull(f"{url}/small@prod", policy=policy, offline=True, **options)

@@ -235,7 +235,7 @@ def test_pull_without_torch(tmp_path, url):
     publish(made, url, ["latest"])
     code = (
         "import sys\n"
-        "for name in ('torch', 'numpy', 'transformers', 'safetensors'): sys.modules[name] = None\n"
+        "for name in ('torch', 'numpy', 'transformers', 'safetensors', 'cyclonedx'): sys.modules[name] = None\n"
         "from pipeline.cli.main import main; main()"
     )
     out = tmp_path / "out"

@@ -8,7 +8,7 @@ import pytest
 from pipeline import runtime
 from pipeline.artifact import manifest as artifact
 from pipeline.errors import GateError, InputError
-from pipeline.registry.publish import publish
+from pipeline.registry.publish import PublishSettings, publish
 from pipeline.registry.pull import pull
 from support.neuron_lane import FAKE_NXD, FAKE_NXDI, XLA, environment, run, tandem
 
@@ -97,9 +97,9 @@ def test_vllm_loads_the_package_where_it_is_pulled_to(packed, tmp_path):
     """Published, pulled elsewhere, its checkpoints gone: loaded as it is, nothing compiled again."""
     base, root = packed
     registry = str(tmp_path / "registry")
-    with pytest.raises(GateError, match="has no gates here"):
+    with pytest.raises(GateError, match="has no validation gates"):
         publish(root, registry)
-    publish(root, registry, aliases=["latest"], unvalidated=True)
+    publish(root, registry, ["latest"], PublishSettings(unvalidated=True))
     pulled = pull(f"{registry}/tiny@latest", tmp_path / "pulled", cache=tmp_path / "cache")
     shutil.move(base / "cache", base / "moved")
     try:

@@ -21,7 +21,7 @@ from pipeline.files.atomic import TEMP, digest_file
 from pipeline.nxdi.vllm_cache import CACHE_FOLDER, NEVER_COMPILE, ServerRun, install, pack
 from pipeline.nxdi.vllm_cache_layout import COMPLETE, HLO, METADATA
 from pipeline.registry.card import body
-from pipeline.registry.publish import listed_places, publish
+from pipeline.registry.publish import PublishSettings, listed_places, publish
 from pipeline.registry.pull import pull
 from pipeline.registry.releases import list_releases
 from pipeline.runtime.open import load
@@ -177,10 +177,10 @@ def test_pack_refuses_variables_that_contradict(cache, tmp_path, name):
 def test_publish_pull_install(packed, tmp_path):
     """From one host's cache to another's: the same bytes under the same names, and nothing links to the artifact."""
     registry = str(tmp_path / "registry")
-    with pytest.raises(GateError, match="compiled by vLLM's Neuron plugin, and has no gates here"):
+    with pytest.raises(GateError, match="has no validation gates: it was compiled by vLLM's Neuron plugin"):
         publish(packed, registry)
-    release = publish(packed, registry, ["prod"], unvalidated=True)
-    assert publish(packed, registry, unvalidated=True).sent == 0
+    release = publish(packed, registry, ["prod"], PublishSettings(unvalidated=True))
+    assert publish(packed, registry, options=PublishSettings(unvalidated=True)).sent == 0
     assert [one.version for one in list_releases(registry)] == [release.version]
     pulled = pull(f"{registry}/tiny-cache@prod", tmp_path / "pulled", cache=tmp_path / "blobs")
     done = put(pulled, tmp_path / "root")

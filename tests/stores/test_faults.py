@@ -89,7 +89,7 @@ def test_s3_publish_survives(original, s3_url, s3_proxy, options, where, kind):
 def test_s3_wrong_bytes(original, s3_url, s3_proxy, options):
     publish(original, s3_url, ["latest"])
     s3_proxy.faults = [Fault("GET .*blobs", "wrong", 1)]
-    with pytest.raises(ArtifactError, match=r"sha256 \w{64}, should be"):
+    with pytest.raises(ArtifactError, match="sha256 mismatch: expected"):
         pull(f"{s3_url}/small@latest", **options)
     assert not options["directory"].exists()
     out = pull(f"{s3_url}/small@latest", **options)
@@ -149,7 +149,7 @@ def test_hub_publish_survives(original, hub_url, hub_proxies, options, where, ki
 def test_hub_wrong_bytes(original, hub_url, hub_proxies, options):
     publish(original, hub_url, ["latest"])
     hub_proxies[1].faults = [Fault("GET .*objects", "wrong", 1)]
-    with pytest.raises(ArtifactError, match=r"sha256 \w{64}, should be"):
+    with pytest.raises(ArtifactError, match="sha256 mismatch: expected"):
         pull(f"{hub_url}/small@latest", **options)
     assert not options["directory"].exists()
 

@@ -19,9 +19,10 @@ from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read
 from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import sha256_file
+from pipeline.registry import aliases
 from pipeline.registry import releases as registry
-from pipeline.registry.publish import publish
-from pipeline.registry.pull import pull
+from pipeline.registry.publish import PublishSettings, publish
+from pipeline.registry.pull import Selection, pull
 from pipeline.stores.base import Move, open_bucket, open_store
 from support import small_artifacts as small
 from support.paths import ROOT
@@ -75,7 +76,7 @@ def test_publish_one_changed_graph_sends_it_alone(tmp_path, made, url):
         "sha256": small.digests(changed)["graphs/decode-b1-t1-s32/graph.bin"], "size": 2_800_000,
     }  # fmt: skip
     (changed / MANIFEST).write_text(json.dumps(data))
-    dry = publish(changed, url, dry_run=True)
+    dry = publish(changed, url, options=PublishSettings(dry_run=True))
     assert (dry.sent, dry.sent_bytes) == (1, 2_800_000)
     assert publish(changed, url).sent_bytes == 2_800_000
 
@@ -122,13 +123,13 @@ def test_alias_moves_history_and_rollback(tmp_path, made, url):
     first = publish(made, url, ["prod"]).version
     second = publish(other(tmp_path, graph=b"new"), url, ["prod"]).version
     third = publish(other(tmp_path, "third", graph=b"third"), url, ["prod"]).version
-    assert registry.roll_back(url, "small", "prod") == (third, second)
-    assert registry.roll_back(url, "small", "prod") == (second, first)
+    assert aliases.roll_back(url, "small", "prod") == (third, second)
+    assert aliases.roll_back(url, "small", "prod") == (second, first)
     with pytest.raises(InputError, match="has pointed at"):
-        registry.roll_back(url, "small", "prod")
-    moves = [move.version for move in registry.history(url, "small", "prod").moves]
+        aliases.roll_back(url, "small", "prod")
+    moves = [move.version for move in aliases.history(url, "small", "prod").moves]
     assert moves == [first, second, third, second, first]
-    registry.set_alias(url, f"small@{third}", "prod")
+    aliases.set_alias(url, f"small@{third}", "prod")
     assert open_store(url).aliases("small") == {"prod": third}
     out = pull(f"{url}/small@prod", tmp_path / "pulled", cache=tmp_path / "cache")
     assert small.digests(out) == small.digests(tmp_path / "third")
@@ -153,7 +154,7 @@ def test_two_alias_movers_lose_nothing(tmp_path, made, url):
     def move(version: str) -> None:
         try:
             store = open_store(url)
-            registry.move_alias(store, "small", "prod", version, url)
+            aliases.move_alias(store, "small", "prod", version, url)
         except Exception as error:  # told to the test
             failed.append(error)
 
@@ -164,7 +165,7 @@ def test_two_alias_movers_lose_nothing(tmp_path, made, url):
         for thread in threads:
             thread.join()
     assert not failed
-    moves = [one.version for one in registry.history(url, "small", "prod").moves]
+    moves = [one.version for one in aliases.history(url, "small", "prod").moves]
     assert all(a != b for a, b in itertools.pairwise(moves)), moves
 
 
@@ -180,14 +181,15 @@ def test_list_releases_and_compare(tmp_path, made, url):
 
 def test_pull_only_graphs(made, url, options):
     publish(made, url, ["latest"])
-    out = pull(f"{url}/small@latest", only=["graphs/*"], **options)
+    out = pull(f"{url}/small@latest", select=Selection(only=["graphs/*"]), **options)
     found = {path.relative_to(out).parts[0] for path in out.rglob("*") if path.is_file()}
     assert {"graphs", "tokenizer", MANIFEST} <= found
     assert not found & {"weights", "reports"}
 
 
 def test_an_index_brings_its_signature(made, url):
-    publish(made, url, version="1.0", sign=lambda index: b"over " + hashlib.sha256(index).digest())
+    signed = PublishSettings(version="1.0", sign=lambda index: b"over " + hashlib.sha256(index).digest())
+    publish(made, url, options=signed)
     store = open_store(url)
     digest = hashlib.sha256(store.read_release("small", "1.0"))
     assert list(store.signatures("small", "1.0", SIGNATURE, digest.hexdigest())) == [b"over " + digest.digest()]
@@ -206,19 +208,20 @@ def test_variants(tmp_path, made, url):
     """Two targets in one release: the host's own is chosen, others by name, and what there is is listed."""
     second = Path(shutil.copytree(made, tmp_path / "trn2"))
     data = json.loads((second / MANIFEST).read_text())
-    data |= {"requires": {"device": "neuron", "chip": "trn2", "lnc": "2"}, "tensor": 8}
+    data |= {"requires": {"device": "neuron", "chip": "trn2", "lnc": "2"}}
+    data["pair"]["models"]["tp"] = 8
     (second / MANIFEST).write_text(json.dumps(data))
-    release = publish([made, second], url, ["latest"], version="1.0")
+    release = publish([made, second], url, ["latest"], PublishSettings(version="1.0"))
     assert release.version == "1.0"
     assert registry.list_releases(url)[0].variants == ("cpu-avx2-tp1", "trn2-lnc2-tp8")
-    out = pull(f"{url}/small@latest", tmp_path / "a", cache=tmp_path / "c", variant="trn2-lnc2-tp8")
+    out = pull(f"{url}/small@latest", tmp_path / "a", cache=tmp_path / "c", select=Selection(variant="trn2-lnc2-tp8"))
     assert small.digests(out) == small.digests(second)
-    out = pull(f"{url}/small@latest", tmp_path / "b", cache=tmp_path / "c", variant="cpu-avx2-tp1")
+    out = pull(f"{url}/small@latest", tmp_path / "b", cache=tmp_path / "c", select=Selection(variant="cpu-avx2-tp1"))
     assert small.digests(out) == small.digests(made)
-    with pytest.raises(InputError, match="no variant 'gpu'") as caught:
-        pull(f"{url}/small@1.0", tmp_path / "d", cache=tmp_path / "c", variant="gpu")
+    with pytest.raises(InputError, match="unknown variant 'gpu'") as caught:
+        pull(f"{url}/small@1.0", tmp_path / "d", cache=tmp_path / "c", select=Selection(variant="gpu"))
     assert "trn2-lnc2-tp8" in caught.value.fix
-    assert not publish([made, second], url, version="1.0").fresh
+    assert not publish([made, second], url, options=PublishSettings(version="1.0")).fresh
 
 
 def test_signed(tmp_path, made, url, options):
@@ -307,7 +310,7 @@ def test_s3_denied_says_what_a_policy_lacks(made, s3_url, s3_server, monkeypatch
     with fault_proxy.before(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         proxy.faults = [fault_proxy.Fault(pattern, "403", 1000, body=denied)]
-        with pytest.raises(HostError, match=f"{s3_url}/.*these credentials may not {verb} this") as caught:
+        with pytest.raises(HostError, match=f"{s3_url}/.*these credentials do not allow `{verb}`") as caught:
             publish(made, s3_url)
     assert fix in caught.value.fix
 
@@ -330,7 +333,7 @@ def test_s3_collect_keeps_what_is_reached(tmp_path, made, s3_url, options):
     (tmp_path / "junk").write_bytes(b"junk")
     sha256 = small.digests(tmp_path)["junk"]
     bucket.upload(f"blobs/sha256/{sha256[:2]}/{sha256}", tmp_path / "junk", sha256, 1)
-    assert registry.collect(s3_url, dry_run=True).blobs == 1
+    assert registry.collect(s3_url, options=PublishSettings(dry_run=True)).blobs == 1
     assert registry.collect(s3_url).blobs == 1
     assert registry.collect(s3_url).blobs == 0
     assert small.digests(pull(f"{s3_url}/small@latest", **options)) == small.digests(made)
@@ -402,7 +405,7 @@ def test_hub_card_tag_and_branch(made, hub_url, hub_server, tmp_path):
 
 def test_pull_start_up_is_light():
     """No torch, no client library before it is needed."""
-    heavy = ("torch", "obstore", "huggingface_hub", "boto3", "model_signing")
+    heavy = ("torch", "obstore", "huggingface_hub", "boto3", "model_signing", "cyclonedx")
     modules = "pipeline.registry.pull, pipeline.registry.publish"
     code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,119 @@
+"""Aliases of a registry's releases: set, move, read the history, roll back. Releases themselves: see `releases.py`."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import time
+
+from pipeline.errors import ArtifactError, InputError
+from pipeline.registry.releases import find_release, target_of
+from pipeline.stores.base import Alias, Move, Store, open_store
+
+SWAPS = 8
+"""Attempts at moving an alias while others move it, too."""
+
+
+def set_alias(url: str, release: str, alias: str) -> None:
+    """Point an alias at a published `name@version`, or at what another alias of the name points at.
+
+    Raises:
+        InputError: no such release, or the alias is named like one.
+
+    """
+    name, _, wanted = release.partition("@")
+    store = open_store(url)
+    version, _ = find_release(store, name, wanted, url)
+    check_alias(store, name, version, alias, url)
+    with store.publishing():
+        move_alias(store, name, alias, version, url)
+
+
+def check_alias(store: Store, name: str, version: str, alias: str, url: str) -> None:
+    """Reject an alias that has a version's name: a version takes precedence, so the alias could never be read.
+
+    Raises:
+        InputError: a version has this name.
+
+    """
+    if alias == version or store.read_release(name, alias) is not None:
+        raise InputError(f"alias {alias!r} is a version of {name}", where=url, fix="choose another name")
+
+
+def move_alias(store: Store, name: str, alias: str, version: str, url: str) -> None:
+    """Point an alias at a version; concurrent moves by other processes are kept in its history.
+
+    Raises:
+        ArtifactError: other processes keep moving it.
+
+    """
+    for _ in range(SWAPS):
+        now = store.read_alias(name, alias)
+        if now is not None and now.version == version:
+            return
+        if store.swap_alias(name, alias, this_move(version), now):
+            return
+    what = f"alias {alias!r} is being moved by other processes"
+    raise ArtifactError(what, where=f"{url}/{name}", fix="try again")
+
+
+def history(url: str, name: str, alias: str) -> Alias:
+    """Return where an alias points, and its moves, the newest first.
+
+    Raises:
+        InputError: no such alias; lists those that exist.
+        ArtifactError: the alias is damaged.
+
+    """
+    store = open_store(url)
+    current = store.read_alias(name, alias)
+    if current is None:
+        known = ", ".join(store.aliases(name)) or "none"
+        raise InputError(f"{name!r} has no alias {alias!r}", where=url, fix=f"aliases of {name!r}: {known}")
+    target_of(current, alias, f"{url}/{name}")
+    return current
+
+
+def roll_back(url: str, name: str, alias: str) -> tuple[str, str]:
+    """Point an alias at its previous release; returns versions from and to. Twice goes two releases back.
+
+    Raises:
+        InputError: no previous release, or it is not published any more.
+        ArtifactError: another process moved the alias at the same time.
+
+    """
+    now = history(url, name, alias)
+    before = _before(now)
+    store = open_store(url)
+    if before is None or store.read_release(name, before) is None:
+        what = f"alias {alias!r} has pointed at {now.version} only" if before is None else f"{before} is not published"
+        raise InputError(what, where=f"{url}/{name}", fix=f"tandem alias set {url}/{name}@VERSION {alias}")
+    with store.publishing():
+        if not store.swap_alias(name, alias, this_move(before), now):
+            what = f"alias {alias!r} was moved by another process; not rolled back"
+            raise ArtifactError(what, where=f"{url}/{name}", fix=f"tandem alias history {url}/{name}@{alias}")
+    return now.version, before
+
+
+def _before(now: Alias) -> str | None:
+    """Return the release before the one that an alias points at; rollbacks undo moves, as in a stack."""
+    stack: list[str] = []
+    for move in reversed(now.moves):
+        if len(stack) > 1 and stack[-2] == move.version:
+            stack.pop()
+        elif not stack or stack[-1] != move.version:
+            stack.append(move.version)
+    return stack[-2] if len(stack) > 1 else None
+
+
+def this_move(version: str) -> Move:
+    """Return a move at the present time by the user, or the workflow's actor, of this process."""
+    who = os.environ.get("GITHUB_ACTOR") or os.environ.get("USER") or _user()
+    return Move(version, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "".join(c for c in who if c.isprintable()))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"
