@@ -16,7 +16,7 @@ GIB = doctor.GIB
 
 def diagnosis(path):
     recipe = load(path)
-    return doctor.diagnose(recipe.backend.model_dump(), recipe, path)
+    return doctor.diagnose(recipe.backend, recipe, path)
 
 
 @pytest.fixture

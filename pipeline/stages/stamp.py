@@ -38,12 +38,17 @@ class Stamp:
         return self.path.with_suffix(".lock")
 
     def is_current(self, inputs: dict[str, Any]) -> bool:
-        """Whether the output still holds the artifact of the last build, made of these inputs; by digest and sizes."""
+        """Whether the output still holds the artifact of the last build, made of these inputs; by digest and sizes.
+
+        A revision that cannot be told now counts as unchanged: without a network there is nothing newer to build from.
+        """
         try:
             recorded = json.loads(self.path.read_text(encoding="utf-8"))
             files = read(self.out).manifest.files
+            unknown = {source for source, revision in inputs["revisions"].items() if revision is None}
+            revisions = inputs["revisions"] | {source: recorded["inputs"]["revisions"][source] for source in unknown}
             return (
-                recorded["inputs"] == json.loads(json.dumps(inputs))
+                recorded["inputs"] == json.loads(json.dumps(inputs | {"revisions": revisions}))
                 and recorded["artifact"] == self._identity()
                 and all((self.out / name).stat().st_size == entry.size for name, entry in files.items())
             )
@@ -105,7 +110,10 @@ def fingerprint(settings: BuildSettings) -> dict[str, Any]:
 def _revisions(settings: BuildSettings) -> dict[str, str | None]:
     """What each source that may move points at now; None where that cannot be told, for example without a network."""
     sources = (settings.recipe.target.source, settings.recipe.draft.source)
-    return {source: current_revision(source) for source in sources if source and moving(source)}
+    revisions = {source: current_revision(source) for source in sources if source and moving(source)}
+    for source in [source for source, revision in revisions.items() if revision is None]:
+        settings.log(f"{source}: current revision unknown; compared with the last build without it")
+    return revisions
 
 
 def _local_files(settings: BuildSettings) -> list[Path]:

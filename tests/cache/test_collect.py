@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipeline.cache.collect import DAY_S, folder_sizes, remove_unused
-from pipeline.cache.local import Stats
+from pipeline.cache.collect import DAY_S, collect, entry_stats, folder_sizes, remove_unused
+from pipeline.cache.local import Cache, Stats
 
 SHA = "ab" * 32
 
@@ -76,3 +76,14 @@ def test_sizes_count_linked_files_once(root):
 def test_no_cache_yet(tmp_path):
     assert folder_sizes(tmp_path / "none") == {}
     assert remove_unused(tmp_path / "none", 0) == Stats(0, 0)
+
+
+def test_kinds_are_counted_and_collected_apart(tmp_path):
+    """Goldens and memos lay among the graphs, so `cache stats` counted a reference output as a compiled graph."""
+    for kind, size in (("graphs", 30), ("memos", 1), ("goldens", 20)):
+        Cache(tmp_path, kind).put(f"{kind}-key", b"x" * size)
+    assert entry_stats(tmp_path) == {"graphs": Stats(1, 30), "memos": Stats(1, 1), "goldens": Stats(1, 20)}
+    assert Cache(tmp_path, "graphs").get("goldens-key") is None
+    os.utime(tmp_path / "goldens/go/goldens-key/entry.json", (1, 1))
+    assert collect(tmp_path, max_bytes=40) == {"graphs": Stats(0, 0), "memos": Stats(0, 0), "goldens": Stats(1, 20)}
+    assert not (tmp_path / "goldens/go/goldens-key").exists()

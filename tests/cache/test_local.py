@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cache import local as caches
+from pipeline.cache.collect import collect
 from pipeline.cache.local import Cache, Stats
 from pipeline.files.atomic import TEMP, FileDigest, digest_file
 
@@ -22,7 +23,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache")
+    return Cache(tmp_path / "cache", "graphs")
 
 
 def entry(cache: Cache, key: str = KEY) -> Path:
@@ -86,7 +87,7 @@ def test_get_damaged_is_a_miss(cache, damage):
 
 def test_get_damaged_is_noted(tmp_path):
     notes: list[str] = []
-    cache = Cache(tmp_path, notes.append)
+    cache = Cache(tmp_path, "graphs", notes.append)
     cache.put(KEY, b"graph")
     flip(entry(cache))
     cache.get(KEY)
@@ -204,16 +205,21 @@ def put_aged(cache: Cache, keys: str, age_s: float = 0) -> list[str]:
     return names
 
 
+def removed(cache: Cache, max_bytes: int, max_age_s: float | None = None) -> Stats:
+    """What `collect` removes of the cache's kind."""
+    return collect(cache.root, max_bytes, max_age_s)[cache.kind]
+
+
 def test_gc_removes_least_recently_used(cache):
     names = put_aged(cache, "abcd")
     cache.get(names[0])
-    assert cache.gc(max_bytes=20) == Stats(2, 20)
+    assert removed(cache, max_bytes=20) == Stats(2, 20)
     assert [name for name in names if entry(cache, name).exists()] == [names[0], names[3]]
 
 
 def test_gc_by_age(cache):
     old, new = put_aged(cache, "a", 1000), put_aged(cache, "b")
-    assert cache.gc(max_bytes=1000, max_age_s=500) == Stats(1, 10)
+    assert removed(cache, max_bytes=1000, max_age_s=500) == Stats(1, 10)
     assert not entry(cache, old[0]).exists()
     assert entry(cache, new[0]).exists()
 
@@ -222,9 +228,9 @@ def test_gc_keeps_what_is_locked(cache, tmp_path):
     cache.put(KEY, b"graph")
     process = held(cache, tmp_path)
     try:
-        assert cache.gc(max_bytes=0) == Stats(0, 0)
+        assert removed(cache, max_bytes=0) == Stats(0, 0)
         assert cache.get(KEY) is not None
     finally:
         process.kill()
         process.join()
-    assert cache.gc(max_bytes=0) == Stats(1, 5)
+    assert removed(cache, max_bytes=0) == Stats(1, 5)

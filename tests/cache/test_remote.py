@@ -25,13 +25,13 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def local(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "local")
+    return Cache(tmp_path / "local", "graphs")
 
 
 @pytest.fixture
 def cold(tmp_path: Path) -> Cache:
     """Another machine's cache."""
-    return Cache(tmp_path / "cold")
+    return Cache(tmp_path / "cold", "graphs")
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_poisoned_entry_is_noted_and_replaced(local, cold, url, notes, how):
     assert KEY in notes[0] or how == "missing"
     cold.put(KEY, b"rebuilt" * 1000, TOOLCHAIN)  # what a build does then
     assert shared(url, notes).push(KEY, cold.get(KEY), TOOLCHAIN)
-    third = Cache(cold.root.parent / "third")
+    third = Cache(cold.root.parent / "third", "graphs")
     assert shared(url, [], "read").fetch(KEY, TOOLCHAIN, third)
     assert third.get(KEY).read_bytes() == b"rebuilt" * 1000
 
