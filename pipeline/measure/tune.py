@@ -83,7 +83,7 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
         InputError: no answer has a step.
 
     """
-    from pipeline.validate.gates.acceptance import acceptance, given_previous
+    from pipeline.validate.gates.acceptance import acceptance_of, given_previous
 
     chosen = _spread(prompts, prompts_per_class)
     built = list(engine.manifest.draft_tokens)
@@ -98,10 +98,10 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
     if not any(answer.emitted_per_step for answer in answers):
         what = "every answer ended with its first token: there is no step to measure"
         raise InputError(what, where="tune", fix="use other prompts, or more --max-new-tokens")
-    rates = {"all": acceptance(chosen, answers, built[-1])["accepted_given_previous"]}
+    rates = {"all": list(acceptance_of(chosen, answers, built[-1]).accepted_given_previous)}
     for kind in dict.fromkeys(prompt.kind for prompt in chosen):
         of = [(p, a) for p, a in zip(chosen, answers, strict=True) if p.kind == kind]
-        rates[kind] = acceptance([p for p, _ in of], [a for _, a in of], built[-1])["accepted_given_previous"]
+        rates[kind] = list(acceptance_of([p for p, _ in of], [a for _, a in of], built[-1]).accepted_given_previous)
     steps = [step for answer in answers for step in zip(answer.emitted_per_step, answer.copied_per_step, strict=True)]
     if copied := [emitted for emitted, copies in steps if copies]:
         rates["copies"] = given_previous(copied, built[-1])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from statistics import median
 
-from pipeline.validate.gates.limits import limits
+from pipeline.validate.limits import limits
 from pipeline.validate.report.plots import Axis, Plot, axis
 from pipeline.validate.report.schema import Acceptance, ModelParity, Report, Speed
 from pipeline.validate.report.summaries import show

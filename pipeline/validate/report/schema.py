@@ -36,16 +36,19 @@ class TokenSequence(Record):
     """Tokens that were scored: a prompt with its answer, or a probe that fills the cache."""
 
     name: str
-    kind: str = Field(alias="class")
+    kind: str = Field(validation_alias="class", serialization_alias="class")
     prompt_tokens: int = Field(description="how many of the tokens were given; the rest are the answer")
     tokens: tuple[int, ...]
     texts: tuple[str, ...]
 
 
+SliceKind = Literal["graph", "class", "prompt", "positions"]
+
+
 class Slice(Record):
     """Figures of some tokens: those of a graph, a class, a prompt, a stretch of positions."""
 
-    kind: Literal["graph", "class", "prompt", "positions"]
+    kind: SliceKind
     name: str
     tokens: int
     error_over_noise: Number

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from pipeline.cli import main as cli
 from pipeline.errors import InputError
 from pipeline.validate.prompts import load_prompts
-from pipeline.validate.reference.goldens import RANKS, recorded_ids, summary
+from pipeline.validate.reference.golden import RANKS, recorded_ids, summary
 from pipeline.validate.report import compare, page, summaries
 from pipeline.validate.report import schema as report
 from pipeline.validate.run import make_report
@@ -100,7 +100,7 @@ def test_logits_that_are_not_finite_fail_with_a_place(work):
 
 def test_prompt_longer_than_the_largest_bucket_runs_its_end(work):
     gates = gates_of(work, recipe_of("llama", 4, "float32"), prompts=[*PROMPTS, "over and over " * 30])
-    found = make_report(gates)
+    found = make_report(gates, {})
     assert found.tested.cut_prompts == ("p5",)
     assert found.sequences[5].prompt_tokens == 32
     assert found.passed

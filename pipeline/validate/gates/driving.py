@@ -1,0 +1,106 @@
+"""Drive single graphs from chosen cache rows, apart from the engine's own loop. Compares nothing.
+
+Shapes: B rows, K draft tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.graphs.spec import GraphSpec
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.lookup import Lookup, argument
+from pipeline.validate.gates.scoring import run_score
+
+
+@dataclass
+class Row:
+    """A cache row being driven: its history. All but the last token are in the caches."""
+
+    tokens: list[int]
+    start: int = 0
+
+    @property
+    def new(self) -> list[int]:
+        """Tokens since the start."""
+        return self.tokens[self.start :]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How stochastic graphs draw: temperature, top_k and top_p of each row, and where random numbers come from."""
+
+    settings: dict[str, Tensor]
+    generator: torch.Generator
+
+
+def fill(engine: Engine, kv: int, sequences: Sequence[list[int]]) -> None:
+    """Put sequences into the caches of both models, a row each, through the `score` graphs of a bucket."""
+    for model in ("target", "draft"):
+        spec = next(g for g in engine.graphs if g.phase == "score" and g.model == model and g.kv == kv)
+        run_score(engine, spec, sequences[: spec.batch], lambda row, first, logits: None)  # noqa: ARG005
+
+
+def drive(engine: Engine, spec: GraphSpec, plain: GraphSpec, starts: Sequence[Row]) -> list[Row]:
+    """Run one graph greedily from `starts` until every row is full.
+
+    `plain` is a decode graph of the same batch: it reads the token before the last one again, which tells the draft
+    what came before.
+    """
+    rows = [Row(list(row.tokens), len(row.tokens)) for row in starts]
+    usable = min(spec.kv, engine.length)
+    step(engine, plain, [Row(row.tokens[:-1]) for row in rows], [True] * len(rows))
+    while any(active := [len(row.tokens) - 1 < usable for row in rows]):
+        for row, new in zip(rows, step(engine, spec, rows, active), strict=True):
+            row.tokens.extend(new)
+    return rows
+
+
+def step(
+    engine: Engine, spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Draws | None = None
+) -> list[list[int]]:
+    """Run a decode or speculate graph once; new tokens of each row, none for those that are not active.
+
+    Greedy without `draws`.
+    """
+    outputs = engine.ranks.run(spec, step_arguments(spec, rows, active, draws))
+    if spec.phase == "decode":
+        return [[int(token)] if on else [] for token, on in zip(outputs["token"], active, strict=True)]
+    return [outputs["tokens"][row, : int(outputs["count"][row])].tolist() for row in range(len(rows))]
+
+
+def step_arguments(
+    spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Draws | None
+) -> dict[str, Tensor]:
+    """Return the arguments of a decode or speculate graph."""
+    arguments = {
+        "last_token": torch.tensor([row.tokens[-1] for row in rows], dtype=torch.int32),
+        "position": torch.tensor([len(row.tokens) - 1 for row in rows], dtype=torch.int32),
+        "active": torch.tensor(active),
+        **argument(spec, {at: _copies(row.tokens, spec.draft_tokens) for at, row in enumerate(rows)}),
+    }
+    if spec.sampling == "stochastic":
+        uniforms = 2 * spec.draft_tokens + 1 if spec.phase == "speculate" else 1
+        draws = draws or Draws(settings(len(rows), 0.0, 0, 1.0), torch.Generator().manual_seed(0))
+        arguments |= draws.settings
+        arguments["uniforms"] = torch.rand(len(rows), uniforms, generator=draws.generator)
+    return arguments
+
+
+def _copies(tokens: list[int], steps: int) -> list[int]:
+    """Copied drafts, right and wrong ones: of a whole step, of its first half, or none, by turns."""
+    most = (0, (steps + 1) // 2, steps)[len(tokens) % 3]
+    return Lookup().find(tokens, 1, most) or tokens[:most]
+
+
+def settings(rows: int, temperature: float, top_k: int, top_p: float) -> dict[str, Tensor]:
+    """Return sampling arguments, the same for all rows."""
+    return {
+        "temperature": torch.full((rows,), temperature),
+        "top_k": torch.full((rows,), top_k, dtype=torch.int32),
+        "top_p": torch.full((rows,), top_p),
+    }
