@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -199,7 +198,7 @@ def _spread(prompts: Sequence[Prompt], each: int) -> list[Prompt]:
 
 def curve(found: Tuning, name: str) -> str:
     """A page with the expected speed over K, one line a class."""
-    from pipeline.validate.report.page import document
+    from pipeline.validate.report.page import plot_page
     from pipeline.validate.report.plots import Axis, Plot
 
     top = max(max(speeds.values()) for speeds in found.expected.values())
@@ -210,7 +209,7 @@ def curve(found: Tuning, name: str) -> str:
     plot.rule(1.0, "plain decode")
     measured = ", ".join(f"K={k}: {cost:.2f}" for k, cost in found.step_costs.items())
     figure = plot.svg("curve", f"Measured step costs, in plain steps: {measured}.")
-    return document(f"Tuning of {name}", [f"<main id='main'><h1>{escape(name)}</h1>", figure, "</main>"])
+    return plot_page(f"Tuning of {name}", name, [figure])
 
 
 def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:

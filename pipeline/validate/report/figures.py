@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from html import escape
+from dataclasses import dataclass
 from statistics import median
+
+from markupsafe import Markup
 
 from pipeline.validate.limits import limits
 from pipeline.validate.report.plots import Axis, Plot, axis
@@ -17,8 +20,8 @@ LINKED = 10
 CLASS_STYLES = ("a", "b", "c", "d", "e", "noise")
 
 
-def figures(report: Report) -> Iterator[str]:
-    """Every plot as HTML."""
+def figures(report: Report) -> Iterator[Markup]:
+    """Yield every plot."""
     for model, of in report.parity.items():
         yield _error_by_position(report, model, of)
     for model, of in report.parity.items():
@@ -30,10 +33,9 @@ def figures(report: Report) -> Iterator[str]:
         yield _acceptance_by_position(acceptance)
         yield _lengths(acceptance)
     yield _latencies(report.speed)
-    yield _bucket_map(report)
 
 
-def _error_by_position(report: Report, model: str, of: ModelParity) -> str:
+def _error_by_position(report: Report, model: str, of: ModelParity) -> Markup:
     points = of.points
     positions = points.position
     longest = max(positions, default=0) + 1
@@ -67,14 +69,14 @@ def _error_by_position(report: Report, model: str, of: ModelParity) -> str:
         plot.link(
             positions[row],
             errors[row],
-            _anchor(points.sequence[row], positions[row]),
+            token_anchor(points.sequence[row], positions[row]),
             _about(report, of, row, f"error {errors[row]:.2e}"),
             "b",
         )
-    return plot.svg(f"plot-error-{model}", "Dots are the largest errors; each leads to its token.")
+    return plot.svg(f"plot-error-{model}", "Dots are the largest errors and link to their tokens.")
 
 
-def _error_by_layer(model: str, of: ModelParity) -> str:
+def _error_by_layer(model: str, of: ModelParity) -> Markup:
     columns = [[math.inf if value is None else value for value in column] for column in zip(*of.layers, strict=True)]
     keys, values = columns
     limit = limits(of.dtype).layer
@@ -89,11 +91,11 @@ def _error_by_layer(model: str, of: ModelParity) -> str:
         plot.dots([(i, min(v, top)) for i, v in enumerate(column)], style)
     return plot.svg(
         f"plot-layers-{model}",
-        "Keys and values that the artifact left in its caches. A fault shows at its layer first.",
+        "Keys and values in the artifact's caches. A fault shows first at its own layer.",
     )
 
 
-def _gaps(report: Report, model: str, of: ModelParity) -> str:
+def _gaps(report: Report, model: str, of: ModelParity) -> Markup:
     points = of.points
     gaps = [max(g, 0.25) if g is not None and math.isfinite(g) else None for g in points.gap_ulp]
     exponents = [math.floor(math.log2(g)) if g is not None else None for g in gaps]
@@ -118,43 +120,43 @@ def _gaps(report: Report, model: str, of: ModelParity) -> str:
         plot.link(
             math.log2(gap),
             height,
-            _anchor(points.sequence[row], points.position[row]),
+            token_anchor(points.sequence[row], points.position[row]),
             _about(report, of, row, f"gap {show(points.gap_ulp[row])} ULP"),
             style,
         )
-    plot.key("noise", "closest calls")
+    plot.key("noise", "smallest gaps")
     if flipped:
-        plot.key("e", "flipped near-ties")
-        plot.key("bad", "flipped beyond")
+        plot.key("e", "flips at near-ties")
+        plot.key("bad", "flips beyond near-ties")
     return plot.svg(
         f"plot-gap-{model}",
-        f"{len(flipped)} of {of.tokens} tokens flip; a gap within the noise may flip in any right build. "
-        "Dots, one below the other, lead to tokens.",
+        f"{len(flipped)} of {of.tokens} tokens flip; a gap within the noise may flip in any correct build. "
+        "Dots link to tokens.",
     )
 
 
-def _acceptance_by_position(of: Acceptance) -> str:
+def _acceptance_by_position(of: Acceptance) -> Markup:
     places = range(1, of.draft_tokens + 1)
     ticks = tuple((float(p), str(p)) for p in places)
     plot = Plot(
-        f"Acceptance by place, K={of.draft_tokens}",
-        Axis(0.7, of.draft_tokens + 0.3, "place of the draft token", ticks=ticks),
+        f"Acceptance by position (K={of.draft_tokens})",
+        Axis(0.7, of.draft_tokens + 0.3, "position of the draft token", ticks=ticks),
         Axis(0, 1, "share of steps that accept it"),
     )
     for style, (kind, figures_of) in zip(CLASS_STYLES, of.by_class.items(), strict=False):
         rows = list(zip(map(float, places), figures_of.accepted_by_position, strict=True))
         plot.line(rows, style, kind)
         plot.dots(rows, style)
-    return plot.svg(f"plot-acceptance-{of.draft_tokens}", f"{of.tokens_per_step:.2f} tokens a step over all prompts.")
+    return plot.svg(f"plot-acceptance-{of.draft_tokens}", f"{of.tokens_per_step:.2f} tokens per step over all prompts.")
 
 
-def _lengths(of: Acceptance) -> str:
+def _lengths(of: Acceptance) -> Markup:
     total = max(sum(of.lengths), 1)
     shares = [count / total for count in of.lengths]
     ticks = tuple((float(n), str(n)) for n in range(1, len(shares) + 1))
     plot = Plot(
-        f"Tokens of a step, K={of.draft_tokens}",
-        Axis(0.4, len(shares) + 0.6, "tokens that a step emits", ticks=ticks),
+        f"Tokens per step (K={of.draft_tokens})",
+        Axis(0.4, len(shares) + 0.6, "tokens of a step", ticks=ticks),
         axis([0.0, *shares], "share of steps", low=0.0),
     )
     for n, share in enumerate(shares, 1):
@@ -162,17 +164,17 @@ def _lengths(of: Acceptance) -> str:
     return plot.svg(f"plot-lengths-{of.draft_tokens}", f"{total:,} steps.")
 
 
-def _latencies(of: Speed) -> str:
+def _latencies(of: Speed) -> Markup:
     everything = [*of.plain.step_ms, *of.speculative.step_ms] or [1.0]
     low, high = min(everything) * 0.95, sorted(everything)[int(len(everything) * 0.98) - 1] * 1.1
     high = max(high, low * 1.2)
     size = (high - low) / 24
-    plot = Plot("Time of a step", Axis(low, high, "milliseconds"), Axis(0, 1, "share of steps"))
+    plot = Plot("Step time", Axis(low, high, "milliseconds"), Axis(0, 1, "share of steps"))
     tallest = 0.0
     bars = []
     for name, style, latencies in (
-        ("plain decode, one token", "a", of.plain),
-        (f"speculation, K={of.draft_tokens}", "b", of.speculative),
+        ("plain decode", "a", of.plain),
+        (f"speculation (K={of.draft_tokens})", "b", of.speculative),
     ):
         counts = [0] * 24
         for value in latencies.step_ms:
@@ -194,54 +196,57 @@ def _latencies(of: Speed) -> str:
     return plot.svg(
         "plot-latency",
         f"Medians {show(of.plain.step_p50_ms)} and {show(of.speculative.step_p50_ms)} ms; "
-        "the last bar holds all that is slower.",
+        "the last bar includes all slower steps.",
     )
 
 
-def _bucket_map(report: Report) -> str:
-    """Graphs by KV bucket: what each was tested on. Not a drawing, but read like one."""
-    tokens: dict[str, int] = {}
+@dataclass(frozen=True)
+class BucketCell:
+    """A graph in one KV bucket: on how many tokens it was compared, and whether it differed."""
+
+    tokens: int
+    is_faulty: bool
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """Graphs that differ in their KV bucket only: a cell for each bucket, None where there is no such graph."""
+
+    graphs: str
+    cells: tuple[BucketCell | None, ...]
+
+
+def bucket_map(report: Report) -> list[BucketRow]:
+    """Return what each graph was tested on, by KV bucket."""
+    tokens = _tokens_compared(report)
+    faulty = {d.graph for d in report.losslessness.differences if not d.near_tie}
+    rows: dict[str, dict[int, BucketCell]] = {}
+    for name in report.tested.graphs:
+        kv = _kv(name)
+        cell = BucketCell(tokens[name], name in faulty)
+        rows.setdefault(name.replace(f"-s{kv}", ""), {})[kv] = cell
+    return [BucketRow(name, tuple(cells.get(kv) for kv in report.tested.kv)) for name, cells in rows.items()]
+
+
+def _tokens_compared(report: Report) -> Counter[str]:
+    """Count the tokens on which each graph was compared."""
+    tokens: Counter[str] = Counter()
     for of in report.parity.values():
-        for graph in of.points.graph:
-            name = of.points.graphs[graph]
-            tokens[name] = tokens.get(name, 0) + 1
+        tokens.update(of.points.graphs[graph] for graph in of.points.graph)
     for edge in report.losslessness.edges:
-        tokens[edge.graph] = tokens.get(edge.graph, 0) + edge.tokens
-    tests = report.distribution.tests if report.distribution is not None else ()
-    for test in tests:
+        tokens[edge.graph] += edge.tokens
+    for test in report.distribution.tests if report.distribution is not None else ():
         if test.test.startswith("rank"):
-            tokens[test.graph] = tokens.get(test.graph, 0) + test.tokens
-    bad = {d.graph for d in report.losslessness.differences if not d.near_tie}
-    kinds = dict.fromkeys(name.replace(f"-s{kv}", "") for name in report.tested.graphs for kv in [_kv(name)])
-    head = "".join(f"<th scope='col'>KV {kv}</th>" for kv in report.tested.kv)
-    rows = "".join(
-        f"<tr><th scope='row'><code>{escape(kind)}</code></th>"
-        + "".join(_cell(report, kind, kv, tokens, bad) for kv in report.tested.kv)
-        + "</tr>"
-        for kind in kinds
-    )
-    return (
-        "<figure id='plot-map' class='plot'><h3>Map of graphs and KV buckets</h3>"
-        "<div class='scroll' tabindex='0' role='region' aria-label='Map of buckets'>"
-        f"<table class='map'><thead><tr><th scope='col'>graph</th>{head}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div><figcaption>Tokens on which each shipped graph was compared; "
-        "decode and prefill graphs also ran all prompts.</figcaption></figure>"
-    )
-
-
-def _cell(report: Report, kind: str, kv: int, tokens: dict[str, int], bad: set[str]) -> str:
-    match = [name for name in report.tested.graphs if _kv(name) == kv and name.replace(f"-s{kv}", "") == kind]
-    if not match:
-        return "<td></td>"
-    style = "bad-cell" if match[0] in bad else "hit-cell"
-    return f"<td class='{style}'>{tokens.get(match[0]) or '✓'}</td>"
+            tokens[test.graph] += test.tokens
+    return tokens
 
 
 def _kv(graph: str) -> int:
     return next(int(part[1:]) for part in graph.split("-") if part[0] == "s" and part[1:].isdigit())
 
 
-def _anchor(sequence: int, position: int) -> str:
+def token_anchor(sequence: int, position: int) -> str:
+    """Return the anchor of a token, by the number of its sequence."""
     return f"t-{sequence}-{position}"
 
 
