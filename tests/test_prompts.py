@@ -16,7 +16,8 @@ def refusal(tmp_path, *lines: str) -> InputError:
 def test_id_defaults_to_the_lines_number(tmp_path):
     """A line without `id` used to end with `not a prompt: KeyError('id')`."""
     (tmp_path / "p.jsonl").write_text(
-        '{"class": "chat", "prompt": "x"}\n\n{"class": "code", "prompt": "y"}\n{"id": 9, "class": "chat", "prompt": "z"}'
+        '{"class": "chat", "prompt": "x"}\n\n'
+        '{"class": "code", "prompt": "y"}\n{"id": 9, "class": "chat", "prompt": "z"}'
     )
     assert load_prompts(tmp_path / "p.jsonl") == [
         Prompt("1", "chat", "x"),
