@@ -1,6 +1,6 @@
 """Two releases side by side: what moved, and is it beyond noise. Made from their reports alone. No torch.
 
-A figure has moved beyond noise when its change is larger than the two samples explain: a two-proportion test for
+A measurement has moved beyond noise when its change is larger than the two samples explain: a two-proportion test for
 acceptance, a rank test for latencies (each at one in a thousand), a tenth for ratios of errors, whose sampling error is
 far below that.
 """
@@ -23,7 +23,7 @@ RATIO_CHANGE = 0.10
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of both releases. `beyond_noise` is None where there is no telling; `worse` only if it is beyond."""
+    """One measurement of both releases. `beyond_noise` is None where no test applies; `worse` only beyond noise."""
 
     what: str
     before: float | None
@@ -42,7 +42,7 @@ class Change:
 
 
 def compare(before: Report, after: Report) -> list[Change]:
-    """Every figure that both reports have, and the gates whose verdict differs."""
+    """Return every measurement that both reports have, and the verdict of every gate."""
     return [*_gates(before, after), *_parity(before, after), *_acceptance(before, after), *_speed(before, after)]
 
 

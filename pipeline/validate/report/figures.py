@@ -11,12 +11,15 @@ from statistics import median
 from markupsafe import Markup
 
 from pipeline.validate.limits import limits
-from pipeline.validate.report.plots import Axis, Plot, axis
+from pipeline.validate.report.plots import Axis, Link, Plot, axis
 from pipeline.validate.report.schema import Acceptance, ModelParity, Report, Speed
 from pipeline.validate.report.summaries import show
 
 BINS = 40
 LINKED = 10
+FLIP_STYLES = {0: "noise", 1: "bad", 2: "e"}
+"""Styles of dots, by `Points.flip`."""
+
 CLASS_STYLES = ("a", "b", "c", "d", "e", "noise")
 
 
@@ -37,43 +40,39 @@ def figures(report: Report) -> Iterator[Markup]:
 
 def _error_by_position(report: Report, model: str, of: ModelParity) -> Markup:
     points = of.points
-    positions = points.position
-    longest = max(positions, default=0) + 1
-    width = max(-(-longest // BINS), 1)
-    groups: dict[int, list[int]] = {}
-    for row, position in enumerate(positions):
-        groups.setdefault(position // width, []).append(row)
-    centres = {group: (group + 0.5) * width - 0.5 for group in groups}
     errors, noises = _plain(points.error), _plain(points.noise)
-    shown = [v for v in (*errors, *noises) if v > 0]
+    longest = max(points.position, default=0) + 1
     plot = Plot(
-        f"Error by position, {model}", Axis(0, longest, "position in the cache"),
-        axis(shown, "error of the top 50, relative", log=True),
-    )  # fmt: skip
-    order = sorted(groups)
-    quantiles = {
-        g: (_quantile([noises[r] for r in groups[g]], 0.05), _quantile([noises[r] for r in groups[g]], 0.95))
-        for g in order
-    }
-    plot.area(
-        [(centres[g], quantiles[g][0]) for g in order],
-        [(centres[g], quantiles[g][1]) for g in order],
-        "noise",
-        f"{of.dtype} noise, 5 to 95%",
+        f"Error by position, {model}",
+        Axis(0, longest, "position in the cache"),
+        axis([v for v in (*errors, *noises) if v > 0], "error of the top 50, relative", log=True),
     )
-    plot.line([(centres[g], median(errors[r] for r in groups[g])) for g in order], "a", "artifact, median")
-    plot.line([(centres[g], max(errors[r] for r in groups[g])) for g in order], "b", "artifact, largest")
-    best_first = sorted(range(len(errors)), key=lambda row: errors[row])
-    of_token = {(points.sequence[row], positions[row]): row for row in best_first}  # in its worst graph
-    for row in sorted(of_token.values(), key=lambda row: -errors[row])[:LINKED]:
-        plot.link(
-            positions[row],
-            errors[row],
-            token_anchor(points.sequence[row], positions[row]),
-            _about(report, of, row, f"error {errors[row]:.2e}"),
-            "b",
-        )
+    bins = _by_position(points.position, longest)
+    noise_bins = [(centre, [noises[row] for row in rows]) for centre, rows in bins]
+    low, high = ([(centre, _quantile(values, share)) for centre, values in noise_bins] for share in (0.05, 0.95))
+    plot.area(low, high, "noise", f"{of.dtype} noise, 5 to 95%")
+    plot.line([(centre, median(errors[row] for row in rows)) for centre, rows in bins], "a", "artifact, median")
+    plot.line([(centre, max(errors[row] for row in rows)) for centre, rows in bins], "b", "artifact, largest")
+    for row in _worst_tokens(of, errors):
+        plot.link(points.position[row], errors[row], _link(report, of, row, f"error {errors[row]:.2e}"), "b")
     return plot.svg(f"plot-error-{model}", "Dots are the largest errors and link to their tokens.")
+
+
+def _by_position(positions: Sequence[int], longest: int) -> list[tuple[float, list[int]]]:
+    """Return rows in bins of neighbouring positions, each with its centre."""
+    width = max(-(-longest // BINS), 1)
+    bins: dict[int, list[int]] = {}
+    for row, position in enumerate(positions):
+        bins.setdefault(position // width, []).append(row)
+    return [((number + 0.5) * width - 0.5, bins[number]) for number in sorted(bins)]
+
+
+def _worst_tokens(of: ModelParity, errors: Sequence[float]) -> list[int]:
+    """Return rows of the tokens with the largest errors, each in its worst graph."""
+    points = of.points
+    best_first = sorted(range(len(errors)), key=lambda row: errors[row])
+    of_token = {(points.sequence[row], points.position[row]): row for row in best_first}
+    return sorted(of_token.values(), key=lambda row: -errors[row])[:LINKED]
 
 
 def _error_by_layer(model: str, of: ModelParity) -> Markup:
@@ -98,32 +97,23 @@ def _error_by_layer(model: str, of: ModelParity) -> Markup:
 def _gaps(report: Report, model: str, of: ModelParity) -> Markup:
     points = of.points
     gaps = [max(g, 0.25) if g is not None and math.isfinite(g) else None for g in points.gap_ulp]
-    exponents = [math.floor(math.log2(g)) if g is not None else None for g in gaps]
-    known = [e for e in exponents if e is not None]
-    low, high = (min(known), max(known) + 1) if known else (0, 1)
-    counts = {e: known.count(e) for e in range(low, high)}
+    counts = _by_exponent([g for g in gaps if g is not None])
+    low, high = min(counts, default=0), max(counts, default=0) + 1
     step = max((high - low) // 6, 1)
     ticks = tuple((float(e), f"{2.0**e:g}") for e in range(low, high + 1, step))
     plot = Plot(
         f"Gap of the two best tokens, {model}",
         Axis(low, high, f"gap in units in the last place of {of.dtype}", ticks=ticks),
         axis([0.0, *map(float, counts.values())], "tokens", low=0.0),
-    )  # fmt: skip
+    )
     for e, count in counts.items():
         plot.bar((e + 0.06, e + 0.94), count, "a", f"{count} tokens with a gap of {2.0**e:g} to {2.0 ** (e + 1):g} ULP")
     flipped = [row for row, flip in enumerate(points.flip) if flip]
     smallest = sorted((row for row, g in enumerate(gaps) if g is not None), key=lambda row: gaps[row] or 0.0)
     for number, row in enumerate(dict.fromkeys([*flipped[:LINKED], *smallest[:LINKED]])):
-        gap = gaps[row] or 0.25
-        style = {0: "noise", 1: "bad", 2: "e"}[points.flip[row]]
+        link = _link(report, of, row, f"gap {show(points.gap_ulp[row])} ULP")
         height = plot.y.high * (0.9 - 0.055 * number)
-        plot.link(
-            math.log2(gap),
-            height,
-            token_anchor(points.sequence[row], points.position[row]),
-            _about(report, of, row, f"gap {show(points.gap_ulp[row])} ULP"),
-            style,
-        )
+        plot.link(math.log2(gaps[row] or 0.25), height, link, FLIP_STYLES[points.flip[row]])
     plot.key("noise", "smallest gaps")
     if flipped:
         plot.key("e", "flips at near-ties")
@@ -135,6 +125,12 @@ def _gaps(report: Report, model: str, of: ModelParity) -> Markup:
     )
 
 
+def _by_exponent(gaps: Sequence[float]) -> dict[int, int]:
+    """Count gaps by power of two, without holes."""
+    exponents = Counter(math.floor(math.log2(gap)) for gap in gaps)
+    return {e: exponents[e] for e in range(min(exponents), max(exponents) + 1)} if exponents else {0: 0}
+
+
 def _acceptance_by_position(of: Acceptance) -> Markup:
     places = range(1, of.draft_tokens + 1)
     ticks = tuple((float(p), str(p)) for p in places)
@@ -143,8 +139,8 @@ def _acceptance_by_position(of: Acceptance) -> Markup:
         Axis(0.7, of.draft_tokens + 0.3, "position of the draft token", ticks=ticks),
         Axis(0, 1, "share of steps that accept it"),
     )
-    for style, (kind, figures_of) in zip(CLASS_STYLES, of.by_class.items(), strict=False):
-        rows = list(zip(map(float, places), figures_of.accepted_by_position, strict=True))
+    for style, (kind, measured) in zip(CLASS_STYLES, of.by_class.items(), strict=False):
+        rows = list(zip(map(float, places), measured.accepted_by_position, strict=True))
         plot.line(rows, style, kind)
         plot.dots(rows, style)
     return plot.svg(f"plot-acceptance-{of.draft_tokens}", f"{of.tokens_per_step:.2f} tokens per step over all prompts.")
@@ -250,10 +246,12 @@ def token_anchor(sequence: int, position: int) -> str:
     return f"t-{sequence}-{position}"
 
 
-def _about(report: Report, of: ModelParity, row: int, what: str) -> str:
+def _link(report: Report, of: ModelParity, row: int, what: str) -> Link:
+    """Return a link to the token of a row, with what is said of it."""
     points = of.points
-    sequence = report.sequences[points.sequence[row]]
-    return f"{sequence.name}, position {points.position[row]}, {points.graphs[points.graph[row]]}: {what}"
+    number, position, graph = points.sequence[row], points.position[row], points.graphs[points.graph[row]]
+    label = f"{report.sequences[number].name}, position {position}, {graph}: {what}"
+    return Link(token_anchor(number, position), label)
 
 
 def _plain(values: Sequence[float | None]) -> list[float]:

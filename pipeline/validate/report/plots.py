@@ -38,6 +38,14 @@ class Axis:
         return _decades(self.low, self.high) if self.log else _round_steps(self.low, self.high)
 
 
+@dataclass(frozen=True)
+class Link:
+    """An anchor of the page, and what is said of it."""
+
+    anchor: str
+    label: str
+
+
 @dataclass
 class Plot:
     """One plot: a drawing in the making."""
@@ -71,11 +79,12 @@ class Plot:
             self.parts.append(f'<polygon class="band {style}" points="{path}"/>')
         self._key(style, key)
 
-    def link(self, x: float, y: float, target: str, label: str, style: str) -> None:
-        """A dot that leads to a place on the page."""
+    def link(self, x: float, y: float, link: Link, style: str) -> None:
+        """Add a dot that links to an anchor of the page."""
+        label = escape(link.label)
         at = f'cx="{self._x(x):.1f}" cy="{self._y(y):.1f}"'
         self.parts.append(
-            f'<a href="#{escape(target)}" aria-label="{escape(label)}"><title>{escape(label)}</title>'
+            f'<a href="#{escape(link.anchor)}" aria-label="{label}"><title>{label}</title>'
             f'<circle class="hit" {at} r="9"/><circle class="dot {style}" {at} r="3.6"/></a>'
         )
 

@@ -1,4 +1,4 @@
-"""Shorter forms of a report: figures for the manifest, lines for the terminal, JUnit for CI, Markdown for reviews."""
+"""Shorter forms of a report: data for the manifest, lines for the terminal, JUnit for CI, Markdown for reviews."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.validate.report.schema import Latencies, Report
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """What the manifest keeps."""
+    """Return what the manifest keeps."""
     return {
         "passed": report.passed,
         "gates": {gate.name: list(gate.findings) for gate in report.gates},
@@ -33,7 +33,7 @@ def _rates(of: Latencies) -> dict[str, Any]:
 
 
 def headlines(report: Report) -> list[tuple[str, str]]:
-    """The figures that a reader wants first, as label and value: terminal, Markdown and page show these same ones."""
+    """Return the measurements that a reader wants first, as label and value, for terminal, Markdown and page."""
     rows = [
         (f"{model}: error over {of.dtype} noise", f"{show(of.error_over_noise)} ({of.tokens} tokens)")
         for model, of in report.parity.items()
@@ -65,7 +65,7 @@ def _near_ties(near_ties: int, tokens: int) -> str:
 
 
 def show(value: float | None) -> str:
-    """A figure for a reader."""
+    """Return a number as text."""
     if value is None:
         return "not a number"
     return f"{value:.2f}" if 0.01 <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"
