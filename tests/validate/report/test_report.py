@@ -98,7 +98,7 @@ def hostile(value):
         return {key: child if key in kept else hostile(child) for key, child in value.items()}
     if isinstance(value, list):
         return [hostile(child) for child in value]
-    return f"{value}{MARKUP}" if isinstance(value, str) else value
+    return f"{value}-{MARKUP}" if isinstance(value, str) else value
 
 
 MARKUP = "<script>alert(1)</script>'\"&"
