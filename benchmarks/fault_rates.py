@@ -12,11 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support import planted
-from support.reports import gates_of, recipe_of
-
 from pipeline.validate.gates.run import GateRun
 from pipeline.validate.limits import SLICE_TOKENS
+from support import planted
+from support.reports import gates_of, recipe_of
 
 SAMPLED = ("greedy", "stochastic")
 

@@ -45,7 +45,7 @@ def test_failed_compile_shows_the_reason_and_leaves_the_rest_to_the_log(tmp_path
     job = SimpleNamespace(spec=SimpleNamespace(name="decode"), log_file=tmp_path / "log.txt")
     with pytest.raises(HostError) as caught:
         _compile(job, Failing(), None, tmp_path)
-    assert caught.value.what == f"compile failed: {what}"
+    assert caught.value.what == what
     assert type(error).__name__ in capsys.readouterr().err, "the log has the traceback"
 
 

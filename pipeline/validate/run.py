@@ -8,6 +8,7 @@ from pathlib import Path
 
 import transformers
 
+from pipeline.artifact.reports import add_reports
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import Cache, default_root
 from pipeline.errors import GateError
@@ -17,7 +18,6 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.open import load
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
-from pipeline.artifact.reports import add_reports
 from pipeline.validate.gates.answers import ScoredSequence
 from pipeline.validate.gates.inputs import GateInputs
 from pipeline.validate.gates.run import GateRun, run_gates

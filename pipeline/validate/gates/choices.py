@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from pipeline.graphs.arguments import PromptRow, prefill_arguments
 from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine
 from pipeline.validate.gates.answers import ScoredSequence
-from pipeline.validate.gates.driving import Row, settings, step
+from pipeline.validate.gates.driving import Row, step
 from pipeline.validate.gates.token_columns import gap_of, noise_at
 from pipeline.validate.limits import FLIP_LIMIT, TIE
 from pipeline.validate.reference.golden import Golden
@@ -84,7 +82,8 @@ def _prefill(engine: Engine, spec: GraphSpec, probes: Sequence[ScoredSequence]) 
     starts = [probe.tokens[: max(longest - 3 * row, 1)] for row, probe in enumerate(probes[:rows])]
     if rows > 1:
         starts[-1] = probes[rows - 1].tokens[:1]
-    first = engine.ranks.run(spec, prefill_arguments(spec, starts))["token"]
+    prompts = [PromptRow(start, rows - 1 - row) for row, start in enumerate(starts)]
+    first = engine.ranks.run(spec, prefill_arguments(spec, prompts, engine.rows))["token"]
     decode = min(
         (g for g in engine.graphs if g.phase == "decode" and g.batch >= rows and g.kv > longest),
         key=lambda g: (g.batch, g.kv),
@@ -98,18 +97,3 @@ def _prefill(engine: Engine, spec: GraphSpec, probes: Sequence[ScoredSequence]) 
         yield Choice(f"{spec.name}, row {row}", name, len(start) - 1, int(first[row]))
         (token,) = second[rows - 1 - row]
         yield Choice(f"{decode.name} after {spec.name}, row {row}", name, len(start), token)
-
-
-def prefill_arguments(spec: GraphSpec, starts: Sequence[list[int]]) -> dict[str, Tensor]:
-    """Return the arguments of a greedy prefill of some rows, in slots in reverse order."""
-    tokens = torch.zeros(spec.batch, spec.tokens, dtype=torch.int32)
-    for row, start in enumerate(starts):
-        tokens[row, : len(start)] = torch.tensor(start)
-    arguments = {
-        "tokens": tokens,
-        "lengths": torch.tensor([len(start) for start in starts], dtype=torch.int32),
-        "slots": torch.tensor(list(reversed(range(len(starts)))), dtype=torch.int32),
-    }
-    if spec.sampling == "stochastic":
-        arguments |= settings(spec.batch, 0.0, 0, 1.0) | {"uniforms": torch.zeros(spec.batch, 1)}
-    return arguments

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.graphs.arguments import Choice
 from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine
 from pipeline.sources.values import draft_token_ids
-from pipeline.validate.gates.driving import Draws, Row, settings, step
+from pipeline.validate.gates.driving import Draws, Row, step
 from pipeline.validate.gates.exact_tests import FALSE_ALARM, Drawn, exact_tests
 from pipeline.validate.gates.inputs import MODELS, GateInputs
 from pipeline.validate.gates.outcome import GateOutcome
@@ -116,7 +117,7 @@ def _draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], judge: J
     starts = [Row(list(probe[: usable - size + 1 - row % 2])) for row, probe in enumerate(probes[: spec.batch])]
     drawn = Drawn(spec.name)
     generator = torch.Generator().manual_seed(spec.batch * 1000 + spec.draft_tokens)
-    draws = Draws(settings(spec.batch, TEMPERATURE, TOP_K, TOP_P), generator)
+    draws = Draws(Choice(TEMPERATURE, TOP_K, TOP_P), generator)
     scorers = [
         next(g for g in engine.graphs if (g.phase, g.model, g.kv) == ("score", model, spec.kv)) for model in MODELS
     ]

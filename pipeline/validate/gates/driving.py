@@ -5,15 +5,15 @@ Shapes: B rows, K draft tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from pipeline.graphs.arguments import GREEDY, NO_DRAW, Choice, Draw, StepRow, step_arguments
 from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.lookup import Lookup, argument
+from pipeline.runtime.lookup import Lookup
 from pipeline.validate.gates.scoring import run_score
 
 
@@ -32,9 +32,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Draws:
-    """How stochastic graphs draw: temperature, top_k and top_p of each row, and where random numbers come from."""
+    """How stochastic graphs draw: the choice of all rows, and where random numbers come from."""
 
-    settings: dict[str, Tensor]
+    choice: Choice
     generator: torch.Generator
 
 
@@ -67,40 +67,25 @@ def step(
 
     Greedy without `draws`.
     """
-    outputs = engine.ranks.run(spec, step_arguments(spec, rows, active, draws))
+    outputs = engine.ranks.run(spec, step_arguments(spec, dict(_step_rows(spec, rows, active, draws))))
     if spec.phase == "decode":
         return [[int(token)] if on else [] for token, on in zip(outputs["token"], active, strict=True)]
     return [outputs["tokens"][row, : int(outputs["count"][row])].tolist() for row in range(len(rows))]
 
 
-def step_arguments(
+def _step_rows(
     spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Draws | None
-) -> dict[str, Tensor]:
-    """Return the arguments of a decode or speculate graph."""
-    arguments = {
-        "last_token": torch.tensor([row.tokens[-1] for row in rows], dtype=torch.int32),
-        "position": torch.tensor([len(row.tokens) - 1 for row in rows], dtype=torch.int32),
-        "active": torch.tensor(active),
-        **argument(spec, {at: _copies(row.tokens, spec.draft_tokens) for at, row in enumerate(rows)}),
-    }
-    if spec.sampling == "stochastic":
-        uniforms = 2 * spec.draft_tokens + 1 if spec.phase == "speculate" else 1
-        draws = draws or Draws(settings(len(rows), 0.0, 0, 1.0), torch.Generator().manual_seed(0))
-        arguments |= draws.settings
-        arguments["uniforms"] = torch.rand(len(rows), uniforms, generator=draws.generator)
-    return arguments
+) -> Iterator[tuple[int, StepRow]]:
+    """Yield the rows that are active, by slot."""
+    draws = draws or Draws(GREEDY, torch.Generator().manual_seed(0))
+    uniforms = torch.rand(len(rows), spec.draws, generator=draws.generator) if spec.sampling == "stochastic" else None
+    for slot, (row, on) in enumerate(zip(rows, active, strict=True)):
+        if on:
+            draw = NO_DRAW if uniforms is None else Draw(draws.choice, uniforms[slot])
+            yield slot, StepRow(row.tokens[-1], len(row.tokens) - 1, draw, _copies(row.tokens, spec.draft_tokens))
 
 
 def _copies(tokens: list[int], steps: int) -> list[int]:
     """Copied drafts, right and wrong ones: of a whole step, of its first half, or none, by turns."""
     most = (0, (steps + 1) // 2, steps)[len(tokens) % 3]
     return Lookup().find(tokens, 1, most) or tokens[:most]
-
-
-def settings(rows: int, temperature: float, top_k: int, top_p: float) -> dict[str, Tensor]:
-    """Return sampling arguments, the same for all rows."""
-    return {
-        "temperature": torch.full((rows,), temperature),
-        "top_k": torch.full((rows,), top_k, dtype=torch.int32),
-        "top_p": torch.full((rows,), top_p),
-    }
