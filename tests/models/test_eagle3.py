@@ -54,7 +54,9 @@ def test_gates_pass(work, dtype):
     recipe = recipe_of(dtype)
     pair = pair_of(work, recipe)
     chosen = [Prompt(f"p{i}", "chat", text) for i, text in enumerate(PROMPTS)]
-    run = run_gates(GateInputs(make_engine(recipe, pair), recipe, chosen, pair, Cache(work / "cache"), no_log))
+    run = run_gates(
+        GateInputs(make_engine(recipe, pair), recipe, chosen, pair, Cache(work / "cache", "goldens"), no_log)
+    )
     assert run.passed, run.findings
     assert run.parity.section.models["draft"].layers, "the head's keys and values were compared"
 
@@ -68,7 +70,7 @@ def test_parity_sees_a_wrong_head(work, name, tmp_path):
     key = f"draft/{name.replace('midlayer', 'model.layers.0')}"
     engine.ranks.tensors[key] = engine.ranks.tensors[key] * 1.03
     chosen = [Prompt("p0", "chat", PROMPTS[0])]
-    run = run_gates(GateInputs(engine, recipe, chosen, pair, Cache(work / "cache"), no_log))
+    run = run_gates(GateInputs(engine, recipe, chosen, pair, Cache(work / "cache", "goldens"), no_log))
     assert any(failure.startswith("draft:") for failure in run.findings["parity"])
 
 

@@ -192,7 +192,7 @@ def test_gates_pass_and_drive_copies(work, method):
     run = engine.ranks.run
     engine.ranks.run = lambda spec, given: (asked.append((spec.name, given)), run(spec, given))[1]
     chosen = [Prompt(f"p{i}", "chat", text) for i, text in enumerate(PROMPTS)]
-    gates = run_gates(GateInputs(engine, recipe, chosen, pair, Cache(work / "cache"), no_log))
+    gates = run_gates(GateInputs(engine, recipe, chosen, pair, Cache(work / "cache", "goldens"), no_log))
     assert gates.passed, gates.findings
     copied = {name for name, given in asked if (given.get("copied", torch.tensor(-1)) >= 0).any()}
     assert copied == {graph.name for graph in engine.graphs if graph.phase == "speculate"}

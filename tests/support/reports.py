@@ -38,7 +38,7 @@ def gates_of(work: Path, recipe: Recipe, fault=None, seed: int = 0, prompts=PROM
     if fault is not None:
         fault(engine.ranks, seed)
     chosen = [Prompt(f"p{i}", ("chat", "code")[i % 2], text) for i, text in enumerate(prompts)]
-    return run_gates(GateInputs(engine, recipe, chosen, pair, Cache(work / "cache"), no_log))
+    return run_gates(GateInputs(engine, recipe, chosen, pair, Cache(work / "cache", "goldens"), no_log))
 
 
 def report_of(work: Path, recipe: Recipe, fault=None, prompts=PROMPTS) -> Report:

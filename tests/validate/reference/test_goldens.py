@@ -83,7 +83,7 @@ def test_goldens_are_cached_by_content(sources, tmp_path):
     target = pico(sources, "llama")
 
     def goldens(dtype, sequences):
-        source = Goldens(target, target, dtype, Cache(tmp_path), lambda line: None)
+        source = Goldens(target, target, dtype, Cache(tmp_path, "goldens"), lambda line: None)
         source.of(sequences)
         return source.computed, source.cached
 
