@@ -11,6 +11,7 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tensors import TensorRef
 from pipeline.sources.weights import weights
 
+
 def read_tensor(ref: TensorRef) -> Tensor:
     """One tensor of a checkpoint, read now."""
     with ref.file.open("rb") as file:
