@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.errors import HostError, InputError
+from pipeline.errors import HostError, InputError, reason
 from pipeline.stages.compile import _compile
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
