@@ -41,12 +41,12 @@ def main() -> None:
             ours, theirs = (Load(server.port, []) for server in servers)
             with ThreadPoolExecutor(8) as pool:
                 theirs.right = list(pool.map(theirs.whole, prompts))
-                found = list(pool.map(ours.whole, prompts))
+                answers = list(pool.map(ours.whole, prompts))
         finally:
             for server in servers:
                 server.end()
     theirs.prompts = prompts
-    for number, text in enumerate(found):
+    for number, text in enumerate(answers):
         theirs.same(number, text)
     faults = judged(root, theirs)
     print(f"{len(prompts)} answers: {len(prompts) - len(theirs.others)} equal, {len(theirs.others)} part, "

@@ -18,6 +18,7 @@ import json
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,8 +28,10 @@ from bars import bars
 from serving import export
 
 from pipeline.cache.local import default_root
-from pipeline.measure.bench import Answer, transformers_answers
+from pipeline.measure.hf_model import transformers_answers
 from pipeline.recipe import load as load_recipe
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.latency import Answer, DecodeTotals, TimedRequest, engine_answer
 from pipeline.runtime.open import load
 from pipeline.sources.pair import resolve
 from pipeline.validate.prompts import load_prompts, prompts_path
@@ -49,30 +52,20 @@ def bandwidth() -> float:
     return best
 
 
-def artifact(engine: Any, limit: int, **how: Any) -> Answer:
-    """Answers through an engine."""
-
-    def answer(tokens: list[int]) -> tuple[list[float], int]:
-        arrivals: list[float] = []
-        steps = -1
-        started = time.perf_counter()
-
-        def on_tokens(index: int, new: list[int]) -> None:  # noqa: ARG001 - a callback
-            nonlocal steps
-            arrivals.extend([time.perf_counter() - started] * len(new))
-            steps += 1
-
-        engine.generate([tokens], max_new_tokens=limit, on_tokens=on_tokens, **how)
-        return arrivals, steps
-
-    return answer
+Contender = Callable[[list[int]], DecodeTotals]
+"""Answers a prompt: tokens after the first one, their seconds, and steps."""
 
 
-def without_lookup(engine: Any, answer: Answer) -> Answer:
+def totals(answer: Answer) -> Contender:
+    """What is left of a timed answer."""
+    return lambda tokens: answer(tokens).totals
+
+
+def without_lookup(engine: Engine, answer: Answer) -> Answer:
     """Answers of an artifact that looks nothing up."""
     manifest = engine.batch.manifest
 
-    def alone(tokens: list[int]) -> tuple[list[float], int]:
+    def alone(tokens: list[int]) -> TimedRequest:
         engine.batch.manifest = manifest.model_copy(update={"lookup": None})
         try:
             return answer(tokens)
@@ -82,26 +75,22 @@ def without_lookup(engine: Any, answer: Answer) -> Answer:
     return alone
 
 
-def contenders(root: Path, other: Path | None, limit: int, *, alone: bool) -> tuple[dict[str, Answer], Any]:
+def contenders(root: Path, other: Path | None, limit: int, *, alone: bool) -> tuple[dict[str, Contender], Engine]:
     """All of them, by name, and the first artifact's engine."""
     engine = load(root)
-    found = {"plain decode": artifact(engine, limit, speculate=False)}
-    found |= {f"K={k}": artifact(engine, limit, draft_tokens=k) for k in engine.manifest.draft_tokens}
+    answers = {"plain decode": engine_answer(engine, limit, speculate=False)}
+    answers |= {f"K={k}": engine_answer(engine, limit, draft_tokens=k) for k in engine.manifest.draft_tokens}
     if engine.manifest.step_costs:
-        found["K by pace"] = artifact(engine, limit)
+        answers["K by pace"] = engine_answer(engine, limit)
     if engine.manifest.lookup:
         k = engine.manifest.draft_tokens[-1]
-        found[f"K={k}, the draft alone"] = without_lookup(engine, artifact(engine, limit, draft_tokens=k))
-    if alone:
-        return found, engine
-    if other is not None:
-        second = load(other)
-        k = second.manifest.draft_tokens[0]
-        found[f"draft model, K={k}"] = artifact(second, limit)
-        found |= transformers_answers(load_recipe(other / "recipe.yaml"), Path("recipes"), limit)
-    else:
-        found |= transformers_answers(load_recipe(root / "recipe.yaml"), Path("recipes"), limit)
-    return found, engine
+        answers[f"K={k}, the draft alone"] = without_lookup(engine, engine_answer(engine, limit, draft_tokens=k))
+    if not alone:
+        if other is not None:
+            second = load(other)
+            answers[f"draft model, K={second.manifest.draft_tokens[0]}"] = engine_answer(second, limit)
+        answers |= transformers_answers(load_recipe((other or root) / "recipe.yaml"), Path("recipes"), limit)
+    return {name: totals(answer) for name, answer in answers.items()}, engine
 
 
 class Peer:
@@ -119,17 +108,17 @@ class Peer:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"ended without an answer: {self.process.args}")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
-    def answer(self, limit: int) -> Answer:
-        """Answers through it; it tells the time of all tokens after the first, so arrivals are only the ends."""
+    def contender(self, limit: int) -> Contender:
+        """Answers through it."""
 
-        def answer(tokens: list[int]) -> tuple[list[float], int]:
+        def answer(tokens: list[int]) -> DecodeTotals:
             assert self.process.stdin is not None
             print(json.dumps({"tokens": tokens, "limit": limit}), file=self.process.stdin, flush=True)
-            found = self._line()
-            return [0.0] * found["tokens"] + [found["seconds"]], found["steps"]
+            reply = self._line()
+            return DecodeTotals(reply["tokens"], reply["seconds"], reply["steps"])
 
         return answer
 
@@ -143,23 +132,23 @@ class Peer:
 def peers(asked: argparse.Namespace, work: Path) -> dict[str, Peer]:
     """The engines that were asked for, loaded."""
     recipe = load_recipe(asked.artifact / "recipe.yaml")
-    found: dict[str, Peer] = {}
+    engines: dict[str, Peer] = {}
     if asked.vllm is not None:
         target = resolve(recipe.target.source, base=Path("recipes"), cache=default_root() / "sources")
         folder = export(target, work / "target")
         length = ("--length", recipe.shapes.kv[-1])
-        found["vLLM"] = Peer(asked.vllm, "vllm", folder, *length)
-        found["vLLM, n-gram K=4"] = Peer(asked.vllm, "vllm", folder, "--ngram", 4, *length)
+        engines["vLLM"] = Peer(asked.vllm, "vllm", folder, *length)
+        engines["vLLM, n-gram K=4"] = Peer(asked.vllm, "vllm", folder, "--ngram", 4, *length)
         if recipe.speculation.method == "eagle3":
             head = resolve(
                 recipe.draft.source, base=Path("recipes"), cache=default_root() / "sources", role="draft"
             ).root
             for k in recipe.speculation.draft_tokens:
-                found[f"vLLM, EAGLE-3 K={k}"] = Peer(asked.vllm, "vllm", folder, "--eagle3", head, k, *length)
+                engines[f"vLLM, EAGLE-3 K={k}"] = Peer(asked.vllm, "vllm", folder, "--eagle3", head, k, *length)
     if asked.llama is not None:
         (source,) = (default_root() / "sources" / "packages").rglob("*.gguf")
-        found[f"llama.cpp {asked.precision}"] = Peer(asked.llama, "llama", source, asked.precision)
-    return found
+        engines[f"llama.cpp {asked.precision}"] = Peer(asked.llama, "llama", source, asked.precision)
+    return engines
 
 
 def weight_bytes(root: Path) -> int:
@@ -167,28 +156,25 @@ def weight_bytes(root: Path) -> int:
     return (root / "weights" / "target" / "rank-0-of-1.safetensors").stat().st_size
 
 
-Cells = dict[str, list[float]]
-"""By class of prompt: tokens after the first ones, their seconds, and steps."""
+Cells = dict[str, DecodeTotals]
+"""By class of prompt."""
 
 Rounds = dict[str, list[Cells]]
 """By contender."""
 
 
-def measure(answers: dict[str, Answer], encoded: list[tuple[str, list[int]]], rounds: int) -> Rounds:
+def measure(answers: dict[str, Contender], encoded: list[tuple[str, list[int]]], rounds: int) -> Rounds:
     """All contenders answer a prompt before any answers the next; a first answer of each is not counted."""
     for answer in answers.values():
         answer(encoded[0][1])
-    found: Rounds = {name: [] for name in answers}
+    by_contender: Rounds = {name: [] for name in answers}
     for _ in range(rounds):
-        for of in found.values():
-            of.append({kind: [0.0, 0.0, 0.0] for kind, _ in encoded})
+        for cells in by_contender.values():
+            cells.append({kind: DecodeTotals() for kind, _ in encoded})
         for kind, tokens in encoded:
             for name, answer in answers.items():
-                arrivals, steps = answer(tokens)
-                cell = found[name][-1][kind]
-                for place, value in enumerate((len(arrivals) - 1, arrivals[-1] - arrivals[0], steps)):
-                    cell[place] += value
-    return found
+                by_contender[name][-1][kind] += answer(tokens)
+    return by_contender
 
 
 def main() -> None:
@@ -212,7 +198,7 @@ def main() -> None:
     answers, engine = contenders(args.artifact, args.draft_model, args.max_new_tokens, alone=args.alone)
     work = tempfile.TemporaryDirectory()
     others = peers(args, Path(work.name))
-    answers |= {name: peer.answer(args.max_new_tokens) for name, peer in others.items()}
+    answers |= {name: peer.contender(args.max_new_tokens) for name, peer in others.items()}
     encoded = [(p.kind, engine.text.chat(p.text)) for p in chosen]
     rounds = measure(answers, encoded, args.rounds)
     for peer in others.values():
@@ -235,21 +221,21 @@ def main() -> None:
 def speed(rounds: list[Cells], group: str) -> float:
     """Tokens a second after the first ones, over a class or a group of them: the median of rounds."""
     kinds = [k for k in rounds[0] if group in (k, "all", "structured" if k in STRUCTURED else "others")]
-    return median(sum(cells[k][0] for k in kinds) / sum(cells[k][1] for k in kinds) for cells in rounds)
+    return median(sum((cells[k] for k in kinds), DecodeTotals()).tokens_per_s for cells in rounds)
 
 
 def show(rounds: Rounds, speeds: dict[str, dict[str, float]]) -> None:
     """The table."""
-    print("| | " + " | ".join(f"{name}, tokens/s | over plain" for name in GROUPS) + " | tokens a step |")
+    print("| | " + " | ".join(f"{name}, tokens/s | over plain" for name in GROUPS) + " | tokens per step |")
     print("|" + " --- |" * (2 * len(GROUPS) + 2))
     for name, runs in rounds.items():
-        cells = [
+        rates = [
             cell
-            for group, found in speeds[name].items()
-            for cell in (f"{found:.1f}", f"{found / speeds['plain decode'][group]:.2f}")
+            for group, rate in speeds[name].items()
+            for cell in (f"{rate:.1f}", f"{rate / speeds['plain decode'][group]:.2f}")
         ]
-        tokens, steps = (sum(cell[place] for cells in runs for cell in cells.values()) for place in (0, 2))
-        print(f"| {name} | " + " | ".join(cells) + f" | {tokens / max(steps, 1):.2f} |")
+        whole = sum((of for cells in runs for of in cells.values()), DecodeTotals())
+        print(f"| {name} | " + " | ".join(rates) + f" | {whole.tokens_per_step:.2f} |")
 
 
 if __name__ == "__main__":

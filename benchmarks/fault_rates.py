@@ -3,6 +3,7 @@
 Runs eagerly, so that what is measured is the gates and not the compiler.
 """
 
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from pipeline.validate.gates.run import GateRun
+from pipeline.validate.limits import SLICE_TOKENS
 from support import planted
 from support.reports import gates_of, recipe_of
 
@@ -24,29 +27,30 @@ def main(seeds: int) -> None:
         for dtype in ("float32", "bfloat16"):
             faults = [*planted.NUMERIC, *(planted.FLOAT32_ONLY if dtype == "float32" else ())]
             for fault in (None, *faults):
-                found = [gates_of(work, recipe_of("llama", 10 + s, dtype), fault, s) for s in range(seeds)]
-                caught = sum(not gates.found.passed for gates in found)
+                runs = [gates_of(work, recipe_of("llama", 10 + s, dtype), fault, s) for s in range(seeds)]
+                caught = sum(not run.passed for run in runs)
                 name = fault.__name__ if fault else "clean"
-                ratios = sorted(_worst(gates) for gates in found)
+                ratios = sorted(_worst(run) for run in runs)
                 print(
                     f"{dtype:<9} {name:<24} caught {caught} of {seeds}, "
                     f"worst ratio {ratios[0]:.2f} to {ratios[-1]:.2f}",
                     flush=True,
                 )
         for fault in (None, *planted.ACCEPTANCE):
-            found = [
+            runs = [
                 gates_of(work, recipe_of("llama", 10 + s, "float32", SAMPLED, (2,)), fault, s) for s in range(seeds)
             ]
-            caught = sum(bool(gates.found.gates["distribution"]) for gates in found)
+            caught = sum(bool(run.findings["distribution"]) for run in runs)
             print(f"sampling  {fault.__name__ if fault else 'clean':<24} caught {caught} of {seeds}", flush=True)
 
 
-def _worst(gates) -> float:
+def _worst(run: GateRun) -> float:
     """The largest ratio to noise that a gate looks at: over all tokens, of a slice, of a layer."""
-    figures = gates.found.data["parity"].values()
-    layers = [ratio for of in figures for pair in of["layers"] for ratio in pair]
-    slices = [s["error_over_noise"] for of in figures for s in of["slices"] if s["tokens"] >= 16]
-    return max(*layers, *slices, *(of["error_over_noise"] for of in figures))
+    models = run.parity.section.models.values()
+    layers = [ratio for of in models for pair in of.layers for ratio in pair]
+    slices = [s.error_over_noise for of in models for s in of.slices if s.tokens >= SLICE_TOKENS]
+    ratios = (*layers, *slices, *(of.error_over_noise for of in models))
+    return max(math.inf if ratio is None else ratio for ratio in ratios)
 
 
 if __name__ == "__main__":

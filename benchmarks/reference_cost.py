@@ -12,7 +12,7 @@ import torch
 from pipeline.cache.local import default_root
 from pipeline.recipe import find, load
 from pipeline.sources.pair import resolve_pair
-from pipeline.validate.reference.goldens import Reference
+from pipeline.validate.reference.layers import Reference
 
 
 def main(name: str, sequences: int, tokens: int) -> None:
@@ -21,9 +21,9 @@ def main(name: str, sequences: int, tokens: int) -> None:
     recipe = load(path)
     target, _ = resolve_pair(recipe, base=path.parent, cache=default_root() / "sources")
     size = sum(digest.size for digest in target.files.values())
-    made = [[(7 * row + 3 * place) % target.config.vocab for place in range(tokens)] for row in range(sequences)]
+    token_rows = [[(7 * row + 3 * place) % target.config.vocab for place in range(tokens)] for row in range(sequences)]
     before, started = _peak(), time.process_time()
-    goldens = list(Reference(target, target, recipe.target.dtype).goldens(made))
+    goldens = list(Reference(target, target, recipe.target.dtype).goldens(token_rows))
     spent, stored = time.process_time() - started, sum(t.nbytes for golden in goldens for t in _tensors(golden))
     total = sequences * tokens
     print(f"{name}: {total} tokens, {recipe.target.dtype}, checkpoint {size / 1e9:.2f} GB")

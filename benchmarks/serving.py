@@ -33,9 +33,9 @@ from pipeline.recipe import load
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
+from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
 from pipeline.validate.prompts import load_prompts, prompts_path
-from pipeline.validate.reference.goldens import read_tensor
 
 MODULE = ["-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
 

@@ -97,4 +97,8 @@ def reason(error: BaseException) -> str:
     """Return the first line of what an exception says, for a message of ours; never the name of its class."""
     if isinstance(error, KeyError):
         return f"missing key: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "out of memory"
     return next(iter(str(error).strip().splitlines()), "no details")

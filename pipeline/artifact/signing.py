@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, read
 from pipeline.artifact.provenance import PROVENANCE, builder_of
 from pipeline.artifact.verify import difference
-from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.errors import ArtifactError, HostError, InputError, reason
 from pipeline.files.atomic import write_atomic
 from pipeline.records import Record
 
@@ -275,5 +275,4 @@ def _with_base(policy: Policy, base: Path) -> Policy:
 
 
 def _first_line(error: Exception) -> str:
-    lines: Iterator[str] = (line.strip() for line in str(error).splitlines() if line.strip())
-    return f"{next(lines, type(error).__name__)}"[:300]
+    return reason(error)[:300]

@@ -74,5 +74,5 @@ def _compare(before: Report, after: Report, page: Path, json_: bool) -> None:
         return
     for change in changes:
         values = f"{summaries.show(change.before):>12}{summaries.show(change.after):>12}"
-        click.echo(f"{change.what:<44}{values}  {compare.judgement(change)}")
+        click.echo(f"{change.what:<44}{values}  {change.judgement}")
     click.echo(f"wrote {page}")

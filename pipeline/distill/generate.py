@@ -20,9 +20,9 @@ from pipeline.models.decoder import Hidden
 from pipeline.models.parallel import Seams, State
 from pipeline.models.weights import up_to
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
 from pipeline.speculation.model import Model, Prompt
-from pipeline.validate.reference.goldens import read_tensor
 
 KV_STEP = 64
 """Attention covers cached positions in multiples of this number."""

@@ -13,8 +13,8 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import TAPPED, read_config
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, NORM, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
-from pipeline.validate.reference.goldens import read_tensor
 
 EMBEDDING_SCALE = 0.02
 """Scale of the initial weights with which the new layer reads a token's embedding."""

@@ -37,9 +37,9 @@ from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.runtime.text import Text
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tokenizer import tokenizer_files
+from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
 from pipeline.validate.prompts import Prompt, load_prompts, prompts_path
-from pipeline.validate.reference.goldens import read_tensor
 
 SHORTEST = 4
 """Sequences with a shorter answer, in tokens, are dropped."""

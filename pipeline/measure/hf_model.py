@@ -1,50 +1,128 @@
-"""A checkpoint as a transformers model, to measure against."""
+"""A checkpoint as a transformers model, and its timed answers, to measure against. Measures nothing itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+from pipeline.cache.local import default_root
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.models.weights import D2T, EMBEDDING, HEAD
+from pipeline.recipe.schema import Recipe
+from pipeline.runtime.latency import Answer, ArrivalClock, TimedRequest
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.pair import resolve_pair
+from pipeline.sources.values import draft_token_ids, read_tensor
 from pipeline.sources.weights import weights
-from pipeline.validate.reference.goldens import read_tensor
 
 
 def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attention: str) -> Any:
-    """The checkpoint as a transformers model. A draft that shares its target's embedding, or has a reduced vocabulary,
-    is put together from both.
+    """Return the checkpoint as a transformers model. A draft that shares its target's embedding, or has a reduced
+    vocabulary, is put together from both.
     """  # fmt: skip
-    kind = torch_dtype(dtype)
-    whole = (
-        checkpoint.layers is None and not checkpoint.config.shares_embedding and checkpoint.config.draft_vocab is None
-    )
-    if whole:
+    config = checkpoint.config
+    if checkpoint.layers is None and not config.shares_embedding and config.draft_vocab is None:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.root, dtype=kind, attn_implementation=attention
+            checkpoint.root, dtype=torch_dtype(dtype), attn_implementation=attention
         )
         return model.eval()
-    fields = {k: v for k, v in checkpoint.config_json.items() if k not in ("model_type", "layer_types")}
-    fields["num_hidden_layers"] = checkpoint.config.layers
-    config = transformers.AutoConfig.for_model(checkpoint.config_json["model_type"], **fields)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=attention)
-    if checkpoint.config.draft_vocab is not None:
-        model.lm_head = torch.nn.Linear(checkpoint.config.hidden, checkpoint.config.draft_vocab, bias=False, dtype=kind)
-    state = {name: tensor.to(kind) for name, tensor in _tensors(checkpoint) if name != D2T}
-    if checkpoint.config.shares_embedding:
-        state[EMBEDDING] = dict(_tensors(target, EMBEDDING))[EMBEDDING].to(kind)
-    if checkpoint.config.tied:
-        state[HEAD] = state[EMBEDDING]
-    model.load_state_dict(state, strict=True)
+    model = _without_weights(checkpoint, torch_dtype(dtype), attention)
+    model.load_state_dict(_state(checkpoint, target, torch_dtype(dtype)), strict=True)
     return model.eval()
 
 
-def _tensors(checkpoint: Checkpoint, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
+def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
+    config = checkpoint.config
+    fields = {k: v for k, v in checkpoint.config_json.items() if k not in ("model_type", "layer_types")}
+    fields["num_hidden_layers"] = config.layers
+    whole = transformers.AutoConfig.for_model(checkpoint.config_json["model_type"], **fields)
+    model = transformers.AutoModelForCausalLM.from_config(whole, dtype=dtype, attn_implementation=attention)
+    if config.draft_vocab is not None:
+        model.lm_head = torch.nn.Linear(config.hidden, config.draft_vocab, bias=False, dtype=dtype)
+    return model
+
+
+def _state(checkpoint: Checkpoint, target: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    state = {name: tensor.to(dtype) for name, tensor in _tensors(checkpoint) if name != D2T}
+    if checkpoint.config.shares_embedding:
+        state[EMBEDDING] = read_tensor(weights(target)[EMBEDDING]).to(dtype)
+    if checkpoint.config.tied:
+        state[HEAD] = state[EMBEDDING]
+    return state
+
+
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     for name, ref in weights(checkpoint).items():
-        if only is None or name == only:
-            yield name, read_tensor(ref)
+        yield name, read_tensor(ref)
+
+
+def transformers_answers(recipe: Recipe, base: Path, max_new_tokens: int) -> dict[str, Answer]:
+    """Return `generate`, and assisted generation with the same pair and K where the draft is a model, by name."""
+    target, draft = resolve_pair(recipe, base=base, cache=default_root() / "sources")
+    model = build_model(target, target, recipe.target.dtype, "sdpa")
+    answers = {"transformers generate": _answer(model, None, max_new_tokens)}
+    if draft.config.eagle3 is not None:  # transformers has no such drafts
+        return answers
+    assistant = build_model(draft, target, recipe.draft.dtype or recipe.target.dtype, "sdpa")
+    token_ids = draft_token_ids(draft)
+    if token_ids is not None:
+        assistant.lm_head = WholeHead(assistant.lm_head, token_ids, target.config.vocab)
+    assistant.generation_config.num_assistant_tokens = recipe.speculation.draft_tokens[0]
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    return answers | {"transformers assisted": _answer(model, assistant, max_new_tokens)}
+
+
+def _answer(model: Any, assistant: Any, max_new_tokens: int) -> Answer:
+    def answer(tokens: list[int]) -> TimedRequest:
+        prompt = torch.tensor([tokens])
+        streamer = TimingStreamer(len(tokens))
+        with torch.no_grad():
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                assistant_model=assistant,
+                streamer=streamer,
+            )
+        return streamer.clock.request()
+
+    return answer
+
+
+class WholeHead(torch.nn.Module):
+    """The head of a reduced vocabulary with logits of the whole one, the only kind that transformers supports."""
+
+    def __init__(self, head: torch.nn.Module, token_ids: Tensor, vocab: int) -> None:
+        super().__init__()
+        self.head, self.token_ids, self.vocab = head, token_ids, vocab
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits of all tokens, minus infinity for those that the head does not know."""
+        logits = self.head(hidden)
+        whole = logits.new_full((*logits.shape[:-1], self.vocab), -torch.inf)
+        return whole.index_copy(-1, self.token_ids, logits)
+
+
+class TimingStreamer:
+    """A transformers streamer that keeps arrival times."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.clock = ArrivalClock()
+        self._to_skip = prompt_tokens
+
+    def put(self, value: Tensor) -> None:
+        """Take tokens; the first are the prompt."""
+        new = value.numel() - self._to_skip
+        self._to_skip = 0
+        if new > 0:
+            self.clock.record(new)
+
+    def end(self) -> None:
+        """Nothing to flush."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -83,7 +82,7 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
         InputError: no answer has a step.
 
     """
-    from pipeline.validate.gates.acceptance import acceptance, given_previous
+    from pipeline.validate.gates.acceptance import acceptance_of, given_previous
 
     chosen = _spread(prompts, prompts_per_class)
     built = list(engine.manifest.draft_tokens)
@@ -98,10 +97,10 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
     if not any(answer.emitted_per_step for answer in answers):
         what = "every answer ended with its first token: there is no step to measure"
         raise InputError(what, where="tune", fix="use other prompts, or more --max-new-tokens")
-    rates = {"all": acceptance(chosen, answers, built[-1])["accepted_given_previous"]}
+    rates = {"all": list(acceptance_of(chosen, answers, built[-1]).accepted_given_previous)}
     for kind in dict.fromkeys(prompt.kind for prompt in chosen):
         of = [(p, a) for p, a in zip(chosen, answers, strict=True) if p.kind == kind]
-        rates[kind] = acceptance([p for p, _ in of], [a for _, a in of], built[-1])["accepted_given_previous"]
+        rates[kind] = list(acceptance_of([p for p, _ in of], [a for _, a in of], built[-1]).accepted_given_previous)
     steps = [step for answer in answers for step in zip(answer.emitted_per_step, answer.copied_per_step, strict=True)]
     if copied := [emitted for emitted, copies in steps if copies]:
         rates["copies"] = given_previous(copied, built[-1])
@@ -199,7 +198,7 @@ def _spread(prompts: Sequence[Prompt], each: int) -> list[Prompt]:
 
 def curve(found: Tuning, name: str) -> str:
     """A page with the expected speed over K, one line a class."""
-    from pipeline.validate.report.page import document
+    from pipeline.validate.report.page import plot_page
     from pipeline.validate.report.plots import Axis, Plot
 
     top = max(max(speeds.values()) for speeds in found.expected.values())
@@ -210,7 +209,7 @@ def curve(found: Tuning, name: str) -> str:
     plot.rule(1.0, "plain decode")
     measured = ", ".join(f"K={k}: {cost:.2f}" for k, cost in found.step_costs.items())
     figure = plot.svg("curve", f"Measured step costs, in plain steps: {measured}.")
-    return document(f"Tuning of {name}", [f"<main id='main'><h1>{escape(name)}</h1>", figure, "</main>"])
+    return plot_page(f"Tuning of {name}", name, [figure])
 
 
 def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:

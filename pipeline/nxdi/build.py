@@ -11,6 +11,7 @@ NxD Inference's `model.pt` is TorchScript; Tandem does not open it. Tandem neith
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,9 @@ from pipeline.recipe.schema import NeuronSettings
 from pipeline.sources.checkpoint import CONFIG_FILES, Checkpoint
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.package import UNVERSIONED, Origin, created_now, seal
+
+EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception): ")
+"""How the last line of a Python traceback begins: the name of a type, which means nothing to a reader."""
 
 
 def write(out: Path, plan: Plan, lock: Lock) -> Path:
@@ -119,7 +123,7 @@ def _failure(status: int, output: Path) -> HostError:
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(output, kept)
     lines = [line for line in kept.read_text(errors="replace").splitlines() if line.strip()] or ["no message"]
-    what = f"NxD Inference ended with status {status}: {lines[-1]}"
+    what = f"NxD Inference ended with status {status}: {EXCEPTION.sub('', lines[-1])}"
     return HostError(what, where="compile", fix=f"read its output: {kept}")
 
 

@@ -74,6 +74,15 @@ class Text:
             what = f"the chat template fails: {error}"
             raise ArtifactError(what, where="tokenizer", fix="send plain text (--raw)") from error
 
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a prompt: in the chat template if the pair has one, else as plain text.
+
+        Raises:
+            ArtifactError: as `chat_text`.
+
+        """
+        return self.chat(prompt) if self.has_chat else self.encode(prompt)
+
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))

@@ -94,7 +94,7 @@ def _open(path: Path) -> GGUFReader:
     try:
         return GGUFReader(str(path))
     except (ValueError, IndexError, OSError) as error:
-        raise SourceError(f"damaged GGUF file: {error}", where=str(path), fix="download it again") from error
+        raise SourceError(f"damaged GGUF file: {reason(error)}", where=str(path), fix="download it again") from error
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as memoize
@@ -17,7 +18,7 @@ from pathlib import Path
 from pipeline.backends.base import Backend, Traced, cache_key, make_backend, package_of
 from pipeline.cache.local import Cache
 from pipeline.cache.remote import Remote
-from pipeline.errors import HostError, TandemError
+from pipeline.errors import HostError, TandemError, reason
 from pipeline.executors.local import LocalExecutor
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.plan.plan import Plan
@@ -182,9 +183,9 @@ def _compile(job: Job, backend: Backend, traced: Traced, work: Path) -> bytes:
     except TandemError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines() or ["the compiler failed without a message"]
+        traceback.print_exc()  # into the log
         fix = f"the compiler's output is in {job.log_file}"
-        raise HostError(first[0], where=f"compile {job.spec.name}", fix=fix) from error
+        raise HostError(reason(error), where=f"compile {job.spec.name}", fix=fix) from error
 
 
 def _memo_key(job: Job, backend: Backend) -> str:

@@ -1,20 +1,22 @@
-"""Prompts that gates run on: JSON lines with `id`, `class` and `prompt`."""
+"""Prompts that gates run on: JSON lines with `class`, `prompt` and, unless the line's number does, `id`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import InputError
 
 DEFAULT = "prompts/default.jsonl"
+FIX = 'write one JSON object per line, with "class", "prompt" and optionally "id"'
 SHIPPED = Path(__file__).parent / "default_prompts.jsonl"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt and the class its figures are grouped by."""
+    """One prompt and the class that its measurements are grouped by."""
 
     id: str
     kind: str
@@ -40,18 +42,35 @@ def load_prompts(path: Path) -> list[Prompt]:
         raise InputError(
             f"cannot read prompts: {error.strerror}", where=str(path), fix="see validate.prompts"
         ) from error
-    prompts = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    prompts = {number: _prompt(line, number, path) for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
-        raise InputError("no prompts", where=str(path), fix="add lines with id, class and prompt")
-    return prompts
+        raise InputError("no prompts", where=str(path), fix=FIX)
+    _check_ids(prompts, path)
+    return list(prompts.values())
 
 
-def _prompt(line: str, where: str) -> Prompt:
+def _prompt(line: str, number: int, path: Path) -> Prompt:
+    where = f"{path}:{number}"
     try:
-        data = json.loads(line)
-        prompt = Prompt(str(data["id"]), str(data["class"]), str(data["prompt"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"not a prompt: {error!r}", where=where, fix='write {"id", "class", "prompt"}') from error
+        entry = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"not JSON: {error}", where=where, fix=FIX) from error
+    if not isinstance(entry, dict):
+        raise InputError("not a JSON object", where=where, fix=FIX)
+    missing = [key for key in ("class", "prompt") if key not in entry]
+    if missing:
+        raise InputError(f"missing key: {', '.join(f'`{key}`' for key in missing)}", where=where, fix=FIX)
+    prompt = Prompt(str(entry.get("id", number)), str(entry["class"]), str(entry["prompt"]))
     if not prompt.text.strip():
         raise InputError("empty prompt", where=where, fix="remove the line")
     return prompt
+
+
+def _check_ids(prompts: Mapping[int, Prompt], path: Path) -> None:
+    """Refuse two prompts with one id: answers and references are kept by it."""
+    lines: dict[str, int] = {}
+    for number, prompt in prompts.items():
+        first = lines.setdefault(prompt.id, number)
+        if first != number:
+            what = f"duplicate id: {prompt.id!r}, also in line {first}"
+            raise InputError(what, where=f"{path}:{number}", fix="give every prompt its own `id`")

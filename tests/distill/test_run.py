@@ -25,8 +25,8 @@ from pipeline.models.families import config_of
 from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.pair import resolve, resolve_pair
+from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights as source_weights
-from pipeline.validate.reference.goldens import read_tensor
 from support.eager import make_engine
 
 CONTENT = {

@@ -11,9 +11,11 @@ from pipeline.errors import RecipeError, SourceError
 from pipeline.models.eagle3 import taps_of
 from pipeline.models.families import config_of
 from pipeline.plan.plan import make_plan
+from pipeline.progress import no_log
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.pair import resolve_pair
-from pipeline.validate.gates.run import Gates
+from pipeline.validate.gates.inputs import GateInputs
+from pipeline.validate.gates.run import run_gates
 from pipeline.validate.prompts import Prompt
 from support.eager import make_engine
 from support.reports import PROMPTS
@@ -52,9 +54,11 @@ def test_gates_pass(work, dtype):
     recipe = recipe_of(dtype)
     pair = pair_of(work, recipe)
     chosen = [Prompt(f"p{i}", "chat", text) for i, text in enumerate(PROMPTS)]
-    found = Gates(make_engine(recipe, pair), recipe, chosen, pair, Cache(work / "cache"), lambda line: None).run()
-    assert found.passed, found.gates
-    assert found.data["parity"]["draft"]["layers"], "the head's keys and values were compared"
+    run = run_gates(
+        GateInputs(make_engine(recipe, pair), recipe, chosen, pair, Cache(work / "cache", "goldens"), no_log)
+    )
+    assert run.passed, run.findings
+    assert run.parity.section.models["draft"].layers, "the head's keys and values were compared"
 
 
 @pytest.mark.parametrize("name", ["fc.weight", "midlayer.self_attn.k_proj.weight", "midlayer.hidden_norm.weight"])
@@ -66,8 +70,8 @@ def test_parity_sees_a_wrong_head(work, name, tmp_path):
     key = f"draft/{name.replace('midlayer', 'model.layers.0')}"
     engine.ranks.tensors[key] = engine.ranks.tensors[key] * 1.03
     chosen = [Prompt("p0", "chat", PROMPTS[0])]
-    found = Gates(engine, recipe, chosen, pair, Cache(work / "cache"), lambda line: None).run()
-    assert any(failure.startswith("draft:") for failure in found.gates["parity"])
+    run = run_gates(GateInputs(engine, recipe, chosen, pair, Cache(work / "cache", "goldens"), no_log))
+    assert any(failure.startswith("draft:") for failure in run.findings["parity"])
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -18,7 +18,7 @@ from pipeline.models.weights import EMBEDDING, OFFSET
 from pipeline.recipe import load
 from pipeline.sources.derived import derive
 from pipeline.stages.shard_files import write_shards
-from pipeline.validate.reference.goldens import Reference
+from pipeline.validate.reference.layers import Reference
 from support.checkpoints import write_checkpoint
 from support.paths import ROOT
 from support.shards import expected_slice, opened, pair_of

@@ -126,7 +126,7 @@ def test_vllm_would_compile_again_where_a_rank_is_missing(packed, tmp_path):
 @pytest.mark.parametrize(
     ("fake", "says"),
     [
-        ("fail", "NxD Inference ended with status 1: RuntimeError: neuronx-cc failed with 70"),
+        ("fail", "NxD Inference ended with status 1: neuronx-cc failed with 70"),
         ("forget speculation_length", "neuron_config.speculation_length: expected 4, NxD Inference wrote None"),
         ("no weights/tp1_sharded_checkpoint.safetensors", "wrote no weights/tp1_sharded_checkpoint.safetensors"),
         ("uneven", "only rank 0 has the weight"),

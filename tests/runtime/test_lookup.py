@@ -10,11 +10,13 @@ from pipeline.graphs.packing import PlainPacking
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.plan import make_plan
+from pipeline.progress import no_log
 from pipeline.recipe.schema import InductorSettings, Recipe
 from pipeline.runtime.lookup import Lookup, argument
 from pipeline.sources.pair import resolve_pair
 from pipeline.speculation.sampling import Candidates, certain
-from pipeline.validate.gates.run import Gates
+from pipeline.validate.gates.inputs import GateInputs
+from pipeline.validate.gates.run import run_gates
 from pipeline.validate.prompts import Prompt
 from support.eager import make_engine
 from support.pairs import make_pair
@@ -190,8 +192,8 @@ def test_gates_pass_and_drive_copies(work, method):
     run = engine.ranks.run
     engine.ranks.run = lambda spec, given: (asked.append((spec.name, given)), run(spec, given))[1]
     chosen = [Prompt(f"p{i}", "chat", text) for i, text in enumerate(PROMPTS)]
-    found = Gates(engine, recipe, chosen, pair, Cache(work / "cache"), lambda line: None).run()
-    assert found.passed, found.gates
+    gates = run_gates(GateInputs(engine, recipe, chosen, pair, Cache(work / "cache", "goldens"), no_log))
+    assert gates.passed, gates.findings
     copied = {name for name, given in asked if (given.get("copied", torch.tensor(-1)) >= 0).any()}
     assert copied == {graph.name for graph in engine.graphs if graph.phase == "speculate"}
 

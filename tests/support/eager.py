@@ -24,8 +24,8 @@ from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
-from pipeline.validate.reference.goldens import read_tensor
 
 
 def _nothing(spec: GraphSpec, state: dict[str, torch.Tensor]) -> AbstractContextManager[None]:

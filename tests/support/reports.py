@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.cache.local import Cache
+from pipeline.progress import no_log
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.pair import resolve_pair
-from pipeline.validate.gates.run import Gates
+from pipeline.validate.gates.inputs import GateInputs
+from pipeline.validate.gates.run import GateRun, run_gates
 from pipeline.validate.prompts import Prompt
 from pipeline.validate.report.schema import Report
 from pipeline.validate.run import make_report
@@ -29,17 +31,15 @@ def recipe_of(family: str, seed: int, dtype: str, sampling=("greedy",), layers=(
     )
 
 
-def gates_of(work: Path, recipe: Recipe, fault=None, seed: int = 0, prompts=PROMPTS) -> Gates:
+def gates_of(work: Path, recipe: Recipe, fault=None, seed: int = 0, prompts=PROMPTS) -> GateRun:
     """Gates that have run on an eager engine, spoiled or not."""
     pair = resolve_pair(recipe, base=work, cache=work / "sources")
     engine = make_engine(recipe, pair)
     if fault is not None:
         fault(engine.ranks, seed)
     chosen = [Prompt(f"p{i}", ("chat", "code")[i % 2], text) for i, text in enumerate(prompts)]
-    gates = Gates(engine, recipe, chosen, pair, Cache(work / "cache"), lambda line: None)
-    gates.run()
-    return gates
+    return run_gates(GateInputs(engine, recipe, chosen, pair, Cache(work / "cache", "goldens"), no_log))
 
 
 def report_of(work: Path, recipe: Recipe, fault=None, prompts=PROMPTS) -> Report:
-    return make_report(gates_of(work, recipe, fault, prompts=prompts))
+    return make_report(gates_of(work, recipe, fault, prompts=prompts), {})

@@ -20,7 +20,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor.session import Session
-from pipeline.errors import HostError
+from pipeline.errors import HostError, reason
 from pipeline.graphs.spec import GraphSpec
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
@@ -161,7 +161,7 @@ def _serve(pipe: Connection, root: Path, manifest: PairManifest, rank: int, fold
         pass
     except Exception as error:
         with suppress(BrokenPipeError):
-            pipe.send(f"{type(error).__name__}: {error}")
+            pipe.send(reason(error))
 
 
 def _answer(session: Session, message: Message, rank: int) -> dict[str, np.ndarray]:

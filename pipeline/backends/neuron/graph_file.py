@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.artifact.manifest import AGAIN, GraphEntry
 from pipeline.backends.neuron.compiler import check_neff
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, reason
 from pipeline.graphs.signature import Signature
 from pipeline.graphs.spec import GraphSpec
 
@@ -67,7 +67,7 @@ def read_graph(root: Path, entry: GraphEntry, lnc: int) -> Graph:
         with zipfile.ZipFile(path) as archive:
             neff, metaneff, layout = (archive.read(part) for part in (NEFF, METANEFF, LAYOUT))
     except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise ArtifactError(f"not a graph file: {error}", where=str(path), fix=AGAIN) from error
+        raise ArtifactError(f"not a graph file: {reason(error)}", where=str(path), fix=AGAIN) from error
     check_neff(neff, f"{path}: {NEFF}", lnc)
     signature = Signature.from_json(json.loads((root / entry.io).read_text()))
     return Graph(entry.spec, signature, neff, metaneff, json.loads(layout))

@@ -5,225 +5,173 @@ each (batch, K, bucket) is driven from the same caches as plain decode until no 
 positions, where a step has less room than K, are visited by every graph. Stochastic graphs run there at temperature 0,
 which must be greedy too. In low precision a difference is allowed at a near-tie only, and is counted.
 
-Shapes: B rows, K draft tokens.
+Shapes: T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 
 from pipeline.graphs.spec import GraphSpec
-from pipeline.runtime.engine import Engine, Generation
-from pipeline.runtime.lookup import Lookup
-from pipeline.validate.gates.scoring import run_score, score
+from pipeline.runtime.engine import Engine
+from pipeline.validate.gates.answers import Answers
+from pipeline.validate.gates.driving import Row, drive
+from pipeline.validate.gates.inputs import GateInputs
+from pipeline.validate.gates.outcome import GateOutcome
+from pipeline.validate.gates.scoring import score
+from pipeline.validate.report.schema import Difference, Edge, Losslessness
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A place where two graphs chose different tokens: who, where, and the gap of their logits over the largest."""
+class Rivals:
+    """Tokens of two runs after the same prefix, which should be equal: of plain decode, and of another graph."""
 
     graph: str
     prompt: str
-    position: int
-    plain: int
-    speculative: int
-    gap: float
-    near_tie: bool
+    prefix: list[int]
+    plain: list[int]
+    other: list[int]
 
 
-@dataclass
-class Lossless:
-    """What was compared. `tie` is the relative gap within which two logits are a near-tie."""
+@dataclass(frozen=True)
+class Comparison:
+    """Tokens compared, where they differ, and how many were compared by graph at the ends of buckets."""
 
-    tie: float
     tokens: int = 0
-    differences: list[Difference] = field(default_factory=list)
-    graphs: dict[str, int] = field(default_factory=dict)
-    """Tokens compared, by graph, at the ends of buckets."""
+    differences: tuple[Difference, ...] = ()
+    edges: dict[str, int] = field(default_factory=dict)
 
-    def failures(self, near_tie_rate: float) -> list[str]:
-        """Why this gate fails; empty when it passes."""
-        found = [
-            f"{d.graph}: {d.prompt} differs from plain decode at position {d.position}, gap {d.gap:.1e}"
-            for d in self.differences
-            if not d.near_tie
-        ]
-        ties = len(self.differences) - len(found)
-        if ties > near_tie_rate * self.tokens:
-            found.append(f"near-tie differences {ties} of {self.tokens} tokens exceed the rate {near_tie_rate}")
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for the report."""
-        return {
-            "tokens": self.tokens,
-            "near_ties": sum(d.near_tie for d in self.differences),
-            "tie_tolerance": self.tie,
-            "differences": [vars(d) for d in self.differences],
-            "edges": [{"graph": graph, "tokens": tokens} for graph, tokens in self.graphs.items()],
-        }
+    def __add__(self, other: Comparison) -> Comparison:
+        edges = {graph: self.edges.get(graph, 0) + other.edges.get(graph, 0) for graph in self.edges | other.edges}
+        return Comparison(self.tokens + other.tokens, self.differences + other.differences, edges)
 
 
-@dataclass
-class Row:
-    """A cache row being driven: its history. All but the last token are in the caches."""
+def losslessness(compared: Comparison, tie: float, near_tie_rate: float) -> GateOutcome[Losslessness]:
+    """Judge what was compared: no difference beyond near-ties, and few of these."""
+    faults = [
+        f"{d.graph}: {d.prompt} differs from plain decode at position {d.position}, "
+        f"gap {math.inf if d.gap is None else d.gap:.1e}"
+        for d in compared.differences
+        if not d.near_tie
+    ]
+    ties = len(compared.differences) - len(faults)
+    findings = list(faults)
+    if ties > near_tie_rate * compared.tokens:
+        findings.append(f"near-tie differences {ties} of {compared.tokens} tokens exceed the rate {near_tie_rate}")
+    section = Losslessness(
+        tokens=compared.tokens,
+        near_ties=ties,
+        tie_tolerance=tie,
+        differences=compared.differences,
+        edges=tuple(Edge(graph=graph, tokens=tokens) for graph, tokens in compared.edges.items()),
+    )
+    return GateOutcome("losslessness", section, tuple(findings))
 
-    tokens: list[int]
-    start: int
 
-    @property
-    def new(self) -> list[int]:
-        """Tokens since the start."""
-        return self.tokens[self.start :]
-
-
-def compare_prompts(
-    engine: Engine, names: Sequence[str], prompts: Sequence[list[int]], plain: Sequence[Generation],
-    speculative: Sequence[Generation], how: str, found: Lossless,
-) -> None:  # fmt: skip
-    """Compare two runs of the engine over the same prompts."""
-    for name, prompt, a, b in zip(names, prompts, plain, speculative, strict=True):
-        found.tokens += len(a.tokens)
-        _compare(engine, (how, name), prompt, (a.tokens, b.tokens), found)
+def compare_answers(inputs: GateInputs, answers: Answers, tie: float) -> Comparison:
+    """Compare the first K with plain decode, where that ran, and every other K with the first, on all prompts."""
+    names = [prompt.id for prompt in inputs.prompts]
+    (first, first_answers), *others = answers.speculative.items()
+    rivals = [
+        Rivals(f"K={first}", names[i], answers.encoded[i], plain.tokens, first_answers[i].tokens)
+        for i, plain in zip(answers.plain_indices, answers.plain, strict=True)
+    ]
+    rivals += [
+        Rivals(f"K={steps}", name, prompt, expected.tokens, answer.tokens)
+        for steps, of in others
+        for name, prompt, expected, answer in zip(names, answers.encoded, first_answers, of, strict=True)
+    ]
+    return compare(inputs.engine, rivals, tie)
 
 
-def compare_edges(engine: Engine, kv: int, probes: Sequence[list[int]], found: Lossless) -> None:
-    """Drive every graph of one KV bucket, whose caches hold the probes, over its last positions.
+def compare_edges(engine: Engine, kv: int, probes: Sequence[list[int]], tie: float) -> Comparison:
+    """Drive every graph of one KV bucket, whose caches hold the probes, over its last positions, and compare.
 
     Runs that follow each other start from different tokens: what the one before left in the caches is wrong for the
     next, so a graph that failed to write its own keys and values would be seen.
     """
+    rivals = list(_edge_rivals(engine, kv, probes))  # all of them first: comparing uses the caches
+    edges: dict[str, int] = {}
+    for rival in rivals:
+        edges[rival.graph] = edges.get(rival.graph, 0) + len(rival.plain)
+    return compare(engine, rivals, tie) + Comparison(edges=edges)
+
+
+def _edge_rivals(engine: Engine, kv: int, probes: Sequence[list[int]]) -> Iterator[Rivals]:
     usable = min(kv, engine.length)
-    steps = max(g.draft_tokens for g in engine.graphs)
-    span = min(2 * (steps + 1) + 2, usable - 2)
+    span = min(2 * (max(g.draft_tokens for g in engine.graphs) + 1) + 2, usable - 2)
     if span < 1:
         return
-    compared: list[tuple[GraphSpec, int, list[Row], list[Row]]] = []
     for batch in sorted({g.batch for g in engine.graphs if g.phase == "decode"}):
         graphs = [g for g in engine.graphs if g.kv == kv and g.batch == batch and g.phase in ("decode", "speculate")]
         plain = next(g for g in graphs if g.phase == "decode")
         others = [g for g in graphs if g is not plain]
         starts = [_starts(probes, batch, usable - span, variant) for variant in range(len(others) + 1)]
         expected = [drive(engine, plain, plain, rows) for rows in starts]
-        compared += [
-            (spec, variant, expected[variant], drive(engine, spec, plain, starts[variant]))
-            for variant, spec in enumerate(others)
-        ]
-    for spec, variant, wanted, got in compared:
-        for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
-            found.tokens += len(a.new)
-            found.graphs[spec.name] = found.graphs.get(spec.name, 0) + len(a.new)
-            where = (spec.name, f"end of bucket {kv}, row {index}, start {variant}")
-            _compare(engine, where, a.tokens[: a.start], (a.new, b.new), found)
+        for variant, spec in enumerate(others):
+            driven = drive(engine, spec, plain, starts[variant])
+            yield from _row_rivals(spec, f"start {variant}", expected[variant], driven)
 
 
-def fill(engine: Engine, kv: int, sequences: Sequence[list[int]]) -> None:
-    """Put sequences into the caches of both models, a row each, through the `score` graphs of a bucket."""
-    for model in ("target", "draft"):
-        spec = next(g for g in engine.graphs if g.phase == "score" and g.model == model and g.kv == kv)
-        run_score(engine, spec, sequences[: spec.batch], lambda row, first, logits: None)  # noqa: ARG005
+def _row_rivals(spec: GraphSpec, start: str, expected: Sequence[Row], driven: Sequence[Row]) -> Iterator[Rivals]:
+    for index, (plain, other) in enumerate(zip(expected, driven, strict=True)):
+        where = f"end of bucket {spec.kv}, row {index}, {start}"
+        yield Rivals(spec.name, where, plain.tokens[: plain.start], plain.new, other.new)
 
 
-def drive(engine: Engine, spec: GraphSpec, plain: GraphSpec, starts: Sequence[Row], limit: int | None = None,
-          sampling: dict[str, torch.Tensor] | None = None, generator: torch.Generator | None = None,
-          ) -> list[Row]:  # fmt: skip
-    """Run one graph from `starts` until every row is full, or has `limit` new tokens.
-
-    Greedy unless `sampling` gives temperature, top_k and top_p. `plain` is a decode graph of the same batch: it reads
-    the token before the last one again, which tells the draft what came before.
-    """
-    rows = [Row(list(row.tokens), len(row.tokens)) for row in starts]
-    usable = min(spec.kv, engine.length)
-    step(engine, plain, [Row(row.tokens[:-1], 0) for row in rows], [True] * len(rows))
-    while True:
-        active = [len(r.tokens) - 1 < usable and (limit is None or len(r.new) < limit) for r in rows]
-        if not any(active):
-            return rows
-        for row, new in zip(rows, step(engine, spec, rows, active, sampling, generator), strict=True):
-            row.tokens.extend(new)
-
-
-def step(
-    engine: Engine, spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool],
-    sampling: dict[str, torch.Tensor] | None = None, generator: torch.Generator | None = None,
-) -> list[list[int]]:  # fmt: skip
-    """Run a decode or speculate graph once; new tokens of each row, none for those that are not active."""
-    arguments = {
-        "last_token": torch.tensor([row.tokens[-1] for row in rows], dtype=torch.int32),
-        "position": torch.tensor([len(row.tokens) - 1 for row in rows], dtype=torch.int32),
-        "active": torch.tensor(active),
-        "copied": torch.tensor(
-            [(_copies(row.tokens, spec.draft_tokens) + [-1] * spec.draft_tokens)[: spec.draft_tokens] for row in rows],
-            dtype=torch.int32,
-        ),
-    }
-    if spec.sampling == "stochastic":
-        draws = 2 * spec.draft_tokens + 1 if spec.phase == "speculate" else 1
-        arguments |= sampling or settings(len(rows), 0.0, 0, 1.0)
-        arguments["uniforms"] = torch.rand(len(rows), draws, generator=generator or torch.Generator().manual_seed(0))
-    out = engine.ranks.run(spec, arguments)
-    if spec.phase == "decode":
-        return [[int(token)] if on else [] for token, on in zip(out["token"], active, strict=True)]
-    return [out["tokens"][row, : int(out["count"][row])].tolist() for row in range(len(rows))]
-
-
-def _copies(tokens: list[int], steps: int) -> list[int]:
-    """Copied drafts, right and wrong ones: of a whole step, of its first half, or none, by turns."""
-    most = (0, (steps + 1) // 2, steps)[len(tokens) % 3]
-    return Lookup().find(tokens, 1, most) or tokens[:most]
-
-
-def settings(rows: int, temperature: float, top_k: int, top_p: float) -> dict[str, torch.Tensor]:
-    """Sampling arguments, the same for all rows."""
-    return {
-        "temperature": torch.full((rows,), temperature),
-        "top_k": torch.full((rows,), top_k, dtype=torch.int32),
-        "top_p": torch.full((rows,), top_p),
-    }
-
-
-def _starts(probes: Sequence[list[int]], batch: int, place: int, variant: int) -> list[Row]:
-    """Ragged rows at and just before `place`; their last token is taken from elsewhere in the probe."""
+def _starts(probes: Sequence[list[int]], batch: int, position: int, variant: int) -> list[Row]:
+    """Ragged rows at and just before a position; their last token is taken from elsewhere in the probe."""
     rows = []
     for index, probe in enumerate(probes[:batch]):
-        at = max(place - index, 1)
-        rows.append(Row([*probe[:at], probe[(7 * at + 13 * variant + index) % len(probe)]], 0))
+        at = max(position - index, 1)
+        rows.append(Row([*probe[:at], probe[(7 * at + 13 * variant + index) % len(probe)]]))
     return rows
 
 
-def _compare(
-    engine: Engine, where: tuple[str, str], prefix: list[int], tokens: tuple[list[int], list[int]], found: Lossless
-) -> None:
-    """Note the first difference, and every token of the second run after it that is not the target's own choice."""
-    plain, other = tokens
-    pairs = zip(plain, other, strict=False)
-    at = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(plain), len(other)))
-    if at == len(plain) == len(other):
-        return
-    if at == min(len(plain), len(other)):
-        longer = plain[at] if at < len(plain) else -1
-        end = other[at] if at < len(other) else -1
-        found.differences.append(Difference(*where, len(prefix) + at, longer, end, float("inf"), near_tie=False))
-        return
-    found.differences += list(_judge(engine, where, prefix, (plain, other), at, found.tie))
+def compare(engine: Engine, rivals: Sequence[Rivals], tie: float) -> Comparison:
+    """Compare runs; `tie` is the relative gap within which two logits are a near-tie."""
+    differences = (difference for rival in rivals for difference in _differences(engine, rival, tie))
+    return Comparison(sum(len(rival.plain) for rival in rivals), tuple(differences))
 
 
-def _judge(
-    engine: Engine, where: tuple[str, str], prefix: list[int], tokens: tuple[list[int], list[int]], at: int, tie: float
-) -> Iterator[Difference]:
-    """Teacher-force the second run, and tell wherever it left the target's own choice by how much."""
-    plain, other = tokens
+def _differences(engine: Engine, rivals: Rivals, tie: float) -> Iterator[Difference]:
+    """Yield the first difference, and every token of the other run after it that is not the target's own choice."""
+    plain, other = rivals.plain, rivals.other
+    shorter = min(len(plain), len(other))
+    first = next((i for i in range(shorter) if plain[i] != other[i]), shorter)
+    if first < shorter:
+        yield from _judged(engine, rivals, first, tie)
+    elif len(plain) != len(other):
+        yield Difference(
+            graph=rivals.graph,
+            prompt=rivals.prompt,
+            position=len(rivals.prefix) + first,
+            plain=plain[first] if first < len(plain) else -1,
+            speculative=other[first] if first < len(other) else -1,
+            gap=math.inf,
+            near_tie=False,
+        )
+
+
+def _judged(engine: Engine, rivals: Rivals, first: int, tie: float) -> Iterator[Difference]:
+    """Teacher-force the other run, and yield wherever it left the target's own choice, and by how much."""
+    prefix, plain, other = rivals.prefix, rivals.plain, rivals.other
     sequence = [*prefix, *other]
     specs = [g for g in engine.graphs if g.phase == "score" and g.model == "target" and g.kv >= len(sequence) - 1]
     logits_TV = score(engine, min(specs, key=lambda g: g.kv), [sequence[:-1]])[0][len(prefix) - 1 :]
-    for place in range(at, len(other)):
-        rivals = (plain[at], other[at]) if place == at else (other[place],)
-        best, scale = float(logits_TV[place].max()), float(logits_TV[place].abs().max())
-        gap = max(best - float(logits_TV[place, token]) for token in rivals) / scale
-        if place == at or gap > 0:
-            wanted = plain[at] if place == at else int(logits_TV[place].argmax())
-            yield Difference(*where, len(prefix) + place, wanted, other[place], gap, near_tie=gap <= tie)
+    for at in range(first, len(other)):
+        tokens = (plain[at], other[at]) if at == first else (other[at],)
+        best, scale = float(logits_TV[at].max()), float(logits_TV[at].abs().max())
+        gap = max(best - float(logits_TV[at, token]) for token in tokens) / scale
+        if at == first or gap > 0:
+            yield Difference(
+                graph=rivals.graph,
+                prompt=rivals.prompt,
+                position=len(prefix) + at,
+                plain=plain[at] if at == first else int(logits_TV[at].argmax()),
+                speculative=other[at],
+                gap=gap,
+                near_tie=gap <= tie,
+            )

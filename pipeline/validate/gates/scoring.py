@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.graphs.arguments import ScoreRow, score_arguments
 from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine
 
@@ -24,17 +25,11 @@ def run_score(
     """
     begins = first or [0] * len(sequences)
     for start in range(0, max(map(len, sequences)), spec.tokens):
-        tokens = torch.zeros(spec.batch, spec.tokens, dtype=torch.int32)
-        position = torch.full((spec.batch,), engine.length, dtype=torch.int32)
-        sizes = [len(sequence[start : start + spec.tokens]) for sequence in sequences]
-        for row, (sequence, size) in enumerate(zip(sequences, sizes, strict=True)):
-            if size:
-                tokens[row, :size] = torch.tensor(sequence[start : start + size], dtype=torch.int32)
-                position[row] = begins[row] + start
-        logits = engine.ranks.run(spec, {"tokens": tokens, "position": position})["logits"]
-        for row, size in enumerate(sizes):
-            if size:
-                keep(row, start, logits[row, :size])
+        parts = [sequence[start : start + spec.tokens] for sequence in sequences]
+        rows = {row: ScoreRow(part, begins[row] + start) for row, part in enumerate(parts) if part}
+        logits = engine.ranks.run(spec, score_arguments(spec, rows, engine.length))["logits"]
+        for row, scored in rows.items():
+            keep(row, start, logits[row, : len(scored.tokens)])
 
 
 def score(

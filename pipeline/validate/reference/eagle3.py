@@ -18,8 +18,8 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pipeline.models.eagle3 import taps_of
-from pipeline.models.weights import NORM
-from pipeline.validate.reference.goldens import Golden, Reference, project_cache
+from pipeline.validate.reference.golden import Golden, project_cache
+from pipeline.validate.reference.layers import Reference
 
 LAYER = "model.layers.0."
 
@@ -78,7 +78,7 @@ class Eagle3Reference(Reference):
         normed_TH = self._norm_of(x, w[f"{LAYER}post_attention_layernorm.weight"])
         gate, up = (normed_TH @ w[f"{LAYER}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
         x = x + (functional.silu(gate) * up) @ w[f"{LAYER}mlp.down_proj.weight"].T
-        last_TH = self._norm_of(x, w[NORM])
+        last_TH = self._norm_of(x, w["model.norm.weight"])
         return torch.cat((last_TH.new_zeros(1, last_TH.shape[1]), last_TH)), caches
 
     def _attention(self, both_TX: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

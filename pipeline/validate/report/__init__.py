@@ -1,1 +1,1 @@
-"""What the gates found, as data, page, Markdown and JUnit. Judges nothing; imports no torch."""
+"""The results of the gates as data, page, Markdown and JUnit. Judges nothing; imports no torch."""

@@ -1,6 +1,6 @@
 """Two releases side by side: what moved, and is it beyond noise. Made from their reports alone. No torch.
 
-A figure has moved beyond noise when its change is larger than the two samples explain: a two-proportion test for
+A measurement has moved beyond noise when its change is larger than the two samples explain: a two-proportion test for
 acceptance, a rank test for latencies (each at one in a thousand), a tenth for ratios of errors, whose sampling error is
 far below that.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from pipeline.validate.report import page
 from pipeline.validate.report.schema import Acceptance, Latencies, Report
@@ -24,7 +23,7 @@ RATIO_CHANGE = 0.10
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of both releases. `beyond_noise` is None where there is no telling; `worse` only if it is beyond."""
+    """One measurement of both releases. `beyond_noise` is None where no test applies; `worse` only beyond noise."""
 
     what: str
     before: float | None
@@ -32,9 +31,18 @@ class Change:
     beyond_noise: bool | None
     worse: bool = False
 
+    @property
+    def judgement(self) -> str:
+        """What the change means, in two words."""
+        if self.beyond_noise is None:
+            return "for information"
+        if not self.beyond_noise:
+            return "within noise"
+        return "worse" if self.worse else "better"
+
 
 def compare(before: Report, after: Report) -> list[Change]:
-    """Every figure that both reports have, and the gates whose verdict differs."""
+    """Return every measurement that both reports have, and the verdict of every gate."""
     return [*_gates(before, after), *_parity(before, after), *_acceptance(before, after), *_speed(before, after)]
 
 
@@ -71,7 +79,7 @@ def _acceptance(before: Report, after: Report) -> Iterator[Change]:
             continue
         moved = _emitted_differ(old, new)
         yield Change(
-            f"K={new.draft_tokens}: tokens a step",
+            f"tokens per step (K={new.draft_tokens})",
             old.tokens_per_step,
             new.tokens_per_step,
             moved,
@@ -80,7 +88,7 @@ def _acceptance(before: Report, after: Report) -> Iterator[Change]:
         for kind, of in new.by_class.items():
             if kind in old.by_class:
                 yield Change(
-                    f"K={new.draft_tokens}: tokens a step, {kind}",
+                    f"tokens per step (K={new.draft_tokens}), {kind}",
                     old.by_class[kind].tokens_per_step,
                     of.tokens_per_step,
                     None,
@@ -100,9 +108,11 @@ def _emitted_differ(old: Acceptance, new: Acceptance) -> bool:
 
 
 def _speed(before: Report, after: Report) -> Iterator[Change]:
-    for name in ("plain", "speculative"):
-        a: Latencies = getattr(before.speed, name)
-        b: Latencies = getattr(after.speed, name)
+    pairs: dict[str, tuple[Latencies, Latencies]] = {
+        "plain": (before.speed.plain, after.speed.plain),
+        "speculative": (before.speed.speculative, after.speed.speculative),
+    }
+    for name, (a, b) in pairs.items():
         moved = rank_differ(a.step_ms, b.step_ms)
         slower = (b.step_p50_ms or 0) > (a.step_p50_ms or 0)
         yield Change(f"{name}: step p50, ms", a.step_p50_ms, b.step_p50_ms, moved, bool(moved and slower))
@@ -131,27 +141,18 @@ def rank_differ(a: Sequence[float], b: Sequence[float]) -> bool | None:
 
 
 def render(before: Report, after: Report) -> str:
-    """The comparison as one page, like the report's."""
+    """Return the comparison as one page, like the report's."""
     changes = compare(before, after)
     worse = [change for change in changes if change.worse]
-    text = "Worse than before" if worse else "Nothing is worse beyond noise"
-    findings = [f"{c.what}: {show(c.before)} before, {show(c.after)} now" for c in worse]
-    rows = [(escape(c.what), show(c.before), show(c.after), escape(judgement(c))) for c in changes]
     names = f"{before.name} {before.version}", f"{after.name} {after.version}"
-    body = [
-        f"<header><h1>{escape(names[1])}</h1><p class='soft'>compared with <code>{escape(names[0])}</code></p>",
-        page.verdict(not worse, text, findings),
-        "</header><main id='main'><h2>What moved</h2>",
-        page.table(("figure", "before", "now", ""), rows, "What moved"),
-        "</main>",
-    ]
-    return page.document(f"{names[0]} and {names[1]}", body)
-
-
-def judgement(change: Change) -> str:
-    """What a change means, in two words."""
-    if change.beyond_noise is None:
-        return "for information"
-    if not change.beyond_noise:
-        return "within noise"
-    return "worse" if change.worse else "better"
+    return page.render_document(
+        "compare.html.j2",
+        f"{names[0]} and {names[1]}",
+        {
+            "before": names[0],
+            "after": names[1],
+            "text": "Worse than before" if worse else "Nothing is worse beyond noise",
+            "findings": [f"{c.what}: {show(c.before)} before, {show(c.after)} now" for c in worse],
+            "changes": changes,
+        },
+    )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from markupsafe import Markup
+
 WIDTH, HEIGHT = 380, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 14, 44
 
@@ -34,6 +36,14 @@ class Axis:
         if self.ticks is not None:
             return list(self.ticks)
         return _decades(self.low, self.high) if self.log else _round_steps(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Link:
+    """An anchor of the page, and what is said of it."""
+
+    anchor: str
+    label: str
 
 
 @dataclass
@@ -69,11 +79,12 @@ class Plot:
             self.parts.append(f'<polygon class="band {style}" points="{path}"/>')
         self._key(style, key)
 
-    def link(self, x: float, y: float, target: str, label: str, style: str) -> None:
-        """A dot that leads to a place on the page."""
+    def link(self, x: float, y: float, link: Link, style: str) -> None:
+        """Add a dot that links to an anchor of the page."""
+        label = escape(link.label)
         at = f'cx="{self._x(x):.1f}" cy="{self._y(y):.1f}"'
         self.parts.append(
-            f'<a href="#{escape(target)}" aria-label="{escape(label)}"><title>{escape(label)}</title>'
+            f'<a href="#{escape(link.anchor)}" aria-label="{label}"><title>{label}</title>'
             f'<circle class="hit" {at} r="9"/><circle class="dot {style}" {at} r="3.6"/></a>'
         )
 
@@ -100,15 +111,15 @@ class Plot:
         """A legend entry without a drawing of its own."""
         self._key(style, text)
 
-    def svg(self, name: str, caption: str) -> str:
-        """The figure, with legend and caption."""
+    def svg(self, name: str, caption: str) -> Markup:
+        """Return the figure, with legend and caption, as markup in which all text is escaped."""
         body = "".join([*self._grid(), *self.parts])
         legend = "".join(f'<li><i class="{style}"></i>{escape(text)}</li>' for style, text in self.keys)
-        return (
-            f'<figure id="{name}" class="plot"><h3>{escape(self.title)}</h3>'
+        return Markup(  # noqa: S704 - every text in it went through `escape`
+            f'<figure id="{escape(name)}" class="plot"><h3>{escape(self.title)}</h3>'
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-label="{escape(self.title)}">{body}</svg>'
             + (f'<ul class="legend">{legend}</ul>' if legend else "")
-            + f"<figcaption>{caption}</figcaption></figure>"
+            + f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
 
     def _key(self, style: str, text: str) -> None:
@@ -145,8 +156,8 @@ class Plot:
 
 def axis(values: Sequence[float], label: str, *, log: bool = False, low: float | None = None) -> Axis:
     """An axis that holds all values, with some room."""
-    found = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0]
-    least, most = min(found), max(found)
+    drawable = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0]
+    least, most = min(drawable), max(drawable)
     if log:
         return Axis(10 ** math.floor(math.log10(least)), 10 ** math.ceil(math.log10(most * 1.05)), label, log=True)
     bottom = least if low is None else low

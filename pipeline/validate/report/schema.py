@@ -1,4 +1,4 @@
-"""What the gates found, as data: `parity.json` and its schema. No torch.
+"""The results of the gates as data: `parity.json` and its schema. No torch.
 
 Every other form (page, terminal, Markdown, JUnit, comparison) is made from this one object, so their numbers agree.
 """
@@ -21,7 +21,7 @@ def _finite(value: Any) -> Any:
 
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
-"""A figure; null where it is infinite or not a number, which JSON cannot say."""
+"""A number; null where it is infinite or not a number, which JSON cannot say."""
 
 
 class Gate(Record):
@@ -36,16 +36,19 @@ class TokenSequence(Record):
     """Tokens that were scored: a prompt with its answer, or a probe that fills the cache."""
 
     name: str
-    kind: str = Field(alias="class")
+    kind: str = Field(validation_alias="class", serialization_alias="class")
     prompt_tokens: int = Field(description="how many of the tokens were given; the rest are the answer")
     tokens: tuple[int, ...]
     texts: tuple[str, ...]
 
 
-class Slice(Record):
-    """Figures of some tokens: those of a graph, a class, a prompt, a stretch of positions."""
+SliceKind = Literal["graph", "class", "prompt", "positions"]
 
-    kind: Literal["graph", "class", "prompt", "positions"]
+
+class Slice(Record):
+    """Measurements of some tokens: those of a graph, a class, a prompt, a stretch of positions."""
+
+    kind: SliceKind
     name: str
     tokens: int
     error_over_noise: Number
@@ -67,7 +70,7 @@ class Divergence(Record):
 
 
 class Points(Record):
-    """Figures of every token, in columns. `flip`: 0 as the baseline, 1 flipped, 2 flipped at a near-tie."""
+    """Measurements of every token, in columns. `flip`: 0 as the baseline, 1 flipped, 2 flipped at a near-tie."""
 
     graphs: tuple[str, ...]
     sequence: tuple[int, ...]
@@ -119,7 +122,7 @@ class ModelParity(Record):
 
 
 class Difference(Record):
-    """A place where speculation and plain decode differ."""
+    """A position where speculation and plain decode differ."""
 
     graph: str
     prompt: str
@@ -249,7 +252,7 @@ class Cached(Record):
 
 
 class Provenance(Record):
-    """Where the figures come from."""
+    """Where the measurements come from."""
 
     recipe_digest: str
     lock_digest: str
@@ -318,5 +321,5 @@ def load(root: Path) -> Report:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of `parity.json`."""
-    found = Report.model_json_schema(by_alias=True, mode="serialization")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+    fields = Report.model_json_schema(by_alias=True, mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **fields}

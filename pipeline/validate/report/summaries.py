@@ -1,4 +1,4 @@
-"""Shorter forms of a report: figures for the manifest, lines for the terminal, JUnit for CI, Markdown for reviews."""
+"""Shorter forms of a report: data for the manifest, lines for the terminal, JUnit for CI, Markdown for reviews."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.validate.report.schema import Latencies, Report
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """What the manifest keeps."""
+    """Return what the manifest keeps."""
     return {
         "passed": report.passed,
         "gates": {gate.name: list(gate.findings) for gate in report.gates},
@@ -33,36 +33,39 @@ def _rates(of: Latencies) -> dict[str, Any]:
 
 
 def headlines(report: Report) -> list[tuple[str, str]]:
-    """The figures that a reader wants first, as label and value: terminal, Markdown and page show these same ones."""
+    """Return the measurements that a reader wants first, as label and value, for terminal, Markdown and page."""
     rows = [
-        (f"{model}: error over {of.dtype} noise", f"{show(of.error_over_noise)} over {of.tokens} tokens")
+        (f"{model}: error over {of.dtype} noise", f"{show(of.error_over_noise)} ({of.tokens} tokens)")
         for model, of in report.parity.items()
     ]
     flips = sum(of.flips for of in report.parity.values())
     ties = sum(of.near_ties for of in report.parity.values())
-    rows.append(("flipped tokens", f"{flips}, of which near-ties {ties}"))
+    rows.append(("flipped tokens", f"{flips}{_near_ties(ties, flips)}"))
     choices = report.choices
-    rows.append(("answers, token by token", f"{choices.tokens} as the baseline chooses, near-ties {choices.near_ties}"))
+    answers = f"{choices.tokens} compared{_near_ties(choices.near_ties, choices.tokens)}"
+    rows.append(("answer tokens against the reference", answers))
     lossless = report.losslessness
-    others = len(lossless.differences) - lossless.near_ties
-    rows.append(
-        (
-            "speculation against plain decode",
-            f"{others} differences in {lossless.tokens} tokens, near-ties {lossless.near_ties}",
-        )
-    )
+    differences = len(lossless.differences)
+    tokens = f"{differences} of {lossless.tokens} tokens differ{_near_ties(lossless.near_ties, differences)}"
+    rows.append(("speculation against plain decode", tokens))
     if report.distribution is not None:
         smallest = min((t.p_value for t in report.distribution.tests if t.p_value is not None), default=1.0)
         rows.append(("sampling", f"{len(report.distribution.tests)} exact tests, smallest p {show(smallest)}"))
-    rows += [(f"tokens a step, K={a.draft_tokens}", f"{a.tokens_per_step:.2f}") for a in report.acceptance]
+    rows += [(f"tokens per step (K={a.draft_tokens})", f"{a.tokens_per_step:.2f}") for a in report.acceptance]
     rows.append(
         ("speed-up", f"{show(report.speed.measured_speedup)} measured, {show(report.speed.expected_speedup)} expected")
     )
     return rows
 
 
+def _near_ties(near_ties: int, tokens: int) -> str:
+    if not near_ties:
+        return ""
+    return " (all near-ties)" if near_ties == tokens else f" ({near_ties} near-ties)"
+
+
 def show(value: float | None) -> str:
-    """A figure for a reader."""
+    """Return a number as text."""
     if value is None:
         return "not a number"
     return f"{value:.2f}" if 0.01 <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"

@@ -5,6 +5,7 @@ import os
 import signal
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +131,15 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(tmp_path):
         os.kill(slow, signal.SIGCONT)
     with pytest.raises(HostError, match="the ranks have ended"):
         ranks.reset()
+
+
+def test_failing_rank_says_why_without_pythons_words(tmp_path):
+    """The message used to be `FileNotFoundError: No such file or directory: ...`, with the exception's name."""
+    ranks = without_graphs(tmp_path)
+    with pytest.raises(HostError) as caught:
+        ranks.run(SimpleNamespace(name="gone"), {})
+    assert caught.value.what == f"No such file or directory: {tmp_path / 'graphs/gone/io.json'}"
+    assert caught.value.where.startswith("rank ")
 
 
 def without_graphs(root) -> ManyRanks:

@@ -2,9 +2,8 @@
 
 import pytest
 
-from pipeline.runtime.engine import Generation
 from pipeline.sources.pair import resolve_pair
-from pipeline.validate.gates.losslessness import Lossless, compare_prompts
+from pipeline.validate.gates.losslessness import Comparison, Rivals, compare, losslessness
 from pipeline.validate.gates.scoring import score
 from support.eager import make_engine
 from support.reports import recipe_of
@@ -27,14 +26,12 @@ def greedy(engine, tokens: list[int], count: int) -> list[int]:
     return tokens
 
 
-def answer(tokens: list[int]) -> Generation:
-    return Generation(tokens, "", 0, 0, "length")
+def judged(engine, plain: list[int], other: list[int], tie: float) -> Comparison:
+    return compare(engine, [Rivals("K=2", "p", PROMPT, plain, other)], tie)
 
 
-def judged(engine, plain: list[int], other: list[int], tie: float) -> Lossless:
-    found = Lossless(tie)
-    compare_prompts(engine, ["p"], [PROMPT], [answer(plain)], [answer(other)], "K=2", found)
-    return found
+def findings(compared: Comparison, near_tie_rate: float) -> tuple[str, ...]:
+    return losslessness(compared, 0.0, near_tie_rate).findings
 
 
 def test_flip_is_a_near_tie_up_to_its_gap_and_a_fault_beyond(engine):
@@ -48,10 +45,10 @@ def test_flip_is_a_near_tie_up_to_its_gap_and_a_fault_beyond(engine):
     excused = judged(engine, plain, other, gap * 1.01)
     assert [(d.position, d.near_tie) for d in excused.differences] == [(7, True)]
     assert excused.differences[0].gap == pytest.approx(gap)
-    assert excused.failures(near_tie_rate=0.2) == []
-    assert "exceed the rate" in excused.failures(near_tie_rate=0.01)[0]
+    assert findings(excused, near_tie_rate=0.2) == ()
+    assert "exceed the rate" in findings(excused, near_tie_rate=0.01)[0]
     beyond = judged(engine, plain, other, gap * 0.99)
-    assert "position 7" in beyond.failures(near_tie_rate=1.0)[0]
+    assert "position 7" in findings(beyond, near_tie_rate=1.0)[0]
 
 
 def test_near_tie_excuses_nothing_that_follows(engine):
@@ -73,5 +70,5 @@ def test_answer_that_ends_early_is_a_fault(engine):
 def test_equal_answers_differ_nowhere(engine):
     plain = greedy(engine, PROMPT, 8)[4:]
     found = judged(engine, plain, plain, tie=0.0)
-    assert found.differences == []
+    assert found.differences == ()
     assert found.tokens == 8

@@ -23,33 +23,33 @@ def work(tmp_path_factory):
 
 @pytest.mark.parametrize("fault", [*planted.NUMERIC, *planted.FLOAT32_ONLY], ids=lambda f: f.__name__)
 def test_fault_in_float32_is_caught(work, fault):
-    assert not gates_of(work, recipe_of("llama", 1, "float32"), fault, 1).found.passed
+    assert not gates_of(work, recipe_of("llama", 1, "float32"), fault, 1).passed
 
 
 @pytest.mark.parametrize("fault", planted.NUMERIC, ids=lambda f: f.__name__)
 def test_fault_in_bfloat16_is_caught(work, fault):
-    assert not gates_of(work, recipe_of("llama", 1, "bfloat16"), fault, 1).found.passed
+    assert not gates_of(work, recipe_of("llama", 1, "bfloat16"), fault, 1).passed
 
 
 def test_fault_is_found_at_its_layer(work):
-    found = gates_of(work, recipe_of("llama", 1, "bfloat16"), planted.swapped_key_heads, 1).found
-    assert any("keys of layer 1" in failure for failure in found.gates["parity"]), found.gates
+    run = gates_of(work, recipe_of("llama", 1, "bfloat16"), planted.swapped_key_heads, 1)
+    assert any("keys of layer 1" in failure for failure in run.findings["parity"]), run.findings
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("qwen3", "bfloat16"), ("qwen2", "float16")])
 def test_clean_pair_passes(work, family, dtype):
-    found = gates_of(work, recipe_of(family, 2, dtype)).found
-    assert found.passed, found.gates
+    run = gates_of(work, recipe_of(family, 2, dtype))
+    assert run.passed, run.findings
 
 
 def test_clean_sampling_passes(work):
-    found = gates_of(work, recipe_of("llama", 3, "float32", SAMPLED, UNLIKE)).found
-    assert found.passed, found.gates
+    run = gates_of(work, recipe_of("llama", 3, "float32", SAMPLED, UNLIKE))
+    assert run.passed, run.findings
 
 
 @pytest.mark.parametrize("fault", planted.ACCEPTANCE, ids=lambda f: f.__name__)
 def test_wrong_acceptance_is_caught_by_the_distribution_alone(work, fault):
-    found = gates_of(work, recipe_of("llama", 3, "float32", SAMPLED, UNLIKE), fault, 3).found
-    assert found.gates["distribution"]
-    assert not found.gates["parity"]
-    assert not found.gates["losslessness"]
+    run = gates_of(work, recipe_of("llama", 3, "float32", SAMPLED, UNLIKE), fault, 3)
+    assert run.findings["distribution"]
+    assert not run.findings["parity"]
+    assert not run.findings["losslessness"]

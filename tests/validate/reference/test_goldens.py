@@ -13,7 +13,9 @@ from pipeline.cache.local import Cache
 from pipeline.measure.hf_model import build_model
 from pipeline.sources.derived import derive
 from pipeline.sources.pair import resolve
-from pipeline.validate.reference.goldens import Goldens, Reference
+from pipeline.validate.reference.golden import project_cache
+from pipeline.validate.reference.goldens import Goldens
+from pipeline.validate.reference.layers import Reference
 from support.checkpoints import write_checkpoint
 
 SEQUENCE = [5, 60, 7, 8, 300, 41, 7, 7, 19]
@@ -57,8 +59,6 @@ def test_reference_of_a_draft_with_a_reduced_vocabulary(sources):
 
 
 def test_caches_are_those_of_transformers(sources):
-    from pipeline.validate.reference.goldens import project_cache
-
     target = pico(sources, "qwen3")
     golden = next(Reference(target, target, "bfloat16").goldens([SEQUENCE]))
     model = transformers.AutoModelForCausalLM.from_pretrained(target.root, dtype=torch.bfloat16)
@@ -83,9 +83,9 @@ def test_goldens_are_cached_by_content(sources, tmp_path):
     target = pico(sources, "llama")
 
     def goldens(dtype, sequences):
-        source = Goldens(target, target, dtype, Cache(tmp_path), lambda line: None)
+        source = Goldens(target, target, dtype, Cache(tmp_path, "goldens"), lambda line: None)
         source.of(sequences)
-        return source.computed, source.found
+        return source.computed, source.cached
 
     other = [*SEQUENCE[:-1], 20]
     assert goldens("float32", [SEQUENCE]) == (1, 0)
@@ -101,7 +101,7 @@ def test_reference_needs_a_layer_in_memory_not_the_model(tmp_path):
     write_checkpoint(tmp_path / "model", files=4, **sizes, num_key_value_heads=4, head_dim=64)
     code = (
         "import json, resource, sys; from pathlib import Path; from pipeline.sources.pair import resolve\n"
-        "from pipeline.validate.reference.goldens import Reference\n"
+        "from pipeline.validate.reference.layers import Reference\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "root = Path(sys.argv[1]); target = resolve('./model', base=root, cache=root)\n"
         "reference = Reference(target, target, 'float32')\n"

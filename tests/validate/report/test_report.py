@@ -2,6 +2,7 @@
 
 import json
 import re
+from html.parser import HTMLParser
 from xml.etree import ElementTree as ET
 
 import jsonschema
@@ -11,13 +12,16 @@ from click.testing import CliRunner
 
 from pipeline.cli import main as cli
 from pipeline.errors import InputError
+from pipeline.measure.tune import choose, curve
 from pipeline.validate.prompts import load_prompts
-from pipeline.validate.reference.goldens import RANKS, recorded_ids, summary
+from pipeline.validate.reference.golden import RANKS, recorded_ids, summary
 from pipeline.validate.report import compare, page, summaries
 from pipeline.validate.report import schema as report
 from pipeline.validate.run import make_report
 from support import planted
 from support.reports import PROMPTS, gates_of, recipe_of, report_of
+
+TUNING = choose({2: 1.2, 4: 1.4}, {"all": [0.5] * 4, "<script>alert(1)</script>": [0.9] * 4})
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,58 @@ def test_page_shows_hostile_text_as_text(good):
     assert "<img" not in html
 
 
+def hostile(value):
+    """The same data with markup in every text that names something, and a valid report still."""
+    kept = {"format", "kind", "test", "created"}
+    if isinstance(value, dict):
+        return {key: child if key in kept else hostile(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [hostile(child) for child in value]
+    return f"{value}-{MARKUP}" if isinstance(value, str) else value
+
+
+MARKUP = "<script>alert(1)</script>'\"&"
+
+
+def test_page_escapes_text_wherever_it_comes_from(good):
+    """Names of prompts, classes, graphs and gates, findings, tokens, versions: none of them can add markup."""
+    spoiled = report.Report.model_validate(hostile(good.model_dump(mode="json", by_alias=True)))
+    gates = tuple(gate.model_copy(update={"findings": (MARKUP,)}) for gate in spoiled.gates)
+    spoiled = spoiled.model_copy(update={"gates": gates})
+    for html in (page.render(spoiled), compare.render(spoiled, spoiled), curve(TUNING, MARKUP)):
+        assert html.count("<script") == 1, "the page's own"
+        assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+        assert MARKUP not in html
+        parser = Balance()
+        parser.feed(html)
+        assert parser.open == []
+
+
+class Balance(HTMLParser):
+    """Fails on an end tag without its start."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize(
+    ("near_ties", "tokens", "text"), [(0, 0, ""), (0, 3, ""), (203, 203, " (all near-ties)"), (2, 3, " (2 near-ties)")]
+)
+def test_near_ties_are_told_in_words(near_ties, tokens, text):
+    assert summaries._near_ties(near_ties, tokens) == text
+
+
 def test_logits_that_are_not_finite_fail_with_a_place(work):
     def spoil(ranks, seed):
         ranks.tensors["target/model.norm.weight"][3] = torch.nan
@@ -100,7 +156,7 @@ def test_logits_that_are_not_finite_fail_with_a_place(work):
 
 def test_prompt_longer_than_the_largest_bucket_runs_its_end(work):
     gates = gates_of(work, recipe_of("llama", 4, "float32"), prompts=[*PROMPTS, "over and over " * 30])
-    found = make_report(gates)
+    found = make_report(gates, {})
     assert found.tested.cut_prompts == ("p5",)
     assert found.sequences[5].prompt_tokens == 32
     assert found.passed

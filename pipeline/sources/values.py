@@ -1,0 +1,27 @@
+"""Values of a checkpoint's tensors, read when asked for. Needs torch, which the rest of this room must not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.graphs.dtypes import SAFETENSORS
+from pipeline.models.weights import D2T
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.tensors import TensorRef
+from pipeline.sources.weights import weights
+
+
+def read_tensor(ref: TensorRef) -> Tensor:
+    """One tensor of a checkpoint, read now."""
+    with ref.file.open("rb") as file:
+        file.seek(ref.offset)
+        data = bytearray(file.read(ref.nbytes))
+    return torch.frombuffer(data, dtype=SAFETENSORS[ref.dtype].as_torch()).view(ref.shape)
+
+
+def draft_token_ids(draft: Checkpoint) -> Tensor | None:
+    """Return the target's id of each token of a draft's reduced vocabulary; None where the vocabularies are equal."""
+    if draft.config.draft_vocab is None:
+        return None
+    return torch.arange(draft.config.draft_vocab) + read_tensor(weights(draft)[D2T]).long()

@@ -1,0 +1,122 @@
+"""Answers of the engine to all prompts, and the token sequences that gates score. Compares nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+from pipeline.progress import Log
+from pipeline.runtime.engine import Generation
+from pipeline.validate.gates.inputs import GateInputs, StageClock
+
+PLAIN_PROMPTS = 16
+"""Prompts that plain decode answers, too. The answers to all are compared with the reference, token by token."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Prompts as tokens with their greedy answers, by K; `plain` are plain decode's, of the prompts `plain_indices`."""
+
+    encoded: list[list[int]]
+    cut_prompts: tuple[str, ...]
+    """Prompts longer than the largest prefill bucket: only their ends ran."""
+    speculative: dict[int, list[Generation]]
+    plain: list[Generation]
+    plain_indices: range
+
+
+@dataclass(frozen=True)
+class ScoredSequence:
+    """Tokens to score: a prompt with its answer, or a probe that fills the cache. `prompt` tokens were given."""
+
+    name: str
+    kind: str
+    tokens: list[int]
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """All that is scored: prompts with their answers, and probes, one for each cache row."""
+
+    prompts: tuple[ScoredSequence, ...]
+    probes: tuple[ScoredSequence, ...]
+
+    @property
+    def all(self) -> tuple[ScoredSequence, ...]:
+        """Prompts first, as the report numbers them."""
+        return (*self.prompts, *self.probes)
+
+    @property
+    def probe_tokens(self) -> list[list[int]]:
+        """Return the tokens of each probe."""
+        return [probe.tokens for probe in self.probes]
+
+
+def answer_prompts(inputs: GateInputs, clock: StageClock) -> Answers:
+    """Answer all prompts with each K, and some of them by plain decode."""
+    encoded, cut = _encode(inputs)
+    speculative: dict[int, list[Generation]] = {}
+    for steps in inputs.recipe.speculation.draft_tokens:
+        with clock.stage(f"speculation with K={steps}"):
+            speculative[steps] = _generate(inputs, encoded, steps)
+    indices = range(0, len(encoded), max(len(encoded) // PLAIN_PROMPTS, 1))
+    with clock.stage(f"plain decode of {len(indices)} prompts"):
+        plain = _generate(inputs, [encoded[i] for i in indices], None)
+    return Answers(encoded, cut, speculative, plain, indices)
+
+
+def _encode(inputs: GateInputs) -> tuple[list[list[int]], tuple[str, ...]]:
+    """Return prompts as tokens, only the end of those that no prefill graph holds, and the names of these."""
+    longest = inputs.engine.manifest.shapes.prefill[-1]
+    encoded = [inputs.engine.text.encode_prompt(prompt.text) for prompt in inputs.prompts]
+    cut = [prompt.id for prompt, tokens in zip(inputs.prompts, encoded, strict=True) if len(tokens) > longest]
+    return [tokens[-longest:] for tokens in encoded], tuple(cut)
+
+
+def _generate(inputs: GateInputs, encoded: list[list[int]], steps: int | None) -> list[Generation]:
+    limit = inputs.recipe.validate_.max_new_tokens
+    return inputs.engine.generate(
+        encoded,
+        max_new_tokens=limit,
+        speculate=steps is not None,
+        draft_tokens=steps,
+        on_tokens=_TokenProgress(inputs.log, len(encoded) * limit),
+    )
+
+
+def sequences_of(inputs: GateInputs, answers: Answers) -> Sequences:
+    """Return prompts with their answers, and probes: the same tokens end to end, rotated, as long as the cache."""
+    first = answers.speculative[inputs.recipe.speculation.draft_tokens[0]]
+    texts = [[*prompt, *answer.tokens] for prompt, answer in zip(answers.encoded, first, strict=True)]
+    prompts = (
+        ScoredSequence(prompt.id, prompt.kind, tokens, len(encoded))
+        for prompt, tokens, encoded in zip(inputs.prompts, texts, answers.encoded, strict=True)
+    )
+    rows = range(inputs.engine.rows)
+    probes = (_probe(row, texts[(start := row * len(texts) // len(rows)) :] + texts[:start], inputs) for row in rows)
+    return Sequences(tuple(prompts), tuple(probes))
+
+
+def _probe(row: int, texts: Sequence[list[int]], inputs: GateInputs) -> ScoredSequence:
+    length = inputs.engine.length
+    tokens = list(islice(cycle(token for text in texts for token in text), length))
+    return ScoredSequence(f"probe-{row + 1}", "probe", tokens, length)
+
+
+@dataclass
+class _TokenProgress:
+    """Logs how many tokens of a generation have arrived, about every tenth."""
+
+    log: Log
+    most: int
+    arrived: int = 0
+    tenths: int = 0
+
+    def __call__(self, index: int, new: list[int]) -> None:  # noqa: ARG002 - the engine's callback
+        self.arrived += len(new)
+        tenths = 10 * self.arrived // self.most
+        if tenths > self.tenths:
+            self.tenths = tenths
+            self.log(f"    {self.arrived} of at most {self.most} tokens")

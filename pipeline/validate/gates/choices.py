@@ -1,0 +1,99 @@
+"""Tokens of the answers and of the prefill graphs against the baseline's own choice after the same tokens.
+
+Part of gate 1: teacher forcing covers `score` graphs; this covers what decode, speculate and prefill graphs chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.graphs.arguments import PromptRow, prefill_arguments
+from pipeline.graphs.spec import GraphSpec
+from pipeline.runtime.engine import Engine
+from pipeline.validate.gates.answers import ScoredSequence
+from pipeline.validate.gates.driving import Row, step
+from pipeline.validate.gates.token_columns import gap_of, noise_at
+from pipeline.validate.limits import FLIP_LIMIT, TIE
+from pipeline.validate.reference.golden import Golden
+from pipeline.validate.report.schema import Choices
+
+SHOWN_FINDINGS = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token that was chosen after position `at` of a sequence, and who chose it."""
+
+    chooser: str
+    sequence: str
+    at: int
+    token: int
+
+
+@dataclass(frozen=True)
+class CheckedChoices:
+    """Counts for the report, and findings."""
+
+    counts: Choices
+    findings: tuple[str, ...]
+
+
+def check_choices(
+    choices: Sequence[Choice], goldens: Mapping[str, Golden], floor: float, near_tie_rate: float
+) -> CheckedChoices:
+    """Compare choices with the baseline's own; `floor` is the median noise of the largest logits."""
+    findings: list[str] = []
+    near_ties = flips_of_noise = 0
+    for choice in choices:
+        golden, at = goldens[choice.sequence], choice.at
+        gap = gap_of(golden, at, choice.token)
+        if gap > TIE * max(noise_at(golden, at), floor):
+            findings.append(
+                f"{choice.chooser}: token {choice.token} at position {at + 1} is not the baseline's, gap {gap:.1e}"
+            )
+        near_ties += gap > 0
+        flips_of_noise += int(golden.noise.best[at] != golden.baseline.best[at])
+    allowed = near_tie_rate * len(choices) + FLIP_LIMIT * flips_of_noise
+    if near_ties > allowed:
+        findings.append(f"near-ties {near_ties} of {len(choices)} tokens; at most {allowed:.0f} are usual")
+    counts = Choices(tokens=len(choices), near_ties=near_ties, flips_of_noise=flips_of_noise)
+    return CheckedChoices(counts, tuple(findings[:SHOWN_FINDINGS]))
+
+
+def answer_choices(sequences: Sequence[ScoredSequence]) -> Iterator[Choice]:
+    """Yield the tokens of all answers."""
+    for sequence in sequences:
+        for at in range(sequence.prompt, len(sequence.tokens)):
+            yield Choice(f"the answer to {sequence.name}", sequence.name, at - 1, sequence.tokens[at])
+
+
+def prefill_choices(engine: Engine, probes: Sequence[ScoredSequence]) -> Iterator[Choice]:
+    """Run every prefill graph on ragged probes, and decode one token after each; yield all these tokens."""
+    for spec in engine.graphs:
+        if spec.phase == "prefill":
+            yield from _prefill(engine, spec, probes)
+
+
+def _prefill(engine: Engine, spec: GraphSpec, probes: Sequence[ScoredSequence]) -> Iterator[Choice]:
+    """Prefill ragged probes, the full bucket and a single token among them, into slots in reverse order."""
+    rows = min(spec.batch, len(probes))
+    longest = min(spec.tokens, engine.length - 1)
+    starts = [probe.tokens[: max(longest - 3 * row, 1)] for row, probe in enumerate(probes[:rows])]
+    if rows > 1:
+        starts[-1] = probes[rows - 1].tokens[:1]
+    prompts = [PromptRow(start, rows - 1 - row) for row, start in enumerate(starts)]
+    first = engine.ranks.run(spec, prefill_arguments(spec, prompts, engine.rows))["token"]
+    decode = min(
+        (g for g in engine.graphs if g.phase == "decode" and g.batch >= rows and g.kv > longest),
+        key=lambda g: (g.batch, g.kv),
+    )
+    after = [Row(probe.tokens[: len(start) + 1]) for probe, start in zip(probes, starts, strict=False)]
+    spare = [Row([0])] * (decode.batch - rows)
+    active = [True] * rows + [False] * len(spare)
+    second = step(engine, decode, [*reversed(after), *spare], active)
+    for row, start in enumerate(starts):
+        name = probes[row].name
+        yield Choice(f"{spec.name}, row {row}", name, len(start) - 1, int(first[row]))
+        (token,) = second[rows - 1 - row]
+        yield Choice(f"{decode.name} after {spec.name}, row {row}", name, len(start), token)

@@ -1,0 +1,187 @@
+"""Run a checkpoint by transformers' own modules, one layer at a time, in two precisions.
+
+Two runs, side by side, on the weights as the recipe's dtype holds them. The *baseline* is the same mathematics one
+precision up (float32 for bfloat16 and float16, float64 for float32); *noise* is the recipe's own dtype, and shows how
+far a correct implementation strays. Layers are read, run over every sequence and dropped one at a time, so a model
+needs the memory of one layer and of its hidden states, not of its weights.
+
+Shapes: T tokens of a sequence, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pipeline.graphs.dtypes import torch_dtype
+from pipeline.models.int8 import rounded
+from pipeline.models.weights import EMBEDDING, HEAD, NORM
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.tensors import TensorRef
+from pipeline.sources.values import read_tensor
+from pipeline.sources.weights import weights
+from pipeline.validate.reference.golden import Golden, Summary, joined, project_cache, recorded_ids, summary
+
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
+"""What versions of transformers call the cache that a layer is given."""
+
+TOKENS_AT_ONCE = 256
+HEAD_ROWS = 16384
+
+
+def above(dtype: str) -> torch.dtype:
+    """The precision of the baseline."""
+    return torch.float64 if dtype == "float32" else torch.float32
+
+
+class Reference:
+    """A checkpoint run by transformers' own modules, one layer in memory at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        target: Checkpoint,
+        dtype: str,
+        narrow: str | None = None,
+        target_narrow: str | None = None,
+    ) -> None:
+        self.checkpoint, self.target = checkpoint, target
+        self.narrow, self.target_narrow = narrow, target_narrow
+        self.dtype_name = dtype
+        self.dtype = torch_dtype(dtype)
+        self.kinds = (above(dtype), self.dtype)
+        self._refs = weights(checkpoint)
+        shared = checkpoint.config.shares_embedding
+        self._embedding = (weights(target) if shared else self._refs)[EMBEDDING]
+        self._embedding_narrow = target_narrow if shared else narrow
+
+    @property
+    def layers(self) -> int:
+        """Layers that are read."""
+        return self.checkpoint.config.layers
+
+    @torch.no_grad()
+    def goldens(self, sequences: list[list[int]]) -> Iterator[Golden]:
+        """Run the layers over all sequences, then yield a golden for each."""
+        runs = self.run_layers(sequences)
+        caches = [[torch.stack(run.cache.layers, dim=1) for run in runs[kind]] for kind in self.kinds]
+        baseline, noise = (list(self._normed(runs.pop(kind), kind)) for kind in self.kinds)
+        for high, low, keys, keys_noise in zip(baseline, noise, *caches, strict=True):
+            yield self.golden(high, low, keys, keys_noise)
+
+    def run_layers(
+        self, sequences: list[list[int]], watch: Callable[[int, torch.dtype, int, Tensor], None] | None = None
+    ) -> dict[torch.dtype, list[Recorder]]:
+        """Run all layers in both precisions; `watch` sees layer, precision, sequence and the layer's input."""
+        model = self._skeleton()
+        runs = {kind: [self._start(model, tokens, kind) for tokens in sequences] for kind in self.kinds}
+        for index, layer in enumerate(self._layers):
+            prefix = f"model.layers.{index}."
+            state = {n.removeprefix(prefix): self.read(r) for n, r in self._refs.items() if n.startswith(prefix)}
+            for kind, started in runs.items():
+                layer.load_state_dict({name: tensor.to(kind) for name, tensor in state.items()}, assign=True)
+                for number, run in enumerate(started):
+                    if watch is not None:
+                        watch(index, kind, number, run.hidden)
+                    out = layer(run.hidden, **run.options)
+                    run.hidden = out[0] if isinstance(out, tuple) else out
+            layer.to("meta")
+        return runs
+
+    def _skeleton(self) -> Any:
+        """Make transformers' model without weights; its layers are taken out and run one by one."""
+        fields = {k: v for k, v in self.checkpoint.config_json.items() if k not in ("model_type", "layer_types")}
+        fields |= {"num_hidden_layers": self.checkpoint.config.layers}
+        config = transformers.AutoConfig.for_model(self.checkpoint.config_json["model_type"], **fields)
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+        self._layers = model.layers
+        model.layers = nn.ModuleList([Recorder()])
+        model.norm, self._norm = nn.Identity(), model.norm
+        model.rotary_emb = type(model.rotary_emb)(config=config)
+        return model
+
+    def _start(self, model: Any, tokens: list[int], kind: torch.dtype) -> Recorder:
+        """Embed a sequence and record what the model hands to its layers: mask, positions, rotary tables."""
+        recorder = Recorder()
+        model.layers[0] = recorder
+        model(inputs_embeds=self.embed(tokens)[None].to(kind), use_cache=False)
+        recorder.options[next(name for name in CACHE_NAMES if name in recorder.options)] = recorder.cache
+        return recorder
+
+    def embed(self, tokens: list[int]) -> Tensor:
+        """Embeddings [T, H] as the recipe's dtype holds them."""
+        last = self._embedding.shape[0] - 1  # as the graphs do where a draft's vocabulary is padded less
+        rows = (self._embedding.rows(min(t, last), min(t, last) + 1) for t in tokens)
+        return torch.stack([self._read(row, self._embedding_narrow)[0] for row in rows])
+
+    def _normed(self, runs: list[Recorder], kind: torch.dtype) -> Iterator[Tensor]:
+        """Normalised hidden states [T, H] of each sequence, which is all that remains of a run."""
+        self._norm.load_state_dict({"weight": self.read(self._refs[NORM]).to(kind)}, assign=True)
+        for run in runs:
+            yield self._norm(run.hidden)[0]
+
+    def golden(self, high_TH: Tensor, low_TH: Tensor, caches: Tensor, caches_noise: Tensor) -> Golden:
+        """What is kept of normalised hidden states and projected caches in both precisions."""
+        ids: list[Tensor] = []
+        parts: tuple[list[Summary], list[Summary]] = ([], [])
+        for start in range(0, len(high_TH), TOKENS_AT_ONCE):
+            chosen = None
+            for hidden, kept in zip((high_TH, low_TH), parts, strict=True):
+                logits = self._head(hidden[start : start + TOKENS_AT_ONCE])
+                if chosen is None:
+                    chosen = recorded_ids(logits)
+                    ids.append(chosen)
+                kept.append(summary(logits, chosen))
+        return Golden(torch.cat(ids), joined(parts[0]), joined(parts[1]), caches, caches_noise)
+
+    def _head(self, hidden_TH: Tensor) -> Tensor:
+        """Logits [T, V], float64 or float32: accumulated in at least float32, as Tandem does in every dtype."""
+        tied = self.checkpoint.config.tied
+        ref = self._embedding if tied else self._refs[HEAD]
+        wide = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
+        rows = range(0, ref.shape[0], HEAD_ROWS)
+        narrow = self._embedding_narrow if tied else self.narrow
+        blocks = (self._read(ref.rows(r, min(r + HEAD_ROWS, ref.shape[0])), narrow).to(wide.dtype) for r in rows)
+        return torch.cat([wide @ block.T for block in blocks], dim=-1)
+
+    def read(self, ref: TensorRef) -> Tensor:
+        """A tensor as the recipe's dtype holds it; a matrix stored as int8 as what that stands for, float32."""
+        return self._read(ref, self.narrow)
+
+    def _read(self, ref: TensorRef, narrow: str | None) -> Tensor:
+        tensor = read_tensor(ref)
+        if narrow == "int8" and tensor.dim() == 2:
+            return rounded(tensor)
+        return tensor.to(self.dtype)
+
+
+class Recorder(nn.Module):
+    """Stands where the layers are and keeps what they would be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = torch.empty(0)
+        self.cache = _ProjectedCache()
+        self.options: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        """Record and pass on."""
+        self.hidden, self.options = hidden_states, options
+        return hidden_states
+
+
+class _ProjectedCache:
+    """What a layer takes for a cache: keeps projections of keys and values and hands both back."""
+
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Shapes: [1, heads, T, D]."""
+        self.layers.append(torch.stack([project_cache(keys[0]), project_cache(values[0])], dim=1))
+        return keys, values
