@@ -21,6 +21,7 @@ import pipeline
 from pipeline import runtime
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.manifest import content_digest
+from pipeline.artifact.verify import verify
 from pipeline.backends.base import cache_key, make_backend
 from pipeline.build import BuildSettings, run
 from pipeline.errors import ArtifactError, HostError, InputError
@@ -128,7 +129,7 @@ def kill_in(child: subprocess.Popen[str], stage: str, delay_s: float) -> str:
 
 def same_parts(root: Path) -> dict[str, object]:
     """Files of an artifact that two builds of one recipe have in common: provenance and reports tell of one build."""
-    files = artifact.verify(root).manifest.files
+    files = verify(root).manifest.files
     return {
         name: entry
         for name, entry in files.items()
@@ -147,7 +148,7 @@ def flip(path: Path) -> None:
 def test_build_compiles_every_graph_and_passes_its_gates(built):
     request, report = built
     assert len(report.compiled) == 5
-    manifest = artifact.verify(request.out).manifest
+    manifest = verify(request.out).manifest
     assert manifest.validation["passed"]
     assert {path.name for path in (request.out / "reports").iterdir()} >= {"parity.json", "junit.xml"}
 
@@ -204,7 +205,7 @@ def test_build_replaces_a_corrupted_cache_entry(built, tmp_path):
     flip(cache / "graphs" / key[:2] / key / "data")
     report = again(request, cache=cache, out=tmp_path / "out", validate=False)
     assert len(report.compiled) == 1
-    artifact.verify(tmp_path / "out")
+    verify(tmp_path / "out")
 
 
 def test_build_writes_damaged_cached_shards_again(built, tmp_path):
@@ -217,9 +218,7 @@ def test_build_writes_damaged_cached_shards_again(built, tmp_path):
     shards[-1].unlink()
     again(request, cache=cache, out=tmp_path / "out", validate=False, log=said.append)
     assert any(str(shards[0].name) in line and "damaged" in line for line in said)
-    assert content_digest(artifact.verify(tmp_path / "out").manifest) == content_digest(
-        artifact.read(request.out).manifest
-    )
+    assert content_digest(verify(tmp_path / "out").manifest) == content_digest(artifact.read(request.out).manifest)
 
 
 def test_build_is_not_fooled_by_an_artifact_of_another_recipe(built, tmp_path):
@@ -305,9 +304,7 @@ def test_build_elsewhere_on_another_machine_is_all_hits(built, tmp_path):
     report = json.loads(done.communicate()[0])
     assert report["compiled"] == []
     assert len(report["reused"]) == 5
-    assert content_digest(artifact.verify(tmp_path / "out").manifest) == content_digest(
-        artifact.read(request.out).manifest
-    )
+    assert content_digest(verify(tmp_path / "out").manifest) == content_digest(artifact.read(request.out).manifest)
 
 
 def test_builds_at_once_compile_a_graph_once(built, tmp_path):
@@ -322,7 +319,7 @@ def test_builds_at_once_compile_a_graph_once(built, tmp_path):
     reports = [json.loads(child.communicate()[0]) for child in children]
     assert sorted(name for report in reports for name in report["compiled"]) == ["score-draft-b2-t16-s48"]
     assert sum(report["fresh"] for report in reports) == 1
-    digests = {content_digest(artifact.verify(tmp_path / out).manifest) for out in ("a", "b")}
+    digests = {content_digest(verify(tmp_path / out).manifest) for out in ("a", "b")}
     assert digests == {content_digest(manifest)}
 
 
@@ -364,7 +361,7 @@ def test_build_survives_kills_at_twenty_moments_of_every_stage(built, tmp_path):
     last = child_build(request, tmp_path / "out", cache, env=env, validate=True)
     last.communicate()
     assert last.returncode == 0
-    found = artifact.verify(tmp_path / "out").manifest
+    found = verify(tmp_path / "out").manifest
     assert found.validation["passed"]
     assert same_parts(tmp_path / "out") == same_parts(tmp_path / "calm")
     assert not list(tmp_path.glob(f"{TEMP}*"))
@@ -378,7 +375,7 @@ def test_eight_builds_at_once_from_nothing(built, tmp_path):
     reports = [json.loads(child.communicate()[0]) for child in children]
     assert len([name for report in reports for name in report["compiled"]]) == 5
     assert sum(report["fresh"] for report in reports) == 4
-    assert len({content_digest(artifact.verify(out).manifest) for out in outs}) == 1
+    assert len({content_digest(verify(out).manifest) for out in outs}) == 1
     assert same_parts(outs[0]) == same_parts(request.out)
 
 

@@ -232,7 +232,6 @@ class CacheManifest(Manifest):
 
 AnyManifest = Annotated[PairManifest | NxdiManifest | CacheManifest, Field(discriminator="kind")]
 MANIFESTS: TypeAdapter[PairManifest | NxdiManifest | CacheManifest] = TypeAdapter(AnyManifest)
-KINDS = ("pair", "nxdi", CACHE_KIND)
 
 
 @dataclass(frozen=True)
@@ -303,10 +302,7 @@ def parse(data: bytes, where: str) -> PairManifest | NxdiManifest | CacheManifes
         ArtifactError: damaged, of another schema version, or with paths that could leave the directory.
 
     """
-    try:
-        version = json.loads(data).get("schema_version")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
+    version = json_object(data, where).get("schema_version")
     if version != SCHEMA_VERSION:
         what = f"schema_version {version!r}, this Tandem reads {SCHEMA_VERSION}"
         raise ArtifactError(what, where=where, fix="use the version of Tandem that it was built with")
@@ -314,12 +310,28 @@ def parse(data: bytes, where: str) -> PairManifest | NxdiManifest | CacheManifes
         manifest = MANIFESTS.validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in KINDS)
+        place = ".".join(map(str, first["loc"][1:]))  # the first is the kind
         raise ArtifactError(f"{place or 'kind'}: {first['msg']}", where=where, fix=AGAIN) from error
     faults = list(_path_faults(manifest, where))
     if faults:
         raise ArtifactError("; ".join(faults), where=where, fix="do not use this artifact")
     return manifest
+
+
+def json_object(data: bytes, where: str) -> dict[str, Any]:
+    """Parse the JSON object that every manifest is.
+
+    Raises:
+        ArtifactError: not JSON, or not an object.
+
+    """
+    try:
+        parsed = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError("damaged manifest: not JSON", where=where, fix=AGAIN) from error
+    if not isinstance(parsed, dict):
+        raise ArtifactError("damaged manifest: not a JSON object", where=where, fix=AGAIN)
+    return parsed
 
 
 def dump(manifest: Record) -> bytes:

@@ -25,6 +25,7 @@ from pipeline.artifact.manifest import (
     Version,
     content_digest,
     dump,
+    json_object,
     parse,
 )
 from pipeline.artifact.verify import ISA_ORDER, satisfies
@@ -162,11 +163,7 @@ def parse_document(data: bytes, where: str) -> Document:
         ArtifactError: damaged, of another schema version, or with unsafe paths.
 
     """
-    try:
-        kind = json.loads(data).get("kind")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"damaged manifest: {error}", where=where, fix=AGAIN) from error
-    if kind != INDEX_KIND:
+    if json_object(data, where).get("kind") != INDEX_KIND:
         return parse(data, where)
     try:
         return Index.model_validate_json(data)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from pipeline import runtime
-from pipeline.artifact import manifest as artifact
+from pipeline.artifact.verify import verify
 from pipeline.errors import GateError, InputError
 from pipeline.registry.publish import PublishSettings, publish
 from pipeline.registry.pull import pull
@@ -66,7 +66,7 @@ def packed(tmp_path_factory):
 
 def test_package_is_an_artifact_that_records_what_nxdi_does_not(packed):
     _, root = packed
-    manifest = artifact.verify(root).manifest
+    manifest = verify(root).manifest
     assert manifest.backend["name"] == "nxdi"
     assert manifest.requires == {"device": "neuron", "chip": "trn2", "lnc": "2"}
     assert manifest.toolchain["neuronx-distributed-inference"] == "0.9.17334"
@@ -112,7 +112,7 @@ def test_vllm_loads_the_package_where_it_is_pulled_to(packed, tmp_path):
     assert said["draft"] == "NeuronLlamaForCausalLM"
     assert said["places"] == ["models/target", "models/draft"]
     assert said["words"]
-    artifact.verify(pulled)  # loading left it as it was
+    verify(pulled)  # loading left it as it was
 
 
 def test_vllm_would_compile_again_where_a_rank_is_missing(packed, tmp_path):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.manifest import FileEntry, dump
+from pipeline.artifact.verify import verify
 from pipeline.build import BuildSettings, run
 from pipeline.errors import GateError
 from pipeline.recipe import load
@@ -100,7 +101,7 @@ def test_edited_weights_fail_and_cannot_be_published(request_, tmp_path):
     root = edited(request_, tmp_path / "edited", perturb)
     with pytest.raises(GateError, match="keys of layer 1"):
         gates(request_, root)
-    found = artifact.verify(root).manifest
+    found = verify(root).manifest
     assert found.validation["passed"] is False
     with pytest.raises(GateError, match="failed its gates"):
         publish(root, str(tmp_path / "registry"), ())

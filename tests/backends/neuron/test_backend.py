@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import manifest as artifact
+from pipeline.artifact.verify import verify
 from pipeline.backends.base import Traced, cache_key
 from pipeline.backends.neuron import graph_file, support
 from pipeline.backends.neuron import runtime as neuron
@@ -139,7 +140,7 @@ def loads(built, tmp_path_factory):
 
 def test_build_passes_its_gates_on_the_device(built):
     root, done = built
-    manifest = artifact.verify(root).manifest
+    manifest = verify(root).manifest
     assert manifest.passed
     assert manifest.validation["ran_on"] == {"device": "neuron", "chip": "trn2", "lnc": "2"} == manifest.requires
     assert manifest.toolchain["neuronx-cc"] == "2.24.8799.0"
@@ -187,11 +188,11 @@ def test_validate_on_device_adds_its_verdict_to_what_a_host_without_one_built(el
     refused = tandem(*words, where=environment() | cache, cwd=base)
     assert refused.returncode == 2
     assert "device: the artifact needs neuron, this host has none" in refused.stderr
-    before = artifact.verify(root).manifest
+    before = verify(root).manifest
     assert before.passed is None
     done = tandem(*words, where=environment(FAKE_NEURON_LS=DEVICE) | cache, cwd=base)
     assert done.returncode == 0, done.stderr
-    after = artifact.verify(root).manifest
+    after = verify(root).manifest
     assert after.passed
     assert after.validation["ran_on"] == {"device": "neuron", "chip": "trn2", "lnc": "2"}
     assert after.version == before.version
@@ -205,7 +206,7 @@ def test_shards_of_two_ranks_with_a_replicated_draft(built, tmp_path):
     """
     done = build(tmp_path, where=environment(), recipe=RECIPE + "parallel: {tensor: 2}\n")
     assert done.returncode == 0, done.stderr
-    root, manifest = tmp_path / "out", artifact.verify(tmp_path / "out").manifest
+    root, manifest = tmp_path / "out", verify(tmp_path / "out").manifest
     graphs = {one.name: graph_file.read_graph(root, one, lnc=2) for one in manifest.graphs}
     ranks = neuron.read_weights(root, manifest)
     neuron.check_weights(graphs, ranks, root)
