@@ -76,7 +76,7 @@ $(XLA_READY): tests/requirements-xla.txt
 
 $(VLLM_READY): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[vllm]' pytest scipy
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[vllm]' pytest pytest-timeout scipy
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # made for another torch
 	touch $@
 
