@@ -80,7 +80,7 @@ if limit:
 def say(line):
     print(line, file=sys.stderr, flush=True)
 try:
-    request = BuildSettings(load(base / "tiny.yaml"), base, out, cache, workers=1, validate=validate, say=say)
+    request = BuildSettings(load(base / "tiny.yaml"), base, out, cache, workers=1, validate=validate, log=say)
     print(json.dumps(asdict(run(request)), default=str))
 except TandemError as error:
     print(error)
