@@ -13,14 +13,18 @@ import pytest
 
 from support import guarded_compiler
 
+COMPILING_FIXTURES = frozenset({"built"})
+"""Tests that use one of these get the marker `compile`."""
 COMPILING_LANES = ("compile", "slow", "server", "vllm", "cuda", "neuron", "xla")
 TIMEOUTS_S = {"vllm": 1800, "xla": 3600, "slow": 3600, "compile": 900}
 """Time limits of tests with a marker; `timeout` in pyproject.toml holds for all others."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Guard the compiler, once for all workers: they inherit PATH."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    """Guard the compiler, once for all workers, which inherit PATH; give each worker one thread, before torch starts."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    else:
         folder = Path(tempfile.mkdtemp(prefix="tandem-tests-"))
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         guarded_compiler.install(folder)
@@ -28,8 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the time limit of its marker."""
+    """Mark tests whose fixtures compile, and give each test the time limit of its marker."""
     for item in items:
+        if isinstance(item, pytest.Function) and COMPILING_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.compile)
         limits = [limit_s for marker, limit_s in TIMEOUTS_S.items() if item.get_closest_marker(marker)]
         if limits and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(max(limits)))

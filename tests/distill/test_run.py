@@ -231,7 +231,7 @@ def test_training_drafts_as_the_graphs_do(work, figures):
         at += size
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
 def test_writer_continues_as_the_engine_does(work, compiled, monkeypatch):
     """Rows that join and leave at different times write what each would alone."""
     monkeypatch.setattr(generate, "WORTH_COMPILING", 0 if compiled else math.inf)

@@ -11,6 +11,8 @@ from pipeline.graphs.packing import BlockPacking
 from pipeline.models.int8 import quantise, rounded
 from pipeline.recipe.schema import InductorSettings
 
+pytestmark = pytest.mark.compile
+
 
 class Products(torch.nn.Module):
     """Products of the first rows, of a slice that does not start at the tensor's beginning, and of two weights."""

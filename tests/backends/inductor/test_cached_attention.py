@@ -9,6 +9,8 @@ from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.models.parallel import PLAIN, attend_up_to
 from pipeline.recipe.schema import InductorSettings
 
+pytestmark = pytest.mark.compile
+
 KV = 150
 
 
