@@ -21,7 +21,7 @@ TIMEOUTS_S = {"vllm": 1800, "xla": 3600, "slow": 3600, "compile": 900}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Guard the compiler, once for all workers, which inherit PATH; give each worker one thread, before torch starts."""
+    """Guard the compiler, once for all workers, and give each worker one thread before torch is imported."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     else:
