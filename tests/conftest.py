@@ -13,6 +13,18 @@ import pytest
 
 from support import guarded_compiler
 
+LONGEST_FIRST = (
+    "tests/test_build.py",
+    "tests/distill/",
+    "tests/backends/",
+    "tests/validate/",
+    "tests/models/",
+    "tests/speculation/",
+    "tests/serve/",
+    "tests/measure/",
+    "tests/runtime/",
+)
+"""Files and folders that take longest start first, so that no worker is left with a long one at the end."""
 COMPILING_FIXTURES = frozenset({"built"})
 """Tests that use one of these get the marker `compile`."""
 COMPILING_LANES = ("compile", "slow", "server", "vllm", "cuda", "neuron", "xla")
@@ -32,13 +44,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests whose fixtures compile, and give each test the time limit of its marker."""
+    """Mark tests whose fixtures compile, give each test the time limit of its marker, and start the longest first."""
     for item in items:
         if isinstance(item, pytest.Function) and COMPILING_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.compile)
         limits = [limit_s for marker, limit_s in TIMEOUTS_S.items() if item.get_closest_marker(marker)]
         if limits and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(max(limits)))
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    """A test's rank among the files and folders that start first."""
+    return next((i for i, prefix in enumerate(LONGEST_FIRST) if item.nodeid.startswith(prefix)), len(LONGEST_FIRST))
 
 
 @pytest.hookimpl(tryfirst=True)
