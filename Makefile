@@ -16,8 +16,9 @@ XLA_READY  := $(XLA_VENV)/.ready
 VLLM_VENV   ?= .venv-vllm
 VLLM_READY  := $(VLLM_VENV)/.ready
 
-# The fast tests run in up to four processes, one file in each, the longest first (tests/conftest.py). `test-quick` also leaves out those that compile graphs: the
-# rest of its expression is that of `addopts` in pyproject.toml, which -m replaces.
+# The fast tests run in up to four processes, one file in each, the longest first (tests/conftest.py). `test-quick` also
+# leaves out those that compile graphs: the rest of its expression is that of `addopts` in pyproject.toml, which -m
+# replaces.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not browser
 
