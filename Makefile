@@ -16,9 +16,10 @@ XLA_READY  := $(XLA_VENV)/.ready
 VLLM_VENV   ?= .venv-vllm
 VLLM_READY  := $(VLLM_VENV)/.ready
 
-# The fast tests run in up to four processes, one file in each. `test-quick` also leaves out those that compile graphs: the
-# rest of its expression is that of `addopts` in pyproject.toml, which -m replaces.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# The fast tests run in up to four processes, one file in each, the longest first (tests/conftest.py). `test-quick` also
+# leaves out those that compile graphs: the rest of its expression is that of `addopts` in pyproject.toml, which -m
+# replaces.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not browser
 
 .PHONY: help build test test-quick test-slow test-report test-servers test-xla test-vllm lint format types imports check clean
@@ -76,7 +77,7 @@ $(XLA_READY): tests/requirements-xla.txt
 
 $(VLLM_READY): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[vllm]' pytest scipy
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[vllm]' pytest pytest-timeout scipy
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # made for another torch
 	touch $@
 

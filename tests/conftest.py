@@ -1,11 +1,68 @@
-"""What tests share: one thread, and the servers of the marker `server`, started once a session over loopback."""
+"""What tests share: markers and time limits, one thread, and servers of the marker `server`, started once a session."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from support import guarded_compiler
+
+LONGEST_FIRST = (
+    "tests/test_build.py",
+    "tests/distill/",
+    "tests/backends/",
+    "tests/validate/",
+    "tests/models/",
+    "tests/speculation/",
+    "tests/serve/",
+    "tests/measure/",
+    "tests/runtime/",
+)
+"""Files and folders that take longest start first, so that no worker is left with a long one at the end."""
+COMPILING_FIXTURES = frozenset({"built"})
+"""Tests that use one of these get the marker `compile`."""
+COMPILING_LANES = ("compile", "slow", "server", "vllm", "cuda", "neuron", "xla")
+TIMEOUTS_S = {"vllm": 1800, "xla": 3600, "slow": 3600, "compile": 900}
+"""Time limits of tests with a marker; `timeout` in pyproject.toml holds for all others."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Guard the compiler, once for all workers, and give each worker one thread before torch is imported."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="tandem-tests-"))
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        guarded_compiler.install(folder)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests whose fixtures compile, give each test the time limit of its marker, and start the longest first."""
+    for item in items:
+        if isinstance(item, pytest.Function) and COMPILING_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.compile)
+        limits = [limit_s for marker, limit_s in TIMEOUTS_S.items() if item.get_closest_marker(marker)]
+        if limits and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(max(limits)))
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    """A test's rank among the files and folders that start first."""
+    return next((i for i, prefix in enumerate(LONGEST_FIRST) if item.nodeid.startswith(prefix)), len(LONGEST_FIRST))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Forbid the compiler to a test of no marker that says it compiles, before its fixtures run."""
+    guarded_compiler.allow(any(item.get_closest_marker(lane) for lane in COMPILING_LANES))
 
 
 @pytest.fixture(scope="module")

@@ -401,6 +401,7 @@ def test_help_answers_at_once():
     assert min(spent) < 0.3, spent
 
 
+@pytest.mark.compile
 def test_build_interrupted_ends_at_once_with_130(work):
     """Ctrl-C goes to the whole process group; workers and compilers end, and what was finished stays."""
     child = subprocess.Popen(

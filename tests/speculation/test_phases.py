@@ -9,6 +9,8 @@ from pipeline.speculation.acceptance import accept_stochastic
 from pipeline.speculation.sampling import Candidates, Sampling, candidates, greedy, pick
 from support.pairs import empty_state, make_pair
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8], [11, 30]]
 
 

@@ -30,6 +30,9 @@ validate: {prompts: prompts.jsonl, max_new_tokens: 10, gates: {tokens_per_step: 
 TEXTS = ["The quick brown fox", "def add(first,", "Once upon a time"]
 
 
+pytestmark = pytest.mark.compile
+
+
 @pytest.fixture(scope="module")
 def request_(tmp_path_factory):
     """A validated bfloat16 artifact, by the request that made it."""

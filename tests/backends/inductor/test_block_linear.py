@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.seams import BlockedSeams
-from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.int8 import quantise, rounded
-from pipeline.recipe.schema import InductorSettings
+from support.compiled import compiled
+
+pytestmark = pytest.mark.compile
 
 
 class Products(torch.nn.Module):
@@ -68,14 +68,8 @@ def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(
     torch.manual_seed(0)
     x = torch.randn(45, columns).to(inputs)
     (weight, plain), (other, gate) = (packed(torch.randn(count, columns) * 0.1, dtype) for count in (190, 96))
-    program = torch.export.export(Products(), (x, weight, other))
-    settings = InductorBackend(InductorSettings(isa=isa)).settings()
-    package = torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(tmp_path / "graph.pt2"),
-        inductor_configs=settings,
-    )
-    one, five, eight, all_rows, inner, both, few_gated, gated = LoadedGraph(package, "cpu").run([x, weight, other])
+    graph = compiled(Products(), (x, weight, other), tmp_path, isa)
+    one, five, eight, all_rows, inner, both, few_gated, gated = graph.run([x, weight, other])
     exact = x.double() @ plain.double().T
     worst = (all_rows[:, :190] - exact).abs().max()
     assert worst < 5e-6, f"largest error {worst:.1e}"
@@ -85,11 +79,11 @@ def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(
     assert torch.equal(few_gated, gated[:5])
     fused = torch.nn.functional.silu(both[:, :96]) * all_rows[:, 32:128]
     assert torch.allclose(gated.float(), fused.to(inputs).float(), rtol=2**-7 if inputs != torch.float32 else 1e-6)
-    for eager, compiled in (
+    for eager, fast in (
         (block_linear(x, [other, weight]), both),
         (block_swiglu(x, other, weight[1:4]).float(), gated.float()),
     ):
-        assert torch.allclose(eager, compiled, atol=5e-6, rtol=2**-7)
+        assert torch.allclose(eager, fast, atol=5e-6, rtol=2**-7)
     assert torch.allclose(both[:, :96].double(), x.double() @ gate.double().T, atol=5e-6)
 
 
@@ -107,8 +101,5 @@ def test_compiled_lookup_in_an_int8_table_gives_its_rows(tmp_path):
     weight, stands_for = packed(plain, torch.int8)
     ids = torch.tensor([[0, 31, 32], [40, 69, 63]], dtype=torch.int32)
     assert torch.equal(Lookup()(ids, weight), stands_for[ids])
-    package = torch._inductor.aoti_compile_and_package(
-        torch.export.export(Lookup(), (ids, weight)), package_path=str(tmp_path / "graph.pt2")
-    )
-    assert torch.equal(LoadedGraph(package, "cpu").run([ids, weight])[0], stands_for[ids])
+    assert torch.equal(compiled(Lookup(), (ids, weight), tmp_path).run([ids, weight])[0], stands_for[ids])
     assert (rounded(plain) - plain).abs().max() <= plain.abs().max() / 254 * 1.001

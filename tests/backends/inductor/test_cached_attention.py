@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.cached_attention import cached_attention
-from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.models.parallel import PLAIN, attend_up_to
-from pipeline.recipe.schema import InductorSettings
+from support.compiled import compiled
+
+pytestmark = pytest.mark.compile
 
 KV = 150
 
@@ -33,8 +33,6 @@ class Attention(torch.nn.Module):
     ],
 )
 def test_compiled_attention_is_exact_and_reads_only_what_is_seen(tmp_path, dtype, dim, isa):
-    from pipeline.backends.inductor import cached_attention_kernel  # noqa: F401 - tells Inductor of the kernel
-
     torch.manual_seed(0)
     q, new = torch.randn(2, 6, 3, dim) * 2, torch.randn(2, 2, 1, dim).to(dtype)
     k, v = (torch.randn(3, 2, 160, dim).to(dtype) for _ in range(2))
@@ -45,14 +43,7 @@ def test_compiled_attention_is_exact_and_reads_only_what_is_seen(tmp_path, dtype
     assert torch.allclose(expected.float(), plain, atol=1e-5, rtol=rounding)
     k[0, :, 3:] = torch.nan
     v[0, :, 3:] = torch.nan
-    program = torch.export.export(Attention(), (q, k.clone(), v, new, last))
-    settings = InductorBackend(InductorSettings(isa=isa)).settings()
-    package = torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(tmp_path / "graph.pt2"),
-        inductor_configs=settings,
-    )
-    found = LoadedGraph(package, "cpu").run([q, k, v, new, last])[0]
+    found = compiled(Attention(), (q, k.clone(), v, new, last), tmp_path, isa).run([q, k, v, new, last])[0]
     assert found.dtype == dtype
     assert torch.allclose(found.float(), expected.float(), atol=2e-6, rtol=rounding)
     assert dtype == torch.float32 or (found == expected).float().mean() > 0.99
