@@ -24,6 +24,7 @@ from pipeline.artifact.manifest import content_digest
 from pipeline.artifact.verify import verify
 from pipeline.backends.base import cache_key, make_backend
 from pipeline.build import BuildSettings, run
+from pipeline.cache.collect import entry_stats
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import TEMP, remove
 from pipeline.plan.plan import make_plan
@@ -72,6 +73,7 @@ import json, resource, sys
 from dataclasses import asdict
 from pathlib import Path
 from pipeline.build import BuildSettings, run
+from pipeline.cache.collect import entry_stats
 from pipeline.errors import TandemError
 from pipeline.recipe import load
 base, out, cache = map(Path, sys.argv[1:4])
@@ -174,7 +176,7 @@ def test_build_elsewhere_is_all_hits(built, tmp_path):
     request, _ = built
     said = []
     report = again(request, out=tmp_path / "elsewhere", validate=False, log=said.append)
-    assert report.compiled == []
+    assert report.compiled == ()
     assert "compile: all 5 graphs are cached" in said
     first, second = (artifact.read(p).manifest for p in (request.out, tmp_path / "elsewhere"))
     assert [g.key for g in first.graphs] == [g.key for g in second.graphs]
@@ -184,7 +186,7 @@ def test_build_with_new_weights_compiles_nothing(built, tmp_path):
     request, _ = built
     changed = recipe(request, "pico://qwen3?layers=2", "pico://qwen3?layers=2&seed=5")
     report = again(request, recipe=changed, out=tmp_path / "out", validate=False)
-    assert report.compiled == []
+    assert report.compiled == ()
     first, second = (artifact.read(p).manifest for p in (request.out, tmp_path / "out"))
     weights = [name for name in first.files if name.startswith("weights/target")]
     assert weights
@@ -195,11 +197,26 @@ def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     request, _ = built
     changed, said = recipe(request, "prefill: [16]", "prefill: [16, 24]"), []
     report = again(request, recipe=changed, out=tmp_path / "out", validate=False, log=said.append)
-    assert report.compiled == ["prefill-b2-t24-s48"]
+    assert report.compiled == ("prefill-b2-t24-s48",)
     target, draft = resolve_pair(changed, base=request.base, cache=request.cache / "sources")
     plan = make_plan(changed, target.config, draft.config)
     seconds = plan.compile_seconds(next(spec for spec in plan.graphs if spec.name == report.compiled[0]))
     assert any(f"compile: 1 of 6 graphs, 2 at a time, about {seconds / 2:.0f} s; logs in" in line for line in said)
+
+
+def test_build_with_prompt_lookup_switched_off_keeps_its_shards(built, tmp_path):
+    """The key of the shards zeroed facts of graphs by name and missed `lookup`: a switch rewrote every shard."""
+    request, _ = built
+    changed, lines = recipe(request, ", lookup: 2", ""), []
+    again(request, recipe=changed, out=tmp_path / "out", validate=False, log=lines.append)
+    assert not [line for line in lines if line.startswith("shard:")]
+
+
+def test_goldens_and_memos_lie_apart_from_graphs(built):
+    """All three were entries of `cache/graphs`, so a test that removed `cache/goldens` removed nothing."""
+    kinds = entry_stats(built[0].cache)
+    assert kinds["graphs"].entries == kinds["memos"].entries == 5
+    assert kinds["goldens"].entries > 0
 
 
 def test_build_replaces_a_corrupted_cache_entry(built, tmp_path):
@@ -235,7 +252,7 @@ def test_build_is_not_fooled_by_an_artifact_of_another_recipe(built, tmp_path):
     before = artifact.read(out).manifest.version
     again(request, recipe=other, out=out, validate=False)
     assert not (report := again(request, out=out, validate=False)).fresh
-    assert (first.compiled, report.compiled) == ([], [])
+    assert (first.compiled, report.compiled) == ((), ())
     assert artifact.read(out).manifest.version == before
 
 
@@ -388,7 +405,7 @@ def test_build_with_another_k_compiles_its_graph_alone(built, tmp_path):
     report = again(
         request, recipe=recipe(request, "[2], sampling", "[2, 3], sampling"), out=tmp_path / "out", validate=False
     )
-    assert report.compiled == ["speculate-b2-t4-s48-k3"]
+    assert report.compiled == ("speculate-b2-t4-s48-k3",)
 
 
 def keys(request: BuildSettings, parsed) -> dict[str, str]:
@@ -448,6 +465,7 @@ def test_build_onto_a_read_only_disk_is_refused_before_anything_runs(local):
     code = f"""
     from pathlib import Path
     from pipeline.build import BuildSettings, run
+from pipeline.cache.collect import entry_stats
     from pipeline.errors import HostError
     from pipeline.recipe import load
     base = Path({str(local)!r})
@@ -541,17 +559,17 @@ def test_build_on_a_cold_machine_with_a_warm_shared_cache(built, tmp_path):
 
     request, first = built
     url = str(tmp_path / "shared")
-    assert push_all(Cache(request.cache), Remote(url, "write").open()) >= len(first.compiled)
+    assert push_all(Cache(request.cache, "graphs"), Remote(url, "write").open()) >= len(first.compiled)
     changes = {"out": tmp_path / "out", "validate": False}
     report = again(request, cache=tmp_path / "cold", remote=Remote(url), **changes)
-    assert (report.compiled, len(report.reused)) == ([], 5)
+    assert (report.compiled, len(report.reused)) == ((), 5)
     entries = {graph.key: graph.name for graph in artifact.read(request.out).manifest.graphs}
     key = cheapest_graph(request).key
     data = next(path for path in Path(url, "graphs", key[:2], key).iterdir() if len(path.name) == 64)
     data.write_bytes(b"poison" + data.read_bytes()[6:])
     said = []
     report = again(request, cache=tmp_path / "colder", remote=Remote(url, "write"), log=said.append, **changes)
-    assert report.compiled == [entries[key]]
+    assert report.compiled == (entries[key],)
     assert any("should be" in line and key in line for line in said)
     report = again(request, cache=tmp_path / "coldest", remote=Remote(url), **changes)
-    assert report.compiled == []
+    assert report.compiled == ()
