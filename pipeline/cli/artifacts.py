@@ -32,11 +32,22 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     if markdown:
         click.echo(body(manifest, {"": manifest}))
     elif json_:
-        print_json(manifest.model_dump(mode="json"))
+        derived = _derived(manifest) if isinstance(manifest, PairManifest) else {}
+        print_json(manifest.model_dump(mode="json") | derived)
     elif isinstance(manifest, PairManifest):
         print_fields(_fields(manifest, root), width=12)
     else:
         print_fields(facts(manifest), width=16)
+
+
+def _derived(manifest: PairManifest) -> dict[str, Any]:
+    """What scripts ask for that a manifest has only as facts of its pair and its graphs."""
+    return {
+        "tensor": manifest.ranks, "dtype": manifest.dtype, "weights": manifest.weights,
+        "method": manifest.draft_kind.method, "draft_tokens": manifest.draft_tokens, "sampling": manifest.sampling,
+        "candidates": manifest.pair.candidates, "shapes": manifest.shapes.model_dump(mode="json"),
+        "vocab": manifest.vocab, "eos_ids": manifest.eos_ids,
+    }  # fmt: skip
 
 
 def _fields(manifest: PairManifest, root: Path) -> dict[str, Any]:

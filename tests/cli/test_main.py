@@ -607,3 +607,13 @@ def test_stream_shows_every_character_once():
     assert all("\ufffd" not in part for part in shown)
     cut = "".join(shown) + stream.rest()
     assert cut == bytes(data[: len(shown) * 3]).decode(errors="replace")
+
+
+def test_inspect_json_has_what_scripts_ask_for(tmp_path):
+    """The manifest keeps facts of the pair and of graphs; K, buckets and ranks follow from them."""
+    root = small.make(tmp_path / "out", tmp_path / "work").root
+    shown = json.loads(CliRunner().invoke(main, ["inspect", str(root), "--json"]).stdout)
+    assert shown["kind"] == "pair"
+    assert (shown["tensor"], shown["draft_tokens"], shown["sampling"]) == (1, [2], ["greedy"])
+    assert shown["shapes"] == {"batch": [1], "prefill": [16], "kv": [32]}
+    assert (shown["method"], shown["dtype"], shown["vocab"]) == ("draft_model", "float32", 64)
