@@ -244,7 +244,11 @@ def test_environment_that_changes_code_changes_the_key(monkeypatch):
     ("where", "says"),
     [
         ({"NEURON_CC_FLAGS": "-O3"}, "NEURON_CC_FLAGS='-O3' is set"),
-        ({"FAKE_NEURONX_CC": "fail NCC_EOOM001 70"}, "NCC_EOOM001: the graph's tensors do not fit the device's memory"),
+        pytest.param(
+            {"FAKE_NEURONX_CC": "fail NCC_EOOM001 70"},
+            "NCC_EOOM001: the graph's tensors do not fit the device's memory",
+            marks=pytest.mark.compile,
+        ),
     ],
 )
 def test_build_refuses_with_what_and_fix(tmp_path, where, says):
@@ -314,6 +318,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.compile
 def test_trace_of_ranks_of_wrong_names_and_of_state_in_place():
     """Two ranks are another graph; names that no shard has are refused; the CPU's in-place caches are by the SDK."""
     done = run(TRACE, environment())
