@@ -12,6 +12,8 @@ from pipeline.registry.publish import PublishSettings, publish
 from pipeline.registry.pull import pull
 from support.neuron_lane import FAKE_NXD, FAKE_NXDI, XLA, environment, run, tandem
 
+pytestmark = pytest.mark.compile
+
 RECIPE = """
 name: tiny
 target: {source: "pico://llama?layers=2", dtype: bfloat16}
