@@ -1,4 +1,5 @@
-"""What builds keep to save work: compiled graphs and goldens by content, here and shared; and how it is collected.
+"""The local and the shared cache: compiled graphs, memos and goldens by content, and their collection.
 
-Knows keys and bytes, not what they mean. Imports no torch. Entered by stages, validate, registry and cli.
+Knows keys and bytes, not what they mean. Imports no torch.
+Entered by every room above.
 """

@@ -1,4 +1,5 @@
 """Train a draft for a target that has none: the target writes text, and a draft learns to predict the next tokens.
 
-Writes a folder that a recipe can use as draft.source; changes no target and builds no artifact. Entered by cli.
+Writes a folder that a recipe can use as `draft.source`. Changes no target and builds no artifact.
+Entered by cli.
 """

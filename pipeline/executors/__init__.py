@@ -1,4 +1,5 @@
-"""Where jobs run: `base.py` the contract, `local.py` worker processes on this machine.
+"""Where jobs run: `base.py` is the contract, `local.py` runs worker processes on this machine.
 
-Does not know what a job does. Entered by stages.
+Does not know what a job does.
+Entered by stages.
 """

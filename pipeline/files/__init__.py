@@ -1,4 +1,5 @@
-"""How files are written: atomically and durably, and large files past the page cache. Independent of their contents.
+"""How files are written: atomically and durably; large files past the page cache.
 
-Imports no torch. Every room may enter.
+Does not know what the files contain. Imports no torch.
+Entered by every room above.
 """

@@ -1,4 +1,5 @@
-"""What a graph is: its bucket, the tensors that cross its border, how weights are laid out, and the traced module.
+"""What a graph is: its bucket, its inputs and outputs, the layouts of weights, and the module that is traced.
 
-Knows no backend and compiles nothing; only `module` and `arguments` import torch. Entered by plan and all rooms above.
+Knows no backend and compiles nothing. Only `module` and `arguments` need torch.
+Entered by every room above.
 """

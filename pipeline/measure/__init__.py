@@ -1,4 +1,5 @@
-"""How fast an artifact is here: benchmarks, the K and the buckets that pay, transformers beside it. Gates nothing.
+"""How fast an artifact is on this host: benchmarks, the best K and buckets, transformers for comparison.
 
-Runs artifacts through the runtime. Entered by cli and validate.
+Judges nothing: the gates are in `validate`.
+Entered by cli.
 """

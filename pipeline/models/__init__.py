@@ -1,4 +1,5 @@
-"""Decoders as pure functions of (weights, inputs, state); one file a family says how its `config.json` is read.
+"""Decoders as pure functions of (weights, inputs, state); one file per family reads its `config.json`.
 
-`families.config_of` is the only door from a Hugging Face config to a `ModelConfig`. Knows no phases and no sampling.
+Knows no phases, no sampling and no backend. `families.config_of` makes every `ModelConfig` of a Hugging Face config.
+Entered by every room above.
 """

@@ -1,4 +1,5 @@
 """NxD Inference and vLLM's Neuron plugins: a recipe compiled by AWS's own library, and vLLM's compile caches.
 
-Neither runs nor validates these artifacts. Entered by cli; no other room imports it.
+Neither runs nor validates these artifacts.
+Entered by cli.
 """

@@ -1,4 +1,5 @@
-"""All that a build will do, decided before it starts: graphs, memory, sizes, times, conflicts, and the lock.
+"""Everything that a build will do, decided before it starts: graphs, memory, sizes, times, conflicts, and the lock.
 
-Pure: reads no weights and no device. Imports no torch. Entered by stages and the rooms above.
+Reads no values of weights and uses no device. Imports no torch.
+Entered by stages, nxdi, doctor and cli.
 """

@@ -1,6 +1,7 @@
-"""Recipes: the schema of the YAML file, its checks, and which recipes a change in the repository affects.
+"""Recipes: the schema of the YAML file, its checks, its text, and which recipes a change of files affects.
 
-Needs no weights and no device. Imports no torch. Every room above may enter.
+Needs no weights and no device. Imports no torch.
+Entered by every room above.
 """
 
 from pipeline.recipe.read import find, load

@@ -1,4 +1,5 @@
-"""Where releases live: publish, pull, list, aliases, collection. One layout over every kind of store.
+"""Releases: publish, pull, list, aliases, collection. One layout over every kind of store.
 
-Loads and runs nothing. Imports no torch. Entered by cli and serve.
+Opens and runs no graph. Imports no torch.
+Entered by nxdi and cli.
 """

@@ -1,6 +1,7 @@
-"""Run an artifact: `load(folder)` gives an `Engine`. Never compiles, never downloads.
+"""Run an artifact: `load(folder)` returns an `Engine`.
 
-Decides which rows and graphs run; the graphs hold all mathematics. Entered by validate, measure, distill and serve.
+Never compiles or downloads. Decides which rows and graphs run; the graphs hold all mathematics.
+Entered by validate, measure, distill, serve and cli.
 """
 
 from pipeline.runtime.engine import Engine, Generation

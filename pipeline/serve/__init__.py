@@ -9,4 +9,7 @@
 Speculation and vLLM's scheduler: a fused step drafts and verifies by itself, so the worker has no draft tokens to
 return. It returns K placeholders for each request; the scheduler makes room for them and counts emitted tokens as
 accepted. Its metrics are therefore correct, and K may change from step to step.
+
+Compiles and validates nothing.
+Entered by cli, and by vLLM through the entry point `vllm.platform_plugins`.
 """

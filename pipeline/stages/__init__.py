@@ -1,4 +1,5 @@
-"""The stages of a build, one file each: shard, compile, package, and the stamp that says nothing changed.
+"""The stages of a build, one file each: shard, compile, package; and the stamp that detects an unchanged build.
 
-`pipeline.build` says in which order they run. Judges and publishes nothing. Entered by build and nxdi.
+Judges and publishes nothing. `pipeline.build` defines their order.
+Entered by build and nxdi.
 """

@@ -1,5 +1,5 @@
-"""The gates that stand between a build and a release: parity, losslessness, distribution, acceptance.
+"""Validation between a build and a release: `reference/` computes, `gates/` compares, `report/` shows.
 
-`reference/` computes what is right, `gates/` compares, `report/` shows. All on the
-shipped graphs. Entered by build and cli.
+Builds and publishes nothing. Every gate runs the shipped graphs.
+Entered by stages, build, measure, distill and cli.
 """

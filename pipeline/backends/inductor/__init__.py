@@ -1,14 +1,22 @@
-"""AOTInductor: torch.export, C++ kernels, one shared library per graph. Runs everything for real on any machine.
+"""AOTInductor: torch.export, C++ kernels, one shared library per graph. Runs on any CPU; written for CUDA, not run.
 
-    seams.py                blocked weights and collectives: what the models' seams are filled with
-    collectives.py          sums and gathers over ranks
-    backend.py              the backend: trace, compile, load
-    scratch.py              Inductor's folders, headers and checks
-    block_linear.py         a few rows times a blocked weight: what it computes
-    block_linear_kernel.py  the C++ that this becomes
+    backend.py                  the backend: trace, compile, open
+    seams.py                    what the models' seams are filled with
+    block_linear.py             a few rows times a blocked weight: what the operator computes
+    block_linear_kernel.py      its C++
+    cached_attention.py         attention over the keys in the cache: what the operator computes
+    cached_attention_kernel.py  its C++
+    vectors.py                  C++ that the kernels share
+    collectives.py              sums and gathers over ranks
+    scratch.py                  Inductor's folders, headers and checks
+    ranks.py                    all ranks of an artifact; more than one run in processes of their own
+    session.py                  one rank: its weights, its state, its graphs
+    just_in_time.py             the same kernels without an artifact, for `distill`
 
-Weights and state are inputs of a graph, so nothing is baked in and graphs share both without a copy.
+Weights and state are inputs of a graph, so nothing is baked in and graphs share both without a copy. A linear weight
+[N, I] is stored in blocks and multiplied by `block_linear`, whose kernel streams it near memory bandwidth for one row and
+for a handful alike.
 
-Blocked weights: a linear weight [N, I] is stored as [N/32, I, 32] and multiplied by `block_linear`, whose kernel
-streams it near memory bandwidth for one row and for a handful alike.
+Knows nothing of requests, text or gates. Imports no other backend.
+Entered through `backends.base`; `distill` takes `just_in_time`.
 """

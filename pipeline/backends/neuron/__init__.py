@@ -1,12 +1,15 @@
-"""AWS Neuron: graphs traced by NxD's ModelBuilder units, compiled by neuronx-cc, one NEFF a graph.
+"""AWS Neuron: graphs traced by NxD's ModelBuilder units, compiled by neuronx-cc, one NEFF per graph.
 
-    support.py   what a host has: SDK versions, placeholder packages, chip, cores; no torch
-    hlo.py       a traced graph's canonical text, and what in it neuronx-cc does not take
-    compiler.py  neuronx-cc as a process of its own, its error codes, the header of a NEFF
-    module.py    a graph as ModelBuilder wants it, and the seams of this backend
-    graph_file.py  one graph's file
-    backend.py   the backend: trace, compile, open
-    runtime.py   all graphs and all ranks as one NxDModel on the device
+    backend.py     the backend: trace, compile, open
+    support.py     what a host has: SDK versions, placeholder packages, chip, cores; imports no torch
+    module.py      a graph as ModelBuilder takes it, and the seams of this backend
+    hlo.py         a traced graph's canonical text, and what in it neuronx-cc does not support
+    compiler.py    neuronx-cc as a process of its own, its error codes, the header of a NEFF
+    graph_file.py  the file of one graph
+    runtime.py     all graphs and all ranks as one NxDModel on the device
 
 Written from the Neuron SDK's documents and the NxD source of release 2.29; `docs/neuron.md` says what ran where.
+
+Knows nothing of requests, text or gates. Imports no other backend.
+Entered through `backends.base`; `nxdi` takes `support`.
 """

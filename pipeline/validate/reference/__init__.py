@@ -1,1 +1,5 @@
-"""What transformers computes for a sequence, which the gates compare with. Runs no graph of ours."""
+"""References: what transformers computes for a sequence, layer by layer, and the goldens kept of it.
+
+Runs no graph of an artifact.
+Entered by `validate.gates`.
+"""

@@ -1,1 +1,5 @@
-"""The results of the gates as data, page, Markdown and JUnit. Judges nothing; imports no torch."""
+"""The results of the gates as data (`schema.py`), HTML page, Markdown and JUnit.
+
+Judges nothing. Imports no torch.
+Entered by `validate.gates`, `validate.run`, measure and cli.
+"""
