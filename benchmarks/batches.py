@@ -1,4 +1,4 @@
-"""Several requests at once in the engine: speculation by pace beside plain decode.
+"""Several requests at once in the engine: speculation by policy beside plain decode.
 
     PYTHONPATH=. python benchmarks/batches.py [ARTIFACT] [--rounds 5] [--max-new-tokens 128]
 
@@ -33,7 +33,7 @@ def main() -> None:
     engine = load(asked.artifact)
     prompts = load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))
     encoded = [engine.text.chat(p.text) for p in prompts]
-    print("| at once | plain, tokens/s | by pace | ratio |")
+    print("| at once | plain, tokens/s | by policy | ratio |")
     print("| --- | --- | --- | --- |")
     for rows in recipe.shapes.batch:
         engine.rows = rows

@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [ARTIFACT] [--draft-model ARTIFACT] [--vllm PYTHON] [--llama PYTHON --precision Q8_0]
 
-Contenders, batch 1, greedy: the artifact plain, with each K, and with K by pace; a second artifact whose draft is a
+Contenders, batch 1, greedy: the artifact plain, with each K, and with K by policy; a second artifact whose draft is a
 model; transformers' `generate`, and its assisted generation with that model; vLLM, plain, with its n-gram speculation
 and with the artifact's own EAGLE-3 head; llama.cpp at a precision (`peers.py` says what their environments need).
 With `--alone` only the first of these. Structured prompts (code, JSON) and the others apart. A contender's figure is
@@ -81,7 +81,7 @@ def contenders(root: Path, other: Path | None, limit: int, *, alone: bool) -> tu
     answers = {"plain decode": engine_answer(engine, limit, speculate=False)}
     answers |= {f"K={k}": engine_answer(engine, limit, draft_tokens=k) for k in engine.manifest.draft_tokens}
     if engine.manifest.step_costs:
-        answers["K by pace"] = engine_answer(engine, limit)
+        answers["K by policy"] = engine_answer(engine, limit)
     if engine.manifest.lookup:
         k = engine.manifest.draft_tokens[-1]
         answers[f"K={k}, the draft alone"] = without_lookup(engine, engine_answer(engine, limit, draft_tokens=k))
@@ -206,9 +206,9 @@ def main() -> None:
     work.cleanup()
     speeds = {name: {group: speed(runs, group) for group in GROUPS} for name, runs in rounds.items()}
     show(rounds, speeds)
-    if "K by pace" in rounds:
-        ratios = {kind: speed(rounds["K by pace"], kind) / speed(rounds["plain decode"], kind) for kind in kinds}
-        print("\nK by pace over plain: " + ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in ratios.items()))
+    if "K by policy" in rounds:
+        ratios = {kind: speed(rounds["K by policy"], kind) / speed(rounds["plain decode"], kind) for kind in kinds}
+        print("\nK by policy over plain: " + ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in ratios.items()))
     if args.plot is not None:
         args.plot.write_text(bars("Decode, one request at a time, tokens/s", speeds))
     read = bandwidth()

@@ -14,8 +14,8 @@
     just_in_time.py             the same kernels without an artifact, for `distill`
 
 Weights and state are inputs of a graph, so nothing is baked in and graphs share both without a copy. A linear weight
-[N, I] is stored in blocks and multiplied by `block_linear`, whose kernel streams it near memory bandwidth for one row and
-for a handful alike.
+[N, I] is stored in blocks and multiplied by `block_linear`, whose kernel streams it near memory bandwidth for one row
+and for a handful alike.
 
 Knows nothing of requests, text or gates. Imports no other backend.
 Entered through `backends.base`; `distill` takes `just_in_time`.
