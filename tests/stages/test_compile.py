@@ -12,9 +12,14 @@ from typing import Any
 
 import grimp
 import pytest
+import torch
 
 import pipeline
 from pipeline.backends.base import make_backend, package_of
+from pipeline.backends.inductor.backend import InductorBackend
+from pipeline.graphs.dtypes import torch_dtype
+from pipeline.graphs.module import GraphModule
+from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
 from pipeline.models.families import config_of
 from pipeline.recipe.schema import InductorSettings, NeuronSettings
@@ -37,6 +42,7 @@ CANNOT_SHAPE = {
     "recipe/chips.py": "facts of Neuron chips; the settings that follow from them are in the key (Backend.flags)",
     "recipe/document.py": "positions in YAML files",
     "recipe/schema.py": "the recipe's types; the settings themselves are in the key (Backend.flags, PairSpec)",
+    "progress.py": "types of callbacks",
     "records.py": "base class of records",
 }
 """Modules that code which shapes graphs imports, and why a change to each cannot change a graph under its key."""
@@ -68,20 +74,28 @@ def executed(function: Callable[[], Any]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def traced() -> set[str]:
-    """Files that run while the graphs of a draft model and of an EAGLE-3 head are traced."""
-    model = make_pair().shape
+    """Files that run while the graphs of a draft model and of an EAGLE-3 head are traced.
+
+    One graph is really traced, as small as can be: under a profiler that takes seconds. Tracing the others runs the
+    same code as running their modules does.
+    """
+    backend, model = InductorBackend(InductorSettings()), make_pair("all").shape
+    one_layer = replace(model, models=replace(model.models, target=replace(model.target, layers=1)))
     target = config_of(SMALL | {"num_hidden_layers": 6}, "target")
     head = ModelsSpec(target, config_of(HEAD, "head"), "float32", "float32", 1, draft_replicated=True)
     speculate = GraphSpec("speculate", 1, 2, 32, draft_tokens=1, sampling="stochastic")
-    graphs = [
-        (GraphSpec("prefill", 1, 16, 40), replace(model, candidates=8)),
-        (speculate, replace(model, candidates=8)),
-        (speculate, PairSpec(head, 4, 40, candidates=8, lookup=True)),
-    ]
+
+    def run(spec: GraphSpec, pair: PairSpec) -> None:
+        io = signature(spec, pair, backend.packing)
+        zeros = [torch.zeros(tensor.shape, dtype=torch_dtype(tensor.dtype)) for tensor in io.inputs]
+        with torch.no_grad():
+            GraphModule(spec, pair, io, backend.seams)(zeros)
 
     def trace() -> None:
-        for spec, pair in graphs:
-            make_backend(InductorSettings()).trace(spec, pair)
+        make_backend(InductorSettings()).trace(GraphSpec("decode", 1, 1, 32), one_layer)
+        for spec in (GraphSpec("prefill", 1, 16, 40), GraphSpec("score", 1, 4, 32, model="draft"), speculate):
+            run(spec, replace(model, candidates=8))
+            run(spec, PairSpec(head, 4, 40, candidates=8, lookup=True))
 
     return executed(trace)
 
