@@ -1,4 +1,4 @@
-"""What a backend is: a toolchain that traces and compiles graphs, and opens artifacts.
+"""Interface of a backend: a toolchain that traces and compiles graphs, and opens artifacts.
 
 Backends never import each other.
 """
@@ -21,13 +21,13 @@ from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.recipe.schema import BackendSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor  # tensors are named here, never made: commands that only plan do not import torch
+    from torch import Tensor  # for annotations only: commands that only plan do not import torch
 
 BACKENDS = {
     "inductor": "pipeline.backends.inductor.backend:InductorBackend",
     "neuron": "pipeline.backends.neuron.backend:NeuronBackend",
 }
-"""Name in a recipe -> the class, imported when it is used."""
+"""Name in a recipe -> import path of the class, imported on use."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Toolchain:
 class Traced:
     """A traced graph: its canonical text (no paths, times, line numbers), its signature, the backend's own program.
 
-    `program` stays inside the process that traced it; `ir` is what the cache key is made of. A graph that is `repeated`
-    runs at every step of a generation, and is worth more time to compile.
+    `program` stays inside the process that traced it; the cache key is computed from `ir`. A `repeated` graph runs at
+    every step of a generation, so it is compiled with more optimisation.
     """
 
     ir: bytes
@@ -57,16 +57,16 @@ class Traced:
 
 
 def cache_key(traced: Traced, toolchain: Toolchain, flags: Mapping[str, str]) -> str:
-    """sha256 of the canonical graph, the toolchain and the flags that change code. Weights are not in it."""
+    """Return the sha256 of the canonical graph, the toolchain and the flags that change code, without weights."""
     settings = json.dumps({"toolchain": toolchain.as_dict(), "flags": dict(flags)}, sort_keys=True)
     return hashlib.sha256(traced.ir + b"\0" + settings.encode()).hexdigest()
 
 
 class Ranks(Protocol):
-    """An opened artifact on all its ranks; rank 0's outputs are the answer."""
+    """An opened artifact on all its ranks; outputs are those of rank 0."""
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run one graph on every rank; returns its outputs by name, on the CPU."""
+        """Run one graph on every rank; return its outputs by name, on the CPU."""
         ...
 
     def reset(self) -> None:
@@ -74,7 +74,7 @@ class Ranks(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Live state by name, where one rank runs in this process and has all of it; else nothing."""
+        """Return the live state by name if one rank in this process has all of it; else an empty dict."""
         ...
 
     def close(self) -> None:
@@ -90,23 +90,23 @@ class Backend(Protocol):
     """Name of a graph's file in an artifact."""
 
     def toolchain(self) -> Toolchain:
-        """Name and exact versions."""
+        """Return the toolchain's name and exact versions."""
         ...
 
     def flags(self) -> dict[str, str]:
-        """Settings of this recipe that change the code produced."""
+        """Return the settings of this recipe that change the generated code."""
         ...
 
     def requires(self) -> dict[str, str]:
-        """What a host must have to run the result: instruction set, compute capability or chip."""
+        """Return what a host needs to run the result: instruction set, compute capability or chip."""
         ...
 
     def host(self) -> dict[str, str]:
-        """What this host has, in the words of `requires`."""
+        """Return this host's values of the keys of `requires`."""
         ...
 
     def preflight(self) -> list[Problem]:
-        """What is missing on this machine, before any work starts."""
+        """Return what this machine lacks for a build."""
         ...
 
     def trace(self, spec: GraphSpec, pair: PairSpec) -> Traced:
@@ -114,7 +114,7 @@ class Backend(Protocol):
         ...
 
     def compile(self, traced: Traced, work: Path) -> bytes:
-        """Compile; pure. `work` is an empty directory for intermediate files."""
+        """Compile without side effects; `work` is an empty directory for intermediate files."""
         ...
 
     def open(self, root: Path, manifest: PairManifest) -> Ranks:
@@ -123,7 +123,7 @@ class Backend(Protocol):
 
 
 def make_backend(settings: BackendSettings) -> Backend:
-    """The backend of a recipe's `backend` section.
+    """Return the backend of a recipe's `backend` section.
 
     Raises:
         HostError: its packages are not installed.
@@ -133,12 +133,12 @@ def make_backend(settings: BackendSettings) -> Backend:
     try:
         factory = getattr(import_module(module), attribute)
     except ImportError as error:
-        what, fix = f"backend {settings.name!r} needs {error.name}", f"pip install 'tandem[{settings.name}]'"
-        raise HostError(what, where="backend", fix=fix) from error
+        problem, fix = f"backend {settings.name!r} needs {error.name}", f"pip install 'tandem[{settings.name}]'"
+        raise HostError(problem, where="backend", fix=fix) from error
     backend: Backend = factory(settings)
     return backend
 
 
 def package_of(settings: BackendSettings) -> str:
-    """Dotted name of the package that a backend is written in."""
+    """Return the dotted name of a backend's package."""
     return BACKENDS[settings.name].partition(":")[0].rpartition(".")[0]

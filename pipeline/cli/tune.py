@@ -15,6 +15,7 @@ from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import ARTIFACTS, artifact_dir, recipe_path
 from pipeline.cli.trust import policy_of, policy_option
 from pipeline.files.atomic import write_atomic
+from pipeline.models.draft_kind import DRAFT_KINDS
 from pipeline.recipe import load
 from pipeline.validate.prompts import load_prompts, prompts_path
 
@@ -63,7 +64,7 @@ def tune(console: Console, options: TuneOptions) -> None:
     write_atomic(pages / f"{recipe.name}.html", curve(tuning, recipe.name).encode())
     write_atomic(pages / f"{recipe.name}.json", json.dumps(data, indent=2).encode())
     if options.write:
-        write_recipe(path, tuning, paced=recipe.speculation.method == "eagle3")
+        write_recipe(path, tuning, paced=DRAFT_KINDS[recipe.speculation.method].reads_target_states)
     if options.json_:
         print_json(data)
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.distill.figures import DraftFigures
 from pipeline.distill.head import public_name
 from pipeline.files.atomic import atomic_dir
+from pipeline.models.draft_kind import DRAFT_KINDS
 from pipeline.models.weights import D2T
 from pipeline.recipe.schema import Recipe
 
@@ -21,7 +22,7 @@ def write_draft(
     out: Path, config: dict[str, Any], weights: dict[str, Tensor], ids_V: Tensor, figures: DraftFigures, recipe: Recipe
 ) -> None:
     """Write the folder atomically, with weights in bfloat16; replace an existing draft."""
-    file_name = public_name if figures.method == "eagle3" else str
+    file_name = public_name if DRAFT_KINDS[figures.method].reads_target_states else str
     tensors = {file_name(name): tensor.bfloat16().contiguous() for name, tensor in weights.items()}
     tensors[D2T] = (ids_V.cpu() - torch.arange(len(ids_V))).int()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What a graph is given at one call, built from rows: the one place that knows a phase's arguments. Needs torch.
+"""Build a graph's arguments for one call from rows, for every phase. Needs torch.
 
-Rows are keyed by slot; a slot without a row takes part as an inactive one, which changes nothing.
+Rows are keyed by slot; a slot without a row runs as an inactive row, which changes no state.
 
 Shapes: B rows of the graph's bucket, T tokens, K draft tokens, U random numbers per row (`GraphSpec.draws`).
 """
@@ -20,7 +20,7 @@ Arguments = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Choice:
-    """How a row's tokens are chosen: greedily at temperature 0; `top_k` 0 and `top_p` 1 keep every candidate."""
+    """How to choose a row's tokens: greedily at temperature 0; `top_k` 0 and `top_p` 1 keep every candidate."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -62,14 +62,14 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A row of a `score` graph: known tokens, the first of which lies at `position`."""
+    """A row of a `score` graph: known tokens, the first at `position`."""
 
     tokens: Sequence[int]
     position: int
 
 
 def step_arguments(spec: GraphSpec, rows: Mapping[int, StepRow]) -> Arguments:
-    """Arguments of a `decode` or `speculate` graph.
+    """Return the arguments of a `decode` or `speculate` graph.
 
     Shapes: last_token, position int32 [B], active bool [B], copied int32 [B, K] (-1 where the draft proposes), and
     those of sampling.
@@ -86,27 +86,27 @@ def step_arguments(spec: GraphSpec, rows: Mapping[int, StepRow]) -> Arguments:
 
 
 def prefill_arguments(spec: GraphSpec, prompts: Sequence[PromptRow], slots: int) -> Arguments:
-    """Arguments of a `prefill` graph, rows in the order of `prompts`; the rest fill free ones of the `slots`.
+    """Return the arguments of a `prefill` graph, rows in the order of `prompts`; the rest use free `slots`.
 
     Shapes: tokens int32 [B, T] right-padded, lengths int32 [B] (0 without a prompt), slots int32 [B], distinct.
     """
     tokens = [[0] * spec.tokens for _ in range(spec.batch)]
     lengths = [0] * spec.batch
-    for place, prompt in enumerate(prompts):
-        tokens[place][: len(prompt.tokens)] = prompt.tokens
-        lengths[place] = len(prompt.tokens)
-    taken = [prompt.slot for prompt in prompts]
-    spare = [slot for slot in range(slots) if slot not in taken]
+    for row, prompt in enumerate(prompts):
+        tokens[row][: len(prompt.tokens)] = prompt.tokens
+        lengths[row] = len(prompt.tokens)
+    used_slots = [prompt.slot for prompt in prompts]
+    spare = [slot for slot in range(slots) if slot not in used_slots]
     arguments = {
         "tokens": _int32(tokens),
         "lengths": _int32(lengths),
-        "slots": _int32((taken + spare)[: spec.batch]),
+        "slots": _int32((used_slots + spare)[: spec.batch]),
     }
-    return arguments | _sampling(spec, {place: prompt.draw for place, prompt in enumerate(prompts)})
+    return arguments | _sampling(spec, {row: prompt.draw for row, prompt in enumerate(prompts)})
 
 
 def score_arguments(spec: GraphSpec, rows: Mapping[int, ScoreRow], scratch: int) -> Arguments:
-    """Arguments of a `score` graph; slots without a row write to the `scratch` position.
+    """Return the arguments of a `score` graph; slots without a row write to the `scratch` position.
 
     Shapes: tokens int32 [B, T] right-padded, position int32 [B].
     """
@@ -119,7 +119,7 @@ def score_arguments(spec: GraphSpec, rows: Mapping[int, ScoreRow], scratch: int)
 
 
 def _sampling(spec: GraphSpec, draws: Mapping[int, Draw]) -> Arguments:
-    """temperature, top_p float32 [B], top_k int32 [B], uniforms float32 [B, U]; none for a greedy graph."""
+    """Return temperature, top_p float32 [B], top_k int32 [B], uniforms float32 [B, U]; nothing for a greedy graph."""
     if spec.sampling == "greedy":
         return {}
     choices = [draws[slot].choice if slot in draws else GREEDY for slot in range(spec.batch)]

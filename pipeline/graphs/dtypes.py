@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorDtype:
-    """One dtype: `name` is ours and torch's, `short` that of safetensors."""
+    """One dtype: `name` is ours and torch's, `short` is safetensors's."""
 
     name: str
     short: str
@@ -19,7 +19,7 @@ class TensorDtype:
 
     def as_torch(self) -> torch.dtype:
         """Return torch's dtype."""
-        import torch  # here, so that the plan and the sources can read the table without torch
+        import torch  # not at the top: the plan and the sources read the table without torch
 
         dtype = getattr(torch, self.name)
         assert isinstance(dtype, torch.dtype)

@@ -1,4 +1,4 @@
-"""GraphSpec -> a module of flat tensors that a backend can trace. One module class for all phases and backends."""
+"""Turn a GraphSpec into a module of flat tensors that a backend can trace: one class for all phases and backends."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import ROLES, GraphSpec, PairSpec, Role
 from pipeline.models.parallel import Seams, State
 from pipeline.models.weights import EMBEDDING
-from pipeline.speculation import phases as graphs
+from pipeline.speculation import phases
 from pipeline.speculation.drafters import FEATURE, TAIL, drafter_of, score
-from pipeline.speculation.model import Choose, Model
+from pipeline.speculation.model import Choose, Model, Rows
 from pipeline.speculation.sampling import Sampling
 
 SeamsFor = Callable[[int], Seams]
-"""Makes the seams of a model split over so many ranks."""
+"""Returns the seams of a model split over a number of ranks."""
 
 
 class GraphModule(nn.Module):
@@ -32,56 +32,56 @@ class GraphModule(nn.Module):
         self.spec, self.pair, self.io, self.seams_for = spec, pair, io, seams_for
 
     def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        """Run the phase; returns the signature's outputs and updates the state tensors in place."""
-        named = {t.name: tensor for t, tensor in zip(self.io.inputs, tensors, strict=True)}
-        return run_phase(self.spec, self.pair, named, self.seams_for)
+        """Run the phase; return the signature's outputs and update the state tensors in place."""
+        by_name = {spec.name: tensor for spec, tensor in zip(self.io.inputs, tensors, strict=True)}
+        return run_phase(self.spec, self.pair, by_name, self.seams_for)
 
 
-def run_phase(spec: GraphSpec, pair: PairSpec, named: dict[str, Tensor], seams_for: SeamsFor) -> tuple[Tensor, ...]:
-    """Run one phase on tensors by name. State entries of `named` are updated, in place or by replacement."""
-    models = {role: _model(role, pair, named, seams_for) for role in ROLES}
-    outputs = _outputs(spec, pair, named, models)
+def run_phase(spec: GraphSpec, pair: PairSpec, tensors: dict[str, Tensor], seams_for: SeamsFor) -> tuple[Tensor, ...]:
+    """Run one phase on tensors by name. State entries of `tensors` are updated, in place or by replacement."""
+    models = {role: _model(role, pair, tensors, seams_for) for role in ROLES}
+    outputs = _outputs(spec, pair, tensors, models)
     for role, model in models.items():
-        named.update({f"{role}/{key}": tensor for key, tensor in model.state.items()})
+        tensors.update({f"{role}/{key}": tensor for key, tensor in model.state.items()})
     return outputs
 
 
 def _outputs(
-    spec: GraphSpec, pair: PairSpec, named: dict[str, Tensor], models: Mapping[Role, Model]
+    spec: GraphSpec, pair: PairSpec, tensors: dict[str, Tensor], models: Mapping[Role, Model]
 ) -> tuple[Tensor, ...]:
     target, drafter = models["target"], drafter_of(models["draft"])
     if spec.phase == "score":
-        inputs = (named["tokens"], named["position"], spec.kv)
+        inputs = (tensors["tokens"], tensors["position"], spec.kv)
         return (drafter.score(target, *inputs) if spec.model == "draft" else score(target, *inputs)[0],)
-    choose = _choose(spec, pair, named)
+    choose = _choose(spec, pair, tensors)
     if spec.phase == "prefill":
-        return (graphs.prefill(target, drafter, named["tokens"], named["lengths"], named["slots"], choose),)
-    row = (named["last_token"], named["position"], named["active"])
+        return (phases.prefill(target, drafter, tensors["tokens"], tensors["lengths"], tensors["slots"], choose),)
+    rows = Rows(tensors["last_token"], tensors["position"], tensors["active"], spec.kv)
     if spec.phase == "decode":
-        return (graphs.decode(target, drafter, *row, spec.kv, choose),)
-    return graphs.speculate(target, drafter, *row, spec.kv, spec.draft_tokens, choose)
+        return (phases.decode(target, drafter, rows, choose),)
+    return phases.speculate(target, drafter, rows, spec.draft_tokens, choose)
 
 
 def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:
-    """Uninitialised tensors of a signature: address space only, until something writes them."""
+    """Return uninitialised tensors of a signature, which take no memory until they are written."""
     return [torch.empty(t.shape, dtype=torch_dtype(t.dtype), device=device) for t in specs]
 
 
-def _model(role: Role, pair: PairSpec, named: Mapping[str, Tensor], seams_for: SeamsFor) -> Model:
-    own = {key.removeprefix(f"{role}/"): tensor for key, tensor in named.items() if key.startswith(f"{role}/")}
+def _model(role: Role, pair: PairSpec, tensors: Mapping[str, Tensor], seams_for: SeamsFor) -> Model:
+    own = {key.removeprefix(f"{role}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{role}/")}
     state: State = {key: t for key, t in own.items() if key in (TAIL, FEATURE) or key.startswith(("k.", "v."))}
     weights = {key: t for key, t in own.items() if key not in state}
-    if role == "draft" and pair.models.embedding_is_shared and f"target/{EMBEDDING}" in named:
-        weights[EMBEDDING] = named[f"target/{EMBEDDING}"]
+    if role == "draft" and pair.models.embedding_is_shared and f"target/{EMBEDDING}" in tensors:
+        weights[EMBEDDING] = tensors[f"target/{EMBEDDING}"]
     partner = pair.target.vocab if role == "draft" and pair.draft.vocab != pair.target.vocab else None
     taps = pair.models.taps if role == "target" else ()
     seams = seams_for(pair.models.tp_of(role))
     return Model(pair.models.config_of(role), weights, state, seams, partner, taps)
 
 
-def _choose(spec: GraphSpec, pair: PairSpec, named: dict[str, Tensor]) -> Choose:
-    copied = named.get("copied")
+def _choose(spec: GraphSpec, pair: PairSpec, tensors: dict[str, Tensor]) -> Choose:
+    copied = tensors.get("copied")
     if spec.sampling == "greedy":
         return Choose(copied=copied)
-    sampling = Sampling(named["temperature"], named["top_k"], named["top_p"])
-    return Choose(sampling, named["uniforms"], pair.candidates, copied)
+    sampling = Sampling(tensors["temperature"], tensors["top_k"], tensors["top_p"])
+    return Choose(sampling, tensors["uniforms"], pair.candidates, copied)

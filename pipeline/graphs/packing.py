@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WIDE = 1024
-"""Columns from which blocks are transposed one by one, at 2 GB/s: torch does that for two contiguous axes of one dtype
-in tiles. Three axes at once it walks in steps of a whole row, which from here on fall onto the same few cache lines."""
+"""Columns from which blocks are transposed one at a time, at 2 GB/s: torch transposes two contiguous axes of one dtype
+in tiles. It copies three axes in strides of a whole row, which from this width on map to the same few cache lines."""
 
 SCALE_BYTES = 4 * BLOCK
 """Bytes of the float32 scales of an int8 block, which follow its weights."""
@@ -25,18 +25,19 @@ MATRICES = ("linear", "embedding")
 class Packing(Protocol):
     """A layout of weights. Packing a weight window by window, in windows of whole blocks of rows, packs the weight.
 
-    A weight whose shape is kept is kept as it is. Dtypes are named as in recipes: `float32`, `bfloat16`, `int8`, ..
+    A weight whose packed shape equals its shape is copied unchanged. Dtypes have their names in recipes: `float32`,
+    `bfloat16`, `int8`, ..
     """
 
     name: str
-    """Goes into the shards' headers."""
+    """Name in the shards' headers."""
 
     def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
-        """Shape in which a weight of local `shape` is stored as `dtype`."""
+        """Return the shape in which a weight of local `shape` is stored as `dtype`."""
         ...
 
     def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Lay out one weight, or one window of it that starts on a block, into `out`, converted to its dtype.
+        """Write one weight, or a window of it that starts on a block, to `out` in this layout and in its dtype.
 
         Shapes: weight as in the checkpoint -> `packed_shape(weight.shape, kind, dtype)`; scales float32 [N] of an int8
         weight.
@@ -45,26 +46,26 @@ class Packing(Protocol):
 
 
 class PlainPacking:
-    """Weights as the checkpoint has them."""
+    """The checkpoint's own layout."""
 
     name = "plain"
 
     def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:  # noqa: ARG002 - the protocol's
-        """The shape itself."""
+        """Return the shape unchanged."""
         return shape
 
     def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:  # noqa: ARG002 - the protocol's
-        """Copy."""
+        """Copy the weight."""
         return out.copy_(weight)
 
 
 class BlockPacking:
-    """2-D weights as blocks of 32 rows, the rest plain.
+    """2-D weights in blocks of 32 rows, all other weights plain.
 
     A product with a few rows of activations then reads memory in order, several times faster on CPUs than `x @ w.T`.
-    A block of float32 or float16 is [K, 32]. Of bfloat16 and int8 it is [K / 2, 32, 2], two inputs side by side, as
-    processors multiply them ([K, 32] where K is odd); an int8 block carries its scales: their bytes follow as two
-    more of its K / 2 (four of K).
+    A block of float32 or float16 is [K, 32]. Of bfloat16 and int8 it is [K / 2, 32, 2], two inputs adjacent, as
+    processors multiply them ([K, 32] where K is odd); an int8 block ends with the bytes of its scales, as two more
+    of its K / 2 (four of K).
     """
 
     name = f"block{BLOCK}-pairs"
@@ -79,7 +80,7 @@ class BlockPacking:
         return (blocks, columns // 2, BLOCK, 2) if paired(columns, dtype) else (blocks, columns, BLOCK)
 
     def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Transpose block by block; rows that fill the last block are zero."""
+        """Transpose block by block; padding rows of the last block are zero."""
         if kind not in MATRICES:
             return out.copy_(weight)
         rows = weight.shape[0]
@@ -89,33 +90,33 @@ class BlockPacking:
             flat = out.view(len(out), -1)
             flat[:, -SCALE_BYTES:].copy_(padded.view(len(out), BLOCK).view(out.dtype))
             out = out[:, : -(SCALE_BYTES // out[0, 0].numel())]
-        whole = rows // BLOCK
-        if out.dim() == 4:  # two inputs are one element that is twice as wide
+        full = rows // BLOCK
+        if out.dim() == 4:  # two inputs are one element of twice the width
             weight = _pairs(weight.to(out.dtype).contiguous())
             out = _pairs(out)[..., 0]
-        blocks = weight[: whole * BLOCK].contiguous().view(whole, BLOCK, weight.shape[1])
+        blocks = weight[: full * BLOCK].contiguous().view(full, BLOCK, weight.shape[1])
         if weight.shape[1] < WIDE:
-            out[:whole].copy_(blocks.transpose(1, 2))
+            out[:full].copy_(blocks.transpose(1, 2))
         else:
-            for place, block in zip(out, blocks, strict=False):
-                place.copy_(block.t().contiguous())
+            for packed, block in zip(out, blocks, strict=False):
+                packed.copy_(block.t().contiguous())
         if rows % BLOCK:
-            out[whole].zero_()
-            out[whole, :, : rows % BLOCK].copy_(weight[whole * BLOCK :].t())
+            out[full].zero_()
+            out[full, :, : rows % BLOCK].copy_(weight[full * BLOCK :].t())
         return out
 
 
 def paired(columns: int, dtype: str) -> bool:
-    """Whether a block of that dtype keeps two inputs side by side."""
+    """Return whether a block of this dtype stores two inputs adjacently."""
     return dtype in ("bfloat16", "int8") and columns % 2 == 0
 
 
 def _pairs(values: Tensor) -> Tensor:
-    """Two neighbours of the last axis as one integer."""
-    import torch
+    """View two neighbours of the last axis as one integer."""
+    import torch  # not at the top: the plan reads shapes without torch
 
     return values.view({1: torch.int16, 2: torch.int32}[values.element_size()])
 
 
 PACKINGS: dict[str, Packing] = {"plain": PlainPacking(), "block": BlockPacking()}
-"""Layouts by the name that a backend's settings give them."""
+"""Layouts by their name in a backend's settings."""

@@ -1,6 +1,6 @@
-"""Inputs and outputs of a graph by name, shape and dtype: what tracing builds and the runtime binds. No torch.
+"""Inputs and outputs of a graph by name, shape and dtype, for tracing and for the runtime. Imports no torch.
 
-Input order is weights, state, then arguments; outputs are results only, since state is updated in place (or aliased).
+Input order is weights, state, then arguments; outputs are results only: state is updated in place (or aliased).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pipeline.models.weights import EMBEDDING, OFFSET, WeightSpec, local_shape, 
 
 
 class PackedShape(Protocol):
-    """The half of a backend's packing that needs no tensors."""
+    """The part of a backend's packing that needs no tensors."""
 
     def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
-        """Shape in which a weight of local `shape` is stored as `dtype`."""
+        """Return the shape in which a weight of local `shape` is stored as `dtype`."""
         ...
 
 
@@ -32,7 +32,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """All tensors that cross a graph's border."""
+    """All inputs and outputs of a graph."""
 
     weights: tuple[TensorSpec, ...]
     state: tuple[TensorSpec, ...]
@@ -41,16 +41,16 @@ class Signature:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """Everything the graph takes, in order."""
+        """All inputs of the graph, in order."""
         return self.weights + self.state + self.arguments
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for `io.json`."""
+        """Return plain data for `io.json`."""
         return asdict(self)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Signature:
-        """Read back `to_json`."""
+        """Read the data of `to_json`."""
 
         def tensors(key: str) -> tuple[TensorSpec, ...]:
             return tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in data[key])
@@ -59,7 +59,7 @@ class Signature:
 
 
 def stored_weights(models: ModelsSpec, role: Role) -> list[WeightSpec]:
-    """Weights that a model's own shard file holds on each rank, before the vocabulary offset."""
+    """Return the weights in a model's own shard file on each rank, without the vocabulary offset."""
     specs = weight_specs(models.config_of(role), replicated=role == "draft" and models.draft_replicated)
     if role == "draft" and models.embedding_is_shared:
         return [weight for weight in specs if weight.name != EMBEDDING]
@@ -67,7 +67,7 @@ def stored_weights(models: ModelsSpec, role: Role) -> list[WeightSpec]:
 
 
 def signature(spec: GraphSpec, pair: PairSpec, packing: PackedShape) -> Signature:
-    """The signature of one graph."""
+    """Return the signature of one graph."""
     roles = pair.roles_of(spec)
     weights = (
         tensor
@@ -79,7 +79,7 @@ def signature(spec: GraphSpec, pair: PairSpec, packing: PackedShape) -> Signatur
 
 
 def _weight_owners(spec: GraphSpec, pair: PairSpec) -> tuple[Role, ...]:
-    """A draft model alone still needs the target's embedding when it shares it."""
+    """Return the models whose weights a graph reads: a draft model also reads an embedding that it shares."""
     if spec.model == "draft" and pair.models.embedding_is_shared:
         return ("target", "draft")
     return pair.roles_of(spec)
@@ -108,7 +108,7 @@ def _caches(pair: PairSpec, role: Role) -> Iterator[TensorSpec]:
 
 
 def _between_steps(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
-    """What the draft keeps from one step to the next, beside its caches; see `speculation.drafters`."""
+    """Return the draft's state between steps other than its caches; see `speculation.drafters`."""
     if pair.models.draft_kind.reads_target_states and "draft" in pair.roles_of(spec):
         return (TensorSpec("draft/feature", (pair.rows, pair.draft.hidden), pair.models.draft_dtype),)
     return () if spec.phase == "score" else (TensorSpec("draft/tail", (pair.rows,), "int32"),)

@@ -1,6 +1,6 @@
-"""What a graph is made from: its bucket (`GraphSpec`) and its pair (`PairSpec`). Plain data; imports no torch.
+"""Inputs of a graph's trace: its bucket (`GraphSpec`) and its pair (`PairSpec`). Plain data; imports no torch.
 
-Facts of weights (`ModelsSpec`) and facts of graphs (`PairSpec`) are apart: shards depend on the first alone.
+Facts of weights (`ModelsSpec`) are separate from facts of graphs (`PairSpec`): shards depend on `ModelsSpec` only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class GraphSpec:
     """One static-shape graph: traced once, compiled once, the same on every rank.
 
     `batch` rows, `tokens` query length T (prefill bucket; 1 for decode; K+1 for speculate), `kv` attended cache
-    length S, `draft_tokens` K (speculate only, else 0), `model` which model(s) it runs (`score` runs one of the two).
+    length S, `draft_tokens` K (speculate only, else 0), `model` the model or models that it
+    runs (`score` runs one of the two).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -56,9 +57,9 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class ModelsSpec:
-    """Both models as ranks hold them: configs, dtypes, split. Decides the shards, and with `PairSpec` the graphs.
+    """Both models as ranks hold them: configs, dtypes, split. Determines the shards, and with `PairSpec` the graphs.
 
-    `target_weights` and `draft_weights`: how matrices are stored if narrower than the dtype (`int8`).
+    `target_weights` and `draft_weights`: dtype of stored matrices if narrower than the model's (`int8`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -73,23 +74,23 @@ class ModelsSpec:
     draft_weights: str | None = None
 
     def config_of(self, role: Role) -> ModelConfig:
-        """Config of one model."""
+        """Return the config of one model."""
         return self.draft if role == "draft" else self.target
 
     def tp_of(self, role: Role) -> int:
-        """Ranks that a model is split over."""
+        """Return the number of ranks that a model is split over."""
         return 1 if role == "draft" and self.draft_replicated else self.tp
 
     def kv_heads_of(self, role: Role) -> int:
-        """KV heads on one rank; replicated where there are more ranks than heads."""
+        """Return the KV heads on one rank; they are replicated if there are more ranks than heads."""
         return max(self.config_of(role).kv_heads // self.tp_of(role), 1)
 
     def dtype_of(self, role: Role) -> str:
-        """Dtype of a model's caches, and of its weights unless they are stored narrower."""
+        """Return the dtype of a model's caches, and of its weights unless they are stored narrower."""
         return self.draft_dtype if role == "draft" else self.target_dtype
 
     def stored_dtype(self, role: Role, kind: str) -> str:
-        """Dtype in which a weight of this kind is stored."""
+        """Return the dtype in which a weight of this kind is stored."""
         if kind == "index":
             return "int32"
         shared = kind == "embedding" and self.config_of(role).shares_embedding
@@ -108,13 +109,13 @@ class ModelsSpec:
 
     @property
     def embedding_is_shared(self) -> bool:
-        """True when the draft reads the tensor that the target has on this rank."""
+        """Whether the draft reads the target's tensor on the same rank."""
         return self.draft.shares_embedding and self.tp_of("draft") == self.tp
 
 
 @dataclass(frozen=True)
 class PairSpec:
-    """Everything about a pair that shapes its graphs: its models, the size of the caches, what a step is given.
+    """Everything about a pair that shapes its graphs: its models, the size of the caches, a step's inputs.
 
     `rows` and `length` of the caches; `candidates` that stochastic graphs keep (None: all); `lookup`: speculative steps
     take copied tokens.
@@ -139,7 +140,7 @@ class PairSpec:
         return self.models.draft
 
     def roles_of(self, spec: GraphSpec) -> tuple[Role, ...]:
-        """Models that a graph runs: a draft that reads the target's states is never scored without it."""
+        """Return the models that a graph runs: a draft that reads the target's states is never scored without it."""
         if spec.model == "pair" or (spec.model == "draft" and self.models.draft_kind.reads_target_states):
             return ("target", "draft")
         return (spec.model,)

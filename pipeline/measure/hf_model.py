@@ -66,7 +66,7 @@ def transformers_answers(recipe: Recipe, base: Path, max_new_tokens: int) -> dic
     target, draft = resolve_pair(recipe, base=base, cache=default_root() / "sources")
     model = build_model(target, target, recipe.target.dtype, "sdpa")
     answers = {"transformers generate": _answer(model, None, max_new_tokens)}
-    if draft.config.eagle3 is not None:  # transformers has no such drafts
+    if not draft.config.draft_kind.in_transformers:
         return answers
     assistant = build_model(draft, target, recipe.draft.dtype or recipe.target.dtype, "sdpa")
     token_ids = draft_token_ids(draft)

@@ -1,7 +1,7 @@
-"""What a decoder is, without its weights: sizes, rotary embedding, options. Imports no torch.
+"""Configuration of a decoder without its weights: sizes, rotary embedding, options. Imports no torch.
 
 One `ModelConfig` describes every supported family; the family files (`llama.py`, `qwen2.py`, ...) only translate their
-Hugging Face `config.json` into it and refuse, by name, what they do not cover.
+Hugging Face `config.json` into it and reject unsupported fields by name.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class Eagle3:
-    """What makes a one-layer draft an EAGLE-3 head (Li et al. 2025): it reads the target's hidden states.
+    """Fields of an EAGLE-3 head (Li et al. 2025): a one-layer draft that reads the target's hidden states.
 
-    `taps` are the target's layers whose inputs it reads; empty for the convention's (see `models.eagle3.taps_of`).
-    `norm_before_residual` says that the residual stream starts from the normalised features.
+    `taps` are the target's layers whose inputs the head reads; empty for the convention's (see
+    `models.eagle3.taps_of`). `norm_before_residual`: the residual stream starts from the normalised features.
     """
 
     target_hidden: int
@@ -39,9 +39,9 @@ class ModelConfig:
     """A Llama-shaped decoder: RMSNorm, rotary attention with grouped KV heads, SwiGLU.
 
     `draft_vocab` is the size of a reduced output vocabulary (EAGLE-3 convention: target id = draft id + d2t[draft id]);
-    None means the output vocabulary is `vocab`. `shares_embedding` says the checkpoint has no embedding of its own and
-    uses the target's. `window` is the sliding window of some or all layers: within it attention is full attention, and
-    the plan refuses caches that are longer.
+    None means the output vocabulary is `vocab`. `shares_embedding`: the checkpoint has no embedding and uses the
+    target's. `window` is the sliding window of some or all layers: attention within it is full attention, and the plan
+    rejects longer caches.
     """
 
     family: str
@@ -75,5 +75,5 @@ class ModelConfig:
 
     @property
     def draft_kind(self) -> DraftKind:
-        """The kind of draft that this model would be."""
+        """The kind of draft of this model."""
         return DRAFT_MODEL if self.eagle3 is None else EAGLE3

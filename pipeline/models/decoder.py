@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.models.config import Llama3Rope, ModelConfig
-from pipeline.models.parallel import Attend, Seams, State, Writes
+from pipeline.models.parallel import Pass, Seams
 from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, padded_vocab
 
 Weights = Mapping[str, Tensor]
+Rotary = tuple[Tensor, Tensor]
+"""Cos and sin of the rotary embedding, [B, 1, T, D]."""
 
 
 class Hidden(NamedTuple):
-    """Hidden states of one pass: `last_BTH` after the last norm, `taps_BTX` inputs of tapped layers, side by side."""
+    """Hidden states of one pass: `last_BTH` after the last norm, `taps_BTX` inputs of tapped layers concatenated."""
 
     last_BTH: Tensor
     taps_BTX: Tensor | None = None
@@ -35,38 +37,35 @@ def hidden_states(
     weights: Weights,
     seams: Seams,
     tokens_BT: Tensor,
-    positions_BT: Tensor,
-    state: State,
-    writes: Writes,
-    attend: Attend,
+    run: Pass,
     taps: tuple[int, ...] = (),
 ) -> Hidden:
-    """Run all layers and write keys and values into `state`.
+    """Run all layers and write keys and values into the caches of `run`.
 
-    `taps` names layers whose input is kept as well, for a draft that reads the target's hidden states.
-    Shapes: tokens_BT, positions_BT int32 or int64 [B, T].
-    """  # fmt: skip
+    `taps` lists layers whose input is returned too, for a draft that reads the target's hidden states.
+    Shapes: tokens_BT int32 or int64 [B, T].
+    """
     x = embed(config, weights, seams, tokens_BT)
-    rotary = rotary_of(config, positions_BT, x.dtype)
+    rotary = rotary_of(config, run.positions_BT, x.dtype)
     tapped = []
     for layer in range(config.layers):
         w = layer_weights(weights, layer)
         if layer in taps:
             tapped.append(x)
         normed = rms_norm(x, w["input_layernorm.weight"], config.norm_eps)
-        x = x + attention(config, w, seams, normed, rotary, layer, state, writes, attend)
+        x = x + attention(config, w, seams, normed, rotary, layer, run)
         normed = rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps)
         x = x + mlp(config, w, seams, normed)
     last = rms_norm(x, weights[NORM], config.norm_eps)
     return Hidden(last, torch.cat(tapped, dim=-1) if taps else None)
 
 
-def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, known: int | None = None) -> Tensor:
-    """This rank's slice of the logits, float32 [B, T, V]; -inf beyond the vocabulary, or its first `known` ids."""
+def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, limit: int | None = None) -> Tensor:
+    """Return this rank's slice of the logits, float32 [B, T, V]; -inf from id `limit` (None: the vocabulary) on."""
     head = weights[EMBEDDING if config.tied else HEAD]
     rows = vocab_rows(config.out_vocab, seams.tp)
     out_BTV = seams.head(hidden_BTH, head, rows)
-    size = min(known or config.out_vocab, config.out_vocab)
+    size = min(limit or config.out_vocab, config.out_vocab)
     if rows * seams.tp == size:
         return out_BTV
     ids_V = torch.arange(rows, device=out_BTV.device) + weights[OFFSET]
@@ -74,12 +73,12 @@ def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tens
 
 
 def vocab_rows(vocab: int, tp: int) -> int:
-    """Vocabulary rows of one rank: all of them on a single rank, whole blocks when split."""
+    """Return the vocabulary rows of one rank: all on a single rank, whole blocks when split."""
     return vocab if tp == 1 else padded_vocab(vocab, tp) // tp
 
 
 def layer_weights(weights: Weights, layer: int) -> dict[str, Tensor]:
-    """One layer's weights, named within it."""
+    """Return one layer's weights, by their names without the layer's prefix."""
     prefix = f"model.layers.{layer}."
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
@@ -103,10 +102,10 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return weight_H * wide.to(x.dtype)
 
 
-def rotary_of(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cos and sin [B, 1, T, D] of the rotary embedding (Su et al. 2021), angles in float32."""
+def rotary_of(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> Rotary:
+    """Return cos and sin [B, 1, T, D] of the rotary embedding (Su et al. 2021), angles computed in float32."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions_BT.device).float() / config.head_dim
-    # As an exponential: theta ** x is a power with an exponent that varies, which not every compiler takes.
+    # exp instead of theta ** x: not every compiler supports a power with a varying exponent.
     frequencies = torch.exp(exponents * -math.log(config.rope_theta)) / config.rope_linear_factor
     if config.rope_scaling is not None:
         frequencies = _scale_llama3(frequencies, config.rope_scaling)
@@ -116,7 +115,7 @@ def rotary_of(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> 
 
 
 def _scale_llama3(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
-    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, those between interpolated."""
+    """Scale as Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between them."""
     wavelength = 2 * math.pi / frequencies
     low = rope.original_max_position / rope.low_freq_factor
     high = rope.original_max_position / rope.high_freq_factor
@@ -129,7 +128,7 @@ def _scale_llama3(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
     return torch.where(wavelength < torch.full_like(wavelength, high), frequencies, scaled)
 
 
-def rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BNTD: Tensor, rotary: Rotary) -> Tensor:
     """Apply the rotary embedding: [B, N, T, D]."""
     cos, sin = rotary
     first, second = x_BNTD.chunk(2, dim=-1)
@@ -137,58 +136,56 @@ def rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def project(w: Weights, seams: Seams, x_BTH: Tensor, rows: Mapping[str, int]) -> Tensor:
-    """Linear layers of so many `rows` each, with their biases if they have any, side by side: [B, T, sum of rows]."""
+    """Apply linear layers with `rows` outputs each, with optional biases, and concatenate: [B, T, sum of rows]."""
     out = seams.linears(x_BTH, [w[f"{name}.weight"] for name in rows], list(rows.values()))
     biases = [w[f"{name}.bias"] for name in rows if f"{name}.bias" in w]
     return out + torch.cat(biases) if biases else out
 
 
 def attention(
-    config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: tuple[Tensor, Tensor],
-    layer: int, state: State, writes: Writes, attend: Attend,
-) -> Tensor:  # fmt: skip
-    """Attention of one layer over its cache, into which this pass's keys and values are written first: [B, T, H]."""
+    config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary, layer: int, run: Pass
+) -> Tensor:
+    """Write one layer's keys and values, then attend over its cache: [B, T, H]."""
+    assert run.attend is not None
     heads, kv_heads = config.heads // seams.tp, kv_heads_of(config, seams)
     turned, v = heads_of(config, w, seams, x_BTX, "qkv").split((heads + kv_heads, kv_heads), dim=1)
     q, k = rotate(turned, rotary).split((heads, kv_heads), dim=1)
-    cached_k = seams.write(state, f"k.{layer}", k, writes)
-    cached_v = seams.write(state, f"v.{layer}", v, writes)
-    out_BTX = seams.attend(q, cached_k, cached_v, attend) if attend.kv else seams.attend(q, k, v, attend)
+    cached_k = seams.write(run.state, f"k.{layer}", k, run.writes)
+    cached_v = seams.write(run.state, f"v.{layer}", v, run.writes)
+    keys, values = (cached_k, cached_v) if run.attend.kv else (k, v)
+    out_BTX = seams.attend(q, keys, values, run.attend)
     out = seams.all_reduce(seams.linear(out_BTX, w["self_attn.o_proj.weight"], config.hidden))
     bias = w.get("self_attn.o_proj.bias")
     return out if bias is None else out + bias
 
 
-def store(
-    config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: tuple[Tensor, Tensor],
-    layer: int, state: State, writes: Writes,
-) -> None:  # fmt: skip
-    """Only write one layer's keys and values."""
+def store(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary, layer: int, run: Pass) -> None:
+    """Write one layer's keys and values without attending."""
     k, v = heads_of(config, w, seams, x_BTX, "kv").chunk(2, dim=1)
-    seams.write(state, f"k.{layer}", rotate(k, rotary), writes)
-    seams.write(state, f"v.{layer}", v, writes)
+    seams.write(run.state, f"k.{layer}", rotate(k, rotary), run.writes)
+    seams.write(run.state, f"v.{layer}", v, run.writes)
 
 
 def kv_heads_of(config: ModelConfig, seams: Seams) -> int:
-    """KV heads on this rank."""
+    """Return the number of KV heads on this rank."""
     return max(config.kv_heads // seams.tp, 1)
 
 
 def heads_of(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, names: str) -> Tensor:
-    """Heads of "qkv", or of "kv", one after the other, q and k normalised where the family does so: [B, N, T, D]."""
+    """Return the heads of "qkv" or "kv" concatenated, q and k normalised where the family does so: [B, N, T, D]."""
     kv_heads = kv_heads_of(config, seams)
     counts = {name: config.heads // seams.tp if name == "q" else kv_heads for name in names}
     rows = {f"self_attn.{name}_proj": count * config.head_dim for name, count in counts.items()}
     out = project(w, seams, x_BTX, rows).view(*x_BTX.shape[:2], -1, config.head_dim)
     if config.qk_norm:
-        each = [w[f"self_attn.{name}_norm.weight"].expand(counts[name], -1) for name in names if name in "qk"]
+        norms = [w[f"self_attn.{name}_norm.weight"].expand(counts[name], -1) for name in names if name in "qk"]
         rest, v = out.split((out.shape[2] - kv_heads, kv_heads), dim=2)
-        out = torch.cat((rms_norm(rest, torch.cat(each), config.norm_eps), v), dim=2)
+        out = torch.cat((rms_norm(rest, torch.cat(norms), config.norm_eps), v), dim=2)
     return out.transpose(1, 2)
 
 
 def mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
-    """SwiGLU (Shazeer 2020)."""
+    """Apply the SwiGLU feed-forward network (Shazeer 2020): [B, T, H] -> [B, T, H]."""
     rows = config.intermediate // seams.tp
     if config.mlp_bias:
         gate, up = project(w, seams, x_BTH, {"mlp.gate_proj": rows, "mlp.up_proj": rows}).chunk(2, dim=-1)

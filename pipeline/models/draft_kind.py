@@ -1,6 +1,6 @@
-"""The kinds of drafts, and what the rest of the pipeline must know of each. One table; imports no torch.
+"""The kinds of drafts and their facts for the rest of the pipeline, in one table. Imports no torch.
 
-What a kind computes is written in `speculation.drafters`, how its config is read in the family files here.
+`speculation.drafters` has their computation, the family files of this room read their configs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ DraftMethod = Literal["draft_model", "eagle3"]
 class DraftKind:
     """Facts of one kind of draft.
 
-    `reads_target_states`: it runs on the target's hidden states, so it is whole on every rank, is never scored without
-    the target, keeps features between steps, and follows each decode step of the target: pausing it costs nothing.
-    `in_transformers`: transformers' assisted generation takes it as an assistant.
+    `reads_target_states`: the draft runs on the target's hidden states. It is replicated on every rank, is never scored
+    without the target, keeps features between steps, and runs in each decode step, so it can resume without a prefill.
+    `in_transformers`: transformers' assisted generation supports it as an assistant.
     """
 
     method: DraftMethod

@@ -11,11 +11,11 @@ from pipeline.models.fields import shared_fields
 from pipeline.models.weights import TAPS
 
 TAPPED = "eagle_aux_hidden_state_layer_ids"
-"""Field of `eagle_config` that names the tapped layers."""
+"""Field of `eagle_config` that lists the tapped layers."""
 
 
 def is_head(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is an EAGLE-3 head's."""
+    """Return whether a `config.json` is an EAGLE-3 head's."""
     return any("eagle3" in str(name).lower() for name in config.get("architectures") or ())
 
 
@@ -23,17 +23,17 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """Translate a head's config.
 
     Raises:
-        SourceError: more than one layer, another number of tapped layers, or a field that is not covered.
+        SourceError: more than one layer, another number of tapped layers, or an unsupported field.
 
     """
     options: Mapping[str, Any] = config.get("eagle_config") or {}
     taps = tuple(options.get(TAPPED) or ())
     if config.get("num_hidden_layers") != 1:
-        what = f"num_hidden_layers={config.get('num_hidden_layers')}, an EAGLE-3 head has 1"
-        raise SourceError(what, where=where, fix="use a head in the convention of SafeAILab/EAGLE")
+        problem = f"num_hidden_layers={config.get('num_hidden_layers')}, an EAGLE-3 head has 1"
+        raise SourceError(problem, where=where, fix="use a head in the convention of SafeAILab/EAGLE")
     if taps and (len(taps) != TAPS or list(taps) != sorted(set(taps))):
-        what = f"eagle_aux_hidden_state_layer_ids={list(taps)}, expected {TAPS} layers, ascending"
-        raise SourceError(what, where=where, fix="repair config.json")
+        problem = f"eagle_aux_hidden_state_layer_ids={list(taps)}, expected {TAPS} layers, ascending"
+        raise SourceError(problem, where=where, fix="repair config.json")
     head = Eagle3(
         target_hidden=int(config.get("target_hidden_size") or config["hidden_size"]),
         taps=taps,
@@ -43,8 +43,17 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     return shared_fields({"model_type": "llama", **config}, where, **family)
 
 
+def tensor_name(name: str) -> str:
+    """Return the decoder's name for a head's tensor: public heads use `midlayer` or `layers.0`, and `norm`."""
+    name = name.removeprefix("model.")
+    for layer in ("midlayer.", "layers.0."):
+        if name.startswith(layer):
+            return f"model.layers.0.{name.removeprefix(layer)}"
+    return f"model.{name}" if name.startswith(("norm.", "embed_tokens.")) else name
+
+
 def taps_of(target: ModelConfig, draft: ModelConfig) -> tuple[int, ...]:
-    """Layers of the target whose inputs the draft reads: its config's, else one low, one middle, one high layer."""
+    """Return the layers of the target whose inputs the draft reads: its config's, else low, middle and high."""
     if draft.eagle3 is None:
         return ()
     return draft.eagle3.taps or (2, target.layers // 2, target.layers - 3)

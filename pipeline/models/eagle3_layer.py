@@ -1,9 +1,9 @@
 """The layer of an EAGLE-3 head: a draft over the target's hidden states (Li et al. 2025, arXiv 2503.01840).
 
-At position i the head reads the token at i + 1 and the target's features at i, and predicts the token at i + 2. Where
-the target has not been yet, its own output stands in for the features. Pure functions.
+At position i the head reads the token at i + 1 and the target's features at i, and predicts the token at i + 2. At
+positions that the target has not processed, the head's own output replaces the features. Pure functions.
 
-Shapes: B rows, T tokens, H hidden, X features (three of the target's hidden sizes side by side).
+Shapes: B rows, T tokens, H hidden, X features (three of the target's hidden sizes concatenated).
 """
 
 from __future__ import annotations
@@ -22,34 +22,32 @@ from pipeline.models.decoder import (
     rotary_of,
     store,
 )
-from pipeline.models.parallel import Attend, Seams, State, Writes
+from pipeline.models.parallel import Pass, Seams
 from pipeline.models.weights import NORM
 
 
 def features(config: ModelConfig, weights: Weights, seams: Seams, taps_BTX: Tensor) -> Tensor:
-    """The target's hidden states as the head's layer takes them: [B, T, X] -> [B, T, H]."""
+    """Project the target's hidden states to the input of the head's layer: [B, T, X] -> [B, T, H]."""
     return seams.linear(taps_BTX, weights["fc.weight"], config.hidden)
 
 
-def remember(
-    config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor,
-    positions_BT: Tensor, state: State, writes: Writes,
-) -> None:  # fmt: skip
-    """Only write keys and values, for positions whose prediction nobody needs: a tenth of the layer's weights."""
+def write_cache(
+    config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor, run: Pass
+) -> None:
+    """Write keys and values only, for positions without a prediction: this reads a tenth of the layer's weights."""
     w = layer_weights(weights, 0)
     inputs, _ = inputs_of(config, weights, seams, tokens_BT, features_BTH)
-    store(config, w, seams, inputs, rotary_of(config, positions_BT, inputs.dtype), 0, state, writes)
+    store(config, w, seams, inputs, rotary_of(config, run.positions_BT, inputs.dtype), 0, run)
 
 
 def hidden_states(
-    config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor,
-    positions_BT: Tensor, state: State, writes: Writes, attend: Attend,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run the layer; returns what the LM head reads and what stands in for the next position's features, [B, T, H]."""
+    config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor, run: Pass
+) -> tuple[Tensor, Tensor]:
+    """Run the layer; return the LM head's input and the substitute for the next position's features, both [B, T, H]."""
     w = layer_weights(weights, 0)
     inputs, residual = inputs_of(config, weights, seams, tokens_BT, features_BTH)
-    rotary = rotary_of(config, positions_BT, inputs.dtype)
-    x = residual + attention(config, w, seams, inputs, rotary, 0, state, writes, attend)
+    rotary = rotary_of(config, run.positions_BT, inputs.dtype)
+    x = residual + attention(config, w, seams, inputs, rotary, 0, run)
     x = x + mlp(config, w, seams, rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps))
     return rms_norm(x, weights[NORM], config.norm_eps), x
 
@@ -57,7 +55,7 @@ def hidden_states(
 def inputs_of(
     config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What q, k and v read, [B, T, 2 H], and the residual stream [B, T, H]."""
+    """Return the input of q, k and v, [B, T, 2 H], and the residual stream [B, T, H]."""
     w = layer_weights(weights, 0)
     tokens = rms_norm(embed(config, weights, seams, tokens_BT), w["input_layernorm.weight"], config.norm_eps)
     normed = rms_norm(features_BTH, w["hidden_norm.weight"], config.norm_eps)

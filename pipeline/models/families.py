@@ -1,4 +1,4 @@
-"""Which family a `config.json` is of, and the `ModelConfig` that its file makes of it. Imports no torch."""
+"""Select the family of a `config.json` and read it to a `ModelConfig`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config_of(config_json: Mapping[str, Any], where: str) -> ModelConfig:
     """Read a checkpoint's `config.json`; `where` names it in errors.
 
     Raises:
-        SourceError: an architecture or a field that Tandem does not cover, by name and value.
+        SourceError: an unsupported architecture or field, by name and value.
 
     """
     if eagle3.is_head(config_json):

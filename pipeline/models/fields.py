@@ -1,4 +1,4 @@
-"""Reading a Hugging Face `config.json`: the fields that every family shares, and the refusals. Imports no torch."""
+"""Read the fields of a Hugging Face `config.json` that all families share. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pipeline.models.config import Llama3Rope, ModelConfig
 
 
 def shared_fields(config: Mapping[str, Any], where: str, **family: Any) -> ModelConfig:
-    """A `ModelConfig` of the fields that all families name alike; `family` adds or overrides what differs.
+    """Return a `ModelConfig` of the fields that all families share; `family` adds or overrides fields.
 
     Raises:
-        SourceError: a missing size, or a field whose value would change the mathematics in a way Tandem does not cover.
+        SourceError: a missing size, or a field whose value changes the computation in an unsupported way.
 
     """
-    _refuse_unsupported(config, where)
+    _reject_unsupported(config, where)
     hidden = _size(config, "hidden_size", where)
     heads = _size(config, "num_attention_heads", where)
     theta, scaling, linear = _rope(config, where)
@@ -66,7 +66,7 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (int(value),)
 
 
-def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
+def _reject_unsupported(config: Mapping[str, Any], where: str) -> None:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise SourceError(f"hidden_act={activation!r} is not supported", where=where, fix="use a model with silu")
@@ -81,7 +81,7 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
 
 
 def _window(config: Mapping[str, Any], where: str) -> int | None:
-    """The sliding window, if any layer has one; other kinds of layers are refused."""
+    """Return the sliding window if any layer has one; reject other kinds of layers."""
     types = set(config.get("layer_types") or ())
     unknown = sorted(types - {"full_attention", "sliding_attention"})
     if unknown:
@@ -92,7 +92,7 @@ def _window(config: Mapping[str, Any], where: str) -> int | None:
 
 
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None, float]:
-    """Theta and scaling from either layout: `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
+    """Return theta and scaling from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
     scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"

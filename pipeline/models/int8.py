@@ -1,7 +1,7 @@
-"""Weights rounded to int8: one scale for each output feature, symmetric, round to nearest even.
+"""Round weights to int8: one scale per output feature, symmetric, round to nearest even.
 
-The one definition that the sharder stores by, that references round by, and that kernels undo: `w = q * scale`, with
-`scale` the row's largest magnitude over 127. Activations and sums stay float32.
+Sharder, references and kernels use this definition: `w = q * scale`, with `scale` the row's largest magnitude over
+127. Activations and sums stay float32.
 
 Shapes: N output features, I input features.
 """
@@ -15,7 +15,7 @@ LARGEST = 127
 
 
 def quantise(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight as int8 [N, I] and float32 scales [N]; a row of zeros has the scale 0."""
+    """Return a weight as int8 [N, I] and float32 scales [N]; a row of zeros has the scale 0."""
     wide_NI = weight_NI.float()
     scale_N = wide_NI.abs().amax(dim=1) / LARGEST
     steps_N = torch.where(scale_N > 0, scale_N, torch.ones_like(scale_N))
@@ -23,6 +23,6 @@ def quantise(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(weight_NI: Tensor) -> Tensor:
-    """What an int8 weight stands for, float32 [N, I]."""
-    whole_NI, scale_N = quantise(weight_NI)
-    return whole_NI.float() * scale_N[:, None]
+    """Return the values that a weight has after rounding to int8, float32 [N, I]."""
+    int8_NI, scale_N = quantise(weight_NI)
+    return int8_NI.float() * scale_N[:, None]

@@ -1,6 +1,6 @@
-"""The seam between a model's mathematics and the backend that runs it: layouts of weights, collectives, the KV cache.
+"""The interface between a model's mathematics and its backend: layouts of weights, collectives, the KV cache.
 
-A decoder calls these few methods and nothing else that a backend could want to change. `Seams` here is the plain,
+A decoder calls only these methods for everything that a backend may implement differently. `Seams` here is the plain,
 single-rank implementation that also serves as the eager reference; backends derive from it.
 
 Shapes: B rows, T tokens, S cache length, H KV heads on this rank, D head size, N output features, I input features.
@@ -31,10 +31,10 @@ class Writes:
 
 
 def plan_writes(state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Tensor) -> Writes:
-    """Writes of `rows_B` at `positions_BT`; tokens that must change nothing (`keep_BT` False) go to scratch.
+    """Return the writes of `rows_B` at `positions_BT`; tokens with `keep_BT` False are written to the scratch position.
 
-    The last position of every cache row is scratch: never attended over, never part of a sequence. It turns "write
-    nothing" into an ordinary write, so that a pass is one indexed write a cache, without a branch or a read.
+    The last position of every cache row is scratch: never attended over, never part of a sequence. With it a pass is
+    one indexed write per cache, without a branch or a read.
     """
     cache = state["k.0"]
     heads_H = torch.arange(cache.shape[1], device=cache.device)
@@ -44,10 +44,10 @@ def plan_writes(state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Ten
 
 @dataclass(frozen=True)
 class Attend:
-    """What one pass attends over: the keys up to `last_BT` (int, from 0), of `kv` cached ones or of this very pass.
+    """Keys that one pass attends over: those up to `last_BT` (int, from 0), of `kv` cached keys or of the pass itself.
 
-    `kv` 0 means the pass itself (prefill from an empty row), where S = T. `bias_BTS` float32 says the same as a mask: 0
-    where a query sees a key and -inf elsewhere.
+    `kv` 0 means the keys of the pass itself (prefill from an empty row), where S = T. `bias_BTS` float32 is the same as
+    a mask: 0 where a query sees a key and -inf elsewhere.
     """
 
     last_BT: Tensor
@@ -56,13 +56,26 @@ class Attend:
 
 
 def attend_up_to(last_BT: Tensor, kv: int = 0) -> Attend:
-    """`Attend` from the last key that each query sees."""
+    """Return the `Attend` in which each query sees keys up to `last_BT`."""
     keys_S = torch.arange(kv or last_BT.shape[1], device=last_BT.device)
     return Attend(last_BT, kv, torch.where(keys_S <= last_BT[..., None], 0.0, -math.inf))
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a model: positions int [B, T], its caches, where it writes them, and the keys it attends over.
+
+    `attend` is None in a pass that only writes keys and values.
+    """
+
+    positions_BT: Tensor
+    state: State
+    writes: Writes
+    attend: Attend | None = None
+
+
 class Seams:
-    """Plain layout, one rank, caches written in place. Subclasses override what their backend does better."""
+    """Plain layout, one rank, caches written in place. Subclasses override what their backend does differently."""
 
     tp = 1
 
@@ -71,7 +84,7 @@ class Seams:
         return functional.linear(x_BTI, weight)[..., :rows]
 
     def linears(self, x_BTI: Tensor, weights: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        """Several of them, side by side: -> [B, T, sum of rows]."""
+        """Apply several linear layers and concatenate: [B, T, I] -> [B, T, sum of rows]."""
         parts = [self.linear(x_BTI, weight, count) for weight, count in zip(weights, rows, strict=True)]
         return torch.cat(parts, dim=-1)
 
@@ -80,15 +93,15 @@ class Seams:
         return functional.silu(self.linear(x_BTI, gate, rows)) * self.linear(x_BTI, up, rows)
 
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """LM head, accumulated and returned in float32, so that low-precision rounding cannot create ties."""
+        """Apply the LM head, accumulated and returned in float32, so that low-precision rounding cannot create ties."""
         return self.linear(x_BTI.float(), weight.float(), rows)
 
     def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
-        """Rows of an embedding: int [B, T] -> [B, T, I]."""
+        """Look up rows of an embedding: int [B, T] -> [B, T, I]."""
         return functional.embedding(ids_BT, weight)
 
     def attend(self, q_BNTD: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
-        """Grouped-query attention (Ainslie et al. 2023): -> [B, T, N * D].
+        """Compute grouped-query attention (Ainslie et al. 2023): -> [B, T, N * D].
 
         `k` and `v` are this pass's [B, H, T, D], or whole caches [rows, H, S_max, D] where `attend.kv` is not 0. The
         query heads of one KV head are stacked on the token axis, so keys and values are never repeated in memory.
@@ -111,7 +124,7 @@ class Seams:
         return x
 
     def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` highest of the last axis, descending: values and int64 indices."""
+        """Return the `count` highest entries of the last axis, descending: values and int64 indices."""
         values, indices = torch.topk(scores, count, dim=-1, sorted=True)
         return values, indices
 
@@ -121,9 +134,9 @@ class Seams:
         return state[name]
 
     def put_row(self, state: State, name: str, rows_B: Tensor, values: Tensor) -> None:
-        """One indexed write of the entries of whole rows, in place."""
+        """Write the entries of whole rows in place, in one indexed write."""
         state[name].index_put_((rows_B,), values)
 
 
 PLAIN = Seams()
-"""The seams of one rank without a backend."""
+"""Seams of one rank without a backend."""

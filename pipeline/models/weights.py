@@ -1,7 +1,7 @@
-"""The weights of a decoder as data: every tensor's name, shape and how it is split over ranks. Imports no torch.
+"""The weights of a decoder as data: each tensor's name, shape and split over ranks. Imports no torch.
 
-Names are those of the Hugging Face checkpoint. The plan counts bytes from this table, the sharder cuts by it, and the
-graphs declare their inputs from it, so the three cannot disagree.
+Names are those of the Hugging Face checkpoint. The plan's byte counts, the sharder's slices and the graphs' inputs all
+come from this table.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ D2T = "d2t"
 """Offsets from the ids of a reduced vocabulary to those of the target: target id = draft id + d2t[draft id]."""
 
 OFFSET = "rank.vocab_offset"
-"""Not of a checkpoint: the first vocabulary id of a rank's slice, see `vocab_offset`."""
+"""First vocabulary id of a rank's slice, not in a checkpoint; see `vocab_offset`."""
 
 TAPS = 3
 """Hidden states of the target that an EAGLE-3 head reads at each position: low, middle and high layers."""
 
 BLOCK = 32
-"""Rows of a linear weight are padded to whole blocks of this many, so every backend may store it blocked."""
+"""Rows per block: linear weights are padded to whole blocks, so every backend can store them blocked."""
 
 
 @dataclass(frozen=True)
 class WeightSpec:
     """One tensor of a checkpoint.
 
-    `shape` is the checkpoint's own. `split` says what a rank gets: `rows` / `columns` an equal slice of axis 0 / 1,
+    `shape` is the checkpoint's own. `split` is a rank's share: `rows` / `columns` an equal slice of axis 0 / 1,
     `kv_rows` whole KV heads of axis 0 (each replicated when there are more ranks than heads), `vocab` a slice of axis 0
-    after padding the vocabulary, `replicate` everything. `kind` is what a backend may re-lay out (`linear`,
-    `embedding`: 2-D [out, in]) or must leave (`vector`, `index`: 1-D; `index` is int32).
+    after padding the vocabulary, `replicate` the whole tensor. A backend may change the layout of some
+    kinds (`linear`, `embedding`: 2-D [out, in]) but not of others (`vector`, `index`: 1-D; `index` is int32).
     """
 
     name: str
@@ -50,15 +50,15 @@ class WeightSpec:
 
 
 def up_to(value: int, multiple: int) -> int:
-    """`value` rounded up to a multiple."""
+    """Return `value` rounded up to a multiple."""
     return -(-value // multiple) * multiple
 
 
 def weight_specs(config: ModelConfig, *, replicated: bool = False) -> list[WeightSpec]:
-    """Every tensor that `config` needs, in checkpoint order.
+    """Return every tensor that `config` needs, in checkpoint order.
 
-    `replicated` (a replicated draft) keeps all tensors whole on each rank. A model that shares the target's embedding
-    lists it too: who stores it is the shard plan's decision.
+    `replicated` (a replicated draft) keeps all tensors whole on each rank. The list of a model that shares the target's
+    embedding has the embedding too: the shard plan decides which model stores it.
     """
     specs = list(_specs(config))
     if not replicated:
@@ -70,7 +70,7 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:  # noqa: C901 - a table, not
     q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
     yield WeightSpec(EMBEDDING, (c.vocab, c.hidden), "vocab", "embedding")
     width = c.hidden
-    if c.eagle3 is not None:  # its layer reads a token's embedding beside the target's features
+    if c.eagle3 is not None:  # its layer reads a token's embedding and the target's features, concatenated
         width = 2 * c.hidden
         yield WeightSpec("fc.weight", (c.hidden, TAPS * c.eagle3.target_hidden), "replicate", "linear")
         yield WeightSpec("model.layers.0.hidden_norm.weight", (c.hidden,), "replicate", "vector")
@@ -103,7 +103,7 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:  # noqa: C901 - a table, not
 
 
 def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ...]:
-    """Shape of one rank's slice before any backend packing; a split vocabulary is padded to whole blocks per rank."""
+    """Return the shape of one rank's slice before packing; a split vocabulary is padded to whole blocks per rank."""
     head, *rest = spec.shape
     if spec.split == "rows":
         return (head // tp, *rest)
@@ -117,17 +117,17 @@ def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ..
 
 
 def padded_vocab(vocab: int, tp: int) -> int:
-    """Vocabulary rows after padding, so that each of `tp` ranks holds whole blocks."""
+    """Return the vocabulary rows after padding, with whole blocks on each of `tp` ranks."""
     return up_to(vocab, BLOCK * tp)
 
 
 def vocab_offset(rows_per_rank: int, rank: int) -> int:
-    """First vocabulary id of a rank's slice; a per-rank weight, so that all ranks share one graph."""
+    """Return the first vocabulary id of a rank's slice; a per-rank weight, so that all ranks share one graph."""
     return rows_per_rank * rank
 
 
 def kv_head_of(rank: int, config: ModelConfig, tp: int) -> tuple[int, int]:
-    """Half-open range of the checkpoint's KV heads that `rank` holds."""
+    """Return the half-open range of the checkpoint's KV heads on `rank`."""
     if tp <= config.kv_heads:
         per_rank = config.kv_heads // tp
         return rank * per_rank, (rank + 1) * per_rank

@@ -95,9 +95,10 @@ def check_pair(target: Checkpoint, draft: Checkpoint) -> None:
 
 def _check_head(target: Checkpoint, draft: Checkpoint) -> None:
     """Raise an error for an EAGLE-3 head that was trained for another target."""
-    head = draft.config.eagle3
-    if head is None:
+    if not draft.config.draft_kind.reads_target_states:
         return
+    head = draft.config.eagle3
+    assert head is not None
     fix = "use a head that was trained for this target, or train one with `tandem distill`"
     if head.target_hidden != target.config.hidden:
         what = f"the head reads hidden states of size {head.target_hidden}, but the target has {target.config.hidden}"

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 
 from pipeline.errors import SourceError
+from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import Checkpoint, weight_files
@@ -40,19 +41,10 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
             what = f"tensor {repeated[0]!r} is also in {tensors[repeated[0]].file.name}"
             raise SourceError(what, where=str(checkpoint.root / name), fix="download the checkpoint again")
         tensors |= in_file
-    if checkpoint.config.eagle3 is not None:
-        tensors = {_head_name(name): tensor for name, tensor in tensors.items()}
+    if checkpoint.config.draft_kind.reads_target_states:
+        tensors = {eagle3.tensor_name(name): tensor for name, tensor in tensors.items()}
     tensors = dict(_unfused(tensors, checkpoint.config))
     return tensors if checkpoint.layers is None else dict(_renumbered(tensors, checkpoint.layers))
-
-
-def _head_name(name: str) -> str:
-    """Return the decoder's name for an EAGLE-3 head's tensor: public heads use `midlayer` or `layers.0`, and `norm`."""
-    name = name.removeprefix("model.")
-    for layer in ("midlayer.", "layers.0."):
-        if name.startswith(layer):
-            return f"model.layers.0.{name.removeprefix(layer)}"
-    return f"model.{name}" if name.startswith(("norm.", "embed_tokens.")) else name
 
 
 def _unfused(tensors: Mapping[str, TensorRef], c: ModelConfig) -> Iterator[tuple[str, TensorRef]]:

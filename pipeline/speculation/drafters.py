@@ -1,13 +1,14 @@
-"""The two kinds of draft behind one interface: a model of its own, and a head over the target's hidden states.
+"""The two kinds of draft behind one interface: a separate model, and a head over the target's hidden states.
 
-A drafter proposes tokens, and is told what the target read and emitted. Whatever it proposes, the output is the
-target's: a drafter only decides how many tokens a step emits.
+A drafter proposes tokens, and receives the target's hidden states and the emitted tokens. The output is always the
+target's: a drafter only changes how many tokens a step emits.
 
 Shapes: B rows, T tokens, K draft tokens, H hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from pipeline.models import eagle3_layer
 from pipeline.models.decoder import Hidden
-from pipeline.models.parallel import Writes, attend_up_to, plan_writes
+from pipeline.models.draft_kind import DraftMethod
+from pipeline.models.parallel import Pass, Writes, attend_up_to, plan_writes
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
 from pipeline.speculation.sampling import Candidates, certain
@@ -24,8 +26,8 @@ from pipeline.speculation.sampling import Candidates, certain
 TAIL = "tail"
 """State of a draft model, int32 [rows]: the token before a row's last one.
 
-The draft's first pass of a step reads it along with the last token. After a fully accepted step the draft has never
-seen the last draft token it proposed; this pass fills that hole in its cache, at no extra pass.
+The draft's first pass of a step reads it along with the last token. After a fully accepted step the draft's cache lacks
+the last draft token that it proposed; this pass writes it, without an extra pass.
 """
 
 FEATURE = "feature"
@@ -33,73 +35,68 @@ FEATURE = "feature"
 
 
 class Drafter(Protocol):
-    """What the phases ask of a draft."""
+    """Interface of a draft for the phases."""
 
-    def after_prefill(self, prompt: Prompt, seen: Hidden) -> None:
-        """The target has read these prompts."""
+    def after_prefill(self, prompt: Prompt, states: Hidden) -> None:
+        """Update the draft's state after the target has read these prompts."""
         ...
 
-    def after_decode(self, rows: Rows, seen: Hidden) -> None:
-        """The target has read each row's last token."""
+    def after_decode(self, rows: Rows, states: Hidden) -> None:
+        """Update the draft's state after the target has read each row's last token."""
         ...
 
     def propose(self, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, list[Candidates]]:
         """Draft `steps` tokens: int64 [B, K] in the target's ids, and, when sampling, the distribution of each."""
         ...
 
-    def after_verify(self, rows: Rows, emitted: Emitted, seen: Hidden) -> None:
-        """The target has read each row's last token and the drafts, and emitted these tokens."""
+    def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:
+        """Update the draft's state after the target has read the last token and the drafts, and emitted tokens."""
         ...
 
     def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Tensor:
-        """Teacher forcing: logits float32 [B, T, D] of the draft's vocabulary; fills the caches."""
+        """Return logits of known tokens, float32 [B, T, D] of the draft's vocabulary, and fill the caches."""
         ...
-
-
-def drafter_of(draft: Model) -> Drafter:
-    """The drafter that a draft's config calls for."""
-    return DraftModel(draft) if draft.config.eagle3 is None else Eagle3(draft)
 
 
 @dataclass(frozen=True)
 class DraftModel:
-    """A smaller model of the same vocabulary, with caches of its own."""
+    """A smaller model of the same vocabulary, with its own caches."""
 
     model: Model
 
-    def after_prefill(self, prompt: Prompt, seen: Hidden) -> None:  # noqa: ARG002 - only a head reads the states
-        """Read the prompts, too."""
+    def after_prefill(self, prompt: Prompt, states: Hidden) -> None:  # noqa: ARG002 - only a head reads the states
+        """Read the prompts with the draft."""
         self.model.read(prompt)
         last_B = prompt.tokens_BT.gather(1, prompt.last[:, None])[:, 0]
         put(self.model, TAIL, prompt.slots_B.long(), last_B.int(), prompt.active)
 
-    def after_decode(self, rows: Rows, seen: Hidden) -> None:  # noqa: ARG002
-        """Keep the tail only: the runtime lets the draft catch up through `score` before it speculates again."""
+    def after_decode(self, rows: Rows, states: Hidden) -> None:  # noqa: ARG002
+        """Update the tail only: the runtime fills the draft's cache through `score` before it speculates again."""
         put(self.model, TAIL, rows.index, rows.last_B.int(), rows.alive_B)
 
     def propose(self, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, list[Candidates]]:
-        """One pass a token; the first reads two."""
+        """Run one pass per token; the first pass reads two tokens."""
         tail_B = self.model.state[TAIL][: rows.last_B.shape[0]]
         tokens_BT = torch.stack((tail_B, rows.last_B), dim=1).long()
-        positions_BT = (rows.position_B[:, None] + count(2, rows.last_B) - 1).clamp(0, rows.kv)
+        positions_BT = (rows.position_B[:, None] + index_range(2, rows.last_B) - 1).clamp(0, rows.kv)
         drafts: list[Tensor] = []
         dists: list[Candidates] = []
         for step in range(steps):
             hidden = self.model.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv).last_BTH[:, -1:]
-            tokens_BT, found = _proposed(self.model, hidden, choose, step)
+            tokens_BT, dist = _proposed(self.model, hidden, choose, step)
             drafts.append(tokens_BT)
-            dists += [] if found is None else [found]
+            dists += [] if dist is None else [dist]
             positions_BT = positions_BT[:, -1:] + 1
         return torch.cat(drafts, dim=1), dists
 
-    def after_verify(self, rows: Rows, emitted: Emitted, seen: Hidden) -> None:  # noqa: ARG002
-        """The token before the newest one of each row is the new tail."""
+    def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:  # noqa: ARG002
+        """Set the tail to the token before each row's newest token."""
         history = torch.cat((rows.last_B[:, None].long(), emitted.tokens), dim=1)
         tail_B = history.gather(1, (emitted.count - 1).clamp(0, history.shape[1] - 2)[:, None])[:, 0]
         put(self.model, TAIL, rows.index, tail_B.int(), rows.alive_B)
 
     def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Tensor:  # noqa: ARG002
-        """The draft alone."""
+        """Score with the draft alone."""
         return score(self.model, tokens_BT, position_B, kv)[0]
 
 
@@ -107,75 +104,75 @@ class DraftModel:
 class Eagle3:
     """A head in the EAGLE-3 convention: at position i it reads the token at i + 1 beside the target's features at i.
 
-    Its caches always reach to the position before the last token, whatever the phase, so it never has to catch up.
+    After every phase its caches hold all positions before the last token, so it needs no `score` before it speculates.
     """
 
     model: Model
 
-    def after_prefill(self, prompt: Prompt, seen: Hidden) -> None:
-        """Keys and values of the whole prompt; the features at its end wait for the token that follows."""
-        features_BTH = self._features(seen)
+    def after_prefill(self, prompt: Prompt, states: Hidden) -> None:
+        """Write keys and values of the whole prompt; store the features at its end for the next token."""
+        features_BTH = self._features(states)
         next_BT = torch.cat((prompt.tokens_BT[:, 1:], prompt.tokens_BT[:, -1:]), dim=1)
         keep_BT = (prompt.positions_BT < prompt.lengths_B[:, None] - 1) & prompt.active[:, None]
         writes = plan_writes(self.model.state, prompt.slots_B, prompt.positions_BT, keep_BT)
-        self._remember(next_BT, features_BTH, prompt.positions_BT, writes)
-        last_BH = at(features_BTH, prompt.last)
+        self._write_cache(next_BT, features_BTH, prompt.positions_BT, writes)
+        last_BH = take(features_BTH, prompt.last)
         put(self.model, FEATURE, prompt.slots_B.long(), last_BH, prompt.active[:, None])
 
-    def after_decode(self, rows: Rows, seen: Hidden) -> None:
-        """Keys and values of the position before, whose token is known now."""
+    def after_decode(self, rows: Rows, states: Hidden) -> None:
+        """Write keys and values of the previous position, whose next token is known now."""
         positions_B1 = rows.position_B[:, None] - 1
-        self._remember(rows.last_B[:, None], self._feature(rows), positions_B1, self._writes(rows, positions_B1))
-        put(self.model, FEATURE, rows.index, self._features(seen)[:, 0], rows.alive_B[:, None])
+        self._write_cache(rows.last_B[:, None], self._feature(rows), positions_B1, self._writes(rows, positions_B1))
+        put(self.model, FEATURE, rows.index, self._features(states)[:, 0], rows.alive_B[:, None])
 
     def propose(self, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, list[Candidates]]:
-        """One pass a token; after the first, the head's own output stands in for the target's features."""
+        """Run one pass per token; after the first, the head's own output replaces the target's features."""
         tokens_B1, features_B1H = rows.last_B[:, None].long(), self._feature(rows)
         positions_B1 = rows.position_B[:, None].long() - 1
         drafts: list[Tensor] = []
         dists: list[Candidates] = []
         for step in range(steps):
             hidden, features_B1H = self._run(rows, tokens_B1, features_B1H, positions_B1)
-            tokens_B1, found = _proposed(self.model, hidden, choose, step)
+            tokens_B1, dist = _proposed(self.model, hidden, choose, step)
             drafts.append(tokens_B1)
-            dists += [] if found is None else [found]
+            dists += [] if dist is None else [dist]
             positions_B1 = positions_B1 + 1
         return torch.cat(drafts, dim=1), dists
 
-    def after_verify(self, rows: Rows, emitted: Emitted, seen: Hidden) -> None:
-        """Replace what was drafted from the head's own output by what the target saw, where it was accepted."""
-        features_BTH = self._features(seen)
+    def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:
+        """Rewrite keys and values of accepted drafts from the target's features instead of the head's own output."""
+        features_BTH = self._features(states)
         steps = emitted.tokens.shape[1] - 1
         if steps:
-            positions_BK = rows.position_B[:, None] + count(steps, rows.last_B)
-            keep_BK = count(steps, rows.last_B) < emitted.count[:, None] - 1
+            positions_BK = rows.position_B[:, None] + index_range(steps, rows.last_B)
+            keep_BK = index_range(steps, rows.last_B) < emitted.count[:, None] - 1
             writes = self._writes(rows, positions_BK, keep_BK)
             tokens_BK = emitted.tokens[:, :-1].clamp(0, self.model.config.vocab - 1)
-            self._remember(tokens_BK, features_BTH[:, :-1], positions_BK, writes)
-        last_BH = at(features_BTH, (emitted.count.long() - 1).clamp(0, steps))
+            self._write_cache(tokens_BK, features_BTH[:, :-1], positions_BK, writes)
+        last_BH = take(features_BTH, (emitted.count.long() - 1).clamp(0, steps))
         put(self.model, FEATURE, rows.index, last_BH, rows.alive_B[:, None])
 
     def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Tensor:
-        """Target and head together. The first token of a sequence has no features before it: its logits are zeros."""
-        _, seen = score(target, tokens_BT, position_B, kv)
-        features_BTH = self._features(seen)
+        """Score with target and head. The first token of a sequence has no features before it: its logits are zeros."""
+        _, states = score(target, tokens_BT, position_B, kv)
+        features_BTH = self._features(states)
         alive_B = position_B < self.model.usable(kv)
         rows = Rows(tokens_BT[:, 0], position_B, alive_B, kv)
         before_BTH = torch.cat((self._feature(rows), features_BTH[:, :-1]), dim=1)
-        positions_BT = position_B[:, None] + count(tokens_BT.shape[1], tokens_BT) - 1
+        positions_BT = position_B[:, None] + index_range(tokens_BT.shape[1], tokens_BT) - 1
         hidden, _ = self._run(rows, tokens_BT, before_BTH, positions_BT)
         put(self.model, FEATURE, rows.index, features_BTH[:, -1], alive_B[:, None])
         known_BT1 = (positions_BT >= 0)[..., None]
         return torch.where(known_BT1, self.model.all_logits(hidden), 0.0)
 
-    def _features(self, seen: Hidden) -> Tensor:
-        """What the target saw, as the head's layer takes it: [B, T, H]."""
-        assert seen.taps_BTX is not None
+    def _features(self, states: Hidden) -> Tensor:
+        """Project the target's hidden states to the input of the head's layer: [B, T, H]."""
+        assert states.taps_BTX is not None
         model = self.model
-        return eagle3_layer.features(model.config, model.weights, model.seams, seen.taps_BTX)
+        return eagle3_layer.features(model.config, model.weights, model.seams, states.taps_BTX)
 
     def _feature(self, rows: Rows) -> Tensor:
-        """The features before each row's last token: [B, 1, H]."""
+        """Return the features before each row's last token: [B, 1, H]."""
         return self.model.state[FEATURE][: rows.last_B.shape[0], None]
 
     def _writes(self, rows: Rows, positions_BT: Tensor, keep_BT: Tensor | None = None) -> Writes:
@@ -184,32 +181,42 @@ class Eagle3:
         return plan_writes(self.model.state, rows.index, positions_BT, keep_BT)
 
     def _run(self, rows: Rows, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer over rows 0..B-1 and their caches."""
+        """Run the layer over rows 0..B-1 and their caches."""
         model = self.model
         attend = attend_up_to(positions_BT.clamp(0, rows.kv), rows.kv)
-        writes = self._writes(rows, positions_BT)
-        inputs = (model.readable(tokens_BT), features_BTH, positions_BT, model.state, writes, attend)
-        return eagle3_layer.hidden_states(model.config, model.weights, model.seams, *inputs)
+        run = Pass(positions_BT, model.state, self._writes(rows, positions_BT), attend)
+        inputs = (model.readable(tokens_BT), features_BTH)
+        return eagle3_layer.hidden_states(model.config, model.weights, model.seams, *inputs, run)
 
-    def _remember(self, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor, writes: Writes) -> None:
+    def _write_cache(self, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor, writes: Writes) -> None:
         model = self.model
-        inputs = (model.readable(tokens_BT), features_BTH, positions_BT, model.state, writes)
-        eagle3_layer.remember(model.config, model.weights, model.seams, *inputs)
+        inputs = (model.readable(tokens_BT), features_BTH)
+        run = Pass(positions_BT, model.state, writes)
+        eagle3_layer.write_cache(model.config, model.weights, model.seams, *inputs, run)
+
+
+DRAFTERS: dict[DraftMethod, Callable[[Model], Drafter]] = {"draft_model": DraftModel, "eagle3": Eagle3}
+"""The drafter of each kind of draft."""
+
+
+def drafter_of(draft: Model) -> Drafter:
+    """Return the drafter of a draft's kind."""
+    return DRAFTERS[draft.config.draft_kind.method](draft)
 
 
 def _proposed(model: Model, hidden_B1H: Tensor, choose: Choose, step: int) -> tuple[Tensor, Candidates | None]:
-    """The draft's token of a step, int64 [B, 1], and its distribution; a copied token where there is one."""
-    tokens_B1, found = model.next(hidden_B1H, choose, step)
+    """Return the draft's token of a step, int64 [B, 1], and its distribution; a copied token where `choose` has it."""
+    tokens_B1, dist = model.next(hidden_B1H, choose, step)
     if choose.copied is None:
-        return tokens_B1, found
+        return tokens_B1, dist
     copied_B1 = choose.copied[:, step : step + 1].long()
     tokens_B1 = torch.where(copied_B1 >= 0, copied_B1, tokens_B1)
-    return tokens_B1, None if found is None else certain(found, copied_B1)
+    return tokens_B1, None if dist is None else certain(dist, copied_B1)
 
 
 def score(model: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> tuple[Tensor, Hidden]:
-    """Logits float32 [B, T, V] of `tokens_BT` placed at `position_B` onwards, and the states they came from."""
-    positions_BT = position_B[:, None] + count(tokens_BT.shape[1], tokens_BT)
+    """Return logits float32 [B, T, V] of `tokens_BT` from `position_B` on, and their hidden states."""
+    positions_BT = position_B[:, None] + index_range(tokens_BT.shape[1], tokens_BT)
     hidden = model.hidden(tokens_BT, positions_BT, position_B < model.usable(kv), kv)
     return model.all_logits(hidden.last_BTH), hidden
 
@@ -219,11 +226,11 @@ def put(draft: Model, name: str, rows_B: Tensor, values: Tensor, keep: Tensor) -
     draft.seams.put_row(draft.state, name, rows_B, torch.where(keep, values, draft.state[name][rows_B]))
 
 
-def at(features_BTH: Tensor, place_B: Tensor) -> Tensor:
-    """One position of each row: [B, H]."""
-    return features_BTH.gather(1, place_B[:, None, None].expand(-1, 1, features_BTH.shape[-1]))[:, 0]
+def take(features_BTH: Tensor, index_B: Tensor) -> Tensor:
+    """Select one position of each row: [B, H]."""
+    return features_BTH.gather(1, index_B[:, None, None].expand(-1, 1, features_BTH.shape[-1]))[:, 0]
 
 
-def count(size: int, like: Tensor) -> Tensor:
-    """0 .. size - 1 on the device of `like`."""
+def index_range(size: int, like: Tensor) -> Tensor:
+    """Return 0 .. size - 1 on the device of `like`."""
     return torch.arange(size, device=like.device)

@@ -5,14 +5,14 @@ Shapes: B rows, T tokens, S attended cache length, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
-from pipeline.models.parallel import Attend, Seams, State, Writes, attend_up_to, plan_writes
+from pipeline.models.parallel import Pass, Seams, State, attend_up_to, plan_writes
 from pipeline.models.weights import D2T, OFFSET
 from pipeline.speculation.sampling import Candidates, Sampling, candidates, draw, greedy
 
@@ -46,13 +46,13 @@ class Prompt:
 
     @property
     def last(self) -> Tensor:
-        """Where each row's last token is, int64."""
+        """Index of each row's last token, int64."""
         return (self.lengths_B.long() - 1).clamp(0, self.tokens_BT.shape[1] - 1)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Cache rows 0..B-1 between steps: their last token and its position, int32 [B], and those that take part, bool.
+    """Cache rows 0..B-1 between steps: their last token and its position, int32 [B]; `alive_B` bool, rows that run.
 
     The last token is not in the caches yet. `kv` is the attended length.
     """
@@ -72,8 +72,9 @@ class Rows:
 class Model:
     """One model of a pair inside a graph: its config, this rank's weights, its caches and its backend seams.
 
-    `partner_vocab` is set for a draft whose `vocab_size` is padded otherwise than its target's. It then never proposes
-    an id that the target lacks, and reads one that it lacks itself as its own last id: a worse guess, the same output.
+    `partner_vocab` is set for a draft whose `vocab_size` is padded differently from its target's. The draft then never
+    proposes an id that the target lacks. It reads an id that it lacks as its own last id: the acceptance rate can fall,
+    the output stays the same.
     """
 
     config: ModelConfig
@@ -84,61 +85,65 @@ class Model:
     taps: tuple[int, ...] = ()
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, active_B: Tensor, kv: int) -> Hidden:
-        """Run rows 0..B-1 over their caches; a query sees keys at or before its own position."""
+        """Run rows 0..B-1 over their caches; a query attends to keys at or before its own position."""
         rows_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
         writes = plan_writes(self.state, rows_B, positions_BT, active_B[:, None] & (positions_BT < self.usable(kv)))
-        return self.run(tokens_BT, positions_BT, writes, attend_up_to(positions_BT, kv))
+        return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend_up_to(positions_BT, kv)))
 
     def read(self, prompt: Prompt) -> Hidden:
         """Run whole prompts into empty rows."""
         positions_T = prompt.positions_BT[0]
         keep_BT = prompt.active[:, None] & (positions_T < self.usable(len(positions_T)))
         writes = plan_writes(self.state, prompt.slots_B, prompt.positions_BT, keep_BT)
-        return self.run(prompt.tokens_BT, prompt.positions_BT, writes, attend_up_to(positions_T[None]))
+        run = Pass(prompt.positions_BT, self.state, writes, attend_up_to(positions_T[None]))
+        return self.run(prompt.tokens_BT, run)
 
-    def run(self, tokens_BT: Tensor, positions_BT: Tensor, writes: Writes, attend: Attend) -> Hidden:
-        """All layers over tokens of the pair's common tokenizer."""
-        inputs = (self.readable(tokens_BT), positions_BT, self.state, writes, attend, self.taps)
-        return hidden_states(self.config, self.weights, self.seams, *inputs)
+    def run(self, tokens_BT: Tensor, run: Pass) -> Hidden:
+        """Run all layers over tokens of the pair's common tokenizer."""
+        return hidden_states(self.config, self.weights, self.seams, self.readable(tokens_BT), run, self.taps)
+
+    def within(self, rows: Rows) -> Rows:
+        """Return `rows` without those whose last token has no position left in the bucket."""
+        return replace(rows, alive_B=rows.alive_B & (rows.position_B < self.usable(rows.kv)))
 
     def readable(self, tokens_BT: Tensor) -> Tensor:
-        """Tokens with ids that this model's embedding has."""
+        """Clamp tokens to ids that this model's embedding has."""
         if self.partner_vocab is not None and self.partner_vocab > self.config.vocab:
             return tokens_BT.clamp(0, self.config.vocab - 1)
         return tokens_BT
 
     def usable(self, kv: int) -> int:
-        """Positions of a bucket that hold tokens; the last of the whole cache is scratch (see `plan_writes`)."""
+        """Return how many positions of a bucket hold tokens; the cache's last is scratch (see `plan_writes`)."""
         return min(kv, self.state["k.0"].shape[2] - 1)
 
     @property
     def proposable(self) -> int:
-        """Ids of the output vocabulary that the pair has in common."""
+        """Number of ids of the output vocabulary that both models of the pair have."""
         return min(self.config.out_vocab, self.partner_vocab or self.config.out_vocab)
 
-    def logits(self, hidden_BTH: Tensor, known: int | None = None) -> Tensor:
-        """This rank's logits, float32 [B, T, V / tp]; -inf from the id `known` on."""
-        return logits(self.config, self.weights, self.seams, hidden_BTH, known)
+    def logits(self, hidden_BTH: Tensor, limit: int | None = None) -> Tensor:
+        """Return this rank's logits, float32 [B, T, V / tp]; -inf from id `limit` on."""
+        return logits(self.config, self.weights, self.seams, hidden_BTH, limit)
 
     def all_logits(self, hidden_BTH: Tensor) -> Tensor:
-        """Logits of the whole vocabulary, float32 [B, T, V]."""
+        """Return the logits of the whole vocabulary, float32 [B, T, V]."""
         return self.seams.all_gather(self.logits(hidden_BTH))[..., : self.config.out_vocab]
 
     def next(self, hidden_B1H: Tensor, choose: Choose, draw_at: int = 0) -> tuple[Tensor, Candidates | None]:
-        """Choose a token for each row: int64 [B, 1], and when sampling the distribution it was drawn from."""
+        """Choose a token for each row: int64 [B, 1], and when sampling the distribution that it is drawn from."""
         if choose.sampling is None or choose.uniforms is None:
             return self.greedy(hidden_B1H), None
-        found = self.candidates(hidden_B1H, choose.sampling, choose.keep)
-        return draw(found, choose.uniforms[:, draw_at : draw_at + 1]), found
+        choice = self.candidates(hidden_B1H, choose.sampling, choose.keep)
+        return draw(choice, choose.uniforms[:, draw_at : draw_at + 1]), choice
 
     def greedy(self, hidden_BTH: Tensor) -> Tensor:
-        """Argmax over the ids that the pair has in common, int64 [B, T], as ids of the target."""
+        """Return the argmax over the ids that both models have, int64 [B, T], as ids of the target."""
         return self.to_target(greedy(self.logits(hidden_BTH, self.proposable), self.seams, self.weights.get(OFFSET)))
 
     def candidates(self, hidden_BTH: Tensor, sampling: Sampling, keep: int | None) -> Candidates:
-        """The distribution to sample from, as ids of the target."""
-        found = candidates(self.all_logits(hidden_BTH)[..., : self.proposable], sampling, keep, self.seams)
-        return Candidates(self.to_target(found.ids_BTN), found.probs_BTN)
+        """Return the distribution to sample from, as ids of the target."""
+        choice = candidates(self.all_logits(hidden_BTH)[..., : self.proposable], sampling, keep, self.seams)
+        return Candidates(self.to_target(choice.ids_BTN), choice.probs_BTN)
 
     def to_target(self, ids: Tensor) -> Tensor:
         """Map ids of a reduced vocabulary to the target's (EAGLE-3 convention, `d2t` offsets)."""

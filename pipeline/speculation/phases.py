@@ -1,7 +1,7 @@
 """The four phases of a pair as pure functions: prefill, decode, speculate, score.
 
-Each is traced once per bucket and compiled. State (`State` of both models) is updated through `Seams.write`; nothing
-else is mutated. Rows are independent: each has its own position, and an inactive row changes nothing.
+Each is traced and compiled once per bucket. State (`State` of both models) is updated through `Seams.write`; nothing
+else is mutated. Rows are independent: each has its own position, and an inactive row changes no state.
 
 Shapes: B rows, T tokens, S attended cache length, K draft tokens, V vocabulary. All integer inputs are int32.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.speculation.acceptance import accept_greedy, accept_stochastic
-from pipeline.speculation.drafters import Drafter, at, count
+from pipeline.speculation.acceptance import Drafts, accept_greedy, accept_stochastic
+from pipeline.speculation.drafters import Drafter, index_range, take
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
 from pipeline.speculation.sampling import Candidates
 
@@ -20,61 +20,49 @@ from pipeline.speculation.sampling import Candidates
 def prefill(
     target: Model, drafter: Drafter, tokens_BT: Tensor, lengths_B: Tensor, slots_B: Tensor, choose: Choose
 ) -> Tensor:
-    """Fill both models' caches from empty rows; returns the first new token, int32 [B] (-1 for rows of length 0).
+    """Fill both models' caches from empty rows; return the first new token, int32 [B] (-1 for rows of length 0).
 
     Shapes: tokens_BT right-padded, lengths_B real tokens per row, slots_B distinct cache rows, uniforms [B, 1].
     """
-    prompt = Prompt(tokens_BT, count(tokens_BT.shape[1], tokens_BT).expand_as(tokens_BT), lengths_B, slots_B)
-    seen = target.read(prompt)
-    drafter.after_prefill(prompt, seen)
-    token_B1, _ = target.next(at(seen.last_BTH, prompt.last)[:, None], choose)
+    prompt = Prompt(tokens_BT, index_range(tokens_BT.shape[1], tokens_BT).expand_as(tokens_BT), lengths_B, slots_B)
+    states = target.read(prompt)
+    drafter.after_prefill(prompt, states)
+    token_B1, _ = target.next(take(states.last_BTH, prompt.last)[:, None], choose)
     return torch.where(prompt.active, token_B1[:, 0], -1).int()
 
 
-def decode(
-    target: Model, drafter: Drafter, last_B: Tensor, position_B: Tensor, active_B: Tensor, kv: int, choose: Choose
-) -> Tensor:
-    """One token per row from the target alone: int32 [B], -1 for inactive rows.
+def decode(target: Model, drafter: Drafter, rows: Rows, choose: Choose) -> Tensor:
+    """Generate one token per row with the target alone: int32 [B], -1 for inactive rows.
 
-    Shapes: last_B, position_B int32 [B], active_B bool [B], uniforms [B, 1].
+    Shapes: uniforms [B, 1].
     """
-    rows = Rows(last_B, position_B, active_B & (position_B < target.usable(kv)), kv)
-    seen = target.hidden(last_B[:, None], position_B[:, None], rows.alive_B, kv)
-    drafter.after_decode(rows, seen)
-    return torch.where(rows.alive_B, target.next(seen.last_BTH, choose)[0][:, 0], -1).int()
+    rows = target.within(rows)
+    states = target.hidden(rows.last_B[:, None], rows.position_B[:, None], rows.alive_B, rows.kv)
+    drafter.after_decode(rows, states)
+    return torch.where(rows.alive_B, target.next(states.last_BTH, choose)[0][:, 0], -1).int()
 
 
-def speculate(
-    target: Model,
-    drafter: Drafter,
-    last_B: Tensor,
-    position_B: Tensor,
-    active_B: Tensor,
-    kv: int,
-    steps: int,
-    choose: Choose,
-) -> tuple[Tensor, Tensor]:
+def speculate(target: Model, drafter: Drafter, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, Tensor]:
     """Propose `steps` tokens with the draft, verify them in one pass of the target: 1 to K+1 tokens per row.
 
     Returns tokens int32 [B, K+1] padded with -1, and count int32 [B] (0 for inactive rows). Near the end of the cache
-    fewer drafts count, so that nothing is written past S.
-    Shapes: last_B, position_B int32 [B], active_B bool [B], uniforms [B, 2K+1]: K draws of the draft, K acceptances,
-    one last token.
+    fewer drafts are accepted, so that nothing is written past S.
+    Shapes: uniforms [B, 2K+1]: K draws of the draft, K acceptances, one last token.
     """
-    rows = Rows(last_B, position_B, active_B & (position_B < target.usable(kv)), kv)
+    rows = target.within(rows)
     drafts_BK, draft_dists = drafter.propose(rows, steps, choose)
-    tokens_BT = torch.cat((last_B[:, None].long(), drafts_BK), dim=1)
-    seen = target.hidden(tokens_BT, position_B[:, None] + count(steps + 1, last_B), rows.alive_B, kv)
-    room_B = target.usable(kv) - 1 - position_B
+    tokens_BT = torch.cat((rows.last_B[:, None].long(), drafts_BK), dim=1)
+    positions_BT = rows.position_B[:, None] + index_range(steps + 1, rows.last_B)
+    states = target.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv)
+    room_B = target.usable(rows.kv) - 1 - rows.position_B
     if choose.sampling is None or choose.uniforms is None:
-        emitted = accept_greedy(drafts_BK, target.greedy(seen.last_BTH), room_B, rows.alive_B)
+        emitted = accept_greedy(drafts_BK, target.greedy(states.last_BTH), room_B, rows.alive_B)
     else:
-        dist = target.candidates(seen.last_BTH, choose.sampling, choose.keep)
+        dist = target.candidates(states.last_BTH, choose.sampling, choose.keep)
         draws = choose.uniforms[:, steps:]
-        emitted = accept_stochastic(
-            drafts_BK, _stack(draft_dists), dist, draws, room_B, rows.alive_B, target.config.vocab
-        )
-    drafter.after_verify(rows, emitted, seen)
+        drafts = Drafts(drafts_BK, _stack(draft_dists))
+        emitted = accept_stochastic(drafts, dist, draws, room_B, rows.alive_B, target.config.vocab)
+    drafter.after_verify(rows, emitted, states)
     return emitted.tokens.int(), emitted.count.int()
 
 

@@ -1,8 +1,8 @@
-"""Choosing tokens from logits: exact argmax with the lowest id on ties, and temperature / top-k / top-p sampling.
+"""Choose tokens from logits: exact argmax with the lowest id on ties, and temperature / top-k / top-p sampling.
 
 Random numbers are arguments, so everything here is deterministic.
 
-Shapes: B rows, T positions, V vocabulary (whole unless said otherwise), N candidates kept, sorted by descending logit.
+Shapes: B rows, T positions, V vocabulary (whole unless stated otherwise), N candidates, sorted by descending logit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Candidates:
 
 
 def greedy(logits_BTV: Tensor, seams: Seams, offset_1: Tensor | None) -> Tensor:
-    """Highest-scoring token, int64 [B, T]; ties go to the lowest id on any number of ranks.
+    """Return the highest-scoring token, int64 [B, T]; ties go to the lowest id on any number of ranks.
 
     `logits_BTV` is this rank's slice and `offset_1` its first vocabulary id (None on a single rank).
     """
@@ -52,10 +52,10 @@ def greedy(logits_BTV: Tensor, seams: Seams, offset_1: Tensor | None) -> Tensor:
 def candidates(
     logits_BTV: Tensor, sampling: Sampling, keep: int | None, seams: Seams = PLAIN
 ) -> Candidates:  # fmt: skip
-    """The distribution to sample from: temperature, then top-k, then top-p, over the best `keep` tokens (None: all).
+    """Return the distribution to sample: temperature, then top-k, then top-p, over the best `keep` tokens (None: all).
 
     Rows with temperature 0 put all mass on the argmax, so greedy and sampled requests share a batch. top-p keeps
-    the smallest set whose mass reaches p (Holtzman et al. 2019), the token that crosses included.
+    the smallest set whose mass reaches p (Holtzman et al. 2019), including the token that crosses p.
     """
     size = logits_BTV.shape[-1]
     scores, ids = seams.top(logits_BTV, min(keep or size, size))
@@ -70,20 +70,20 @@ def candidates(
     scores = torch.where(rank_N < top_k, scores, -torch.inf)
     probs = torch.softmax(scores, dim=-1)
     before = probs.cumsum(dim=-1) - probs
-    kept = torch.where((before < sampling.top_p_B[:, None, None]) | (rank_N == 0), probs, torch.zeros_like(probs))
-    return Candidates(ids, kept / kept.sum(dim=-1, keepdim=True))
+    nucleus = torch.where((before < sampling.top_p_B[:, None, None]) | (rank_N == 0), probs, torch.zeros_like(probs))
+    return Candidates(ids, nucleus / nucleus.sum(dim=-1, keepdim=True))
 
 
 def certain(choice: Candidates, tokens_BT: Tensor) -> Candidates:
-    """Put all mass on a token wherever `tokens_BT` is not negative; the least likely candidate makes room for it."""
-    wanted_BT1 = tokens_BT[..., None]
-    there_BT1 = (choice.ids_BTN == wanted_BT1).any(dim=-1, keepdim=True)
-    place_N = torch.arange(choice.ids_BTN.shape[-1], device=tokens_BT.device)
-    replaced_BTN = ~there_BT1 & (place_N == choice.ids_BTN.shape[-1] - 1)
-    ids_BTN = torch.where((wanted_BT1 >= 0) & replaced_BTN, wanted_BT1, choice.ids_BTN)
-    is_wanted_BTN = ids_BTN == wanted_BT1
-    first_BTN = is_wanted_BTN & (is_wanted_BTN.int().cumsum(dim=-1) == 1)  # a tied argmax may be there twice
-    probs_BTN = torch.where(wanted_BT1 >= 0, first_BTN.to(choice.probs_BTN.dtype), choice.probs_BTN)
+    """Put all mass on `tokens_BT` where not negative; a token that is no candidate replaces the least likely one."""
+    token_BT1 = tokens_BT[..., None]
+    present_BT1 = (choice.ids_BTN == token_BT1).any(dim=-1, keepdim=True)
+    index_N = torch.arange(choice.ids_BTN.shape[-1], device=tokens_BT.device)
+    replaced_BTN = ~present_BT1 & (index_N == choice.ids_BTN.shape[-1] - 1)
+    ids_BTN = torch.where((token_BT1 >= 0) & replaced_BTN, token_BT1, choice.ids_BTN)
+    is_token_BTN = ids_BTN == token_BT1
+    first_BTN = is_token_BTN & (is_token_BTN.int().cumsum(dim=-1) == 1)  # a tied argmax may occur twice
+    probs_BTN = torch.where(token_BT1 >= 0, first_BTN.to(choice.probs_BTN.dtype), choice.probs_BTN)
     return Candidates(ids_BTN, probs_BTN)
 
 
@@ -94,10 +94,10 @@ def draw(choice: Candidates, uniforms_BT: Tensor) -> Tensor:
 
 
 def pick(weights_BTN: Tensor, uniforms_BT: Tensor) -> Tensor:
-    """Index drawn in proportion to non-negative weights, int64 [B, T, 1]; never one of weight zero.
+    """Draw an index in proportion to non-negative weights, int64 [B, T, 1]; never an index of weight zero.
 
-    The uniform is scaled by the total, so weights need no normalising; rounding at the top end falls back to the last
-    index with weight.
+    The uniform is scaled by the total, so weights need no normalisation; rounding at the top end gives the last index
+    with a positive weight.
     """
     cumulative = weights_BTN.cumsum(dim=-1)
     threshold = uniforms_BT[..., None] * cumulative[..., -1:]

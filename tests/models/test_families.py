@@ -102,7 +102,7 @@ def pair(request, tmp_path_factory) -> tuple[str, Path, Recipe, Engine]:
     for name, data in tokenizer_files(target).items():
         (root / "tokenizer" / name).write_bytes(data)
     manifest: Any = SimpleNamespace(
-        graphs=[SimpleNamespace(spec=lambda spec=spec: spec) for spec in plan.graphs],
+        graphs=[SimpleNamespace(spec=spec) for spec in plan.graphs],
         shapes=recipe.shapes, method="draft_model", step_costs=None, lookup=None, draft_tokens=(3,),
         sampling=("greedy", "stochastic"),
         vocab=target.config.vocab, eos_ids=target.config.eos_ids,

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.graphs.spec import GraphSpec
 from pipeline.models.parallel import Seams
-from pipeline.speculation.acceptance import accept_stochastic
+from pipeline.speculation.acceptance import Drafts, accept_stochastic
 from pipeline.speculation.sampling import Candidates, Sampling, candidates, greedy, pick
 from support.pairs import empty_state, make_pair
 
@@ -209,6 +209,6 @@ def test_accept_stochastic_with_equal_distributions_accepts_all():
     room = torch.tensor([9])
     for seed in range(20):
         uniforms = torch.rand(1, 3, generator=torch.Generator().manual_seed(seed))
-        out = accept_stochastic(torch.tensor([[1, 4]]), dist, target, uniforms, room, torch.tensor([True]), 5)
+        out = accept_stochastic(Drafts(torch.tensor([[1, 4]]), dist), target, uniforms, room, torch.tensor([True]), 5)
         assert out.count.tolist() == [3]
         assert out.tokens[0, :2].tolist() == [1, 4]

@@ -150,8 +150,8 @@ def _acceptance(change: Callable[[torch.Tensor, int], torch.Tensor]):
     def around(spec, state) -> Iterator[None]:
         original = graphs.accept_stochastic
 
-        def changed(drafts, q, p, uniforms, *rest):
-            return original(drafts, q, p, change(uniforms, drafts.shape[1]), *rest)
+        def changed(drafts, target, uniforms, *rest):
+            return original(drafts, target, change(uniforms, drafts.tokens_BK.shape[1]), *rest)
 
         graphs.accept_stochastic = changed
         try:

@@ -1,10 +1,10 @@
 """AOTInductor: torch.export, C++ kernels, one shared library per graph. Runs on any CPU; written for CUDA, not run.
 
     backend.py                  the backend: trace, compile, open
-    seams.py                    what the models' seams are filled with
-    block_linear.py             a few rows times a blocked weight: what the operator computes
+    seams.py                    this backend's seams of the models
+    block_linear.py             a few rows times a blocked weight, as an operator
     block_linear_kernel.py      its C++
-    cached_attention.py         attention over the keys in the cache: what the operator computes
+    cached_attention.py         attention over the keys in the cache, as an operator
     cached_attention_kernel.py  its C++
     vectors.py                  C++ that the kernels share
     collectives.py              sums and gathers over ranks

@@ -30,11 +30,11 @@ from pipeline.recipe.schema import InductorSettings
 
 KERNELS = ("block_linear_kernel.py", "cached_attention_kernel.py", "vectors.py")
 KERNEL_DIGEST = hashlib.sha256(b"".join(Path(__file__).with_name(k).read_bytes() for k in KERNELS)).hexdigest()[:12]
-"""Of our own part of the generated code, which the traced graph only names."""
+"""Digest of our own kernels, which the traced graph refers to by name only."""
 
 WRAPPER_LEVEL = {"repeated": "O1", "other": "O0"}
-"""How far the C++ that calls a graph's kernels is optimised. O1 compiles half as long again, and takes 3% off a step of
-a model of 135 M weights, whose kernels are short."""
+"""Optimisation level of the C++ that calls a graph's kernels. O1 takes 1.5x the compile time, and makes a step of a
+model of 135 M weights, whose kernels are short, 3% faster."""
 
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
@@ -51,7 +51,7 @@ class InductorBackend:
         self.packing: Packing = PACKINGS[settings.packing]
 
     def toolchain(self) -> Toolchain:
-        """Versions of torch and the C++ compiler, and the instruction set that `native` means here."""
+        """Return versions of torch and the C++ compiler, and the instruction set of `native` on this host."""
         versions = {"torch": str(torch.__version__), "cxx": _compiler_version()}
         if self.device == "cpu":
             versions["machine"] = platform.machine()
@@ -62,7 +62,7 @@ class InductorBackend:
         return Toolchain("inductor", versions)
 
     def flags(self) -> dict[str, str]:
-        """What changes the generated code."""
+        """Return the settings that change the generated code."""
         return {
             "device": self.device,
             "isa": self.isa,
@@ -72,22 +72,22 @@ class InductorBackend:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Inductor's configuration."""
+        """Return Inductor's configuration."""
         common: dict[str, Any] = {
             "aot_inductor.enable_line_tables": False,
             "cpp.simdlen": VECTOR_BITS[self.isa],
-            # Inductor writes a thread count into its loops. Left open it is that of whoever compiles, and the same
-            # graph compiled by one worker or by two would be two different programs under one key.
+            # Inductor writes a thread count into its loops, by default that of the compiling process: one graph would
+            # compile to different programs under one key.
             "cpp.threads": 1,
         }
         return common | ({"cpp.march": MARCH[self.isa]} if self.device == "cpu" else {})
 
     def requires(self) -> dict[str, str]:
-        """Instruction set of a CPU artifact, compute capability of a GPU one."""
+        """Return the instruction set of a CPU artifact, or the compute capability of a GPU artifact."""
         return self.host() if self.isa == "native" else self.host() | {"isa": self.isa}
 
     def host(self) -> dict[str, str]:
-        """What this host has, in the words of `requires`."""
+        """Return this host's values of the keys of `requires`."""
         if self.device == "cuda":
             major, minor = torch.cuda.get_device_capability()
             return {"device": "cuda", "compute_capability": f"{major}.{minor}"}
@@ -95,18 +95,18 @@ class InductorBackend:
         return {"device": "cpu", "machine": platform.machine(), "isa": isa}
 
     def preflight(self) -> list[Problem]:
-        """A C++ compiler on PATH, and a GPU where one is asked for."""
+        """Check for a C++ compiler on PATH, and a GPU if the recipe needs one."""
         problems = []
         if shutil.which(_cxx()) is None:
             problems.append(
                 Problem("backend.name", f"inductor needs a C++ compiler; {_cxx()!r} is not on PATH", "install g++")
             )
         if self.device == "cuda" and not torch.cuda.is_available():
-            problems.append(Problem("backend.device", "cuda was asked for but no GPU is usable", "use device: cpu"))
+            problems.append(Problem("backend.device", "device is cuda, but no GPU is available", "use device: cpu"))
         return problems
 
     def seams(self, tp: int) -> Seams:
-        """Layouts and collectives of a model split over `tp` ranks."""
+        """Return layouts and collectives of a model split over `tp` ranks."""
         if self.device == "cpu":
             return BlockedSeams() if tp == 1 else RankedSeams(tp)
         return Seams() if tp == 1 else PlainRankedSeams(tp)
@@ -122,11 +122,12 @@ class InductorBackend:
         return Traced(canonical(program).encode(), io, program, repeated)
 
     def compile(self, traced: Traced, work: Path) -> bytes:
-        """Lower to C++ (or Triton) and build the shared library; returns the `.pt2` package."""
-        from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401 - known from here on
+        """Lower to C++ (or Triton) and build the shared library; return the `.pt2` package."""
+        # Registers our kernels. Not at the top: it imports Inductor, which takes seconds and only compiling needs.
+        from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401
 
         package = work / self.graph_file
-        # The processor says which instructions it has; Inductor's probes for that compile for seconds.
+        # The instruction set is known; Inductor's probes for it take seconds to compile.
         level = WRAPPER_LEVEL["repeated" if traced.repeated else "other"]
         settings = self.settings() | {
             "compile_threads": 1,
@@ -142,12 +143,12 @@ class InductorBackend:
         return package.read_bytes()
 
     def open(self, root: Path, manifest: PairManifest) -> Ranks:
-        """One rank runs in this process, more in processes of their own."""
+        """Open one rank in this process, or several in a process each."""
         return OneRank(root, manifest) if manifest.ranks == 1 else ManyRanks(root, manifest)
 
 
 def canonical(program: torch.export.ExportedProgram) -> str:
-    """The graph as text that two machines agree on: operators, arguments, shapes, dtypes. No metadata, no paths."""
+    """Return the graph as text, equal on two machines: operators, arguments, shapes, dtypes; no metadata or paths."""
     lines = [
         f"{node.name} = {node.op} {node.target} {node.args} {node.kwargs} : {_value(node.meta.get('val'))}"
         for node in program.graph.nodes
@@ -164,7 +165,7 @@ def _value(value: Any) -> str:
 
 
 def _cxx() -> str:
-    import torch._inductor.config as config
+    import torch._inductor.config as config  # not at the top: the import takes seconds
 
     return str(config.cpp.cxx[1])
 

@@ -1,7 +1,7 @@
-"""A few rows times blocked weights, as operators: what decoding and verifying spend their time on.
+"""Products of a few rows with blocked weights, as operators: most of the time of decode and speculate steps.
 
-Here is what they compute; `block_linear_kernel.py` is what Inductor compiles them to, so that a compiled graph carries
-its kernels and needs nothing of this package.
+This module defines their results; Inductor compiles them from `block_linear_kernel.py`, so that a compiled graph
+contains its kernels and does not need this package.
 
 Shapes: M rows, I input features, N output features (whole blocks of 32); blocks as `BlockPacking` lays them out.
 """
@@ -19,10 +19,10 @@ from pipeline.models.weights import BLOCK
 
 @torch.library.custom_op("tandem::block_linear", mutates_args=())
 def block_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """`x @ weight.T` of blocked weights of one dtype, side by side, summed in float32.
+    """Compute `x @ weight.T` of blocked weights of one dtype, summed in float32 and concatenated.
 
-    Shapes: x [M, I] of the model's dtype, contiguous; weights [N/32, I, 32], or [N/32, I/2, 32, 2], of it or int8,
-    whose scales follow -> float32 [M, sum of N].
+    Shapes: x [M, I] of the model's dtype, contiguous; weights [N/32, I, 32], or [N/32, I/2, 32, 2], of the same dtype
+    or int8 followed by its scales -> float32 [M, sum of N].
     """
     return torch.cat([_product(x, weight) for weight in weights], dim=-1)
 
@@ -34,7 +34,7 @@ def _(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 @torch.library.custom_op("tandem::block_swiglu", mutates_args=())
 def block_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020) of blocked weights, in float32, rounded once at the end.
+    """Compute `silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020) of blocked weights in float32, rounded once at the end.
 
     Shapes: x, gate, up as of `block_linear` -> x's dtype [M, N].
     """
@@ -42,7 +42,7 @@ def block_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 
 @block_swiglu.register_fake
-def _(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:  # noqa: ARG001 - the operator's
+def _(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:  # noqa: ARG001 - the operator's signature
     return x.new_empty(x.shape[0], _outputs(gate))
 
 
@@ -51,7 +51,7 @@ def _outputs(weight: Tensor) -> int:
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """With one weight, float32 [M, N]."""
+    """Compute the product with one weight, float32 [M, N]."""
     count, inputs = len(weight), x.shape[1]
     flat = weight.reshape(count, -1)
     blocks = flat[:, : inputs * BLOCK].float()

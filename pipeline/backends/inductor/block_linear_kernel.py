@@ -1,17 +1,16 @@
-"""The C++ that `block_linear` and `block_swiglu` become in a graph, and how Inductor is told. Imported only to compile.
+"""C++ of `block_linear` and `block_swiglu`, and their registration with Inductor. Imported only to compile.
 
-A decode step multiplies one row by every weight, a step that verifies K drafts K + 1 rows, so either takes as long as
-the weights take to arrive from memory, if the kernel lets them stream. torch's own products do not at 2 to 8 rows.
-A block is read once, in order, for all rows at a time, and sums are kept in registers, in float32 whatever the weight's
-dtype. Every row's sum runs over I in the same order however many rows there are: decode, verify and score agree bit by
-bit in their linear layers.
+A decode step multiplies one row by every weight, a step that verifies K drafts K + 1 rows. Both are limited by memory
+bandwidth if the kernel streams the weights; torch's own products do not at 2 to 8 rows. A block is read once and in
+order for all rows, with sums in registers, in float32 for all dtypes of weights. Each row's sum runs over I in the same
+order for any number of rows: decode, verify and score agree bit by bit in their linear layers.
 
-Weights that read the same rows are one loop, since every loop ends with threads that wait for each other, and what
-Inductor makes of the little work between products runs on one of them: in a decoder that is a sixth of a step.
+Weights that read the same rows share a loop: every loop ends with a barrier of its threads, and Inductor's code between
+products runs on one thread, which takes a sixth of a decoder's step.
 
-Three ways, chosen when a graph runs. Rows of bfloat16 go by tiles of Intel's AMX where the processor has them, else by
-AVX-512's products of bfloat16 pairs; everything else goes by vectors of float32. So an artifact needs neither, whatever
-machine built it. Threads are the runtime's choice, too.
+Three implementations, chosen when a graph runs: bfloat16 rows use tiles of Intel's AMX if the processor has them, else
+AVX-512's products of bfloat16 pairs; all other rows use float32 vectors. So an artifact requires neither extension,
+independent of the machine that built it. The number of threads is chosen at run time too.
 """
 
 from __future__ import annotations
@@ -310,14 +309,14 @@ extern "C" SIGNATURE
 
 
 class BlockLinearTemplate(CppTemplate):
-    """The kernel for some shapes: products side by side, or, `gated`, the one product that SwiGLU makes of two."""
+    """The kernel for given shapes: concatenated products, or, if `gated`, SwiGLU of two products."""
 
     def __init__(self, inputs: list[Any], layout: ir.Layout, *, gated: bool) -> None:
         super().__init__("block_swiglu" if gated else "block_linear", inputs, layout, num_threads=1)
         self.gated = gated
 
     def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
-        """C++ of the kernel."""
+        """Return the C++ of the kernel."""
         assert not epilogue_nodes, epilogue_nodes
         x, *weights = self.input_nodes
         block = [int(size) for size in weights[0].get_size()[1:]]
@@ -325,14 +324,14 @@ class BlockLinearTemplate(CppTemplate):
         paired, columns = len(block) == 3, int(x.get_size()[1])
         pairs = paired and x.get_dtype() == torch.bfloat16
         out = template_buffer_node or self.output_node
-        named = {f"W{number}": weight for number, weight in enumerate(weights)}
+        operands = {f"W{number}": weight for number, weight in enumerate(weights)}
         parts: dict[str, Any] = {
             "BY_PAIRS": BY_PAIRS if pairs else NO_PAIRS,
             "BY_TILES": BY_TILES if pairs and columns % 32 == 0 else NO_TILES,
             "HEADER": self.header().getvalue(),
-            "SIGNATURE": kernel.def_kernel({"X": x, **named}, {"Y": out}),
+            "SIGNATURE": kernel.def_kernel({"X": x, **operands}, {"Y": out}),
             "NAME": kernel.kernel_name,
-            "WEIGHTS": ", ".join(f"{name} + {weight.get_layout().offset}" for name, weight in named.items()),
+            "WEIGHTS": ", ".join(f"{name} + {weight.get_layout().offset}" for name, weight in operands.items()),
             "WEIGHT_TYPE": kernel.dtype(weights[0]),
             "INPUT_TYPE": kernel.dtype(x),
             "OUTPUT_TYPE": kernel.dtype(out),

@@ -1,7 +1,7 @@
 """Attention of a few queries over a KV cache, as an operator that reads no key beyond each query's last one.
 
-A graph is compiled for the longest sequence; what a step costs then follows the sequence that is there. Here is what it
-computes; `cached_attention_kernel.py` is what Inductor compiles it to.
+A graph is compiled for the longest sequence, but the time of a step depends on the current sequence. This module
+defines the result; Inductor compiles it from `cached_attention_kernel.py`.
 
 Shapes: B rows, N query heads, G KV heads, T queries, S_max cache length, D head size.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @torch.library.custom_op("tandem::cached_attention", mutates_args=())
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, last: Tensor, kv: int) -> Tensor:
-    """Softmax attention (Vaswani et al. 2017) of grouped heads (Ainslie et al. 2023), in float32, rounded at the end.
+    """Compute softmax attention (Vaswani et al. 2017) of grouped heads (Ainslie et al. 2023) in float32, rounded once.
 
     Shapes: q float32 [B, N, T, D], k and v [rows >= B, G, S_max, D] of any float dtype, last int32 [B, T], the last of
     the keys 0 .. kv - 1 that a query sees, from 0 -> the caches' dtype [B, T, N, D]. All contiguous.
@@ -28,6 +28,6 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, last: Tensor, kv: int) -> 
 
 
 @cached_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, last: Tensor, kv: int) -> Tensor:  # noqa: ARG001 - the operator's
+def _(q: Tensor, k: Tensor, v: Tensor, last: Tensor, kv: int) -> Tensor:  # noqa: ARG001 - the operator's signature
     batch, heads, tokens, dim = q.shape
     return k.new_empty(batch, tokens, heads, dim)

@@ -1,9 +1,9 @@
-"""The C++ that `cached_attention` becomes inside a graph. Imported only to compile.
+"""C++ of `cached_attention`, and its registration with Inductor. Imported only to compile.
 
-Keys and values are read in order, in chunks whose scores stay in the nearest cache, for all queries of the heads that
-share them; sums are rescaled where a chunk has a new largest score (Milakov, Gimelshein 2018). A chunk's keys are
-transposed first, so that a query is multiplied with many keys at a time. Every query's sum runs over its keys in the
-same order however many queries and rows there are.
+Keys and values are read in order, in chunks whose scores fit the L1 cache, for all queries of the heads that share
+them; sums are rescaled if a chunk has a new largest score (Milakov, Gimelshein 2018). A chunk's keys are transposed
+first, so that a query is multiplied with many keys at a time. Each query's sum runs over its keys in the same order for
+any number of queries and rows.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class CachedAttentionTemplate(CppTemplate):
         self.kv = kv
 
     def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
-        """C++ of the kernel."""
+        """Return the C++ of the kernel."""
         assert not epilogue_nodes, epilogue_nodes
         q, k, v, last = self.input_nodes
         batch, heads, tokens, dim = (int(size) for size in q.get_size())

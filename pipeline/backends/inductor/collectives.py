@@ -1,9 +1,9 @@
-"""Sums and gathers over ranks, as operators that a compiled graph calls and waits for.
+"""Sums and gathers over ranks, as blocking operators of a compiled graph.
 
-They are functional and whole on purpose. Inductor (torch 2.13) lowers torch's own `_c10d_functional` operators to sums
-in place with a wait beside them: it was seen to place a fused kernel before the wait that one of its inputs needs, and,
-with fusion off, to let go of a tensor that gloo's thread still wrote to. An operator that takes a tensor and returns
-another, finished one leaves it nothing to reorder.
+They are functional and include the wait. Inductor (torch 2.13) lowers torch's own `_c10d_functional` operators to sums
+in place with a separate wait. Observed faults: a fused kernel ran before the wait that its input needs, and, without
+fusion, a tensor was freed while gloo's thread still wrote to it. An operator that returns a finished new tensor cannot
+be reordered this way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("tandem::all_gather", mutates_args=())
 def all_gather(x: Tensor, ranks: int) -> Tensor:
-    """Every rank's `x`: [...] of any dtype -> [ranks, ...]."""
+    """Gather every rank's `x`: [...] of any dtype -> [ranks, ...]."""
     out = x.new_empty(ranks, *x.shape)
     torch.distributed.all_gather(list(out), x.contiguous())
     return out

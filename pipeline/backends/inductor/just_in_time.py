@@ -1,4 +1,4 @@
-"""Our kernels in this process, for work that needs no artifact: writing what a draft learns from."""
+"""Compile functions with our kernels in this process, without an artifact: to generate training data for drafts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ R = TypeVar("R")
 
 
 def usable() -> bool:
-    """Whether this machine can compile."""
+    """Return whether this machine can compile."""
     return not InductorBackend(InductorSettings()).preflight()
 
 
 def blocked(model: Model, dtype: str) -> Model:
-    """The same model on the same caches, with a second set of weights, in blocks."""
+    """Return the same model on the same caches, with a second set of weights in blocks."""
     packing, packed = BlockPacking(), {}
     for spec in weight_specs(model.config):
         shape = packing.packed_shape(spec.shape, spec.kind, dtype)
@@ -36,9 +36,10 @@ def blocked(model: Model, dtype: str) -> Model:
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` as one compiled graph: at its first call, and for the shapes of that call."""
-    from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401 - known from here on
+    """Return `function` as one compiled graph; the first call compiles it for the shapes of its arguments."""
+    # Registers our kernels. Not at the top: it imports Inductor, which takes seconds and only compiling needs.
+    from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401
 
-    every = InductorBackend(InductorSettings()).settings()
-    settings = {name: value for name, value in every.items() if not name.startswith("aot")}
+    options = InductorBackend(InductorSettings()).settings()
+    settings = {name: value for name, value in options.items() if not name.startswith("aot")}
     return torch.compile(function, fullgraph=True, dynamic=False, options=settings)

@@ -1,4 +1,4 @@
-"""All ranks of an artifact behind one call. One rank runs here; more run in processes of their own, joined by gloo."""
+"""All ranks of an artifact behind one call: one rank in this process, or a process per rank, connected by gloo."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from pipeline.errors import HostError, reason
 from pipeline.graphs.spec import GraphSpec
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
-"""Longest that a rank waits for another one inside a collective."""
-
+"""Time limit of a rank's wait for another rank in a collective."""
 
 Message = tuple[GraphSpec, dict[str, np.ndarray]] | None
-"""What a rank is asked: to run a graph, or to zero its state."""
+"""A graph to run with its arguments; None to zero the state."""
 
 
 class OneRank:
@@ -46,17 +45,17 @@ class OneRank:
         self.session.reset()
 
     def state(self) -> dict[str, Tensor]:
-        """Live state by name."""
+        """Return the live state by name."""
         return self.session.state()
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is no worker."""
 
 
 class ManyRanks:
     """Every rank in a worker process; all run the same graph on the same arguments.
 
-    This process only sends and listens, so that a rank that dies ends the call with an error, never with a hang.
+    This process runs no rank itself, so that a rank that dies ends the call with an error instead of a hang.
     """
 
     def __init__(self, root: Path, manifest: PairManifest) -> None:
@@ -80,7 +79,7 @@ class ManyRanks:
         """Run one graph on every rank.
 
         Raises:
-            HostError: a rank failed or died, now or in an earlier call; the others are ended, too.
+            HostError: a rank failed or died, in this or an earlier call; the others are ended too.
 
         """
         return _tensors(self._ask((spec, _arrays(arguments))))
@@ -90,7 +89,7 @@ class ManyRanks:
         self._ask(None)
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing: every rank has its own, elsewhere."""
+        """Return an empty dict: each rank's state is in its own process."""
         return {}
 
     def close(self) -> None:
@@ -114,17 +113,17 @@ class ManyRanks:
 
     @contextmanager
     def _end_on_failure(self) -> Iterator[None]:
-        """End the ranks unless all of them answer: the next call would take late answers for its own."""
+        """End the ranks unless all of them answer: the next call would read late answers as its own."""
         try:
             yield
-        except BaseException:  # a timeout's or Ctrl-C's, too
+        except BaseException:  # a timeout or Ctrl-C too
             for worker in self._workers:
                 worker.kill()
             self.close()
             raise
 
     def _answers(self) -> dict[str, np.ndarray]:
-        """One answer of each rank; rank 0's is returned."""
+        """Wait for an answer of each rank; return rank 0's."""
         answers: dict[int, Any] = {}
         while len(answers) < len(self._pipes):
             for rank in self._ready(answers):
@@ -135,11 +134,11 @@ class ManyRanks:
                 if isinstance(answers[rank], str):
                     fix = "free memory, run `tandem verify`, then load again"
                     raise HostError(answers[rank], where=f"rank {rank}", fix=fix)
-        found: dict[str, np.ndarray] = answers[0]
-        return found
+        outputs: dict[str, np.ndarray] = answers[0]
+        return outputs
 
     def _ready(self, answered: dict[int, Any]) -> Iterator[int]:
-        """Ranks that have something to say, or are gone."""
+        """Return ranks whose pipe has an answer or is closed."""
         ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in answered])
         return (rank for rank, pipe in enumerate(self._pipes) if pipe in ready)
 
@@ -149,7 +148,7 @@ class ManyRanks:
 
 
 def _serve(pipe: Connection, root: Path, manifest: PairManifest, rank: int, folder: str) -> None:
-    """Worker: join the others, load, then run what arrives until the pipe closes. Answers outputs, or a failure."""
+    """Run a worker: join the other ranks, load, then answer messages with outputs or a failure until it closes."""
     try:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // manifest.ranks))
         _join(rank, manifest.ranks, folder)
@@ -174,7 +173,7 @@ def _answer(session: Session, message: Message, rank: int) -> dict[str, np.ndarr
 
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """As plain arrays, which cross a pipe without torch's shared memory."""
+    """Convert to plain arrays, which a pipe sends without torch's shared memory."""
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
@@ -183,7 +182,7 @@ def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def _join(rank: int, ranks: int, folder: str) -> None:
-    """Meet the other ranks through a file, over the loopback interface: needs no free port and no host name."""
+    """Join the other ranks through a file, over the loopback interface: needs no free port and no host name."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = FileStore(f"{folder}/meet", ranks)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)

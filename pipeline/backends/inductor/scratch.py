@@ -1,4 +1,4 @@
-"""What Inductor leaves on disk and in C++ while it compiles: kept apart, whole, and small. Changes no result."""
+"""Isolate Inductor's folders and headers, and leave out its input checks. Changes no result."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
-"""Where Inductor writes: one folder a graph, always the same one, because its path ends up in the library."""
+"""Folders of Inductor, one per graph and always the same, because the path is stored in the library."""
 
 MARK = ".whole"
 HEADERS: dict[str, Any] = {}
-"""What Inductor remembers of headers in this process, by the wrapper's level of optimisation."""
+"""Inductor's cached header function of this process, by the wrapper's optimisation level."""
 NO_CHECKS = """
 static bool _check_aoti_runtime_check_inputs_env() { return false; }
 static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
@@ -27,9 +27,9 @@ static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[None]:
-    """Let Inductor write its sources in `folder`, which is empty at first and gone at the end; others wait.
+    """Let Inductor write its sources in `folder`: empty at first, removed at the end, and locked meanwhile.
 
-    Inductor takes sources that it finds and adds its commands to them each time, and both end up in the package.
+    Inductor reuses existing sources and appends its commands to them each time, and both are stored in the package.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -46,12 +46,12 @@ def scratch(folder: Path) -> Iterator[None]:
 def whole_headers(folder: Path, level: str) -> Iterator[None]:
     """Keep Inductor's precompiled headers in `folder`, without any that a killed compiler left half-written.
 
-    All compiles that share the folder use the same headers. Inductor takes whatever file is there, for ever. So one is
-    marked once a compile that saw it has succeeded, and one without a mark that nobody is writing is removed. Inductor
-    also remembers, for a process, which header a command takes, but not the wrapper's optimisation `level`, which the
-    header depends on: compilers ignore one of another level, and its name would end up in the package.
+    All compiles that share the folder use the same headers, and Inductor uses any existing file. So a header is
+    marked when a compile that used it has succeeded, and a header with neither a mark nor a held lock is removed.
+    Inductor also caches, per process, the header of a command without the wrapper's optimisation `level`, which the
+    header depends on: compilers ignore a header of another level, and its name would be stored in the package.
     """
-    from torch._inductor import codecache
+    from torch._inductor import codecache  # not at the top: the import takes seconds
 
     codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
     codecache._precompile_header = HEADERS.setdefault(level, cache(codecache._precompile_header.__wrapped__))
@@ -63,19 +63,19 @@ def whole_headers(folder: Path, level: str) -> Iterator[None]:
 
 
 def _unmarked(folder: Path) -> list[Path]:
-    """Precompiled headers without a mark whose lock is free."""
-    found = []
+    """Return precompiled headers without a mark whose lock is free."""
+    headers = []
     for header in folder.glob("*.gch"):
         if not header.with_suffix(MARK).exists():
             with suppress(Timeout), FileLock(folder / "locks" / f"{header.name.split('.')[0]}.lock", timeout=0):
-                found.append(header)
-    return found
+                headers.append(header)
+    return headers
 
 
 @contextmanager
 def no_input_checks() -> Iterator[None]:
-    """Leave out the checks of every input that an environment variable turns on: half the code to compile."""
-    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    """Leave out the optional checks of every input (an environment variable enables them): half of the code."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu  # not at the top: the import takes seconds
 
     def write_none(self: CppWrapperCpu) -> None:
         self.prefix.splice_aot(NO_CHECKS)

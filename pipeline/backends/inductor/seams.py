@@ -1,4 +1,4 @@
-"""What this backend fills the models' seams with: products with blocked weights, attention over caches, collectives."""
+"""This backend's seams of a model: products with blocked weights, attention over caches, collectives."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ class BlockedSeams(Seams):
     """Blocked weights on one rank, summed in float32."""
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """Product with a blocked weight."""
+        """Multiply by a blocked weight."""
         return self.head(x_BTI, weight, rows).to(x_BTI.dtype)
 
     def linears(self, x_BTI: Tensor, weights: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        """Products with several blocked weights, in one loop."""
+        """Multiply by several blocked weights in one loop."""
         out = block_linear(_flat(x_BTI), weights).to(x_BTI.dtype).view(*x_BTI.shape[:2], -1)
-        whole = [weight.shape[0] * BLOCK for weight in weights]
-        if whole == list(rows):
+        padded_rows = [weight.shape[0] * BLOCK for weight in weights]
+        if padded_rows == list(rows):
             return out
-        parts = out.split(whole, dim=-1)
+        parts = out.split(padded_rows, dim=-1)
         return torch.cat([part[..., :count] for part, count in zip(parts, rows, strict=True)], dim=-1)
 
     def swiglu(self, x_BTI: Tensor, gate: Tensor, up: Tensor, rows: int) -> Tensor:
-        """Both products and what is made of them, in one loop; rounded once, at the end."""
+        """Compute both products and SwiGLU in one loop, rounded once at the end."""
         return block_swiglu(_flat(x_BTI), gate, up).view(*x_BTI.shape[:2], -1)[..., :rows]
 
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """A product, left in float32."""
+        """Multiply by a blocked weight, with a float32 result."""
         return block_linear(_flat(x_BTI), [weight]).view(*x_BTI.shape[:2], -1)[..., :rows]
 
     def attend(self, q_BNTD: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
-        """Over caches, only as far as each query sees."""
+        """Attend over caches, up to the last key that each query sees."""
         if not attend.kv:
             return super().attend(q_BNTD, k, v, attend)
         batch, heads, tokens, dim = q_BNTD.shape
@@ -49,7 +49,7 @@ class BlockedSeams(Seams):
         return out.to(q_BNTD.dtype).view(batch, tokens, heads * dim)
 
     def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
-        """Rows of a blocked table: row r is lane r % 32 of block r // 32."""
+        """Look up rows of a blocked table: row r is lane r % 32 of block r // 32."""
         ids = ids_BT.long()
         rows = weight[ids // BLOCK, :, ids % BLOCK].reshape(*ids.shape, -1)
         if weight.dtype != torch.int8:
@@ -62,7 +62,7 @@ def _flat(x_BTI: Tensor) -> Tensor:
 
 
 def _scales(ids_BT: Tensor, weight: Tensor) -> Tensor:
-    """Scales of some rows of a blocked int8 table, float32 [B, T], put together from their four bytes each."""
+    """Return the scales of rows of a blocked int8 table, float32 [B, T], assembled from four bytes each."""
     bytes_BTL4 = weight.view(len(weight), -1)[:, -SCALE_BYTES:][ids_BT // BLOCK].view(*ids_BT.shape, BLOCK, 4)
     index = (ids_BT % BLOCK)[..., None, None].expand(*ids_BT.shape, 1, 4)
     low_to_high = bytes_BTL4.gather(-2, index)[..., 0, :].int() & 0xFF

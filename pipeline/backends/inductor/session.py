@@ -1,4 +1,4 @@
-"""One rank of an opened artifact: its weights, its state, its graphs. Knows nothing of requests or text."""
+"""One rank of an opened artifact: its weights, its state, its graphs. Does not handle requests or text."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class LoadedGraph:
         try:
             self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
         except RuntimeError as error:
-            what, fix = f"cannot load the graph: {error}", "run `tandem verify`, then rebuild"
-            raise HostError(what, where=str(package), fix=fix) from error
+            problem, fix = f"cannot load the graph: {error}", "run `tandem verify`, then rebuild"
+            raise HostError(problem, where=str(package), fix=fix) from error
 
     def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run on tensors in signature order; the state among them is updated in place."""
+        """Run on tensors in signature order; update the state tensors in place."""
         outputs: list[Tensor] = self._loader.run(list(tensors))
         return outputs
 
@@ -48,10 +48,10 @@ class Session:
         self._graphs: dict[str, tuple[LoadedGraph, Signature, list[Tensor]]] = {}
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run one graph; its state is updated in place. Returns outputs by name, on the CPU."""
+        """Run one graph and update its state in place; return outputs by name, on the CPU."""
         graph, io, bound = self._open(spec)
-        given = [arguments[t.name].to(self.device) for t in io.arguments]
-        outputs = graph.run([*bound, *given])
+        inputs = [arguments[t.name].to(self.device) for t in io.arguments]
+        outputs = graph.run([*bound, *inputs])
         return {t.name: out.cpu() for t, out in zip(io.outputs, outputs, strict=True)}
 
     def reset(self) -> None:
@@ -60,7 +60,7 @@ class Session:
             tensor.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """The live state tensors by name, for tests and diagnosis."""
+        """Return the live state tensors by name, for tests and diagnosis."""
         return self._state
 
     def _open(self, spec: GraphSpec) -> tuple[LoadedGraph, Signature, list[Tensor]]:
@@ -73,7 +73,7 @@ class Session:
         return self._graphs[spec.name]
 
     def _state_tensor(self, spec: TensorSpec) -> Tensor:
-        """State is shared by all graphs and starts as zeros."""
+        """Return a state tensor, which all graphs share and which starts as zeros."""
         if spec.name not in self._state:
             self._state[spec.name] = torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype), device=self.device)
         return self._state[spec.name]

@@ -1,4 +1,4 @@
-"""C++ that our kernels share: any stored dtype to vectors of float32 and back; what processors have for bfloat16."""
+"""C++ that our kernels share: conversion of stored dtypes to float32 vectors and back; bfloat16 instructions."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ inline std::pair<Vec, Vec> unpaired(const T* from) {
 
 
 class Code(NamedTuple):
-    """C++ and what it includes."""
+    """C++ code and its includes."""
 
     includes: str
     code: str
@@ -122,7 +122,7 @@ inline bool has_tiles() {
 
 
 def filled(code: str, parts: Mapping[str, object]) -> str:
-    """A kernel's code with its names, in capitals, replaced by what they stand for; parts may hold later names."""
+    """Return a kernel's code with its placeholders, in capitals, replaced; values may contain later placeholders."""
     for name, value in parts.items():
         code = code.replace(name, str(value))
     return code

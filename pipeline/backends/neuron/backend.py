@@ -31,34 +31,39 @@ class NeuronBackend:
         self.packing: Packing = PACKINGS[settings.packing]
 
     def toolchain(self) -> Toolchain:
-        """Versions of the SDK's packages; `missing` for those that are not here."""
+        """Return versions of the SDK's packages; `missing` for those not installed."""
         return Toolchain("neuron", support.versions())
 
     def flags(self) -> dict[str, str]:
-        """The compiler's flags, and the environment that changes what tracing and compiling give."""
+        """Return the compiler's flags, and the environment that changes the result of tracing and compiling."""
         code = " ".join(compiler.arguments(self.target, self.lnc, self.extra))
         return {"neuronx-cc": code} | {f"env.{name}": value for name, value in support.environment().items()}
 
     def requires(self) -> dict[str, str]:
-        """A NEFF runs on one chip, with one size of logical cores."""
+        """Return the chip and the size of logical cores that a NEFF needs."""
         return {"device": "neuron", "chip": self.target, "lnc": str(self.lnc)}
 
     def host(self) -> dict[str, str]:
-        """What this host has, in the words of `requires`."""
-        here = support.device()
-        return {"device": "none"} if here is None else {"device": "neuron", "chip": here.chip, "lnc": str(here.lnc)}
+        """Return this host's values of the keys of `requires`."""
+        device = support.device()
+        if device is None:
+            return {"device": "none"}
+        return {"device": "neuron", "chip": device.chip, "lnc": str(device.lnc)}
 
     def preflight(self) -> list[Problem]:
-        """What is missing for a build: packages, versions, compiler, environment, flags."""
-        taken = sorted({name.lstrip("-") for name in self.extra} & compiler.OWN_FLAGS)
-        own = [Problem("backend.flags", f"{name} is not a recipe's to set", "remove it") for name in taken]
+        """Return what this host lacks for a build: packages, versions, compiler, environment, flags."""
+        reserved = sorted({name.lstrip("-") for name in self.extra} & compiler.OWN_FLAGS)
+        own = [Problem("backend.flags", f"{name} cannot be set by a recipe", "remove it") for name in reserved]
         return own + support.problems(self.target, self.lnc, support.versions())
 
     def trace(self, spec: GraphSpec, pair: PairSpec) -> Traced:
-        """Trace one graph for all ranks, with no device, and check that names and state are what the shards hold."""
+        """Trace one graph for all ranks, with no device, and check its names and state against the shards."""
         io = signature(spec, pair, self.packing)
         with sdk_environment(self.target, self.lnc):
-            from neuronx_distributed import ModelBuilder, NxDParallelState  # asks for the chip when it is imported
+            from neuronx_distributed import (
+                ModelBuilder,
+                NxDParallelState,
+            )  # not at the top: the import reads the chip from the environment
 
             with NxDParallelState(
                 world_size=pair.models.tp, tensor_model_parallel_size=pair.models.tp, lnc_size=self.lnc
@@ -71,53 +76,53 @@ class NeuronBackend:
         return Traced(hlo.canonical(traced.hlo, traced.metaneff), io, traced)
 
     def compile(self, traced: Traced, work: Path) -> bytes:
-        """Compile with neuronx-cc; returns the graph file."""
+        """Compile with neuronx-cc; return the graph file."""
         environment = support.AT_START | sdk_variables(self.target, self.lnc)
         listing = _operators(tuple(environment.items()))
         supported = hlo.DOCUMENTED | hlo.NAMED_LATER if listing is None else hlo.operators(listing)
-        if found := hlo.faults(traced.program.hlo, supported):
-            what = f"neuronx-cc does not take this graph: {'; '.join(found)}"
-            raise HostError(what, where="compile", fix="please report this: it is a fault of Tandem's graph")
+        if faults := hlo.faults(traced.program.hlo, supported):
+            problem = f"neuronx-cc does not support this graph: {'; '.join(faults)}"
+            raise HostError(problem, where="compile", fix="please report this bug of Tandem's graph")
         flags = compiler.arguments(self.target, self.lnc, self.extra)
         neff = compiler.compile_neff(hlo.stripped(traced.program.hlo), flags, work, environment)
         return pack(neff, traced.program)
 
     def open(self, root: Path, manifest: PairManifest) -> Ranks:
-        """All ranks as one NxDModel on this host's device."""
+        """Open all ranks as one NxDModel on this host's device."""
         return NeuronRanks(root, manifest, self.target, self.lnc)
 
 
 def check_names(spec: GraphSpec, io: Signature, metaneff: Any) -> None:
-    """Refuse a trace whose weights or state are not the signature's: NxD itself drops unknown names with a warning.
+    """Reject a trace whose weights or state differ from the signature: NxD only warns about unknown names.
 
-    A graph may lack weights that its phase does not use. Every state that it has must be aliased to an output.
+    A graph may lack weights that its phase does not use. Each state that a phase writes must be aliased to an output.
 
     Raises:
-        HostError: names what is unknown, has another shape, or would not be carried.
+        HostError: lists names that are unknown, have another shape, or are not aliased.
 
     """
-    known = {dotted(one.name): one.shape for one in io.weights + io.state}
-    states = {dotted(one.name) for one in io.state}
-    faults, carried, kept = [], set(metaneff.output_aliases_to.values()), set()
-    for place, one in enumerate(metaneff.input_tensors):
-        name = key(one.checkpoint_key)
+    shapes = {dotted(tensor.name): tensor.shape for tensor in io.weights + io.state}
+    states = {dotted(tensor.name) for tensor in io.state}
+    faults, aliased_inputs, aliased = [], set(metaneff.output_aliases_to.values()), set()
+    for index, tensor in enumerate(metaneff.input_tensors):
+        name = key(tensor.checkpoint_key)
         if not name:
             continue
-        if name not in known:
+        if name not in shapes:
             faults.append(f"{name} is in the trace, but not in the shards")
-        elif tuple(one.shape) != known[name]:
-            faults.append(f"{name} is {list(one.shape)} in the trace, {list(known[name])} in the shards")
-        elif place in carried:
-            kept.add(name)
-    faults += [f"{name} is aliased, but no state" for name in sorted(kept - states)]
-    faults += [f"{name} is written, but not carried" for name in sorted(written(spec, io) - kept)]
+        elif tuple(tensor.shape) != shapes[name]:
+            faults.append(f"{name} is {list(tensor.shape)} in the trace, {list(shapes[name])} in the shards")
+        elif index in aliased_inputs:
+            aliased.add(name)
+    faults += [f"{name} is aliased, but is not state" for name in sorted(aliased - states)]
+    faults += [f"{name} is written, but not aliased" for name in sorted(written(spec, io) - aliased)]
     if faults:
         raise HostError("; ".join(faults), where=f"trace {spec.name}", fix="use a supported SDK, or report this")
 
 
 def written(spec: GraphSpec, io: Signature) -> set[str]:
-    """State that a phase writes: decode leaves a draft model's caches to its next catch-up."""
-    names = {one.name for one in io.state}
+    """Return the state that a phase writes; decode does not write a draft model's caches."""
+    names = {tensor.name for tensor in io.state}
     if spec.phase == "decode" and "draft/tail" in names:
         names = {name for name in names if not name.startswith("draft/") or name == "draft/tail"}
     return {dotted(name) for name in names}

@@ -1,4 +1,4 @@
-"""HLO -> NEFF: neuronx-cc as a process of its own, with a log, a time limit, and errors that say what its codes mean.
+"""Compile HLO to a NEFF with neuronx-cc as a subprocess: log, time limit, and errors that explain its codes.
 
 Written from the compiler's command line reference, "How to generate a NEFF file", its error codes, and "Work with NEFF
 Files" in the Neuron SDK documents. Not called through libneuronxla, whose cache and flags depend on the environment.
@@ -24,11 +24,11 @@ from pipeline.errors import ArtifactError, HostError
 from pipeline.files.atomic import atomic_dir
 
 TIMEOUT_S = 4 * 3600
-"""A 70B graph takes about an hour; one that takes four will not end. `TANDEM_COMPILE_TIMEOUT_S` overrides it."""
+"""A 70B graph takes about an hour; a compile of four hours hangs. `TANDEM_COMPILE_TIMEOUT_S` overrides it."""
 
 INTERNAL_ERROR = 70
-"""Exit status of the compiler's own failures. Without a documented code it is often gone the next time (aws-neuron-sdk
-issue 1369), so it alone is tried again."""
+"""Exit status of the compiler's own failures. Without a documented code they are often transient (aws-neuron-sdk issue
+1369), so only this status is retried."""
 
 ATTEMPTS = 3
 RETRY_DELAY_S = 5.0
@@ -40,7 +40,7 @@ HEADER_BYTES = 1024
 HEADER = struct.Struct("<5Q128sI32s16s256sI64sQI468s")
 
 MORE_RANKS = "use more ranks (parallel.tensor), or smaller batch, prefill or kv buckets"
-REPORT = "this is a fault of Tandem's graph: please report it with the log"
+REPORT = "please report this bug of Tandem's graph, with the log"
 OPERATOR = "compare the log with `neuronx-cc list-operators --framework XLA`; " + REPORT
 MEANINGS = {
     "NCC_EARG001": ("this chip does not have that logical core configuration", "set backend.lnc to what the chip has"),
@@ -75,15 +75,15 @@ MEANINGS = {
     "NCC_EXSP001": ("the graph's tensors do not fit the device's memory", MORE_RANKS),
     "NCC_EXTP004": ("the graph needs more instructions than a NEFF may have", MORE_RANKS),
 }
-"""Codes that a decoder can meet: what they mean, in our words, and what to do."""
+"""Codes that a decoder can produce: meaning and fix."""
 
 OWN_FLAGS = frozenset(["framework", "target", "lnc", "logical-nc-config", "output", "logfile", "verbose", "model-type"])
-"""Flags that follow from the recipe or belong to the process; a recipe cannot set them."""
+"""Flags that follow from other recipe keys or from the subprocess; a recipe cannot set them."""
 
 
 @dataclass(frozen=True)
 class NeffHeader:
-    """The 1024 bytes in front of a NEFF's archive, as far as a loader can use them."""
+    """Fields that a loader needs, of the 1024 bytes before a NEFF's archive."""
 
     header_bytes: int
     data_bytes: int
@@ -92,7 +92,7 @@ class NeffHeader:
 
 
 def arguments(chip: str, lnc: int, extra: Mapping[str, str]) -> list[str]:
-    """Flags that decide the code. `extra` are a recipe's, without dashes: `{"optlevel": "2"}`; "" for a bare flag."""
+    """Return the flags that decide the code. `extra` has no dashes, as in recipes: `{"optlevel": "2"}`, "" no value."""
     flags = {"framework": "XLA", "target": chip, "model-type": "transformer", "lnc": str(lnc), "auto-cast": "none",
              "optlevel": "1"}  # fmt: skip
     if chip in ("trn1", "inf2"):
@@ -102,10 +102,10 @@ def arguments(chip: str, lnc: int, extra: Mapping[str, str]) -> list[str]:
 
 
 def compile_neff(hlo: bytes, flags: Sequence[str], work: Path, environment: Mapping[str, str]) -> bytes:
-    """Compile in the empty directory `work`; trying again where the compiler failed without a reason.
+    """Compile in the empty directory `work`; retry failures without a documented code.
 
     Raises:
-        HostError: with the compiler's code, what it means, what to do, and where log and command were kept.
+        HostError: with the compiler's code, its meaning, the fix, and the folder of log and command.
 
     """
     for attempt in range(1, ATTEMPTS + 1):
@@ -123,10 +123,10 @@ def compile_neff(hlo: bytes, flags: Sequence[str], work: Path, environment: Mapp
 
 
 def read_header(data: bytes, where: str) -> NeffHeader:
-    """The header of a NEFF.
+    """Return the header of a NEFF.
 
     Raises:
-        ArtifactError: this is no NEFF.
+        ArtifactError: the data is no NEFF.
 
     """
     if len(data) < HEADER_BYTES:
@@ -134,13 +134,13 @@ def read_header(data: bytes, where: str) -> NeffHeader:
     fields = HEADER.unpack_from(data)
     header = NeffHeader(fields[1], fields[2], (fields[3], fields[4]), fields[13])
     if header.header_bytes != HEADER_BYTES:
-        what = f"header_size {header.header_bytes}, a NEFF has {HEADER_BYTES}"
-        raise ArtifactError(what, where=where, fix="this is no NEFF, or of a format that is not known; build it again")
+        problem = f"header_size {header.header_bytes}, a NEFF has {HEADER_BYTES}"
+        raise ArtifactError(problem, where=where, fix="not a NEFF, or an unknown format; build it again")
     return header
 
 
 def check_neff(data: bytes, where: str, lnc: int | None = None) -> NeffHeader:
-    """Refuse a NEFF that is cut short, or made for other logical cores than `lnc`.
+    """Reject a NEFF that is truncated, or compiled for other logical cores than `lnc`.
 
     Raises:
         ArtifactError: names the field and both values.
@@ -148,26 +148,30 @@ def check_neff(data: bytes, where: str, lnc: int | None = None) -> NeffHeader:
     """
     header = read_header(data, where)
     if len(data) != header.header_bytes + header.data_bytes:
-        what = f"{len(data)} bytes, its header says {header.header_bytes} + {header.data_bytes}: truncated or damaged"
-        raise ArtifactError(what, where=where, fix="pull or build the artifact again")
+        problem = (
+            f"{len(data)} bytes, its header says {header.header_bytes} + {header.data_bytes}: truncated or damaged"
+        )
+        raise ArtifactError(problem, where=where, fix="pull or build the artifact again")
     if lnc is not None and header.lnc not in (0, lnc):  # 0: written by a compiler that does not know the field
-        what = f"lnc_size {header.lnc}, the artifact says {lnc}"
-        raise ArtifactError(what, where=where, fix="pull or build the artifact again")
+        problem = f"lnc_size {header.lnc}, the artifact says {lnc}"
+        raise ArtifactError(problem, where=where, fix="pull or build the artifact again")
     return header
 
 
 def supported_operators(environment: Mapping[str, str]) -> str | None:
-    """The compiler's own list of operators; None where it gives none."""
+    """Return the compiler's own list of operators; None if it prints none."""
     command = ["neuronx-cc", "list-operators", "--framework", "XLA"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=dict(environment))
+        process = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=120, env=dict(environment)
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout if len(done.stdout.split()) > 1 else None
+    return process.stdout if len(process.stdout.split()) > 1 else None
 
 
 def _run(hlo: bytes, flags: Sequence[str], folder: Path, environment: Mapping[str, str]) -> int:
-    """Run the compiler in `folder`; its output goes to files there. Returns its exit status."""
+    """Run the compiler in `folder`, with its output in files there; return its exit status."""
     (folder / HLO).write_bytes(hlo)
     command = ["neuronx-cc", "compile", HLO, *flags, f"--output={NEFF}", f"--logfile={LOG}", "--verbose=35"]
     (folder / COMMAND).write_text(shlex.join(command) + "\n")
@@ -184,22 +188,22 @@ def _run(hlo: bytes, flags: Sequence[str], folder: Path, environment: Mapping[st
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired as error:
-            what = f"neuronx-cc did not end within {limit:.0f} s"
+            problem = f"neuronx-cc did not end within {limit:.0f} s"
             fix = f"log and command are in {_keep(folder, hlo)}; set TANDEM_COMPILE_TIMEOUT_S for more time"
-            raise HostError(what, where="compile", fix=fix) from error
+            raise HostError(problem, where="compile", fix=fix) from error
         finally:
             _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Leave no compiler behind, its own children included, whatever ended the wait."""
+    """Kill the compiler and its children if it still runs."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def _codes(folder: Path) -> list[str]:
-    """Error codes in a compiler's output, in order, each once."""
+    """Return the distinct error codes in a compiler's output, in order."""
     return list(dict.fromkeys(CODE.findall(_output(folder))))
 
 
@@ -209,27 +213,27 @@ def _output(folder: Path) -> str:
 
 
 def _keep(folder: Path, hlo: bytes) -> Path:
-    """Keep the graph, command, log and output of a failure, one folder a graph: the work directory is removed."""
-    place = default_root() / "failed-compiles" / hashlib.sha256(hlo).hexdigest()[:16]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_dir(place) as kept:
+    """Copy graph, command, log and output of a failure to one folder per graph; the work directory is removed."""
+    failure = default_root() / "failed-compiles" / hashlib.sha256(hlo).hexdigest()[:16]
+    failure.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_dir(failure) as copies:
         for name in (HLO, COMMAND, LOG, "output.txt"):
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, kept / name)
-    return place
+                shutil.copyfile(folder / name, copies / name)
+    return failure
 
 
-def _failure(status: int, attempts: int, kept: Path) -> HostError:
-    codes = _codes(kept)
+def _failure(status: int, attempts: int, folder: Path) -> HostError:
+    codes = _codes(folder)
     tries = f" ({attempts} attempts)" if attempts > 1 else ""
     if codes:
         meaning, fix = MEANINGS.get(codes[0], ("see the compiler's error codes", "read the log"))
-        what = f"neuronx-cc: {codes[0]}: {meaning} (exit status {status}{tries})"
-        return HostError(what, where="compile", fix=f"{fix}; log and command are in {kept}")
-    said = [line for line in _output(kept).splitlines() if re.search(r"error|fail", line, re.IGNORECASE)]
-    last = "; ".join(said[-KEPT_LINES:]) or "no message"
+        problem = f"neuronx-cc: {codes[0]}: {meaning} (exit status {status}{tries})"
+        return HostError(problem, where="compile", fix=f"{fix}; log and command are in {folder}")
+    messages = [line for line in _output(folder).splitlines() if re.search(r"error|fail", line, re.IGNORECASE)]
+    last = "; ".join(messages[-KEPT_LINES:]) or "no message"
     killed = status in (-signal.SIGKILL, 137)
     fix = "free memory or lower --workers" if killed else "read the log"
     return HostError(
-        f"neuronx-cc ended with status {status}{tries}: {last}", where="compile", fix=f"{fix}; it is in {kept}"
+        f"neuronx-cc ended with status {status}{tries}: {last}", where="compile", fix=f"{fix}; it is in {folder}"
     )

@@ -32,14 +32,14 @@ class Graph:
     layout: dict[str, dict[str, str]]
 
     def get_neff_bytes(self) -> bytes:
-        """What NxDModel asks of compilation artifacts."""
+        """Return the NEFF: NxDModel's interface of compilation artifacts."""
         return self.neff
 
 
 def pack(neff: bytes, program: Any) -> bytes:
-    """One graph as a zip whose bytes depend on its contents alone. `program` are NxD's trace artifacts.
+    """Return one graph as a zip whose bytes depend on its contents only. `program` are NxD's trace artifacts.
 
-    Flattener and packer are kept as NxDModel.save keeps them: the text of their plain attributes.
+    Flattener and packer are stored as in NxDModel.save: the text of their plain attributes.
     """
     flattener, packer = program.flattener, program.packer
     layout = {
@@ -59,7 +59,7 @@ def read_graph(root: Path, entry: GraphEntry, lnc: int) -> Graph:
     """Unpack a graph's file and check its NEFF's header.
 
     Raises:
-        ArtifactError: damaged, cut short, or for other logical cores.
+        ArtifactError: damaged, truncated, or for other logical cores.
 
     """
     path = root / entry.file

@@ -1,7 +1,7 @@
-"""A traced graph as text that two machines agree on, and what in it neuronx-cc is known not to take.
+"""Canonical text of a traced graph, equal on two machines, and its parts that neuronx-cc does not support.
 
 Works on any protobuf message shaped like XLA's `HloModuleProto`; imports neither torch nor the SDK. Names, ids and
-source metadata are not part of the text: they change with the folder, the line and the order of tracing.
+source metadata are left out of the text: they change with the folder, the line and the order of tracing.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ XLA_BUILDER = {
 
 
 def canonical(hlo: Any, meta: Any) -> bytes:
-    """The graph as text: computations in the order they are reached, instructions by position, then inputs by name."""
+    """Return the graph as text: computations in call order, instructions by position, then inputs."""
     return "\n".join([*_module(hlo), *_inputs(meta)]).encode()
 
 
 def stripped(hlo: Any) -> bytes:
-    """The module as bytes for the compiler, without source files and lines: those would end up in the NEFF."""
+    """Return the module as bytes for the compiler, without source files and lines, which the NEFF would store."""
     copy = type(hlo)()
     copy.CopyFrom(hlo)
     for computation in copy.computations:
-        for one in computation.instructions:
-            if "metadata" in one.DESCRIPTOR.fields_by_name:
-                one.ClearField("metadata")
+        for instruction in computation.instructions:
+            if "metadata" in instruction.DESCRIPTOR.fields_by_name:
+                instruction.ClearField("metadata")
     if "stack_frame_index" in copy.DESCRIPTOR.fields_by_name:
         copy.ClearField("stack_frame_index")
     data: bytes = copy.SerializeToString(deterministic=True)
@@ -70,56 +70,56 @@ def stripped(hlo: Any) -> bytes:
 
 
 def operators(listing: str) -> frozenset[str]:
-    """HLO opcodes of the output of `neuronx-cc list-operators --framework XLA`."""
-    known = {opcode.replace("-", ""): opcode for opcode in DOCUMENTED | NAMED_LATER}
-    found = set()
+    """Return the HLO opcodes in the output of `neuronx-cc list-operators --framework XLA`."""
+    by_letters = {opcode.replace("-", ""): opcode for opcode in DOCUMENTED | NAMED_LATER}
+    opcodes = set()
     for line in listing.split():
         name = re.sub(r"[^a-z0-9]", "", line.lower())
-        found.add(XLA_BUILDER.get(name) or known.get(name) or line.lower().replace("_", "-"))
-    return frozenset(found)
+        opcodes.add(XLA_BUILDER.get(name) or by_letters.get(name) or line.lower().replace("_", "-"))
+    return frozenset(opcodes)
 
 
 def faults(hlo: Any, supported: frozenset[str] = DOCUMENTED | NAMED_LATER) -> list[str]:
-    """What the compiler is documented not to take, one sentence each with its error code; empty if nothing."""
+    """Return one sentence with an error code for each part that the compiler is documented not to support."""
     roots = {c.id: next(i for i in c.instructions if i.id == c.root_id) for c in hlo.computations}
     shapes = {i.id: i.shape.element_type for c in hlo.computations for i in c.instructions}
-    found = {
+    sentences = {
         fault
         for computation in hlo.computations
         for instruction in computation.instructions
         for fault in _instruction_faults(instruction, roots, shapes, supported)
     }
-    return sorted(found)
+    return sorted(sentences)
 
 
 def collectives(hlo: Any) -> dict[str, int]:
-    """How many all-reduces and all-gathers a graph has."""
+    """Return how many all-reduces and all-gathers a graph has."""
     codes = [i.opcode for c in hlo.computations for i in c.instructions]
     return {code: codes.count(code) for code in ("all-reduce", "all-gather") if code in codes}
 
 
 def _instruction_faults(
-    one: Any, roots: Mapping[int, Any], shapes: Mapping[int, int], supported: frozenset[str]
+    instruction: Any, roots: Mapping[int, Any], shapes: Mapping[int, int], supported: frozenset[str]
 ) -> Iterator[str]:
-    kind = one.shape.element_type
-    if one.opcode not in supported | STRUCTURE:
-        yield f"operator {one.opcode} is not supported (NCC_EVRF001)"
+    kind = instruction.shape.element_type
+    if instruction.opcode not in supported | STRUCTURE:
+        yield f"operator {instruction.opcode} is not supported (NCC_EVRF001)"
     if kind in FOREIGN:
         yield f"data type {FOREIGN[kind]} is not supported (NCC_ESPP004)"
-    if one.opcode == "constant" and kind == 5 and any(abs(v) >= 1 << 31 for v in one.literal.s64s):
+    if instruction.opcode == "constant" and kind == 5 and any(abs(v) >= 1 << 31 for v in instruction.literal.s64s):
         yield "a 64-bit constant does not fit 32 bits, to which integers are narrowed (NCC_ESFH002)"
-    operands = [shapes.get(i, 0) for i in one.operand_ids]
-    if one.opcode in ("all-reduce", "reduce-scatter") and any(o in INTEGER for o in operands):
-        yield f"{one.opcode} of integers is computed in float32 (NCC_EVRF061)"
-    if one.opcode == "dot" and any(o in INTEGER for o in operands):
+    operands = [shapes.get(i, 0) for i in instruction.operand_ids]
+    if instruction.opcode in ("all-reduce", "reduce-scatter") and any(o in INTEGER for o in operands):
+        yield f"{instruction.opcode} of integers is computed in float32 (NCC_EVRF061)"
+    if instruction.opcode == "dot" and any(o in INTEGER for o in operands):
         yield "dot of integers is computed in float32 (NCC_EVRF035)"
-    combines = one.opcode == "scatter" and roots[one.called_computation_ids[0]].opcode != "parameter"
+    combines = instruction.opcode == "scatter" and roots[instruction.called_computation_ids[0]].opcode != "parameter"
     if combines and operands[0] in INTEGER:
         yield "scatter that combines integers is computed in float32 (NCC_EVRF060)"
-    if one.opcode == "custom-call":
-        if one.custom_call_target not in CUSTOM_CALLS:
-            yield f"custom call {one.custom_call_target} is not recognised (NCC_EVRF015)"
-        if one.custom_call_target == "AwsNeuronTopK" and any(o in INTEGER for o in operands):
+    if instruction.opcode == "custom-call":
+        if instruction.custom_call_target not in CUSTOM_CALLS:
+            yield f"custom call {instruction.custom_call_target} is not recognised (NCC_EVRF015)"
+        if instruction.custom_call_target == "AwsNeuronTopK" and any(o in INTEGER for o in operands):
             yield "TopK does not take integers (NCC_EVRF013)"
 
 
@@ -131,19 +131,21 @@ def _module(hlo: Any) -> Iterator[str]:
         current = waiting.pop(0)
         if current not in order:
             order.append(current)
-            waiting.extend(i for one in by_id[current].instructions for i in one.called_computation_ids)
+            waiting.extend(called for i in by_id[current].instructions for called in i.called_computation_ids)
     channels: dict[int, int] = {}
     for number, key in enumerate(order):
-        places = {one.id: place for place, one in enumerate(by_id[key].instructions)}
-        for place, one in enumerate(by_id[key].instructions):
-            channel = channels.setdefault(one.channel_id, len(channels)) if one.channel_id else ""
-            links = [[places[i] for i in one.operand_ids], [order.index(i) for i in one.called_computation_ids]]
-            root = "root " if one.id == by_id[key].root_id else ""
-            yield f"{root}{number}.{place} {links} {channel} {_fields(one)}"
+        computation = by_id[key]
+        indices = {instruction.id: index for index, instruction in enumerate(computation.instructions)}
+        for index, instruction in enumerate(computation.instructions):
+            channel_id, called = instruction.channel_id, instruction.called_computation_ids
+            channel = channels.setdefault(channel_id, len(channels)) if channel_id else ""
+            links = [[indices[i] for i in instruction.operand_ids], [order.index(i) for i in called]]
+            root = "root " if instruction.id == computation.root_id else ""
+            yield f"{root}{number}.{index} {links} {channel} {_fields(instruction)}"
 
 
 def _fields(message: Any) -> str:
-    """All set fields but the volatile ones; messages by their bytes in the order of field numbers."""
+    """Return all set fields except volatile ones; messages as their bytes, in the order of field numbers."""
     parts = []
     for field, value in message.ListFields():
         if field.name in VOLATILE:
@@ -162,10 +164,11 @@ def _value(value: Any) -> str:
 
 
 def _inputs(meta: Any) -> Iterator[str]:
-    """Which name each parameter has, and which outputs become which state."""
-    for one in meta.input_tensors:
-        yield f"input {one.type} {one.user_input_key!r} {one.checkpoint_key!r} {list(one.shape)} {one.data_type}"
-    for one in meta.output_tensors:
-        yield f"output {list(one.shape)} {one.data_type}"
+    """Yield each parameter's name, each output, and the outputs that alias state."""
+    for tensor in meta.input_tensors:
+        keys = f"{tensor.user_input_key!r} {tensor.checkpoint_key!r}"
+        yield f"input {tensor.type} {keys} {list(tensor.shape)} {tensor.data_type}"
+    for tensor in meta.output_tensors:
+        yield f"output {list(tensor.shape)} {tensor.data_type}"
     for key in sorted(meta.output_aliases_to):
         yield f"alias {key} -> {meta.output_aliases_to[key]}"

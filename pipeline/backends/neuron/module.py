@@ -1,4 +1,4 @@
-"""A graph as NxD's ModelBuilder wants it: weights as parameters, caches as buffers that the forward pass replaces.
+"""A graph in the form that NxD's ModelBuilder expects: weights as parameters, caches as buffers that forward replaces.
 
 The trace turns buffers into aliased state; one forward signature serves all graphs of an artifact ("ModelBuilderV2 API
 Reference" and the NxD source).
@@ -25,17 +25,17 @@ class NeuronSeams(Seams):
         self.tp = tp
 
     def write(self, state: State, name: str, new_BHTD: Tensor, writes: Writes) -> Tensor:
-        """A scatter into a new tensor, which takes the cache's name."""
+        """Scatter into a new tensor, and store it under the cache's name."""
         state[name] = state[name].index_put(writes.index, new_BHTD)
         return state[name]
 
     def put_row(self, state: State, name: str, rows_B: Tensor, values: Tensor) -> None:
-        """A scatter into a new tensor, which takes the state's name."""
+        """Scatter into a new tensor, and store it under the state's name."""
         state[name] = state[name].index_put((rows_B,), values)
 
     def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """`AwsNeuronTopK`: XLA's own top-k is a sort, which the compiler does not take."""
-        from torch_neuronx.xla_impl.ops import TopK
+        """Use `AwsNeuronTopK`: XLA's own top-k is a sort, which the compiler does not support."""
+        from torch_neuronx.xla_impl.ops import TopK  # of the SDK, imported only while tracing
 
         values, indices = TopK.apply(scores, count, dim=scores.dim() - 1)
         return values, indices.long()
@@ -44,7 +44,7 @@ class NeuronSeams(Seams):
         """Sum over ranks."""
         if self.tp == 1:
             return x
-        from neuronx_distributed.parallel_layers import mappings
+        from neuronx_distributed.parallel_layers import mappings  # of the SDK, imported only while tracing
 
         summed: Tensor = mappings.reduce_from_tensor_model_parallel_region(x)
         return summed
@@ -53,14 +53,14 @@ class NeuronSeams(Seams):
         """Concatenate the last axis over ranks, in rank order."""
         if self.tp == 1:
             return x
-        from neuronx_distributed.parallel_layers import mappings
+        from neuronx_distributed.parallel_layers import mappings  # of the SDK, imported only while tracing
 
         gathered: Tensor = mappings.gather_from_tensor_model_parallel_region(x)
         return gathered
 
 
 class NeuronModule(nn.Module):
-    """A graph as ModelBuilder wants it: weights and state inside, arguments by name, None for what a phase lacks.
+    """A graph for ModelBuilder: weights and state inside, arguments by name, None for arguments that a phase lacks.
 
     Names are those of the signature with dots for slashes: `target.model.norm.weight`, `draft.k.0`.
     """
@@ -68,14 +68,15 @@ class NeuronModule(nn.Module):
     def __init__(self, spec: GraphSpec, pair: PairSpec, io: Signature, seams_for: SeamsFor) -> None:
         super().__init__()
         self.spec, self.pair, self.io, self.seams_for = spec, pair, io, seams_for
-        for one in io.weights:
-            tensor = torch.empty(one.shape, dtype=torch_dtype(one.dtype))
-            owner, leaf = self._place(one.name)
+        for weight in io.weights:
+            tensor = torch.empty(weight.shape, dtype=torch_dtype(weight.dtype))
+            owner, leaf = self._owner(weight.name)
             owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-        for one in io.state:
-            owner, leaf = self._place(one.name)
-            owner.register_buffer(leaf, torch.zeros(one.shape, dtype=torch_dtype(one.dtype)))
+        for state in io.state:
+            owner, leaf = self._owner(state.name)
+            owner.register_buffer(leaf, torch.zeros(state.shape, dtype=torch_dtype(state.dtype)))
 
+    # One parameter per argument of any phase: ModelBuilder reads the names of arguments from this signature.
     def forward(
         self,
         tokens: Tensor | None = None,
@@ -90,28 +91,28 @@ class NeuronModule(nn.Module):
         uniforms: Tensor | None = None,
         copied: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Run the phase; state buffers are replaced."""
+        """Run the phase; replace the state buffers."""
         arguments = {
             "tokens": tokens, "lengths": lengths, "slots": slots, "last_token": last_token, "position": position,
             "active": active, "temperature": temperature, "top_k": top_k, "top_p": top_p, "uniforms": uniforms,
             "copied": copied,
         }  # fmt: skip
-        named = {name: value for name, value in arguments.items() if value is not None}
-        for one in self.io.weights + self.io.state:
-            owner, leaf = self._place(one.name)
-            named[one.name] = getattr(owner, leaf)
-        outputs = run_phase(self.spec, self.pair, named, self.seams_for)
-        for one in self.io.state:
-            owner, leaf = self._place(one.name)
-            setattr(owner, leaf, named[one.name])
+        tensors = {name: value for name, value in arguments.items() if value is not None}
+        for spec in self.io.weights + self.io.state:
+            owner, leaf = self._owner(spec.name)
+            tensors[spec.name] = getattr(owner, leaf)
+        outputs = run_phase(self.spec, self.pair, tensors, self.seams_for)
+        for spec in self.io.state:
+            owner, leaf = self._owner(spec.name)
+            setattr(owner, leaf, tensors[spec.name])
         return outputs
 
     def example(self) -> dict[str, Tensor]:
-        """Arguments to trace with: zeros, by name."""
-        return {one.name: torch.zeros(one.shape, dtype=torch_dtype(one.dtype)) for one in self.io.arguments}
+        """Return zeros for every argument, by name, to trace with."""
+        return {spec.name: torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in self.io.arguments}
 
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        """The submodule that owns a dotted name, made where it is not there yet."""
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        """Return the submodule that owns a dotted name, and the name's last part; add missing submodules."""
         *path, leaf = dotted(name).split(".")
         owner: nn.Module = self
         for part in path:
@@ -122,10 +123,10 @@ class NeuronModule(nn.Module):
 
 
 def dotted(name: str) -> str:
-    """A signature's name as parameters and the compiled graph spell it."""
+    """Convert a signature's name to the form of parameters and the compiled graph."""
     return name.replace("/", ".")
 
 
 def key(value: Any) -> str:
-    """A name out of a metaneff, which holds bytes."""
+    """Return a name of a metaneff, which stores bytes, as text."""
     return value.decode() if isinstance(value, bytes) else str(value)

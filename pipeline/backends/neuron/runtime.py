@@ -1,7 +1,7 @@
-"""All graphs and all ranks of an artifact on a Neuron device: one NxDModel, assembled from files that were verified.
+"""All graphs and all ranks of an artifact on a Neuron device: one NxDModel, assembled from verified files.
 
 One process drives every rank. Nothing is compiled, and no TorchScript or pickle is read: NxDModel is built from each
-graph's NEFF and metaneff as `NxDModel.load` would rebuild it.
+graph's NEFF and metaneff, as in `NxDModel.load`.
 """
 
 from __future__ import annotations
@@ -44,30 +44,30 @@ class NeuronRanks:
         self._ranks = manifest.ranks
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run one graph on every rank; rank 0's results, on the CPU."""
+        """Run one graph on every rank; return rank 0's results, on the CPU."""
         io = self._graphs[spec.name].io
-        given = {one.name: arguments[one.name].to(torch_dtype(one.dtype)) for one in io.arguments}
-        results = self._model(model_name=spec.name, **given)
-        listed = [results] if isinstance(results, Tensor) else list(results)
-        return {one.name: result.cpu() for one, result in zip(io.outputs, listed, strict=True)}
+        inputs = {tensor.name: arguments[tensor.name].to(torch_dtype(tensor.dtype)) for tensor in io.arguments}
+        results = self._model(model_name=spec.name, **inputs)
+        outputs = [results] if isinstance(results, Tensor) else list(results)
+        return {tensor.name: output.cpu() for tensor, output in zip(io.outputs, outputs, strict=True)}
 
     def reset(self) -> None:
         """Zero all state on every rank."""
-        for one in states(list(self._graphs.values())).values():
-            zeros = torch.zeros(one.shape, dtype=torch_dtype(one.dtype))
+        for state in states(list(self._graphs.values())).values():
+            zeros = torch.zeros(state.shape, dtype=torch_dtype(state.dtype))
             for rank in range(self._ranks):
-                self._model.write_to_neuron_buffer(zeros, dotted(one.name), rank)
+                self._model.write_to_neuron_buffer(zeros, dotted(state.name), rank)
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing: it is on the device."""
+        """Return an empty dict: the state is on the device."""
         return {}
 
     def close(self) -> None:
-        """Nothing to end: the device's memory goes with the process."""
+        """Do nothing: the device's memory is freed when the process exits."""
 
 
 def read_weights(root: Path, manifest: PairManifest) -> list[dict[str, Tensor]]:
-    """Each rank's weights, by the names of the graphs; equal files (a replicated draft) are read once.
+    """Read each rank's weights, by the names of the graphs; read equal files (a replicated draft) once.
 
     Raises:
         ArtifactError: a rank's file is missing.
@@ -79,8 +79,8 @@ def read_weights(root: Path, manifest: PairManifest) -> list[dict[str, Tensor]]:
         for model in ("target", "draft"):
             name = f"weights/{model}/rank-{rank}-of-{manifest.ranks}.safetensors"
             if name not in manifest.files or not (root / name).is_file():
-                what = f"the {model}'s weights of rank {rank} are missing; the artifact has {manifest.ranks} ranks"
-                raise ArtifactError(what, where=str(root / name), fix="pull the artifact without --only, or again")
+                problem = f"the {model}'s weights of rank {rank} are missing; the artifact has {manifest.ranks} ranks"
+                raise ArtifactError(problem, where=str(root / name), fix="pull the artifact without --only, or again")
             digest = f"{model}/{manifest.files[name].sha256}"
             if digest not in read:
                 with safe_open(root / name, framework="pt") as file:
@@ -91,43 +91,44 @@ def read_weights(root: Path, manifest: PairManifest) -> list[dict[str, Tensor]]:
 
 
 def check_weights(graphs: dict[str, Graph], ranks: list[dict[str, Tensor]], root: Path) -> None:
-    """Every weight of every graph must be in every rank's shards, with its shape and dtype.
+    """Check that every rank's shards hold every weight of every graph, with its shape and dtype.
 
     Raises:
-        ArtifactError: names each fault with both values.
+        ArtifactError: lists the faults, each with both values.
 
     """
-    wanted = {dotted(one.name): one for graph in graphs.values() for one in graph.io.weights}
-    faults = [fault for rank, weights in enumerate(ranks) for fault in _weight_faults(rank, weights, wanted)]
+    specs = {dotted(spec.name): spec for graph in graphs.values() for spec in graph.io.weights}
+    faults = [fault for rank, weights in enumerate(ranks) for fault in _weight_faults(rank, weights, specs)]
     if faults:
         raise ArtifactError("; ".join(faults[:10]), where=str(root), fix=AGAIN)
 
 
 def states(graphs: list[Graph]) -> dict[str, TensorSpec]:
-    """State of all graphs, by signature name; a state that two graphs share has one shape.
+    """Return the state of all graphs, by signature name; graphs that share a state agree on its shape.
 
     Raises:
         ArtifactError: two graphs disagree.
 
     """
-    found: dict[str, TensorSpec] = {}
+    specs: dict[str, TensorSpec] = {}
     for graph in graphs:
-        for one in graph.io.state:
-            if found.setdefault(one.name, one) != one:
-                what = f"{one.name} is {found[one.name].shape} in one graph, {one.shape} in {graph.spec.name}"
-                raise ArtifactError(what, where="state", fix=AGAIN)
-    return found
+        for spec in graph.io.state:
+            first = specs.setdefault(spec.name, spec)
+            if first != spec:
+                problem = f"{spec.name} is {first.shape} in one graph, {spec.shape} in {graph.spec.name}"
+                raise ArtifactError(problem, where="state", fix=AGAIN)
+    return specs
 
 
 def assemble(graphs: list[Graph], ranks: int) -> Any:
-    """NxDModel with every graph, and state that covers them all (its own default looks at the first graph only)."""
-    from neuronx_distributed import NxDModel
+    """Return an NxDModel with every graph and the state of all graphs (by default it has the first graph's only)."""
+    from neuronx_distributed import NxDModel  # of the SDK, imported only to run on a device
     from neuronx_distributed.trace.nxd_model.base_nxd_model import StateInitializer
 
-    found = {dotted(name): one for name, one in states(graphs).items()}
+    specs = {dotted(name): spec for name, spec in states(graphs).items()}
     initial = StateInitializer(
-        {name: list(one.shape) for name, one in found.items()},
-        {name: torch_dtype(one.dtype) for name, one in found.items()},
+        {name: list(spec.shape) for name, spec in specs.items()},
+        {name: torch_dtype(spec.dtype) for name, spec in specs.items()},
         ranks,
     )
     model = NxDModel(world_size=ranks, state_initializer=initial)
@@ -137,36 +138,37 @@ def assemble(graphs: list[Graph], ranks: int) -> Any:
 
 
 def trace_artifacts(graph: Graph) -> Any:
-    """NxD's trace artifacts of a graph, rebuilt from its file."""
+    """Rebuild NxD's trace artifacts of a graph from its file."""
+    # Of the SDK, imported only to run on a device.
     from neuronx_distributed.trace.model_builder_utils import ModelParamInfo, ProvidedArgInfo, TraceArtifacts
     from torch_neuronx.proto import metaneff_pb2
     from torch_neuronx.xla_impl import structure
 
     meta = metaneff_pb2.MetaNeff()
     meta.ParseFromString(graph.metaneff)
+    checkpoint_keys = [key(tensor.checkpoint_key) for tensor in meta.input_tensors]
     flattener, packer = graph.layout["flattener"], graph.layout["packer"]
-    arguments = {one.name: torch.zeros(one.shape, dtype=torch_dtype(one.dtype)) for one in graph.io.arguments}
+    arguments = {spec.name: torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in graph.io.arguments}
     names = [name for name in NeuronModule.forward.__annotations__ if name != "return"]
-    weights = (place for place, one in enumerate(meta.input_tensors) if key(one.checkpoint_key))
     return TraceArtifacts(
         hlo=None,
         metaneff=meta,
         flattener=structure.Flattener(*(ast.literal_eval(flattener[name]) for name in ("layout", "exclude"))),
         packer=structure.Packer(*(ast.literal_eval(packer[name]) for name in ("layout", "identifiers", "constants"))),
-        weight_name_to_idx={key(meta.input_tensors[place].checkpoint_key): place for place in weights},
+        weight_name_to_idx={name: index for index, name in enumerate(checkpoint_keys) if name},
         weight_names_to_skip=set(),
         provided_args=[ProvidedArgInfo(name, False, arguments[name]) for name in names if name in arguments],
         model_params=[ModelParamInfo(name, False) for name in names],
     )
 
 
-def _weight_faults(rank: int, weights: dict[str, Tensor], wanted: dict[str, TensorSpec]) -> Iterator[str]:
-    for name, spec in wanted.items():
+def _weight_faults(rank: int, weights: dict[str, Tensor], specs: dict[str, TensorSpec]) -> Iterator[str]:
+    for name, spec in specs.items():
         tensor = weights.get(name)
         if tensor is None:
             yield f"rank {rank} has no {name}"
         elif tuple(tensor.shape) != spec.shape or tensor.dtype != torch_dtype(spec.dtype):
             have = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            yield f"rank {rank}: {name} is {have}, its graphs need {list(spec.shape)} {spec.dtype}"
-    for name in weights.keys() - wanted.keys():
-        yield f"rank {rank}: no graph knows {name}"
+            yield f"rank {rank}: {name} is {have}, expected {list(spec.shape)} {spec.dtype}"
+    for name in weights.keys() - specs.keys():
+        yield f"rank {rank}: {name} is in no graph"

@@ -11,11 +11,15 @@ import transformers
 from safetensors.torch import load_file
 
 from pipeline.cache.local import Cache
+from pipeline.models.draft_kind import DraftMethod
 from pipeline.progress import Log
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.validate.reference.eagle3 import Eagle3Reference
 from pipeline.validate.reference.golden import Golden, pack, unpack
 from pipeline.validate.reference.layers import Reference
+
+REFERENCES: dict[DraftMethod, type[Reference]] = {"draft_model": Reference, "eagle3": Eagle3Reference}
+"""The reference of each kind of draft; a target's is that of a draft model."""
 
 FORMAT = 1
 """Part of every key: raise it when a golden's content changes."""
@@ -55,8 +59,8 @@ class Goldens:
         return [self._known[key] for key in keys]
 
     def _reference(self) -> Reference:
-        kind = Reference if self.checkpoint.config.eagle3 is None else Eagle3Reference
-        return kind(self.checkpoint, self.target, self.dtype, self.narrow, self.target_narrow)
+        reference = REFERENCES[self.checkpoint.config.draft_kind.method]
+        return reference(self.checkpoint, self.target, self.dtype, self.narrow, self.target_narrow)
 
     def _load(self, key: str) -> Golden | None:
         if key not in self._known:

@@ -108,13 +108,13 @@ DAMAGES = {
     ),
     "no weight": (edit_weights(lambda w: w.pop(NORM)), f"rank 0 has no target.{NORM}"),
     "unknown weight": (
-        edit_weights(lambda w: w.update({"model.nrm": w[NORM].clone()})), "no graph knows target.model.nrm",
+        edit_weights(lambda w: w.update({"model.nrm": w[NORM].clone()})), "target.model.nrm is in no graph",
     ),
     "other shape": (
         edit_weights(lambda w: w.update({NORM: w[NORM][:5].clone()})),
-        f"rank 0: target.{NORM} is [5] float32, its graphs need [",
+        f"rank 0: target.{NORM} is [5] float32, expected [",
     ),
-    "other dtype": (edit_weights(lambda w: w.update({NORM: w[NORM].half()})), "float16, its graphs need ["),
+    "other dtype": (edit_weights(lambda w: w.update({NORM: w[NORM].half()})), "float16, expected ["),
 }  # fmt: skip
 DEVICES = {
     "": "device: the artifact needs neuron, this host has none",
@@ -260,7 +260,7 @@ def test_build_refuses_with_what_and_fix(tmp_path, where, says):
 
 def test_flags_that_the_backend_owns_are_refused():
     backend = NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2, flags={"--target": "trn1"}))
-    assert backend.preflight()[0].what == "target is not a recipe's to set"
+    assert backend.preflight()[0].what == "target cannot be set by a recipe"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -326,5 +326,5 @@ def test_trace_of_ranks_of_wrong_names_and_of_state_in_place():
     differ, names, in_place = done.stdout.splitlines()
     assert differ == "True"
     assert "draft.misspelled is in the trace, but not in the shards" in names
-    assert "draft.k.0 is written, but not carried" in names
+    assert "draft.k.0 is written, but not aliased" in names
     assert "mutated in place, which ModelBuilder V2 does not support" in in_place

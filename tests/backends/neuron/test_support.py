@@ -68,7 +68,7 @@ def test_versions_that_do_not_belong_together(changes, says):
 
 def test_python_that_the_packages_do_not_come_for(monkeypatch):
     monkeypatch.setattr(support.sys, "version_info", (3, 14, 0))
-    assert said(GOOD) == ["python: Python 3.14, the Neuron packages come for 3.11 and 3.12"]
+    assert said(GOOD) == ["python: Python 3.14, the Neuron packages support 3.11 and 3.12"]
 
 
 def test_compiler_that_is_not_on_the_path(monkeypatch):
