@@ -14,8 +14,12 @@ Anything else that escapes is a bug in Tandem. This module does not print; the c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+SHOWN_CHARACTERS = 60
+"""Of a string that is shown in a fix."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,18 @@ class PreflightError(HostError):
         first, *_ = problems
         super().__init__("; ".join(problem.what for problem in problems), where=first.where, fix=first.fix)
         self.problems = tuple(problems)
+
+
+def no_string(value: object, where: str, items: str) -> None:
+    """Reject a string where a list of `items` is expected: Python takes it for the list of its characters.
+
+    Raises:
+        InputError: `value` is text or bytes; `where` names the parameter.
+
+    """
+    if isinstance(value, str | bytes):
+        shown = json.dumps(value[:SHOWN_CHARACTERS] if isinstance(value, str) else "...", ensure_ascii=False)
+        raise InputError(f"found a string, expected a list of {items}", where=where, fix=f"write [{shown}]")
 
 
 def reason(error: BaseException) -> str:

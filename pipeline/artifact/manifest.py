@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, InputError, no_string
 from pipeline.files.atomic import safe_relative
 from pipeline.graphs.spec import GraphSpec, PairSpec, Role, Sampling
 from pipeline.models.draft_kind import DraftKind
@@ -356,6 +356,7 @@ def part(manifest: Manifest, only: Sequence[str] | None, where: str) -> tuple[st
         InputError: one matches nothing; says what there is.
 
     """
+    no_string(only, "only", "patterns")
     for pattern in only or ():
         if not select(manifest, [pattern]):
             tops = ", ".join(sorted({name.partition("/")[0] for name in manifest.files}))
@@ -365,6 +366,7 @@ def part(manifest: Manifest, only: Sequence[str] | None, where: str) -> tuple[st
 
 def select(manifest: Manifest, only: Sequence[str] | None) -> dict[str, FileEntry]:
     """Files that match one of the patterns (`weights/*/rank-0-*`); all where there are none."""
+    no_string(only, "only", "patterns")
     return {name: entry for name, entry in manifest.files.items() if only is None or _matches(name, only)}
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from pipeline.artifact.manifest import AGAIN, MANIFEST, SIGNATURE, Artifact, FileEntry, Manifest, read, select
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, InputError, no_string
 from pipeline.files.atomic import FileDigest, sha256_file
 from pipeline.progress import ByteProgress, no_byte_progress
 
@@ -29,6 +29,7 @@ def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Seque
         ArtifactError: every fault, naming each path and both values.
 
     """
+    no_string(only, "only", "patterns")
     artifact = read(root)
     listed = select(artifact.manifest, only)
     found = {path.relative_to(root).as_posix(): path for path in _walk(root)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifact.signing import Policy
+from pipeline.errors import no_string
 from pipeline.recipe import load as load_recipe
 from pipeline.runtime.latency import Answer, TimedRequest, engine_answer, latency_of
 from pipeline.runtime.open import load
@@ -56,6 +57,7 @@ def bench(
 
 def interleaved(contenders: Mapping[str, Answer], prompts: Sequence[list[int]]) -> dict[str, list[TimedRequest]]:
     """Let all contenders answer each prompt before the next one; a first answer of each only warms up."""
+    no_string(prompts, "prompts", "prompts")
     for answer in contenders.values():
         answer(prompts[0])
     requests: dict[str, list[TimedRequest]] = {name: [] for name in contenders}

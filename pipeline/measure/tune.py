@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, no_string
 from pipeline.files.atomic import atomic_file
 from pipeline.graphs.arguments import Arguments, StepRow, step_arguments
 from pipeline.measure.buckets import buckets_for, padded
@@ -84,6 +84,7 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
     """
     from pipeline.validate.gates.acceptance import acceptance_of, given_previous
 
+    no_string(prompts, "prompts", "prompts")
     chosen = _spread(prompts, prompts_per_class)
     built = list(engine.manifest.draft_tokens)
     smallest, *others = engine.manifest.shapes.batch

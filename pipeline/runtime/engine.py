@@ -5,14 +5,14 @@ Decides who takes part in a step and what becomes of its tokens; `batch.py` runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks
-from pipeline.errors import InputError
+from pipeline.errors import InputError, no_string
 from pipeline.graphs.arguments import Choice
 from pipeline.runtime.batch import Batch, Row, check_choice, check_prompt
 from pipeline.runtime.draft_length import DraftLengthPolicies
@@ -93,8 +93,8 @@ class Engine:
         knows what steps cost, greedy decoding chooses K, or plain decode, anew for each step.
 
         Raises:
-            InputError: an empty prompt, one longer than the largest prefill bucket, token ids beyond the vocabulary,
-                settings out of range, or sampling that was not built.
+            InputError: a string in place of the list, an empty prompt, one longer than the largest prefill bucket,
+                token ids beyond the vocabulary, settings out of range, or sampling that was not built.
 
         """  # fmt: skip
         if max_new_tokens < 1:
@@ -106,7 +106,7 @@ class Engine:
         paced = speculate and draft_tokens is None and temperature == 0
         steps = self._steps(draft_tokens) if speculate else None
         settings = Settings(max_new_tokens, steps, self.batch.draft_length_policy() if paced else None)
-        waiting = [self._row(index, prompt, choice, seed) for index, prompt in enumerate(prompts)]
+        waiting = [self._row(index, prompt, choice, seed) for index, prompt in enumerate(_checked(prompts))]
         results: list[Generation | None] = [None] * len(waiting)
         slots: list[Prompt | None] = [None] * self.rows
         waiting.reverse()
@@ -193,3 +193,18 @@ class Engine:
         reason = "stop" if new[-1] in self.manifest.eos_ids else "length"
         per_step = list(row.emitted), list(row.copied_steps)
         return Generation(new, self.text.decode(new), steps, sum(row.emitted) - steps, reason, *per_step)
+
+
+def _checked(prompts: Iterable[str | list[int]]) -> list[str | list[int]]:
+    """Return the prompts; reject a single prompt in place of the list."""
+    no_string(prompts, "prompts", "prompts")
+    listed = list(prompts)
+    _no_token_ids(listed)
+    return listed
+
+
+def _no_token_ids(prompts: Sequence[object]) -> None:
+    """Reject the token ids of one prompt where a list of prompts is expected."""
+    if ids := [prompt for prompt in prompts if isinstance(prompt, int)]:
+        what = f"found the token id {ids[0]}, expected a list of prompts: texts, or lists of token ids"
+        raise InputError(what, where="prompts", fix=f"write [[{ids[0]}, ...]]")
