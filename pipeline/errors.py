@@ -1,4 +1,4 @@
-"""The failure tree. Every error a user can fix is a `TandemError`: where, what, fix, and the exit code it ends with.
+"""The failure tree. Every error a user can fix is a `TandemError`: where, what, fix, and the exit code.
 
     TandemError
     ├── GateError          1   a validation gate failed
@@ -7,7 +7,7 @@
     │   ├── SourceError        weights or tokenizer that cannot be used
     │   └── ArtifactError      an artifact or release that must not be trusted
     └── HostError         3   toolchain, device, network, disk
-        └── PreflightError       one or more things that a machine lacks, reported together
+        └── PreflightError       one or more missing requirements, reported together
 
 Anything else that escapes is a bug in Tandem. This module does not print; the command line does.
 """
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHOWN_CHARACTERS = 60
-"""Of a string that is shown in a fix."""
+"""Limit for a string that a fix shows."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class GateError(TandemError):
 
 
 class InputError(TandemError):
-    """Something the user gave cannot be used as it is."""
+    """An input that cannot be used as it is."""
 
     title = "wrong input"
 
 
 class RecipeError(InputError):
-    """Every problem of a recipe at once."""
+    """All problems of a recipe."""
 
     title = "recipe"
 
@@ -82,14 +82,14 @@ class ArtifactError(InputError):
 
 
 class HostError(TandemError):
-    """The machine lacks something: a compiler, a device, a package, the network, disk space."""
+    """A missing requirement of the machine: a compiler, a device, a package, the network, disk space."""
 
     exit_code = 3
     title = "environment"
 
 
 class PreflightError(HostError):
-    """Everything that a machine lacks, at once."""
+    """All missing requirements of a machine."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         first, *_ = problems
@@ -110,7 +110,7 @@ def no_string(value: object, where: str, items: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of what an exception says, for a message of ours; never the name of its class."""
+    """Return the first line of an exception's message, for our own messages; never the name of its class."""
     if isinstance(error, KeyError):
         return f"missing key: {error}"
     if isinstance(error, OSError) and error.strerror:

@@ -89,5 +89,9 @@ def _compilers(toolchain: Mapping[str, str]) -> list[Component]:
 
 def _serial(created: str, components: Iterable[Component]) -> uuid.UUID:
     """Return an id that depends on nothing but the contents: a random one would make equal builds differ."""
-    contents = [__version__, created, *sorted(f"{each.bom_ref.value}@{each.version}" for each in components)]
+    contents = [
+        __version__,
+        created,
+        *sorted(f"{component.bom_ref.value}@{component.version}" for component in components),
+    ]
     return uuid.uuid5(uuid.NAMESPACE_URL, "\n".join(["urn:tandem:sbom", *contents]))
