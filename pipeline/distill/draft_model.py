@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.distill.eagle3 import Batch, Guess
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import hidden_states
-from pipeline.models.parallel import Seams, State, Writes, attend_up_to
+from pipeline.models.parallel import Caches, Seams, State, Writes, attend_up_to
 from pipeline.models.weights import HEAD
 
 
@@ -34,7 +34,8 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
     positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     attend, nowhere = attend_up_to(positions_T[None]), cast("Any", None)
     seams = _Uncached()
-    hidden = hidden_states(config, weights, seams, tokens_BT, positions_T.expand_as(tokens_BT), {}, nowhere, attend)
+    caches = Caches({}, nowhere, attend)
+    hidden = hidden_states(config, weights, seams, tokens_BT, positions_T.expand_as(tokens_BT), caches)
     rows_M, positions_M = batch.learn_BT.nonzero(as_tuple=True)
     logits_MV = seams.linear(hidden.last_BTH[rows_M, positions_M], weights[HEAD], config.out_vocab)
     for depth in range(depths):

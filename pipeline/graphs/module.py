@@ -56,10 +56,10 @@ def _outputs(
     choose = _choose(spec, pair, named)
     if spec.phase == "prefill":
         return (graphs.prefill(target, drafter, named["tokens"], named["lengths"], named["slots"], choose),)
-    row = (named["last_token"], named["position"], named["active"])
+    rows = target.rows(named["last_token"], named["position"], named["active"], spec.kv)
     if spec.phase == "decode":
-        return (graphs.decode(target, drafter, *row, spec.kv, choose),)
-    return graphs.speculate(target, drafter, *row, spec.kv, spec.draft_tokens, choose)
+        return (graphs.decode(target, drafter, rows, choose),)
+    return graphs.speculate(target, drafter, rows, spec.draft_tokens, choose)
 
 
 def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.models.config import Llama3Rope, ModelConfig
-from pipeline.models.parallel import Attend, Seams, State, Writes
+from pipeline.models.parallel import Caches, Seams
 from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, padded_vocab
 
 Weights = Mapping[str, Tensor]
@@ -36,12 +36,10 @@ def hidden_states(
     seams: Seams,
     tokens_BT: Tensor,
     positions_BT: Tensor,
-    state: State,
-    writes: Writes,
-    attend: Attend,
+    caches: Caches,
     taps: tuple[int, ...] = (),
 ) -> Hidden:
-    """Run all layers and write keys and values into `state`.
+    """Run all layers and write keys and values into the caches.
 
     `taps` names layers whose input is kept as well, for a draft that reads the target's hidden states.
     Shapes: tokens_BT, positions_BT int32 or int64 [B, T].
@@ -54,7 +52,7 @@ def hidden_states(
         if layer in taps:
             tapped.append(x)
         normed = rms_norm(x, w["input_layernorm.weight"], config.norm_eps)
-        x = x + attention(config, w, seams, normed, rotary, layer, state, writes, attend)
+        x = x + attention(config, w, seams, normed, rotary, layer, caches)
         normed = rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps)
         x = x + mlp(config, w, seams, normed)
     last = rms_norm(x, weights[NORM], config.norm_eps)
@@ -145,14 +143,16 @@ def project(w: Weights, seams: Seams, x_BTH: Tensor, rows: Mapping[str, int]) ->
 
 def attention(
     config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: tuple[Tensor, Tensor],
-    layer: int, state: State, writes: Writes, attend: Attend,
+    layer: int, caches: Caches,
 ) -> Tensor:  # fmt: skip
     """Attention of one layer over its cache, into which this pass's keys and values are written first: [B, T, H]."""
+    attend = caches.attend
+    assert attend is not None
     heads, kv_heads = config.heads // seams.tp, kv_heads_of(config, seams)
     turned, v = heads_of(config, w, seams, x_BTX, "qkv").split((heads + kv_heads, kv_heads), dim=1)
     q, k = rotate(turned, rotary).split((heads, kv_heads), dim=1)
-    cached_k = seams.write(state, f"k.{layer}", k, writes)
-    cached_v = seams.write(state, f"v.{layer}", v, writes)
+    cached_k = seams.write(caches.state, f"k.{layer}", k, caches.writes)
+    cached_v = seams.write(caches.state, f"v.{layer}", v, caches.writes)
     out_BTX = seams.attend(q, cached_k, cached_v, attend) if attend.kv else seams.attend(q, k, v, attend)
     out = seams.all_reduce(seams.linear(out_BTX, w["self_attn.o_proj.weight"], config.hidden))
     bias = w.get("self_attn.o_proj.bias")
@@ -161,12 +161,12 @@ def attention(
 
 def store(
     config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: tuple[Tensor, Tensor],
-    layer: int, state: State, writes: Writes,
+    layer: int, caches: Caches,
 ) -> None:  # fmt: skip
     """Only write one layer's keys and values."""
     k, v = heads_of(config, w, seams, x_BTX, "kv").chunk(2, dim=1)
-    seams.write(state, f"k.{layer}", rotate(k, rotary), writes)
-    seams.write(state, f"v.{layer}", v, writes)
+    seams.write(caches.state, f"k.{layer}", rotate(k, rotary), caches.writes)
+    seams.write(caches.state, f"v.{layer}", v, caches.writes)
 
 
 def kv_heads_of(config: ModelConfig, seams: Seams) -> int:

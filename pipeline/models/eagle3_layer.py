@@ -22,7 +22,7 @@ from pipeline.models.decoder import (
     rotary_of,
     store,
 )
-from pipeline.models.parallel import Attend, Seams, State, Writes
+from pipeline.models.parallel import Caches, Seams
 from pipeline.models.weights import NORM
 
 
@@ -33,23 +33,23 @@ def features(config: ModelConfig, weights: Weights, seams: Seams, taps_BTX: Tens
 
 def remember(
     config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor,
-    positions_BT: Tensor, state: State, writes: Writes,
+    positions_BT: Tensor, caches: Caches,
 ) -> None:  # fmt: skip
     """Only write keys and values, for positions whose prediction nobody needs: a tenth of the layer's weights."""
     w = layer_weights(weights, 0)
     inputs, _ = inputs_of(config, weights, seams, tokens_BT, features_BTH)
-    store(config, w, seams, inputs, rotary_of(config, positions_BT, inputs.dtype), 0, state, writes)
+    store(config, w, seams, inputs, rotary_of(config, positions_BT, inputs.dtype), 0, caches)
 
 
 def hidden_states(
     config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor,
-    positions_BT: Tensor, state: State, writes: Writes, attend: Attend,
+    positions_BT: Tensor, caches: Caches,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the layer; returns what the LM head reads and what stands in for the next position's features, [B, T, H]."""
     w = layer_weights(weights, 0)
     inputs, residual = inputs_of(config, weights, seams, tokens_BT, features_BTH)
     rotary = rotary_of(config, positions_BT, inputs.dtype)
-    x = residual + attention(config, w, seams, inputs, rotary, 0, state, writes, attend)
+    x = residual + attention(config, w, seams, inputs, rotary, 0, caches)
     x = x + mlp(config, w, seams, rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps))
     return rms_norm(x, weights[NORM], config.norm_eps), x
 

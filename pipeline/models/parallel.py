@@ -61,6 +61,15 @@ def attend_up_to(last_BT: Tensor, kv: int = 0) -> Attend:
     return Attend(last_BT, kv, torch.where(keys_S <= last_BT[..., None], 0.0, -math.inf))
 
 
+@dataclass(frozen=True)
+class Caches:
+    """The caches of one model in one pass: the tensors, where it writes, and what it attends over (None: nothing)."""
+
+    state: State
+    writes: Writes
+    attend: Attend | None = None
+
+
 class Seams:
     """Plain layout, one rank, caches written in place. Subclasses override what their backend does better."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.models import eagle3_layer
 from pipeline.models.decoder import Hidden
-from pipeline.models.parallel import Writes, attend_up_to, plan_writes
+from pipeline.models.parallel import Caches, Writes, attend_up_to, plan_writes
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
 from pipeline.speculation.sampling import Candidates, certain
@@ -188,12 +188,12 @@ class Eagle3:
         model = self.model
         attend = attend_up_to(positions_BT.clamp(0, rows.kv), rows.kv)
         writes = self._writes(rows, positions_BT)
-        inputs = (model.readable(tokens_BT), features_BTH, positions_BT, model.state, writes, attend)
+        inputs = (model.readable(tokens_BT), features_BTH, positions_BT, Caches(model.state, writes, attend))
         return eagle3_layer.hidden_states(model.config, model.weights, model.seams, *inputs)
 
     def _remember(self, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor, writes: Writes) -> None:
         model = self.model
-        inputs = (model.readable(tokens_BT), features_BTH, positions_BT, model.state, writes)
+        inputs = (model.readable(tokens_BT), features_BTH, positions_BT, Caches(model.state, writes))
         eagle3_layer.remember(model.config, model.weights, model.seams, *inputs)
 
 

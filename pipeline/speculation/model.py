@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
-from pipeline.models.parallel import Attend, Seams, State, Writes, attend_up_to, plan_writes
+from pipeline.models.parallel import Attend, Caches, Seams, State, Writes, attend_up_to, plan_writes
 from pipeline.models.weights import D2T, OFFSET
 from pipeline.speculation.sampling import Candidates, Sampling, candidates, draw, greedy
 
@@ -83,6 +83,10 @@ class Model:
     partner_vocab: int | None = None
     taps: tuple[int, ...] = ()
 
+    def rows(self, last_B: Tensor, position_B: Tensor, active_B: Tensor, kv: int) -> Rows:
+        """Return the rows of a step; rows at the end of the bucket do not take part."""
+        return Rows(last_B, position_B, active_B & (position_B < self.usable(kv)), kv)
+
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, active_B: Tensor, kv: int) -> Hidden:
         """Run rows 0..B-1 over their caches; a query sees keys at or before its own position."""
         rows_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
@@ -98,7 +102,7 @@ class Model:
 
     def run(self, tokens_BT: Tensor, positions_BT: Tensor, writes: Writes, attend: Attend) -> Hidden:
         """All layers over tokens of the pair's common tokenizer."""
-        inputs = (self.readable(tokens_BT), positions_BT, self.state, writes, attend, self.taps)
+        inputs = (self.readable(tokens_BT), positions_BT, Caches(self.state, writes, attend), self.taps)
         return hidden_states(self.config, self.weights, self.seams, *inputs)
 
     def readable(self, tokens_BT: Tensor) -> Tensor:

@@ -31,15 +31,12 @@ def prefill(
     return torch.where(prompt.active, token_B1[:, 0], -1).int()
 
 
-def decode(
-    target: Model, drafter: Drafter, last_B: Tensor, position_B: Tensor, active_B: Tensor, kv: int, choose: Choose
-) -> Tensor:
+def decode(target: Model, drafter: Drafter, rows: Rows, choose: Choose) -> Tensor:
     """One token per row from the target alone: int32 [B], -1 for inactive rows.
 
-    Shapes: last_B, position_B int32 [B], active_B bool [B], uniforms [B, 1].
+    Shapes: uniforms [B, 1].
     """
-    rows = Rows(last_B, position_B, active_B & (position_B < target.usable(kv)), kv)
-    seen = target.hidden(last_B[:, None], position_B[:, None], rows.alive_B, kv)
+    seen = target.hidden(rows.last_B[:, None], rows.position_B[:, None], rows.alive_B, rows.kv)
     drafter.after_decode(rows, seen)
     return torch.where(rows.alive_B, target.next(seen.last_BTH, choose)[0][:, 0], -1).int()
 
@@ -47,10 +44,7 @@ def decode(
 def speculate(
     target: Model,
     drafter: Drafter,
-    last_B: Tensor,
-    position_B: Tensor,
-    active_B: Tensor,
-    kv: int,
+    rows: Rows,
     steps: int,
     choose: Choose,
 ) -> tuple[Tensor, Tensor]:
@@ -58,14 +52,14 @@ def speculate(
 
     Returns tokens int32 [B, K+1] padded with -1, and count int32 [B] (0 for inactive rows). Near the end of the cache
     fewer drafts count, so that nothing is written past S.
-    Shapes: last_B, position_B int32 [B], active_B bool [B], uniforms [B, 2K+1]: K draws of the draft, K acceptances,
+    Shapes: uniforms [B, 2K+1]: K draws of the draft, K acceptances,
     one last token.
     """
-    rows = Rows(last_B, position_B, active_B & (position_B < target.usable(kv)), kv)
     drafts_BK, draft_dists = drafter.propose(rows, steps, choose)
-    tokens_BT = torch.cat((last_B[:, None].long(), drafts_BK), dim=1)
-    seen = target.hidden(tokens_BT, position_B[:, None] + count(steps + 1, last_B), rows.alive_B, kv)
-    room_B = target.usable(kv) - 1 - position_B
+    tokens_BT = torch.cat((rows.last_B[:, None].long(), drafts_BK), dim=1)
+    positions_BT = rows.position_B[:, None] + count(steps + 1, rows.last_B)
+    seen = target.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv)
+    room_B = target.usable(rows.kv) - 1 - rows.position_B
     if choose.sampling is None or choose.uniforms is None:
         emitted = accept_greedy(drafts_BK, target.greedy(seen.last_BTH), room_B, rows.alive_B)
     else:

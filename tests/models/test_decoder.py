@@ -7,7 +7,7 @@ import transformers
 from pipeline.errors import SourceError
 from pipeline.models.decoder import hidden_states, logits
 from pipeline.models.families import config_of
-from pipeline.models.parallel import Seams, attend_up_to, plan_writes
+from pipeline.models.parallel import Caches, Seams, attend_up_to, plan_writes
 
 SMALL = {
     "vocab_size": 97,
@@ -59,7 +59,7 @@ def run(config, weights, tokens, start, state):
     keep = torch.ones(rows, count, dtype=torch.bool)
     writes = plan_writes(state, torch.arange(rows), positions, keep)
     attend = attend_up_to(positions, kv)
-    hidden = hidden_states(config, weights, seams, tokens, positions, state, writes, attend)
+    hidden = hidden_states(config, weights, seams, tokens, positions, Caches(state, writes, attend))
     return logits(config, weights, seams, hidden.last_BTH)
 
 

@@ -76,7 +76,7 @@ class NeuronModule(nn.Module):
             owner, leaf = self._place(one.name)
             owner.register_buffer(leaf, torch.zeros(one.shape, dtype=torch_dtype(one.dtype)))
 
-    def forward(
+    def forward(  # noqa: PLR0913 - ModelBuilder passes a graph's inputs by name
         self,
         tokens: Tensor | None = None,
         lengths: Tensor | None = None,
