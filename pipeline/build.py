@@ -2,8 +2,8 @@
 
     recipe -> sources -> plan -> lock -> shard -> compile (trace, AOT) -> package -> validate -> artifact
 
-Every stage's result is addressed by its inputs, so a build that is killed anywhere is completed by the next one, and
-one that finds nothing changed does nothing: it compares a stamp, without importing torch.
+Every stage's result is addressed by its inputs, so the next build completes one that was killed. A build without
+changes only compares a stamp, without importing torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["BuildReport", "BuildSettings", "build", "run"]
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did, for the terminal and `--json`. `fresh`: nothing had changed."""
+    """The result of a build, for the terminal and `--json`. `fresh`: no input had changed."""
 
     artifact: Path
     fresh: bool = False
@@ -42,7 +42,7 @@ def build(recipe: Recipe | Path, out: Path | None = None, *, base: Path | None =
     `run` take the rest: cache, shared cache, workers, progress.
 
     Raises:
-        TandemError: wrong input, a missing tool, or a failed gate; what is finished stays cached.
+        TandemError: wrong input, a missing tool, or a failed gate; finished work stays cached.
 
     """
     folder = recipe.parent if isinstance(recipe, Path) else Path("recipes")
@@ -54,11 +54,11 @@ def build(recipe: Recipe | Path, out: Path | None = None, *, base: Path | None =
 
 
 def run(settings: BuildSettings) -> BuildReport:
-    """Run the stages that are stale. Builds of one output at once take turns, and all but the first find it done."""
+    """Run the stages that are stale. Concurrent builds of one output take turns; the later ones find it up to date."""
     started = time.monotonic()
     stamp = Stamp(settings.cache, settings.out)
     with build_lock(stamp.lock_file, settings.log, f"another build of {settings.out}"):
-        inputs = fingerprint(settings)  # as they were before anything was read: what changes meanwhile is stale again
+        inputs = fingerprint(settings)  # taken before any input is read: later changes make the stamp stale
         if stamp.is_current(inputs):
             return BuildReport(settings.out, fresh=True, seconds=time.monotonic() - started)
         check_replaceable(settings.out)
@@ -70,7 +70,7 @@ def run(settings: BuildSettings) -> BuildReport:
 
 
 def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Every stage, cheap checks first; names of the graphs that were compiled, and of those that were cached."""
+    """Run every stage, cheap checks first; return the names of the compiled and of the cached graphs."""
     # The stages import torch, which a build that finds nothing changed does not need.
     from pipeline.stages.checks import check_prompts, resolved, runs_here, usable_backend
     from pipeline.stages.compile import CompileSettings, compile_plan

@@ -1,6 +1,6 @@
-"""What this machine can build and run: facts and problems, found before any work starts. Prints nothing.
+"""Facts of this machine, and the problems that keep it from building or running. Prints nothing.
 
-With a recipe, its own backend is examined, and its plan's needs are held against memory and disk.
+With a recipe, its backend is examined, and its plan is compared with memory and disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GIB = 1 << 30
 
 @dataclass
 class Diagnosis:
-    """`facts` by section and name; `problems` keep this machine from doing what was asked."""
+    """`facts` by section and name; `problems` keep this machine from building or running."""
 
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -36,11 +36,11 @@ def diagnose(settings: BackendSettings, recipe: Recipe | None = None, path: Path
     from pipeline.backends.base import make_backend
 
     backend = make_backend(settings)
-    found = Diagnosis({"machine": _machine(), "packages": backend.toolchain().as_dict()}, backend.preflight())
-    found.facts["device"] = backend.host()
+    diagnosis = Diagnosis({"machine": _machine(), "packages": backend.toolchain().as_dict()}, backend.preflight())
+    diagnosis.facts["device"] = backend.host()
     if recipe is not None and path is not None:
-        _recipe(found, recipe, path)
-    return found
+        _recipe(diagnosis, recipe, path)
+    return diagnosis
 
 
 def _machine() -> dict[str, str]:
@@ -53,27 +53,27 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _recipe(found: Diagnosis, recipe: Recipe, path: Path) -> None:
-    """The plan's needs, where the recipe's lock has the models' configs."""
+def _recipe(diagnosis: Diagnosis, recipe: Recipe, path: Path) -> None:
+    """Add facts and problems of a recipe's plan, if its lock has the configs of the models."""
     from pipeline.plan.lock import lock_path, pair_configs, read
     from pipeline.plan.plan import make_plan
 
     if not lock_path(path).is_file():
-        found.facts["recipe"] = {"plan": f"{path} has no lock; run `tandem recipe lock {recipe.name}` for a plan"}
+        diagnosis.facts["recipe"] = {"plan": f"{path} has no lock; run `tandem recipe lock {recipe.name}` for a plan"}
         return
     try:
         plan = make_plan(recipe, *pair_configs(recipe, read(lock_path(path)), str(lock_path(path))))
     except RecipeError as error:
-        found.problems += error.problems
+        diagnosis.problems += error.problems
         return
     largest = max(plan.compile_memory(spec) for spec in plan.graphs)
-    found.facts["recipe"] = {
+    diagnosis.facts["recipe"] = {
         "graphs": f"{len(plan.graphs)}, compiled for {plan.pair.models.tp} rank(s)",
         "memory on a rank": f"{plan.memory.total / GIB:.1f} GiB{_limit(plan)}",
         "memory to compile": f"{largest / GIB:.1f} GiB for the largest graph (estimate)",
         "artifact": f"{plan.artifact_bytes / GIB:.1f} GiB",
     }
-    found.problems += _shortages(plan, largest)
+    diagnosis.problems += _shortages(plan, largest)
 
 
 def _limit(plan: Plan) -> str:
@@ -86,17 +86,17 @@ def _shortages(plan: Plan, largest: int) -> Iterator[Problem]:
         what = f"the largest graph needs about {largest / GIB:.1f} GiB to compile, this machine has {total / GIB:.1f}"
         yield Problem("machine.memory", what, "build on a larger machine; no device is needed for it")
     elif largest > free:
-        what = f"the largest graph needs about {largest / GIB:.1f} GiB to compile, {free / GIB:.1f} are free"
+        what = f"the largest graph needs about {largest / GIB:.1f} GiB to compile, {free / GIB:.1f} GiB are free"
         yield Problem("machine.memory", what, "end other programs")
     disk = _disk(default_root())
     if plan.stored_bytes > disk:
-        needed = f"its files need about {plan.stored_bytes / GIB:.1f} GiB, equal ones once"
-        what = f"{needed}; the cache's disk has {disk / GIB:.1f} free"
+        size = f"the files need about {plan.stored_bytes / GIB:.1f} GiB, equal ones counted once"
+        what = f"{size}; the cache's disk has {disk / GIB:.1f} free"
         yield Problem("machine.disk", what, "set TANDEM_CACHE to a larger disk, and build beside it")
 
 
 def _memory() -> tuple[int, int]:
-    """Free and whole memory, in bytes."""
+    """Return free and total memory, in bytes."""
     page = os.sysconf("SC_PAGE_SIZE")
     return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
 

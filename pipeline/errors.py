@@ -1,4 +1,4 @@
-"""The failure tree. Every error a user can fix is a `TandemError`: where, what, fix, and the exit code it ends with.
+"""The failure tree. Every error a user can fix is a `TandemError`: where, what, fix, and the exit code.
 
     TandemError
     ├── GateError          1   a validation gate failed
@@ -7,15 +7,19 @@
     │   ├── SourceError        weights or tokenizer that cannot be used
     │   └── ArtifactError      an artifact or release that must not be trusted
     └── HostError         3   toolchain, device, network, disk
-        └── PreflightError       one or more things that a machine lacks, reported together
+        └── PreflightError       one or more missing requirements, reported together
 
 Anything else that escapes is a bug in Tandem. This module does not print; the command line does.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+SHOWN_CHARACTERS = 60
+"""Limit for a string that a fix shows."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,13 @@ class GateError(TandemError):
 
 
 class InputError(TandemError):
-    """Something the user gave cannot be used as it is."""
+    """An input that cannot be used as it is."""
 
     title = "wrong input"
 
 
 class RecipeError(InputError):
-    """Every problem of a recipe at once."""
+    """All problems of a recipe."""
 
     title = "recipe"
 
@@ -78,14 +82,14 @@ class ArtifactError(InputError):
 
 
 class HostError(TandemError):
-    """The machine lacks something: a compiler, a device, a package, the network, disk space."""
+    """A missing requirement of the machine: a compiler, a device, a package, the network, disk space."""
 
     exit_code = 3
     title = "environment"
 
 
 class PreflightError(HostError):
-    """Everything that a machine lacks, at once."""
+    """All missing requirements of a machine."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         first, *_ = problems
@@ -93,8 +97,20 @@ class PreflightError(HostError):
         self.problems = tuple(problems)
 
 
+def no_string(value: object, where: str, items: str) -> None:
+    """Reject a string where a list of `items` is expected: Python takes it for the list of its characters.
+
+    Raises:
+        InputError: `value` is text or bytes; `where` names the parameter.
+
+    """
+    if isinstance(value, str | bytes):
+        shown = json.dumps(value[:SHOWN_CHARACTERS] if isinstance(value, str) else "...", ensure_ascii=False)
+        raise InputError(f"found a string, expected a list of {items}", where=where, fix=f"write [{shown}]")
+
+
 def reason(error: BaseException) -> str:
-    """Return the first line of what an exception says, for a message of ours; never the name of its class."""
+    """Return the first line of an exception's message, for our own messages; never the name of its class."""
     if isinstance(error, KeyError):
         return f"missing key: {error}"
     if isinstance(error, OSError) and error.strerror:

@@ -1,24 +1,24 @@
-"""How long work reports: callbacks that the command line fills and that do nothing by default. Shows nothing itself."""
+"""Callbacks by which long work reports its progress; no-ops by default. This module prints nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Log = Callable[[str], None]
-"""Called with one line of what is going on."""
+"""Called with one line of text."""
 
 Progress = Callable[[str, float, float], None]
-"""Called with what is under way, how much of it is done, and how much there is in all."""
+"""Called with the name of a task, the amount done, and the total."""
 
 ByteProgress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all, by one thread at a time."""
+"""Called with bytes done and total bytes, by one thread at a time."""
 
 
 def no_log(line: str) -> None:
     """No-op `Log`."""
 
 
-def no_progress(what: str, done: float, total: float) -> None:
+def no_progress(task: str, done: float, total: float) -> None:
     """No-op `Progress`."""
 
 

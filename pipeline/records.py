@@ -1,4 +1,4 @@
-"""The base of everything that is parsed from a file: recipes, manifests, policies, reports. Knows none of them."""
+"""The base class of what is parsed from files: recipes, manifests, policies, reports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """Immutable; an unknown key is an error; a field with an alias can be given by either name."""
+    """Immutable; an unknown key is an error; a field with an alias is accepted under either name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

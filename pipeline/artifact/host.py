@@ -1,6 +1,6 @@
-"""What this machine has, in the words of a manifest's `requires`, told without torch: enough to choose a variant.
+"""Facts of this host, with the keys of a manifest's `requires`, found without torch: enough to choose a variant.
 
-Loading checks again, with the backend itself. Nothing is opened for execution here.
+Loading an artifact checks again, with the backend itself. This module opens nothing for execution.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
 def host_facts(proc: Path = Path("/proc"), dev: Path = Path("/dev"), sys: Path = Path("/sys")) -> dict[str, str]:
-    """Device, and what is known of it. A machine with an accelerator is one, although it has a CPU, too."""
+    """Return the device of this host and its properties. The accelerator counts, not the CPU beside it."""
     if (dev / "neuron0").exists():
         chip = chip_of_instance(_read(sys / "devices/virtual/dmi/id/product_name"))
-        default_lnc = next((known.default_lnc for known in CHIPS.values() if known.name == chip), 1)
+        default_lnc = next((entry.default_lnc for entry in CHIPS.values() if entry.name == chip), 1)
         lnc = os.environ.get("NEURON_LOGICAL_NC_CONFIG", str(default_lnc))
         return {"device": "neuron", "chip": chip, "lnc": lnc}
     if (dev / "nvidia0").exists() and (capability := _compute_capability()):
@@ -28,7 +28,7 @@ def host_facts(proc: Path = Path("/proc"), dev: Path = Path("/dev"), sys: Path =
 
 
 def _isa(proc: Path) -> str:
-    """As torch names it: avx512 needs all four parts."""
+    """Return the instruction set as torch names it: avx512 needs all four parts."""
     lines = [line for line in _read(proc / "cpuinfo").splitlines() if line.startswith(("flags", "Features"))]
     flags = set(lines[0].split()) if lines else set()
     if flags.issuperset(AVX512):
@@ -39,10 +39,10 @@ def _isa(proc: Path) -> str:
 def _compute_capability() -> str:
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return ""
-    return found[0] if found else ""
+    return lines[0] if lines else ""
 
 
 def _read(path: Path) -> str:

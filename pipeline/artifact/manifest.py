@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, InputError, no_string
 from pipeline.files.atomic import safe_relative
 from pipeline.graphs.spec import GraphSpec, PairSpec, Role, Sampling
 from pipeline.models.draft_kind import DraftKind
@@ -28,10 +28,10 @@ SIGNATURE = "signature"
 SCHEMA_VERSION: Literal[2] = 2
 MAX_FILES = 100_000
 ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
-"""Files that tell of one build, and are not part of what the artifact is."""
+"""Files that describe one build; the content digest leaves them out."""
 
 ALWAYS = ("recipe.*", "*config.json", "tokenizer/*")
-"""What every part of an artifact comes with."""
+"""Files that are pulled with every part of an artifact."""
 
 AGAIN = "pull or build the artifact again"
 CACHE_KIND: Literal["vllm-compile-cache"] = "vllm-compile-cache"
@@ -42,14 +42,14 @@ Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_len
 
 
 class FileEntry(Record):
-    """What pins a file."""
+    """The sha256 and the size of a file."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     size: int = Field(ge=0)
 
 
 class GraphEntry(Record):
-    """A graph, the key it was compiled under, and its files."""
+    """A graph, its key in the cache, and its files."""
 
     spec: GraphSpec
     key: str
@@ -58,7 +58,7 @@ class GraphEntry(Record):
 
     @property
     def name(self) -> str:
-        """The graph's folder."""
+        """Name of the graph's folder."""
         return self.spec.name
 
 
@@ -71,7 +71,7 @@ class ShardEntry(Record):
 
 
 class Manifest(Record):
-    """What the manifests of all kinds have: who it is, what made it, what it needs, its files."""
+    """The fields of all kinds of manifests: identity, toolchain, requirements, files."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: str
@@ -103,10 +103,10 @@ class Manifest(Record):
 
 
 class PairManifest(Manifest):
-    """A pair that Tandem compiled: its facts (`pair`), graphs, shards, and how its gates went.
+    """A pair that Tandem compiled: its facts (`pair`), graphs, shards, and the results of its gates.
 
-    `step_costs` and `lookup` are the recipe's: what the runtime chooses K by, and how many tokens prompt lookup
-    matches.
+    `step_costs` and `lookup` are the recipe's: the runtime chooses K by the former; prompt lookup matches as many
+    tokens as the latter says.
     """
 
     kind: Literal["pair"] = "pair"
@@ -147,7 +147,7 @@ class PairManifest(Manifest):
 
     @property
     def vocab(self) -> int:
-        """Ids that the target may emit."""
+        """Number of ids that the target may emit."""
         return self.pair.target.vocab
 
     @property
@@ -184,7 +184,7 @@ class PairManifest(Manifest):
 
 
 class NxdiBackend(Record):
-    """How NxD Inference was asked to compile."""
+    """Settings that NxD Inference compiled with."""
 
     target: str
     lnc: int
@@ -208,7 +208,7 @@ class NxdiManifest(Manifest):
 
 
 class CacheBackend(Record):
-    """How a compile cache was filled: chip, compiler flags, arguments of `vllm serve`, its variables, entries."""
+    """Origin of a compile cache: chip, compiler flags, arguments and variables of `vllm serve`, number of keys."""
 
     target: str
     flags: tuple[str, ...]
@@ -218,7 +218,7 @@ class CacheBackend(Record):
 
 
 class CacheManifest(Manifest):
-    """A compile cache of vLLM's Neuron plugin: it knows nothing of pairs, recipes and graphs."""
+    """A compile cache of vLLM's Neuron plugin, without pair, recipe and graphs."""
 
     kind: Literal["vllm-compile-cache"] = CACHE_KIND
     backend: CacheBackend
@@ -226,7 +226,7 @@ class CacheManifest(Manifest):
 
     @property
     def ranks(self) -> int:
-        """Tensor-parallel ranks of the server that filled it."""
+        """Tensor-parallel ranks of the server that filled the cache."""
         return self.tensor
 
 
@@ -236,7 +236,7 @@ MANIFESTS: TypeAdapter[PairManifest | NxdiManifest | CacheManifest] = TypeAdapte
 
 @dataclass(frozen=True)
 class Artifact:
-    """A directory and its parsed manifest; not verified yet."""
+    """A directory and its parsed manifest, not verified yet."""
 
     root: Path
     manifest: Manifest
@@ -253,7 +253,7 @@ def read(root: Path) -> Artifact:
     """Parse the manifest of an artifact of any kind; opens nothing else.
 
     Raises:
-        ArtifactError: none here, another schema version, or an unsafe path in it.
+        ArtifactError: no manifest, another schema version, or an unsafe path in it.
 
     """
     path = root / MANIFEST
@@ -272,7 +272,7 @@ def read_pair(root: Path) -> PairArtifact:
 
     Raises:
         ArtifactError: as `read`.
-        InputError: an artifact of another kind; says what runs it.
+        InputError: an artifact of another kind; the fix is the command that runs it.
 
     """
     return pair_of(read(root))
@@ -282,7 +282,7 @@ def pair_of(artifact: Artifact) -> PairArtifact:
     """Narrow an artifact to a pair that Tandem compiled.
 
     Raises:
-        InputError: an artifact of another kind; says what runs it.
+        InputError: an artifact of another kind; the fix is the command that runs it.
 
     """
     manifest = artifact.manifest
@@ -319,7 +319,7 @@ def parse(data: bytes, where: str) -> PairManifest | NxdiManifest | CacheManifes
 
 
 def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parse the JSON object that every manifest is.
+    """Parse JSON text that must be an object, as every manifest is.
 
     Raises:
         ArtifactError: not JSON, or not an object.
@@ -335,12 +335,12 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def dump(manifest: Record) -> bytes:
-    """The manifest's bytes; equal manifests give equal bytes."""
+    """Return the manifest's bytes; equal manifests give equal bytes."""
     return json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True).encode() + b"\n"
 
 
 def content_digest(manifest: Manifest) -> str:
-    """sha256 of what an artifact is and does: not of when it was built, what its version is, or how its gates went.
+    """Return the sha256 of an artifact's content, without its version, build time and validation.
 
     Two builds of the same inputs have the same content digest.
     """
@@ -350,12 +350,13 @@ def content_digest(manifest: Manifest) -> str:
 
 
 def part(manifest: Manifest, only: Sequence[str] | None, where: str) -> tuple[str, ...] | None:
-    """Patterns of a part of an artifact: those that were asked for, and what every part comes with; None for all.
+    """Return the patterns `only` and those of the files that belong to every part; None for the whole artifact.
 
     Raises:
-        InputError: one matches nothing; says what there is.
+        InputError: a pattern matches no file; the fix lists the folders.
 
     """
+    no_string(only, "only", "patterns")
     for pattern in only or ():
         if not select(manifest, [pattern]):
             tops = ", ".join(sorted({name.partition("/")[0] for name in manifest.files}))
@@ -364,7 +365,8 @@ def part(manifest: Manifest, only: Sequence[str] | None, where: str) -> tuple[st
 
 
 def select(manifest: Manifest, only: Sequence[str] | None) -> dict[str, FileEntry]:
-    """Files that match one of the patterns (`weights/*/rank-0-*`); all where there are none."""
+    """Return the files that match any of the patterns (`weights/*/rank-0-*`); all files if `only` is None."""
+    no_string(only, "only", "patterns")
     return {name: entry for name, entry in manifest.files.items() if only is None or _matches(name, only)}
 
 

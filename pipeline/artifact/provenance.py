@@ -23,7 +23,7 @@ LOCAL_BUILDER = "urn:tandem:builder:local"
 
 @dataclass(frozen=True)
 class Build:
-    """What provenance tells of a build. `inputs` are the lock's sources, as plain data."""
+    """The facts of a build in its provenance. `inputs` are the lock's sources, as plain data."""
 
     name: str
     created: str
@@ -36,7 +36,7 @@ class Build:
 
 
 def statement(build: Build, subjects: Mapping[str, str]) -> dict[str, Any]:
-    """The in-toto statement; `subjects` are the artifact's files and their sha256."""
+    """Return the in-toto statement; `subjects` are the artifact's files and their sha256."""
     definition = {
         "buildType": BUILD_TYPE,
         "externalParameters": {
@@ -61,14 +61,14 @@ def statement(build: Build, subjects: Mapping[str, str]) -> dict[str, Any]:
 
 
 def builder() -> str:
-    """Who builds: the workflow that GitHub Actions runs, or a machine that nobody vouches for."""
+    """Return the builder's id: the workflow in GitHub Actions, else `LOCAL_BUILDER`."""
     workflow = os.environ.get("GITHUB_WORKFLOW_REF")
     server = os.environ.get("GITHUB_SERVER_URL", "https://github.com")
     return f"{server}/{workflow}" if workflow else LOCAL_BUILDER
 
 
 def builder_of(provenance: Mapping[str, Any]) -> str:
-    """The builder that a statement names, or an empty string."""
+    """Return the builder that a statement names, or an empty string."""
     try:
         return str(provenance["predicate"]["runDetails"]["builder"]["id"])
     except (KeyError, TypeError):
@@ -76,7 +76,7 @@ def builder_of(provenance: Mapping[str, Any]) -> str:
 
 
 def _sources(inputs: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Every file of the pair's checkpoints."""
+    """Yield a resource descriptor for every file of the pair's checkpoints."""
     for role, source in sorted(inputs.items()):
         for name, digest in sorted(source["files"].items()):
             yield {"name": f"{role}/{name}", "uri": source["source"], "digest": {"sha256": digest["sha256"]},
@@ -84,7 +84,7 @@ def _sources(inputs: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, Any]
 
 
 def _code() -> dict[str, Any]:
-    """This package's own commit."""
+    """Return the resource descriptor of this package's commit."""
     commit = _commit()
     plain = re.fullmatch(r"[0-9a-f]{40}", commit)
     return {"name": "tandem", "annotations": {"commit": commit}, **({"digest": {"gitCommit": commit}} if plain else {})}
@@ -98,7 +98,7 @@ def _invocation() -> str:
 
 
 def _commit() -> str:
-    """The commit of this package, if it runs from a checkout; `-dirty` when that was edited."""
+    """Return the commit of this package in a checkout, with `-dirty` if files were edited; else `unknown`."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Put the reports of the gates into an artifact: they and the new manifest appear in one step."""
+"""Add the reports of the gates to an artifact; reports and new manifest appear in one step."""
 
 from __future__ import annotations
 

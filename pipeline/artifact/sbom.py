@@ -20,6 +20,7 @@ from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
 from pipeline import __version__
+from pipeline.errors import no_string
 
 ROOTS = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy", "neuronx-cc", "neuronx-distributed",
          "torch-neuronx", "pydantic", "ruamel.yaml", "click", "filelock", "rich")  # fmt: skip
@@ -47,6 +48,7 @@ def sbom(created: str, toolchain: Mapping[str, str]) -> dict[str, Any]:
 
 def installed(roots: Iterable[str]) -> dict[str, metadata.Distribution]:
     """Return the installed packages among these and their requirements, by normalised name; extras are left out."""
+    no_string(roots, "roots", "packages")
     packages: dict[str, metadata.Distribution] = {}
     queue = list(roots)
     while queue:
@@ -87,5 +89,9 @@ def _compilers(toolchain: Mapping[str, str]) -> list[Component]:
 
 def _serial(created: str, components: Iterable[Component]) -> uuid.UUID:
     """Return an id that depends on nothing but the contents: a random one would make equal builds differ."""
-    contents = [__version__, created, *sorted(f"{each.bom_ref.value}@{each.version}" for each in components)]
+    contents = [
+        __version__,
+        created,
+        *sorted(f"{component.bom_ref.value}@{component.version}" for component in components),
+    ]
     return uuid.uuid5(uuid.NAMESPACE_URL, "\n".join(["urn:tandem:sbom", *contents]))

@@ -1,7 +1,7 @@
-"""Who signed a manifest, and who must have: OpenSSF model-signing over `manifest.json`, with a key or keyless.
+"""Signatures over `manifest.json` by OpenSSF model-signing, with a key or keyless, and policies that require them.
 
-A manifest pins every other file by its sha256, so its signature covers the artifact. A signature is looked at before a
-byte of the artifact is fetched, and again before it is opened for execution. Needs the extra `sign` only when used.
+A manifest pins every other file by its sha256, so its signature covers the artifact. Signatures are checked before any
+other file is fetched, and again before an artifact is opened for execution. Needs the extra `sign` only when used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEYLESS = "check the network and this job's identity (permission id-token: write
 
 
 class Signer(Record):
-    """Someone to be trusted: the holder of a key, or a keyless identity as its issuer names it."""
+    """A trusted signer: the holder of a key, or a keyless identity as its issuer names it."""
 
     key: str | None = Field(default=None, description="file of a public key (PEM), relative to the policy")
     identity: str | None = Field(default=None, description="for example the URL of a workflow and its branch")
@@ -47,9 +47,9 @@ class Signer(Record):
 
 
 class Rule(Record):
-    """Releases, as patterns of `URL/name@version`, and those of whom one must have signed.
+    """A pattern of releases (`URL/name@version`) and their accepted signers; one signature is enough.
 
-    Of an artifact on disk, which has no URL, the part of a pattern after its last slash is compared.
+    An artifact on disk has no URL: only the part of the pattern after its last slash applies to it.
     """
 
     releases: str = "*"
@@ -58,23 +58,23 @@ class Rule(Record):
 
 
 class Policy(Record):
-    """What must be signed by whom. The first rule that matches decides; without one, a release is refused."""
+    """Rules for signatures. The first rule that matches decides; a release without a matching rule is rejected."""
 
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
     _base: Path = Path()
 
     def check(self, manifest: bytes, signatures: Sequence[bytes], where: str) -> bytes:
-        """The signature that this policy accepts.
+        """Return the first signature that this policy accepts.
 
         Raises:
-            ArtifactError: unsigned, or signed by somebody else.
-            HostError: signatures cannot be checked here.
+            ArtifactError: no signature, or none by an accepted signer.
+            HostError: signatures cannot be checked on this host.
 
         """
         rule = self.rule(where)
-        wanted = " or ".join(map(str, rule.signed_by))
+        signers = " or ".join(map(str, rule.signed_by))
         if not signatures:
-            raise ArtifactError("not signed", where=where, fix=f"have it signed by {wanted}: tandem sign")
+            raise ArtifactError("not signed", where=where, fix=f"required signer: {signers}; to sign, run: tandem sign")
         faults = []
         for data in signatures:
             for signer in rule.signed_by:
@@ -82,46 +82,49 @@ class Policy(Record):
                 if fault is None:
                     return data
                 faults.append(fault)
-        what = f"not signed by {wanted}: {'; '.join(dict.fromkeys(faults))}"
+        what = f"not signed by {signers}: {'; '.join(dict.fromkeys(faults))}"
         raise ArtifactError(what, where=where, fix="do not use this artifact")
 
     def check_builder(self, provenance: Callable[[], bytes], where: str) -> None:
-        """Compare the builder that a statement names, if the rule asks; the manifest that was signed pins it.
+        """Compare the builder in the provenance with the rule's pattern; the signed manifest pins the provenance.
+
+        `provenance` is called only if the rule has a pattern.
 
         Raises:
-            ArtifactError: another builder.
+            ArtifactError: the provenance names another builder, or none.
 
         """
-        wanted = self.rule(where).builder
-        if wanted == "*":
+        pattern = self.rule(where).builder
+        if pattern == "*":
             return
         try:
-            found = builder_of(json.loads(provenance()))
+            builder = builder_of(json.loads(provenance()))
         except ValueError:
-            found = ""
-        if not fnmatchcase(found, wanted):
-            what = f"built by {found or 'nobody that is named'}, the policy wants {wanted}"
+            builder = ""
+        if not fnmatchcase(builder, pattern):
+            actual = f"builder mismatch: found {builder}" if builder else "provenance names no builder"
+            what = f"{actual}; the policy requires {pattern}"
             raise ArtifactError(what, where=where, fix="do not use this artifact")
 
     def rule(self, where: str) -> Rule:
-        """The first rule that matches a release.
+        """Return the first rule that matches a release.
 
         Raises:
-            ArtifactError: none does.
+            ArtifactError: no rule matches.
 
         """
-        found = next((one for one in self.rules if _matches(where, one.releases)), None)
-        if found is None:
+        rule = next((candidate for candidate in self.rules if _matches(where, candidate.releases)), None)
+        if rule is None:
             what = "no rule of the policy allows this release"
-            raise ArtifactError(what, where=where, fix="add one, or do not use it")
-        return found
+            raise ArtifactError(what, where=where, fix="add a rule to the policy, or use another release")
+        return rule
 
 
 def read_policy(path: Path) -> Policy:
-    """A policy from its YAML file.
+    """Read a policy from its YAML file.
 
     Raises:
-        InputError: not there, or damaged; names the key.
+        InputError: the file is missing or damaged; the message names the key.
 
     """
     from ruamel.yaml import YAML  # few pulls have a policy: keeps ruamel out of the others
@@ -142,7 +145,7 @@ def read_policy(path: Path) -> Policy:
 
 
 def require(identity: str, issuer: str = GITHUB) -> Policy:
-    """The policy of `--require-signature`: a public key's file, or a keyless identity."""
+    """Return the policy of `--require-signature`, from the file of a public key or a keyless identity."""
     is_key = identity.endswith((".pem", ".pub")) or Path(identity).is_file()
     signer = Signer(key=identity) if is_key else Signer(identity=identity, issuer=issuer)
     return Policy(rules=(Rule(signed_by=(signer,)),))
@@ -152,33 +155,33 @@ def sign(root: Path, key: Path | None = None, *, password: str | None = None, to
     """Write `signature` beside the manifest: with a private key, or keyless with the identity of this CI job.
 
     Raises:
-        InputError: no such key, or it cannot be used.
-        HostError: no identity here, or the signing services cannot be reached.
+        InputError: no such key, or an unusable key.
+        HostError: this job has no identity, or the signing services cannot be reached.
 
     """
-    read(root)  # only a manifest that can be trusted to be one
+    read(root)  # raises unless the directory holds a valid manifest
     write_atomic(root / SIGNATURE, signature_over((root / MANIFEST).read_bytes(), str(root), key, password, token))
     return root / SIGNATURE
 
 
 def signature_over(document: bytes, where: str, key: Path | None, password: str | None, token: str | None) -> bytes:
-    """A signature over a manifest, or over the index of a release, as if it lay in a folder by itself.
+    """Return a signature over a manifest or the index of a release, as the only file of a folder.
 
     Raises:
-        InputError: no such key, or it cannot be used.
-        HostError: no identity here, or the signing services cannot be reached.
+        InputError: no such key, or an unusable key.
+        HostError: this job has no identity, or the signing services cannot be reached.
 
     """
     config = _signer(key, password, token, where)
     with tempfile.TemporaryDirectory(prefix="tandem-sign-") as work:
-        lone, made = Path(work) / "artifact", Path(work) / SIGNATURE
-        lone.mkdir()
-        (lone / MANIFEST).write_bytes(document)
+        folder, signature = Path(work) / "artifact", Path(work) / SIGNATURE
+        folder.mkdir()
+        (folder / MANIFEST).write_bytes(document)
         try:
-            config.sign(lone, made)
+            config.sign(folder, signature)
         except Exception as error:
             raise HostError(f"cannot sign: {_first_line(error)}", where=where, fix=KEYLESS) from error
-        return made.read_bytes()
+        return signature.read_bytes()
 
 
 def _signer(key: Path | None, password: str | None, token: str | None, where: str) -> Any:
@@ -192,14 +195,14 @@ def _signer(key: Path | None, password: str | None, token: str | None, where: st
         return config.use_elliptic_key_signer(private_key=key, password=password)
     except (ValueError, OSError, TypeError) as error:
         fix = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
-        raise InputError(f"not a private key that can be used: {error}", where=str(key), fix=fix) from error
+        raise InputError(f"unusable private key: {reason(error)}", where=str(key), fix=fix) from error
 
 
 def check_artifact(root: Path, policy: Policy) -> None:
-    """Refuse an artifact on disk that is not signed as the policy demands. Its files are `artifact.verify`'s.
+    """Check the signature of an artifact on disk against a policy; `artifact.verify` checks its files.
 
     Raises:
-        ArtifactError: unsigned, or signed by somebody else.
+        ArtifactError: no signature, or none by an accepted signer.
 
     """
     manifest = read(root).manifest
@@ -211,7 +214,7 @@ def check_artifact(root: Path, policy: Policy) -> None:
 
 
 def _own_provenance(root: Path, manifest: Manifest) -> bytes:
-    """The statement of an artifact on disk; empty if it is not the one that its manifest pins."""
+    """Return the provenance of an artifact on disk; empty if it differs from the manifest's digest."""
     entry = manifest.files.get(PROVENANCE)
     if entry is None or not (root / PROVENANCE).is_file() or difference(root / PROVENANCE, entry):
         return b""
@@ -223,16 +226,16 @@ def _matches(where: str, pattern: str) -> bool:
 
 
 def _fault(manifest: bytes, signature: bytes, signer: Signer, base: Path) -> str | None:
-    """Why a signature over this manifest is not that signer's, or None."""
+    """Return why a signature is not accepted as this signer's over this manifest, or None if it is."""
     config = _library("verifying").Config()
     with tempfile.TemporaryDirectory(prefix="tandem-verify-") as work:
-        lone, made = Path(work) / "artifact", Path(work) / SIGNATURE
-        lone.mkdir()
-        (lone / MANIFEST).write_bytes(manifest)
-        made.write_bytes(signature)
+        folder, signature_file = Path(work) / "artifact", Path(work) / SIGNATURE
+        folder.mkdir()
+        (folder / MANIFEST).write_bytes(manifest)
+        signature_file.write_bytes(signature)
         try:
             _configure(config, signer, base)
-            config.verify(lone, made)
+            config.verify(folder, signature_file)
         except HostError:
             raise
         except Exception as error:
@@ -241,12 +244,12 @@ def _fault(manifest: bytes, signature: bytes, signer: Signer, base: Path) -> str
 
 
 def _meaning(error: Exception, signer: Signer) -> str:
-    """One line on why a signature is not accepted."""
+    """Return one line on why a signature is not accepted."""
     if type(error).__name__ == "TUFError":
         fix = "check the network: keyless signatures need the signing services' public keys"
-        raise HostError("a keyless signature cannot be checked here", where=str(signer), fix=fix) from error
+        raise HostError("keyless signatures cannot be checked on this host", where=str(signer), fix=fix) from error
     text = _first_line(error)
-    return "it is over another manifest" if text.startswith("Signature mismatch") else text
+    return "the signature is over another manifest" if text.startswith("Signature mismatch") else text
 
 
 def _configure(config: Any, signer: Signer, base: Path) -> None:
@@ -265,7 +268,7 @@ def _library(module: str) -> Any:
     try:
         return import_module(f"model_signing.{module}")
     except ModuleNotFoundError as error:
-        what = f"signatures need the package {error.name}"
+        what = f"signatures require the package {error.name}"
         raise HostError(what, where="signature", fix="pip install 'tandem[sign]'") from error
 
 

@@ -1,10 +1,10 @@
-"""The content-addressed store of one kind of entry: key -> bytes, checked whenever they are taken out.
+"""The content-addressed store of one kind of entry: key -> bytes, checked on every read.
 
     graphs    compiled graphs (`backends.base.cache_key`); `cache.remote` shares these
-    memos     from the inputs of a graph to its key, so that nothing is traced twice
+    memos     from the inputs of a graph to its key, so that no graph is traced twice
     goldens   reference outputs of the gates
 
-It never decides what a key is made of. Imports no torch.
+It does not compute keys. Imports no torch.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ KINDS: tuple[Kind, ...] = ("graphs", "memos", "goldens")
 
 
 def default_root() -> Path:
-    """`$TANDEM_CACHE`, or `artifacts/cache` here."""
+    """Return `$TANDEM_CACHE`, or `artifacts/cache` in the working directory."""
     return Path(os.environ.get("TANDEM_CACHE", "artifacts/cache")).absolute()
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Entries and their bytes."""
+    """Number of entries and their size."""
 
     entries: int
     size_bytes: int
@@ -47,7 +47,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class StoredEntry:
-    """An entry on disk: when it was last used, and its size."""
+    """An entry on disk: time of the last use, and size."""
 
     key: str
     used: float
@@ -55,7 +55,7 @@ class StoredEntry:
 
 
 class Cache:
-    """Entries `<root>/<kind>/<2 hex>/<key>/{data, entry.json}`, each renamed into place whole."""
+    """Entries `<root>/<kind>/<2 hex>/<key>/{data, entry.json}`; each appears by one rename."""
 
     def __init__(self, root: Path, kind: Kind, log: Log = no_log) -> None:
         self.root = root
@@ -63,29 +63,29 @@ class Cache:
         self.log = log
 
     def get(self, key: str) -> Path | None:
-        """The file stored under `key`, or None. An entry that does not match its digest is removed: a miss."""
+        """Return the file stored under `key`, or None. An entry that does not match its digest is removed: a miss."""
         entry = self._entry(key)
         data = entry / "data"
         try:
-            with data.open("rb") as file:  # while it is open, no other file gets its number
-                recorded, found = _recorded(entry), digest_file(data)
-                if recorded != found:
-                    self.log(f"cache entry {key} is damaged ({_difference(recorded, found)}): removed")
+            with data.open("rb") as file:  # an open file keeps its inode number
+                recorded, actual = _recorded(entry), digest_file(data)
+                if recorded != actual:
+                    self.log(f"cache entry {key} is damaged ({_difference(recorded, actual)}): removed")
                     number = os.fstat(file.fileno()).st_ino
                     _drop(entry, unless=lambda moved: _whole(moved) and (moved / "data").stat().st_ino != number)
                     return None
         except OSError:
-            if os.path.lexists(entry):  # else nobody has put it yet
-                _drop(entry, unless=_whole)  # somebody may have put it just now
+            if os.path.lexists(entry):  # else no process has put it yet
+                _drop(entry, unless=_whole)  # another process may have put it just now
             return None
-        with contextlib.suppress(OSError):  # a cache that is only read keeps no time of use
+        with contextlib.suppress(OSError):  # a read-only cache keeps no time of use
             os.utime(entry / "entry.json")
         return data
 
     def put(self, key: str, data: bytes | Path, about: Mapping[str, str] | None = None) -> Path:
-        """Store bytes, or a file, which is linked and must not be written to any more. The first writer wins.
+        """Store bytes, or a file, which is linked and must not change afterwards. The first writer wins.
 
-        `about` is kept beside a graph: the toolchain that made it, which sharing it needs.
+        `about` is the toolchain of a graph; only graphs with one can be shared.
 
         Raises:
             HostError: no space, read-only or forbidden.
@@ -95,20 +95,20 @@ class Cache:
         if self.get(key) is None:
             with atomic_dir(entry) as folder:
                 _place(data, folder / "data")
-                found = digest_file(folder / "data")
-                facts: dict[str, Any] = {"sha256": found.sha256, "size": found.size, "created": int(time.time())}
+                digest = digest_file(folder / "data")
+                facts: dict[str, Any] = {"sha256": digest.sha256, "size": digest.size, "created": int(time.time())}
                 facts |= {"about": dict(about)} if about is not None else {}
                 (folder / "entry.json").write_text(json.dumps(facts), encoding="utf-8")
         return entry / "data"
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """Hold `key` among all processes that share this cache; a dead holder's lock falls free."""
+        """Hold a lock on `key` among all processes that share this cache; the lock of a killed process is released."""
         with self._lock(key):
             yield
 
     def with_toolchains(self) -> Iterator[tuple[str, Path, dict[str, str]]]:
-        """Key, file and toolchain of every entry whose toolchain is known, each checked."""
+        """Yield key, file and toolchain of every entry with a recorded toolchain, after checking its digest."""
         for stored in self.entries():
             try:
                 text = (self._entry(stored.key) / "entry.json").read_text(encoding="utf-8")
@@ -119,21 +119,21 @@ class Cache:
                 yield stored.key, data, about
 
     def stats(self) -> Stats:
-        """Count what is stored."""
+        """Return the number and size of the entries."""
         entries = self.entries()
         return Stats(len(entries), sum(entry.size_bytes for entry in entries))
 
     def entries(self) -> list[StoredEntry]:
-        """Every entry."""
+        """Return every entry."""
         entries = []
         for data in self.root.glob(f"{self.kind}/??/[!.]*/data"):
-            with contextlib.suppress(OSError):  # others remove, too
+            with contextlib.suppress(OSError):  # another process may remove it
                 used = (data.parent / "entry.json").stat().st_mtime
                 entries.append(StoredEntry(data.parent.name, used, data.stat().st_size))
         return entries
 
     def remove_if_free(self, key: str) -> bool:
-        """Remove an entry unless another process holds it; True if it was removed."""
+        """Remove an entry unless another process holds its lock; return whether it was removed."""
         lock = self._lock(key)
         try:
             lock.acquire(timeout=0)
@@ -156,7 +156,7 @@ class Cache:
 
 
 def _drop(entry: Path, unless: Callable[[Path], bool]) -> None:
-    """Take an entry out in one step; put it back if, by then, another process has put a good one there."""
+    """Remove an entry by a rename; put it back if another process stored a good entry in the meantime."""
     aside = temp_name(entry)
     with contextlib.suppress(FileNotFoundError), disk_errors(entry):
         entry.rename(aside)
@@ -182,7 +182,7 @@ def _place(data: bytes | Path, target: Path) -> None:
 
 
 def _recorded(entry: Path) -> FileDigest | None:
-    """What the entry says of itself, or None if that cannot be read."""
+    """Return the digest in `entry.json`, or None if it cannot be read."""
     try:
         facts = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
         return FileDigest(facts["sha256"], facts["size"])
@@ -190,9 +190,9 @@ def _recorded(entry: Path) -> FileDigest | None:
         return None
 
 
-def _difference(recorded: FileDigest | None, found: FileDigest) -> str:
+def _difference(recorded: FileDigest | None, actual: FileDigest) -> str:
     if recorded is None:
         return "entry.json is unreadable"
-    if recorded.size != found.size:
-        return f"{found.size} bytes, recorded {recorded.size}"
-    return f"sha256 {found.sha256[:12]}..., recorded {recorded.sha256[:12]}..."
+    if recorded.size != actual.size:
+        return f"{actual.size} bytes, expected {recorded.size}"
+    return f"sha256 {actual.sha256[:12]}..., expected {recorded.sha256[:12]}..."

@@ -1,10 +1,10 @@
-"""The cache of compiled graphs that machines share, in a folder or S3 bucket: read by builds, written by trusted ones.
+"""The shared cache of compiled graphs, in a folder or S3 bucket: all builds read it, trusted builds write it.
 
     graphs/<2 hex>/<key>/<sha256>    the graph        graphs/<2 hex>/<key>/entry.json    its digest and toolchain
 
-Nothing in it is trusted: an entry whose bytes do not have their digest, or that another toolchain made, is a miss, and
-a build that may write replaces it. Whoever can write here can still name a digest of their own for a key, so give
-write access to CI alone; a release is trusted by its signature, not by this cache. Imports no torch.
+Entries are checked: one with a wrong digest or another toolchain is a miss, and a build with write access replaces it.
+A writer can still store a false graph with its own digest under a key, so give write access to CI alone; the signature
+of a release is the base of trust, not this cache. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from pipeline.stores.base import Bucket, open_bucket
 PART_BYTES = 4 << 20
 PARTS = 4
 LIMIT_BYTES = 4 << 30
-"""No graph is larger: an entry that says so must not fill the disk."""
+"""Limit for one graph, so that a wrong size in an entry cannot fill the disk."""
 
 Mode = Literal["read", "write"]
 
 
 @dataclass(frozen=True)
 class Remote:
-    """Where a shared cache is, and whether this build may write there. Plain data: it travels to workers."""
+    """The URL of a shared cache, and the access of this build. Plain data that can be sent to workers."""
 
     url: str
     mode: Mode = "read"
 
     def open(self, log: Log = no_log) -> RemoteCache:
-        """The cache itself."""
+        """Open the cache."""
         return RemoteCache(open_bucket(self.url), self.mode, log)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What `entry.json` says of a graph."""
+    """The contents of a graph's `entry.json`."""
 
     key: str
     sha256: str
@@ -54,13 +54,13 @@ class Entry:
 
 
 class RemoteCache:
-    """See the module. Its failures never fail a build: they are noted, and the graph is compiled."""
+    """A shared cache. Failures are logged and never fail a build: the graph is compiled instead."""
 
     def __init__(self, bucket: Bucket, mode: Mode = "read", log: Log = no_log) -> None:
         self.bucket, self.mode, self.log = bucket, mode, log
 
     def fetch(self, key: str, toolchain: Mapping[str, str], local: Cache) -> bool:
-        """Bring a graph into the local cache; False if there is none that may be used."""
+        """Download a graph into the local cache; return False if the shared cache has no usable entry."""
         try:
             return self._fetch(key, toolchain, local)
         except (HostError, FileNotFoundError) as error:
@@ -68,7 +68,7 @@ class RemoteCache:
             return False
 
     def push(self, key: str, data: Path, toolchain: Mapping[str, str]) -> bool:
-        """Store a graph, in the place of an entry that may not be used; False if it is there, or cannot be stored."""
+        """Store a graph, replacing an unusable entry; return False if a usable entry exists, or storing fails."""
         if self.mode != "write":
             return False
         try:
@@ -78,30 +78,30 @@ class RemoteCache:
             return False
 
     def entries(self) -> Iterator[tuple[Entry, float]]:
-        """Every entry that can be read, and when it was written by the store's clock."""
-        for one in self.bucket.list("graphs"):
-            _, _, key, name = [*one.key.split("/"), "", "", ""][:4]
-            if name == "entry.json" and KEY.fullmatch(key) and (found := self._entry(key)):
-                yield found, one.modified
+        """Yield every readable entry and its time of writing by the store's clock."""
+        for item in self.bucket.list("graphs"):
+            _, _, key, name = [*item.key.split("/"), "", "", ""][:4]
+            if name == "entry.json" and KEY.fullmatch(key) and (entry := self._entry(key)):
+                yield entry, item.modified
 
     def stats(self) -> Stats:
-        """Count what is stored."""
-        sizes = [one.size for one, _ in self.entries()]
+        """Return the number and size of the entries."""
+        sizes = [entry.size for entry, _ in self.entries()]
         return Stats(len(sizes), sum(sizes))
 
     def gc(self, max_bytes: int, max_age_s: float | None = None) -> Stats:
         """Remove the oldest entries until at most `max_bytes` remain, and all older than `max_age_s`.
 
-        A build that reads one meanwhile compiles its graph instead.
+        A build that is reading a removed entry compiles its graph instead.
         """
-        found = sorted(self.entries(), key=lambda item: item[1])
-        total, removed, freed = sum(one.size for one, _ in found), 0, 0
-        for one, modified in found:
-            old = max_age_s is not None and time.time() - modified > max_age_s
-            if total - freed > max_bytes or old:
-                self.bucket.delete(_place(one.key, "entry.json"))
-                self.bucket.delete(_place(one.key, one.sha256))
-                removed, freed = removed + 1, freed + one.size
+        entries = sorted(self.entries(), key=lambda item: item[1])
+        total, removed, freed = sum(entry.size for entry, _ in entries), 0, 0
+        for entry, modified in entries:
+            is_old = max_age_s is not None and time.time() - modified > max_age_s
+            if total - freed > max_bytes or is_old:
+                self.bucket.delete(_place(entry.key, "entry.json"))
+                self.bucket.delete(_place(entry.key, entry.sha256))
+                removed, freed = removed + 1, freed + entry.size
         return Stats(removed, freed)
 
     def _fetch(self, key: str, toolchain: Mapping[str, str], local: Cache) -> bool:
@@ -109,14 +109,14 @@ class RemoteCache:
         if entry is None:
             return False
         if entry.toolchain != dict(toolchain):
-            self.log(f"shared cache: {key} was made by another toolchain: not used")
+            self.log(f"shared cache: {key} is from another toolchain: not used")
             return False
         temp = temp_name(local.root / "remote")
         temp.parent.mkdir(parents=True, exist_ok=True)
         try:
-            found = self._download(entry, temp)
-            if found != entry.sha256:
-                self.log(f"shared cache: {key} has sha256 {found}, should be {entry.sha256}: not used")
+            sha256 = self._download(entry, temp)
+            if sha256 != entry.sha256:
+                self.log(f"shared cache: {key} has sha256 {sha256}, expected {entry.sha256}: not used")
                 return False
             local.put(key, temp, toolchain)
         finally:
@@ -132,7 +132,7 @@ class RemoteCache:
         return digest.hexdigest()
 
     def _pieces(self, entry: Entry) -> Iterator[memoryview]:
-        """A graph's bytes, in memory that the next piece takes over."""
+        """Yield a graph's bytes in pieces; each piece reuses the memory of the one before."""
         buffer = memoryview(bytearray(min(PART_BYTES, entry.size)))
         for start in range(0, entry.size, PART_BYTES):
             part = buffer[: min(PART_BYTES, entry.size - start)]
@@ -142,15 +142,15 @@ class RemoteCache:
         with data.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         entry = Entry(key, sha256, data.stat().st_size, dict(toolchain))
-        there = self.bucket.get(_place(key, "entry.json"))
-        if there is not None and self._sound(key, toolchain):
+        present = self.bucket.get(_place(key, "entry.json"))
+        if present is not None and self._sound(key, toolchain):
             return False
         self.bucket.upload(_place(key, sha256), data, sha256, PARTS)
         text = json.dumps({"key": key, "sha256": sha256, "size": entry.size, "toolchain": entry.toolchain})
-        return self.bucket.swap(_place(key, "entry.json"), text.encode(), there.token if there else None)
+        return self.bucket.swap(_place(key, "entry.json"), text.encode(), present.token if present else None)
 
     def _sound(self, key: str, toolchain: Mapping[str, str]) -> bool:
-        """Whether an entry looks usable: two builds of a graph need not be the same bytes, so the first one stays."""
+        """Return whether an entry is usable. Builds of a graph may differ in their bytes: the first entry stays."""
         entry = self._entry(key)
         if entry is None or entry.toolchain != dict(toolchain):
             return False
@@ -162,30 +162,30 @@ class RemoteCache:
         return digest.hexdigest() == entry.sha256
 
     def _entry(self, key: str) -> Entry | None:
-        found = self.bucket.get(_place(key, "entry.json"))
-        if found is None:
+        stored = self.bucket.get(_place(key, "entry.json"))
+        if stored is None:
             return None
         try:
-            facts = json.loads(found.data)
+            facts = json.loads(stored.data)
             entry = Entry(str(facts["key"]), str(facts["sha256"]), int(facts["size"]), dict(facts["toolchain"]))
         except (ValueError, KeyError, TypeError, RecursionError):
-            self.log(f"shared cache: {key} has a damaged entry: not used")
+            self.log(f"shared cache: {key} has a damaged entry: ignored")
             return None
         plain = entry.key == key and len(entry.sha256) == 64 and entry.sha256.isalnum()
         if not plain or not 0 <= entry.size <= LIMIT_BYTES:
-            self.log(f"shared cache: {key} has an entry that cannot be: not used")
+            self.log(f"shared cache: {key} has a malformed entry: ignored")
             return None
         return entry
 
 
 def push_all(local: Cache, remote: RemoteCache) -> int:
-    """Push every graph of the local cache whose toolchain is known; returns how many were new."""
+    """Push every graph of the local cache with a recorded toolchain; return the number of new ones."""
     return sum(remote.push(key, data, about) for key, data, about in local.with_toolchains())
 
 
 def pull_all(local: Cache, remote: RemoteCache, toolchain: Mapping[str, str]) -> int:
-    """Bring every graph that this toolchain made and that is not here; returns how many came."""
-    keys = [one.key for one, _ in remote.entries() if one.toolchain == dict(toolchain)]
+    """Download every graph of this toolchain that the local cache lacks; return their number."""
+    keys = [entry.key for entry, _ in remote.entries() if entry.toolchain == dict(toolchain)]
     return sum(remote.fetch(key, toolchain, local) for key in keys if local.get(key) is None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, no_string
 from pipeline.recipe import find
 
 ARTIFACTS = Path("artifacts")
@@ -40,4 +40,5 @@ def recipe_path(name: str) -> Path:
 
 def file_patterns(parts: Sequence[str]) -> list[str] | None:
     """Return patterns of paths for parts like `weights`; None for the whole artifact."""
+    no_string(parts, "parts", "parts")
     return [part if any(c in part for c in "*?[/.") else f"{part}/*" for part in parts] or None

@@ -15,6 +15,7 @@ from pipeline.cli.console import MIB, Console, print_error, print_json, print_re
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import artifact_dir
+from pipeline.errors import no_string
 from pipeline.registry.publish import Outcome, Place, PublishSettings, Sign, listed_places, publish_all
 
 REGISTRY = "artifacts/registry"
@@ -41,6 +42,7 @@ class PublishOptions:
 
     def places(self, roots: Sequence[Path]) -> list[Place]:
         """Return the registries to publish to: those given, those of the recipe, or the default one."""
+        no_string(roots, "roots", "paths")
         places = [Place(url) for url in self.urls] or listed_places(roots) or [Place(REGISTRY)]
         return [Place(place.url, tuple(dict.fromkeys((*place.aliases, *self.aliases)))) for place in places]
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.errors import InputError, SourceError, reason
+from pipeline.errors import InputError, SourceError, no_string, reason
 from pipeline.runtime.text import Text
 
 SENTINEL = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -102,6 +102,7 @@ class HeldOutFilter:
     """Decides which prompts may be trained on: those without text in common with held-out prompts."""
 
     def __init__(self, held_out: Iterable[str]) -> None:
+        no_string(held_out, "held_out", "prompts")
         self._known = {shingle for text in held_out for shingle in _shingles(text)}
 
     def __call__(self, prompt: str) -> bool:

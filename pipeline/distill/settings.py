@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.cache.local import default_root
 from pipeline.distill.prompts import OPENINGS
-from pipeline.errors import InputError
+from pipeline.errors import InputError, no_string
 from pipeline.models.draft_kind import DraftMethod
 from pipeline.progress import Log, no_log
 from pipeline.recipe.schema import Recipe
@@ -36,7 +36,7 @@ class DistillSettings:
     `text` are data folders of earlier runs for the same target, also learned from; their tokens count among `tokens`.
 
     Raises:
-        InputError: a seed that is out of range.
+        InputError: a seed that is out of range, or a string in place of a list.
 
     """
 
@@ -60,6 +60,8 @@ class DistillSettings:
     log: Log = no_log
 
     def __post_init__(self) -> None:
+        no_string(self.text, "text", "folders")
+        no_string(self.layers, "layers", "layers")
         if not 0 <= self.seed < SEEDS:
             raise InputError(f"found {self.seed}; accepted: 0 to {SEEDS - 1}", where="--seed", fix="use another seed")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifact.signing import Policy
+from pipeline.errors import no_string
 from pipeline.recipe import load as load_recipe
 from pipeline.runtime.latency import Answer, TimedRequest, engine_answer, latency_of
 from pipeline.runtime.open import load
@@ -34,7 +35,7 @@ def bench(
     """Measure `count` of the recipe's prompts; `base` is the folder that its relative paths start at.
 
     Raises:
-        InputError: the prompts of the recipe are not here.
+        InputError: no prompts file of the recipe.
         ArtifactError: as `runtime.load`.
 
     """
@@ -55,7 +56,8 @@ def bench(
 
 
 def interleaved(contenders: Mapping[str, Answer], prompts: Sequence[list[int]]) -> dict[str, list[TimedRequest]]:
-    """Let all contenders answer each prompt before the next one; a first answer of each only warms up."""
+    """Time all contenders on each prompt in turn; a first answer of each is a warm-up."""
+    no_string(prompts, "prompts", "prompts")
     for answer in contenders.values():
         answer(prompts[0])
     requests: dict[str, list[TimedRequest]] = {name: [] for name in contenders}

@@ -38,7 +38,7 @@ def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attentio
 
 def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
     config = checkpoint.config
-    fields = {k: v for k, v in checkpoint.config_json.items() if k not in ("model_type", "layer_types")}
+    fields = {key: value for key, value in checkpoint.config_json.items() if key not in ("model_type", "layer_types")}
     fields["num_hidden_layers"] = config.layers
     whole = transformers.AutoConfig.for_model(checkpoint.config_json["model_type"], **fields)
     model = transformers.AutoModelForCausalLM.from_config(whole, dtype=dtype, attn_implementation=attention)
@@ -119,10 +119,10 @@ class TimingStreamer:
 
     def put(self, value: Tensor) -> None:
         """Take tokens; the first are the prompt."""
-        new = value.numel() - self._to_skip
+        count = value.numel() - self._to_skip
         self._to_skip = 0
-        if new > 0:
-            self.clock.record(new)
+        if count > 0:
+            self.clock.record(count)
 
     def end(self) -> None:
         """Nothing to flush."""

@@ -1,8 +1,8 @@
-"""Measure what a pair's steps cost here and what they gain, and say which K and which buckets to build.
+"""Measure the cost and the gain of a pair's steps on this host, and choose K and buckets to build.
 
-In every batch bucket plain decode and each K that was built take steps in turn, so costs are ratios of one run. A
+In every batch bucket plain decode and each K of the artifact take steps in turn, so costs are ratios of one run. A
 step's cost is fitted as a straight line over K; its tokens follow from the acceptance rates (Leviathan et al. 2023).
-Prompts and answers have lengths; the few buckets that pad them least follow from those (`buckets.py`).
+The buckets that pad the lengths of prompts and answers least follow from those lengths (`buckets.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, no_string
 from pipeline.files.atomic import atomic_file
 from pipeline.graphs.arguments import Arguments, StepRow, step_arguments
 from pipeline.measure.buckets import buckets_for, padded
@@ -31,39 +31,39 @@ if TYPE_CHECKING:
 
 LARGEST_K = 8
 TURNS, STEPS = 5, 6
-"""Turns of each K, and steps of a turn, by which a step is timed."""
+"""Turns of each K, and steps of a turn, when steps are timed."""
 
 MOST_PREFILL, MOST_KV = 3, 2
 """Buckets at most: each is a graph for every batch and phase."""
 
 PENALTY = 0.02
-"""A further K must gain more than this share on some class to be worth the time that its graphs take to compile."""
+"""Share that a further K must gain on some class to be worth the compile time of its graphs."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured. `step_costs` by K built, in plain steps, in the smallest batch bucket, and `larger` in each of
-    the others; `rates` of acceptance given those before.
+    """The measurements. `step_costs` by K of the artifact, in decode steps, in the smallest batch bucket; `larger` in
+    the other buckets; `rates` are acceptance rates, each given that the drafts before were accepted.
     """
 
     step_costs: dict[int, float]
     rates: dict[str, list[float]]
     draft_tokens: list[int]
     expected: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Tokens per plain step's time, by prompt class (`all` first), of steps with a copy (`copies`, last), and K."""
+    """Tokens per time of a decode step, by prompt class (`all` first; `copies`, of steps with a copy, last) and K."""
     shapes: dict[str, list[int]] = field(default_factory=dict)
     """`prefill` and `kv` buckets."""
     larger: dict[int, dict[int, float]] = field(default_factory=dict)
     smallest: int = 1
     padding: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Tokens run over tokens there are, with the buckets of now and with those of `shapes`."""
+    """Padding overhead (tokens run over tokens needed), with the present buckets and with those of `shapes`."""
 
     def cost(self, k: int) -> float:
-        """Cost of any K in the smallest batch, on the line through plain decode and what was measured."""
+        """Return the cost of any K in the smallest batch, on the line through plain decode and the measured costs."""
         return _cost(self.step_costs, k)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the measurements as plain data."""
         by_batch = {
             batch: [round(_cost(of, k), 3) for k in self.draft_tokens]
             for batch, of in ({self.smallest: self.step_costs} | self.larger).items()
@@ -84,10 +84,11 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
     """
     from pipeline.validate.gates.acceptance import acceptance_of, given_previous
 
+    no_string(prompts, "prompts", "prompts")
     chosen = _spread(prompts, prompts_per_class)
     built = list(engine.manifest.draft_tokens)
-    smallest, *others = engine.manifest.shapes.batch
-    costs = {batch: _costs(engine, batch, min(tokens, engine.length // 2)) for batch in (smallest, *others)}
+    smallest, *larger = engine.manifest.shapes.batch
+    costs = {batch: _costs(engine, batch, min(tokens, engine.length // 2)) for batch in (smallest, *larger)}
     log(f"measured steps of {len(costs)} batch buckets")
     answers = []
     for number, prompt in enumerate(chosen):
@@ -95,7 +96,7 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
         answers += engine.generate([encoded], max_new_tokens=tokens, draft_tokens=built[-1])
         log(f"{number + 1} of {len(chosen)} prompts")
     if not any(answer.emitted_per_step for answer in answers):
-        what = "every answer ended with its first token: there is no step to measure"
+        what = "every answer ended with its first token: no step to measure"
         raise InputError(what, where="tune", fix="use other prompts, or more --max-new-tokens")
     rates = {"all": list(acceptance_of(chosen, answers, built[-1]).accepted_given_previous)}
     for kind in dict.fromkeys(prompt.kind for prompt in chosen):
@@ -104,12 +105,12 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
     steps = [step for answer in answers for step in zip(answer.emitted_per_step, answer.copied_per_step, strict=True)]
     if copied := [emitted for emitted, copies in steps if copies]:
         rates["copies"] = given_previous(copied, built[-1])
-    found = choose(costs.pop(smallest), rates)
-    return replace(found, smallest=smallest, larger=costs, **_shapes(engine, prompts, tokens))
+    tuning = choose(costs.pop(smallest), rates)
+    return replace(tuning, smallest=smallest, larger=costs, **_shapes(engine, prompts, tokens))
 
 
 def _costs(engine: Engine, batch: int, position: int) -> dict[int, float]:
-    """Cost of a step with each K, in plain steps, when all rows of a batch bucket take part at a position."""
+    """Return the cost of a step for each K, in decode steps, with all rows of a batch bucket at a position."""
     how = engine.manifest.sampling[0]
     graphs = [
         g for g in engine.graphs
@@ -130,17 +131,17 @@ def _costs(engine: Engine, batch: int, position: int) -> dict[int, float]:
 
 
 def full_step(engine: Engine, graph: GraphSpec, position: int) -> Arguments:
-    """Arguments of a step of all rows of a graph, its caches filled up to a position."""
+    """Return the arguments of a step with all rows of a graph, caches filled up to a position."""
     row = StepRow(position % engine.manifest.vocab, position)
     return step_arguments(graph, dict.fromkeys(range(graph.batch), row))
 
 
 def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
-    """Buckets for all prompts with answers of up to so many tokens, and what they pad."""
+    """Return buckets for all prompts with answers of up to `tokens` tokens, and their padding."""
     text, now = engine.text, engine.manifest.shapes
     lengths = [len(text.chat(p.text) if text.has_chat else text.encode(p.text)) for p in prompts]
     ends = [length + tokens for length in lengths]
-    # On a CPU attention reads the keys that there are, whatever the bucket.
+    # On a CPU attention reads only valid keys, whatever the bucket.
     reads_all = engine.manifest.requires.get("device") != "cpu"
     shapes = {
         "prefill": buckets_for(lengths, now.prefill[-1], MOST_PREFILL, 32),
@@ -154,20 +155,22 @@ def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str,
 
 
 def choose(costs: dict[int, float], rates: dict[str, list[float]]) -> Tuning:
-    """Which K to build: the best over all prompts, and others that a class of prompts gains by."""
-    found = Tuning(costs, rates, [])
-    expected = {kind: {k: tokens_of(of, k) / found.cost(k) for k in range(LARGEST_K + 1)} for kind, of in rates.items()}
-    wanted: list[int] = []
+    """Choose K to build: the best over all prompts, and others that speed up a class of prompts."""
+    measured = Tuning(costs, rates, [])
+    expected = {
+        kind: {k: tokens_of(of, k) / measured.cost(k) for k in range(LARGEST_K + 1)} for kind, of in rates.items()
+    }
+    chosen: list[int] = []
     for speeds in expected.values():
         best = max(range(1, LARGEST_K + 1), key=lambda k: speeds[k])
-        known = max((speeds[k] for k in wanted), default=0.0)
-        if not wanted or speeds[best] > max(known, 1.0) * (1 + PENALTY):
-            wanted.append(best)
-    return Tuning(costs, rates, sorted(wanted), expected)
+        best_chosen = max((speeds[k] for k in chosen), default=0.0)
+        if not chosen or speeds[best] > max(best_chosen, 1.0) * (1 + PENALTY):
+            chosen.append(best)
+    return Tuning(costs, rates, sorted(chosen), expected)
 
 
 def tokens_of(rates: Sequence[float], k: int) -> float:
-    """Expected tokens of a step with K drafts; places beyond the last measured repeat its rate."""
+    """Return the expected tokens of a step with K drafts; positions past the last measured one repeat its rate."""
     every = [*rates, *[rates[-1]] * k][:k]
     return 1 + sum(accumulate(every, mul))
 
@@ -180,58 +183,58 @@ def _cost(measured: dict[int, float], k: int) -> float:
 
 
 def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Slope and base of a least-squares line; through plain decode's cost of 1 where there is one point."""
+    """Return slope and base of a least-squares line; with one point, of the line through plain decode's cost of 1."""
     if len(points) == 1:
         (k, cost), base = points[0], 1.0
         return (cost - base) / k, base
-    xs, ys = [k for k, _ in points], [cost for _, cost in points]
-    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
-    slope = sum((x - mx) * (y - my) for x, y in points) / sum((x - mx) ** 2 for x in xs)
-    return slope, my - slope * mx
+    ks, costs = [k for k, _ in points], [cost for _, cost in points]
+    mean_k, mean_cost = sum(ks) / len(ks), sum(costs) / len(costs)
+    slope = sum((k - mean_k) * (cost - mean_cost) for k, cost in points) / sum((k - mean_k) ** 2 for k in ks)
+    return slope, mean_cost - slope * mean_k
 
 
-def _spread(prompts: Sequence[Prompt], each: int) -> list[Prompt]:
-    """The first prompts of each class."""
+def _spread(prompts: Sequence[Prompt], per_class: int) -> list[Prompt]:
+    """Return the first prompts of each class."""
     kinds = dict.fromkeys(prompt.kind for prompt in prompts)
-    return [prompt for kind in kinds for prompt in [p for p in prompts if p.kind == kind][:each]]
+    return [prompt for kind in kinds for prompt in [p for p in prompts if p.kind == kind][:per_class]]
 
 
-def curve(found: Tuning, name: str) -> str:
-    """A page with the expected speed over K, one line a class."""
+def curve(tuning: Tuning, name: str) -> str:
+    """Return a page with the expected speed over K, one line per class."""
     from pipeline.validate.report.page import plot_page
     from pipeline.validate.report.plots import Axis, Plot
 
-    top = max(max(speeds.values()) for speeds in found.expected.values())
+    top = max(max(speeds.values()) for speeds in tuning.expected.values())
     plot = Plot("Expected speed", Axis(0, LARGEST_K, "draft tokens K"), Axis(0, top * 1.08, "plain decode = 1"))
-    for style, (kind, speeds) in zip(("a", "b", "c", "d", "e", "noise", "f"), found.expected.items(), strict=False):
+    for style, (kind, speeds) in zip(("a", "b", "c", "d", "e", "noise", "f"), tuning.expected.items(), strict=False):
         plot.line(sorted(speeds.items()), style, kind)
-        plot.dots([(k, speeds[k]) for k in found.draft_tokens], style)
+        plot.dots([(k, speeds[k]) for k in tuning.draft_tokens], style)
     plot.rule(1.0, "plain decode")
-    measured = ", ".join(f"K={k}: {cost:.2f}" for k, cost in found.step_costs.items())
-    figure = plot.svg("curve", f"Measured step costs, in plain steps: {measured}.")
+    measured = ", ".join(f"K={k}: {cost:.2f}" for k, cost in tuning.step_costs.items())
+    figure = plot.svg("curve", f"Measured step costs, in decode steps: {measured}.")
     return plot_page(f"Tuning of {name}", name, [figure])
 
 
-def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:
-    """Write K, for a head that is `paced` its step costs, and the buckets into a recipe file that has these keys.
+def write_recipe(path: Path, tuning: Tuning, *, paced: bool) -> None:
+    """Write K, step costs if `paced`, and the buckets into a recipe file that has these keys.
 
-    Everything else in the file stays as it is.
+    The rest of the file does not change.
 
     Raises:
         InputError: the file has no `draft_tokens` itself, or does not load with the measured values.
 
     """
-    data = found.to_json()
-    wanted = {name: data[name] for name in ("draft_tokens", "step_costs") if paced or name == "draft_tokens"}
-    fix = "write " + " and ".join(f"{name}: {value}" for name, value in wanted.items())
+    data = tuning.to_json()
+    values = {name: data[name] for name in ("draft_tokens", "step_costs") if paced or name == "draft_tokens"}
+    fix = "write " + " and ".join(f"{name}: {value}" for name, value in values.items())
     recipe = read_text(path)
     if not recipe.has("speculation", "draft_tokens"):
         raise InputError("has no `draft_tokens: [...]` to change", where=str(path), fix=fix)
     try:
-        for name, value in wanted.items():
+        for name, value in values.items():
             recipe.put("speculation", name, value, behind="draft_tokens")
-        for name in [name for name in found.shapes if recipe.has("shapes", name)]:
-            recipe.put("shapes", name, found.shapes[name], behind=name)
+        for name in [name for name in tuning.shapes if recipe.has("shapes", name)]:
+            recipe.put("shapes", name, tuning.shapes[name], behind=name)
         text = recipe.text()
     except InputError as error:
         raise InputError(error.what, where=str(path), fix=fix) from error
@@ -243,7 +246,7 @@ def write_recipe(path: Path, found: Tuning, *, paced: bool) -> None:
 
 
 def _replace_file(path: Path, text: str) -> None:
-    """Write a recipe's file anew, if it loads."""
+    """Replace a recipe file if the new text loads."""
     with atomic_file(path) as file:
         file.write(text.encode())
         file.flush()

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from pipeline.artifact.manifest import AGAIN, CacheManifest, Manifest, NxdiManifest
 from pipeline.artifact.verify import verify
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, InputError, no_string
 from pipeline.records import Record
 
 SETTINGS = "tandem-nxdi.json"
@@ -41,6 +41,7 @@ class ServeCommand:
 
 def shell_line(environment: Mapping[str, str], command: Sequence[str]) -> str:
     """Return a command with its environment as one line; names of variables are not quoted."""
+    no_string(command, "command", "arguments")
     variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     return " ".join([*variables, shlex.join(command)])
 

@@ -32,7 +32,7 @@ from pipeline.artifact.manifest import (
 )
 from pipeline.artifact.verify import check_host, check_replaceable, difference, verify
 from pipeline.backends.neuron.support import PLACEHOLDERS
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, InputError, no_string
 from pipeline.files.atomic import atomic_dir, check_space, create_only, digest_file
 from pipeline.nxdi.vllm_args import VARIABLE, shell_line
 from pipeline.nxdi.vllm_cache_layout import KEY, NKI, OF_ONE_SERVER, entries, entry_faults, listing
@@ -67,6 +67,9 @@ class ServerRun:
     serve: Sequence[str]
     environment: Mapping[str, str]
     versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        no_string(self.serve, "serve", "arguments")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Where a recipe does not fit its models: every conflict, with its place, the values, and what to do. Pure; no torch.
+"""Conflicts of a recipe with its models, each with its place, the values and a fix. Pure; imports no torch.
 
-What one rank needs of its core is `estimates`.
+Memory of a rank is estimated in `estimates.py`.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> 
         what = f"the draft uses the target's embedding, but has hidden_size={draft.hidden}, the target {target.hidden}"
         yield Problem(where, what, "use a draft that was made for this target")
     if draft.shares_embedding and recipe.draft_dtype != recipe.target.dtype:
-        found, wanted = recipe.draft_dtype, recipe.target.dtype
-        what = f"found {found}, but the draft uses the target's embedding, which is {wanted}"
-        yield Problem(recipe.place("draft.dtype"), what, f"use {wanted}, or leave it out")
+        dtype, target_dtype = recipe.draft_dtype, recipe.target.dtype
+        what = f"found {dtype}, but the draft uses the target's embedding, which is {target_dtype}"
+        yield Problem(recipe.place("draft.dtype"), what, f"use {target_dtype}, or leave it out")
 
 
 def _candidate_conflicts(recipe: Recipe, vocab: int) -> Iterator[Problem]:
@@ -72,9 +72,9 @@ def _method_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -
     if not draft.draft_kind.reads_target_states:
         return
     if recipe.draft_dtype != recipe.target.dtype:
-        found, wanted = recipe.draft_dtype, recipe.target.dtype
-        what = f"found {found}, but the draft reads the target's hidden states, which are {wanted}"
-        yield Problem(recipe.place("draft.dtype"), what, f"use {wanted}, or leave it out")
+        dtype, target_dtype = recipe.draft_dtype, recipe.target.dtype
+        what = f"found {dtype}, but the draft reads the target's hidden states, which are {target_dtype}"
+        yield Problem(recipe.place("draft.dtype"), what, f"use {target_dtype}, or leave it out")
     if recipe.draft.placement == "sharded" and recipe.parallel.tensor > 1:
         what = "found sharded; an EAGLE-3 head is whole on each rank, as the states that it reads are"
         yield Problem(recipe.place("draft.placement"), what, "write placement: replicated")
@@ -84,7 +84,7 @@ def _method_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -
 
 
 def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
-    """Sizes of a model that `tp` ranks cannot share; more ranks than KV heads replicate them, whole."""
+    """Yield sizes of a model that `tp` ranks cannot share; with more ranks than KV heads the heads are replicated."""
     if config.heads % tp:
         yield "num_attention_heads", config.heads
     if config.kv_heads % tp and tp % config.kv_heads:

@@ -1,4 +1,4 @@
-"""What a plan costs: memory of a rank, size of graphs and artifact, time and memory to compile. Pure; no torch.
+"""The costs of a plan: memory of a rank, size of graphs and artifact, time and memory to compile. Pure; no torch.
 
 Weights and caches are counted exactly, from the tables that the sharder and the graphs use. Scratch, compile time and
 compile memory are estimates.
@@ -24,7 +24,7 @@ ATTENTION_TILE = 512
 
 @dataclass(frozen=True)
 class CompileCost:
-    """What compiling one graph takes, and what comes out: a fixed part and a part for each layer pass."""
+    """Cost of compiling one graph, and its size: a fixed part and a part for each layer pass."""
 
     fixed_s: float
     pass_s: float
@@ -34,22 +34,22 @@ class CompileCost:
     pass_size_bytes: int
 
     def seconds(self, passes: int) -> float:
-        """Time to compile on one core."""
+        """Return the time to compile on one core."""
         return self.fixed_s + self.pass_s * passes
 
     def memory_bytes(self, passes: int) -> int:
-        """Host memory that compiling takes."""
+        """Return the host memory for compiling."""
         return self.fixed_memory_bytes + self.pass_memory_bytes * passes
 
     def size_bytes(self, passes: int) -> int:
-        """Size of the compiled graph."""
+        """Return the size of the compiled graph."""
         return self.fixed_size_bytes + self.pass_size_bytes * passes
 
 
 COMPILE_COSTS = {
     # Measured on one core: SmolLM2-135M, speculate with K=4, 42 passes: 92 s, 1.25 GiB in two processes, 6.2 MB.
     "inductor": CompileCost(15, 2.0, 1000 * MIB, 8 * MIB, MIB // 4, 140 << 10),
-    # Not measured here: from public reports of neuronx-cc, to tell minutes from hours.
+    # From public reports of neuronx-cc, not measured: tells minutes from hours.
     "neuron": CompileCost(60, 8.0, 8 * GIB, 128 * MIB, 16 * MIB, MIB),
 }
 
@@ -66,12 +66,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Everything a rank holds while it serves."""
+        """All memory of a rank while it serves."""
         return self.target_weights + self.draft_weights + self.target_kv + self.draft_kv + self.scratch
 
 
 def rank_memory(pair: PairSpec, packing: Packing, graphs: Iterable[GraphSpec]) -> Memory:
-    """Count the memory of one rank."""
+    """Return the memory of one rank."""
     models = pair.models
     return Memory(
         target_weights=weight_bytes(models, "target", packing),
@@ -83,7 +83,7 @@ def rank_memory(pair: PairSpec, packing: Packing, graphs: Iterable[GraphSpec]) -
 
 
 def weight_bytes(models: ModelsSpec, role: Role, packing: Packing) -> int:
-    """Bytes of one rank's shard, as the backend lays it out, with the vocabulary offset."""
+    """Return the bytes of one rank's shard in the backend's layout, with the vocabulary offset."""
     config, tp = models.config_of(role), models.tp_of(role)
     size = DTYPES["int32"].size_bytes
     for weight in stored_weights(models, role):
@@ -94,7 +94,7 @@ def weight_bytes(models: ModelsSpec, role: Role, packing: Packing) -> int:
 
 
 def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:
-    """How often a graph runs a layer: K times for each of the draft's in `speculate`, else once."""
+    """Return the number of layer passes of a graph: K for each layer of the draft in `speculate`, else one."""
     if spec.phase == "score":
         return pair.draft.layers if spec.model == "draft" else pair.target.layers
     draft_passes = {"speculate": spec.draft_tokens, "prefill": 1, "decode": 0}[spec.phase]
@@ -108,7 +108,7 @@ def _cache_bytes(pair: PairSpec, role: Role) -> int:
 
 
 def _scratch_bytes(pair: PairSpec, spec: GraphSpec) -> int:
-    """Estimate of a graph's live activations, in float32: one layer's, tiles of attention scores, and the logits."""
+    """Estimate a graph's live activations, in float32: one layer's, tiles of attention scores, and the logits."""
 
     def layer(role: Role) -> int:
         config, tp = pair.models.config_of(role), pair.models.tp_of(role)

@@ -1,7 +1,7 @@
 """The lock beside a recipe pins what floats: source revisions, a sha256 for each file, the toolchain, model configs.
 
 The configs let a recipe be checked and planned without its weights. A lock is JSON with sorted keys, so that it diffs
-well. This module compares and stores; bringing sources and naming toolchains is the caller's.
+well. This module compares and stores locks; the caller fetches sources and names toolchains.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LockedSource:
-    """One model as it was when locked.
+    """One model at the time of locking.
 
-    `files` holds its digests, or, where the weights were never here, those of its config alone: the revision then pins
-    the rest. `config` is its `config.json`.
+    `files` holds the digests of its files, or only that of its config if the weights were never fetched: then the
+    revision pins the weights. `config` is its `config.json`.
     """
 
     source: str
@@ -42,18 +42,18 @@ class LockedSource:
 
     @property
     def floating(self) -> bool:
-        """True when the revision is a branch or tag, which may move."""
+        """Whether the revision is a branch or tag, which may move."""
         return self.source.startswith("hf://") and not is_commit(self.revision)
 
     @property
     def has_weights(self) -> bool:
-        """True when the weights' digests are known."""
+        """Whether the digests of the weights are known."""
         return any(name.endswith(".safetensors") for name in self.files)
 
 
 @dataclass(frozen=True)
 class Lock:
-    """All that is pinned of one recipe. A derived draft has no source of its own; an empty toolchain is not pinned."""
+    """The pins of one recipe. A derived draft has no source of its own; an empty toolchain is not pinned."""
 
     recipe_sha256: str
     target: LockedSource
@@ -62,12 +62,12 @@ class Lock:
 
 
 def lock_path(recipe: Path) -> Path:
-    """Where the lock of a recipe file is."""
+    """Return the path of the lock of a recipe file."""
     return recipe.with_suffix(".lock")
 
 
 def make_lock(recipe: Recipe, target: Checkpoint, draft: Checkpoint, toolchain: Mapping[str, str]) -> Lock:
-    """Pin a recipe to the checkpoints that its sources are now."""
+    """Pin a recipe to the present checkpoints of its sources."""
     own_draft = recipe.draft.source is not None
     return Lock(
         recipe.digest(),
@@ -82,7 +82,7 @@ def _locked(source: str, checkpoint: Checkpoint) -> LockedSource:
 
 
 def relock(recipe: Recipe, lock: Lock) -> Lock:
-    """The same pins for a recipe that changed elsewhere, without any source at hand.
+    """Return the same pins for a recipe whose other keys changed; reads no source.
 
     Raises:
         InputError: the recipe names another source than the lock.
@@ -90,9 +90,9 @@ def relock(recipe: Recipe, lock: Lock) -> Lock:
     """
     pairs = [("target.source", recipe.target.source, lock.target.source)]
     pairs.append(("draft.source", recipe.draft.source or "", lock.draft.source if lock.draft else ""))
-    for key, wanted, locked in pairs:
-        if wanted != locked:
-            what = f"the recipe says {wanted or 'a derived draft'}, the lock has {locked or 'a derived draft'}"
+    for key, source, locked in pairs:
+        if source != locked:
+            what = f"the recipe says {source or 'a derived draft'}, the lock has {locked or 'a derived draft'}"
             raise InputError(
                 what,
                 where=recipe.place(key),
@@ -102,17 +102,17 @@ def relock(recipe: Recipe, lock: Lock) -> Lock:
 
 
 def digest(lock: Lock) -> str:
-    """sha256 that names a lock's contents."""
+    """Return the sha256 of a lock's contents."""
     return hashlib.sha256(to_bytes(lock)).hexdigest()
 
 
 def write(path: Path, lock: Lock) -> None:
-    """Write a lock whole, or not at all."""
+    """Write a lock atomically."""
     write_atomic(path, to_bytes(lock))
 
 
 def to_bytes(lock: Lock) -> bytes:
-    """The text of a lock file."""
+    """Return the text of a lock file."""
     return (json.dumps({"version": VERSION, **asdict(lock)}, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -136,13 +136,13 @@ def read(path: Path) -> Lock:
 
 
 def _data(path: Path) -> dict[str, Any]:
-    """A lock's plain data: from JSON, which is fast; from YAML, with lines in its errors, where JSON is not enough."""
+    """Return a lock's plain data, read as JSON, which is fast, or else as YAML, whose errors have lines."""
     try:
         data = json.loads(path.read_bytes(), object_pairs_hook=_mapping)
         if isinstance(data, dict):
             return data
     except ValueError:
-        pass  # YAML, damaged, or with a key given twice: the document reader tells which, and in which line
+        pass  # YAML, damaged, or with a repeated key: the document reader reports which, with the line
     document = read_document(path)
     if document.problems:
         first = document.problems[0]
@@ -163,9 +163,9 @@ def _lock_of(data: dict[str, Any], path: Path) -> Lock:
         plain = {key: value for key, value in data.items() if key != "version"}
         return TypeAdapter(Lock).validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
-        found = error.errors()[0]
-        key = ".".join(str(part) for part in found["loc"])
-        raise InputError(f"damaged lock: {found['msg']}", where=f"{path}: {key}", fix=_relock_command(path)) from error
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"damaged lock: {first['msg']}", where=f"{path}: {key}", fix=_relock_command(path)) from error
 
 
 def _relock_command(path: Path) -> str:
@@ -173,11 +173,11 @@ def _relock_command(path: Path) -> str:
 
 
 def pair_configs(recipe: Recipe, lock: Lock, where: str) -> tuple[ModelConfig, ModelConfig]:
-    """Configs of target and draft from the lock alone; `where` names the lock in errors.
+    """Return the configs of target and draft from the lock alone; `where` names the lock in errors.
 
     Raises:
         SourceError: a config that is not supported.
-        InputError: the lock is of other sources than the recipe names.
+        InputError: the sources of the lock and of the recipe differ.
 
     """
     relock(recipe, lock)
@@ -188,7 +188,7 @@ def pair_configs(recipe: Recipe, lock: Lock, where: str) -> tuple[ModelConfig, M
 
 
 def derived_config(recipe: Recipe, target: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` of a draft made of some of the target's layers.
+    """Return `config.json` of a draft that consists of layers of the target.
 
     Raises:
         InputError: a layer that the target does not have.
@@ -207,9 +207,12 @@ def derived_config(recipe: Recipe, target: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_locked(lock: Lock, fresh: Lock, where: str = "lock") -> list[Problem]:
-    """What `--locked` refuses: every item that is not as locked, with both values, and sources that may still move."""
+    """Return what `--locked` rejects: every item that differs from the lock, with both values, and moving sources."""
     fix = "restore what was locked, or accept the change: tandem recipe lock"
-    drift = [Problem(f"{where}: {key}", f"locked {old}, found {new}", fix) for key, old, new in _drift(lock, fresh)]
+    drift = [
+        Problem(f"{where}: {key}", f"locked {locked}, found {actual}", fix)
+        for key, locked, actual in _drift(lock, fresh)
+    ]
     for role, source in (("target", lock.target), ("draft", lock.draft)):
         if source is not None and source.floating:
             what = f"locked to {source.revision!r}, a name that may move"
@@ -218,7 +221,7 @@ def check_locked(lock: Lock, fresh: Lock, where: str = "lock") -> list[Problem]:
 
 
 def _drift(lock: Lock, fresh: Lock) -> Iterator[tuple[str, str, str]]:
-    """(key, locked value, fresh value) of each difference."""
+    """Yield key, locked value and present value of each difference."""
     if lock.recipe_sha256 != fresh.recipe_sha256:
         yield "recipe_sha256", lock.recipe_sha256, fresh.recipe_sha256
     yield from _source_drift("target", lock.target, fresh.target)
@@ -227,25 +230,25 @@ def _drift(lock: Lock, fresh: Lock) -> Iterator[tuple[str, str, str]]:
     elif lock.draft is not fresh.draft:
         yield "draft", _origin(lock.draft), _origin(fresh.draft)
     for key, version in sorted(lock.toolchain.items()):
-        found = fresh.toolchain.get(key, "nothing")
+        actual = fresh.toolchain.get(key, "nothing")
         # torch 2.13.0+cpu is torch 2.13.0 unless the lock says which build.
-        if version != (found if "+" in version else found.split("+")[0]):
-            yield f"toolchain.{key}", version, found
+        if version != (actual if "+" in version else actual.split("+")[0]):
+            yield f"toolchain.{key}", version, actual
 
 
 def _source_drift(role: str, locked: LockedSource, fresh: LockedSource) -> Iterator[tuple[str, str, str]]:
-    for key, old, new in (("source", locked.source, fresh.source), ("revision", locked.revision, fresh.revision)):
-        if old != new:
-            yield f"{role}.{key}", old, new
+    for key, before, after in (("source", locked.source, fresh.source), ("revision", locked.revision, fresh.revision)):
+        if before != after:
+            yield f"{role}.{key}", before, after
     names = locked.files.keys() | fresh.files.keys() if locked.has_weights else locked.files.keys()
     for name in sorted(names):
-        old, new = (_digest_text(files.get(name)) for files in (locked.files, fresh.files))
-        if old != new:
-            yield f"{role}.files.{name}", old, new
+        before, after = (_digest_text(files.get(name)) for files in (locked.files, fresh.files))
+        if before != after:
+            yield f"{role}.files.{name}", before, after
 
 
-def _digest_text(found: FileDigest | None) -> str:
-    return f"sha256 {found.sha256} ({found.size} bytes)" if found else "no such file"
+def _digest_text(file: FileDigest | None) -> str:
+    return f"sha256 {file.sha256} ({file.size} bytes)" if file else "no such file"
 
 
 def _origin(source: LockedSource | None) -> str:

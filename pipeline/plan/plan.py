@@ -15,7 +15,7 @@ from pipeline.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a build will do, decided before it starts."""
+    """The graphs and the memory of a build, decided before it starts."""
 
     recipe: Recipe
     pair: PairSpec
@@ -24,7 +24,7 @@ class Plan:
 
     @property
     def memory_limit(self) -> int | None:
-        """Device bytes that a rank may use; None where the device is whatever the host has."""
+        """Device bytes that a rank may use; None where the host's device decides."""
         return self.recipe.backend.core_memory_bytes
 
     @property
@@ -35,20 +35,20 @@ class Plan:
 
     @property
     def stored_bytes(self) -> int:
-        """As `artifact_bytes`, with the equal shards of a replicated draft counted once: what a registry stores."""
+        """Estimate of the bytes in a registry: equal shards of a replicated draft count once."""
         copies = self.pair.models.tp - 1 if self.pair.models.draft_replicated else 0
         return self.artifact_bytes - copies * self.memory.draft_weights
 
     def compile_seconds(self, spec: GraphSpec) -> float:
-        """Estimate for one graph on one core."""
+        """Estimate the time to compile one graph on one core."""
         return self._cost.seconds(layer_passes(self.pair, spec))
 
     def compile_memory(self, spec: GraphSpec) -> int:
-        """Estimate of the host memory, in bytes, that compiling one graph takes."""
+        """Estimate the host memory, in bytes, for compiling one graph."""
         return self._cost.memory_bytes(layer_passes(self.pair, spec))
 
     def graph_bytes(self, spec: GraphSpec) -> int:
-        """Estimate of a compiled graph's size."""
+        """Estimate the size of a compiled graph."""
         return self._cost.size_bytes(layer_passes(self.pair, spec))
 
     @property
@@ -57,7 +57,7 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Plan:
-    """Decide graphs and memory.
+    """Return the plan of a recipe: graphs and memory.
 
     Raises:
         RecipeError: the recipe does not fit these models or the chip; every conflict at once.
@@ -74,7 +74,7 @@ def make_plan(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Plan:
 
 
 def pair_spec(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairSpec:
-    """Facts of a recipe and its models that shape shards and graphs."""
+    """Return the facts of a recipe and its models that shape shards and graphs."""
     models = ModelsSpec(
         target=target,
         draft=draft,
@@ -95,7 +95,7 @@ def pair_spec(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairSp
 
 
 def _graphs(recipe: Recipe) -> list[GraphSpec]:
-    """Every graph of a recipe, the most expensive phase first, so that compiling in parallel ends evenly."""
+    """Return every graph, the most expensive phase first, so that parallel compiles end at about the same time."""
     shapes, speculation = recipe.shapes, recipe.speculation
     first: Sampling = "stochastic" if "stochastic" in speculation.sampling else "greedy"
     steps = [(b, s, how) for b in shapes.batch for s in shapes.kv for how in speculation.sampling]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, no_string
 from pipeline.recipe.document import read
 from pipeline.recipe.read import load
 
@@ -20,9 +20,7 @@ def changed_recipes(paths: Iterable[str], root: Path = Path("recipes")) -> list[
         InputError: `paths` is one string.
 
     """
-    if isinstance(paths, str):
-        what = f"found the text {paths!r}, expected a list of paths"
-        raise InputError(what, where="changed_recipes: paths", fix=f"pass [{paths!r}]")
+    no_string(paths, "paths", "paths")
     changed = [PurePosixPath(path) for path in paths]
     return sorted(recipe.stem for recipe in root.glob("*.yaml") if _is_affected(recipe, changed))
 

@@ -26,7 +26,7 @@ from pipeline.recipe.schema import (
 
 Section = TypeVar("Section", bound=BaseModel)
 Finding = tuple[Key, str, str]
-"""Where, what is wrong, and what to do."""
+"""Key, problem and fix."""
 
 EXPECTED = {
     "string_type": "text",
@@ -47,7 +47,7 @@ LIMITS = {
 
 
 def parse(document: Document) -> Recipe:
-    """The recipe of a document.
+    """Return the recipe of a document.
 
     Raises:
         RecipeError: every problem, in the order of the file.
@@ -59,7 +59,7 @@ def parse(document: Document) -> Recipe:
         # From JSON, so that pydantic is strict about types and still takes lists for tuples.
         recipe = Recipe.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
-        findings += [_explain(dict(e), document.data) for e in error.errors(include_url=False)]
+        findings += [_explain(dict(item), document.data) for item in error.errors(include_url=False)]
     findings += cross_checks(document.data)
     problems = document.problems + [Problem(document.place(key), what, fix) for key, what, fix in findings]
     if recipe is None or problems:
@@ -68,13 +68,13 @@ def parse(document: Document) -> Recipe:
 
 
 def _line(problem: Problem) -> tuple[str, int]:
-    file, _, rest = problem.where.partition(":")
-    number = rest.partition(":")[0]
+    file, _, position = problem.where.partition(":")
+    number = position.partition(":")[0]
     return file, int(number) if number.isdecimal() else 0
 
 
 def cross_checks(data: Mapping[str, Any]) -> Iterator[Finding]:
-    """Conflicts between keys; a section that is wrong in itself is left out."""
+    """Yield conflicts between keys; invalid sections are left out."""
     shapes, speculation = _section(Shapes, data, "shapes"), _section(Speculation, data, "speculation")
     validate = _section(Validate, data, "validate")
     if speculation:
@@ -131,7 +131,7 @@ def _core_conflicts(neuron: NeuronSettings, parallel: Any) -> Iterator[Finding]:
 
 
 def _section(model: type[Section], data: Mapping[str, Any], key: str) -> Section | None:
-    """A section on its own, if it is there and right."""
+    """Return a section by itself; None if it is missing or invalid."""
     try:
         return model.model_validate_json(json.dumps(data[key]), strict=True) if key in data else None
     except ValidationError:
@@ -139,7 +139,7 @@ def _section(model: type[Section], data: Mapping[str, Any], key: str) -> Section
 
 
 def _explain(error: dict[str, Any], data: Any) -> Finding:
-    """Put an error of pydantic in the words of recipes."""
+    """Translate an error of pydantic into a finding."""
     key = _key(error["loc"], data)
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
@@ -165,7 +165,7 @@ def _explain(error: dict[str, Any], data: Any) -> Finding:
 
 
 def _key(loc: Sequence[str | int], data: Any) -> Key:
-    """Pydantic's location without the tags of unions, which are no keys of the file."""
+    """Return pydantic's location without the tags of unions, which are not keys of the file."""
     key: list[str | int] = []
     for part in loc:
         if part in (LISTED, BY_BATCH, "[key]") or (
@@ -178,14 +178,14 @@ def _key(loc: Sequence[str | int], data: Any) -> Key:
 
 
 def _inside(data: Any, part: str | int) -> Any:
-    """What `data` has at a key or index; None if nothing."""
+    """Return the value of `data` at a key or index, or None."""
     if isinstance(data, dict):
         return data.get(part)
     return data[part] if isinstance(data, list) and isinstance(part, int) else None
 
 
 def _choice(key: Key, error: dict[str, Any]) -> Finding:
-    """A value that is none of the accepted ones."""
+    """Return the finding for a value that is not accepted."""
     context = error.get("ctx", {})
     accepted = str(context.get("expected") or context.get("expected_tags") or "'inductor' or 'neuron'")
     names = accepted.replace(" or ", ", ").replace("'", "").split(", ")
@@ -222,7 +222,7 @@ def _shown(value: Any) -> str:
 
 
 def _fields(key: Key, data: Any) -> dict[str, str]:
-    """Names and descriptions of the keys that the section at `key` accepts; none where it is no section."""
+    """Return names and descriptions of the keys of the section at `key`; empty if it is not a section."""
     model: type[BaseModel] | None = Recipe
     for part in key:
         data = _inside(data, part)
@@ -235,16 +235,20 @@ def _fields(key: Key, data: Any) -> dict[str, str]:
 
 
 def _section_model(model: type[BaseModel] | None, key: str, data: Any) -> type[BaseModel] | None:
-    """The model of the section under a key; of several, the one whose `name` the data has, else the first."""
+    """Return the model of the section under a key; of several, that with the data's `name`, else the first."""
     fields = model.model_fields.items() if model else ()
     models = next((list(_models(field.annotation)) for name, field in fields if key == (field.alias or name)), [])
     chosen = data.get("name") if isinstance(data, dict) else None
-    named = (other for other in models if chosen in get_args(other.model_fields["name"].annotation)) if chosen else ()
+    named = (
+        (candidate for candidate in models if chosen in get_args(candidate.model_fields["name"].annotation))
+        if chosen
+        else ()
+    )
     return next(iter(named), None) or next(iter(models), None)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that a type is made of: itself, or the parts of a list or a union."""
+    """Yield the models in a type: itself, or the parts of a list or a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

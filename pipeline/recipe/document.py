@@ -1,7 +1,7 @@
 """YAML <-> plain data, with the file and line of every value that was read. Knows nothing of recipes.
 
-YAML 1.2, so `0100` is 100 and `1:30` and dates are text. Rejects keys given twice and tags. `yes`, `no`, `on` and `off`
-stay the truth values of YAML 1.1: a reader that takes them for text disagrees with most others.
+YAML 1.2, so `0100` is 100 and `1:30` and dates are text. Rejects repeated keys and tags. `yes`, `no`, `on` and `off`
+stay the truth values of YAML 1.1: most other readers treat them so.
 """
 
 from __future__ import annotations
@@ -133,19 +133,19 @@ def _value(node: Node, key: Key, document: Document, above: tuple[Node, ...]) ->
 def _mapping(node: MappingNode, key: Key, document: Document, above: tuple[Node, ...]) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for name, value_node, line in _entries(node):
-        here = (*key, name)
+        path = (*key, name)
         if name in data:
-            where = f"{document.path}:{line}: {dotted(here)}"
-            first = document.lines[here][1]
+            where = f"{document.path}:{line}: {dotted(path)}"
+            first = document.lines[path][1]
             document.problems.append(Problem(where, f"key given twice, first in line {first}", "keep one of the two"))
             continue
-        document.lines[here] = (document.path, line)
-        data[name] = _value(value_node, here, document, (*above, node))
+        document.lines[path] = (document.path, line)
+        data[name] = _value(value_node, path, document, (*above, node))
     return data
 
 
 def _entries(node: MappingNode) -> Iterator[tuple[str, Node, int]]:
-    """Keys as they are written: `on` is a key, not a truth value."""
+    """Yield key, value and line; keys as they are written: `on` is a key, not a truth value."""
     for key_node, value_node in node.value:
         name = key_node.value if isinstance(key_node, ScalarNode) else "?"
         yield str(name), value_node, key_node.start_mark.line + 1
@@ -165,7 +165,7 @@ def _scalar(node: ScalarNode, key: Key, document: Document) -> Any:
 
 
 def _plain(tag: str, text: str) -> Any:
-    """The value of a scalar; `:` is only in the numbers of base 60 of YAML 1.1, which stay text."""
+    """Return the value of a scalar; numbers of base 60 (YAML 1.1), which contain `:`, stay text."""
     if tag == "null":
         return None
     if tag == "bool":

@@ -93,15 +93,17 @@ class RecipeText:
 
     def _merged(self, own: str, before: str, after: str) -> str:
         """A section as it is written, with the lines that differ between two dumps of it."""
-        lines, old, new = (LINE_END.split(text) for text in (own, before, after))
-        if len(lines) != len(old):  # values over several lines, which a dump joins
+        lines, before_lines, after_lines = (LINE_END.split(text) for text in (own, before, after))
+        if len(lines) != len(before_lines):  # values over several lines, which a dump joins
             if own.count("#") > before.count("#"):
                 raise InputError("has comments inside of brackets, which an edit would remove")
             return self._with_newlines(after)
         merged: list[str] = []
-        for kind, start, end, new_start, new_end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        for kind, start, end, new_start, new_end in SequenceMatcher(
+            None, before_lines, after_lines, autojunk=False
+        ).get_opcodes():
             is_kept = kind == "equal"
-            merged += lines[start:end] if is_kept else map(self._with_newlines, new[new_start:new_end])
+            merged += lines[start:end] if is_kept else map(self._with_newlines, after_lines[new_start:new_end])
         return "".join(merged)
 
     def _with_newlines(self, text: str) -> str:
@@ -210,6 +212,6 @@ def _move_following_comment(values: CommentedMap, key: str, new_key: str) -> Non
     comment = _comment_at(values, key)
     if comment is None:
         return
-    first, _, rest = comment.value.partition("\n")
+    first, _, below = comment.value.partition("\n")
     _set_comment(values, key, CommentToken(f"{first}\n", comment.start_mark) if first else None)
-    _set_comment(values, new_key, CommentToken(f"\n{rest}", CommentMark(0)) if rest else None)
+    _set_comment(values, new_key, CommentToken(f"\n{below}", CommentMark(0)) if below else None)

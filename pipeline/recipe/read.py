@@ -56,9 +56,9 @@ def find(name: str, root: Path = Path("recipes")) -> Path:
     for path in (root / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
-    known = sorted(path.stem for path in root.glob("*.yaml"))
-    near = difflib.get_close_matches(name, known, 1)
-    fix = f"did you mean {near[0]!r}?" if near else f"recipes here: {', '.join(known) or 'none'}"
+    names = sorted(path.stem for path in root.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, 1)
+    fix = f"did you mean {near[0]!r}?" if near else f"recipes here: {', '.join(names) or 'none'}"
     raise InputError(f"no recipe {name!r}", where=str(root), fix=fix)
 
 

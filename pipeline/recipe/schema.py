@@ -129,8 +129,8 @@ class Draft(_Weighted):
     @model_validator(mode="after")
     def _has_one_source(self) -> Draft:
         if (self.source is None) == (self.derive is None):
-            given = "neither" if self.source is None else "both"
-            raise ValueError(f"found {given} of source and derive; accepted: exactly one")
+            count = "neither" if self.source is None else "both"
+            raise ValueError(f"found {count} of source and derive; accepted: exactly one")
         return self
 
 
@@ -308,21 +308,21 @@ class Recipe(Record):
         return self.draft.weights or self.target.weights
 
     def remember(self, places: Mapping[str, str], path: str) -> None:
-        """Note which `file:line` each dotted key was read from."""
+        """Record the `file:line` of each dotted key."""
         self._places.update({**places, "": f"{path}:1"})
 
     def place(self, key: str) -> str:
-        """`file:line: key` of a dotted key, for problems found later; `name: key` for a recipe that has no file."""
-        known = key
-        while known and known not in self._places:
-            known = known[: max(known.rfind("."), known.rfind("["), 0)]
-        return f"{self._places.get(known, self.name)}: {key}"
+        """Return `file:line: key` of a dotted key, for later problems; `name: key` for a recipe without a file."""
+        recorded = key
+        while recorded and recorded not in self._places:
+            recorded = recorded[: max(recorded.rfind("."), recorded.rfind("["), 0)]
+        return f"{self._places.get(recorded, self.name)}: {key}"
 
     def digest(self) -> str:
-        """sha256 of what the recipe says, whatever its layout, comments or base."""
+        """Return the sha256 of the recipe's values, independent of layout, comments and base."""
         data = self.model_dump(mode="json", by_alias=True)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The whole recipe as one YAML file, defaults written out and base merged; `load` reads it back equal."""
+        """Return the recipe as one YAML file with defaults and the merged base; `load` reads it back equal."""
         return to_text(self.model_dump(mode="json", by_alias=True, exclude_none=True))

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.artifact.diff import diff
 from pipeline.artifact.manifest import CACHE_KIND, MANIFEST, SIGNATURE, Manifest
 from pipeline.artifact.verify import verify
-from pipeline.errors import ArtifactError, GateError, InputError, TandemError
+from pipeline.errors import ArtifactError, GateError, InputError, TandemError, no_string
 from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.recipe import load
 from pipeline.registry.aliases import check_alias, move_alias
@@ -50,6 +50,9 @@ class Place:
     url: str
     aliases: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        no_string(self.aliases, "aliases", "aliases")
+
 
 @dataclass(frozen=True)
 class PublishSettings:
@@ -84,6 +87,7 @@ def listed_places(roots: Sequence[Path]) -> list[Place]:
         RecipeError: a recipe in an artifact cannot be read.
 
     """
+    no_string(roots, "roots", "paths")
     aliases: dict[str, tuple[str, ...]] = {}
     for root in roots:
         if not (root / "recipe.yaml").is_file():
@@ -112,6 +116,8 @@ def publish(
         HostError: the registry cannot be reached or written.
 
     """
+    no_string(roots, "roots", "paths")
+    no_string(aliases, "aliases", "aliases")
     bundle = _verified_bundle([roots] if isinstance(roots, Path) else roots, options)
     return _publish(bundle, Place(url, tuple(aliases)), options.dry_run, progress)
 
@@ -129,6 +135,8 @@ def publish_all(
         ArtifactError: an artifact does not verify.
 
     """
+    no_string(roots, "roots", "paths")
+    no_string(places, "places", "places")
     bundle, outcomes = _verified_bundle(roots, options), []
     for place in places:
         try:

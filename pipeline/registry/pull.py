@@ -19,7 +19,7 @@ from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest
 from pipeline.artifact.provenance import PROVENANCE
 from pipeline.artifact.verify import check_replaceable
 from pipeline.cache.local import default_root
-from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.errors import ArtifactError, HostError, InputError, no_string
 from pipeline.files.atomic import atomic_dir, link_or_copy, write_atomic
 from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.records import Record
@@ -38,6 +38,9 @@ class Selection:
 
     only: Sequence[str] | None = None
     variant: str | None = None
+
+    def __post_init__(self) -> None:
+        no_string(self.only, "only", "patterns")
 
 
 EVERYTHING = Selection()

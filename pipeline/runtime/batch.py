@@ -1,7 +1,7 @@
-"""Cache rows of a loaded artifact and the graphs that advance them: what the engine and servers have in common.
+"""Cache rows of a loaded artifact and the graphs that advance them, for the engine and for servers.
 
-Decides which bucket runs and what it is given; whoever calls decides which rows take part and what becomes of their
-tokens. A row keeps its tokens and how far the draft's cache reaches, so speculation can be switched at any step.
+Chooses the bucket of a step and its arguments; the caller chooses the rows that take part and handles their tokens.
+A row keeps its tokens and the length of the draft's cache, so speculation can be switched at any step.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Row:
     copied: Acceptance = field(default_factory=lambda: Acceptance(COPIED, start=COPIED))
     lookup: Lookup = field(default_factory=Lookup)
     has_copied: bool = False
-    """Whether copied tokens were proposed in the newest speculative step."""
+    """Whether the last speculative step proposed copied tokens."""
 
     @property
     def position(self) -> int:
-        """Tokens in the target's cache; where the last token will be written."""
+        """Number of tokens in the target's cache: the position at which the last token will be written."""
         return len(self.tokens) - 1
 
 
@@ -61,10 +61,10 @@ Rows = Mapping[int, Row]
 
 
 def check_choice(manifest: PairManifest, choice: Choice) -> None:
-    """Refuse sampling that was not built, or settings out of range.
+    """Reject sampling that was not built, and settings out of range.
 
     Raises:
-        InputError: naming the setting.
+        InputError: `where` names the setting.
 
     """
     how = "stochastic" if choice.temperature > 0 else "greedy"
@@ -86,10 +86,10 @@ def check_choice(manifest: PairManifest, choice: Choice) -> None:
 
 
 def check_prompt(manifest: PairManifest, tokens: Sequence[int], where: str) -> None:
-    """Refuse prompts that no prefill bucket takes, and ids that the target lacks.
+    """Reject prompts that fit no prefill bucket, and ids outside the target's vocabulary.
 
     Raises:
-        InputError: with the limit.
+        InputError: the message has the limit.
 
     """
     longest, last = manifest.shapes.prefill[-1], manifest.vocab - 1
@@ -108,7 +108,7 @@ def check_prompt(manifest: PairManifest, tokens: Sequence[int], where: str) -> N
 
 
 class Batch:
-    """The slots of an artifact. Every method takes the rows that take part; new tokens are the caller's to append."""
+    """The slots of an artifact. Every method gets the rows that take part; the caller appends new tokens to them."""
 
     def __init__(self, manifest: PairManifest, ranks: Ranks) -> None:
         self.manifest = manifest
@@ -120,9 +120,9 @@ class Batch:
         self.stats = dict.fromkeys(counted, 0)
 
     def draft_length_policy(self) -> DraftLengthPolicies | None:
-        """What chooses K per step, where the artifact knows what steps cost.
+        """Return the policies that choose K for each step; None if the artifact has no step costs.
 
-        For greedy rows only: steps of changing K would draw other random numbers.
+        For greedy rows only: with another K a step would draw other random numbers.
         """
         costs, batches = self.manifest.step_costs, self.manifest.shapes.batch
         if costs is None:
@@ -133,7 +133,7 @@ class Batch:
         )
 
     def warm(self) -> int:
-        """Run every graph that serving uses once, with nobody in it, so that no request waits for its opening."""
+        """Run every graph that serving uses once, without rows, so that no request waits for its loading."""
         used = [g for g in self.graphs if g.phase != "score" or g.model == "draft"]
         for spec in used:
             if spec.phase == "score":
@@ -145,11 +145,11 @@ class Batch:
         return len(used)
 
     def close(self) -> None:
-        """End the ranks."""
+        """Close the ranks."""
         self.ranks.close()
 
     def prefill(self, rows: Rows) -> dict[int, int]:
-        """Read whole prompts into their slots, as many at a time as a graph takes; returns each row's first token."""
+        """Prefill whole prompts into their slots, as many at a time as a graph takes; return each row's first token."""
         spec = self._prefill_graph(max(row.prompt for row in rows.values()), len(rows))
         slots = list(rows)
         first: dict[int, int] = {}
@@ -158,25 +158,25 @@ class Batch:
         return first
 
     def decode(self, rows: Rows) -> dict[int, list[int]]:
-        """One token per row from the target alone."""
+        """Return one token per row, from the target alone."""
         spec = self._graph("decode", rows, _deepest(rows) + 1, 0)
         out = self.ranks.run(spec, step_arguments(spec, _step_rows(spec, rows)))["token"]
         self.stats["decode_steps"] += 1
         for row in rows.values():
-            if self.manifest.draft_kind.reads_target_states:  # it follows every step of the target
+            if self.manifest.draft_kind.reads_target_states:  # this draft runs in every step of the target
                 row.in_draft = row.position + 1
         return {slot: [int(out[slot])] for slot in rows}
 
     def has_room(self, rows: Rows, steps: int) -> bool:
-        """Whether K = `steps` drafts fit behind every row."""
+        """Return whether K = `steps` drafts fit after every row."""
         return _deepest(rows) + steps < self.length
 
     def acceptance(self, rows: Rows) -> dict[int, Acceptance]:
-        """What became of drafts of the kind that each row's next step has: copied ones, or the draft's own."""
+        """Return each row's acceptance for the kind of drafts in its next step: copied tokens, or the draft's own."""
         return {slot: row.copied if self._copies(row, 1) else row.drafted for slot, row in rows.items()}
 
     def speculate(self, rows: Rows, steps: int) -> dict[int, list[int]]:
-        """Draft `steps` tokens and verify them: 1 to K+1 tokens per row."""
+        """Draft `steps` tokens and verify them; return 1 to K+1 tokens per row."""
         self._catch_up(rows)
         spec = self._graph("speculate", rows, _deepest(rows) + steps + 1, steps)
         copies = {slot: self._copies(row, steps) for slot, row in rows.items()}
@@ -184,16 +184,16 @@ class Batch:
         self.stats["speculative_steps"] += 1
         self.stats["copies"] += sum(map(bool, copies.values()))
         tokens, counts = out["tokens"].tolist(), out["count"].tolist()
-        new = {slot: tokens[slot][: counts[slot]] for slot in rows}
+        emitted = {slot: tokens[slot][: counts[slot]] for slot in rows}
         for slot, row in rows.items():
             row.has_copied = bool(copies[slot])
-            (row.copied if row.has_copied else row.drafted).record_step(len(new[slot]) - 1, steps)
+            (row.copied if row.has_copied else row.drafted).record_step(len(emitted[slot]) - 1, steps)
             # After a fully accepted step a draft model lacks the last token it proposed, until its next pass.
-            row.in_draft = row.position + len(new[slot]) - (len(new[slot]) > steps)
-        return new
+            row.in_draft = row.position + len(emitted[slot]) - (len(emitted[slot]) > steps)
+        return emitted
 
     def _copies(self, row: Row, most: int) -> list[int]:
-        """Tokens to propose instead of the draft's, where the artifact looks them up."""
+        """Return tokens to propose instead of the draft's; none if the artifact has no prompt lookup."""
         size = self.manifest.lookup
         return [] if size is None else row.lookup.find(row.tokens, size, most)
 
@@ -206,10 +206,10 @@ class Batch:
         return {slot: int(out[place]) for place, slot in enumerate(rows)}
 
     def _catch_up(self, rows: Rows) -> None:
-        """Show the draft what was decoded without it, through its `score` graph.
+        """Run the draft's `score` graph over the tokens that were decoded without the draft.
 
-        A step itself covers the token before the last one; only longer gaps need this. Rows without a gap take part at
-        the scratch position.
+        A step itself covers the token before the last one; only longer gaps need this. Rows without a gap run at the
+        scratch position.
         """
         while gaps := {slot: row for slot, row in rows.items() if row.in_draft < row.position - 1}:
             spec = self._score_graph("draft", _deepest(rows))
@@ -217,7 +217,7 @@ class Batch:
             self.stats["catch_ups"] += 1
 
     def _score(self, spec: GraphSpec, rows: Rows) -> None:
-        """Show the draft the next piece of what it lacks."""
+        """Run the draft over the next piece of the tokens that its cache lacks."""
         pieces = {}
         for slot, row in rows.items():
             piece = row.tokens[row.in_draft : row.position][: spec.tokens]
@@ -226,7 +226,7 @@ class Batch:
         self.ranks.run(spec, score_arguments(spec, pieces, self.length))
 
     def _graph(self, phase: str, rows: Rows, length: int, steps: int) -> GraphSpec:
-        """The smallest bucket that holds the rows' slots and `length` positions."""
+        """Return the smallest bucket that holds the rows' slots and `length` positions."""
         how = _how(rows)
         fits = [
             g for g in self.graphs
@@ -236,7 +236,7 @@ class Batch:
         return min(fits, key=lambda g: (g.batch, g.kv))
 
     def _prefill_graph(self, tokens: int, rows: int) -> GraphSpec:
-        """The smallest token bucket that holds the prompts, in the smallest batch that takes all, else the largest."""
+        """Return the smallest token bucket for the prompts, in the smallest batch for all of them, else the largest."""
         fits = [g for g in self.graphs if g.phase == "prefill" and g.tokens >= tokens]
         bucket = [g for g in fits if g.tokens == min(f.tokens for f in fits)]
         return min((g for g in bucket if g.batch >= rows), key=lambda g: g.batch, default=bucket[-1])
@@ -251,12 +251,12 @@ def _deepest(rows: Rows) -> int:
 
 
 def _how(rows: Rows) -> str:
-    """Rows that are greedy may share a stochastic graph: temperature 0 there puts all mass on the best token."""
+    """Return the sampling of a graph for rows: greedy rows may share a stochastic graph, at temperature 0."""
     return "stochastic" if any(row.choice.temperature > 0 for row in rows.values()) else "greedy"
 
 
 def _step_rows(spec: GraphSpec, rows: Rows, copies: Mapping[int, Sequence[int]] | None = None) -> dict[int, StepRow]:
-    """Rows as a step takes them; `copies` are tokens that prompt lookup proposes."""
+    """Return the arguments of rows in a step; `copies` are tokens that prompt lookup proposes."""
     copied = copies or {}
     return {
         slot: StepRow(row.tokens[-1], row.position, _draw(spec, row), copied.get(slot, ()))
@@ -265,7 +265,7 @@ def _step_rows(spec: GraphSpec, rows: Rows, copies: Mapping[int, Sequence[int]] 
 
 
 def _draw(spec: GraphSpec, row: Row) -> Draw:
-    """How a row samples; a greedy graph takes no random numbers of it."""
+    """Return a row's sampling arguments; a greedy graph takes no random numbers."""
     if spec.sampling == "greedy":
         return Draw(row.choice)
     return Draw(row.choice, torch.rand(spec.draws, generator=row.generator))

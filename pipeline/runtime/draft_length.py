@@ -1,7 +1,7 @@
-"""How many tokens to draft next: what recent steps accepted, against what steps cost.
+"""The number of tokens to draft next, from recent acceptance rates and step costs.
 
-The choice depends on the tokens alone, never on a clock, so the same request takes the same steps on every run. A step
-with K drafts emits 1 + a + a^2 + ... + a^K tokens where drafts are accepted at rate a (Leviathan et al. 2023); K is
+The choice depends on the tokens alone, never on a clock, so a request takes the same steps on every run. A step with K
+drafts emits 1 + a + a^2 + ... + a^K tokens where drafts are accepted at rate a (Leviathan et al. 2023); K is
 worth it while that gains more than the step costs. Plain decode is K = 0; in it a row's rate drifts back to where rows
 start, so a speculative step now and then tests whether the text has become easier.
 """
@@ -12,41 +12,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 START = 0.5
-"""Acceptance that a row is assumed to have before its first step."""
+"""Acceptance rate that is assumed before a row's first step."""
 
 COPIED = 0.8
-"""The same of copied tokens: three in a row that occurred before are mostly followed by what followed them then."""
+"""The same for copied tokens: three tokens that occurred before are mostly followed by the same tokens again."""
 
 KNOWN = 3
-"""How many drafts that assumption counts for."""
+"""Number of drafts that the assumption weighs."""
 
 NEWEST = 0.06
-"""Least share of the newest draft in the running acceptance."""
+"""Least weight of the newest draft in the running acceptance rate."""
 
 DRIFT = 0.002
-"""Share by which a plain step moves the acceptance back to the start: bad text is tested about every 16 steps."""
+"""Share by which a decode step moves the rate back to the start: speculation is tried about every 16 steps."""
 
 
 @dataclass
 class Acceptance:
-    """Running acceptance of one row's drafts, from what is assumed at the `start`."""
+    """Running acceptance rate of one row's drafts, from the assumed rate `start`."""
 
     rate: float = START
     drafts: int = 0
     start: float = START
 
     def record_step(self, accepted: int, drafted: int) -> None:
-        """A step accepted so many of the drafts; those after the first rejected one tell nothing."""
+        """Record a speculative step; drafts after the first rejected draft do not count."""
         for at in range(min(accepted + 1, drafted)):
             self.drafts += 1
             self.rate += max(NEWEST, 1 / (KNOWN + self.drafts)) * ((at < accepted) - self.rate)
 
     def record_plain_step(self) -> None:
-        """A plain step was taken."""
+        """Record a decode step."""
         self.rate += DRIFT * (self.start - self.rate)
 
     def tokens(self, steps: int) -> float:
-        """Expected tokens of a step with K = `steps`."""
+        """Return the expected tokens of a step with K = `steps`."""
         return sum(self.rate**k for k in range(steps + 1))
 
 
@@ -57,7 +57,7 @@ class DraftLengthPolicies:
     by_batch: Mapping[int, DraftLengthPolicy]
 
     def choose(self, rows: Mapping[int, Acceptance]) -> int:
-        """K of the next step of rows, by their slots; 0 for plain decode."""
+        """Return K of the next step of rows, by their slots; 0 for plain decode."""
         bucket = min(batch for batch in self.by_batch if batch > max(rows))
         return self.by_batch[bucket].choose(list(rows.values()))
 
@@ -69,7 +69,7 @@ class DraftLengthPolicy:
     costs: Mapping[int, float]
 
     def choose(self, rows: Sequence[Acceptance]) -> int:
-        """K of the next step; 0 for plain decode."""
+        """Return K of the next step; 0 for plain decode."""
         best = max((0, *self.costs), key=lambda k: sum(row.tokens(k) for row in rows) / self.costs.get(k, 1.0))
         if best == 0:
             for row in rows:

@@ -1,18 +1,18 @@
 """Generate text with an artifact: admit prompts into rows, speculate or decode, refill rows as they finish.
 
-Decides who takes part in a step and what becomes of its tokens; `batch.py` runs the graphs, which hold all mathematics.
+Chooses the rows of a step and handles their tokens; `batch.py` runs the graphs, which do all computation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks
-from pipeline.errors import InputError
+from pipeline.errors import InputError, no_string
 from pipeline.graphs.arguments import Choice
 from pipeline.runtime.batch import Batch, Row, check_choice, check_prompt
 from pipeline.runtime.draft_length import DraftLengthPolicies
@@ -23,10 +23,10 @@ SEEDS = 1 << 32
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer: new token ids, their text, speculative steps taken, draft tokens accepted, and why it ended.
+    """One answer: new token ids, their text, speculative steps, accepted draft tokens, and the reason of its end.
 
-    Of each step: how many tokens it emitted, and whether prompt lookup proposed some of them. These and `accepted`
-    count also what the end of the answer then cut off. `finish_reason` is `stop` (end-of-sequence token, which is
+    For each step: the number of emitted tokens, and whether prompt lookup proposed some of them. These and `accepted`
+    include tokens that the end of the answer cut off. `finish_reason` is `stop` (end-of-sequence token, which is
     included) or `length`.
     """
 
@@ -41,7 +41,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Settings:
-    """One call of `generate`: its limit, K (None: plain decode), and what chooses K anew for each step."""
+    """One call of `generate`: its limit, K (None: plain decode), and the policies that choose K for each step."""
 
     max_new_tokens: int
     draft_tokens: int | None = None
@@ -50,7 +50,7 @@ class Settings:
 
 @dataclass
 class Prompt(Row):
-    """A prompt of one call: its place in the call, and what its speculative steps emitted."""
+    """A prompt of one call: its index, and the tokens emitted by its speculative steps."""
 
     index: int = 0
     emitted: list[int] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Prompt(Row):
 
 
 OnTokens = Callable[[int, list[int]], None]
-"""Called with a prompt's index and its new tokens, as they come."""
+"""Called with a prompt's index and its new tokens after each step."""
 
 
 class Engine:
@@ -73,7 +73,7 @@ class Engine:
         self.rows = self.batch.slots
         self.length = self.batch.length
 
-    def generate(
+    def generate(  # noqa: PLR0913 - the public signature: options are keyword-only and documented
         self,
         prompts: Sequence[str | list[int]],
         *,
@@ -89,12 +89,12 @@ class Engine:
         """Generate for every prompt; more prompts than rows are queued, rows are refilled as they finish.
 
         Greedy at temperature 0. Random numbers depend on `seed` and the prompt's index alone, so an answer does not
-        depend on what else is in the batch. Without `draft_tokens`, K is the first that was built; where the artifact
-        knows what steps cost, greedy decoding chooses K, or plain decode, anew for each step.
+        depend on the other prompts. Without `draft_tokens`, K is the first of the artifact's; with step costs in the
+        artifact, greedy decoding chooses K, or plain decode, for each step.
 
         Raises:
-            InputError: an empty prompt, one longer than the largest prefill bucket, token ids beyond the vocabulary,
-                settings out of range, or sampling that was not built.
+            InputError: a string in place of the list, an empty prompt, one longer than the largest prefill bucket,
+                token ids beyond the vocabulary, settings out of range, or sampling that was not built.
 
         """  # fmt: skip
         if max_new_tokens < 1:
@@ -106,7 +106,7 @@ class Engine:
         paced = speculate and draft_tokens is None and temperature == 0
         steps = self._steps(draft_tokens) if speculate else None
         settings = Settings(max_new_tokens, steps, self.batch.draft_length_policy() if paced else None)
-        waiting = [self._row(index, prompt, choice, seed) for index, prompt in enumerate(prompts)]
+        waiting = [self._row(index, prompt, choice, seed) for index, prompt in enumerate(_checked(prompts))]
         results: list[Generation | None] = [None] * len(waiting)
         slots: list[Prompt | None] = [None] * self.rows
         waiting.reverse()
@@ -120,11 +120,11 @@ class Engine:
         return [result for result in results if result is not None]
 
     def stats(self) -> dict[str, int]:
-        """Counts since loading: prefills, speculative and plain steps, tokens, catch-ups, steps of rows with a copy."""
+        """Return counts since loading: prefills, speculative and decode steps, tokens, catch-ups, rows with copies."""
         return dict(self.batch.stats)
 
     def close(self) -> None:
-        """End the ranks."""
+        """Close the ranks."""
         self.batch.close()
 
     def _steps(self, draft_tokens: int | None) -> int:
@@ -154,42 +154,57 @@ class Engine:
             self._take(rows[slot], [token], settings, on_tokens)
 
     def _step(self, rows: dict[int, Prompt], settings: Settings, on_tokens: OnTokens | None) -> None:
-        """One step of every active row; at the end of the caches a speculative one counts fewer drafts by itself."""
+        """Run one step of every active row; at the end of the caches a speculative step counts fewer drafts."""
         steps = settings.draft_tokens
         if settings.draft_length_policy is not None:
             steps = settings.draft_length_policy.choose(self.batch.acceptance(rows)) or None
-        new = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
+        tokens = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
         for slot, row in rows.items():
             if steps:
-                row.emitted.append(len(new[slot]))
+                row.emitted.append(len(tokens[slot]))
                 row.copied_steps.append(row.has_copied)
-            self._take(row, new[slot], settings, on_tokens)
+            self._take(row, tokens[slot], settings, on_tokens)
 
-    def _take(self, row: Prompt, new: list[int], settings: Settings, on_tokens: OnTokens | None) -> None:
+    def _take(self, row: Prompt, emitted: list[int], settings: Settings, on_tokens: OnTokens | None) -> None:
         """Append a step's tokens, cut at the end of the sequence and at the limit."""
-        kept = new[: settings.max_new_tokens - (len(row.tokens) - row.prompt)]
-        for place, token in enumerate(kept):
+        tokens = emitted[: settings.max_new_tokens - (len(row.tokens) - row.prompt)]
+        for index, token in enumerate(tokens):
             if token in self.manifest.eos_ids:
-                kept = kept[: place + 1]
+                tokens = tokens[: index + 1]
                 break
-        row.tokens.extend(kept)
-        self.batch.stats["tokens"] += len(kept)
+        row.tokens.extend(tokens)
+        self.batch.stats["tokens"] += len(tokens)
         if on_tokens:
-            on_tokens(row.index, kept)
+            on_tokens(row.index, tokens)
 
     def _retire(self, slots: list[Prompt | None], results: list[Generation | None], settings: Settings) -> None:
-        """Take finished rows out of their slots."""
+        """Remove finished rows from their slots, and store their results."""
         for slot, row in enumerate(slots):
             if row is not None and self._finished(row, settings):
                 results[row.index], slots[slot] = self._result(row), None
 
     def _finished(self, row: Prompt, settings: Settings) -> bool:
-        new = len(row.tokens) - row.prompt
+        count = len(row.tokens) - row.prompt
         full = row.position >= self.length
-        return new >= settings.max_new_tokens or full or row.tokens[-1] in self.manifest.eos_ids
+        return count >= settings.max_new_tokens or full or row.tokens[-1] in self.manifest.eos_ids
 
     def _result(self, row: Prompt) -> Generation:
-        new, steps = row.tokens[row.prompt :], len(row.emitted)
-        reason = "stop" if new[-1] in self.manifest.eos_ids else "length"
+        tokens, steps = row.tokens[row.prompt :], len(row.emitted)
+        reason = "stop" if tokens[-1] in self.manifest.eos_ids else "length"
         per_step = list(row.emitted), list(row.copied_steps)
-        return Generation(new, self.text.decode(new), steps, sum(row.emitted) - steps, reason, *per_step)
+        return Generation(tokens, self.text.decode(tokens), steps, sum(row.emitted) - steps, reason, *per_step)
+
+
+def _checked(prompts: Iterable[str | list[int]]) -> list[str | list[int]]:
+    """Return the prompts; reject a single prompt in place of the list."""
+    no_string(prompts, "prompts", "prompts")
+    listed = list(prompts)
+    _no_token_ids(listed)
+    return listed
+
+
+def _no_token_ids(prompts: Sequence[object]) -> None:
+    """Reject the token ids of one prompt where a list of prompts is expected."""
+    if ids := [prompt for prompt in prompts if isinstance(prompt, int)]:
+        what = f"found the token id {ids[0]}, expected a list of prompts: texts, or lists of token ids"
+        raise InputError(what, where="prompts", fix=f"write [[{ids[0]}, ...]]")

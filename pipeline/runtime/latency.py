@@ -1,11 +1,11 @@
-"""Measure latency: when the tokens of one request arrive, and the numbers that follow. The project's one definition.
+"""Measure latency: arrival times of a request's tokens, and the numbers that follow. The only definition in Tandem.
 
 - First-token time: from the request to its first token, which prefill gives. Of several requests, the median.
 - Step time: from one arrival of tokens to the next.
 - Inter-token latency of a token: its step's time over the tokens of that step. A mean is over tokens.
 - Tokens/s: tokens after each request's first one over the time they took, so the prompt's length does not count.
-- Tokens per step: tokens after the first one over the steps that gave them.
-- p50 and p99: nearest rank, which is always a value that was measured.
+- Tokens per step: tokens after the first one over the steps that emitted them.
+- p50 and p99: nearest rank, which is always a measured value.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.runtime.engine import Engine, Generation
 
 @dataclass(frozen=True)
 class Arrival:
-    """Tokens that arrived together, so many seconds after the request."""
+    """Tokens that arrived together, and their time after the request."""
 
     time_s: float
     tokens: int
@@ -30,7 +30,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class DecodeTotals:
-    """Tokens after the first one of each request, the seconds that they took, and the steps that gave them."""
+    """Tokens after the first one of each request, their time, and the steps that emitted them."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -73,23 +73,23 @@ class TimedRequest:
 
 
 Answer = Callable[[list[int]], TimedRequest]
-"""Answers a prompt, given as tokens."""
+"""Answers a prompt of token ids, and times it."""
 
 
 @dataclass
 class ArrivalClock:
-    """Keeps when tokens arrive; starts when it is made."""
+    """Records arrival times of tokens; starts when it is created."""
 
     started: float = field(default_factory=time.perf_counter)
     arrivals: list[Arrival] = field(default_factory=list)
 
     def record(self, tokens: int) -> None:
-        """Note that so many tokens arrived now."""
+        """Record that tokens arrived now."""
         self.arrivals.append(Arrival(time.perf_counter() - self.started, tokens))
 
-    def on_tokens(self, index: int, new: list[int]) -> None:  # noqa: ARG002 - the engine's callback
-        """Note an arrival: `on_tokens` of `Engine.generate` with one prompt."""
-        self.record(len(new))
+    def on_tokens(self, index: int, tokens: list[int]) -> None:  # noqa: ARG002 - the engine's callback
+        """Record an arrival: `on_tokens` of `Engine.generate` with one prompt."""
+        self.record(len(tokens))
 
     def request(self) -> TimedRequest:
         """Return the arrivals so far."""
@@ -131,7 +131,7 @@ def generate_timed(
 def engine_answer(
     engine: Engine, max_new_tokens: int, *, speculate: bool = True, draft_tokens: int | None = None
 ) -> Answer:
-    """Return what answers prompts through an engine."""
+    """Return a function that answers prompts through an engine."""
 
     def answer(tokens: list[int]) -> TimedRequest:
         return generate_timed(engine, tokens, max_new_tokens, speculate=speculate, draft_tokens=draft_tokens)[0]
@@ -143,7 +143,7 @@ def latency_of(requests: Sequence[TimedRequest]) -> Latency:
     """Return the numbers of one or more requests."""
     steps = [step for request in requests for step in request.steps()]
     step_ms = sorted(step.time_s * 1e3 for step in steps)
-    token_ms = sorted(each for step in steps for each in [step.time_s * 1e3 / step.tokens] * step.tokens)
+    token_ms = sorted(value for step in steps for value in [step.time_s * 1e3 / step.tokens] * step.tokens)
     totals = sum((request.totals for request in requests), DecodeTotals())
     return Latency(
         first_token_ms=median(request.first_token_s for request in requests) * 1e3,

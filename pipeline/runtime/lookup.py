@@ -1,7 +1,7 @@
-"""Prompt lookup: what followed the last tokens where they occurred before is a guess of what follows them now.
+"""Prompt lookup: propose the tokens that followed the last tokens at their previous occurrence.
 
 Answers repeat their prompt and themselves: names, code, fields of a list (Saxena 2023, prompt lookup decoding; Oliaro
-et al. 2024, SuffixDecoding, which lets a draft model guess where nothing is found, as here). No model runs for it.
+et al. 2024, SuffixDecoding, which uses a draft model where lookup has no match, as here). Runs no model.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 
 
 class Lookup:
-    """Where each run of `size` tokens of one growing sequence occurred last."""
+    """Index of the last occurrence of every run of `size` tokens in one growing sequence."""
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}
-        self._known = 0
+        self._indexed = 0
 
     def find(self, tokens: Sequence[int], size: int, most: int) -> list[int]:
-        """Up to `most` tokens that followed the last `size` ones before; none where those are new.
+        """Return up to `most` tokens that followed the previous occurrence of the last `size` tokens; [] without one.
 
-        `tokens` is the whole sequence, of which earlier calls saw the beginning.
+        `tokens` is the whole sequence; it starts with the sequence of the previous call.
         """
-        for end in range(max(self._known, size), len(tokens)):
+        for end in range(max(self._indexed, size), len(tokens)):
             self._ends[tuple(tokens[end - size : end])] = end
-        self._known = len(tokens)
-        found = self._ends.get(tuple(tokens[-size:]))
-        return [] if found is None else list(tokens[found : found + most])
+        self._indexed = len(tokens)
+        start = self._ends.get(tuple(tokens[-size:]))
+        return [] if start is None else list(tokens[start : start + most])

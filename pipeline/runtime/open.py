@@ -1,4 +1,4 @@
-"""Open an artifact: verified whole, fitting this host, signed as a policy demands. Never compiles or downloads."""
+"""Open an artifact after verifying files, signature and host. Never compiles or downloads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pipeline.runtime.text import Text
 
 
 def load(artifact_dir: str | Path, policy: Policy | None = None) -> Engine:
-    """Verify an artifact, and who signed it where a policy is given, check that it fits this host, and open it.
+    """Verify an artifact's files, its signature if there is a policy, and that it fits this host; open it.
 
     Raises:
         InputError: an artifact of a kind that Tandem does not run.
-        ArtifactError: as `verified`; nothing of it was opened for execution then.
+        ArtifactError: as `verified`; no file has been opened for execution.
 
     """
     artifact = verified(Path(artifact_dir), policy)
@@ -27,12 +27,12 @@ def load(artifact_dir: str | Path, policy: Policy | None = None) -> Engine:
 
 
 def verified(root: Path, policy: Policy | None = None) -> PairArtifact:
-    """An artifact whose every file was read and compared, signed as the policy demands, that fits this host.
+    """Return an artifact after verifying its files, its signature if there is a policy, and that it fits this host.
 
     Raises:
         InputError: an artifact of a kind that Tandem does not run.
-        ArtifactError: a file that does not match its digest, an artifact made for another host, or one that is not
-            signed as the policy demands.
+        ArtifactError: a file that does not match its digest, an artifact for another host, or a missing signature that
+            the policy requires.
 
     """
     if policy is not None:
@@ -44,6 +44,6 @@ def verified(root: Path, policy: Policy | None = None) -> PairArtifact:
 
 
 def open_batch(root: Path) -> Batch:
-    """The slots of an artifact that was verified before, perhaps by another process."""
+    """Open the slots of an artifact that was verified before, possibly by another process."""
     manifest = read_pair(root).manifest
     return Batch(manifest, make_backend(manifest.backend).open(root, manifest))

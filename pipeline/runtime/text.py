@@ -30,20 +30,21 @@ class Text:
         return self._template is not None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer adds unless `special` is off.
+        """Return token ids, with the special tokens that the tokenizer adds unless `special` is False.
 
         Raises:
-            InputError: the text has parts of a character, as a command line in another encoding gives them.
+            InputError: the text has a lone surrogate, for example from a command line in another encoding.
 
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"character {error.start} is no character", where="prompt", fix="send UTF-8") from error
+            what = f"not valid Unicode: lone surrogate at index {error.start}"
+            raise InputError(what, where="prompt", fix="send UTF-8") from error
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def chat(self, prompt: str) -> list[int]:
-        """Token ids of one user message in the chat template, up to where the answer starts.
+        """Return the token ids of one user message in the chat template, up to the start of the answer.
 
         Raises:
             ArtifactError: as `chat_text`.
@@ -52,10 +53,10 @@ class Text:
         return self.encode(self.chat_text(prompt), special=False)
 
     def chat_text(self, prompt: str) -> str:
-        """The text of one user message in the chat template, up to where the answer starts.
+        """Return the text of one user message in the chat template, up to the start of the answer.
 
         Raises:
-            ArtifactError: the pair has no chat template, or one that refuses.
+            ArtifactError: the pair has no chat template, or the template raises an error.
 
         """
         from jinja2 import TemplateError
@@ -75,7 +76,7 @@ class Text:
             raise ArtifactError(what, where="tokenizer", fix="send plain text (--raw)") from error
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a prompt: in the chat template if the pair has one, else as plain text.
+        """Return the token ids of a prompt: in the chat template if the pair has one, else as plain text.
 
         Raises:
             ArtifactError: as `chat_text`.
@@ -84,11 +85,11 @@ class Text:
         return self.chat(prompt) if self.has_chat else self.encode(prompt)
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Return the text of token ids without special tokens."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def token(self, token: int) -> str:
-        """Text of one token, special ones by name; parts of a character are shown as the replacement character."""
+        """Return the text of one token, special tokens by name, with the replacement character for incomplete ones."""
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
 
@@ -97,16 +98,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The chat template, wherever a checkpoint may keep it; of several, the one named `default`."""
+    """Return the chat template from any file that a checkpoint may keep it in; of several, `default`."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text()
-    found = config.get("chat_template") or _read(folder / "chat_template.json").get("chat_template")
-    if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}
-    if isinstance(found, dict):
-        found = found.get("default")
-    return found if isinstance(found, str) else None
+    template = config.get("chat_template") or _read(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _token(value: Any) -> str:
@@ -114,14 +115,14 @@ def _token(value: Any) -> str:
 
 
 def _environment() -> Any:
-    """What templates of the Hub are written for: a sandbox with the helpers that transformers gives them."""
+    """Return what templates of the Hub expect: a sandbox with the helpers of transformers."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what an assistant said, for training; here its body is all that counts."""
+        """`{% generation %}` marks text of the assistant, for training; here only its body counts."""
 
         tags = {"generation"}  # noqa: RUF012 - jinja2's interface
 
@@ -147,7 +148,7 @@ def _environment() -> Any:
 
 
 class StreamDecoder:
-    """Decodes tokens as they arrive; bytes of an incomplete character wait for the rest."""
+    """Decodes tokens as they arrive; bytes of an incomplete character wait until it is complete."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
@@ -158,10 +159,10 @@ class StreamDecoder:
         """Return the text that the new tokens complete."""
         self._tokens.extend(tokens)
         text = self._decode(self._tokens).rstrip("\ufffd")
-        new = text[len(self._returned) :]
-        self._returned += new
-        return new
+        completed = text[len(self._returned) :]
+        self._returned += completed
+        return completed
 
     def rest(self) -> str:
-        """Return what is left at the end."""
+        """Return the text that is left at the end."""
         return self._decode(self._tokens)[len(self._returned) :]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.errors import no_string
 from pipeline.graphs.arguments import Choice
 from pipeline.runtime.batch import Batch, Row
 from pipeline.runtime.draft_length import DraftLengthPolicies
@@ -48,6 +49,7 @@ class RequestSlots:
 
     def drop(self, names: Iterable[str]) -> None:
         """Free the slots of finished or cancelled requests; ignore unknown names."""
+        no_string(names, "names", "requests")
         for name in names:
             self._slots.pop(name, None)
             self._rows.pop(name, None)

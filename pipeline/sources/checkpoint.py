@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, no_string
 from pipeline.files.atomic import FileDigest, sha256_file, write_atomic
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
@@ -149,6 +149,7 @@ def _no_weights(names: list[str], safetensors: list[str]) -> str:
 
 def refuse_without_weights(names: Iterable[str], where: str) -> None:
     """Raise a SourceError for a listing without safetensors, before anything is downloaded."""
+    no_string(names, "names", "file names")
     names = sorted(names)
     if not any(name.endswith(".safetensors") for name in names):
         raise SourceError(_no_weights(names, []), where=where, fix=CONVERT)
@@ -180,6 +181,7 @@ def _read_json(path: Path, fix: str) -> dict[str, Any]:
 
 def digest_files(root: Path, names: list[str], memo: Path | None, progress: Progress) -> dict[str, FileDigest]:
     """Return sha256 and size of files under `root`; read only if size, time or inode differ from those in `memo`."""
+    no_string(names, "names", "file names")
     path = memo / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}.json" if memo else None
     known = _read_memo(path)
     stamps: dict[str, FileStamp] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, no_string
 from pipeline.graphs.dtypes import SAFETENSORS
 
 HEADER_LIMIT_BYTES = 100_000_000
@@ -107,6 +107,7 @@ class Layout:
 
 def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Layout:
     """Return the layout of tensors (name, safetensors dtype, shape) in the order given."""
+    no_string(tensors, "tensors", "tensors")
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     extents, end = {}, 0
     for name, dtype, shape in tensors:

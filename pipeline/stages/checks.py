@@ -1,4 +1,4 @@
-"""What is refused before work starts: a backend that cannot build here, prompts, sources, a lock that differs."""
+"""Checks before any work: backend, prompts, sources, and the lock of a locked build."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.validate.prompts import load_prompts, prompts_path
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe's sources, opened and checked, and what follows from them: `pair` is target and draft."""
+    """A recipe's checked sources and what follows from them; `pair` is target and draft."""
 
     pair: tuple[Checkpoint, Checkpoint]
     plan: Plan
@@ -30,10 +30,10 @@ class Resolved:
 
 
 def usable_backend(recipe: Recipe) -> Backend:
-    """The backend of a recipe, on a machine that has all it needs.
+    """Return the backend of a recipe, after checking the requirements of this machine.
 
     Raises:
-        PreflightError: what is missing, each with its fix.
+        PreflightError: every missing requirement with its fix.
 
     """
     backend = make_backend(recipe.backend)
@@ -44,7 +44,7 @@ def usable_backend(recipe: Recipe) -> Backend:
 
 
 def check_prompts(settings: BuildSettings) -> None:
-    """Refuse a prompt file now that the gates could not read after an hour of compiling.
+    """Reject an unreadable prompt file before compiling; the gates read it after that.
 
     Raises:
         InputError: no such file, or a line that is not a prompt.
@@ -59,7 +59,7 @@ def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
 
     Raises:
         SourceError: a source that cannot be used.
-        RecipeError: the recipe does not fit its models or the chip, or, locked, something is not as locked.
+        RecipeError: the recipe does not fit its models or the chip, or, if locked, an item differs from the lock.
 
     """
     recipe = settings.recipe
@@ -74,7 +74,7 @@ def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
 
 
 def runs_here(backend: Backend, artifact: Artifact, log: Log) -> bool:
-    """Whether this host can run what it built; an artifact for another chip or instruction set is left unvalidated."""
+    """Return whether this host can run the artifact; one for another chip or instruction set is not validated here."""
     try:
         check_host(artifact.manifest, backend.host())
     except ArtifactError as error:

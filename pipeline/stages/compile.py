@@ -27,12 +27,12 @@ from pipeline.recipe.schema import BackendSettings
 from pipeline.stages.workers import output_to, worker_count
 
 SHAPING = ("models", "speculation", "graphs", "backends/base.py")
-"""Parts of this package that decide what a graph computes, whole rooms, beside the package of its backend."""
+"""Parts of this package that decide what a graph computes, besides the package of its backend."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One graph to compile: plain data, so that it can travel to another process or machine."""
+    """One graph to compile: plain data that can be sent to another process or machine."""
 
     spec: GraphSpec
     pair: PairSpec
@@ -44,7 +44,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A graph in the cache. `hit` says that it was already there, or in the shared one; `notes` what went wrong."""
+    """A graph in the cache. `hit`: found in the local or the shared cache; `notes`: messages of the shared cache."""
 
     spec: GraphSpec
     key: str
@@ -55,7 +55,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class CompileSettings:
-    """Where graphs are kept and shared, and how many workers compile (None: as many as fit)."""
+    """The local and the shared cache, and the number of workers (None: as many as fit)."""
 
     cache: Path
     workers: int | None = None
@@ -63,7 +63,7 @@ class CompileSettings:
 
 
 def compile_plan(plan: Plan, settings: CompileSettings, log: Log, progress: Progress) -> list[Compiled]:
-    """Compile every graph of a plan that the cache lacks, logging each as it ends and what remains.
+    """Compile every graph of a plan that the cache lacks; log each result and the remaining time.
 
     Raises:
         HostError: the first failure, with the graph and its log. Graphs already compiled stay in the cache.
@@ -82,8 +82,8 @@ def compile_plan(plan: Plan, settings: CompileSettings, log: Log, progress: Prog
 
     def ended(result: Compiled) -> None:
         results[result.spec.name] = result
-        tally.left.pop(result.spec.name, None)
-        progress("compile", len(jobs) - len(tally.left), len(jobs))
+        tally.seconds_left.pop(result.spec.name, None)
+        progress("compile", len(jobs) - len(tally.seconds_left), len(jobs))
         log(tally.line(result))
         for note in result.notes:
             log(f"    {note}")
@@ -96,22 +96,22 @@ def compile_plan(plan: Plan, settings: CompileSettings, log: Log, progress: Prog
 
 
 class _Tally:
-    """What is left to compile, and how long that takes about."""
+    """The graphs left to compile, with their estimated times."""
 
     def __init__(self, plan: Plan, missing: Sequence[GraphSpec], workers: int | None) -> None:
-        self.left = {spec.name: plan.compile_seconds(spec) for spec in missing}
+        self.seconds_left = {spec.name: plan.compile_seconds(spec) for spec in missing}
         memory_bytes = max((plan.compile_memory(spec) for spec in missing), default=0)
         self.workers = workers or worker_count(memory_bytes, max(len(missing), 1))
 
     def remaining(self) -> str:
-        """Estimate of the time that remains."""
-        return f"about {sum(self.left.values()) / self.workers:.0f} s"
+        """Return an estimate of the remaining time."""
+        return f"about {sum(self.seconds_left.values()) / self.workers:.0f} s"
 
     def line(self, result: Compiled) -> str:
-        """One line for a graph that ended."""
+        """Return the log line of a finished graph."""
         how = "cached" if result.hit else f"{result.seconds:.0f} s"
-        left = f", {len(self.left)} left, {self.remaining()}" if self.left else ""
-        return f"  {result.spec.name}: {how}{left}"
+        remaining = f", {len(self.seconds_left)} left, {self.remaining()}" if self.seconds_left else ""
+        return f"  {result.spec.name}: {how}{remaining}"
 
 
 def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], None]) -> list[Compiled]:
@@ -125,43 +125,43 @@ def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], No
 
 
 def cached(job: Job) -> Compiled | None:
-    """A graph that the local cache has, by its memo, without tracing; None if it has to be traced."""
-    key = _known(job, _memo_key(job, make_backend(job.backend)))
+    """Return a graph of the local cache by its memo, without tracing; None if it has to be traced."""
+    key = _memoised_key(job, _memo_key(job, make_backend(job.backend)))
     return None if key is None else Compiled(job.spec, key, hit=True, seconds=0.0)
 
 
 def compile_graph(job: Job) -> Compiled:
     """Trace, look up, compile on a miss. Concurrent calls for one key compile once.
 
-    A memo from (graph, package source, toolchain) to the key spares the tracing when nothing that shapes the graph
-    has changed.
+    A memo from (graph, package source, toolchain) to the key avoids tracing while the inputs of the graph are
+    unchanged.
     """
     started = time.monotonic()
     memos = Cache(job.cache, "memos")
     backend = make_backend(job.backend)
     memo = _memo_key(job, backend)
     notes: list[str] = []
-    key, hit = _known(job, memo), True
+    key, hit = _memoised_key(job, memo), True
     if key is None:
         with memos.lock(memo), output_to(job.log_file):
-            key = _known(job, memo)  # another build may have compiled it while this one waited
+            key = _memoised_key(job, memo)  # another build may have compiled it while this one waited
             if key is None:
                 key, hit = _trace_and_compile(job, backend, notes)
                 memos.put(memo, key.encode())
     return Compiled(job.spec, key, hit, time.monotonic() - started, tuple(notes))
 
 
-def _known(job: Job, memo: str) -> str | None:
-    """The key that a memo names, if the graph is there, whole."""
-    noted = Cache(job.cache, "memos").get(memo)
-    if noted is None:
+def _memoised_key(job: Job, memo: str) -> str | None:
+    """Return the key in a memo if the cache has its graph, undamaged."""
+    memo_file = Cache(job.cache, "memos").get(memo)
+    if memo_file is None:
         return None
-    key = noted.read_text(encoding="ascii")
+    key = memo_file.read_text(encoding="ascii")
     return key if Cache(job.cache, "graphs").get(key) is not None else None
 
 
 def _trace_and_compile(job: Job, backend: Backend, notes: list[str]) -> tuple[str, bool]:
-    """The shared cache is asked after the local one, and given what was compiled."""
+    """Look in the local, then in the shared cache; compile on a miss, and push the graph to the shared cache."""
     graphs = Cache(job.cache, "graphs")
     traced = backend.trace(job.spec, job.pair)
     key = cache_key(traced, backend.toolchain(), backend.flags())
@@ -200,7 +200,7 @@ def _memo_key(job: Job, backend: Backend) -> str:
 
 
 def shaping_files(backend_package: str) -> list[Path]:
-    """Every file of this package that shapes the graphs of a backend, by its package (`pipeline.backends.inductor`)."""
+    """Return the files of this package that shape a backend's graphs, by its package (`pipeline.backends.inductor`)."""
     root = Path(__file__).parents[1]
     parts = (*SHAPING, backend_package.removeprefix("pipeline.").replace(".", "/"))
     paths = [root / part for part in parts]
@@ -209,7 +209,7 @@ def shaping_files(backend_package: str) -> list[Path]:
 
 @memoize
 def source_digest(backend_package: str) -> str:
-    """sha256 over the parts of this package that shape a backend's graphs."""
+    """Return the sha256 over the files of this package that shape a backend's graphs."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in shaping_files(backend_package):

@@ -1,6 +1,6 @@
-"""Compiled graphs + shards + tokenizer + recipe and lock -> an artifact directory, complete or not there at all.
+"""Compiled graphs, shards, tokenizer, recipe and lock -> an artifact directory, created atomically.
 
-Compiles nothing and judges nothing: reports come later, from validation (`artifact.reports`).
+Compiles and validates nothing: validation adds its reports later (`artifact.reports`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # these import torch, which packing files does not
     from pipeline.stages.shard_files import ShardFile
 
 UNVERSIONED = "unversioned"
-"""Version of a manifest whose content is not complete yet."""
+"""Version of a manifest before its content is complete."""
 
 SealedManifest = TypeVar("SealedManifest", PairManifest, NxdiManifest)
 VERSION_LENGTH = 12
@@ -52,7 +52,7 @@ VERSION_LENGTH = 12
 
 @dataclass(frozen=True)
 class Parts:
-    """What a build made, on its way into an artifact."""
+    """The results of a build's stages, to be packaged."""
 
     plan: Plan
     lock: locks.Lock
@@ -63,7 +63,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Origin:
-    """How an artifact came to be, for its provenance: recipe, lock, and the backend that compiled it, as plain data."""
+    """The origin of an artifact, for its provenance: recipe, lock, and backend settings as plain data."""
 
     recipe: Recipe
     lock: locks.Lock
@@ -73,11 +73,11 @@ class Origin:
 
 
 def package(out: Path, parts: Parts, backend: Backend, cache: Path) -> PairArtifact:
-    """Assemble the artifact aside and put it in the place of `out` in one step. Graphs and shards are hard-linked.
+    """Assemble an artifact and replace `out` by it in one step. Graphs and shards are hard-linked.
 
     Raises:
-        HostError: no space, or a cached graph or shard vanished or is damaged.
-        InputError: `out` holds something else.
+        HostError: no space, or a cached graph or shard is missing or damaged.
+        InputError: `out` is not an artifact.
 
     """
     check_replaceable(out)
@@ -85,7 +85,7 @@ def package(out: Path, parts: Parts, backend: Backend, cache: Path) -> PairArtif
     toolchain, flags = backend.toolchain().as_dict(), backend.flags()
     origin = Origin(plan.recipe, parts.lock, plan.recipe.backend.model_dump(), toolchain, flags)
     with atomic_dir(out) as folder:
-        known = dict(_add_shards(folder, parts.shards))
+        shards = dict(_add_shards(folder, parts.shards))
         for graph in parts.graphs:
             _add_graph(folder, graph, plan.pair, backend, Cache(cache, "graphs"))
         _write_json(folder / "config.json", config)
@@ -93,28 +93,28 @@ def package(out: Path, parts: Parts, backend: Backend, cache: Path) -> PairArtif
         (folder / "tokenizer").mkdir()
         for name, data in parts.tokenizer.items():
             (folder / "tokenizer" / name).write_bytes(data)
-        # Servers look beside a tokenizer for the kind of model it belongs to.
+        # Servers look beside a tokenizer for the kind of its model.
         _write_json(folder / "tokenizer/config.json", config)
-        seal(folder, _manifest(parts, backend), origin, known)
+        seal(folder, _manifest(parts, backend), origin, shards)
     return read_pair(out)
 
 
 def _generation(plan: Plan) -> dict[str, Any]:
-    """What servers assume of a request that does not say: where answers end, and greedy if nothing else was built."""
+    """Return the defaults of requests to servers: the end-of-sequence ids, and greedy if only that was built."""
     greedy = "stochastic" not in plan.recipe.speculation.sampling
     return {"eos_token_id": list(plan.pair.target.eos_ids)} | ({"temperature": 0.0} if greedy else {})
 
 
 def seal(
-    folder: Path, manifest: SealedManifest, origin: Origin, known: Mapping[str, FileEntry] | None = None
+    folder: Path, manifest: SealedManifest, origin: Origin, entries: Mapping[str, FileEntry] | None = None
 ) -> SealedManifest:
     """Make a folder an artifact: recipe, lock, provenance, and the manifest, which lists every file in it.
 
-    `manifest` has everything but its files and version. Files in `known` are taken at their word.
+    `manifest` lacks only files and version. Files in `entries` are not read again.
     """
     (folder / "recipe.yaml").write_text(origin.recipe.to_yaml(), encoding="utf-8")
     locks.write(folder / "recipe.lock", origin.lock)
-    files = _add_provenance(folder, _digests(folder, known or {}), origin, manifest.created)
+    files = _add_provenance(folder, _digests(folder, entries or {}), origin, manifest.created)
     complete = manifest.model_copy(update={"files": files})
     sealed = complete.model_copy(update={"version": content_digest(complete)[:VERSION_LENGTH]})
     (folder / MANIFEST).write_bytes(dump(sealed))
@@ -122,7 +122,7 @@ def seal(
 
 
 def _add_shards(folder: Path, shards: Shards) -> Iterator[tuple[str, FileEntry]]:
-    """Link the shards, which the shard stage has just written or compared with their digests."""
+    """Link the shards and yield their entries; the shard stage has just written them or compared their digests."""
     for shard in shards.files:
         name = shard.path.as_posix()
         link_or_copy(shards.root / name, folder / name)
@@ -132,7 +132,7 @@ def _add_shards(folder: Path, shards: Shards) -> Iterator[tuple[str, FileEntry]]
 def _add_graph(folder: Path, graph: Compiled, pair: PairSpec, backend: Backend, cache: Cache) -> None:
     stored = cache.get(graph.key)
     if stored is None:
-        what = "a compiled graph vanished from the cache, or was damaged"
+        what = "a compiled graph in the cache is missing or damaged"
         raise HostError(what, where=graph.spec.name, fix="run the build again")
     place = folder / "graphs" / graph.spec.name
     link_or_copy(stored, place / backend.graph_file)
@@ -141,7 +141,7 @@ def _add_graph(folder: Path, graph: Compiled, pair: PairSpec, backend: Backend, 
 
 
 def _add_provenance(folder: Path, files: dict[str, FileEntry], origin: Origin, created: str) -> dict[str, FileEntry]:
-    """Write what tells of this build, over all other files; returns their entries with these."""
+    """Write provenance and SBOM of this build; return the entries of all files with these."""
     recipe, lock = origin.recipe, origin.lock
     sources = {"target": lock.target, "draft": lock.draft}
     inputs = {role: asdict(source) for role, source in sources.items() if source is not None}
@@ -155,7 +155,7 @@ def _add_provenance(folder: Path, files: dict[str, FileEntry], origin: Origin, c
 
 
 def _manifest(parts: Parts, backend: Backend) -> PairManifest:
-    """The manifest of a pair, before its files and its version are known."""
+    """Return the manifest of a pair without its files and version."""
     recipe = parts.plan.recipe
     return PairManifest(
         name=recipe.name,
@@ -184,11 +184,11 @@ def _shard_entry(shard: ShardFile) -> ShardEntry:
     return ShardEntry(model=shard.model, rank=shard.rank, file=shard.path.as_posix())
 
 
-def _digests(folder: Path, known: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
-    """Every file of the artifact; those that are known are not read again."""
+def _digests(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
+    """Return the entry of every file; files in `entries` are not read again."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: known[name] if name in known else _entry(digest_file(path)) for name, path in names.items()}
+    return {name: entries[name] if name in entries else _entry(digest_file(path)) for name, path in names.items()}
 
 
 def _entry(digest: FileDigest) -> FileEntry:
@@ -200,6 +200,6 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def created_now() -> str:
-    """Now, or the time that a reproducible build is told to claim (reproducible-builds.org/specs/source-date-epoch)."""
+    """Return the present time, or $SOURCE_DATE_EPOCH (reproducible-builds.org/specs/source-date-epoch)."""
     seconds = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

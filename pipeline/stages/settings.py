@@ -1,4 +1,4 @@
-"""What a build is asked for. Plain data."""
+"""Settings of a build. Plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """One build: a recipe, the folder that its relative paths start at, and where things go."""
+    """One build: a recipe, the folder that its relative paths start at, and the folders to write."""
 
     recipe: Recipe
     base: Path

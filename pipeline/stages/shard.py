@@ -1,4 +1,4 @@
-"""The shard stage: weight shards of an earlier build with the same weights and layout, or new ones. Knows no graph."""
+"""The shard stage: take the weight shards of an earlier build with the same weights and layout, or write new ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Shards:
 def shard(
     models: ModelsSpec, pair: tuple[Checkpoint, Checkpoint], packing: Packing, cache: Path, log: Log, progress: Progress
 ) -> Shards:  # fmt: skip
-    """Write the shards of both models into the cache, or take those that are there, if still whole.
+    """Write the shards of both models into the cache, unless undamaged ones are cached.
 
     Raises:
         SourceError: a checkpoint that cannot be read to its end, or a value that the dtype cannot hold.
@@ -61,7 +61,7 @@ def shard(
 
 
 def shard_key(models: ModelsSpec, pair: tuple[Checkpoint, Checkpoint], packing: Packing) -> str:
-    """Name of the shards: what their bytes follow from, and nothing about graphs."""
+    """Return the key of the shards: a digest of what decides their bytes, without facts of graphs."""
     facts: Mapping[str, object] = {
         "models": asdict(models),
         "packing": packing.name,
@@ -72,7 +72,7 @@ def shard_key(models: ModelsSpec, pair: tuple[Checkpoint, Checkpoint], packing: 
 
 
 def _cached(root: Path, log: Log) -> list[ShardFile] | None:
-    """Shards of an earlier build, read through and compared with their digests; None if they must be written."""
+    """Return the shards of an earlier build after comparing their digests; None if they must be written."""
     if not root.exists():
         return None
     try:
@@ -84,7 +84,7 @@ def _cached(root: Path, log: Log) -> list[ShardFile] | None:
     except OSError as error:
         faults = [f"{error.filename}: {error.strerror}"]
     if not faults:
-        with contextlib.suppress(OSError):  # when it was used last, for `tandem cache gc`
+        with contextlib.suppress(OSError):  # time of the last use, for `tandem cache gc`
             os.utime(root / LISTING)
         return files
     log(f"shard: cached shards are damaged ({'; '.join(faults)}): written again")

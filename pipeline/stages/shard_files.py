@@ -340,9 +340,9 @@ def _refuse_overflow(stored: Tensor, window: Window) -> None:
         raise SourceError(what, where=str(window.source.file), fix="use dtype: bfloat16 or float32")
 
 
-def _check_space(out: Path, needed: int) -> None:
+def _check_space(out: Path, size_bytes: int) -> None:
     folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
-    if free < needed:
-        what = f"{needed / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} GB are free"
+    if free < size_bytes:
+        what = f"{size_bytes / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} GB are free"
         raise HostError(what, where=str(out), fix="free space, or build into a folder on another disk")

@@ -1,4 +1,4 @@
-"""Which builds find nothing changed: a stamp of all inputs of the last one, told without torch. Runs no stage."""
+"""The stamp of an output: all inputs of its last build, compared without importing torch. Runs no stage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VERSIONED = ("torch", "transformers", "safetensors", "gguf", "tokenizers")
 
 
 class Stamp:
-    """The record of the last complete build of one output: its inputs, and the artifact that came out."""
+    """The record of the last complete build of one output: its inputs and its artifact."""
 
     def __init__(self, cache: Path, out: Path) -> None:
         name = hashlib.sha256(bytes(out.absolute())).hexdigest()[:16]
@@ -38,9 +38,9 @@ class Stamp:
         return self.path.with_suffix(".lock")
 
     def is_current(self, inputs: dict[str, Any]) -> bool:
-        """Whether the output still holds the artifact of the last build, made of these inputs; by digest and sizes.
+        """Return whether the output holds the artifact of these inputs; compares the manifest's digest and file sizes.
 
-        A revision that cannot be told now counts as unchanged: without a network there is nothing newer to build from.
+        An unknown revision counts as unchanged: without a network no newer one can be built.
         """
         try:
             recorded = json.loads(self.path.read_text(encoding="utf-8"))
@@ -56,40 +56,43 @@ class Stamp:
             return False
 
     def clear(self) -> None:
-        """Forget the last build: until the next one ends, nothing is current."""
+        """Remove the record of the last build; nothing is current until the next build ends."""
         with disk_errors(self.path):
             self.path.unlink(missing_ok=True)
 
     def record(self, inputs: dict[str, Any]) -> None:
-        """Remember what the artifact that lies there now was made of."""
+        """Record the inputs of the artifact in the output directory."""
         write_atomic(self.path, json.dumps({"inputs": inputs, "artifact": self._identity()}).encode())
 
     def _identity(self) -> str:
-        """Names an artifact with its reports."""
+        """Return a digest of the artifact with its reports."""
         return sha256_file(self.out / MANIFEST)
 
 
 @contextlib.contextmanager
-def build_lock(lock: Path, log: Log, other: str) -> Iterator[None]:
-    """Hold a lock file among all builds that share this cache; the lock of a killed build falls free."""
-    held = FileLock(lock)
+def build_lock(lock: Path, log: Log, holder: str) -> Iterator[None]:
+    """Hold a lock file among all builds that share this cache; the lock of a killed build is released.
+
+    `holder` names the process to wait for in the log.
+    """
+    file_lock = FileLock(lock)
     with disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            held.acquire(timeout=0)
+            file_lock.acquire(timeout=0)
         except Timeout:
-            log(f"waiting for {other}")
-            held.acquire()
+            log(f"waiting for {holder}")
+            file_lock.acquire()
     try:
         yield
     finally:
-        held.release()
+        file_lock.release()
 
 
 def fingerprint(settings: BuildSettings) -> dict[str, Any]:
-    """Everything a build depends on, as far as it can be told without torch.
+    """Return the inputs of a build that can be read without torch.
 
-    Recipe, package, versions, local files, and what sources that may move point at now.
+    Recipe, package, versions, local files, and the present revisions of sources that may move.
     """
     package = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
@@ -108,7 +111,7 @@ def fingerprint(settings: BuildSettings) -> dict[str, Any]:
 
 
 def _revisions(settings: BuildSettings) -> dict[str, str | None]:
-    """What each source that may move points at now; None where that cannot be told, for example without a network."""
+    """Return the present revision of each source that may move; None if unknown, for example without a network."""
     sources = (settings.recipe.target.source, settings.recipe.draft.source)
     revisions = {source: current_revision(source) for source in sources if source and moving(source)}
     for source in [source for source, revision in revisions.items() if revision is None]:
@@ -117,7 +120,7 @@ def _revisions(settings: BuildSettings) -> dict[str, str | None]:
 
 
 def _local_files(settings: BuildSettings) -> list[Path]:
-    """Files outside the package that decide a build: folders of weights, prompts, and the lock where it binds."""
+    """Return the files outside the package that decide a build: weights, prompts, and the lock of a locked build."""
     recipe, base = settings.recipe, settings.base
     names = [n for n in (recipe.target.source, recipe.draft.source) if n and "://" not in n]
     files = [path for name in names for path in _files(base / Path(name).expanduser())]
@@ -130,7 +133,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _stamp_of(path: Path) -> list[Any]:
-    """What changes whenever a file is written or replaced, even by one of its size and time."""
+    """Return facts of a file that change whenever it is written or replaced, even with equal size and time."""
     stat = path.stat()
     return [str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 

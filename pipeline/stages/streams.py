@@ -28,7 +28,7 @@ class Reader:
         self._pool = stack.enter_context(ThreadPoolExecutor(1, "read"))
 
     def start(self, source: TensorRef, buffer: memoryview) -> Future[None]:
-        """Read a tensor's bytes into the buffer; what is left of the buffer becomes zero."""
+        """Read a tensor's bytes into the buffer; the rest of the buffer becomes zero."""
         return self._pool.submit(self._read, source, buffer)
 
     def _read(self, source: TensorRef, buffer: memoryview) -> None:
@@ -53,7 +53,7 @@ class Reader:
 class Sink:
     """Files that are written in order by one thread and hashed by others (hashlib releases the lock).
 
-    `direct` writes past the page cache where the file system can; `STAGES_BYTES` bounds what that holds.
+    `direct` bypasses the page cache where the file system supports it; `STAGES_BYTES` limits its buffers.
     """
 
     def __init__(self, files: Sequence[IO[bytes]], stack: ExitStack, *, direct: bool) -> None:
@@ -72,7 +72,7 @@ class Sink:
         return [*hashed, *(self._writer.submit(self._outputs[rank].write, data) for rank in ranks)]
 
     def finish(self) -> list[str]:
-        """sha256 of each file, once all that was put has been hashed and written."""
+        """Wait until all data has been hashed and written; return the sha256 of each file."""
         last = [pool.submit(lambda: None) for pool in self._hashers]
         last += [self._writer.submit(output.finish) for output in self._outputs]
         for future in last:

@@ -1,4 +1,4 @@
-"""Worker processes of the compile stage: how many fit, and where their output goes."""
+"""Worker processes of the compile stage: their number and their output."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 def worker_count(graph_memory_bytes: int, graphs: int) -> int:
-    """As many workers as cores and free memory allow."""
+    """Return the number of workers that cores and free memory allow."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(len(os.sched_getaffinity(0)), free // max(graph_memory_bytes, 1), graphs))
 
 
 @contextlib.contextmanager
 def output_to(log_file: Path) -> Iterator[None]:
-    """Send this process's output to `log_file`, native code included."""
+    """Redirect this process's output to `log_file`, including that of native code."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

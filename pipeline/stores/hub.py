@@ -20,7 +20,7 @@ import httpx2 as httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, errors
 from huggingface_hub.hf_api import RepoFile
 
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, InputError, no_string
 from pipeline.stores.base import Alias, Blob, Content, Interrupted, Move, Pinned, Removed, Report, in_parallel
 from pipeline.stores.hub_api import TRIES, Hub
 
@@ -75,6 +75,7 @@ class HubStore:
 
     def send(self, content: Content, paths: Sequence[str], report: Report) -> None:
         """Create the repository if it is missing, and upload large files in groups. The commit brings small files."""
+        no_string(paths, "paths", "paths")
         repo = self._repo(content.name)
         with self.hub.explained(repo):
             self.hub.retried(lambda: self.hub.api.create_repo(repo, exist_ok=True))

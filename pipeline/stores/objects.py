@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, InputError, no_string
 from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Bucket, Content, Move, Pinned, Removed, Report, in_parallel
 from pipeline.stores.leases import Lease, collecting, leased
 
@@ -55,6 +55,7 @@ class ObjectStore:
 
     def send(self, content: Content, paths: Sequence[str], report: Report) -> None:
         """Upload several files at a time; the first failure cancels the uploads that have not begun."""
+        no_string(paths, "paths", "paths")
         parts = max(2, PARTS // min(PARALLEL, max(len(paths), 1)))
 
         def upload(path: str) -> None:

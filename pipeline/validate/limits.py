@@ -1,7 +1,7 @@
-"""The bounds of the parity gate, and why they are what they are. No torch.
+"""The limits of the parity gate, and their reasons. Imports no torch.
 
-Ratios are errors over the noise of the recipe's dtype. They are set from clean builds and planted faults: right builds
-lie near 1 whatever the seed, faults above (`benchmarks/fault_rates.py`, `docs/results.md`).
+Ratios are errors over the noise of the recipe's dtype. They are set from correct builds and planted faults: correct
+builds lie near 1 whatever the seed, faults above (`benchmarks/fault_rates.py`, `docs/results.md`).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ class Limits:
 
 
 NARROW = Limits(all=1.5, slice=2.5, layer=1.5, token=12.0)
-"""bfloat16 and float16, where rounding what is stored decides, the same in every right build."""
+"""bfloat16 and float16, where rounding of stored values dominates, equal in every correct build."""
 
 WIDE = Limits(all=4.0, slice=6.0, layer=4.0, token=30.0)
-"""float32, where the order of sums decides, which is each kernel's own; faults lie a hundred times higher."""
+"""float32, where the order of sums dominates, which depends on the kernel; faults lie a hundred times higher."""
 
 
 def limits(dtype: str) -> Limits:
-    """The limits of a dtype."""
+    """Return the limits of a dtype."""
     return WIDE if dtype == "float32" else NARROW
 
 
 SLICE_TOKENS = 16
-"""A slice with fewer tokens is judged token by token only."""
+"""Least tokens of a slice that is compared as a whole; smaller ones are compared token by token."""
 
 TIE = 4.0
 """A gap between two logits is a near-tie within this many times the noise of the largest logits there."""

@@ -1,4 +1,4 @@
-"""Prompts that gates run on: JSON lines with `class`, `prompt` and, unless the line's number does, `id`."""
+"""Prompts of the gates: JSON lines with `class`, `prompt` and optionally `id` (default: the line number)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Prompt:
 
 
 def prompts_path(name: str, base: Path) -> Path:
-    """The prompt file of a recipe in the folder `base`; the default one ships with Tandem unless there is one."""
+    """Return the prompt file of a recipe in the folder `base`; the shipped file if the default one is missing."""
     own = base / Path(name).expanduser()
     return SHIPPED if name == DEFAULT and not own.is_file() else own
 
@@ -67,7 +67,7 @@ def _prompt(line: str, number: int, path: Path) -> Prompt:
 
 
 def _check_ids(prompts: Mapping[int, Prompt], path: Path) -> None:
-    """Refuse two prompts with one id: answers and references are kept by it."""
+    """Reject two prompts with one id: answers and references are stored by id."""
     lines: dict[str, int] = {}
     for number, prompt in prompts.items():
         first = lines.setdefault(prompt.id, number)

@@ -72,7 +72,7 @@ def test_verify_flipped_bit(made, name, place):
     data[place] ^= 1
     expected = read(made).manifest.files[name].sha256
     (made / name).write_bytes(data)
-    with pytest.raises(ArtifactError, match=f"{name}: sha256 [0-9a-f]{{64}}, should be {expected}"):
+    with pytest.raises(ArtifactError, match=f"{name}: sha256 [0-9a-f]{{64}}, expected {expected}"):
         verify(made)
 
 
@@ -92,7 +92,7 @@ def test_read_flipped_manifest(made, byte):
 
 def test_verify_truncated(made):
     os.truncate(made / FILES[0], 3)
-    with pytest.raises(ArtifactError, match=rf"{FILES[0]}: 3 bytes, should be \d+"):
+    with pytest.raises(ArtifactError, match=rf"{FILES[0]}: 3 bytes, expected \d+"):
         verify(made)
 
 
@@ -106,7 +106,7 @@ def test_verify_reports_everything_at_once(made):
     what = caught.value.what
     assert f"{FILES[0]}: missing" in what
     assert "graphs/extra: not in the manifest" in what
-    assert f"{FILES[3]}: 5 bytes, should be" in what
+    assert f"{FILES[3]}: 5 bytes, expected" in what
     assert "pipe: not a plain file" in what
 
 
@@ -213,7 +213,7 @@ def test_check_host_larger_instruction_set(made):
         ({"isa": "default"}, {}, 1, "isa: the artifact needs avx2, this host has default"),
         ({"isa": "sve256"}, {}, 1, "isa: the artifact needs avx2, this host has sve256"),
         ({"device": "trn2"}, {}, 1, "device: the artifact needs cpu, this host has trn2"),
-        ({}, {}, 2, "tensor: the artifact needs 1 ranks, there are 2"),
+        ({}, {}, 2, "tensor: the artifact needs 1 ranks, found 2"),
         ({}, {"torch": "2.14.0"}, 1, r"toolchain.torch: built with 2.13.0\+cpu, this host has 2.14.0"),
         ({}, {"backend": "neuron"}, 1, "toolchain.backend: built with stand-in, this host has neuron"),
     ],
@@ -270,7 +270,7 @@ def test_package_links_graphs_and_shards(tmp_path):
 def test_package_refuses_to_replace_other_things(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")
-    with pytest.raises(InputError, match="something else than an artifact"):
+    with pytest.raises(InputError, match="not an artifact directory; not replaced"):
         small.make(tmp_path / "home", tmp_path / "work")
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years"
 

@@ -200,7 +200,7 @@ def test_build_into_a_folder_of_something_else_is_refused(work):
     (work / "out" / "thesis.txt").write_text("")
     result = invoke("build", "mine.yaml", "--out", "out")
     assert result.exit_code == 2
-    assert "holds something else than an artifact" in result.stderr
+    assert "not an artifact directory; not replaced" in result.stderr
     assert [path.name for path in (work / "out").iterdir()] == ["thesis.txt"]
 
 

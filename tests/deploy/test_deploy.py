@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import click
@@ -84,6 +85,9 @@ def test_package_is_built_and_its_wheel_pulls(tmp_path):
         done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.suffix for path in (root / "dist").iterdir()) == [".gz", ".whl"]
+    (wheel,) = (root / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"pipeline/py.typed", "pipeline/validate/default_prompts.jsonl"} <= set(names)
 
 
 def test_slow_lanes_are_targets_of_the_makefile():

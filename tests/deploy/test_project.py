@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import pipeline
+from pipeline.cache.local import KINDS
 from support.paths import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -121,3 +122,18 @@ def test_every_room_has_owners():
     rooms = {f"/pipeline/{path.parent.name}/" for path in (ROOT / "pipeline").glob("*/__init__.py")}
     assert rooms <= set(paths)
     assert all(re.search(r" @\S+$", line) for line in text.splitlines() if line and not line.startswith("#"))
+
+
+def test_every_file_of_the_package_is_in_the_wheel():
+    """`py.typed` says that type checkers may read the annotations; it was missing, so they took all for `Any`."""
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["pipeline"]
+    shipped = {path for pattern in patterns for path in (ROOT / "pipeline").glob(pattern)}
+    paths = [path for path in (ROOT / "pipeline").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert ROOT / "pipeline/py.typed" in shipped
+    assert {path for path in paths if path.suffix != ".py"} == shipped
+
+
+def test_artifacts_page_names_every_kind_of_cache_entry():
+    """The page said that goldens were in `cache/goldens`, while they and memos were stored under `cache/graphs`."""
+    text = (ROOT / "artifacts/README.md").read_text()
+    assert [kind for kind in KINDS if f"| `cache/{kind}/` |" not in text] == []

@@ -91,7 +91,7 @@ def test_pull_replaces_an_older_artifact(registry, original, options, tmp_path):
 def test_pull_refuses_to_replace_other_things(registry, options):
     options["directory"].mkdir()
     (options["directory"] / "thesis.tex").write_text("years")
-    with pytest.raises(InputError, match="something else than an artifact"):
+    with pytest.raises(InputError, match="not an artifact directory; not replaced"):
         pull(f"{registry}/small@latest", **options)
     assert (options["directory"] / "thesis.tex").read_text() == "years"
 

@@ -5,14 +5,14 @@ import torch
 
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import Cache
-from pipeline.graphs.arguments import Choice
+from pipeline.graphs.arguments import Choice, StepRow, step_arguments
 from pipeline.graphs.packing import PlainPacking
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.plan import make_plan
 from pipeline.progress import no_log
 from pipeline.recipe.schema import InductorSettings, Recipe
-from pipeline.runtime.lookup import Lookup, argument
+from pipeline.runtime.lookup import Lookup
 from pipeline.sources.pair import resolve_pair
 from pipeline.speculation.sampling import Candidates, certain
 from pipeline.validate.gates.inputs import GateInputs
@@ -50,9 +50,10 @@ def test_lookup_finds_the_newest_occurrence(size):
 
 
 def test_argument_leaves_the_rest_to_the_draft():
-    given = argument(GraphSpec("speculate", 3, 5, 64, 4), {1: [7, 8], 2: []})["copied"]
-    assert given.tolist() == [[-1] * 4, [7, 8, -1, -1], [-1] * 4]
-    assert given.dtype == torch.int32
+    rows = {1: StepRow(5, 3, copied=[7, 8]), 2: StepRow(5, 3)}
+    copied = step_arguments(GraphSpec("speculate", 3, 5, 64, 4), rows)["copied"]
+    assert copied.tolist() == [[-1] * 4, [7, 8, -1, -1], [-1] * 4]
+    assert copied.dtype == torch.int32
 
 
 def test_certain_puts_all_mass_on_one_token():

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.local import default_root
-from pipeline.errors import ArtifactError, HostError
+from pipeline.errors import ArtifactError, HostError, no_string
 from pipeline.files.atomic import atomic_dir
 
 TIMEOUT_S = 4 * 3600
@@ -108,6 +108,7 @@ def compile_neff(hlo: bytes, flags: Sequence[str], work: Path, environment: Mapp
         HostError: with the compiler's code, its meaning, the fix, and the folder of log and command.
 
     """
+    no_string(flags, "flags", "compiler flags")
     for attempt in range(1, ATTEMPTS + 1):
         folder = work / f"attempt-{attempt}"
         folder.mkdir()

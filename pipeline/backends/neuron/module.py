@@ -76,8 +76,7 @@ class NeuronModule(nn.Module):
             owner, leaf = self._owner(state.name)
             owner.register_buffer(leaf, torch.zeros(state.shape, dtype=torch_dtype(state.dtype)))
 
-    # One parameter per argument of any phase: ModelBuilder reads the names of arguments from this signature.
-    def forward(
+    def forward(  # noqa: PLR0913 - ModelBuilder reads the names of a graph's arguments from this signature
         self,
         tokens: Tensor | None = None,
         lengths: Tensor | None = None,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.errors import no_string
 from pipeline.runtime.engine import Generation
 from pipeline.validate.gates.outcome import GateOutcome
 from pipeline.validate.prompts import Prompt
@@ -32,6 +33,7 @@ def acceptance(measured: Sequence[Acceptance], speed: Speed, floor: float) -> Ga
 
 def acceptance_of(prompts: Sequence[Prompt], answers: Sequence[Generation], steps: int) -> Acceptance:
     """Return the acceptance of one K."""
+    no_string(prompts, "prompts", "prompts")
     emitted = _emitted(answers)
     kinds = dict.fromkeys(prompt.kind for prompt in prompts)
     return Acceptance(
