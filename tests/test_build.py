@@ -215,7 +215,7 @@ def test_build_with_prompt_lookup_switched_off_keeps_its_shards(built, tmp_path)
 def test_goldens_and_memos_lie_apart_from_graphs(built):
     """All three were entries of `cache/graphs`, so a test that removed `cache/goldens` removed nothing."""
     kinds = entry_stats(built[0].cache)
-    assert kinds["graphs"].entries == kinds["memos"].entries == 5
+    assert kinds["memos"].entries >= kinds["graphs"].entries >= 5
     assert kinds["goldens"].entries > 0
 
 
