@@ -93,7 +93,7 @@ def _value(option: click.Option, context: click.Context) -> str:
         return " or ".join(f"`{choice}`" for choice in option.type.choices)
     if isinstance(option.type, click.IntRange | click.FloatRange):
         kind, low, high = option.type.name.split()[0].upper(), option.type.min, option.type.max
-        return f"`{kind}` from {low}" if high is None else f"`{kind}`, {low} to {high}"
+        return f"`{kind}` from {low}" if high is None else f"`{kind}`, {low:g} to {high:g}"
     return f"`{option.make_metavar(context)}`"
 
 

@@ -36,7 +36,7 @@ class TokenSequence(Record):
     """Tokens that were scored: a prompt with its answer, or a probe that fills the cache."""
 
     name: str = Field(description="name of the prompt or probe")
-    kind: str = Field(validation_alias="class", serialization_alias="class")
+    kind: str = Field(validation_alias="class", serialization_alias="class", description="class of the prompt")
     prompt_tokens: int = Field(description="how many of the tokens were given; the rest are the answer")
     tokens: tuple[int, ...] = Field(description="token ids")
     texts: tuple[str, ...] = Field(description="text of each token")
