@@ -25,7 +25,7 @@ over its variable. Libraries that Tandem uses read more variables of their own.
 """
 
 TANDEM = (
-    Variable("TANDEM_CACHE", "every command", "root of the local cache: compiled graphs, weight shards, pulled blobs, downloaded sources, text of `tandem distill`", "`artifacts/cache` in the current folder"),
+    Variable("TANDEM_CACHE", "all commands that use the cache", "root of the local cache: compiled graphs, weight shards, pulled blobs, downloaded sources, text of `tandem distill`", "`artifacts/cache` in the current folder"),
     Variable("TANDEM_REMOTE_CACHE", "`tandem build --remote-cache`; `tandem cache push`, `pull`", "shared cache of compiled graphs: a folder or `s3://bucket/prefix`", "no shared cache"),
     Variable("TANDEM_PUSH_CACHE", "`tandem build --push-cache`", "`1`: write compiled graphs to the shared cache", "read the shared cache only"),
     Variable("TANDEM_POLICY", "commands with `--policy`; vLLM with Tandem's plugin", "policy file: which signatures an artifact needs", "no signature needed"),
@@ -78,6 +78,8 @@ NEURON = (
     Variable("NEURON_LOGICAL_NC_CONFIG", "commands that compare an artifact with the host; backend `neuron`", "physical cores per logical core; a build rejects a value other than the recipe's `backend.lnc`", "the chip's default"),
     Variable("NEURON_PLATFORM_TARGET_OVERRIDE", "backend `neuron`", "chip; a build rejects a value other than the recipe's `backend.target`", "the recipe's chip"),
     Variable("NEURON_CC_FLAGS", "backend `neuron`", "a build rejects it: flags belong into the recipe's `backend.flags`"),
+    Variable("NEURON_*", "backend `neuron`", "other variables of the SDK that change compiled code: part of a graph's cache key"),
+    Variable("XLA_*", "backend `neuron`", "variables of PyTorch/XLA that change compiled code: part of a graph's cache key"),
     Variable("VLLM_CACHE_ROOT", "`tandem vllm-cache install --cache-root`", "vLLM's cache root", "`~/.cache/vllm`"),
 )  # fmt: skip
 SET = (

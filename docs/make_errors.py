@@ -52,7 +52,7 @@ Any other exception is a bug: report it with the traceback.
 
 ## Classes
 
-```
+```text
 {tree}
 ```
 """
