@@ -25,7 +25,7 @@ __all__ = ["BuildReport", "BuildSettings", "build", "run"]
 
 @dataclass(frozen=True)
 class BuildReport:
-    """The result of a build, for the terminal and `--json`. `fresh`: no input had changed."""
+    """The result of a build. `fresh`: no input had changed. `compiled`, `reused`: graphs compiled, and from a cache."""
 
     artifact: Path
     fresh: bool = False
@@ -54,7 +54,12 @@ def build(recipe: Recipe | Path, out: Path | None = None, *, base: Path | None =
 
 
 def run(settings: BuildSettings) -> BuildReport:
-    """Run the stages that are stale. Concurrent builds of one output take turns; the later ones find it up to date."""
+    """Run the stages that are stale. Concurrent builds of one output take turns; the later ones find it up to date.
+
+    Raises:
+        TandemError: as `build`.
+
+    """
     started = time.monotonic()
     stamp = Stamp(settings.cache, settings.out)
     with build_lock(stamp.lock_file, settings.log, f"another build of {settings.out}"):

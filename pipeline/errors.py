@@ -32,7 +32,10 @@ class Problem:
 
 
 class TandemError(Exception):
-    """A failure with a remedy: `where` it is, `what` is wrong, and what to do (`fix`)."""
+    """A failure with a remedy: `where` it is, `what` is wrong, and what to do (`fix`).
+
+    Catch this class to catch all of them.
+    """
 
     exit_code = 2
     title = "error"
@@ -46,20 +49,30 @@ class TandemError(Exception):
 
 
 class GateError(TandemError):
-    """A validation gate failed; the artifact stays unpublished."""
+    """A validation gate failed, or an artifact without passed gates was to be published.
+
+    The artifact and its report stay on disk. `tandem report ARTIFACT` shows the numbers of each gate. Correct the
+    recipe or the sources and build again; an artifact whose gates never ran needs `tandem validate ARTIFACT`.
+    """
 
     exit_code = 1
     title = "gate failed"
 
 
 class InputError(TandemError):
-    """An input that cannot be used as it is."""
+    """An argument, option, file or setting that cannot be used.
+
+    Correct the value that `where` names.
+    """
 
     title = "wrong input"
 
 
 class RecipeError(InputError):
-    """All problems of a recipe."""
+    """All problems of a recipe, each with file, line and key.
+
+    Edit the recipe; `tandem recipe check NAME` checks it without a build.
+    """
 
     title = "recipe"
 
@@ -70,26 +83,37 @@ class RecipeError(InputError):
 
 
 class SourceError(InputError):
-    """A checkpoint, tokenizer or draft that is missing, damaged, unsupported or does not fit its pair."""
+    """A checkpoint, tokenizer or draft that is missing, damaged, unsupported or does not fit its pair.
+
+    Correct `target.source` or `draft.source` in the recipe, or download the files again.
+    """
 
     title = "source"
 
 
 class ArtifactError(InputError):
-    """An artifact or release that does not verify, does not match this host, or must not be overwritten."""
+    """An artifact or release that does not verify, does not match this host, or must not be overwritten.
+
+    Nothing of the artifact was run. Pull or build it again, or use a host that has what `tandem inspect ARTIFACT` lists
+    as needed. If a signature is missing or a digest differs, ask the publisher before you use the artifact.
+    """
 
     title = "artifact"
 
 
 class HostError(TandemError):
-    """A missing requirement of the machine: a compiler, a device, a package, the network, disk space."""
+    """The machine lacks a compiler, a device, a package, credentials, a network connection or disk space.
+
+    `tandem doctor` lists what is missing for a build. After a network failure, run the same command again: finished
+    work is kept.
+    """
 
     exit_code = 3
     title = "environment"
 
 
 class PreflightError(HostError):
-    """All missing requirements of a machine."""
+    """All things that a machine lacks for a build, each with its fix."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         first, *_ = problems

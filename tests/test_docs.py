@@ -17,9 +17,17 @@ MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*
 PACKAGES = [path.parent for path in MODULES if path.name == "__init__.py" and path.parent.name != "pipeline"]
 ROOMS = [path for path in PACKAGES if path.parent.name == "pipeline"]
 PAGES = [
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "artifacts/README.md", "recipes/README.md"),
+    *(
+        "README.md",
+        "CONTRIBUTING.md",
+        "STYLE.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "artifacts/README.md",
+        "recipes/README.md",
+    ),
     *("Makefile", "tests/conftest.py"),
-    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 ]
 PATH = re.compile(rf"(?<![\w/.-])(?P<path>(?:{'|'.join(FOLDERS)})/[\w./@-]*\w/?)(?:::(?P<test>\w+))?")
 IN_A_ROOM = re.compile(rf"`(?P<path>(?:{'|'.join(path.name for path in ROOMS)})/[\w/]+\.py)`")

@@ -42,19 +42,19 @@ Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_len
 
 
 class FileEntry(Record):
-    """The sha256 and the size of a file."""
+    """Digest and size of a file."""
 
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the file, in hexadecimal")
+    size: int = Field(ge=0, description="size in bytes")
 
 
 class GraphEntry(Record):
     """A graph, its key in the cache, and its files."""
 
-    spec: GraphSpec
-    key: str
-    file: str
-    io: str
+    spec: GraphSpec = Field(description="phase, bucket and sampling")
+    key: str = Field(description="key in the cache of compiled graphs")
+    file: str = Field(description="path of the compiled graph")
+    io: str = Field(description="path of the graph's signature: names, shapes and dtypes of its inputs and outputs")
 
     @property
     def name(self) -> str:
@@ -65,22 +65,26 @@ class GraphEntry(Record):
 class ShardEntry(Record):
     """One rank's weights of one model."""
 
-    model: Role
-    rank: int
-    file: str
+    model: Role = Field(description="model that the weights belong to")
+    rank: int = Field(description="rank, from 0")
+    file: str = Field(description="path of the safetensors file")
 
 
 class Manifest(Record):
-    """The fields of all kinds of manifests: identity, toolchain, requirements, files."""
+    """The fields that all kinds of manifests have."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
-    kind: str
-    name: Name
-    version: Version
-    created: str
-    toolchain: dict[str, str]
-    requires: dict[str, str]
-    files: dict[str, FileEntry] = Field(max_length=MAX_FILES)
+    schema_version: Literal[2] = Field(default=SCHEMA_VERSION, description="version of this format")
+    kind: str = Field(description="kind of artifact")
+    name: Name = Field(description="name of the artifact and of its releases")
+    version: Version = Field(description="first digits of the content digest")
+    created: str = Field(description="time of the build, UTC")
+    toolchain: dict[str, str] = Field(description="versions that compiled the graphs")
+    requires: dict[str, str] = Field(
+        description="host that the artifact needs: device, and instruction set, compute capability or chip"
+    )
+    files: dict[str, FileEntry] = Field(
+        max_length=MAX_FILES, description="every file of the artifact, by path, except the manifest and its signature"
+    )
 
     @property
     def ranks(self) -> int:
@@ -103,22 +107,22 @@ class Manifest(Record):
 
 
 class PairManifest(Manifest):
-    """A pair that Tandem compiled: its facts (`pair`), graphs, shards, and the results of its gates.
-
-    `step_costs` and `lookup` are the recipe's: the runtime chooses K by the former; prompt lookup matches as many
-    tokens as the latter says.
-    """
+    """A pair that Tandem compiled: models, graphs, shards and the result of the gates."""
 
     kind: Literal["pair"] = "pair"
-    recipe_digest: str
-    lock_digest: str
-    backend: BackendSettings
-    pair: PairSpec
-    graphs: tuple[GraphEntry, ...]
-    shards: tuple[ShardEntry, ...]
-    step_costs: StepCosts | None = None
-    lookup: int | None = Field(default=None, ge=1)
-    validation: dict[str, Any] | None = None
+    recipe_digest: str = Field(description="SHA-256 of the recipe")
+    lock_digest: str = Field(description="SHA-256 of the lock")
+    backend: BackendSettings = Field(description="the recipe's backend section")
+    pair: PairSpec = Field(description="models, caches and sampling of the graphs")
+    graphs: tuple[GraphEntry, ...] = Field(description="compiled graphs")
+    shards: tuple[ShardEntry, ...] = Field(description="weights by model and rank")
+    step_costs: StepCosts | None = Field(
+        default=None, description="the recipe's speculation.step_costs: costs that the runtime chooses K by"
+    )
+    lookup: int | None = Field(
+        default=None, ge=1, description="the recipe's speculation.lookup: number of tokens that prompt lookup matches"
+    )
+    validation: dict[str, Any] | None = Field(default=None, description="summary of the gates; null before validation")
 
     @property
     def ranks(self) -> int:
@@ -186,20 +190,22 @@ class PairManifest(Manifest):
 class NxdiBackend(Record):
     """Settings that NxD Inference compiled with."""
 
-    target: str
-    lnc: int
-    flags: dict[str, str]
+    target: str = Field(description="chip")
+    lnc: int = Field(description="physical cores per logical core")
+    flags: dict[str, str] = Field(
+        description="compiler flags by submodel, and environment variables that changed the code"
+    )
 
 
 class NxdiManifest(Manifest):
     """A pair that NxD Inference compiled; only vLLM's NxDI-backed plugin runs it."""
 
     kind: Literal["nxdi"] = "nxdi"
-    recipe_digest: str
-    lock_digest: str
-    backend: NxdiBackend
-    pair: PairSpec
-    draft_tokens: int
+    recipe_digest: str = Field(description="SHA-256 of the recipe")
+    lock_digest: str = Field(description="SHA-256 of the lock")
+    backend: NxdiBackend = Field(description="chip and compiler flags")
+    pair: PairSpec = Field(description="models, caches and sampling of the graphs")
+    draft_tokens: int = Field(description="K")
 
     @property
     def ranks(self) -> int:
@@ -208,21 +214,21 @@ class NxdiManifest(Manifest):
 
 
 class CacheBackend(Record):
-    """Origin of a compile cache: chip, compiler flags, arguments and variables of `vllm serve`, number of keys."""
+    """How a compile cache was filled."""
 
-    target: str
-    flags: tuple[str, ...]
-    serve: tuple[str, ...]
-    environment: dict[str, str]
-    keys: int
+    target: str = Field(description="chip")
+    flags: tuple[str, ...] = Field(description="compiler flags")
+    serve: tuple[str, ...] = Field(description="arguments of the `vllm serve` that filled the cache")
+    environment: dict[str, str] = Field(description="environment variables of that server")
+    keys: int = Field(description="number of compiled graphs")
 
 
 class CacheManifest(Manifest):
-    """A compile cache of vLLM's Neuron plugin, without pair, recipe and graphs."""
+    """A compile cache of vLLM's Neuron plugin; it has no recipe, pair or validation."""
 
     kind: Literal["vllm-compile-cache"] = CACHE_KIND
-    backend: CacheBackend
-    tensor: int
+    backend: CacheBackend = Field(description="how the cache was filled")
+    tensor: int = Field(description="tensor-parallel ranks of the server that filled the cache")
 
     @property
     def ranks(self) -> int:

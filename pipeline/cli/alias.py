@@ -35,7 +35,7 @@ def alias_set(reference: str, alias_name: str, json_: bool) -> None:
 @click.argument("reference")
 @as_json
 def alias_list(reference: str, json_: bool) -> None:
-    """List the aliases of REGISTRY/NAME with their releases."""
+    """List the aliases of a name with their releases. REFERENCE is REGISTRY/NAME."""
     ref = parse_reference(reference)
     aliases = open_store(ref.url).aliases(ref.name)
     lines = (f"{name} -> {version or 'damaged; set it again'}" for name, version in aliases.items())
@@ -46,7 +46,7 @@ def alias_list(reference: str, json_: bool) -> None:
 @click.argument("reference")
 @as_json
 def alias_history(reference: str, json_: bool) -> None:
-    """List the releases that REGISTRY/NAME@ALIAS has pointed at, newest first."""
+    """List the releases that an alias has pointed at, newest first. REFERENCE is REGISTRY/NAME@ALIAS."""
     ref = parse_reference(reference)
     moves = history(ref.url, ref.name, ref.wanted).moves
     lines = (f"{move.version}  {move.when}  {move.who}".rstrip() for move in moves)
@@ -57,7 +57,10 @@ def alias_history(reference: str, json_: bool) -> None:
 @click.argument("reference")
 @as_json
 def alias_rollback(reference: str, json_: bool) -> None:
-    """Set REGISTRY/NAME@ALIAS back to the release before."""
+    """Set an alias back to the release before. REFERENCE is REGISTRY/NAME@ALIAS.
+
+    Each rollback goes one release further back. To go forward, use `tandem alias set`.
+    """
     ref = parse_reference(reference)
     before, now = roll_back(ref.url, ref.name, ref.wanted)
     print_result({"alias": ref.wanted, "from": before, "to": now}, f"{ref.wanted}: {before} -> {now}", as_json=json_)

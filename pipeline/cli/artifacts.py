@@ -23,7 +23,7 @@ VERDICTS = {True: "passed", False: "FAILED", None: "not validated"}
 
 @click.command(cls=Command)
 @click.argument("artifact")
-@click.option("--markdown", is_flag=True, help="Print Markdown tables for a summary or a comment.")
+@click.option("--markdown", is_flag=True, help="Print Markdown tables, for a CI summary or a comment.")
 @as_json
 def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     """Show what ARTIFACT holds and needs. Only its manifest is read."""
@@ -63,7 +63,9 @@ def _fields(manifest: PairManifest, root: Path) -> dict[str, Any]:
 
 @click.command(cls=Command)
 @click.argument("artifact")
-@click.option("--only", multiple=True, help="The part of the files that `tandem pull --only` pulled.")
+@click.option(
+    "--only", multiple=True, help="Check only this part, as pulled with `tandem pull --only`; may be repeated."
+)
 @identity_option
 @issuer_option
 @policy_option

@@ -42,8 +42,12 @@ class BuildOptions:
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the artifact (default: artifacts/NAME).")
 @click.option("--workers", type=click.IntRange(1), help="Compile workers (default: from cores and memory).")
 @click.option("--locked", is_flag=True, help="Reject sources or toolchains that differ from the recipe's lock.")
-@click.option("--remote-cache", envvar="TANDEM_REMOTE_CACHE", help="Shared cache of graphs: a folder or s3://...")
-@click.option("--push-cache", is_flag=True, envvar="TANDEM_PUSH_CACHE", help="Write compiled graphs to that cache.")
+@click.option(
+    "--remote-cache", envvar="TANDEM_REMOTE_CACHE", help="Shared cache of graphs: a folder or s3://bucket/prefix."
+)
+@click.option(
+    "--push-cache", is_flag=True, envvar="TANDEM_PUSH_CACHE", help="Write compiled graphs to the shared cache."
+)
 @click.option("--no-validate", is_flag=True, help="Skip the gates; the artifact cannot be published.")
 @as_json
 @collected(BuildOptions)

@@ -103,7 +103,7 @@ def _shown(toolchain: Mapping[str, str]) -> str:
 @remote_option
 @as_json
 def stats(url: str | None, json_: bool) -> None:
-    """Count entries and bytes by kind and, of the local cache, the bytes of every folder."""
+    """Show number and size of the entries by kind, and the size of each folder of the local cache."""
     kinds, place = _stored(url), url or default_root()
     folders = {} if url else folder_sizes(default_root())
     lines = [f"{_sizes(kinds)} in {place}"]
@@ -125,7 +125,7 @@ LIMIT = click.FloatRange(0, 1e6)
     "--max-gib", type=LIMIT, callback=_limit, required=True, help="Maximum size; the oldest entries are removed first."
 )
 @click.option("--max-days", type=LIMIT, callback=_limit,
-              help="Maximum age (local cache: days since the last use).")  # fmt: skip
+              help="Maximum age in days; in the local cache, days since the last use.")  # fmt: skip
 @remote_option
 @as_json
 def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: bool) -> None:

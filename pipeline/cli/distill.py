@@ -113,8 +113,10 @@ existing = click.Path(path_type=Path, exists=True)
     show_default=True,
     help="Training objective: the target's distribution, or the token it chose.",
 )
-@click.option("--prompts", type=existing, help="JSON lines with prompt (default: the target writes prompts).")
-@click.option("--transcripts", type=existing, help="JSON lines with prompt and answer, written by the target earlier.")
+@click.option("--prompts", type=existing, help="JSON lines with the key prompt (default: the target writes prompts).")
+@click.option(
+    "--transcripts", type=existing, help="JSON lines with the keys prompt and answer, written by the target earlier."
+)
 @click.option(
     "--text",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

@@ -20,9 +20,11 @@ from pipeline.recipe.schema import InductorSettings, NeuronSettings
 
 @click.command(cls=Command)
 @click.argument("recipe", required=False)
-@click.option("--backend", type=click.Choice(["inductor", "neuron"]), default="inductor", show_default=True)
-@click.option("--target", type=click.Choice(list(CHIPS)), default="trn2", help="Chip, for neuron.")
-@click.option("--lnc", type=click.IntRange(1, 2), default=1, help="Physical cores per logical core, for neuron.")
+@click.option("--backend", type=click.Choice(["inductor", "neuron"]), default="inductor", show_default=True,
+              help="Backend to check without RECIPE.")  # fmt: skip
+@click.option("--target", type=click.Choice(list(CHIPS)), default="trn2", show_default=True, help="Chip, for neuron.")
+@click.option("--lnc", type=click.IntRange(1, 2), default=1, show_default=True,
+              help="Physical cores per logical core, for neuron.")  # fmt: skip
 @as_json
 def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool) -> None:
     """Check what this machine can build and run. With RECIPE, check it against the recipe's needs."""

@@ -79,7 +79,7 @@ def vllm_cache() -> None:
 @click.option("--env", "variables", multiple=True, metavar="NAME=VALUE",
               help="Environment variable of that server (may be repeated).")  # fmt: skip
 @click.option("--version-of", "versions", multiple=True, metavar="PACKAGE=VERSION",
-              help="Version that filled the cache, where another one is installed here.")  # fmt: skip
+              help="Version that filled the cache, if another one is installed here; may be repeated.")  # fmt: skip
 @as_json
 def pack(
     directory: Path, name: str, out: Path, serve: str, variables: tuple[str, ...], versions: tuple[str, ...],

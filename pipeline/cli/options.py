@@ -21,7 +21,7 @@ recipe_option = click.option(
     "--recipe",
     "recipe_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The artifact's recipe; relative sources and prompts start at its folder (default: recipes/).",
+    help="Recipe of the artifact; its folder is the base of relative sources and prompts (default: recipes/).",
 )
 
 

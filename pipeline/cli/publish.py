@@ -52,17 +52,22 @@ class PublishOptions:
 @click.option("--to", "urls", multiple=True, metavar="REGISTRY",
               help="A folder, s3://bucket/prefix, or hf://org; may be repeated (default: what the recipe's `publish` "
                    f"lists, or else {REGISTRY}).")  # fmt: skip
-@click.option("--alias", "aliases", multiple=True, help="Alias to set to the release, in addition to the recipe's.")
+@click.option(
+    "--alias",
+    "aliases",
+    multiple=True,
+    help="Alias to set to the release, in addition to the recipe's; may be repeated.",
+)
 @click.option("--version", "version", help="Version of the release (default: from its content).")
-@click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this private key first.")
-@click.option("--keyless", is_flag=True, help="Sign with the identity of this CI job first.")
+@click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this private key, then publish.")
+@click.option("--keyless", is_flag=True, help="Sign with the identity of this CI job, then publish.")
 @click.option("--unvalidated", is_flag=True,
               help="Allow artifacts without validation gates: NxD Inference packages, compile caches.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show what would be sent.")
 @as_json
 @collected(PublishOptions)
 def publish(console: Console, options: PublishOptions) -> None:
-    """Publish ARTIFACTS as an immutable release. Several of one recipe (chips, ranks) become its variants."""
+    """Publish ARTIFACTS as an immutable release. Several artifacts of one recipe become its variants."""
     roots = [artifact_dir(name) for name in options.artifacts]
     places = options.places(roots)
     if options.signs and not options.dry_run:

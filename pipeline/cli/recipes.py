@@ -38,7 +38,10 @@ def schema() -> None:
 @click.argument("names", nargs=-1, required=True)
 @as_json
 def check(names: tuple[str, ...], json_: bool) -> None:
-    """Check recipes with their prompts and registries, and plan those that have a lock."""
+    """Check recipes with their prompts and registries, and plan those that have a lock.
+
+    Sources are not read: a build checks them.
+    """
     for name in names:
         path = recipe_path(name)
         parsed = load(path)
@@ -57,7 +60,7 @@ def check(names: tuple[str, ...], json_: bool) -> None:
 @click.argument("paths", nargs=-1, required=True)
 @always_json
 def changed(paths: tuple[str, ...]) -> None:
-    """Print a JSON list of the recipes that changes to the files PATHS affect; - reads PATHS from stdin."""
+    """Print a JSON list of the recipes that changes to the files PATHS affect. With -, PATHS are read from stdin."""
     files = sys.stdin.read().splitlines() if paths == ("-",) else list(paths)
     click.echo(json.dumps(changed_recipes(files, RECIPES)))
 

@@ -36,7 +36,7 @@ class PullOptions:
 @click.argument("reference")
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option("--only", multiple=True,
-              help="Part of the files: graphs, weights, tokenizer, reports, or a pattern of paths.")  # fmt: skip
+              help="Part of the files: graphs, weights, tokenizer, reports or a pattern; may be repeated.")  # fmt: skip
 @click.option("--variant", help="Variant of the release (default: the one for this host).")
 @click.option("--offline", is_flag=True, help="Use only the local cache.")
 @identity_option

@@ -35,12 +35,16 @@ class RunOptions:
 @click.argument("artifact")
 @click.option("--prompt", required=True, help="Text to answer.")
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True)
-@click.option("--top-k", default=0, show_default=True)
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--speculate/--no-speculate", default=True)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Maximum number of new tokens."
+)
+@click.option("--temperature", default=0.0, show_default=True, help="Sampling temperature; 0 decodes greedily.")
+@click.option("--top-k", default=0, show_default=True, help="Sample from the K most likely tokens; 0 is all.")
+@click.option(
+    "--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens up to this probability; 1 is all."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
+@click.option("--speculate/--no-speculate", default=True, show_default=True, help="Decode with the draft, or without.")
 @policy_option
 @as_json
 @collected(RunOptions)
@@ -74,8 +78,10 @@ def run(console: Console, options: RunOptions) -> None:
 @click.argument("artifact")
 @click.option("--against", type=click.Choice(["hf"]), help="Measure transformers with the same pair in the same run.")
 @click.option("--prompts", "count", type=click.IntRange(1), default=8, show_default=True,
-              help="Number of the recipe's prompts.")  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(2), default=64, show_default=True)
+              help="Number of the recipe's prompts to measure.")  # fmt: skip
+@click.option(
+    "--max-new-tokens", type=click.IntRange(2), default=64, show_default=True, help="Maximum number of new tokens."
+)
 @recipe_option
 @policy_option
 @as_json

@@ -11,12 +11,12 @@ from pipeline.artifact.signing import Policy
 from pipeline.errors import InputError
 
 identity_option = click.option(
-    "--require-signature", "identity", help="Require a signature by this key file or identity."
+    "--require-signature", "identity", help="Require a signature by this key file or identity; not with a policy."
 )
-issuer_option = click.option("--issuer", help="Issuer of that identity (default: GitHub Actions).")
+issuer_option = click.option("--issuer", help="Issuer of the required identity (default: GitHub Actions).")
 policy_option = click.option(
     "--policy", "policy_file", type=click.Path(path_type=Path), envvar="TANDEM_POLICY",
-    help="File that says which signatures are required.",
+    help="Policy file: which signatures are required.",
 )  # fmt: skip
 
 

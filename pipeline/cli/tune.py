@@ -42,7 +42,9 @@ class TuneOptions:
 @click.option(
     "--prompts", "prompts_per_class", type=click.IntRange(1), default=4, show_default=True, help="Prompts per class."
 )
-@click.option("--max-new-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(2), default=64, show_default=True, help="Maximum number of new tokens."
+)
 @click.option("--write", is_flag=True, help="Write the best K, their step costs and the buckets to the recipe.")
 @policy_option
 @as_json

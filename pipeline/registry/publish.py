@@ -32,7 +32,11 @@ Sign = Callable[[bytes], bytes]
 
 @dataclass(frozen=True)
 class Release:
-    """What was published, or would be. `fresh` is False when the registry had the release already."""
+    """A release that was published, or with `dry_run` would be.
+
+    `sent` and `sent_bytes`: number and size of the blobs that the registry lacked. `fresh` is False if the registry had
+    the release already.
+    """
 
     name: str
     version: str
@@ -56,10 +60,11 @@ class Place:
 
 @dataclass(frozen=True)
 class PublishSettings:
-    """How artifacts are published.
+    """Settings of `publish`.
 
-    `sign` signs an index: of variants, or with a version that was chosen; an artifact is signed before. `unvalidated`
-    allows artifacts without validation gates: a package of NxD Inference, a compile cache.
+    `version`: version of the release, by default from its content. `sign`: returns a signature over the release's
+    index; several artifacts, or a chosen version, give a release an index. `unvalidated`: allow artifacts without
+    validation gates: packages of NxD Inference, compile caches. `dry_run`: send nothing.
     """
 
     version: str | None = None

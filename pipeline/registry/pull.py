@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a release is pulled: files that match one of the patterns `only`, of one variant."""
+    """The part of a release to pull: files that match one of the patterns `only`, of one variant."""
 
     only: Sequence[str] | None = None
     variant: str | None = None
@@ -83,9 +83,9 @@ def pull(
     offline: bool = False,
     progress: ByteProgress = no_byte_progress,
 ) -> Path:
-    """Pull a release into `directory` (default `artifacts/pulled/<name>`), complete or not at all; returns it.
+    """Pull a release into `directory` (default `artifacts/pulled/<name>`), complete or not at all; return it.
 
-    `select.only` limits the files (`weights/*/rank-0-*`); files that every part needs are added, see `artifact.part`.
+    `select.only` limits the files (`weights/*/rank-0-*`); files that every part needs, as the tokenizer, are added.
     Without `select.variant`, the variant for this host is pulled. `policy` says who must have signed the artifact, and
     the index that names its version. `offline` uses only the local cache: the release must have been pulled before.
 

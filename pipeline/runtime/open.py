@@ -18,7 +18,9 @@ def load(artifact_dir: str | Path, policy: Policy | None = None) -> Engine:
 
     Raises:
         InputError: an artifact of a kind that Tandem does not run.
-        ArtifactError: as `verified`; no file has been opened for execution.
+        ArtifactError: a file that does not match its digest, an artifact for another host, or a missing signature that
+            the policy requires; nothing was executed.
+        HostError: the packages of the artifact's backend are not installed.
 
     """
     artifact = verified(Path(artifact_dir), policy)

@@ -13,7 +13,11 @@ from pipeline.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """One build: a recipe, the folder that its relative paths start at, and the folders to write."""
+    """One build: a recipe, the folder that its relative paths start at, and the folders to write.
+
+    `workers`: compile processes, by default from cores and memory. `locked`: reject sources and toolchains that differ
+    from the lock. `lock`: the lock's file, by default beside the recipe. `remote`: a shared cache of compiled graphs.
+    """
 
     recipe: Recipe
     base: Path

@@ -25,71 +25,71 @@ Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class Gate(Record):
-    """One gate: its findings, none when it passed."""
+    """Result of one gate."""
 
-    name: str
-    passed: bool
-    findings: tuple[str, ...]
+    name: str = Field(description="name of the gate")
+    passed: bool = Field(description="result")
+    findings: tuple[str, ...] = Field(description="reasons of a failure")
 
 
 class TokenSequence(Record):
     """Tokens that were scored: a prompt with its answer, or a probe that fills the cache."""
 
-    name: str
-    kind: str = Field(validation_alias="class", serialization_alias="class")
+    name: str = Field(description="name of the prompt or probe")
+    kind: str = Field(validation_alias="class", serialization_alias="class", description="class of the prompt")
     prompt_tokens: int = Field(description="how many of the tokens were given; the rest are the answer")
-    tokens: tuple[int, ...]
-    texts: tuple[str, ...]
+    tokens: tuple[int, ...] = Field(description="token ids")
+    texts: tuple[str, ...] = Field(description="text of each token")
 
 
 SliceKind = Literal["graph", "class", "prompt", "positions"]
 
 
 class Slice(Record):
-    """Measurements of some tokens: those of a graph, a class, a prompt, a stretch of positions."""
+    """Measurements of a group of tokens."""
 
-    kind: SliceKind
-    name: str
-    tokens: int
-    error_over_noise: Number
-    flips: int
-    largest_error: Number
+    kind: SliceKind = Field(description="what the tokens have in common")
+    name: str = Field(description="graph, class, prompt or range of positions")
+    tokens: int = Field(description="number of tokens")
+    error_over_noise: Number = Field(description="error of the artifact over noise of the dtype")
+    flips: int = Field(description="tokens for which the artifact's choice differs from the baseline's")
+    largest_error: Number = Field(description="largest error of a token over its top 1000 logits")
 
 
 class Divergence(Record):
-    """The first token that the artifact would choose otherwise than the baseline."""
+    """The first token for which the artifact's choice differs from the baseline's."""
 
-    prompt: str
-    graph: str
-    position: int
-    expected: int
-    chosen: int
+    prompt: str = Field(description="name of the prompt")
+    graph: str = Field(description="graph that chose the token")
+    position: int = Field(description="position in the sequence")
+    expected: int = Field(description="token id of the baseline")
+    chosen: int = Field(description="token id of the artifact")
     gap: Number = Field(description="baseline's top-1 minus top-2 logit")
     gap_ulp: Number = Field(description="the same in units in the last place of the dtype")
-    near_tie: bool
+    near_tie: bool = Field(description="whether the gap is within the noise")
 
 
 class Points(Record):
-    """Measurements of every token, in columns. `flip`: 0 as the baseline, 1 flipped, 2 flipped at a near-tie."""
+    """Measurements of every token, in columns: the lists have one value per token."""
 
-    graphs: tuple[str, ...]
-    sequence: tuple[int, ...]
-    graph: tuple[int, ...]
-    position: tuple[int, ...]
-    flip: tuple[int, ...]
+    graphs: tuple[str, ...] = Field(description="names of graphs; `graph` is an index into this list")
+    sequence: tuple[int, ...] = Field(description="index into the report's `sequences`")
+    graph: tuple[int, ...] = Field(description="index into `graphs`")
+    position: tuple[int, ...] = Field(description="position in the sequence")
+    flip: tuple[int, ...] = Field(description="0: same choice as the baseline; 1: flipped; 2: flipped at a near-tie")
     error: tuple[Number, ...] = Field(description="largest error of the top 50 logits over the largest logit")
     noise: tuple[Number, ...] = Field(description="the same of transformers in the recipe's dtype")
     sigma_ratio: tuple[Number, ...] = Field(description="spread of the error over spread of the noise")
     kl: tuple[Number, ...] = Field(description="Kullback-Leibler divergence from the baseline, nats")
     bhattacharyya: tuple[Number, ...] = Field(description="Bhattacharyya coefficient with the baseline")
-    gap: tuple[Number, ...]
-    gap_ulp: tuple[Number, ...]
+    gap: tuple[Number, ...] = Field(description="baseline's top-1 minus top-2 logit")
+    gap_ulp: tuple[Number, ...] = Field(description="the same in units in the last place of the dtype")
 
 
 class Rounding(Record):
-    """What int8 weights changed against the dtype's own, in the reference."""
+    """Effect of int8 weights, measured in the reference: int8 against the dtype."""
 
-    tokens: int
+    tokens: int = Field(description="number of tokens")
     same_choice: Number = Field(description="share of tokens after which the likeliest next one is the same")
     same_choice_of_noise: Number = Field(description="that share for the dtype against one precision up")
     logit_error: Number = Field(description="root of the mean square difference of logits")
@@ -97,191 +97,201 @@ class Rounding(Record):
 
 
 class ModelParity(Record):
-    """Gate 1 of one model."""
+    """Gate 1, numerical parity, of one model."""
 
-    dtype: str
-    tokens: int
-    worst_relative_error: dict[str, Number]
-    error_over_noise: Number
-    largest_token_over_noise: Number
+    dtype: str = Field(description="dtype of the model")
+    tokens: int = Field(description="number of tokens that were compared")
+    worst_relative_error: dict[str, Number] = Field(
+        description="largest relative error of a token, by the number of top logits that are compared"
+    )
+    error_over_noise: Number = Field(
+        description="error of the artifact over noise of the dtype; 1 is as accurate as transformers in the dtype"
+    )
+    largest_token_over_noise: Number = Field(description="largest error of a token over the largest noise")
     sigma_ratio: Number = Field(description="median over tokens")
-    kl_mean: Number
-    kl_largest: Number
-    kl_noise_mean: Number
-    bhattacharyya_smallest: Number
-    flips: int
-    near_ties: int
+    kl_mean: Number = Field(description="mean Kullback-Leibler divergence from the baseline, nats")
+    kl_largest: Number = Field(description="largest of these divergences")
+    kl_noise_mean: Number = Field(description="the same mean of transformers in the recipe's dtype")
+    bhattacharyya_smallest: Number = Field(description="smallest Bhattacharyya coefficient with the baseline")
+    flips: int = Field(description="tokens for which the artifact's choice differs from the baseline's")
+    near_ties: int = Field(description="flips at a near-tie")
     flips_of_noise: int = Field(description="tokens that transformers itself flips in the recipe's dtype")
-    first_divergence: Divergence | None
+    first_divergence: Divergence | None = Field(description="first flip; null without one")
     layers: tuple[tuple[Number, Number], ...] = Field(
         description="error over noise of each layer's keys and values; empty where ranks share them"
     )
-    rounding: Rounding | None = None
-    slices: tuple[Slice, ...]
-    points: Points
+    rounding: Rounding | None = Field(default=None, description="effect of int8 weights; null without them")
+    slices: tuple[Slice, ...] = Field(description="measurements by graph, class, prompt and position")
+    points: Points = Field(description="measurements of every token")
 
 
 class Difference(Record):
     """A position where speculation and plain decode differ."""
 
-    graph: str
-    prompt: str
-    position: int
-    plain: int
-    speculative: int
-    gap: Number
-    near_tie: bool
+    graph: str = Field(description="speculative graph")
+    prompt: str = Field(description="name of the prompt")
+    position: int = Field(description="position in the sequence")
+    plain: int = Field(description="token id of plain decode; for a K after the first, of the first K")
+    speculative: int = Field(description="token id of speculation")
+    gap: Number = Field(description="distance of the two tokens' logits")
+    near_tie: bool = Field(description="whether the gap is within the tolerance of ties")
 
 
 class Edge(Record):
     """Tokens of a graph that were compared at the end of its bucket."""
 
-    graph: str
-    tokens: int
+    graph: str = Field(description="name of the graph")
+    tokens: int = Field(description="number of tokens")
 
 
 class Losslessness(Record):
-    """Gate 2, greedy."""
+    """Gate 2, greedy: speculation emits the tokens of plain decode."""
 
-    tokens: int
-    near_ties: int
-    tie_tolerance: Number
-    differences: tuple[Difference, ...]
-    edges: tuple[Edge, ...]
+    tokens: int = Field(description="number of tokens that were compared")
+    near_ties: int = Field(description="differences at a near-tie")
+    tie_tolerance: Number = Field(description="largest gap of logits that counts as a tie")
+    differences: tuple[Difference, ...] = Field(description="positions where the tokens differ")
+    edges: tuple[Edge, ...] = Field(description="comparisons at the ends of buckets")
 
 
 class ExactTest(Record):
     """One test of a stochastic graph."""
 
-    graph: str
-    test: str
-    tokens: int
-    p_value: Number
+    graph: str = Field(description="name of the graph")
+    test: str = Field(description="name of the test")
+    tokens: int = Field(description="number of sampled tokens")
+    p_value: Number = Field(description="p-value of the test")
     shift: Number = Field(description="probability moved to the draft's tokens that it finds with 90% power")
 
 
 class Distribution(Record):
-    """Gate 2, stochastic."""
+    """Gate 2, stochastic: speculation samples from the distribution of plain decode."""
 
-    false_alarm_rate: float
-    temperature: float
-    top_k: int
-    top_p: float
-    tests: tuple[ExactTest, ...]
+    false_alarm_rate: float = Field(description="probability that a correct artifact fails the gate")
+    temperature: float = Field(description="temperature of the tests")
+    top_k: int = Field(description="top-k of the tests")
+    top_p: float = Field(description="top-p of the tests")
+    tests: tuple[ExactTest, ...] = Field(description="tests by graph")
 
 
 class OfClass(Record):
     """Acceptance of one class of prompts."""
 
-    tokens_per_step: float
-    accepted_by_position: tuple[float, ...]
+    tokens_per_step: float = Field(description="mean number of tokens that a step emits")
+    accepted_by_position: tuple[float, ...] = Field(
+        description="share of steps that accept the draft token at each position"
+    )
 
 
 class Acceptance(Record):
-    """Gate 3, one K. `lengths[i]` counts steps that emitted i + 1 tokens."""
+    """Gate 3: acceptance of draft tokens, for one K."""
 
-    draft_tokens: int
-    tokens_per_step: float
-    accepted_by_position: tuple[float, ...]
-    accepted_given_previous: tuple[float, ...]
-    lengths: tuple[int, ...]
-    by_class: dict[str, OfClass]
-    by_prompt: dict[str, float]
+    draft_tokens: int = Field(description="K")
+    tokens_per_step: float = Field(description="mean number of tokens that a step emits")
+    accepted_by_position: tuple[float, ...] = Field(
+        description="share of steps that accept the draft token at each position"
+    )
+    accepted_given_previous: tuple[float, ...] = Field(
+        description="the same share, of steps that accepted the position before"
+    )
+    lengths: tuple[int, ...] = Field(description="number of steps that emitted 1, 2, ... K+1 tokens")
+    by_class: dict[str, OfClass] = Field(description="acceptance by class of prompts")
+    by_prompt: dict[str, float] = Field(description="tokens per step by prompt")
 
 
 class Latencies(Record):
-    """One way of decoding, one request at a time."""
+    """Latencies of one way of decoding, one request at a time."""
 
-    first_token_ms: float
-    step_ms: tuple[float, ...]
-    step_p50_ms: Number
-    step_p99_ms: Number
-    inter_token_ms: Number
-    tokens_per_s: float
+    first_token_ms: float = Field(description="time to the first token, in milliseconds")
+    step_ms: tuple[float, ...] = Field(description="time of each step, in milliseconds")
+    step_p50_ms: Number = Field(description="median of the steps")
+    step_p99_ms: Number = Field(description="99th percentile of the steps")
+    inter_token_ms: Number = Field(description="mean time per token after the first")
+    tokens_per_s: float = Field(description="tokens per second")
 
 
 class Cost(Record):
-    """Cost of a million tokens, in the currency of the recipe's price; null without one."""
+    """Cost of a million tokens, in the currency of the recipe's price; null without a price."""
 
-    plain: Number
-    speculative: Number
+    plain: Number = Field(description="plain decode")
+    speculative: Number = Field(description="speculation")
 
 
 class Speed(Record):
-    """Gate 4."""
+    """Gate 4: speed with and without speculation."""
 
-    draft_tokens: int
-    prompts: tuple[str, ...]
-    plain: Latencies
-    speculative: Latencies
-    measured_speedup: Number
-    expected_speedup: Number
+    draft_tokens: int = Field(description="K")
+    prompts: tuple[str, ...] = Field(description="names of the measured prompts")
+    plain: Latencies = Field(description="plain decode")
+    speculative: Latencies = Field(description="speculation")
+    measured_speedup: Number = Field(description="time of plain decode over time of speculation")
+    expected_speedup: Number = Field(description="speed-up computed from the acceptance rates and the draft's cost")
     draft_cost: Number = Field(description="weights of a draft pass over those of a target pass")
-    cost_per_million_tokens: Cost
+    cost_per_million_tokens: Cost = Field(description="cost of a million tokens")
 
 
 class Choices(Record):
     """Tokens of the answers and of the prefill graphs against the baseline's own choice."""
 
-    tokens: int
-    near_ties: int
-    flips_of_noise: int
+    tokens: int = Field(description="number of tokens that were compared")
+    near_ties: int = Field(description="tokens that differ from the baseline's choice")
+    flips_of_noise: int = Field(description="tokens that transformers itself flips in the recipe's dtype")
 
 
 class Tested(Record):
     """What was tested."""
 
-    prompts: int
-    classes: tuple[str, ...]
-    graphs: tuple[str, ...]
-    batch: tuple[int, ...]
-    prefill: tuple[int, ...]
-    kv: tuple[int, ...]
-    draft_tokens: tuple[int, ...]
-    sampling: tuple[str, ...]
-    ranks: int
-    dtype: str
+    prompts: int = Field(description="number of prompts")
+    classes: tuple[str, ...] = Field(description="classes of prompts")
+    graphs: tuple[str, ...] = Field(description="graphs that ran")
+    batch: tuple[int, ...] = Field(description="batch buckets")
+    prefill: tuple[int, ...] = Field(description="prefill buckets, in tokens")
+    kv: tuple[int, ...] = Field(description="cache buckets, in tokens")
+    draft_tokens: tuple[int, ...] = Field(description="values of K")
+    sampling: tuple[str, ...] = Field(description="kinds of sampling")
+    ranks: int = Field(description="tensor-parallel ranks")
+    dtype: str = Field(description="dtype of the target")
     cut_prompts: tuple[str, ...] = Field(description="prompts longer than the largest prefill bucket: their ends ran")
 
 
 class Cached(Record):
     """Sequences whose reference was computed, and those that were cached."""
 
-    computed: int
-    cached: int
+    computed: int = Field(description="sequences computed in this run")
+    cached: int = Field(description="sequences from the local cache")
 
 
 class Provenance(Record):
     """Where the measurements come from."""
 
-    recipe_digest: str
-    lock_digest: str
-    toolchain: dict[str, str]
-    requires: dict[str, str]
-    ran_on: dict[str, str]
-    transformers: str
-    created: str
-    goldens: dict[str, Cached]
-    seconds: dict[str, float]
+    recipe_digest: str = Field(description="SHA-256 of the recipe")
+    lock_digest: str = Field(description="SHA-256 of the lock")
+    toolchain: dict[str, str] = Field(description="versions that compiled the graphs")
+    requires: dict[str, str] = Field(description="host that the artifact needs")
+    ran_on: dict[str, str] = Field(description="host that ran the gates")
+    transformers: str = Field(description="version of transformers, which computed the baseline")
+    created: str = Field(description="time of the build, UTC")
+    goldens: dict[str, Cached] = Field(description="reference sequences by model")
+    seconds: dict[str, float] = Field(description="duration of each stage of the validation, in seconds")
 
 
 class Report(Record):
     """The numerical parity report of one artifact: `reports/parity.json`."""
 
-    format: Literal["tandem-parity-1"] = "tandem-parity-1"
-    name: str
-    version: str
-    passed: bool
-    gates: tuple[Gate, ...]
-    tested: Tested
-    parity: dict[str, ModelParity]
-    choices: Choices
-    losslessness: Losslessness
-    distribution: Distribution | None
-    acceptance: tuple[Acceptance, ...]
-    speed: Speed
-    sequences: tuple[TokenSequence, ...]
-    provenance: Provenance
+    format: Literal["tandem-parity-1"] = Field(default="tandem-parity-1", description="name and version of this format")
+    name: str = Field(description="name of the artifact")
+    version: str = Field(description="version of the artifact")
+    passed: bool = Field(description="whether every gate passed")
+    gates: tuple[Gate, ...] = Field(description="result of each gate")
+    tested: Tested = Field(description="what was tested")
+    parity: dict[str, ModelParity] = Field(description="gate 1, by model: `target` and `draft`")
+    choices: Choices = Field(description="tokens of answers and prefill graphs against the baseline's choice")
+    losslessness: Losslessness = Field(description="gate 2, greedy")
+    distribution: Distribution | None = Field(description="gate 2, stochastic; null without stochastic graphs")
+    acceptance: tuple[Acceptance, ...] = Field(description="gate 3, for each K")
+    speed: Speed = Field(description="gate 4")
+    sequences: tuple[TokenSequence, ...] = Field(description="tokens of the prompts, answers and probes")
+    provenance: Provenance = Field(description="origin of the measurements")
 
 
 def to_bytes(report: Report) -> bytes:

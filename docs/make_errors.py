@@ -1,0 +1,92 @@
+"""The page of errors and exit codes, from pipeline/errors.py: errors.md."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+from pipeline import errors
+from pipeline.errors import GateError, HostError, InputError, TandemError
+
+INTRO = """\
+# Errors and exit codes
+
+<!-- Written by docs/make_reference.py from the docstrings in pipeline/errors.py: change them there. -->
+
+A command prints an error on stderr: its title, where the problem is, what it is, and what to do. An error with several
+problems prints each of them. `-v` adds the traceback.
+
+```console
+$ tandem inspect missing
+wrong input: artifacts: no artifact 'missing'
+  fix: name an artifact's folder; artifacts here: none
+```
+
+## Exit codes
+
+| code | meaning | for a script |
+|---|---|---|
+| 0 | success | continue |
+| {gate} | a validation gate failed | do not publish; look at the report |
+| {input} | wrong input: a recipe, checkpoint, artifact, release or argument | correct the input; a retry fails again |
+| {host} | environment: toolchain, device, network, disk, credentials | correct the machine, or try again later |
+| 130 | interrupted by Ctrl-C (SIGINT) | run the same command: it continues |
+
+Code 1 also ends a command with an unexpected exception, which prints a traceback and is a bug in Tandem, and a command
+whose reader closed stdout (`tandem ls ... | head -1`). `tandem doctor` ends with {host} if it lists a problem.
+
+## In Python
+
+Every error that a user can fix is a `TandemError` from `pipeline.errors`. Attributes:
+
+| attribute | meaning |
+|---|---|
+| `where` | file, line and key, option, URL or machine part that has the problem; may be empty |
+| `what` | the problem, with the value |
+| `fix` | what to do; may be empty |
+| `problems` | all problems, each with `where`, `what` and `fix`; at least one |
+| `exit_code` | the code of the command line |
+| `title` | the word that the command line prints first |
+
+Any other exception is a bug: report it with the traceback.
+
+## Classes
+
+```text
+{tree}
+```
+"""
+
+
+def errors_page() -> str:
+    """Return errors.md: exit codes, attributes, the tree, and a section for each class."""
+    codes = {"gate": GateError.exit_code, "input": InputError.exit_code, "host": HostError.exit_code}
+    tree = "\n".join(_tree(TandemError, ""))
+    lines = [INTRO.format(tree=tree, **codes)]
+    lines += [f"### {kind.__name__}\n\n{_facts(kind)}\n\n{_text(kind)}\n" for kind in _classes(TandemError)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _text(kind: type[TandemError]) -> str:
+    return inspect.cleandoc(kind.__doc__ or "")
+
+
+def _facts(kind: type[TandemError]) -> str:
+    return f"Exit code {kind.exit_code}, printed as `{kind.title}:`."
+
+
+def _below(kind: type[TandemError]) -> list[type[TandemError]]:
+    """Return the direct subclasses that pipeline/errors.py defines, in its order."""
+    return [below for below in vars(errors).values() if inspect.isclass(below) and below.__bases__ == (kind,)]
+
+
+def _classes(kind: type[TandemError]) -> Iterator[type[TandemError]]:
+    yield kind
+    for below in _below(kind):
+        yield from _classes(below)
+
+
+def _tree(kind: type[TandemError], indent: str) -> Iterator[str]:
+    yield f"{indent + kind.__name__:<24}{kind.exit_code}"
+    for below in _below(kind):
+        yield from _tree(below, indent + "    ")
