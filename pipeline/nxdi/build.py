@@ -21,8 +21,6 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from safetensors import safe_open
-
 from pipeline.artifact.manifest import Artifact, NxdiBackend, NxdiManifest, read
 from pipeline.artifact.verify import check_replaceable
 from pipeline.backends.base import Toolchain
@@ -38,6 +36,7 @@ from pipeline.plan.lock import digest as lock_digest
 from pipeline.plan.plan import Plan
 from pipeline.recipe.schema import NeuronSettings
 from pipeline.sources.checkpoint import CONFIG_FILES, Checkpoint
+from pipeline.sources.tensors import read_header
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.package import UNVERSIONED, Origin, created_now, seal
 
@@ -148,8 +147,7 @@ def _uneven_ranks(folder: Path, ranks: int) -> Iterator[str]:
     """Yield weights that some ranks lack: all ranks run the same program on the weights of both models."""
     first: set[str] = set()
     for rank in range(ranks):
-        with safe_open(folder / nxdi.weight_file(rank), framework="np") as file:
-            names = set(file.keys())
+        names = set(read_header(folder / nxdi.weight_file(rank)))
         first = first or names
         for name in sorted(names ^ first)[:3]:
             yield f"only rank {rank if name in names else 0} has the weight {name}"
