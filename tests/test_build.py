@@ -73,7 +73,6 @@ import json, resource, sys
 from dataclasses import asdict
 from pathlib import Path
 from pipeline.build import BuildSettings, run
-from pipeline.cache.collect import entry_stats
 from pipeline.errors import TandemError
 from pipeline.recipe import load
 base, out, cache = map(Path, sys.argv[1:4])
@@ -465,7 +464,6 @@ def test_build_onto_a_read_only_disk_is_refused_before_anything_runs(local):
     code = f"""
     from pathlib import Path
     from pipeline.build import BuildSettings, run
-from pipeline.cache.collect import entry_stats
     from pipeline.errors import HostError
     from pipeline.recipe import load
     base = Path({str(local)!r})
