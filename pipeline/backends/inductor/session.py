@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
+from pipeline.backends.inductor import collectives  # noqa: F401 - graphs of several ranks call its operators by name
 from pipeline.errors import HostError
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.signature import Signature, TensorSpec
