@@ -64,7 +64,7 @@ imports: $(READY)        ## import contracts between the rooms of pipeline/
 	$(BIN)/lint-imports
 
 docs: $(DOCS_READY)      ## the documentation site, in build/site; broken internal links and anchors are errors
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE=<neuronx-distributed 2.29>/src adds the real NxD
 	$(XLA_VENV)/bin/python -m pytest -m xla tests/backends/neuron/test_xla.py
