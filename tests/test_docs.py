@@ -154,7 +154,8 @@ def importers(room: str) -> set[str]:
 
 def rooms_section() -> list[str]:
     """Code blocks of the section Rooms: the tree, and the order of imports."""
-    (section,) = re.findall(r"^## Rooms\n(.*?)^## ", (ROOT / "docs/explanation/architecture.md").read_text(), re.M | re.S)
+    text = (ROOT / "docs/explanation/architecture.md").read_text()
+    (section,) = re.findall(r"^## Rooms\n(.*?)^## ", text, re.M | re.S)
     return re.findall(r"^```\w*\n(.*?)^```", section, re.M | re.S)
 
 
