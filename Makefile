@@ -16,13 +16,17 @@ XLA_READY  := $(XLA_VENV)/.ready
 VLLM_VENV   ?= .venv-vllm
 VLLM_READY  := $(VLLM_VENV)/.ready
 
+# The documentation needs no torch, so its environment is small.
+DOCS_VENV   ?= .venv-docs
+DOCS_READY  := $(DOCS_VENV)/.ready
+
 # The fast tests run in up to four processes, one file in each, the longest first (tests/conftest.py). `test-quick` also
 # leaves out those that compile graphs: the rest of its expression is that of `addopts` in pyproject.toml, which -m
 # replaces.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not browser
 
-.PHONY: help build test test-quick test-slow test-report test-servers test-xla test-vllm lint format types imports check clean
+.PHONY: help build test test-quick test-slow test-report test-servers test-xla test-vllm lint format types imports docs check clean
 help:                    ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -59,6 +63,9 @@ types: $(READY)          ## mypy, strict
 imports: $(READY)        ## import contracts between the rooms of pipeline/
 	$(BIN)/lint-imports
 
+docs: $(DOCS_READY)      ## the documentation site, in build/site; broken internal links and anchors are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
 test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE=<neuronx-distributed 2.29>/src adds the real NxD
 	$(XLA_VENV)/bin/python -m pytest -m xla tests/backends/neuron/test_xla.py
 
@@ -81,10 +88,15 @@ $(VLLM_READY): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # made for another torch
 	touch $@
 
+$(DOCS_READY): pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[inductor,dev]'
 	touch $@
 
 clean:                   ## remove environments, caches of tools and built files; keeps artifacts/
-	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) $(DOCS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,6 +1,6 @@
 """Tandem: compile a target LLM and its draft ahead of time into one validated, versioned artifact.
 
-The rooms, in the order of the pipeline. `docs/architecture.md` has every module and the order of imports.
+The rooms, in the order of the pipeline. `docs/explanation/architecture.md` has every module and the order of imports.
 
     build.py      START HERE: the stages of a build, in order
     recipe/       the YAML file that a user writes -> a checked `Recipe`

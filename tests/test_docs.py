@@ -31,6 +31,7 @@ PAGES = [
 ]
 PATH = re.compile(rf"(?<![\w/.-])(?P<path>(?:{'|'.join(FOLDERS)})/[\w./@-]*\w/?)(?:::(?P<test>\w+))?")
 IN_A_ROOM = re.compile(rf"`(?P<path>(?:{'|'.join(path.name for path in ROOMS)})/[\w/]+\.py)`")
+LINK = re.compile(r"\]\((?P<path>[^)#:]+)(?:#[^)]*)?\)")
 BARE = re.compile(r"`(?P<path>\w+\.py)`")
 
 
@@ -81,6 +82,24 @@ def test_documents_name_files_that_exist(name):
     text = page(name)
     assert list(missing(text)) == []
     assert name != "README.md" or missing_bare(text) == []
+
+
+def broken_links(name: str) -> list[str]:
+    """Relative links of a page that lead to no file; mkdocs checks anchors, and links between pages of `docs/`."""
+    folder = (ROOT / name).parent
+    return [match["path"] for match in LINK.finditer(page(name)) if not (folder / match["path"]).exists()]
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name.endswith(".md")])
+def test_links_lead_to_files(name):
+    """Pages moved from docs/ into folders; links from the README and from recipes/ still led to the old places."""
+    assert broken_links(name) == []
+
+
+def test_readme_links_to_the_pages():
+    """No page would be checked if the links were written in a form that the pattern does not match."""
+    links = [match["path"] for match in LINK.finditer(page("README.md"))]
+    assert {"docs/tutorial.md", "docs/results.md", "CHANGELOG.md"} <= {*links}
 
 
 @pytest.mark.parametrize("folder", ["pipeline", "tests", "benchmarks"])
@@ -135,7 +154,8 @@ def importers(room: str) -> set[str]:
 
 def rooms_section() -> list[str]:
     """Code blocks of the section Rooms: the tree, and the order of imports."""
-    (section,) = re.findall(r"^## Rooms\n(.*?)^## ", (ROOT / "docs/architecture.md").read_text(), re.M | re.S)
+    text = (ROOT / "docs/explanation/architecture.md").read_text()
+    (section,) = re.findall(r"^## Rooms\n(.*?)^## ", text, re.M | re.S)
     return re.findall(r"^```\w*\n(.*?)^```", section, re.M | re.S)
 
 

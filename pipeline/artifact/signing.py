@@ -134,13 +134,13 @@ def read_policy(path: Path) -> Policy:
         data = YAML(typ="safe", pure=True).load(path.read_bytes())
         policy = Policy.model_validate_json(json.dumps(data, default=str))
     except OSError as error:
-        raise InputError(f"no policy: {error.strerror}", where=str(path), fix="see docs/operations.md") from error
+        raise InputError(f"no policy: {error.strerror}", where=str(path), fix="see docs/how-to/sign.md") from error
     except YAMLError as error:
-        raise InputError("the policy is not YAML", where=str(path), fix="see docs/operations.md") from error
+        raise InputError("the policy is not YAML", where=str(path), fix="see docs/how-to/sign.md") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise InputError(f"{place}: {first['msg']}", where=str(path), fix="see docs/operations.md") from error
+        raise InputError(f"{place}: {first['msg']}", where=str(path), fix="see docs/how-to/sign.md") from error
     return _with_base(policy, path.parent)
 
 

@@ -138,7 +138,7 @@ def test_policies_name_the_workflow_that_signs():
     assert set(triggers) == {"push", "pull_request"}
     (branch,) = triggers["push"]["branches"]
     identity = f"identity: https://github.com/ORG/REPO/.github/workflows/{WORKFLOW.name}@refs/heads/{branch}\n"
-    for policy in ("deploy/kubernetes/serve.yaml", "docs/operations.md"):
+    for policy in ("deploy/kubernetes/serve.yaml", "docs/how-to/sign.md"):
         assert identity in (ROOT / policy).read_text()
 
 

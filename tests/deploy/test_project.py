@@ -60,6 +60,7 @@ def test_changes_are_checked_without_secrets():
     assert "secrets." not in json.dumps(data)
     assert "make --keep-going lint types imports" in json.dumps(data["static"])
     assert "make test" in [step.get("run") for step in data["test"]["steps"]]
+    assert "make docs" in [step.get("run") for step in data["docs"]["steps"]]
     versions = data["test"]["strategy"]["matrix"]["python"]
     assert versions == ["3.11", "3.12", "3.13"]
     assert PROJECT["project"]["requires-python"] == f">={versions[0]}"

@@ -8,7 +8,8 @@
     graph_file.py  the file of one graph
     runtime.py     all graphs and all ranks as one NxDModel on the device
 
-Written from the Neuron SDK's documents and the NxD source of release 2.29; `docs/neuron.md` says what ran where.
+Written from the Neuron SDK's documents and the NxD source of release 2.29. `docs/explanation/neuron.md` says what ran
+where.
 
 Knows nothing of requests, text or gates. Imports no other backend.
 Entered through `backends.base`; `nxdi` takes `support`.
