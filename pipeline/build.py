@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pipeline.artifact.manifest import Artifact, read
 from pipeline.artifact.verify import check_replaceable
+from pipeline.cache.local import default_root
 from pipeline.files.atomic import check_writable
-from pipeline.progress import Log, no_log
 from pipeline.recipe import Recipe, load
 from pipeline.stages.settings import BuildSettings
 from pipeline.stages.stamp import Stamp, build_lock, fingerprint
@@ -34,22 +34,25 @@ class BuildReport:
     seconds: float = 0.0
 
 
-def build(recipe: Recipe | Path, out: Path | None = None, *, base: Path | None = None, validate: bool = True,
-          locked: bool = False, log: Log = no_log) -> Artifact:  # fmt: skip
+def build(
+    recipe: Recipe | Path, out: Path | None = None, *, base: Path | None = None, cache: Path | None = None,
+    workers: int | None = None, validate: bool = True, locked: bool = False,
+) -> Artifact:  # fmt: skip
     """Build a recipe into the directory `out` (default `artifacts/<name>`) and return the artifact.
 
-    `base` is the folder that relative paths of the recipe start at: that of its file, or `recipes`. `BuildSettings` and
-    `run` take the rest: cache, shared cache, workers, progress.
+    `base` is the folder that relative paths of the recipe start at: that of its file, or `recipes`. `run` with
+    `BuildSettings` takes the rest: a shared cache, a lock elsewhere, callbacks for lines and progress.
 
     Raises:
-        TandemError: wrong input, a missing tool, or a failed gate; finished work stays cached.
+        TandemError: wrong input, a missing tool, or a failed gate; what is finished stays cached.
 
     """
     folder = recipe.parent if isinstance(recipe, Path) else Path("recipes")
     parsed = load(recipe) if isinstance(recipe, Path) else recipe
     settings = BuildSettings(
-        parsed, base or folder, out or Path("artifacts") / parsed.name, validate=validate, locked=locked, log=log
-    )
+        parsed, base or folder, out or Path("artifacts") / parsed.name, cache=cache or default_root(),
+        workers=workers, validate=validate, locked=locked,
+    )  # fmt: skip
     return read(run(settings).artifact)
 
 
