@@ -28,7 +28,7 @@ from pipeline.distill.generate import Transcript, Writer, Writing
 from pipeline.distill.head import frequent, head_config, initial, layers_of, model_config
 from pipeline.distill.prompts import SENTINEL, HeldOutFilter, read_field
 from pipeline.distill.settings import ANSWER_TOKENS, LENGTH, ROWS, DistillSettings, data_key
-from pipeline.distill.train import InitialDraft, TargetTables, Trainer, TrainingSettings
+from pipeline.distill.train import InitialDraft, TargetTables, Trainer, TrainingSettings, has_bfloat16
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
 from pipeline.models.eagle3 import read_config
@@ -170,7 +170,10 @@ class Job:
 
     def _training_settings(self) -> TrainingSettings:
         settings = self.settings
-        training = TrainingSettings(steps=settings.steps, objective=settings.objective, seed=settings.seed)
+        training = TrainingSettings(
+            steps=settings.steps, objective=settings.objective, seed=settings.seed,
+            bfloat16=has_bfloat16(settings.device),
+        )  # fmt: skip
         if settings.method == "draft_model":  # its later tokens need no training of their own
             return replace(training, single=1.0)
         # Steps on one token alone would first unlearn the later tokens of a trained head.
