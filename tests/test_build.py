@@ -27,9 +27,12 @@ from pipeline.build import BuildSettings, run
 from pipeline.cache.collect import entry_stats
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import TEMP, remove
+from pipeline.graphs.packing import PACKINGS
 from pipeline.plan.plan import make_plan
+from pipeline.progress import no_progress
 from pipeline.recipe import load
 from pipeline.sources.pair import resolve_pair
+from pipeline.stages.shard import shard, shard_key
 from pipeline.stages.stamp import fingerprint
 from support.small_disk import on_small_disk
 
@@ -203,12 +206,17 @@ def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     assert any(f"compile: 1 of 6 graphs, 2 at a time, about {seconds / 2:.0f} s; logs in" in line for line in said)
 
 
-def test_build_with_prompt_lookup_switched_off_keeps_its_shards(built, tmp_path):
+def test_prompt_lookup_switched_off_keeps_the_shards(built):
     """The key of the shards zeroed facts of graphs by name and missed `lookup`: a switch rewrote every shard."""
     request, _ = built
     changed, lines = recipe(request, ", lookup: 2", ""), []
-    again(request, recipe=changed, out=tmp_path / "out", validate=False, log=lines.append)
-    assert not [line for line in lines if line.startswith("shard:")]
+    pair = resolve_pair(changed, base=request.base, cache=request.cache / "sources")
+    plan, before = (make_plan(parsed, *(c.config for c in pair)) for parsed in (changed, request.recipe))
+    assert (plan.pair.lookup, before.pair.lookup) == (False, True)
+    packing = PACKINGS[changed.backend.packing]
+    shards = shard(plan.pair.models, pair, packing, request.cache, lines.append, no_progress)
+    assert lines == []
+    assert shards.root.name == shard_key(before.pair.models, pair, packing)
 
 
 def test_goldens_and_memos_lie_apart_from_graphs(built):

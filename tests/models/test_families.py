@@ -9,8 +9,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline import runtime
+from pipeline.artifact.manifest import GraphEntry, PairManifest
 from pipeline.errors import SourceError
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.module import run_phase
@@ -101,11 +100,9 @@ def pair(request, tmp_path_factory) -> tuple[str, Path, Recipe, Engine]:
     (root / "tokenizer").mkdir()
     for name, data in tokenizer_files(target).items():
         (root / "tokenizer" / name).write_bytes(data)
-    manifest: Any = SimpleNamespace(
-        graphs=[SimpleNamespace(spec=spec) for spec in plan.graphs],
-        shapes=recipe.shapes, method="draft_model", step_costs=None, lookup=None, draft_tokens=(3,),
-        sampling=("greedy", "stochastic"),
-        vocab=target.config.vocab, eos_ids=target.config.eos_ids,
+    manifest = PairManifest.model_construct(
+        pair=plan.pair, graphs=tuple(GraphEntry(spec=spec, key="-", file="-", io="-") for spec in plan.graphs),
+        step_costs=None, lookup=None,
     )  # fmt: skip
     return request.param, root, recipe, Engine(manifest, EagerRanks(plan, root / "shards"), Text(root / "tokenizer"))
 

@@ -69,11 +69,11 @@ def packed(tmp_path_factory):
 def test_package_is_an_artifact_that_records_what_nxdi_does_not(packed):
     _, root = packed
     manifest = verify(root).manifest
-    assert manifest.backend["name"] == "nxdi"
+    assert manifest.kind == "nxdi"
     assert manifest.requires == {"device": "neuron", "chip": "trn2", "lnc": "2"}
     assert manifest.toolchain["neuronx-distributed-inference"] == "0.9.17334"
     assert manifest.toolchain["neuronx-cc"] == "2.24.8799.0"
-    assert manifest.backend["flags"] == {
+    assert manifest.backend.flags == {
         "env.NEURON_FUSE_SOFTMAX": "1",
         "env.XLA_FLAGS": XLA["XLA_FLAGS"],
         "neuronx-cc.context_encoding_model": "--auto-cast=none --lnc=2 -O1",

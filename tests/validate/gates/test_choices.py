@@ -1,0 +1,30 @@
+"""How many near-ties of answers are usual."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.validate.gates.choices import Choice, check_choices
+from pipeline.validate.reference.golden import Golden, Summary
+
+TOKENS, NEAR = 30, 1e-4
+
+
+def golden(ties: int) -> Golden:
+    """Token 0 is the baseline's choice everywhere; token 1 lies just below it at the first `ties` positions."""
+    gaps_T = torch.tensor([NEAR if at < ties else 0.5 for at in range(TOKENS)])
+    values_TN = torch.stack((torch.ones(TOKENS), 1 - gaps_T), dim=1)
+    summary = Summary(values_TN, torch.zeros(TOKENS, 1), torch.zeros(TOKENS), torch.zeros(TOKENS, dtype=torch.int32))
+    ids_TN = torch.tensor([[0, 1]] * TOKENS, dtype=torch.int32)
+    caches = torch.zeros(TOKENS, 1, 2, 1)
+    return Golden(ids_TN, summary, summary, caches, caches)
+
+
+@pytest.mark.parametrize(("ties", "passes"), [(0, True), (1, True), (2, False)])
+def test_check_choices_counts_whole_near_ties(ties, passes):
+    """One near-tie of 34 tokens failed a limit of 2%, with the message "near-ties 1 of 34; at most 1 are usual"."""
+    choices = [Choice("decode", "a", at, int(at < ties)) for at in range(TOKENS)]
+    checked = check_choices(choices, {"a": golden(ties)}, floor=1e-3, near_tie_rate=0.02)
+    assert (checked.findings == ()) is passes
+    assert checked.counts.near_ties == ties
