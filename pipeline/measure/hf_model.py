@@ -28,7 +28,7 @@ def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attentio
     config = checkpoint.config
     if checkpoint.layers is None and not config.shares_embedding and config.draft_vocab is None:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.root, dtype=torch_dtype(dtype), attn_implementation=attention
+            checkpoint.root, dtype=torch_dtype(dtype), attn_implementation=attention, trust_remote_code=False
         )
         return model.eval()
     model = _without_weights(checkpoint, torch_dtype(dtype), attention)

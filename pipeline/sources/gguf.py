@@ -173,7 +173,7 @@ def _save_tokenizer(path: Path, out: Path) -> None:
     from transformers import AutoTokenizer  # here, because it imports torch
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise SourceError(
             f"the tokenizer cannot be converted: {reason(error)}", where=str(path), fix=USE_ORIGINAL

@@ -93,6 +93,7 @@ def _install(name: str, version: str, target: Path) -> None:
     """Install beside the target, then rename, so that a killed pip leaves no partial installation."""
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--no-compile"]
+    command += ["--only-binary", ":all:"]  # building a source distribution would run its code
     command += ["--target", str(work / "site"), f"{name}=={version}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -110,7 +111,8 @@ def _pip_error(stderr: str, name: str, version: str, command: str) -> HostError 
         fix = "connect to the network or set PIP_INDEX_URL, or install the package into this environment"
         return HostError("pip cannot reach a package index", where=where, fix=fix)
     if any(sign in text for sign in UNKNOWN_SIGNS):
-        return SourceError("no such package or version", where=where, fix=f"pip index versions {name}")
+        what = "no such package or version, or no wheel of it for this host"
+        return SourceError(what, where=where, fix=f"list the versions: pip index versions --only-binary :all: {name}")
     last = stderr.strip().splitlines()[-1:] or ["no output"]
     return HostError(f"pip failed: {last[0]}", where=where, fix=f"run: {command}")
 

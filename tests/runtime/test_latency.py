@@ -1,4 +1,4 @@
-"""One definition of latency: what arrival times mean, whoever measures them."""
+"""Latency: what arrival times mean, the same for the server, the benchmarks and the report."""
 
 from __future__ import annotations
 

