@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -70,7 +71,7 @@ class ShardEntry(Record):
     file: str = Field(description="path of the safetensors file")
 
 
-class Manifest(Record):
+class Manifest(Record, ABC):
     """The fields that all kinds of manifests have."""
 
     schema_version: Literal[2] = Field(default=SCHEMA_VERSION, description="version of this format")
@@ -87,9 +88,9 @@ class Manifest(Record):
     )
 
     @property
+    @abstractmethod
     def ranks(self) -> int:
         """Tensor-parallel ranks."""
-        raise NotImplementedError
 
     @property
     def passed(self) -> bool | None:

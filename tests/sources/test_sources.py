@@ -643,11 +643,13 @@ def test_package_unknown_version_is_refused(tmp_path: Path, index: Path) -> None
 
 def test_package_source_distribution_is_refused_and_runs_nothing(tmp_path: Path, index: Path) -> None:
     index.mkdir()
-    setup = (
-        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom setuptools import setup\nsetup(name='tiny-gguf', version='1.0')"
-    )
+    texts = {
+        "pyproject.toml": "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n",
+        "backend.py": f"open({str(tmp_path / 'ran')!r}, 'w')\n",
+        "PKG-INFO": "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 1.0\n",
+    }
     with tarfile.open(index / "tiny_gguf-1.0.tar.gz", "w:gz") as archive:
-        for name, text in (("setup.py", setup), ("PKG-INFO", "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 1.0\n")):
+        for name, text in texts.items():
             entry = tarfile.TarInfo(f"tiny_gguf-1.0/{name}")
             entry.size = len(text)
             archive.addfile(entry, io.BytesIO(text.encode()))
