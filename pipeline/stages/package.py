@@ -26,7 +26,6 @@ from pipeline.artifact.manifest import (
     dump,
     read_pair,
 )
-from pipeline.artifact.sbom import sbom
 from pipeline.artifact.verify import check_replaceable
 from pipeline.cache.local import Cache
 from pipeline.errors import HostError
@@ -142,6 +141,8 @@ def _add_graph(folder: Path, graph: Compiled, pair: PairSpec, backend: Backend, 
 
 def _add_provenance(folder: Path, files: dict[str, FileEntry], origin: Origin, created: str) -> dict[str, FileEntry]:
     """Write provenance and SBOM of this build; return the entries of all files with these."""
+    from pipeline.artifact.sbom import sbom  # keeps an extra out of `tandem vllm-cache` and `tandem vllm-args`
+
     recipe, lock = origin.recipe, origin.lock
     sources = {"target": lock.target, "draft": lock.draft}
     inputs = {role: asdict(source) for role, source in sources.items() if source is not None}

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks, Toolchain, Traced
 from pipeline.backends.inductor.ranks import ManyRanks, OneRank
-from pipeline.backends.inductor.scratch import SCRATCH, no_input_checks, scratch, whole_headers
+from pipeline.backends.inductor.scratch import SCRATCH, no_input_checks, own_headers, scratch, whole_headers
 from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, RankedSeams
 from pipeline.backends.inductor.session import GRAPH_FILE
 from pipeline.errors import Problem
@@ -28,9 +28,9 @@ from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams
 from pipeline.recipe.schema import InductorSettings
 
-KERNELS = ("block_linear_kernel.py", "cached_attention_kernel.py", "vectors.py")
-KERNEL_DIGEST = hashlib.sha256(b"".join(Path(__file__).with_name(k).read_bytes() for k in KERNELS)).hexdigest()[:12]
-"""Digest of our own kernels, which the traced graph refers to by name only."""
+KERNELS = ("block_linear_kernel.py", "cached_attention_kernel.py", "vectors.py", "include/regex")
+KERNEL_DIGEST = hashlib.sha256(b"".join((Path(__file__).parent / k).read_bytes() for k in KERNELS)).hexdigest()[:12]
+"""Digest of our own C++, which the traced graph refers to by name only."""
 
 WRAPPER_LEVEL = {"repeated": "O1", "other": "O0"}
 """Optimisation level of the C++ that calls a graph's kernels. O1 takes 1.5x the compile time, and makes a step of a
@@ -136,7 +136,8 @@ class InductorBackend:
         }
         flags = repr(sorted(self.flags().items())).encode()
         headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + traced.ir))
-        with scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers, level), no_input_checks():
+        folders = scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers, level)
+        with folders[0], folders[1], own_headers(), no_input_checks():
             torch._inductor.aoti_compile_and_package(
                 traced.program, package_path=str(package), inductor_configs=settings
             )

@@ -1,4 +1,4 @@
-"""Isolate Inductor's folders and headers, and leave out its input checks. Changes no result."""
+"""Isolate Inductor's folders and headers, and leave out code that no graph needs. Changes no result."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from filelock import FileLock, Timeout
 
 SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
 """Folders of Inductor, one per graph and always the same, because the path is stored in the library."""
+
+INCLUDE = Path(__file__).with_name("include")
+"""Headers that take the place of the standard library's: each says why."""
+
+PATH_OF_HEADERS = "CPLUS_INCLUDE_PATH"
+"""Where gcc and clang look for headers after a command's own folders and before the system's."""
 
 MARK = ".whole"
 HEADERS: dict[str, Any] = {}
@@ -70,6 +76,19 @@ def _unmarked(folder: Path) -> list[Path]:
             with suppress(Timeout), FileLock(folder / "locks" / f"{header.name.split('.')[0]}.lock", timeout=0):
                 headers.append(header)
     return headers
+
+
+@contextmanager
+def own_headers() -> Iterator[None]:
+    """Let the compiler find the headers in `INCLUDE` before the standard library's."""
+    before = os.environ.get(PATH_OF_HEADERS)
+    os.environ[PATH_OF_HEADERS] = os.pathsep.join([str(INCLUDE), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        os.environ.pop(PATH_OF_HEADERS)
+        if before is not None:
+            os.environ[PATH_OF_HEADERS] = before
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The kernel of blocked weights, compiled: right in every dtype, and a row's sum whatever the number of rows."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.seams import BlockedSeams
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.int8 import quantise, rounded
-from support.compiled import compiled
+from support.compiled import run_compiled
 
 pytestmark = pytest.mark.compile
 
@@ -46,30 +48,48 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("inputs", "dtype", "columns", "isa", "by"),
-    [
-        *((*kind, "native", "any") for kind in KINDS),
-        (torch.bfloat16, torch.bfloat16, 96, "avx2", "vectors"),
-        (torch.bfloat16, torch.int8, 96, "native", "vectors"),
-        (torch.bfloat16, torch.bfloat16, 96, "native", "pairs"),
-        (torch.bfloat16, torch.int8, 96, "avx2", "pairs"),
-    ],
-)
-def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(
-    tmp_path, monkeypatch, inputs, dtype, columns, isa, by
-):
-    from pipeline.backends.inductor import block_linear_kernel as kernel
+CASES = {
+    ("native", "any"): KINDS,
+    ("avx2", "vectors"): [(torch.bfloat16, torch.bfloat16, 96)],
+    ("native", "vectors"): [(torch.bfloat16, torch.int8, 96)],
+    ("native", "pairs"): [(torch.bfloat16, torch.bfloat16, 96)],
+    ("avx2", "pairs"): [(torch.bfloat16, torch.int8, 96)],
+}
+"""Kinds that one graph holds, by instruction set and by what multiplies."""
 
-    if by != "any":  # as on processors without tiles, or without pairs
-        monkeypatch.setattr(kernel, "BY_TILES", kernel.NO_TILES)
-    if by == "vectors":
-        monkeypatch.setattr(kernel, "BY_PAIRS", kernel.NO_PAIRS)
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory):
+    """A function of a key of `CASES`: for each kind its operands and the outputs of the compiled products."""
+    from pipeline.backends.inductor import block_linear_kernel as kernel  # takes seconds
+
+    @cache
+    def run(isa, by):
+        with pytest.MonkeyPatch.context() as patch:
+            if by != "any":  # as on processors without tiles, or without pairs
+                patch.setattr(kernel, "BY_TILES", kernel.NO_TILES)
+            if by == "vectors":
+                patch.setattr(kernel, "BY_PAIRS", kernel.NO_PAIRS)
+            operands = {kind: operands_of(*kind) for kind in CASES[isa, by]}
+            cases = {kind: (Products(), (x, weight, other)) for kind, (x, (weight, _), (other, _)) in operands.items()}
+            outputs = run_compiled(cases, tmp_path_factory.mktemp("products"), isa)
+        return {kind: (operands[kind], outputs[kind]) for kind in operands}
+
+    return run
+
+
+def operands_of(inputs, dtype, columns):
+    """Rows, and two weights as `packed` returns them."""
     torch.manual_seed(0)
     x = torch.randn(45, columns).to(inputs)
-    (weight, plain), (other, gate) = (packed(torch.randn(count, columns) * 0.1, dtype) for count in (190, 96))
-    graph = compiled(Products(), (x, weight, other), tmp_path, isa)
-    one, five, eight, all_rows, inner, both, few_gated, gated = graph.run([x, weight, other])
+    return x, *(packed(torch.randn(count, columns) * 0.1, dtype) for count in (190, 96))
+
+
+@pytest.mark.parametrize(("isa", "by", "kind"), [(*key, kind) for key, kinds in CASES.items() for kind in kinds])
+def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(products, isa, by, kind):
+    inputs = kind[0]
+    (x, (weight, plain), (other, gate)), outputs = products(isa, by)[kind]
+    one, five, eight, all_rows, inner, both, few_gated, gated = outputs
     exact = x.double() @ plain.double().T
     worst = (all_rows[:, :190] - exact).abs().max()
     assert worst < 5e-6, f"largest error {worst:.1e}"
@@ -91,7 +111,7 @@ class Lookup(torch.nn.Module):
     """Rows of an int8 table."""
 
     def forward(self, ids, weight):
-        return BlockedSeams().embed(ids, weight)
+        return (BlockedSeams().embed(ids, weight),)
 
 
 def test_compiled_lookup_in_an_int8_table_gives_its_rows(tmp_path):
@@ -100,6 +120,6 @@ def test_compiled_lookup_in_an_int8_table_gives_its_rows(tmp_path):
     plain[40] = 0
     weight, stands_for = packed(plain, torch.int8)
     ids = torch.tensor([[0, 31, 32], [40, 69, 63]], dtype=torch.int32)
-    assert torch.equal(Lookup()(ids, weight), stands_for[ids])
-    assert torch.equal(compiled(Lookup(), (ids, weight), tmp_path).run([ids, weight])[0], stands_for[ids])
+    assert torch.equal(Lookup()(ids, weight)[0], stands_for[ids])
+    assert torch.equal(run_compiled({0: (Lookup(), (ids, weight))}, tmp_path)[0][0], stands_for[ids])
     assert (rounded(plain) - plain).abs().max() <= plain.abs().max() / 254 * 1.001

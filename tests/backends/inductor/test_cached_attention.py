@@ -1,11 +1,15 @@
 """The attention kernel, compiled: right in every dtype and for ragged rows, and it reads nothing that no query sees."""
 
+from functools import cache
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch import bfloat16, float16, float32
 
 from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.models.parallel import PLAIN, attend_up_to
-from support.compiled import compiled
+from support.compiled import run_compiled
 
 pytestmark = pytest.mark.compile
 
@@ -17,36 +21,65 @@ class Attention(torch.nn.Module):
 
     def forward(self, q, k, v, new, last):
         k.index_put_((torch.arange(2)[:, None, None], torch.arange(2)[:, None], last[:, None, -1:].long()), new)
-        return cached_attention(q, k, v, last, KV)
+        return (cached_attention(q, k, v, last, KV),)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dim", "isa"),
-    [
-        (torch.float32, 64, "native"),
-        (torch.float32, 23, "native"),
-        (torch.bfloat16, 64, "native"),
-        (torch.bfloat16, 64, "avx2"),
-        (torch.bfloat16, 24, "avx2"),
-        (torch.float16, 64, "native"),
-        (torch.float16, 24, "native"),
+CASES = {
+    "native": [
+        (torch.float32, 64),
+        (torch.float32, 23),
+        (torch.bfloat16, 64),
+        (torch.float16, 64),
+        (torch.float16, 24),
     ],
-)
-def test_compiled_attention_is_exact_and_reads_only_what_is_seen(tmp_path, dtype, dim, isa):
+    "avx2": [(torch.bfloat16, 64), (torch.bfloat16, 24)],
+}
+"""Dtypes and head sizes that one graph holds, by instruction set."""
+
+
+class Example(NamedTuple):
+    """Operands of an attention, and what eager code makes of them. No query sees the cached positions that are NaN."""
+
+    operands: tuple[torch.Tensor, ...]
+    expected: torch.Tensor
+    plain: torch.Tensor
+
+
+def example(dtype, dim):
     torch.manual_seed(0)
     q, new = torch.randn(2, 6, 3, dim) * 2, torch.randn(2, 2, 1, dim).to(dtype)
     k, v = (torch.randn(3, 2, 160, dim).to(dtype) for _ in range(2))
     last = torch.tensor([[0, 1, 2], [130, 131, 149]], dtype=torch.int32)
     expected = cached_attention(q, write(k, last, new), v, last, KV)
     plain = PLAIN.attend(q, write(k, last, new).float(), v.float(), attend_up_to(last, KV)).view(2, 3, 6, dim)
-    rounding = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-    assert torch.allclose(expected.float(), plain, atol=1e-5, rtol=rounding)
     k[0, :, 3:] = torch.nan
     v[0, :, 3:] = torch.nan
-    found = compiled(Attention(), (q, k.clone(), v, new, last), tmp_path, isa).run([q, k, v, new, last])[0]
-    assert found.dtype == dtype
-    assert torch.allclose(found.float(), expected.float(), atol=2e-6, rtol=rounding)
-    assert dtype == torch.float32 or (found == expected).float().mean() > 0.99
+    return Example((q, k, v, new, last), expected, plain)
+
+
+@pytest.fixture(scope="module")
+def attentions(tmp_path_factory):
+    """A function of an instruction set: for each of its cases the example and the output of the compiled attention."""
+
+    @cache
+    def run(isa):
+        examples = {case: example(*case) for case in CASES[isa]}
+        modules = {case: (Attention(), given.operands) for case, given in examples.items()}
+        outputs = run_compiled(modules, tmp_path_factory.mktemp("attention"), isa)
+        return {case: (examples[case], outputs[case][0]) for case in examples}
+
+    return run
+
+
+@pytest.mark.parametrize(("isa", "dtype", "dim"), [(isa, *case) for isa, cases in CASES.items() for case in cases])
+def test_compiled_attention_is_exact_and_reads_only_what_is_seen(attentions, isa, dtype, dim):
+    (operands, expected, plain), output = attentions(isa)[dtype, dim]
+    _, k, _, new, _ = operands
+    rounding = {float32: 1e-6, float16: 2**-10, bfloat16: 2**-7}[dtype]
+    assert torch.allclose(expected.float(), plain, atol=1e-5, rtol=rounding)
+    assert output.dtype == dtype
+    assert torch.allclose(output.float(), expected.float(), atol=2e-6, rtol=rounding)
+    assert dtype == float32 or (output == expected).float().mean() > 0.99
     assert torch.equal(k[1, :, 149], new[1, :, 0])
 
 
