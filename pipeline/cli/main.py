@@ -12,6 +12,7 @@ from pipeline import __version__
 from pipeline.cli.console import Console, print_error
 from pipeline.cli.groups import QUIET, VERBOSE, Lazy, LazyGroup
 from pipeline.errors import HostError, TandemError
+from pipeline.extras import missing_package
 
 COMMANDS = [
     Lazy("build", "pipeline.cli.build:build", "Build RECIPE into a validated artifact."),
@@ -52,6 +53,11 @@ class Tandem(LazyGroup):
             return super().invoke(ctx)
         except TandemError as error:
             _exit_with(console, error)
+        except ModuleNotFoundError as error:
+            if (missing := missing_package(error)) is None:
+                raise
+            missing.__cause__ = error
+            _exit_with(console, missing)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of stdout ended: click exits quietly
                 raise
