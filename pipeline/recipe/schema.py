@@ -197,6 +197,11 @@ class InductorSettings(Record):
     isa: Literal["native", "avx2", "avx512"] = Field(
         default="native", description="instruction set that a CPU artifact needs; native: the build host's"
     )
+    cxx: str | None = Field(
+        default=None,
+        pattern=r"^\d+(\.\d+)*$",
+        description="version of the C++ compiler that a build must have, for example `'13'` or `'13.3.0'`; null: any",
+    )
 
     core_memory_bytes: ClassVar[None] = None
     core_name: ClassVar[str] = "the host"
