@@ -181,6 +181,13 @@ def test_example_generates(capsys):
 
 
 @pytest.mark.usefixtures("loaded")
+def test_example_of_the_readme_runs(capsys):
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    exec(compile(example, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+@pytest.mark.usefixtures("loaded")
 def test_example_streams(capsys):
     exec(compile(examples()[1], "example", "exec"), {})
     assert capsys.readouterr().out.strip()
