@@ -12,7 +12,6 @@ from pipeline import __version__
 from pipeline.cli.console import Console, print_error
 from pipeline.cli.groups import QUIET, VERBOSE, Lazy, LazyGroup
 from pipeline.errors import HostError, TandemError
-from pipeline.extras import missing_package
 
 COMMANDS = [
     Lazy("build", "pipeline.cli.build:build", "Build RECIPE into a validated artifact."),
@@ -54,6 +53,8 @@ class Tandem(LazyGroup):
         except TandemError as error:
             _exit_with(console, error)
         except ModuleNotFoundError as error:
+            from pipeline.extras import missing_package  # keeps the metadata of packages out of `--help`
+
             if (missing := missing_package(error)) is None:
                 raise
             missing.__cause__ = error

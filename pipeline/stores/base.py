@@ -303,13 +303,8 @@ def scheme_of(url: str) -> tuple[str, str]:
 
 
 def extras_of(*urls: str) -> tuple[str, ...]:
-    """Return the extras that registries need, to check those of a whole command at once.
-
-    Raises:
-        HostError: an unsupported kind of registry.
-
-    """
-    schemes = [scheme_of(url)[0] for url in urls]
+    """Return the extras that registries need, to check those of a whole command at once; none for unknown kinds."""
+    schemes = [url.partition("://")[0] for url in urls if "://" in url]
     return tuple(EXTRAS[scheme] for scheme in schemes if scheme in EXTRAS)
 
 
