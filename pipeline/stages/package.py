@@ -26,7 +26,6 @@ from pipeline.artifact.manifest import (
     dump,
     read_pair,
 )
-from pipeline.artifact.sbom import sbom
 from pipeline.artifact.verify import check_replaceable
 from pipeline.cache.local import Cache
 from pipeline.errors import HostError
@@ -149,6 +148,8 @@ def _add_provenance(folder: Path, files: dict[str, FileEntry], origin: Origin, c
     build = provenance.Build(recipe.name, created, *digests, origin.backend, origin.flags, origin.toolchain, inputs)
     subjects = {name: entry.sha256 for name, entry in files.items()}
     _write_json(folder / provenance.PROVENANCE, provenance.statement(build, subjects))
+    from pipeline.artifact.sbom import sbom  # its library is not part of a base install, which packs compile caches
+
     _write_json(folder / provenance.SBOM, sbom(created, origin.toolchain))
     written = (provenance.PROVENANCE, provenance.SBOM)
     return files | {name: _entry(digest_file(folder / name)) for name in written}

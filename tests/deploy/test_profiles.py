@@ -126,6 +126,14 @@ def test_pull_profile_names_what_running_needs(tmp_path):
     assert hint(here.tandem("serve", "small", code=3)).endswith("[vllm]'")
 
 
+def test_base_install_imports_every_command(tmp_path):
+    """`vllm-cache pack` imported the library of the SBOM, which a base install does not have."""
+    here = fresh(tmp_path, "")
+    code = "from pipeline.cli.main import COMMANDS; print(*(lazy.load().name for lazy in COMMANDS))"
+    here.command = [sys.executable, "-S", "-c", code]
+    assert "vllm-cache" in here.tandem().split()
+
+
 def test_base_install_names_all_extras_of_a_command(tmp_path):
     """A pull from S3 with a signature named one extra, and the next one after that was installed."""
     here = fresh(tmp_path, "")
