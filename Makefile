@@ -7,6 +7,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RECIPE ?= smollm2-135m-spec
 
+# Extras that $(VENV) gets. Where the Neuron SDK is installed, its own torch stays: the extra `inductor` would replace it.
+SDK    := $(wildcard $(VENV)/lib/python3*/site-packages/torch_neuronx)
+EXTRAS ?= $(if $(SDK),build-neuron,inductor dev)
+comma  := ,
+
 # PyTorch/XLA ends at torch 2.9, so its tests have an environment of their own (7 GB).
 XLA_VENV   ?= .venv-xla
 XLA_PYTHON ?= $(PYTHON)
@@ -94,8 +99,8 @@ $(DOCS_READY): pyproject.toml
 	touch $@
 
 $(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[inductor,dev]'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$(subst $() $(),$(comma),$(strip $(EXTRAS)))]'
 	touch $@
 
 clean:                   ## remove environments, caches of tools and built files; keeps artifacts/

@@ -111,6 +111,7 @@ RELEASE = (
 DEVELOPMENT = (
     Variable("VENV", "Makefile", "virtual environment", "`.venv`"),
     Variable("RECIPE", "`make build`", "recipe to build", "`smollm2-135m-spec`"),
+    Variable("EXTRAS", "Makefile", "extras that the virtual environment gets, separated by spaces", "`inductor dev`; `build-neuron` where torch-neuronx is installed"),
     Variable("XLA_VENV", "`make test-xla`", "virtual environment", "`.venv-xla`"),
     Variable("XLA_PYTHON", "`make test-xla`", "Python interpreter", "`PYTHON`"),
     Variable("VLLM_VENV", "`make test-vllm`", "virtual environment", "`.venv-vllm`"),

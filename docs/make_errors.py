@@ -37,7 +37,7 @@ whose reader closed stdout (`tandem ls ... | head -1`). `tandem doctor` ends wit
 
 ## In Python
 
-Every error that a user can fix is a `TandemError` from `pipeline.errors`. Attributes:
+Every error that a user can fix is a `TandemError` from `tandem_spec`. Attributes:
 
 | attribute | meaning |
 |---|---|

@@ -17,49 +17,58 @@ INTRO = """\
 
 <!-- Written by docs/make_reference.py from signatures and docstrings: change them in pipeline/. -->
 
-The entry points below are the public interface; everything else in `pipeline` may change in any version. Importing
-`pipeline.recipe`, `pipeline.build` and `pipeline.registry` loads no PyTorch; `pipeline.runtime` does.
+`tandem_spec` is the public interface, typed; everything else in `pipeline` may change in any version. The entry points
+of earlier versions (`pipeline.runtime.load`, `pipeline.build.build`, `pipeline.registry.publish.publish`,
+`pipeline.registry.pull.pull`, ...) are the same objects and keep working. Importing `tandem_spec` loads no PyTorch:
+`load` and `build` do when they are called. The distribution is `tandem-spec`:
+[install profiles](../index.md#install-profiles).
 
 ## Examples
 
-Generate text with an artifact. An `Engine` is not thread-safe, and holds memory and processes until `close`:
+Three programs are in `examples/`; the test lane runs them, and the code on this page.
+
+Generate text with an artifact. A prompt is a text, a list of token ids, or a chat: a list of messages, which the chat
+template is applied to. An `Engine` is not thread-safe, and holds memory and processes until the end of its block:
 
 ```python
-from contextlib import closing
+from tandem_spec import load
 
-from pipeline.runtime import load
-
-with closing(load("artifacts/smollm2-135m-spec")) as engine:
-    prompts = [engine.text.chat(text) if engine.text.has_chat else text for text in ("Name a colour.", "Count to ten.")]
-    answers = engine.generate(prompts, max_new_tokens=32)
-    for answer in answers:
+with load("artifacts/smollm2-135m-spec") as engine:
+    prompts = ["The quick brown fox", [{"role": "user", "content": "Name a colour."}]]
+    for answer in engine.generate(prompts, max_new_tokens=32):
         print(answer.text, answer.finish_reason)
     print(engine.stats())
 ```
 
-`generate` takes a list of prompts. A prompt is a text, or a list of token ids; the chat template is applied only with
-`engine.text.chat`.
+Stream one answer as text. A piece never ends inside a character:
+
+```python
+from tandem_spec import load
+
+with load("artifacts/smollm2-135m-spec") as engine:
+    for piece in engine.stream("Once upon a time", max_new_tokens=32, temperature=0.7, seed=1):
+        print(piece, end="", flush=True)
+    print()
+```
 
 Build an artifact, publish it, and pull it on another machine:
 
 ```python
 from pathlib import Path
 
-from pipeline.build import build
-from pipeline.registry.publish import publish
-from pipeline.registry.pull import pull
+from tandem_spec import build, publish, pull
 
-artifact = build(Path("recipes/smollm2-135m-spec.yaml"), log=print)
+artifact = build(Path("recipes/smollm2-135m-spec.yaml"))
 release = publish(artifact.root, "artifacts/registry", ["latest"])
 folder = pull(f"artifacts/registry/{release.name}@latest", Path("artifacts/pulled/latest"))
 print(release.version, folder)
 ```
 
-Handle an error. Every error that a user can fix is a `TandemError`; [errors](errors.md) has the classes:
+Handle an error. Every error that a user can fix is a `TandemError`, whose classes are also in `tandem_spec`:
+[errors](errors.md). Anything else is a bug:
 
 ```python
-from pipeline.errors import TandemError
-from pipeline.runtime import load
+from tandem_spec import TandemError, load
 
 try:
     engine = load("artifacts/missing")
@@ -72,40 +81,41 @@ except TandemError as error:
 
 @dataclass(frozen=True)
 class Entry:
-    """A public name: the module to import it from, the file that defines it, and its public methods."""
+    """A public name, the file of `pipeline/` that defines it, its own name there if it differs, its public methods."""
 
-    module: str
     name: str
     file: str
+    own: str = ""
     methods: tuple[str, ...] = ()
 
 
 SECTIONS = {
-    "Recipes": (Entry("pipeline.recipe", "load", "recipe/read.py"),),
+    "Recipes": (Entry("load_recipe", "recipe/read.py", "load"),),
     "Builds": (
-        Entry("pipeline.build", "build", "build.py"),
-        Entry("pipeline.build", "run", "build.py"),
-        Entry("pipeline.build", "BuildSettings", "stages/settings.py"),
-        Entry("pipeline.build", "BuildReport", "build.py"),
+        Entry("build", "build.py"),
+        Entry("run_build", "build.py", "run"),
+        Entry("BuildSettings", "stages/settings.py"),
+        Entry("BuildReport", "build.py"),
     ),
     "Artifacts": (
-        Entry("pipeline.artifact.manifest", "read", "artifact/manifest.py"),
-        Entry("pipeline.artifact.manifest", "Artifact", "artifact/manifest.py"),
-        Entry("pipeline.artifact.verify", "verify", "artifact/verify.py"),
-        Entry("pipeline.artifact.signing", "read_policy", "artifact/signing.py"),
-        Entry("pipeline.artifact.signing", "require", "artifact/signing.py"),
+        Entry("read_artifact", "artifact/manifest.py", "read"),
+        Entry("Artifact", "artifact/manifest.py"),
+        Entry("verify", "artifact/verify.py"),
+        Entry("sign", "artifact/signing.py"),
+        Entry("read_policy", "artifact/signing.py"),
+        Entry("require_signature", "artifact/signing.py", "require"),
     ),
     "Generation": (
-        Entry("pipeline.runtime", "load", "runtime/open.py"),
-        Entry("pipeline.runtime", "Engine", "runtime/engine.py", ("generate", "stats", "close")),
-        Entry("pipeline.runtime", "Generation", "runtime/engine.py"),
+        Entry("load", "runtime/open.py"),
+        Entry("Engine", "runtime/engine.py", methods=("generate", "stream", "stats", "close")),
+        Entry("Generation", "runtime/engine.py"),
     ),
     "Registries": (
-        Entry("pipeline.registry.publish", "publish", "registry/publish.py"),
-        Entry("pipeline.registry.publish", "PublishSettings", "registry/publish.py"),
-        Entry("pipeline.registry.publish", "Release", "registry/publish.py"),
-        Entry("pipeline.registry.pull", "pull", "registry/pull.py"),
-        Entry("pipeline.registry.pull", "Selection", "registry/pull.py"),
+        Entry("publish", "registry/publish.py"),
+        Entry("PublishSettings", "registry/publish.py"),
+        Entry("Release", "registry/publish.py"),
+        Entry("pull", "registry/pull.py"),
+        Entry("Selection", "registry/pull.py"),
     ),
 }
 
@@ -122,21 +132,21 @@ def python_page() -> str:
 
 def _section(entry: Entry) -> Iterator[str]:
     node = _definition(entry)
-    yield f"### {entry.module}.{entry.name}\n"
+    yield f"### tandem_spec.{entry.name}\n"
     if isinstance(node, ast.FunctionDef):
-        yield from _documented(_signature(node), node)
+        yield from _documented(_signature(node, entry.name), node)
         return
     yield from _documented(_class(node), node)
     for method in node.body:
         if isinstance(method, ast.FunctionDef) and method.name in entry.methods:
             yield f"#### {entry.name}.{method.name}\n"
-            yield from _documented(_signature(method), method)
+            yield from _documented(_signature(method, method.name), method)
 
 
 def _definition(entry: Entry) -> ast.FunctionDef | ast.ClassDef:
     tree = ast.parse((ROOT / "pipeline" / entry.file).read_text())
     kinds = (ast.FunctionDef, ast.ClassDef)
-    (node,) = [node for node in tree.body if isinstance(node, kinds) and node.name == entry.name]
+    (node,) = [node for node in tree.body if isinstance(node, kinds) and node.name == (entry.own or entry.name)]
     missing = set(entry.methods) - {child.name for child in node.body if isinstance(child, ast.FunctionDef)}
     assert not missing, f"{entry.name} has no {missing}"
     return node
@@ -156,14 +166,14 @@ def _raised(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", text, re.M | re.S)
 
 
-def _signature(node: ast.FunctionDef) -> str:
+def _signature(node: ast.FunctionDef, name: str) -> str:
     """Return a function's signature, a parameter per line when it does not fit one line."""
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     parameters = [text for text in _parameters(node.args) if text != "self"]
-    line = f"{node.name}({', '.join(parameters)}){returns}"
+    line = f"{name}({', '.join(parameters)}){returns}"
     if len(line) <= WIDTH:
         return line
-    return f"{node.name}(\n" + "".join(f"    {text},\n" for text in parameters) + f"){returns}"
+    return f"{name}(\n" + "".join(f"    {text},\n" for text in parameters) + f"){returns}"
 
 
 def _parameters(args: ast.arguments) -> Iterator[str]:

@@ -26,6 +26,7 @@ The rooms, in the order of the pipeline. `docs/explanation/architecture.md` has 
     files/        atomic and direct writes
     doctor.py     what this machine can build and run
     errors.py     every error that a user can fix
+    extras.py     which extras are missing, and the command that installs them
     progress.py   callbacks for log lines and progress
     records.py    the base of all parsed records
 """

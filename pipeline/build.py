@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.artifact.manifest import Artifact, read
 from pipeline.artifact.verify import check_replaceable
+from pipeline.backends.base import make_backend
 from pipeline.cache.local import default_root
 from pipeline.files.atomic import check_writable
 from pipeline.recipe import Recipe, load
@@ -79,6 +80,7 @@ def run(settings: BuildSettings) -> BuildReport:
 
 def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Run every stage, cheap checks first; return the names of the compiled and of the cached graphs."""
+    make_backend(settings.recipe.backend)  # an error that names its packages, if the imports below would fail
     # The stages import torch, which a build that finds nothing changed does not need.
     from pipeline.stages.checks import check_prompts, resolved, runs_here, usable_backend
     from pipeline.stages.compile import CompileSettings, compile_plan

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from pipeline.sources.pair import resolve_pair
 from pipeline.stages.compile import Job, cached
 from pipeline.stages.shard import shard, shard_key
 from pipeline.stages.stamp import fingerprint
+from support.paths import ROOT
 from support.small_disk import on_small_disk
 
 RECIPE = """
@@ -268,6 +270,18 @@ def test_build_is_not_fooled_by_an_artifact_of_another_recipe(built, tmp_path):
     assert not (report := again(request, out=out, validate=False)).fresh
     assert (first.compiled, report.compiled) == ((), ())
     assert artifact.read(out).manifest.version == before
+
+
+def test_example_builds_and_generates(built, tmp_path, monkeypatch, capsys):
+    """`examples/build_and_generate.py`, with the graphs of the cache."""
+    request, _ = built
+    monkeypatch.setenv("TANDEM_CACHE", str(request.cache))
+    example = runpy.run_path(str(ROOT / "examples/build_and_generate.py"))
+    example["main"](request.base / "tiny.yaml", tmp_path / "example")
+    first, *answers, streamed = capsys.readouterr().out.splitlines()
+    assert first.startswith("built tiny@")
+    assert len(answers) >= 2
+    assert streamed
 
 
 def test_build_checks_the_lock_even_if_nothing_else_changed(built, tmp_path):

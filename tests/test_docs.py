@@ -12,7 +12,7 @@ import pytest
 
 from support.paths import ROOT
 
-FOLDERS = ("pipeline", "tests", "docs", "benchmarks", "scripts", "deploy")
+FOLDERS = ("pipeline", "tandem_spec", "examples", "tests", "docs", "benchmarks", "scripts", "deploy")
 MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*.py"))
 PACKAGES = [path.parent for path in MODULES if path.name == "__init__.py" and path.parent.name != "pipeline"]
 ROOMS = [path for path in PACKAGES if path.parent.name == "pipeline"]

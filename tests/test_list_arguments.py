@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import extras
 from pipeline.artifact import manifest, sbom, verify
 from pipeline.backends.neuron import compiler
 from pipeline.cli import paths
@@ -58,6 +59,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "cli.paths.file_patterns(parts)": paths.file_patterns,
     "cli.publish.PublishOptions.places(roots)": lambda value: PublishOptions.places(UNUSED, value),
     "distill.prompts.HeldOutFilter.__init__(held_out)": HeldOutFilter,
+    "extras.require(extras)": lambda value: extras.require(value, "here"),
     "measure.tune.tune(prompts)": lambda value: tune.tune(UNUSED, value, 1, 1, print),
     "nxdi.vllm_args.shell_line(command)": lambda value: vllm_args.shell_line({}, value),
     "recipe.changed.changed_recipes(paths)": changed.changed_recipes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import tandem_spec
 from pipeline.artifact.manifest import MANIFESTS
+from pipeline.build import build as real_build
 from pipeline.cli.main import main
 from pipeline.validate.report.schema import schema as report_schema
 from support import small_artifacts
@@ -154,25 +157,47 @@ def examples() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", intro, re.M | re.S)
 
 
-def test_example_generates(tmp_path, monkeypatch, capsys):
-    from pipeline import runtime  # imports torch
+@pytest.fixture
+def loaded(tmp_path, monkeypatch) -> None:
+    """`load` gives an engine that runs without a compiler."""
+    from pipeline import runtime
     from pipeline.sources.pair import resolve_pair
     from support.eager import make_engine
     from support.reports import recipe_of
 
     def load(artifact):
-        recipe = recipe_of("llama", 1, "float32", ("greedy",))
+        recipe = recipe_of("llama", 1, "float32", ("greedy", "stochastic"))
         return make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources"))
 
     monkeypatch.setattr(runtime, "load", load)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_example_generates(capsys):
     exec(compile(examples()[0], "example", "exec"), {})
     *answers, stats = capsys.readouterr().out.strip().splitlines()
     assert len(answers) >= 2
     assert ast.literal_eval(stats)["tokens"] > 0
 
 
+@pytest.mark.usefixtures("loaded")
+def test_example_of_the_readme_runs(capsys):
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    exec(compile(example, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+@pytest.mark.usefixtures("loaded")
+def test_example_streams(capsys):
+    exec(compile(examples()[1], "example", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_example_builds_publishes_and_pulls(tmp_path, monkeypatch, capsys):
-    def build(recipe, log):
+    """It called `build` with `log=`, which `build` does not take."""
+    inspect.signature(real_build).bind(Path("recipe.yaml"))
+
+    def build(recipe):
         return small_artifacts.make_validated(Path("artifacts") / recipe.stem, tmp_path / "work")
 
     monkeypatch.setattr("pipeline.build.build", build)
@@ -181,14 +206,14 @@ def test_example_builds_publishes_and_pulls(tmp_path, monkeypatch, capsys):
         "pipeline.registry.pull.host_facts", lambda: {"device": "cpu", "machine": "x86_64", "isa": "avx2"}
     )
     monkeypatch.chdir(tmp_path)
-    exec(compile(examples()[1], "example", "exec"), {})
+    exec(compile(examples()[2], "example", "exec"), {})
     assert capsys.readouterr().out.strip().endswith("artifacts/pulled/latest")
     assert (tmp_path / "artifacts/pulled/latest/manifest.json").is_file()
 
 
 def test_example_handles_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(examples()[2], "example", "exec"), {})
+    exec(compile(examples()[3], "example", "exec"), {})
     assert "no artifact here" in capsys.readouterr().out
 
 
@@ -205,3 +230,11 @@ def test_links_inside_the_reference_resolve(page):
 def anchors(text: str) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_python_page_documents_every_public_name():
+    """Errors are on a page of their own; the other names without an entry are types of results and parameters."""
+    page = (REFERENCE / "python.md").read_text()
+    documented = set(re.findall(r"^### tandem_spec\.(\w+)$", page, re.M))
+    errors = {name for name in tandem_spec.__all__ if name.endswith("Error")}
+    assert set(tandem_spec.__all__) - documented - errors == {"Chat", "Policy", "Problem", "Recipe", "__version__"}

@@ -19,6 +19,7 @@ from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, read
 from pipeline.artifact.provenance import PROVENANCE, builder_of
 from pipeline.artifact.verify import difference
 from pipeline.errors import ArtifactError, HostError, InputError, reason
+from pipeline.extras import require as require_extras
 from pipeline.files.atomic import write_atomic
 from pipeline.records import Record
 
@@ -265,11 +266,8 @@ def _configure(config: Any, signer: Signer, base: Path) -> None:
 def _library(module: str) -> Any:
     from importlib import import_module
 
-    try:
-        return import_module(f"model_signing.{module}")
-    except ModuleNotFoundError as error:
-        what = f"signatures require the package {error.name}"
-        raise HostError(what, where="signature", fix="pip install 'tandem[sign]'") from error
+    require_extras(["sign"], "signature")
+    return import_module(f"model_signing.{module}")
 
 
 def _with_base(policy: Policy, base: Path) -> Policy:

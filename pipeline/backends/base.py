@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.errors import HostError, Problem
+from pipeline.extras import install_command
 from pipeline.graphs.packing import Packing
 from pipeline.graphs.signature import Signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
@@ -28,6 +29,9 @@ BACKENDS = {
     "neuron": "pipeline.backends.neuron.backend:NeuronBackend",
 }
 """Name in a recipe -> import path of the class, imported on use."""
+
+SDK = {"neuron": "install the Neuron SDK's packages (docs/how-to/neuron-host.md), then run: "}
+"""What to install before a backend's extra, which brings no torch of its own."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,9 @@ def make_backend(settings: BackendSettings) -> Backend:
     try:
         factory = getattr(import_module(module), attribute)
     except ImportError as error:
-        problem, fix = f"backend {settings.name!r} needs {error.name}", f"pip install 'tandem[{settings.name}]'"
-        raise HostError(problem, where="backend", fix=fix) from error
+        sdk = SDK.get(settings.name, "")
+        what, fix = f"backend {settings.name!r} needs {error.name}", f"{sdk}{install_command(settings.name)}"
+        raise HostError(what, where="backend", fix=fix) from error
     backend: Backend = factory(settings)
     return backend
 

@@ -52,6 +52,13 @@ class Tandem(LazyGroup):
             return super().invoke(ctx)
         except TandemError as error:
             _exit_with(console, error)
+        except ModuleNotFoundError as error:
+            from pipeline.extras import missing_package  # keeps the metadata of packages out of `--help`
+
+            if (missing := missing_package(error)) is None:
+                raise
+            missing.__cause__ = error
+            _exit_with(console, missing)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of stdout ended: click exits quietly
                 raise

@@ -16,7 +16,9 @@ from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import artifact_dir
 from pipeline.errors import no_string
+from pipeline.extras import require
 from pipeline.registry.publish import Outcome, Place, PublishSettings, Sign, listed_places, publish_all
+from pipeline.stores.base import extras_of
 
 REGISTRY = "artifacts/registry"
 
@@ -70,6 +72,7 @@ def publish(console: Console, options: PublishOptions) -> None:
     """Publish ARTIFACTS as an immutable release. Several artifacts of one recipe become its variants."""
     roots = [artifact_dir(name) for name in options.artifacts]
     places = options.places(roots)
+    require([*extras_of(*(place.url for place in places)), *(("sign",) if options.signs else ())], "tandem publish")
     if options.signs and not options.dry_run:
         for root in roots:
             _sign(root, options.key)

@@ -69,12 +69,12 @@ def changed(paths: tuple[str, ...]) -> None:
 @click.argument("name")
 @as_json
 def lock(name: str, json_: bool) -> None:
-    """Pin the sources and the toolchain of recipe NAME in a lock file beside it."""
+    """Pin the sources, versions and flags of recipe NAME in a lock file beside it."""
     from pipeline.sources.pair import resolve_pair  # keeps torch out of the other commands
 
     path = recipe_path(name)
     parsed = load(path)
     pair = resolve_pair(parsed, base=path.parent, cache=default_root() / "sources")
-    toolchain = make_backend(parsed.backend).toolchain().as_dict()
-    write(lock_path(path), make_lock(parsed, *pair, toolchain))
+    backend = make_backend(parsed.backend)
+    write(lock_path(path), make_lock(parsed, *pair, backend.toolchain().as_dict(), backend.flags()))
     print_result({"lock": lock_path(path)}, f"wrote {lock_path(path)}", as_json=json_)

@@ -12,6 +12,7 @@ from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected, recipe_option
 from pipeline.cli.paths import RECIPES, artifact_dir
 from pipeline.cli.trust import policy_of, policy_option
+from pipeline.runtime.open import load
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,9 @@ class RunOptions:
 @collected(RunOptions)
 def run(console: Console, options: RunOptions) -> None:
     """Generate text with ARTIFACT. The text is streamed to stdout."""
-    from pipeline.runtime.open import load  # these two import torch
-    from pipeline.runtime.text import StreamDecoder
-
     engine = load(artifact_dir(options.artifact), policy_of(options.policy_file))
+    from pipeline.runtime.text import StreamDecoder  # its packages are there if the artifact was opened
+
     plain = options.raw or not engine.text.has_chat
     tokens = engine.text.encode(options.prompt) if plain else engine.text.chat(options.prompt)
     stream = StreamDecoder(engine.text.decode)

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -19,13 +18,13 @@ from pipeline.cli.options import as_json
 from pipeline.cli.paths import artifact_dir
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
 from pipeline.errors import HostError
+from pipeline.extras import install_command, require
 from pipeline.registry.pull import pull
 from pipeline.serve.plugin import ARTIFACT
+from pipeline.stores.base import extras_of
 
 DRAIN_S = "20"
 """Seconds that running requests have to finish when the server ends: less than the 30 that Kubernetes gives a pod."""
-
-INSTALL = "run `pip install '.[vllm]'` in Tandem's folder"
 
 
 @click.command(cls=Command, context_settings={"ignore_unknown_options": True})
@@ -46,7 +45,7 @@ def serve(
     A release is pulled and verified first. Nothing is compiled. With --json, the server's command is printed and not
     run.
     """
-    _check_vllm()
+    _check_packages(artifact, signed=policy_file is not None or identity is not None)
     root = _root(console, artifact, policy_of(policy_file, identity, issuer)).resolve()
     environment = {ARTIFACT: str(root)}
     if policy_file is not None:
@@ -59,12 +58,12 @@ def serve(
     os.execve(sys.executable, command, os.environ | environment)  # noqa: S606 - becomes the server
 
 
-def _check_vllm() -> None:
-    if find_spec("vllm") is None:
-        raise HostError("vLLM is not installed here", where="tandem serve", fix=INSTALL)
+def _check_packages(artifact: str, *, signed: bool) -> None:
+    registry = extras_of(artifact) if "://" in artifact else ()
+    require(["vllm", *registry, *(("sign",) if signed else ())], "tandem serve")
     if not any(entry.name == "tandem" for entry in entry_points(group="vllm.platform_plugins")):
         what = "vLLM does not find Tandem's plugin: the installation is too old"
-        raise HostError(what, where="tandem serve", fix=INSTALL)
+        raise HostError(what, where="tandem serve", fix=install_command("vllm"))
 
 
 def _server_command(root: Path, vllm_args: Sequence[str]) -> list[str]:

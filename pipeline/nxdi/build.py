@@ -72,9 +72,9 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
     check_replaceable(out)
     roots = {role: str(model.root.absolute()) for role, model in zip(nxdi.MODEL_FOLDERS, pair, strict=True)}
     toolchain = Toolchain("nxdi", {**versions, nxdi.DISTRIBUTION: inference}).as_dict()
-    lock = make_lock(plan.recipe, *pair, toolchain)
     with atomic_dir(out) as folder:
         flags = _compile(folder, settings, roots, chip)
+        lock = make_lock(plan.recipe, *pair, toolchain, flags)
         _check(folder, settings, plan.pair.models.tp)
         _make_relative(folder, {roots[role]: name for role, name in nxdi.MODEL_FOLDERS.items()} | {str(folder): "."})
         _add_models(folder, pair)

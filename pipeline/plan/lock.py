@@ -1,18 +1,20 @@
-"""The lock beside a recipe pins what floats: source revisions, a sha256 for each file, the toolchain, model configs.
+"""The lock beside a recipe pins what floats and can be had again: sources by digest, versions, the compiler's flags.
 
-The configs let a recipe be checked and planned without its weights. A lock is JSON with sorted keys, so that it diffs
-well. This module compares and stores locks; the caller fetches sources and names toolchains.
+Facts of one machine are recorded, so that a build can report what differs, and pinned only by the recipe. The configs
+let a recipe be checked and planned without its weights. A lock is JSON with sorted keys, so that it diffs well. This
+module compares and stores locks; the caller fetches sources and names toolchains.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import __version__
 from pipeline.errors import InputError, Problem
 from pipeline.files.atomic import FileDigest, write_atomic
 from pipeline.models.config import ModelConfig
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
     from pipeline.sources.checkpoint import Checkpoint
 
 VERSION = 1
+MACHINE_FACTS = ("cxx", "isa")
+"""Entries of a toolchain that differ between machines of one class. A recipe asks for one by a key of `backend`."""
+MISSING = "missing"
+"""Version of a package that is not installed."""
+OWN_CODE = ("kernel",)
+"""Flags that are digests of Tandem's own source, which its version pins."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,18 @@ class LockedSource:
 
 @dataclass(frozen=True)
 class Lock:
-    """The pins of one recipe. A derived draft has no source of its own; an empty toolchain is not pinned."""
+    """The pins of one recipe. A derived draft has no source of its own; an empty section is not pinned.
+
+    `toolchain` has versions, `flags` the settings of the compiler. `made_with` has the facts of the machine that made
+    the lock, which are not pinned.
+    """
 
     recipe_sha256: str
     target: LockedSource
     draft: LockedSource | None = None
     toolchain: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict)
+    made_with: dict[str, str] = field(default_factory=dict)
 
 
 def lock_path(recipe: Path) -> Path:
@@ -66,14 +80,34 @@ def lock_path(recipe: Path) -> Path:
     return recipe.with_suffix(".lock")
 
 
-def make_lock(recipe: Recipe, target: Checkpoint, draft: Checkpoint, toolchain: Mapping[str, str]) -> Lock:
-    """Pin a recipe to the present checkpoints of its sources."""
+def make_lock(
+    recipe: Recipe, target: Checkpoint, draft: Checkpoint, toolchain: Mapping[str, str], flags: Mapping[str, str]
+) -> Lock:
+    """Pin a recipe to the present checkpoints of its sources, and to a toolchain and its flags."""
     own_draft = recipe.draft.source is not None
-    return Lock(
+    lock = Lock(
         recipe.digest(),
         _locked(recipe.target.source, target),
         _locked(str(recipe.draft.source), draft) if own_draft else None,
-        dict(toolchain),
+    )
+    return with_toolchain(lock, toolchain, flags)
+
+
+def with_toolchain(lock: Lock, toolchain: Mapping[str, str], flags: Mapping[str, str]) -> Lock:
+    """Return a lock of the same sources that pins this toolchain, without the build tags of its versions.
+
+    A toolchain that lacks a package, as on a machine without the Neuron SDK, compiles nothing: its versions are not
+    those of a build, so none of them is pinned.
+    """
+    # torch 2.13.0+cpu and 2.13.0+cu130 compile the same artifact for a CPU.
+    public = {name: version.partition("+")[0] for name, version in toolchain.items()}
+    versions = {name: version for name, version in public.items() if name not in MACHINE_FACTS}
+    pinned = {"backend": public["backend"]} if MISSING in versions.values() else versions
+    return replace(
+        lock,
+        toolchain={"tandem": __version__} | pinned,
+        flags={name: value for name, value in flags.items() if name not in OWN_CODE},
+        made_with={name: version for name, version in public.items() if name in MACHINE_FACTS},
     )
 
 
@@ -98,7 +132,7 @@ def relock(recipe: Recipe, lock: Lock) -> Lock:
                 where=recipe.place(key),
                 fix=f"where the source can be reached, run: tandem recipe lock {recipe.name}",
             )
-    return Lock(recipe.digest(), lock.target, lock.draft, lock.toolchain)
+    return replace(lock, recipe_sha256=recipe.digest())
 
 
 def digest(lock: Lock) -> str:
@@ -220,6 +254,14 @@ def check_locked(lock: Lock, fresh: Lock, where: str = "lock") -> list[Problem]:
     return drift
 
 
+def unpinned(lock: Lock, fresh: Lock) -> str:
+    """Return what differs from the machine that made the lock and is not pinned, for a log line; empty if nothing."""
+    earlier = {key: text for key, text in lock.toolchain.items() if key in MACHINE_FACTS}
+    recorded = earlier | lock.made_with
+    changed = _differences("", recorded, fresh.made_with, recorded.keys())
+    return ", ".join(f"{key.removeprefix('.')} {after} (lock: {before})" for key, before, after in changed)
+
+
 def _drift(lock: Lock, fresh: Lock) -> Iterator[tuple[str, str, str]]:
     """Yield key, locked value and present value of each difference."""
     if lock.recipe_sha256 != fresh.recipe_sha256:
@@ -229,11 +271,24 @@ def _drift(lock: Lock, fresh: Lock) -> Iterator[tuple[str, str, str]]:
         yield from _source_drift("draft", lock.draft, fresh.draft)
     elif lock.draft is not fresh.draft:
         yield "draft", _origin(lock.draft), _origin(fresh.draft)
-    for key, version in sorted(lock.toolchain.items()):
-        actual = fresh.toolchain.get(key, "nothing")
-        # torch 2.13.0+cpu is torch 2.13.0 unless the lock says which build.
-        if version != (actual if "+" in version else actual.split("+")[0]):
-            yield f"toolchain.{key}", version, actual
+    pinned = _pinned(lock.toolchain)
+    yield from _differences("toolchain", pinned, fresh.toolchain, pinned.keys())
+    if lock.flags:  # a flag that the lock lacks changes the code as well
+        yield from _differences("flags", lock.flags, fresh.flags, lock.flags.keys() | fresh.flags.keys())
+
+
+def _pinned(toolchain: Mapping[str, str]) -> dict[str, str]:
+    """Return what a lock's toolchain pins; earlier locks also have facts of a machine, and builds of versions."""
+    return {key: text.partition("+")[0] for key, text in toolchain.items() if key not in MACHINE_FACTS}
+
+
+def _differences(
+    section: str, locked: Mapping[str, str], fresh: Mapping[str, str], keys: Collection[str]
+) -> Iterator[tuple[str, str, str]]:
+    for key in sorted(keys):
+        before, after = locked.get(key, "nothing"), fresh.get(key, "nothing")
+        if before != after:
+            yield f"{section}.{key}", before, after
 
 
 def _source_drift(role: str, locked: LockedSource, fresh: LockedSource) -> Iterator[tuple[str, str, str]]:

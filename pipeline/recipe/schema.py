@@ -189,6 +189,12 @@ class Parallel(Record):
     tensor: Annotated[int, Field(ge=1)] = Field(default=1, description="tensor-parallel ranks")
 
 
+def _version(value: str | None) -> str | None:
+    if value is not None and not all(part.isdecimal() for part in value.split(".")):
+        raise ValueError(f"found {value!r}, expected numbers with dots, for example '13' or '13.3.0'")
+    return value
+
+
 class InductorSettings(Record):
     """AOTInductor: shared libraries for CPUs and NVIDIA GPUs."""
 
@@ -196,6 +202,10 @@ class InductorSettings(Record):
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="what the artifact runs on")
     isa: Literal["native", "avx2", "avx512"] = Field(
         default="native", description="instruction set that a CPU artifact needs; native: the build host's"
+    )
+    cxx: Annotated[str | None, AfterValidator(_version)] = Field(
+        default=None,
+        description="version of the C++ compiler that a build must have, for example `'13'` or `'13.3.0'`; null: any",
     )
 
     core_memory_bytes: ClassVar[None] = None

@@ -20,13 +20,14 @@ from pipeline.artifact.provenance import PROVENANCE
 from pipeline.artifact.verify import check_replaceable
 from pipeline.cache.local import default_root
 from pipeline.errors import ArtifactError, HostError, InputError, no_string
+from pipeline.extras import require
 from pipeline.files.atomic import atomic_dir, link_or_copy, write_atomic
 from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.records import Record
 from pipeline.registry.blobs import Blobs, Origin
 from pipeline.registry.release import Document, choose, parse_document
 from pipeline.registry.releases import Reference, find_release, parse_reference, read_small
-from pipeline.stores.base import Store, open_store
+from pipeline.stores.base import Store, extras_of, open_store
 
 if TYPE_CHECKING:
     from pipeline.artifact.signing import Policy
@@ -93,12 +94,14 @@ def pull(
         InputError: no such release, alias or variant, no matching file, or `directory` cannot be replaced.
         ArtifactError: a blob that does not match its digest, an unsafe path, a manifest of another release, or a
             missing signature that `policy` demands: then nothing was fetched.
-        HostError: no space, a registry that cannot be reached, or, offline, a release that was never pulled.
+        HostError: packages of an extra that are not installed, no space, a registry that cannot be reached, or,
+            offline, a release that was never pulled.
 
     """
     ref = parse_reference(reference)
     out = directory or Path("artifacts/pulled") / ref.name
     check_replaceable(out)
+    require([*(() if offline else extras_of(ref.url)), *(("sign",) if policy else ())], str(ref))
     blobs = Blobs((cache or default_root()) / "blobs")
     store = None if offline else open_store(ref.url)
     release = _recall(ref, select.variant, blobs) if store is None else _resolve(ref, store, select.variant, blobs)

@@ -1,10 +1,24 @@
 """Run an artifact: `load(folder)` returns an `Engine`.
 
-Never compiles or downloads. Decides which rows and graphs run; the graphs hold all mathematics.
+Never compiles or downloads. Decides which rows and graphs run; the graphs hold all mathematics. Importing this package
+imports no torch: `load` does, after it has checked that the packages are installed.
 Entered by validate, measure, distill, serve and cli.
 """
 
-from pipeline.runtime.engine import Engine, Generation
+from typing import TYPE_CHECKING, Any
+
 from pipeline.runtime.open import load
 
+if TYPE_CHECKING:
+    from pipeline.runtime.engine import Engine, Generation
+
 __all__ = ["Engine", "Generation", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a name of `engine`, which is imported on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline.runtime import engine  # imports torch
+
+    return getattr(engine, name)

@@ -5,8 +5,10 @@ Chooses the rows of a step and handles their tokens; `batch.py` runs the graphs,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
+from typing import Any, Self
 
 import torch
 
@@ -16,7 +18,7 @@ from pipeline.errors import InputError, no_string
 from pipeline.graphs.arguments import Choice
 from pipeline.runtime.batch import Batch, Row, check_choice, check_prompt
 from pipeline.runtime.draft_length import DraftLengthPolicies
-from pipeline.runtime.text import Text
+from pipeline.runtime.text import Chat, StreamDecoder, Text
 
 SEEDS = 1 << 32
 
@@ -57,12 +59,25 @@ class Prompt(Row):
     copied_steps: list[bool] = field(default_factory=list)
 
 
+@dataclass
+class Call:
+    """The prompts of one call: all of them, those that wait for a slot (the next one last), and those in the slots."""
+
+    settings: Settings
+    prompts: list[Prompt]
+    waiting: list[Prompt]
+    slots: list[Prompt | None]
+
+
 OnTokens = Callable[[int, list[int]], None]
 """Called with a prompt's index and its new tokens after each step."""
 
+Emitted = list[tuple[Prompt, list[int]]]
+"""Prompts with the tokens that a step added to them."""
+
 
 class Engine:
-    """A loaded artifact. Not thread-safe: one `generate` at a time."""
+    """A loaded artifact; a `with` block closes it at the end. Not thread-safe: one `generate` at a time."""
 
     def __init__(self, manifest: PairManifest, ranks: Ranks, text: Text) -> None:
         self.manifest = manifest
@@ -72,10 +87,17 @@ class Engine:
         self.graphs = self.batch.graphs
         self.rows = self.batch.slots
         self.length = self.batch.length
+        self._newest: Call | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def generate(  # noqa: PLR0913 - the public signature: options are keyword-only and documented
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | list[int] | Chat],
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -88,6 +110,7 @@ class Engine:
     ) -> list[Generation]:
         """Generate for every prompt; more prompts than rows are queued, rows are refilled as they finish.
 
+        A prompt is a text, a list of token ids, or a chat: a list of messages, which the chat template is applied to.
         Greedy at temperature 0. Random numbers depend on `seed` and the prompt's index alone, so an answer does not
         depend on the other prompts. Without `draft_tokens`, K is the first of the artifact's; with step costs in the
         artifact, greedy decoding chooses K, or plain decode, for each step.
@@ -95,29 +118,39 @@ class Engine:
         Raises:
             InputError: a string in place of the list, an empty prompt, one longer than the largest prefill bucket,
                 token ids beyond the vocabulary, settings out of range, or sampling that was not built.
+            ArtifactError: a chat, and the artifact has no chat template or its template rejects the messages.
 
         """  # fmt: skip
-        if max_new_tokens < 1:
-            raise InputError(f"found {max_new_tokens}", where="max_new_tokens", fix="use 1 or more")
-        if not 0 <= seed < SEEDS:
-            raise InputError(f"found {seed}", where="seed", fix=f"use 0 to {SEEDS - 1}")
-        choice = Choice(temperature, top_k, top_p)
-        check_choice(self.manifest, choice)
-        paced = speculate and draft_tokens is None and temperature == 0
-        steps = self._steps(draft_tokens) if speculate else None
-        settings = Settings(max_new_tokens, steps, self.batch.draft_length_policy() if paced else None)
-        waiting = [self._row(index, prompt, choice, seed) for index, prompt in enumerate(_checked(prompts))]
-        results: list[Generation | None] = [None] * len(waiting)
-        slots: list[Prompt | None] = [None] * self.rows
-        waiting.reverse()
-        while waiting or any(slots):
-            self._admit(slots, waiting, settings, on_tokens)
-            self._retire(slots, results, settings)
-            rows = {slot: row for slot, row in enumerate(slots) if row is not None}
-            if rows:
-                self._step(rows, settings, on_tokens)
-                self._retire(slots, results, settings)
-        return [result for result in results if result is not None]
+        settings = self._settings(max_new_tokens, temperature, speculate, draft_tokens)
+        call = self._call(prompts, settings, Choice(temperature, top_k, top_p), seed)
+        for prompt, tokens in self._run(call):
+            if on_tokens:
+                on_tokens(prompt.index, tokens)
+        return [self._result(prompt) for prompt in call.prompts]
+
+    def stream(
+        self,
+        prompt: str | list[int] | Chat,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        speculate: bool = True,
+    ) -> Iterator[str]:
+        """Return the answer to one prompt piece by piece, as text; joined, the pieces are the text of `generate`.
+
+        A character of several tokens is in one piece. The next call of `generate` or `stream` ends a stream that was
+        not read to its end.
+
+        Raises:
+            InputError: as `generate`; from the iterator, if another call began before its end.
+            ArtifactError: as `generate`.
+
+        """
+        settings = self._settings(max_new_tokens, temperature, speculate, None)
+        return self._pieces(self._call([prompt], settings, Choice(temperature, top_k, top_p), seed))
 
     def stats(self) -> dict[str, int]:
         """Return counts since loading: prefills, speculative and decode steps, tokens, catch-ups, rows with copies."""
@@ -127,6 +160,13 @@ class Engine:
         """Close the ranks."""
         self.batch.close()
 
+    def _settings(self, max_new_tokens: int, temperature: float, speculate: bool, draft_tokens: int | None) -> Settings:
+        if max_new_tokens < 1:
+            raise InputError(f"found {max_new_tokens}", where="max_new_tokens", fix="use 1 or more")
+        paced = speculate and draft_tokens is None and temperature == 0
+        steps = self._steps(draft_tokens) if speculate else None
+        return Settings(max_new_tokens, steps, self.batch.draft_length_policy() if paced else None)
+
     def _steps(self, draft_tokens: int | None) -> int:
         built = self.manifest.draft_tokens
         if draft_tokens is None:
@@ -135,53 +175,94 @@ class Engine:
             raise InputError(f"K={draft_tokens} was not built", where="draft_tokens", fix=f"use one of {list(built)}")
         return draft_tokens
 
-    def _row(self, index: int, prompt: str | list[int], choice: Choice, seed: int) -> Prompt:
-        tokens = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        check_prompt(self.manifest, tokens, f"prompt {index}")
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        return Prompt(tokens, len(tokens), generator, choice, index=index)
+    def _call(self, prompts: Iterable[str | list[int] | Chat], settings: Settings, choice: Choice, seed: int) -> Call:
+        """Return the checked prompts of a call, as rows that wait."""
+        if not 0 <= seed < SEEDS:
+            raise InputError(f"found {seed}", where="seed", fix=f"use 0 to {SEEDS - 1}")
+        check_choice(self.manifest, choice)
+        rows = [self._row(number, prompt, choice, seed) for number, prompt in enumerate(_checked(prompts))]
+        return Call(settings, rows, rows[::-1], [None] * self.rows)
 
-    def _admit(
-        self, slots: list[Prompt | None], waiting: list[Prompt], settings: Settings, on_tokens: OnTokens | None
-    ) -> None:
+    def _row(self, number: int, prompt: str | list[int] | Chat, choice: Choice, seed: int) -> Prompt:
+        where = f"prompt {number}"
+        tokens = self._encoded(prompt, where)
+        check_prompt(self.manifest, tokens, where)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        return Prompt(tokens, len(tokens), generator, choice, index=number)
+
+    def _encoded(self, prompt: str | list[int] | Chat, where: str) -> list[int]:
+        """Return the token ids of a prompt of any kind."""
+        if isinstance(prompt, str):
+            return self.text.encode(prompt)
+        items: list[Any] = list(prompt)
+        if items and all(isinstance(item, Mapping) for item in items):
+            return self.text.encode_chat(items)
+        if any(isinstance(item, str | Mapping) for item in items):
+            what = "found a list of texts, expected a text, a list of token ids, or a list of messages"
+            raise InputError(what, where=where, fix='write a message as {"role": "user", "content": "..."}')
+        return [index(item) for item in items]
+
+    def _pieces(self, call: Call) -> Iterator[str]:
+        decoder = StreamDecoder(self.text.decode)
+        for _, tokens in self._run(call):
+            if piece := decoder.push(tokens):
+                yield piece
+        if rest := decoder.rest():
+            yield rest
+
+    def _run(self, call: Call) -> Iterator[tuple[Prompt, list[int]]]:
+        """Advance the prompts of a call to their ends; yield each one's new tokens after each step."""
+        self._newest = call
+        while call.waiting or any(call.slots):
+            for advance in (self._admit, self._step):
+                if self._newest is not call:
+                    what = "another call of this engine began before this stream ended"
+                    raise InputError(what, where="stream", fix="read a stream to its end before the next call")
+                yield from advance(call)
+                self._retire(call)
+
+    def _admit(self, call: Call) -> Emitted:
         """Prefill waiting prompts into free slots."""
-        free = [slot for slot, row in enumerate(slots) if row is None]
-        rows = {slot: waiting.pop() for slot in free[: len(waiting)]}
+        free = [slot for slot, row in enumerate(call.slots) if row is None]
+        rows = {slot: call.waiting.pop() for slot in free[: len(call.waiting)]}
         if not rows:
-            return
-        for slot, token in self.batch.prefill(rows).items():
-            slots[slot] = rows[slot]
-            self._take(rows[slot], [token], settings, on_tokens)
+            return []
+        first = self.batch.prefill(rows)
+        for slot, row in rows.items():
+            call.slots[slot] = row
+        return [(rows[slot], self._take(rows[slot], [token], call.settings)) for slot, token in first.items()]
 
-    def _step(self, rows: dict[int, Prompt], settings: Settings, on_tokens: OnTokens | None) -> None:
+    def _step(self, call: Call) -> Emitted:
         """Run one step of every active row; at the end of the caches a speculative step counts fewer drafts."""
-        steps = settings.draft_tokens
-        if settings.draft_length_policy is not None:
-            steps = settings.draft_length_policy.choose(self.batch.acceptance(rows)) or None
+        rows = {slot: row for slot, row in enumerate(call.slots) if row is not None}
+        if not rows:
+            return []
+        steps = call.settings.draft_tokens
+        if call.settings.draft_length_policy is not None:
+            steps = call.settings.draft_length_policy.choose(self.batch.acceptance(rows)) or None
         tokens = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
         for slot, row in rows.items():
             if steps:
                 row.emitted.append(len(tokens[slot]))
                 row.copied_steps.append(row.has_copied)
-            self._take(row, tokens[slot], settings, on_tokens)
+        return [(row, self._take(row, tokens[slot], call.settings)) for slot, row in rows.items()]
 
-    def _take(self, row: Prompt, emitted: list[int], settings: Settings, on_tokens: OnTokens | None) -> None:
-        """Append a step's tokens, cut at the end of the sequence and at the limit."""
+    def _take(self, row: Prompt, emitted: list[int], settings: Settings) -> list[int]:
+        """Append a step's tokens, cut at the end of the sequence and at the limit; return those that were appended."""
         tokens = emitted[: settings.max_new_tokens - (len(row.tokens) - row.prompt)]
-        for index, token in enumerate(tokens):
+        for at, token in enumerate(tokens):
             if token in self.manifest.eos_ids:
-                tokens = tokens[: index + 1]
+                tokens = tokens[: at + 1]
                 break
         row.tokens.extend(tokens)
         self.batch.stats["tokens"] += len(tokens)
-        if on_tokens:
-            on_tokens(row.index, tokens)
+        return tokens
 
-    def _retire(self, slots: list[Prompt | None], results: list[Generation | None], settings: Settings) -> None:
-        """Remove finished rows from their slots, and store their results."""
-        for slot, row in enumerate(slots):
-            if row is not None and self._finished(row, settings):
-                results[row.index], slots[slot] = self._result(row), None
+    def _retire(self, call: Call) -> None:
+        """Remove finished rows from their slots."""
+        for slot, row in enumerate(call.slots):
+            if row is not None and self._finished(row, call.settings):
+                call.slots[slot] = None
 
     def _finished(self, row: Prompt, settings: Settings) -> bool:
         count = len(row.tokens) - row.prompt
@@ -195,16 +276,19 @@ class Engine:
         return Generation(tokens, self.text.decode(tokens), steps, sum(row.emitted) - steps, reason, *per_step)
 
 
-def _checked(prompts: Iterable[str | list[int]]) -> list[str | list[int]]:
+def _checked(prompts: Iterable[str | list[int] | Chat]) -> list[str | list[int] | Chat]:
     """Return the prompts; reject a single prompt in place of the list."""
     no_string(prompts, "prompts", "prompts")
     listed = list(prompts)
-    _no_token_ids(listed)
+    _no_single_prompt(listed)
     return listed
 
 
-def _no_token_ids(prompts: Sequence[object]) -> None:
-    """Reject the token ids of one prompt where a list of prompts is expected."""
+def _no_single_prompt(prompts: Sequence[object]) -> None:
+    """Reject the token ids or the messages of one prompt where a list of prompts is expected."""
     if ids := [prompt for prompt in prompts if isinstance(prompt, int)]:
         what = f"found the token id {ids[0]}, expected a list of prompts: texts, or lists of token ids"
         raise InputError(what, where="prompts", fix=f"write [[{ids[0]}, ...]]")
+    if any(isinstance(prompt, Mapping) for prompt in prompts):
+        what = "found a message, expected a list of prompts: a chat is a list of messages"
+        raise InputError(what, where="prompts", fix='write [[{"role": "user", "content": "..."}]]')

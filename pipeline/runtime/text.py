@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pipeline.errors import ArtifactError, InputError
+
+Chat = Sequence[Mapping[str, Any]]
+"""The messages of a conversation, each with its `role` and its `content`."""
 
 
 class Text:
@@ -52,6 +55,20 @@ class Text:
         """
         return self.encode(self.chat_text(prompt), special=False)
 
+    def encode_chat(self, messages: Chat) -> list[int]:
+        """Return the token ids of a conversation in the chat template, up to the start of the next answer.
+
+        Raises:
+            InputError: a message without `role` or `content`.
+            ArtifactError: as `chat_text`.
+
+        """
+        for index, message in enumerate(messages):
+            if missing := [key for key in ("role", "content") if key not in message]:
+                fix = 'write {"role": "user", "content": "..."}'
+                raise InputError(f"a message without {missing[0]!r}", where=f"message {index}", fix=fix)
+        return self.encode(self._render(messages), special=False)
+
     def chat_text(self, prompt: str) -> str:
         """Return the text of one user message in the chat template, up to the start of the answer.
 
@@ -59,13 +76,16 @@ class Text:
             ArtifactError: the pair has no chat template, or the template raises an error.
 
         """
+        return self._render([{"role": "user", "content": prompt}])
+
+    def _render(self, messages: Chat) -> str:
         from jinja2 import TemplateError
 
         if self._template is None:
             raise ArtifactError("this pair has no chat template", where="tokenizer", fix="send plain text (--raw)")
         try:
             return str(_environment().from_string(self._template).render(
-                messages=[{"role": "user", "content": prompt}],
+                messages=list(messages),
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,

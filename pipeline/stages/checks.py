@@ -8,7 +8,7 @@ from pipeline.artifact.manifest import Artifact
 from pipeline.artifact.verify import check_host
 from pipeline.backends.base import Backend, make_backend
 from pipeline.errors import ArtifactError, PreflightError, RecipeError
-from pipeline.plan.lock import Lock, check_locked, make_lock, read
+from pipeline.plan.lock import Lock, check_locked, make_lock, read, unpinned
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.progress import Log
 from pipeline.recipe.schema import Recipe
@@ -65,12 +65,18 @@ def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
     recipe = settings.recipe
     pair = resolve_pair(recipe, base=settings.base, cache=settings.cache / "sources", progress=settings.progress)
     plan = make_plan(recipe, *(checkpoint.config for checkpoint in pair))
-    lock = make_lock(recipe, *pair, backend.toolchain().as_dict())
+    lock = make_lock(recipe, *pair, backend.toolchain().as_dict(), backend.flags())
     if settings.locked:
-        problems = check_locked(read(settings.lock_file), lock, str(settings.lock_file))
-        if problems:
-            raise RecipeError(problems)
+        _compare(read(settings.lock_file), lock, settings)
     return Resolved(pair, plan, lock, tokenizer_files(pair[0]))
+
+
+def _compare(locked: Lock, fresh: Lock, settings: BuildSettings) -> None:
+    """Reject what differs from the lock, and report what differs and is not pinned."""
+    if problems := check_locked(locked, fresh, str(settings.lock_file)):
+        raise RecipeError(problems)
+    if differences := unpinned(locked, fresh):
+        settings.log(f"lock: another machine made it; different here and not pinned: {differences}")
 
 
 def runs_here(backend: Backend, artifact: Artifact, log: Log) -> bool:

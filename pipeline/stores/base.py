@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pipeline.errors import HostError
+from pipeline.extras import require
 
 STORES: dict[str, str] = {
     "file": "pipeline.stores.folder:open_folder",
@@ -22,6 +23,9 @@ STORES: dict[str, str] = {
     "hf": "pipeline.stores.hub:open_hub",
 }
 """Scheme of a registry's URL -> function that opens its store. A URL without a scheme is a folder."""
+
+EXTRAS = {"s3": "s3", "hf": "hub"}
+"""Scheme of a registry's URL -> the extra with its client."""
 
 Item = TypeVar("Item")
 
@@ -298,12 +302,14 @@ def scheme_of(url: str) -> tuple[str, str]:
     return scheme, rest
 
 
+def extras_of(*urls: str) -> tuple[str, ...]:
+    """Return the extras that registries need, to check those of a whole command at once; none for unknown kinds."""
+    schemes = [url.partition("://")[0] for url in urls if "://" in url]
+    return tuple(EXTRAS[scheme] for scheme in schemes if scheme in EXTRAS)
+
+
 def _opener(url: str) -> Store:
     scheme, rest = scheme_of(url)
+    require(extras_of(url), url)
     module, _, attribute = STORES[scheme].partition(":")
-    try:
-        return getattr(import_module(module), attribute)(rest)
-    except ModuleNotFoundError as error:
-        extra = {"s3": "s3", "hf": "hub"}.get(scheme, "")
-        fix = f"pip install 'tandem[{extra}]'"
-        raise HostError(f"{scheme}:// needs the package {error.name}", where=url, fix=fix) from error
+    return getattr(import_module(module), attribute)(rest)

@@ -125,12 +125,14 @@ def test_every_room_has_owners():
     assert all(re.search(r" @\S+$", line) for line in text.splitlines() if line and not line.startswith("#"))
 
 
-def test_every_file_of_the_package_is_in_the_wheel():
+@pytest.mark.parametrize("package", ["pipeline", "tandem_spec"])
+def test_every_file_of_the_package_is_in_the_wheel(package):
     """`py.typed` says that type checkers may read the annotations; it was missing, so they took all for `Any`."""
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["pipeline"]
-    shipped = {path for pattern in patterns for path in (ROOT / "pipeline").glob(pattern)}
-    paths = [path for path in (ROOT / "pipeline").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert ROOT / "pipeline/py.typed" in shipped
+    patterns = PROJECT["tool"]["setuptools"]["package-data"][package]
+    shipped = {path for pattern in patterns for path in (ROOT / package).glob(pattern)}
+    paths = [path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert f"{package}*" in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert ROOT / package / "py.typed" in shipped
     assert {path for path in paths if path.suffix != ".py"} == shipped
 
 
@@ -138,3 +140,36 @@ def test_artifacts_page_names_every_kind_of_cache_entry():
     """The page said that goldens were in `cache/goldens`, while they and memos were stored under `cache/graphs`."""
     text = (ROOT / "artifacts/README.md").read_text()
     assert [kind for kind in KINDS if f"| `cache/{kind}/` |" not in text] == []
+
+
+def make_build(venv, *arguments: str) -> list[str]:
+    """The commands that `make build` runs in an environment that exists, without `.ready`."""
+    (venv / "bin").mkdir(parents=True, exist_ok=True)
+    for name in ("python", "tandem"):
+        (venv / "bin" / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {venv}/calls\n')
+        (venv / "bin" / name).chmod(0o755)
+    environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    command = ["make", "build", f"VENV={venv}", "PYTHON=false", "RECIPE=llama-70b-spec", *arguments]
+    subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
+    return (venv / "calls").read_text().splitlines()
+
+
+INSTALL = "python -m pip install --quiet --editable .[{}]"
+BUILD = "tandem build llama-70b-spec"
+
+
+def test_make_build_keeps_the_torch_of_a_neuron_environment(tmp_path):
+    """It installed the extra `inductor`, whose torch 2.13 replaced the SDK's 2.9, into an environment made by hand."""
+    (tmp_path / "lib/python3.12/site-packages/torch_neuronx").mkdir(parents=True)
+    assert make_build(tmp_path) == [INSTALL.format("build-neuron"), BUILD]
+    requirements = PROJECT["project"]["optional-dependencies"]
+    assert requirements["build-neuron"] == ["tandem-spec[neuron,s3,sign]"]
+    assert not any(re.match(r"torch\b(?!-)|tandem-spec\[inductor", need) for need in requirements["neuron"])
+
+
+def test_make_build_elsewhere_installs_what_compiles_on_a_cpu(tmp_path):
+    assert make_build(tmp_path) == [INSTALL.format("inductor,dev"), BUILD]
+
+
+def test_make_build_installs_the_extras_that_are_named(tmp_path):
+    assert make_build(tmp_path, "EXTRAS=neuron s3") == [INSTALL.format("neuron,s3"), BUILD]

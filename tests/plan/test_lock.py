@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import __version__
+from pipeline.backends.base import make_backend
 from pipeline.errors import InputError
 from pipeline.files.atomic import FileDigest
 from pipeline.models.families import config_of
@@ -119,19 +121,76 @@ def test_check_locked_same_is_clean() -> None:
 
 def test_check_locked_names_each_drifted_item_with_both_values() -> None:
     target = replace(TARGET, revision="0" * 40, files=TARGET.files | {"model.safetensors": FileDigest("f" * 64, 9001)})
-    fresh = Lock("9" * 64, target, DRAFT, {"backend": "inductor", "torch": "2.14.0+cpu"})
+    fresh = Lock("9" * 64, target, DRAFT, {"backend": "inductor", "torch": "2.14.0"})
     problems = locks.check_locked(LOCK, fresh)
     assert keys(problems) == ["recipe_sha256", "target.revision", "target.files.model.safetensors", "toolchain.torch"]
     assert problems[1].what == f"locked {COMMIT}, found {'0' * 40}"
     assert "f" * 64 in problems[2].what
     assert "b" * 64 in problems[2].what
-    assert problems[3].what == "locked 2.13.0, found 2.14.0+cpu"
+    assert problems[3].what == "locked 2.13.0, found 2.14.0"
 
 
-def test_check_locked_torch_build_tag_is_not_drift() -> None:
-    fresh = replace(LOCK, toolchain={"backend": "inductor", "torch": "2.13.0+cpu", "cxx": "g++ 12"})
-    assert locks.check_locked(LOCK, fresh) == []
-    assert keys(locks.check_locked(fresh, LOCK)) == ["toolchain.cxx", "toolchain.torch"]
+HERE = {"backend": "inductor", "torch": "2.13.0+cpu", "cxx": "12.2.0", "machine": "x86_64", "isa": "avx2"}
+ELSEWHERE = HERE | {"torch": "2.13.0", "cxx": "13.3.0", "isa": "avx512"}
+FLAGS = {"device": "cpu", "isa": "native", "kernel": "0a1b2c"}
+
+
+def made(toolchain: dict[str, str], flags: dict[str, str] = FLAGS) -> Lock:
+    """A lock as a machine with this toolchain makes it."""
+    return locks.with_toolchain(LOCK, toolchain, flags)
+
+
+def test_lock_pins_versions_and_flags_and_no_fact_of_a_machine() -> None:
+    """It pinned the C++ compiler's patch version and the processor's instruction set."""
+    lock = made(HERE)
+    assert lock.toolchain == {
+        "tandem": __version__, "backend": "inductor", "torch": "2.13.0", "machine": "x86_64",
+    }  # fmt: skip
+    assert lock.flags == {"device": "cpu", "isa": "native"}
+    assert lock.made_with == {"cxx": "12.2.0", "isa": "avx2"}
+
+
+def test_lock_of_an_incomplete_toolchain_pins_none_of_its_versions() -> None:
+    """Made without the Neuron SDK, a lock had `neuronx-cc: missing`, and another torch than that of the SDK."""
+    lock = made({"backend": "neuron", "torch": "2.13.0", "neuronx-cc": "missing"})
+    assert lock.toolchain == {"tandem": __version__, "backend": "neuron"}
+    sdk = {"backend": "neuron", "torch": "2.9.1", "neuronx-cc": "2.26.1+ab"}
+    assert locks.check_locked(lock, made(sdk)) == []
+    assert made(sdk).toolchain["neuronx-cc"] == "2.26.1"
+
+
+def test_check_locked_passes_on_another_machine_and_says_what_differs() -> None:
+    """A lock of a laptop failed in CI: `toolchain.cxx: locked 13.3.0, found 12.2.0`."""
+    assert locks.check_locked(made(ELSEWHERE), made(HERE)) == []
+    assert locks.unpinned(made(ELSEWHERE), made(HERE)) == "cxx 12.2.0 (lock: 13.3.0), isa avx2 (lock: avx512)"
+    assert locks.unpinned(made(HERE), made(HERE)) == ""
+
+
+def test_check_locked_of_a_lock_from_before_does_not_pin_the_machine() -> None:
+    earlier = replace(LOCK, toolchain=ELSEWHERE | {"torch": "2.13.0+cpu"})
+    assert locks.check_locked(earlier, made(HERE)) == []
+    assert locks.unpinned(earlier, made(HERE)) == "cxx 12.2.0 (lock: 13.3.0), isa avx2 (lock: avx512)"
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"torch": "2.14.0"}, "toolchain.torch"), ({"machine": "aarch64"}, "toolchain.machine"),
+     ({"tandem": "9.9.9"}, "toolchain.tandem")],
+)  # fmt: skip
+def test_check_locked_rejects_another_version(change: dict[str, str], key: str) -> None:
+    fresh = made(HERE)
+    assert keys(locks.check_locked(made(HERE), replace(fresh, toolchain=fresh.toolchain | change))) == [key]
+
+
+def test_check_locked_rejects_other_flags_in_both_directions() -> None:
+    """A variable of the environment that changes the code is a flag, which the lock may lack."""
+    assert keys(locks.check_locked(made(HERE), made(HERE, FLAGS | {"isa": "avx2"}))) == ["flags.isa"]
+    assert keys(locks.check_locked(made(HERE), made(HERE, FLAGS | {"env.XLA_FLAGS": "-x"}))) == ["flags.env.XLA_FLAGS"]
+    assert keys(locks.check_locked(made(HERE, FLAGS | {"env.XLA_FLAGS": "-x"}), made(HERE))) == ["flags.env.XLA_FLAGS"]
+
+
+def test_check_locked_of_empty_sections_pins_neither() -> None:
+    assert locks.check_locked(replace(LOCK, toolchain={}, flags={}), made(HERE)) == []
 
 
 def test_check_locked_added_and_missing_files() -> None:
@@ -162,7 +221,7 @@ def test_check_locked_refuses_a_branch() -> None:
 def test_make_lock_of_a_derived_pair_gives_back_its_configs(tmp_path: Path) -> None:
     recipe = load(write_recipe(tmp_path))
     target, draft = resolve_pair(recipe, base=tmp_path, cache=tmp_path / "cache")
-    lock = locks.make_lock(recipe, target, draft, {"backend": "inductor"})
+    lock = locks.make_lock(recipe, target, draft, {"backend": "inductor"}, {})
     locks.write(tmp_path / "pair.lock", lock)
     read = locks.read(tmp_path / "pair.lock")
     assert read == lock
@@ -218,3 +277,16 @@ def test_shipped_lock_belongs_to_its_recipe(path: Path) -> None:
     assert not lock.target.floating
     assert lock.draft is None or not lock.draft.floating
     config_of(lock.target.config, path.stem)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_lock_pins_versions_and_flags(path: Path) -> None:
+    """The locks of the Trainium recipes pinned none, and those for a CPU had lines that were deleted by hand."""
+    recipe, lock = load(path), locks.read(locks.lock_path(path))
+    backend = make_backend(recipe.backend)
+    now = locks.with_toolchain(lock, backend.toolchain().as_dict(), backend.flags())
+    drift = set(keys(locks.check_locked(lock, now))) - {"toolchain.machine"}
+    assert drift == set(), f"run: tandem recipe lock {path.stem}"
+    assert {"tandem", "backend"} <= lock.toolchain.keys()
+    assert lock.flags == now.flags
+    assert lock.toolchain.keys().isdisjoint(locks.MACHINE_FACTS)

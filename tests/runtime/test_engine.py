@@ -1,4 +1,4 @@
-"""What the engine refuses before it runs anything, and that an answer is nobody else's business."""
+"""Prompts of every form, streams, and what the engine rejects before it runs anything."""
 
 import pytest
 
@@ -46,3 +46,82 @@ def test_a_sampled_answer_does_not_depend_on_its_neighbours(engine):
     beside = engine.generate([[5, 9, 3], deep], **how | {"max_new_tokens": limit})
     assert alone.tokens == beside[0].tokens
     assert longest + len(beside[1].tokens) > engine.length, "the neighbour was to reach the end"
+
+
+CHAT = [{"role": "user", "content": "Name a colour."}]
+
+
+def test_a_chat_is_answered_as_its_template_writes_it(engine):
+    """The template had to be applied by hand, one user message at a time."""
+    prompts = ["Name a colour.", CHAT, engine.text.chat("Name a colour.")]
+    plain, chat, ids = engine.generate(prompts, max_new_tokens=6)
+    assert chat.tokens == ids.tokens
+    assert chat.tokens != plain.tokens
+
+
+def test_a_chat_of_several_turns_has_them_all(engine):
+    turns = [*CHAT, {"role": "assistant", "content": "Red."}, {"role": "user", "content": "Another."}]
+    tokens = engine.text.encode_chat(turns)
+    assert tokens[: len(engine.text.encode_chat(CHAT)) - 1] == engine.text.encode_chat(CHAT)[:-1]
+    assert "Another." in engine.text.decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "where", "what"),
+    [(CHAT, "prompts", "found a message, expected a list of prompts"),
+     ([["Name a colour."]], "prompt 0", "found a list of texts"),
+     ([[*CHAT, 5]], "prompt 0", "found a list of texts"),
+     (["a", [{"role": "user"}]], "message 0", "a message without 'content'")],
+)  # fmt: skip
+def test_prompts_of_another_form_are_rejected(engine, prompts, where, what):
+    with pytest.raises(InputError, match=what) as caught:
+        engine.generate(prompts, max_new_tokens=4)
+    assert caught.value.where == where
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", CHAT, [5, 9, 3]])
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 3}, {"speculate": False}])
+def test_stream_gives_the_text_of_generate(engine, prompt, how):
+    pieces = list(engine.stream(prompt, max_new_tokens=12, **how))
+    assert "".join(pieces) == engine.generate([prompt], max_new_tokens=12, **how)[0].text
+    assert len(pieces) > 1
+    assert all(pieces)
+
+
+def test_stream_never_splits_a_character(engine, monkeypatch):
+    """Tokens of a byte-level vocabulary can hold a part of a character each."""
+    data = list("Hällo wörld 🎉!".encode())
+    monkeypatch.setattr(engine.text, "decode", lambda tokens: bytes(data[: len(tokens)]).decode(errors="replace"))
+    pieces = list(engine.stream([5, 9, 3], max_new_tokens=len(data)))
+    assert "".join(pieces) == bytes(data).decode()
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_stream_checks_its_settings_before_it_is_read(engine):
+    with pytest.raises(InputError, match="found 0"):
+        engine.stream("a", max_new_tokens=0)
+    with pytest.raises(InputError, match="vocabulary"):
+        engine.stream([10**6], max_new_tokens=4)
+
+
+def test_stream_that_another_call_overtook_ends_with_an_error(engine):
+    """Both calls write to the same cache rows: the stream would go on with the other answer's keys."""
+    stream = engine.stream([5, 9, 3], max_new_tokens=12)
+    next(stream)
+    expected = engine.generate([[7, 7]], max_new_tokens=4)
+    with pytest.raises(InputError, match="another call of this engine began"):
+        list(stream)
+    assert engine.generate([[7, 7]], max_new_tokens=4) == expected
+
+
+def test_engine_closes_at_the_end_of_its_block(engine, monkeypatch):
+    closed = []
+    monkeypatch.setattr(engine.batch, "close", lambda: closed.append(True))
+    with engine as same:
+        assert same is engine
+        assert not closed
+    assert closed == [True]
+    with pytest.raises(ZeroDivisionError), engine:
+        _ = 1 / 0
+    assert len(closed) == 2

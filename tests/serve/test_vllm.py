@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -161,6 +162,18 @@ def test_answers_are_those_of_the_engine(server: Server, artifact: Path) -> None
     # A last step that has room for one token fewer than the engine's is all that may differ.
     assert abs(counted["num_drafts"] - steps) <= 64
     assert server.process.poll() is None
+
+
+def test_the_example_of_an_openai_client(server: Server, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`examples/openai_client.py`: its streamed chat is what the engine answers."""
+    from pipeline import runtime
+
+    example = runpy.run_path(str(ROOT / "examples/openai_client.py"))
+    text = example["main"](f"http://127.0.0.1:{server.port}/v1")
+    with runtime.load(artifact) as engine:
+        [expected] = engine.generate([[{"role": "user", "content": "Hi"}]], max_new_tokens=8)
+    assert text == expected.text
+    assert capsys.readouterr().out.startswith("served: ")
 
 
 def test_an_artifact_of_two_ranks_is_served(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class InductorBackend:
     def __init__(self, settings: InductorSettings) -> None:
         self.device: str = settings.device
         self.isa: str = settings.isa
+        self.cxx = settings.cxx
         self.packing: Packing = PACKINGS[settings.packing]
 
     def toolchain(self) -> Toolchain:
@@ -95,12 +96,15 @@ class InductorBackend:
         return {"device": "cpu", "machine": platform.machine(), "isa": isa}
 
     def preflight(self) -> list[Problem]:
-        """Check for a C++ compiler on PATH, and a GPU if the recipe needs one."""
+        """Check for a C++ compiler on PATH, of the version that the recipe names, and a GPU if the recipe needs one."""
         problems = []
         if shutil.which(_cxx()) is None:
             problems.append(
                 Problem("backend.name", f"inductor needs a C++ compiler; {_cxx()!r} is not on PATH", "install g++")
             )
+        elif self.cxx is not None and not f"{_compiler_version()}.".startswith(f"{self.cxx}."):
+            what = f"the recipe needs version {self.cxx} of the C++ compiler; {_cxx()!r} is {_compiler_version()}"
+            problems.append(Problem("backend.cxx", what, "set CXX to such a compiler, or change backend.cxx"))
         if self.device == "cuda" and not torch.cuda.is_available():
             problems.append(Problem("backend.device", "device is cuda, but no GPU is available", "use device: cpu"))
         return problems

@@ -1,0 +1,99 @@
+"""Extras of the distribution: which are missing for a command, and the command that installs them.
+
+Imports none of their packages.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from pipeline.errors import HostError, no_string
+
+DISTRIBUTION = "tandem-spec"
+"""Name on PyPI. The name `tandem` belongs to another project there."""
+
+MODULES = {
+    "s3": ("obstore", "boto3"),
+    "hub": ("huggingface_hub",),
+    "sign": ("model_signing", "OpenSSL"),
+    "inductor": ("torch", "safetensors", "tokenizers", "transformers"),
+    "neuron": ("safetensors", "tokenizers", "transformers"),
+    "vllm": ("vllm",),
+}
+"""The modules by which an extra is recognised: those that its commands import first."""
+
+
+def require(extras: Iterable[str], where: str) -> None:
+    """Check that extras are installed; `where` names what needs them.
+
+    Raises:
+        HostError: some are not; the message names all of them, and the fix installs all of them.
+
+    """
+    no_string(extras, "extras", "extras")
+    missing = {extra: absent for extra in dict.fromkeys(extras) if (absent := _absent(extra))}
+    if missing:
+        names = ", ".join(dict.fromkeys(name for absent in missing.values() for name in absent))
+        raise HostError(f"packages not installed: {names}", where=where, fix=install_command(*missing))
+
+
+def missing_package(error: ModuleNotFoundError) -> HostError | None:
+    """Return the error for a failed import of an extra's package, with the command that installs it; else None."""
+    module = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, modules in MODULES.items() if module in modules), None)
+    if extra is None:
+        return None
+    names = ", ".join(dict.fromkeys((module, *_absent(extra))))
+    return HostError(f"packages not installed: {names}", where="this environment", fix=install_command(extra))
+
+
+def install_command(*extras: str) -> str:
+    """Return the command that installs extras into this environment, from the place that Tandem was installed from."""
+    return f"{_pip_install()} {shlex.join(_requirement(','.join(extras)))}"
+
+
+def _absent(extra: str) -> list[str]:
+    return [module for module in MODULES[extra] if find_spec(module) is None]
+
+
+def _pip_install() -> str:
+    """Return the command of this environment's installer: a plain `pip` can be that of another environment."""
+    found = shutil.which("pip")
+    if found is not None and Path(found).parent == Path(sys.executable).parent:
+        return "pip install"
+    python = shlex.quote(sys.executable)
+    return f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
+
+
+def _requirement(extras: str) -> list[str]:
+    """Return pip's arguments for Tandem with extras, as PEP 610 records where Tandem came from."""
+    origin = _origin()
+    url = str(origin.get("url", ""))
+    path = Path(unquote(urlsplit(url).path))
+    if not url or (url.startswith("file:") and not path.exists()):
+        return [f"{DISTRIBUTION}[{extras}]"]
+    if "dir_info" in origin:
+        return [*(["-e"] if origin["dir_info"].get("editable") else []), f"{path}[{extras}]"]
+    if "vcs_info" in origin:
+        url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
+    return [f"{DISTRIBUTION}[{extras}] @ {url}"]
+
+
+def _origin() -> dict[str, Any]:
+    """Return `direct_url.json` of the installed distribution; empty if it came from an index."""
+    try:
+        text = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
+    except metadata.PackageNotFoundError:  # this code runs from a folder that was never installed
+        folder = Path(__file__).parents[1]
+        is_clone = (folder / "pyproject.toml").is_file()
+        return {"url": folder.as_uri(), "dir_info": {"editable": True}} if is_clone else {}
+    return dict(json.loads(text)) if text else {}
