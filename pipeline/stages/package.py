@@ -150,7 +150,6 @@ def _add_provenance(folder: Path, files: dict[str, FileEntry], origin: Origin, c
     build = provenance.Build(recipe.name, created, *digests, origin.backend, origin.flags, origin.toolchain, inputs)
     subjects = {name: entry.sha256 for name, entry in files.items()}
     _write_json(folder / provenance.PROVENANCE, provenance.statement(build, subjects))
-
     _write_json(folder / provenance.SBOM, sbom(created, origin.toolchain))
     written = (provenance.PROVENANCE, provenance.SBOM)
     return files | {name: _entry(digest_file(folder / name)) for name in written}

@@ -55,7 +55,7 @@ def build(base, *, where, recipe=RECIPE):
     (base / "tiny.yaml").write_text(recipe)
     lines = [{"id": str(i), "class": "chat", "prompt": text} for i, text in enumerate(["a", "bc"])]
     (base / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = ["build", "tiny.yaml", "--out", "out", "--workers", "2"]
+    words = ["build", "tiny.yaml", "--out", "out", "--workers", "1"]
     return tandem(*words, where=where | {"TANDEM_CACHE": str(base / "cache")}, cwd=base)
 
 
