@@ -37,7 +37,11 @@ def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Seque
         if name in paths and not _odd_kind(paths[name]):
             paths.pop(name)
     faults = [f"{name}: missing" for name in listed.keys() - paths.keys()]
-    faults += [f"{name}: not in the manifest" for name in paths.keys() - listed.keys()]
+    known = artifact.manifest.files.keys()
+    faults += [
+        f"{name}: {'outside of the part that is verified' if name in known else 'not in the manifest'}"
+        for name in paths.keys() - listed.keys()
+    ]
     faults += [f"{name}: {kind}" for name, path in paths.items() if (kind := _odd_kind(path))]
     sound = {name: entry for name, entry in listed.items() if name in paths and not _odd_kind(paths[name])}
     faults += differences(root, sound, progress)

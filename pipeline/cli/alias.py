@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.cli.console import print_result
 from pipeline.cli.groups import Group
 from pipeline.cli.options import as_json
+from pipeline.cli.results import print_result
 from pipeline.registry.aliases import history, roll_back, set_alias
 from pipeline.registry.releases import parse_reference
 from pipeline.stores.base import open_store

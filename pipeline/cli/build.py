@@ -10,10 +10,11 @@ import click
 from pipeline.build import BuildSettings, run
 from pipeline.cache.local import default_root
 from pipeline.cache.remote import Remote
-from pipeline.cli.console import MIB, Console, print_json
+from pipeline.cli.console import MIB, Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import ARTIFACTS, recipe_path
+from pipeline.cli.results import print_json
 from pipeline.plan.lock import lock_path, pair_configs, read
 from pipeline.plan.plan import make_plan
 from pipeline.recipe import load

@@ -12,9 +12,10 @@ import click
 from pipeline.cache.collect import DAY_S, collect, entry_stats, folder_sizes, remove_unused
 from pipeline.cache.local import Cache, Kind, Stats, default_root
 from pipeline.cache.remote import Remote, RemoteCache, pull_all, push_all
-from pipeline.cli.console import MIB, Console, print_result
+from pipeline.cli.console import MIB, Console
 from pipeline.cli.groups import Group
 from pipeline.cli.options import as_json
+from pipeline.cli.results import print_result
 from pipeline.errors import HostError
 
 if TYPE_CHECKING:

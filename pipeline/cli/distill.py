@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.console import Console, print_json
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import recipe_path
+from pipeline.cli.results import print_json
 from pipeline.errors import InputError
 from pipeline.models.draft_kind import DraftMethod
 from pipeline.progress import Log

@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.cli.console import print_json
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json
 from pipeline.cli.paths import recipe_path
+from pipeline.cli.results import print_json
 from pipeline.doctor import diagnose
 from pipeline.errors import HostError
 from pipeline.recipe import load

@@ -11,10 +11,11 @@ import click
 
 from pipeline.artifact.host import host_facts
 from pipeline.cache.local import default_root
-from pipeline.cli.console import MIB, Console, print_json, print_result
+from pipeline.cli.console import MIB, Console
 from pipeline.cli.groups import Command, Group
 from pipeline.cli.options import as_json
 from pipeline.cli.paths import artifact_dir, recipe_path
+from pipeline.cli.results import print_json, print_result
 from pipeline.errors import InputError
 from pipeline.nxdi import build as stage
 from pipeline.nxdi import vllm_cache as caches

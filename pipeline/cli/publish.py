@@ -11,10 +11,11 @@ from typing import Any
 import click
 
 from pipeline.artifact import signing
-from pipeline.cli.console import MIB, Console, print_error, print_json, print_result
+from pipeline.cli.console import MIB, Console, print_error
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import artifact_dir
+from pipeline.cli.results import print_json, print_result
 from pipeline.errors import no_string
 from pipeline.registry.publish import Outcome, Place, PublishSettings, Sign, listed_places, publish_all
 

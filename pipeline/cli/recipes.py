@@ -9,10 +9,10 @@ import click
 
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import default_root
-from pipeline.cli.console import print_json, print_result
 from pipeline.cli.groups import Group
 from pipeline.cli.options import always_json, as_json
 from pipeline.cli.paths import RECIPES, recipe_path
+from pipeline.cli.results import print_json, print_result
 from pipeline.plan.lock import lock_path, make_lock, pair_configs, read, write
 from pipeline.plan.plan import make_plan
 from pipeline.recipe import load

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.console import MIB, Console, print_json, print_result
+from pipeline.cli.console import MIB, Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import file_patterns
+from pipeline.cli.results import print_json, print_result
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
 from pipeline.registry.pull import Selection
 from pipeline.registry.pull import pull as pull_release

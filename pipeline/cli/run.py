@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.console import Console, print_json
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected, recipe_option
 from pipeline.cli.paths import RECIPES, artifact_dir
+from pipeline.cli.results import print_json
 from pipeline.cli.trust import policy_of, policy_option
 
 

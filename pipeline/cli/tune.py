@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.console import Console, print_json
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import ARTIFACTS, artifact_dir, recipe_path
+from pipeline.cli.results import print_json
 from pipeline.cli.trust import policy_of, policy_option
 from pipeline.files.atomic import write_atomic
 from pipeline.models.draft_kind import DRAFT_KINDS

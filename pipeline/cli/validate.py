@@ -9,10 +9,11 @@ import click
 
 from pipeline.artifact.manifest import read, read_pair
 from pipeline.artifact.signing import check_artifact
-from pipeline.cli.console import Console, print_json
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, recipe_option
 from pipeline.cli.paths import RECIPES, artifact_dir
+from pipeline.cli.results import print_json
 from pipeline.cli.trust import policy_of, policy_option
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic

@@ -229,7 +229,7 @@ def test_missing_artifact_is_not_told_to_be_built_from_a_recipe_that_does_not_ex
 def test_missing_artifact_of_a_recipe_is_told_to_be_built(work):
     (work / "recipes").mkdir()
     (work / "recipes" / "mine.yaml").write_text(RECIPE)
-    assert "fix: make build RECIPE=mine" in invoke("inspect", "mine").stderr
+    assert "fix: tandem build mine" in invoke("inspect", "mine").stderr
 
 
 def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], click.Command]:
