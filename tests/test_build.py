@@ -29,7 +29,7 @@ from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import TEMP, remove
 from pipeline.graphs.packing import PACKINGS
 from pipeline.plan.plan import make_plan
-from pipeline.progress import no_progress
+from pipeline.progress import duration, no_progress
 from pipeline.recipe import load
 from pipeline.sources.pair import resolve_pair
 from pipeline.stages.shard import shard, shard_key
@@ -203,7 +203,7 @@ def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     target, draft = resolve_pair(changed, base=request.base, cache=request.cache / "sources")
     plan = make_plan(changed, target.config, draft.config)
     seconds = plan.compile_seconds(next(spec for spec in plan.graphs if spec.name == report.compiled[0]))
-    assert any(f"compile: 1 of 6 graphs, 2 at a time, about {seconds / 2:.0f} s; logs in" in line for line in said)
+    assert any(f"compile: 1 of 6 graphs, 2 at a time, about {duration(seconds / 2)}; logs in" in line for line in said)
 
 
 def test_prompt_lookup_switched_off_keeps_the_shards(built):

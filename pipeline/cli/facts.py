@@ -13,6 +13,7 @@ from pipeline.cli.words import counted, moment, number, size, value
 from pipeline.registry.card import facts
 
 BYTES = {"size", "size_bytes"}
+GATES = {True: "gates passed", False: "gates FAILED", None: "not validated"}
 
 
 def fields_of(manifest: Manifest, root: Path, *, has_signature: bool) -> dict[str, Cell]:
@@ -37,7 +38,7 @@ def signature_words(signer: Signer | str | None, *, present: bool) -> str:
     """Return what is known of an artifact's signature: its signer only after a check."""
     if signer is not None:
         return f"signed by {signer}"
-    return "has a signature, which was not checked (--require-signature KEY checks it)" if present else "not signed"
+    return "signature not checked (--require-signature)" if present else "not signed"
 
 
 def _other(manifest: Manifest) -> dict[str, Cell]:
@@ -105,3 +106,14 @@ def _file_rows(differences: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]
                 f"{count} removed" if how == "removed" else "",
                 "" if how == "removed" else f"{count} {how}",
             )
+
+
+def gate_warning(manifest: PairManifest) -> str | None:
+    """Return a warning about an artifact that failed its gates or was never validated; None if it passed."""
+    if manifest.passed:
+        return None
+    if manifest.validation is None:
+        return f"warning: {manifest.name} was not validated: `tandem validate` runs the gates"
+    failed = [name for name, findings in manifest.validation.get("gates", {}).items() if findings]
+    gates = f" ({', '.join(failed)})" if failed else ""
+    return f"warning: {manifest.name} failed its gates{gates}: `tandem report` shows what is wrong"

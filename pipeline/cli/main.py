@@ -15,7 +15,11 @@ from pipeline.errors import HostError, TandemError
 
 COMMANDS = [
     Lazy("build", "pipeline.cli.build:build", "Build RECIPE into a validated artifact."),
-    Lazy("plan", "pipeline.cli.build:plan", "Show the graphs and the memory per rank of RECIPE."),
+    Lazy(
+        "plan",
+        "pipeline.cli.build:plan",
+        "Show the graphs, memory and estimated compile times of RECIPE.",
+    ),
     Lazy("inspect", "pipeline.cli.artifacts:inspect", "Show what ARTIFACT holds and needs."),
     Lazy("verify", "pipeline.cli.artifacts:verify", "Check the files of ARTIFACT against its manifest."),
     Lazy("diff", "pipeline.cli.artifacts:diff", "Compare two artifacts or releases."),

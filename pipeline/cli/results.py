@@ -13,9 +13,9 @@ from pipeline.cli.console import end_bars, is_terminal
 from pipeline.cli.tables import COLOURS, Cell, Table, Verdict, of_fields, plain, wrapped
 
 
-def print_json(data: Any) -> None:
-    """Print a result as JSON."""
-    print_line(json.dumps(data, indent=1, default=str))
+def print_json(data: Any, *, one_line: bool = False) -> None:
+    """Print a result as JSON; on one line if it is mostly a long list."""
+    print_line(json.dumps(data, indent=None if one_line else 1, default=str))
 
 
 def print_line(text: str | Verdict) -> None:

@@ -191,11 +191,12 @@ def digest_files(root: Path, names: list[str], memo: Path | None, progress: Prog
         stat = (root / name).stat()
         stamp = known.get(name)
         if stamp is None or (stamp.size, stamp.mtime_ns, stamp.inode) != (stat.st_size, stat.st_mtime_ns, stat.st_ino):
-            progress(f"hashing {name}", done, total)
+            progress(f"hashing {root.name}", done, total)
             sha256 = sha256_file(root / name)
             stamp = FileStamp(size=stat.st_size, mtime_ns=stat.st_mtime_ns, inode=stat.st_ino, sha256=sha256)
         done += stat.st_size
         stamps[name] = stamp
+    progress(f"hashing {root.name}", total, total)
     if path and stamps != known:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, Memo(files=stamps).model_dump_json().encode())

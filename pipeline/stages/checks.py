@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.artifact.manifest import Artifact
 from pipeline.artifact.verify import check_host
@@ -12,11 +15,12 @@ from pipeline.plan.lock import Lock, check_locked, make_lock, read
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.progress import Log
 from pipeline.recipe.schema import Recipe
+from pipeline.runtime.text import Text
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.settings import BuildSettings
-from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.prompts import cut_warning, load_prompts, prompts_path
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,20 @@ def check_prompts(settings: BuildSettings) -> None:
     """
     if settings.validate:
         load_prompts(prompts_path(settings.recipe.validate_.prompts, settings.base))
+
+
+def warn_of_cut_prompts(settings: BuildSettings, tokenizer: Mapping[str, bytes]) -> None:
+    """Log a warning, before anything is compiled, if validation prompts do not fit the largest prefill bucket."""
+    if not settings.validate:
+        return
+    with tempfile.TemporaryDirectory(prefix="tandem-tokenizer-") as folder:
+        for name, data in tokenizer.items():
+            (Path(folder) / name).write_bytes(data)
+        text = Text(Path(folder))
+    prompts = load_prompts(prompts_path(settings.recipe.validate_.prompts, settings.base))
+    counts = [len(text.encode_prompt(prompt.text)) for prompt in prompts]
+    if warning := cut_warning(counts, settings.recipe.shapes.prefill[-1]):
+        settings.log(warning)
 
 
 def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
