@@ -46,12 +46,13 @@ def cache() -> None:
 def cache_push(console: Console, url: str, json_: bool) -> None:
     """Push compiled graphs to the shared cache at URL."""
     count = push_all(Cache(default_root(), "graphs"), Remote(url, "write").open(console.log))
-    print_result({"pushed": count}, f"pushed {counted(count, 'graph')} to {url}{_present(count)}", as_json=json_)
+    print_result(
+        {"pushed": count}, f"pushed {counted(count, 'graph')} to {url}{'' if count else ': none is new'}", as_json=json_
+    )
 
 
-def _present(count: int) -> str:
-    """Return what a count of none means: there may be no graph, or none that is new."""
-    return "" if count else ": no graph was missing there"
+def _pulled(count: int, url: str) -> str:
+    return f"pulled {counted(count, 'graph')} from {url}{'' if count else ': none is new for this toolchain'}"
 
 
 @cache.command("pull")
@@ -69,7 +70,7 @@ def cache_pull(console: Console, url: str, backend: str | None, json_: bool) -> 
         "toolchains": [{"toolchain": toolchain, "pulled": count} for toolchain, count in pulled],
     }
     lines = [
-        f"{_shown(toolchain)}: pulled {counted(count, 'graph')} from {url}{_present(count)}"
+        f"{_shown(toolchain)}: pulled {counted(count, 'graph')} from {url}{'' if count else ': none is new'}"
         for toolchain, count in pulled
     ]
     print_result(data, "\n".join(lines), as_json=json_)

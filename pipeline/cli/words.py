@@ -15,7 +15,7 @@ SHORT = 12
 def size(size_bytes: float) -> str:
     """Return a size with its unit: `10.8 MiB`."""
     unit = 0
-    while abs(size_bytes) >= 1024 and unit < len(UNITS) - 1:
+    while abs(size_bytes) >= 1000 and unit < len(UNITS) - 1:
         size_bytes, unit = size_bytes / 1024, unit + 1
     return f"{size_bytes:.0f} B" if unit == 0 else f"{size_bytes:.1f} {UNITS[unit]}"
 

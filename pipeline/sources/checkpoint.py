@@ -75,12 +75,14 @@ class Memo(Record):
 
 
 def open_checkpoint(
-    root: Path, *, revision: str = "", memo: Path | None = None, progress: Progress = no_progress
-) -> Checkpoint:
+    root: Path, *, revision: str = "", memo: Path | None = None, progress: Progress = no_progress,
+    read_weights: bool = True,
+) -> Checkpoint:  # fmt: skip
     """Open a folder in Hugging Face layout.
 
     The folder `memo` keeps digests of unchanged files, so that opening again reads no weights. Without a `revision`,
-    it is a digest over all files.
+    it is a digest over all files. Without `read_weights`, files of weights have no digest: enough for
+    checks.
 
     Raises:
         SourceError: no such folder, no config, pickled weights only, or a model that is not supported.
@@ -91,7 +93,8 @@ def open_checkpoint(
     config_json = read_config(root)
     weights = weight_files(root)
     names = [*CONFIG_FILES, *TOKENIZER_FILES, *((INDEX,) if (root / INDEX).is_file() else ()), *weights]
-    files = digest_files(root, [name for name in names if (root / name).is_file()], memo, progress)
+    present = [name for name in names if (root / name).is_file() and (read_weights or name not in weights)]
+    files = digest_files(root, present, memo, progress)
     config = config_of(config_json, str(root / "config.json"))
     return Checkpoint(root, config, config_json, files, revision or content_revision(files))
 
