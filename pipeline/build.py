@@ -93,8 +93,8 @@ def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ..
     with stage("sources: target and draft", log, progress):
         sources = resolved(settings, backend)
     plan = sources.plan
-    warn_of_cut_prompts(settings, sources.tokenizer)
     shards = shard(plan.pair.models, sources.pair, backend.packing, settings.cache, log, progress)
+    warn_of_cut_prompts(settings, sources.tokenizer)
     graphs = compile_plan(plan, CompileSettings(settings.cache, settings.workers, settings.remote), log, progress)
     parts = Parts(plan, sources.lock, tuple(graphs), shards, sources.tokenizer)
     with stage("package: graphs, weights and tokenizer", log, progress):

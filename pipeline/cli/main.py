@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -42,6 +43,11 @@ COMMANDS = [
     Lazy("vllm-args", "pipeline.cli.neuron:vllm_args", "Print the vLLM command for an NxD Inference package."),
     Lazy("vllm-cache", "pipeline.cli.neuron:vllm_cache", "Ship compile caches of vLLM's Neuron plugin."),
     Lazy("doctor", "pipeline.cli.doctor:doctor", "Check what this machine can build and run."),
+    Lazy(
+        "completion",
+        "pipeline.cli.completion:completion",
+        "Print or install the completion script of SHELL (default: the shell in $SHELL).",
+    ),
 ]
 """Every command: where it is, and its line in `tandem --help`, which is also the first sentence of its own help."""
 
@@ -52,6 +58,8 @@ class Tandem(LazyGroup):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; show a traceback only with -v."""
         console = ctx.ensure_object(Console)
+        if os.environ.get("NO_COLOR"):  # https://no-color.org; click does not read it
+            ctx.color = False
         try:
             return super().invoke(ctx)
         except TandemError as error:

@@ -20,7 +20,7 @@ from pipeline.cli.trust import policy_of, policy_option
 from pipeline.cli.words import counted, number
 
 if TYPE_CHECKING:
-    from pipeline.runtime.engine import Engine, Generation
+    from pipeline.runtime.engine import Generation
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ def run(console: Console, options: RunOptions) -> None:
         print_json(asdict(answer), one_line=True)
         return
     click.echo(stream.rest())
-    console.log(f"[{_answer_words(answer, options.max_new_tokens, engine)}]")
+    console.log(f"[{_answer_words(answer, options.max_new_tokens, len(tokens))}]")
 
 
-def _answer_words(answer: Generation, limit: int, engine: Engine) -> str:
+def _answer_words(answer: Generation, limit: int, prompt: int) -> str:
     """Return the length of an answer, why it ended, and what speculation gained."""
     steps = f"{counted(answer.steps, 'speculative step')}, tokens per step: "
     gain = f"{steps}{sum(answer.emitted_per_step) / answer.steps:.2f}" if answer.steps else "no speculative step"
@@ -97,7 +97,8 @@ def _answer_words(answer: Generation, limit: int, engine: Engine) -> str:
     elif len(answer.tokens) >= limit:
         end = "limit of --max-new-tokens"
     else:
-        end = f"the cache is full: {engine.length - 1} tokens of prompt and answer; build with a larger kv bucket"
+        whole = counted(prompt + len(answer.tokens), "token")
+        end = f"full cache ({whole} of prompt and answer); for longer answers, build a larger kv bucket"
     return f"{counted(len(answer.tokens), 'token')}; {gain}; ended by: {end}"
 
 

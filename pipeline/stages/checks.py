@@ -11,6 +11,7 @@ from pipeline.artifact.manifest import Artifact
 from pipeline.artifact.verify import check_host
 from pipeline.backends.base import Backend, make_backend
 from pipeline.errors import ArtifactError, PreflightError, RecipeError
+from pipeline.files.atomic import disk_errors
 from pipeline.plan.lock import Lock, check_locked, make_lock, read
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.progress import Log
@@ -62,7 +63,7 @@ def warn_of_cut_prompts(settings: BuildSettings, tokenizer: Mapping[str, bytes])
     """Log a warning, before anything is compiled, if validation prompts do not fit the largest prefill bucket."""
     if not settings.validate:
         return
-    with tempfile.TemporaryDirectory(prefix="tandem-tokenizer-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tandem-tokenizer-") as folder, disk_errors(Path(folder)):
         for name, data in tokenizer.items():
             (Path(folder) / name).write_bytes(data)
         text = Text(Path(folder))

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,19 +20,14 @@ import torch
 from click.testing import CliRunner, Result
 
 import pipeline
-from pipeline.backends.base import make_backend
-from pipeline.cache.local import Cache
-from pipeline.cache.remote import Remote, push_all
 from pipeline.cli.main import COMMANDS, main
 from pipeline.files.atomic import TEMP
 from pipeline.models.weights import NORM
-from pipeline.recipe.schema import InductorSettings, NeuronSettings
 from pipeline.runtime.text import StreamDecoder
 from support import small_artifacts as small
 from support.checkpoints import CONFIG, random_weights, write_checkpoint
 from support.families import write_tokenizer
 from support.hub_server import Repo, running
-from support.paths import TESTS
 from support.processes import heed_interrupts, members, wait_for
 
 TANDEM = "from pipeline.cli.main import main; main()"
@@ -420,55 +414,6 @@ def test_build_interrupted_ends_at_once_with_130(work):
     wait_for(lambda: not members(child.pid))
 
 
-def test_progress_off_a_terminal_is_plain_lines(work, capfd):
-    """No control codes, and -q leaves nothing but the result."""
-    from pipeline.cli.console import Console
-
-    console = Console()
-    for done in range(3):
-        console.progress("shard", done, 2)
-    console.log("package")
-    console.close()
-    Console(quiet=True).log("nothing")
-    captured = capfd.readouterr()
-    assert captured.err == "package\n"
-    assert captured.out == ""
-
-
-def test_progress_on_a_terminal_is_a_bar():
-    """Lines stay above the bar, and the bar is gone at the end."""
-    code = (
-        "import time\nfrom pipeline.cli.console import Console\nc = Console()\nc.progress('shard', 1, 2)\n"
-        "time.sleep(0.5)\nc.log('package [x]')\n"
-        "c.progress('shard', 2, 2)\nc.close()"
-    )
-    ours, theirs = os.openpty()
-    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, env=env)
-    os.close(theirs)
-    shown = os.read(ours, 1 << 16).decode()
-    os.close(ours)
-    assert "shard" in shown
-    assert "50%" in shown
-    assert "package [x]\r\n" in shown
-    assert "\x1b[2K" in shown, "the bar was never taken away"
-
-
-def test_transfer_tells_bytes_and_time_left(monkeypatch, capsys):
-    """Where no bar can be drawn, a plain line now and then."""
-    from pipeline.cli import console
-
-    now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    moved = console.Console().transfer("pull")
-    for second in range(0, 41, 4):
-        now[0] = float(second)
-        moved(second * console.MIB, 40 * console.MIB)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["  pull: 12.0 of 40.0 MiB, 28 s left", "  pull: 24.0 of 40.0 MiB, 16 s left",
-                     "  pull: 36.0 of 40.0 MiB, 4 s left"]  # fmt: skip
-
-
 def test_a_share_of_no_start_is_an_error():
     result = invoke("distill", "pico-spec", "--start-share", "0.2")
     assert result.exit_code == 2
@@ -509,82 +454,6 @@ def test_bad_input_is_one_clear_error(work, arguments, code, said):
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert isinstance(result.exception, SystemExit)
-
-
-KEY = "ab" * 32
-
-
-@pytest.fixture
-def neuron_sdk(tmp_path, monkeypatch) -> dict[str, str]:
-    """Distributions of the Neuron SDK and its compiler on the path; returns the toolchain that they are."""
-    fake = TESTS / "fake_neuron"
-    packages = tmp_path / "packages"
-    for name in ("torch", "torch-xla"):
-        about = packages / f"{name.replace('-', '_')}-2.9.0.dist-info"
-        about.mkdir(parents=True)
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.9.0\n")
-    for path in (fake, packages):
-        monkeypatch.syspath_prepend(str(path))
-    monkeypatch.setenv("PATH", os.pathsep.join([str(fake / "bin"), os.environ["PATH"]]))
-    return make_backend(NeuronSettings(name="neuron", target="trn2")).toolchain().as_dict()
-
-
-def share(folder: Path, toolchains: Sequence[dict[str, str]]) -> str:
-    """A shared cache with a graph of each toolchain."""
-    local = Cache(folder / "builder", "graphs")
-    for number, toolchain in enumerate(toolchains):
-        local.put(f"{number}{number}" * 32, b"graph", toolchain)
-    assert push_all(local, Remote(str(folder / "shared"), "write").open()) == len(toolchains)
-    return str(folder / "shared")
-
-
-def test_cache_pull_takes_the_graphs_of_every_installed_backend(work, neuron_sdk):
-    """It knew only inductor: on a machine with the Neuron SDK, it pulled nothing for it."""
-    inductor = make_backend(InductorSettings()).toolchain().as_dict()
-    url = share(work, [inductor, neuron_sdk, neuron_sdk | {"neuronx-cc": "1.0"}])
-    result = invoke("cache", "pull", url, "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {
-        "pulled": 2,
-        "toolchains": [{"toolchain": inductor, "pulled": 1}, {"toolchain": neuron_sdk, "pulled": 1}],
-    }
-    assert Cache(work / "cache", "graphs").get("11" * 32).read_bytes() == b"graph"
-
-
-def test_cache_pull_of_one_backend_says_which_toolchain(work, neuron_sdk):
-    inductor = make_backend(InductorSettings()).toolchain().as_dict()
-    result = invoke("cache", "pull", share(work, [inductor, neuron_sdk]), "--backend", "neuron")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("neuron (torch 2.9.0, ")
-    assert ", neuronx-cc 2.24.8799.0): pulled 1 graphs from " in result.stdout
-    assert Cache(work / "cache", "graphs").get("00" * 32) is None
-
-
-def test_cache_pull_of_a_backend_that_is_not_installed(work):
-    result = invoke("cache", "pull", "shared", "--backend", "neuron")
-    assert result.exit_code == 3
-    assert "backend neuron: " in result.stderr
-    assert "fix: `tandem doctor --backend neuron` lists every problem" in result.stderr
-
-
-def test_cache_stats_and_gc_count_by_kind(work):
-    """Goldens and memos were counted as graphs."""
-    for kind, size in (("graphs", 1 << 20), ("goldens", 2 << 20)):
-        Cache(work / "cache", kind).put(KEY, b"x" * size)
-    counted = json.loads(invoke("cache", "stats", "--json").stdout)
-    assert (counted["entries"], counted["size_bytes"]) == (1, 1 << 20)
-    assert counted["kinds"]["goldens"] == {"entries": 1, "size_bytes": 2 << 20}
-    line = "1 graphs, 1.0 MiB; 0 memos, 0.0 MiB; 1 goldens, 2.0 MiB"
-    assert f"{line} in {work / 'cache'}" in invoke("cache", "stats").stdout
-    removed = invoke("cache", "gc", "--max-gib", "0").stdout
-    assert removed == f"removed {line}; 0 blobs and shards, 0.0 MiB\n"
-
-
-def test_ls_of_nothing_says_so(work):
-    result = invoke("ls", "nowhere")
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert "no releases in nowhere" in result.stderr
-    assert not (work / "nowhere").exists()
 
 
 def test_pull_and_verify_a_part(work):
