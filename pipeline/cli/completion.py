@@ -37,11 +37,10 @@ def _place(shell: str) -> _Place:
 @click.argument("shell", required=False, type=click.Choice(SHELLS))
 @click.option("--install", is_flag=True, help="Write the script, and a line in the shell's startup file that reads it.")
 @as_json
-@click.pass_context
-def completion(context: click.Context, shell: str | None, install: bool, json_: bool) -> None:
-    """Print or install the completion script of SHELL (default: the shell in $SHELL)."""
+def completion(shell: str | None, install: bool, json_: bool) -> None:
+    """Print or install a script for shell completion. SHELL is bash, zsh or fish (default: the shell in $SHELL)."""
     shell = shell or _own_shell()
-    script = _script(context.find_root().command, shell)
+    script = _script(click.get_current_context().find_root().command, shell)
     if not install:
         print_json({"shell": shell, "script": script}) if json_ else print_line(script)
         return

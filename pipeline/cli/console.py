@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 MIB = 1 << 20
-COLOURED = {"warning:": "yellow", "passed": "green", "FAILED": "red"}
+STARTS = {"warning:": "yellow"}
+ENDS = {"passed": "green", "FAILED": "red"}
 """Words that a line may start or end with, and their colours."""
 
 
@@ -111,12 +112,12 @@ def end_bars() -> None:
 
 
 def coloured(line: str) -> str:
-    """Return a line with the word in colour that it starts or ends with, if that is a verdict or `warning:`."""
-    for word, colour in COLOURED.items():
-        if line.startswith(word):
-            return click.style(word, fg=colour) + line.removeprefix(word)
-        if line.endswith(f" {word}"):
-            return line.removesuffix(word) + click.style(word, fg=colour)
+    """Return a line with the word in colour that it starts or ends with, if that is `warning:` or a verdict."""
+    first, last = line.partition(" ")[0], line.rpartition(" ")[2]
+    if first in STARTS:
+        return click.style(first, fg=STARTS[first]) + line.removeprefix(first)
+    if last in ENDS:
+        return line.removesuffix(last) + click.style(last, fg=ENDS[last])
     return line
 
 

@@ -46,7 +46,7 @@ COMMANDS = [
     Lazy(
         "completion",
         "pipeline.cli.completion:completion",
-        "Print or install the completion script of SHELL (default: the shell in $SHELL).",
+        "Print or install a script for shell completion.",
     ),
 ]
 """Every command: where it is, and its line in `tandem --help`, which is also the first sentence of its own help."""

@@ -199,7 +199,8 @@ def digest_files(root: Path, names: list[str], memo: Path | None, progress: Prog
             stamp = FileStamp(size=stat.st_size, mtime_ns=stat.st_mtime_ns, inode=stat.st_ino, sha256=sha256)
         done += stat.st_size
         stamps[name] = stamp
-    progress(f"hashing {root.name}", total, total)
+    if stamps != known:
+        progress(f"hashing {root.name}", total, total)
     if path and stamps != known:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, Memo(files=stamps).model_dump_json().encode())
