@@ -71,9 +71,9 @@ class Console:
             self._bars = _bars()
             self._bars.start()
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total, share="")
+            self._tasks[what] = self._bars.add_task(what, total=None, share="")
         share = detail or (f"{100 * done / total:.0f}%" if done else "")
-        self._bars.update(self._tasks[what], completed=done, total=total, share=share)
+        self._bars.update(self._tasks[what], completed=done, total=total if done else None, share=share)
 
     def _erase(self, what: str) -> None:
         assert self._bars is not None

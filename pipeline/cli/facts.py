@@ -72,7 +72,7 @@ def _gates(manifest: Manifest) -> dict[str, Cell]:
     else:
         verdict = Verdict("FAILED" + "".join(f"; {name}: {found[0]}" for name, found in failed.items()), good=False)
     per_step = [f"{number(rate)} (K={k})" for k, rate in validation.get("tokens_per_step", {}).items()]
-    return {"gates": verdict} | ({"tokens per step": ", ".join(per_step)} if per_step else {})
+    return {"gates": verdict} | ({"tokens/step": ", ".join(per_step)} if per_step else {})
 
 
 def changes_of(differences: Mapping[str, Any], before: Manifest, after: Manifest) -> Table:
@@ -93,6 +93,8 @@ def _field_rows(differences: Mapping[str, Any]) -> Iterator[tuple[str, str, str]
 
 
 def _shown(name: str, found: Any) -> str:
+    if found is None:
+        return "-"
     last = name.rpartition(".")[2]
     return size(found) if last in BYTES and isinstance(found, int) else value(found)
 

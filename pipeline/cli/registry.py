@@ -78,8 +78,8 @@ def _pulled_words(pulled: Pulled, wanted: str) -> str:
 def ls(console: Console, url: str, json_: bool) -> None:
     """List the releases of a registry. URL/NAME lists the releases of one name.
 
-    A release has the digest of its artifact, which `tandem inspect` shows, or of each variant. `signature: yes` means
-    that there is a signature; `pull` and `verify` check it with --require-signature or --policy.
+    A release has the digest of its artifact, which `tandem inspect` shows, or of each variant. "signed" says that there
+    is a signature; `pull` and `verify` check whose it is, with --require-signature or --policy.
     """
     releases = _releases(url)
     if not releases:
@@ -102,7 +102,7 @@ def _releases(url: str) -> list[Listed]:
 
 
 def _listing(releases: Sequence[Listed]) -> Table:
-    headings = ("release", "digest", "built (UTC)", "size", "signature", "aliases", "variants")
+    headings = ("release", "digest", "built (UTC)", "size", "signed", "aliases", "variants")
     rows = [
         (
             f"{each.name}@{each.version}", ", ".join(each.digests), moment(each.created), size(each.size_bytes),
@@ -110,7 +110,7 @@ def _listing(releases: Sequence[Listed]) -> Table:
         )
         for each in releases
     ]  # fmt: skip
-    return Table(headings, rows, right=("size",))
+    return Table(headings, rows, right=("size",), whole=headings[:2])
 
 
 @click.command(cls=Command)

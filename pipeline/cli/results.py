@@ -40,7 +40,8 @@ def print_table(table: Table) -> None:
     if is_terminal(sys.stdout):
         from rich.console import Console as Terminal  # rich takes a third of the time of `tandem --help` to import
 
-        Terminal(file=sys.stdout, highlight=False).print(wrapped(table))
+        terminal = Terminal(file=sys.stdout, highlight=False)
+        terminal.print(wrapped(table, terminal.width))
         return
     for line in plain(table):
         click.echo(line)

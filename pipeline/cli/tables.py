@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 GAP = 2
+LEAST_WRAPPED = 10
+"""Characters that a column of wrapped cells has at least, before other columns are wrapped, too."""
+
 COLOURS = {True: "green", False: "red", None: "yellow"}
 
 
@@ -29,11 +32,12 @@ Cell = str | Verdict
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells below headings. Columns named in `right` hold numbers; without `headings`, no line for them."""
+    """Rows of cells below headings. Columns in `right` hold numbers; those in `whole` are not wrapped on a terminal."""
 
     headings: tuple[str, ...]
     rows: Sequence[Sequence[Cell]]
     right: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     show_headings: bool = True
 
 
@@ -58,17 +62,26 @@ def plain(table: Table) -> Iterator[str]:
         )
 
 
-def wrapped(table: Table) -> RichTable:
+def wrapped(table: Table, width: int) -> RichTable:
     """Return a table for rich, which wraps the cells to the width of the terminal."""
     from rich.table import Table as RichTable  # rich takes a third of the time of `tandem --help` to import
     from rich.text import Text
 
-    made = RichTable(
-        box=None, padding=(0, GAP, 0, 0), pad_edge=False, show_header=table.show_headings, header_style="bold"
-    )
-    for heading in table.headings:
-        made.add_column(Text(heading), justify="right" if heading in table.right else "left", overflow="fold")
+    made = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
+    made.show_header, made.header_style = table.show_headings, "bold"
+    for heading, least in zip(table.headings, _least_widths(table, width), strict=True):
+        justify: Literal["left", "right"] = "right" if heading in table.right else "left"
+        made.add_column(Text(heading), justify=justify, overflow="fold", min_width=least)
     for row in table.rows:
         styles = [COLOURS[cell.good] if isinstance(cell, Verdict) else "" for cell in row]
         made.add_row(*(Text(str(cell), style) for cell, style in zip(row, styles, strict=True)))
     return made
+
+
+def _least_widths(table: Table, width: int) -> list[int | None]:
+    """Return the widths that keep cells on one line; none on a narrow terminal, where rich would cut other cells."""
+    widest = [max((len(str(row[column])) for row in table.rows), default=0) for column in range(len(table.headings))]
+    keep = [heading in (*table.whole, *table.right) for heading in table.headings]
+    least = [size if kept else min(size, LEAST_WRAPPED) for size, kept in zip(widest, keep, strict=True)]
+    fits = sum(least) + GAP * len(least) <= width
+    return [size if kept and fits else None for size, kept in zip(least, keep, strict=True)]

@@ -25,6 +25,3 @@ def test_show_of_a_k_that_pays_is_a_table(capsys):
     shown = capsys.readouterr().out
     assert "no K is faster" not in shown
     assert shown.splitlines()[1].split() == ["K=2", "1.20x", "a", "decode", "step"]
-        ["step", "cost"],
-        ["K=2", "1.20x", "a", "decode", "step"],
-    ]
