@@ -58,7 +58,7 @@ class Tandem(LazyGroup):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; show a traceback only with -v."""
         console = ctx.ensure_object(Console)
-        if os.environ.get("NO_COLOR"):  # https://no-color.org; click does not read it
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":  # click reads neither
             ctx.color = False
         try:
             return super().invoke(ctx)

@@ -12,7 +12,8 @@ from pipeline.progress import Log, no_log
 from pipeline.recipe import load as load_recipe
 from pipeline.runtime.latency import Answer, TimedRequest, engine_answer, latency_of
 from pipeline.runtime.open import load
-from pipeline.validate.prompts import cut_warning, load_prompts, prompts_path
+from pipeline.validate.lengths import cut_warning
+from pipeline.validate.prompts import load_prompts, prompts_path
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def tune(
 
     """
     from pipeline.validate.gates.acceptance import acceptance_of, given_previous
-    from pipeline.validate.prompts import cut_warning
+    from pipeline.validate.lengths import cut_warning
 
     no_string(prompts, "prompts", "prompts")
     chosen = _spread(prompts, prompts_per_class)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.artifact.manifest import Artifact
 from pipeline.artifact.verify import check_host
 from pipeline.backends.base import Backend, make_backend
 from pipeline.errors import ArtifactError, PreflightError, RecipeError
-from pipeline.files.atomic import disk_errors
 from pipeline.plan.lock import Lock, check_locked, make_lock, read
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.progress import Log
 from pipeline.recipe.schema import Recipe
-from pipeline.runtime.text import Text
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.settings import BuildSettings
-from pipeline.validate.prompts import cut_warning, load_prompts, prompts_path
+from pipeline.validate.lengths import cut_warning, token_counts
+from pipeline.validate.prompts import load_prompts, prompts_path
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,8 @@ def warn_of_cut_prompts(settings: BuildSettings, tokenizer: Mapping[str, bytes])
     """Log a warning, before anything is compiled, if validation prompts do not fit the largest prefill bucket."""
     if not settings.validate:
         return
-    with tempfile.TemporaryDirectory(prefix="tandem-tokenizer-") as folder, disk_errors(Path(folder)):
-        for name, data in tokenizer.items():
-            (Path(folder) / name).write_bytes(data)
-        text = Text(Path(folder))
     prompts = load_prompts(prompts_path(settings.recipe.validate_.prompts, settings.base))
-    counts = [len(text.encode_prompt(prompt.text)) for prompt in prompts]
+    counts = token_counts(prompts, tokenizer)
     if warning := cut_warning(counts, settings.recipe.shapes.prefill[-1]):
         settings.log(warning)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,16 +47,6 @@ def load_prompts(path: Path) -> list[Prompt]:
         raise InputError("no prompts", where=str(path), fix=FIX)
     _check_ids(prompts, path)
     return list(prompts.values())
-
-
-def cut_warning(counts: Sequence[int], longest: int) -> str | None:
-    """Return a warning with its remedy if prompts of these token counts exceed the largest prefill bucket, or None."""
-    cut = [count for count in counts if count > longest]
-    if not cut:
-        return None
-    what = f"{len(cut)} of {len(counts)} prompts are longer than the largest prefill bucket"
-    fix = f"add a prefill bucket of {max(cut)} to the recipe, or shorten the prompts"
-    return f"warning: {what}; only their last {longest} tokens run; {fix}"
 
 
 def _prompt(line: str, number: int, path: Path) -> Prompt:

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.validate.prompts import SHIPPED, Prompt, cut_warning, load_prompts
+from pipeline.validate.prompts import SHIPPED, Prompt, load_prompts
 
 
 def refusal(tmp_path, *lines: str) -> InputError:
@@ -53,12 +53,3 @@ def test_two_prompts_with_one_id_are_refused(tmp_path):
 
 def test_shipped_prompts_load():
     assert len(load_prompts(SHIPPED)) > 16
-
-
-def test_cut_warning_counts_the_prompts_and_names_the_remedy():
-    """34 of 65 prompts were cut, and only the page said so."""
-    assert cut_warning([10, 128], 128) is None
-    assert cut_warning([10, 129, 200], 128) == (
-        "warning: 2 of 3 prompts are longer than the largest prefill bucket; only their last 128 tokens run; "
-        "add a prefill bucket of 200 to the recipe, or shorten the prompts"
-    )
