@@ -53,7 +53,7 @@ def headlines(report: Report) -> list[tuple[str, str]]:
         rows.append(("sampling", _exact_tests([test.p_value for test in report.distribution.tests])))
     rows += [(f"tokens per step (K={a.draft_tokens})", f"{a.tokens_per_step:.2f}") for a in report.acceptance]
     rows.append(("speed-up, measured once; other load changes it", show(report.speed.measured_speedup)))
-    rows.append(("speed-up, from acceptance and the draft's size", show(report.speed.expected_speedup)))
+    rows.append(("speed-up, from acceptance and draft size", show(report.speed.expected_speedup)))
     if cut := report.tested.cut_prompts:
         longest = f"longer than the largest prefill bucket of {report.tested.prefill[-1]} tokens, only their ends ran"
         rows.append(("prompts that were cut", f"{len(cut)} of {report.tested.prompts}: {longest}"))
