@@ -52,7 +52,7 @@ def shard(
             log("shard: the shards are cached")
             return Shards(root, tuple(cached))
         ranks = "1 rank" if models.tp == 1 else f"{models.tp} ranks"
-        with stage(f"shard: weights for {ranks}", log), atomic_dir(root) as folder:
+        with stage(f"shard: weights for {ranks}", log, progress), atomic_dir(root) as folder:
             written = write_shards(
                 models, *pair, folder, packing=packing, progress=lambda done, total: progress("shard", done, total)
             )

@@ -12,7 +12,7 @@ from pipeline.artifact.reports import add_reports
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import Cache, default_root
 from pipeline.errors import GateError
-from pipeline.progress import Log, Progress, duration, no_progress, stage
+from pipeline.progress import Log, Progress, duration, no_progress, stage, working
 from pipeline.recipe import Recipe
 from pipeline.recipe import load as load_recipe
 from pipeline.runtime.engine import Engine
@@ -44,9 +44,10 @@ def validate(
     prompts = load_prompts(prompts_path(recipe.validate_.prompts, base))
     started = time.monotonic()
     engine = load(root)
+    inputs = GateInputs(engine, recipe, prompts, (target, draft), Cache(cache, "goldens"), log, progress)
     try:
-        gates = run_gates(GateInputs(engine, recipe, prompts, (target, draft), Cache(cache, "goldens"), log, progress))
-        whole = make_report(gates, make_backend(engine.manifest.backend).host())
+        with working(f"validate: {len(prompts)} prompts", progress):
+            whole = make_report(run_gates(inputs), make_backend(engine.manifest.backend).host())
     finally:
         engine.close()
     store_reports(root, whole)
