@@ -32,7 +32,10 @@ TANDEM = (
     Variable("TANDEM_KEY_PASSWORD", "`tandem publish --sign`, `tandem sign --key`", "password of the private key", "the key has no password"),
     Variable("TANDEM_ARTIFACT", "vLLM with Tandem's plugin", "folder of the artifact to serve; `tandem serve` sets it", "a folder that `vllm serve` names"),
     Variable("TANDEM_COMPILE_TIMEOUT_S", "backend `neuron`", "time limit of one run of neuronx-cc, in seconds", "`14400`"),
-    Variable("_TANDEM_COMPLETE", "the command `tandem`", "shell completion: `bash_source`, `zsh_source` or `fish_source` prints the script", "no completion"),
+    Variable("NO_COLOR", "every command", "no colour on a terminal, with any value", "colour on a terminal"),
+    Variable("TERM", "every command", "`dumb`: no bars and no colour, as without a terminal", "set by the terminal"),
+    Variable("SHELL", "`tandem completion`", "shell whose script is printed or installed, if none is named", "set by the login"),
+    Variable("_TANDEM_COMPLETE", "the command `tandem`", "set by the script of `tandem completion`: the shell that asks", "no completion"),
 )  # fmt: skip
 BUILD = (
     Variable("CXX", "backend `inductor`", "C++ compiler; another compiler makes a build stale", "PyTorch's search: `g++`"),

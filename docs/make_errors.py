@@ -18,8 +18,8 @@ problems prints each of them. `-v` adds the traceback.
 
 ```console
 $ tandem inspect missing
-wrong input: artifacts: no artifact 'missing'
-  fix: name an artifact's folder; artifacts here: none
+wrong input: ARTIFACT: no artifact 'missing': no folder `missing` or `artifacts/missing`
+  fix: name an artifact's folder; in artifacts/: none
 ```
 
 ## Exit codes

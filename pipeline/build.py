@@ -17,6 +17,7 @@ from pipeline.artifact.verify import check_replaceable
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import default_root
 from pipeline.files.atomic import check_writable
+from pipeline.progress import stage
 from pipeline.recipe import Recipe, load
 from pipeline.stages.settings import BuildSettings
 from pipeline.stages.stamp import Stamp, build_lock, fingerprint
@@ -82,7 +83,7 @@ def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ..
     """Run every stage, cheap checks first; return the names of the compiled and of the cached graphs."""
     make_backend(settings.recipe.backend)  # an error that names its packages, if the imports below would fail
     # The stages import torch, which a build that finds nothing changed does not need.
-    from pipeline.stages.checks import check_prompts, resolved, runs_here, usable_backend
+    from pipeline.stages.checks import check_prompts, resolved, runs_here, usable_backend, warn_of_cut_prompts
     from pipeline.stages.compile import CompileSettings, compile_plan
     from pipeline.stages.package import Parts, package
     from pipeline.stages.shard import shard
@@ -91,15 +92,16 @@ def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ..
     recipe, log, progress = settings.recipe, settings.log, settings.progress
     backend = usable_backend(recipe)
     check_prompts(settings)
-    log("sources: target and draft")
-    sources = resolved(settings, backend)
+    with stage("sources: target and draft", log, progress):
+        sources = resolved(settings, backend)
     plan = sources.plan
     shards = shard(plan.pair.models, sources.pair, backend.packing, settings.cache, log, progress)
+    warn_of_cut_prompts(settings, sources.tokenizer)
     graphs = compile_plan(plan, CompileSettings(settings.cache, settings.workers, settings.remote), log, progress)
-    log("package")
     parts = Parts(plan, sources.lock, tuple(graphs), shards, sources.tokenizer)
-    artifact = package(settings.out, parts, backend, settings.cache)
+    with stage("package: graphs, weights and tokenizer", log, progress):
+        artifact = package(settings.out, parts, backend, settings.cache)
     if settings.validate and runs_here(backend, artifact, log):
-        validate(artifact.root, *sources.pair, settings.base, settings.cache, log)
+        validate(artifact.root, *sources.pair, settings.base, settings.cache, log, progress)
     built = tuple(graph.spec.name for graph in graphs if not graph.hit)
     return built, tuple(graph.spec.name for graph in graphs if graph.hit)

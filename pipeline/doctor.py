@@ -67,17 +67,22 @@ def _recipe(diagnosis: Diagnosis, recipe: Recipe, path: Path) -> None:
         diagnosis.problems += error.problems
         return
     largest = max(plan.compile_memory(spec) for spec in plan.graphs)
+    ranks = plan.pair.models.tp
     diagnosis.facts["recipe"] = {
-        "graphs": f"{len(plan.graphs)}, compiled for {plan.pair.models.tp} rank(s)",
-        "memory on a rank": f"{plan.memory.total / GIB:.1f} GiB{_limit(plan)}",
+        "graphs": f"{len(plan.graphs)}, compiled for {ranks} {'rank' if ranks == 1 else 'ranks'}",
+        "memory on a rank": f"{_size(plan.memory.total)}{_limit(plan)}",
         "memory to compile": f"{largest / GIB:.1f} GiB for the largest graph (estimate)",
-        "artifact": f"{plan.artifact_bytes / GIB:.1f} GiB",
+        "artifact": f"{_size(plan.artifact_bytes)} (estimate)",
     }
     diagnosis.problems += _shortages(plan, largest)
 
 
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB // 10 else f"{size_bytes / (GIB >> 10):.1f} MiB"
+
+
 def _limit(plan: Plan) -> str:
-    return "" if plan.memory_limit is None else f" of {plan.memory_limit / GIB:.0f} on a core"
+    return "" if plan.memory_limit is None else f" of {plan.memory_limit / GIB:.0f} GiB on a core"
 
 
 def _shortages(plan: Plan, largest: int) -> Iterator[Problem]:

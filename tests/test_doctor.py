@@ -34,8 +34,8 @@ def test_diagnose_without_the_sdk_says_what_is_missing_and_where_it_is(large):
     assert "torch-neuronx, neuronx-distributed, libneuronxla, neuronx-cc" in what
     assert "--extra-index-url https://pip.repos.neuron.amazonaws.com" in fix
     assert found.facts["device"] == {"device": "none"}
-    assert found.facts["recipe"]["graphs"].endswith("compiled for 64 rank(s)")
-    assert found.facts["recipe"]["memory on a rank"].endswith("GiB of 24 on a core")
+    assert found.facts["recipe"]["graphs"].endswith("compiled for 64 ranks")
+    assert found.facts["recipe"]["memory on a rank"].endswith("GiB of 24 GiB on a core")
 
 
 def test_diagnose_of_a_model_that_does_not_fit_its_cores(large, tmp_path):

@@ -28,6 +28,7 @@ from pipeline.serve.requests import RequestSlots
 from pipeline.sources import checkpoint, tensors
 from pipeline.stores.hub import HubStore
 from pipeline.stores.objects import ObjectStore
+from pipeline.validate import lengths
 from pipeline.validate.gates import acceptance
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
@@ -76,6 +77,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "stores.hub.HubStore.send(paths)": lambda value: HubStore.send(UNUSED, UNUSED, value, UNUSED),
     "stores.objects.ObjectStore.send(paths)": lambda value: ObjectStore.send(UNUSED, UNUSED, value, UNUSED),
     "validate.gates.acceptance.acceptance_of(prompts)": lambda value: acceptance.acceptance_of(value, [], 1),
+    "validate.lengths.token_counts(prompts)": lambda value: lengths.token_counts(value, {}),
 }
 OTHERS: dict[str, Callable[[Any], object]] = {
     "distill.settings.DistillSettings(layers)": lambda value: distil(layers=value),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,14 +59,22 @@ class Rule(Record):
     signed_by: Annotated[tuple[Signer, ...], Field(min_length=1)]
 
 
+@dataclass(frozen=True)
+class Accepted:
+    """A signature that a policy accepts, and its signer."""
+
+    signature: bytes
+    signer: Signer
+
+
 class Policy(Record):
     """Rules for signatures. The first rule that matches decides; a release without a matching rule is rejected."""
 
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
     _base: Path = Path()
 
-    def check(self, manifest: bytes, signatures: Sequence[bytes], where: str) -> bytes:
-        """Return the first signature that this policy accepts.
+    def check(self, manifest: bytes, signatures: Sequence[bytes], where: str) -> Accepted:
+        """Return the first signature that this policy accepts, with its signer.
 
         Raises:
             ArtifactError: no signature, or none by an accepted signer.
@@ -81,7 +90,7 @@ class Policy(Record):
             for signer in rule.signed_by:
                 fault = _fault(manifest, data, signer, self._base)
                 if fault is None:
-                    return data
+                    return Accepted(data, signer)
                 faults.append(fault)
         what = f"not signed by {signers}: {'; '.join(dict.fromkeys(faults))}"
         raise ArtifactError(what, where=where, fix="do not use this artifact")
@@ -199,19 +208,24 @@ def _signer(key: Path | None, password: str | None, token: str | None, where: st
         raise InputError(f"unusable private key: {reason(error)}", where=str(key), fix=fix) from error
 
 
-def check_artifact(root: Path, policy: Policy) -> None:
-    """Check the signature of an artifact on disk against a policy; `artifact.verify` checks its files.
+def check_artifact(root: Path, policy: Policy) -> Signer:
+    """Return who signed an artifact on disk, checked against a policy; `artifact.verify` checks its files.
 
     Raises:
         ArtifactError: no signature, or none by an accepted signer.
 
     """
     manifest = read(root).manifest
-    path = root / SIGNATURE
-    signatures = [path.read_bytes()] if path.is_file() and not path.is_symlink() else []
+    signatures = [(root / SIGNATURE).read_bytes()] if has_signature(root) else []
     where = f"{manifest.name}@{manifest.version}"
-    policy.check((root / MANIFEST).read_bytes(), signatures, where)
+    accepted = policy.check((root / MANIFEST).read_bytes(), signatures, where)
     policy.check_builder(lambda: _own_provenance(root, manifest), where)
+    return accepted.signer
+
+
+def has_signature(root: Path) -> bool:
+    """Whether a signature lies beside an artifact's manifest; it may be anyone's, over anything."""
+    return (root / SIGNATURE).is_file() and not (root / SIGNATURE).is_symlink()
 
 
 def _own_provenance(root: Path, manifest: Manifest) -> bytes:

@@ -21,6 +21,8 @@ ISA_ORDER = ("default", "avx2", "avx512")
 LOADED_WITH = ("torch", "cuda", "neuronx-cc", "neuronx-distributed")
 """Parts of a toolchain that loading requires, in the same major.minor; the others are for compiling."""
 
+OUTSIDE = "outside of the part that is verified"
+
 
 def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Sequence[str] | None = None) -> Artifact:
     """Check size and sha256 of every file, and that no file is missing or extra; with `only`, of a pulled part.
@@ -37,12 +39,15 @@ def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Seque
         if name in paths and not _odd_kind(paths[name]):
             paths.pop(name)
     faults = [f"{name}: missing" for name in listed.keys() - paths.keys()]
-    faults += [f"{name}: not in the manifest" for name in paths.keys() - listed.keys()]
+    unlisted, known = paths.keys() - listed.keys(), artifact.manifest.files.keys()
+    outside = unlisted & known
+    faults += [f"{name}: {OUTSIDE if name in known else 'not in the manifest'}" for name in unlisted]
     faults += [f"{name}: {kind}" for name, path in paths.items() if (kind := _odd_kind(path))]
     sound = {name: entry for name, entry in listed.items() if name in paths and not _odd_kind(paths[name])}
     faults += differences(root, sound, progress)
     if faults:
-        raise ArtifactError("; ".join(sorted(faults)), where=str(root), fix=AGAIN)
+        fix = AGAIN if len(faults) > len(outside) else "verify the whole artifact: leave out --only"
+        raise ArtifactError("; ".join(sorted(faults)), where=str(root), fix=fix)
     return artifact
 
 

@@ -6,12 +6,14 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.cli.console import print_result
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Group
 from pipeline.cli.options import as_json
-from pipeline.registry.aliases import history, roll_back, set_alias
+from pipeline.cli.results import print_json, print_result, print_table
+from pipeline.cli.tables import Table
+from pipeline.cli.words import moment
+from pipeline.registry.aliases import history, list_aliases, roll_back, set_alias
 from pipeline.registry.releases import parse_reference
-from pipeline.stores.base import open_store
 
 
 @click.group(cls=Group)
@@ -34,12 +36,18 @@ def alias_set(reference: str, alias_name: str, json_: bool) -> None:
 @alias.command("list")
 @click.argument("reference")
 @as_json
-def alias_list(reference: str, json_: bool) -> None:
+@click.pass_obj
+def alias_list(console: Console, reference: str, json_: bool) -> None:
     """List the aliases of a name with their releases. REFERENCE is REGISTRY/NAME."""
     ref = parse_reference(reference)
-    aliases = open_store(ref.url).aliases(ref.name)
-    lines = (f"{name} -> {version or 'damaged; set it again'}" for name, version in aliases.items())
-    print_result(aliases, "\n".join(lines), as_json=json_)
+    aliases = list_aliases(ref.url, ref.name)
+    if json_:
+        print_json(aliases)
+    elif aliases:
+        rows = [(name, version or "damaged; set it again") for name, version in aliases.items()]
+        print_table(Table(("alias", "release"), rows))
+    else:
+        console.log(f"{ref.name} has releases, and no aliases")
 
 
 @alias.command("history")
@@ -49,8 +57,11 @@ def alias_history(reference: str, json_: bool) -> None:
     """List the releases that an alias has pointed at, newest first. REFERENCE is REGISTRY/NAME@ALIAS."""
     ref = parse_reference(reference)
     moves = history(ref.url, ref.name, ref.wanted).moves
-    lines = (f"{move.version}  {move.when}  {move.who}".rstrip() for move in moves)
-    print_result([asdict(move) for move in moves], "\n".join(lines), as_json=json_)
+    if json_:
+        print_json([asdict(move) for move in moves])
+        return
+    rows = [(move.version, moment(move.when) or "unknown", move.who or "unknown") for move in moves]
+    print_table(Table(("release", "set (UTC)", "by"), rows))
 
 
 @alias.command("rollback")

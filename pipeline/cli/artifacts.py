@@ -8,17 +8,19 @@ from typing import Any
 import click
 
 from pipeline.artifact.manifest import PairManifest, part, read, select
-from pipeline.artifact.signing import check_artifact
+from pipeline.artifact.signing import check_artifact, has_signature
 from pipeline.artifact.verify import verify as verify_files
-from pipeline.cli.console import MIB, Console, print_fields, print_json, print_result
+from pipeline.cli.console import Console
+from pipeline.cli.facts import changes_of, fields_of, signature_words
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json
 from pipeline.cli.paths import artifact_dir, file_patterns
+from pipeline.cli.results import print_fields, print_json, print_line, print_table
+from pipeline.cli.tables import Verdict
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
-from pipeline.registry.card import body, facts
+from pipeline.cli.words import counted, size
+from pipeline.registry.card import body
 from pipeline.registry.releases import compare, manifest_of
-
-VERDICTS = {True: "passed", False: "FAILED", None: "not validated"}
 
 
 @click.command(cls=Command)
@@ -30,14 +32,12 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
     root = artifact_dir(artifact)
     manifest = read(root).manifest
     if markdown:
-        click.echo(body(manifest, {"": manifest}))
+        print_line(body(manifest, {"": manifest}))
     elif json_:
         derived = _derived(manifest) if isinstance(manifest, PairManifest) else {}
         print_json(manifest.model_dump(mode="json") | derived)
-    elif isinstance(manifest, PairManifest):
-        print_fields(_fields(manifest, root), width=12)
     else:
-        print_fields(facts(manifest), width=16)
+        print_fields(fields_of(manifest, root, has_signature=has_signature(root)))
 
 
 def _derived(manifest: PairManifest) -> dict[str, Any]:
@@ -47,17 +47,6 @@ def _derived(manifest: PairManifest) -> dict[str, Any]:
         "method": manifest.draft_kind.method, "draft_tokens": manifest.draft_tokens, "sampling": manifest.sampling,
         "candidates": manifest.pair.candidates, "shapes": manifest.shapes.model_dump(mode="json"),
         "vocab": manifest.vocab, "eos_ids": manifest.eos_ids,
-    }  # fmt: skip
-
-
-def _fields(manifest: PairManifest, root: Path) -> dict[str, Any]:
-    return {
-        "artifact": f"{manifest.name} {manifest.version}", "path": root, "created": manifest.created,
-        "needs": manifest.requires, "toolchain": manifest.toolchain, "ranks": manifest.ranks,
-        "dtype": manifest.dtype + (f", weights {manifest.weights}" if manifest.weights else ""),
-        "K": list(manifest.draft_tokens), "sampling": list(manifest.sampling),
-        "candidates": manifest.pair.candidates or "all", "graphs": len(manifest.graphs),
-        "files": f"{len(manifest.files)}, {manifest.size_bytes / MIB:.1f} MiB", "gates": VERDICTS[manifest.passed],
     }  # fmt: skip
 
 
@@ -78,13 +67,18 @@ def verify(
     """Check the files of ARTIFACT against its manifest. Required signatures are checked, too."""
     root = artifact_dir(artifact)
     policy = policy_of(policy_file, identity, issuer)
-    if policy is not None:
-        check_artifact(root, policy)
+    signer = None if policy is None else check_artifact(root, policy)
     patterns = part(read(root).manifest, file_patterns(only), str(root))
     manifest = verify_files(root, lambda done, total: console.progress("verify", done, total), only=patterns).manifest
-    count = len(select(manifest, patterns))
-    data = {"name": manifest.name, "version": manifest.version, "files": count, "signed": policy is not None}
-    print_result(data, f"{manifest.name} {manifest.version}: {count} files match", as_json=json_)
+    chosen = select(manifest, patterns)
+    data = {"name": manifest.name, "version": manifest.version, "files": len(chosen), "signed": policy is not None}
+    if json_:
+        print_json(data)
+        return
+    files = f"{len(chosen)} of {counted(len(manifest.files), 'file')}" if patterns else counted(len(chosen), "file")
+    match = f"{files} match the manifest, {size(sum(entry.size for entry in chosen.values()))}"
+    text = f"{manifest.name} {manifest.version}: {match}; {signature_words(signer, present=has_signature(root))}"
+    print_line(Verdict(text, good=True))
 
 
 @click.command(cls=Command)
@@ -99,9 +93,8 @@ def diff(first: str, second: str, variant: str | None, json_: bool) -> None:
     if json_:
         print_json(differences)
         return
-    for how, names in differences["graphs"].items():
-        click.echo("".join(f"graph {how}: {name}\n" for name in names), nl=False)
-    for field, values in differences["fields"].items():
-        click.echo(f"{field}: {values['from']} -> {values['to']}")
-    for top, changes in differences["files"].items():
-        click.echo(f"{top}: " + ", ".join(f"{len(names)} {how}" for how, names in changes.items()))
+    shown = changes_of(differences, before, after)
+    if not shown.rows:
+        print_line(f"no difference: {before.name} {before.version} and {after.name} {after.version} are equal")
+        return
+    print_table(shown)

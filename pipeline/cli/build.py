@@ -7,15 +7,22 @@ from pathlib import Path
 
 import click
 
-from pipeline.build import BuildSettings, run
+from pipeline.artifact.manifest import Manifest
+from pipeline.artifact.manifest import read as read_manifest
+from pipeline.build import BuildReport, BuildSettings, run
 from pipeline.cache.local import default_root
 from pipeline.cache.remote import Remote
-from pipeline.cli.console import MIB, Console, print_json
+from pipeline.cli.console import Console
+from pipeline.cli.facts import GATES
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import ARTIFACTS, recipe_path
+from pipeline.cli.results import print_json, print_line, print_table
+from pipeline.cli.tables import Table, Verdict
+from pipeline.cli.words import counted, size
 from pipeline.plan.lock import lock_path, pair_configs, read
-from pipeline.plan.plan import make_plan
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.progress import duration
 from pipeline.recipe import load
 
 
@@ -62,18 +69,26 @@ def build(console: Console, options: BuildOptions) -> None:
     ))  # fmt: skip
     if options.json_:
         print_json(asdict(report))
-    elif report.fresh:
-        click.echo(f"{report.artifact}: nothing changed ({report.seconds:.2f} s)")
-    else:
-        counts = f"{len(report.compiled)} graphs compiled, {len(report.reused)} from the cache"
-        click.echo(f"{report.artifact}: {counts} ({report.seconds:.0f} s)")
+        return
+    manifest = read_manifest(report.artifact).manifest
+    print_line(Verdict(_built(report, manifest), good=manifest.passed))
+
+
+def _built(report: BuildReport, manifest: Manifest) -> str:
+    """Return what was built, where it lies, and whether it may be published."""
+    graphs = f"{counted(len(report.compiled), 'graph')} compiled, {len(report.reused)} from the cache"
+    what = "nothing changed" if report.fresh else graphs
+    done = "is up to date" if report.fresh else "built"
+    name = f"{manifest.name} {manifest.version}"
+    start = f"{name} {done}" if report.fresh else f"{done} {name}"
+    return f"{start} in {report.artifact}: {what}; {GATES[manifest.passed]} ({duration(report.seconds)})"
 
 
 @click.command(cls=Command)
 @click.argument("recipe")
 @as_json
 def plan(recipe: str, json_: bool) -> None:
-    """Show the graphs and the memory per rank of RECIPE. With a lock, no weights are read."""
+    """Show the graphs, memory and estimated compile times of RECIPE. With a lock, no weights are read."""
     path = recipe_path(recipe)
     parsed = load(path)
     if lock_path(path).is_file():
@@ -88,8 +103,22 @@ def plan(recipe: str, json_: bool) -> None:
     if json_:
         print_json({"graphs": [spec.name for spec in planned.graphs], "memory_bytes_per_rank": memory})
         return
-    click.echo(f"{parsed.name}: {len(planned.graphs)} graphs, {planned.pair.models.tp} rank(s)")
-    for spec in planned.graphs:
-        click.echo(f"  {spec.name}")
-    for name, size_bytes in memory.items():
-        click.echo(f"  {name.replace('_', ' '):<16}{size_bytes / MIB:>12,.1f} MiB per rank")
+    print_line(
+        f"{parsed.name}: {counted(len(planned.graphs), 'graph')} for {counted(planned.pair.models.tp, 'rank')}\n"
+    )
+    print_table(_graphs(planned))
+    print_line("")
+    memory_rows = [(name.replace("_", " "), size(size_bytes)) for name, size_bytes in memory.items()]
+    print_table(Table(("memory of a rank", "size"), memory_rows, right=("size",)))
+    core_s = sum(planned.compile_seconds(spec) for spec in planned.graphs)
+    files = f"about {size(planned.artifact_bytes)} of files"
+    print_line(f"\nto compile: about {duration(core_s)} of one core if no graph is cached; {files} (estimates)")
+
+
+def _graphs(planned: Plan) -> Table:
+    headings = ("graph", "time to compile", "memory to compile")
+    rows = [
+        (spec.name, f"about {duration(planned.compile_seconds(spec))}", f"about {size(planned.compile_memory(spec))}")
+        for spec in planned.graphs
+    ]
+    return Table(headings, rows, right=headings[1:])

@@ -12,15 +12,23 @@ import click
 from pipeline.cache.collect import DAY_S, collect, entry_stats, folder_sizes, remove_unused
 from pipeline.cache.local import Cache, Kind, Stats, default_root
 from pipeline.cache.remote import Remote, RemoteCache, pull_all, push_all
-from pipeline.cli.console import MIB, Console, print_result
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Group
 from pipeline.cli.options import as_json
+from pipeline.cli.results import print_json, print_line, print_result, print_table
+from pipeline.cli.tables import Table
+from pipeline.cli.words import counted, size
 from pipeline.errors import HostError
 
 if TYPE_CHECKING:
     from pipeline.recipe.schema import BackendSettings
 
 GIB = 1 << 30
+KINDS = {
+    "graphs": "compiled graphs of all builds here",
+    "memos": "from a graph's inputs to its key",
+    "goldens": "reference outputs of the gates",
+}
 
 shared = click.argument("url", envvar="TANDEM_REMOTE_CACHE")
 remote_option = click.option("--remote", "url", help="URL of a shared cache (default: the local cache).")
@@ -38,7 +46,13 @@ def cache() -> None:
 def cache_push(console: Console, url: str, json_: bool) -> None:
     """Push compiled graphs to the shared cache at URL."""
     count = push_all(Cache(default_root(), "graphs"), Remote(url, "write").open(console.log))
-    print_result({"pushed": count}, f"pushed {count} graphs to {url}", as_json=json_)
+    print_result(
+        {"pushed": count}, f"pushed {counted(count, 'graph')} to {url}{'' if count else ': none is new'}", as_json=json_
+    )
+
+
+def _pulled(count: int, url: str) -> str:
+    return f"pulled {counted(count, 'graph')} from {url}{'' if count else ': none is new for this toolchain'}"
 
 
 @cache.command("pull")
@@ -55,7 +69,10 @@ def cache_pull(console: Console, url: str, backend: str | None, json_: bool) -> 
         "pulled": sum(count for _, count in pulled),
         "toolchains": [{"toolchain": toolchain, "pulled": count} for toolchain, count in pulled],
     }
-    lines = [f"{_shown(toolchain)}: pulled {count} graphs from {url}" for toolchain, count in pulled]
+    lines = [
+        f"{_shown(toolchain)}: pulled {counted(count, 'graph')} from {url}{'' if count else ': none is new'}"
+        for toolchain, count in pulled
+    ]
     print_result(data, "\n".join(lines), as_json=json_)
 
 
@@ -106,9 +123,16 @@ def stats(url: str | None, json_: bool) -> None:
     """Show number and size of the entries by kind, and the size of each folder of the local cache."""
     kinds, place = _stored(url), url or default_root()
     folders = {} if url else folder_sizes(default_root())
-    lines = [f"{_sizes(kinds)} in {place}"]
-    lines += [f"  {name:<10}{size / MIB:>12,.1f} MiB" for name, size in folders.items()]
-    print_result(_data(kinds) | {"root": place, "folders": folders}, "\n".join(lines), as_json=json_)
+    if json_:
+        print_json(_data(kinds) | {"root": place, "folders": folders})
+        return
+    print_line(f"{place}\n")
+    rows = [(f"{kind}: {KINDS[kind]}", f"{of.entries:,}", size(of.size_bytes)) for kind, of in kinds.items()]
+    print_table(Table(("entries", "number", "size"), rows, right=("number", "size")))
+    if folders:
+        print_line("")
+        sizes = [(name, size(size_bytes)) for name, size_bytes in (folders | {"total": sum(folders.values())}).items()]
+        print_table(Table(("folder", "size"), sizes, right=("size",)))
 
 
 def _limit(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
@@ -138,9 +162,11 @@ def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: boo
     max_bytes = int(max_gib * GIB)
     removed = _graphs(_open(url).gc(max_bytes, age_s)) if url else collect(default_root(), max_bytes, age_s)
     unused = Stats(0, 0) if url or age_s is None else remove_unused(default_root(), age_s)
-    more = f"{unused.entries} blobs and shards, {unused.size_bytes / MIB:,.1f} MiB"
-    line = f"removed {_sizes(removed)}; {more}"
-    print_result(_data(removed) | {"unused": asdict(unused)}, line, as_json=json_)
+    parts = [f"{counted(of.entries, kind[:-1])}, {size(of.size_bytes)}" for kind, of in removed.items()]
+    if age_s is not None and not url:
+        blobs = counted(unused.entries, "unused blob or shard", "unused blobs and shards")
+        parts.append(f"{blobs}, {size(unused.size_bytes)}")
+    print_result(_data(removed) | {"unused": asdict(unused)}, f"removed {'; '.join(parts)}", as_json=json_)
 
 
 def _open(url: str) -> RemoteCache:
@@ -154,10 +180,6 @@ def _stored(url: str | None) -> Mapping[Kind, Stats]:
 def _graphs(stats: Stats) -> dict[Kind, Stats]:
     """Return the counts of a shared cache, which has only graphs, by kind."""
     return {"graphs": stats}
-
-
-def _sizes(kinds: Mapping[Kind, Stats]) -> str:
-    return "; ".join(f"{stats.entries} {kind}, {stats.size_bytes / MIB:,.1f} MiB" for kind, stats in kinds.items())
 
 
 def _data(kinds: Mapping[Kind, Stats]) -> dict[str, Any]:

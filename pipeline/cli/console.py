@@ -1,17 +1,16 @@
-"""What the command line shows: log lines, progress and errors on stderr, results on stdout. Decides nothing.
+"""What a command says on stderr: stages, progress and errors. Decides nothing; results on stdout are `results.py`'s.
 
-On a terminal, progress is a live bar; elsewhere it is a plain line every few seconds.
+Progress is a live bar on a terminal, which vanishes when the work ends; without a terminal there is none.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -21,38 +20,40 @@ from pipeline.progress import ByteProgress
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-LINE_EVERY_S = 10.0
 MIB = 1 << 20
+STARTS = {"warning:": "yellow"}
+ENDS = {"passed": "green", "FAILED": "red"}
+"""Words that a line may start or end with, and their colours."""
 
 
 @dataclass
 class Console:
-    """The output of one command. `log` is a `Log`, `progress` a `Progress`; with `quiet`, both are no-ops."""
+    """The messages of one command. `log` is a `Log`, `progress` a `Progress`; with `quiet`, both are no-ops."""
 
     quiet: bool = False
     verbose: bool = False
     _bars: Progress | None = None
     _tasks: dict[str, TaskID] = field(default_factory=dict)
-    _shown_at: dict[str, float] = field(default_factory=dict)
 
     def log(self, line: str) -> None:
-        """Show one line."""
+        """Show one line above the bars."""
         if self.quiet:
             return
         if self._bars is not None:
-            self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            from rich.text import Text  # loaded already, for the bars
+
+            self._bars.console.print(Text.from_ansi(coloured(line)), soft_wrap=True)
         else:
-            click.echo(line, err=True)
+            click.echo(coloured(line), err=True)
 
     def progress(self, what: str, done: float, total: float, detail: str = "") -> None:
         """Show how much of a piece of work is done; `detail` replaces the percentage."""
-        if self.quiet:
+        if self.quiet or not is_terminal(sys.stderr):
             return
-        if sys.stderr.isatty():
+        if done < total:
             self._draw(what, done, total, detail)
-        elif time.monotonic() - self._shown_at.setdefault(what, time.monotonic()) >= LINE_EVERY_S and done < total:
-            self._shown_at[what] = time.monotonic()
-            click.echo(f"  {what}: {detail or f'{100 * done / total:.0f}%'}", err=True)
+        elif what in self._tasks:
+            self._erase(what)
 
     def transfer(self, what: str) -> ByteProgress:
         """Return a callback that shows bytes and, from the average rate, the time left."""
@@ -70,9 +71,15 @@ class Console:
             self._bars = _bars()
             self._bars.start()
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total)
-        description = f"{what}: {detail}" if detail else what
-        self._bars.update(self._tasks[what], completed=done, total=total, visible=done < total, description=description)
+            self._tasks[what] = self._bars.add_task(what, total=None, share="")
+        share = detail or (f"{100 * done / total:.0f}%" if done else "")
+        self._bars.update(self._tasks[what], completed=done, total=total if done else None, share=share)
+
+    def _erase(self, what: str) -> None:
+        assert self._bars is not None
+        self._bars.remove_task(self._tasks.pop(what))
+        if not self._tasks:
+            self.close()
 
     def close(self) -> None:
         """Remove the bars, if there are any."""
@@ -87,31 +94,36 @@ def _bars() -> Progress:
     from rich.console import Console as Terminal
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[share]}"))
     return Progress(*columns, TimeElapsedColumn(), console=Terminal(stderr=True), transient=True)
 
 
-def print_json(data: Any) -> None:
-    """Print a result as JSON."""
-    click.echo(json.dumps(data, indent=1, default=str))
+def is_terminal(stream: IO[str]) -> bool:
+    """Whether a stream is a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def print_result(data: Any, text: str, *, as_json: bool) -> None:
-    """Print a result as JSON or as text."""
-    if as_json:
-        print_json(data)
-    else:
-        click.echo(text)
+def end_bars() -> None:
+    """Remove the bars of the running command before other text is written."""
+    context = click.get_current_context(silent=True)
+    console = context.find_object(Console) if context else None
+    if console is not None:
+        console.close()
 
 
-def print_fields(fields: Mapping[str, Any], width: int) -> None:
-    """Print one field per line, values in a column."""
-    for name, value in fields.items():
-        click.echo(f"{name:<{width}}{value}")
+def coloured(line: str) -> str:
+    """Return a line with the word in colour that it starts or ends with, if that is `warning:` or a verdict."""
+    first, last = line.partition(" ")[0], line.rpartition(" ")[2]
+    if first in STARTS:
+        return click.style(first, fg=STARTS[first]) + line.removeprefix(first)
+    if last in ENDS:
+        return line.removesuffix(last) + click.style(last, fg=ENDS[last])
+    return line
 
 
 def print_error(error: TandemError, *, with_traceback: bool) -> None:
     """Print every problem of an error on stderr: where, what, fix."""
+    end_bars()
     if with_traceback:
         traceback.print_exception(error)
     for problem in error.problems:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.console import Console, print_json
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import recipe_path
+from pipeline.cli.results import print_json, print_line, print_table
+from pipeline.cli.tables import Table, Verdict
 from pipeline.errors import InputError
 from pipeline.models.draft_kind import DraftMethod
 from pipeline.progress import Log
@@ -136,6 +138,7 @@ def distill(console: Console, options: DistillOptions) -> None:
     if options.json_:
         print_json(figures.model_dump(mode="json"))
         return
-    for kind, per_step in figures.tokens_per_step.items():
-        click.echo(f"  {kind:<12} tokens per step (K=4): {per_step:.2f}")
-    click.echo(f"wrote {settings.out}; a recipe uses it with draft.source and speculation.method: {settings.method}")
+    rows = [(kind, f"{per_step:.2f}") for kind, per_step in figures.tokens_per_step.items()]
+    print_table(Table(("prompts", "tokens per step (K=4)"), rows, right=("tokens per step (K=4)",)))
+    use = f"a recipe uses it with draft.source and speculation.method: {settings.method}"
+    print_line(Verdict(f"trained a draft in {settings.out}; {use}", good=True))

@@ -7,10 +7,12 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.cli.console import print_json
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json
 from pipeline.cli.paths import recipe_path
+from pipeline.cli.results import print_json, print_line, print_table
+from pipeline.cli.tables import Table, Verdict
+from pipeline.cli.words import counted
 from pipeline.doctor import diagnose
 from pipeline.errors import HostError
 from pipeline.recipe import load
@@ -38,9 +40,15 @@ def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool)
     if json_:
         print_json(asdict(diagnosis))
     else:
-        for section, facts in diagnosis.facts.items():
-            for name, value in facts.items():
-                click.echo(f"{section:<10}{name:<24}{value}")
+        rows = [(section, name, shown) for section, facts in diagnosis.facts.items() for name, shown in facts.items()]
+        print_table(Table(("", "fact", "value"), rows, show_headings=False))
         for problem in diagnosis.problems:
-            click.echo(f"problem   {problem.where}: {problem.what}\n  fix: {problem.fix}")
+            print_line(f"problem   {problem.where}: {problem.what}\n  fix: {problem.fix}")
+        print_line(_verdict(len(diagnosis.problems)))
     sys.exit(HostError.exit_code if diagnosis.problems else 0)
+
+
+def _verdict(problems: int) -> Verdict:
+    if problems:
+        return Verdict(f"{counted(problems, 'problem')}: this machine cannot build or run this", good=False)
+    return Verdict("no problem found", good=True)

@@ -36,10 +36,15 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group of such commands."""
+    """A group of such commands, which lists the whole first sentence of each."""
 
     command_class = Command
     group_class = type
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the names and summaries of the commands; click cuts them at the width of the terminal."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _summary(self.commands[name])) for name in self.list_commands(ctx)])
 
 
 class Lazy(click.Command):
@@ -57,6 +62,12 @@ class Lazy(click.Command):
         return command
 
 
+def _summary(command: click.Command) -> str:
+    """Return the short help of a command, or the first sentence of its help."""
+    text = " ".join((command.help or "").split())
+    return command.short_help or f"{text.partition('. ')[0].rstrip('.')}."
+
+
 class LazyGroup(Group):
     """A group of `Lazy` commands: `--help` and completion list them without importing any (click's LazyGroup)."""
 
@@ -64,11 +75,6 @@ class LazyGroup(Group):
         """Return the command, imported."""
         command = super().get_command(ctx, cmd_name)
         return command.load() if isinstance(command, Lazy) else command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the names and summaries of the commands."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, self.commands[name].short_help or "") for name in self.list_commands(ctx)])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Return the commands that start with `incomplete`, and options."""

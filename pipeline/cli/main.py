@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -15,7 +16,11 @@ from pipeline.errors import HostError, TandemError
 
 COMMANDS = [
     Lazy("build", "pipeline.cli.build:build", "Build RECIPE into a validated artifact."),
-    Lazy("plan", "pipeline.cli.build:plan", "Show the graphs and the memory per rank of RECIPE."),
+    Lazy(
+        "plan",
+        "pipeline.cli.build:plan",
+        "Show the graphs, memory and estimated compile times of RECIPE.",
+    ),
     Lazy("inspect", "pipeline.cli.artifacts:inspect", "Show what ARTIFACT holds and needs."),
     Lazy("verify", "pipeline.cli.artifacts:verify", "Check the files of ARTIFACT against its manifest."),
     Lazy("diff", "pipeline.cli.artifacts:diff", "Compare two artifacts or releases."),
@@ -38,6 +43,11 @@ COMMANDS = [
     Lazy("vllm-args", "pipeline.cli.neuron:vllm_args", "Print the vLLM command for an NxD Inference package."),
     Lazy("vllm-cache", "pipeline.cli.neuron:vllm_cache", "Ship compile caches of vLLM's Neuron plugin."),
     Lazy("doctor", "pipeline.cli.doctor:doctor", "Check what this machine can build and run."),
+    Lazy(
+        "completion",
+        "pipeline.cli.completion:completion",
+        "Print or install a script for shell completion.",
+    ),
 ]
 """Every command: where it is, and its line in `tandem --help`, which is also the first sentence of its own help."""
 
@@ -48,6 +58,8 @@ class Tandem(LazyGroup):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; show a traceback only with -v."""
         console = ctx.ensure_object(Console)
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":  # click reads neither
+            ctx.color = False
         try:
             return super().invoke(ctx)
         except TandemError as error:

@@ -11,16 +11,19 @@ import click
 
 from pipeline.artifact.host import host_facts
 from pipeline.cache.local import default_root
-from pipeline.cli.console import MIB, Console, print_json, print_result
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Command, Group
 from pipeline.cli.options import as_json
 from pipeline.cli.paths import artifact_dir, recipe_path
+from pipeline.cli.results import print_json, print_result
+from pipeline.cli.words import counted, size
 from pipeline.errors import InputError
-from pipeline.nxdi import build as stage
+from pipeline.nxdi import build as packages
 from pipeline.nxdi import vllm_cache as caches
 from pipeline.nxdi.vllm_args import classic
 from pipeline.plan.lock import lock_path, pair_configs, read
 from pipeline.plan.plan import make_plan
+from pipeline.progress import stage
 from pipeline.recipe import load
 
 
@@ -41,14 +44,17 @@ def nxdi(console: Console, recipe: str, directory: Path, compile_: bool, json_: 
     if compile_:
         from pipeline.sources.pair import resolve_pair  # keeps torch out of the other commands
 
-        console.log("sources: target and draft")
-        target, draft = resolve_pair(parsed, base=path.parent, cache=default_root() / "sources")
+        with stage("sources: target and draft", console.log, console.progress):
+            target, draft = resolve_pair(
+                parsed, base=path.parent, cache=default_root() / "sources", progress=console.progress
+            )
         console.log("compile: with NxD Inference; this takes a long time")
-        written = stage.build(directory, make_plan(parsed, target.config, draft.config), (target, draft)).root
+        with stage("compile: with NxD Inference", console.log, console.progress):
+            written = packages.build(directory, make_plan(parsed, target.config, draft.config), (target, draft)).root
     else:
         pinned = read(lock_path(path))
         plan = make_plan(parsed, *pair_configs(parsed, pinned, str(lock_path(path))))
-        written = stage.write(directory, plan, pinned)
+        written = packages.write(directory, plan, pinned)
     print_result({"written": written}, f"wrote {written}", as_json=json_)
 
 
@@ -94,8 +100,8 @@ def pack(
         "version": manifest.version,
         "backend": manifest.backend.model_dump(),
     }
-    size = f"{manifest.size_bytes / MIB:.1f} MiB"
-    line = f"{out}: {manifest.name} {manifest.version}, {manifest.backend.keys} graphs, {size}"
+    graphs = counted(manifest.backend.keys, "graph")
+    line = f"packed {manifest.name} {manifest.version} in {out}: {graphs}, {size(manifest.size_bytes)}"
     print_result(data, line, as_json=json_)
 
 

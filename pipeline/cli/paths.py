@@ -22,10 +22,20 @@ def artifact_dir(name: str) -> Path:
     for path in (Path(name), ARTIFACTS / name):
         if (path / "manifest.json").is_file():
             return path
+    if Path(name).is_dir():
+        what = "not an artifact: expected a folder with manifest.json, which `tandem build` or `tandem pull` writes"
+        raise InputError(what, where=name, fix=f"name an artifact's folder; {_known()}")
+    places = [name, f"{ARTIFACTS / name}"] if Path(name).name == name else [name]
+    what = f"no artifact {name!r}: no folder {' or '.join(f'`{place}`' for place in places)}"
+    has_recipe = (RECIPES / f"{name}.yaml").is_file()
+    fix = f"tandem build {name}" if has_recipe else f"name an artifact's folder; {_known()}"
+    raise InputError(what, where="ARTIFACT", fix=fix)
+
+
+def _known() -> str:
+    """Return the artifacts in the folder of artifacts, for a fix."""
     built = sorted(path.parent.name for path in ARTIFACTS.glob("*/manifest.json"))
-    known = f"artifacts here: {', '.join(built) or 'none'}"
-    fix = f"make build RECIPE={name}" if (RECIPES / f"{name}.yaml").is_file() else f"name an artifact's folder; {known}"
-    raise InputError(f"no artifact {name!r}", where="artifacts", fix=fix)
+    return f"in {ARTIFACTS}/: {', '.join(built) or 'none'}"
 
 
 def recipe_path(name: str) -> Path:

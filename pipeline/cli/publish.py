@@ -11,13 +11,17 @@ from typing import Any
 import click
 
 from pipeline.artifact import signing
-from pipeline.cli.console import MIB, Console, print_error, print_json, print_result
+from pipeline.artifact.manifest import read
+from pipeline.cli.console import Console, print_error
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import artifact_dir
+from pipeline.cli.results import print_json, print_line
+from pipeline.cli.tables import Verdict
+from pipeline.cli.words import counted, size
 from pipeline.errors import no_string
 from pipeline.extras import require
-from pipeline.registry.publish import Outcome, Place, PublishSettings, Sign, listed_places, publish_all
+from pipeline.registry.publish import Outcome, Place, PublishSettings, Release, Sign, listed_places, publish_all
 from pipeline.stores.base import extras_of
 
 REGISTRY = "artifacts/registry"
@@ -84,22 +88,53 @@ def publish(console: Console, options: PublishOptions) -> None:
     if options.json_:
         print_json([_data(outcome) for outcome in outcomes])
     else:
-        for outcome in outcomes:
-            click.echo(_line(outcome, "would send" if options.dry_run else "sent"))
-    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
-    for error in errors[:-1]:
+        for release in [outcome.release for outcome in outcomes if outcome.release]:
+            print_line(Verdict(_line(release, _how(options, roots)), good=None if options.dry_run else True))
+    _report_errors(console, outcomes)
+
+
+def _report_errors(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """Show the error of each place that failed; the last one ends the command."""
+    failed = [(outcome.url, outcome.error) for outcome in outcomes if outcome.error is not None]
+    for number, (url, error) in enumerate(failed, 1):
+        console.log(f"not published to {url}:")
+        if number == len(failed):
+            raise error
         print_error(error, with_traceback=console.verbose)
-    if errors:
-        raise errors[-1]
 
 
-def _line(outcome: Outcome, verb: str) -> str:
-    release = outcome.release
-    if release is None:
-        return f"not published to {outcome.url}: see the error below"
+@dataclass(frozen=True)
+class _How:
+    """What `publish` was asked for: whether it only looks, the id of the artifact, and the words for its signature."""
+
+    dry_run: bool
+    digest: str
+    signature: str
+    signs: bool
+
+
+def _how(options: PublishOptions, roots: Sequence[Path]) -> _How:
+    digest = read(roots[0]).manifest.version if len(roots) == 1 else ""
+    if options.signs:
+        signature = f"signed with {options.key}" if options.key else "signed with the identity of this job"
+    else:
+        signature = "with the signature in its folder" if all(map(signing.has_signature, roots)) else "not signed"
+    return _How(options.dry_run, digest, signature, options.signs)
+
+
+def _line(release: Release, how: _How) -> str:
+    """Return what is in a registry now, and where, in one line."""
+    name = f"{release.name}@{release.version}"
+    digest = f" {how.digest}" if how.digest not in ("", release.version) else ""
+    sent = f"{counted(release.sent, 'blob')}, {size(release.sent_bytes)}"
     aliases = f"; {', '.join(release.aliases)} -> {release.version}" if release.aliases else ""
-    sent = f"{verb} {release.sent} blobs, {release.sent_bytes / MIB:.1f} MiB to {outcome.url}"
-    return f"{release.name}@{release.version}: {sent}{aliases}"
+    if how.dry_run:
+        done = "would send" if release.fresh else "is published already; would send"
+        return f"{name}{digest}: {done} {sent} to {release.url}{aliases}"
+    if not release.fresh:
+        kept = "; the signature was not added: a release never changes" if how.signs else ""
+        return f"{name}{digest}: published already in {release.url}, sent {sent}{kept}{aliases}"
+    return f"published {name}{digest} to {release.url}: sent {sent}, {how.signature}{aliases}"
 
 
 def _data(outcome: Outcome) -> dict[str, Any]:
@@ -116,8 +151,13 @@ def _data(outcome: Outcome) -> dict[str, Any]:
 @as_json
 def sign(artifact: str, key: Path | None, json_: bool) -> None:
     """Sign the manifest of ARTIFACT. `tandem publish` sends the signature along."""
-    signature = _sign(artifact_dir(artifact), key)
-    print_result({"signature": signature}, str(signature), as_json=json_)
+    root = artifact_dir(artifact)
+    signature = _sign(root, key)
+    if json_:
+        print_json({"signature": signature})
+        return
+    manifest, by = read(root).manifest, key or "the identity of this job"
+    print_line(Verdict(f"signed {manifest.name} {manifest.version} with {by}: {signature}", good=True))
 
 
 def _sign(root: Path, key: Path | None) -> Path:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import click
 
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import default_root
-from pipeline.cli.console import print_json, print_result
 from pipeline.cli.groups import Group
 from pipeline.cli.options import always_json, as_json
 from pipeline.cli.paths import RECIPES, recipe_path
+from pipeline.cli.results import print_json, print_line, print_result
+from pipeline.cli.tables import Verdict
+from pipeline.cli.words import counted
 from pipeline.plan.lock import lock_path, make_lock, pair_configs, read, write
-from pipeline.plan.plan import make_plan
+from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe import load
 from pipeline.recipe.changed import changed_recipes
 from pipeline.recipe.read import schema as recipe_schema
+from pipeline.sources.local import check_local
 from pipeline.stores.base import scheme_of
 from pipeline.validate.prompts import load_prompts, prompts_path
 
@@ -38,22 +43,52 @@ def schema() -> None:
 @click.argument("names", nargs=-1, required=True)
 @as_json
 def check(names: tuple[str, ...], json_: bool) -> None:
-    """Check recipes with their prompts and registries, and plan those that have a lock.
+    """Check recipes with their prompts, registries and local sources, and plan them.
 
-    Sources are not read: a build checks them.
+    Of a source in a folder, the config, the shards, the shapes of the tensors and the tokenizer are checked, without
+    reading weights. Other sources are not fetched; the answer names them. A recipe whose sources are not on this host
+    is planned if it has a lock.
     """
-    for name in names:
-        path = recipe_path(name)
-        parsed = load(path)
-        load_prompts(prompts_path(parsed.validate_.prompts, path.parent))
-        for target in parsed.publish:
-            scheme_of(target.to)
-        if lock_path(path).is_file():
-            make_plan(parsed, *pair_configs(parsed, read(lock_path(path)), str(lock_path(path))))
-        if not json_:
-            click.echo(f"{path}: ok")
+    checks = {name: _check(recipe_path(name)) for name in names}
     if json_:
-        print_json({"checked": list(names)})
+        print_json({"checked": list(names), "sources_not_checked": {n: each.unchecked for n, each in checks.items()}})
+        return
+    for each in checks.values():
+        print_line(Verdict(_words(each), good=None if each.unchecked else True))
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What was checked of a recipe: its plan, if its models are known, and the sources that were not looked at."""
+
+    path: Path
+    plan: Plan | None
+    from_lock: bool
+    unchecked: tuple[str, ...]
+
+
+def _check(path: Path) -> _Checked:
+    parsed = load(path)
+    load_prompts(prompts_path(parsed.validate_.prompts, path.parent))
+    for target in parsed.publish:
+        scheme_of(target.to)
+    sources = check_local(parsed, path.parent)
+    if sources.pair is not None:
+        return _Checked(path, make_plan(parsed, *(each.config for each in sources.pair)), False, ())
+    if lock_path(path).is_file():
+        plan = make_plan(parsed, *pair_configs(parsed, read(lock_path(path)), str(lock_path(path))))
+        return _Checked(path, plan, True, sources.unchecked)
+    return _Checked(path, None, False, sources.unchecked)
+
+
+def _words(checked: _Checked) -> str:
+    """Return what is ok, and what was not checked."""
+    parts = ["recipe", "prompts"] if checked.unchecked else ["recipe", "prompts", "sources"]
+    if checked.plan is not None:
+        planned = f"plan of {counted(len(checked.plan.graphs), 'graph')}"
+        parts.append(planned + (" (from the lock)" if checked.from_lock else ""))
+    unchecked = f"; sources not checked: {', '.join(checked.unchecked)}" if checked.unchecked else ""
+    return f"{checked.path}: ok: {', '.join(parts)}{unchecked}"
 
 
 @recipe.command()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
-from pipeline.cli.console import MIB, Console, print_json, print_result
+from pipeline.cli.console import Console
+from pipeline.cli.facts import signature_words
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import file_patterns
+from pipeline.cli.results import print_json, print_result, print_table
+from pipeline.cli.tables import Table
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
-from pipeline.registry.pull import Selection
-from pipeline.registry.pull import pull as pull_release
-from pipeline.registry.releases import collect, list_releases
+from pipeline.cli.words import counted, moment, size
+from pipeline.registry.pull import Pulled, Selection, pull_release
+from pipeline.registry.releases import Listed, collect, list_releases, parse_reference
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,26 @@ class PullOptions:
 @as_json
 @collected(PullOptions)
 def pull(console: Console, options: PullOptions) -> None:
-    """Pull a release and verify it. REFERENCE is REGISTRY/NAME@VERSION-or-ALIAS."""
-    out = pull_release(
+    """Pull a release and verify it. REFERENCE is REGISTRY/NAME@VERSION-or-ALIAS.
+
+    REGISTRY/NAME is short for REGISTRY/NAME@latest. The folder of the artifact is printed on stdout.
+    """
+    pulled = pull_release(
         options.reference, options.directory, select=Selection(file_patterns(options.only), options.variant),
         policy=policy_of(options.policy_file, options.identity, options.issuer), offline=options.offline,
         progress=console.transfer("pull"),
     )  # fmt: skip
-    print_result({"artifact": out}, str(out), as_json=options.json_)
+    console.log(_pulled_words(pulled, parse_reference(options.reference).wanted))
+    print_result({"artifact": pulled.path}, str(pulled.path), as_json=options.json_)
+
+
+def _pulled_words(pulled: Pulled, wanted: str) -> str:
+    """Return what was pulled, in one line."""
+    alias = f" ({wanted})" if wanted != pulled.version else ""
+    digest = f" {pulled.digest}" if pulled.digest != pulled.version else ""
+    files = f"{counted(pulled.files, 'file')}, {size(pulled.size_bytes)}"
+    signature = signature_words(pulled.signer, present=pulled.has_signature)
+    return f"pulled {pulled.name}@{pulled.version}{alias}{digest}: {files}, {signature}"
 
 
 @click.command(cls=Command)
@@ -59,19 +76,41 @@ def pull(console: Console, options: PullOptions) -> None:
 @as_json
 @click.pass_obj
 def ls(console: Console, url: str, json_: bool) -> None:
-    """List the releases of a registry. URL/NAME@ lists the releases of one name."""
-    registry, _, name = url.rpartition("/")
-    releases = list_releases(registry, name.rstrip("@")) if name.endswith("@") else list_releases(url)
+    """List the releases of a registry. URL/NAME lists the releases of one name.
+
+    A release has the digest of its artifact, which `tandem inspect` shows, or of each variant. "signed" says that there
+    is a signature; `pull` and `verify` check whose it is, with --require-signature or --policy.
+    """
+    releases = _releases(url)
     if not releases:
         console.log(f"no releases in {url}")
     if json_:
         print_json([asdict(release) for release in releases])
-        return
-    for release in releases:
-        aliases = f"  <- {', '.join(release.aliases)}" if release.aliases else ""
-        variants = f"  [{', '.join(release.variants)}]" if release.variants else ""
-        size = f"{release.size_bytes / MIB:,.1f} MiB"
-        click.echo(f"{release.name}@{release.version}  {release.created}  {size}{variants}{aliases}")
+    elif releases:
+        print_table(_listing(releases))
+
+
+def _releases(url: str) -> list[Listed]:
+    """Return the releases of a registry, or of one name if the URL ends with a name that has releases."""
+    registry, _, last = url.rstrip("/").rpartition("/")
+    name = last.removesuffix("@")
+    if registry and last.endswith("@"):
+        return list_releases(registry, name)
+    found = list_releases(url)
+    is_name = bool(registry) and not registry.endswith(":/")
+    return found or (list_releases(registry, name) if is_name else [])
+
+
+def _listing(releases: Sequence[Listed]) -> Table:
+    headings = ("release", "digest", "built (UTC)", "size", "signed", "aliases", "variants")
+    rows = [
+        (
+            f"{each.name}@{each.version}", ", ".join(each.digests), moment(each.created), size(each.size_bytes),
+            "yes" if each.has_signature else "no", ", ".join(each.aliases), ", ".join(each.variants),
+        )
+        for each in releases
+    ]  # fmt: skip
+    return Table(headings, rows, right=("size",), whole=headings[:2])
 
 
 @click.command(cls=Command)
@@ -82,5 +121,6 @@ def gc(url: str, dry_run: bool, json_: bool) -> None:
     """Remove unused blobs from a registry. Releases and aliases are never removed."""
     removed = collect(url, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
-    line = f"{verb} {removed.blobs} blobs, {removed.size_bytes / MIB:,.1f} MiB; {removed.kept} are in use"
+    blobs = f"{counted(removed.blobs, 'unused blob')}, {size(removed.size_bytes)}"
+    line = f"{verb} {blobs}; {counted(removed.kept, 'blob')} kept"
     print_result(asdict(removed), line, as_json=json_)

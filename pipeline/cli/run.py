@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.console import Console, print_json
+from pipeline.artifact.manifest import read_pair
+from pipeline.cli.console import Console
+from pipeline.cli.facts import gate_warning
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected, recipe_option
 from pipeline.cli.paths import RECIPES, artifact_dir
+from pipeline.cli.results import print_json, print_table
+from pipeline.cli.tables import Table
 from pipeline.cli.trust import policy_of, policy_option
+from pipeline.cli.words import counted, number
 from pipeline.runtime.open import load
+
+if TYPE_CHECKING:
+    from pipeline.runtime.engine import Generation
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,16 @@ class RunOptions:
 @as_json
 @collected(RunOptions)
 def run(console: Console, options: RunOptions) -> None:
-    """Generate text with ARTIFACT. The text is streamed to stdout."""
+    """Generate text with ARTIFACT. The text is streamed to stdout.
+
+    A warning says if the artifact failed its gates. An answer ends at an end-of-sequence token, at --max-new-tokens, or
+    where the cache is full; the last line says which.
+    """
     engine = load(artifact_dir(options.artifact), policy_of(options.policy_file))
     from pipeline.runtime.text import StreamDecoder  # its packages are there if the artifact was opened
 
+    if warning := gate_warning(engine.manifest):
+        console.log(warning)
     plain = options.raw or not engine.text.has_chat
     tokens = engine.text.encode(options.prompt) if plain else engine.text.chat(options.prompt)
     stream = StreamDecoder(engine.text.decode)
@@ -67,11 +82,37 @@ def run(console: Console, options: RunOptions) -> None:
         on_tokens=None if options.json_ else show,
     )[0]  # fmt: skip
     if options.json_:
-        print_json(asdict(answer))
+        print_json(asdict(answer), one_line=True)
         return
     click.echo(stream.rest())
-    per_step = sum(answer.emitted_per_step) / max(answer.steps, 1)
-    console.log(f"[{len(answer.tokens)} tokens, {answer.steps} speculative steps, tokens per step: {per_step:.2f}]")
+    console.log(f"[{_answer_words(answer, options.max_new_tokens, len(tokens))}]")
+
+
+def _answer_words(answer: Generation, limit: int, prompt: int) -> str:
+    """Return the length of an answer, why it ended, and what speculation gained."""
+    steps = f"{counted(answer.steps, 'speculative step')}, tokens per step: "
+    gain = f"{steps}{sum(answer.emitted_per_step) / answer.steps:.2f}" if answer.steps else "no speculative step"
+    if answer.finish_reason == "stop":
+        end = "end-of-sequence token"
+    elif len(answer.tokens) >= limit:
+        end = "limit of --max-new-tokens"
+    else:
+        whole = counted(prompt + len(answer.tokens), "token")
+        end = f"full cache ({whole} of prompt and answer); for longer answers, build a larger kv bucket"
+    return f"{counted(len(answer.tokens), 'token')}; {gain}; ended by: {end}"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The options of `tandem bench`."""
+
+    artifact: str
+    against: str | None
+    count: int
+    max_new_tokens: int
+    recipe_file: Path | None
+    policy_file: Path | None
+    json_: bool
 
 
 @click.command(cls=Command)
@@ -85,19 +126,24 @@ def run(console: Console, options: RunOptions) -> None:
 @recipe_option
 @policy_option
 @as_json
-def bench(
-    artifact: str, against: str | None, count: int, max_new_tokens: int, recipe_file: Path | None,
-    policy_file: Path | None, json_: bool,
-) -> None:  # fmt: skip
+@collected(BenchOptions)
+def bench(console: Console, options: BenchOptions) -> None:
     """Measure ARTIFACT with and without speculation. The runs are interleaved."""
     from pipeline.measure.bench import bench as measure  # imports torch
 
-    base = recipe_file.parent if recipe_file else RECIPES
-    rows = measure(artifact_dir(artifact), base, count, max_new_tokens, against, policy_of(policy_file))
-    if json_:
+    base = options.recipe_file.parent if options.recipe_file else RECIPES
+    root = artifact_dir(options.artifact)
+    if warning := gate_warning(read_pair(root).manifest):
+        console.log(warning)
+    policy = policy_of(options.policy_file)
+    rows = measure(root, base, options.count, options.max_new_tokens, options.against, policy, console.log)
+    if options.json_:
         print_json([asdict(row) for row in rows])
         return
-    click.echo(f"{'':<24}{'first token':>12}{'per token: p50':>16}{'p99':>10}{'tokens/s':>10}{'tokens/step':>13}")
-    for row in rows:
-        cells = f"{row.first_token_ms:>9.0f} ms{row.p50_ms:>13.1f} ms{row.p99_ms:>7.1f} ms"
-        click.echo(f"{row.name:<24}{cells}{row.tokens_per_s:>10.1f}{row.tokens_per_step:>13.2f}")
+    headings = ("", "first token", "per token (p50)", "per token (p99)", "tokens/s", "tokens/step")
+    cells = [
+        (row.name, f"{number(row.first_token_ms)} ms", f"{number(row.p50_ms)} ms", f"{number(row.p99_ms)} ms",
+         number(row.tokens_per_s), f"{row.tokens_per_step:.2f}")
+        for row in rows
+    ]  # fmt: skip
+    print_table(Table(headings, cells, right=headings[1:]))

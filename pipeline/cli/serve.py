@@ -12,10 +12,11 @@ import click
 
 from pipeline.artifact.manifest import read
 from pipeline.artifact.signing import Policy, check_artifact
-from pipeline.cli.console import Console, print_json
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json
 from pipeline.cli.paths import artifact_dir
+from pipeline.cli.results import print_json
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
 from pipeline.errors import HostError
 from pipeline.extras import install_command, require

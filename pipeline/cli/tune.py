@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.console import Console, print_json
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import ARTIFACTS, artifact_dir, recipe_path
+from pipeline.cli.results import print_json, print_line, print_table
+from pipeline.cli.tables import Table, Verdict
 from pipeline.cli.trust import policy_of, policy_option
+from pipeline.cli.words import value
 from pipeline.files.atomic import write_atomic
 from pipeline.models.draft_kind import DRAFT_KINDS
 from pipeline.recipe import load
@@ -59,7 +63,7 @@ def tune(console: Console, options: TuneOptions) -> None:
     recipe = load(path)
     prompts = load_prompts(prompts_path(recipe.validate_.prompts, path.parent))
     engine = load_artifact(artifact_dir(options.artifact or recipe.name), policy_of(options.policy_file))
-    tuning = measure(engine, prompts, options.prompts_per_class, options.max_new_tokens, console.log)
+    tuning = measure(engine, prompts, options.prompts_per_class, options.max_new_tokens, console.log, console.progress)
     data = tuning.to_json()
     pages = ARTIFACTS / "tuning"
     pages.mkdir(parents=True, exist_ok=True)
@@ -70,16 +74,26 @@ def tune(console: Console, options: TuneOptions) -> None:
     if options.json_:
         print_json(data)
         return
-    _show(tuning)
+    _show(tuning, engine.manifest.draft_tokens)
     advice = "written to the recipe; build it again" if options.write else "--write writes them to the recipe"
-    click.echo(f"draft_tokens: {data['draft_tokens']}, step_costs: {data['step_costs']} ({advice})")
+    print_line(f"draft_tokens: {value(tuning.draft_tokens)}; step costs: {value(data['step_costs'])} ({advice})")
 
 
-def _show(tuning: Tuning) -> None:
-    for k, cost in tuning.step_costs.items():
-        click.echo(f"  step cost (K={k}): {cost:.2f}x a decode step")
-    for kind, speeds in tuning.expected.items():
-        best = max(speeds, key=lambda k: speeds[k])
-        click.echo(f"  {kind:<12} speed-up: {speeds[best]:.2f}x with the best K={best}")
+def _show(tuning: Tuning, built: Sequence[int]) -> None:
+    costs = [(f"K={k}", f"{cost:.2f}x a decode step") for k, cost in tuning.step_costs.items()]
+    print_table(Table(("step", "cost"), costs, right=("cost",)))
+    print_line("")
+    rows = [(kind, *_best(speeds, built)) for kind, speeds in tuning.expected.items()]
+    print_table(Table(("prompts", "best K", "expected speed-up", ""), rows, right=("best K", "expected speed-up")))
     for name, (now, then) in tuning.padding.items():
-        click.echo(f"  {name} buckets {tuning.shapes[name]}: padding overhead: {then:.2f}x (now {now:.2f}x)")
+        print_line(f"\n{name} buckets {value(tuning.shapes[name])}: padding overhead {then:.2f}x (now {now:.2f}x)")
+    if all(max(speeds[k] for k in speeds if k) <= 1 for speeds in tuning.expected.values()):
+        print_line(Verdict("no K is faster than plain decode on this machine with this draft", good=None))
+
+
+def _best(speeds: Mapping[int, float], built: Sequence[int]) -> tuple[str, str, str]:
+    """Return the K that is fastest for a class of prompts, its speed-up, and what to know about both."""
+    best = max((k for k in speeds if k), key=lambda k: speeds[k])
+    notes = [] if best in built else [f"K={best} was not built: estimated"]
+    notes += ["slower than plain decode"] if speeds[best] <= 1 else []
+    return str(best), f"{speeds[best]:.2f}x", "; ".join(notes)

@@ -9,16 +9,19 @@ import click
 
 from pipeline.artifact.manifest import read, read_pair
 from pipeline.artifact.signing import check_artifact
-from pipeline.cli.console import Console, print_json
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, recipe_option
 from pipeline.cli.paths import RECIPES, artifact_dir
+from pipeline.cli.results import print_fields, print_json, print_line, print_table
+from pipeline.cli.tables import Table, Verdict
 from pipeline.cli.trust import policy_of, policy_option
+from pipeline.cli.words import counted
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
 from pipeline.validate.report import compare, summaries
 from pipeline.validate.report import schema as reports
-from pipeline.validate.report.schema import Report
+from pipeline.validate.report.schema import Gate, Report
 
 
 @click.command(cls=Command)
@@ -40,17 +43,24 @@ def validate(
         raise InputError("the artifact runs on a CPU", where=str(root), fix="leave out --on-device")
     if (policy := policy_of(policy_file)) is not None:
         check_artifact(root, policy)
-    validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.log)
+    validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.log, console.progress)
+    manifest = read_pair(root).manifest
     if json_:
-        print_json(read_pair(root).manifest.validation)
+        print_json(manifest.validation)
+        return
+    gates = ", ".join((manifest.validation or {}).get("gates", {}))
+    print_line(
+        Verdict(f"{manifest.name} {manifest.version}: passed {gates}; reports are in {root / 'reports'}", good=True)
+    )
 
 
 @click.command(cls=Command)
 @click.argument("artifacts", nargs=-1)
 @click.option("--schema", "schema_", is_flag=True, help="Print the JSON Schema of reports/parity.json.")
 @click.option("--out", type=click.Path(path_type=Path), help="File of the comparison page (default: compare.html).")
+@click.option("--markdown", is_flag=True, help="Print Markdown tables, for a CI summary or a comment.")
 @as_json
-def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: bool) -> None:
+def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, markdown: bool, json_: bool) -> None:
     """Show one parity report, or compare two. A comparison says which changes exceed the noise."""
     if schema_:
         print_json(reports.schema())
@@ -62,8 +72,23 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, json_: b
         _compare(first, others[0], out or Path("compare.html"), json_)
     elif json_:
         print_json(summaries.summary(first))
-    else:
+    elif markdown:
         click.echo(summaries.markdown(first), nl=False)
+    else:
+        _show(first)
+
+
+def _show(whole: Report) -> None:
+    verdict = "passed" if whole.passed else "FAILED"
+    print_line(Verdict(f"{whole.name} {whole.version}: validation {verdict}\n", good=whole.passed))
+    print_table(Table(("gate", "verdict", "findings"), [_gate_row(gate) for gate in whole.gates]))
+    print_line("")
+    print_fields(dict(summaries.headlines(whole)))
+
+
+def _gate_row(gate: Gate) -> tuple[str, Verdict, str]:
+    more = f" (and {len(gate.findings) - 1} more)" if len(gate.findings) > 1 else ""
+    return gate.name, Verdict("passed" if gate.passed else "FAILED", gate.passed), "".join(gate.findings[:1]) + more
 
 
 def _compare(before: Report, after: Report, page: Path, json_: bool) -> None:
@@ -72,7 +97,14 @@ def _compare(before: Report, after: Report, page: Path, json_: bool) -> None:
     if json_:
         print_json([asdict(change) for change in changes])
         return
-    for change in changes:
-        values = f"{summaries.show(change.before):>12}{summaries.show(change.after):>12}"
-        click.echo(f"{change.what:<44}{values}  {change.judgement}")
-    click.echo(f"wrote {page}")
+    judged = {"worse": False, "better": True}
+    rows = [
+        (change.what, summaries.show(change.before), summaries.show(change.after),
+         Verdict(change.judgement, judged.get(change.judgement)))
+        for change in changes
+    ]  # fmt: skip
+    headings = ("measurement", before.version, f"{after.version} ", "judgement")
+    print_table(Table(headings, rows, right=headings[1:3]))
+    worse = sum(change.worse for change in changes)
+    line = f"{counted(worse, 'measurement')} worse beyond noise" if worse else "nothing is worse beyond noise"
+    print_line(Verdict(f"\n{line}; page: {page}", good=not worse))

@@ -123,7 +123,7 @@ class Job:
                 break
             write_part(self.folder / "data", number, PART, self.writer, prompts, ANSWER_TOKENS, log)
             number += 1
-            log(f"answer tokens written: {self._count()} of {settings.tokens}")
+            log(f"answer tokens written: {self._count():,}; at least {settings.tokens:,} are needed")
 
     def sequences(self) -> list[Conversation]:
         """Return all sequences of all parts that may be trained on, given the prompts of the gates as they are now.

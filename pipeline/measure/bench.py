@@ -8,9 +8,11 @@ from pathlib import Path
 
 from pipeline.artifact.signing import Policy
 from pipeline.errors import no_string
+from pipeline.progress import Log, no_log
 from pipeline.recipe import load as load_recipe
 from pipeline.runtime.latency import Answer, TimedRequest, engine_answer, latency_of
 from pipeline.runtime.open import load
+from pipeline.validate.lengths import cut_warning
 from pipeline.validate.prompts import load_prompts, prompts_path
 
 
@@ -30,9 +32,12 @@ class Figures:
 
 
 def bench(
-    root: Path, base: Path, count: int, max_new_tokens: int, against: str | None, policy: Policy | None = None
-) -> list[Figures]:
+    root: Path, base: Path, count: int, max_new_tokens: int, against: str | None, policy: Policy | None = None,
+    log: Log = no_log,
+) -> list[Figures]:  # fmt: skip
     """Measure `count` of the recipe's prompts; `base` is the folder that its relative paths start at.
+
+    As in the gates, only the ends of prompts run that are longer than the largest prefill bucket.
 
     Raises:
         InputError: no prompts file of the recipe.
@@ -43,7 +48,11 @@ def bench(
     prompts = load_prompts(prompts_path(recipe.validate_.prompts, base))
     engine = load(root, policy)
     step = max(len(prompts) // count, 1)
-    encoded = [engine.text.encode_prompt(prompt.text) for prompt in prompts[::step][:count]]
+    whole = [engine.text.encode_prompt(prompt.text) for prompt in prompts[::step][:count]]
+    longest = engine.manifest.shapes.prefill[-1]
+    if warning := cut_warning([len(tokens) for tokens in whole], longest):
+        log(warning)
+    encoded = [tokens[-longest:] for tokens in whole]
     contenders = {
         "plain decode": engine_answer(engine, max_new_tokens, speculate=False),
         "speculation": engine_answer(engine, max_new_tokens),

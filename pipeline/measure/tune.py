@@ -20,7 +20,7 @@ from pipeline.errors import InputError, no_string
 from pipeline.files.atomic import atomic_file
 from pipeline.graphs.arguments import Arguments, StepRow, step_arguments
 from pipeline.measure.buckets import buckets_for, padded
-from pipeline.progress import Log
+from pipeline.progress import Log, Progress, no_progress
 from pipeline.recipe import load
 from pipeline.recipe.edit import read_text
 
@@ -75,7 +75,14 @@ class Tuning:
                 "shapes": self.shapes, "padding": self.padding}  # fmt: skip
 
 
-def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, tokens: int, log: Log) -> Tuning:
+def tune(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    prompts_per_class: int,
+    tokens: int,
+    log: Log,
+    progress: Progress = no_progress,
+) -> Tuning:
     """Measure a loaded artifact.
 
     Raises:
@@ -83,18 +90,23 @@ def tune(engine: Engine, prompts: Sequence[Prompt], prompts_per_class: int, toke
 
     """
     from pipeline.validate.gates.acceptance import acceptance_of, given_previous
+    from pipeline.validate.lengths import cut_warning
 
     no_string(prompts, "prompts", "prompts")
     chosen = _spread(prompts, prompts_per_class)
     built = list(engine.manifest.draft_tokens)
     smallest, *larger = engine.manifest.shapes.batch
     costs = {batch: _costs(engine, batch, min(tokens, engine.length // 2)) for batch in (smallest, *larger)}
-    log(f"measured steps of {len(costs)} batch buckets")
+    log(f"measured steps of {len(costs)} batch bucket{'s' if larger else ''}")
+    longest = engine.manifest.shapes.prefill[-1]
+    whole = [engine.text.encode_prompt(prompt.text) for prompt in chosen]
+    if warning := cut_warning([len(encoded) for encoded in whole], longest):
+        log(warning)
     answers = []
-    for number, prompt in enumerate(chosen):
-        encoded = engine.text.chat(prompt.text) if engine.text.has_chat else engine.text.encode(prompt.text)
-        answers += engine.generate([encoded], max_new_tokens=tokens, draft_tokens=built[-1])
-        log(f"{number + 1} of {len(chosen)} prompts")
+    for number, encoded in enumerate(whole):
+        progress("prompts", number, len(whole))
+        answers += engine.generate([encoded[-longest:]], max_new_tokens=tokens, draft_tokens=built[-1])
+    progress("prompts", 1, 1)
     if not any(answer.emitted_per_step for answer in answers):
         what = "every answer ended with its first token: no step to measure"
         raise InputError(what, where="tune", fix="use other prompts, or more --max-new-tokens")

@@ -47,13 +47,13 @@ def _with_base(path: Path) -> Document:
 
 
 def find(name: str, root: Path = Path("recipes")) -> Path:
-    """Return the file of a recipe given by name or path.
+    """Return the file of a recipe given by name, in `root` or in the working directory, or by path.
 
     Raises:
         InputError: no such recipe; names the recipes in `root`.
 
     """
-    for path in (root / f"{name}.yaml", Path(name)):
+    for path in (root / f"{name}.yaml", Path(name), Path(f"{name}.yaml")):
         if path.is_file():
             return path
     names = sorted(path.stem for path in root.glob("*.yaml"))

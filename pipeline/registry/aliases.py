@@ -57,6 +57,21 @@ def move_alias(store: Store, name: str, alias: str, version: str, url: str) -> N
     raise ArtifactError(what, where=f"{url}/{name}", fix="try again")
 
 
+def list_aliases(url: str, name: str) -> dict[str, str]:
+    """Return the aliases of a name and their versions; an empty version means a damaged alias.
+
+    Raises:
+        InputError: the name has no releases.
+
+    """
+    store = open_store(url)
+    aliases = store.aliases(name)
+    if not aliases and not store.versions(name):
+        known = ", ".join(store.names()) or "none"
+        raise InputError(f"no releases of {name!r}", where=url, fix=f"name one, as REGISTRY/NAME; names here: {known}")
+    return aliases
+
+
 def history(url: str, name: str, alias: str) -> Alias:
     """Return where an alias points, and its moves, the newest first.
 
@@ -86,13 +101,21 @@ def roll_back(url: str, name: str, alias: str) -> tuple[str, str]:
     before = _before(now)
     store = open_store(url)
     if before is None or store.read_release(name, before) is None:
-        what = f"alias {alias!r} has pointed at {now.version} only" if before is None else f"{before} is not published"
+        what = _oldest(now, alias) if before is None else f"{before} is not published"
         raise InputError(what, where=f"{url}/{name}", fix=f"tandem alias set {url}/{name}@VERSION {alias}")
     with store.publishing():
         if not store.swap_alias(name, alias, this_move(before), now):
             what = f"alias {alias!r} was moved by another process; not rolled back"
             raise ArtifactError(what, where=f"{url}/{name}", fix=f"tandem alias history {url}/{name}@{alias}")
     return now.version, before
+
+
+def _oldest(now: Alias, alias: str) -> str:
+    """Return why there is no release to go back to; releases that a rollback left are later ones."""
+    later = dict.fromkeys(move.version for move in now.moves if move.version != now.version)
+    if not later:
+        return f"alias {alias!r} has pointed at {now.version} only"
+    return f"alias {alias!r} points at its first release {now.version}; it was moved back from {', '.join(later)}"
 
 
 def _before(now: Alias) -> str | None:

@@ -198,8 +198,10 @@ def _check_gates(manifest: Manifest, root: Path, unvalidated: bool) -> None:
             what = f"{manifest.name} has no validation gates: it was compiled by {compiler}"
             raise GateError(what, where=str(root), fix="check it on its chip, then publish it with --unvalidated")
     elif manifest.passed is not True:
-        state = "was not validated" if manifest.passed is None else "failed its gates"
-        raise GateError(f"{manifest.name} {state}", where=str(root), fix=f"tandem validate {root}")
+        if manifest.passed is None:
+            raise GateError(f"{manifest.name} was not validated", where=str(root), fix=f"tandem validate {root}")
+        fix = f"`tandem report {root}` shows what failed; correct the draft, the recipe or its limits, and build again"
+        raise GateError(f"{manifest.name} failed its gates", where=str(root), fix=fix)
 
 
 def _content(bundle: Bundle) -> Content:

@@ -30,7 +30,7 @@ from pipeline.registry.releases import Reference, find_release, parse_reference,
 from pipeline.stores.base import Store, extras_of, open_store
 
 if TYPE_CHECKING:
-    from pipeline.artifact.signing import Policy
+    from pipeline.artifact.signing import Accepted, Policy
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,23 @@ class Selection:
 
 
 EVERYTHING = Selection()
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A pulled release: where its artifact lies, what it is, and who signed it (None: no signer was required).
+
+    `version` is the release's, `digest` the first digits of the artifact's content digest.
+    """
+
+    path: Path
+    name: str
+    version: str
+    digest: str
+    files: int
+    size_bytes: int
+    signer: str | None = None
+    has_signature: bool = False
 
 
 class _Signed(Record):
@@ -98,6 +115,25 @@ def pull(
             offline, a release that was never pulled.
 
     """
+    return pull_release(
+        reference, directory, cache=cache, select=select, policy=policy, offline=offline, progress=progress
+    ).path
+
+
+def pull_release(
+    reference: str,
+    directory: Path | None = None,
+    *,
+    cache: Path | None = None,
+    select: Selection = EVERYTHING,
+    policy: Policy | None = None,
+    offline: bool = False,
+    progress: ByteProgress = no_byte_progress,
+) -> Pulled:
+    """Pull a release into `directory` (default `artifacts/pulled/<name>`), complete or not at all; say what it is.
+
+    Parameters and errors are those of `pull`.
+    """
     ref = parse_reference(reference)
     out = directory or Path("artifacts/pulled") / ref.name
     check_replaceable(out)
@@ -105,7 +141,8 @@ def pull(
     blobs = Blobs((cache or default_root()) / "blobs")
     store = None if offline else open_store(ref.url)
     release = _recall(ref, select.variant, blobs) if store is None else _resolve(ref, store, select.variant, blobs)
-    signature = _check_signed(release, policy, str(ref)) if policy else next(iter(release.own.signatures), None)
+    accepted = _check_signed(release, policy, str(ref)) if policy else None
+    signature = accepted.signature if accepted else next(iter(release.own.signatures), None)
     origin = Origin(store, ref.name, release.version, release.prefix) if store else None
     if policy is not None:
         policy.check_builder(lambda: _provenance(release.manifest, blobs, origin), str(ref))
@@ -117,10 +154,13 @@ def pull(
         (folder / MANIFEST).write_bytes(release.own.data)
         if signature is not None:
             (folder / SIGNATURE).write_bytes(signature)
-    return out
+    return Pulled(
+        out, ref.name, release.version, release.manifest.version, len(files),
+        sum(entry.size for entry in files.values()), str(accepted.signer) if accepted else None, signature is not None,
+    )  # fmt: skip
 
 
-def _check_signed(release: _Resolved, policy: Policy, where: str) -> bytes:
+def _check_signed(release: _Resolved, policy: Policy, where: str) -> Accepted:
     """Check the signatures over the index and the artifact's manifest; returns the accepted one over the manifest."""
     if release.index is not None:
         if not release.index.signatures:
@@ -192,7 +232,9 @@ def _recall(ref: Reference, variant: str | None, blobs: Blobs) -> _Resolved:
         what = "this release is not in the local cache"
         raise HostError(what, where=str(ref), fix="pull it once without --offline") from error
     manifest = artifact.parse(documents.own.data, str(ref))
-    return _Resolved(ref.wanted, "", manifest, documents.own, documents.index)
+    index = documents.index
+    version = parse_document(index.data, str(ref)).version if index else manifest.version
+    return _Resolved(version, "", manifest, documents.own, index)
 
 
 def _memory(ref: Reference, variant: str | None, blobs: Blobs) -> Path:

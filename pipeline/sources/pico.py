@@ -21,7 +21,7 @@ from pipeline.files.atomic import atomic_dir
 from pipeline.models.eagle3 import TAPPED
 from pipeline.models.families import config_of
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, NORM, TAPS, WeightSpec, weight_specs
-from pipeline.progress import Progress
+from pipeline.progress import Progress, working
 from pipeline.sources.base import Fetched
 from pipeline.sources.checkpoint import SINGLE
 from pipeline.sources.tensors import layout
@@ -130,8 +130,7 @@ def fetch(location: str, *, base: Path, cache: Path, progress: Progress) -> Fetc
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
-            progress("writing a tiny model", 0, 0)
-            with atomic_dir(target) as work:
+            with working("writing a tiny model", progress), atomic_dir(target) as work:
                 write(pico, work)
     return Fetched(target, pico.key)
 

@@ -28,11 +28,21 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
         SourceError: the checkpoint has no tokenizer, or transformers cannot read it.
 
     """
+    require_tokenizer(checkpoint)
     files = {name: (checkpoint.root / name).read_bytes() for name in checkpoint.tokenizer_files}
-    if not VOCABULARIES & files.keys():
+    return {**files, "tokenizer.json": _as_transformers(checkpoint.root).encode()}
+
+
+def require_tokenizer(checkpoint: Checkpoint) -> None:
+    """Reject a target without a vocabulary.
+
+    Raises:
+        SourceError: the checkpoint has no tokenizer.
+
+    """
+    if not VOCABULARIES & set(checkpoint.tokenizer_files):
         fix = f"add one of {', '.join(sorted(VOCABULARIES))} to the folder"
         raise SourceError("the target has no tokenizer", where=str(checkpoint.root), fix=fix)
-    return {**files, "tokenizer.json": _as_transformers(checkpoint.root).encode()}
 
 
 def vocabulary_size(checkpoint: Checkpoint) -> int:

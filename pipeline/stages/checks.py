@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.artifact.manifest import Artifact
@@ -16,6 +17,7 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.settings import BuildSettings
+from pipeline.validate.lengths import cut_warning, token_counts
 from pipeline.validate.prompts import load_prompts, prompts_path
 
 
@@ -52,6 +54,16 @@ def check_prompts(settings: BuildSettings) -> None:
     """
     if settings.validate:
         load_prompts(prompts_path(settings.recipe.validate_.prompts, settings.base))
+
+
+def warn_of_cut_prompts(settings: BuildSettings, tokenizer: Mapping[str, bytes]) -> None:
+    """Log a warning, before anything is compiled, if validation prompts do not fit the largest prefill bucket."""
+    if not settings.validate:
+        return
+    prompts = load_prompts(prompts_path(settings.recipe.validate_.prompts, settings.base))
+    counts = token_counts(prompts, tokenizer)
+    if warning := cut_warning(counts, settings.recipe.shapes.prefill[-1]):
+        settings.log(warning)
 
 
 def resolved(settings: BuildSettings, backend: Backend) -> Resolved:

@@ -22,7 +22,7 @@ from pipeline.errors import HostError, TandemError, reason
 from pipeline.executors.local import LocalExecutor
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.plan.plan import Plan
-from pipeline.progress import Log, Progress
+from pipeline.progress import Log, Progress, duration
 from pipeline.recipe.schema import BackendSettings
 from pipeline.stages.workers import output_to, worker_count
 
@@ -82,34 +82,46 @@ def compile_plan(plan: Plan, settings: CompileSettings, log: Log, progress: Prog
 
     def ended(result: Compiled) -> None:
         results[result.spec.name] = result
-        tally.seconds_left.pop(result.spec.name, None)
+        tally.end(result)
         progress("compile", len(jobs) - len(tally.seconds_left), len(jobs))
         log(tally.line(result))
         for note in result.notes:
             log(f"    {note}")
 
-    for result in list(results.values()):
-        ended(result)
     if missing:
+        started = time.monotonic()
+        progress("compile", len(results), len(jobs))
         compile_all(missing, tally.workers, ended)
+        hits = sum(result.hit for result in results.values())
+        took = duration(time.monotonic() - started)
+        log(f"compile: {len(jobs) - hits} graphs compiled, {hits} from the cache ({took})")
     return [results[spec.name] for spec in plan.graphs]
 
 
 class _Tally:
-    """The graphs left to compile, with their estimated times."""
+    """The graphs left to compile, with their estimated times; finished graphs correct the estimates of the others."""
 
     def __init__(self, plan: Plan, missing: Sequence[GraphSpec], workers: int | None) -> None:
         self.seconds_left = {spec.name: plan.compile_seconds(spec) for spec in missing}
         memory_bytes = max((plan.compile_memory(spec) for spec in missing), default=0)
         self.workers = workers or worker_count(memory_bytes, max(len(missing), 1))
 
+        self.estimated_s = self.taken_s = 0.0
+
+    def end(self, result: Compiled) -> None:
+        """Take a finished graph out, and its time into account."""
+        estimated_s = self.seconds_left.pop(result.spec.name)
+        if not result.hit:
+            self.estimated_s, self.taken_s = self.estimated_s + estimated_s, self.taken_s + result.seconds
+
     def remaining(self) -> str:
-        """Return an estimate of the remaining time."""
-        return f"about {sum(self.seconds_left.values()) / self.workers:.0f} s"
+        """Return an estimate of the remaining time: other work on the machine shows in the graphs that are finished."""
+        slower = self.taken_s / self.estimated_s if self.estimated_s else 1.0
+        return f"about {duration(slower * sum(self.seconds_left.values()) / self.workers)}"
 
     def line(self, result: Compiled) -> str:
         """Return the log line of a finished graph."""
-        how = "cached" if result.hit else f"{result.seconds:.0f} s"
+        how = "cached" if result.hit else duration(result.seconds)
         remaining = f", {len(self.seconds_left)} left, {self.remaining()}" if self.seconds_left else ""
         return f"  {result.spec.name}: {how}{remaining}"
 

@@ -18,7 +18,7 @@ from pipeline.artifact.verify import differences
 from pipeline.files.atomic import atomic_dir
 from pipeline.graphs.packing import Packing
 from pipeline.graphs.spec import ModelsSpec
-from pipeline.progress import Log, Progress
+from pipeline.progress import Log, Progress, stage
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.stages.shard_files import ShardFile, write_shards
 from pipeline.stages.stamp import build_lock
@@ -49,9 +49,10 @@ def shard(
     with build_lock(root.with_suffix(".lock"), log, "a build that writes the same shards"):
         cached = _cached(root, log)
         if cached is not None:
+            log("shard: the shards are cached")
             return Shards(root, tuple(cached))
-        log(f"shard: weights for {models.tp} rank(s)")
-        with atomic_dir(root) as folder:
+        ranks = "1 rank" if models.tp == 1 else f"{models.tp} ranks"
+        with stage(f"shard: weights for {ranks}", log, progress), atomic_dir(root) as folder:
             written = write_shards(
                 models, *pair, folder, packing=packing, progress=lambda done, total: progress("shard", done, total)
             )

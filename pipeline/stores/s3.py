@@ -47,6 +47,7 @@ EXPLAINED = {
     "RequestTimeTooSkewed": ("this machine's clock differs from the server's", "set the clock (NTP)"),
     "SignatureDoesNotMatch": ("the secret key is wrong", CREDENTIALS),
     "InvalidAccessKeyId": ("the access key is unknown", CREDENTIALS),
+    "169.254.": ("no credentials: none are set, and this machine has no role that gives some", CREDENTIALS),
     "credential": ("no usable credentials", CREDENTIALS),
 }
 
@@ -207,7 +208,14 @@ class S3Bucket:
             what = "this server does not support conditional writes"
             return HostError(what, where=self.where, fix=CONDITIONS)
         what = f"HTTP status {status[1]}" if status else "the server is unreachable, or closed the connection"
-        return Interrupted(what, where=self.where, fix="try again: completed transfers are kept")
+        return Interrupted(what, where=self.where, fix=self._again(text, verb))
+
+    def _again(self, text: str, verb: str) -> str:
+        """Return what to do after a failure that may pass; a list or a look transfers nothing that could be kept."""
+        address = _endpoint() or "AWS: set AWS_ENDPOINT_URL for another server"
+        if "kind: Connect" in text:
+            return f"check the network and the address of the server ({address}), then try again"
+        return "try again: completed transfers are kept" if verb in ("get", "put") else "try again"
 
     def _needed(self, verb: str) -> str:
         """Return what a policy must allow. Without permission to list, a missing object looks like a forbidden one."""
@@ -223,7 +231,7 @@ class S3Bucket:
 
 
 def _client(bucket: str) -> S3Store:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    endpoint = _endpoint()
     return S3Store(
         bucket,
         checksum_algorithm="SHA256",
@@ -232,6 +240,10 @@ def _client(bucket: str) -> S3Store:
         disable_bulk_delete=True,
         **_credentials(),
     )
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 def _credentials() -> dict[str, Any]:

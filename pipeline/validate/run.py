@@ -12,7 +12,8 @@ from pipeline.artifact.reports import add_reports
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import Cache, default_root
 from pipeline.errors import GateError
-from pipeline.progress import Log
+from pipeline.progress import Log, Progress, duration, no_progress, stage, working
+from pipeline.recipe import Recipe
 from pipeline.recipe import load as load_recipe
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.open import load
@@ -29,7 +30,10 @@ from pipeline.validate.report.schema import Provenance, Report, Tested, TokenSeq
 SHOWN_FINDINGS = 10
 
 
-def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cache: Path, log: Log) -> None:
+def validate(
+    root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cache: Path, log: Log,
+    progress: Progress = no_progress,
+) -> None:  # fmt: skip
     """Run the gates on the artifact in `root` and store the reports in it.
 
     Raises:
@@ -38,19 +42,19 @@ def validate(root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cach
     """
     recipe = load_recipe(root / "recipe.yaml")
     prompts = load_prompts(prompts_path(recipe.validate_.prompts, base))
-    log(f"validate: {len(prompts)} prompts")
     started = time.monotonic()
     engine = load(root)
+    inputs = GateInputs(engine, recipe, prompts, (target, draft), Cache(cache, "goldens"), log, progress)
     try:
-        gates = run_gates(GateInputs(engine, recipe, prompts, (target, draft), Cache(cache, "goldens"), log))
-        whole = make_report(gates, make_backend(engine.manifest.backend).host())
+        with working(f"validate: {len(prompts)} prompts", progress):
+            whole = make_report(run_gates(inputs), make_backend(engine.manifest.backend).host())
     finally:
         engine.close()
     store_reports(root, whole)
     log_report(whole, log)
-    log(f"  {time.monotonic() - started:.0f} s; the report is {root / 'reports' / 'parity.html'}")
+    log(f"validate: {len(prompts)} prompts ({duration(time.monotonic() - started)}); report: {page_of(root)}")
     if not whole.passed:
-        raise GateError(failures(whole), where=recipe.name, fix=f"open {root / 'reports' / 'parity.html'}")
+        raise GateError(failures(whole), where=recipe.name, fix=remedy(whole, recipe, root))
 
 
 def make_report(gates: GateRun, ran_on: Mapping[str, str]) -> Report:
@@ -129,10 +133,10 @@ def store_reports(root: Path, whole: Report) -> None:
 
 def log_report(whole: Report, log: Log) -> None:
     """Log each gate's verdict and the numbers that a reader wants first."""
-    for gate in whole.gates:
-        log(f"  {gate.name}: {'passed' if gate.passed else 'FAILED'}")
     for label, value in summaries.headlines(whole):
         log(f"    {label}: {value}")
+    for gate in whole.gates:
+        log(f"  {gate.name}: {'passed' if gate.passed else 'FAILED'}")
 
 
 def failures(whole: Report) -> str:
@@ -142,8 +146,25 @@ def failures(whole: Report) -> str:
     return "; ".join(findings[:SHOWN_FINDINGS]) + more
 
 
-def validate_artifact(root: Path, base: Path, log: Log) -> None:
+def remedy(whole: Report, recipe: Recipe, root: Path) -> str:
+    """Return what to do about the gates that failed: the report says where; too low an acceptance has a cure."""
+    page_path = f"open {page_of(root)}"
+    if all(gate.passed for gate in whole.gates if gate.name == "acceptance"):
+        return page_path
+    limit = f"lower `validate.gates.tokens_per_step` (now {recipe.validate_.gates.tokens_per_step}) in the recipe"
+    return (
+        f"train a draft for this target: `tandem distill {recipe.name}`; or {limit}; to see which prompts, {page_path}"
+    )
+
+
+def page_of(root: Path) -> Path:
+    """Return the path of an artifact's report for people."""
+    return root / "reports" / "parity.html"
+
+
+def validate_artifact(root: Path, base: Path, log: Log, progress: Progress = no_progress) -> None:
     """Run the gates on a built artifact again, with the sources its recipe names."""
     recipe = load_recipe(root / "recipe.yaml")
-    target, draft = resolve_pair(recipe, base=base, cache=default_root() / "sources")
-    validate(root, target, draft, base, default_root(), log)
+    with stage("sources: target and draft", log, progress):
+        target, draft = resolve_pair(recipe, base=base, cache=default_root() / "sources", progress=progress)
+    validate(root, target, draft, base, default_root(), log, progress)

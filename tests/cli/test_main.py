@@ -7,34 +7,22 @@ import dataclasses
 import inspect
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import click
 import pytest
-import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 import pipeline
-from pipeline.backends.base import make_backend
-from pipeline.cache.local import Cache
-from pipeline.cache.remote import Remote, push_all
 from pipeline.cli.main import COMMANDS, main
-from pipeline.files.atomic import TEMP
-from pipeline.models.weights import NORM
-from pipeline.recipe.schema import InductorSettings, NeuronSettings
 from pipeline.runtime.text import StreamDecoder
 from support import small_artifacts as small
-from support.checkpoints import CONFIG, random_weights, write_checkpoint
+from support.checkpoints import write_checkpoint
+from support.commands import invoke
 from support.families import write_tokenizer
-from support.hub_server import Repo, running
-from support.paths import TESTS
-from support.processes import heed_interrupts, members, wait_for
 
 TANDEM = "from pipeline.cli.main import main; main()"
 RECIPE = """\
@@ -44,10 +32,6 @@ draft: {derive: {from: target, layers: [0]}}
 speculation: {draft_tokens: [2]}
 shapes: {batch: [1], prefill: [16], kv: [32]}
 """
-
-
-def invoke(*arguments: str | Path, **options: Any) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments], **options)
 
 
 @pytest.fixture
@@ -63,160 +47,6 @@ def work(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def refused(work: Path, code: int, *said: str) -> str:
-    """Build the recipe: one message with all of `said` and a fix, an exit code, nothing half-written."""
-    result = invoke("build", "mine.yaml", "--out", "out")
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    assert "  fix: " in result.stderr
-    missing = [text for text in said if text not in result.stderr]
-    assert not missing, result.stderr
-    assert not (work / "out").exists()
-    assert not list(work.rglob(f"{TEMP}*"))
-    assert not list(work.rglob("*.pt2"))
-    assert not list(work.glob("cache/shards/*/weights"))
-    assert result.stdout == ""
-    return result.stderr
-
-
-RECIPE_FAULTS = {
-    "unknown key": ("kv:", "kvs:", "mine.yaml:5: shapes.kvs: unknown key"),
-    "wrong type": ("batch: [1]", "batch: one", "mine.yaml:5: shapes.batch"),
-    "negative bucket": ("[16]", "[-16]", "found -16"),
-    "unsorted bucket": ("[16]", "[16, 8]", "not ascending"),
-    "K larger than a bucket": ("[2]", "[40]", "found K=40, whose step of 41 tokens does not fit the kv bucket 32"),
-    "ranks that do not divide": ("name: mine", "name: mine\nparallel: {tensor: 3}", "found 3, which does not divide"),
-    "unknown backend": ("name: mine", "name: mine\nbackend: {name: cuda}", "accepted: inductor, neuron"),
-    "unknown layer": ("[0]", "[7]", "the target has no layer 7"),
-    "unknown source": (
-        "./target",
-        "ftp://x",
-        "mine.yaml:2: target.source: found 'ftp://x'; accepted: a folder, or one of hf://",
-    ),
-    "no such folder": ("./target", "./nowhere", "no such folder"),
-    "no such package": ("./target", "package://nothing", "a package needs an exact version"),
-    "prompts that are not there": (
-        "name: mine",
-        "name: mine\nvalidate: {prompts: p.jsonl, max_new_tokens: 8}",
-        "p.jsonl: cannot read prompts",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", RECIPE_FAULTS)
-def test_build_refuses_a_bad_recipe(work, fault):
-    old, new, said = RECIPE_FAULTS[fault]
-    assert old in RECIPE
-    (work / "mine.yaml").write_text(RECIPE.replace(old, new))
-    refused(work, 2, said)
-
-
-def _without(weights, name):
-    return {key: tensor for key, tensor in weights.items() if key != name}
-
-
-WEIGHT_FAULTS = {
-    "missing weight": (lambda w: _without(w, NORM), f"missing weight {NORM} [32]"),
-    "extra weight": (lambda w: w | {"model.extra": torch.ones(3)}, "extra weight model.extra [3]"),
-    "wrong shape": (lambda w: w | {NORM: torch.ones(31)}, f"wrong shape of {NORM} in model.safetensors: [31]"),
-}
-
-
-@pytest.mark.parametrize("fault", WEIGHT_FAULTS)
-def test_build_refuses_weights_that_do_not_fit(work, fault):
-    change, said = WEIGHT_FAULTS[fault]
-    config = CONFIG | {"vocab_size": 400}
-    write_checkpoint(work / "target", change(random_weights(config)), vocab_size=400)
-    refused(work, 2, f"target: {said}")
-
-
-def test_build_refuses_truncated_weights(work):
-    file = work / "target" / "model.safetensors"
-    os.truncate(file, file.stat().st_size - 100)
-    refused(work, 2, "model.safetensors: file is truncated", "download the checkpoint again")
-
-
-def test_build_refuses_another_tokenizer_and_says_how_it_differs(work):
-    (work / "mine.yaml").write_text(RECIPE.replace("{derive: {from: target, layers: [0]}}", "{source: ./draft}"))
-    write_checkpoint(work / "draft", vocab_size=400)
-    write_tokenizer(work / "draft", "json")
-    file = work / "draft" / "tokenizer.json"
-    data = json.loads(file.read_text())
-    vocab = data["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    file.write_text(json.dumps(data))
-    refused(
-        work, 2, "the draft's tokenizer differs from the target's", "2 ids differ", "'a' against 'b'", "source: draft: "
-    )
-
-
-def test_build_refuses_a_target_without_a_tokenizer(work):
-    for path in work.glob("target/tokenizer*"):
-        path.unlink()
-    refused(work, 2, "the target has no tokenizer", "tokenizer.json")
-
-
-def test_build_refuses_a_broken_tokenizer_before_it_compiles(work):
-    (work / "target" / "tokenizer.json").write_text('{"model": {}}')
-    refused(work, 2, "the tokenizer cannot be read")
-
-
-def test_build_refuses_an_unknown_revision(work, monkeypatch):
-    with running() as hub:
-        hub.repos["org/model"] = Repo({"config.json": b"{}"})
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        (work / "mine.yaml").write_text(RECIPE.replace("./target", "hf://org/model@v9"))
-        refused(work, 2, "hf://org/model@v9: no such revision: 'v9'")
-
-
-def test_build_without_a_network_is_the_environments_fault(work, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    (work / "mine.yaml").write_text(RECIPE.replace("./target", "hf://org/model@main"))
-    refused(work, 3, "no connection to the Hub", "HF_ENDPOINT")
-
-
-def test_build_without_a_compiler_is_the_environments_fault(work, monkeypatch):
-    monkeypatch.setenv("PATH", str(work))
-    refused(work, 3, "backend.name: inductor needs a C++ compiler; 'g++' is not on PATH", "install g++")
-
-
-def test_build_without_space_is_the_environments_fault(work):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
-    done = subprocess.run(
-        [sys.executable, "-c", limit + TANDEM, "build", "mine.yaml", "--out", "out"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 3, done.stderr
-    assert "cannot write: File too large" in done.stderr
-    assert "fix: " in done.stderr
-    assert not (work / "out").exists()
-    assert not list(work.rglob(f"{TEMP}*"))
-
-
-def test_build_into_a_folder_of_something_else_is_refused(work):
-    (work / "out").mkdir()
-    (work / "out" / "thesis.txt").write_text("")
-    result = invoke("build", "mine.yaml", "--out", "out")
-    assert result.exit_code == 2
-    assert "not an artifact directory; not replaced" in result.stderr
-    assert [path.name for path in (work / "out").iterdir()] == ["thesis.txt"]
-
-
-def test_build_of_an_unknown_recipe_names_what_there_is(work):
-    (work / "recipes").mkdir()
-    (work / "recipes" / "mine.yaml").write_text(RECIPE)
-    result = invoke("build", "mien")
-    assert result.exit_code == 2
-    assert "did you mean 'mine'?" in result.stderr
-
-
-def test_neuron_recipe_says_what_is_missing_here(work):
-    (work / "mine.yaml").write_text(RECIPE + "backend: {name: neuron, target: trn2}\n")
-    refused(work, 3, "neuronx", "fix: pip install")
-
-
 @pytest.mark.parametrize("name", ["some/folder", "no-such-thing"])
 def test_missing_artifact_is_not_told_to_be_built_from_a_recipe_that_does_not_exist(work, name):
     """`run some/folder` once said: fix: make build RECIPE=some/folder."""
@@ -229,7 +59,7 @@ def test_missing_artifact_is_not_told_to_be_built_from_a_recipe_that_does_not_ex
 def test_missing_artifact_of_a_recipe_is_told_to_be_built(work):
     (work / "recipes").mkdir()
     (work / "recipes" / "mine.yaml").write_text(RECIPE)
-    assert "fix: make build RECIPE=mine" in invoke("inspect", "mine").stderr
+    assert "fix: tandem build mine" in invoke("inspect", "mine").stderr
 
 
 def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], click.Command]:
@@ -401,74 +231,6 @@ def test_help_answers_at_once():
     assert min(spent) < 0.3, spent
 
 
-@pytest.mark.compile
-def test_build_interrupted_ends_at_once_with_130(work):
-    """Ctrl-C goes to the whole process group; workers and compilers end, and what was finished stays."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", TANDEM, "build", "mine.yaml", "--out", "out", "--workers", "1"],
-        stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_interrupts,
-    )  # fmt: skip
-    wait_for(lambda: any(work.glob("cache/logs/mine/*.log")), 120)
-    os.killpg(child.pid, signal.SIGINT)
-    started = time.monotonic()
-    rest = child.communicate(timeout=60)[1]
-    assert child.returncode == 130, rest
-    assert time.monotonic() - started < 20
-    assert "interrupted; run the same command to continue" in rest
-    assert "Traceback" not in rest
-    assert not (work / "out").exists()
-    wait_for(lambda: not members(child.pid))
-
-
-def test_progress_off_a_terminal_is_plain_lines(work, capfd):
-    """No control codes, and -q leaves nothing but the result."""
-    from pipeline.cli.console import Console
-
-    console = Console()
-    for done in range(3):
-        console.progress("shard", done, 2)
-    console.log("package")
-    console.close()
-    Console(quiet=True).log("nothing")
-    captured = capfd.readouterr()
-    assert captured.err == "package\n"
-    assert captured.out == ""
-
-
-def test_progress_on_a_terminal_is_a_bar():
-    """Lines stay above the bar, and the bar is gone at the end."""
-    code = (
-        "import time\nfrom pipeline.cli.console import Console\nc = Console()\nc.progress('shard', 1, 2)\n"
-        "time.sleep(0.5)\nc.log('package [x]')\n"
-        "c.progress('shard', 2, 2)\nc.close()"
-    )
-    ours, theirs = os.openpty()
-    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, env=env)
-    os.close(theirs)
-    shown = os.read(ours, 1 << 16).decode()
-    os.close(ours)
-    assert "shard" in shown
-    assert "50%" in shown
-    assert "package [x]\r\n" in shown
-    assert "\x1b[2K" in shown, "the bar was never taken away"
-
-
-def test_transfer_tells_bytes_and_time_left(monkeypatch, capsys):
-    """Where no bar can be drawn, a plain line now and then."""
-    from pipeline.cli import console
-
-    now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    moved = console.Console().transfer("pull")
-    for second in range(0, 41, 4):
-        now[0] = float(second)
-        moved(second * console.MIB, 40 * console.MIB)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["  pull: 12.0 of 40.0 MiB, 28 s left", "  pull: 24.0 of 40.0 MiB, 16 s left",
-                     "  pull: 36.0 of 40.0 MiB, 4 s left"]  # fmt: skip
-
-
 def test_a_share_of_no_start_is_an_error():
     result = invoke("distill", "pico-spec", "--start-share", "0.2")
     assert result.exit_code == 2
@@ -509,82 +271,6 @@ def test_bad_input_is_one_clear_error(work, arguments, code, said):
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert isinstance(result.exception, SystemExit)
-
-
-KEY = "ab" * 32
-
-
-@pytest.fixture
-def neuron_sdk(tmp_path, monkeypatch) -> dict[str, str]:
-    """Distributions of the Neuron SDK and its compiler on the path; returns the toolchain that they are."""
-    fake = TESTS / "fake_neuron"
-    packages = tmp_path / "packages"
-    for name in ("torch", "torch-xla"):
-        about = packages / f"{name.replace('-', '_')}-2.9.0.dist-info"
-        about.mkdir(parents=True)
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.9.0\n")
-    for path in (fake, packages):
-        monkeypatch.syspath_prepend(str(path))
-    monkeypatch.setenv("PATH", os.pathsep.join([str(fake / "bin"), os.environ["PATH"]]))
-    return make_backend(NeuronSettings(name="neuron", target="trn2")).toolchain().as_dict()
-
-
-def share(folder: Path, toolchains: Sequence[dict[str, str]]) -> str:
-    """A shared cache with a graph of each toolchain."""
-    local = Cache(folder / "builder", "graphs")
-    for number, toolchain in enumerate(toolchains):
-        local.put(f"{number}{number}" * 32, b"graph", toolchain)
-    assert push_all(local, Remote(str(folder / "shared"), "write").open()) == len(toolchains)
-    return str(folder / "shared")
-
-
-def test_cache_pull_takes_the_graphs_of_every_installed_backend(work, neuron_sdk):
-    """It knew only inductor: on a machine with the Neuron SDK, it pulled nothing for it."""
-    inductor = make_backend(InductorSettings()).toolchain().as_dict()
-    url = share(work, [inductor, neuron_sdk, neuron_sdk | {"neuronx-cc": "1.0"}])
-    result = invoke("cache", "pull", url, "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {
-        "pulled": 2,
-        "toolchains": [{"toolchain": inductor, "pulled": 1}, {"toolchain": neuron_sdk, "pulled": 1}],
-    }
-    assert Cache(work / "cache", "graphs").get("11" * 32).read_bytes() == b"graph"
-
-
-def test_cache_pull_of_one_backend_says_which_toolchain(work, neuron_sdk):
-    inductor = make_backend(InductorSettings()).toolchain().as_dict()
-    result = invoke("cache", "pull", share(work, [inductor, neuron_sdk]), "--backend", "neuron")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("neuron (torch 2.9.0, ")
-    assert ", neuronx-cc 2.24.8799.0): pulled 1 graphs from " in result.stdout
-    assert Cache(work / "cache", "graphs").get("00" * 32) is None
-
-
-def test_cache_pull_of_a_backend_that_is_not_installed(work):
-    result = invoke("cache", "pull", "shared", "--backend", "neuron")
-    assert result.exit_code == 3
-    assert "backend neuron: " in result.stderr
-    assert "fix: `tandem doctor --backend neuron` lists every problem" in result.stderr
-
-
-def test_cache_stats_and_gc_count_by_kind(work):
-    """Goldens and memos were counted as graphs."""
-    for kind, size in (("graphs", 1 << 20), ("goldens", 2 << 20)):
-        Cache(work / "cache", kind).put(KEY, b"x" * size)
-    counted = json.loads(invoke("cache", "stats", "--json").stdout)
-    assert (counted["entries"], counted["size_bytes"]) == (1, 1 << 20)
-    assert counted["kinds"]["goldens"] == {"entries": 1, "size_bytes": 2 << 20}
-    line = "1 graphs, 1.0 MiB; 0 memos, 0.0 MiB; 1 goldens, 2.0 MiB"
-    assert f"{line} in {work / 'cache'}" in invoke("cache", "stats").stdout
-    removed = invoke("cache", "gc", "--max-gib", "0").stdout
-    assert removed == f"removed {line}; 0 blobs and shards, 0.0 MiB\n"
-
-
-def test_ls_of_nothing_says_so(work):
-    result = invoke("ls", "nowhere")
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert "no releases in nowhere" in result.stderr
-    assert not (work / "nowhere").exists()
 
 
 def test_pull_and_verify_a_part(work):

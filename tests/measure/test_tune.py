@@ -243,12 +243,14 @@ def test_measures_an_engine(tmp_path):
     engine = make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources"))
     prompts = [Prompt(f"p{i}", ("chat", "code")[i % 2], text) for i, text in enumerate(["The dog", "def add(", "Once"])]
     lines: list[str] = []
-    found = tune(engine, prompts, 1, 12, lines.append)
+    shown: list[tuple[str, float, float]] = []
+    found = tune(engine, prompts, 1, 12, lines.append, lambda *of: shown.append(of))
     assert set(found.step_costs) == {1, 3}
     assert all(cost > 0.5 for cost in found.step_costs.values())
     assert set(found.rates) == {"all", "chat", "code"}
     assert all(len(rates) == 3 and max(rates) <= 1 for rates in found.rates.values())
-    assert lines == ["measured steps of 2 batch buckets", "1 of 2 prompts", "2 of 2 prompts"]
+    assert lines == ["measured steps of 2 batch buckets"]
+    assert shown == [("prompts", 0, 2), ("prompts", 1, 2), ("prompts", 1, 1)]
     assert set(found.larger) == {2}
     assert set(found.larger[2]) == {1, 3}
     assert set(found.to_json()["step_costs"]) == {1, 2}

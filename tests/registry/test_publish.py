@@ -355,7 +355,7 @@ def test_publish_one_failing_place_hides_no_other(tmp_path):
     code, shown = tandem("publish", str(made))
     assert code == 3
     assert f"not published to {bad}" in shown
-    assert re.search(rf"blobs, 0\.\d MiB to {re.escape(good)}; latest ->", shown)
+    assert re.search(rf"to {re.escape(good)}: sent \d+ blobs, [\d.]+ KiB, not signed; latest ->", shown)
     assert shown.count("fix: ") == 2
     assert list_releases(good)[0].aliases == ("latest",)
     found = json.loads(CliRunner().invoke(main, ["publish", str(made), "--json"]).stdout)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from pipeline.progress import Log
+from pipeline.progress import Progress
 from pipeline.runtime.engine import Generation
 from pipeline.validate.gates.inputs import GateInputs, StageClock
 
@@ -77,13 +77,16 @@ def _encode(inputs: GateInputs) -> tuple[list[list[int]], tuple[str, ...]]:
 
 def _generate(inputs: GateInputs, encoded: list[list[int]], steps: int | None) -> list[Generation]:
     limit = inputs.recipe.validate_.max_new_tokens
-    return inputs.engine.generate(
+    tokens = _TokenProgress(inputs.progress, len(encoded) * limit)
+    answers = inputs.engine.generate(
         encoded,
         max_new_tokens=limit,
         speculate=steps is not None,
         draft_tokens=steps,
-        on_tokens=_TokenProgress(inputs.log, len(encoded) * limit),
+        on_tokens=tokens,
     )
+    tokens.end()
+    return answers
 
 
 def sequences_of(inputs: GateInputs, answers: Answers) -> Sequences:
@@ -107,16 +110,16 @@ def _probe(row: int, texts: Sequence[list[int]], inputs: GateInputs) -> ScoredSe
 
 @dataclass
 class _TokenProgress:
-    """Logs how many tokens of a generation have arrived, about every tenth."""
+    """Reports how many tokens of a generation have arrived; answers may end before the most that is possible."""
 
-    log: Log
+    progress: Progress
     most: int
     arrived: int = 0
-    tenths: int = 0
 
     def __call__(self, index: int, new: list[int]) -> None:  # noqa: ARG002 - the engine's callback
         self.arrived += len(new)
-        tenths = 10 * self.arrived // self.most
-        if tenths > self.tenths:
-            self.tenths = tenths
-            self.log(f"    {self.arrived} of at most {self.most} tokens")
+        self.progress("tokens", self.arrived, self.most)
+
+    def end(self) -> None:
+        """Report that no more tokens arrive."""
+        self.progress("tokens", self.most, self.most)

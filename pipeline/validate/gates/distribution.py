@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline.graphs.arguments import Choice
 from pipeline.graphs.spec import GraphSpec
+from pipeline.progress import working
 from pipeline.runtime.engine import Engine
 from pipeline.sources.values import draft_token_ids
 from pipeline.validate.gates.driving import Draws, Row, step
@@ -106,8 +107,9 @@ def draw_bucket(inputs: GateInputs, kv: int, probes: Sequence[list[int]], tie: f
     judge = Judge(draft_token_ids(inputs.checkpoints[1]), inputs.engine.manifest.pair.candidates, tie)
     for spec in inputs.engine.graphs:
         if (spec.kv, spec.sampling) == (kv, "stochastic") and spec.phase in ("decode", "speculate"):
-            inputs.log(f"    {spec.name}")
-            yield _draw(inputs.engine, spec, probes, judge)
+            with working(spec.name, inputs.progress):
+                drawn = _draw(inputs.engine, spec, probes, judge)
+            yield drawn
 
 
 def _draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], judge: Judge) -> Drawn:

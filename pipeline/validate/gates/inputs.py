@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pipeline.cache.local import Cache
-from pipeline.progress import Log
+from pipeline.progress import Log, Progress, no_progress, stage
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Engine
 from pipeline.sources.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ class GateInputs:
     checkpoints: tuple[Checkpoint, Checkpoint]
     cache: Cache
     log: Log
+    progress: Progress = no_progress
 
     @property
     def is_sampled(self) -> bool:
@@ -41,15 +42,16 @@ class GateInputs:
 
 @dataclass
 class StageClock:
-    """Logs stages and adds up the seconds of each."""
+    """Reports stages, logs the time of each when it ends, and adds up the seconds of equal names."""
 
     log: Log
+    progress: Progress = no_progress
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Log a stage and time it."""
-        self.log(f"  {name}")
+    def stage(self, name: str, of: str = "") -> Iterator[None]:
+        """Time a stage; `of` says which part, for the log alone."""
         started = time.monotonic()
-        yield
+        with stage(f"  {name}{of}", self.log, self.progress):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started

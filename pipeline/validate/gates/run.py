@@ -72,7 +72,7 @@ class GateRun:
 
 def run_gates(inputs: GateInputs) -> GateRun:
     """Run every gate; failures are findings, not errors."""
-    clock = StageClock(inputs.log)
+    clock = StageClock(inputs.log, inputs.progress)
     answers = answer_prompts(inputs, clock)
     sequences = sequences_of(inputs, answers)
     with clock.stage("reference"):
@@ -111,7 +111,7 @@ def measure_buckets(
     drawn: list[Drawn] = []
     tie, shorter = 0.0, 0
     for kv in inputs.engine.manifest.shapes.kv:
-        with clock.stage("parity"):
+        with clock.stage("parity", f", cache bucket {kv}"):
             for model, reference in references.items():
                 runs = score_bucket(inputs, ScoreJob(model, kv, shorter), sequences, reference.goldens)
                 scores[model] = scores[model].plus(runs)
@@ -120,11 +120,11 @@ def measure_buckets(
             tie = TIE * scores["target"].floor
             compared = compare_answers(inputs, answers, tie)
             _refill_if_judged(inputs, kv, sequences, compared)
-        with clock.stage("losslessness at bucket edges"):
+        with clock.stage("losslessness at bucket edges", f", cache bucket {kv}"):
             edges = compare_edges(inputs.engine, kv, sequences.probe_tokens, tie)
             compared += edges
         if inputs.is_sampled:
-            with clock.stage("distribution"):
+            with clock.stage("distribution", f", cache bucket {kv}"):
                 _refill_if_judged(inputs, kv, sequences, edges)
                 drawn += draw_bucket(inputs, kv, sequences.probe_tokens, tie)
     assert compared is not None

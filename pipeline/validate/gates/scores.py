@@ -129,8 +129,9 @@ def score_bucket(
     for group in (chosen, sequences.probes[: spec.batch]):
         pairs = [(replace(s, tokens=s.tokens[:usable]), goldens[s.name].cut(usable)) for s in group]
         for start in range(0, len(pairs), spec.batch):
-            inputs.log(f"    {spec.name}: {start} of {len(pairs)} sequences")
+            inputs.progress(spec.name, start, len(pairs))
             runs += _score_batch(engine, spec, pairs[start : start + spec.batch], inputs.dtype_of(job.model))
+    inputs.progress(spec.name, 1, 1)
     return runs
 
 

@@ -51,7 +51,7 @@ class Goldens:
         self.cached += len(keys) - len(missing)
         if missing:
             model = self._reference()
-            self.log(f"  reference of {len(missing)} sequences, {model.layers} layers one at a time")
+            self.log(f"  reference of {len(missing)} sequences, layer by layer")
             for key, golden in zip(missing, model.goldens(list(missing.values())), strict=True):
                 self.cache.put(key, pack(golden))
                 self._known[key] = golden

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -49,13 +50,21 @@ def headlines(report: Report) -> list[tuple[str, str]]:
     tokens = f"{differences} of {lossless.tokens} tokens differ{_near_ties(lossless.near_ties, differences)}"
     rows.append(("speculation against plain decode", tokens))
     if report.distribution is not None:
-        smallest = min((t.p_value for t in report.distribution.tests if t.p_value is not None), default=1.0)
-        rows.append(("sampling", f"{len(report.distribution.tests)} exact tests, smallest p {show(smallest)}"))
+        rows.append(("sampling", _exact_tests([test.p_value for test in report.distribution.tests])))
     rows += [(f"tokens per step (K={a.draft_tokens})", f"{a.tokens_per_step:.2f}") for a in report.acceptance]
-    rows.append(
-        ("speed-up", f"{show(report.speed.measured_speedup)} measured, {show(report.speed.expected_speedup)} expected")
-    )
+    rows.append(("speed-up, measured once; other load changes it", show(report.speed.measured_speedup)))
+    rows.append(("speed-up, from acceptance and draft size", show(report.speed.expected_speedup)))
+    if cut := report.tested.cut_prompts:
+        longest = f"longer than the largest prefill bucket of {report.tested.prefill[-1]} tokens, only their ends ran"
+        rows.append(("prompts that were cut", f"{len(cut)} of {report.tested.prompts}: {longest}"))
     return rows
+
+
+def _exact_tests(p_values: Sequence[float | None]) -> str:
+    known = [p_value for p_value in p_values if p_value is not None]
+    if not known:
+        return f"{len(p_values)} exact tests, none with a p value"
+    return f"{len(known)} exact tests, smallest p {show(min(known))}"
 
 
 def _near_ties(near_ties: int, tokens: int) -> str:

@@ -1,0 +1,121 @@
+"""What an artifact is and how two differ, as fields and rows for people. Pure: reads manifests, prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact.manifest import Manifest, PairManifest, content_digest
+from pipeline.artifact.signing import Signer
+from pipeline.cli.tables import Cell, Table, Verdict
+from pipeline.cli.words import counted, moment, number, size, value
+from pipeline.registry.card import facts
+
+BYTES = {"size", "size_bytes"}
+GATES = {True: "gates passed", False: "gates FAILED", None: "not validated"}
+
+
+def fields_of(manifest: Manifest, root: Path, *, has_signature: bool) -> dict[str, Cell]:
+    """Return what an artifact is and needs, by the labels of `tandem inspect`."""
+    own = _pair(manifest) if isinstance(manifest, PairManifest) else _other(manifest)
+    return {
+        "artifact": f"{manifest.name} {manifest.version}",
+        "digest": content_digest(manifest),
+        "path": str(root),
+        "built": f"{moment(manifest.created)} UTC",
+        "signature": signature_words(None, present=has_signature),
+        "runs on": value(manifest.requires),
+        "toolchain": value(manifest.toolchain),
+        "ranks": str(manifest.ranks),
+        **own,
+        "files": f"{len(manifest.files)}, {size(manifest.size_bytes)}",
+        **_gates(manifest),
+    }
+
+
+def signature_words(signer: Signer | str | None, *, present: bool) -> str:
+    """Return what is known of an artifact's signature: its signer only after a check."""
+    if signer is not None:
+        return f"signed by {signer}"
+    return "signature not checked (--require-signature)" if present else "not signed"
+
+
+def _other(manifest: Manifest) -> dict[str, Cell]:
+    return {label: value(each) for label, each in facts(manifest).items() if label not in ("runs on", "ranks", "size")}
+
+
+def _pair(manifest: PairManifest) -> dict[str, Cell]:
+    shapes = manifest.shapes
+    return {
+        "dtype": manifest.dtype + (f", weights {manifest.weights}" if manifest.weights else ""),
+        "draft": f"{manifest.draft_kind.method}, draft tokens K {value(manifest.draft_tokens)}",
+        "prompt lookup": counted(manifest.lookup, "token") if manifest.lookup else "no",
+        "sampling": value(manifest.sampling),
+        "candidates": str(manifest.pair.candidates or "all"),
+        "buckets": f"batch {value(shapes.batch)}; prefill {value(shapes.prefill)}; kv {value(shapes.kv)}",
+        "graphs": str(len(manifest.graphs)),
+    }
+
+
+def _gates(manifest: Manifest) -> dict[str, Cell]:
+    """Return the verdict of the gates, their first finding, and the numbers that a reader wants first."""
+    if not isinstance(manifest, PairManifest):
+        return {"gates": Verdict("none: this kind of artifact is not validated here", None)}
+    if manifest.validation is None:
+        return {"gates": Verdict("not validated", None)}
+    validation = manifest.validation
+    names = validation.get("gates", {})
+    failed = {name: findings for name, findings in names.items() if findings}
+    if manifest.passed:
+        verdict = Verdict("passed" + (f": {', '.join(names)}" if names else ""), good=True)
+    else:
+        verdict = Verdict("FAILED" + "".join(f"; {name}: {found[0]}" for name, found in failed.items()), good=False)
+    per_step = [f"{number(rate)} (K={k})" for k, rate in validation.get("tokens_per_step", {}).items()]
+    return {"gates": verdict} | ({"tokens/step": ", ".join(per_step)} if per_step else {})
+
+
+def changes_of(differences: Mapping[str, Any], before: Manifest, after: Manifest) -> Table:
+    """Return the differences of two manifests as rows: what differs, and both values."""
+    headings = ("", f"{before.name} {before.version}", f"{after.name} {after.version}")
+    return Table(headings, [*_graph_rows(differences["graphs"]), *_field_rows(differences), *_file_rows(differences)])
+
+
+def _graph_rows(graphs: Mapping[str, list[str]]) -> Iterator[tuple[str, str, str]]:
+    words = {"added": ("", "added"), "removed": ("removed", ""), "recompiled": ("", "recompiled")}
+    for how, names in graphs.items():
+        yield from ((f"graph {name}", *words[how]) for name in names)
+
+
+def _field_rows(differences: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for name, values in differences["fields"].items():
+        yield (name, *(_shown(name, each) for each in (values["from"], values["to"])))
+
+
+def _shown(name: str, found: Any) -> str:
+    if found is None:
+        return "-"
+    last = name.rpartition(".")[2]
+    return size(found) if last in BYTES and isinstance(found, int) else value(found)
+
+
+def _file_rows(differences: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for top, changes in differences["files"].items():
+        for how, names in changes.items():
+            count = counted(len(names), "file")
+            yield (
+                f"files: {top}",
+                f"{count} removed" if how == "removed" else "",
+                "" if how == "removed" else f"{count} {how}",
+            )
+
+
+def gate_warning(manifest: PairManifest) -> str | None:
+    """Return a warning about an artifact that failed its gates or was never validated; None if it passed."""
+    if manifest.passed:
+        return None
+    if manifest.validation is None:
+        return f"warning: {manifest.name} was not validated: `tandem validate` runs the gates"
+    failed = [name for name, findings in manifest.validation.get("gates", {}).items() if findings]
+    gates = f" ({', '.join(failed)})" if failed else ""
+    return f"warning: {manifest.name} failed its gates{gates}: `tandem report` shows what is wrong"

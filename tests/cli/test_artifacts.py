@@ -1,0 +1,140 @@
+"""inspect, verify, diff: fields and tables, in plain terms, of real small artifacts."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from pipeline.artifact.manifest import read
+from pipeline.artifact.reports import add_reports
+from support import small_artifacts as small
+from support.commands import answer, invoke
+from support.signing_keys import key_pair
+
+INSPECTED = """\
+artifact       small DIGEST
+digest         FULL
+path           out
+built          TIME UTC
+signature      not signed
+runs on        device cpu, isa avx2, machine x86_64
+toolchain      backend stand-in, cxx g++ 12, torch 2.13.0+cpu
+ranks          1
+dtype          float32
+draft          draft_model, draft tokens K 2
+prompt lookup  no
+sampling       greedy
+candidates     all
+buckets        batch 1; prefill 16; kv 32
+graphs         5
+files          26, SIZE
+gates          passed
+"""
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """An artifact `out` that passed its gates, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return small.make_validated(tmp_path / "out", tmp_path / "work").root
+
+
+def masked(text: str) -> str:
+    """Digests, sizes and times as words, for golden text."""
+    text = re.sub(r"\b[0-9a-f]{64}\b", "FULL", re.sub(r"\d+\.\d KiB", "SIZE", text))
+    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "TIME", re.sub(r"\b[0-9a-f]{12}\b", "DIGEST", text))
+
+
+def test_inspect_prints_values_in_plain_terms(out):
+    """It printed Python dicts: `{'device': 'cpu', ...}`."""
+    assert masked(answer("inspect", "out").stdout) == INSPECTED
+
+
+def test_inspect_leads_from_the_short_id_to_the_whole_digest(out):
+    shown = answer("inspect", "out").stdout
+    version = read(out).manifest.version
+    assert f"small {version}\n" in shown
+    assert re.search(rf"^digest +{version}[0-9a-f]{{52}}$", shown, re.M)
+
+
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        (None, "gates          not validated\n"),
+        ({"passed": True, "gates": {"parity": [], "acceptance": []}}, "gates          passed: acceptance, parity\n"),
+        (
+            {"passed": False, "gates": {"parity": [], "acceptance": ["K=2: 1.10 is below the floor 1.3"]}},
+            "gates          FAILED; acceptance: K=2: 1.10 is below the floor 1.3\n",
+        ),
+    ],
+)
+def test_inspect_says_what_the_gates_found(tmp_path, monkeypatch, summary, said):
+    monkeypatch.chdir(tmp_path)
+    small.make(tmp_path / "out", tmp_path / "work")
+    if summary:
+        add_reports(tmp_path / "out", {"parity.json": b"{}"}, summary)
+    assert said in answer("inspect", "out").stdout
+
+
+def test_verify_says_who_signed_and_only_after_a_check(out, tmp_path):
+    """`verify` printed the same with and without a required signature."""
+    key, public = key_pair(tmp_path, "key")
+    assert masked(answer("verify", "out").stdout).endswith("26 files match the manifest, SIZE; not signed\n")
+    answer("sign", "out", "--key", key)
+    assert "; signature not checked (--require-signature)\n" in answer("verify", "out").stdout
+    shown = answer("verify", "out", "--require-signature", public).stdout
+    assert shown.endswith(f"; signed by {public}\n")
+
+
+def test_verify_of_a_part_says_how_much_was_checked(out):
+    answer("publish", "out", "--to", "r", "--alias", "latest")
+    answer("pull", "r/small", "part", "--only", "weights")
+    assert re.search(r"\d+ of 26 files match", answer("verify", "part", "--only", "weights").stdout)
+
+
+def test_verify_of_a_part_of_a_whole_artifact_does_not_call_the_rest_foreign(out):
+    """Files of the manifest were said to be `not in the manifest`."""
+    result = invoke("verify", "out", "--only", "weights")
+    assert result.exit_code == 2
+    assert "graphs/decode-b1-t1-s32/graph.bin: outside of the part that is verified" in result.stderr
+    assert "not in the manifest" not in result.stderr
+    assert "fix: verify the whole artifact: leave out --only" in result.stderr
+
+
+def test_diff_shows_both_values_in_columns(out, tmp_path):
+    small.make_validated(tmp_path / "other", tmp_path / "work", passed=False, graph=b"other")
+    lines = [line.split("  ") for line in masked(answer("diff", "out", "other").stdout).splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert cells[0] == ["small DIGEST", "small DIGEST"]
+    assert ["graph decode-b1-t1-s32", "recompiled"] in cells
+    assert ["validation.passed", "yes", "no"] in cells
+    assert ["files: graphs", "5 files changed"] in cells
+
+
+def test_diff_rounds_numbers(out, tmp_path):
+    """It printed floats of 17 digits."""
+    small.make(tmp_path / "other", tmp_path / "work")
+    add_reports(tmp_path / "other", {"parity.json": b"{}"}, {"passed": True, "tokens_per_step": {"2": 0.1 + 0.2}})
+    assert "0.3" in answer("diff", "out", "other").stdout
+    assert "0.300000" not in answer("diff", "out", "other").stdout
+    fields = json.loads(answer("diff", "out", "other", "--json").stdout)["fields"]
+    assert fields["validation.tokens_per_step.2"]["to"] == 0.1 + 0.2, "--json has all digits"
+
+
+def test_diff_of_equal_artifacts_says_so(out):
+    """It printed nothing."""
+    assert masked(answer("diff", "out", "out").stdout) == "no difference: small DIGEST and small DIGEST are equal\n"
+
+
+def test_a_folder_that_is_no_artifact_is_named_with_what_is_expected(out, tmp_path):
+    """`inspect /tmp` said: artifacts: no artifact '/tmp'."""
+    (tmp_path / "empty").mkdir()
+    shown = invoke("inspect", tmp_path / "empty").stderr
+    assert f"{tmp_path / 'empty'}: not an artifact: expected a folder with manifest.json" in shown
+
+
+def test_a_missing_artifact_names_the_places_that_were_looked_at(out):
+    shown = invoke("inspect", "nothing").stderr
+    assert "no artifact 'nothing': no folder `nothing` or `artifacts/nothing`" in shown

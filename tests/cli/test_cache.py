@@ -1,0 +1,115 @@
+"""cache push, pull, stats, gc: graphs of every backend, and counts of what was counted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline.backends.base import make_backend
+from pipeline.cache.local import Cache
+from pipeline.cache.remote import Remote, push_all
+from pipeline.recipe.schema import InductorSettings, NeuronSettings
+from support.commands import answer, invoke
+from support.paths import TESTS
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """A working directory with an empty cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+KEY = "ab" * 32
+
+
+@pytest.fixture
+def neuron_sdk(tmp_path, monkeypatch) -> dict[str, str]:
+    """Distributions of the Neuron SDK and its compiler on the path; returns the toolchain that they are."""
+    fake = TESTS / "fake_neuron"
+    packages = tmp_path / "packages"
+    for name in ("torch", "torch-xla"):
+        about = packages / f"{name.replace('-', '_')}-2.9.0.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.9.0\n")
+    for path in (fake, packages):
+        monkeypatch.syspath_prepend(str(path))
+    monkeypatch.setenv("PATH", os.pathsep.join([str(fake / "bin"), os.environ["PATH"]]))
+    return make_backend(NeuronSettings(name="neuron", target="trn2")).toolchain().as_dict()
+
+
+def share(folder: Path, toolchains: Sequence[dict[str, str]]) -> str:
+    """A shared cache with a graph of each toolchain."""
+    local = Cache(folder / "builder", "graphs")
+    for number, toolchain in enumerate(toolchains):
+        local.put(f"{number}{number}" * 32, b"graph", toolchain)
+    assert push_all(local, Remote(str(folder / "shared"), "write").open()) == len(toolchains)
+    return str(folder / "shared")
+
+
+def test_cache_pull_takes_the_graphs_of_every_installed_backend(work, neuron_sdk):
+    """It knew only inductor: on a machine with the Neuron SDK, it pulled nothing for it."""
+    inductor = make_backend(InductorSettings()).toolchain().as_dict()
+    url = share(work, [inductor, neuron_sdk, neuron_sdk | {"neuronx-cc": "1.0"}])
+    result = invoke("cache", "pull", url, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {
+        "pulled": 2,
+        "toolchains": [{"toolchain": inductor, "pulled": 1}, {"toolchain": neuron_sdk, "pulled": 1}],
+    }
+    assert Cache(work / "cache", "graphs").get("11" * 32).read_bytes() == b"graph"
+
+
+def test_cache_pull_of_one_backend_says_which_toolchain(work, neuron_sdk):
+    inductor = make_backend(InductorSettings()).toolchain().as_dict()
+    result = invoke("cache", "pull", share(work, [inductor, neuron_sdk]), "--backend", "neuron")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("neuron (torch 2.9.0, ")
+    assert ", neuronx-cc 2.24.8799.0): pulled 1 graph from " in result.stdout
+    assert Cache(work / "cache", "graphs").get("00" * 32) is None
+
+
+def test_cache_pull_of_a_backend_that_is_not_installed(work):
+    result = invoke("cache", "pull", "shared", "--backend", "neuron")
+    assert result.exit_code == 3
+    assert "backend neuron: " in result.stderr
+    assert "fix: `tandem doctor --backend neuron` lists every problem" in result.stderr
+
+
+def test_cache_stats_and_gc_count_by_kind(work):
+    """Goldens and memos were counted as graphs."""
+    for kind, size in (("graphs", 1 << 20), ("goldens", 2 << 20)):
+        Cache(work / "cache", kind).put(KEY, b"x" * size)
+    counted = json.loads(invoke("cache", "stats", "--json").stdout)
+    assert (counted["entries"], counted["size_bytes"]) == (1, 1 << 20)
+    assert counted["kinds"]["goldens"] == {"entries": 1, "size_bytes": 2 << 20}
+    assert answer("cache", "stats").stdout.splitlines()[2:6] == [
+        "entries                                     number     size",
+        "graphs: compiled graphs of all builds here       1  1.0 MiB",
+        "memos: from a graph's inputs to its key          0      0 B",
+        "goldens: reference outputs of the gates          1  2.0 MiB",
+    ]
+    removed = answer("cache", "gc", "--max-gib", "0").stdout
+    assert removed == "removed 1 graph, 1.0 MiB; 0 memos, 0 B; 1 golden, 2.0 MiB\n"
+
+
+def test_cache_stats_adds_up_the_folders(work):
+    Cache(work / "cache", "graphs").put(KEY, b"x" * 2048)
+    lines = [line.split() for line in answer("cache", "stats").stdout.splitlines()]
+    assert ["graphs", "2.1", "KiB"] in lines
+    assert lines[-1][0] == "total"
+
+
+def test_cache_gc_counts_unused_blobs_only_if_it_looked_for_them(work):
+    """It said `0 blobs and shards` without --max-days, which is what removes them."""
+    assert "unused" not in answer("cache", "gc", "--max-gib", "1").stdout
+    assert "0 unused blobs and shards, 0 B" in answer("cache", "gc", "--max-gib", "1", "--max-days", "1").stdout
+
+
+def test_cache_push_of_nothing_new_says_why(work):
+    assert answer("cache", "push", "shared").stdout == "pushed 0 graphs to shared: none is new\n"

@@ -1,0 +1,129 @@
+"""recipe check: what is ok was looked at, and what was not is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from support.checkpoints import CONFIG, random_weights, write_checkpoint
+from support.commands import answer, invoke
+from support.families import write_tokenizer
+
+RECIPE = """\
+name: mine
+target: {source: ./target}
+draft: {derive: {from: target, layers: [0]}}
+speculation: {draft_tokens: [2]}
+shapes: {batch: [1], prefill: [16], kv: [32]}
+"""
+DERIVED = "{derive: {from: target, layers: [0]}}"
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """A folder with a recipe whose target lies beside it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    write_checkpoint(tmp_path / "target", vocab_size=400)
+    write_tokenizer(tmp_path / "target", "json")
+    return tmp_path
+
+
+def test_check_of_local_sources_says_what_was_checked(work):
+    line = "mine.yaml: ok: recipe, prompts, sources, plan of 5 graphs\n"
+    assert answer("recipe", "check", "mine.yaml").stdout == line
+
+
+def test_check_names_sources_that_were_not_checked(work):
+    """It said `ok` of sources that it did not look at."""
+    (work / "mine.yaml").write_text(RECIPE.replace("./target", "hf://org/model@v1"))
+    shown = answer("recipe", "check", "mine.yaml").stdout
+    assert shown == "mine.yaml: ok: recipe, prompts; sources not checked: hf://org/model@v1\n"
+    data = json.loads(answer("recipe", "check", "mine.yaml", "--json").stdout)
+    assert data == {"checked": ["mine.yaml"], "sources_not_checked": {"mine.yaml": ["hf://org/model@v1"]}}
+
+
+def test_check_names_a_draft_that_was_not_checked(work):
+    (work / "mine.yaml").write_text(RECIPE.replace(DERIVED, "{source: 'hf://org/draft@v1'}"))
+    assert "; sources not checked: hf://org/draft@v1\n" in answer("recipe", "check", "mine.yaml").stdout
+
+
+def no_folder(work: Path) -> None:
+    shutil.rmtree(work / "target")
+
+
+def no_shard(work: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (work / "target" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def truncated(work: Path) -> None:
+    file = work / "target" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def no_tokenizer(work: Path) -> None:
+    (work / "target" / "tokenizer.json").unlink()
+
+
+def missing_weight(work: Path) -> None:
+    weights = random_weights(CONFIG | {"vocab_size": 400})
+    weights.pop("model.norm.weight")
+    write_checkpoint(work / "target", weights, vocab_size=400)
+
+
+def another_tokenizer(work: Path) -> None:
+    (work / "mine.yaml").write_text(RECIPE.replace(DERIVED, "{source: ./draft}"))
+    shutil.copytree(work / "target", work / "draft")
+    file = work / "draft" / "tokenizer.json"
+    data = json.loads(file.read_text())
+    vocab = data["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(data))
+
+
+def plain_model_as_eagle3(work: Path) -> None:
+    text = RECIPE.replace(DERIVED, "{source: ./target}").replace("{draft_tokens", "{method: eagle3, draft_tokens")
+    (work / "mine.yaml").write_text(text)
+
+
+def ranks_that_do_not_divide(work: Path) -> None:
+    (work / "mine.yaml").write_text(RECIPE + "parallel: {tensor: 3}\n")
+
+
+FAULTS = {
+    no_folder: "no such folder",
+    no_shard: "model-00002-of-00002.safetensors",
+    truncated: "file is truncated",
+    no_tokenizer: "the target has no tokenizer",
+    missing_weight: "missing weight model.norm.weight",
+    another_tokenizer: "the draft's tokenizer differs from the target's",
+    plain_model_as_eagle3: "eagle3",
+    ranks_that_do_not_divide: "found 3, which does not divide",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_check_finds_faults_of_local_sources(work, fault):
+    """All of these were `ok`."""
+    fault(work)
+    result = invoke("recipe", "check", "mine.yaml")
+    assert result.exit_code == 2, result.output
+    assert FAULTS[fault] in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_check_by_name_works_in_the_folder_of_recipes(work):
+    """`tandem recipe check NAME` failed inside recipes/."""
+    assert answer("recipe", "check", "mine").stdout.startswith("mine.yaml: ok")
+
+
+def test_plan_shows_the_estimated_times_that_its_help_promises(work):
+    shown = answer("plan", "mine.yaml").stdout
+    assert "mine: 5 graphs for 1 rank\n" in shown
+    assert shown.splitlines()[2].split() == ["graph", "time", "to", "compile", "memory", "to", "compile"]
+    assert "to compile: about " in shown
+    assert "estimated compile times" in invoke("plan", "--help").stdout

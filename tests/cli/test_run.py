@@ -1,0 +1,61 @@
+"""run, bench: the answer, why it ended, and warnings of artifacts that failed their gates."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.cli import facts
+from pipeline.cli.run import _answer_words
+from pipeline.runtime.engine import Generation
+from support import small_artifacts as small
+
+
+def answer_of(tokens: int, steps: list[int], reason: str) -> Generation:
+    return Generation([5] * tokens, "", len(steps), sum(steps) - len(steps), reason, steps, [False] * len(steps))
+
+
+ENDS = [
+    (answer_of(16, [3, 3, 3, 3, 3], "length"), "16 tokens; 5 speculative steps, tokens per step: 3.00",
+     "limit of --max-new-tokens"),
+    (answer_of(9, [2, 2], "stop"), "9 tokens; 2 speculative steps, tokens per step: 2.00", "end-of-sequence token"),
+    (answer_of(9, [], "stop"), "9 tokens; no speculative step", "end-of-sequence token"),
+    (answer_of(12, [3], "length"), "12 tokens; 1 speculative step, tokens per step: 3.00",
+     "full cache (32 tokens of prompt and answer); for longer answers, build a larger kv bucket"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("generation", "gain", "end"), ENDS)
+def test_answer_words_say_why_it_ended(generation, gain, end):
+    """`--max-new-tokens 500` stopped at 233 without a word; plain decode had `tokens per step: 0.00`."""
+    assert _answer_words(generation, 16, 20) == f"{gain}; ended by: {end}"
+
+
+FAILED = "warning: small failed its gates: `tandem report`"
+
+
+@pytest.mark.parametrize(("passed", "said"), [(True, None), (False, FAILED)])
+def test_gate_warning(tmp_path, passed, said):
+    """`run` used an artifact that failed its gates without a word."""
+    manifest = small.make_validated(tmp_path / "out", tmp_path / "work", passed=passed).manifest
+    warning = facts.gate_warning(manifest)
+    assert warning is None if said is None else warning.startswith(said)
+
+
+def test_gate_warning_names_the_gates_that_failed(tmp_path):
+    manifest = small.make(tmp_path / "out", tmp_path / "work").manifest
+    assert "was not validated" in facts.gate_warning(manifest)
+    validation = {"passed": False, "gates": {"parity": [], "acceptance": ["low"]}}
+    failed = manifest.model_copy(update={"validation": validation})
+    assert "failed its gates (acceptance)" in facts.gate_warning(failed)
+
+
+def test_run_json_is_one_line(capsys):
+    """It printed a list item per line."""
+    from pipeline.cli.results import print_json
+
+    print_json({"tokens": [1, 2, 3]}, one_line=True)
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == {"tokens": [1, 2, 3]}
+    assert printed.count("\n") == 1
