@@ -38,6 +38,7 @@ CANNOT_SHAPE = {
     "artifact/manifest.py": "types of artifacts, which exist after compiling",
     "cache/local.py": "the folder of caches",
     "errors.py": "types of errors",
+    "extras.py": "names packages that are not installed",
     "files/atomic.py": "writes files",
     "recipe/chips.py": "facts of Neuron chips; the settings that follow from them are in the key (Backend.flags)",
     "recipe/document.py": "positions in YAML files",

@@ -23,7 +23,7 @@ RECIPE = """
 name: half
 target: {source: "pico://llama?layers=2", dtype: bfloat16}
 draft: {derive: {from: target, layers: [0]}}
-speculation: {draft_tokens: [2], sampling: [greedy]}
+speculation: {draft_tokens: [1], sampling: [greedy]}
 shapes: {batch: [2], prefill: [32], kv: [48]}
 validate: {prompts: prompts.jsonl, max_new_tokens: 10, gates: {tokens_per_step: 1.0}}
 """

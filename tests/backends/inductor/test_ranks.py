@@ -26,7 +26,7 @@ RECIPE = """
 name: ranked
 target: {{source: "pico://{family}?layers=2"}}
 draft: {{derive: {{from: target, layers: [0]}}, placement: {placement}}}
-speculation: {{draft_tokens: [3], sampling: [{sampling}], lookup: 1}}
+speculation: {{draft_tokens: [2], sampling: [{sampling}], lookup: 1}}
 shapes: {{batch: [2], prefill: [16], kv: [96]}}
 parallel: {{tensor: {tp}}}
 validate: {{prompts: prompts.jsonl, max_new_tokens: 10}}
