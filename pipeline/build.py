@@ -87,7 +87,6 @@ def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ..
     from pipeline.stages.compile import CompileSettings, compile_plan
     from pipeline.stages.package import Parts, package
     from pipeline.stages.shard import shard
-    from pipeline.validate.run import validate
 
     recipe, log, progress = settings.recipe, settings.log, settings.progress
     backend = usable_backend(recipe)
@@ -102,6 +101,9 @@ def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ..
     with stage("package: graphs, weights and tokenizer", log, progress):
         artifact = package(settings.out, parts, backend, settings.cache)
     if settings.validate and runs_here(backend, artifact, log):
+        # Not above: it imports the reference models of transformers, which takes longer than a failed check.
+        from pipeline.validate.run import validate
+
         validate(artifact.root, *sources.pair, settings.base, settings.cache, log, progress)
     built = tuple(graph.spec.name for graph in graphs if not graph.hit)
     return built, tuple(graph.spec.name for graph in graphs if graph.hit)
