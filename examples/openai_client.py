@@ -1,7 +1,7 @@
-"""Ask a server that `tandem serve` runs: `python examples/openai_client.py [URL]`.
+"""Send requests to a server of `tandem serve`: `python examples/openai_client.py [URL]`.
 
-The server has the OpenAI API: `tandem serve pico-spec` in another terminal, which needs the install profile `serve`.
-The client is the package `openai`, which that profile brings.
+Start the server in another terminal: `tandem serve pico-spec`. The server has the OpenAI API. It needs the
+install profile `serve`, which also installs the client, the package `openai`.
 """
 
 from __future__ import annotations

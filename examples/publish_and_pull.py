@@ -1,7 +1,7 @@
 """Publish an artifact with a signature and pull it: `python examples/publish_and_pull.py [ARTIFACT] [FOLDER]`.
 
-FOLDER gets a registry and the pulled artifact, as two machines would have them. It needs the install profile `pull`,
-openssl, and a validated artifact, for example that of `make build RECIPE=pico-spec`.
+FOLDER gets a registry and the pulled artifact, in place of two machines. The example needs the install profile `pull`,
+openssl, and a validated artifact, for example from `make build RECIPE=pico-spec`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Compile on merge, for any CI: changed recipes, a locked build with its gates, a signed release, an alias.
 #
-#   scripts/ci/release.sh changed BASE [HEAD]   names of the recipes that the commits between them touch, as a JSON list
-#   scripts/ci/release.sh build RECIPE          build from the lock, and run the gates; a failed gate ends here
-#   scripts/ci/release.sh summary RECIPE        what was built and how the gates went, in Markdown; a failed build has one, too
-#   scripts/ci/release.sh publish RECIPE        sign, publish, and only then move the alias
+#   scripts/ci/release.sh changed BASE [HEAD]   names of the recipes that the commits from BASE to HEAD change, as a JSON list
+#   scripts/ci/release.sh build RECIPE          build from the lock, and run the gates; fails if a gate fails
+#   scripts/ci/release.sh summary RECIPE        artifact and results of the gates, in Markdown; also after a failed build
+#   scripts/ci/release.sh publish RECIPE        sign, publish, then move the alias
 #
 # From the environment: REGISTRY (a folder, s3://bucket/prefix, hf://org), ALIAS (none: no alias is moved), SIGNING_KEY (a
 # private key's file) or an identity of the CI job for a keyless signature, TANDEM_REMOTE_CACHE and TANDEM_PUSH_CACHE=1.
@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-# CI gives what nobody set as an empty text, which AWS tools take for a value.
+# CI passes unset variables as empty strings, which AWS tools read as values.
 for name in "${!AWS_@}" "${!HF_@}" "${!TANDEM_@}"; do
   if [[ -z ${!name} ]]; then unset "$name"; fi
 done
@@ -23,7 +23,7 @@ changed() { files "$@" | tandem recipe changed - | of_backend; }
 
 files() {
   local base=$1 head=${2:-HEAD}
-  # A first push has no commit before it: then every recipe counts as changed.
+  # A first push has no earlier commit: every recipe counts as changed.
   if [[ $base =~ ^0+$ ]] || ! git cat-file -e "$base^{commit}" 2>/dev/null; then
     git ls-files -- recipes
   else
