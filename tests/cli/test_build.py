@@ -65,7 +65,7 @@ RECIPE_FAULTS = {
     "wrong type": ("batch: [1]", "batch: one", "mine.yaml:5: shapes.batch"),
     "negative bucket": ("[16]", "[-16]", "found -16"),
     "unsorted bucket": ("[16]", "[16, 8]", "not ascending"),
-    "K larger than a bucket": ("[2]", "[40]", "found K=40, whose step of 41 tokens does not fit the kv bucket 32"),
+    "K larger than a bucket": ("[2]", "[40]", "found K=40: a step of 41 tokens does not fit the kv bucket 32"),
     "ranks that do not divide": ("name: mine", "name: mine\nparallel: {tensor: 3}", "found 3, which does not divide"),
     "unknown backend": ("name: mine", "name: mine\nbackend: {name: cuda}", "accepted: inductor, neuron"),
     "unknown layer": ("[0]", "[7]", "the target has no layer 7"),
