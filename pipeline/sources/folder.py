@@ -15,7 +15,7 @@ def fetch(location: str, *, base: Path, cache: Path, progress: Progress) -> Fetc
 
 
 def moving(location: str) -> bool:
-    """Return False: sizes and times of the files tell of a change."""
+    """Return False: sizes and times of the files show a change."""
     del location
     return False
 

@@ -139,7 +139,7 @@ def test_build_refuses_a_target_without_a_tokenizer(work):
 
 def test_build_refuses_a_broken_tokenizer_before_it_compiles(work):
     (work / "target" / "tokenizer.json").write_text('{"model": {}}')
-    refused(work, 2, "the tokenizer cannot be read")
+    refused(work, 2, "cannot read the tokenizer")
 
 
 def test_build_refuses_an_unknown_revision(work, monkeypatch):

