@@ -291,7 +291,7 @@ def test_example_builds_and_generates(built, tmp_path, monkeypatch, capsys):
 
 def test_build_checks_the_lock_even_if_nothing_else_changed(built, tmp_path):
     request, _ = built
-    with pytest.raises(InputError, match="no lock"):
+    with pytest.raises(InputError, match="no lock file"):
         again(request, locked=True)
 
 

@@ -420,7 +420,7 @@ def test_hub_commit_fetched_before_needs_no_network(tmp_path: Path, hub: FakeHub
 def test_hub_damaged_file_is_refused(tmp_path: Path, hub: FakeHub) -> None:
     hub.repos["org/model"] = Repo(hub_files(tmp_path, files=1))
     hub.corrupt.add("model.safetensors")
-    with pytest.raises(SourceError, match=r"model\.safetensors: its digest differs"):
+    with pytest.raises(SourceError, match=r"model\.safetensors: digest mismatch"):
         fetched(hub, tmp_path, "org/model")
     hub.corrupt.clear()
     assert fetched(hub, tmp_path, "org/model")[0].is_dir()

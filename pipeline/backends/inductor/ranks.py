@@ -104,16 +104,16 @@ class ManyRanks:
 
     def _ask(self, message: Message) -> dict[str, np.ndarray]:
         if not self._pipes:
-            raise HostError("the ranks have ended", where="ranks", fix="load the artifact again")
+            raise HostError("the rank processes have ended", where="ranks", fix="load the artifact again")
         with self._end_on_failure():
             for pipe in self._pipes:
-                with suppress(BrokenPipeError):  # `_answers` says which rank is gone
+                with suppress(BrokenPipeError):  # `_answers` names the rank that ended
                     pipe.send(message)
             return self._answers()
 
     @contextmanager
     def _end_on_failure(self) -> Iterator[None]:
-        """End the ranks unless all of them answer: the next call would read late answers as its own."""
+        """End the ranks unless all of them answer: the next call would take late answers for its own."""
         try:
             yield
         except BaseException:  # a timeout or Ctrl-C too
@@ -130,9 +130,9 @@ class ManyRanks:
                 try:
                     answers[rank] = self._pipes[rank].recv()
                 except (EOFError, ConnectionError):
-                    answers[rank] = f"the process of the rank died, exit code {self._exit_code(rank)}"
+                    answers[rank] = f"the process of the rank ended with exit code {self._exit_code(rank)}"
                 if isinstance(answers[rank], str):
-                    fix = "free memory, run `tandem verify`, then load again"
+                    fix = "free memory, check the files with `tandem verify ARTIFACT`, then load the artifact again"
                     raise HostError(answers[rank], where=f"rank {rank}", fix=fix)
         outputs: dict[str, np.ndarray] = answers[0]
         return outputs
