@@ -86,7 +86,7 @@ def _pair_facts(manifest: PairManifest) -> dict[str, Any]:
 def _cache_facts(manifest: CacheManifest) -> dict[str, Any]:
     told = manifest.backend
     return {
-        "kind": "compile cache of vLLM's Neuron plugin, checked for completeness, never run here",
+        "kind": "compile cache of vLLM's Neuron plugin; complete, but not run by Tandem",
         "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
         "filled by": " ".join(["vllm", "serve", *told.serve]),
         "compiler flags": "; ".join(told.flags),

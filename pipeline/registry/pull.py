@@ -130,7 +130,7 @@ def pull_release(
     offline: bool = False,
     progress: ByteProgress = no_byte_progress,
 ) -> Pulled:
-    """Pull a release into `directory` (default `artifacts/pulled/<name>`), complete or not at all; say what it is.
+    """Pull a release into `directory` (default `artifacts/pulled/<name>`), complete or not at all; return its facts.
 
     Parameters and errors are those of `pull`.
     """
@@ -164,7 +164,7 @@ def _check_signed(release: _Resolved, policy: Policy, where: str) -> Accepted:
     """Check the signatures over the index and the artifact's manifest; returns the accepted one over the manifest."""
     if release.index is not None:
         if not release.index.signatures:
-            what, fix = "the index of this release is not signed", "publish it with --sign, as another version"
+            what, fix = "the index of this release is not signed", "publish the release as another version, with --sign"
             raise ArtifactError(what, where=where, fix=fix)
         policy.check(release.index.data, release.index.signatures, where)
     return policy.check(release.own.data, release.own.signatures, where)
