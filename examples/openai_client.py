@@ -1,4 +1,4 @@
-"""Ask a server that `tandem serve` runs: `python examples/openai_client.py [URL]`.
+"""Send requests to a server that `tandem serve` runs: `python examples/openai_client.py [URL]`.
 
 The server has the OpenAI API: `tandem serve pico-spec` in another terminal, which needs the install profile `serve`.
 The client is the package `openai`, which that profile brings.

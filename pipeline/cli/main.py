@@ -72,7 +72,7 @@ class Tandem(LazyGroup):
             missing.__cause__ = error
             _exit_with(console, missing)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of stdout ended: click exits quietly
+            if error.errno == errno.EPIPE:  # the reader of stdout closed it: click exits without a message
                 raise
             _exit_with(console, _host_error(error))
         except KeyboardInterrupt:

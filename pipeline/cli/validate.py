@@ -40,7 +40,7 @@ def validate(
     root = artifact_dir(artifact)
     device = read(root).manifest.requires.get("device", "cpu")
     if on_device and device == "cpu":
-        raise InputError("the artifact runs on a CPU", where=str(root), fix="leave out --on-device")
+        raise InputError("the artifact runs on a CPU", where=str(root), fix="omit --on-device")
     if (policy := policy_of(policy_file)) is not None:
         check_artifact(root, policy)
     validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.log, console.progress)
@@ -66,7 +66,7 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, markdown
         print_json(reports.schema())
         return
     if len(artifacts) not in (1, 2):
-        raise InputError(f"{len(artifacts)} artifacts", where="report", fix="give one, or two to compare")
+        raise InputError(f"{len(artifacts)} artifacts", where="report", fix="name one artifact, or two to compare")
     first, *others = [reports.load(artifact_dir(name)) for name in artifacts]
     if others:
         _compare(first, others[0], out or Path("compare.html"), json_)

@@ -204,11 +204,11 @@ def _lock_of(data: dict[str, Any], path: Path) -> Lock:
 
 
 def _relock_command(path: Path) -> str:
-    return f"run: {_lock_command(path)}"
+    return f"run: {lock_command(path)}"
 
 
-def _lock_command(path: Path) -> str:
-    """Return the command that writes a lock again: with the recipe's name if that is enough to find it."""
+def lock_command(path: Path) -> str:
+    """Return the command that writes the lock of a recipe; `path` is the recipe's file or its lock."""
     named = path.parent in (Path("recipes"), Path())
     return f"tandem recipe lock {path.stem if named else shlex.quote(str(path.with_suffix('.yaml')))}"
 
@@ -249,7 +249,7 @@ def derived_config(recipe: Recipe, target: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_locked(lock: Lock, fresh: Lock, where: str = "lock") -> list[Problem]:
     """Return what `--locked` rejects: each item that differs from the lock, with both values, and moving revisions."""
-    fix = f"restore the locked value, or accept the change: {_lock_command(Path(where))}"
+    fix = f"restore the locked value, or accept the change: {lock_command(Path(where))}"
     drift = [
         Problem(f"{where}: {key}", f"locked {locked}, found {actual}", fix)
         for key, locked, actual in _drift(lock, fresh)
@@ -257,7 +257,7 @@ def check_locked(lock: Lock, fresh: Lock, where: str = "lock") -> list[Problem]:
     for role, source in (("target", lock.target), ("draft", lock.draft)):
         if source is not None and source.floating:
             what = f"locked to the branch or tag {source.revision!r}, which can move"
-            again = f"on a host that can reach the Hub, run: {_lock_command(Path(where))}"
+            again = f"on a host that can reach the Hub, run: {lock_command(Path(where))}"
             drift.append(Problem(f"{where}: {role}.revision", what, again))
     return drift
 
