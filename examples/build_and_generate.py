@@ -15,7 +15,7 @@ RECIPE = Path(__file__).parents[1] / "recipes/pico-spec.yaml"
 
 def main(recipe: Path, folder: Path) -> None:
     """Build a recipe into a folder, then answer a text and a chat, and stream a third answer."""
-    artifact = build(recipe, folder)  # compiles what no cache has, then runs the gates
+    artifact = build(recipe, folder)  # compiles the graphs that no cache has, then runs the gates
     print(f"built {artifact.manifest.name}@{artifact.manifest.version} in {artifact.root}")
     with load(folder) as engine:
         prompts = ["The quick brown fox", [{"role": "user", "content": "Hi"}]]

@@ -95,9 +95,9 @@ def _shortages(plan: Plan, largest: int) -> Iterator[Problem]:
         yield Problem("machine.memory", what, "end other programs")
     disk = _disk(default_root())
     if plan.stored_bytes > disk:
-        size = f"the files need about {plan.stored_bytes / GIB:.1f} GiB, equal ones counted once"
+        size = f"the files need about {plan.stored_bytes / GIB:.1f} GiB, with equal files counted once"
         what = f"{size}; the cache's disk has {disk / GIB:.1f} free"
-        yield Problem("machine.disk", what, "set TANDEM_CACHE to a larger disk, and build beside it")
+        yield Problem("machine.disk", what, "set TANDEM_CACHE to a folder on a larger disk, and build there")
 
 
 def _memory() -> tuple[int, int]:

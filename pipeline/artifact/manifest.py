@@ -25,7 +25,7 @@ from pipeline.records import Record
 
 MANIFEST = "manifest.json"
 SIGNATURE = "signature"
-"""A signature over the manifest's bytes: beside it, and not listed in it."""
+"""A signature over the manifest's bytes: in the same folder, and not listed in the manifest."""
 SCHEMA_VERSION: Literal[2] = 2
 MAX_FILES = 100_000
 ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")

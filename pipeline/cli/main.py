@@ -49,7 +49,7 @@ COMMANDS = [
         "Print or install a script for shell completion.",
     ),
 ]
-"""Every command: where it is, and its line in `tandem --help`, which is also the first sentence of its own help."""
+"""Every command: its module and its line in `tandem --help`, which is also the first sentence of its help."""
 
 
 class Tandem(LazyGroup):

@@ -61,7 +61,7 @@ def validate(
 @click.option("--markdown", is_flag=True, help="Print Markdown tables, for a CI summary or a comment.")
 @as_json
 def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, markdown: bool, json_: bool) -> None:
-    """Show one parity report, or compare two. A comparison says which changes exceed the noise."""
+    """Show one parity report, or compare two. A comparison shows which changes exceed the noise."""
     if schema_:
         print_json(reports.schema())
         return

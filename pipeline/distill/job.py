@@ -196,7 +196,7 @@ class Job:
         return InitialDraft(guesses, config, trained)
 
     def _name(self, sequences: Sequence[Conversation], ids: Tensor) -> str:
-        """Return the name of a training: a digest of everything beside its settings, and the start."""
+        """Return the name of a training: a digest of all its inputs except settings, and the start."""
         digest = hashlib.sha256(ids.numpy().tobytes())
         for s in sequences:
             digest.update(f"{s.prompt} {len(s.tokens)} ".encode() + s.tokens.numpy().tobytes())

@@ -137,7 +137,7 @@ def _check(folder: Path, settings: nxdi.NxdiSettings, ranks: int) -> None:
         raise HostError(
             "; ".join(faults),
             where="nxdi",
-            fix="install packages of one SDK release, see `tandem doctor --backend neuron`",
+            fix="install one SDK release: see `tandem doctor --backend neuron`",
         )
 
 

@@ -52,7 +52,7 @@ def entry_faults(entry: Path) -> Iterator[str]:
         return
     recorded = re.search(rb"^neff_size:([0-9]+)$", (entry / COMPLETE).read_bytes(), re.MULTILINE)
     if recorded and int(recorded[1]) != neff.stat().st_size:
-        yield f"{key}: {neff.name} has {neff.stat().st_size} bytes, {COMPLETE} says {int(recorded[1])}"
+        yield f"{key}: {neff.name} has {neff.stat().st_size} bytes, {COMPLETE} records {int(recorded[1])}"
     metadata_key = _json(entry / METADATA).get("cache_key")
     if metadata_key != key:
         yield f"{key}: {METADATA} has the key {metadata_key!r}"

@@ -84,7 +84,7 @@ def lock_path(recipe: Path) -> Path:
 def make_lock(
     recipe: Recipe, target: Checkpoint, draft: Checkpoint, toolchain: Mapping[str, str], flags: Mapping[str, str]
 ) -> Lock:
-    """Pin a recipe to the present checkpoints of its sources, and to a toolchain and its flags."""
+    """Pin a recipe to the current checkpoints of its sources, and to a toolchain and its flags."""
     own_draft = recipe.draft.source is not None
     lock = Lock(
         recipe.digest(),
@@ -271,7 +271,7 @@ def unpinned(lock: Lock, fresh: Lock) -> str:
 
 
 def _drift(lock: Lock, fresh: Lock) -> Iterator[tuple[str, str, str]]:
-    """Yield key, locked value and present value of each difference."""
+    """Yield key, locked value and current value of each difference."""
     if lock.recipe_sha256 != fresh.recipe_sha256:
         yield "recipe_sha256", lock.recipe_sha256, fresh.recipe_sha256
     yield from _source_drift("target", lock.target, fresh.target)

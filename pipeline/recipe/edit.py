@@ -58,7 +58,7 @@ class RecipeText:
         """Set the value of a key; a key that the section lacks is added behind another one.
 
         Raises:
-            InputError: the present value has an anchor, which aliases may use.
+            InputError: the current value has an anchor, which aliases may use.
 
         """
         values = self._section(section)

@@ -198,7 +198,7 @@ class InductorSettings(Record):
     """AOTInductor: shared libraries for CPUs and NVIDIA GPUs."""
 
     name: Literal["inductor"] = "inductor"
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="what the artifact runs on")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="device that the artifact runs on")
     isa: Literal["native", "avx2", "avx512"] = Field(
         default="native", description="instruction set that a CPU artifact needs; native: the build host's"
     )

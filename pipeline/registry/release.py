@@ -87,7 +87,7 @@ class Bundle:
 
     @property
     def sources(self) -> dict[str, Path]:
-        """Where each file lies."""
+        """Return the path of each file."""
         single = isinstance(self.document, Manifest)
         prefixed = {"" if single else f"{variant}/": artifact for variant, artifact in self.artifacts.items()}
         inside = {f"{prefix}{n}": each.root / n for prefix, each in prefixed.items() for n in each.manifest.files}
@@ -149,7 +149,7 @@ def variant_name(manifest: Manifest) -> str:
 
 
 def digest_of(document: Document) -> str:
-    """Return the sha256 of what a release contains, whatever the time of its build."""
+    """Return the sha256 of a release's contents, independent of the time of its build."""
     if isinstance(document, Manifest):
         return content_digest(document)
     contents = {name: entry.content for name, entry in document.variants.items()}

@@ -120,7 +120,7 @@ class TandemPlatform(Platform):
 
     @classmethod
     def validate_request(cls, processed_inputs: EngineInput, params: SamplingParams | PoolingParams) -> None:
-        """Check a request against what the graphs support; vLLM answers an error with status 400.
+        """Check a request against the graphs' features; vLLM answers an error with status 400.
 
         Raises:
             VLLMValidationError: with the field, in one line.

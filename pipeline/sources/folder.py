@@ -21,6 +21,6 @@ def moving(location: str) -> bool:
 
 
 def current_revision(location: str, *, timeout_s: float) -> str | None:
-    """Return None: a folder has no revision beside its files."""
+    """Return None: a folder has no revision apart from its files."""
     del location, timeout_s
     return None

@@ -1,4 +1,4 @@
-"""Checkpoints from a Hugging Face Hub: `hf://org/name@revision`. Downloads what a model needs and nothing else.
+"""Checkpoints from a Hugging Face Hub: `hf://org/name@revision`. Downloads only the files that a model needs.
 
 Files land in the Hub's own cache (`HF_HUB_CACHE`), so models that are already there are not downloaded again.
 """

@@ -35,7 +35,7 @@ GENERATOR = "v1"
 VOCAB = 512
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LATER_LAYERS = 0.1
-"""Scale of what the layers after the first add to the residual stream."""
+"""Scale of the output of the layers after the first."""
 
 EMBEDDING_SCALE = 0.05
 """Scale of the embedding: small, or a tied model would answer each token with itself."""

@@ -109,7 +109,7 @@ def _findings(spec: WeightSpec, tensor: TensorRef | None) -> Iterator[str]:
         return
     at = f"{spec.name} in {tensor.file.name}"
     if tensor.shape != spec.shape:
-        yield f"wrong shape of {at}: {list(tensor.shape)}, config.json says {list(spec.shape)}"
+        yield f"wrong shape of {at}: {list(tensor.shape)}, config.json requires {list(spec.shape)}"
     accepted = INTEGERS if spec.kind == "index" else FLOATS
     if tensor.dtype not in accepted:
         quantised = " (a quantised checkpoint?)" if tensor.dtype[0] in "FIU" and spec.kind != "index" else ""

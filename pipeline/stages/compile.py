@@ -1,4 +1,4 @@
-"""The compile stage: trace, key, and compile what the cache lacks, in worker processes.
+"""The compile stage: trace, key, and compile the graphs that the cache lacks, in worker processes.
 
 The unit of work, `compile_graph`, runs anywhere that has the toolchain and the cache; an executor decides where.
 """
@@ -27,7 +27,7 @@ from pipeline.recipe.schema import BackendSettings
 from pipeline.stages.workers import output_to, worker_count
 
 SHAPING = ("models", "speculation", "graphs", "backends/base.py")
-"""Parts of this package that decide what a graph computes, besides the package of its backend."""
+"""Parts of this package that shape a graph, in addition to the package of its backend."""
 
 
 @dataclass(frozen=True)

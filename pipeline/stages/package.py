@@ -201,6 +201,6 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def created_now() -> str:
-    """Return the present time, or $SOURCE_DATE_EPOCH (reproducible-builds.org/specs/source-date-epoch)."""
+    """Return the current time, or $SOURCE_DATE_EPOCH (reproducible-builds.org/specs/source-date-epoch)."""
     seconds = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -92,7 +92,7 @@ def build_lock(lock: Path, log: Log, holder: str) -> Iterator[None]:
 def fingerprint(settings: BuildSettings) -> dict[str, Any]:
     """Return the inputs of a build that can be read without torch.
 
-    Recipe, package, versions, local files, and the present revisions of sources that may move.
+    Recipe, package, versions, local files, and the current revisions of sources that may move.
     """
     package = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
@@ -111,7 +111,7 @@ def fingerprint(settings: BuildSettings) -> dict[str, Any]:
 
 
 def _revisions(settings: BuildSettings) -> dict[str, str | None]:
-    """Return the present revision of each source that may move; None if unknown, for example without a network."""
+    """Return the current revision of each source that may move; None if unknown, for example without a network."""
     sources = (settings.recipe.target.source, settings.recipe.draft.source)
     revisions = {source: current_revision(source) for source in sources if source and moving(source)}
     for source in [source for source, revision in revisions.items() if revision is None]:

@@ -2,7 +2,7 @@
 
 A publisher writes a lease, then looks for a collection's mark; a collection writes its mark, then looks for leases. A
 store's writes are visible to all at once, so at least one of the two finds the other's: the publisher withdraws its
-lease and waits, or the collection waits for the lease to end. Ages are differences between times that the store itself gave,
+lease and waits, or the collection waits for the lease to end. Ages are differences between times of the store's clock,
 never between clocks of hosts, so wrong clocks do no harm.
 """
 
@@ -135,7 +135,7 @@ def _replace_dead_mark(bucket: Bucket, mine: bytes) -> None:
 
 
 def _held(bucket: Bucket) -> bool:
-    """Return whether a publisher that may be alive holds a lease; removes the leases of dead publishers."""
+    """Return whether a publisher that may be running holds a lease; remove the leases of killed publishers."""
     mark, leases = _modified(bucket, MARKS).get(MARK), _modified(bucket, LEASES)
     dead = [key for key, modified in leases.items() if mark is not None and mark - modified > DEAD_LEASE_S]
     for key in dead:

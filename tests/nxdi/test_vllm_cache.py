@@ -132,7 +132,7 @@ def test_pack_refuses_an_entry_that_is_not_complete(cache, tmp_path, name, says)
 
 def test_pack_refuses_a_neff_of_another_size_than_its_mark_says(cache, tmp_path):
     (cache / CACHE_FOLDER / KEYS[0] / f"graph_{KEYS[0]}.neff").write_bytes(b"cut")
-    with pytest.raises(InputError, match=r"has 3 bytes, \.compilation_complete says 40"):
+    with pytest.raises(InputError, match=r"has 3 bytes, \.compilation_complete records 40"):
         pack(cache, tmp_path / "out", "tiny-cache", RUN)
 
 

@@ -55,7 +55,7 @@ class OneRank:
 class ManyRanks:
     """Every rank in a worker process; all run the same graph on the same arguments.
 
-    This process runs no rank itself, so that a rank that dies ends the call with an error instead of a hang.
+    This process runs no rank, so that a killed rank ends the call with an error instead of a hang.
     """
 
     def __init__(self, root: Path, manifest: PairManifest) -> None:
@@ -79,7 +79,7 @@ class ManyRanks:
         """Run one graph on every rank.
 
         Raises:
-            HostError: a rank failed or died, in this or an earlier call; the others are ended too.
+            HostError: a rank failed or was killed, in this or an earlier call; the other ranks are ended as well.
 
         """
         return _tensors(self._ask((spec, _arrays(arguments))))

@@ -184,7 +184,7 @@ def _run(hlo: bytes, flags: Sequence[str], folder: Path, environment: Mapping[st
                 start_new_session=True,
             )  # fmt: skip
         except FileNotFoundError as error:
-            fix = "activate the Neuron virtual environment; `tandem doctor --backend neuron` lists what is missing"
+            fix = "activate the Neuron virtual environment; `tandem doctor --backend neuron` lists missing packages"
             raise HostError("neuronx-cc is not on PATH", where="compile", fix=fix) from error
         try:
             return process.wait(limit)

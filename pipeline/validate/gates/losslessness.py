@@ -89,7 +89,7 @@ def compare_answers(inputs: GateInputs, answers: Answers, tie: float) -> Compari
 def compare_edges(engine: Engine, kv: int, probes: Sequence[list[int]], tie: float) -> Comparison:
     """Run every graph of one KV bucket, whose caches hold the probes, over its last positions, and compare.
 
-    Runs that follow each other start from different tokens: what the one before left in the caches is wrong for the
+    Consecutive runs start from different tokens: the cache contents of one run are wrong for the
     next, so a graph that failed to write its own keys and values would be seen.
     """
     rivals = list(_edge_rivals(engine, kv, probes))  # all of them first: comparing uses the caches

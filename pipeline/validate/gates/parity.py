@@ -1,4 +1,4 @@
-"""Gate 1: do the compiled models compute the model's numbers? Teacher-forced logits of the shipped `score` graphs.
+"""Gate 1: numerical parity of the compiled models. Teacher-forced logits of the shipped `score` graphs.
 
 Three-way (see `reference/layers.py`): the baseline is transformers one precision up, noise is transformers in the
 recipe's dtype, the artifact is judged. Two kinds of bound must both hold. The *map* bounds the largest error of the

@@ -2,7 +2,7 @@
 
 Two runs, side by side, on the weights as the recipe's dtype holds them. The *baseline* is the same mathematics one
 precision up (float32 for bfloat16 and float16, float64 for float32); *noise* is the recipe's own dtype, and shows how
-far a correct implementation strays. Layers are read, run over every sequence and dropped one at a time, so a model
+far a correct implementation deviates. Layers are read, run over every sequence and dropped one at a time, so a model
 needs the memory of one layer and of its hidden states, not of its weights.
 
 Shapes: T tokens of a sequence, V vocabulary, H hidden.
@@ -106,7 +106,7 @@ class Reference:
         return model
 
     def _start(self, model: Any, tokens: list[int], kind: torch.dtype) -> Recorder:
-        """Embed a sequence and record what the model hands to its layers: mask, positions, rotary tables."""
+        """Embed a sequence and record the arguments of the layers: mask, positions, rotary tables."""
         recorder = Recorder()
         model.layers[0] = recorder
         model(inputs_embeds=self.embed(tokens)[None].to(kind), use_cache=False)

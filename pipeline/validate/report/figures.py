@@ -213,7 +213,7 @@ class BucketRow:
 
 
 def bucket_map(report: Report) -> list[BucketRow]:
-    """Return what each graph was tested on, by KV bucket."""
+    """Return the tests of each graph, by KV bucket."""
     tokens = _tokens_compared(report)
     faulty = {d.graph for d in report.losslessness.differences if not d.near_tie}
     rows: dict[str, dict[int, BucketCell]] = {}
