@@ -83,4 +83,4 @@ def test_doctor_ends_with_the_environment_s_exit_code_and_names_each_fix(tmp_pat
     done = tandem(*words, where=environment(NEURON_CC_FLAGS="-O3"), cwd=tmp_path)
     assert done.returncode == 3
     assert "problem   environment: NEURON_CC_FLAGS='-O3' is set" in done.stdout
-    assert "  fix: unset it, and write the flags into backend.flags" in done.stdout
+    assert "  fix: unset NEURON_CC_FLAGS, and write the flags into backend.flags" in done.stdout
