@@ -1,4 +1,4 @@
-"""Facts of this machine, and the problems that keep it from building or running. Prints nothing.
+"""Facts of this machine, and the problems that prevent a build or a run. Prints nothing.
 
 With a recipe, its backend is examined, and its plan is compared with memory and disk.
 """
@@ -32,7 +32,7 @@ class Diagnosis:
 
 
 def diagnose(settings: BackendSettings, recipe: Recipe | None = None, path: Path | None = None) -> Diagnosis:
-    """Examine this machine for a backend (`settings` as in a recipe), and for one recipe with its lock at `path`."""
+    """Examine this machine for a backend (`settings` as in a recipe), and for one recipe whose file is `path`."""
     from pipeline.backends.base import make_backend
 
     backend = make_backend(settings)
@@ -55,11 +55,11 @@ def _machine() -> dict[str, str]:
 
 def _recipe(diagnosis: Diagnosis, recipe: Recipe, path: Path) -> None:
     """Add facts and problems of a recipe's plan, if its lock has the configs of the models."""
-    from pipeline.plan.lock import lock_path, pair_configs, read
+    from pipeline.plan.lock import lock_command, lock_path, pair_configs, read
     from pipeline.plan.plan import make_plan
 
     if not lock_path(path).is_file():
-        diagnosis.facts["recipe"] = {"plan": f"{path} has no lock; run `tandem recipe lock {recipe.name}` for a plan"}
+        diagnosis.facts["recipe"] = {"plan": f"{path} has no lock; for a plan, run: {lock_command(path)}"}
         return
     try:
         plan = make_plan(recipe, *pair_configs(recipe, read(lock_path(path)), str(lock_path(path))))
@@ -89,15 +89,15 @@ def _shortages(plan: Plan, largest: int) -> Iterator[Problem]:
     free, total = _memory()
     if largest > total:
         what = f"the largest graph needs about {largest / GIB:.1f} GiB to compile, this machine has {total / GIB:.1f}"
-        yield Problem("machine.memory", what, "build on a larger machine; no device is needed for it")
+        yield Problem("machine.memory", what, "build on a larger machine; a build needs no device")
     elif largest > free:
         what = f"the largest graph needs about {largest / GIB:.1f} GiB to compile, {free / GIB:.1f} GiB are free"
         yield Problem("machine.memory", what, "end other programs")
     disk = _disk(default_root())
     if plan.stored_bytes > disk:
-        size = f"the files need about {plan.stored_bytes / GIB:.1f} GiB, equal ones counted once"
+        size = f"the files need about {plan.stored_bytes / GIB:.1f} GiB, with equal files counted once"
         what = f"{size}; the cache's disk has {disk / GIB:.1f} free"
-        yield Problem("machine.disk", what, "set TANDEM_CACHE to a larger disk, and build beside it")
+        yield Problem("machine.disk", what, "set TANDEM_CACHE to a folder on a larger disk, and build there")
 
 
 def _memory() -> tuple[int, int]:

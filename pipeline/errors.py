@@ -5,7 +5,7 @@
     ├── InputError         2   wrong input: a recipe, a checkpoint, an artifact, an argument
     │   ├── RecipeError        one or more problems in a recipe, reported together
     │   ├── SourceError        weights or tokenizer that cannot be used
-    │   └── ArtifactError      an artifact or release that must not be trusted
+    │   └── ArtifactError      an artifact or release that cannot be used
     └── HostError         3   toolchain, device, network, disk
         └── PreflightError       one or more missing requirements, reported together
 
@@ -122,7 +122,7 @@ class PreflightError(HostError):
 
 
 def no_string(value: object, where: str, items: str) -> None:
-    """Reject a string where a list of `items` is expected: Python takes it for the list of its characters.
+    """Reject a string where a list of `items` is expected: Python iterates over its characters.
 
     Raises:
         InputError: `value` is text or bytes; `where` names the parameter.

@@ -29,7 +29,7 @@ MODULES = {
     "neuron": ("safetensors", "tokenizers", "transformers"),
     "vllm": ("vllm",),
 }
-"""The modules by which an extra is recognised: those that its commands import first."""
+"""The modules that identify an extra: those that its commands import first."""
 
 
 def require(extras: Iterable[str], where: str) -> None:

@@ -1,4 +1,4 @@
-"""The base class of what is parsed from files: recipes, manifests, policies, reports."""
+"""The base class of data parsed from files: recipes, manifests, policies, reports."""
 
 from __future__ import annotations
 

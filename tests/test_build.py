@@ -291,7 +291,7 @@ def test_example_builds_and_generates(built, tmp_path, monkeypatch, capsys):
 
 def test_build_checks_the_lock_even_if_nothing_else_changed(built, tmp_path):
     request, _ = built
-    with pytest.raises(InputError, match="no lock"):
+    with pytest.raises(InputError, match="no lock file"):
         again(request, locked=True)
 
 
@@ -507,7 +507,7 @@ def test_build_onto_a_read_only_disk_is_refused_before_anything_runs(local):
     except HostError as error:
         print(error, "|", error.fix)
     """
-    assert "Read-only file system | choose a folder that can be written" in on_small_disk(
+    assert "Read-only file system | use a folder with write permission" in on_small_disk(
         "mount -o remount,ro /mnt", code
     )
     assert not (local / "cache" / "graphs").exists()

@@ -52,7 +52,7 @@ def test_diagnose_of_a_model_that_does_not_fit_its_cores(large, tmp_path):
     [
         ((2, 4), 9000, "the largest graph needs about * GiB to compile, this machine has 4.0"),
         ((2, 500), 9000, "the largest graph needs about * GiB to compile, 2.0 GiB are free"),
-        ((400, 500), 20, "the files need about * GiB, equal ones counted once; the cache's disk has 20.0 free"),
+        ((400, 500), 20, "the files need about * GiB, with equal files counted once; the cache's disk has 20.0 free"),
         ((400, 500), 9000, None),
     ],
 )
@@ -83,4 +83,4 @@ def test_doctor_ends_with_the_environment_s_exit_code_and_names_each_fix(tmp_pat
     done = tandem(*words, where=environment(NEURON_CC_FLAGS="-O3"), cwd=tmp_path)
     assert done.returncode == 3
     assert "problem   environment: NEURON_CC_FLAGS='-O3' is set" in done.stdout
-    assert "  fix: unset it, and write the flags into backend.flags" in done.stdout
+    assert "  fix: unset NEURON_CC_FLAGS, and write the flags into backend.flags" in done.stdout

@@ -214,7 +214,7 @@ def test_example_builds_publishes_and_pulls(tmp_path, monkeypatch, capsys):
 def test_example_handles_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(examples()[3], "example", "exec"), {})
-    assert "no artifact here" in capsys.readouterr().out
+    assert "no manifest" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", sorted(REFERENCE.glob("*.md")), ids=lambda path: path.name)

@@ -16,7 +16,7 @@ AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
 def host_facts(proc: Path = Path("/proc"), dev: Path = Path("/dev"), sys: Path = Path("/sys")) -> dict[str, str]:
-    """Return the device of this host and its properties. The accelerator counts, not the CPU beside it."""
+    """Return the device of this host and its properties. On a host with an accelerator, that is the accelerator."""
     if (dev / "neuron0").exists():
         chip = chip_of_instance(_read(sys / "devices/virtual/dmi/id/product_name"))
         default_lnc = next((entry.default_lnc for entry in CHIPS.values() if entry.name == chip), 1)

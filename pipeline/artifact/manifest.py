@@ -1,6 +1,6 @@
-"""`manifest.json`: what an artifact is, by kind, and every file in it with its digest. Nothing else is opened.
+"""`manifest.json`: the facts of an artifact, by kind, and each of its files with a digest. Opens no other file.
 
-Paths in a manifest are never trusted. Files are compared in `verify`, signatures in `signing`.
+Every path in a manifest is checked. Files are compared in `verify`, signatures in `signing`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.records import Record
 
 MANIFEST = "manifest.json"
 SIGNATURE = "signature"
-"""A signature over the manifest's bytes: beside it, and not listed in it."""
+"""A signature over the manifest's bytes: in the same folder, and not listed in the manifest."""
 SCHEMA_VERSION: Literal[2] = 2
 MAX_FILES = 100_000
 ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
@@ -35,6 +35,7 @@ ALWAYS = ("recipe.*", "*config.json", "tokenizer/*")
 """Files that are pulled with every part of an artifact."""
 
 AGAIN = "pull or build the artifact again"
+HOW_TO_NAME = "use an artifact's directory: `tandem build` and `tandem pull` print it"
 CACHE_KIND: Literal["vllm-compile-cache"] = "vllm-compile-cache"
 SAMPLINGS: tuple[Sampling, Sampling] = ("greedy", "stochastic")
 
@@ -94,7 +95,7 @@ class Manifest(Record, ABC):
 
     @property
     def passed(self) -> bool | None:
-        """Verdict of the gates; None before they ran, and where there are none."""
+        """Verdict of the gates; None before validation, and for kinds without gates."""
         return None
 
     @property
@@ -103,7 +104,7 @@ class Manifest(Record, ABC):
         return sum(entry.size for entry in self.files.values())
 
     def used_files(self) -> list[str]:
-        """Paths that other fields of the manifest name."""
+        """Return the paths that other fields of the manifest name."""
         return []
 
 
@@ -132,7 +133,7 @@ class PairManifest(Manifest):
 
     @property
     def passed(self) -> bool | None:
-        """Verdict of the gates; None before they ran."""
+        """Verdict of the gates; None before validation."""
         return None if self.validation is None else self.validation.get("passed") is True
 
     @property
@@ -183,7 +184,7 @@ class PairManifest(Manifest):
         )
 
     def used_files(self) -> list[str]:
-        """Files of graphs and shards."""
+        """Return the files of graphs and shards."""
         graphs = [path for graph in self.graphs for path in (graph.file, graph.io)]
         return graphs + [shard.file for shard in self.shards]
 
@@ -266,11 +267,11 @@ def read(root: Path) -> Artifact:
     path = root / MANIFEST
     try:
         if path.is_symlink():
-            raise ArtifactError("the manifest is a link", where=str(path), fix=AGAIN)
+            raise ArtifactError("the manifest is a symbolic link", where=str(path), fix=AGAIN)
         data = path.read_bytes()
     except OSError as error:
-        what = "no artifact here" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
-        raise ArtifactError(what, where=str(path), fix="name the directory that `tandem build` printed") from error
+        what = "no manifest" if isinstance(error, FileNotFoundError) else f"cannot read the manifest: {error.strerror}"
+        raise ArtifactError(what, where=str(path), fix=HOW_TO_NAME) from error
     return Artifact(root, parse(data, str(path)))
 
 
@@ -296,7 +297,7 @@ def pair_of(artifact: Artifact) -> PairArtifact:
     if isinstance(manifest, PairManifest):
         return PairArtifact(artifact.root, manifest)
     if manifest.kind == "nxdi":
-        what, fix = "a package of NxD Inference, which vLLM runs", f"tandem vllm-args {artifact.root}"
+        what, fix = "a package of NxD Inference, which only vLLM runs", f"tandem vllm-args {artifact.root}"
     else:
         what, fix = "a compile cache of vLLM's Neuron plugin", f"tandem vllm-cache install {artifact.root}"
     raise InputError(what, where=str(artifact.root), fix=fix)
@@ -311,8 +312,8 @@ def parse(data: bytes, where: str) -> PairManifest | NxdiManifest | CacheManifes
     """
     version = json_object(data, where).get("schema_version")
     if version != SCHEMA_VERSION:
-        what = f"schema_version {version!r}, this Tandem reads {SCHEMA_VERSION}"
-        raise ArtifactError(what, where=where, fix="use the version of Tandem that it was built with")
+        what = f"schema_version mismatch: this version of Tandem reads {SCHEMA_VERSION}, found {version!r}"
+        raise ArtifactError(what, where=where, fix="use the version of Tandem that built the artifact")
     try:
         manifest = MANIFESTS.validate_json(data)
     except ValidationError as error:
@@ -367,7 +368,7 @@ def part(manifest: Manifest, only: Sequence[str] | None, where: str) -> tuple[st
     for pattern in only or ():
         if not select(manifest, [pattern]):
             tops = ", ".join(sorted({name.partition("/")[0] for name in manifest.files}))
-            raise InputError(f"no file matches {pattern}", where=where, fix=f"it has {tops}")
+            raise InputError(f"no file matches {pattern!r}", where=where, fix=f"names in the artifact: {tops}")
     return (*only, *ALWAYS) if only else None
 
 
@@ -386,10 +387,10 @@ def _path_faults(manifest: Manifest, where: str) -> Iterator[str]:
             yield error.what
             continue
         if name in (MANIFEST, SIGNATURE) or parents & names:
-            yield f"path {name!r} is also the manifest, its signature, or lies inside a file"
+            yield f"path {name!r} is the manifest, its signature, or a path below another file"
     for name in manifest.used_files():
         if name not in names:
-            yield f"path {name!r} is used but not listed in files"
+            yield f"path {name!r} is used, but not listed in `files`"
 
 
 def _ascending(values: Iterable[int]) -> tuple[int, ...]:

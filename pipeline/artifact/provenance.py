@@ -1,4 +1,4 @@
-"""The provenance of a build: a SLSA predicate in an in-toto statement. The list of packages is `sbom.py`'s.
+"""The provenance of a build: a SLSA predicate in an in-toto statement. `sbom.py` lists the packages.
 
 Both are files of the artifact, so the manifest pins them and its signature covers them. They describe one build and
 are not part of the artifact's identity. Formats: slsa.dev/spec/v1.0/provenance, in-toto Statement v1.

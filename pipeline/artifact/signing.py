@@ -32,7 +32,7 @@ KEYLESS = "check the network and this job's identity (permission id-token: write
 
 
 class Signer(Record):
-    """A trusted signer: the holder of a key, or a keyless identity as its issuer names it."""
+    """An accepted signer: the holder of a key, or a keyless identity as its issuer names it."""
 
     key: str | None = Field(default=None, description="file of a public key (PEM), relative to the policy")
     identity: str | None = Field(default=None, description="for example the URL of a workflow and its branch")
@@ -84,7 +84,7 @@ class Policy(Record):
         rule = self.rule(where)
         signers = " or ".join(map(str, rule.signed_by))
         if not signatures:
-            raise ArtifactError("not signed", where=where, fix=f"required signer: {signers}; to sign, run: tandem sign")
+            raise ArtifactError("not signed", where=where, fix=f"tandem sign ARTIFACT (required signer: {signers})")
         faults = []
         for data in signatures:
             for signer in rule.signed_by:
@@ -137,14 +137,14 @@ def read_policy(path: Path) -> Policy:
         InputError: the file is missing or damaged; the message names the key.
 
     """
-    from ruamel.yaml import YAML  # few pulls have a policy: keeps ruamel out of the others
+    from ruamel.yaml import YAML  # imported here: most pulls have no policy
     from ruamel.yaml.error import YAMLError
 
     try:
         data = YAML(typ="safe", pure=True).load(path.read_bytes())
         policy = Policy.model_validate_json(json.dumps(data, default=str))
     except OSError as error:
-        raise InputError(f"no policy: {error.strerror}", where=str(path), fix="see docs/how-to/sign.md") from error
+        raise InputError(f"cannot read the policy: {error.strerror}", where=str(path), fix="check the path") from error
     except YAMLError as error:
         raise InputError("the policy is not YAML", where=str(path), fix="see docs/how-to/sign.md") from error
     except ValidationError as error:
@@ -209,7 +209,7 @@ def _signer(key: Path | None, password: str | None, token: str | None, where: st
 
 
 def check_artifact(root: Path, policy: Policy) -> Signer:
-    """Return who signed an artifact on disk, checked against a policy; `artifact.verify` checks its files.
+    """Return the accepted signer of an artifact on disk; `artifact.verify` checks its files.
 
     Raises:
         ArtifactError: no signature, or none by an accepted signer.
@@ -224,7 +224,7 @@ def check_artifact(root: Path, policy: Policy) -> Signer:
 
 
 def has_signature(root: Path) -> bool:
-    """Whether a signature lies beside an artifact's manifest; it may be anyone's, over anything."""
+    """Return whether a signature file is beside the manifest; neither signer nor content is checked."""
     return (root / SIGNATURE).is_file() and not (root / SIGNATURE).is_symlink()
 
 
@@ -241,7 +241,7 @@ def _matches(where: str, pattern: str) -> bool:
 
 
 def _fault(manifest: bytes, signature: bytes, signer: Signer, base: Path) -> str | None:
-    """Return why a signature is not accepted as this signer's over this manifest, or None if it is."""
+    """Return why a signature is not accepted as this signer's over this manifest; None if accepted."""
     config = _library("verifying").Config()
     with tempfile.TemporaryDirectory(prefix="tandem-verify-") as work:
         folder, signature_file = Path(work) / "artifact", Path(work) / SIGNATURE

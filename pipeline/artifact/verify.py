@@ -21,7 +21,7 @@ ISA_ORDER = ("default", "avx2", "avx512")
 LOADED_WITH = ("torch", "cuda", "neuronx-cc", "neuronx-distributed")
 """Parts of a toolchain that loading requires, in the same major.minor; the others are for compiling."""
 
-OUTSIDE = "outside of the part that is verified"
+OUTSIDE = "not in the part that is verified"
 
 
 def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Sequence[str] | None = None) -> Artifact:
@@ -46,13 +46,13 @@ def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Seque
     sound = {name: entry for name, entry in listed.items() if name in paths and not _odd_kind(paths[name])}
     faults += differences(root, sound, progress)
     if faults:
-        fix = AGAIN if len(faults) > len(outside) else "verify the whole artifact: leave out --only"
+        fix = AGAIN if len(faults) > len(outside) else "omit --only to verify the whole artifact"
         raise ArtifactError("; ".join(sorted(faults)), where=str(root), fix=fix)
     return artifact
 
 
 def difference(path: Path, entry: FileEntry | FileDigest) -> str | None:
-    """Return how a file differs from its entry, with both values; None if it does not."""
+    """Return how a file differs from its entry, with both values; None if equal."""
     size = path.stat().st_size
     if size != entry.size:
         return f"{size} bytes, expected {entry.size}"
@@ -84,7 +84,7 @@ def check_host(
     for field in ("backend", *LOADED_WITH):
         built, installed = manifest.toolchain.get(field), (toolchain or {}).get(field)
         if toolchain is not None and built is not None and _minor(built) != _minor(installed):
-            faults.append(f"toolchain.{field}: built with {built}, this host has {installed or 'none'}")
+            faults.append(f"toolchain.{field}: the artifact needs {built}, this host has {installed or 'none'}")
     if faults:
         where = f"{manifest.name}@{manifest.version}"
         raise ArtifactError("; ".join(faults), where=where, fix="pull the variant for this host, or build here")
@@ -98,7 +98,7 @@ def check_replaceable(out: Path) -> None:
 
     """
     if os.path.ismount(out):
-        what = "a mount point, which cannot be replaced in one step"
+        what = "the directory is a mount point, which cannot be replaced in one step"
         raise InputError(what, where=str(out), fix=f"use a directory inside it, for example {out / 'artifact'}")
     if out.is_file():
         raise InputError("a file, not a directory; not replaced", where=str(out), fix="use a new directory")

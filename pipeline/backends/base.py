@@ -31,7 +31,7 @@ BACKENDS = {
 """Name in a recipe -> import path of the class, imported on use."""
 
 SDK = {"neuron": "install the Neuron SDK's packages (docs/how-to/neuron-host.md), then run: "}
-"""What to install before a backend's extra, which brings no torch of its own."""
+"""Packages to install before a backend's extra, which contains no torch."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Toolchain:
     versions: Mapping[str, str]
 
     def as_dict(self) -> dict[str, str]:
-        """Flat form for locks and manifests."""
+        """Return the flat form for locks and manifests."""
         return {"backend": self.backend, **self.versions}
 
 
@@ -138,8 +138,8 @@ def make_backend(settings: BackendSettings) -> Backend:
         factory = getattr(import_module(module), attribute)
     except ImportError as error:
         sdk = SDK.get(settings.name, "")
-        what, fix = f"backend {settings.name!r} needs {error.name}", f"{sdk}{install_command(settings.name)}"
-        raise HostError(what, where="backend", fix=fix) from error
+        what = f"backend {settings.name!r} needs the package {error.name}"
+        raise HostError(what, where="backend", fix=f"{sdk}{install_command(settings.name)}") from error
     backend: Backend = factory(settings)
     return backend
 

@@ -1,5 +1,5 @@
 """The local and the shared cache: compiled graphs, memos and goldens by content, and their collection.
 
-Knows keys and bytes, not what they mean. Imports no torch.
+Independent of the meaning of keys and bytes. Imports no torch.
 Entered by every room above.
 """

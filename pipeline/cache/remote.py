@@ -3,8 +3,8 @@
     graphs/<2 hex>/<key>/<sha256>    the graph        graphs/<2 hex>/<key>/entry.json    its digest and toolchain
 
 Entries are checked: one with a wrong digest or another toolchain is a miss, and a build with write access replaces it.
-A writer can still store a false graph with its own digest under a key, so give write access to CI alone; the signature
-of a release is the base of trust, not this cache. Imports no torch.
+A writer can still store a false graph with its own digest under a key, so give write access to CI alone. Trust comes
+from the signature of a release, not from this cache. Imports no torch.
 """
 
 from __future__ import annotations

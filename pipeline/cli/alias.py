@@ -47,7 +47,7 @@ def alias_list(console: Console, reference: str, json_: bool) -> None:
         rows = [(name, version or "damaged; set it again") for name, version in aliases.items()]
         print_table(Table(("alias", "release"), rows))
     else:
-        console.log(f"{ref.name} has releases, and no aliases")
+        console.log(f"{ref.name} has releases but no aliases")
 
 
 @alias.command("history")
@@ -68,7 +68,7 @@ def alias_history(reference: str, json_: bool) -> None:
 @click.argument("reference")
 @as_json
 def alias_rollback(reference: str, json_: bool) -> None:
-    """Set an alias back to the release before. REFERENCE is REGISTRY/NAME@ALIAS.
+    """Set an alias back to its previous release. REFERENCE is REGISTRY/NAME@ALIAS.
 
     Each rollback goes one release further back. To go forward, use `tandem alias set`.
     """

@@ -41,7 +41,7 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
 
 
 def _derived(manifest: PairManifest) -> dict[str, Any]:
-    """What scripts ask for that a manifest has only as facts of its pair and its graphs."""
+    """Return fields for scripts that follow from the manifest's pair and graphs."""
     return {
         "tensor": manifest.ranks, "dtype": manifest.dtype, "weights": manifest.weights,
         "method": manifest.draft_kind.method, "draft_tokens": manifest.draft_tokens, "sampling": manifest.sampling,
@@ -64,7 +64,7 @@ def verify(
     console: Console, artifact: str, only: tuple[str, ...], identity: str | None, issuer: str | None,
     policy_file: Path | None, json_: bool,
 ) -> None:  # fmt: skip
-    """Check the files of ARTIFACT against its manifest. Required signatures are checked, too."""
+    """Check the files of ARTIFACT against its manifest. Required signatures are checked as well."""
     root = artifact_dir(artifact)
     policy = policy_of(policy_file, identity, issuer)
     signer = None if policy is None else check_artifact(root, policy)
@@ -84,7 +84,7 @@ def verify(
 @click.command(cls=Command)
 @click.argument("first")
 @click.argument("second")
-@click.option("--variant", help="Variant to compare, of releases that have several.")
+@click.option("--variant", help="Variant to compare, if a release has several.")
 @as_json
 def diff(first: str, second: str, variant: str | None, json_: bool) -> None:
     """Compare two artifacts or releases. The result lists graphs, shapes, toolchain, gates and files that differ."""

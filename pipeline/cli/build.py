@@ -75,7 +75,7 @@ def build(console: Console, options: BuildOptions) -> None:
 
 
 def _built(report: BuildReport, manifest: Manifest) -> str:
-    """Return what was built, where it lies, and whether it may be published."""
+    """Return the artifact, its directory and its gates' verdict, in one line."""
     graphs = f"{counted(len(report.compiled), 'graph')} compiled, {len(report.reused)} from the cache"
     what = "nothing changed" if report.fresh else graphs
     done = "is up to date" if report.fresh else "built"

@@ -155,7 +155,7 @@ LIMIT = click.FloatRange(0, 1e6)
 def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: bool) -> None:
     """Remove the oldest entries.
 
-    With --max-days, pulled blobs and weight shards that no artifact here is linked to are removed from the local cache
+    With --max-days, pulled blobs and weight shards of the local cache that no artifact on this machine uses are removed
     as well. Text from `tandem distill` and downloaded sources are never removed.
     """
     age_s = None if max_days is None else max_days * DAY_S

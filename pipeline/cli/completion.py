@@ -20,7 +20,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a shell's completion script lies, and the file that must read it; fish finds its scripts itself."""
+    """The path of a shell's completion script, and the startup file that must read it; fish needs none."""
 
     script: Path
     startup: Path | None

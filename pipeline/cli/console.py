@@ -1,4 +1,4 @@
-"""What a command says on stderr: stages, progress and errors. Decides nothing; results on stdout are `results.py`'s.
+"""Messages of a command on stderr: stages, progress and errors. `results.py` prints results on stdout.
 
 Progress is a live bar on a terminal, which vanishes when the work ends; without a terminal there is none.
 """
@@ -47,7 +47,7 @@ class Console:
             click.echo(coloured(line), err=True)
 
     def progress(self, what: str, done: float, total: float, detail: str = "") -> None:
-        """Show how much of a piece of work is done; `detail` replaces the percentage."""
+        """Show the progress of a task; `detail` replaces the percentage."""
         if self.quiet or not is_terminal(sys.stderr):
             return
         if done < total:
@@ -99,7 +99,7 @@ def _bars() -> Progress:
 
 
 def is_terminal(stream: IO[str]) -> bool:
-    """Whether a stream is a terminal that can move its cursor."""
+    """Return whether a stream is a terminal that can move its cursor."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 

@@ -1,4 +1,4 @@
-"""What an artifact is and how two differ, as fields and rows for people. Pure: reads manifests, prints nothing."""
+"""Facts of an artifact and differences of two, as fields and rows for people. Pure: reads manifests, prints nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GATES = {True: "gates passed", False: "gates FAILED", None: "not validated"}
 
 
 def fields_of(manifest: Manifest, root: Path, *, has_signature: bool) -> dict[str, Cell]:
-    """Return what an artifact is and needs, by the labels of `tandem inspect`."""
+    """Return the contents and requirements of an artifact, by the labels of `tandem inspect`."""
     own = _pair(manifest) if isinstance(manifest, PairManifest) else _other(manifest)
     return {
         "artifact": f"{manifest.name} {manifest.version}",
@@ -35,7 +35,7 @@ def fields_of(manifest: Manifest, root: Path, *, has_signature: bool) -> dict[st
 
 
 def signature_words(signer: Signer | str | None, *, present: bool) -> str:
-    """Return what is known of an artifact's signature: its signer only after a check."""
+    """Return the state of an artifact's signature: its signer only after a check."""
     if signer is not None:
         return f"signed by {signer}"
     return "signature not checked (--require-signature)" if present else "not signed"
@@ -59,9 +59,9 @@ def _pair(manifest: PairManifest) -> dict[str, Cell]:
 
 
 def _gates(manifest: Manifest) -> dict[str, Cell]:
-    """Return the verdict of the gates, their first finding, and the numbers that a reader wants first."""
+    """Return the verdict of the gates, their first finding, and the main numbers."""
     if not isinstance(manifest, PairManifest):
-        return {"gates": Verdict("none: this kind of artifact is not validated here", None)}
+        return {"gates": Verdict("none: this kind of artifact has no gates", None)}
     if manifest.validation is None:
         return {"gates": Verdict("not validated", None)}
     validation = manifest.validation
@@ -115,7 +115,7 @@ def gate_warning(manifest: PairManifest) -> str | None:
     if manifest.passed:
         return None
     if manifest.validation is None:
-        return f"warning: {manifest.name} was not validated: `tandem validate` runs the gates"
+        return f"warning: {manifest.name} was not validated: `tandem validate ARTIFACT` runs the gates"
     failed = [name for name, findings in manifest.validation.get("gates", {}).items() if findings]
     gates = f" ({', '.join(failed)})" if failed else ""
-    return f"warning: {manifest.name} failed its gates{gates}: `tandem report` shows what is wrong"
+    return f"warning: {manifest.name} failed its gates{gates}: `tandem report ARTIFACT` shows the findings"

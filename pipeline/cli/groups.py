@@ -28,7 +28,7 @@ QUIET = click.Option(
 
 
 class Command(click.Command):
-    """A command that takes -v and -q, as the group before it does."""
+    """A command with -v and -q, like its group."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the command's own parameters, then those that every command has."""

@@ -49,7 +49,7 @@ COMMANDS = [
         "Print or install a script for shell completion.",
     ),
 ]
-"""Every command: where it is, and its line in `tandem --help`, which is also the first sentence of its own help."""
+"""Every command: its module and its line in `tandem --help`, which is also the first sentence of its help."""
 
 
 class Tandem(LazyGroup):
@@ -72,7 +72,7 @@ class Tandem(LazyGroup):
             missing.__cause__ = error
             _exit_with(console, missing)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of stdout ended: click exits quietly
+            if error.errno == errno.EPIPE:  # the reader of stdout closed it: click exits without a message
                 raise
             _exit_with(console, _host_error(error))
         except KeyboardInterrupt:

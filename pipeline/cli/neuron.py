@@ -85,7 +85,7 @@ def vllm_cache() -> None:
 @click.option("--env", "variables", multiple=True, metavar="NAME=VALUE",
               help="Environment variable of that server (may be repeated).")  # fmt: skip
 @click.option("--version-of", "versions", multiple=True, metavar="PACKAGE=VERSION",
-              help="Version that filled the cache, if another one is installed here; may be repeated.")  # fmt: skip
+              help="Version on the host that filled the cache, if it differs here; may be repeated.")  # fmt: skip
 @as_json
 def pack(
     directory: Path, name: str, out: Path, serve: str, variables: tuple[str, ...], versions: tuple[str, ...],
@@ -121,7 +121,7 @@ def install(console: Console, artifact: str, cache_root: Path | None, json_: boo
         return
     console.log(f"{installed.cache_root}: {installed.added} graphs added, {installed.kept} already present")
     if installed.unchecked:
-        console.log(f"versions were not compared, not installed here: {', '.join(installed.unchecked)}")
+        console.log(f"not compared, because not installed on this host: {', '.join(installed.unchecked)}")
     click.echo(installed.shell())
 
 
@@ -135,5 +135,5 @@ def _words(option: str, text: str) -> list[str]:
 def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
     if bad := [name for name, equals, _ in pairs if not (name and equals)]:
-        raise InputError(f"{bad[0]!r} has no =", where=option, fix=f"write {option} NAME=VALUE")
+        raise InputError(f"found {bad[0]!r}, expected NAME=VALUE", where=option, fix=f"write {option} NAME=VALUE")
     return {name: value for name, _, value in pairs}

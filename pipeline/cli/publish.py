@@ -43,7 +43,7 @@ class PublishOptions:
 
     @property
     def signs(self) -> bool:
-        """Whether the release is to be signed."""
+        """Whether `publish` signs the release."""
         return self.key is not None or self.keyless
 
     def places(self, roots: Sequence[Path]) -> list[Place]:
@@ -105,7 +105,7 @@ def _report_errors(console: Console, outcomes: Sequence[Outcome]) -> None:
 
 @dataclass(frozen=True)
 class _How:
-    """What `publish` was asked for: whether it only looks, the id of the artifact, and the words for its signature."""
+    """Facts for the result of `publish`: dry run or not, the id of the artifact, and the words for its signature."""
 
     dry_run: bool
     digest: str
@@ -123,7 +123,7 @@ def _how(options: PublishOptions, roots: Sequence[Path]) -> _How:
 
 
 def _line(release: Release, how: _How) -> str:
-    """Return what is in a registry now, and where, in one line."""
+    """Return the state of a release in its registry, in one line."""
     name = f"{release.name}@{release.version}"
     digest = f" {how.digest}" if how.digest not in ("", release.version) else ""
     sent = f"{counted(release.sent, 'blob')}, {size(release.sent_bytes)}"

@@ -45,9 +45,9 @@ def schema() -> None:
 def check(names: tuple[str, ...], json_: bool) -> None:
     """Check recipes with their prompts, registries and local sources, and plan them.
 
-    Of a source in a folder, the config, the shards, the shapes of the tensors and the tokenizer are checked, without
-    reading weights. Other sources are not fetched; the answer names them. A recipe whose sources are not on this host
-    is planned if it has a lock.
+    For a source in a folder, the config, the shards, the tensor shapes and the tokenizer are checked, without reading
+    weights. Other sources are not downloaded; the result lists them. A recipe whose sources are not on this host is
+    planned if it has a lock.
     """
     checks = {name: _check(recipe_path(name)) for name in names}
     if json_:
@@ -59,7 +59,7 @@ def check(names: tuple[str, ...], json_: bool) -> None:
 
 @dataclass(frozen=True)
 class _Checked:
-    """What was checked of a recipe: its plan, if its models are known, and the sources that were not looked at."""
+    """The result of a recipe's check: its plan, if its models are known, and the unchecked sources."""
 
     path: Path
     plan: Plan | None
@@ -82,7 +82,7 @@ def _check(path: Path) -> _Checked:
 
 
 def _words(checked: _Checked) -> str:
-    """Return what is ok, and what was not checked."""
+    """Return the checked and the unchecked parts, in one line."""
     parts = ["recipe", "prompts"] if checked.unchecked else ["recipe", "prompts", "sources"]
     if checked.plan is not None:
         planned = f"plan of {counted(len(checked.plan.graphs), 'graph')}"

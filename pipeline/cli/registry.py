@@ -1,4 +1,4 @@
-"""Commands that read and tend a registry: pull, ls, gc."""
+"""Commands that read and clean a registry: pull, ls, gc."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pull(console: Console, options: PullOptions) -> None:
 
 
 def _pulled_words(pulled: Pulled, wanted: str) -> str:
-    """Return what was pulled, in one line."""
+    """Return the pulled artifact, in one line."""
     alias = f" ({wanted})" if wanted != pulled.version else ""
     digest = f" {pulled.digest}" if pulled.digest != pulled.version else ""
     files = f"{counted(pulled.files, 'file')}, {size(pulled.size_bytes)}"
@@ -78,8 +78,8 @@ def _pulled_words(pulled: Pulled, wanted: str) -> str:
 def ls(console: Console, url: str, json_: bool) -> None:
     """List the releases of a registry. URL/NAME lists the releases of one name.
 
-    A release has the digest of its artifact, which `tandem inspect` shows, or of each variant. "signed" says that there
-    is a signature; `pull` and `verify` check whose it is, with --require-signature or --policy.
+    A release has the digest of its artifact, which `tandem inspect` shows, or of each variant. "signed" means that a
+    signature exists; `pull` and `verify` check the signer, with --require-signature or --policy.
     """
     releases = _releases(url)
     if not releases:

@@ -1,4 +1,4 @@
-"""What a command prints on stdout: its result, as text, tables or JSON. Logs and errors belong to `console.py`."""
+"""Results of a command on stdout, as text, tables or JSON. `console.py` prints logs and errors."""
 
 from __future__ import annotations
 

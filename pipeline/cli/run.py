@@ -61,8 +61,8 @@ class RunOptions:
 def run(console: Console, options: RunOptions) -> None:
     """Generate text with ARTIFACT. The text is streamed to stdout.
 
-    A warning says if the artifact failed its gates. An answer ends at an end-of-sequence token, at --max-new-tokens, or
-    where the cache is full; the last line says which.
+    A warning is printed if the artifact failed its gates. An answer ends at an end-of-sequence token, at
+    --max-new-tokens, or where the cache is full; the last line has the reason.
     """
     engine = load(artifact_dir(options.artifact), policy_of(options.policy_file))
     from pipeline.runtime.text import StreamDecoder  # its packages are there if the artifact was opened

@@ -25,7 +25,7 @@ from pipeline.serve.plugin import ARTIFACT
 from pipeline.stores.base import extras_of
 
 DRAIN_S = "20"
-"""Seconds that running requests have to finish when the server ends: less than the 30 that Kubernetes gives a pod."""
+"""Seconds for running requests to finish at shutdown: less than the 30 of Kubernetes' default grace period."""
 
 
 @click.command(cls=Command, context_settings={"ignore_unknown_options": True})
@@ -68,7 +68,7 @@ def _check_packages(artifact: str, *, signed: bool) -> None:
 
 
 def _server_command(root: Path, vllm_args: Sequence[str]) -> list[str]:
-    """Return the command of vLLM's server, with our defaults for options that are not among `vllm_args`."""
+    """Return the command of vLLM's server, with Tandem's defaults for options that `vllm_args` lacks."""
     defaults = {"--served-model-name": read(root).manifest.name, "--shutdown-timeout": DRAIN_S}
     options = {word.partition("=")[0] for word in vllm_args}
     missing = [word for option, value in defaults.items() if option not in options for word in (option, value)]

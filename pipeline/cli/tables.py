@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 GAP = 2
 LEAST_WRAPPED = 10
-"""Characters that a column of wrapped cells has at least, before other columns are wrapped, too."""
+"""Minimum width of a column with wrapped cells, in characters, before other columns are wrapped as well."""
 
 COLOURS = {True: "green", False: "red", None: "yellow"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A word that is coloured on a terminal: good, bad, or (None) undecided. Its text says the same."""
+    """A word that is coloured on a terminal: good, bad, or (None) undecided. The text has the same meaning."""
 
     text: str
     good: bool | None

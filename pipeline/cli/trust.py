@@ -1,4 +1,4 @@
-"""Options that say who must have signed an artifact, and the policy they amount to."""
+"""Options for required signers of an artifact, and the policy that follows from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ identity_option = click.option(
 issuer_option = click.option("--issuer", help="Issuer of the required identity (default: GitHub Actions).")
 policy_option = click.option(
     "--policy", "policy_file", type=click.Path(path_type=Path), envvar="TANDEM_POLICY",
-    help="Policy file: which signatures are required.",
+    help="Policy file with the required signers.",
 )  # fmt: skip
 
 
@@ -30,6 +30,6 @@ def policy_of(path: Path | None, identity: str | None = None, issuer: str | None
     if path is None:
         return None if identity is None else signing.require(identity, issuer or signing.GITHUB)
     if identity is not None:
-        fix = "leave one out (a policy may come from TANDEM_POLICY)"
+        fix = "use one of the two; unset TANDEM_POLICY if it is set"
         raise InputError("cannot be combined with a policy", where="--require-signature", fix=fix)
     return signing.read_policy(path)

@@ -92,7 +92,7 @@ def _show(tuning: Tuning, built: Sequence[int]) -> None:
 
 
 def _best(speeds: Mapping[int, float], built: Sequence[int]) -> tuple[str, str, str]:
-    """Return the K that is fastest for a class of prompts, its speed-up, and what to know about both."""
+    """Return the K that is fastest for a class of prompts, its speed-up, and a note on both."""
     best = max((k for k in speeds if k), key=lambda k: speeds[k])
     notes = [] if best in built else [f"K={best} was not built: estimated"]
     notes += ["slower than plain decode"] if speeds[best] <= 1 else []

@@ -40,7 +40,7 @@ def validate(
     root = artifact_dir(artifact)
     device = read(root).manifest.requires.get("device", "cpu")
     if on_device and device == "cpu":
-        raise InputError("the artifact runs on a CPU", where=str(root), fix="leave out --on-device")
+        raise InputError("the artifact runs on a CPU", where=str(root), fix="omit --on-device")
     if (policy := policy_of(policy_file)) is not None:
         check_artifact(root, policy)
     validate_artifact(root, recipe_file.parent if recipe_file else RECIPES, console.log, console.progress)
@@ -61,12 +61,12 @@ def validate(
 @click.option("--markdown", is_flag=True, help="Print Markdown tables, for a CI summary or a comment.")
 @as_json
 def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, markdown: bool, json_: bool) -> None:
-    """Show one parity report, or compare two. A comparison says which changes exceed the noise."""
+    """Show one parity report, or compare two. A comparison shows which changes exceed the noise."""
     if schema_:
         print_json(reports.schema())
         return
     if len(artifacts) not in (1, 2):
-        raise InputError(f"{len(artifacts)} artifacts", where="report", fix="give one, or two to compare")
+        raise InputError(f"{len(artifacts)} artifacts", where="report", fix="name one artifact, or two to compare")
     first, *others = [reports.load(artifact_dir(name)) for name in artifacts]
     if others:
         _compare(first, others[0], out or Path("compare.html"), json_)

@@ -64,7 +64,7 @@ embedding. Created by `tandem distill`.
 
 Chance that the target accepts a draft token, given that it accepted those before, over all positions of its greedy
 answers to the prompts of the recipe's gates. The tokens per step that follow from it are an upper estimate, because
-steps begin where a draft failed, at harder text.
+steps begin after a rejected token, where the text is harder to predict.
 
 {head}
 |{" --- |" * (depths + 2)}

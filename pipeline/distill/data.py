@@ -154,7 +154,7 @@ def _rows(states: Sequence[Tensor]) -> Tensor:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file is a complete part, by its header; reads no tensors."""
+    """Return whether a file is a complete part, by its header; reads no tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             return "counts" in (file.metadata() or {}) and set(file.keys()) == TENSORS

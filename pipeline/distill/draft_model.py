@@ -1,7 +1,7 @@
-"""Training of a draft model: some of the target's layers, in one pass over what the target wrote.
+"""Training of a draft model: some of the target's layers, in one pass over the target's text.
 
 While a chain of draft tokens lasts, the draft model reads tokens that the target accepts. One pass over the target's
-text therefore covers all its inputs; later draft tokens need no training of their own.
+text therefore covers all its inputs; later draft tokens need no separate training.
 
 Shapes: B sequences, T positions, V draft vocabulary.
 """

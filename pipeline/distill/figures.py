@@ -7,7 +7,7 @@ from pipeline.records import Record
 
 
 class TextCounts(Record):
-    """What is in the data: sequences, answer tokens in them, and how many of the sequences are greedy."""
+    """Counts of the data: sequences, their answer tokens, and the number of greedy sequences."""
 
     sequences: int = 0
     answer_tokens: int = 0

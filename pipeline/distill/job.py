@@ -174,7 +174,7 @@ class Job:
             steps=settings.steps, objective=settings.objective, seed=settings.seed,
             bfloat16=has_bfloat16(settings.device),
         )  # fmt: skip
-        if settings.method == "draft_model":  # its later tokens need no training of their own
+        if settings.method == "draft_model":  # later draft tokens need no separate training
             return replace(training, single=1.0)
         # Steps on one token alone would first unlearn the later tokens of a trained head.
         return training if self.start is None else replace(training, single=0.0)
@@ -196,7 +196,7 @@ class Job:
         return InitialDraft(guesses, config, trained)
 
     def _name(self, sequences: Sequence[Conversation], ids: Tensor) -> str:
-        """Return the name of a training: a digest of everything beside its settings, and the start."""
+        """Return the name of a training: a digest of all its inputs except settings, and the start."""
         digest = hashlib.sha256(ids.numpy().tobytes())
         for s in sequences:
             digest.update(f"{s.prompt} {len(s.tokens)} ".encode() + s.tokens.numpy().tobytes())

@@ -86,7 +86,7 @@ def read_field(path: Path, key: str) -> list[str]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"file cannot be read: {reason(error)}", where=str(path), fix="check the path") from error
+        raise InputError(f"cannot read the file: {reason(error)}", where=str(path), fix="check the path") from error
     values = []
     for number, line in enumerate(lines, 1):
         try:
@@ -106,7 +106,7 @@ class HeldOutFilter:
         self._known = {shingle for text in held_out for shingle in _shingles(text)}
 
     def __call__(self, prompt: str) -> bool:
-        """Whether a prompt may be trained on."""
+        """Return whether a prompt may be trained on."""
         return not self._known.intersection(_shingles(prompt))
 
 

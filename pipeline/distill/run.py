@@ -134,8 +134,9 @@ def _vocab_of_start(settings: DistillSettings, start: Checkpoint, target: Checkp
         what = "the draft has no reduced vocabulary"
         raise InputError(what, where=str(settings.start), fix="start from a draft of `tandem distill`")
     if method != settings.method:
-        raise InputError(f"found {settings.method}, but the start is {method}", where="--method", fix=f"use {method}")
+        what = f"found {settings.method}, but the draft of --start is {method}"
+        raise InputError(what, where="--method", fix=f"use --method {method}")
     if settings.layers:
-        what = "found layers beside --start, whose draft has its own layers"
+        what = "found layers and --start, whose draft has its own layers"
         raise InputError(what, where="--layers", fix="remove --layers or --start")
     return _within(settings.draft_vocab or vocab, target)

@@ -69,7 +69,7 @@ class Accuracy:
 
     @property
     def given_previous(self) -> list[float]:
-        """Chance of a draft token to be right, given that all before it are."""
+        """Rate of correct draft tokens at each depth, given that all before are correct."""
         return [r / max(n, 1) for n, r in zip(self.reached, self.right, strict=True)]
 
     def tokens_per_step(self, steps: int) -> float:
@@ -236,7 +236,7 @@ class Trainer:
         with safe_open(self._state, framework="pt") as file:
             facts = file.metadata()
             if json.loads(facts["settings"]) != asdict(self.settings):
-                self.log("settings differ from those of the interrupted run: training starts again")
+                self.log("settings differ from those of the interrupted run; training starts again")
                 return
             self.step = int(facts["step"])
             with torch.no_grad():
@@ -286,4 +286,4 @@ def describe(accuracy: Accuracy) -> str:
     """Return the accuracy as a line for the log."""
     rates = ", ".join(f"{rate:.2f}" for rate in accuracy.given_previous)
     per_step = accuracy.tokens_per_step(4)
-    return f"held out: draft tokens right, given those before: {rates}; tokens per step (K=4): {per_step:.2f}"
+    return f"held-out acceptance rate by position: {rates}; tokens per step (K=4): {per_step:.2f}"

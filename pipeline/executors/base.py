@@ -1,4 +1,4 @@
-"""The contract of an executor: it decides where jobs run, and knows nothing about what they do."""
+"""The contract of an executor, which decides where jobs run, independent of what they do."""
 
 from __future__ import annotations
 

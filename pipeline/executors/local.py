@@ -39,7 +39,7 @@ class LocalExecutor:
                     done(results[futures[future]])
             except BrokenProcessPool as error:
                 raise HostError(
-                    "a compile worker was killed; the machine is probably out of memory",
+                    "a compile worker was killed, probably for lack of memory",
                     where="compile",
                     fix="free memory or lower --workers, then run the same command: finished graphs are kept",
                 ) from error

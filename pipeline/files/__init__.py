@@ -1,5 +1,5 @@
-"""How files are written: atomically and durably; large files past the page cache.
+"""Writing of files: atomic and durable; large files bypass the page cache.
 
-Does not know what the files contain. Imports no torch.
+Independent of the contents of files. Imports no torch.
 Entered by every room above.
 """

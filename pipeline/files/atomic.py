@@ -35,17 +35,17 @@ AT_FDCWD = -100
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 
-WRITABLE = "choose a folder that can be written"
+WRITABLE = "use a folder with write permission"
 FIXES = {
-    errno.ENOSPC: "free space on this disk, or choose another one",
-    errno.EDQUOT: "free space in this quota, or choose another disk",
-    errno.EFBIG: "choose a disk that takes large files, or raise the limit (ulimit -f)",
+    errno.ENOSPC: "free space on this disk, or use another disk",
+    errno.EDQUOT: "free space in this quota, or use another disk",
+    errno.EFBIG: "use a disk for large files, or raise the limit (ulimit -f)",
     errno.EROFS: WRITABLE,
     errno.EACCES: WRITABLE,
     errno.EPERM: WRITABLE,
-    errno.ENOTDIR: "a file is in the way of this folder; move it",
-    errno.EEXIST: "a file is in the way of this folder; move it",
-    errno.EISDIR: "a folder is in the way of this file; move it",
+    errno.ENOTDIR: "a file has the name of this folder; move the file",
+    errno.EEXIST: "a file has the name of this folder; move the file",
+    errno.EISDIR: "a folder has the name of this file; move the folder",
 }
 
 

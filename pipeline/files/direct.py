@@ -19,7 +19,7 @@ class Output(Protocol):
     """A file that is appended to."""
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append; the caller may change `data` afterwards."""
+        """Append data; the caller may change `data` afterwards."""
         ...
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Layouts of weights in shards. Knows shapes, not files or ranks; imports torch only to pack.
+"""Layouts of weights in shards. Depends on shapes, not on files or ranks; imports torch only to pack.
 
 Shapes: N output features (rows of a checkpoint's weight), K input features.
 """
@@ -71,7 +71,7 @@ class BlockPacking:
     name = f"block{BLOCK}-pairs"
 
     def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
-        """[N, K] -> [ceil(N/32), K, 32] or [ceil(N/32), K/2, 32, 2] for `linear` and `embedding`."""
+        """Return [ceil(N/32), K, 32] or [ceil(N/32), K/2, 32, 2] for [N, K] of `linear` and `embedding`."""
         if kind not in MATRICES:
             return shape
         rows, columns = shape

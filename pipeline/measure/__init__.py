@@ -1,5 +1,5 @@
-"""How fast an artifact is on this host: benchmarks, the best K and buckets, transformers for comparison.
+"""Speed of an artifact on this host: benchmarks, the best K and buckets, transformers for comparison.
 
-Judges nothing: the gates are in `validate`.
+Has no limits: the gates are in `validate`.
 Entered by cli.
 """

@@ -37,7 +37,7 @@ def bench(
 ) -> list[Figures]:  # fmt: skip
     """Measure `count` of the recipe's prompts; `base` is the folder that its relative paths start at.
 
-    As in the gates, only the ends of prompts run that are longer than the largest prefill bucket.
+    As in the gates, prompts longer than the largest prefill bucket are cut to their last tokens.
 
     Raises:
         InputError: no prompts file of the recipe.

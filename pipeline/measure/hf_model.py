@@ -1,4 +1,4 @@
-"""A checkpoint as a transformers model, and its timed answers, to measure against. Measures nothing itself."""
+"""A checkpoint as a transformers model, and its timed answers, for comparison."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class WholeHead(torch.nn.Module):
         self.head, self.token_ids, self.vocab = head, token_ids, vocab
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return logits of all tokens, minus infinity for those that the head does not know."""
+        """Return logits of all tokens, minus infinity for those that the head lacks."""
         logits = self.head(hidden)
         whole = logits.new_full((*logits.shape[:-1], self.vocab), -torch.inf)
         return whole.index_copy(-1, self.token_ids, logits)
@@ -125,4 +125,4 @@ class TimingStreamer:
             self.clock.record(count)
 
     def end(self) -> None:
-        """Nothing to flush."""
+        """Do nothing: there is nothing to flush."""

@@ -241,7 +241,7 @@ def write_recipe(path: Path, tuning: Tuning, *, paced: bool) -> None:
     fix = "write " + " and ".join(f"{name}: {value}" for name, value in values.items())
     recipe = read_text(path)
     if not recipe.has("speculation", "draft_tokens"):
-        raise InputError("has no `draft_tokens: [...]` to change", where=str(path), fix=fix)
+        raise InputError("the file has no `draft_tokens: [...]` to change", where=str(path), fix=fix)
     try:
         for name, value in values.items():
             recipe.put("speculation", name, value, behind="draft_tokens")
@@ -253,7 +253,7 @@ def write_recipe(path: Path, tuning: Tuning, *, paced: bool) -> None:
     try:
         _replace_file(path, text)
     except InputError as error:
-        what = f"does not load with the measured values: {error.what}"
+        what = f"the recipe would not load with the measured values: {error.what}"
         raise InputError(what, where=str(path), fix=fix) from error
 
 

@@ -1,6 +1,6 @@
 """The decoder of every supported family: RMSNorm, rotary attention over a KV cache, SwiGLU. Pure functions.
 
-Does not know phases, sampling, or how weights are stored and reduced: those come in through `Seams`.
+Contains no phases and no sampling. `Seams` defines how weights are stored and reduced.
 
 Shapes: B rows, T tokens, S keys attended over, H hidden, N query heads, G KV heads, D head size, V vocabulary;
 heads and vocabulary are this rank's share.

@@ -1,4 +1,4 @@
-"""Mistral: Llama without biases; a sliding window is refused."""
+"""Mistral: Llama without biases."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Seams:
     tp = 1
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """`x @ weight.T` with `rows` output features: [B, T, I] -> [B, T, rows]."""
+        """Return `x @ weight.T` with `rows` output features: [B, T, I] -> [B, T, rows]."""
         return functional.linear(x_BTI, weight)[..., :rows]
 
     def linears(self, x_BTI: Tensor, weights: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
@@ -89,7 +89,7 @@ class Seams:
         return torch.cat(parts, dim=-1)
 
     def swiglu(self, x_BTI: Tensor, gate: Tensor, up: Tensor, rows: int) -> Tensor:
-        """`silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020): -> [B, T, rows]."""
+        """Return `silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020): -> [B, T, rows]."""
         return functional.silu(self.linear(x_BTI, gate, rows)) * self.linear(x_BTI, up, rows)
 
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:

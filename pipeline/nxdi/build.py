@@ -41,7 +41,7 @@ from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.package import UNVERSIONED, Origin, created_now, seal
 
 EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception): ")
-"""How the last line of a Python traceback begins: the name of a type, which means nothing to a reader."""
+"""Start of the last line of a Python traceback: the name of a type, which messages omit."""
 
 
 def write(out: Path, plan: Plan, lock: Lock) -> Path:
@@ -134,7 +134,11 @@ def _check(folder: Path, settings: nxdi.NxdiSettings, ranks: int) -> None:
     if not faults:
         faults = list(_uneven_ranks(folder, ranks))
     if faults:
-        raise HostError("; ".join(faults), where="nxdi", fix="install packages of one SDK release, see `tandem doctor`")
+        raise HostError(
+            "; ".join(faults),
+            where="nxdi",
+            fix="install one SDK release: see `tandem doctor --backend neuron`",
+        )
 
 
 def _missing(folder: Path, ranks: int) -> Iterator[str]:
@@ -150,7 +154,7 @@ def _uneven_ranks(folder: Path, ranks: int) -> Iterator[str]:
         names = set(read_header(folder / nxdi.weight_file(rank)))
         first = first or names
         for name in sorted(names ^ first)[:3]:
-            yield f"only rank {rank if name in names else 0} has the weight {name}"
+            yield f"the weight {name} is on rank {rank if name in names else 0} only"
     for model in ("target_model", "draft_model"):
         if not any(name.startswith(f"{model}.") for name in first):
             yield f"no weights of the {model.partition('_')[0]}"

@@ -2,7 +2,7 @@
 
     python -m pipeline.nxdi.compile ORDER.json
 
-It sets environment variables, empties its work folder, and may end the process, so it runs in a process of its own.
+It sets environment variables, empties its work folder, and may end the process, so it runs in a separate process.
 Follows inference_demo and vLLM's classic loader (`_init_fused_spec_config`).
 """
 

@@ -1,4 +1,4 @@
-"""Settings of NxD Inference for a recipe: its configuration, what it does not support, and what it did not accept.
+"""Settings of NxD Inference for a recipe: its configuration, unsupported settings, and settings it ignored.
 
 For servers that already run vLLM's NxDI-backed plugin (0.5.x). Written from neuronx-distributed-inference 0.9
 (models/config, models/application_base, inference_demo, model_base). Imports no torch and not NxD Inference.
@@ -34,7 +34,7 @@ MODEL_FOLDERS = {"target": "models/target", "draft": "models/draft"}
 
 DISTRIBUTION = "neuronx-distributed-inference"
 RELEASES = {"2.28": "0.8", "2.29": "0.9", "2.30": "0.10.17970", "2.31": "0.10.18399"}
-"""Version of NxD Inference in each SDK release that `support.RELEASES` knows (n2-manifest.json)."""
+"""Version of NxD Inference in each SDK release of `support.RELEASES` (n2-manifest.json)."""
 
 NEWER_CHIPS_FROM = "2.29"
 """Since this SDK NxD Inference runs on Trn2 only (release notes of the component)."""
@@ -99,7 +99,7 @@ def weight_file(rank: int) -> str:
 
 
 def differences(expected: NxdiSettings, written: Mapping[str, Any]) -> list[str]:
-    """Return settings that NxD Inference did not accept: it only logs a warning about a key that it does not know.
+    """Return settings that NxD Inference did not accept: it only logs a warning about an unknown key.
 
     `written` is its `neuron_config.json`.
     """
@@ -171,14 +171,14 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     if recipe.backend.name != "neuron":
         yield Problem(place("backend.name"), f"found {recipe.backend.name}", "use name: neuron")
     if "stochastic" in recipe.speculation.sampling:
-        what = "found stochastic; NxD Inference verifies a draft model's tokens by argmax only, and samples the first"
-        yield Problem(place("speculation.sampling"), what, "use [greedy], or the neuron backend, which supports both")
+        what = "found stochastic; NxD Inference verifies draft tokens by argmax only, and samples only the first token"
+        yield Problem(place("speculation.sampling"), what, "write sampling: [greedy], or use the neuron backend")
     if len(recipe.speculation.draft_tokens) > 1:
         what = f"found {list(recipe.speculation.draft_tokens)}; NxD Inference compiles one speculation length"
         yield Problem(place("speculation.draft_tokens"), what, "write one K")
     if recipe.speculation.lookup is not None:
         what = f"found {recipe.speculation.lookup}; NxD Inference's fused graphs accept only the draft's tokens"
-        yield Problem(place("speculation.lookup"), what, "remove it, or use the neuron backend")
+        yield Problem(place("speculation.lookup"), what, "remove speculation.lookup, or use the neuron backend")
     yield from _draft_problems(plan)
 
 

@@ -110,5 +110,5 @@ def _other_kind(manifest: Manifest, root: Path) -> InputError:
         what, fix = "a compile cache of vLLM's newer Neuron plugin", f"tandem vllm-cache install {root}"
     else:
         what = f"an artifact of the {manifest.toolchain['backend']} backend; vLLM's own Neuron plugins do not load it"
-        fix = f"vllm serve {root.resolve()}, with Tandem installed beside vLLM"
+        fix = f"tandem serve {shlex.quote(str(root))}"
     return InputError(what, where=str(root), fix=fix)

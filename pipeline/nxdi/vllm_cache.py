@@ -129,7 +129,7 @@ def pack(source: Path, out: Path, name: str, run: ServerRun) -> CacheManifest:
             digest = digest_file(folder / CACHE_FOLDER / path)
             files[str(CACHE_FOLDER / path)] = FileEntry(sha256=digest.sha256, size=digest.size)
         if late := [fault for key in keys for fault in entry_faults(folder / CACHE_FOLDER / key)]:
-            raise InputError(f"changed while it was packed: {_shown(late)}", where=str(cache), fix="stop the server")
+            raise InputError(f"files changed during packing: {_shown(late)}", where=str(cache), fix="stop the server")
         manifest = CacheManifest(
             name=_checked_name(name), version="unversioned", created=_now(), toolchain=toolchain, backend=facts,
             tensor=_tensor(run.serve), files=files,
@@ -154,7 +154,7 @@ def install(root: Path, cache_root: Path, *, host: Mapping[str, str], versions: 
     """
     manifest, base, folder = verify(root).manifest, cache_root.absolute(), cache_root.absolute() / CACHE_FOLDER
     if not isinstance(manifest, CacheManifest):
-        raise InputError("not a compile cache", where=str(root), fix=f"its kind: tandem inspect {root}")
+        raise InputError("not a compile cache", where=str(root), fix=f"show its kind: tandem inspect {root}")
     facts, keys = _read(manifest, root)
     _check_host(manifest, host, versions)
     new = _new(manifest, folder)
@@ -180,12 +180,12 @@ def _facts(cache: Path, keys: Sequence[str], run: ServerRun) -> CacheBackend:
     targets = {command.target for command in commands}
     if len(targets) != 1:
         what = f"the entries are for {', '.join(sorted(targets)) or 'an unknown chip'}"
-        fix = f"pack a cache of one chip, as the plugin left it: {COMMAND} in its entries names the chip"
+        fix = f"pack an unmodified cache of one chip; {COMMAND} in each entry names the chip"
         raise InputError(what, where=str(cache), fix=fix)
     for name in run.environment:
         if not VARIABLE.fullmatch(name) or name in CONTRADICTIONS:
             what = f"invalid variable for a server on this cache: {name!r}"
-            raise InputError(what, where="--env", fix="remove it: install sets the variables of the cache")
+            raise InputError(what, where="--env", fix=f"remove {name}; install sets the cache's variables")
     return CacheBackend(
         target=targets.pop(), flags=tuple(sorted({command.flags for command in commands})),
         serve=tuple(run.serve), environment=dict(run.environment), keys=len(keys),
@@ -246,7 +246,7 @@ def _read(manifest: CacheManifest, root: Path) -> tuple[CacheBackend, list[str]]
     """Return the manifest's facts, and the keys of the entries, which are checked again."""
     facts = manifest.backend
     keys, faults = entries(root / CACHE_FOLDER)
-    faults += [f"{name}: not a file of a cache" for name in manifest.files if not _is_of_cache(name)]
+    faults += [f"{name}: not a file of a compile cache" for name in manifest.files if not _is_of_cache(name)]
     faults += [f"invalid name of a variable: {name!r}" for name in facts.environment if not VARIABLE.fullmatch(name)]
     if faults:
         raise ArtifactError(_shown(faults), where=str(root), fix="do not use this artifact; pack the cache again")

@@ -14,7 +14,7 @@ NKI = "nki"
 HLO, METADATA, COMPLETE = "graph.hlo", ".artifact_metadata_v0.json", ".compilation_complete"
 KEY = re.compile(r"[0-9a-f]{32}")
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.compilation_metadata(\.lock)?|[0-9a-f]{32}\.(tmp|trash)\..*")
-"""Locks, and files of killed processes. With a copied lock the plugin takes an entry for an unfinished compile."""
+"""Locks, and files of killed processes. The plugin treats an entry with a copied lock as an unfinished compile."""
 
 OF_ONE_SERVER = re.compile(r"\.cache_accessed|([A-Za-z0-9_.-]*\.)?rank[0-9]+|[0-9a-f]{32}\.lock|.*\.tmp\.[0-9]+")
 """In an entry or among kernels: marks of use, working folders of ranks, locks, partial files."""
@@ -52,7 +52,7 @@ def entry_faults(entry: Path) -> Iterator[str]:
         return
     recorded = re.search(rb"^neff_size:([0-9]+)$", (entry / COMPLETE).read_bytes(), re.MULTILINE)
     if recorded and int(recorded[1]) != neff.stat().st_size:
-        yield f"{key}: {neff.name} has {neff.stat().st_size} bytes, {COMPLETE} says {int(recorded[1])}"
+        yield f"{key}: {neff.name} has {neff.stat().st_size} bytes, {COMPLETE} records {int(recorded[1])}"
     metadata_key = _json(entry / METADATA).get("cache_key")
     if metadata_key != key:
         yield f"{key}: {METADATA} has the key {metadata_key!r}"

@@ -1,4 +1,4 @@
-"""Everything that a build will do, decided before it starts: graphs, memory, sizes, times, conflicts, and the lock.
+"""The plan of a build, made before it starts: graphs, memory, sizes, times, conflicts, and the lock.
 
 Reads no values of weights and uses no device. Imports no torch.
 Entered by stages, nxdi, doctor and cli.

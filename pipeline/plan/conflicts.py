@@ -1,4 +1,4 @@
-"""Conflicts of a recipe with its models, each with its place, the values and a fix. Pure; imports no torch.
+"""Conflicts of a recipe with its models, each with its location, the values and a fix. Pure; imports no torch.
 
 Memory of a rank is estimated in `estimates.py`.
 """
@@ -43,43 +43,43 @@ def _length_conflicts(recipe: Recipe, name: str, config: ModelConfig) -> Iterato
 def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:
     where = recipe.place("draft")
     if target.vocab != draft.vocab and (draft.shares_embedding or draft.draft_vocab):
-        what = f"the draft has vocab_size={draft.vocab}, the target, whose vocabulary it uses, {target.vocab}"
+        what = f"the draft uses the target's vocabulary: its vocab_size must be {target.vocab}, found {draft.vocab}"
         yield Problem(where, what, "use a draft that was made for this target")
     if draft.shares_embedding and target.hidden != draft.hidden:
-        what = f"the draft uses the target's embedding, but has hidden_size={draft.hidden}, the target {target.hidden}"
+        what = f"the draft uses the target's embedding: its hidden_size must be {target.hidden}, found {draft.hidden}"
         yield Problem(where, what, "use a draft that was made for this target")
     if draft.shares_embedding and recipe.draft_dtype != recipe.target.dtype:
         dtype, target_dtype = recipe.draft_dtype, recipe.target.dtype
         what = f"found {dtype}, but the draft uses the target's embedding, which is {target_dtype}"
-        yield Problem(recipe.place("draft.dtype"), what, f"use {target_dtype}, or leave it out")
+        yield Problem(recipe.place("draft.dtype"), what, f"use {target_dtype}, or remove draft.dtype")
 
 
 def _candidate_conflicts(recipe: Recipe, vocab: int) -> Iterator[Problem]:
     candidates, where = recipe.speculation.candidates, recipe.place("speculation.candidates")
     if candidates is None and recipe.backend.needs_candidates and "stochastic" in recipe.speculation.sampling:
-        what = f"{recipe.backend.name} samples from the best N tokens; found no N for its stochastic graphs"
+        what = f"missing: {recipe.backend.name} needs the number of tokens that a stochastic graph samples from"
         yield Problem(where, what, "write candidates: 256")
     if candidates is not None and candidates > vocab:
         what = f"found {candidates}, more than the vocabulary of {vocab}"
-        yield Problem(where, what, "use less, or leave it out to keep all")
+        yield Problem(where, what, f"use at most {vocab}, or remove candidates to keep all tokens")
 
 
 def _method_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:
     method = draft.draft_kind.method
     if recipe.speculation.method != method:
-        what = f"found {recipe.speculation.method}, but the draft is made for {method}"
-        yield Problem(recipe.place("speculation.method"), what, f"write method: {method}, or name another draft")
+        what = f"found {recipe.speculation.method}, but the draft is of method {method}"
+        yield Problem(recipe.place("speculation.method"), what, f"write method: {method}, or use another draft")
     if not draft.draft_kind.reads_target_states:
         return
     if recipe.draft_dtype != recipe.target.dtype:
         dtype, target_dtype = recipe.draft_dtype, recipe.target.dtype
         what = f"found {dtype}, but the draft reads the target's hidden states, which are {target_dtype}"
-        yield Problem(recipe.place("draft.dtype"), what, f"use {target_dtype}, or leave it out")
+        yield Problem(recipe.place("draft.dtype"), what, f"use {target_dtype}, or remove draft.dtype")
     if recipe.draft.placement == "sharded" and recipe.parallel.tensor > 1:
-        what = "found sharded; an EAGLE-3 head is whole on each rank, as the states that it reads are"
+        what = "found sharded; an EAGLE-3 head must be replicated, because every rank has whole hidden states"
         yield Problem(recipe.place("draft.placement"), what, "write placement: replicated")
     if draft.vocab != target.vocab:
-        what = f"the draft has vocab_size={draft.vocab}, the target, whose tokens it reads, {target.vocab}"
+        what = f"the draft reads the target's tokens: its vocab_size must be {target.vocab}, found {draft.vocab}"
         yield Problem(recipe.place("draft"), what, "use a draft that was made for this target")
 
 

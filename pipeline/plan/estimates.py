@@ -49,7 +49,7 @@ class CompileCost:
 COMPILE_COSTS = {
     # Measured on one core: SmolLM2-135M, speculate with K=4, 42 passes: 92 s, 1.25 GiB in two processes, 6.2 MB.
     "inductor": CompileCost(15, 2.0, 1000 * MIB, 8 * MIB, MIB // 4, 140 << 10),
-    # From public reports of neuronx-cc, not measured: tells minutes from hours.
+    # From public reports of neuronx-cc, not measured: accurate enough to separate minutes from hours.
     "neuron": CompileCost(60, 8.0, 8 * GIB, 128 * MIB, 16 * MIB, MIB),
 }
 

@@ -1,4 +1,4 @@
-"""The lock beside a recipe pins what floats and can be had again: sources by digest, versions, the compiler's flags.
+"""The lock beside a recipe pins what can change and can be restored: sources by digest, versions, compiler flags.
 
 Facts of one machine are recorded, so that a build can report what differs, and pinned only by the recipe. The configs
 let a recipe be checked and planned without its weights. A lock is JSON with sorted keys, so that it diffs well. This
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MACHINE_FACTS = ("cxx", "isa")
-"""Entries of a toolchain that differ between machines of one class. A recipe asks for one by a key of `backend`."""
+"""Entries of a toolchain that differ between machines of one class. A recipe pins them by keys of `backend`."""
 MISSING = "missing"
 """Version of a package that is not installed."""
 OWN_CODE = ("kernel",)
@@ -83,7 +84,7 @@ def lock_path(recipe: Path) -> Path:
 def make_lock(
     recipe: Recipe, target: Checkpoint, draft: Checkpoint, toolchain: Mapping[str, str], flags: Mapping[str, str]
 ) -> Lock:
-    """Pin a recipe to the present checkpoints of its sources, and to a toolchain and its flags."""
+    """Pin a recipe to the current checkpoints of its sources, and to a toolchain and its flags."""
     own_draft = recipe.draft.source is not None
     lock = Lock(
         recipe.digest(),
@@ -126,11 +127,11 @@ def relock(recipe: Recipe, lock: Lock) -> Lock:
     pairs.append(("draft.source", recipe.draft.source or "", lock.draft.source if lock.draft else ""))
     for key, source, locked in pairs:
         if source != locked:
-            what = f"the recipe says {source or 'a derived draft'}, the lock has {locked or 'a derived draft'}"
+            what = f"the recipe has {source or 'a derived draft'}, the lock has {locked or 'a derived draft'}"
             raise InputError(
                 what,
                 where=recipe.place(key),
-                fix=f"where the source can be reached, run: tandem recipe lock {recipe.name}",
+                fix=f"on a host that can read the source, run: tandem recipe lock {recipe.name}",
             )
     return replace(lock, recipe_sha256=recipe.digest())
 
@@ -158,7 +159,7 @@ def read(path: Path) -> Lock:
 
     """
     if not path.is_file():
-        raise InputError("no lock", where=str(path), fix=_relock_command(path))
+        raise InputError("no lock file", where=str(path), fix=_relock_command(path))
     data = _data(path)
     if data.get("version") != VERSION:
         what = f"found version {data.get('version')!r}, accepted: {VERSION}"
@@ -203,7 +204,13 @@ def _lock_of(data: dict[str, Any], path: Path) -> Lock:
 
 
 def _relock_command(path: Path) -> str:
-    return f"run: tandem recipe lock {path.stem}"
+    return f"run: {lock_command(path)}"
+
+
+def lock_command(path: Path) -> str:
+    """Return the command that writes the lock of a recipe; `path` is the recipe's file or its lock."""
+    named = path.parent in (Path("recipes"), Path())
+    return f"tandem recipe lock {path.stem if named else shlex.quote(str(path.with_suffix('.yaml')))}"
 
 
 def pair_configs(recipe: Recipe, lock: Lock, where: str) -> tuple[ModelConfig, ModelConfig]:
@@ -232,7 +239,7 @@ def derived_config(recipe: Recipe, target: Mapping[str, Any]) -> dict[str, Any]:
     count = target["num_hidden_layers"]
     for layer in layers:
         if layer >= count:
-            fix = f"name layers of 0..{count - 1}"
+            fix = f"use layers of 0..{count - 1}"
             raise InputError(f"the target has no layer {layer}", where=recipe.place("draft.derive.layers"), fix=fix)
     config = {**target, "num_hidden_layers": len(layers), "shares_embedding": True}
     if isinstance(target.get("layer_types"), list):
@@ -241,16 +248,17 @@ def derived_config(recipe: Recipe, target: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_locked(lock: Lock, fresh: Lock, where: str = "lock") -> list[Problem]:
-    """Return what `--locked` rejects: every item that differs from the lock, with both values, and moving sources."""
-    fix = "restore what was locked, or accept the change: tandem recipe lock"
+    """Return what `--locked` rejects: each item that differs from the lock, with both values, and moving revisions."""
+    fix = f"restore the locked value, or accept the change: {lock_command(Path(where))}"
     drift = [
         Problem(f"{where}: {key}", f"locked {locked}, found {actual}", fix)
         for key, locked, actual in _drift(lock, fresh)
     ]
     for role, source in (("target", lock.target), ("draft", lock.draft)):
         if source is not None and source.floating:
-            what = f"locked to {source.revision!r}, a name that may move"
-            drift.append(Problem(f"{where}: {role}.revision", what, "lock it where the Hub can be reached"))
+            what = f"locked to the branch or tag {source.revision!r}, which can move"
+            again = f"on a host that can reach the Hub, run: {lock_command(Path(where))}"
+            drift.append(Problem(f"{where}: {role}.revision", what, again))
     return drift
 
 
@@ -263,7 +271,7 @@ def unpinned(lock: Lock, fresh: Lock) -> str:
 
 
 def _drift(lock: Lock, fresh: Lock) -> Iterator[tuple[str, str, str]]:
-    """Yield key, locked value and present value of each difference."""
+    """Yield key, locked value and current value of each difference."""
     if lock.recipe_sha256 != fresh.recipe_sha256:
         yield "recipe_sha256", lock.recipe_sha256, fresh.recipe_sha256
     yield from _source_drift("target", lock.target, fresh.target)
@@ -278,7 +286,7 @@ def _drift(lock: Lock, fresh: Lock) -> Iterator[tuple[str, str, str]]:
 
 
 def _pinned(toolchain: Mapping[str, str]) -> dict[str, str]:
-    """Return what a lock's toolchain pins; earlier locks also have facts of a machine, and builds of versions."""
+    """Return what a lock's toolchain pins; older locks also have facts of a machine, and build tags of versions."""
     return {key: text.partition("+")[0] for key, text in toolchain.items() if key not in MACHINE_FACTS}
 
 

@@ -24,7 +24,7 @@ class Plan:
 
     @property
     def memory_limit(self) -> int | None:
-        """Device bytes that a rank may use; None where the host's device decides."""
+        """Device bytes that a rank may use; None if they depend on the host's device."""
         return self.recipe.backend.core_memory_bytes
 
     @property

@@ -1,6 +1,6 @@
-"""Which recipes a change affects: through their own files, their locks, and the files that they name.
+"""Find the recipes that a change of files affects: by their own files, their locks, and the files that they name.
 
-Reads the recipes and nothing else. A recipe that does not load counts as changed, so that a build shows its error.
+Reads only recipes. A recipe that does not load counts as changed, so that a build shows its error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pipeline.recipe.read import load
 
 
 def changed_recipes(paths: Iterable[str], root: Path = Path("recipes")) -> list[str]:
-    """Return the names of the recipes in `root` that a change of these paths, as git prints them, affects.
+    """Return the names of the recipes in `root` that a change of these paths (as git prints them) affects.
 
     Raises:
         InputError: `paths` is one string.
@@ -31,7 +31,7 @@ def _is_affected(recipe: Path, changed: list[PurePosixPath]) -> bool:
 
 
 def _files_of(recipe: Path) -> Iterator[Path]:
-    """The recipe, its lock, its base, and its folders and prompts, where these are paths relative to the recipe."""
+    """Yield the recipe, its lock, its base, and those of its folders and prompts that are paths relative to it."""
     yield recipe
     yield recipe.with_suffix(".lock")
     try:
@@ -40,7 +40,7 @@ def _files_of(recipe: Path) -> Iterator[Path]:
             yield recipe.parent / base
         parsed = load(recipe)
     except InputError:
-        yield recipe.parent  # any file here can be the reason
+        yield recipe.parent  # any file in this folder can be the cause
         return
     for source in (parsed.target.source, parsed.draft.source, parsed.validate_.prompts):
         if source is not None and "://" not in source:

@@ -1,4 +1,4 @@
-"""Document -> Recipe, or every problem of the document: place, value found, values accepted, fix."""
+"""Document -> Recipe, or every problem of the document: location, value found, values accepted, fix."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def cross_checks(data: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _sampling_conflicts(speculation: Speculation) -> Iterator[Finding]:
     if speculation.candidates is not None and "stochastic" not in speculation.sampling:
-        what = f"found {speculation.candidates} without a stochastic graph, which alone uses candidates"
+        what = f"found {speculation.candidates}, but only stochastic graphs use candidates and none is built"
         yield ("speculation", "candidates"), what, "add stochastic to speculation.sampling, or remove candidates"
 
 
@@ -101,7 +101,7 @@ def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: 
             yield ("shapes", "prefill", index), what, f"use prefill buckets below {longest}, or a larger kv bucket"
     for index, k in enumerate(speculation.draft_tokens if speculation else ()):
         if k + 1 >= shapes.kv[0]:
-            what = f"found K={k}, whose step of {k + 1} tokens does not fit the kv bucket {shapes.kv[0]}"
+            what = f"found K={k}: a step of {k + 1} tokens does not fit the kv bucket {shapes.kv[0]}"
             yield ("speculation", "draft_tokens", index), what, f"use K below {shapes.kv[0] - 1}, or larger kv buckets"
     if validate and validate.max_new_tokens >= longest:
         what = f"found {validate.max_new_tokens}, which leaves no room for a prompt in the largest kv bucket {longest}"
@@ -111,12 +111,12 @@ def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: 
 def _backend_conflicts(data: Mapping[str, Any]) -> Iterator[Finding]:
     neuron, inductor = _section(NeuronSettings, data, "backend"), _section(InductorSettings, data, "backend")
     if inductor and inductor.device == "cuda" and inductor.isa != "native":
-        what = f"found {_shown(inductor.isa)} with device cuda; it applies to CPU artifacts"
+        what = f"found {_shown(inductor.isa)} with device cuda; isa applies to CPU artifacts only"
         yield ("backend", "isa"), what, "remove isa"
     backend = neuron or inductor
     narrow = [k for k in ("target", "draft") if isinstance(data.get(k), dict) and data[k].get("weights") == "int8"]
     if narrow and backend and not backend.has_int8:
-        what = "found int8; only inductor on a CPU has kernels for it"
+        what = "found int8; only inductor on a CPU has int8 kernels"
         yield (narrow[0], "weights"), what, "remove weights"
     if neuron:
         yield from _core_conflicts(neuron, data.get("parallel"))
@@ -153,7 +153,7 @@ def _explain(error: dict[str, Any], data: Any) -> Finding:
     if kind in ("literal_error", "union_tag_invalid", "union_tag_not_found"):
         return _choice(key, error)
     if kind == "string_pattern_mismatch":
-        what = f"found {_shown(value)}; accepted: lower case letters, digits, `.`, `_`, `-`, first a letter or digit"
+        what = f"found {_shown(value)}; accepted: lower-case letters, digits, `.`, `_`, `-`; first a letter or digit"
         return key, what, f"for example {str(value).lower().replace(' ', '-')!r}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if kind == "value_error":

@@ -27,7 +27,7 @@ class Chip:
     cores: Mapping[int, Core]
     families: tuple[str, ...]
     default_lnc: int = 1
-    """LNC of the Neuron runtime where no variable sets another."""
+    """LNC of the Neuron runtime if no environment variable sets it."""
 
     @property
     def lnc(self) -> tuple[int, ...]:

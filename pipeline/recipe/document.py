@@ -1,4 +1,4 @@
-"""YAML <-> plain data, with the file and line of every value that was read. Knows nothing of recipes.
+"""YAML <-> plain data, with the file and line of every value. Independent of recipes.
 
 YAML 1.2, so `0100` is 100 and `1:30` and dates are text. Rejects repeated keys and tags. `yes`, `no`, `on` and `off`
 stay the truth values of YAML 1.1: most other readers treat them so.
@@ -27,7 +27,7 @@ CORE = "tag:yaml.org,2002:"
 SCALARS = {"int", "float", "bool", "null", "str", "timestamp", "binary", "merge", "value"}
 TRUTHS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 MOST_VALUES = 100_000
-"""Values of a document, aliases written out: a small file of nested aliases can stand for billions."""
+"""Limit for the values of a document with aliases expanded: nested aliases in a small file can expand to billions."""
 
 
 class _Resolver(VersionedResolver):
@@ -42,7 +42,7 @@ class _Resolver(VersionedResolver):
 
 @dataclass(frozen=True)
 class Document:
-    """Data of one file, or of one merged over its base. `problems` did not stop the reading."""
+    """Data of one file, or of a file merged over its base. `problems` did not stop the reading."""
 
     path: Path
     data: dict[str, Any]
@@ -50,7 +50,7 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
     def place(self, key: Key) -> str:
-        """`file:line: key`, with the line of the nearest key that the file has."""
+        """Return `file:line: key`, with the line of the nearest key that the file has."""
         for size in range(len(key), 0, -1):
             if key[:size] in self.lines:
                 path, line = self.lines[key[:size]]
@@ -64,7 +64,7 @@ class Document:
 
 
 def dotted(key: Key) -> str:
-    """`("shapes", "kv", 1)` as `shapes.kv[1]`."""
+    """Return `("shapes", "kv", 1)` as `shapes.kv[1]`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
 
 
@@ -116,10 +116,12 @@ def _syntax_problem(path: Path, error: YAMLError) -> Problem:
 
 def _value(node: Node, key: Key, document: Document, above: tuple[Node, ...]) -> Any:
     if len(document.lines) > MOST_VALUES:
-        what = f"more than {MOST_VALUES} values, aliases written out"
-        raise RecipeError([Problem(document.place(key[:1]), what, "write the values out, without nested aliases")])
+        what = f"more than {MOST_VALUES} values after aliases are expanded"
+        raise RecipeError([Problem(document.place(key[:1]), what, "replace nested aliases by their values")])
     if node in above:
-        document.problems.append(Problem(document.place(key), "an anchor that contains itself", "write the value out"))
+        document.problems.append(
+            Problem(document.place(key), "an anchor that contains itself", "replace the alias by a value")
+        )
         return None
     if isinstance(node, MappingNode):
         return _mapping(node, key, document, above)
@@ -154,13 +156,15 @@ def _entries(node: MappingNode) -> Iterator[tuple[str, Node, int]]:
 def _scalar(node: ScalarNode, key: Key, document: Document) -> Any:
     tag, text = str(node.tag).removeprefix(CORE), str(node.value)
     if tag not in SCALARS:
-        document.problems.append(Problem(document.place(key), f"tag {node.tag!r}", "write a plain value"))
+        document.problems.append(
+            Problem(document.place(key), f"unsupported tag {node.tag!r}", "write the value without a tag")
+        )
         return text
     try:
         return _plain(tag, text)
     except (ValueError, KeyError):
         what = f"tag {tag!r} does not fit {text!r}"
-        document.problems.append(Problem(document.place(key), what, "write a plain value"))
+        document.problems.append(Problem(document.place(key), what, "write the value without a tag"))
         return text
 
 

@@ -58,12 +58,12 @@ class RecipeText:
         """Set the value of a key; a key that the section lacks is added behind another one.
 
         Raises:
-            InputError: the present value has an anchor, which other values may refer to.
+            InputError: the current value has an anchor, which aliases may use.
 
         """
         values = self._section(section)
         if values is None or behind not in values:
-            raise InputError(f"has no `{section}.{behind}`")
+            raise InputError(f"the file has no `{section}.{behind}`")
         if key in values:
             _replace(values, key, _flow(value))
         else:
@@ -92,11 +92,11 @@ class RecipeText:
         return values if isinstance(values, CommentedMap) else None
 
     def _merged(self, own: str, before: str, after: str) -> str:
-        """A section as it is written, with the lines that differ between two dumps of it."""
+        """Return a section as it is written, with the lines that differ between two dumps of it."""
         lines, before_lines, after_lines = (LINE_END.split(text) for text in (own, before, after))
         if len(lines) != len(before_lines):  # values over several lines, which a dump joins
             if own.count("#") > before.count("#"):
-                raise InputError("has comments inside of brackets, which an edit would remove")
+                raise InputError("comments inside brackets would be removed by an edit")
             return self._with_newlines(after)
         merged: list[str] = []
         for kind, start, end, new_start, new_end in SequenceMatcher(
@@ -149,7 +149,7 @@ def _dump(data: CommentedMap, indent: int) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    """The lines of each top-level key; those above the first key belong to it."""
+    """Return the lines of each top-level key; lines above the first key belong to it."""
     lines, data = LINE_END.split(text), _load(text)
     starts = [0, *(data.lc.key(key)[0] for key in list(data)[1:])]
     return ["".join(lines[start:end]) for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
@@ -165,7 +165,7 @@ def _replace(values: CommentedMap, key: str, value: Any) -> None:
 
 
 def _flow(value: Any) -> Any:
-    """A list or mapping that is written in one line."""
+    """Return a list or mapping that is written on one line."""
     if isinstance(value, Mapping):
         mapping = CommentedMap((key, _flow(item)) for key, item in value.items())
         mapping.fa.set_flow_style()
@@ -178,7 +178,7 @@ def _flow(value: Any) -> Any:
 
 
 def _comment_of(values: CommentedMap, key: str) -> CommentToken | None:
-    """The comment for a value that comes in one line: that behind the key, and what follows the last item."""
+    """Return the comment for a value on one line: the comment after the key, and that after the last item."""
     behind_key, last = _comment_at(values, key), _last_comment(values, key)
     if behind_key is None or last is None or behind_key is last:
         return behind_key or last
@@ -187,7 +187,7 @@ def _comment_of(values: CommentedMap, key: str) -> CommentToken | None:
 
 
 def _last_comment(container: Any, key: str | int) -> CommentToken | None:
-    """The comment behind a value: in block style, behind the last of its items."""
+    """Return the comment after a value: in block style, after the last of its items."""
     value = container[key]
     is_block = isinstance(value, CommentedMap | CommentedSeq) and not value.fa.flow_style()
     if is_block and len(value):

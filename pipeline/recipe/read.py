@@ -1,4 +1,4 @@
-"""YAML file -> Recipe: finding it, merging its base, and its JSON Schema. The checks are `check.py`'s."""
+"""YAML file -> Recipe: find the file, merge its base; the JSON Schema. `check.py` has the checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.recipe.schema import BASE_DESCRIPTION, Recipe
 
 
 def load(path: Path) -> Recipe:
-    """Read a recipe; `base: other.yaml` in it is merged beneath, one level deep.
+    """Read a recipe, and merge it over the file that its key `base` names (one level).
 
     Raises:
         RecipeError: every problem, each with file, line and key.
@@ -41,7 +41,7 @@ def _with_base(path: Path) -> Document:
     base = read(path.parent / name)
     if "base" in base.data:
         del base.data["base"]
-        what = "a base file has a base of its own; one level is read"
+        what = "the base file has a key `base`; only one level is supported"
         base.problems.append(Problem(base.place(("base",)), what, "merge the two base files"))
     return document.over(base)
 
@@ -58,7 +58,7 @@ def find(name: str, root: Path = Path("recipes")) -> Path:
             return path
     names = sorted(path.stem for path in root.glob("*.yaml"))
     near = difflib.get_close_matches(name, names, 1)
-    fix = f"did you mean {near[0]!r}?" if near else f"recipes here: {', '.join(names) or 'none'}"
+    fix = f"did you mean {near[0]!r}?" if near else f"use a path, or one of: {', '.join(names) or 'none'}"
     raise InputError(f"no recipe {name!r}", where=str(root), fix=fix)
 
 

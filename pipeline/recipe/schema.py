@@ -1,6 +1,6 @@
 """The sections of a recipe as typed records, and the facts that follow from a section alone.
 
-Reading a file is `read.py`'s, conflicts between sections are `check.py`'s. Imports no torch.
+`read.py` reads files, `check.py` finds conflicts between sections. Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Packing = Literal["block", "plain"]
 """Layout of weights in the shards: `graphs.packing.PACKINGS`."""
 
 SOURCES = ("hf", "package", "pico")
-"""Schemes of sources: the keys of `pipeline.sources.kinds.KINDS` beside the folder, which has none."""
+"""Schemes of sources: the keys of `pipeline.sources.kinds.KINDS`; a folder has no scheme."""
 
-BASE_DESCRIPTION = "a YAML file beside this one that is merged beneath it"
-"""Of the key `base`, which only files have: a `Recipe` is already merged."""
+BASE_DESCRIPTION = "a YAML file in the same folder with default values; keys of this file override them"
+"""Description of the key `base`, which a file may have; a `Recipe` is already merged."""
 
 
 def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 LISTED, BY_BATCH = "a list", "by batch"
-"""Names of the two forms of `step_costs`; in findings they are no keys of the file."""
+"""Names of the two forms of `step_costs`. They are tags of a union, not keys of the file."""
 
 Costs = tuple[Annotated[float, Field(gt=0)], ...]
 StepCosts = Annotated[
@@ -95,9 +95,9 @@ class _Weighted(Record):
 
     weights: Weights | None = Field(
         default=None,
-        description="int8: matrices and embeddings as int8 with a scale for each output feature, sums in float32 "
-        "(inductor on a CPU); default: stored in the dtype, and for a draft as the target's weights; an embedding that "
-        "the draft shares with the target is stored as the target's weights",
+        description="int8: matrices and embeddings in int8 with a scale for each output feature, sums in float32 "
+        "(inductor on a CPU); default: not quantised, and for a draft the target's setting; an embedding that the "
+        "draft shares with the target keeps the target's format",
     )
 
 
@@ -152,9 +152,8 @@ class Speculation(Record):
     )
     lookup: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="prompt lookup: number of last tokens to search for earlier in the request; the tokens that "
-        "followed them there are proposed first, the draft proposes the rest of the step; 3 is a good choice; "
-        "default: off",
+        description="prompt lookup: number of last tokens to match earlier in the request; a step proposes the tokens "
+        "after the match first, then tokens of the draft; recommended: 3; default: off",
     )
     step_costs: StepCosts | None = Field(
         default=None,
@@ -180,7 +179,7 @@ class Shapes(Record):
 
     batch: Buckets = Field(description="rows decoded together")
     prefill: Buckets = Field(description="prompt lengths in tokens")
-    kv: Buckets = Field(description="cache lengths in tokens; the largest bounds prompt + output")
+    kv: Buckets = Field(description="cache lengths in tokens; the largest limits prompt + output")
 
 
 class Parallel(Record):
@@ -199,7 +198,7 @@ class InductorSettings(Record):
     """AOTInductor: shared libraries for CPUs and NVIDIA GPUs."""
 
     name: Literal["inductor"] = "inductor"
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="what the artifact runs on")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="device that the artifact runs on")
     isa: Literal["native", "avx2", "avx512"] = Field(
         default="native", description="instruction set that a CPU artifact needs; native: the build host's"
     )
@@ -242,7 +241,7 @@ class NeuronSettings(Record):
 
     @property
     def core_name(self) -> str:
-        """What messages call a core."""
+        """Name of a core in messages."""
         return f"a core with lnc={self.lnc}"
 
     @model_validator(mode="after")
@@ -314,7 +313,7 @@ class Recipe(Record):
 
     @property
     def draft_weights(self) -> Weights | None:
-        """How the draft's matrices are stored."""
+        """Storage format of the draft's matrices."""
         return self.draft.weights or self.target.weights
 
     def remember(self, places: Mapping[str, str], path: str) -> None:

@@ -11,7 +11,7 @@ from pipeline.registry.releases import find_release, target_of
 from pipeline.stores.base import Alias, Move, Store, open_store
 
 SWAPS = 8
-"""Attempts at moving an alias while others move it, too."""
+"""Attempts at moving an alias while other processes move it."""
 
 
 def set_alias(url: str, release: str, alias: str) -> None:
@@ -68,7 +68,7 @@ def list_aliases(url: str, name: str) -> dict[str, str]:
     aliases = store.aliases(name)
     if not aliases and not store.versions(name):
         known = ", ".join(store.names()) or "none"
-        raise InputError(f"no releases of {name!r}", where=url, fix=f"name one, as REGISTRY/NAME; names here: {known}")
+        raise InputError(f"no releases of {name!r}", where=url, fix=f"use REGISTRY/NAME; names in it: {known}")
     return aliases
 
 
@@ -111,7 +111,7 @@ def roll_back(url: str, name: str, alias: str) -> tuple[str, str]:
 
 
 def _oldest(now: Alias, alias: str) -> str:
-    """Return why there is no release to go back to; releases that a rollback left are later ones."""
+    """Return why an alias has no earlier release; releases that a rollback left are later ones."""
     later = dict.fromkeys(move.version for move in now.moves if move.version != now.version)
     if not later:
         return f"alias {alias!r} has pointed at {now.version} only"

@@ -70,7 +70,7 @@ class Origin:
     prefix: str = ""
 
     def blob(self, path: str, entry: FileEntry) -> Blob:
-        """A file of the release."""
+        """Return a file of the release as a blob."""
         return Blob(self.name, self.version, self.prefix + path, entry.sha256, entry.size)
 
 
@@ -103,7 +103,7 @@ class Blobs:
     root: Path
 
     def path(self, sha256: str) -> Path:
-        """Where a blob lies."""
+        """Return the path of a blob."""
         return self.root / "sha256" / sha256[:2] / sha256
 
     def fetch_all(self, origin: Origin | None, files: Mapping[str, FileEntry], progress: ByteProgress) -> None:

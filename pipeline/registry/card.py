@@ -1,6 +1,6 @@
 """A release's page for people: pair, chip, shapes, toolchain, gates, and how to pull it. Written from manifests alone.
 
-Its front matter is what a Hugging Face Hub reads: licence, `base_model` (which links the models), tags.
+Its front matter is for a Hugging Face Hub: licence, `base_model` (which links the models), tags.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _hub_models(lock: Path) -> Iterator[str]:
 
 
 def facts(manifest: Manifest) -> dict[str, Any]:
-    """Return what an artifact is and needs, by the row labels of the page."""
+    """Return the contents and requirements of an artifact, by the row labels of the page."""
     if isinstance(manifest, CacheManifest):
         return _cache_facts(manifest)
     built = _pair_facts(manifest) if isinstance(manifest, PairManifest) else {}
@@ -86,7 +86,7 @@ def _pair_facts(manifest: PairManifest) -> dict[str, Any]:
 def _cache_facts(manifest: CacheManifest) -> dict[str, Any]:
     told = manifest.backend
     return {
-        "kind": "compile cache of vLLM's Neuron plugin, checked for completeness, never run here",
+        "kind": "compile cache of vLLM's Neuron plugin; complete, but not run by Tandem",
         "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
         "filled by": " ".join(["vllm", "serve", *told.serve]),
         "compiler flags": "; ".join(told.flags),

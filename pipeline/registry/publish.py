@@ -24,7 +24,7 @@ from pipeline.registry.releases import read_small
 from pipeline.stores.base import Content, Signature, Store, open_store
 
 UNGATED = {"nxdi": "NxD Inference", CACHE_KIND: "vLLM's Neuron plugin"}
-"""Backends whose artifacts the gates cannot run, and what compiled them: published only as unvalidated."""
+"""Compilers of artifacts that the gates cannot run, by backend; such artifacts need `--unvalidated`."""
 
 Sign = Callable[[bytes], bytes]
 """Returns a signature over an index, which, unlike a manifest, is written when it is published."""
@@ -118,7 +118,7 @@ def publish(
         GateError: an artifact was not validated, or failed.
         ArtifactError: an artifact does not verify, or the version is taken by another content.
         InputError: an alias has a version's name, or the version an alias's.
-        HostError: the registry cannot be reached or written.
+        HostError: the registry is unreachable or read-only.
 
     """
     no_string(roots, "roots", "paths")
@@ -133,7 +133,7 @@ def publish_all(
     options: PublishSettings = DEFAULTS,
     progress: ByteProgress = no_byte_progress,
 ) -> list[Outcome]:
-    """As `publish`, to each place in turn; a failure at one place does not stop the others.
+    """Publish as `publish` does, to each place in turn; a failure at one place does not stop the others.
 
     Raises:
         GateError: an artifact was not validated, or failed.
@@ -173,7 +173,7 @@ def _publish(bundle: Bundle, place: Place, dry_run: bool, progress: ByteProgress
         published, missing = _missing(store, bundle, content, url)
         _send(store, content, missing, progress)
         if published is None and not store.create_release(content):
-            _published(store, bundle.document, url)  # another process was faster: raises if its content differs
+            _published(store, bundle.document, url)  # published by another process: raises if it differs
         for alias in place.aliases:
             move_alias(store, content.name, alias, content.version, url)
     return _release(bundle, place, published, missing)
@@ -240,7 +240,7 @@ def _published(store: Store, document: Document, url: str) -> Document | None:
         return published
     changed = ", ".join(_changed(published, document)[:5])
     what = f"version already published with other content: published {theirs}, yours {ours}; different: {changed}"
-    raise ArtifactError(what, where=where, fix="a release never changes: publish under another version")
+    raise ArtifactError(what, where=where, fix="a release never changes: publish another version with --version")
 
 
 def _changed(published: Document, ours: Document) -> list[str]:

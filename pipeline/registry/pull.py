@@ -49,7 +49,7 @@ EVERYTHING = Selection()
 
 @dataclass(frozen=True)
 class Pulled:
-    """A pulled release: where its artifact lies, what it is, and who signed it (None: no signer was required).
+    """A pulled release: the folder of its artifact, its facts, and its signer (None: no signer was required).
 
     `version` is the release's, `digest` the first digits of the artifact's content digest.
     """
@@ -104,8 +104,8 @@ def pull(
     """Pull a release into `directory` (default `artifacts/pulled/<name>`), complete or not at all; return it.
 
     `select.only` limits the files (`weights/*/rank-0-*`); files that every part needs, as the tokenizer, are added.
-    Without `select.variant`, the variant for this host is pulled. `policy` says who must have signed the artifact, and
-    the index that names its version. `offline` uses only the local cache: the release must have been pulled before.
+    Without `select.variant`, the variant for this host is pulled. `policy` has the required signers of the artifact and
+    of the index that names its version. `offline` uses only the local cache: an earlier pull must have filled it.
 
     Raises:
         InputError: no such release, alias or variant, no matching file, or `directory` cannot be replaced.
@@ -130,7 +130,7 @@ def pull_release(
     offline: bool = False,
     progress: ByteProgress = no_byte_progress,
 ) -> Pulled:
-    """Pull a release into `directory` (default `artifacts/pulled/<name>`), complete or not at all; say what it is.
+    """Pull a release into `directory` (default `artifacts/pulled/<name>`), complete or not at all; return its facts.
 
     Parameters and errors are those of `pull`.
     """
@@ -164,7 +164,7 @@ def _check_signed(release: _Resolved, policy: Policy, where: str) -> Accepted:
     """Check the signatures over the index and the artifact's manifest; returns the accepted one over the manifest."""
     if release.index is not None:
         if not release.index.signatures:
-            what, fix = "the index of this release is not signed", "publish it with --sign, as another version"
+            what, fix = "the index of this release is not signed", "publish the release as another version, with --sign"
             raise ArtifactError(what, where=where, fix=fix)
         policy.check(release.index.data, release.index.signatures, where)
     return policy.check(release.own.data, release.own.signatures, where)

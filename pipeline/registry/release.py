@@ -1,4 +1,4 @@
-"""What a release is made of: one artifact, or several variants of one recipe (chips, ranks). Pure; imports no torch.
+"""The contents of a release: one artifact, or several variants of one recipe (chips, ranks). Pure; no torch.
 
 The document of a release (`manifest.json` in the registry) is an artifact's manifest, or an index that names the
 manifest of each variant by its digest. Variants are published together, so an index never changes either.
@@ -87,7 +87,7 @@ class Bundle:
 
     @property
     def sources(self) -> dict[str, Path]:
-        """Where each file lies."""
+        """Return the path of each file."""
         single = isinstance(self.document, Manifest)
         prefixed = {"" if single else f"{variant}/": artifact for variant, artifact in self.artifacts.items()}
         inside = {f"{prefix}{n}": each.root / n for prefix, each in prefixed.items() for n in each.manifest.files}
@@ -111,7 +111,7 @@ def make_bundle(artifacts: Sequence[Artifact], version: str | None = None) -> Bu
     for artifact in artifacts:
         key = variant_name(artifact.manifest)
         if artifact.manifest.name != first.name or key in named:
-            what = f"{artifact.manifest.name} for {key} beside {first.name} for {', '.join(named)}"
+            what = f"not one release: {artifact.manifest.name} for {key}, {first.name} for {', '.join(named)}"
             fix = "publish variants of one recipe, one for each chip and ranks"
             raise InputError(what, where=str(artifact.root), fix=fix)
         named[key] = artifact
@@ -149,7 +149,7 @@ def variant_name(manifest: Manifest) -> str:
 
 
 def digest_of(document: Document) -> str:
-    """Return the sha256 of what a release contains, whatever the time of its build."""
+    """Return the sha256 of a release's contents, independent of the time of its build."""
     if isinstance(document, Manifest):
         return content_digest(document)
     contents = {name: entry.content for name, entry in document.variants.items()}

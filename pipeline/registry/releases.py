@@ -31,7 +31,7 @@ class Reference:
 class Listed:
     """A release of a registry, with the aliases that point at it.
 
-    `digests`: first digits of the content digest of each artifact in it. `has_signature` says nothing of its signer.
+    `digests`: first digits of the content digest of each artifact in it. `has_signature` does not depend on the signer.
     """
 
     name: str
@@ -55,7 +55,7 @@ def parse_reference(reference: str) -> Reference:
     name, _, wanted = last.partition("@")
     if not (url and name) or url.endswith(":/") or (not wanted and "@" in last):
         fix = "for example artifacts/registry/pico-spec@latest"
-        raise InputError(f"{reference!r} is not REGISTRY/NAME@VERSION", where="reference", fix=fix)
+        raise InputError(f"found {reference!r}, expected REGISTRY/NAME@VERSION-or-ALIAS", where="reference", fix=fix)
     return Reference(url, name, wanted or "latest")
 
 
@@ -112,7 +112,7 @@ def read_small(store: Store, name: str, version: str, path: str, entry: FileEntr
 
 
 def list_releases(url: str, name: str | None = None) -> list[Listed]:
-    """Releases of a registry, or of one name in it, the newest first."""
+    """Return the releases of a registry, or of one name in it, the newest first."""
     store = open_store(url)
     listed = [entry for each in ([name] if name else store.names()) for entry in _releases_of(store, each, url)]
     return sorted(listed, key=lambda entry: entry.created, reverse=True)

@@ -188,7 +188,7 @@ class Batch:
         for slot, row in rows.items():
             row.has_copied = bool(copies[slot])
             (row.copied if row.has_copied else row.drafted).record_step(len(emitted[slot]) - 1, steps)
-            # After a fully accepted step a draft model lacks the last token it proposed, until its next pass.
+            # After a fully accepted step, the draft's cache lacks the last proposed token until its next pass.
             row.in_draft = row.position + len(emitted[slot]) - (len(emitted[slot]) > steps)
         return emitted
 

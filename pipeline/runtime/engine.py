@@ -216,7 +216,7 @@ class Engine:
         while call.waiting or any(call.slots):
             for advance in (self._admit, self._step):
                 if self._newest is not call:
-                    what = "another call of this engine began before this stream ended"
+                    what = "another call of this engine started before this stream ended"
                     raise InputError(what, where="stream", fix="read a stream to its end before the next call")
                 yield from advance(call)
                 self._retire(call)

@@ -66,7 +66,7 @@ class Text:
         for index, message in enumerate(messages):
             if missing := [key for key in ("role", "content") if key not in message]:
                 fix = 'write {"role": "user", "content": "..."}'
-                raise InputError(f"a message without {missing[0]!r}", where=f"message {index}", fix=fix)
+                raise InputError(f"the message has no {missing[0]!r}", where=f"message {index}", fix=fix)
         return self.encode(self._render(messages), special=False)
 
     def chat_text(self, prompt: str) -> str:
@@ -92,7 +92,7 @@ class Text:
                 **self._specials,
             ))  # fmt: skip
         except TemplateError as error:
-            what = f"the chat template fails: {error}"
+            what = f"error in the chat template: {error}"
             raise ArtifactError(what, where="tokenizer", fix="send plain text (--raw)") from error
 
     def encode_prompt(self, prompt: str) -> list[int]:
@@ -135,7 +135,7 @@ def _token(value: Any) -> str:
 
 
 def _environment() -> Any:
-    """Return what templates of the Hub expect: a sandbox with the helpers of transformers."""
+    """Return the environment for templates of the Hub: a sandbox with the helpers of transformers."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser

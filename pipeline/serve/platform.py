@@ -33,7 +33,7 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 class TandemPlatform(Platform):
-    """Serves the artifact in `TANDEM_ARTIFACT`. The artifact decides about the device; for vLLM it is a CPU."""
+    """Serves the artifact in `TANDEM_ARTIFACT`. The artifact selects the device; vLLM's device is the CPU."""
 
     _enum = PlatformEnum.OOT
     device_name = "tandem"
@@ -120,13 +120,13 @@ class TandemPlatform(Platform):
 
     @classmethod
     def validate_request(cls, processed_inputs: EngineInput, params: SamplingParams | PoolingParams) -> None:
-        """Check a request against what the graphs support; vLLM answers an error with status 400.
+        """Check a request against the graphs' features; vLLM answers an error with status 400.
 
         Raises:
             VLLMValidationError: with the field, in one line.
 
         """
-        from vllm.sampling_params import SamplingParams  # here: vLLM picks its platform while it is imported
+        from vllm.sampling_params import SamplingParams  # imported here: vLLM selects its platform during its import
 
         from pipeline.serve.worker import choice  # here, as above
 
@@ -172,7 +172,7 @@ def _check_arguments(config: VllmConfig, values: dict[str, Any], *, explicit: bo
     }
     for name, setting in unsupported.items():
         if setting is not None:
-            raise _contradiction(name, setting, "no such setting: it is part of the build")
+            raise _contradiction(name, setting, "no such setting; the recipe fixes it at build time")
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if (size := getattr(config.parallel_config, name)) != 1:
             raise _contradiction(name, size, "1: its ranks are separate processes")

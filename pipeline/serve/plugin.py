@@ -23,6 +23,6 @@ def platform() -> str | None:
 
 
 def _is_artifact(argument: str) -> bool:
-    """Whether an argument is a folder with a manifest of ours; the manifest is verified later."""
+    """Return whether an argument is a folder with a manifest of Tandem; the manifest is verified later."""
     folder = Path(argument.rpartition("=")[2])
     return (folder / "manifest.json").is_file() and (folder / "recipe.lock").is_file()

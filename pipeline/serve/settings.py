@@ -73,7 +73,7 @@ def of_vllm(root: Path, manifest: PairManifest) -> dict[str, Any]:
 def checked(root: Path) -> PairManifest:
     """Return the manifest of an artifact after verifying every file, its gates, and that it runs on this host.
 
-    The policy file in `TANDEM_POLICY` decides about signatures. Verifies once per process: vLLM calls this repeatedly.
+    The policy file in `TANDEM_POLICY` sets the required signers. Verifies once per process: vLLM calls it repeatedly.
 
     Raises:
         ArtifactError: as `runtime.verified`, gates that failed or did not run, or no configuration for vLLM.
@@ -86,5 +86,5 @@ def checked(root: Path) -> PairManifest:
         raise ArtifactError(what, where=str(root), fix=f"run `tandem validate {root}`")
     if CONFIG not in manifest.files:
         what = f"no {CONFIG} for vLLM: an older version of Tandem built this artifact"
-        raise ArtifactError(what, where=str(root), fix="build it again; every graph comes from the cache")
+        raise ArtifactError(what, where=str(root), fix="build the artifact again; its graphs come from the cache")
     return manifest

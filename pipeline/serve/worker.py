@@ -78,7 +78,7 @@ class TandemWorker(WorkerBase):
         """Take one step: drop finished requests, prefill new requests, advance running requests."""
         running = scheduler_output.scheduled_cached_reqs
         if running.resumed_req_ids:
-            raise RuntimeError("vLLM preempted a request, although there are blocks for every slot")
+            raise RuntimeError("vLLM preempted a request, although every slot has blocks")
         self.requests.drop(scheduler_output.finished_req_ids)
         new = {data.req_id: _request(data) for data in scheduler_output.scheduled_new_reqs}
         drafts = scheduler_output.scheduled_spec_decode_tokens

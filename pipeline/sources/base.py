@@ -1,4 +1,4 @@
-"""The contract of a kind of source: one module each, with these three functions. Knows no kind."""
+"""The contract of a kind of source: one module per kind, with these three functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.progress import Progress
 
 @dataclass(frozen=True)
 class Fetched:
-    """A folder in Hugging Face layout, and a name for its content; an empty one where only the files can tell."""
+    """A folder in Hugging Face layout, and the name of its content; empty where only digests of the files name it."""
 
     root: Path
     revision: str = ""
@@ -30,11 +30,11 @@ class SourceKind(Protocol):
         ...
 
     def moving(self, location: str) -> bool:
-        """Whether the content may change while the location stays the same, and no file on this host tells."""
+        """Return whether the content may change while the location and the files on this host stay the same."""
         ...
 
     def current_revision(self, location: str, *, timeout_s: float) -> str | None:
-        """Return the revision that a moving location names now; None where that cannot be determined.
+        """Return the revision that a moving location names now; None if that cannot be determined.
 
         Raises:
             SourceError, HostError: as `fetch`.

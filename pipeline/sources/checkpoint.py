@@ -81,7 +81,7 @@ def open_checkpoint(
     """Open a folder in Hugging Face layout.
 
     The folder `memo` keeps digests of unchanged files, so that opening again reads no weights. Without a `revision`,
-    it is a digest over all files. Without `read_weights`, files of weights have no digest: enough for
+    the revision is a digest over all files. Without `read_weights`, weight files have no digest: enough for
     checks.
 
     Raises:
@@ -166,7 +166,7 @@ def indexed_files(index: dict[str, Any], where: str) -> list[str]:
     names = sorted({str(name) for name in table.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise SourceError(f"weight_map has {name!r}, not a safetensors file of this folder", where=where)
+            raise SourceError(f"weight_map names {name!r}, which is not a safetensors file in this folder", where=where)
     return names
 
 
@@ -208,7 +208,7 @@ def digest_files(root: Path, names: list[str], memo: Path | None, progress: Prog
 
 
 def _read_memo(path: Path | None) -> Mapping[str, FileStamp]:
-    """Return the stamps in a memo; one that cannot be read only costs time, so it counts as empty."""
+    """Return the stamps in a memo; an unreadable memo counts as empty, which only costs time."""
     try:
         return Memo.model_validate_json(path.read_bytes()).files if path else {}
     except (OSError, ValidationError):

@@ -15,12 +15,12 @@ def fetch(location: str, *, base: Path, cache: Path, progress: Progress) -> Fetc
 
 
 def moving(location: str) -> bool:
-    """Return False: sizes and times of the files tell of a change."""
+    """Return False: sizes and times of the files show a change."""
     del location
     return False
 
 
 def current_revision(location: str, *, timeout_s: float) -> str | None:
-    """Return None: a folder has no revision beside its files."""
+    """Return None: a folder has no revision apart from its files."""
     del location, timeout_s
     return None

@@ -55,7 +55,7 @@ NAMES = {
 }
 TENSOR = re.compile(r"(blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
 HOST_KEYS = ("is_local", "local_files_only", "name_or_path", "gguf_file")
-"""Keys of a saved tokenizer config that describe the host that saved it."""
+"""Keys of a saved tokenizer config that describe the host on which it was saved."""
 
 
 def convert_once(path: Path, sha256: str, cache: Path, progress: Progress) -> Path:
@@ -94,7 +94,9 @@ def _open(path: Path) -> GGUFReader:
     try:
         return GGUFReader(str(path))
     except (ValueError, IndexError, OSError) as error:
-        raise SourceError(f"damaged GGUF file: {reason(error)}", where=str(path), fix="download it again") from error
+        raise SourceError(
+            f"damaged GGUF file: {reason(error)}", where=str(path), fix="download the file again"
+        ) from error
 
 
 @dataclass(frozen=True)

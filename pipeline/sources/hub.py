@@ -1,4 +1,4 @@
-"""Checkpoints from a Hugging Face Hub: `hf://org/name@revision`. Downloads what a model needs and nothing else.
+"""Checkpoints from a Hugging Face Hub: `hf://org/name@revision`. Downloads only the files that a model needs.
 
 Files land in the Hub's own cache (`HF_HUB_CACHE`), so models that are already there are not downloaded again.
 """
@@ -53,7 +53,7 @@ class RemoteFile:
 
 
 class Note(Record):
-    """A commit that was downloaded and checked: its folder, and the size of each file."""
+    """A downloaded and checked commit: its folder, and the size of each file."""
 
     root: Path
     sizes: dict[str, int]
@@ -164,9 +164,9 @@ class Hub:
                 return path
             if again:
                 raise SourceError(
-                    f"{file.name}: its digest differs from the one that the Hub lists, after two downloads",
+                    f"{file.name}: digest mismatch with the Hub's listing, after two downloads",
                     where=f"hf://{repo}@{commit}",
-                    fix="try another network, or report it to the repository's owner",
+                    fix="try another network, or report the file to the repository's owner",
                 )
             return get(file, again=True)
 
@@ -180,7 +180,7 @@ def fetch(location: str, *, base: Path, cache: Path, progress: Progress) -> Fetc
 
 
 def moving(location: str) -> bool:
-    """Whether a location names a branch or tag: only a whole commit always names the same files."""
+    """Return whether a location names a branch or tag: only a whole commit always names the same files."""
     return not is_commit(_parse(location)[1])
 
 
@@ -195,7 +195,7 @@ def current_revision(location: str, *, timeout_s: float) -> str | None:
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision is a whole commit id, and not a branch, tag or short id."""
+    """Return whether a revision is a whole commit id, and not a branch, tag or short id."""
     return COMMIT.fullmatch(revision) is not None
 
 
@@ -223,7 +223,7 @@ def _downloaded(notes: Path, repo: str, commit: str) -> Path | None:
 
 
 def _intact(path: Path, file: RemoteFile) -> bool:
-    """Whether a file has the digest that the Hub lists; huggingface_hub itself only checks sizes."""
+    """Return whether a file has the digest that the Hub lists; huggingface_hub itself only checks sizes."""
     if file.sha256:
         digest, expected = hashlib.sha256(), file.sha256
     elif file.blob_id:

@@ -1,4 +1,4 @@
-"""What a failure of the Hub means, and what to do about it: huggingface_hub's exceptions as ours."""
+"""Translate failures of the Hub: huggingface_hub's exceptions as errors with a fix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def hub_errors(where: str, repo: str, revision: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as error:
-        fix = f"accept its terms on the model's page, then set HF_TOKEN (repository {repo})"
+        fix = f"accept the terms on the page of {repo}, then set HF_TOKEN"
         raise SourceError("access to this model is restricted", where=where, fix=fix) from error
     except errors.RevisionNotFoundError as error:
         fix = "use a branch, tag or commit of that repository"
@@ -46,7 +46,7 @@ def _http_error(status: int | None, where: str) -> SourceError | HostError:
         fix = "set HF_TOKEN to a valid token, or unset it"
         return SourceError(f"the Hub rejects the token (HTTP {status})", where=where, fix=fix)
     answer = f"HTTP {status}" if status is not None else "no HTTP status"
-    return HostError(f"the Hub fails: {answer}", where=where, fix="try again later")
+    return HostError(f"error of the Hub: {answer}", where=where, fix="try again later")
 
 
 def _no_connection(error: BaseException, where: str) -> HostError:

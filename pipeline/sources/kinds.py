@@ -28,15 +28,15 @@ def fetch(source: str, *, base: Path, cache: Path, progress: Progress) -> Fetche
 
 
 def moving(source: str) -> bool:
-    """Whether the content of a source may change while its text stays the same, and no file on this host tells."""
+    """Return whether the content of a source may change while its text and the files on this host stay the same."""
     kind, location = _kind_of(source)
     return kind.moving(location)
 
 
 def current_revision(source: str, *, timeout_s: float = REVISION_TIMEOUT_S) -> str | None:
-    """Return what a moving source names now, at the cost of one request.
+    """Return the revision that a moving source names now, with one request.
 
-    None for a source that does not move, and where the revision cannot be determined: no network, no access.
+    None if the source does not move, or the revision cannot be determined: no network, no access.
     """
     kind, location = _kind_of(source)
     try:
@@ -46,11 +46,11 @@ def current_revision(source: str, *, timeout_s: float = REVISION_TIMEOUT_S) -> s
 
 
 def _kind_of(source: str) -> tuple[SourceKind, str]:
-    """The kind of a source, and its location without the scheme."""
+    """Return the kind of a source, and its location without the scheme."""
     scheme, separator, location = source.partition("://")
     if not separator:
         return KINDS[""], source
     if scheme not in KINDS or not scheme:
         fix = f"use a folder, or one of {', '.join(f'{name}://' for name in KINDS if name)}"
-        raise SourceError(f"unknown kind of source: {scheme!r}", where=source, fix=fix)
+        raise SourceError(f"unsupported kind of source: {scheme}://", where=source, fix=fix)
     return KINDS[scheme], location

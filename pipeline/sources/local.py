@@ -1,6 +1,6 @@
 """A recipe's sources in folders on this host, checked without reading weights: shards, tensors, config, tokenizer.
 
-Sources of other kinds would have to be fetched; they are named as not checked. Imports no torch.
+Sources of other kinds need a download; they are listed as not checked. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.sources.tokenizer import require_tokenizer
 
 @dataclass(frozen=True)
 class LocalSources:
-    """The pair, if both models lie on this host, and the sources that were not checked."""
+    """The pair, if both models are on this host, and the sources that were not checked."""
 
     pair: tuple[Checkpoint, Checkpoint] | None
     unchecked: tuple[str, ...]
@@ -26,7 +26,7 @@ def check_local(recipe: Recipe, base: Path) -> LocalSources:
     """Check the sources of a recipe that are folders; relative ones start at `base`.
 
     Raises:
-        SourceError: a missing folder or shard, tensors that do not fit the config, no tokenizer, or another one.
+        SourceError: a missing folder or shard, tensors that do not fit the config, no tokenizer, or different ones.
 
     """
     target = _open(recipe.target.source, base, "target")

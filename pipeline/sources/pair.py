@@ -127,5 +127,5 @@ def _check_head(target: Checkpoint, draft: Checkpoint) -> None:
         raise SourceError(what, where=str(draft.root), fix=fix)
     taps = taps_of(target.config, draft.config)
     if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= target.config.layers:
-        what = f"the head reads layers {list(taps)} of the target, which has {target.config.layers}"
+        what = f"the head reads layers {list(taps)} of the target, but the target has {target.config.layers} layers"
         raise SourceError(what, where=str(draft.root), fix=f"{fix}; eagle_config in config.json lists the layers")

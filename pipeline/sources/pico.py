@@ -1,4 +1,4 @@
-"""A tiny random model, generated on this host: `pico://llama`. For trying a pipeline in seconds; its text is noise.
+"""A tiny random model, generated on this host: `pico://llama`. For trials of a pipeline in seconds; the text is noise.
 
 `pico://<family>?seed=1&layers=4` varies it; `pico://<family>?draft_vocab=128` is a draft for it that has a reduced
 vocabulary and shares its embedding, `&eagle3=1` makes it an untrained EAGLE-3 head. The same location always gives the
@@ -35,7 +35,7 @@ GENERATOR = "v1"
 VOCAB = 512
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LATER_LAYERS = 0.1
-"""Scale of what the layers after the first add to the residual stream."""
+"""Scale of the output of the layers after the first."""
 
 EMBEDDING_SCALE = 0.05
 """Scale of the embedding: small, or a tied model would answer each token with itself."""
@@ -107,7 +107,7 @@ class Pico:
         return f"{self.family}-s{self.seed}-l{self.layers}{draft}-{GENERATOR}"
 
     def config(self) -> dict[str, Any]:
-        """`config.json`."""
+        """Return `config.json`."""
         config: dict[str, Any] = {"model_type": self.family, **SIZES, **FAMILIES[self.family]}
         config["num_hidden_layers"] = self.layers
         if self.draft_vocab:

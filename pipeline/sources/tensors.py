@@ -56,7 +56,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             raise _damaged(path, f"malformed header entry of tensor {name!r}: {entry!r}") from error
         known = SAFETENSORS.get(dtype)
         if not 0 <= first <= last or (known and last - first != known.size_bytes * math.prod(shape)):
-            raise _damaged(path, f"tensor {name!r}: {last - first} bytes do not hold {dtype}{list(shape)}")
+            raise _damaged(path, f"tensor {name!r}: {last - first} bytes do not match {dtype}{list(shape)}")
         tensors[name] = TensorRef(path, dtype, shape, start + first, last - first)
         end = max(end, last)
     if start + end != size:

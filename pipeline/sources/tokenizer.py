@@ -110,7 +110,7 @@ def _as_transformers(root: Path) -> str:
         tokenizer = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         return str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # the tokenizers library raises bare Exception
-        what, fix = f"the tokenizer cannot be read: {reason(error)}", "add a complete tokenizer.json to the folder"
+        what, fix = f"cannot read the tokenizer: {reason(error)}", "add a complete tokenizer.json to the folder"
         raise SourceError(what, where=str(root), fix=fix) from error
 
 

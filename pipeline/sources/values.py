@@ -1,4 +1,4 @@
-"""Values of a checkpoint's tensors, read when asked for. Needs torch, which the rest of this room must not."""
+"""Read values of a checkpoint's tensors. Needs torch, which the rest of this room does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.sources.weights import weights
 
 
 def read_tensor(ref: TensorRef) -> Tensor:
-    """One tensor of a checkpoint, read now."""
+    """Read one tensor of a checkpoint."""
     with ref.file.open("rb") as file:
         file.seek(ref.offset)
         data = bytearray(file.read(ref.nbytes))

@@ -109,7 +109,7 @@ def _findings(spec: WeightSpec, tensor: TensorRef | None) -> Iterator[str]:
         return
     at = f"{spec.name} in {tensor.file.name}"
     if tensor.shape != spec.shape:
-        yield f"wrong shape of {at}: {list(tensor.shape)}, config.json says {list(spec.shape)}"
+        yield f"wrong shape of {at}: {list(tensor.shape)}, config.json requires {list(spec.shape)}"
     accepted = INTEGERS if spec.kind == "index" else FLOATS
     if tensor.dtype not in accepted:
         quantised = " (a quantised checkpoint?)" if tensor.dtype[0] in "FIU" and spec.kind != "index" else ""
@@ -140,7 +140,7 @@ def same_bytes(a: TensorRef, b: TensorRef) -> bool:
 
 
 def _offset_findings(d2t: TensorRef, config: ModelConfig) -> list[str]:
-    """Return what is wrong with `d2t`: two draft ids for one target id would skew the draft's distribution."""
+    """Return the faults of `d2t`: two draft ids for one target id would skew the draft's distribution."""
     offsets = array("i" if d2t.dtype == "I32" else "q")
     with d2t.file.open("rb") as file:
         offsets.frombytes(os.pread(file.fileno(), d2t.nbytes, d2t.offset))

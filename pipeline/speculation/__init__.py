@@ -1,5 +1,5 @@
 """Speculative decoding: the four phases of a pair, how drafts are accepted, how tokens are chosen.
 
-Pure functions on tensors. Knows no buckets, no files and no backend.
+Pure functions on tensors, independent of buckets, files and backends.
 Entered by graphs, backends and distill.
 """

@@ -1,5 +1,5 @@
 """The stages of a build, one file each: shard, compile, package; and the stamp that detects an unchanged build.
 
-Judges and publishes nothing. `pipeline.build` defines their order.
+Validates and publishes nothing. `pipeline.build` defines their order.
 Entered by build and nxdi.
 """

@@ -84,11 +84,11 @@ def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
 
 
 def _compare(locked: Lock, fresh: Lock, settings: BuildSettings) -> None:
-    """Reject what differs from the lock, and report what differs and is not pinned."""
+    """Reject differences from the lock, and log differences in facts that are not pinned."""
     if problems := check_locked(locked, fresh, str(settings.lock_file)):
         raise RecipeError(problems)
     if differences := unpinned(locked, fresh):
-        settings.log(f"lock: another machine made it; different here and not pinned: {differences}")
+        settings.log(f"lock: made on another machine; not pinned and different here: {differences}")
 
 
 def runs_here(backend: Backend, artifact: Artifact, log: Log) -> bool:
@@ -96,6 +96,6 @@ def runs_here(backend: Backend, artifact: Artifact, log: Log) -> bool:
     try:
         check_host(artifact.manifest, backend.host())
     except ArtifactError as error:
-        log(f"not validated: {error.what}; run `tandem validate {artifact.root}` on such a host before publishing")
+        log(f"not validated: {error.what}; before you publish, run `tandem validate {artifact.root}` on such a host")
         return False
     return True

@@ -1,4 +1,4 @@
-"""The compile stage: trace, key, and compile what the cache lacks, in worker processes.
+"""The compile stage: trace, key, and compile the graphs that the cache lacks, in worker processes.
 
 The unit of work, `compile_graph`, runs anywhere that has the toolchain and the cache; an executor decides where.
 """
@@ -27,7 +27,7 @@ from pipeline.recipe.schema import BackendSettings
 from pipeline.stages.workers import output_to, worker_count
 
 SHAPING = ("models", "speculation", "graphs", "backends/base.py")
-"""Parts of this package that decide what a graph computes, besides the package of its backend."""
+"""Parts of this package that shape a graph, in addition to the package of its backend."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def compile_plan(plan: Plan, settings: CompileSettings, log: Log, progress: Prog
 
 
 class _Tally:
-    """The graphs left to compile, with their estimated times; finished graphs correct the estimates of the others."""
+    """The graphs left to compile, with estimated times; times of finished graphs correct the other estimates."""
 
     def __init__(self, plan: Plan, missing: Sequence[GraphSpec], workers: int | None) -> None:
         self.seconds_left = {spec.name: plan.compile_seconds(spec) for spec in missing}
@@ -109,13 +109,13 @@ class _Tally:
         self.estimated_s = self.taken_s = 0.0
 
     def end(self, result: Compiled) -> None:
-        """Take a finished graph out, and its time into account."""
+        """Remove a finished graph, and correct the estimates by its time."""
         estimated_s = self.seconds_left.pop(result.spec.name)
         if not result.hit:
             self.estimated_s, self.taken_s = self.estimated_s + estimated_s, self.taken_s + result.seconds
 
     def remaining(self) -> str:
-        """Return an estimate of the remaining time: other work on the machine shows in the graphs that are finished."""
+        """Return the remaining time, corrected by the times of finished graphs, which include other load."""
         slower = self.taken_s / self.estimated_s if self.estimated_s else 1.0
         return f"about {duration(slower * sum(self.seconds_left.values()) / self.workers)}"
 
@@ -195,7 +195,7 @@ def _compile(job: Job, backend: Backend, traced: Traced, work: Path) -> bytes:
     except TandemError:
         raise
     except Exception as error:
-        traceback.print_exc()  # into the log
+        traceback.print_exc()  # into the log file
         fix = f"the compiler's output is in {job.log_file}"
         raise HostError(reason(error), where=f"compile {job.spec.name}", fix=fix) from error
 

@@ -36,14 +36,14 @@ from pipeline.plan import lock as locks
 from pipeline.plan.plan import Plan
 from pipeline.recipe.schema import Recipe
 
-if TYPE_CHECKING:  # these import torch, which packing files does not
+if TYPE_CHECKING:  # for annotations only: these modules import torch
     from pipeline.backends.base import Backend
     from pipeline.stages.compile import Compiled
     from pipeline.stages.shard import Shards
     from pipeline.stages.shard_files import ShardFile
 
 UNVERSIONED = "unversioned"
-"""Version of a manifest before its content is complete."""
+"""Version in a manifest until its content is complete."""
 
 SealedManifest = TypeVar("SealedManifest", PairManifest, NxdiManifest)
 VERSION_LENGTH = 12
@@ -92,7 +92,7 @@ def package(out: Path, parts: Parts, backend: Backend, cache: Path) -> PairArtif
         (folder / "tokenizer").mkdir()
         for name, data in parts.tokenizer.items():
             (folder / "tokenizer" / name).write_bytes(data)
-        # Servers look beside a tokenizer for the kind of its model.
+        # Servers read the model type from a config.json in the tokenizer's folder.
         _write_json(folder / "tokenizer/config.json", config)
         seal(folder, _manifest(parts, backend), origin, shards)
     return read_pair(out)
@@ -201,6 +201,6 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def created_now() -> str:
-    """Return the present time, or $SOURCE_DATE_EPOCH (reproducible-builds.org/specs/source-date-epoch)."""
+    """Return the current time, or $SOURCE_DATE_EPOCH (reproducible-builds.org/specs/source-date-epoch)."""
     seconds = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,6 +1,6 @@
 """Write each rank's weights: stream both checkpoints through a small window into one safetensors file a rank and model.
 
-Decides nothing about placement (the weight table and the plan do) and keeps no tensor. Besides headers it holds `SLOTS`
+The weight table and the plan decide the placement. Keeps no tensor. Besides headers, memory holds `SLOTS`
 windows of `WINDOW_BYTES` (at least one block of 32 rows), as read and as stored: 8 x (4 + 8) MiB when bfloat16 becomes
 float32, whatever the model's size.
 
@@ -116,7 +116,7 @@ class Window:
 
 
 def shard_path(out: Path, role: Role, rank: int, ranks: int) -> Path:
-    """Where a rank's weights lie in an artifact."""
+    """Return the path of a rank's weights in an artifact."""
     return out / "weights" / role / f"rank-{rank}-of-{ranks}.safetensors"
 
 
@@ -137,7 +137,7 @@ def write_shards(
 
     """  # fmt: skip
     if models.draft.draft_vocab is not None and not models.draft_replicated and models.tp > 1:
-        what = "a draft with a reduced vocabulary cannot be split: its head and embedding would need two offsets"
+        what = "a draft with a reduced vocabulary cannot be sharded: head and embedding would need two offsets"
         raise InputError(what, where="draft.placement", fix="write placement: replicated")
     jobs = [_job("target", models, target, target, packing), _job("draft", models, draft, target, packing)]
     total = sum(job.layout.size * job.copies for job in jobs)
@@ -152,7 +152,7 @@ def write_shards(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch copies with one thread: the others would spin while this pipeline reads, hashes and writes."""
+    """Limit torch to one thread: more would spin while this pipeline reads, hashes and writes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -197,7 +197,7 @@ class _Job:
             yield from windows(spec, source, stored, self.config, self.split)
 
     def offset(self, rank: int) -> bytes:
-        """`rank.vocab_offset`: the first vocabulary id of a rank's slice."""
+        """Return `rank.vocab_offset`: the first vocabulary id of a rank's slice."""
         rows = padded_vocab(self.config.vocab, self.split) // self.split
         return vocab_offset(rows, rank if self.split > 1 else 0).to_bytes(4, "little")
 
@@ -230,7 +230,7 @@ def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig
 
 
 def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[tuple[int, int, tuple[ColumnRange, ...]]]:
-    """Row ranges of a tensor, in rank order, and who stores which columns of them; past its end there are zeros."""
+    """Yield row ranges of a tensor, in rank order, and the ranks that store their columns; zeros pad the end."""
     rows, width = spec.shape[0], math.prod(spec.shape[1:])
     everyone = tuple(range(tp))
     if spec.split == "replicate":
@@ -275,7 +275,7 @@ class _Slot:
     using: list[Future[None]] = field(default_factory=list)
 
     def wait(self) -> None:
-        """Until the buffers are free; raises what went wrong."""
+        """Wait until the buffers are free; raise the error of the work that used them."""
         for future in self.using:
             future.result()
         self.using.clear()

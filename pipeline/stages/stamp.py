@@ -1,4 +1,4 @@
-"""The stamp of an output: all inputs of its last build, compared without importing torch. Runs no stage."""
+"""The stamp of an output: all inputs of its last build, to detect changes without importing torch. Runs no stage."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def build_lock(lock: Path, log: Log, holder: str) -> Iterator[None]:
 def fingerprint(settings: BuildSettings) -> dict[str, Any]:
     """Return the inputs of a build that can be read without torch.
 
-    Recipe, package, versions, local files, and the present revisions of sources that may move.
+    Recipe, package, versions, local files, and the current revisions of sources that may move.
     """
     package = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
@@ -111,16 +111,16 @@ def fingerprint(settings: BuildSettings) -> dict[str, Any]:
 
 
 def _revisions(settings: BuildSettings) -> dict[str, str | None]:
-    """Return the present revision of each source that may move; None if unknown, for example without a network."""
+    """Return the current revision of each source that may move; None if unknown, for example without a network."""
     sources = (settings.recipe.target.source, settings.recipe.draft.source)
     revisions = {source: current_revision(source) for source in sources if source and moving(source)}
     for source in [source for source, revision in revisions.items() if revision is None]:
-        settings.log(f"{source}: current revision unknown; compared with the last build without it")
+        settings.log(f"{source}: current revision unknown; assumed unchanged since the last build")
     return revisions
 
 
 def _local_files(settings: BuildSettings) -> list[Path]:
-    """Return the files outside the package that decide a build: weights, prompts, and the lock of a locked build."""
+    """Return the input files outside the package: weights, prompts, and the lock of a locked build."""
     recipe, base = settings.recipe, settings.base
     names = [n for n in (recipe.target.source, recipe.draft.source) if n and "://" not in n]
     files = [path for name in names for path in _files(base / Path(name).expanduser())]

@@ -1,4 +1,4 @@
-"""The sharder's byte streams: reading ahead, and writing many files in order while hashing them. Knows no tensors."""
+"""The sharder's byte streams: read ahead, and write many files in order while hashing them. Independent of tensors."""
 
 from __future__ import annotations
 

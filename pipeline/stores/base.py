@@ -1,6 +1,6 @@
-"""What a registry store is: blobs, releases that are created once, aliases that are compared and swapped.
+"""The contract of a registry store: blobs, releases that are created once, aliases that are compared and swapped.
 
-A store moves bytes; the meaning of a release and the order of writing belong to `publish.py` and `pull.py`. Imports no
+A store transfers bytes; `publish.py` and `pull.py` define a release and the order of writes. Imports no
 client library: each store imports its own when it is opened.
 """
 
@@ -36,7 +36,7 @@ Report = Callable[[int], None]
 """Called with the number of bytes that were just transferred, from any thread."""
 
 
-class Interrupted(HostError):  # noqa: N818 - it is a HostError
+class Interrupted(HostError):  # noqa: N818 - a HostError
     """A transient failure: a reset, a timeout, a server's 5xx, a truncated body."""
 
 

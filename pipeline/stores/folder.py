@@ -65,7 +65,7 @@ class FolderBucket:
         return create_only(self.root / key, data)
 
     def swap(self, key: str, data: bytes, token: str | None) -> bool:
-        """Compare and swap under a lock file, which the system releases when its holder dies."""
+        """Compare and swap under a lock file, which the system releases when its holder ends."""
         path = self.root / key
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)

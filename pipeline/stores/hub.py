@@ -151,14 +151,15 @@ class HubStore:
                 if start:
                     break
         if not moves:
-            raise ArtifactError(f"branch {alias!r} is not an alias", where=self._where(name), fix="use another name")
+            raise ArtifactError(f"branch {alias!r} is not an alias", where=self._where(name), fix="use another alias")
         return Alias(moves[0].version, head, tuple(moves))
 
     def swap_alias(self, name: str, alias: str, move: Move, was: Alias | None) -> bool:
         """Create the branch, or commit the release's files onto it, if its head has not changed since it was read."""
         repo, commit = self._repo(name), self._commit_of(name, move.version)
         if alias == MAIN or commit is None:
-            raise InputError(f"alias {alias!r} cannot point at {move.version!r}", where=self._where(name))
+            what = f"alias {alias!r} cannot point at {move.version!r}: the release is missing, or the alias is {MAIN!r}"
+            raise InputError(what, where=self._where(name), fix=f"use a published version and no alias {MAIN!r}")
         with self.hub.explained(repo):
             try:
                 if was is None:

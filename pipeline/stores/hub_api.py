@@ -1,6 +1,6 @@
 """Requests of a registry to a Hugging Face Hub: trees, references, ranges of files; with retries and clear failures.
 
-Knows nothing of releases. Repositories are named `org/name`.
+Independent of releases. Repositories are named `org/name`.
 """
 
 from __future__ import annotations
@@ -119,14 +119,14 @@ class Hub:
         try:
             yield
         except errors.GatedRepoError as error:
-            fix = "accept its terms on the repository's page, then set HF_TOKEN"
+            fix = "accept the terms on the repository's page, then set HF_TOKEN"
             raise InputError("access to this repository is restricted", where=where, fix=fix) from error
         except errors.LocalTokenNotFoundError as error:
             raise HostError("the Hub needs a token", where=where, fix=HOW_TO_WRITE) from error
         except errors.HfHubHTTPError as error:
             raise _failure(error, where) from error
         except (httpx.TransportError, ConnectionError) as error:
-            what = "the Hub is unreachable, or closed the connection"
+            what = "the Hub is unreachable or closed the connection"
             raise Interrupted(what, where=where, fix="try again") from error
 
     def _url(self, repo: str, commit: str, path: str) -> str:

@@ -1,8 +1,8 @@
-"""Publishing and collecting at the same time, without a lock that a dead process would keep.
+"""Publish and collect at the same time, without a lock that a killed process would keep.
 
 A publisher writes a lease, then looks for a collection's mark; a collection writes its mark, then looks for leases. A
-store's writes are visible to all at once, so at least one of the two sees the other: the publisher withdraws its lease
-and waits, or the collection waits for the lease to end. Ages are differences between times that the store itself gave,
+store's writes are visible to all at once, so at least one of the two finds the other's: the publisher withdraws its
+lease and waits, or the collection waits for the lease to end. Ages are differences between times of the store's clock,
 never between clocks of hosts, so wrong clocks do no harm.
 """
 
@@ -65,9 +65,9 @@ class Lease:
             raise HostError(what, where=self.bucket.where, fix="publish again: blobs that were sent are not sent twice")
 
     def keep(self) -> None:
-        """Renew until it ends."""
+        """Renew the lease until it ends."""
         while not self.ended.wait(RENEW_S):
-            with contextlib.suppress(HostError):  # `check` raises if it lasts
+            with contextlib.suppress(HostError):  # `check` raises if the failure persists
                 self.renew()
 
 
@@ -84,7 +84,7 @@ def leased(bucket: Bucket) -> Iterator[Lease]:
     while _marked(bucket, lease.key):
         bucket.delete(lease.key)  # a collection waits for leases: without this, both would wait
         if time.monotonic() > deadline:
-            fix = f"try again later; if no `tandem gc` runs, its mark is ignored after {DEAD_MARK_S / 60:.0f} minutes"
+            fix = f"try again later; the mark of a killed `tandem gc` is ignored after {DEAD_MARK_S / 60:.0f} minutes"
             raise HostError("a collection of unused blobs is in progress", where=bucket.where, fix=fix)
         time.sleep(WAIT_S)
         lease.renew()
@@ -135,7 +135,7 @@ def _replace_dead_mark(bucket: Bucket, mine: bytes) -> None:
 
 
 def _held(bucket: Bucket) -> bool:
-    """Return whether a publisher that may be alive holds a lease; removes the leases of dead publishers."""
+    """Return whether a publisher that may be running holds a lease; remove the leases of killed publishers."""
     mark, leases = _modified(bucket, MARKS).get(MARK), _modified(bucket, LEASES)
     dead = [key for key, modified in leases.items() if mark is not None and mark - modified > DEAD_LEASE_S]
     for key in dead:

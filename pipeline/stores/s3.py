@@ -47,7 +47,7 @@ EXPLAINED = {
     "RequestTimeTooSkewed": ("this machine's clock differs from the server's", "set the clock (NTP)"),
     "SignatureDoesNotMatch": ("the secret key is wrong", CREDENTIALS),
     "InvalidAccessKeyId": ("the access key is unknown", CREDENTIALS),
-    "169.254.": ("no credentials: none are set, and this machine has no role that gives some", CREDENTIALS),
+    "169.254.": ("no credentials: none are set, and this machine has no role with credentials", CREDENTIALS),
     "credential": ("no usable credentials", CREDENTIALS),
 }
 
@@ -196,7 +196,7 @@ class S3Bucket:
             if sign in text:
                 return HostError(what, where=self.where, fix=fix)
         denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
-        if denied or "<Code>AccessDenied</Code>" in text:  # a denied list has no class of its own
+        if denied or "<Code>AccessDenied</Code>" in text:  # the client has no error class for a denied list
             what = f"access denied: these credentials do not allow `{verb}`"
             return HostError(what, where=f"{self.where}/{key}", fix=self._needed(verb))
         status = re.search(r"status code: (\d{3})", text) or re.search(r"\b(50\d|429) ", text)

@@ -1,4 +1,4 @@
-"""Lengths of prompts in tokens, and the warning about those that no prefill graph holds. Imports no torch."""
+"""Lengths of prompts in tokens, and the warning about prompts that fit no prefill graph. Imports no torch."""
 
 from __future__ import annotations
 

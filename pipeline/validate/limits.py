@@ -1,7 +1,7 @@
 """The limits of the parity gate, and their reasons. Imports no torch.
 
 Ratios are errors over the noise of the recipe's dtype. They are set from correct builds and planted faults: correct
-builds lie near 1 whatever the seed, faults above (`benchmarks/fault_rates.py`, `docs/results.md`).
+builds are near 1 for every seed, faults above (`benchmarks/fault_rates.py`, `docs/results.md`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NARROW = Limits(all=1.5, slice=2.5, layer=1.5, token=12.0)
 """bfloat16 and float16, where rounding of stored values dominates, equal in every correct build."""
 
 WIDE = Limits(all=4.0, slice=6.0, layer=4.0, token=30.0)
-"""float32, where the order of sums dominates, which depends on the kernel; faults lie a hundred times higher."""
+"""float32, where the order of sums dominates, which depends on the kernel; faults are a hundred times larger."""
 
 
 def limits(dtype: str) -> Limits:

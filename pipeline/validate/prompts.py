@@ -40,7 +40,7 @@ def load_prompts(path: Path) -> list[Prompt]:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise InputError(
-            f"cannot read prompts: {error.strerror}", where=str(path), fix="see validate.prompts"
+            f"cannot read prompts: {error.strerror}", where=str(path), fix="correct validate.prompts in the recipe"
         ) from error
     prompts = {number: _prompt(line, number, path) for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:

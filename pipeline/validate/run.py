@@ -37,7 +37,7 @@ def validate(
     """Run the gates on the artifact in `root` and store the reports in it.
 
     Raises:
-        GateError: a gate failed; the reports say where, and the artifact cannot be published.
+        GateError: a gate failed; the reports list the findings, and the artifact cannot be published.
 
     """
     recipe = load_recipe(root / "recipe.yaml")
@@ -58,7 +58,7 @@ def validate(
 
 
 def make_report(gates: GateRun, ran_on: Mapping[str, str]) -> Report:
-    """Return the report of gates that ran on a host in the words of `Backend.host`."""
+    """Return the report of gates that ran on a host, whose facts are those of `Backend.host`."""
     manifest = gates.inputs.engine.manifest
     parity, acceptance = gates.parity.section, gates.acceptance.section
     return Report(
@@ -132,7 +132,7 @@ def store_reports(root: Path, whole: Report) -> None:
 
 
 def log_report(whole: Report, log: Log) -> None:
-    """Log each gate's verdict and the numbers that a reader wants first."""
+    """Log each gate's verdict and the main numbers."""
     for label, value in summaries.headlines(whole):
         log(f"    {label}: {value}")
     for gate in whole.gates:
@@ -147,7 +147,7 @@ def failures(whole: Report) -> str:
 
 
 def remedy(whole: Report, recipe: Recipe, root: Path) -> str:
-    """Return what to do about the gates that failed: the report says where; too low an acceptance has a cure."""
+    """Return the fix for failed gates: open the report; for low acceptance also train a draft or lower the limit."""
     page_path = f"open {page_of(root)}"
     if all(gate.passed for gate in whole.gates if gate.name == "acceptance"):
         return page_path

@@ -203,7 +203,7 @@ def test_read_policy_damaged(tmp_path, text, message):
 
 
 def test_read_policy_missing(tmp_path):
-    with pytest.raises(InputError, match="no policy"):
+    with pytest.raises(InputError, match="cannot read the policy"):
         read_policy(tmp_path / "policy.yaml")
 
 

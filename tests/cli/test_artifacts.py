@@ -98,9 +98,9 @@ def test_verify_of_a_part_of_a_whole_artifact_does_not_call_the_rest_foreign(out
     """Files of the manifest were said to be `not in the manifest`."""
     result = invoke("verify", "out", "--only", "weights")
     assert result.exit_code == 2
-    assert "graphs/decode-b1-t1-s32/graph.bin: outside of the part that is verified" in result.stderr
+    assert "graphs/decode-b1-t1-s32/graph.bin: not in the part that is verified" in result.stderr
     assert "not in the manifest" not in result.stderr
-    assert "fix: verify the whole artifact: leave out --only" in result.stderr
+    assert "fix: omit --only to verify the whole artifact" in result.stderr
 
 
 def test_diff_shows_both_values_in_columns(out, tmp_path):

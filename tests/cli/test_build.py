@@ -65,7 +65,7 @@ RECIPE_FAULTS = {
     "wrong type": ("batch: [1]", "batch: one", "mine.yaml:5: shapes.batch"),
     "negative bucket": ("[16]", "[-16]", "found -16"),
     "unsorted bucket": ("[16]", "[16, 8]", "not ascending"),
-    "K larger than a bucket": ("[2]", "[40]", "found K=40, whose step of 41 tokens does not fit the kv bucket 32"),
+    "K larger than a bucket": ("[2]", "[40]", "found K=40: a step of 41 tokens does not fit the kv bucket 32"),
     "ranks that do not divide": ("name: mine", "name: mine\nparallel: {tensor: 3}", "found 3, which does not divide"),
     "unknown backend": ("name: mine", "name: mine\nbackend: {name: cuda}", "accepted: inductor, neuron"),
     "unknown layer": ("[0]", "[7]", "the target has no layer 7"),
@@ -139,7 +139,7 @@ def test_build_refuses_a_target_without_a_tokenizer(work):
 
 def test_build_refuses_a_broken_tokenizer_before_it_compiles(work):
     (work / "target" / "tokenizer.json").write_text('{"model": {}}')
-    refused(work, 2, "the tokenizer cannot be read")
+    refused(work, 2, "cannot read the tokenizer")
 
 
 def test_build_refuses_an_unknown_revision(work, monkeypatch):

@@ -107,7 +107,7 @@ def test_alias_list_of_a_registry_says_that_a_name_is_missing(registry):
 def test_alias_list_of_a_name_without_aliases(registry, tmp_path):
     answer("publish", "out", "--to", "bare")
     result = answer("alias", "list", "bare/small")
-    assert (result.stdout, result.stderr) == ("", "small has releases, and no aliases\n")
+    assert (result.stdout, result.stderr) == ("", "small has releases but no aliases\n")
 
 
 def test_rollback_at_the_first_release_does_not_deny_later_ones(registry):

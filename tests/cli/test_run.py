@@ -32,7 +32,7 @@ def test_answer_words_say_why_it_ended(generation, gain, end):
     assert _answer_words(generation, 16, 20) == f"{gain}; ended by: {end}"
 
 
-FAILED = "warning: small failed its gates: `tandem report`"
+FAILED = "warning: small failed its gates: `tandem report ARTIFACT`"
 
 
 @pytest.mark.parametrize(("passed", "said"), [(True, None), (False, FAILED)])

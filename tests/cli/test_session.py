@@ -84,7 +84,8 @@ def masked(text: str) -> str:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")  # equal provenance in both artifacts
     small.make_validated(tmp_path / "out", tmp_path / "work")
     small.make_validated(tmp_path / "bad", tmp_path / "work", passed=False, graph=b"other")
     manifest = tmp_path / "bad" / "manifest.json"

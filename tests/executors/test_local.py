@@ -49,7 +49,7 @@ def test_run_error_of_a_job_is_raised_as_it_is():
 
 
 def test_run_dead_worker_is_explained():
-    with pytest.raises(HostError, match="probably out of memory"):
+    with pytest.raises(HostError, match="probably for lack of memory"):
         LocalExecutor(1).run(die, [1], lambda _: None)
 
 

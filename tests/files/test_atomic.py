@@ -81,7 +81,7 @@ def test_write_atomic_read_only_disk():
     lines = on_small_disk("mount -o remount,ro /mnt", REPORT + code).splitlines()
     for line in lines[::2]:
         assert "Read-only file system" in line
-        assert "choose a folder that can be written" in line
+        assert "use a folder with write permission" in line
 
 
 def test_write_atomic_beyond_file_size_limit(tmp_path):

@@ -47,7 +47,7 @@ def test_vllm_is_not_offered_the_last_positions():
     ("name", "speculation", "key", "says"),
     [
         ("llama-70b-spec", {"sampling": ("greedy", "stochastic"), "candidates": 256}, "speculation.sampling",
-         "verifies a draft model's tokens by argmax only"),
+         "verifies draft tokens by argmax only"),
         ("llama-70b-spec", {"draft_tokens": (2, 4)}, "speculation.draft_tokens", "compiles one speculation length"),
         ("llama-70b-spec", {"lookup": 3}, "speculation.lookup", "accept only the draft's tokens"),
         ("qwen3-32b-spec", {}, "draft.placement", "a qwen3 draft needs as many ranks as its target"),

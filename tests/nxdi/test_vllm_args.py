@@ -100,4 +100,4 @@ def test_classic_of_another_backend_says_what_serves_it(tmp_path):
     root = small.make(tmp_path / "out", tmp_path / "work").root
     with pytest.raises(InputError) as caught:
         classic(root)
-    assert f"vllm serve {root}" in caught.value.fix
+    assert f"tandem serve {root}" in caught.value.fix

@@ -73,7 +73,7 @@ def test_digest_sees_every_part() -> None:
 def test_read_missing_says_how_to_lock(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         locks.read(tmp_path / "pair.lock")
-    assert caught.value.fix == "run: tandem recipe lock pair"
+    assert caught.value.fix == f"run: tandem recipe lock {tmp_path / 'pair.yaml'}"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_check_locked_refuses_a_branch() -> None:
     floating = replace(LOCK, target=replace(TARGET, source="hf://org/big@main", revision="main"))
     (problem,) = locks.check_locked(floating, floating)
     assert problem.where == "lock: target.revision"
-    assert "may move" in problem.what
+    assert "can move" in problem.what
 
 
 def test_make_lock_of_a_derived_pair_gives_back_its_configs(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_relock_other_source_is_refused(tmp_path: Path) -> None:
     recipe = load(write_recipe(tmp_path))
     with pytest.raises(InputError) as caught:
         locks.relock(recipe, Lock("0" * 64, TARGET))
-    assert "the recipe says pico://llama, the lock has hf://org/big" in caught.value.what
+    assert "the recipe has pico://llama, the lock has hf://org/big" in caught.value.what
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

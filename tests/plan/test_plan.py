@@ -186,7 +186,7 @@ def test_conflict_vocabularies_that_differ(tmp_path: Path) -> None:
     make_plan(recipe, SMALL, replace(SMALL, vocab=500))
     for own in ({"shares_embedding": True}, {"draft_vocab": 100, "tied": False}):
         (problem,) = problems_of(recipe, SMALL, replace(SMALL, vocab=500, **own))
-        assert problem.what == "the draft has vocab_size=500, the target, whose vocabulary it uses, 512"
+        assert problem.what == "the draft uses the target's vocabulary: its vocab_size must be 512, found 500"
 
 
 def test_conflict_cache_longer_than_a_sliding_window(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_conflict_kv_bucket_longer_than_positions(tmp_path: Path) -> None:
 
 def test_conflict_shared_embedding_of_another_size(tmp_path: Path) -> None:
     (problem,) = problems_of(recipe_of(tmp_path), SMALL, replace(SMALL, hidden=32, shares_embedding=True))
-    assert "hidden_size=32" in problem.what
+    assert "hidden_size must be 64, found 32" in problem.what
 
 
 def test_conflict_memory_names_what_takes_it(tmp_path: Path) -> None:
@@ -276,5 +276,5 @@ def test_stochastic_graphs_on_neuron_need_a_number_of_candidates() -> None:
     big = shipped("llama-8b-spec")
     speculation = big.recipe.speculation.model_copy(update={"candidates": None})
     recipe = big.recipe.model_copy(update={"speculation": speculation})
-    with pytest.raises(RecipeError, match="neuron samples from the best N tokens"):
+    with pytest.raises(RecipeError, match="neuron needs the number of tokens"):
         make_plan(recipe, big.pair.target, big.pair.draft)

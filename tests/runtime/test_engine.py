@@ -71,7 +71,7 @@ def test_a_chat_of_several_turns_has_them_all(engine):
     [(CHAT, "prompts", "found a message, expected a list of prompts"),
      ([["Name a colour."]], "prompt 0", "found a list of texts"),
      ([[*CHAT, 5]], "prompt 0", "found a list of texts"),
-     (["a", [{"role": "user"}]], "message 0", "a message without 'content'")],
+     (["a", [{"role": "user"}]], "message 0", "the message has no 'content'")],
 )  # fmt: skip
 def test_prompts_of_another_form_are_rejected(engine, prompts, where, what):
     with pytest.raises(InputError, match=what) as caught:
@@ -110,7 +110,7 @@ def test_stream_that_another_call_overtook_ends_with_an_error(engine):
     stream = engine.stream([5, 9, 3], max_new_tokens=12)
     next(stream)
     expected = engine.generate([[7, 7]], max_new_tokens=4)
-    with pytest.raises(InputError, match="another call of this engine began"):
+    with pytest.raises(InputError, match="another call of this engine started"):
         list(stream)
     assert engine.generate([[7, 7]], max_new_tokens=4) == expected
 

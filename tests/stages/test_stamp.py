@@ -54,7 +54,7 @@ def test_a_branch_without_a_network_is_current(settings, monkeypatch):
     points_at(monkeypatch, None)
     offline = BuildSettings(settings.recipe, settings.base, settings.out, settings.cache, log=lines.append)
     assert record.is_current(fingerprint(offline))
-    assert lines == ["hf://org/model@main: current revision unknown; compared with the last build without it"]
+    assert lines == ["hf://org/model@main: current revision unknown; assumed unchanged since the last build"]
 
 
 def test_a_commit_needs_no_hub(settings, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""AOTInductor: torch.export, C++ kernels, one shared library per graph. Runs on any CPU; written for CUDA, not run.
+"""AOTInductor: torch.export, C++ kernels, one shared library per graph. Runs on any CPU; not tested on CUDA.
 
     backend.py                  the backend: trace, compile, open
     seams.py                    this backend's seams of the models
@@ -17,6 +17,6 @@ Weights and state are inputs of a graph, so nothing is baked in and graphs share
 [N, I] is stored in blocks and multiplied by `block_linear`, whose kernel streams it near memory bandwidth for one row
 and for a handful alike.
 
-Knows nothing of requests, text or gates. Imports no other backend.
+Independent of requests, text and gates. Imports no other backend.
 Entered through `backends.base`; `distill` takes `just_in_time`.
 """

@@ -103,8 +103,8 @@ class InductorBackend:
                 Problem("backend.name", f"inductor needs a C++ compiler; {_cxx()!r} is not on PATH", "install g++")
             )
         elif self.cxx is not None and not f"{_compiler_version()}.".startswith(f"{self.cxx}."):
-            what = f"the recipe needs version {self.cxx} of the C++ compiler; {_cxx()!r} is {_compiler_version()}"
-            problems.append(Problem("backend.cxx", what, "set CXX to such a compiler, or change backend.cxx"))
+            what = f"the recipe requires C++ compiler {self.cxx}; {_cxx()!r} is version {_compiler_version()}"
+            problems.append(Problem("backend.cxx", what, "set CXX to that version, or change backend.cxx"))
         if self.device == "cuda" and not torch.cuda.is_available():
             problems.append(Problem("backend.device", "device is cuda, but no GPU is available", "use device: cpu"))
         return problems

@@ -55,7 +55,7 @@ class OneRank:
 class ManyRanks:
     """Every rank in a worker process; all run the same graph on the same arguments.
 
-    This process runs no rank itself, so that a rank that dies ends the call with an error instead of a hang.
+    This process runs no rank, so that a killed rank ends the call with an error instead of a hang.
     """
 
     def __init__(self, root: Path, manifest: PairManifest) -> None:
@@ -79,7 +79,7 @@ class ManyRanks:
         """Run one graph on every rank.
 
         Raises:
-            HostError: a rank failed or died, in this or an earlier call; the others are ended too.
+            HostError: a rank failed or was killed, in this or an earlier call; the other ranks are ended as well.
 
         """
         return _tensors(self._ask((spec, _arrays(arguments))))
@@ -104,16 +104,16 @@ class ManyRanks:
 
     def _ask(self, message: Message) -> dict[str, np.ndarray]:
         if not self._pipes:
-            raise HostError("the ranks have ended", where="ranks", fix="load the artifact again")
+            raise HostError("the rank processes have ended", where="ranks", fix="load the artifact again")
         with self._end_on_failure():
             for pipe in self._pipes:
-                with suppress(BrokenPipeError):  # `_answers` says which rank is gone
+                with suppress(BrokenPipeError):  # `_answers` names the rank that ended
                     pipe.send(message)
             return self._answers()
 
     @contextmanager
     def _end_on_failure(self) -> Iterator[None]:
-        """End the ranks unless all of them answer: the next call would read late answers as its own."""
+        """End the ranks unless all of them answer: the next call would take late answers for its own."""
         try:
             yield
         except BaseException:  # a timeout or Ctrl-C too
@@ -130,9 +130,9 @@ class ManyRanks:
                 try:
                     answers[rank] = self._pipes[rank].recv()
                 except (EOFError, ConnectionError):
-                    answers[rank] = f"the process of the rank died, exit code {self._exit_code(rank)}"
+                    answers[rank] = f"the process of the rank ended with exit code {self._exit_code(rank)}"
                 if isinstance(answers[rank], str):
-                    fix = "free memory, run `tandem verify`, then load again"
+                    fix = "free memory, check the files with `tandem verify ARTIFACT`, then load the artifact again"
                     raise HostError(answers[rank], where=f"rank {rank}", fix=fix)
         outputs: dict[str, np.ndarray] = answers[0]
         return outputs

@@ -17,7 +17,7 @@ SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
 """Folders of Inductor, one per graph and always the same, because the path is stored in the library."""
 
 INCLUDE = Path(__file__).with_name("include")
-"""Headers that take the place of the standard library's: each says why."""
+"""Headers that replace those of the standard library; each has the reason in a comment."""
 
 PATH_OF_HEADERS = "CPLUS_INCLUDE_PATH"
 """Where gcc and clang look for headers after a command's own folders and before the system's."""

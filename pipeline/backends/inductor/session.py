@@ -28,8 +28,8 @@ class LoadedGraph:
         try:
             self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
         except RuntimeError as error:
-            problem, fix = f"cannot load the graph: {error}", "run `tandem verify`, then rebuild"
-            raise HostError(problem, where=str(package), fix=fix) from error
+            fix = "check the files with `tandem verify ARTIFACT`, then build again"
+            raise HostError(f"cannot load the graph: {error}", where=str(package), fix=fix) from error
 
     def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Run on tensors in signature order; update the state tensors in place."""

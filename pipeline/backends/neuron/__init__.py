@@ -1,16 +1,16 @@
 """AWS Neuron: graphs traced by NxD's ModelBuilder units, compiled by neuronx-cc, one NEFF per graph.
 
     backend.py     the backend: trace, compile, open
-    support.py     what a host has: SDK versions, placeholder packages, chip, cores; imports no torch
+    support.py     facts of a host: SDK versions, placeholder packages, chip, cores; imports no torch
     module.py      a graph as ModelBuilder takes it, and the seams of this backend
-    hlo.py         a traced graph's canonical text, and what in it neuronx-cc does not support
+    hlo.py         a traced graph's canonical text, and the parts that neuronx-cc does not support
     compiler.py    neuronx-cc as a process of its own, its error codes, the header of a NEFF
     graph_file.py  the file of one graph
     runtime.py     all graphs and all ranks as one NxDModel on the device
 
-Written from the Neuron SDK's documents and the NxD source of release 2.29. `docs/explanation/neuron.md` says what ran
-where.
+Written from the Neuron SDK's documents and the NxD source of release 2.29. `docs/explanation/neuron.md` lists what has
+run on which host.
 
-Knows nothing of requests, text or gates. Imports no other backend.
+Independent of requests, text and gates. Imports no other backend.
 Entered through `backends.base`; `nxdi` takes `support`.
 """

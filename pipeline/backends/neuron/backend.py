@@ -82,7 +82,7 @@ class NeuronBackend:
         supported = hlo.DOCUMENTED | hlo.NAMED_LATER if listing is None else hlo.operators(listing)
         if faults := hlo.faults(traced.program.hlo, supported):
             problem = f"neuronx-cc does not support this graph: {'; '.join(faults)}"
-            raise HostError(problem, where="compile", fix="please report this bug of Tandem's graph")
+            raise HostError(problem, where="compile", fix="please report this bug of Tandem")
         flags = compiler.arguments(self.target, self.lnc, self.extra)
         neff = compiler.compile_neff(hlo.stripped(traced.program.hlo), flags, work, environment)
         return pack(neff, traced.program)
@@ -109,15 +109,15 @@ def check_names(spec: GraphSpec, io: Signature, metaneff: Any) -> None:
         if not name:
             continue
         if name not in shapes:
-            faults.append(f"{name} is in the trace, but not in the shards")
+            faults.append(f"{name} is in the trace but not in the shards")
         elif tuple(tensor.shape) != shapes[name]:
             faults.append(f"{name} is {list(tensor.shape)} in the trace, {list(shapes[name])} in the shards")
         elif index in aliased_inputs:
             aliased.add(name)
-    faults += [f"{name} is aliased, but is not state" for name in sorted(aliased - states)]
-    faults += [f"{name} is written, but not aliased" for name in sorted(written(spec, io) - aliased)]
+    faults += [f"{name} is aliased but is not state" for name in sorted(aliased - states)]
+    faults += [f"{name} is written but not aliased" for name in sorted(written(spec, io) - aliased)]
     if faults:
-        raise HostError("; ".join(faults), where=f"trace {spec.name}", fix="use a supported SDK, or report this")
+        raise HostError("; ".join(faults), where=f"trace {spec.name}", fix="use a supported SDK, or report this bug")
 
 
 def written(spec: GraphSpec, io: Signature) -> set[str]:

@@ -40,13 +40,13 @@ HEADER_BYTES = 1024
 HEADER = struct.Struct("<5Q128sI32s16s256sI64sQI468s")
 
 MORE_RANKS = "use more ranks (parallel.tensor), or smaller batch, prefill or kv buckets"
-REPORT = "please report this bug of Tandem's graph, with the log"
+REPORT = "please report this bug of Tandem, with the log"
 OPERATOR = "compare the log with `neuronx-cc list-operators --framework XLA`; " + REPORT
 MEANINGS = {
-    "NCC_EARG001": ("this chip does not have that logical core configuration", "set backend.lnc to what the chip has"),
-    "NCC_EBIR023": ("an MLP kernel is wider than the 4096 that it can hold", MORE_RANKS),
+    "NCC_EARG001": ("this chip does not have that logical core configuration", "set backend.lnc to an LNC of the chip"),
+    "NCC_EBIR023": ("an MLP kernel is wider than its limit of 4096", MORE_RANKS),
     "NCC_EBVF030": ("the graph needs more instructions than a NEFF may have", MORE_RANKS),
-    "NCC_EHCA005": ("a custom call that this compiler does not know", "use the compiler of the same SDK release"),
+    "NCC_EHCA005": ("a custom call that this compiler does not support", "use the compiler of the same SDK release"),
     "NCC_EMOD025": ("a tensor without a static shape", REPORT),
     "NCC_EOOM001": ("the graph's tensors do not fit the device's memory", MORE_RANKS),
     "NCC_EOOM002": ("the graph's tensors do not fit the device's memory", MORE_RANKS),
@@ -60,7 +60,7 @@ MEANINGS = {
     "NCC_EVRF007": ("the graph needs more instructions than a NEFF may have", MORE_RANKS),
     "NCC_EVRF009": ("the graph's tensors do not fit the device's memory", MORE_RANKS),
     "NCC_EVRF013": ("top-k of integers", REPORT),
-    "NCC_EVRF015": ("a custom call that this compiler does not know", "use the compiler of the same SDK release"),
+    "NCC_EVRF015": ("a custom call that this compiler does not support", "use the compiler of the same SDK release"),
     "NCC_EVRF016": ("a scatter that combines integers", REPORT),
     "NCC_EVRF019": ("a windowed reduction of several operands", REPORT),
     "NCC_EVRF031": ("a scatter past the end of its operand", REPORT),
@@ -92,7 +92,7 @@ class NeffHeader:
 
 
 def arguments(chip: str, lnc: int, extra: Mapping[str, str]) -> list[str]:
-    """Return the flags that decide the code. `extra` has no dashes, as in recipes: `{"optlevel": "2"}`, "" no value."""
+    """Return flags that decide the code. `extra` has no dashes, as in recipes: `{"optlevel": "2"}`; "" is no value."""
     flags = {"framework": "XLA", "target": chip, "model-type": "transformer", "lnc": str(lnc), "auto-cast": "none",
              "optlevel": "1"}  # fmt: skip
     if chip in ("trn1", "inf2"):
@@ -127,16 +127,17 @@ def read_header(data: bytes, where: str) -> NeffHeader:
     """Return the header of a NEFF.
 
     Raises:
-        ArtifactError: the data is no NEFF.
+        ArtifactError: the data is not a NEFF.
 
     """
     if len(data) < HEADER_BYTES:
-        raise ArtifactError(f"{len(data)} bytes, a NEFF's header has {HEADER_BYTES}", where=where, fix="build it again")
+        problem = f"truncated NEFF: {len(data)} bytes, the header alone has {HEADER_BYTES}"
+        raise ArtifactError(problem, where=where, fix="build the artifact again")
     fields = HEADER.unpack_from(data)
     header = NeffHeader(fields[1], fields[2], (fields[3], fields[4]), fields[13])
     if header.header_bytes != HEADER_BYTES:
-        problem = f"header_size {header.header_bytes}, a NEFF has {HEADER_BYTES}"
-        raise ArtifactError(problem, where=where, fix="not a NEFF, or an unknown format; build it again")
+        problem = f"not a NEFF, or an unsupported format: header_size {header.header_bytes}, expected {HEADER_BYTES}"
+        raise ArtifactError(problem, where=where, fix="build the artifact again")
     return header
 
 
@@ -149,12 +150,11 @@ def check_neff(data: bytes, where: str, lnc: int | None = None) -> NeffHeader:
     """
     header = read_header(data, where)
     if len(data) != header.header_bytes + header.data_bytes:
-        problem = (
-            f"{len(data)} bytes, its header says {header.header_bytes} + {header.data_bytes}: truncated or damaged"
-        )
+        expected = f"{header.header_bytes} + {header.data_bytes}"
+        problem = f"truncated or damaged NEFF: {len(data)} bytes, the header describes {expected}"
         raise ArtifactError(problem, where=where, fix="pull or build the artifact again")
-    if lnc is not None and header.lnc not in (0, lnc):  # 0: written by a compiler that does not know the field
-        problem = f"lnc_size {header.lnc}, the artifact says {lnc}"
+    if lnc is not None and header.lnc not in (0, lnc):  # 0: written by a compiler without this field
+        problem = f"lnc_size mismatch: expected {lnc}, found {header.lnc}"
         raise ArtifactError(problem, where=where, fix="pull or build the artifact again")
     return header
 
@@ -184,7 +184,7 @@ def _run(hlo: bytes, flags: Sequence[str], folder: Path, environment: Mapping[st
                 start_new_session=True,
             )  # fmt: skip
         except FileNotFoundError as error:
-            fix = "activate the Neuron virtual environment; `tandem doctor` says what is missing"
+            fix = "activate the Neuron virtual environment; `tandem doctor --backend neuron` lists missing packages"
             raise HostError("neuronx-cc is not on PATH", where="compile", fix=fix) from error
         try:
             return process.wait(limit)
@@ -236,5 +236,5 @@ def _failure(status: int, attempts: int, folder: Path) -> HostError:
     killed = status in (-signal.SIGKILL, 137)
     fix = "free memory or lower --workers" if killed else "read the log"
     return HostError(
-        f"neuronx-cc ended with status {status}{tries}: {last}", where="compile", fix=f"{fix}; it is in {folder}"
+        f"neuronx-cc ended with status {status}{tries}: {last}", where="compile", fix=f"{fix}; the log is in {folder}"
     )

@@ -18,7 +18,7 @@ from pipeline.graphs.spec import GraphSpec
 GRAPH_FILE = "graph.neuron.zip"
 NEFF, METANEFF, LAYOUT = "graph.neff", "metaneff.pb", "layout.json"
 EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The oldest time a zip can name: equal graphs are equal bytes."""
+"""The oldest time that a zip can store; with a constant time, equal graphs are equal bytes."""
 
 
 @dataclass(frozen=True)

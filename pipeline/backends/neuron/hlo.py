@@ -47,7 +47,7 @@ XLA_BUILDER = {
     "logicalnot": "not", "dotgeneral": "dot", "broadcastindim": "broadcast", "constantliteral": "constant",
     "rnguniform": "rng", "batchnorm": "batch-norm-training",
 }  # fmt: skip
-"""Names of `neuronx-cc list-operators` that are not simply the HLO name without its hyphens."""
+"""Names of `neuronx-cc list-operators` that differ from the HLO name without hyphens."""
 
 
 def canonical(hlo: Any, meta: Any) -> bytes:

@@ -80,7 +80,7 @@ def read_weights(root: Path, manifest: PairManifest) -> list[dict[str, Tensor]]:
             name = f"weights/{model}/rank-{rank}-of-{manifest.ranks}.safetensors"
             if name not in manifest.files or not (root / name).is_file():
                 problem = f"the {model}'s weights of rank {rank} are missing; the artifact has {manifest.ranks} ranks"
-                raise ArtifactError(problem, where=str(root / name), fix="pull the artifact without --only, or again")
+                raise ArtifactError(problem, where=str(root / name), fix="pull the artifact again, without --only")
             digest = f"{model}/{manifest.files[name].sha256}"
             if digest not in read:
                 with safe_open(root / name, framework="pt") as file:

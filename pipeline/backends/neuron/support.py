@@ -183,8 +183,8 @@ def _version(name: str) -> str:
 def _python_problems() -> Iterator[Problem]:
     version = sys.version_info[:2]
     if version not in PYTHONS:
-        problem = f"Python {version[0]}.{version[1]}, the Neuron packages support {_listed(PYTHONS)}"
-        yield Problem("python", problem, "create the environment with one of these")
+        problem = f"found Python {version[0]}.{version[1]}; the Neuron packages support {_listed(PYTHONS)}"
+        yield Problem("python", problem, "create the virtual environment with a supported Python")
 
 
 def _package_problems(installed: Mapping[str, str]) -> Iterator[Problem]:
@@ -193,7 +193,7 @@ def _package_problems(installed: Mapping[str, str]) -> Iterator[Problem]:
         yield Problem("packages", f"not installed: {', '.join(absent)}", RELEASES[-1].install())
     for name, version in PLACEHOLDERS.items():
         if installed.get(name) == version:
-            problem = f"{name} {version} is the empty placeholder of PyPI, not the SDK's package"
+            problem = f"{name} {version} is an empty placeholder from PyPI, not the SDK's package"
             yield Problem("packages", problem, f"pip uninstall {name}, then {RELEASES[-1].install()}")
 
 
@@ -201,7 +201,7 @@ def _version_problems(chip: str, installed: Mapping[str, str]) -> Iterator[Probl
     """Check installed versions against the table: each is known, all are of one release, and it supports the chip."""
     torch = installed.get("torch", "missing")
     if torch != "missing" and not begins(torch, TORCH):
-        problem = f"torch {torch}; PyTorch/XLA on Neuron ends at torch {TORCH}"
+        problem = f"found torch {torch}; the last torch that PyTorch/XLA on Neuron supports is {TORCH}"
         yield Problem("packages.torch", problem, RELEASES[-1].install())
     distributed = installed.get("neuronx-distributed", "missing")
     if distributed in ("missing", PLACEHOLDERS["neuronx-distributed"]):
@@ -209,7 +209,7 @@ def _version_problems(chip: str, installed: Mapping[str, str]) -> Iterator[Probl
     release = release_of(distributed)
     if release is None:
         supported = ", ".join(f"{r.distributed} (SDK {r.sdk})" for r in RELEASES)
-        problem = f"neuronx-distributed {distributed}; supported: {supported}"
+        problem = f"found neuronx-distributed {distributed}; supported: {supported}"
         yield Problem("packages.neuronx-distributed", problem, RELEASES[-1].install())
         return
     if chip not in release.chips:
@@ -221,25 +221,25 @@ def _version_problems(chip: str, installed: Mapping[str, str]) -> Iterator[Probl
         have = installed.get(name, "missing")
         later = name == COMPILER and release is RELEASES[-1] and begins(have, *LATER_COMPILERS)
         if have not in ("missing", PLACEHOLDERS[name]) and not begins(have, version) and not later:
-            problem = f"{name} {have}; neuronx-distributed {distributed} is of SDK {release.sdk}, which has {version}.*"
+            problem = f"found {name} {have}; SDK {release.sdk} (of neuronx-distributed {distributed}) has {version}.*"
             yield Problem(f"packages.{name}", problem, release.install())
 
 
 def _compiler_problems(installed: Mapping[str, str]) -> Iterator[Problem]:
     have = installed.get(COMPILER, "missing")
     if have not in ("missing", PLACEHOLDERS[COMPILER]) and shutil.which(COMPILER) is None:
-        yield Problem("PATH", f"{COMPILER} {have} is installed but not on PATH", "activate its virtual environment")
+        yield Problem("PATH", f"{COMPILER} {have} is installed but not on PATH", "activate the virtual environment")
 
 
 def _environment_problems(chip: str, lnc: int, values: Mapping[str, str]) -> Iterator[Problem]:
     if values.get("NEURON_CC_FLAGS"):
         problem = f"NEURON_CC_FLAGS={values['NEURON_CC_FLAGS']!r} is set; flags outside the recipe are not used"
-        yield Problem("environment", problem, "unset it, and write the flags into backend.flags")
+        yield Problem("environment", problem, "unset NEURON_CC_FLAGS, and write the flags into backend.flags")
     expected = {"NEURON_PLATFORM_TARGET_OVERRIDE": chip, "NEURON_LOGICAL_NC_CONFIG": str(lnc)}
     for name, value in expected.items():
         if values.get(name, value) != value:
-            problem = f"{name}={values[name]}, the recipe says {value}"
-            yield Problem("environment", problem, f"unset {name}; the recipe decides")
+            problem = f"{name}={values[name]}, the recipe has {value}"
+            yield Problem("environment", problem, f"unset {name}; a build takes the value from the recipe")
 
 
 def _sdks(chip: str) -> str:

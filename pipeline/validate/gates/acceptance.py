@@ -1,4 +1,4 @@
-"""Gate 3: how much speculation gains, by position, class and prompt. Measures, with the recipe's floor as its limit."""
+"""Gate 3: acceptance of draft tokens by position, class and prompt, with the recipe's floor of tokens per step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pipeline.validate.report.schema import Acceptance, OfClass, Speed
 
 @dataclass(frozen=True)
 class AcceptanceSection:
-    """Acceptance with each K, and speed, which no limit is set for."""
+    """Acceptance with each K, and speed, which has no limit."""
 
     acceptance: tuple[Acceptance, ...]
     speed: Speed
 
 
 def acceptance(measured: Sequence[Acceptance], speed: Speed, floor: float) -> GateOutcome[AcceptanceSection]:
-    """Judge what was measured: no K under the floor of tokens per step."""
+    """Return the outcome: every K reaches the floor of tokens per step."""
     findings = tuple(
         f"K={of.draft_tokens}: {of.tokens_per_step:.2f} tokens per step is below the floor {floor}"
         for of in measured
@@ -48,14 +48,14 @@ def acceptance_of(prompts: Sequence[Prompt], answers: Sequence[Generation], step
 
 
 def given_previous(emitted: Sequence[int], steps: int) -> list[float]:
-    """Share of draft tokens accepted at each of `steps` positions, given that all before were; from tokens of steps."""
+    """Return the acceptance rate at each of `steps` positions, given that all before were accepted."""
     reached = [sum(n > position + 1 for n in emitted) for position in range(steps)]
     tried = [len(emitted), *reached[:-1]]
     return [count / max(of, 1) for count, of in zip(reached, tried, strict=True)]
 
 
 def tokens_per_step(answers: Sequence[Generation]) -> float:
-    """Mean tokens that a speculative step emits."""
+    """Return the mean number of tokens that a speculative step emits."""
     return sum(_emitted(answers)) / max(sum(answer.steps for answer in answers), 1)
 
 

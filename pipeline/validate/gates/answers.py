@@ -11,7 +11,7 @@ from pipeline.runtime.engine import Generation
 from pipeline.validate.gates.inputs import GateInputs, StageClock
 
 PLAIN_PROMPTS = 16
-"""Prompts that plain decode answers, too. The answers to all are compared with the reference, token by token."""
+"""Number of prompts that plain decode answers as well. All answers are compared with the reference by token."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Answers:
 
     encoded: list[list[int]]
     cut_prompts: tuple[str, ...]
-    """Prompts longer than the largest prefill bucket: only their ends ran."""
+    """Prompts longer than the largest prefill bucket: only their last tokens ran."""
     speculative: dict[int, list[Generation]]
     plain: list[Generation]
     plain_indices: range
@@ -28,7 +28,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Tokens to score: a prompt with its answer, or a probe that fills the cache. `prompt` tokens were given."""
+    """Tokens to score: a prompt with its answer, or a probe that fills the cache. The first `prompt` are the prompt."""
 
     name: str
     kind: str
@@ -68,7 +68,7 @@ def answer_prompts(inputs: GateInputs, clock: StageClock) -> Answers:
 
 
 def _encode(inputs: GateInputs) -> tuple[list[list[int]], tuple[str, ...]]:
-    """Return prompts as tokens, only the end of those that no prefill graph holds, and the names of these."""
+    """Return prompts as tokens, cut to the end that fits a prefill graph, and the names of the cut prompts."""
     longest = inputs.engine.manifest.shapes.prefill[-1]
     encoded = [inputs.engine.text.encode_prompt(prompt.text) for prompt in inputs.prompts]
     cut = [prompt.id for prompt, tokens in zip(inputs.prompts, encoded, strict=True) if len(tokens) > longest]
@@ -110,7 +110,7 @@ def _probe(row: int, texts: Sequence[list[int]], inputs: GateInputs) -> ScoredSe
 
 @dataclass
 class _TokenProgress:
-    """Reports how many tokens of a generation have arrived; answers may end before the most that is possible."""
+    """Reports the number of tokens of a generation that arrived; answers may end before the limit."""
 
     progress: Progress
     most: int

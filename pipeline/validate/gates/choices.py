@@ -24,7 +24,7 @@ SHOWN_FINDINGS = 5
 
 @dataclass(frozen=True)
 class Choice:
-    """A token that was chosen after position `at` of a sequence, and who chose it."""
+    """A token that was chosen after position `at` of a sequence, and the graph or answer that it is from."""
 
     chooser: str
     sequence: str
@@ -58,7 +58,7 @@ def check_choices(
     # Whole tokens: of fewer than 1 / rate, a single near-tie is no evidence of more than the rate.
     allowed = math.ceil(near_tie_rate * len(choices) + FLIP_LIMIT * flips_of_noise)
     if near_ties > allowed:
-        findings.append(f"near-ties {near_ties} of {len(choices)} tokens; at most {allowed} are usual")
+        findings.append(f"{near_ties} near-ties in {len(choices)} tokens exceed the limit {allowed}")
     counts = Choices(tokens=len(choices), near_ties=near_ties, flips_of_noise=flips_of_noise)
     return CheckedChoices(counts, tuple(findings[:SHOWN_FINDINGS]))
 

@@ -1,13 +1,13 @@
-"""Gate 2, stochastic: is what the shipped graphs draw distributed as the target says? Exact tests on every graph.
+"""Gate 2, stochastic: do the shipped graphs sample from the target's distribution? Exact tests on every graph.
 
 A graph generates at the end of its KV bucket; teacher forcing then gives, for every token drawn, the target's own
-distribution p and the draft's q after the tokens before it. If the graph is right, then whatever those are:
+distribution p and the draft's q at its position. For a correct graph, with any p and q:
 - the *rank* test: a token's randomised position in the cumulative p is uniform on [0, 1] (Rosenblatt 1952). Chi-square.
-- the *draft* test: tokens that the draft likes more than the target (q > p) come as often as p says. The count is a sum
+- the *draft* test: tokens with q > p come as often as p predicts. Their count is a sum
   of independent Bernoulli draws of known probabilities, so its distribution is computed exactly, not approximated. It
-  looks where acceptance fails: too easy, and these tokens come too often; no residual, and they come too often as well.
-- no token comes that p excludes.
-The tests look at a step's first token and at later ones apart (`exact_tests.py`).
+  detects faults of acceptance: if it is too easy, or the residual is not used, these tokens come too often.
+- no token with p = 0 is sampled.
+A step's first token and its later tokens are tested separately (`exact_tests.py`).
 
 Shapes: T tokens drawn, V vocabulary of the target, D of the draft.
 """
@@ -35,18 +35,18 @@ from pipeline.validate.report.schema import Distribution
 
 TEMPERATURE, TOP_K, TOP_P = 1.3, 12, 0.95
 DRAWS = 160
-"""Least tokens that a graph draws."""
+"""Minimum number of tokens that a graph samples."""
 
 BORDER_SHARE = 0.05
-"""Share of tokens that noise may let past the borders of top-k and top-p, and two more."""
+"""Share of tokens that noise may move across the limits of top-k and top-p; two more are allowed."""
 
 
 def distribution(drawn: Sequence[Drawn]) -> GateOutcome[Distribution]:
-    """Judge what the stochastic graphs drew."""
+    """Return the outcome of the tests of sampled tokens."""
     tests, least = exact_tests(drawn)
     findings = [f"{of.graph}: {what}" for of in drawn for what in of.excluded[:1]]
     findings += [
-        f"{of.graph}: {of.borders} tokens from beyond top-k or top-p"
+        f"{of.graph}: {of.borders} tokens outside top-k or top-p"
         for of in drawn
         if of.borders > BORDER_SHARE * len(of.index) + 2
     ]
@@ -62,9 +62,9 @@ def distribution(drawn: Sequence[Drawn]) -> GateOutcome[Distribution]:
 
 @dataclass(frozen=True)
 class Judge:
-    """What tells a wrong draw from a right one: a draft's reduced vocabulary, candidates kept, and the noise.
+    """Settings of the tests: a draft's reduced vocabulary, candidates kept, and the noise.
 
-    `tie` is the relative gap that noise closes between two logits.
+    `tie` is the relative gap of two logits within which noise can swap them.
     """
 
     draft_ids: Tensor | None
@@ -72,9 +72,9 @@ class Judge:
     tie: float
 
     def probabilities(self, logits_V: Tensor) -> dict[int, float]:
-        """Return what the test's settings make of logits: probability by token id, the likeliest first.
+        """Return the distribution of logits under the test's settings: probability by token id, the likeliest first.
 
-        Written apart from the graphs' own sampling.
+        Independent of the graphs' own sampling code.
         """
         best = (logits_V.double() / TEMPERATURE).topk(self._kept(logits_V))
         probs = torch.softmax(best.values, 0)
@@ -83,14 +83,14 @@ class Judge:
         return dict(zip(best.indices[:inside].tolist(), shares.tolist(), strict=True))
 
     def draft_probabilities(self, logits_D: Tensor) -> dict[int, float]:
-        """Return the same of a draft, by the target's token ids."""
+        """Return the distribution of a draft, by the target's token ids."""
         shares = self.probabilities(logits_D)
         if self.draft_ids is None:
             return shares
         return {int(self.draft_ids[token]): share for token, share in shares.items()}
 
     def nearly_in(self, logits_V: Tensor, token: int) -> bool:
-        """Whether noise, which moves logits by `tie` at most, may have let a token past top-k and top-p."""
+        """Return whether noise, which moves logits by `tie` at most, can explain a token outside top-k and top-p."""
         scaled_V = logits_V.double() / TEMPERATURE
         moved = self.tie * float(scaled_V.abs().max())
         best = scaled_V.topk(self._kept(logits_V)).values
@@ -103,7 +103,7 @@ class Judge:
 
 
 def draw_bucket(inputs: GateInputs, kv: int, probes: Sequence[list[int]], tie: float) -> Iterator[Drawn]:
-    """Let every stochastic graph of a bucket, whose caches hold the probes, draw tokens up to its end."""
+    """Run every stochastic graph of a bucket, whose caches hold the probes, up to the end of the bucket."""
     judge = Judge(draft_token_ids(inputs.checkpoints[1]), inputs.engine.manifest.pair.candidates, tie)
     for spec in inputs.engine.graphs:
         if (spec.kv, spec.sampling) == (kv, "stochastic") and spec.phase in ("decode", "speculate"):
@@ -113,7 +113,7 @@ def draw_bucket(inputs: GateInputs, kv: int, probes: Sequence[list[int]], tie: f
 
 
 def _draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], judge: Judge) -> Drawn:
-    """Let a graph generate, and score what it drew. Short buckets are run through more than once."""
+    """Generate with a graph, and score the sampled tokens. Short buckets run more than once."""
     usable = min(spec.kv, engine.length)
     size = min(-(-DRAWS // spec.batch), usable - 2)
     starts = [Row(list(probe[: usable - size + 1 - row % 2])) for row, probe in enumerate(probes[: spec.batch])]
@@ -157,9 +157,9 @@ def _add_row(
         if token not in p:
             drawn.borders += 1
             if not judge.nearly_in(target_V, token):
-                drawn.excluded.append(f"drew token {token}, which the target excludes")
+                drawn.excluded.append(f"sampled token {token}, which has probability 0 in the target's distribution")
             continue
-        q = judge.draft_probabilities(draft_D[: len(target_V)])  # a draft never proposes what pads its vocabulary
+        q = judge.draft_probabilities(draft_D[: len(target_V)])  # a draft never proposes padding ids of its vocabulary
         before = list(p.values())[: list(p).index(token)]
         drawn.index.append(index)
         drawn.ranks.append(sum(before) + p[token] * float(torch.rand((), generator=generator)))

@@ -1,4 +1,4 @@
-"""Drive single graphs from chosen cache rows, apart from the engine's own loop. Compares nothing.
+"""Run single graphs from chosen cache rows, independently of the engine's loop. Compares nothing.
 
 Shapes: B rows, K draft tokens.
 """
@@ -48,8 +48,8 @@ def fill(engine: Engine, kv: int, sequences: Sequence[list[int]]) -> None:
 def drive(engine: Engine, spec: GraphSpec, plain: GraphSpec, starts: Sequence[Row]) -> list[Row]:
     """Run one graph greedily from `starts` until every row is full.
 
-    `plain` is a decode graph of the same batch: it reads the token before the last one again, which tells the draft
-    what came before.
+    `plain` is a decode graph of the same batch: it reads the token before the last one again, so that the draft has
+    the preceding state.
     """
     rows = [Row(list(row.tokens), len(row.tokens)) for row in starts]
     usable = min(spec.kv, engine.length)
@@ -86,6 +86,6 @@ def _step_rows(
 
 
 def _copies(tokens: list[int], steps: int) -> list[int]:
-    """Copied drafts, right and wrong ones: of a whole step, of its first half, or none, by turns."""
+    """Return copied drafts, correct and wrong, in turn for a whole step, its first half, or none."""
     most = (0, (steps + 1) // 2, steps)[len(tokens) % 3]
     return Lookup().find(tokens, 1, most) or tokens[:most]

@@ -1,6 +1,6 @@
-"""Exact tests over tokens that a graph drew, of each graph and of all that speculate together. Runs no graph.
+"""Exact tests of sampled tokens, for each graph and for all speculate graphs together. Runs no graph.
 
-Together they fail a right artifact at most at `FALSE_ALARM`, since each gets an equal share of it.
+Together the tests fail a correct artifact with probability `FALSE_ALARM` at most: each has an equal share.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.validate.report.schema import ExactTest
 
 FALSE_ALARM = 1e-4
-"""Probability that a right artifact fails this gate, over all its tests."""
+"""Probability that a correct artifact fails this gate, over all its tests."""
 
 BINS = 10
 LEAST = 25
@@ -23,19 +23,19 @@ LEAST = 25
 
 @dataclass
 class Drawn:
-    """Tokens of one graph with what the target makes of them: `ranks` in [0, 1], `liked` draws and probabilities."""
+    """Sampled tokens of one graph with the target's ranks in [0, 1], and the samples with q > p (`liked`)."""
 
     graph: str
     index: list[int] = field(default_factory=list)
     """Index of each token in its step."""
     ranks: list[float] = field(default_factory=list)
     liked: list[bool] = field(default_factory=list)
-    """Whether the draft likes the token more than the target does."""
+    """Whether q > p: the draft gives the token a higher probability than the target."""
     chance: list[float] = field(default_factory=list)
-    """The target's probability of all tokens that the draft likes more."""
+    """The target's probability of all tokens with q > p."""
     excluded: list[str] = field(default_factory=list)
     borders: int = 0
-    """Tokens from beyond top-k or top-p."""
+    """Number of tokens outside top-k or top-p."""
 
 
 def exact_tests(drawn: Sequence[Drawn]) -> tuple[list[ExactTest], float]:
@@ -47,8 +47,8 @@ def exact_tests(drawn: Sequence[Drawn]) -> tuple[list[ExactTest], float]:
 
 
 def _together(drawn: Sequence[Drawn]) -> Drawn:
-    """Join the tokens of several graphs, which shows what is too small to be seen in one."""
-    whole = Drawn("all that speculate")
+    """Join the tokens of several graphs, to detect smaller deviations than in one graph."""
+    whole = Drawn("all speculate graphs")
     for of in drawn:
         whole.index += of.index
         whole.ranks += of.ranks
@@ -73,7 +73,7 @@ def _tests(drawn: Drawn, share: float) -> Iterator[ExactTest]:
 
 
 def chi_square_uniform(ranks: Tensor) -> float:
-    """p-value of uniformity over equal bins."""
+    """Return the p-value of uniformity over equal bins."""
     expected = len(ranks) / BINS
     seen = torch.histc(ranks.clamp(0, 1), BINS, 0.0, 1.0)
     statistic = ((seen - expected) ** 2 / expected).sum()
@@ -81,7 +81,7 @@ def chi_square_uniform(ranks: Tensor) -> float:
 
 
 def poisson_binomial_p(seen: int, chance: Tensor) -> float:
-    """Two-sided p-value of a sum of independent Bernoulli draws, by convolution: twice the smaller tail."""
+    """Return the two-sided p-value of a sum of independent Bernoulli draws, by convolution: twice the smaller tail."""
     mass = torch.zeros(len(chance) + 1, dtype=torch.float64)
     mass[0] = 1.0
     for p in chance.tolist():
@@ -92,7 +92,7 @@ def poisson_binomial_p(seen: int, chance: Tensor) -> float:
 
 
 def detectable_shift(chance: Tensor, false_alarm: float) -> float:
-    """Probability that must move towards the draft's tokens for the draft test to notice in nine of ten artifacts."""
+    """Return the shift of probability to the draft's tokens that the draft test detects in nine of ten artifacts."""
     quantile = torch.distributions.Normal(0.0, 1.0).icdf
     needed = float(quantile(torch.tensor(1 - false_alarm / 2))) + float(quantile(torch.tensor(0.9)))
     return needed * float((chance * (1 - chance)).mean().clamp(min=0).sqrt()) / len(chance) ** 0.5

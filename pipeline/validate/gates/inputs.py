@@ -1,4 +1,4 @@
-"""What the gates are given, and the clock of their stages. Runs nothing."""
+"""The inputs of the gates, and the clock of their stages. Runs nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str, of: str = "") -> Iterator[None]:
-        """Time a stage; `of` says which part, for the log alone."""
+        """Time a stage; `of` names the part, for the log only."""
         started = time.monotonic()
         with stage(f"  {name}{of}", self.log, self.progress):
             yield

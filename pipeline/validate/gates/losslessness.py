@@ -1,4 +1,4 @@
-"""Gate 2, greedy: does speculation change the output? On the shipped graphs, each of them.
+"""Gate 2, greedy: compare speculation with plain decode, on every shipped graph.
 
 Over prompts, through the engine: speculation against plain decode. Then at the end of every KV bucket, graph by graph:
 each (batch, K, bucket) is driven from the same caches as plain decode until no position is left, so the last K
@@ -49,7 +49,7 @@ class Comparison:
 
 
 def losslessness(compared: Comparison, tie: float, near_tie_rate: float) -> GateOutcome[Losslessness]:
-    """Judge what was compared: no difference beyond near-ties, and few of these."""
+    """Return the outcome: no difference except near-ties, and few of these."""
     faults = [
         f"{d.graph}: {d.prompt} differs from plain decode at position {d.position}, "
         f"gap {math.inf if d.gap is None else d.gap:.1e}"
@@ -59,7 +59,7 @@ def losslessness(compared: Comparison, tie: float, near_tie_rate: float) -> Gate
     ties = len(compared.differences) - len(faults)
     findings = list(faults)
     if ties > near_tie_rate * compared.tokens:
-        findings.append(f"near-tie differences {ties} of {compared.tokens} tokens exceed the rate {near_tie_rate}")
+        findings.append(f"{ties} near-tie differences in {compared.tokens} tokens exceed the rate {near_tie_rate}")
     section = Losslessness(
         tokens=compared.tokens,
         near_ties=ties,
@@ -87,9 +87,9 @@ def compare_answers(inputs: GateInputs, answers: Answers, tie: float) -> Compari
 
 
 def compare_edges(engine: Engine, kv: int, probes: Sequence[list[int]], tie: float) -> Comparison:
-    """Drive every graph of one KV bucket, whose caches hold the probes, over its last positions, and compare.
+    """Run every graph of one KV bucket, whose caches hold the probes, over its last positions, and compare.
 
-    Runs that follow each other start from different tokens: what the one before left in the caches is wrong for the
+    Consecutive runs start from different tokens: the cache contents of one run are wrong for the
     next, so a graph that failed to write its own keys and values would be seen.
     """
     rivals = list(_edge_rivals(engine, kv, probes))  # all of them first: comparing uses the caches
@@ -122,7 +122,7 @@ def _row_rivals(spec: GraphSpec, start: str, expected: Sequence[Row], driven: Se
 
 
 def _starts(probes: Sequence[list[int]], batch: int, position: int, variant: int) -> list[Row]:
-    """Ragged rows at and just before a position; their last token is taken from elsewhere in the probe."""
+    """Return ragged rows at and just before a position; their last token is from elsewhere in the probe."""
     rows = []
     for index, probe in enumerate(probes[:batch]):
         at = max(position - index, 1)
@@ -137,7 +137,7 @@ def compare(engine: Engine, rivals: Sequence[Rivals], tie: float) -> Comparison:
 
 
 def _differences(engine: Engine, rivals: Rivals, tie: float) -> Iterator[Difference]:
-    """Yield the first difference, and every token of the other run after it that is not the target's own choice."""
+    """Yield the first difference, and each later token of the other run that differs from the target's choice."""
     plain, other = rivals.plain, rivals.other
     shorter = min(len(plain), len(other))
     first = next((i for i in range(shorter) if plain[i] != other[i]), shorter)
@@ -156,7 +156,7 @@ def _differences(engine: Engine, rivals: Rivals, tie: float) -> Iterator[Differe
 
 
 def _judged(engine: Engine, rivals: Rivals, first: int, tie: float) -> Iterator[Difference]:
-    """Teacher-force the other run, and yield wherever it left the target's own choice, and by how much."""
+    """Teacher-force the other run; yield the positions where it differs from the target's choice, and the gaps."""
     prefix, plain, other = rivals.prefix, rivals.plain, rivals.other
     sequence = [*prefix, *other]
     specs = [g for g in engine.graphs if g.phase == "score" and g.model == "target" and g.kv >= len(sequence) - 1]

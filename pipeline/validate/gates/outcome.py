@@ -1,4 +1,4 @@
-"""What a gate returns: its section of the report, and findings. Judges nothing."""
+"""The result of a gate: its section of the report, and its findings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SectionT = TypeVar("SectionT", covariant=True)
 
 @dataclass(frozen=True)
 class GateOutcome(Generic[SectionT]):
-    """One gate: its name, its typed section of the report, and what it found wrong, nothing when it passed."""
+    """One gate: its name, its typed section of the report, and its findings; without findings it passed."""
 
     name: str
     section: SectionT

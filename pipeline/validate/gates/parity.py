@@ -1,4 +1,4 @@
-"""Gate 1: are the compiled models numerically the models? Teacher-forced logits of the shipped `score` graphs.
+"""Gate 1: numerical parity of the compiled models. Teacher-forced logits of the shipped `score` graphs.
 
 Three-way (see `reference/layers.py`): the baseline is transformers one precision up, noise is transformers in the
 recipe's dtype, the artifact is judged. Two kinds of bound must both hold. The *map* bounds the largest error of the
@@ -38,14 +38,14 @@ def parity(
     sequence_numbers: Mapping[str, int],
     near_tie_rate: float,
 ) -> GateOutcome[ParitySection]:
-    """Judge scores of both models and choices of the target. `sequence_numbers` are those of the report."""
+    """Return the outcome for scores of both models and choices of the target; `sequence_numbers` as in the report."""
     findings = [finding for of in scores.values() for finding in parity_findings(of, near_tie_rate)]
     models = {model: model_parity(of, roundings[model], sequence_numbers) for model, of in scores.items()}
     return GateOutcome("parity", ParitySection(models, choices.counts), (*findings, *choices.findings))
 
 
 def error_over_noise(table: dict[str, Tensor], rows: Tensor | None = None) -> float:
-    """Root mean square error over that of the noise: over recorded logits and over the whole vocabulary, the larger."""
+    """Return RMS error over RMS noise: the larger one of recorded logits and of the whole vocabulary."""
     chosen = slice(None) if rows is None else rows
     ratios = [
         table[f"square_error_{part}"][chosen].sum() / table[f"square_noise_{part}"][chosen].sum().clamp(min=1e-300)
@@ -55,7 +55,7 @@ def error_over_noise(table: dict[str, Tensor], rows: Tensor | None = None) -> fl
 
 
 def parity_findings(scores: ModelScores, near_tie_rate: float) -> list[str]:
-    """Why a model fails, each naming where; empty when it passes."""
+    """Return the findings on a model, each with its location; empty if it passes."""
     table = scores.table
     if not bool(table["finite"].all()):
         row = int((table["finite"] == 0).nonzero()[0])
@@ -65,7 +65,7 @@ def parity_findings(scores: ModelScores, near_tie_rate: float) -> list[str]:
 
 
 def _over_map(scores: ModelScores) -> Iterator[str]:
-    """Largest errors over the map. Where transformers in this dtype leaves the map itself, its worst is the measure."""
+    """Return errors over the map's limits. Where transformers in this dtype exceeds a limit, its error is the limit."""
     table = scores.table
     for name, bound in (*((str(k), bound) for k, bound in MAP.items()), ("all", MAP_ALL)):
         column = table[f"error_{name}"] - table["allowed"]
@@ -91,13 +91,13 @@ def _over_noise(scores: ModelScores) -> Iterator[str]:
 
 
 def _layers(scores: ModelScores) -> Iterator[str]:
-    """The first layer whose keys or values stray: where a fault is, rather than what it does in the end."""
+    """Return the first layer whose keys or values exceed the limit: the location of a fault, not its effects."""
     limit = limits(scores.dtype).layer
     for layer, ratios in enumerate(scores.layers_over_noise):
         for what, ratio in zip(("keys", "values"), ratios, strict=True):
             if not ratio <= limit:
                 noise = f"{ratio:.2f} times the noise of {scores.dtype}"
-                yield f"{what} of layer {layer} are off by {noise}; the limit is {limit}"
+                yield f"error of {what} of layer {layer} is {noise}; the limit is {limit}"
                 return
 
 
@@ -107,10 +107,10 @@ def _flips(scores: ModelScores, near_tie_rate: float) -> Iterator[str]:
     if flips > ties:
         row = int(((table["flip"] > 0) & (table["near_tie"] == 0)).nonzero()[0])
         gap = float(table["gap_chosen"][row])
-        yield f"{flips - ties} tokens flip beyond near-ties, first at {scores.place(row)}, gap {gap:.2e}"
+        yield f"{flips - ties} tokens flip that are not near-ties, first at {scores.place(row)}, gap {gap:.2e}"
     usual = int(table["flip_noise"].sum())
     if ties > near_tie_rate * len(table["flip"]) + FLIP_LIMIT * usual:
-        yield f"near-tie flips {ties} of {len(table['flip'])}; transformers in {scores.dtype} has {usual}"
+        yield f"{ties} near-tie flips in {len(table['flip'])} tokens; transformers in {scores.dtype} has {usual}"
 
 
 def model_parity(scores: ModelScores, rounding: Rounding | None, sequence_numbers: Mapping[str, int]) -> ModelParity:
@@ -153,7 +153,7 @@ def _slices(scores: ModelScores) -> Iterator[Slice]:
 
 
 def _points(scores: ModelScores, sequence_numbers: Mapping[str, int]) -> Points:
-    """The numbers of every token, in columns."""
+    """Return the numbers of every token, in columns."""
     table = scores.table
     graphs = tuple(dict.fromkeys(run.graph for run in scores.runs))
     runs = [scores.runs[number] for number in table["run"].tolist()]
@@ -174,7 +174,7 @@ def _points(scores: ModelScores, sequence_numbers: Mapping[str, int]) -> Points:
 
 
 def _short(column: Tensor) -> tuple[float, ...]:
-    """Four significant digits: these columns are long."""
+    """Round to four significant digits: these columns are long."""
     return tuple(float(f"{value:.4g}") for value in column.tolist())
 
 

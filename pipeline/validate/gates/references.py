@@ -1,6 +1,6 @@
-"""Goldens of everything that is scored, of both models, and what int8 weights changed in them. Runs no graph of ours.
+"""Goldens of all scored sequences, for both models, and the effect of int8 weights on them. Runs no compiled graph.
 
-Parity asks whether the artifact computes what its int8 weights stand for. Rounding asks how far those are from the
+Parity compares the artifact with its int8 weights in transformers. Rounding measures how far these are from the
 model: the reference with rounded weights against the reference with the dtype's own.
 """
 

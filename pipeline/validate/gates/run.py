@@ -1,4 +1,4 @@
-"""All gates in one pass over an artifact: what runs, in which order, on which graphs. Judges nothing itself.
+"""All gates in one pass over an artifact: what runs, in which order, on which graphs.
 
 The order saves work: the probes that parity scores leave the caches full to the end of a bucket, which is where
 losslessness and the distribution are then tested.
@@ -41,7 +41,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class GateRun:
-    """Outcomes of all gates, and what they were reached on."""
+    """Outcomes of all gates, and their inputs."""
 
     inputs: GateInputs
     answers: Answers
@@ -132,7 +132,7 @@ def measure_buckets(
 
 
 def _refill_if_judged(inputs: GateInputs, kv: int, sequences: Sequences, compared: Comparison) -> None:
-    """Fill the caches with the probes again, if judging differences used them."""
+    """Fill the caches with the probes again, if the check of differences overwrote them."""
     if compared.differences:
         usable = min(kv, inputs.engine.length)
         fill(inputs.engine, kv, [tokens[:usable] for tokens in sequences.probe_tokens])

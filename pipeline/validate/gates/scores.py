@@ -1,4 +1,4 @@
-"""Teacher-forced logits and caches of the shipped `score` graphs, compared with goldens. Judges nothing.
+"""Teacher-forced logits and caches of the shipped `score` graphs, compared with goldens.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -101,7 +101,7 @@ class ModelScores:
         return self.runs[int(self.table["run"][row])]
 
     def place(self, row: int) -> str:
-        """Name the token of a row: its sequence, position and graph."""
+        """Return the name of the token of a row: its sequence, position and graph."""
         run = self.run_at(row)
         return f"{run.sequence.name}, position {int(self.table['position'][row])}, {run.graph}"
 

@@ -35,7 +35,7 @@ def run_score(
 def score(
     engine: Engine, spec: GraphSpec, sequences: Sequence[list[int]], first: Sequence[int] | None = None
 ) -> list[Tensor]:
-    """Logits float32 [T, V] of up to B sequences, whole."""
+    """Return logits float32 [T, V] of up to B whole sequences."""
     parts: list[list[Tensor]] = [[] for _ in sequences]
     run_score(engine, spec, sequences, lambda row, _, logits: parts[row].append(logits.clone()), first)
     return [torch.cat(pieces) for pieces in parts]

@@ -1,6 +1,6 @@
 """Gate 4: speed, one request at a time, plain decode and speculation in turn over the same prompts, in one run.
 
-Measures; proves nothing. Definitions: `pipeline/runtime/latency.py`.
+Has no limit. Definitions: `pipeline/runtime/latency.py`.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def _section(latency: Latency) -> Latencies:
 
 
 def _cost(latency: Latency, price_per_hour: float | None) -> float | None:
-    """Cost of a million tokens."""
+    """Return the cost of a million tokens."""
     if price_per_hour is None or not latency.tokens_per_s:
         return None
     return price_per_hour / 3600 / latency.tokens_per_s * 1e6
 
 
 def expected_speedup(rates: Sequence[float], draft_cost: float) -> float:
-    """Expected tokens of a step over its cost in target passes (Leviathan et al. 2023, theorem 3.8).
+    """Return the expected tokens of a step over its cost in target passes (Leviathan et al. 2023, theorem 3.8).
 
     `rates` are acceptance rates given that the position is reached; their product replaces the power of one mean rate.
     """
@@ -83,7 +83,7 @@ def expected_speedup(rates: Sequence[float], draft_cost: float) -> float:
 
 
 def _weights_read(checkpoint: Checkpoint) -> int:
-    """Weights that one pass of a model reads: layers and head, a row of the embedding at most."""
+    """Return the number of weights that one pass of a model reads: layers and head, a row of the embedding at most."""
     config = checkpoint.config
     sizes = {spec.name: torch.Size(spec.shape).numel() for spec in weight_specs(config)}
     embedding = sizes["model.embed_tokens.weight"]

@@ -1,4 +1,4 @@
-"""Numbers of each token: the artifact's logits against baseline and noise, a column a quantity. Judges nothing.
+"""Numbers of each token: the artifact's logits against baseline and noise, one column per quantity.
 
 Shapes: T tokens, N recorded ids, V vocabulary.
 """
@@ -36,7 +36,7 @@ def token_columns(got: Summary, golden: Golden, dtype: str) -> dict[str, Tensor]
 
 
 def _top(got: Summary, golden: Golden, dtype: str) -> dict[str, Tensor]:
-    """Flipped argmaxes, and gaps of the baseline: top-1 to top-2, and top-1 to the token that the artifact chose."""
+    """Return flipped argmaxes, and gaps of the baseline: top-1 to top-2, and top-1 to the artifact's choice."""
     base = golden.baseline
     first = base.values[:, 0].double()
     gap = first - base.values[:, 1].double() if base.values.shape[1] > 1 else torch.full_like(first, torch.inf)
@@ -56,7 +56,7 @@ def _top(got: Summary, golden: Golden, dtype: str) -> dict[str, Tensor]:
 
 
 def gap_of(golden: Golden, at: int, token: int) -> float:
-    """By how much the baseline prefers its own choice at a position, relative to the largest logit; 0 if it is that."""
+    """Return the gap of the baseline's choice to a token, relative to the largest logit; 0 for the choice itself."""
     values = golden.baseline.values[at].double()
     known = (golden.ids[at] == token).nonzero()
     if not len(known):
@@ -65,31 +65,31 @@ def gap_of(golden: Golden, at: int, token: int) -> float:
 
 
 def noise_at(golden: Golden, at: int) -> float:
-    """Noise of the largest logits at a position, relative to the largest."""
+    """Return the noise of the largest logits at a position, relative to the largest."""
     base, noise = golden.baseline.values[at].double(), golden.noise.values[at].double()
     return float((noise - base)[:5].abs().max() / base.abs().max())
 
 
 def ulp(values: Tensor, dtype: str) -> Tensor:
-    """Distance of neighbouring numbers of `dtype` at these magnitudes."""
+    """Return the distance of neighbouring numbers of `dtype` at these magnitudes."""
     exponent = torch.floor(torch.log2(values.abs().clamp(min=torch.finfo(torch.float32).tiny)))
     return torch.exp2(exponent) * torch.finfo(torch_dtype(dtype)).eps
 
 
 def _vocabulary(part: Summary, other: Summary) -> Tensor:
-    """Mean square difference over the whole vocabulary [T], by projection."""
+    """Return the mean square difference over the whole vocabulary [T], by projection."""
     return (part.projected - other.projected).pow(2).sum(-1)
 
 
 def _probabilities(part: Summary) -> Tensor:
-    """Probabilities of the recorded ids and, last, of all others together: [T, N + 1]."""
+    """Return probabilities of the recorded ids and, last, of all others together: [T, N + 1]."""
     probs = (part.values.double() - part.lse.double()[:, None]).exp()
     rest = (1 - probs.sum(-1, keepdim=True)).clamp(min=0)
     return torch.cat((probs, rest), dim=-1)
 
 
 def _kl(base: Summary, other: Summary) -> Tensor:
-    """Kullback-Leibler divergence over recorded ids and the rest, in nats."""
+    """Return the Kullback-Leibler divergence over recorded ids and the rest, in nats."""
     p, q = _probabilities(base), _probabilities(other)
     return torch.where(p > 0, p * (p.clamp(min=1e-300) / q.clamp(min=1e-300)).log(), 0.0).sum(-1).clamp(min=0)
 

@@ -64,7 +64,7 @@ class Eagle3Reference(Reference):
             yield self.golden(high, low, keys, keys_noise)
 
     def _head_states(self, tokens: list[int], taps_TX: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What the head's LM head reads at each token [T, H], and projections of its keys and values."""
+        """Return the input of the head's LM head at each token [T, H], and projections of its keys and values."""
         w = {name: self.read(ref).to(kind) for name, ref in self._refs.items() if ref.dtype not in ("I32", "I64")}
         features_TH = taps_TX[:-1] @ w["fc.weight"].T
         embedded_TH = self.embed(tokens[1:]).to(kind)

@@ -1,4 +1,4 @@
-"""What is kept of a reference run: logits at the baseline's best ranks and random projections. Runs no model.
+"""The stored part of a reference run: logits at the baseline's best ranks and random projections. Runs no model.
 
 A golden is bounded whatever the vocabulary: logits at 145 ranks of the baseline, and a random projection of all.
 
@@ -32,7 +32,7 @@ class Summary:
     best: Tensor
 
     def cut(self, tokens: int) -> Summary:
-        """The first tokens only."""
+        """Return the first tokens only."""
         return Summary(*(tensor[:tokens] for tensor in vars(self).values()))
 
 
@@ -51,7 +51,7 @@ class Golden:
     caches_noise: Tensor
 
     def cut(self, tokens: int) -> Golden:
-        """The first tokens only: attention is causal, so they are the same in a longer sequence."""
+        """Return the first tokens only: attention is causal, so they are the same in a longer sequence."""
         held = tokens - (len(self.ids) - len(self.caches))
         caches = self.caches[:held], self.caches_noise[:held]
         return Golden(self.ids[:tokens], self.baseline.cut(tokens), self.noise.cut(tokens), *caches)
@@ -67,7 +67,7 @@ def summary(logits_TV: Tensor, ids_TN: Tensor) -> Summary:
 
 @lru_cache(maxsize=4)
 def projection(vocab: int) -> Tensor:
-    """Scaled random signs [V, R]: the squared length of a projected difference is, on average, its mean square.
+    """Return scaled random signs [V, R]: the squared length of a projected difference is, on average, its mean square.
 
     Johnson and Lindenstrauss 1984, with the signs of Achlioptas 2003: no entry of the vocabulary escapes it.
     """
@@ -76,14 +76,14 @@ def projection(vocab: int) -> Tensor:
 
 
 def project_cache(cache_HTD: Tensor) -> Tensor:
-    """Random projection of one layer's keys or values at each position, float32 [T, R']."""
+    """Return the random projection of one layer's keys or values at each position, float32 [T, R']."""
     heads, tokens, dim = cache_HTD.shape
     flat = cache_HTD.transpose(0, 1).reshape(tokens, heads * dim)
     return (flat.double() @ projection(heads * dim)[:, :CACHE_PROJECTIONS]).float()
 
 
 def recorded_ids(logits_TV: Tensor) -> Tensor:
-    """Vocabulary ids at `RANKS`, int32 [T, N]."""
+    """Return the vocabulary ids at `RANKS`, int32 [T, N]."""
     vocab = logits_TV.shape[-1]
     order = logits_TV.topk(min(RANKS[-1] + 1, vocab), dim=-1).indices
     return order[:, [rank for rank in RANKS if rank < vocab]].int()

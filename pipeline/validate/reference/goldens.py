@@ -45,7 +45,7 @@ class Goldens:
     _known: dict[str, Golden] = field(default_factory=dict)
 
     def of(self, sequences: Sequence[list[int]]) -> list[Golden]:
-        """Goldens of token sequences; those that the cache lacks are computed together, in one pass over the layers."""
+        """Return goldens of token sequences; missing ones are computed together, in one pass over the layers."""
         keys = [self._key(tokens) for tokens in sequences]
         missing = {key: tokens for key, tokens in zip(keys, sequences, strict=True) if self._load(key) is None}
         self.cached += len(keys) - len(missing)

@@ -2,7 +2,7 @@
 
 Two runs, side by side, on the weights as the recipe's dtype holds them. The *baseline* is the same mathematics one
 precision up (float32 for bfloat16 and float16, float64 for float32); *noise* is the recipe's own dtype, and shows how
-far a correct implementation strays. Layers are read, run over every sequence and dropped one at a time, so a model
+far a correct implementation deviates. Layers are read, run over every sequence and dropped one at a time, so a model
 needs the memory of one layer and of its hidden states, not of its weights.
 
 Shapes: T tokens of a sequence, V vocabulary, H hidden.
@@ -27,14 +27,14 @@ from pipeline.sources.weights import weights
 from pipeline.validate.reference.golden import Golden, Summary, joined, project_cache, recorded_ids, summary
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
-"""What versions of transformers call the cache that a layer is given."""
+"""Names of a layer's cache argument in versions of transformers."""
 
 TOKENS_AT_ONCE = 256
 HEAD_ROWS = 16384
 
 
 def above(dtype: str) -> torch.dtype:
-    """The precision of the baseline."""
+    """Return the precision of the baseline."""
     return torch.float64 if dtype == "float32" else torch.float32
 
 
@@ -106,7 +106,7 @@ class Reference:
         return model
 
     def _start(self, model: Any, tokens: list[int], kind: torch.dtype) -> Recorder:
-        """Embed a sequence and record what the model hands to its layers: mask, positions, rotary tables."""
+        """Embed a sequence and record the arguments of the layers: mask, positions, rotary tables."""
         recorder = Recorder()
         model.layers[0] = recorder
         model(inputs_embeds=self.embed(tokens)[None].to(kind), use_cache=False)
@@ -114,19 +114,19 @@ class Reference:
         return recorder
 
     def embed(self, tokens: list[int]) -> Tensor:
-        """Embeddings [T, H] as the recipe's dtype holds them."""
+        """Return embeddings [T, H] in the recipe's dtype."""
         last = self._embedding.shape[0] - 1  # as the graphs do where a draft's vocabulary is padded less
         rows = (self._embedding.rows(min(t, last), min(t, last) + 1) for t in tokens)
         return torch.stack([self._read(row, self._embedding_narrow)[0] for row in rows])
 
     def _normed(self, runs: list[Recorder], kind: torch.dtype) -> Iterator[Tensor]:
-        """Normalised hidden states [T, H] of each sequence, which is all that remains of a run."""
+        """Return normalised hidden states [T, H] of each sequence: the only kept result of a run."""
         self._norm.load_state_dict({"weight": self.read(self._refs[NORM]).to(kind)}, assign=True)
         for run in runs:
             yield self._norm(run.hidden)[0]
 
     def golden(self, high_TH: Tensor, low_TH: Tensor, caches: Tensor, caches_noise: Tensor) -> Golden:
-        """What is kept of normalised hidden states and projected caches in both precisions."""
+        """Return the golden of normalised hidden states and projected caches in both precisions."""
         ids: list[Tensor] = []
         parts: tuple[list[Summary], list[Summary]] = ([], [])
         for start in range(0, len(high_TH), TOKENS_AT_ONCE):
@@ -140,7 +140,7 @@ class Reference:
         return Golden(torch.cat(ids), joined(parts[0]), joined(parts[1]), caches, caches_noise)
 
     def _head(self, hidden_TH: Tensor) -> Tensor:
-        """Logits [T, V], float64 or float32: accumulated in at least float32, as Tandem does in every dtype."""
+        """Return logits [T, V], float64 or float32: accumulated in at least float32, as Tandem does in every dtype."""
         tied = self.checkpoint.config.tied
         ref = self._embedding if tied else self._refs[HEAD]
         wide = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
@@ -150,7 +150,7 @@ class Reference:
         return torch.cat([wide @ block.T for block in blocks], dim=-1)
 
     def read(self, ref: TensorRef) -> Tensor:
-        """A tensor as the recipe's dtype holds it; a matrix stored as int8 as what that stands for, float32."""
+        """Return a tensor in the recipe's dtype; for a matrix stored as int8, its dequantised values in float32."""
         return self._read(ref, self.narrow)
 
     def _read(self, ref: TensorRef, narrow: str | None) -> Tensor:
@@ -161,7 +161,7 @@ class Reference:
 
 
 class Recorder(nn.Module):
-    """Stands where the layers are and keeps what they would be given."""
+    """Replaces the layers and records their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,12 +176,12 @@ class Recorder(nn.Module):
 
 
 class _ProjectedCache:
-    """What a layer takes for a cache: keeps projections of keys and values and hands both back."""
+    """A stand-in for a layer's cache: stores projections of keys and values and returns both."""
 
     def __init__(self) -> None:
         self.layers: list[Tensor] = []
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Shapes: [1, heads, T, D]."""
+        """Store projections of keys and values, and return both. Shapes: [1, heads, T, D]."""
         self.layers.append(torch.stack([project_cache(keys[0]), project_cache(values[0])], dim=1))
         return keys, values

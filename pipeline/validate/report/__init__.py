@@ -1,5 +1,5 @@
 """The results of the gates as data (`schema.py`), HTML page, Markdown and JUnit.
 
-Judges nothing. Imports no torch.
+Contains no limits. Imports no torch.
 Entered by `validate.gates`, `validate.run`, measure and cli.
 """

@@ -1,6 +1,6 @@
-"""Two releases side by side: what moved, and is it beyond noise. Made from their reports alone. No torch.
+"""Compare two releases by their reports alone: changes, and whether they exceed the noise. No torch.
 
-A measurement has moved beyond noise when its change is larger than the two samples explain: a two-proportion test for
+A change exceeds the noise when it is larger than the two samples explain: a two-proportion test for
 acceptance, a rank test for latencies (each at one in a thousand), a tenth for ratios of errors, whose sampling error is
 far below that.
 """
@@ -33,7 +33,7 @@ class Change:
 
     @property
     def judgement(self) -> str:
-        """What the change means, in two words."""
+        """Verdict on the change."""
         if self.beyond_noise is None:
             return "for information"
         if not self.beyond_noise:
@@ -96,7 +96,7 @@ def _acceptance(before: Report, after: Report) -> Iterator[Change]:
 
 
 def _emitted_differ(old: Acceptance, new: Acceptance) -> bool:
-    """A z test on the mean of tokens that a step emits."""
+    """Return the result of a z-test on the mean tokens per step."""
     parts = []
     for lengths in (old.lengths, new.lengths):
         total = max(sum(lengths), 1)
@@ -122,7 +122,7 @@ def _speed(before: Report, after: Report) -> Iterator[Change]:
 
 
 def differ(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether two shares, given as counts, differ beyond noise."""
+    """Return whether two shares, given as counts, differ beyond noise."""
     (x, n), (y, m) = a, b
     pooled = (x + y) / max(n + m, 1)
     error = math.sqrt(pooled * (1 - pooled) * (1 / max(n, 1) + 1 / max(m, 1)))
@@ -130,7 +130,7 @@ def differ(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 
 def rank_differ(a: Sequence[float], b: Sequence[float]) -> bool | None:
-    """Mann and Whitney's rank test (1947), by its normal approximation; None with fewer than ten values."""
+    """Return the result of Mann and Whitney's rank test (1947), approximated; None with fewer than 10 values."""
     n, m = len(a), len(b)
     if min(n, m) < 10:
         return None
@@ -151,8 +151,8 @@ def render(before: Report, after: Report) -> str:
         {
             "before": names[0],
             "after": names[1],
-            "text": "Worse than before" if worse else "Nothing is worse beyond noise",
-            "findings": [f"{c.what}: {show(c.before)} before, {show(c.after)} now" for c in worse],
+            "text": "Some measurements are worse beyond noise" if worse else "Nothing is worse beyond noise",
+            "findings": [f"{c.what}: {show(c.before)} before, {show(c.after)} after" for c in worse],
             "changes": changes,
         },
     )

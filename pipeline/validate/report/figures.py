@@ -1,4 +1,4 @@
-"""Which plots the page shows, made from a report. Draws nothing itself and knows no HTML beyond captions. No torch."""
+"""The plots of the page, made from a report. Contains no drawing code and no HTML except captions. No torch."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class BucketRow:
 
 
 def bucket_map(report: Report) -> list[BucketRow]:
-    """Return what each graph was tested on, by KV bucket."""
+    """Return the tests of each graph, by KV bucket."""
     tokens = _tokens_compared(report)
     faulty = {d.graph for d in report.losslessness.differences if not d.near_tie}
     rows: dict[str, dict[int, BucketCell]] = {}
@@ -247,7 +247,7 @@ def token_anchor(sequence: int, position: int) -> str:
 
 
 def _link(report: Report, of: ModelParity, row: int, what: str) -> Link:
-    """Return a link to the token of a row, with what is said of it."""
+    """Return a link to the token of a row, with its label."""
     points = of.points
     number, position, graph = points.sequence[row], points.position[row], points.graphs[points.graph[row]]
     label = f"{report.sequences[number].name}, position {position}, {graph}: {what}"

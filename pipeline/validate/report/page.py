@@ -1,7 +1,7 @@
 """The report as one page: verdict, what was tested, plots, tables, prompts, provenance. Opens offline. No torch.
 
 Everything is in the file: style, script and drawings. Any dot in a plot leads to the prompt and token behind it. The
-markup is in `templates/`, where all text is escaped; this module decides what they show.
+markup is in `templates/`, where all text is escaped; this module selects the content.
 """
 
 from __future__ import annotations

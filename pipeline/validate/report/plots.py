@@ -24,7 +24,7 @@ class Axis:
     ticks: tuple[tuple[float, str], ...] | None = None
 
     def share(self, value: float) -> float:
-        """Where a value lies, 0 to 1."""
+        """Return the position of a value, 0 to 1."""
         if self.log:
             low, high, value = math.log10(self.low), math.log10(self.high), math.log10(max(value, self.low))
         else:
@@ -32,7 +32,7 @@ class Axis:
         return min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0)
 
     def marks(self) -> list[tuple[float, str]]:
-        """Values to mark, with their text."""
+        """Return the values to mark, with their text."""
         if self.ticks is not None:
             return list(self.ticks)
         return _decades(self.low, self.high) if self.log else _round_steps(self.low, self.high)
@@ -40,7 +40,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Link:
-    """An anchor of the page, and what is said of it."""
+    """An anchor of the page, and its label."""
 
     anchor: str
     label: str
@@ -48,7 +48,7 @@ class Link:
 
 @dataclass
 class Plot:
-    """One plot: a drawing in the making."""
+    """One plot, to which shapes are added."""
 
     title: str
     x: Axis
@@ -57,14 +57,14 @@ class Plot:
     keys: list[tuple[str, str]] = field(default_factory=list)
 
     def line(self, points: Sequence[tuple[float, float]], style: str, key: str = "") -> None:
-        """A line through points; `key` names it in the legend."""
+        """Add a line through points; `key` is its name in the legend."""
         if points:
             path = " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in points)
             self.parts.append(f'<polyline class="line {style}" points="{path}"/>')
         self._key(style, key)
 
     def dots(self, points: Sequence[tuple[float, float]], style: str) -> None:
-        """Dots that need no names."""
+        """Add dots without names."""
         self.parts += [
             f'<circle class="dot {style}" cx="{self._x(x):.1f}" cy="{self._y(y):.1f}" r="2.6"/>' for x, y in points
         ]
@@ -72,7 +72,7 @@ class Plot:
     def area(
         self, low: Sequence[tuple[float, float]], high: Sequence[tuple[float, float]], style: str, key: str
     ) -> None:
-        """A band between two lines."""
+        """Add a band between two lines."""
         points = [*low, *reversed(high)]
         if points:
             path = " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in points)
@@ -89,7 +89,7 @@ class Plot:
         )
 
     def bar(self, x: tuple[float, float], y: float, style: str, label: str = "", base: float | None = None) -> None:
-        """A bar between two x values, from the floor or `base`."""
+        """Add a bar between two x values, from the floor or `base`."""
         left, right = self._x(x[0]), self._x(x[1])
         top, bottom = self._y(y), self._y(self.y.low if base is None else base)
         title = f"<title>{escape(label)}</title>" if label else ""
@@ -99,7 +99,7 @@ class Plot:
         )
 
     def rule(self, y: float, label: str, style: str = "limit") -> None:
-        """A horizontal line with a meaning: limits are named at the left, others at the right."""
+        """Add a horizontal line with a label: limits at the left, others at the right."""
         at = self._y(y)
         self.parts.append(f'<line class="{style}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         x, anchor = (LEFT + 4, "start") if style == "limit" else (WIDTH - RIGHT, "end")
@@ -108,7 +108,7 @@ class Plot:
         )
 
     def key(self, style: str, text: str) -> None:
-        """A legend entry without a drawing of its own."""
+        """Add a legend entry without a shape."""
         self._key(style, text)
 
     def svg(self, name: str, caption: str) -> Markup:
@@ -155,7 +155,7 @@ class Plot:
 
 
 def axis(values: Sequence[float], label: str, *, log: bool = False, low: float | None = None) -> Axis:
-    """An axis that holds all values, with some room."""
+    """Return an axis that holds all values, with a margin."""
     drawable = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0]
     least, most = min(drawable), max(drawable)
     if log:

@@ -21,7 +21,7 @@ def _finite(value: Any) -> Any:
 
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
-"""A number; null where it is infinite or not a number, which JSON cannot say."""
+"""A number; null where it is infinite or not a number: JSON has neither."""
 
 
 class Gate(Record):
@@ -37,7 +37,7 @@ class TokenSequence(Record):
 
     name: str = Field(description="name of the prompt or probe")
     kind: str = Field(validation_alias="class", serialization_alias="class", description="class of the prompt")
-    prompt_tokens: int = Field(description="how many of the tokens were given; the rest are the answer")
+    prompt_tokens: int = Field(description="number of prompt tokens; the rest are the answer")
     tokens: tuple[int, ...] = Field(description="token ids")
     texts: tuple[str, ...] = Field(description="text of each token")
 
@@ -251,7 +251,9 @@ class Tested(Record):
     sampling: tuple[str, ...] = Field(description="kinds of sampling")
     ranks: int = Field(description="tensor-parallel ranks")
     dtype: str = Field(description="dtype of the target")
-    cut_prompts: tuple[str, ...] = Field(description="prompts longer than the largest prefill bucket: their ends ran")
+    cut_prompts: tuple[str, ...] = Field(
+        description="prompts that exceed the largest prefill bucket: only their ends ran"
+    )
 
 
 class Cached(Record):
@@ -295,15 +297,15 @@ class Report(Record):
 
 
 def to_bytes(report: Report) -> bytes:
-    """`parity.json`."""
+    """Return the text of `parity.json`."""
     return json.dumps(report.model_dump(mode="json", by_alias=True), allow_nan=False, separators=(",", ":")).encode()
 
 
 def read(data: bytes, where: str) -> Report:
-    """A report from its bytes.
+    """Return a report from its bytes.
 
     Raises:
-        InputError: it is not one of this format.
+        InputError: the bytes are not a report of this format.
 
     """
     try:
@@ -311,25 +313,25 @@ def read(data: bytes, where: str) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         what = f"not a parity report of this version: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise InputError(what, where=where, fix="run `tandem validate` on the artifact") from error
+        raise InputError(what, where=where, fix="tandem validate ARTIFACT") from error
 
 
 def load(root: Path) -> Report:
-    """The report of an artifact.
+    """Return the report of an artifact.
 
     Raises:
-        InputError: it has not been validated, or by another version.
+        InputError: the artifact has no report, or a report of another version of Tandem.
 
     """
     path = root / "reports" / "parity.json"
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError("no parity report", where=str(path), fix="run `tandem validate` on the artifact") from error
+        raise InputError("no parity report", where=str(path), fix=f"tandem validate {root}") from error
     return read(data, str(path))
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of `parity.json`."""
+    """Return the JSON Schema of `parity.json`."""
     fields = Report.model_json_schema(by_alias=True, mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **fields}

@@ -10,7 +10,7 @@ from pipeline.validate.report.schema import Latencies, Report
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """Return what the manifest keeps."""
+    """Return the summary that the manifest stores."""
     return {
         "passed": report.passed,
         "gates": {gate.name: list(gate.findings) for gate in report.gates},
@@ -34,7 +34,7 @@ def _rates(of: Latencies) -> dict[str, Any]:
 
 
 def headlines(report: Report) -> list[tuple[str, str]]:
-    """Return the measurements that a reader wants first, as label and value, for terminal, Markdown and page."""
+    """Return the main measurements, as label and value, for terminal, Markdown and page."""
     rows = [
         (f"{model}: error over {of.dtype} noise", f"{show(of.error_over_noise)} ({of.tokens} tokens)")
         for model, of in report.parity.items()
@@ -55,7 +55,7 @@ def headlines(report: Report) -> list[tuple[str, str]]:
     rows.append(("speed-up, measured once; other load changes it", show(report.speed.measured_speedup)))
     rows.append(("speed-up, from acceptance and draft size", show(report.speed.expected_speedup)))
     if cut := report.tested.cut_prompts:
-        longest = f"longer than the largest prefill bucket of {report.tested.prefill[-1]} tokens, only their ends ran"
+        longest = f"longer than the largest prefill bucket; only their last {report.tested.prefill[-1]} tokens ran"
         rows.append(("prompts that were cut", f"{len(cut)} of {report.tested.prompts}: {longest}"))
     return rows
 
@@ -63,7 +63,7 @@ def headlines(report: Report) -> list[tuple[str, str]]:
 def _exact_tests(p_values: Sequence[float | None]) -> str:
     known = [p_value for p_value in p_values if p_value is not None]
     if not known:
-        return f"{len(p_values)} exact tests, none with a p value"
+        return f"{len(p_values)} exact tests, none with a p-value"
     return f"{len(known)} exact tests, smallest p {show(min(known))}"
 
 
@@ -81,7 +81,7 @@ def show(value: float | None) -> str:
 
 
 def junit(report: Report) -> bytes:
-    """The gates as a JUnit report, a test case each."""
+    """Return the gates as a JUnit report, one test case per gate."""
     failed = sum(not gate.passed for gate in report.gates)
     suite = ET.Element("testsuite", name=report.name, tests=str(len(report.gates)), failures=str(failed))
     for gate in report.gates:
@@ -92,7 +92,7 @@ def junit(report: Report) -> bytes:
 
 
 def markdown(report: Report) -> str:
-    """A summary for a pull request or a model card."""
+    """Return a summary for a pull request or a model card."""
     verdict = "passed" if report.passed else "**failed**"
     lines = [
         f"### {report.name} {report.version}: validation {verdict}",

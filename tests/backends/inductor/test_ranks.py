@@ -117,7 +117,7 @@ def test_a_killed_rank_is_an_error(base, alone):
     """Of this call and of those after it, which used to end in `OSError: handle is closed`."""
     engine = built(base, 2, "sharded")
     os.kill(engine.ranks._workers[1].pid, signal.SIGKILL)
-    for failure in ("rank [01]", "the ranks have ended"):
+    for failure in ("rank [01]", "the rank processes have ended"):
         with pytest.raises(HostError, match=failure):
             engine.generate(PROMPTS, max_new_tokens=24)
 
@@ -131,7 +131,7 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(tmp_path):
         ranks.reset()
     with suppress(ProcessLookupError):  # it was ended
         os.kill(slow, signal.SIGCONT)
-    with pytest.raises(HostError, match="the ranks have ended"):
+    with pytest.raises(HostError, match="the rank processes have ended"):
         ranks.reset()
 
 

@@ -325,6 +325,6 @@ def test_trace_of_ranks_of_wrong_names_and_of_state_in_place():
     assert done.returncode == 0, done.stderr
     differ, names, in_place = done.stdout.splitlines()
     assert differ == "True"
-    assert "draft.misspelled is in the trace, but not in the shards" in names
-    assert "draft.k.0 is written, but not aliased" in names
+    assert "draft.misspelled is in the trace but not in the shards" in names
+    assert "draft.k.0 is written but not aliased" in names
     assert "mutated in place, which ModelBuilder V2 does not support" in in_place

@@ -106,9 +106,9 @@ def test_compile_neff_refuses_logical_cores_that_the_chip_lacks(where, work):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda d: d[:-7], r"its header says 1024 \+ \d+: truncated or damaged"),
-        (lambda d: d[:600], "600 bytes, a NEFF's header has 1024"),
-        (lambda d: b"\0" * 2000, "header_size 0, a NEFF has 1024"),
+        (lambda d: d[:-7], r"truncated or damaged NEFF: \d+ bytes, the header describes 1024 \+ \d+"),
+        (lambda d: d[:600], "truncated NEFF: 600 bytes, the header alone has 1024"),
+        (lambda d: b"\0" * 2000, "header_size 0, expected 1024"),
     ],
 )
 def test_check_neff_refuses_what_is_damaged(where, work, damage, says):
@@ -119,7 +119,7 @@ def test_check_neff_refuses_what_is_damaged(where, work, damage, says):
 
 def test_check_neff_refuses_other_logical_cores(where, work):
     data = compiler.compile_neff(b"hlo", compiler.arguments("trn2", 1, {}), work, where)
-    with pytest.raises(ArtifactError, match="lnc_size 1, the artifact says 2"):
+    with pytest.raises(ArtifactError, match="lnc_size mismatch: expected 2, found 1"):
         compiler.check_neff(data, "graph.neff", lnc=2)
 
 

@@ -44,21 +44,27 @@ def test_fix_of_a_missing_sdk_installs_from_the_vendor_s_index():
 @pytest.mark.parametrize(("name", "version"), [(n, v) for n, v in support.PLACEHOLDERS.items() if n in GOOD])
 def test_placeholders_of_pypi_are_told_from_packages(name, version):
     (only,) = said(GOOD | {name: version})
-    assert only == f"packages: {name} {version} is the empty placeholder of PyPI, not the SDK's package"
+    assert only == f"packages: {name} {version} is an empty placeholder from PyPI, not the SDK's package"
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"torch": "2.13.0+cpu"}, "packages.torch: torch 2.13.0+cpu; PyTorch/XLA on Neuron ends at torch 2.9"),
+        (
+            {"torch": "2.13.0+cpu"},
+            "packages.torch: found torch 2.13.0+cpu; the last torch that PyTorch/XLA on Neuron supports is 2.9",
+        ),
         (
             {"neuronx-cc": "2.26.6360.0"},
-            "packages.neuronx-cc: neuronx-cc 2.26.6360.0; neuronx-distributed 0.18.27753+abc is of SDK 2.29, "
-            "which has 2.24.*",
+            "packages.neuronx-cc: found neuronx-cc 2.26.6360.0; SDK 2.29 (of neuronx-distributed 0.18.27753+abc) has "
+            "2.24.*",
         ),
-        ({"torch-neuronx": "2.9.0.2.15.1"}, "packages.torch-neuronx: torch-neuronx 2.9.0.2.15.1; "),
-        ({"neuronx-distributed": "0.21.1"}, "packages.neuronx-distributed: neuronx-distributed 0.21.1; supported: "),
-        ({"neuronx-cc": "2.27.5334.0"}, "packages.neuronx-cc: neuronx-cc 2.27.5334.0; "),
+        ({"torch-neuronx": "2.9.0.2.15.1"}, "packages.torch-neuronx: found torch-neuronx 2.9.0.2.15.1; "),
+        (
+            {"neuronx-distributed": "0.21.1"},
+            "packages.neuronx-distributed: found neuronx-distributed 0.21.1; supported: ",
+        ),
+        ({"neuronx-cc": "2.27.5334.0"}, "packages.neuronx-cc: found neuronx-cc 2.27.5334.0; "),
     ],
 )
 def test_versions_that_do_not_belong_together(changes, says):
@@ -68,7 +74,7 @@ def test_versions_that_do_not_belong_together(changes, says):
 
 def test_python_that_the_packages_do_not_come_for(monkeypatch):
     monkeypatch.setattr(support.sys, "version_info", (3, 14, 0))
-    assert said(GOOD) == ["python: Python 3.14, the Neuron packages support 3.11 and 3.12"]
+    assert said(GOOD) == ["python: found Python 3.14; the Neuron packages support 3.11 and 3.12"]
 
 
 def test_compiler_that_is_not_on_the_path(monkeypatch):
@@ -80,8 +86,8 @@ def test_compiler_that_is_not_on_the_path(monkeypatch):
     ("values", "says"),
     [
         ({"NEURON_CC_FLAGS": "-O3"}, "NEURON_CC_FLAGS='-O3' is set; flags outside the recipe are not used"),
-        ({"NEURON_PLATFORM_TARGET_OVERRIDE": "trn1"}, "NEURON_PLATFORM_TARGET_OVERRIDE=trn1, the recipe says trn2"),
-        ({"NEURON_LOGICAL_NC_CONFIG": "1"}, "NEURON_LOGICAL_NC_CONFIG=1, the recipe says 2"),
+        ({"NEURON_PLATFORM_TARGET_OVERRIDE": "trn1"}, "NEURON_PLATFORM_TARGET_OVERRIDE=trn1, the recipe has trn2"),
+        ({"NEURON_LOGICAL_NC_CONFIG": "1"}, "NEURON_LOGICAL_NC_CONFIG=1, the recipe has 2"),
     ],
 )  # fmt: skip
 def test_environment_that_contradicts_the_recipe(values, says):

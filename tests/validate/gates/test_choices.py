@@ -1,4 +1,4 @@
-"""How many near-ties of answers are usual."""
+"""The limit of near-ties in answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def golden(ties: int) -> Golden:
 
 @pytest.mark.parametrize(("ties", "passes"), [(0, True), (1, True), (2, False)])
 def test_check_choices_counts_whole_near_ties(ties, passes):
-    """One near-tie of 34 tokens failed a limit of 2%, with the message "near-ties 1 of 34; at most 1 are usual"."""
+    """A limit of 2% of 34 tokens allows one near-tie."""
     choices = [Choice("decode", "a", at, int(at < ties)) for at in range(TOKENS)]
     checked = check_choices(choices, {"a": golden(ties)}, floor=1e-3, near_tie_rate=0.02)
     assert (checked.findings == ()) is passes
