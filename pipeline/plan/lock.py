@@ -131,7 +131,7 @@ def relock(recipe: Recipe, lock: Lock) -> Lock:
             raise InputError(
                 what,
                 where=recipe.place(key),
-                fix=f"on a host that can read the source, run: tandem recipe lock {recipe.name}",
+                fix=f"on a host that can read the source, run: tandem recipe lock {recipe.argument()}",
             )
     return replace(lock, recipe_sha256=recipe.digest())
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -326,6 +328,11 @@ class Recipe(Record):
         while recorded and recorded not in self._places:
             recorded = recorded[: max(recorded.rfind("."), recorded.rfind("["), 0)]
         return f"{self._places.get(recorded, self.name)}: {key}"
+
+    def argument(self) -> str:
+        """Return the argument that names this recipe in a command: its file, or its name in `recipes/`."""
+        file = Path(self._places.get("", f"{self.name}:1").rpartition(":")[0])
+        return file.stem if file.parent in (Path("recipes"), Path()) else shlex.quote(str(file))
 
     def digest(self) -> str:
         """Return the sha256 of the recipe's values, independent of layout, comments and base."""

@@ -152,9 +152,8 @@ def remedy(whole: Report, recipe: Recipe, root: Path) -> str:
     if all(gate.passed for gate in whole.gates if gate.name == "acceptance"):
         return page_path
     limit = f"lower `validate.gates.tokens_per_step` (now {recipe.validate_.gates.tokens_per_step}) in the recipe"
-    return (
-        f"train a draft for this target: `tandem distill {recipe.name}`; or {limit}; to see which prompts, {page_path}"
-    )
+    train = f"train a draft for this target: `tandem distill {recipe.argument()}`"
+    return f"{train}; or {limit}; to see which prompts, {page_path}"
 
 
 def page_of(root: Path) -> Path:

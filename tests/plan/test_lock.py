@@ -251,7 +251,7 @@ def test_pair_configs_lock_of_another_source_is_refused(tmp_path: Path) -> None:
     recipe = load(write_recipe(tmp_path))
     with pytest.raises(InputError) as caught:
         locks.pair_configs(recipe, Lock(recipe.digest(), TARGET), "lock")
-    assert caught.value.fix.endswith("tandem recipe lock pair")
+    assert caught.value.fix.endswith(f"tandem recipe lock {tmp_path}/pair.yaml")
 
 
 def test_relock_keeps_the_pins_of_a_changed_recipe(tmp_path: Path) -> None:

@@ -146,6 +146,17 @@ def test_digest_ignores_layout_and_sees_values(tmp_path: Path) -> None:
     assert first.digest() == spaced.digest() != other.digest()
 
 
+def test_argument_is_the_file_of_a_recipe_outside_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in messages named the recipe's `name`, which is not its file."""
+    text = GOOD.replace("name: ", "name: another-")
+    (tmp_path / "recipes").mkdir()
+    for path in (tmp_path / "my pair.yaml", tmp_path / "recipes/mine.yaml"):
+        path.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert load(tmp_path / "my pair.yaml").argument() == f"'{tmp_path}/my pair.yaml'"
+    assert load(Path("recipes/mine.yaml")).argument() == "mine"
+
+
 def test_place_names_the_line_of_the_nearest_key(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     recipe = load(path)
