@@ -75,7 +75,7 @@ def test_github_files_by_their_schemas(schema, pattern):
 def test_package_is_built_and_its_wheel_pulls(tmp_path):
     """The steps of ci.yml and package.yml, on a copy: sdist and wheel, their checks, the wheel in a new environment."""
     root = tmp_path / "checkout"
-    for name in ("pipeline", "scripts"):
+    for name in ("pipeline", "tandem_spec", "scripts"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root / name)
@@ -87,7 +87,8 @@ def test_package_is_built_and_its_wheel_pulls(tmp_path):
     assert sorted(path.suffix for path in (root / "dist").iterdir()) == [".gz", ".whl"]
     (wheel,) = (root / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"pipeline/py.typed", "pipeline/validate/default_prompts.jsonl"} <= set(names)
+    data = {"pipeline/py.typed", "pipeline/validate/default_prompts.jsonl", "pipeline/backends/inductor/include/regex"}
+    assert data | {"tandem_spec/py.typed"} <= set(names)
 
 
 def test_slow_lanes_are_targets_of_the_makefile():
