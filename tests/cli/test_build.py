@@ -16,32 +16,12 @@ import torch
 from pipeline.files.atomic import TEMP
 from pipeline.models.weights import NORM
 from support.checkpoints import CONFIG, random_weights, write_checkpoint
-from support.commands import invoke
+from support.commands import RECIPE, invoke
 from support.families import write_tokenizer
 from support.hub_server import Repo, running
 from support.processes import heed_interrupts, members, wait_for
 
 TANDEM = "from pipeline.cli.main import main; main()"
-RECIPE = """\
-name: mine
-target: {source: ./target}
-draft: {derive: {from: target, layers: [0]}}
-speculation: {draft_tokens: [2]}
-shapes: {batch: [1], prefill: [16], kv: [32]}
-"""
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    """A folder with a good recipe and its target, where commands run; nothing is cached."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
-    for name in ("HF_HUB_CACHE", "HF_HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "hub"))
-    (tmp_path / "mine.yaml").write_text(RECIPE)
-    write_checkpoint(tmp_path / "target", vocab_size=400)
-    write_tokenizer(tmp_path / "target", "json")
-    return tmp_path
 
 
 def refused(work: Path, code: int, *said: str) -> str:

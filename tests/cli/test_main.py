@@ -20,31 +20,9 @@ import pipeline
 from pipeline.cli.main import COMMANDS, main
 from pipeline.runtime.text import StreamDecoder
 from support import small_artifacts as small
-from support.checkpoints import write_checkpoint
-from support.commands import invoke
-from support.families import write_tokenizer
+from support.commands import RECIPE, invoke
 
 TANDEM = "from pipeline.cli.main import main; main()"
-RECIPE = """\
-name: mine
-target: {source: ./target}
-draft: {derive: {from: target, layers: [0]}}
-speculation: {draft_tokens: [2]}
-shapes: {batch: [1], prefill: [16], kv: [32]}
-"""
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    """A folder with a good recipe and its target, where commands run; nothing is cached."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
-    for name in ("HF_HUB_CACHE", "HF_HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "hub"))
-    (tmp_path / "mine.yaml").write_text(RECIPE)
-    write_checkpoint(tmp_path / "target", vocab_size=400)
-    write_tokenizer(tmp_path / "target", "json")
-    return tmp_path
 
 
 @pytest.mark.parametrize("name", ["some/folder", "no-such-thing"])

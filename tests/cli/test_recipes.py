@@ -9,16 +9,9 @@ from pathlib import Path
 import pytest
 
 from support.checkpoints import CONFIG, random_weights, write_checkpoint
-from support.commands import answer, invoke
+from support.commands import RECIPE, answer, invoke
 from support.families import write_tokenizer
 
-RECIPE = """\
-name: mine
-target: {source: ./target}
-draft: {derive: {from: target, layers: [0]}}
-speculation: {draft_tokens: [2]}
-shapes: {batch: [1], prefill: [16], kv: [32]}
-"""
 DERIVED = "{derive: {from: target, layers: [0]}}"
 
 

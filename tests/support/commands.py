@@ -9,6 +9,14 @@ from click.testing import CliRunner, Result
 
 from pipeline.cli.main import main
 
+RECIPE = """\
+name: mine
+target: {source: ./target}
+draft: {derive: {from: target, layers: [0]}}
+speculation: {draft_tokens: [2]}
+shapes: {batch: [1], prefill: [16], kv: [32]}
+"""
+
 
 def invoke(*arguments: str | Path, **options: Any) -> Result:
     """Run `tandem` with these arguments; stdout and stderr are apart."""
