@@ -1,4 +1,4 @@
-"""What is deployed: the workflow's own steps on real servers, and manifests, unit and images by their checkers."""
+"""What is deployed: workflows, manifests, unit and images by their checkers."""
 
 from __future__ import annotations
 
@@ -9,31 +9,19 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import click
 import pytest
 import yaml
 
-from pipeline.errors import InputError
-from pipeline.recipe.changed import changed_recipes
-from pipeline.registry import releases as registry
 from pipeline.registry.publish import publish
 from support import small_artifacts as small
 from support.paths import ROOT
+from support.release_workflow import BIN, TINY
 
 WORKFLOW = ROOT / ".github/workflows/release.yml"
 SLOW = ROOT / ".github/workflows/slow.yml"
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-BIN = Path(sys.executable).parent
-TINY = """
-name: tiny
-target: {source: "pico://qwen3?layers=2", dtype: float32}
-draft: {derive: {from: target, layers: [0]}}
-speculation: {draft_tokens: [2], sampling: [greedy]}
-shapes: {batch: [2], prefill: [16], kv: [48]}
-validate: {prompts: prompts.jsonl, max_new_tokens: 10, gates: {tokens_per_step: 1.0}}
-"""
 
 
 def tool(name: str) -> str:
@@ -247,170 +235,3 @@ def test_pull_without_torch(tmp_path, url):
     environ = os.environ | {"PYTHONPATH": str(ROOT), "TANDEM_CACHE": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", code, "pull", f"{url}/small@latest", str(out)], env=environ, check=True)
     assert small.digests(out) == small.digests(made)
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A repository with this package, a recipe, and a commit that changes it and one for a chip."""
-    root = tmp_path / "repository"
-    for name in ("pipeline", "scripts", ".github"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "recipes").mkdir()
-    (root / "recipes/tiny.yaml").write_text(TINY)
-    (root / "recipes/other.yaml").write_text(TINY.replace("name: tiny", "name: other").replace("prompts.j", "others.j"))
-    prompt = json.dumps({"id": "0", "class": "chat", "prompt": "a"}) + "\n"
-    for name in ("prompts", "others"):
-        (root / f"recipes/{name}.jsonl").write_text(prompt)
-    git(root, "init", "-q", "-b", "main")
-    git(root, "add", "-A")
-    git(root, "commit", "-q", "-m", "one")
-    (root / "recipes/prompts.jsonl").write_text(prompt + prompt.replace('"0"', '"1"'))
-    chip = TINY.replace("name: tiny", "name: chip").replace("float32", "bfloat16")
-    (root / "recipes/chip.yaml").write_text(chip + "backend: {name: neuron, target: trn2}\n")
-    environ = os.environ | {"PYTHONPATH": str(root), "TANDEM_CACHE": str(tmp_path / "cache")}
-    subprocess.run([str(BIN / "tandem"), "recipe", "lock", "tiny"], cwd=root, env=environ, check=True)
-    git(root, "add", "-A")
-    git(root, "commit", "-q", "-m", "two")
-    return root
-
-
-def git(root: Path, *args: str) -> str:
-    command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *args]
-    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
-
-
-class Runner:
-    """Runs a job's shell steps as the service would: expressions replaced, one output file, one summary file."""
-
-    def __init__(self, root: Path, expressions: dict[str, str], environ: dict[str, str]) -> None:
-        self.root, self.expressions = root, expressions
-        self.output, self.summary = root.parent / "output", root.parent / "summary"
-        self.output.touch()
-        self.summary.touch()
-        self.environ = os.environ | environ | {
-            "GITHUB_OUTPUT": str(self.output), "GITHUB_STEP_SUMMARY": str(self.summary), "PYTHONPATH": str(root),
-            "PATH": f"{root.parent / 'bin'}:{BIN}:{os.environ['PATH']}",
-        }  # fmt: skip
-
-    def job(self, name: str) -> None:
-        """Its steps; once one failed, only those that run always, and the failure is raised at the end."""
-        job = yaml.safe_load((self.root / ".github/workflows/release.yml").read_text())["jobs"][name]
-        failure = None
-        for step in job["steps"]:
-            if "run" not in step or step["name"] == "Install" or (failure and step.get("if") != "always()"):
-                continue
-            given = {key: self.value(text) for key, text in (job.get("env", {}) | step.get("env", {})).items()}
-            command = ["bash", "-eo", "pipefail", "-c", step["run"]]
-            try:
-                subprocess.run(command, cwd=self.root, check=True, env=self.environ | given)
-            except subprocess.CalledProcessError as error:
-                failure = failure or error
-        if failure:
-            raise failure
-
-    def value(self, text: str) -> str:
-        """An expression must be one that the test knows; credentials come with the environment, or are empty."""
-        match = re.fullmatch(r"\$\{\{ (.*) \}\}", str(text))
-        if match is None:
-            return str(text)
-        given = re.fullmatch(r"(?:secrets|vars)\.((?:AWS|HF)_\w+)", match[1])
-        return os.environ.get(given[1], "") if given else self.expressions[match[1]]
-
-
-def expressions_of(repository: Path, registry_url: str, cache_url: str) -> dict[str, str]:
-    """What the workflow's expressions are after a push of the last commit."""
-    base = "github.event_name == 'pull_request' && github.event.pull_request.base.sha || github.event.before"
-    return {
-        base: git(repository, "rev-parse", "HEAD~1"), "github.sha": git(repository, "rev-parse", "HEAD"),
-        "matrix.recipe": "tiny", "vars.TANDEM_REGISTRY": registry_url, "vars.TANDEM_ALIAS": "prod",
-        "vars.TANDEM_REMOTE_CACHE": cache_url,
-        "vars.TANDEM_REMOTE_CACHE != '' && '1' || '0'": "1" if cache_url else "0",
-        "github.token": "t", "github.repository": "org/repo", "github.event.pull_request.number": "7",
-    }  # fmt: skip
-
-
-@pytest.mark.server
-def test_workflow_steps(repository, url, s3_url, tmp_path):
-    """A push: the changed recipe alone is built from its lock, gated, signed, published; the alias moves. Then the
-    comment of a pull request. `gh` is a stand-in that keeps what it was given; the key replaces the job's identity."""
-    from pipeline.artifact import signing
-    from pipeline.registry.pull import pull
-    from support.signing_keys import key_pair
-
-    private, public = key_pair(tmp_path, "release")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/gh").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$GH_LOG"; cp comment.md "$GH_LOG.body"\n')
-    (tmp_path / "bin/gh").chmod(0o755)
-    environ = {"SIGNING_KEY": str(private), "TANDEM_CACHE": str(tmp_path / "cache"), "GH_LOG": str(tmp_path / "gh")}
-    runner = Runner(repository, expressions_of(repository, url, s3_url), environ)
-    runner.job("changed")
-    assert runner.output.read_text() == 'recipes=["tiny"]\n'
-    runner.job("publish")
-    assert "| passed | yes |" in runner.summary.read_text()
-    released = registry.list_releases(url)
-    assert [(one.name, one.aliases) for one in released] == [("tiny", ("prod",))]
-    out = pull(f"{url}/tiny@prod", tmp_path / "out", cache=tmp_path / "c", policy=signing.require(str(public)))
-    assert (out / "graphs").is_dir()
-    runner.job("check")
-    runner.job("comment")
-    assert (tmp_path / "gh").read_text().split() == [
-        "pr", "comment", "7", "--body-file", "comment.md", "--edit-last", "--create-if-none",
-    ]  # fmt: skip
-    assert "| passed | yes |" in (tmp_path / "gh.body").read_text()
-
-
-@pytest.mark.server
-def test_release_stops_at_a_failed_gate(repository, s3_url, tmp_path):
-    """Nothing is published, and no alias moves; the tables and the reports are there all the same."""
-    path = repository / "recipes/tiny.yaml"
-    path.write_text(path.read_text().replace("tokens_per_step: 1.0", "tokens_per_step: 2.9"))
-    environ = {"TANDEM_CACHE": str(tmp_path / "cache"), "SIGNING_KEY": "unused"}
-    runner = Runner(repository, expressions_of(repository, s3_url, ""), environ)
-    command = [str(BIN / "tandem"), "recipe", "lock", "tiny"]
-    subprocess.run(command, cwd=repository, env=runner.environ, check=True)
-    with pytest.raises(subprocess.CalledProcessError, match=r"release\.sh build"):
-        runner.job("publish")
-    assert "| passed | no |" in runner.summary.read_text()
-    assert (repository / "artifacts/tiny/reports/parity.html").is_file()
-    assert registry.list_releases(s3_url) == []
-
-
-@pytest.mark.server
-def test_a_build_that_made_nothing_has_a_summary(repository, tmp_path):
-    (repository / "recipes/tiny.lock").write_text("damaged")
-    runner = Runner(repository, expressions_of(repository, "", ""), {"TANDEM_CACHE": str(tmp_path / "cache")})
-    with pytest.raises(subprocess.CalledProcessError, match=r"release\.sh build"):
-        runner.job("check")
-    assert (repository / "summaries/tiny.md").read_text() == "## tiny\n\nNo artifact: the log says why.\n"
-    assert runner.summary.read_text() == (repository / "summaries/tiny.md").read_text()
-
-
-def test_changed_recipes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, more in (("one", ""), ("two", "base: bases/b.yaml\n"), ("bad", "nonsense: [")):
-        path = tmp_path / "recipes" / f"{name}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(more + TINY.replace("name: tiny", f"name: {name}").replace("prompts.jsonl", f"{name}.jsonl"))
-    (tmp_path / "recipes/bases").mkdir()
-    (tmp_path / "recipes/bases/b.yaml").write_text("parallel: {tensor: 1}\n")
-    cases = {
-        "recipes/one.yaml": ["bad", "one"], "recipes/one.lock": ["bad", "one"], "recipes/bases/b.yaml": ["bad", "two"],
-        "recipes/two.jsonl": ["bad", "two"], "README.md": [], "recipes/bad.yaml": ["bad"], "pipeline/recipe.py": [],
-    }  # fmt: skip
-    assert {path: changed_recipes([path]) for path in cases} == cases
-
-
-@pytest.mark.parametrize("line", ["base : bases/b.yaml", "'base': \"bases/b.yaml\"  # rest", "base:\n  bases/b.yaml"])
-def test_changed_recipes_base_in_any_spelling(tmp_path, monkeypatch, line):
-    """Lines that begin with `base:` were searched for; any other spelling of the key was no base."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes/bases").mkdir(parents=True)
-    (tmp_path / "recipes/tiny.yaml").write_text(f"{line}\n{TINY}")
-    (tmp_path / "recipes/bases/b.yaml").write_text("parallel: {tensor: 1}\n")
-    assert changed_recipes(["recipes/bases/b.yaml"]) == ["tiny"]
-
-
-def test_changed_recipes_of_one_text_is_refused(tmp_path):
-    """A text was taken for a list of paths of one letter each: nothing had changed."""
-    with pytest.raises(InputError, match=r"expected a list of paths"):
-        changed_recipes("recipes/tiny.yaml", tmp_path)
