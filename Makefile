@@ -71,7 +71,7 @@ docs: $(DOCS_READY)      ## the documentation site, in build/site; broken intern
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE=<neuronx-distributed 2.29>/src adds the real NxD
-	$(XLA_VENV)/bin/python -m pytest -m xla tests/backends/neuron/test_xla.py
+	$(XLA_VENV)/bin/python -m pytest -m xla tests/backends/neuron tests/nxdi
 
 test-vllm: $(VLLM_READY) ## a real vLLM serves an artifact over loopback
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py

@@ -11,6 +11,9 @@ from pathlib import Path
 from support.paths import ROOT, TESTS
 
 FAKE, FAKE_NXD, FAKE_NXDI = TESTS / "fake_neuron", TESTS / "fake_nxd", TESTS / "fake_nxdi"
+NXD_SOURCE = os.environ.get("TANDEM_NXD_SOURCE")
+NXD = [Path(NXD_SOURCE)] if NXD_SOURCE else [FAKE_NXD]
+"""The real neuronx-distributed where its source is named, otherwise its fake."""
 DEVICE = "trn2.48xlarge 2 4"
 """What the fake neuron-ls reports: instance type, lnc, cores."""
 
