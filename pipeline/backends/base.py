@@ -92,6 +92,8 @@ class Backend(Protocol):
     packing: Packing
     graph_file: str
     """Name of a graph's file in an artifact."""
+    preload: tuple[str, ...]
+    """Modules that compile workers share (see `executors.local`)."""
 
     def toolchain(self) -> Toolchain:
         """Return the toolchain's name and exact versions."""

@@ -133,7 +133,8 @@ def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], No
         HostError: the first failure, with the graph and its log. Graphs already compiled stay in the cache.
 
     """
-    return LocalExecutor(workers).run(compile_graph, jobs, done)
+    preload = make_backend(jobs[0].backend).preload if jobs else ()
+    return LocalExecutor(workers, preload).run(compile_graph, jobs, done)
 
 
 def cached(job: Job) -> Compiled | None:

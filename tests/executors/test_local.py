@@ -24,6 +24,18 @@ if __name__ == "__main__":
 """
 
 
+SHARING = """
+import sys
+from pipeline.executors.local import LocalExecutor
+def torch_at_start(_):
+    imported = "torch" in sys.modules
+    import torch
+    return imported, torch.get_num_threads()
+if __name__ == "__main__":
+    print(LocalExecutor(2, ("torch",)).run(torch_at_start, range(4), lambda _: None))
+"""
+
+
 def square(number: int) -> int:
     return number * number
 
@@ -69,3 +81,23 @@ def test_workers_end_with_their_parent(tmp_path, number, code):
     os.kill(child.pid, number)
     assert child.wait(timeout=30) in (code, -number)
     wait_for(lambda: not members(child.pid))
+
+
+def name_of_home(_: int) -> str:
+    return os.environ["HOME"]
+
+
+def test_workers_have_the_environment_of_now(monkeypatch):
+    """The server that workers are forked from has the environment of the moment when it started."""
+    for home in ("/first", "/second"):
+        monkeypatch.setenv("HOME", home)
+        assert LocalExecutor(1).run(name_of_home, [0], lambda _: None) == [home]
+
+
+def test_workers_share_one_import_and_split_the_cores(tmp_path):
+    """Each worker once imported torch and its compiler for itself."""
+    script = tmp_path / "workers.py"
+    script.write_text(SHARING)
+    command, env = [sys.executable, str(script)], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{[(True, max(1, len(os.sched_getaffinity(0)) // 2))] * 4}\n"

@@ -57,6 +57,7 @@ class Backend:
 
     packing = PlainPacking()
     graph_file = "graph.bin"
+    preload = ()
 
     def toolchain(self) -> Toolchain:
         return Toolchain("stand-in", {"torch": "2.13.0+cpu", "cxx": "g++ 12"})

@@ -50,6 +50,8 @@ class InductorBackend:
         self.isa: str = settings.isa
         self.cxx = settings.cxx
         self.packing: Packing = PACKINGS[settings.packing]
+        # With Triton, which a GPU needs, this import starts processes of its own.
+        self.preload = ("torch._inductor.compile_fx",) if settings.device == "cpu" else ()
 
     def toolchain(self) -> Toolchain:
         """Return versions of torch and the C++ compiler, and the instruction set of `native` on this host."""

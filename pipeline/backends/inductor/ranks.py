@@ -1,4 +1,7 @@
-"""All ranks of an artifact behind one call: one rank in this process, or a process per rank, connected by gloo."""
+"""All ranks of an artifact behind one call: one rank in this process, or a process per rank, connected by gloo.
+
+A server process imports torch once, and every rank is a fork of it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,19 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 
 Message = tuple[GraphSpec, dict[str, np.ndarray]] | None
 """A graph to run with its arguments; None to zero the state."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank of an artifact: where its process finds the artifact, the other ranks and its environment."""
+
+    root: Path
+    manifest: PairManifest
+    rank: int
+    folder: str
+    """Where the ranks meet."""
+    environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    """The server's environment is that of its start."""
 
 
 class OneRank:
@@ -59,15 +76,15 @@ class ManyRanks:
     """
 
     def __init__(self, root: Path, manifest: PairManifest) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed"])
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-ranks-")
         self._pipes: list[Connection] = []
-        self._workers: list[SpawnProcess] = []
+        self._workers: list[ForkServerProcess] = []
         for rank in range(manifest.ranks):
             ours, theirs = context.Pipe()
-            worker = context.Process(
-                target=_serve, args=(theirs, root, manifest, rank, self._folder.name), daemon=True, name=f"rank {rank}"
-            )
+            place = Place(root, manifest, rank, self._folder.name)
+            worker = context.Process(target=_serve, args=(theirs, place), daemon=True, name=f"rank {rank}")
             worker.start()
             theirs.close()
             self._pipes.append(ours)
@@ -147,15 +164,17 @@ class ManyRanks:
         return self._workers[rank].exitcode
 
 
-def _serve(pipe: Connection, root: Path, manifest: PairManifest, rank: int, folder: str) -> None:
+def _serve(pipe: Connection, place: Place) -> None:
     """Run a worker: join the other ranks, load, then answer messages with outputs or a failure until it closes."""
     try:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // manifest.ranks))
-        _join(rank, manifest.ranks, folder)
-        session = Session(root, manifest, rank)
+        os.environ.clear()
+        os.environ.update(place.environ)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.manifest.ranks))
+        _join(place)
+        session = Session(place.root, place.manifest, place.rank)
         pipe.send({})
         while True:
-            pipe.send(_answer(session, pipe.recv(), rank))
+            pipe.send(_answer(session, pipe.recv(), place.rank))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass
     except Exception as error:
@@ -181,8 +200,11 @@ def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _join(rank: int, ranks: int, folder: str) -> None:
+def _join(place: Place) -> None:
     """Join the other ranks through a file, over the loopback interface: needs no free port and no host name."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = FileStore(f"{folder}/meet", ranks)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
+    ranks = place.manifest.ranks
+    store = FileStore(f"{place.folder}/meet", ranks)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=place.rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT
+    )

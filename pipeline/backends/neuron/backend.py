@@ -25,6 +25,7 @@ class NeuronBackend:
     """NEFFs for Trainium and Inferentia 2."""
 
     graph_file = GRAPH_FILE
+    preload = ()  # torch-neuronx and XLA start threads
 
     def __init__(self, settings: NeuronSettings) -> None:
         self.target, self.lnc, self.extra = settings.target, settings.lnc, dict(settings.flags)
