@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+from support import preloaded
 from support.paths import ROOT, TESTS
 
 FAKE, FAKE_NXD, FAKE_NXDI = TESTS / "fake_neuron", TESTS / "fake_nxd", TESTS / "fake_nxdi"
@@ -38,14 +38,13 @@ def environment(*, nxd: list[Path] | None = None, **more: str) -> dict[str, str]
 
 def run(code: str, where: dict[str, str], timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own."""
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=where, capture_output=True, text=True, timeout=timeout)
+    return preloaded.run(code, env=where, timeout=timeout)
 
 
 def tandem(*words: str, where: dict[str, str], cwd: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-c", "from pipeline.cli.main import main; main()", *words]
-    return subprocess.run(command, env=where, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    code = "from pipeline.cli.main import main; main()"
+    return preloaded.run(code, *words, env=where, cwd=cwd, timeout=timeout)
 
 
 def messages():
