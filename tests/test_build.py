@@ -36,6 +36,7 @@ from pipeline.sources.pair import resolve_pair
 from pipeline.stages.compile import Job, cached
 from pipeline.stages.shard import shard, shard_key
 from pipeline.stages.stamp import fingerprint
+from support import preloaded
 from support.paths import ROOT
 from support.small_disk import on_small_disk
 
@@ -101,13 +102,19 @@ except TandemError as error:
 """
 
 
-def child_build(request, out, cache, *, validate=False, limit=0, env=None, cwd=None) -> subprocess.Popen[str]:
+def child_build(request, out, cache, *, validate=False, env=None) -> subprocess.Popen[str]:
     """Build the tiny recipe in a process group of its own; it prints its report as JSON."""
-    arguments = [str(part) for part in (request.base, out, cache, validate, limit)]
+    arguments = [str(part) for part in (request.base, out, cache, validate, 0)]
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], start_new_session=True, text=True, env=env, cwd=cwd,
+        [sys.executable, "-c", CHILD, *arguments], start_new_session=True, text=True, env=env,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+def forked_build(request, out, cache, *, limit=0, env=None, cwd=ROOT) -> preloaded.Running:
+    """As `child_build`, for builds that no test kills."""
+    arguments = [str(part) for part in (request.base, out, cache, False, limit)]
+    return preloaded.Running(CHILD, tuple(arguments), env or {**os.environ, "PYTHONPATH": str(ROOT)}, cwd)
 
 
 def kill(child: subprocess.Popen[str], delay_s: float) -> str:
@@ -353,10 +360,9 @@ def test_build_elsewhere_on_another_machine_is_all_hits(built, tmp_path):
         "TMPDIR": str(tmp_path / "temp"),
         "PYTHONPATH": str(tmp_path / "checkout"),
     }
-    done = child_build(
-        request, tmp_path / "out", tmp_path / "moved-cache", env=os.environ | places, cwd=tmp_path / "home"
-    )
-    report = json.loads(done.communicate()[0])
+    moved = tmp_path / "moved-cache"
+    running = forked_build(request, tmp_path / "out", moved, env=os.environ | places, cwd=tmp_path / "home")
+    report = json.loads(running.result().stdout)
     assert report["compiled"] == []
     assert len(report["reused"]) == 5
     assert content_digest(verify(tmp_path / "out").manifest) == content_digest(artifact.read(request.out).manifest)
@@ -369,8 +375,8 @@ def test_builds_at_once_compile_a_graph_once(built, tmp_path):
     shutil.copytree(request.cache, cache)
     manifest, key = artifact.read(request.out).manifest, cheapest_graph(request).key
     shutil.rmtree(cache / "graphs" / key[:2] / key)
-    children = [child_build(request, tmp_path / out, cache) for out in ("a", "b", "b")]
-    reports = [json.loads(child.communicate()[0]) for child in children]
+    children = [forked_build(request, tmp_path / out, cache) for out in ("a", "b", "b")]
+    reports = [json.loads(child.result().stdout) for child in children]
     assert sorted(name for report in reports for name in report["compiled"]) == ["score-draft-b2-t16-s48"]
     assert sum(report["fresh"] for report in reports) == 1
     digests = {content_digest(verify(tmp_path / out).manifest) for out in ("a", "b")}
@@ -476,10 +482,9 @@ def test_build_on_a_full_disk_leaves_nothing_half_written(built, tmp_path, limit
     request, _ = built
     cache = tmp_path / "cache"
     shutil.copytree(request.cache, cache, ignore=shutil.ignore_patterns(missing))
-    child = child_build(request, tmp_path / "out", cache, limit=limit)
-    output, errors = child.communicate()
-    assert child.returncode == 3, errors
-    assert "cannot write: File too large" in output
+    done = forked_build(request, tmp_path / "out", cache, limit=limit).result()
+    assert done.returncode == 3, done.stderr
+    assert "cannot write: File too large" in done.stdout
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob(f"{TEMP}*"))
     again(request, cache=cache, out=tmp_path / "out", validate=False)

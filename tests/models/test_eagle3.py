@@ -31,14 +31,16 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("eagle3")
 
 
-def recipe_of(dtype: str = "float32", draft: str = HEAD, method: str = "eagle3", steps=(1, 2, 4, 7)) -> Recipe:
+def recipe_of(
+    dtype: str = "float32", draft: str = HEAD, method: str = "eagle3", steps=(1, 2, 4, 7), kv=(32, 64)
+) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "head",
             "target": {"source": "pico://llama", "dtype": dtype},
             "draft": {"source": draft},
             "speculation": {"method": method, "draft_tokens": steps, "sampling": ("greedy", "stochastic")},
-            "shapes": {"batch": (1, 4), "prefill": (16, 32), "kv": (32, 64)},
+            "shapes": {"batch": (1, 4), "prefill": (16, 32), "kv": kv},
             "validate": {"max_new_tokens": 10, "gates": {"tokens_per_step": 1.0}},
         }
     )
@@ -48,10 +50,10 @@ def pair_of(work, recipe: Recipe):
     return resolve_pair(recipe, base=work, cache=work / "sources")
 
 
-@pytest.mark.parametrize(("dtype", "steps"), [("float32", (1, 2, 4, 7)), ("bfloat16", (2,))])
-def test_gates_pass(work, dtype, steps):
-    """Parity of target and head with their references, losslessness for every K, exact sampling."""
-    recipe = recipe_of(dtype, steps=steps)
+@pytest.mark.parametrize(("dtype", "steps", "kv"), [("float32", (1, 2, 4, 7), (64,)), ("bfloat16", (2,), (32, 64))])
+def test_gates_pass(work, dtype, steps, kv):
+    """Parity of target and head with their references, losslessness for every K and bucket, exact sampling."""
+    recipe = recipe_of(dtype, steps=steps, kv=kv)
     pair = pair_of(work, recipe)
     chosen = [Prompt(f"p{i}", "chat", text) for i, text in enumerate(PROMPTS)]
     run = run_gates(

@@ -128,7 +128,7 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("lookup")
 
 
-def recipe_of(method: str, lookup: int | None, steps=(2, 4), costs=None) -> Recipe:
+def recipe_of(method: str, lookup: int | None, steps=(2, 4), costs=None, kv=(32, 64)) -> Recipe:
     speculation = {"method": method, "draft_tokens": steps, "sampling": ("greedy", "stochastic"), "lookup": lookup}
     return Recipe.model_validate(
         {
@@ -136,7 +136,7 @@ def recipe_of(method: str, lookup: int | None, steps=(2, 4), costs=None) -> Reci
             "target": {"source": "pico://llama", "dtype": "float32"},
             "draft": {"source": DRAFTS[method]},
             "speculation": speculation | ({"step_costs": costs} if costs else {}),
-            "shapes": {"batch": (1, 4), "prefill": (16, 32), "kv": (32, 64)},
+            "shapes": {"batch": (1, 4), "prefill": (16, 32), "kv": kv},
             "validate": {"max_new_tokens": 10, "gates": {"tokens_per_step": 1.0}},
         }
     )
@@ -186,7 +186,7 @@ def test_pace_judges_copies_by_copies(work):
 @pytest.mark.parametrize("method", DRAFTS)
 def test_gates_pass_and_drive_copies(work, method):
     """Losslessness and exact sampling, with copies in the steps of every graph."""
-    recipe = recipe_of(method, 3)
+    recipe = recipe_of(method, 3, kv=(64,))
     pair = resolve_pair(recipe, base=work, cache=work / "sources")
     engine = make_engine(recipe, pair)
     asked = []

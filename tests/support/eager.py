@@ -16,7 +16,7 @@ from pipeline.artifact.manifest import GraphEntry, PairManifest
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.module import run_phase
 from pipeline.graphs.packing import PlainPacking
-from pipeline.graphs.signature import signature, stored_weights
+from pipeline.graphs.signature import Signature, signature, stored_weights
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams
 from pipeline.plan.plan import Plan, make_plan
@@ -37,6 +37,7 @@ class EagerRanks:
 
     def __init__(self, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> None:
         self.shape: PairSpec = plan.pair
+        self.signatures: dict[GraphSpec, Signature] = {}
         self.seams: Callable[[int], Seams] = lambda tp: Seams()
         self.tensors = {}
         for model, checkpoint in zip(("target", "draft"), pair, strict=True):
@@ -49,7 +50,9 @@ class EagerRanks:
         self.around: Callable[[GraphSpec, dict[str, torch.Tensor]], AbstractContextManager[None]] = _nothing
 
     def run(self, spec: GraphSpec, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        io = signature(spec, self.shape, PlainPacking())
+        if spec not in self.signatures:
+            self.signatures[spec] = signature(spec, self.shape, PlainPacking())
+        io = self.signatures[spec]
         for t in io.state:
             self.tensors_of_state.setdefault(t.name, torch.zeros(t.shape, dtype=torch_dtype(t.dtype)))
         given = {t.name: arguments[t.name] for t in io.arguments}

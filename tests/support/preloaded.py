@@ -54,6 +54,7 @@ def _run(words: list[str], env: dict[str, str], cwd: Path, folder: str) -> None:
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    tempfile.tempdir = None
     for number in (1, 2):
         os.dup2(os.open(Path(folder, str(number)), os.O_CREAT | os.O_WRONLY), number)
     for stream in (sys.stdout, sys.stderr):
