@@ -1,17 +1,13 @@
 """The whole pipeline on a tiny pair: build once, then everything that follows from it."""
 
-import contextlib
 import json
 import os
 import random
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,8 +19,7 @@ from pipeline import runtime
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.manifest import content_digest
 from pipeline.artifact.verify import verify
-from pipeline.backends.base import cache_key, make_backend
-from pipeline.build import BuildSettings, run
+from pipeline.build import run
 from pipeline.cache.collect import entry_stats
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import TEMP, remove
@@ -35,144 +30,15 @@ from pipeline.recipe import load
 from pipeline.sources.pair import resolve_pair
 from pipeline.stages.compile import Job, cached
 from pipeline.stages.shard import shard, shard_key
-from pipeline.stages.stamp import fingerprint
-from support import preloaded
+from support import tiny_build as tiny
 from support.paths import ROOT
-from support.small_disk import on_small_disk
-
-RECIPE = """
-name: tiny
-target: {source: "pico://qwen3?layers=2", dtype: float32}
-draft: {derive: {from: target, layers: [0]}}
-speculation: {draft_tokens: [2], sampling: [greedy], lookup: 2}
-shapes: {batch: [2], prefill: [16], kv: [48]}
-validate: {prompts: prompts.jsonl, max_new_tokens: 10, gates: {tokens_per_step: 1.0}}
-"""
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     """A validated artifact, the request that made it, and its report."""
-    base = tmp_path_factory.mktemp("tiny")
-    (base / "tiny.yaml").write_text(RECIPE)
-    (base / "prompts.jsonl").write_text(
-        "".join(json.dumps({"id": str(i), "class": "chat", "prompt": t}) + "\n" for i, t in enumerate(["a", "bc", "d"]))
-    )
-    request = BuildSettings(
-        recipe=load(base / "tiny.yaml"), base=base, out=base / "out", cache=base / "cache", workers=2
-    )
+    request = tiny.request_in(tmp_path_factory.mktemp("tiny"))
     return request, run(request)
-
-
-def again(request, **changes):
-    fields = {name: getattr(request, name) for name in ("recipe", "base", "out", "cache", "workers", "validate")}
-    return run(BuildSettings(**(fields | changes)))
-
-
-def recipe(request, old, new):
-    path = request.base / "changed.yaml"
-    path.write_text(RECIPE.replace(old, new))
-    return load(path)
-
-
-CHILD = """
-import json, resource, sys
-from dataclasses import asdict
-from pathlib import Path
-from pipeline.build import BuildSettings, run
-from pipeline.errors import TandemError
-from pipeline.recipe import load
-base, out, cache = map(Path, sys.argv[1:4])
-validate, limit = sys.argv[4] == "True", int(sys.argv[5])
-if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-def say(line):
-    print(line, file=sys.stderr, flush=True)
-def begun(what, done, total):
-    if done == 0 and ": " in what:  # a stage; its line in the log comes when it ends
-        say(what)
-try:
-    request = BuildSettings(
-        load(base / "tiny.yaml"), base, out, cache, workers=1, validate=validate, log=say, progress=begun
-    )
-    print(json.dumps(asdict(run(request)), default=str))
-except TandemError as error:
-    print(error)
-    sys.exit(error.exit_code)
-"""
-
-
-def child_build(request, out, cache, *, validate=False, env=None) -> subprocess.Popen[str]:
-    """Build the tiny recipe in a process group of its own; it prints its report as JSON."""
-    arguments = [str(part) for part in (request.base, out, cache, validate, 0)]
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], start_new_session=True, text=True, env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def forked_build(request, out, cache, *, limit=0, env=None, cwd=ROOT) -> preloaded.Running:
-    """As `child_build`, for builds that no test kills."""
-    arguments = [str(part) for part in (request.base, out, cache, False, limit)]
-    return preloaded.Running(CHILD, tuple(arguments), env or {**os.environ, "PYTHONPATH": str(ROOT)}, cwd)
-
-
-def kill(child: subprocess.Popen[str], delay_s: float) -> str:
-    """End a build with all its workers and compilers; returns the last stage that it spoke of."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(timeout=delay_s)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    said = [line for line in child.communicate()[1].splitlines() if line and not line.startswith(" ")]
-    return said[-1].partition(":")[0] if said else "start"
-
-
-STAGES = {"sources": "sources", "shard": "shards", "compile": "graphs/??/*", "package": "none", "validate": "goldens"}
-"""Stages of a build, and what of the cache each fills."""
-
-
-def kill_in(child: subprocess.Popen[str], stage: str, delay_s: float) -> str:
-    """End a build a while after it spoke of `stage`; returns the last stage that it spoke of."""
-    said = []
-    for line in child.stderr:
-        said.append(line)
-        if line.startswith(stage):
-            time.sleep(delay_s)
-            break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    said += child.communicate()[1].splitlines()
-    spoken = [line.partition(":")[0].strip() for line in said if line.strip() and not line.startswith(" ")]
-    return spoken[-1] if spoken else "start"
-
-
-def same_parts(root: Path) -> dict[str, object]:
-    """Files of an artifact that two builds of one recipe have in common: provenance and reports tell of one build."""
-    files = verify(root).manifest.files
-    return {
-        name: entry
-        for name, entry in files.items()
-        if not name.startswith(("reports/", "provenance.json", "sbom.cdx.json"))
-    }
-
-
-def cheapest_graph(request) -> artifact.GraphEntry:
-    """The graph that compiles fastest: the draft's alone, for tests that lose one and care not which."""
-    return next(graph for graph in artifact.read(request.out).manifest.graphs if graph.name.startswith("score-draft"))
-
-
-def forget(cache: Path, key: str) -> None:
-    """Remove a graph from a cache, and the stamps by which a build would see that nothing changed."""
-    remove(cache / "graphs" / key[:2] / key)
-    remove(cache / "stamps")
-
-
-def flip(path: Path) -> None:
-    """Change one bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(data)
 
 
 def test_build_compiles_every_graph_and_passes_its_gates(built):
@@ -198,7 +64,7 @@ def test_build_again_does_nothing_without_torch(built):
 def test_build_elsewhere_is_all_hits(built, tmp_path):
     request, _ = built
     said = []
-    report = again(request, out=tmp_path / "elsewhere", validate=False, log=said.append)
+    report = tiny.again(request, out=tmp_path / "elsewhere", validate=False, log=said.append)
     assert report.compiled == ()
     assert "compile: all 5 graphs are cached" in said
     first, second = (artifact.read(p).manifest for p in (request.out, tmp_path / "elsewhere"))
@@ -207,8 +73,8 @@ def test_build_elsewhere_is_all_hits(built, tmp_path):
 
 def test_build_with_new_weights_compiles_nothing(built, tmp_path):
     request, _ = built
-    changed = recipe(request, "pico://qwen3?layers=2", "pico://qwen3?layers=2&seed=5")
-    report = again(request, recipe=changed, out=tmp_path / "out", validate=False)
+    changed = tiny.recipe(request, "pico://qwen3?layers=2", "pico://qwen3?layers=2&seed=5")
+    report = tiny.again(request, recipe=changed, out=tmp_path / "out", validate=False)
     assert report.compiled == ()
     first, second = (artifact.read(p).manifest for p in (request.out, tmp_path / "out"))
     weights = [name for name in first.files if name.startswith("weights/target")]
@@ -218,8 +84,8 @@ def test_build_with_new_weights_compiles_nothing(built, tmp_path):
 
 def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     request, _ = built
-    changed, said = recipe(request, "prefill: [16]", "prefill: [16, 24]"), []
-    report = again(request, recipe=changed, out=tmp_path / "out", validate=False, log=said.append)
+    changed, said = tiny.recipe(request, "prefill: [16]", "prefill: [16, 24]"), []
+    report = tiny.again(request, recipe=changed, out=tmp_path / "out", validate=False, log=said.append)
     assert report.compiled == ("prefill-b2-t24-s48",)
     target, draft = resolve_pair(changed, base=request.base, cache=request.cache / "sources")
     plan = make_plan(changed, target.config, draft.config)
@@ -230,7 +96,7 @@ def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
 def test_prompt_lookup_switched_off_keeps_the_shards(built):
     """The key of the shards zeroed facts of graphs by name and missed `lookup`: a switch rewrote every shard."""
     request, _ = built
-    changed, lines = recipe(request, ", lookup: 2", ""), []
+    changed, lines = tiny.recipe(request, ", lookup: 2", ""), []
     pair = resolve_pair(changed, base=request.base, cache=request.cache / "sources")
     plan, before = (make_plan(parsed, *(c.config for c in pair)) for parsed in (changed, request.recipe))
     assert (plan.pair.lookup, before.pair.lookup) == (False, True)
@@ -249,11 +115,11 @@ def test_goldens_and_memos_lie_apart_from_graphs(built):
 
 def test_build_replaces_a_corrupted_cache_entry(built, tmp_path):
     request, _ = built
-    key = cheapest_graph(request).key
+    key = tiny.cheapest_graph(request).key
     cache = tmp_path / "cache"
     shutil.copytree(request.cache, cache)
-    flip(cache / "graphs" / key[:2] / key / "data")
-    report = again(request, cache=cache, out=tmp_path / "out", validate=False)
+    tiny.flip(cache / "graphs" / key[:2] / key / "data")
+    report = tiny.again(request, cache=cache, out=tmp_path / "out", validate=False)
     assert len(report.compiled) == 1
     verify(tmp_path / "out")
 
@@ -264,9 +130,9 @@ def test_build_writes_damaged_cached_shards_again(built, tmp_path):
     cache, said = tmp_path / "cache", []
     shutil.copytree(request.cache, cache)
     shards = sorted(cache.glob("shards/*/weights/*/*.safetensors"))
-    flip(shards[0])
+    tiny.flip(shards[0])
     shards[-1].unlink()
-    again(request, cache=cache, out=tmp_path / "out", validate=False, log=said.append)
+    tiny.again(request, cache=cache, out=tmp_path / "out", validate=False, log=said.append)
     assert any(str(shards[0].name) in line and "damaged" in line for line in said)
     assert content_digest(verify(tmp_path / "out").manifest) == content_digest(artifact.read(request.out).manifest)
 
@@ -274,12 +140,12 @@ def test_build_writes_damaged_cached_shards_again(built, tmp_path):
 def test_build_is_not_fooled_by_an_artifact_of_another_recipe(built, tmp_path):
     """The stamp of a build once outlived its artifact: recipe A, B, then A again at one output left B there."""
     request, _ = built
-    out, other = tmp_path / "out", recipe(request, "pico://qwen3?layers=2", "pico://qwen3?layers=2&seed=5")
-    first = again(request, out=out, validate=False)
-    assert again(request, out=out, validate=False).fresh
+    out, other = tmp_path / "out", tiny.recipe(request, "pico://qwen3?layers=2", "pico://qwen3?layers=2&seed=5")
+    first = tiny.again(request, out=out, validate=False)
+    assert tiny.again(request, out=out, validate=False).fresh
     before = artifact.read(out).manifest.version
-    again(request, recipe=other, out=out, validate=False)
-    assert not (report := again(request, out=out, validate=False)).fresh
+    tiny.again(request, recipe=other, out=out, validate=False)
+    assert not (report := tiny.again(request, out=out, validate=False)).fresh
     assert (first.compiled, report.compiled) == ((), ())
     assert artifact.read(out).manifest.version == before
 
@@ -299,52 +165,7 @@ def test_example_builds_and_generates(built, tmp_path, monkeypatch, capsys):
 def test_build_checks_the_lock_even_if_nothing_else_changed(built, tmp_path):
     request, _ = built
     with pytest.raises(InputError, match="no lock file"):
-        again(request, locked=True)
-
-
-def _request(base: Path, **options) -> BuildSettings:
-    return BuildSettings(recipe=load(base / "local.yaml"), base=base, out=base / "out", cache=base / "cache", **options)
-
-
-@pytest.fixture
-def local(tmp_path):
-    """A recipe with a base, a local target, a local draft and prompts; nothing of it is ever built."""
-    (tmp_path / "base.yaml").write_text("shapes: {batch: [2], prefill: [16], kv: [48]}\n")
-    text = "base: base.yaml\nname: local\ntarget: {source: ./model}\ndraft: {source: ./draft}\n"
-    text += "speculation: {draft_tokens: [2]}\nvalidate: {prompts: prompts.jsonl}\n"
-    (tmp_path / "local.yaml").write_text(text)
-    (tmp_path / "prompts.jsonl").write_text('{"id": "1", "class": "chat", "prompt": "a"}\n')
-    for name in ("model", "draft"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "local.lock").write_text("{}")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        "prompts.jsonl",
-        "draft/model.safetensors",
-        "model/model.safetensors",
-        "base.yaml",
-        "draft/new.json",
-        "local.lock",
-    ],
-)
-def test_fingerprint_sees_a_changed_file(local, change):
-    """Even one of the same size, with its old time put back."""
-    before = fingerprint(_request(local, locked=True))
-    assert fingerprint(_request(local, locked=True)) == before
-    file = local / change
-    if file.exists():
-        stat, data = file.stat(), file.read_bytes()
-        file.write_bytes(data.replace(b"[2]", b"[3]") if change == "base.yaml" else data[:-1] + b"#")
-        assert file.stat().st_size == stat.st_size
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    else:
-        file.write_text("{}")
-    assert fingerprint(_request(local, locked=True)) != before
+        tiny.again(request, locked=True)
 
 
 def test_build_elsewhere_on_another_machine_is_all_hits(built, tmp_path):
@@ -361,7 +182,7 @@ def test_build_elsewhere_on_another_machine_is_all_hits(built, tmp_path):
         "PYTHONPATH": str(tmp_path / "checkout"),
     }
     moved = tmp_path / "moved-cache"
-    running = forked_build(request, tmp_path / "out", moved, env=os.environ | places, cwd=tmp_path / "home")
+    running = tiny.forked_build(request, tmp_path / "out", moved, env=os.environ | places, cwd=tmp_path / "home")
     report = json.loads(running.result().stdout)
     assert report["compiled"] == []
     assert len(report["reused"]) == 5
@@ -373,9 +194,9 @@ def test_builds_at_once_compile_a_graph_once(built, tmp_path):
     request, _ = built
     cache = tmp_path / "cache"
     shutil.copytree(request.cache, cache)
-    manifest, key = artifact.read(request.out).manifest, cheapest_graph(request).key
+    manifest, key = artifact.read(request.out).manifest, tiny.cheapest_graph(request).key
     shutil.rmtree(cache / "graphs" / key[:2] / key)
-    children = [forked_build(request, tmp_path / out, cache) for out in ("a", "b", "b")]
+    children = [tiny.forked_build(request, tmp_path / out, cache) for out in ("a", "b", "b")]
     reports = [json.loads(child.result().stdout) for child in children]
     assert sorted(name for report in reports for name in report["compiled"]) == ["score-draft-b2-t16-s48"]
     assert sum(report["fresh"] for report in reports) == 1
@@ -390,9 +211,9 @@ def test_build_survives_kills(built, tmp_path):
     shutil.copytree(request.cache, cache)
     for delay_s in (0.5, 4.0, 8.0):
         shutil.rmtree(cache / "shards", ignore_errors=True)
-        kill(child_build(request, tmp_path / "out", cache), delay_s)
-    again(request, cache=cache, out=tmp_path / "out", validate=False)
-    assert same_parts(tmp_path / "out") == same_parts(request.out)
+        tiny.kill(tiny.child_build(request, tmp_path / "out", cache), delay_s)
+    tiny.again(request, cache=cache, out=tmp_path / "out", validate=False)
+    assert tiny.same_parts(tmp_path / "out") == tiny.same_parts(request.out)
 
 
 @pytest.mark.slow
@@ -405,25 +226,25 @@ def test_build_survives_kills_at_twenty_moments_of_every_stage(built, tmp_path):
     draw, cache, temp = random.Random(8), tmp_path / "cache", tmp_path / "temp"
     temp.mkdir()
     env = os.environ | {"TMPDIR": str(temp)}
-    calm = child_build(request, tmp_path / "calm", tmp_path / "calm-cache", env=env, validate=True)
+    calm = tiny.child_build(request, tmp_path / "calm", tmp_path / "calm-cache", env=env, validate=True)
     calm.communicate()
     assert calm.returncode == 0
     shutil.rmtree(temp)
     temp.mkdir()
     met = set()
-    for stage, lost in 4 * list(STAGES.items()):
+    for stage, lost in 4 * list(tiny.STAGES.items()):
         remove(cache / "stamps")  # a build that the kill came too late for must not count as done
         if entries := sorted(cache.glob(lost)):
             remove(draw.choice(entries))  # so that the stage has something to do each time
-        child = child_build(request, tmp_path / "out", cache, env=env, validate=True)
-        met.add(kill_in(child, stage, draw.uniform(0, {"compile": 8, "validate": 1.5}.get(stage, 0.1))))
-    assert met >= set(STAGES), met
-    last = child_build(request, tmp_path / "out", cache, env=env, validate=True)
+        child = tiny.child_build(request, tmp_path / "out", cache, env=env, validate=True)
+        met.add(tiny.kill_in(child, stage, draw.uniform(0, {"compile": 8, "validate": 1.5}.get(stage, 0.1))))
+    assert met >= set(tiny.STAGES), met
+    last = tiny.child_build(request, tmp_path / "out", cache, env=env, validate=True)
     last.communicate()
     assert last.returncode == 0
     found = verify(tmp_path / "out").manifest
     assert found.validation["passed"]
-    assert same_parts(tmp_path / "out") == same_parts(tmp_path / "calm")
+    assert tiny.same_parts(tmp_path / "out") == tiny.same_parts(tmp_path / "calm")
     assert not list(tmp_path.glob(f"{TEMP}*"))
 
 
@@ -431,37 +252,26 @@ def test_build_survives_kills_at_twenty_moments_of_every_stage(built, tmp_path):
 def test_eight_builds_at_once_from_nothing(built, tmp_path):
     request, _ = built
     outs = [tmp_path / f"out-{number // 2}" for number in range(8)]
-    children = [child_build(request, out, tmp_path / "cache", validate=True) for out in outs]
+    children = [tiny.child_build(request, out, tmp_path / "cache", validate=True) for out in outs]
     reports = [json.loads(child.communicate()[0]) for child in children]
     assert len([name for report in reports for name in report["compiled"]]) == 5
     assert sum(report["fresh"] for report in reports) == 4
     assert len({content_digest(verify(out).manifest) for out in outs}) == 1
-    assert same_parts(outs[0]) == same_parts(request.out)
+    assert tiny.same_parts(outs[0]) == tiny.same_parts(request.out)
 
 
 def test_build_with_another_k_lacks_its_graph_alone(built):
     request, _ = built
-    changed = recipe(request, "[2], sampling", "[2, 3], sampling")
+    changed = tiny.recipe(request, "[2], sampling", "[2, 3], sampling")
     pair = resolve_pair(changed, base=request.base, cache=request.cache / "sources")
     plan = make_plan(changed, *(checkpoint.config for checkpoint in pair))
     jobs = [Job(spec, plan.pair, changed.backend, request.cache, request.base / "log") for spec in plan.graphs]
     assert [job.spec.name for job in jobs if cached(job) is None] == ["speculate-b2-t4-s48-k3"]
 
 
-def keys(request: BuildSettings, parsed) -> dict[str, str]:
-    """Cache keys of a recipe's greedy and stochastic graphs, found by tracing alone; of two phases, the cheap ones."""
-    backend = make_backend(parsed.backend)
-    plan = make_plan(
-        parsed, *(c.config for c in resolve_pair(parsed, base=request.base, cache=request.cache / "sources"))
-    )
-    chosen = [spec for spec in plan.graphs if spec.phase in ("prefill", "decode")]
-    traced = {spec.name: backend.trace(spec, plan.pair) for spec in chosen}
-    return {name: cache_key(graph, backend.toolchain(), backend.flags()) for name, graph in traced.items()}
-
-
 def test_a_changed_flag_affects_its_graphs_alone(built):
     request, _ = built
-    both = RECIPE.replace("[greedy]", "[greedy, stochastic]")
+    both = tiny.RECIPE.replace("[greedy]", "[greedy, stochastic]")
     paths = {}
     for name, text in {
         "plain": both,
@@ -470,7 +280,7 @@ def test_a_changed_flag_affects_its_graphs_alone(built):
     }.items():
         paths[name] = request.base / f"{name}.yaml"
         paths[name].write_text(text)
-    plain, isa, keep = (keys(request, load(path)) for path in paths.values())
+    plain, isa, keep = (tiny.keys(request, load(path)) for path in paths.values())
     assert plain.keys() == isa.keys() == keep.keys()
     assert not set(plain.values()) & set(isa.values())
     assert {name for name in plain if plain[name] != keep[name]} == {n for n in plain if n.endswith("stochastic")}
@@ -482,40 +292,22 @@ def test_build_on_a_full_disk_leaves_nothing_half_written(built, tmp_path, limit
     request, _ = built
     cache = tmp_path / "cache"
     shutil.copytree(request.cache, cache, ignore=shutil.ignore_patterns(missing))
-    done = forked_build(request, tmp_path / "out", cache, limit=limit).result()
+    done = tiny.forked_build(request, tmp_path / "out", cache, limit=limit).result()
     assert done.returncode == 3, done.stderr
     assert "cannot write: File too large" in done.stdout
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob(f"{TEMP}*"))
-    again(request, cache=cache, out=tmp_path / "out", validate=False)
-    assert same_parts(tmp_path / "out") == same_parts(request.out)
+    tiny.again(request, cache=cache, out=tmp_path / "out", validate=False)
+    assert tiny.same_parts(tmp_path / "out") == tiny.same_parts(request.out)
 
 
 def test_build_into_a_read_only_folder_is_refused_before_anything_runs(built, tmp_path):
     request, _ = built
     (tmp_path / "file").write_text("")
     with pytest.raises(HostError, match="cannot write") as caught:
-        again(request, cache=tmp_path / "cache", out=tmp_path / "file" / "out", validate=False)
+        tiny.again(request, cache=tmp_path / "cache", out=tmp_path / "file" / "out", validate=False)
     assert str(tmp_path / "file") in caught.value.where
     assert not (tmp_path / "cache" / "graphs").exists()
-
-
-def test_build_onto_a_read_only_disk_is_refused_before_anything_runs(local):
-    code = f"""
-    from pathlib import Path
-    from pipeline.build import BuildSettings, run
-    from pipeline.errors import HostError
-    from pipeline.recipe import load
-    base = Path({str(local)!r})
-    try:
-        run(BuildSettings(load(base / "local.yaml"), base, Path("/mnt/out"), base / "cache"))
-    except HostError as error:
-        print(error, "|", error.fix)
-    """
-    assert "Read-only file system | use a folder with write permission" in on_small_disk(
-        "mount -o remount,ro /mnt", code
-    )
-    assert not (local / "cache" / "graphs").exists()
 
 
 def test_engine_equals_transformers_token_by_token(built):
@@ -537,30 +329,13 @@ def test_engine_equals_transformers_token_by_token(built):
     assert engine.stats()["speculative_steps"] < engine.stats()["tokens"]
 
 
-def test_engine_refuses_what_the_artifact_does_not_have(built):
-    engine = runtime.load(built[0].out)
-    with pytest.raises(InputError, match="stochastic sampling was not built"):
-        engine.generate([[1]], max_new_tokens=4, temperature=1.0)
-    with pytest.raises(InputError, match="1 to 16"):
-        engine.generate([[1] * 17], max_new_tokens=4)
-    with pytest.raises(InputError, match="K=9"):
-        engine.generate([[1]], max_new_tokens=4, draft_tokens=9)
-    for token in (-1, engine.manifest.vocab):
-        with pytest.raises(InputError, match=f"token id {token}; the artifact's vocabulary has ids 0 to") as caught:
-            engine.generate([[1], [2, token]], max_new_tokens=4)
-        assert caught.value.where == "prompt 1"
-    assert engine.generate([[engine.manifest.vocab - 1]], max_new_tokens=1)[0].tokens
-
-
 def test_graphs_do_not_copy_caches(built):
     """Generated code allocates no buffer of a cache's shape: states are written in place."""
     request, _ = built
     folder = next((request.out / "graphs").glob("speculate-*"))
     io = json.loads((folder / "io.json").read_text())
     cache = next(t for t in io["state"] if t["name"].startswith("target/k"))["shape"]
-    with zipfile.ZipFile(folder / "graph.pt2") as package:
-        name = next(n for n in package.namelist() if n.endswith(".wrapper.cpp"))
-        source = package.read(name).decode()
+    source = tiny.packed_file(folder / "graph.pt2", ".wrapper.cpp").decode()
     shape = ", ".join(f"{n}L" for n in cache)
     arrays = re.findall(r"(int_array_\d+)\[\] = \{" + re.escape(shape) + r"\}", source)
     allocated = re.findall(r"aoti_torch_empty_strided\w*\((?:\d+, )?(int_array_\d+)", source)
@@ -571,9 +346,7 @@ def test_graphs_do_not_copy_caches(built):
 def test_graphs_carry_no_regular_expressions(built):
     """torch's runtime brings the templates of `std::regex` into every graph, half of what a compiler makes of it."""
     for file in (built[0].out / "graphs").glob("*/graph.pt2"):
-        with zipfile.ZipFile(file) as package:
-            name = next(n for n in package.namelist() if n.endswith(".so"))
-            library = package.read(name)
+        library = tiny.packed_file(file, ".so")
         assert b"regex_match" in library, "the runtime reads its device differently; mend this test"
         assert b"regex_traits" not in library
 
@@ -581,9 +354,7 @@ def test_graphs_carry_no_regular_expressions(built):
 def test_graphs_carry_no_checks_of_every_input(built):
     """Inductor's checks of inputs, which an environment variable would turn on, are half of what a compiler reads."""
     folder = next((built[0].out / "graphs").glob("speculate-*"))
-    with zipfile.ZipFile(folder / "graph.pt2") as package:
-        name = next(n for n in package.namelist() if n.endswith(".wrapper.cpp"))
-        source = package.read(name).decode()
+    source = tiny.packed_file(folder / "graph.pt2", ".wrapper.cpp").decode()
     assert "__check_inputs_outputs(" in source, "the generated code names its checks differently; mend this test"
     assert "check_input_0" not in source
 
@@ -591,11 +362,7 @@ def test_graphs_carry_no_checks_of_every_input(built):
 def test_load_refuses_a_flipped_bit(built, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(built[0].out, copy)
-    victim = next(copy.glob("weights/target/*.safetensors"))
-    data = bytearray(victim.read_bytes())
-    data[-5] ^= 4
-    Path(victim).chmod(0o644)
-    victim.write_bytes(data)
+    tiny.flip(next(copy.glob("weights/target/*.safetensors")))
     with pytest.raises(ArtifactError, match="weights/target"):
         runtime.load(copy)
 
@@ -609,17 +376,17 @@ def test_build_on_a_cold_machine_with_a_warm_shared_cache(built, tmp_path):
     url = str(tmp_path / "shared")
     assert push_all(Cache(request.cache, "graphs"), Remote(url, "write").open()) >= len(first.compiled)
     changes = {"out": tmp_path / "out", "validate": False}
-    report = again(request, cache=tmp_path / "cold", remote=Remote(url), **changes)
+    report = tiny.again(request, cache=tmp_path / "cold", remote=Remote(url), **changes)
     assert (report.compiled, len(report.reused)) == ((), 5)
     entries = {graph.key: graph.name for graph in artifact.read(request.out).manifest.graphs}
-    key = cheapest_graph(request).key
+    key = tiny.cheapest_graph(request).key
     data = next(path for path in Path(url, "graphs", key[:2], key).iterdir() if len(path.name) == 64)
     data.write_bytes(b"poison" + data.read_bytes()[6:])
     said = []
-    forget(tmp_path / "cold", key)
-    report = again(request, cache=tmp_path / "cold", remote=Remote(url, "write"), log=said.append, **changes)
+    tiny.forget(tmp_path / "cold", key)
+    report = tiny.again(request, cache=tmp_path / "cold", remote=Remote(url, "write"), log=said.append, **changes)
     assert report.compiled == (entries[key],)
     assert any("expected" in line and key in line for line in said)
-    forget(tmp_path / "cold", key)
-    report = again(request, cache=tmp_path / "cold", remote=Remote(url), **changes)
+    tiny.forget(tmp_path / "cold", key)
+    report = tiny.again(request, cache=tmp_path / "cold", remote=Remote(url), **changes)
     assert report.compiled == ()

@@ -31,6 +31,22 @@ def test_settings_out_of_range_name_field_and_value(engine, setting, value):
     assert engine.stats()["prefills"] == 0
 
 
+def test_engine_refuses_what_the_artifact_does_not_have(tmp_path):
+    recipe = recipe_of("llama", 1, "float32")
+    engine = make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources"))
+    with pytest.raises(InputError, match="stochastic sampling was not built"):
+        engine.generate([[1]], max_new_tokens=4, temperature=1.0)
+    with pytest.raises(InputError, match="1 to 32"):
+        engine.generate([[1] * 33], max_new_tokens=4)
+    with pytest.raises(InputError, match="K=9"):
+        engine.generate([[1]], max_new_tokens=4, draft_tokens=9)
+    for token in (-1, engine.manifest.vocab):
+        with pytest.raises(InputError, match=f"token id {token}; the artifact's vocabulary has ids 0 to") as caught:
+            engine.generate([[1], [2, token]], max_new_tokens=4)
+        assert caught.value.where == "prompt 1"
+    assert engine.generate([[engine.manifest.vocab - 1]], max_new_tokens=1)[0].tokens
+
+
 def test_text_that_is_none_is_refused(engine):
     with pytest.raises(InputError, match="not valid Unicode: lone surrogate at index 1"):
         engine.text.encode("a\udcff")
