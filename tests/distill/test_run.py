@@ -219,6 +219,7 @@ def test_training_that_was_killed_goes_on(work, figures):
         distill(request_of(work, "trained", cache=cache, log=killed_at("step 50")))
     distill(request_of(work, "trained", cache=cache, log=lines.append))
     assert "resuming at step 50" in lines
+    assert f"training on {figures.data.sequences} sequences, {figures.data.answer_tokens} answer tokens" in lines
     assert sha256_file(work / "trained" / "model.safetensors") == sha256_file(work / "head" / "model.safetensors")
 
 

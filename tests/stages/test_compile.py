@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import grimp
@@ -137,3 +137,16 @@ def test_a_part_left_off_is_reported(part, traced, monkeypatch):
 
 def test_the_list_of_exceptions_has_no_file_that_nothing_imports():
     assert set(CANNOT_SHAPE) <= imported(INDUCTOR) | imported(NEURON)
+
+
+def test_estimates_follow_the_times_of_finished_graphs():
+    """A graph that takes twice its estimate doubles the others' estimates; a graph from a cache changes none."""
+    specs = [GraphSpec("decode", 1, 1, length) for length in (16, 32, 64)]
+    plan = SimpleNamespace(compile_seconds=lambda spec: 60.0, compile_memory=lambda spec: 1)
+    tally = stage._Tally(plan, specs, workers=1)
+    assert tally.remaining() == "about 3 min 0 s"
+    tally.end(stage.Compiled(specs[0], "key", hit=True, seconds=0.1))
+    assert tally.remaining() == "about 2 min 0 s"
+    slow = stage.Compiled(specs[1], "key", hit=False, seconds=120.0)
+    tally.end(slow)
+    assert tally.line(slow) == f"  {specs[1].name}: 2 min 0 s, 1 left, about 2 min 0 s"

@@ -219,6 +219,26 @@ def test_report_command_compares_two_artifacts(good, bad, tmp_path):
     assert json.loads(schema.output)["title"] == "Report"
 
 
+def test_report_command_shows_gates_and_headlines_as_tables(good, bad, tmp_path):
+    """It printed Markdown source on a terminal."""
+    for whole, verdict in ((good, "passed"), (bad, "FAILED")):
+        root = tmp_path / verdict
+        (root / "reports").mkdir(parents=True)
+        (root / "manifest.json").write_text("{}")
+        (root / "reports" / "parity.json").write_bytes(report.to_bytes(whole))
+        done = CliRunner().invoke(cli.main, ["report", str(root)])
+        assert done.exit_code == 0, done.output
+        title, *lines = done.stdout.splitlines()
+        assert title == f"{whole.name} {whole.version}: validation {verdict}"
+        assert lines[1].split() == ["gate", "verdict", "findings"]
+        for gate, line in zip(whole.gates, lines[2:], strict=False):
+            assert line.split()[:2] == [gate.name, "passed" if gate.passed else "FAILED"]
+            assert "".join(gate.findings[:1]) in line
+        for label, value in summaries.headlines(whole):
+            assert re.search(rf"^{re.escape(label)} +{re.escape(value)}$", done.stdout, re.MULTILINE)
+        assert not {"|", "**", "##"} & set(done.stdout.split())
+
+
 def test_sequences_keep_their_prompts_apart(good):
     assert [s.name for s in good.sequences[: len(PROMPTS)]] == [f"p{i}" for i in range(len(PROMPTS))]
     assert all(len(s.texts) == len(s.tokens) for s in good.sequences)
