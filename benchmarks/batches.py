@@ -46,7 +46,9 @@ def main() -> None:
                 answers = [
                     answer
                     for some in chosen
-                    for answer in engine.generate(some, max_new_tokens=asked.max_new_tokens, speculate=speculate)
+                    for answer in engine.generate(
+                        some, max_new_tokens=asked.max_new_tokens, temperature=0.0, speculate=speculate
+                    )
                 ]
                 took = time.perf_counter() - started
                 if number:  # graphs are opened on first use

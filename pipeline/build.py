@@ -83,7 +83,14 @@ def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ..
     """Run every stage, cheap checks first; return the names of the compiled and of the cached graphs."""
     make_backend(settings.recipe.backend)  # an error that names its packages, if the imports below would fail
     # The stages import torch, which a build that finds nothing changed does not need.
-    from pipeline.stages.checks import check_prompts, resolved, runs_here, usable_backend, warn_of_cut_prompts
+    from pipeline.stages.checks import (
+        check_prompts,
+        resolved,
+        runs_here,
+        usable_backend,
+        warn_of_cut_prompts,
+        warn_of_generation,
+    )
     from pipeline.stages.compile import CompileSettings, compile_plan
     from pipeline.stages.package import Parts, package
     from pipeline.stages.shard import shard
@@ -94,10 +101,12 @@ def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ..
     with stage("sources: target and draft", log, progress):
         sources = resolved(settings, backend)
     plan = sources.plan
+    warn_of_generation(settings, sources.pair[0])
     shards = shard(plan.pair.models, sources.pair, backend.packing, settings.cache, log, progress)
     warn_of_cut_prompts(settings, sources.tokenizer)
     graphs = compile_plan(plan, CompileSettings(settings.cache, settings.workers, settings.remote), log, progress)
-    parts = Parts(plan, sources.lock, tuple(graphs), shards, sources.tokenizer)
+    generation = sources.pair[0].generation
+    parts = Parts(plan, sources.lock, tuple(graphs), shards, sources.tokenizer, generation)
     with stage("package: graphs, weights and tokenizer", log, progress):
         artifact = package(settings.out, parts, backend, settings.cache)
     if settings.validate and runs_here(backend, artifact, log):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from pipeline.cli.results import print_fields, print_json, print_line, print_tab
 from pipeline.cli.tables import Verdict
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
 from pipeline.cli.words import counted, size
+from pipeline.models.generation import GenerationDefaults
 from pipeline.registry.card import body
 from pipeline.registry.releases import compare, manifest_of
+from pipeline.runtime.open import defaults_of
 
 
 @click.command(cls=Command)
@@ -28,25 +31,29 @@ from pipeline.registry.releases import compare, manifest_of
 @click.option("--markdown", is_flag=True, help="Print Markdown tables, for a CI summary or a comment.")
 @as_json
 def inspect(artifact: str, markdown: bool, json_: bool) -> None:
-    """Show what ARTIFACT holds and needs. Only its manifest is read."""
+    """Show what ARTIFACT holds and needs. Only its manifest and generation_config.json are read."""
     root = artifact_dir(artifact)
     manifest = read(root).manifest
+    defaults = defaults_of(root)
     if markdown:
         print_line(body(manifest, {"": manifest}))
     elif json_:
-        derived = _derived(manifest) if isinstance(manifest, PairManifest) else {}
+        derived = _derived(manifest, defaults) if isinstance(manifest, PairManifest) else {}
         print_json(manifest.model_dump(mode="json") | derived)
     else:
-        print_fields(fields_of(manifest, root, has_signature=has_signature(root)))
+        print_fields(fields_of(manifest, root, defaults, has_signature=has_signature(root)))
 
 
-def _derived(manifest: PairManifest) -> dict[str, Any]:
-    """Return fields for scripts that follow from the manifest's pair and graphs."""
+def _derived(manifest: PairManifest, defaults: GenerationDefaults) -> dict[str, Any]:
+    """Return fields for scripts that follow from the manifest's pair and graphs, and the defaults of generation."""
+    stochastic = "stochastic" in manifest.sampling
     return {
         "tensor": manifest.ranks, "dtype": manifest.dtype, "weights": manifest.weights,
         "method": manifest.draft_kind.method, "draft_tokens": manifest.draft_tokens, "sampling": manifest.sampling,
         "candidates": manifest.pair.candidates, "shapes": manifest.shapes.model_dump(mode="json"),
         "vocab": manifest.vocab, "eos_ids": manifest.eos_ids,
+        "generation": {name: setting for name, setting in asdict(defaults).items() if name != "unsupported"},
+        "not_applied": defaults.not_applied(stochastic=stochastic),
     }  # fmt: skip
 
 

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact.manifest import Manifest, PairManifest, content_digest
 from pipeline.artifact.signing import Signer
 from pipeline.cli.tables import Cell, Table, Verdict
 from pipeline.cli.words import counted, moment, number, size, value
+from pipeline.models.generation import GenerationDefaults, not_applied_warning
 from pipeline.registry.card import facts
+
+if TYPE_CHECKING:  # for an annotation only: this module imports torch
+    from pipeline.graphs.arguments import Choice
 
 BYTES = {"size", "size_bytes"}
 GATES = {True: "gates passed", False: "gates FAILED", None: "not validated"}
 
 
-def fields_of(manifest: Manifest, root: Path, *, has_signature: bool) -> dict[str, Cell]:
+def fields_of(
+    manifest: Manifest, root: Path, defaults: GenerationDefaults | None, *, has_signature: bool
+) -> dict[str, Cell]:
     """Return the contents and requirements of an artifact, by the labels of `tandem inspect`."""
     own = _pair(manifest) if isinstance(manifest, PairManifest) else _other(manifest)
+    if defaults is not None and isinstance(manifest, PairManifest):
+        own |= _defaults(manifest, defaults)
     return {
         "artifact": f"{manifest.name} {manifest.version}",
         "digest": content_digest(manifest),
@@ -56,6 +64,17 @@ def _pair(manifest: PairManifest) -> dict[str, Cell]:
         "buckets": f"batch {value(shapes.batch)}; prefill {value(shapes.prefill)}; kv {value(shapes.kv)}",
         "graphs": str(len(manifest.graphs)),
     }
+
+
+def _defaults(manifest: PairManifest, defaults: GenerationDefaults) -> dict[str, Cell]:
+    """Return the defaults of generation that apply, and those that do not."""
+    stochastic = "stochastic" in manifest.sampling
+    sampling = f"temperature {defaults.temperature:g}, top_k {defaults.top_k}, top_p {defaults.top_p:g}"
+    applied = sampling if stochastic and defaults.do_sample else "greedy"
+    left_out = defaults.not_applied(stochastic=stochastic)
+    fields: dict[str, Cell] = {"end of sequence": f"ids {value(manifest.eos_ids)}" if manifest.eos_ids else "none"}
+    fields["by default"] = applied
+    return fields | ({"not applied": ", ".join(left_out)} if left_out else {})
 
 
 def _gates(manifest: Manifest) -> dict[str, Cell]:
@@ -108,6 +127,18 @@ def _file_rows(differences: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]
                 f"{count} removed" if how == "removed" else "",
                 "" if how == "removed" else f"{count} {how}",
             )
+
+
+def settings_lines(defaults: GenerationDefaults, choice: Choice, *, samples: bool, given: bool) -> Iterator[str]:
+    """Yield the settings of a call that samples by default, and a warning about defaults that it does not apply.
+
+    `samples`: the artifact has stochastic graphs; `given`: the call gives its temperature.
+    """
+    if choice.temperature > 0 and not given:
+        yield f"sampling: temperature {choice.temperature:g}, top_k {choice.top_k}, top_p {choice.top_p:g}"
+    names = defaults.not_applied(stochastic=samples or given, sampled=choice.temperature > 0)
+    if names:
+        yield not_applied_warning(names)
 
 
 def gate_warning(manifest: PairManifest) -> str | None:

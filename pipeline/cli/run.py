@@ -10,7 +10,7 @@ import click
 
 from pipeline.artifact.manifest import read_pair
 from pipeline.cli.console import Console
-from pipeline.cli.facts import gate_warning
+from pipeline.cli.facts import gate_warning, settings_lines
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected, recipe_option
 from pipeline.cli.paths import RECIPES, artifact_dir
@@ -31,10 +31,10 @@ class RunOptions:
     artifact: str
     prompt: str
     raw: bool
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
     seed: int
     speculate: bool
     policy_file: Path | None
@@ -46,12 +46,25 @@ class RunOptions:
 @click.option("--prompt", required=True, help="Text to answer.")
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Maximum number of new tokens."
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    help="Maximum number of new tokens (default: of generation_config.json, else 128).",
 )
-@click.option("--temperature", default=0.0, show_default=True, help="Sampling temperature; 0 decodes greedily.")
-@click.option("--top-k", default=0, show_default=True, help="Sample from the K most likely tokens; 0 is all.")
 @click.option(
-    "--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens up to this probability; 1 is all."
+    "--temperature",
+    type=float,
+    help="Sampling temperature; 0 decodes greedily (default: of generation_config.json if it samples, else 0).",
+)
+@click.option(
+    "--top-k",
+    type=int,
+    help="Sample from the K most likely tokens; 0 is all (default: of generation_config.json, else 50).",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample from the likeliest tokens up to this probability; 1 is all (default: of generation_config.json, "
+    "else 1).",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--speculate/--no-speculate", default=True, show_default=True, help="Decode with the draft, or without.")
@@ -61,14 +74,18 @@ class RunOptions:
 def run(console: Console, options: RunOptions) -> None:
     """Generate text with ARTIFACT. The text is streamed to stdout.
 
-    A warning is printed if the artifact failed its gates. An answer ends at an end-of-sequence token, at
-    --max-new-tokens, or where the cache is full; the last line has the reason.
+    Settings that are not given are those of the model's generation_config.json, as in transformers. A warning is
+    printed if the artifact failed its gates, or does not apply one of these settings. An answer ends at an
+    end-of-sequence token, at --max-new-tokens, or where the cache is full; the last line has the reason.
     """
     engine = load(artifact_dir(options.artifact), policy_of(options.policy_file))
     from pipeline.runtime.text import StreamDecoder  # its packages are there if the artifact was opened
 
     if warning := gate_warning(engine.manifest):
         console.log(warning)
+    choice = engine.choice(options.temperature, options.top_k, options.top_p)
+    for line in settings_lines(engine.defaults, choice, samples=engine.samples, given=options.temperature is not None):
+        console.log(line)
     plain = options.raw or not engine.text.has_chat
     tokens = engine.text.encode(options.prompt) if plain else engine.text.chat(options.prompt)
     stream = StreamDecoder(engine.text.decode)
@@ -85,7 +102,8 @@ def run(console: Console, options: RunOptions) -> None:
         print_json(asdict(answer), one_line=True)
         return
     click.echo(stream.rest())
-    console.log(f"[{_answer_words(answer, options.max_new_tokens, len(tokens))}]")
+    limit = engine.new_tokens(len(tokens), options.max_new_tokens)
+    console.log(f"[{_answer_words(answer, limit, len(tokens))}]")
 
 
 def _answer_words(answer: Generation, limit: int, prompt: int) -> str:

@@ -65,6 +65,9 @@ def transformers_answers(recipe: Recipe, base: Path, max_new_tokens: int) -> dic
     """Return `generate`, and assisted generation with the same pair and K where the draft is a model, by name."""
     target, draft = resolve_pair(recipe, base=base, cache=default_root() / "sources")
     model = build_model(target, target, recipe.target.dtype, "sdpa")
+    # Without the checkpoint's other settings, a repetition penalty for example, which the artifact does not apply.
+    eos = list(target.config.eos_ids) or None
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos)
     answers = {"transformers generate": _answer(model, None, max_new_tokens)}
     if not draft.config.draft_kind.in_transformers:
         return answers

@@ -105,7 +105,7 @@ def tune(
     answers = []
     for number, encoded in enumerate(whole):
         progress("prompts", number, len(whole))
-        answers += engine.generate([encoded[-longest:]], max_new_tokens=tokens, draft_tokens=built[-1])
+        answers += engine.generate([encoded[-longest:]], max_new_tokens=tokens, temperature=0.0, draft_tokens=built[-1])
     progress("prompts", 1, 1)
     if not any(answer.emitted_per_step for answer in answers):
         what = "every answer ended with its first token: no step to measure"

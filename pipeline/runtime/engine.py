@@ -16,11 +16,14 @@ from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks
 from pipeline.errors import InputError, no_string
 from pipeline.graphs.arguments import Choice
+from pipeline.models.generation import GENERATION_CONFIG, GenerationDefaults
 from pipeline.runtime.batch import Batch, Row, check_choice, check_prompt
 from pipeline.runtime.draft_length import DraftLengthPolicies
 from pipeline.runtime.text import Chat, StreamDecoder, Text
 
 SEEDS = 1 << 32
+NEW_TOKENS = 128
+"""Limit of an answer, if neither the call nor `generation_config.json` sets one."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,33 @@ class Generation:
 
 @dataclass(frozen=True)
 class Settings:
-    """One call of `generate`: its limit, K (None: plain decode), and the policies that choose K for each step."""
+    """One call of `generate`: K (None: plain decode), and the policies that choose K for each step."""
 
-    max_new_tokens: int
     draft_tokens: int | None = None
     draft_length_policy: DraftLengthPolicies | None = None
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The seed and the limit of a call's answers; None: the limit of the model."""
+
+    seed: int
+    max_new_tokens: int | None
+
+    def check(self) -> None:
+        """Raise an InputError for a value out of range."""
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InputError(f"found {self.max_new_tokens}", where="max_new_tokens", fix="use 1 or more")
+        if not 0 <= self.seed < SEEDS:
+            raise InputError(f"found {self.seed}", where="seed", fix=f"use 0 to {SEEDS - 1}")
+
+
 @dataclass
 class Prompt(Row):
-    """A prompt of one call: its index, and the tokens emitted by its speculative steps."""
+    """A prompt of one call: its index, the limit of its answer, and the tokens emitted by its speculative steps."""
 
     index: int = 0
+    limit: int = NEW_TOKENS
     emitted: list[int] = field(default_factory=list)
     copied_steps: list[bool] = field(default_factory=list)
 
@@ -69,6 +87,9 @@ class Call:
     slots: list[Prompt | None]
 
 
+TRANSFORMERS_DEFAULTS = GenerationDefaults()
+"""Settings of a model without a `generation_config.json`."""
+
 OnTokens = Callable[[int, list[int]], None]
 """Called with a prompt's index and its new tokens after each step."""
 
@@ -79,8 +100,11 @@ Emitted = list[tuple[Prompt, list[int]]]
 class Engine:
     """A loaded artifact; a `with` block closes it at the end. Not thread-safe: one `generate` at a time."""
 
-    def __init__(self, manifest: PairManifest, ranks: Ranks, text: Text) -> None:
+    def __init__(
+        self, manifest: PairManifest, ranks: Ranks, text: Text, defaults: GenerationDefaults = TRANSFORMERS_DEFAULTS
+    ) -> None:
         self.manifest = manifest
+        self.defaults = defaults
         self.ranks = ranks
         self.text = text
         self.batch = Batch(manifest, ranks)
@@ -99,10 +123,10 @@ class Engine:
         self,
         prompts: Sequence[str | list[int] | Chat],
         *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int = 0,
         speculate: bool = True,
         draft_tokens: int | None = None,
@@ -111,8 +135,12 @@ class Engine:
         """Generate for every prompt; more prompts than rows are queued, rows are refilled as they finish.
 
         A prompt is a text, a list of token ids, or a chat: a list of messages, which the chat template is applied to.
-        Greedy at temperature 0. Random numbers depend on `seed` and the prompt's index alone, so an answer does not
-        depend on the other prompts. Without `draft_tokens`, K is the first of the artifact's; with step costs in the
+        Settings that are not given are those of the model's `generation_config.json`, as in transformers: greedy unless
+        `do_sample` is true and stochastic graphs were built; sampling with `temperature`, `top_k` and `top_p`, by
+        default 1, 50 and 1; at most `max_new_tokens`, or `max_length` with the prompt, by default 128. Temperature 0 is
+        greedy, `top_k` 0 and `top_p` 1 keep every token. An answer ends at an end-of-sequence token of
+        `generation_config.json` or of the tokenizer. Random numbers depend on `seed` and the prompt's index alone, so
+        an answer does not depend on the other prompts. Without `draft_tokens`, K is the first of the artifact's; with step costs in the
         artifact, greedy decoding chooses K, or plain decode, for each step.
 
         Raises:
@@ -121,8 +149,10 @@ class Engine:
             ArtifactError: a chat, and the artifact has no chat template or its template rejects the messages.
 
         """  # fmt: skip
-        settings = self._settings(max_new_tokens, temperature, speculate, draft_tokens)
-        call = self._call(prompts, settings, Choice(temperature, top_k, top_p), seed)
+        choice = self.choice(temperature, top_k, top_p)
+        call = self._call(
+            prompts, self._settings(choice, speculate, draft_tokens), choice, Answers(seed, max_new_tokens)
+        )
         for prompt, tokens in self._run(call):
             if on_tokens:
                 on_tokens(prompt.index, tokens)
@@ -132,10 +162,10 @@ class Engine:
         self,
         prompt: str | list[int] | Chat,
         *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int = 0,
         speculate: bool = True,
     ) -> Iterator[str]:
@@ -149,8 +179,31 @@ class Engine:
             ArtifactError: as `generate`.
 
         """
-        settings = self._settings(max_new_tokens, temperature, speculate, None)
-        return self._pieces(self._call([prompt], settings, Choice(temperature, top_k, top_p), seed))
+        choice = self.choice(temperature, top_k, top_p)
+        settings = self._settings(choice, speculate, None)
+        return self._pieces(self._call([prompt], settings, choice, Answers(seed, max_new_tokens)))
+
+    def choice(self, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None) -> Choice:
+        """Return the sampling of a call that gives these settings; the others are those of the model."""
+        defaults = self.defaults
+        if temperature is None:
+            temperature = defaults.temperature if defaults.do_sample and self.samples else 0.0
+        if temperature == 0:
+            return Choice(temperature, top_k or 0, 1.0 if top_p is None else top_p)
+        return Choice(
+            temperature,
+            defaults.top_k if top_k is None else top_k,
+            defaults.top_p if top_p is None else top_p,
+        )
+
+    def new_tokens(self, prompt: int, max_new_tokens: int | None = None) -> int:
+        """Return the limit of the answer to a prompt of this many tokens."""
+        return max_new_tokens if max_new_tokens is not None else self.defaults.new_tokens(prompt, NEW_TOKENS)
+
+    @property
+    def samples(self) -> bool:
+        """Whether stochastic graphs were built."""
+        return "stochastic" in self.manifest.sampling
 
     def stats(self) -> dict[str, int]:
         """Return counts since loading: prefills, speculative and decode steps, tokens, catch-ups, rows with copies."""
@@ -160,12 +213,10 @@ class Engine:
         """Close the ranks."""
         self.batch.close()
 
-    def _settings(self, max_new_tokens: int, temperature: float, speculate: bool, draft_tokens: int | None) -> Settings:
-        if max_new_tokens < 1:
-            raise InputError(f"found {max_new_tokens}", where="max_new_tokens", fix="use 1 or more")
-        paced = speculate and draft_tokens is None and temperature == 0
+    def _settings(self, choice: Choice, speculate: bool, draft_tokens: int | None) -> Settings:
+        paced = speculate and draft_tokens is None and choice.temperature == 0
         steps = self._steps(draft_tokens) if speculate else None
-        return Settings(max_new_tokens, steps, self.batch.draft_length_policy() if paced else None)
+        return Settings(steps, self.batch.draft_length_policy() if paced else None)
 
     def _steps(self, draft_tokens: int | None) -> int:
         built = self.manifest.draft_tokens
@@ -175,20 +226,25 @@ class Engine:
             raise InputError(f"K={draft_tokens} was not built", where="draft_tokens", fix=f"use one of {list(built)}")
         return draft_tokens
 
-    def _call(self, prompts: Iterable[str | list[int] | Chat], settings: Settings, choice: Choice, seed: int) -> Call:
+    def _call(
+        self, prompts: Iterable[str | list[int] | Chat], settings: Settings, choice: Choice, answers: Answers
+    ) -> Call:
         """Return the checked prompts of a call, as rows that wait."""
-        if not 0 <= seed < SEEDS:
-            raise InputError(f"found {seed}", where="seed", fix=f"use 0 to {SEEDS - 1}")
+        answers.check()
         check_choice(self.manifest, choice)
-        rows = [self._row(number, prompt, choice, seed) for number, prompt in enumerate(_checked(prompts))]
+        rows = [self._row(number, prompt, choice, answers) for number, prompt in enumerate(_checked(prompts))]
         return Call(settings, rows, rows[::-1], [None] * self.rows)
 
-    def _row(self, number: int, prompt: str | list[int] | Chat, choice: Choice, seed: int) -> Prompt:
+    def _row(self, number: int, prompt: str | list[int] | Chat, choice: Choice, answers: Answers) -> Prompt:
         where = f"prompt {number}"
         tokens = self._encoded(prompt, where)
         check_prompt(self.manifest, tokens, where)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        return Prompt(tokens, len(tokens), generator, choice, index=number)
+        limit = self.new_tokens(len(tokens), answers.max_new_tokens)
+        if limit < 1:
+            what = f"{len(tokens)} tokens; {GENERATION_CONFIG} has max_length={self.defaults.max_length}"
+            raise InputError(what, where=where, fix="give max_new_tokens (--max-new-tokens), or shorten the prompt")
+        generator = torch.Generator().manual_seed(answers.seed * 1_000_003 + number)
+        return Prompt(tokens, len(tokens), generator, choice, index=number, limit=limit)
 
     def _encoded(self, prompt: str | list[int] | Chat, where: str) -> list[int]:
         """Return the token ids of a prompt of any kind."""
@@ -230,7 +286,7 @@ class Engine:
         first = self.batch.prefill(rows)
         for slot, row in rows.items():
             call.slots[slot] = row
-        return [(rows[slot], self._take(rows[slot], [token], call.settings)) for slot, token in first.items()]
+        return [(rows[slot], self._take(rows[slot], [token])) for slot, token in first.items()]
 
     def _step(self, call: Call) -> Emitted:
         """Run one step of every active row; at the end of the caches a speculative step counts fewer drafts."""
@@ -245,11 +301,11 @@ class Engine:
             if steps:
                 row.emitted.append(len(tokens[slot]))
                 row.copied_steps.append(row.has_copied)
-        return [(row, self._take(row, tokens[slot], call.settings)) for slot, row in rows.items()]
+        return [(row, self._take(row, tokens[slot])) for slot, row in rows.items()]
 
-    def _take(self, row: Prompt, emitted: list[int], settings: Settings) -> list[int]:
+    def _take(self, row: Prompt, emitted: list[int]) -> list[int]:
         """Append a step's tokens, cut at the end of the sequence and at the limit; return those that were appended."""
-        tokens = emitted[: settings.max_new_tokens - (len(row.tokens) - row.prompt)]
+        tokens = emitted[: row.limit - (len(row.tokens) - row.prompt)]
         for at, token in enumerate(tokens):
             if token in self.manifest.eos_ids:
                 tokens = tokens[: at + 1]
@@ -261,13 +317,13 @@ class Engine:
     def _retire(self, call: Call) -> None:
         """Remove finished rows from their slots."""
         for slot, row in enumerate(call.slots):
-            if row is not None and self._finished(row, call.settings):
+            if row is not None and self._finished(row):
                 call.slots[slot] = None
 
-    def _finished(self, row: Prompt, settings: Settings) -> bool:
+    def _finished(self, row: Prompt) -> bool:
         count = len(row.tokens) - row.prompt
         full = row.position >= self.length
-        return count >= settings.max_new_tokens or full or row.tokens[-1] in self.manifest.eos_ids
+        return count >= row.limit or full or row.tokens[-1] in self.manifest.eos_ids
 
     def _result(self, row: Prompt) -> Generation:
         tokens, steps = row.tokens[row.prompt :], len(row.emitted)

@@ -121,6 +121,7 @@ def generate_timed(
     (answer,) = engine.generate(
         [prompt],
         max_new_tokens=max_new_tokens,
+        temperature=0.0,
         speculate=speculate,
         draft_tokens=draft_tokens,
         on_tokens=clock.on_tokens,

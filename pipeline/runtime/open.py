@@ -5,6 +5,7 @@ Imports torch only to open an artifact, so that a host without it gets an error 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from pipeline.artifact.signing import Policy, check_artifact
 from pipeline.artifact.verify import check_host, verify
 from pipeline.backends.base import make_backend
 from pipeline.extras import require
+from pipeline.models.generation import GENERATION_CONFIG, GenerationDefaults, generation_defaults
 
 if TYPE_CHECKING:
     from pipeline.runtime.batch import Batch
@@ -37,7 +39,18 @@ def load(artifact_dir: str | Path, policy: Policy | None = None) -> Engine:
 
     artifact = verified(root, policy)
     ranks = make_backend(artifact.manifest.backend).open(artifact.root, artifact.manifest)
-    return Engine(artifact.manifest, ranks, Text(artifact.root / "tokenizer"))
+    return Engine(artifact.manifest, ranks, Text(artifact.root / "tokenizer"), defaults_of(artifact.root))
+
+
+def defaults_of(root: Path) -> GenerationDefaults:
+    """Return the defaults of generation of an artifact.
+
+    Raises:
+        SourceError: malformed; `tandem build` refuses such a file.
+
+    """
+    path = root / GENERATION_CONFIG
+    return generation_defaults(json.loads(path.read_bytes()) if path.is_file() else {}, str(path))
 
 
 def verified(root: Path, policy: Policy | None = None) -> PairArtifact:

@@ -8,26 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
+from pipeline.artifact.manifest import PairManifest
 from pipeline.errors import InputError, TandemError
+from pipeline.models.generation import not_applied_warning
 from pipeline.runtime.batch import check_choice, check_prompt
 from pipeline.serve import settings
 from pipeline.serve.plugin import ARTIFACT
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.inputs import EngineInput
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+logger = init_logger(f"vllm.{__name__}")
+
 WORKER = "pipeline.serve.worker.TandemWorker"
 
-UNSUPPORTED: dict[str, Any] = {
-    "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_tokens": 0,
-    "logprobs": None, "prompt_logprobs": None, "logit_bias": None, "allowed_token_ids": None, "bad_words": None,
-    "structured_outputs": None, "thinking_token_budget": None, "prompt_logprob_token_ids": None,
+UNSUPPORTED: dict[str, Any] = settings.UNSUPPORTED_DEFAULTS | {
+    "min_tokens": 0, "logprobs": None, "prompt_logprobs": None, "logit_bias": None, "allowed_token_ids": None,
+    "bad_words": None, "structured_outputs": None, "thinking_token_budget": None, "prompt_logprob_token_ids": None,
 }  # fmt: skip
 """Fields of a request that the graphs do not support, and their defaults."""
 
@@ -106,6 +110,7 @@ class TandemPlatform(Platform):
             manifest = settings.checked(root)
             settings.options(vllm_config.additional_config)
             _check_arguments(vllm_config, settings.of_vllm(root, manifest), explicit=cls._parser_has_defaults)
+            _set_request_defaults(vllm_config.model_config, manifest)
         except TandemError as error:
             raise SystemExit(_line(error)) from error
         _configure(vllm_config, manifest)
@@ -181,6 +186,16 @@ def _check_arguments(config: VllmConfig, values: dict[str, Any], *, explicit: bo
 def _contradiction(name: str, value: object, accepted: str) -> InputError:
     flag = "--" + name.replace("_", "-")
     return InputError(f"found {value}; the artifact has {accepted}", where=flag, fix=f"remove {flag}")
+
+
+def _set_request_defaults(config: ModelConfig, manifest: PairManifest) -> None:
+    """Replace defaults of requests that the graphs do not support, and log them, so that requests are not rejected."""
+    checkpoint = {} if config.generation_config == "vllm" else config.try_get_generation_config()
+    asked = config.override_generation_config
+    replaced = settings.request_defaults(checkpoint, asked, stochastic="stochastic" in manifest.sampling)
+    config.override_generation_config = {**replaced.values, **asked}
+    if replaced.left_out:
+        logger.warning("tandem: %s", not_applied_warning(replaced.left_out, by="vLLM without Tandem"))
 
 
 def _configure(config: VllmConfig, manifest: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ BLOCK = 16
 """Tokens of a block, for the scheduler's counts."""
 
 CONFIG = "config.json"
+
+UNSUPPORTED_DEFAULTS = {
+    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0,
+}  # fmt: skip
+"""Settings that vLLM takes from `generation_config.json` and that graphs do not support, with their neutral values."""
 
 
 class ServeOptions(Record):
@@ -44,6 +50,37 @@ def options(additional_config: object) -> ServeOptions:
         where = ".".join(("additional-config", "tandem", *map(str, first["loc"])))
         known = ", ".join(ServeOptions.model_fields)
         raise InputError(f"{first['msg']} (found {first['input']!r})", where=where, fix=f"options: {known}") from error
+
+
+@dataclass(frozen=True)
+class ReplacedDefaults:
+    """Defaults of requests in place of unsupported ones, and these as `name=value`."""
+
+    values: Mapping[str, float]
+    left_out: tuple[str, ...]
+
+
+def request_defaults(
+    checkpoint: Mapping[str, Any], asked: Mapping[str, Any], *, stochastic: bool
+) -> ReplacedDefaults:  # fmt: skip
+    """Return the defaults to replace: of the checkpoint's, those that the artifact's graphs do not support.
+
+    `checkpoint` are the settings that vLLM reads for the model, `asked` those of `--override-generation-config`;
+    `stochastic`: there are graphs that sample. Without these graphs, requests are greedy unless they set a temperature.
+
+    Raises:
+        InputError: an unsupported setting in `asked`.
+
+    """
+    neutral: dict[str, float] = UNSUPPORTED_DEFAULTS | ({} if stochastic else {"temperature": 0.0})
+    for name, value in neutral.items():
+        if asked.get(name) not in (None, value):
+            what = f"{name}={asked[name]} is not supported by the artifact's graphs"
+            raise InputError(what, where="--override-generation-config", fix=f"remove {name}")
+    unsupported = {name: checkpoint[name] for name in neutral if checkpoint.get(name) not in (None, neutral[name])}
+    values = {name: neutral[name] for name in unsupported} | ({} if stochastic else {"temperature": 0.0})
+    left_out = tuple(f"{name}={value}" for name, value in unsupported.items() if name not in asked)
+    return ReplacedDefaults(values, left_out)
 
 
 def most_tokens(manifest: PairManifest) -> int:

@@ -18,6 +18,7 @@ from pipeline.errors import SourceError, no_string
 from pipeline.files.atomic import FileDigest, sha256_file, write_atomic
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
+from pipeline.models.generation import EOS, GENERATION_CONFIG, token_ids
 from pipeline.progress import Progress, no_progress
 from pipeline.records import Record
 
@@ -35,7 +36,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-CONFIG_FILES = ("config.json", "generation_config.json")
+CONFIG_FILES = ("config.json", GENERATION_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Checkpoint:
     """A model's weights, config and tokenizer in `root`.
 
     `files` are the files that matter, by their path under `root`; `revision` names their content. `layers` is set for a
-    draft derived from a target: its layer i is layer `layers[i]` of the folder.
+    draft derived from a target: its layer i is layer `layers[i]` of the folder. `generation` are a target's defaults of
+    generation: its `generation_config.json`, or else those in its config.
     """
 
     root: Path
@@ -52,6 +54,7 @@ class Checkpoint:
     files: dict[str, FileDigest] = field(repr=False)
     revision: str
     layers: tuple[int, ...] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer_files(self) -> tuple[str, ...]:
@@ -106,13 +109,9 @@ def content_revision(files: dict[str, FileDigest]) -> str:
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """Return `config.json`, with the end-of-sequence ids of `generation_config.json`, as transformers' generate."""
-    config = _read_json(root / "config.json", "add the checkpoint's config.json")
-    generation = root / "generation_config.json"
-    if generation.is_file():
-        eos = _read_json(generation, "").get("eos_token_id")
-        if eos is not None:
-            config["eos_token_id"] = eos
+    """Return `config.json`; its `eos_token_id` is checked before anything reads it."""
+    config = read_json(root / "config.json", "add the checkpoint's config.json")
+    token_ids(config.get(EOS), str(root / "config.json"))
     return config
 
 
@@ -124,7 +123,7 @@ def weight_files(root: Path) -> list[str]:
 
     """
     if (root / INDEX).is_file():
-        index = _read_json(root / INDEX, "download the checkpoint again")
+        index = read_json(root / INDEX, "download the checkpoint again")
         return indexed_files(index, str(root / INDEX))
     if (root / SINGLE).is_file():
         return [SINGLE]
@@ -170,7 +169,13 @@ def indexed_files(index: dict[str, Any], where: str) -> list[str]:
     return names
 
 
-def _read_json(path: Path, fix: str) -> dict[str, Any]:
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """Return a file's JSON object.
+
+    Raises:
+        SourceError: no such file, not JSON, or not an object.
+
+    """
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError as error:

@@ -16,6 +16,7 @@ from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint, with_shared_embedding
 from pipeline.sources.derived import derive
+from pipeline.sources.generation import with_generation
 from pipeline.sources.kinds import fetch
 from pipeline.sources.tokenizer import check_tokenizers, vocabulary_size
 from pipeline.sources.weights import check_weights, weights
@@ -43,8 +44,10 @@ def resolve(
 def checked(checkpoint: Checkpoint, source: str, role: Role) -> Checkpoint:
     """Return a checkpoint in its role, after checking its tensors against its config.
 
+    A target gets its defaults of generation and all of its end-of-sequence ids.
+
     Raises:
-        SourceError: missing, extra or malformed tensors, or a draft as the target.
+        SourceError: missing, extra or malformed tensors, malformed defaults, or a draft as the target.
 
     """
     if role == "draft" and EMBEDDING not in weights(checkpoint):
@@ -54,7 +57,7 @@ def checked(checkpoint: Checkpoint, source: str, role: Role) -> Checkpoint:
         what = "this checkpoint is a draft: it uses the embedding or the vocabulary of a target"
         raise SourceError(what, where=source, fix=fix)
     check_weights(checkpoint)
-    return checkpoint
+    return with_generation(checkpoint) if role == "target" else checkpoint
 
 
 def resolve_pair(

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SourceError, reason
-from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.checkpoint import Checkpoint, read_json
 
 SHOWN_IDS = 3
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
+JSON_FIX = "download the checkpoint again"
 FIX = "use a draft of the target's own family and tokenizer, or `derive: {from: target, layers: [...]}`"
 
 
@@ -50,6 +51,39 @@ def vocabulary_size(checkpoint: Checkpoint) -> int:
     if not checkpoint.tokenizer_files:
         return 0
     return max(_ids(_tokenizer_json(checkpoint.root)), default=-1) + 1
+
+
+def end_of_sequence_id(checkpoint: Checkpoint) -> int | None:
+    """Return the id of the tokenizer's end-of-sequence token, as transformers reads it; None without one.
+
+    Asks transformers, which imports torch, only where the files do not name the token: its tokenizer classes do.
+
+    Raises:
+        SourceError: transformers cannot read the tokenizer.
+
+    """
+    if not VOCABULARIES & set(checkpoint.tokenizer_files):
+        return None
+    token = _named_end_of_sequence(checkpoint.root)
+    if token is not None and (checkpoint.root / "tokenizer.json").is_file():
+        ids = [number for number, text in _ids(_tokenizer_json(checkpoint.root)).items() if text == token]
+        if len(ids) == 1:
+            return ids[0]
+    own: int | None = _transformers_tokenizer(checkpoint.root).eos_token_id
+    return own
+
+
+def _named_end_of_sequence(root: Path) -> str | None:
+    """Return the end-of-sequence token if tokenizer_config.json names one, and no other file another."""
+    texts: set[str] = set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = (read_json(root / name, JSON_FIX) if (root / name).is_file() else {}).get("eos_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if name == "tokenizer_config.json" and not isinstance(text, str):
+            return None
+        if text is not None:
+            texts.add(str(text))
+    return texts.pop() if len(texts) == 1 else None
 
 
 def check_tokenizers(target: Checkpoint, draft: Checkpoint) -> None:
@@ -104,11 +138,15 @@ def _tokenizer_json(root: Path) -> dict[str, Any]:
 
 def _as_transformers(root: Path) -> str:
     """Return the folder's tokenizer, as transformers reads it, as the text of a `tokenizer.json`."""
+    return str(_transformers_tokenizer(root).backend_tokenizer.to_str())
+
+
+def _transformers_tokenizer(root: Path) -> Any:
+    """Return the folder's tokenizer as an object of transformers."""
     from transformers import AutoTokenizer  # here, because it imports torch
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-        return str(tokenizer.backend_tokenizer.to_str())
+        return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
         what, fix = f"cannot read the tokenizer: {reason(error)}", "add a complete tokenizer.json to the folder"
         raise SourceError(what, where=str(root), fix=fix) from error

@@ -9,6 +9,7 @@ from pipeline.artifact.manifest import Artifact
 from pipeline.artifact.verify import check_host
 from pipeline.backends.base import Backend, make_backend
 from pipeline.errors import ArtifactError, PreflightError, RecipeError
+from pipeline.models.generation import generation_defaults, not_applied_warning
 from pipeline.plan.lock import Lock, check_locked, make_lock, read, unpinned
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.progress import Log
@@ -64,6 +65,14 @@ def warn_of_cut_prompts(settings: BuildSettings, tokenizer: Mapping[str, bytes])
     counts = token_counts(prompts, tokenizer)
     if warning := cut_warning(counts, settings.recipe.shapes.prefill[-1]):
         settings.log(warning)
+
+
+def warn_of_generation(settings: BuildSettings, target: Checkpoint) -> None:
+    """Log a warning if the artifact will not apply some of its target's defaults of generation."""
+    defaults = generation_defaults(target.generation, str(target.root))
+    stochastic = "stochastic" in settings.recipe.speculation.sampling
+    if settings_left_out := defaults.not_applied(stochastic=stochastic):
+        settings.log(not_applied_warning(settings_left_out))
 
 
 def resolved(settings: BuildSettings, backend: Backend) -> Resolved:

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +32,7 @@ from pipeline.errors import HostError
 from pipeline.files.atomic import FileDigest, atomic_dir, digest_file, link_or_copy
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import PairSpec
+from pipeline.models.generation import GENERATION_CONFIG
 from pipeline.plan import lock as locks
 from pipeline.plan.plan import Plan
 from pipeline.recipe.schema import Recipe
@@ -58,6 +59,7 @@ class Parts:
     graphs: tuple[Compiled, ...]
     shards: Shards
     tokenizer: Mapping[str, bytes]
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def package(out: Path, parts: Parts, backend: Backend, cache: Path) -> PairArtif
         for graph in parts.graphs:
             _add_graph(folder, graph, plan.pair, backend, Cache(cache, "graphs"))
         _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", _generation(plan))
+        _write_json(folder / GENERATION_CONFIG, parts.generation)
         (folder / "tokenizer").mkdir()
         for name, data in parts.tokenizer.items():
             (folder / "tokenizer" / name).write_bytes(data)
@@ -96,12 +98,6 @@ def package(out: Path, parts: Parts, backend: Backend, cache: Path) -> PairArtif
         _write_json(folder / "tokenizer/config.json", config)
         seal(folder, _manifest(parts, backend), origin, shards)
     return read_pair(out)
-
-
-def _generation(plan: Plan) -> dict[str, Any]:
-    """Return the defaults of requests to servers: the end-of-sequence ids, and greedy if only that was built."""
-    greedy = "stochastic" not in plan.recipe.speculation.sampling
-    return {"eos_token_id": list(plan.pair.target.eos_ids)} | ({"temperature": 0.0} if greedy else {})
 
 
 def seal(

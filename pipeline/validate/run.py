@@ -91,8 +91,20 @@ def _tested(gates: GateRun) -> Tested:
         sampling=manifest.sampling,
         ranks=manifest.ranks,
         dtype=manifest.dtype,
+        settings=_settings(gates),
+        eos_ids=manifest.eos_ids,
+        not_applied=gates.inputs.engine.defaults.not_applied(stochastic=gates.inputs.is_sampled),
         cut_prompts=gates.answers.cut_prompts,
     )
+
+
+def _settings(gates: GateRun) -> tuple[str, ...]:
+    """Return the settings of the gates, which are not those of the model: they must not depend on its defaults."""
+    greedy = f"temperature 0, at most {gates.inputs.recipe.validate_.max_new_tokens} new tokens"
+    if gates.distribution is None:
+        return (greedy,)
+    of = gates.distribution.section
+    return greedy, f"temperature {of.temperature:g}, top_k {of.top_k}, top_p {of.top_p:g}"
 
 
 def _sequence(engine: Engine, sequence: ScoredSequence) -> TokenSequence:

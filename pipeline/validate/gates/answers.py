@@ -81,6 +81,7 @@ def _generate(inputs: GateInputs, encoded: list[list[int]], steps: int | None) -
     answers = inputs.engine.generate(
         encoded,
         max_new_tokens=limit,
+        temperature=0.0,
         speculate=steps is not None,
         draft_tokens=steps,
         on_tokens=tokens,

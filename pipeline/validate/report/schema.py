@@ -251,6 +251,11 @@ class Tested(Record):
     sampling: tuple[str, ...] = Field(description="kinds of sampling")
     ranks: int = Field(description="tensor-parallel ranks")
     dtype: str = Field(description="dtype of the target")
+    settings: tuple[str, ...] = Field(default=(), description="settings of generation that the gates used")
+    eos_ids: tuple[int, ...] = Field(default=(), description="tokens that end an answer")
+    not_applied: tuple[str, ...] = Field(
+        default=(), description="settings of the model's generation_config.json that the artifact does not apply"
+    )
     cut_prompts: tuple[str, ...] = Field(
         description="prompts that exceed the largest prefill bucket: only their ends ran"
     )

@@ -54,6 +54,10 @@ def headlines(report: Report) -> list[tuple[str, str]]:
     rows += [(f"tokens per step (K={a.draft_tokens})", f"{a.tokens_per_step:.2f}") for a in report.acceptance]
     rows.append(("speed-up, measured once; other load changes it", show(report.speed.measured_speedup)))
     rows.append(("speed-up, from acceptance and draft size", show(report.speed.expected_speedup)))
+    if tested := report.tested.settings:
+        rows.append(("settings of the gates", "; ".join(tested)))
+    if left_out := report.tested.not_applied:
+        rows.append(("generation_config.json, not applied", ", ".join(left_out)))
     if cut := report.tested.cut_prompts:
         longest = f"longer than the largest prefill bucket; only their last {report.tested.prefill[-1]} tokens ran"
         rows.append(("prompts that were cut", f"{len(cut)} of {report.tested.prompts}: {longest}"))
