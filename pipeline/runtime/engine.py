@@ -46,25 +46,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Settings:
-    """One call of `generate`: K (None: plain decode), and the policies that choose K for each step."""
+    """One call of `generate`: its limit (None: the model's), K (None: plain decode), the policies that choose K."""
 
+    max_new_tokens: int | None
+    seed: int
     draft_tokens: int | None = None
     draft_length_policy: DraftLengthPolicies | None = None
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The seed and the limit of a call's answers; None: the limit of the model."""
-
-    seed: int
-    max_new_tokens: int | None
-
-    def check(self) -> None:
-        """Raise an InputError for a value out of range."""
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise InputError(f"found {self.max_new_tokens}", where="max_new_tokens", fix="use 1 or more")
-        if not 0 <= self.seed < SEEDS:
-            raise InputError(f"found {self.seed}", where="seed", fix=f"use 0 to {SEEDS - 1}")
 
 
 @dataclass
@@ -140,8 +127,8 @@ class Engine:
         default 1, 50 and 1; at most `max_new_tokens`, or `max_length` with the prompt, by default 128. Temperature 0 is
         greedy, `top_k` 0 and `top_p` 1 keep every token. An answer ends at an end-of-sequence token of
         `generation_config.json` or of the tokenizer. Random numbers depend on `seed` and the prompt's index alone, so
-        an answer does not depend on the other prompts. Without `draft_tokens`, K is the first of the artifact's; with step costs in the
-        artifact, greedy decoding chooses K, or plain decode, for each step.
+        an answer does not depend on the other prompts. Without `draft_tokens`, K is the first of the artifact's; with
+        step costs in the artifact, greedy decoding chooses K, or plain decode, for each step.
 
         Raises:
             InputError: a string in place of the list, an empty prompt, one longer than the largest prefill bucket,
@@ -150,9 +137,7 @@ class Engine:
 
         """  # fmt: skip
         choice = self.choice(temperature, top_k, top_p)
-        call = self._call(
-            prompts, self._settings(choice, speculate, draft_tokens), choice, Answers(seed, max_new_tokens)
-        )
+        call = self._call(prompts, self._settings(max_new_tokens, seed, choice, speculate, draft_tokens), choice)
         for prompt, tokens in self._run(call):
             if on_tokens:
                 on_tokens(prompt.index, tokens)
@@ -180,8 +165,8 @@ class Engine:
 
         """
         choice = self.choice(temperature, top_k, top_p)
-        settings = self._settings(choice, speculate, None)
-        return self._pieces(self._call([prompt], settings, choice, Answers(seed, max_new_tokens)))
+        settings = self._settings(max_new_tokens, seed, choice, speculate, None)
+        return self._pieces(self._call([prompt], settings, choice))
 
     def choice(self, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None) -> Choice:
         """Return the sampling of a call that gives these settings; the others are those of the model."""
@@ -213,10 +198,17 @@ class Engine:
         """Close the ranks."""
         self.batch.close()
 
-    def _settings(self, choice: Choice, speculate: bool, draft_tokens: int | None) -> Settings:
+    def _settings(
+        self, max_new_tokens: int | None, seed: int, choice: Choice, speculate: bool, draft_tokens: int | None
+    ) -> Settings:
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise InputError(f"found {max_new_tokens}", where="max_new_tokens", fix="use 1 or more")
+        if not 0 <= seed < SEEDS:
+            raise InputError(f"found {seed}", where="seed", fix=f"use 0 to {SEEDS - 1}")
+        check_choice(self.manifest, choice)
         paced = speculate and draft_tokens is None and choice.temperature == 0
         steps = self._steps(draft_tokens) if speculate else None
-        return Settings(steps, self.batch.draft_length_policy() if paced else None)
+        return Settings(max_new_tokens, seed, steps, self.batch.draft_length_policy() if paced else None)
 
     def _steps(self, draft_tokens: int | None) -> int:
         built = self.manifest.draft_tokens
@@ -226,24 +218,20 @@ class Engine:
             raise InputError(f"K={draft_tokens} was not built", where="draft_tokens", fix=f"use one of {list(built)}")
         return draft_tokens
 
-    def _call(
-        self, prompts: Iterable[str | list[int] | Chat], settings: Settings, choice: Choice, answers: Answers
-    ) -> Call:
+    def _call(self, prompts: Iterable[str | list[int] | Chat], settings: Settings, choice: Choice) -> Call:
         """Return the checked prompts of a call, as rows that wait."""
-        answers.check()
-        check_choice(self.manifest, choice)
-        rows = [self._row(number, prompt, choice, answers) for number, prompt in enumerate(_checked(prompts))]
+        rows = [self._row(number, prompt, choice, settings) for number, prompt in enumerate(_checked(prompts))]
         return Call(settings, rows, rows[::-1], [None] * self.rows)
 
-    def _row(self, number: int, prompt: str | list[int] | Chat, choice: Choice, answers: Answers) -> Prompt:
+    def _row(self, number: int, prompt: str | list[int] | Chat, choice: Choice, settings: Settings) -> Prompt:
         where = f"prompt {number}"
         tokens = self._encoded(prompt, where)
         check_prompt(self.manifest, tokens, where)
-        limit = self.new_tokens(len(tokens), answers.max_new_tokens)
+        limit = self.new_tokens(len(tokens), settings.max_new_tokens)
         if limit < 1:
             what = f"{len(tokens)} tokens; {GENERATION_CONFIG} has max_length={self.defaults.max_length}"
             raise InputError(what, where=where, fix="give max_new_tokens (--max-new-tokens), or shorten the prompt")
-        generator = torch.Generator().manual_seed(answers.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
         return Prompt(tokens, len(tokens), generator, choice, index=number, limit=limit)
 
     def _encoded(self, prompt: str | list[int] | Chat, where: str) -> list[int]:

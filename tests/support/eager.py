@@ -18,6 +18,7 @@ from pipeline.graphs.module import run_phase
 from pipeline.graphs.packing import PlainPacking
 from pipeline.graphs.signature import Signature, signature, stored_weights
 from pipeline.graphs.spec import GraphSpec, PairSpec
+from pipeline.models.generation import generation_defaults
 from pipeline.models.parallel import Seams
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe.schema import Recipe
@@ -80,4 +81,5 @@ def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint]) -> Engine:
         backend=recipe.backend, requires={}, pair=plan.pair, step_costs=recipe.speculation.step_costs,
         lookup=recipe.speculation.lookup, graphs=graphs, shards=(), files={},
     )  # fmt: skip
-    return Engine(manifest, EagerRanks(plan, pair), Text(Path(pair[0].root)))
+    defaults = generation_defaults(pair[0].generation, "generation_config.json")
+    return Engine(manifest, EagerRanks(plan, pair), Text(Path(pair[0].root)), defaults)
