@@ -74,7 +74,7 @@ test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE
 	$(XLA_VENV)/bin/python -m pytest -m xla tests/backends/neuron tests/nxdi
 
 test-vllm: $(VLLM_READY) ## a real vLLM serves an artifact over loopback
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve
 
 check: lint types imports test ## required checks of a change: lint, types, imports, fast tests
 

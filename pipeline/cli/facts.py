@@ -72,8 +72,7 @@ def _defaults(manifest: PairManifest, defaults: GenerationDefaults) -> dict[str,
     sampling = f"temperature {defaults.temperature:g}, top_k {defaults.top_k}, top_p {defaults.top_p:g}"
     applied = sampling if stochastic and defaults.do_sample else "greedy"
     left_out = defaults.not_applied(stochastic=stochastic)
-    fields: dict[str, Cell] = {"end of sequence": f"ids {value(manifest.eos_ids)}" if manifest.eos_ids else "none"}
-    fields["by default"] = applied
+    fields: dict[str, Cell] = {"end tokens": value(manifest.eos_ids), "by default": applied}
     return fields | ({"not applied": ", ".join(left_out)} if left_out else {})
 
 

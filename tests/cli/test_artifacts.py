@@ -29,6 +29,8 @@ sampling       greedy
 candidates     all
 buckets        batch 1; prefill 16; kv 32
 graphs         5
+end tokens     2
+by default     greedy
 files          26, SIZE
 gates          passed
 """
@@ -57,6 +59,20 @@ def test_inspect_leads_from_the_short_id_to_the_whole_digest(out):
     version = read(out).manifest.version
     assert f"small {version}\n" in shown
     assert re.search(rf"^digest +{version}[0-9a-f]{{52}}$", shown, re.M)
+
+
+QWEN = {"do_sample": True, "temperature": 0.01, "top_k": 1, "repetition_penalty": 1.1, "eos_token_id": [2]}
+
+
+def test_inspect_names_the_defaults_that_are_not_applied(tmp_path, monkeypatch):
+    """The model's generation_config.json was reduced to its end-of-sequence ids, and no command said so."""
+    monkeypatch.chdir(tmp_path)
+    small.make(tmp_path / "out", tmp_path / "work", generation=QWEN)
+    left_out = "do_sample=true (no stochastic graphs were built), repetition_penalty=1.1"
+    assert f"by default     greedy\nnot applied    {left_out}\n" in answer("inspect", "out").stdout
+    data = json.loads(answer("inspect", "out", "--json").stdout)
+    assert data["generation"]["temperature"] == 0.01
+    assert data["not_applied"] == left_out.split(", ")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 
 from pipeline.cli import facts
 from pipeline.cli.run import _answer_words
+from pipeline.graphs.arguments import Choice
+from pipeline.models.generation import GenerationDefaults
 from pipeline.runtime.engine import Generation
 from support import small_artifacts as small
 
@@ -49,6 +51,29 @@ def test_gate_warning_names_the_gates_that_failed(tmp_path):
     validation = {"passed": False, "gates": {"parity": [], "acceptance": ["low"]}}
     failed = manifest.model_copy(update={"validation": validation})
     assert "failed its gates (acceptance)" in facts.gate_warning(failed)
+
+
+QWEN = GenerationDefaults(True, 0.01, 1, 0.8, unsupported={"repetition_penalty": 1.1, "min_p": 0.1})
+LEFT_OUT = "warning: generation_config.json: not applied: {}; answers differ from those of transformers"
+
+
+@pytest.mark.parametrize(
+    ("choice", "how", "lines"),
+    [
+        (Choice(0.01, 1, 0.8), {"samples": True, "given": False},
+         ["sampling: temperature 0.01, top_k 1, top_p 0.8", LEFT_OUT.format("repetition_penalty=1.1, min_p=0.1")]),
+        (Choice(0.0), {"samples": True, "given": True}, [LEFT_OUT.format("repetition_penalty=1.1")]),
+        (Choice(0.0), {"samples": False, "given": False},
+         [LEFT_OUT.format("do_sample=true (no stochastic graphs were built), repetition_penalty=1.1")]),
+    ],
+)  # fmt: skip
+def test_settings_of_the_model_are_said_at_the_start(choice, how, lines):
+    """`run` ignored the repetition penalty of the model without a word."""
+    assert list(facts.settings_lines(QWEN, choice, **how)) == lines
+
+
+def test_a_model_without_defaults_needs_no_line():
+    assert list(facts.settings_lines(GenerationDefaults(), Choice(0.0), samples=False, given=False)) == []
 
 
 def test_run_json_is_one_line(capsys):

@@ -37,8 +37,11 @@ def test_neutral_values_are_those_of_transformers():
                "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_length": 0, "num_return_sequences": 1,
                "remove_invalid_values": False, "output_scores": False, "early_stopping": False}  # fmt: skip
     assert defaults(**written).not_applied(stochastic=True) == ()
-    own = {k: v for k, v in GenerationConfig()._get_default_generation_params().items() if v is not None} \
-        if hasattr(GenerationConfig, "_get_default_generation_params") else {}
+    own = (
+        {k: v for k, v in GenerationConfig()._get_default_generation_params().items() if v is not None}
+        if hasattr(GenerationConfig, "_get_default_generation_params")
+        else {}
+    )
     assert defaults(**own).not_applied(stochastic=True) == ()
 
 

@@ -1,4 +1,4 @@
-"""Calls without settings take those of generation_config.json, as transformers' `generate` does with the same folder."""
+"""Calls without settings take those of generation_config.json, as transformers' `generate` does with the folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def generated(work: Path, prompt: list[int], **how) -> list[int]:
     """New tokens of transformers for the same folder."""
     model = transformers.AutoModelForCausalLM.from_pretrained(work / "target", dtype=torch.float32)
     given = torch.tensor([prompt])
-    return model.generate(given, attention_mask=torch.ones_like(given), pad_token_id=0, **how)[0, len(prompt) :].tolist()
+    return model.generate(given, attention_mask=torch.ones_like(given), pad_token_id=0, **how)[
+        0, len(prompt) :
+    ].tolist()
 
 
 def tokens(engine, prompts, **how) -> list[list[int]]:
@@ -102,7 +104,9 @@ def test_artifact_without_stochastic_graphs_is_greedy_and_says_so(tmp_path):
     """The default of such a model cannot be applied; a call that asks for sampling is refused."""
     engine = engine_with(tmp_path, {"do_sample": True, "temperature": 0.6, "max_new_tokens": 5}, ("greedy",))
     assert tokens(engine, PROMPTS) == [generated(tmp_path, prompt, do_sample=False) for prompt in PROMPTS]
-    assert engine.defaults.not_applied(stochastic=engine.samples) == ("do_sample=true (no stochastic graphs were built)",)
+    assert engine.defaults.not_applied(stochastic=engine.samples) == (
+        "do_sample=true (no stochastic graphs were built)",
+    )
     with pytest.raises(InputError, match="stochastic sampling was not built"):
         engine.generate(PROMPTS, temperature=0.6)
 
@@ -110,7 +114,7 @@ def test_artifact_without_stochastic_graphs_is_greedy_and_says_so(tmp_path):
 def test_prompt_longer_than_max_length_is_refused(tmp_path):
     """As in transformers, with the prompt and the setting named."""
     engine = engine_with(tmp_path, {"max_length": 4})
-    with pytest.raises(InputError, match="prompt 1: 5 tokens; generation_config.json has max_length=4"):
+    with pytest.raises(InputError, match=r"prompt 1: 5 tokens; generation_config\.json has max_length=4"):
         engine.generate(PROMPTS)
     with pytest.raises(ValueError, match="max_length"):
         generated(tmp_path, PROMPTS[1])

@@ -61,8 +61,8 @@ TOKENIZERS = {
 }
 GENERATIONS = {
     "no file": None, "id": {"eos_token_id": 7}, "list": {"eos_token_id": [7, 9]}, "null": {"eos_token_id": None},
-    "no id": {"temperature": 0.7}, "empty list": {"eos_token_id": []}, "beyond the vocabulary": {"eos_token_id": [7, 4000]},
-    "negative": {"eos_token_id": -1},
+    "no id": {"temperature": 0.7}, "empty list": {"eos_token_id": []},
+    "beyond the vocabulary": {"eos_token_id": [7, 4000]}, "negative": {"eos_token_id": -1},
 }  # fmt: skip
 
 
@@ -122,7 +122,13 @@ def test_malformed_values_are_refused_before_any_work(tmp_path, config, generati
 
 def test_generation_config_is_kept_as_a_whole(tmp_path):
     """It was reduced to its end-of-sequence ids."""
-    generation = {"temperature": 0.01, "top_k": 1, "repetition_penalty": 1.1, "chat_format": "chatml", "eos_token_id": 7}
+    generation = {
+        "temperature": 0.01,
+        "top_k": 1,
+        "repetition_penalty": 1.1,
+        "chat_format": "chatml",
+        "eos_token_id": 7,
+    }
     root = target(tmp_path / "m", {}, generation, TOKENIZERS["none"])
     assert opened(root).generation == generation | {"eos_token_id": [7]}
 

@@ -43,4 +43,6 @@ def engine_with(
 ) -> Engine:
     """The engine of an artifact whose target has these defaults."""
     target_with(work, generation)
-    return make_engine(recipe := recipe_with_defaults(sampling), resolve_pair(recipe, base=work, cache=work / "sources"))
+    return make_engine(
+        recipe := recipe_with_defaults(sampling), resolve_pair(recipe, base=work, cache=work / "sources")
+    )

@@ -23,6 +23,7 @@ CONFIG = ModelConfig(
     family="llama", layers=2, hidden=16, intermediate=32, heads=2, kv_heads=1, head_dim=8, vocab=64, norm_eps=1e-5,
     rope_theta=1e4, max_position=256, eos_ids=(2,),
 )  # fmt: skip
+GENERATION: dict[str, object] = {"eos_token_id": [2]}
 RECIPE = {
     "name": "small",
     "target": {"source": "./target"},
@@ -70,8 +71,9 @@ class Backend:
 
 
 def make(
-    out: Path, work: Path, *, weights: bytes = b"weights", graph: bytes = b"graph", size: int = 1000
-) -> PairArtifact:
+    out: Path, work: Path, *, weights: bytes = b"weights", graph: bytes = b"graph", size: int = 1000,
+    generation: dict[str, object] = GENERATION,
+) -> PairArtifact:  # fmt: skip
     """Package an artifact into `out`; `work` holds its cache and inputs, and may be used again."""
     recipe = Recipe.model_validate_json(json.dumps(RECIPE), strict=False)
     plan = make_plan(recipe, CONFIG, CONFIG)
@@ -85,7 +87,7 @@ def make(
     root = work / "shards" / hashlib.sha256(weights).hexdigest()[:8]
     shards = Shards(root, tuple(_shard(root, model, weights * (size // 7)) for model in ("target", "draft")))
     lock = Lock(recipe.digest(), LockedSource("./target", "r1"))
-    parts = Parts(plan, lock, tuple(compiled), shards, {"tokenizer.json": b"{}"})
+    parts = Parts(plan, lock, tuple(compiled), shards, {"tokenizer.json": b"{}"}, generation)
     return package(out, parts, Backend(), cache.root)
 
 
