@@ -195,7 +195,8 @@ def _set_request_defaults(config: ModelConfig, manifest: PairManifest) -> None:
     replaced = settings.request_defaults(checkpoint, asked, stochastic="stochastic" in manifest.sampling)
     config.override_generation_config = {**replaced.values, **asked}
     if replaced.left_out:
-        logger.warning("tandem: %s", not_applied_warning(replaced.left_out, by="vLLM without Tandem"))
+        warning = not_applied_warning(replaced.left_out, by="vLLM without Tandem")
+        logger.warning("tandem: %s", warning.removeprefix("warning: "))
 
 
 def _configure(config: VllmConfig, manifest: Any) -> None:
