@@ -96,7 +96,8 @@ def plan(recipe: str, json_: bool) -> None:
     else:
         from pipeline.sources.pair import resolve_pair  # keeps torch out of plans of locked recipes
 
-        target, draft = resolve_pair(parsed, base=path.parent, cache=default_root() / "sources")
+        cache = default_root() / "sources"
+        target, draft = resolve_pair(parsed, base=path.parent, cache=cache, read_tokenizer=False)
         configs = target.config, draft.config
     planned = make_plan(parsed, *configs)
     memory = asdict(planned.memory) | {"total": planned.memory.total}

@@ -20,13 +20,12 @@ def with_generation(target: Checkpoint) -> Checkpoint:
     tokenizer's. Ids outside the vocabulary are left out: no answer has them.
 
     Raises:
-        SourceError: a malformed `generation_config.json`; names the field.
+        SourceError: as `generation_of`, or transformers cannot read the tokenizer.
 
     """
-    generation, where = _generation(target)
-    generation_defaults(generation, where)
+    generation = generation_of(target)
     own = end_of_sequence_id(target)
-    ids = dict.fromkeys((*token_ids(generation.get(EOS), where), *(() if own is None else (own,))))
+    ids = dict.fromkeys((*token_ids(generation.get(EOS), GENERATION_CONFIG), *(() if own is None else (own,))))
     others = {name: value for name, value in generation.items() if name != EOS}
     eos = tuple(token for token in ids if 0 <= token < target.config.vocab)
     return replace(
@@ -37,9 +36,18 @@ def with_generation(target: Checkpoint) -> Checkpoint:
     )
 
 
-def _generation(target: Checkpoint) -> tuple[dict[str, Any], str]:
-    """Return the fields that set the defaults, and the path of their file."""
-    path = target.root / GENERATION_CONFIG
-    if path.is_file():
-        return read_json(path, "write a JSON object, or remove the file"), str(path)
-    return generation_fields(target.config_json), str(target.root / "config.json")
+def generation_of(target: Checkpoint) -> dict[str, Any]:
+    """Return the checked fields of `generation_config.json`; without that file, the same fields of the config.
+
+    Raises:
+        SourceError: a malformed file; names the field.
+
+    """
+    where = target.root / GENERATION_CONFIG
+    if where.is_file():
+        fields = read_json(where, "write a JSON object, or remove the file")
+    else:
+        where, fields = target.root / "config.json", generation_fields(target.config_json)
+    generation_defaults(fields, str(where))
+    token_ids(fields.get(EOS), str(where))
+    return fields

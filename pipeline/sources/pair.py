@@ -16,7 +16,7 @@ from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint, with_shared_embedding
 from pipeline.sources.derived import derive
-from pipeline.sources.generation import with_generation
+from pipeline.sources.generation import generation_of, with_generation
 from pipeline.sources.kinds import fetch
 from pipeline.sources.tokenizer import check_tokenizers, vocabulary_size
 from pipeline.sources.weights import check_weights, weights
@@ -29,12 +29,18 @@ def resolve(
 ) -> Checkpoint:
     """Fetch a source, open it and check its tensors against its config.
 
-    `base` is the folder that relative sources start from. A draft without an embedding shares its target's.
+    `base` is the folder that relative sources start from. A draft without an embedding shares its target's. A target
+    has its defaults of generation and all of its end-of-sequence ids.
 
     Raises:
         SourceError: anything wrong with the source; HostError: no network, no space.
 
     """
+    checkpoint = _opened(source, base, cache, progress, role)
+    return with_generation(checkpoint) if role == "target" else checkpoint
+
+
+def _opened(source: str, base: Path, cache: Path, progress: Progress, role: Role) -> Checkpoint:
     fetched = fetch(source, base=base, cache=cache, progress=progress)
     memo = cache / "digests"
     checkpoint = open_checkpoint(fetched.root, revision=fetched.revision, memo=memo, progress=progress)
@@ -44,10 +50,8 @@ def resolve(
 def checked(checkpoint: Checkpoint, source: str, role: Role) -> Checkpoint:
     """Return a checkpoint in its role, after checking its tensors against its config.
 
-    A target gets its defaults of generation and all of its end-of-sequence ids.
-
     Raises:
-        SourceError: missing, extra or malformed tensors, malformed defaults, or a draft as the target.
+        SourceError: missing, extra or malformed tensors, malformed defaults of generation, or a draft as the target.
 
     """
     if role == "draft" and EMBEDDING not in weights(checkpoint):
@@ -57,19 +61,25 @@ def checked(checkpoint: Checkpoint, source: str, role: Role) -> Checkpoint:
         what = "this checkpoint is a draft: it uses the embedding or the vocabulary of a target"
         raise SourceError(what, where=source, fix=fix)
     check_weights(checkpoint)
-    return with_generation(checkpoint) if role == "target" else checkpoint
+    if role == "target":
+        generation_of(checkpoint)
+    return checkpoint
 
 
 def resolve_pair(
-    recipe: Recipe, *, base: Path, cache: Path, progress: Progress = no_progress
+    recipe: Recipe, *, base: Path, cache: Path, progress: Progress = no_progress, read_tokenizer: bool = True
 ) -> tuple[Checkpoint, Checkpoint]:
     """Return the target and draft of a recipe, checked to fit each other.
+
+    Without `read_tokenizer`, the target may lack its tokenizer's end-of-sequence id: enough for plans.
 
     Raises:
         SourceError: as `resolve`, and a draft that does not fit its target.
 
     """
-    target = resolve(recipe.target.source, base=base, cache=cache, progress=progress)
+    target = _opened(recipe.target.source, base, cache, progress, "target")
+    if read_tokenizer:
+        target = with_generation(target)
     if recipe.draft.derive is not None:
         draft = derived(target, recipe.draft.derive.layers)
     elif recipe.draft.source is not None:
