@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from pipeline.errors import InputError
+from pipeline.runtime.latency import generate_timed
 from support.defaults import engine_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,3 +127,10 @@ def test_stream_takes_the_settings_of_the_file(tmp_path):
     pieces = "".join(engine.stream(PROMPTS[0], seed=4))
     assert pieces == engine.generate([PROMPTS[0]], seed=4)[0].text
     assert pieces == engine.generate([PROMPTS[0]], seed=4, temperature=1.5, top_k=50, max_new_tokens=6)[0].text
+
+
+def test_measurements_are_greedy_whatever_the_file_says(tmp_path):
+    """`bench`, `tune` and the gates compare answers, so these must not be random or end early."""
+    engine = engine_with(tmp_path, {"do_sample": True, "temperature": 5.0, "max_new_tokens": 1})
+    _, answer = generate_timed(engine, PROMPTS[0], 9, speculate=True)
+    assert answer.tokens == generated(tmp_path, PROMPTS[0], do_sample=False, max_new_tokens=9)
