@@ -85,16 +85,16 @@ def generation_defaults(config: Mapping[str, Any], where: str) -> GenerationDefa
         SourceError: a value of another type, or out of range; names the field.
 
     """
-    fields = _Fields(config, where)
-    top_p = fields.number("top_p", 1.0, "from 0 to 1", lambda p: 0 <= p <= 1)
-    top_k = fields.integer("top_k", 50, "-1 or more", -1)
+    fields, absent = _Fields(config, where), GenerationDefaults()
+    top_p = fields.number("top_p", absent.top_p, "from 0 to 1", lambda p: 0 <= p <= 1)
+    top_k = fields.integer("top_k", absent.top_k, "-1 or more", -1)
     return GenerationDefaults(
         do_sample=fields.boolean("do_sample"),
-        temperature=fields.number("temperature", 1.0, "0 or more", lambda t: t >= 0),
+        temperature=fields.number("temperature", absent.temperature, "0 or more", lambda t: t >= 0),
         top_k=1 if top_p == 0 else max(top_k or 0, 0),  # a nucleus of 0 keeps the likeliest token; -1 is vLLM's "all"
-        top_p=top_p or 1.0,
-        max_new_tokens=fields.integer("max_new_tokens", None, "1 or more", 1),
-        max_length=fields.integer("max_length", None, "1 or more", 1),
+        top_p=top_p or absent.top_p,
+        max_new_tokens=fields.integer("max_new_tokens", absent.max_new_tokens, "1 or more", 1),
+        max_length=fields.integer("max_length", absent.max_length, "1 or more", 1),
         unsupported=dict(_unsupported(fields)),
     )
 

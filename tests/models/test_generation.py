@@ -47,6 +47,7 @@ def test_neutral_values_are_those_of_transformers():
 
 def test_defaults_without_a_file_are_those_of_transformers():
     found = defaults()
+    assert found == GenerationDefaults()
     assert (found.do_sample, found.temperature, found.top_k, found.top_p) == (False, 1.0, 50, 1.0)
 
 
