@@ -91,7 +91,7 @@ def generation_defaults(config: Mapping[str, Any], where: str) -> GenerationDefa
     return GenerationDefaults(
         do_sample=fields.boolean("do_sample"),
         temperature=fields.number("temperature", absent.temperature, "0 or more", lambda t: t >= 0),
-        top_k=1 if top_p == 0 else max(top_k or 0, 0),  # a nucleus of 0 keeps the likeliest token; -1 is vLLM's "all"
+        top_k=1 if top_p == 0 else _kept(top_k or 0),  # a nucleus of 0 keeps the likeliest token
         top_p=top_p or absent.top_p,
         max_new_tokens=fields.integer("max_new_tokens", absent.max_new_tokens, "1 or more", 1),
         max_length=fields.integer("max_length", absent.max_length, "1 or more", 1),
@@ -156,6 +156,11 @@ class _Fields:
     def fault(self, name: str, expected: str) -> SourceError:
         what = f"{name}: found {_short(self.config[name])}, expected {expected}"
         return SourceError(what, where=self.where, fix=FIX)
+
+
+def _kept(top_k: int) -> int:
+    """Return `top_k` as graphs take it: 0 keeps all tokens; so do -1, in vLLM, and numbers beyond int32."""
+    return top_k if 0 < top_k < 1 << 31 else 0
 
 
 def _unsupported(fields: _Fields) -> Iterator[tuple[str, Any]]:
