@@ -97,7 +97,8 @@ def test_null_is_the_same_as_no_value(setting):
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [({"top_k": 0}, (0, 1.0)), ({"top_k": -1}, (0, 1.0)), ({"top_k": 10**12}, (0, 1.0)), ({"top_p": 0}, (1, 1.0)), ({"top_p": 1}, (50, 1.0)),
+    [({"top_k": 0}, (0, 1.0)), ({"top_k": -1}, (0, 1.0)), ({"top_k": 10**12}, (0, 1.0)),
+     ({"top_p": 0}, (1, 1.0)), ({"top_p": 1}, (50, 1.0)),
      ({"top_k": None, "top_p": 0.5}, (50, 0.5))],
 )  # fmt: skip
 def test_values_at_the_edge_keep_their_meaning(config, expected):
