@@ -19,9 +19,10 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, read
 from pipeline.artifact.provenance import PROVENANCE, builder_of
 from pipeline.artifact.verify import difference
-from pipeline.errors import ArtifactError, HostError, InputError, reason
+from pipeline.errors import ArtifactError, HostError, InputError, RecipeError, reason
 from pipeline.extras import require as require_extras
 from pipeline.files.atomic import write_atomic
+from pipeline.recipe.document import read as read_document
 from pipeline.records import Record
 
 GITHUB = "https://token.actions.githubusercontent.com"
@@ -137,20 +138,17 @@ def read_policy(path: Path) -> Policy:
         InputError: the file is missing or damaged; the message names the key.
 
     """
-    from ruamel.yaml import YAML  # imported here: most pulls have no policy
-    from ruamel.yaml.error import YAMLError
-
+    if not path.is_file():
+        raise InputError("cannot read the policy: no such file", where=str(path), fix="check the path")
+    document = read_document(path)
+    if document.problems:
+        raise RecipeError(document.problems)
     try:
-        data = YAML(typ="safe", pure=True).load(path.read_bytes())
-        policy = Policy.model_validate_json(json.dumps(data, default=str))
-    except OSError as error:
-        raise InputError(f"cannot read the policy: {error.strerror}", where=str(path), fix="check the path") from error
-    except YAMLError as error:
-        raise InputError("the policy is not YAML", where=str(path), fix="see docs/how-to/sign.md") from error
+        policy = Policy.model_validate_json(json.dumps(document.data))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(f"{place}: {first['msg']}", where=str(path), fix="see docs/how-to/sign.md") from error
+        where = document.place(tuple(first["loc"]))
+        raise InputError(first["msg"], where=where, fix="see docs/how-to/sign.md") from error
     return _with_base(policy, path.parent)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -39,6 +41,13 @@ EXPECTED = {
     "model_type": "a mapping, `key: value`",
     "model_attributes_type": "a mapping, `key: value`",
 }
+OTHER_NUMBER = re.compile(r"[1-9][0-9]*(_[0-9]+)+|0b[01_]*[01]")
+"""Integers of other languages and of YAML 1.1, which YAML 1.2 reads as text."""
+
+NOT_FINITE = {"NaN": ".nan", "Infinity": ".inf", "-Infinity": "-.inf"}
+"""As Python writes a number -> as YAML writes it."""
+
+PLACE = re.compile(r"(?P<file>.*?):(?P<line>\d+)(:\d+)?(: [^/]*)?")
 LIMITS = {
     "greater_than_equal": ("ge", "at least"),
     "less_than_equal": ("le", "at most"),
@@ -61,16 +70,18 @@ def parse(document: Document) -> Recipe:
     except ValidationError as error:
         findings += [_explain(dict(item), document.data) for item in error.errors(include_url=False)]
     findings += cross_checks(document.data)
-    problems = document.problems + [Problem(document.place(key), what, fix) for key, what, fix in findings]
+    reported = tuple(problem.where for problem in document.problems)
+    found = [Problem(document.place(key), what, fix) for key, what, fix in findings]
+    is_new = [not any(where.startswith(problem.where) for where in reported) for problem in found]
+    problems = document.problems + list(compress(found, is_new))
     if recipe is None or problems:
         raise RecipeError(sorted(problems, key=_line))
     return recipe
 
 
 def _line(problem: Problem) -> tuple[str, int]:
-    file, _, position = problem.where.partition(":")
-    number = position.partition(":")[0]
-    return file, int(number) if number.isdecimal() else 0
+    match = PLACE.fullmatch(problem.where)
+    return (match["file"], int(match["line"])) if match else (problem.where, 0)
 
 
 def cross_checks(data: Mapping[str, Any]) -> Iterator[Finding]:
@@ -154,7 +165,9 @@ def _explain(error: dict[str, Any], data: Any) -> Finding:
         return _choice(key, error)
     if kind == "string_pattern_mismatch":
         what = f"found {_shown(value)}; accepted: lower-case letters, digits, `.`, `_`, `-`; first a letter or digit"
-        return key, what, f"for example {str(value).lower().replace(' ', '-')!r}"
+        return key, what, f"for example {_accepted_name(str(value))!r}"
+    if kind == "finite_number":
+        return key, f"found {_shown(value)}, expected a finite number", "write a number"
     message = str(error["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
         return key, message, "use an accepted value"
@@ -162,6 +175,11 @@ def _explain(error: dict[str, Any], data: Any) -> Finding:
         limit = error["ctx"][LIMITS[kind][0]]
         return key, f"found {_shown(value)}; accepted: {LIMITS[kind][1]} {limit}", f"use {LIMITS[kind][1]} {limit}"
     return key, f"found {_shown(value)}; {message[:1].lower()}{message[1:]}", "use an accepted value"
+
+
+def _accepted_name(name: str) -> str:
+    """Return the accepted name that is most like `name`."""
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("._-") or "my-pair"
 
 
 def _key(loc: Sequence[str | int], data: Any) -> Key:
@@ -203,11 +221,16 @@ def _type_fix(kind: str, value: Any) -> str:
     if kind == "string_type" and isinstance(value, bool):
         return "put it in quotes: yes, no, on and off are read as true and false"
     if kind == "string_type" and isinstance(value, int | float):
-        return f'put it in quotes: "{value}"'
+        return f"put it in quotes, for example {_shown(str(value))}"
+    if kind == "string_type" and value is None:
+        return "write text behind the `:`; `~`, null and nothing are read as null"
     if kind == "tuple_type" and not isinstance(value, dict):
         return f"put it in brackets: [{value}]"
     if kind in ("int_type", "float_type") and isinstance(value, str):
-        return "write it without quotes and units"
+        plain = OTHER_NUMBER.fullmatch(value) and value.replace("_", "")
+        return f"write {int(plain, 0)}, as in YAML 1.2" if plain else "write it without quotes and units"
+    if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
+        return f"write {value:.0f}"
     return f"write {EXPECTED[kind]}"
 
 
@@ -218,6 +241,7 @@ def _hint(name: str, names: Sequence[str]) -> str:
 
 def _shown(value: Any) -> str:
     text = json.dumps(value)
+    text = NOT_FINITE.get(text, text)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

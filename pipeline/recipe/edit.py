@@ -18,7 +18,8 @@ from ruamel.yaml.emitter import RoundTripEmitter
 from ruamel.yaml.error import CommentMark, StringMark, YAMLError
 from ruamel.yaml.tokens import CommentToken
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, RecipeError
+from pipeline.recipe import syntax
 
 LINE_END = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
 LONGEST_LINE = 1 << 20
@@ -117,15 +118,12 @@ def read_text(path: Path) -> RecipeText:
         InputError: the file cannot be read, or is not YAML.
 
     """
+    text = syntax.read_text(path)
+    syntax.check_text(text, path)
     try:
-        return RecipeText(path.read_bytes().decode())
-    except OSError as error:
-        raise InputError(f"cannot read: {error.strerror}", where=str(path), fix="check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError("not UTF-8 text", where=str(path), fix="save the file as UTF-8") from error
+        return RecipeText(text)
     except YAMLError as error:
-        what, fix = f"not YAML: {str(error).splitlines()[0]}", f"run: tandem recipe check {path}"
-        raise InputError(what, where=str(path), fix=fix) from error
+        raise RecipeError([syntax.syntax_problem(error, text, path)]) from error
 
 
 def _yaml() -> YAML:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Discriminator,
     Field,
     PrivateAttr,
@@ -39,11 +41,25 @@ BASE_DESCRIPTION = "a YAML file in the same folder with default values; keys of 
 """Description of the key `base`, which a file may have; a `Recipe` is already merged."""
 
 
+LARGEST_BUCKET = 2**31 - 1
+"""Largest position that fits the 32-bit integers of a graph."""
+
+
+def _batch(key: Any) -> Any:
+    if not isinstance(key, str):
+        return key
+    if not re.fullmatch("[1-9][0-9]*", key):
+        raise ValueError(f"found {key!r}; accepted: a batch bucket, for example 4")
+    return int(key)
+
+
 def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:
     if not values:
         raise ValueError("found []; accepted: at least one")
     if min(values) < 1:
         raise ValueError(f"found {min(values)}; accepted: integers from 1")
+    if max(values) > LARGEST_BUCKET:
+        raise ValueError(f"found {max(values)}; accepted: integers up to {LARGEST_BUCKET}")
     if list(values) != sorted(set(values)):
         fault = "repeated" if len(set(values)) < len(values) else "not ascending"
         raise ValueError(f"found {list(values)}, {fault}; accepted: {sorted(set(values))}")
@@ -73,9 +89,9 @@ def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
 LISTED, BY_BATCH = "a list", "by batch"
 """Names of the two forms of `step_costs`. They are tags of a union, not keys of the file."""
 
-Costs = tuple[Annotated[float, Field(gt=0)], ...]
+Costs = tuple[Annotated[float, Field(allow_inf_nan=False, gt=0)], ...]
 StepCosts = Annotated[
-    Annotated[Costs, Tag(LISTED)] | Annotated[dict[int, Costs], Tag(BY_BATCH)],
+    Annotated[Costs, Tag(LISTED)] | Annotated[dict[Annotated[int, BeforeValidator(_batch)], Costs], Tag(BY_BATCH)],
     Discriminator(lambda value: BY_BATCH if isinstance(value, dict) else LISTED),
 ]
 Buckets = Annotated[tuple[int, ...], AfterValidator(_buckets)]
@@ -260,10 +276,10 @@ BackendSettings = Annotated[InductorSettings | NeuronSettings, Field(discriminat
 class Gates(Record):
     """Limits of the validation gates."""
 
-    tokens_per_step: Annotated[float, Field(ge=1)] = Field(
+    tokens_per_step: Annotated[float, Field(allow_inf_nan=False, ge=1)] = Field(
         default=1.0, description="minimum of tokens per step, averaged over the prompts"
     )
-    near_tie_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+    near_tie_rate: Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)] = Field(
         default=0.02,
         description="maximum share of tokens that may differ from decode without a draft, at proven near-ties",
     )
@@ -279,7 +295,7 @@ class Validate(Record):
     )
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(default=32, description="tokens generated for each prompt")
     gates: Gates = Field(default=Gates(), description="limits; a gate that fails stops publishing")
-    price_per_hour: Annotated[float, Field(gt=0)] | None = Field(
+    price_per_hour: Annotated[float, Field(allow_inf_nan=False, gt=0)] | None = Field(
         default=None, description="price of the machine per hour; the report then states the cost per million tokens"
     )
 

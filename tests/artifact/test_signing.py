@@ -193,7 +193,8 @@ def test_policy_without_a_rule_for_a_release(made, keys, options, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("rules: []", "rules"), ("rules: [{signed_by: []}]", "signed_by"), ("rules: [{signed_by: [{}]}]", "exactly one"),
-     ("rule: 1", "rules"), (": :", "rules"), ("rules: [", "YAML"),
+     ("rule: 1", "rules"), (": :", "policy.yaml:1: an empty key"), ("rules: [", "policy.yaml:1:9: not YAML"),
+     ("rules: [{releases: x, releases: y}]", "policy.yaml:1: rules.0..releases: key given twice"),
      ("rules: [{signed_by: [{key: a, identity: b}]}]", "exactly one")],
 )  # fmt: skip
 def test_read_policy_damaged(tmp_path, text, message):

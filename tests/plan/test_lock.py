@@ -98,7 +98,7 @@ def test_read_damaged_names_the_key(tmp_path: Path, change: dict[str, object], w
 @pytest.mark.parametrize(
     ("text", "where", "what"),
     [('{"version": 1,\n "version": 1}', "2: version", "key given twice"),
-     ('{"version": 1,\n "target": {', "2", "not YAML"),
+     ('{"version": 1,\n "target": {', "2:13", "not YAML"),
      ("[1]", "1", "not a mapping")],
 )  # fmt: skip
 def test_read_text_that_is_no_lock_names_the_line(tmp_path: Path, text: str, where: str, what: str) -> None:

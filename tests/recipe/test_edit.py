@@ -51,6 +51,11 @@ KEPT = {
         "name: head\nspeculation:\n  draft_tokens: [1]",
         "name: head\nspeculation:\n  draft_tokens: [2, 8]\n  step_costs: [1.2, 1.8]\n",
     ),
+    "merge keys": (
+        "base: &b {draft_tokens: [1], step_costs: [9]}\nspeculation:\n  <<: *b\n  sampling: [greedy]\n",
+        "base: &b {draft_tokens: [1], step_costs: [9]}\nspeculation:\n  <<: *b\n  sampling: [greedy]\n"
+        "  draft_tokens: [2, 8]\n  step_costs: [1.2, 1.8]\n",
+    ),
     "braces around the file": (
         "{name: head, speculation: {draft_tokens: [1]}}\n",
         "{name: head, speculation: {draft_tokens: [2, 8], step_costs: [1.2, 1.8]}}\n",
@@ -109,14 +114,14 @@ def test_has_is_false_where_the_file_has_no_such_section(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
-    [(None, "cannot read"), (b"\xff\xfe", "not UTF-8"), (b"a: [1\n", "not YAML"),
-     (b"a: 1\na: 2\n", "not YAML")],
+    ("content", "what", "place"),
+    [(None, "cannot read", ""), (b"\xff\xfe", "not UTF-8", ""), (b"a: [1\n", "not YAML: `,` or `]`", ":2:1"),
+     (b"a: 1\na: 2\n", "not YAML: .*duplicate key", ":2:1"), (b"%YAML 1.1\n---\na: 1\n", "found %YAML 1.1", ":1")],
 )  # fmt: skip
-def test_read_text_names_the_file(tmp_path: Path, content: bytes | None, what: str) -> None:
+def test_read_text_names_the_file_and_line(tmp_path: Path, content: bytes | None, what: str, place: str) -> None:
     path = tmp_path / "pair.yaml"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=what) as caught:
         read_text(path)
-    assert caught.value.where == str(path)
+    assert caught.value.where == f"{path}{place}"

@@ -22,6 +22,7 @@ from pipeline.validate.prompts import prompts_path
 from support.paths import ROOT, TESTS
 
 BAD = sorted((TESTS / "recipes" / "bad").glob("*.yaml"))
+GOOD_FILES = sorted((TESTS / "recipes" / "good").glob("*.yaml"))
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 GOOD = """\
 name: pair
@@ -67,6 +68,42 @@ def test_load_bad_recipe_names_place_and_remedy(path: Path) -> None:
 def test_bad_recipes_all_say_what_they_expect() -> None:
     assert len(BAD) > 40
     assert all(expected(path) for path in BAD)
+
+
+SPELLED = {
+    "leading-zero": ("shapes.kv", [100]), "leading-zero-no-octal": ("shapes.kv", [90]),
+    "hexadecimal": ("shapes.kv", [64]), "name-is-a-date": ("name", "2026-11-28"),
+    "merge-key": ("draft.dtype", "float32"), "home-folder": ("target.source", "~/target"),
+}  # fmt: skip
+"""Recipe in `tests/recipes/good` -> a key and its value; of the others, `shapes.kv` is [64]."""
+
+
+@pytest.mark.parametrize("path", GOOD_FILES, ids=lambda path: path.stem)
+def test_load_reads_yaml_1_2(path: Path) -> None:
+    """YAML 1.1 reads `0100` as 64; `<<: *anchor` was an unknown key."""
+    key, expected_value = SPELLED.get(path.stem, ("shapes.kv", [64]))
+    value = load(path).model_dump(mode="json", by_alias=True)
+    for part in key.split("."):
+        value = value[part]
+    assert value == expected_value
+
+
+def test_load_sorts_problems_of_a_path_with_colons(tmp_path: Path) -> None:
+    """The first colon of a path was taken for that of the line, so the problems came in no order."""
+    folder = tmp_path / "a:1: b"
+    folder.mkdir()
+    text = "name: pair\nshapes: {batch: [x], prefill: [16], kv: [y]}\nspeculation: {draft_tokens: [0]}\n" + "# -\n" * 9
+    lines = [p.where.removeprefix(str(folder / "pair.yaml")) for p in problems_of(write(folder, f"{text}oops: 1\n"))]
+    assert lines[-1].startswith(":13: oops")
+    numbers = [int(line.split(":")[1]) for line in lines]
+    assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("keys", ["1: [1.0, 2.0], 01: [3.0, 4.0]", "1_0: [1.0, 2.0]", "'1.0': [1.0, 2.0]"])
+def test_load_batch_of_costs_is_written_in_one_way(tmp_path: Path, keys: str) -> None:
+    """`1` and `01` were one batch, and the last one won."""
+    text = GOOD.replace("draft_tokens: [2, 4]", f"draft_tokens: [2, 4], method: eagle3, step_costs: {{{keys}}}")
+    assert any("step_costs" in problem.where for problem in problems_of(write(tmp_path, text)))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -43,6 +43,7 @@ CANNOT_SHAPE = {
     "recipe/chips.py": "facts of Neuron chips; the settings that follow from them are in the key (Backend.flags)",
     "recipe/document.py": "positions in YAML files",
     "recipe/schema.py": "the recipe's types; the settings themselves are in the key (Backend.flags, PairSpec)",
+    "recipe/syntax.py": "text of YAML files",
     "progress.py": "types of callbacks",
     "records.py": "base class of records",
 }
