@@ -38,7 +38,11 @@ TANDEM = (
     Variable("_TANDEM_COMPLETE", "the command `tandem`", "set by the script of `tandem completion`: the shell that asks", "no completion"),
 )  # fmt: skip
 BUILD = (
-    Variable("CXX", "backend `inductor`", "C++ compiler; another compiler makes a build stale", "PyTorch's search: `g++`"),
+    Variable("CXX", "backend `inductor`", "C++ compiler (GCC, Clang or Intel's), with a launcher before it and flags behind it: `ccache g++ -pipe`; flags are part of a graph's cache key, launchers are not; another compiler makes a build stale", "`g++`"),
+    Variable("TMPDIR", "backend `inductor`; all temporary files", "folder for compiled files; skipped if its path has spaces or other special characters, or if it is missing, not writable or mounted `noexec`", "`TEMP`, `TMP`, `/tmp`, `/var/tmp`, the user's cache: the first that is usable"),
+    Variable("TEMP", "backend `inductor`; all temporary files", "as `TMPDIR`", "the next folder of that list"),
+    Variable("TMP", "backend `inductor`; all temporary files", "as `TMPDIR`", "the next folder of that list"),
+    Variable("XDG_CACHE_HOME", "backend `inductor`", "the user's cache, the last folder of that list", "`~/.cache`"),
     Variable("SOURCE_DATE_EPOCH", "`tandem build`", "time of creation that the manifest records, in seconds since 1970, for reproducible artifacts", "now"),
     Variable("PIP_INDEX_URL", "pip, when Tandem fetches a `package://` source", "package index", "pip's configuration"),
     Variable("PIP_EXTRA_INDEX_URL", "pip, when the Makefile installs Tandem", "additional package index, for CPU builds of PyTorch", "pip's configuration"),

@@ -193,12 +193,13 @@ def _trace_and_compile(job: Job, backend: Backend, notes: list[str]) -> tuple[st
 def _compile(job: Job, backend: Backend, traced: Traced, work: Path) -> bytes:
     try:
         return backend.compile(traced, work)
-    except TandemError:
-        raise
     except Exception as error:
-        traceback.print_exc()  # into the log file
-        fix = f"the compiler's output is in {job.log_file}"
-        raise HostError(reason(error), where=f"compile {job.spec.name}", fix=fix) from error
+        traceback.print_exc()  # into the log file, with the compiler's whole output
+        if isinstance(error, TandemError) and error.fix:
+            raise
+        what = error.what if isinstance(error, TandemError) else reason(error)
+        fix = f"the command and its whole output are in {job.log_file}"
+        raise HostError(what, where=f"compile {job.spec.name}", fix=fix) from error
 
 
 def _memo_key(job: Job, backend: Backend) -> str:

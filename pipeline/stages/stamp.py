@@ -97,12 +97,12 @@ def fingerprint(settings: BuildSettings) -> dict[str, Any]:
     package = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         package.update(path.read_bytes())
-    cxx = os.environ.get("CXX")
+    cxx = (os.environ.get("CXX") or "").strip() or "g++"
     return {
         "recipe": settings.recipe.model_dump_json(by_alias=True),
         "package": package.hexdigest(),
         "versions": {name: _version(name) for name in VERSIONED},
-        "compiler": [cxx, shutil.which(cxx or "g++")],
+        "compiler": [cxx, *(shutil.which(part) for part in (cxx, *cxx.split()))],  # ccache and the compiler
         "revisions": _revisions(settings),
         "files": sorted(_stamp_of(path) for path in _local_files(settings) if path.is_file()),
         "validate": settings.validate,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shutil
-import subprocess
-from functools import cache
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,13 @@ from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks, Toolchain, Traced
+from pipeline.backends.inductor.compiler import explained, from_environment, use
 from pipeline.backends.inductor.ranks import ManyRanks, OneRank
-from pipeline.backends.inductor.scratch import SCRATCH, no_input_checks, own_headers, scratch, whole_headers
+from pipeline.backends.inductor.scratch import no_input_checks, own_headers, scratch, whole_headers
 from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, RankedSeams
 from pipeline.backends.inductor.session import GRAPH_FILE
-from pipeline.errors import Problem
+from pipeline.backends.inductor.temporary import own_folder, problems, temporary_files, temporary_folder
+from pipeline.errors import HostError, Problem
 from pipeline.graphs.module import GraphModule, empty
 from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import signature
@@ -55,7 +55,7 @@ class InductorBackend:
 
     def toolchain(self) -> Toolchain:
         """Return versions of torch and the C++ compiler, and the instruction set of `native` on this host."""
-        versions = {"torch": str(torch.__version__), "cxx": _compiler_version()}
+        versions = {"torch": str(torch.__version__), "cxx": from_environment().fact()}
         if self.device == "cpu":
             versions["machine"] = platform.machine()
             versions["isa"] = self.requires()["isa"]
@@ -71,6 +71,7 @@ class InductorBackend:
             "isa": self.isa,
             "kernel": KERNEL_DIGEST,
             "wrapper": json.dumps(WRAPPER_LEVEL),
+            **_compiler_flags(),
             **{name: str(value) for name, value in self.settings().items()},
         }
 
@@ -98,18 +99,22 @@ class InductorBackend:
         return {"device": "cpu", "machine": platform.machine(), "isa": isa}
 
     def preflight(self) -> list[Problem]:
-        """Check for a C++ compiler on PATH, of the version that the recipe names, and a GPU if the recipe needs one."""
-        problems = []
-        if shutil.which(_cxx()) is None:
-            problems.append(
-                Problem("backend.name", f"inductor needs a C++ compiler; {_cxx()!r} is not on PATH", "install g++")
-            )
-        elif self.cxx is not None and not f"{_compiler_version()}.".startswith(f"{self.cxx}."):
-            what = f"the recipe requires C++ compiler {self.cxx}; {_cxx()!r} is version {_compiler_version()}"
-            problems.append(Problem("backend.cxx", what, "set CXX to that version, or change backend.cxx"))
+        """Check for a C++ compiler of the recipe's version, a folder for its files, and a GPU if one is needed."""
+        found = [*self._compiler_problems(), *problems()]
         if self.device == "cuda" and not torch.cuda.is_available():
-            problems.append(Problem("backend.device", "device is cuda, but no GPU is available", "use device: cpu"))
-        return problems
+            found.append(Problem("backend.device", "device is cuda, but no GPU is available", "use device: cpu"))
+        return found
+
+    def _compiler_problems(self) -> list[Problem]:
+        try:
+            compiler = from_environment()
+        except HostError as error:
+            return list(error.problems)
+        version = compiler.identity().version
+        if (found := compiler.problems()) or self.cxx is None or f"{version}.".startswith(f"{self.cxx}."):
+            return found
+        what = f"the recipe requires C++ compiler {self.cxx}; {shlex.join(compiler.words)!r} is version {version}"
+        return [Problem("backend.cxx", what, "set CXX to that version, or change backend.cxx")]
 
     def seams(self, tp: int) -> Seams:
         """Return layouts and collectives of a model split over `tp` ranks."""
@@ -142,8 +147,11 @@ class InductorBackend:
         }
         flags = repr(sorted(self.flags().items())).encode()
         headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + traced.ir))
-        folders = scratch(SCRATCH / graph), whole_headers(SCRATCH / "headers" / headers, level)
-        with folders[0], folders[1], own_headers(), no_input_checks():
+        compiler, parent = from_environment(), temporary_folder()
+        own = own_folder(parent)
+        folders = scratch(own / graph), whole_headers(own / "headers" / headers, level), temporary_files(parent)
+        use(compiler, own / "compilers")
+        with folders[0], folders[1], folders[2], own_headers(), no_input_checks(), explained(compiler):
             torch._inductor.aoti_compile_and_package(
                 traced.program, package_path=str(package), inductor_configs=settings
             )
@@ -171,16 +179,7 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-def _cxx() -> str:
-    import torch._inductor.config as config  # not at the top: the import takes seconds
-
-    return str(config.cpp.cxx[1])
-
-
-@cache
-def _compiler_version() -> str:
-    try:
-        out = subprocess.run([_cxx(), "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "missing"
-    return out.stdout.strip()
+def _compiler_flags() -> dict[str, str]:
+    """Return the flags in `CXX`; none, as of most builds, is no entry."""
+    flags = from_environment().flags
+    return {"cxx": shlex.join(flags)} if flags else {}

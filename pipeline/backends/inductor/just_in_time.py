@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 
 from pipeline.backends.inductor.backend import InductorBackend
+from pipeline.backends.inductor.compiler import Compiler, explained, from_environment, use
 from pipeline.backends.inductor.seams import BlockedSeams
+from pipeline.backends.inductor.temporary import own_folder, temporary_folder
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.weights import weight_specs
@@ -42,4 +47,25 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     options = InductorBackend(InductorSettings()).settings()
     settings = {name: value for name, value in options.items() if not name.startswith("aot")}
-    return torch.compile(function, fullgraph=True, dynamic=False, options=settings)
+    compiler = prepared()
+    graph = torch.compile(function, fullgraph=True, dynamic=False, options=settings)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with explained(compiler):
+            return graph(*args, **kwargs)
+
+    return run
+
+
+def prepared() -> Compiler:
+    """Let this process use the compiler of `CXX` and a usable folder for temporary files, from now on.
+
+    Raises:
+        HostError: no folder is usable.
+
+    """
+    compiler, parent = from_environment(), temporary_folder()
+    os.environ["TMPDIR"] = tempfile.tempdir = str(parent)
+    use(compiler, own_folder(parent) / "compilers")
+    return compiler

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -13,9 +12,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-SCRATCH = Path(tempfile.gettempdir()) / f"tandem-inductor-{os.getuid()}"
-"""Folders of Inductor, one per graph and always the same, because the path is stored in the library."""
-
 INCLUDE = Path(__file__).with_name("include")
 """Headers that replace those of the standard library; each has the reason in a comment."""
 
@@ -23,6 +19,8 @@ PATH_OF_HEADERS = "CPLUS_INCLUDE_PATH"
 """Where gcc and clang look for headers after a command's own folders and before the system's."""
 
 MARK = ".whole"
+PRECOMPILED = ("*.gch", "*.pch")
+"""Precompiled headers of GCC, and of Clang."""
 HEADERS: dict[str, Any] = {}
 """Inductor's cached header function of this process, by the wrapper's optimisation level."""
 NO_CHECKS = """
@@ -37,7 +35,7 @@ def scratch(folder: Path) -> Iterator[None]:
 
     Inductor reuses existing sources and appends its commands to them each time, and both are stored in the package.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -71,7 +69,7 @@ def whole_headers(folder: Path, level: str) -> Iterator[None]:
 def _unmarked(folder: Path) -> list[Path]:
     """Return precompiled headers without a mark whose lock is free."""
     headers = []
-    for header in folder.glob("*.gch"):
+    for header in [header for pattern in PRECOMPILED for header in folder.glob(pattern)]:
         if not header.with_suffix(MARK).exists():
             with suppress(Timeout), FileLock(folder / "locks" / f"{header.name.split('.')[0]}.lock", timeout=0):
                 headers.append(header)

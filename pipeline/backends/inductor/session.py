@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor import collectives  # noqa: F401 - graphs of several ranks call its operators by name
+from pipeline.backends.inductor.temporary import temporary_files, temporary_folder
 from pipeline.errors import HostError
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.signature import Signature, TensorSpec
@@ -26,7 +27,8 @@ class LoadedGraph:
     def __init__(self, package: Path, device: str) -> None:
         index = -1 if device == "cpu" else torch.cuda.current_device()
         try:
-            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
+            with temporary_files(temporary_folder()):  # the loader extracts the library there
+                self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
         except RuntimeError as error:
             fix = "check the files with `tandem verify ARTIFACT`, then build again"
             raise HostError(f"cannot load the graph: {error}", where=str(package), fix=fix) from error

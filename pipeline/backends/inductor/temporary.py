@@ -1,0 +1,98 @@
+"""Choose the folder for temporary files of Inductor, the compiler and the loader of graphs. Writes nothing by itself.
+
+Inductor splits its command lines at spaces, and libraries cannot be loaded from a file system mounted `noexec`. The
+choice depends on the environment and on mounts alone, because paths in the folder are stored in libraries.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import HostError, Problem
+
+VARIABLES = ("TMPDIR", "TEMP", "TMP")
+"""As Python's `tempfile` reads them, in this order."""
+
+FOLDERS = ("/tmp", "/var/tmp")  # noqa: S108 - candidates; our folder in them belongs to this user alone
+NEEDED_BYTES = 128 << 20
+"""Precompiled headers and sources of one graph."""
+
+SAFE = re.compile(r"[\w./+,@%=:-]*", re.ASCII)
+"""Paths that need no quotes in a command line."""
+
+
+def temporary_folder() -> Path:
+    """Return the first usable folder of the environment's, the system's, and this user's cache.
+
+    Raises:
+        HostError: none is usable; names each folder and its fault.
+
+    """
+    candidates = _candidates()
+    for path in candidates:
+        if not fault(path):
+            return path
+    faults = ", ".join(f"`{path}` ({fault(path)})" for path in candidates)
+    what = f"no folder is usable for compiled files: {faults}"
+    fix = "set TMPDIR to a writable folder that is not mounted noexec and has no spaces in its path"
+    raise HostError(what, where="TMPDIR", fix=fix)
+
+
+def problems() -> list[Problem]:
+    """Return what prevents a compilation: no usable folder, or a full disk."""
+    try:
+        path = temporary_folder()
+    except HostError as error:
+        return list(error.problems)
+    free = shutil.disk_usage(path).free
+    if free >= NEEDED_BYTES:
+        return []
+    what = f"{free >> 20} MiB free in `{path}`; the compiler needs about {NEEDED_BYTES >> 20} MiB"
+    return [Problem("TMPDIR", what, "free disk space, or set TMPDIR to a folder on another disk")]
+
+
+def fault(path: Path) -> str:
+    """Return why a folder is unusable; empty if it is usable."""
+    if not path.is_absolute() or SAFE.fullmatch(str(path)) is None:
+        return "its path has spaces or other special characters" if path.is_absolute() else "not an absolute path"
+    if not path.is_dir():
+        return "not a folder" if path.exists() else "missing"
+    if not os.access(path, os.W_OK | os.X_OK):
+        return "not writable"
+    if os.statvfs(path).f_flag & os.ST_NOEXEC:
+        return "mounted noexec"
+    own = own_folder(path)
+    if own.is_symlink() or (own.exists() and own.stat().st_uid != os.getuid()):
+        return f"{own.name} in it belongs to another user, or is a link"
+    return ""
+
+
+def own_folder(path: Path) -> Path:
+    """Return this user's folder in a folder for temporary files."""
+    return path / f"tandem-inductor-{os.getuid()}"
+
+
+@contextmanager
+def temporary_files(path: Path) -> Iterator[None]:
+    """Let this process, its libraries and its children write temporary files in `path`."""
+    variable, setting = os.environ.get("TMPDIR"), tempfile.tempdir
+    os.environ["TMPDIR"] = tempfile.tempdir = str(path)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = setting
+        os.environ.pop("TMPDIR")
+        if variable is not None:
+            os.environ["TMPDIR"] = variable
+
+
+def _candidates() -> list[Path]:
+    named = [Path(value).expanduser() for name in VARIABLES if (value := os.environ.get(name))]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - needs no home
+    return list(dict.fromkeys([*named, *map(Path, FOLDERS), Path(cache)]))

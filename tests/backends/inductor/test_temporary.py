@@ -1,0 +1,100 @@
+"""The folder for temporary files: by path, permission and mount, the same one for the same environment."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.backends.inductor import temporary
+from pipeline.backends.inductor.temporary import own_folder, problems, temporary_files, temporary_folder
+from pipeline.errors import HostError
+from support.small_disk import on_small_disk
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*temporary.VARIABLES, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_temporary_folder_is_that_of_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert temporary_folder() == tmp_path
+    monkeypatch.delenv("TMPDIR")
+    assert temporary_folder() == Path("/tmp")
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a'b", 'a"b', "a$b", "a;b", "é", "a\tb", "a\\b", "a`b", "a(b", "a\nb", "missing", "file"]
+)
+def test_temporary_folder_skips_an_unusable_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every compilation failed: Inductor splits its command lines at spaces and reads quotes."""
+    path = tmp_path / name
+    if name == "file":
+        path.touch()
+    elif name != "missing":
+        path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(path))
+    assert temporary_folder() == Path("/tmp")
+    monkeypatch.setenv("TEMP", str(tmp_path))
+    assert temporary_folder() == tmp_path
+
+
+def test_temporary_folder_skips_one_where_our_folder_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scripts in it are executed, and another user could have prepared them."""
+    own_folder(tmp_path).symlink_to("/elsewhere")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert temporary_folder() == Path("/tmp")
+
+
+def test_temporary_folder_names_the_fault_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(temporary, "FOLDERS", (str(tmp_path / "none"),))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    (tmp_path / "a b").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "a b"))
+    with pytest.raises(HostError) as caught:
+        temporary_folder()
+    assert f"`{tmp_path}/a b` (its path has spaces" in caught.value.what
+    assert f"`{tmp_path}/none` (missing), `relative` (not an absolute path)" in caught.value.what
+    assert caught.value.fix.startswith("set TMPDIR")
+    assert problems() == list(caught.value.problems)
+
+
+def test_temporary_folder_skips_a_mount_that_executes_nothing() -> None:
+    """Compiled graphs could not be loaded: `failed to map segment from shared object`."""
+    code = """
+        import os, pathlib
+        os.environ["TMPDIR"] = "/mnt"
+        from pipeline.backends.inductor import temporary
+        print(temporary.fault(pathlib.Path("/mnt")), temporary.temporary_folder(), sep=", ")
+    """
+    assert on_small_disk("mount -o remount,noexec /mnt", code).strip() == "mounted noexec, /tmp"
+
+
+def test_problems_names_a_full_disk() -> None:
+    code = """
+        import os
+        os.environ["TMPDIR"] = "/mnt"
+        from pipeline.backends.inductor.temporary import problems
+        (problem,) = problems()
+        print(problem.where, problem.what, sep=": ")
+    """
+    assert on_small_disk("true", code).startswith("TMPDIR: 0 MiB free in `/mnt`; the compiler needs about")
+
+
+@pytest.mark.parametrize("setting", [None, "/before"])
+def test_temporary_files_are_in_the_folder_meanwhile(
+    setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if setting is not None:
+        monkeypatch.setenv("TMPDIR", setting)
+    with temporary_files(tmp_path):
+        assert os.environ["TMPDIR"] == str(tmp_path)
+        assert tempfile.gettempdir() == str(tmp_path)
+    assert os.environ.get("TMPDIR") == setting
+    assert tempfile.gettempdir() != str(tmp_path)
