@@ -35,7 +35,7 @@ help:                    ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(READY)          ## compile, validate and package one recipe: make build RECIPE=name
-	$(BIN)/tandem build $(RECIPE)
+	$(BIN)/tandem build '$(subst ','\'',$(value RECIPE))'
 
 test: $(READY)           ## fast tests
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -25,7 +25,7 @@ over its variable. Libraries that Tandem uses read more variables of their own.
 """
 
 TANDEM = (
-    Variable("TANDEM_CACHE", "all commands that use the cache", "root of the local cache: compiled graphs, weight shards, pulled blobs, downloaded sources, text of `tandem distill`", "`artifacts/cache` in the current folder"),
+    Variable("TANDEM_CACHE", "all commands that use the cache", "root of the local cache: compiled graphs, weight shards, pulled blobs, downloaded sources, text of `tandem distill`; `~` is the home folder", "`artifacts/cache` in the current folder"),
     Variable("TANDEM_REMOTE_CACHE", "`tandem build --remote-cache`; `tandem cache push`, `pull`", "shared cache of compiled graphs: a folder or `s3://bucket/prefix`", "no shared cache"),
     Variable("TANDEM_PUSH_CACHE", "`tandem build --push-cache`", "`1`: write compiled graphs to the shared cache", "read the shared cache only"),
     Variable("TANDEM_POLICY", "commands with `--policy`; vLLM with Tandem's plugin", "policy file: which signatures an artifact needs", "no signature needed"),
@@ -43,6 +43,9 @@ BUILD = (
     Variable("TEMP", "backend `inductor`; all temporary files", "as `TMPDIR`", "the next folder of that list"),
     Variable("TMP", "backend `inductor`; all temporary files", "as `TMPDIR`", "the next folder of that list"),
     Variable("XDG_CACHE_HOME", "backend `inductor`", "the user's cache, the last folder of that list", "`~/.cache`"),
+    Variable("HTTP_PROXY", "`s3://`, `hf://`", "proxy; `HTTPS_PROXY`, `ALL_PROXY` and names in lower case likewise; checked before a request", "no proxy"),
+    Variable("HTTPS_PROXY", "`s3://`, `hf://`", "proxy of encrypted connections", "no proxy"),
+    Variable("ALL_PROXY", "`s3://`, `hf://`", "proxy of all connections", "no proxy"),
     Variable("SOURCE_DATE_EPOCH", "`tandem build`", "time of creation that the manifest records, in seconds since 1970, for reproducible artifacts", "now"),
     Variable("PIP_INDEX_URL", "pip, when Tandem fetches a `package://` source", "package index", "pip's configuration"),
     Variable("PIP_EXTRA_INDEX_URL", "pip, when the Makefile installs Tandem", "additional package index, for CPU builds of PyTorch", "pip's configuration"),

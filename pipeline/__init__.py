@@ -24,6 +24,7 @@ The rooms, in the order of the pipeline. `docs/explanation/architecture.md` has 
     nxdi/         NxD Inference and vLLM's Neuron plugins
     cli/          the command `tandem`
     files/        atomic and direct writes
+    addresses.py  misspelt addresses, and servers in environment variables
     doctor.py     what this machine can build and run
     errors.py     every error that a user can fix
     extras.py     which extras are missing, and the command that installs them

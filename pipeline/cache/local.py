@@ -22,6 +22,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from pipeline.files.atomic import FileDigest, atomic_dir, digest_file, disk_errors, link_or_copy, remove, temp_name
+from pipeline.files.home import expanded
 from pipeline.progress import Log, no_log
 
 KEY = re.compile(r"[0-9a-z][0-9a-z._-]+")
@@ -30,8 +31,13 @@ KINDS: tuple[Kind, ...] = ("graphs", "memos", "goldens")
 
 
 def default_root() -> Path:
-    """Return `$TANDEM_CACHE`, or `artifacts/cache` in the working directory."""
-    return Path(os.environ.get("TANDEM_CACHE", "artifacts/cache")).absolute()
+    """Return `$TANDEM_CACHE`, or `artifacts/cache` in the working directory if it is absent or blank.
+
+    Raises:
+        InputError: it starts with `~`, and the account has no home.
+
+    """
+    return expanded(os.environ.get("TANDEM_CACHE", "").strip() or "artifacts/cache", "TANDEM_CACHE").absolute()
 
 
 @dataclass(frozen=True)

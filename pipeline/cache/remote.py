@@ -21,7 +21,7 @@ from pipeline.cache.local import KEY, Cache, Stats
 from pipeline.errors import HostError
 from pipeline.files.atomic import temp_name
 from pipeline.progress import Log, no_log
-from pipeline.stores.base import Bucket, open_bucket
+from pipeline.stores.base import Bucket, check_bucket, open_bucket
 
 PART_BYTES = 4 << 20
 PARTS = 4
@@ -37,6 +37,10 @@ class Remote:
 
     url: str
     mode: Mode = "read"
+
+    def __post_init__(self) -> None:
+        """Check the URL before a build starts to work."""
+        check_bucket(self.url)
 
     def open(self, log: Log = no_log) -> RemoteCache:
         """Open the cache."""

@@ -14,6 +14,7 @@ from pipeline.cli.options import as_json
 from pipeline.cli.results import print_json, print_line
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
+from pipeline.files.home import expanded
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -27,7 +28,7 @@ class _Place:
 
 
 def _place(shell: str) -> _Place:
-    home = Path.home()
+    home = expanded("~", "HOME")
     if shell == "fish":
         return _Place(home / ".config/fish/completions/tandem.fish", None)
     return _Place(home / f".local/share/tandem/completion.{shell}", home / f".{shell}rc")

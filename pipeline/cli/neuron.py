@@ -18,6 +18,7 @@ from pipeline.cli.paths import artifact_dir, recipe_path
 from pipeline.cli.results import print_json, print_result
 from pipeline.cli.words import counted, size
 from pipeline.errors import InputError
+from pipeline.files.home import expanded
 from pipeline.nxdi import build as packages
 from pipeline.nxdi import vllm_cache as caches
 from pipeline.nxdi.vllm_args import classic
@@ -113,7 +114,7 @@ def pack(
 @click.pass_obj
 def install(console: Console, artifact: str, cache_root: Path | None, json_: bool) -> None:
     """Install ARTIFACT into vLLM's cache, and print the command that serves it without compiling."""
-    root = cache_root or Path.home() / ".cache/vllm"
+    root = cache_root or expanded("~/.cache/vllm", "--cache-root")
     versions = caches.installed_versions()
     installed = caches.install(artifact_dir(artifact), root, host=host_facts(), versions=versions)
     if json_:

@@ -22,7 +22,7 @@ from pipeline.cli.words import counted, size
 from pipeline.errors import no_string
 from pipeline.extras import require
 from pipeline.registry.publish import Outcome, Place, PublishSettings, Release, Sign, listed_places, publish_all
-from pipeline.stores.base import extras_of
+from pipeline.stores.base import check_spelling, extras_of
 
 REGISTRY = "artifacts/registry"
 
@@ -76,6 +76,8 @@ def publish(console: Console, options: PublishOptions) -> None:
     """Publish ARTIFACTS as an immutable release. Several artifacts of one recipe become its variants."""
     roots = [artifact_dir(name) for name in options.artifacts]
     places = options.places(roots)
+    for place in places:
+        check_spelling(place.url)
     require([*extras_of(*(place.url for place in places)), *(("sign",) if options.signs else ())], "tandem publish")
     if options.signs and not options.dry_run:
         for root in roots:

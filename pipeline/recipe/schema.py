@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.addresses import misspelt
 from pipeline.graphs.spec import Sampling
 from pipeline.models.draft_kind import DRAFT_KINDS, DraftMethod
 from pipeline.recipe.chips import CHIPS, ChipName
@@ -73,6 +74,8 @@ def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _source(address: str) -> str:
+    if mistake := misspelt(address, SOURCES):
+        raise ValueError(f"{mistake.what}; {mistake.fix}")
     scheme, separator, _ = address.partition("://")
     if separator and scheme not in SOURCES:
         accepted = ", ".join(f"{kind}://" for kind in SOURCES)

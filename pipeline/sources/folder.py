@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.files.home import expanded
 from pipeline.progress import Progress
 from pipeline.sources.base import Fetched
 
@@ -11,7 +12,7 @@ from pipeline.sources.base import Fetched
 def fetch(location: str, *, base: Path, cache: Path, progress: Progress) -> Fetched:
     """Return the folder itself; the digests of its files name its content."""
     del cache, progress  # nothing is fetched
-    return Fetched(base / Path(location).expanduser())
+    return Fetched(base / expanded(location))
 
 
 def moving(location: str) -> bool:

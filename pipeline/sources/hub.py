@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from pipeline.addresses import hub_endpoint
 from pipeline.errors import SourceError
 from pipeline.files.atomic import write_atomic
 from pipeline.models.families import config_of
@@ -109,7 +109,7 @@ class Hub:
     def _api(self) -> HfApi:
         from huggingface_hub import HfApi  # here, because it is slow to import and most sources are not on the Hub
 
-        return HfApi(endpoint=self.endpoint or os.environ.get("HF_ENDPOINT"), token=self.token)
+        return HfApi(endpoint=self.endpoint or hub_endpoint(), token=self.token)
 
     def _list(self, repo: str, revision: str) -> tuple[str, dict[str, RemoteFile]]:
         info = self._api().model_info(repo, revision=revision, files_metadata=True)
@@ -153,7 +153,7 @@ class Hub:
                     repo,
                     file.name,
                     revision=commit,
-                    endpoint=self.endpoint or os.environ.get("HF_ENDPOINT"),
+                    endpoint=self.endpoint or hub_endpoint(),
                     token=self.token,
                     cache_dir=self.cache_dir,
                     force_download=again,

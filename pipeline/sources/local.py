@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.files.home import expanded
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint
 from pipeline.sources.pair import Role, check_pair, checked, derived
@@ -47,5 +48,5 @@ def _open(source: str, base: Path, role: Role) -> Checkpoint | None:
     """Return a checkpoint in a folder without digests of its weights; None for other kinds of source."""
     if "://" in source:
         return None
-    checkpoint = open_checkpoint(base / Path(source).expanduser(), read_weights=False)
+    checkpoint = open_checkpoint(base / expanded(source), read_weights=False)
     return checked(checkpoint, source, role)

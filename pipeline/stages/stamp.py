@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from pipeline.artifact.manifest import MANIFEST, read
 from pipeline.errors import ArtifactError
 from pipeline.files.atomic import disk_errors, sha256_file, write_atomic
+from pipeline.files.home import expanded
 from pipeline.progress import Log
 from pipeline.sources.kinds import current_revision, moving
 from pipeline.stages.settings import BuildSettings
@@ -123,7 +124,7 @@ def _local_files(settings: BuildSettings) -> list[Path]:
     """Return the input files outside the package: weights, prompts, and the lock of a locked build."""
     recipe, base = settings.recipe, settings.base
     names = [n for n in (recipe.target.source, recipe.draft.source) if n and "://" not in n]
-    files = [path for name in names for path in _files(base / Path(name).expanduser())]
+    files = [path for name in names for path in _files(base / expanded(name))]
     files.append(prompts_path(recipe.validate_.prompts, base))
     return [*files, settings.lock_file] if settings.locked else files
 

@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from pipeline.errors import HostError
+from pipeline.addresses import misspelt
+from pipeline.errors import HostError, InputError
 from pipeline.extras import require
 
 STORES: dict[str, str] = {
@@ -279,9 +280,9 @@ def open_bucket(url: str) -> Bucket:
         HostError: as `open_store`, and for a Hub, which has repositories instead.
 
     """
-    bucket: Bucket | None = getattr(_opener(url), "bucket", None)
-    if bucket is None:
-        raise HostError("a Hub cannot hold a cache", where=url, fix="name a folder or s3://bucket/prefix")
+    check_bucket(url)
+    store: Any = _opener(url)
+    bucket: Bucket = store.bucket
     return bucket
 
 
@@ -289,17 +290,41 @@ def scheme_of(url: str) -> tuple[str, str]:
     """Return the kind of a registry, and the rest of its address.
 
     Raises:
-        HostError: an unsupported kind of registry.
+        InputError: a misspelt address. HostError: an unsupported kind of registry.
 
     """
+    check_spelling(url)
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "file", url
     if scheme not in STORES:
         what = f"unsupported kind of registry: {scheme}://"
         accepted = ", ".join(f"{kind}://..." for kind in sorted(STORES))
-        raise HostError(what, where=url, fix=f"accepted: a folder, {accepted}")
+        servers = "; a server's URL belongs into AWS_ENDPOINT_URL or HF_ENDPOINT" if scheme.startswith("http") else ""
+        raise HostError(what, where=url, fix=f"accepted: a folder, {accepted}{servers}")
     return scheme, rest
+
+
+def check_spelling(url: str) -> None:
+    """Reject a misspelt address of a registry.
+
+    Raises:
+        InputError: with the right spelling.
+
+    """
+    if mistake := misspelt(url, sorted(STORES)):
+        raise InputError(mistake.what, where=url, fix=mistake.fix)
+
+
+def check_bucket(url: str) -> None:
+    """Reject the URL of a shared cache that is misspelt, unsupported or a Hub, without opening it.
+
+    Raises:
+        InputError, HostError: as `open_bucket`.
+
+    """
+    if scheme_of(url)[0] == "hf":
+        raise HostError("a Hub cannot hold a cache", where=url, fix="name a folder or s3://bucket/prefix")
 
 
 def extras_of(*urls: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.files.atomic import TEMP, atomic_file, create_only, disk_errors, write_atomic
+from pipeline.files.home import expanded
 from pipeline.stores.base import Listing, Object
 from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
 
@@ -19,7 +20,7 @@ ABSENT = (FileNotFoundError, NotADirectoryError)
 
 def open_folder(path: str) -> ObjectStore:
     """Return the registry in a folder, which need not exist yet."""
-    return ObjectStore(FolderBucket(Path(path).expanduser()))
+    return ObjectStore(FolderBucket(expanded(path)))
 
 
 class FolderBucket:

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, errors
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
 
+from pipeline.addresses import hub_endpoint
 from pipeline.errors import HostError, InputError
 from pipeline.stores.base import SMALL_BYTES, Interrupted
 from pipeline.stores.ranges import Ranges
@@ -32,7 +33,7 @@ class Hub:
 
     def __init__(self) -> None:
         disable_progress_bars()
-        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=os.environ.get("HF_TOKEN") or None)
+        self.api = HfApi(endpoint=hub_endpoint(), token=os.environ.get("HF_TOKEN") or None)
         self.ranges = Ranges()
         self._located: dict[str, str] = {}
 

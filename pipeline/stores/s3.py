@@ -18,7 +18,9 @@ import obstore
 from obstore import exceptions
 from obstore.store import S3Store
 
+from pipeline.addresses import endpoint
 from pipeline.errors import HostError, InputError
+from pipeline.files.home import expanded, has_home
 from pipeline.stores.base import Interrupted, Listing, Object
 from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
 from pipeline.stores.ranges import Ranges
@@ -231,11 +233,14 @@ class S3Bucket:
 
 
 def _client(bucket: str) -> S3Store:
-    endpoint = _endpoint()
+    url = _endpoint()
+    for name in [name for name, value in os.environ.items() if name.startswith("AWS_") and not value.strip()]:
+        del os.environ[name]  # the client takes an empty variable for a setting
     return S3Store(
         bucket,
+        config={"endpoint": url} if url else None,
         checksum_algorithm="SHA256",
-        client_options={"allow_http": endpoint.startswith("http://"), "connect_timeout": "10s", "timeout": "180s"},
+        client_options={"allow_http": url.lower().startswith("http://"), "connect_timeout": "10s", "timeout": "180s"},
         retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)},
         disable_bulk_delete=True,
         **_credentials(),
@@ -243,14 +248,14 @@ def _client(bucket: str) -> S3Store:
 
 
 def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return endpoint("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
 def _credentials() -> dict[str, Any]:
     """Return a provider for profiles, which needs boto3; the client reads variables, web identity and roles itself."""
-    home = Path.home() / ".aws"
+    own = [expanded("~/.aws/credentials"), expanded("~/.aws/config")] if has_home() else []
     named = [os.environ.get("AWS_SHARED_CREDENTIALS_FILE"), os.environ.get("AWS_CONFIG_FILE")]
-    files = [Path(name) for name in named if name] + [home / "credentials", home / "config"]
+    files = [Path(name) for name in named if name] + own
     profiles = os.environ.get("AWS_PROFILE") or any(path.is_file() for path in files)
     if any(os.environ.get(name) for name in OWN_CREDENTIALS) or not profiles:
         return {}

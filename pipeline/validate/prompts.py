@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import InputError
+from pipeline.files.home import expanded
 
 DEFAULT = "prompts/default.jsonl"
 FIX = 'write one JSON object per line, with "class", "prompt" and optionally "id"'
@@ -25,7 +26,7 @@ class Prompt:
 
 def prompts_path(name: str, base: Path) -> Path:
     """Return the prompt file of a recipe in the folder `base`; the shipped file if the default one is missing."""
-    own = base / Path(name).expanduser()
+    own = base / expanded(name)
     return SHIPPED if name == DEFAULT and not own.is_file() else own
 
 

@@ -64,7 +64,7 @@ class Compiler:
 
     def identity(self) -> Identity:
         """Return kind and version."""
-        return _identity(self.words, os.environ.get("PATH", ""))
+        return _identity(self.words, tuple(os.get_exec_path()))
 
     def fact(self) -> str:
         """Return the version, with the kind where it is not GCC: both shape a graph."""
@@ -159,7 +159,7 @@ def failure(compiler: Compiler, command: list[str], output: str) -> str:
 
 
 @cache
-def _identity(words: tuple[str, ...], path: str) -> Identity:  # noqa: ARG001 - another PATH is another compiler
+def _identity(words: tuple[str, ...], path: tuple[str, ...]) -> Identity:  # noqa: ARG001 - programs differ by PATH
     """Run a command with `--version` and `-dumpversion`."""
     shown = shlex.join(words)
     for word in (words[0], *(word for word in words[1:2] if Path(words[0]).name in LAUNCHERS)):

@@ -93,6 +93,6 @@ def temporary_files(path: Path) -> Iterator[None]:
 
 
 def _candidates() -> list[Path]:
-    named = [Path(value).expanduser() for name in VARIABLES if (value := os.environ.get(name))]
+    named = [Path(value) for name in VARIABLES if (value := os.environ.get(name))]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - needs no home
     return list(dict.fromkeys([*named, *map(Path, FOLDERS), Path(cache)]))
