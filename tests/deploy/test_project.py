@@ -173,3 +173,20 @@ def test_make_build_elsewhere_installs_what_compiles_on_a_cpu(tmp_path):
 
 def test_make_build_installs_the_extras_that_are_named(tmp_path):
     assert make_build(tmp_path, "EXTRAS=neuron s3") == [INSTALL.format("neuron,s3"), BUILD]
+
+
+@pytest.mark.parametrize("recipe", ["my recipes/a b", "a'b", "a$b", 'a;b"c', "a`b`"])
+@pytest.mark.parametrize("by", ["argument", "variable"])
+def test_make_build_takes_a_recipe_of_any_path(tmp_path, recipe, by):
+    """`RECIPE="my recipes/a b"` was two arguments, and `$b` a variable of make."""
+    (tmp_path / "bin").mkdir()
+    for name, script in {"python": "true", "tandem": f'printf "%s\\n" "$@" > {tmp_path}/arguments'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    given = [f"RECIPE={recipe}"] if by == "argument" else []
+    if by == "variable":
+        environ["RECIPE"] = recipe
+    command = ["make", "build", f"VENV={tmp_path}", "PYTHON=false", *given]
+    subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
+    assert (tmp_path / "arguments").read_text().splitlines() == ["build", recipe]

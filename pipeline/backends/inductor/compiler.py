@@ -130,11 +130,11 @@ def _quoted_library_folders(options: BuildOptionsBase) -> list[str]:
 
 
 @contextmanager
-def explained(compiler: Compiler) -> Iterator[None]:
+def explained(compiler: Compiler, fix: str = "") -> Iterator[None]:
     """Raise a failure of the C++ compiler as an error with its first error lines and its command.
 
     Raises:
-        HostError: without a fix, which the caller knows: the log with the whole output.
+        HostError: with `fix`, which a caller with a log adds later.
 
     """
     from torch._inductor.exc import CppCompileError, InductorError  # not at the top: the import takes seconds
@@ -145,14 +145,14 @@ def explained(compiler: Compiler) -> Iterator[None]:
         cause = error.inner_exception if isinstance(error, InductorError) else error
         if not isinstance(cause, CppCompileError):
             raise
-        raise HostError(failure(compiler, cause.cmd, cause.output), where="compile") from error
+        raise HostError(failure(compiler, cause.cmd, cause.output), where="compile", fix=fix) from error
 
 
 def failure(compiler: Compiler, command: list[str], output: str) -> str:
     """Return the first error lines of a compiler, and its command without most of the arguments."""
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if ERROR.search(line)] or lines or ["no output"]
-    source = next((word for word in command[1:] if not word.startswith("-")), "")
+    source = next((word for word in command[1:] if word[:1] != "-" and Path(word).suffix), "")
     shown = "".join(f"\n    {line[:200]}" for line in errors[:SHOWN_LINES])
     more = f"\n    ... {len(errors) - SHOWN_LINES} more" if len(errors) > SHOWN_LINES else ""
     return f"the C++ compiler failed: `{shlex.join(compiler.words)} {source} ...`{shown}{more}"

@@ -13,14 +13,16 @@ import torch
 
 from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.compiler import Compiler, explained, from_environment, use
+from pipeline.backends.inductor.scratch import move_headers
 from pipeline.backends.inductor.seams import BlockedSeams
-from pipeline.backends.inductor.temporary import own_folder, temporary_folder
+from pipeline.backends.inductor.temporary import SAFE, own_folder, temporary_folder
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.weights import weight_specs
 from pipeline.recipe.schema import InductorSettings
 from pipeline.speculation.model import Model
 
+FIX = "set CXX to a C++ compiler that works, or unset it for g++"
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -42,17 +44,17 @@ def blocked(model: Model, dtype: str) -> Model:
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Return `function` as one compiled graph; the first call compiles it for the shapes of its arguments."""
+    compiler = prepared()
     # Registers our kernels. Not at the top: it imports Inductor, which takes seconds and only compiling needs.
     from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401
 
     options = InductorBackend(InductorSettings()).settings()
     settings = {name: value for name, value in options.items() if not name.startswith("aot")}
-    compiler = prepared()
     graph = torch.compile(function, fullgraph=True, dynamic=False, options=settings)
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with explained(compiler):
+        with explained(compiler, FIX):
             return graph(*args, **kwargs)
 
     return run
@@ -67,5 +69,8 @@ def prepared() -> Compiler:
     """
     compiler, parent = from_environment(), temporary_folder()
     os.environ["TMPDIR"] = tempfile.tempdir = str(parent)
+    if SAFE.fullmatch(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")) is None:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]  # torch then uses its folder in `parent`
     use(compiler, own_folder(parent) / "compilers")
+    move_headers(own_folder(parent) / "headers")
     return compiler

@@ -12,6 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pipeline.backends.inductor.temporary import SAFE
+
 INCLUDE = Path(__file__).with_name("include")
 """Headers that replace those of the standard library; each has the reason in a comment."""
 
@@ -64,6 +66,14 @@ def whole_headers(folder: Path, level: str) -> Iterator[None]:
     yield
     for header in _unmarked(folder):
         header.with_suffix(MARK).touch()
+
+
+def move_headers(folder: Path) -> None:
+    """Let Inductor precompile headers in `folder` if its own has a path that its command lines cannot hold."""
+    from torch._inductor import codecache  # not at the top: the import takes seconds
+
+    if SAFE.fullmatch(codecache._HEADER_DIR) is None:
+        codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
 
 
 def _unmarked(folder: Path) -> list[Path]:

@@ -216,6 +216,33 @@ def test_failed_compile_shows_the_compilers_words_and_the_log_has_them_all(
     assert "-std=c++" in log.read_text(encoding="utf-8")
 
 
+JUST_IN_TIME = """
+import torch
+from pipeline.backends.inductor.just_in_time import compiled
+from pipeline.errors import HostError
+try:
+    compiled(lambda x: (x + 1,))(torch.zeros(3))
+except HostError as error:
+    print(error.what, error.fix, sep=chr(10))
+"""
+
+
+@pytest.mark.compile
+def test_just_in_time_compiles_in_a_usable_folder_and_explains_a_failure(tmp_path: Path) -> None:
+    """`tandem distill` ended with a traceback, and used TMPDIR with its space."""
+    compiler = stand_in(tmp_path / "g++", GCC, otherwise='echo "a.h:1:1: error: fault in $*" >&2; exit 1')
+    (tmp_path / "a b").mkdir()
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "TMPDIR": str(tmp_path / "a b"), "CXX": str(compiler)}
+    done = subprocess.run(
+        [sys.executable, "-c", JUST_IN_TIME], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"the C++ compiler failed: `{compiler} /")
+    assert "    a.h:1:1: error: fault in " in done.stdout
+    assert str(tmp_path / "a b") not in done.stdout
+    assert "set CXX" in done.stdout
+
+
 ODD = """
 import hashlib, pathlib, sys, torch
 from support.compiled import run_compiled
