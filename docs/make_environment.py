@@ -39,7 +39,7 @@ TANDEM = (
 )  # fmt: skip
 BUILD = (
     Variable("CXX", "backend `inductor`", "C++ compiler (GCC, Clang or Intel's), with a launcher before it and flags behind it: `ccache g++ -pipe`; flags are part of a graph's cache key, launchers are not; another compiler makes a build stale", "`g++`"),
-    Variable("TMPDIR", "backend `inductor`; all temporary files", "folder for compiled files; skipped if its path has spaces or other special characters, or if it is missing, not writable or mounted `noexec`", "`TEMP`, `TMP`, `/tmp`, `/var/tmp`, the user's cache: the first that is usable"),
+    Variable("TMPDIR", "backend `inductor`; all temporary files", "folder for compiled files; skipped if its path is long or has spaces or other special characters, or if it is missing, not writable or mounted `noexec`", "`TEMP`, `TMP`, `/tmp`, `/var/tmp`, the user's cache: the first that is usable"),
     Variable("TEMP", "backend `inductor`; all temporary files", "as `TMPDIR`", "the next folder of that list"),
     Variable("TMP", "backend `inductor`; all temporary files", "as `TMPDIR`", "the next folder of that list"),
     Variable("XDG_CACHE_HOME", "backend `inductor`", "the user's cache, the last folder of that list", "`~/.cache`"),

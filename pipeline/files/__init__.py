@@ -1,4 +1,4 @@
-"""Writing of files: atomic and durable; large files bypass the page cache.
+"""Writing of files: atomic and durable; large files bypass the page cache. Folders: homes, and for temporary files.
 
 Independent of the contents of files. Imports no torch.
 Entered by every room above.

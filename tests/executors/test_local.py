@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import HostError
 from pipeline.executors.base import Executor
 from pipeline.executors.local import LocalExecutor
-from support.paths import ROOT
+from support.paths import PYTHONPATH, ROOT
 from support.processes import heed_interrupts, members, wait_for
 
 SLEEPERS = """
@@ -101,3 +101,18 @@ def test_workers_share_one_import_and_split_the_cores(tmp_path):
     command, env = [sys.executable, str(script)], os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == f"{[(True, max(1, len(os.sched_getaffinity(0)) // 2))] * 4}\n"
+
+
+LONG_TMPDIR = """
+from pipeline.executors.local import LocalExecutor
+print(LocalExecutor(1).run(abs, [-3], lambda result: None))
+"""
+
+
+def test_run_with_a_long_tmpdir(tmp_path):
+    """`OSError: AF_UNIX path too long`: the server of the workers has a socket there."""
+    folder = tmp_path / ("x" * 99)
+    folder.mkdir()
+    env = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": PYTHONPATH}
+    done = subprocess.run([sys.executable, "-c", LONG_TMPDIR], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "[3]\n", done.stderr

@@ -9,7 +9,6 @@
     vectors.py                  C++ that the kernels share
     collectives.py              sums and gathers over ranks
     compiler.py                 the C++ compiler of `CXX`, and the words for its failures
-    temporary.py                the folder for temporary files
     scratch.py                  Inductor's folders, headers and checks
     ranks.py                    all ranks of an artifact; more than one run in processes of their own
     session.py                  one rank: its weights, its state, its graphs

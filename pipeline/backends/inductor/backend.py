@@ -19,8 +19,8 @@ from pipeline.backends.inductor.ranks import ManyRanks, OneRank
 from pipeline.backends.inductor.scratch import no_input_checks, own_headers, scratch, whole_headers
 from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, RankedSeams
 from pipeline.backends.inductor.session import GRAPH_FILE
-from pipeline.backends.inductor.temporary import own_folder, problems, temporary_files, temporary_folder
 from pipeline.errors import HostError, Problem
+from pipeline.files.temporary import own_folder, problems, temporary_files, temporary_folder
 from pipeline.graphs.module import GraphModule, empty
 from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import signature

@@ -18,9 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.backends.inductor.temporary import SAFE
 from pipeline.errors import HostError, Problem
 from pipeline.files.atomic import write_atomic
+from pipeline.files.temporary import SAFE
 
 if TYPE_CHECKING:
     from torch._inductor.cpp_builder import BuildOptionsBase

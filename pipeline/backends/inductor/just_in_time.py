@@ -15,7 +15,7 @@ from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.compiler import Compiler, explained, from_environment, use
 from pipeline.backends.inductor.scratch import move_headers
 from pipeline.backends.inductor.seams import BlockedSeams
-from pipeline.backends.inductor.temporary import SAFE, own_folder, temporary_folder
+from pipeline.files.temporary import SAFE, own_folder, temporary_folder
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.weights import weight_specs

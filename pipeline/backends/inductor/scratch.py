@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.backends.inductor.temporary import SAFE
+from pipeline.files.temporary import SAFE
 
 INCLUDE = Path(__file__).with_name("include")
 """Headers that replace those of the standard library; each has the reason in a comment."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor import collectives  # noqa: F401 - graphs of several ranks call its operators by name
-from pipeline.backends.inductor.temporary import temporary_files, temporary_folder
 from pipeline.errors import HostError
+from pipeline.files.temporary import temporary_files, temporary_folder
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec

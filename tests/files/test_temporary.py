@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.backends.inductor import temporary
-from pipeline.backends.inductor.temporary import own_folder, problems, temporary_files, temporary_folder
 from pipeline.errors import HostError
+from pipeline.files import temporary
+from pipeline.files.temporary import own_folder, problems, temporary_files, temporary_folder
 from support.small_disk import on_small_disk
 
 
@@ -28,7 +28,7 @@ def test_temporary_folder_is_that_of_tmpdir(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", "a'b", 'a"b', "a$b", "a;b", "é", "a\tb", "a\\b", "a`b", "a(b", "a\nb", "missing", "file"]
+    "name", ["a b", "a'b", 'a"b', "a$b", "a;b", "é", "a\tb", "a\\b", "a`b", "a(b", "a\nb", "x" * 99, "missing", "file"]
 )
 def test_temporary_folder_skips_an_unusable_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every compilation failed: Inductor splits its command lines at spaces and reads quotes."""
@@ -70,7 +70,7 @@ def test_temporary_folder_skips_a_mount_that_executes_nothing() -> None:
     code = """
         import os, pathlib
         os.environ["TMPDIR"] = "/mnt"
-        from pipeline.backends.inductor import temporary
+        from pipeline.files import temporary
         print(temporary.fault(pathlib.Path("/mnt")), temporary.temporary_folder(), sep=", ")
     """
     assert on_small_disk("mount -o remount,noexec /mnt", code).strip() == "mounted noexec, /tmp"
@@ -80,7 +80,7 @@ def test_problems_names_a_full_disk() -> None:
     code = """
         import os
         os.environ["TMPDIR"] = "/mnt"
-        from pipeline.backends.inductor.temporary import problems
+        from pipeline.files.temporary import problems
         (problem,) = problems()
         print(problem.where, problem.what, sep=": ")
     """

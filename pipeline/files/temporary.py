@@ -1,7 +1,7 @@
-"""Choose the folder for temporary files of Inductor, the compiler and the loader of graphs. Writes nothing by itself.
+"""Choose the folder for temporary files of compilers, loaders of libraries, and sockets. Writes nothing by itself.
 
-Inductor splits its command lines at spaces, and libraries cannot be loaded from a file system mounted `noexec`. The
-choice depends on the environment and on mounts alone, because paths in the folder are stored in libraries.
+Inductor splits its command lines at spaces, libraries cannot be loaded from a file system mounted `noexec`, and sockets
+have short names. The choice depends on the environment and on mounts alone: libraries contain paths in the folder.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ FOLDERS = ("/tmp", "/var/tmp")  # noqa: S108 - candidates; our folder in them be
 NEEDED_BYTES = 128 << 20
 """Precompiled headers and sources of one graph."""
 
+LONGEST_PATH = 70
+"""A socket's path has at most 107 characters, and multiprocessing adds 32 of its own."""
+
 SAFE = re.compile(r"[\w./+,@%=:-]*", re.ASCII)
 """Paths that need no quotes in a command line."""
 
@@ -40,7 +43,7 @@ def temporary_folder() -> Path:
             return path
     faults = ", ".join(f"`{path}` ({fault(path)})" for path in candidates)
     what = f"no folder is usable for compiled files: {faults}"
-    fix = "set TMPDIR to a writable folder that is not mounted noexec and has no spaces in its path"
+    fix = "set TMPDIR to a writable folder with a short path without spaces, not mounted noexec"
     raise HostError(what, where="TMPDIR", fix=fix)
 
 
@@ -61,6 +64,8 @@ def fault(path: Path) -> str:
     """Return why a folder is unusable; empty if it is usable."""
     if not path.is_absolute() or SAFE.fullmatch(str(path)) is None:
         return "its path has spaces or other special characters" if path.is_absolute() else "not an absolute path"
+    if len(str(path)) > LONGEST_PATH:
+        return f"its path has more than {LONGEST_PATH} characters"
     if not path.is_dir():
         return "not a folder" if path.exists() else "missing"
     if not os.access(path, os.W_OK | os.X_OK):
