@@ -28,6 +28,15 @@ def test_whole_headers_removes_what_a_killed_compiler_left(tmp_path):
         assert sorted(path.name for path in tmp_path.glob("*.gch")) == ["good.h.gch", "new.h.gch"]
 
 
+def test_whole_headers_knows_those_of_clang(tmp_path):
+    """Only GCC's `.gch` were looked for: half a header of Clang failed every later compile."""
+    (tmp_path / "left.h.pch").write_bytes(b"half")
+    with whole_headers(tmp_path, "O1"):
+        assert not (tmp_path / "left.h.pch").exists()
+        (tmp_path / "new.h.pch").write_bytes(b"written by this compile")
+    assert (tmp_path / "new.h.whole").exists()
+
+
 def test_whole_headers_does_not_trust_those_of_a_compile_that_failed(tmp_path):
     with pytest.raises(ZeroDivisionError), whole_headers(tmp_path, "O1"):
         (tmp_path / "new.h.gch").write_bytes(b"perhaps broken")
