@@ -1,4 +1,4 @@
-"""Choose the folder for temporary files of compilers, loaders of libraries, and sockets. Writes nothing by itself.
+"""Choose the folder for temporary files of compilers, loaders of libraries, and sockets. Runs nothing.
 
 Inductor splits its command lines at spaces, libraries cannot be loaded from a file system mounted `noexec`, and sockets
 have short names. The choice depends on the environment and on mounts alone: libraries contain paths in the folder.
@@ -81,6 +81,13 @@ def fault(path: Path) -> str:
 def own_folder(path: Path) -> Path:
     """Return this user's folder in a folder for temporary files."""
     return path / f"tandem-inductor-{os.getuid()}"
+
+
+def prepared_folder(path: Path) -> Path:
+    """Create this user's folder in a folder for temporary files, closed to others, and return it."""
+    own = own_folder(path)
+    own.mkdir(mode=0o700, exist_ok=True)
+    return own
 
 
 @contextmanager

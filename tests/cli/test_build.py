@@ -138,7 +138,7 @@ def test_build_without_a_network_is_the_environments_fault(work, monkeypatch):
 
 def test_build_without_a_compiler_is_the_environments_fault(work, monkeypatch):
     monkeypatch.setenv("PATH", str(work))
-    refused(work, 3, "backend.name: inductor needs a C++ compiler; 'g++' is not on PATH", "install g++")
+    refused(work, 3, "backend.name: inductor needs a C++ compiler; `g++` is not on PATH", "install g++")
 
 
 def test_build_without_space_is_the_environments_fault(work):

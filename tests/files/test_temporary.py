@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import HostError
 from pipeline.files import temporary
-from pipeline.files.temporary import own_folder, problems, temporary_files, temporary_folder
+from pipeline.files.temporary import own_folder, prepared_folder, problems, temporary_files, temporary_folder
 from support.small_disk import on_small_disk
 
 
@@ -85,6 +85,17 @@ def test_problems_names_a_full_disk() -> None:
         print(problem.where, problem.what, sep=": ")
     """
     assert on_small_disk("true", code).startswith("TMPDIR: 0 MiB free in `/mnt`; the compiler needs about")
+
+
+def test_prepared_folder_is_closed_to_others(tmp_path: Path) -> None:
+    """Scripts in it are executed."""
+    before = os.umask(0)
+    try:
+        assert prepared_folder(tmp_path) == own_folder(tmp_path)
+    finally:
+        os.umask(before)
+    assert own_folder(tmp_path).stat().st_mode & 0o777 == 0o700
+    assert prepared_folder(tmp_path).is_dir()
 
 
 @pytest.mark.parametrize("setting", [None, "/before"])

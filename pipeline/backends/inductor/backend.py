@@ -20,7 +20,7 @@ from pipeline.backends.inductor.scratch import no_input_checks, own_headers, scr
 from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, RankedSeams
 from pipeline.backends.inductor.session import GRAPH_FILE
 from pipeline.errors import HostError, Problem
-from pipeline.files.temporary import own_folder, problems, temporary_files, temporary_folder
+from pipeline.files.temporary import prepared_folder, problems, temporary_files, temporary_folder
 from pipeline.graphs.module import GraphModule, empty
 from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import signature
@@ -148,7 +148,7 @@ class InductorBackend:
         flags = repr(sorted(self.flags().items())).encode()
         headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + traced.ir))
         compiler, parent = from_environment(), temporary_folder()
-        own = own_folder(parent)
+        own = prepared_folder(parent)
         folders = scratch(own / graph), whole_headers(own / "headers" / headers, level), temporary_files(parent)
         use(compiler, own / "compilers")
         with folders[0], folders[1], folders[2], own_headers(), no_input_checks(), explained(compiler):

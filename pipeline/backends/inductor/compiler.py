@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import HostError, Problem
-from pipeline.files.atomic import write_atomic
 from pipeline.files.temporary import SAFE
 
 if TYPE_CHECKING:
@@ -90,8 +89,10 @@ class Compiler:
         script = folder / hashlib.sha256(line.encode()).hexdigest()[:16] / FAMILIES[family]
         if not script.is_file():
             script.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(script, line.encode())
-            script.chmod(0o755)
+            new = script.with_name(f"new-{os.getpid()}")
+            new.write_text(line, encoding="utf-8")
+            new.chmod(0o755)
+            new.replace(script)  # whole and executable: other workers run it at the same time
         return str(script)
 
 
@@ -103,7 +104,7 @@ def from_environment() -> Compiler:
 
     """
     text = (os.environ.get("CXX") or "").strip() or DEFAULT
-    if shutil.which(text):
+    if Path(text).name not in LAUNCHERS and shutil.which(text):
         return Compiler((), text)  # also a path with spaces
     try:
         words = shlex.split(text)

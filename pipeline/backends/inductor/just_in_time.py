@@ -15,7 +15,7 @@ from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.compiler import Compiler, explained, from_environment, use
 from pipeline.backends.inductor.scratch import move_headers
 from pipeline.backends.inductor.seams import BlockedSeams
-from pipeline.files.temporary import SAFE, own_folder, temporary_folder
+from pipeline.files.temporary import SAFE, prepared_folder, temporary_folder
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.weights import weight_specs
@@ -71,6 +71,7 @@ def prepared() -> Compiler:
     os.environ["TMPDIR"] = tempfile.tempdir = str(parent)
     if SAFE.fullmatch(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")) is None:
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]  # torch then uses its folder in `parent`
-    use(compiler, own_folder(parent) / "compilers")
-    move_headers(own_folder(parent) / "headers")
+    own = prepared_folder(parent)
+    use(compiler, own / "compilers")
+    move_headers(own / "headers")
     return compiler

@@ -73,6 +73,11 @@ def test_from_environment(cxx: str, compiler: Compiler, monkeypatch: pytest.Monk
     assert from_environment() == compiler
 
 
+def test_from_environment_runs_gcc_behind_a_launcher_alone(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "ccache")
+    assert from_environment().words == ("ccache", "g++")
+
+
 def test_from_environment_takes_a_path_with_spaces(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(tools / "g++"))
     assert from_environment() == Compiler((), str(tools / "g++"))
