@@ -10,17 +10,15 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import forkserver
 
 from pipeline.errors import HostError
 from pipeline.executors.base import Job, Result
-from pipeline.files.temporary import LONGEST_PATH, temporary_files, temporary_folder
+from pipeline.files.temporary import start_server
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class LocalExecutor:
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(self.preload))
-        _start_server()
+        start_server()
         arguments = self.workers, dict(os.environ)
         with ProcessPoolExecutor(self.workers, context, initializer=_start, initargs=arguments) as pool:
             results: dict[int, Result] = {}
@@ -64,13 +62,6 @@ class LocalExecutor:
                     worker.kill()  # otherwise leaving the pool waits for running compiles, which may take minutes
                 raise
         return [results[index] for index in range(len(jobs))]
-
-
-def _start_server() -> None:
-    """Start the server here if TMPDIR is too long for the path of its socket."""
-    if len(tempfile.gettempdir()) > LONGEST_PATH:
-        with temporary_files(temporary_folder()):
-            forkserver.ensure_running()
 
 
 def _start(workers: int, environ: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 
 from pipeline.errors import HostError, Problem
@@ -102,6 +103,18 @@ def temporary_files(path: Path) -> Iterator[None]:
         os.environ.pop("TMPDIR")
         if variable is not None:
             os.environ["TMPDIR"] = variable
+
+
+def start_server() -> None:
+    """Start multiprocessing's forkserver here if TMPDIR is too long for the path of its socket.
+
+    Raises:
+        HostError: as `temporary_folder`.
+
+    """
+    if len(tempfile.gettempdir()) > LONGEST_PATH:
+        with temporary_files(temporary_folder()):
+            forkserver.ensure_running()
 
 
 def _candidates() -> list[Path]:

@@ -25,6 +25,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor.session import Session
 from pipeline.errors import HostError, reason
+from pipeline.files.temporary import start_server
 from pipeline.graphs.spec import GraphSpec
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
@@ -78,6 +79,7 @@ class ManyRanks:
     def __init__(self, root: Path, manifest: PairManifest) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed"])
+        start_server()
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-ranks-")
         self._pipes: list[Connection] = []
         self._workers: list[ForkServerProcess] = []
