@@ -99,7 +99,13 @@ class Peer:
     def __init__(self, python: Path, *arguments: object) -> None:
         command = [str(python), "-W", "ignore", str(Path(__file__).with_name("peers.py")), *map(str, arguments)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         self._line()
 
@@ -210,7 +216,7 @@ def main() -> None:
         ratios = {kind: speed(rounds["K by policy"], kind) / speed(rounds["plain decode"], kind) for kind in kinds}
         print("\nK by policy over plain: " + ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in ratios.items()))
     if args.plot is not None:
-        args.plot.write_text(bars("Decode, one request at a time, tokens/s", speeds))
+        args.plot.write_text(bars("Decode, one request at a time, tokens/s", speeds), encoding="utf-8")
     read = bandwidth()
     limit = read / weight_bytes(args.artifact)
     plain = speeds["plain decode"]["all"]

@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="compile nothing: slower steps, there sooner")
     parser.add_argument("--length", type=int, default=1024)
     asked = parser.parse_args()
-    out = os.fdopen(os.dup(1), "w")
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what an engine prints does not belong among the answers
     speculation: dict[str, Any] | None = None
     if asked.ngram:

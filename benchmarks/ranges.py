@@ -70,7 +70,13 @@ def serve(path: Path) -> None:
 @contextmanager
 def served(path: Path) -> Iterator[str]:
     """The file's URL at a server in another process."""
-    process = subprocess.Popen([sys.executable, __file__, "--serve", str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--serve", str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     assert process.stdout is not None
     try:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/file?signed=yes"

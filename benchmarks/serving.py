@@ -46,7 +46,7 @@ def export(target: Checkpoint, folder: Path) -> Path:
     save_file({n: read_tensor(r).to(torch.bfloat16) for n, r in weights(target).items()}, folder / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     config = dict(target.config_json) | {"torch_dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name, data in tokenizer_files(target).items():
         (folder / name).write_bytes(data)
     return folder
@@ -60,7 +60,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.started = time.perf_counter()
-        with log.open("w") as out:
+        with log.open("w", encoding="utf-8") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *command, "--port", str(self.port), "--served-model-name", "m"],
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | environment,

@@ -45,7 +45,7 @@ def write_checkpoint(root: Path, size: int) -> None:
     """A bfloat16 checkpoint of about `size` random bytes in one file."""
     root.mkdir(parents=True)
     config = CONFIG | {"num_hidden_layers": max(1, size // LAYER_BYTES)}
-    (root / "config.json").write_text(json.dumps(config))
+    (root / "config.json").write_text(json.dumps(config), encoding="utf-8")
     plan = layout([(s.name, "BF16", s.shape) for s in weight_specs(config_of(config, "benchmark"))], {})
     with (root / "model.safetensors").open("wb") as file:
         file.write(plan.header)

@@ -146,7 +146,7 @@ def memory(leader: int) -> int:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
             if os.getpgid(int(folder.name)) == leader:
-                found = re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.M)
+                found = re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(encoding="utf-8"), re.M)
                 total += int(found[1]) * 1024 if found else 0
     return total
 
@@ -198,7 +198,7 @@ def watch(load: Load, server: Server, tokenizer: Path, seconds: float) -> tuple[
 
 def judged(root: Path, load: Load) -> list[str]:
     """Answers that differ from the first ones by more than a near-tie, by the logits after what they share."""
-    report = json.loads((root / "reports" / "parity.json").read_text())
+    report = json.loads((root / "reports" / "parity.json").read_text(encoding="utf-8"))
     noise = median(report["parity"]["target"]["points"]["noise"])  # relative to the largest logit
     engine = open_artifact(root)
     spec = next(g for g in engine.graphs if g.phase == "score" and g.model == "target")

@@ -48,7 +48,9 @@ def sampled(run: Callable[[], None], seconds: float) -> dict[str, float]:
         recorder.send_signal(signal.SIGINT)
         recorder.wait()
         script = ["perf", "script", "-i", str(data), "--tid", str(os.getpid()), "-F", "ip,sym,dso"]
-        lines = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            script, capture_output=True, text=True, check=True, encoding="utf-8", errors="replace"
+        ).stdout.splitlines()
     counts = Counter(kind_of(line) for line in lines if line.strip())
     return {kind: counts[kind] / sum(counts.values()) for kind in (*KINDS, "all else")}
 

@@ -37,7 +37,7 @@ def make_artifact(root: Path, size: int, count: int) -> Path:
     from support import small_artifacts as small
 
     made = small.make_validated(root / "artifact", root / "work").root
-    data = json.loads((made / "manifest.json").read_text())
+    data = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
     each = size // count
     for number in range(count):
         path = made / "weights" / f"part-{number}.safetensors"
@@ -50,7 +50,7 @@ def make_artifact(root: Path, size: int, count: int) -> Path:
                 left -= file.write(piece)
         entry = {"sha256": digest.hexdigest(), "size": each}
         data["files"][f"weights/part-{number}.safetensors"] = entry
-    (made / "manifest.json").write_text(json.dumps(data | {"version": f"v{count}"}))
+    (made / "manifest.json").write_text(json.dumps(data | {"version": f"v{count}"}), encoding="utf-8")
     return made
 
 
@@ -156,11 +156,11 @@ def show(kind: str, size: int, count: int, found: Runs) -> None:
 
 def kept(path: Path, name: str, found: Runs) -> Runs:
     """These runs and those that the file has, which gets them."""
-    data = json.loads(path.read_text()) if path.is_file() else {}
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     there = data.setdefault(name, {})
     for key, rows in found.items():
         there.setdefault(key, []).extend(rows)
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data), encoding="utf-8")
     return there
 
 
@@ -181,10 +181,10 @@ def delta(work: Path) -> None:
         first = proxy.sent_bytes
         path = made / "graphs/decode-b1-t1-s32/graph.bin"
         path.write_bytes(os.urandom(20_000_000))
-        data = json.loads((made / "manifest.json").read_text())
+        data = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
         data["files"][str(path.relative_to(made))] = {"sha256": small.digests(made)[str(path.relative_to(made))],
                                                       "size": 20_000_000}  # fmt: skip
-        (made / "manifest.json").write_text(json.dumps(data | {"version": "2"}))
+        (made / "manifest.json").write_text(json.dumps(data | {"version": "2"}), encoding="utf-8")
         publish(made, "s3://bench/delta", ["latest"])
         second = proxy.sent_bytes - first
         print(f"first release sent {first:,} bytes; one changed graph of 20,000,000 bytes sent {second:,} "

@@ -54,7 +54,9 @@ def compiled(headers: Path) -> tuple[float, int]:
 def in_its_own_process(headers: Path) -> tuple[float, int]:
     """Return what `compiled` does: Inductor remembers the precompiled header of a process's first graph."""
     command = [sys.executable, "-W", "ignore", __file__, "--headers", str(headers)]
-    seconds, size = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    seconds, size = subprocess.run(
+        command, check=True, capture_output=True, text=True, encoding="utf-8", errors="replace"
+    ).stdout.split()
     return float(seconds), int(size)
 
 

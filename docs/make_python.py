@@ -144,7 +144,7 @@ def _section(entry: Entry) -> Iterator[str]:
 
 
 def _definition(entry: Entry) -> ast.FunctionDef | ast.ClassDef:
-    tree = ast.parse((ROOT / "pipeline" / entry.file).read_text())
+    tree = ast.parse((ROOT / "pipeline" / entry.file).read_text(encoding="utf-8"))
     kinds = (ast.FunctionDef, ast.ClassDef)
     (node,) = [node for node in tree.body if isinstance(node, kinds) and node.name == (entry.own or entry.name)]
     missing = set(entry.methods) - {child.name for child in node.body if isinstance(child, ast.FunctionDef)}

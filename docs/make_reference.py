@@ -36,13 +36,13 @@ def stale() -> list[str]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 if __name__ == "__main__":
     if "--check" not in sys.argv[1:]:
         FOLDER.mkdir(exist_ok=True)
         for name, page in PAGES.items():
-            (FOLDER / name).write_text(page())
+            (FOLDER / name).write_text(page(), encoding="utf-8")
     elif names := stale():
         sys.exit(f"stale pages in docs/reference/: {', '.join(names)}\n  fix: python docs/make_reference.py")

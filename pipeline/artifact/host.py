@@ -39,7 +39,9 @@ def _isa(proc: Path) -> str:
 def _compute_capability() -> str:
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()
+        lines = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10, encoding="utf-8", errors="replace"
+        ).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return ""
     return lines[0] if lines else ""
@@ -47,6 +49,6 @@ def _compute_capability() -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""

@@ -101,6 +101,8 @@ def _commit() -> str:
     """Return the commit of this package in a checkout, with `-dirty` if files were edited; else `unknown`."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, encoding="utf-8", errors="replace"
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

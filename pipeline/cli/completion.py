@@ -74,9 +74,9 @@ def _install(place: _Place, script: str) -> list[Path]:
     if place.startup is None:
         return [place.script]
     line = f". '{place.script}'"
-    present = place.startup.read_text() if place.startup.is_file() else ""
+    present = os.fsdecode(place.startup.read_bytes()) if place.startup.is_file() else ""
     if line in present.splitlines():
         return [place.script]
-    with place.startup.open("a") as file:
-        file.write(f"{'' if present.endswith(chr(10)) or not present else chr(10)}{line}\n")
+    with place.startup.open("ab") as file:
+        file.write(os.fsencode(f"{'' if present.endswith(chr(10)) or not present else chr(10)}{line}\n"))
     return [place.script, place.startup]

@@ -12,6 +12,7 @@ import click
 from pipeline import __version__
 from pipeline.cli.console import Console, print_error
 from pipeline.cli.groups import QUIET, VERBOSE, Lazy, LazyGroup
+from pipeline.cli.utf8 import use_utf8_mode, utf8_output
 from pipeline.errors import HostError, TandemError
 
 COMMANDS = [
@@ -54,6 +55,17 @@ COMMANDS = [
 
 class Tandem(LazyGroup):
     """Turns errors into messages and exit codes."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run a command line; that of this process in UTF-8 mode."""
+        if not args and options.get("args") is None:
+            use_utf8_mode()
+        return super().main(*args, **options)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Set the encoding of the output before anything is printed, help and usage errors included."""
+        utf8_output()
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; show a traceback only with -v."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,14 @@ def _words(checked: _Checked) -> str:
 @always_json
 def changed(paths: tuple[str, ...]) -> None:
     """Print a JSON list of the recipes that changes to the files PATHS affect. With -, PATHS are read from stdin."""
-    files = sys.stdin.read().splitlines() if paths == ("-",) else list(paths)
+    files = _lines_of_stdin() if paths == ("-",) else list(paths)
     click.echo(json.dumps(changed_recipes(files, RECIPES)))
+
+
+def _lines_of_stdin() -> list[str]:
+    """Return the paths in stdin: bytes, as the file system has them, that end at line feeds only."""
+    lines = sys.stdin.buffer.read().split(b"\n")
+    return [os.fsdecode(line.removesuffix(b"\r")) for line in lines if line.strip()]
 
 
 @recipe.command()

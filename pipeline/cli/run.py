@@ -17,6 +17,7 @@ from pipeline.cli.paths import RECIPES, artifact_dir
 from pipeline.cli.results import print_json, print_table
 from pipeline.cli.tables import Table
 from pipeline.cli.trust import policy_of, policy_option
+from pipeline.cli.utf8 import Utf8Text
 from pipeline.cli.words import counted, number
 from pipeline.runtime.open import load
 
@@ -43,7 +44,7 @@ class RunOptions:
 
 @click.command(cls=Command)
 @click.argument("artifact")
-@click.option("--prompt", required=True, help="Text to answer.")
+@click.option("--prompt", type=Utf8Text(), required=True, help="Text to answer.")
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
 @click.option(
     "--max-new-tokens",
@@ -86,8 +87,7 @@ def run(console: Console, options: RunOptions) -> None:
     choice = engine.choice(options.temperature, options.top_k, options.top_p)
     for line in settings_lines(engine.defaults, choice, samples=engine.samples, given=options.temperature is not None):
         console.log(line)
-    plain = options.raw or not engine.text.has_chat
-    tokens = engine.text.encode(options.prompt) if plain else engine.text.chat(options.prompt)
+    tokens = engine.text.encode(options.prompt) if options.raw else engine.text.encode_prompt(options.prompt)
     stream = StreamDecoder(engine.text.decode)
 
     def show(_: int, new: list[int]) -> None:

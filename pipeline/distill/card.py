@@ -28,9 +28,9 @@ def write_draft(
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(out) as work:
         (work / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
-        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (work / "training.json").write_text(figures.model_dump_json(indent=2) + "\n")
-        (work / "README.md").write_text(card(figures, recipe))
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (work / "training.json").write_text(figures.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (work / "README.md").write_text(card(figures, recipe), encoding="utf-8")
 
 
 def card(figures: DraftFigures, recipe: Recipe) -> str:

@@ -74,7 +74,7 @@ class Prompts:
         if self.given:
             chosen = zip(seeds, self.given[numbers.start : numbers.stop], strict=False)
             allowed = ((seed, prompt) for seed, prompt in chosen if self.held_out_filter(prompt))
-            yield from (SeededPrompt(seed, self._encode(prompt)) for seed, prompt in allowed)
+            yield from (SeededPrompt(seed, self.text.encode_prompt(prompt)) for seed, prompt in allowed)
             return
         before, after = user_turn(self.text)
         first = {seed: opening(seed) for seed in seeds}
@@ -89,9 +89,6 @@ class Prompts:
             prompt = (first[written.writing.seed] + new).strip()
             if prompt and self.held_out_filter(prompt):
                 yield SeededPrompt(written.writing.seed, self.text.encode(before + prompt + after, special=False))
-
-    def _encode(self, prompt: str) -> list[int]:
-        return self.text.chat(prompt) if self.text.has_chat else self.text.encode(prompt)
 
 
 def part_path(folder: Path, number: int) -> Path:

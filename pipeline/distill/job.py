@@ -26,7 +26,7 @@ from pipeline.distill.data import (
 from pipeline.distill.figures import TextCounts
 from pipeline.distill.generate import Transcript, Writer, Writing
 from pipeline.distill.head import frequent, head_config, initial, layers_of, model_config
-from pipeline.distill.prompts import SENTINEL, HeldOutFilter, read_field
+from pipeline.distill.prompts import SENTINEL, HeldOutFilter, read_prompts, read_transcripts
 from pipeline.distill.settings import ANSWER_TOKENS, LENGTH, ROWS, DistillSettings, data_key
 from pipeline.distill.train import InitialDraft, TargetTables, Trainer, TrainingSettings, has_bfloat16
 from pipeline.errors import InputError
@@ -110,11 +110,12 @@ class Job:
     def write_data(self) -> None:
         """Write parts until the data has as many answer tokens as the settings say, or the given prompts end."""
         settings, log = self.settings, self.settings.log
+        given = read_prompts(settings.prompts) if settings.prompts else []
+        transcripts = self._transcripts(settings.transcripts) if settings.transcripts else []
         for folder in settings.text:
             self._check_text(folder)
-        if settings.transcripts is not None:
-            write_transcripts(self.folder / "data", "given", self._transcripts(settings.transcripts), self.writer)
-        given = read_field(settings.prompts, "prompt") if settings.prompts else []
+        if transcripts:
+            write_transcripts(self.folder / "data", "given", transcripts, self.writer)
         prompts = Prompts(self.text, self.held_out_filter, given, settings.seed)
         number = 0
         log(f"data folder: {self.folder / 'data'}")
@@ -142,7 +143,8 @@ class Job:
     def held_out(self) -> dict[str, list[Conversation]]:
         """Return greedy answers to the recipe's prompts, by class."""
         writings = [
-            Writing(self._encode(p.text)[-LENGTH // 2 :], ANSWER_TOKENS, 0.0, i) for i, p in enumerate(self.evaluated)
+            Writing(self.text.encode_prompt(p.text)[-LENGTH // 2 :], ANSWER_TOKENS, 0.0, i)
+            for i, p in enumerate(self.evaluated)
         ]
         by_class: dict[str, list[Conversation]] = {}
         for written in sorted(self.writer.write(writings), key=lambda w: w.writing.seed):
@@ -207,12 +209,12 @@ class Job:
 
     def _transcripts(self, path: Path) -> list[Transcript]:
         """Return the transcripts in a file whose prompts may be trained on, as tokens."""
-        pairs = zip(read_field(path, "prompt"), read_field(path, "answer"), strict=True)
+        pairs = read_transcripts(path)
         allowed = ((prompt, answer) for prompt, answer in pairs if self.held_out_filter(prompt))
-        return [Transcript(self._encode(prompt), self.text.encode(answer, special=False)) for prompt, answer in allowed]
-
-    def _encode(self, prompt: str) -> list[int]:
-        return self.text.chat(prompt) if self.text.has_chat else self.text.encode(prompt)
+        return [
+            Transcript(self.text.encode_prompt(prompt), self.text.encode(answer, special=False))
+            for prompt, answer in allowed
+        ]
 
     def _prompt(self, sequence: Conversation) -> str:
         """Return the user's message in a sequence."""

@@ -6,12 +6,12 @@ every chat model has a prompt set. Some prompts start with given words, so that 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.errors import InputError, SourceError, no_string, reason
+from pipeline.errors import SourceError, no_string
+from pipeline.files.json_lines import Fields, Line, LineRecord, read_json_lines
 from pipeline.runtime.text import Text
 
 SENTINEL = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -75,27 +75,41 @@ def opening(seed: int) -> str:
     return random.Random(seed).choice(OPENINGS)  # noqa: S311 - variety, not secrecy
 
 
-def read_field(path: Path, key: str) -> list[str]:
-    """Return one field of every line of a file of JSON lines.
+class PromptLine(LineRecord):
+    """A line of a file of prompts."""
+
+    prompt: str
+
+
+class TranscriptLine(PromptLine):
+    """A line of a file of transcripts."""
+
+    answer: str
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a file of JSON lines.
 
     Raises:
-        InputError: the file cannot be read or is empty, or a line is not a JSON object with that field.
+        InputError: as `read_json_lines`.
 
     """
-    fix = f'write one JSON object per line, with "{key}"'
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the file: {reason(error)}", where=str(path), fix="check the path") from error
-    values = []
-    for number, line in enumerate(lines, 1):
-        try:
-            values.append(str(json.loads(line)[key]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f'not a JSON object with "{key}"', where=f"{path}:{number}", fix=fix) from error
-    if not values:
-        raise InputError("no lines in the file", where=str(path), fix=fix)
-    return values
+    return [line.fields.prompt for line in _lines(path, PromptLine)]
+
+
+def read_transcripts(path: Path) -> list[tuple[str, str]]:
+    """Return prompt and answer of every line of a file of JSON lines.
+
+    Raises:
+        InputError: as `read_json_lines`.
+
+    """
+    return [(line.fields.prompt, line.fields.answer) for line in _lines(path, TranscriptLine)]
+
+
+def _lines(path: Path, record: type[Fields]) -> list[Line[Fields]]:
+    keys = " and ".join(f'"{key}"' for key in record.model_fields)
+    return read_json_lines(path, record, fix=f"write one JSON object per line, with {keys}", missing="check the path")
 
 
 class HeldOutFilter:

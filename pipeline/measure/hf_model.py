@@ -41,7 +41,9 @@ def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype, attention: str)
     fields = {key: value for key, value in checkpoint.config_json.items() if key not in ("model_type", "layer_types")}
     fields["num_hidden_layers"] = config.layers
     whole = transformers.AutoConfig.for_model(checkpoint.config_json["model_type"], **fields)
-    model = transformers.AutoModelForCausalLM.from_config(whole, dtype=dtype, attn_implementation=attention)
+    model = transformers.AutoModelForCausalLM.from_config(
+        whole, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+    )
     if config.draft_vocab is not None:
         model.lm_head = torch.nn.Linear(config.hidden, config.draft_vocab, bias=False, dtype=dtype)
     return model

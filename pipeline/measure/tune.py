@@ -151,7 +151,7 @@ def full_step(engine: Engine, graph: GraphSpec, position: int) -> Arguments:
 def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
     """Return buckets for all prompts with answers of up to `tokens` tokens, and their padding."""
     text, now = engine.text, engine.manifest.shapes
-    lengths = [len(text.chat(p.text) if text.has_chat else text.encode(p.text)) for p in prompts]
+    lengths = [len(text.encode_prompt(p.text)) for p in prompts]
     ends = [length + tokens for length in lengths]
     # On a CPU attention reads only valid keys, whatever the bucket.
     reads_all = engine.manifest.requires.get("device") != "cpu"

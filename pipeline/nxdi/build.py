@@ -112,7 +112,7 @@ def _compile(folder: Path, settings: nxdi.NxdiSettings, roots: dict[str, str], c
             done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
         if done.returncode:
             raise _failure(done.returncode, work / "output.txt")
-        flags = json.loads((work / "flags.json").read_text())
+        flags = json.loads((work / "flags.json").read_text(encoding="utf-8"))
     by_submodel = {f"neuronx-cc.{tag}": text for tag, text in sorted(flags.items())}
     return by_submodel | {f"env.{name}": value for name, value in support.environment().items()}
 
@@ -121,7 +121,8 @@ def _failure(status: int, output: Path) -> HostError:
     kept = default_root() / "failed-compiles" / "nxdi.txt"
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(output, kept)
-    lines = [line for line in kept.read_text(errors="replace").splitlines() if line.strip()] or ["no message"]
+    text = kept.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()] or ["no message"]
     what = f"NxD Inference ended with status {status}: {EXCEPTION.sub('', lines[-1])}"
     return HostError(what, where="compile", fix=f"read its output: {kept}")
 
@@ -130,7 +131,7 @@ def _check(folder: Path, settings: nxdi.NxdiSettings, ranks: int) -> None:
     """Raise an error for output that vLLM would silently compile again: a missing file, or other settings."""
     faults = list(_missing(folder, ranks))
     if not faults:
-        faults = nxdi.differences(settings, json.loads((folder / nxdi.CONFIG).read_text()))
+        faults = nxdi.differences(settings, json.loads((folder / nxdi.CONFIG).read_text(encoding="utf-8")))
     if not faults:
         faults = list(_uneven_ranks(folder, ranks))
     if faults:
@@ -162,11 +163,11 @@ def _uneven_ranks(folder: Path, ranks: int) -> Iterator[str]:
 
 def _make_relative(folder: Path, folders: dict[str, str]) -> None:
     path = folder / nxdi.CONFIG
-    config = nxdi.relative(json.loads(path.read_text()), folders)
+    config = nxdi.relative(json.loads(path.read_text(encoding="utf-8")), folders)
     text = json.dumps(config, indent=2, sort_keys=True)
     if absolute := [name for name in folders if name in text]:
         raise HostError(f"{nxdi.CONFIG} contains the absolute path {absolute[0]}", where="nxdi", fix="report this bug")
-    path.write_text(text + "\n")
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _add_models(folder: Path, pair: tuple[Checkpoint, Checkpoint]) -> None:

@@ -203,7 +203,7 @@ class _Command:
 def _command(path: Path) -> _Command | None:
     """Return the command in a file: `neuronx-cc compile FILE`, the plugin's own options, flags."""
     try:
-        words = shlex.split(path.read_text())[3:]
+        words = shlex.split(path.read_text(encoding="utf-8", errors="surrogateescape"))[3:]
     except (OSError, ValueError):
         return None
     target, flags = "", []

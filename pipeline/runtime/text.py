@@ -17,13 +17,15 @@ Chat = Sequence[Mapping[str, Any]]
 
 
 class Text:
-    """The tokenizer of a pair and its chat template."""
+    """The tokenizer of a pair and its chat template. The tokens depend on the text only."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         config, special = _read(folder / "tokenizer_config.json"), _read(folder / "special_tokens_map.json")
+        self._tokenizer = _tokenizer(folder, config)
         self._specials = {
-            key: _token(value) for key, value in (special | config).items() if key.endswith("_token") and value
+            key: _token(value)
+            for key, value in (special | config).items()
+            if key.endswith("_token") and value and isinstance(value, str | dict)
         }
         self._template = _template(folder, config)
 
@@ -105,7 +107,10 @@ class Text:
         return self.chat(prompt) if self.has_chat else self.encode(prompt)
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of token ids without special tokens."""
+        """Return the text of token ids without special tokens.
+
+        As in vLLM, and in transformers for byte-pair encodings, `clean_up_tokenization_spaces` does not apply.
+        """
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def token(self, token: int) -> str:
@@ -113,15 +118,24 @@ class Text:
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
 
+def _tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer without state of single calls, which files of older artifacts and of checkpoints have."""
+    tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))  # not a part of tokenizer.json
+    return tokenizer
+
+
 def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     """Return the chat template from any file that a checkpoint may keep it in; of several, `default`."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     template = config.get("chat_template") or _read(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}

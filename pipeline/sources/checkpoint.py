@@ -21,6 +21,7 @@ from pipeline.models.families import config_of
 from pipeline.models.generation import EOS, GENERATION_CONFIG, token_ids
 from pipeline.progress import Progress, no_progress
 from pipeline.records import Record
+from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,11 +89,12 @@ def open_checkpoint(
     checks.
 
     Raises:
-        SourceError: no such folder, no config, pickled weights only, or a model that is not supported.
+        SourceError: no such folder, no config, pickled weights only, a model that is not supported, or custom code.
 
     """
     if not root.is_dir():
         raise SourceError("no such folder", where=str(root), fix="give a folder with config.json and *.safetensors")
+    _refuse_custom_code(root)
     config_json = read_config(root)
     weights = weight_files(root)
     names = [*CONFIG_FILES, *TOKENIZER_FILES, *((INDEX,) if (root / INDEX).is_file() else ()), *weights]
@@ -100,6 +102,12 @@ def open_checkpoint(
     files = digest_files(root, present, memo, progress)
     config = config_of(config_json, str(root / "config.json"))
     return Checkpoint(root, config, config_json, files, revision or content_revision(files))
+
+
+def _refuse_custom_code(root: Path) -> None:
+    for name in CODE_FILES:
+        if (root / name).is_file():
+            refuse_custom_code((root / name).read_bytes(), str(root / name))
 
 
 def content_revision(files: dict[str, FileDigest]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def convert(path: Path, out: Path, progress: Progress) -> None:
     reader = _open(path)
     config = _config(_Fields(reader, str(path)), {tensor.name for tensor in reader.tensors})
     config_of(config, str(path))
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _save_tokenizer(path, out)
     with (out / SINGLE).open("wb") as file:
         for chunk in _weights(reader, config, path, progress):
@@ -171,19 +172,24 @@ USE_ORIGINAL = "use the model's original checkpoint (hf:// or a folder)"
 
 
 def _save_tokenizer(path: Path, out: Path) -> None:
-    """Write the tokenizer, chat template included, that transformers builds from the GGUF metadata."""
+    """Write the tokenizer, chat template included, that transformers builds from the GGUF metadata.
+
+    Transformers sees this file alone: other files of its folder could change the tokens or name code to run.
+    """
     from transformers import AutoTokenizer  # here, because it imports torch
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        with tempfile.TemporaryDirectory(prefix="tandem-gguf-") as folder:
+            (Path(folder) / path.name).symlink_to(path.absolute())
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise SourceError(
             f"the tokenizer cannot be converted: {reason(error)}", where=str(path), fix=USE_ORIGINAL
         ) from error
     tokenizer.save_pretrained(str(out))
     saved = out / "tokenizer_config.json"
-    config = {key: value for key, value in json.loads(saved.read_text()).items() if key not in HOST_KEYS}
-    saved.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config = {key: value for key, value in json.loads(saved.read_bytes()).items() if key not in HOST_KEYS}
+    saved.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _weights(

@@ -31,6 +31,7 @@ from pipeline.sources.checkpoint import (
     indexed_files,
     refuse_without_weights,
 )
+from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
 from pipeline.sources.hub_errors import hub_errors
 
 if TYPE_CHECKING:
@@ -127,6 +128,9 @@ class Hub:
         if "config.json" not in listing:
             raise SourceError("no config.json in the repository", where=where, fix="name a model repository")
         config = get(listing["config.json"])
+        for name in CODE_FILES:
+            if name in listing:
+                refuse_custom_code(get(listing[name]).read_bytes(), f"{where}/{name}")
         config_of(json.loads(config.read_bytes()), f"{where}/config.json")
         names = [n for n in (*CONFIG_FILES, *TOKENIZER_FILES) if n in listing]
         if INDEX in listing:

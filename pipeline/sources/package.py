@@ -96,7 +96,7 @@ def _install(name: str, version: str, target: Path) -> None:
     command += ["--only-binary", ":all:"]  # building a source distribution would run its code
     command += ["--target", str(work / "site"), f"{name}=={version}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace")
         if done.returncode:
             raise _pip_error(done.stderr, name, version, " ".join(command))
         (work / "site").rename(target)

@@ -166,7 +166,7 @@ def _parse(location: str) -> Pico:
 def write(pico: Pico, out: Path) -> None:
     """Write the model into the folder `out`; a draft has no tokenizer of its own."""
     config = pico.config()
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if pico.draft_vocab is None:
         _write_tokenizer(out)
     with (out / SINGLE).open("wb") as file:
@@ -191,12 +191,12 @@ def _write_tokenizer(out: Path) -> None:
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     (out / "tokenizer.json").write_text(
-        tokenizer.to_str(pretty=True)
+        tokenizer.to_str(pretty=True), encoding="utf-8"
     )  # its own `save` hides the operating system's error
     names = {"bos_token": SPECIALS[0], "eos_token": SPECIALS[2], "pad_token": SPECIALS[0]}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, **names}
     config |= {"model_max_length": SIZES["max_position_embeddings"], "clean_up_tokenization_spaces": False}
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _weights(pico: Pico) -> Iterator[bytes]:

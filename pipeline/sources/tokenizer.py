@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as one `tokenizer.json`, and the comparison of two checkpoints' tokenizers.
+"""A checkpoint's tokenizer as files that every reader reads alike, and the comparison of two checkpoints' tokenizers.
 
 Imports no torch at import; transformers, imported for folders without a `tokenizer.json`, does.
 """
@@ -6,6 +6,7 @@ Imports no torch at import; transformers, imported for folders without a `tokeni
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,59 @@ FIX = "use a draft of the target's own family and tokenizer, or `derive: {from: 
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Return an artifact's tokenizer files: the checkpoint's, with a `tokenizer.json` that needs no other file.
+    """Return an artifact's tokenizer files: `tokenizer.json` and `tokenizer_config.json`, which need no other file.
 
-    Transformers makes that file from the folder, so added tokens, begin-of-sequence settings and older formats
-    (sentencepiece, vocab and merges) keep their meaning, and readers need only `tokenizers`.
+    Transformers makes both from the folder, so added tokens, begin-of-sequence settings, defaults of tokenizer classes
+    and older formats (sentencepiece, vocab and merges) keep their meaning. The files have no state of single calls
+    (truncation, padding, the length limit) and no setting that a reader would apply a second time.
 
     Raises:
         SourceError: the checkpoint has no tokenizer, or transformers cannot read it.
 
     """
     require_tokenizer(checkpoint)
-    files = {name: (checkpoint.root / name).read_bytes() for name in checkpoint.tokenizer_files}
-    return {**files, "tokenizer.json": _as_transformers(checkpoint.root).encode()}
+    tokenizer = _as_transformers(checkpoint)
+    data = str(tokenizer.backend_tokenizer.to_str())
+    config = _config(tokenizer, json.loads(data), checkpoint)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return {"tokenizer.json": data.encode(), "tokenizer_config.json": text.encode()}
+
+
+def _config(tokenizer: Any, data: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the `tokenizer_config.json` with which transformers takes `tokenizer.json` as it is."""
+    named = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    others = [str(token) for token in tokenizer.all_special_tokens if str(token) not in named.values()]
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+    if others:
+        config["additional_special_tokens"] = others
+    prefix = _prefix_space(data.get("pre_tokenizer") or {})
+    if prefix is not None:  # without a value, transformers sets False
+        config["add_prefix_space"] = prefix
+    if tokenizer.split_special_tokens:
+        config["split_special_tokens"] = True
+    if template := tokenizer.chat_template or _legacy_template(checkpoint):
+        config["chat_template"] = _as_stored(template)
+    return config
+
+
+def _prefix_space(pre_tokenizer: Mapping[str, Any]) -> bool | None:
+    """Return whether a pre-tokenizer adds a space before the text; None if it has no such setting."""
+    parts = (pre_tokenizer, *pre_tokenizer.get("pretokenizers", ()))
+    return next((part["add_prefix_space"] for part in parts if "add_prefix_space" in part), None)
+
+
+def _as_stored(template: Any) -> Any:
+    """Return a chat template as `tokenizer_config.json` stores it: several by name are a list."""
+    if not isinstance(template, dict):
+        return template
+    return [{"name": name, "template": text} for name, text in template.items()]
+
+
+def _legacy_template(checkpoint: Checkpoint) -> Any:
+    """Return the template in `chat_template.json`, a file of processors that transformers' tokenizers do not read."""
+    if "chat_template.json" not in checkpoint.tokenizer_files:
+        return None
+    return _read_json(checkpoint.root / "chat_template.json").get("chat_template")
 
 
 def require_tokenizer(checkpoint: Checkpoint) -> None:
@@ -50,7 +92,7 @@ def vocabulary_size(checkpoint: Checkpoint) -> int:
     """Return the largest id of the checkpoint's tokenizer plus one; 0 without a tokenizer."""
     if not checkpoint.tokenizer_files:
         return 0
-    return max(_ids(_tokenizer_json(checkpoint.root)), default=-1) + 1
+    return max(_ids(_tokenizer_json(checkpoint)), default=-1) + 1
 
 
 def end_of_sequence_id(checkpoint: Checkpoint) -> int | None:
@@ -66,10 +108,10 @@ def end_of_sequence_id(checkpoint: Checkpoint) -> int | None:
         return None
     token = _named_end_of_sequence(checkpoint.root)
     if token is not None and (checkpoint.root / "tokenizer.json").is_file():
-        ids = [number for number, text in _ids(_tokenizer_json(checkpoint.root)).items() if text == token]
+        ids = [number for number, text in _ids(_tokenizer_json(checkpoint)).items() if text == token]
         if len(ids) == 1:
             return ids[0]
-    own: int | None = _transformers_tokenizer(checkpoint.root).eos_token_id
+    own: int | None = _as_transformers(checkpoint).eos_token_id
     return own
 
 
@@ -98,7 +140,7 @@ def check_tokenizers(target: Checkpoint, draft: Checkpoint) -> None:
     same = "tokenizer.json"
     if same in draft.files and target.files.get(same) == draft.files[same]:
         return
-    differing = differences(_tokenizer_json(target.root), _tokenizer_json(draft.root))
+    differing = differences(_tokenizer_json(target), _tokenizer_json(draft))
     if differing:
         what = f"the draft's tokenizer differs from the target's: {'; '.join(differing)}"
         raise SourceError(what, where=str(draft.root), fix=FIX)
@@ -121,35 +163,54 @@ def differences(target: Mapping[str, Any], draft: Mapping[str, Any]) -> list[str
     return lines + [f"{step} {_short(target.get(step))} against {_short(draft.get(step))}" for step in changed]
 
 
-def _tokenizer_json(root: Path) -> dict[str, Any]:
-    path = root / "tokenizer.json"
-    try:
-        if not path.is_file():
-            return dict(json.loads(_as_transformers(root)))
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise SourceError(
-            f"malformed tokenizer: {error}", where=str(path), fix="download the checkpoint again"
-        ) from error
-    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise SourceError("malformed tokenizer: no `model`", where=str(path), fix="download the checkpoint again")
+def _tokenizer_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    path = checkpoint.root / "tokenizer.json"
+    if not path.is_file():
+        return dict(json.loads(_as_transformers(checkpoint).backend_tokenizer.to_str()))
+    data = _read_json(path)
+    if not isinstance(data.get("model"), dict):
+        raise SourceError("malformed tokenizer: no `model`", where=str(path), fix=JSON_FIX)
     return data
 
 
-def _as_transformers(root: Path) -> str:
-    """Return the folder's tokenizer, as transformers reads it, as the text of a `tokenizer.json`."""
-    return str(_transformers_tokenizer(root).backend_tokenizer.to_str())
-
-
-def _transformers_tokenizer(root: Path) -> Any:
-    """Return the folder's tokenizer as an object of transformers."""
-    from transformers import AutoTokenizer  # here, because it imports torch
-
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SourceError(f"malformed tokenizer: {error}", where=str(path), fix=JSON_FIX) from error
+    if not isinstance(data, dict):
+        raise SourceError("malformed tokenizer: not a JSON object", where=str(path), fix=JSON_FIX)
+    return data
+
+
+def _as_transformers(checkpoint: Checkpoint) -> Any:
+    """Return the tokenizer as transformers reads it, without its state of single calls.
+
+    Transformers sees only the files that belong to the checkpoint, so no other file of the folder can change the
+    tokens.
+    """
+    with tempfile.TemporaryDirectory(prefix="tandem-tokenizer-") as folder:
+        for name in (*checkpoint.tokenizer_files, "config.json"):
+            (Path(folder) / name).symlink_to((checkpoint.root / name).absolute())
+        return _read(Path(folder), checkpoint.root)
+
+
+def _read(folder: Path, root: Path) -> Any:
+    """Return the tokenizer in `folder`; errors name `root`."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # here, because it imports torch
+
+    fix = "add a complete tokenizer.json to the folder"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
-        what, fix = f"cannot read the tokenizer: {reason(error)}", "add a complete tokenizer.json to the folder"
+        what = f"cannot read the tokenizer: {reason(error)}".replace(str(folder), str(root))
         raise SourceError(what, where=str(root), fix=fix) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        what = f"cannot read the tokenizer: its class {type(tokenizer).__name__} has no tokenizer.json"
+        raise SourceError(what, where=str(root), fix=fix)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def _ids(tokenizer: Mapping[str, Any]) -> dict[int, str]:

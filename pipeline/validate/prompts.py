@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import InputError
+from pydantic import Field
+
 from pipeline.files.home import expanded
+from pipeline.files.json_lines import Line, LineRecord, read_json_lines
 
 DEFAULT = "prompts/default.jsonl"
 FIX = 'write one JSON object per line, with "class", "prompt" and optionally "id"'
@@ -24,6 +25,12 @@ class Prompt:
     text: str
 
 
+class _PromptLine(LineRecord):
+    id: str | int = ""
+    kind: str = Field(alias="class")
+    prompt: str
+
+
 def prompts_path(name: str, base: Path) -> Path:
     """Return the prompt file of a recipe in the folder `base`; the shipped file if the default one is missing."""
     own = base / expanded(name)
@@ -34,44 +41,28 @@ def load_prompts(path: Path) -> list[Prompt]:
     """Read a prompt file.
 
     Raises:
-        InputError: no such file, no prompts, or a line that is not a prompt; names file and line.
+        InputError: no such file, no prompts, or a line that is not a prompt; names file, line and column.
 
     """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise InputError(
-            f"cannot read prompts: {error.strerror}", where=str(path), fix="correct validate.prompts in the recipe"
-        ) from error
-    prompts = {number: _prompt(line, number, path) for number, line in enumerate(lines, 1) if line.strip()}
-    if not prompts:
-        raise InputError("no prompts", where=str(path), fix=FIX)
-    _check_ids(prompts, path)
-    return list(prompts.values())
+    lines = read_json_lines(path, _PromptLine, fix=FIX, missing="correct validate.prompts in the recipe")
+    prompts = [_prompt(line) for line in lines]
+    _check_ids(prompts, lines)
+    return prompts
 
 
-def _prompt(line: str, number: int, path: Path) -> Prompt:
-    where = f"{path}:{number}"
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"not JSON: {error}", where=where, fix=FIX) from error
-    if not isinstance(entry, dict):
-        raise InputError("not a JSON object", where=where, fix=FIX)
-    missing = [key for key in ("class", "prompt") if key not in entry]
-    if missing:
-        raise InputError(f"missing key: {', '.join(f'`{key}`' for key in missing)}", where=where, fix=FIX)
-    prompt = Prompt(str(entry.get("id", number)), str(entry["class"]), str(entry["prompt"]))
-    if not prompt.text.strip():
-        raise InputError("empty prompt", where=where, fix="remove the line")
-    return prompt
+def _prompt(line: Line[_PromptLine]) -> Prompt:
+    fields = line.fields
+    if not fields.prompt.strip():
+        raise line.place.error("empty prompt", "remove the line", key="prompt")
+    id_ = fields.id if "id" in fields.model_fields_set else line.place.number
+    return Prompt(str(id_), fields.kind, fields.prompt)
 
 
-def _check_ids(prompts: Mapping[int, Prompt], path: Path) -> None:
+def _check_ids(prompts: Sequence[Prompt], lines: Sequence[Line[_PromptLine]]) -> None:
     """Reject two prompts with one id: answers and references are stored by id."""
-    lines: dict[str, int] = {}
-    for number, prompt in prompts.items():
-        first = lines.setdefault(prompt.id, number)
-        if first != number:
+    numbers: dict[str, int] = {}
+    for prompt, line in zip(prompts, lines, strict=True):
+        first = numbers.setdefault(prompt.id, line.place.number)
+        if first != line.place.number:
             what = f"duplicate id: {prompt.id!r}, also in line {first}"
-            raise InputError(what, where=f"{path}:{number}", fix="give every prompt its own `id`")
+            raise line.place.error(what, "give every prompt its own `id`", key="id")

@@ -69,7 +69,7 @@ class Session:
     def _open(self, spec: GraphSpec) -> tuple[LoadedGraph, Signature, list[Tensor]]:
         if spec.name not in self._graphs:
             folder = self.root / "graphs" / spec.name
-            io = Signature.from_json(json.loads((folder / "io.json").read_text()))
+            io = Signature.from_json(json.loads((folder / "io.json").read_text(encoding="utf-8")))
             bound = [self._weights[t.name] for t in io.weights] + [self._state_tensor(t) for t in io.state]
             graph = LoadedGraph(folder / GRAPH_FILE, self.device)
             self._graphs[spec.name] = (graph, io, bound)

@@ -164,7 +164,14 @@ def supported_operators(environment: Mapping[str, str]) -> str | None:
     command = ["neuronx-cc", "list-operators", "--framework", "XLA"]
     try:
         process = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=120, env=dict(environment)
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+            env=dict(environment),
+            encoding="utf-8",
+            errors="replace",
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -175,7 +182,7 @@ def _run(hlo: bytes, flags: Sequence[str], folder: Path, environment: Mapping[st
     """Run the compiler in `folder`, with its output in files there; return its exit status."""
     (folder / HLO).write_bytes(hlo)
     command = ["neuronx-cc", "compile", HLO, *flags, f"--output={NEFF}", f"--logfile={LOG}", "--verbose=35"]
-    (folder / COMMAND).write_text(shlex.join(command) + "\n")
+    (folder / COMMAND).write_text(shlex.join(command) + "\n", encoding="utf-8", errors="surrogateescape")
     limit = float(os.environ.get("TANDEM_COMPILE_TIMEOUT_S", TIMEOUT_S))
     with (folder / "output.txt").open("wb") as output:
         try:
@@ -210,7 +217,7 @@ def _codes(folder: Path) -> list[str]:
 
 def _output(folder: Path) -> str:
     paths = (folder / "output.txt", folder / LOG)
-    return "\n".join(path.read_text(errors="replace") for path in paths if path.is_file())
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file())
 
 
 def _keep(folder: Path, hlo: bytes) -> Path:

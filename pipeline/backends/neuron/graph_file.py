@@ -69,5 +69,5 @@ def read_graph(root: Path, entry: GraphEntry, lnc: int) -> Graph:
     except (zipfile.BadZipFile, KeyError, OSError) as error:
         raise ArtifactError(f"not a graph file: {reason(error)}", where=str(path), fix=AGAIN) from error
     check_neff(neff, f"{path}: {NEFF}", lnc)
-    signature = Signature.from_json(json.loads((root / entry.io).read_text()))
+    signature = Signature.from_json(json.loads((root / entry.io).read_text(encoding="utf-8")))
     return Graph(entry.spec, signature, neff, metaneff, json.loads(layout))

@@ -114,7 +114,9 @@ def device() -> Device | None:
     if tool is None:
         return None
     try:
-        out = subprocess.run([tool, "-j"], capture_output=True, text=True, check=True, timeout=60).stdout
+        out = subprocess.run(
+            [tool, "-j"], capture_output=True, text=True, check=True, timeout=60, encoding="utf-8", errors="replace"
+        ).stdout
         return parse_devices(json.loads(out))
     except (OSError, ValueError, subprocess.SubprocessError):
         return None

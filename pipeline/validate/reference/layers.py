@@ -98,7 +98,9 @@ class Reference:
         fields |= {"num_hidden_layers": self.checkpoint.config.layers}
         config = transformers.AutoConfig.for_model(self.checkpoint.config_json["model_type"], **fields)
         with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+            model = transformers.AutoModel.from_config(
+                config, attn_implementation="sdpa", trust_remote_code=False
+            ).eval()
         self._layers = model.layers
         model.layers = nn.ModuleList([Recorder()])
         model.norm, self._norm = nn.Identity(), model.norm

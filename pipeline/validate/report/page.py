@@ -85,7 +85,7 @@ def plot_page(title: str, heading: str, plots: Sequence[Markup]) -> str:
 def render_document(template: str, title: str, values: Mapping[str, object]) -> str:
     """Return a self-contained HTML document made from a template that extends `document.html.j2`."""
     folder = resources.files("pipeline.validate.report")
-    style, script = (Markup((folder / name).read_text()) for name in ("page.css", "page.js"))  # noqa: S704 - ours
+    style, script = (Markup((folder / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))  # noqa: S704 - ours
     page = _environment().get_template(template)
     return page.render(title=title, style=style, script=script, **values)
 
