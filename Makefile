@@ -25,6 +25,9 @@ VLLM_READY  := $(VLLM_VENV)/.ready
 DOCS_VENV   ?= .venv-docs
 DOCS_READY  := $(DOCS_VENV)/.ready
 
+# Text that is read or written without `encoding=` is an error in pipeline/ (`filterwarnings` in pyproject.toml).
+PYTEST := PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
+
 # The fast tests run in up to four processes, one file in each, the longest first (tests/conftest.py). `test-quick` also
 # omits the tests that compile graphs. -m replaces the expression of `addopts` in pyproject.toml, so QUICK repeats it.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -38,22 +41,22 @@ build: $(READY)          ## compile, validate and package one recipe: make build
 	$(BIN)/tandem build '$(subst ','\'',$(value RECIPE))'
 
 test: $(READY)           ## fast tests
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(PYTEST) $(PARALLEL)
 
 test-quick: $(READY)     ## fast tests that compile no graph, for the inner loop
-	$(BIN)/python -m pytest $(PARALLEL) -m "$(QUICK)"
+	$(PYTEST) $(PARALLEL) -m "$(QUICK)"
 
 test-slow: $(READY)      ## minutes of compiling, real weights, large checkpoints
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-report: $(READY)    ## the parity page in a real Chromium
 	$(BIN)/python -m pip install --quiet playwright
 	command -v chromium >/dev/null || $(BIN)/playwright install --with-deps chromium
-	$(BIN)/python -m pytest -m browser
+	$(PYTEST) -m browser
 
 test-servers: $(READY)   ## tests with a real S3 server and a test server for the Hub, over loopback
 	$(BIN)/python -m pip install --quiet --editable '.[servers]'
-	$(BIN)/python -m pytest -m server
+	$(PYTEST) -m server
 
 lint: $(READY)           ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -34,6 +34,7 @@ TANDEM = (
     Variable("TANDEM_COMPILE_TIMEOUT_S", "backend `neuron`", "time limit of one run of neuronx-cc, in seconds", "`14400`"),
     Variable("NO_COLOR", "every command", "no colour on a terminal, with any value", "colour on a terminal"),
     Variable("TERM", "every command", "`dumb`: no bars and no colour, as without a terminal", "set by the terminal"),
+    Variable("PYTHONUTF8", "the command `tandem`", "Python's UTF-8 mode; `tandem` sets it for itself and its processes where the locale is not UTF-8", "the locale"),
     Variable("SHELL", "`tandem completion`", "shell whose script is printed or installed, if none is named", "set by the login"),
     Variable("_TANDEM_COMPLETE", "the command `tandem`", "set by the script of `tandem completion`: the shell that asks", "no completion"),
 )  # fmt: skip

@@ -23,7 +23,7 @@ The rooms, in the order of the pipeline. `docs/explanation/architecture.md` has 
     distill/      train a draft
     nxdi/         NxD Inference and vLLM's Neuron plugins
     cli/          the command `tandem`
-    files/        atomic and direct writes
+    files/        atomic and direct writes, JSON lines
     addresses.py  misspelt addresses, and servers in environment variables
     doctor.py     what this machine can build and run
     errors.py     every error that a user can fix

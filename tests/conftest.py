@@ -61,7 +61,11 @@ def _place(item: pytest.Item) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Forbid the compiler to a test of no marker that says it compiles, before its fixtures run."""
+    """Forbid the compiler to a test of no marker that says it compiles, before its fixtures run.
+
+    `make test` sets PYTHONWARNDEFAULTENCODING for this process; in a test's own processes it would add to stderr.
+    """
+    os.environ.pop("PYTHONWARNDEFAULTENCODING", None)
     guarded_compiler.allow(any(item.get_closest_marker(lane) for lane in COMPILING_LANES))
 
 

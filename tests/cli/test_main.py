@@ -84,7 +84,7 @@ def test_help_imports_no_command(work):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = {name for name in done.stdout.split() if name.startswith("pipeline.")}
     assert modules == {"pipeline.errors", "pipeline.progress", "pipeline.cli"} | {
-        f"pipeline.cli.{name}" for name in ("main", "console", "groups")
+        f"pipeline.cli.{name}" for name in ("main", "console", "groups", "utf8")
     }
     assert "pydantic" not in done.stdout.split()
 
@@ -231,7 +231,7 @@ def test_a_share_of_no_start_is_an_error():
         (("diff", "r/variants/small@1", "out", "--variant", "typo"), 2, "unknown variant 'typo'"),
         (("inspect", "deep"), 2, "damaged manifest"),
         (("recipe", "check", "elsewhere.yaml"), 3, "unsupported kind of registry: gs://"),
-        (("recipe", "check", "unprompted.yaml"), 2, "none.jsonl: cannot read prompts"),
+        (("recipe", "check", "unprompted.yaml"), 2, "none.jsonl: cannot read the file"),
         (("recipe", "check", "long.yaml"), 2, "at most 100 characters"),
     ],
 )

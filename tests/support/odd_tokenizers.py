@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer
 
+from pipeline.models.families import config_of
+from pipeline.progress import no_progress
+from pipeline.sources.checkpoint import CONFIG_FILES, TOKENIZER_FILES, Checkpoint, content_revision, digest_files
+from pipeline.sources.tokenizer import tokenizer_files
 from support import families
+from support.checkpoints import CONFIG
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -159,12 +165,10 @@ def prefix_by_config_of_qwen2(root: Path) -> None:
 def metaspace(root: Path) -> None:
     """As converters write Llama's: prepended spaces by a normalizer, byte fallback, a decoder that strips one space."""
     _base(root)
-    old = json.loads((root / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocab = dict.fromkeys([*pieces, "\u2581", *(chr(code) for code in range(33, 127))])
     merges = [("\u2581", "a"), ("t", "h"), ("\u2581", "th"), ("\u2581th", "e")]
     vocab |= dict.fromkeys("".join(merge) for merge in merges)
-    assert old["vocab"]
     tokenizer = Tokenizer(
         models.BPE({p: i for i, p in enumerate(vocab)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
@@ -260,3 +264,31 @@ CASES: dict[str, Case] = {
         clean_up_spaces, short_model_max_length, lower_case_and_accents, words_without_ascii, stray_files,
     )
 }  # fmt: skip
+
+
+def checkpoint_of(root: Path) -> Checkpoint:
+    """The folder as a checkpoint, without weights."""
+    data = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    names = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if (root / name).is_file()]
+    files = digest_files(root, names, None, no_progress)
+    return Checkpoint(root, config_of(CONFIG, "test"), data, files, content_revision(files))
+
+
+def packed(checkpoint: Checkpoint, folder: Path) -> Path:
+    """The folder `tokenizer` of an artifact."""
+    folder.mkdir(parents=True)
+    for name, data in tokenizer_files(checkpoint).items():
+        (folder / name).write_bytes(data)
+    shutil.copy(checkpoint.root / "config.json", folder)
+    return folder
+
+
+def packed_as_before(checkpoint: Checkpoint, folder: Path) -> Path:
+    """The folder `tokenizer` of an artifact of older versions: a tokenizer.json with state, other files as they are."""
+    folder.mkdir(parents=True)
+    for name in checkpoint.tokenizer_files:
+        shutil.copy(checkpoint.root / name, folder)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.root, trust_remote_code=False)
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    shutil.copy(checkpoint.root / "config.json", folder)
+    return folder

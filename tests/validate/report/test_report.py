@@ -168,7 +168,7 @@ def test_empty_prompt_is_refused_by_line(tmp_path):
     )
     with pytest.raises(InputError, match="empty prompt") as error:
         load_prompts(tmp_path / "p.jsonl")
-    assert error.value.where.endswith(":2")
+    assert error.value.where.endswith(":2:40")
 
 
 def test_goldens_are_bounded_whatever_the_vocabulary():
