@@ -384,3 +384,20 @@ def test_vllm_itself_speculates_with_a_head_that_distill_made(tmp_path: Path) ->
     ready, *answers = map(json.loads, found.stdout.splitlines())
     assert ready == {"ready": True}
     assert sum(answer["tokens"] for answer in answers) > 1.6 * sum(answer["steps"] for answer in answers)
+
+
+@pytest.mark.parametrize("name", ["truncation", "padding", "eos_by_config", "metaspace", "prefix_by_config_of_qwen2"])
+def test_the_server_tokenizes_as_run_does(name: str, tmp_path: Path) -> None:
+    """With `truncation` in the source's tokenizer.json, `run` read 6 of 19 tokens and the server all."""
+    from transformers import AutoTokenizer
+    from vllm.tokenizers import get_tokenizer
+
+    from pipeline.runtime.text import Text
+    from support import odd_tokenizers as odd
+
+    odd.CASES[name](tmp_path / "source")
+    reference = AutoTokenizer.from_pretrained(tmp_path / "source")
+    folder = odd.packed(odd.checkpoint_of(tmp_path / "source"), tmp_path / "tokenizer")
+    served, ours = get_tokenizer(str(folder)), Text(folder)
+    for text in odd.TEXTS:
+        assert served.encode(text) == ours.encode(text) == reference(text)["input_ids"]
