@@ -41,11 +41,7 @@ class Text:
             InputError: the text has a lone surrogate, for example from a command line in another encoding.
 
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            what = f"not valid Unicode: lone surrogate at index {error.start}"
-            raise InputError(what, where="prompt", fix="send UTF-8") from error
+        _check_unicode(text, "prompt")
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def chat(self, prompt: str) -> list[int]:
@@ -61,11 +57,12 @@ class Text:
         """Return the token ids of a conversation in the chat template, up to the start of the next answer.
 
         Raises:
-            InputError: a message without `role` or `content`.
+            InputError: a message without `role` or `content`, or with a lone surrogate.
             ArtifactError: as `chat_text`.
 
         """
         for index, message in enumerate(messages):
+            _check_unicode(str(message.get("content", "")), f"message {index}")
             if missing := [key for key in ("role", "content") if key not in message]:
                 fix = 'write {"role": "user", "content": "..."}'
                 raise InputError(f"the message has no {missing[0]!r}", where=f"message {index}", fix=fix)
@@ -76,8 +73,10 @@ class Text:
 
         Raises:
             ArtifactError: the pair has no chat template, or the template raises an error.
+            InputError: as `encode`.
 
         """
+        _check_unicode(prompt, "prompt")
         return self._render([{"role": "user", "content": prompt}])
 
     def _render(self, messages: Chat) -> str:
@@ -116,6 +115,14 @@ class Text:
     def token(self, token: int) -> str:
         """Return the text of one token, special tokens by name, with the replacement character for incomplete ones."""
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"not valid Unicode: lone surrogate at index {error.start}"
+        raise InputError(what, where=where, fix="send UTF-8") from error
 
 
 def _tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:

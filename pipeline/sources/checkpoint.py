@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -198,7 +199,7 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
 def digest_files(root: Path, names: list[str], memo: Path | None, progress: Progress) -> dict[str, FileDigest]:
     """Return sha256 and size of files under `root`; read only if size, time or inode differ from those in `memo`."""
     no_string(names, "names", "file names")
-    path = memo / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}.json" if memo else None
+    path = memo / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.json" if memo else None
     known = _read_memo(path)
     stamps: dict[str, FileStamp] = {}
     total = sum((root / name).stat().st_size for name in names)

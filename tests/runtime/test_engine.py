@@ -50,6 +50,8 @@ def test_engine_refuses_what_the_artifact_does_not_have(tmp_path):
 def test_text_that_is_none_is_refused(engine):
     with pytest.raises(InputError, match="not valid Unicode: lone surrogate at index 1"):
         engine.text.encode("a\udcff")
+    with pytest.raises(InputError, match="message 1: not valid Unicode: lone surrogate at index 2"):
+        engine.text.encode_chat([{"role": "system", "content": "x"}, {"role": "user", "content": "ab\udcff"}])
 
 
 def test_a_sampled_answer_does_not_depend_on_its_neighbours(engine):

@@ -23,7 +23,7 @@ from pipeline.errors import HostError, SourceError
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, NORM
 from pipeline.progress import no_progress
 from pipeline.recipe.schema import SOURCES, Recipe
-from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.checkpoint import Checkpoint, open_checkpoint
 from pipeline.sources.derived import derive
 from pipeline.sources.gguf import convert_once
 from pipeline.sources.hub import Hub
@@ -290,6 +290,14 @@ def with_tokenizer(root: Path, tmp_path: Path, **changes: Any) -> Checkpoint:
     tokenizer["model"] |= changes.pop("model", {})
     (root / "tokenizer.json").write_text(json.dumps(tokenizer | changes))
     return opened(str(root), tmp_path, role="draft")
+
+
+def test_a_folder_whose_name_is_not_utf8_is_opened(tmp_path: Path) -> None:
+    """The name of the memo of digests ended in a UnicodeEncodeError."""
+    root = tmp_path / "caf\udce9"
+    write_checkpoint(root)
+    first = open_checkpoint(root, memo=tmp_path / "memo")
+    assert open_checkpoint(root, memo=tmp_path / "memo").revision == first.revision
 
 
 def test_check_tokenizers_same_content_in_another_notation_passes(tmp_path: Path) -> None:
