@@ -33,10 +33,27 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """
     require_tokenizer(checkpoint)
     tokenizer = _as_transformers(checkpoint)
-    data = str(tokenizer.backend_tokenizer.to_str())
+    data = serialized(tokenizer.backend_tokenizer)
     config = _config(tokenizer, json.loads(data), checkpoint)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return {"tokenizer.json": data.encode(), "tokenizer_config.json": text.encode()}
+
+
+def serialized(tokenizer: Any) -> str:
+    """Return a `tokenizers.Tokenizer` as the text of a `tokenizer.json` that has the same special tokens in a text.
+
+    A special token that was added before the normalizer is found as it is written; read from a file, it is normalized
+    first, for example to a word with a space before it. Converted sentencepiece models have such tokens.
+    """
+    from tokenizers import Tokenizer  # here: an extra
+
+    text = str(tokenizer.to_str())
+    data, stored = json.loads(text), Tokenizer.from_str(text)
+    for token in data.get("added_tokens") or []:
+        probe = f"a{token['content']}"
+        if token["special"] and token["normalized"] and stored.encode(probe).ids != tokenizer.encode(probe).ids:
+            token["normalized"] = False
+    return json.dumps(data, ensure_ascii=False)
 
 
 def _config(tokenizer: Any, data: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:

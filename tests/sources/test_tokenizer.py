@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import AutoTokenizer
 
 from pipeline.cli import run as cli_run
@@ -22,7 +23,7 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
 from pipeline.sources.gguf import _save_tokenizer
 from pipeline.sources.pair import resolve_pair
-from pipeline.sources.tokenizer import tokenizer_files
+from pipeline.sources.tokenizer import serialized, tokenizer_files
 from pipeline.validate.gates.answers import _encode
 from pipeline.validate.lengths import token_counts
 from pipeline.validate.prompts import Prompt
@@ -194,6 +195,26 @@ def test_a_tokenizer_without_tokenizer_json_of_its_class_is_refused_by_name(
     with pytest.raises(SourceError, match=r"its class SlowTokenizer has no tokenizer\.json") as caught:
         tokenizer_files(odd.checkpoint_of(tmp_path / "source"))
     assert caught.value.fix == "add a complete tokenizer.json to the folder"
+
+
+def test_special_tokens_survive_the_file() -> None:
+    """With tokenizers before 0.23, `</s>` of a converted sentencepiece model was text in the artifact's tokenizer."""
+    vocab = {piece: number for number, piece in enumerate(["</s>", "a", "b", "\u2581", "<", "/", "s", ">"])}
+
+    def with_token(*, normalized: bool) -> Tokenizer:
+        tokenizer = Tokenizer(models.BPE(vocab, []))
+        tokenizer.normalizer = normalizers.Prepend("\u2581")
+        tokenizer.add_special_tokens([AddedToken("</s>", normalized=normalized)])
+        return tokenizer
+
+    in_memory, in_file = with_token(normalized=False), with_token(normalized=True).to_str()
+    wanted = in_memory.encode("a</s>b").tokens
+    assert "</s>" in wanted
+    assert Tokenizer.from_str(in_file).encode("a</s>b").tokens != wanted
+    backend = SimpleNamespace(encode=in_memory.encode, to_str=lambda: in_file)
+    assert Tokenizer.from_str(serialized(backend)).encode("a</s>b").tokens == wanted
+    unchanged = with_token(normalized=True)
+    assert json.loads(serialized(unchanged)) == json.loads(in_file)
 
 
 def test_a_template_of_a_processor_reaches_the_server(tmp_path: Path) -> None:
