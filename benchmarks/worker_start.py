@@ -54,7 +54,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for kind, results in rounds.items():
             command = [sys.executable, __file__, "--workers", str(options.workers), "--kind", kind]
-            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            results.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
     alone, shared = ([median(column) for column in zip(*results, strict=True)] for results in rounds.values())
     print(f"{options.workers} workers, {options.rounds} rounds   each imports   shared   ratio")
     for name, before, after in zip(

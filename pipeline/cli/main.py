@@ -57,15 +57,11 @@ class Tandem(LazyGroup):
     """Turns errors into messages and exit codes."""
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """Run a command line; that of this process in UTF-8 mode."""
+        """Run a command line with output in UTF-8; that of this process in UTF-8 mode."""
         if not args and options.get("args") is None:
             use_utf8_mode()
-        return super().main(*args, **options)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Set the encoding of the output before anything is printed, help and usage errors included."""
         utf8_output()
-        return super().parse_args(ctx, args)
+        return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; show a traceback only with -v."""
