@@ -35,7 +35,13 @@ class Engine:
     """Always gives the same answer."""
 
     def __init__(self, folder: Path) -> None:
-        self.text, self.manifest = Text(folder), SimpleNamespace()
+        self.text, self.manifest, self.defaults, self.samples = Text(folder), SimpleNamespace(), None, False
+
+    def choice(self, *_: Any) -> None:
+        pass
+
+    def new_tokens(self, prompt: int, limit: int | None) -> int:
+        return limit or prompt
 
     def generate(self, prompts: list[list[int]], *, on_tokens: Any, **_: Any) -> list[Generation]:
         Path(os.environ["TANDEM_TEST_TOKENS"]).write_text(json.dumps(prompts), encoding="utf-8")
@@ -48,6 +54,7 @@ class Engine:
 if __name__ == "__main__":
     run.load = lambda folder, _: Engine(folder)  # type: ignore[assignment]
     run.gate_warning = lambda _: None  # type: ignore[assignment]
+    run.settings_lines = lambda *_, **__: iter(())  # type: ignore[assignment]
     run.artifact_dir = Path
     sys.argv[0] = "tandem"
     main()
