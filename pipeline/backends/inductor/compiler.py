@@ -188,7 +188,7 @@ class _Answer:
 def _output_of(command: tuple[str, ...]) -> _Answer:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False, timeout=60,
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=60,
             stdin=subprocess.DEVNULL, env=os.environ | {"LC_ALL": "C"},
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
