@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from pipeline.errors import HostError
+from pipeline.errors import HostError, no_string
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 PROXY_SCHEMES = ("http", "https", "socks4", "socks4a", "socks5", "socks5h")
@@ -40,6 +40,7 @@ class Mistake(NamedTuple):
 
 def misspelt(address: str, schemes: Sequence[str]) -> Mistake | None:
     """Return the mistake in an address that is nearly `scheme://rest`; None for others, and for paths of folders."""
+    no_string(schemes, "schemes", "schemes")
     if not address.strip():
         return Mistake("empty address", "write a folder, or an address like s3://bucket/prefix")
     if address != address.strip() or any(ord(character) < 32 for character in address):

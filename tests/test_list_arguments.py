@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import extras
+from pipeline import addresses, extras
 from pipeline.artifact import manifest, sbom, verify
+from pipeline.backends.inductor import compiler as inductor
 from pipeline.backends.neuron import compiler
 from pipeline.cli import paths
 from pipeline.cli.publish import PublishOptions
@@ -52,10 +53,12 @@ def distil(**values: Any) -> object:
 
 
 FUNCTIONS: dict[str, Callable[[Any], object]] = {
+    "addresses.misspelt(schemes)": lambda value: addresses.misspelt("s3://bucket", value),
     "artifact.manifest.part(only)": lambda value: manifest.part(FILES, value, "here"),
     "artifact.manifest.select(only)": lambda value: manifest.select(FILES, value),
     "artifact.sbom.installed(roots)": sbom.installed,
     "artifact.verify.verify(only)": lambda value: verify.verify(Path("none"), only=value),
+    "backends.inductor.compiler.failure(command)": lambda value: inductor.failure(UNUSED, value, ""),
     "backends.neuron.compiler.compile_neff(flags)": lambda value: compiler.compile_neff(b"", value, Path("none"), {}),
     "cli.paths.file_patterns(parts)": paths.file_patterns,
     "cli.publish.PublishOptions.places(roots)": lambda value: PublishOptions.places(UNUSED, value),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ from pipeline.errors import HostError
 from pipeline.files import temporary
 from pipeline.files.temporary import own_folder, prepared_folder, problems, temporary_files, temporary_folder
 from support.small_disk import on_small_disk
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder with a shorter path than pytest's, which is too long for sockets in parallel runs."""
+    with tempfile.TemporaryDirectory(prefix="tandem-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

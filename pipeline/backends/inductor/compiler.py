@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import HostError, Problem
+from pipeline.errors import HostError, Problem, no_string
 from pipeline.files.temporary import SAFE
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def explained(compiler: Compiler, fix: str = "") -> Iterator[None]:
 
 def failure(compiler: Compiler, command: list[str], output: str) -> str:
     """Return the first error lines of a compiler, and its command without most of the arguments."""
+    no_string(command, "command", "words")
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if ERROR.search(line)] or lines or ["no output"]
     source = next((word for word in command[1:] if word[:1] != "-" and Path(word).suffix), "")
