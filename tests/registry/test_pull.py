@@ -18,7 +18,6 @@ from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import TEMP
 from pipeline.files.direct import BLOCK_BYTES
 from pipeline.registry.blobs import Blobs, Origin
-from pipeline.registry.publish import publish
 from pipeline.registry.pull import Selection, pull
 from pipeline.registry.releases import Reference, parse_reference
 from support import small_artifacts as small
@@ -26,36 +25,9 @@ from support import small_artifacts as small
 FORK = multiprocessing.get_context("fork")
 
 
-@pytest.fixture(scope="session")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("published")
-    made = small.make_validated(folder / "out", folder / "work", size=2_000_000)
-    publish(made.root, str(folder / "registry"), ["latest"])
-    return folder
-
-
-@pytest.fixture
-def original(published: Path) -> Path:
-    return published / "out"
-
-
-@pytest.fixture
-def registry(tmp_path: Path, published: Path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(published / "registry", tmp_path / "registry"))
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> dict:
-    return {"directory": tmp_path / "pulled", "cache": tmp_path / "cache"}
-
-
 def blob(registry: Path, original: Path, name: str) -> Path:
     sha256 = read(original).manifest.files[name].sha256
     return registry / "blobs" / "sha256" / sha256[:2] / sha256
-
-
-WEIGHTS = "weights/target/rank-0-of-1.safetensors"
 
 
 def test_pull_alias(registry, original, options):
@@ -79,7 +51,7 @@ def test_pull_again_links_what_is_here(registry, options, tmp_path):
     first = pull(f"{registry}/small@latest", **options)
     shutil.rmtree(registry / "blobs")
     second = pull(f"{registry}/small@latest", tmp_path / "second", cache=options["cache"])
-    assert (first / WEIGHTS).samefile(second / WEIGHTS)
+    assert (first / small.WEIGHTS).samefile(second / small.WEIGHTS)
 
 
 def test_pull_replaces_an_older_artifact(registry, original, options, tmp_path):
@@ -97,7 +69,7 @@ def test_pull_refuses_to_replace_other_things(registry, options):
 
 
 @pytest.mark.parametrize("place", [0, 1_000_000, -1])
-@pytest.mark.parametrize("name", [WEIGHTS, "graphs/decode-b1-t1-s32/graph.bin", "recipe.yaml"])
+@pytest.mark.parametrize("name", [small.WEIGHTS, "graphs/decode-b1-t1-s32/graph.bin", "recipe.yaml"])
 def test_pull_flipped_bit(registry, original, options, name, place):
     path = blob(registry, original, name)
     data = bytearray(path.read_bytes())
@@ -111,21 +83,21 @@ def test_pull_flipped_bit(registry, original, options, name, place):
 
 def test_pull_reads_no_more_than_is_listed(registry, original, options):
     """A blob that grew in the registry: its first bytes are what was published, and nothing else is taken."""
-    os.truncate(blob(registry, original, WEIGHTS), 3_000_000)
+    os.truncate(blob(registry, original, small.WEIGHTS), 3_000_000)
     assert small.digests(pull(f"{registry}/small@latest", **options)) == small.digests(original)
 
 
 @pytest.mark.parametrize("size", [0, 10], ids=["empty", "short"])
 def test_pull_wrong_size(registry, original, options, size):
-    path = blob(registry, original, WEIGHTS)
+    path = blob(registry, original, small.WEIGHTS)
     os.truncate(path, size)
-    with pytest.raises(ArtifactError, match=WEIGHTS):
+    with pytest.raises(ArtifactError, match=small.WEIGHTS):
         pull(f"{registry}/small@latest", **options)
     assert not options["directory"].exists()
 
 
 def test_pull_missing_blob(registry, original, options):
-    path = blob(registry, original, WEIGHTS)
+    path = blob(registry, original, small.WEIGHTS)
     path.unlink()
     with pytest.raises(ArtifactError, match=f"blob {path.name} is missing"):
         pull(f"{registry}/small@latest", **options)
@@ -176,7 +148,7 @@ def test_parse_reference_takes_apart():
 
 def test_pull_damaged_local_blob_is_fetched_again(registry, original, options):
     out = pull(f"{registry}/small@latest", **options)
-    with (out / WEIGHTS).open("r+b") as file:  # shares its bytes with the local store
+    with (out / small.WEIGHTS).open("r+b") as file:  # shares its bytes with the local store
         file.write(b"edited")
     pull(f"{registry}/small@latest", **options)
     assert small.digests(out) == small.digests(original)
@@ -204,15 +176,15 @@ def test_bring_resumes(registry, original, tmp_path, kept):
     from pipeline.stores.base import open_store
 
     store, blobs = Counting(open_store(str(registry))), Blobs(tmp_path / "blobs")
-    entry = read(original).manifest.files[WEIGHTS]
+    entry = read(original).manifest.files[small.WEIGHTS]
     kept = min(kept, entry.size)
     partial = blobs.path(entry.sha256).with_suffix(".partial")
     partial.parent.mkdir(parents=True)
-    partial.write_bytes((original / WEIGHTS).read_bytes()[:kept])
+    partial.write_bytes((original / small.WEIGHTS).read_bytes()[:kept])
     seen = []
-    blobs.fetch_all(origin(store, original), {WEIGHTS: entry}, lambda done, total: seen.append((done, total)))
+    blobs.fetch_all(origin(store, original), {small.WEIGHTS: entry}, lambda done, total: seen.append((done, total)))
     assert store.bytes == (0 if kept == entry.size else entry.size - kept + kept % BLOCK_BYTES)
-    assert blobs.path(entry.sha256).read_bytes() == (original / WEIGHTS).read_bytes()
+    assert blobs.path(entry.sha256).read_bytes() == (original / small.WEIGHTS).read_bytes()
     assert seen[-1] == (entry.size, entry.size)
     assert not partial.exists()
 
@@ -222,15 +194,17 @@ def test_bring_starts_over_after_a_wrong_part(registry, original, tmp_path, data
     from pipeline.stores.base import open_store
 
     blobs = Blobs(tmp_path / "blobs")
-    entry = read(original).manifest.files[WEIGHTS]
+    entry = read(original).manifest.files[small.WEIGHTS]
     partial = blobs.path(entry.sha256).with_suffix(".partial")
     partial.parent.mkdir(parents=True)
     partial.write_bytes(data)
     seen = []
     blobs.fetch_all(
-        origin(open_store(str(registry)), original), {WEIGHTS: entry}, lambda done, total: seen.append((done, total))
+        origin(open_store(str(registry)), original),
+        {small.WEIGHTS: entry},
+        lambda done, total: seen.append((done, total)),
     )
-    assert blobs.path(entry.sha256).read_bytes() == (original / WEIGHTS).read_bytes()
+    assert blobs.path(entry.sha256).read_bytes() == (original / small.WEIGHTS).read_bytes()
     assert seen[-1] == (entry.size, entry.size)
 
 
@@ -285,7 +259,7 @@ def test_pull_only_a_part(registry, options, original):
     always = {
         n for n in small.digests(original) if n.startswith(("recipe.", "tokenizer/")) or n.endswith("config.json")
     }
-    expected = {WEIGHTS, MANIFEST} | always
+    expected = {small.WEIGHTS, MANIFEST} | always
     assert small.digests(out).keys() == expected
     manifest = read(out).manifest
     verify(out, only=part(manifest, ["weights/target/*"], ""))
@@ -327,145 +301,8 @@ def test_pull_without_space(registry, options):
     """The need is known before the first byte, and is refused then."""
     manifest = next(registry.glob("releases/small/*/manifest.json"))
     data = json.loads(manifest.read_text())
-    data["files"][WEIGHTS]["size"] = 10**16
+    data["files"][small.WEIGHTS]["size"] = 10**16
     manifest.write_text(json.dumps(data))
     with pytest.raises(HostError, match=r"10,000,\d+,\d+,\d+,\d+ bytes needed, [\d,]+ free"):
         pull(f"{registry}/small@latest", **options)
     assert not options["directory"].exists()
-
-
-def spoil(registry: Path, change) -> None:
-    """Rewrite a release's manifest, as a registry that lies would."""
-    manifest = next(registry.glob("releases/small/*/manifest.json"))
-    data = json.loads(manifest.read_text())
-    change(data)
-    manifest.write_text(json.dumps(data))
-
-
-def test_pull_a_million_files(registry, options):
-    """Refused by their number, before a byte is fetched or a folder made."""
-
-    def many(data) -> None:
-        entry = data["files"]["recipe.yaml"]
-        data["files"] |= {f"f{number}": entry for number in range(200_001)}
-
-    spoil(registry, many)
-    with pytest.raises(ArtifactError, match="files"):
-        pull(f"{registry}/small@latest", **options)
-    assert not options["directory"].exists()
-
-
-def test_pull_a_manifest_that_fills_the_memory(registry, options, monkeypatch):
-    monkeypatch.setattr("pipeline.stores.objects.SMALL_BYTES", 1 << 20)
-    manifest = next(registry.glob("releases/small/*/manifest.json"))
-    os.truncate(manifest, 1 << 40)  # a hole: a terabyte that takes no disk
-    with pytest.raises(ArtifactError, match="manifest too large"):
-        pull(f"{registry}/small@latest", **options)
-
-
-def test_pull_a_size_that_is_not_there(registry, original, options):
-    """A claim of 10 GB for a blob of a megabyte: what is there arrives, and is seen not to be it."""
-    spoil(registry, lambda data: data["files"][WEIGHTS].update(size=10_000_000_000))
-    with pytest.raises((ArtifactError, HostError), match=r"fewer bytes|bytes needed"):
-        pull(f"{registry}/small@latest", **options)
-    assert sum(path.stat().st_blocks * 512 for path in options["cache"].rglob("*") if path.is_file()) < 50_000_000
-
-
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"schema_version": 1}', b"\xff" * 100])
-def test_pull_a_damaged_manifest(registry, options, data):
-    next(registry.glob("releases/small/*/manifest.json")).write_bytes(data)
-    with pytest.raises(ArtifactError):
-        pull(f"{registry}/small@latest", **options)
-    assert not options["directory"].exists()
-
-
-@pytest.mark.parametrize("place", ["manifest.json", "signature", "recipe.yaml/x", "graphs", ".", "a//b", "a/./b"])
-def test_pull_a_path_that_is_taken(registry, options, place):
-    spoil(registry, lambda data: data["files"].update({place: data["files"]["recipe.yaml"]}))
-    with pytest.raises(ArtifactError, match="path"):
-        pull(f"{registry}/small@latest", **options)
-
-
-def test_pull_into_a_link(registry, original, options, tmp_path):
-    """A directory that is a link is replaced, never followed: what it leads to is left alone."""
-    (tmp_path / "elsewhere").mkdir()
-    options["directory"].symlink_to(tmp_path / "elsewhere")
-    pull(f"{registry}/small@latest", **options)
-    assert list((tmp_path / "elsewhere").iterdir()) == []
-    assert small.digests(options["directory"]) == small.digests(original)
-
-
-def test_pull_linked_blob_in_the_local_store(registry, original, options, tmp_path):
-    """A link planted in the local store must not be written through."""
-    entry = read(original).manifest.files[WEIGHTS]
-    place = options["cache"] / "blobs" / "sha256" / entry.sha256[:2] / entry.sha256
-    place.parent.mkdir(parents=True)
-    (tmp_path / "precious").write_text("mine")
-    place.symlink_to(tmp_path / "precious")
-    pull(f"{registry}/small@latest", **options)
-    assert (tmp_path / "precious").read_text() == "mine"
-    assert not (options["directory"] / WEIGHTS).is_symlink()
-
-
-@pytest.mark.parametrize(
-    ("host", "chosen"),
-    [({"device": "cpu", "machine": "x86_64", "isa": "avx512"}, "cpu-avx512-tp1"),
-     ({"device": "cpu", "machine": "x86_64", "isa": "avx2"}, "cpu-avx2-tp1"),
-     ({"device": "neuron", "chip": "trn2"}, "trn2-tp8"),
-     ({"device": "cpu", "machine": "aarch64", "isa": "default"}, None)],
-)  # fmt: skip
-def test_choose_a_variant(original, tmp_path, host, chosen):
-    from pipeline.registry.release import choose, make_bundle
-
-    artifacts = []
-    for number, (requires, ranks) in enumerate([
-        ({"device": "cpu", "machine": "x86_64", "isa": "avx2"}, 1),
-        ({"device": "cpu", "machine": "x86_64", "isa": "avx512"}, 1),
-        ({"device": "neuron", "chip": "trn2"}, 8),
-    ]):  # fmt: skip
-        root = Path(shutil.copytree(original, tmp_path / str(number)))
-        data = json.loads((root / MANIFEST).read_text()) | {"requires": requires}
-        data["pair"]["models"]["tp"] = ranks
-        (root / MANIFEST).write_text(json.dumps(data))
-        artifacts.append(read(root))
-    index = make_bundle(artifacts).document
-    if chosen is None:
-        with pytest.raises(InputError, match="no variant for this host") as caught:
-            choose(index, host, None, "here")
-        assert "trn2-tp8" in caught.value.fix
-    else:
-        assert choose(index, host, None, "here") == chosen
-
-
-def test_choose_never_guesses_ranks(original, tmp_path):
-    from pipeline.registry.release import choose, make_bundle
-
-    artifacts = []
-    for ranks in (1, 2):
-        root = Path(shutil.copytree(original, tmp_path / str(ranks)))
-        data = json.loads((root / MANIFEST).read_text())
-        data["pair"]["models"]["tp"] = ranks
-        (root / MANIFEST).write_text(json.dumps(data))
-        artifacts.append(read(root))
-    index, host = make_bundle(artifacts).document, {"device": "cpu", "machine": "x86_64", "isa": "avx512"}
-    with pytest.raises(InputError, match="2 variants run on this host"):
-        choose(index, host, None, "here")
-    assert choose(index, host, "cpu-avx2-tp2", "here") == "cpu-avx2-tp2"
-
-
-def test_host_facts(tmp_path):
-    from pipeline.artifact.host import host_facts
-
-    proc, dev, sys_ = tmp_path / "proc", tmp_path / "dev", tmp_path / "sys"
-    for folder in (proc, dev, sys_ / "devices/virtual/dmi/id"):
-        folder.mkdir(parents=True)
-    for flags, isa in (
-        ("sse", "default"),
-        ("avx2 fma", "avx2"),
-        ("avx2 fma avx512f avx512bw avx512dq avx512vl", "avx512"),
-    ):
-        (proc / "cpuinfo").write_text(f"processor: 0\nflags\t\t: {flags}\n")
-        assert host_facts(proc, dev, sys_)["isa"] == isa
-    (dev / "neuron0").touch()
-    (sys_ / "devices/virtual/dmi/id/product_name").write_text("trn2.48xlarge\n")
-    assert host_facts(proc, dev, sys_) == {"device": "neuron", "chip": "trn2", "lnc": "2"}

@@ -17,38 +17,18 @@ import pytest
 
 from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read
 from pipeline.artifact.verify import verify
-from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.errors import ArtifactError, InputError
 from pipeline.files.atomic import sha256_file
 from pipeline.registry import aliases
 from pipeline.registry import releases as registry
 from pipeline.registry.publish import PublishSettings, publish
 from pipeline.registry.pull import Selection, pull
-from pipeline.stores.base import Move, open_bucket, open_store
+from pipeline.stores.base import Move, open_store
 from support import small_artifacts as small
 from support.paths import ROOT
 
 pytestmark = pytest.mark.server
 SPAWN = multiprocessing.get_context("spawn")  # clients of both kinds keep threads, which a fork would lose
-
-
-@pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stores")
-    return small.make_validated(folder / "out", folder / "work", size=200_000).root
-
-
-@pytest.fixture
-def made(tmp_path: Path, original: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "out"))
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> dict:
-    return {"directory": tmp_path / "pulled", "cache": tmp_path / "cache"}
-
-
-def other(tmp_path: Path, name: str = "other", **contents) -> Path:
-    return small.make_validated(tmp_path / name, tmp_path / f"{name}-work", size=200_000, **contents).root
 
 
 def test_publish_and_pull(made, url, options):
@@ -83,7 +63,7 @@ def test_publish_one_changed_graph_sends_it_alone(tmp_path, made, url):
 
 def test_publish_same_version_other_content(tmp_path, made, url):
     version = publish(made, url).version
-    second = other(tmp_path, graph=b"new")
+    second = small.make_beside(tmp_path, graph=b"new")
     data = json.loads((second / MANIFEST).read_text())
     (second / MANIFEST).write_text(json.dumps(data | {"version": version}))
     with pytest.raises(ArtifactError, match="version already published with other content"):
@@ -103,7 +83,7 @@ def test_publish_two_contents_one_version(tmp_path, url):
     """One wins whole, the other is told; the reader sees the winner's."""
     roots = []
     for number in range(2):
-        root = other(tmp_path, f"made{number}", weights=b"%d" % number)
+        root = small.make_beside(tmp_path, f"made{number}", weights=b"%d" % number)
         data = json.loads((root / MANIFEST).read_text())
         (root / MANIFEST).write_text(json.dumps(data | {"version": "1.0"}))
         roots.append(root)
@@ -121,8 +101,8 @@ def test_publish_two_contents_one_version(tmp_path, url):
 
 def test_alias_moves_history_and_rollback(tmp_path, made, url):
     first = publish(made, url, ["prod"]).version
-    second = publish(other(tmp_path, graph=b"new"), url, ["prod"]).version
-    third = publish(other(tmp_path, "third", graph=b"third"), url, ["prod"]).version
+    second = publish(small.make_beside(tmp_path, graph=b"new"), url, ["prod"]).version
+    third = publish(small.make_beside(tmp_path, "third", graph=b"third"), url, ["prod"]).version
     assert aliases.roll_back(url, "small", "prod") == (third, second)
     assert aliases.roll_back(url, "small", "prod") == (second, first)
     with pytest.raises(InputError, match="points at its first release"):
@@ -137,7 +117,7 @@ def test_alias_moves_history_and_rollback(tmp_path, made, url):
 
 def test_swap_alias_with_an_old_token(tmp_path, made, url):
     one = publish(made, url, ["prod"]).version
-    two = publish(other(tmp_path, graph=b"new"), url).version
+    two = publish(small.make_beside(tmp_path, graph=b"new"), url).version
     store = open_store(url)
     old = store.read_alias("small", "prod")
     assert not store.swap_alias("small", "prod", Move(two), None)
@@ -148,7 +128,7 @@ def test_swap_alias_with_an_old_token(tmp_path, made, url):
 
 def test_two_alias_movers_lose_nothing(tmp_path, made, url):
     """Both movers' moves are in the history: none overwrote the other unseen."""
-    versions = [publish(made, url, ["prod"]).version, publish(other(tmp_path, graph=b"new"), url).version]
+    versions = [publish(made, url, ["prod"]).version, publish(small.make_beside(tmp_path, graph=b"new"), url).version]
     failed = []
 
     def move(version: str) -> None:
@@ -171,7 +151,7 @@ def test_two_alias_movers_lose_nothing(tmp_path, made, url):
 
 def test_list_releases_and_compare(tmp_path, made, url):
     first = publish(made, url, ["latest"]).version
-    second = publish(other(tmp_path, graph=b"new"), url, ["latest"]).version
+    second = publish(small.make_beside(tmp_path, graph=b"new"), url, ["latest"]).version
     listed = {one.version: one.aliases for one in registry.list_releases(url)}
     assert listed == {first: (), second: ("latest",)}
     found = registry.compare(registry.manifest_of(f"{url}/small@{first}"), registry.manifest_of(f"{url}/small@latest"))
@@ -230,7 +210,7 @@ def test_signed(tmp_path, made, url, options):
 
     private, public = key_pair(tmp_path, "release")
     _, stranger = key_pair(tmp_path, "stranger")
-    publish(other(tmp_path, graph=b"unsigned"), url, ["unsigned"])
+    publish(small.make_beside(tmp_path, graph=b"unsigned"), url, ["unsigned"])
     signing.sign(made, private)
     publish(made, url, ["latest"])
     out = pull(f"{url}/small@latest", policy=signing.require(str(public)), **options)
@@ -240,167 +220,6 @@ def test_signed(tmp_path, made, url, options):
         with pytest.raises(ArtifactError, match=message):
             pull(f"{url}/small@{alias}", tmp_path / "x", cache=options["cache"], policy=signing.require(str(key)))
     assert not (options["cache"] / "blobs" / "sha256").exists()  # refused before a byte was fetched
-
-
-@pytest.mark.parametrize("who", ["ro", "wrong secret", "unknown"])
-def test_s3_refused(made, s3_url, s3_server, monkeypatch, who):
-    publish(made, s3_url, ["latest"])
-    secret = s3_server.identities["ro"][1] if who == "ro" else "a-wrong-secret-that-must-not-be-shown"
-    key = "nobody" if who == "unknown" else s3_server.identities["ro"][0]
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    with pytest.raises(HostError) as caught:
-        publish(made, s3_url, ["again"])
-    shown = f"{caught.value}{caught.value.fix}"
-    assert {"ro": "access denied", "wrong secret": "secret key is wrong", "unknown": "unknown"}[who] in shown
-    assert secret not in shown
-
-
-def test_s3_reader_pulls(made, s3_url, s3_server, monkeypatch, options):
-    """Pulling writes nothing, so a role that may only read is enough."""
-    publish(made, s3_url, ["latest"])
-    for name, value in s3_server.environ("ro").items():
-        monkeypatch.setenv(name, value)
-    assert small.digests(pull(f"{s3_url}/small@latest", **options)) == small.digests(made)
-
-
-def test_s3_profile(made, s3_url, s3_server, monkeypatch, tmp_path):
-    key, secret = s3_server.identities["rw"]
-    (tmp_path / "credentials").write_text(f"[ci]\naws_access_key_id={key}\naws_secret_access_key={secret}\n")
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_PROFILE", "ci")
-    assert publish(made, s3_url).fresh
-
-
-def test_s3_server_without_conditions(made, s3_url, monkeypatch):
-    """A server that ignores conditions is refused before anything is sent."""
-    from support.plain_s3 import running
-
-    with running() as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        with pytest.raises(HostError, match="ignores If-None-Match"):
-            publish(made, s3_url)
-
-
-ANSWERS = [
-    ("403", b"<Error><Code>RequestTimeTooSkewed</Code></Error>", "clock differs"),
-    ("404", b"<Error><Code>NoSuchBucket</Code></Error>", "no such bucket"),
-    ("400", b"<Error><Code>InvalidRequest</Code></Error>", r"HTTP status 400 \(InvalidRequest\)"),
-    ("501", b"<Error><Code>NotImplemented</Code></Error>", "conditional writes"),
-    ("503", b"", "HTTP status 503"),
-]
-
-
-DENIED = [  # what is refused, by what of a publish, and what a policy lacks
-    ("GET .*(list-type|prefix=)", "list", "s3:ListBucket on arn:aws:s3:::tests"),
-    ("GET /tests/.*releases/[^?]*manifest", "get", "s3:GetObject on arn:aws:s3:::tests/"),
-    ("HEAD", "head", "s3:GetObject"),
-    ("(PUT|POST)", "put", "s3:PutObject"),
-    ("DELETE", "delete", "s3:DeleteObject"),
-]
-
-
-@pytest.mark.parametrize(("pattern", "verb", "fix"), DENIED, ids=[verb for _, verb, _ in DENIED])
-def test_s3_denied_says_what_a_policy_lacks(made, s3_url, s3_server, monkeypatch, pattern, verb, fix):
-    from support import fault_proxy
-
-    denied = b"<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>"
-    with fault_proxy.before(s3_server.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        proxy.faults = [fault_proxy.Fault(pattern, "403", 1000, body=denied)]
-        with pytest.raises(HostError, match=f"{s3_url}/.*these credentials do not allow `{verb}`") as caught:
-            publish(made, s3_url)
-    assert fix in caught.value.fix
-
-
-@pytest.mark.parametrize(("status", "body", "message"), ANSWERS, ids=[status for status, _, _ in ANSWERS])
-def test_s3_says_what_an_answer_means(made, s3_url, s3_server, monkeypatch, status, body, message):
-    from support import fault_proxy
-
-    monkeypatch.setattr("pipeline.stores.s3.RETRY_S", 1.0)
-    with fault_proxy.before(s3_server.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        proxy.faults = [fault_proxy.Fault("PUT", status, 1000, body=body)]
-        with pytest.raises(HostError, match=message):
-            publish(made, s3_url)
-
-
-def test_s3_collect_keeps_what_is_reached(tmp_path, made, s3_url, options):
-    publish(made, s3_url, ["latest"])
-    bucket = open_bucket(s3_url)
-    (tmp_path / "junk").write_bytes(b"junk")
-    sha256 = small.digests(tmp_path)["junk"]
-    bucket.upload(f"blobs/sha256/{sha256[:2]}/{sha256}", tmp_path / "junk", sha256, 1)
-    assert registry.collect(s3_url, dry_run=True).blobs == 1
-    assert registry.collect(s3_url).blobs == 1
-    assert registry.collect(s3_url).blobs == 0
-    assert small.digests(pull(f"{s3_url}/small@latest", **options)) == small.digests(made)
-
-
-@pytest.mark.parametrize("token", ["hf_unknown", "hf_reader", ""])
-def test_hub_refused(made, hub_url, monkeypatch, token):
-    monkeypatch.setenv("HF_TOKEN", token)
-    monkeypatch.setenv("HF_TOKEN_PATH", "/nonexistent")
-    with pytest.raises(HostError, match="token") as caught:
-        publish(made, hub_url)
-    assert "HF_TOKEN" in caught.value.fix
-
-
-def test_hub_one_repository(made, hub_url, options):
-    """`hf://org/name`, as a recipe may say; another name does not go there."""
-    publish(made, f"{hub_url}/small", ["latest"])
-    assert small.digests(pull(f"{hub_url}/small@latest", **options)) == small.digests(made)
-    assert [one.name for one in registry.list_releases(f"{hub_url}/small")] == ["small"]
-    with pytest.raises(InputError, match="this repository is for 'large'"):
-        publish(made, f"{hub_url}/large")
-
-
-def test_hub_private_and_gated(made, hub_url, hub_server, monkeypatch, options):
-    publish(made, hub_url, ["latest"])
-    repo = f"{hub_url.removeprefix('hf://')}/small"
-    monkeypatch.setenv("HF_TOKEN", "")
-    hub_server.gated.add(repo)
-    with pytest.raises(InputError, match="restricted"):
-        pull(f"{hub_url}/small@latest", **options)
-    hub_server.gated.clear()
-    hub_server.private.add(repo)
-    with pytest.raises(InputError, match="no version or alias"):
-        pull(f"{hub_url}/small@latest", **options)
-    monkeypatch.setenv("HF_TOKEN", hub_server.reader)
-    assert small.digests(pull(f"{hub_url}/small@latest", **options)) == small.digests(made)
-
-
-def test_hub_sends_no_token_to_where_files_lie(made, hub_url, hub_server, options):
-    publish(made, hub_url, ["latest"])
-    pull(f"{hub_url}/small@latest", **options)
-    assert hub_server.leaked == []
-
-
-def test_hub_card_tag_and_branch(made, hub_url, hub_server, tmp_path):
-    """What people and the Hub's own clients see."""
-    import yaml
-    from huggingface_hub import snapshot_download
-
-    lock = json.loads((made / "recipe.lock").read_text())
-    lock["target"]["source"] = "hf://HuggingFaceTB/SmolLM2-135M@" + "1" * 40
-    (made / "recipe.lock").write_text(json.dumps(lock))
-    data = json.loads((made / MANIFEST).read_text())
-    data["files"]["recipe.lock"] = {"sha256": small.digests(made)["recipe.lock"],
-                                    "size": (made / "recipe.lock").stat().st_size}  # fmt: skip
-    (made / MANIFEST).write_text(json.dumps(data))
-    version = publish(made, hub_url, ["prod"]).version
-    repo = f"{hub_url.removeprefix('hf://')}/small"
-    text = hub_server.git(repo, "show", f"refs/tags/{version}:README.md").decode()
-    front = yaml.safe_load(text.split("---")[1])
-    assert front["base_model"] == ["HuggingFaceTB/SmolLM2-135M"]
-    assert front["library_name"] == "tandem"
-    for word in ("| batch | 1 |", "avx2", version, "tandem pull", "passed"):
-        assert word in text
-    folder = snapshot_download(repo, revision="prod", endpoint=hub_server.endpoint, cache_dir=tmp_path / "hf")
-    for name, digest in small.digests(made).items():
-        assert small.digests(Path(folder))[name] == digest
 
 
 def test_pull_start_up_is_light():

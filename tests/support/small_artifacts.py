@@ -33,6 +33,8 @@ RECIPE = {
     "validate": {"max_new_tokens": 8},
 }
 
+WEIGHTS = "weights/target/rank-0-of-1.safetensors"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -95,6 +97,11 @@ def make_validated(out: Path, work: Path, *, passed: bool = True, **contents) ->
     """As `make`, with the reports of gates that passed, or did not."""
     make(out, work, **contents)
     return add_reports(out, {"parity.json": b"{}"}, {"passed": passed})
+
+
+def make_beside(folder: Path, name: str = "other", **contents) -> Path:
+    """Make a validated artifact in a folder of its own, and return where it lies."""
+    return make_validated(folder / name, folder / f"{name}-work", size=200_000, **contents).root
 
 
 def digests(root: Path) -> dict[str, str]:
