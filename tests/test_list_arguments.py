@@ -26,7 +26,7 @@ from pipeline.recipe import changed
 from pipeline.registry import publish, pull
 from pipeline.runtime.engine import Engine
 from pipeline.serve.requests import RequestSlots
-from pipeline.sources import checkpoint, tensors
+from pipeline.sources import checkpoint, pointers, tensors
 from pipeline.stores.hub import HubStore
 from pipeline.stores.objects import ObjectStore
 from pipeline.validate import lengths
@@ -76,6 +76,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "serve.requests.RequestSlots.drop(names)": lambda value: RequestSlots(BATCH).drop(value),
     "sources.checkpoint.digest_files(names)": lambda value: checkpoint.digest_files(Path(), value, None, UNUSED),
     "sources.checkpoint.refuse_without_weights(names)": lambda value: checkpoint.refuse_without_weights(value, "here"),
+    "sources.pointers.reject_pointers(names)": lambda value: pointers.reject_pointers(Path(), value),
     "sources.tensors.layout(tensors)": lambda value: tensors.layout(value, {}),
     "stores.hub.HubStore.send(paths)": lambda value: HubStore.send(UNUSED, UNUSED, value, UNUSED),
     "stores.objects.ObjectStore.send(paths)": lambda value: ObjectStore.send(UNUSED, UNUSED, value, UNUSED),

@@ -20,9 +20,7 @@ EMBEDDING_SCALE = 0.02
 """Scale of the initial weights with which the new layer reads a token's embedding."""
 
 KEPT = (
-    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-    "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "hidden_act",
-    "bos_token_id", "eos_token_id", "pad_token_id",
+    "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
 
@@ -32,10 +30,25 @@ def head_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...]) -> 
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         **{key: target.config_json[key] for key in KEPT if key in target.config_json},
+        **_sizes(target.config),
         "num_hidden_layers": 1,
         "tie_word_embeddings": False,
         "draft_vocab_size": draft_vocab,
         "eagle_config": {TAPPED: list(taps)},
+    }
+
+
+def _sizes(target: ModelConfig) -> dict[str, Any]:
+    """Return the target's sizes as fields of a config: the defaults of its family are not those of the head's."""
+    return {
+        "hidden_size": target.hidden,
+        "intermediate_size": target.intermediate,
+        "num_attention_heads": target.heads,
+        "num_key_value_heads": target.kv_heads,
+        "head_dim": target.head_dim,
+        "vocab_size": target.vocab,
+        "rms_norm_eps": target.norm_eps,
+        "max_position_embeddings": target.max_position,
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.cache.local import default_root
 from pipeline.graphs.dtypes import torch_dtype
+from pipeline.models.rope import in_both_layouts
 from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.latency import Answer, ArrivalClock, TimedRequest
@@ -38,7 +39,8 @@ def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attentio
 
 def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
     config = checkpoint.config
-    fields = {key: value for key, value in checkpoint.config_json.items() if key not in ("model_type", "layer_types")}
+    named = in_both_layouts(checkpoint.config_json, config.max_position)
+    fields = {key: value for key, value in named.items() if key not in ("model_type", "layer_types")}
     fields["num_hidden_layers"] = config.layers
     whole = transformers.AutoConfig.for_model(checkpoint.config_json["model_type"], **fields)
     model = transformers.AutoModelForCausalLM.from_config(

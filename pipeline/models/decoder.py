@@ -104,14 +104,17 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 def rotary_of(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> Rotary:
     """Return cos and sin [B, 1, T, D] of the rotary embedding (Su et al. 2021), angles computed in float32."""
-    exponents = torch.arange(0, config.head_dim, 2, device=positions_BT.device).float() / config.head_dim
-    # exp instead of theta ** x: not every compiler supports a power with a varying exponent.
-    frequencies = torch.exp(exponents * -math.log(config.rope_theta)) / config.rope_linear_factor
-    if config.rope_scaling is not None:
-        frequencies = _scale_llama3(frequencies, config.rope_scaling)
-    angles = positions_BT.float()[:, None, :, None] * frequencies
+    angles = positions_BT.float()[:, None, :, None] * rotary_frequencies(config, positions_BT.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Return the angle by which each pair of a head's values turns per position: float32 [D / 2]."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    # exp instead of theta ** x: not every compiler supports a power with a varying exponent.
+    frequencies = torch.exp(exponents * -math.log(config.rope_theta)) / config.rope_linear_factor
+    return frequencies if config.rope_scaling is None else _scale_llama3(frequencies, config.rope_scaling)
 
 
 def _scale_llama3(frequencies: Tensor, rope: Llama3Rope) -> Tensor:

@@ -7,7 +7,9 @@ from typing import Any
 
 from pipeline.errors import SourceError
 from pipeline.models.config import Eagle3, ModelConfig
-from pipeline.models.fields import shared_fields
+from pipeline.models.defaults import FIELDS
+from pipeline.models.fields import Fields, is_int
+from pipeline.models.shared import SLIDING, shared_fields
 from pipeline.models.weights import TAPS
 
 TAPPED = "eagle_aux_hidden_state_layer_ids"
@@ -16,7 +18,8 @@ TAPPED = "eagle_aux_hidden_state_layer_ids"
 
 def is_head(config: Mapping[str, Any]) -> bool:
     """Return whether a `config.json` is an EAGLE-3 head's."""
-    return any("eagle3" in str(name).lower() for name in config.get("architectures") or ())
+    names = config.get("architectures")
+    return isinstance(names, list) and any("eagle3" in str(name).lower() for name in names)
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -26,8 +29,9 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         SourceError: more than one layer, another number of tapped layers, or an unsupported field.
 
     """
-    options: Mapping[str, Any] = config.get("eagle_config") or {}
-    taps = tuple(options.get(TAPPED) or ())
+    family = config.get("model_type")
+    fields = Fields(config, family if isinstance(family, str) and family in FIELDS else "llama", where)
+    taps = _taps(fields)
     if config.get("num_hidden_layers") != 1:
         problem = f"num_hidden_layers={config.get('num_hidden_layers')}, an EAGLE-3 head has 1"
         raise SourceError(problem, where=where, fix="use a head in the convention of SafeAILab/EAGLE")
@@ -35,12 +39,29 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         problem = f"eagle_aux_hidden_state_layer_ids={list(taps)}, expected {TAPS} layers, ascending"
         raise SourceError(problem, where=where, fix="repair config.json")
     head = Eagle3(
-        target_hidden=int(config.get("target_hidden_size") or config["hidden_size"]),
+        target_hidden=fields.optional_size("target_hidden_size") or fields.size("hidden_size"),
         taps=taps,
         norm_before_residual=bool(config.get("norm_before_residual", False)),
     )
-    family = {"family": "eagle3", "tied": False, "qkv_bias": bool(config.get("attention_bias", False)), "eagle3": head}
-    return shared_fields({"model_type": "llama", **config}, where, **family)
+    bias = bool(config.get("attention_bias", False))
+    return shared_fields(fields, family="eagle3", tied=False, qkv_bias=bias, eagle3=head, window=_window(fields))
+
+
+def _taps(fields: Fields) -> tuple[int, ...]:
+    """Return the tapped layers that a head's config lists."""
+    options = fields.config.get("eagle_config") or {}
+    if not isinstance(options, Mapping):
+        raise fields.error("eagle_config", options, "expected an object")
+    taps = options.get(TAPPED) or []
+    if not isinstance(taps, list) or not all(map(is_int, taps)):
+        raise fields.error(f"eagle_config.{TAPPED}", taps, "expected a list of integers")
+    return tuple(taps)
+
+
+def _window(fields: Fields) -> int | None:
+    """Return the sliding window of a head's layer: only where the config says that it is used."""
+    used = SLIDING in (fields.value("layer_types") or ()) or fields.config.get("use_sliding_window")
+    return fields.optional_size("sliding_window") if used else None
 
 
 def tensor_name(name: str) -> str:

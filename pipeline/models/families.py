@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.errors import SourceError
 from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
+from pipeline.models.fields import Fields
 
 FAMILIES = {
     "llama": "pipeline.models.llama",
@@ -28,11 +29,11 @@ def config_of(config_json: Mapping[str, Any], where: str) -> ModelConfig:
     if eagle3.is_head(config_json):
         return eagle3.read_config(config_json, where)
     family = config_json.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise SourceError(
             f"model_type {family!r} is not supported",
             where=where,
             fix=f"use a model of one of these families: {', '.join(sorted(FAMILIES))}",
         )
-    config: ModelConfig = import_module(FAMILIES[family]).read_config(config_json, where)
+    config: ModelConfig = import_module(FAMILIES[family]).read_config(Fields(config_json, family, where))
     return config

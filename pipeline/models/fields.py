@@ -1,114 +1,94 @@
-"""Read the fields of a Hugging Face `config.json` that all families share. Imports no torch."""
+"""Read the fields of a Hugging Face `config.json` as the config class of its family does. Imports no torch.
+
+`defaults.py` has the defaults and types. transformers 5 rejects values of another type, so they are errors here too.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.models.config import Llama3Rope, ModelConfig
+from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, Field, Kind
+
+LIMIT = 2**31
+SHOWN_CHARACTERS = 60
 
 
-def shared_fields(config: Mapping[str, Any], where: str, **family: Any) -> ModelConfig:
-    """Return a `ModelConfig` of the fields that all families share; `family` adds or overrides fields.
+@dataclass(frozen=True)
+class Fields:
+    """A `config.json`, the family whose class reads it, and its place in errors."""
 
-    Raises:
-        SourceError: a missing size, or a field whose value changes the computation in an unsupported way.
+    config: Mapping[str, Any]
+    family: str
+    where: str
 
-    """
-    _reject_unsupported(config, where)
-    hidden = _size(config, "hidden_size", where)
-    heads = _size(config, "num_attention_heads", where)
-    theta, scaling, linear = _rope(config, where)
-    common: dict[str, Any] = {
-        "family": config["model_type"],
-        "layers": _size(config, "num_hidden_layers", where),
-        "hidden": hidden,
-        "intermediate": _size(config, "intermediate_size", where),
-        "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or hidden // heads,
-        "vocab": _size(config, "vocab_size", where),
-        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rope_linear_factor": linear,
-        "max_position": int(config.get("max_position_embeddings", 2048)),
-        "tied": bool(config.get("tie_word_embeddings", False)),
-        "draft_vocab": config.get("draft_vocab_size"),
-        "shares_embedding": bool(config.get("shares_embedding", False)),
-        "eos_ids": _ids(config.get("eos_token_id")),
-        "window": _window(config, where),
-    }
-    return _checked(ModelConfig(**(common | family)), where)
+    def has(self, key: str) -> bool:
+        """Return whether the family's class has a field."""
+        return key in FIELDS[self.family]
 
+    def value(self, key: str) -> Any:
+        """Return a field's value, or the family's default if it is absent.
 
-def _checked(config: ModelConfig, where: str) -> ModelConfig:
-    if config.heads % config.kv_heads:
-        raise SourceError(
-            f"num_key_value_heads={config.kv_heads} does not divide num_attention_heads={config.heads}", where=where
-        )
-    if config.head_dim % 2:
-        raise SourceError(f"head_dim={config.head_dim} is odd; rotary embedding needs pairs", where=where)
-    return config
+        Raises:
+            SourceError: a value of a type that the family's class rejects.
+
+        """
+        field = FIELDS[self.family].get(key) or DRAFT_FIELDS[key]
+        value = self.config.get(key, field.default)
+        if not _accepted(value, field.kind):
+            raise self.error(key, value, f"expected {field.kind.value}", _remedy(field))
+        return value
+
+    def size(self, key: str) -> int:
+        """Return a field that is a positive integer."""
+        value = self.value(key)
+        if value is None or not 0 < value < LIMIT:
+            raise self.error(key, value, "expected a positive integer below 2^31")
+        return int(value)
+
+    def optional_size(self, key: str) -> int | None:
+        """Return a field that is a positive integer or null."""
+        return None if self.value(key) is None else self.size(key)
+
+    def error(self, key: str, value: Any, expected: str, fix: str = "correct config.json") -> SourceError:
+        """Return the error of a field: its name, its value, and what is expected."""
+        return SourceError(f"{key}={shown(value)}: {expected}", where=self.where, fix=fix)
 
 
-def _size(config: Mapping[str, Any], key: str, where: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise SourceError(f"{key}={value!r} is not a positive integer", where=where, fix="repair config.json")
-    return value
+def shown(value: Any) -> str:
+    """Return a value as JSON, shortened."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+def is_int(value: Any) -> bool:
+    """Return whether a JSON value is an integer; true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _reject_unsupported(config: Mapping[str, Any], where: str) -> None:
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise SourceError(f"hidden_act={activation!r} is not supported", where=where, fix="use a model with silu")
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise SourceError(f"{key} is set: quantised checkpoints are not supported", where=where)
-    partial = config.get("partial_rotary_factor", 1.0)
-    if partial not in (None, 1.0):
-        raise SourceError(f"partial_rotary_factor={partial} is not supported", where=where)
-    if config.get("pretraining_tp", 1) not in (None, 1):
-        raise SourceError(f"pretraining_tp={config['pretraining_tp']} is not supported", where=where)
+def _accepted(value: Any, kind: Kind) -> bool:
+    match kind:
+        case Kind.BOOL:
+            return isinstance(value, bool)
+        case Kind.INT:
+            return is_int(value)
+        case Kind.INT_OR_NULL:
+            return value is None or is_int(value)
+        case Kind.FLOAT:
+            return isinstance(value, float) and math.isfinite(value)
+        case Kind.TEXT:
+            return isinstance(value, str)
+        case Kind.TOKEN_IDS:
+            return value is None or is_int(value) or (isinstance(value, list) and all(map(is_int, value)))
+        case Kind.NAMES_OR_NULL:
+            return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
-def _window(config: Mapping[str, Any], where: str) -> int | None:
-    """Return the sliding window if any layer has one; reject other kinds of layers."""
-    types = set(config.get("layer_types") or ())
-    unknown = sorted(types - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise SourceError(f"layer_types={unknown} is not supported", where=where, fix="use full or sliding attention")
-    by_default = config["model_type"] == "mistral"
-    active = "sliding_attention" in types if types else config.get("use_sliding_window", by_default)
-    return _size(config, "sliding_window", where) if active and config.get("sliding_window") else None
-
-
-def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None, float]:
-    """Return theta and scaling from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
-    scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return theta, None, 1.0
-    if kind == "linear":
-        return theta, None, float(scaling["factor"])
-    if kind == "llama3":
-        return theta, _llama3(scaling), 1.0
-    raise SourceError(f"rope type {kind!r} is not supported", where=where, fix="supported: default, linear, llama3")
-
-
-def _llama3(scaling: Mapping[str, Any]) -> Llama3Rope:
-    return Llama3Rope(
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
-        original_max_position=int(scaling["original_max_position_embeddings"]),
-    )
+def _remedy(field: Field) -> str:
+    default = f", or remove the field (default: {shown(field.default)})" if field.default is not None else ""
+    quotes = "" if field.kind in (Kind.TEXT, Kind.NAMES_OR_NULL) else ", without quotes"
+    return f"in config.json, write {field.kind.value}{quotes}{default}"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pipeline.models.config import ModelConfig
-from pipeline.models.fields import shared_fields
+from pipeline.models.fields import Fields
+from pipeline.models.shared import shared_fields, window
 
 
-def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """Translate a `MistralConfig`."""
-    return shared_fields(config, where)
+def read_config(fields: Fields) -> ModelConfig:
+    """Translate a `MistralConfig`, or, with `layer_types`, the `MinistralConfig` that transformers reads it as."""
+    if "layer_types" in fields.config and fields.value("head_dim") is None:
+        fix = "add head_dim (hidden_size / num_attention_heads), or remove layer_types"
+        raise fields.error("head_dim", None, "required beside layer_types", fix)
+    active, size = window(fields), fields.value("sliding_window")
+    if active is None and size is not None:  # Mistral's layers would have the window, Ministral's not
+        raise fields.error("sliding_window", size, "no layer of layer_types has it", "set sliding_window to null")
+    return shared_fields(fields, window=active)

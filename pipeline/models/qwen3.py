@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pipeline.models.config import ModelConfig
-from pipeline.models.fields import shared_fields
+from pipeline.models.fields import Fields
+from pipeline.models.shared import shared_fields, window
 
 
-def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """Translate a `Qwen3Config`; its `head_dim` defaults to 128 whatever the hidden size."""
-    bias = bool(config.get("attention_bias", False))
-    head_dim = int(config.get("head_dim") or 128)
-    return shared_fields(config, where, qk_norm=True, head_dim=head_dim, qkv_bias=bias, out_bias=bias)
+def read_config(fields: Fields) -> ModelConfig:
+    """Translate a `Qwen3Config`."""
+    bias = fields.value("attention_bias")
+    return shared_fields(fields, qk_norm=True, qkv_bias=bias, out_bias=bias, window=window(fields))

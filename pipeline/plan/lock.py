@@ -236,7 +236,7 @@ def derived_config(recipe: Recipe, target: Mapping[str, Any]) -> dict[str, Any]:
 
     """
     layers = recipe.draft.derive.layers if recipe.draft.derive else ()
-    count = target["num_hidden_layers"]
+    count = config_of(target, "target.config").layers
     for layer in layers:
         if layer >= count:
             fix = f"use layers of 0..{count - 1}"

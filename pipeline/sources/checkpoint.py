@@ -23,9 +23,8 @@ from pipeline.models.generation import EOS, GENERATION_CONFIG, token_ids
 from pipeline.progress import Progress, no_progress
 from pipeline.records import Record
 from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
+from pipeline.sources.pointers import INDEX, SINGLE, reject_pointers
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -90,15 +89,18 @@ def open_checkpoint(
     checks.
 
     Raises:
-        SourceError: no such folder, no config, pickled weights only, a model that is not supported, or custom code.
+        SourceError: no such folder, no config, pickled weights only, git-LFS pointers, custom code, or a model that is
+            not supported.
 
     """
     if not root.is_dir():
         raise SourceError("no such folder", where=str(root), fix="give a folder with config.json and *.safetensors")
+    reject_pointers(root, [*CONFIG_FILES, *TOKENIZER_FILES, INDEX])
     _refuse_custom_code(root)
     config_json = read_config(root)
     weights = weight_files(root)
-    names = [*CONFIG_FILES, *TOKENIZER_FILES, *((INDEX,) if (root / INDEX).is_file() else ()), *weights]
+    reject_pointers(root, weights)
+    names = [*CONFIG_FILES, *TOKENIZER_FILES, *(() if SINGLE in weights else (INDEX,)), *weights]
     present = [name for name in names if (root / name).is_file() and (read_weights or name not in weights)]
     files = digest_files(root, present, memo, progress)
     config = config_of(config_json, str(root / "config.json"))
@@ -131,11 +133,11 @@ def weight_files(root: Path) -> list[str]:
         SourceError: no such files, or an index that names a file outside the folder.
 
     """
+    if (root / SINGLE).is_file():  # before an index, as in transformers: `unread_index` warns
+        return [SINGLE]
     if (root / INDEX).is_file():
         index = read_json(root / INDEX, "download the checkpoint again")
         return indexed_files(index, str(root / INDEX))
-    if (root / SINGLE).is_file():
-        return [SINGLE]
     candidates = sorted(path.name for path in root.glob("*.safetensors"))
     if len(candidates) == 1:
         return candidates

@@ -48,6 +48,8 @@ def generation_of(target: Checkpoint) -> dict[str, Any]:
         fields = read_json(where, "write a JSON object, or remove the file")
     else:
         where, fields = target.root / "config.json", generation_fields(target.config_json)
+        if target.config.eos_ids:  # of the config, or the default of its family
+            fields[EOS] = list(target.config.eos_ids)
     generation_defaults(fields, str(where))
     token_ids(fields.get(EOS), str(where))
     return fields

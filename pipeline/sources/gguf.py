@@ -19,7 +19,7 @@ from pipeline.errors import HostError, SourceError, reason
 from pipeline.files.atomic import atomic_dir
 from pipeline.models.families import config_of
 from pipeline.progress import Progress
-from pipeline.sources.checkpoint import SINGLE
+from pipeline.sources.pointers import SINGLE
 from pipeline.sources.tensors import layout
 
 if TYPE_CHECKING:

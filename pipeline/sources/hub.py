@@ -25,14 +25,14 @@ from pipeline.records import Record
 from pipeline.sources.base import Fetched
 from pipeline.sources.checkpoint import (
     CONFIG_FILES,
-    INDEX,
-    SINGLE,
     TOKENIZER_FILES,
     indexed_files,
+    read_config,
     refuse_without_weights,
 )
 from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
 from pipeline.sources.hub_errors import hub_errors
+from pipeline.sources.pointers import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -131,13 +131,15 @@ class Hub:
         for name in CODE_FILES:
             if name in listing:
                 refuse_custom_code(get(listing[name]).read_bytes(), f"{where}/{name}")
-        config_of(json.loads(config.read_bytes()), f"{where}/config.json")
+        config_of(read_config(config.parent), f"{where}/config.json")
         names = [n for n in (*CONFIG_FILES, *TOKENIZER_FILES) if n in listing]
-        if INDEX in listing:
+        if SINGLE in listing:  # before an index, as in a folder
+            names += [SINGLE]
+        elif INDEX in listing:
             shards = indexed_files(json.loads(get(listing[INDEX]).read_bytes()), f"{where}/{INDEX}")
             names += [INDEX, *shards]
         else:
-            names += [SINGLE] if SINGLE in listing else [n for n in listing if n.endswith(".safetensors")]
+            names += [n for n in listing if n.endswith(".safetensors")]
         missing = [name for name in names if name not in listing]
         if missing:
             raise SourceError(f"{INDEX} names {missing[0]}, which is not in the repository", where=where)

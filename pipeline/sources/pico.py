@@ -23,7 +23,7 @@ from pipeline.models.families import config_of
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, NORM, TAPS, WeightSpec, weight_specs
 from pipeline.progress import Progress, working
 from pipeline.sources.base import Fetched
-from pipeline.sources.checkpoint import SINGLE
+from pipeline.sources.pointers import SINGLE
 from pipeline.sources.tensors import layout
 
 if TYPE_CHECKING:

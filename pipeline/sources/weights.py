@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.errors import SourceError
 from pipeline.models import eagle3
@@ -17,8 +17,12 @@ from pipeline.models.weights import D2T, EMBEDDING, HEAD, WeightSpec, weight_spe
 from pipeline.sources.checkpoint import Checkpoint, weight_files
 from pipeline.sources.tensors import TensorRef, read_header
 
-IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)|t2d")
-"""Buffers of some checkpoints that no model here reads; `t2d` is the inverse of `d2t`."""
+IGNORED = re.compile(r"(.*\.)?rotary_emb\..*|(.*\.)?masked_bias|t2d")
+"""Buffers of some checkpoints that no model reads, as in transformers; `t2d` is the inverse of `d2t`."""
+
+BASE = "model."
+OF_BASE = ("embed_tokens.", "layers.", "norm.")
+"""Tensors of the base model: transformers' AutoModel saves them without the prefix `model.`."""
 
 FLOATS = ("F32", "BF16", "F16")
 INTEGERS = ("I32", "I64")
@@ -43,8 +47,16 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
         tensors |= in_file
     if checkpoint.config.draft_kind.reads_target_states:
         tensors = {eagle3.tensor_name(name): tensor for name, tensor in tensors.items()}
+    else:
+        tensors = {_prefixed(name, tensors): tensor for name, tensor in tensors.items()}
     tensors = dict(_unfused(tensors, checkpoint.config))
     return tensors if checkpoint.layers is None else dict(_renumbered(tensors, checkpoint.layers))
+
+
+def _prefixed(name: str, tensors: Mapping[str, TensorRef]) -> str:
+    """Return the name in a causal model of a tensor that AutoModel saved; both names in one checkpoint are an error."""
+    whole = f"{BASE}{name}"
+    return whole if name.startswith(OF_BASE) and whole not in tensors else name
 
 
 def _unfused(tensors: Mapping[str, TensorRef], c: ModelConfig) -> Iterator[tuple[str, TensorRef]]:
@@ -100,7 +112,26 @@ def check_weights(checkpoint: Checkpoint) -> None:
         if len(problems) > len(shown):
             shown.append(f"and {len(problems) - len(shown)} more")
         text = shown[0] if len(shown) == 1 else f"{len(problems)} problems:\n  " + "\n  ".join(shown)
-        raise SourceError(text, where=str(checkpoint.root), fix="use weights and config.json of the same model")
+        raise SourceError(text, where=str(checkpoint.root), fix=_remedy(tensors, needed, problems))
+
+
+def _remedy(tensors: Mapping[str, TensorRef], needed: Mapping[str, WeightSpec], problems: Sequence[str]) -> str:
+    """Return the fix for tensors that do not match the config."""
+    missing = [name for name in needed if name not in tensors]
+    if missing == [HEAD]:
+        return "save the model with its head (AutoModelForCausalLM), or set tie_word_embeddings if it has none"
+    if len(problems) == 1 and problems[0].startswith(f"{HEAD} in "):  # differs from the embedding
+        return "set tie_word_embeddings to false to use lm_head, as transformers 5 does, or remove lm_head"
+    prefix = _strange_prefix(tensors, missing)
+    if prefix:
+        return f"remove the prefix {prefix!r} from the names of the tensors"
+    return "use weights and config.json of the same model"
+
+
+def _strange_prefix(tensors: Mapping[str, TensorRef], missing: Sequence[str]) -> str:
+    """Return what stands before the name of the first missing tensor in a tensor's name; empty if none ends so."""
+    ends = [name for name in tensors if missing and name.endswith(f".{missing[0]}")]
+    return ends[0].removesuffix(missing[0]) if ends else ""
 
 
 def _findings(spec: WeightSpec, tensor: TensorRef | None) -> Iterator[str]:

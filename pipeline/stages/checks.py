@@ -16,6 +16,7 @@ from pipeline.progress import Log
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
+from pipeline.sources.pointers import unread_index
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.settings import BuildSettings
 from pipeline.validate.lengths import cut_warning, token_counts
@@ -86,10 +87,32 @@ def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
     recipe = settings.recipe
     pair = resolve_pair(recipe, base=settings.base, cache=settings.cache / "sources", progress=settings.progress)
     plan = make_plan(recipe, *(checkpoint.config for checkpoint in pair))
+    check_readings(pair)
+    _warn_of_indexes(pair, settings.log)
     lock = make_lock(recipe, *pair, backend.toolchain().as_dict(), backend.flags())
     if settings.locked:
         _compare(read(settings.lock_file), lock, settings)
     return Resolved(pair, plan, lock, tokenizer_files(pair[0]))
+
+
+def _warn_of_indexes(pair: tuple[Checkpoint, Checkpoint], log: Log) -> None:
+    """Log which weights are read, where a folder has two sets of them."""
+    for root in dict.fromkeys(checkpoint.root for checkpoint in pair):
+        if warning := unread_index(root):
+            log(warning)
+
+
+def check_readings(pair: tuple[Checkpoint, Checkpoint]) -> None:
+    """Reject a config that transformers reads otherwise than Tandem: gates would fail after compiling.
+
+    Raises:
+        SourceError: every field that differs, with both values.
+
+    """
+    from pipeline.validate.reading import check_reading  # here, because it imports transformers' models
+
+    for checkpoint in pair:
+        check_reading(checkpoint)
 
 
 def _compare(locked: Lock, fresh: Lock, settings: BuildSettings) -> None:

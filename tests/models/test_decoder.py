@@ -107,9 +107,9 @@ def test_config_of_refuses_by_name(change, named):
         ({"model_type": "mistral", "sliding_window": 4096}, 4096),
         ({"model_type": "mistral", "sliding_window": None}, None),
         ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}, None),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096}, 4096),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2, "sliding_window": 4096}, 4096),
         ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3, "sliding_window": 4096}, None),
-        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3, "sliding_window": 4096}, 4096),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3, "use_sliding_window": True}, 4096),
     ],
 )
 def test_config_of_knows_an_active_window(change, window):

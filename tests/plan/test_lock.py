@@ -238,6 +238,16 @@ def test_pair_configs_layer_that_is_not_there(tmp_path: Path) -> None:
     assert caught.value.where.endswith("pair.yaml:3: draft.derive.layers")
 
 
+def test_pair_configs_derived_from_a_target_without_a_number_of_layers(tmp_path: Path) -> None:
+    """Was: KeyError; the default of Llama is 32 layers."""
+    recipe = load(write_recipe(tmp_path, RECIPE.replace("[0, 2]", "[0, 31]")))
+    config = {"model_type": "llama", **SIZES}
+    del config["num_hidden_layers"]
+    lock = Lock(recipe.digest(), replace(TARGET, source="pico://llama", config=config))
+    target, draft = locks.pair_configs(recipe, lock, "lock")
+    assert (target.layers, draft.layers) == (32, 2)
+
+
 SIZES = {
     "num_hidden_layers": 4,
     "hidden_size": 64,

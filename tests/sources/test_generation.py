@@ -142,3 +142,12 @@ def test_settings_in_the_config_count_without_a_generation_config(tmp_path):
 def test_drafts_settings_do_not_count(tmp_path):
     root = target(tmp_path / "m", {}, {"temperature": "warm"}, FAST)
     assert resolve(str(root), base=tmp_path, cache=tmp_path / "cache", role="draft").generation == {}
+
+
+def test_absent_ids_are_the_default_of_the_family(tmp_path):
+    """Was: none. Without both fields transformers and vLLM end at 2, the default of Llama."""
+    root = target(tmp_path / "m", {}, None, FAST)
+    config = json.loads((root / "config.json").read_text())
+    del config["eos_token_id"]
+    write(root, "config.json", config)
+    assert set(opened(root).config.eos_ids) == ids_of_vllm(root) == {2}

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifact.manifest import PairArtifact
 from pipeline.artifact.reports import add_reports
@@ -75,6 +76,7 @@ class Backend:
 def make(
     out: Path, work: Path, *, weights: bytes = b"weights", graph: bytes = b"graph", size: int = 1000,
     generation: dict[str, object] = GENERATION,
+    config: dict[str, Any] | None = None,
 ) -> PairArtifact:  # fmt: skip
     """Package an artifact into `out`; `work` holds its cache and inputs, and may be used again."""
     recipe = Recipe.model_validate_json(json.dumps(RECIPE), strict=False)
@@ -88,7 +90,7 @@ def make(
         compiled.append(Compiled(spec, key, False, 0.0))
     root = work / "shards" / hashlib.sha256(weights).hexdigest()[:8]
     shards = Shards(root, tuple(_shard(root, model, weights * (size // 7)) for model in ("target", "draft")))
-    lock = Lock(recipe.digest(), LockedSource("./target", "r1"))
+    lock = Lock(recipe.digest(), LockedSource("./target", "r1", config=config or {}))
     parts = Parts(plan, lock, tuple(compiled), shards, {"tokenizer.json": b"{}"}, generation)
     return package(out, parts, Backend(), cache.root)
 

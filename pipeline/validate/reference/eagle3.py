@@ -18,6 +18,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pipeline.models.eagle3 import taps_of
+from pipeline.models.rope import in_both_layouts
 from pipeline.validate.reference.golden import Golden, project_cache
 from pipeline.validate.reference.layers import Reference
 
@@ -37,7 +38,8 @@ class Eagle3Reference(Reference):
 
     @cached_property
     def _rotary(self) -> LlamaRotaryEmbedding:
-        fields = {k: v for k, v in self.checkpoint.config_json.items() if k != "model_type"}
+        named = in_both_layouts(self.checkpoint.config_json, self.checkpoint.config.max_position)
+        fields = {k: v for k, v in named.items() if k != "model_type"}
         return LlamaRotaryEmbedding(config=LlamaConfig(**fields))
 
     @property

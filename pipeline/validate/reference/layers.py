@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.models.int8 import rounded
+from pipeline.models.rope import in_both_layouts
 from pipeline.models.weights import EMBEDDING, HEAD, NORM
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tensors import TensorRef
@@ -94,7 +95,8 @@ class Reference:
 
     def _skeleton(self) -> Any:
         """Make transformers' model without weights; its layers are taken out and run one by one."""
-        fields = {k: v for k, v in self.checkpoint.config_json.items() if k not in ("model_type", "layer_types")}
+        whole = in_both_layouts(self.checkpoint.config_json, self.checkpoint.config.max_position)
+        fields = {k: v for k, v in whole.items() if k not in ("model_type", "layer_types")}
         fields |= {"num_hidden_layers": self.checkpoint.config.layers}
         config = transformers.AutoConfig.for_model(self.checkpoint.config_json["model_type"], **fields)
         with torch.device("meta"):

@@ -1,0 +1,312 @@
+"""Fields of `config.json` against the config classes of the installed transformers: defaults, types, and mutations."""
+
+import inspect
+import json
+import random
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pipeline.errors import SourceError
+from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, REFUSED, Kind
+from pipeline.models.families import FAMILIES, config_of
+from pipeline.models.rope import in_both_layouts
+from pipeline.validate.reading import by_transformers, difference, here, readable
+
+STRICT = int(transformers.__version__.split(".")[0]) >= 5
+"""transformers 5 checks the types of fields; 4.57 does not."""
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINEAR = {"type": "linear", "factor": 2.0}
+UNDECLARED = {("llama", "sliding_window"), ("llama", "layer_types"), ("mistral", "layer_types"), ("qwen2", "head_dim")}
+"""Fields that code of transformers reads though the family's class does not declare them."""
+
+KINDS = {
+    bool: Kind.BOOL,
+    int: Kind.INT,
+    float: Kind.FLOAT,
+    str: Kind.TEXT,
+    int | None: Kind.INT_OR_NULL,
+    int | list[int] | None: Kind.TOKEN_IDS,
+    list[str] | None: Kind.NAMES_OR_NULL,
+}
+ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+WITHOUT_EFFECT = {
+    # of training, of memory and speed, of the text side, of what is returned beside the logits
+    "attention_dropout", "initializer_range", "gradient_checkpointing", "id2label", "dtype", "name_or_path", "auto_map",
+    "pad_token_id", "output_attentions", "output_hidden_states", "output_scores", "return_dict", "is_heterogeneous",
+    "return_dict_in_generate", "vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy",
+    # properties of the class, not of the file
+    "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan", "base_model_tp_plan", "sub_configs",
+}  # fmt: skip
+STRICTER = (
+    "partial_rotary_factor",
+    "rope_scaling.rope_type=",
+    "rope_parameters.rope_type=",
+    "original_max_position_embeddings=",
+    "rope_scaling=",
+    "=true: expected an integer",
+    "expected a positive",
+    "expected an even number",
+    "does not divide",
+    "no layer of layer_types has it",
+)
+"""What is an error here although transformers 5 reads it: 4.57 reads it otherwise, or the model cannot be used."""
+
+
+def class_of(family: str) -> Any:
+    return transformers.models.auto.configuration_auto.CONFIG_MAPPING[family]
+
+
+def declared(family: str) -> dict[str, Any]:
+    """The defaults of a config class by field."""
+    if STRICT:
+        return {field.name: field.default for field in fields(class_of(family))}
+    parameters = inspect.signature(class_of(family).__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def of_base_class(field: str) -> bool:
+    return field == "eos_token_id"  # 4.57: Qwen passes it to the base class, where it is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_transformers(family):
+    defaults = declared(family)
+    for name, field in FIELDS[family].items():
+        if (family, name) in UNDECLARED or (name not in defaults and of_base_class(name)):
+            assert name not in defaults
+            assert field.default is None
+        else:
+            assert (name, field.default) == (name, defaults[name])
+    assert not set(DRAFT_FIELDS) & set(defaults)
+    assert not set(class_of(family).attribute_map), "older names of fields are read now"
+
+
+@pytest.mark.skipif(not STRICT, reason="transformers 4.57 checks no types")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kinds_are_the_types_of_transformers(family):
+    types = {field.name: field.type for field in fields(class_of(family))}
+    for name, field in FIELDS[family].items():
+        if (family, name) not in UNDECLARED:
+            assert (name, field.kind) == (name, KINDS[types[name]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_that_an_inference_reads_is_known(family, monkeypatch):
+    """Fields that a new version of transformers reads are in the table, refused, or without effect."""
+    read: set[str] = set()
+    config = class_of(family)(**SMALL)
+    original = type(config).__getattribute__
+
+    def recorded(self: Any, key: str) -> Any:
+        read.add(key)
+        return original(self, key)
+
+    monkeypatch.setattr(type(config), "__getattribute__", recorded)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    tokens = torch.tensor([[1, 2, 3]])
+    model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    monkeypatch.undo()
+    of_generation = set(transformers.GenerationConfig().to_dict())
+    if STRICT:
+        of_generation |= set(transformers.GenerationConfig._get_default_generation_params())
+    methods = {name for name in read if callable(getattr(type(config), name, None))}
+    known = set(FIELDS[family]) | ROPE | set(REFUSED) | WITHOUT_EFFECT | of_generation | methods
+    assert not {name for name in read - known if not name.startswith("_")}
+
+
+def same(config_json: dict[str, Any]) -> str:
+    """The outcome of reading a config here and with transformers; fails if the meanings differ."""
+    try:
+        ours = config_of(config_json, "config.json")
+    except SourceError as error:
+        assert error.fix
+        assert error.where == "config.json"
+        if STRICT and not any(text in error.what for text in STRICTER):
+            with pytest.raises(Exception):  # noqa: B017 - whatever its classes raise
+                used_by_transformers(config_json)
+        return "refused"
+    try:
+        differences = difference(ours, readable(config_json, ours.max_position)[0])
+    except Exception:
+        return "refused by transformers"
+    assert not differences, config_json
+    return "read"
+
+
+def used_by_transformers(config_json: dict[str, Any]) -> None:
+    """Read a config with transformers and run the model: some values fail only then."""
+    by_transformers(config_json)
+    config = transformers.AutoConfig.for_model(**config_json)
+    transformers.AutoModelForCausalLM.from_config(config)(torch.tensor([[1, 2, 3]]))
+
+
+def mutations(family: str) -> list[dict[str, Any]]:
+    """Every field removed, null, as a string, and with other values."""
+    base = {"model_type": family, **SMALL}
+    others = [0, -1, 7, 2.0, 1.5, True, "2", [], {}, ["full_attention", "sliding_attention"], ["chunked_attention"] * 2]
+    configs = []
+    for name in (*FIELDS[family], "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"):
+        configs.append({key: value for key, value in base.items() if key != name})
+        value = base.get(name, FIELDS[family][name].default if name in FIELDS[family] else 5.0)
+        configs += [base | {name: change} for change in (None, str(value), value)]
+        configs += [base | {name: change} for change in random.Random(name + family).sample(others, 3)]
+    return configs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_of_mutations_mean_the_same_or_are_refused(family):
+    """Was: defaults of another family, `null` and "2" as tracebacks, windows that no layer has."""
+    outcomes = [same(config) for config in mutations(family)]
+    assert {"read", "refused"} <= set(outcomes)
+
+
+def rope_objects(random_: random.Random) -> Any:
+    """A RoPE object as people write it, often with faults."""
+    rope = dict(random_.choice([LLAMA3, LINEAR, {"rope_type": "default"}, {}, {"factor": 2.0}]))
+    if "type" in rope and random_.random() < 0.5:
+        rope["rope_type"] = rope.pop("type")
+    for name, values in {
+        "rope_theta": [5.0, 70, None, "10"],
+        "factor": [None, "2.0", 4],
+        "original_max_position_embeddings": [16, None, 32.5],
+        "type": ["linear", "yarn"],
+        "partial_rotary_factor": [0.5, 1.0],
+        "attention_factor": [2.0],
+    }.items():
+        if random_.random() < 0.15:
+            rope[name] = random_.choice(values)
+        if random_.random() < 0.05:
+            rope.pop(name, None)
+    return rope
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_of_rope_in_one_or_both_layouts_means_the_same_or_is_refused(family):
+    """Was: `rope_scaling` beside `rope_parameters` was ignored (vllm 28542)."""
+    random_ = random.Random(family)
+    outcomes = []
+    for _ in range(30):
+        config = {"model_type": family, **SMALL}
+        for name in ("rope_scaling", "rope_parameters"):
+            if random_.random() < 0.6:
+                config[name] = random_.choice([rope_objects(random_), rope_objects(random_), None])
+        if random_.random() < 0.4:
+            config["rope_theta"] = random_.choice([9, 700.0, None, 0])
+        if random_.random() < 0.1:
+            config["original_max_position_embeddings"] = random_.choice([16, 64, None])
+        outcomes.append(same(json.loads(json.dumps(config))))
+    assert outcomes.count("read") > 7
+
+
+ODD: list[Any] = [None, True, 0, -3, 1.5, 10**400, float("nan"), float("inf"), "", "2", [], [None], {}, {"a": None}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_of_odd_values_never_end_in_a_traceback(family):
+    """Was: KeyError, TypeError and ValueError for a missing `factor`, "2", "</s>" and others."""
+    names = [*FIELDS[family], *DRAFT_FIELDS, *ROPE, *REFUSED, "model_type", "architectures", "eagle_config"]
+    configs = [{"model_type": family, **SMALL, name: value} for name in names for value in ODD]
+    for rope in (LINEAR, LLAMA3):
+        for name in (*rope, "rope_type", "type", "rope_theta", "original_max_position_embeddings"):
+            configs += [{"model_type": family, **SMALL, "rope_scaling": {**rope, name: value}} for value in ODD]
+    heads = [{**config, "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1} for config in configs]
+    for config in configs + heads:
+        try:
+            config_of(config, "config.json")
+        except SourceError as error:
+            assert error.what
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"model_type": "mistral", "sliding_window": ...}, {"window": 4096}),
+        ({"model_type": "mistral", "num_attention_heads": 16, "num_key_value_heads": ...}, {"kv_heads": 8}),
+        ({"model_type": "qwen3", "max_position_embeddings": ...}, {"max_position": 32768}),
+        ({"model_type": "qwen3", "head_dim": ...}, {"head_dim": 128}),
+        ({"model_type": "qwen2", "use_sliding_window": True}, {"window": None}),  # from layer 28 on
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, {"window": 4096}),
+        ({"model_type": "llama", "sliding_window": 16}, {"window": 16}),  # transformers' KV cache drops older tokens
+        ({"model_type": "llama"}, {"eos_ids": (2,)}),
+        ({"model_type": "llama", "eos_token_id": None}, {"eos_ids": ()}),
+        ({"model_type": "llama", "pretraining_tp": 2}, {"family": "llama"}),
+        ({"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}}, {"rope_linear_factor": 2.0}),
+        ({"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 10000.0}),
+        ({"rope_scaling": {}, "rope_parameters": LINEAR}, {"rope_linear_factor": 2.0}),
+        ({"rope_parameters": LINEAR, "rope_theta": 9}, {"rope_theta": 9.0}),
+    ],
+)  # fmt: skip
+def test_config_of_reads_as_the_class_of_the_family(change, wanted):
+    """Was: one set of defaults for all families; case M and I of the inputs that people have."""
+    config = {key: value for key, value in ({"model_type": "llama"} | SMALL | change).items() if value is not ...}
+    ours = config_of(config, "config.json")
+    assert {key: getattr(ours, key) for key in wanted} == wanted
+    assert not difference(ours, readable(config, ours.max_position)[0])
+
+
+def test_config_of_llama3_without_its_original_length_takes_the_longest_position():
+    """Was: KeyError. transformers 5 fills the length in; 4.57 rejects the config."""
+    rope = config_of({"model_type": "llama", **SMALL, "rope_scaling": LLAMA3}, "config.json").rope_scaling
+    assert rope is not None
+    assert rope.original_max_position == 256
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "fix"),
+    [
+        ({"num_key_value_heads": "2"}, 'num_key_value_heads="2": expected an integer or null', "without quotes"),
+        ({"eos_token_id": "</s>"}, 'eos_token_id="</s>": expected a token id', "without quotes"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=null: expected a decimal number", "remove the field (default: 1e-06)"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing", "add factor to rope_scaling"),
+        (
+            {"rope_scaling": {**LINEAR, "factor": None}},
+            "rope_scaling.factor=null: expected a positive number",
+            "number",
+        ),
+        ({"rope_theta": "10000"}, 'rope_theta="10000": expected a positive number', "without quotes"),
+        ({"rope_scaling": {**LINEAR, "rope_type": "default"}}, "rope_scaling.type='linear' differs", "remove one"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported", "supported: default"),
+        ({"layer_types": ["full_attention"]}, "1 layers, but num_hidden_layers=2", "correct"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "no sliding window", "use_sliding_window"),
+        ({"per_layer_config": {"0": {"head_dim": 4}}}, 'per_layer_config={"0"', "without"),
+        ({"logit_scale": 0.5}, "logit_scale=0.5", "without"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "sliding_window=4096: no layer", "to null"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2, "head_dim": None}, "head_dim=null", "add"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] is not supported", "families"),
+    ],
+)
+def test_config_of_refuses_with_field_value_and_remedy(change, what, fix):
+    """Was: tracebacks, or nothing at all."""
+    with pytest.raises(SourceError) as raised:
+        config_of({"model_type": "llama"} | SMALL | change, "config.json")
+    assert what in raised.value.what
+    assert fix in raised.value.fix
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_theta": 7.0}, LINEAR, LLAMA3, {**LLAMA3, "rope_theta": 50.0}])
+@pytest.mark.parametrize("layout", ["rope_scaling", "rope_parameters"])
+def test_in_both_layouts_means_the_same(layout, rope):
+    """Packed configs are read by servers with transformers 4.57, which knows no `rope_parameters`."""
+    config = {"model_type": "llama", **SMALL, layout: rope, "rope_theta": 300.0}
+    ours = config_of(config, "config.json")
+    packed = in_both_layouts(config, ours.max_position)
+    assert here(config_of(packed, "config.json"))["rotary frequencies"].equal(here(ours)["rotary frequencies"])
+    assert packed.get("rope_theta") == ours.rope_theta
+    assert not difference(ours, packed)

@@ -1,0 +1,71 @@
+"""The comparison of Tandem's and transformers' readings of a config, before a build compiles."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import transformers
+
+from pipeline.errors import SourceError
+from pipeline.models.config import Llama3Rope
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.pair import resolve
+from pipeline.validate.reading import check_reading
+from support.checkpoints import write_checkpoint
+
+
+def opened(root: Path, **changes) -> Checkpoint:
+    write_checkpoint(root, **changes)
+    return resolve(str(root), base=root, cache=root / "cache")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_check_reading_accepts_every_family(tmp_path, family):
+    check_reading(opened(tmp_path, model_type=family))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"norm_eps": 1e-6}, "rms_norm_eps: 1e-06, transformers: 1e-05"),
+        (
+            {"rope_theta": 500000.0},
+            "rotary frequencies: 8 values, the last 1.03134e-05, transformers: 8 values, the last 0.000316",
+        ),
+        (
+            {"rope_scaling": Llama3Rope(8.0, 1.0, 4.0, 64)},
+            "rotary frequencies: 8 values, the last 3.95285e-05",
+        ),
+        ({"head_dim": 8}, "head_dim: 8, transformers: 16; "),
+        ({"window": 64}, "sliding_window: 64, transformers: null"),
+        ({"qkv_bias": True}, "biases of q, k, v: true, transformers: false"),
+        ({"tied": True, "kv_heads": 4}, "num_key_value_heads: 4, transformers: 2; tie_word_embeddings: true, "),
+    ],
+)
+def test_check_reading_names_the_field_and_both_values(tmp_path, wrong, said):
+    """Was: a wrong reading showed only after compiling, as failed gates without a cause."""
+    checkpoint = opened(tmp_path)
+    misread = replace(checkpoint, config=replace(checkpoint.config, **wrong))
+    with pytest.raises(SourceError) as raised:
+        check_reading(misread)
+    assert "Tandem and transformers" in raised.value.what
+    assert said in raised.value.what
+    assert raised.value.where.endswith("config.json")
+
+
+def test_check_reading_names_what_transformers_rejects(tmp_path):
+    """Was: an error of transformers from the gates, after compiling."""
+    checkpoint = opened(tmp_path, initializer_range="0.02")
+    said = {"4": "argument 'std' must be float", "5": "Field 'initializer_range' expected float"}
+    with pytest.raises(SourceError) as raised:
+        check_reading(checkpoint)
+    start, _, reason = raised.value.what.partition(" rejects this config: ")
+    assert start == f"transformers {transformers.__version__}"
+    assert said[transformers.__version__[0]] in reason
+    assert "Error" not in reason
+
+
+def test_check_reading_reads_the_layout_of_the_installed_transformers(tmp_path):
+    """Neuron hosts have 4.57, which ignores `rope_parameters`."""
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    check_reading(opened(tmp_path, rope_parameters=rope))
