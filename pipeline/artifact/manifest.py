@@ -379,8 +379,7 @@ def select(manifest: Manifest, only: Sequence[str] | None) -> dict[str, FileEntr
 
 
 def _path_faults(manifest: Manifest, where: str) -> Iterator[str]:
-    names = manifest.files.keys()
-    for name in names:
+    for name in (names := manifest.files.keys()):
         try:
             parents = {parent.as_posix() for parent in safe_relative(name, where).parents}
         except ArtifactError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distill.prompts import read_prompts, read_transcripts
+from pipeline.distill.prompts import HeldOutFilter, read_prompts, read_transcripts
 from pipeline.errors import InputError
 
 
@@ -26,3 +26,10 @@ def test_a_field_of_another_type_is_refused(answer: str, tmp_path: Path) -> None
         read_transcripts(tmp_path / "f")
     assert caught.value.where == f"{tmp_path / 'f'}:1:27"
     assert caught.value.fix == 'write one JSON object per line, with "prompt" and "answer"'
+
+
+def test_held_out_prompts_are_kept_apart() -> None:
+    held_out_filter = HeldOutFilter(["Write a function that returns the n-th Fibonacci number iteratively, please."])
+    assert not held_out_filter("Hello! write a function that returns the n th fibonacci number, recursively")
+    assert held_out_filter("Write a function that returns the largest prime")
+    assert not HeldOutFilter(["Say hi"])("say HI")

@@ -1,7 +1,6 @@
 """Training a head for a tiny target: from nothing to a draft that a recipe names, with kills in between."""
 
 import json
-import math
 import shutil
 from dataclasses import replace
 
@@ -10,15 +9,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.distill import draft_model, generate
+from pipeline.distill import draft_model
 from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_part
 from pipeline.distill.eagle3 import guesses
-from pipeline.distill.generate import Transcript, Writer, Writing
+from pipeline.distill.generate import Transcript, Writer
 from pipeline.distill.head import layers_of, model_config
 from pipeline.distill.prompts import HeldOutFilter
 from pipeline.distill.run import distill, prepare
 from pipeline.distill.settings import SEEDS, DistillSettings
-from pipeline.distill.train import has_bfloat16, make_batch
+from pipeline.distill.train import make_batch
 from pipeline.errors import InputError
 from pipeline.files.atomic import sha256_file
 from pipeline.models.families import config_of
@@ -254,56 +253,6 @@ def test_training_drafts_as_the_graphs_do(work, figures):
         at += size
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
-def test_writer_continues_as_the_engine_does(work, compiled, monkeypatch):
-    """Rows that join and leave at different times write what each would alone."""
-    monkeypatch.setattr(generate, "WORTH_COMPILING", 0 if compiled else math.inf)
-    recipe = Recipe.model_validate(CONTENT)
-    target = resolve(recipe.target.source, base=work, cache=work / "cache" / "sources")
-    engine = make_engine(recipe, resolve_pair(recipe, base=work, cache=work / "cache" / "sources"))
-    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15], [8, 8], [3]]
-    writer = Writer(target, "float32", 2, 96, (0, 1, 2))
-    assert writer.compiled == compiled
-    found = {w.writing.seed: w for w in writer.write(Writing(p, 5 + 9 * i, 0.0, i) for i, p in enumerate(prompts))}
-    for seed, written in found.items():
-        alone = engine.generate([prompts[seed]], max_new_tokens=5 + 9 * seed, speculate=False)[0]
-        assert written.tokens == [*prompts[seed], *alone.tokens]
-        assert written.last_TH.shape == (len(written.tokens) - 1, 64)
-        again = next(writer.read([Transcript(prompts[seed], alone.tokens)]))
-        assert torch.allclose(again.taps_TX, written.taps_TX, atol=1e-4)
-
-
-def test_writer_without_a_compiler_writes_all_the_same(work, monkeypatch):
-    monkeypatch.setattr(generate, "WORTH_COMPILING", 0)
-    monkeypatch.setenv("PATH", "")
-    target = resolve(CONTENT["target"]["source"], base=work, cache=work / "cache" / "sources")
-    writer = Writer(target, "float32", 2, 96, (0, 1, 2))
-    assert not writer.compiled
-    assert len(next(writer.write([Writing([5, 6], 4)])).tokens) == 6
-
-
-@pytest.mark.parametrize(
-    ("device", "capabilities", "expected"),
-    [
-        ("cpu", {"avx2": True, "avx512_bf16": False}, False),
-        ("cpu", {"avx512_bf16": True}, True),
-        ("cpu", {"architecture": "aarch64", "bf16": True}, True),
-        ("cuda", {}, True),
-    ],
-)
-def test_training_multiplies_bfloat16_where_the_processor_can(monkeypatch, device, capabilities, expected):
-    """It always did, and was 20 times slower on processors that emulate it."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert has_bfloat16(device) is expected
-
-
-def test_held_out_prompts_are_kept_apart():
-    held_out_filter = HeldOutFilter(["Write a function that returns the n-th Fibonacci number iteratively, please."])
-    assert not held_out_filter("Hello! write a function that returns the n th fibonacci number, recursively")
-    assert held_out_filter("Write a function that returns the largest prime")
-    assert not HeldOutFilter(["Say hi"])("say HI")
-
-
 def test_prompts_that_gates_came_to_ask_are_not_learned_from(work, asked):
     """A run's own text was once read unfiltered, and with its chat template around it a short prompt never matched."""
     assert len(prepare(asked).sequences()) == 4
@@ -372,18 +321,6 @@ def test_a_draft_in_files_of_any_name_is_trained_further(work, figures, asked):
     for name in ("renamed", "sharded"):
         trainer = prepare(replace(asked, start=work / name, draft_vocab=None)).trainer(sequences)
         assert torch.equal(trainer.draft.weights[HEAD], whole[HEAD].float())
-
-
-def test_writer_ends_with_the_first_token_where_that_is_all_there_is(work):
-    """It once read a row on before it asked whether the row had ended."""
-    target = resolve("pico://llama", base=work, cache=work / "cache" / "sources")
-    writer = Writer(target, "float32", 2, 96, (0, 1, 2))
-    (one,) = writer.write([Writing([5, 6, 7], 1)])
-    assert one.tokens[:-1] == [5, 6, 7]
-    assert one.last_TH.shape == (3, 64)
-    writer.checkpoint = replace(target, config=replace(target.config, eos_ids=(one.tokens[-1],)))
-    ended = list(writer.write(Writing([5, 6, 7], 9, seed=i) for i in range(5)))
-    assert [w.tokens for w in ended] == [one.tokens] * 5
 
 
 def test_out_that_is_something_else_is_refused(work):

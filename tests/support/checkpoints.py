@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.errors import SourceError
 from pipeline.models.families import config_of
 from pipeline.models.weights import D2T, weight_specs
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.pair import resolve
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -59,3 +63,15 @@ def write_checkpoint(
         save_file({name: weights[name] for name in names if table[name] == file}, root / file, {"format": "pt"})
     (root / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": table}))
     return weights
+
+
+def opened(source: str, tmp_path: Path, **kwargs: Any) -> Checkpoint:
+    """Open a source, with folders in and caches below `tmp_path`."""
+    return resolve(source, base=tmp_path, cache=tmp_path / "cache", **kwargs)
+
+
+def refusal(source: str, tmp_path: Path, **kwargs: Any) -> str:
+    """Return the message that opening a source ends with."""
+    with pytest.raises(SourceError) as caught:
+        opened(source, tmp_path, **kwargs)
+    return str(caught.value)
