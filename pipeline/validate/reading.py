@@ -97,7 +97,7 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
     """Return what transformers makes of a config: the properties of the model that it builds, without memory."""
     config = _loaded(config_json)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config).model
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).model
     attention, mlp, embedding = model.layers[0].self_attn, model.layers[0].mlp, model.embed_tokens
     rotary = type(model.rotary_emb)(config)
     return {

@@ -49,6 +49,7 @@ def no_folder(work: Path) -> None:
 
 
 def no_shard(work: Path) -> None:
+    (work / "target" / "model.safetensors").unlink()  # transformers reads it first
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (work / "target" / "model.safetensors.index.json").write_text(json.dumps(index))
 
