@@ -47,20 +47,29 @@ class Toolchain:
 
 
 @dataclass(frozen=True)
+class TracedPart:
+    """A part that occurs often in graphs, as `Traced`: compiled once, under its name."""
+
+    name: str
+    ir: bytes
+    program: Any = field(repr=False, default=None)
+
+
+@dataclass(frozen=True)
 class Traced:
     """A traced graph: its canonical text (no paths, times, line numbers), its signature, the backend's own program.
 
-    `program` stays inside the process that traced it; the cache key is computed from `ir`. A `repeated` graph runs at
-    every step of a generation, so it is compiled with more optimisation.
+    `program` stays inside the process that traced it; the cache key is computed from `ir`. `parts` are compiled
+    before the graph, once for all graphs.
     """
 
     ir: bytes
     signature: Signature
     program: Any = field(repr=False, default=None)
-    repeated: bool = False
+    parts: tuple[TracedPart, ...] = ()
 
 
-def cache_key(traced: Traced, toolchain: Toolchain, flags: Mapping[str, str]) -> str:
+def cache_key(traced: Traced | TracedPart, toolchain: Toolchain, flags: Mapping[str, str]) -> str:
     """Return the sha256 of the canonical graph, the toolchain and the flags that change code, without weights."""
     settings = json.dumps({"toolchain": toolchain.as_dict(), "flags": dict(flags)}, sort_keys=True)
     return hashlib.sha256(traced.ir + b"\0" + settings.encode()).hexdigest()
@@ -119,8 +128,15 @@ class Backend(Protocol):
         """Trace one graph on tensors without contents."""
         ...
 
-    def compile(self, traced: Traced, work: Path) -> bytes:
-        """Compile without side effects; `work` is an empty directory for intermediate files."""
+    def compile_part(self, part: TracedPart, work: Path) -> bytes:
+        """Compile a part to an object file, as `compile`."""
+        ...
+
+    def compile(self, traced: Traced, work: Path, objects: Path | None = None) -> bytes:
+        """Compile without side effects; `work` is an empty directory for intermediate files.
+
+        `objects` is the folder of the graph's compiled parts, `<name>.o`.
+        """
         ...
 
     def open(self, root: Path, manifest: PairManifest) -> Ranks:

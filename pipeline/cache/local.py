@@ -1,6 +1,7 @@
 """The content-addressed store of one kind of entry: key -> bytes, checked on every read.
 
     graphs    compiled graphs (`backends.base.cache_key`); `cache.remote` shares these
+    parts     object files that graphs share
     memos     from the inputs of a graph to its key, so that no graph is traced twice
     goldens   reference outputs of the gates
 
@@ -26,8 +27,8 @@ from pipeline.files.home import expanded
 from pipeline.progress import Log, no_log
 
 KEY = re.compile(r"[0-9a-z][0-9a-z._-]+")
-Kind = Literal["graphs", "memos", "goldens"]
-KINDS: tuple[Kind, ...] = ("graphs", "memos", "goldens")
+Kind = Literal["graphs", "parts", "memos", "goldens"]
+KINDS: tuple[Kind, ...] = ("graphs", "parts", "memos", "goldens")
 
 
 def default_root() -> Path:
@@ -108,10 +109,21 @@ class Cache:
         return entry / "data"
 
     @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[None]:
-        """Hold a lock on `key` among all processes that share this cache; the lock of a killed process is released."""
-        with self._lock(key):
-            yield
+    def lock(self, key: str, *, wait: bool = True) -> Iterator[bool]:
+        """Hold a lock on `key` among all processes that share this cache; the lock of a killed process is released.
+
+        Yields whether it is held: without `wait`, not if another process holds it.
+        """
+        lock = self._lock(key)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def with_toolchains(self) -> Iterator[tuple[str, Path, dict[str, str]]]:
         """Yield key, file and toolchain of every entry with a recorded toolchain, after checking its digest."""

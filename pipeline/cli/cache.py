@@ -27,6 +27,7 @@ GIB = 1 << 30
 KINDS = {
     "graphs": "compiled graphs of all builds here",
     "memos": "from a graph's inputs to its key",
+    "parts": "object files that graphs share",
     "goldens": "reference outputs of the gates",
 }
 

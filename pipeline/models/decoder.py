@@ -49,15 +49,21 @@ def hidden_states(
     rotary = rotary_of(config, run.positions_BT, x.dtype)
     tapped = []
     for layer in range(config.layers):
-        w = layer_weights(weights, layer)
         if layer in taps:
             tapped.append(x)
-        normed = rms_norm(x, w["input_layernorm.weight"], config.norm_eps)
-        x = x + attention(config, w, seams, normed, rotary, layer, run)
-        normed = rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps)
-        x = x + mlp(config, w, seams, normed)
+        own = run.of_layer(layer)
+        x = seams.once(run_layer, config, layer_weights(weights, layer), seams, x, rotary, own)
+        run.keep(layer, own.state)
     last = rms_norm(x, weights[NORM], config.norm_eps)
     return Hidden(last, torch.cat(tapped, dim=-1) if taps else None)
+
+
+def run_layer(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor, rotary: Rotary, run: Pass) -> Tensor:
+    """Run one layer over its caches (`Pass.of_layer`): [B, T, H] -> [B, T, H]."""
+    normed = rms_norm(x_BTH, w["input_layernorm.weight"], config.norm_eps)
+    x_BTH = x_BTH + attention(config, w, seams, normed, rotary, run)
+    normed = rms_norm(x_BTH, w["post_attention_layernorm.weight"], config.norm_eps)
+    return x_BTH + mlp(config, w, seams, normed)
 
 
 def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, limit: int | None = None) -> Tensor:
@@ -145,16 +151,14 @@ def project(w: Weights, seams: Seams, x_BTH: Tensor, rows: Mapping[str, int]) ->
     return out + torch.cat(biases) if biases else out
 
 
-def attention(
-    config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary, layer: int, run: Pass
-) -> Tensor:
+def attention(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary, run: Pass) -> Tensor:
     """Write one layer's keys and values, then attend over its cache: [B, T, H]."""
     assert run.attend is not None
     heads, kv_heads = config.heads // seams.tp, kv_heads_of(config, seams)
     turned, v = heads_of(config, w, seams, x_BTX, "qkv").split((heads + kv_heads, kv_heads), dim=1)
     q, k = rotate(turned, rotary).split((heads, kv_heads), dim=1)
-    cached_k = seams.write(run.state, f"k.{layer}", k, run.writes)
-    cached_v = seams.write(run.state, f"v.{layer}", v, run.writes)
+    cached_k = seams.write(run.state, "k", k, run.writes)
+    cached_v = seams.write(run.state, "v", v, run.writes)
     keys, values = (cached_k, cached_v) if run.attend.kv else (k, v)
     out_BTX = seams.attend(q, keys, values, run.attend)
     out = seams.all_reduce(seams.linear(out_BTX, w["self_attn.o_proj.weight"], config.hidden))
@@ -162,11 +166,11 @@ def attention(
     return out if bias is None else out + bias
 
 
-def store(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary, layer: int, run: Pass) -> None:
+def store(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary, run: Pass) -> None:
     """Write one layer's keys and values without attending."""
     k, v = heads_of(config, w, seams, x_BTX, "kv").chunk(2, dim=1)
-    seams.write(run.state, f"k.{layer}", rotate(k, rotary), run.writes)
-    seams.write(run.state, f"v.{layer}", v, run.writes)
+    seams.write(run.state, "k", rotate(k, rotary), run.writes)
+    seams.write(run.state, "v", v, run.writes)
 
 
 def kv_heads_of(config: ModelConfig, seams: Seams) -> int:

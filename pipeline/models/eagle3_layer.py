@@ -37,7 +37,9 @@ def write_cache(
     """Write keys and values only, for positions without a prediction: this reads a tenth of the layer's weights."""
     w = layer_weights(weights, 0)
     inputs, _ = inputs_of(config, weights, seams, tokens_BT, features_BTH)
-    store(config, w, seams, inputs, rotary_of(config, run.positions_BT, inputs.dtype), 0, run)
+    own = run.of_layer(0)
+    store(config, w, seams, inputs, rotary_of(config, run.positions_BT, inputs.dtype), own)
+    run.keep(0, own.state)
 
 
 def hidden_states(
@@ -47,7 +49,9 @@ def hidden_states(
     w = layer_weights(weights, 0)
     inputs, residual = inputs_of(config, weights, seams, tokens_BT, features_BTH)
     rotary = rotary_of(config, run.positions_BT, inputs.dtype)
-    x = residual + attention(config, w, seams, inputs, rotary, 0, run)
+    own = run.of_layer(0)
+    x = residual + attention(config, w, seams, inputs, rotary, own)
+    run.keep(0, own.state)
     x = x + mlp(config, w, seams, rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps))
     return rms_norm(x, weights[NORM], config.norm_eps), x
 

@@ -9,13 +9,16 @@ Shapes: B rows, T tokens, S cache length, H KV heads on this rank, D head size, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+P = ParamSpec("P")
+R = TypeVar("R")
 State = dict[str, Tensor]
 """KV caches of one model: `k.<layer>` and `v.<layer>`, each [rows, H, S_max, D]."""
 
@@ -73,11 +76,27 @@ class Pass:
     writes: Writes
     attend: Attend | None = None
 
+    def of_layer(self, layer: int) -> Pass:
+        """Return the pass of one layer, over its caches alone as `k` and `v`: the same for all layers."""
+        names = {name: f"{name}.{layer}" for name in ("k", "v")}
+        return replace(self, state={name: self.state[key] for name, key in names.items() if key in self.state})
+
+    def keep(self, layer: int, caches: State) -> None:
+        """Store a layer's caches after its pass, which some backends replace instead of writing in place."""
+        self.state.update({f"{name}.{layer}": cache for name, cache in caches.items()})
+
 
 class Seams:
     """Plain layout, one rank, caches written in place. Subclasses override what their backend does differently."""
 
     tp = 1
+
+    def once(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a function that a graph calls often: a backend may compile it once for all calls of the same shapes.
+
+        It is pure, except that it may write the state tensors among its arguments.
+        """
+        return function(*args, **kwargs)
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Return `x @ weight.T` with `rows` output features: [B, T, I] -> [B, T, rows]."""

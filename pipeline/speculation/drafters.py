@@ -83,7 +83,7 @@ class DraftModel:
         dists: list[Candidates] = []
         for step in range(steps):
             hidden = self.model.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv).last_BTH[:, -1:]
-            tokens_BT, dist = _proposed(self.model, hidden, choose, step)
+            tokens_BT, dist = self.model.seams.once(_proposed, self.model, hidden, choose.at(step))
             drafts.append(tokens_BT)
             dists += [] if dist is None else [dist]
             positions_BT = positions_BT[:, -1:] + 1
@@ -122,7 +122,7 @@ class Eagle3:
     def after_decode(self, rows: Rows, states: Hidden) -> None:
         """Write keys and values of the previous position, whose next token is known now."""
         positions_B1 = rows.position_B[:, None] - 1
-        self._write_cache(rows.last_B[:, None], self._feature(rows), positions_B1, self._writes(rows, positions_B1))
+        self._write_cache(rows.last_B[:, None], self._feature(rows), positions_B1, self.writes(rows, positions_B1))
         put(self.model, FEATURE, rows.index, self._features(states)[:, 0], rows.alive_B[:, None])
 
     def propose(self, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, list[Candidates]]:
@@ -132,8 +132,9 @@ class Eagle3:
         drafts: list[Tensor] = []
         dists: list[Candidates] = []
         for step in range(steps):
-            hidden, features_B1H = self._run(rows, tokens_B1, features_B1H, positions_B1)
-            tokens_B1, dist = _proposed(self.model, hidden, choose, step)
+            once = self.model.seams.once
+            hidden, features_B1H = once(_run_head, self, rows, tokens_B1, features_B1H, positions_B1)
+            tokens_B1, dist = once(_proposed, self.model, hidden, choose.at(step))
             drafts.append(tokens_B1)
             dists += [] if dist is None else [dist]
             positions_B1 = positions_B1 + 1
@@ -146,7 +147,7 @@ class Eagle3:
         if steps:
             positions_BK = rows.position_B[:, None] + index_range(steps, rows.last_B)
             keep_BK = index_range(steps, rows.last_B) < emitted.count[:, None] - 1
-            writes = self._writes(rows, positions_BK, keep_BK)
+            writes = self.writes(rows, positions_BK, keep_BK)
             tokens_BK = emitted.tokens[:, :-1].clamp(0, self.model.config.vocab - 1)
             self._write_cache(tokens_BK, features_BTH[:, :-1], positions_BK, writes)
         last_BH = take(features_BTH, (emitted.count.long() - 1).clamp(0, steps))
@@ -160,7 +161,7 @@ class Eagle3:
         rows = Rows(tokens_BT[:, 0], position_B, alive_B, kv)
         before_BTH = torch.cat((self._feature(rows), features_BTH[:, :-1]), dim=1)
         positions_BT = position_B[:, None] + index_range(tokens_BT.shape[1], tokens_BT) - 1
-        hidden, _ = self._run(rows, tokens_BT, before_BTH, positions_BT)
+        hidden, _ = _run_head(self, rows, tokens_BT, before_BTH, positions_BT)
         put(self.model, FEATURE, rows.index, features_BTH[:, -1], alive_B[:, None])
         known_BT1 = (positions_BT >= 0)[..., None]
         return torch.where(known_BT1, self.model.all_logits(hidden), 0.0)
@@ -175,24 +176,28 @@ class Eagle3:
         """Return the features before each row's last token: [B, 1, H]."""
         return self.model.state[FEATURE][: rows.last_B.shape[0], None]
 
-    def _writes(self, rows: Rows, positions_BT: Tensor, keep_BT: Tensor | None = None) -> Writes:
+    def writes(self, rows: Rows, positions_BT: Tensor, keep_BT: Tensor | None = None) -> Writes:
+        """Return the writes of rows 0..B-1 at positions inside the bucket, where `keep_BT` holds if given."""
         inside_BT = rows.alive_B[:, None] & (positions_BT >= 0) & (positions_BT < self.model.usable(rows.kv))
         keep_BT = inside_BT if keep_BT is None else inside_BT & keep_BT
         return plan_writes(self.model.state, rows.index, positions_BT, keep_BT)
-
-    def _run(self, rows: Rows, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the layer over rows 0..B-1 and their caches."""
-        model = self.model
-        attend = attend_up_to(positions_BT.clamp(0, rows.kv), rows.kv)
-        run = Pass(positions_BT, model.state, self._writes(rows, positions_BT), attend)
-        inputs = (model.readable(tokens_BT), features_BTH)
-        return eagle3_layer.hidden_states(model.config, model.weights, model.seams, *inputs, run)
 
     def _write_cache(self, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor, writes: Writes) -> None:
         model = self.model
         inputs = (model.readable(tokens_BT), features_BTH)
         run = Pass(positions_BT, model.state, writes)
         eagle3_layer.write_cache(model.config, model.weights, model.seams, *inputs, run)
+
+
+def _run_head(
+    head: Eagle3, rows: Rows, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run a head's layer over rows 0..B-1 and their caches: the LM head's input and the next features, [B, T, H]."""
+    model = head.model
+    attend = attend_up_to(positions_BT.clamp(0, rows.kv), rows.kv)
+    run = Pass(positions_BT, model.state, head.writes(rows, positions_BT), attend)
+    inputs = (model.readable(tokens_BT), features_BTH)
+    return eagle3_layer.hidden_states(model.config, model.weights, model.seams, *inputs, run)
 
 
 DRAFTERS: dict[DraftMethod, Callable[[Model], Drafter]] = {"draft_model": DraftModel, "eagle3": Eagle3}
@@ -204,12 +209,12 @@ def drafter_of(draft: Model) -> Drafter:
     return DRAFTERS[draft.config.draft_kind.method](draft)
 
 
-def _proposed(model: Model, hidden_B1H: Tensor, choose: Choose, step: int) -> tuple[Tensor, Candidates | None]:
+def _proposed(model: Model, hidden_B1H: Tensor, choose: Choose) -> tuple[Tensor, Candidates | None]:
     """Return the draft's token of a step, int64 [B, 1], and its distribution; a copied token where `choose` has it."""
-    tokens_B1, dist = model.next(hidden_B1H, choose, step)
+    tokens_B1, dist = model.next(hidden_B1H, choose)
     if choose.copied is None:
         return tokens_B1, dist
-    copied_B1 = choose.copied[:, step : step + 1].long()
+    copied_B1 = choose.copied.long()
     tokens_B1 = torch.where(copied_B1 >= 0, copied_B1, tokens_B1)
     return tokens_B1, None if dist is None else certain(dist, copied_B1)
 

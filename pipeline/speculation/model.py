@@ -29,6 +29,12 @@ class Choose:
     keep: int | None = None
     copied: Tensor | None = None
 
+    def at(self, step: int) -> Choose:
+        """Return the choice of one draft step: its random number and its copied token, [B, 1] each."""
+        uniforms = None if self.uniforms is None else self.uniforms[:, step : step + 1]
+        copied = None if self.copied is None else self.copied[:, step : step + 1]
+        return replace(self, uniforms=uniforms, copied=copied)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -129,12 +135,12 @@ class Model:
         """Return the logits of the whole vocabulary, float32 [B, T, V]."""
         return self.seams.all_gather(self.logits(hidden_BTH))[..., : self.config.out_vocab]
 
-    def next(self, hidden_B1H: Tensor, choose: Choose, draw_at: int = 0) -> tuple[Tensor, Candidates | None]:
+    def next(self, hidden_B1H: Tensor, choose: Choose) -> tuple[Tensor, Candidates | None]:
         """Choose a token for each row: int64 [B, 1], and when sampling the distribution that it is drawn from."""
         if choose.sampling is None or choose.uniforms is None:
             return self.greedy(hidden_B1H), None
         choice = self.candidates(hidden_B1H, choose.sampling, choose.keep)
-        return draw(choice, choose.uniforms[:, draw_at : draw_at + 1]), choice
+        return draw(choice, choose.uniforms), choice
 
     def greedy(self, hidden_BTH: Tensor) -> Tensor:
         """Return the argmax over the ids that both models have, int64 [B, T], as ids of the target."""

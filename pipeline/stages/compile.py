@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as memoize
+from functools import partial
 from pathlib import Path
 
 from pipeline.backends.base import Backend, Traced, cache_key, make_backend, package_of
@@ -20,6 +21,7 @@ from pipeline.cache.local import Cache
 from pipeline.cache.remote import Remote
 from pipeline.errors import HostError, TandemError, reason
 from pipeline.executors.local import LocalExecutor
+from pipeline.files.atomic import link_or_copy
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.plan.plan import Plan
 from pipeline.progress import Log, Progress, duration
@@ -184,15 +186,42 @@ def _trace_and_compile(job: Job, backend: Backend, notes: list[str]) -> tuple[st
         if graphs.get(key) is not None or (remote and remote.fetch(key, toolchain, graphs)):
             return key, True
         with tempfile.TemporaryDirectory(prefix="tandem-compile-") as work:
-            stored = graphs.put(key, _compile(job, backend, traced, Path(work)), toolchain)
+            objects = _compiled_parts(job, backend, traced, Path(work))
+            stored = graphs.put(key, _compile(job, partial(backend.compile, traced, Path(work), objects)), toolchain)
         if remote:
             remote.push(key, stored, toolchain)
     return key, False
 
 
-def _compile(job: Job, backend: Backend, traced: Traced, work: Path) -> bytes:
+def _compiled_parts(job: Job, backend: Backend, traced: Traced, work: Path) -> Path | None:
+    """Return a folder with the object files of a graph's parts, compiled on a miss; None for a graph without parts.
+
+    Parts that other workers are compiling are left to the end.
+    """
+    if not traced.parts:
+        return None
+    cache = Cache(job.cache, "parts")
+    folder = work / "parts"
+    folder.mkdir()
+    keys = {part.name: cache_key(part, backend.toolchain(), backend.flags()) for part in traced.parts}
+    waiting = list(traced.parts)
+    for is_last_pass in (False, True):
+        for part in tuple(waiting):
+            with cache.lock(keys[part.name], wait=is_last_pass) as locked:
+                if locked:
+                    file = cache.get(keys[part.name])
+                    if file is None:
+                        with tempfile.TemporaryDirectory(prefix="tandem-part-") as own:
+                            data = _compile(job, partial(backend.compile_part, part, Path(own)))
+                        file = cache.put(keys[part.name], data, backend.toolchain().as_dict())
+                    link_or_copy(file, folder / f"{part.name}.o")
+                    waiting.remove(part)
+    return folder
+
+
+def _compile(job: Job, run: Callable[[], bytes]) -> bytes:
     try:
-        return backend.compile(traced, work)
+        return run()
     except Exception as error:
         traceback.print_exc()  # into the log file, with the compiler's whole output
         if isinstance(error, TandemError) and error.fix:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,17 @@ import torch
 from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
-from pipeline.backends.base import Ranks, Toolchain, Traced
+from pipeline.backends.base import Ranks, Toolchain, Traced, TracedPart
 from pipeline.backends.inductor.compiler import explained, from_environment, use
+from pipeline.backends.inductor.parts import PartTracer
+from pipeline.backends.inductor.program import Program, program_of
 from pipeline.backends.inductor.ranks import ManyRanks, OneRank
-from pipeline.backends.inductor.scratch import no_input_checks, own_headers, scratch, whole_headers
+from pipeline.backends.inductor.scratch import (
+    no_input_checks,
+    own_headers,
+    scratch,
+    whole_headers,
+)
 from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, RankedSeams
 from pipeline.backends.inductor.session import GRAPH_FILE
 from pipeline.errors import HostError, Problem
@@ -28,13 +37,22 @@ from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams
 from pipeline.recipe.schema import InductorSettings
 
-KERNELS = ("block_linear_kernel.py", "cached_attention_kernel.py", "vectors.py", "include/regex")
+KERNELS = (
+    "block_linear_kernel.py",
+    "cached_attention_kernel.py",
+    "vectors.py",
+    "include/regex",
+    "include/tandem_part.h",
+)
 KERNEL_DIGEST = hashlib.sha256(b"".join((Path(__file__).parent / k).read_bytes() for k in KERNELS)).hexdigest()[:12]
 """Digest of our own C++, which the traced graph refers to by name only."""
 
-WRAPPER_LEVEL = {"repeated": "O1", "other": "O0"}
-"""Optimisation level of the C++ that calls a graph's kernels. O1 takes 1.5x the compile time, and makes a step of a
-model of 135 M weights, whose kernels are short, 3% faster."""
+CONTAINER = "container"
+"""Name of the part that every graph on a CPU has: what the loader calls."""
+
+WRAPPER_LEVEL = "O1"
+"""Optimisation level of the C++ that calls kernels and parts: at O0 a step of a model of 135 M weights, whose kernels
+are short, takes 3% longer, and a graph's file is four times as large."""
 
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
@@ -70,7 +88,7 @@ class InductorBackend:
             "device": self.device,
             "isa": self.isa,
             "kernel": KERNEL_DIGEST,
-            "wrapper": json.dumps(WRAPPER_LEVEL),
+            "wrapper": WRAPPER_LEVEL,
             **_compiler_flags(),
             **{name: str(value) for name, value in self.settings().items()},
         }
@@ -116,59 +134,120 @@ class InductorBackend:
         what = f"the recipe requires C++ compiler {self.cxx}; {shlex.join(compiler.words)!r} is version {version}"
         return [Problem("backend.cxx", what, "set CXX to that version, or change backend.cxx")]
 
-    def seams(self, tp: int) -> Seams:
+    def seams(self, tp: int, parts: PartTracer | None = None) -> Seams:
         """Return layouts and collectives of a model split over `tp` ranks."""
         if self.device == "cpu":
-            return BlockedSeams() if tp == 1 else RankedSeams(tp)
+            return BlockedSeams(parts) if tp == 1 else RankedSeams(tp)
         return Seams() if tp == 1 else PlainRankedSeams(tp)
 
     def trace(self, spec: GraphSpec, pair: PairSpec) -> Traced:
-        """Export the graph to ATen operators on uninitialised tensors."""
-        io = signature(spec, pair, self.packing)
-        module = GraphModule(spec, pair, io, self.seams)
-        inputs = empty(io.inputs, self.device)
-        with torch.no_grad():
-            program = torch.export.export(module, (inputs,), strict=False)
-        repeated = spec.phase in ("decode", "speculate")
-        return Traced(canonical(program).encode(), io, program, repeated)
+        """Trace the graph to ATen operators on uninitialised tensors.
 
-    def compile(self, traced: Traced, work: Path) -> bytes:
-        """Lower to C++ (or Triton) and build the shared library; return the `.pt2` package."""
+        On a CPU a graph of one rank is a program of parts. Others are exported whole: sums over ranks are calls of
+        torch, which a part cannot make, and a GPU needs few launches.
+        """
+        io = signature(spec, pair, self.packing)
+        inputs = empty(io.inputs, self.device)
+        if self.device != "cpu" or pair.models.tp > 1:
+            with torch.no_grad():
+                whole = torch.export.export(GraphModule(spec, pair, io, self.seams), (inputs,), strict=False)
+            return Traced(canonical(whole).encode(), io, whole)
+        tracer = PartTracer(graph_text)
+        module = GraphModule(spec, pair, io, partial(self.seams, parts=tracer))
+        program = program_of(module, tracer, inputs, graph_text)
+        return Traced(program.text().encode(), io, program, tuple(_parts(program)))
+
+    def compile_part(self, part: TracedPart, work: Path) -> bytes:
+        """Compile a part of graphs; return the object file."""
+        # Not at the top: they import Inductor.
+        from pipeline.backends.inductor.driver import container_object
+        from pipeline.backends.inductor.part_objects import generated, object_file
+
+        with self._toolchain(part.ir), torch._inductor.config.patch(self._settings_here()):
+            if part.name == CONTAINER:
+                return container_object(part.ir.decode(), work).read_bytes()
+            return object_file(part.program, generated(part.program), work).read_bytes()
+
+    def compile(self, traced: Traced, work: Path, objects: Path | None = None) -> bytes:
+        """Link a program, or lower a whole graph to C++ (or Triton); return the `.pt2` package.
+
+        `objects` is the folder with the object files of its parts.
+        """
+        package = work / self.graph_file
+        with self._toolchain(traced.ir):
+            if objects is None:
+                options = self._settings_here()
+                torch._inductor.aoti_compile_and_package(
+                    traced.program, package_path=str(package), inductor_configs=options
+                )
+                return package.read_bytes()
+            from pipeline.backends.inductor import driver  # not at the top: it imports Inductor
+
+            files = [objects / f"{part.name}.o" for part in traced.parts]
+            with torch._inductor.config.patch(self._settings_here()):
+                driver.package(traced.program, files, work, package)
+        return package.read_bytes()
+
+    def _settings_here(self) -> dict[str, Any]:
+        """Return Inductor's configuration with the part that changes no code."""
+        return self.settings() | {
+            "compile_threads": 1,
+            # The instruction set is known; Inductor's probes for it take seconds to compile.
+            "cpp.vec_isa_ok": True,
+            "aot_inductor.compile_wrapper_opt_level": WRAPPER_LEVEL,
+        }
+
+    @contextmanager
+    def _toolchain(self, ir: bytes) -> Iterator[None]:
+        """Prepare Inductor's folders, headers and compiler."""
         # Registers our kernels. Not at the top: it imports Inductor, which takes seconds and only compiling needs.
         from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401
 
-        package = work / self.graph_file
-        # The instruction set is known; Inductor's probes for it take seconds to compile.
-        level = WRAPPER_LEVEL["repeated" if traced.repeated else "other"]
-        settings = self.settings() | {
-            "compile_threads": 1,
-            "cpp.vec_isa_ok": True,
-            "aot_inductor.compile_wrapper_opt_level": level,
-        }
         flags = repr(sorted(self.flags().items())).encode()
-        headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + traced.ir))
+        headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + ir))
         compiler, parent = from_environment(), temporary_folder()
         own = prepared_folder(parent)
-        folders = scratch(own / graph), whole_headers(own / "headers" / headers, level), temporary_files(parent)
+        folders = scratch(own / graph), whole_headers(own / "headers" / headers), temporary_files(parent)
         use(compiler, own / "compilers")
         with folders[0], folders[1], folders[2], own_headers(), no_input_checks(), explained(compiler):
-            torch._inductor.aoti_compile_and_package(
-                traced.program, package_path=str(package), inductor_configs=settings
-            )
-        return package.read_bytes()
+            yield
 
     def open(self, root: Path, manifest: PairManifest) -> Ranks:
         """Open one rank in this process, or several in a process each."""
         return OneRank(root, manifest) if manifest.ranks == 1 else ManyRanks(root, manifest)
 
 
+def _parts(program: Program) -> Iterator[TracedPart]:
+    """Yield the container and the parts of a program."""
+    from pipeline.backends.inductor.driver import container_source  # not at the top: it imports Inductor
+
+    yield TracedPart(CONTAINER, container_source().encode())
+    for name in dict.fromkeys(call.part for call in program.calls):
+        yield TracedPart(name, program.parts[name].ir, program.parts[name])
+
+
 def canonical(program: torch.export.ExportedProgram) -> str:
     """Return the graph as text, equal on two machines: operators, arguments, shapes, dtypes; no metadata or paths."""
-    lines = [
-        f"{node.name} = {node.op} {node.target} {node.args} {node.kwargs} : {_value(node.meta.get('val'))}"
-        for node in program.graph.nodes
-    ]
-    return "\n".join([*lines, str(program.graph_signature)])
+    return f"{graph_text(program.graph)}\n{program.graph_signature}"
+
+
+def graph_text(graph: torch.fx.Graph) -> str:
+    """Return the nodes of a graph as text, numbered: torch's names differ between equal graphs."""
+    numbers = {node: f"%{number}" for number, node in enumerate(graph.nodes)}
+
+    def line(node: torch.fx.Node) -> str:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda other: _Name(numbers[other]))
+        target = "" if node.op in ("placeholder", "output") else node.target
+        return f"{numbers[node]} = {node.op} {target} {args} {kwargs} : {_value(node.meta.get('val'))}"
+
+    return "\n".join(map(line, graph.nodes))
+
+
+class _Name(str):
+    """Text whose representation has no quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
 
 
 def _value(value: Any) -> str:

@@ -6,9 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -23,8 +21,6 @@ PATH_OF_HEADERS = "CPLUS_INCLUDE_PATH"
 MARK = ".whole"
 PRECOMPILED = ("*.gch", "*.pch")
 """Precompiled headers of GCC, and of Clang."""
-HEADERS: dict[str, Any] = {}
-"""Inductor's cached header function of this process, by the wrapper's optimisation level."""
 NO_CHECKS = """
 static bool _check_aoti_runtime_check_inputs_env() { return false; }
 static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}
@@ -49,18 +45,15 @@ def scratch(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_headers(folder: Path, level: str) -> Iterator[None]:
+def whole_headers(folder: Path) -> Iterator[None]:
     """Keep Inductor's precompiled headers in `folder`, without any that a killed compiler left half-written.
 
     All compiles that share the folder use the same headers, and Inductor uses any existing file. So a header is
     marked when a compile that used it has succeeded, and a header with neither a mark nor a held lock is removed.
-    Inductor also caches, per process, the header of a command without the wrapper's optimisation `level`, which the
-    header depends on: compilers ignore a header of another level, and its name would be stored in the package.
     """
     from torch._inductor import codecache  # not at the top: the import takes seconds
 
     codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
-    codecache._precompile_header = HEADERS.setdefault(level, cache(codecache._precompile_header.__wrapped__))
     for header in _unmarked(folder):
         header.unlink(missing_ok=True)
     yield

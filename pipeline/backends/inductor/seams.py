@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,13 +10,24 @@ from torch import Tensor
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.backends.inductor.collectives import all_gather, all_reduce
+from pipeline.backends.inductor.parts import PartTracer
 from pipeline.graphs.packing import SCALE_BYTES
-from pipeline.models.parallel import Attend, Seams
+from pipeline.models.parallel import Attend, P, R, Seams
 from pipeline.models.weights import BLOCK
 
 
 class BlockedSeams(Seams):
-    """Blocked weights on one rank, summed in float32."""
+    """Blocked weights on one rank, summed in float32. With a tracer, parts are compiled once."""
+
+    def __init__(self, parts: PartTracer | None = None) -> None:
+        self.parts = parts
+
+    def once(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a function through the tracer."""
+        if self.parts is None:
+            return function(*args, **kwargs)
+        result: R = self.parts.call(function, *args, **kwargs)
+        return result
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Multiply by a blocked weight."""
@@ -74,6 +85,7 @@ class RankedSeams(BlockedSeams):
     """Blocked weights, split over `tp` ranks; sums and gathers are operators inside the graph."""
 
     def __init__(self, tp: int) -> None:
+        super().__init__()
         self.tp = tp
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact.manifest import PairManifest
-from pipeline.backends.base import Ranks, Toolchain, Traced
+from pipeline.backends.base import Ranks, Toolchain, Traced, TracedPart
 from pipeline.backends.neuron import compiler, hlo, support
 from pipeline.backends.neuron.graph_file import GRAPH_FILE, pack
 from pipeline.backends.neuron.module import NeuronModule, NeuronSeams, dotted, key
@@ -76,7 +76,11 @@ class NeuronBackend:
         check_names(spec, io, traced.metaneff)
         return Traced(hlo.canonical(traced.hlo, traced.metaneff), io, traced)
 
-    def compile(self, traced: Traced, work: Path) -> bytes:
+    def compile_part(self, part: TracedPart, work: Path) -> bytes:
+        """Not called: a graph has no parts, because the compiler finds repeated layers itself (modular flow)."""
+        raise NotImplementedError
+
+    def compile(self, traced: Traced, work: Path, objects: Path | None = None) -> bytes:  # noqa: ARG002 - no parts
         """Compile with neuronx-cc; return the graph file."""
         environment = support.AT_START | sdk_variables(self.target, self.lnc)
         listing = _operators(tuple(environment.items()))

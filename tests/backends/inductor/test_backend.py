@@ -20,25 +20,25 @@ def test_whole_headers_removes_what_a_killed_compiler_left(tmp_path):
         (tmp_path / f"{name}.h").write_text("#include <vector>\n")
         (tmp_path / f"{name}.h.gch").write_bytes(b"half")
     (tmp_path / "good.h.whole").touch()
-    with FileLock(tmp_path / "locks" / "busy.lock"), whole_headers(tmp_path, "O1"):
+    with FileLock(tmp_path / "locks" / "busy.lock"), whole_headers(tmp_path):
         assert sorted(path.name for path in tmp_path.glob("*.gch")) == ["busy.h.gch", "good.h.gch"]
         (tmp_path / "new.h.gch").write_bytes(b"written by this compile")
     assert sorted(path.name for path in tmp_path.glob("*.whole")) == ["good.h.whole", "new.h.whole"]
-    with whole_headers(tmp_path, "O1"):
+    with whole_headers(tmp_path):
         assert sorted(path.name for path in tmp_path.glob("*.gch")) == ["good.h.gch", "new.h.gch"]
 
 
 def test_whole_headers_knows_those_of_clang(tmp_path):
     """Only GCC's `.gch` were looked for: half a header of Clang failed every later compile."""
     (tmp_path / "left.h.pch").write_bytes(b"half")
-    with whole_headers(tmp_path, "O1"):
+    with whole_headers(tmp_path):
         assert not (tmp_path / "left.h.pch").exists()
         (tmp_path / "new.h.pch").write_bytes(b"written by this compile")
     assert (tmp_path / "new.h.whole").exists()
 
 
 def test_whole_headers_does_not_trust_those_of_a_compile_that_failed(tmp_path):
-    with pytest.raises(ZeroDivisionError), whole_headers(tmp_path, "O1"):
+    with pytest.raises(ZeroDivisionError), whole_headers(tmp_path):
         (tmp_path / "new.h.gch").write_bytes(b"perhaps broken")
         1 / 0  # noqa: B018 - stands for a compiler that fails
     assert not list(tmp_path.glob("*.whole"))
@@ -59,6 +59,7 @@ def test_compile_twice_is_the_same_bytes(tmp_path):
     """In one process and in another, with other thread counts, whatever was compiled before."""
     code = (
         "import hashlib, pathlib, sys, torch\n"
+        "from support.graphs import compile_graph\n"
         "from support.pairs import make_pair\nfrom pipeline.backends.base import make_backend\n"
         "from pipeline.recipe.schema import InductorSettings\n"
         "from pipeline.graphs.spec import GraphSpec\n"
@@ -66,7 +67,8 @@ def test_compile_twice_is_the_same_bytes(tmp_path):
         "specs = {'score': GraphSpec('score', 1, 4, 40, model='draft'), 'decode': GraphSpec('decode', 1, 1, 40)}\n"
         "for threads, phase in enumerate(sys.argv[1:], 1):\n"
         "    torch.set_num_threads(threads)\n"
-        "    data = backend.compile(backend.trace(specs[phase], make_pair().shape), pathlib.Path.cwd())\n"
+        "    traced = backend.trace(specs[phase], make_pair().shape)\n"
+        "    data = compile_graph(backend, traced, pathlib.Path.cwd() / f'{phase}-{threads}')\n"
         "    print(phase, hashlib.sha256(data).hexdigest())\n"
     )
     env = os.environ | {"PYTHONPATH": PYTHONPATH}

@@ -1,0 +1,155 @@
+"""Compile a part to an object file with one C function.
+
+Inductor generates the code of a part as for a graph of its own: kernels, and a function that allocates buffers and
+calls them. These are compiled under names of their own; what an AOTInductor model has beside them (constants, inputs
+by name, a container) a part does not need.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import codecache
+from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+from pipeline.backends.inductor.parts import Part
+
+HEADER = "tandem_part.h"
+"""Header of a part, in `scratch.INCLUDE`."""
+RUN = re.compile(r"^void AOTInductorModel::run_impl\(.*?^\} // AOTInductorModel::run_impl$", re.M | re.S)
+"""Inductor's function that allocates buffers and calls kernels."""
+CACHED = re.compile(r"^CACHE_TORCH_\w+\(.*\);$", re.M)
+"""Its constants of torch's dtypes and devices."""
+CHECKS = re.compile(r"^ *(if \(_check_aoti_|__check_inputs_outputs|\[\[maybe_unused\]\] auto& kernels).*\n", re.M)
+"""Its lines that need a whole model."""
+PREFIX = "cpp_fused_"
+"""Start of the name of every kernel."""
+
+SOURCE = """
+#include <{header}>
+
+{kernels}
+
+namespace {{
+
+using namespace torch::aot_inductor;
+{cached}
+
+struct Part {{
+    int32_t device_idx_ = -1;
+    void run_impl(AtenTensorHandle*, AtenTensorHandle*, DeviceStreamType, AOTIProxyExecutorHandle);
+}};
+
+{run}
+
+}}
+
+extern "C" __attribute__((visibility("hidden"))) {declaration} {{
+    // Inductor's function takes its inputs over, and a caller keeps its own.
+    const AtenTensorHandle given[] = {{{given}nullptr}};
+    AtenTensorHandle inputs[{count} + 1], outputs[{results} + 1];
+    try {{
+        for (size_t n = 0; n < {count}; ++n) {{
+            AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(given[n], &inputs[n]));
+        }}
+        Part().run_impl(inputs, outputs, nullptr, nullptr);
+    }} catch (const std::exception& error) {{
+        std::cerr << "Error: " << error.what() << '\\n';
+        return AOTI_TORCH_FAILURE;
+    }}
+    {returned}
+    return AOTI_TORCH_SUCCESS;
+}}
+"""
+
+
+class GeneratedCode(Exception):  # noqa: N818 - ends Inductor's compiler early, and is no error
+    """Inductor's code for a part."""
+
+    def __init__(self, wrapper: str, kernels: str) -> None:
+        super().__init__()
+        self.wrapper, self.kernels = wrapper, kernels
+
+
+def generated(part: Part) -> GeneratedCode:
+    """Return Inductor's code for a part."""
+    try:
+        with _code_only():
+            torch._inductor.aot_compile(part.module, tuple(meta.empty() for meta in part.inputs))
+    except torch._inductor.exc.InductorError as error:
+        if not isinstance(error.inner_exception, GeneratedCode):
+            raise
+        return error.inner_exception
+    except GeneratedCode as code:
+        return code
+    raise AssertionError("Inductor compiled no code")
+
+
+@contextmanager
+def _code_only() -> Iterator[None]:
+    """Let Inductor end where it would compile its code."""
+
+    def stop(graph: Any, wrapper: str, kernels: str, extern_nodes: str | None, **_: Any) -> None:
+        assert extern_nodes is None, extern_nodes  # calls through a model's executor, which a part has not
+        assert not graph.constants, list(graph.constants)
+        raise GeneratedCode(wrapper, kernels)
+
+    original = codecache.AotCodeCompiler.compile
+    codecache.AotCodeCompiler.compile = stop
+    try:
+        yield
+    finally:
+        codecache.AotCodeCompiler.compile = original
+
+
+def source(part: Part, code: GeneratedCode) -> str:
+    """Return the C++ of a part."""
+    run = RUN.search(code.wrapper)
+    assert run is not None, "Inductor's function has another form"
+    count, results = len(part.inputs), part.outputs
+    text = SOURCE.format(
+        header=HEADER,
+        kernels=code.kernels,
+        cached="\n".join(CACHED.findall(code.wrapper)),
+        run=CHECKS.sub("", run[0].replace("AOTInductorModel::", "Part::")),
+        declaration=declaration(part),
+        given="".join(f"t{index}, " for index in range(count)),
+        count=count,
+        results=results,
+        returned="\n    ".join(f"*r{index} = outputs[{index}];" for index in range(results)),
+    )
+    return text.replace(PREFIX, f"{part.name}_")
+
+
+def declaration(part: Part) -> str:
+    """Return the C declaration of a part's function."""
+    arguments = [f"AtenTensorHandle t{index}" for index in range(len(part.inputs))]
+    arguments += [f"AtenTensorHandle* r{index}" for index in range(part.outputs)]
+    return f"AOTITorchError {part.name}({', '.join(arguments)})"
+
+
+def object_file(part: Part, code: GeneratedCode, folder: Path) -> Path:
+    """Compile a part in `folder`; return the object file."""
+    return compiled(source(part, code), folder / f"{part.name}.cpp", HEADER, optimised=True)
+
+
+def compiled(text: str, file: Path, header: str, *, optimised: bool) -> Path:
+    """Compile C++ as Inductor compiles kernels (`optimised`) or their callers; return the object file.
+
+    The text's first include, `header`, is precompiled.
+    """
+    file.write_text(text, encoding="utf-8")
+    facts: dict[str, Any] = {"aot_mode": True, "device_type": "cpu", "vec_isa": pick_vec_isa()}
+    options = CppTorchDeviceOptions(compile_only=True, min_optimize=not optimised, **facts)
+    command = repr(CppBuilder(name="o", sources="i", BuildOption=CppTorchDeviceOptions(**facts)).get_command_line())
+    header_facts = facts | {"min_optimize": not optimised}
+    options.precompiled_header = codecache._precompile_header(header, command, **header_facts)
+    builder = CppBuilder(name=file.stem, sources=str(file), output_dir=str(file.parent), BuildOption=options)
+    builder.build()
+    return Path(builder.get_target_file_path())
