@@ -30,7 +30,7 @@ KINDS = {
     "products": r"rows_times|all_blocks|::times<|by_pairs|by_tiles|by_vectors",
     "attention": r"attend<|cached_attention",
     "waiting": r"libgomp|libomp|libiomp",
-    "other kernels": r"cpp_fused|Sleef",
+    "other kernels": r"cpp_fused|\bp[0-9a-f]{16}_|Sleef",
 }
 """Parts of a step, by what a sample's symbol and library match; the first that does counts."""
 

@@ -37,13 +37,12 @@ def test_reason_is_what_the_exception_says(error, says):
 def test_failed_compile_shows_the_reason_and_leaves_the_rest_to_the_log(tmp_path, capsys, error, what):
     """The message used to begin with the exception's type: `RuntimeError: bad code`."""
 
-    class Failing:
-        def compile(self, traced, work):
-            raise error
+    def failing() -> bytes:
+        raise error
 
     job = SimpleNamespace(spec=SimpleNamespace(name="decode"), log_file=tmp_path / "log.txt")
     with pytest.raises(HostError) as caught:
-        _compile(job, Failing(), None, tmp_path)
+        _compile(job, failing)
     assert caught.value.what == what
     assert type(error).__name__ in capsys.readouterr().err, "the log has the traceback"
 

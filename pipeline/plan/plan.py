@@ -10,7 +10,7 @@ from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Sampling, Scop
 from pipeline.models.config import ModelConfig
 from pipeline.plan.conflicts import conflicts
 from pipeline.plan.estimates import COMPILE_COSTS, GIB, CompileCost, Memory, layer_passes, rank_memory
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import InductorSettings, Recipe
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Plan:
 
     @property
     def _cost(self) -> CompileCost:
-        return COMPILE_COSTS[self.recipe.backend.name]
+        backend = self.recipe.backend
+        whole = isinstance(backend, InductorSettings) and (self.pair.models.tp > 1 or backend.device == "cuda")
+        return COMPILE_COSTS[f"{backend.name}, whole" if whole else backend.name]
 
 
 def make_plan(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Plan:

@@ -186,14 +186,14 @@ def _trace_and_compile(job: Job, backend: Backend, notes: list[str]) -> tuple[st
         if graphs.get(key) is not None or (remote and remote.fetch(key, toolchain, graphs)):
             return key, True
         with tempfile.TemporaryDirectory(prefix="tandem-compile-") as work:
-            objects = _compiled_parts(job, backend, traced, Path(work))
+            objects = compiled_parts(job, backend, traced, Path(work))
             stored = graphs.put(key, _compile(job, partial(backend.compile, traced, Path(work), objects)), toolchain)
         if remote:
             remote.push(key, stored, toolchain)
     return key, False
 
 
-def _compiled_parts(job: Job, backend: Backend, traced: Traced, work: Path) -> Path | None:
+def compiled_parts(job: Job, backend: Backend, traced: Traced, work: Path) -> Path | None:
     """Return a folder with the object files of a graph's parts, compiled on a miss; None for a graph without parts.
 
     Parts that other workers are compiling are left to the end.

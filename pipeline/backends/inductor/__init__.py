@@ -1,7 +1,11 @@
-"""AOTInductor: torch.export, C++ kernels, one shared library per graph. Runs on any CPU; not tested on CUDA.
+"""AOTInductor: C++ kernels, one shared library per graph. Runs on any CPU; not tested on CUDA.
 
     backend.py                  the backend: trace, compile, open
     seams.py                    this backend's seams of the models
+    parts.py                    functions that graphs call often, traced once
+    program.py                  a phase as a list of calls of parts
+    part_objects.py             compile a part to an object file
+    driver.py                   C++ that calls the parts, linked with them
     block_linear.py             a few rows times a blocked weight, as an operator
     block_linear_kernel.py      its C++
     cached_attention.py         attention over the keys in the cache, as an operator

@@ -163,7 +163,7 @@ class InductorBackend:
         from pipeline.backends.inductor.driver import container_object
         from pipeline.backends.inductor.part_objects import generated, object_file
 
-        with self._toolchain(part.ir), torch._inductor.config.patch(self._settings_here()):
+        with self.inductor(part.ir):
             if part.name == CONTAINER:
                 return container_object(part.ir.decode(), work).read_bytes()
             return object_file(part.program, generated(part.program), work).read_bytes()
@@ -174,32 +174,25 @@ class InductorBackend:
         `objects` is the folder with the object files of its parts.
         """
         package = work / self.graph_file
-        with self._toolchain(traced.ir):
+        with self.inductor(traced.ir):
             if objects is None:
-                options = self._settings_here()
-                torch._inductor.aoti_compile_and_package(
-                    traced.program, package_path=str(package), inductor_configs=options
-                )
-                return package.read_bytes()
-            from pipeline.backends.inductor import driver  # not at the top: it imports Inductor
+                torch._inductor.aoti_compile_and_package(traced.program, package_path=str(package))
+            else:
+                from pipeline.backends.inductor import driver  # not at the top: it imports Inductor
 
-            files = [objects / f"{part.name}.o" for part in traced.parts]
-            with torch._inductor.config.patch(self._settings_here()):
+                files = tuple(objects / f"{part.name}.o" for part in traced.parts)
                 driver.package(traced.program, files, work, package)
         return package.read_bytes()
 
-    def _settings_here(self) -> dict[str, Any]:
-        """Return Inductor's configuration with the part that changes no code."""
-        return self.settings() | {
+    @contextmanager
+    def inductor(self, ir: bytes) -> Iterator[None]:
+        """Prepare Inductor for a graph: its configuration, folders, headers and compiler."""
+        settings = self.settings() | {
             "compile_threads": 1,
             # The instruction set is known; Inductor's probes for it take seconds to compile.
             "cpp.vec_isa_ok": True,
             "aot_inductor.compile_wrapper_opt_level": WRAPPER_LEVEL,
         }
-
-    @contextmanager
-    def _toolchain(self, ir: bytes) -> Iterator[None]:
-        """Prepare Inductor's folders, headers and compiler."""
         # Registers our kernels. Not at the top: it imports Inductor, which takes seconds and only compiling needs.
         from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401
 
@@ -209,7 +202,8 @@ class InductorBackend:
         own = prepared_folder(parent)
         folders = scratch(own / graph), whole_headers(own / "headers" / headers), temporary_files(parent)
         use(compiler, own / "compilers")
-        with folders[0], folders[1], folders[2], own_headers(), no_input_checks(), explained(compiler):
+        patched = torch._inductor.config.patch(settings), own_headers(), no_input_checks(), explained(compiler)
+        with folders[0], folders[1], folders[2], patched[0], patched[1], patched[2], patched[3]:
             yield
 
     def open(self, root: Path, manifest: PairManifest) -> Ranks:

@@ -25,6 +25,7 @@ HEADER = "torch/csrc/inductor/aoti_include/cpu.h"
 CHECK = "AOTI_TORCH_ERROR_CODE_CHECK"
 SOURCE = """
 #include <{header}>
+#line 1 "driver.cpp"
 
 extern "C" {{
 {declarations}
@@ -75,7 +76,7 @@ void AOTInductorModel::run_impl(
 def container_source() -> str:
     """Return the C++ of the container, the same for all libraries: what AOTInductor's loader calls."""
     text = (Path(wrapper.__file__).parent / "aoti_runtime" / "interface.cpp").read_text(encoding="utf-8")
-    return f"#include <{HEADER}>\n{text}"
+    return f'#include <{HEADER}>\n#line 1 "container.cpp"\n{text}'
 
 
 def container_object(source: str, folder: Path) -> Path:
@@ -83,7 +84,7 @@ def container_object(source: str, folder: Path) -> Path:
     return compiled(source, folder / "container.cpp", HEADER, optimised=False)
 
 
-def package(program: Program, objects: Sequence[Path], folder: Path, out: Path) -> None:
+def package(program: Program, objects: tuple[Path, ...], folder: Path, out: Path) -> None:
     """Compile and link a program in `folder`, and write the package `out`."""
     name = "model"
     driver = compiled(source(program), folder / "driver.cpp", HEADER, optimised=False)

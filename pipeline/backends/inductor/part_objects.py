@@ -33,6 +33,7 @@ PREFIX = "cpp_fused_"
 
 SOURCE = """
 #include <{header}>
+#line 1 "{name}.cpp"
 
 {kernels}
 
@@ -115,6 +116,7 @@ def source(part: Part, code: GeneratedCode) -> str:
     count, results = len(part.inputs), part.outputs
     text = SOURCE.format(
         header=HEADER,
+        name=part.name,  # in the place of the file's path, which checks would carry into the library
         kernels=code.kernels,
         cached="\n".join(CACHED.findall(code.wrapper)),
         run=CHECKS.sub("", run[0].replace("AOTInductorModel::", "Part::")),
