@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -88,29 +88,26 @@ class _Splitter:
 
     def _groups(self) -> dict[fx.Node, int]:
         """Return the group of each node between marked calls."""
-        first, last = self._first(), self._last()
-        for node, group in self._stateful().items():
-            first[node] = last[node] = group
+        places = self._stateful()
+        first, last = self._first(places), self._last(places)
         taken: list[int] = []
         for node in sorted(self._between, key=last.__getitem__):
             if not taken or taken[-1] < first[node]:
                 taken.append(last[node])
         return {node: taken[bisect_right(taken, last[node]) - 1] for node in self._between}
 
-    def _first(self) -> dict[fx.Node, int]:
-        """Return the first group that has a node's inputs."""
-        first: dict[fx.Node, int] = {}
-        after = {node: index + 1 for index, node in enumerate(self._marked)}
+    def _first(self, places: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+        """Return the first group that has a node's inputs, or its place."""
+        first = {node: index + 1 for index, node in enumerate(self._marked)} | dict(places)
         for node in self._graph.nodes:
-            first[node] = after[node] if node in after else max((first[n] for n in node.all_input_nodes), default=0)
+            first.setdefault(node, max((first[source] for source in node.all_input_nodes), default=0))
         return first
 
-    def _last(self) -> dict[fx.Node, int]:
-        """Return the last group before a node's users."""
-        last: dict[fx.Node, int] = {}
-        before = {node: index for index, node in enumerate(self._marked)}
+    def _last(self, places: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+        """Return the last group before a node's users, or its place."""
+        last = {node: index for index, node in enumerate(self._marked)} | dict(places)
         for node in reversed(self._graph.nodes):
-            last[node] = before.get(node, min((last[user] for user in node.users), default=len(self._marked)))
+            last.setdefault(node, min((last[user] for user in node.users), default=len(self._marked)))
         return last
 
     def _stateful(self) -> dict[fx.Node, int]:
@@ -136,9 +133,11 @@ class _Splitter:
 
     def _call_between(self, nodes: Sequence[fx.Node]) -> None:
         """Make a part of some nodes, with the values that others need as its outputs."""
+        self._numbers.update({node: self._numbers[state] for node in nodes if (state := _state_of(node)) is not None})
         inside = set(nodes)
         sources = dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside)
-        results = [node for node in nodes if any(user not in inside for user in node.users)]
+        outside = [node for node in nodes if any(user not in inside for user in node.users)]
+        results = [node for node in outside if _state_of(node) is None]
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for number, source in enumerate(sources):
@@ -187,6 +186,14 @@ def _name(node: fx.Node) -> str:
 def _nodes(values: Iterable[object]) -> list[fx.Node]:
     """Return the nodes among values."""
     return [value for value in values if isinstance(value, fx.Node)]
+
+
+def _state_of(node: fx.Node) -> fx.Node | None:
+    """Return the input that a node writes in place, and so stands for; None for other nodes."""
+    written = next((source for source in node.all_input_nodes if _writes(node, source)), None)
+    if written is None or written.op == "placeholder":
+        return written
+    return _state_of(written)
 
 
 def _writes(node: fx.Node, value: fx.Node) -> bool:
