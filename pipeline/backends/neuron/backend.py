@@ -78,7 +78,7 @@ class NeuronBackend:
 
     def compile_part(self, part: TracedPart, work: Path) -> bytes:
         """Not called: a graph has no parts, because the compiler finds repeated layers itself (modular flow)."""
-        raise NotImplementedError
+        raise AssertionError(f"a Neuron graph has no parts, found {part.name}")
 
     def compile(self, traced: Traced, work: Path, objects: Path | None = None) -> bytes:  # noqa: ARG002 - no parts
         """Compile with neuronx-cc; return the graph file."""
