@@ -213,9 +213,8 @@ class InductorBackend:
 
 def _parts(program: Program) -> Iterator[TracedPart]:
     """Yield the container and the parts of a program."""
-    from pipeline.backends.inductor.driver import container_source  # not at the top: it imports Inductor
-
-    yield TracedPart(CONTAINER, container_source().encode())
+    interface = Path(torch.__file__).parent / "_inductor/codegen/aoti_runtime/interface.cpp"
+    yield TracedPart(CONTAINER, interface.read_bytes())
     for name in dict.fromkeys(call.part for call in program.calls):
         yield TracedPart(name, program.parts[name].ir, program.parts[name])
 

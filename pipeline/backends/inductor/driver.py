@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch._inductor.codecache import get_device_information
-from torch._inductor.codegen import wrapper
 from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.package import package_aoti
@@ -73,15 +72,10 @@ void AOTInductorModel::run_impl(
 """
 
 
-def container_source() -> str:
-    """Return the C++ of the container, the same for all libraries: what AOTInductor's loader calls."""
-    text = (Path(wrapper.__file__).parent / "aoti_runtime" / "interface.cpp").read_text(encoding="utf-8")
-    return f'#include <{HEADER}>\n#line 1 "container.cpp"\n{text}'
-
-
-def container_object(source: str, folder: Path) -> Path:
-    """Compile the container in `folder`; return the object file."""
-    return compiled(source, folder / "container.cpp", HEADER, optimised=False)
+def container_object(interface: str, folder: Path) -> Path:
+    """Compile the container, torch's text `interface`, in `folder`; return the object file."""
+    text = f'#include <{HEADER}>\n#line 1 "container.cpp"\n{interface}'
+    return compiled(text, folder / "container.cpp", HEADER, optimised=False)
 
 
 def package(program: Program, objects: tuple[Path, ...], folder: Path, out: Path) -> None:

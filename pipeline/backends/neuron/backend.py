@@ -76,7 +76,7 @@ class NeuronBackend:
         check_names(spec, io, traced.metaneff)
         return Traced(hlo.canonical(traced.hlo, traced.metaneff), io, traced)
 
-    def compile_part(self, part: TracedPart, work: Path) -> bytes:
+    def compile_part(self, part: TracedPart, work: Path) -> bytes:  # noqa: ARG002 - the protocol's signature
         """Not called: a graph has no parts, because the compiler finds repeated layers itself (modular flow)."""
         raise AssertionError(f"a Neuron graph has no parts, found {part.name}")
 
