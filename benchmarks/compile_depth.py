@@ -3,7 +3,7 @@
     python benchmarks/compile_depth.py [--rounds 3] [--depths 10 80] [--hidden 512]
 
 A Llama of random weights and one of its layers as the draft; three graphs (prefill, decode, speculate), each with its
-parts, one after the other in a new process. Seconds are processor seconds with the C++ compiler, with precompiled
+subgraphs, one after the other in a new process. Seconds are processor seconds with the C++ compiler, with precompiled
 headers; the peak is that of the larger of the two processes at work.
 """
 

@@ -1,4 +1,4 @@
-"""A step as a program of parts beside the same step as one whole graph: milliseconds, in turns in one process.
+"""A step as a program of subgraphs beside the same step as one whole graph: milliseconds, in turns in one process.
 
     python benchmarks/step_seams.py [--layers 30] [--rounds 30]
 
@@ -83,15 +83,15 @@ def main() -> None:
     )  # fmt: skip
     models = ModelsSpec(target, replace(target, layers=1), "bfloat16", "bfloat16", tp=1, draft_replicated=False)
     pair, backend = PairSpec(models, rows=4, length=1024), InductorBackend(InductorSettings())
-    print(f"{'':32}  whole, ms   parts, ms   parts / whole")
+    print(f"{'':32}  whole, ms   subgraphs, ms   subgraphs / whole")
     for spec in SPECS:
-        parts, whole = both(backend, spec, pair)
+        subgraphs, whole = both(backend, spec, pair)
         inputs = inputs_of(spec, pair, backend)
-        times: dict[LoadedGraph, list[float]] = {parts: [], whole: []}
+        times: dict[LoadedGraph, list[float]] = {subgraphs: [], whole: []}
         for turn in range(options.rounds):
-            for graph in (parts, whole) if turn % 2 else (whole, parts):
+            for graph in (subgraphs, whole) if turn % 2 else (whole, subgraphs):
                 times[graph] += [milliseconds(partial(graph.run, inputs)) for _ in range(6)][1:]
-        one, other = median(times[whole]), median(times[parts])
+        one, other = median(times[whole]), median(times[subgraphs])
         print(f"{spec.name:32}{one:11.2f}{other:12.2f}{other / one:16.3f}", flush=True)
 
 

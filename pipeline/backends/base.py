@@ -47,8 +47,8 @@ class Toolchain:
 
 
 @dataclass(frozen=True)
-class TracedPart:
-    """A part that occurs often in graphs, as `Traced`: compiled once, under its name."""
+class TracedSubgraph:
+    """A subgraph that occurs often in graphs, as `Traced`: compiled once, under its name."""
 
     name: str
     ir: bytes
@@ -59,17 +59,17 @@ class TracedPart:
 class Traced:
     """A traced graph: its canonical text (no paths, times, line numbers), its signature, the backend's own program.
 
-    `program` stays inside the process that traced it; the cache key is computed from `ir`. `parts` are compiled
+    `program` stays inside the process that traced it; the cache key is computed from `ir`. `subgraphs` are compiled
     before the graph, once for all graphs.
     """
 
     ir: bytes
     signature: Signature
     program: Any = field(repr=False, default=None)
-    parts: tuple[TracedPart, ...] = ()
+    subgraphs: tuple[TracedSubgraph, ...] = ()
 
 
-def cache_key(traced: Traced | TracedPart, toolchain: Toolchain, flags: Mapping[str, str]) -> str:
+def cache_key(traced: Traced | TracedSubgraph, toolchain: Toolchain, flags: Mapping[str, str]) -> str:
     """Return the sha256 of the canonical graph, the toolchain and the flags that change code, without weights."""
     settings = json.dumps({"toolchain": toolchain.as_dict(), "flags": dict(flags)}, sort_keys=True)
     return hashlib.sha256(traced.ir + b"\0" + settings.encode()).hexdigest()
@@ -128,14 +128,14 @@ class Backend(Protocol):
         """Trace one graph on tensors without contents."""
         ...
 
-    def compile_part(self, part: TracedPart, work: Path) -> bytes:
-        """Compile a part to an object file, as `compile`."""
+    def compile_subgraph(self, subgraph: TracedSubgraph, work: Path) -> bytes:
+        """Compile a subgraph to an object file, as `compile`."""
         ...
 
     def compile(self, traced: Traced, work: Path, objects: Path | None = None) -> bytes:
         """Compile without side effects; `work` is an empty directory for intermediate files.
 
-        `objects` is the folder of the graph's compiled parts, `<name>.o`.
+        `objects` is the folder of the graph's compiled subgraphs, `<name>.o`.
         """
         ...
 

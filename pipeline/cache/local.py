@@ -1,9 +1,9 @@
 """The content-addressed store of one kind of entry: key -> bytes, checked on every read.
 
-    graphs    compiled graphs (`backends.base.cache_key`); `cache.remote` shares these
-    parts     object files that graphs share
-    memos     from the inputs of a graph to its key, so that no graph is traced twice
-    goldens   reference outputs of the gates
+    graphs       compiled graphs (`backends.base.cache_key`)
+    subgraphs    object files that graphs share; `cache.remote` shares these and the graphs with other machines
+    memos        from the inputs of a graph to its key, so that no graph is traced twice
+    goldens      reference outputs of the gates
 
 It does not compute keys. Imports no torch.
 """
@@ -27,8 +27,8 @@ from pipeline.files.home import expanded
 from pipeline.progress import Log, no_log
 
 KEY = re.compile(r"[0-9a-z][0-9a-z._-]+")
-Kind = Literal["graphs", "parts", "memos", "goldens"]
-KINDS: tuple[Kind, ...] = ("graphs", "parts", "memos", "goldens")
+Kind = Literal["graphs", "subgraphs", "memos", "goldens"]
+KINDS: tuple[Kind, ...] = ("graphs", "subgraphs", "memos", "goldens")
 
 
 def default_root() -> Path:
@@ -92,7 +92,7 @@ class Cache:
     def put(self, key: str, data: bytes | Path, about: Mapping[str, str] | None = None) -> Path:
         """Store bytes, or a file, which is linked and must not change afterwards. The first writer wins.
 
-        `about` is the toolchain of a graph; only graphs with one can be shared.
+        `about` is the toolchain of compiled code; only entries with one can be shared.
 
         Raises:
             HostError: no space, read-only or forbidden.

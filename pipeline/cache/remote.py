@@ -1,9 +1,10 @@
-"""The shared cache of compiled graphs, in a folder or S3 bucket: all builds read it, trusted builds write it.
+"""The shared cache of compiled code, in a folder or S3 bucket: all builds read it, trusted builds write it.
 
-    graphs/<2 hex>/<key>/<sha256>    the graph        graphs/<2 hex>/<key>/entry.json    its digest and toolchain
+    <kind>/<2 hex>/<key>/<sha256>      a graph, or a subgraph's object file
+    <kind>/<2 hex>/<key>/entry.json    its digest and toolchain
 
 Entries are checked: one with a wrong digest or another toolchain is a miss, and a build with write access replaces it.
-A writer can still store a false graph with its own digest under a key, so give write access to CI alone. Trust comes
+A writer can still store false code with its own digest under a key, so give write access to CI alone. Trust comes
 from the signature of a release, not from this cache. Imports no torch.
 """
 
@@ -12,21 +13,23 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.cache.local import KEY, Cache, Stats
+from pipeline.cache.local import KEY, Cache, Kind, Stats
 from pipeline.errors import HostError
 from pipeline.files.atomic import temp_name
 from pipeline.progress import Log, no_log
 from pipeline.stores.base import Bucket, check_bucket, open_bucket
 
+SHARED: tuple[Kind, ...] = ("graphs", "subgraphs")
+"""Kinds of entries that a shared cache has."""
 PART_BYTES = 4 << 20
 PARTS = 4
 LIMIT_BYTES = 4 << 30
-"""Limit for one graph, so that a wrong size in an entry cannot fill the disk."""
+"""Limit for one entry, so that a wrong size in an entry cannot fill the disk."""
 
 Mode = Literal["read", "write"]
 
@@ -42,14 +45,14 @@ class Remote:
         """Check the URL before a build starts to work."""
         check_bucket(self.url)
 
-    def open(self, log: Log = no_log) -> RemoteCache:
-        """Open the cache."""
-        return RemoteCache(open_bucket(self.url), self.mode, log)
+    def open(self, kind: Kind, log: Log = no_log) -> RemoteCache:
+        """Open the entries of one kind."""
+        return RemoteCache(open_bucket(self.url), kind, self.mode, log)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The contents of a graph's `entry.json`."""
+    """The contents of an `entry.json`."""
 
     key: str
     sha256: str
@@ -58,13 +61,13 @@ class Entry:
 
 
 class RemoteCache:
-    """A shared cache. Failures are logged and never fail a build: the graph is compiled instead."""
+    """Entries of one kind. Failures are logged and never fail a build: what is missing is compiled instead."""
 
-    def __init__(self, bucket: Bucket, mode: Mode = "read", log: Log = no_log) -> None:
-        self.bucket, self.mode, self.log = bucket, mode, log
+    def __init__(self, bucket: Bucket, kind: Kind, mode: Mode = "read", log: Log = no_log) -> None:
+        self.bucket, self.kind, self.mode, self.log = bucket, kind, mode, log
 
     def fetch(self, key: str, toolchain: Mapping[str, str], local: Cache) -> bool:
-        """Download a graph into the local cache; return False if the shared cache has no usable entry."""
+        """Download an entry into the local cache; return False if the shared cache has no usable entry."""
         try:
             return self._fetch(key, toolchain, local)
         except (HostError, FileNotFoundError) as error:
@@ -72,7 +75,7 @@ class RemoteCache:
             return False
 
     def push(self, key: str, data: Path, toolchain: Mapping[str, str]) -> bool:
-        """Store a graph, replacing an unusable entry; return False if a usable entry exists, or storing fails."""
+        """Store an entry, replacing an unusable entry; return False if a usable entry exists, or storing fails."""
         if self.mode != "write":
             return False
         try:
@@ -83,7 +86,7 @@ class RemoteCache:
 
     def entries(self) -> Iterator[tuple[Entry, float]]:
         """Yield every readable entry and its time of writing by the store's clock."""
-        for item in self.bucket.list("graphs"):
+        for item in self.bucket.list(self.kind):
             _, _, key, name = [*item.key.split("/"), "", "", ""][:4]
             if name == "entry.json" and KEY.fullmatch(key) and (entry := self._entry(key)):
                 yield entry, item.modified
@@ -93,20 +96,10 @@ class RemoteCache:
         sizes = [entry.size for entry, _ in self.entries()]
         return Stats(len(sizes), sum(sizes))
 
-    def gc(self, max_bytes: int, max_age_s: float | None = None) -> Stats:
-        """Remove the oldest entries until at most `max_bytes` remain, and all older than `max_age_s`.
-
-        A build that is reading a removed entry compiles its graph instead.
-        """
-        entries = sorted(self.entries(), key=lambda item: item[1])
-        total, removed, freed = sum(entry.size for entry, _ in entries), 0, 0
-        for entry, modified in entries:
-            is_old = max_age_s is not None and time.time() - modified > max_age_s
-            if total - freed > max_bytes or is_old:
-                self.bucket.delete(_place(entry.key, "entry.json"))
-                self.bucket.delete(_place(entry.key, entry.sha256))
-                removed, freed = removed + 1, freed + entry.size
-        return Stats(removed, freed)
+    def delete(self, entry: Entry) -> None:
+        """Remove an entry. A build that is reading it compiles instead."""
+        self.bucket.delete(self._place(entry.key, "entry.json"))
+        self.bucket.delete(self._place(entry.key, entry.sha256))
 
     def _fetch(self, key: str, toolchain: Mapping[str, str], local: Cache) -> bool:
         entry = self._entry(key)
@@ -136,29 +129,29 @@ class RemoteCache:
         return digest.hexdigest()
 
     def _pieces(self, entry: Entry) -> Iterator[memoryview]:
-        """Yield a graph's bytes in pieces; each piece reuses the memory of the one before."""
+        """Yield an entry's bytes in pieces; each piece reuses the memory of the one before."""
         buffer = memoryview(bytearray(min(PART_BYTES, entry.size)))
         for start in range(0, entry.size, PART_BYTES):
             part = buffer[: min(PART_BYTES, entry.size - start)]
-            yield part[: self.bucket.read(_place(entry.key, entry.sha256), start, part)]
+            yield part[: self.bucket.read(self._place(entry.key, entry.sha256), start, part)]
 
     def _push(self, key: str, data: Path, toolchain: Mapping[str, str]) -> bool:
         with data.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         entry = Entry(key, sha256, data.stat().st_size, dict(toolchain))
-        present = self.bucket.get(_place(key, "entry.json"))
+        present = self.bucket.get(self._place(key, "entry.json"))
         if present is not None and self._sound(key, toolchain):
             return False
-        self.bucket.upload(_place(key, sha256), data, sha256, PARTS)
+        self.bucket.upload(self._place(key, sha256), data, sha256, PARTS)
         text = json.dumps({"key": key, "sha256": sha256, "size": entry.size, "toolchain": entry.toolchain})
-        return self.bucket.swap(_place(key, "entry.json"), text.encode(), present.token if present else None)
+        return self.bucket.swap(self._place(key, "entry.json"), text.encode(), present.token if present else None)
 
     def _sound(self, key: str, toolchain: Mapping[str, str]) -> bool:
-        """Return whether an entry is usable. Builds of a graph may differ in their bytes: the first entry stays."""
+        """Return whether an entry is usable. Builds of one graph may differ in their bytes: the first entry stays."""
         entry = self._entry(key)
         if entry is None or entry.toolchain != dict(toolchain):
             return False
-        if self.bucket.size(_place(key, entry.sha256)) != entry.size:
+        if self.bucket.size(self._place(key, entry.sha256)) != entry.size:
             return False
         digest = hashlib.sha256()
         for piece in self._pieces(entry):
@@ -166,7 +159,7 @@ class RemoteCache:
         return digest.hexdigest() == entry.sha256
 
     def _entry(self, key: str) -> Entry | None:
-        stored = self.bucket.get(_place(key, "entry.json"))
+        stored = self.bucket.get(self._place(key, "entry.json"))
         if stored is None:
             return None
         try:
@@ -181,18 +174,31 @@ class RemoteCache:
             return None
         return entry
 
+    def _place(self, key: str, name: str) -> str:
+        assert KEY.fullmatch(key), key
+        return f"{self.kind}/{key[:2]}/{key}/{name}"
+
 
 def push_all(local: Cache, remote: RemoteCache) -> int:
-    """Push every graph of the local cache with a recorded toolchain; return the number of new ones."""
+    """Push every entry of the local cache with a recorded toolchain; return the number of new ones."""
     return sum(remote.push(key, data, about) for key, data, about in local.with_toolchains())
 
 
 def pull_all(local: Cache, remote: RemoteCache, toolchain: Mapping[str, str]) -> int:
-    """Download every graph of this toolchain that the local cache lacks; return their number."""
+    """Download every entry of this toolchain that the local cache lacks; return their number."""
     keys = [entry.key for entry, _ in remote.entries() if entry.toolchain == dict(toolchain)]
     return sum(remote.fetch(key, toolchain, local) for key in keys if local.get(key) is None)
 
 
-def _place(key: str, name: str) -> str:
-    assert KEY.fullmatch(key), key
-    return f"graphs/{key[:2]}/{key}/{name}"
+def gc(caches: Sequence[RemoteCache], max_bytes: int, max_age_s: float | None = None) -> dict[Kind, Stats]:
+    """Remove the oldest entries of all kinds until at most `max_bytes` remain, and all older than `max_age_s`."""
+    entries = [(modified, entry, cache) for cache in caches for entry, modified in cache.entries()]
+    left = sum(entry.size for _, entry, _ in entries)
+    removed = {cache.kind: Stats(0, 0) for cache in caches}
+    for modified, entry, cache in sorted(entries, key=lambda item: item[0]):
+        is_old = max_age_s is not None and time.time() - modified > max_age_s
+        if left > max_bytes or is_old:
+            cache.delete(entry)
+            left -= entry.size
+            removed[cache.kind] += Stats(1, entry.size)
+    return removed

@@ -11,7 +11,7 @@ import click
 
 from pipeline.cache.collect import DAY_S, collect, entry_stats, folder_sizes, remove_unused
 from pipeline.cache.local import Cache, Kind, Stats, default_root
-from pipeline.cache.remote import Remote, RemoteCache, pull_all, push_all
+from pipeline.cache.remote import SHARED, Remote, RemoteCache, gc, pull_all, push_all
 from pipeline.cli.console import Console
 from pipeline.cli.groups import Group
 from pipeline.cli.options import as_json
@@ -27,7 +27,7 @@ GIB = 1 << 30
 KINDS = {
     "graphs": "compiled graphs of all builds here",
     "memos": "from a graph's inputs to its key",
-    "parts": "object files that graphs share",
+    "subgraphs": "object files that graphs share",
     "goldens": "reference outputs of the gates",
 }
 
@@ -45,15 +45,11 @@ def cache() -> None:
 @as_json
 @click.pass_obj
 def cache_push(console: Console, url: str, json_: bool) -> None:
-    """Push compiled graphs to the shared cache at URL."""
-    count = push_all(Cache(default_root(), "graphs"), Remote(url, "write").open(console.log))
-    print_result(
-        {"pushed": count}, f"pushed {counted(count, 'graph')} to {url}{'' if count else ': none is new'}", as_json=json_
-    )
-
-
-def _pulled(count: int, url: str) -> str:
-    return f"pulled {counted(count, 'graph')} from {url}{'' if count else ': none is new for this toolchain'}"
+    """Push compiled graphs, and the subgraphs that they share, to the shared cache at URL."""
+    remote = Remote(url, "write")
+    counts = {kind: push_all(Cache(default_root(), kind), remote.open(kind, console.log)) for kind in SHARED}
+    line = f"pushed {_counted(counts)} to {url}{'' if any(counts.values()) else ': none is new'}"
+    print_result({"pushed": counts["graphs"], "kinds": counts}, line, as_json=json_)
 
 
 @cache.command("pull")
@@ -63,18 +59,25 @@ def _pulled(count: int, url: str) -> str:
 @as_json
 @click.pass_obj
 def cache_pull(console: Console, url: str, backend: str | None, json_: bool) -> None:
-    """Pull the graphs that this machine's toolchains can use from the shared cache at URL."""
-    local, remote = Cache(default_root(), "graphs"), Remote(url).open(console.log)
-    pulled = [(toolchain, pull_all(local, remote, toolchain)) for toolchain in _toolchains(backend)]
+    """Pull the graphs and subgraphs that this machine's toolchains can use from the shared cache at URL."""
+    remotes = {kind: Remote(url).open(kind, console.log) for kind in SHARED}
+    pulled = []
+    for toolchain in _toolchains(backend):
+        counts = {kind: pull_all(Cache(default_root(), kind), of, toolchain) for kind, of in remotes.items()}
+        pulled.append((toolchain, counts))
     data = {
-        "pulled": sum(count for _, count in pulled),
-        "toolchains": [{"toolchain": toolchain, "pulled": count} for toolchain, count in pulled],
+        "pulled": sum(counts["graphs"] for _, counts in pulled),
+        "toolchains": [{"toolchain": of, "pulled": counts["graphs"], "kinds": counts} for of, counts in pulled],
     }
     lines = [
-        f"{_shown(toolchain)}: pulled {counted(count, 'graph')} from {url}{'' if count else ': none is new'}"
-        for toolchain, count in pulled
+        f"{_shown(toolchain)}: pulled {_counted(counts)} from {url}{'' if any(counts.values()) else ': none is new'}"
+        for toolchain, counts in pulled
     ]
     print_result(data, "\n".join(lines), as_json=json_)
+
+
+def _counted(counts: Mapping[Kind, int]) -> str:
+    return " and ".join(counted(count, kind[:-1]) for kind, count in counts.items())
 
 
 def _toolchains(name: str | None) -> list[dict[str, str]]:
@@ -161,7 +164,7 @@ def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: boo
     """
     age_s = None if max_days is None else max_days * DAY_S
     max_bytes = int(max_gib * GIB)
-    removed = _graphs(_open(url).gc(max_bytes, age_s)) if url else collect(default_root(), max_bytes, age_s)
+    removed = gc(_open(url), max_bytes, age_s) if url else collect(default_root(), max_bytes, age_s)
     unused = Stats(0, 0) if url or age_s is None else remove_unused(default_root(), age_s)
     parts = [f"{counted(of.entries, kind[:-1])}, {size(of.size_bytes)}" for kind, of in removed.items()]
     if age_s is not None and not url:
@@ -170,17 +173,12 @@ def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: boo
     print_result(_data(removed) | {"unused": asdict(unused)}, f"removed {'; '.join(parts)}", as_json=json_)
 
 
-def _open(url: str) -> RemoteCache:
-    return Remote(url, "write").open()
+def _open(url: str) -> list[RemoteCache]:
+    return [Remote(url, "write").open(kind) for kind in SHARED]
 
 
 def _stored(url: str | None) -> Mapping[Kind, Stats]:
-    return _graphs(_open(url).stats()) if url else entry_stats(default_root())
-
-
-def _graphs(stats: Stats) -> dict[Kind, Stats]:
-    """Return the counts of a shared cache, which has only graphs, by kind."""
-    return {"graphs": stats}
+    return {of.kind: of.stats() for of in _open(url)} if url else entry_stats(default_root())
 
 
 def _data(kinds: Mapping[Kind, Stats]) -> dict[str, Any]:

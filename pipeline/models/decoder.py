@@ -21,6 +21,8 @@ from pipeline.models.parallel import Pass, Seams
 from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, padded_vocab
 
 Weights = Mapping[str, Tensor]
+NEXT_NORM = "next_norm.weight"
+"""Name, among a layer's weights, of the norm after it."""
 Rotary = tuple[Tensor, Tensor]
 """Cos and sin of the rotary embedding, [B, 1, T, D]."""
 
@@ -30,6 +32,13 @@ class Hidden(NamedTuple):
 
     last_BTH: Tensor
     taps_BTX: Tensor | None = None
+
+
+class Stream(NamedTuple):
+    """The residual stream before a layer, and the same after the layer's norm."""
+
+    x_BTH: Tensor
+    normed_BTH: Tensor
 
 
 def hidden_states(
@@ -47,23 +56,27 @@ def hidden_states(
     """
     x = embed(config, weights, seams, tokens_BT)
     rotary = rotary_of(config, run.positions_BT, x.dtype)
+    norms = {layer: weights[f"model.layers.{layer}.input_layernorm.weight"] for layer in range(config.layers)}
+    stream = Stream(x, rms_norm(x, norms[0], config.norm_eps))
     tapped = []
     for layer in range(config.layers):
         if layer in taps:
-            tapped.append(x)
+            tapped.append(stream.x_BTH)
         own = run.of_layer(layer)
-        x = seams.once(run_layer, config, layer_weights(weights, layer), seams, x, rotary, own)
+        w = layer_weights(weights, layer) | {NEXT_NORM: norms.get(layer + 1, weights[NORM])}
+        stream = seams.once(run_layer, config, w, seams, stream, rotary, own)
         run.keep(layer, own.state)
-    last = rms_norm(x, weights[NORM], config.norm_eps)
-    return Hidden(last, torch.cat(tapped, dim=-1) if taps else None)
+    return Hidden(stream.normed_BTH, torch.cat(tapped, dim=-1) if taps else None)
 
 
-def run_layer(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor, rotary: Rotary, run: Pass) -> Tensor:
-    """Run one layer over its caches (`Pass.of_layer`): [B, T, H] -> [B, T, H]."""
-    normed = rms_norm(x_BTH, w["input_layernorm.weight"], config.norm_eps)
-    x_BTH = x_BTH + attention(config, w, seams, normed, rotary, run)
-    normed = rms_norm(x_BTH, w["post_attention_layernorm.weight"], config.norm_eps)
-    return x_BTH + mlp(config, w, seams, normed)
+def run_layer(config: ModelConfig, w: Weights, seams: Seams, stream: Stream, rotary: Rotary, run: Pass) -> Stream:
+    """Run one layer over its caches (`Pass.of_layer`), then the norm after it: of the next layer, or the last one.
+
+    So a layer that is compiled alone adds its residual and computes the next norm in one loop.
+    """
+    x = stream.x_BTH + attention(config, w, seams, stream.normed_BTH, rotary, run)
+    x = x + mlp(config, w, seams, rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps))
+    return Stream(x, rms_norm(x, w[NEXT_NORM], config.norm_eps))
 
 
 def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, limit: int | None = None) -> Tensor:

@@ -47,11 +47,11 @@ class CompileCost:
 
 
 COMPILE_COSTS = {
-    # Measured on one core: 29 graphs of SmolLM2-135M, which share their parts, 16 s and 0.45 MiB each; 80 layers
+    # Measured on one core: 29 graphs of SmolLM2-135M, which share their subgraphs, 16 s and 0.45 MiB each; 80 layers
     # beside 10 (benchmarks/compile_depth.py): 3 to 7 s, 0.09 MiB. Python and the C++ compiler: 0.8 GiB.
     "inductor": CompileCost(15, 0.05, 800 * MIB, MIB // 4, 400 << 10, 1200),
-    # Graphs of several ranks, and of a GPU, have no parts. SmolLM2-135M, speculate with K=4, 42 passes: 92 s, 1.25 GiB
-    # in two processes, 6.2 MB.
+    # Graphs of several ranks, and of a GPU, have no subgraphs. SmolLM2-135M, speculate with K=4, 42 passes: 92 s,
+    # 1.25 GiB in two processes, 6.2 MB.
     "inductor, whole": CompileCost(15, 2.0, 1000 * MIB, 8 * MIB, MIB // 4, 140 << 10),
     # From public reports of neuronx-cc, not measured: accurate enough to separate minutes from hours.
     "neuron": CompileCost(60, 8.0, 8 * GIB, 128 * MIB, 16 * MIB, MIB),

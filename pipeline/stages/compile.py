@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.backends.base import Backend, Traced, cache_key, make_backend, package_of
-from pipeline.cache.local import Cache
+from pipeline.cache.local import Cache, Kind
 from pipeline.cache.remote import Remote
 from pipeline.errors import HostError, TandemError, reason
 from pipeline.executors.local import LocalExecutor
 from pipeline.files.atomic import link_or_copy
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.plan.plan import Plan
-from pipeline.progress import Log, Progress, duration
+from pipeline.progress import Log, Progress, duration, no_log
 from pipeline.recipe.schema import BackendSettings
 from pipeline.stages.workers import output_to, worker_count
 
@@ -177,46 +177,66 @@ def _memoised_key(job: Job, memo: str) -> str | None:
 
 def _trace_and_compile(job: Job, backend: Backend, notes: list[str]) -> tuple[str, bool]:
     """Look in the local, then in the shared cache; compile on a miss, and push the graph to the shared cache."""
-    graphs = Cache(job.cache, "graphs")
+    graphs = SharedCache(job, "graphs", backend, notes.append)
     traced = backend.trace(job.spec, job.pair)
     key = cache_key(traced, backend.toolchain(), backend.flags())
-    toolchain = backend.toolchain().as_dict()
-    remote = job.remote.open(notes.append) if job.remote else None
-    with graphs.lock(key):
-        if graphs.get(key) is not None or (remote and remote.fetch(key, toolchain, graphs)):
+    with graphs.local.lock(key):
+        if graphs.get(key) is not None:
             return key, True
         with tempfile.TemporaryDirectory(prefix="tandem-compile-") as work:
-            objects = compiled_parts(job, backend, traced, Path(work))
-            stored = graphs.put(key, _compile(job, partial(backend.compile, traced, Path(work), objects)), toolchain)
-        if remote:
-            remote.push(key, stored, toolchain)
+            objects = compiled_subgraphs(job, backend, traced, Path(work), notes.append)
+            graphs.put(key, _compile(job, partial(backend.compile, traced, Path(work), objects)))
     return key, False
 
 
-def compiled_parts(job: Job, backend: Backend, traced: Traced, work: Path) -> Path | None:
-    """Return a folder with the object files of a graph's parts, compiled on a miss; None for a graph without parts.
+def compiled_subgraphs(job: Job, backend: Backend, traced: Traced, work: Path, log: Log = no_log) -> Path | None:
+    """Return a folder with the object files of a graph's subgraphs, compiled on a miss; None for a graph without any.
 
-    Parts that other workers are compiling are left to the end.
+    Subgraphs that other workers are compiling are left to the end.
     """
-    if not traced.parts:
+    if not traced.subgraphs:
         return None
-    cache = Cache(job.cache, "parts")
-    folder = work / "parts"
+    cache = SharedCache(job, "subgraphs", backend, log)
+    folder = work / "subgraphs"
     folder.mkdir()
-    keys = {part.name: cache_key(part, backend.toolchain(), backend.flags()) for part in traced.parts}
-    waiting = list(traced.parts)
+    keys = {subgraph.name: cache_key(subgraph, backend.toolchain(), backend.flags()) for subgraph in traced.subgraphs}
+    waiting = list(traced.subgraphs)
     for is_last_pass in (False, True):
-        for part in tuple(waiting):
-            with cache.lock(keys[part.name], wait=is_last_pass) as locked:
+        for subgraph in tuple(waiting):
+            key = keys[subgraph.name]
+            with cache.local.lock(key, wait=is_last_pass) as locked:
                 if locked:
-                    file = cache.get(keys[part.name])
+                    file = cache.get(key)
                     if file is None:
-                        with tempfile.TemporaryDirectory(prefix="tandem-part-") as own:
-                            data = _compile(job, partial(backend.compile_part, part, Path(own)))
-                        file = cache.put(keys[part.name], data, backend.toolchain().as_dict())
-                    link_or_copy(file, folder / f"{part.name}.o")
-                    waiting.remove(part)
+                        with tempfile.TemporaryDirectory(prefix="tandem-subgraph-") as own:
+                            data = _compile(job, partial(backend.compile_subgraph, subgraph, Path(own)))
+                        file = cache.put(key, data)
+                    link_or_copy(file, folder / f"{subgraph.name}.o")
+                    waiting.remove(subgraph)
     return folder
+
+
+class SharedCache:
+    """Compiled code of one kind: the local cache, and behind it the shared one, if the build has one."""
+
+    def __init__(self, job: Job, kind: Kind, backend: Backend, log: Log) -> None:
+        self.local = Cache(job.cache, kind)
+        self._remote = job.remote.open(kind, log) if job.remote else None
+        self._toolchain = backend.toolchain().as_dict()
+
+    def get(self, key: str) -> Path | None:
+        """Return the file under `key`, fetched from the shared cache if the local one lacks it; None for a miss."""
+        file = self.local.get(key)
+        if file is None and self._remote and self._remote.fetch(key, self._toolchain, self.local):
+            file = self.local.get(key)
+        return file
+
+    def put(self, key: str, data: bytes) -> Path:
+        """Store compiled code in both."""
+        file = self.local.put(key, data, self._toolchain)
+        if self._remote:
+            self._remote.push(key, file, self._toolchain)
+        return file
 
 
 def _compile(job: Job, run: Callable[[], bytes]) -> bytes:

@@ -80,9 +80,9 @@ def test_no_cache_yet(tmp_path):
 
 def test_kinds_are_counted_and_collected_apart(tmp_path):
     """Goldens and memos lay among the graphs, so `cache stats` counted a reference output as a compiled graph."""
-    for kind, size in (("graphs", 30), ("parts", 2), ("memos", 1), ("goldens", 20)):
+    for kind, size in (("graphs", 30), ("subgraphs", 2), ("memos", 1), ("goldens", 20)):
         Cache(tmp_path, kind).put(f"{kind}-key", b"x" * size)
-    counts = {"graphs": Stats(1, 30), "parts": Stats(1, 2), "memos": Stats(1, 1), "goldens": Stats(1, 20)}
+    counts = {"graphs": Stats(1, 30), "subgraphs": Stats(1, 2), "memos": Stats(1, 1), "goldens": Stats(1, 20)}
     assert entry_stats(tmp_path) == counts
     assert Cache(tmp_path, "graphs").get("goldens-key") is None
     os.utime(tmp_path / "goldens/go/goldens-key/entry.json", (1, 1))

@@ -1,4 +1,4 @@
-"""The shared cache of graphs: nothing in it is trusted, and its failures fail no build."""
+"""The shared cache of compiled code: nothing in it is trusted, and its failures fail no build."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache.local import Cache
-from pipeline.cache.remote import Remote, RemoteCache, pull_all, push_all
+from pipeline.cache.local import Cache, Stats
+from pipeline.cache.remote import Remote, RemoteCache, gc, pull_all, push_all
 from pipeline.errors import HostError
 from pipeline.stores.base import open_bucket
 
@@ -40,7 +40,7 @@ def notes() -> list[str]:
 
 
 def shared(url: str, notes: list[str], mode: str = "write") -> RemoteCache:
-    return Remote(url, mode).open(notes.append)
+    return Remote(url, mode).open("graphs", notes.append)
 
 
 def fill(local: Cache, url: str, data: bytes = b"graph" * 1000, key: str = KEY) -> None:
@@ -136,10 +136,9 @@ def test_stats_and_gc(local, url, notes):
         time.sleep(1.1 if url.startswith("s3") else 0.02)  # S3 dates have seconds
     found = shared(url, notes)
     assert (found.stats().entries, found.stats().size_bytes) == (3, 3000)
-    removed = found.gc(2000)
-    assert (removed.entries, removed.size_bytes) == (1, 1000)
+    assert gc([found], 2000) == {"graphs": Stats(1, 1000)}
     assert {entry.key[:2] for entry, _ in found.entries()} == {"01", "02"}
-    assert found.gc(0).entries == 2
+    assert gc([found], 0)["graphs"].entries == 2
     assert list(open_bucket(url).list("graphs")) == []
 
 
@@ -148,8 +147,20 @@ def test_gc_by_age(local, tmp_path, notes):
     fill(local, url)
     for path in Path(url).rglob("entry.json"):
         os.utime(path, (time.time() - 1000,) * 2)
-    assert shared(url, notes).gc(1 << 30, 2000).entries == 0
-    assert shared(url, notes).gc(1 << 30, 500).entries == 1
+    assert gc([shared(url, notes)], 1 << 30, 2000)["graphs"].entries == 0
+    assert gc([shared(url, notes)], 1 << 30, 500)["graphs"].entries == 1
+
+
+def test_gc_takes_the_oldest_of_all_kinds(tmp_path, notes):
+    url = str(tmp_path / "shared")
+    caches = [Remote(url, "write").open(kind, notes.append) for kind in ("graphs", "subgraphs")]
+    for age, (remote, key) in enumerate((of, number * 64) for number in "01" for of in caches):
+        local = Cache(tmp_path / "local", remote.kind)
+        assert remote.push(key, local.put(key, b"x" * 1000, TOOLCHAIN), TOOLCHAIN)
+        place = Path(url) / remote.kind / key[:2] / key / "entry.json"
+        os.utime(place, (time.time() - 1000 + age,) * 2)
+    assert gc(caches, 1500) == {"graphs": Stats(2, 2000), "subgraphs": Stats(1, 1000)}
+    assert [entry.key for entry, _ in caches[1].entries()] == ["1" * 64]
 
 
 class Down:
@@ -165,7 +176,7 @@ class Down:
 
 
 def test_failures_are_noted(cold, notes, tmp_path):
-    remote = RemoteCache(Down(), "write", notes.append)
+    remote = RemoteCache(Down(), "graphs", "write", notes.append)
     assert not remote.fetch(KEY, TOOLCHAIN, cold)
     (tmp_path / "data").write_bytes(b"graph")
     assert not remote.push(KEY, tmp_path / "data", TOOLCHAIN)
@@ -175,4 +186,4 @@ def test_failures_are_noted(cold, notes, tmp_path):
 
 def test_a_hub_is_refused():
     with pytest.raises(HostError, match="a Hub cannot hold a cache"):
-        Remote("hf://org").open()
+        Remote("hf://org").open("graphs")

@@ -48,7 +48,7 @@ def share(folder: Path, toolchains: Sequence[dict[str, str]]) -> str:
     local = Cache(folder / "builder", "graphs")
     for number, toolchain in enumerate(toolchains):
         local.put(f"{number}{number}" * 32, b"graph", toolchain)
-    assert push_all(local, Remote(str(folder / "shared"), "write").open()) == len(toolchains)
+    assert push_all(local, Remote(str(folder / "shared"), "write").open("graphs")) == len(toolchains)
     return str(folder / "shared")
 
 
@@ -60,7 +60,10 @@ def test_cache_pull_takes_the_graphs_of_every_installed_backend(work, neuron_sdk
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {
         "pulled": 2,
-        "toolchains": [{"toolchain": inductor, "pulled": 1}, {"toolchain": neuron_sdk, "pulled": 1}],
+        "toolchains": [
+            {"toolchain": toolchain, "pulled": 1, "kinds": {"graphs": 1, "subgraphs": 0}}
+            for toolchain in (inductor, neuron_sdk)
+        ],
     }
     assert Cache(work / "cache", "graphs").get("11" * 32).read_bytes() == b"graph"
 
@@ -70,7 +73,7 @@ def test_cache_pull_of_one_backend_says_which_toolchain(work, neuron_sdk):
     result = invoke("cache", "pull", share(work, [inductor, neuron_sdk]), "--backend", "neuron")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("neuron (torch 2.9.0, ")
-    assert ", neuronx-cc 2.24.8799.0): pulled 1 graph from " in result.stdout
+    assert ", neuronx-cc 2.24.8799.0): pulled 1 graph and 0 subgraphs from " in result.stdout
     assert Cache(work / "cache", "graphs").get("00" * 32) is None
 
 
@@ -89,14 +92,14 @@ def test_cache_stats_and_gc_count_by_kind(work):
     assert (counted["entries"], counted["size_bytes"]) == (1, 1 << 20)
     assert counted["kinds"]["goldens"] == {"entries": 1, "size_bytes": 2 << 20}
     assert answer("cache", "stats").stdout.splitlines()[2:7] == [
-        "entries                                     number     size",
-        "graphs: compiled graphs of all builds here       1  1.0 MiB",
-        "parts: object files that graphs share            0      0 B",
-        "memos: from a graph's inputs to its key          0      0 B",
-        "goldens: reference outputs of the gates          1  2.0 MiB",
+        "entries                                    number     size",
+        "graphs: compiled graphs of all builds here      1  1.0 MiB",
+        "subgraphs: object files that graphs share       0      0 B",
+        "memos: from a graph's inputs to its key         0      0 B",
+        "goldens: reference outputs of the gates         1  2.0 MiB",
     ]
     removed = answer("cache", "gc", "--max-gib", "0").stdout
-    assert removed == "removed 1 graph, 1.0 MiB; 0 parts, 0 B; 0 memos, 0 B; 1 golden, 2.0 MiB\n"
+    assert removed == "removed 1 graph, 1.0 MiB; 0 subgraphs, 0 B; 0 memos, 0 B; 1 golden, 2.0 MiB\n"
 
 
 def test_cache_stats_adds_up_the_folders(work):
@@ -113,4 +116,4 @@ def test_cache_gc_counts_unused_blobs_only_if_it_looked_for_them(work):
 
 
 def test_cache_push_of_nothing_new_says_why(work):
-    assert answer("cache", "push", "shared").stdout == "pushed 0 graphs to shared: none is new\n"
+    assert answer("cache", "push", "shared").stdout == "pushed 0 graphs and 0 subgraphs to shared: none is new\n"

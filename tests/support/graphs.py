@@ -8,11 +8,11 @@ from pipeline.backends.base import Backend, Traced
 
 
 def compile_graph(backend: Backend, traced: Traced, work: Path) -> bytes:
-    """Compile the parts of a graph in the empty folder `work`, then the graph; return its file."""
-    objects = work / "parts"
+    """Compile the subgraphs of a graph in the empty folder `work`, then the graph; return its file."""
+    objects = work / "subgraphs"
     objects.mkdir(parents=True)
-    for part in traced.parts:
-        own = work / part.name
+    for subgraph in traced.subgraphs:
+        own = work / subgraph.name
         own.mkdir()
-        (objects / f"{part.name}.o").write_bytes(backend.compile_part(part, own))
-    return backend.compile(traced, work, objects if traced.parts else None)
+        (objects / f"{subgraph.name}.o").write_bytes(backend.compile_subgraph(subgraph, own))
+    return backend.compile(traced, work, objects if traced.subgraphs else None)

@@ -2,10 +2,10 @@
 
     backend.py                  the backend: trace, compile, open
     seams.py                    this backend's seams of the models
-    parts.py                    functions that graphs call often, traced once
-    program.py                  a phase as a list of calls of parts
-    part_objects.py             compile a part to an object file
-    driver.py                   C++ that calls the parts, linked with them
+    subgraphs.py                    functions that graphs call often, traced once
+    program.py                  a phase as a list of calls of subgraphs
+    subgraph_objects.py             compile a subgraph to an object file
+    driver.py                   C++ that calls the subgraphs, linked with them
     block_linear.py             a few rows times a blocked weight, as an operator
     block_linear_kernel.py      its C++
     cached_attention.py         attention over the keys in the cache, as an operator

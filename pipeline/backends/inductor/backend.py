@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
-from pipeline.backends.base import Ranks, Toolchain, Traced, TracedPart
+from pipeline.backends.base import Ranks, Toolchain, Traced, TracedSubgraph
 from pipeline.backends.inductor.compiler import explained, from_environment, use
-from pipeline.backends.inductor.parts import PartTracer
 from pipeline.backends.inductor.program import Program, program_of
 from pipeline.backends.inductor.ranks import ManyRanks, OneRank
 from pipeline.backends.inductor.scratch import (
@@ -28,6 +27,7 @@ from pipeline.backends.inductor.scratch import (
 )
 from pipeline.backends.inductor.seams import BlockedSeams, PlainRankedSeams, RankedSeams
 from pipeline.backends.inductor.session import GRAPH_FILE
+from pipeline.backends.inductor.subgraphs import SubgraphTracer
 from pipeline.errors import HostError, Problem
 from pipeline.files.temporary import prepared_folder, problems, temporary_files, temporary_folder
 from pipeline.graphs.module import GraphModule, empty
@@ -42,17 +42,17 @@ KERNELS = (
     "cached_attention_kernel.py",
     "vectors.py",
     "include/regex",
-    "include/tandem_part.h",
+    "include/tandem_subgraph.h",
 )
 KERNEL_DIGEST = hashlib.sha256(b"".join((Path(__file__).parent / k).read_bytes() for k in KERNELS)).hexdigest()[:12]
 """Digest of our own C++, which the traced graph refers to by name only."""
 
 CONTAINER = "container"
-"""Name of the part that every graph on a CPU has: what the loader calls."""
+"""Name of the subgraph that every graph on a CPU has: what the loader calls."""
 
 WRAPPER_LEVEL = "O1"
-"""Optimisation level of the C++ that calls kernels and parts: at O0 a step of a model of 135 M weights, whose kernels
-are short, takes 3% longer, and a graph's file is four times as large."""
+"""Optimisation level of the C++ that calls kernels and subgraphs: at O0 a step of a model of 135 M weights, whose
+kernels are short, takes 3% longer, and a graph's file is four times as large."""
 
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
@@ -134,17 +134,17 @@ class InductorBackend:
         what = f"the recipe requires C++ compiler {self.cxx}; {shlex.join(compiler.words)!r} is version {version}"
         return [Problem("backend.cxx", what, "set CXX to that version, or change backend.cxx")]
 
-    def seams(self, tp: int, parts: PartTracer | None = None) -> Seams:
+    def seams(self, tp: int, subgraphs: SubgraphTracer | None = None) -> Seams:
         """Return layouts and collectives of a model split over `tp` ranks."""
         if self.device == "cpu":
-            return BlockedSeams(parts) if tp == 1 else RankedSeams(tp)
+            return BlockedSeams(subgraphs) if tp == 1 else RankedSeams(tp)
         return Seams() if tp == 1 else PlainRankedSeams(tp)
 
     def trace(self, spec: GraphSpec, pair: PairSpec) -> Traced:
         """Trace the graph to ATen operators on uninitialised tensors.
 
-        On a CPU a graph of one rank is a program of parts. Others are exported whole: sums over ranks are calls of
-        torch, which a part cannot make, and a GPU needs few launches.
+        On a CPU a graph of one rank is a program of subgraphs. Others are exported whole: sums over ranks are calls of
+        torch, which a subgraph cannot make, and a GPU needs few launches.
         """
         io = signature(spec, pair, self.packing)
         inputs = empty(io.inputs, self.device)
@@ -152,26 +152,26 @@ class InductorBackend:
             with torch.no_grad():
                 whole = torch.export.export(GraphModule(spec, pair, io, self.seams), (inputs,), strict=False)
             return Traced(canonical(whole).encode(), io, whole)
-        tracer = PartTracer(graph_text)
-        module = GraphModule(spec, pair, io, partial(self.seams, parts=tracer))
+        tracer = SubgraphTracer(graph_text)
+        module = GraphModule(spec, pair, io, partial(self.seams, subgraphs=tracer))
         program = program_of(module, tracer, inputs, graph_text)
-        return Traced(program.text().encode(), io, program, tuple(_parts(program)))
+        return Traced(program.text().encode(), io, program, tuple(_subgraphs(program)))
 
-    def compile_part(self, part: TracedPart, work: Path) -> bytes:
-        """Compile a part of graphs; return the object file."""
+    def compile_subgraph(self, subgraph: TracedSubgraph, work: Path) -> bytes:
+        """Compile a subgraph of graphs; return the object file."""
         # Not at the top: they import Inductor.
         from pipeline.backends.inductor.driver import container_object
-        from pipeline.backends.inductor.part_objects import generated, object_file
+        from pipeline.backends.inductor.subgraph_objects import generated, object_file
 
-        with self.inductor(part.ir):
-            if part.name == CONTAINER:
-                return container_object(part.ir.decode(), work).read_bytes()
-            return object_file(part.program, generated(part.program), work).read_bytes()
+        with self.inductor(subgraph.ir):
+            if subgraph.name == CONTAINER:
+                return container_object(subgraph.ir.decode(), work).read_bytes()
+            return object_file(subgraph.program, generated(subgraph.program), work).read_bytes()
 
     def compile(self, traced: Traced, work: Path, objects: Path | None = None) -> bytes:
         """Link a program, or lower a whole graph to C++ (or Triton); return the `.pt2` package.
 
-        `objects` is the folder with the object files of its parts.
+        `objects` is the folder with the object files of its subgraphs.
         """
         package = work / self.graph_file
         with self.inductor(traced.ir):
@@ -180,7 +180,7 @@ class InductorBackend:
             else:
                 from pipeline.backends.inductor import driver  # not at the top: it imports Inductor
 
-                files = tuple(objects / f"{part.name}.o" for part in traced.parts)
+                files = tuple(objects / f"{subgraph.name}.o" for subgraph in traced.subgraphs)
                 driver.package(traced.program, files, work, package)
         return package.read_bytes()
 
@@ -211,12 +211,12 @@ class InductorBackend:
         return OneRank(root, manifest) if manifest.ranks == 1 else ManyRanks(root, manifest)
 
 
-def _parts(program: Program) -> Iterator[TracedPart]:
-    """Yield the container and the parts of a program."""
+def _subgraphs(program: Program) -> Iterator[TracedSubgraph]:
+    """Yield the container and the subgraphs of a program."""
     interface = Path(torch.__file__).parent / "_inductor/codegen/aoti_runtime/interface.cpp"
-    yield TracedPart(CONTAINER, interface.read_bytes())
-    for name in dict.fromkeys(call.part for call in program.calls):
-        yield TracedPart(name, program.parts[name].ir, program.parts[name])
+    yield TracedSubgraph(CONTAINER, interface.read_bytes())
+    for name in dict.fromkeys(call.subgraph for call in program.calls):
+        yield TracedSubgraph(name, program.subgraphs[name].ir, program.subgraphs[name])
 
 
 def canonical(program: torch.export.ExportedProgram) -> str:

@@ -1,4 +1,4 @@
-"""The library of a program: C++ that calls its parts in order, linked with their object files into a `.pt2` package.
+"""The library of a program: C++ that calls its subgraphs in order, linked with their object files into a `.pt2`.
 
 AOTInductor's loader opens the package like one of Inductor's own: the container that it calls is Inductor's text, and
 the model behind it is ours. A graph of 80 layers is 80 calls of one function.
@@ -17,8 +17,8 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.package import package_aoti
 from torch.utils import _pytree as pytree
 
-from pipeline.backends.inductor.part_objects import compiled, declaration
 from pipeline.backends.inductor.program import Call, Program
+from pipeline.backends.inductor.subgraph_objects import compiled, declaration
 
 HEADER = "torch/csrc/inductor/aoti_include/cpu.h"
 CHECK = "AOTI_TORCH_ERROR_CODE_CHECK"
@@ -99,12 +99,12 @@ def source(program: Program) -> str:
     for index, call in enumerate(program.calls):
         freed = [n for n in call.inputs if n >= program.inputs and last_uses[n] == index and n not in kept]
         lines += _lines(program, call, sorted(set(freed)))
-    used = {call.part: program.parts[call.part] for call in program.calls}
+    used = {call.subgraph: program.subgraphs[call.subgraph] for call in program.calls}
     count = program.inputs + sum(len(call.outputs) for call in program.calls)
     returned = [_returned(program, place, number) for place, number in enumerate(program.outputs)]
     return SOURCE.format(
         header=HEADER,
-        declarations="\n".join(f"{declaration(part)};" for part in used.values()),
+        declarations="\n".join(f"{declaration(subgraph)};" for subgraph in used.values()),
         inputs=program.inputs,
         outputs=len(program.outputs),
         values=count - program.inputs,
@@ -125,7 +125,7 @@ def _lines(program: Program, call: Call, freed: Sequence[int]) -> list[str]:
     """Return the C++ of one call."""
     arguments = [_handle(program, number) for number in call.inputs]
     arguments += [f"&results[{n}]" for n in range(len(call.outputs))]
-    lines = [f"{CHECK}({call.part}({', '.join(arguments)}));"]
+    lines = [f"{CHECK}({call.subgraph}({', '.join(arguments)}));"]
     if call.outputs:
         lines.append(f"keep({call.outputs[0] - program.inputs}, {len(call.outputs)});")
     return lines + [f"values[{number - program.inputs}].reset();" for number in freed]

@@ -1,4 +1,4 @@
-"""A phase as a list of calls of parts: what is traced between marked calls becomes parts too. Compiles nothing."""
+"""A phase as a list of calls of subgraphs; what is between marked calls becomes subgraphs too. Compiles nothing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pipeline.backends.inductor.parts import NAMESPACE, Part, PartTracer, TextOf, meta_of, part_of, returned
+from pipeline.backends.inductor.subgraphs import (
+    NAMESPACE,
+    Subgraph,
+    SubgraphTracer,
+    TextOf,
+    meta_of,
+    returned,
+    subgraph_of,
+)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a part: the numbers of the values that it takes, and of those that it returns."""
+    """One call of a subgraph: the numbers of the values that it takes, and of those that it returns."""
 
-    part: str
+    subgraph: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
@@ -31,16 +39,19 @@ class Program:
     inputs: int
     calls: tuple[Call, ...]
     outputs: tuple[int, ...]
-    parts: dict[str, Part]
+    subgraphs: dict[str, Subgraph]
 
     def text(self) -> str:
-        """Return the canonical text: equal programs have equal parts, by their digests."""
-        calls = (f"{call.outputs} = {call.part}{call.inputs}" for call in self.calls)
+        """Return the canonical text: equal programs have equal subgraphs, by their digests."""
+        calls = (f"{call.outputs} = {call.subgraph}{call.inputs}" for call in self.calls)
         return "\n".join([f"inputs {self.inputs}", *calls, f"outputs {self.outputs}"])
 
 
 def program_of(
-    module: Callable[[list[Tensor]], tuple[Tensor, ...]], tracer: PartTracer, inputs: Sequence[Tensor], text_of: TextOf
+    module: Callable[[list[Tensor]], tuple[Tensor, ...]],
+    tracer: SubgraphTracer,
+    inputs: Sequence[Tensor],
+    text_of: TextOf,
 ) -> Program:
     """Trace a phase whose seams use `tracer`."""
     tracer.find(module, inputs)
@@ -51,20 +62,20 @@ def program_of(
     with torch.no_grad():
         graph = make_fx(run, tracing_mode="fake")(*inputs).graph
     graph.eliminate_dead_code()
-    return _Splitter(graph, tracer.parts, text_of).program()
+    return _Splitter(graph, tracer.subgraphs, text_of).program()
 
 
 class _Splitter:
-    """Groups the nodes of a phase: marked calls in their order, and between some of them one part of all other nodes.
+    """Groups the nodes of a phase: marked calls in their order, and between some of them one subgraph of other nodes.
 
     Group g runs after g marked calls. A node may run in each group from the first that has its inputs to the last
     before its users. The fewest groups that have a place for each node are taken, and a node runs in the latest of them
-    that it may. So nodes between the steps of a draft that do not depend on the steps are one part, and a part has no
-    more than it needs, which other phases can share. Nodes that read or write state keep their place.
+    that it may. So nodes between the steps of a draft that do not depend on the steps are one subgraph, and a subgraph
+    has no more than it needs, which other phases can share. Nodes that read or write state keep their place.
     """
 
-    def __init__(self, graph: fx.Graph, parts: dict[str, Part], text_of: TextOf) -> None:
-        self.parts = dict(parts)
+    def __init__(self, graph: fx.Graph, subgraphs: dict[str, Subgraph], text_of: TextOf) -> None:
+        self.subgraphs = dict(subgraphs)
         self._graph, self._text_of = graph, text_of
         self._marked = [node for node in graph.nodes if _is_marked(node)]
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -84,7 +95,7 @@ class _Splitter:
             if group < len(self._marked):
                 self._call_marked(self._marked[group])
         outputs = tuple(self._numbers[node] for node in returned(self._graph))
-        return Program(len(self._inputs), tuple(self._calls), outputs, self.parts)
+        return Program(len(self._inputs), tuple(self._calls), outputs, self.subgraphs)
 
     def _groups(self) -> dict[fx.Node, int]:
         """Return the group of each node between marked calls."""
@@ -124,15 +135,15 @@ class _Splitter:
         return places
 
     def _call_marked(self, node: fx.Node) -> None:
-        part = self.parts[_name(node)]
-        outputs = self._new(part.outputs)
-        self._calls.append(Call(part.name, tuple(self._numbers[source] for source in _nodes(node.args)), outputs))
-        if part.outputs == 1:
+        subgraph = self.subgraphs[_name(node)]
+        outputs = self._new(subgraph.outputs)
+        self._calls.append(Call(subgraph.name, tuple(self._numbers[source] for source in _nodes(node.args)), outputs))
+        if subgraph.outputs == 1:
             self._numbers[node] = outputs[0]
         self._numbers.update({user: outputs[cast("int", user.args[1])] for user in node.users if _is_result(user)})
 
     def _call_between(self, nodes: Sequence[fx.Node]) -> None:
-        """Make a part of some nodes, with the values that others need as its outputs."""
+        """Make a subgraph of some nodes, with the values that others need as its outputs."""
         self._numbers.update({node: self._numbers[state] for node in nodes if (state := _state_of(node)) is not None})
         inside = set(nodes)
         sources = dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside)
@@ -147,10 +158,10 @@ class _Splitter:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(_contiguous(graph, copies[node]) for node in results))
         module = fx.GraphModule(torch.nn.Module(), graph)
-        part = part_of(module, [meta_of(source.meta["val"]) for source in sources], self._text_of)
-        self.parts[part.name] = part
+        subgraph = subgraph_of(module, [meta_of(source.meta["val"]) for source in sources], self._text_of)
+        self.subgraphs[subgraph.name] = subgraph
         outputs = self._new(len(results))
-        self._calls.append(Call(part.name, tuple(self._numbers[source] for source in sources), outputs))
+        self._calls.append(Call(subgraph.name, tuple(self._numbers[source] for source in sources), outputs))
         self._numbers.update(zip(results, outputs, strict=True))
 
     def _new(self, count: int) -> tuple[int, ...]:
@@ -178,7 +189,7 @@ def _is_result(node: fx.Node) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    """Return the name of the part that a marked call calls."""
+    """Return the name of the subgraph that a marked call calls."""
     assert isinstance(node.target, torch._ops.OpOverload)
     return str(node.target._opname)
 

@@ -10,23 +10,23 @@ from torch import Tensor
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.backends.inductor.collectives import all_gather, all_reduce
-from pipeline.backends.inductor.parts import PartTracer
+from pipeline.backends.inductor.subgraphs import SubgraphTracer
 from pipeline.graphs.packing import SCALE_BYTES
 from pipeline.models.parallel import Attend, P, R, Seams
 from pipeline.models.weights import BLOCK
 
 
 class BlockedSeams(Seams):
-    """Blocked weights on one rank, summed in float32. With a tracer, parts are compiled once."""
+    """Blocked weights on one rank, summed in float32. With a tracer, subgraphs are compiled once."""
 
-    def __init__(self, parts: PartTracer | None = None) -> None:
-        self.parts = parts
+    def __init__(self, subgraphs: SubgraphTracer | None = None) -> None:
+        self.subgraphs = subgraphs
 
     def once(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function through the tracer."""
-        if self.parts is None:
+        if self.subgraphs is None:
             return function(*args, **kwargs)
-        result: R = self.parts.call(function, *args, **kwargs)
+        result: R = self.subgraphs.call(function, *args, **kwargs)
         return result
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:

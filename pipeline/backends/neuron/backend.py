@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact.manifest import PairManifest
-from pipeline.backends.base import Ranks, Toolchain, Traced, TracedPart
+from pipeline.backends.base import Ranks, Toolchain, Traced, TracedSubgraph
 from pipeline.backends.neuron import compiler, hlo, support
 from pipeline.backends.neuron.graph_file import GRAPH_FILE, pack
 from pipeline.backends.neuron.module import NeuronModule, NeuronSeams, dotted, key
@@ -76,11 +76,11 @@ class NeuronBackend:
         check_names(spec, io, traced.metaneff)
         return Traced(hlo.canonical(traced.hlo, traced.metaneff), io, traced)
 
-    def compile_part(self, part: TracedPart, work: Path) -> bytes:  # noqa: ARG002 - the protocol's signature
-        """Not called: a graph has no parts, because the compiler finds repeated layers itself (modular flow)."""
-        raise AssertionError(f"a Neuron graph has no parts, found {part.name}")
+    def compile_subgraph(self, subgraph: TracedSubgraph, work: Path) -> bytes:  # noqa: ARG002 - the protocol's signature
+        """Not called: a graph has no subgraphs, because the compiler finds repeated layers itself (modular flow)."""
+        raise AssertionError(f"a Neuron graph has no subgraphs, found {subgraph.name}")
 
-    def compile(self, traced: Traced, work: Path, objects: Path | None = None) -> bytes:  # noqa: ARG002 - no parts
+    def compile(self, traced: Traced, work: Path, objects: Path | None = None) -> bytes:  # noqa: ARG002 - no subgraphs
         """Compile with neuronx-cc; return the graph file."""
         environment = support.AT_START | sdk_variables(self.target, self.lnc)
         listing = _operators(tuple(environment.items()))

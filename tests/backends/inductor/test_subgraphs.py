@@ -1,4 +1,4 @@
-"""Graphs as programs of parts: each equals its phase, parts are shared, and layers add calls instead of parts."""
+"""Graphs as programs of subgraphs: each equals its phase, graphs share them, and layers add calls, no subgraphs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.backends.base import TracedPart, make_backend
+from pipeline.backends.base import TracedSubgraph, make_backend
 from pipeline.backends.inductor.backend import CONTAINER
 from pipeline.backends.inductor.driver import source
-from pipeline.backends.inductor.parts import PartTracer, skeleton
 from pipeline.backends.inductor.program import Program, program_of
 from pipeline.backends.inductor.seams import BlockedSeams
+from pipeline.backends.inductor.subgraphs import SubgraphTracer, skeleton
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.module import GraphModule
 from pipeline.graphs.signature import signature
@@ -75,11 +75,11 @@ def run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Run the calls of a program with torch."""
     values = dict(enumerate(inputs))
     for call in program.calls:
-        part = program.parts[call.part]
+        subgraph = program.subgraphs[call.subgraph]
         given = [values[number] for number in call.inputs]
         assert all(value.is_contiguous() for value in given)
-        assert [tuple(value.shape) for value in given] == [meta.shape for meta in part.inputs]
-        values.update(zip(call.outputs, part.module(*given), strict=True))
+        assert [tuple(value.shape) for value in given] == [meta.shape for meta in subgraph.inputs]
+        values.update(zip(call.outputs, subgraph.module(*given), strict=True))
     return [values[number] for number in program.outputs]
 
 
@@ -108,41 +108,43 @@ def test_program_equals_its_phase(spec, kind):
 
 
 @pytest.mark.parametrize(("number", "kind"), [(0, "eagle3"), (2, "draft model"), (4, "draft model"), (6, "eagle3")])
-def test_layers_add_calls_and_no_parts(number, kind):
+def test_layers_add_calls_and_no_subgraphs(number, kind):
     few, many = (program(SPECS[number], pair_of(kind, layers)) for layers in (8, 11))
-    assert {call.part for call in few.calls} == {call.part for call in many.calls}
+    assert {call.subgraph for call in few.calls} == {call.subgraph for call in many.calls}
     assert len(many.calls) - len(few.calls) == 3
-    parts = [call.part for call in many.calls]
-    assert max(map(parts.count, parts)) >= 11
+    subgraphs = [call.subgraph for call in many.calls]
+    assert max(map(subgraphs.count, subgraphs)) >= 11
 
 
 def test_sampling_and_greedy_share_the_layers_and_what_is_before_them():
     greedy, sampling = (
-        {call.part for call in program(GraphSpec("decode", 2, 1, 40, sampling=how), pair_of("lookup")).calls}
+        {call.subgraph for call in program(GraphSpec("decode", 2, 1, 40, sampling=how), pair_of("lookup")).calls}
         for how in ("greedy", "stochastic")
     )
     assert len(greedy) == len(sampling) == 3
     assert len(greedy & sampling) == 2
 
 
-def test_steps_of_the_draft_are_one_part_for_any_number_of_them():
+def test_steps_of_the_draft_are_one_subgraph_for_any_number_of_them():
     """Between two steps nothing is left to run: what a later step needs is computed before the first one."""
     two, five = (program(GraphSpec("speculate", 2, k + 1, 40, k), pair_of("eagle3")) for k in (2, 5))
-    counts = [[call.part for call in p.calls].count(p.calls[1].part) for p in (two, five)]
+    counts = [[call.subgraph for call in p.calls].count(p.calls[1].subgraph) for p in (two, five)]
     assert counts == [2, 5]
-    assert {two.calls[1].part, two.calls[2].part} == {five.calls[1].part, five.calls[2].part}
+    assert {two.calls[1].subgraph, two.calls[2].subgraph} == {five.calls[1].subgraph, five.calls[2].subgraph}
     assert len(five.calls) - len(two.calls) == 2 * 3
 
 
-def test_names_are_digests_of_what_a_part_does():
+def test_names_are_digests_of_what_a_subgraph_does():
     spec, pair = SPECS[2], pair_of("draft model")
     first = BACKEND.trace(spec, pair)
-    assert first.parts[0].name == CONTAINER
+    assert first.subgraphs[0].name == CONTAINER
     again = BACKEND.trace(spec, pair)
-    assert [part.name for part in first.parts] == [part.name for part in again.parts]
+    assert [subgraph.name for subgraph in first.subgraphs] == [subgraph.name for subgraph in again.subgraphs]
     assert first.ir == again.ir
     other = replace(pair, models=replace(pair.models, target=replace(pair.target, norm_eps=1e-3)))
-    changed = {part.name for part in BACKEND.trace(spec, other).parts} - {part.name for part in first.parts}
+    changed = {subgraph.name for subgraph in BACKEND.trace(spec, other).subgraphs} - {
+        subgraph.name for subgraph in first.subgraphs
+    }
     assert len(changed) >= 2  # the layer, and the norm after the last one
     assert BACKEND.trace(spec, other).ir != first.ir
 
@@ -184,7 +186,7 @@ def test_skeleton_takes_tensors_out_and_puts_others_back():
 class Stateful:
     """A phase that reads state, writes it in a marked call and outside of one, and reads it between."""
 
-    def __init__(self, tracer: PartTracer) -> None:
+    def __init__(self, tracer: SubgraphTracer) -> None:
         self.seams = BlockedSeams(tracer)
 
     def __call__(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -204,7 +206,7 @@ def add_to(state: Tensor, x: Tensor) -> Tensor:
 
 def test_reads_and_writes_of_state_keep_their_order():
     inputs = [torch.arange(3.0), torch.tensor([1.0, -2.0, 0.5])]
-    tracer = PartTracer(str)
+    tracer = SubgraphTracer(str)
     traced = program_of(Stateful(tracer), tracer, inputs, str)
     mine, theirs = ([tensor.clone() for tensor in inputs] for _ in range(2))
     plain = Stateful(tracer)
@@ -213,21 +215,21 @@ def test_reads_and_writes_of_state_keep_their_order():
     assert all(map(torch.equal, results, expected))
     assert torch.equal(mine[0], theirs[0])
     second = traced.calls[-2]
-    assert 0 in second.inputs  # the state itself: a compiled part may return a copy of what it wrote
+    assert 0 in second.inputs  # the state itself: a compiled subgraph may return a copy of what it wrote
 
 
-def test_parts_do_not_copy_caches():
+def test_subgraphs_do_not_copy_caches():
     """Generated code allocates no buffer of a cache's shape: state is written in place."""
-    from pipeline.backends.inductor import part_objects  # not at the top: it imports Inductor
+    from pipeline.backends.inductor import subgraph_objects  # not at the top: it imports Inductor
 
     spec, pair = SPECS[4], pair_of("eagle3")
     cache = next(tensor.shape for tensor in signature(spec, pair, BACKEND.packing).state if tensor.name == "target/k.0")
     arrays = re.compile(r"(int_array_\d+)\[\] = \{" + ", ".join(f"{size}L" for size in cache) + r"\}")
     allocations = 0
-    for part in BACKEND.trace(spec, pair).parts:
-        if part.name != CONTAINER:
-            with BACKEND.inductor(part.ir):
-                source = part_objects.source(part.program, part_objects.generated(part.program))
+    for subgraph in BACKEND.trace(spec, pair).subgraphs:
+        if subgraph.name != CONTAINER:
+            with BACKEND.inductor(subgraph.ir):
+                source = subgraph_objects.source(subgraph.program, subgraph_objects.generated(subgraph.program))
             allocated = re.findall(r"aoti_torch_empty_strided\w*\((?:\d+, )?(int_array_\d+)", source)
             assert not set(arrays.findall(source)) & set(allocated)
             allocations += len(allocated)
@@ -237,5 +239,5 @@ def test_parts_do_not_copy_caches():
 def test_graphs_of_several_ranks_are_whole():
     pair = pair_of("draft model")
     traced = BACKEND.trace(SPECS[2], replace(pair, models=replace(pair.models, tp=2)))
-    assert traced.parts == ()
-    assert isinstance(BACKEND.trace(SPECS[2], pair).parts[1], TracedPart)
+    assert traced.subgraphs == ()
+    assert isinstance(BACKEND.trace(SPECS[2], pair).subgraphs[1], TracedSubgraph)

@@ -1,8 +1,8 @@
-"""Compile a part to an object file with one C function.
+"""Compile a subgraph to an object file with one C function.
 
-Inductor generates the code of a part as for a graph of its own: kernels, and a function that allocates buffers and
+Inductor generates the code of a subgraph as for a graph of its own: kernels, and a function that allocates buffers and
 calls them. These are compiled under names of their own; what an AOTInductor model has beside them (constants, inputs
-by name, a container) a part does not need.
+by name, a container) a subgraph does not need.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch._inductor import codecache
 from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-from pipeline.backends.inductor.parts import Part
+from pipeline.backends.inductor.subgraphs import Subgraph
 
-HEADER = "tandem_part.h"
-"""Header of a part, in `scratch.INCLUDE`."""
+HEADER = "tandem_subgraph.h"
+"""Header of a subgraph, in `scratch.INCLUDE`."""
 RUN = re.compile(r"^void AOTInductorModel::run_impl\(.*?^\} // AOTInductorModel::run_impl$", re.M | re.S)
 """Inductor's function that allocates buffers and calls kernels."""
 CACHED = re.compile(r"^CACHE_TORCH_\w+\(.*\);$", re.M)
@@ -42,7 +42,7 @@ namespace {{
 using namespace torch::aot_inductor;
 {cached}
 
-struct Part {{
+struct Subgraph {{
     int32_t device_idx_ = -1;
     void run_impl(AtenTensorHandle*, AtenTensorHandle*, DeviceStreamType, AOTIProxyExecutorHandle);
 }};
@@ -59,7 +59,7 @@ extern "C" __attribute__((visibility("hidden"))) {declaration} {{
         for (size_t n = 0; n < {count}; ++n) {{
             AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(given[n], &inputs[n]));
         }}
-        Part().run_impl(inputs, outputs, nullptr, nullptr);
+        Subgraph().run_impl(inputs, outputs, nullptr, nullptr);
     }} catch (const std::exception& error) {{
         std::cerr << "Error: " << error.what() << '\\n';
         return AOTI_TORCH_FAILURE;
@@ -71,18 +71,18 @@ extern "C" __attribute__((visibility("hidden"))) {declaration} {{
 
 
 class GeneratedCode(Exception):  # noqa: N818 - ends Inductor's compiler early, and is no error
-    """Inductor's code for a part."""
+    """Inductor's code for a subgraph."""
 
     def __init__(self, wrapper: str, kernels: str) -> None:
         super().__init__()
         self.wrapper, self.kernels = wrapper, kernels
 
 
-def generated(part: Part) -> GeneratedCode:
-    """Return Inductor's code for a part."""
+def generated(subgraph: Subgraph) -> GeneratedCode:
+    """Return Inductor's code for a subgraph."""
     try:
         with _code_only():
-            torch._inductor.aot_compile(part.module, tuple(meta.empty() for meta in part.inputs))
+            torch._inductor.aot_compile(subgraph.module, tuple(meta.empty() for meta in subgraph.inputs))
     except torch._inductor.exc.InductorError as error:
         if not isinstance(error.inner_exception, GeneratedCode):
             raise
@@ -97,7 +97,7 @@ def _code_only() -> Iterator[None]:
     """Let Inductor end where it would compile its code."""
 
     def stop(graph: Any, wrapper: str, kernels: str, extern_nodes: str | None, **_: Any) -> None:
-        assert extern_nodes is None, extern_nodes  # calls through a model's executor, which a part has not
+        assert extern_nodes is None, extern_nodes  # calls through a model's executor, which a subgraph has not
         assert not graph.constants, list(graph.constants)
         raise GeneratedCode(wrapper, kernels)
 
@@ -109,36 +109,36 @@ def _code_only() -> Iterator[None]:
         codecache.AotCodeCompiler.compile = original
 
 
-def source(part: Part, code: GeneratedCode) -> str:
-    """Return the C++ of a part."""
+def source(subgraph: Subgraph, code: GeneratedCode) -> str:
+    """Return the C++ of a subgraph."""
     run = RUN.search(code.wrapper)
     assert run is not None, "Inductor's function has another form"
-    count, results = len(part.inputs), part.outputs
+    count, results = len(subgraph.inputs), subgraph.outputs
     text = SOURCE.format(
         header=HEADER,
-        name=part.name,  # in the place of the file's path, which checks would carry into the library
+        name=subgraph.name,  # in the place of the file's path, which checks would carry into the library
         kernels=code.kernels,
         cached="\n".join(CACHED.findall(code.wrapper)),
-        run=CHECKS.sub("", run[0].replace("AOTInductorModel::", "Part::")),
-        declaration=declaration(part),
+        run=CHECKS.sub("", run[0].replace("AOTInductorModel::", "Subgraph::")),
+        declaration=declaration(subgraph),
         given="".join(f"t{index}, " for index in range(count)),
         count=count,
         results=results,
         returned="\n    ".join(f"*r{index} = outputs[{index}];" for index in range(results)),
     )
-    return text.replace(PREFIX, f"{part.name}_")
+    return text.replace(PREFIX, f"{subgraph.name}_")
 
 
-def declaration(part: Part) -> str:
-    """Return the C declaration of a part's function."""
-    arguments = [f"AtenTensorHandle t{index}" for index in range(len(part.inputs))]
-    arguments += [f"AtenTensorHandle* r{index}" for index in range(part.outputs)]
-    return f"AOTITorchError {part.name}({', '.join(arguments)})"
+def declaration(subgraph: Subgraph) -> str:
+    """Return the C declaration of a subgraph's function."""
+    arguments = [f"AtenTensorHandle t{index}" for index in range(len(subgraph.inputs))]
+    arguments += [f"AtenTensorHandle* r{index}" for index in range(subgraph.outputs)]
+    return f"AOTITorchError {subgraph.name}({', '.join(arguments)})"
 
 
-def object_file(part: Part, code: GeneratedCode, folder: Path) -> Path:
-    """Compile a part in `folder`; return the object file."""
-    return compiled(source(part, code), folder / f"{part.name}.cpp", HEADER, optimised=True)
+def object_file(subgraph: Subgraph, code: GeneratedCode, folder: Path) -> Path:
+    """Compile a subgraph in `folder`; return the object file."""
+    return compiled(source(subgraph, code), folder / f"{subgraph.name}.cpp", HEADER, optimised=True)
 
 
 def compiled(text: str, file: Path, header: str, *, optimised: bool) -> Path:

@@ -1,4 +1,4 @@
-// What the code of a part needs: vectors for its kernels, and torch's C interface for the function that calls them.
+// What the code of a subgraph needs: vectors for its kernels, and torch's C interface for the function that calls them.
 #pragma once
 
 #include <torch/csrc/inductor/cpp_prefix.h>

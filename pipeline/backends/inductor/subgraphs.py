@@ -1,8 +1,8 @@
-"""Split a phase into parts: functions of given shapes that graphs call, each compiled once.
+"""Split a phase into subgraphs: functions of given shapes that graphs call, each compiled once.
 
 All layers of a decoder are one function of other weights, and so are all steps of a draft. `Seams.once` marks such a
-function, and what lies between two marked calls is a part as well. A phase is then a list of calls (`Program`): the
-time to compile it hardly depends on its layers, and graphs share their parts. Compiles nothing.
+function, and what lies between two marked calls is a subgraph as well. A phase is then a list of calls (`Program`): the
+time to compile it hardly depends on its layers, and graphs share their subgraphs. Compiles nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pipeline.models.parallel import Seams
 
-NAMESPACE = "tandem_part"
+NAMESPACE = "tandem_subgraph"
 """Namespace of the operators that stand for marked calls while a phase is traced."""
 
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -49,8 +49,8 @@ def meta_of(tensor: Tensor) -> Meta:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A traced part: its name, which is a digest of its text, its graph, and the inputs that it writes in place."""
+class Subgraph:
+    """A traced subgraph: its name, which is a digest of its text, its graph, and the inputs that it writes in place."""
 
     name: str
     ir: bytes
@@ -60,14 +60,14 @@ class Part:
     outputs: int
 
 
-def part_of(module: fx.GraphModule, inputs: Sequence[Meta], text_of: TextOf) -> Part:
-    """Return a traced function as a part."""
+def subgraph_of(module: fx.GraphModule, inputs: Sequence[Meta], text_of: TextOf) -> Subgraph:
+    """Return a traced function as a subgraph."""
     nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
     mutated = _written(module.graph)
     written = tuple(node in mutated for node in nodes)
     ir = f"{text_of(module.graph)}\n{tuple(inputs)} {written}".encode()
     name = f"p{hashlib.sha256(ir).hexdigest()[:16]}"
-    return Part(name, ir, module, tuple(inputs), written, len(returned(module.graph)))
+    return Subgraph(name, ir, module, tuple(inputs), written, len(returned(module.graph)))
 
 
 def returned(graph: fx.Graph) -> list[fx.Node]:
@@ -106,34 +106,34 @@ def skeleton(value: Any, tensors: list[Tensor]) -> Skeleton:
     if isinstance(value, dict):
         return _of_names(dict, value, tensors)
     if isinstance(value, list | tuple):
-        parts = [skeleton(item, tensors) for item in value]
+        items = [skeleton(item, tensors) for item in value]
         make = type(value)._make if hasattr(value, "_make") else type(value)
-        text = f"{type(value).__qualname__}({','.join(part.text for part in parts)})"
-        return Skeleton(text, lambda given: make(part.filled(given) for part in parts))
+        text = f"{type(value).__qualname__}({','.join(inner.text for inner in items)})"
+        return Skeleton(text, lambda given: make(inner.filled(given) for inner in items))
     return Skeleton(repr(value), lambda _: value)
 
 
 def _of_names(kind: Callable[..., Any], items: dict[str, Any], tensors: list[Tensor]) -> Skeleton:
-    parts = {name: skeleton(item, tensors) for name, item in items.items()}
-    text = f"{kind.__qualname__}({','.join(f'{name}={part.text}' for name, part in parts.items())})"
-    return Skeleton(text, lambda given: kind(**{name: part.filled(given) for name, part in parts.items()}))
+    skeletons = {name: skeleton(item, tensors) for name, item in items.items()}
+    text = f"{kind.__qualname__}({','.join(f'{name}={inner.text}' for name, inner in skeletons.items())})"
+    return Skeleton(text, lambda given: kind(**{name: inner.filled(given) for name, inner in skeletons.items()}))
 
 
 @dataclass
 class _Marked:
-    """A marked function for given shapes: its arguments without tensors, what it returns, and its part."""
+    """A marked function for given shapes: its arguments without tensors, what it returns, and its subgraph."""
 
     function: Function
     arguments: Skeleton
     inputs: tuple[Meta, ...]
     result: Skeleton
     outputs: tuple[Meta, ...]
-    part: Part | None = None
+    subgraph: Subgraph | None = None
     used: tuple[int, ...] = ()
-    """Tensors of a call that the part reads or writes."""
+    """Tensors of a call that the subgraph reads or writes."""
 
 
-class PartTracer:
+class SubgraphTracer:
     """Finds the marked calls of a phase and traces their functions; then each call is one operator.
 
     Stages: `find` runs the phase on tensors without memory, `trace` traces each function once, and while the phase is
@@ -146,9 +146,9 @@ class PartTracer:
         self._marked: dict[str, _Marked] = {}
 
     @property
-    def parts(self) -> dict[str, Part]:
-        """The traced parts by their names."""
-        return {marked.part.name: marked.part for marked in self._marked.values() if marked.part}
+    def subgraphs(self) -> dict[str, Subgraph]:
+        """The traced subgraphs by their names."""
+        return {marked.subgraph.name: marked.subgraph for marked in self._marked.values() if marked.subgraph}
 
     def find(self, phase: Callable[[list[Tensor]], object], inputs: Sequence[Tensor]) -> None:
         """Run a phase on tensors like `inputs`, and trace every marked function."""
@@ -161,7 +161,7 @@ class PartTracer:
 
     def call(self, function: Function, *args: Any) -> Any:
         """Call a marked function: record it, run it, or call its operator."""
-        if self.stage == "trace":  # a marked call inside a part belongs to it
+        if self.stage == "trace":  # a marked call inside a subgraph belongs to it
             return function(*args)
         tensors: list[Tensor] = []
         arguments = skeleton(args, tensors)
@@ -179,9 +179,9 @@ class PartTracer:
         return marked.result.filled([meta.empty() for meta in marked.outputs])
 
     def _call_operator(self, marked: _Marked, tensors: Sequence[Tensor]) -> Any:
-        assert marked.part is not None
-        pairs = zip(marked.used, marked.part.written, strict=True)
-        operator = getattr(getattr(torch.ops, NAMESPACE), marked.part.name).default
+        assert marked.subgraph is not None
+        pairs = zip(marked.used, marked.subgraph.written, strict=True)
+        operator = getattr(getattr(torch.ops, NAMESPACE), marked.subgraph.name).default
         result = operator(*(tensors[index] if written else tensors[index].contiguous() for index, written in pairs))
         return marked.result.filled([result] if isinstance(result, Tensor) else list(result))
 
@@ -199,21 +199,21 @@ class PartTracer:
             if not node.users:
                 module.graph.erase_node(node)
         module.recompile()
-        marked.part = part_of(module, [marked.inputs[index] for index in marked.used], self._text_of)
-        _define(marked.part, marked.outputs)
+        marked.subgraph = subgraph_of(module, [marked.inputs[index] for index in marked.used], self._text_of)
+        _define(marked.subgraph, marked.outputs)
 
 
-def _define(part: Part, outputs: Sequence[Meta]) -> None:
-    """Define the operator that stands for calls of a part."""
-    if part.name in DEFINED:
+def _define(subgraph: Subgraph, outputs: Sequence[Meta]) -> None:
+    """Define the operator that stands for calls of a subgraph."""
+    if subgraph.name in DEFINED:
         return
-    arguments = [f"Tensor(a{i}!) t{i}" if written else f"Tensor t{i}" for i, written in enumerate(part.written)]
+    arguments = [f"Tensor(a{i}!) t{i}" if written else f"Tensor t{i}" for i, written in enumerate(subgraph.written)]
     returns = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
-    LIBRARY.define(f"{part.name}({', '.join(arguments)}) -> {returns}")
+    LIBRARY.define(f"{subgraph.name}({', '.join(arguments)}) -> {returns}")
 
     def fake(*_: Tensor) -> Tensor | tuple[Tensor, ...]:
         tensors = tuple(meta.empty() for meta in outputs)
         return tensors[0] if len(tensors) == 1 else tensors
 
-    torch.library.register_fake(f"{NAMESPACE}::{part.name}", fake, lib=LIBRARY)
-    DEFINED.add(part.name)
+    torch.library.register_fake(f"{NAMESPACE}::{subgraph.name}", fake, lib=LIBRARY)
+    DEFINED.add(subgraph.name)
