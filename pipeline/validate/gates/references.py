@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pipeline.models.eagle3 import taps_of
 from pipeline.validate.gates.answers import Sequences
 from pipeline.validate.gates.inputs import MODELS, GateInputs
 from pipeline.validate.reference.golden import Golden
 from pipeline.validate.reference.goldens import Goldens
+from pipeline.validate.reference.layers import Taps
 from pipeline.validate.report.schema import Cached, Rounding
 
 
@@ -29,22 +31,24 @@ class ModelReference:
 
 def compute_references(inputs: GateInputs, sequences: Sequences) -> dict[str, ModelReference]:
     """Return the reference of target and draft, computed or from the cache."""
-    return {model: _reference(inputs, model, sequences) for model in MODELS}
+    target, draft = inputs.checkpoints
+    taps = Taps(taps_of(target.config, draft.config))  # of a draft model: none
+    return {model: _reference(inputs, model, sequences, taps) for model in MODELS}
 
 
-def _reference(inputs: GateInputs, model: str, sequences: Sequences) -> ModelReference:
+def _reference(inputs: GateInputs, model: str, sequences: Sequences, taps: Taps) -> ModelReference:
     recipe, target = inputs.recipe, inputs.checkpoints[0]
     narrow = recipe.draft_weights if model == "draft" else recipe.target.weights
     checkpoint = inputs.checkpoints[MODELS.index(model)]
     source = Goldens(
-        checkpoint, target, inputs.dtype_of(model), inputs.cache, inputs.log, narrow, recipe.target.weights
+        checkpoint, target, inputs.dtype_of(model), inputs.cache, inputs.log, narrow, recipe.target.weights, taps
     )
     goldens = source.of([sequence.tokens for sequence in sequences.all])
     by_name = {sequence.name: golden for sequence, golden in zip(sequences.all, goldens, strict=True)}
     counts = Cached(computed=source.computed, cached=source.cached)
     if narrow is None:
         return ModelReference(by_name, counts, None)
-    plain = replace(source, narrow=None, target_narrow=None, _known={})
+    plain = replace(source, narrow=None, target_narrow=None, taps=None, _known={})
     whole = plain.of([sequence.tokens for sequence in sequences.prompts])
     return ModelReference(by_name, counts, rounding(goldens[: len(whole)], whole))
 

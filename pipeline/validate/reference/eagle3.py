@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from pipeline.models.eagle3 import taps_of
 from pipeline.models.rope import in_both_layouts
 from pipeline.validate.reference.golden import Golden, project_cache
-from pipeline.validate.reference.layers import Reference
+from pipeline.validate.reference.layers import Reference, Taps
 
 LAYER = "model.layers.0."
 
@@ -34,7 +34,8 @@ class Eagle3Reference(Reference):
 
     @cached_property
     def _target(self) -> Reference:
-        return Reference(self.target, self.target, self.dtype_name, self.target_narrow)
+        taps = self.taps or Taps(taps_of(self.target.config, self.checkpoint.config))
+        return Reference(self.target, self.target, self.dtype_name, self.target_narrow, taps=taps)
 
     @cached_property
     def _rotary(self) -> LlamaRotaryEmbedding:
@@ -49,17 +50,12 @@ class Eagle3Reference(Reference):
 
     @torch.no_grad()
     def goldens(self, sequences: list[list[int]]) -> Iterator[Golden]:
-        """Run the target over all sequences, then the head over each."""
-        taps = taps_of(self.target.config, self.checkpoint.config)
-        seen: dict[tuple[torch.dtype, int], list[Tensor]] = {}
-
-        def watch(layer: int, kind: torch.dtype, number: int, hidden_1TH: Tensor) -> None:
-            if layer in taps:
-                seen.setdefault((kind, number), []).append(hidden_1TH[0])
-
-        self._target.run_layers(sequences, watch)
-        for number, tokens in enumerate(sequences):
-            features = (torch.cat(seen.pop((kind, number)), dim=-1) for kind in self.kinds)
+        """Run the target over the sequences whose taps are not known, then the head over each."""
+        assert self._target.taps is not None
+        states, key = self._target.taps.states, self._target.tapped
+        self._target.run_layers([s for s in sequences if any(key(kind, s) not in states for kind in self.kinds)])
+        for tokens in sequences:
+            features = (torch.cat(states.pop(key(kind, tokens)), dim=-1) for kind in self.kinds)
             (high, keys), (low, keys_noise) = (
                 self._head_states(tokens, taps_TX, kind) for taps_TX, kind in zip(features, self.kinds, strict=True)
             )

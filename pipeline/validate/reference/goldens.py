@@ -16,7 +16,8 @@ from pipeline.progress import Log
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.validate.reference.eagle3 import Eagle3Reference
 from pipeline.validate.reference.golden import Golden, pack, unpack
-from pipeline.validate.reference.layers import Reference
+from pipeline.validate.reference.layers import Reference, Taps
+from pipeline.validate.reference.products import WideProducts
 
 REFERENCES: dict[DraftMethod, type[Reference]] = {"draft_model": Reference, "eagle3": Eagle3Reference}
 """The reference of each kind of draft; a target's is that of a draft model."""
@@ -30,7 +31,8 @@ class Goldens:
     """The reference of one model of a pair. `computed` and `cached` count sequences.
 
     `narrow` is what its matrices are stored as, if narrower than the dtype, and `target_narrow` what those of the
-    target are, whose states or embedding it may read: both runs then have the rounded weights.
+    target are, whose states or embedding it may read: both runs then have the rounded weights. `taps` is shared by the
+    references of a target and of a head that reads its states, so that the target runs once.
     """
 
     checkpoint: Checkpoint
@@ -40,6 +42,7 @@ class Goldens:
     log: Log
     narrow: str | None = None
     target_narrow: str | None = None
+    taps: Taps | None = None
     computed: int = 0
     cached: int = 0
     _known: dict[str, Golden] = field(default_factory=dict)
@@ -52,15 +55,16 @@ class Goldens:
         if missing:
             model = self._reference()
             self.log(f"  reference of {len(missing)} sequences, layer by layer")
-            for key, golden in zip(missing, model.goldens(list(missing.values())), strict=True):
-                self.cache.put(key, pack(golden))
-                self._known[key] = golden
+            with WideProducts():
+                for key, golden in zip(missing, model.goldens(list(missing.values())), strict=True):
+                    self.cache.put(key, pack(golden))
+                    self._known[key] = golden
             self.computed += len(missing)
         return [self._known[key] for key in keys]
 
     def _reference(self) -> Reference:
         reference = REFERENCES[self.checkpoint.config.draft_kind.method]
-        return reference(self.checkpoint, self.target, self.dtype, self.narrow, self.target_narrow)
+        return reference(self.checkpoint, self.target, self.dtype, self.narrow, self.target_narrow, self.taps)
 
     def _load(self, key: str) -> Golden | None:
         if key not in self._known:

@@ -10,7 +10,8 @@ Shapes: T tokens of a sequence, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,8 +40,19 @@ def above(dtype: str) -> torch.dtype:
     return torch.float64 if dtype == "float32" else torch.float32
 
 
+@dataclass
+class Taps:
+    """Inputs of a target's layers `layers`, which a head reads, kept from the target's own run.
+
+    By weights (dtype and storage), precision and tokens of a sequence: a [T, H] for each layer.
+    """
+
+    layers: tuple[int, ...]
+    states: dict[tuple[str, str | None, torch.dtype, tuple[int, ...]], list[Tensor]] = field(default_factory=dict)
+
+
 class Reference:
-    """A checkpoint run by transformers' own modules, one layer in memory at a time."""
+    """A checkpoint run by transformers' own modules, one layer in memory at a time; `taps` keeps inputs of layers."""
 
     def __init__(
         self,
@@ -49,8 +61,9 @@ class Reference:
         dtype: str,
         narrow: str | None = None,
         target_narrow: str | None = None,
+        taps: Taps | None = None,
     ) -> None:
-        self.checkpoint, self.target = checkpoint, target
+        self.checkpoint, self.target, self.taps = checkpoint, target, taps
         self.narrow, self.target_narrow = narrow, target_narrow
         self.dtype_name = dtype
         self.dtype = torch_dtype(dtype)
@@ -74,10 +87,8 @@ class Reference:
         for high, low, keys, keys_noise in zip(baseline, noise, *caches, strict=True):
             yield self.golden(high, low, keys, keys_noise)
 
-    def run_layers(
-        self, sequences: list[list[int]], watch: Callable[[int, torch.dtype, int, Tensor], None] | None = None
-    ) -> dict[torch.dtype, list[Recorder]]:
-        """Run all layers in both precisions; `watch` sees layer, precision, sequence and the layer's input."""
+    def run_layers(self, sequences: list[list[int]]) -> dict[torch.dtype, list[Recorder]]:
+        """Run all layers in both precisions."""
         model = self._skeleton()
         runs = {kind: [self._start(model, tokens, kind) for tokens in sequences] for kind in self.kinds}
         for index, layer in enumerate(self._layers):
@@ -85,13 +96,17 @@ class Reference:
             state = {n.removeprefix(prefix): self.read(r) for n, r in self._refs.items() if n.startswith(prefix)}
             for kind, started in runs.items():
                 layer.load_state_dict({name: tensor.to(kind) for name, tensor in state.items()}, assign=True)
-                for number, run in enumerate(started):
-                    if watch is not None:
-                        watch(index, kind, number, run.hidden)
+                for tokens, run in zip(sequences, started, strict=True):
+                    if self.taps is not None and index in self.taps.layers:
+                        self.taps.states.setdefault(self.tapped(kind, tokens), []).append(run.hidden[0])
                     out = layer(run.hidden, **run.options)
                     run.hidden = out[0] if isinstance(out, tuple) else out
             layer.to("meta")
         return runs
+
+    def tapped(self, kind: torch.dtype, tokens: list[int]) -> tuple[str, str | None, torch.dtype, tuple[int, ...]]:
+        """Return the key of a run in `Taps`."""
+        return self.dtype_name, self.narrow, kind, tuple(tokens)
 
     def _skeleton(self) -> Any:
         """Make transformers' model without weights; its layers are taken out and run one by one."""

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.nn import functional
 
 from pipeline.cache.local import Cache
 from pipeline.measure.hf_model import build_model
+from pipeline.models.eagle3 import taps_of
+from pipeline.progress import no_log
 from pipeline.sources.derived import derive
 from pipeline.sources.pair import resolve
 from pipeline.validate.reference.golden import project_cache
 from pipeline.validate.reference.goldens import Goldens
-from pipeline.validate.reference.layers import Reference
+from pipeline.validate.reference.layers import Reference, Taps
+from pipeline.validate.reference.products import WideProducts
 from support.checkpoints import write_checkpoint
 
 SEQUENCE = [5, 60, 7, 8, 300, 41, 7, 7, 19]
@@ -112,3 +116,35 @@ def test_reference_needs_a_layer_in_memory_not_the_model(tmp_path):
     before, after, size = json.loads(done.stdout)
     assert size > 1.0e9
     assert after - before < 0.4e9, f"{(after - before) / 1e9:.2f} GB for a model of {size / 1e9:.2f} GB"
+
+
+def test_a_head_reads_the_states_of_the_targets_own_run(sources, tmp_path, monkeypatch):
+    """The target ran twice over every sequence: for its own goldens, and for its head's."""
+    target, head = pico(sources, "llama"), pico(sources, "llama?draft_vocab=128&eagle3=1", "draft")
+    ran: list[str] = []
+    original = Reference.run_layers
+    monkeypatch.setattr(Reference, "run_layers", lambda self, s: ran.extend("x" for _ in s) or original(self, s))
+    taps = Taps(taps_of(target.config, head.config))
+    both = [
+        Goldens(of, target, "bfloat16", Cache(tmp_path / "a", "goldens"), no_log, taps=taps) for of in (target, head)
+    ]
+    goldens = [source.of([SEQUENCE]) for source in both]
+    assert len(ran) == 1
+    assert not taps.states
+    alone = Goldens(head, target, "bfloat16", Cache(tmp_path / "b", "goldens"), no_log)
+    assert torch.equal(alone.of([SEQUENCE])[0].baseline.values, goldens[1].values)
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_float32_round_once(dtype):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((1, 5, 64), (32, 64), (32,)))
+    with WideProducts() as products:
+        products.dtypes = {dtype}  # as on a CPU without instructions for it
+        results = functional.linear(x, weight, bias), x @ weight.T
+        assert (x.double() @ weight.T.double()).dtype == torch.float64
+    exact = x.double() @ weight.T.double()
+    assert torch.equal(results[0], (x.float() @ weight.float().T + bias.float()).to(dtype))
+    assert torch.equal(results[1], (x.float() @ weight.float().T).to(dtype))
+    assert (results[1].double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
