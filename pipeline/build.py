@@ -9,7 +9,8 @@ changes only compares a stamp, without importing torch.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.artifact.manifest import Artifact, read
@@ -17,6 +18,7 @@ from pipeline.artifact.verify import check_replaceable
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import default_root
 from pipeline.files.atomic import check_writable
+from pipeline.plan.forecast import StageTime
 from pipeline.progress import stage
 from pipeline.recipe import Recipe, load
 from pipeline.stages.settings import BuildSettings
@@ -27,13 +29,14 @@ __all__ = ["BuildReport", "BuildSettings", "build", "run"]
 
 @dataclass(frozen=True)
 class BuildReport:
-    """The result of a build. `fresh`: no input had changed. `compiled`, `reused`: graphs compiled, and from a cache."""
+    """The result of a build. `fresh`: nothing had changed; `compiled`, `reused`: graphs; `stages`: their times."""
 
     artifact: Path
     fresh: bool = False
     compiled: tuple[str, ...] = ()
     reused: tuple[str, ...] = ()
     seconds: float = 0.0
+    stages: Mapping[str, StageTime] | None = None
 
 
 def build(
@@ -74,45 +77,43 @@ def run(settings: BuildSettings) -> BuildReport:
         check_replaceable(settings.out)
         check_writable(settings.out.absolute().parent)
         stamp.clear()
-        compiled, reused = _run_stages(settings)
+        report = _run_stages(settings)
         stamp.record(inputs)
-    return BuildReport(settings.out, False, compiled, reused, time.monotonic() - started)
+    return replace(report, seconds=time.monotonic() - started)
 
 
-def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Run every stage, cheap checks first; return the names of the compiled and of the cached graphs."""
+def _run_stages(settings: BuildSettings) -> BuildReport:
+    """Run every stage, cheap checks first."""
     make_backend(settings.recipe.backend)  # an error that names its packages, if the imports below would fail
     # The stages import torch, which a build that finds nothing changed does not need.
-    from pipeline.stages.checks import (
-        check_prompts,
-        resolved,
-        runs_here,
-        usable_backend,
-        warn_of_cut_prompts,
-        warn_of_generation,
-    )
-    from pipeline.stages.compile import CompileSettings, compile_plan
+    from pipeline.stages import checks
+    from pipeline.stages.compile import compile_plan
     from pipeline.stages.package import Parts, package
     from pipeline.stages.shard import shard
+    from pipeline.stages.took import timed
 
     recipe, log, progress = settings.recipe, settings.log, settings.progress
-    backend = usable_backend(recipe)
-    check_prompts(settings)
-    with stage("sources: target and draft", log, progress):
-        sources = resolved(settings, backend)
-    plan = sources.plan
-    warn_of_generation(settings, sources.pair[0])
-    shards = shard(plan.pair.models, sources.pair, backend.packing, settings.cache, log, progress)
-    warn_of_cut_prompts(settings, sources.tokenizer)
-    graphs = compile_plan(plan, CompileSettings(settings.cache, settings.workers, settings.remote), log, progress)
-    generation = sources.pair[0].generation
-    parts = Parts(plan, sources.lock, tuple(graphs), shards, sources.tokenizer, generation)
-    with stage("package: graphs, weights and tokenizer", log, progress):
-        artifact = package(settings.out, parts, backend, settings.cache)
-    if settings.validate and runs_here(backend, artifact, log):
-        # Not above: it imports the reference models of transformers, which takes longer than a failed check.
-        from pipeline.validate.run import validate
+    backend = checks.usable_backend(recipe)
+    checks.check_prompts(settings)
+    with timed(settings) as took:
+        with took.stage("sources"), stage("sources: target and draft", log, progress):
+            sources = checks.resolved(settings, backend)
+        plan, models = sources.plan, sources.pair
+        checks.warn_of_generation(settings, models[0])
+        pending = took.expect(plan)
+        with took.stage("shard"):
+            shards = shard(plan.pair.models, models, backend.packing, settings.cache, log, progress)
+        checks.warn_of_cut_prompts(settings, sources.tokenizer)
+        with took.stage("compile"):
+            graphs = took.compiled = compile_plan(pending, log, progress)
+        parts = Parts(plan, sources.lock, tuple(graphs), shards, sources.tokenizer, models[0].generation)
+        with took.stage("package"), stage("package: graphs, weights and tokenizer", log, progress):
+            artifact = package(settings.out, parts, backend, settings.cache)
+        if settings.validate and checks.runs_here(backend, artifact, log):
+            # Not above: it imports the reference models of transformers, which takes longer than a failed check.
+            from pipeline.validate.run import validate
 
-        validate(artifact.root, *sources.pair, settings.base, settings.cache, log, progress)
-    built = tuple(graph.spec.name for graph in graphs if not graph.hit)
-    return built, tuple(graph.spec.name for graph in graphs if graph.hit)
+            with took.gates() as gates:
+                gates.report = validate(artifact.root, *models, settings.base, settings.cache, log, progress)
+    names = {hit: tuple(graph.spec.name for graph in graphs if graph.hit is hit) for hit in (False, True)}
+    return BuildReport(settings.out, compiled=names[False], reused=names[True], stages=took.stages())

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,15 @@ from pipeline.cache.collect import entry_stats
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.atomic import TEMP, remove
 from pipeline.graphs.packing import PACKINGS
+from pipeline.plan.forecast import forecast
+from pipeline.plan.history import History
 from pipeline.plan.plan import make_plan
 from pipeline.progress import duration, no_progress
 from pipeline.recipe import load
 from pipeline.sources.pair import resolve_pair
 from pipeline.stages.compile import Job, cached
 from pipeline.stages.shard import shard, shard_key
+from pipeline.stages.took import timed, work_of
 from support import tiny_build as tiny
 from support.paths import ROOT
 
@@ -88,8 +92,38 @@ def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     assert report.compiled == ("prefill-b2-t24-s48",)
     target, draft = resolve_pair(changed, base=request.base, cache=request.cache / "sources")
     plan = make_plan(changed, target.config, draft.config)
-    seconds = plan.compile_seconds(next(spec for spec in plan.graphs if spec.name == report.compiled[0]))
-    assert any(f"compile: 1 of 6 graphs, 2 at a time, about {duration(seconds / 2)}; logs in" in line for line in said)
+    expected = forecast(plan, work_of(request), History(request.cache).builds()[1:])
+    seconds = expected.graphs[report.compiled[0]].seconds
+    assert any(f"compile: 1 of 6 graphs, 2 at a time, about {duration(seconds)}; logs in" in line for line in said)
+
+
+def test_build_is_recorded_for_the_next_plan(built):
+    """The plan stated constants, whatever builds had taken on this machine."""
+    request, report = built
+    first = History(request.cache).builds()[-1]
+    assert set(first.stages) == {"sources", "shard", "package", "reference", "gates"}
+    assert len(first.graphs) == len(report.compiled) == 5
+    assert all(graph.seconds > 0 and graph.size_bytes > 0 for graph in first.graphs)
+    assert all(graph.memory_bytes > 100 << 20 for graph in first.graphs), "of a process with torch"
+    assert report.stages["compile"].took_s > 0
+    assert report.stages["compile"].expected_s > 0
+    pair = resolve_pair(request.recipe, base=request.base, cache=request.cache / "sources")
+    plan = make_plan(request.recipe, *(checkpoint.config for checkpoint in pair))
+    expected = forecast(plan, work_of(request), [first])
+    assert expected.basis == "estimates from 1 recorded build"
+    assert all(graph.recorded for graph in expected.graphs.values())
+    assert expected.stages["gates"] == first.stages["gates"]
+
+
+def test_a_record_that_cannot_be_written_fails_no_build(built, tmp_path):
+    request, _ = built
+    lines: list[str] = []
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/history").write_text("no folder")
+    with timed(replace(request, cache=tmp_path / "cache", log=lines.append)) as took:
+        pair = resolve_pair(request.recipe, base=request.base, cache=request.cache / "sources")
+        took.expect(make_plan(request.recipe, *(checkpoint.config for checkpoint in pair)))
+    assert "the times of this build are not recorded" in lines[-1]
 
 
 def test_prompt_lookup_switched_off_keeps_the_shards(built):
@@ -357,7 +391,7 @@ def test_build_on_a_cold_machine_with_a_warm_shared_cache(built, tmp_path):
 
     request, first = built
     url = str(tmp_path / "shared")
-    assert push_all(Cache(request.cache, "graphs"), Remote(url, "write").open()) >= len(first.compiled)
+    assert push_all(Cache(request.cache, "graphs"), Remote(url, "write").open("graphs")) >= len(first.compiled)
     changes = {"out": tmp_path / "out", "validate": False}
     report = tiny.again(request, cache=tmp_path / "cold", remote=Remote(url), **changes)
     assert (report.compiled, len(report.reused)) == ((), 5)

@@ -22,6 +22,7 @@ from pipeline.distill.settings import DistillSettings
 from pipeline.errors import InputError, no_string
 from pipeline.measure import bench, tune
 from pipeline.nxdi import vllm_args, vllm_cache
+from pipeline.plan.forecast import Forecast
 from pipeline.recipe import changed
 from pipeline.registry import publish, pull
 from pipeline.runtime.engine import Engine
@@ -66,6 +67,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "extras.require(extras)": lambda value: extras.require(value, "here"),
     "measure.tune.tune(prompts)": lambda value: tune.tune(UNUSED, value, 1, 1, print),
     "nxdi.vllm_args.shell_line(command)": lambda value: vllm_args.shell_line({}, value),
+    "plan.forecast.Forecast.compile_s(names)": lambda value: Forecast({}, {}, 0, 0).compile_s(1, value),
     "recipe.changed.changed_recipes(paths)": changed.changed_recipes,
     "registry.publish.listed_places(roots)": publish.listed_places,
     "registry.publish.publish(aliases)": lambda value: publish.publish([], "url", value),

@@ -108,6 +108,13 @@ class Cache:
                 (folder / "entry.json").write_text(json.dumps(facts), encoding="utf-8")
         return entry / "data"
 
+    def size_bytes(self, key: str) -> int:
+        """Return the size of an entry; 0 if there is none."""
+        try:
+            return (self._entry(key) / "data").stat().st_size
+        except FileNotFoundError:
+            return 0
+
     @contextlib.contextmanager
     def lock(self, key: str, *, wait: bool = True) -> Iterator[bool]:
         """Hold a lock on `key` among all processes that share this cache; the lock of a killed process is released.

@@ -20,7 +20,7 @@ COMMANDS = [
     Lazy(
         "plan",
         "pipeline.cli.build:plan",
-        "Show the graphs, memory and estimated compile times of RECIPE.",
+        "Show the graphs of RECIPE, and the time, memory and disk that its build takes.",
     ),
     Lazy("inspect", "pipeline.cli.artifacts:inspect", "Show what ARTIFACT holds and needs."),
     Lazy("verify", "pipeline.cli.artifacts:verify", "Check the files of ARTIFACT against its manifest."),

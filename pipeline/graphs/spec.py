@@ -50,6 +50,11 @@ class GraphSpec:
         return f"{phase}-b{self.batch}-t{self.tokens}-s{self.kv}{k}{tail}"
 
     @property
+    def kind(self) -> str:
+        """Phase and sampling: graphs of one kind differ in their shapes."""
+        return f"{self.phase} {self.sampling}"
+
+    @property
     def draws(self) -> int:
         """Random numbers per row: one token, or K drafts, K acceptances and a last token."""
         return 2 * self.draft_tokens + 1 if self.phase == "speculate" else 1

@@ -1,5 +1,7 @@
 """The plan of a build, made before it starts: graphs, memory, sizes, times, conflicts, and the lock.
 
+`forecast` corrects the estimates by `history`, the builds that were recorded on this machine.
+
 Reads no values of weights and uses no device. Imports no torch.
-Entered by stages, nxdi, doctor and cli.
+Entered by build, stages, nxdi, doctor and cli.
 """

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.graphs.dtypes import DTYPES
-from pipeline.graphs.packing import Packing
+from pipeline.graphs.packing import BlockPacking, Packing
 from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
+from pipeline.models.config import ModelConfig
 from pipeline.models.weights import local_shape
 
 MIB = 1 << 20
@@ -58,6 +59,16 @@ COMPILE_COSTS = {
 }
 
 
+REFERENCE = "reference"
+"""Stage of the gates that computes what they compare with; cached for the next build."""
+PROMPT_TOKENS = 100
+REFERENCE_S, GATES_S = 0.02, 0.03
+"""Seconds for each GFLOP of one pass over the scored tokens, two cores with AVX2."""
+SHARD_RATE, PACKAGE_RATE = 400e6, 1e9
+"""Bytes per second."""
+GATES_BYTES = 1200 * MIB
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank. All but `scratch`, an estimate, are exact."""
@@ -82,7 +93,7 @@ def rank_memory(pair: PairSpec, packing: Packing, graphs: Iterable[GraphSpec]) -
         draft_weights=weight_bytes(models, "draft", packing),
         target_kv=_cache_bytes(pair, "target"),
         draft_kv=_cache_bytes(pair, "draft"),
-        scratch=max(_scratch_bytes(pair, spec) for spec in graphs),
+        scratch=max(scratch_bytes(pair, spec, fused=isinstance(packing, BlockPacking)) for spec in graphs),
     )
 
 
@@ -95,6 +106,40 @@ def weight_bytes(models: ModelsSpec, role: Role, packing: Packing) -> int:
         shape = packing.packed_shape(local_shape(weight, config, tp), weight.kind, dtype)
         size += math.prod(shape) * DTYPES[dtype].size_bytes
     return size
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the gates run: prompts and new tokens of each; no prompts without gates."""
+
+    prompts: int
+    new_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are scored, with prompts of the usual length."""
+        return self.prompts * (PROMPT_TOKENS + self.new_tokens)
+
+
+def stage_seconds(pair: PairSpec, memory: Memory, work: Work) -> dict[str, float]:
+    """Return the time of the stages beside compiling; the gates' without and with what is cached (`reference`)."""
+    size_bytes = pair.models.tp * (memory.target_weights + memory.draft_weights)
+    seconds = {"sources": 4.0, "shard": size_bytes / SHARD_RATE, "package": 0.5 + size_bytes / PACKAGE_RATE}
+    if not work.prompts:
+        return seconds
+    gflop = 2e-9 * work.tokens * sum(map(_parameters, (pair.target, pair.draft)))
+    return seconds | {REFERENCE: 1 + gflop * REFERENCE_S, "gates": 5 + gflop * GATES_S}
+
+
+def gates_memory_bytes(memory: Memory, work: Work) -> int:
+    """Return the host memory of the gates, with Python, torch and transformers."""
+    return GATES_BYTES + memory.total if work.prompts else 0
+
+
+def _parameters(config: ModelConfig) -> int:
+    """Return about the number of a model's parameters."""
+    attention = (config.heads + config.kv_heads) * config.head_dim
+    return 2 * config.vocab * config.hidden + config.layers * config.hidden * (2 * attention + 3 * config.intermediate)
 
 
 def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:
@@ -111,16 +156,40 @@ def _cache_bytes(pair: PairSpec, role: Role) -> int:
     return pair.rows * pair.length * elements * DTYPES[pair.models.dtype_of(role)].size_bytes
 
 
-def _scratch_bytes(pair: PairSpec, spec: GraphSpec) -> int:
-    """Estimate a graph's live activations, in float32: one layer's, tiles of attention scores, and the logits."""
+def scratch_bytes(pair: PairSpec, spec: GraphSpec, *, fused: bool) -> int:
+    """Return what a graph holds at its peak beside weights and caches: in a layer, or as logits, float32.
 
-    def layer(role: Role) -> int:
-        config, tp = pair.models.config_of(role), pair.models.tp_of(role)
-        rows, heads = spec.batch * spec.tokens, config.heads // tp
-        wide = 4 * config.hidden + 3 * heads * config.head_dim + 2 * config.intermediate // tp
-        return 4 * rows * (wide + heads * min(spec.kv, ATTENTION_TILE))
-
+    `fused`: the kernels of the `inductor` backend on a CPU, which hold no attention scores and one copy of the logits;
+    the test of scratch memory measures it. Else an estimate with a tile of scores.
+    """
+    layer = _fused_layer_bytes if fused else _layer_bytes
     scored = spec.tokens if spec.phase in ("score", "speculate") else 1
-    copies = 4 if spec.sampling == "stochastic" else 2
-    logits = 4 * spec.batch * scored * pair.target.vocab * copies
-    return max(layer(role) for role in pair.roles_of(spec)) + logits
+    copies = 1 if fused else 4 if spec.sampling == "stochastic" else 2
+    vocab = pair.models.config_of("draft" if spec.model == "draft" else "target").out_vocab
+    logits = 4 * spec.batch * scored * vocab * copies
+    layers = [layer(pair, spec, role) for role in pair.roles_of(spec)]
+    return max(*layers, logits) if fused else max(layers) + logits
+
+
+def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
+    """Return what one layer holds at its peak: in attention, or in the feed-forward network.
+
+    Its caller holds the residual before it, normalised too, and the tapped states. Beside these are, in the model's
+    dtype, heads, inner values and the residual after each half, and in float32 the results of products.
+    """
+    config, tp = pair.models.config_of(role), pair.models.tp_of(role)
+    size = DTYPES[pair.models.dtype_of(role)].size_bytes
+    hidden, heads = config.hidden, config.heads // tp * config.head_dim
+    states = hidden * (2 + (len(pair.models.taps) if role == "target" else 0))
+    qkv = heads + 2 * pair.models.kv_heads_of(role) * config.head_dim
+    attention = size * (states + 2 * qkv) + 4 * (qkv + heads + hidden)
+    feed_forward = size * (states + 4 * hidden + config.intermediate // tp) + 4 * 2 * hidden
+    return spec.batch * spec.tokens * max(attention, feed_forward)
+
+
+def _layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
+    """Estimate one layer's activations in float32, with tiles of attention scores."""
+    config, tp = pair.models.config_of(role), pair.models.tp_of(role)
+    rows, heads = spec.batch * spec.tokens, config.heads // tp
+    wide = 4 * config.hidden + 3 * heads * config.head_dim + 2 * config.intermediate // tp
+    return 4 * rows * (wide + heads * min(spec.kv, ATTENTION_TILE))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.graphs.packing import PACKINGS
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Sampling, Scope
 from pipeline.models.config import ModelConfig
 from pipeline.plan.conflicts import conflicts
-from pipeline.plan.estimates import COMPILE_COSTS, GIB, CompileCost, Memory, layer_passes, rank_memory
+from pipeline.plan.estimates import COMPILE_COSTS, GIB, CompileCost, Memory, Work, layer_passes, rank_memory
 from pipeline.recipe.schema import InductorSettings, Recipe
 
 
@@ -28,10 +30,18 @@ class Plan:
         return self.recipe.backend.core_memory_bytes
 
     @property
+    def shards_bytes(self) -> int:
+        """Size of the shards of all ranks."""
+        return self.pair.models.tp * (self.memory.target_weights + self.memory.draft_weights)
+
+    @property
     def artifact_bytes(self) -> int:
         """Estimate of an artifact's size: the shards of all ranks and the graphs."""
-        shards = self.pair.models.tp * (self.memory.target_weights + self.memory.draft_weights)
-        return shards + sum(self.graph_bytes(spec) for spec in self.graphs)
+        return self.shards_bytes + sum(self.graph_bytes(spec) for spec in self.graphs)
+
+    def disk_bytes(self, graphs_bytes: int) -> int:
+        """Return the disk that a build writes: an artifact links the cache's shards and graphs; subgraphs are extra."""
+        return self.shards_bytes + 2 * graphs_bytes
 
     @property
     def stored_bytes(self) -> int:
@@ -52,10 +62,27 @@ class Plan:
         return self._cost.size_bytes(layer_passes(self.pair, spec))
 
     @property
-    def _cost(self) -> CompileCost:
+    def cost_kind(self) -> str:
+        """The kind of compiler, a key of `COMPILE_COSTS`."""
         backend = self.recipe.backend
         whole = isinstance(backend, InductorSettings) and (self.pair.models.tp > 1 or backend.device == "cuda")
-        return COMPILE_COSTS[f"{backend.name}, whole" if whole else backend.name]
+        return f"{backend.name}, whole" if whole else backend.name
+
+    @property
+    def _cost(self) -> CompileCost:
+        return COMPILE_COSTS[self.cost_kind]
+
+    def graph_digest(self, spec: GraphSpec) -> str:
+        """Return a digest of what decides the cost of compiling one graph."""
+        return _digest([asdict(self.pair), asdict(spec), self.recipe.backend.model_dump(mode="json")])
+
+    def digest(self, work: Work) -> str:
+        """Return a digest of what decides the cost of a build."""
+        return _digest([[self.graph_digest(spec) for spec in self.graphs], asdict(work)])
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Plan:

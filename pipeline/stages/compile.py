@@ -23,10 +23,12 @@ from pipeline.errors import HostError, TandemError, reason
 from pipeline.executors.local import LocalExecutor
 from pipeline.files.atomic import link_or_copy
 from pipeline.graphs.spec import GraphSpec, PairSpec
+from pipeline.plan.forecast import Forecast, makespan
 from pipeline.plan.plan import Plan
 from pipeline.progress import Log, Progress, duration, no_log
 from pipeline.recipe.schema import BackendSettings
-from pipeline.stages.workers import output_to, worker_count
+from pipeline.stages.settings import BuildSettings
+from pipeline.stages.workers import output_to, peak_bytes, worker_count
 
 SHAPING = ("models", "speculation", "graphs", "backends/base.py")
 """Parts of this package that shape a graph, in addition to the package of its backend."""
@@ -46,68 +48,78 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A graph in the cache. `hit`: found in the local or the shared cache; `notes`: messages of the shared cache."""
+    """A graph in the cache. `hit`: found in the local or the shared cache; `notes`: messages of the shared cache.
+
+    `memory_bytes`: peak of the worker that compiled it, with its compilers.
+    """
 
     spec: GraphSpec
     key: str
     hit: bool
     seconds: float
     notes: tuple[str, ...] = ()
+    memory_bytes: int = 0
+    size_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class CompileSettings:
-    """The local and the shared cache, and the number of workers (None: as many as fit)."""
+class Pending:
+    """The graphs of a plan: those in the local cache, and a job for each that is missing, the longest first."""
 
-    cache: Path
-    workers: int | None = None
-    remote: Remote | None = None
+    def __init__(self, plan: Plan, expected: Forecast, settings: BuildSettings) -> None:
+        self.graphs, self.logs = plan.graphs, settings.cache / "logs" / plan.recipe.name
+        jobs = [
+            Job(spec, plan.pair, plan.recipe.backend, settings.cache, self.logs / f"{spec.name}.log", settings.remote)
+            for spec in plan.graphs
+        ]
+        self.expected = expected
+        self.cached = {hit.spec.name: hit for job in jobs if (hit := cached(job))}
+        missing = [job for job in jobs if job.spec.name not in self.cached]
+        self.missing = sorted(missing, key=lambda job: -expected.graphs[job.spec.name].seconds)
+        memory_bytes = max((expected.graphs[job.spec.name].memory_bytes for job in missing), default=0)
+        self.workers = settings.workers or worker_count(memory_bytes, max(len(missing), 1))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the missing graphs."""
+        return [job.spec.name for job in self.missing]
 
 
-def compile_plan(plan: Plan, settings: CompileSettings, log: Log, progress: Progress) -> list[Compiled]:
+def compile_plan(pending: Pending, log: Log, progress: Progress) -> list[Compiled]:
     """Compile every graph of a plan that the cache lacks; log each result and the remaining time.
 
     Raises:
         HostError: the first failure, with the graph and its log. Graphs already compiled stay in the cache.
 
     """
-    logs = settings.cache / "logs" / plan.recipe.name
-    jobs = [
-        Job(spec, plan.pair, plan.recipe.backend, settings.cache, logs / f"{spec.name}.log", settings.remote)
-        for spec in plan.graphs
-    ]
-    results = {hit.spec.name: hit for job in jobs if (hit := cached(job))}
-    missing = [job for job in jobs if job.spec.name not in results]
-    tally = _Tally(plan, [job.spec for job in missing], settings.workers)
-    what = f"{len(missing)} of {len(jobs)} graphs, {tally.workers} at a time, {tally.remaining()}; logs in {logs}"
-    log(f"compile: {what}" if missing else f"compile: all {len(jobs)} graphs are cached")
+    results, missing, count = dict(pending.cached), pending.missing, len(pending.graphs)
+    tally = _Tally(pending)
+    what = f"{len(missing)} of {count} graphs, {pending.workers} at a time, {tally.remaining()}; logs in {pending.logs}"
+    log(f"compile: {what}" if missing else f"compile: all {count} graphs are cached")
 
     def ended(result: Compiled) -> None:
         results[result.spec.name] = result
         tally.end(result)
-        progress("compile", len(jobs) - len(tally.seconds_left), len(jobs))
+        progress("compile", count - len(tally.seconds_left), count)
         log(tally.line(result))
         for note in result.notes:
             log(f"    {note}")
 
     if missing:
         started = time.monotonic()
-        progress("compile", len(results), len(jobs))
-        compile_all(missing, tally.workers, ended)
+        progress("compile", len(results), count)
+        compile_all(missing, pending.workers, ended)
         hits = sum(result.hit for result in results.values())
         took = duration(time.monotonic() - started)
-        log(f"compile: {len(jobs) - hits} graphs compiled, {hits} from the cache ({took})")
-    return [results[spec.name] for spec in plan.graphs]
+        log(f"compile: {count - hits} graphs compiled, {hits} from the cache ({took})")
+    return [results[spec.name] for spec in pending.graphs]
 
 
 class _Tally:
     """The graphs left to compile, with estimated times; times of finished graphs correct the other estimates."""
 
-    def __init__(self, plan: Plan, missing: Sequence[GraphSpec], workers: int | None) -> None:
-        self.seconds_left = {spec.name: plan.compile_seconds(spec) for spec in missing}
-        memory_bytes = max((plan.compile_memory(spec) for spec in missing), default=0)
-        self.workers = workers or worker_count(memory_bytes, max(len(missing), 1))
-
+    def __init__(self, pending: Pending) -> None:
+        self.seconds_left = {name: pending.expected.graphs[name].seconds for name in pending.names}
+        self.workers = pending.workers
         self.estimated_s = self.taken_s = 0.0
 
     def end(self, result: Compiled) -> None:
@@ -119,7 +131,7 @@ class _Tally:
     def remaining(self) -> str:
         """Return the remaining time, corrected by the times of finished graphs, which include other load."""
         slower = self.taken_s / self.estimated_s if self.estimated_s else 1.0
-        return f"about {duration(slower * sum(self.seconds_left.values()) / self.workers)}"
+        return f"about {duration(slower * makespan(self.seconds_left.values(), self.workers))}"
 
     def line(self, result: Compiled) -> str:
         """Return the log line of a finished graph."""
@@ -163,7 +175,8 @@ def compile_graph(job: Job) -> Compiled:
             if key is None:
                 key, hit = _trace_and_compile(job, backend, notes)
                 memos.put(memo, key.encode())
-    return Compiled(job.spec, key, hit, time.monotonic() - started, tuple(notes))
+    seconds, size_bytes = time.monotonic() - started, Cache(job.cache, "graphs").size_bytes(key)
+    return Compiled(job.spec, key, hit, seconds, tuple(notes), 0 if hit else peak_bytes(), size_bytes)
 
 
 def _memoised_key(job: Job, memo: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ def worker_count(graph_memory_bytes: int, graphs: int) -> int:
     """Return the number of workers that cores and free memory allow."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(len(os.sched_getaffinity(0)), free // max(graph_memory_bytes, 1), graphs))
+
+
+def peak_bytes() -> int:
+    """Return the peak memory of this process and of the largest process that it started."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
 
 
 @contextlib.contextmanager

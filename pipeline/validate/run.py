@@ -33,8 +33,8 @@ SHOWN_FINDINGS = 10
 def validate(
     root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cache: Path, log: Log,
     progress: Progress = no_progress,
-) -> None:  # fmt: skip
-    """Run the gates on the artifact in `root` and store the reports in it.
+) -> Report:  # fmt: skip
+    """Run the gates on the artifact in `root`, store the reports in it, and return the report.
 
     Raises:
         GateError: a gate failed; the reports list the findings, and the artifact cannot be published.
@@ -55,6 +55,7 @@ def validate(
     log(f"validate: {len(prompts)} prompts ({duration(time.monotonic() - started)}); report: {page_of(root)}")
     if not whole.passed:
         raise GateError(failures(whole), where=recipe.name, fix=remedy(whole, recipe, root))
+    return whole
 
 
 def make_report(gates: GateRun, ran_on: Mapping[str, str]) -> Report:

@@ -22,6 +22,7 @@ from pipeline.graphs.module import GraphModule
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
 from pipeline.models.families import config_of
+from pipeline.plan.forecast import Forecast, GraphForecast
 from pipeline.recipe.schema import InductorSettings, NeuronSettings
 from pipeline.stages import compile as stage
 from support.pairs import SMALL, make_pair
@@ -146,8 +147,9 @@ def test_the_list_of_exceptions_has_no_file_that_nothing_imports():
 def test_estimates_follow_the_times_of_finished_graphs():
     """A graph that takes twice its estimate doubles the others' estimates; a graph from a cache changes none."""
     specs = [GraphSpec("decode", 1, 1, length) for length in (16, 32, 64)]
-    plan = SimpleNamespace(compile_seconds=lambda spec: 60.0, compile_memory=lambda spec: 1)
-    tally = stage._Tally(plan, specs, workers=1)
+    graphs = {spec.name: GraphForecast(60.0, 1, 1, recorded=False) for spec in specs}
+    expected = Forecast(graphs, {}, gates_memory_bytes=0, builds=0)
+    tally = stage._Tally(SimpleNamespace(expected=expected, names=list(graphs), workers=1))
     assert tally.remaining() == "about 3 min 0 s"
     tally.end(stage.Compiled(specs[0], "key", hit=True, seconds=0.1))
     assert tally.remaining() == "about 2 min 0 s"

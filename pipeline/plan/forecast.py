@@ -1,0 +1,160 @@
+"""What a build will take: time, memory and size, from builds recorded on this machine, else from constants. Pure.
+
+A graph that was compiled before is expected to take what it took. Others take their estimate times the median ratio of
+recorded and estimated times of their phase, so one build of any recipe corrects the estimates of all.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from pipeline.errors import no_string
+from pipeline.plan.estimates import REFERENCE, Work, gates_memory_bytes, stage_seconds
+from pipeline.plan.history import CompiledGraph, PastBuild
+from pipeline.plan.plan import Plan
+
+NEWEST = 5
+"""Builds that count, of one graph or stage."""
+SIMILAR = 50
+"""Graphs of one phase that count for the ratio of recorded and estimated times."""
+
+
+@dataclass(frozen=True)
+class GraphForecast:
+    """What compiling one graph takes on a core. `recorded`: it was compiled on this machine before."""
+
+    seconds: float
+    memory_bytes: int
+    size_bytes: int
+    recorded: bool
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of one stage of a build, expected and taken."""
+
+    expected_s: float
+    took_s: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a build from nothing takes: its graphs by name, and its other stages in seconds.
+
+    `builds` is the number of recorded builds that it rests on; 0: constants only.
+    """
+
+    graphs: Mapping[str, GraphForecast]
+    stages: Mapping[str, float]
+    gates_memory_bytes: int
+    builds: int
+
+    def compile_s(self, workers: int, names: Iterable[str] | None = None) -> float:
+        """Return the time to compile the graphs `names` (None: all)."""
+        if names is not None:
+            no_string(names, "names", "names")
+        return makespan([self.graphs[name].seconds for name in (self.graphs if names is None else names)], workers)
+
+    def total_s(self, workers: int) -> float:
+        """Return the time of a whole build."""
+        return self.compile_s(workers) + sum(self.stages.values())
+
+    def memory_bytes(self, workers: int) -> int:
+        """Return the host memory that a build needs at its peak."""
+        largest = heapq.nlargest(workers, (graph.memory_bytes for graph in self.graphs.values()))
+        return max(sum(largest), self.gates_memory_bytes)
+
+    @property
+    def graphs_bytes(self) -> int:
+        """Size of all graphs."""
+        return sum(graph.size_bytes for graph in self.graphs.values())
+
+    @property
+    def basis(self) -> str:
+        """What the forecast rests on, in words."""
+        if not self.builds:
+            return "estimates: no build was recorded on this machine"
+        return f"estimates from {self.builds} recorded build{'s' if self.builds > 1 else ''}"
+
+
+def forecast(plan: Plan, work: Work, builds: Sequence[PastBuild]) -> Forecast:
+    """Return what a build of `plan` takes, from the builds of this machine, the newest first."""
+    similar = [build for build in builds if build.cost == plan.cost_kind]
+    same = [build for build in similar if build.plan == plan.digest(work)]
+    estimated = stage_seconds(plan.pair, plan.memory, work)
+    gates_memory = _recent([build.gates_memory_bytes for build in same if build.gates_memory_bytes])
+    return Forecast(
+        graphs=_graphs(plan, [graph for build in similar for graph in build.graphs]),
+        stages={name: _stage_s(name, seconds, same, similar) for name, seconds in estimated.items()},
+        gates_memory_bytes=round(gates_memory or gates_memory_bytes(plan.memory, work)),
+        builds=len(similar),
+    )
+
+
+def makespan(seconds: Iterable[float], workers: int) -> float:
+    """Return when `workers` have ended all jobs, started longest first (Graham 1969)."""
+    free_at = [0.0] * max(workers, 1)
+    for length in sorted(seconds, reverse=True):
+        heapq.heapreplace(free_at, free_at[0] + length)
+    return max(free_at)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Compiling on some machines, one graph on each at a time. `efficiency`: ideal time over time."""
+
+    machines: int
+    seconds: float
+    efficiency: float
+    machine_hours: float
+    cost: float | None
+
+
+def cluster(expected: Forecast, machines: int, price: float | None) -> list[Cluster]:
+    """Return the time to compile on 1, 2, 4, ... and `machines` machines; `price` is that of a machine hour.
+
+    The ideal is the sum of all graphs divided by the machines. Graphs that share subgraphs are assumed to find them.
+    """
+    seconds = [graph.seconds for graph in expected.graphs.values()]
+    sizes = sorted({machines, *(1 << n for n in range(machines.bit_length()) if 1 << n <= machines)})
+    result = []
+    for count in sizes:
+        span = makespan(seconds, count)
+        hours = count * span / 3600
+        cost = None if price is None else hours * price
+        result.append(Cluster(count, span, sum(seconds) / count / span, hours, cost))
+    return result
+
+
+def _graphs(plan: Plan, compiled: Sequence[CompiledGraph]) -> dict[str, GraphForecast]:
+    result = {}
+    for spec in plan.graphs:
+        digest = plan.graph_digest(spec)
+        before = [graph for graph in compiled if graph.graph == digest][:NEWEST]
+        alike = before or [graph for graph in compiled if graph.kind == spec.kind] or list(compiled)
+        seconds = plan.compile_seconds(spec) * (_recent([g.seconds / g.estimated_s for g in alike], SIMILAR) or 1.0)
+        result[spec.name] = GraphForecast(
+            seconds=median(graph.seconds for graph in before) if before else seconds,
+            memory_bytes=max((graph.memory_bytes for graph in before), default=plan.compile_memory(spec)),
+            size_bytes=max((graph.size_bytes for graph in before), default=plan.graph_bytes(spec)),
+            recorded=bool(before),
+        )
+    return result
+
+
+def _stage_s(name: str, estimated_s: float, same: Sequence[PastBuild], similar: Sequence[PastBuild]) -> float:
+    if same and name == REFERENCE:
+        return 0.0  # cached since
+    recorded = _recent([build.stages[name] for build in same if name in build.stages])
+    if recorded is not None:
+        return recorded
+    builds = [build for build in similar if build.stages.get(name) and build.estimated.get(name)]
+    return estimated_s * (_recent([build.stages[name] / build.estimated[name] for build in builds]) or 1.0)
+
+
+def _recent(values: Sequence[float], count: int = NEWEST) -> float | None:
+    """Return the median of the first `count` values; None without any."""
+    return median(values[:count]) if values else None

@@ -1,0 +1,126 @@
+"""The times of a build's stages beside what the plan expects; recorded for the next plan. Runs no stage."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import HostError
+from pipeline.plan.estimates import REFERENCE, Work, stage_seconds
+from pipeline.plan.forecast import StageTime, forecast
+from pipeline.plan.history import CompiledGraph, History, PastBuild, machine
+from pipeline.plan.plan import Plan
+from pipeline.progress import duration
+from pipeline.stages.compile import Compiled, Pending
+from pipeline.stages.settings import BuildSettings
+from pipeline.stages.workers import peak_bytes
+from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.report.schema import Report
+
+COMPILE = "compile"
+GATES = "gates"
+
+
+@dataclass
+class Gates:
+    """The report of gates that ran."""
+
+    report: Report | None = None
+
+
+@contextlib.contextmanager
+def timed(settings: BuildSettings) -> Iterator[BuildClock]:
+    """Time the stages of a build, and record those that ended for the next plan, also if one fails."""
+    clock = BuildClock(settings)
+    try:
+        yield clock
+    finally:
+        clock.record()
+
+
+class BuildClock:
+    """Times the stages of one build, beside what the plan expects; `compiled`: the graphs, once they are compiled."""
+
+    def __init__(self, settings: BuildSettings) -> None:
+        self._settings = settings
+        self._history = History(settings.cache)
+        self._seconds: dict[str, float] = {}
+        self._expected: dict[str, float] = {}
+        self._plan: Plan | None = None
+        self._workers = 1
+        self.work = work_of(settings)
+        self.compiled: Sequence[Compiled] = ()
+
+    def expect(self, plan: Plan) -> Pending:
+        """Log what the stages that are left will take; return the graphs that are missing."""
+        expected = forecast(plan, self.work, self._history.builds())
+        pending = Pending(plan, expected, self._settings)
+        compile_s = expected.compile_s(pending.workers, pending.names)
+        self._plan, self._workers = plan, pending.workers
+        self._expected = {"sources": expected.stages["sources"], "shard": expected.stages["shard"], COMPILE: compile_s}
+        self._expected |= expected.stages
+        left = {name: seconds for name, seconds in self._expected.items() if name not in self._seconds}
+        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in left.items())
+        self._settings.log(f"plan: about {duration(sum(left.values()))} ({listed}); {expected.basis}")
+        return pending
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        started = time.monotonic()
+        yield
+        self._seconds[name] = time.monotonic() - started
+
+    @contextlib.contextmanager
+    def gates(self) -> Iterator[Gates]:
+        """Time the gates, and apart from them the stage whose results are cached afterwards."""
+        gates = Gates()
+        with self.stage(GATES):
+            yield gates
+        reference_s = gates.report.provenance.seconds.get(REFERENCE, 0.0) if gates.report else 0.0
+        self._seconds |= {GATES: self._seconds[GATES] - reference_s, REFERENCE: reference_s}
+
+    def stages(self) -> dict[str, StageTime]:
+        """Return expected and taken seconds of the stages that ran."""
+        return {name: StageTime(round(self._expected[name], 1), round(s, 1)) for name, s in self._seconds.items()}
+
+    def record(self) -> None:
+        """Store the stages that ended for the next plan; a failure is logged."""
+        if self._plan is None:
+            return
+        estimated = stage_seconds(self._plan.pair, self._plan.memory, self.work)
+        build = PastBuild(
+            machine=machine(),
+            plan=self._plan.digest(self.work),
+            cost=self._plan.cost_kind,
+            workers=self._workers,
+            graphs=tuple(_recorded(self._plan, graph) for graph in self.compiled if not graph.hit),
+            stages={name: round(seconds, 3) for name, seconds in self._seconds.items() if name in estimated},
+            estimated={name: round(seconds, 3) for name, seconds in estimated.items()},
+            gates_memory_bytes=peak_bytes() if GATES in self._seconds else 0,
+        )
+        try:
+            self._history.add(build)
+        except HostError as error:
+            self._settings.log(f"the times of this build are not recorded: {error}")
+
+
+def _recorded(plan: Plan, graph: Compiled) -> CompiledGraph:
+    return CompiledGraph(
+        graph=plan.graph_digest(graph.spec),
+        kind=graph.spec.kind,
+        estimated_s=plan.compile_seconds(graph.spec),
+        seconds=round(graph.seconds, 3),
+        memory_bytes=graph.memory_bytes,
+        size_bytes=graph.size_bytes,
+    )
+
+
+def work_of(settings: BuildSettings) -> Work:
+    """Return what the gates of a build will run."""
+    rules = settings.recipe.validate_
+    if not settings.validate:
+        return Work(0)
+    return Work(len(load_prompts(prompts_path(rules.prompts, settings.base))), rules.max_new_tokens)

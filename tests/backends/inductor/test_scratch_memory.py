@@ -1,0 +1,68 @@
+"""What a compiled graph holds at its peak is what the plan says: allocations counted by torch's profiler."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.backends.inductor.backend import InductorBackend
+from pipeline.backends.inductor.session import LoadedGraph
+from pipeline.graphs.dtypes import torch_dtype
+from pipeline.graphs.signature import signature
+from pipeline.graphs.spec import GraphSpec, PairSpec
+from pipeline.plan.estimates import MIB, scratch_bytes
+from pipeline.recipe.schema import InductorSettings
+from support.graphs import compile_graph
+from support.pairs import make_pair
+
+BACKEND = InductorBackend(InductorSettings())
+SPECS = (
+    GraphSpec("prefill", 4, 256, 512, 0, "stochastic"),
+    GraphSpec("speculate", 4, 4, 512, 3, "stochastic"),
+    GraphSpec("decode", 4, 1, 512),
+    GraphSpec("score", 4, 64, 512, model="target"),
+)
+
+
+def pair_of(dtype: str) -> PairSpec:
+    """Two layers with the proportions of SmolLM2-135M, and a draft of one."""
+    target = replace(
+        make_pair().shape.target, family="llama", layers=2, hidden=576, intermediate=1536, heads=9, kv_heads=3,
+        head_dim=64, vocab=8192, qk_norm=False,
+    )  # fmt: skip
+    models = replace(make_pair().shape.models, target=target, draft=replace(target, layers=1), target_dtype=dtype,
+                     draft_dtype=dtype)  # fmt: skip
+    return PairSpec(models, rows=4, length=512, candidates=64)
+
+
+def peak_bytes(graph: LoadedGraph, inputs: list[torch.Tensor]) -> int:
+    """Return the most that one run holds at a time."""
+    graph.run(inputs)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        graph.run(inputs)
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_plan_states_what_a_graph_holds(spec, dtype, tmp_path: Path):
+    pair = pair_of(dtype)
+    compile_graph(BACKEND, BACKEND.trace(spec, pair), tmp_path)
+    inputs = [
+        torch.ones(tensor.shape, dtype=torch_dtype(tensor.dtype))
+        for tensor in signature(spec, pair, BACKEND.packing).inputs
+    ]
+    measured = peak_bytes(LoadedGraph(tmp_path / BACKEND.graph_file, "cpu"), inputs)
+    assert scratch_bytes(pair, spec, fused=True) == pytest.approx(measured, rel=0.25, abs=MIB // 8)
