@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ParamSpec, TypeVar
+from typing import TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-P = ParamSpec("P")
+Args = TypeVarTuple("Args")
 R = TypeVar("R")
 State = dict[str, Tensor]
 """KV caches of one model: `k.<layer>` and `v.<layer>`, each [rows, H, S_max, D]."""
@@ -91,12 +91,12 @@ class Seams:
 
     tp = 1
 
-    def once(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def once(self, function: Callable[[*Args], R], *args: *Args) -> R:
         """Call a function that a graph calls often: a backend may compile it once for all calls of the same shapes.
 
         It is pure, except that it may write the state tensors among its arguments.
         """
-        return function(*args, **kwargs)
+        return function(*args)
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Return `x @ weight.T` with `rows` output features: [B, T, I] -> [B, T, rows]."""

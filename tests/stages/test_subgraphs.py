@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +70,28 @@ def test_two_graphs_share_a_subgraph(tmp_path):
     assert second is not None
     assert {file.name: file.read_text() for file in second.iterdir()} == {"layer.o": "layer", "verify.o": "verify"}
     assert (first / "layer.o").samefile(second / "layer.o")  # linked, not copied
+
+
+def test_a_killed_worker_leaves_what_it_compiled(tmp_path):
+    """Killed in the middle of a subgraph: those before it stay, and its lock is free."""
+
+    class Killed(Compiler):
+        def compile_subgraph(self, subgraph: TracedSubgraph, work: Path) -> bytes:
+            if subgraph.name == "entry":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().compile_subgraph(subgraph, work)
+
+    child = os.fork()
+    if child == 0:
+        killed: Any = Killed()
+        compiled_subgraphs(job(tmp_path), killed, traced("layer", "entry", "verify"), folder(tmp_path / "one"))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    backend: Any = Compiler()
+    objects = compiled_subgraphs(job(tmp_path), backend, traced("layer", "entry", "verify"), folder(tmp_path / "two"))
+    assert backend.compiled == ["entry", "verify"]
+    assert objects is not None
+    assert sorted(file.name for file in objects.iterdir()) == ["entry.o", "layer.o", "verify.o"]
 
 
 def test_machines_share_subgraphs(tmp_path):

@@ -12,7 +12,7 @@ from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.backends.inductor.collectives import all_gather, all_reduce
 from pipeline.backends.inductor.subgraphs import SubgraphTracer
 from pipeline.graphs.packing import SCALE_BYTES
-from pipeline.models.parallel import Attend, P, R, Seams
+from pipeline.models.parallel import Args, Attend, R, Seams
 from pipeline.models.weights import BLOCK
 
 
@@ -22,11 +22,11 @@ class BlockedSeams(Seams):
     def __init__(self, subgraphs: SubgraphTracer | None = None) -> None:
         self.subgraphs = subgraphs
 
-    def once(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def once(self, function: Callable[[*Args], R], *args: *Args) -> R:
         """Call a function through the tracer."""
         if self.subgraphs is None:
-            return function(*args, **kwargs)
-        result: R = self.subgraphs.call(function, *args, **kwargs)
+            return function(*args)
+        result: R = self.subgraphs.call(function, *args)
         return result
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
