@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks, Toolchain, Traced, TracedSubgraph
 from pipeline.backends.neuron import compiler, hlo, support
-from pipeline.backends.neuron.graph_file import GRAPH_FILE, pack
+from pipeline.backends.neuron.graph_file import GRAPH_FILE, NeuronTrace, pack
 from pipeline.backends.neuron.module import NeuronModule, NeuronSeams, dotted, key
 from pipeline.backends.neuron.runtime import NeuronRanks
 from pipeline.backends.neuron.support import sdk_environment, sdk_variables
@@ -19,6 +21,9 @@ from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import Signature, signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.recipe.schema import NeuronSettings
+
+CONTEXT_PHASES = ("prefill", "score")
+"""Phases whose graphs read whole prompts; the others are steps."""
 
 
 class NeuronBackend:
@@ -37,8 +42,11 @@ class NeuronBackend:
 
     def flags(self) -> dict[str, str]:
         """Return the compiler's flags, and the environment that changes the result of tracing and compiling."""
-        code = " ".join(compiler.arguments(self.target, self.lnc, self.extra))
-        return {"neuronx-cc": code} | {f"env.{name}": value for name, value in support.environment().items()}
+        code = {
+            f"neuronx-cc {kind}": shlex.join(compiler.arguments(self.target, self.lnc, self.extra, kind))
+            for kind in compiler.KINDS
+        }
+        return code | {f"env.{name}": value for name, value in support.environment().items()}
 
     def requires(self) -> dict[str, str]:
         """Return the chip and the size of logical cores that a NEFF needs."""
@@ -74,7 +82,8 @@ class NeuronBackend:
                 builder.trace(kwargs=module.example(), tag=spec.name)
                 traced = builder.trace_artifacts_collection[spec.name]
         check_names(spec, io, traced.metaneff)
-        return Traced(hlo.canonical(traced.hlo, traced.metaneff), io, traced)
+        program = NeuronTrace(spec, traced.hlo, traced.metaneff, traced.flattener, traced.packer)
+        return Traced(hlo.canonical(traced.hlo, traced.metaneff), io, program)
 
     def compile_subgraph(self, subgraph: TracedSubgraph, work: Path) -> bytes:  # noqa: ARG002 - the protocol's signature
         """Not called: a graph has no subgraphs, because the compiler finds repeated layers itself (modular flow)."""
@@ -83,14 +92,23 @@ class NeuronBackend:
     def compile(self, traced: Traced, work: Path, objects: Path | None = None) -> bytes:  # noqa: ARG002 - no subgraphs
         """Compile with neuronx-cc; return the graph file."""
         environment = support.AT_START | sdk_variables(self.target, self.lnc)
-        listing = _operators(tuple(environment.items()))
-        supported = hlo.DOCUMENTED | hlo.NAMED_LATER if listing is None else hlo.operators(listing)
-        if faults := hlo.faults(traced.program.hlo, supported):
+        program: NeuronTrace = traced.program
+        if faults := hlo.faults(program.hlo):
             problem = f"neuronx-cc does not support this graph: {'; '.join(faults)}"
             raise HostError(problem, where="compile", fix="please report this bug of Tandem")
-        flags = compiler.arguments(self.target, self.lnc, self.extra)
-        neff = compiler.compile_neff(hlo.stripped(traced.program.hlo), flags, work, environment)
-        return pack(neff, traced.program)
+        listing = _operators(tuple(environment.items()))
+        unlisted = hlo.unlisted(program.hlo, hlo.DOCUMENTED if listing is None else hlo.operators(listing))
+        if unlisted:  # into the graph's log: published lists lag behind the compiler, which decides
+            sys.stderr.write(f"warning: not in neuronx-cc's list of operators: {', '.join(unlisted)}\n")
+        kind: compiler.Kind = "context" if program.spec.phase in CONTEXT_PHASES else "step"
+        flags = compiler.arguments(self.target, self.lnc, self.extra, kind, program.spec.kv)
+        try:
+            return pack(compiler.compile_neff(hlo.stripped(program.hlo), flags, work, environment), program)
+        except HostError as error:
+            if not unlisted:
+                raise
+            what = f"{error.what}; the compiler's list of operators lacks {', '.join(unlisted)}"
+            raise HostError(what, where=error.where, fix=error.fix) from error
 
     def open(self, root: Path, manifest: PairManifest) -> Ranks:
         """Open all ranks as one NxDModel on this host's device."""

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.cache.local import default_root
 from pipeline.errors import ArtifactError, HostError, no_string
@@ -77,6 +78,10 @@ MEANINGS = {
 }
 """Codes that a decoder can produce: meaning and fix."""
 
+Kind = Literal["context", "step"]
+KINDS: tuple[Kind, ...] = ("context", "step")
+LONG_CONTEXT = 128 << 10
+
 OWN_FLAGS = frozenset(["framework", "target", "lnc", "logical-nc-config", "output", "logfile", "verbose", "model-type"])
 """Flags that follow from other recipe keys or from the subprocess; a recipe cannot set them."""
 
@@ -91,10 +96,28 @@ class NeffHeader:
     lnc: int
 
 
-def arguments(chip: str, lnc: int, extra: Mapping[str, str]) -> list[str]:
-    """Return flags that decide the code. `extra` has no dashes, as in recipes: `{"optlevel": "2"}`; "" is no value."""
-    flags = {"framework": "XLA", "target": chip, "model-type": "transformer", "lnc": str(lnc), "auto-cast": "none",
-             "optlevel": "1"}  # fmt: skip
+def arguments(chip: str, lnc: int, extra: Mapping[str, str], kind: Kind, tokens: int = 1) -> list[str]:
+    """Return flags that decide the code. `extra` has no dashes, as in recipes: `{"optlevel": "2"}`; "" is no value.
+
+    They are those of NxD Inference's `ModelWrapper`. A *context* graph (prefill, score) is compiled as functions, to
+    save compile time; a *step* is not, because it would pay for their calls, and its few collectives are not tiled.
+    Context graphs of 128 k tokens or more have no vectorised DMA on two cores, where it spills.
+    """
+    is_context = kind == "context"
+    tensorizer = ["--enable-ccop-compute-overlap", f"--cc-pipeline-tiling-factor={2 if is_context else 1}"]
+    if not (is_context and lnc == 2 and tokens >= LONG_CONTEXT):
+        tensorizer.append("--vectorize-strided-dma")
+    hlo2tensorizer = [*(["--modular-flow-mac-threshold=10"] if is_context else []), "--verify-hlo=true"]
+    flags = {
+        "framework": "XLA",
+        "target": chip,
+        "model-type": "transformer",
+        "lnc": str(lnc),
+        "auto-cast": "none",
+        "optlevel": "1" if is_context else "2",
+        "tensorizer-options": " ".join(tensorizer),
+        "internal-hlo2tensorizer-options": " ".join(hlo2tensorizer),
+    }
     if chip in ("trn1", "inf2"):
         flags["enable-saturate-infinity"] = ""
     flags |= {name.lstrip("-"): value for name, value in extra.items()}

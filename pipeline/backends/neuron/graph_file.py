@@ -36,8 +36,19 @@ class Graph:
         return self.neff
 
 
-def pack(neff: bytes, program: Any) -> bytes:
-    """Return one graph as a zip whose bytes depend on its contents only. `program` are NxD's trace artifacts.
+@dataclass(frozen=True)
+class NeuronTrace:
+    """A traced graph: its spec, the HLO, and NxD's trace artifacts, which a loader needs."""
+
+    spec: GraphSpec
+    hlo: Any
+    metaneff: Any
+    flattener: Any
+    packer: Any
+
+
+def pack(neff: bytes, program: NeuronTrace) -> bytes:
+    """Return one graph as a zip whose bytes depend on its contents only.
 
     Flattener and packer are stored as in NxDModel.save: the text of their plain attributes.
     """

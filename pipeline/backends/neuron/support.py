@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from pathlib import Path
 
-from pipeline.errors import Problem
+from pipeline.errors import HostError, Problem
 from pipeline.recipe.chips import CHIPS, chip_of_instance
 
 COMPILER = "neuronx-cc"
+PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")
+"""The instance type on EC2."""
 INDEX = "https://pip.repos.neuron.amazonaws.com"
 
 
@@ -109,29 +112,65 @@ def environment(values: Mapping[str, str] = AT_START) -> dict[str, str]:
 
 
 def device() -> Device | None:
-    """Return the devices of this host; None without devices or without `neuron-ls`."""
+    """Return the devices of this host; None without devices or without `neuron-ls`.
+
+    Raises:
+        HostError: `neuron-ls` prints something else than its documents say.
+
+    """
     tool = shutil.which("neuron-ls") or shutil.which("neuron-ls", path="/opt/aws/neuron/bin")
     if tool is None:
         return None
+    listed, header = _printed([tool, "--json-output"]), _printed([tool])
+    return None if listed is None else parse_devices(listed, header or "")
+
+
+def parse_devices(listed: str, header: str, product: Path = PRODUCT) -> Device | None:
+    """Return the devices in the output of `neuron-ls --json-output`: one entry per device, of logical cores.
+
+    Instance type and LNC are not in it: they are lines above the table that `neuron-ls` prints without options, in
+    newer versions. Else the type is the product name that the machine's firmware states, and the LNC the runtime's.
+
+    Raises:
+        HostError: the output is not a list of devices with `nc_count` and `memory_size`.
+
+    """
     try:
-        out = subprocess.run(
-            [tool, "-j"], capture_output=True, text=True, check=True, timeout=60, encoding="utf-8", errors="replace"
-        ).stdout
-        return parse_devices(json.loads(out))
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-
-
-def parse_devices(listed: Any) -> Device | None:
-    """Parse the output of `neuron-ls --json-output`: one entry per device."""
-    devices = listed if isinstance(listed, list) else listed.get("neuron_devices", [])
+        devices = [(int(entry["nc_count"]), int(entry["memory_size"])) for entry in json.loads(listed)]
+    except (ValueError, TypeError, KeyError) as error:
+        what = f"its output is no list of devices with nc_count and memory_size: {listed.strip()[:200]!r}"
+        fix = "please report this, with the output of `neuron-ls --json-output` and `neuron-ls --version`"
+        raise HostError(what, where="neuron-ls", fix=fix) from error
     if not devices:
         return None
-    first = devices[0]
-    cores = sum(int(entry["nc_count"]) for entry in devices)
-    memory = int(first.get("memory_size", 0)) // max(int(first["nc_count"]), 1)
-    lnc = int(first.get("logical_neuroncore_config", 1))
-    return Device(str(first.get("instance_type", "unknown")), cores, lnc, memory)
+    facts = dict(re.findall(r"^(instance-type|logical-neuroncore-config):\s*(\S+)\s*$", header, re.MULTILINE))
+    instance = facts.get("instance-type") or _product_name(product)
+    lnc = int(facts.get("logical-neuroncore-config") or _runtime_lnc(chip_of_instance(instance)))
+    cores, memory_bytes = devices[0]
+    return Device(instance, sum(count for count, _ in devices), lnc, memory_bytes // max(cores, 1))
+
+
+def _printed(command: list[str]) -> str | None:
+    """Return what a tool prints; None if it fails."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60, encoding="utf-8", errors="replace"
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _product_name(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def _runtime_lnc(chip: str) -> str:
+    """Return the LNC of the Neuron runtime: that of its variable, else the chip's default."""
+    default = next((entry.default_lnc for entry in CHIPS.values() if entry.name == chip), 1)
+    return os.environ.get("NEURON_LOGICAL_NC_CONFIG", str(default))
 
 
 def problems(chip: str, lnc: int, installed: Mapping[str, str], values: Mapping[str, str] = AT_START) -> list[Problem]:

@@ -10,7 +10,7 @@ from pipeline.backends.neuron import compiler, hlo
 from pipeline.errors import ArtifactError, HostError
 from support.neuron_lane import FAKE, messages
 
-FLAGS = compiler.arguments("trn2", 2, {})
+FLAGS = compiler.arguments("trn2", 2, {}, "step")
 
 
 @pytest.fixture
@@ -27,15 +27,32 @@ def work(tmp_path):
     return tmp_path / "work"
 
 
-def test_arguments_name_chip_and_logical_cores():
-    assert FLAGS == [
-        "--auto-cast=none", "--framework=XLA", "--lnc=2", "--model-type=transformer", "--optlevel=1", "--target=trn2",
+def test_arguments_of_a_step_and_of_a_context_graph_are_those_of_nxd_inference():
+    """Every phase was compiled with -O1 alone: as functions, whose calls a step pays for."""
+    same = ["--auto-cast=none", "--framework=XLA"]
+    end = ["--lnc=2", "--model-type=transformer"]
+    tensorizer = (
+        "--tensorizer-options=--enable-ccop-compute-overlap --cc-pipeline-tiling-factor={} --vectorize-strided-dma"
+    )
+    assert [
+        *same, "--internal-hlo2tensorizer-options=--verify-hlo=true", *end, "--optlevel=2", "--target=trn2",
+        tensorizer.format(1),
+    ] == FLAGS  # fmt: skip
+    assert compiler.arguments("trn2", 2, {}, "context", 8192) == [
+        *same, "--internal-hlo2tensorizer-options=--modular-flow-mac-threshold=10 --verify-hlo=true", *end,
+        "--optlevel=1", "--target=trn2", tensorizer.format(2),
     ]  # fmt: skip
 
 
+def test_a_context_of_128k_on_two_cores_has_no_vectorised_dma():
+    flags = {lnc: " ".join(compiler.arguments("trn2", lnc, {}, "context", 128 << 10)) for lnc in (1, 2)}
+    assert "vectorize-strided-dma" in flags[1]
+    assert "vectorize-strided-dma" not in flags[2]
+
+
 def test_arguments_take_a_recipe_s_flags_and_saturate_infinity_on_trn1():
-    flags = compiler.arguments("trn1", 1, {"--optlevel": "2", "enable-fast-loading-neuron-binaries": ""})
-    assert "--optlevel=2" in flags
+    flags = compiler.arguments("trn1", 1, {"--optlevel": "3", "enable-fast-loading-neuron-binaries": ""}, "step")
+    assert "--optlevel=3" in flags
     assert "--enable-saturate-infinity" in flags
     assert "--enable-fast-loading-neuron-binaries" in flags
 
@@ -100,7 +117,7 @@ def test_compile_neff_without_a_compiler(work, where, tmp_path):
 
 def test_compile_neff_refuses_logical_cores_that_the_chip_lacks(where, work):
     with pytest.raises(HostError, match="NCC_EARG001"):
-        compiler.compile_neff(b"hlo", compiler.arguments("trn1", 2, {}), work, where)
+        compiler.compile_neff(b"hlo", compiler.arguments("trn1", 2, {}, "step"), work, where)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +135,7 @@ def test_check_neff_refuses_what_is_damaged(where, work, damage, says):
 
 
 def test_check_neff_refuses_other_logical_cores(where, work):
-    data = compiler.compile_neff(b"hlo", compiler.arguments("trn2", 1, {}), work, where)
+    data = compiler.compile_neff(b"hlo", compiler.arguments("trn2", 1, {}, "step"), work, where)
     with pytest.raises(ArtifactError, match="lnc_size mismatch: expected 2, found 1"):
         compiler.check_neff(data, "graph.neff", lnc=2)
 
@@ -164,12 +181,10 @@ def test_canonical_tells_constants_operands_and_operators_apart():
 @pytest.mark.parametrize(
     ("instruction", "code"),
     [
-        (("sort", 11, (1,), {}), "NCC_EVRF001"),
         (("convert", 12, (1,), {}), "NCC_ESPP004"),
         (("constant", 5, (), {"literal": {"s64s": [1 << 40]}}), "NCC_ESFH002"),
         (("all-reduce", 4, (1,), {}), "NCC_EVRF061"),
         (("dot", 4, (1,), {}), "NCC_EVRF035"),
-        (("custom-call", 11, (1,), {"custom_call_target": "Mystery"}), "NCC_EVRF015"),
         (("custom-call", 4, (1,), {"custom_call_target": "AwsNeuronTopK"}), "NCC_EVRF013"),
     ],
 )
@@ -177,6 +192,20 @@ def test_faults_name_what_the_compiler_does_not_take(instruction, code):
     found = hlo.faults(module(("parameter", 4, (), {}), instruction))
     assert len(found) == 1
     assert code in found[0]
+
+
+def test_an_operator_that_no_list_has_is_named_and_left_to_the_compiler():
+    """A listing that lacks `logistic` or `or`, as the published one does, refused every graph."""
+    instructions = [("parameter", 4, (), {}), ("logistic", 11, (1,), {}), ("or", 1, (1,), {}), ("sort", 11, (1,), {})]
+    calls = [("custom-call", 11, (1,), {"custom_call_target": name}) for name in ("Mystery", "AwsNeuronArgMin")]
+    graph = module(*instructions, *calls)
+    assert hlo.unlisted(graph, frozenset(["add"])) == ["Mystery", "sort"]
+    assert hlo.unlisted(graph, frozenset(["sort"])) == ["Mystery"]
+    assert hlo.faults(graph) == []
+
+
+def test_custom_calls_are_those_of_the_documents():
+    assert len(hlo.CUSTOM_CALLS) == 29
 
 
 def test_faults_are_none_in_a_plain_graph():

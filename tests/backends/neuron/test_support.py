@@ -1,8 +1,12 @@
 """What `preflight` says of a host, and what a host must have to run an artifact."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from pipeline.backends.neuron import support
+from pipeline.errors import HostError
 
 GOOD = {
     "torch": "2.9.0+cpu", "torch-xla": "2.9.0", "torch-neuronx": "2.9.0.2.13.26312+c6b58d9",
@@ -100,15 +104,72 @@ def test_environment_keeps_what_changes_code():
     assert support.environment(values) == {"NEURON_FUSE_SOFTMAX": "1", "XLA_USE_BF16": "1"}
 
 
+TRN1_2XLARGE = """
+[
+    {
+        "neuron_device": 0,
+        "bdf": "0000:00:1e.0",
+        "cpu_affinity": "0-7",
+        "numa_node": "-1",
+        "connected_to": null,
+        "nc_count": 2,
+        "memory_size": 34359738368,
+        "neuroncore_ids": [
+            0,
+            1
+        ],
+        "neuron_processes": []
+    }
+]
+"""
+"""What `neuron-ls --json-output` printed on a trn1.2xlarge."""
+TRN2_3XLARGE = """instance-type: trn2.3xlarge
+instance-id: i-0abcdef1234567890
+logical-neuroncore-config: 2
++--------+--------+----------+--------+--------------+----------+------+
+| NEURON | NEURON |  NEURON  | NEURON |     PCI      |   CPU    | NUMA |
+| DEVICE | CORES  | CORE IDS | MEMORY |     BDF      | AFFINITY | NODE |
++--------+--------+----------+--------+--------------+----------+------+
+| 0      | 4      | 0-3      | 96 GB  | 0000:33:00.0 | 0-11     | 0    |
++--------+--------+----------+--------+--------------+----------+------+
+"""
+"""What `neuron-ls` printed on a trn2.3xlarge."""
+NOWHERE = Path("/nonexistent")
+
+
 def listed(instance, lnc, cores, devices=2):
-    one = {"instance_type": instance, "logical_neuroncore_config": lnc, "nc_count": cores, "memory_size": 96 << 30}
-    return support.parse_devices([one] * devices)
+    entry = json.loads(TRN1_2XLARGE)[0] | {"nc_count": cores, "memory_size": 96 << 30}
+    header = f"instance-type: {instance}\ninstance-id: i-0\nlogical-neuroncore-config: {lnc}\n+---+\n"
+    return support.parse_devices(json.dumps([entry] * devices), header, NOWHERE)
 
 
 def test_devices_of_neuron_ls():
+    """The JSON has neither instance type nor LNC: they were read from keys that it never had."""
     found = listed("trn2n.48xlarge", 2, 4, devices=16)
     assert (found.chip, found.cores, found.lnc, found.core_bytes) == ("trn2", 64, 2, 24 << 30)
-    assert support.parse_devices([]) is None
+    assert support.parse_devices("[]", TRN2_3XLARGE) is None
+
+
+def test_devices_as_two_instances_print_them(tmp_path, monkeypatch):
+    monkeypatch.delenv("NEURON_LOGICAL_NC_CONFIG", raising=False)
+    found = support.parse_devices(TRN1_2XLARGE, TRN2_3XLARGE, NOWHERE)
+    assert (found.instance, found.lnc) == ("trn2.3xlarge", 2)
+    (tmp_path / "product_name").write_text("trn1.2xlarge\n")  # of a neuron-ls without lines above its table
+    found = support.parse_devices(TRN1_2XLARGE, "+--------+\n", tmp_path / "product_name")
+    assert found == support.Device("trn1.2xlarge", 2, 1, 16 << 30)
+    (tmp_path / "product_name").write_text("trn2.48xlarge\n")
+    assert support.parse_devices(TRN1_2XLARGE, "", tmp_path / "product_name").lnc == 2  # the chip's default
+    monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", "1")
+    assert support.parse_devices(TRN1_2XLARGE, "", tmp_path / "product_name").lnc == 1
+    assert support.parse_devices(TRN1_2XLARGE, "", NOWHERE).chip == "unknown"
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"neuron_device": 0}', "[1]", '[{"neuron_device": 0}]', '{"neuron_devices": []}', "no devices"]
+)
+def test_neuron_ls_that_prints_another_format_is_named(text):
+    with pytest.raises(HostError, match="neuron-ls: its output is no list of devices"):
+        support.parse_devices(text, "")
 
 
 @pytest.mark.parametrize(
