@@ -248,7 +248,10 @@ class NeuronSettings(Record):
 
     name: Literal["neuron"]
     target: ChipName = Field(description="chip")
-    lnc: int = Field(default=1, description="physical cores in a logical one: 1 or 2 on trn2, 1 elsewhere")
+    lnc: int = Field(
+        default_factory=lambda data: CHIPS[data["target"]].default_lnc if "target" in data else 1,
+        description="physical cores in a logical one: 1 or 2 on trn2 (default 2, as the runtime's), 1 elsewhere",
+    )
     flags: dict[str, str] = Field(default_factory=dict, description="extra neuronx-cc flags")
 
     packing: ClassVar[Packing] = "plain"

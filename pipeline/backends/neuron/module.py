@@ -6,6 +6,7 @@ Reference" and the NxD source).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,10 +54,25 @@ class NeuronSeams(Seams):
         """Concatenate the last axis over ranks, in rank order."""
         if self.tp == 1:
             return x
-        from neuronx_distributed.parallel_layers import mappings  # of the SDK, imported only while tracing
+        from neuronx_distributed.parallel_layers import (  # of the SDK, imported only while tracing
+            mappings,
+            parallel_state,
+        )
 
         gathered: Tensor = mappings.gather_from_tensor_model_parallel_region(x)
+        return in_rank_order(gathered, parallel_state.get_tensor_model_parallel_replica_groups()[0])
+
+
+def in_rank_order(gathered: Tensor, group: Sequence[int]) -> Tensor:
+    """Return what the ranks of `group` gathered along the last axis, sorted by rank.
+
+    With lnc=1 on trn2, NxD orders a group of 64 by the rows of the chips: ranks 0-15, 48-63, 16-47.
+    """
+    ranks = sorted(group)
+    if list(group) == ranks:
         return gathered
+    pieces = gathered.chunk(len(ranks), dim=-1)
+    return torch.cat([pieces[group.index(rank)] for rank in ranks], dim=-1)
 
 
 class NeuronModule(nn.Module):

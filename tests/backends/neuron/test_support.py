@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.backends.neuron import support
+from pipeline.backends.neuron.module import in_rank_order
 from pipeline.errors import HostError
+from pipeline.recipe.schema import NeuronSettings
 
 GOOD = {
     "torch": "2.9.0+cpu", "torch-xla": "2.9.0", "torch-neuronx": "2.9.0.2.13.26312+c6b58d9",
@@ -188,3 +191,16 @@ def test_run_problems_name_both_values(here, says):
 
 def test_run_problems_of_a_host_that_fits():
     assert support.run_problems("trn2", 2, 8, listed("trn2.48xlarge", 2, 4)) == []
+
+
+def test_gathered_logits_are_in_the_order_of_ranks():
+    """NxD's group of 64 on trn2 with lnc=1 is not in that order: samples were other tokens, without an error."""
+    group = [*range(16), *range(48, 64), *range(16, 48)]  # parallel_state.py, ascending_descending_ring_PG_group
+    gathered = torch.cat([torch.arange(3) + 3 * rank for rank in group])[None, None]
+    assert in_rank_order(gathered, group).flatten().tolist() == list(range(192))
+    same = torch.arange(6)[None]
+    assert in_rank_order(same, [0, 1, 2]) is same
+
+
+def test_the_default_lnc_is_that_of_the_chips_runtime():
+    assert [NeuronSettings(name="neuron", target=chip).lnc for chip in ("trn1", "trn2", "inf2")] == [1, 2, 1]
