@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-ChipName = Literal["trn1", "trn2", "inf2"]
+ChipName = Literal["trn1", "trn2", "trn3", "inf2"]
 
 GIB = 1 << 30
 
@@ -38,9 +38,16 @@ class Chip:
 CHIPS: Mapping[ChipName, Chip] = {
     "trn1": Chip("trn1", {1: Core(16 * GIB, 32)}, ("trn1", "trn1n")),
     "trn2": Chip("trn2", {1: Core(12 * GIB, 128), 2: Core(24 * GIB, 64)}, ("trn2", "trn2n", "trn2u"), default_lnc=2),
+    "trn3": Chip(
+        "trn3",
+        {1: Core(18 * GIB, 32), 2: Core(36 * GIB, 16)},
+        ("trn3", "trn3e", "trn3p", "trn3pds", "trn3s"),
+        default_lnc=2,
+    ),
     "inf2": Chip("inf2", {1: Core(16 * GIB, 24)}, ("inf2",)),
 }
-"""By name (Neuron SDK, feature guide on logical cores; EC2 instance types)."""
+"""By name (Neuron SDK, feature guide on logical cores; EC2 instance types). Of trn3: eight cores and 144 GiB in a chip
+(SDK 2.29, Trainium3 architecture), four chips in a trn3.48xlarge, families as the Neuron driver names them."""
 
 
 def chip_of_instance(instance_type: str) -> str:

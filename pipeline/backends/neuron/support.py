@@ -49,14 +49,14 @@ class Release:
 
 
 RELEASES = (
-    Release("2.28", "2.23", "2.9.0.2.12", "0.17", tuple(CHIPS)),
+    Release("2.28", "2.23", "2.9.0.2.12", "0.17", ("trn1", "trn2", "inf2")),
     Release("2.29", "2.24", "2.9.0.2.13", "0.18", tuple(CHIPS)),
     Release("2.30", "2.25", "2.9.0.2.14", "0.19.28093", tuple(CHIPS)),
     Release("2.31", "2.26", "2.9.0.2.15", "0.19.28492", tuple(CHIPS)),
 )
-"""Newest last. SDK 2.32 has no torch-neuronx and no NxD; its set-up page pairs its compiler 2.27 with those of 2.31."""
+"""Newest last. The compilers of SDK 2.32 and 2.33 go with torch-neuronx and NxD of 2.31, which are the last."""
 
-LATER_COMPILERS = ("2.27",)
+LATER_COMPILERS = ("2.27", "2.28")
 TORCH = "2.9"
 PYTHONS = ((3, 11), (3, 12))
 """Python versions that this package and every release above support."""

@@ -32,7 +32,9 @@ def said(found, chip="trn2", lnc=2, values=None):
     return [f"{problem.where}: {problem.what}" for problem in problems]
 
 
-@pytest.mark.parametrize("found", [GOOD, NEWEST, NEWEST | {"neuronx-cc": "2.27.5334.0"}])
+@pytest.mark.parametrize(
+    "found", [GOOD, NEWEST, *(NEWEST | {"neuronx-cc": version} for version in ("2.27.5334.0", "2.28.7631.0"))]
+)
 @pytest.mark.parametrize("chip", ["trn1", "trn2", "inf2"])
 def test_supported_releases_have_no_problem(found, chip):
     assert said(found, chip) == []
