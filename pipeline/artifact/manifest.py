@@ -28,6 +28,7 @@ SIGNATURE = "signature"
 """A signature over the manifest's bytes: in the same folder, and not listed in the manifest."""
 SCHEMA_VERSION: Literal[2] = 2
 MAX_FILES = 100_000
+MAX_BYTES = 32 << 20
 ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
 """Files that describe one build; the content digest leaves them out."""
 
@@ -310,6 +311,9 @@ def parse(data: bytes, where: str) -> PairManifest | NxdiManifest | CacheManifes
         ArtifactError: damaged, of another schema version, or with paths that could leave the directory.
 
     """
+    if len(data) > MAX_BYTES:
+        what = f"the manifest has {len(data)} bytes, at most {MAX_BYTES} are read"
+        raise ArtifactError(what, where=where, fix="do not use this artifact")
     version = json_object(data, where).get("schema_version")
     if version != SCHEMA_VERSION:
         what = f"schema_version mismatch: this version of Tandem reads {SCHEMA_VERSION}, found {version!r}"

@@ -57,6 +57,10 @@ class FileDigest:
     size: int
 
 
+MAX_PATH, MAX_DEPTH = 512, 32
+"""Characters of a path in a manifest, and its names between slashes."""
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn errors of full, read-only and forbidden disks into a `HostError` that names the path."""
@@ -227,9 +231,14 @@ def safe_relative(path: str, where: str) -> PurePosixPath:
     """Return a path of a manifest, which stays inside its folder as long as the folder has no links.
 
     Raises:
-        ArtifactError: the path is absolute or empty, or has `..`, a backslash or a control character.
+        ArtifactError: the path is absolute, empty, too long or too deep, or has `..`, a backslash or a control
+            character.
 
     """
+    if len(path) > MAX_PATH or path.count("/") >= MAX_DEPTH:  # before work that grows with the depth
+        what = f"path of {len(path)} characters in {path.count('/')} folders: {path[:80]!r}"
+        fix = f"use paths of at most {MAX_PATH} characters in {MAX_DEPTH - 1} folders"
+        raise ArtifactError(what, where=where, fix=fix)
     parts = PurePosixPath(path).parts
     relative = path == "/".join(parts) and not path.startswith("/") and parts and ".." not in parts
     unsafe = any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 or c == "\\" for c in path)  # surrogates cannot be encoded

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,9 +74,19 @@ def fault(path: Path) -> str:
         return "not writable"
     if os.statvfs(path).f_flag & os.ST_NOEXEC:
         return "mounted noexec"
-    own = own_folder(path)
-    if own.is_symlink() or (own.exists() and own.stat().st_uid != os.getuid()):
+    return _fault_of_own(own_folder(path))
+
+
+def _fault_of_own(own: Path) -> str:
+    """Return why this user's folder cannot be trusted: others may have written what compilers and loaders read."""
+    try:
+        facts = own.lstat()
+    except FileNotFoundError:
+        return ""
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
         return f"{own.name} in it belongs to another user, or is a link"
+    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others can write to {own.name} in it: remove it"
     return ""
 
 

@@ -7,6 +7,7 @@ package, without dependencies, into the cache.
 from __future__ import annotations
 
 import base64
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ from pipeline.sources.gguf import convert_once
 LOCATION = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)")
 FIX_VERSION = "write package://name==version"
 OFFLINE_SIGNS = ("connection", "temporary failure", "name resolution", "timed out", "unreachable", "proxy")
+NEEDED = ("HOME", "LANG", "PATH", "SSL_CERT_DIR", "SSL_CERT_FILE", "TEMP", "TMP", "TMPDIR", "USER")
+NEEDED_STARTS = ("PIP_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "LC_", "XDG_", "REQUESTS_CA_BUNDLE")
 UNKNOWN_SIGNS = ("no matching distribution", "could not find a version")
 
 
@@ -96,12 +99,22 @@ def _install(name: str, version: str, target: Path) -> None:
     command += ["--only-binary", ":all:"]  # building a source distribution would run its code
     command += ["--target", str(work / "site"), f"{name}=={version}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace")
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace",
+            env=_environment(),
+        )  # fmt: skip
         if done.returncode:
             raise _pip_error(done.stderr, name, version, " ".join(command))
         (work / "site").rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _environment() -> dict[str, str]:
+    """Return the variables that pip needs; tokens of clouds and hubs are none of them."""
+    return {
+        name: value for name, value in os.environ.items() if name in NEEDED or name.upper().startswith(NEEDED_STARTS)
+    }
 
 
 def _pip_error(stderr: str, name: str, version: str, command: str) -> HostError | SourceError:

@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from pipeline.artifact.diff import diff
-from pipeline.artifact.manifest import MANIFEST, content_digest, dump, read
+from pipeline.artifact.manifest import MANIFEST, MAX_BYTES, content_digest, dump, parse, read
 from pipeline.artifact.reports import add_reports
 from pipeline.artifact.verify import check_host, verify
 from pipeline.errors import ArtifactError, InputError
@@ -382,3 +383,22 @@ def test_import_brings_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("path", ["a/" * 20000 + "b", "a/" * 32 + "b", "b" * 513])
+def test_a_path_that_is_too_deep_or_too_long_is_refused_at_once(path, original):
+    """66 kB of manifest cost 385 MiB and seconds, before any signature was checked."""
+    facts = json.loads((original / MANIFEST).read_bytes())
+    facts["files"][path] = {"sha256": "0" * 64, "size": 1}
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError, match=f"path of {len(path)} characters"):
+            parse(json.dumps(facts).encode(), "here")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_manifest_that_is_too_large_is_not_parsed():
+    with pytest.raises(ArtifactError, match=r"the manifest has 33554433 bytes, at most 33554432 are read"):
+        parse(b" " * (MAX_BYTES + 1), "here")

@@ -117,3 +117,25 @@ def test_temporary_files_are_in_the_folder_meanwhile(
         assert tempfile.gettempdir() == str(tmp_path)
     assert os.environ.get("TMPDIR") == setting
     assert tempfile.gettempdir() != str(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+def test_a_folder_of_ours_that_others_can_write_to_is_skipped(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Precompiled headers in it go into every graph."""
+    own_folder(tmp_path).mkdir()
+    own_folder(tmp_path).chmod(mode)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert temporary_folder() != tmp_path
+    assert "others can write to" in temporary.fault(tmp_path)
+    own_folder(tmp_path).chmod(0o750)
+    assert temporary_folder() == tmp_path
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_folder(tmp_path).mkdir(mode=0o700)
+    os.chown(own_folder(tmp_path), 65534, 65534)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert temporary_folder() != tmp_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tarfile
 import zipfile
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from pipeline.models.weights import HEAD
 from pipeline.sources.gguf import convert_once
+from pipeline.sources.package import _environment
 from support.checkpoints import opened, refusal
 from support.paths import ROOT
 
@@ -203,3 +205,16 @@ def test_starter_draft_is_what_its_card_says(tmp_path: Path) -> None:
     draft = opened(str(root), tmp_path, role="draft")
     assert draft.config.shares_embedding
     assert (draft.config.layers, draft.config.draft_vocab, draft.config.vocab) == (3, 7736, 49152)
+
+
+def test_pip_sees_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ran with the tokens of the build: of a cloud, of the Hub, of the workflow."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "GITHUB_TOKEN", "PYTHONPATH"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://index.example")
+    monkeypatch.setenv("https_proxy", "http://proxy.example")
+    given = _environment()
+    assert "secret" not in given.values()
+    assert given["PIP_INDEX_URL"] == "https://index.example"
+    assert given["https_proxy"] == "http://proxy.example"
+    assert given["PATH"] == os.environ["PATH"]

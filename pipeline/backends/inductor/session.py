@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import stat
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,31 +14,52 @@ from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor import collectives  # noqa: F401 - graphs of several ranks call its operators by name
-from pipeline.errors import HostError
+from pipeline.errors import ArtifactError, HostError
+from pipeline.files.atomic import safe_relative
 from pipeline.files.temporary import temporary_files, temporary_folder
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec
 
 GRAPH_FILE = "graph.pt2"
+VERIFY = "check the files with `tandem verify ARTIFACT`, then build again"
 
 
 class LoadedGraph:
     """An AOTInductor package opened for execution."""
 
     def __init__(self, package: Path, device: str) -> None:
+        check_members(package)  # the loader writes each to the path that it names
         index = -1 if device == "cpu" else torch.cuda.current_device()
         try:
             with temporary_files(temporary_folder()):  # the loader extracts the library there
                 self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
         except RuntimeError as error:
-            fix = "check the files with `tandem verify ARTIFACT`, then build again"
-            raise HostError(f"cannot load the graph: {error}", where=str(package), fix=fix) from error
+            raise HostError(f"cannot load the graph: {error}", where=str(package), fix=VERIFY) from error
 
     def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Run on tensors in signature order; update the state tensors in place."""
         outputs: list[Tensor] = self._loader.run(list(tensors))
         return outputs
+
+
+def check_members(package: Path) -> None:
+    """Check that each member of a package stays in the folder to which the loader extracts it.
+
+    Raises:
+        HostError: not a package.
+        ArtifactError: a member with a path that leaves the folder, or that is a link.
+
+    """
+    try:
+        with zipfile.ZipFile(package) as archive:
+            members = archive.infolist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise HostError(f"cannot load the graph: {error}", where=str(package), fix=VERIFY) from error
+    for member in members:
+        safe_relative(member.filename.removesuffix("/"), str(package))
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise ArtifactError(f"{member.filename} is a link", where=str(package), fix="do not use this artifact")
 
 
 class Session:
