@@ -13,7 +13,7 @@ from pipeline import __version__
 from pipeline.cli.console import Console, print_error
 from pipeline.cli.groups import QUIET, VERBOSE, Lazy, LazyGroup
 from pipeline.cli.utf8 import use_utf8_mode, utf8_output
-from pipeline.errors import HostError, TandemError
+from pipeline.errors import HostError, InputError, TandemError
 
 COMMANDS = [
     Lazy("build", "pipeline.cli.build:build", "Build RECIPE into a validated artifact."),
@@ -97,9 +97,15 @@ def _exit_with(console: Console, error: TandemError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _host_error(error: OSError) -> HostError:
+def _host_error(error: OSError) -> TandemError:
     """Return the error of the operating system as one of ours, with the files it names."""
     files = [str(file) for file in (error.filename, error.filename2) if file is not None]
+    if error.errno == errno.ENAMETOOLONG:
+        name = max(files, key=len, default="")
+        what = f"no file can have this name of {len(name)} characters"
+        too_long = InputError(what, where=f"{name[:60]}...", fix="give the path of a file or folder, or a name")
+        too_long.__cause__ = error
+        return too_long
     host_error = HostError(
         error.strerror or str(error), where=" -> ".join(files), fix="run the command again with -v for a traceback"
     )

@@ -24,5 +24,6 @@ def platform() -> str | None:
 
 def _is_artifact(argument: str) -> bool:
     """Return whether an argument is a folder with a manifest of Tandem; the manifest is verified later."""
-    folder = Path(argument.rpartition("=")[2])
-    return (folder / "manifest.json").is_file() and (folder / "recipe.lock").is_file()
+    folder = argument.rpartition("=")[2]
+    # os.path, not pathlib, whose `is_file` raises for a word that no file can have as its name: JSON, a long prompt.
+    return all(os.path.isfile(os.path.join(folder, name)) for name in ("manifest.json", "recipe.lock"))  # noqa: PTH113, PTH118

@@ -281,3 +281,17 @@ def test_inspect_json_has_what_scripts_ask_for(tmp_path):
     assert (shown["tensor"], shown["draft_tokens"], shown["sampling"]) == (1, [2], ["greedy"])
     assert shown["shapes"] == {"batch": [1], "prefill": [16], "kv": [32]}
     assert (shown["method"], shown["dtype"], shown["vocab"]) == ("draft_model", "float32", 64)
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("words", [("inspect", LONG), ("build", LONG), ("pull", f"{LONG}/small@1", "out"),
+                                   ("pull", "registry/small@1", LONG), ("recipe", "check", LONG)])  # fmt: skip
+def test_a_word_longer_than_a_file_name_is_wrong_input(tmp_path, monkeypatch, words):
+    """It was an error of the environment with 5,000 characters, and ended vLLM's plugin."""
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*words)
+    assert result.exit_code == 2, result.stderr
+    assert "no file can have this name of 50" in result.stderr
+    assert len(result.stderr) < 400

@@ -140,9 +140,10 @@ def test_the_plugin_takes_artifacts_and_nothing_else(tmp_path, monkeypatch):
     assert plugin.platform() is None
     for name in ("manifest.json", "recipe.lock"):
         (tmp_path / name).write_text("{}")
-    for argument in (str(tmp_path), f"--model={tmp_path}"):
+    longest = '{"x": "' + "y" * 5000 + '"}'
+    for words in ([str(tmp_path)], [f"--model={tmp_path}"], ["--additional-config", longest, "a\0b", str(tmp_path)]):
         monkeypatch.delenv(plugin.ARTIFACT, raising=False)
-        monkeypatch.setattr(sys, "argv", ["vllm", "serve", argument])
+        monkeypatch.setattr(sys, "argv", ["vllm", "serve", *words])
         assert plugin.platform() == "pipeline.serve.platform.TandemPlatform"
 
 

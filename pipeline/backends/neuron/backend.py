@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -99,7 +99,7 @@ class NeuronBackend:
         listing = _operators(tuple(environment.items()))
         unlisted = hlo.unlisted(program.hlo, hlo.DOCUMENTED if listing is None else hlo.operators(listing))
         if unlisted:  # into the graph's log: published lists lag behind the compiler, which decides
-            sys.stderr.write(f"warning: not in neuronx-cc's list of operators: {', '.join(unlisted)}\n")
+            warnings.warn(f"not in neuronx-cc's list of operators: {', '.join(unlisted)}", stacklevel=2)
         kind: compiler.Kind = "context" if program.spec.phase in CONTEXT_PHASES else "step"
         flags = compiler.arguments(self.target, self.lnc, self.extra, kind, program.spec.kv)
         try:
