@@ -1,4 +1,4 @@
-"""Commands on a recipe: build, plan."""
+"""The command that builds a recipe: build."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ import click
 from pipeline.artifact.manifest import Manifest
 from pipeline.artifact.manifest import read as read_manifest
 from pipeline.build import BuildReport, BuildSettings, run
-from pipeline.cache.local import default_root
 from pipeline.cache.remote import Remote
 from pipeline.cli.console import Console
 from pipeline.cli.facts import GATES
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import ARTIFACTS, recipe_path
-from pipeline.cli.results import print_json, print_line, print_table
-from pipeline.cli.tables import Table, Verdict
-from pipeline.cli.words import counted, size
-from pipeline.plan.lock import lock_path, pair_configs, read
-from pipeline.plan.plan import Plan, make_plan
+from pipeline.cli.results import print_json, print_line
+from pipeline.cli.tables import Verdict
+from pipeline.cli.words import counted
+from pipeline.plan.lock import lock_path
 from pipeline.progress import duration
 from pipeline.recipe import load
 
@@ -82,44 +80,3 @@ def _built(report: BuildReport, manifest: Manifest) -> str:
     name = f"{manifest.name} {manifest.version}"
     start = f"{name} {done}" if report.fresh else f"{done} {name}"
     return f"{start} in {report.artifact}: {what}; {GATES[manifest.passed]} ({duration(report.seconds)})"
-
-
-@click.command(cls=Command)
-@click.argument("recipe")
-@as_json
-def plan(recipe: str, json_: bool) -> None:
-    """Show the graphs, memory and estimated compile times of RECIPE. With a lock, no weights are read."""
-    path = recipe_path(recipe)
-    parsed = load(path)
-    if lock_path(path).is_file():
-        configs = pair_configs(parsed, read(lock_path(path)), str(lock_path(path)))
-    else:
-        from pipeline.sources.pair import resolve_pair  # keeps torch out of plans of locked recipes
-
-        cache = default_root() / "sources"
-        target, draft = resolve_pair(parsed, base=path.parent, cache=cache, read_tokenizer=False)
-        configs = target.config, draft.config
-    planned = make_plan(parsed, *configs)
-    memory = asdict(planned.memory) | {"total": planned.memory.total}
-    if json_:
-        print_json({"graphs": [spec.name for spec in planned.graphs], "memory_bytes_per_rank": memory})
-        return
-    print_line(
-        f"{parsed.name}: {counted(len(planned.graphs), 'graph')} for {counted(planned.pair.models.tp, 'rank')}\n"
-    )
-    print_table(_graphs(planned))
-    print_line("")
-    memory_rows = [(name.replace("_", " "), size(size_bytes)) for name, size_bytes in memory.items()]
-    print_table(Table(("memory of a rank", "size"), memory_rows, right=("size",)))
-    core_s = sum(planned.compile_seconds(spec) for spec in planned.graphs)
-    files = f"about {size(planned.artifact_bytes)} of files"
-    print_line(f"\nto compile: about {duration(core_s)} of one core if no graph is cached; {files} (estimates)")
-
-
-def _graphs(planned: Plan) -> Table:
-    headings = ("graph", "time to compile", "memory to compile")
-    rows = [
-        (spec.name, f"about {duration(planned.compile_seconds(spec))}", f"about {size(planned.compile_memory(spec))}")
-        for spec in planned.graphs
-    ]
-    return Table(headings, rows, right=headings[1:])

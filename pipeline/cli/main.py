@@ -19,7 +19,7 @@ COMMANDS = [
     Lazy("build", "pipeline.cli.build:build", "Build RECIPE into a validated artifact."),
     Lazy(
         "plan",
-        "pipeline.cli.build:plan",
+        "pipeline.cli.plan:plan",
         "Show the graphs, memory and estimated compile times of RECIPE.",
     ),
     Lazy("inspect", "pipeline.cli.artifacts:inspect", "Show what ARTIFACT holds and needs."),
