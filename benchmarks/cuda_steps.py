@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -101,19 +102,21 @@ def bandwidth(run: Run) -> Result:
     """Bytes a second that a sum over a large tensor reads: the median."""
     size = READ_BYTES[run.device]
     data = torch.ones(size // 4, device=run.device)
-    return {"read_gb_per_s": round(size / milliseconds(run, data.sum) / 1e6, 1), "bytes": size}
+    took_ms = milliseconds(run, {"sum": data.sum})["sum"]
+    return {"read_gb_per_s": round(size / took_ms / 1e6, 1), "bytes": size}
 
 
-def milliseconds(run: Run, work: Callable[[], object]) -> float:
-    """Time of a call, with the device's work: the median of several after two that do not count."""
-    took = []
+def milliseconds(run: Run, ways: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Times of calls that take turns, with the device's work: medians, without the first two turns."""
+    took: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(TURNS + 2):
-        run.wait()
-        started = time.perf_counter()
-        work()
-        run.wait()
-        took.append((time.perf_counter() - started) * 1e3)
-    return median(took[2:])
+        for way, work in ways.items():
+            run.wait()
+            started = time.perf_counter()
+            work()
+            run.wait()
+            took[way].append((time.perf_counter() - started) * 1e3)
+    return {way: round(median(times[2:]), 3) for way, times in took.items()}
 
 
 def phases(run: Run) -> Result:
@@ -241,27 +244,28 @@ def transformers_answer(run: Run, recipe: Recipe, limit: int) -> Callable[[list[
 
 def steps(run: Run, name: str) -> Result:
     """Milliseconds of a decode step and of a speculative step: the artifact's graph, its module eager and compiled."""
-    from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401 - our CPU kernels
     from pipeline.graphs.module import GraphModule
     from pipeline.measure.tune import full_step
     from pipeline.runtime.open import load as load_artifact
 
     engine = load_artifact(run.artifact(name))
     session, seams = engine.ranks.session, make_backend(run.settings).seams
+    for kernel in ("block_linear_kernel", "cached_attention_kernel") if run.device == "cpu" else ():
+        import_module(f"pipeline.backends.inductor.{kernel}")  # for torch.compile, after the operators' own modules
     found: Result = {}
     for spec in [g for g in engine.graphs if g.phase in ("decode", "speculate") and g.sampling == "greedy"]:
         given = full_step(engine, spec, engine.length // 2)
-        _, io, bound = session._open(spec)
+        graph, io, bound = session._open(spec)
         tensors = [*bound, *(given[tensor.name].to(run.device) for tensor in io.arguments)]
         module = GraphModule(spec, engine.manifest.pair, io, seams)
         compiled = torch.compile(module, dynamic=False)
         ways = {
-            "artifact": partial(session.run, spec, given),
+            "artifact": partial(graph.run, tensors),
             "eager": partial(module, tensors),
             "torch.compile": partial(compiled, tensors),
         }
         with torch.no_grad():
-            found[spec.name] = {way: round(milliseconds(run, work), 3) for way, work in ways.items()}
+            found[spec.name] = milliseconds(run, ways)
     return {"step_ms": found}
 
 

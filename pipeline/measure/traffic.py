@@ -59,14 +59,18 @@ class Room:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests by (prompt, answer) length in tokens; `has_answers` is false if only prompts are known (answer 0)."""
+    """Requests by (prompt, answer) length in tokens, each counted `copies` times.
+
+    `has_answers` is false if only prompts are known (answer 0).
+    """
 
     requests: Mapping[tuple[int, int], int]
     has_answers: bool = True
+    copies: int = 1
 
     @property
     def prompts(self) -> Counter[int]:
-        """Requests by length of the prompt."""
+        """Requests by length of the prompt, each counted `copies` times."""
         found: Counter[int] = Counter()
         for (prompt, _), count in self.requests.items():
             found[prompt] += count
@@ -189,7 +193,7 @@ def _histogram(path: Path, room: Room) -> Traffic:
     requests: Counter[tuple[int, int]] = Counter()
     for (prompt, of_prompt), (answer, of_answer) in product(prompts.items(), answers.items()):
         requests[prompt, min(answer, room.tokens - prompt)] += of_prompt * of_answer
-    return Traffic(requests)
+    return Traffic(requests, copies=answers.total())
 
 
 def _counts(document: Document, section: tuple[str, ...], least: int, room: Room) -> Counter[int]:

@@ -83,8 +83,8 @@ def propose(plan: Plan, traffic: Traffic, budget: int) -> Proposal:
     return Proposal(
         now=_sets(plan, traffic, {"prefill": shapes.prefill, "kv": shapes.kv}),
         proposed=_sets(plan, traffic, chosen),
-        requests=sum(prompts.values()),
-        rejected=sum(count for length, count in prompts.items() if length > shapes.prefill[-1]),
+        requests=prompts.total() // traffic.copies,
+        rejected=sum(count for length, count in prompts.items() if length > shapes.prefill[-1]) // traffic.copies,
         position_cost=cost,
     )
 

@@ -43,7 +43,9 @@ def test_read_traffic_of_two_histograms_combines_them(tmp_path):
     """An answer ends where the cache does."""
     data = {"prompt_tokens": {"10": 3, "60": 1}, "completion_tokens": {"2": 1, "40": 2}}
     (tmp_path / "h.json").write_text(json.dumps(data))
-    assert read_traffic(tmp_path / "h.json", ROOM).requests == {(10, 2): 3, (10, 40): 6, (60, 2): 1, (60, 3): 2}
+    traffic = read_traffic(tmp_path / "h.json", ROOM)
+    assert traffic.requests == {(10, 2): 3, (10, 40): 6, (60, 2): 1, (60, 3): 2}
+    assert traffic.copies == 3
 
 
 HEADER = "prompt_tokens,completion_tokens\n"

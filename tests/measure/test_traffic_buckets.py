@@ -124,6 +124,13 @@ def test_propose_never_pads_more_with_more_graphs_or_than_the_recipe():
     )
 
 
+def test_requests_of_two_histograms_are_those_of_their_prompts():
+    """They are combined to all pairs of a prompt and an answer."""
+    traffic = Traffic({(20, 5): 6, (300, 5): 4, (20, 9): 9, (300, 9): 6}, copies=5)
+    proposal = propose(NEURON, traffic, 30)
+    assert (proposal.requests, proposal.rejected) == (5, 2)
+
+
 def test_room_is_that_of_the_model_with_fewer_positions():
     draft = replace(NEURON.pair.models.draft, max_position=1000)
     pair = replace(NEURON.pair, models=replace(NEURON.pair.models, draft=draft))
