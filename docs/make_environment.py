@@ -96,6 +96,7 @@ NEURON = (
 SET = (
     Variable("OMP_NUM_THREADS", "compile workers", "the worker's share of the cores"),
     Variable("TORCHINDUCTOR_CACHE_DIR", "compile workers", "a temporary folder"),
+    Variable("TRITON_CACHE_DIR", "compile workers", "a temporary folder"),
     Variable("GLOO_SOCKET_IFNAME", "ranks of an artifact", "`lo`, unless it is set"),
     Variable("BASE_COMPILE_WORK_DIR", "NxD Inference", "a temporary folder"),
     Variable("NEURON_COMPILED_ARTIFACTS", "the command that `tandem vllm-args` prints", "the artifact's folder"),

@@ -23,7 +23,7 @@ def host_facts(proc: Path = Path("/proc"), dev: Path = Path("/dev"), sys: Path =
         lnc = os.environ.get("NEURON_LOGICAL_NC_CONFIG", str(default_lnc))
         return {"device": "neuron", "chip": chip, "lnc": lnc}
     if (dev / "nvidia0").exists() and (capability := _compute_capability()):
-        return {"device": "cuda", "compute_capability": capability}
+        return {"device": "cuda", "machine": platform.machine(), "compute_capability": capability}
     return {"device": "cpu", "machine": platform.machine(), "isa": _isa(proc)}
 
 

@@ -19,7 +19,7 @@ COMMANDS = [
     Lazy("build", "pipeline.cli.build:build", "Build RECIPE into a validated artifact."),
     Lazy(
         "plan",
-        "pipeline.cli.build:plan",
+        "pipeline.cli.plan:plan",
         "Show the graphs of RECIPE, and the time, memory and disk that its build takes.",
     ),
     Lazy("inspect", "pipeline.cli.artifacts:inspect", "Show what ARTIFACT holds and needs."),

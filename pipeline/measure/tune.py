@@ -8,6 +8,7 @@ The buckets that pad the lengths of prompts and answers least follow from those 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -17,12 +18,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError, no_string
-from pipeline.files.atomic import atomic_file
 from pipeline.graphs.arguments import Arguments, StepRow, step_arguments
-from pipeline.measure.buckets import buckets_for, padded
+from pipeline.measure.buckets import KV_MULTIPLE, PREFILL_MULTIPLE, buckets_for, padded
 from pipeline.progress import Log, Progress, no_progress
-from pipeline.recipe import load
 from pipeline.recipe.edit import read_text
+from pipeline.recipe.write import Change, change_recipe
 
 if TYPE_CHECKING:
     from pipeline.graphs.spec import GraphSpec
@@ -151,18 +151,19 @@ def full_step(engine: Engine, graph: GraphSpec, position: int) -> Arguments:
 def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
     """Return buckets for all prompts with answers of up to `tokens` tokens, and their padding."""
     text, now = engine.text, engine.manifest.shapes
-    lengths = [len(text.encode_prompt(p.text)) for p in prompts]
-    ends = [length + tokens for length in lengths]
+    lengths = Counter(len(text.encode_prompt(p.text)) for p in prompts)
+    ends = Counter({length + tokens: count for length, count in lengths.items()})
     # On a CPU attention reads only valid keys, whatever the bucket.
     reads_all = engine.manifest.requires.get("device") != "cpu"
     shapes = {
-        "prefill": buckets_for(lengths, now.prefill[-1], MOST_PREFILL, 32),
-        "kv": buckets_for(ends, now.kv[-1], MOST_KV, 128) if reads_all else [now.kv[-1]],
+        "prefill": buckets_for(lengths, now.prefill[-1], MOST_PREFILL, PREFILL_MULTIPLE),
+        "kv": buckets_for(ends, now.kv[-1], MOST_KV, KV_MULTIPLE) if reads_all else [now.kv[-1]],
     }
-    total = sum(min(length, now.prefill[-1]) for length in lengths)
+    total = sum(min(length, now.prefill[-1]) for length in lengths.elements())
     padding = {"prefill": (padded(lengths, now.prefill) / total, padded(lengths, shapes["prefill"]) / total)}
     if reads_all:
-        padding["kv"] = tuple(padded(ends, of) / sum(ends) for of in (now.kv, shapes["kv"]))  # type: ignore[assignment]
+        needed = sum(ends.elements())
+        padding["kv"] = padded(ends, now.kv) / needed, padded(ends, shapes["kv"]) / needed
     return {"shapes": shapes, "padding": padding}
 
 
@@ -242,24 +243,7 @@ def write_recipe(path: Path, tuning: Tuning, *, paced: bool) -> None:
     recipe = read_text(path)
     if not recipe.has("speculation", "draft_tokens"):
         raise InputError("the file has no `draft_tokens: [...]` to change", where=str(path), fix=fix)
-    try:
-        for name, value in values.items():
-            recipe.put("speculation", name, value, behind="draft_tokens")
-        for name in [name for name in tuning.shapes if recipe.has("shapes", name)]:
-            recipe.put("shapes", name, tuning.shapes[name], behind=name)
-        text = recipe.text()
-    except InputError as error:
-        raise InputError(error.what, where=str(path), fix=fix) from error
-    try:
-        _replace_file(path, text)
-    except InputError as error:
-        what = f"the recipe would not load with the measured values: {error.what}"
-        raise InputError(what, where=str(path), fix=fix) from error
-
-
-def _replace_file(path: Path, text: str) -> None:
-    """Replace a recipe file if the new text loads."""
-    with atomic_file(path) as file:
-        file.write(text.encode())
-        file.flush()
-        load(Path(file.name))
+    changes = [Change("speculation", name, value, behind="draft_tokens") for name, value in values.items()]
+    own = [name for name in tuning.shapes if recipe.has("shapes", name)]
+    changes += [Change("shapes", name, tuning.shapes[name], behind=name) for name in own]
+    change_recipe(path, changes, fix)

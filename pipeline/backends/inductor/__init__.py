@@ -1,4 +1,4 @@
-"""AOTInductor: C++ kernels, one shared library per graph. Runs on any CPU; not tested on CUDA.
+"""AOTInductor: C++ kernels, one shared library per graph. Runs on any CPU; on CUDA not run.
 
     backend.py                  the backend: trace, compile, open
     seams.py                    this backend's seams of the models

@@ -8,11 +8,13 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks, Toolchain, Traced, TracedSubgraph
@@ -35,6 +37,7 @@ from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams
+from pipeline.plan.lock import MISSING
 from pipeline.recipe.schema import InductorSettings
 
 KERNELS = (
@@ -56,6 +59,9 @@ kernels are short, takes 3% longer, and a graph's file is four times as large.""
 
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
+NO_VECTORS = 1
+BASE_MARCH = {"x86_64": "x86-64", "aarch64": "armv8-a"}
+"""Instruction set that every processor of an architecture has."""
 
 
 class InductorBackend:
@@ -72,14 +78,14 @@ class InductorBackend:
         self.preload = ("torch._inductor.compile_fx",) if settings.device == "cpu" else ()
 
     def toolchain(self) -> Toolchain:
-        """Return versions of torch and the C++ compiler, and the instruction set of `native` on this host."""
+        """Return versions of torch and the C++ compiler, and what `native` is on this host: instruction set or GPU."""
         versions = {"torch": str(torch.__version__), "cxx": from_environment().fact()}
+        versions["machine"] = platform.machine()
         if self.device == "cpu":
-            versions["machine"] = platform.machine()
             versions["isa"] = self.requires()["isa"]
         else:
-            versions["cuda"] = str(torch.version.cuda)
-            versions["compute_capability"] = self.requires()["compute_capability"]
+            versions["cuda"] = torch.version.cuda or MISSING
+            versions["compute_capability"] = self.requires().get("compute_capability", MISSING)
         return Toolchain("inductor", versions)
 
     def flags(self) -> dict[str, str]:
@@ -97,31 +103,31 @@ class InductorBackend:
         """Return Inductor's configuration."""
         common: dict[str, Any] = {
             "aot_inductor.enable_line_tables": False,
-            "cpp.simdlen": VECTOR_BITS[self.isa],
             # Inductor writes a thread count into its loops, by default that of the compiling process: one graph would
             # compile to different programs under one key.
             "cpp.threads": 1,
         }
-        return common | ({"cpp.march": MARCH[self.isa]} if self.device == "cpu" else {})
+        if self.device == "cpu":
+            return common | {"cpp.simdlen": VECTOR_BITS[self.isa], "cpp.march": MARCH[self.isa]}
+        # The C++ of a GPU artifact only launches kernels. By default it would need the build host's instruction set.
+        return common | {"cpp.simdlen": NO_VECTORS, "cpp.march": BASE_MARCH.get(platform.machine(), "native")}
 
     def requires(self) -> dict[str, str]:
-        """Return the instruction set of a CPU artifact, or the compute capability of a GPU artifact."""
+        """Return the machine and the instruction set of a CPU artifact, or the compute capability of a GPU artifact."""
         return self.host() if self.isa == "native" else self.host() | {"isa": self.isa}
 
     def host(self) -> dict[str, str]:
-        """Return this host's values of the keys of `requires`."""
-        if self.device == "cuda":
+        """Return this host's values of the keys of `requires`; a host without a GPU has the device `cpu`."""
+        machine = platform.machine()
+        if self.device == "cuda" and torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability()
-            return {"device": "cuda", "compute_capability": f"{major}.{minor}"}
+            return {"device": "cuda", "machine": machine, "compute_capability": f"{major}.{minor}"}
         isa = torch.backends.cpu.get_cpu_capability().lower()
-        return {"device": "cpu", "machine": platform.machine(), "isa": isa}
+        return {"device": "cpu", "machine": machine, "isa": isa}
 
     def preflight(self) -> list[Problem]:
-        """Check for a C++ compiler of the recipe's version, a folder for its files, and a GPU if one is needed."""
-        found = [*self._compiler_problems(), *problems()]
-        if self.device == "cuda" and not torch.cuda.is_available():
-            found.append(Problem("backend.device", "device is cuda, but no GPU is available", "use device: cpu"))
-        return found
+        """Check for a C++ compiler of the recipe's version, a folder for its files, and what a GPU needs."""
+        return [*self._compiler_problems(), *problems(), *(_gpu_problems() if self.device == "cuda" else ())]
 
     def _compiler_problems(self) -> list[Problem]:
         try:
@@ -141,20 +147,21 @@ class InductorBackend:
         return Seams() if tp == 1 else PlainRankedSeams(tp)
 
     def trace(self, spec: GraphSpec, pair: PairSpec) -> Traced:
-        """Trace the graph to ATen operators on uninitialised tensors.
+        """Trace the graph to ATen operators on tensors without values.
 
         On a CPU a graph of one rank is a program of subgraphs. Others are exported whole: sums over ranks are calls of
         torch, which a subgraph cannot make, and a GPU needs few launches.
         """
         io = signature(spec, pair, self.packing)
-        inputs = empty(io.inputs, self.device)
         if self.device != "cpu" or pair.models.tp > 1:
-            with torch.no_grad():
-                whole = torch.export.export(GraphModule(spec, pair, io, self.seams), (inputs,), strict=False)
+            # Fake tensors: on a GPU even uninitialised ones take memory, those of all weights and caches per worker.
+            with FakeTensorMode(), torch.no_grad():
+                module = GraphModule(spec, pair, io, self.seams)
+                whole = torch.export.export(module, (empty(io.inputs, self.device),), strict=False)
             return Traced(canonical(whole).encode(), io, whole)
         tracer = SubgraphTracer(graph_text)
         module = GraphModule(spec, pair, io, partial(self.seams, subgraphs=tracer))
-        program = program_of(module, tracer, inputs, graph_text)
+        program = program_of(module, tracer, empty(io.inputs), graph_text)
         return Traced(program.text().encode(), io, program, tuple(_subgraphs(program)))
 
     def compile_subgraph(self, subgraph: TracedSubgraph, work: Path) -> bytes:
@@ -207,8 +214,38 @@ class InductorBackend:
             yield
 
     def open(self, root: Path, manifest: PairManifest) -> Ranks:
-        """Open one rank in this process, or several in a process each."""
+        """Open one rank in this process, or several in a process each, on a GPU each.
+
+        Raises:
+            HostError: fewer GPUs than ranks.
+
+        """
+        if self.device == "cuda" and torch.cuda.device_count() < manifest.ranks:
+            what = f"the artifact has {manifest.ranks} ranks, this host has {torch.cuda.device_count()} GPUs"
+            raise HostError(what, where=str(root), fix="use a host with a GPU for each rank")
         return OneRank(root, manifest) if manifest.ranks == 1 else ManyRanks(root, manifest)
+
+
+def _gpu_problems() -> Iterator[Problem]:
+    if not torch.cuda.is_available():
+        yield Problem("backend.device", "device is cuda, but no GPU is available", "use device: cpu")
+        return
+    if find_spec("triton") is None:
+        yield Problem("packages", "not installed: triton", "pip install triton")
+    if not _has_cuda_headers():
+        what = "no headers of the CUDA toolkit (cuda.h, cuda_runtime.h), which the C++ of a graph includes"
+        yield Problem("CUDA_HOME", what, f"install the toolkit of CUDA {torch.version.cuda}, and set CUDA_HOME")
+
+
+def _has_cuda_headers() -> bool:
+    """Return whether the headers are where Inductor looks."""
+    from torch.utils import cpp_extension  # not at the top: it imports setuptools, which only a GPU needs
+
+    try:
+        folders = cpp_extension.include_paths("cuda")
+    except OSError:  # CUDA_HOME is not set, and there is no nvcc
+        return False
+    return any(Path(folder, "cuda_runtime.h").is_file() for folder in (*folders, "/usr/include"))
 
 
 def _subgraphs(program: Program) -> Iterator[TracedSubgraph]:

@@ -172,6 +172,8 @@ def _serve(pipe: Connection, place: Place) -> None:
         os.environ.clear()
         os.environ.update(place.environ)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.manifest.ranks))
+        if place.manifest.requires.get("device") == "cuda":
+            torch.cuda.set_device(place.rank)
         _join(place)
         session = Session(place.root, place.manifest, place.rank)
         pipe.send({})

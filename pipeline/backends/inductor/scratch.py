@@ -38,6 +38,8 @@ def scratch(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        # Inductor sets it once per process, to a folder in the scratch of the first graph.
+        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
         try:
             yield
         finally:

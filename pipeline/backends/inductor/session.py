@@ -30,7 +30,7 @@ class LoadedGraph:
 
     def __init__(self, package: Path, device: str) -> None:
         check_members(package)  # the loader writes each to the path that it names
-        index = -1 if device == "cpu" else torch.cuda.current_device()
+        index = -1 if device == "cpu" else torch.device(device).index
         try:
             with temporary_files(temporary_folder()):  # the loader extracts the library there
                 self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
@@ -68,7 +68,8 @@ class Session:
     def __init__(self, root: Path, manifest: PairManifest, rank: int = 0) -> None:
         self.root = root
         self.manifest = manifest
-        self.device = str(manifest.requires.get("device", "cpu"))
+        device = str(manifest.requires.get("device", "cpu"))
+        self.device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         self._weights = self._load_weights(rank)
         self._state: dict[str, Tensor] = {}
         self._graphs: dict[str, tuple[LoadedGraph, Signature, list[Tensor]]] = {}
