@@ -9,20 +9,24 @@ changes only compares a stamp, without importing torch.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifact.manifest import Artifact, read
 from pipeline.artifact.verify import check_replaceable
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import default_root
+from pipeline.errors import GateError, InputError
 from pipeline.files.atomic import check_writable
-from pipeline.progress import stage
 from pipeline.recipe import Recipe, load
-from pipeline.stages.settings import BuildSettings
+from pipeline.stages.settings import BuildSettings, check_executor
 from pipeline.stages.stamp import Stamp, build_lock, fingerprint
 
-__all__ = ["BuildReport", "BuildSettings", "build", "run"]
+__all__ = ["BuildReport", "BuildSettings", "build", "run", "run_all"]
 
 
 @dataclass(frozen=True)
@@ -65,54 +69,86 @@ def run(settings: BuildSettings) -> BuildReport:
         TandemError: as `build`.
 
     """
+    return run_all([settings])[0]
+
+
+def run_all(builds: Sequence[BuildSettings]) -> list[BuildReport]:
+    """Build several recipes, whose graphs are compiled through one queue; see `run`.
+
+    The builds share the cache, the number of workers, the shared cache and the executor, which are those of the first.
+    A recipe whose gates fail does not stop the others.
+
+    Raises:
+        InputError: two recipes of one name or output, or an executor that cannot be used.
+        TandemError: as `build`; of several recipes with failed gates, the error of the first.
+
+    """
     started = time.monotonic()
-    stamp = Stamp(settings.cache, settings.out)
-    with build_lock(stamp.lock_file, settings.log, f"another build of {settings.out}"):
-        inputs = fingerprint(settings)  # taken before any input is read: later changes make the stamp stale
-        if stamp.is_current(inputs):
-            return BuildReport(settings.out, fresh=True, seconds=time.monotonic() - started)
-        check_replaceable(settings.out)
-        check_writable(settings.out.absolute().parent)
-        stamp.clear()
-        compiled, reused = _run_stages(settings)
-        stamp.record(inputs)
-    return BuildReport(settings.out, False, compiled, reused, time.monotonic() - started)
+    _check_names(builds)
+    check_executor(builds[0])
+    with ExitStack() as locks:
+        for settings in sorted(builds, key=lambda settings: settings.out.absolute()):
+            lock = Stamp(settings.cache, settings.out).lock_file
+            locks.enter_context(build_lock(lock, settings.log, f"another build of {settings.out}"))
+        # The inputs are taken before any is read: later changes make the stamp stale.
+        begun = [_Begun(settings, Stamp(settings.cache, settings.out), fingerprint(settings)) for settings in builds]
+        stale = [one for one in begun if not one.stamp.is_current(one.inputs)]
+        for one in stale:
+            check_replaceable(one.settings.out)
+            check_writable(one.settings.out.absolute().parent)
+            one.stamp.clear()
+        reports = _run_stages(stale, started) if stale else {}
+    fresh = BuildReport(Path(), fresh=True, seconds=time.monotonic() - started)
+    return [reports.get(one.settings.out) or replace(fresh, artifact=one.settings.out) for one in begun]
 
 
-def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Run every stage, cheap checks first; return the names of the compiled and of the cached graphs."""
-    make_backend(settings.recipe.backend)  # an error that names its packages, if the imports below would fail
+@dataclass(frozen=True)
+class _Begun:
+    """A build whose output is locked."""
+
+    settings: BuildSettings
+    stamp: Stamp
+    inputs: dict[str, Any]
+
+
+def _check_names(builds: Sequence[BuildSettings]) -> None:
+    for what, values in (
+        ("name", [settings.recipe.name for settings in builds]),
+        ("output", [str(settings.out.absolute()) for settings in builds]),
+    ):
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            fix = "give each recipe a name of its own, and name each recipe once"
+            raise InputError(f"two recipes have the same {what}: {twice[0]}", where="recipes", fix=fix)
+
+
+def _run_stages(builds: Sequence[_Begun], started: float) -> dict[Path, BuildReport]:
+    """Run every stage, cheap checks first; return the reports by output."""
+    settings = builds[0].settings
+    for one in builds:
+        make_backend(one.settings.recipe.backend)  # an error that names its packages, if the imports below would fail
     # The stages import torch, which a build that finds nothing changed does not need.
-    from pipeline.stages.checks import (
-        check_prompts,
-        resolved,
-        runs_here,
-        usable_backend,
-        warn_of_cut_prompts,
-        warn_of_generation,
-    )
-    from pipeline.stages.compile import CompileSettings, compile_plan
-    from pipeline.stages.package import Parts, package
-    from pipeline.stages.shard import shard
+    from pipeline.stages.compile import CompileSettings, compile_plans
+    from pipeline.stages.nodes import compiler_of
+    from pipeline.stages.per_recipe import finish, prepare
 
-    recipe, log, progress = settings.recipe, settings.log, settings.progress
-    backend = usable_backend(recipe)
-    check_prompts(settings)
-    with stage("sources: target and draft", log, progress):
-        sources = resolved(settings, backend)
-    plan = sources.plan
-    warn_of_generation(settings, sources.pair[0])
-    shards = shard(plan.pair.models, sources.pair, backend.packing, settings.cache, log, progress)
-    warn_of_cut_prompts(settings, sources.tokenizer)
-    graphs = compile_plan(plan, CompileSettings(settings.cache, settings.workers, settings.remote), log, progress)
-    generation = sources.pair[0].generation
-    parts = Parts(plan, sources.lock, tuple(graphs), shards, sources.tokenizer, generation)
-    with stage("package: graphs, weights and tokenizer", log, progress):
-        artifact = package(settings.out, parts, backend, settings.cache)
-    if settings.validate and runs_here(backend, artifact, log):
-        # Not above: it imports the reference models of transformers, which takes longer than a failed check.
-        from pipeline.validate.run import validate
-
-        validate(artifact.root, *sources.pair, settings.base, settings.cache, log, progress)
-    built = tuple(graph.spec.name for graph in graphs if not graph.hit)
-    return built, tuple(graph.spec.name for graph in graphs if graph.hit)
+    with compiler_of(settings) as (workers, compile_jobs):
+        prepared = [prepare(one.settings) for one in builds]
+        shared = CompileSettings(settings.cache, workers, settings.remote)
+        plans = [one.sources.plan for one in prepared]
+        graphs = compile_plans(plans, shared, settings.log, settings.progress, compile_jobs)
+    reports, errors = {}, []
+    for one, ready, compiled in zip(builds, prepared, graphs, strict=True):
+        try:
+            artifact = finish(ready, compiled)
+        except GateError as error:
+            errors.append(error)
+            if len(builds) > 1:
+                one.settings.log(f"gates failed: {error}")
+            continue
+        one.stamp.record(one.inputs)
+        built, reused = ([graph.spec.name for graph in compiled if graph.hit is hit] for hit in (False, True))
+        seconds = time.monotonic() - started
+        reports[one.settings.out] = BuildReport(artifact, False, tuple(built), tuple(reused), seconds)
+    if errors:
+        raise errors[0]
+    return reports

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ from pipeline import runtime
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.manifest import content_digest
 from pipeline.artifact.verify import verify
-from pipeline.build import run
+from pipeline.build import run, run_all
 from pipeline.cache.collect import entry_stats
-from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.errors import ArtifactError, GateError, HostError, InputError
 from pipeline.files.atomic import TEMP, remove
 from pipeline.graphs.packing import PACKINGS
 from pipeline.plan.plan import make_plan
@@ -90,6 +91,43 @@ def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     plan = make_plan(changed, target.config, draft.config)
     seconds = plan.compile_seconds(next(spec for spec in plan.graphs if spec.name == report.compiled[0]))
     assert any(f"compile: 1 of 6 graphs, 2 at a time, about {duration(seconds / 2)}; logs in" in line for line in said)
+
+
+def test_fleet_compiles_what_both_recipes_lack_once(built, tmp_path):
+    """Two recipes in one queue, in one process, with their gates' results; the second is named in the lines."""
+    request, _ = built
+    cache, said = tmp_path / "cache", []
+    shutil.copytree(request.cache, cache)
+    tiny.forget(cache, tiny.cheapest_graph(request).key)
+    (request.base / "second.yaml").write_text(tiny.RECIPE.replace("name: tiny", "name: second"))
+    first = replace(request, cache=cache, out=tmp_path / "first", validate=False, log=said.append)
+    second = replace(first, recipe=load(request.base / "second.yaml"), out=tmp_path / "second")
+    reports = run_all([first, second])
+    assert [report.artifact for report in reports] == [tmp_path / "first", tmp_path / "second"]
+    assert sorted(len(report.compiled) for report in reports) == [0, 1]
+    assert tiny.same_parts(tmp_path / "first") == tiny.same_parts(request.out)
+    assert any(line.startswith("compile: second: 1 of 5 graphs") for line in said)
+    assert [report.fresh for report in run_all([first, second])] == [True, True]
+
+
+def test_fleet_with_failed_gates_builds_the_others(built, tmp_path):
+    request, _ = built
+    failing = tiny.recipe(request, "tokens_per_step: 1.0", "tokens_per_step: 99.0")
+    (request.base / "other.yaml").write_text(tiny.RECIPE.replace("name: tiny", "name: other"))
+    said = []
+    first = replace(request, recipe=failing, out=tmp_path / "failing", log=said.append)
+    second = replace(first, recipe=load(request.base / "other.yaml"), out=tmp_path / "other")
+    with pytest.raises(GateError, match="tiny: "):
+        run_all([first, second])
+    assert artifact.read(tmp_path / "other").manifest.passed
+    assert not artifact.read(tmp_path / "failing").manifest.passed
+    assert any(line.startswith("gates failed: tiny: ") for line in said)
+
+
+def test_fleet_of_one_name_is_rejected(tmp_path):
+    request = tiny.request_in(tmp_path)
+    with pytest.raises(InputError, match="two recipes have the same name: tiny"):
+        run_all([request, replace(request, out=tmp_path / "second")])
 
 
 def test_prompt_lookup_switched_off_keeps_the_shards(built):

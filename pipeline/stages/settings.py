@@ -7,6 +7,8 @@ from pathlib import Path
 
 from pipeline.cache.local import default_root
 from pipeline.cache.remote import Remote
+from pipeline.errors import InputError
+from pipeline.extras import require
 from pipeline.progress import Log, Progress, no_log, no_progress
 from pipeline.recipe.schema import Recipe
 
@@ -17,6 +19,7 @@ class BuildSettings:
 
     `workers`: compile processes, by default from cores and memory. `locked`: reject sources and toolchains that differ
     from the lock. `lock`: the lock's file, by default beside the recipe. `remote`: a shared cache of compiled graphs.
+    `executor`: where graphs are compiled: `local`, `ray` or `ray://HOST:PORT` (`stages/nodes.py`).
     """
 
     recipe: Recipe
@@ -28,6 +31,7 @@ class BuildSettings:
     locked: bool = False
     remote: Remote | None = None
     lock: Path | None = None
+    executor: str = "local"
     log: Log = no_log
     progress: Progress = no_progress
 
@@ -35,3 +39,29 @@ class BuildSettings:
     def lock_file(self) -> Path:
         """The recipe's lock, which need not exist."""
         return self.lock or self.base / f"{self.recipe.name}.lock"
+
+
+def check_executor(settings: BuildSettings) -> None:
+    """Check the executor of a build, before any work.
+
+    Raises:
+        InputError: no such executor, a number of workers, or no shared cache that nodes can write.
+        HostError: Ray is not installed.
+
+    """
+    if settings.executor == "local":
+        return
+    where = f"--executor {settings.executor}"
+    if settings.executor != "ray" and not settings.executor.startswith("ray://"):
+        fix = "accepted: local, ray (the cluster of RAY_ADDRESS or of this machine), ray://HOST:PORT"
+        raise InputError(f"unknown executor: {settings.executor}", where="--executor", fix=fix)
+    if settings.workers is not None:
+        fix = "omit --workers: Ray runs as many tasks as the nodes have cores and memory for"
+        raise InputError("--workers is the number of processes on this machine", where=where, fix=fix)
+    if settings.remote is None or settings.remote.mode != "write":
+        fix = (
+            "add `--remote-cache s3://BUCKET/PREFIX --push-cache`, or a folder that all nodes mount at the same path "
+            "(TANDEM_REMOTE_CACHE, TANDEM_PUSH_CACHE=1)"
+        )
+        raise InputError("the nodes need a shared cache that they can write", where=where, fix=fix)
+    require(["ray"], where)
