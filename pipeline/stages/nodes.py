@@ -19,7 +19,7 @@ from pipeline.executors.base import Task
 from pipeline.files.home import expanded
 from pipeline.recipe.schema import BackendSettings, InductorSettings
 from pipeline.stages.compile import Compiled, CompileJobs, Job, SharedCache, compile_graph, remember, source_digest
-from pipeline.stages.settings import BuildSettings
+from pipeline.stages.settings import LOCAL, BuildSettings
 
 if TYPE_CHECKING:
     from pipeline.executors.ray import RayExecutor
@@ -45,7 +45,7 @@ def compiler_of(settings: BuildSettings) -> Iterator[tuple[int | None, CompileJo
         HostError: no cluster answers, or its version differs.
 
     """
-    if settings.executor == "local":
+    if settings.executor == LOCAL:
         yield settings.workers, None
         return
     from pipeline.executors.ray import RayExecutor, connected  # keeps an extra out of other builds

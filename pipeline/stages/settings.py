@@ -12,6 +12,9 @@ from pipeline.extras import require
 from pipeline.progress import Log, Progress, no_log, no_progress
 from pipeline.recipe.schema import Recipe
 
+LOCAL = "local"
+"""The executor that compiles in workers of this machine."""
+
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -31,7 +34,7 @@ class BuildSettings:
     locked: bool = False
     remote: Remote | None = None
     lock: Path | None = None
-    executor: str = "local"
+    executor: str = LOCAL
     log: Log = no_log
     progress: Progress = no_progress
 
@@ -49,7 +52,7 @@ def check_executor(settings: BuildSettings) -> None:
         HostError: Ray is not installed.
 
     """
-    if settings.executor == "local":
+    if settings.executor == LOCAL:
         return
     where = f"--executor {settings.executor}"
     if settings.executor != "ray" and not settings.executor.startswith("ray://"):

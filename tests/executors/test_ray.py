@@ -237,3 +237,22 @@ def command(path: Path) -> bytes:
     except OSError:
         return b""
     return words[1] if words[0] == b"sleep" else b""
+
+
+CLIENT = """
+import operator, sys
+from pathlib import Path
+from pipeline.executors.base import Task
+from pipeline.executors.ray import RayExecutor, connected
+with connected(sys.argv[1]):
+    executor = RayExecutor(lambda job: Task(str(job), Path(sys.argv[2]) / "log"))
+    print(executor.cores, executor.run(operator.neg, [3, 4], lambda result: None))
+"""
+
+
+def test_client_outside_of_the_cluster(nodes, tmp_path):
+    """`ray://HOST:PORT`: a machine that is not a part of the cluster."""
+    command = [sys.executable, "-c", CLIENT, nodes.client_address, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "3 [-3, -4]\n", done.stderr

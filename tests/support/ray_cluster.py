@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.s3_server import free_ports
+
 STORE_BYTES = 80 << 20
 MEMORY_BYTES = 6 << 30
 
 
 @dataclass
 class Nodes:
-    """The cluster, the folder of the nodes' caches, and the nodes that run tasks."""
+    """The cluster, the folder of the nodes' caches, the address for Ray Client, and the nodes that run tasks."""
 
     cluster: Any
     folder: Path
+    client_address: str
     workers: list[Any] = field(default_factory=list)
 
     @property
@@ -39,9 +42,9 @@ class Nodes:
 
 def start(cluster: Any, **settings: Any) -> Any:
     """Start a node. Ray waits at most 30 s for its agents, which take longer on a busy machine."""
-    for is_last in (False,) * 4 + (True,):
+    for is_last in (False, False, False, False, True):
         try:
-            return cluster.add_node(**settings)
+            return cluster.add_node(include_log_monitor=False, no_monitor=True, **settings)
         except Exception as error:
             if is_last or "timed out during startup" not in str(error):
                 raise
@@ -54,10 +57,11 @@ def running(folder: Path, nodes: int = 3) -> Iterator[Nodes]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=False, connect=False)
+    cluster, (port,) = Cluster(initialize_head=False, connect=False), free_ports(1)
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     try:
-        start(cluster, num_cpus=0, include_dashboard=False, object_store_memory=STORE_BYTES)
-        started = Nodes(cluster, folder)
+        start(cluster, ray_client_server_port=port, **head)
+        started = Nodes(cluster, folder, f"ray://127.0.0.1:{port}")
         for _ in range(nodes):
             started.add()
         yield started
