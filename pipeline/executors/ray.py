@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import platform
 import socket
 import time
@@ -17,7 +18,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any, Generic
 
 import ray
@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 from pipeline.errors import HostError, TandemError, reason
 from pipeline.executors.base import Job, Result, Task
 from pipeline.executors.output import output_sent
+from pipeline.executors.scheduling import is_slow, longest_first, missing
 from pipeline.progress import Log, duration, no_log
 
 ATTEMPTS = 3
@@ -35,15 +36,10 @@ POLL_S = 0.5
 CONNECT_S = 10.0
 LATE_S = 10.0
 """Wait for output of a run that has ended."""
-SLOW = 4.0
-"""A job that takes this many times its expected time gets a second run on another node."""
-SLOW_S = 120.0
-"""Least time after which a job counts as slow: estimates of short jobs are inexact."""
 HEAD = {"node:__internal_head__": 0.001}
 """Resource of the head node, without which no cluster works."""
 NODE = "ray.io/node-id"
 """Label of a node that Ray sets."""
-SPECIAL = {"CPU": "cores", "GPU": "GPUs", "memory": "bytes of memory"}
 
 
 @dataclass(frozen=True)
@@ -179,7 +175,8 @@ class _Run(Generic[Job, Result]):
     def results(self, done: Callable[[Result], None]) -> list[Result]:
         self._warn_of_missing_resources()
         try:
-            for index in sorted(range(len(self.jobs)), key=lambda index: -self.tasks[index].seconds):
+            self._read_board()  # waits until the board has started: the events of a run that dies early would be lost
+            for index in longest_first(self.tasks):
                 self._start(index, self.jobs[index])
             while len(self.ended) < len(self.jobs):
                 self._step(done)
@@ -189,6 +186,7 @@ class _Run(Generic[Job, Result]):
         finally:
             for ref in self.running:
                 ray.cancel(ref, force=True)
+            ray.kill(self.board)
         return [self.ended[index] for index in range(len(self.jobs))]
 
     def _step(self, done: Callable[[Result], None]) -> None:
@@ -207,7 +205,7 @@ class _Run(Generic[Job, Result]):
         """Return what a run ended with; None if its worker or node died and the job is run again."""
         try:
             ended: Ended[Result] = ray.get(attempt.ref)
-        except exceptions.RayTaskError as error:
+        except exceptions.RayTaskError as error:  # not of the job: it could not be read on the node
             raise error.cause from error
         except exceptions.RuntimeEnvSetupError as error:
             what = f"the code of Tandem could not be set up on a node: {reason(error)}"
@@ -300,20 +298,8 @@ class _Run(Generic[Job, Result]):
         for task in self.tasks:
             needs = {"CPU": task.cores, "GPU": task.gpus, "memory": float(task.memory_bytes), **task.custom}
             if lacking := missing(needs, nodes):
-                self.executor.log(f"warning: no node that is up has {lacking} for {task.name}; waiting for such a node")
+                self.executor.log(f"warning: no node that is up has {lacking}; {task.name} waits for such a node")
                 return
-
-
-def missing(needs: dict[str, float], nodes: Sequence[dict[str, float]]) -> str:
-    """Return in words what the nearest of the nodes lacks of the resources; empty if a node has all."""
-    lacking = [{name: n for name, n in needs.items() if n > node.get(name, 0.0)} for node in nodes]
-    least = min(lacking, key=len, default=needs)
-    return " and ".join(f"{amount:g} {SPECIAL.get(name, name)}" for name, amount in least.items())
-
-
-def is_slow(elapsed_s: float, estimate_s: float, slower: Sequence[float]) -> bool:
-    """Return whether a job takes far longer than its estimate, corrected by the ended jobs (`slower`: their ratios)."""
-    return bool(slower) and elapsed_s > max(SLOW_S, SLOW * estimate_s * median(slower))
 
 
 def _cause(error: exceptions.RayError) -> str:
@@ -339,9 +325,17 @@ def _perform(work: Callable[[Job], Result], job: Job, attempt: int, board: Any) 
     with output_sent(lambda data: write(Output(attempt, data))):
         try:
             result = work(job)
-        except TandemError as raised:
-            error = raised
-        except Exception:
-            traceback.print_exc()
-            raise
+        except Exception as raised:
+            if not isinstance(raised, TandemError):
+                traceback.print_exc()
+            error = _sendable(raised)
     return Ended(result, error, written)
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error, or its text if it cannot be pickled and unpickled."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception_only(error)).strip())
+    return error
