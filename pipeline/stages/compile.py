@@ -106,6 +106,7 @@ def compile_plans(
     queue = _Queue(plans, settings, log, progress)
     if queue.missing:
         started = time.monotonic()
+        progress("compile", len(queue.results), queue.total)
         (compile_jobs or compile_all)(queue.missing, queue.workers, queue.end)
         hits = sum(result.hit for result in queue.results.values())
         took = duration(time.monotonic() - started)
