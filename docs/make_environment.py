@@ -25,7 +25,7 @@ over its variable. Libraries that Tandem uses read more variables of their own.
 """
 
 TANDEM = (
-    Variable("TANDEM_CACHE", "all commands that use the cache", "root of the local cache: compiled graphs, weight shards, pulled blobs, downloaded sources, text of `tandem distill`; `~` is the home folder", "`artifacts/cache` in the current folder"),
+    Variable("TANDEM_CACHE", "all commands that use the cache", "root of the local cache: compiled graphs, weight shards, pulled blobs, downloaded sources, text of `tandem distill`; `~` is the home folder", "`artifacts/cache` in the current folder; on a node of a Ray cluster `~/.cache/tandem`"),
     Variable("TANDEM_REMOTE_CACHE", "`tandem build --remote-cache`; `tandem cache push`, `pull`", "shared cache of compiled graphs: a folder or `s3://bucket/prefix`", "no shared cache"),
     Variable("TANDEM_PUSH_CACHE", "`tandem build --push-cache`", "`1`: write compiled graphs to the shared cache", "read the shared cache only"),
     Variable("TANDEM_POLICY", "commands with `--policy`; vLLM with Tandem's plugin", "policy file: which signatures an artifact needs", "no signature needed"),
@@ -44,6 +44,7 @@ BUILD = (
     Variable("TEMP", "backend `inductor`; all temporary files", "as `TMPDIR`", "the next folder of that list"),
     Variable("TMP", "backend `inductor`; all temporary files", "as `TMPDIR`", "the next folder of that list"),
     Variable("XDG_CACHE_HOME", "backend `inductor`", "the user's cache, the last folder of that list", "`~/.cache`"),
+    Variable("RAY_ADDRESS", "`tandem build --executor ray`", "address of the Ray cluster: `HOST:6379`, or `ray://HOST:10001`", "the cluster that runs on this machine"),
     Variable("HTTP_PROXY", "`s3://`, `hf://`", "proxy; `HTTPS_PROXY`, `ALL_PROXY` and names in lower case likewise; checked before a request", "no proxy"),
     Variable("HTTPS_PROXY", "`s3://`, `hf://`", "proxy of encrypted connections", "no proxy"),
     Variable("ALL_PROXY", "`s3://`, `hf://`", "proxy of all connections", "no proxy"),

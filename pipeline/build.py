@@ -9,22 +9,20 @@ changes only compares a stamp, without importing torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.artifact.manifest import Artifact, read
-from pipeline.artifact.verify import check_replaceable
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import default_root
-from pipeline.files.atomic import check_writable
+from pipeline.errors import GateError
 from pipeline.plan.forecast import StageTime
-from pipeline.progress import stage
 from pipeline.recipe import Recipe, load
-from pipeline.stages.settings import BuildSettings
-from pipeline.stages.stamp import Stamp, build_lock, fingerprint
+from pipeline.stages.settings import BuildSettings, check_executor, check_together
+from pipeline.stages.stamp import LockedBuild, locked_builds
 
-__all__ = ["BuildReport", "BuildSettings", "build", "run"]
+__all__ = ["BuildReport", "BuildSettings", "build", "run", "run_all"]
 
 
 @dataclass(frozen=True)
@@ -68,52 +66,56 @@ def run(settings: BuildSettings) -> BuildReport:
         TandemError: as `build`.
 
     """
+    return run_all([settings])[0]
+
+
+def run_all(builds: Sequence[BuildSettings]) -> list[BuildReport]:
+    """Build several recipes, whose graphs are compiled through one queue; see `run`.
+
+    The builds share the cache, the number of workers, the shared cache and the executor, which are those of the first.
+    A recipe whose gates fail does not stop the others.
+
+    Raises:
+        InputError: two recipes of one name or output, or an executor that cannot be used.
+        TandemError: as `build`; of several recipes with failed gates, the error of the first.
+
+    """
     started = time.monotonic()
-    stamp = Stamp(settings.cache, settings.out)
-    with build_lock(stamp.lock_file, settings.log, f"another build of {settings.out}"):
-        inputs = fingerprint(settings)  # taken before any input is read: later changes make the stamp stale
-        if stamp.is_current(inputs):
-            return BuildReport(settings.out, fresh=True, seconds=time.monotonic() - started)
-        check_replaceable(settings.out)
-        check_writable(settings.out.absolute().parent)
-        stamp.clear()
-        report = _run_stages(settings)
-        stamp.record(inputs)
-    return replace(report, seconds=time.monotonic() - started)
+    check_together(builds)
+    check_executor(builds[0])
+    with locked_builds(builds) as locked:
+        stale = [one for one in locked if not one.is_current()]
+        for one in stale:
+            one.begin()
+        reports = _run_stages(stale, started) if stale else {}
+    fresh = BuildReport(Path(), fresh=True, seconds=time.monotonic() - started)
+    return [reports.get(one.settings.out) or replace(fresh, artifact=one.settings.out) for one in locked]
 
 
-def _run_stages(settings: BuildSettings) -> BuildReport:
-    """Run every stage, cheap checks first."""
-    make_backend(settings.recipe.backend)  # an error that names its packages, if the imports below would fail
+def _run_stages(builds: Sequence[LockedBuild], started: float) -> dict[Path, BuildReport]:
+    """Run every stage, cheap checks first; return the reports by output."""
+    for one in builds:
+        make_backend(one.settings.recipe.backend)  # an error that names its packages, if the imports below would fail
     # The stages import torch, which a build that finds nothing changed does not need.
-    from pipeline.stages import checks
-    from pipeline.stages.compile import compile_plan
-    from pipeline.stages.package import Parts, package
-    from pipeline.stages.shard import shard
-    from pipeline.stages.took import timed
+    from pipeline.stages.nodes import compiler_of
+    from pipeline.stages.per_recipe import compile_together, finish, prepare
 
-    recipe, log, progress = settings.recipe, settings.log, settings.progress
-    backend = checks.usable_backend(recipe)
-    checks.check_prompts(settings)
-    with timed(settings) as took:
-        with took.stage("sources"), stage("sources: target and draft", log, progress):
-            sources = checks.resolved(settings, backend)
-        plan, models = sources.plan, sources.pair
-        checks.warn_of_generation(settings, models[0])
-        pending = took.expect(plan)
-        with took.stage("shard"):
-            shards = shard(plan.pair.models, models, backend.packing, settings.cache, log, progress)
-        checks.warn_of_cut_prompts(settings, sources.tokenizer)
-        with took.stage("compile"):
-            graphs = took.compiled = compile_plan(pending, log, progress)
-        parts = Parts(plan, sources.lock, tuple(graphs), shards, sources.tokenizer, models[0].generation)
-        with took.stage("package"), stage("package: graphs, weights and tokenizer", log, progress):
-            artifact = package(settings.out, parts, backend, settings.cache)
-        if settings.validate and checks.runs_here(backend, artifact, log):
-            # Not above: it imports the reference models of transformers, which takes longer than a failed check.
-            from pipeline.validate.run import validate
-
-            with took.gates() as gates:
-                gates.report = validate(artifact.root, *models, settings.base, settings.cache, log, progress)
-    names = {hit: tuple(graph.spec.name for graph in graphs if graph.hit is hit) for hit in (False, True)}
-    return BuildReport(settings.out, compiled=names[False], reused=names[True], stages=took.stages())
+    with compiler_of(builds[0].settings) as compiler:
+        prepared = [prepare(one.settings) for one in builds]  # sources, plan, lock, shard
+        graphs = compile_together(prepared, *compiler)
+    reports, errors = {}, []
+    for one, ready, compiled in zip(builds, prepared, graphs, strict=True):
+        try:
+            artifact = finish(ready, compiled)  # package, validate
+        except GateError as error:
+            errors.append(error)
+            if len(builds) > 1:
+                one.settings.log(f"gates failed: {error}")
+            continue
+        one.record()
+        built, reused = (tuple(graph.spec.name for graph in compiled if graph.hit is hit) for hit in (False, True))
+        report = BuildReport(artifact, compiled=built, reused=reused, stages=ready.clock.stages())
+        reports[one.settings.out] = replace(report, seconds=time.monotonic() - started)
+    if errors:
+        raise errors[0]
+    return reports

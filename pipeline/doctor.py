@@ -10,11 +10,13 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cache.local import default_root
 from pipeline.errors import Problem, RecipeError
+from pipeline.extras import install_command
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan
@@ -50,6 +52,7 @@ def _machine() -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
         "cache": f"{default_root()}, {_disk(default_root()) / GIB:.1f} GiB free",
+        "executors": "local, ray" if find_spec("ray") else f"local; for ray run: {install_command('ray')}",
     }
 
 

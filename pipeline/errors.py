@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 SHOWN_CHARACTERS = 60
 """Limit for a string that a fix shows."""
@@ -46,6 +47,16 @@ class TandemError(Exception):
         self.fix = fix
         self.problems: tuple[Problem, ...] = (Problem(where, what, fix),)
         super().__init__(f"{where}: {what}" if where else what)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as it is, for workers: the arguments of `__init__` differ from class to class."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[TandemError], args: tuple[Any, ...], state: dict[str, Any]) -> TandemError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class GateError(TandemError):

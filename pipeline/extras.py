@@ -28,6 +28,7 @@ MODULES = {
     "inductor": ("torch", "safetensors", "tokenizers", "transformers"),
     "neuron": ("safetensors", "tokenizers", "transformers"),
     "vllm": ("vllm",),
+    "ray": ("ray",),
 }
 """The modules that identify an extra: those that its commands import first."""
 

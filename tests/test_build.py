@@ -19,9 +19,9 @@ from pipeline import runtime
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.manifest import content_digest
 from pipeline.artifact.verify import verify
-from pipeline.build import run
+from pipeline.build import run, run_all
 from pipeline.cache.collect import entry_stats
-from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.errors import ArtifactError, GateError, HostError, InputError
 from pipeline.files.atomic import TEMP, remove
 from pipeline.graphs.packing import PACKINGS
 from pipeline.plan.forecast import forecast
@@ -32,7 +32,7 @@ from pipeline.recipe import load
 from pipeline.sources.pair import resolve_pair
 from pipeline.stages.compile import Job, cached
 from pipeline.stages.shard import shard, shard_key
-from pipeline.stages.took import timed, work_of
+from pipeline.stages.took import BuildClock, recorded, work_of
 from support import tiny_build as tiny
 from support.paths import ROOT
 
@@ -120,10 +120,50 @@ def test_a_record_that_cannot_be_written_fails_no_build(built, tmp_path):
     lines: list[str] = []
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/history").write_text("no folder")
-    with timed(replace(request, cache=tmp_path / "cache", log=lines.append)) as took:
+    clock = BuildClock(replace(request, cache=tmp_path / "cache", log=lines.append))
+    with recorded(clock, []):
         pair = resolve_pair(request.recipe, base=request.base, cache=request.cache / "sources")
-        took.expect(make_plan(request.recipe, *(checkpoint.config for checkpoint in pair)))
+        clock.plan(make_plan(request.recipe, *(checkpoint.config for checkpoint in pair)))
+        clock.expect([], 1)
+    assert lines[0].startswith("plan: about ")
     assert "the times of this build are not recorded" in lines[-1]
+
+
+def test_fleet_compiles_what_both_recipes_lack_once(built, tmp_path):
+    """Two recipes in one queue, in one process, with their gates' results; the second is named in the lines."""
+    request, _ = built
+    cache, said = tmp_path / "cache", []
+    shutil.copytree(request.cache, cache)
+    tiny.forget(cache, tiny.cheapest_graph(request).key)
+    (request.base / "second.yaml").write_text(tiny.RECIPE.replace("name: tiny", "name: second"))
+    first = replace(request, cache=cache, out=tmp_path / "first", validate=False, log=said.append)
+    second = replace(first, recipe=load(request.base / "second.yaml"), out=tmp_path / "second")
+    reports = run_all([first, second])
+    assert [report.artifact for report in reports] == [tmp_path / "first", tmp_path / "second"]
+    assert sorted(len(report.compiled) for report in reports) == [0, 1]
+    assert tiny.same_parts(tmp_path / "first") == tiny.same_parts(request.out)
+    assert any(line.startswith("compile: second: 1 of 5 graphs") for line in said)
+    assert [report.fresh for report in run_all([first, second])] == [True, True]
+
+
+def test_fleet_with_failed_gates_builds_the_others(built, tmp_path):
+    request, _ = built
+    failing = tiny.recipe(request, "tokens_per_step: 1.0", "tokens_per_step: 99.0")
+    (request.base / "other.yaml").write_text(tiny.RECIPE.replace("name: tiny", "name: other"))
+    said = []
+    first = replace(request, recipe=failing, out=tmp_path / "failing", log=said.append)
+    second = replace(first, recipe=load(request.base / "other.yaml"), out=tmp_path / "other")
+    with pytest.raises(GateError, match="tiny: "):
+        run_all([first, second])
+    assert artifact.read(tmp_path / "other").manifest.passed
+    assert not artifact.read(tmp_path / "failing").manifest.passed
+    assert any(line.startswith("gates failed: tiny: ") for line in said)
+
+
+def test_fleet_of_one_name_is_rejected(tmp_path):
+    request = tiny.request_in(tmp_path)
+    with pytest.raises(InputError, match="two recipes have the same name: tiny"):
+        run_all([request, replace(request, out=tmp_path / "second")])
 
 
 def test_prompt_lookup_switched_off_keeps_the_shards(built):

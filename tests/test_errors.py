@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline.errors import HostError, InputError, reason
+from pipeline.errors import HostError, InputError, PreflightError, Problem, RecipeError, reason
 from pipeline.stages.compile import _compile
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
@@ -53,3 +54,11 @@ def test_no_message_shows_an_exceptions_name():
     lines = [(path, line) for path in sorted(PACKAGE.rglob("*.py")) for line in path.read_text().splitlines()]
     assert len(lines) > 10_000
     assert [f"{path.relative_to(PACKAGE)}: {line}" for path, line in lines if shown.search(line)] == []
+
+
+@pytest.mark.parametrize("kind", [RecipeError, PreflightError])
+def test_error_of_several_problems_survives_a_worker(kind):
+    """Unpickling called `__init__` with the text, which broke the pool of workers instead of showing the problems."""
+    error = kind([Problem("a", "first", "fix it"), Problem("b", "second")])
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), copy.problems, copy.fix, str(copy)) == (kind, error.problems, "fix it", str(error))

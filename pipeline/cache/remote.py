@@ -2,6 +2,7 @@
 
     <kind>/<2 hex>/<key>/<sha256>      a graph, or a subgraph's object file
     <kind>/<2 hex>/<key>/entry.json    its digest and toolchain
+    claims/<kind>/<key>                a machine compiles it (`cache.claims`)
 
 Entries are checked: one with a wrong digest or another toolchain is a miss, and a build with write access replaces it.
 A writer can still store false code with its own digest under a key, so give write access to CI alone. Trust comes
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline.cache.claims import remove_abandoned
 from pipeline.cache.local import KEY, Cache, Kind, Stats
 from pipeline.errors import HostError
 from pipeline.files.atomic import temp_name
@@ -191,7 +193,12 @@ def pull_all(local: Cache, remote: RemoteCache, toolchain: Mapping[str, str]) ->
 
 
 def gc(caches: Sequence[RemoteCache], max_bytes: int, max_age_s: float | None = None) -> dict[Kind, Stats]:
-    """Remove the oldest entries of all kinds until at most `max_bytes` remain, and all older than `max_age_s`."""
+    """Remove the oldest entries of all kinds until at most `max_bytes` remain, and all older than `max_age_s`.
+
+    The caches are those of one bucket, whose abandoned claims are removed too.
+    """
+    for cache in caches[:1]:
+        remove_abandoned(cache.bucket)
     entries = [(modified, entry, cache) for cache in caches for entry, modified in cache.entries()]
     left = sum(entry.size for _, entry, _ in entries)
     removed = {cache.kind: Stats(0, 0) for cache in caches}

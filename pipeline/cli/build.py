@@ -9,7 +9,7 @@ import click
 
 from pipeline.artifact.manifest import Manifest
 from pipeline.artifact.manifest import read as read_manifest
-from pipeline.build import BuildReport, BuildSettings, run
+from pipeline.build import BuildReport, BuildSettings, run_all
 from pipeline.cache.remote import Remote
 from pipeline.cli.console import Console
 from pipeline.cli.facts import GATES
@@ -19,6 +19,7 @@ from pipeline.cli.paths import ARTIFACTS, recipe_path
 from pipeline.cli.results import print_json, print_line
 from pipeline.cli.tables import Verdict
 from pipeline.cli.words import counted
+from pipeline.errors import InputError
 from pipeline.plan.lock import lock_path
 from pipeline.progress import duration
 from pipeline.recipe import load
@@ -28,8 +29,9 @@ from pipeline.recipe import load
 class BuildOptions:
     """The options of `tandem build`."""
 
-    recipe: str
+    recipes: tuple[str, ...]
     out: Path | None
+    executor: str
     workers: int | None
     locked: bool
     remote_cache: str | None
@@ -41,10 +43,34 @@ class BuildOptions:
         """Return the shared cache, if one is given."""
         return Remote(self.remote_cache, "write" if self.push_cache else "read") if self.remote_cache else None
 
+    def builds(self, console: Console) -> list[BuildSettings]:
+        """Return the build of each recipe.
+
+        Raises:
+            InputError: one output for several recipes.
+
+        """
+        if self.out is not None and len(self.recipes) > 1:
+            fix = "omit --out: each recipe has its own directory in artifacts/"
+            raise InputError(f"one directory for {len(self.recipes)} recipes", where="--out", fix=fix)
+        return [self._build(recipe_path(name), console) for name in self.recipes]
+
+    def _build(self, path: Path, console: Console) -> BuildSettings:
+        recipe = load(path)
+        return BuildSettings(
+            recipe=recipe, base=path.parent, out=self.out or ARTIFACTS / recipe.name, workers=self.workers,
+            validate=not self.no_validate, locked=self.locked, remote=self.remote(), lock=lock_path(path),
+            executor=self.executor, log=console.log, progress=console.progress,
+        )  # fmt: skip
+
 
 @click.command(cls=Command)
-@click.argument("recipe")
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the artifact (default: artifacts/NAME).")
+@click.option(
+    "--executor", metavar="local|ray[://HOST:PORT]", default="local", show_default=True,
+    help="Where graphs are compiled: workers of this machine, or the nodes of a Ray cluster.",
+)  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Compile workers (default: from cores and memory).")
 @click.option("--locked", is_flag=True, help="Reject sources or toolchains that differ from the recipe's lock.")
 @click.option(
@@ -57,19 +83,18 @@ class BuildOptions:
 @as_json
 @collected(BuildOptions)
 def build(console: Console, options: BuildOptions) -> None:
-    """Build RECIPE into a validated artifact. RECIPE is a name in recipes/, or a file."""
-    path = recipe_path(options.recipe)
-    recipe = load(path)
-    report = run(BuildSettings(
-        recipe=recipe, base=path.parent, out=options.out or ARTIFACTS / recipe.name, workers=options.workers,
-        validate=not options.no_validate, locked=options.locked, remote=options.remote(), lock=lock_path(path),
-        log=console.log, progress=console.progress,
-    ))  # fmt: skip
+    """Build RECIPE into a validated artifact. RECIPE is a name in recipes/, or a file.
+
+    The graphs of several recipes are compiled through one queue; `--json` then prints a list.
+    """
+    reports = run_all(options.builds(console))
     if options.json_:
-        print_json(asdict(report))
+        shown = [asdict(report) for report in reports]
+        print_json(shown if len(shown) > 1 else shown[0])
         return
-    manifest = read_manifest(report.artifact).manifest
-    print_line(Verdict(_built(report, manifest), good=manifest.passed))
+    for report in reports:
+        manifest = read_manifest(report.artifact).manifest
+        print_line(Verdict(_built(report, manifest), good=manifest.passed))
 
 
 def _built(report: BuildReport, manifest: Manifest) -> str:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an executor for several machines reads of a job: its name, its log here, and what it needs of a machine.
+
+    `seconds` is an estimate. `custom` are resources that a cluster's nodes are started with, by name and amount.
+    """
+
+    name: str
+    log_file: Path
+    seconds: float = 0.0
+    cores: float = 1.0
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    custom: Mapping[str, float] = field(default_factory=dict)
 
 
 class Executor(Protocol):

@@ -10,25 +10,27 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache as memoize
 from functools import partial
 from pathlib import Path
 
-from pipeline.backends.base import Backend, Traced, cache_key, make_backend, package_of
+from pipeline.backends.base import Backend, Traced, TracedSubgraph, cache_key, make_backend, package_of
+from pipeline.cache.claims import claimed
 from pipeline.cache.local import Cache, Kind
 from pipeline.cache.remote import Remote
 from pipeline.errors import HostError, TandemError, reason
 from pipeline.executors.local import LocalExecutor
+from pipeline.executors.output import output_to
 from pipeline.files.atomic import link_or_copy
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.plan.forecast import Forecast, makespan
 from pipeline.plan.plan import Plan
 from pipeline.progress import Log, Progress, duration, no_log
 from pipeline.recipe.schema import BackendSettings
-from pipeline.stages.settings import BuildSettings
-from pipeline.stages.workers import output_to, peak_bytes, worker_count
+from pipeline.stages.workers import peak_bytes, worker_count
 
 SHAPING = ("models", "speculation", "graphs", "backends/base.py")
 """Parts of this package that shape a graph, in addition to the package of its backend."""
@@ -36,7 +38,11 @@ SHAPING = ("models", "speculation", "graphs", "backends/base.py")
 
 @dataclass(frozen=True)
 class Job:
-    """One graph to compile: plain data that can be sent to another process or machine."""
+    """One graph to compile: plain data that can be sent to another process or machine.
+
+    `seconds` and `memory_bytes` are the plan's estimates. `captured`: the executor writes the output to `log_file`.
+    `claim`: wait for another machine that compiles the same for the shared cache.
+    """
 
     spec: GraphSpec
     pair: PairSpec
@@ -44,6 +50,11 @@ class Job:
     cache: Path
     log_file: Path
     remote: Remote | None = None
+    recipe: str = ""
+    seconds: float = 0.0
+    memory_bytes: int = 0
+    captured: bool = False
+    claim: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,68 +69,107 @@ class Compiled:
     hit: bool
     seconds: float
     notes: tuple[str, ...] = ()
+    recipe: str = ""
     memory_bytes: int = 0
     size_bytes: int = 0
 
 
-class Pending:
-    """The graphs of a plan: those in the local cache, and a job for each that is missing, the longest first."""
+CompileJobs = Callable[[Sequence[Job], int, Callable[[Compiled], None]], list[Compiled]]
+"""As `compile_all`: compiles jobs, as many at a time as the number, and calls a function as each ends."""
 
-    def __init__(self, plan: Plan, expected: Forecast, settings: BuildSettings) -> None:
-        self.graphs, self.logs = plan.graphs, settings.cache / "logs" / plan.recipe.name
-        jobs = [
-            Job(spec, plan.pair, plan.recipe.backend, settings.cache, self.logs / f"{spec.name}.log", settings.remote)
-            for spec in plan.graphs
-        ]
-        self.expected = expected
-        self.cached = {hit.spec.name: hit for job in jobs if (hit := cached(job))}
-        missing = [job for job in jobs if job.spec.name not in self.cached]
-        self.missing = sorted(missing, key=lambda job: -expected.graphs[job.spec.name].seconds)
-        memory_bytes = max((expected.graphs[job.spec.name].memory_bytes for job in missing), default=0)
+
+@dataclass(frozen=True)
+class CompileSettings:
+    """The local and the shared cache, and the number of workers (None: as many as fit)."""
+
+    cache: Path
+    workers: int | None = None
+    remote: Remote | None = None
+
+
+class CompileQueue:
+    """The graphs of several plans, through one queue: those that the cache lacks, the longest first."""
+
+    def __init__(self, planned: Sequence[tuple[Plan, Forecast]], settings: CompileSettings) -> None:
+        self._planned, self._settings = planned, settings
+        jobs = [job for plan, expected in planned for job in plan_jobs(plan, expected, settings)]
+        self._total = len(jobs)
+        self._results = {(job.recipe, job.spec.name): hit for job in jobs if (hit := cached(job))}
+        missing = [job for job in jobs if (job.recipe, job.spec.name) not in self._results]
+        self._missing = sorted(missing, key=lambda job: -job.seconds)
+        memory_bytes = max((job.memory_bytes for job in missing), default=0)
         self.workers = settings.workers or worker_count(memory_bytes, max(len(missing), 1))
+        self._tallies = {
+            plan.recipe.name: _Tally({job.spec.name: job.seconds for job in self.missing(plan)}, self.workers)
+            for plan, _ in planned
+        }
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the missing graphs."""
-        return [job.spec.name for job in self.missing]
+    def missing(self, plan: Plan) -> list[Job]:
+        """Return the jobs of a plan's graphs that the cache lacks."""
+        return [job for job in self._missing if job.recipe == plan.recipe.name]
 
+    def run(self, log: Log, progress: Progress, compile_jobs: CompileJobs | None = None) -> list[list[Compiled]]:
+        """Compile what is missing, and return all graphs by plan; log each result and the remaining time.
 
-def compile_plan(pending: Pending, log: Log, progress: Progress) -> list[Compiled]:
-    """Compile every graph of a plan that the cache lacks; log each result and the remaining time.
+        `compile_jobs` compiles elsewhere than in workers of this machine.
 
-    Raises:
-        HostError: the first failure, with the graph and its log. Graphs already compiled stay in the cache.
+        Raises:
+            HostError: the first failure, with the graph and its log. Graphs already compiled stay in the cache.
 
-    """
-    results, missing, count = dict(pending.cached), pending.missing, len(pending.graphs)
-    tally = _Tally(pending)
-    what = f"{len(missing)} of {count} graphs, {pending.workers} at a time, {tally.remaining()}; logs in {pending.logs}"
-    log(f"compile: {what}" if missing else f"compile: all {count} graphs are cached")
+        """
+        for plan, _ in self._planned:
+            log(self._begun(plan))
+        if self._missing:
+            started = time.monotonic()
+            progress("compile", len(self._results), self._total)
+            (compile_jobs or compile_all)(self._missing, self.workers, partial(self._end, log, progress))
+            hits = sum(result.hit for result in self._results.values())
+            took = duration(time.monotonic() - started)
+            log(f"compile: {len(self._results) - hits} graphs compiled, {hits} from the cache ({took})")
+        return [[self._results[plan.recipe.name, spec.name] for spec in plan.graphs] for plan, _ in self._planned]
 
-    def ended(result: Compiled) -> None:
-        results[result.spec.name] = result
+    def _begun(self, plan: Plan) -> str:
+        prefix = f"{plan.recipe.name}: " if len(self._planned) > 1 else ""
+        if not (missing := self.missing(plan)):
+            return f"compile: {prefix}all {len(plan.graphs)} graphs are cached"
+        how = f"{self.workers} at a time, {self._tallies[plan.recipe.name].remaining()}"
+        what = f"{len(missing)} of {len(plan.graphs)} graphs, {how}"
+        return f"compile: {prefix}{what}; logs in {log_folder(plan, self._settings)}"
+
+    def _end(self, log: Log, progress: Progress, result: Compiled) -> None:
+        self._results[result.recipe, result.spec.name] = result
+        tally = self._tallies[result.recipe]
         tally.end(result)
-        progress("compile", count - len(tally.seconds_left), count)
-        log(tally.line(result))
+        progress("compile", len(self._results), self._total)
+        prefix = f"{result.recipe}: " if len(self._planned) > 1 else ""
+        log(f"  {prefix}{tally.line(result)}")
         for note in result.notes:
             log(f"    {note}")
 
-    if missing:
-        started = time.monotonic()
-        progress("compile", len(results), count)
-        compile_all(missing, pending.workers, ended)
-        hits = sum(result.hit for result in results.values())
-        took = duration(time.monotonic() - started)
-        log(f"compile: {count - hits} graphs compiled, {hits} from the cache ({took})")
-    return [results[spec.name] for spec in pending.graphs]
+
+def plan_jobs(plan: Plan, expected: Forecast, settings: CompileSettings) -> list[Job]:
+    """Return a job for each graph of a plan."""
+    name, backend, logs = plan.recipe.name, plan.recipe.backend, log_folder(plan, settings)
+    return [
+        Job(
+            spec, plan.pair, backend, settings.cache, logs / f"{spec.name}.log", settings.remote, name,
+            graph.seconds, graph.memory_bytes,
+        )
+        for spec in plan.graphs
+        for graph in [expected.graphs[spec.name]]
+    ]  # fmt: skip
+
+
+def log_folder(plan: Plan, settings: CompileSettings) -> Path:
+    """Return the folder of a plan's compile logs."""
+    return settings.cache / "logs" / plan.recipe.name
 
 
 class _Tally:
     """The graphs left to compile, with estimated times; times of finished graphs correct the other estimates."""
 
-    def __init__(self, pending: Pending) -> None:
-        self.seconds_left = {name: pending.expected.graphs[name].seconds for name in pending.names}
-        self.workers = pending.workers
+    def __init__(self, seconds: Mapping[str, float], workers: int) -> None:
+        self.seconds_left, self.workers = dict(seconds), workers
         self.estimated_s = self.taken_s = 0.0
 
     def end(self, result: Compiled) -> None:
@@ -137,7 +187,7 @@ class _Tally:
         """Return the log line of a finished graph."""
         how = "cached" if result.hit else duration(result.seconds)
         remaining = f", {len(self.seconds_left)} left, {self.remaining()}" if self.seconds_left else ""
-        return f"  {result.spec.name}: {how}{remaining}"
+        return f"{result.spec.name}: {how}{remaining}"
 
 
 def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], None]) -> list[Compiled]:
@@ -154,7 +204,7 @@ def compile_all(jobs: Sequence[Job], workers: int, done: Callable[[Compiled], No
 def cached(job: Job) -> Compiled | None:
     """Return a graph of the local cache by its memo, without tracing; None if it has to be traced."""
     key = _memoised_key(job, _memo_key(job, make_backend(job.backend)))
-    return None if key is None else Compiled(job.spec, key, hit=True, seconds=0.0)
+    return None if key is None else Compiled(job.spec, key, hit=True, seconds=0.0, recipe=job.recipe)
 
 
 def compile_graph(job: Job) -> Compiled:
@@ -170,13 +220,14 @@ def compile_graph(job: Job) -> Compiled:
     notes: list[str] = []
     key, hit = _memoised_key(job, memo), True
     if key is None:
-        with memos.lock(memo), output_to(job.log_file):
+        with memos.lock(memo), nullcontext() if job.captured else output_to(job.log_file):
             key = _memoised_key(job, memo)  # another build may have compiled it while this one waited
             if key is None:
                 key, hit = _trace_and_compile(job, backend, notes)
                 memos.put(memo, key.encode())
     seconds, size_bytes = time.monotonic() - started, Cache(job.cache, "graphs").size_bytes(key)
-    return Compiled(job.spec, key, hit, seconds, tuple(notes), 0 if hit else peak_bytes(), size_bytes)
+    memory_bytes = 0 if hit else peak_bytes()
+    return Compiled(job.spec, key, hit, seconds, tuple(notes), job.recipe, memory_bytes, size_bytes)
 
 
 def _memoised_key(job: Job, memo: str) -> str | None:
@@ -190,16 +241,17 @@ def _memoised_key(job: Job, memo: str) -> str | None:
 
 def _trace_and_compile(job: Job, backend: Backend, notes: list[str]) -> tuple[str, bool]:
     """Look in the local, then in the shared cache; compile on a miss, and push the graph to the shared cache."""
-    graphs = SharedCache(job, "graphs", backend, notes.append)
     traced = backend.trace(job.spec, job.pair)
     key = cache_key(traced, backend.toolchain(), backend.flags())
-    with graphs.local.lock(key):
-        if graphs.get(key) is not None:
-            return key, True
+
+    def compiled() -> bytes:
         with tempfile.TemporaryDirectory(prefix="tandem-compile-") as work:
             objects = compiled_subgraphs(job, backend, traced, Path(work), notes.append)
-            graphs.put(key, _compile(job, partial(backend.compile, traced, Path(work), objects)))
-    return key, False
+            return _compile(job, partial(backend.compile, traced, Path(work), objects))
+
+    found = SharedCache(job, "graphs", backend, notes.append).obtain(key, compiled)
+    assert found is not None
+    return key, found.hit
 
 
 def compiled_subgraphs(job: Job, backend: Backend, traced: Traced, work: Path, log: Log = no_log) -> Path | None:
@@ -212,30 +264,55 @@ def compiled_subgraphs(job: Job, backend: Backend, traced: Traced, work: Path, l
     cache = SharedCache(job, "subgraphs", backend, log)
     folder = work / "subgraphs"
     folder.mkdir()
-    keys = {subgraph.name: cache_key(subgraph, backend.toolchain(), backend.flags()) for subgraph in traced.subgraphs}
     waiting = list(traced.subgraphs)
     for is_last_pass in (False, True):
         for subgraph in tuple(waiting):
-            key = keys[subgraph.name]
-            with cache.local.lock(key, wait=is_last_pass) as locked:
-                if locked:
-                    file = cache.get(key)
-                    if file is None:
-                        with tempfile.TemporaryDirectory(prefix="tandem-subgraph-") as own:
-                            data = _compile(job, partial(backend.compile_subgraph, subgraph, Path(own)))
-                        file = cache.put(key, data)
-                    link_or_copy(file, folder / f"{subgraph.name}.o")
-                    waiting.remove(subgraph)
+            key = cache_key(subgraph, backend.toolchain(), backend.flags())
+            found = cache.obtain(key, partial(_compiled_subgraph, job, backend, subgraph), wait=is_last_pass)
+            if found is not None:
+                link_or_copy(found.file, folder / f"{subgraph.name}.o")
+                waiting.remove(subgraph)
     return folder
+
+
+def _compiled_subgraph(job: Job, backend: Backend, subgraph: TracedSubgraph) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="tandem-subgraph-") as own:
+        return _compile(job, partial(backend.compile_subgraph, subgraph, Path(own)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Compiled code in the local cache. `hit`: not compiled just now."""
+
+    file: Path
+    hit: bool
 
 
 class SharedCache:
     """Compiled code of one kind: the local cache, and behind it the shared one, if the build has one."""
 
     def __init__(self, job: Job, kind: Kind, backend: Backend, log: Log) -> None:
-        self.local = Cache(job.cache, kind)
+        self.local, self.log = Cache(job.cache, kind), log
         self._remote = job.remote.open(kind, log) if job.remote else None
         self._toolchain = backend.toolchain().as_dict()
+        self._claims = self._remote if job.claim and self._remote and self._remote.mode == "write" else None
+
+    def obtain(self, key: str, make: Callable[[], bytes], *, wait: bool = True) -> Found | None:
+        """Return the code under `key`, made on a miss; without `wait`, None while another process makes it.
+
+        Of all processes that share the local cache, and all machines that write the shared one, one makes it.
+        """
+        with self.local.lock(key, wait=wait) as locked:
+            if not locked:
+                return None
+            if file := self.get(key):
+                return Found(file, hit=True)
+            with self._claimed(key, wait=wait) as is_mine:
+                if not is_mine:
+                    return None
+                if self._claims and (file := self.get(key)):  # another machine has pushed it in the meantime
+                    return Found(file, hit=True)
+                return Found(self.put(key, make()), hit=False)
 
     def get(self, key: str) -> Path | None:
         """Return the file under `key`, fetched from the shared cache if the local one lacks it; None for a miss."""
@@ -247,9 +324,18 @@ class SharedCache:
     def put(self, key: str, data: bytes) -> Path:
         """Store compiled code in both."""
         file = self.local.put(key, data, self._toolchain)
+        self.push(key, file)
+        return file
+
+    def push(self, key: str, file: Path) -> None:
+        """Store a file of the local cache in the shared one, unless that has it."""
         if self._remote:
             self._remote.push(key, file, self._toolchain)
-        return file
+
+    def _claimed(self, key: str, *, wait: bool) -> AbstractContextManager[bool]:
+        if self._claims is None:
+            return nullcontext(enter_result=True)
+        return claimed(self._claims.bucket, f"{self.local.kind}/{key}", wait=wait, log=self.log)
 
 
 def _compile(job: Job, run: Callable[[], bytes]) -> bytes:
@@ -262,6 +348,11 @@ def _compile(job: Job, run: Callable[[], bytes]) -> bytes:
         what = error.what if isinstance(error, TandemError) else reason(error)
         fix = f"the command and its whole output are in {job.log_file}"
         raise HostError(what, where=f"compile {job.spec.name}", fix=fix) from error
+
+
+def remember(job: Job, backend: Backend, key: str) -> None:
+    """Store the memo of a graph that another machine traced."""
+    Cache(job.cache, "memos").put(_memo_key(job, backend), key.encode())
 
 
 def _memo_key(job: Job, backend: Backend) -> str:

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.artifact.manifest import MANIFEST, read
+from pipeline.artifact.verify import check_replaceable
 from pipeline.errors import ArtifactError
-from pipeline.files.atomic import disk_errors, sha256_file, write_atomic
+from pipeline.files.atomic import check_writable, disk_errors, sha256_file, write_atomic
 from pipeline.files.home import expanded
 from pipeline.progress import Log
 from pipeline.sources.kinds import current_revision, moving
@@ -88,6 +90,48 @@ def build_lock(lock: Path, log: Log, holder: str) -> Iterator[None]:
         yield
     finally:
         file_lock.release()
+
+
+@dataclass(frozen=True)
+class LockedBuild:
+    """A build that holds its output's lock, and its inputs before any of them was read.
+
+    Inputs that change later make the stamp stale.
+    """
+
+    settings: BuildSettings
+    stamp: Stamp
+    inputs: dict[str, Any]
+
+    def is_current(self) -> bool:
+        """Return whether the output holds the artifact of these inputs."""
+        return self.stamp.is_current(self.inputs)
+
+    def begin(self) -> None:
+        """Check that the output can be written, and clear its stamp.
+
+        Raises:
+            ArtifactError: the output is something else than an artifact.
+            HostError: it cannot be written.
+
+        """
+        check_replaceable(self.settings.out)
+        check_writable(self.settings.out.absolute().parent)
+        self.stamp.clear()
+
+    def record(self) -> None:
+        """Record that the output is that of the inputs."""
+        self.stamp.record(self.inputs)
+
+
+@contextlib.contextmanager
+def locked_builds(builds: Sequence[BuildSettings]) -> Iterator[list[LockedBuild]]:
+    """Lock the outputs of builds, in one order everywhere, and take their inputs."""
+    with contextlib.ExitStack() as locks:
+        for settings in sorted(builds, key=lambda settings: settings.out.absolute()):
+            lock = Stamp(settings.cache, settings.out).lock_file
+            locks.enter_context(build_lock(lock, settings.log, f"another build of {settings.out}"))
+        yield [LockedBuild(settings, Stamp(settings.cache, settings.out), fingerprint(settings)) for settings in builds]
 
 
 def fingerprint(settings: BuildSettings) -> dict[str, Any]:

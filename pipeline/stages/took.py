@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import HostError
+from pipeline.errors import HostError, no_string
 from pipeline.plan.estimates import REFERENCE, Work, stage_seconds
-from pipeline.plan.forecast import StageTime, forecast
+from pipeline.plan.forecast import Forecast, StageTime, forecast
 from pipeline.plan.history import CompiledGraph, History, PastBuild, machine
 from pipeline.plan.plan import Plan
 from pipeline.progress import duration
-from pipeline.stages.compile import Compiled, Pending
+from pipeline.stages.compile import Compiled
 from pipeline.stages.settings import BuildSettings
 from pipeline.stages.workers import peak_bytes
 from pipeline.validate.prompts import load_prompts, prompts_path
@@ -21,6 +21,8 @@ from pipeline.validate.report.schema import Report
 
 COMPILE = "compile"
 GATES = "gates"
+STAGES = ("sources", "shard", COMPILE, "package", REFERENCE, GATES)
+"""In their order."""
 
 
 @dataclass
@@ -31,40 +33,40 @@ class Gates:
 
 
 @contextlib.contextmanager
-def timed(settings: BuildSettings) -> Iterator[BuildClock]:
-    """Time the stages of a build, and record those that ended for the next plan, also if one fails."""
-    clock = BuildClock(settings)
+def recorded(clock: BuildClock, graphs: Sequence[Compiled]) -> Iterator[None]:
+    """Record the stages of a build that ended, and its graphs, for the next plan, also if a later stage fails."""
     try:
-        yield clock
+        yield
     finally:
-        clock.record()
+        clock.record(graphs)
 
 
 class BuildClock:
-    """Times the stages of one build, beside what the plan expects; `compiled`: the graphs, once they are compiled."""
+    """Times the stages of one build, beside what its plan expects."""
+
+    forecast: Forecast
 
     def __init__(self, settings: BuildSettings) -> None:
         self._settings = settings
         self._history = History(settings.cache)
         self._seconds: dict[str, float] = {}
         self._expected: dict[str, float] = {}
-        self._plan: Plan | None = None
         self._workers = 1
         self.work = work_of(settings)
-        self.compiled: Sequence[Compiled] = ()
 
-    def expect(self, plan: Plan) -> Pending:
-        """Log what the stages that are left will take; return the graphs that are missing."""
-        expected = forecast(plan, self.work, self._history.builds())
-        pending = Pending(plan, expected, self._settings)
-        compile_s = expected.compile_s(pending.workers, pending.names)
-        self._plan, self._workers = plan, pending.workers
-        self._expected = {"sources": expected.stages["sources"], "shard": expected.stages["shard"], COMPILE: compile_s}
-        self._expected |= expected.stages
-        left = {name: seconds for name, seconds in self._expected.items() if name not in self._seconds}
+    def plan(self, plan: Plan) -> None:
+        """Forecast a plan."""
+        self._plan = plan
+        self.forecast = forecast(plan, self.work, self._history.builds())
+
+    def expect(self, missing: Sequence[str], workers: int) -> None:
+        """Log what the stages that are left will take; `missing` graphs are to be compiled."""
+        no_string(missing, "missing", "names")
+        self._workers = workers
+        self._expected = {**self.forecast.stages, COMPILE: self.forecast.compile_s(workers, missing)}
+        left = {name: self._expected[name] for name in STAGES if name in self._expected and name not in self._seconds}
         listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in left.items())
-        self._settings.log(f"plan: about {duration(sum(left.values()))} ({listed}); {expected.basis}")
-        return pending
+        self._settings.log(f"plan: about {duration(sum(left.values()))} ({listed}); {self.forecast.basis}")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -86,17 +88,15 @@ class BuildClock:
         """Return expected and taken seconds of the stages that ran."""
         return {name: StageTime(round(self._expected[name], 1), round(s, 1)) for name, s in self._seconds.items()}
 
-    def record(self) -> None:
+    def record(self, graphs: Sequence[Compiled]) -> None:
         """Store the stages that ended for the next plan; a failure is logged."""
-        if self._plan is None:
-            return
         estimated = stage_seconds(self._plan.pair, self._plan.memory, self.work)
         build = PastBuild(
             machine=machine(),
             plan=self._plan.digest(self.work),
             cost=self._plan.cost_kind,
             workers=self._workers,
-            graphs=tuple(_recorded(self._plan, graph) for graph in self.compiled if not graph.hit),
+            graphs=tuple(_recorded(self._plan, graph) for graph in graphs if not graph.hit),
             stages={name: round(seconds, 3) for name, seconds in self._seconds.items() if name in estimated},
             estimated={name: round(seconds, 3) for name, seconds in estimated.items()},
             gates_memory_bytes=peak_bytes() if GATES in self._seconds else 0,

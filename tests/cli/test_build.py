@@ -195,3 +195,19 @@ def test_build_interrupted_ends_at_once_with_130(work):
     assert "Traceback" not in rest
     assert not (work / "out").exists()
     wait_for(lambda: not members(child.pid))
+
+
+def test_out_for_several_recipes_is_rejected(work):
+    (work / "other.yaml").write_text((work / "mine.yaml").read_text().replace("name: mine", "name: other"))
+    result = invoke("build", "mine.yaml", "other.yaml", "--out", "out")
+    assert result.exit_code == 2
+    assert "--out: one directory for 2 recipes" in result.stderr
+
+
+@pytest.mark.parametrize("executor", ["slurm", "ray"])
+def test_executor_that_cannot_be_used_is_rejected(work, executor, monkeypatch):
+    monkeypatch.delenv("TANDEM_REMOTE_CACHE", raising=False)
+    result = invoke("build", "mine.yaml", "--executor", executor)
+    assert result.exit_code == 2
+    assert "  fix: " in result.stderr
+    assert not (work / "artifacts").exists()

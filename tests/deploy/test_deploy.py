@@ -17,17 +17,11 @@ import yaml
 from pipeline.registry.publish import publish
 from support import small_artifacts as small
 from support.paths import ROOT
-from support.release_workflow import BIN, TINY
+from support.release_workflow import TINY, tool
 
 WORKFLOW = ROOT / ".github/workflows/release.yml"
 SLOW = ROOT / ".github/workflows/slow.yml"
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-
-
-def tool(name: str) -> str:
-    found = shutil.which(name, path=f"{BIN}:{os.environ['PATH']}")
-    assert found, f"{name} is not installed: make test-servers installs it"
-    return found
 
 
 @pytest.mark.server

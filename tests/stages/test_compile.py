@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 import grimp
@@ -22,7 +22,6 @@ from pipeline.graphs.module import GraphModule
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
 from pipeline.models.families import config_of
-from pipeline.plan.forecast import Forecast, GraphForecast
 from pipeline.recipe.schema import InductorSettings, NeuronSettings
 from pipeline.stages import compile as stage
 from support.pairs import SMALL, make_pair
@@ -147,12 +146,10 @@ def test_the_list_of_exceptions_has_no_file_that_nothing_imports():
 def test_estimates_follow_the_times_of_finished_graphs():
     """A graph that takes twice its estimate doubles the others' estimates; a graph from a cache changes none."""
     specs = [GraphSpec("decode", 1, 1, length) for length in (16, 32, 64)]
-    graphs = {spec.name: GraphForecast(60.0, 1, 1, recorded=False) for spec in specs}
-    expected = Forecast(graphs, {}, gates_memory_bytes=0, builds=0)
-    tally = stage._Tally(SimpleNamespace(expected=expected, names=list(graphs), workers=1))
+    tally = stage._Tally({spec.name: 60.0 for spec in specs}, 1)
     assert tally.remaining() == "about 3 min 0 s"
     tally.end(stage.Compiled(specs[0], "key", hit=True, seconds=0.1))
     assert tally.remaining() == "about 2 min 0 s"
     slow = stage.Compiled(specs[1], "key", hit=False, seconds=120.0)
     tally.end(slow)
-    assert tally.line(slow) == f"  {specs[1].name}: 2 min 0 s, 1 left, about 2 min 0 s"
+    assert tally.line(slow) == f"{specs[1].name}: 2 min 0 s, 1 left, about 2 min 0 s"

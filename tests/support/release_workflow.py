@@ -25,6 +25,13 @@ validate: {prompts: prompts.jsonl, max_new_tokens: 10, gates: {tokens_per_step: 
 """
 
 
+def tool(name: str) -> str:
+    """Return the path of a checker."""
+    found = shutil.which(name, path=f"{BIN}:{os.environ['PATH']}")
+    assert found, f"{name} is not installed: make test-servers installs it"
+    return found
+
+
 def git(root: Path, *args: str) -> str:
     command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *args]
     return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()

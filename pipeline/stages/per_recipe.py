@@ -1,0 +1,104 @@
+"""The stages of a build: each recipe's sources and shards, the graphs of all, each recipe's package and gates."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.backends.base import Backend
+from pipeline.progress import stage
+from pipeline.stages.checks import (
+    Resolved,
+    check_prompts,
+    resolved,
+    runs_here,
+    usable_backend,
+    warn_of_cut_prompts,
+    warn_of_generation,
+)
+from pipeline.stages.compile import Compiled, CompileJobs, CompileQueue, CompileSettings
+from pipeline.stages.package import Parts, package
+from pipeline.stages.settings import BuildSettings
+from pipeline.stages.shard import Shards, shard
+from pipeline.stages.took import BuildClock, recorded
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that lacks only its graphs."""
+
+    settings: BuildSettings
+    backend: Backend
+    sources: Resolved
+    shards: Shards
+    clock: BuildClock
+
+
+def prepare(settings: BuildSettings) -> Prepared:
+    """Check a recipe, fetch its sources, plan, and write the shards; cheap checks first.
+
+    Raises:
+        TandemError: wrong input or a missing tool.
+
+    """
+    log, progress = settings.log, settings.progress
+    backend = usable_backend(settings.recipe)
+    check_prompts(settings)
+    clock = BuildClock(settings)
+    with clock.stage("sources"), stage("sources: target and draft", log, progress):
+        sources = resolved(settings, backend)
+    clock.plan(sources.plan)
+    warn_of_generation(settings, sources.pair[0])
+    with clock.stage("shard"):
+        shards = shard(sources.plan.pair.models, sources.pair, backend.packing, settings.cache, log, progress)
+    warn_of_cut_prompts(settings, sources.tokenizer)
+    return Prepared(settings, backend, sources, shards, clock)
+
+
+def compile_together(
+    builds: Sequence[Prepared], workers: int | None, compile_jobs: CompileJobs | None
+) -> list[list[Compiled]]:
+    """Compile the graphs of all builds through one queue; say first what the builds will take.
+
+    Raises:
+        HostError: the first failure, with the graph and its log.
+
+    """
+    settings = builds[0].settings
+    planned = [(one.sources.plan, one.clock.forecast) for one in builds]
+    queue = CompileQueue(planned, CompileSettings(settings.cache, workers, settings.remote))
+    with contextlib.ExitStack() as clocks:
+        for one in builds:
+            one.clock.expect([job.spec.name for job in queue.missing(one.sources.plan)], queue.workers)
+            clocks.enter_context(one.clock.stage("compile"))
+        return queue.run(settings.log, settings.progress, compile_jobs)
+
+
+def finish(prepared: Prepared, graphs: Sequence[Compiled]) -> Path:
+    """Package a recipe's artifact and run its gates; return the artifact's directory.
+
+    Raises:
+        GateError: a gate failed.
+        HostError: no space, or a cached graph is missing.
+
+    """
+    with recorded(prepared.clock, graphs):
+        return _finish(prepared, graphs)
+
+
+def _finish(prepared: Prepared, graphs: Sequence[Compiled]) -> Path:
+    settings, sources, clock = prepared.settings, prepared.sources, prepared.clock
+    log, progress = settings.log, settings.progress
+    generation = sources.pair[0].generation
+    parts = Parts(sources.plan, sources.lock, tuple(graphs), prepared.shards, sources.tokenizer, generation)
+    with clock.stage("package"), stage("package: graphs, weights and tokenizer", log, progress):
+        artifact = package(settings.out, parts, prepared.backend, settings.cache)
+    if settings.validate and runs_here(prepared.backend, artifact, log):
+        # Not above: it imports the reference models of transformers, which takes longer than a failed check.
+        from pipeline.validate.run import validate
+
+        with clock.gates() as gates:
+            gates.report = validate(artifact.root, *sources.pair, settings.base, settings.cache, log, progress)
+    return artifact.root

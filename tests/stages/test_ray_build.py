@@ -1,0 +1,112 @@
+"""Builds of the tiny pair on a real Ray cluster: the artifact of a local build, whatever happens to the nodes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifact import manifest as artifact
+from pipeline.build import run, run_all
+from pipeline.cache.local import Cache
+from pipeline.cache.remote import Remote
+from pipeline.errors import HostError
+from pipeline.recipe import load
+from support import ray_cluster
+from support import tiny_build as tiny
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """The request of a local build, and its report."""
+    request = tiny.request_in(tmp_path_factory.mktemp("local"))
+    return request, run(request)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory, s3_server) -> Iterator[ray_cluster.Nodes]:
+    """Three nodes, which reach the S3 server by their own environment."""
+    before = dict(os.environ)
+    os.environ.update(s3_server.environ())
+    try:
+        with ray_cluster.running(tmp_path_factory.mktemp("nodes")) as started:
+            os.environ["RAY_ADDRESS"] = started.address
+            yield started
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def on_ray(request, folder: Path, url: str, **changes):
+    """Return the request of a build on the cluster, with a cache of its own."""
+    settings = {"out": folder / "out", "cache": folder / "cache", "workers": None, "executor": "ray"}
+    return replace(request, **settings, remote=Remote(url, "write"), **changes)
+
+
+def forget(nodes: ray_cluster.Nodes) -> None:
+    """Empty the nodes' caches."""
+    for cache in nodes.caches():
+        tiny.remove(cache)
+
+
+def test_build_is_that_of_this_machine(local, nodes, tmp_path):
+    """All graphs come through the shared cache, with gates; each graph and each subgraph is stored once."""
+    request, _ = local
+    lines = []
+    report = run(on_ray(request, tmp_path, str(tmp_path / "shared"), log=lines.append))
+    assert len(report.compiled) == 5
+    assert tiny.same_parts(report.artifact) == tiny.same_parts(request.out)
+    assert artifact.read(report.artifact).manifest.passed
+    assert sum("started on" in line for line in lines) == 5
+    assert len(list((tmp_path / "cache/logs/tiny").glob("*.log"))) <= 5
+    assert not list((tmp_path / "shared/claims").rglob("[!.]*.lock"))
+    compiled = {entry.key for cache in nodes.caches() for entry in Cache(cache, "subgraphs").entries()}
+    assert compiled == {entry.key for entry in Cache(request.cache, "subgraphs").entries()}
+
+
+def test_fleet_is_compiled_from_the_nodes_caches(local, nodes, tmp_path):
+    """Two recipes in one queue; the nodes have the graphs, and another shared cache gets them."""
+    request, _ = local
+    (request.base / "second.yaml").write_text(tiny.RECIPE.replace("name: tiny", "name: second"))
+    first = on_ray(request, tmp_path, str(tmp_path / "shared"), validate=False)
+    second = replace(first, recipe=load(request.base / "second.yaml"), out=tmp_path / "second")
+    reports = run_all([first, second])
+    assert [len(report.reused) + len(report.compiled) for report in reports] == [5, 5]
+    assert sum(len(report.compiled) for report in reports) <= 5
+    graphs = [{entry.key for entry in artifact.read(report.artifact).manifest.graphs} for report in reports]
+    assert graphs[0] == graphs[1]
+
+
+def test_node_that_is_killed_in_mid_build(local, nodes, tmp_path, s3_url):
+    """The shared cache is a real S3 server; the node's jobs run elsewhere, and its claims are taken over."""
+    request, _ = local
+    forget(nodes)
+    victim = nodes.workers[0]
+    lines = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if "started on" in line and len([one for one in lines if "started on" in one]) == 3:
+            nodes.cluster.remove_node(victim, allow_graceful=False)
+            nodes.add()
+
+    report = run(on_ray(request, tmp_path, s3_url, log=log, validate=False))
+    assert tiny.same_parts(report.artifact) == tiny.same_parts(request.out)
+    assert any("run again" in line for line in lines), lines
+
+
+def test_node_with_another_toolchain_is_an_error(local, nodes, tmp_path):
+    """Its graphs would be for another processor."""
+    request, _ = local
+    nodes.add({"ATEN_CPU_CAPABILITY": "default"}, resources={"neuronx-cc": 1})
+    for node in nodes.workers[1:-1]:
+        nodes.cluster.remove_node(node)
+    with pytest.raises(HostError, match="the node's toolchain differs: isa: default, expected") as raised:
+        run(on_ray(request, tmp_path, str(tmp_path / "shared"), validate=False))
+    assert raised.value.where == f"node {os.uname().nodename}"
+    assert not (tmp_path / "out").exists()
