@@ -76,8 +76,7 @@ def run_all(builds: Sequence[BuildSettings]) -> list[BuildReport]:
     A recipe whose gates fail does not stop the others.
 
     Raises:
-        InputError: two recipes of one name or output, or an executor that cannot be used.
-        TandemError: as `build`; of several recipes with failed gates, the error of the first.
+        TandemError: as `build`; recipes that cannot be built together; of several failed gates, the first.
 
     """
     started = time.monotonic()
