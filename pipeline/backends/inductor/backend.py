@@ -37,7 +37,6 @@ from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams
-from pipeline.plan.lock import MISSING
 from pipeline.recipe.schema import InductorSettings
 
 KERNELS = (
@@ -60,6 +59,9 @@ kernels are short, takes 3% longer, and a graph's file is four times as large.""
 MARCH = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 VECTOR_BITS = {"native": None, "avx2": 256, "avx512": 512}
 NO_VECTORS = 1
+MISSING = "missing"
+"""Version of what a host lacks, by which a lock recognises that this host compiles nothing."""
+
 BASE_MARCH = {"x86_64": "x86-64", "aarch64": "armv8-a"}
 """Instruction set that every processor of an architecture has."""
 
