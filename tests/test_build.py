@@ -395,7 +395,7 @@ def test_build_on_a_cold_machine_with_a_warm_shared_cache(built, tmp_path):
 
     request, first = built
     url = str(tmp_path / "shared")
-    assert push_all(Cache(request.cache, "graphs"), Remote(url, "write").open()) >= len(first.compiled)
+    assert push_all(Cache(request.cache, "graphs"), Remote(url, "write").open("graphs")) >= len(first.compiled)
     changes = {"out": tmp_path / "out", "validate": False}
     report = tiny.again(request, cache=tmp_path / "cold", remote=Remote(url), **changes)
     assert (report.compiled, len(report.reused)) == ((), 5)
