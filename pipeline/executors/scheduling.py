@@ -7,6 +7,9 @@ from statistics import median
 
 from pipeline.executors.base import Task
 
+Resources = Mapping[str, float]
+"""Amounts by name, as Ray names them."""
+
 SLOW = 4.0
 """A job that takes this many times its expected time is slow."""
 SLOW_S = 120.0
@@ -19,7 +22,7 @@ def longest_first(tasks: Sequence[Task]) -> list[int]:
     return sorted(range(len(tasks)), key=lambda index: -tasks[index].seconds)
 
 
-def missing(needs: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str:
+def missing(needs: Resources, nodes: Sequence[Resources]) -> str:
     """Return in words what the nearest of the nodes lacks of the resources; empty if a node has all."""
     lacking = [{name: n for name, n in needs.items() if n > node.get(name, 0.0)} for node in (*nodes, {})]
     return ", ".join(_words(name, amount) for name, amount in min(lacking, key=len).items())
