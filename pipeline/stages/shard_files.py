@@ -1,10 +1,10 @@
 """Write each rank's weights: stream both checkpoints through a small window into one safetensors file a rank and model.
 
-The weight table and the plan decide the placement. Keeps no tensor. Besides headers, memory holds `SLOTS`
-windows of `WINDOW_BYTES` (at least one block of 32 rows), as read and as stored: 8 x (4 + 8) MiB when bfloat16 becomes
-float32, whatever the model's size.
+The weight table and the plan decide the placement. Keeps no tensor. Besides headers, memory holds `SLOTS` windows of
+`WINDOW_BYTES` (at least one block of 32 rows) as read, one as stored, and the sink's stages: at 64 ranks 32 + 8 + 96
+MiB when bfloat16 becomes float32, whatever the model's size.
 
-    read (thread) -> convert, cut and pack (here, torch) -> write (thread) and hash (threads)
+    read (thread) -> convert, pack and cut (here, torch) -> stage of each file -> write and hash (threads)
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,7 @@ from pipeline.progress import ByteProgress
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tensors import Layout, TensorRef, layout
 from pipeline.sources.weights import weights
-from pipeline.stages.streams import Reader, Sink
+from pipeline.stages.streams import Bytes, Reader, Sink
 
 WINDOW_BYTES = 4 << 20
 SLOTS = 8
@@ -266,72 +267,89 @@ def _write(job: _Job, out: Path, progress: _Meter) -> list[ShardFile]:
     ]
 
 
-@dataclass
-class _Slot:
-    """Buffers of one window in flight, and the work that still reads them."""
-
-    read: Tensor
-    stored: Tensor
-    using: list[Future[None]] = field(default_factory=list)
-
-    def wait(self) -> None:
-        """Wait until the buffers are free; raise the error of the work that used them."""
-        for future in self.using:
-            future.result()
-        self.using.clear()
-
-
 def _stream(job: _Job, files: Sequence[IO[bytes]], progress: _Meter) -> list[str]:
     """Stream all windows into the files; returns their sha256."""
-    sizes = [(w.read_bytes, w.stored_bytes) for w in job.windows]
-    read, stored = (max(size[i] for size in sizes) for i in (0, 1))
-    slots = [_Slot(torch.empty(read, dtype=torch.uint8), torch.empty(stored, dtype=torch.uint8)) for _ in range(SLOTS)]
+    read, stored = (max(getattr(window, name) for window in job.windows) for name in ("read_bytes", "stored_bytes"))
+    slots, out = torch.empty(SLOTS, read, dtype=torch.uint8), torch.empty(stored, dtype=torch.uint8)
     large = job.layout.size * len(files) >= LARGE_BYTES
     with ExitStack() as stack:
         reader = Reader(stack, drop_cache=large)
         sink = Sink(files, stack, direct=large)
-        slots[0].using += sink.put(job.layout.header, range(len(files)))
-        waiting: deque[tuple[Window, _Slot, Future[None]]] = deque()
-        for number, window in enumerate(job.windows):
-            slot = slots[number % SLOTS]
-            slot.wait()
-            buffer = slot.read[: window.read_bytes].numpy().data
-            waiting.append((window, slot, reader.start(window.source, buffer)))
-            if len(waiting) == SLOTS // 2:
-                _emit(*waiting.popleft(), job.packing, sink)
-                progress(sink.written)
-        for item in waiting:
-            _emit(*item, job.packing, sink)
+        sink.put(_bytes(job.layout.header), range(len(files)))
+        for window, data in _read_ahead(job.windows, slots, reader):
+            for piece, ranks in _pieces(window, data, out, job.packing):
+                sink.put(piece, ranks)
+            progress(sink.written)
         for rank in range(len(files)):
-            slots[0].using += sink.put(job.offset(rank), (rank,))
-        for slot in slots:
-            slot.wait()
+            sink.put(_bytes(job.offset(rank)), (rank,))
         digests = sink.finish()
     assert sink.written == job.layout.size * len(files)
     progress(sink.written)
     return digests
 
 
-def _emit(window: Window, slot: _Slot, read: Future[None], packing: Packing, sink: Sink) -> None:
-    """Convert, cut and pack a window that has been read, and hand it to the files."""
+def _read_ahead(found: Iterator[Window], slots: Tensor, reader: Reader) -> Iterator[tuple[Window, Tensor]]:
+    """Yield each window with its bytes, which stay until the next one; others are being read into the other slots."""
+    waiting: deque[tuple[Window, Tensor, Future[None]]] = deque()
+    for number, window in enumerate(found):
+        data = slots[number % len(slots), : window.read_bytes]
+        waiting.append((window, data, reader.start(window.source, data.numpy().data)))
+        if len(waiting) == len(slots):
+            yield _ready(*waiting.popleft())
+    while waiting:
+        yield _ready(*waiting.popleft())
+
+
+def _ready(window: Window, data: Tensor, read: Future[None]) -> tuple[Window, Tensor]:
     read.result()
+    return window, data
+
+
+def _pieces(window: Window, data: Tensor, out: Tensor, packing: Packing) -> Iterator[tuple[Bytes, tuple[int, ...]]]:
+    """Convert, pack and cut a window; yield bytes and the ranks that store them. `out` holds them until the next."""
     shape = (window.rows, *window.spec.shape[1:])
-    whole = slot.read[: window.read_bytes].view(SAFETENSORS[window.source.dtype].as_torch()).view(shape)
-    start, dtype, scales = 0, SAFETENSORS[window.dtype].as_torch(), None
-    if dtype == torch.int8:  # by whole rows, before ranks take their columns
+    whole = data.view(SAFETENSORS[window.source.dtype].as_torch()).view(shape)
+    scales = None
+    if window.dtype == "I8":  # by whole rows, before ranks take their columns
         whole, scales = quantise(whole)
-    for part in window.parts:
-        weight = whole if len(shape) == 1 else whole[:, part.first : part.last]
-        packed = packing.packed_shape(tuple(weight.shape), window.spec.kind, SAFETENSORS[window.dtype].name)
-        if packed == weight.shape and weight.dtype == dtype and weight.is_contiguous():
-            slot.using += sink.put(weight.view(torch.uint8).flatten().numpy().data, part.ranks)
-            continue
-        end = start + math.prod(packed) * dtype.itemsize
-        out = slot.stored[start:end].view(dtype).view(packed)
-        packing.pack(weight, window.spec.kind, out, scales)
-        _refuse_overflow(out, window)
-        slot.using += sink.put(slot.stored[start:end].numpy().data, part.ranks)
-        start = end
+    if _packs_whole(window, packing):
+        packed = _packed(window, whole, out, packing)
+        width = packed.shape[1] // window.width
+        for part in window.parts:
+            yield packed[:, part.first * width : part.last * width], part.ranks
+    else:
+        for part in window.parts:
+            yield _packed(window, whole[:, part.first : part.last], out, packing, scales), part.ranks
+
+
+def _packs_whole(window: Window, packing: Packing) -> bool:
+    """Return whether packed columns are columns of the packed window; scales and odd widths prevent that."""
+    if window.dtype == "I8":
+        return False
+    widths = {part.last - part.first for part in window.parts} | {window.width}
+    shapes = [_packed_shape(window, packing, width) for width in widths]
+    return len({len(shape) for shape in shapes}) == 1
+
+
+def _packed_shape(window: Window, packing: Packing, width: int) -> tuple[int, ...]:
+    shape = (window.rows, width) if len(window.spec.shape) > 1 else (window.rows,)
+    return packing.packed_shape(shape, window.spec.kind, SAFETENSORS[window.dtype].name)
+
+
+def _packed(window: Window, weight: Tensor, out: Tensor, packing: Packing, scales: Tensor | None = None) -> Bytes:
+    """Return a weight as stored: bytes [rows or blocks, bytes of each], in `out` unless it is stored as it was read."""
+    dtype = SAFETENSORS[window.dtype].as_torch()
+    shape = packing.packed_shape(tuple(weight.shape), window.spec.kind, SAFETENSORS[window.dtype].name)
+    if shape != weight.shape or weight.dtype != dtype:
+        stored = out[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        packing.pack(weight, window.spec.kind, stored, scales)
+        _refuse_overflow(stored, window)
+        weight = stored
+    return weight.reshape(len(weight), -1).view(torch.uint8).numpy()
+
+
+def _bytes(data: bytes) -> Bytes:
+    return np.frombuffer(data, dtype=np.uint8)
 
 
 def _refuse_overflow(stored: Tensor, window: Window) -> None:

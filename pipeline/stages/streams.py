@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.files.direct import open_output
 from pipeline.sources.tensors import TensorRef
 
-HASHERS = 4
+THREADS = 4
 STAGE_BYTES = 4 << 20
 STAGES_BYTES = 32 << 20
+"""Memory of the stages that threads work on; each file has one more."""
+
+Bytes: TypeAlias = NDArray[np.uint8]
 
 
 class Reader:
@@ -50,31 +58,88 @@ class Reader:
             os.posix_fadvise(descriptor, source.offset, source.nbytes, os.POSIX_FADV_DONTNEED)
 
 
-class Sink:
-    """Files that are written in order by one thread and hashed by others (hashlib releases the lock).
+class Stage:
+    """Page-aligned memory that collects a file's next bytes."""
 
-    `direct` bypasses the page cache where the file system supports it; `STAGES_BYTES` limits its buffers.
+    def __init__(self, size_bytes: int) -> None:
+        self._memory = np.frombuffer(mmap.mmap(-1, size_bytes), dtype=np.uint8)
+        self._used = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether no byte fits any more."""
+        return self._used == self._memory.size
+
+    def add(self, data: Bytes) -> Bytes:
+        """Copy as many bytes as fit; returns the rest, flat."""
+        if data.size <= self._memory.size - self._used:
+            self._memory[self._used : self._used + data.size].reshape(data.shape)[...] = data
+            self._used += data.size
+            return data[:0]
+        data = data.reshape(-1)
+        room = self._memory.size - self._used
+        self._memory[self._used :] = data[:room]
+        self._used += room
+        return data[room:]
+
+    def taken(self) -> memoryview:
+        """Return the bytes, and start again; the memory must stay as it is until they were used."""
+        used, self._used = self._used, 0
+        return self._memory[:used].data
+
+
+class Sink:
+    """Files that are written in order by some threads and hashed by others (hashlib releases the lock).
+
+    Each file's bytes are collected in a stage, so that threads have large pieces to work on, however many files share a
+    window. `direct` bypasses the page cache where the file system supports it.
     """
 
     def __init__(self, files: Sequence[IO[bytes]], stack: ExitStack, *, direct: bool) -> None:
         self.written = 0
-        stage = min(STAGE_BYTES, max(STAGES_BYTES // len(files), 1 << 20))
-        self._outputs = [open_output(file, stage, direct=direct) for file in files]
+        size = min(STAGE_BYTES, max(STAGES_BYTES // len(files), 1 << 20))
+        self._stages = [Stage(size) for _ in files]
+        self._spare = deque((Stage(size), list[Future[None]]()) for _ in range(STAGES_BYTES // size))
+        self._outputs = [open_output(file, direct=direct) for file in files]
         self._digests = [hashlib.sha256() for _ in files]
-        self._writer = stack.enter_context(ThreadPoolExecutor(1, "write"))
-        hashers = [stack.enter_context(ThreadPoolExecutor(1, "hash")) for _ in range(min(len(files), HASHERS))]
-        self._hashers = [hashers[i % len(hashers)] for i in range(len(files))]
+        self._writers, self._hashers = (_threads(stack, name, len(files)) for name in ("write", "hash"))
 
-    def put(self, data: bytes | memoryview, ranks: Sequence[int]) -> list[Future[None]]:
-        """Append to the files of some ranks; the futures are done when `data` may change."""
-        self.written += len(data) * len(ranks)
-        hashed = [self._hashers[rank].submit(self._digests[rank].update, data) for rank in ranks]
-        return [*hashed, *(self._writer.submit(self._outputs[rank].write, data) for rank in ranks)]
+    def put(self, data: Bytes, ranks: Sequence[int]) -> None:
+        """Append an array's bytes to the files of some ranks; `data` may change afterwards."""
+        self.written += data.size * len(ranks)
+        for rank in ranks:
+            rest = self._stages[rank].add(data)
+            while self._stages[rank].full:
+                self._send(rank)
+                rest = self._stages[rank].add(rest)
 
     def finish(self) -> list[str]:
         """Wait until all data has been hashed and written; return the sha256 of each file."""
-        last = [pool.submit(lambda: None) for pool in self._hashers]
-        last += [self._writer.submit(output.finish) for output in self._outputs]
-        for future in last:
-            future.result()
+        for rank in range(len(self._stages)):
+            self._send(rank)
+        for _, using in self._spare:
+            _wait(using)
+        for output in self._outputs:
+            output.finish()
         return [digest.hexdigest() for digest in self._digests]
+
+    def _send(self, rank: int) -> None:
+        """Hand a stage to the threads, and replace it by the one that they were given first."""
+        stage = self._stages[rank]
+        data = stage.taken()
+        hashed = self._hashers[rank % len(self._hashers)].submit(self._digests[rank].update, data)
+        written = self._writers[rank % len(self._writers)].submit(self._outputs[rank].write, data)
+        self._spare.append((stage, [hashed, written]))
+        self._stages[rank], using = self._spare.popleft()
+        _wait(using)
+
+
+def _threads(stack: ExitStack, name: str, files: int) -> list[ThreadPoolExecutor]:
+    """Return threads; each does its work in order, so that a file's pieces stay in order."""
+    return [stack.enter_context(ThreadPoolExecutor(1, name)) for _ in range(min(files, THREADS))]
+
+
+def _wait(using: list[Future[None]]) -> None:
+    """Wait for threads; raise the error of the first that failed."""
+    for future in using:
+        future.result()

@@ -7,6 +7,7 @@ import random
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.errors import SourceError
@@ -24,7 +25,7 @@ def test_sink_writes_and_hashes_what_was_put(tmp_path: Path, direct: bool, files
         sink = Sink(outputs, stack, direct=direct)
         for size in (7744, 1, STAGE_BYTES + 5, STAGE_BYTES, 100_000, 3):
             data, ranks = draw.randbytes(size), sorted(draw.sample(range(files), draw.randint(1, files)))
-            sink.put(data, ranks)
+            sink.put(np.frombuffer(data, dtype=np.uint8), ranks)
             expected = [old + data if i in ranks else old for i, old in enumerate(expected)]
         digests = sink.finish()
     assert [(tmp_path / str(i)).read_bytes() for i in range(files)] == expected
