@@ -4,7 +4,8 @@
 
 The shards have the tensors of a layer of Llama-3.1-70B at TP 64, as many layers as fit, and random bytes. Every run
 starts with the files out of the page cache (`cold`) or in it (`warm`) and ends when every page of every tensor was
-read, as the first step of a model does. `verify` compares the digests, which precedes every load of an artifact.
+read, as the first step of a model does. `mapped alone` does not start to read files before their pages are needed.
+`verify` compares the digests, which precedes every load of an artifact.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from safetensors import safe_open
 from pipeline.artifact.manifest import FileEntry
 from pipeline.artifact.verify import differences
 from pipeline.files.atomic import digest_file
+from pipeline.graphs.shards import read_shard
 from pipeline.sources.tensors import layout
 
 LAYER = {
@@ -62,16 +64,16 @@ def cat(paths: list[Path]) -> None:
         subprocess.run(["cat", *paths], stdout=nowhere, check=True)
 
 
-def read_shard(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, mapped, as the sessions of both backends do."""
+def map_only(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a mapped file, whose pages are read on first use."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
 
 
-def load(paths: list[Path]) -> None:
+def load(paths: list[Path], read: Callable[[Path], dict[str, torch.Tensor]] = read_shard) -> None:
     """Map each file, and read a byte of each page."""
     for path in paths:
-        for tensor in read_shard(path).values():
+        for tensor in read(path).values():
             tensor.view(torch.uint8).flatten()[::PAGE_BYTES].sum()
 
 
@@ -114,6 +116,7 @@ def main() -> None:
         size = sum(entry.size for entry in entries.values())
         actions: dict[str, Callable[[list[Path]], object]] = {
             "cat": cat,
+            "mapped alone": lambda paths: load(paths, map_only),
             "one rank after the other": load,
             "ranks in parallel": load_apart,
             "verify": lambda paths: differences(paths[0].parent, entries),

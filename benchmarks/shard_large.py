@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,11 @@ def models_of(target: Checkpoint, draft: Checkpoint, ranks: int) -> ModelsSpec:
 
 @dataclass(frozen=True)
 class Run:
-    """Bytes written in so many seconds; peak resident bytes of the process, and the files that it had open."""
+    """Bytes written in so many seconds, and seconds of processors; peak resident bytes, and files open at a time."""
 
     written: int
     seconds: float
+    processor: float = 0.0
     resident: int = 0
     files: int = 0
 
@@ -185,12 +186,15 @@ def drop_cache(work: Path) -> None:
 
 def measure(work: Path, name: str, ranks: int) -> Run:
     drop_cache(work)
+    before = os.times()
     if name in PACKINGS:
         run = shard_apart(work, ranks, name)
     else:
         run = copy(work, {"cp": ["cp", "--sparse=never", '"$1"', '"$2"'], "cat": ["cat", '"$1"', ">", '"$2"']}[name])
+    after = os.times()
     shutil.rmtree(work / "out")
-    return run
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return replace(run, processor=spent)
 
 
 def whole(model: str, ranks: int) -> tuple[int, int]:
@@ -204,9 +208,11 @@ def show(name: str, runs: list[Run], beside: list[Run], bytes_of_all: int) -> No
     rates = [run.written / run.seconds / 1e6 for run in runs]
     ratios = [rate / (run.written / run.seconds / 1e6) for rate, run in zip(rates, beside, strict=True)]
     rate, peak = statistics.median(rates), max(run.resident for run in runs) / (1 << 20)
+    processor = statistics.median(run.processor / run.written * 1e9 for run in runs)
+    memory = f"peak {peak:.0f} MiB, {max(run.files for run in runs)} files open" if peak else ""
     print(f"  {name:8} {runs[0].written / 1e9:6.2f} GB  {statistics.median(run.seconds for run in runs):6.1f} s  "
           f"{rate:5.0f} MB/s ({min(rates):.0f} to {max(rates):.0f})  {statistics.median(ratios):5.2f} of cp  "
-          f"{f'peak {peak:.0f} MiB, {max(run.files for run in runs)} files open' if peak else '':34}  "
+          f"{processor:.2f} CPU s/GB  {memory:34}  "
           f"all layers: {bytes_of_all / 1e9:.0f} GB, {bytes_of_all / 1e6 / rate / 60:.0f} min")  # fmt: skip
 
 

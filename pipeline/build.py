@@ -17,6 +17,7 @@ from pipeline.artifact.verify import check_replaceable
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import default_root
 from pipeline.files.atomic import check_writable
+from pipeline.plan.lock import with_weights
 from pipeline.progress import stage
 from pipeline.recipe import Recipe, load
 from pipeline.stages.settings import BuildSettings
@@ -106,7 +107,8 @@ def _run_stages(settings: BuildSettings) -> tuple[tuple[str, ...], tuple[str, ..
     warn_of_cut_prompts(settings, sources.tokenizer)
     graphs = compile_plan(plan, CompileSettings(settings.cache, settings.workers, settings.remote), log, progress)
     generation = sources.pair[0].generation
-    parts = Parts(plan, sources.lock, tuple(graphs), shards, sources.tokenizer, generation)
+    lock = with_weights(sources.lock, *sources.pair, shards.found)
+    parts = Parts(plan, lock, tuple(graphs), shards, sources.tokenizer, generation)
     with stage("package: graphs, weights and tokenizer", log, progress):
         artifact = package(settings.out, parts, backend, settings.cache)
     if settings.validate and runs_here(backend, artifact, log):

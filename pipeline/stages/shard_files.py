@@ -10,6 +10,7 @@ MiB when bfloat16 becomes float32, whatever the model's size.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import HostError, InputError, SourceError
-from pipeline.files.atomic import atomic_file, link_or_copy
+from pipeline.files.atomic import link_or_copy
+from pipeline.files.direct import BLOCK_BYTES
 from pipeline.graphs.dtypes import DTYPES, SAFETENSORS
 from pipeline.graphs.packing import SCALE_BYTES, Packing
 from pipeline.graphs.signature import stored_weights
@@ -44,8 +46,10 @@ from pipeline.models.weights import (
 )
 from pipeline.progress import ByteProgress
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.remote import RemoteFile
 from pipeline.sources.tensors import Layout, TensorRef, layout
 from pipeline.sources.weights import weights
+from pipeline.stages.downloads import Downloads, SourceRecord
 from pipeline.stages.streams import Bytes, Reader, Sink
 
 WINDOW_BYTES = 4 << 20
@@ -130,11 +134,15 @@ def write_shards(
     packing: Packing,
     progress: ByteProgress | None = None,
 ) -> list[ShardFile]:
-    """Write `weights/{target,draft}/rank-<r>-of-<n>.safetensors` under `out`, each atomically.
+    """Write `weights/{target,draft}/rank-<r>-of-<n>.safetensors` under `out`, a folder that no other process reads.
+
+    Continues the files of a killed call with the same arguments. `sources.json` records the digests of the files that
+    were read in a store.
 
     Raises:
-        SourceError: a checkpoint that cannot be read to its end, or a value that the dtype cannot hold.
-        HostError: not enough space.
+        SourceError: a checkpoint that cannot be read to its end, a digest that differs, or a value that the dtype
+            cannot hold; `out` then has no files of that model.
+        HostError: not enough space, or a store that cannot be read.
 
     """  # fmt: skip
     if models.draft.draft_vocab is not None and not models.draft_replicated and models.tp > 1:
@@ -142,11 +150,12 @@ def write_shards(
         raise InputError(what, where="draft.placement", fix="write placement: replicated")
     jobs = [_job("target", models, target, target, packing), _job("draft", models, draft, target, packing)]
     total = sum(job.layout.size * job.copies for job in jobs)
-    _check_space(out, sum(job.layout.size * len(job.ranks) for job in jobs))
-    done, files = 0, []
+    kept = sum(path.stat().st_size for path in out.glob("weights/*/*"))
+    _check_space(out, sum(job.layout.size * len(job.ranks) for job in jobs) - kept)
+    done, files, record = 0, [], SourceRecord(out)
     with _one_thread():
         for job in jobs:
-            files += _write(job, out, _Meter(progress, done, total))
+            files += _write(job, out, record, _Meter(progress, done, total))
             done += job.layout.size * job.copies
     return files
 
@@ -197,6 +206,11 @@ class _Job:
             stored = DTYPES[self.models.stored_dtype(self.role, spec.kind)].short
             yield from windows(spec, source, stored, self.config, self.split)
 
+    @property
+    def remote(self) -> list[RemoteFile]:
+        """Files of the tensors that stay in a store, in the order in which they are read."""
+        return list(dict.fromkeys(source.file for _, source in self.tensors if isinstance(source.file, RemoteFile)))
+
     def offset(self, rank: int) -> bytes:
         """Return `rank.vocab_offset`: the first vocabulary id of a rank's slice."""
         rows = padded_vocab(self.config.vocab, self.split) // self.split
@@ -204,12 +218,15 @@ class _Job:
 
 
 def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpoint, packing: Packing) -> _Job:
-    """Find every tensor and lay out the files. Index tensors and the offset go last, so that weights stay aligned."""
+    """Find every tensor, and lay out the files in the order of the checkpoint's, which are then read from start to end.
+
+    Index tensors and the offset go last, so that weights stay aligned.
+    """
     sources = dict(weights(checkpoint))
     config, split = models.config_of(role), models.tp_of(role)
     if config.shares_embedding:
         sources[EMBEDDING] = weights(target)[EMBEDDING]
-    specs = sorted(stored_weights(models, role), key=lambda spec: spec.kind == "index")
+    specs = sorted(stored_weights(models, role), key=lambda spec: _place(spec, sources[spec.name]))
     entries = []
     for spec in specs:
         dtype = models.stored_dtype(role, spec.kind)
@@ -217,6 +234,11 @@ def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpo
         entries.append((spec.name, DTYPES[dtype].short, shape))
     file = layout([*entries, (OFFSET, DTYPES["int32"].short, (1,))], {"format": "pt", "packing": packing.name})
     return _Job(role, models, file, tuple((spec, sources[spec.name]) for spec in specs), packing)
+
+
+def _place(spec: WeightSpec, source: TensorRef) -> tuple[bool, str, int]:
+    """Return a key by which tensors are in the order of the checkpoint's files, and index tensors last."""
+    return spec.kind == "index", str(source.file), source.offset
 
 
 def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig, tp: int) -> Iterator[Window]:
@@ -251,13 +273,23 @@ def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[tuple[int
             yield rank * share, (rank + 1) * share, (ColumnRange(0, width, (rank,)),)
 
 
-def _write(job: _Job, out: Path, progress: _Meter) -> list[ShardFile]:
+def _write(job: _Job, out: Path, record: SourceRecord, progress: _Meter) -> list[ShardFile]:
     """Write one model's files, all ranks at once, so that the checkpoint is read once."""
     paths = [shard_path(out, job.role, rank, len(job.ranks)) for rank in job.ranks]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        files = [stack.enter_context(atomic_file(paths[rank])) for rank in range(job.copies)]
-        digests = _stream(job, files, progress)
+    record.restore(job.remote)
+    try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(paths[rank].open("a+b")) for rank in range(job.copies)]
+            for file in files:
+                _keep(file, job.layout)
+            digests = _stream(job, files, record, progress)
+            for file in files:
+                os.fsync(file.fileno())
+    except SourceError:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
     for path in paths[job.copies :]:
         path.unlink(missing_ok=True)
         link_or_copy(paths[0], path)
@@ -267,25 +299,61 @@ def _write(job: _Job, out: Path, progress: _Meter) -> list[ShardFile]:
     ]
 
 
-def _stream(job: _Job, files: Sequence[IO[bytes]], progress: _Meter) -> list[str]:
+def _keep(file: IO[bytes], planned: Layout) -> None:
+    """Keep whole blocks of a file that a killed call began, if it has the planned header; the position is its end."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    same = file.read(len(planned.header)) == planned.header
+    if not same or size != planned.size:
+        file.truncate(size - size % BLOCK_BYTES if same and size < planned.size else 0)
+    file.seek(0, os.SEEK_END)
+
+
+def _stream(job: _Job, files: Sequence[IO[bytes]], record: SourceRecord, progress: _Meter) -> list[str]:
     """Stream all windows into the files; returns their sha256."""
     read, stored = (max(getattr(window, name) for window in job.windows) for name in ("read_bytes", "stored_bytes"))
     slots, out = torch.empty(SLOTS, read, dtype=torch.uint8), torch.empty(stored, dtype=torch.uint8)
     large = job.layout.size * len(files) >= LARGE_BYTES
     with ExitStack() as stack:
-        reader = Reader(stack, drop_cache=large)
+        downloads = Downloads(stack, record.add)
+        reader = Reader(stack, downloads, drop_cache=large)
         sink = Sink(files, stack, direct=large)
         sink.put(_bytes(job.layout.header), range(len(files)))
-        for window, data in _read_ahead(job.windows, slots, reader):
+        for window, data in _read_ahead(_unwritten(job, sink), slots, reader):
             for piece, ranks in _pieces(window, data, out, job.packing):
                 sink.put(piece, ranks)
             progress(sink.written)
+        for file in job.remote:  # the last one, and those whose tensors a killed call had written
+            downloads.read(file, file.size, memoryview(b""))
+        downloads.finish()
         for rank in range(len(files)):
             sink.put(_bytes(job.offset(rank)), (rank,))
         digests = sink.finish()
     assert sink.written == job.layout.size * len(files)
     progress(sink.written)
     return digests
+
+
+def _unwritten(job: _Job, sink: Sink) -> Iterator[Window]:
+    """Yield the windows that some file lacks; the others are passed over."""
+    left = sink.kept()
+    for window in job.windows:
+        sizes = dict(_stored_sizes(window, job.packing))
+        kept = all(left[rank] >= size for rank, size in sizes.items())
+        for rank, size in sizes.items():
+            left[rank] = left[rank] - size if left[rank] >= size else 0
+            if kept:
+                sink.skip(size, rank)
+        if not kept:
+            yield window
+
+
+def _stored_sizes(window: Window, packing: Packing) -> Iterator[tuple[int, int]]:
+    """Yield each rank that stores columns of a window, and their bytes."""
+    item = SAFETENSORS[window.dtype].size_bytes
+    for part in window.parts:
+        size = math.prod(_packed_shape(window, packing, part.last - part.first)) * item
+        yield from ((rank, size) for rank in part.ranks)
 
 
 def _read_ahead(found: Iterator[Window], slots: Tensor, reader: Reader) -> Iterator[tuple[Window, Tensor]]:

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.files.direct import open_output
-from pipeline.sources.tensors import TensorRef
+from pipeline.sources.remote import RemoteFile
+from pipeline.sources.tensors import TensorRef, fill
+from pipeline.stages.downloads import Downloads
 
 THREADS = 4
 STAGE_BYTES = 4 << 20
@@ -28,10 +30,10 @@ Bytes: TypeAlias = NDArray[np.uint8]
 
 
 class Reader:
-    """Reads parts of files ahead, in a thread of its own."""
+    """Reads parts of files ahead, in a thread of its own; files in a store through `downloads`."""
 
-    def __init__(self, stack: ExitStack, *, drop_cache: bool) -> None:
-        self._stack, self._drop_cache = stack, drop_cache
+    def __init__(self, stack: ExitStack, downloads: Downloads, *, drop_cache: bool) -> None:
+        self._stack, self._downloads, self._drop_cache = stack, downloads, drop_cache
         self._open: dict[Path, IO[bytes]] = {}
         self._pool = stack.enter_context(ThreadPoolExecutor(1, "read"))
 
@@ -40,22 +42,25 @@ class Reader:
         return self._pool.submit(self._read, source, buffer)
 
     def _read(self, source: TensorRef, buffer: memoryview) -> None:
-        if source.file not in self._open:
-            file = self._open[source.file] = self._stack.enter_context(source.file.open("rb"))
+        wanted, file = buffer[: source.nbytes], source.file
+        if isinstance(file, RemoteFile):
+            done = self._downloads.read(file, source.offset, wanted)
+        else:
+            done = self._read_local(file, source.offset, wanted)
+        if done < source.nbytes:
+            what = f"file ends inside a tensor, at byte {source.offset + done}"
+            raise SourceError(what, where=str(file), fix="delete this file and download the checkpoint again")
+        buffer[done:] = bytes(len(buffer) - done)
+
+    def _read_local(self, path: Path, offset: int, buffer: memoryview) -> int:
+        if path not in self._open:
+            file = self._open[path] = self._stack.enter_context(path.open("rb"))
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        descriptor, done = self._open[source.file].fileno(), 0
-        while done < source.nbytes:
-            count = os.preadv(descriptor, [buffer[done : source.nbytes]], source.offset + done)
-            if not count:
-                fix = "delete this file and download the checkpoint again"
-                raise SourceError(
-                    f"file ends inside a tensor, at byte {source.offset + done}", where=str(source.file), fix=fix
-                )
-            done += count
-        if done < len(buffer):
-            buffer[done:] = bytes(len(buffer) - done)
+        descriptor = self._open[path].fileno()
+        done = fill(descriptor, offset, buffer)
         if self._drop_cache:
-            os.posix_fadvise(descriptor, source.offset, source.nbytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(descriptor, offset, done, os.POSIX_FADV_DONTNEED)
+        return done
 
 
 class Stage:
@@ -92,26 +97,39 @@ class Sink:
     """Files that are written in order by some threads and hashed by others (hashlib releases the lock).
 
     Each file's bytes are collected in a stage, so that threads have large pieces to work on, however many files share a
-    window. `direct` bypasses the page cache where the file system supports it.
+    window. A file that has bytes keeps them, and as many are passed over first. `direct` bypasses the page cache where
+    the file system supports it.
     """
 
     def __init__(self, files: Sequence[IO[bytes]], stack: ExitStack, *, direct: bool) -> None:
-        self.written = 0
+        self.written, self._kept = 0, [file.tell() for file in files]
         size = min(STAGE_BYTES, max(STAGES_BYTES // len(files), 1 << 20))
         self._stages = [Stage(size) for _ in files]
         self._spare = deque((Stage(size), list[Future[None]]()) for _ in range(STAGES_BYTES // size))
-        self._outputs = [open_output(file, direct=direct) for file in files]
         self._digests = [hashlib.sha256() for _ in files]
         self._writers, self._hashers = (_threads(stack, name, len(files)) for name in ("write", "hash"))
+        _wait([self._hasher(rank).submit(_hash_start, file, self._digests[rank]) for rank, file in enumerate(files)])
+        self._outputs = [open_output(file, direct=direct) for file in files]
 
     def put(self, data: Bytes, ranks: Sequence[int]) -> None:
         """Append an array's bytes to the files of some ranks; `data` may change afterwards."""
-        self.written += data.size * len(ranks)
         for rank in ranks:
-            rest = self._stages[rank].add(data)
+            kept = self.skip(data.size, rank)
+            rest = self._stages[rank].add(data.reshape(-1)[kept:] if kept else data)
             while self._stages[rank].full:
                 self._send(rank)
                 rest = self._stages[rank].add(rest)
+
+    def kept(self) -> list[int]:
+        """Return for each file how many of its next bytes it had when it was opened."""
+        return list(self._kept)
+
+    def skip(self, count: int, rank: int) -> int:
+        """Pass over the next bytes of a file; returns how many of them the file had when it was opened."""
+        kept = min(count, self._kept[rank])
+        self._kept[rank] -= kept
+        self.written += count
+        return kept
 
     def finish(self) -> list[str]:
         """Wait until all data has been hashed and written; return the sha256 of each file."""
@@ -127,11 +145,21 @@ class Sink:
         """Hand a stage to the threads, and replace it by the one that they were given first."""
         stage = self._stages[rank]
         data = stage.taken()
-        hashed = self._hashers[rank % len(self._hashers)].submit(self._digests[rank].update, data)
+        hashed = self._hasher(rank).submit(self._digests[rank].update, data)
         written = self._writers[rank % len(self._writers)].submit(self._outputs[rank].write, data)
         self._spare.append((stage, [hashed, written]))
         self._stages[rank], using = self._spare.popleft()
         _wait(using)
+
+    def _hasher(self, rank: int) -> ThreadPoolExecutor:
+        return self._hashers[rank % len(self._hashers)]
+
+
+def _hash_start(file: IO[bytes], digest: hashlib._Hash) -> None:
+    """Hash the bytes that a file has."""
+    file.seek(0)
+    while piece := file.read(STAGE_BYTES):
+        digest.update(piece)
 
 
 def _threads(stack: ExitStack, name: str, files: int) -> list[ThreadPoolExecutor]:
