@@ -22,6 +22,7 @@ from pipeline.errors import HostError, InputError, SourceError
 from pipeline.graphs.packing import WIDE, BlockPacking, PlainPacking
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, OFFSET
 from pipeline.sources.derived import derive
+from pipeline.stages.shard import shard as build_shards
 from pipeline.stages.shard_files import WINDOW_BYTES, write_shards
 from support.checkpoints import random_weights, write_checkpoint
 from support.paths import PYTHONPATH, TESTS
@@ -254,3 +255,47 @@ def test_write_shards_memory_is_bounded_for_a_checkpoint_of_8_gb(tmp_path: Path)
         assert report["intact"]
     finally:
         shutil.rmtree(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.graphs.packing import BlockPacking
+from pipeline.sources.derived import derive
+from pipeline.stages import streams
+from pipeline.stages.shard import shard
+from support.shards import opened, pair_of
+
+def stop(label, done, total):
+    if done > total // 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+streams.STAGE_BYTES = 1 << 18
+work = Path(sys.argv[1])
+target = opened(work / "m", work)
+draft = derive(target, (0,))
+shard(pair_of(target, draft, tp=2), (target, draft), BlockPacking(), work / "cache", lambda line: None, stop)
+"""
+
+
+def test_shard_killed_build_is_continued(tmp_path: Path) -> None:
+    """A killed build leaves the start of every file; the next one reads only the rest of the checkpoint."""
+    write_checkpoint(tmp_path / "m", vocab_size=100_000)
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, env=environment)
+    assert done.returncode == -9
+    (partial,) = (tmp_path / "cache" / "shards").glob("*.partial")
+    kept = {path.name: path.stat().st_size for path in partial.rglob("*.safetensors")}
+    assert sum(kept.values()) > 4 << 20
+    target = opened(tmp_path / "m", tmp_path)
+    draft = derive(target, (0,))
+    models, seen = pair_of(target, draft, tp=2), []
+    made = build_shards(
+        models, (target, draft), BlockPacking(), tmp_path / "cache", lambda line: None,
+        lambda _, done, total: seen.append(done) if total > 1 << 20 else None,
+    )  # fmt: skip
+    assert seen[0] > 4 << 20
+    assert not partial.exists()
+    whole = write_shards(models, target, draft, tmp_path / "out", packing=BlockPacking())
+    assert [file.sha256 for file in made.files] == [file.sha256 for file in whole]
+    assert all((made.root / file.path).stat().st_size == file.size for file in made.files)
