@@ -17,7 +17,7 @@ from pipeline.sources.checkpoint import Checkpoint, require_local
 from pipeline.sources.derived import derive
 from pipeline.sources.kinds import current_revision, moving
 from pipeline.sources.pair import resolve
-from pipeline.stages import shard_files, streams
+from pipeline.stages import streams, windows
 from pipeline.stages.downloads import PART_BYTES
 from pipeline.stages.shard import shard
 from pipeline.stages.shard_files import ShardFile, write_shards
@@ -136,7 +136,7 @@ def test_write_shards_interrupted_call_is_continued(
 ) -> None:
     """Files that were read to their end are not fetched again, but for the bytes that were in memory."""
     monkeypatch.setattr(streams, "STAGE_BYTES", 1 << 18)
-    monkeypatch.setattr(shard_files, "WINDOW_BYTES", 1 << 18)
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 1 << 18)
     here, out = opened(model.root, tmp_path), tmp_path / "out"
     models = pair_of(here, here, tp=4, dtype="bfloat16", replicated=False)
     target = resolved("s3://bucket/models/m", tmp_path)

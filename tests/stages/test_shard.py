@@ -23,7 +23,8 @@ from pipeline.graphs.packing import WIDE, BlockPacking, PlainPacking
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, OFFSET
 from pipeline.sources.derived import derive
 from pipeline.stages.shard import shard as build_shards
-from pipeline.stages.shard_files import WINDOW_BYTES, write_shards
+from pipeline.stages.shard_files import write_shards
+from pipeline.stages.windows import WINDOW_BYTES
 from support.checkpoints import random_weights, write_checkpoint
 from support.paths import PYTHONPATH, TESTS
 from support.shards import expected_slice, opened, pair_of
