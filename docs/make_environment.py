@@ -55,11 +55,12 @@ BUILD = (
 HUB = (
     Variable("HF_TOKEN", "`hf://` sources and registries", "access token", "the token that `hf auth login` stored"),
     Variable("HF_ENDPOINT", "`hf://` sources and registries", "URL of the Hub", "`https://huggingface.co`"),
+    Variable("TANDEM_STREAM", "`hf://` sources", "`1`: leave weights on the Hub, and read them by ranges while shards are written", "download them to `HF_HUB_CACHE`"),
     Variable("HF_HUB_CACHE", "`hf://` sources (library `huggingface_hub`)", "folder of downloaded models", "`~/.cache/huggingface/hub`"),
     Variable("HF_HUB_DISABLE_XET", "`hf://` registries (library `huggingface_hub`)", "`1`: transfer with LFS, for Hubs without Xet", "Xet"),
 )  # fmt: skip
 S3 = (
-    Variable("AWS_ENDPOINT_URL_S3", "`s3://` registries and caches", "URL of the S3 server; `http://` allows unencrypted connections", "`AWS_ENDPOINT_URL`"),
+    Variable("AWS_ENDPOINT_URL_S3", "`s3://` sources, registries and caches", "URL of the S3 server; `http://` allows unencrypted connections", "`AWS_ENDPOINT_URL`"),
     Variable("AWS_ENDPOINT_URL", "`s3://` registries and caches", "URL of the S3 server", "Amazon S3"),
     Variable("AWS_REGION", "`s3://` registries and caches (library `obstore`)", "region of the bucket", "`us-east-1`"),
     Variable("AWS_ACCESS_KEY_ID", "`s3://` registries and caches", "access key; takes precedence over profiles", "the next source of credentials"),

@@ -59,8 +59,7 @@ def remove_unused(root: Path, max_age_s: float) -> Stats:
     removed = [
         _remove([path], path, blobs / "locks" / f"{path.stem}.lock", before) for path in blobs.glob("sha256/??/*")
     ]
-    for listed in (root / "shards").glob("*/shards.json"):
-        folder = listed.parent
+    for folder in (root / "shards").glob("*/"):
         files = [path for path in folder.rglob("*") if path.is_file()]
         removed.append(_remove(files, folder, folder.with_suffix(".lock"), before))
     sizes = [size for size in removed if size is not None]
@@ -72,7 +71,7 @@ def _remove(files: Sequence[Path], whole: Path, lock: Path, before: float) -> in
     try:
         with FileLock(lock, timeout=0):
             stats = [path.stat() for path in files]
-            if any(stat.st_nlink > 1 for stat in stats) or max(stat.st_mtime for stat in stats) > before:
+            if any(stat.st_nlink > 1 for stat in stats) or max((stat.st_mtime for stat in stats), default=0.0) > before:
                 return None
             remove(whole)
     except (Timeout, OSError):  # another process may remove it

@@ -174,6 +174,30 @@ def atomic_dir(path: Path, *, replace: bool = True, aside: Path | None = None) -
             remove(temp)  # the incomplete folder, or the replaced one
 
 
+@contextlib.contextmanager
+def resumable_dir(path: Path) -> Iterator[Path]:
+    """Build a folder that a killed process leaves beside `path` and the next call continues; then move it to `path`.
+
+    One process at a time: hold a lock. Interrupts and a `HostError` keep the folder, other errors remove it.
+
+    Raises:
+        HostError: no space, read-only or forbidden.
+
+    """
+    partial = path.with_suffix(".partial")
+    with disk_errors(path):
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+        except Exception as error:
+            if not isinstance(error, HostError | OSError):
+                remove(partial)
+            raise
+        _sync_tree(partial)
+        _move_over(partial, path)
+        sync_folder(path.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():

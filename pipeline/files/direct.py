@@ -6,7 +6,6 @@ Independent of the contents. Imports no torch.
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 from typing import IO, Protocol
 
@@ -27,13 +26,14 @@ class Output(Protocol):
         ...
 
 
-def open_output(file: IO[bytes], stage_bytes: int, *, direct: bool = True, aligned: bool = False) -> Output:
-    """Return an output that appends to a file whose size is whole blocks; direct writing takes `stage_bytes` of memory.
+def open_output(file: IO[bytes], *, direct: bool = True) -> Output:
+    """Return an output that appends to a file whose size is whole blocks.
 
-    `aligned` promises that the data starts at page boundaries of memory, and is whole blocks except for the last piece.
+    Data must start at page boundaries of memory, and be whole blocks except for the last piece: a disk takes only that
+    without the page cache.
     """
     if direct and _set_direct(file, on=True):
-        return _Direct(file, stage_bytes, aligned=aligned)
+        return _Direct(file)
     return _Cached(file)
 
 
@@ -59,36 +59,26 @@ class _Cached:
 class _Direct:
     """A file written past the page cache: one copy less, and other data stays in memory.
 
-    The disk accepts only whole blocks from aligned memory, so other bytes are collected in a stage; the last piece goes
-    through the cache.
+    The bytes after the last whole block go through the cache.
     """
 
-    def __init__(self, file: IO[bytes], stage_bytes: int, *, aligned: bool) -> None:
-        self._file, self._stage, self._used = file, mmap.mmap(-1, stage_bytes), 0
-        self._aligned = aligned
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._rest = file, b""
 
     def write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        if self._aligned and not self._used:
-            whole = len(rest) - len(rest) % BLOCK_BYTES
-            self._flush(rest[:whole])
-            rest = rest[whole:]
-        while rest:
-            take = min(len(rest), len(self._stage) - self._used)
-            self._stage[self._used : self._used + take] = rest[:take]
-            self._used, rest = self._used + take, rest[take:]
-            if self._used == len(self._stage):
-                self._flush(self._stage)
+        assert not self._rest
+        view = memoryview(data)
+        whole = len(view) - len(view) % BLOCK_BYTES
+        self._flush(view[:whole])
+        self._rest = bytes(view[whole:])
 
     def finish(self) -> None:
         _set_direct(self._file, on=False)
-        self._flush(self._stage[: self._used])
+        self._flush(memoryview(self._rest))
 
-    def _flush(self, data: mmap.mmap | bytes | memoryview) -> None:
-        view = memoryview(data)
+    def _flush(self, view: memoryview) -> None:
         while view:
             view = view[os.write(self._file.fileno(), view) :]
-        self._used = 0
 
 
 def _set_direct(file: IO[bytes], *, on: bool) -> bool:

@@ -16,7 +16,7 @@ from pipeline.models.rope import in_both_layouts
 from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.latency import Answer, ArrivalClock, TimedRequest
-from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.checkpoint import Checkpoint, require_local
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.values import draft_token_ids, read_tensor
 from pipeline.sources.weights import weights
@@ -27,6 +27,7 @@ def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attentio
     vocabulary, is put together from both.
     """  # fmt: skip
     config = checkpoint.config
+    require_local(checkpoint)
     if checkpoint.layers is None and not config.shares_embedding and config.draft_vocab is None:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.root, dtype=torch_dtype(dtype), attn_implementation=attention, trust_remote_code=False

@@ -35,7 +35,7 @@ from pipeline.plan.lock import Lock, make_lock
 from pipeline.plan.lock import digest as lock_digest
 from pipeline.plan.plan import Plan
 from pipeline.recipe.schema import NeuronSettings
-from pipeline.sources.checkpoint import CONFIG_FILES, Checkpoint
+from pipeline.sources.checkpoint import CONFIG_FILES, Checkpoint, require_local
 from pipeline.sources.tensors import read_header
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.package import UNVERSIONED, Origin, created_now, seal
@@ -70,6 +70,8 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
         what = "; ".join(problem.what for problem in problems)
         raise HostError(what, where=problems[0].where, fix=problems[0].fix)
     check_replaceable(out)
+    for model in pair:
+        require_local(model)
     roots = {role: str(model.root.absolute()) for role, model in zip(nxdi.MODEL_FOLDERS, pair, strict=True)}
     toolchain = Toolchain("nxdi", {**versions, nxdi.DISTRIBUTION: inference}).as_dict()
     with atomic_dir(out) as folder:

@@ -112,6 +112,16 @@ def with_toolchain(lock: Lock, toolchain: Mapping[str, str], flags: Mapping[str,
     )
 
 
+def with_weights(lock: Lock, target: Checkpoint, draft: Checkpoint, found: Mapping[str, str]) -> Lock:
+    """Return a lock with the digests of weights that were read where they are stored; `found`: sha256 by address."""
+
+    def known(source: LockedSource, checkpoint: Checkpoint) -> LockedSource:
+        files = {n: FileDigest(found[str(f)], f.size) for n, f in checkpoint.remote.items() if str(f) in found}
+        return replace(source, files=source.files | files)
+
+    return replace(lock, target=known(lock.target, target), draft=lock.draft and known(lock.draft, draft))
+
+
 def _locked(source: str, checkpoint: Checkpoint) -> LockedSource:
     return LockedSource(source, checkpoint.revision, dict(checkpoint.files), dict(checkpoint.config_json))
 

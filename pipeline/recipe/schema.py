@@ -35,7 +35,7 @@ Weights = Literal["int8"]
 Packing = Literal["block", "plain"]
 """Layout of weights in the shards: `graphs.packing.PACKINGS`."""
 
-SOURCES = ("hf", "package", "pico")
+SOURCES = ("hf", "s3", "package", "pico")
 """Schemes of sources: the keys of `pipeline.sources.kinds.KINDS`; a folder has no scheme."""
 
 BASE_DESCRIPTION = "a YAML file in the same folder with default values; keys of this file override them"
@@ -126,7 +126,7 @@ class Target(_Weighted):
     """The model whose output is served."""
 
     source: Source = Field(
-        description="a folder, hf://org/name@revision, package://name==version, or pico://family; "
+        description="a folder, hf://org/name@revision, s3://bucket/prefix, package://name==version, or pico://family; "
         "folders are relative to the recipe"
     )
     dtype: Dtype = Field(default="float32", description="dtype of weights and caches")

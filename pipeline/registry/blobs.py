@@ -185,7 +185,7 @@ def _stream(job: _Job, origin: Origin, partial: Path) -> str:
             file.truncate(size - size % BLOCK_BYTES)
         kept_bytes = _digest_kept(file, digest)
         job.meter.add(min(kept_bytes, entry.size))
-        output = open_output(file, BLOCK_BYTES, aligned=True)
+        output = open_output(file)
         for piece in _parts(job, origin, kept_bytes):
             digest.update(piece)
             output.write(piece)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from pipeline.progress import Progress
+from pipeline.sources.remote import RemoteFile
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,8 @@ class Fetched:
 
     root: Path
     revision: str = ""
+    remote: Mapping[str, RemoteFile] = field(default_factory=dict)
+    """Weight files by name that are not in the folder, but read where they are stored."""
 
 
 class SourceKind(Protocol):

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.errors import SourceError, no_string
+from pipeline.errors import InputError, SourceError, no_string
 from pipeline.files.atomic import FileDigest, sha256_file, write_atomic
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
@@ -24,6 +24,7 @@ from pipeline.progress import Progress, no_progress
 from pipeline.records import Record
 from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
 from pipeline.sources.pointers import INDEX, SINGLE, reject_pointers
+from pipeline.sources.remote import RemoteFile
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TOKENIZER_FILES = (
@@ -38,6 +39,10 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 CONFIG_FILES = ("config.json", GENERATION_CONFIG)
+STREAM = "TANDEM_STREAM"
+"""Variable that leaves the weights of hf:// sources on the Hub."""
+
+NO_FILES: Mapping[str, RemoteFile] = {}
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,12 @@ class Checkpoint:
     revision: str
     layers: tuple[int, ...] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    remote: Mapping[str, RemoteFile] = field(default_factory=dict, repr=False)
+    """Weight files that are not in `root`, but read where they are stored."""
+
+    def file(self, name: str) -> Path | RemoteFile:
+        """Return the weight file of that name."""
+        return self.remote.get(name, self.root / name)
 
     @property
     def tokenizer_files(self) -> tuple[str, ...]:
@@ -80,13 +91,13 @@ class Memo(Record):
 
 def open_checkpoint(
     root: Path, *, revision: str = "", memo: Path | None = None, progress: Progress = no_progress,
-    read_weights: bool = True,
+    read_weights: bool = True, remote: Mapping[str, RemoteFile] = NO_FILES,
 ) -> Checkpoint:  # fmt: skip
     """Open a folder in Hugging Face layout.
 
     The folder `memo` keeps digests of unchanged files, so that opening again reads no weights. Without a `revision`,
     the revision is a digest over all files. Without `read_weights`, weight files have no digest: enough for
-    checks.
+    checks. Weights in `remote` are not in the folder; they have the digests that their store lists.
 
     Raises:
         SourceError: no such folder, no config, pickled weights only, git-LFS pointers, custom code, or a model that is
@@ -98,13 +109,27 @@ def open_checkpoint(
     reject_pointers(root, [*CONFIG_FILES, *TOKENIZER_FILES, INDEX])
     _refuse_custom_code(root)
     config_json = read_config(root)
-    weights = weight_files(root)
+    weights = [] if remote else weight_files(root)
     reject_pointers(root, weights)
     names = [*CONFIG_FILES, *TOKENIZER_FILES, *(() if SINGLE in weights else (INDEX,)), *weights]
     present = [name for name in names if (root / name).is_file() and (read_weights or name not in weights)]
     files = digest_files(root, present, memo, progress)
+    files |= {name: FileDigest(file.expected, file.size) for name, file in remote.items() if file.expected}
     config = config_of(config_json, str(root / "config.json"))
-    return Checkpoint(root, config, config_json, files, revision or content_revision(files))
+    return Checkpoint(root, config, config_json, files, revision or content_revision(files), remote=remote)
+
+
+def require_local(checkpoint: Checkpoint) -> None:
+    """Reject a checkpoint whose weights are not on this host.
+
+    Raises:
+        InputError: weights that are read where they are stored.
+
+    """
+    if checkpoint.remote:
+        what = "this command needs the weights on this host, and they are read where they are stored"
+        fix = f"download the checkpoint and name its folder, or unset {STREAM} for an hf:// source"
+        raise InputError(what, where=str(next(iter(checkpoint.remote.values()))), fix=fix)
 
 
 def _refuse_custom_code(root: Path) -> None:

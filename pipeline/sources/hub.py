@@ -1,16 +1,19 @@
 """Checkpoints from a Hugging Face Hub: `hf://org/name@revision`. Downloads only the files that a model needs.
 
-Files land in the Hub's own cache (`HF_HUB_CACHE`), so models that are already there are not downloaded again.
+Files land in the Hub's own cache (`HF_HUB_CACHE`), so models that are already there are not downloaded again. With
+`TANDEM_STREAM=1`, weights stay on the Hub and are read by ranges.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from pydantic import ValidationError
 
 from pipeline.addresses import hub_endpoint
 from pipeline.errors import SourceError
+from pipeline.extras import require
 from pipeline.files.atomic import write_atomic
 from pipeline.models.families import config_of
 from pipeline.progress import Progress
@@ -25,6 +29,7 @@ from pipeline.records import Record
 from pipeline.sources.base import Fetched
 from pipeline.sources.checkpoint import (
     CONFIG_FILES,
+    STREAM,
     TOKENIZER_FILES,
     indexed_files,
     read_config,
@@ -33,6 +38,7 @@ from pipeline.sources.checkpoint import (
 from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
 from pipeline.sources.hub_errors import hub_errors
 from pipeline.sources.pointers import INDEX, SINGLE
+from pipeline.sources.remote import RemoteFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -41,10 +47,11 @@ LOCATION = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DOWNLOADS = 4
 READ_BYTES = 8 << 20
+WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
-class RemoteFile:
+class HubFile:
     """A file as the Hub lists it: large ones by sha256, small ones by git's id."""
 
     name: str
@@ -90,6 +97,8 @@ class Hub:
         refuse_without_weights(listing, where)
         with hub_errors(where, repo, revision):
             root, names = self._download(repo, commit, listing, where, progress)
+        if streamed():
+            return Fetched(root, commit, self._remote(repo, commit, [listing[name] for name in names]))
         path = _note_path(notes, repo, commit)
         path.parent.mkdir(parents=True, exist_ok=True)
         note = Note(root=root, sizes={name: listing[name].size for name in names})
@@ -112,16 +121,16 @@ class Hub:
 
         return HfApi(endpoint=self.endpoint or hub_endpoint(), token=self.token)
 
-    def _list(self, repo: str, revision: str) -> tuple[str, dict[str, RemoteFile]]:
+    def _list(self, repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
         info = self._api().model_info(repo, revision=revision, files_metadata=True)
         files = {
-            s.rfilename: RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id)
+            s.rfilename: HubFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id)
             for s in info.siblings or ()
         }
         return str(info.sha), files
 
     def _download(
-        self, repo: str, commit: str, listing: dict[str, RemoteFile], where: str, progress: Progress
+        self, repo: str, commit: str, listing: dict[str, HubFile], where: str, progress: Progress
     ) -> tuple[Path, list[str]]:
         """Return the folder and the names of the files; an unsupported config ends the download before the weights."""
         get = self._getter(repo, commit)
@@ -143,17 +152,36 @@ class Hub:
         missing = [name for name in names if name not in listing]
         if missing:
             raise SourceError(f"{INDEX} names {missing[0]}, which is not in the repository", where=where)
-        total, done = sum(listing[name].size for name in names), 0
+        wanted = [name for name in names if not (streamed() and name.endswith(WEIGHTS))]
+        total, done = sum(listing[name].size for name in wanted), 0
         with ThreadPoolExecutor(DOWNLOADS) as pool:
-            for name, _ in zip(names, pool.map(get, [listing[name] for name in names]), strict=True):
+            for name, _ in zip(wanted, pool.map(get, [listing[name] for name in wanted]), strict=True):
                 done += listing[name].size
                 progress(f"downloading {repo}", done, total)
         return config.parent, names
 
-    def _getter(self, repo: str, commit: str) -> Callable[[RemoteFile], Path]:
+    def _remote(self, repo: str, commit: str, files: Sequence[HubFile]) -> dict[str, RemoteFile]:
+        """Return the weight files of a commit, to be read by ranges."""
+        require(["hub"], f"hf://{repo}")
+        from pipeline.stores.hub_api import Hub as HubRanges  # here, as above
+
+        hub = HubRanges(self.endpoint, self.token)
+
+        def fetch(name: str, offset: int, buffer: memoryview) -> int:
+            return hub.read(repo, commit, name, offset, buffer) or 0
+
+        return {
+            file.name: RemoteFile(
+                file.name, file.size, f"hf://{repo}@{commit}/{file.name}", partial(fetch, file.name), file.sha256
+            )
+            for file in files
+            if file.name.endswith(WEIGHTS)
+        }
+
+    def _getter(self, repo: str, commit: str) -> Callable[[HubFile], Path]:
         from huggingface_hub import hf_hub_download  # here, as above
 
-        def get(file: RemoteFile, *, again: bool = False) -> Path:
+        def get(file: HubFile, *, again: bool = False) -> Path:
             path = Path(
                 hf_hub_download(
                     repo,
@@ -200,6 +228,11 @@ def current_revision(location: str, *, timeout_s: float) -> str | None:
     return Hub().commit(location, timeout_s)
 
 
+def streamed() -> bool:
+    """Return whether weights stay on the Hub."""
+    return os.environ.get(STREAM) == "1"
+
+
 def is_commit(revision: str) -> bool:
     """Return whether a revision is a whole commit id, and not a branch, tag or short id."""
     return COMMIT.fullmatch(revision) is not None
@@ -228,7 +261,7 @@ def _downloaded(notes: Path, repo: str, commit: str) -> Path | None:
     return note.root if complete else None
 
 
-def _intact(path: Path, file: RemoteFile) -> bool:
+def _intact(path: Path, file: HubFile) -> bool:
     """Return whether a file has the digest that the Hub lists; huggingface_hub itself only checks sizes."""
     if file.sha256:
         digest, expected = hashlib.sha256(), file.sha256

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pipeline.errors import SourceError, TandemError
 from pipeline.progress import Progress
-from pipeline.sources import folder, hub, package, pico
+from pipeline.sources import folder, hub, package, pico, s3
 from pipeline.sources.base import Fetched, SourceKind
 
-KINDS: Mapping[str, SourceKind] = {"": folder, "hf": hub, "package": package, "pico": pico}
+KINDS: Mapping[str, SourceKind] = {"": folder, "hf": hub, "s3": s3, "package": package, "pico": pico}
 """Scheme of a source -> the module of its kind; a folder has no scheme."""
 
 REVISION_TIMEOUT_S = 5.0

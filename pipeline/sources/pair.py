@@ -43,7 +43,9 @@ def resolve(
 def _opened(source: str, base: Path, cache: Path, progress: Progress, role: Role) -> Checkpoint:
     fetched = fetch(source, base=base, cache=cache, progress=progress)
     memo = cache / "digests"
-    checkpoint = open_checkpoint(fetched.root, revision=fetched.revision, memo=memo, progress=progress)
+    checkpoint = open_checkpoint(
+        fetched.root, revision=fetched.revision, memo=memo, progress=progress, remote=fetched.remote
+    )
     return checked(checkpoint, source, role)
 
 

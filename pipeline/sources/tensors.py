@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pipeline.errors import SourceError, no_string
 from pipeline.graphs.dtypes import SAFETENSORS
+from pipeline.sources.remote import RemoteFile
 
 HEADER_LIMIT_BYTES = 100_000_000
 ALIGNMENT_BYTES = 64
+
+File: TypeAlias = Path | RemoteFile
+"""A file of weights, on this host or in a store."""
 
 
 @dataclass(frozen=True)
 class TensorRef:
     """Position of a tensor's bytes: `offset` is absolute in `file`; rows are contiguous."""
 
-    file: Path
+    file: File
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -37,7 +43,38 @@ class TensorRef:
         )
 
 
-def read_header(path: Path) -> dict[str, TensorRef]:
+def read_bytes(ref: TensorRef) -> bytearray:
+    """Return the bytes of a tensor."""
+    data = bytearray(ref.nbytes)
+    with opened(ref.file) as read:
+        read(ref.offset, memoryview(data))
+    return data
+
+
+@contextmanager
+def opened(file: File) -> Iterator[Callable[[int, memoryview], int]]:
+    """Yield a function that fills a buffer from an offset on; returns the number of bytes, fewer where the file ends.
+
+    Raises:
+        HostError: a store that cannot be read.
+
+    """
+    if isinstance(file, RemoteFile):
+        yield file.read
+        return
+    with file.open("rb") as local:
+        yield lambda offset, buffer: fill(local.fileno(), offset, buffer)
+
+
+def fill(descriptor: int, offset: int, buffer: memoryview) -> int:
+    """Fill a buffer from an open file; returns the number of bytes, fewer where the file ends."""
+    done = 0
+    while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], offset + done)):
+        done += count
+    return done
+
+
+def read_header(path: File) -> dict[str, TensorRef]:
     """Return the tensors of one safetensors file by name.
 
     Raises:
@@ -65,16 +102,15 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     return tensors
 
 
-def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def _raw_header(path: File) -> tuple[dict[str, Any], int, int]:
     """Return the parsed header, the offset of the data, and the size of the file."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(HEADER_LIMIT_BYTES, size - 8):
-                raise _damaged(path, f"file is truncated or not safetensors: {size} bytes, header of {length}")
-            header = json.loads(file.read(length))
+        size = path.size if isinstance(path, RemoteFile) else path.stat().st_size
+        prefix = _start(path, 8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(HEADER_LIMIT_BYTES, size - 8):
+            raise _damaged(path, f"file is truncated or not safetensors: {size} bytes, header of {length}")
+        header = json.loads(_start(path, 8 + length)[8:])
     except FileNotFoundError as error:
         raise SourceError("weight file is missing", where=str(path), fix="download the checkpoint again") from error
     except ValueError as error:
@@ -84,7 +120,14 @@ def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size
 
 
-def _damaged(path: Path, what: str) -> SourceError:
+def _start(path: File, length: int) -> bytes:
+    if isinstance(path, RemoteFile):
+        return path.start(length)
+    with path.open("rb") as file:
+        return file.read(length)
+
+
+def _damaged(path: File, what: str) -> SourceError:
     return SourceError(what, where=str(path), fix="delete this file and download the checkpoint again")
 
 

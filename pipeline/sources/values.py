@@ -8,16 +8,13 @@ from torch import Tensor
 from pipeline.graphs.dtypes import SAFETENSORS
 from pipeline.models.weights import D2T
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.tensors import TensorRef
+from pipeline.sources.tensors import TensorRef, read_bytes
 from pipeline.sources.weights import weights
 
 
 def read_tensor(ref: TensorRef) -> Tensor:
     """Read one tensor of a checkpoint."""
-    with ref.file.open("rb") as file:
-        file.seek(ref.offset)
-        data = bytearray(file.read(ref.nbytes))
-    return torch.frombuffer(data, dtype=SAFETENSORS[ref.dtype].as_torch()).view(ref.shape)
+    return torch.frombuffer(read_bytes(ref), dtype=SAFETENSORS[ref.dtype].as_torch()).view(ref.shape)
 
 
 def draft_token_ids(draft: Checkpoint) -> Tensor | None:

@@ -5,7 +5,6 @@ Splits fused projections and renumbers a derived draft's layers, as views: copie
 
 from __future__ import annotations
 
-import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import Checkpoint, weight_files
-from pipeline.sources.tensors import TensorRef, read_header
+from pipeline.sources.tensors import TensorRef, opened, read_bytes, read_header
 
 IGNORED = re.compile(r"(.*\.)?rotary_emb\..*|(.*\.)?masked_bias|t2d")
 """Buffers of some checkpoints that no model reads, as in transformers; `t2d` is the inverse of `d2t`."""
@@ -38,12 +37,12 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
 
     """
     tensors: dict[str, TensorRef] = {}
-    for name in weight_files(checkpoint.root):
-        in_file = read_header(checkpoint.root / name)
+    for name in sorted(checkpoint.remote) or weight_files(checkpoint.root):
+        in_file = read_header(checkpoint.file(name))
         repeated = sorted(set(in_file) & set(tensors))
         if repeated:
             what = f"tensor {repeated[0]!r} is also in {tensors[repeated[0]].file.name}"
-            raise SourceError(what, where=str(checkpoint.root / name), fix="download the checkpoint again")
+            raise SourceError(what, where=str(checkpoint.file(name)), fix="download the checkpoint again")
         tensors |= in_file
     if checkpoint.config.draft_kind.reads_target_states:
         tensors = {eagle3.tensor_name(name): tensor for name, tensor in tensors.items()}
@@ -162,10 +161,12 @@ def same_bytes(a: TensorRef, b: TensorRef) -> bool:
     """Return True when two tensors are equal, byte for byte."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    with a.file.open("rb") as first, b.file.open("rb") as second:
+    with opened(a.file) as first, opened(b.file) as second:
         for at in range(0, a.nbytes, COMPARE_BYTES):
-            size = min(COMPARE_BYTES, a.nbytes - at)
-            if os.pread(first.fileno(), size, a.offset + at) != os.pread(second.fileno(), size, b.offset + at):
+            left, right = (bytearray(min(COMPARE_BYTES, a.nbytes - at)) for _ in range(2))
+            first(a.offset + at, memoryview(left))
+            second(b.offset + at, memoryview(right))
+            if left != right:
                 return False
     return True
 
@@ -173,8 +174,7 @@ def same_bytes(a: TensorRef, b: TensorRef) -> bool:
 def _offset_findings(d2t: TensorRef, config: ModelConfig) -> list[str]:
     """Return the faults of `d2t`: two draft ids for one target id would skew the draft's distribution."""
     offsets = array("i" if d2t.dtype == "I32" else "q")
-    with d2t.file.open("rb") as file:
-        offsets.frombytes(os.pread(file.fileno(), d2t.nbytes, d2t.offset))
+    offsets.frombytes(read_bytes(d2t))
     ids = [draft_id + offset for draft_id, offset in enumerate(offsets)]
     outside = [i for i, target_id in enumerate(ids) if not 0 <= target_id < config.vocab]
     if outside:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.backends.base import Backend
+from pipeline.plan.lock import with_weights
 from pipeline.progress import stage
 from pipeline.stages.checks import (
     Resolved,
@@ -92,7 +93,8 @@ def _finish(prepared: Prepared, graphs: Sequence[Compiled]) -> Path:
     settings, sources, clock = prepared.settings, prepared.sources, prepared.clock
     log, progress = settings.log, settings.progress
     generation = sources.pair[0].generation
-    parts = Parts(sources.plan, sources.lock, tuple(graphs), prepared.shards, sources.tokenizer, generation)
+    lock = with_weights(sources.lock, *sources.pair, prepared.shards.found)
+    parts = Parts(sources.plan, lock, tuple(graphs), prepared.shards, sources.tokenizer, generation)
     with clock.stage("package"), stage("package: graphs, weights and tokenizer", log, progress):
         artifact = package(settings.out, parts, prepared.backend, settings.cache)
     if settings.validate and runs_here(prepared.backend, artifact, log):

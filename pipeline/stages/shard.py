@@ -8,18 +8,19 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.artifact.manifest import FileEntry
 from pipeline.artifact.verify import differences
-from pipeline.files.atomic import atomic_dir
+from pipeline.files.atomic import resumable_dir
 from pipeline.graphs.packing import Packing
 from pipeline.graphs.spec import ModelsSpec
 from pipeline.progress import Log, Progress, stage
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.stages.downloads import read_record
 from pipeline.stages.shard_files import ShardFile, write_shards
 from pipeline.stages.stamp import build_lock
 
@@ -33,12 +34,14 @@ class Shards:
 
     root: Path
     files: tuple[ShardFile, ...]
+    found: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the weight files that were read where they are stored, by address."""
 
 
 def shard(
     models: ModelsSpec, pair: tuple[Checkpoint, Checkpoint], packing: Packing, cache: Path, log: Log, progress: Progress
 ) -> Shards:  # fmt: skip
-    """Write the shards of both models into the cache, unless undamaged ones are cached.
+    """Write the shards of both models into the cache, unless undamaged ones are cached. Continues a killed call.
 
     Raises:
         SourceError: a checkpoint that cannot be read to its end, or a value that the dtype cannot hold.
@@ -50,15 +53,15 @@ def shard(
         cached = _cached(root, log)
         if cached is not None:
             log("shard: the shards are cached")
-            return Shards(root, tuple(cached))
+            return Shards(root, tuple(cached), read_record(root))
         ranks = "1 rank" if models.tp == 1 else f"{models.tp} ranks"
-        with stage(f"shard: weights for {ranks}", log, progress), atomic_dir(root) as folder:
+        with stage(f"shard: weights for {ranks}", log, progress), resumable_dir(root) as folder:
             written = write_shards(
                 models, *pair, folder, packing=packing, progress=lambda done, total: progress("shard", done, total)
             )
             files = [replace(file, path=file.path.relative_to(folder)) for file in written]
             (folder / LISTING).write_bytes(RECORDS.dump_json(files))
-    return Shards(root, tuple(files))
+    return Shards(root, tuple(files), read_record(root))
 
 
 def shard_key(models: ModelsSpec, pair: tuple[Checkpoint, Checkpoint], packing: Packing) -> str:

@@ -1,53 +1,53 @@
 """Write each rank's weights: stream both checkpoints through a small window into one safetensors file a rank and model.
 
-The weight table and the plan decide the placement. Keeps no tensor. Besides headers, memory holds `SLOTS`
-windows of `WINDOW_BYTES` (at least one block of 32 rows), as read and as stored: 8 x (4 + 8) MiB when bfloat16 becomes
-float32, whatever the model's size.
+The weight table and the plan decide the placement. Keeps no tensor. Besides headers, memory holds `SLOTS` windows of
+`WINDOW_BYTES` (at least one block of 32 rows) as read, one as stored, and the sink's stages: at 64 ranks 32 + 8 + 96
+MiB when bfloat16 becomes float32, whatever the model's size.
 
-    read (thread) -> convert, cut and pack (here, torch) -> write (thread) and hash (threads)
+    read (thread) -> convert, pack and cut (here, torch) -> stage of each file -> write and hash (threads)
 """
 
 from __future__ import annotations
 
-import math
+import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import HostError, InputError, SourceError
-from pipeline.files.atomic import atomic_file, link_or_copy
-from pipeline.graphs.dtypes import DTYPES, SAFETENSORS
-from pipeline.graphs.packing import SCALE_BYTES, Packing
+from pipeline.files.atomic import link_or_copy
+from pipeline.files.direct import BLOCK_BYTES
+from pipeline.graphs.dtypes import DTYPES
+from pipeline.graphs.packing import Packing
 from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import ModelsSpec, Role
 from pipeline.models.config import ModelConfig
-from pipeline.models.int8 import quantise
 from pipeline.models.weights import (
-    BLOCK,
     EMBEDDING,
     OFFSET,
     WeightSpec,
-    kv_head_of,
     local_shape,
     padded_vocab,
-    up_to,
     vocab_offset,
 )
 from pipeline.progress import ByteProgress
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.remote import RemoteFile
 from pipeline.sources.tensors import Layout, TensorRef, layout
 from pipeline.sources.weights import weights
-from pipeline.stages.streams import Reader, Sink
+from pipeline.stages.downloads import Downloads, SourceRecord
+from pipeline.stages.streams import Bytes, Reader, Sink
+from pipeline.stages.windows import Window, pieces, stored_sizes, windows
 
-WINDOW_BYTES = 4 << 20
 SLOTS = 8
 LARGE_BYTES = 1 << 30
 """Shards from this size on pass by the page cache; smaller ones stay in it, since validation is about to read them."""
@@ -77,44 +77,6 @@ class _Meter:
             self.report(self.before + written, self.total)
 
 
-@dataclass(frozen=True)
-class ColumnRange:
-    """Columns [first, last) of a window, and the ranks that store them."""
-
-    first: int
-    last: int
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Window:
-    """Some rows of one tensor, read once: `real` rows from `source`, then zeros up to `rows`."""
-
-    source: TensorRef
-    spec: WeightSpec
-    dtype: str
-    rows: int
-    real: int
-    parts: tuple[ColumnRange, ...]
-
-    @property
-    def width(self) -> int:
-        """Elements in a row: 1 in a 1-D tensor."""
-        return math.prod(self.spec.shape[1:])
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of the window as read."""
-        return self.rows * self.width * SAFETENSORS[self.source.dtype].size_bytes
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that hold the window as stored, once for each part."""
-        blocks = up_to(self.rows, BLOCK) // BLOCK
-        scales = SCALE_BYTES * len(self.parts) if self.dtype == "I8" else 0
-        return blocks * (BLOCK * self.width * SAFETENSORS[self.dtype].size_bytes + scales)
-
-
 def shard_path(out: Path, role: Role, rank: int, ranks: int) -> Path:
     """Return the path of a rank's weights in an artifact."""
     return out / "weights" / role / f"rank-{rank}-of-{ranks}.safetensors"
@@ -129,11 +91,15 @@ def write_shards(
     packing: Packing,
     progress: ByteProgress | None = None,
 ) -> list[ShardFile]:
-    """Write `weights/{target,draft}/rank-<r>-of-<n>.safetensors` under `out`, each atomically.
+    """Write `weights/{target,draft}/rank-<r>-of-<n>.safetensors` under `out`, a folder that no other process reads.
+
+    Continues the files of a killed call with the same arguments. `sources.json` records the digests of the files that
+    were read in a store.
 
     Raises:
-        SourceError: a checkpoint that cannot be read to its end, or a value that the dtype cannot hold.
-        HostError: not enough space.
+        SourceError: a checkpoint that cannot be read to its end, a digest that differs, or a value that the dtype
+            cannot hold; `out` then has no files of that model.
+        HostError: not enough space, or a store that cannot be read.
 
     """  # fmt: skip
     if models.draft.draft_vocab is not None and not models.draft_replicated and models.tp > 1:
@@ -141,11 +107,12 @@ def write_shards(
         raise InputError(what, where="draft.placement", fix="write placement: replicated")
     jobs = [_job("target", models, target, target, packing), _job("draft", models, draft, target, packing)]
     total = sum(job.layout.size * job.copies for job in jobs)
-    _check_space(out, sum(job.layout.size * len(job.ranks) for job in jobs))
-    done, files = 0, []
+    kept = sum(path.stat().st_size for path in out.glob("weights/*/*"))
+    _check_space(out, sum(job.layout.size * len(job.ranks) for job in jobs) - kept)
+    done, files, record = 0, [], SourceRecord(out)
     with _one_thread():
         for job in jobs:
-            files += _write(job, out, _Meter(progress, done, total))
+            files += _write(job, out, record, _Meter(progress, done, total))
             done += job.layout.size * job.copies
     return files
 
@@ -196,6 +163,11 @@ class _Job:
             stored = DTYPES[self.models.stored_dtype(self.role, spec.kind)].short
             yield from windows(spec, source, stored, self.config, self.split)
 
+    @property
+    def remote(self) -> list[RemoteFile]:
+        """Files of the tensors that stay in a store, in the order in which they are read."""
+        return list(dict.fromkeys(source.file for _, source in self.tensors if isinstance(source.file, RemoteFile)))
+
     def offset(self, rank: int) -> bytes:
         """Return `rank.vocab_offset`: the first vocabulary id of a rank's slice."""
         rows = padded_vocab(self.config.vocab, self.split) // self.split
@@ -203,12 +175,15 @@ class _Job:
 
 
 def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpoint, packing: Packing) -> _Job:
-    """Find every tensor and lay out the files. Index tensors and the offset go last, so that weights stay aligned."""
+    """Find every tensor, and lay out the files in the order of the checkpoint's, which are then read from start to end.
+
+    Index tensors and the offset go last, so that weights stay aligned.
+    """
     sources = dict(weights(checkpoint))
     config, split = models.config_of(role), models.tp_of(role)
     if config.shares_embedding:
         sources[EMBEDDING] = weights(target)[EMBEDDING]
-    specs = sorted(stored_weights(models, role), key=lambda spec: spec.kind == "index")
+    specs = sorted(stored_weights(models, role), key=lambda spec: _place(spec, sources[spec.name]))
     entries = []
     for spec in specs:
         dtype = models.stored_dtype(role, spec.kind)
@@ -218,45 +193,28 @@ def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpo
     return _Job(role, models, file, tuple((spec, sources[spec.name]) for spec in specs), packing)
 
 
-def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig, tp: int) -> Iterator[Window]:
-    """Cut one tensor into windows of whole blocks; each byte is read once, but for KV heads that many ranks need."""
-    row_bytes = math.prod(spec.shape[1:]) * SAFETENSORS[source.dtype].size_bytes
-    step = max(WINDOW_BYTES // row_bytes // BLOCK, 1) * BLOCK
-    for first, last, parts in _spans(spec, config, tp):
-        for start in range(first, last, step):
-            rows = min(step, last - start)
-            real = max(min(rows, spec.shape[0] - start), 0)
-            yield Window(source.rows(start, start + real), spec, dtype, rows, real, parts)
+def _place(spec: WeightSpec, source: TensorRef) -> tuple[bool, str, int]:
+    """Return a key by which tensors are in the order of the checkpoint's files, and index tensors last."""
+    return spec.kind == "index", str(source.file), source.offset
 
 
-def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[tuple[int, int, tuple[ColumnRange, ...]]]:
-    """Yield row ranges of a tensor, in rank order, and the ranks that store their columns; zeros pad the end."""
-    rows, width = spec.shape[0], math.prod(spec.shape[1:])
-    everyone = tuple(range(tp))
-    if spec.split == "replicate":
-        yield 0, rows, (ColumnRange(0, width, everyone),)
-    elif spec.split == "columns":
-        share = width // tp
-        yield 0, rows, tuple(ColumnRange(rank * share, (rank + 1) * share, (rank,)) for rank in everyone)
-    elif spec.split == "kv_rows":
-        holders: dict[tuple[int, int], list[int]] = {}
-        for rank in everyone:
-            holders.setdefault(kv_head_of(rank, config, tp), []).append(rank)
-        for (first, last), ranks in holders.items():
-            yield first * config.head_dim, last * config.head_dim, (ColumnRange(0, width, tuple(ranks)),)
-    else:
-        share = (padded_vocab(rows, tp) if spec.split == "vocab" else rows) // tp
-        for rank in everyone:
-            yield rank * share, (rank + 1) * share, (ColumnRange(0, width, (rank,)),)
-
-
-def _write(job: _Job, out: Path, progress: _Meter) -> list[ShardFile]:
+def _write(job: _Job, out: Path, record: SourceRecord, progress: _Meter) -> list[ShardFile]:
     """Write one model's files, all ranks at once, so that the checkpoint is read once."""
     paths = [shard_path(out, job.role, rank, len(job.ranks)) for rank in job.ranks]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        files = [stack.enter_context(atomic_file(paths[rank])) for rank in range(job.copies)]
-        digests = _stream(job, files, progress)
+    record.restore(job.remote)
+    try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(paths[rank].open("a+b")) for rank in range(job.copies)]
+            for file in files:
+                _keep(file, job.layout)
+            digests = _stream(job, files, record, progress)
+            for file in files:
+                os.fsync(file.fileno())
+    except SourceError:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
     for path in paths[job.copies :]:
         path.unlink(missing_ok=True)
         link_or_copy(paths[0], path)
@@ -266,78 +224,74 @@ def _write(job: _Job, out: Path, progress: _Meter) -> list[ShardFile]:
     ]
 
 
-@dataclass
-class _Slot:
-    """Buffers of one window in flight, and the work that still reads them."""
-
-    read: Tensor
-    stored: Tensor
-    using: list[Future[None]] = field(default_factory=list)
-
-    def wait(self) -> None:
-        """Wait until the buffers are free; raise the error of the work that used them."""
-        for future in self.using:
-            future.result()
-        self.using.clear()
+def _keep(file: IO[bytes], planned: Layout) -> None:
+    """Keep whole blocks of a file that a killed call began, if it has the planned header; the position is its end."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    same = file.read(len(planned.header)) == planned.header
+    if not same or size != planned.size:
+        file.truncate(size - size % BLOCK_BYTES if same and size < planned.size else 0)
+    file.seek(0, os.SEEK_END)
 
 
-def _stream(job: _Job, files: Sequence[IO[bytes]], progress: _Meter) -> list[str]:
+def _stream(job: _Job, files: Sequence[IO[bytes]], record: SourceRecord, progress: _Meter) -> list[str]:
     """Stream all windows into the files; returns their sha256."""
-    sizes = [(w.read_bytes, w.stored_bytes) for w in job.windows]
-    read, stored = (max(size[i] for size in sizes) for i in (0, 1))
-    slots = [_Slot(torch.empty(read, dtype=torch.uint8), torch.empty(stored, dtype=torch.uint8)) for _ in range(SLOTS)]
+    read, stored = (max(getattr(window, name) for window in job.windows) for name in ("read_bytes", "stored_bytes"))
+    slots, out = torch.empty(SLOTS, read, dtype=torch.uint8), torch.empty(stored, dtype=torch.uint8)
     large = job.layout.size * len(files) >= LARGE_BYTES
     with ExitStack() as stack:
-        reader = Reader(stack, drop_cache=large)
+        downloads = Downloads(stack, record.add)
+        reader = Reader(stack, downloads, drop_cache=large)
         sink = Sink(files, stack, direct=large)
-        slots[0].using += sink.put(job.layout.header, range(len(files)))
-        waiting: deque[tuple[Window, _Slot, Future[None]]] = deque()
-        for number, window in enumerate(job.windows):
-            slot = slots[number % SLOTS]
-            slot.wait()
-            buffer = slot.read[: window.read_bytes].numpy().data
-            waiting.append((window, slot, reader.start(window.source, buffer)))
-            if len(waiting) == SLOTS // 2:
-                _emit(*waiting.popleft(), job.packing, sink)
-                progress(sink.written)
-        for item in waiting:
-            _emit(*item, job.packing, sink)
+        sink.put(_bytes(job.layout.header), range(len(files)))
+        for window, data in _read_ahead(_unwritten(job, sink), slots, reader):
+            for piece, ranks in pieces(window, data, out, job.packing):
+                sink.put(piece, ranks)
+            progress(sink.written)
+        for file in job.remote:  # the last one, and those whose tensors a killed call had written
+            downloads.read(file, file.size, memoryview(b""))
+        downloads.finish()
         for rank in range(len(files)):
-            slots[0].using += sink.put(job.offset(rank), (rank,))
-        for slot in slots:
-            slot.wait()
+            sink.put(_bytes(job.offset(rank)), (rank,))
         digests = sink.finish()
     assert sink.written == job.layout.size * len(files)
     progress(sink.written)
     return digests
 
 
-def _emit(window: Window, slot: _Slot, read: Future[None], packing: Packing, sink: Sink) -> None:
-    """Convert, cut and pack a window that has been read, and hand it to the files."""
+def _unwritten(job: _Job, sink: Sink) -> Iterator[Window]:
+    """Yield the windows that some file lacks; the others are passed over."""
+    left = sink.kept()
+    for window in job.windows:
+        sizes = dict(stored_sizes(window, job.packing))
+        kept = all(left[rank] >= size for rank, size in sizes.items())
+        for rank, size in sizes.items():
+            left[rank] = left[rank] - size if left[rank] >= size else 0
+            if kept:
+                sink.skip(size, rank)
+        if not kept:
+            yield window
+
+
+def _read_ahead(found: Iterator[Window], slots: Tensor, reader: Reader) -> Iterator[tuple[Window, Tensor]]:
+    """Yield each window with its bytes, which stay until the next one; others are being read into the other slots."""
+    waiting: deque[tuple[Window, Tensor, Future[None]]] = deque()
+    for number, window in enumerate(found):
+        data = slots[number % len(slots), : window.read_bytes]
+        waiting.append((window, data, reader.start(window.source, data.numpy().data)))
+        if len(waiting) == len(slots):
+            yield _ready(*waiting.popleft())
+    while waiting:
+        yield _ready(*waiting.popleft())
+
+
+def _ready(window: Window, data: Tensor, read: Future[None]) -> tuple[Window, Tensor]:
     read.result()
-    shape = (window.rows, *window.spec.shape[1:])
-    whole = slot.read[: window.read_bytes].view(SAFETENSORS[window.source.dtype].as_torch()).view(shape)
-    start, dtype, scales = 0, SAFETENSORS[window.dtype].as_torch(), None
-    if dtype == torch.int8:  # by whole rows, before ranks take their columns
-        whole, scales = quantise(whole)
-    for part in window.parts:
-        weight = whole if len(shape) == 1 else whole[:, part.first : part.last]
-        packed = packing.packed_shape(tuple(weight.shape), window.spec.kind, SAFETENSORS[window.dtype].name)
-        if packed == weight.shape and weight.dtype == dtype and weight.is_contiguous():
-            slot.using += sink.put(weight.view(torch.uint8).flatten().numpy().data, part.ranks)
-            continue
-        end = start + math.prod(packed) * dtype.itemsize
-        out = slot.stored[start:end].view(dtype).view(packed)
-        packing.pack(weight, window.spec.kind, out, scales)
-        _refuse_overflow(out, window)
-        slot.using += sink.put(slot.stored[start:end].numpy().data, part.ranks)
-        start = end
+    return window, data
 
 
-def _refuse_overflow(stored: Tensor, window: Window) -> None:
-    if stored.dtype == torch.float16 and not bool(stored.isfinite().all()):
-        what = f"{window.spec.name} has values that float16 cannot hold"
-        raise SourceError(what, where=str(window.source.file), fix="use dtype: bfloat16 or float32")
+def _bytes(data: bytes) -> Bytes:
+    return np.frombuffer(data, dtype=np.uint8)
 
 
 def _check_space(out: Path, size_bytes: int) -> None:

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.files.direct import open_output
-from pipeline.sources.tensors import TensorRef
+from pipeline.sources.remote import RemoteFile
+from pipeline.sources.tensors import TensorRef, fill
+from pipeline.stages.downloads import Downloads
 
-HASHERS = 4
+THREADS = 4
 STAGE_BYTES = 4 << 20
 STAGES_BYTES = 32 << 20
+"""Memory of the stages that threads work on; each file has one more."""
+
+Bytes: TypeAlias = NDArray[np.uint8]
 
 
 class Reader:
-    """Reads parts of files ahead, in a thread of its own."""
+    """Reads parts of files ahead, in a thread of its own; files in a store through `downloads`."""
 
-    def __init__(self, stack: ExitStack, *, drop_cache: bool) -> None:
-        self._stack, self._drop_cache = stack, drop_cache
+    def __init__(self, stack: ExitStack, downloads: Downloads, *, drop_cache: bool) -> None:
+        self._stack, self._downloads, self._drop_cache = stack, downloads, drop_cache
         self._open: dict[Path, IO[bytes]] = {}
         self._pool = stack.enter_context(ThreadPoolExecutor(1, "read"))
 
@@ -32,49 +42,132 @@ class Reader:
         return self._pool.submit(self._read, source, buffer)
 
     def _read(self, source: TensorRef, buffer: memoryview) -> None:
-        if source.file not in self._open:
-            file = self._open[source.file] = self._stack.enter_context(source.file.open("rb"))
+        wanted, file = buffer[: source.nbytes], source.file
+        if isinstance(file, RemoteFile):
+            done = self._downloads.read(file, source.offset, wanted)
+        else:
+            done = self._read_local(file, source.offset, wanted)
+        if done < source.nbytes:
+            what = f"file ends inside a tensor, at byte {source.offset + done}"
+            raise SourceError(what, where=str(file), fix="delete this file and download the checkpoint again")
+        buffer[done:] = bytes(len(buffer) - done)
+
+    def _read_local(self, path: Path, offset: int, buffer: memoryview) -> int:
+        if path not in self._open:
+            file = self._open[path] = self._stack.enter_context(path.open("rb"))
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        descriptor, done = self._open[source.file].fileno(), 0
-        while done < source.nbytes:
-            count = os.preadv(descriptor, [buffer[done : source.nbytes]], source.offset + done)
-            if not count:
-                fix = "delete this file and download the checkpoint again"
-                raise SourceError(
-                    f"file ends inside a tensor, at byte {source.offset + done}", where=str(source.file), fix=fix
-                )
-            done += count
-        if done < len(buffer):
-            buffer[done:] = bytes(len(buffer) - done)
+        descriptor = self._open[path].fileno()
+        done = fill(descriptor, offset, buffer)
         if self._drop_cache:
-            os.posix_fadvise(descriptor, source.offset, source.nbytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(descriptor, offset, done, os.POSIX_FADV_DONTNEED)
+        return done
+
+
+class Stage:
+    """Page-aligned memory that collects a file's next bytes."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._memory = np.frombuffer(mmap.mmap(-1, size_bytes), dtype=np.uint8)
+        self._used = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether no byte fits any more."""
+        return self._used == self._memory.size
+
+    def add(self, data: Bytes) -> Bytes:
+        """Copy as many bytes as fit; returns the rest, flat."""
+        if data.size <= self._memory.size - self._used:
+            self._memory[self._used : self._used + data.size].reshape(data.shape)[...] = data
+            self._used += data.size
+            return data[:0]
+        data = data.reshape(-1)
+        room = self._memory.size - self._used
+        self._memory[self._used :] = data[:room]
+        self._used += room
+        return data[room:]
+
+    def taken(self) -> memoryview:
+        """Return the bytes, and start again; the memory must stay as it is until they were used."""
+        used, self._used = self._used, 0
+        return self._memory[:used].data
 
 
 class Sink:
-    """Files that are written in order by one thread and hashed by others (hashlib releases the lock).
+    """Files that are written in order by some threads and hashed by others (hashlib releases the lock).
 
-    `direct` bypasses the page cache where the file system supports it; `STAGES_BYTES` limits its buffers.
+    Each file's bytes are collected in a stage, so that threads have large pieces to work on, however many files share a
+    window. A file that has bytes keeps them, and as many are passed over first. `direct` bypasses the page cache where
+    the file system supports it.
     """
 
     def __init__(self, files: Sequence[IO[bytes]], stack: ExitStack, *, direct: bool) -> None:
-        self.written = 0
-        stage = min(STAGE_BYTES, max(STAGES_BYTES // len(files), 1 << 20))
-        self._outputs = [open_output(file, stage, direct=direct) for file in files]
+        self.written, self._kept = 0, [file.tell() for file in files]
+        size = min(STAGE_BYTES, max(STAGES_BYTES // len(files), 1 << 20))
+        self._stages = [Stage(size) for _ in files]
+        self._spare = deque((Stage(size), list[Future[None]]()) for _ in range(STAGES_BYTES // size))
         self._digests = [hashlib.sha256() for _ in files]
-        self._writer = stack.enter_context(ThreadPoolExecutor(1, "write"))
-        hashers = [stack.enter_context(ThreadPoolExecutor(1, "hash")) for _ in range(min(len(files), HASHERS))]
-        self._hashers = [hashers[i % len(hashers)] for i in range(len(files))]
+        self._writers, self._hashers = (_threads(stack, name, len(files)) for name in ("write", "hash"))
+        _wait([self._hasher(rank).submit(_hash_start, file, self._digests[rank]) for rank, file in enumerate(files)])
+        self._outputs = [open_output(file, direct=direct) for file in files]
 
-    def put(self, data: bytes | memoryview, ranks: Sequence[int]) -> list[Future[None]]:
-        """Append to the files of some ranks; the futures are done when `data` may change."""
-        self.written += len(data) * len(ranks)
-        hashed = [self._hashers[rank].submit(self._digests[rank].update, data) for rank in ranks]
-        return [*hashed, *(self._writer.submit(self._outputs[rank].write, data) for rank in ranks)]
+    def put(self, data: Bytes, ranks: Sequence[int]) -> None:
+        """Append an array's bytes to the files of some ranks; `data` may change afterwards."""
+        for rank in ranks:
+            kept = self.skip(data.size, rank)
+            rest = self._stages[rank].add(data.reshape(-1)[kept:] if kept else data)
+            while self._stages[rank].full:
+                self._send(rank)
+                rest = self._stages[rank].add(rest)
+
+    def kept(self) -> list[int]:
+        """Return for each file how many of its next bytes it had when it was opened."""
+        return list(self._kept)
+
+    def skip(self, count: int, rank: int) -> int:
+        """Pass over the next bytes of a file; returns how many of them the file had when it was opened."""
+        kept = min(count, self._kept[rank])
+        self._kept[rank] -= kept
+        self.written += count
+        return kept
 
     def finish(self) -> list[str]:
         """Wait until all data has been hashed and written; return the sha256 of each file."""
-        last = [pool.submit(lambda: None) for pool in self._hashers]
-        last += [self._writer.submit(output.finish) for output in self._outputs]
-        for future in last:
-            future.result()
+        for rank in range(len(self._stages)):
+            self._send(rank)
+        for _, using in self._spare:
+            _wait(using)
+        for output in self._outputs:
+            output.finish()
         return [digest.hexdigest() for digest in self._digests]
+
+    def _send(self, rank: int) -> None:
+        """Hand a stage to the threads, and replace it by the one that they were given first."""
+        stage = self._stages[rank]
+        data = stage.taken()
+        hashed = self._hasher(rank).submit(self._digests[rank].update, data)
+        written = self._writers[rank % len(self._writers)].submit(self._outputs[rank].write, data)
+        self._spare.append((stage, [hashed, written]))
+        self._stages[rank], using = self._spare.popleft()
+        _wait(using)
+
+    def _hasher(self, rank: int) -> ThreadPoolExecutor:
+        return self._hashers[rank % len(self._hashers)]
+
+
+def _hash_start(file: IO[bytes], digest: hashlib._Hash) -> None:
+    """Hash the bytes that a file has."""
+    file.seek(0)
+    while piece := file.read(STAGE_BYTES):
+        digest.update(piece)
+
+
+def _threads(stack: ExitStack, name: str, files: int) -> list[ThreadPoolExecutor]:
+    """Return threads; each does its work in order, so that a file's pieces stay in order."""
+    return [stack.enter_context(ThreadPoolExecutor(1, name)) for _ in range(min(files, THREADS))]
+
+
+def _wait(using: list[Future[None]]) -> None:
+    """Wait for threads; raise the error of the first that failed."""
+    for future in using:
+        future.result()

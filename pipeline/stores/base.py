@@ -197,11 +197,12 @@ class Object:
 
 @dataclass(frozen=True)
 class Listing:
-    """An entry of a listing; `modified` is seconds by the store's own clock."""
+    """An entry of a listing; `modified` is seconds by the store's own clock, `token` an ETag."""
 
     key: str
     size: int
     modified: float
+    token: str = ""
 
 
 class Bucket(Protocol):

@@ -29,11 +29,11 @@ Result = TypeVar("Result")
 
 
 class Hub:
-    """The Hub that HF_ENDPOINT names, with the token of HF_TOKEN. Creating it sends no request."""
+    """A Hub and an account on it, by default those of HF_ENDPOINT and HF_TOKEN. Creating it sends no request."""
 
-    def __init__(self) -> None:
+    def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
         disable_progress_bars()
-        self.api = HfApi(endpoint=hub_endpoint(), token=os.environ.get("HF_TOKEN") or None)
+        self.api = HfApi(endpoint=endpoint or hub_endpoint(), token=token or os.environ.get("HF_TOKEN") or None)
         self.ranges = Ranges()
         self._located: dict[str, str] = {}
 

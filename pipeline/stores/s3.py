@@ -152,7 +152,7 @@ class S3Bucket:
             for page in obstore.list(self.store, self.prefix + prefix):
                 for entry in page:
                     key = entry["path"].removeprefix(self.prefix)
-                    yield Listing(key, entry["size"], entry["last_modified"].timestamp())
+                    yield Listing(key, entry["size"], entry["last_modified"].timestamp(), entry["e_tag"] or "")
 
     def delete(self, key: str) -> None:
         """Remove an object, in a request of its own: some servers have no bulk delete."""

@@ -22,7 +22,9 @@ from pipeline.errors import HostError, InputError, SourceError
 from pipeline.graphs.packing import WIDE, BlockPacking, PlainPacking
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, OFFSET
 from pipeline.sources.derived import derive
-from pipeline.stages.shard_files import WINDOW_BYTES, write_shards
+from pipeline.stages.shard import shard as build_shards
+from pipeline.stages.shard_files import write_shards
+from pipeline.stages.windows import WINDOW_BYTES
 from support.checkpoints import random_weights, write_checkpoint
 from support.paths import PYTHONPATH, TESTS
 from support.shards import expected_slice, opened, pair_of
@@ -128,13 +130,15 @@ def test_write_shards_fused_projections_are_split(tmp_path: Path) -> None:
             names = [f"model.layers.{layer}.{block}.{part}_proj.weight" for part in parts]
             fused[f"model.layers.{layer}.{block}.{new}.weight"] = torch.cat([fused.pop(name) for name in names])
     write_checkpoint(tmp_path / "fused", fused)
-    digests = []
+    found = []
     for name in ("plain", "fused"):
         target = opened(tmp_path / name, tmp_path)
         pair = pair_of(target, target, tp=2, replicated=False)
         shards = write_shards(pair, target, target, tmp_path / "out" / name, packing=PlainPacking())
-        digests.append([s.sha256 for s in shards])
-    assert digests[0] == digests[1]
+        found.append([load_file(s.path) for s in shards])
+    for left, right in zip(*found, strict=True):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_write_shards_tied_weight_is_stored_once(tmp_path: Path) -> None:
@@ -252,3 +256,47 @@ def test_write_shards_memory_is_bounded_for_a_checkpoint_of_8_gb(tmp_path: Path)
         assert report["intact"]
     finally:
         shutil.rmtree(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.graphs.packing import BlockPacking
+from pipeline.sources.derived import derive
+from pipeline.stages import streams
+from pipeline.stages.shard import shard
+from support.shards import opened, pair_of
+
+def stop(label, done, total):
+    if done > total // 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+streams.STAGE_BYTES = 1 << 18
+work = Path(sys.argv[1])
+target = opened(work / "m", work)
+draft = derive(target, (0,))
+shard(pair_of(target, draft, tp=2), (target, draft), BlockPacking(), work / "cache", lambda line: None, stop)
+"""
+
+
+def test_shard_killed_build_is_continued(tmp_path: Path) -> None:
+    """A killed build leaves the start of every file; the next one reads only the rest of the checkpoint."""
+    write_checkpoint(tmp_path / "m", vocab_size=100_000)
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, env=environment)
+    assert done.returncode == -9
+    (partial,) = (tmp_path / "cache" / "shards").glob("*.partial")
+    kept = {path.name: path.stat().st_size for path in partial.rglob("*.safetensors")}
+    assert sum(kept.values()) > 4 << 20
+    target = opened(tmp_path / "m", tmp_path)
+    draft = derive(target, (0,))
+    models, seen = pair_of(target, draft, tp=2), []
+    made = build_shards(
+        models, (target, draft), BlockPacking(), tmp_path / "cache", lambda line: None,
+        lambda _, done, total: seen.append(done) if total > 1 << 20 else None,
+    )  # fmt: skip
+    assert seen[0] > 4 << 20
+    assert not partial.exists()
+    whole = write_shards(models, target, draft, tmp_path / "out", packing=BlockPacking())
+    assert [file.sha256 for file in made.files] == [file.sha256 for file in whole]
+    assert all((made.root / file.path).stat().st_size == file.size for file in made.files)

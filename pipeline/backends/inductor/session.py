@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
@@ -18,6 +17,7 @@ from pipeline.errors import ArtifactError, HostError
 from pipeline.files.atomic import safe_relative
 from pipeline.files.temporary import temporary_files, temporary_folder
 from pipeline.graphs.dtypes import torch_dtype
+from pipeline.graphs.shards import read_shard
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec
 
@@ -109,7 +109,5 @@ class Session:
         weights: dict[str, Tensor] = {}
         for model in ("target", "draft"):
             name = f"weights/{model}/rank-{rank}-of-{self.manifest.ranks}.safetensors"
-            with safe_open(self.root / name, framework="pt", device=self.device) as file:
-                for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    weights[f"{model}/{key}"] = file.get_tensor(key)
+            weights |= {f"{model}/{key}": t for key, t in read_shard(self.root / name, self.device).items()}
         return weights

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.artifact.manifest import AGAIN, PairManifest
@@ -22,6 +21,7 @@ from pipeline.backends.neuron.module import NeuronModule, dotted, key
 from pipeline.backends.neuron.support import sdk_environment
 from pipeline.errors import ArtifactError, HostError
 from pipeline.graphs.dtypes import torch_dtype
+from pipeline.graphs.shards import read_shard
 from pipeline.graphs.signature import TensorSpec
 from pipeline.graphs.spec import GraphSpec
 
@@ -83,8 +83,7 @@ def read_weights(root: Path, manifest: PairManifest) -> list[dict[str, Tensor]]:
                 raise ArtifactError(problem, where=str(root / name), fix="pull the artifact again, without --only")
             digest = f"{model}/{manifest.files[name].sha256}"
             if digest not in read:
-                with safe_open(root / name, framework="pt") as file:
-                    read[digest] = {dotted(f"{model}/{n}"): file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+                read[digest] = {dotted(f"{model}/{n}"): tensor for n, tensor in read_shard(root / name).items()}
             weights |= read[digest]
         ranks.append(weights)
     return ranks

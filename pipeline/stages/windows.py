@@ -1,0 +1,151 @@
+"""Windows of a checkpoint: some rows of one tensor, read once, then packed and cut for the ranks that store them.
+
+Reads and writes no files: `shard_files` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import SourceError
+from pipeline.graphs.dtypes import SAFETENSORS
+from pipeline.graphs.packing import SCALE_BYTES, Packing
+from pipeline.models.config import ModelConfig
+from pipeline.models.int8 import quantise
+from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, padded_vocab, up_to
+from pipeline.sources.tensors import TensorRef
+from pipeline.stages.streams import Bytes
+
+WINDOW_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class ColumnRange:
+    """Columns [first, last) of a window, and the ranks that store them."""
+
+    first: int
+    last: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some rows of one tensor, read once: `real` rows from `source`, then zeros up to `rows`."""
+
+    source: TensorRef
+    spec: WeightSpec
+    dtype: str
+    rows: int
+    real: int
+    parts: tuple[ColumnRange, ...]
+
+    @property
+    def width(self) -> int:
+        """Elements in a row: 1 in a 1-D tensor."""
+        return math.prod(self.spec.shape[1:])
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the window as read."""
+        return self.rows * self.width * SAFETENSORS[self.source.dtype].size_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that hold the window as stored, once for each part."""
+        blocks = up_to(self.rows, BLOCK) // BLOCK
+        scales = SCALE_BYTES * len(self.parts) if self.dtype == "I8" else 0
+        return blocks * (BLOCK * self.width * SAFETENSORS[self.dtype].size_bytes + scales)
+
+
+def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig, tp: int) -> Iterator[Window]:
+    """Cut one tensor into windows of whole blocks; each byte is read once, but for KV heads that many ranks need."""
+    row_bytes = math.prod(spec.shape[1:]) * SAFETENSORS[source.dtype].size_bytes
+    step = max(WINDOW_BYTES // row_bytes // BLOCK, 1) * BLOCK
+    for first, last, parts in _spans(spec, config, tp):
+        for start in range(first, last, step):
+            rows = min(step, last - start)
+            real = max(min(rows, spec.shape[0] - start), 0)
+            yield Window(source.rows(start, start + real), spec, dtype, rows, real, parts)
+
+
+def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[tuple[int, int, tuple[ColumnRange, ...]]]:
+    """Yield row ranges of a tensor, in rank order, and the ranks that store their columns; zeros pad the end."""
+    rows, width = spec.shape[0], math.prod(spec.shape[1:])
+    everyone = tuple(range(tp))
+    if spec.split == "replicate":
+        yield 0, rows, (ColumnRange(0, width, everyone),)
+    elif spec.split == "columns":
+        share = width // tp
+        yield 0, rows, tuple(ColumnRange(rank * share, (rank + 1) * share, (rank,)) for rank in everyone)
+    elif spec.split == "kv_rows":
+        holders: dict[tuple[int, int], list[int]] = {}
+        for rank in everyone:
+            holders.setdefault(kv_head_of(rank, config, tp), []).append(rank)
+        for (first, last), ranks in holders.items():
+            yield first * config.head_dim, last * config.head_dim, (ColumnRange(0, width, tuple(ranks)),)
+    else:
+        share = (padded_vocab(rows, tp) if spec.split == "vocab" else rows) // tp
+        for rank in everyone:
+            yield rank * share, (rank + 1) * share, (ColumnRange(0, width, (rank,)),)
+
+
+def stored_sizes(window: Window, packing: Packing) -> Iterator[tuple[int, int]]:
+    """Yield each rank that stores columns of a window, and their bytes."""
+    item = SAFETENSORS[window.dtype].size_bytes
+    for part in window.parts:
+        size = math.prod(_packed_shape(window, packing, part.last - part.first)) * item
+        yield from ((rank, size) for rank in part.ranks)
+
+
+def pieces(window: Window, data: Tensor, out: Tensor, packing: Packing) -> Iterator[tuple[Bytes, tuple[int, ...]]]:
+    """Convert, pack and cut a window; yield bytes and the ranks that store them. `out` holds them until the next."""
+    shape = (window.rows, *window.spec.shape[1:])
+    whole = data.view(SAFETENSORS[window.source.dtype].as_torch()).view(shape)
+    scales = None
+    if window.dtype == "I8":  # by whole rows, before ranks take their columns
+        whole, scales = quantise(whole)
+    if _packs_whole(window, packing):
+        packed = _packed(window, whole, out, packing)
+        width = packed.shape[1] // window.width
+        for part in window.parts:
+            yield packed[:, part.first * width : part.last * width], part.ranks
+    else:
+        for part in window.parts:
+            yield _packed(window, whole[:, part.first : part.last], out, packing, scales), part.ranks
+
+
+def _packs_whole(window: Window, packing: Packing) -> bool:
+    """Return whether packed columns are columns of the packed window; scales and odd widths prevent that."""
+    if window.dtype == "I8":
+        return False
+    widths = {part.last - part.first for part in window.parts} | {window.width}
+    shapes = [_packed_shape(window, packing, width) for width in widths]
+    return len({len(shape) for shape in shapes}) == 1
+
+
+def _packed_shape(window: Window, packing: Packing, width: int) -> tuple[int, ...]:
+    shape = (window.rows, width) if len(window.spec.shape) > 1 else (window.rows,)
+    return packing.packed_shape(shape, window.spec.kind, SAFETENSORS[window.dtype].name)
+
+
+def _packed(window: Window, weight: Tensor, out: Tensor, packing: Packing, scales: Tensor | None = None) -> Bytes:
+    """Return a weight as stored: bytes [rows or blocks, bytes of each], in `out` unless it is stored as it was read."""
+    dtype = SAFETENSORS[window.dtype].as_torch()
+    shape = packing.packed_shape(tuple(weight.shape), window.spec.kind, SAFETENSORS[window.dtype].name)
+    if shape != weight.shape or weight.dtype != dtype:
+        stored = out[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        packing.pack(weight, window.spec.kind, stored, scales)
+        _refuse_overflow(stored, window)
+        weight = stored
+    return weight.reshape(len(weight), -1).view(torch.uint8).numpy()
+
+
+def _refuse_overflow(stored: Tensor, window: Window) -> None:
+    if stored.dtype == torch.float16 and not bool(stored.isfinite().all()):
+        what = f"{window.spec.name} has values that float16 cannot hold"
+        raise SourceError(what, where=str(window.source.file), fix="use dtype: bfloat16 or float32")
