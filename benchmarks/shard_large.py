@@ -149,7 +149,8 @@ def shard(work: Path, ranks: int, packing: str) -> Run:
     start = time.perf_counter()
     shards = write_shards(models, target, draft, work / "out", packing=PACKINGS[packing], progress=count)
     seconds = time.perf_counter() - start
-    return Run(sum(file.size for file in shards), seconds, peak_resident_bytes(), most)
+    written = sum(file.size for file in shards)
+    return Run(written, seconds, resident=peak_resident_bytes(), files=most)
 
 
 def peak_resident_bytes() -> int:

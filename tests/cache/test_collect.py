@@ -45,6 +45,13 @@ def test_half_a_blob_goes(root):
     assert remove_unused(root, 2 * DAY_S).entries == 2
 
 
+def test_shards_of_a_killed_build_go(root):
+    shards(root).rename(shards(root).with_suffix(".partial"))
+    (shards(root).with_suffix(".partial") / "shards.json").unlink()
+    assert remove_unused(root, 2 * DAY_S).entries == 2
+    assert not shards(root).with_suffix(".partial").exists()
+
+
 def test_what_is_newer_stays(root):
     assert remove_unused(root, 4 * DAY_S) == Stats(0, 0)
     assert blob(root).exists()

@@ -20,6 +20,7 @@ from pipeline.files.atomic import (
     atomic_file,
     create_only,
     link_or_copy,
+    resumable_dir,
     safe_relative,
     sweep,
     write_atomic,
@@ -292,3 +293,18 @@ def test_atomic_dir_that_may_not_replace(tmp_path, there):
             (place / "other").write_text(there)
     assert not (place / "name").exists()
     assert not list(aside.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"), [(HostError("no network"), True), (KeyboardInterrupt(), True), (ValueError(), False)]
+)
+def test_resumable_dir_keeps_what_can_be_continued(tmp_path: Path, error: BaseException, kept: bool) -> None:
+    with pytest.raises(type(error)), resumable_dir(tmp_path / "key") as folder:
+        (folder / "half").write_text("first")
+        raise error
+    assert not (tmp_path / "key").exists()
+    with resumable_dir(tmp_path / "key") as folder:
+        assert (folder / "half").exists() == kept
+        (folder / "rest").write_text("second")
+    assert (tmp_path / "key" / "rest").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
