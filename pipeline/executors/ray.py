@@ -140,11 +140,17 @@ def connected(address: str | None) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, exceptions.RayError) as error:
         start = "start a cluster (`ray start --head`) with this version of Ray and Python, or correct the address"
         own = f"Ray {ray.__version__}, Python {platform.python_version()}"
-        raise HostError(f"no usable cluster for {own}: {reason(error)}", where=where, fix=start) from error
+        raise HostError(f"no usable cluster for {own}: {_ends(error)}", where=where, fix=start) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _ends(error: Exception) -> str:
+    """Return the first and the last line of a message; Ray's have the cause at the end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [reason(error)]
+    return " ".join(dict.fromkeys((lines[0], lines[-1])))
 
 
 def _reach(address: str) -> None:

@@ -54,7 +54,9 @@ def start(cluster: Any, **settings: Any) -> Any:
 @contextmanager
 def running(folder: Path, nodes: int = 3) -> Iterator[Nodes]:
     """Start a head node without cores and nodes of one core; stop them."""
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
+    os.environ.update(
+        RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0", RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S="120"
+    )
     from ray.cluster_utils import Cluster
 
     cluster, (port,) = Cluster(initialize_head=False, connect=False), free_ports(1)
