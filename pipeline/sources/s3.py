@@ -104,4 +104,7 @@ def _weights(root: Path, listed: Mapping[str, Listing], where: str) -> list[str]
 
 
 def _remote(bucket: Bucket, entry: Listing, where: str) -> RemoteFile:
-    return RemoteFile(entry.key, entry.size, f"{where}/{entry.key}", partial(bucket.read, entry.key))
+    fetch = partial(
+        bucket.read, entry.key, token=entry.token or None
+    )  # an object that is replaced meanwhile is an error
+    return RemoteFile(entry.key, entry.size, f"{where}/{entry.key}", fetch)

@@ -227,8 +227,13 @@ class Bucket(Protocol):
         """Store a file atomically, up to `parts` parts at a time; rejects bytes of another digest."""
         ...
 
-    def read(self, key: str, offset: int, buffer: memoryview) -> int:
-        """Fill the buffer from `offset` on; returns the number of bytes. FileNotFoundError if the object is absent."""
+    def read(self, key: str, offset: int, buffer: memoryview, token: str | None = None) -> int:
+        """Fill the buffer from `offset` on; returns the number of bytes. FileNotFoundError if the object is absent.
+
+        Raises:
+            InputError: the object in S3 has another token than `token`: it was replaced.
+
+        """
         ...
 
     def get(self, key: str) -> Object | None:

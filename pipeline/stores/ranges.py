@@ -33,14 +33,17 @@ class Ranges:
         self._lock = threading.Lock()
         weakref.finalize(self, _close, self._free)
 
-    def read(self, url: str, offset: int, buffer: memoryview) -> int | None:
-        """Fill the buffer from `offset` on; returns the number of bytes, fewer where the file ends, or None."""
+    def read(self, url: str, offset: int, buffer: memoryview, etag: str | None = None) -> int | None:
+        """Fill the buffer from `offset` on; returns the number of bytes, fewer where the file ends, or None.
+
+        With `etag`, None also for a file that has another.
+        """
         parts = urlsplit(url)
         if _proxied(parts):
             return None
         connection = self._take(parts)
         try:
-            count = _fill(connection, parts, offset, buffer)
+            count = _fill(connection, parts, offset, buffer, etag)
         except (OSError, HTTPException, ValueError):
             count = None
         if count is None:
@@ -64,12 +67,16 @@ class Ranges:
         return ssl.create_default_context()
 
 
-def _fill(connection: HTTPConnection, parts: SplitResult, offset: int, buffer: memoryview) -> int | None:
+def _fill(
+    connection: HTTPConnection, parts: SplitResult, offset: int, buffer: memoryview, etag: str | None
+) -> int | None:
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     connection.request("GET", target, headers={"Range": f"bytes={offset}-{offset + len(buffer) - 1}"})
     response = connection.getresponse()
     begins = (response.getheader("Content-Range") or "").startswith(f"bytes {offset}-")
     length = int(response.getheader("Content-Length") or -1)
+    if etag is not None and (response.getheader("ETag") or "").strip('"') != etag.strip('"'):
+        return None
     if response.status != 206 or not begins or not 0 <= length <= len(buffer) or response.getheader("Content-Encoding"):
         return None
     done = 0

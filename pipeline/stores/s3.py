@@ -113,18 +113,30 @@ class S3Bucket:
             pieces = checked_pieces(source, sha256, PART_BYTES)
             obstore.put(self.store, self.prefix + key, pieces, chunk_size=PART_BYTES, max_concurrency=parts)
 
-    def read(self, key: str, offset: int, buffer: memoryview) -> int:
+    def read(self, key: str, offset: int, buffer: memoryview, token: str | None = None) -> int:
         """Read a part of an object: by a signed URL, or, where that fails, by the client."""
         if not buffer:
             return 0
         with self._explained("get", key):
             if not os.environ.get("AWS_SKIP_SIGNATURE"):
                 url = obstore.sign(self.store, "GET", self.prefix + key, SIGNED_FOR)
-                if (count := self.ranges.read(url, offset, buffer)) is not None:
+                if (count := self.ranges.read(url, offset, buffer, token)) is not None:
                     return count
-            piece = obstore.get_range(self.store, self.prefix + key, start=offset, length=len(buffer))
+            try:
+                piece = self._piece(key, offset, len(buffer), token)
+            except obstore.exceptions.PreconditionError as error:
+                fix = "run the same command again: it reads the new object from its start"
+                raise InputError(
+                    "object was replaced while it was read", where=f"{self.where}/{key}", fix=fix
+                ) from error
             buffer[: len(piece)] = memoryview(piece)
             return len(piece)
+
+    def _piece(self, key: str, offset: int, length: int, token: str | None) -> obstore.Bytes:
+        if token is None:
+            return obstore.get_range(self.store, self.prefix + key, start=offset, length=length)
+        options: obstore.GetOptions = {"range": (offset, offset + length), "if_match": self._etag(token)}
+        return obstore.get(self.store, self.prefix + key, options=options).bytes()
 
     def get(self, key: str) -> Object | None:
         """Return a small object and its ETag."""
@@ -144,7 +156,11 @@ class S3Bucket:
         """Write with `If-Match`, or with `If-None-Match: *` where the object must not exist."""
         if token is None:
             return self.create(key, data)
-        return self._conditional(key, data, {"e_tag": token.strip('"') if self.strip_quotes else token})
+        return self._conditional(key, data, {"e_tag": self._etag(token)})
+
+    def _etag(self, token: str) -> str:
+        """Return an ETag as this server compares it."""
+        return token.strip('"') if self.strip_quotes else token
 
     def list(self, prefix: str) -> Iterator[Listing]:
         """Yield the objects below a prefix, page by page."""

@@ -205,6 +205,16 @@ def test_s3_revision_changes_with_an_object(model: Model, s3: Bucket, tmp_path: 
     assert current_revision(source) != before
 
 
+def test_s3_object_that_is_replaced_while_it_is_read_is_refused(model: Model, s3: Bucket, tmp_path: Path) -> None:
+    """The shards had tensors of both versions."""
+    target = resolved("s3://bucket/models/m", tmp_path)
+    last = sorted(model.weights)[-1]
+    s3.objects[f"models/m/{last}"] = model.files[last][:-1] + b"x"
+    with pytest.raises(InputError, match="object was replaced while it was read") as caught:
+        written(target, tmp_path / "out")
+    assert caught.value.where == f"s3://bucket/models/m/{last}"
+
+
 def test_s3_prefix_without_a_model(s3: Bucket, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no config\.json"):
         resolved("s3://bucket/other", tmp_path)

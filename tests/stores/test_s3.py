@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.errors import HostError
+from pipeline.errors import HostError, InputError
 from pipeline.registry import releases as registry
 from pipeline.registry.publish import publish
 from pipeline.registry.pull import pull
@@ -109,3 +109,16 @@ def test_s3_collect_keeps_what_is_reached(tmp_path, made, s3_url, options):
     assert registry.collect(s3_url).blobs == 1
     assert registry.collect(s3_url).blobs == 0
     assert small.digests(pull(f"{s3_url}/small@latest", **options)) == small.digests(made)
+
+
+def test_s3_range_of_a_version_is_of_that_version(s3_url):
+    """Weights that stay in a bucket are read in many requests; between two of them somebody may replace the object."""
+    bucket = open_bucket(s3_url)
+    assert bucket.create("weights", b"first version")
+    (entry,) = bucket.list("")
+    buffer = memoryview(bytearray(5))
+    assert bucket.read("weights", 6, buffer, entry.token) == 5
+    assert bytes(buffer) == b"versi"
+    assert bucket.swap("weights", b"other version", bucket.get("weights").token)
+    with pytest.raises(InputError, match="object was replaced while it was read"):
+        bucket.read("weights", 6, buffer, entry.token)

@@ -41,6 +41,9 @@ def running() -> Iterator[Bucket]:
                 self.send_object(key, bucket.objects[key])
 
         def send_object(self, key: str, data: bytes) -> None:
+            if self.headers.get("If-Match", _etag(data)) != _etag(data):
+                self.answer(412, b"<Error><Code>PreconditionFailed</Code></Error>", {})
+                return
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             first, last = (int(asked[1]), min(int(asked[2]), len(data) - 1)) if asked else (0, len(data) - 1)
             headers = {"ETag": _etag(data), "Last-Modified": "Tue, 01 Sep 2026 00:00:00 GMT"}
