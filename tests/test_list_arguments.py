@@ -28,6 +28,7 @@ from pipeline.registry import publish, pull
 from pipeline.runtime.engine import Engine
 from pipeline.serve.requests import RequestSlots
 from pipeline.sources import checkpoint, pointers, tensors
+from pipeline.stages.took import BuildClock
 from pipeline.stores.hub import HubStore
 from pipeline.stores.objects import ObjectStore
 from pipeline.validate import lengths
@@ -47,6 +48,11 @@ BATCH: Any = SimpleNamespace(draft_length_policy=lambda: None)
 
 def generate(prompts: Any) -> object:
     return Engine(ENGINE_MANIFEST, UNUSED, UNUSED).generate(prompts, max_new_tokens=1)
+
+
+def expect(missing: Any) -> object:
+    clock = BuildClock.__new__(BuildClock)
+    return clock.expect(missing, 1)
 
 
 def distil(**values: Any) -> object:
@@ -82,6 +88,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "sources.tensors.layout(tensors)": lambda value: tensors.layout(value, {}),
     "stores.hub.HubStore.send(paths)": lambda value: HubStore.send(UNUSED, UNUSED, value, UNUSED),
     "stores.objects.ObjectStore.send(paths)": lambda value: ObjectStore.send(UNUSED, UNUSED, value, UNUSED),
+    "stages.took.BuildClock.expect(missing)": expect,
     "validate.gates.acceptance.acceptance_of(prompts)": lambda value: acceptance.acceptance_of(value, [], 1),
     "validate.lengths.token_counts(prompts)": lambda value: lengths.token_counts(value, {}),
 }

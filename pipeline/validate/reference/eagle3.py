@@ -53,7 +53,8 @@ class Eagle3Reference(Reference):
         """Run the target over the sequences whose taps are not known, then the head over each."""
         assert self._target.taps is not None
         states, key = self._target.taps.states, self._target.tapped
-        self._target.run_layers([s for s in sequences if any(key(kind, s) not in states for kind in self.kinds)])
+        if unknown := [s for s in sequences if any(key(kind, s) not in states for kind in self.kinds)]:
+            self._target.run_layers(unknown)
         for tokens in sequences:
             features = (torch.cat(states.pop(key(kind, tokens)), dim=-1) for kind in self.kinds)
             (high, keys), (low, keys_noise) = (

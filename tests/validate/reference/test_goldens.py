@@ -132,7 +132,7 @@ def test_a_head_reads_the_states_of_the_targets_own_run(sources, tmp_path, monke
     assert len(ran) == 1
     assert not taps.states
     alone = Goldens(head, target, "bfloat16", Cache(tmp_path / "b", "goldens"), no_log)
-    assert torch.equal(alone.of([SEQUENCE])[0].baseline.values, goldens[1].values)
+    assert torch.equal(alone.of([SEQUENCE])[0].baseline.values, goldens[1][0].baseline.values)
     assert len(ran) == 2
 
 
