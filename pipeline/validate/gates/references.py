@@ -48,7 +48,7 @@ def _reference(inputs: GateInputs, model: str, sequences: Sequences, taps: Taps)
     counts = Cached(computed=source.computed, cached=source.cached)
     if narrow is None:
         return ModelReference(by_name, counts, None)
-    plain = replace(source, narrow=None, target_narrow=None, taps=None, _known={})
+    plain = replace(source, narrow=None, target_narrow=None, _known={})
     whole = plain.of([sequence.tokens for sequence in sequences.prompts])
     return ModelReference(by_name, counts, rounding(goldens[: len(whole)], whole))
 

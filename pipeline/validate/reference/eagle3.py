@@ -56,7 +56,7 @@ class Eagle3Reference(Reference):
         if unknown := [s for s in sequences if any(key(kind, s) not in states for kind in self.kinds)]:
             self._target.run_layers(unknown)
         for tokens in sequences:
-            features = (torch.cat(states.pop(key(kind, tokens)), dim=-1) for kind in self.kinds)
+            features = (torch.cat(states[key(kind, tokens)], dim=-1) for kind in self.kinds)
             (high, keys), (low, keys_noise) = (
                 self._head_states(tokens, taps_TX, kind) for taps_TX, kind in zip(features, self.kinds, strict=True)
             )
