@@ -23,6 +23,12 @@ ATTENTION_TILE = 512
 """Keys for which a fused attention kernel holds scores at a time."""
 
 
+ESTIMATES = 1
+"""Version of the constants in this file: recorded times are compared with estimates of the same version only."""
+HEADERS_S = 12.0
+"""Time in which the first build on a machine precompiles headers."""
+
+
 @dataclass(frozen=True)
 class CompileCost:
     """Cost of compiling one graph, and its size: a fixed part and a part for each layer pass."""
@@ -48,9 +54,10 @@ class CompileCost:
 
 
 COMPILE_COSTS = {
-    # Measured on one core: 29 graphs of SmolLM2-135M, which share their subgraphs, 16 s and 0.45 MiB each; 80 layers
-    # beside 10 (benchmarks/compile_depth.py): 3 to 7 s, 0.09 MiB. Python and the C++ compiler: 0.8 GiB.
-    "inductor": CompileCost(15, 0.05, 800 * MIB, MIB // 4, 400 << 10, 1200),
+    # Measured two at a time on two cores with AVX2, without the 15 s in which the first graphs precompile headers: 29
+    # graphs of SmolLM2-135M, which share their subgraphs, 11 s and 0.4 MiB each; 7 graphs of 2 layers, 8 s and 0.3 MiB.
+    # Python and the C++ compiler: 0.8 GiB.
+    "inductor": CompileCost(7.5, 0.11, 800 * MIB, MIB // 4, 288 << 10, 3400),
     # Graphs of several ranks, and of a GPU, have no subgraphs. SmolLM2-135M, speculate with K=4, 42 passes: 92 s,
     # 1.25 GiB in two processes, 6.2 MB.
     "inductor, whole": CompileCost(15, 2.0, 1000 * MIB, 8 * MIB, MIB // 4, 140 << 10),
@@ -62,9 +69,10 @@ COMPILE_COSTS = {
 REFERENCE = "reference"
 """Stage of the gates that computes what they compare with; cached for the next build."""
 PROMPT_TOKENS = 100
-REFERENCE_S, GATES_S = 0.02, 0.03
-"""Seconds for each GFLOP of one pass over the scored tokens, two cores with AVX2."""
-SHARD_RATE, PACKAGE_RATE = 400e6, 1e9
+REFERENCE_S, GATES_S = 0.035, 0.085
+"""Seconds for each GFLOP of one pass over the scored tokens: 189 s and 330 s for SmolLM2-135M with an EAGLE-3 head, on
+two cores with AVX2."""
+SHARD_RATE, PACKAGE_RATE = 300e6, 1e9
 """Bytes per second."""
 GATES_BYTES = 1200 * MIB
 
@@ -124,11 +132,11 @@ class Work:
 def stage_seconds(pair: PairSpec, memory: Memory, work: Work) -> dict[str, float]:
     """Return the time of the stages beside compiling; the gates' without and with what is cached (`reference`)."""
     size_bytes = pair.models.tp * (memory.target_weights + memory.draft_weights)
-    seconds = {"sources": 4.0, "shard": size_bytes / SHARD_RATE, "package": 0.5 + size_bytes / PACKAGE_RATE}
+    seconds = {"sources": 4.0, "shard": 0.03 + size_bytes / SHARD_RATE, "package": 0.3 + size_bytes / PACKAGE_RATE}
     if not work.prompts:
         return seconds
     gflop = 2e-9 * work.tokens * sum(map(_parameters, (pair.target, pair.draft)))
-    return seconds | {REFERENCE: 1 + gflop * REFERENCE_S, "gates": 5 + gflop * GATES_S}
+    return seconds | {REFERENCE: 0.7 + gflop * REFERENCE_S, "gates": 0.6 + gflop * GATES_S}
 
 
 def gates_memory_bytes(memory: Memory, work: Work) -> int:

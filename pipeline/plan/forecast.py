@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipeline.errors import no_string
-from pipeline.plan.estimates import REFERENCE, Work, gates_memory_bytes, stage_seconds
-from pipeline.plan.history import CompiledGraph, PastBuild
+from pipeline.plan.estimates import ESTIMATES, HEADERS_S, REFERENCE, Work, gates_memory_bytes, stage_seconds
+from pipeline.plan.history import PastBuild
 from pipeline.plan.plan import Plan
 
 NEWEST = 5
 """Builds that count, of one graph or stage."""
-SIMILAR = 50
-"""Graphs of one phase that count for the ratio of recorded and estimated times."""
+LEAST_S = 2.0
+"""Time from which a stage's ratio counts: shorter ones are mostly constant."""
+ENOUGH, SIMILAR = 4, 50
+"""Least and most graphs of one phase that count for the ratio of recorded and estimated times; of fewer, all graphs do.
+The first graphs of a build take longer, because they precompile headers."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,22 @@ class StageTime:
 class Forecast:
     """What a build from nothing takes: its graphs by name, and its other stages in seconds.
 
-    `builds` is the number of recorded builds that it rests on; 0: constants only.
+    `builds` is the number of recorded builds that it rests on; 0: constants only. `headers_s` is the time before the
+    first graphs, for headers.
     """
 
     graphs: Mapping[str, GraphForecast]
     stages: Mapping[str, float]
     gates_memory_bytes: int
     builds: int
+    headers_s: float = 0.0
 
     def compile_s(self, workers: int, names: Iterable[str] | None = None) -> float:
         """Return the time to compile the graphs `names` (None: all)."""
         if names is not None:
             no_string(names, "names", "names")
-        return makespan([self.graphs[name].seconds for name in (self.graphs if names is None else names)], workers)
+        seconds = [self.graphs[name].seconds for name in (self.graphs if names is None else names)]
+        return makespan(seconds, workers) + (self.headers_s if seconds else 0.0)
 
     def total_s(self, workers: int) -> float:
         """Return the time of a whole build."""
@@ -87,10 +93,11 @@ def forecast(plan: Plan, work: Work, builds: Sequence[PastBuild]) -> Forecast:
     estimated = stage_seconds(plan.pair, plan.memory, work)
     gates_memory = _recent([build.gates_memory_bytes for build in same if build.gates_memory_bytes])
     return Forecast(
-        graphs=_graphs(plan, [graph for build in similar for graph in build.graphs]),
+        graphs=_graphs(plan, similar),
         stages={name: _stage_s(name, seconds, same, similar) for name, seconds in estimated.items()},
         gates_memory_bytes=round(gates_memory or gates_memory_bytes(plan.memory, work)),
         builds=len(similar),
+        headers_s=HEADERS_S if plan.cost_kind.startswith("inductor") and not similar else 0.0,
     )
 
 
@@ -129,12 +136,15 @@ def cluster(expected: Forecast, machines: int, price: float | None) -> list[Clus
     return result
 
 
-def _graphs(plan: Plan, compiled: Sequence[CompiledGraph]) -> dict[str, GraphForecast]:
+def _graphs(plan: Plan, builds: Sequence[PastBuild]) -> dict[str, GraphForecast]:
+    everything = [graph for build in builds for graph in build.graphs]
+    compiled = [graph for build in builds if build.estimates == ESTIMATES for graph in build.graphs]
     result = {}
     for spec in plan.graphs:
         digest = plan.graph_digest(spec)
-        before = [graph for graph in compiled if graph.graph == digest][:NEWEST]
-        alike = before or [graph for graph in compiled if graph.kind == spec.kind] or list(compiled)
+        before = [graph for graph in everything if graph.graph == digest][:NEWEST]
+        of_kind = [graph for graph in compiled if graph.kind == spec.kind]
+        alike = of_kind if len(of_kind) >= ENOUGH else compiled
         seconds = plan.compile_seconds(spec) * (_recent([g.seconds / g.estimated_s for g in alike], SIMILAR) or 1.0)
         result[spec.name] = GraphForecast(
             seconds=median(graph.seconds for graph in before) if before else seconds,
@@ -151,7 +161,7 @@ def _stage_s(name: str, estimated_s: float, same: Sequence[PastBuild], similar: 
     recorded = _recent([build.stages[name] for build in same if name in build.stages])
     if recorded is not None:
         return recorded
-    builds = [build for build in similar if build.stages.get(name) and build.estimated.get(name)]
+    builds = [build for build in similar if build.estimates == ESTIMATES and build.stages.get(name, 0.0) >= LEAST_S]
     return estimated_s * (_recent([build.stages[name] / build.estimated[name] for build in builds]) or 1.0)
 
 

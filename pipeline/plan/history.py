@@ -39,6 +39,7 @@ class PastBuild(Record):
     machine: str = Field(description="processor and cores")
     plan: str = Field(description="digest of what decides the work of the stages")
     cost: str = Field(description="kind of compiler, as in `COMPILE_COSTS`")
+    estimates: int = Field(description="version of the constants of `plan/estimates.py`")
     workers: int = Field(description="graphs compiled at a time")
     graphs: tuple[CompiledGraph, ...] = Field(description="the graphs that were compiled")
     stages: dict[str, float] = Field(description="seconds of each stage that ran")

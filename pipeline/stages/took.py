@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import HostError, no_string
-from pipeline.plan.estimates import REFERENCE, Work, stage_seconds
+from pipeline.plan.estimates import ESTIMATES, REFERENCE, Work, stage_seconds
 from pipeline.plan.forecast import Forecast, StageTime, forecast
 from pipeline.plan.history import CompiledGraph, History, PastBuild, machine
 from pipeline.plan.plan import Plan
@@ -95,6 +95,7 @@ class BuildClock:
             machine=machine(),
             plan=self._plan.digest(self.work),
             cost=self._plan.cost_kind,
+            estimates=ESTIMATES,
             workers=self._workers,
             graphs=tuple(_recorded(self._plan, graph) for graph in graphs if not graph.hit),
             stages={name: round(seconds, 3) for name, seconds in self._seconds.items() if name in estimated},

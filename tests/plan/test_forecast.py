@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.models.config import ModelConfig
-from pipeline.plan.estimates import Work
+from pipeline.plan.estimates import ESTIMATES, Work
 from pipeline.plan.forecast import cluster, forecast, makespan
 from pipeline.plan.history import CompiledGraph, History, PastBuild, machine
 from pipeline.plan.plan import Plan, make_plan
@@ -49,8 +49,8 @@ def built(plan: Plan, slower: float, **stages: float) -> PastBuild:
     )  # fmt: skip
     estimated = {"shard": 1.0, "gates": 10.0, "reference": 20.0}
     return PastBuild(
-        machine=machine(), plan=plan.digest(WORK), cost=plan.cost_kind, workers=2, graphs=graphs, stages=stages,
-        estimated=estimated,
+        machine=machine(), plan=plan.digest(WORK), cost=plan.cost_kind, estimates=ESTIMATES, workers=2, graphs=graphs,
+        stages=stages, estimated=estimated,
     )  # fmt: skip
 
 
@@ -67,9 +67,8 @@ def test_without_records_estimates_hold(plan):
     }
     assert not any(graph.recorded for graph in expected.graphs.values())
     assert expected.basis == "estimates: no build was recorded on this machine"
-    assert expected.total_s(1) == pytest.approx(
-        sum(plan.compile_seconds(s) for s in plan.graphs) + sum(expected.stages.values())
-    )
+    compile_s = HEADERS_S + sum(plan.compile_seconds(spec) for spec in plan.graphs)
+    assert expected.total_s(1) == pytest.approx(compile_s + sum(expected.stages.values()))
 
 
 def test_a_graph_takes_what_it_took(plan):
@@ -91,6 +90,15 @@ def test_a_build_corrects_the_estimates_of_other_plans(plan):
     plain = forecast(other(plan), WORK, [])
     assert expected.stages["gates"] == pytest.approx(3 * plain.stages["gates"])
     assert expected.stages["reference"] == pytest.approx(0.5 * plain.stages["reference"])
+
+
+def test_records_of_other_constants_correct_nothing(plan):
+    """Their estimates were others: what a graph itself took still counts."""
+    older = built(plan, 2.0, gates=30.0).model_copy(update={"estimates": ESTIMATES + 1})
+    expected, plain = forecast(other(plan), WORK, [older]), forecast(other(plan), WORK, [])
+    assert expected.graphs == plain.graphs
+    assert expected.stages == plain.stages
+    assert forecast(plan, WORK, [older]).graphs[plan.graphs[0].name].recorded
 
 
 def test_other_gates_are_another_plan(plan):
