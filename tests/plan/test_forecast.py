@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.models.config import ModelConfig
-from pipeline.plan.estimates import ESTIMATES, Work
+from pipeline.plan.estimates import ESTIMATES, HEADERS_S, Work
 from pipeline.plan.forecast import cluster, forecast, makespan
 from pipeline.plan.history import CompiledGraph, History, PastBuild, machine
 from pipeline.plan.plan import Plan, make_plan
