@@ -1,13 +1,12 @@
 """The library of a program: C++ that calls its subgraphs in order, linked with their object files into a `.pt2`.
 
 AOTInductor's loader opens the package like one of Inductor's own: the container that it calls is Inductor's text, and
-the model behind it is ours. A graph of 80 layers is 80 calls of one function.
+the model behind it is ours. A graph of 80 layers is 80 rows of a table, with one function.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.package import package_aoti
 from torch.utils import _pytree as pytree
 
-from pipeline.backends.inductor.program import Call, Program
+from pipeline.backends.inductor.program import Program
 from pipeline.backends.inductor.subgraph_objects import compiled, declaration
 
 HEADER = "torch/csrc/inductor/aoti_include/cpu.h"
@@ -28,6 +27,19 @@ SOURCE = """
 
 extern "C" {{
 {declarations}
+}}
+
+namespace {{
+
+struct Call {{
+    AOTITorchError (*run)(const AtenTensorHandle*, AtenTensorHandle*);
+    uint32_t inputs, outputs, freed;
+}};
+const Call calls[] = {{{calls}}};
+// Of each call: the values that it takes, then those that no later call takes.
+const uint32_t numbers[] = {{{numbers}}};
+const uint32_t returned[] = {{{returned}}};
+
 }}
 
 // Constants in the library: none.
@@ -56,16 +68,20 @@ void AOTInductorModel::_const_run_impl(std::vector<AtenTensorHandle>&, DeviceStr
 
 void AOTInductorModel::run_impl(
     AtenTensorHandle* input_handles, AtenTensorHandle* output_handles, DeviceStreamType, AOTIProxyExecutorHandle) {{
-    const auto inputs = steal_from_raw_handles_to_raii_handles(input_handles, {inputs});
     std::vector<RAIIAtenTensorHandle> values({values});
-    const auto input = [&](size_t n) {{ return inputs[n].get(); }};
-    const auto value = [&](size_t n) {{ return values[n].get(); }};
-    AtenTensorHandle results[{most}];
-    const auto keep = [&](size_t first, size_t count) {{
-        for (size_t n = 0; n < count; ++n) values[first + n] = RAIIAtenTensorHandle(results[n]);
-    }};
-{calls}
-{returned}
+    for (size_t n = 0; n < {inputs}; ++n) values[n] = RAIIAtenTensorHandle(input_handles[n]);
+    AtenTensorHandle given[{most_inputs}], results[{most_outputs}];
+    const uint32_t* number = numbers;
+    size_t made = {inputs};
+    for (const auto& call : calls) {{
+        for (size_t n = 0; n < call.inputs; ++n) given[n] = values[*number++].get();
+        {check}(call.run(given, results));
+        for (size_t n = 0; n < call.outputs; ++n) values[made++] = RAIIAtenTensorHandle(results[n]);
+        for (size_t n = 0; n < call.freed; ++n) values[*number++].reset();
+    }}
+    for (size_t n = 0; n < {outputs}; ++n) {{  // new handles, as a value may be returned twice
+        {check}(aoti_torch_new_tensor_handle(values[returned[n]].get(), &output_handles[n]));
+    }}
 }}
 
 }}
@@ -92,25 +108,27 @@ def package(program: Program, objects: tuple[Path, ...], folder: Path, out: Path
 
 
 def source(program: Program) -> str:
-    """Return the C++ of a program."""
+    """Return the C++ of a program: tables of its calls, and the loop that makes them."""
     last_uses = {number: index for index, call in enumerate(program.calls) for number in call.inputs}
     kept = set(program.outputs)
-    lines = []
+    calls, numbers = [], []
     for index, call in enumerate(program.calls):
-        freed = [n for n in call.inputs if n >= program.inputs and last_uses[n] == index and n not in kept]
-        lines += _lines(program, call, sorted(set(freed)))
+        ended = {n for n in call.inputs if n >= program.inputs and last_uses[n] == index and n not in kept}
+        calls.append(f"{{{call.subgraph}, {len(call.inputs)}, {len(call.outputs)}, {len(ended)}}}")
+        numbers += [*call.inputs, *sorted(ended)]
     used = {call.subgraph: program.subgraphs[call.subgraph] for call in program.calls}
-    count = program.inputs + sum(len(call.outputs) for call in program.calls)
-    returned = [_returned(program, place, number) for place, number in enumerate(program.outputs)]
     return SOURCE.format(
         header=HEADER,
+        check=CHECK,
         declarations="\n".join(f"{declaration(subgraph)};" for subgraph in used.values()),
+        calls=", ".join(calls),
+        numbers=", ".join(map(str, numbers)),
+        returned=", ".join(map(str, program.outputs)),
         inputs=program.inputs,
         outputs=len(program.outputs),
-        values=count - program.inputs,
-        most=max((len(call.outputs) for call in program.calls), default=0) + 1,
-        calls="\n".join(f"    {line}" for line in lines),
-        returned="\n".join(f"    {line}" for line in returned),
+        values=program.inputs + sum(len(call.outputs) for call in program.calls),
+        most_inputs=max((len(call.inputs) for call in program.calls), default=0) + 1,
+        most_outputs=max((len(call.outputs) for call in program.calls), default=0) + 1,
         in_spec=_spec(([torch.empty(0)] * program.inputs,), {}),
         out_spec=pytree.treespec_dumps(pytree.tree_structure((0,) * len(program.outputs))),
     )
@@ -119,22 +137,3 @@ def source(program: Program) -> str:
 def _spec(args: tuple[object, ...], kwargs: dict[str, object]) -> str:
     """Return the structure of arguments as AOTInductor stores it, for torch's own function that opens packages."""
     return pytree.treespec_dumps(pytree.tree_structure((args, kwargs)))
-
-
-def _lines(program: Program, call: Call, freed: Sequence[int]) -> list[str]:
-    """Return the C++ of one call."""
-    arguments = [_handle(program, number) for number in call.inputs]
-    arguments += [f"&results[{n}]" for n in range(len(call.outputs))]
-    lines = [f"{CHECK}({call.subgraph}({', '.join(arguments)}));"]
-    if call.outputs:
-        lines.append(f"keep({call.outputs[0] - program.inputs}, {len(call.outputs)});")
-    return lines + [f"values[{number - program.inputs}].reset();" for number in freed]
-
-
-def _handle(program: Program, number: int) -> str:
-    return f"input({number})" if number < program.inputs else f"value({number - program.inputs})"
-
-
-def _returned(program: Program, place: int, number: int) -> str:
-    """Return the C++ that hands a value over: a new handle, as a value may be returned twice."""
-    return f"{CHECK}(aoti_torch_new_tensor_handle({_handle(program, number)}, &output_handles[{place}]));"

@@ -53,7 +53,6 @@ struct Subgraph {{
 
 extern "C" __attribute__((visibility("hidden"))) {declaration} {{
     // Inductor's function takes its inputs over, and a caller keeps its own.
-    const AtenTensorHandle given[] = {{{given}nullptr}};
     AtenTensorHandle inputs[{count} + 1], outputs[{results} + 1];
     try {{
         for (size_t n = 0; n < {count}; ++n) {{
@@ -64,7 +63,7 @@ extern "C" __attribute__((visibility("hidden"))) {declaration} {{
         std::cerr << "Error: " << error.what() << '\\n';
         return AOTI_TORCH_FAILURE;
     }}
-    {returned}
+    for (size_t n = 0; n < {results}; ++n) results[n] = outputs[n];
     return AOTI_TORCH_SUCCESS;
 }}
 """
@@ -121,19 +120,15 @@ def source(subgraph: Subgraph, code: GeneratedCode) -> str:
         cached="\n".join(CACHED.findall(code.wrapper)),
         run=CHECKS.sub("", run[0].replace("AOTInductorModel::", "Subgraph::")),
         declaration=declaration(subgraph),
-        given="".join(f"t{index}, " for index in range(count)),
         count=count,
         results=results,
-        returned="\n    ".join(f"*r{index} = outputs[{index}];" for index in range(results)),
     )
     return text.replace(PREFIX, f"{subgraph.name}_")
 
 
 def declaration(subgraph: Subgraph) -> str:
     """Return the C declaration of a subgraph's function."""
-    arguments = [f"AtenTensorHandle t{index}" for index in range(len(subgraph.inputs))]
-    arguments += [f"AtenTensorHandle* r{index}" for index in range(subgraph.outputs)]
-    return f"AOTITorchError {subgraph.name}({', '.join(arguments)})"
+    return f"AOTITorchError {subgraph.name}(const AtenTensorHandle* given, AtenTensorHandle* results)"
 
 
 def object_file(subgraph: Subgraph, code: GeneratedCode, folder: Path) -> Path:

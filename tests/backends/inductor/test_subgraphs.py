@@ -150,11 +150,24 @@ def test_names_are_digests_of_what_a_subgraph_does():
 
 
 def test_driver_frees_values_after_their_last_use_and_keeps_results():
-    text = source(program(SPECS[4], pair_of("eagle3")))
-    calls = [line for line in text.splitlines() if line.strip().startswith("AOTI_TORCH_ERROR_CODE_CHECK(p")]
-    assert len(calls) == len(program(SPECS[4], pair_of("eagle3")).calls)
-    freed = [line.strip() for line in text.splitlines() if ".reset();" in line]
-    assert len(freed) == len(set(freed)) > 10
+    """Its tables, read as its loop reads them, are the calls of the program."""
+    traced = program(SPECS[4], pair_of("eagle3"))
+    text = source(traced)
+    rows = re.findall(r"\{(p[0-9a-f]+), (\d+), (\d+), (\d+)\}", text)
+    tables = {name: found.split(", ") for name, found in re.findall(r"uint32_t (\w+)\[\] = \{(.*)\};", text)}
+    numbers, made, freed = iter(map(int, tables["numbers"])), traced.inputs, set()
+    for call, (name, inputs, outputs, ended) in zip(traced.calls, rows, strict=True):
+        taken = [next(numbers) for _ in range(int(inputs))]
+        assert (name, taken) == (call.subgraph, list(call.inputs))
+        assert not freed & set(taken)
+        assert call.outputs == tuple(range(made, made + int(outputs)))
+        made += int(outputs)
+        freed |= {next(numbers) for _ in range(int(ended))}
+    assert list(numbers) == []
+    assert list(map(int, tables["returned"])) == list(traced.outputs)
+    assert not freed & set(traced.outputs)
+    used = {number for call in traced.calls for number in call.inputs}
+    assert freed == used - set(range(traced.inputs)) - set(traced.outputs)
 
 
 class Pass(NamedTuple):
