@@ -115,7 +115,7 @@ def ends(run: Run, log: Path, since: float) -> dict[str, list[str]]:
 
 
 def run_all(run: Run, out: Path, total_s: float) -> dict[str, Result]:
-    """Run every step, and write all results after each; end after the first if the machine lacks something."""
+    """Run every step, and write all results after each. Stop after the first step if it finds a requirement missing."""
     deadline = time.monotonic() + total_s - END_S
     steps: dict[str, Result] = {}
     report = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "arguments": run.arguments,
@@ -136,7 +136,7 @@ def run_all(run: Run, out: Path, total_s: float) -> dict[str, Result]:
 
 
 def check(machine: Result) -> None:
-    """End with one error if this machine lacks something."""
+    """List every missing requirement of this machine in one error."""
     if machine["status"] != "ok":
         raise SystemExit("\n".join(("the machine cannot be examined:", *machine["output"]["machine.log"])))
     if missing := machine["result"]["missing"]:

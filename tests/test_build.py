@@ -30,7 +30,7 @@ from pipeline.plan.plan import make_plan
 from pipeline.progress import duration, no_progress
 from pipeline.recipe import load
 from pipeline.sources.pair import resolve_pair
-from pipeline.stages.compile import Job, cached
+from pipeline.stages.compile import Compiled, Job, cached
 from pipeline.stages.shard import shard, shard_key
 from pipeline.stages.took import BuildClock, recorded, work_of
 from support import tiny_build as tiny
@@ -113,6 +113,17 @@ def test_build_is_recorded_for_the_next_plan(built):
     assert expected.basis == "estimates from 1 recorded build"
     assert all(graph.recorded for graph in expected.graphs.values())
     assert expected.stages["gates"] == first.stages["gates"]
+
+
+def test_times_of_a_cluster_are_not_those_of_this_machine(built, tmp_path):
+    request, _ = built
+    clock = BuildClock(replace(request, cache=tmp_path / "cache", executor="ray"))
+    pair = resolve_pair(request.recipe, base=request.base, cache=request.cache / "sources")
+    plan = make_plan(request.recipe, *(checkpoint.config for checkpoint in pair))
+    with recorded(clock, [Compiled(plan.graphs[0], "key", hit=False, seconds=9.0)]):
+        clock.plan(plan)
+        clock.expect([], 1)
+    assert [build.graphs for build in History(tmp_path / "cache").builds()] == [()]
 
 
 def test_a_record_that_cannot_be_written_fails_no_build(built, tmp_path):

@@ -156,7 +156,7 @@ def _graphs(plan: Plan, builds: Sequence[PastBuild]) -> dict[str, GraphForecast]
 
 
 def _stage_s(name: str, estimated_s: float, same: Sequence[PastBuild], similar: Sequence[PastBuild]) -> float:
-    if same and name == REFERENCE:
+    if name == REFERENCE and any(name in build.stages for build in same):
         return 0.0  # cached since
     recorded = _recent([build.stages[name] for build in same if name in build.stages])
     if recorded is not None:

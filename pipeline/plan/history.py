@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from pipeline.files.atomic import remove, write_atomic
+from pipeline.files.atomic import disk_errors, remove, write_atomic
 from pipeline.records import Record
 
 KEPT = 100
@@ -79,8 +79,9 @@ class History:
         """
         name = f"{int(time.time() * 1000):014}-{secrets.token_hex(4)}.json"
         write_atomic(self.folder / name, build.model_dump_json(indent=1).encode())
-        for path in self._files()[KEPT:]:
-            remove(path)
+        with disk_errors(self.folder):
+            for path in self._files()[KEPT:]:
+                remove(path)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.json"), reverse=True)

@@ -111,7 +111,7 @@ class LockedBuild:
         """Check that the output can be written, and clear its stamp.
 
         Raises:
-            ArtifactError: the output is something else than an artifact.
+            ArtifactError: the output exists and is not an artifact.
             HostError: it cannot be written.
 
         """

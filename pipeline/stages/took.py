@@ -14,7 +14,7 @@ from pipeline.plan.history import CompiledGraph, History, PastBuild, machine
 from pipeline.plan.plan import Plan
 from pipeline.progress import duration
 from pipeline.stages.compile import Compiled
-from pipeline.stages.settings import BuildSettings
+from pipeline.stages.settings import LOCAL, BuildSettings
 from pipeline.stages.workers import peak_bytes
 from pipeline.validate.prompts import load_prompts, prompts_path
 from pipeline.validate.report.schema import Report
@@ -91,13 +91,14 @@ class BuildClock:
     def record(self, graphs: Sequence[Compiled]) -> None:
         """Store the stages that ended for the next plan; a failure is logged."""
         estimated = stage_seconds(self._plan.pair, self._plan.memory, self.work)
+        here = self._settings.executor == LOCAL  # times of other machines say nothing of this one
         build = PastBuild(
             machine=machine(),
             plan=self._plan.digest(self.work),
             cost=self._plan.cost_kind,
             estimates=ESTIMATES,
             workers=self._workers,
-            graphs=tuple(_recorded(self._plan, graph) for graph in graphs if not graph.hit),
+            graphs=tuple(_recorded(self._plan, graph) for graph in graphs if not graph.hit and here),
             stages={name: round(seconds, 3) for name, seconds in self._seconds.items() if name in estimated},
             estimated={name: round(seconds, 3) for name, seconds in estimated.items()},
             gates_memory_bytes=peak_bytes() if GATES in self._seconds else 0,

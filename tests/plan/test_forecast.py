@@ -81,6 +81,11 @@ def test_a_graph_takes_what_it_took(plan):
     assert (expected.graphs_bytes, expected.basis) == (9 * len(plan.graphs), "estimates from 3 recorded builds")
 
 
+def test_references_of_a_build_that_ended_before_its_gates_are_not_cached(plan):
+    expected = forecast(plan, WORK, [built(plan, 1.0)])
+    assert expected.stages["reference"] == forecast(plan, WORK, []).stages["reference"]
+
+
 def test_a_build_corrects_the_estimates_of_other_plans(plan):
     """A processor that is twice as slow is so for every model."""
     expected = forecast(other(plan), WORK, [built(plan, 2.0, gates=30.0, reference=10.0)])

@@ -112,7 +112,7 @@ def test_s3_collect_keeps_what_is_reached(tmp_path, made, s3_url, options):
 
 
 def test_s3_range_of_a_version_is_of_that_version(s3_url):
-    """Weights that stay in a bucket are read in many requests; between two of them somebody may replace the object."""
+    """Weights that stay in a bucket are read by many requests. An object may be replaced between two requests."""
     bucket = open_bucket(s3_url)
     assert bucket.create("weights", b"first version")
     (entry,) = bucket.list("")

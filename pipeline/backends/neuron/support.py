@@ -115,7 +115,7 @@ def device() -> Device | None:
     """Return the devices of this host; None without devices or without `neuron-ls`.
 
     Raises:
-        HostError: `neuron-ls` prints something else than its documents say.
+        HostError: the output of `neuron-ls` does not have the documented form.
 
     """
     tool = shutil.which("neuron-ls") or shutil.which("neuron-ls", path="/opt/aws/neuron/bin")

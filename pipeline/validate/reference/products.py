@@ -32,7 +32,7 @@ class WideProducts(TorchFunctionMode):
     ) -> Any:
         """Compute a product in float32 and round it; leave everything else as it is."""
         options: Mapping[str, Any] = kwargs or {}
-        if func in PRODUCTS and args[0].dtype in self.dtypes and args[0].device.type == "cpu":
+        if func in PRODUCTS and args and args[0].dtype in self.dtypes and args[0].device.type == "cpu":
             return func(*map(_wide, args), **{n: _wide(value) for n, value in options.items()}).to(args[0].dtype)
         return func(*args, **options)
 
