@@ -36,12 +36,13 @@ def main(seeds: int) -> None:
                     f"worst ratio {ratios[0]:.2f} to {ratios[-1]:.2f}",
                     flush=True,
                 )
-        for fault in (None, *planted.ACCEPTANCE):
-            runs = [
-                gates_of(work, recipe_of("llama", 10 + s, "float32", SAMPLED, (2,)), fault, s) for s in range(seeds)
-            ]
-            caught = sum(bool(run.findings["distribution"]) for run in runs)
-            print(f"sampling  {fault.__name__ if fault else 'clean':<24} caught {caught} of {seeds}", flush=True)
+        for dtype in ("float32", "bfloat16"):
+            for fault in (None, *planted.ACCEPTANCE, *planted.SAMPLING):
+                recipes = [recipe_of("llama", 10 + s, dtype, SAMPLED, (2,)) for s in range(seeds)]
+                runs = [gates_of(work, recipe, fault, s) for s, recipe in enumerate(recipes)]
+                caught = sum(bool(run.findings["distribution"]) for run in runs)
+                name = fault.__name__ if fault else "clean"
+                print(f"{dtype:<9} sampling  {name:<32} caught {caught} of {seeds}", flush=True)
 
 
 def _worst(run: GateRun) -> float:

@@ -12,6 +12,7 @@ from pipeline.artifact.reports import add_reports
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import Cache, default_root
 from pipeline.errors import GateError
+from pipeline.graphs.arguments import GREEDY
 from pipeline.progress import Log, Progress, duration, no_progress, stage, working
 from pipeline.recipe import Recipe
 from pipeline.recipe import load as load_recipe
@@ -21,6 +22,7 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
 from pipeline.validate.gates.answers import ScoredSequence
 from pipeline.validate.gates.inputs import GateInputs
+from pipeline.validate.gates.judge import words
 from pipeline.validate.gates.run import GateRun, run_gates
 from pipeline.validate.prompts import load_prompts, prompts_path
 from pipeline.validate.report import page, summaries
@@ -104,8 +106,7 @@ def _settings(gates: GateRun) -> tuple[str, ...]:
     greedy = f"temperature 0, at most {gates.inputs.recipe.validate_.max_new_tokens} new tokens"
     if gates.distribution is None:
         return (greedy,)
-    of = gates.distribution.section
-    return greedy, f"temperature {of.temperature:g}, top_k {of.top_k}, top_p {of.top_p:g}"
+    return greedy, *(setting for setting in gates.distribution.section.settings if setting != words(GREEDY))
 
 
 def _sequence(engine: Engine, sequence: ScoredSequence) -> TokenSequence:

@@ -162,9 +162,68 @@ def _acceptance(change: Callable[[torch.Tensor, int], torch.Tensor]):
     return around
 
 
+def top_k_off_keeps_one_token(ranks: EagerRanks, seed: int) -> None:
+    """`top_k` 0, every client's default, keeps one token instead of all."""
+    ranks.around = _sampling(lambda s: replace(s, top_k_B=torch.where(s.top_k_B > 0, s.top_k_B, 1)))
+
+
+def top_p_of_one_keeps_one_token(ranks: EagerRanks, seed: int) -> None:
+    """`top_p` 1 is read as 0."""
+    ranks.around = _sampling(lambda s: replace(s, top_p_B=torch.where(s.top_p_B >= 1, 0.0, s.top_p_B)))
+
+
+def settings_of_another_row(ranks: EagerRanks, seed: int) -> None:
+    """Every row samples with the settings of the row before it."""
+    ranks.around = _sampling(
+        lambda s: type(s)(s.temperature_B.roll(1), s.top_k_B.roll(1), s.top_p_B.roll(1)), batched=True
+    )
+
+
+def greedy_first_token(ranks: EagerRanks, seed: int) -> None:
+    """Prefill graphs ignore the temperature."""
+    ranks.around = _sampling(lambda s: replace(s, temperature_B=torch.zeros_like(s.temperature_B)), ("prefill",))
+
+
+def one_temperature(ranks: EagerRanks, seed: int) -> None:
+    """Every sampled row has temperature 1.3."""
+    ranks.around = _sampling(lambda s: replace(s, temperature_B=torch.where(s.temperature_B > 0, 1.3, 0.0)))
+
+
+def _sampling(change, phases: tuple[str, ...] = ("prefill", "decode", "speculate"), batched: bool = False):
+    original = model.candidates
+
+    @contextmanager
+    def around(spec, state) -> Iterator[None]:
+        if spec.phase in phases and (spec.batch > 1 or not batched):
+            model.candidates = lambda logits, sampling, *rest: original(logits, change(sampling), *rest)
+        try:
+            yield
+        finally:
+            model.candidates = original
+
+    return around
+
+
+def random_numbers_of_the_first_row(ranks: EagerRanks, seed: int) -> None:
+    """Every row draws with the random numbers of row 0."""
+    run = ranks.run
+
+    def shared(spec, arguments):
+        if "uniforms" in arguments:
+            uniforms = arguments["uniforms"]
+            arguments = arguments | {"uniforms": uniforms[:1].expand_as(uniforms).clone()}
+        return run(spec, arguments)
+
+    ranks.run = shared
+
+
 NUMERIC: tuple[Plant, ...] = (
     perturbed_layer, wrong_rope_base, swapped_query_heads, swapped_key_heads, mask_sees_one_more,
     mask_misses_the_oldest, stale_row, shifted_shard, shifted_vocabulary,
 )  # fmt: skip
 FLOAT32_ONLY: tuple[Plant, ...] = (bfloat16_weights, bfloat16_caches)
 ACCEPTANCE: tuple[Plant, ...] = (always_accepted, seldom_accepted)
+SAMPLING: tuple[Plant, ...] = (
+    top_k_off_keeps_one_token, top_p_of_one_keeps_one_token, settings_of_another_row, greedy_first_token,
+    one_temperature, random_numbers_of_the_first_row,
+)  # fmt: skip

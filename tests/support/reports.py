@@ -18,14 +18,19 @@ from support.eager import make_engine
 PROMPTS = ["The quick brown fox", "def add(first,", "What is the capital", "Once upon a time there", "In the morning"]
 
 
-def recipe_of(family: str, seed: int, dtype: str, sampling=("greedy",), layers=(0,), **validate) -> Recipe:
+WIDE = {"batch": (1, 2), "prefill": (16, 32), "kv": (32, 48)}
+SMALL = {"batch": (2,), "prefill": (16,), "kv": (32,)}
+"""Shapes for faults that show in every graph."""
+
+
+def recipe_of(family: str, seed: int, dtype: str, sampling=("greedy",), layers=(0,), shapes=WIDE, **validate) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "planted",
             "target": {"source": f"pico://{family}?seed={seed}", "dtype": dtype},
             "draft": {"derive": {"from": "target", "layers": layers}},
             "speculation": {"draft_tokens": (2,), "sampling": sampling},
-            "shapes": {"batch": (1, 2), "prefill": (16, 32), "kv": (32, 48)},
+            "shapes": shapes,
             "validate": {"max_new_tokens": 10, "gates": {"tokens_per_step": 1.0}, **validate},
         }
     )

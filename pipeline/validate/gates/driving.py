@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.graphs.arguments import GREEDY, NO_DRAW, Choice, Draw, StepRow, step_arguments
+from pipeline.graphs.arguments import GREEDY, Choice, Draw, StepRow, step_arguments
 from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.lookup import Lookup
 from pipeline.validate.gates.scoring import run_score
+
+UNUSED = 0.9
+"""A random number that a greedy row must not use."""
 
 
 @dataclass
@@ -30,14 +33,6 @@ class Row:
         return self.tokens[self.start :]
 
 
-@dataclass(frozen=True)
-class Draws:
-    """How stochastic graphs draw: the choice of all rows, and where random numbers come from."""
-
-    choice: Choice
-    generator: torch.Generator
-
-
 def fill(engine: Engine, kv: int, sequences: Sequence[list[int]]) -> None:
     """Put sequences into the caches of both models, a row each, through the `score` graphs of a bucket."""
     for model in ("target", "draft"):
@@ -46,26 +41,38 @@ def fill(engine: Engine, kv: int, sequences: Sequence[list[int]]) -> None:
 
 
 def drive(engine: Engine, spec: GraphSpec, plain: GraphSpec, starts: Sequence[Row]) -> list[Row]:
-    """Run one graph greedily from `starts` until every row is full.
-
-    `plain` is a decode graph of the same batch: it reads the token before the last one again, so that the draft has
-    the preceding state.
-    """
+    """Run one graph greedily from `starts` until every row is full. `plain` is a decode graph of the same batch."""
     rows = [Row(list(row.tokens), len(row.tokens)) for row in starts]
     usable = min(spec.kv, engine.length)
-    step(engine, plain, [Row(row.tokens[:-1]) for row in rows], [True] * len(rows))
+    rewind(engine, plain, rows)
     while any(active := [len(row.tokens) - 1 < usable for row in rows]):
         for row, new in zip(rows, step(engine, spec, rows, active), strict=True):
             row.tokens.extend(new)
     return rows
 
 
+def rewind(engine: Engine, plain: GraphSpec, rows: Sequence[Row]) -> None:
+    """Bring the draft to the state before the last token of rows, by a decode graph that reads the token before it.
+
+    Twice: a head writes its keys one position late, from the features that the step before left. After the second
+    step they are the same whatever ran earlier.
+    """
+    for _ in range(2):
+        step(engine, plain, [Row(row.tokens[:-1]) for row in rows], [True] * len(rows))
+
+
+def random_draws(spec: GraphSpec, choices: Sequence[Choice], generator: torch.Generator) -> list[Draw]:
+    """Return how rows sample: their choices, with new random numbers."""
+    uniforms = torch.rand(len(choices), spec.draws, generator=generator)
+    return [Draw(choice, of_row) for choice, of_row in zip(choices, uniforms, strict=True)]
+
+
 def step(
-    engine: Engine, spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Draws | None = None
+    engine: Engine, spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Sequence[Draw] = ()
 ) -> list[list[int]]:
     """Run a decode or speculate graph once; new tokens of each row, none for those that are not active.
 
-    Greedy without `draws`.
+    `draws` are how each row samples; greedy without them.
     """
     outputs = engine.ranks.run(spec, step_arguments(spec, dict(_step_rows(spec, rows, active, draws))))
     if spec.phase == "decode":
@@ -74,18 +81,16 @@ def step(
 
 
 def _step_rows(
-    spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Draws | None
+    spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Sequence[Draw]
 ) -> Iterator[tuple[int, StepRow]]:
     """Yield the rows that are active, by slot."""
-    draws = draws or Draws(GREEDY, torch.Generator().manual_seed(0))
-    uniforms = torch.rand(len(rows), spec.draws, generator=draws.generator) if spec.sampling == "stochastic" else None
     for slot, (row, on) in enumerate(zip(rows, active, strict=True)):
         if on:
-            draw = NO_DRAW if uniforms is None else Draw(draws.choice, uniforms[slot])
-            yield slot, StepRow(row.tokens[-1], len(row.tokens) - 1, draw, _copies(row.tokens, spec.draft_tokens))
+            draw = draws[slot] if draws else Draw(GREEDY, torch.full((spec.draws,), UNUSED))
+            yield slot, StepRow(row.tokens[-1], len(row.tokens) - 1, draw, copies_of(row.tokens, spec.draft_tokens))
 
 
-def _copies(tokens: list[int], steps: int) -> list[int]:
+def copies_of(tokens: list[int], steps: int) -> list[int]:
     """Return copied drafts, correct and wrong, in turn for a whole step, its first half, or none."""
     most = (0, (steps + 1) // 2, steps)[len(tokens) % 3]
     return Lookup().find(tokens, 1, most) or tokens[:most]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pipeline.validate.gates.judge import SETTINGS, words
 from pipeline.validate.report.schema import ExactTest
 
 FALSE_ALARM = 1e-4
@@ -23,37 +24,53 @@ LEAST = 25
 
 @dataclass
 class Drawn:
-    """Sampled tokens of one graph with the target's ranks in [0, 1], and the samples with q > p (`liked`)."""
+    """Sampled tokens of one graph with the target's ranks in [0, 1], and the samples with q > p (`liked`).
+
+    `tokens` counts all of them; the lists leave out those that had no alternative.
+    """
 
     graph: str
+    tokens: int = 0
     index: list[int] = field(default_factory=list)
     """Index of each token in its step."""
+    settings: list[int] = field(default_factory=list)
+    """Index of each token's settings in `judge.SETTINGS`."""
     ranks: list[float] = field(default_factory=list)
     liked: list[bool] = field(default_factory=list)
     """Whether q > p: the draft gives the token a higher probability than the target."""
     chance: list[float] = field(default_factory=list)
     """The target's probability of all tokens with q > p."""
-    excluded: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    """Findings that no chance explains."""
     borders: int = 0
     """Number of tokens outside top-k or top-p."""
 
+    def add(self, other: Drawn, setting: int | None = None) -> None:
+        """Add the tokens of another graph, all or those of one setting."""
+        chosen = [at for at, of in enumerate(other.settings) if setting in (None, of)]
+        for name in ("index", "settings", "ranks", "liked", "chance"):
+            values = getattr(other, name)
+            getattr(self, name).extend(values[at] for at in chosen)
+
 
 def exact_tests(drawn: Sequence[Drawn]) -> tuple[list[ExactTest], float]:
-    """Return all tests, and the p-value under which one of them fails."""
-    speculative = [of for of in drawn if max(of.index, default=0) > 0]
-    groups = [*drawn, *([_together(speculative)] if len(speculative) > 1 else [])]
+    """Return all tests, and the p-value under which one of them fails.
+
+    Groups of several graphs detect smaller deviations: all speculate graphs, all prefill graphs, and each setting.
+    """
+    speculate = [of for of in drawn if max(of.index, default=0) > 0]
+    prefill = [of for of in drawn if of.graph.startswith("prefill")]
+    groups = [*drawn, _together("all speculate graphs", speculate), _together("all prefill graphs", prefill)]
+    groups += [_together(words(choice), drawn, number) for number, choice in enumerate(SETTINGS)]
     share = FALSE_ALARM / (4 * max(len(groups), 1))
     return [test for group in groups for test in _tests(group, share)], share
 
 
-def _together(drawn: Sequence[Drawn]) -> Drawn:
-    """Join the tokens of several graphs, to detect smaller deviations than in one graph."""
-    whole = Drawn("all speculate graphs")
+def _together(name: str, drawn: Sequence[Drawn], setting: int | None = None) -> Drawn:
+    """Return the tokens of several graphs as one group."""
+    whole = Drawn(name)
     for of in drawn:
-        whole.index += of.index
-        whole.ranks += of.ranks
-        whole.liked += of.liked
-        whole.chance += of.chance
+        whole.add(of, setting)
     return whole
 
 
@@ -67,6 +84,8 @@ def _tests(drawn: Drawn, share: float) -> Iterator[ExactTest]:
         p_value = chi_square_uniform(torch.tensor(drawn.ranks, dtype=torch.float64)[chosen])
         yield ExactTest(graph=drawn.graph, test=f"rank, {name}", tokens=size, p_value=p_value, shift=None)
         chance = torch.tensor(drawn.chance, dtype=torch.float64)[chosen]
+        if not chance.any():  # no draft took part
+            continue
         p_value = poisson_binomial_p(int(torch.tensor(drawn.liked)[chosen].sum()), chance)
         shift = detectable_shift(chance, share)
         yield ExactTest(graph=drawn.graph, test=f"draft, {name}", tokens=size, p_value=p_value, shift=shift)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pipeline.validate.gates.acceptance import AcceptanceSection, acceptance, acceptance_of
 from pipeline.validate.gates.answers import Answers, Sequences, answer_prompts, sequences_of
 from pipeline.validate.gates.choices import CheckedChoices, answer_choices, check_choices, prefill_choices
-from pipeline.validate.gates.distribution import distribution, draw_bucket
+from pipeline.validate.gates.distribution import distribution, draw_bucket, draw_prefill
 from pipeline.validate.gates.driving import fill
 from pipeline.validate.gates.exact_tests import Drawn
 from pipeline.validate.gates.inputs import MODELS, GateInputs, StageClock
@@ -79,6 +79,10 @@ def run_gates(inputs: GateInputs) -> GateRun:
         references = compute_references(inputs, sequences)
     measured = measure_buckets(inputs, answers, sequences, references, clock)
     choices = _choices(inputs, sequences, references, measured, clock)
+    drawn = measured.drawn
+    if inputs.is_sampled:
+        with clock.stage("distribution", ", prefill graphs"):
+            drawn += tuple(draw_prefill(inputs, sequences.probe_tokens, measured.tie))
     by_k = [acceptance_of(inputs.prompts, of, steps) for steps, of in answers.speculative.items()]
     with clock.stage("speed"):
         speed = measure_speed(inputs, answers, by_k[0])
@@ -92,7 +96,7 @@ def run_gates(inputs: GateInputs) -> GateRun:
         references,
         parity=parity(measured.scores, roundings, choices, numbers, limits.near_tie_rate),
         losslessness=losslessness(measured.compared, measured.tie, limits.near_tie_rate),
-        distribution=distribution(measured.drawn) if inputs.is_sampled else None,
+        distribution=distribution(drawn) if inputs.is_sampled else None,
         acceptance=acceptance(by_k, speed, limits.tokens_per_step),
         seconds=clock.seconds,
     )

@@ -157,7 +157,7 @@ class Losslessness(Record):
 class ExactTest(Record):
     """One test of a stochastic graph."""
 
-    graph: str = Field(description="name of the graph")
+    graph: str = Field(description="name of the graph, or of several together")
     test: str = Field(description="name of the test")
     tokens: int = Field(description="number of sampled tokens")
     p_value: Number = Field(description="p-value of the test")
@@ -168,10 +168,8 @@ class Distribution(Record):
     """Gate 2, stochastic: speculation samples from the distribution of plain decode."""
 
     false_alarm_rate: float = Field(description="probability that a correct artifact fails the gate")
-    temperature: float = Field(description="temperature of the tests")
-    top_k: int = Field(description="top-k of the tests")
-    top_p: float = Field(description="top-p of the tests")
-    tests: tuple[ExactTest, ...] = Field(description="tests by graph")
+    settings: tuple[str, ...] = Field(description="sampling settings of the tests; rows of a batch have different ones")
+    tests: tuple[ExactTest, ...] = Field(description="tests by graph, by kind of graph, and by settings")
 
 
 class OfClass(Record):
@@ -285,7 +283,7 @@ class Provenance(Record):
 class Report(Record):
     """The numerical parity report of one artifact: `reports/parity.json`."""
 
-    format: Literal["tandem-parity-1"] = Field(default="tandem-parity-1", description="name and version of this format")
+    format: Literal["tandem-parity-2"] = Field(default="tandem-parity-2", description="name and version of this format")
     name: str = Field(description="name of the artifact")
     version: str = Field(description="version of the artifact")
     passed: bool = Field(description="whether every gate passed")

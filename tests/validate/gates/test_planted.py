@@ -6,7 +6,7 @@ Rates over many seeds: `benchmarks/fault_rates.py`.
 import pytest
 
 from support import planted
-from support.reports import gates_of, recipe_of
+from support.reports import SMALL, gates_of, recipe_of
 
 SAMPLED = ("greedy", "stochastic")
 UNLIKE = (2,)
@@ -42,14 +42,24 @@ def test_clean_pair_passes(work, family, dtype):
     assert run.passed, run.findings
 
 
-def test_clean_sampling_passes(work):
-    run = gates_of(work, recipe_of("llama", 3, "float32", SAMPLED, UNLIKE))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_clean_sampling_passes(work, dtype):
+    run = gates_of(work, recipe_of("llama", 3, dtype, SAMPLED, UNLIKE))
     assert run.passed, run.findings
 
 
 @pytest.mark.parametrize("fault", planted.ACCEPTANCE, ids=lambda f: f.__name__)
 def test_wrong_acceptance_is_caught_by_the_distribution_alone(work, fault):
-    run = gates_of(work, recipe_of("llama", 3, "float32", SAMPLED, UNLIKE), fault, 3)
+    run = gates_of(work, recipe_of("llama", 3, "float32", SAMPLED, UNLIKE, SMALL), fault, 3)
+    assert run.findings["distribution"]
+    assert not run.findings["parity"]
+    assert not run.findings["losslessness"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", planted.SAMPLING, ids=lambda f: f.__name__)
+def test_wrong_sampling_is_caught_by_the_distribution_alone(work, fault, dtype):
+    run = gates_of(work, recipe_of("llama", 3, dtype, SAMPLED, UNLIKE, SMALL), fault, 3)
     assert run.findings["distribution"]
     assert not run.findings["parity"]
     assert not run.findings["losslessness"]
