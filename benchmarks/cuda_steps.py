@@ -187,7 +187,7 @@ def arguments(spec: GraphSpec, rows: int) -> dict[str, torch.Tensor]:
         step_arguments,
     )
 
-    draw = Draw(Choice(0.8, 20, 0.9), torch.full((spec.draws,), 0.4))
+    draw = Draw(Choice(0.8, 20, 0.9), seed=4)
     if spec.phase == "prefill":
         return prefill_arguments(spec, [PromptRow([5, 9, 3], 0, draw)], rows)
     if spec.phase == "score":

@@ -2,7 +2,7 @@
 
 Rows are keyed by slot; a slot without a row runs as an inactive row, which changes no state.
 
-Shapes: B rows of the graph's bucket, T tokens, K draft tokens, U random numbers per row (`GraphSpec.draws`).
+Shapes: B rows of the graph's bucket, T tokens, K draft tokens.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ GREEDY = Choice()
 
 @dataclass(frozen=True)
 class Draw:
-    """How a row samples at one call: its choice, and uniforms float32 [U], zeros if not given."""
+    """How a row samples: its choice, and a seed below 2**64, which with a position decides the token there."""
 
     choice: Choice = GREEDY
-    uniforms: Tensor | None = None
+    seed: int = 0
 
 
 NO_DRAW = Draw()
@@ -119,20 +119,23 @@ def score_arguments(spec: GraphSpec, rows: Mapping[int, ScoreRow], scratch: int)
 
 
 def _sampling(spec: GraphSpec, draws: Mapping[int, Draw]) -> Arguments:
-    """Return temperature, top_p float32 [B], top_k int32 [B], uniforms float32 [B, U]; nothing for a greedy graph."""
+    """Return temperature, top_p float32 [B], top_k int32 [B], seed int32 [B, 2]; nothing for a greedy graph."""
     if spec.sampling == "greedy":
         return {}
-    choices = [draws[slot].choice if slot in draws else GREEDY for slot in range(spec.batch)]
-    uniforms = torch.zeros(spec.batch, spec.draws)
-    for slot, draw in draws.items():
-        if draw.uniforms is not None:
-            uniforms[slot] = draw.uniforms
+    rows = [draws.get(slot, NO_DRAW) for slot in range(spec.batch)]
+    choices = [row.choice for row in rows]
     return {
         "temperature": torch.tensor([choice.temperature for choice in choices]),
         "top_k": _int32([choice.top_k for choice in choices]),
         "top_p": torch.tensor([choice.top_p for choice in choices]),
-        "uniforms": uniforms,
+        "seed": torch.tensor([_words(row.seed) for row in rows], dtype=torch.int32),
     }
+
+
+def _words(seed: int) -> tuple[int, int]:
+    """Return a seed as two int32 words, the lower one first."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
 def _int32(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:

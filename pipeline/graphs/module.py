@@ -83,5 +83,5 @@ def _choose(spec: GraphSpec, pair: PairSpec, tensors: dict[str, Tensor]) -> Choo
     copied = tensors.get("copied")
     if spec.sampling == "greedy":
         return Choose(copied=copied)
-    sampling = Sampling(tensors["temperature"], tensors["top_k"], tensors["top_p"])
-    return Choose(sampling, tensors["uniforms"], pair.candidates, copied)
+    sampling = Sampling(tensors["temperature"], tensors["top_k"], tensors["top_p"], tensors["seed"])
+    return Choose(sampling, pair.candidates, copied)

@@ -139,7 +139,7 @@ def _arguments(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
         TensorSpec("temperature", (b,), "float32"),
         TensorSpec("top_k", (b,), "int32"),
         TensorSpec("top_p", (b,), "float32"),
-        TensorSpec("uniforms", (b, spec.draws), "float32"),
+        TensorSpec("seed", (b, 2), "int32"),
     )
 
 

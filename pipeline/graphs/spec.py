@@ -54,11 +54,6 @@ class GraphSpec:
         """Phase and sampling: graphs of one kind differ in their shapes."""
         return f"{self.phase} {self.sampling}"
 
-    @property
-    def draws(self) -> int:
-        """Random numbers per row: one token, or K drafts, K acceptances and a last token."""
-        return 2 * self.draft_tokens + 1 if self.phase == "speculate" else 1
-
 
 @dataclass(frozen=True)
 class ModelsSpec:

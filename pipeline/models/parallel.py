@@ -90,6 +90,8 @@ class Seams:
     """Plain layout, one rank, caches written in place. Subclasses override what their backend does differently."""
 
     tp = 1
+    sample_all: Callable[..., Tensor] | None = None
+    """An operator in place of `speculation.sampling.sample_all`."""
 
     def once(self, function: Callable[[*Args], R], *args: *Args) -> R:
         """Call a function that a graph calls often: a backend may compile it once for all calls of the same shapes.

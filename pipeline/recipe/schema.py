@@ -169,7 +169,9 @@ class Speculation(Record):
         default=("greedy",), description="graphs to build: greedy (argmax), stochastic (temperature, top-k, top-p)"
     )
     candidates: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="tokens that a stochastic graph keeps before sampling; default: all"
+        default=None,
+        description="tokens that a stochastic graph keeps before sampling, for backends that cannot keep all: what is "
+        "left out is never sampled, and the parity report states its mass; default: all",
     )
     lookup: Annotated[int, Field(ge=1)] | None = Field(
         default=None,

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks
 from pipeline.errors import InputError
@@ -36,12 +34,13 @@ TOP_K = 2**31 - 1
 class Row:
     """A request in a cache row. `tokens` is prompt and output; all but the last are in the target's cache.
 
-    `drafted` and `copied` are the acceptances of the draft's own tokens and of those that prompt lookup proposed.
+    A sampled token depends on `seed`, its position and the tokens before it alone. `drafted` and `copied` are the
+    acceptances of the draft's own tokens and of those that prompt lookup proposed.
     """
 
     tokens: list[int]
     prompt: int
-    generator: torch.Generator
+    seed: int
     choice: Choice
     in_draft: int = 0
     drafted: Acceptance = field(default_factory=Acceptance)
@@ -83,6 +82,10 @@ def check_choice(manifest: PairManifest, choice: Choice) -> None:
     for name, (fits, range_) in accepted.items():
         if not fits:
             raise InputError(f"found {getattr(choice, name)}", where=name, fix=f"use {range_}")
+    kept = manifest.pair.candidates
+    if kept is not None and choice.temperature > 0 and choice.top_k > kept:
+        what = f"found {choice.top_k}; the artifact samples from the best {kept} tokens (`speculation.candidates`)"
+        raise InputError(what, where="top_k", fix=f"use 1 to {kept}, or 0 for all {kept}")
 
 
 def check_prompt(manifest: PairManifest, tokens: Sequence[int], where: str) -> None:
@@ -120,10 +123,7 @@ class Batch:
         self.stats = dict.fromkeys(counted, 0)
 
     def draft_length_policy(self) -> DraftLengthPolicies | None:
-        """Return the policies that choose K for each step; None if the artifact has no step costs.
-
-        For greedy rows only: with another K a step would draw other random numbers.
-        """
+        """Return the policies that choose K for each step; None if the artifact has no step costs."""
         costs, batches = self.manifest.step_costs, self.manifest.shapes.batch
         if costs is None:
             return None
@@ -160,7 +160,7 @@ class Batch:
     def decode(self, rows: Rows) -> dict[int, list[int]]:
         """Return one token per row, from the target alone."""
         spec = self._graph("decode", rows, _deepest(rows) + 1, 0)
-        out = self.ranks.run(spec, step_arguments(spec, _step_rows(spec, rows)))["token"]
+        out = self.ranks.run(spec, step_arguments(spec, _step_rows(rows)))["token"]
         self.stats["decode_steps"] += 1
         for row in rows.values():
             if self.manifest.draft_kind.reads_target_states:  # this draft runs in every step of the target
@@ -180,7 +180,7 @@ class Batch:
         self._catch_up(rows)
         spec = self._graph("speculate", rows, _deepest(rows) + steps + 1, steps)
         copies = {slot: self._copies(row, steps) for slot, row in rows.items()}
-        out = self.ranks.run(spec, step_arguments(spec, _step_rows(spec, rows, copies)))
+        out = self.ranks.run(spec, step_arguments(spec, _step_rows(rows, copies)))
         self.stats["speculative_steps"] += 1
         self.stats["copies"] += sum(map(bool, copies.values()))
         tokens, counts = out["tokens"].tolist(), out["count"].tolist()
@@ -198,7 +198,7 @@ class Batch:
         return [] if size is None else row.lookup.find(row.tokens, size, most)
 
     def _prefill(self, spec: GraphSpec, rows: Rows) -> dict[int, int]:
-        prompts = [PromptRow(row.tokens[: row.prompt], slot, _draw(spec, row)) for slot, row in rows.items()]
+        prompts = [PromptRow(row.tokens[: row.prompt], slot, Draw(row.choice, row.seed)) for slot, row in rows.items()]
         for row in rows.values():
             row.in_draft = row.prompt
         out = self.ranks.run(spec, prefill_arguments(spec, prompts, self.slots))["token"]
@@ -255,17 +255,10 @@ def _how(rows: Rows) -> str:
     return "stochastic" if any(row.choice.temperature > 0 for row in rows.values()) else "greedy"
 
 
-def _step_rows(spec: GraphSpec, rows: Rows, copies: Mapping[int, Sequence[int]] | None = None) -> dict[int, StepRow]:
+def _step_rows(rows: Rows, copies: Mapping[int, Sequence[int]] | None = None) -> dict[int, StepRow]:
     """Return the arguments of rows in a step; `copies` are tokens that prompt lookup proposes."""
     copied = copies or {}
     return {
-        slot: StepRow(row.tokens[-1], row.position, _draw(spec, row), copied.get(slot, ()))
+        slot: StepRow(row.tokens[-1], row.position, Draw(row.choice, row.seed), copied.get(slot, ()))
         for slot, row in rows.items()
     }
-
-
-def _draw(spec: GraphSpec, row: Row) -> Draw:
-    """Return a row's sampling arguments; a greedy graph takes no random numbers."""
-    if spec.sampling == "greedy":
-        return Draw(row.choice)
-    return Draw(row.choice, torch.rand(spec.draws, generator=row.generator))

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Self
 
-import torch
-
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks
 from pipeline.errors import InputError, no_string
@@ -126,9 +124,9 @@ class Engine:
         `do_sample` is true and stochastic graphs were built; sampling with `temperature`, `top_k` and `top_p`, by
         default 1, 50 and 1; at most `max_new_tokens`, or `max_length` with the prompt, by default 128. Temperature 0 is
         greedy, `top_k` 0 and `top_p` 1 keep every token. An answer ends at an end-of-sequence token of
-        `generation_config.json` or of the tokenizer. Random numbers depend on `seed` and the prompt's index alone, so
-        an answer does not depend on the other prompts. Without `draft_tokens`, K is the first of the artifact's; with
-        step costs in the artifact, greedy decoding chooses K, or plain decode, for each step.
+        `generation_config.json` or of the tokenizer. Random numbers depend on `seed`, the prompt's index and the
+        position alone, so an answer depends neither on the other prompts nor on speculation. Without `draft_tokens`,
+        K is the first of the artifact's; with step costs in the artifact, K or plain decode is chosen for each step.
 
         Raises:
             InputError: a string in place of the list, an empty prompt, one longer than the largest prefill bucket,
@@ -206,7 +204,7 @@ class Engine:
         if not 0 <= seed < SEEDS:
             raise InputError(f"found {seed}", where="seed", fix=f"use 0 to {SEEDS - 1}")
         check_choice(self.manifest, choice)
-        paced = speculate and draft_tokens is None and choice.temperature == 0
+        paced = speculate and draft_tokens is None
         steps = self._steps(draft_tokens) if speculate else None
         return Settings(max_new_tokens, seed, steps, self.batch.draft_length_policy() if paced else None)
 
@@ -231,8 +229,8 @@ class Engine:
         if limit < 1:
             what = f"{len(tokens)} tokens; {GENERATION_CONFIG} has max_length={self.defaults.max_length}"
             raise InputError(what, where=where, fix="give max_new_tokens (--max-new-tokens), or shorten the prompt")
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        return Prompt(tokens, len(tokens), generator, choice, index=number, limit=limit)
+        seed = settings.seed | number << 32
+        return Prompt(tokens, len(tokens), seed, choice, index=number, limit=limit)
 
     def _encoded(self, prompt: str | list[int] | Chat, where: str) -> list[int]:
         """Return the token ids of a prompt of any kind."""

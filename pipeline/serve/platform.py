@@ -133,7 +133,8 @@ class TandemPlatform(Platform):
         """
         from vllm.sampling_params import SamplingParams  # imported here: vLLM selects its platform during its import
 
-        from pipeline.serve.worker import choice  # here, as above
+        from pipeline.serve.requests import wants_drafts  # here, as above
+        from pipeline.serve.worker import choice
 
         if not isinstance(params, SamplingParams):
             raise VLLMValidationError("unsupported by this artifact: pooling and embedding")
@@ -145,6 +146,7 @@ class TandemPlatform(Platform):
         try:
             check_prompt(manifest, _token_ids(processed_inputs), "prompt")
             check_choice(manifest, choice(params))
+            wants_drafts((params.extra_args or {}).get("speculate", True))
         except InputError as error:
             raise VLLMValidationError(f"{error.where}: {error.what}; {error.fix}", parameter=error.where) from error
 

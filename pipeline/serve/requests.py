@@ -6,12 +6,11 @@ slot is filled first, so that a server with few requests runs its smallest bucke
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
-from pipeline.errors import no_string
+from pipeline.errors import InputError, no_string
 from pipeline.graphs.arguments import Choice
 from pipeline.runtime.batch import Batch, Row
 from pipeline.runtime.draft_length import DraftLengthPolicies
@@ -25,11 +24,24 @@ class ServedRequest(Row):
 
 
 def served_request(tokens: Iterable[int], choice: Choice, seed: int | None, *, speculate: bool = True) -> ServedRequest:
-    """Return a request before its first step; without a seed, its draws are not reproducible."""
+    """Return a request before its first step; without a seed, its tokens are not reproducible."""
     prompt = list(tokens)
-    generator = torch.Generator()
-    _ = generator.seed() if seed is None else generator.manual_seed(seed)
-    return ServedRequest(prompt, len(prompt), generator, choice, speculate=speculate)
+    own = secrets.randbits(64) if seed is None else seed % (1 << 64)
+    return ServedRequest(prompt, len(prompt), own, choice, speculate=speculate)
+
+
+def wants_drafts(value: object) -> bool:
+    """Return what a request's extra argument `speculate` says.
+
+    Raises:
+        InputError: the value is neither true nor false.
+
+    """
+    words = {True: True, False: False, "1": True, "0": False, "true": True, "false": False}
+    found = words.get(value.lower() if isinstance(value, str) else value) if isinstance(value, str | int) else None
+    if found is None:
+        raise InputError(f"found {value!r}", where="speculate", fix="use true or false")
+    return found
 
 
 class RequestSlots:
@@ -96,6 +108,6 @@ class RequestSlots:
         if not all(row.speculate for row in rows.values()):
             return 0
         steps = self.batch.manifest.draft_tokens[0]
-        if self._draft_length_policy is not None and all(row.choice.temperature == 0 for row in rows.values()):
+        if self._draft_length_policy is not None:
             steps = self._draft_length_policy.choose(self.batch.acceptance(rows))
         return steps if steps and self.batch.has_room(rows, steps) else 0

@@ -15,7 +15,7 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from pipeline.graphs.arguments import Choice
 from pipeline.runtime.open import open_batch
-from pipeline.serve.requests import RequestSlots, ServedRequest, served_request
+from pipeline.serve.requests import RequestSlots, ServedRequest, served_request, wants_drafts
 from pipeline.serve.settings import BLOCK, blocks, options
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _request(data: NewRequestData) -> ServedRequest:
     if params is None or data.prompt_token_ids is None:
         raise RuntimeError("the platform accepted a request without sampling parameters or token ids")
     extra: dict[str, Any] = params.extra_args or {}
-    speculate = bool(extra.get("speculate", True))
+    speculate = wants_drafts(extra.get("speculate", True))
     return served_request(data.prompt_token_ids, choice(params), params.seed, speculate=speculate)
 
 

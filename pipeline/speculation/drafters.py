@@ -21,7 +21,6 @@ from pipeline.models.draft_kind import DraftMethod
 from pipeline.models.parallel import Pass, Writes, attend_up_to, plan_writes
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
-from pipeline.speculation.sampling import Candidates, certain
 
 TAIL = "tail"
 """State of a draft model, int32 [rows]: the token before a row's last one.
@@ -45,8 +44,8 @@ class Drafter(Protocol):
         """Update the draft's state after the target has read each row's last token."""
         ...
 
-    def propose(self, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, list[Candidates]]:
-        """Draft `steps` tokens: int64 [B, K] in the target's ids, and, when sampling, the distribution of each."""
+    def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
+        """Draft `steps` tokens: int64 [B, K] in the target's ids. When sampling, with the noise of their positions."""
         ...
 
     def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:
@@ -74,20 +73,18 @@ class DraftModel:
         """Update the tail only: the runtime fills the draft's cache through `score` before it speculates again."""
         put(self.model, TAIL, rows.index, rows.last_B.int(), rows.alive_B)
 
-    def propose(self, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, list[Candidates]]:
+    def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
         """Run one pass per token; the first pass reads two tokens."""
         tail_B = self.model.state[TAIL][: rows.last_B.shape[0]]
         tokens_BT = torch.stack((tail_B, rows.last_B), dim=1).long()
         positions_BT = (rows.position_B[:, None] + index_range(2, rows.last_B) - 1).clamp(0, rows.kv)
         drafts: list[Tensor] = []
-        dists: list[Candidates] = []
         for step in range(steps):
             hidden = self.model.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv).last_BTH[:, -1:]
-            tokens_BT, dist = self.model.seams.once(_proposed, self.model, hidden, choose.at(step))
-            drafts.append(tokens_BT)
-            dists += [] if dist is None else [dist]
             positions_BT = positions_BT[:, -1:] + 1
-        return torch.cat(drafts, dim=1), dists
+            tokens_BT = self.model.seams.once(_proposed, self.model, hidden, positions_BT, choose.at(step))
+            drafts.append(tokens_BT)
+        return torch.cat(drafts, dim=1)
 
     def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:  # noqa: ARG002
         """Set the tail to the token before each row's newest token."""
@@ -125,20 +122,18 @@ class Eagle3:
         self._write_cache(rows.last_B[:, None], self._feature(rows), positions_B1, self.writes(rows, positions_B1))
         put(self.model, FEATURE, rows.index, self._features(states)[:, 0], rows.alive_B[:, None])
 
-    def propose(self, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, list[Candidates]]:
+    def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
         """Run one pass per token; after the first, the head's own output replaces the target's features."""
         tokens_B1, features_B1H = rows.last_B[:, None].long(), self._feature(rows)
         positions_B1 = rows.position_B[:, None].long() - 1
         drafts: list[Tensor] = []
-        dists: list[Candidates] = []
         for step in range(steps):
             once = self.model.seams.once
             hidden, features_B1H = once(_run_head, self, rows, tokens_B1, features_B1H, positions_B1)
-            tokens_B1, dist = once(_proposed, self.model, hidden, choose.at(step))
+            tokens_B1 = once(_proposed, self.model, hidden, positions_B1 + 2, choose.at(step))
             drafts.append(tokens_B1)
-            dists += [] if dist is None else [dist]
             positions_B1 = positions_B1 + 1
-        return torch.cat(drafts, dim=1), dists
+        return torch.cat(drafts, dim=1)
 
     def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:
         """Rewrite keys and values of accepted drafts from the target's features instead of the head's own output."""
@@ -209,14 +204,13 @@ def drafter_of(draft: Model) -> Drafter:
     return DRAFTERS[draft.config.draft_kind.method](draft)
 
 
-def _proposed(model: Model, hidden_B1H: Tensor, choose: Choose) -> tuple[Tensor, Candidates | None]:
-    """Return the draft's token of a step, int64 [B, 1], and its distribution; a copied token where `choose` has it."""
-    tokens_B1, dist = model.next(hidden_B1H, choose)
+def _proposed(model: Model, hidden_B1H: Tensor, positions_B1: Tensor, choose: Choose) -> Tensor:
+    """Return the draft's tokens at positions, int64 [B, 1]; a copied token where `choose` has it."""
+    tokens_B1 = model.next(hidden_B1H, positions_B1, choose)
     if choose.copied is None:
-        return tokens_B1, dist
+        return tokens_B1
     copied_B1 = choose.copied.long()
-    tokens_B1 = torch.where(copied_B1 >= 0, copied_B1, tokens_B1)
-    return tokens_B1, None if dist is None else certain(dist, copied_B1)
+    return torch.where(copied_B1 >= 0, copied_B1, tokens_B1)
 
 
 def score(model: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> tuple[Tensor, Hidden]:

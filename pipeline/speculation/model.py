@@ -14,26 +14,23 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
 from pipeline.models.parallel import Pass, Seams, State, attend_up_to, plan_writes
 from pipeline.models.weights import D2T, OFFSET
-from pipeline.speculation.sampling import Candidates, Sampling, candidates, draw, greedy
+from pipeline.speculation.sampling import Sampling, greedy, sample
 
 
 @dataclass(frozen=True)
 class Choose:
-    """How a graph picks tokens: greedily, or from `sampling` with `uniforms` float32 and the best `keep` candidates.
+    """How a graph picks tokens: greedily, or by `sampling` from the best `keep` candidates (None: all tokens).
 
     `copied` int32 [B, K] are tokens to propose instead of the draft's own, -1 for none.
     """
 
     sampling: Sampling | None = None
-    uniforms: Tensor | None = None
     keep: int | None = None
     copied: Tensor | None = None
 
     def at(self, step: int) -> Choose:
-        """Return the choice of one draft step: its random number and its copied token, [B, 1] each."""
-        uniforms = None if self.uniforms is None else self.uniforms[:, step : step + 1]
-        copied = None if self.copied is None else self.copied[:, step : step + 1]
-        return replace(self, uniforms=uniforms, copied=copied)
+        """Return the choice of one draft step: its copied token, [B, 1]."""
+        return replace(self, copied=None if self.copied is None else self.copied[:, step : step + 1])
 
 
 @dataclass(frozen=True)
@@ -135,21 +132,18 @@ class Model:
         """Return the logits of the whole vocabulary, float32 [B, T, V]."""
         return self.seams.all_gather(self.logits(hidden_BTH))[..., : self.config.out_vocab]
 
-    def next(self, hidden_B1H: Tensor, choose: Choose) -> tuple[Tensor, Candidates | None]:
-        """Choose a token for each row: int64 [B, 1], and when sampling the distribution that it is drawn from."""
-        if choose.sampling is None or choose.uniforms is None:
-            return self.greedy(hidden_B1H), None
-        choice = self.candidates(hidden_B1H, choose.sampling, choose.keep)
-        return draw(choice, choose.uniforms), choice
+    def next(self, hidden_BTH: Tensor, positions_BT: Tensor, choose: Choose) -> Tensor:
+        """Choose the tokens at `positions_BT`, int64 [B, T], as ids of the target."""
+        if choose.sampling is None:
+            return self.greedy(hidden_BTH)
+        logits_BTV = self.all_logits(hidden_BTH)[..., : self.proposable]
+        ids_V = torch.arange(self.proposable, dtype=torch.int32, device=logits_BTV.device)
+        names_V = self.to_target(ids_V).int()
+        return self.to_target(sample(logits_BTV, choose.sampling, positions_BT, names_V, choose.keep, self.seams))
 
     def greedy(self, hidden_BTH: Tensor) -> Tensor:
         """Return the argmax over the ids that both models have, int64 [B, T], as ids of the target."""
         return self.to_target(greedy(self.logits(hidden_BTH, self.proposable), self.seams, self.weights.get(OFFSET)))
-
-    def candidates(self, hidden_BTH: Tensor, sampling: Sampling, keep: int | None) -> Candidates:
-        """Return the distribution to sample from, as ids of the target."""
-        choice = candidates(self.all_logits(hidden_BTH)[..., : self.proposable], sampling, keep, self.seams)
-        return Candidates(self.to_target(choice.ids_BTN), choice.probs_BTN)
 
     def to_target(self, ids: Tensor) -> Tensor:
         """Map ids of a reduced vocabulary to the target's (EAGLE-3 convention, `d2t` offsets)."""

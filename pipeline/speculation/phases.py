@@ -11,10 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.speculation.acceptance import Drafts, accept_greedy, accept_stochastic
+from pipeline.speculation.acceptance import accept
 from pipeline.speculation.drafters import Drafter, index_range, take
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
-from pipeline.speculation.sampling import Candidates
 
 
 def prefill(
@@ -22,24 +21,22 @@ def prefill(
 ) -> Tensor:
     """Fill both models' caches from empty rows; return the first new token, int32 [B] (-1 for rows of length 0).
 
-    Shapes: tokens_BT right-padded, lengths_B real tokens per row, slots_B distinct cache rows, uniforms [B, 1].
+    Shapes: tokens_BT right-padded, lengths_B real tokens per row, slots_B distinct cache rows.
     """
     prompt = Prompt(tokens_BT, index_range(tokens_BT.shape[1], tokens_BT).expand_as(tokens_BT), lengths_B, slots_B)
     states = target.read(prompt)
     drafter.after_prefill(prompt, states)
-    token_B1, _ = target.next(take(states.last_BTH, prompt.last)[:, None], choose)
+    token_B1 = target.next(take(states.last_BTH, prompt.last)[:, None], lengths_B[:, None], choose)
     return torch.where(prompt.active, token_B1[:, 0], -1).int()
 
 
 def decode(target: Model, drafter: Drafter, rows: Rows, choose: Choose) -> Tensor:
-    """Generate one token per row with the target alone: int32 [B], -1 for inactive rows.
-
-    Shapes: uniforms [B, 1].
-    """
+    """Generate one token per row with the target alone: int32 [B], -1 for inactive rows."""
     rows = target.within(rows)
     states = target.hidden(rows.last_B[:, None], rows.position_B[:, None], rows.alive_B, rows.kv)
     drafter.after_decode(rows, states)
-    return torch.where(rows.alive_B, target.next(states.last_BTH, choose)[0][:, 0], -1).int()
+    token_B1 = target.next(states.last_BTH, rows.position_B[:, None] + 1, choose)
+    return torch.where(rows.alive_B, token_B1[:, 0], -1).int()
 
 
 def speculate(target: Model, drafter: Drafter, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, Tensor]:
@@ -47,24 +44,13 @@ def speculate(target: Model, drafter: Drafter, rows: Rows, steps: int, choose: C
 
     Returns tokens int32 [B, K+1] padded with -1, and count int32 [B] (0 for inactive rows). Near the end of the cache
     fewer drafts are accepted, so that nothing is written past S.
-    Shapes: uniforms [B, 2K+1]: K draws of the draft, K acceptances, one last token.
     """
     rows = target.within(rows)
-    drafts_BK, draft_dists = drafter.propose(rows, steps, choose)
+    drafts_BK = drafter.propose(rows, steps, choose)
     tokens_BT = torch.cat((rows.last_B[:, None].long(), drafts_BK), dim=1)
     positions_BT = rows.position_B[:, None] + index_range(steps + 1, rows.last_B)
     states = target.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv)
     room_B = target.usable(rows.kv) - 1 - rows.position_B
-    if choose.sampling is None or choose.uniforms is None:
-        emitted = accept_greedy(drafts_BK, target.greedy(states.last_BTH), room_B, rows.alive_B)
-    else:
-        dist = target.candidates(states.last_BTH, choose.sampling, choose.keep)
-        draws = choose.uniforms[:, steps:]
-        drafts = Drafts(drafts_BK, _stack(draft_dists))
-        emitted = accept_stochastic(drafts, dist, draws, room_B, rows.alive_B, target.config.vocab)
+    emitted = accept(drafts_BK, target.next(states.last_BTH, positions_BT + 1, choose), room_B, rows.alive_B)
     drafter.after_verify(rows, emitted, states)
     return emitted.tokens.int(), emitted.count.int()
-
-
-def _stack(dists: list[Candidates]) -> Candidates:
-    return Candidates(torch.cat([d.ids_BTN for d in dists], dim=1), torch.cat([d.probs_BTN for d in dists], dim=1))

@@ -1,35 +1,34 @@
 """Choose tokens from logits: exact argmax with the lowest id on ties, and temperature / top-k / top-p sampling.
 
-Random numbers are arguments, so everything here is deterministic.
+A sampled token is the argmax of the kept scores plus Gumbel noise (Gumbel 1954), which has exactly their distribution.
+The noise is a function of seed, position and token id (`noise.py`), so a request's answer depends on its seed alone:
+a draft that samples with the same noise often agrees with the target (Daliri et al. 2024), and a speculative step
+emits the tokens that decode steps would.
 
-Shapes: B rows, T positions, V vocabulary (whole unless stated otherwise), N candidates, sorted by descending logit.
+Shapes: B rows, T positions, M pairs of both, V vocabulary (whole unless stated otherwise), N candidates by descending
+score.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.models.parallel import PLAIN, Seams
+from pipeline.speculation.noise import gumbel
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Per-row sampling parameters: temperature float [B] (0 = greedy), top_k int [B] (0 = off), top_p float [B]."""
+    """How rows sample: temperature, top_p float [B], top_k int [B], seed int32 [B, 2]. Temperature 0 is greedy."""
 
     temperature_B: Tensor
     top_k_B: Tensor
     top_p_B: Tensor
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """A truncated distribution: token ids int64 [B, T, N] and their probabilities float32 [B, T, N], summing to 1."""
-
-    ids_BTN: Tensor
-    probs_BTN: Tensor
+    seed_B2: Tensor
 
 
 def greedy(logits_BTV: Tensor, seams: Seams, offset_1: Tensor | None) -> Tensor:
@@ -49,59 +48,70 @@ def greedy(logits_BTV: Tensor, seams: Seams, offset_1: Tensor | None) -> Tensor:
     return torch.where(bests_BTR == lead_BT1, ids_BTR, size * seams.tp).amin(dim=-1).long()
 
 
-def candidates(
-    logits_BTV: Tensor, sampling: Sampling, keep: int | None, seams: Seams = PLAIN
-) -> Candidates:  # fmt: skip
-    """Return the distribution to sample: temperature, then top-k, then top-p, over the best `keep` tokens (None: all).
+class Drawn(NamedTuple):
+    """How M tokens are sampled: temperature, top_p float [M], top_k, position int32 [M], seed int32 [M, 2].
 
-    Rows with temperature 0 put all mass on the argmax, so greedy and sampled requests share a batch. top-p keeps
-    the smallest set whose mass reaches p (Holtzman et al. 2019), including the token that crosses p.
+    `names_V` are the target's ids of the vocabulary, int32: noise belongs to these.
     """
-    size = logits_BTV.shape[-1]
-    scores, ids = seams.top(logits_BTV, min(keep or size, size))
-    rank_N = torch.arange(scores.shape[-1], device=scores.device)
-    temperature = sampling.temperature_B[:, None, None]
-    is_greedy = temperature <= 0
-    best_BT1 = greedy(logits_BTV, PLAIN, None)[..., None]
-    ids = torch.where(is_greedy & (rank_N == 0), best_BT1, ids)
-    scores = scores / torch.where(is_greedy, torch.ones_like(temperature), temperature)
-    top_k = torch.where(sampling.top_k_B > 0, sampling.top_k_B, size)[:, None, None]
-    top_k = torch.where(is_greedy, torch.ones_like(top_k), top_k)
-    scores = torch.where(rank_N < top_k, scores, -torch.inf)
-    probs = torch.softmax(scores, dim=-1)
-    before = probs.cumsum(dim=-1) - probs
-    nucleus = torch.where((before < sampling.top_p_B[:, None, None]) | (rank_N == 0), probs, torch.zeros_like(probs))
-    return Candidates(ids, nucleus / nucleus.sum(dim=-1, keepdim=True))
+
+    temperature_M: Tensor
+    top_k_M: Tensor
+    top_p_M: Tensor
+    seed_M2: Tensor
+    position_M: Tensor
+    names_V: Tensor
 
 
-def certain(choice: Candidates, tokens_BT: Tensor) -> Candidates:
-    """Put all mass on `tokens_BT` where not negative; a token that is no candidate replaces the least likely one."""
-    token_BT1 = tokens_BT[..., None]
-    present_BT1 = (choice.ids_BTN == token_BT1).any(dim=-1, keepdim=True)
-    index_N = torch.arange(choice.ids_BTN.shape[-1], device=tokens_BT.device)
-    replaced_BTN = ~present_BT1 & (index_N == choice.ids_BTN.shape[-1] - 1)
-    ids_BTN = torch.where((token_BT1 >= 0) & replaced_BTN, token_BT1, choice.ids_BTN)
-    is_token_BTN = ids_BTN == token_BT1
-    first_BTN = is_token_BTN & (is_token_BTN.int().cumsum(dim=-1) == 1)  # a tied argmax may occur twice
-    probs_BTN = torch.where(token_BT1 >= 0, first_BTN.to(choice.probs_BTN.dtype), choice.probs_BTN)
-    return Candidates(ids_BTN, probs_BTN)
+def sample(
+    logits_BTV: Tensor, sampling: Sampling, positions_BT: Tensor, names_V: Tensor, keep: int | None, seams: Seams
+) -> Tensor:  # fmt: skip
+    """Sample the tokens at positions: int64 [B, T]. Temperature, top-k and top-p, over the best `keep` (None: all).
 
-
-def draw(choice: Candidates, uniforms_BT: Tensor) -> Tensor:
-    """Sample one token per position by inverting the cumulative distribution: int64 [B, T]."""
-    index_BT1 = pick(choice.probs_BTN, uniforms_BT)
-    return choice.ids_BTN.gather(-1, index_BT1)[..., 0]
-
-
-def pick(weights_BTN: Tensor, uniforms_BT: Tensor) -> Tensor:
-    """Draw an index in proportion to non-negative weights, int64 [B, T, 1]; never an index of weight zero.
-
-    The uniform is scaled by the total, so weights need no normalisation; rounding at the top end gives the last index
-    with a positive weight.
+    A row with temperature 0 gets the argmax, so greedy and sampled requests share a batch.
     """
-    cumulative = weights_BTN.cumsum(dim=-1)
-    threshold = uniforms_BT[..., None] * cumulative[..., -1:]
-    index = (cumulative <= threshold).sum(dim=-1, keepdim=True)
-    positions = torch.arange(weights_BTN.shape[-1], dtype=torch.int32, device=weights_BTN.device)
-    last = torch.where(weights_BTN > 0, positions, 0).amax(dim=-1, keepdim=True)
-    return torch.minimum(index, last.long())
+    batch, tokens = positions_BT.shape
+    settings = (sampling.temperature_B, sampling.top_k_B, sampling.top_p_B, sampling.seed_B2)
+    temperature, top_k, top_p, seed = (setting.repeat_interleave(tokens, dim=0) for setting in settings)
+    drawn = Drawn(temperature, top_k, top_p, seed, positions_BT.reshape(-1).int(), names_V)
+    logits_MV = logits_BTV.reshape(batch * tokens, -1)
+    if keep is not None:
+        return sample_best(logits_MV, drawn, keep, seams).view(batch, tokens)
+    sampled_M = sample_all(logits_MV, drawn) if seams.sample_all is None else seams.sample_all(logits_MV, *drawn)
+    return sampled_M.view(batch, tokens)
+
+
+def sample_all(logits_MV: Tensor, drawn: Drawn) -> Tensor:
+    """Sample from all tokens: int64 [M]."""
+    scores_MV, temperature_M1 = _scaled(logits_MV, drawn), drawn.temperature_M[:, None]
+    lowest_M1 = lowest_kept(scores_MV.sort(dim=-1, descending=True).values, drawn)
+    noise_MV = gumbel(drawn.seed_M2, drawn.position_M, drawn.names_V)
+    noisy_MV = torch.where(scores_MV >= lowest_M1, scores_MV + noise_MV, -torch.inf)
+    return greedy(torch.where(temperature_M1 > 0, noisy_MV, logits_MV), PLAIN, None)
+
+
+def sample_best(logits_MV: Tensor, drawn: Drawn, keep: int, seams: Seams) -> Tensor:
+    """Sample from the `keep` tokens with the highest logits: int64 [M]."""
+    scores_MN, ids_MN = seams.top(_scaled(logits_MV, drawn), min(keep, logits_MV.shape[-1]))
+    noise_MN = gumbel(drawn.seed_M2, drawn.position_M, drawn.names_V[ids_MN])
+    noisy_MN = torch.where(scores_MN >= lowest_kept(scores_MN, drawn), scores_MN + noise_MN, -torch.inf)
+    sampled_M = ids_MN.gather(-1, greedy(noisy_MN, PLAIN, None)[:, None])[:, 0]
+    return torch.where(drawn.temperature_M > 0, sampled_M, greedy(logits_MV, PLAIN, None))
+
+
+def _scaled(logits_MV: Tensor, drawn: Drawn) -> Tensor:
+    return logits_MV / torch.where(drawn.temperature_M > 0, drawn.temperature_M, 1.0)[:, None]
+
+
+def lowest_kept(scores_MN: Tensor, drawn: Drawn) -> Tensor:
+    """Return the lowest score that top-k, then top-p keep, [M, 1], of scores in descending order.
+
+    top-p keeps the smallest set whose mass reaches p (Holtzman et al. 2019), including the token that crosses p.
+    Tokens with equal scores are kept together, as in transformers.
+    """
+    size, top_k_M1, top_p_M1 = scores_MN.shape[-1], drawn.top_k_M[:, None], drawn.top_p_M[:, None]
+    count_M1 = torch.where(top_k_M1 > 0, top_k_M1, size).clamp(max=size).long()
+    scores_MN = torch.where(scores_MN >= scores_MN.gather(-1, count_M1 - 1), scores_MN, -torch.inf)
+    probs_MN = torch.softmax(scores_MN, dim=-1)
+    reached = (probs_MN.cumsum(dim=-1) - probs_MN >= top_p_M1) & (top_p_M1 < 1)
+    outside = (reached & (torch.arange(size, device=scores_MN.device) > 0)) | (scores_MN == -torch.inf)
+    return torch.where(outside, torch.inf, scores_MN).amin(dim=-1, keepdim=True)

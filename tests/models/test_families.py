@@ -164,21 +164,21 @@ def test_speculation_with_another_vocabulary_draws_from_the_targets_distribution
     """Rows of one step, drawn many times: first tokens follow the target's softmax, chi-square at one in 10,000."""
     from scipy import stats
 
-    from support.pairs import make_pair
+    from support.pairs import make_pair, seeds
 
     pair = make_pair(vocab=(61, 55), rows=16)
     prompt, rows, draws = [5, 9, 23, 7], 16, 120
     pair.prefill([prompt[:-1]] * rows)
     logits = pair.logits("target", prompt)[-1]
     spec = GraphSpec("speculate", rows, 3, pair.shape.length, 2, sampling="stochastic")
-    generator, counts = torch.Generator().manual_seed(0), torch.zeros(61)
+    counts = torch.zeros(61)
     state = {name: tensor.clone() for name, tensor in pair.state.items()}
-    for _ in range(draws):
+    for turn in range(draws):
         pair.state = {name: tensor.clone() for name, tensor in state.items()}
         out = pair.step(
             spec, last_token=[prompt[-1]] * rows, position=[3] * rows, active=[True] * rows,
             temperature=torch.full((rows,), 1.5), top_k=[0] * rows, top_p=torch.ones(rows),
-            uniforms=torch.rand(rows, 5, generator=generator),
+            seed=seeds(rows, turn),
         )  # fmt: skip
         counts += torch.bincount(out[0][:, 0].long(), minlength=61)
     wanted = torch.softmax(logits.double() / 1.5, 0) * rows * draws
@@ -192,7 +192,7 @@ def test_speculation_with_another_vocabulary_draws_from_the_targets_distribution
 @pytest.mark.parametrize("draft_vocab", [55, 70])
 def test_ids_that_one_model_lacks_are_never_proposed(draft_vocab):
     """Even if the draft likes nothing else: its highest rows get a head that beats all others."""
-    from support.pairs import make_pair
+    from support.pairs import make_pair, seeds
 
     pair = make_pair(vocab=(61, draft_vocab))
     head = pair.tensors["draft/lm_head.weight"]
@@ -205,8 +205,7 @@ def test_ids_that_one_model_lacks_are_never_proposed(draft_vocab):
     sampling = {"temperature": torch.full((4,), 5.0), "top_k": [0] * 4, "top_p": torch.ones(4)}
     spec = GraphSpec("speculate", 4, 3, pair.shape.length, 2, sampling="stochastic")
     for seed in range(20):
-        uniforms = torch.rand(4, 5, generator=torch.Generator().manual_seed(seed))
-        tokens, count = pair.step(spec, **common, **sampling, uniforms=uniforms)
+        tokens, count = pair.step(spec, **common, **sampling, seed=seeds(4, seed))
         assert tokens.max() < 61
         assert (count >= 1).all()
 

@@ -51,7 +51,7 @@ def batch_of(work, draft: dict, method: str = "draft_model", lookup: int | None 
 
 
 def prefilled(batch: Batch) -> dict[int, Row]:
-    rows = {slot: Row(list(prompt), len(prompt), torch.Generator(), Choice()) for slot, prompt in enumerate(PROMPTS)}
+    rows = {slot: Row(list(prompt), len(prompt), 0, Choice()) for slot, prompt in enumerate(PROMPTS)}
     for slot, token in batch.prefill(rows).items():
         rows[slot].tokens.append(token)
     return rows

@@ -15,12 +15,11 @@ from pipeline.recipe.schema import InductorSettings, Recipe
 from pipeline.runtime.engine import Settings
 from pipeline.runtime.lookup import Lookup
 from pipeline.sources.pair import resolve_pair
-from pipeline.speculation.sampling import Candidates, certain
 from pipeline.validate.gates.inputs import GateInputs
 from pipeline.validate.gates.run import run_gates
 from pipeline.validate.prompts import Prompt
 from support.eager import make_engine
-from support.pairs import make_pair
+from support.pairs import make_pair, seeds
 from support.reports import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,18 +56,6 @@ def test_argument_leaves_the_rest_to_the_draft():
     assert copied.dtype == torch.int32
 
 
-def test_certain_puts_all_mass_on_one_token():
-    choice = Candidates(torch.tensor([[[4, 2, 9]]] * 3), torch.tensor([[[0.5, 0.3, 0.2]]] * 3))
-    found = certain(choice, torch.tensor([[2], [7], [-1]]))
-    assert found.ids_BTN[:, 0].tolist() == [[4, 2, 9], [4, 2, 7], [4, 2, 9]]
-    assert torch.equal(found.probs_BTN[:, 0], torch.tensor([[0.0, 1, 0], [0, 0, 1], [0.5, 0.3, 0.2]]))
-
-
-def test_a_candidate_that_is_there_twice_counts_once():
-    tied = Candidates(torch.tensor([[[4, 4, 9]]]), torch.tensor([[[1.0, 0.0, 0.0]]]))
-    assert certain(tied, torch.tensor([[4]])).probs_BTN.tolist() == [[[1.0, 0.0, 0.0]]]
-
-
 @pytest.mark.parametrize("wrong_at", [0, 2, 4])
 def test_a_step_accepts_copies_up_to_the_first_wrong_one(wrong_at):
     """A draft that is always wrong: whatever is right was copied. What comes after is not disturbed by it."""
@@ -103,7 +90,6 @@ def test_copies_do_not_move_the_distribution(share):
     for model in ("target", "draft"):
         pair.step(GraphSpec("score", rows, 3, 16, model=model), tokens=[prompt] * rows, position=[0] * rows)
     probs = torch.softmax(pair.logits("target", prompt)[-1].double(), 0)
-    generator = torch.Generator().manual_seed(3)
     likely = probs.argsort(descending=True)[:3]
     counts = torch.zeros(61, dtype=torch.float64)
     for turn in range(rounds):
@@ -114,7 +100,7 @@ def test_copies_do_not_move_the_distribution(share):
             GraphSpec("speculate", rows, steps + 1, 16, steps, "stochastic"),
             last_token=[prompt[-1]] * rows, position=[2] * rows, active=torch.ones(rows, dtype=torch.bool),
             temperature=torch.ones(rows), top_k=[0] * rows, top_p=torch.ones(rows),
-            uniforms=torch.rand(rows, 2 * steps + 1, generator=generator), copied=copied,
+            seed=seeds(rows, turn), copied=copied,
         )  # fmt: skip
         counts += torch.bincount(tokens[:, 0].long(), minlength=61)
     expected = probs * rows * rounds

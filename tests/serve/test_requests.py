@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.graphs.arguments import Choice
 from pipeline.serve import plugin, settings
-from pipeline.serve.requests import RequestSlots, served_request
+from pipeline.serve.requests import RequestSlots, served_request, wants_drafts
 from pipeline.sources.pair import resolve_pair
 from support.eager import make_engine
 from support.reports import recipe_of
@@ -93,6 +93,40 @@ def test_a_sampled_neighbour_moves_no_greedy_row_and_repeats_itself(engine):
     for name in ("r0", "r2", "r4"):
         assert first[name][: len(alone[name])] == alone[name]
     assert any(first[name][: len(alone[name])] != alone[name] for name in ("r1", "r3", "r5"))
+
+
+NEIGHBOURS = {
+    "greedy": lambda: served_request([7, 8], Choice(), 0),
+    "without drafts": lambda: served_request([7, 8], Choice(), 0, speculate=False),
+    "near the end of the cache": lambda: served_request(list(range(3, 35)), Choice(), 0),
+    "sampled": lambda: served_request([7, 8], Choice(0.8, 5), 3),
+}
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_a_seed_gives_one_answer_whatever_runs_beside_it(engine, neighbour):
+    """A neighbour that switched the K of all rows changed the draws of all."""
+    for choice in (Choice(1.0), Choice(0.8, 12, 0.9)):
+        alone = engine.generate([[5, 9, 3]], max_new_tokens=20, seed=7, top_k=choice.top_k, top_p=choice.top_p,
+                                temperature=choice.temperature)[0].tokens  # fmt: skip
+        beside = [("a", served_request([5, 9, 3], choice, 7), 20), ("b", NEIGHBOURS[neighbour](), 12)]
+        for order in (beside, beside[::-1]):
+            fresh = [(name, served_request(of.tokens[: of.prompt], of.choice, of.seed, speculate=of.speculate), limit)
+                     for name, of, limit in order]  # fmt: skip
+            assert Scheduler(RequestSlots(engine.batch), 4).run(fresh)["a"] == alone
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [("0", False), ("false", False), (False, False), (0, False), ("True", True)]
+)
+def test_a_request_may_exclude_drafts_in_any_form(value, wanted):
+    assert wants_drafts(value) is wanted
+
+
+@pytest.mark.parametrize("value", ["no", 2, None, [False]])
+def test_another_value_is_an_error(value):
+    with pytest.raises(InputError, match="speculate"):
+        wants_drafts(value)
 
 
 def test_cancelled_requests_free_their_slots(engine):

@@ -5,9 +5,8 @@ import torch
 
 from pipeline.graphs.spec import GraphSpec
 from pipeline.models.parallel import Seams
-from pipeline.speculation.acceptance import Drafts, accept_stochastic
-from pipeline.speculation.sampling import Candidates, Sampling, candidates, greedy, pick
-from support.pairs import empty_state, make_pair
+from pipeline.speculation.sampling import greedy
+from support.pairs import empty_state, make_pair, seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,15 +142,14 @@ def test_speculate_draws_from_the_target(temperature, top_k, top_p, steps, agree
     pair.step(GraphSpec("score", rows, 3, 16, model="target"), tokens=[prompt] * rows, position=[0] * rows)
     pair.step(GraphSpec("score", rows, 3, 16, model="draft"), tokens=[prompt] * rows, position=[0] * rows)
     spec = GraphSpec("speculate", rows, steps + 1, 16, steps, "stochastic")
-    generator = torch.Generator().manual_seed(7)
     settings = {
         "last_token": [prompt[-1]] * rows, "position": [len(prompt) - 1] * rows,
         "active": torch.ones(rows, dtype=torch.bool), "temperature": torch.full((rows,), temperature),
         "top_k": [top_k] * rows, "top_p": torch.full((rows,), top_p),
     }  # fmt: skip
     tokens, counts = [], []
-    for _ in range(rounds):
-        out = pair.step(spec, **settings, uniforms=torch.rand(rows, 2 * steps + 1, generator=generator))
+    for turn in range(rounds):
+        out = pair.step(spec, **settings, seed=seeds(rows, turn))
         tokens.append(out[0])
         counts.append(out[1])
     tokens, counts = torch.cat(tokens).long(), torch.cat(counts)
@@ -185,30 +183,3 @@ def test_chi_square_notices_a_wrong_distribution():
 def test_greedy_breaks_ties_to_the_lowest_id():
     logits = torch.tensor([[[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]]])
     assert greedy(logits, Seams(), None).tolist() == [[1, 0]]
-
-
-def test_candidates_at_temperature_zero_are_greedy():
-    logits = torch.tensor([[[1.0, 3.0, 3.0, 2.0]]])
-    sampling = Sampling(torch.zeros(1), torch.zeros(1, dtype=torch.int32), torch.ones(1))
-    found = candidates(logits, sampling, None)
-    assert found.ids_BTN[0, 0, 0] == 1
-    assert found.probs_BTN[0, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
-
-
-def test_pick_never_takes_weight_zero():
-    weights = torch.tensor([[[0.0, 0.5, 0.0, 0.5, 0.0]]])
-    for uniform in (0.0, 0.25, 0.5, 0.9999999, 1.0 - 2**-24):
-        index = int(pick(weights, torch.tensor([[uniform]])))
-        assert index in (1, 3), uniform
-
-
-def test_accept_stochastic_with_equal_distributions_accepts_all():
-    ids = torch.arange(5).expand(1, 3, 5)
-    probs = torch.softmax(torch.randn(5), 0).expand(1, 3, 5)
-    dist, target = Candidates(ids[:, :2], probs[:, :2]), Candidates(ids, probs)
-    room = torch.tensor([9])
-    for seed in range(20):
-        uniforms = torch.rand(1, 3, generator=torch.Generator().manual_seed(seed))
-        out = accept_stochastic(Drafts(torch.tensor([[1, 4]]), dist), target, uniforms, room, torch.tensor([True]), 5)
-        assert out.count.tolist() == [3]
-        assert out.tokens[0, :2].tolist() == [1, 4]

@@ -63,6 +63,11 @@ class Pair:
         return self.step(spec, tokens=tokens, lengths=lengths, slots=list(range(len(prompts))), **sampling)[0]
 
 
+def seeds(rows: int, turn: int) -> torch.Tensor:
+    """Seeds that no other turn has: int32 [rows, 2]."""
+    return torch.stack((torch.arange(rows), torch.full((rows,), turn)), dim=1).int()
+
+
 def empty_state(shape: PairSpec) -> dict[str, torch.Tensor]:
     """Zeroed caches of both models."""
     state = {"draft/tail": torch.zeros(shape.rows, dtype=torch.int32)}

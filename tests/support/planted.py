@@ -136,28 +136,25 @@ def _shift(ranks: EagerRanks, name: str) -> None:
 
 
 def always_accepted(ranks: EagerRanks, seed: int) -> None:
-    """Stochastic drafts are accepted whatever the target thinks of them."""
-    ranks.around = _acceptance(lambda uniforms, steps: torch.cat((uniforms[:, :steps] * 0, uniforms[:, steps:]), 1))
+    """Sampled drafts are accepted whatever the target thinks of them."""
+    ranks.around = _acceptance(lambda drafts, target: torch.cat((drafts, target[:, -1:]), 1))
 
 
-def seldom_accepted(ranks: EagerRanks, seed: int) -> None:
-    """Stochastic drafts are accepted half as often as they should be, and the rest is drawn from the residual."""
-    ranks.around = _acceptance(lambda uniforms, steps: torch.cat((uniforms[:, :steps] * 2, uniforms[:, steps:]), 1))
+def second_draft_unchecked(ranks: EagerRanks, seed: int) -> None:
+    """The second draft of a sampled step is accepted with the first."""
+    ranks.around = _acceptance(lambda drafts, target: torch.cat((target[:, :1], drafts[:, 1:2], target[:, 2:]), 1))
 
 
-def _acceptance(change: Callable[[torch.Tensor, int], torch.Tensor]):
+def _acceptance(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
     @contextmanager
     def around(spec, state) -> Iterator[None]:
-        original = graphs.accept_stochastic
-
-        def changed(drafts, target, uniforms, *rest):
-            return original(drafts, target, change(uniforms, drafts.tokens_BK.shape[1]), *rest)
-
-        graphs.accept_stochastic = changed
+        original = graphs.accept
+        if spec.sampling == "stochastic":
+            graphs.accept = lambda drafts, target, *rest: original(drafts, change(drafts, target), *rest)
         try:
             yield
         finally:
-            graphs.accept_stochastic = original
+            graphs.accept = original
 
     return around
 
@@ -175,7 +172,10 @@ def top_p_of_one_keeps_one_token(ranks: EagerRanks, seed: int) -> None:
 def settings_of_another_row(ranks: EagerRanks, seed: int) -> None:
     """Every row samples with the settings of the row before it."""
     ranks.around = _sampling(
-        lambda s: type(s)(s.temperature_B.roll(1), s.top_k_B.roll(1), s.top_p_B.roll(1)), batched=True
+        lambda s: replace(
+            s, temperature_B=s.temperature_B.roll(1), top_k_B=s.top_k_B.roll(1), top_p_B=s.top_p_B.roll(1)
+        ),
+        batched=True,
     )
 
 
@@ -190,31 +190,28 @@ def one_temperature(ranks: EagerRanks, seed: int) -> None:
 
 
 def _sampling(change, phases: tuple[str, ...] = ("prefill", "decode", "speculate"), batched: bool = False):
-    original = model.candidates
+    original = model.sample
 
     @contextmanager
     def around(spec, state) -> Iterator[None]:
         if spec.phase in phases and (spec.batch > 1 or not batched):
-            model.candidates = lambda logits, sampling, *rest: original(logits, change(sampling), *rest)
+            model.sample = lambda logits, sampling, *rest: original(logits, change(sampling), *rest)
         try:
             yield
         finally:
-            model.candidates = original
+            model.sample = original
 
     return around
 
 
-def random_numbers_of_the_first_row(ranks: EagerRanks, seed: int) -> None:
-    """Every row draws with the random numbers of row 0."""
-    run = ranks.run
+def seed_of_the_first_row(ranks: EagerRanks, seed: int) -> None:
+    """Every row samples with the seed of row 0."""
+    ranks.around = _sampling(lambda s: replace(s, seed_B2=s.seed_B2[:1].expand_as(s.seed_B2)), batched=True)
 
-    def shared(spec, arguments):
-        if "uniforms" in arguments:
-            uniforms = arguments["uniforms"]
-            arguments = arguments | {"uniforms": uniforms[:1].expand_as(uniforms).clone()}
-        return run(spec, arguments)
 
-    ranks.run = shared
+def half_of_the_seed(ranks: EagerRanks, seed: int) -> None:
+    """The upper half of a seed does not count."""
+    ranks.around = _sampling(lambda s: replace(s, seed_B2=s.seed_B2 * torch.tensor([1, 0], dtype=torch.int32)))
 
 
 NUMERIC: tuple[Plant, ...] = (
@@ -222,8 +219,8 @@ NUMERIC: tuple[Plant, ...] = (
     mask_misses_the_oldest, stale_row, shifted_shard, shifted_vocabulary,
 )  # fmt: skip
 FLOAT32_ONLY: tuple[Plant, ...] = (bfloat16_weights, bfloat16_caches)
-ACCEPTANCE: tuple[Plant, ...] = (always_accepted, seldom_accepted)
+ACCEPTANCE: tuple[Plant, ...] = (always_accepted, second_draft_unchecked)
 SAMPLING: tuple[Plant, ...] = (
     top_k_off_keeps_one_token, top_p_of_one_keeps_one_token, settings_of_another_row, greedy_first_token,
-    one_temperature, random_numbers_of_the_first_row,
+    one_temperature, seed_of_the_first_row, half_of_the_seed,
 )  # fmt: skip

@@ -10,6 +10,8 @@
     block_linear_kernel.py      its C++
     cached_attention.py         attention over the keys in the cache, as an operator
     cached_attention_kernel.py  its C++
+    sample_all.py               sampling from a whole vocabulary, as an operator
+    sample_all_kernel.py        its C++
     vectors.py                  C++ that the kernels share
     collectives.py              sums and gathers over ranks
     compiler.py                 the C++ compiler of `CXX`, and the words for its failures

@@ -42,6 +42,7 @@ from pipeline.recipe.schema import InductorSettings
 KERNELS = (
     "block_linear_kernel.py",
     "cached_attention_kernel.py",
+    "sample_all_kernel.py",
     "vectors.py",
     "include/regex",
     "include/tandem_subgraph.h",
@@ -203,7 +204,11 @@ class InductorBackend:
             "aot_inductor.compile_wrapper_opt_level": WRAPPER_LEVEL,
         }
         # Registers our kernels. Not at the top: it imports Inductor, which takes seconds and only compiling needs.
-        from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel  # noqa: F401
+        from pipeline.backends.inductor import (  # noqa: F401
+            block_linear_kernel,
+            cached_attention_kernel,
+            sample_all_kernel,
+        )
 
         flags = repr(sorted(self.flags().items())).encode()
         headers, graph = (hashlib.sha256(data).hexdigest()[:16] for data in (flags, flags + ir))

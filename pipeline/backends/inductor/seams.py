@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.backends.inductor.collectives import all_gather, all_reduce
+from pipeline.backends.inductor.sample_all import sample_all
 from pipeline.backends.inductor.subgraphs import SubgraphTracer
 from pipeline.graphs.packing import SCALE_BYTES
 from pipeline.models.parallel import Args, Attend, R, Seams
@@ -18,6 +19,8 @@ from pipeline.models.weights import BLOCK
 
 class BlockedSeams(Seams):
     """Blocked weights on one rank, summed in float32. With a tracer, subgraphs are compiled once."""
+
+    sample_all: Callable[..., Tensor] | None = staticmethod(sample_all)
 
     def __init__(self, subgraphs: SubgraphTracer | None = None) -> None:
         self.subgraphs = subgraphs
@@ -106,3 +109,4 @@ class PlainRankedSeams(RankedSeams):
     head = Seams.head
     embed = Seams.embed
     attend = Seams.attend
+    sample_all = None

@@ -103,13 +103,13 @@ class NeuronModule(nn.Module):
         temperature: Tensor | None = None,
         top_k: Tensor | None = None,
         top_p: Tensor | None = None,
-        uniforms: Tensor | None = None,
+        seed: Tensor | None = None,
         copied: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run the phase; replace the state buffers."""
         arguments = {
             "tokens": tokens, "lengths": lengths, "slots": slots, "last_token": last_token, "position": position,
-            "active": active, "temperature": temperature, "top_k": top_k, "top_p": top_p, "uniforms": uniforms,
+            "active": active, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
             "copied": copied,
         }  # fmt: skip
         tensors = {name: value for name, value in arguments.items() if value is not None}

@@ -1,19 +1,14 @@
-"""Gate 2, stochastic: do the shipped graphs sample from the target's distribution? Exact tests on every graph.
+"""Gate 2, stochastic: do the shipped graphs sample from the target's distribution? Compared token by token.
 
-A graph generates at the end of its KV bucket, each row with other settings (`judge.SETTINGS`); teacher forcing then
-gives, for every token drawn, the target's own distribution p and the draft's q at its position. For a correct graph,
-with any p and q:
-- the *rank* test: a token's randomised position in the cumulative p is uniform on [0, 1] (Rosenblatt 1952). Chi-square.
-- the *draft* test: tokens with q > p come as often as p predicts. Their count is a sum
-  of independent Bernoulli draws of known probabilities, so its distribution is computed exactly, not approximated. It
-  detects faults of acceptance: if it is too easy, or the residual is not used, these tokens come too often.
-- no token with p = 0 is sampled.
-- a row's random numbers select the token of a prefill or decode graph, and the first token of a speculate graph.
-  (The head of a later draft reads its own output, so teacher forcing does not give its distribution.)
+A graph generates at the end of its KV bucket, each row with other settings (`judge.SETTINGS`); prefill graphs sample
+after the probes. Teacher forcing then gives the target's logits before every token. For a correct graph:
+- seed, position and logits select the token; the gate computes the selection by its own code.
+- no token outside top-k and top-p is sampled.
+- the *rank* test: a token's randomised position in the cumulative distribution is uniform on [0, 1] (Rosenblatt 1952),
+  for a step's first token and for its later ones. Chi-square; it tests the random numbers (`exact_tests.py`).
 - what a row samples does not change with the other rows (`independence.py`).
-A step's first token and its later tokens are tested separately (`exact_tests.py`).
 
-Shapes: T tokens drawn, V vocabulary of the target, D of the draft.
+Shapes: T tokens drawn, V vocabulary of the target.
 """
 
 from __future__ import annotations
@@ -29,12 +24,11 @@ from pipeline.graphs.arguments import Draw, PromptRow, prefill_arguments
 from pipeline.graphs.spec import GraphSpec
 from pipeline.progress import working
 from pipeline.runtime.engine import Engine
-from pipeline.sources.values import draft_token_ids
-from pipeline.validate.gates.driving import Row, copies_of, random_draws, rewind, step
+from pipeline.validate.gates.driving import Row, random_draws, rewind, step
 from pipeline.validate.gates.exact_tests import FALSE_ALARM, Drawn, exact_tests
 from pipeline.validate.gates.independence import dependent_rows
-from pipeline.validate.gates.inputs import MODELS, GateInputs
-from pipeline.validate.gates.judge import SETTINGS, Judge, Numbers, setting_of, words
+from pipeline.validate.gates.inputs import GateInputs
+from pipeline.validate.gates.judge import SETTINGS, Judge, setting_of, words
 from pipeline.validate.gates.outcome import GateOutcome
 from pipeline.validate.gates.scoring import run_score, score
 from pipeline.validate.report.schema import Distribution
@@ -48,8 +42,8 @@ BORDER_SHARE = 0.05
 """Share of tokens that noise may move across the limits of top-k and top-p; two more are allowed."""
 
 
-def distribution(drawn: Sequence[Drawn]) -> GateOutcome[Distribution]:
-    """Return the outcome of the tests of sampled tokens."""
+def distribution(drawn: Sequence[Drawn], candidates: int | None) -> GateOutcome[Distribution]:
+    """Return the outcome of the tests of sampled tokens; `candidates` are those that graphs keep (None: all)."""
     tests, least = exact_tests(drawn)
     findings = [f"{of.graph}: {what}" for of in drawn for what in of.faults[:1]]
     findings += [
@@ -61,28 +55,32 @@ def distribution(drawn: Sequence[Drawn]) -> GateOutcome[Distribution]:
         p_value = math.nan if test.p_value is None else test.p_value
         if not p_value >= least:
             findings.append(f"{test.graph}: {test.test} test over {test.tokens} tokens, p={p_value:.1e}")
+    left_out = [mass for of in drawn for mass in of.left_out]
     section = Distribution(
-        false_alarm_rate=FALSE_ALARM, settings=tuple(words(choice) for choice in SETTINGS), tests=tuple(tests)
+        false_alarm_rate=FALSE_ALARM,
+        settings=tuple(words(choice) for choice in SETTINGS),
+        tokens=sum(of.tokens for of in drawn),
+        candidates=candidates,
+        mass_left_out=(sum(left_out) / len(left_out), max(left_out)) if left_out else None,
+        tests=tuple(tests),
     )
     return GateOutcome("distribution", section, tuple(findings))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled token, its index in its step, and its settings.
-
-    `numbers`: the random numbers that decide it, if they are known: a single one of a prefill or decode graph.
-    """
+    """A sampled token, its index in its step, the index of its settings, its seed and its position."""
 
     token: int
     index: int
     setting: int
-    numbers: float | Numbers | None
+    seed: int
+    position: int
 
 
 def draw_bucket(inputs: GateInputs, kv: int, probes: Sequence[list[int]], tie: float) -> Iterator[Drawn]:
     """Run every stochastic step graph of a bucket, whose caches hold the probes, up to the end of the bucket."""
-    judge = _judge(inputs, tie)
+    judge = Judge(inputs.engine.manifest.pair.candidates, tie)
     for spec in inputs.engine.graphs:
         if (spec.kv, spec.sampling) == (kv, "stochastic") and spec.phase in ("decode", "speculate"):
             with working(spec.name, inputs.progress):
@@ -92,16 +90,12 @@ def draw_bucket(inputs: GateInputs, kv: int, probes: Sequence[list[int]], tie: f
 
 def draw_prefill(inputs: GateInputs, probes: Sequence[list[int]], tie: float) -> Iterator[Drawn]:
     """Run every stochastic prefill graph over ragged probes, whose first tokens have other settings at each run."""
-    judge = _judge(inputs, tie)
+    judge = Judge(inputs.engine.manifest.pair.candidates, tie)
     for spec in inputs.engine.graphs:
         if (spec.phase, spec.sampling) == ("prefill", "stochastic"):
             with working(spec.name, inputs.progress):
                 drawn = _draw_first(inputs.engine, spec, probes, judge)
             yield drawn
-
-
-def _judge(inputs: GateInputs, tie: float) -> Judge:
-    return Judge(draft_token_ids(inputs.checkpoints[1]), inputs.engine.manifest.pair.candidates, tie)
 
 
 def _draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], judge: Judge) -> Drawn:
@@ -112,20 +106,16 @@ def _draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], judge: J
     drawn = Drawn(spec.name)
     generator = torch.Generator().manual_seed(spec.batch * 1000 + spec.draft_tokens)
     plain = next(g for g in engine.graphs if g.phase == "decode" and (g.batch, g.kv) == (spec.batch, spec.kv))
-    scorers = [
-        next(g for g in engine.graphs if (g.phase, g.model, g.kv) == ("score", model, spec.kv)) for model in MODELS
-    ]
+    scorer = next(g for g in engine.graphs if (g.phase, g.model, g.kv) == ("score", "target", spec.kv))
     if size > 0:
         drawn.faults += dependent_rows(engine, spec, plain, starts)
     for _ in range(-(-DRAWS // (spec.batch * size)) if size > 0 else 0):
         rows, samples = _generate(engine, spec, plain, starts, generator)
-        rewind(engine, plain, starts)
         begins = [row.start - 1 for row in rows]
         scored = [row.tokens[begin:-1] for row, begin in zip(rows, begins, strict=True)]
-        target, draft = (score(engine, scorer, scored, begins) for scorer in scorers)
-        for row_samples, target_TV, draft_TD in zip(samples, target, draft, strict=True):
-            for sample, target_V, draft_D in zip(row_samples, target_TV, draft_TD, strict=True):
-                _add(drawn, sample, judge, target_V, draft_D, generator)
+        for of_row, logits_TV in zip(samples, score(engine, scorer, scored, begins), strict=True):
+            for sample, logits_V in zip(of_row, logits_TV, strict=True):
+                _add(drawn, sample, judge, logits_V, generator)
     return drawn
 
 
@@ -139,28 +129,18 @@ def _generate(
     rewind(engine, plain, rows)
     while any(active := [len(row.tokens) - 1 < usable for row in rows]):
         settings = [setting_of(row, run) for row in range(len(rows))]
-        draws = random_draws(spec, [SETTINGS[setting] for setting in settings], generator)
+        draws = random_draws([SETTINGS[setting] for setting in settings], generator)
         news = step(engine, spec, rows, active, draws)
         for row, of_row, setting, draw, new in zip(rows, samples, settings, draws, news, strict=True):
-            copies = copies_of(row.tokens, spec.draft_tokens) if engine.manifest.lookup else []
-            numbers = _numbers(spec, draw, copies, usable - len(row.tokens))
-            of_row.extend(Sample(token, i, setting, None if i else numbers) for i, token in enumerate(new))
+            end = len(row.tokens)
+            of_row.extend(Sample(token, i, setting, draw.seed, end + i) for i, token in enumerate(new))
             row.tokens.extend(new)
         run += 1
     return rows, samples
 
 
-def _numbers(spec: GraphSpec, draw: Draw, copies: Sequence[int], room: int) -> float | Numbers:
-    """Return the random numbers of a row's first token in a step."""
-    assert draw.uniforms is not None
-    uniforms, steps = draw.uniforms.tolist(), spec.draft_tokens
-    if spec.phase == "decode":
-        return float(uniforms[0])
-    return Numbers(uniforms[0], uniforms[steps], uniforms[2 * steps], next(iter(copies), None), room)
-
-
 def _draw_first(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], judge: Judge) -> Drawn:
-    """Sample the token after the same prompts again and again, with other random numbers and settings."""
+    """Sample the token after the same prompts again and again, with other seeds and settings."""
     longest = min(spec.tokens, engine.length - 1)
     prompts = [list(probe[: max(longest - row, 1)]) for row, probe in enumerate(probes[: spec.batch])]
     logits = _last_logits(engine, prompts)
@@ -168,13 +148,12 @@ def _draw_first(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], ju
     generator = torch.Generator().manual_seed(spec.batch * 1000 + spec.tokens)
     for run in range(-(-PREFILL_DRAWS // len(prompts))):
         settings = [setting_of(row, run) for row in range(len(prompts))]
-        draws = random_draws(spec, [SETTINGS[setting] for setting in settings], generator)
+        draws = random_draws([SETTINGS[setting] for setting in settings], generator)
         rows = [PromptRow(prompt, row, draw) for row, (prompt, draw) in enumerate(zip(prompts, draws, strict=True))]
         tokens = engine.ranks.run(spec, prefill_arguments(spec, rows, engine.rows))["token"]
-        for row, (draw, setting) in enumerate(zip(draws, settings, strict=True)):
-            assert draw.uniforms is not None
-            sample = Sample(int(tokens[row]), 0, setting, float(draw.uniforms[0]))
-            _add(drawn, sample, judge, logits[row], None, generator)
+        for row, (prompt, draw, setting) in enumerate(zip(prompts, draws, settings, strict=True)):
+            sample = Sample(int(tokens[row]), 0, setting, draw.seed, len(prompt))
+            _add(drawn, sample, judge, logits[row], generator)
     return drawn
 
 
@@ -194,34 +173,24 @@ def _last_logits(engine: Engine, prompts: Sequence[list[int]]) -> Mapping[int, T
     return last
 
 
-def _add(
-    drawn: Drawn, sample: Sample, judge: Judge, target_V: Tensor, draft_D: Tensor | None, generator: torch.Generator
-) -> None:
-    """Add a sampled token, with the logits of target and draft before it."""
+def _add(drawn: Drawn, sample: Sample, judge: Judge, logits_V: Tensor, generator: torch.Generator) -> None:
+    """Add a sampled token, with the target's logits before it."""
     choice, token = SETTINGS[sample.setting], sample.token
     drawn.tokens += 1
-    p_V = judge.probabilities(target_V, choice)
-    if p_V[token] == 0:
+    if judge.candidates is not None and sample.setting == 0:
+        drawn.left_out.append(judge.left_out(logits_V))
+    probs_V = judge.probabilities(logits_V, choice)
+    if probs_V[token] == 0:
         drawn.borders += 1
-        if not judge.nearly_in(target_V, choice, token):
+        if not judge.nearly_in(logits_V, choice, token):
             drawn.faults.append(f"sampled token {token}, which has probability 0 at {words(choice)}")
         return
-    if not _explained(judge, sample, target_V, draft_D):
-        drawn.faults.append(f"sampled token {token}, which its random numbers do not select, at {words(choice)}")
-    if p_V[token] == 1:  # says nothing
+    if not judge.selects(logits_V, Draw(choice, sample.seed), sample.position, token):
+        drawn.faults.append(f"sampled token {token}, which its seed does not select, at {words(choice)}")
+    if probs_V[token] == 1:  # no alternative
         return
-    q_V = torch.zeros_like(p_V) if draft_D is None else judge.draft_probabilities(draft_D, choice, len(p_V))
-    tied = float(p_V[target_V == target_V[token]].sum())
+    tied = float(probs_V[logits_V == logits_V[token]].sum())
+    above = float(probs_V[logits_V > logits_V[token]].sum())
     drawn.index.append(sample.index)
     drawn.settings.append(sample.setting)
-    drawn.ranks.append(float(p_V[target_V > target_V[token]].sum()) + tied * float(torch.rand((), generator=generator)))
-    drawn.liked.append(bool(q_V[token] > p_V[token]))
-    drawn.chance.append(float(p_V[q_V > p_V].sum()))
-
-
-def _explained(judge: Judge, sample: Sample, target_V: Tensor, draft_D: Tensor | None) -> bool:
-    choice, numbers = SETTINGS[sample.setting], sample.numbers
-    if isinstance(numbers, Numbers):
-        assert draft_D is not None
-        return judge.explains(target_V, draft_D, choice, numbers, sample.token)
-    return numbers is None or judge.selects(target_V, choice, numbers, sample.token)
+    drawn.ranks.append(above + tied * float(torch.rand((), generator=generator)))

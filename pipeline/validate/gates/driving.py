@@ -16,8 +16,8 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.lookup import Lookup
 from pipeline.validate.gates.scoring import run_score
 
-UNUSED = 0.9
-"""A random number that a greedy row must not use."""
+UNUSED = 7
+"""A seed that a greedy row must not use."""
 
 
 @dataclass
@@ -61,10 +61,10 @@ def rewind(engine: Engine, plain: GraphSpec, rows: Sequence[Row]) -> None:
         step(engine, plain, [Row(row.tokens[:-1]) for row in rows], [True] * len(rows))
 
 
-def random_draws(spec: GraphSpec, choices: Sequence[Choice], generator: torch.Generator) -> list[Draw]:
-    """Return how rows sample: their choices, with new random numbers."""
-    uniforms = torch.rand(len(choices), spec.draws, generator=generator)
-    return [Draw(choice, of_row) for choice, of_row in zip(choices, uniforms, strict=True)]
+def random_draws(choices: Sequence[Choice], generator: torch.Generator) -> list[Draw]:
+    """Return how rows sample: their choices, with new seeds."""
+    seeds = torch.randint(2**63 - 1, (len(choices),), generator=generator).tolist()
+    return [Draw(choice, seed) for choice, seed in zip(choices, seeds, strict=True)]
 
 
 def step(
@@ -86,7 +86,7 @@ def _step_rows(
     """Yield the rows that are active, by slot."""
     for slot, (row, on) in enumerate(zip(rows, active, strict=True)):
         if on:
-            draw = draws[slot] if draws else Draw(GREEDY, torch.full((spec.draws,), UNUSED))
+            draw = draws[slot] if draws else Draw(GREEDY, UNUSED)
             yield slot, StepRow(row.tokens[-1], len(row.tokens) - 1, draw, copies_of(row.tokens, spec.draft_tokens))
 
 

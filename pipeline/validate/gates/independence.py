@@ -1,4 +1,4 @@
-"""Rows of a batch must not change each other: a step is run again with other tokens, settings and random numbers.
+"""Rows of a batch must not change each other: a step is run again with other tokens, settings and seeds.
 
 Exact, bit by bit: what a row emits is a function of its own arguments and caches.
 """
@@ -20,7 +20,7 @@ RUNS = 4
 
 
 def dependent_rows(engine: Engine, spec: GraphSpec, plain: GraphSpec, starts: Sequence[Row]) -> Iterator[str]:
-    """Yield a finding for each row whose tokens change with those, the settings or random numbers of the other rows.
+    """Yield a finding for each row whose tokens change with those, the settings or the seeds of the other rows.
 
     `plain` is a decode graph of the same batch.
     """
@@ -30,15 +30,14 @@ def dependent_rows(engine: Engine, spec: GraphSpec, plain: GraphSpec, starts: Se
     generator = torch.Generator().manual_seed(rows)
     for run in range(RUNS):
         draws = [
-            random_draws(spec, [SETTINGS[setting_of(row, of)] for row in range(rows)], generator)
-            for of in (run, run + 1)
+            random_draws([SETTINGS[setting_of(row, of)] for row in range(rows)], generator) for of in (run, run + 1)
         ]
         first = _step(engine, spec, plain, starts, draws[0])
         for kept in range(rows):
             others = [row if number == kept else _other(row) for number, row in enumerate(starts)]
             mixed = [draws[number != kept][number] for number in range(rows)]
             if _step(engine, spec, plain, others, mixed)[kept] != first[kept]:
-                yield f"row {kept} changes with the tokens, settings or random numbers of other rows"
+                yield f"row {kept} changes with the tokens, settings or seeds of other rows"
                 return
 
 

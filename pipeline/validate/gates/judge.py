@@ -1,6 +1,6 @@
 """The distribution that a sampled token must come from, independent of the graphs' own sampling code.
 
-Shapes: V vocabulary of the target, D of the draft.
+Shapes: V vocabulary of the target.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.graphs.arguments import GREEDY, Choice
+from pipeline.graphs.arguments import GREEDY, Choice, Draw
 
 SETTINGS = (
     Choice(1.0),  # what a client that sets nothing gets
@@ -37,12 +39,11 @@ def words(choice: Choice) -> str:
 
 @dataclass(frozen=True)
 class Judge:
-    """Computes distributions from logits: a draft's reduced vocabulary, the candidates that graphs keep, the noise.
+    """Computes what must be sampled from logits, with the candidates that graphs keep.
 
     `tie` is the relative gap of two logits within which noise can swap them.
     """
 
-    draft_ids: Tensor | None
     candidates: int | None
     tie: float
 
@@ -61,13 +62,10 @@ class Judge:
         probs_V[best.indices[:inside]] = probs[:inside] / probs[:inside].sum()
         return probs_V
 
-    def draft_probabilities(self, logits_D: Tensor, choice: Choice, vocab: int) -> Tensor:
-        """Return the distribution of a draft by the target's token ids, float64 [V]. The draft proposes no other id."""
-        if self.draft_ids is None:
-            shares = self.probabilities(logits_D[:vocab], choice)
-            return torch.nn.functional.pad(shares, (0, vocab - len(shares)))
-        shares = self.probabilities(logits_D, choice)
-        return torch.zeros(vocab, dtype=torch.float64).scatter(0, self.draft_ids, shares)
+    def left_out(self, logits_V: Tensor) -> float:
+        """Return the probability, at temperature 1, of the tokens that are no candidates."""
+        probs_V = torch.softmax(logits_V.double(), 0)
+        return 1 - float(probs_V.topk(self._kept(logits_V, SETTINGS[0])).values.sum())
 
     def nearly_in(self, logits_V: Tensor, choice: Choice, token: int) -> bool:
         """Return whether noise, which moves logits by `tie` at most, can explain a token with probability 0."""
@@ -77,60 +75,33 @@ class Judge:
         lowered = above * math.exp(-moved) / (above * math.exp(-moved) + 1 - above)
         return float(scaled_V[token]) >= float(best[-1]) - moved and lowered < choice.top_p
 
-    def selects(self, logits_V: Tensor, choice: Choice, uniform: float, token: int) -> bool:
-        """Return whether a random number selects a token, up to noise; see `selected`."""
-        return token in self.selected(logits_V, choice, uniform)
+    def selects(self, logits_V: Tensor, draw: Draw, position: int, token: int) -> bool:
+        """Return whether a row's random numbers at a position select a token, up to noise.
 
-    def selected(self, logits_V: Tensor, choice: Choice, uniform: float) -> list[int]:
-        """Return the tokens that a random number can select, up to noise.
-
-        Tokens are in descending order of their logits; a random number u selects the first token at which the
-        cumulative probability exceeds u. Noise reorders tokens and moves probabilities, so a token is selected by
-        an interval of numbers that is wider than its probability.
+        The token with the highest score plus Gumbel number is selected; noise moves scores, and tokens across the
+        limits of top-k and top-p.
         """
-        probs_V = self.probabilities(logits_V, choice)
+        scaled_V, moved = self._scaled(logits_V, draw.choice)
+        sure_V = self._surely_in(logits_V, draw.choice)
+        if draw.choice.temperature > 0:
+            scaled_V = scaled_V + torch.from_numpy(gumbel(draw.seed, position, len(logits_V)))
+        best = float(scaled_V[sure_V].max()) if bool(sure_V.any()) else -math.inf
+        return float(scaled_V[token]) >= best - 2 * moved - ROUNDING
+
+    def _surely_in(self, logits_V: Tensor, choice: Choice) -> Tensor:
+        """Return which tokens are within top-k and top-p whatever noise does, bool [V]."""
         scaled_V, moved = self._scaled(logits_V, choice)
-        ids_N = probs_V.nonzero()[:, 0]
-        if len(ids_N) == 1:
-            return [int(logits_V.argmax()), *self._ties(logits_V)]
-        scores_N, order_N = scaled_V[ids_N].sort(descending=True)
-        before_N = torch.cat((torch.zeros(1, dtype=torch.float64), probs_V[ids_N[order_N]].cumsum(0)))
-        above_N = before_N[torch.searchsorted(-scores_N, -(scores_N + 2 * moved))]
-        below_N = 1 - before_N[torch.searchsorted(-scores_N, -(scores_N - 2 * moved), right=True)]
-        border = float(probs_V[ids_N].min()) if len(ids_N) < len(probs_V) else 0.0
-        slack = border + ROUNDING
-        inside_N = (_lowered(above_N, moved) - slack <= uniform) & (1 - _lowered(below_N, moved) + slack >= uniform)
-        return [int(token) for token in ids_N[order_N[inside_N]]]
-
-    def explains(self, target_V: Tensor, draft_D: Tensor, choice: Choice, numbers: Numbers, token: int) -> bool:
-        """Return whether the random numbers of a speculative step lead to its first token, up to noise."""
-        if numbers.room == 0:
-            return self.selects(target_V, choice, numbers.last, token)
-        p_V = self.probabilities(target_V, choice)
-        if numbers.copied is None:
-            q_V = self.draft_probabilities(draft_D, choice, len(p_V))
-            drafts = self._drafts(draft_D[: len(target_V)], choice, numbers.draft)
-        else:
-            q_V, drafts = torch.zeros_like(p_V), [numbers.copied]
-            q_V[numbers.copied] = 1.0
-        moved = self._scaled(target_V, choice)[1] + self._scaled(draft_D, choice)[1]
-        margin = math.exp(2 * moved) * (1 + 100 * ROUNDING)
-        if token in drafts and numbers.accept * float(q_V[token]) <= float(p_V[token]) * margin:
-            return True
-        rejected = [draft for draft in drafts if numbers.accept * float(q_V[draft]) * margin >= float(p_V[draft])]
-        if not rejected or float(p_V[token]) * margin * margin < float(q_V[token]):
-            return False
-        return margin > EXACT or _in_residual(target_V, (p_V - q_V).clamp(min=0), numbers.last, token)
-
-    def _drafts(self, logits_D: Tensor, choice: Choice, uniform: float) -> list[int]:
-        """Return the tokens that a draft can propose with a random number."""
-        tokens = self.selected(logits_D, choice, uniform)
-        return tokens if self.draft_ids is None else [int(self.draft_ids[token]) for token in tokens]
-
-    def _ties(self, logits_V: Tensor) -> list[int]:
-        """Return the tokens that noise can make the best one."""
-        close_V = logits_V >= logits_V.max() - self.tie * logits_V.abs().max()
-        return [int(token) for token in close_V.nonzero()[:, 0]]
+        kept = self._kept(logits_V, choice)
+        if choice.temperature == 0 or (kept == len(logits_V) and choice.top_p >= 1):
+            return torch.ones_like(scaled_V, dtype=torch.bool)
+        scores, order = scaled_V.topk(min(2 * kept + 64, len(scaled_V)))
+        probs = torch.softmax(scores[:kept], 0)
+        count = torch.searchsorted(-scores, -(scores - 2 * moved), right=True)  # tokens that may be as high
+        mass = torch.cat((torch.zeros(1, dtype=torch.float64), probs.cumsum(0)))[count.clamp(max=kept)]
+        above = (mass - torch.nn.functional.pad(probs, (0, len(scores) - kept))).clamp(0, 1)
+        raised = above * math.exp(2 * moved) / (above * math.exp(2 * moved) + 1 - above)
+        inside = (count <= kept) & ((raised < choice.top_p - ROUNDING) | (choice.top_p >= 1))
+        return torch.zeros_like(scaled_V, dtype=torch.bool).scatter(0, order, inside)
 
     def _scaled(self, logits_V: Tensor, choice: Choice) -> tuple[Tensor, float]:
         """Return logits over the temperature, and how far noise moves them."""
@@ -141,39 +112,23 @@ class Judge:
         return min(choice.top_k or len(logits_V), self.candidates or len(logits_V), len(logits_V))
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """Random numbers of the first token of a speculative step: of the draft, of its acceptance, and of the last token.
+ROUNDING = 1e-4
+"""Rounding of float32 scores, logarithms and cumulative probabilities over a whole vocabulary."""
 
-    `copied`: the token that prompt lookup proposed. `room`: how many drafts the cache has positions for.
+
+def gumbel(seed: int, position: int, vocab: int) -> NDArray[np.float64]:
+    """Return the Gumbel number of every token at a position, float64 [V].
+
+    Independent of `pipeline.speculation.noise`: 20 rounds of SIMON with alternating halves of the seed as keys.
     """
-
-    draft: float
-    accept: float
-    last: float
-    copied: int | None
-    room: int
-
-
-ROUNDING = 1e-5
-"""Rounding of cumulative probabilities in float32, over a whole vocabulary."""
-
-EXACT = 1.02
-"""Where noise moves no ratio of probabilities by more than this, replacements of rejected drafts are compared, too."""
-
-
-def _lowered(share: Tensor, moved: float) -> Tensor:
-    """Return the least share of some tokens when the logits of all move by at most `moved`."""
-    less = share * math.exp(-2 * moved)
-    return torch.where(share < 1, less / (less + 1 - share).clamp(min=1e-300), 1.0)
-
-
-def _in_residual(logits_V: Tensor, residual_V: Tensor, uniform: float, token: int) -> bool:
-    """Return whether a random number selects a token by the residual; an empty one is a matter of rounding."""
-    total = float(residual_V.sum())
-    if total < 100 * ROUNDING:
-        return True
-    below = float(residual_V[logits_V > logits_V[token]].sum()) / total
-    above = float(residual_V[logits_V >= logits_V[token]].sum()) / total
-    slack = 100 * ROUNDING / total + (EXACT - 1)
-    return below - slack <= uniform <= above + slack
+    with np.errstate(over="ignore"):
+        x = np.arange(vocab, dtype=np.uint32)
+        y = np.full(vocab, position, dtype=np.uint32)
+        for number in range(1, 21):
+            key = np.uint32((seed >> 32 * ((number - 1) % 2) & 0xFFFFFFFF) ^ (number * 0x9E3779B9 & 0xFFFFFFFF))
+            turned = [x << np.uint32(bits) | x >> np.uint32(32 - bits) for bits in (1, 8, 2)]
+            x, y = y ^ turned[0] & turned[1] ^ turned[2] ^ key, x
+    high, low = ((word >> np.uint32(9)).astype(np.float32) for word in (x, y))
+    step = np.float32(2.0**-23)
+    uniform = np.minimum((high + (low + np.float32(0.5)) * step) * step, np.float32(1 - 2.0**-24))
+    return np.asarray(-np.log(-np.log1p(-uniform.astype(np.float64))))

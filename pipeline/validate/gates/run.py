@@ -96,7 +96,7 @@ def run_gates(inputs: GateInputs) -> GateRun:
         references,
         parity=parity(measured.scores, roundings, choices, numbers, limits.near_tie_rate),
         losslessness=losslessness(measured.compared, measured.tie, limits.near_tie_rate),
-        distribution=distribution(drawn) if inputs.is_sampled else None,
+        distribution=distribution(drawn, inputs.engine.manifest.pair.candidates) if inputs.is_sampled else None,
         acceptance=acceptance(by_k, speed, limits.tokens_per_step),
         seconds=clock.seconds,
     )

@@ -161,7 +161,6 @@ class ExactTest(Record):
     test: str = Field(description="name of the test")
     tokens: int = Field(description="number of sampled tokens")
     p_value: Number = Field(description="p-value of the test")
-    shift: Number = Field(description="probability moved to the draft's tokens that it finds with 90% power")
 
 
 class Distribution(Record):
@@ -169,6 +168,11 @@ class Distribution(Record):
 
     false_alarm_rate: float = Field(description="probability that a correct artifact fails the gate")
     settings: tuple[str, ...] = Field(description="sampling settings of the tests; rows of a batch have different ones")
+    tokens: int = Field(description="sampled tokens that were compared with those that their seeds select")
+    candidates: int | None = Field(description="the recipe's speculation.candidates; null: all tokens can be sampled")
+    mass_left_out: tuple[float, float] | None = Field(
+        description="probability at temperature 1 of the tokens that candidates leave out: mean and largest; null: none"
+    )
     tests: tuple[ExactTest, ...] = Field(description="tests by graph, by kind of graph, and by settings")
 
 

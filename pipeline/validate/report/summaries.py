@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from pipeline.validate.report.schema import Latencies, Report
+from pipeline.validate.report.schema import Distribution, Latencies, Report
 
 
 def summary(report: Report) -> dict[str, Any]:
@@ -50,7 +50,9 @@ def headlines(report: Report) -> list[tuple[str, str]]:
     tokens = f"{differences} of {lossless.tokens} tokens differ{_near_ties(lossless.near_ties, differences)}"
     rows.append(("speculation against plain decode", tokens))
     if report.distribution is not None:
-        rows.append(("sampling", _exact_tests([test.p_value for test in report.distribution.tests])))
+        tests = _exact_tests([test.p_value for test in report.distribution.tests])
+        rows.append(("sampled tokens against their seeds", f"{report.distribution.tokens} compared; {tests}"))
+        rows += _left_out(report.distribution)
     rows += [(f"tokens per step (K={a.draft_tokens})", f"{a.tokens_per_step:.2f}") for a in report.acceptance]
     rows.append(("speed-up, measured once; other load changes it", show(report.speed.measured_speedup)))
     rows.append(("speed-up, from acceptance and draft size", show(report.speed.expected_speedup)))
@@ -62,6 +64,13 @@ def headlines(report: Report) -> list[tuple[str, str]]:
         longest = f"longer than the largest prefill bucket; only their last {report.tested.prefill[-1]} tokens ran"
         rows.append(("prompts that were cut", f"{len(cut)} of {report.tested.prompts}: {longest}"))
     return rows
+
+
+def _left_out(sampling: Distribution) -> Iterator[tuple[str, str]]:
+    if sampling.mass_left_out is not None:
+        mean, largest = (f"{share:.1%}" for share in sampling.mass_left_out)
+        kept = f"at temperature 1, {sampling.candidates} candidates leave out"
+        yield "probability that is never sampled", f"{kept} {mean} on average, {largest} at most"
 
 
 def _exact_tests(p_values: Sequence[float | None]) -> str:

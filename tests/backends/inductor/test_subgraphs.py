@@ -62,10 +62,12 @@ def random_inputs(spec: GraphSpec, pair: PairSpec) -> list[Tensor]:
         dtype = torch_dtype(tensor.dtype)
         if tensor.name in whole:
             inputs.append(torch.tensor(whole[tensor.name], dtype=dtype))
+        elif tensor.name == "seed":
+            inputs.append(torch.randint(-(2**31), 2**31 - 1, tensor.shape, dtype=dtype))
         elif tensor.name in ("tokens", "last_token", "draft/tail"):
             inputs.append(torch.randint(0, pair.target.vocab, tensor.shape, dtype=dtype))
         elif dtype.is_floating_point:
-            inputs.append(torch.rand(tensor.shape) if tensor.name == "uniforms" else torch.randn(tensor.shape) / 3)
+            inputs.append(torch.randn(tensor.shape) / 3)
         else:
             inputs.append(torch.zeros(tensor.shape, dtype=dtype))
     return inputs

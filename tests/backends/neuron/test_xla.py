@@ -157,7 +157,7 @@ def arguments_of(spec: GraphSpec, shape: PairSpec):
             "last_token": lambda: [4, 50, 9, 0][:rows], "position": lambda: [3, 6, 0, 11][:rows],
             "active": lambda: [True, True, False, True][:rows], "temperature": lambda: [0.7, 0.0, 1.0, 1.3][:rows],
             "top_k": lambda: [0, 3, 5, 0][:rows], "top_p": lambda: [0.9, 1.0, 0.5, 1.0][:rows],
-            "uniforms": lambda s=one.shape: torch.rand(s, generator=generator),
+            "seed": lambda s=one.shape: torch.randint(-(2**31), 2**31 - 1, s, generator=generator),
             "copied": lambda s=one.shape: torch.randint(-30, 61, s, generator=generator).clamp(min=-1),
         }[one.name]()  # fmt: skip
     return found
