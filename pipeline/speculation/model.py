@@ -14,7 +14,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
 from pipeline.models.parallel import Pass, Seams, State, attend_up_to, plan_writes
 from pipeline.models.weights import D2T, OFFSET
-from pipeline.speculation.sampling import Sampling, greedy, sample
+from pipeline.speculation.sampling import Sampling, Vocabulary, greedy, sample
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,13 @@ class Model:
         """Choose the tokens at `positions_BT`, int64 [B, T], as ids of the target."""
         if choose.sampling is None:
             return self.greedy(hidden_BTH)
-        logits_BTV = self.all_logits(hidden_BTH)[..., : self.proposable]
+        if choose.keep is None:
+            logits_BTV = self.all_logits(hidden_BTH)[..., : self.proposable]
+        else:
+            logits_BTV = self.logits(hidden_BTH, self.proposable)
         ids_V = torch.arange(self.proposable, dtype=torch.int32, device=logits_BTV.device)
-        names_V = self.to_target(ids_V).int()
-        return self.to_target(sample(logits_BTV, choose.sampling, positions_BT, names_V, choose.keep, self.seams))
+        of = Vocabulary(choose.keep, self.seams, self.weights.get(OFFSET))
+        return self.to_target(sample(logits_BTV, choose.sampling, positions_BT, self.to_target(ids_V).int(), of))
 
     def greedy(self, hidden_BTH: Tensor) -> Tensor:
         """Return the argmax over the ids that both models have, int64 [B, T], as ids of the target."""

@@ -62,10 +62,22 @@ class Drawn(NamedTuple):
     names_V: Tensor
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """Where logits come from: ranks that hold a slice each, from id `offset_1` on, and the number kept (None: all).
+
+    With `keep` None the logits are of the whole vocabulary.
+    """
+
+    keep: int | None = None
+    seams: Seams = PLAIN
+    offset_1: Tensor | None = None
+
+
 def sample(
-    logits_BTV: Tensor, sampling: Sampling, positions_BT: Tensor, names_V: Tensor, keep: int | None, seams: Seams
+    logits_BTV: Tensor, sampling: Sampling, positions_BT: Tensor, names_V: Tensor, of: Vocabulary
 ) -> Tensor:  # fmt: skip
-    """Sample the tokens at positions: int64 [B, T]. Temperature, top-k and top-p, over the best `keep` (None: all).
+    """Sample the tokens at positions: int64 [B, T]. Temperature, top-k and top-p, over the best tokens or all.
 
     A row with temperature 0 gets the argmax, so greedy and sampled requests share a batch.
     """
@@ -74,10 +86,10 @@ def sample(
     temperature, top_k, top_p, seed = (setting.repeat_interleave(tokens, dim=0) for setting in settings)
     drawn = Drawn(temperature, top_k, top_p, seed, positions_BT.reshape(-1).int(), names_V)
     logits_MV = logits_BTV.reshape(batch * tokens, -1)
-    if keep is not None:
-        return sample_best(logits_MV, drawn, keep, seams).view(batch, tokens)
-    sampled_M = sample_all(logits_MV, drawn) if seams.sample_all is None else seams.sample_all(logits_MV, *drawn)
-    return sampled_M.view(batch, tokens)
+    if of.keep is not None:
+        return sample_best(logits_MV, drawn, of).view(batch, tokens)
+    operator = of.seams.sample_all
+    return (sample_all(logits_MV, drawn) if operator is None else operator(logits_MV, *drawn)).view(batch, tokens)
 
 
 def sample_all(logits_MV: Tensor, drawn: Drawn) -> Tensor:
@@ -89,13 +101,19 @@ def sample_all(logits_MV: Tensor, drawn: Drawn) -> Tensor:
     return greedy(torch.where(temperature_M1 > 0, noisy_MV, logits_MV), PLAIN, None)
 
 
-def sample_best(logits_MV: Tensor, drawn: Drawn, keep: int, seams: Seams) -> Tensor:
-    """Sample from the `keep` tokens with the highest logits: int64 [M]."""
-    scores_MN, ids_MN = seams.top(_scaled(logits_MV, drawn), min(keep, logits_MV.shape[-1]))
-    noise_MN = gumbel(drawn.seed_M2, drawn.position_M, drawn.names_V[ids_MN])
+def sample_best(logits_MV: Tensor, drawn: Drawn, of: Vocabulary) -> Tensor:
+    """Sample from the `of.keep` tokens with the highest logits: int64 [M]. Ranks exchange these, not all logits."""
+    assert of.keep is not None
+    scores_MN, ids_MN = of.seams.top(_scaled(logits_MV, drawn), min(of.keep, logits_MV.shape[-1]))
+    if of.seams.tp > 1 and of.offset_1 is not None:
+        ids_MN = of.seams.all_gather(ids_MN.int() + of.offset_1).long()
+        scores_MN, places_MN = of.seams.top(of.seams.all_gather(scores_MN), min(of.keep, ids_MN.shape[-1]))
+        ids_MN = ids_MN.gather(-1, places_MN)
+    names_MN = drawn.names_V[ids_MN.clamp(max=len(drawn.names_V) - 1)]
+    noise_MN = gumbel(drawn.seed_M2, drawn.position_M, names_MN)
     noisy_MN = torch.where(scores_MN >= lowest_kept(scores_MN, drawn), scores_MN + noise_MN, -torch.inf)
     sampled_M = ids_MN.gather(-1, greedy(noisy_MN, PLAIN, None)[:, None])[:, 0]
-    return torch.where(drawn.temperature_M > 0, sampled_M, greedy(logits_MV, PLAIN, None))
+    return torch.where(drawn.temperature_M > 0, sampled_M, greedy(logits_MV, of.seams, of.offset_1))
 
 
 def _scaled(logits_MV: Tensor, drawn: Drawn) -> Tensor:

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.models.parallel import PLAIN
 from pipeline.sources.pair import resolve_pair
 from pipeline.speculation.noise import gumbel
-from pipeline.speculation.sampling import Drawn, Sampling, lowest_kept, sample
+from pipeline.speculation.sampling import Drawn, Sampling, Vocabulary, lowest_kept, sample
 from pipeline.validate.gates import judge
 from support.eager import make_engine
 from support.pairs import seeds
@@ -74,7 +73,7 @@ def drawn_tokens(logits, settings, keep=None, turns=3000):
     )
     names = torch.arange(len(logits), dtype=torch.int32)
     logits_BTV = logits.expand(turns, 1, -1)
-    return sample(logits_BTV, sampling, torch.full((turns, 1), 4), names, keep, PLAIN)[:, 0]
+    return sample(logits_BTV, sampling, torch.full((turns, 1), 4), names, Vocabulary(keep))[:, 0]
 
 
 @pytest.mark.parametrize("settings", judge.SETTINGS, ids=judge.words)
