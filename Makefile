@@ -62,6 +62,9 @@ test-ray: $(READY)       ## a real Ray cluster of several nodes on this machine,
 	$(BIN)/python -m pip install --quiet --editable '.[ray,servers]'
 	$(PYTEST) -m ray
 
+mutants: $(READY)        ## small faults in the code of graphs, through all gates; prints those that pass
+	$(BIN)/python benchmarks/mutants.py
+
 lint: $(READY)           ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 

@@ -287,6 +287,11 @@ class Gates(Record):
     tokens_per_step: Annotated[float, Field(allow_inf_nan=False, ge=1)] = Field(
         default=1.0, description="minimum of tokens per step, averaged over the prompts"
     )
+    acceptance: tuple[Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)], ...] = Field(
+        default=(),
+        description="acceptance rates that the draft's publisher states, by place in a step, each of the drafts whose "
+        "places before were accepted; the gate fails below 0.9 of them; default: none",
+    )
     near_tie_rate: Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)] = Field(
         default=0.02,
         description="maximum share of tokens that may differ from decode without a draft, at proven near-ties",

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.models.parallel import Attend, attend_up_to
 from pipeline.models.weights import EMBEDDING
-from pipeline.speculation import model
+from pipeline.speculation import drafters, model
 from pipeline.speculation import phases as graphs
 from support.eager import EagerRanks
 
@@ -212,6 +212,26 @@ def seed_of_the_first_row(ranks: EagerRanks, seed: int) -> None:
 def half_of_the_seed(ranks: EagerRanks, seed: int) -> None:
     """The upper half of a seed does not count."""
     ranks.around = _sampling(lambda s: replace(s, seed_B2=s.seed_B2 * torch.tensor([1, 0], dtype=torch.int32)))
+
+
+def later_proposals_wrong(ranks: EagerRanks, seed: int) -> None:
+    """Proposals after the first are other tokens: answers are right, and the speed is lost."""
+
+    @contextmanager
+    def around(spec, state) -> Iterator[None]:
+        original = drafters.DraftModel.propose
+
+        def wrong(*arguments):
+            drafts = original(*arguments)
+            return torch.cat((drafts[:, :1], (drafts[:, 1:] + 1) % ranks.shape.target.vocab), 1)
+
+        drafters.DraftModel.propose = wrong
+        try:
+            yield
+        finally:
+            drafters.DraftModel.propose = original
+
+    ranks.around = around
 
 
 NUMERIC: tuple[Plant, ...] = (

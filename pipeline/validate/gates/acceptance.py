@@ -1,4 +1,4 @@
-"""Gate 3: acceptance of draft tokens by position, class and prompt, with the recipe's floor of tokens per step."""
+"""Gate 3: acceptance of draft tokens by place, class and prompt, against limits and the draft's choices."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import no_string
+from pipeline.recipe.schema import Gates
 from pipeline.runtime.engine import Generation
 from pipeline.validate.gates.outcome import GateOutcome
+from pipeline.validate.gates.places import Place, findings_of
 from pipeline.validate.prompts import Prompt
 from pipeline.validate.report.schema import Acceptance, OfClass, Speed
+
+STATED_SHARE = 0.9
+"""Least share of a stated acceptance rate that is measured: prompts differ."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +26,37 @@ class AcceptanceSection:
     speed: Speed
 
 
-def acceptance(measured: Sequence[Acceptance], speed: Speed, floor: float) -> GateOutcome[AcceptanceSection]:
-    """Return the outcome: every K reaches the floor of tokens per step."""
-    findings = tuple(
-        f"K={of.draft_tokens}: {of.tokens_per_step:.2f} tokens per step is below the floor {floor}"
+@dataclass(frozen=True)
+class Expected:
+    """What the first K is compared with: its places, and the tokens per step of prompt lookup alone."""
+
+    places: Sequence[Place]
+    lookup_alone: float
+    is_head: bool
+
+
+def acceptance(
+    measured: Sequence[Acceptance], speed: Speed, limits: Gates, expected: Expected
+) -> GateOutcome[AcceptanceSection]:
+    """Return the outcome: every K reaches the floor, and each place accepts what the draft's own choices say."""
+    first = measured[0]
+    findings = [
+        f"K={of.draft_tokens}: {of.tokens_per_step:.2f} tokens per step is below the floor {limits.tokens_per_step}"
         for of in measured
-        if of.tokens_per_step < floor
-    )
-    return GateOutcome("acceptance", AcceptanceSection(tuple(measured), speed), findings)
+        if of.tokens_per_step < limits.tokens_per_step
+    ]
+    findings += findings_of(expected.places, is_head=expected.is_head, near_tie_rate=limits.near_tie_rate)
+    findings += [
+        f"place {number} of a step: {rate:.2f} of the drafts accepted, the recipe states {stated}"
+        for number, (rate, stated) in enumerate(zip(first.accepted_given_previous, limits.acceptance, strict=False), 1)
+        if rate < STATED_SHARE * stated
+    ]
+    if expected.is_head and limits.tokens_per_step > 1 and first.tokens_per_step < expected.lookup_alone:
+        alone = f"prompt lookup alone gives {expected.lookup_alone:.2f}"
+        findings.append(f"K={first.draft_tokens}: {first.tokens_per_step:.2f} tokens per step; {alone}")
+    forced = tuple(place.forced / max(place.tried, 1) for place in expected.places)
+    first = first.model_copy(update={"teacher_forced": forced, "lookup_alone": expected.lookup_alone})
+    return GateOutcome("acceptance", AcceptanceSection((first, *measured[1:]), speed), tuple(findings))
 
 
 def acceptance_of(prompts: Sequence[Prompt], answers: Sequence[Generation], steps: int) -> Acceptance:

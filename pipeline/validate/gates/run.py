@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.validate.gates.acceptance import AcceptanceSection, acceptance, acceptance_of
+from pipeline.sources.values import draft_token_ids
+from pipeline.validate.gates.acceptance import AcceptanceSection, Expected, acceptance, acceptance_of
 from pipeline.validate.gates.answers import Answers, Sequences, answer_prompts, sequences_of
 from pipeline.validate.gates.choices import CheckedChoices, answer_choices, check_choices, prefill_choices
 from pipeline.validate.gates.distribution import distribution, draw_bucket, draw_prefill
@@ -19,6 +20,7 @@ from pipeline.validate.gates.inputs import MODELS, GateInputs, StageClock
 from pipeline.validate.gates.losslessness import Comparison, compare_answers, compare_edges, losslessness
 from pipeline.validate.gates.outcome import GateOutcome
 from pipeline.validate.gates.parity import ParitySection, parity
+from pipeline.validate.gates.places import lookup_alone, places_of
 from pipeline.validate.gates.references import ModelReference, compute_references
 from pipeline.validate.gates.scores import ModelScores, ScoreJob, score_bucket
 from pipeline.validate.gates.speed import measure_speed
@@ -97,8 +99,20 @@ def run_gates(inputs: GateInputs) -> GateRun:
         parity=parity(measured.scores, roundings, choices, numbers, limits.near_tie_rate),
         losslessness=losslessness(measured.compared, measured.tie, limits.near_tie_rate),
         distribution=distribution(drawn, inputs.engine.manifest.pair.candidates) if inputs.is_sampled else None,
-        acceptance=acceptance(by_k, speed, limits.tokens_per_step),
+        acceptance=acceptance(by_k, speed, limits, _expected(inputs, answers, sequences, references)),
         seconds=clock.seconds,
+    )
+
+
+def _expected(
+    inputs: GateInputs, answers: Answers, sequences: Sequences, references: Mapping[str, ModelReference]
+) -> Expected:
+    steps, of_first = next(iter(answers.speculative.items()))
+    draft_ids, manifest = draft_token_ids(inputs.checkpoints[1]), inputs.engine.manifest
+    return Expected(
+        places_of(sequences.prompts, of_first, references["draft"].goldens, draft_ids, steps),
+        lookup_alone(sequences.prompts, manifest.lookup, steps),
+        manifest.draft_kind.reads_target_states,
     )
 
 

@@ -196,6 +196,14 @@ class Acceptance(Record):
     accepted_given_previous: tuple[float, ...] = Field(
         description="the same share, of steps that accepted the position before"
     )
+    teacher_forced: tuple[float, ...] = Field(
+        default=(),
+        description="the same rates for the draft's choices under teacher forcing, of steps without copied tokens; "
+        "of the first K only",
+    )
+    lookup_alone: float | None = Field(
+        default=None, description="tokens per step of prompt lookup alone, for these answers; of the first K only"
+    )
     lengths: tuple[int, ...] = Field(description="number of steps that emitted 1, 2, ... K+1 tokens")
     by_class: dict[str, OfClass] = Field(description="acceptance by class of prompts")
     by_prompt: dict[str, float] = Field(description="tokens per step by prompt")

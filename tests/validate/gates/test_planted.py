@@ -49,11 +49,11 @@ def test_clean_sampling_passes(work, dtype):
 
 
 @pytest.mark.parametrize("fault", planted.ACCEPTANCE, ids=lambda f: f.__name__)
-def test_wrong_acceptance_is_caught_by_the_distribution_alone(work, fault):
+def test_wrong_acceptance_of_sampled_drafts_is_caught(work, fault):
+    """The greedy rows of a stochastic graph see it, too."""
     run = gates_of(work, recipe_of("llama", 3, "float32", SAMPLED, UNLIKE, SMALL), fault, 3)
     assert run.findings["distribution"]
     assert not run.findings["parity"]
-    assert not run.findings["losslessness"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -61,5 +61,14 @@ def test_wrong_acceptance_is_caught_by_the_distribution_alone(work, fault):
 def test_wrong_sampling_is_caught_by_the_distribution_alone(work, fault, dtype):
     run = gates_of(work, recipe_of("llama", 3, dtype, SAMPLED, UNLIKE, SMALL), fault, 3)
     assert run.findings["distribution"]
+    assert not run.findings["parity"]
+    assert not run.findings["losslessness"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wrong_later_proposals_are_caught_by_acceptance_alone(work, dtype):
+    """The mean, the only limit before, was far above its floor."""
+    run = gates_of(work, recipe_of("llama", 3, dtype, shapes=SMALL), planted.later_proposals_wrong, 3)
+    assert "place 2 of a step" in run.findings["acceptance"][0]
     assert not run.findings["parity"]
     assert not run.findings["losslessness"]
