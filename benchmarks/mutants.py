@@ -1,8 +1,9 @@
 """Which small faults in the code of graphs pass the gates: `python benchmarks/mutants.py [COUNT]`, or `make mutants`.
 
 Each mutant (`tests/support/mutants.py`) runs through all gates in the eager engine: a draft model in float32 with
-prompt lookup, then a head with a reduced vocabulary, then both in bfloat16, until a gate fails. A mutant that ends with
-an error is caught, too: no artifact is built. The choice of mutants is fixed: spread evenly over the functions.
+prompt lookup, a head with a reduced vocabulary, a draft model that mostly agrees, then the first two in bfloat16, until
+a gate fails. A mutant that ends with an error is caught, too: no artifact is built. The choice of mutants is fixed:
+spread evenly over the functions.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SAMPLED = ("greedy", "stochastic")
 
 def recipes() -> Iterator[tuple[str, Recipe]]:
     """Yield the pairs that mutants run with, the quickest first."""
+    agreeing = recipe_of("llama", 3, "float32", SAMPLED, (0,), SMALL)
     for dtype in ("float32", "bfloat16"):
         model = recipe_of("llama", 3, dtype, SAMPLED, (2,), SMALL)
         speculation = model.speculation.model_copy(update={"lookup": 2})
@@ -38,6 +40,8 @@ def recipes() -> Iterator[tuple[str, Recipe]]:
         data["target"] = {"source": "pico://llama", "dtype": dtype}
         data["speculation"]["method"] = "eagle3"
         yield f"head, {dtype}", Recipe.model_validate(data)
+        if dtype == "float32":
+            yield "draft model that agrees, float32", agreeing
 
 
 def chosen(count: int, work: Path) -> list[Mutant]:

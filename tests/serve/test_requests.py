@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 
 from pipeline.errors import InputError
 from pipeline.graphs.arguments import Choice
+from pipeline.runtime.batch import check_choice
 from pipeline.serve import plugin, settings
 from pipeline.serve.requests import RequestSlots, served_request, wants_drafts
 from pipeline.sources.pair import resolve_pair
@@ -127,6 +129,16 @@ def test_a_request_may_exclude_drafts_in_any_form(value, wanted):
 def test_another_value_is_an_error(value):
     with pytest.raises(InputError, match="speculate"):
         wants_drafts(value)
+
+
+def test_more_tokens_than_the_graphs_keep_are_an_error(engine):
+    """They were left out without a word."""
+    pair = replace(engine.manifest.pair, candidates=40)
+    manifest = engine.manifest.model_copy(update={"pair": pair})
+    check_choice(manifest, Choice(1.0, 40))
+    check_choice(manifest, Choice(0.0, 500))
+    with pytest.raises(InputError, match="top_k: found 41; the artifact samples from the best 40 tokens"):
+        check_choice(manifest, Choice(1.0, 41))
 
 
 def test_cancelled_requests_free_their_slots(engine):

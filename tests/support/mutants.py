@@ -35,7 +35,7 @@ COMPARED = {
 }  # fmt: skip
 COMPUTED = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitOr, ast.LShift: ast.RShift, ast.FloorDiv: ast.Mult,
+    ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitAnd, ast.LShift: ast.RShift, ast.FloorDiv: ast.Mult,
 }  # fmt: skip
 RENAMED = {"amax": "amin", "amin": "amax", "cos": "sin", "sin": "cos", "cumsum": "flip"}
 

@@ -5,7 +5,7 @@ Shapes: B rows, K draft tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,13 +40,19 @@ def fill(engine: Engine, kv: int, sequences: Sequence[list[int]]) -> None:
         run_score(engine, spec, sequences[: spec.batch], lambda row, first, logits: None)  # noqa: ARG005
 
 
-def drive(engine: Engine, spec: GraphSpec, plain: GraphSpec, starts: Sequence[Row]) -> list[Row]:
-    """Run one graph greedily from `starts` until every row is full. `plain` is a decode graph of the same batch."""
+def drive(
+    engine: Engine, spec: GraphSpec, plain: GraphSpec, starts: Sequence[Row], known: Sequence[Row] = ()
+) -> list[Row]:
+    """Run one graph greedily from `starts` until every row is full. `plain` is a decode graph of the same batch.
+
+    `known` are the rows of decode steps: where the graph verifies copied tokens, some of these are right to the end.
+    """
     rows = [Row(list(row.tokens), len(row.tokens)) for row in starts]
     usable = min(spec.kv, engine.length)
     rewind(engine, plain, rows)
     while any(active := [len(row.tokens) - 1 < usable for row in rows]):
-        for row, new in zip(rows, step(engine, spec, rows, active), strict=True):
+        copies = [copies_of(row.tokens, spec.draft_tokens, *known[slot : slot + 1]) for slot, row in enumerate(rows)]
+        for row, new in zip(rows, step(engine, spec, rows, active, copies=copies), strict=True):
             row.tokens.extend(new)
     return rows
 
@@ -68,29 +74,36 @@ def random_draws(choices: Sequence[Choice], generator: torch.Generator) -> list[
 
 
 def step(
-    engine: Engine, spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Sequence[Draw] = ()
-) -> list[list[int]]:
+    engine: Engine, spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Sequence[Draw] = (),
+    copies: Sequence[list[int]] = (),
+) -> list[list[int]]:  # fmt: skip
     """Run a decode or speculate graph once; new tokens of each row, none for those that are not active.
 
-    `draws` are how each row samples; greedy without them.
+    `draws` are how each row samples; greedy without them. `copies` are proposed in place of the draft's tokens.
     """
-    outputs = engine.ranks.run(spec, step_arguments(spec, dict(_step_rows(spec, rows, active, draws))))
+    greedy = Draw(GREEDY, UNUSED)
+    given = {
+        slot: StepRow(
+            row.tokens[-1],
+            len(row.tokens) - 1,
+            draws[slot] if draws else greedy,
+            copies[slot] if copies else copies_of(row.tokens, spec.draft_tokens),
+        )
+        for slot, (row, on) in enumerate(zip(rows, active, strict=True))
+        if on
+    }
+    outputs = engine.ranks.run(spec, step_arguments(spec, given))
     if spec.phase == "decode":
         return [[int(token)] if on else [] for token, on in zip(outputs["token"], active, strict=True)]
     return [outputs["tokens"][row, : int(outputs["count"][row])].tolist() for row in range(len(rows))]
 
 
-def _step_rows(
-    spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Sequence[Draw]
-) -> Iterator[tuple[int, StepRow]]:
-    """Yield the rows that are active, by slot."""
-    for slot, (row, on) in enumerate(zip(rows, active, strict=True)):
-        if on:
-            draw = draws[slot] if draws else Draw(GREEDY, UNUSED)
-            yield slot, StepRow(row.tokens[-1], len(row.tokens) - 1, draw, copies_of(row.tokens, spec.draft_tokens))
+def copies_of(tokens: list[int], steps: int, known: Row | None = None) -> list[int]:
+    """Return copied drafts, correct and wrong, in turn for a whole step, its first half, or none.
 
-
-def copies_of(tokens: list[int], steps: int) -> list[int]:
-    """Return copied drafts, correct and wrong, in turn for a whole step, its first half, or none."""
+    With the tokens that decode steps give, every second step copies these.
+    """
+    if known is not None and len(tokens) % 2 and known.tokens[: len(tokens)] == tokens:
+        return known.tokens[len(tokens) :][:steps]
     most = (0, (steps + 1) // 2, steps)[len(tokens) % 3]
     return Lookup().find(tokens, 1, most) or tokens[:most]

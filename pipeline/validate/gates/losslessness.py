@@ -111,7 +111,7 @@ def _edge_rivals(engine: Engine, kv: int, probes: Sequence[list[int]]) -> Iterat
         starts = [_starts(probes, batch, usable - span, variant) for variant in range(len(others) + 1)]
         expected = [drive(engine, plain, plain, rows) for rows in starts]
         for variant, spec in enumerate(others):
-            driven = drive(engine, spec, plain, starts[variant])
+            driven = drive(engine, spec, plain, starts[variant], expected[variant])
             yield from _row_rivals(spec, f"start {variant}", expected[variant], driven)
 
 
