@@ -31,9 +31,9 @@ PYTEST := PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
 # The fast tests run in up to four processes, one file in each, the longest first (tests/conftest.py). `test-quick` also
 # omits the tests that compile graphs. -m replaces the expression of `addopts` in pyproject.toml, so QUICK repeats it.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not browser and not ray
+QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not hlo and not browser and not ray
 
-.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-xla test-vllm lint format types imports docs check clean
+.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-xla test-hlo test-vllm lint format types imports docs check clean
 help:                    ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -82,6 +82,10 @@ docs: $(DOCS_READY)      ## the documentation site, in build/site; broken intern
 
 test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE=<neuronx-distributed 2.29>/src adds the real NxD
 	$(XLA_VENV)/bin/python -m pytest -m xla tests/backends/neuron tests/nxdi
+
+test-hlo: $(READY)       ## Neuron graphs through StableHLO, run on XLA's CPU client, several ranks for real
+	$(BIN)/python -m pip install --quiet --editable '.[stablehlo]' 'jax>=0.10.2,<0.11'
+	$(PYTEST) -m hlo tests/backends/neuron
 
 test-vllm: $(VLLM_READY) ## a real vLLM serves an artifact over loopback
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve

@@ -27,6 +27,7 @@ MODULES = {
     "sign": ("model_signing", "OpenSSL"),
     "inductor": ("torch", "safetensors", "tokenizers", "transformers"),
     "neuron": ("safetensors", "tokenizers", "transformers"),
+    "stablehlo": ("torch_mlir", "jaxlib"),
     "vllm": ("vllm",),
     "ray": ("ray",),
 }

@@ -14,15 +14,12 @@ from pipeline.graphs.dtypes import DTYPES
 from pipeline.graphs.packing import BlockPacking, Packing
 from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
+from pipeline.models.blocks import query_blocks
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import local_shape
 
 MIB = 1 << 20
 GIB = 1 << 30
-ATTENTION_TILE = 512
-"""Keys for which a fused attention kernel holds scores at a time."""
-
-
 ESTIMATES = 1
 """Version of the constants in this file: recorded times are compared with estimates of the same version only."""
 HEADERS_S = 12.0
@@ -168,7 +165,7 @@ def scratch_bytes(pair: PairSpec, spec: GraphSpec, *, fused: bool) -> int:
     """Return what a graph holds at its peak beside weights and caches: in a layer, or as logits, float32.
 
     `fused`: the kernels of the `inductor` backend on a CPU, which hold no attention scores and one copy of the logits;
-    the test of scratch memory measures it. Else an estimate with a tile of scores.
+    the test of scratch memory measures it. Else attention is written out, with the scores of a block of queries.
     """
     layer = _fused_layer_bytes if fused else _layer_bytes
     scored = spec.tokens if spec.phase in ("score", "speculate") else 1
@@ -196,8 +193,10 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
 
 
 def _layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
-    """Estimate one layer's activations in float32, with tiles of attention scores."""
+    """Estimate one layer's activations in float32, with the scores of one block of queries and their softmax."""
     config, tp = pair.models.config_of(role), pair.models.tp_of(role)
     rows, heads = spec.batch * spec.tokens, config.heads // tp
+    keys = spec.tokens if spec.phase == "prefill" else spec.kv
+    block = max(last - first for first, last in query_blocks(spec.batch * heads, spec.tokens, keys))
     wide = 4 * config.hidden + 3 * heads * config.head_dim + 2 * config.intermediate // tp
-    return 4 * rows * (wide + heads * min(spec.kv, ATTENTION_TILE))
+    return 4 * (rows * wide + 2 * spec.batch * heads * block * keys)

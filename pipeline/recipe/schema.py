@@ -254,6 +254,9 @@ class NeuronSettings(Record):
         default_factory=lambda data: CHIPS[data["target"]].default_lnc if "target" in data else 1,
         description="physical cores in a logical one: 1 or 2 on trn2 (default 2, as the runtime's), 1 elsewhere",
     )
+    frontend: Literal["xla", "stablehlo"] = Field(
+        default="xla", description="what traces graphs: PyTorch/XLA and NxD, or torch-mlir, which needs neither"
+    )
     flags: dict[str, str] = Field(default_factory=dict, description="extra neuronx-cc flags")
 
     packing: ClassVar[Packing] = "plain"

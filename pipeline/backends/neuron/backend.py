@@ -12,11 +12,12 @@ from typing import Any
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks, Toolchain, Traced, TracedSubgraph
 from pipeline.backends.neuron import compiler, hlo, support
-from pipeline.backends.neuron.graph_file import GRAPH_FILE, NeuronTrace, pack
-from pipeline.backends.neuron.module import NeuronModule, NeuronSeams, dotted, key
+from pipeline.backends.neuron.graph_file import GRAPH_FILE, NeuronTrace, StableHloTrace, pack
+from pipeline.backends.neuron.module import NeuronModule, NeuronSeams, dotted, key, without_booleans
 from pipeline.backends.neuron.runtime import NeuronRanks
 from pipeline.backends.neuron.support import sdk_environment, sdk_variables
 from pipeline.errors import HostError, Problem
+from pipeline.extras import require
 from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import Signature, signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
@@ -34,11 +35,12 @@ class NeuronBackend:
 
     def __init__(self, settings: NeuronSettings) -> None:
         self.target, self.lnc, self.extra = settings.target, settings.lnc, dict(settings.flags)
+        self.frontend = settings.frontend
         self.packing: Packing = PACKINGS[settings.packing]
 
     def toolchain(self) -> Toolchain:
-        """Return versions of the SDK's packages; `missing` for those not installed."""
-        return Toolchain("neuron", support.versions())
+        """Return versions of the packages that trace and compile; `missing` for those not installed."""
+        return Toolchain("neuron", support.versions(self.frontend))
 
     def flags(self) -> dict[str, str]:
         """Return the compiler's flags, and the environment that changes the result of tracing and compiling."""
@@ -46,7 +48,8 @@ class NeuronBackend:
             f"neuronx-cc {kind}": shlex.join(compiler.arguments(self.target, self.lnc, self.extra, kind))
             for kind in compiler.KINDS
         }
-        return code | {f"env.{name}": value for name, value in support.environment().items()}
+        frontend = {} if self.frontend == "xla" else {"frontend": self.frontend}
+        return code | frontend | {f"env.{name}": value for name, value in support.environment().items()}
 
     def requires(self) -> dict[str, str]:
         """Return the chip and the size of logical cores that a NEFF needs."""
@@ -63,11 +66,15 @@ class NeuronBackend:
         """Return what this host lacks for a build: packages, versions, compiler, environment, flags."""
         reserved = sorted({name.lstrip("-") for name in self.extra} & compiler.OWN_FLAGS)
         own = [Problem("backend.flags", f"{name} cannot be set by a recipe", "remove it") for name in reserved]
+        if self.frontend == "stablehlo":
+            return own + support.stablehlo_problems(self.target, self.lnc, support.versions(self.frontend))
         return own + support.problems(self.target, self.lnc, support.versions())
 
     def trace(self, spec: GraphSpec, pair: PairSpec) -> Traced:
         """Trace one graph for all ranks, with no device, and check its names and state against the shards."""
-        io = signature(spec, pair, self.packing)
+        io = without_booleans(signature(spec, pair, self.packing))
+        if self.frontend == "stablehlo":
+            return self._trace_stablehlo(spec, pair, io)
         with sdk_environment(self.target, self.lnc):
             from neuronx_distributed import (
                 ModelBuilder,
@@ -85,6 +92,17 @@ class NeuronBackend:
         program = NeuronTrace(spec, traced.hlo, traced.metaneff, traced.flattener, traced.packer)
         return Traced(hlo.canonical(traced.hlo, traced.metaneff), io, program)
 
+    def _trace_stablehlo(self, spec: GraphSpec, pair: PairSpec, io: Signature) -> Traced:
+        require(["stablehlo"], "backend.frontend")
+        from pipeline.backends.neuron import stablehlo  # needs packages that the other frontend does without
+
+        group = replica_group(self.target, self.lnc, pair.models.tp)
+        lowered = stablehlo.trace(spec, pair, io, group)
+        unaliased = sorted(written(spec, io) - lowered.boundary.aliased)
+        _refuse([f"{name} is written but not aliased" for name in unaliased], spec)
+        ir = b"stablehlo\n" + hlo.stripped(lowered.hlo) + lowered.boundary.to_json()
+        return Traced(ir, io, StableHloTrace(spec, lowered.hlo, lowered.boundary))
+
     def compile_subgraph(self, subgraph: TracedSubgraph, work: Path) -> bytes:  # noqa: ARG002 - the protocol's signature
         """Not called: a graph has no subgraphs, because the compiler finds repeated layers itself (modular flow)."""
         raise AssertionError(f"a Neuron graph has no subgraphs, found {subgraph.name}")
@@ -92,7 +110,7 @@ class NeuronBackend:
     def compile(self, traced: Traced, work: Path, objects: Path | None = None) -> bytes:  # noqa: ARG002 - no subgraphs
         """Compile with neuronx-cc; return the graph file."""
         environment = support.AT_START | sdk_variables(self.target, self.lnc)
-        program: NeuronTrace = traced.program
+        program: NeuronTrace | StableHloTrace = traced.program
         if faults := hlo.faults(program.hlo):
             problem = f"neuronx-cc does not support this graph: {'; '.join(faults)}"
             raise HostError(problem, where="compile", fix="please report this bug of Tandem")
@@ -139,8 +157,25 @@ def check_names(spec: GraphSpec, io: Signature, metaneff: Any) -> None:
             aliased.add(name)
     faults += [f"{name} is aliased but is not state" for name in sorted(aliased - states)]
     faults += [f"{name} is written but not aliased" for name in sorted(written(spec, io) - aliased)]
+    _refuse(faults, spec)
+
+
+def _refuse(faults: list[str], spec: GraphSpec) -> None:
+    """Reject a trace that has faults.
+
+    Raises:
+        HostError: lists them.
+
+    """
     if faults:
         raise HostError("; ".join(faults), where=f"trace {spec.name}", fix="use a supported SDK, or report this bug")
+
+
+def replica_group(chip: str, lnc: int, ranks: int) -> list[int]:
+    """Return the ranks in the order of their group: with lnc=1 on trn2, NxD's 64 ranks follow the rows of the chips."""
+    if chip == "trn2" and lnc == 1 and ranks == 64:
+        return [*range(16), *range(48, 64), *range(16, 48)]
+    return list(range(ranks))
 
 
 def written(spec: GraphSpec, io: Signature) -> set[str]:

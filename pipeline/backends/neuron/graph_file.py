@@ -1,22 +1,25 @@
-"""The file of one graph: its NEFF, its metaneff, and how arguments and results are packed, as a zip of equal bytes."""
+"""The file of one graph: its NEFF, and what its inputs and outputs are, as a zip of equal bytes."""
 
 from __future__ import annotations
 
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact.manifest import AGAIN, GraphEntry
+from pipeline.backends.neuron.boundary import Boundary
 from pipeline.backends.neuron.compiler import check_neff
+from pipeline.backends.neuron.module import without_booleans
 from pipeline.errors import ArtifactError, reason
 from pipeline.graphs.signature import Signature
 from pipeline.graphs.spec import GraphSpec
 
 GRAPH_FILE = "graph.neuron.zip"
-NEFF, METANEFF, LAYOUT = "graph.neff", "metaneff.pb", "layout.json"
+NEFF, METANEFF, LAYOUT, BOUNDARY = "graph.neff", "metaneff.pb", "layout.json", "boundary.json"
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The oldest time that a zip can store; with a constant time, equal graphs are equal bytes."""
 
@@ -28,8 +31,8 @@ class Graph:
     spec: GraphSpec
     io: Signature
     neff: bytes
-    metaneff: bytes
-    layout: dict[str, dict[str, str]]
+    parts: Mapping[str, bytes]
+    """The rest of the file: `BOUNDARY`, or `METANEFF` and `LAYOUT`, depending on the frontend."""
 
     def get_neff_bytes(self) -> bytes:
         """Return the NEFF: NxDModel's interface of compilation artifacts."""
@@ -46,22 +49,40 @@ class NeuronTrace:
     flattener: Any
     packer: Any
 
+    def parts(self) -> dict[str, bytes]:
+        """Return what a loader needs: NxD's message without the HLO in it, and the order of arguments and results.
 
-def pack(neff: bytes, program: NeuronTrace) -> bytes:
-    """Return one graph as a zip whose bytes depend on its contents only.
+        Flattener and packer are stored as in NxDModel.save: the text of their plain attributes.
+        """
+        layout = {
+            "flattener": {name: str(getattr(self.flattener, name)) for name in ("layout", "exclude")},
+            "packer": {name: str(getattr(self.packer, name)) for name in ("layout", "identifiers", "constants")},
+        }
+        meta = type(self.metaneff)()
+        meta.CopyFrom(self.metaneff)
+        meta.ClearField("serialized_graph_def")  # the HLO with its source files; the runtime does not read it
+        metaneff = meta.SerializeToString(deterministic=True)
+        return {METANEFF: metaneff, LAYOUT: json.dumps(layout, sort_keys=True).encode()}
 
-    Flattener and packer are stored as in NxDModel.save: the text of their plain attributes.
-    """
-    flattener, packer = program.flattener, program.packer
-    layout = {
-        "flattener": {name: str(getattr(flattener, name)) for name in ("layout", "exclude")},
-        "packer": {name: str(getattr(packer, name)) for name in ("layout", "identifiers", "constants")},
-    }
-    metaneff = program.metaneff.SerializeToString(deterministic=True)
-    parts = {NEFF: neff, METANEFF: metaneff, LAYOUT: json.dumps(layout, sort_keys=True).encode()}
+
+@dataclass(frozen=True)
+class StableHloTrace:
+    """A graph traced through StableHLO: its spec, the HLO, and what its parameters and results are."""
+
+    spec: GraphSpec
+    hlo: Any
+    boundary: Boundary
+
+    def parts(self) -> dict[str, bytes]:
+        """Return what a loader needs."""
+        return {BOUNDARY: self.boundary.to_json()}
+
+
+def pack(neff: bytes, program: NeuronTrace | StableHloTrace) -> bytes:
+    """Return one graph as a zip whose bytes depend on its contents only."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in parts.items():
+        for name, data in {NEFF: neff, **program.parts()}.items():
             archive.writestr(zipfile.ZipInfo(name, EPOCH), data)
     return buffer.getvalue()
 
@@ -76,9 +97,10 @@ def read_graph(root: Path, entry: GraphEntry, lnc: int) -> Graph:
     path = root / entry.file
     try:
         with zipfile.ZipFile(path) as archive:
-            neff, metaneff, layout = (archive.read(part) for part in (NEFF, METANEFF, LAYOUT))
+            kinds = (BOUNDARY,) if BOUNDARY in archive.namelist() else (METANEFF, LAYOUT)
+            neff, parts = archive.read(NEFF), {name: archive.read(name) for name in kinds}
     except (zipfile.BadZipFile, KeyError, OSError) as error:
         raise ArtifactError(f"not a graph file: {reason(error)}", where=str(path), fix=AGAIN) from error
     check_neff(neff, f"{path}: {NEFF}", lnc)
     signature = Signature.from_json(json.loads((root / entry.io).read_text(encoding="utf-8")))
-    return Graph(entry.spec, signature, neff, metaneff, json.loads(layout))
+    return Graph(entry.spec, without_booleans(signature), neff, parts)

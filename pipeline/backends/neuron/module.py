@@ -6,7 +6,8 @@ Reference" and the NxD source).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.module import SeamsFor, run_phase
 from pipeline.graphs.signature import Signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
-from pipeline.models.parallel import Seams, State, Writes
+from pipeline.models.blocks import query_blocks
+from pipeline.models.parallel import Attend, Seams, State, Writes
+
+BOOLEANS = frozenset(["active"])
+"""Arguments that phases take as booleans."""
 
 
 class NeuronSeams(Seams):
@@ -33,6 +38,40 @@ class NeuronSeams(Seams):
     def put_row(self, state: State, name: str, rows_B: Tensor, values: Tensor) -> None:
         """Scatter into a new tensor, and store it under the state's name."""
         state[name] = state[name].index_put((rows_B,), values)
+
+    def attend(self, q_BNTD: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        """Compute attention in blocks of queries: products in the model's dtype, the softmax in float32.
+
+        A block of a prompt reads the keys up to its own end alone, about half of the square.
+        """
+        batch, heads, tokens, dim = q_BNTD.shape
+        if attend.kv:
+            k, v = k[:batch, :, : attend.kv], v[:batch, :, : attend.kv]
+        keys = k.shape[2]
+        parts = []
+        for first, last in query_blocks(batch * heads, tokens, keys):
+            end = keys if attend.kv else last
+            parts.append(
+                self._attend_block(
+                    q_BNTD[:, :, first:last], k[:, :, :end], v[:, :, :end], attend.last_BT[:, first:last]
+                )
+            )
+        out_BNTD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return out_BNTD.transpose(1, 2).reshape(batch, tokens, heads * dim)
+
+    def _attend_block(self, q_BNTD: Tensor, k: Tensor, v: Tensor, last_BT: Tensor) -> Tensor:
+        """Attend with some queries: [B, N, T, D]. The heads of one KV head are stacked on the token axis."""
+        batch, heads, tokens, dim = q_BNTD.shape
+        groups, keys = k.shape[1], k.shape[2]
+        scores = self.scores(q_BNTD.reshape(batch, groups, -1, dim), k).view(batch, heads, tokens, keys) * dim**-0.5
+        seen_BTS = torch.arange(keys, device=k.device) <= last_BT[..., None]
+        scores = torch.where(seen_BTS[:, None], scores, -torch.inf)
+        probs = torch.softmax(scores, dim=-1).to(v.dtype).view(batch, groups, -1, keys)
+        return (probs @ v).view(batch, heads, tokens, dim)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Multiply queries and keys, in float32."""
+        return q.float() @ k.float().transpose(-1, -2)
 
     def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Use `AwsNeuronTopK`: XLA's own top-k is a sort, which the compiler does not support."""
@@ -112,7 +151,7 @@ class NeuronModule(nn.Module):
             "active": active, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
             "copied": copied,
         }  # fmt: skip
-        tensors = {name: value for name, value in arguments.items() if value is not None}
+        tensors = with_booleans({name: value for name, value in arguments.items() if value is not None})
         for spec in self.io.weights + self.io.state:
             owner, leaf = self._owner(spec.name)
             tensors[spec.name] = getattr(owner, leaf)
@@ -135,6 +174,17 @@ class NeuronModule(nn.Module):
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         return owner, leaf
+
+
+def without_booleans(io: Signature) -> Signature:
+    """Return a signature as the device has it: booleans as int32, because the runtime's types have no bit."""
+    narrow = [replace(one, dtype="int32") if one.dtype == "bool" else one for one in io.arguments]
+    return replace(io, arguments=tuple(narrow))
+
+
+def with_booleans(arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return arguments as phases take them, from those of a graph `without_booleans`."""
+    return {name: tensor != 0 if name in BOOLEANS else tensor for name, tensor in arguments.items()}
 
 
 def dotted(name: str) -> str:

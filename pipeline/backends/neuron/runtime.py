@@ -7,16 +7,18 @@ graph's NEFF and metaneff, as in `NxDModel.load`.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.artifact.manifest import AGAIN, PairManifest
 from pipeline.backends.neuron import support
-from pipeline.backends.neuron.graph_file import Graph, read_graph
+from pipeline.backends.neuron.boundary import Boundary, metaneff
+from pipeline.backends.neuron.graph_file import BOUNDARY, LAYOUT, METANEFF, Graph, read_graph
 from pipeline.backends.neuron.module import NeuronModule, dotted, key
 from pipeline.backends.neuron.support import sdk_environment
 from pipeline.errors import ArtifactError, HostError
@@ -140,24 +142,60 @@ def trace_artifacts(graph: Graph) -> Any:
     """Rebuild NxD's trace artifacts of a graph from its file."""
     # Of the SDK, imported only to run on a device.
     from neuronx_distributed.trace.model_builder_utils import ModelParamInfo, ProvidedArgInfo, TraceArtifacts
-    from torch_neuronx.proto import metaneff_pb2
-    from torch_neuronx.xla_impl import structure
 
-    meta = metaneff_pb2.MetaNeff()
-    meta.ParseFromString(graph.metaneff)
+    meta, flattener, packer = _described(graph) if BOUNDARY in graph.parts else _recorded(graph)
     checkpoint_keys = [key(tensor.checkpoint_key) for tensor in meta.input_tensors]
-    flattener, packer = graph.layout["flattener"], graph.layout["packer"]
     arguments = {spec.name: torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in graph.io.arguments}
     names = [name for name in NeuronModule.forward.__annotations__ if name != "return"]
     return TraceArtifacts(
         hlo=None,
         metaneff=meta,
-        flattener=structure.Flattener(*(ast.literal_eval(flattener[name]) for name in ("layout", "exclude"))),
-        packer=structure.Packer(*(ast.literal_eval(packer[name]) for name in ("layout", "identifiers", "constants"))),
+        flattener=flattener,
+        packer=packer,
         weight_name_to_idx={name: index for index, name in enumerate(checkpoint_keys) if name},
         weight_names_to_skip=set(),
         provided_args=[ProvidedArgInfo(name, False, arguments[name]) for name in names if name in arguments],
         model_params=[ModelParamInfo(name, False) for name in names],
+    )
+
+
+class Order(nn.Module):
+    """Choose tensors by position; NxDModel calls one on a graph's arguments and another on its results."""
+
+    def __init__(self, layout: Sequence[int]) -> None:
+        super().__init__()
+        self.layout = tuple(layout)
+        self.exclude: list[int] | None = None
+
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors at the positions."""
+        return [tensors[position] for position in self.layout]
+
+
+def _described(graph: Graph) -> tuple[Any, nn.Module, nn.Module]:
+    """Return metaneff, flattener and packer from the boundary that the StableHLO frontend wrote."""
+    from torch_neuronx.proto import metaneff_pb2  # of the SDK, imported only to run on a device
+
+    boundary = Boundary.from_json(graph.parts[BOUNDARY])
+    given = [spec.name for spec in graph.io.arguments]
+    flattener = Order([given.index(name) for name in boundary.arguments])
+    return metaneff(boundary, metaneff_pb2), flattener, Order(range(len(graph.io.outputs)))
+
+
+def _recorded(graph: Graph) -> tuple[Any, nn.Module, nn.Module]:
+    """Return metaneff, flattener and packer as NxD's trace made them."""
+    # Of the SDK, imported only to run on a device.
+    from torch_neuronx.proto import metaneff_pb2
+    from torch_neuronx.xla_impl import structure
+
+    meta = metaneff_pb2.MetaNeff()
+    meta.ParseFromString(graph.parts[METANEFF])
+    layout = json.loads(graph.parts[LAYOUT])
+    flattener, packer = layout["flattener"], layout["packer"]
+    return (
+        meta,
+        structure.Flattener(*(ast.literal_eval(flattener[name]) for name in ("layout", "exclude"))),
+        structure.Packer(*(ast.literal_eval(packer[name]) for name in ("layout", "identifiers", "constants"))),
     )
 
 

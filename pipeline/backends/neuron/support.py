@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.errors import HostError, Problem
+from pipeline.extras import install_command
 from pipeline.recipe.chips import CHIPS, chip_of_instance
 
 COMPILER = "neuronx-cc"
@@ -62,6 +63,11 @@ PYTHONS = ((3, 11), (3, 12))
 """Python versions that this package and every release above support."""
 
 PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "libneuronxla", COMPILER)
+STABLEHLO_PACKAGES = {"torch-traced": "torch", "torch-mlir": "torch-mlir", "jaxlib": "jaxlib", COMPILER: COMPILER}
+"""Packages that decide a graph's code with `frontend: stablehlo`, by their names in a toolchain.
+
+A toolchain's `torch` is also the one that an artifact is loaded with; here it only traces.
+"""
 PLACEHOLDERS = {
     "torch-neuronx": "1.0",
     "libneuronxla": "1.0",
@@ -97,9 +103,10 @@ class Device:
         return chip_of_instance(self.instance)
 
 
-def versions() -> dict[str, str]:
+def versions(frontend: str = "xla") -> dict[str, str]:
     """Return installed versions of the packages that decide a graph's code; `missing` for those not installed."""
-    return {name: _version(name) for name in PACKAGES}
+    packages = STABLEHLO_PACKAGES if frontend == "stablehlo" else {name: name for name in PACKAGES}
+    return {name: _version(package) for name, package in packages.items()}
 
 
 def environment(values: Mapping[str, str] = AT_START) -> dict[str, str]:
@@ -182,6 +189,28 @@ def problems(chip: str, lnc: int, installed: Mapping[str, str], values: Mapping[
         *_compiler_problems(installed),
         *_environment_problems(chip, lnc, values),
     ]
+
+
+def stablehlo_problems(
+    chip: str, lnc: int, installed: Mapping[str, str], values: Mapping[str, str] = AT_START
+) -> list[Problem]:
+    """Return what prevents a build with `frontend: stablehlo`: of the SDK it needs the compiler alone."""
+    absent = [name for name in STABLEHLO_PACKAGES if installed.get(name, "missing") == "missing"]
+    own = [STABLEHLO_PACKAGES[name] for name in absent if name != COMPILER]
+    have, problems = installed.get(COMPILER, "missing"), []
+    if own:
+        problems.append(Problem("packages", f"not installed: {', '.join(own)}", install_command("stablehlo")))
+    newest = LATER_COMPILERS[-1]
+    install = f"pip install --extra-index-url {INDEX} '{COMPILER}=={newest}.*'"
+    known = [*(release.compiler for release in RELEASES), *LATER_COMPILERS]
+    if have == "missing":
+        problems.append(Problem("packages", f"not installed: {COMPILER}", install))
+    elif have == PLACEHOLDERS[COMPILER]:
+        what = f"{COMPILER} {have} is an empty placeholder from PyPI, not the SDK's package"
+        problems.append(Problem("packages", what, f"pip uninstall {COMPILER}, then {install}"))
+    elif not begins(have, *known):
+        problems.append(Problem(f"packages.{COMPILER}", f"found {have}; supported: {', '.join(known)}", install))
+    return [*problems, *_compiler_problems(installed), *_environment_problems(chip, lnc, values)]
 
 
 def run_problems(chip: str, lnc: int, ranks: int, device: Device | None) -> list[Problem]:

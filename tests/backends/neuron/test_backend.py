@@ -280,7 +280,7 @@ def test_graphs_that_disagree_on_a_state_are_refused(length, kind):
 
     def graph(length, kind):
         io = Signature((), (TensorSpec("target/k.0", (4, 2, length, 8), kind),), (), ())
-        return graph_file.Graph(GraphSpec("decode", 4, 1, length), io, b"", b"", {})
+        return graph_file.Graph(GraphSpec("decode", 4, 1, length), io, b"", {})
 
     assert neuron.states([graph(40, "float32")] * 2).keys() == {"target/k.0"}
     with pytest.raises(ArtifactError, match=r"target/k.0 is \(4, 2, 40, 8\) in one graph"):

@@ -8,39 +8,20 @@ import hashlib
 import os
 import shutil
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional
 
 from pipeline.artifact.manifest import read
-from pipeline.graphs.packing import PlainPacking
-from pipeline.graphs.signature import signature
-from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
-from pipeline.models.config import ModelConfig
-from pipeline.models.families import config_of
-from pipeline.models.weights import D2T, EMBEDDING, HEAD, weight_specs
+from pipeline.graphs.spec import GraphSpec
+from support.neuron_graphs import FAMILIES, LENGTH, PROMPTS, arguments_of, make, phases, sums, weightless
 from support.neuron_lane import DEVICE, FAKE, NXD, NXD_SOURCE, XLA, environment, run, tandem
-from support.pairs import SMALL, Pair, empty_state
+from support.pairs import Pair, empty_state
 from support.paths import ROOT, TESTS
 
 pytestmark = pytest.mark.xla
-
-FAMILIES = {
-    "llama": {"model_type": "llama", "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }},
-    "llama-bias": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
-    "mistral": {"model_type": "mistral", "sliding_window": None},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3"},
-}  # fmt: skip
-PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8], [11, 30]]
-LENGTH = 40
 
 
 @pytest.fixture(scope="module")
@@ -56,52 +37,6 @@ def sdk():
     from pipeline.recipe.schema import NeuronSettings
 
     return NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2))
-
-
-def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
-    """Target and draft; `eagle3` is a head over the three layers of a llama."""
-    config = SMALL | FAMILIES.get(family, FAMILIES["llama"])
-    draft = config | {"num_hidden_layers": 1, "tie_word_embeddings": not reduced}
-    if reduced:
-        draft |= {"draft_vocab_size": 32}
-    if family == "eagle3":
-        taps = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
-        draft |= {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": taps}
-    return config_of(config, "target"), config_of(draft, "draft")
-
-
-def make(
-    family: str, rows: int = 4, tp: int = 1, *, replicated: bool = True, reduced: bool = False, lookup: bool = False
-) -> Pair:
-    """A random pair of a family; its draft is the target's first layer, with an embedding of its own if it is split."""
-    torch.manual_seed(0)
-    target, draft = configs(family, reduced)
-    shape = PairSpec(ModelsSpec(target, draft, "float32", "float32", tp, replicated), rows, LENGTH, 16, lookup=lookup)
-    weights = {}
-    for spec in weight_specs(target):
-        noise = torch.randn(spec.shape) * (0.1 if spec.kind == "vector" else 0.3)
-        is_norm = spec.kind == "vector" and spec.name.endswith("weight")
-        weights[spec.name] = noise + 1 if is_norm else noise
-        if ".layers.0." not in spec.name and spec.name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[spec.name] *= 0.3
-    tensors = {f"target/{name}": tensor for name, tensor in weights.items()}
-    for spec in weight_specs(draft):
-        if spec.name == D2T:
-            tensors["draft/d2t"] = torch.arange(32, dtype=torch.int32) // 2  # draft id i is target id i + i // 2
-        elif spec.name == HEAD and reduced:
-            ids = torch.arange(32) + torch.arange(32) // 2
-            tensors["draft/lm_head.weight"] = weights.get(HEAD, weights[EMBEDDING])[ids]
-        elif spec.name in weights and spec.shape == weights[spec.name].shape:
-            tensors[f"draft/{spec.name}"] = weights[spec.name].clone()
-        else:
-            tensors[f"draft/{spec.name}"] = torch.randn(spec.shape) * 0.3 + (spec.kind == "vector")
-    for model in ("target", "draft"):
-        tensors[f"{model}/rank.vocab_offset"] = torch.zeros(1, dtype=torch.int32)
-        for spec in weight_specs(shape.models.config_of(model), replicated=model == "draft" and replicated):
-            if spec.split == "vocab":  # shards hold whole blocks
-                one = tensors[f"{model}/{spec.name}"]
-                tensors[f"{model}/{spec.name}"] = functional.pad(one, (0, 0, 0, -len(one) % 32))
-    return Pair(shape, tensors, empty_state(shape))
 
 
 class Graphs:
@@ -128,39 +63,6 @@ class Graphs:
         for place, source in meta.output_aliases_to.items():
             self.state[states[names[source]]] = outputs[place]
         return outputs[: len(io.outputs)]
-
-
-def phases(rows: int) -> list[GraphSpec]:
-    """Every phase, both samplings, several K, and a bucket smaller than the cache."""
-    return [
-        GraphSpec("prefill", rows, 8, LENGTH),
-        GraphSpec("prefill", rows, 8, LENGTH, sampling="stochastic"),
-        GraphSpec("decode", rows, 1, LENGTH),
-        GraphSpec("decode", rows, 1, 16),
-        GraphSpec("decode", rows, 1, LENGTH, sampling="stochastic"),
-        *(GraphSpec("speculate", rows, k + 1, LENGTH, k) for k in (1, 2, 4, 7)),
-        GraphSpec("speculate", rows, 4, 16, 3),
-        GraphSpec("speculate", rows, 4, LENGTH, 3, "stochastic"),
-        GraphSpec("score", rows, 8, LENGTH, model="target"),
-        GraphSpec("score", rows, 8, LENGTH, model="draft"),
-    ]
-
-
-def arguments_of(spec: GraphSpec, shape: PairSpec):
-    """Ragged rows, one of them inactive, at positions that the bucket holds."""
-    generator = torch.Generator().manual_seed(3)
-    rows, found = spec.batch, {}
-    for one in signature(spec, shape, PlainPacking()).arguments:
-        found[one.name] = {
-            "tokens": lambda s=one.shape: torch.randint(61, s, generator=generator),
-            "lengths": lambda: [5, 8, 0, 1][:rows], "slots": lambda: [2, 0, 3, 1][:rows] if rows == 4 else [0],
-            "last_token": lambda: [4, 50, 9, 0][:rows], "position": lambda: [3, 6, 0, 11][:rows],
-            "active": lambda: [True, True, False, True][:rows], "temperature": lambda: [0.7, 0.0, 1.0, 1.3][:rows],
-            "top_k": lambda: [0, 3, 5, 0][:rows], "top_p": lambda: [0.9, 1.0, 0.5, 1.0][:rows],
-            "seed": lambda s=one.shape: torch.randint(-(2**31), 2**31 - 1, s, generator=generator),
-            "copied": lambda s=one.shape: torch.randint(-30, 61, s, generator=generator).clamp(min=-1),
-        }[one.name]()  # fmt: skip
-    return found
 
 
 @pytest.mark.parametrize("lookup", [False, True])
@@ -238,19 +140,6 @@ def test_hlo_is_what_the_compiler_takes(sdk, family, tp, replicated):
         assert (found.get("all-gather", 0) > 0) == (tp > 1 and not (spec.model == "draft" and replicated)), spec.name
 
 
-def sums(spec: GraphSpec, shape: PairSpec) -> int:
-    """All-reduces of a graph: one for the embedding and two a layer, each time that a split model runs."""
-    if spec.phase == "score" and spec.model == "draft" and shape.draft.eagle3 is not None:
-        return (
-            1 + 2 * (shape.target.layers - 1) if shape.models.tp > 1 else 0
-        )  # the last layer of the target: keys alone
-    runs = {"prefill": {"target": 1, "draft": 1}, "decode": {"target": 1}, "score": {spec.model: 1}}
-    each = runs.get(spec.phase, {"target": 1, "draft": spec.draft_tokens})
-    return sum(
-        times * (1 + 2 * shape.models.config_of(m).layers) for m, times in each.items() if shape.models.tp_of(m) > 1
-    )
-
-
 def test_trace_says_how_it_wants_to_be_lowered(sdk):
     """No device, weights as parameters, state aliased: what NxD asks of the SDK."""
     from torch_neuronx.xla_impl import trace
@@ -322,24 +211,6 @@ def test_pico_is_built_gated_and_run(tmp_path):
     manifest = read(tmp_path / "out").manifest
     assert manifest.passed
     assert len(manifest.graphs) == 7
-
-
-def weightless(recipe: str, layers: int | None, tp: int) -> tuple[list[GraphSpec], PairSpec]:
-    """Graphs and pair of a recipe from its lock, weights in its dtype, cut to so many layers, for so many ranks."""
-    from pipeline.plan.lock import lock_path, pair_configs
-    from pipeline.plan.lock import read as read_lock
-    from pipeline.plan.plan import make_plan
-    from pipeline.recipe import find, load
-
-    path = find(recipe, ROOT / "recipes")
-    parsed = load(path)
-    changes = {"parallel": {"tensor": tp}, "target": {"weights": None}, "draft": {"weights": None}}
-    cut = parsed.model_copy(update={p: getattr(parsed, p).model_copy(update=new) for p, new in changes.items()})
-    configs = pair_configs(parsed, read_lock(lock_path(path)), str(lock_path(path)))
-    if layers:
-        configs = tuple(replace(config, layers=layers) for config in configs)
-    plan = make_plan(cut, *configs)
-    return list(plan.graphs), plan.pair
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The messages of a metaneff, by the names NxD uses; field numbers are the fake's own."""
+"""The messages of a metaneff, by the names and numbers of torch-neuronx 2.9."""
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -6,7 +6,7 @@ F = descriptor_pb2.FieldDescriptorProto
 _file = descriptor_pb2.FileDescriptorProto(name="fake_metaneff.proto", package="metaneff", syntax="proto3")
 _tensor, _neff = _file.message_type.add(name="MetaTensor"), _file.message_type.add(name="MetaNeff")
 _kinds = _tensor.enum_type.add(name="Type")
-for _number, _name in enumerate(["UNSPECIFIED", "USER_INPUT", "INPUT_WEIGHT", "INPUT_STATE"]):
+for _number, _name in enumerate(["UNDEFINED_TYPE", "USER_INPUT", "INPUT_STATE", "INPUT_WEIGHT"]):
     _kinds.value.add(name=_name, number=_number)
 
 
@@ -20,20 +20,20 @@ def _field(message, number, name, kind, repeated=False, type_name=None):
 _field(_tensor, 1, "name", F.TYPE_BYTES)
 _field(_tensor, 2, "shape", F.TYPE_INT64, repeated=True)
 _field(_tensor, 3, "data_type", F.TYPE_INT32)
-_field(_tensor, 4, "type", F.TYPE_ENUM, type_name=".metaneff.MetaTensor.Type")
-_field(_tensor, 5, "user_input_key", F.TYPE_BYTES)
 _field(_tensor, 6, "checkpoint_key", F.TYPE_BYTES)
+_field(_tensor, 7, "type", F.TYPE_ENUM, type_name=".metaneff.MetaTensor.Type")
+_field(_tensor, 8, "user_input_key", F.TYPE_BYTES)
 _field(_neff, 1, "input_tensors", F.TYPE_MESSAGE, repeated=True, type_name=".metaneff.MetaTensor")
 _field(_neff, 2, "output_tensors", F.TYPE_MESSAGE, repeated=True, type_name=".metaneff.MetaTensor")
-_entry = _neff.nested_type.add(name="OutputAliasesToEntry")
-_entry.options.map_entry = True
-_field(_entry, 1, "key", F.TYPE_INT32)
-_field(_entry, 2, "value", F.TYPE_INT32)
-_field(
-    _neff, 3, "output_aliases_to", F.TYPE_MESSAGE, repeated=True, type_name=".metaneff.MetaNeff.OutputAliasesToEntry"
-)
 _field(_neff, 4, "serialized_graph_def", F.TYPE_BYTES)
 _field(_neff, 5, "name", F.TYPE_BYTES)
+_entry = _neff.nested_type.add(name="OutputAliasesToEntry")
+_entry.options.map_entry = True
+_field(_entry, 1, "key", F.TYPE_INT64)
+_field(_entry, 2, "value", F.TYPE_INT64)
+_field(
+    _neff, 6, "output_aliases_to", F.TYPE_MESSAGE, repeated=True, type_name=".metaneff.MetaNeff.OutputAliasesToEntry"
+)
 
 _pool = descriptor_pool.Default()
 _pool.Add(_file)
@@ -45,4 +45,7 @@ class MetaTensor:
     """NxD reads `MetaTensor.Type.INPUT_STATE` and compares with `is`: small integers."""
 
     class Type:
-        USER_INPUT, INPUT_WEIGHT, INPUT_STATE = 1, 2, 3
+        USER_INPUT, INPUT_STATE, INPUT_WEIGHT = 1, 2, 3
+
+    class DataType:
+        FLOAT, INT32, BOOL, UINT8, INT8, INT64, FLOAT16, BFLOAT16 = 1, 2, 5, 6, 7, 10, 12, 14

@@ -13,10 +13,10 @@ if find_spec("torch_xla") is not None:
 else:
     from torch_neuronx.xla_impl import lower_eager as lowering
 
-DTYPES = {1: torch.bool, 4: torch.int32, 5: torch.int64, 10: torch.float16, 11: torch.float32, 16: torch.bfloat16}
+DTYPES = {5: torch.bool, 2: torch.int32, 10: torch.int64, 12: torch.float16, 1: torch.float32, 14: torch.bfloat16}
 NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
-KINDS = {"input": 1, "weight": 2, "state": 3}
-XLA_DTYPE_TO_METANEFF_DTYPE = {number: number for number in DTYPES}
+KINDS = {"input": 1, "weight": 3, "state": 2}
+XLA_DTYPE_TO_METANEFF_DTYPE = {1: 5, 4: 2, 5: 10, 10: 12, 11: 1, 16: 14}
 CALLS: list[dict[str, Any]] = []
 """Keywords of every call, for tests."""
 
@@ -87,7 +87,7 @@ def _set_buffer(model, name, tensor):
 
 
 def _artifacts(hlo, order, named, outputs, carried, replaced):
-    meta = metaneff_pb2.MetaNeff()
+    meta = metaneff_pb2.MetaNeff(serialized_graph_def=hlo.SerializeToString())
     for kind, name in order:
         tensor = named[kind, name]
         entry = meta.input_tensors.add(type=KINDS[kind], shape=list(tensor.shape), data_type=NUMBERS[tensor.dtype])

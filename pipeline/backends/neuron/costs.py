@@ -1,0 +1,123 @@
+"""What a traced graph costs, counted on its HLO: memory, products, collectives, shapes that are slow on the chip.
+
+Works on any protobuf message shaped like XLA's `HloModuleProto`, as `hlo.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.backends.neuron.hlo import FLOAT
+
+SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 8, 10: 2, 11: 4, 12: 8, 16: 2}
+"""Bytes of an element, by XLA's number of the data type."""
+
+FREE = frozenset(["parameter", "constant", "iota", "broadcast", "reshape", "bitcast", "tuple", "get-tuple-element"])
+"""Operators that a compiler makes no tensor for: views, and values that it makes where they are read."""
+
+VIEWS = frozenset(["reshape", "bitcast", "get-tuple-element", "broadcast"])
+IN_PLACE = frozenset(["scatter", "dynamic-update-slice"])
+"""Operators that write into their first operand: a state, whose memory the result has."""
+FUSED = frozenset((
+    "abs", "add", "and", "clamp", "compare", "convert", "cosine", "divide", "exponential", "floor", "log", "logistic",
+    "maximum", "minimum", "multiply", "negate", "not", "or", "rsqrt", "select", "sine", "sqrt", "subtract", "tanh",
+))  # fmt: skip
+"""Operators of single elements, which a compiler computes in one loop with their readers."""
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest intermediate of a graph that is not the result of an operator of single elements."""
+
+    bytes: int
+    opcode: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Counts over one graph."""
+
+    dot_flops: Mapping[str, int]
+    """Multiplications and additions of products, by the dtype of their operands."""
+    largest: Largest
+    peak_bytes: int
+    """Most bytes of intermediates that live at a time, in the order of the HLO."""
+    parameter_bytes: int
+    """Bytes of parameters times their uses in products and gathers: about what a run reads."""
+    collective_bytes: Mapping[str, int]
+    operators: Mapping[str, int]
+
+
+def costs(hlo: Any) -> Costs:
+    """Count one graph's entry computation."""
+    entry = next(c for c in hlo.computations if c.id == hlo.entry_computation_id)
+    by_id = {one.id: one for one in entry.instructions}
+    made = [one for one in entry.instructions if one.opcode not in FREE]
+    stored = [one for one in made if one.opcode not in FUSED | IN_PLACE]
+    largest = max(stored, key=_bytes, default=entry.instructions[0])
+    return Costs(
+        dot_flops=_dot_flops(made, by_id),
+        largest=Largest(_bytes(largest), largest.opcode, tuple(largest.shape.dimensions)),
+        peak_bytes=_peak(entry),
+        parameter_bytes=_parameter_bytes(made, by_id),
+        collective_bytes=_collectives(made),
+        operators=Counter(one.opcode for one in entry.instructions),
+    )
+
+
+def _bytes(instruction: Any) -> int:
+    shape = instruction.shape
+    shapes = list(shape.tuple_shapes) or [shape]
+    return sum(SIZES.get(one.element_type, 0) * math.prod(one.dimensions) for one in shapes)
+
+
+def _dot_flops(made: list[Any], by_id: Mapping[int, Any]) -> dict[str, int]:
+    flops: Counter[str] = Counter()
+    for one in made:
+        if one.opcode == "dot":
+            left = by_id[one.operand_ids[0]].shape
+            depth = math.prod(left.dimensions[i] for i in one.dot_dimension_numbers.lhs_contracting_dimensions)
+            flops[FLOAT.get(left.element_type, "integer")] += 2 * depth * math.prod(one.shape.dimensions)
+    return dict(flops)
+
+
+def _peak(entry: Any) -> int:
+    """Return the most bytes of intermediates that live at a time: from their operator to their last reader."""
+    source: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for place, one in enumerate(entry.instructions):
+        operands = [source.get(i, i) for i in one.operand_ids]
+        last.update(dict.fromkeys(operands, place))
+        if one.opcode in VIEWS | IN_PLACE and operands:
+            source[one.id] = operands[0]
+    live = peak = 0
+    ending: dict[int, list[int]] = {}
+    for place, one in enumerate(entry.instructions):
+        if one.opcode not in FREE | IN_PLACE:
+            size = _bytes(one)
+            live += size
+            ending.setdefault(last.get(one.id, len(entry.instructions)), []).append(size)
+        peak = max(peak, live)
+        live -= sum(ending.pop(place, []))
+    return peak
+
+
+def _parameter_bytes(made: list[Any], by_id: Mapping[int, Any]) -> int:
+    total = 0
+    for one in made:
+        if one.opcode in ("dot", "convert", "transpose"):
+            total += sum(_bytes(by_id[i]) for i in one.operand_ids if by_id[i].opcode == "parameter")
+    return total
+
+
+def _collectives(made: list[Any]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for one in made:
+        if one.opcode in ("all-reduce", "all-gather", "reduce-scatter"):
+            found[one.opcode] += _bytes(one)
+    return dict(found)

@@ -1,0 +1,155 @@
+"""A phase traced by torch for the StableHLO frontend, with the operators that torch-mlir cannot lower cut out.
+
+`make_fx` is the tracer beneath torch.export: the same operators, in a fifth of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import getitem
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pipeline.backends.neuron.module import NeuronSeams, in_rank_order, with_booleans
+from pipeline.backends.neuron.operators import OPERATORS, Cut, all_gather, all_reduce, dot, top_k
+from pipeline.graphs.module import empty, run_phase
+from pipeline.graphs.signature import Signature, TensorSpec
+from pipeline.graphs.spec import GraphSpec, PairSpec
+
+
+class StableHloSeams(NeuronSeams):
+    """The seams of Neuron with operators of our own for what torch-mlir cannot lower."""
+
+    def __init__(self, tp: int, group: Sequence[int] = ()) -> None:
+        super().__init__(tp)
+        self.group = group
+
+    def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Use the compiler's custom call."""
+        values, indices = top_k(scores, count)
+        return values, indices.long()
+
+    def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """Apply a linear layer to a weight as it is stored."""
+        return dot(x_BTI, weight, wide=False)[..., :rows]
+
+    def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """Apply the LM head with a float32 result, without a float32 copy of its weights."""
+        return dot(x_BTI, weight, wide=True)[..., :rows]
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Multiply queries and keys, in float32."""
+        return dot(q, k, wide=True)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return x if self.tp == 1 else all_reduce(x)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Concatenate the last axis over ranks, in rank order."""
+        return x if self.tp == 1 else in_rank_order(all_gather(x, self.tp), self.group)
+
+
+@dataclass
+class Exported:
+    """A traced graph whose operators of our own are cut out: inputs, then results of the cuts -> outputs, operands."""
+
+    module: torch.fx.GraphModule
+    inputs: list[TensorSpec]
+    replaced: list[str]
+    cuts: list[Cut] = field(default_factory=list)
+    operands: list[int] = field(default_factory=list)
+
+
+def export(spec: GraphSpec, pair: PairSpec, io: Signature, group: Sequence[int]) -> Exported:
+    """Trace a phase on tensors without contents, and cut our own operators out."""
+    from torch_mlir.extras.fx_decomp_util import get_decomposition_table  # of an extra, only while tracing
+
+    inputs, run = parameters(io), phase(spec, pair, io, group)
+    with torch.no_grad(), FakeTensorMode():
+        module = make_fx(run, get_decomposition_table() | DECOMPOSITIONS)(*empty(inputs))
+    exported = Exported(module, list(inputs), _keep_replaced(module.graph, io))
+    _cut(exported)
+    return exported
+
+
+def phase(
+    spec: GraphSpec, pair: PairSpec, io: Signature, group: Sequence[int]
+) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
+    """Return a phase as a function of `parameters`: its results, then all state after it."""
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = with_booleans({one.name: tensor for one, tensor in zip(parameters(io), tensors, strict=True)})
+        outputs = run_phase(spec, pair, given, partial(StableHloSeams, group=group))
+        return (*outputs, *(given[one.name] for one in io.state))
+
+    return run
+
+
+def parameters(io: Signature) -> tuple[TensorSpec, ...]:
+    """Return the inputs in the order of a compiled graph: the runtime takes arguments first."""
+    return (*io.arguments, *io.weights, *io.state)
+
+
+def _keep_replaced(graph: torch.fx.Graph, io: Signature) -> list[str]:
+    """Drop the state outputs that are inputs; return the names of the others."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    count = len(io.outputs)
+    after = list(zip((one.name for one in io.state), output.args[0][count:], strict=True))
+    replaced = [(name, node) for name, node in after if node.op != "placeholder"]
+    output.args = ((*output.args[0][:count], *(node for _, node in replaced)),)
+    return [name for name, _ in replaced]
+
+
+def _square(x: Tensor, exponent: float) -> Tensor:
+    """Multiply instead of raising to the power of 2: not every compiler has powers."""
+    return x * x if exponent == 2 else NotImplemented
+
+
+def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum up to each entry of the last axis as a product with a triangle: a windowed reduction is slow on the chip."""
+    if dim not in (-1, x.dim() - 1):
+        return NotImplemented
+    size = x.shape[-1]
+    index = torch.arange(size, device=x.device)
+    upto = (index[:, None] <= index[None, :]).to(torch.float32)
+    return (x.to(torch.float32) @ upto).to(dtype or (x.dtype if x.is_floating_point() else torch.int64))
+
+
+DECOMPOSITIONS = {
+    torch.ops.aten.pow.Tensor_Scalar: _square,
+    torch.ops.aten.cumsum.default: _cumsum,
+}
+
+
+def _cut(exported: Exported) -> None:
+    """Replace each call of our own operators by inputs, and add its operands to the outputs."""
+    graph = exported.module.graph
+    output = next(node for node in graph.nodes if node.op == "output")
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in graph.nodes if node.target in OPERATORS]:
+        tensors = [one for one in node.args if isinstance(one, torch.fx.Node)]
+        numbers = tuple(one for one in node.args if isinstance(one, int))
+        exported.cuts.append(Cut(OPERATORS[node.target], numbers))
+        exported.operands.append(len(tensors))
+        output.args = ((*output.args[0], *tensors),)
+        value = node.meta["val"]
+        for index, result in enumerate(value if isinstance(value, tuple) else (value,)):
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"{node.name}_{index}")
+            last.meta["val"] = result
+            for one in _results(node, index):
+                one.replace_all_uses_with(last)
+    graph.eliminate_dead_code()
+
+
+def _results(node: torch.fx.Node, index: int) -> list[torch.fx.Node]:
+    """Return the nodes that stand for a result of an operator."""
+    if not isinstance(node.meta["val"], tuple):
+        return [node]
+    return [user for user in node.users if user.target is getitem and user.args[1] == index]

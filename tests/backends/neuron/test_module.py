@@ -1,0 +1,25 @@
+"""The seams of the Neuron backend, eagerly."""
+
+import pytest
+import torch
+
+from pipeline.backends.neuron.module import NeuronSeams
+from pipeline.models import blocks
+from pipeline.models.parallel import Seams, attend_up_to
+
+
+@pytest.mark.parametrize("kv", [0, 24])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attention_in_blocks_equals_that_of_the_whole(monkeypatch, kv, rows):
+    """A prompt's block reads the keys up to its own end; a pass over a cache reads all keys of its bucket."""
+    monkeypatch.setattr(blocks, "SCORES_BYTES", 4 * rows * 4 * 40 * 6)
+    monkeypatch.setattr(blocks, "SMALLEST_BLOCK", 4)
+    assert len(blocks.query_blocks(rows * 4, 40, kv or 40)) > 3
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(rows, 4, 40, 8, generator=generator)
+    k, v = (torch.randn(rows + 1 if kv else rows, 2, 40, 8, generator=generator) for _ in "kv")
+    last_BT = torch.randint(0, kv, (rows, 40), generator=generator) if kv else torch.arange(40)[None]
+    attend = attend_up_to(last_BT, kv)
+    torch.testing.assert_close(
+        NeuronSeams(1).attend(q, k, v, attend), Seams().attend(q, k, v, attend), atol=1e-5, rtol=1e-5
+    )
