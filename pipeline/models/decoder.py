@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from pipeline.models.config import Llama3Rope, ModelConfig
 from pipeline.models.parallel import Pass, Seams
-from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, padded_vocab
+from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, local_heads, padded_vocab
 
 Weights = Mapping[str, Tensor]
 NEXT_NORM = "next_norm.weight"
@@ -167,7 +167,7 @@ def project(w: Weights, seams: Seams, x_BTH: Tensor, rows: Mapping[str, int]) ->
 def attention(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary, run: Pass) -> Tensor:
     """Write one layer's keys and values, then attend over its cache: [B, T, H]."""
     assert run.attend is not None
-    heads, kv_heads = config.heads // seams.tp, kv_heads_of(config, seams)
+    heads, kv_heads = local_heads(config, seams.tp), kv_heads_of(config, seams)
     turned, v = heads_of(config, w, seams, x_BTX, "qkv").split((heads + kv_heads, kv_heads), dim=1)
     q, k = rotate(turned, rotary).split((heads, kv_heads), dim=1)
     cached_k = seams.write(run.state, "k", k, run.writes)
@@ -194,7 +194,7 @@ def kv_heads_of(config: ModelConfig, seams: Seams) -> int:
 def heads_of(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, names: str) -> Tensor:
     """Return the heads of "qkv" or "kv" concatenated, q and k normalised where the family does so: [B, N, T, D]."""
     kv_heads = kv_heads_of(config, seams)
-    counts = {name: config.heads // seams.tp if name == "q" else kv_heads for name in names}
+    counts = {name: local_heads(config, seams.tp) if name == "q" else kv_heads for name in names}
     rows = {f"self_attn.{name}_proj": count * config.head_dim for name, count in counts.items()}
     out = project(w, seams, x_BTX, rows).view(*x_BTX.shape[:2], -1, config.head_dim)
     if config.qk_norm:

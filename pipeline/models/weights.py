@@ -12,7 +12,7 @@ from typing import Literal
 
 from pipeline.models.config import ModelConfig
 
-Split = Literal["replicate", "rows", "columns", "kv_rows", "vocab"]
+Split = Literal["replicate", "rows", "columns", "q_rows", "q_columns", "kv_rows", "vocab"]
 Kind = Literal["linear", "embedding", "vector", "index"]
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -38,9 +38,10 @@ class WeightSpec:
     """One tensor of a checkpoint.
 
     `shape` is the checkpoint's own. `split` is a rank's share: `rows` / `columns` an equal slice of axis 0 / 1,
-    `kv_rows` whole KV heads of axis 0 (each replicated when there are more ranks than heads), `vocab` a slice of axis 0
-    after padding the vocabulary, `replicate` the whole tensor. A backend may change the layout of some
-    kinds (`linear`, `embedding`: 2-D [out, in]) but not of others (`vector`, `index`: 1-D; `index` is int32).
+    `q_rows` / `q_columns` whole query heads of axis 0 / 1, then zeros where a rank has fewer (`q_heads_of`), `kv_rows`
+    whole KV heads of axis 0 (each replicated when there are more ranks than heads), `vocab` a slice of axis 0 after
+    padding the vocabulary, `replicate` the whole tensor. A backend may change the layout of some kinds (`linear`,
+    `embedding`: 2-D [out, in]) but not of others (`vector`, `index`: 1-D; `index` is int32).
     """
 
     name: str
@@ -77,14 +78,14 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:  # noqa: C901 - a table, not
     for layer in range(c.layers):
         base = f"model.layers.{layer}"
         yield WeightSpec(f"{base}.input_layernorm.weight", (c.hidden,), "replicate", "vector")
-        for name, rows, split in (("q", q_rows, "rows"), ("k", kv_rows, "kv_rows"), ("v", kv_rows, "kv_rows")):
+        for name, rows, split in (("q", q_rows, "q_rows"), ("k", kv_rows, "kv_rows"), ("v", kv_rows, "kv_rows")):
             yield WeightSpec(f"{base}.self_attn.{name}_proj.weight", (rows, width), split, "linear")  # type: ignore[arg-type]
             if c.qkv_bias:
                 yield WeightSpec(f"{base}.self_attn.{name}_proj.bias", (rows,), split, "vector")  # type: ignore[arg-type]
         if c.qk_norm:
             yield WeightSpec(f"{base}.self_attn.q_norm.weight", (c.head_dim,), "replicate", "vector")
             yield WeightSpec(f"{base}.self_attn.k_norm.weight", (c.head_dim,), "replicate", "vector")
-        yield WeightSpec(f"{base}.self_attn.o_proj.weight", (c.hidden, q_rows), "columns", "linear")
+        yield WeightSpec(f"{base}.self_attn.o_proj.weight", (c.hidden, q_rows), "q_columns", "linear")
         if c.out_bias:
             yield WeightSpec(f"{base}.self_attn.o_proj.bias", (c.hidden,), "replicate", "vector")
         yield WeightSpec(f"{base}.post_attention_layernorm.weight", (c.hidden,), "replicate", "vector")
@@ -109,6 +110,10 @@ def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ..
         return (head // tp, *rest)
     if spec.split == "columns":
         return (head, rest[0] // tp)
+    if spec.split == "q_rows":
+        return (local_heads(config, tp) * config.head_dim, *rest)
+    if spec.split == "q_columns":
+        return (head, local_heads(config, tp) * config.head_dim)
     if spec.split == "kv_rows":
         return (max(config.kv_heads // tp, 1) * config.head_dim, *rest)
     if spec.split == "vocab":
@@ -124,6 +129,28 @@ def padded_vocab(vocab: int, tp: int) -> int:
 def vocab_offset(rows_per_rank: int, rank: int) -> int:
     """Return the first vocabulary id of a rank's slice; a per-rank weight, so that all ranks share one graph."""
     return rows_per_rank * rank
+
+
+def local_heads(config: ModelConfig, tp: int) -> int:
+    """Return the query heads on each rank: an equal share, rounded up where ranks share a KV head."""
+    if tp <= config.kv_heads:
+        return config.heads // tp
+    return -(-(config.heads // config.kv_heads) // (tp // config.kv_heads))
+
+
+def q_heads_of(rank: int, config: ModelConfig, tp: int) -> tuple[int, int]:
+    """Return the half-open range of the checkpoint's query heads on `rank`, of the KV head on it.
+
+    It is shorter than `local_heads` where the heads of a KV head do not fill its ranks, as NxD Inference pads them: the
+    rest is zeros, which add nothing to the attention's output.
+    """
+    share = local_heads(config, tp)
+    if tp <= config.kv_heads:
+        return rank * share, (rank + 1) * share
+    group, ranks = config.heads // config.kv_heads, tp // config.kv_heads
+    start = rank // ranks * group
+    first = min(rank % ranks * share, group)
+    return start + first, start + min(first + share, group)
 
 
 def kv_head_of(rank: int, config: ModelConfig, tp: int) -> tuple[int, int]:

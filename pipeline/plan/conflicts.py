@@ -84,9 +84,10 @@ def _method_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -
 
 
 def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
-    """Yield sizes of a model that `tp` ranks cannot share; with more ranks than KV heads the heads are replicated."""
-    if config.heads % tp:
-        yield "num_attention_heads", config.heads
+    """Yield sizes of a model that `tp` ranks cannot share; with more ranks than KV heads these are replicated.
+
+    Query heads follow their KV head: they are padded where they do not fill its ranks (`weights.q_heads_of`).
+    """
     if config.kv_heads % tp and tp % config.kv_heads:
         yield "num_key_value_heads", config.kv_heads
     if config.intermediate % tp:

@@ -16,7 +16,7 @@ from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
 from pipeline.models.blocks import query_blocks
 from pipeline.models.config import ModelConfig
-from pipeline.models.weights import local_shape
+from pipeline.models.weights import local_heads, local_shape
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -184,7 +184,7 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     """
     config, tp = pair.models.config_of(role), pair.models.tp_of(role)
     size = DTYPES[pair.models.dtype_of(role)].size_bytes
-    hidden, heads = config.hidden, config.heads // tp * config.head_dim
+    hidden, heads = config.hidden, local_heads(config, tp) * config.head_dim
     states = hidden * (2 + (len(pair.models.taps) if role == "target" else 0))
     qkv = heads + 2 * pair.models.kv_heads_of(role) * config.head_dim
     attention = size * (states + 2 * qkv) + 4 * (qkv + heads + hidden)
@@ -195,7 +195,7 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
 def _layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     """Estimate one layer's activations in float32, with the scores of one block of queries and their softmax."""
     config, tp = pair.models.config_of(role), pair.models.tp_of(role)
-    rows, heads = spec.batch * spec.tokens, config.heads // tp
+    rows, heads = spec.batch * spec.tokens, local_heads(config, tp)
     keys = spec.tokens if spec.phase == "prefill" else spec.kv
     block = max(last - first for first, last in query_blocks(spec.batch * heads, spec.tokens, keys))
     wide = 4 * config.hidden + 3 * heads * config.head_dim + 2 * config.intermediate // tp

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.errors import SourceError
 from pipeline.graphs.dtypes import SAFETENSORS
 from pipeline.graphs.packing import SCALE_BYTES, Packing
 from pipeline.models.config import ModelConfig
 from pipeline.models.int8 import quantise
-from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, padded_vocab, up_to
+from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_heads, padded_vocab, q_heads_of, up_to
 from pipeline.sources.tensors import TensorRef
 from pipeline.stages.streams import Bytes
 
@@ -26,11 +27,17 @@ WINDOW_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class ColumnRange:
-    """Columns [first, last) of a window, and the ranks that store them."""
+    """Columns [first, last) of a window, then `zeros` more, and the ranks that store them."""
 
     first: int
     last: int
     ranks: tuple[int, ...]
+    zeros: int = 0
+
+    @property
+    def width(self) -> int:
+        """Columns that are stored."""
+        return self.last - self.first + self.zeros
 
 
 @dataclass(frozen=True)
@@ -66,39 +73,59 @@ def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig
     """Cut one tensor into windows of whole blocks; each byte is read once, but for KV heads that many ranks need."""
     row_bytes = math.prod(spec.shape[1:]) * SAFETENSORS[source.dtype].size_bytes
     step = max(WINDOW_BYTES // row_bytes // BLOCK, 1) * BLOCK
-    for first, last, parts in _spans(spec, config, tp):
+    for first, last, end, parts in _spans(spec, config, tp):
         for start in range(first, last, step):
             rows = min(step, last - start)
-            real = max(min(rows, spec.shape[0] - start), 0)
+            real = max(min(rows, end - start), 0)
             yield Window(source.rows(start, start + real), spec, dtype, rows, real, parts)
 
 
-def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[tuple[int, int, tuple[ColumnRange, ...]]]:
+Span = tuple[int, int, int, tuple[ColumnRange, ...]]
+"""First row, last row, the row from which on all are zeros, and the columns of ranks."""
+
+
+def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[Span]:
     """Yield row ranges of a tensor, in rank order, and the ranks that store their columns; zeros pad the end."""
     rows, width = spec.shape[0], math.prod(spec.shape[1:])
     everyone = tuple(range(tp))
     if spec.split == "replicate":
-        yield 0, rows, (ColumnRange(0, width, everyone),)
+        yield 0, rows, rows, (ColumnRange(0, width, everyone),)
     elif spec.split == "columns":
         share = width // tp
-        yield 0, rows, tuple(ColumnRange(rank * share, (rank + 1) * share, (rank,)) for rank in everyone)
+        yield 0, rows, rows, tuple(ColumnRange(rank * share, (rank + 1) * share, (rank,)) for rank in everyone)
+    elif spec.split in ("q_rows", "q_columns"):
+        yield from _head_spans(spec, config, tp)
     elif spec.split == "kv_rows":
         holders: dict[tuple[int, int], list[int]] = {}
         for rank in everyone:
             holders.setdefault(kv_head_of(rank, config, tp), []).append(rank)
         for (first, last), ranks in holders.items():
-            yield first * config.head_dim, last * config.head_dim, (ColumnRange(0, width, tuple(ranks)),)
+            size, end = config.head_dim, last * config.head_dim
+            yield first * size, end, end, (ColumnRange(0, width, tuple(ranks)),)
     else:
         share = (padded_vocab(rows, tp) if spec.split == "vocab" else rows) // tp
         for rank in everyone:
-            yield rank * share, (rank + 1) * share, (ColumnRange(0, width, (rank,)),)
+            yield rank * share, (rank + 1) * share, rows, (ColumnRange(0, width, (rank,)),)
+
+
+def _head_spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[Span]:
+    """Yield the spans of query heads: as rows of each rank, or as columns of all rows."""
+    size, width = config.head_dim, math.prod(spec.shape[1:])
+    share = local_heads(config, tp) * size
+    ranges = [(first * size, last * size) for first, last in (q_heads_of(rank, config, tp) for rank in range(tp))]
+    if spec.split == "q_rows":
+        for rank, (first, last) in enumerate(ranges):
+            yield first, first + share, last, (ColumnRange(0, width, (rank,)),)
+        return
+    columns = (ColumnRange(first, last, (rank,), share - (last - first)) for rank, (first, last) in enumerate(ranges))
+    yield 0, spec.shape[0], spec.shape[0], tuple(columns)
 
 
 def stored_sizes(window: Window, packing: Packing) -> Iterator[tuple[int, int]]:
     """Yield each rank that stores columns of a window, and their bytes."""
     item = SAFETENSORS[window.dtype].size_bytes
     for part in window.parts:
-        size = math.prod(_packed_shape(window, packing, part.last - part.first)) * item
+        size = math.prod(_packed_shape(window, packing, part.width)) * item
         yield from ((rank, size) for rank in part.ranks)
 
 
@@ -116,12 +143,13 @@ def pieces(window: Window, data: Tensor, out: Tensor, packing: Packing) -> Itera
             yield packed[:, part.first * width : part.last * width], part.ranks
     else:
         for part in window.parts:
-            yield _packed(window, whole[:, part.first : part.last], out, packing, scales), part.ranks
+            columns = whole[:, part.first : part.last]
+            yield _packed(window, functional.pad(columns, (0, part.zeros)), out, packing, scales), part.ranks
 
 
 def _packs_whole(window: Window, packing: Packing) -> bool:
-    """Return whether packed columns are columns of the packed window; scales and odd widths prevent that."""
-    if window.dtype == "I8":
+    """Return whether packed columns are columns of the packed window; scales, padding and odd widths prevent that."""
+    if window.dtype == "I8" or any(part.zeros for part in window.parts):
         return False
     widths = {part.last - part.first for part in window.parts} | {window.width}
     shapes = [_packed_shape(window, packing, width) for width in widths]

@@ -16,11 +16,12 @@ from support.paths import ROOT
 RECIPES = ROOT / "recipes"
 
 
-def plan(name="llama-70b-spec", **speculation):
+def plan(name="llama-70b-spec", *, placement="sharded", **speculation):
     path = RECIPES / f"{name}.yaml"
     recipe = load(path)
     settings = {"sampling": ("greedy",), "candidates": None} | speculation
-    recipe = recipe.model_copy(update={"speculation": recipe.speculation.model_copy(update=settings)})
+    draft = recipe.draft.model_copy(update={"placement": placement})
+    recipe = recipe.model_copy(update={"speculation": recipe.speculation.model_copy(update=settings), "draft": draft})
     return make_plan(recipe, *pair_configs(recipe, read(lock_path(path)), str(lock_path(path))))
 
 
@@ -33,7 +34,7 @@ def test_package_says_it_in_nxdi_s_words():
     assert config["context_encoding_buckets"] == [2048, 12288]
     assert config["on_device_sampling_config"]["do_sample"] is False
     draft = made.draft_neuron_config
-    assert (draft["speculation_length"], draft["enable_fused_speculation"], draft["tp_degree"]) == (0, False, 1)
+    assert (draft["speculation_length"], draft["enable_fused_speculation"], draft["tp_degree"]) == (0, False, 64)
     assert made.application == ("neuronx_distributed_inference.models.llama.modeling_llama", "NeuronLlamaForCausalLM")
 
 
@@ -50,7 +51,8 @@ def test_vllm_is_not_offered_the_last_positions():
          "verifies draft tokens by argmax only"),
         ("llama-70b-spec", {"draft_tokens": (2, 4)}, "speculation.draft_tokens", "compiles one speculation length"),
         ("llama-70b-spec", {"lookup": 3}, "speculation.lookup", "accept only the draft's tokens"),
-        ("qwen3-32b-spec", {}, "draft.placement", "a qwen3 draft needs as many ranks as its target"),
+        ("qwen3-32b-spec", {"placement": "replicated"}, "draft.placement",
+         "a qwen3 draft needs as many ranks as its target"),
     ],
 )  # fmt: skip
 def test_package_refuses_with_the_reason(name, speculation, key, says):

@@ -40,7 +40,7 @@ def unpacked(stored: Tensor, rows: int) -> Tensor:
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda p: p.name)
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_write_shards_each_rank_holds_its_slice(tmp_path: Path, tp: int, packing: BlockPacking, stored: str) -> None:
     whole = write_checkpoint(tmp_path / "m", files=3, dtype=torch.bfloat16, attention_bias=True)

@@ -23,6 +23,16 @@ def opened(root: Path, tmp_path: Path, **kwargs: str) -> Checkpoint:
     return resolve(str(root), base=tmp_path, cache=tmp_path / "cache", **kwargs)  # type: ignore[arg-type]
 
 
+def query_heads(whole: Tensor, axis: int, rank: int, tp: int, kv_heads: int, head_dim: int) -> Tensor:
+    """The heads of each KV head, filled up with zeros to the same number on each of its ranks, then cut by ranks."""
+    by_group = whole.movedim(axis, 0).unflatten(0, (kv_heads, -1, head_dim))
+    share = max(tp // kv_heads, 1)
+    missing = -by_group.shape[1] % share
+    zeros = by_group.new_zeros(kv_heads, missing, *by_group.shape[2:])
+    heads = torch.cat([by_group, zeros], dim=1).flatten(0, 1)
+    return heads.chunk(tp)[rank].flatten(0, 1).movedim(0, axis)
+
+
 def expected_slice(name: str, whole: Tensor, rank: int, tp: int, kv_heads: int, head_dim: int) -> Tensor:
     """What a rank must hold, by the plain definition of each split."""
     if name in (EMBEDDING, HEAD):
@@ -33,8 +43,11 @@ def expected_slice(name: str, whole: Tensor, rank: int, tp: int, kv_heads: int, 
         by_head = whole.view(kv_heads, head_dim, *whole.shape[1:])
         first = rank * kv_heads // tp
         return by_head[first : first + max(kv_heads // tp, 1)].flatten(0, 1)
-    if "q_proj" in name or "gate_proj" in name or "up_proj" in name:
+    if "q_proj" in name or "o_proj.weight" in name:
+        axis = 0 if "q_proj" in name else 1
+        return query_heads(whole, axis, rank, tp, kv_heads, head_dim)
+    if "gate_proj" in name or "up_proj" in name:
         return whole.chunk(tp, dim=0)[rank]
-    if "o_proj.weight" in name or "down_proj.weight" in name:
+    if "down_proj.weight" in name:
         return whole.chunk(tp, dim=1)[rank]
     return whole

@@ -105,6 +105,7 @@ def generate(graphs) -> tuple[list[list[int]], list[int]]:
     [
         *((family, reduced, 1, True) for family in FAMILIES for reduced in (False, True)),
         *((family, True, 2, replicated) for family in FAMILIES for replicated in (False, True)),
+        ("llama", False, 8, False),
         ("llama", False, 4, True), ("llama-bias", False, 4, False), ("qwen3", True, 4, False),
         ("eagle3", True, 1, True), ("eagle3", True, 2, True), ("eagle3", True, 2, False),
     ],
@@ -207,7 +208,7 @@ from pipeline.graphs.spec import GraphSpec
 backend = NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2, frontend="stablehlo"))
 traced = backend.trace(GraphSpec("speculate", 4, 4, 40, 3), make_pair("some").shape)
 print(hashlib.sha256(traced.ir).hexdigest())
-assert b"/" not in traced.ir
+assert not any(name in traced.ir for name in (b"pipeline", b"tests", b".py"))
 """
 
 
@@ -264,7 +265,7 @@ def test_artifact_is_built_gated_and_run_on_ranks(backend, tmp_path, tp):
 
 @pytest.mark.parametrize(
     ("recipe", "layers", "tp"),
-    [("pico-spec", None, 1), ("pico-spec", None, 2), ("smollm2-135m-spec", 2, 3), ("llama-70b-spec", 1, 8)],
+    [("pico-spec", None, 1), ("pico-spec", None, 2), ("llama-8b-spec", 1, 8), ("qwen3-32b-spec", 1, 32)],
 )
 def test_every_graph_of_a_recipe_is_taken(backend, recipe, layers, tp):
     graphs, pair = weightless(recipe, layers, tp)
