@@ -108,7 +108,9 @@ def _compile(folder: Path, settings: nxdi.NxdiSettings, roots: dict[str, str], c
         order = CompileOrder(settings, roots["target"], roots["draft"], str(folder), str(work / "flags.json"))
         (work / "order.json").write_bytes(order.dump())
         # NxD Inference deletes this folder when it starts, even if another process uses it.
-        environment = support.AT_START | overrides | {"BASE_COMPILE_WORK_DIR": f"{work}/compile/"}
+        environment = (
+            support.AT_START | settings.environment | overrides | {"BASE_COMPILE_WORK_DIR": f"{work}/compile/"}
+        )
         command = [sys.executable, "-m", "pipeline.nxdi.compile", str(work / "order.json")]
         with (work / "output.txt").open("wb") as output:
             done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
@@ -116,7 +118,8 @@ def _compile(folder: Path, settings: nxdi.NxdiSettings, roots: dict[str, str], c
             raise _failure(done.returncode, work / "output.txt")
         flags = json.loads((work / "flags.json").read_text(encoding="utf-8"))
     by_submodel = {f"neuronx-cc.{tag}": text for tag, text in sorted(flags.items())}
-    return by_submodel | {f"env.{name}": value for name, value in support.environment().items()}
+    variables = support.environment(support.AT_START | settings.environment)
+    return by_submodel | {f"env.{name}": value for name, value in variables.items()}
 
 
 def _failure(status: int, output: Path) -> HostError:

@@ -9,12 +9,12 @@ Its `speculation_length` counts the tokens that the target verifies, K + 1 here;
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.neuron import support
 from pipeline.errors import Problem, RecipeError
-from pipeline.recipe.schema import NeuronSettings, Recipe
+from pipeline.recipe.schema import NeuronSettings, Nxdi, Recipe
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan
@@ -28,6 +28,13 @@ CLASSES = {
 CONFIG, MODEL = "neuron_config.json", "model.pt"
 OWN_TP_FAMILIES = ("llama",)
 """Families whose modules look up their own process group: only their draft may have fewer ranks than the target."""
+
+DECIDED = frozenset((
+    "tp_degree", "batch_size", "max_batch_size", "ctx_batch_size", "tkg_batch_size", "is_continuous_batching",
+    "seq_len", "max_context_length", "torch_dtype", "logical_nc_config", "enable_bucketing", "save_sharded_checkpoint",
+    "on_device_sampling_config", "speculation_length", "enable_fused_speculation",
+))  # fmt: skip
+"""Keys of NeuronConfig that follow from other keys of a recipe."""
 
 MODEL_FOLDERS = {"target": "models/target", "draft": "models/draft"}
 """Folders of the pair's configs and tokenizer, relative to the artifact: vLLM is started inside it."""
@@ -49,6 +56,8 @@ class NxdiSettings:
     application: tuple[str, str]
     draft_application: tuple[str, str]
     vllm: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the compile, beside those of the chip."""
 
 
 def neuron_settings(recipe: Recipe) -> NeuronSettings:
@@ -74,7 +83,7 @@ def settings(plan: Plan) -> NxdiSettings:
     recipe, pair = plan.recipe, plan.pair
     (k,) = recipe.speculation.draft_tokens
     shapes, rows = recipe.shapes, recipe.shapes.batch[-1]
-    common = {
+    common: dict[str, Any] = {
         "tp_degree": pair.models.tp,
         "batch_size": rows, "max_batch_size": rows, "ctx_batch_size": 1, "tkg_batch_size": rows,
         "is_continuous_batching": rows > 1, "seq_len": shapes.kv[-1], "max_context_length": shapes.prefill[-1],
@@ -83,6 +92,8 @@ def settings(plan: Plan) -> NxdiSettings:
         "token_generation_buckets": list(shapes.kv), "save_sharded_checkpoint": True,
         "on_device_sampling_config": {"do_sample": False, "dynamic": False, "deterministic": True, "top_k": 1},
     }  # fmt: skip
+    own = recipe.nxdi or Nxdi()
+    common |= {name: list(value) if isinstance(value, tuple) else value for name, value in own.config.items()}
     target = {**common, "speculation_length": k + 1, "enable_fused_speculation": True}
     draft = {
         **common,
@@ -90,7 +101,8 @@ def settings(plan: Plan) -> NxdiSettings:
         "enable_fused_speculation": False,
         "tp_degree": pair.models.tp_of("draft"),
     }
-    return NxdiSettings(target, draft, _classes(pair.target.family), _classes(pair.draft.family), _vllm(plan, k))
+    classes = _classes(pair.target.family), _classes(pair.draft.family)
+    return NxdiSettings(target, draft, *classes, _vllm(plan, k), dict(own.environment))
 
 
 def weight_file(rank: int) -> str:
@@ -170,16 +182,36 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     place = recipe.place
     if recipe.backend.name != "neuron":
         yield Problem(place("backend.name"), f"found {recipe.backend.name}", "use name: neuron")
-    if "stochastic" in recipe.speculation.sampling:
+    own = recipe.nxdi or Nxdi()
+    if "stochastic" in (own.sampling or recipe.speculation.sampling):
         what = "found stochastic; NxD Inference verifies draft tokens by argmax only, and samples only the first token"
-        yield Problem(place("speculation.sampling"), what, "write sampling: [greedy], or use the neuron backend")
+        yield Problem(
+            place("speculation.sampling"), what, "write nxdi: {sampling: [greedy]}, or use the neuron backend"
+        )
     if len(recipe.speculation.draft_tokens) > 1:
         what = f"found {list(recipe.speculation.draft_tokens)}; NxD Inference compiles one speculation length"
         yield Problem(place("speculation.draft_tokens"), what, "write one K")
     if recipe.speculation.lookup is not None:
         what = f"found {recipe.speculation.lookup}; NxD Inference's fused graphs accept only the draft's tokens"
         yield Problem(place("speculation.lookup"), what, "remove speculation.lookup, or use the neuron backend")
+    yield from _override_problems(recipe, own)
     yield from _draft_problems(plan)
+
+
+def _override_problems(recipe: Recipe, own: Nxdi) -> Iterator[Problem]:
+    for name in sorted(own.config.keys() & DECIDED):
+        yield Problem(recipe.place(f"nxdi.config.{name}"), "other keys of the recipe decide it", "remove it")
+    ends = {"context_encoding_buckets": recipe.shapes.prefill[-1], "token_generation_buckets": recipe.shapes.kv[-1]}
+    for name, last in ends.items():
+        found = own.config.get(name, (last,))
+        if not isinstance(found, tuple) or list(found) != sorted(set(found)) or found[-1:] != (last,):
+            what = (
+                f"found {list(found) if isinstance(found, tuple) else found}; expected ascending lengths up to {last}"
+            )
+            yield Problem(recipe.place(f"nxdi.config.{name}"), what, f"end it with {last}, as `shapes` does")
+    if own.max_model_len is not None and own.max_model_len > recipe.shapes.kv[-1]:
+        what = f"found {own.max_model_len}, longer than the largest cache bucket, {recipe.shapes.kv[-1]}"
+        yield Problem(recipe.place("nxdi.max_model_len"), what, f"use at most {recipe.shapes.kv[-1]}")
 
 
 def _draft_problems(plan: Plan) -> Iterator[Problem]:
@@ -214,16 +246,17 @@ def _classes(family: str) -> tuple[str, str]:
 def _vllm(plan: Plan, k: int) -> dict[str, Any]:
     """Return environment and arguments of `vllm serve`.
 
-    NxDI does not check the last positions of a cache, so `max-model-len` excludes them.
+    NxDI does not check the last positions of a cache, so `max-model-len` excludes them unless a recipe has its own.
     """
-    shapes = plan.recipe.shapes
+    shapes, own = plan.recipe.shapes, plan.recipe.nxdi or Nxdi()
+    framework = {"NEURON_COMPILED_ARTIFACTS": ".", "VLLM_NEURON_FRAMEWORK": "neuronx-distributed-inference"}
     return {
-        "environment": {"NEURON_COMPILED_ARTIFACTS": ".", "VLLM_NEURON_FRAMEWORK": "neuronx-distributed-inference"},
+        "environment": {**own.environment, **framework},
         "arguments": {
             "model": MODEL_FOLDERS["target"],
             "tensor-parallel-size": plan.pair.models.tp,
             "max-num-seqs": shapes.batch[-1],
-            "max-model-len": shapes.kv[-1] - (k + 1),
+            "max-model-len": own.max_model_len or shapes.kv[-1] - (k + 1),
             "speculative-config": {"model": MODEL_FOLDERS["draft"], "num_speculative_tokens": k + 1},
         },
     }

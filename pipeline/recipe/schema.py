@@ -325,6 +325,26 @@ class Publish(Record):
     )
 
 
+Setting = bool | int | float | str | tuple[int, ...]
+
+
+class Nxdi(Record):
+    """What `tandem nxdi` does differently from the rest of the recipe; no other command reads this section."""
+
+    sampling: tuple[Literal["greedy"], ...] | None = Field(
+        default=None, description="in place of `speculation.sampling`: NxD Inference verifies by argmax only"
+    )
+    config: dict[str, Setting] = Field(
+        default_factory=dict, description="keys of NxD Inference's `NeuronConfig` that no other key of a recipe decides"
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="environment variables of the compile and of the server"
+    )
+    max_model_len: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="vLLM's `max-model-len`; null: the cache without the tokens of one step"
+    )
+
+
 class Recipe(Record):
     """A target and draft pair, and every setting that determines its artifact."""
 
@@ -337,6 +357,7 @@ class Recipe(Record):
     backend: BackendSettings = Field(default=InductorSettings(), description="what compiles and runs the graphs")
     validate_: Validate = Field(default=Validate(), alias="validate", description="validation before publishing")
     publish: tuple[Publish, ...] = Field(default=(), description="registries that the artifact goes to")
+    nxdi: Nxdi | None = Field(default=None, description="settings of `tandem nxdi` alone")
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -369,6 +390,8 @@ class Recipe(Record):
     def digest(self) -> str:
         """Return the sha256 of the recipe's values, independent of layout, comments and base."""
         data = self.model_dump(mode="json", by_alias=True)
+        if self.nxdi is None:
+            data.pop("nxdi")
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
