@@ -15,6 +15,7 @@ from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import recipe_path
 from pipeline.cli.plan_buckets import show_buckets
+from pipeline.cli.plan_costs import show_costs
 from pipeline.cli.results import print_json, print_line, print_table
 from pipeline.cli.tables import Table
 from pipeline.cli.words import counted, size
@@ -42,6 +43,7 @@ class PlanOptions:
     traffic: Path | None
     graphs: int | None
     write: bool
+    costs: bool
     json_: bool
 
 
@@ -61,9 +63,12 @@ class PlanOptions:
     help="With --traffic: maximum number of graphs (default: the number with the recipe's buckets).",
 )
 @click.option("--write", is_flag=True, help="With --traffic: write the buckets to the recipe.")
+@click.option(
+    "--costs", is_flag=True, help="Trace Neuron graphs: show products, reads, memory, and a lower bound of time."
+)
 @as_json
 @collected(PlanOptions)
-def plan(console: Console, options: PlanOptions) -> None:  # noqa: ARG001 - every command gets the console
+def plan(console: Console, options: PlanOptions) -> None:
     """Show the graphs of RECIPE, and the time, memory and disk that its build takes. With a lock, no weights are read.
 
     Times are those of builds that were recorded on this machine, else estimates. The build assumed has an empty cache.
@@ -76,7 +81,9 @@ def plan(console: Console, options: PlanOptions) -> None:  # noqa: ARG001 - ever
     path = recipe_path(options.recipe)
     recipe = load(path)
     planned = make_plan(recipe, *_configs(path, recipe))
-    if options.traffic is not None:
+    if options.costs:
+        show_costs(planned, console, as_json=options.json_)
+    elif options.traffic is not None:
         budget = options.graphs or len(planned.graphs)
         show_buckets(path, planned, options.traffic, budget, write=options.write, as_json=options.json_)
     else:

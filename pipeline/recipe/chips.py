@@ -13,10 +13,14 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Core:
-    """A logical core at one LNC: the device memory of each, and the number on the largest instance."""
+    """A logical core at one LNC: its device memory, the number on the largest instance, and its limits of speed."""
 
     memory_bytes: int
     largest_instance: int
+    flops: float
+    """Products in bfloat16, multiplications and additions per second."""
+    bytes_per_s: float
+    """Bandwidth of device memory."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,24 @@ class Chip:
 
 
 CHIPS: Mapping[ChipName, Chip] = {
-    "trn1": Chip("trn1", {1: Core(16 * GIB, 32)}, ("trn1", "trn1n")),
-    "trn2": Chip("trn2", {1: Core(12 * GIB, 128), 2: Core(24 * GIB, 64)}, ("trn2", "trn2n", "trn2u"), default_lnc=2),
+    "trn1": Chip("trn1", {1: Core(16 * GIB, 32, 95e12, 410e9)}, ("trn1", "trn1n")),
+    "trn2": Chip(
+        "trn2",
+        {1: Core(12 * GIB, 128, 83e12, 362e9), 2: Core(24 * GIB, 64, 167e12, 725e9)},
+        ("trn2", "trn2n", "trn2u"),
+        default_lnc=2,
+    ),
     "trn3": Chip(
         "trn3",
-        {1: Core(18 * GIB, 32), 2: Core(36 * GIB, 16)},
+        {1: Core(18 * GIB, 32, 84e12, 612e9), 2: Core(36 * GIB, 16, 168e12, 1225e9)},
         ("trn3", "trn3e", "trn3p", "trn3pds", "trn3s"),
         default_lnc=2,
     ),
-    "inf2": Chip("inf2", {1: Core(16 * GIB, 24)}, ("inf2",)),
+    "inf2": Chip("inf2", {1: Core(16 * GIB, 24, 95e12, 410e9)}, ("inf2",)),
 }
 """By name (Neuron SDK, feature guide on logical cores; EC2 instance types). Of trn3: eight cores and 144 GiB in a chip
-(SDK 2.29, Trainium3 architecture), four chips in a trn3.48xlarge, families as the Neuron driver names them."""
+(SDK 2.29, Trainium3 architecture), four chips in a trn3.48xlarge, families as the Neuron driver names them. Speeds are a
+chip's (architecture guides: Trn1 and Inf2 190 TFLOPS and 0.82 TB/s, Trn2 667 and 2.9, Trn3 671 and 4.9), by core."""
 
 
 def chip_of_instance(instance_type: str) -> str:

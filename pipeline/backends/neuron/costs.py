@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.backends.neuron.hlo import FLOAT
+from pipeline.recipe.chips import Core
 
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 8, 10: 2, 11: 4, 12: 8, 16: 2}
 """Bytes of an element, by XLA's number of the data type."""
@@ -47,8 +48,8 @@ class Costs:
     largest: Largest
     peak_bytes: int
     """Most bytes of intermediates that live at a time, in the order of the HLO."""
-    parameter_bytes: int
-    """Bytes of parameters times their uses in products and gathers: about what a run reads."""
+    read_bytes: int
+    """Bytes of weights and caches that products read, each time that they do: about what a run reads."""
     collective_bytes: Mapping[str, int]
     operators: Mapping[str, int]
 
@@ -64,7 +65,7 @@ def costs(hlo: Any) -> Costs:
         dot_flops=_dot_flops(made, by_id),
         largest=Largest(_bytes(largest), largest.opcode, tuple(largest.shape.dimensions)),
         peak_bytes=_peak(entry),
-        parameter_bytes=_parameter_bytes(made, by_id),
+        read_bytes=_read_bytes(made, by_id),
         collective_bytes=_collectives(made),
         operators=Counter(one.opcode for one in entry.instructions),
     )
@@ -107,12 +108,16 @@ def _peak(entry: Any) -> int:
     return peak
 
 
-def _parameter_bytes(made: list[Any], by_id: Mapping[int, Any]) -> int:
-    total = 0
-    for one in made:
-        if one.opcode in ("dot", "convert", "transpose"):
-            total += sum(_bytes(by_id[i]) for i in one.operand_ids if by_id[i].opcode == "parameter")
-    return total
+def _read_bytes(made: list[Any], by_id: Mapping[int, Any]) -> int:
+    operands = [by_id[i] for one in made if one.opcode == "dot" for i in one.operand_ids]
+    return sum(_bytes(one) for one in operands if _source(one, by_id).opcode == "parameter")
+
+
+def _source(instruction: Any, by_id: Mapping[int, Any]) -> Any:
+    """Return the instruction whose memory this one has, or a part of."""
+    while instruction.opcode in VIEWS | IN_PLACE | {"slice", "convert", "transpose"}:
+        instruction = by_id[instruction.operand_ids[0]]
+    return instruction
 
 
 def _collectives(made: list[Any]) -> dict[str, int]:
@@ -121,3 +126,8 @@ def _collectives(made: list[Any]) -> dict[str, int]:
         if one.opcode in ("all-reduce", "all-gather", "reduce-scatter"):
             found[one.opcode] += _bytes(one)
     return dict(found)
+
+
+def floor_s(found: Costs, core: Core) -> float:
+    """Return a lower bound of a graph's time on a logical core: the larger of its products and its reads."""
+    return max(sum(found.dot_flops.values()) / core.flops, found.read_bytes / core.bytes_per_s)

@@ -235,6 +235,16 @@ def test_intermediates_of_llama_70b_are_those_of_the_plan(backend):
             assert found.largest.bytes <= 256 * MIB, (spec.name, found.largest)
 
 
+def test_plan_prints_costs_with_a_floor(backend, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"id": "0", "class": "chat", "prompt": "a"}) + "\n")
+    where = environment(TANDEM_CACHE=str(tmp_path / "cache"))
+    done = tandem("plan", "tiny.yaml", "--costs", where=where, cwd=tmp_path, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "decode-b2-t1-s48" in done.stdout
+    assert "floor: trn2, lnc=2: 167 TFLOPS and 725 GB/s on a core" in done.stdout
+
+
 TINY = """
 name: tiny
 target: {source: "pico://qwen3?layers=1", dtype: float32}
