@@ -56,8 +56,8 @@ CHIPS: Mapping[ChipName, Chip] = {
     "inf2": Chip("inf2", {1: Core(16 * GIB, 24, 95e12, 410e9)}, ("inf2",)),
 }
 """By name (Neuron SDK, feature guide on logical cores; EC2 instance types). Of trn3: eight cores and 144 GiB in a chip
-(SDK 2.29, Trainium3 architecture), four chips in a trn3.48xlarge, families as the Neuron driver names them. Speeds are a
-chip's (architecture guides: Trn1 and Inf2 190 TFLOPS and 0.82 TB/s, Trn2 667 and 2.9, Trn3 671 and 4.9), by core."""
+(SDK 2.29, Trainium3 architecture), four chips in a trn3.48xlarge, families as the Neuron driver names them. Speeds are
+a chip's (architecture guides: Trn1 and Inf2 190 TFLOPS and 0.82 TB/s, Trn2 667 and 2.9, Trn3 671 and 4.9), by core."""
 
 
 def chip_of_instance(instance_type: str) -> str:
