@@ -162,6 +162,18 @@ def test_collectives_name_their_group_for_older_readers(backend):
     assert len(set(ids)) == len(ids)
 
 
+def test_state_has_the_memory_of_its_parameter(backend):
+    """The module names the aliases for the compiler, the boundary for the runtime; arguments come first."""
+    for spec in phases(4):
+        program = backend.trace(spec, make("llama", 4).shape).program
+        entries = program.hlo.input_output_alias.entries
+        named = {one.output_shape_index[0]: one.parameter_number for one in entries}
+        assert named == dict(program.boundary.aliases), spec.name
+        kinds = [place.kind for place in program.boundary.parameters]
+        assert "argument" not in kinds[kinds.count("argument") :]  # the runtime takes a call's tensors first
+        assert (spec.phase == "score") or named
+
+
 def test_bfloat16_weights_and_caches_are_multiplied_as_they_are(backend):
     """No float32 copy of a weight or a cache feeds a product; sums are float32."""
     shape = make("llama", 4).shape
