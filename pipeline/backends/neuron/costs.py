@@ -50,6 +50,8 @@ class Costs:
     """Most bytes of intermediates that live at a time, in the order of the HLO."""
     read_bytes: int
     """Bytes of weights and caches that products read, each time that they do: about what a run reads."""
+    transposed_bytes: int
+    """Bytes of weights and caches that are transposed before they are read."""
     collective_bytes: Mapping[str, int]
     operators: Mapping[str, int]
 
@@ -66,6 +68,7 @@ def costs(hlo: Any) -> Costs:
         largest=Largest(_bytes(largest), largest.opcode, tuple(largest.shape.dimensions)),
         peak_bytes=_peak(entry),
         read_bytes=_read_bytes(made, by_id),
+        transposed_bytes=_transposed_bytes(made, by_id),
         collective_bytes=_collectives(made),
         operators=Counter(one.opcode for one in entry.instructions),
     )
@@ -111,6 +114,11 @@ def _peak(entry: Any) -> int:
 def _read_bytes(made: list[Any], by_id: Mapping[int, Any]) -> int:
     operands = [by_id[i] for one in made if one.opcode == "dot" for i in one.operand_ids]
     return sum(_bytes(one) for one in operands if _source(one, by_id).opcode == "parameter")
+
+
+def _transposed_bytes(made: list[Any], by_id: Mapping[int, Any]) -> int:
+    turned = [one for one in made if one.opcode == "transpose"]
+    return sum(_bytes(one) for one in turned if _source(one, by_id).opcode == "parameter")
 
 
 def _source(instruction: Any, by_id: Mapping[int, Any]) -> Any:

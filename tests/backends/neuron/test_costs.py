@@ -32,6 +32,7 @@ def module():
     written = add("scatter", [64, 16], BF16, cache, view)
     part = add("slice", [32, 16], BF16, written)
     scores = add("dot", [4, 32], F32, view, part)
+    add("transpose", [8, 16], BF16, weight)
     gathered = add("all-gather", [4, 64], F32, scores)
     add("dot", [4, 16], F32, x, weight)
     add("tuple", [], 0, first, gathered, written)
@@ -47,8 +48,9 @@ def test_costs_of_a_module(module):
     assert found.collective_bytes == {"all-gather": 4 * 64 * 4}
     assert (found.largest.opcode, found.largest.bytes) == ("slice", part)
     # The first product lives to the end; a scatter has the memory of its cache.
-    assert found.peak_bytes == 4 * 16 * 4 + 4 * 64 * 4 + max(4 * 32 * 4, 4 * 16 * 4)
+    assert found.peak_bytes == 4 * 16 * 4 + 4 * 64 * 4 + max(4 * 32 * 4, 4 * 16 * 4) + weight
     assert found.operators["dot"] == 3
+    assert found.transposed_bytes == weight
 
 
 def test_floor_is_the_larger_of_products_and_reads(module):

@@ -140,6 +140,7 @@ def test_hlo_is_what_the_compiler_takes(backend, family, tp):
         assert hlo.faults(module) == [], spec.name
         assert hlo.unlisted(module, hlo.DOCUMENTED) == [], spec.name
         assert hlo.collectives(module).get("all-reduce", 0) == sums(spec, shape), spec.name
+        assert costs.costs(module).transposed_bytes == 0, spec.name
         opcodes = {i.opcode for c in module.computations for i in c.instructions}
         assert not opcodes & SLOW_OR_UNKNOWN, spec.name
         called = {i for c in module.computations for o in c.instructions if o.opcode == "reduce"
