@@ -121,9 +121,17 @@ def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     return (x.to(torch.float32) @ upto).to(dtype or (x.dtype if x.is_floating_point() else torch.int64))
 
 
+def _with_tensor(operator: Callable[..., Tensor]) -> Callable[[Tensor, int], Tensor]:
+    """Return an operator on bits whose second operand is a number: torch-mlir lowers those of two tensors."""
+    return lambda x, number: operator(x, torch.full((), number, dtype=x.dtype, device=x.device))
+
+
 DECOMPOSITIONS = {
     torch.ops.aten.pow.Tensor_Scalar: _square,
     torch.ops.aten.cumsum.default: _cumsum,
+    torch.ops.aten.bitwise_xor.Scalar: _with_tensor(torch.bitwise_xor),
+    torch.ops.aten.__lshift__.Scalar: _with_tensor(torch.bitwise_left_shift),
+    torch.ops.aten.__rshift__.Scalar: _with_tensor(torch.bitwise_right_shift),
 }
 
 
