@@ -40,8 +40,9 @@ UNUSED: Any = SimpleNamespace()
 """In the place of arguments that are not looked at before the list is."""
 
 ENGINE_MANIFEST: Any = SimpleNamespace(
-    shapes=SimpleNamespace(batch=(1,), kv=(8,)), graphs=(), sampling=("greedy",), draft_tokens=(1,), step_costs=None
-)
+    shapes=SimpleNamespace(batch=(1,), kv=(8,)), graphs=(), sampling=("greedy",), draft_tokens=(1,), step_costs=None,
+    pair=SimpleNamespace(candidates=None),
+)  # fmt: skip
 FILES: Any = SimpleNamespace(files={})
 BATCH: Any = SimpleNamespace(draft_length_policy=lambda: None)
 

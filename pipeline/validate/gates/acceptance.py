@@ -10,7 +10,7 @@ from pipeline.errors import no_string
 from pipeline.recipe.schema import Gates
 from pipeline.runtime.engine import Generation
 from pipeline.validate.gates.outcome import GateOutcome
-from pipeline.validate.gates.places import Place, findings_of
+from pipeline.validate.gates.places import StepPlace, findings_of
 from pipeline.validate.prompts import Prompt
 from pipeline.validate.report.schema import Acceptance, OfClass, Speed
 
@@ -30,7 +30,7 @@ class AcceptanceSection:
 class Expected:
     """What the first K is compared with: its places, and the tokens per step of prompt lookup alone."""
 
-    places: Sequence[Place]
+    places: Sequence[StepPlace]
     lookup_alone: float
     is_head: bool
 

@@ -28,7 +28,7 @@ LOOKUP_TOKENS = 3
 
 
 @dataclass(frozen=True)
-class Place:
+class StepPlace:
     """Drafts of one place in a step, of steps that accepted all before: tried, accepted, accepted if teacher-forced.
 
     `unsure`: tried drafts at which rounding alone changes the draft's choice.
@@ -51,7 +51,7 @@ class Place:
 def places_of(
     sequences: Sequence[ScoredSequence], answers: Sequence[Generation], goldens: Mapping[str, Golden],
     draft_ids: Tensor | None, steps: int,
-) -> list[Place]:  # fmt: skip
+) -> list[StepPlace]:  # fmt: skip
     """Return the places 1 to K of the steps that gave the answers, with K = `steps`.
 
     `goldens` are those of the draft, `draft_ids` the target's ids of a reduced vocabulary.
@@ -70,7 +70,7 @@ def places_of(
                 unsure = int(chosen[at - 1]) != int(noisy[at - 1])
                 for number, value in enumerate((1, emitted > place + 1, agrees, unsure)):
                     counts[place][number] += value
-    return [Place(*of) for of in counts]
+    return [StepPlace(*of) for of in counts]
 
 
 def _own_steps(sequence: ScoredSequence, answer: Generation) -> Iterator[tuple[int, int]]:
@@ -82,7 +82,7 @@ def _own_steps(sequence: ScoredSequence, answer: Generation) -> Iterator[tuple[i
         last += emitted
 
 
-def findings_of(places: Sequence[Place], *, is_head: bool, near_tie_rate: float) -> tuple[str, ...]:
+def findings_of(places: Sequence[StepPlace], *, is_head: bool, near_tie_rate: float) -> tuple[str, ...]:
     """Return a finding for each place whose acceptance teacher forcing does not explain."""
     found = (
         (number, place.finding(own_output=is_head and number > 1, near_tie_rate=near_tie_rate))

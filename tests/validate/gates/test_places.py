@@ -9,7 +9,7 @@ from pipeline.recipe.schema import Gates
 from pipeline.runtime.engine import Generation
 from pipeline.validate.gates.acceptance import Expected, acceptance, acceptance_of
 from pipeline.validate.gates.answers import ScoredSequence
-from pipeline.validate.gates.places import Place, findings_of, lookup_alone, places_of
+from pipeline.validate.gates.places import StepPlace, findings_of, lookup_alone, places_of
 from pipeline.validate.prompts import Prompt
 
 
@@ -32,7 +32,7 @@ def test_places_follow_the_steps_of_an_answer():
     best = [0, 0, 11, 99, 13, 0, 0, 16, 0]  # right at 3, wrong at 4, right at 5 and 8
     steps = answer([3, 2, 1], [False, True, False])
     found = places_of([sequence(tokens, 2)], [steps], {"p": golden(best)}, None, 2)
-    assert found == [Place(2, 1, 2), Place(1, 1, 0)]
+    assert found == [StepPlace(2, 1, 2), StepPlace(1, 1, 0)]
     ids = torch.arange(200) + 1
     assert places_of([sequence(tokens, 2)], [steps], {"p": golden(best)}, ids, 2)[0].forced == 0
 
@@ -40,23 +40,23 @@ def test_places_follow_the_steps_of_an_answer():
 @pytest.mark.parametrize(
     ("place", "is_head", "fails"),
     [
-        (Place(100, 70, 70), False, False),
-        (Place(100, 60, 70), False, True),
-        (Place(100, 80, 70), False, True),
-        (Place(100, 60, 70, unsure=10), False, False),
-        (Place(100, 40, 70), True, False),
-        (Place(100, 3, 70), True, True),
-        (Place(100, 90, 70), True, False),
-        (Place(), True, False),
+        (StepPlace(100, 70, 70), False, False),
+        (StepPlace(100, 60, 70), False, True),
+        (StepPlace(100, 80, 70), False, True),
+        (StepPlace(100, 60, 70, unsure=10), False, False),
+        (StepPlace(100, 40, 70), True, False),
+        (StepPlace(100, 3, 70), True, True),
+        (StepPlace(100, 90, 70), True, False),
+        (StepPlace(), True, False),
     ],
 )
 def test_a_place_must_accept_what_teacher_forcing_accepts(place, is_head, fails):
-    found = findings_of([Place(50, 25, 25), place], is_head=is_head, near_tie_rate=0.02)
+    found = findings_of([StepPlace(50, 25, 25), place], is_head=is_head, near_tie_rate=0.02)
     assert [text.startswith("place 2 of a step") for text in found] == [True] * fails
 
 
 def test_the_first_place_of_a_head_reads_the_targets_features():
-    assert findings_of([Place(100, 40, 70)], is_head=True, near_tie_rate=0.02)
+    assert findings_of([StepPlace(100, 40, 70)], is_head=True, near_tie_rate=0.02)
 
 
 def test_lookup_alone_counts_its_steps():
