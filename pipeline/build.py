@@ -96,25 +96,25 @@ def _run_stages(builds: Sequence[LockedBuild], started: float) -> dict[Path, Bui
     for one in builds:
         make_backend(one.settings.recipe.backend)  # an error that names its packages, if the imports below would fail
     # The stages import torch, which a build that finds nothing changed does not need.
-    from pipeline.stages.nodes import compiler_of
+    from pipeline.stages.nodes import cluster_of
     from pipeline.stages.per_recipe import compile_together, finish, prepare
 
-    with compiler_of(builds[0].settings) as compiler:
-        prepared = [prepare(one.settings) for one in builds]  # sources, plan, lock, shard
-        graphs = compile_together(prepared, *compiler)
     reports, errors = {}, []
-    for one, ready, compiled in zip(builds, prepared, graphs, strict=True):
-        try:
-            artifact = finish(ready, compiled)  # package, validate
-        except GateError as error:
-            errors.append(error)
-            if len(builds) > 1:
-                one.settings.log(f"gates failed: {error}")
-            continue
-        one.record()
-        built, reused = (tuple(graph.spec.name for graph in compiled if graph.hit is hit) for hit in (False, True))
-        report = BuildReport(artifact, compiled=built, reused=reused, stages=ready.clock.stages())
-        reports[one.settings.out] = replace(report, seconds=time.monotonic() - started)
+    with cluster_of(builds[0].settings) as cluster:
+        prepared = [prepare(one.settings, cluster) for one in builds]  # sources, plan, lock, shard
+        graphs = compile_together(prepared, cluster)
+        for one, ready, compiled in zip(builds, prepared, graphs, strict=True):
+            try:
+                artifact = finish(ready, compiled, cluster)  # package, validate
+            except GateError as error:
+                errors.append(error)
+                if len(builds) > 1:
+                    one.settings.log(f"gates failed: {error}")
+                continue
+            one.record()
+            built, reused = (tuple(graph.spec.name for graph in compiled if graph.hit is hit) for hit in (False, True))
+            report = BuildReport(artifact, compiled=built, reused=reused, stages=ready.clock.stages())
+            reports[one.settings.out] = replace(report, seconds=time.monotonic() - started)
     if errors:
         raise errors[0]
     return reports

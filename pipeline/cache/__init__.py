@@ -1,4 +1,4 @@
-"""The local and the shared cache: compiled graphs, memos and goldens by content, and their collection.
+"""The local and the shared cache: compiled graphs, memos, goldens and sent files, and their collection.
 
 Independent of the meaning of keys and bytes. Imports no torch.
 Entered by every room above.

@@ -17,6 +17,8 @@ from filelock import FileLock, Timeout
 from pipeline.cache.local import KINDS, Cache, Kind, Stats
 from pipeline.files.atomic import remove
 
+SENT = "sent"
+"""Folder of the sources and artifacts that a build sent to this node of a cluster."""
 DAY_S = 24 * 3600.0
 """Least age of a file that is removed: a build or a pull may be about to link a newer one."""
 
@@ -62,6 +64,7 @@ def remove_unused(root: Path, max_age_s: float) -> Stats:
     for folder in (root / "shards").glob("*/"):
         files = [path for path in folder.rglob("*") if path.is_file()]
         removed.append(_remove(files, folder, folder.with_suffix(".lock"), before))
+    removed += [_remove_old(folder, before) for folder in (root / SENT).glob("*/")]
     sizes = [size for size in removed if size is not None]
     return Stats(len(sizes), sum(sizes))
 
@@ -77,6 +80,15 @@ def _remove(files: Sequence[Path], whole: Path, lock: Path, before: float) -> in
     except (Timeout, OSError):  # another process may remove it
         return None
     return sum(stat.st_size for stat in stats)
+
+
+def _remove_old(folder: Path, before: float) -> int | None:
+    """Remove a folder that was sent to this node, whose files are links; return 0, or None if it was used since."""
+    with contextlib.suppress(OSError):  # another process may remove it
+        if folder.stat().st_mtime <= before:
+            remove(folder)
+            return 0
+    return None
 
 
 def _files(folder: Path) -> dict[tuple[int, int], int]:

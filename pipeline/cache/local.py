@@ -1,9 +1,12 @@
 """The content-addressed store of one kind of entry: key -> bytes, checked on every read.
 
     graphs       compiled graphs (`backends.base.cache_key`)
-    subgraphs    object files that graphs share; `cache.remote` shares these and the graphs with other machines
+    subgraphs    object files that graphs share
     memos        from the inputs of a graph to its key, so that no graph is traced twice
     goldens      reference outputs of the gates
+    files        weights and artifacts that a build sends to the nodes of a cluster, by sha256
+
+`cache.remote` shares all but memos with other machines.
 
 It does not compute keys. Imports no torch.
 """
@@ -27,8 +30,8 @@ from pipeline.files.home import expanded
 from pipeline.progress import Log, no_log
 
 KEY = re.compile(r"[0-9a-z][0-9a-z._-]+")
-Kind = Literal["graphs", "subgraphs", "memos", "goldens"]
-KINDS: tuple[Kind, ...] = ("graphs", "subgraphs", "memos", "goldens")
+Kind = Literal["graphs", "subgraphs", "memos", "goldens", "files"]
+KINDS: tuple[Kind, ...] = ("graphs", "subgraphs", "memos", "goldens", "files")
 
 
 def default_root() -> Path:

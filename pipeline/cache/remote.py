@@ -1,12 +1,14 @@
-"""The shared cache of compiled code, in a folder or S3 bucket: all builds read it, trusted builds write it.
+"""The shared cache, in a folder or S3 bucket: all builds read it, trusted builds write it.
 
-    <kind>/<2 hex>/<key>/<sha256>      a graph, or a subgraph's object file
+    <kind>/<2 hex>/<key>/<sha256>      a graph, a subgraph's object file, a golden, or a file for nodes of a cluster
     <kind>/<2 hex>/<key>/entry.json    its digest and toolchain
     claims/<kind>/<key>                a machine compiles it (`cache.claims`)
 
 Entries are checked: one with a wrong digest or another toolchain is a miss, and a build with write access replaces it.
-A writer can still store false code with its own digest under a key, so give write access to CI alone. Trust comes
-from the signature of a release, not from this cache. Imports no torch.
+A writer can still store false code or goldens with their own digest under a key, so give write access to CI alone.
+Files have their digest as their key. Trust comes from the signature of a release, not from this cache.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,16 +24,18 @@ from typing import Literal
 from pipeline.cache.claims import remove_abandoned
 from pipeline.cache.local import KEY, Cache, Kind, Stats
 from pipeline.errors import HostError
-from pipeline.files.atomic import temp_name
+from pipeline.files.atomic import FileDigest, temp_name
 from pipeline.progress import Log, no_log
 from pipeline.stores.base import Bucket, check_bucket, open_bucket
 
 SHARED: tuple[Kind, ...] = ("graphs", "subgraphs")
+"""Kinds of compiled code."""
+STORED: tuple[Kind, ...] = (*SHARED, "goldens", "files")
 """Kinds of entries that a shared cache has."""
 PART_BYTES = 4 << 20
 PARTS = 4
 LIMIT_BYTES = 4 << 30
-"""Limit for one entry, so that a wrong size in an entry cannot fill the disk."""
+"""Limit for one entry, so that a wrong size in an entry cannot fill the disk; not for files, which may be shards."""
 
 Mode = Literal["read", "write"]
 
@@ -85,6 +89,18 @@ class RemoteCache:
         except HostError as error:
             self.log(f"shared cache: {error}")
             return False
+
+    def send(self, data: Path, digest: FileDigest) -> None:
+        """Store a file under its sha256, unless a file of that name and size is stored.
+
+        Raises:
+            HostError: it cannot be stored. ArtifactError: it has another digest.
+
+        """
+        sha256, present = digest.sha256, self.bucket.get(self._place(digest.sha256, "entry.json"))
+        if present is None or self.bucket.size(self._place(sha256, sha256)) != digest.size:
+            self.bucket.upload(self._place(sha256, sha256), data, sha256, PARTS)
+            self._record(Entry(sha256, sha256, digest.size, {}), present.token if present else None)
 
     def entries(self) -> Iterator[tuple[Entry, float]]:
         """Yield every readable entry and its time of writing by the store's clock."""
@@ -145,8 +161,11 @@ class RemoteCache:
         if present is not None and self._sound(key, toolchain):
             return False
         self.bucket.upload(self._place(key, sha256), data, sha256, PARTS)
-        text = json.dumps({"key": key, "sha256": sha256, "size": entry.size, "toolchain": entry.toolchain})
-        return self.bucket.swap(self._place(key, "entry.json"), text.encode(), present.token if present else None)
+        return self._record(entry, present.token if present else None)
+
+    def _record(self, entry: Entry, token: str | None) -> bool:
+        text = json.dumps({"key": entry.key, "sha256": entry.sha256, "size": entry.size, "toolchain": entry.toolchain})
+        return self.bucket.swap(self._place(entry.key, "entry.json"), text.encode(), token)
 
     def _sound(self, key: str, toolchain: Mapping[str, str]) -> bool:
         """Return whether an entry is usable. Builds of one graph may differ in their bytes: the first entry stays."""
@@ -171,7 +190,8 @@ class RemoteCache:
             self.log(f"shared cache: {key} has a damaged entry: ignored")
             return None
         plain = entry.key == key and len(entry.sha256) == 64 and entry.sha256.isalnum()
-        if not plain or not 0 <= entry.size <= LIMIT_BYTES:
+        plain &= self.kind != "files" or entry.sha256 == key
+        if not plain or entry.size < 0 or (entry.size > LIMIT_BYTES and self.kind != "files"):
             self.log(f"shared cache: {key} has a malformed entry: ignored")
             return None
         return entry

@@ -11,7 +11,7 @@ import click
 
 from pipeline.cache.collect import DAY_S, collect, entry_stats, folder_sizes, remove_unused
 from pipeline.cache.local import Cache, Kind, Stats, default_root
-from pipeline.cache.remote import SHARED, Remote, RemoteCache, gc, pull_all, push_all
+from pipeline.cache.remote import SHARED, STORED, Remote, RemoteCache, gc, pull_all, push_all
 from pipeline.cli.console import Console
 from pipeline.cli.groups import Group
 from pipeline.cli.options import as_json
@@ -29,6 +29,7 @@ KINDS = {
     "memos": "from a graph's inputs to its key",
     "subgraphs": "object files that graphs share",
     "goldens": "reference outputs of the gates",
+    "files": "weights and artifacts for nodes of a cluster",
 }
 
 shared = click.argument("url", envvar="TANDEM_REMOTE_CACHE")
@@ -174,7 +175,7 @@ def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: boo
 
 
 def _open(url: str) -> list[RemoteCache]:
-    return [Remote(url, "write").open(kind) for kind in SHARED]
+    return [Remote(url, "write").open(kind) for kind in STORED]
 
 
 def _stored(url: str | None) -> Mapping[Kind, Stats]:

@@ -100,12 +100,14 @@ class Attempt:
 class RayExecutor:
     """Runs jobs on a connected cluster (`connected`). `describe` returns what the executor reads of a job.
 
-    `second` changes a job for a run beside a slow one, for example so that it does not wait for the slow one.
+    `second` changes a job for a run beside a slow one, for example so that it does not wait for the slow one. `watch`
+    is called about twice a second while jobs run: an error that it raises ends them.
     """
 
     describe: Callable[[Any], Task]
     log: Log = no_log
     second: Callable[[Any], Any] = field(default=lambda job: job)
+    watch: Callable[[], None] = field(default=lambda: None)
 
     @property
     def cores(self) -> int:
@@ -187,7 +189,7 @@ class _Run(Generic[Job, Result]):
             while len(self.ended) < len(self.jobs):
                 self._step(done)
         except exceptions.RayActorError as error:
-            fix = "run the same command again: finished graphs are kept"
+            fix = "run the same command again: what is finished is kept"
             raise HostError(f"the cluster's head node was lost: {reason(error)}", where="ray", fix=fix) from error
         finally:
             for ref in self.running:
@@ -198,6 +200,7 @@ class _Run(Generic[Job, Result]):
     def _step(self, done: Callable[[Result], None]) -> None:
         """Wait a moment for runs to end; read the board; take the results of the runs that ended."""
         ready, _ = ray.wait([*self.running], timeout=POLL_S)
+        self.executor.watch()
         self._read_board()
         for ref in ready:
             attempt = self.running.pop(ref)

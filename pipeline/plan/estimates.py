@@ -63,6 +63,7 @@ COMPILE_COSTS = {
 }
 
 
+GATES = "gates"
 REFERENCE = "reference"
 """Stage of the gates that computes what they compare with; cached for the next build."""
 PROMPT_TOKENS = 100
@@ -133,18 +134,31 @@ def stage_seconds(pair: PairSpec, memory: Memory, work: Work) -> dict[str, float
     if not work.prompts:
         return seconds
     gflop = 2e-9 * work.tokens * sum(map(_parameters, (pair.target, pair.draft)))
-    return seconds | {REFERENCE: 0.7 + gflop * REFERENCE_S, "gates": 0.6 + gflop * GATES_S}
+    return seconds | {REFERENCE: 0.7 + gflop * REFERENCE_S, GATES: 0.6 + gflop * GATES_S}
 
 
-def gates_memory_bytes(memory: Memory, work: Work) -> int:
-    """Return the host memory of the gates, with Python, torch and transformers."""
-    return GATES_BYTES + memory.total if work.prompts else 0
+def gates_memory_bytes(memory: Memory, work: Work, ranks: int = 1) -> int:
+    """Return the host memory of the gates, with Python, torch and transformers, where `ranks` run on one machine."""
+    return GATES_BYTES + ranks * memory.total if work.prompts else 0
+
+
+def reference_memory_bytes(pair: PairSpec, tokens: int) -> int:
+    """Return the host memory of the references of some tokens: Python, a layer's weights, and hidden states.
+
+    Weights of a layer are held as read, in the recipe's dtype and in that of the baseline; states in both dtypes.
+    """
+    layer = max(_layer_parameters(config) for config in (pair.target, pair.draft))
+    return GATES_BYTES + 16 * layer + 24 * tokens * max(pair.target.hidden, pair.draft.hidden)
 
 
 def _parameters(config: ModelConfig) -> int:
     """Return about the number of a model's parameters."""
+    return 2 * config.vocab * config.hidden + config.layers * _layer_parameters(config)
+
+
+def _layer_parameters(config: ModelConfig) -> int:
     attention = (config.heads + config.kv_heads) * config.head_dim
-    return 2 * config.vocab * config.hidden + config.layers * config.hidden * (2 * attention + 3 * config.intermediate)
+    return config.hidden * (2 * attention + 3 * config.intermediate)
 
 
 def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:

@@ -2,7 +2,7 @@
 
 Never compiles or downloads. Decides which rows and graphs run; the graphs hold all mathematics. Importing this package
 imports no torch: `load` does, after it has checked that the packages are installed.
-Entered by validate, measure, distill, serve and cli.
+Entered by stages, validate, measure, distill, serve and cli.
 """
 
 from typing import TYPE_CHECKING, Any

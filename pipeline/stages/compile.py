@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.backends.base import Backend, Traced, TracedSubgraph, cache_key, make_backend, package_of
+from pipeline.cache.backed import BackedCache
 from pipeline.cache.claims import claimed
 from pipeline.cache.local import Cache, Kind
 from pipeline.cache.remote import Remote
@@ -288,14 +289,14 @@ class Found:
     hit: bool
 
 
-class SharedCache:
-    """Compiled code of one kind: the local cache, and behind it the shared one, if the build has one."""
+class SharedCache(BackedCache):
+    """Compiled code of one kind, which one of all machines compiles."""
 
     def __init__(self, job: Job, kind: Kind, backend: Backend, log: Log) -> None:
-        self.local, self.log = Cache(job.cache, kind), log
-        self._remote = job.remote.open(kind, log) if job.remote else None
-        self._toolchain = backend.toolchain().as_dict()
-        self._claims = self._remote if job.claim and self._remote and self._remote.mode == "write" else None
+        remote = job.remote.open(kind, log) if job.remote else None
+        super().__init__(Cache(job.cache, kind), remote, backend.toolchain().as_dict())
+        self.log = log
+        self._claims = remote if job.claim and remote and remote.mode == "write" else None
 
     def obtain(self, key: str, make: Callable[[], bytes], *, wait: bool = True) -> Found | None:
         """Return the code under `key`, made on a miss; without `wait`, None while another process makes it.
@@ -313,24 +314,6 @@ class SharedCache:
                 if self._claims and (file := self.get(key)):  # another machine has pushed it in the meantime
                     return Found(file, hit=True)
                 return Found(self.put(key, make()), hit=False)
-
-    def get(self, key: str) -> Path | None:
-        """Return the file under `key`, fetched from the shared cache if the local one lacks it; None for a miss."""
-        file = self.local.get(key)
-        if file is None and self._remote and self._remote.fetch(key, self._toolchain, self.local):
-            file = self.local.get(key)
-        return file
-
-    def put(self, key: str, data: bytes) -> Path:
-        """Store compiled code in both."""
-        file = self.local.put(key, data, self._toolchain)
-        self.push(key, file)
-        return file
-
-    def push(self, key: str, file: Path) -> None:
-        """Store a file of the local cache in the shared one, unless that has it."""
-        if self._remote:
-            self._remote.push(key, file, self._toolchain)
 
     def _claimed(self, key: str, *, wait: bool) -> AbstractContextManager[bool]:
         if self._claims is None:

@@ -1,4 +1,4 @@
-"""Compile the graphs of a build on the nodes of a Ray cluster, which exchange them through the shared cache.
+"""The nodes of a Ray cluster, and the compiling of graphs on them; all files move through the shared cache.
 
 A node has a local cache of its own: `$TANDEM_CACHE` of the node, or `~/.cache/tandem`. Its packages and compiler must
 be those of this machine, because they are a part of every key.
@@ -11,14 +11,18 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.base import Backend, make_backend, package_of
+from pipeline.cache.remote import Remote
 from pipeline.errors import HostError, PreflightError
 from pipeline.executors.base import Task
 from pipeline.files.home import expanded
+from pipeline.progress import Log
 from pipeline.recipe.schema import BackendSettings, InductorSettings
-from pipeline.stages.compile import Compiled, CompileJobs, Job, SharedCache, compile_graph, remember, source_digest
+from pipeline.stages.background import Background
+from pipeline.stages.compile import Compiled, Job, SharedCache, compile_graph, remember, source_digest
 from pipeline.stages.settings import LOCAL, BuildSettings
 
 if TYPE_CHECKING:
@@ -37,22 +41,51 @@ class NodeJob:
     toolchain: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """The nodes of a connected cluster, and the shared cache through which they exchange files.
+
+    `writer` does the work of this machine while nodes compile.
+    """
+
+    remote: Remote
+    log: Log
+    writer: Background
+
+    @property
+    def cores(self) -> int:
+        """Cores of the nodes that are up."""
+        return self.executor(task_of).cores
+
+    def executor(self, describe: Callable[[Any], Task], second: Callable[[Any], Any] = lambda job: job) -> RayExecutor:
+        """Return an executor of jobs of one kind."""
+        from pipeline.executors.ray import RayExecutor  # keeps an extra out of other builds
+
+        return RayExecutor(describe, self.log, second, self.writer.check)
+
+    def compile(self, jobs: Sequence[Job], _: int, done: Callable[[Compiled], None]) -> list[Compiled]:
+        """Compile jobs on the nodes, as `compile_on`."""
+        return compile_on(self.executor(task_of, without_claims), jobs, done)
+
+
 @contextmanager
-def compiler_of(settings: BuildSettings) -> Iterator[tuple[int | None, CompileJobs | None]]:
-    """Yield the number of jobs at a time, and what compiles them: None for workers of this machine.
+def cluster_of(settings: BuildSettings) -> Iterator[Cluster | None]:
+    """Connect to the cluster of a build; yields None for a build on this machine.
 
     Raises:
         HostError: no cluster answers, or its version differs.
 
     """
     if settings.executor == LOCAL:
-        yield settings.workers, None
+        yield None
         return
-    from pipeline.executors.ray import RayExecutor, connected  # keeps an extra out of other builds
+    from pipeline.executors.ray import connected  # keeps an extra out of other builds
 
-    with connected(None if settings.executor == "ray" else settings.executor):
-        ray = RayExecutor(task_of, settings.log, without_claims)
-        yield ray.cores, lambda jobs, _, done: compile_on(ray, jobs, done)
+    assert settings.remote is not None
+    remote = absolute(settings.remote)
+    address = None if settings.executor == "ray" else settings.executor
+    with Background() as writer, connected(address):
+        yield Cluster(remote, settings.log, writer)
 
 
 def compile_on(ray: RayExecutor, jobs: Sequence[Job], done: Callable[[Compiled], None]) -> list[Compiled]:
@@ -77,10 +110,14 @@ def compile_on(ray: RayExecutor, jobs: Sequence[Job], done: Callable[[Compiled],
 def task_of(node_job: NodeJob) -> Task:
     """Return what a job needs of a node: a core, the memory of the plan, and the backend's compiler or GPU."""
     job = node_job.job
-    needs_gpu = isinstance(job.backend, InductorSettings) and job.backend.device == "cuda"
     custom = {COMPILER: 1.0} if job.backend.name == "neuron" else {}
     name = f"{job.recipe}/{job.spec.name}"
-    return Task(name, job.log_file, job.seconds, 1.0, float(needs_gpu), job.memory_bytes, custom)
+    return Task(name, job.log_file, job.seconds, 1.0, float(needs_gpu(job.backend)), job.memory_bytes, custom)
+
+
+def needs_gpu(backend: BackendSettings) -> bool:
+    """Return whether graphs of a backend need a GPU, to be compiled and to run."""
+    return isinstance(backend, InductorSettings) and backend.device == "cuda"
 
 
 def without_claims(node_job: NodeJob) -> NodeJob:
@@ -95,13 +132,8 @@ def compile_on_node(node_job: NodeJob) -> Compiled:
         HostError: the node lacks packages or differs from the machine that runs the build, or compiling failed.
 
     """
-    job = replace(node_job.job, cache=expanded(os.environ.get("TANDEM_CACHE") or NODE_CACHE, "TANDEM_CACHE"))
-    backend = make_backend(job.backend)
-    if problems := backend.preflight():
-        raise PreflightError(
-            [replace(problem, where=f"node {platform.node()}: {problem.where}") for problem in problems]
-        )
-    check_same(node_job.toolchain, facts(job.backend, backend))
+    job = replace(node_job.job, cache=node_cache())
+    backend = usable_node(job.backend, node_job.toolchain)
     result = compile_graph(job)
     notes = list(result.notes)
     if result.hit:  # the node has it from an earlier build, perhaps with another shared cache
@@ -109,6 +141,27 @@ def compile_on_node(node_job: NodeJob) -> Compiled:
         if file := shared.local.get(result.key):
             shared.push(result.key, file)
     return replace(result, notes=tuple(notes))
+
+
+def node_cache() -> Path:
+    """Return the root of this node's local cache."""
+    return expanded(os.environ.get("TANDEM_CACHE") or NODE_CACHE, "TANDEM_CACHE")
+
+
+def usable_node(settings: BackendSettings, expected: Mapping[str, str]) -> Backend:
+    """Return the backend on this node, after checking the requirements and that the facts are those expected.
+
+    Raises:
+        PreflightError: every missing requirement. HostError: every difference.
+
+    """
+    backend = make_backend(settings)
+    if problems := backend.preflight():
+        raise PreflightError(
+            [replace(problem, where=f"node {platform.node()}: {problem.where}") for problem in problems]
+        )
+    check_same(expected, facts(settings, backend))
+    return backend
 
 
 def facts(settings: BackendSettings, backend: Backend) -> dict[str, str]:
@@ -133,9 +186,12 @@ def check_same(here: Mapping[str, str], node: Mapping[str, str]) -> None:
 def _sent(job: Job) -> Job:
     """Return a job as a node needs it: nodes have another working directory."""
     assert job.remote is not None
-    url = job.remote.url
-    place = url if "://" in url else str(expanded(url).absolute())
-    return replace(job, remote=replace(job.remote, url=place), captured=True)
+    return replace(job, remote=absolute(job.remote), captured=True)
+
+
+def absolute(remote: Remote) -> Remote:
+    """Return a shared cache, if it is a folder by its absolute path."""
+    return remote if "://" in remote.url else replace(remote, url=str(expanded(remote.url).absolute()))
 
 
 def _fetch(job: Job, backend: Backend, result: Compiled) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.backends.base import Backend
 from pipeline.plan.lock import with_weights
-from pipeline.progress import stage
+from pipeline.progress import Progress, stage
 from pipeline.stages.checks import (
     Resolved,
     check_prompts,
@@ -19,7 +19,8 @@ from pipeline.stages.checks import (
     warn_of_cut_prompts,
     warn_of_generation,
 )
-from pipeline.stages.compile import Compiled, CompileJobs, CompileQueue, CompileSettings
+from pipeline.stages.compile import Compiled, CompileQueue, CompileSettings
+from pipeline.stages.nodes import Cluster
 from pipeline.stages.package import Parts, package
 from pipeline.stages.settings import BuildSettings
 from pipeline.stages.shard import Shards, shard
@@ -33,12 +34,14 @@ class Prepared:
     settings: BuildSettings
     backend: Backend
     sources: Resolved
-    shards: Shards
+    shards: Callable[[], Shards]
     clock: BuildClock
 
 
-def prepare(settings: BuildSettings) -> Prepared:
+def prepare(settings: BuildSettings, cluster: Cluster | None = None) -> Prepared:
     """Check a recipe, fetch its sources, plan, and write the shards; cheap checks first.
+
+    With a cluster, this machine writes the shards while nodes compile.
 
     Raises:
         TandemError: wrong input or a missing tool.
@@ -52,15 +55,22 @@ def prepare(settings: BuildSettings) -> Prepared:
         sources = resolved(settings, backend)
     clock.plan(sources.plan)
     warn_of_generation(settings, sources.pair[0])
-    with clock.stage("shard"):
-        shards = shard(sources.plan.pair.models, sources.pair, backend.packing, settings.cache, log, progress)
+
+    def sharded(progress: Progress) -> Shards:
+        with clock.stage("shard"):
+            return shard(sources.plan.pair.models, sources.pair, backend.packing, settings.cache, log, progress)
+
+    shards = done(sharded(progress)) if cluster is None else cluster.writer.start(sharded)
     warn_of_cut_prompts(settings, sources.tokenizer)
     return Prepared(settings, backend, sources, shards, clock)
 
 
-def compile_together(
-    builds: Sequence[Prepared], workers: int | None, compile_jobs: CompileJobs | None
-) -> list[list[Compiled]]:
+def done(shards: Shards) -> Callable[[], Shards]:
+    """Return shards that are written already."""
+    return lambda: shards
+
+
+def compile_together(builds: Sequence[Prepared], cluster: Cluster | None) -> list[list[Compiled]]:
     """Compile the graphs of all builds through one queue; say first what the builds will take.
 
     Raises:
@@ -69,15 +79,16 @@ def compile_together(
     """
     settings = builds[0].settings
     planned = [(one.sources.plan, one.clock.forecast) for one in builds]
+    workers = cluster.cores if cluster else settings.workers
     queue = CompileQueue(planned, CompileSettings(settings.cache, workers, settings.remote))
     with contextlib.ExitStack() as clocks:
         for one in builds:
             one.clock.expect([job.spec.name for job in queue.missing(one.sources.plan)], queue.workers)
             clocks.enter_context(one.clock.stage("compile"))
-        return queue.run(settings.log, settings.progress, compile_jobs)
+        return queue.run(settings.log, settings.progress, cluster.compile if cluster else None)
 
 
-def finish(prepared: Prepared, graphs: Sequence[Compiled]) -> Path:
+def finish(prepared: Prepared, graphs: Sequence[Compiled], cluster: Cluster | None = None) -> Path:
     """Package a recipe's artifact and run its gates; return the artifact's directory.
 
     Raises:
@@ -86,21 +97,26 @@ def finish(prepared: Prepared, graphs: Sequence[Compiled]) -> Path:
 
     """
     with recorded(prepared.clock, graphs):
-        return _finish(prepared, graphs)
+        return _finish(prepared, graphs, cluster)
 
 
-def _finish(prepared: Prepared, graphs: Sequence[Compiled]) -> Path:
+def _finish(prepared: Prepared, graphs: Sequence[Compiled], cluster: Cluster | None) -> Path:
     settings, sources, clock = prepared.settings, prepared.sources, prepared.clock
     log, progress = settings.log, settings.progress
     generation = sources.pair[0].generation
-    lock = with_weights(sources.lock, *sources.pair, prepared.shards.found)
-    parts = Parts(sources.plan, lock, tuple(graphs), prepared.shards, sources.tokenizer, generation)
+    shards = prepared.shards()
+    lock = with_weights(sources.lock, *sources.pair, shards.found)
+    parts = Parts(sources.plan, lock, tuple(graphs), shards, sources.tokenizer, generation)
     with clock.stage("package"), stage("package: graphs, weights and tokenizer", log, progress):
         artifact = package(settings.out, parts, prepared.backend, settings.cache)
     if settings.validate and runs_here(prepared.backend, artifact, log):
         # Not above: it imports the reference models of transformers, which takes longer than a failed check.
+        from pipeline.stages.node_gates import gates_on
+        from pipeline.validate.reference.goldens import golden_store
         from pipeline.validate.run import validate
 
+        goldens = golden_store(settings.cache, settings.remote, log)
         with clock.gates() as gates:
-            gates.report = validate(artifact.root, *sources.pair, settings.base, settings.cache, log, progress)
+            nodes = None if cluster is None else gates_on(cluster, settings, sources, clock.forecast, artifact)
+            gates.report = validate(artifact.root, sources.pair, settings.base, goldens, log, progress, nodes)
     return artifact.root

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import HostError, no_string
-from pipeline.plan.estimates import ESTIMATES, REFERENCE, Work, stage_seconds
+from pipeline.plan.estimates import ESTIMATES, GATES, REFERENCE, Work, stage_seconds
 from pipeline.plan.forecast import Forecast, StageTime, forecast
 from pipeline.plan.history import CompiledGraph, History, PastBuild, machine
 from pipeline.plan.plan import Plan
@@ -20,7 +20,6 @@ from pipeline.validate.prompts import load_prompts, prompts_path
 from pipeline.validate.report.schema import Report
 
 COMPILE = "compile"
-GATES = "gates"
 STAGES = ("sources", "shard", COMPILE, "package", REFERENCE, GATES)
 """In their order."""
 

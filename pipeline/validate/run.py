@@ -23,8 +23,10 @@ from pipeline.sources.pair import resolve_pair
 from pipeline.validate.gates.answers import ScoredSequence
 from pipeline.validate.gates.inputs import GateInputs
 from pipeline.validate.gates.judge import words
+from pipeline.validate.gates.parts import Elsewhere
 from pipeline.validate.gates.run import GateRun, run_gates
 from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.reference.goldens import GoldenStore
 from pipeline.validate.report import page, summaries
 from pipeline.validate.report import schema as report
 from pipeline.validate.report.schema import Provenance, Report, Tested, TokenSequence
@@ -33,10 +35,12 @@ SHOWN_FINDINGS = 10
 
 
 def validate(
-    root: Path, target: Checkpoint, draft: Checkpoint, base: Path, cache: Path, log: Log,
-    progress: Progress = no_progress,
+    root: Path, pair: tuple[Checkpoint, Checkpoint], base: Path, goldens: GoldenStore, log: Log,
+    progress: Progress = no_progress, elsewhere: Elsewhere | None = None,
 ) -> Report:  # fmt: skip
     """Run the gates on the artifact in `root`, store the reports in it, and return the report.
+
+    `pair` is target and draft; `elsewhere` runs parts of the gates on other machines.
 
     Raises:
         GateError: a gate failed; the reports list the findings, and the artifact cannot be published.
@@ -46,10 +50,10 @@ def validate(
     prompts = load_prompts(prompts_path(recipe.validate_.prompts, base))
     started = time.monotonic()
     engine = load(root)
-    inputs = GateInputs(engine, recipe, prompts, (target, draft), Cache(cache, "goldens"), log, progress)
+    inputs = GateInputs(engine, recipe, prompts, pair, goldens, log, progress)
     try:
         with working(f"validate: {len(prompts)} prompts", progress):
-            whole = make_report(run_gates(inputs), make_backend(engine.manifest.backend).host())
+            whole = make_report(run_gates(inputs, elsewhere), make_backend(engine.manifest.backend).host())
     finally:
         engine.close()
     store_reports(root, whole)
@@ -179,5 +183,5 @@ def validate_artifact(root: Path, base: Path, log: Log, progress: Progress = no_
     """Run the gates on a built artifact again, with the sources its recipe names."""
     recipe = load_recipe(root / "recipe.yaml")
     with stage("sources: target and draft", log, progress):
-        target, draft = resolve_pair(recipe, base=base, cache=default_root() / "sources", progress=progress)
-    validate(root, target, draft, base, default_root(), log, progress)
+        pair = resolve_pair(recipe, base=base, cache=default_root() / "sources", progress=progress)
+    validate(root, pair, base, Cache(default_root(), "goldens"), log, progress)

@@ -87,9 +87,10 @@ def test_no_cache_yet(tmp_path):
 
 def test_kinds_are_counted_and_collected_apart(tmp_path):
     """Goldens and memos lay among the graphs, so `cache stats` counted a reference output as a compiled graph."""
-    for kind, size in (("graphs", 30), ("subgraphs", 2), ("memos", 1), ("goldens", 20)):
+    sizes = {"graphs": 30, "subgraphs": 2, "memos": 1, "goldens": 20, "files": 3}
+    for kind, size in sizes.items():
         Cache(tmp_path, kind).put(f"{kind}-key", b"x" * size)
-    counts = {"graphs": Stats(1, 30), "subgraphs": Stats(1, 2), "memos": Stats(1, 1), "goldens": Stats(1, 20)}
+    counts = {kind: Stats(1, size) for kind, size in sizes.items()}
     assert entry_stats(tmp_path) == counts
     assert Cache(tmp_path, "graphs").get("goldens-key") is None
     os.utime(tmp_path / "goldens/go/goldens-key/entry.json", (1, 1))

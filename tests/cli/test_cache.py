@@ -91,15 +91,16 @@ def test_cache_stats_and_gc_count_by_kind(work):
     counted = json.loads(invoke("cache", "stats", "--json").stdout)
     assert (counted["entries"], counted["size_bytes"]) == (1, 1 << 20)
     assert counted["kinds"]["goldens"] == {"entries": 1, "size_bytes": 2 << 20}
-    assert answer("cache", "stats").stdout.splitlines()[2:7] == [
-        "entries                                     number     size",
-        "graphs: compiled graphs of all builds here       1  1.0 MiB",
-        "subgraphs: object files that graphs share        0      0 B",
-        "memos: from a graph's inputs to its key          0      0 B",
-        "goldens: reference outputs of the gates          1  2.0 MiB",
+    assert answer("cache", "stats").stdout.splitlines()[2:8] == [
+        "entries                                              number     size",
+        "graphs: compiled graphs of all builds here                1  1.0 MiB",
+        "subgraphs: object files that graphs share                 0      0 B",
+        "memos: from a graph's inputs to its key                   0      0 B",
+        "goldens: reference outputs of the gates                   1  2.0 MiB",
+        "files: weights and artifacts for nodes of a cluster       0      0 B",
     ]
     removed = answer("cache", "gc", "--max-gib", "0").stdout
-    assert removed == "removed 1 graph, 1.0 MiB; 0 subgraphs, 0 B; 0 memos, 0 B; 1 golden, 2.0 MiB\n"
+    assert removed == "removed 1 graph, 1.0 MiB; 0 subgraphs, 0 B; 0 memos, 0 B; 1 golden, 2.0 MiB; 0 files, 0 B\n"
 
 
 def test_cache_stats_adds_up_the_folders(work):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -55,18 +56,55 @@ def forget(nodes: ray_cluster.Nodes) -> None:
 
 
 def test_build_is_that_of_this_machine(local, nodes, tmp_path):
-    """All graphs come through the shared cache, with gates; each graph and each subgraph is stored once."""
+    """All graphs and goldens come through the shared cache; each graph and each subgraph is stored once.
+
+    The gates ran on the nodes, but their numbers are those of the gates on this machine.
+    """
     request, _ = local
     lines = []
     report = run(on_ray(request, tmp_path, str(tmp_path / "shared"), log=lines.append))
     assert len(report.compiled) == 5
     assert tiny.same_parts(report.artifact) == tiny.same_parts(request.out)
     assert artifact.read(report.artifact).manifest.passed
-    assert sum("started on" in line for line in lines) == 5
-    assert len(list((tmp_path / "cache/logs/tiny").glob("*.log"))) <= 5
+    started = [line.split(":")[0].strip() for line in lines if "started on" in line]
+    parts = {"answers-k2", "answers-plain", "reference-0", "scores-target-s48", "scores-draft-s48", "edges-s48"}
+    assert len(started) == 5 + len(parts)
+    assert {f"tiny/{part}" for part in parts} <= {*started}
+    assert {path.stem for path in (tmp_path / "cache/logs/tiny").glob("*.log")} <= {name[5:] for name in started}
+    assert measured(report.artifact) == measured(request.out)
+    goldens = {entry.key for entry in Cache(tmp_path / "cache", "goldens").entries()}
+    assert goldens == {entry.key for entry in Cache(request.cache, "goldens").entries()}
     assert not list((tmp_path / "shared/claims").rglob("[!.]*.lock"))
     compiled = {entry.key for cache in nodes.caches() for entry in Cache(cache, "subgraphs").entries()}
     assert compiled == {entry.key for entry in Cache(request.cache, "subgraphs").entries()}
+
+
+def measured(root: Path) -> dict[str, object]:
+    """Return what gates measured, other than times; counts of goldens as well."""
+    report = json.loads((root / "reports/parity.json").read_text())
+    goldens = report["provenance"]["goldens"]
+    return {name: value for name, value in report.items() if name not in ("speed", "provenance")} | goldens
+
+
+def test_nodes_that_are_killed_in_mid_gates(local, nodes, tmp_path):
+    """A node dies during a part of each kind: answers, reference, scores, comparisons."""
+    request, _ = local
+    lines, killed = [], []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        name, _, what = line.strip().partition(":")
+        kind = name.removeprefix("tiny/").partition("-")[0]
+        if "started on" in what and kind in ("answers", "reference", "scores", "edges") and kind not in killed:
+            killed.append(kind)
+            nodes.kill_node_of(name)
+            nodes.add()
+
+    report = run(on_ray(request, tmp_path, str(tmp_path / "shared"), log=log))
+    assert killed == ["answers", "reference", "scores", "edges"]
+    assert measured(report.artifact) == measured(request.out)
+    again = [line.split(":")[0].strip() for line in lines if "run again" in line]
+    assert {name.removeprefix("tiny/").partition("-")[0] for name in again} == {*killed}, lines
 
 
 def test_fleet_is_compiled_from_the_nodes_caches(local, nodes, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,19 @@ class Nodes:
         node = start(self.cluster, env_vars={"TANDEM_CACHE": str(cache), **(env or {})}, **settings)
         self.workers.append(node)
         return node
+
+    def kill_node_of(self, task: str) -> None:
+        """Kill the node that runs a task, which Ray shows as the name of its worker's process."""
+        alive = [node for node in self.workers if node.all_processes]
+        raylets = {str(node.all_processes["raylet"][0].process.pid): node for node in alive}
+        for command in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # ended meanwhile
+                status = (command.parent / "status").read_text()
+                parent = status.partition("PPid:")[2].split()[0]
+                if parent in raylets and f"ray::{task}" in command.read_text():
+                    self.cluster.remove_node(raylets[parent], allow_graceful=False)
+                    return
+        raise AssertionError(f"no worker runs {task}")
 
     def caches(self) -> list[Path]:
         return [self.folder / f"cache-{index}" for index in range(len(self.workers))]

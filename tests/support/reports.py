@@ -38,12 +38,17 @@ def recipe_of(family: str, seed: int, dtype: str, sampling=("greedy",), layers=(
 
 def gates_of(work: Path, recipe: Recipe, fault=None, seed: int = 0, prompts=PROMPTS) -> GateRun:
     """Gates that have run on an eager engine, spoiled or not."""
+    return run_gates(inputs_of(work, recipe, fault, seed, prompts))
+
+
+def inputs_of(work: Path, recipe: Recipe, fault=None, seed: int = 0, prompts=PROMPTS) -> GateInputs:
+    """The inputs of gates on an eager engine, spoiled or not."""
     pair = resolve_pair(recipe, base=work, cache=work / "sources")
     engine = make_engine(recipe, pair)
     if fault is not None:
         fault(engine.ranks, seed)
     chosen = [Prompt(f"p{i}", ("chat", "code")[i % 2], text) for i, text in enumerate(prompts)]
-    return run_gates(GateInputs(engine, recipe, chosen, pair, Cache(work / "cache", "goldens"), no_log))
+    return GateInputs(engine, recipe, chosen, pair, Cache(work / "cache", "goldens"), no_log)
 
 
 def report_of(work: Path, recipe: Recipe, fault=None, prompts=PROMPTS) -> Report:

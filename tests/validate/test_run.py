@@ -12,6 +12,7 @@ from pipeline.artifact import manifest as artifact
 from pipeline.artifact.manifest import FileEntry, dump
 from pipeline.artifact.verify import verify
 from pipeline.build import BuildSettings, run
+from pipeline.cache.local import Cache
 from pipeline.errors import GateError
 from pipeline.recipe import load
 from pipeline.registry.publish import publish
@@ -51,7 +52,7 @@ def gates(request, root: Path) -> list[str]:
     """Run the gates on an artifact of this request; returns the lines said."""
     said: list[str] = []
     pair = resolve_pair(request.recipe, base=request.base, cache=request.cache / "sources")
-    validate(root, *pair, request.base, request.cache, said.append)
+    validate(root, pair, request.base, Cache(request.cache, "goldens"), said.append)
     return said
 
 

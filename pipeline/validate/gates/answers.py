@@ -56,18 +56,23 @@ class Sequences:
 
 def answer_prompts(inputs: GateInputs, clock: StageClock) -> Answers:
     """Answer all prompts with each K, and some of them by plain decode."""
-    encoded, cut = _encode(inputs)
+    encoded, cut = encode(inputs)
     speculative: dict[int, list[Generation]] = {}
     for steps in inputs.recipe.speculation.draft_tokens:
         with clock.stage(f"speculation with K={steps}"):
-            speculative[steps] = _generate(inputs, encoded, steps)
-    indices = range(0, len(encoded), max(len(encoded) // PLAIN_PROMPTS, 1))
+            speculative[steps] = generate(inputs, encoded, steps)
+    indices = plain_indices(encoded)
     with clock.stage(f"plain decode of {len(indices)} prompts"):
-        plain = _generate(inputs, [encoded[i] for i in indices], None)
+        plain = generate(inputs, [encoded[i] for i in indices], None)
     return Answers(encoded, cut, speculative, plain, indices)
 
 
-def _encode(inputs: GateInputs) -> tuple[list[list[int]], tuple[str, ...]]:
+def plain_indices(encoded: Sequence[list[int]]) -> range:
+    """Return which prompts plain decode answers."""
+    return range(0, len(encoded), max(len(encoded) // PLAIN_PROMPTS, 1))
+
+
+def encode(inputs: GateInputs) -> tuple[list[list[int]], tuple[str, ...]]:
     """Return prompts as tokens, cut to the end that fits a prefill graph, and the names of the cut prompts."""
     longest = inputs.engine.manifest.shapes.prefill[-1]
     encoded = [inputs.engine.text.encode_prompt(prompt.text) for prompt in inputs.prompts]
@@ -75,7 +80,8 @@ def _encode(inputs: GateInputs) -> tuple[list[list[int]], tuple[str, ...]]:
     return [tokens[-longest:] for tokens in encoded], tuple(cut)
 
 
-def _generate(inputs: GateInputs, encoded: list[list[int]], steps: int | None) -> list[Generation]:
+def generate(inputs: GateInputs, encoded: list[list[int]], steps: int | None) -> list[Generation]:
+    """Answer prompts greedily with K = `steps`, or by plain decode."""
     limit = inputs.recipe.validate_.max_new_tokens
     tokens = _TokenProgress(inputs.progress, len(encoded) * limit)
     answers = inputs.engine.generate(

@@ -78,14 +78,25 @@ class Sample:
     position: int
 
 
-def draw_bucket(inputs: GateInputs, kv: int, probes: Sequence[list[int]], tie: float) -> Iterator[Drawn]:
-    """Run every stochastic step graph of a bucket, whose caches hold the probes, up to the end of the bucket."""
+def draw_bucket(
+    inputs: GateInputs, kv: int, probes: Sequence[list[int]], tie: float, only: str | None = None
+) -> Iterator[Drawn]:
+    """Run every stochastic step graph of a bucket, or the one named `only`, up to the end of the bucket.
+
+    The caches hold the probes.
+    """
     judge = Judge(inputs.engine.manifest.pair.candidates, tie)
     for spec in inputs.engine.graphs:
-        if (spec.kv, spec.sampling) == (kv, "stochastic") and spec.phase in ("decode", "speculate"):
+        if spec.name in drawing(inputs.engine, kv) and only in (None, spec.name):
             with working(spec.name, inputs.progress):
                 drawn = _draw(inputs.engine, spec, probes, judge)
             yield drawn
+
+
+def drawing(engine: Engine, kv: int) -> list[str]:
+    """Return the names of a bucket's stochastic graphs."""
+    graphs = [graph for graph in engine.graphs if graph.phase in ("decode", "speculate")]
+    return [graph.name for graph in graphs if (graph.kv, graph.sampling) == (kv, "stochastic")]
 
 
 def draw_prefill(inputs: GateInputs, probes: Sequence[list[int]], tie: float) -> Iterator[Drawn]:

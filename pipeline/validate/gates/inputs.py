@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from pipeline.cache.local import Cache
 from pipeline.progress import Log, Progress, no_progress, stage
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Engine
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.validate.prompts import Prompt
+from pipeline.validate.reference.goldens import GoldenStore
 
 MODELS = ("target", "draft")
 
@@ -25,7 +25,7 @@ class GateInputs:
     recipe: Recipe
     prompts: list[Prompt]
     checkpoints: tuple[Checkpoint, Checkpoint]
-    cache: Cache
+    cache: GoldenStore
     log: Log
     progress: Progress = no_progress
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 from pipeline.models.eagle3 import taps_of
+from pipeline.progress import Log
+from pipeline.recipe.schema import Recipe
+from pipeline.sources.checkpoint import Checkpoint
 from pipeline.validate.gates.answers import Sequences
-from pipeline.validate.gates.inputs import MODELS, GateInputs
+from pipeline.validate.gates.inputs import MODELS
 from pipeline.validate.reference.golden import Golden
-from pipeline.validate.reference.goldens import Goldens
+from pipeline.validate.reference.goldens import Goldens, GoldenStore
 from pipeline.validate.reference.layers import Taps
 from pipeline.validate.report.schema import Cached, Rounding
 
@@ -29,28 +33,75 @@ class ModelReference:
     rounding: Rounding | None
 
 
-def compute_references(inputs: GateInputs, sequences: Sequences) -> dict[str, ModelReference]:
+class ReferenceInputs(Protocol):
+    """What references follow from: a part of `GateInputs`, without an open artifact."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, which says how weights are stored."""
+        ...
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, Checkpoint]:
+        """Target and draft."""
+        ...
+
+    @property
+    def cache(self) -> GoldenStore:
+        """Where goldens are kept."""
+        ...
+
+    @property
+    def log(self) -> Log:
+        """Called with a line for each run."""
+        ...
+
+
+def compute_references(inputs: ReferenceInputs, sequences: Sequences) -> dict[str, ModelReference]:
     """Return the reference of target and draft, computed or from the cache."""
-    target, draft = inputs.checkpoints
+    return {model: _reference(source, sequences) for model, source in _sources(inputs).items()}
+
+
+def compute_goldens(inputs: ReferenceInputs, sequences: Sequences) -> dict[str, Cached]:
+    """Fill the cache with all goldens that the references of some sequences need; return the counts by model."""
+    return {model: _goldens(source, sequences)[2] for model, source in _sources(inputs).items()}
+
+
+def goldens_of(inputs: ReferenceInputs, model: str, sequences: Sequences) -> dict[str, Golden]:
+    """Return one model's goldens by sequence name, computed or from the cache."""
+    return _by_name(_sources(inputs)[model], sequences)
+
+
+def _sources(inputs: ReferenceInputs) -> dict[str, Goldens]:
+    recipe, (target, draft) = inputs.recipe, inputs.checkpoints
     taps = Taps(taps_of(target.config, draft.config))  # of a draft model: none
-    return {model: _reference(inputs, model, sequences, taps) for model in MODELS}
+    narrow = {"target": recipe.target.weights, "draft": recipe.draft_weights}
+    dtype = {"target": recipe.target.dtype, "draft": recipe.draft.dtype or recipe.target.dtype}
+    return {
+        model: Goldens(of, target, dtype[model], inputs.cache, inputs.log, narrow[model], narrow["target"], taps)
+        for model, of in zip(MODELS, (target, draft), strict=True)
+    }
 
 
-def _reference(inputs: GateInputs, model: str, sequences: Sequences, taps: Taps) -> ModelReference:
-    recipe, target = inputs.recipe, inputs.checkpoints[0]
-    narrow = recipe.draft_weights if model == "draft" else recipe.target.weights
-    checkpoint = inputs.checkpoints[MODELS.index(model)]
-    source = Goldens(
-        checkpoint, target, inputs.dtype_of(model), inputs.cache, inputs.log, narrow, recipe.target.weights, taps
-    )
+def _by_name(source: Goldens, sequences: Sequences) -> dict[str, Golden]:
     goldens = source.of([sequence.tokens for sequence in sequences.all])
-    by_name = {sequence.name: golden for sequence, golden in zip(sequences.all, goldens, strict=True)}
+    return {sequence.name: golden for sequence, golden in zip(sequences.all, goldens, strict=True)}
+
+
+def _goldens(source: Goldens, sequences: Sequences) -> tuple[dict[str, Golden], list[Golden], Cached]:
+    """Return the goldens by name, those of prompts with the dtype's own weights if stored as int8, and the counts."""
+    by_name = _by_name(source, sequences)
     counts = Cached(computed=source.computed, cached=source.cached)
-    if narrow is None:
-        return ModelReference(by_name, counts, None)
+    if source.narrow is None:
+        return by_name, [], counts
     plain = replace(source, narrow=None, target_narrow=None, _known={})
-    whole = plain.of([sequence.tokens for sequence in sequences.prompts])
-    return ModelReference(by_name, counts, rounding(goldens[: len(whole)], whole))
+    return by_name, plain.of([sequence.tokens for sequence in sequences.prompts]), counts
+
+
+def _reference(source: Goldens, sequences: Sequences) -> ModelReference:
+    by_name, whole, counts = _goldens(source, sequences)
+    rounded = [by_name[sequence.name] for sequence in sequences.prompts]
+    return ModelReference(by_name, counts, rounding(rounded, whole) if whole else None)
 
 
 def rounding(rounded: Sequence[Golden], whole: Sequence[Golden]) -> Rounding:

@@ -20,6 +20,7 @@ from pipeline.validate.gates.inputs import MODELS, GateInputs, StageClock
 from pipeline.validate.gates.losslessness import Comparison, compare_answers, compare_edges, losslessness
 from pipeline.validate.gates.outcome import GateOutcome
 from pipeline.validate.gates.parity import ParitySection, parity
+from pipeline.validate.gates.parts import Elsewhere, answer_elsewhere, measure_elsewhere, references_elsewhere
 from pipeline.validate.gates.places import lookup_alone, places_of
 from pipeline.validate.gates.references import ModelReference, compute_references
 from pipeline.validate.gates.scores import ModelScores, ScoreJob, score_bucket
@@ -72,14 +73,19 @@ class GateRun:
         return {outcome.name: outcome.findings for outcome in self.outcomes}
 
 
-def run_gates(inputs: GateInputs) -> GateRun:
-    """Run every gate; failures are findings, not errors."""
+def run_gates(inputs: GateInputs, elsewhere: Elsewhere | None = None) -> GateRun:
+    """Run every gate, in parts on other machines if there are any; failures are findings, not errors."""
     clock = StageClock(inputs.log, inputs.progress)
-    answers = answer_prompts(inputs, clock)
+    answers = answer_elsewhere(inputs, clock, elsewhere) if elsewhere else answer_prompts(inputs, clock)
     sequences = sequences_of(inputs, answers)
     with clock.stage("reference"):
-        references = compute_references(inputs, sequences)
-    measured = measure_buckets(inputs, answers, sequences, references, clock)
+        references = (
+            references_elsewhere(inputs, sequences, elsewhere) if elsewhere else compute_references(inputs, sequences)
+        )
+    if elsewhere:
+        measured = Measurements(*measure_elsewhere(inputs, answers, sequences, clock, elsewhere))
+    else:
+        measured = measure_buckets(inputs, answers, sequences, references, clock)
     choices = _choices(inputs, sequences, references, measured, clock)
     drawn = measured.drawn
     if inputs.is_sampled:

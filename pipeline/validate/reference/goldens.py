@@ -6,11 +6,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
+import torch
 import transformers
 from safetensors.torch import load_file
 
+from pipeline.cache.backed import BackedCache
 from pipeline.cache.local import Cache
+from pipeline.cache.remote import Remote
 from pipeline.models.draft_kind import DraftMethod
 from pipeline.progress import Log
 from pipeline.sources.checkpoint import Checkpoint
@@ -26,6 +31,24 @@ FORMAT = 1
 """Part of every key: raise it when a golden's content changes."""
 
 
+class GoldenStore(Protocol):
+    """Where goldens are kept by key: a local cache, or one with a shared cache behind it."""
+
+    def get(self, key: str) -> Path | None:
+        """Return the file under `key`, or None."""
+        ...
+
+    def put(self, key: str, data: bytes) -> Path:
+        """Store a golden."""
+        ...
+
+
+def golden_store(cache: Path, remote: Remote | None, log: Log) -> BackedCache:
+    """Return the goldens of a local cache and of a shared one, whose goldens are from the same versions."""
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    return BackedCache(Cache(cache, "goldens"), remote.open("goldens", log) if remote else None, versions)
+
+
 @dataclass
 class Goldens:
     """The reference of one model of a pair. `computed` and `cached` count sequences.
@@ -38,7 +61,7 @@ class Goldens:
     checkpoint: Checkpoint
     target: Checkpoint
     dtype: str
-    cache: Cache
+    cache: GoldenStore
     log: Log
     narrow: str | None = None
     target_narrow: str | None = None
@@ -76,6 +99,8 @@ class Goldens:
     def _key(self, tokens: list[int]) -> str:
         files = sorted((n, d.sha256) for c in (self.checkpoint, self.target) for n, d in c.files.items())
         facts = [FORMAT, files, self.checkpoint.layers, tokens, self.dtype, transformers.__version__]
+        unlisted = [c.revision for c in (self.checkpoint, self.target) if c.remote.keys() - c.files.keys()]
+        facts += [{"revisions": unlisted}] if unlisted else []  # of weights whose store lists no sha256
         facts += [self.narrow] if self.narrow else []
         facts += [{"target": self.target_narrow}] if self.target_narrow != self.narrow else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

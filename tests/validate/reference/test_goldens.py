@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pipeline.models.eagle3 import taps_of
 from pipeline.progress import no_log
 from pipeline.sources.derived import derive
 from pipeline.sources.pair import resolve
+from pipeline.sources.remote import RemoteFile
 from pipeline.validate.reference.golden import project_cache
 from pipeline.validate.reference.goldens import Goldens
 from pipeline.validate.reference.layers import Reference, Taps
@@ -150,3 +152,18 @@ def test_products_in_float32_round_once(dtype):
     assert torch.equal(results[0], (x.float() @ weight.float().T + bias.float()).to(dtype))
     assert torch.equal(results[1], (x.float() @ weight.float().T).to(dtype))
     assert (results[1].double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_golden_of_weights_without_a_digest_has_their_revision_in_its_key(sources, tmp_path):
+    """S3 lists no sha256: goldens of weights that were replaced there were those of the weights before."""
+    target = pico(sources, "llama")
+    file = next(name for name in target.files if name.endswith(".safetensors"))
+    listed = {name: digest for name, digest in target.files.items() if name != file}
+    remote = {file: RemoteFile(file, 1, file, lambda offset, buffer: 0)}
+
+    def key(revision: str) -> str:
+        checkpoint = replace(target, files=listed, remote=remote, revision=revision)
+        return Goldens(checkpoint, checkpoint, "float32", Cache(tmp_path, "goldens"), lambda line: None)._key([1, 2])
+
+    assert key("etag-1") != key("etag-2")
+    assert key("etag-1") == key("etag-1")
