@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipeline.artifact import manifest as artifact
 from pipeline.build import run, run_all
+from pipeline.cache.collect import SENT
 from pipeline.cache.local import Cache
 from pipeline.cache.remote import Remote
 from pipeline.errors import HostError
 from pipeline.recipe import load
+from pipeline.sources.pair import resolve_pair
 from support import ray_cluster
 from support import tiny_build as tiny
 
@@ -86,21 +90,53 @@ def measured(root: Path) -> dict[str, object]:
     return {name: value for name, value in report.items() if name not in ("speed", "provenance")} | goldens
 
 
+class Barrier:
+    """Holds back tasks of the gates on all nodes, before they have their sources: by the lock of one of the files."""
+
+    def __init__(self, nodes: ray_cluster.Nodes, sha256: str) -> None:
+        self.nodes, self.sha256 = nodes, sha256
+        self.locks: list[FileLock] = []
+
+    def close(self) -> None:
+        """Take the sources from the nodes, of which none runs a task, and hold the next tasks back."""
+        self.open()
+        for cache in self.nodes.caches():
+            tiny.remove(cache / SENT)
+            (cache / "locks").mkdir(parents=True, exist_ok=True)
+            self.locks.append(FileLock(cache / "locks" / f"{self.sha256}.lock"))
+            self.locks[-1].acquire(timeout=0)
+
+    def open(self) -> None:
+        """Let all tasks go on."""
+        while self.locks:
+            self.locks.pop().release()
+
+
 def test_nodes_that_are_killed_in_mid_gates(local, nodes, tmp_path):
-    """A node dies during a part of each kind: answers, reference, scores, comparisons."""
+    """A node dies during a task of each kind: answers, reference, scores, comparisons."""
     request, _ = local
-    lines, killed = [], []
+    target, _ = resolve_pair(request.recipe, base=request.base, cache=request.cache / "sources")
+    barrier, lines, killed = Barrier(nodes, target.files["config.json"].sha256), [], []
 
     def log(line: str) -> None:
         lines.append(line)
         name, _, what = line.strip().partition(":")
         kind = name.removeprefix("tiny/").partition("-")[0]
-        if "started on" in what and kind in ("answers", "reference", "scores", "edges") and kind not in killed:
+        if kind not in ("answers", "reference", "scores", "edges"):
+            return
+        if "started on" in what and kind not in killed:
             killed.append(kind)
             nodes.kill_node_of(name)
             nodes.add()
+            barrier.open()
+        elif re.fullmatch(r" [0-9.]+ s", what) and kind != "edges":  # the last one of its kind
+            barrier.close()
 
-    report = run(on_ray(request, tmp_path, str(tmp_path / "shared"), log=log))
+    barrier.close()
+    try:
+        report = run(on_ray(request, tmp_path, str(tmp_path / "shared"), log=log))
+    finally:
+        barrier.open()
     assert killed == ["answers", "reference", "scores", "edges"]
     assert measured(report.artifact) == measured(request.out)
     again = [line.split(":")[0].strip() for line in lines if "run again" in line]

@@ -26,6 +26,8 @@ RUN = re.compile(r"^void AOTInductorModel::run_impl\(.*?^\} // AOTInductorModel:
 """Inductor's function that allocates buffers and calls kernels."""
 CACHED = re.compile(r"^CACHE_TORCH_\w+\(.*\);$", re.M)
 """Its constants of torch's dtypes and devices."""
+TAKEN = re.compile(r"steal_from_raw_handles_to_raii_handles\(input_handles, \d+\)")
+"""Where it takes its inputs over."""
 CHECKS = re.compile(r"^ *(if \(_check_aoti_|__check_inputs_outputs|\[\[maybe_unused\]\] auto& kernels).*\n", re.M)
 """Its lines that need a whole model."""
 PREFIX = "cpp_fused_"
@@ -52,18 +54,12 @@ struct Subgraph {{
 }}
 
 extern "C" __attribute__((visibility("hidden"))) {declaration} {{
-    // Inductor's function takes its inputs over, and a caller keeps its own.
-    AtenTensorHandle inputs[{count} + 1], outputs[{results} + 1];
     try {{
-        for (size_t n = 0; n < {count}; ++n) {{
-            AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(given[n], &inputs[n]));
-        }}
-        Subgraph().run_impl(inputs, outputs, nullptr, nullptr);
+        Subgraph().run_impl(const_cast<AtenTensorHandle*>(given), results, nullptr, nullptr);
     }} catch (const std::exception& error) {{
         std::cerr << "Error: " << error.what() << '\\n';
         return AOTI_TORCH_FAILURE;
     }}
-    for (size_t n = 0; n < {results}; ++n) results[n] = outputs[n];
     return AOTI_TORCH_SUCCESS;
 }}
 """
@@ -112,16 +108,15 @@ def source(subgraph: Subgraph, code: GeneratedCode) -> str:
     """Return the C++ of a subgraph."""
     run = RUN.search(code.wrapper)
     assert run is not None, "Inductor's function has another form"
-    count, results = len(subgraph.inputs), subgraph.outputs
+    borrowing, count = TAKEN.subn("tandem::Inputs{input_handles}", run[0])
+    assert count == bool(subgraph.inputs), "Inductor's function takes its inputs in another way"
     text = SOURCE.format(
         header=HEADER,
         name=subgraph.name,  # in the place of the file's path, which checks would carry into the library
         kernels=code.kernels,
         cached="\n".join(CACHED.findall(code.wrapper)),
-        run=CHECKS.sub("", run[0].replace("AOTInductorModel::", "Subgraph::")),
+        run=CHECKS.sub("", borrowing.replace("AOTInductorModel::", "Subgraph::")),
         declaration=declaration(subgraph),
-        count=count,
-        results=results,
     )
     return text.replace(PREFIX, f"{subgraph.name}_")
 

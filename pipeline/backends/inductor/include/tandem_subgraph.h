@@ -9,3 +9,32 @@
 #include <torch/csrc/inductor/cpp_wrapper/device_internal/cpu.h>
 
 #include <iostream>
+
+namespace tandem {
+
+// An input of a subgraph, which the caller keeps. Inductor's function would take its inputs over, so that each call needed
+// a new handle for each of them.
+struct Borrowed {
+    AtenTensorHandle handle;
+    operator AtenTensorHandle() const { return handle; }
+    AtenTensorHandle get() const { return handle; }
+    void reset() {}
+    void* data_ptr() const {
+        void* data = nullptr;
+        AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+        return data;
+    }
+    AtenTensorHandle release() const {  // an input that is returned
+        AtenTensorHandle kept = nullptr;
+        AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &kept));
+        return kept;
+    }
+};
+
+struct Inputs {
+    const AtenTensorHandle* handles;
+    Borrowed operator[](size_t n) const { return {handles[n]}; }
+    void clear() {}
+};
+
+}  // namespace tandem
