@@ -3,15 +3,19 @@
     PYTHONPATH=. python benchmarks/load_shards.py [--gigabytes 4] [--ranks 4] [--rounds 5]
 
 The shards have the tensors of a layer of Llama-3.1-70B at TP 64, as many layers as fit, and random bytes. Every run
-starts with the files out of the page cache (`cold`) or in it (`warm`) and ends when every page of every tensor was
-read, as the first step of a model does. `mapped alone` does not start to read files before their pages are needed.
+starts with the files out of the page cache (`cold`, checked) or in it (`warm`) and ends when every page of every tensor
+was read, as the first step of a model does. The actions of a round run in a random order, as a run may leave its disk
+slower or faster to the next. `mapped alone` does not start to read files before their pages are needed.
 `verify` compares the digests, which precedes every load of an artifact.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import mmap
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -42,6 +46,7 @@ LAYER = {
 }
 LAYER_BYTES = 2 * sum(torch.Size(shape).numel() for shape in LAYER.values())
 PAGE_BYTES = 4096
+TRIES = 100
 
 
 def write_shards(folder: Path, ranks: int, size: int) -> list[Path]:
@@ -97,8 +102,25 @@ def prepare(paths: list[Path], *, warm: bool) -> None:
         cat(paths)
         return
     for path in paths:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for _ in range(TRIES):  # pages that another process has in hand stay
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if not cached_pages(path):
+                break
+            time.sleep(0.05)
+        else:
+            raise SystemExit(f"{path} stays in the page cache")
+
+
+def cached_pages(path: Path) -> int:
+    """The number of pages of a file that are in the page cache."""
+    size = path.stat().st_size
+    found = (ctypes.c_ubyte * -(-size // PAGE_BYTES))()
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        start = ctypes.c_char.from_buffer(mapped)
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), found)
+        del start  # else the mapping cannot be closed
+    return sum(page & 1 for page in bytes(found))
 
 
 def main() -> None:
@@ -124,7 +146,7 @@ def main() -> None:
         for warm in (False, True):
             rates: dict[str, list[float]] = {label: [] for label in actions}
             for _ in range(given.rounds):
-                for label, action in actions.items():
+                for label, action in random.sample([*actions.items()], len(actions)):
                     prepare(paths, warm=warm)
                     start = time.perf_counter()
                     action(paths)

@@ -157,28 +157,29 @@ def test_fleet_is_compiled_from_the_nodes_caches(local, nodes, tmp_path):
 
 
 def test_node_that_is_killed_in_mid_build(local, nodes, tmp_path, s3_url):
-    """The shared cache is a real S3 server; the node's jobs run elsewhere, and its claims are taken over."""
+    """The shared cache is a real S3 server, gates included; the node's jobs run elsewhere, its claims are taken over."""
     request, _ = local
     forget(nodes)
-    victim = nodes.workers[0]
     lines = []
 
     def log(line: str) -> None:
         lines.append(line)
         if "started on" in line and len([one for one in lines if "started on" in one]) == 3:
-            nodes.cluster.remove_node(victim, allow_graceful=False)
+            nodes.kill_node_of(line.split(":")[0].strip())
             nodes.add()
 
-    report = run(on_ray(request, tmp_path, s3_url, log=log, validate=False))
+    report = run(on_ray(request, tmp_path, s3_url, log=log))
     assert tiny.same_parts(report.artifact) == tiny.same_parts(request.out)
     assert any("run again" in line for line in lines), lines
+    assert measured(report.artifact) == measured(request.out)
 
 
 def test_node_with_another_toolchain_is_an_error(local, nodes, tmp_path):
     """Its graphs would be for another processor."""
     request, _ = local
+    before = nodes.alive()
     nodes.add({"ATEN_CPU_CAPABILITY": "default"}, resources={"neuronx-cc": 1})
-    for node in nodes.workers[1:-1]:
+    for node in before:
         nodes.cluster.remove_node(node)
     with pytest.raises(HostError, match="the node's toolchain differs: isa: default, expected") as raised:
         run(on_ray(request, tmp_path, str(tmp_path / "shared"), validate=False))

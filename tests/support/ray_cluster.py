@@ -37,10 +37,13 @@ class Nodes:
         self.workers.append(node)
         return node
 
+    def alive(self) -> list[Any]:
+        """Return the nodes that run tasks and that no test has killed."""
+        return [node for node in self.workers if node in self.cluster.worker_nodes]
+
     def kill_node_of(self, task: str) -> None:
         """Kill the node that runs a task, which Ray shows as the name of its worker's process."""
-        alive = [node for node in self.workers if node.all_processes]
-        raylets = {str(node.all_processes["raylet"][0].process.pid): node for node in alive}
+        raylets = {str(node.all_processes["raylet"][0].process.pid): node for node in self.alive()}
         for command in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):  # ended meanwhile
                 status = (command.parent / "status").read_text()
