@@ -157,7 +157,7 @@ def test_fleet_is_compiled_from_the_nodes_caches(local, nodes, tmp_path):
 
 
 def test_node_that_is_killed_in_mid_build(local, nodes, tmp_path, s3_url):
-    """The shared cache is a real S3 server, gates included; the node's jobs run elsewhere, its claims are taken over."""
+    """The shared cache is a real S3 server, for gates too; the node's jobs run elsewhere, its claims are taken over."""
     request, _ = local
     forget(nodes)
     lines = []
