@@ -92,16 +92,16 @@ def run_all(builds: Sequence[BuildSettings]) -> list[BuildReport]:
 
 
 def _run_stages(builds: Sequence[LockedBuild], started: float) -> dict[Path, BuildReport]:
-    """Run every stage, cheap checks first; return the reports by output."""
+    """Run every stage, cheap checks first; return the reports by output. Imports torch, as a fresh build does not."""
     for one in builds:
         make_backend(one.settings.recipe.backend)  # an error that names its packages, if the imports below would fail
-    # The stages import torch, which a build that finds nothing changed does not need.
+    from pipeline.stages.background import Background
     from pipeline.stages.nodes import cluster_of
     from pipeline.stages.per_recipe import compile_together, finish, prepare
 
     reports, errors = {}, []
-    with cluster_of(builds[0].settings) as cluster:
-        prepared = [prepare(one.settings, cluster) for one in builds]  # sources, plan, lock, shard
+    with Background() as sender, cluster_of(builds[0].settings) as cluster:
+        prepared = [prepare(one.settings, sender, cluster) for one in builds]  # sources, plan, lock, shard
         graphs = compile_together(prepared, cluster)
         for one, ready, compiled in zip(builds, prepared, graphs, strict=True):
             try:

@@ -37,6 +37,7 @@ class BuildOptions:
     remote_cache: str | None
     push_cache: bool
     no_validate: bool
+    send_weights: bool
     json_: bool
 
     def remote(self) -> Remote | None:
@@ -60,7 +61,7 @@ class BuildOptions:
         return BuildSettings(
             recipe=recipe, base=path.parent, out=self.out or ARTIFACTS / recipe.name, workers=self.workers,
             validate=not self.no_validate, locked=self.locked, remote=self.remote(), lock=lock_path(path),
-            executor=self.executor, log=console.log, progress=console.progress,
+            executor=self.executor, send_weights=self.send_weights, log=console.log, progress=console.progress,
         )  # fmt: skip
 
 
@@ -80,6 +81,10 @@ class BuildOptions:
     "--push-cache", is_flag=True, envvar="TANDEM_PUSH_CACHE", help="Write compiled graphs to the shared cache."
 )
 @click.option("--no-validate", is_flag=True, help="Skip the gates; the artifact cannot be published.")
+@click.option(
+    "--send-weights", is_flag=True,
+    help="Send weights to the recipe's registries while graphs compile and gates run; publish then sends the rest.",
+)  # fmt: skip
 @as_json
 @collected(BuildOptions)
 def build(console: Console, options: BuildOptions) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.artifact.diff import diff
-from pipeline.artifact.manifest import CACHE_KIND, MANIFEST, SIGNATURE, Manifest
+from pipeline.artifact.manifest import CACHE_KIND, MANIFEST, SIGNATURE, FileEntry, Manifest
 from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, GateError, InputError, TandemError, no_string
 from pipeline.progress import ByteProgress, no_byte_progress
@@ -21,7 +21,7 @@ from pipeline.registry.aliases import check_alias, move_alias
 from pipeline.registry.card import card
 from pipeline.registry.release import Bundle, Document, Index, all_files, digest_of, make_bundle, parse_document
 from pipeline.registry.releases import read_small
-from pipeline.stores.base import Content, Signature, Store, open_store
+from pipeline.stores.base import Content, Report, Signature, Store, open_store, scheme_of
 
 UNGATED = {"nxdi": "NxD Inference", CACHE_KIND: "vLLM's Neuron plugin"}
 """Compilers of artifacts that the gates cannot run, by backend; such artifacts need `--unvalidated`."""
@@ -149,6 +149,28 @@ def publish_all(
         except TandemError as error:
             outcomes.append(Outcome(place.url, error=error))
     return outcomes
+
+
+def sends_ahead(url: str) -> bool:
+    """Return whether a registry takes files before their release: not a Hub, whose files belong to commits."""
+    return scheme_of(url)[0] != "hf"
+
+
+def send_ahead(url: str, root: Path, files: Mapping[str, FileEntry], report: Report) -> list[str]:
+    """Store files of an artifact that is not complete yet, those that the registry lacks; return their paths.
+
+    Readers see no release. A later publish finds the files; without one, `tandem gc` removes them.
+
+    Raises:
+        HostError: the registry is unreachable or read-only. ArtifactError: a file has another digest.
+
+    """
+    store, sources = open_store(url), {path: root / path for path in files}
+    content = Content("", "", b"", files, sources)
+    with store.publishing():
+        missing = store.missing(content, files)
+        store.send(content, missing, report)
+    return missing
 
 
 def _verified_bundle(roots: Sequence[Path], options: PublishSettings) -> Bundle:

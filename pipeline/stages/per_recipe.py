@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.backends.base import Backend
 from pipeline.plan.lock import with_weights
 from pipeline.progress import Progress, stage
+from pipeline.stages.background import Background
 from pipeline.stages.checks import (
     Resolved,
     check_prompts,
@@ -22,6 +23,7 @@ from pipeline.stages.checks import (
 from pipeline.stages.compile import Compiled, CompileQueue, CompileSettings
 from pipeline.stages.nodes import Cluster
 from pipeline.stages.package import Parts, package
+from pipeline.stages.send import check_registries, start_sending
 from pipeline.stages.settings import BuildSettings
 from pipeline.stages.shard import Shards, shard
 from pipeline.stages.took import BuildClock, recorded
@@ -36,12 +38,14 @@ class Prepared:
     sources: Resolved
     shards: Callable[[], Shards]
     clock: BuildClock
+    sent: list[Callable[[], None]]
+    """Functions that wait until the shards were sent to each registry, empty until they are written."""
 
 
-def prepare(settings: BuildSettings, cluster: Cluster | None = None) -> Prepared:
+def prepare(settings: BuildSettings, sender: Background, cluster: Cluster | None = None) -> Prepared:
     """Check a recipe, fetch its sources, plan, and write the shards; cheap checks first.
 
-    With a cluster, this machine writes the shards while nodes compile.
+    With a cluster, this machine writes the shards while nodes compile. `sender` then sends them.
 
     Raises:
         TandemError: wrong input or a missing tool.
@@ -50,7 +54,8 @@ def prepare(settings: BuildSettings, cluster: Cluster | None = None) -> Prepared
     log, progress = settings.log, settings.progress
     backend = usable_backend(settings.recipe)
     check_prompts(settings)
-    clock = BuildClock(settings)
+    check_registries(settings)
+    clock, sent = BuildClock(settings), list[Callable[[], None]]()
     with clock.stage("sources"), stage("sources: target and draft", log, progress):
         sources = resolved(settings, backend)
     clock.plan(sources.plan)
@@ -58,11 +63,13 @@ def prepare(settings: BuildSettings, cluster: Cluster | None = None) -> Prepared
 
     def sharded(progress: Progress) -> Shards:
         with clock.stage("shard"):
-            return shard(sources.plan.pair.models, sources.pair, backend.packing, settings.cache, log, progress)
+            shards = shard(sources.plan.pair.models, sources.pair, backend.packing, settings.cache, log, progress)
+        sent.extend(start_sending(sender, settings, shards))
+        return shards
 
     shards = done(sharded(progress)) if cluster is None else cluster.writer.start(sharded)
     warn_of_cut_prompts(settings, sources.tokenizer)
-    return Prepared(settings, backend, sources, shards, clock)
+    return Prepared(settings, backend, sources, shards, clock, sent)
 
 
 def done(shards: Shards) -> Callable[[], Shards]:
@@ -119,4 +126,6 @@ def _finish(prepared: Prepared, graphs: Sequence[Compiled], cluster: Cluster | N
         with clock.gates() as gates:
             nodes = None if cluster is None else gates_on(cluster, settings, sources, clock.forecast, artifact)
             gates.report = validate(artifact.root, sources.pair, settings.base, goldens, log, progress, nodes)
+    for wait in prepared.sent:
+        wait()
     return artifact.root

@@ -24,7 +24,8 @@ class BuildSettings:
 
     `workers`: compile processes, by default from cores and memory. `locked`: reject sources and toolchains that differ
     from the lock. `lock`: the lock's file, by default beside the recipe. `remote`: a shared cache of compiled graphs.
-    `executor`: where graphs are compiled: `local`, `ray` or `ray://HOST:PORT` (`stages/nodes.py`).
+    `executor`: where graphs are compiled: `local`, `ray` or `ray://HOST:PORT` (`stages/nodes.py`). `send_weights`: send
+    weights to the recipe's registries before the release, while graphs compile and gates run.
     """
 
     recipe: Recipe
@@ -37,6 +38,7 @@ class BuildSettings:
     remote: Remote | None = None
     lock: Path | None = None
     executor: str = LOCAL
+    send_weights: bool = False
     log: Log = no_log
     progress: Progress = no_progress
 
