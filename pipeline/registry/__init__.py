@@ -1,5 +1,5 @@
 """Releases: publish, pull, list, aliases, collection. One layout over every kind of store.
 
 Opens and runs no graph. Imports no torch.
-Entered by nxdi and cli.
+Entered by stages, nxdi and cli.
 """
