@@ -6,7 +6,6 @@ scores, which are small, are the results of the tasks.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ class PartJob:
 
 @dataclass(frozen=True)
 class PartResult:
-    """What a part measured, its time on the node, and messages of the shared cache."""
+    """What a part measured, its time on the node, and its messages and those of the shared cache."""
 
     name: str
     value: Any
@@ -105,7 +104,7 @@ def gates_on(
             left.remove(result.name)
             log(f"  {recipe.name}/{result.name}: {duration(result.seconds)}" + (f", {len(left)} left" if left else ""))
             for note in result.notes:
-                log(f"    {note}")
+                log(f"    {note.strip()}")
 
         return [result.value for result in cluster.executor(task_of).run(run_on_node, jobs, done)]
 
@@ -129,19 +128,14 @@ def run_on_node(job: PartJob) -> PartResult:
     goldens = golden_store(cache, sent.remote, notes.append)
     pair = received_pair(sent.remote, sent.pair, cache)
     if isinstance(job.part, GoldensPart):
-        value: Any = job.part.run(NodeInputs(sent.recipe, pair, goldens, _written))
+        value: Any = job.part.run(NodeInputs(sent.recipe, pair, goldens, notes.append))
     else:
         engine = load(received_artifact(sent.remote, sent.artifact, cache))
         try:
-            value = job.part.run(GateInputs(engine, sent.recipe, sent.prompts, pair, goldens, _written))
+            value = job.part.run(GateInputs(engine, sent.recipe, sent.prompts, pair, goldens, notes.append))
         finally:
             engine.close()
     return PartResult(job.part.name, value, time.monotonic() - started, tuple(notes))
-
-
-def _written(line: str) -> None:
-    """Write a line to this worker's output, which arrives in the log of its task."""
-    sys.stdout.write(f"{line}\n")
 
 
 def _tasks(parts: Sequence[Part], settings: BuildSettings, sources: Resolved, expected: Forecast) -> list[Task]:
