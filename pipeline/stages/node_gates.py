@@ -108,7 +108,7 @@ def gates_on(
 
         return [result.value for result in cluster.executor(task_of).run(run_on_node, jobs, done)]
 
-    return Elsewhere(run, cluster.cores)
+    return Elsewhere(run, lambda: cluster.cores)  # a cluster that scales itself may have more by then
 
 
 def task_of(job: PartJob) -> Task:

@@ -104,6 +104,26 @@ def test_error_of_a_job_is_raised_as_it_is(nodes):
     assert "before the failure" in (nodes.folder / "logs/failing.log").read_text()
 
 
+def test_error_of_other_work_of_the_driver_ends_the_jobs(nodes, tmp_path):
+    """A build whose shards could not be written waited for all graphs."""
+    from pipeline.executors.ray import RayExecutor
+
+    def watch() -> None:
+        if len(list(tmp_path.iterdir())) == 2:
+            raise HostError("no space", where="shards")
+
+    describe = lambda job: Task(job[0], nodes.folder / "logs" / f"{job[0]}.log")  # noqa: E731
+    started = time.monotonic()
+    with pytest.raises(HostError, match="no space"):
+        RayExecutor(describe, watch=watch).run(partial(sleep_after_mark, tmp_path), jobs_of(range(2)), lambda _: None)
+    assert time.monotonic() - started < 100
+
+
+def sleep_after_mark(folder: Path, job) -> None:
+    (folder / job[0]).touch()
+    time.sleep(200)
+
+
 def crash(job) -> None:
     raise ZeroDivisionError("a bug")
 

@@ -24,7 +24,7 @@ from pipeline.runtime.text import Text
 from pipeline.sources.gguf import _save_tokenizer
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import serialized, tokenizer_files
-from pipeline.validate.gates.answers import _encode
+from pipeline.validate.gates.answers import encode
 from pipeline.validate.lengths import token_counts
 from pipeline.validate.prompts import Prompt
 from support import odd_tokenizers as odd
@@ -133,7 +133,7 @@ def of_tune(engine: Engine, text: str, monkeypatch: pytest.MonkeyPatch, work: Pa
 
 def of_gates(engine: Engine, text: str, monkeypatch: pytest.MonkeyPatch, work: Path) -> Any:
     inputs: Any = SimpleNamespace(engine=engine, prompts=[Prompt("1", "chat", text)])
-    raise HeardError(_encode(inputs)[0])
+    raise HeardError(encode(inputs)[0])
 
 
 @pytest.mark.parametrize("command", [of_run, of_bench, of_tune, of_gates])

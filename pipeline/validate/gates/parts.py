@@ -168,10 +168,10 @@ RunParts = Callable[[Items[Part]], list[Any]]
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Runs parts on other machines, `places` at a time, which have the goldens' shared cache."""
+    """Runs parts on other machines, which have the goldens' shared cache; `places` returns how many run at a time."""
 
     run: RunParts
-    places: int
+    places: Callable[[], int]
 
 
 def answer_elsewhere(inputs: GateInputs, clock: StageClock, elsewhere: Elsewhere) -> Answers:
@@ -186,7 +186,7 @@ def answer_elsewhere(inputs: GateInputs, clock: StageClock, elsewhere: Elsewhere
 
 def references_elsewhere(inputs: GateInputs, sequences: Sequences, elsewhere: Elsewhere) -> dict[str, ModelReference]:
     """Return the reference of target and draft, as `compute_references`, from goldens that the parts computed."""
-    parts = [GoldensPart(group, number) for number, group in enumerate(groups(sequences, elsewhere.places))]
+    parts = [GoldensPart(group, number) for number, group in enumerate(groups(sequences, elsewhere.places()))]
     found: list[dict[str, Cached]] = elsewhere.run(parts)
     computed = {model: sum(counts[model].computed for counts in found) for model in MODELS}
     references = compute_references(inputs, sequences)

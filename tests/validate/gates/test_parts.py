@@ -28,7 +28,7 @@ def apart(work, recipe, ran, fault=None):
             results.append(part.run(replace(inputs, cache=Cache(work / "cache", "goldens"))))
         return pickle.loads(pickle.dumps(results))
 
-    return Elsewhere(run, 3)
+    return Elsewhere(run, lambda: 3)
 
 
 def compared(gates):
