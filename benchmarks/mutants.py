@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from pipeline.recipe.schema import Recipe
-from support.mutants import MODULES, Mutant, executed_functions, mutants
+from support.mutants import EXPLAINED, MODULES, Mutant, executed_functions, mutants
 from support.reports import SMALL, gates_of, recipe_of
 
 TIMEOUT_S = 300
@@ -30,7 +30,7 @@ SAMPLED = ("greedy", "stochastic")
 
 def recipes() -> Iterator[tuple[str, Recipe]]:
     """Yield the pairs that mutants run with, the quickest first."""
-    agreeing = recipe_of("llama", 3, "float32", SAMPLED, (0,), SMALL)
+    agreeing = recipe_of("qwen2", 3, "float32", SAMPLED, (0,), SMALL)
     for dtype in ("float32", "bfloat16"):
         model = recipe_of("llama", 3, dtype, SAMPLED, (2,), SMALL)
         speculation = model.speculation.model_copy(update={"lookup": 2})
@@ -94,7 +94,8 @@ def main(arguments: Sequence[str]) -> None:
     print(", ".join(f"{name}: {count}" for name, count in outcomes.most_common()))
     print(f"caught {len(found) - len(survivors)} of {len(found)}")
     for mutant in survivors:
-        print(f"survived: {mutant}")
+        why = next((reason for text, reason in EXPLAINED.items() if text in str(mutant)), "NOT EXPLAINED")
+        print(f"survived: {mutant} ({why})")
 
 
 def _too_slow(*_: object) -> None:

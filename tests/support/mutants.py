@@ -40,6 +40,20 @@ COMPUTED = {
 RENAMED = {"amax": "amin", "amin": "amax", "cos": "sin", "sin": "cos", "cumsum": "flip"}
 
 
+EXPLAINED = {
+    "Model.read: 0 -> 1": "equal: all rows of a prompt have the same positions",
+    "self.partner_vocab > self.config.vocab -> ": "equal: a partner's vocabulary is named only if it differs",
+    "Eagle3.after_decode: rows.position_B": "changes proposals of an untrained head, of which none is accepted",
+    "Eagle3.propose: rows.position_B": "changes proposals of an untrained head, of which none is accepted",
+    "Eagle3.score: position_B < ": "changes features of rows that are not scored, which are set again before use",
+    "Eagle3.writes: rows.alive_B": "changes caches of an untrained head, whose proposals are not accepted",
+    "vocab_rows: tp == 1": "equal on one rank; of several: tests/speculation/test_phases.py, tests/backends",
+    "seams.tp -> ": "equal on one rank; of several: tests/backends/inductor/test_ranks.py",
+    "(low + 0.5) * 2.0 ** (-BITS) -> high - ": "changes random numbers by 1e-7 of their range",
+}
+"""Why some mutants pass, by a part of their text: what they change cannot be seen in these pairs, or not at all."""
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A change of one function, by its module and qualified name."""
