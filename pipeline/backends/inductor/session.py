@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import stat
+import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor import collectives  # noqa: F401 - graphs of several ranks call its operators by name
 from pipeline.errors import ArtifactError, HostError
 from pipeline.files.atomic import safe_relative
-from pipeline.files.temporary import temporary_files, temporary_folder
+from pipeline.files.temporary import prepared_folder, temporary_files, temporary_folder
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.shards import read_shard
 from pipeline.graphs.signature import Signature, TensorSpec
@@ -32,7 +34,7 @@ class LoadedGraph:
         check_members(package)  # the loader writes each to the path that it names
         index = -1 if device == "cpu" else torch.device(device).index
         try:
-            with temporary_files(temporary_folder()):  # the loader extracts the library there
+            with _extraction_folder(device) as folder, temporary_files(folder):
                 self._loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, index)
         except RuntimeError as error:
             raise HostError(f"cannot load the graph: {error}", where=str(package), fix=VERIFY) from error
@@ -41,6 +43,21 @@ class LoadedGraph:
         """Run on tensors in signature order; update the state tensors in place."""
         outputs: list[Tensor] = self._loader.run(list(tensors))
         return outputs
+
+
+@contextmanager
+def _extraction_folder(device: str) -> Iterator[Path]:
+    """Yield the folder to which the loader extracts a library, and remove it when the library is loaded.
+
+    A loaded library needs no file, and a process that is killed later leaves none. On CUDA a graph reads its kernels
+    at their first launch, so its files stay until the loader is destroyed.
+    """
+    own = prepared_folder(temporary_folder())
+    if device != "cpu":
+        yield own
+        return
+    with tempfile.TemporaryDirectory(prefix="graph-", dir=own, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def check_members(package: Path) -> None:

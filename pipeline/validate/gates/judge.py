@@ -119,12 +119,12 @@ ROUNDING = 1e-4
 def gumbel(seed: int, position: int, vocab: int) -> NDArray[np.float64]:
     """Return the Gumbel number of every token at a position, float64 [V].
 
-    Independent of `pipeline.speculation.noise`: 20 rounds of SIMON with alternating halves of the seed as keys.
+    Independent of `pipeline.speculation.noise`: 16 rounds of SIMON with alternating halves of the seed as keys.
     """
     with np.errstate(over="ignore"):
         x = np.arange(vocab, dtype=np.uint32)
         y = np.full(vocab, position, dtype=np.uint32)
-        for number in range(1, 21):
+        for number in range(1, 17):
             key = np.uint32((seed >> 32 * ((number - 1) % 2) & 0xFFFFFFFF) ^ (number * 0x9E3779B9 & 0xFFFFFFFF))
             turned = [x << np.uint32(bits) | x >> np.uint32(32 - bits) for bits in (1, 8, 2)]
             x, y = y ^ turned[0] & turned[1] ^ turned[2] ^ key, x
