@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pipeline.cache.local import default_root
 from pipeline.errors import Problem, RecipeError
 from pipeline.extras import install_command
+from pipeline.stages.memory import host_memory
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan
@@ -46,11 +47,11 @@ def diagnose(settings: BackendSettings, recipe: Recipe | None = None, path: Path
 
 
 def _machine() -> dict[str, str]:
-    free, total = _memory()
+    available, total = host_memory()
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cores": str(len(os.sched_getaffinity(0))),
-        "memory": f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
+        "memory": f"{available / GIB:.1f} of {total / GIB:.1f} GiB available",
         "cache": f"{default_root()}, {_disk(default_root()) / GIB:.1f} GiB free",
         "executors": "local, ray" if find_spec("ray") else f"local; for ray run: {install_command('ray')}",
     }
@@ -89,24 +90,19 @@ def _limit(plan: Plan) -> str:
 
 
 def _shortages(plan: Plan, largest: int) -> Iterator[Problem]:
-    free, total = _memory()
+    available, total = host_memory()
     if largest > total:
         what = f"the largest graph needs about {largest / GIB:.1f} GiB to compile, this machine has {total / GIB:.1f}"
         yield Problem("machine.memory", what, "build on a larger machine; a build needs no device")
-    elif largest > free:
-        what = f"the largest graph needs about {largest / GIB:.1f} GiB to compile, {free / GIB:.1f} GiB are free"
+    elif largest > available:
+        needed = f"the largest graph needs about {largest / GIB:.1f} GiB to compile"
+        what = f"{needed}, {available / GIB:.1f} GiB are available"
         yield Problem("machine.memory", what, "end other programs")
     disk = _disk(default_root())
     if plan.stored_bytes > disk:
         size = f"the files need about {plan.stored_bytes / GIB:.1f} GiB, with equal files counted once"
         what = f"{size}; the cache's disk has {disk / GIB:.1f} free"
         yield Problem("machine.disk", what, "set TANDEM_CACHE to a folder on a larger disk, and build there")
-
-
-def _memory() -> tuple[int, int]:
-    """Return free and total memory, in bytes."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
 
 
 def _disk(path: Path) -> int:

@@ -22,7 +22,7 @@ def diagnosis(path):
 @pytest.fixture
 def large(monkeypatch):
     """A machine that can build anything."""
-    monkeypatch.setattr(doctor, "_memory", lambda: (400 * GIB, 500 * GIB))
+    monkeypatch.setattr(doctor, "host_memory", lambda: (400 * GIB, 500 * GIB))
     monkeypatch.setattr(doctor, "_disk", lambda path: 9000 * GIB)
 
 
@@ -51,13 +51,13 @@ def test_diagnose_of_a_model_that_does_not_fit_its_cores(large, tmp_path):
     ("memory", "disk", "says"),
     [
         ((2, 4), 9000, "the largest graph needs about * GiB to compile, this machine has 4.0"),
-        ((2, 500), 9000, "the largest graph needs about * GiB to compile, 2.0 GiB are free"),
+        ((2, 500), 9000, "the largest graph needs about * GiB to compile, 2.0 GiB are available"),
         ((400, 500), 20, "the files need about * GiB, with equal files counted once; the cache's disk has 20.0 free"),
         ((400, 500), 9000, None),
     ],
 )
 def test_diagnose_holds_a_plan_against_memory_and_disk(monkeypatch, memory, disk, says):
-    monkeypatch.setattr(doctor, "_memory", lambda: tuple(size * GIB for size in memory))
+    monkeypatch.setattr(doctor, "host_memory", lambda: tuple(size * GIB for size in memory))
     monkeypatch.setattr(doctor, "_disk", lambda path: disk * GIB)
     found = [p for p in diagnosis(RECIPES / "llama-70b-spec.yaml").problems if p.where.startswith("machine.")]
     expected = [] if says is None else [says.split("*")]

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.artifact.keys import NEW_KEY, check_public, public_key_of
 from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, read
 from pipeline.artifact.provenance import PROVENANCE, builder_of
 from pipeline.artifact.verify import difference
@@ -149,12 +150,24 @@ def read_policy(path: Path) -> Policy:
         first = error.errors()[0]
         where = document.place(tuple(first["loc"]))
         raise InputError(first["msg"], where=where, fix="see docs/how-to/sign.md") from error
+    for rule_number, rule in enumerate(policy.rules):
+        for number, signer in enumerate(rule.signed_by):
+            if signer.key is not None:
+                place = document.place(("rules", rule_number, "signed_by", number, "key"))
+                check_public(path.parent / signer.key, place)
     return _with_base(policy, path.parent)
 
 
 def require(identity: str, issuer: str = GITHUB) -> Policy:
-    """Return the policy of `--require-signature`, from the file of a public key or a keyless identity."""
+    """Return the policy of `--require-signature`, from the file of a public key or a keyless identity.
+
+    Raises:
+        InputError: no such file, or not a public key.
+
+    """
     is_key = identity.endswith((".pem", ".pub")) or Path(identity).is_file()
+    if is_key:
+        check_public(Path(identity), "--require-signature")
     signer = Signer(key=identity) if is_key else Signer(identity=identity, issuer=issuer)
     return Policy(rules=(Rule(signed_by=(signer,)),))
 
@@ -199,11 +212,25 @@ def _signer(key: Path | None, password: str | None, token: str | None, where: st
             return config.use_sigstore_signer(use_ambient_credentials=token is None, identity_token=token)
         except Exception as error:
             raise HostError(f"cannot sign: {_first_line(error)}", where=where, fix=KEYLESS) from error
+    public_key_of(key, password)
     try:
-        return config.use_elliptic_key_signer(private_key=key, password=password)
-    except (ValueError, OSError, TypeError) as error:
-        fix = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
-        raise InputError(f"unusable private key: {reason(error)}", where=str(key), fix=fix) from error
+        return config.use_elliptic_key_signer(private_key=key, password=password.encode() if password else None)
+    except ValueError as error:
+        raise InputError(f"unusable private key: {reason(error)}", where=str(key), fix=NEW_KEY) from error
+
+
+def signed_by_key(document: bytes, signatures: Sequence[bytes], key: Path, password: str | None) -> bool:
+    """Return whether one of the signatures over a document is by the holder of a private key.
+
+    Raises:
+        InputError: no such key, or an unusable key.
+
+    """
+    public = public_key_of(key, password)
+    with tempfile.TemporaryDirectory(prefix="tandem-key-") as folder:
+        path = Path(folder) / "key.pub"
+        path.write_bytes(public)
+        return any(_fault(document, data, Signer(key=str(path)), Path()) is None for data in signatures)
 
 
 def check_artifact(root: Path, policy: Policy) -> Signer:
@@ -249,7 +276,7 @@ def _fault(manifest: bytes, signature: bytes, signer: Signer, base: Path) -> str
         try:
             _configure(config, signer, base)
             config.verify(folder, signature_file)
-        except HostError:
+        except InputError:
             raise
         except Exception as error:
             return _meaning(error, signer)
@@ -270,9 +297,11 @@ def _configure(config: Any, signer: Signer, base: Path) -> None:
         config.use_sigstore_verifier(identity=signer.identity, oidc_issuer=signer.issuer)
         return
     path = base / signer.key
-    if not path.is_file():
-        raise HostError("no such public key", where=str(path), fix="name a PEM file")
-    config.use_elliptic_key_verifier(public_key=path)
+    try:
+        config.use_elliptic_key_verifier(public_key=path)
+    except Exception as error:
+        what, fix = f"unusable public key: {_first_line(error)}", "name a public key in PEM on an elliptic curve"
+        raise InputError(what, where=str(path), fix=fix) from error
 
 
 def _library(module: str) -> Any:

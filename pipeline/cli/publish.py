@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from pipeline.artifact import signing
+from pipeline.artifact.keys import public_key_of
 from pipeline.artifact.manifest import read
 from pipeline.cli.console import Console, print_error
 from pipeline.cli.groups import Command
@@ -21,7 +22,17 @@ from pipeline.cli.tables import Verdict
 from pipeline.cli.words import counted, size
 from pipeline.errors import no_string
 from pipeline.extras import require
-from pipeline.registry.publish import Outcome, Place, PublishSettings, Release, Sign, listed_places, publish_all
+from pipeline.registry.publish import (
+    Outcome,
+    Own,
+    Place,
+    PublishSettings,
+    Release,
+    Sign,
+    any_signature,
+    listed_places,
+    publish_all,
+)
 from pipeline.stores.base import check_spelling, extras_of
 
 REGISTRY = "artifacts/registry"
@@ -79,19 +90,21 @@ def publish(console: Console, options: PublishOptions) -> None:
     for place in places:
         check_spelling(place.url)
     require([*extras_of(*(place.url for place in places)), *(("sign",) if options.signs else ())], "tandem publish")
-    if options.signs and not options.dry_run:
-        for root in roots:
-            _sign(root, options.key)
+    if options.key is not None:
+        public_key_of(options.key, _password())  # an unusable key ends the command before files are read
     settings = PublishSettings(
-        version=options.version, sign=_signer(options.key) if options.signs else None,
+        version=options.version, sign=_signer(options.key) if options.signs else None, own=_own(options.key),
         unvalidated=options.unvalidated, dry_run=options.dry_run,
     )  # fmt: skip
+    how = _how(options, roots)
     outcomes = publish_all(roots, places, settings, console.transfer("publish"))
     if options.json_:
         print_json([_data(outcome) for outcome in outcomes])
-    else:
-        for release in [outcome.release for outcome in outcomes if outcome.release]:
-            print_line(Verdict(_line(release, _how(options, roots)), good=None if options.dry_run else True))
+    for release in [outcome.release for outcome in outcomes if outcome.release]:
+        if not options.json_:
+            print_line(Verdict(_line(release, how), good=None if options.dry_run else True))
+        if warning := _index_warning(release, how):
+            console.log(warning)
     _report_errors(console, outcomes)
 
 
@@ -107,21 +120,22 @@ def _report_errors(console: Console, outcomes: Sequence[Outcome]) -> None:
 
 @dataclass(frozen=True)
 class _How:
-    """Facts for the result of `publish`: dry run or not, the id of the artifact, and the words for its signature."""
+    """Facts for the result of `publish`: dry run or not, the id of a single artifact, and how it is signed.
+
+    `signs`: with --sign (`key`) or --keyless. `in_folder`: the folders of all artifacts have signatures.
+    """
 
     dry_run: bool
     digest: str
-    signature: str
     signs: bool
+    key: Path | None
+    in_folder: bool
 
 
 def _how(options: PublishOptions, roots: Sequence[Path]) -> _How:
     digest = read(roots[0]).manifest.version if len(roots) == 1 else ""
-    if options.signs:
-        signature = f"signed with {options.key}" if options.key else "signed with the identity of this job"
-    else:
-        signature = "with the signature in its folder" if all(map(signing.has_signature, roots)) else "not signed"
-    return _How(options.dry_run, digest, signature, options.signs)
+    in_folder = all(map(signing.has_signature, roots))
+    return _How(options.dry_run, digest, options.signs, options.key, in_folder)
 
 
 def _line(release: Release, how: _How) -> str:
@@ -134,9 +148,33 @@ def _line(release: Release, how: _How) -> str:
         done = "would send" if release.fresh else "is published already; would send"
         return f"{name}{digest}: {done} {sent} to {release.url}{aliases}"
     if not release.fresh:
-        kept = "; the signature was not added: a release never changes" if how.signs else ""
-        return f"{name}{digest}: published already in {release.url}, sent {sent}{kept}{aliases}"
-    return f"published {name}{digest} to {release.url}: sent {sent}, {how.signature}{aliases}"
+        signature = _old_signature(release, how)
+        return f"{name}{digest}: published already in {release.url}, sent {sent}, {signature}{aliases}"
+    return f"published {name}{digest} to {release.url}: sent {sent}, {_new_signature(how)}{aliases}"
+
+
+def _new_signature(how: _How) -> str:
+    if how.signs:
+        return f"signed with {how.key or 'the identity of this job'}"
+    return "with the signature in its folder" if how.in_folder else "not signed"
+
+
+def _old_signature(release: Release, how: _How) -> str:
+    """Return how a release is signed that the registry had already; its signer is compared with --sign only."""
+    if how.key is not None:
+        return f"already signed with {how.key}"
+    if release.has_signature:
+        return "its signer was not checked"
+    not_added = "; the signature in the folder was not added: a release never changes" if how.in_folder else ""
+    return f"not signed{not_added}"
+
+
+def _index_warning(release: Release, how: _How) -> str | None:
+    """Return a warning about signed artifacts under an index without a signature: pulls check the index first."""
+    if how.signs or not how.in_folder or release.has_signature or release.version == how.digest:
+        return None
+    what = f"the index of {release.version} is not signed; pulls with --require-signature reject it"
+    return f"warning: {what}; to sign the index, publish {'' if how.dry_run else 'another version '}with --sign KEY"
 
 
 def _data(outcome: Outcome) -> dict[str, Any]:
@@ -152,7 +190,11 @@ def _data(outcome: Outcome) -> dict[str, Any]:
 @click.option("--key", type=click.Path(path_type=Path), help="Private key, PEM (default: keyless, this CI job).")
 @as_json
 def sign(artifact: str, key: Path | None, json_: bool) -> None:
-    """Sign the manifest of ARTIFACT. `tandem publish` sends the signature along."""
+    """Sign the manifest of ARTIFACT. `tandem publish` sends the signature along.
+
+    A release of several artifacts, or with a version of its own, also has an index, which only `tandem publish --sign`
+    signs. Pulls that require signatures reject a release whose index is not signed.
+    """
     root = artifact_dir(artifact)
     signature = _sign(root, key)
     if json_:
@@ -168,6 +210,12 @@ def _sign(root: Path, key: Path | None) -> Path:
 
 def _signer(key: Path | None) -> Sign:
     return lambda index: signing.signature_over(index, "release", key, password=_password(), token=_token())
+
+
+def _own(key: Path | None) -> Own:
+    if key is None:
+        return any_signature
+    return lambda document, signatures: signing.signed_by_key(document, signatures, key, _password())
 
 
 def _password() -> str | None:

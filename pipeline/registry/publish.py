@@ -9,12 +9,14 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from pipeline.artifact.diff import diff
 from pipeline.artifact.manifest import CACHE_KIND, MANIFEST, SIGNATURE, FileEntry, Manifest
 from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, GateError, InputError, TandemError, no_string
+from pipeline.files.atomic import write_atomic
 from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.recipe import load
 from pipeline.registry.aliases import check_alias, move_alias
@@ -27,7 +29,10 @@ UNGATED = {"nxdi": "NxD Inference", CACHE_KIND: "vLLM's Neuron plugin"}
 """Compilers of artifacts that the gates cannot run, by backend; such artifacts need `--unvalidated`."""
 
 Sign = Callable[[bytes], bytes]
-"""Returns a signature over an index, which, unlike a manifest, is written when it is published."""
+"""Returns a signature over a manifest or an index."""
+
+Own = Callable[[bytes, Sequence[bytes]], bool]
+"""Returns whether one of these signatures over a manifest or an index is by the signer of `Sign`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Release:
     """A release that was published, or with `dry_run` would be.
 
     `sent` and `sent_bytes`: number and size of the blobs that the registry lacked. `fresh` is False if the registry had
-    the release already.
+    the release already. `has_signature`: the registry has a signature over the release's own document, which pulls that
+    require signatures check first.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Release:
     sent_bytes: int
     fresh: bool
     aliases: tuple[str, ...]
+    has_signature: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,25 @@ class Place:
         no_string(self.aliases, "aliases", "aliases")
 
 
+def any_signature(document: bytes, signatures: Sequence[bytes]) -> bool:  # noqa: ARG001 - an `Own`
+    """Return whether there is a signature, by whomever."""
+    return bool(signatures)
+
+
 @dataclass(frozen=True)
 class PublishSettings:
     """Settings of `publish`.
 
-    `version`: version of the release, by default from its content. `sign`: returns a signature over the release's
-    index; several artifacts, or a chosen version, give a release an index. `unvalidated`: allow artifacts without
-    validation gates: packages of NxD Inference, compile caches. `dry_run`: send nothing.
+    `version`: version of the release, by default from its content. `sign`: returns a signature; it signs each manifest,
+    and the index that several artifacts or a chosen version give a release. The signatures are written beside the
+    manifests once a release with them is published. `own`: whether a published release has a signature of this signer
+    already; by default, any signature. `unvalidated`: allow artifacts without validation gates: packages of NxD
+    Inference, compile caches. `dry_run`: send nothing.
     """
 
     version: str | None = None
     sign: Sign | None = None
+    own: Own = any_signature
     unvalidated: bool = False
     dry_run: bool = False
 
@@ -116,7 +131,8 @@ def publish(
 
     Raises:
         GateError: an artifact was not validated, or failed.
-        ArtifactError: an artifact does not verify, or the version is taken by another content.
+        ArtifactError: an artifact does not verify, the version is taken by another content, or the release exists and
+            is to be signed but lacks this signature.
         InputError: an alias has a version's name, or the version an alias's.
         HostError: the registry is unreachable or read-only.
 
@@ -124,7 +140,7 @@ def publish(
     no_string(roots, "roots", "paths")
     no_string(aliases, "aliases", "aliases")
     bundle = _verified_bundle([roots] if isinstance(roots, Path) else roots, options)
-    return _publish(bundle, Place(url, tuple(aliases)), options.dry_run, progress)
+    return _publish(bundle, Place(url, tuple(aliases)), _signing_once(options), progress)
 
 
 def publish_all(
@@ -143,9 +159,10 @@ def publish_all(
     no_string(roots, "roots", "paths")
     no_string(places, "places", "places")
     bundle, outcomes = _verified_bundle(roots, options), []
+    options = _signing_once(options)
     for place in places:
         try:
-            outcomes.append(Outcome(place.url, _publish(bundle, place, options.dry_run, progress)))
+            outcomes.append(Outcome(place.url, _publish(bundle, place, options, progress)))
         except TandemError as error:
             outcomes.append(Outcome(place.url, error=error))
     return outcomes
@@ -177,28 +194,62 @@ def _verified_bundle(roots: Sequence[Path], options: PublishSettings) -> Bundle:
     artifacts = [verify(root) for root in roots]
     for artifact in artifacts:
         _check_gates(artifact.manifest, artifact.root, options.unvalidated)
-    bundle = make_bundle(artifacts, options.version)
-    if options.sign is None or options.dry_run or not isinstance(bundle.document, Index):
-        return bundle
-    return replace(bundle, signature=options.sign(bundle.data))
+    return make_bundle(artifacts, options.version)
 
 
-def _publish(bundle: Bundle, place: Place, dry_run: bool, progress: ByteProgress) -> Release:
+def _signing_once(options: PublishSettings) -> PublishSettings:
+    """Return settings that sign each document once, for all places; not before a place lacks the release."""
+    return options if options.sign is None else replace(options, sign=cache(options.sign))
+
+
+def _publish(bundle: Bundle, place: Place, options: PublishSettings, progress: ByteProgress) -> Release:
     url, store = place.url, open_store(place.url)
     for alias in place.aliases:
         check_alias(store, bundle.document.name, bundle.document.version, alias, url)
     _check_version(store, bundle.document, url)
     content = _content(bundle)
-    if dry_run:
-        return _release(bundle, place, *_missing(store, bundle, content, url))
+    if options.dry_run:
+        published, missing = _missing(store, bundle, content, url)
+        if published is not None:
+            _check_signed(store, published, options, url)
+        return _release(bundle, place, published, missing, store)
     with store.publishing():
         published, missing = _missing(store, bundle, content, url)
+        if published is None:
+            content = replace(content, signatures=tuple(_signatures(bundle, options.sign)))
+        else:
+            _check_signed(store, published, options, url)
         _send(store, content, missing, progress)
         if published is None and not store.create_release(content):
-            _published(store, bundle.document, url)  # published by another process: raises if it differs
+            by_another_process = _published(store, bundle.document, url)  # raises if it differs
+            _check_signed(store, by_another_process or bundle.document, options, url)
         for alias in place.aliases:
             move_alias(store, content.name, alias, content.version, url)
-    return _release(bundle, place, published, missing)
+    if published is None and options.sign is not None:
+        _keep_signatures(bundle, options.sign)
+    return _release(bundle, place, published, missing, store)
+
+
+def _check_signed(store: Store, published: Document, options: PublishSettings, url: str) -> None:
+    """Reject a published release without the signature that this publish is to give it: a release never changes."""
+    data, found = _signed(store, published)
+    if options.sign is None or (found and options.own(data, found)):
+        return
+    what = f"{published.name}@{published.version} exists and is not signed{' by this key' if found else ''}"
+    raise ArtifactError(what, where=url, fix="publish under another version: --version VERSION, with --sign")
+
+
+def _signed(store: Store, document: Document) -> tuple[bytes, list[bytes]]:
+    """Return the document of a published release as the registry has it, and the signatures over it."""
+    data = store.read_release(document.name, document.version) or b""
+    sha256 = hashlib.sha256(data).hexdigest()
+    return data, store.signatures(document.name, document.version, SIGNATURE, sha256) if data else []
+
+
+def _keep_signatures(bundle: Bundle, sign: Sign) -> None:
+    """Write the signatures over the manifests, which were published, beside the manifests."""
+    for artifact in bundle.artifacts.values():
+        write_atomic(artifact.root / SIGNATURE, sign((artifact.root / MANIFEST).read_bytes()))
 
 
 def _check_version(store: Store, document: Document, url: str) -> None:
@@ -208,10 +259,13 @@ def _check_version(store: Store, document: Document, url: str) -> None:
         raise InputError(what, where=url, fix="choose another version, or omit --version")
 
 
-def _release(bundle: Bundle, place: Place, published: Document | None, missing: Sequence[str]) -> Release:
+def _release(
+    bundle: Bundle, place: Place, published: Document | None, missing: Sequence[str], store: Store
+) -> Release:  # fmt: skip
     size = sum(bundle.files[path].size for path in missing)
     name, version = bundle.document.name, bundle.document.version
-    return Release(name, version, place.url, len(missing), size, published is None, place.aliases)
+    _, signatures = _signed(store, bundle.document)
+    return Release(name, version, place.url, len(missing), size, published is None, place.aliases, bool(signatures))
 
 
 def _check_gates(manifest: Manifest, root: Path, unvalidated: bool) -> None:
@@ -231,18 +285,19 @@ def _content(bundle: Bundle) -> Content:
     root = next(iter(bundle.artifacts.values())).root
     return Content(
         bundle.document.name, bundle.document.version, bundle.data, bundle.files, bundle.sources,
-        tuple(_signatures(bundle)), card(bundle.document, manifests, root),
+        (), card(bundle.document, manifests, root),
     )  # fmt: skip
 
 
-def _signatures(bundle: Bundle) -> Iterable[Signature]:
-    if bundle.signature is not None:
-        yield Signature(SIGNATURE, hashlib.sha256(bundle.data).hexdigest(), bundle.signature)
+def _signatures(bundle: Bundle, sign: Sign | None) -> Iterable[Signature]:
+    """Yield the signatures of a new release: by `sign`, or those in the artifacts' folders."""
+    if sign is not None and isinstance(bundle.document, Index):
+        yield Signature(SIGNATURE, hashlib.sha256(bundle.data).hexdigest(), sign(bundle.data))
     for prefix, artifact in bundle.artifacts.items():
-        path = artifact.root / SIGNATURE
-        if path.is_file():
-            digest = hashlib.sha256((artifact.root / MANIFEST).read_bytes()).hexdigest()
-            yield Signature(f"{prefix}/{SIGNATURE}".lstrip("/"), digest, path.read_bytes())
+        path, manifest = artifact.root / SIGNATURE, (artifact.root / MANIFEST).read_bytes()
+        if sign is not None or path.is_file():
+            data = path.read_bytes() if sign is None else sign(manifest)
+            yield Signature(f"{prefix}/{SIGNATURE}".lstrip("/"), hashlib.sha256(manifest).hexdigest(), data)
 
 
 def _published(store: Store, document: Document, url: str) -> Document | None:

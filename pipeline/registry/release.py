@@ -66,15 +66,11 @@ Fetch = Callable[[str, FileEntry], bytes]
 
 @dataclass(frozen=True)
 class Bundle:
-    """Artifacts on disk as one release: its document, and every file by its path in the release.
-
-    `signature` is over an index; an artifact that is a release by itself brings its own.
-    """
+    """Artifacts on disk as one release: its document, and every file by its path in the release."""
 
     document: Document
     data: bytes
     artifacts: Mapping[str, Artifact]
-    signature: bytes | None = None
 
     @property
     def files(self) -> dict[str, FileEntry]:

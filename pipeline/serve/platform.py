@@ -17,6 +17,7 @@ from pipeline.models.generation import not_applied_warning
 from pipeline.runtime.batch import check_choice, check_prompt
 from pipeline.serve import settings
 from pipeline.serve.plugin import ARTIFACT
+from pipeline.stages.memory import host_memory
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -64,9 +65,9 @@ class TandemPlatform(Platform):
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
-        """Return the memory of the host, in bytes."""
+        """Return the memory of the host or its container, in bytes."""
         del device_id
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host_memory().total
 
     @classmethod
     def inference_mode(cls) -> Any:

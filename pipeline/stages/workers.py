@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import resource
 
+from pipeline.stages.memory import host_memory
+
 
 def worker_count(graph_memory_bytes: int, graphs: int) -> int:
-    """Return the number of workers that cores and free memory allow."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), free // max(graph_memory_bytes, 1), graphs))
+    """Return the number of workers that cores and available memory allow."""
+    fits = host_memory().available // max(graph_memory_bytes, 1)
+    return max(1, min(len(os.sched_getaffinity(0)), fits, graphs))
 
 
 def peak_bytes() -> int:

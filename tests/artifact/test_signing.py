@@ -104,10 +104,36 @@ def test_check_a_signature_that_is_a_link(made, keys, tmp_path):
         verify(made)
 
 
-def test_require_a_key_that_is_not_there(made, keys, tmp_path):
+def test_require_a_key_that_is_not_there(tmp_path):
+    """It was an error of the environment, with exit code 3."""
+    with pytest.raises(InputError, match="--require-signature: cannot read the public key: No such file"):
+        require(str(tmp_path / "none.pub"))
+
+
+def test_require_the_private_key(keys):
+    """The artifact was blamed: `not signed by release.pem: Valid PEM but no BEGIN PUBLIC KEY; do not use it`."""
+    with pytest.raises(InputError, match=r"^--require-signature: .*release\.pem is not a public key$") as caught:
+        require(str(keys[0]))
+    assert caught.value.fix == f"name {keys[1]}"
+
+
+def test_require_a_damaged_public_key(made, keys, tmp_path):
     sign(made, keys[0])
-    with pytest.raises(HostError, match="no such public key"):
-        check_artifact(made, require(str(tmp_path / "none.pub")))
+    (tmp_path / "bad.pub").write_text("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n")
+    with pytest.raises(InputError, match=r"bad\.pub: unusable public key") as caught:
+        check_artifact(made, require(str(tmp_path / "bad.pub")))
+    assert not isinstance(caught.value, ArtifactError)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("gone.pub", "cannot read the public key: No such file"), ("release.pem", "is not a public key")]
+)
+def test_read_policy_names_the_line_of_an_unusable_key(keys, tmp_path, name, says):
+    (tmp_path / "policy.yaml").write_text(f"rules:\n  - signed_by:\n      - key: release.pub\n      - key: {name}\n")
+    with pytest.raises(InputError, match=says) as caught:
+        read_policy(tmp_path / "policy.yaml")
+    assert caught.value.where.endswith("policy.yaml:4: rules[0].signed_by[1].key")
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("data", [b"", b"-----BEGIN nothing-----"])
