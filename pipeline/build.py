@@ -18,7 +18,7 @@ from pipeline.backends.base import make_backend
 from pipeline.cache.local import default_root
 from pipeline.errors import GateError
 from pipeline.plan.forecast import StageTime
-from pipeline.recipe import Recipe, load
+from pipeline.recipe import Recipe, load, located
 from pipeline.stages.settings import BuildSettings, check_executor, check_together
 from pipeline.stages.stamp import LockedBuild, locked_builds
 
@@ -38,20 +38,20 @@ class BuildReport:
 
 
 def build(
-    recipe: Recipe | Path, out: Path | None = None, *, base: Path | None = None, cache: Path | None = None,
+    recipe: Recipe | Path | str, out: Path | None = None, *, base: Path | None = None, cache: Path | None = None,
     workers: int | None = None, validate: bool = True, locked: bool = False,
 ) -> Artifact:  # fmt: skip
-    """Build a recipe into the directory `out` (default `artifacts/<name>`) and return the artifact.
+    """Build a recipe, or the file or name of one, into `out` (default `artifacts/<name>`) and return the artifact.
 
-    `base` is the folder that relative paths of the recipe start at: that of its file, or `recipes`. `run` with
+    `base` is the folder that relative paths of the recipe start at: that of its file, or `recipes`. `run_build` with
     `BuildSettings` takes the rest: a shared cache, a lock elsewhere, callbacks for lines and progress.
 
     Raises:
         TandemError: wrong input, a missing tool, or a failed gate; what is finished stays cached.
 
     """
-    folder = recipe.parent if isinstance(recipe, Path) else Path("recipes")
-    parsed = load(recipe) if isinstance(recipe, Path) else recipe
+    folder = Path("recipes") if isinstance(recipe, Recipe) else located(recipe).parent
+    parsed = recipe if isinstance(recipe, Recipe) else load(recipe)
     settings = BuildSettings(
         parsed, base or folder, out or Path("artifacts") / parsed.name, cache=cache or default_root(),
         workers=workers, validate=validate, locked=locked,

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cache.local import default_root
-from pipeline.errors import Problem, RecipeError
-from pipeline.extras import install_command
+from pipeline.errors import HostError, Problem, RecipeError
+from pipeline.extras import install_command, state
 from pipeline.stages.memory import host_memory
 
 if TYPE_CHECKING:
+    from pipeline.backends.base import Backend
+    from pipeline.models.config import ModelConfig
     from pipeline.plan.plan import Plan
     from pipeline.recipe.schema import BackendSettings, Recipe
 
@@ -35,15 +37,48 @@ class Diagnosis:
 
 
 def diagnose(settings: BackendSettings, recipe: Recipe | None = None, path: Path | None = None) -> Diagnosis:
-    """Examine this machine for a backend (`settings` as in a recipe), and for one recipe whose file is `path`."""
-    from pipeline.backends.base import make_backend
+    """Examine this machine for a backend (`settings` as in a recipe), and for one recipe whose file is `path`.
 
-    backend = make_backend(settings)
-    diagnosis = Diagnosis({"machine": _machine(), "packages": backend.toolchain().as_dict()}, backend.preflight())
-    diagnosis.facts["device"] = backend.host()
+    Raises:
+        InputError: the recipe's lock or sources cannot be used.
+
+    """
+    diagnosis = Diagnosis({"machine": _machine()})
+    if (backend := _backend(settings, diagnosis)) is not None:
+        device = backend.host()
+        versions = backend.toolchain().as_dict()
+        diagnosis.facts["packages"] = {name: of for name, of in versions.items() if device.get(name) != of}
+        diagnosis.facts["device"] = device
+        diagnosis.problems += backend.preflight()
+    diagnosis.facts["commands"] = _commands(settings, can_build=not diagnosis.problems)
     if recipe is not None and path is not None:
         _recipe(diagnosis, recipe, path)
     return diagnosis
+
+
+def _backend(settings: BackendSettings, diagnosis: Diagnosis) -> Backend | None:
+    """Return a backend; None, with a problem, if its packages are not installed."""
+    from pipeline.backends.base import make_backend
+
+    try:
+        return make_backend(settings)
+    except HostError as error:
+        diagnosis.problems += error.problems
+        return None
+
+
+def _commands(settings: BackendSettings, *, can_build: bool) -> dict[str, str]:
+    """Return what this machine can do, by command: yes, or no with the command that installs what is missing."""
+    packages = state(settings.name)
+    ready = "yes" if can_build else "no; see the problems"
+    return {
+        "pull, verify, ls": "yes",
+        "registries s3://": state("s3"),
+        "registries hf://": state("hub"),
+        "sign, --require-signature": state("sign"),
+        f"build, run ({settings.name})": ready if packages == "yes" else packages,
+        "serve": state("vllm"),
+    }
 
 
 def _machine() -> dict[str, str]:
@@ -58,15 +93,16 @@ def _machine() -> dict[str, str]:
 
 
 def _recipe(diagnosis: Diagnosis, recipe: Recipe, path: Path) -> None:
-    """Add facts and problems of a recipe's plan, if its lock has the configs of the models."""
-    from pipeline.plan.lock import lock_command, lock_path, pair_configs, read
+    """Add facts and problems of a recipe's plan, if its lock or folders on this host have the configs of the models."""
     from pipeline.plan.plan import make_plan
 
-    if not lock_path(path).is_file():
-        diagnosis.facts["recipe"] = {"plan": f"{path} has no lock; for a plan, run: {lock_command(path)}"}
+    configs = _configs(recipe, path)
+    if configs is None:
+        what = f"{path} has no lock, and its sources need a download; for a plan, run: tandem plan {recipe.argument()}"
+        diagnosis.facts["recipe"] = {"plan": what}
         return
     try:
-        plan = make_plan(recipe, *pair_configs(recipe, read(lock_path(path)), str(lock_path(path))))
+        plan = make_plan(recipe, *configs)
     except RecipeError as error:
         diagnosis.problems += error.problems
         return
@@ -79,6 +115,17 @@ def _recipe(diagnosis: Diagnosis, recipe: Recipe, path: Path) -> None:
         "artifact": f"{_size(plan.artifact_bytes)} (estimate)",
     }
     diagnosis.problems += _shortages(plan, largest)
+
+
+def _configs(recipe: Recipe, path: Path) -> tuple[ModelConfig, ModelConfig] | None:
+    """Return the configs of target and draft without a download; None if they are not on this host."""
+    from pipeline.plan.lock import lock_path, pair_configs, read
+    from pipeline.sources.local import check_local
+
+    if lock_path(path).is_file():
+        return pair_configs(recipe, read(lock_path(path)), str(lock_path(path)))
+    pair = check_local(recipe, path.parent, default_root() / "sources").pair
+    return None if pair is None else (pair[0].config, pair[1].config)
 
 
 def _size(size_bytes: int) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 SHOWN_CHARACTERS = 60
 """Limit for a string that a fix shows."""
@@ -130,6 +130,16 @@ class PreflightError(HostError):
         first, *_ = problems
         super().__init__("; ".join(problem.what for problem in problems), where=first.where, fix=first.fix)
         self.problems = tuple(problems)
+
+
+Failure = TypeVar("Failure", bound=TandemError)
+
+
+def together(errors: Sequence[Failure]) -> Failure:
+    """Return the first of several errors, with the problems of all."""
+    first, *others = errors
+    first.problems += tuple(problem for error in others for problem in error.problems)
+    return first
 
 
 def no_string(value: object, where: str, items: str) -> None:

@@ -34,6 +34,10 @@ MODULES = {
 """The modules that identify an extra: those that its commands import first."""
 
 
+SERVE_VENV = ".venv-serve"
+"""Folder of a new environment for vLLM, in the current folder."""
+
+
 def require(extras: Iterable[str], where: str) -> None:
     """Check that extras are installed; `where` names what needs them.
 
@@ -59,8 +63,19 @@ def missing_package(error: ModuleNotFoundError) -> HostError | None:
 
 
 def install_command(*extras: str) -> str:
-    """Return the command that installs extras into this environment, from the place that Tandem was installed from."""
-    return f"{_pip_install()} {shlex.join(_requirement(','.join(extras)))}"
+    """Return the command that installs extras, from the place that Tandem was installed from.
+
+    They go into this environment. vLLM goes into a new one if this one has PyTorch, whose version vLLM would replace.
+    """
+    wanted = shlex.join(_requirement(",".join(extras)))
+    if "vllm" in extras and find_spec("torch") is not None and find_spec("vllm") is None:
+        return f"python3 -m venv {SERVE_VENV} && {SERVE_VENV}/bin/pip install {wanted}"
+    return f"{_pip_install()} {wanted}"
+
+
+def state(extra: str) -> str:
+    """Return `yes` if an extra is installed, or else `no` with the command that installs it."""
+    return f"no; to install: {install_command(extra)}" if _absent(extra) else "yes"
 
 
 def _absent(extra: str) -> list[str]:

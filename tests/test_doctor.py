@@ -1,12 +1,15 @@
 """`tandem doctor`: facts about this machine, and what keeps it from a recipe, before an hour is lost."""
 
 import json
+import re
 import shutil
 
 import pytest
 
 from pipeline import doctor
+from pipeline.backends import base
 from pipeline.recipe import load
+from support.commands import invoke
 from support.neuron_lane import DEVICE, environment, tandem
 from support.paths import ROOT
 
@@ -66,6 +69,43 @@ def test_diagnose_holds_a_plan_against_memory_and_disk(monkeypatch, memory, disk
         assert problem.what.startswith(start)
         assert problem.what.endswith(end)
         assert problem.fix
+
+
+PICO = (RECIPES / "pico-spec.yaml").read_text().replace("prompts/pico.jsonl", "prompts/default.jsonl")
+
+
+def test_doctor_plans_a_recipe_without_a_lock(tmp_path, monkeypatch):
+    """It said `no lock; for a plan, run: tandem recipe lock`, though `tandem plan` needs none."""
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine.yaml").write_text(PICO)
+    assert diagnosis(tmp_path / "mine.yaml").facts["recipe"]["graphs"].endswith("compiled for 1 rank")
+    (tmp_path / "mine.yaml").write_text(PICO.replace("pico://llama?layers=2", "hf://org/name@main"))
+    assert "tandem plan" in diagnosis(tmp_path / "mine.yaml").facts["recipe"]["plan"]
+
+
+def test_doctor_of_a_broken_lock_blames_the_recipe(tmp_path):
+    """It ended with `this machine cannot build or run this` and exit code 3."""
+    (tmp_path / "mine.yaml").write_text(PICO)
+    (tmp_path / "mine.lock").write_text("{")
+    result = invoke("doctor", tmp_path / "mine.yaml")
+    assert result.exit_code == 2
+    assert "mine.lock:" in result.stderr
+
+
+def test_doctor_lists_the_commands_and_no_fact_twice():
+    facts = json.loads(invoke("doctor", "--json").stdout)["facts"]
+    assert facts["commands"]["pull, verify, ls"] == "yes"
+    assert facts["commands"]["sign, --require-signature"] == "yes"
+    assert not facts["packages"].keys() & facts["device"].keys()
+
+
+def test_doctor_of_a_machine_that_only_pulls(monkeypatch):
+    """It printed a problem alone, with exit code 3, where pull, verify and sign work."""
+    monkeypatch.setitem(base.BACKENDS, "inductor", "absent_backend:Backend")
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    assert re.search(r"pull, verify, ls +yes", result.stdout)
+    assert invoke("doctor", "--backend", "inductor").exit_code == 3
 
 
 def test_doctor_of_a_host_with_sdk_and_device(tmp_path):

@@ -50,6 +50,17 @@ def words(command: str) -> list[str]:
     return found[found.index("install") + 1 :]
 
 
+def test_install_command_of_vllm_leaves_an_environment_with_torch_alone(installed_from, without, tmp_path):
+    """`pip install -e '.[vllm]'` in the environment of a build replaced its torch."""
+    installed_from(None)
+    without("vllm")
+    command = extras.install_command("vllm", "s3")
+    assert command == "python3 -m venv .venv-serve && .venv-serve/bin/pip install 'tandem-spec[vllm,s3]'"
+    without("vllm", "torch")
+    assert words(extras.install_command("vllm")) == ["tandem-spec[vllm]"]
+    assert ".venv-serve" not in extras.install_command("vllm")
+
+
 @pytest.mark.parametrize("editable", [True, False])
 def test_install_command_of_a_clone_names_the_clone(installed_from, tmp_path, editable):
     """The hint was `pip install 'tandem[s3]'`, which installs another project."""

@@ -12,7 +12,7 @@ from pipeline.artifact.manifest import PairManifest, part, read, select
 from pipeline.artifact.signing import check_artifact, has_signature
 from pipeline.artifact.verify import verify as verify_files
 from pipeline.cli.console import Console
-from pipeline.cli.facts import changes_of, fields_of, signature_words
+from pipeline.cli.facts import changes_of, fields_of, signature_state, signature_words
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json
 from pipeline.cli.paths import artifact_dir, file_patterns
@@ -78,14 +78,15 @@ def verify(
     patterns = part(read(root).manifest, file_patterns(only), str(root))
     manifest = verify_files(root, lambda done, total: console.progress("verify", done, total), only=patterns).manifest
     chosen = select(manifest, patterns)
-    data = {"name": manifest.name, "version": manifest.version, "files": len(chosen), "signed": policy is not None}
+    signature = signature_words(signer, present=has_signature(root))
     if json_:
-        print_json(data)
+        facts = {"name": manifest.name, "version": manifest.version, "files": len(chosen)}
+        state = signature_state(signer, present=has_signature(root))
+        print_json(facts | {"signature": state, "signer": signer and str(signer)})
         return
     files = f"{len(chosen)} of {counted(len(manifest.files), 'file')}" if patterns else counted(len(chosen), "file")
     match = f"{files} match the manifest, {size(sum(entry.size for entry in chosen.values()))}"
-    text = f"{manifest.name} {manifest.version}: {match}; {signature_words(signer, present=has_signature(root))}"
-    print_line(Verdict(text, good=True))
+    print_line(Verdict(f"{manifest.name} {manifest.version}: {match}; {signature}", good=True))
 
 
 @click.command(cls=Command)

@@ -22,14 +22,18 @@ from pipeline.recipe.schema import InductorSettings, NeuronSettings
 
 @click.command(cls=Command)
 @click.argument("recipe", required=False)
-@click.option("--backend", type=click.Choice(["inductor", "neuron"]), default="inductor", show_default=True,
-              help="Backend to check without RECIPE.")  # fmt: skip
+@click.option("--backend", type=click.Choice(["inductor", "neuron"]),
+              help="Backend to check without RECIPE (default: inductor).")  # fmt: skip
 @click.option("--target", type=click.Choice(list(CHIPS)), default="trn2", show_default=True, help="Chip, for neuron.")
 @click.option("--lnc", type=click.IntRange(1, 2), default=1, show_default=True,
               help="Physical cores per logical core, for neuron.")  # fmt: skip
 @as_json
-def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool) -> None:
-    """Check what this machine can build and run. With RECIPE, check it against the recipe's needs."""
+def doctor(recipe: str | None, backend: str | None, target: str, lnc: int, json_: bool) -> None:
+    """Check what this machine can build and run. With RECIPE, check it against the recipe's needs.
+
+    The exit code is 3 if there are problems. Without RECIPE and --backend, missing packages of a backend are no
+    problem: a machine that only pulls needs none.
+    """
     if recipe is None:
         neuron = {"name": "neuron", "target": target, "lnc": lnc}
         diagnosis = diagnose(NeuronSettings.model_validate(neuron) if backend == "neuron" else InductorSettings())
@@ -37,6 +41,8 @@ def doctor(recipe: str | None, backend: str, target: str, lnc: int, json_: bool)
         path = recipe_path(recipe)
         parsed = load(path)
         diagnosis = diagnose(parsed.backend, parsed, path)
+    if recipe is None and backend is None and "packages" not in diagnosis.facts:
+        diagnosis.problems.clear()
     if json_:
         print_json(asdict(diagnosis))
     else:

@@ -49,6 +49,13 @@ def signature_words(signer: Signer | str | None, *, present: bool) -> str:
     return "signature not checked (--require-signature)" if present else "not signed"
 
 
+def signature_state(signer: Signer | str | None, *, present: bool) -> str:
+    """Return the state of a signature as a word for JSON: `accepted`, `not checked` or `none`."""
+    if signer is not None:
+        return "accepted"
+    return "not checked" if present else "none"
+
+
 def _other(manifest: Manifest) -> dict[str, Cell]:
     return {label: value(each) for label, each in facts(manifest).items() if label not in ("runs on", "ranks", "size")}
 

@@ -29,7 +29,7 @@ from pipeline.plan.plan import Plan, make_plan
 from pipeline.progress import duration
 from pipeline.recipe import Recipe, load
 from pipeline.stages.workers import worker_count
-from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.prompts import recipe_prompts
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _configs(path: Path, recipe: Recipe) -> tuple[ModelConfig, ModelConfig]:
 
 def _show_plan(planned: Plan, base: Path, options: PlanOptions) -> None:
     rules = planned.recipe.validate_
-    work = Work(len(load_prompts(prompts_path(rules.prompts, base))), rules.max_new_tokens)
+    work = Work(len(recipe_prompts(planned.recipe, base)), rules.max_new_tokens)
     expected = forecast(planned, work, History(default_root()).builds())
     largest = max(graph.memory_bytes for graph in expected.graphs.values())
     workers = options.workers or worker_count(largest, len(planned.graphs))

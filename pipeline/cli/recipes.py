@@ -5,27 +5,33 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import default_root
+from pipeline.cli.console import Console
 from pipeline.cli.groups import Group
 from pipeline.cli.options import always_json, as_json
 from pipeline.cli.paths import RECIPES, recipe_path
 from pipeline.cli.results import print_json, print_line, print_result
 from pipeline.cli.tables import Verdict
 from pipeline.cli.words import counted
-from pipeline.plan.lock import lock_path, make_lock, pair_configs, read, write
+from pipeline.errors import RecipeError
+from pipeline.plan.lock import Lock, lock_path, make_lock, pair_configs, read, stale, write
 from pipeline.plan.plan import Plan, make_plan
-from pipeline.recipe import load
+from pipeline.recipe import Recipe, load
 from pipeline.recipe.changed import changed_recipes
 from pipeline.recipe.read import schema as recipe_schema
+from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.local import check_local
+from pipeline.sources.tokenizer import fast_tokenizer_files
 from pipeline.stores.base import scheme_of
-from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.prompts import Prompt, recipe_prompts
 
 
 @click.group(cls=Group)
@@ -43,16 +49,23 @@ def schema() -> None:
 @recipe.command()
 @click.argument("names", nargs=-1, required=True)
 @as_json
-def check(names: tuple[str, ...], json_: bool) -> None:
-    """Check recipes with their prompts, registries and local sources, and plan them.
+@click.pass_obj
+def check(console: Console, names: tuple[str, ...], json_: bool) -> None:
+    """Check recipes with their prompts, registries, locks and local sources, and plan them.
 
     For a source in a folder, the config, the shards, the tensor shapes and the tokenizer are checked, without reading
-    weights. Other sources are not downloaded; the result lists them. A recipe whose sources are not on this host is
-    planned if it has a lock.
+    weights; tiny models (`pico://`) are generated. Other sources are not downloaded; the result lists them. A lock is
+    compared with the recipe and with the installed versions, as far as `tandem build --locked` rejects a difference. A
+    recipe whose sources are not on this host is planned if it has a lock.
     """
     checks = {name: _check(recipe_path(name)) for name in names}
+    for each in checks.values():
+        if each.warning:
+            console.log(each.warning)
     if json_:
-        print_json({"checked": list(names), "sources_not_checked": {n: each.unchecked for n, each in checks.items()}})
+        unchecked = {name: each.unchecked for name, each in checks.items()}
+        locks = {name: "up to date" if each.locked else "none" for name, each in checks.items()}
+        print_json({"checked": list(names), "sources_not_checked": unchecked, "locks": locks})
         return
     for each in checks.values():
         print_line(Verdict(_words(each), good=None if each.unchecked else True))
@@ -64,22 +77,48 @@ class _Checked:
 
     path: Path
     plan: Plan | None
-    from_lock: bool
+    locked: bool
     unchecked: tuple[str, ...]
+    warning: str | None = None
 
 
 def _check(path: Path) -> _Checked:
     parsed = load(path)
-    load_prompts(prompts_path(parsed.validate_.prompts, path.parent))
+    prompts = recipe_prompts(parsed, path.parent)
     for target in parsed.publish:
         scheme_of(target.to)
-    sources = check_local(parsed, path.parent)
-    if sources.pair is not None:
-        return _Checked(path, make_plan(parsed, *(each.config for each in sources.pair)), False, ())
-    if lock_path(path).is_file():
-        plan = make_plan(parsed, *pair_configs(parsed, read(lock_path(path)), str(lock_path(path))))
-        return _Checked(path, plan, True, sources.unchecked)
-    return _Checked(path, None, False, sources.unchecked)
+    sources = check_local(parsed, path.parent, default_root() / "sources")
+    plan = make_plan(parsed, *(each.config for each in sources.pair)) if sources.pair else None
+    lock = _lock_of(parsed, path)
+    if plan is None and lock is not None:
+        plan = make_plan(parsed, *pair_configs(parsed, lock, str(lock_path(path))))
+    warning = _cut_prompts(parsed, prompts, sources.pair[0]) if sources.pair else None
+    return _Checked(path, plan, lock is not None, sources.unchecked, warning)
+
+
+def _lock_of(parsed: Recipe, path: Path) -> Lock | None:
+    """Return the lock of a recipe, if it has one.
+
+    Raises:
+        RecipeError: the lock is of another recipe, or of other versions than those that are installed.
+
+    """
+    if not lock_path(path).is_file():
+        return None
+    lock = read(lock_path(path))
+    if problems := stale(parsed, lock, str(lock_path(path))):
+        raise RecipeError(problems)
+    return lock
+
+
+def _cut_prompts(parsed: Recipe, prompts: Sequence[Prompt], target: Checkpoint) -> str | None:
+    """Return the build's warning about prompts that are too long; None without the packages that read tokenizers."""
+    if find_spec("tokenizers") is None:
+        return None
+    from pipeline.validate.lengths import cut_warning, token_counts  # of an extra
+
+    files = fast_tokenizer_files(target)
+    return cut_warning(token_counts(prompts, files), parsed.shapes.prefill[-1]) if files else None
 
 
 def _words(checked: _Checked) -> str:
@@ -87,7 +126,9 @@ def _words(checked: _Checked) -> str:
     parts = ["recipe", "prompts"] if checked.unchecked else ["recipe", "prompts", "sources"]
     if checked.plan is not None:
         planned = f"plan of {counted(len(checked.plan.graphs), 'graph')}"
-        parts.append(planned + (" (from the lock)" if checked.from_lock else ""))
+        parts.append(planned + (" (from the lock)" if checked.unchecked else ""))
+    if checked.locked:
+        parts.append("lock up to date")
     unchecked = f"; sources not checked: {', '.join(checked.unchecked)}" if checked.unchecked else ""
     return f"{checked.path}: ok: {', '.join(parts)}{unchecked}"
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from pipeline.cli.console import Console
-from pipeline.cli.facts import signature_words
+from pipeline.cli.facts import signature_state, signature_words
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import file_patterns
 from pipeline.cli.results import print_json, print_result, print_table
 from pipeline.cli.tables import Table
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
-from pipeline.cli.words import counted, moment, size
+from pipeline.cli.words import counted, moment, size, value
 from pipeline.registry.pull import Pulled, Selection, pull_release
 from pipeline.registry.releases import Listed, collect, list_releases, parse_reference
 
@@ -58,14 +59,23 @@ def pull(console: Console, options: PullOptions) -> None:
         policy=policy_of(options.policy_file, options.identity, options.issuer), offline=options.offline,
         progress=console.transfer("pull"),
     )  # fmt: skip
-    console.log(_pulled_words(pulled, parse_reference(options.reference).wanted))
-    print_result({"artifact": pulled.path}, str(pulled.path), as_json=options.json_)
+    wanted = parse_reference(options.reference).wanted
+    console.log(_pulled_words(pulled, wanted))
+    print_result(_pulled_data(pulled, wanted), str(pulled.path), as_json=options.json_)
+
+
+def _pulled_data(pulled: Pulled, wanted: str) -> dict[str, Any]:
+    return {
+        "artifact": pulled.path, "name": pulled.name, "version": pulled.version, "digest": pulled.digest,
+        "alias": wanted if wanted != pulled.version else None, "files": pulled.files, "size_bytes": pulled.size_bytes,
+        "signature": signature_state(pulled.signer, present=pulled.has_signature), "signer": pulled.signer,
+    }  # fmt: skip
 
 
 def _pulled_words(pulled: Pulled, wanted: str) -> str:
     """Return the pulled artifact, in one line."""
     alias = f" ({wanted})" if wanted != pulled.version else ""
-    digest = f" {pulled.digest}" if pulled.digest != pulled.version else ""
+    digest = f" {value(pulled.digest)}" if value(pulled.digest) != pulled.version else ""
     files = f"{counted(pulled.files, 'file')}, {size(pulled.size_bytes)}"
     signature = signature_words(pulled.signer, present=pulled.has_signature)
     return f"pulled {pulled.name}@{pulled.version}{alias}{digest}: {files}, {signature}"
@@ -105,7 +115,7 @@ def _listing(releases: Sequence[Listed]) -> Table:
     headings = ("release", "digest", "built (UTC)", "size", "signed", "aliases", "variants")
     rows = [
         (
-            f"{each.name}@{each.version}", ", ".join(each.digests), moment(each.created), size(each.size_bytes),
+            f"{each.name}@{each.version}", value(each.digests), moment(each.created), size(each.size_bytes),
             "yes" if each.has_signature else "no", ", ".join(each.aliases), ", ".join(each.variants),
         )
         for each in releases

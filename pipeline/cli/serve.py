@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
 
 import click
 
-from pipeline.artifact.manifest import read
-from pipeline.artifact.signing import Policy, check_artifact
+from pipeline.artifact.manifest import Manifest, read
+from pipeline.artifact.signing import Policy, Signer, check_artifact, has_signature
 from pipeline.cli.console import Console
+from pipeline.cli.facts import signature_words
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json
 from pipeline.cli.paths import artifact_dir
 from pipeline.cli.results import print_json
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
-from pipeline.errors import HostError
+from pipeline.errors import HostError, reason
 from pipeline.extras import install_command, require
-from pipeline.registry.pull import pull
+from pipeline.registry.pull import pull_release
 from pipeline.serve.plugin import ARTIFACT
 from pipeline.stores.base import extras_of
 
@@ -44,10 +48,14 @@ def serve(
 
     The server has the OpenAI API on port 8000. Other options are passed to vLLM (--port, --host, --api-key ...).
     A release is pulled and verified first. Nothing is compiled. With --json, the server's command is printed and not
-    run.
+    run, which needs no vLLM.
     """
-    _check_packages(artifact, signed=policy_file is not None or identity is not None)
-    root = _root(console, artifact, policy_of(policy_file, identity, issuer)).resolve()
+    _check_packages(artifact, signed=policy_file is not None or identity is not None, starts=not json_)
+    address = _address(vllm_args)
+    if not json_ and address is not None:
+        _check_free(*address)
+    policy = policy_of(policy_file, identity, issuer)
+    root, signer = _root(console, artifact, policy)
     environment = {ARTIFACT: str(root)}
     if policy_file is not None:
         environment["TANDEM_POLICY"] = str(policy_file.resolve())
@@ -56,15 +64,52 @@ def serve(
     if json_:
         print_json({"command": command, "environment": environment})
         return
+    console.log(_serving(read(root).manifest, signer, root, address))
     os.execve(sys.executable, command, os.environ | environment)  # noqa: S606 - becomes the server
 
 
-def _check_packages(artifact: str, *, signed: bool) -> None:
+def _check_packages(artifact: str, *, signed: bool, starts: bool) -> None:
     registry = extras_of(artifact) if "://" in artifact else ()
-    require(["vllm", *registry, *(("sign",) if signed else ())], "tandem serve")
-    if not any(entry.name == "tandem" for entry in entry_points(group="vllm.platform_plugins")):
+    require([*(("vllm",) if starts else ()), *registry, *(("sign",) if signed else ())], "tandem serve")
+    if starts and not any(entry.name == "tandem" for entry in entry_points(group="vllm.platform_plugins")):
         what = "vLLM does not find Tandem's plugin: the installation is too old"
         raise HostError(what, where="tandem serve", fix=install_command("vllm"))
+
+
+def _address(vllm_args: Sequence[str]) -> tuple[str, int] | None:
+    """Return host and port of the server; None for a Unix socket, or a port that vLLM will reject."""
+    options = {"--host": "0.0.0.0", "--port": "8000", "--uds": ""}  # noqa: S104 - vLLM's default
+    for word, following in pairwise([*vllm_args, ""]):
+        name, equals, value = word.partition("=")
+        if name in options:
+            options[name] = value if equals else following
+    port = options["--port"]
+    return None if options["--uds"] or not port.isdecimal() else (options["--host"], int(port))
+
+
+def _check_free(host: str, port: int) -> None:
+    """Check that the server can listen at an address: vLLM ends in a traceback after it has loaded the model.
+
+    Raises:
+        HostError: the port is in use or reserved, or the host is not of this machine.
+
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        code = error.errno if isinstance(error, OSError) else 0
+        if code in (socket.EAI_NONAME, errno.EADDRNOTAVAIL):
+            what = f"{host} is not an address of this machine"
+            raise HostError(what, where="--host", fix="use 127.0.0.1, or 0.0.0.0 for all addresses") from error
+        what = f"{port} is in use" if code == errno.EADDRINUSE else f"cannot listen at {port}: {reason(error)}"
+        raise HostError(what, where="--port", fix="choose a free port: --port N") from error
+
+
+def _serving(manifest: Manifest, signer: Signer | str | None, root: Path, address: tuple[str, int] | None) -> str:
+    """Return what is served, and where, in one line."""
+    place = "" if address is None else f", on http://{address[0]}:{address[1]}"
+    signature = signature_words(signer, present=has_signature(root))
+    return f"serving {manifest.name} {manifest.version}, {signature}{place}; the server's log follows"
 
 
 def _server_command(root: Path, vllm_args: Sequence[str]) -> list[str]:
@@ -77,11 +122,10 @@ def _server_command(root: Path, vllm_args: Sequence[str]) -> list[str]:
     return [sys.executable, *module, "--model", str(root), *missing, *vllm_args]
 
 
-def _root(console: Console, artifact: str, policy: Policy | None) -> Path:
-    """Return the artifact's folder, pulled if it is a release. Files are verified when the server starts."""
+def _root(console: Console, artifact: str, policy: Policy | None) -> tuple[Path, Signer | str | None]:
+    """Return the artifact's folder, pulled if it is a release, and its signer. The server verifies the files."""
     if "://" in artifact or "@" in artifact:
-        return pull(artifact, policy=policy, progress=console.transfer("pull"))
-    root = artifact_dir(artifact)
-    if policy is not None:
-        check_artifact(root, policy)
-    return root
+        pulled = pull_release(artifact, policy=policy, progress=console.transfer("pull"))
+        return pulled.path.resolve(), pulled.signer
+    root = artifact_dir(artifact).resolve()
+    return root, None if policy is None else check_artifact(root, policy)

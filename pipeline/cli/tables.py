@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 GAP = 2
-LEAST_WRAPPED = 10
-"""Minimum width of a column with wrapped cells, in characters, before other columns are wrapped as well."""
-
 COLOURS = {True: "green", False: "red", None: "yellow"}
 
 
@@ -43,7 +40,12 @@ class Table:
 
 def of_fields(fields: Mapping[str, Cell]) -> Table:
     """Return a table of names and values."""
-    return Table(("", " "), list(fields.items()), show_headings=False)
+    return of_fields_in_rows(list(fields.items()))
+
+
+def of_fields_in_rows(rows: Sequence[tuple[Cell, Cell]]) -> Table:
+    """Return a table of names and values, of which names may repeat."""
+    return Table(("", " "), rows, show_headings=False)
 
 
 def plain(table: Table) -> Iterator[str]:
@@ -63,25 +65,52 @@ def plain(table: Table) -> Iterator[str]:
 
 
 def wrapped(table: Table, width: int) -> RichTable:
-    """Return a table for rich, which wraps the cells to the width of the terminal."""
+    """Return a table for rich, which wraps cells between words; where words do not fit, each row is a block of lines.
+
+    A name that is cut, or folded inside, can look like another name.
+    """
     from rich.table import Table as RichTable  # rich takes a third of the time of `tandem --help` to import
     from rich.text import Text
 
+    widths = _widths(table, width)
+    if widths is None and table.show_headings:
+        return wrapped(_blocks(table), width)
     made = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
     made.show_header, made.header_style = table.show_headings, "bold"
-    for heading, least in zip(table.headings, _least_widths(table, width), strict=True):
+    for heading, fixed in zip(table.headings, widths or [None for _ in table.headings], strict=True):
         justify: Literal["left", "right"] = "right" if heading in table.right else "left"
-        made.add_column(Text(heading), justify=justify, overflow="fold", min_width=least)
+        made.add_column(Text(heading), justify=justify, overflow="fold", width=fixed)
     for row in table.rows:
         styles = [COLOURS[cell.good] if isinstance(cell, Verdict) else "" for cell in row]
         made.add_row(*(Text(str(cell), style) for cell, style in zip(row, styles, strict=True)))
     return made
 
 
-def _least_widths(table: Table, width: int) -> list[int | None]:
-    """Return the widths that keep cells on one line; none on a narrow terminal, where rich would cut other cells."""
-    widest = [max((len(str(row[column])) for row in table.rows), default=0) for column in range(len(table.headings))]
+def _blocks(table: Table) -> Table:
+    """Return a table of two columns: for each row its headings and values, with an empty line between rows."""
+    rows: list[tuple[Cell, Cell]] = []
+    for number, row in enumerate(table.rows):
+        rows += [("", "")] if number else []
+        rows += [(heading, cell) for heading, cell in zip(table.headings, row, strict=True) if str(cell)]
+    return of_fields_in_rows(rows)
+
+
+def _widths(table: Table, width: int) -> list[int] | None:
+    """Return widths of columns that fit a terminal without breaking words; None if there are none.
+
+    Columns whose cells may wrap give up their room first, the widest of them first.
+    """
+    rows = [*([table.headings] if table.show_headings else []), *table.rows]
+    columns = [[str(row[column]) for row in rows] for column in range(len(table.headings))]
+    widths = [max(map(len, cells), default=0) for cells in columns]
+    least = [max((len(word) for cell in cells for word in cell.split()), default=0) for cells in columns]
+    excess = sum(widths) + GAP * (len(widths) - 1) - width
     keep = [heading in (*table.whole, *table.right) for heading in table.headings]
-    least = [size if kept else min(size, LEAST_WRAPPED) for size, kept in zip(widest, keep, strict=True)]
-    fits = sum(least) + GAP * len(least) <= width
-    return [size if kept and fits else None for size, kept in zip(least, keep, strict=True)]
+    for kept in (False, True):
+        while excess > 0:
+            narrower = [i for i, size in enumerate(widths) if size > least[i] and keep[i] is kept]
+            if not narrower:
+                break
+            widths[max(narrower, key=widths.__getitem__)] -= 1
+            excess -= 1
+    return None if excess > 0 else widths

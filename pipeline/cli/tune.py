@@ -21,7 +21,7 @@ from pipeline.cli.words import value
 from pipeline.files.atomic import write_atomic
 from pipeline.models.draft_kind import DRAFT_KINDS
 from pipeline.recipe import load
-from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.prompts import recipe_prompts
 
 if TYPE_CHECKING:
     from pipeline.measure.tune import Tuning
@@ -61,7 +61,7 @@ def tune(console: Console, options: TuneOptions) -> None:
 
     path = recipe_path(options.recipe)
     recipe = load(path)
-    prompts = load_prompts(prompts_path(recipe.validate_.prompts, path.parent))
+    prompts = recipe_prompts(recipe, path.parent)
     engine = load_artifact(artifact_dir(options.artifact or recipe.name), policy_of(options.policy_file))
     tuning = measure(engine, prompts, options.prompts_per_class, options.max_new_tokens, console.log, console.progress)
     data = tuning.to_json()

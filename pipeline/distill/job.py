@@ -39,7 +39,7 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
-from pipeline.validate.prompts import Prompt, load_prompts, prompts_path
+from pipeline.validate.prompts import Prompt, recipe_prompts
 
 SHORTEST = 4
 """Sequences with a shorter answer, in tokens, are dropped."""
@@ -84,7 +84,7 @@ class Job:
     @cached_property
     def evaluated(self) -> list[Prompt]:
         """The recipe's own prompts, for measurements only."""
-        return load_prompts(prompts_path(self.settings.recipe.validate_.prompts, self.settings.base))
+        return recipe_prompts(self.settings.recipe, self.settings.base)
 
     @cached_property
     def held_out_filter(self) -> HeldOutFilter:

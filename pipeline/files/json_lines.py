@@ -10,14 +10,14 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, together
 
 BLANK = b" \t\r"
 UTF8 = "save the file as UTF-8, for example: iconv -f {} -t UTF-8 FILE > NEW"
@@ -47,6 +47,11 @@ class LineRecord(BaseModel):
 
 
 Fields = TypeVar("Fields", bound=LineRecord)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MOST_ERRORS = 10
+"""Malformed lines that are shown, and after which reading ends."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ def read_json_lines(path: Path, record: type[Fields], *, fix: str, missing: str)
     `fix` tells what a line should be, `missing` what to do about a file that cannot be read.
 
     Raises:
-        InputError: the file cannot be read or has no lines, or a line is malformed; names file, line and column.
+        InputError: the file cannot be read or has no lines, or lines are malformed; names file, line and column of
+            the first ones.
 
     """
     try:
@@ -86,10 +92,26 @@ def read_json_lines(path: Path, record: type[Fields], *, fix: str, missing: str)
         raise InputError(f"cannot read the file: {error.strerror}", where=str(path), fix=missing) from error
     if data.startswith(UTF16):
         raise InputError("not UTF-8: the file is UTF-16", where=str(path), fix=UTF8.format("UTF-16"))
-    lines = [Line(place, _fields(place, record, fix)) for place in _places(data, path)]
+    lines = each_of(_places(data, path), lambda place: Line(place, _fields(place, record, fix)))
     if not lines:
         raise InputError("no lines in the file", where=str(path), fix=fix)
     return lines
+
+
+def each_of(items: Iterable[Item], read: Callable[[Item], Result]) -> list[Result]:
+    """Return what `read` returns for each item; at the end, raise its errors, the first ones, as one."""
+    results: list[Result] = []
+    errors: list[InputError] = []
+    for item in items:
+        try:
+            results.append(read(item))
+        except InputError as error:
+            errors.append(error)
+            if len(errors) == MOST_ERRORS:
+                break
+    if errors:
+        raise together(errors)
+    return results
 
 
 def _places(data: bytes, path: Path) -> Iterator[Place]:

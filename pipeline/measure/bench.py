@@ -13,7 +13,7 @@ from pipeline.recipe import load as load_recipe
 from pipeline.runtime.latency import Answer, TimedRequest, engine_answer, latency_of
 from pipeline.runtime.open import load
 from pipeline.validate.lengths import cut_warning
-from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.prompts import recipe_prompts
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def bench(
 
     """
     recipe = load_recipe(root / "recipe.yaml")
-    prompts = load_prompts(prompts_path(recipe.validate_.prompts, base))
+    prompts = recipe_prompts(recipe, base)
     engine = load(root, policy)
     step = max(len(prompts) // count, 1)
     whole = [engine.text.encode_prompt(prompt.text) for prompt in prompts[::step][:count]]

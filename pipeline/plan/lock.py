@@ -11,7 +11,9 @@ import hashlib
 import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ MACHINE_FACTS = ("cxx", "isa")
 """Entries of a toolchain that differ between machines of one class. A recipe pins them by keys of `backend`."""
 MISSING = "missing"
 """Version of a package that is not installed."""
+PACKAGES = {"torch", "torch-neuronx", "neuronx-distributed", "libneuronxla", "neuronx-cc"}
+"""Entries of a toolchain that are versions of packages."""
 OWN_CODE = ("kernel",)
 """Flags that are digests of Tandem's own source, which its version pins."""
 
@@ -259,17 +263,45 @@ def derived_config(recipe: Recipe, target: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_locked(lock: Lock, fresh: Lock, where: str = "lock") -> list[Problem]:
     """Return what `--locked` rejects: each item that differs from the lock, with both values, and moving revisions."""
-    fix = f"restore the locked value, or accept the change: {lock_command(Path(where))}"
+    command = lock_command(Path(where))
+    fix = f"restore the locked value, or accept the change: {command}"
     drift = [
         Problem(f"{where}: {key}", f"locked {locked}, found {actual}", fix)
         for key, locked, actual in _drift(lock, fresh)
     ]
+    if lock.recipe_sha256 != fresh.recipe_sha256:
+        drift.insert(
+            0,
+            Problem(f"{where}: recipe_sha256", "the recipe was edited after the lock", f"{command}, or undo the edit"),
+        )
     for role, source in (("target", lock.target), ("draft", lock.draft)):
         if source is not None and source.floating:
             what = f"locked to the branch or tag {source.revision!r}, which can move"
-            again = f"on a host that can reach the Hub, run: {lock_command(Path(where))}"
+            again = f"on a host that can reach the Hub, run: {command}"
             drift.append(Problem(f"{where}: {role}.revision", what, again))
     return drift
+
+
+def stale(recipe: Recipe, lock: Lock, where: str = "lock") -> list[Problem]:
+    """Return what `--locked` would reject, as far as the recipe and the installed packages show it; reads no source."""
+    draft = recipe.draft.source and replace(lock.draft or LockedSource("", ""), source=recipe.draft.source)
+    fresh = replace(
+        lock,
+        recipe_sha256=recipe.digest(),
+        target=replace(lock.target, source=recipe.target.source),
+        draft=draft or None,
+        toolchain=lock.toolchain | _installed(lock.toolchain),
+    )
+    return check_locked(lock, fresh, where)
+
+
+def _installed(toolchain: Mapping[str, str]) -> dict[str, str]:
+    """Return the versions of the toolchain's packages in this environment, without importing them."""
+    versions = {"tandem": __version__} if "tandem" in toolchain else {}
+    for name in toolchain.keys() & PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name).partition("+")[0]
+    return versions
 
 
 def unpinned(lock: Lock, fresh: Lock) -> str:
@@ -281,9 +313,7 @@ def unpinned(lock: Lock, fresh: Lock) -> str:
 
 
 def _drift(lock: Lock, fresh: Lock) -> Iterator[tuple[str, str, str]]:
-    """Yield key, locked value and current value of each difference."""
-    if lock.recipe_sha256 != fresh.recipe_sha256:
-        yield "recipe_sha256", lock.recipe_sha256, fresh.recipe_sha256
+    """Yield key, locked value and current value of each difference but the recipe's digest, which tells no reader."""
     yield from _source_drift("target", lock.target, fresh.target)
     if lock.draft is not None and fresh.draft is not None:
         yield from _source_drift("draft", lock.draft, fresh.draft)

@@ -4,7 +4,7 @@ Needs no weights and no device. Imports no torch.
 Entered by every room above.
 """
 
-from pipeline.recipe.read import find, load
+from pipeline.recipe.read import find, load, located
 from pipeline.recipe.schema import Recipe
 
-__all__ = ["Recipe", "find", "load"]
+__all__ = ["Recipe", "find", "load", "located"]

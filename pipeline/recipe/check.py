@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.recipe.chips import CHIPS
-from pipeline.recipe.document import Document, Key
+from pipeline.recipe.document import Document, Key, dotted
 from pipeline.recipe.schema import (
     BASE_DESCRIPTION,
     BY_BATCH,
@@ -23,6 +23,7 @@ from pipeline.recipe.schema import (
     Recipe,
     Shapes,
     Speculation,
+    UnacceptedError,
     Validate,
 )
 
@@ -43,6 +44,16 @@ EXPECTED = {
 }
 OTHER_NUMBER = re.compile(r"[1-9][0-9]*(_[0-9]+)+|0b[01_]*[01]")
 """Integers of other languages and of YAML 1.1, which YAML 1.2 reads as text."""
+
+GLUED = re.compile(r"(?P<key>[a-z_]+):(?P<value>[^\s/].*)")
+"""A key and a value without a space between them, which YAML reads as one text."""
+
+OTHER_NAMES = {
+    "gpu": "cuda", "nvidia": "cuda", "trainium": "neuron", "trn": "neuron", "aotinductor": "inductor",
+    "torch": "inductor", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16",
+    "bf16": "bfloat16", "eagle": "eagle3", "eagle-3": "eagle3", "random": "stochastic", "sample": "stochastic",
+}  # fmt: skip
+"""Usual names of accepted values, which are not similar in spelling."""
 
 NOT_FINITE = {"NaN": ".nan", "Infinity": ".inf", "-Infinity": "-.inf"}
 """As Python writes a number -> as YAML writes it."""
@@ -114,6 +125,10 @@ def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: 
         if k + 1 >= shapes.kv[0]:
             what = f"found K={k}: a step of {k + 1} tokens does not fit the kv bucket {shapes.kv[0]}"
             yield ("speculation", "draft_tokens", index), what, f"use K below {shapes.kv[0] - 1}, or larger kv buckets"
+    most = speculation.draft_tokens[-1] + 1 if speculation else 0
+    if validate and most and validate.gates.tokens_per_step > most:
+        what = f"found {validate.gates.tokens_per_step:g}; a step with K={most - 1} emits at most {most} tokens"
+        yield ("validate", "gates", "tokens_per_step"), what, f"use at most {most}, or a larger K"
     if validate and validate.max_new_tokens >= longest:
         what = f"found {validate.max_new_tokens}, which leaves no room for a prompt in the largest kv bucket {longest}"
         yield ("validate", "max_new_tokens"), what, f"use less than {longest}"
@@ -154,8 +169,7 @@ def _explain(error: dict[str, Any], data: Any) -> Finding:
     key = _key(error["loc"], data)
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
-        names = list(_fields(key[:-1], data))
-        return key, "unknown key", f"{_hint(str(key[-1]), names)}keys here: {', '.join(names)}"
+        return key, "unknown key", _key_fix(str(key[-1]), list(_fields(key[:-1], data)))
     if kind == "missing":
         about = _fields(key[:-1], data).get(str(key[-1])) or "required"
         return key, "missing", f"add `{key[-1]}:` ({about})"
@@ -169,12 +183,13 @@ def _explain(error: dict[str, Any], data: Any) -> Finding:
     if kind == "finite_number":
         return key, f"found {_shown(value)}, expected a finite number", "write a number"
     message = str(error["msg"]).removeprefix("Value error, ")
-    if kind == "value_error":
-        return key, message, "use an accepted value"
+    if kind == "value_error" and isinstance(cause := error["ctx"]["error"], UnacceptedError):
+        return key, cause.what, cause.fix
     if kind in LIMITS:
         limit = error["ctx"][LIMITS[kind][0]]
         return key, f"found {_shown(value)}; accepted: {LIMITS[kind][1]} {limit}", f"use {LIMITS[kind][1]} {limit}"
-    return key, f"found {_shown(value)}; {message[:1].lower()}{message[1:]}", "use an accepted value"
+    fix = f"see `{dotted(key)}` in docs/reference/recipe.md"
+    return key, f"found {_shown(value)}; {message[:1].lower()}{message[1:]}", fix
 
 
 def _accepted_name(name: str) -> str:
@@ -213,11 +228,21 @@ def _choice(key: Key, error: dict[str, Any]) -> Finding:
         key = (*key, "name")
         value = error["input"].get("name") if isinstance(error["input"], dict) else None
     what = "missing" if value is None and "tag" in error["type"] else f"found {_shown(value)}"
-    fix = _hint(str(value), names) or f"use {' or '.join(names)}"
+    other = OTHER_NAMES.get(str(value).lower())
+    meant = f"did you mean {other!r}?" if other in names else _hint(str(value), names)
+    fix = meant or f"use {' or '.join(names)}"
     return key, f"{what}; accepted: {', '.join(names)}", fix.strip()
 
 
+def _key_fix(name: str, names: Sequence[str]) -> str:
+    if glued := GLUED.fullmatch(name):
+        return f"write a space after the colon: {glued['key']}: {glued['value']}"
+    return f"{_hint(name, names)}keys here: {', '.join(names)}"
+
+
 def _type_fix(kind: str, value: Any) -> str:
+    if EXPECTED[kind].startswith("a mapping") and isinstance(value, str) and (glued := GLUED.fullmatch(value)):
+        return f"write a space after the colon: {glued['key']}: {glued['value']}"
     if kind == "string_type" and isinstance(value, bool):
         return "put it in quotes: yes, no, on and off are read as true and false"
     if kind == "string_type" and isinstance(value, int | float):

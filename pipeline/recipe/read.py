@@ -12,14 +12,17 @@ from pipeline.recipe.document import Document, dotted, read
 from pipeline.recipe.schema import BASE_DESCRIPTION, Recipe
 
 
-def load(path: Path) -> Recipe:
+def load(path: Path | str) -> Recipe:
     """Read a recipe, and merge it over the file that its key `base` names (one level).
+
+    `path` is the file; text is also the name of a recipe in `recipes/`.
 
     Raises:
         RecipeError: every problem, each with file, line and key.
         InputError: no such file.
 
     """
+    path = located(path)
     document = _with_base(path)
     recipe = parse(document)
     recipe.remember({dotted(key): f"{file}:{line}" for key, (file, line) in document.lines.items()}, str(path))
@@ -46,6 +49,16 @@ def _with_base(path: Path) -> Document:
     return document.over(base)
 
 
+def located(recipe: Path | str) -> Path:
+    """Return the file of a recipe that is given as a path, or as text: a path, or a name in `recipes/`.
+
+    Raises:
+        InputError: no such recipe of this name.
+
+    """
+    return find(recipe) if isinstance(recipe, str) else recipe
+
+
 def find(name: str, root: Path = Path("recipes")) -> Path:
     """Return the file of a recipe given by name, in `root` or in the working directory, or by path.
 
@@ -58,7 +71,8 @@ def find(name: str, root: Path = Path("recipes")) -> Path:
             return path
     names = sorted(path.stem for path in root.glob("*.yaml"))
     near = difflib.get_close_matches(name, names, 1)
-    fix = f"did you mean {near[0]!r}?" if near else f"use a path, or one of: {', '.join(names) or 'none'}"
+    listed = f"use a path, or one of: {', '.join(names)}" if names else f"no recipes in {root}/ here; use a path"
+    fix = f"did you mean {near[0]!r}?" if near else listed
     raise InputError(f"no recipe {name!r}", where=str(root), fix=fix)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -46,46 +46,62 @@ LARGEST_BUCKET = 2**31 - 1
 """Largest position that fits the 32-bit integers of a graph."""
 
 
+class UnacceptedError(ValueError):
+    """A value that a key does not accept, and what to write instead."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        self.what, self.fix = what, fix
+        super().__init__(f"{what}; {fix}")
+
+
 def _batch(key: Any) -> Any:
     if not isinstance(key, str):
         return key
     if not re.fullmatch("[1-9][0-9]*", key):
-        raise ValueError(f"found {key!r}; accepted: a batch bucket, for example 4")
+        raise UnacceptedError(f"found {key!r}; accepted: a batch bucket, for example 4", "write one of shapes.batch")
     return int(key)
 
 
 def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:
     if not values:
-        raise ValueError("found []; accepted: at least one")
+        raise UnacceptedError("found []; accepted: at least one", "write one integer or more, for example [1]")
+    usable = sorted({value for value in values if 1 <= value <= LARGEST_BUCKET}) or [1]
+    fix = f"write {usable}"
     if min(values) < 1:
-        raise ValueError(f"found {min(values)}; accepted: integers from 1")
+        raise UnacceptedError(f"found {min(values)}; accepted: integers from 1", fix)
     if max(values) > LARGEST_BUCKET:
-        raise ValueError(f"found {max(values)}; accepted: integers up to {LARGEST_BUCKET}")
-    if list(values) != sorted(set(values)):
+        raise UnacceptedError(f"found {max(values)}; accepted: integers up to {LARGEST_BUCKET}", fix)
+    if list(values) != usable:
         fault = "repeated" if len(set(values)) < len(values) else "not ascending"
-        raise ValueError(f"found {list(values)}, {fault}; accepted: {sorted(set(values))}")
+        raise UnacceptedError(f"found {list(values)}, {fault}; accepted: {usable}", fix)
     return values
 
 
 def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
-        raise ValueError("found []; accepted: at least one")
+        raise UnacceptedError("found []; accepted: at least one", "write one item or more")
     return values
 
 
 def _source(address: str) -> str:
     if mistake := misspelt(address, SOURCES):
-        raise ValueError(f"{mistake.what}; {mistake.fix}")
+        raise UnacceptedError(mistake.what, mistake.fix)
     scheme, separator, _ = address.partition("://")
     if separator and scheme not in SOURCES:
         accepted = ", ".join(f"{kind}://" for kind in SOURCES)
-        raise ValueError(f"found {address!r}; accepted: a folder, or one of {accepted}")
+        raise UnacceptedError(f"found {address!r}; accepted: a folder, or one of {accepted}", f"use one of {accepted}")
     return address
+
+
+def _flow(values: Sequence[Any]) -> str:
+    """Return a list as YAML writes it."""
+    return f"[{', '.join(map(str, values))}]"
 
 
 def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
-        raise ValueError(f"found {list(values)}, repeated; accepted: {list(dict.fromkeys(values))}")
+        once = list(dict.fromkeys(values))
+        raise UnacceptedError(f"found {list(values)}, repeated; accepted: {once}", f"write {_flow(once)}")
     return values
 
 
@@ -151,7 +167,9 @@ class Draft(_Weighted):
     def _has_one_source(self) -> Draft:
         if (self.source is None) == (self.derive is None):
             count = "neither" if self.source is None else "both"
-            raise ValueError(f"found {count} of source and derive; accepted: exactly one")
+            change = "add" if self.source is None else "remove"
+            fix = f"{change} one of them: source is a model of its own, derive takes layers of the target"
+            raise UnacceptedError(f"found {count} of source and derive; accepted: exactly one", fix)
         return self
 
 
@@ -191,9 +209,12 @@ class Speculation(Record):
         for costs in self.step_costs.values() if isinstance(self.step_costs, dict) else [self.step_costs]:
             if len(costs) != len(self.draft_tokens):
                 what = f"found {len(costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
-                raise ValueError(f"{what}; accepted: one cost for each")
+                raise UnacceptedError(
+                    f"{what}; accepted: one cost for each", "measure them: tandem tune RECIPE --write"
+                )
         if not DRAFT_KINDS[self.method].reads_target_states:
-            raise ValueError("found step_costs with method draft_model; accepted with: eagle3")
+            what = "found step_costs with method draft_model; accepted with: eagle3"
+            raise UnacceptedError(what, "remove step_costs")
         return self
 
 
@@ -213,7 +234,7 @@ class Parallel(Record):
 
 def _version(value: str | None) -> str | None:
     if value is not None and not all(part.isdecimal() for part in value.split(".")):
-        raise ValueError(f"found {value!r}, expected numbers with dots, for example '13' or '13.3.0'")
+        raise UnacceptedError(f"found {value!r}, expected numbers with dots", "write for example '13' or '13.3.0'")
     return value
 
 
@@ -277,7 +298,10 @@ class NeuronSettings(Record):
     def _lnc_fits(self) -> NeuronSettings:
         allowed = CHIPS[self.target].lnc
         if self.lnc not in allowed:
-            raise ValueError(f"found lnc={self.lnc}; accepted on {self.target}: {' or '.join(map(str, allowed))}")
+            accepted = " or ".join(map(str, allowed))
+            raise UnacceptedError(
+                f"found lnc={self.lnc}; accepted on {self.target}: {accepted}", f"write lnc: {allowed[-1]}"
+            )
         return self
 
 
@@ -306,7 +330,7 @@ class Validate(Record):
 
     prompts: Source = Field(
         default="prompts/default.jsonl",
-        description="JSON lines with class, prompt and optionally id, relative to the recipe; "
+        description="JSON lines with class (any name; reports group by it), prompt and optionally id; relative to the recipe; "
         "the default file ships with Tandem",
     )
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(default=32, description="tokens generated for each prompt")

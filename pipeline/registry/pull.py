@@ -51,7 +51,7 @@ EVERYTHING = Selection()
 class Pulled:
     """A pulled release: the folder of its artifact, its facts, and its signer (None: no signer was required).
 
-    `version` is the release's, `digest` the first digits of the artifact's content digest.
+    `version` is the release's, `digest` the artifact's content digest.
     """
 
     path: Path
@@ -155,7 +155,7 @@ def pull_release(
         if signature is not None:
             (folder / SIGNATURE).write_bytes(signature)
     return Pulled(
-        out, ref.name, release.version, release.manifest.version, len(files),
+        out, ref.name, release.version, artifact.content_digest(release.manifest), len(files),
         sum(entry.size for entry in files.values()), str(accepted.signer) if accepted else None, signature is not None,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.artifact.diff import diff
 from pipeline.artifact.manifest import SIGNATURE, FileEntry, Manifest, PairManifest, parse, read
 from pipeline.errors import ArtifactError, InputError
-from pipeline.registry.release import VERSION_LENGTH, all_files, choose, digest_of, parse_document
+from pipeline.registry.release import all_files, choose, digest_of, parse_document
 from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Removed, Store, open_store
 
 
@@ -31,7 +31,7 @@ class Reference:
 class Listed:
     """A release of a registry, with the aliases that point at it.
 
-    `digests`: first digits of the content digest of each artifact in it. `has_signature` does not depend on the signer.
+    `digests`: the content digest of each artifact in it. `has_signature` does not depend on the signer.
     """
 
     name: str
@@ -145,7 +145,7 @@ def _listed(store: Store, release: Release, aliases: tuple[str, ...], where: str
     signatures = store.signatures(name, version, SIGNATURE, hashlib.sha256(release.data).hexdigest())
     return Listed(
         name, version, document.created, size, aliases, tuple(entries),
-        tuple(content[:VERSION_LENGTH] for content in contents), bool(signatures),
+        tuple(contents), bool(signatures),
     )  # fmt: skip
 
 

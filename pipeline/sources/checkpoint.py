@@ -5,9 +5,11 @@ The modules of the kinds of source provide the folder. Imports no torch.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +45,9 @@ STREAM = "TANDEM_STREAM"
 """Variable that leaves the weights of hf:// sources on the Hub."""
 
 NO_FILES: Mapping[str, RemoteFile] = {}
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", re.ASCII)
+"""The end of a path that may be the name of a repository on the Hub, `org/name`."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def open_checkpoint(
 
     """
     if not root.is_dir():
-        raise SourceError("no such folder", where=str(root), fix="give a folder with config.json and *.safetensors")
+        raise SourceError("no such folder", where=str(root), fix=_other_folder(root))
     reject_pointers(root, [*CONFIG_FILES, *TOKENIZER_FILES, INDEX])
     _refuse_custom_code(root)
     config_json = read_config(root)
@@ -117,6 +122,17 @@ def open_checkpoint(
     files |= {name: FileDigest(file.expected, file.size) for name, file in remote.items() if file.expected}
     config = config_of(config_json, str(root / "config.json"))
     return Checkpoint(root, config, config_json, files, revision or content_revision(files), remote=remote)
+
+
+def _other_folder(root: Path) -> str:
+    """Return the fix for a missing folder: one with a similar name, the Hub's address, or what a folder has."""
+    beside = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
+    if near := difflib.get_close_matches(root.name, beside, 1):
+        return f"did you mean {root.parent / near[0]}?"
+    like_hub = HUB_NAME.search(str(root))
+    if like_hub and not root.parent.exists():
+        return f"for the Hub, write hf://{like_hub[0]}@REVISION; for a folder, check the path"
+    return "give a folder with config.json and *.safetensors"
 
 
 def require_local(checkpoint: Checkpoint) -> None:

@@ -8,11 +8,14 @@ from pipeline.errors import SourceError
 from pipeline.models.families import config_of
 from pipeline.sources.checkpoint import Checkpoint, with_shared_embedding
 
-WHERE = "draft.derive.layers"
+LAYERS = "draft.derive.layers"
+"""The recipe's key."""
 
 
-def derive(target: Checkpoint, layers: tuple[int, ...]) -> Checkpoint:
+def derive(target: Checkpoint, layers: tuple[int, ...], where: str = LAYERS) -> Checkpoint:
     """Return the draft whose layer i is the target's layer `layers[i]`, with the target's embedding and head.
+
+    `where` names the layers in errors.
 
     Raises:
         SourceError: no layers, or a layer that the target does not have.
@@ -22,13 +25,13 @@ def derive(target: Checkpoint, layers: tuple[int, ...]) -> Checkpoint:
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong or not layers:
         what = f"the target has no layer {wrong[0]}" if wrong else "no layers"
-        raise SourceError(what, where=WHERE, fix=f"use layers of 0..{count - 1}, for example [0, 1, {count - 1}]")
+        raise SourceError(what, where=where, fix=f"use layers of 0..{count - 1}, for example [0, 1, {count - 1}]")
     config_json = target.config_json | {"num_hidden_layers": len(layers)}
     if isinstance(config_json.get("layer_types"), list):
         config_json["layer_types"] = [config_json["layer_types"][layer] for layer in layers]
     draft = replace(
         target,
-        config=config_of(config_json, WHERE),
+        config=config_of(config_json, where),
         config_json=config_json,
         revision=f"{target.revision}#layers={','.join(map(str, layers))}",
         layers=layers,

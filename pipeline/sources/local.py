@@ -1,18 +1,27 @@
-"""A recipe's sources in folders on this host, checked without reading weights: shards, tensors, config, tokenizer.
+"""A recipe's sources that need no download, checked without reading weights: shards, tensors, config, tokenizer.
 
-Sources of other kinds need a download; they are listed as not checked. Imports no torch.
+These are folders on this host, and tiny models that are generated. Sources of other kinds are listed as not checked.
+Imports no torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.errors import SourceError, together
 from pipeline.files.home import expanded
+from pipeline.progress import no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint
-from pipeline.sources.pair import Role, check_pair, checked, derived
+from pipeline.sources.kinds import fetch
+from pipeline.sources.pair import Role, at_key, check_fit, checked, derived
+from pipeline.sources.pico import check_location
 from pipeline.sources.tokenizer import require_tokenizer
+
+GENERATED_WITH = ("numpy", "tokenizers")
+"""Packages that generate tiny models, of the extras that build."""
 
 
 @dataclass(frozen=True)
@@ -23,30 +32,57 @@ class LocalSources:
     unchecked: tuple[str, ...]
 
 
-def check_local(recipe: Recipe, base: Path) -> LocalSources:
-    """Check the sources of a recipe that are folders; relative ones start at `base`.
+def check_local(recipe: Recipe, base: Path, cache: Path) -> LocalSources:
+    """Check the sources of a recipe that need no download; relative folders start at `base`.
 
     Raises:
-        SourceError: a missing folder or shard, tensors that do not fit the config, no tokenizer, or different ones.
+        SourceError: a missing folder or shard, tensors that do not fit the config, no tokenizer, or different ones;
+            the problems of both models.
 
     """
-    target = _open(recipe.target.source, base, "target")
-    if target is not None:
-        require_tokenizer(target)
-    if recipe.draft.derive is not None:
-        draft = None if target is None else derived(target, recipe.draft.derive.layers)
-    else:
-        draft = _open(recipe.draft.source or "", base, "draft")
+    target = draft = None
+    faults: list[SourceError] = []
+    try:
+        target = _target(recipe, base, cache)
+    except SourceError as error:
+        faults.append(error)
+    try:
+        draft = _draft(recipe, target, base, cache)
+    except SourceError as error:
+        faults.append(error)
+    if faults:
+        raise together(faults)
     if target is not None and draft is not None:
-        check_pair(target, draft)
+        check_fit(recipe, target, draft)
         return LocalSources((target, draft), ())
     named = ((target, recipe.target.source), (draft, recipe.draft.source))
     return LocalSources(None, tuple(source for checkpoint, source in named if checkpoint is None and source))
 
 
-def _open(source: str, base: Path, role: Role) -> Checkpoint | None:
-    """Return a checkpoint in a folder without digests of its weights; None for other kinds of source."""
-    if "://" in source:
+def _target(recipe: Recipe, base: Path, cache: Path) -> Checkpoint | None:
+    with at_key(recipe, "target.source"):
+        target = _open(recipe.target.source, base, cache, "target")
+        if target is not None:
+            require_tokenizer(target)
+        return target
+
+
+def _draft(recipe: Recipe, target: Checkpoint | None, base: Path, cache: Path) -> Checkpoint | None:
+    if recipe.draft.derive is not None:
+        return None if target is None else derived(recipe, target)
+    with at_key(recipe, "draft.source"):
+        return _open(recipe.draft.source or "", base, cache, "draft")
+
+
+def _open(source: str, base: Path, cache: Path, role: Role) -> Checkpoint | None:
+    """Return a checkpoint without digests of its weights; None for a source that needs a download."""
+    if source.startswith("pico://"):
+        check_location(source)
+        if not all(map(find_spec, GENERATED_WITH)):
+            return None
+        root = fetch(source, base=base, cache=cache, progress=no_progress).root
+    elif "://" in source:
         return None
-    checkpoint = open_checkpoint(base / expanded(source), read_weights=False)
-    return checked(checkpoint, source, role)
+    else:
+        root = base / expanded(source)
+    return checked(open_checkpoint(root, read_weights=False), source, role)

@@ -5,7 +5,8 @@ A source is of one of the kinds in `kinds.py`. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from pipeline.models.weights import EMBEDDING
 from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint, with_shared_embedding
-from pipeline.sources.derived import derive
+from pipeline.sources.derived import LAYERS, derive
 from pipeline.sources.generation import generation_of, with_generation
 from pipeline.sources.kinds import fetch
 from pipeline.sources.tokenizer import check_tokenizers, vocabulary_size
@@ -68,6 +69,16 @@ def checked(checkpoint: Checkpoint, source: str, role: Role) -> Checkpoint:
     return checkpoint
 
 
+@contextmanager
+def at_key(recipe: Recipe, key: str) -> Iterator[None]:
+    """Name the recipe's line and key in an error about a source, whose own place goes into the text of the error."""
+    try:
+        yield
+    except SourceError as error:
+        what = f"{error.where}: {error.what}" if error.where else error.what
+        raise SourceError(what, where=recipe.place(key), fix=error.fix) from error
+
+
 def resolve_pair(
     recipe: Recipe, *, base: Path, cache: Path, progress: Progress = no_progress, read_tokenizer: bool = True
 ) -> tuple[Checkpoint, Checkpoint]:
@@ -79,29 +90,44 @@ def resolve_pair(
         SourceError: as `resolve`, and a draft that does not fit its target.
 
     """
-    target = _opened(recipe.target.source, base, cache, progress, "target")
-    if read_tokenizer:
-        target = with_generation(target)
+    with at_key(recipe, "target.source"):
+        target = _opened(recipe.target.source, base, cache, progress, "target")
+        if read_tokenizer:
+            target = with_generation(target)
     if recipe.draft.derive is not None:
-        draft = derived(target, recipe.draft.derive.layers)
+        draft = derived(recipe, target)
     elif recipe.draft.source is not None:
-        draft = resolve(recipe.draft.source, base=base, cache=cache, progress=progress, role="draft")
+        with at_key(recipe, "draft.source"):
+            draft = resolve(recipe.draft.source, base=base, cache=cache, progress=progress, role="draft")
     else:
         raise SourceError("the draft has neither source nor derive", where="draft", fix="set exactly one of the two")
-    check_pair(target, draft)
+    check_fit(recipe, target, draft)
     return target, draft
 
 
-def derived(target: Checkpoint, layers: Sequence[int]) -> Checkpoint:
+def derived(recipe: Recipe, target: Checkpoint) -> Checkpoint:
     """Return the draft that consists of layers of a target, with its tensors checked.
 
     Raises:
         SourceError: a layer that the target does not have.
 
     """
-    draft = derive(target, tuple(layers))
-    check_weights(draft)
+    assert recipe.draft.derive is not None
+    draft = derive(target, recipe.draft.derive.layers, recipe.place(LAYERS))
+    with at_key(recipe, LAYERS):
+        check_weights(draft)
     return draft
+
+
+def check_fit(recipe: Recipe, target: Checkpoint, draft: Checkpoint) -> None:
+    """Raise an error, at the recipe's key of the draft, for a draft that cannot propose tokens to this target.
+
+    Raises:
+        SourceError: as `check_pair`.
+
+    """
+    with at_key(recipe, "draft.source" if recipe.draft.source else "draft.derive"):
+        check_pair(target, draft)
 
 
 def check_pair(target: Checkpoint, draft: Checkpoint) -> None:

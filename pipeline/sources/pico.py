@@ -135,6 +135,16 @@ def fetch(location: str, *, base: Path, cache: Path, progress: Progress) -> Fetc
     return Fetched(target, pico.key)
 
 
+def check_location(source: str) -> None:
+    """Reject a source `pico://...` with an unknown family or option, without generating anything.
+
+    Raises:
+        SourceError: an unknown family or option.
+
+    """
+    _parse(source.partition("://")[2])
+
+
 def moving(location: str) -> bool:
     """Return False: a location always generates the same bytes."""
     del location

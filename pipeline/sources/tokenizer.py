@@ -19,6 +19,8 @@ VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 JSON_FIX = "download the checkpoint again"
 FIX = "use a draft of the target's own family and tokenizer, or `derive: {from: target, layers: [...]}`"
 
+FAST_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return an artifact's tokenizer files: `tokenizer.json` and `tokenizer_config.json`, which need no other file.
@@ -103,6 +105,17 @@ def require_tokenizer(checkpoint: Checkpoint) -> None:
     if not VOCABULARIES & set(checkpoint.tokenizer_files):
         fix = f"add one of {', '.join(sorted(VOCABULARIES))} to the folder"
         raise SourceError("the target has no tokenizer", where=str(checkpoint.root), fix=fix)
+
+
+def fast_tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return the files of a tokenizer that `runtime.text` reads as they are; empty if it has another form.
+
+    Transformers, which imports torch, reads the other forms: `tokenizer_files`.
+    """
+    root = checkpoint.root
+    if not (root / "tokenizer.json").is_file():
+        return {}
+    return {name: (root / name).read_bytes() for name in FAST_FILES if (root / name).is_file()}
 
 
 def vocabulary_size(checkpoint: Checkpoint) -> int:

@@ -20,7 +20,7 @@ from pipeline.sources.pointers import unread_index
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.settings import BuildSettings
 from pipeline.validate.lengths import cut_warning, token_counts
-from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.prompts import recipe_prompts
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ def check_prompts(settings: BuildSettings) -> None:
 
     """
     if settings.validate:
-        load_prompts(prompts_path(settings.recipe.validate_.prompts, settings.base))
+        recipe_prompts(settings.recipe, settings.base)
 
 
 def warn_of_cut_prompts(settings: BuildSettings, tokenizer: Mapping[str, bytes]) -> None:
     """Log a warning, before anything is compiled, if validation prompts do not fit the largest prefill bucket."""
     if not settings.validate:
         return
-    prompts = load_prompts(prompts_path(settings.recipe.validate_.prompts, settings.base))
+    prompts = recipe_prompts(settings.recipe, settings.base)
     counts = token_counts(prompts, tokenizer)
     if warning := cut_warning(counts, settings.recipe.shapes.prefill[-1]):
         settings.log(warning)

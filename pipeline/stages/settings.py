@@ -11,6 +11,7 @@ from pipeline.cache.local import default_root
 from pipeline.cache.remote import Remote
 from pipeline.errors import InputError
 from pipeline.extras import require
+from pipeline.plan.lock import read
 from pipeline.progress import Log, Progress, no_log, no_progress
 from pipeline.recipe.schema import Recipe
 
@@ -49,10 +50,10 @@ class BuildSettings:
 
 
 def check_together(builds: Sequence[BuildSettings]) -> None:
-    """Check that builds can run together.
+    """Check that builds can run together, and that each locked one has its lock, before any of them waits.
 
     Raises:
-        InputError: two recipes of one name or output.
+        InputError: two recipes of one name or output, or a lock that is missing or damaged.
 
     """
     for what, values in (
@@ -62,6 +63,9 @@ def check_together(builds: Sequence[BuildSettings]) -> None:
         if twice := [value for value, count in Counter(values).items() if count > 1]:
             fix = "give each recipe a name of its own, and name each recipe once"
             raise InputError(f"two recipes have the same {what}: {twice[0]}", where="recipes", fix=fix)
+    for settings in builds:
+        if settings.locked:
+            read(settings.lock_file)
 
 
 def check_executor(settings: BuildSettings) -> None:

@@ -16,7 +16,7 @@ from pipeline.progress import duration
 from pipeline.stages.compile import Compiled
 from pipeline.stages.settings import LOCAL, BuildSettings
 from pipeline.stages.workers import peak_bytes
-from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.prompts import recipe_prompts
 from pipeline.validate.report.schema import Report
 
 COMPILE = "compile"
@@ -124,4 +124,4 @@ def work_of(settings: BuildSettings) -> Work:
     rules = settings.recipe.validate_
     if not settings.validate:
         return Work(0)
-    return Work(len(load_prompts(prompts_path(rules.prompts, settings.base))), rules.max_new_tokens)
+    return Work(len(recipe_prompts(settings.recipe, settings.base)), rules.max_new_tokens)

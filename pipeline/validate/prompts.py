@@ -8,8 +8,10 @@ from pathlib import Path
 
 from pydantic import Field
 
+from pipeline.errors import InputError
 from pipeline.files.home import expanded
-from pipeline.files.json_lines import Line, LineRecord, read_json_lines
+from pipeline.files.json_lines import Line, LineRecord, each_of, read_json_lines
+from pipeline.recipe.schema import Recipe
 
 DEFAULT = "prompts/default.jsonl"
 FIX = 'write one JSON object per line, with "class", "prompt" and optionally "id"'
@@ -45,9 +47,23 @@ def load_prompts(path: Path) -> list[Prompt]:
 
     """
     lines = read_json_lines(path, _PromptLine, fix=FIX, missing="correct validate.prompts in the recipe")
-    prompts = [_prompt(line) for line in lines]
+    prompts = each_of(lines, _prompt)
     _check_ids(prompts, lines)
     return prompts
+
+
+def recipe_prompts(recipe: Recipe, base: Path) -> list[Prompt]:
+    """Read the prompts of a recipe in the folder `base`.
+
+    Raises:
+        InputError: as `load_prompts`; a missing file is an error at the recipe's key.
+
+    """
+    path = prompts_path(recipe.validate_.prompts, base)
+    if not path.is_file():
+        what = f"no such file: {path}"
+        raise InputError(what, where=recipe.place("validate.prompts"), fix="correct the path, relative to the recipe")
+    return load_prompts(path)
 
 
 def _prompt(line: Line[_PromptLine]) -> Prompt:

@@ -25,7 +25,7 @@ from pipeline.validate.gates.inputs import GateInputs
 from pipeline.validate.gates.judge import words
 from pipeline.validate.gates.parts import Elsewhere
 from pipeline.validate.gates.run import GateRun, run_gates
-from pipeline.validate.prompts import load_prompts, prompts_path
+from pipeline.validate.prompts import recipe_prompts
 from pipeline.validate.reference.goldens import GoldenStore
 from pipeline.validate.report import page, summaries
 from pipeline.validate.report import schema as report
@@ -47,7 +47,7 @@ def validate(
 
     """
     recipe = load_recipe(root / "recipe.yaml")
-    prompts = load_prompts(prompts_path(recipe.validate_.prompts, base))
+    prompts = recipe_prompts(recipe, base)
     started = time.monotonic()
     engine = load(root)
     inputs = GateInputs(engine, recipe, prompts, pair, goldens, log, progress)

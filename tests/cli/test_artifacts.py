@@ -104,6 +104,17 @@ def test_verify_says_who_signed_and_only_after_a_check(out, tmp_path):
     assert shown.endswith(f"; signed by {public}\n")
 
 
+def test_verify_json_does_not_deny_a_signature(out, tmp_path):
+    """`signed` was false for a signed artifact whose signature was not checked."""
+    key, public = key_pair(tmp_path, "key")
+    states = [json.loads(answer("verify", "out", "--json").stdout)]
+    answer("sign", "out", "--key", key)
+    states.append(json.loads(answer("verify", "out", "--json").stdout))
+    states.append(json.loads(answer("verify", "out", "--require-signature", public, "--json").stdout))
+    assert [state["signature"] for state in states] == ["none", "not checked", "accepted"]
+    assert [state["signer"] for state in states] == [None, None, str(public)]
+
+
 def test_verify_of_a_part_says_how_much_was_checked(out):
     answer("publish", "out", "--to", "r", "--alias", "latest")
     answer("pull", "r/small", "part", "--only", "weights")

@@ -231,7 +231,7 @@ def test_a_share_of_no_start_is_an_error():
         (("diff", "r/variants/small@1", "out", "--variant", "typo"), 2, "unknown variant 'typo'"),
         (("inspect", "deep"), 2, "damaged manifest"),
         (("recipe", "check", "elsewhere.yaml"), 3, "unsupported kind of registry: gs://"),
-        (("recipe", "check", "unprompted.yaml"), 2, "none.jsonl: cannot read the file"),
+        (("recipe", "check", "unprompted.yaml"), 2, "unprompted.yaml:6: validate.prompts: no such file: none.jsonl"),
         (("recipe", "check", "long.yaml"), 2, "at most 100 characters"),
     ],
 )

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from pipeline import __version__
+from pipeline.plan import lock as locks
+from pipeline.recipe import load
 from support.checkpoints import CONFIG, random_weights, write_checkpoint
 from support.commands import RECIPE, answer, invoke
 from support.families import write_tokenizer
@@ -37,7 +42,9 @@ def test_check_names_sources_that_were_not_checked(work):
     shown = answer("recipe", "check", "mine.yaml").stdout
     assert shown == "mine.yaml: ok: recipe, prompts; sources not checked: hf://org/model@v1\n"
     data = json.loads(answer("recipe", "check", "mine.yaml", "--json").stdout)
-    assert data == {"checked": ["mine.yaml"], "sources_not_checked": {"mine.yaml": ["hf://org/model@v1"]}}
+    assert data["checked"] == ["mine.yaml"]
+    assert data["sources_not_checked"] == {"mine.yaml": ["hf://org/model@v1"]}
+    assert data["locks"] == {"mine.yaml": "none"}
 
 
 def test_check_names_a_draft_that_was_not_checked(work):
@@ -109,6 +116,113 @@ def test_check_finds_faults_of_local_sources(work, fault):
     assert result.exit_code == 2, result.output
     assert FAULTS[fault] in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_check_names_the_line_of_each_source_and_a_folder_with_a_similar_name(work):
+    """A source error had no line and no key, and only the first of two was shown."""
+    text = RECIPE.replace("./target", "./tarqet").replace(DERIVED, "{source: ./nothing}")
+    (work / "mine.yaml").write_text(text)
+    lines = invoke("recipe", "check", "mine.yaml").stderr.splitlines()
+    assert lines == [
+        "source: mine.yaml:2: target.source: tarqet: no such folder", "  fix: did you mean target?",
+        "source: mine.yaml:3: draft.source: nothing: no such folder",
+        "  fix: give a folder with config.json and *.safetensors",
+    ]  # fmt: skip
+
+
+def test_check_of_a_name_of_the_hub_says_how_to_write_it(work):
+    (work / "mine.yaml").write_text(RECIPE.replace("./target", "Qwen/Qwen3-0.6B"))
+    shown = invoke("recipe", "check", "mine.yaml").stderr
+    assert "mine.yaml:2: target.source: Qwen/Qwen3-0.6B: no such folder" in shown
+    assert "fix: for the Hub, write hf://Qwen/Qwen3-0.6B@REVISION" in shown
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("[0]", "[0, 7]", "mine.yaml:3: draft.derive.layers: the target has no layer 7"),
+        ("kv: [32]}", "kv: [32]}\nvalidate: {prompts: none.jsonl, max_new_tokens: 8}",
+         "mine.yaml:6: validate.prompts: no such file: none.jsonl"),
+    ],
+)  # fmt: skip
+def test_check_names_the_line_of_layers_and_prompts(work, old, new, says):
+    (work / "mine.yaml").write_text(RECIPE.replace(old, new))
+    assert says in invoke("recipe", "check", "mine.yaml").stderr
+
+
+def test_check_names_the_line_of_a_draft_with_another_tokenizer(work):
+    another_tokenizer(work)
+    assert "source: mine.yaml:3: draft.source: " in invoke("recipe", "check", "mine.yaml").stderr
+
+
+def test_check_shows_every_bad_line_of_the_prompts(work):
+    (work / "p.jsonl").write_text('{"class": "chat", "prompt": "hi"}\nx\n{"prompt": "hi"}\n')
+    (work / "mine.yaml").write_text(RECIPE + "validate: {prompts: p.jsonl, max_new_tokens: 8}\n")
+    shown = invoke("recipe", "check", "mine.yaml").stderr
+    assert "p.jsonl:2:1: not JSON" in shown
+    assert "p.jsonl:3:1: missing key: `class`" in shown
+
+
+def test_check_warns_of_prompts_that_a_build_would_cut(work):
+    """All prompts were longer than the prefill bucket, and the answer was `ok` alone."""
+    (work / "p.jsonl").write_text(json.dumps({"class": "story", "prompt": "a b c " * 20}) + "\n")
+    (work / "mine.yaml").write_text(RECIPE + "validate: {prompts: p.jsonl, max_new_tokens: 8}\n")
+    result = answer("recipe", "check", "mine.yaml")
+    assert result.stderr.startswith("warning: 1 of 1 prompts are longer than the largest prefill bucket")
+    assert result.stdout.startswith("mine.yaml: ok")
+
+
+def test_check_looks_at_tiny_models(work):
+    """`pico://gemma` needs no download, and was not looked at."""
+    (work / "mine.yaml").write_text(RECIPE.replace("./target", "'pico://gemma'"))
+    shown = invoke("recipe", "check", "mine.yaml").stderr
+    assert "mine.yaml:2: target.source: pico://gemma: unknown family: 'gemma'" in shown
+    (work / "mine.yaml").write_text(RECIPE.replace("./target", "'pico://llama?layers=2'"))
+    assert (
+        answer("recipe", "check", "mine.yaml").stdout == "mine.yaml: ok: recipe, prompts, sources, plan of 5 graphs\n"
+    )
+
+
+def locked(work: Path, **changes: object) -> None:
+    """Write a lock of mine.yaml with the installed versions, and with changes."""
+    recipe = load(work / "mine.yaml")
+    source = locks.LockedSource(recipe.target.source, "r", {}, CONFIG)
+    lock = locks.Lock(
+        recipe.digest(), source, None, {"tandem": __version__, "torch": metadata.version("torch").partition("+")[0]}
+    )
+    locks.write(work / "mine.lock", replace(lock, **changes))
+
+
+def test_check_says_that_the_lock_is_up_to_date(work):
+    locked(work)
+    assert answer("recipe", "check", "mine.yaml").stdout.endswith(", plan of 5 graphs, lock up to date\n")
+    assert json.loads(answer("recipe", "check", "mine.yaml", "--json").stdout)["locks"] == {"mine.yaml": "up to date"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says", "fix"),
+    [
+        ({"recipe_sha256": "0"}, "mine.lock: recipe_sha256: the recipe was edited after the lock",
+         "tandem recipe lock mine, or undo the edit"),
+        ({"toolchain": {"torch": "1.0.0"}}, "mine.lock: toolchain.torch: locked 1.0.0, found", "tandem recipe lock"),
+        ({"toolchain": {"tandem": "0.0.1"}}, "mine.lock: toolchain.tandem: locked 0.0.1, found", "tandem recipe lock"),
+        ({"draft": locks.LockedSource("./draft", "r")}, "mine.lock: draft: locked ./draft", "tandem recipe lock mine"),
+    ],
+)  # fmt: skip
+def test_check_compares_the_lock(work, changes, says, fix):
+    """An edited recipe, another torch and a lock file of `{` were all `ok`."""
+    locked(work, **changes)
+    result = invoke("recipe", "check", "mine.yaml")
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert fix in result.stderr
+
+
+def test_check_reads_a_damaged_lock(work):
+    (work / "mine.lock").write_text("{")
+    result = invoke("recipe", "check", "mine.yaml")
+    assert result.exit_code == 2
+    assert "mine.lock:" in result.stderr
 
 
 def test_check_by_name_works_in_the_folder_of_recipes(work):

@@ -45,6 +45,18 @@ def test_pull_names_the_signer_after_a_check_alone(registry, tmp_path):
     assert shown.endswith(f"signed by {public}\n")
 
 
+def test_pull_json_has_the_facts_of_the_line(registry, tmp_path):
+    """It had the folder alone."""
+    data = json.loads(answer("pull", "r/small@prod", "p", "--json").stdout)
+    digest = data.pop("digest")
+    assert digest.startswith(registry)
+    assert len(digest) == 64
+    assert data.pop("size_bytes") > 10_000
+    assert data == {"artifact": "p", "name": "small", "version": "1.1", "alias": "prod", "files": 26,
+                    "signature": "none", "signer": None}  # fmt: skip
+    assert json.loads(answer("ls", "r", "--json").stdout)[0]["digests"] == [digest]
+
+
 def test_pull_offline_names_the_version_that_the_alias_had(registry):
     answer("pull", "r/small@prod", "p")
     assert f"pulled small@1.1 (prod) {registry}" in answer("pull", "r/small@prod", "q", "--offline").stderr

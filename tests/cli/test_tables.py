@@ -51,6 +51,25 @@ def test_verdict_has_its_colour_and_its_words():
     assert "\x1b[31mFAILED" in out.getvalue()
 
 
+LISTING = Table(
+    ("release", "digest", "built (UTC)", "size", "signed", "aliases", "variants"),
+    [("acme-spec@1.0.1", "953d0b5bc218", "2026-11-29 13:00", "3.1 MiB", "yes", "prod, latest", "cpu-avx2-tp1"),
+     ("acme-spec@1.0", "5bc218953d0b", "2026-11-29 12:00", "3.1 MiB", "no", "", "cpu-avx2-tp1, cpu-avx512-tp1")],
+    right=("size",), whole=("release", "digest"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", range(30, 130))
+def test_wrapped_breaks_no_name(width):
+    """`cpu-avx2-tp`, which looks like a variant, was shown at 80, 82 and 85 columns, and one without its end at 100."""
+    out = io.StringIO()
+    Terminal(file=out, width=width).print(wrapped(LISTING, width))
+    words = out.getvalue().split()
+    assert max(map(len, out.getvalue().splitlines())) <= width
+    for row in LISTING.rows:
+        assert set(" ".join(row).split()) <= set(words)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80])
 def test_wrapped_cuts_no_cell_where_whole_columns_do_not_fit(width):
     """rich cuts the last column if the least widths exceed the terminal: `cpu-avx2-tp1` became `cpu-avx2-t`."""

@@ -121,9 +121,17 @@ def test_pull_profile_names_what_running_needs(tmp_path):
     manifest = (root / "manifest.json").read_text()
     assert '"inductor"' in manifest
     (here.work / "tiny.yaml").write_text(RECIPE)
-    for command in (["run", "small", "--prompt", "a"], ["bench", "small"], ["build", "tiny.yaml"], ["doctor"]):
+    for command in (
+        ["run", "small", "--prompt", "a"],
+        ["bench", "small"],
+        ["build", "tiny.yaml"],
+        ["doctor", "--backend", "inductor"],
+    ):
         assert hint(here.tandem(*command, code=3)).endswith("[inductor]'"), command
     assert hint(here.tandem("serve", "small", code=3)).endswith("[vllm]'")
+    commands = json.loads(here.tandem("doctor", "--json"))["facts"]["commands"]
+    assert commands["sign, --require-signature"] == commands["registries s3://"] == "yes"
+    assert commands["build, run (inductor)"].endswith("[inductor]'")
 
 
 def test_base_install_imports_every_command(tmp_path):

@@ -65,6 +65,24 @@ def test_load_bad_recipe_names_place_and_remedy(path: Path) -> None:
         assert fix in problem.fix
 
 
+def test_load_takes_text_as_a_path_or_a_name(tmp_path, monkeypatch) -> None:
+    """It was an AttributeError: `str` has no `parent`."""
+    (tmp_path / "recipes").mkdir()
+    path = write(tmp_path / "recipes", GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert load("pair").digest() == load("recipes/pair.yaml").digest() == load(path).digest()
+    with pytest.raises(InputError, match="no recipe 'pear'"):
+        load("pear")
+
+
+def test_load_of_a_name_without_recipes_says_so(tmp_path, monkeypatch) -> None:
+    """It said `use a path, or one of: none`."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load("pair")
+    assert caught.value.fix == "no recipes in recipes/ here; use a path"
+
+
 def test_bad_recipes_all_say_what_they_expect() -> None:
     assert len(BAD) > 40
     assert all(expected(path) for path in BAD)

@@ -122,7 +122,7 @@ def of_run(engine: Engine, text: str, monkeypatch: pytest.MonkeyPatch, work: Pat
 def of_bench(engine: Engine, text: str, monkeypatch: pytest.MonkeyPatch, work: Path) -> Any:
     monkeypatch.setattr(bench, "load", lambda *_: engine)
     monkeypatch.setattr(bench, "load_recipe", lambda _: recipe_of("llama", 0, "float32"))
-    monkeypatch.setattr(bench, "load_prompts", lambda _: [Prompt("1", "chat", text)])
+    monkeypatch.setattr(bench, "recipe_prompts", lambda *_: [Prompt("1", "chat", text)])
     bench.bench(work, work, 1, 4, None)
 
 

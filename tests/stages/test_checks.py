@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import PreflightError, RecipeError
+from pipeline.build import build
+from pipeline.errors import InputError, PreflightError, RecipeError
 from pipeline.plan import lock as locks
 from pipeline.recipe import load
 from pipeline.stages.checks import resolved, usable_backend
-from pipeline.stages.settings import BuildSettings
+from pipeline.stages.settings import BuildSettings, check_together
 
 RECIPE = """\
 name: tiny
@@ -20,6 +21,23 @@ draft: {derive: {from: target, layers: [0]}}
 speculation: {draft_tokens: [1]}
 shapes: {batch: [1], prefill: [16], kv: [32]}
 """
+
+
+def test_a_locked_build_without_a_lock_ends_before_it_waits(tmp_path):
+    """It printed `waiting for another build ...`, and minutes later `no lock file`."""
+    settings = replace(settings_of(tmp_path, RECIPE, []), locked=True)
+    with pytest.raises(InputError, match="no lock file"):
+        check_together([settings])
+
+
+def test_build_takes_the_name_of_a_recipe(tmp_path, monkeypatch):
+    """`build("x.yaml")` was an AttributeError: a Recipe was expected."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no recipe 'nothing'"):
+        build("nothing")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    with pytest.raises(InputError, match="tiny.lock: no lock file"):
+        build("tiny.yaml", locked=True)
 
 
 @pytest.fixture
