@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def wrapped(table: Table, width: int) -> RichTable:
         return wrapped(_blocks(table), width)
     made = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
     made.show_header, made.header_style = table.show_headings, "bold"
-    for heading, fixed in zip(table.headings, widths or [None for _ in table.headings], strict=True):
+    for heading, fixed in zip_longest(table.headings, widths or ()):
         justify: Literal["left", "right"] = "right" if heading in table.right else "left"
         made.add_column(Text(heading), justify=justify, overflow="fold", width=fixed)
     for row in table.rows:

@@ -330,8 +330,8 @@ class Validate(Record):
 
     prompts: Source = Field(
         default="prompts/default.jsonl",
-        description="JSON lines with class (any name; reports group by it), prompt and optionally id; relative to the recipe; "
-        "the default file ships with Tandem",
+        description="JSON lines with class (any name; reports group by it), prompt and optionally id, relative to the "
+        "recipe; the default file ships with Tandem",
     )
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(default=32, description="tokens generated for each prompt")
     gates: Gates = Field(default=Gates(), description="limits; a gate that fails stops publishing")

@@ -36,7 +36,7 @@ def test_build_takes_the_name_of_a_recipe(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no recipe 'nothing'"):
         build("nothing")
     (tmp_path / "tiny.yaml").write_text(RECIPE)
-    with pytest.raises(InputError, match="tiny.lock: no lock file"):
+    with pytest.raises(InputError, match=r"tiny\.lock: no lock file"):
         build("tiny.yaml", locked=True)
 
 
