@@ -7,6 +7,7 @@ other file is fetched, and again before an artifact is opened for execution. Nee
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,12 @@ from pipeline.artifact.verify import difference
 from pipeline.errors import ArtifactError, HostError, InputError, RecipeError, reason
 from pipeline.extras import require as require_extras
 from pipeline.files.atomic import write_atomic
+from pipeline.files.home import expanded
 from pipeline.recipe.document import read as read_document
 from pipeline.records import Record
+
+WILD = re.compile(r"[*?[]")
+"""Wildcards of patterns."""
 
 GITHUB = "https://token.actions.githubusercontent.com"
 """Issuer of GitHub Actions' identities, the usual one for keyless signatures."""
@@ -53,7 +58,9 @@ class Signer(Record):
 class Rule(Record):
     """A pattern of releases (`URL/name@version`) and their accepted signers; one signature is enough.
 
-    An artifact on disk has no URL: only the part of the pattern after its last slash applies to it.
+    Folders are compared as absolute paths without links, so that no spelling of a folder avoids a rule or gets one; a
+    relative folder in a pattern starts at the policy. An artifact on disk has no URL: only the part of the pattern
+    after its last slash applies to it.
     """
 
     releases: str = "*"
@@ -125,9 +132,12 @@ class Policy(Record):
             ArtifactError: no rule matches.
 
         """
-        rule = next((candidate for candidate in self.rules if _matches(where, candidate.releases)), None)
+        release = _absolute(where, Path()) if "/" in where else where
+        rule = next((rule for rule in self.rules if _matches(release, rule.releases, self._base)), None)
         if rule is None:
-            what = "no rule of the policy allows this release"
+            what = (
+                f"no rule of the policy matches {release}; patterns: {', '.join(rule.releases for rule in self.rules)}"
+            )
             raise ArtifactError(what, where=where, fix="add a rule to the policy, or use another release")
         return rule
 
@@ -261,8 +271,22 @@ def _own_provenance(root: Path, manifest: Manifest) -> bytes:
     return (root / PROVENANCE).read_bytes()
 
 
-def _matches(where: str, pattern: str) -> bool:
-    return fnmatchcase(where, pattern if "/" in where else pattern.rpartition("/")[2])
+def _matches(release: str, pattern: str, base: Path) -> bool:
+    return fnmatchcase(release, _absolute(pattern, base) if "/" in release else pattern.rpartition("/")[2])
+
+
+def _absolute(address: str, base: Path) -> str:
+    """Return a release in a folder, or a pattern of such releases, as an absolute path without links and `..`.
+
+    Only the folders before the first wildcard of a pattern are resolved; other addresses are returned unchanged.
+    """
+    path = address.removeprefix("file://")
+    if "://" in path or WILD.match(path):
+        return address
+    parts = path.split("/")
+    fixed = next((index for index, part in enumerate(parts) if WILD.search(part)), len(parts) - 1)
+    folder = (base / expanded("/".join(parts[:fixed]) or ("/" if path.startswith("/") else "."))).resolve()
+    return "/".join([str(folder).rstrip("/"), *parts[fixed:]])
 
 
 def _fault(manifest: bytes, signature: bytes, signer: Signer, base: Path) -> str | None:

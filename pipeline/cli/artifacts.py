@@ -103,6 +103,7 @@ def diff(first: str, second: str, variant: str | None, json_: bool) -> None:
         return
     shown = changes_of(differences, before, after)
     if not shown.rows:
-        print_line(f"no difference: {before.name} {before.version} and {after.name} {after.version} are equal")
+        equal = f"the manifests of {before.name} {before.version} and {after.name} {after.version} are equal"
+        print_line(f"no difference: {equal} (files not read: tandem verify)")
         return
     print_table(shown)

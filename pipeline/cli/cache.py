@@ -19,13 +19,14 @@ from pipeline.cli.results import print_json, print_line, print_result, print_tab
 from pipeline.cli.tables import Table
 from pipeline.cli.words import counted, size
 from pipeline.errors import HostError
+from pipeline.stores.base import check_exists
 
 if TYPE_CHECKING:
     from pipeline.recipe.schema import BackendSettings
 
 GIB = 1 << 30
 KINDS = {
-    "graphs": "compiled graphs of all builds here",
+    "graphs": "compiled graphs of all builds",
     "memos": "from a graph's inputs to its key",
     "subgraphs": "object files that graphs share",
     "goldens": "reference outputs of the gates",
@@ -49,7 +50,9 @@ def cache_push(console: Console, url: str, json_: bool) -> None:
     """Push compiled graphs, and the subgraphs that they share, to the shared cache at URL."""
     remote = Remote(url, "write")
     counts = {kind: push_all(Cache(default_root(), kind), remote.open(kind, console.log)) for kind in SHARED}
-    line = f"pushed {_counted(counts)} to {url}{'' if any(counts.values()) else ': none is new'}"
+    is_empty = not any(Cache(default_root(), kind).entries() for kind in SHARED)
+    nothing = f": the local cache {default_root()} has no graphs" if is_empty else ": none is new"
+    line = f"pushed {_counted(counts)} to {url}{'' if any(counts.values()) else nothing}"
     print_result({"pushed": counts["graphs"], "kinds": counts}, line, as_json=json_)
 
 
@@ -61,6 +64,7 @@ def cache_push(console: Console, url: str, json_: bool) -> None:
 @click.pass_obj
 def cache_pull(console: Console, url: str, backend: str | None, json_: bool) -> None:
     """Pull the graphs and subgraphs that this machine's toolchains can use from the shared cache at URL."""
+    check_exists(url)
     remotes = {kind: Remote(url).open(kind, console.log) for kind in SHARED}
     pulled = []
     for toolchain in _toolchains(backend):
@@ -137,7 +141,7 @@ def stats(url: str | None, json_: bool) -> None:
     if folders:
         print_line("")
         sizes = [(name, size(size_bytes)) for name, size_bytes in (folders | {"total": sum(folders.values())}).items()]
-        print_table(Table(("folder", "size"), sizes, right=("size",)))
+        print_table(Table(("folder, with locks and records", "size"), sizes, right=("size",)))
 
 
 def _limit(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
@@ -151,7 +155,11 @@ LIMIT = click.FloatRange(0, 1e6)
 
 @cache.command("gc")
 @click.option(
-    "--max-gib", type=LIMIT, callback=_limit, required=True, help="Maximum size; the oldest entries are removed first."
+    "--max-gib",
+    type=LIMIT,
+    callback=_limit,
+    required=True,
+    help="Maximum size of graphs, subgraphs, memos, goldens and files together; the oldest are removed first.",
 )
 @click.option("--max-days", type=LIMIT, callback=_limit,
               help="Maximum age in days; in the local cache, days since the last use.")  # fmt: skip
@@ -167,14 +175,21 @@ def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: boo
     max_bytes = int(max_gib * GIB)
     removed = gc(_open(url), max_bytes, age_s) if url else collect(default_root(), max_bytes, age_s)
     unused = Stats(0, 0) if url or age_s is None else remove_unused(default_root(), age_s)
+    kept = _stored(url)
     parts = [f"{counted(of.entries, kind[:-1])}, {size(of.size_bytes)}" for kind, of in removed.items()]
     if age_s is not None and not url:
         blobs = counted(unused.entries, "unused blob or shard", "unused blobs and shards")
         parts.append(f"{blobs}, {size(unused.size_bytes)}")
-    print_result(_data(removed) | {"unused": asdict(unused)}, f"removed {'; '.join(parts)}", as_json=json_)
+    left = f"; kept {counted(_total(kept).entries, 'entry', 'entries')}, {size(_total(kept).size_bytes)}"
+    others = {} if url else {name: of for name, of in folder_sizes(default_root()).items() if name not in kept and of}
+    if others:
+        left += f"; not limited by --max-gib: {', '.join(f'{name} {size(of)}' for name, of in others.items())}"
+    data = _data(removed) | {"unused": asdict(unused), "kept": _data(kept)}
+    print_result(data, f"removed {'; '.join(parts)}{left}", as_json=json_)
 
 
 def _open(url: str) -> list[RemoteCache]:
+    check_exists(url)
     return [Remote(url, "write").open(kind) for kind in STORED]
 
 
@@ -183,5 +198,9 @@ def _stored(url: str | None) -> Mapping[Kind, Stats]:
 
 
 def _data(kinds: Mapping[Kind, Stats]) -> dict[str, Any]:
-    """Return the counts of graphs, then those of every kind."""
-    return asdict(kinds["graphs"]) | {"kinds": {kind: asdict(stats) for kind, stats in kinds.items()}}
+    """Return the counts of all entries, then those of every kind."""
+    return asdict(_total(kinds)) | {"kinds": {kind: asdict(stats) for kind, stats in kinds.items()}}
+
+
+def _total(kinds: Mapping[Kind, Stats]) -> Stats:
+    return sum(kinds.values(), Stats(0, 0))

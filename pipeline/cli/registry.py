@@ -19,7 +19,7 @@ from pipeline.cli.tables import Table
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
 from pipeline.cli.words import counted, moment, size, value
 from pipeline.registry.pull import Pulled, Selection, pull_release
-from pipeline.registry.releases import Listed, collect, list_releases, parse_reference
+from pipeline.registry.releases import Listed, collect, has_names, list_releases, no_releases, parse_reference
 
 
 @dataclass(frozen=True)
@@ -92,31 +92,44 @@ def ls(console: Console, url: str, json_: bool) -> None:
     signature exists; `pull` and `verify` check the signer, with --require-signature or --policy.
     """
     releases = _releases(url)
-    if not releases:
-        console.log(f"no releases in {url}")
+    for damaged in (release for release in releases if release.damage):
+        console.log(f"warning: damaged release in {url}: {damaged.damage}; to replace it, publish another version")
     if json_:
         print_json([asdict(release) for release in releases])
-    elif releases:
+    else:
         print_table(_listing(releases))
 
 
 def _releases(url: str) -> list[Listed]:
-    """Return the releases of a registry, or of one name if the URL ends with a name that has releases."""
+    """Return the releases of a registry, or of one name if the URL ends with a name that has releases.
+
+    Raises:
+        InputError: there are none.
+
+    """
     registry, _, last = url.rstrip("/").rpartition("/")
     name = last.removesuffix("@")
-    if registry and last.endswith("@"):
-        return list_releases(registry, name)
-    found = list_releases(url)
     is_name = bool(registry) and not registry.endswith(":/")
-    return found or (list_releases(registry, name) if is_name else [])
+    found = [] if last.endswith("@") else _listed(url)
+    found = found or (_listed(registry, name) if is_name else [])
+    if found:
+        return found
+    raise no_releases(registry, name) if is_name and has_names(registry) else no_releases(url)
+
+
+def _listed(url: str, name: str | None = None) -> list[Listed]:
+    """Return the releases of a registry; none where the folder does not exist."""
+    return list_releases(url, name) if has_names(url) else []
 
 
 def _listing(releases: Sequence[Listed]) -> Table:
     headings = ("release", "digest", "built (UTC)", "size", "signed", "aliases", "variants")
     rows = [
         (
-            f"{each.name}@{each.version}", value(each.digests), moment(each.created), size(each.size_bytes),
-            "yes" if each.has_signature else "no", ", ".join(each.aliases), ", ".join(each.variants),
+            f"{each.name}@{each.version}", "damaged" if each.damage else value(each.digests),
+            moment(each.created), "" if each.damage else size(each.size_bytes),
+            "" if each.damage else "yes" if each.has_signature else "no", ", ".join(each.aliases),
+            ", ".join(each.variants),
         )
         for each in releases
     ]  # fmt: skip

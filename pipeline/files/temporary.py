@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -117,15 +118,22 @@ def temporary_files(path: Path) -> Iterator[None]:
 
 
 def start_server() -> None:
-    """Start multiprocessing's forkserver here if TMPDIR is too long for the path of its socket.
+    """Start multiprocessing's forkserver, in another folder if TMPDIR is too long for the path of its socket.
+
+    The server and its workers do not get Ctrl-C, which this process handles for them: while the server imports the
+    modules that workers share, it would end in a traceback.
 
     Raises:
         HostError: as `temporary_folder`.
 
     """
-    if len(tempfile.gettempdir()) > LONGEST_PATH:
-        with temporary_files(temporary_folder()):
+    too_long = len(tempfile.gettempdir()) > LONGEST_PATH
+    with temporary_files(temporary_folder()) if too_long else nullcontext():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children inherit it
+        try:
             forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _candidates() -> list[Path]:

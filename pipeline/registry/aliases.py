@@ -7,7 +7,7 @@ import os
 import time
 
 from pipeline.errors import ArtifactError, InputError
-from pipeline.registry.releases import find_release, target_of
+from pipeline.registry.releases import find_release, no_releases, target_of
 from pipeline.stores.base import Alias, Move, Store, open_store
 
 SWAPS = 8
@@ -67,8 +67,7 @@ def list_aliases(url: str, name: str) -> dict[str, str]:
     store = open_store(url)
     aliases = store.aliases(name)
     if not aliases and not store.versions(name):
-        known = ", ".join(store.names()) or "none"
-        raise InputError(f"no releases of {name!r}", where=url, fix=f"use REGISTRY/NAME; names in it: {known}")
+        raise no_releases(url, name)
     return aliases
 
 
@@ -83,6 +82,8 @@ def history(url: str, name: str, alias: str) -> Alias:
     store = open_store(url)
     current = store.read_alias(name, alias)
     if current is None:
+        if not store.versions(name):
+            raise no_releases(url, name)
         known = ", ".join(store.aliases(name)) or "none"
         raise InputError(f"{name!r} has no alias {alias!r}", where=url, fix=f"aliases of {name!r}: {known}")
     target_of(current, alias, f"{url}/{name}")

@@ -159,6 +159,16 @@ def parse_document(data: bytes, where: str) -> Document:
         ArtifactError: damaged, of another schema version, or with unsafe paths.
 
     """
+    try:
+        return _parsed(data, where)
+    except ArtifactError as error:
+        if error.fix != AGAIN:
+            raise
+        fix = "the registry has it so: ask the publisher to publish the artifact again, under another version"
+        raise ArtifactError(error.what, where=error.where, fix=fix) from error
+
+
+def _parsed(data: bytes, where: str) -> Document:
     if json_object(data, where).get("kind") != INDEX_KIND:
         return parse(data, where)
     try:

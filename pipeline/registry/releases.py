@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from pipeline.artifact.diff import diff
 from pipeline.artifact.manifest import SIGNATURE, FileEntry, Manifest, PairManifest, parse, read
 from pipeline.errors import ArtifactError, InputError
 from pipeline.registry.release import all_files, choose, digest_of, parse_document
-from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Removed, Store, open_store
+from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Removed, Store, check_exists, open_store
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Listed:
     """A release of a registry, with the aliases that point at it.
 
     `digests`: the content digest of each artifact in it. `has_signature` does not depend on the signer.
+    `damage`: why the release cannot be read; then only name, version and aliases are known.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Listed:
     variants: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
     has_signature: bool = False
+    damage: str = ""
 
 
 def parse_reference(reference: str) -> Reference:
@@ -73,10 +77,37 @@ def find_release(store: Store, name: str, wanted: str, url: str) -> tuple[str, b
         version = target_of(alias, wanted, f"{url}/{name}")
         data = store.read_release(name, version)
     if data is None:
-        known = ", ".join([*store.versions(name), *store.aliases(name)]) or "nothing"
+        known = ", ".join([*store.versions(name), *store.aliases(name)])
+        if not known:
+            raise no_releases(url, name)
         what = f"{name!r} has no version or alias {wanted!r}"
         raise InputError(what, where=url, fix=f"versions and aliases of {name!r}: {known}")
     return version, data
+
+
+def has_names(url: str) -> bool:
+    """Return whether there is a registry with releases at this address."""
+    with contextlib.suppress(InputError):
+        check_exists(url)
+        return bool(open_store(url).names())
+    return False
+
+
+def no_releases(url: str, name: str = "") -> InputError:
+    """Return the error for an address without releases, or without any of this name: it is most often misspelt."""
+    try:
+        check_exists(url)
+    except InputError as error:
+        return error
+    names = open_store(url).names()
+    if name and names:
+        near = difflib.get_close_matches(name, names, 1)
+        fix = f"did you mean {near[0]!r}?" if near else f"names: {', '.join(names)}"
+        return InputError(f"no release named {name!r}", where=url, fix=fix)
+    if name and has_names(inner := f"{url}/{name}"):
+        fix = f"add one of: {', '.join(open_store(inner).names())}"
+        return InputError("a registry, not a name in it", where=inner, fix=fix)
+    return InputError("not a registry: it has no releases", where=url, fix="check the address, or publish a release")
 
 
 def target_of(alias: Alias, name: str, where: str) -> str:
@@ -112,7 +143,13 @@ def read_small(store: Store, name: str, version: str, path: str, entry: FileEntr
 
 
 def list_releases(url: str, name: str | None = None) -> list[Listed]:
-    """Return the releases of a registry, or of one name in it, the newest first."""
+    """Return the releases of a registry, or of one name in it, the newest first.
+
+    Raises:
+        InputError: the registry is a folder that does not exist.
+
+    """
+    check_exists(url)
     store = open_store(url)
     listed = [entry for each in ([name] if name else store.names()) for entry in _releases_of(store, each, url)]
     return sorted(listed, key=lambda entry: entry.created, reverse=True)
@@ -124,7 +161,10 @@ def _releases_of(store: Store, name: str, url: str) -> Iterator[Listed]:
         data = store.read_release(name, version)
         if data is not None:
             aliases = tuple(alias for alias, target in targets.items() if target == version)
-            yield _listed(store, Release(name, version, data), aliases, f"{url}/{name}@{version}")
+            try:
+                yield _listed(store, Release(name, version, data), aliases, f"{url}/{name}@{version}")
+            except ArtifactError as error:
+                yield Listed(name, version, "", 0, aliases, damage=f"{error.where}: {error.what}")
 
 
 @dataclass(frozen=True)
@@ -153,10 +193,12 @@ def collect(url: str, *, dry_run: bool = False) -> Removed:
     """Remove blobs that no release refers to: left by publishes that were killed. Releases and aliases stay.
 
     Raises:
+        InputError: no such folder, or no registry in it.
         ArtifactError: a manifest cannot be read: nothing is removed, since the blobs of that release are unknown.
         HostError: publishes do not end, or the registry keeps no loose blobs.
 
     """
+    check_exists(url)
     store = open_store(url)
 
     def reachable(data: bytes) -> set[str]:

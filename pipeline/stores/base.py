@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from pipeline.addresses import misspelt
 from pipeline.errors import HostError, InputError
 from pipeline.extras import require
+from pipeline.files.home import expanded
 
 STORES: dict[str, str] = {
     "file": "pipeline.stores.folder:open_folder",
@@ -320,6 +321,19 @@ def check_spelling(url: str) -> None:
     """
     if mistake := misspelt(url, sorted(STORES)):
         raise InputError(mistake.what, where=url, fix=mistake.fix)
+
+
+def check_exists(url: str) -> None:
+    """Reject a folder that does not exist, as the URL of a registry or cache that is read. Sends no request.
+
+    Raises:
+        InputError: no such folder, or a file.
+
+    """
+    scheme, path = scheme_of(url)
+    if scheme == "file" and not expanded(path).is_dir():
+        what = "not a folder" if expanded(path).exists() else "no such folder"
+        raise InputError(what, where=url, fix="check the address")
 
 
 def check_bucket(url: str) -> None:

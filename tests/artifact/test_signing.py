@@ -216,6 +216,29 @@ def test_policy_without_a_rule_for_a_release(made, keys, options, tmp_path):
         pull(f"{tmp_path}/registry/small@latest", policy=read_policy(tmp_path / "policy.yaml"), **options)
 
 
+SPELLINGS = ("{0}/registry", "file://{0}/registry", "registry", "./registry", "{0}/other/../registry", "link")
+
+
+@pytest.mark.parametrize("pattern", ["{0}/registry/*", "file://{0}/registry/*", "registry/small@*", "{0}/link/*"])
+def test_policy_compares_folders_not_their_spelling(tmp_path, keys, monkeypatch, pattern):
+    """`/srv/reg/*` allowed `/srv/reg/small@1`, but neither `file:///srv/reg/small@1` nor `reg/small@1`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("registry", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("registry")
+    (tmp_path / "policy.yaml").write_text(
+        POLICY.format(url="x", builder="*").replace("x/small@*", pattern.format(tmp_path))
+    )
+    policy = read_policy(tmp_path / "policy.yaml")
+    for spelling in SPELLINGS:
+        assert policy.rule(f"{spelling.format(tmp_path)}/small@1.0")
+    assert policy.rule("small@1.0")
+    for other in ("other", f"{tmp_path}/registry/../other", "s3://registry"):
+        with pytest.raises(ArtifactError, match="no rule of the policy matches") as caught:
+            policy.rule(f"{other}/small@1.0")
+        assert pattern.format(tmp_path) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("rules: []", "rules"), ("rules: [{signed_by: []}]", "signed_by"), ("rules: [{signed_by: [{}]}]", "exactly one"),

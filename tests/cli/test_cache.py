@@ -78,6 +78,7 @@ def test_cache_pull_of_one_backend_says_which_toolchain(work, neuron_sdk):
 
 
 def test_cache_pull_of_a_backend_that_is_not_installed(work):
+    (work / "shared").mkdir()
     result = invoke("cache", "pull", "shared", "--backend", "neuron")
     assert result.exit_code == 3
     assert "backend neuron: " in result.stderr
@@ -89,18 +90,39 @@ def test_cache_stats_and_gc_count_by_kind(work):
     for kind, size in (("graphs", 1 << 20), ("goldens", 2 << 20)):
         Cache(work / "cache", kind).put(KEY, b"x" * size)
     counted = json.loads(invoke("cache", "stats", "--json").stdout)
-    assert (counted["entries"], counted["size_bytes"]) == (1, 1 << 20)
+    assert (counted["entries"], counted["size_bytes"]) == (2, 3 << 20)
     assert counted["kinds"]["goldens"] == {"entries": 1, "size_bytes": 2 << 20}
     assert answer("cache", "stats").stdout.splitlines()[2:8] == [
         "entries                                              number     size",
-        "graphs: compiled graphs of all builds here                1  1.0 MiB",
+        "graphs: compiled graphs of all builds                     1  1.0 MiB",
         "subgraphs: object files that graphs share                 0      0 B",
         "memos: from a graph's inputs to its key                   0      0 B",
         "goldens: reference outputs of the gates                   1  2.0 MiB",
         "files: weights and artifacts for nodes of a cluster       0      0 B",
     ]
     removed = answer("cache", "gc", "--max-gib", "0").stdout
-    assert removed == "removed 1 graph, 1.0 MiB; 0 subgraphs, 0 B; 0 memos, 0 B; 1 golden, 2.0 MiB; 0 files, 0 B\n"
+    start = "removed 1 graph, 1.0 MiB; 0 subgraphs, 0 B; 0 memos, 0 B; 1 golden, 2.0 MiB; 0 files, 0 B; kept 0 entries, 0 B"
+    assert removed == f"{start}\n"
+
+
+def test_cache_gc_says_what_it_kept_and_what_it_does_not_limit(work):
+    """43 MiB of shards and blobs stayed after `--max-gib 0.001`, without a word."""
+    Cache(work / "cache", "graphs").put(KEY, b"x" * 2048)
+    blob = work / "cache/blobs/sha256/ab/blob"
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"x" * (1 << 20))
+    shown = answer("cache", "gc", "--max-gib", "1").stdout
+    assert shown.endswith("; kept 1 entry, 2.0 KiB; not limited by --max-gib: blobs 1.0 MiB\n")
+    assert "graphs, subgraphs, memos, goldens and files" in " ".join(invoke("cache", "gc", "--help").stdout.split())
+
+
+@pytest.mark.parametrize("command", [("stats", "--remote", "nowhere"), ("pull", "nowhere"),
+                                     ("gc", "--max-gib", "1", "--remote", "nowhere")])  # fmt: skip
+def test_cache_commands_of_a_misspelt_folder(work, command):
+    """`cache stats --remote` showed zeros."""
+    result = invoke("cache", *command)
+    assert result.exit_code == 2
+    assert "wrong input: nowhere: no such folder\n" in result.stderr
 
 
 def test_cache_stats_adds_up_the_folders(work):
@@ -116,5 +138,14 @@ def test_cache_gc_counts_unused_blobs_only_if_it_looked_for_them(work):
     assert "0 unused blobs and shards, 0 B" in answer("cache", "gc", "--max-gib", "1", "--max-days", "1").stdout
 
 
+def test_cache_push_of_an_empty_cache_says_so(work):
+    """It said `none is new`."""
+    assert "to shared: the local cache " in answer("cache", "push", "shared").stdout
+    assert answer("cache", "push", "shared").stdout.endswith("cache has no graphs\n")
+
+
 def test_cache_push_of_nothing_new_says_why(work):
+    share(work, [])
+    Cache(work / "cache", "graphs").put(KEY, b"x", {"backend": "none"})
+    answer("cache", "push", "shared")
     assert answer("cache", "push", "shared").stdout == "pushed 0 graphs and 0 subgraphs to shared: none is new\n"

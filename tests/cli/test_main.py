@@ -224,7 +224,7 @@ def test_a_share_of_no_start_is_an_error():
         (("bench", "out", "--prompts", "0"), 2, "0 is not in the range"),
         (("cache", "gc", "--max-gib", "nan"), 2, "nan is not a number"),
         (("cache", "gc", "--max-gib", "-1"), 2, "not in the range"),
-        (("gc", "nowhere"), 2, "the registry is empty"),
+        (("gc", "nowhere"), 2, "nowhere: no such folder"),
         (("pull", "r/small@latest", "/proc"), 2, "a mount point"),
         (("pull", "r/small@latest", "/proc/nothing"), 3, "/proc/"),
         (("pull", "r/small@latest", "p", "--only", "weight"), 2, "no file matches 'weight/*'"),

@@ -87,16 +87,42 @@ def test_ls_of_a_name_lists_its_releases(registry, url):
     assert answer("ls", url).stdout.count("small@") == 2
 
 
-def test_ls_of_a_name_that_is_not_there(registry):
-    result = answer("ls", "r/nothing")
-    assert (result.stdout, result.stderr) == ("", "no releases in r/nothing\n")
-
-
-def test_ls_of_nothing_says_so(registry, tmp_path):
-    result = answer("ls", "nowhere")
+@pytest.mark.parametrize(
+    ("command", "says", "fix"),
+    [
+        (("ls", "nowhere"), "nowhere: no such folder", "check the address"),
+        (("ls", "nowhere/small"), "nowhere/small: no such folder", "check the address"),
+        (("ls", "r/nothing"), "r: no release named 'nothing'", "names: small"),
+        (("ls", "r/smal@"), "r: no release named 'smal'", "did you mean 'small'?"),
+        (("ls", "work"), "work: not a registry: it has no releases", "check the address"),
+        (("pull", "nowhere/small@prod", "p"), "nowhere: no such folder", "check the address"),
+        (("pull", "r/smal@prod", "p"), "r: no release named 'smal'", "did you mean 'small'?"),
+        (("diff", "nowhere/small@prod", "out"), "nowhere: no such folder", "check the address"),
+        (("alias", "list", "./r"), "./r: a registry, not a name in it", "add one of: small"),
+        (("alias", "history", "nowhere/small@prod"), "nowhere: no such folder", "check the address"),
+        (("alias", "set", "nowhere/small@1.0", "prod"), "nowhere: no such folder", "check the address"),
+        (("gc", "nowhere"), "nowhere: no such folder", "check the address"),
+    ],
+)
+def test_a_misspelt_registry_is_an_error(registry, tmp_path, command, says, fix):
+    """`ls` said `no releases in`, with exit code 0; `pull` said `versions and aliases: nothing`."""
+    result = invoke(*command)
+    assert result.exit_code == 2
     assert result.stdout == ""
-    assert "no releases in nowhere" in result.stderr
+    assert f"wrong input: {says}\n  fix: {fix}" in result.stderr
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_ls_shows_a_damaged_release_and_the_others(registry, tmp_path):
+    """One damaged manifest was the error of the whole list."""
+    (tmp_path / "r/releases/small/1.0/manifest.json").write_text("{")
+    result = answer("ls", "r")
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["small@1.0", "damaged"] in rows
+    assert any(row[0] == "small@1.1" and row[1] == registry for row in rows)
+    assert "warning: damaged release in r: r/small@1.0: damaged manifest: not JSON; to replace it" in result.stderr
+    shown = invoke("pull", "r/small@1.0", "p").stderr
+    assert "fix: the registry has it so: ask the publisher to publish the artifact again" in shown
 
 
 def test_ls_json_keeps_its_keys(registry):
@@ -106,14 +132,6 @@ def test_ls_json_keeps_its_keys(registry):
 
 def test_alias_list_is_a_table(registry):
     assert answer("alias", "list", "r/small").stdout.splitlines()[0].split() == ["alias", "release"]
-
-
-def test_alias_list_of_a_registry_says_that_a_name_is_missing(registry):
-    """It printed an empty line."""
-    result = invoke("alias", "list", "./r")
-    assert result.exit_code == 2
-    assert "no releases of 'r'" in result.stderr
-    assert result.stdout == ""
 
 
 def test_alias_list_of_a_name_without_aliases(registry, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from pipeline.errors import HostError
 from pipeline.files import temporary
 from pipeline.files.temporary import own_folder, prepared_folder, problems, temporary_files, temporary_folder
+from support.paths import ROOT
 from support.small_disk import on_small_disk
 
 
@@ -139,3 +142,22 @@ def test_a_folder_of_another_user_is_skipped(tmp_path: Path, monkeypatch: pytest
     os.chown(own_folder(tmp_path), 65534, 65534)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert temporary_folder() != tmp_path
+
+
+BLOCKED = """
+import multiprocessing, pathlib, signal
+from multiprocessing import forkserver
+from pipeline.files.temporary import start_server
+multiprocessing.get_context("forkserver")
+start_server()
+def blocked(pid):
+    line = next(l for l in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines() if l.startswith("SigBlk"))
+    return bool(int(line.split()[1], 16) >> signal.SIGINT - 1 & 1)
+print(blocked(forkserver._forkserver._forkserver_pid), blocked("self"))
+"""
+
+
+def test_start_server_keeps_ctrl_c_from_the_server() -> None:
+    """Ctrl-C in the first seconds printed 120 lines of traceback: the server was importing torch."""
+    done = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "True False\n", done.stderr
