@@ -14,7 +14,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 from pipeline.errors import HostError, Problem
@@ -129,6 +129,7 @@ def start_server() -> None:
     """
     too_long = len(tempfile.gettempdir()) > LONGEST_PATH
     with temporary_files(temporary_folder()) if too_long else nullcontext():
+        resource_tracker.ensure_running()  # its start, which the server's would include, unblocks Ctrl-C
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children inherit it
         try:
             forkserver.ensure_running()
