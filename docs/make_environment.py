@@ -32,7 +32,7 @@ TANDEM = (
     Variable("TANDEM_KEY_PASSWORD", "`tandem publish --sign`, `tandem sign --key`", "password of the private key", "the key has no password"),
     Variable("TANDEM_ARTIFACT", "vLLM with Tandem's plugin", "folder of the artifact to serve; `tandem serve` sets it", "a folder that `vllm serve` names"),
     Variable("TANDEM_COMPILE_TIMEOUT_S", "backend `neuron`", "time limit of one run of neuronx-cc, in seconds", "`14400`"),
-    Variable("NO_COLOR", "every command", "no colour on a terminal, with any value", "colour on a terminal"),
+    Variable("NO_COLOR", "every command", "no colour and no bold text on a terminal, with any value but the empty one", "colour on a terminal"),
     Variable("TERM", "every command", "`dumb`: no bars and no colour, as without a terminal", "set by the terminal"),
     Variable("PYTHONUTF8", "the command `tandem`", "Python's UTF-8 mode; `tandem` sets it for itself and its processes where the locale is not UTF-8", "the locale"),
     Variable("SHELL", "`tandem completion`", "shell whose script is printed or installed, if none is named", "set by the login"),

@@ -94,7 +94,11 @@ def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     plan = make_plan(changed, target.config, draft.config)
     expected = forecast(plan, work_of(request), History(request.cache).builds()[1:])
     seconds = expected.graphs[report.compiled[0]].seconds
-    assert any(f"compile: 1 of 6 graphs, 2 at a time, about {duration(seconds)}; logs in" in line for line in said)
+    assert any("compile: 6 graphs, 5 cached, 2 at a time; logs in" in line for line in said)
+    (planned,) = [line for line in said if line.startswith("plan: about ")]
+    assert f"compile {duration(seconds + expected.headers_s)}" in planned
+    total = sum(of.expected_s for of in report.stages.values())
+    assert planned.startswith(f"plan: about {duration(total)}; of this are left: ")
 
 
 def test_build_is_recorded_for_the_next_plan(built):

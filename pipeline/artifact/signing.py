@@ -6,10 +6,11 @@ other file is fetched, and again before an artifact is opened for execution. Nee
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,10 +22,11 @@ from pipeline.artifact.keys import NEW_KEY, check_public, public_key_of
 from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, read
 from pipeline.artifact.provenance import PROVENANCE, builder_of
 from pipeline.artifact.verify import difference
-from pipeline.errors import ArtifactError, HostError, InputError, RecipeError, reason
+from pipeline.errors import ArtifactError, HostError, InputError, RecipeError, reason, together
 from pipeline.extras import require as require_extras
 from pipeline.files.atomic import write_atomic
 from pipeline.files.home import expanded
+from pipeline.recipe.document import Document
 from pipeline.recipe.document import read as read_document
 from pipeline.records import Record
 
@@ -135,9 +137,8 @@ class Policy(Record):
         release = _absolute(where, Path()) if "/" in where else where
         rule = next((rule for rule in self.rules if _matches(release, rule.releases, self._base)), None)
         if rule is None:
-            what = (
-                f"no rule of the policy matches {release}; patterns: {', '.join(rule.releases for rule in self.rules)}"
-            )
+            patterns = ", ".join(each.releases for each in self.rules)
+            what = f"no rule of the policy matches {release}; patterns: {patterns}"
             raise ArtifactError(what, where=where, fix="add a rule to the policy, or use another release")
         return rule
 
@@ -157,15 +158,33 @@ def read_policy(path: Path) -> Policy:
     try:
         policy = Policy.model_validate_json(json.dumps(document.data))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = document.place(tuple(first["loc"]))
-        raise InputError(first["msg"], where=where, fix="see docs/how-to/sign.md") from error
+        raise together(list(_faults(error, document))) from error
     for rule_number, rule in enumerate(policy.rules):
         for number, signer in enumerate(rule.signed_by):
             if signer.key is not None:
                 place = document.place(("rules", rule_number, "signed_by", number, "key"))
                 check_public(path.parent / signer.key, place)
     return _with_base(policy, path.parent)
+
+
+def _faults(error: ValidationError, document: Document) -> Iterator[InputError]:
+    """Yield an error for each fault of a policy, in the words of recipes."""
+    meant, places = set(), [fault["loc"] for fault in error.errors()]
+    for fault in sorted(error.errors(), key=lambda fault: fault["type"] == "missing"):  # unknown keys first
+        *above, name = fault["loc"] or ("",)
+        where = document.place(tuple(fault["loc"]))
+        if any(len(loc) > len(fault["loc"]) and loc[: len(fault["loc"])] == fault["loc"] for loc in places):
+            continue  # a fault inside is reported
+        if fault["type"] == "extra_forbidden":
+            names = list((Policy, Rule, Signer)[min(len(above) // 2, 2)].model_fields)
+            near = difflib.get_close_matches(str(name), names, 1)
+            meant.update(near)
+            yield InputError("unknown key", where=where, fix=f"did you mean {near[0]}?" if near else f"keys: {names}")
+        elif fault["type"] == "missing":
+            if name not in meant:
+                yield InputError("missing", where=where, fix=f"add `{name}:`; see docs/how-to/sign.md")
+        else:
+            yield InputError(fault["msg"].removeprefix("Value error, "), where=where, fix="see docs/how-to/sign.md")
 
 
 def require(identity: str, issuer: str = GITHUB) -> Policy:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -38,17 +39,30 @@ def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Seque
     for name in (MANIFEST, SIGNATURE):
         if name in paths and not _odd_kind(paths[name]):
             paths.pop(name)
-    faults = [f"{name}: missing" for name in listed.keys() - paths.keys()]
+    missing = listed.keys() - paths.keys()
+    faults = [f"{name}: missing" for name in missing]
     unlisted, known = paths.keys() - listed.keys(), artifact.manifest.files.keys()
     outside = unlisted & known
     faults += [f"{name}: {OUTSIDE if name in known else 'not in the manifest'}" for name in unlisted]
     faults += [f"{name}: {kind}" for name, path in paths.items() if (kind := _odd_kind(path))]
     sound = {name: entry for name, entry in listed.items() if name in paths and not _odd_kind(paths[name])}
     faults += differences(root, sound, progress)
+    if missing and len(faults) == len(missing) and only is None:
+        raise _incomplete(root, listed.keys(), missing)
     if faults:
         fix = AGAIN if len(faults) > len(outside) else "omit --only to verify the whole artifact"
         raise ArtifactError("; ".join(sorted(faults)), where=str(root), fix=fix)
     return artifact
+
+
+def _incomplete(root: Path, listed: AbstractSet[str], missing: AbstractSet[str]) -> ArtifactError:
+    """Return the error for an artifact whose present files are sound: most often a part that was pulled."""
+    what = f"{len(missing)} of {len(listed)} files are missing, for example {min(missing)}"
+    tops = {name.partition("/")[0] for name in listed - missing if "/" in name}
+    parts = sorted(tops - {name.partition("/")[0] for name in missing} - {"tokenizer"})
+    check = f"`tandem verify {root} {' '.join(f'--only {part}' for part in parts)}` checks that part" if parts else ""
+    again = "pull it without --only to have all files"
+    return ArtifactError(what, where=str(root), fix=f"pulled with --only? {f'{check}; ' if check else ''}{again}")
 
 
 def difference(path: Path, entry: FileEntry | FileDigest) -> str | None:

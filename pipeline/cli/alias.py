@@ -11,8 +11,8 @@ from pipeline.cli.groups import Group
 from pipeline.cli.options import as_json
 from pipeline.cli.results import print_json, print_result, print_table
 from pipeline.cli.tables import Table
-from pipeline.cli.words import moment
-from pipeline.registry.aliases import history, list_aliases, roll_back, set_alias
+from pipeline.cli.words import moment, pointer
+from pipeline.registry.aliases import check_name, history, list_aliases, roll_back, set_alias
 from pipeline.registry.releases import parse_reference
 
 
@@ -27,10 +27,10 @@ def alias() -> None:
 @as_json
 def alias_set(reference: str, alias_name: str, json_: bool) -> None:
     """Set ALIAS_NAME to a release. REFERENCE is REGISTRY/NAME@VERSION-or-ALIAS."""
+    check_name(alias_name, "ALIAS_NAME")
     ref = parse_reference(reference)
-    release = f"{ref.name}@{ref.wanted}"
-    set_alias(ref.url, release, alias_name)
-    print_result({"alias": alias_name, "release": release}, f"{alias_name} -> {release}", as_json=json_)
+    release = f"{ref.name}@{set_alias(ref.url, f'{ref.name}@{ref.wanted}', alias_name)}"
+    print_result({"alias": alias_name, "release": release}, pointer(alias_name, release), as_json=json_)
 
 
 @alias.command("list")
@@ -74,4 +74,5 @@ def alias_rollback(reference: str, json_: bool) -> None:
     """
     ref = parse_reference(reference)
     before, now = roll_back(ref.url, ref.name, ref.wanted)
-    print_result({"alias": ref.wanted, "from": before, "to": now}, f"{ref.wanted}: {before} -> {now}", as_json=json_)
+    line = f"{pointer(ref.wanted, f'{ref.name}@{now}')} (before: {before})"
+    print_result({"alias": ref.wanted, "from": before, "to": now}, line, as_json=json_)

@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from pipeline.artifact.manifest import PairManifest, part, read, select
+from pipeline.artifact.manifest import Manifest, PairManifest, part, read, select
 from pipeline.artifact.signing import check_artifact, has_signature
 from pipeline.artifact.verify import verify as verify_files
 from pipeline.cli.console import Console
 from pipeline.cli.facts import changes_of, fields_of, signature_state, signature_words
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json
-from pipeline.cli.paths import artifact_dir, file_patterns
+from pipeline.cli.paths import ARTIFACTS, artifact_dir, complete_artifact, file_patterns, is_release
 from pipeline.cli.results import print_fields, print_json, print_line, print_table
 from pipeline.cli.tables import Verdict
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
@@ -27,7 +27,7 @@ from pipeline.runtime.open import defaults_of
 
 
 @click.command(cls=Command)
-@click.argument("artifact")
+@click.argument("artifact", shell_complete=complete_artifact)
 @click.option("--markdown", is_flag=True, help="Print Markdown tables, for a CI summary or a comment.")
 @as_json
 def inspect(artifact: str, markdown: bool, json_: bool) -> None:
@@ -58,7 +58,7 @@ def _derived(manifest: PairManifest, defaults: GenerationDefaults) -> dict[str, 
 
 
 @click.command(cls=Command)
-@click.argument("artifact")
+@click.argument("artifact", shell_complete=complete_artifact)
 @click.option(
     "--only", multiple=True, help="Check only this part, as pulled with `tandem pull --only`; may be repeated."
 )
@@ -89,19 +89,31 @@ def verify(
     print_line(Verdict(f"{manifest.name} {manifest.version}: {match}; {signature}", good=True))
 
 
+def _label(name: str, manifest: Manifest) -> str:
+    """Return the name of a release with its version or alias, or of an artifact; and the artifact's digest."""
+    release = name.rpartition("/")[2] if "@" in name else manifest.name
+    return f"{release} {manifest.version}"
+
+
+def _manifest(name: str, variant: str | None) -> Manifest:
+    """Return the manifest of an artifact, or of a release; one without version or alias is `latest`."""
+    is_folder = any((place / "manifest.json").is_file() for place in (Path(name), ARTIFACTS / name))
+    return manifest_of(name if not is_folder and is_release(name) else str(artifact_dir(name)), variant)
+
+
 @click.command(cls=Command)
-@click.argument("first")
-@click.argument("second")
+@click.argument("first", shell_complete=complete_artifact)
+@click.argument("second", shell_complete=complete_artifact)
 @click.option("--variant", help="Variant to compare, if a release has several.")
 @as_json
 def diff(first: str, second: str, variant: str | None, json_: bool) -> None:
     """Compare two artifacts or releases. The result lists graphs, shapes, toolchain, gates and files that differ."""
-    before, after = (manifest_of(name if "@" in name else str(artifact_dir(name)), variant) for name in (first, second))
+    before, after = (_manifest(name, variant) for name in (first, second))
     differences = compare(before, after)
     if json_:
         print_json(differences)
         return
-    shown = changes_of(differences, before, after)
+    shown = changes_of(differences, _label(first, before), _label(second, after))
     if not shown.rows:
         equal = f"the manifests of {before.name} {before.version} and {after.name} {after.version} are equal"
         print_line(f"no difference: {equal} (files not read: tandem verify)")

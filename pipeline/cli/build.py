@@ -15,7 +15,7 @@ from pipeline.cli.console import Console
 from pipeline.cli.facts import GATES
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
-from pipeline.cli.paths import ARTIFACTS, recipe_path
+from pipeline.cli.paths import ARTIFACTS, complete_recipe, recipe_path
 from pipeline.cli.results import print_json, print_line
 from pipeline.cli.tables import Verdict
 from pipeline.cli.words import counted
@@ -66,7 +66,7 @@ class BuildOptions:
 
 
 @click.command(cls=Command)
-@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@click.argument("recipes", shell_complete=complete_recipe, nargs=-1, required=True, metavar="RECIPE...")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the artifact (default: artifacts/NAME).")
 @click.option(
     "--executor", metavar="local|ray[://HOST:PORT]", default="local", show_default=True,

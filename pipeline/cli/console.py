@@ -94,8 +94,14 @@ def _bars() -> Progress:
     from rich.console import Console as Terminal
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    terminal = Terminal(stderr=True, color_system="auto" if colours_allowed() else None)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[share]}"))
-    return Progress(*columns, TimeElapsedColumn(), console=Terminal(stderr=True), transient=True)
+    return Progress(*columns, TimeElapsedColumn(), console=terminal, transient=True)
+
+
+def colours_allowed() -> bool:
+    """Return whether output may have colours and bold text: NO_COLOR is absent or empty, and TERM is not dumb."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def is_terminal(stream: IO[str]) -> bool:

@@ -11,7 +11,7 @@ import click
 from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
-from pipeline.cli.paths import recipe_path
+from pipeline.cli.paths import complete_recipe, recipe_path
 from pipeline.cli.results import print_json, print_line, print_table
 from pipeline.cli.tables import Table, Verdict
 from pipeline.errors import InputError
@@ -78,7 +78,7 @@ existing = click.Path(path_type=Path, exists=True)
 
 
 @click.command(cls=Command)
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=complete_recipe)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

@@ -9,7 +9,7 @@ import click
 
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json
-from pipeline.cli.paths import recipe_path
+from pipeline.cli.paths import complete_recipe, recipe_path
 from pipeline.cli.results import print_json, print_line, print_table
 from pipeline.cli.tables import Table, Verdict
 from pipeline.cli.words import counted
@@ -21,7 +21,7 @@ from pipeline.recipe.schema import InductorSettings, NeuronSettings
 
 
 @click.command(cls=Command)
-@click.argument("recipe", required=False)
+@click.argument("recipe", shell_complete=complete_recipe, required=False)
 @click.option("--backend", type=click.Choice(["inductor", "neuron"]),
               help="Backend to check without RECIPE (default: inductor).")  # fmt: skip
 @click.option("--target", type=click.Choice(list(CHIPS)), default="trn2", show_default=True, help="Chip, for neuron.")

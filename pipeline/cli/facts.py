@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # for an annotation only: this module imports torch
     from pipeline.graphs.arguments import Choice
 
 BYTES = {"size", "size_bytes"}
+SPEEDS, SPEED = "validation.speed.", "validation.speed.speculative.tokens_per_s"
 GATES = {True: "gates passed", False: "gates FAILED", None: "not validated"}
 
 
@@ -32,7 +34,7 @@ def fields_of(
         "digest": content_digest(manifest),
         "path": str(root),
         "built": f"{moment(manifest.created)} UTC",
-        "signature": signature_words(None, present=has_signature),
+        "signature": f"present, not checked; to check: {_verify(root)}" if has_signature else "not signed",
         "runs on": value(manifest.requires),
         "toolchain": value(manifest.toolchain),
         "ranks": str(manifest.ranks),
@@ -40,6 +42,10 @@ def fields_of(
         "files": f"{len(manifest.files)}, {size(manifest.size_bytes)}",
         **_gates(manifest),
     }
+
+
+def _verify(root: Path) -> str:
+    return f"tandem verify {shlex.quote(str(root))} --require-signature KEY"
 
 
 def signature_words(signer: Signer | str | None, *, present: bool) -> str:
@@ -100,24 +106,29 @@ def _gates(manifest: Manifest) -> dict[str, Cell]:
     return {"gates": verdict} | ({"tokens/step": ", ".join(per_step)} if per_step else {})
 
 
-def changes_of(differences: Mapping[str, Any], before: Manifest, after: Manifest) -> Table:
-    """Return the differences of two manifests as rows: what differs, and both values."""
-    headings = ("", f"{before.name} {before.version}", f"{after.name} {after.version}")
+def changes_of(differences: Mapping[str, Any], before: str, after: str) -> Table:
+    """Return the differences of two manifests as rows: what differs, and both values below their names."""
+    headings = ("", before, after)
     return Table(headings, [*_graph_rows(differences["graphs"]), *_field_rows(differences), *_file_rows(differences)])
 
 
 def _graph_rows(graphs: Mapping[str, list[str]]) -> Iterator[tuple[str, str, str]]:
     words = {"added": ("", "added"), "removed": ("removed", ""), "recompiled": ("", "recompiled")}
-    for how, names in graphs.items():
-        yield from ((f"graph {name}", *words[how]) for name in names)
+    for name, how in sorted((name, how) for how, names in graphs.items() for name in names):
+        yield (f"graph {name}", *words[how])
 
 
 def _field_rows(differences: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield the fields whose values differ as they are shown; of measured speeds, which differ always, one."""
     for name, values in differences["fields"].items():
-        yield (name, *(_shown(name, each) for each in (values["from"], values["to"])))
+        shown = tuple(_shown(name, each) for each in (values["from"], values["to"]))
+        if shown[0] != shown[1] and (not name.startswith(SPEEDS) or name == SPEED):
+            yield (name, *shown)
 
 
 def _shown(name: str, found: Any) -> str:
+    if found == [] and name.startswith("validation.gates."):
+        return "passed"  # no findings
     if found is None:
         return "-"
     last = name.rpartition(".")[2]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from typing import Any, NoReturn
 
 import click
 
 from pipeline import __version__
-from pipeline.cli.console import Console, print_error
+from pipeline.cli.console import Console, colours_allowed, print_error
 from pipeline.cli.groups import QUIET, VERBOSE, Lazy, LazyGroup
+from pipeline.cli.usage import usage_error
 from pipeline.cli.utf8 import use_utf8_mode, utf8_output
 from pipeline.errors import HostError, InputError, TandemError
 
@@ -63,15 +63,24 @@ class Tandem(LazyGroup):
         utf8_output()
         return super().main(*args, **options)
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Parse the words before the command's name."""
+        try:
+            return super().make_context(*args, **options)
+        except click.NoSuchOption as error:
+            _exit_with(Console(), usage_error(error))
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; show a traceback only with -v."""
         console = ctx.ensure_object(Console)
-        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":  # click reads neither
+        if not colours_allowed():  # click reads no variable
             ctx.color = False
         try:
             return super().invoke(ctx)
         except TandemError as error:
             _exit_with(console, error)
+        except click.UsageError as error:
+            _exit_with(console, usage_error(error))
         except ModuleNotFoundError as error:
             from pipeline.extras import missing_package  # keeps the metadata of packages out of `--help`
 

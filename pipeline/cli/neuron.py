@@ -14,7 +14,7 @@ from pipeline.cache.local import default_root
 from pipeline.cli.console import Console
 from pipeline.cli.groups import Command, Group
 from pipeline.cli.options import as_json
-from pipeline.cli.paths import artifact_dir, recipe_path
+from pipeline.cli.paths import artifact_dir, complete_artifact, complete_recipe, recipe_path
 from pipeline.cli.results import print_json, print_result
 from pipeline.cli.words import counted, size
 from pipeline.errors import InputError
@@ -29,7 +29,7 @@ from pipeline.recipe import load
 
 
 @click.command(cls=Command)
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=complete_recipe)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--compile", "compile_", is_flag=True, help="Compile with NxD Inference on this machine.")
 @as_json
@@ -60,7 +60,7 @@ def nxdi(console: Console, recipe: str, directory: Path, compile_: bool, json_: 
 
 
 @click.command("vllm-args", cls=Command)
-@click.argument("artifact")
+@click.argument("artifact", shell_complete=complete_artifact)
 @as_json
 def vllm_args(artifact: str, json_: bool) -> None:
     """Print the vLLM command for an NxD Inference package. It is for AWS's classic vLLM plugin."""
@@ -107,7 +107,7 @@ def pack(
 
 
 @vllm_cache.command()
-@click.argument("artifact")
+@click.argument("artifact", shell_complete=complete_artifact)
 @click.option("--cache-root", type=click.Path(path_type=Path), envvar="VLLM_CACHE_ROOT",
               help="vLLM's cache root, on a local disk (default: VLLM_CACHE_ROOT, or ~/.cache/vllm).")  # fmt: skip
 @as_json

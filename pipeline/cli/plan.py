@@ -13,7 +13,7 @@ from pipeline.cache.local import default_root
 from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
-from pipeline.cli.paths import recipe_path
+from pipeline.cli.paths import complete_recipe, recipe_path
 from pipeline.cli.plan_buckets import show_buckets
 from pipeline.cli.plan_costs import show_costs
 from pipeline.cli.results import print_json, print_line, print_table
@@ -48,7 +48,7 @@ class PlanOptions:
 
 
 @click.command(cls=Command)
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=complete_recipe)
 @click.option("--workers", type=click.IntRange(1), help="Graphs compiled at a time (default: from cores and memory).")
 @click.option("--simulate", is_flag=True, help="Show the time to compile on 1, 2, 4, ... up to --workers machines.")
 @click.option("--price", type=click.FloatRange(0, 1e6), help="Price of a machine hour, for the cost of --simulate.")

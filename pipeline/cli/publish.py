@@ -16,12 +16,13 @@ from pipeline.artifact.manifest import read
 from pipeline.cli.console import Console, print_error
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
-from pipeline.cli.paths import artifact_dir
+from pipeline.cli.paths import artifact_dir, check_not_building, complete_artifact
 from pipeline.cli.results import print_json, print_line
 from pipeline.cli.tables import Verdict
-from pipeline.cli.words import counted, size
+from pipeline.cli.words import counted, pointer, size
 from pipeline.errors import no_string
 from pipeline.extras import require
+from pipeline.registry.aliases import check_name
 from pipeline.registry.publish import (
     Outcome,
     Own,
@@ -65,7 +66,7 @@ class PublishOptions:
 
 
 @click.command(cls=Command)
-@click.argument("artifacts", nargs=-1, required=True)
+@click.argument("artifacts", shell_complete=complete_artifact, nargs=-1, required=True)
 @click.option("--to", "urls", multiple=True, metavar="REGISTRY",
               help="A folder, s3://bucket/prefix, or hf://org; may be repeated (default: what the recipe's `publish` "
                    f"lists, or else {REGISTRY}).")  # fmt: skip
@@ -86,6 +87,8 @@ class PublishOptions:
 def publish(console: Console, options: PublishOptions) -> None:
     """Publish ARTIFACTS as an immutable release. Several artifacts of one recipe become its variants."""
     roots = [artifact_dir(name) for name in options.artifacts]
+    for alias in options.aliases:
+        check_name(alias, "--alias")
     places = options.places(roots)
     for place in places:
         check_spelling(place.url)
@@ -96,6 +99,9 @@ def publish(console: Console, options: PublishOptions) -> None:
         version=options.version, sign=_signer(options.key) if options.signs else None, own=_own(options.key),
         unvalidated=options.unvalidated, dry_run=options.dry_run,
     )  # fmt: skip
+    for root in roots:
+        if read(root).manifest.passed is None:
+            check_not_building(root)
     how = _how(options, roots)
     outcomes = publish_all(roots, places, settings, console.transfer("publish"))
     if options.json_:
@@ -143,7 +149,7 @@ def _line(release: Release, how: _How) -> str:
     name = f"{release.name}@{release.version}"
     digest = f" {how.digest}" if how.digest not in ("", release.version) else ""
     sent = f"{counted(release.sent, 'blob')}, {size(release.sent_bytes)}"
-    aliases = f"; {', '.join(release.aliases)} -> {release.version}" if release.aliases else ""
+    aliases = f"; {pointer(', '.join(release.aliases), name)}" if release.aliases else ""
     if how.dry_run:
         done = "would send" if release.fresh else "is published already; would send"
         return f"{name}{digest}: {done} {sent} to {release.url}{aliases}"
@@ -186,7 +192,7 @@ def _data(outcome: Outcome) -> dict[str, Any]:
 
 
 @click.command(cls=Command)
-@click.argument("artifact")
+@click.argument("artifact", shell_complete=complete_artifact)
 @click.option("--key", type=click.Path(path_type=Path), help="Private key, PEM (default: keyless, this CI job).")
 @as_json
 def sign(artifact: str, key: Path | None, json_: bool) -> None:

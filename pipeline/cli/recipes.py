@@ -17,7 +17,7 @@ from pipeline.cache.local import default_root
 from pipeline.cli.console import Console
 from pipeline.cli.groups import Group
 from pipeline.cli.options import always_json, as_json
-from pipeline.cli.paths import RECIPES, recipe_path
+from pipeline.cli.paths import RECIPES, complete_recipe, recipe_path
 from pipeline.cli.results import print_json, print_line, print_result
 from pipeline.cli.tables import Verdict
 from pipeline.cli.words import counted
@@ -47,7 +47,7 @@ def schema() -> None:
 
 
 @recipe.command()
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", shell_complete=complete_recipe, nargs=-1, required=True)
 @as_json
 @click.pass_obj
 def check(console: Console, names: tuple[str, ...], json_: bool) -> None:
@@ -149,7 +149,7 @@ def _lines_of_stdin() -> list[str]:
 
 
 @recipe.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_recipe)
 @as_json
 def lock(name: str, json_: bool) -> None:
     """Pin the sources, versions and flags of recipe NAME in a lock file beside it."""

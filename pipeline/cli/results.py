@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.console import end_bars, is_terminal
+from pipeline.cli.console import colours_allowed, end_bars, is_terminal
 from pipeline.cli.tables import COLOURS, Cell, Table, Verdict, of_fields, plain, wrapped
 
 
@@ -40,7 +40,7 @@ def print_table(table: Table) -> None:
     if is_terminal(sys.stdout):
         from rich.console import Console as Terminal  # rich takes a third of the time of `tandem --help` to import
 
-        terminal = Terminal(file=sys.stdout, highlight=False)
+        terminal = Terminal(file=sys.stdout, highlight=False, color_system="auto" if colours_allowed() else None)
         terminal.print(wrapped(table, terminal.width))
         return
     for line in plain(table):

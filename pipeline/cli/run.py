@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +15,13 @@ from pipeline.cli.console import Console
 from pipeline.cli.facts import gate_warning, settings_lines
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected, recipe_option
-from pipeline.cli.paths import RECIPES, artifact_dir
+from pipeline.cli.paths import RECIPES, artifact_dir, complete_artifact
 from pipeline.cli.results import print_json, print_table
 from pipeline.cli.tables import Table
 from pipeline.cli.trust import policy_of, policy_option
 from pipeline.cli.utf8 import Utf8Text
 from pipeline.cli.words import counted, number
+from pipeline.errors import InputError
 from pipeline.runtime.open import load
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ class RunOptions:
 
 
 @click.command(cls=Command)
-@click.argument("artifact")
+@click.argument("artifact", shell_complete=complete_artifact)
 @click.option("--prompt", type=Utf8Text(), required=True, help="Text to answer.")
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
 @click.option(
@@ -80,11 +83,14 @@ def run(console: Console, options: RunOptions) -> None:
     end-of-sequence token, at --max-new-tokens, or where the cache is full; the last line has the reason.
     """
     engine = load(artifact_dir(options.artifact), policy_of(options.policy_file))
+    from pipeline.runtime.batch import check_choice  # imports torch, as the engine has
     from pipeline.runtime.text import StreamDecoder  # its packages are there if the artifact was opened
 
     if warning := gate_warning(engine.manifest):
         console.log(warning)
     choice = engine.choice(options.temperature, options.top_k, options.top_p)
+    with _option_names():
+        check_choice(engine.manifest, choice)
     for line in settings_lines(engine.defaults, choice, samples=engine.samples, given=options.temperature is not None):
         console.log(line)
     tokens = engine.text.encode(options.prompt) if options.raw else engine.text.encode_prompt(options.prompt)
@@ -104,6 +110,15 @@ def run(console: Console, options: RunOptions) -> None:
     click.echo(stream.rest())
     limit = engine.new_tokens(len(tokens), options.max_new_tokens)
     console.log(f"[{_answer_words(answer, limit, len(tokens))}]")
+
+
+@contextmanager
+def _option_names() -> Iterator[None]:
+    """Name the option in an error about a setting, which has the name of the Python parameter."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error.what, where=f"--{error.where.replace('_', '-')}", fix=error.fix) from error
 
 
 def _answer_words(answer: Generation, limit: int, prompt: int) -> str:
@@ -134,7 +149,7 @@ class BenchOptions:
 
 
 @click.command(cls=Command)
-@click.argument("artifact")
+@click.argument("artifact", shell_complete=complete_artifact)
 @click.option("--against", type=click.Choice(["hf"]), help="Measure transformers with the same pair in the same run.")
 @click.option("--prompts", "count", type=click.IntRange(1), default=8, show_default=True,
               help="Number of the recipe's prompts to measure.")  # fmt: skip

@@ -19,7 +19,7 @@ from pipeline.cli.console import Console
 from pipeline.cli.facts import signature_words
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json
-from pipeline.cli.paths import artifact_dir
+from pipeline.cli.paths import artifact_dir, complete_artifact
 from pipeline.cli.results import print_json
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
 from pipeline.errors import HostError, reason
@@ -33,7 +33,7 @@ DRAIN_S = "20"
 
 
 @click.command(cls=Command, context_settings={"ignore_unknown_options": True})
-@click.argument("artifact")
+@click.argument("artifact", shell_complete=complete_artifact)
 @click.argument("vllm_args", nargs=-1, type=click.UNPROCESSED)
 @identity_option
 @issuer_option

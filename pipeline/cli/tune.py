@@ -13,7 +13,7 @@ import click
 from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
-from pipeline.cli.paths import ARTIFACTS, artifact_dir, recipe_path
+from pipeline.cli.paths import ARTIFACTS, artifact_dir, complete_recipe, recipe_path
 from pipeline.cli.results import print_json, print_line, print_table
 from pipeline.cli.tables import Table, Verdict
 from pipeline.cli.trust import policy_of, policy_option
@@ -41,7 +41,7 @@ class TuneOptions:
 
 
 @click.command(cls=Command)
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=complete_recipe)
 @click.option("--artifact", help="Artifact to measure (default: artifacts/NAME).")
 @click.option(
     "--prompts", "prompts_per_class", type=click.IntRange(1), default=4, show_default=True, help="Prompts per class."

@@ -12,20 +12,24 @@ from pipeline.artifact.signing import check_artifact
 from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, recipe_option
-from pipeline.cli.paths import RECIPES, artifact_dir
+from pipeline.cli.paths import RECIPES, artifact_dir, check_not_building, complete_artifact
 from pipeline.cli.results import print_fields, print_json, print_line, print_table
 from pipeline.cli.tables import Table, Verdict
 from pipeline.cli.trust import policy_of, policy_option
 from pipeline.cli.words import counted
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
+from pipeline.recipe import load
 from pipeline.validate.report import compare, summaries
 from pipeline.validate.report import schema as reports
 from pipeline.validate.report.schema import Gate, Report
 
+RECIPE = "recipe.yaml"
+"""File of the recipe in an artifact."""
+
 
 @click.command(cls=Command)
-@click.argument("artifact")
+@click.argument("artifact", shell_complete=complete_artifact)
 @recipe_option
 @click.option("--on-device", is_flag=True, help="Fail unless run on the target accelerator.")
 @policy_option
@@ -55,7 +59,7 @@ def validate(
 
 
 @click.command(cls=Command)
-@click.argument("artifacts", nargs=-1)
+@click.argument("artifacts", shell_complete=complete_artifact, nargs=-1)
 @click.option("--schema", "schema_", is_flag=True, help="Print the JSON Schema of reports/parity.json.")
 @click.option("--out", type=click.Path(path_type=Path), help="File of the comparison page (default: compare.html).")
 @click.option("--markdown", is_flag=True, help="Print Markdown tables, for a CI summary or a comment.")
@@ -67,7 +71,11 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, markdown
         return
     if len(artifacts) not in (1, 2):
         raise InputError(f"{len(artifacts)} artifacts", where="report", fix="name one artifact, or two to compare")
-    first, *others = [reports.load(artifact_dir(name)) for name in artifacts]
+    roots = [artifact_dir(name) for name in artifacts]
+    for root in roots:
+        if read(root).manifest.passed is None:
+            check_not_building(root)
+    first, *others = map(reports.load, roots)
     if others:
         _compare(first, others[0], out or Path("compare.html"), json_)
     elif json_:
@@ -75,15 +83,23 @@ def report(artifacts: tuple[str, ...], schema_: bool, out: Path | None, markdown
     elif markdown:
         click.echo(summaries.markdown(first), nl=False)
     else:
-        _show(first)
+        _show(first, roots[0])
 
 
-def _show(whole: Report) -> None:
+def _show(whole: Report, root: Path) -> None:
     verdict = "passed" if whole.passed else "FAILED"
     print_line(Verdict(f"{whole.name} {whole.version}: validation {verdict}\n", good=whole.passed))
-    print_table(Table(("gate", "verdict", "findings"), [_gate_row(gate) for gate in whole.gates]))
+    rows = [_gate_row(gate) for gate in whole.gates]
+    columns = 3 if any(gate.findings for gate in whole.gates) else 2
+    print_table(Table(("gate", "verdict", "findings")[:columns], [row[:columns] for row in rows]))
     print_line("")
-    print_fields(dict(summaries.headlines(whole)))
+    floor = load(root / RECIPE).validate_.gates.tokens_per_step if (root / RECIPE).is_file() else None
+    print_fields({label: _limited(label, shown, floor) for label, shown in summaries.headlines(whole)})
+
+
+def _limited(label: str, shown: str, floor: float | None) -> str:
+    """Return a measurement, tokens per step with the limit that the recipe sets."""
+    return f"{shown} (limit: at least {floor:g})" if floor and label.startswith("tokens per step") else shown
 
 
 def _gate_row(gate: Gate) -> tuple[str, Verdict, str]:

@@ -30,6 +30,11 @@ def moment(created: str) -> str:
     return re.sub(r"T(\d\d:\d\d).*", r" \1", created)
 
 
+def pointer(aliases: str, release: str) -> str:
+    """Return where aliases point: `prod -> acme-spec@1.1`."""
+    return f"{aliases} -> {release}"
+
+
 def number(value: float) -> str:
     """Return a number with three significant digits."""
     if value == 0 or 0.001 <= abs(value) < 1e6:

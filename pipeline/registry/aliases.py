@@ -9,24 +9,41 @@ import time
 from pipeline.errors import ArtifactError, InputError
 from pipeline.registry.releases import find_release, no_releases, target_of
 from pipeline.stores.base import Alias, Move, Store, open_store
+from pipeline.stores.objects import NAME
 
 SWAPS = 8
 """Attempts at moving an alias while other processes move it."""
 
 
-def set_alias(url: str, release: str, alias: str) -> None:
-    """Point an alias at a published `name@version`, or at what another alias of the name points at.
+def check_name(alias: str, where: str) -> None:
+    """Reject an alias that is not a plain name; `where` names the option or argument.
 
     Raises:
-        InputError: no such release, or the alias is named like one.
+        InputError: other characters than those of names.
 
     """
+    if not NAME.fullmatch(alias):
+        fix = "use letters, digits, . _ + -, first a letter or digit, for example prod"
+        raise InputError(f"malformed alias: {alias!r}", where=where, fix=fix)
+
+
+def set_alias(url: str, release: str, alias: str) -> str:
+    """Point an alias at a published `name@version`, or at what another alias of the name points at.
+
+    Returns the version.
+
+    Raises:
+        InputError: no such release, or the alias is malformed or named like one.
+
+    """
+    check_name(alias, "alias")
     name, _, wanted = release.partition("@")
     store = open_store(url)
     version, _ = find_release(store, name, wanted, url)
     check_alias(store, name, version, alias, url)
     with store.publishing():
         move_alias(store, name, alias, version, url)
+    return version
 
 
 def check_alias(store: Store, name: str, version: str, alias: str, url: str) -> None:

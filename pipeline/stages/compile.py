@@ -133,8 +133,8 @@ class CompileQueue:
         prefix = f"{plan.recipe.name}: " if len(self._planned) > 1 else ""
         if not (missing := self.missing(plan)):
             return f"compile: {prefix}all {len(plan.graphs)} graphs are cached"
-        how = f"{self.workers} at a time, {self._tallies[plan.recipe.name].remaining()}"
-        what = f"{len(missing)} of {len(plan.graphs)} graphs, {how}"
+        total = len(plan.graphs)
+        what = f"{total} graphs, {total - len(missing)} cached, {self.workers} at a time"
         return f"compile: {prefix}{what}; logs in {log_folder(plan, self._settings)}"
 
     def _end(self, log: Log, progress: Progress, result: Compiled) -> None:

@@ -92,6 +92,18 @@ def build_lock(lock: Path, log: Log, holder: str) -> Iterator[None]:
         file_lock.release()
 
 
+def is_building(cache: Path, out: Path) -> bool:
+    """Return whether a build of this output runs now."""
+    lock = Stamp(cache, out).lock_file
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 @dataclass(frozen=True)
 class LockedBuild:
     """A build that holds its output's lock, and its inputs before any of them was read.

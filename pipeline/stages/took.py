@@ -65,7 +65,8 @@ class BuildClock:
         self._expected = {**self.forecast.stages, COMPILE: self.forecast.compile_s(workers, missing)}
         left = {name: self._expected[name] for name in STAGES if name in self._expected and name not in self._seconds}
         listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in left.items())
-        self._settings.log(f"plan: about {duration(sum(left.values()))} ({listed}); {self.forecast.basis}")
+        whole = f"about {duration(sum(self._expected.values()))}"
+        self._settings.log(f"plan: {whole}; of this are left: {listed}; {self.forecast.basis}")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

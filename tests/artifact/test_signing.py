@@ -242,14 +242,26 @@ def test_policy_compares_folders_not_their_spelling(tmp_path, keys, monkeypatch,
 @pytest.mark.parametrize(
     ("text", "message"),
     [("rules: []", "rules"), ("rules: [{signed_by: []}]", "signed_by"), ("rules: [{signed_by: [{}]}]", "exactly one"),
-     ("rule: 1", "rules"), (": :", "policy.yaml:1: an empty key"), ("rules: [", "policy.yaml:1:9: not YAML"),
+     ("rule: 1", "rule: unknown key"), (": :", "policy.yaml:1: an empty key"), ("rules: [", "policy.yaml:1:9: not YAML"),
      ("rules: [{releases: x, releases: y}]", "policy.yaml:1: rules.0..releases: key given twice"),
-     ("rules: [{signed_by: [{key: a, identity: b}]}]", "exactly one")],
+     ("rules: [{signed_by: [{key: a, identity: b}]}]", "exactly one"),
+     ("rules: [{signedby: [{key: a}]}]", r"policy.yaml:1: rules\[0\].signedby: unknown key")],
 )  # fmt: skip
 def test_read_policy_damaged(tmp_path, text, message):
     (tmp_path / "policy.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
         read_policy(tmp_path / "policy.yaml")
+
+
+def test_read_policy_with_a_misspelt_key_says_which_is_meant(tmp_path):
+    """It said `Field required`."""
+    (tmp_path / "policy.yaml").write_text("rules:\n  - signedby: [{key: a}]\n    release: x\n")
+    with pytest.raises(InputError) as caught:
+        read_policy(tmp_path / "policy.yaml")
+    assert [(p.where.rpartition(": ")[2], p.what, p.fix) for p in caught.value.problems] == [
+        ("rules[0].signedby", "unknown key", "did you mean signed_by?"),
+        ("rules[0].release", "unknown key", "did you mean releases?"),
+    ]
 
 
 def test_read_policy_missing(tmp_path):

@@ -130,6 +130,57 @@ def test_verify_of_a_part_of_a_whole_artifact_does_not_call_the_rest_foreign(out
     assert "fix: omit --only to verify the whole artifact" in result.stderr
 
 
+def test_inspect_names_the_command_that_checks_the_signature(out, tmp_path):
+    """It named --require-signature, an option that `inspect` does not have."""
+    answer("sign", "out", "--key", key_pair(tmp_path, "key")[0])
+    line = "signature      present, not checked; to check: tandem verify out --require-signature KEY\n"
+    assert line in answer("inspect", "out").stdout
+
+
+def test_verify_of_a_pulled_part_says_how_to_check_it(out):
+    """It listed every missing file in one line, and advised to pull or build again."""
+    answer("publish", "out", "--to", "r", "--alias", "latest")
+    answer("pull", "r/small", "part", "--only", "graphs")
+    shown = invoke("verify", "part").stderr
+    assert "of 26 files are missing, for example " in shown
+    assert "fix: pulled with --only? `tandem verify part --only graphs` checks that part; pull it without" in shown
+    answer("verify", "part", "--only", "graphs")
+
+
+@pytest.mark.parametrize("name", ["r/small@latest", "r/small", "s3://bucket/small@1.0"])
+def test_run_of_a_release_says_to_pull_it(out, name):
+    """It said `no artifact`, though `serve` takes the same words."""
+    answer("publish", "out", "--to", "r", "--alias", "latest")
+    result = invoke("run", name, "--prompt", "x")
+    assert result.exit_code == 2
+    assert f"{name}: a release in a registry, not a folder\n  fix: tandem pull {name}, then" in result.stderr
+
+
+def test_diff_of_a_release_without_a_version_is_latest(out):
+    """`pull` assumed @latest, `diff` said `no artifact`."""
+    answer("publish", "out", "--to", "r", "--alias", "latest")
+    assert answer("diff", "r/small", "out").stdout.startswith("no difference: ")
+
+
+def test_diff_names_versions_and_leaves_out_what_looks_equal(out, tmp_path):
+    """Its columns had digests alone, seven rows of speeds, and `1.04  1.04` as a difference."""
+    speeds = {"speculative": {"tokens_per_s": 10.0, "first_token_ms": 1.0}, "plain": {"tokens_per_s": 5.0}}
+    for name, noise in (("a", 1.0401), ("b", 1.0402)):
+        made = small.make_validated(tmp_path / name, tmp_path / "work", graph=name.encode())
+        data = json.loads((made.root / "manifest.json").read_text())
+        gates = {"parity": []} | ({"distribution": []} if name == "b" else {})
+        data["validation"] |= {"error_over_noise": {"target": noise}, "gates": gates}
+        data["validation"]["speed"] = {k: {n: v * noise for n, v in s.items()} for k, s in speeds.items()}
+        data["validation"]["speed"]["speculative"]["tokens_per_s"] *= 2 if name == "b" else 1
+        (made.root / "manifest.json").write_text(json.dumps(data))
+    answer("publish", "a", "--to", "r", "--version", "1.0")
+    shown = answer("diff", "r/small@1.0", "b").stdout
+    assert shown.split()[0] == "small@1.0"
+    assert re.search(r"validation.gates.distribution +- +passed", shown)
+    assert "error_over_noise" not in shown
+    assert shown.count("validation.speed") == 1
+
+
 def test_diff_shows_both_values_in_columns(out, tmp_path):
     small.make_validated(tmp_path / "other", tmp_path / "work", passed=False, graph=b"other")
     lines = [line.split("  ") for line in masked(answer("diff", "out", "other").stdout).splitlines()]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from click.shell_completion import ShellComplete
 
+from pipeline.cli.main import main
+from support import small_artifacts as small
 from support.commands import answer, invoke
 
 
@@ -42,3 +45,24 @@ def test_completion_of_an_unknown_shell_names_the_known_ones(home, monkeypatch):
     assert result.exit_code == 2
     assert "found $SHELL='tcsh'" in result.stderr
     assert "bash, zsh, fish" in result.stderr
+
+
+def completed(*words: str) -> list[str]:
+    """What a shell offers for the last word, without files."""
+    *before, last = words
+    shell = ShellComplete(main, {}, "tandem", "_TANDEM_COMPLETE")
+    return [item.value for item in shell.get_completions(before, last) if item.type == "plain"]
+
+
+def test_completion_knows_the_names_of_recipes_and_artifacts(tmp_path, monkeypatch):
+    """`tandem build a<TAB>` and `tandem inspect <TAB>` offered nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    for name in ("acme", "other"):
+        (tmp_path / "recipes" / f"{name}.yaml").touch()
+    small.make(tmp_path / "artifacts/small", tmp_path / "work")
+    for command in (("build",), ("plan",), ("recipe", "check"), ("recipe", "lock"), ("tune",), ("doctor",)):
+        assert completed(*command, "a") == ["acme"], command
+        assert completed(*command, "") == ["acme", "other"], command
+    for command in ("inspect", "verify", "diff", "report", "run", "publish", "sign", "serve", "bench", "validate"):
+        assert completed(command, "") == ["small"], command

@@ -103,3 +103,15 @@ def test_errors_on_a_terminal_have_colour_unless_no_color(env, has_colour):
     shown = on_terminal(f"try:\n    {ERROR}\nexcept SystemExit:\n    pass", **env)
     assert ("\x1b[" in shown) == has_colour
     assert "wrong input: " in shown.replace("\x1b[31m", "").replace("\x1b[0m", "")
+
+
+TABLE = (
+    "from pipeline.cli.results import print_table\nfrom pipeline.cli.tables import Table\n"
+    "print_table(Table(('name', 'size'), [('a', '1 B')]))\n"
+)
+
+
+@pytest.mark.parametrize(("env", "has_codes"), [({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False)])
+def test_tables_on_a_terminal_have_no_codes_with_no_color(env, has_codes):
+    """NO_COLOR kept the bold headings; the empty value, which has no effect, was documented as `any value`."""
+    assert ("\x1b[" in on_terminal(TABLE, **env)) == has_codes

@@ -148,6 +148,27 @@ def test_verbose_shows_the_traceback(work, arguments):
     assert "no artifact 'x'" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "where", "says", "fix"),
+    [
+        (("run", "x"), "--prompt", "missing", "tandem run --help"),
+        (("inspect",), "ARTIFACT", "missing", "tandem inspect --help"),
+        (("--json", "ls", "r"), "--json", "not an option of `tandem`", "tandem COMMAND --json"),
+        (("ls", "r", "--jsn"), "--jsn", "no such option", "did you mean --json?"),
+        (("help",), "tandem", "no such command 'help'", "tandem --help"),
+        (("cache", "gc", "--max-gib", "x"), "--max-gib", "'x' is not a valid float range", "tandem cache gc --help"),
+        (("ls", "r", "s"), "tandem ls", "got unexpected extra argument (s)", "tandem ls --help"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_has_where_what_and_fix(words, where, says, fix):
+    """It was `Error: Missing option '--prompt'.`, without a fix."""
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"wrong input: {where}: {says}")
+    assert fix in result.stderr.splitlines()[1]
+    assert "Usage" not in result.output
+
+
 def test_json_results_are_json_alone(work, tmp_path):
     small.make_validated(tmp_path / "out", tmp_path / "work")
     for arguments in (

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from pipeline.stages.stamp import Stamp, build_lock
 from support import small_artifacts as small
 from support.commands import answer, invoke
 from support.signing_keys import key_pair
@@ -19,7 +20,7 @@ def out(tmp_path, monkeypatch):
 
 def test_publish_says_what_and_where(out):
     shown = answer("publish", "out", "--to", "r", "--version", "1.0", "--alias", "prod").stdout
-    blobs = r"sent \d+ blobs, 5\d\.\d KiB, not signed; prod -> 1\.0\n"
+    blobs = r"sent \d+ blobs, 5\d\.\d KiB, not signed; prod -> small@1\.0\n"
     assert re.fullmatch(rf"published small@1\.0 {out.manifest.version} to r: {blobs}", shown)
 
 
@@ -58,7 +59,7 @@ def test_publish_again_with_the_same_key_is_no_error(out, tmp_path):
     key, _ = key_pair(tmp_path, "key")
     answer("publish", "out", "--to", "r", "--version", "1.0", "--sign", key)
     shown = answer("publish", "out", "--to", "r", "--version", "1.0", "--sign", key, "--alias", "prod").stdout
-    assert f"published already in r, sent 0 blobs, 0 B, already signed with {key}; prod -> 1.0\n" in shown
+    assert f"published already in r, sent 0 blobs, 0 B, already signed with {key}; prod -> small@1.0\n" in shown
 
 
 def test_publish_signed_to_a_place_that_has_the_release_unsigned_and_a_new_one(out, tmp_path):
@@ -128,6 +129,19 @@ def test_publish_of_a_failed_artifact_does_not_advise_to_validate_it(tmp_path, m
     assert result.exit_code == 1
     assert "tandem report out" in result.stderr
     assert "tandem validate" not in result.stderr
+
+
+def test_publish_and_report_during_a_build_say_so(tmp_path, monkeypatch):
+    """They said `was not validated`, and to run `tandem validate`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    root = small.make(tmp_path / "out", tmp_path / "work").root
+    with build_lock(Stamp(tmp_path / "cache", root).lock_file, print, "nobody"):
+        for command in (("publish", "out", "--to", "r"), ("report", "out")):
+            result = invoke(*command)
+            assert result.exit_code == 2
+            assert "wrong input: out: a build of it is running\n  fix: wait until the build ends\n" in result.stderr
+    assert "was not validated" in invoke("publish", "out", "--to", "r").stderr
 
 
 def test_publish_shows_a_failed_place_with_its_error(out):

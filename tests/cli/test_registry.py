@@ -130,6 +130,23 @@ def test_ls_json_keeps_its_keys(registry):
     assert {"name", "version", "created", "size_bytes", "aliases", "variants"} <= entry.keys()
 
 
+def test_alias_set_names_the_release_that_an_alias_means(registry):
+    """Three commands had three forms; `set` of `latest` printed `prod -> small@latest`."""
+    assert answer("alias", "set", "r/small@latest", "next").stdout == "next -> small@1.1\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [(("alias", "set", "r/small@1.0", "my alias"), "ALIAS_NAME"),
+     (("publish", "out", "--to", "r", "--alias", "my alias"), "--alias")],
+)  # fmt: skip
+def test_a_malformed_alias_names_its_argument(registry, command, where):
+    """It said `registry: malformed name`."""
+    result = invoke(*command)
+    assert result.exit_code == 2
+    assert f"wrong input: {where}: malformed alias: 'my alias'\n" in result.stderr
+
+
 def test_alias_list_is_a_table(registry):
     assert answer("alias", "list", "r/small").stdout.splitlines()[0].split() == ["alias", "release"]
 
@@ -142,7 +159,7 @@ def test_alias_list_of_a_name_without_aliases(registry, tmp_path):
 
 def test_rollback_at_the_first_release_does_not_deny_later_ones(registry):
     """It said `has pointed at 1.0 only`, though its history shows 1.1."""
-    assert answer("alias", "rollback", "r/small@prod").stdout == "prod: 1.1 -> 1.0\n"
+    assert answer("alias", "rollback", "r/small@prod").stdout == "prod -> small@1.0 (before: 1.1)\n"
     shown = invoke("alias", "rollback", "r/small@prod").stderr
     assert "points at its first release 1.0; it was moved back from 1.1" in shown
     assert "only" not in shown

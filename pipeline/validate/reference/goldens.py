@@ -76,7 +76,9 @@ class Goldens:
         self.cached += len(keys) - len(missing)
         if missing:
             model = self._reference()
-            self.log(f"  reference of {len(missing)} sequences, layer by layer")
+            role = "target" if self.checkpoint is self.target else "draft"
+            weights = f" with {self.narrow} weights" if self.narrow else ""
+            self.log(f"  reference of the {role}{weights}: {len(missing)} sequences, layer by layer")
             with WideProducts():
                 for key, golden in zip(missing, model.goldens(list(missing.values())), strict=True):
                     self.cache.put(key, pack(golden))
