@@ -94,6 +94,7 @@ check: lint types imports test ## required checks of a change: lint, types, impo
 
 $(XLA_READY): tests/requirements-xla.txt
 	$(XLA_PYTHON) -m venv $(XLA_VENV)
+	@echo "installing packages into $(XLA_VENV): several minutes, about 7 GB of disk" >&2
 	$(XLA_VENV)/bin/python -m pip install --quiet --requirement $<
 	$(XLA_VENV)/bin/python -m pip download --quiet --no-deps --dest $(XLA_VENV)/wheels tensorflow-cpu==2.21.0
 	$(XLA_VENV)/bin/python tests/support/xla_protos.py $(XLA_VENV)/wheels/tensorflow_cpu-*.whl
@@ -102,17 +103,20 @@ $(XLA_READY): tests/requirements-xla.txt
 
 $(VLLM_READY): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing packages into $(VLLM_VENV): a few minutes, about 2 GB of disk" >&2
 	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[vllm]' pytest pytest-timeout scipy
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
 	touch $@
 
 $(DOCS_READY): pyproject.toml
 	$(PYTHON) -m venv $(DOCS_VENV)
+	@echo "installing packages into $(DOCS_VENV): a minute" >&2
 	$(DOCS_VENV)/bin/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing packages into $(VENV): a few minutes, about 2 GB of disk" >&2
 	$(BIN)/python -m pip install --quiet --editable '.[$(subst $() $(),$(comma),$(strip $(EXTRAS)))]'
 	touch $@
 

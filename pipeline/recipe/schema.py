@@ -132,8 +132,8 @@ class _Weighted(Record):
 
     weights: Weights | None = Field(
         default=None,
-        description="int8: matrices and embeddings in int8 with a scale for each output feature, sums in float32 "
-        "(inductor on a CPU); default: not quantised, and for a draft the target's setting; an embedding that the "
+        description="int8: matrices and embeddings in int8 with a scale for each output feature, sums in float32; "
+        "only inductor on a CPU. Default: not quantised, and for a draft the target's setting. An embedding that the "
         "draft shares with the target keeps the target's format",
     )
 

@@ -158,6 +158,16 @@ INSTALL = "python -m pip install --quiet --editable .[{}]"
 BUILD = "tandem build llama-70b-spec"
 
 
+def test_make_says_before_it_installs_packages(tmp_path):
+    """Four minutes of `pip --quiet` printed nothing."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text("#!/bin/sh\nexit 7\n")
+    (tmp_path / "bin/python").chmod(0o755)
+    done = subprocess.run(["make", "build", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"installing packages into {tmp_path}: a few minutes, about 2 GB of disk\n" in done.stderr
+
+
 def test_make_build_keeps_the_torch_of_a_neuron_environment(tmp_path):
     """It installed the extra `inductor`, whose torch 2.13 replaced the SDK's 2.9, into an environment made by hand."""
     (tmp_path / "lib/python3.12/site-packages/torch_neuronx").mkdir(parents=True)

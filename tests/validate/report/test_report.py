@@ -226,11 +226,13 @@ def test_report_command_shows_gates_and_headlines_as_tables(good, bad, tmp_path)
         (root / "reports").mkdir(parents=True)
         (root / "manifest.json").write_text("{}")
         (root / "reports" / "parity.json").write_bytes(report.to_bytes(whole))
+        (root / "recipe.yaml").write_text(recipe_of("llama", 4, "bfloat16").to_yaml())
         done = CliRunner().invoke(cli.main, ["report", str(root)])
         assert done.exit_code == 0, done.output
         title, *lines = done.stdout.splitlines()
         assert title == f"{whole.name} {whole.version}: validation {verdict}"
-        assert lines[1].split() == ["gate", "verdict", "findings"]
+        assert lines[1].split() == ["gate", "verdict", *([] if whole.passed else ["findings"])]  # no empty column
+        assert re.search(r"tokens per step \(K=2\) +\d\.\d\d \(limit: at least 1\)", done.stdout)
         for gate, line in zip(whole.gates, lines[2:], strict=False):
             assert line.split()[:2] == [gate.name, "passed" if gate.passed else "FAILED"]
             assert "".join(gate.findings[:1]) in line
