@@ -237,7 +237,8 @@ def test_report_command_shows_gates_and_headlines_as_tables(good, bad, tmp_path)
             assert line.split()[:2] == [gate.name, "passed" if gate.passed else "FAILED"]
             assert "".join(gate.findings[:1]) in line
         for label, value in summaries.headlines(whole):
-            assert re.search(rf"^{re.escape(label)} +{re.escape(value)}$", done.stdout, re.MULTILINE)
+            limit = r"( \(limit: at least 1\))?"
+            assert re.search(rf"^{re.escape(label)} +{re.escape(value)}{limit}$", done.stdout, re.MULTILINE)
         assert not {"|", "**", "##"} & set(done.stdout.split())
 
 
