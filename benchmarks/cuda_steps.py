@@ -34,6 +34,7 @@ from pipeline.files.atomic import write_atomic
 from pipeline.graphs.spec import GraphSpec
 from pipeline.recipe import Recipe, load
 from pipeline.recipe.schema import Gates, InductorSettings
+from pipeline.stages.memory import host_memory
 from pipeline.validate.prompts import load_prompts, prompts_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -303,7 +304,7 @@ def machine(run: Run) -> Result:
                      "cores": len(os.sched_getaffinity(0))}  # fmt: skip
     backend = make_backend(run.settings)
     problems = backend.preflight()
-    free = {"host": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    free = {"host": host_memory().available}
     if run.device == "cuda" and torch.cuda.is_available():
         free["device"] = torch.cuda.mem_get_info()[0]
         facts |= {"gpu": torch.cuda.get_device_name()}

@@ -132,10 +132,10 @@ class PreflightError(HostError):
         self.problems = tuple(problems)
 
 
-Failure = TypeVar("Failure", bound=TandemError)
+_Failure = TypeVar("_Failure", bound=TandemError)
 
 
-def together(errors: Sequence[Failure]) -> Failure:
+def together(errors: Sequence[_Failure]) -> _Failure:
     """Return the first of several errors, with the problems of all."""
     first, *others = errors
     first.problems += tuple(problem for error in others for problem in error.problems)

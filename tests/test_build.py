@@ -98,7 +98,7 @@ def test_build_with_another_bucket_compiles_its_graphs_alone(built, tmp_path):
     (planned,) = [line for line in said if line.startswith("plan: about ")]
     assert f"compile {duration(seconds + expected.headers_s)}" in planned
     total = sum(of.expected_s for of in report.stages.values())
-    assert planned.startswith(f"plan: about {duration(total)}; of this are left: ")
+    assert planned.startswith(f"plan: about {duration(total)} (still to do: ")
 
 
 def test_build_is_recorded_for_the_next_plan(built):

@@ -21,7 +21,7 @@ from pipeline.files.atomic import disk_errors
 from pipeline.models.eagle3 import taps_of
 from pipeline.models.weights import TAPS
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.pair import check_pair, resolve
+from pipeline.sources.pair import at_key, check_pair, resolve
 
 
 def distill(settings: DistillSettings) -> DraftFigures:
@@ -79,7 +79,8 @@ def _is_here(device: str) -> bool:
 def prepare(settings: DistillSettings) -> Job:
     """Return the job for these settings, with its target; check everything that needs no data."""
     cache = settings.cache / "sources"
-    target = resolve(settings.recipe.target.source, base=settings.base, cache=cache)
+    with at_key(settings.recipe, "target.source"):
+        target = resolve(settings.recipe.target.source, base=settings.base, cache=cache)
     layers = target.config.layers
     if layers < TAPS:
         what = f"the target has {layers} layers; a head reads {TAPS}"

@@ -66,7 +66,7 @@ class BuildClock:
         left = {name: self._expected[name] for name in STAGES if name in self._expected and name not in self._seconds}
         listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in left.items())
         whole = f"about {duration(sum(self._expected.values()))}"
-        self._settings.log(f"plan: {whole}; of this are left: {listed}; {self.forecast.basis}")
+        self._settings.log(f"plan: {whole} (still to do: {listed}); {self.forecast.basis}")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
