@@ -7,9 +7,11 @@ import json
 import pytest
 
 from pipeline.cli import facts
-from pipeline.cli.run import _answer_words
+from pipeline.cli.run import _answer_words, _option_names
+from pipeline.errors import InputError
 from pipeline.graphs.arguments import Choice
 from pipeline.models.generation import GenerationDefaults
+from pipeline.runtime.batch import check_choice
 from pipeline.runtime.engine import Generation
 from support import small_artifacts as small
 
@@ -32,6 +34,18 @@ ENDS = [
 def test_answer_words_say_why_it_ended(generation, gain, end):
     """`--max-new-tokens 500` stopped at 233 without a word; plain decode had `tokens per step: 0.00`."""
     assert _answer_words(generation, 16, 20) == f"{gain}; ended by: {end}"
+
+
+@pytest.mark.parametrize(
+    ("choice", "option"),
+    [(Choice(-1.0), "--temperature"), (Choice(0.0, top_k=-2), "--top-k"), (Choice(1.0), "--temperature")],
+)
+def test_an_unaccepted_setting_names_its_option(tmp_path, choice, option):
+    """It named `temperature`, the parameter of the Python function."""
+    manifest = small.make(tmp_path / "out", tmp_path / "work").manifest
+    with pytest.raises(InputError) as caught, _option_names():
+        check_choice(manifest, choice)
+    assert caught.value.where == option
 
 
 FAILED = "warning: small failed its gates: `tandem report ARTIFACT`"

@@ -54,6 +54,15 @@ def test_reference_equals_transformers(sources, family):
     check(target, target)
 
 
+def test_goldens_name_the_model_that_runs(sources, tmp_path):
+    """A build logged the same line twice, for the target and for the draft."""
+    target, said = pico(sources, "llama"), []
+    cache = Cache(tmp_path, "goldens")
+    for checkpoint in (target, derive(target, (0,))):
+        Goldens(checkpoint, target, "float32", cache, said.append).of([SEQUENCE])
+    assert said == [f"  reference of the {role}: 1 sequences, layer by layer" for role in ("target", "draft")]
+
+
 def test_reference_of_a_derived_draft(sources):
     target = pico(sources, "llama")
     check(derive(target, (2, 0)), target)
