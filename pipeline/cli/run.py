@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from pipeline.runtime.engine import Generation
 
 
+SETTINGS = ("temperature", "top_k", "top_p", "max_new_tokens")
+"""Parameters of `Engine.generate` with an option of the same name."""
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """The options of `tandem run`."""
@@ -83,14 +87,11 @@ def run(console: Console, options: RunOptions) -> None:
     end-of-sequence token, at --max-new-tokens, or where the cache is full; the last line has the reason.
     """
     engine = load(artifact_dir(options.artifact), policy_of(options.policy_file))
-    from pipeline.runtime.batch import check_choice  # imports torch, as the engine has
     from pipeline.runtime.text import StreamDecoder  # its packages are there if the artifact was opened
 
     if warning := gate_warning(engine.manifest):
         console.log(warning)
     choice = engine.choice(options.temperature, options.top_k, options.top_p)
-    with _option_names():
-        check_choice(engine.manifest, choice)
     for line in settings_lines(engine.defaults, choice, samples=engine.samples, given=options.temperature is not None):
         console.log(line)
     tokens = engine.text.encode(options.prompt) if options.raw else engine.text.encode_prompt(options.prompt)
@@ -99,11 +100,12 @@ def run(console: Console, options: RunOptions) -> None:
     def show(_: int, new: list[int]) -> None:
         click.echo(stream.push(new), nl=False)
 
-    answer = engine.generate(
-        [tokens], max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-        top_p=options.top_p, seed=options.seed, speculate=options.speculate,
-        on_tokens=None if options.json_ else show,
-    )[0]  # fmt: skip
+    with _option_names():
+        answer = engine.generate(
+            [tokens], max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
+            top_p=options.top_p, seed=options.seed, speculate=options.speculate,
+            on_tokens=None if options.json_ else show,
+        )[0]  # fmt: skip
     if options.json_:
         print_json(asdict(answer), one_line=True)
         return
@@ -118,6 +120,8 @@ def _option_names() -> Iterator[None]:
     try:
         yield
     except InputError as error:
+        if error.where not in SETTINGS:
+            raise
         raise InputError(error.what, where=f"--{error.where.replace('_', '-')}", fix=error.fix) from error
 
 
