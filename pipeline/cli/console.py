@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 import traceback
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -127,13 +128,27 @@ def coloured(line: str) -> str:
     return line
 
 
+def _wrapped(text: str) -> str:
+    """Return text for stderr, on a terminal broken between words instead of inside them."""
+    if not is_terminal(sys.stderr):
+        return text
+    try:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        return text
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "    "}
+    lines = text.splitlines()
+    return "\n".join(textwrap.fill(line, width, **options) if len(line) > width > 0 else line for line in lines)
+
+
 def print_error(error: TandemError, *, with_traceback: bool) -> None:
     """Print every problem of an error on stderr: where, what, fix."""
     end_bars()
     if with_traceback:
         traceback.print_exception(error)
     for problem in error.problems:
-        click.secho(f"{error.title}: ", fg="red", err=True, nl=False)
-        click.echo(f"{problem.where}: {problem.what}" if problem.where else problem.what, err=True)
-        if problem.fix:
+        what = f"{problem.where}: {problem.what}" if problem.where else problem.what
+        whole = _wrapped(f"{error.title}: {what}")
+        click.echo(click.style(f"{error.title}:", fg="red") + whole.removeprefix(f"{error.title}:"), err=True)
+        if problem.fix:  # not wrapped: a command that is copied stays one line
             click.echo(f"  fix: {problem.fix}", err=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -115,3 +118,19 @@ TABLE = (
 def test_tables_on_a_terminal_have_no_codes_with_no_color(env, has_codes):
     """NO_COLOR kept the bold headings; the empty value, which has no effect, was documented as `any value`."""
     assert ("\x1b[" in on_terminal(TABLE, **env)) == has_codes
+
+
+def test_errors_on_a_terminal_break_between_words():
+    """At 80 columns a line ended inside a word. A fix stays one line: it is copied."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    subprocess.run(
+        [sys.executable, "-c", f"try:\n    {ERROR}\nexcept SystemExit:\n    pass"], stderr=theirs, check=True,
+        env=os.environ | {"TERM": "xterm", "NO_COLOR": "1"},
+    )  # fmt: skip
+    os.close(theirs)
+    lines = os.read(ours, 1 << 16).decode().splitlines()
+    os.close(ours)
+    assert lines[0] == "wrong input: ARTIFACT: no artifact"
+    assert lines[1] == "    'nowhere': no folder `nowhere` or"
+    assert lines[-1].startswith("  fix: name an artifact's folder; in artifacts/:")
