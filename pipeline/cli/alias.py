@@ -66,13 +66,15 @@ def alias_history(reference: str, json_: bool) -> None:
 
 @alias.command("rollback")
 @click.argument("reference")
+@click.option("--from", "leave", metavar="VERSION", help="Version to roll back from; repeating it changes nothing.")
 @as_json
-def alias_rollback(reference: str, json_: bool) -> None:
+def alias_rollback(reference: str, leave: str | None, json_: bool) -> None:
     """Set an alias back to its previous release. REFERENCE is REGISTRY/NAME@ALIAS.
 
-    Each rollback goes one release further back. To go forward, use `tandem alias set`.
+    Each rollback goes one release further back; with --from, scripts can repeat the command. To go forward, use
+    `tandem alias set`.
     """
     ref = parse_reference(reference)
-    before, now = roll_back(ref.url, ref.name, ref.wanted)
+    before, now = roll_back(ref.url, ref.name, ref.wanted, leave)
     line = f"{pointer(ref.wanted, f'{ref.name}@{now}')} (before: {before})"
     print_result({"alias": ref.wanted, "from": before, "to": now}, line, as_json=json_)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import getpass
 import os
 import time
+from dataclasses import dataclass
 
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.registry.releases import find_release, no_releases, target_of
-from pipeline.stores.base import Alias, Move, Store, open_store
+from pipeline.stores.base import Alias, Interrupted, Move, Store, open_store
 from pipeline.stores.objects import NAME
 
 SWAPS = 8
@@ -107,25 +108,75 @@ def history(url: str, name: str, alias: str) -> Alias:
     return current
 
 
-def roll_back(url: str, name: str, alias: str) -> tuple[str, str]:
+def roll_back(url: str, name: str, alias: str, leave: str | None = None) -> tuple[str, str]:
     """Point an alias at its previous release; returns versions from and to. Twice goes two releases back.
 
+    With `leave`, the version that the alias is to leave, a repeated call changes nothing.
+
     Raises:
-        InputError: no previous release, or it is not published any more.
+        InputError: no previous release, or it is not published any more; the alias points at another than `leave`.
         ArtifactError: another process moved the alias at the same time.
+        HostError: the registry cannot be reached; whether the alias was moved is unknown.
 
     """
     now = history(url, name, alias)
+    if leave is not None and now.version != leave:
+        return _already_left(now, leave, f"{url}/{name}@{alias}")
     before = _before(now)
     store = open_store(url)
     if before is None or store.read_release(name, before) is None:
         what = _oldest(now, alias) if before is None else f"{before} is not published"
         raise InputError(what, where=f"{url}/{name}", fix=f"tandem alias set {url}/{name}@VERSION {alias}")
     with store.publishing():
-        if not store.swap_alias(name, alias, this_move(before), now):
+        if not _swapped(store, Moved(url, name, alias, now), this_move(before)):
             what = f"alias {alias!r} was moved by another process; not rolled back"
             raise ArtifactError(what, where=f"{url}/{name}", fix=f"tandem alias history {url}/{name}@{alias}")
     return now.version, before
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An alias that is moved, and where it points before."""
+
+    url: str
+    name: str
+    alias: str
+    now: Alias
+
+
+def _swapped(store: Store, of: Moved, move: Move) -> bool:
+    """Move an alias; if the answer is lost, read whether it was moved.
+
+    Raises:
+        HostError: the registry cannot be reached.
+
+    """
+    try:
+        return store.swap_alias(of.name, of.alias, move, of.now)
+    except Interrupted as error:
+        try:
+            current = store.read_alias(of.name, of.alias)
+        except HostError:
+            what = f"{error.what}; whether alias {of.alias!r} was moved is unknown"
+            fix = f"tandem alias rollback {of.url}/{of.name}@{of.alias} --from {of.now.version}"
+            raise HostError(what, where=of.url, fix=fix) from error
+        if current is None or current.moves[:1] != (move,):
+            raise
+        return True
+
+
+def _already_left(now: Alias, leave: str, where: str) -> tuple[str, str]:
+    """Return the versions of a rollback that was done before.
+
+    Raises:
+        InputError: the alias was moved by something else.
+
+    """
+    if len(now.moves) > 1 and now.moves[1].version == leave:
+        earlier = Alias(leave, now.token, now.moves[1:])
+        if _before(earlier) == now.version:
+            return leave, now.version
+    raise InputError(f"points at {now.version}, not at {leave}", where=where, fix=f"tandem alias history {where}")
 
 
 def _oldest(now: Alias, alias: str) -> str:

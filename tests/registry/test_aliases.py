@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ArtifactError, InputError
-from pipeline.registry.aliases import set_alias
+from pipeline.errors import ArtifactError, HostError, InputError
+from pipeline.registry.aliases import roll_back, set_alias
 from pipeline.registry.publish import PublishSettings, publish
 from pipeline.registry.releases import list_releases
-from pipeline.stores.base import Move, open_store
+from pipeline.stores.base import Interrupted, Move, open_store
+from pipeline.stores.folder import FolderBucket
 from support import small_artifacts as small
 
 FORK = multiprocessing.get_context("fork")
@@ -134,3 +135,74 @@ def test_a_damaged_alias_hides_no_other_and_can_be_set_again(made, url):
     assert "tandem alias set" in caught.value.fix
     set_alias(url, "small@latest", "prod")
     assert open_store(url).aliases("small") == {"latest": release.version, "prod": release.version}
+
+
+def three_releases(tmp_path: Path, url: str) -> list[str]:
+    """Publish three releases as `prod`; return their versions."""
+    made = [small.make_validated(tmp_path / str(i), tmp_path / "work", graph=b"%d" % i).root for i in range(3)]
+    return [publish(root, url, ["prod"]).version for root in made]
+
+
+def lose_answers(monkeypatch: pytest.MonkeyPatch, *, also_reads: bool = False) -> None:
+    """Break off the answers to moves of aliases, which are done, and reads of them after that."""
+    swap, get = FolderBucket.swap, FolderBucket.get
+    lost: list[str] = []
+
+    def swapped(self, key, data, token):
+        found = swap(self, key, data, token)
+        if key.startswith("aliases/"):
+            lost.append(key)
+            raise Interrupted("the server cannot be reached, or breaks off", where="registry")
+        return found
+
+    def read(self, key):
+        if also_reads and key in lost:
+            raise Interrupted("the server cannot be reached", where="registry")
+        return get(self, key)
+
+    monkeypatch.setattr(FolderBucket, "swap", swapped)
+    monkeypatch.setattr(FolderBucket, "get", read)
+
+
+def test_a_rollback_recognises_its_own_move(tmp_path, url, monkeypatch):
+    """The answer to the swap was lost, and a second call went two releases back."""
+    first, second, third = three_releases(tmp_path, url)
+    with monkeypatch.context() as patch:
+        lose_answers(patch)
+        assert roll_back(url, "small", "prod") == (third, second)
+    assert open_store(url).aliases("small") == {"prod": second}
+    assert first != second
+
+
+def test_a_rollback_with_an_unknown_outcome_says_how_to_repeat_it(tmp_path, url, monkeypatch):
+    _, second, third = three_releases(tmp_path, url)
+    with monkeypatch.context() as patch:
+        lose_answers(patch, also_reads=True)
+        with pytest.raises(HostError, match="whether alias 'prod' was moved is unknown") as caught:
+            roll_back(url, "small", "prod")
+    assert caught.value.fix == f"tandem alias rollback {url}/small@prod --from {third}"
+    for _ in range(2):
+        assert roll_back(url, "small", "prod", third) == (third, second)
+    assert open_store(url).aliases("small") == {"prod": second}
+
+
+def test_a_rollback_from_another_version_changes_nothing(tmp_path, url):
+    first, second, third = three_releases(tmp_path, url)
+    for version in (first, second, "none"):
+        with pytest.raises(InputError, match=f"points at {third}, not at {version}"):
+            roll_back(url, "small", "prod", version)
+    assert open_store(url).aliases("small") == {"prod": third}
+
+
+def test_publish_that_cannot_remove_its_lease_has_succeeded(made, url, monkeypatch):
+    delete = FolderBucket.delete
+
+    def gone(self, key):
+        if key.startswith("leases/") and (Path(url) / "aliases/small/prod").exists():
+            raise Interrupted("the server cannot be reached", where="registry")
+        delete(self, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderBucket, "delete", gone)
+        version = publish(made, url, ["prod"]).version
+    assert open_store(url).aliases("small") == {"prod": version}
