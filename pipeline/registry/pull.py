@@ -6,7 +6,7 @@ Loads and runs nothing. Blobs in the local store are checked before they are lin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from pydantic import ConfigDict, ValidationError
 
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.host import host_facts
-from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest
 from pipeline.artifact.provenance import PROVENANCE
 from pipeline.artifact.verify import check_replaceable
 from pipeline.cache.local import default_root
@@ -105,7 +105,8 @@ def pull(
 
     `select.only` limits the files (`weights/*/rank-0-*`); files that every part needs, as the tokenizer, are added.
     Without `select.variant`, the variant for this host is pulled. `policy` has the required signers of the artifact and
-    of the index that names its version. `offline` uses only the local cache: an earlier pull must have filled it.
+    of the index that names its version. `offline` uses only the local cache: an earlier pull must have filled it. An
+    exact version that an earlier pull stored is not asked for again: a release never changes.
 
     Raises:
         InputError: no such release, alias or variant, no matching file, or `directory` cannot be replaced.
@@ -139,25 +140,78 @@ def pull_release(
     check_replaceable(out)
     require([*(() if offline else extras_of(ref.url)), *(("sign",) if policy else ())], str(ref))
     blobs = Blobs((cache or default_root()) / "blobs")
+    known = None if offline else _known(ref, select, blobs, policy, progress)
+    if known is not None:
+        return _pulled(_Pull(ref, out, select, policy, blobs, known, is_fetched=True), progress)
     store = None if offline else open_store(ref.url)
     release = _recall(ref, select.variant, blobs) if store is None else _resolve(ref, store, select.variant, blobs)
-    accepted = _check_signed(release, policy, str(ref)) if policy else None
-    signature = accepted.signature if accepted else next(iter(release.own.signatures), None)
     origin = Origin(store, ref.name, release.version, release.prefix) if store else None
-    if policy is not None:
-        policy.check_builder(lambda: _provenance(release.manifest, blobs, origin), str(ref))
-    files = artifact.select(release.manifest, artifact.part(release.manifest, select.only, str(ref)))
-    blobs.fetch_all(origin, files, progress)
-    with atomic_dir(out) as folder:
-        for path, entry in files.items():
-            link_or_copy(blobs.path(entry.sha256), folder / path)
-        (folder / MANIFEST).write_bytes(release.own.data)
-        if signature is not None:
-            (folder / SIGNATURE).write_bytes(signature)
+    return _pulled(_Pull(ref, out, select, policy, blobs, release, origin), progress)
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """One pull of a resolved release; without an origin, from the local cache. `is_fetched`: its blobs are checked."""
+
+    ref: Reference
+    out: Path
+    select: Selection
+    policy: Policy | None
+    blobs: Blobs
+    release: _Resolved
+    origin: Origin | None = None
+    is_fetched: bool = False
+
+
+def _pulled(of: _Pull, progress: ByteProgress) -> Pulled:
+    release, where = of.release, str(of.ref)
+    accepted = _check_signed(release, of.policy, where) if of.policy else None
+    signature = accepted.signature if accepted else next(iter(release.own.signatures), None)
+    if of.policy is not None:
+        of.policy.check_builder(lambda: _provenance(release.manifest, of.blobs, of.origin), where)
+    files = artifact.select(release.manifest, artifact.part(release.manifest, of.select.only, where))
+    if not of.is_fetched:
+        of.blobs.fetch_all(of.origin, files, progress)
+    documents = {MANIFEST: release.own.data} | ({} if signature is None else {SIGNATURE: signature})
+    if not _is_there(of, files, documents):
+        with atomic_dir(of.out) as folder:
+            for path, entry in files.items():
+                link_or_copy(of.blobs.path(entry.sha256), folder / path)
+            for name, data in documents.items():
+                (folder / name).write_bytes(data)
     return Pulled(
-        out, ref.name, release.version, artifact.content_digest(release.manifest), len(files),
+        of.out, of.ref.name, release.version, artifact.content_digest(release.manifest), len(files),
         sum(entry.size for entry in files.values()), str(accepted.signer) if accepted else None, signature is not None,
     )  # fmt: skip
+
+
+def _known(
+    ref: Reference, select: Selection, blobs: Blobs, policy: Policy | None, progress: ByteProgress
+) -> _Resolved | None:
+    """Return a release that an earlier pull of this exact version stored, whole: it never changes."""
+    try:
+        release = _recall(ref, select.variant, blobs)
+        is_signed = release.own.signatures and (release.index is None or release.index.signatures)
+        if release.version != ref.wanted or (policy is not None and not is_signed):
+            return None
+        files = artifact.select(release.manifest, artifact.part(release.manifest, select.only, str(ref)))
+        blobs.fetch_all(None, files, progress)
+    except (ArtifactError, HostError, InputError):  # the registry has what is missing or damaged here
+        return None
+    return release
+
+
+def _is_there(of: _Pull, files: Mapping[str, FileEntry], documents: Mapping[str, bytes]) -> bool:
+    """Return whether the destination is this pull's result already: links of the checked blobs, and nothing else."""
+    try:
+        if any((of.out / name).read_bytes() != data for name, data in documents.items()):
+            return False
+        if any(not (of.out / path).samefile(of.blobs.path(entry.sha256)) for path, entry in files.items()):
+            return False
+        found = {path.relative_to(of.out).as_posix() for path in of.out.rglob("*") if not path.is_dir()}
+    except OSError:
+        return False
+    return found == {*files, *documents}
 
 
 def _check_signed(release: _Resolved, policy: Policy, where: str) -> Accepted:

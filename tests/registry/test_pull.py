@@ -294,6 +294,31 @@ def test_pull_offline_without_its_blobs(registry, options):
         pull(f"{registry}/small@latest", offline=True, **options)
 
 
+def test_an_exact_version_that_is_here_needs_no_registry(registry, original, options):
+    """A server with all files on disk did not start without its registry, and swapped its folder at each start."""
+    version = read(original).manifest.version
+    out = pull(f"{registry}/small@{version}", **options)
+    before = (out / MANIFEST).stat().st_ino
+    registry.rename(registry.with_suffix(".gone"))
+    assert pull(f"{registry}/small@{version}", **options) == out
+    assert (out / MANIFEST).stat().st_ino == before
+    (out / "extra").write_text("x")
+    pull(f"{registry}/small@{version}", **options)
+    assert not (out / "extra").exists()
+    with pytest.raises((HostError, InputError)):
+        pull(f"{registry}/small@latest", **options)
+
+
+def test_a_damaged_blob_of_a_known_version_is_fetched(registry, original, options):
+    version = read(original).manifest.version
+    pull(f"{registry}/small@{version}", **options)
+    for path in (options["cache"] / "blobs" / "sha256").rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+            path.write_bytes(b"damaged" + path.read_bytes())
+    verify(pull(f"{registry}/small@{version}", **options))
+
+
 def test_pull_no_registry(tmp_path, options):
     with pytest.raises(InputError, match="no such folder"):
         pull(f"{tmp_path}/none/small@latest", **options)
