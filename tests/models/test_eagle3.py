@@ -31,15 +31,18 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("eagle3")
 
 
+SAMPLED = ("greedy", "stochastic")
+
+
 def recipe_of(
-    dtype: str = "float32", draft: str = HEAD, method: str = "eagle3", steps=(1, 2, 4, 7), kv=(32, 64)
+    dtype: str = "float32", draft: str = HEAD, method: str = "eagle3", steps=(1, 2, 4, 7), kv=(32, 64), sampling=SAMPLED
 ) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "head",
             "target": {"source": "pico://llama", "dtype": dtype},
             "draft": {"source": draft},
-            "speculation": {"method": method, "draft_tokens": steps, "sampling": ("greedy", "stochastic")},
+            "speculation": {"method": method, "draft_tokens": steps, "sampling": sampling},
             "shapes": {"batch": (1, 4), "prefill": (16, 32), "kv": kv},
             "validate": {"max_new_tokens": 10, "gates": {"tokens_per_step": 1.0}},
         }
@@ -50,10 +53,17 @@ def pair_of(work, recipe: Recipe):
     return resolve_pair(recipe, base=work, cache=work / "sources")
 
 
-@pytest.mark.parametrize(("dtype", "steps", "kv"), [("float32", (1, 2, 4, 7), (64,)), ("bfloat16", (2,), (32, 64))])
-def test_gates_pass(work, dtype, steps, kv):
+@pytest.mark.parametrize(
+    ("dtype", "steps", "kv", "sampling"),
+    [
+        ("float32", (1, 7), (64,), ("greedy",)),
+        ("float32", (4,), (32,), SAMPLED),
+        ("bfloat16", (2,), (32, 64), ("greedy",)),
+    ],
+)
+def test_gates_pass(work, dtype, steps, kv, sampling):
     """Parity of target and head with their references, losslessness for every K and bucket, exact sampling."""
-    recipe = recipe_of(dtype, steps=steps, kv=kv)
+    recipe = recipe_of(dtype, steps=steps, kv=kv, sampling=sampling)
     pair = pair_of(work, recipe)
     chosen = [Prompt(f"p{i}", "chat", text) for i, text in enumerate(PROMPTS)]
     run = run_gates(
@@ -66,7 +76,7 @@ def test_gates_pass(work, dtype, steps, kv):
 @pytest.mark.parametrize("name", ["fc.weight", "midlayer.self_attn.k_proj.weight", "midlayer.hidden_norm.weight"])
 def test_parity_sees_a_wrong_head(work, name, tmp_path):
     """A head whose graphs run other weights than its checkpoint's."""
-    recipe = recipe_of(steps=(2,))
+    recipe = recipe_of(steps=(2,), kv=(32,), sampling=("greedy",))
     pair = pair_of(work, recipe)
     engine = make_engine(recipe, pair)
     key = f"draft/{name.replace('midlayer', 'model.layers.0')}"
