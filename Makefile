@@ -33,7 +33,7 @@ PYTEST := PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not hlo and not browser and not ray
 
-.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-xla test-hlo test-vllm lint format types imports docs check clean
+.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-xla test-hlo test-vllm mutants lint format types imports docs check clean
 help:                    ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 

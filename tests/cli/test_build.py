@@ -59,7 +59,7 @@ RECIPE_FAULTS = {
     "prompts that are not there": (
         "name: mine",
         "name: mine\nvalidate: {prompts: p.jsonl, max_new_tokens: 8}",
-        "p.jsonl: cannot read the file",
+        "mine.yaml:2: validate.prompts: no such file: p.jsonl",
     ),
 }
 
