@@ -34,8 +34,8 @@ MODULES = {
 """The modules that identify an extra: those that its commands import first."""
 
 
-SERVE_VENV = ".venv-serve"
-"""Folder of a new environment for vLLM, in the current folder."""
+SERVE, SERVE_VENV = "serve", ".venv-serve"
+"""The profile of machines that serve, and the folder of a new environment for it, in the current folder."""
 
 
 def require(extras: Iterable[str], where: str) -> None:
@@ -65,12 +65,11 @@ def missing_package(error: ModuleNotFoundError) -> HostError | None:
 def install_command(*extras: str) -> str:
     """Return the command that installs extras, from the place that Tandem was installed from.
 
-    They go into this environment. vLLM goes into a new one if this one has PyTorch, whose version vLLM would replace.
+    They go into this environment. The profile with vLLM goes into a new one if this one has PyTorch, whose version vLLM would replace.
     """
-    wanted = shlex.join(_requirement(",".join(extras)))
     if "vllm" in extras and find_spec("torch") is not None and find_spec("vllm") is None:
-        return f"python3 -m venv {SERVE_VENV} && {SERVE_VENV}/bin/pip install {wanted}"
-    return f"{_pip_install()} {wanted}"
+        return f"python3 -m venv {SERVE_VENV} && {SERVE_VENV}/bin/pip install {shlex.join(_requirement(SERVE))}"
+    return f"{_pip_install()} {shlex.join(_requirement(','.join(extras)))}"
 
 
 def state(extra: str) -> str:

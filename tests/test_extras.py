@@ -55,7 +55,7 @@ def test_install_command_of_vllm_leaves_an_environment_with_torch_alone(installe
     installed_from(None)
     without("vllm")
     command = extras.install_command("vllm", "s3")
-    assert command == "python3 -m venv .venv-serve && .venv-serve/bin/pip install 'tandem-spec[vllm,s3]'"
+    assert command == "python3 -m venv .venv-serve && .venv-serve/bin/pip install 'tandem-spec[serve]'"
     without("vllm", "torch")
     assert words(extras.install_command("vllm")) == ["tandem-spec[vllm]"]
     assert ".venv-serve" not in extras.install_command("vllm")
