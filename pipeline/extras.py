@@ -65,7 +65,8 @@ def missing_package(error: ModuleNotFoundError) -> HostError | None:
 def install_command(*extras: str) -> str:
     """Return the command that installs extras, from the place that Tandem was installed from.
 
-    They go into this environment. The profile with vLLM goes into a new one if this one has PyTorch, whose version vLLM would replace.
+    They go into this environment. The profile with vLLM goes into a new one if this one has PyTorch, whose version vLLM
+    would replace.
     """
     if "vllm" in extras and find_spec("torch") is not None and find_spec("vllm") is None:
         return f"python3 -m venv {SERVE_VENV} && {SERVE_VENV}/bin/pip install {shlex.join(_requirement(SERVE))}"
