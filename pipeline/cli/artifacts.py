@@ -113,9 +113,12 @@ def diff(first: str, second: str, variant: str | None, json_: bool) -> None:
     if json_:
         print_json(differences)
         return
-    shown = changes_of(differences, _label(first, before), _label(second, after))
-    if not shown.rows:
-        equal = f"the manifests of {before.name} {before.version} and {after.name} {after.version} are equal"
+    labels = _label(first, before), _label(second, after)
+    shown = changes_of(differences, *labels)
+    if not any(any(part.values()) for part in differences.values()):
+        equal = f"the manifests of {' and '.join(labels)} are equal"
         print_line(f"no difference: {equal} (files not read: tandem verify)")
-        return
-    print_table(shown)
+    elif shown.rows:
+        print_table(shown)
+    else:
+        print_line(f"{' and '.join(labels)} differ in measured values only; --json has them")

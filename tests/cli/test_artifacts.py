@@ -181,6 +181,15 @@ def test_diff_names_versions_and_leaves_out_what_looks_equal(out, tmp_path):
     assert shown.count("validation.speed") == 1
 
 
+def test_diff_of_measured_values_alone_does_not_call_them_equal(out, tmp_path):
+    data = json.loads((out / "manifest.json").read_text())
+    for name, noise in (("a", 1.0401), ("b", 1.0402)):
+        (tmp_path / name).mkdir()
+        validation = data["validation"] | {"error_over_noise": {"target": noise}}
+        (tmp_path / name / "manifest.json").write_text(json.dumps(data | {"validation": validation}))
+    assert "differ in measured values only; --json has them\n" in answer("diff", "a", "b").stdout
+
+
 def test_diff_shows_both_values_in_columns(out, tmp_path):
     small.make_validated(tmp_path / "other", tmp_path / "work", passed=False, graph=b"other")
     lines = [line.split("  ") for line in masked(answer("diff", "out", "other").stdout).splitlines()]
