@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
@@ -21,7 +22,7 @@ from pipeline.cli.paths import RECIPES, complete_recipe, recipe_path
 from pipeline.cli.results import print_json, print_line, print_result
 from pipeline.cli.tables import Verdict
 from pipeline.cli.words import counted
-from pipeline.errors import RecipeError
+from pipeline.errors import InputError, RecipeError, together
 from pipeline.plan.lock import Lock, lock_path, make_lock, pair_configs, read, stale, write
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe import Recipe, load
@@ -32,6 +33,8 @@ from pipeline.sources.local import check_local
 from pipeline.sources.tokenizer import fast_tokenizer_files
 from pipeline.stores.base import scheme_of
 from pipeline.validate.prompts import Prompt, recipe_prompts
+
+Result = TypeVar("Result")
 
 
 @click.group(cls=Group)
@@ -84,16 +87,28 @@ class _Checked:
 
 def _check(path: Path) -> _Checked:
     parsed = load(path)
-    prompts = recipe_prompts(parsed, path.parent)
     for target in parsed.publish:
         scheme_of(target.to)
-    sources = check_local(parsed, path.parent, default_root() / "sources")
+    errors: list[InputError] = []
+    prompts = _attempt(errors, lambda: recipe_prompts(parsed, path.parent))
+    sources = _attempt(errors, lambda: check_local(parsed, path.parent, default_root() / "sources"))
+    lock = _attempt(errors, lambda: _lock_of(parsed, path))
+    if errors or prompts is None or sources is None:
+        raise together(errors)
     plan = make_plan(parsed, *(each.config for each in sources.pair)) if sources.pair else None
-    lock = _lock_of(parsed, path)
     if plan is None and lock is not None:
         plan = make_plan(parsed, *pair_configs(parsed, lock, str(lock_path(path))))
     warning = _cut_prompts(parsed, prompts, sources.pair[0]) if sources.pair else None
     return _Checked(path, plan, lock is not None, sources.unchecked, warning)
+
+
+def _attempt(errors: list[InputError], check: Callable[[], Result]) -> Result | None:
+    """Return the result of a check; None after an error, which is added to `errors`."""
+    try:
+        return check()
+    except InputError as error:
+        errors.append(error)
+        return None
 
 
 def _lock_of(parsed: Recipe, path: Path) -> Lock | None:

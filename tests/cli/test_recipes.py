@@ -218,6 +218,16 @@ def test_check_compares_the_lock(work, changes, says, fix):
     assert fix in result.stderr
 
 
+def test_check_shows_the_problems_of_prompts_sources_and_lock_together(work):
+    """Each was shown after the one before it was corrected."""
+    text = RECIPE.replace("./target", "./nowhere") + "validate: {prompts: none.jsonl, max_new_tokens: 8}\n"
+    (work / "mine.yaml").write_text(text)
+    (work / "mine.lock").write_text("{")
+    shown = invoke("recipe", "check", "mine.yaml").stderr
+    for place in ("mine.yaml:6: validate.prompts: ", "mine.yaml:2: target.source: ", "mine.lock:1:"):
+        assert place in shown
+
+
 def test_check_reads_a_damaged_lock(work):
     (work / "mine.lock").write_text("{")
     result = invoke("recipe", "check", "mine.yaml")
