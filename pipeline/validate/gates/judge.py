@@ -56,10 +56,12 @@ class Judge:
         scaled_V, kept = logits_V.double() / choice.temperature, self._kept(logits_V, choice)
         if kept == len(logits_V) and choice.top_p >= 1:
             return torch.softmax(scaled_V, 0)
-        best = scaled_V.topk(kept)
-        probs = torch.softmax(best.values, 0)
+        scores, order, probs = self._best(scaled_V, kept)
+        if kept > len(probs) and float(probs.sum()) < choice.top_p:
+            scores, order = scaled_V.sort(descending=True)
+            probs = torch.softmax(scores, 0)
         inside = min(int((probs.cumsum(0) < choice.top_p).sum()) + 1, len(probs))
-        probs_V[best.indices[:inside]] = probs[:inside] / probs[:inside].sum()
+        probs_V[order[:inside]] = probs[:inside] / probs[:inside].sum()
         return probs_V
 
     def left_out(self, logits_V: Tensor) -> float:
@@ -94,14 +96,24 @@ class Judge:
         kept = self._kept(logits_V, choice)
         if choice.temperature == 0 or (kept == len(logits_V) and choice.top_p >= 1):
             return torch.ones_like(scaled_V, dtype=torch.bool)
-        scores, order = scaled_V.topk(min(2 * kept + 64, len(scaled_V)))
-        probs = torch.softmax(scores[:kept], 0)
+        scores, order, probs = self._best(scaled_V, kept, more=kept + 64)
+        kept = len(probs)
         count = torch.searchsorted(-scores, -(scores - 2 * moved), right=True)  # tokens that may be as high
         mass = torch.cat((torch.zeros(1, dtype=torch.float64), probs.cumsum(0)))[count.clamp(max=kept)]
         above = (mass - torch.nn.functional.pad(probs, (0, len(scores) - kept))).clamp(0, 1)
         raised = above * math.exp(2 * moved) / (above * math.exp(2 * moved) + 1 - above)
         inside = (count <= kept) & ((raised < choice.top_p - ROUNDING) | (choice.top_p >= 1))
         return torch.zeros_like(scaled_V, dtype=torch.bool).scatter(0, order, inside)
+
+    def _best(self, scaled_V: Tensor, kept: int, more: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the highest scores, their tokens, and the probabilities among the `kept` tokens.
+
+        Of a whole vocabulary, the first `NUCLEUS` tokens; `more` scores than are kept, otherwise.
+        """
+        size = len(scaled_V)
+        scores, order = scaled_V.topk(min(NUCLEUS if kept == size else kept + more, size))
+        probs = torch.softmax(scaled_V, 0)[order] if kept == size else torch.softmax(scores[:kept], 0)
+        return scores, order, probs
 
     def _scaled(self, logits_V: Tensor, choice: Choice) -> tuple[Tensor, float]:
         """Return logits over the temperature, and how far noise moves them."""
@@ -111,6 +123,9 @@ class Judge:
     def _kept(self, logits_V: Tensor, choice: Choice) -> int:
         return min(choice.top_k or len(logits_V), self.candidates or len(logits_V), len(logits_V))
 
+
+NUCLEUS = 4096
+"""Tokens that are looked at first for top-p: sorting a whole vocabulary takes ten times as long."""
 
 ROUNDING = 1e-4
 """Rounding of float32 scores, logarithms and cumulative probabilities over a whole vocabulary."""
