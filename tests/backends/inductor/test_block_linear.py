@@ -85,7 +85,14 @@ def operands_of(inputs, dtype, columns):
     return x, *(packed(torch.randn(count, columns) * 0.1, dtype) for count in (190, 96))
 
 
-@pytest.mark.parametrize(("isa", "by", "kind"), [(*key, kind) for key, kinds in CASES.items() for kind in kinds])
+@pytest.mark.parametrize(
+    ("isa", "by", "kind"),
+    [
+        pytest.param(isa, by, kind, marks=[pytest.mark.slow] if isa == "avx2" else [])
+        for (isa, by), kinds in CASES.items()
+        for kind in kinds
+    ],
+)
 def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(products, isa, by, kind):
     inputs = kind[0]
     (x, (weight, plain), (other, gate)), outputs = products(isa, by)[kind]
