@@ -145,31 +145,35 @@ class Moved:
 
 
 def _swapped(store: Store, of: Moved, move: Move) -> bool:
-    """Move an alias; if the answer is lost, read whether it was moved.
+    """Move an alias; if the answer is lost or negative, read whether this move is the newest.
 
     Raises:
         HostError: the registry cannot be reached.
 
     """
     try:
-        return store.swap_alias(of.name, of.alias, move, of.now)
+        if store.swap_alias(of.name, of.alias, move, of.now):
+            return True
+        lost = None  # a client that repeats a lost request is told that its own first one came before
     except Interrupted as error:
-        try:
-            current = store.read_alias(of.name, of.alias)
-        except HostError:
-            what = f"{error.what}; whether alias {of.alias!r} was moved is unknown"
-            fix = f"tandem alias rollback {of.url}/{of.name}@{of.alias} --from {of.now.version}"
-            raise HostError(what, where=of.url, fix=fix) from error
-        if current is None or current.moves[:1] != (move,):
-            raise
-        return True
+        lost = error
+    try:
+        current = store.read_alias(of.name, of.alias)
+    except HostError as error:
+        what = f"{error.what}; whether alias {of.alias!r} was moved is unknown"
+        fix = f"tandem alias rollback {of.url}/{of.name}@{of.alias} --from {of.now.version}"
+        raise HostError(what, where=of.url, fix=fix) from error
+    is_mine = current is not None and current.moves[:1] == (move,)
+    if lost is not None and not is_mine:
+        raise lost
+    return is_mine
 
 
 def _already_left(now: Alias, leave: str, where: str) -> tuple[str, str]:
     """Return the versions of a rollback that was done before.
 
     Raises:
-        InputError: the alias was moved by something else.
+        InputError: another command moved the alias.
 
     """
     if len(now.moves) > 1 and now.moves[1].version == leave:

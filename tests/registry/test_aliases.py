@@ -174,6 +174,20 @@ def test_a_rollback_recognises_its_own_move(tmp_path, url, monkeypatch):
     assert first != second
 
 
+def test_a_rollback_whose_repeated_request_is_refused_recognises_its_own_move(tmp_path, url, monkeypatch):
+    """A client library repeats a request whose answer is lost; the store refuses the second one."""
+    _, second, third = three_releases(tmp_path, url)
+    swap = FolderBucket.swap
+
+    def twice(self, key, data, token):
+        swap(self, key, data, token)
+        return swap(self, key, data, token)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderBucket, "swap", twice)
+        assert roll_back(url, "small", "prod") == (third, second)
+
+
 def test_a_rollback_with_an_unknown_outcome_says_how_to_repeat_it(tmp_path, url, monkeypatch):
     _, second, third = three_releases(tmp_path, url)
     with monkeypatch.context() as patch:

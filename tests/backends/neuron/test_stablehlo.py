@@ -61,7 +61,7 @@ def noise(shape):
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize(("family", "rows"), [*((family, 4) for family in FAMILIES), ("qwen3", 1), ("eagle3", 4)])
 def test_hlo_equals_eager(backend, graphs_of, family, rows, lookup):
-    """Results and carried state of every phase, from a cache that holds something, to 1e-4."""
+    """Results and carried state of every phase, from caches that are not empty, to 1e-4."""
     pair = make(family, rows, reduced=family == "eagle3", lookup=lookup)
     graphs, filled = graphs_of(backend, pair), noise(pair.shape)
     for spec in phases(rows):
