@@ -125,13 +125,22 @@ def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: 
         if k + 1 >= shapes.kv[0]:
             what = f"found K={k}: a step of {k + 1} tokens does not fit the kv bucket {shapes.kv[0]}"
             yield ("speculation", "draft_tokens", index), what, f"use K below {shapes.kv[0] - 1}, or larger kv buckets"
-    most = speculation.draft_tokens[-1] + 1 if speculation else 0
-    if validate and most and validate.gates.tokens_per_step > most:
-        what = f"found {validate.gates.tokens_per_step:g}; a step with K={most - 1} emits at most {most} tokens"
-        yield ("validate", "gates", "tokens_per_step"), what, f"use at most {most}, or a larger K"
+    if validate and speculation:
+        yield from _gate_conflicts(validate, speculation.draft_tokens[0])
     if validate and validate.max_new_tokens >= longest:
         what = f"found {validate.max_new_tokens}, which leaves no room for a prompt in the largest kv bucket {longest}"
         yield ("validate", "max_new_tokens"), what, f"use less than {longest}"
+
+
+def _gate_conflicts(validate: Validate, least_k: int) -> Iterator[Finding]:
+    """Yield limits that no step of the smallest K, which is gated too, can reach."""
+    floor, rates = validate.gates.tokens_per_step, validate.gates.acceptance
+    if floor > least_k + 1:
+        what = f"found {floor:g}; a step with K={least_k} emits at most {least_k + 1} tokens"
+        yield ("validate", "gates", "tokens_per_step"), what, f"use at most {least_k + 1}, or a larger K"
+    if len(rates) > least_k:
+        what = f"found {len(rates)} rates; the first of draft_tokens is K={least_k}"
+        yield ("validate", "gates", "acceptance"), what, f"write one rate for each place of a step, K={least_k}"
 
 
 def _backend_conflicts(data: Mapping[str, Any]) -> Iterator[Finding]:
