@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from importlib import metadata
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def _pip_install() -> str:
     if found is not None and Path(found).parent == Path(sys.executable).parent:
         return "pip install"
     python = shlex.quote(sys.executable)
-    return f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
+    # Not `find_spec`: setuptools answers it as an import of pip, and then fails its own import, which compilers need.
+    return f"{python} -m pip install" if PathFinder.find_spec("pip") else f"uv pip install --python {python}"
 
 
 def _requirement(extras: str) -> list[str]:

@@ -105,7 +105,7 @@ def test_install_command_uses_this_environments_pip(monkeypatch, tmp_path):
     assert extras.install_command("s3").startswith("pip install ")
     monkeypatch.setattr(extras.shutil, "which", lambda name: str(tmp_path / name))
     assert extras.install_command("s3").startswith(f"{shlex.quote(sys.executable)} -m pip install ")
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras.PathFinder, "find_spec", lambda name: None)
     assert extras.install_command("s3").startswith(f"uv pip install --python {shlex.quote(sys.executable)} ")
 
 
@@ -161,3 +161,14 @@ def test_project_has_the_name_of_the_hints():
     assert PROJECT["scripts"] == {"tandem": "pipeline.cli.main:main"}
     own = {name for group in PROJECT["optional-dependencies"].values() for name in group if name.startswith("tandem")}
     assert {name.partition("[")[0] for name in own} == {extras.DISTRIBUTION}
+
+
+def test_a_message_about_packages_leaves_setuptools_importable():
+    """To look for pip ended every later compilation in the process: torch imports setuptools then."""
+    code = (
+        "import os; os.environ['PATH'] = ''; from pipeline import extras; "
+        "print(extras.install_command('s3')); import setuptools"
+    )
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "pip install" in ran.stdout
