@@ -64,6 +64,10 @@ class Lease:
             what = f"the registry was unreachable for {VALID_S:.0f} s during this publish"
             raise HostError(what, where=self.bucket.where, fix="publish again: blobs that were sent are not sent twice")
 
+    def may_have_ended(self) -> bool:
+        """Return whether a collection may have counted this lease as a killed publisher's."""
+        return _clock() - self.renewed > DEAD_LEASE_S
+
     def keep(self) -> None:
         """Renew the lease until it ends."""
         while not self.ended.wait(RENEW_S):
@@ -116,6 +120,7 @@ def collecting(bucket: Bucket) -> Iterator[Callable[[], bool]]:
             if _clock() - started > PATIENCE_S:
                 raise HostError("a publish is in progress", where=bucket.where, fix="collect again later")
             time.sleep(WAIT_S)
+        _remove_old_references(bucket)
         yield lambda: _clock() - started < COLLECTION_S
     finally:
         bucket.delete(MARK)
@@ -133,6 +138,14 @@ def _replace_dead_mark(bucket: Bucket, mine: bytes) -> None:
         return  # a retried request met its own first attempt
     if alive or not bucket.swap(MARK, mine, current.token if current else None):
         raise HostError("another collection is in progress", where=bucket.where, fix="wait for it to end")
+
+
+def _remove_old_references(bucket: Bucket) -> None:
+    """Remove the references of collections that were killed, or whose last requests were lost."""
+    modified = _modified(bucket, MARKS)
+    for key, written in modified.items():
+        if key != MARK and modified.get(MARK, written) - written > DEAD_LEASE_S:
+            bucket.delete(key)
 
 
 def _held(bucket: Bucket) -> bool:

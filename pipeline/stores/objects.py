@@ -66,13 +66,21 @@ class ObjectStore:
         in_parallel(PARALLEL, upload, paths)
 
     def create_release(self, content: Content) -> bool:
-        """Write signatures first, under the manifest's digest, then the manifest: the first writer wins."""
+        """Write signatures first, under the manifest's digest, then the manifest: the first writer wins.
+
+        A host may stand still before the last request for so long that its lease ended and a collection removed blobs;
+        they are sent again.
+        """
         for signature in content.signatures:
             key = f"{_signatures(signature.manifest_sha256)}/{_sha256(signature.data)}"
             self.bucket.create(key, signature.data)
         if self.lease is not None:
             self.lease.check()
-        return self.bucket.create(_release(content.name, content.version), content.document)
+        created = self.bucket.create(_release(content.name, content.version), content.document)
+        if self.lease is not None and self.lease.may_have_ended():
+            with leased(self.bucket):
+                self.send(content, self.missing(content, content.files), lambda _: None)
+        return created
 
     def read_release(self, name: str, version: str) -> bytes | None:
         """Return a release's manifest, or None."""
