@@ -30,6 +30,7 @@ The rooms, in the order of the pipeline. `docs/explanation/architecture.md` has 
     extras.py     which extras are missing, and the command that installs them
     progress.py   callbacks for log lines and progress
     records.py    the base of all parsed records
+    selftest.py   a trial of the Neuron backend on an instance
 """
 
 __version__ = "0.1.0"

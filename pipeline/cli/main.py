@@ -43,6 +43,7 @@ COMMANDS = [
     Lazy("nxdi", "pipeline.cli.neuron:nxdi", "Configure or compile RECIPE with NxD Inference."),
     Lazy("vllm-args", "pipeline.cli.neuron:vllm_args", "Print the vLLM command for an NxD Inference package."),
     Lazy("vllm-cache", "pipeline.cli.neuron:vllm_cache", "Ship compile caches of vLLM's Neuron plugin."),
+    Lazy("neuron", "pipeline.cli.neuron:neuron", "Try the Neuron backend on this host."),
     Lazy("doctor", "pipeline.cli.doctor:doctor", "Check what this machine can build and run."),
     Lazy(
         "completion",

@@ -1,9 +1,11 @@
-"""Commands for AWS's own Neuron software: nxdi, vllm-args, and vllm-cache pack, install."""
+"""Commands for AWS's own Neuron software: nxdi, vllm-args, vllm-cache pack, install; and neuron selftest."""
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,17 +17,21 @@ from pipeline.cli.console import Console
 from pipeline.cli.groups import Command, Group
 from pipeline.cli.options import as_json
 from pipeline.cli.paths import artifact_dir, complete_artifact, complete_recipe, recipe_path
-from pipeline.cli.results import print_json, print_result
+from pipeline.cli.results import print_json, print_line, print_result, print_table
+from pipeline.cli.tables import Table, Verdict
 from pipeline.cli.words import counted, size
 from pipeline.errors import InputError
+from pipeline.files.atomic import check_writable
 from pipeline.files.home import expanded
 from pipeline.nxdi import build as packages
 from pipeline.nxdi import vllm_cache as caches
 from pipeline.nxdi.vllm_args import classic
 from pipeline.plan.lock import lock_path, pair_configs, read
 from pipeline.plan.plan import make_plan
-from pipeline.progress import stage
+from pipeline.progress import duration, stage
 from pipeline.recipe import load
+from pipeline.recipe.chips import CHIPS
+from pipeline.recipe.schema import NeuronSettings
 
 
 @click.command(cls=Command)
@@ -138,3 +144,51 @@ def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     if bad := [name for name, equals, _ in pairs if not (name and equals)]:
         raise InputError(f"found {bad[0]!r}, expected NAME=VALUE", where=option, fix=f"write {option} NAME=VALUE")
     return {name: value for name, _, value in pairs}
+
+
+@click.group(cls=Group)
+def neuron() -> None:
+    """Try the Neuron backend on this host."""
+
+
+@neuron.command()
+@click.option("--target", type=click.Choice(list(CHIPS)), help="Chip (default: this host's).")
+@click.option("--lnc", type=click.IntRange(1, 2), default=1, show_default=True,
+              help="Physical cores per logical core, with --target.")  # fmt: skip
+@click.option("--frontend", type=click.Choice(["xla", "stablehlo"]), default="xla", show_default=True,
+              help="How graphs are traced.")  # fmt: skip
+@click.option("--pair", "pairs", type=click.Choice(["pico", "smollm2"]), multiple=True,
+              help="Pair to build (default: both); may be repeated.")  # fmt: skip
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("selftest.json"), show_default=True,
+              help="File of the results.")  # fmt: skip
+@as_json
+@click.pass_obj
+def selftest(
+    console: Console, target: str | None, lnc: int, frontend: str, pairs: tuple[str, ...], out: Path, json_: bool
+) -> None:  # fmt: skip
+    """Build, validate and measure two small pairs on this host; write one file with the results.
+
+    The file can be attached to an issue. It has versions, times, verdicts and error messages, no weights and no
+    prompts. The exit code is 1 if a step failed.
+    """
+    from pipeline import selftest as trial  # imports the stages of a build
+
+    chip = trial.chip_of_host() if target is None else {"target": target, "lnc": lnc}
+    settings = NeuronSettings.model_validate({"name": "neuron", "frontend": frontend} | chip)
+    check_writable(out.absolute().parent)
+    work = default_root() / "selftest"
+    work.mkdir(parents=True, exist_ok=True)
+    done = trial.selftest(
+        settings, out, work, pairs or tuple(trial.PAIRS), log=console.log, progress=console.progress
+    )  # fmt: skip
+    if json_:
+        print_json(json.loads(out.read_bytes()))
+    else:
+        rows = [(of.pair, of.step, duration(of.seconds), _verdict(of.error)) for of in done.steps]
+        print_table(Table(("pair", "step", "time", "result"), rows))
+        print_line(f"wrote {out}")
+    sys.exit(1 if done.failed else 0)
+
+
+def _verdict(error: Mapping[str, str] | None) -> Verdict:
+    return Verdict("passed", good=True) if error is None else Verdict(error["what"], good=False)

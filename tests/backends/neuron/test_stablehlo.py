@@ -290,6 +290,21 @@ def test_artifact_is_built_gated_and_run_on_ranks(backend, tmp_path, tp):
         assert archive.namelist() == ["graph.neff", "boundary.json"]
 
 
+def test_selftest_writes_what_ran(backend, tmp_path):
+    where = environment(FAKE_NEURON_LS=DEVICE, TANDEM_CACHE=str(tmp_path / "cache"))
+    words = ["neuron", "selftest", "--frontend", "stablehlo", "--pair", "pico"]
+    done = tandem(*words, where=where, cwd=tmp_path, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = json.loads((tmp_path / "selftest.json").read_text())
+    build, gates, latency = made["steps"]
+    assert [build["step"], gates["step"], latency["step"]] == ["build", "gates", "latency"]
+    assert made["backend"]["target"] == "trn2"
+    assert len(build["facts"]["graphs"]) > 4
+    assert gates["facts"]["passed"] is True
+    assert gates["facts"]["ran_on"]["chip"] == "trn2"
+    assert latency["facts"]["speculation"]["tokens_per_s"] > 0
+
+
 @pytest.mark.parametrize(
     ("recipe", "layers", "tp"),
     [("pico-spec", None, 1), ("pico-spec", None, 2), ("llama-8b-spec", 1, 8), ("qwen3-32b-spec", 1, 32)],
