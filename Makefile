@@ -21,6 +21,10 @@ XLA_READY  := $(XLA_VENV)/.ready
 VLLM_VENV   ?= .venv-vllm
 VLLM_READY  := $(VLLM_VENV)/.ready
 
+# speculators and SpecForge pin other versions of torch and transformers, so they have a separate environment (1.5 GB).
+DRAFTS_VENV  ?= .venv-drafts
+DRAFTS_READY := $(DRAFTS_VENV)/.ready
+
 # The documentation needs no torch, so its environment is small.
 DOCS_VENV   ?= .venv-docs
 DOCS_READY  := $(DOCS_VENV)/.ready
@@ -31,9 +35,9 @@ PYTEST := PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
 # The fast tests run in up to four processes, one file in each, the longest first (tests/conftest.py). `test-quick` also
 # omits the tests that compile graphs. -m replaces the expression of `addopts` in pyproject.toml, so QUICK repeats it.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not hlo and not browser and not ray
+QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not hlo and not browser and not ray and not drafts
 
-.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-xla test-hlo test-vllm mutants lint format types imports docs check clean
+.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-xla test-hlo test-vllm test-drafts mutants lint format types imports docs check clean
 help:                    ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -90,6 +94,9 @@ test-hlo: $(READY)       ## Neuron graphs through StableHLO, run on XLA's CPU cl
 test-vllm: $(VLLM_READY) ## a real vLLM serves an artifact over loopback
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve
 
+test-drafts: $(READY) $(DRAFTS_READY) ## EAGLE-3 heads that public tools write, against the logits of their modules
+	TANDEM_DRAFTS_PYTHON=$(abspath $(DRAFTS_VENV))/bin/python $(PYTEST) -m drafts tests/drafts
+
 check: lint types imports test ## required checks of a change: lint, types, imports, fast tests
 
 $(XLA_READY): tests/requirements-xla.txt
@@ -108,6 +115,13 @@ $(VLLM_READY): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
 	touch $@
 
+$(DRAFTS_READY): tests/requirements-drafts.txt
+	$(PYTHON) -m venv $(DRAFTS_VENV)
+	@echo "installing packages into $(DRAFTS_VENV): a few minutes, about 1.5 GB of disk" >&2
+	$(DRAFTS_VENV)/bin/python -m pip install --quiet --requirement $<
+	$(DRAFTS_VENV)/bin/python -m pip install --quiet --no-deps speculators==0.9.0 specforge==0.2.0
+	touch $@
+
 $(DOCS_READY): pyproject.toml
 	$(PYTHON) -m venv $(DOCS_VENV)
 	@echo "installing packages into $(DOCS_VENV): a minute" >&2
@@ -121,4 +135,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:                   ## remove environments, caches of tools and built files, but not artifacts/
-	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) $(DOCS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) $(DOCS_VENV) $(DRAFTS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

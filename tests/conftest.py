@@ -27,8 +27,8 @@ LONGEST_FIRST = (
 """Files and folders that take longest start first, so that no worker is left with a long one at the end."""
 COMPILING_FIXTURES = frozenset({"built", "elsewhere", "figures"})
 """Tests that use one of these get the marker `compile`."""
-COMPILING_LANES = ("compile", "slow", "server", "vllm", "cuda", "neuron", "xla", "hlo", "ray")
-TIMEOUTS_S = {"vllm": 1800, "ray": 1800, "xla": 3600, "hlo": 3600, "slow": 3600, "compile": 900}
+COMPILING_LANES = ("compile", "slow", "server", "vllm", "cuda", "neuron", "xla", "hlo", "ray", "drafts")
+TIMEOUTS_S = {"vllm": 1800, "ray": 1800, "xla": 3600, "hlo": 3600, "slow": 3600, "compile": 900, "drafts": 900}
 """Time limits of tests with a marker; `timeout` in pyproject.toml holds for all others."""
 
 

@@ -32,6 +32,7 @@ from pipeline.stages.took import BuildClock
 from pipeline.stores.hub import HubStore
 from pipeline.stores.objects import ObjectStore
 from pipeline.validate import lengths
+from pipeline.validate.draft import examine
 from pipeline.validate.gates import acceptance
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
@@ -90,7 +91,9 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "stores.hub.HubStore.send(paths)": lambda value: HubStore.send(UNUSED, UNUSED, value, UNUSED),
     "stores.objects.ObjectStore.send(paths)": lambda value: ObjectStore.send(UNUSED, UNUSED, value, UNUSED),
     "stages.took.BuildClock.expect(missing)": expect,
+    "validate.draft.examine.chosen(prompts)": lambda value: examine.chosen(value, 1),
     "validate.gates.acceptance.acceptance_of(prompts)": lambda value: acceptance.acceptance_of(value, [], 1),
+    "validate.lengths.encoded_prompts(prompts)": lambda value: lengths.encoded_prompts(value, {}),
     "validate.lengths.token_counts(prompts)": lambda value: lengths.token_counts(value, {}),
 }
 OTHERS: dict[str, Callable[[Any], object]] = {

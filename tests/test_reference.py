@@ -30,7 +30,7 @@ NO_VARIABLES = {
     "TANDEM_AMX",  # macros of C++
     "TANDEM_BF16",
 }
-DATACLASSES = {"Eagle3", "GraphSpec", "Llama3Rope", "ModelConfig", "ModelsSpec", "PairSpec"}
+DATACLASSES = {"Eagle3", "GraphSpec", "Llama3Rope", "ModelConfig", "ModelsSpec", "PairSpec", "TapIds"}
 """Their docstrings describe their fields."""
 
 

@@ -38,6 +38,7 @@ COMMANDS = [
     Lazy("cache", "pipeline.cli.cache:cache", "Manage the local and the shared cache of compiled graphs."),
     Lazy("recipe", "pipeline.cli.recipes:recipe", "Check and lock recipes."),
     Lazy("distill", "pipeline.cli.distill:distill", "Train a draft for the target of RECIPE."),
+    Lazy("draft", "pipeline.cli.draft:draft", "Examine drafts, start a recipe from one, convert pickled ones."),
     Lazy("tune", "pipeline.cli.tune:tune", "Measure which K and buckets are best for RECIPE."),
     Lazy("serve", "pipeline.cli.serve:serve", "Serve ARTIFACT with vLLM."),
     Lazy("nxdi", "pipeline.cli.neuron:nxdi", "Configure or compile RECIPE with NxD Inference."),

@@ -24,7 +24,7 @@ def write_draft(
     """Write the folder atomically, with weights in bfloat16; replace an existing draft."""
     file_name = public_name if DRAFT_KINDS[figures.method].reads_target_states else str
     tensors = {file_name(name): tensor.bfloat16().contiguous() for name, tensor in weights.items()}
-    tensors[D2T] = (ids_V.cpu() - torch.arange(len(ids_V))).int()
+    tensors[D2T] = ids_V.cpu() - torch.arange(len(ids_V))  # int64, as other servers read it
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(out) as work:
         (work / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))

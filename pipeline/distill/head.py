@@ -10,8 +10,20 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.eagle3 import TAPPED, read_config
-from pipeline.models.weights import D2T, EMBEDDING, HEAD, NORM, weight_specs
+from pipeline.models.eagle3 import TENSORS
+from pipeline.models.eagle3_writers import (
+    ANGELSLIM_TAPPED,
+    CAPTURED,
+    CREATED_BY,
+    NESTED,
+    OPTIONS,
+    RECIPE,
+    SWITCHES,
+    TANDEM,
+    TAPPED,
+    usual_taps,
+)
+from pipeline.models.weights import D2T, EMBEDDING, FC, HEAD, NORM, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
@@ -19,23 +31,54 @@ from pipeline.sources.weights import weights
 EMBEDDING_SCALE = 0.02
 """Scale of the initial weights with which the new layer reads a token's embedding."""
 
+DROPPED = (
+    "shares_embedding", "speculators_config", "speculators_model_type", "speculators_version", ANGELSLIM_TAPPED,
+    CAPTURED, NESTED, OPTIONS, RECIPE, TAPPED, TENSORS,
+)  # fmt: skip
+"""Fields of a head that is trained further: notes of its opening, and fields that the new config writes itself."""
+
 KEPT = (
     "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
 
 def head_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...]) -> dict[str, Any]:
-    """Return the `config.json` of a head of the target's sizes, in the public convention."""
+    """Return the `config.json` of a head of the target's sizes, as vLLM, SGLang and speculators read it."""
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
+        CREATED_BY: TANDEM,
         **{key: target.config_json[key] for key in KEPT if key in target.config_json},
         **_sizes(target.config),
         "num_hidden_layers": 1,
         "tie_word_embeddings": False,
         "draft_vocab_size": draft_vocab,
-        "eagle_config": {TAPPED: list(taps)},
+        **_tapped(target.config, taps),
     }
+
+
+def continued_config(target: Checkpoint, start: Checkpoint, draft_vocab: int) -> dict[str, Any]:
+    """Return the `config.json` of a head that another one was trained further to: its own, with every switch named."""
+    head = start.config.eagle3
+    assert head is not None
+    own = {key: value for key, value in start.config_json.items() if key not in (*DROPPED, *SWITCHES)}
+    switches = {name: True for name in SWITCHES if vars(head)[name]}
+    kind = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", CREATED_BY: TANDEM}
+    taps = {OPTIONS: {"use_aux_hidden_state": False}} if head.reads_output else _tapped(target.config, head.taps)
+    sizes = {"head_dim": start.config.head_dim, "draft_vocab_size": draft_vocab, "tie_word_embeddings": False}
+    return own | kind | sizes | switches | taps
+
+
+def _tapped(target: ModelConfig, taps: tuple[int, ...]) -> dict[str, Any]:
+    """Return the fields that list tapped layers: none for the usual ones, which every reader takes alike.
+
+    At the top level vLLM and speculators read inputs of layers, in `eagle_config` SGLang reads outputs.
+    """
+    if taps == usual_taps(target.layers):
+        return {}
+    if taps[0] == 0:  # no layer's output: SGLang cannot read the embedding's
+        return {TAPPED: list(taps)}
+    return {TAPPED: list(taps), OPTIONS: {"use_aux_hidden_state": True, TAPPED: [tap - 1 for tap in taps]}}
 
 
 def _sizes(target: ModelConfig) -> dict[str, Any]:
@@ -95,9 +138,8 @@ def frequent(tokens: Iterable[Tensor], size: int, always: Iterable[int]) -> Tens
     return torch.tensor(sorted(ids[:size]))
 
 
-def initial(target: Checkpoint, config_json: dict[str, Any], ids_V: Tensor, seed: int) -> dict[str, Tensor]:
+def initial(target: Checkpoint, config: ModelConfig, ids_V: Tensor, seed: int) -> dict[str, Tensor]:
     """Return a head's initial weights, float32: the target's last layer over its highest features, norm, head rows."""
-    config = read_config(config_json, "head")
     refs = weights(target)
     generator = torch.Generator().manual_seed(seed)
     last = f"model.layers.{target.config.layers - 1}."
@@ -110,13 +152,15 @@ def initial(target: Checkpoint, config_json: dict[str, Any], ids_V: Tensor, seed
             start[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
         elif spec.name == NORM:
             start[spec.name] = read_tensor(refs[NORM]).float()
-        elif spec.name == "fc.weight":
+        elif spec.name == FC:
             start[spec.name] = torch.randn(spec.shape, generator=generator) * EMBEDDING_SCALE * spec.shape[1] ** -0.5
             start[spec.name][:, -config.hidden :] += torch.eye(config.hidden)
         elif spec.name.endswith("hidden_norm.weight"):
             start[spec.name] = read_tensor(refs[f"{last}input_layernorm.weight"]).float()
         elif spec.name.endswith("input_layernorm.weight"):
             start[spec.name] = torch.ones(spec.shape)
+        elif name not in refs:  # a norm or bias that the target does not have
+            start[spec.name] = torch.ones(spec.shape) if spec.name.endswith(".weight") else torch.zeros(spec.shape)
         elif spec.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             tokens = torch.randn(spec.shape[0], config.hidden, generator=generator) * EMBEDDING_SCALE
             start[spec.name] = torch.cat((tokens, read_tensor(refs[name]).float()), dim=1)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.distill import draft_model, eagle3
 from pipeline.distill.data import (
     PART,
     Conversation,
@@ -25,7 +24,7 @@ from pipeline.distill.data import (
 )
 from pipeline.distill.figures import TextCounts
 from pipeline.distill.generate import Transcript, Writer, Writing
-from pipeline.distill.head import frequent, head_config, initial, layers_of, model_config
+from pipeline.distill.head import continued_config, frequent, head_config, initial, layers_of, model_config
 from pipeline.distill.prompts import SENTINEL, HeldOutFilter, read_prompts, read_transcripts
 from pipeline.distill.settings import ANSWER_TOKENS, LENGTH, ROWS, DistillSettings, data_key
 from pipeline.distill.train import InitialDraft, TargetTables, Trainer, TrainingSettings, has_bfloat16
@@ -39,6 +38,7 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
+from pipeline.speculation import chains, model_chains
 from pipeline.validate.prompts import Prompt, recipe_prompts
 
 SHORTEST = 4
@@ -100,6 +100,8 @@ class Job:
     def config_json(self) -> dict[str, Any]:
         """The draft's `config.json`."""
         settings = self.settings
+        if self.start is not None and self.start.config.eagle3 is not None:
+            return continued_config(self.target, self.start, self.vocab)
         if self.start is not None:
             own = {key: value for key, value in self.start.config_json.items() if key != "shares_embedding"}
             return own | {"draft_vocab_size": self.vocab}
@@ -185,10 +187,12 @@ class Job:
         """Return the draft before its training, from the target's weights or from those of `start`."""
         if self.settings.method == "draft_model":
             config = config_of(self.config_json, "draft")
-            guesses, new = draft_model.guesses, layers_of(self.target, config, self.settings.layers, ids)
+            guesses, new = model_chains.guesses, layers_of(self.target, config, self.settings.layers, ids)
         else:
             config = read_config(self.config_json, "head")
-            guesses, new = eagle3.guesses, initial(self.target, self.config_json, ids, self.settings.seed)
+            if self.start is not None:
+                config = replace(self.start.config, draft_vocab=self.vocab)
+            guesses, new = chains.guesses, initial(self.target, config, ids, self.settings.seed)
         if self.start is None:
             return InitialDraft(guesses, config, new)
         refs = weights(self.start)

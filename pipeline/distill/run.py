@@ -21,6 +21,7 @@ from pipeline.files.atomic import disk_errors
 from pipeline.models.eagle3 import taps_of
 from pipeline.models.weights import TAPS
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.heads import fit
 from pipeline.sources.pair import at_key, check_pair, resolve
 
 
@@ -90,7 +91,7 @@ def prepare(settings: DistillSettings) -> Job:
         raise InputError(f"no such device: {settings.device!r}", where="--device", fix="use cpu")
     if settings.start is None:
         return Job(replace(settings, layers=_layers(settings, target)), target, taps, _vocab(settings, target))
-    start = resolve(str(settings.start.absolute()), base=settings.base, cache=cache, role="draft")
+    start = fit(target, resolve(str(settings.start.absolute()), base=settings.base, cache=cache, role="draft"))
     check_pair(target, start)
     vocab = _vocab_of_start(settings, start, target)
     return Job(settings, target, taps_of(target.config, start.config) or taps, vocab, start)

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.distill.data import Conversation
-from pipeline.distill.eagle3 import Batch, Guess
 from pipeline.files.atomic import write_atomic
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import EMBEDDING
 from pipeline.progress import Log
+from pipeline.speculation.chains import Batch, Guess
 
 Guesses = Callable[[ModelConfig, dict[str, Tensor], Batch, int], Iterator[Guess]]
 """A kind of draft: its answers to a batch, one depth after the other."""

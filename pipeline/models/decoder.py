@@ -51,7 +51,8 @@ def hidden_states(
 ) -> Hidden:
     """Run all layers and write keys and values into the caches of `run`.
 
-    `taps` lists layers whose input is returned too, for a draft that reads the target's hidden states.
+    `taps` lists layers whose input is returned too, for a draft that reads the target's hidden states; the number of
+    layers means the output of the last one.
     Shapes: tokens_BT int32 or int64 [B, T].
     """
     x = embed(config, weights, seams, tokens_BT)
@@ -66,6 +67,8 @@ def hidden_states(
         w = layer_weights(weights, layer) | {NEXT_NORM: norms.get(layer + 1, weights[NORM])}
         stream = seams.once(run_layer, config, w, seams, stream, rotary, own)
         run.keep(layer, own.state)
+    if config.layers in taps:
+        tapped.append(stream.x_BTH)
     return Hidden(stream.normed_BTH, torch.cat(tapped, dim=-1) if taps else None)
 
 

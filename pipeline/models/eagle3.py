@@ -1,61 +1,151 @@
-"""EAGLE-3 heads by their configs, in the convention of SafeAILab/EAGLE and SpecForge. Imports no torch."""
+"""EAGLE-3 heads by their configs and the shapes of their tensors, whoever wrote them. Imports no torch.
+
+`read_config` turns a head's `config.json` into one typed description, a `ModelConfig` with its `Eagle3`; differences
+between writers are in `eagle3_writers`. A head is fitted to its target afterwards (`fitted`), because some readings
+depend on the target's depth.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.models.config import Eagle3, ModelConfig
+from pipeline.models import eagle3_writers as writers
+from pipeline.models.config import Eagle3, ModelConfig, TapIds
 from pipeline.models.defaults import FIELDS
-from pipeline.models.fields import Fields, is_int
+from pipeline.models.eagle3_writers import TAPPED
+from pipeline.models.fields import Fields
+from pipeline.models.rope import LAYOUTS
 from pipeline.models.shared import SLIDING, shared_fields
-from pipeline.models.weights import TAPS
+from pipeline.models.weights import D2T, EMBEDDING, FC, HEAD, HIDDEN_NORM, INPUT_NORM, TAPS
 
-TAPPED = "eagle_aux_hidden_state_layer_ids"
-"""Field of `eagle_config` that lists the tapped layers."""
+__all__ = ["TAPPED", "describe", "fitted", "is_head", "opened_config", "read_config", "taps_of", "tensor_name"]
+
+TENSORS = "tensors"
+"""Field, added when a head is opened, with the shapes of its tensors by name, so that a lock describes the head."""
+
+T2D = "t2d"
+LAYER = "model.layers.0."
+Shapes = Mapping[str, Sequence[int]]
 
 
 def is_head(config: Mapping[str, Any]) -> bool:
-    """Return whether a `config.json` is an EAGLE-3 head's."""
-    names = config.get("architectures")
-    return isinstance(names, list) and any("eagle3" in str(name).lower() for name in names)
+    """Return whether a `config.json`, or one that `opened_config` returned, is an EAGLE-3 head's."""
+    return config.get("speculators_model_type") in ("eagle3", "eagle-3") or (
+        any("eagle3" in name.lower() for name in writers.architectures(config)) or FC in _tensors(config)
+    )
+
+
+def may_be_head(config: Mapping[str, Any]) -> bool:
+    """Return whether the tensors must tell: heads of SafeAILab/EAGLE have the architecture of a whole model."""
+    return is_head(config) or (config.get("draft_vocab_size") is not None and config.get("num_hidden_layers") == 1)
+
+
+def opened_config(config: Mapping[str, Any], shapes: Shapes, readings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a draft's config for `read_config`: of a head flat, with its tensors and the readings of the recipe."""
+    named = {tensor_name(name): list(shape) for name, shape in shapes.items()}
+    opened = writers.flat(config) | {TENSORS: named}
+    if not is_head(opened):
+        return dict(config)
+    return opened | ({writers.RECIPE: dict(readings)} if readings else {})
 
 
 def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """Translate a head's config.
+    """Translate a head's config, with or without the shapes of its tensors.
 
     Raises:
-        SourceError: more than one layer, another number of tapped layers, or an unsupported field.
+        SourceError: more than one layer, ids that do not match `fc`, or an unsupported field.
 
     """
+    config, tensors = _with_own_rope(writers.flat(config)), _tensors(config)
     family = config.get("model_type")
     fields = Fields(config, family if isinstance(family, str) and family in FIELDS else "llama", where)
-    taps = _taps(fields)
     if config.get("num_hidden_layers") != 1:
         problem = f"num_hidden_layers={config.get('num_hidden_layers')}, an EAGLE-3 head has 1"
-        raise SourceError(problem, where=where, fix="use a head in the convention of SafeAILab/EAGLE")
-    if taps and (len(taps) != TAPS or list(taps) != sorted(set(taps))):
-        problem = f"eagle_aux_hidden_state_layer_ids={list(taps)}, expected {TAPS} layers, ascending"
-        raise SourceError(problem, where=where, fix="repair config.json")
-    head = Eagle3(
-        target_hidden=fields.optional_size("target_hidden_size") or fields.size("hidden_size"),
-        taps=taps,
-        norm_before_residual=bool(config.get("norm_before_residual", False)),
+        raise SourceError(problem, where=where, fix="use a head of one layer, as of SafeAILab/EAGLE")
+    own_head = not tensors or HEAD in tensors
+    tied = not own_head and bool(config.get("tie_word_embeddings")) and EMBEDDING in tensors
+    return shared_fields(
+        fields,
+        family="eagle3",
+        tied=tied,
+        shares_head=not own_head and not tied,
+        draft_vocab=_draft_vocab(fields, tensors),
+        qkv_bias=bool(config.get("attention_bias")) or f"{LAYER}self_attn.q_proj.bias" in tensors,
+        out_bias=f"{LAYER}self_attn.o_proj.bias" in tensors,
+        mlp_bias=f"{LAYER}mlp.gate_proj.bias" in tensors,
+        qk_norm=f"{LAYER}self_attn.q_norm.weight" in tensors,
+        eagle3=_head(fields, tensors),
+        window=_window(fields),
     )
-    bias = bool(config.get("attention_bias", False))
-    return shared_fields(fields, family="eagle3", tied=False, qkv_bias=bias, eagle3=head, window=_window(fields))
 
 
-def _taps(fields: Fields) -> tuple[int, ...]:
-    """Return the tapped layers that a head's config lists."""
-    options = fields.config.get("eagle_config") or {}
-    if not isinstance(options, Mapping):
-        raise fields.error("eagle_config", options, "expected an object")
-    taps = options.get(TAPPED) or []
-    if not isinstance(taps, list) or not all(map(is_int, taps)):
-        raise fields.error(f"eagle_config.{TAPPED}", taps, "expected a list of integers")
-    return tuple(taps)
+def _head(fields: Fields, tensors: Shapes) -> Eagle3:
+    writer, written = writers.writer_of(fields.config), writers.written_taps(fields)
+    target_hidden = fields.optional_size("target_hidden_size") or fields.size("hidden_size")
+    reads_output = _reads_output(fields, tensors, written)
+    before_fc = writers.switch(fields, "norm_before_fc", absent=INPUT_NORM in tensors)
+    fc_norm = writers.switch(fields, "fc_norm", absent="fc_norm.0.weight" in tensors, aliases=("use_aux_norm",))
+    if before_fc and fc_norm:
+        raise fields.error("fc_norm", True, "norm_before_fc is true as well; readers differ on both together")
+    return Eagle3(
+        target_hidden=target_hidden,
+        norm_before_residual=writers.switch(fields, "norm_before_residual", absent=writer == "speculators"),
+        writer=writer,
+        tap_count=1 if reads_output else _tap_count(fields, tensors, written, target_hidden),
+        written=written,
+        reads_output=reads_output,
+        norm_before_fc=before_fc,
+        fc_norm=fc_norm,
+        hidden_norm=not reads_output or not tensors or HIDDEN_NORM in tensors,
+        norm_output=writers.norm_output(fields, writer),
+    )
+
+
+def _reads_output(fields: Fields, tensors: Shapes, written: TapIds | None) -> bool:
+    """Return whether a head reads the target's output after its last norm, and no layer within."""
+    told = writers.overrides(fields.config).get("taps")
+    if told is not None:
+        return bool(told == "final")
+    aux = writers.options_of(fields).get("use_aux_hidden_state", True)
+    without_fc = bool(tensors) and FC not in tensors
+    return aux is False or without_fc or (written is not None and written.ids == writers.FINAL)
+
+
+def _tap_count(fields: Fields, tensors: Shapes, written: TapIds | None, target_hidden: int) -> int:
+    """Return the number of taps: of the ids, which must match `fc`."""
+    listed = len(written.ids) if written is not None else 0
+    stated = fields.config.get("num_aux_hidden_states")
+    count = listed or (stated if isinstance(stated, int) else 0) or TAPS
+    width = tensors[FC][1] if FC in tensors else count * target_hidden
+    if width == count * target_hidden:
+        return count
+    if width % target_hidden or listed:
+        ids = f"{written.field} lists {listed} layers" if written is not None else "no layers are listed"
+        what = f"fc.weight reads {width} values, target_hidden_size={target_hidden}, but {ids}"
+        raise SourceError(what, where=fields.where, fix="list one layer for each state that fc reads: draft.taps")
+    return int(width // target_hidden)
+
+
+def _draft_vocab(fields: Fields, tensors: Shapes) -> int | None:
+    """Return the size of a reduced vocabulary; None for a head over the whole vocabulary.
+
+    Raises:
+        SourceError: fewer rows of the LM head than tokens, and no map between the two.
+
+    """
+    size, vocab = fields.optional_size("draft_vocab_size"), fields.size("vocab_size")
+    if not tensors or D2T in tensors:
+        return size or (tensors[D2T][0] if D2T in tensors else None)
+    rows = tensors[HEAD][0] if HEAD in tensors else vocab
+    if T2D in tensors and rows < vocab:
+        return size or rows
+    if size is not None and size != vocab:
+        what = f"draft_vocab_size={size} and vocab_size={vocab}, but the file has neither d2t nor t2d"
+        raise SourceError(what, where=fields.where, fix="use a complete head: d2t maps its tokens to the target's")
+    return None
 
 
 def _window(fields: Fields) -> int | None:
@@ -64,17 +154,90 @@ def _window(fields: Fields) -> int | None:
     return fields.optional_size("sliding_window") if used else None
 
 
+def _tensors(config: Mapping[str, Any]) -> Shapes:
+    found = config.get(TENSORS)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _with_own_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without scaling of its rotary embedding, if the recipe says `rope: default`."""
+    if writers.overrides(config).get("rope") != "default":
+        return dict(config)
+    rope = next((value for value in map(config.get, LAYOUTS) if isinstance(value, Mapping) and value), {})
+    theta = {key: rope[key] for key in ("rope_theta",) if key in rope}
+    return {key: value for key, value in config.items() if key not in LAYOUTS} | theta
+
+
+def with_rope_of(target: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a head's config with its target's rotary embedding, if the recipe says `rope: target`."""
+    if writers.overrides(config).get("rope") != "target":
+        return dict(config)
+    keys = (*LAYOUTS, "rope_theta")
+    theirs = {key: value for key, value in target.items() if key in keys}
+    return {key: value for key, value in config.items() if key not in keys} | theirs
+
+
 def tensor_name(name: str) -> str:
     """Return the decoder's name for a head's tensor: public heads use `midlayer` or `layers.0`, and `norm`."""
     name = name.removeprefix("model.")
     for layer in ("midlayer.", "layers.0."):
         if name.startswith(layer):
-            return f"model.layers.0.{name.removeprefix(layer)}"
-    return f"model.{name}" if name.startswith(("norm.", "embed_tokens.")) else name
+            return f"{LAYER}{name.removeprefix(layer)}"
+    return f"model.{name}" if name.startswith(("norm.", "embed_tokens.", "layers.")) else name
+
+
+def fitted(target: ModelConfig, draft: ModelConfig, where: str = "") -> ModelConfig:
+    """Return a draft's config with the layers of this target that a head reads; a draft model's as it is.
+
+    Raises:
+        SourceError: layers that the target does not have.
+
+    """
+    head = draft.eagle3
+    if head is None or head.reads_output:
+        return draft
+    if head.written is None and head.tap_count != TAPS:
+        what = f"fc.weight reads {head.tap_count} states of the target, but the file lists no layers"
+        raise SourceError(what, where=where, fix="list the inputs of layers in the recipe: draft.taps")
+    taps = taps_of(target, draft)
+    if taps[0] < 0 or taps[-1] > target.layers or list(taps) != sorted(set(taps)):
+        what = f"the head reads the inputs of layers {list(taps)}, but the target has {target.layers} layers"
+        fix = "use a head that was trained for this target, or correct draft.taps in the recipe"
+        raise SourceError(what, where=where, fix=fix)
+    return replace(draft, eagle3=replace(head, taps=taps))
 
 
 def taps_of(target: ModelConfig, draft: ModelConfig) -> tuple[int, ...]:
-    """Return the layers of the target whose inputs the draft reads: its config's, else low, middle and high."""
-    if draft.eagle3 is None:
+    """Return the layers of the target whose inputs the draft reads, ascending; their number means the last output."""
+    head = draft.eagle3
+    if head is None or head.reads_output:
         return ()
-    return draft.eagle3.taps or (2, target.layers // 2, target.layers - 3)
+    if head.taps:
+        return head.taps
+    return writers.usual_taps(target.layers) if head.written is None else writers.inputs_of(head.written, target.layers)
+
+
+def doubts(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the file of a head leaves open, each with the recipe's key that decides it."""
+    fields = Fields(config, "llama", "config.json")
+    return writers.doubts(fields, writers.written_taps(fields), writers.writer_of(config))
+
+
+def describe(config: ModelConfig) -> str:
+    """Return how a head is read, in one line."""
+    head = config.eagle3
+    assert head is not None
+    read = "the target's output after its last norm"
+    if not head.reads_output:
+        read = f"the inputs of layers {', '.join(map(str, head.taps))} ({_origin(head)})"
+    on = [name for name in writers.SWITCHES if vars(head)[name]]
+    return f"EAGLE-3 head of {head.writer}: reads {read}; {', '.join(on) or 'no optional norms'}"
+
+
+def _origin(head: Eagle3) -> str:
+    """Return where the taps come from."""
+    if head.written is None:
+        return "the usual ones; the file lists none"
+    shift = "outputs" if head.taps != head.written.ids else "inputs"
+    unclear = ", unclear in the file" if head.written.meaning == "unclear" else ""
+    return f"{head.written.field} {list(head.written.ids)} read as {shift}{unclear}"

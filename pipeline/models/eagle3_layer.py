@@ -3,7 +3,7 @@
 At position i the head reads the token at i + 1 and the target's features at i, and predicts the token at i + 2. At
 positions that the target has not processed, the head's own output replaces the features. Pure functions.
 
-Shapes: B rows, T tokens, H hidden, X features (three of the target's hidden sizes concatenated).
+Shapes: B rows, T tokens, H hidden, X the target's states that the head reads, concatenated.
 """
 
 from __future__ import annotations
@@ -23,12 +23,22 @@ from pipeline.models.decoder import (
     store,
 )
 from pipeline.models.parallel import Pass, Seams
-from pipeline.models.weights import NORM
+from pipeline.models.weights import FC, FC_NORM, INPUT_NORM, NORM
 
 
-def features(config: ModelConfig, weights: Weights, seams: Seams, taps_BTX: Tensor) -> Tensor:
+def features(config: ModelConfig, weights: Weights, seams: Seams, states_BTX: Tensor) -> Tensor:
     """Project the target's hidden states to the input of the head's layer: [B, T, X] -> [B, T, H]."""
-    return seams.linear(taps_BTX, weights["fc.weight"], config.hidden)
+    head = config.eagle3
+    assert head is not None
+    if head.reads_output:
+        return states_BTX
+    if head.norm_before_fc:
+        states_BTX = rms_norm(states_BTX, weights[INPUT_NORM], config.norm_eps)
+    if head.fc_norm:
+        each_XH = torch.stack([weights[FC_NORM.format(tap)] for tap in range(head.tap_count)])
+        split = states_BTX.unflatten(-1, (head.tap_count, head.target_hidden))
+        states_BTX = rms_norm(split, each_XH, config.norm_eps).flatten(-2)
+    return seams.linear(states_BTX, weights[FC], config.hidden)
 
 
 def write_cache(
@@ -53,7 +63,14 @@ def hidden_states(
     x = residual + attention(config, w, seams, inputs, rotary, own)
     run.keep(0, own.state)
     x = x + mlp(config, w, seams, rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps))
-    return rms_norm(x, weights[NORM], config.norm_eps), x
+    return outputs_of(config, weights, x)
+
+
+def outputs_of(config: ModelConfig, weights: Weights, x_BTH: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the LM head's input, and what takes the place of the next position's features, of the layer's output."""
+    normed_BTH = rms_norm(x_BTH, weights[NORM], config.norm_eps)
+    assert config.eagle3 is not None
+    return normed_BTH, normed_BTH if config.eagle3.norm_output else x_BTH
 
 
 def inputs_of(
@@ -62,6 +79,7 @@ def inputs_of(
     """Return the input of q, k and v, [B, T, 2 H], and the residual stream [B, T, H]."""
     w = layer_weights(weights, 0)
     tokens = rms_norm(embed(config, weights, seams, tokens_BT), w["input_layernorm.weight"], config.norm_eps)
-    normed = rms_norm(features_BTH, w["hidden_norm.weight"], config.norm_eps)
-    residual = normed if config.eagle3 is not None and config.eagle3.norm_before_residual else features_BTH
-    return torch.cat((tokens, normed), dim=-1), residual
+    head = config.eagle3
+    assert head is not None
+    normed = rms_norm(features_BTH, w["hidden_norm.weight"], config.norm_eps) if head.hidden_norm else features_BTH
+    return torch.cat((tokens, normed), dim=-1), normed if head.norm_before_residual else features_BTH

@@ -10,6 +10,7 @@ from pipeline.errors import SourceError
 from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
 from pipeline.models.fields import Fields
+from pipeline.models.other_drafts import refuse_other_kinds
 
 FAMILIES = {
     "llama": "pipeline.models.llama",
@@ -26,6 +27,7 @@ def config_of(config_json: Mapping[str, Any], where: str) -> ModelConfig:
         SourceError: an unsupported architecture or field, by name and value.
 
     """
+    refuse_other_kinds(config_json, config_json.get(eagle3.TENSORS) or {}, where)
     if eagle3.is_head(config_json):
         return eagle3.read_config(config_json, where)
     family = config_json.get("model_type")

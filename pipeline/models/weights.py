@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import Eagle3, ModelConfig
 
 Split = Literal["replicate", "rows", "columns", "q_rows", "q_columns", "kv_rows", "vocab"]
 Kind = Literal["linear", "embedding", "vector", "index"]
@@ -27,7 +27,10 @@ OFFSET = "rank.vocab_offset"
 """First vocabulary id of a rank's slice, not in a checkpoint; see `vocab_offset`."""
 
 TAPS = 3
-"""Hidden states of the target that an EAGLE-3 head reads at each position: low, middle and high layers."""
+"""Hidden states of the target that most EAGLE-3 heads read at each position: low, middle and high layers."""
+
+FC, INPUT_NORM, FC_NORM = "fc.weight", "input_norm.weight", "fc_norm.{}.weight"
+HIDDEN_NORM = "model.layers.0.hidden_norm.weight"
 
 BLOCK = 32
 """Rows per block: linear weights are padded to whole blocks, so every backend can store them blocked."""
@@ -73,8 +76,7 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:  # noqa: C901 - a table, not
     width = c.hidden
     if c.eagle3 is not None:  # its layer reads a token's embedding and the target's features, concatenated
         width = 2 * c.hidden
-        yield WeightSpec("fc.weight", (c.hidden, TAPS * c.eagle3.target_hidden), "replicate", "linear")
-        yield WeightSpec("model.layers.0.hidden_norm.weight", (c.hidden,), "replicate", "vector")
+        yield from _of_features(c.eagle3, c.hidden)
     for layer in range(c.layers):
         base = f"model.layers.{layer}"
         yield WeightSpec(f"{base}.input_layernorm.weight", (c.hidden,), "replicate", "vector")
@@ -101,6 +103,20 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:  # noqa: C901 - a table, not
         yield WeightSpec(HEAD, (c.out_vocab, c.hidden), "vocab", "linear")
     if c.draft_vocab is not None:
         yield WeightSpec(D2T, (c.draft_vocab,), "replicate", "index")
+
+
+def _of_features(head: Eagle3, hidden: int) -> Iterator[WeightSpec]:
+    """Yield the weights that make an EAGLE-3 head's features of the target's states."""
+    width = head.tap_count * head.target_hidden
+    if head.norm_before_fc:
+        yield WeightSpec(INPUT_NORM, (width,), "replicate", "vector")
+    if head.fc_norm:
+        for tap in range(head.tap_count):
+            yield WeightSpec(FC_NORM.format(tap), (head.target_hidden,), "replicate", "vector")
+    if not head.reads_output:
+        yield WeightSpec(FC, (hidden, width), "replicate", "linear")
+    if head.hidden_norm:
+        yield WeightSpec(HIDDEN_NORM, (hidden,), "replicate", "vector")
 
 
 def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ def conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterat
 def _length_conflicts(recipe: Recipe, name: str, config: ModelConfig) -> Iterator[Problem]:
     for index, bucket in enumerate(recipe.shapes.kv):
         where = recipe.place(f"shapes.kv[{index}]")
-        if bucket > config.max_position:
+        if bucket > config.max_position and config.eagle3 is None:  # a head follows its target, as in vLLM
             what = f"found {bucket}, longer than the {name}'s max_position_embeddings={config.max_position}"
             yield Problem(where, what, f"use kv buckets up to {config.max_position}")
         elif bucket > (config.window or bucket):

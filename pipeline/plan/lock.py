@@ -21,6 +21,8 @@ from pipeline import __version__
 from pipeline.errors import InputError, Problem
 from pipeline.files.atomic import FileDigest, write_atomic
 from pipeline.models.config import ModelConfig
+from pipeline.models.eagle3 import fitted, with_rope_of
+from pipeline.models.eagle3_writers import RECIPE
 from pipeline.models.families import config_of
 from pipeline.recipe.document import read as read_document
 from pipeline.recipe.schema import Recipe
@@ -238,7 +240,10 @@ def pair_configs(recipe: Recipe, lock: Lock, where: str) -> tuple[ModelConfig, M
     relock(recipe, lock)
     target = config_of(lock.target.config, f"{where}: target.config")
     if lock.draft is not None:
-        return target, config_of(lock.draft.config, f"{where}: draft.config")
+        told = {RECIPE: recipe.draft.readings}
+        config = with_rope_of(lock.target.config, lock.draft.config | told)
+        draft = config_of(config, f"{where}: draft.config")
+        return target, fitted(target, draft, f"{where}: draft.config")
     return target, config_of(derived_config(recipe, lock.target.config), f"{where}: draft.config")
 
 

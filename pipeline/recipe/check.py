@@ -12,12 +12,15 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import Problem, RecipeError
+from pipeline.models.draft_kind import DRAFT_KINDS
 from pipeline.recipe.chips import CHIPS
 from pipeline.recipe.document import Document, Key, dotted
 from pipeline.recipe.schema import (
     BASE_DESCRIPTION,
     BY_BATCH,
     LISTED,
+    READINGS,
+    TAP_WORDS,
     InductorSettings,
     NeuronSettings,
     Recipe,
@@ -101,6 +104,7 @@ def cross_checks(data: Mapping[str, Any]) -> Iterator[Finding]:
     validate = _section(Validate, data, "validate")
     if speculation:
         yield from _sampling_conflicts(speculation)
+        yield from _reading_conflicts(speculation, data.get("draft"))
     if shapes:
         yield from _shape_conflicts(shapes, speculation, validate)
     yield from _backend_conflicts(data)
@@ -110,6 +114,13 @@ def _sampling_conflicts(speculation: Speculation) -> Iterator[Finding]:
     if speculation.candidates is not None and "stochastic" not in speculation.sampling:
         what = f"found {speculation.candidates}, but only stochastic graphs use candidates and none is built"
         yield ("speculation", "candidates"), what, "add stochastic to speculation.sampling, or remove candidates"
+
+
+def _reading_conflicts(speculation: Speculation, draft: Any) -> Iterator[Finding]:
+    stated = [key for key in READINGS if isinstance(draft, dict) and draft.get(key) is not None]
+    if stated and not DRAFT_KINDS[speculation.method].reads_target_states:
+        what = f"found with method {speculation.method}; only an EAGLE-3 head is read by this key"
+        yield ("draft", stated[0]), what, "remove it, or write method: eagle3"
 
 
 def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: Validate | None) -> Iterator[Finding]:
@@ -210,7 +221,7 @@ def _key(loc: Sequence[str | int], data: Any) -> Key:
     """Return pydantic's location without the tags of unions, which are not keys of the file."""
     key: list[str | int] = []
     for part in loc:
-        if part in (LISTED, BY_BATCH, "[key]") or (
+        if part in (LISTED, BY_BATCH, TAP_WORDS, "[key]") or (
             isinstance(data, dict) and part not in data and data.get("name") == part
         ):
             continue

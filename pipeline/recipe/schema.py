@@ -148,6 +148,25 @@ class Target(_Weighted):
     dtype: Dtype = Field(default="float32", description="dtype of weights and caches")
 
 
+def _taps(values: tuple[int, ...]) -> tuple[int, ...]:
+    usable = sorted({value for value in values if value >= 0})
+    if not values or list(values) != usable:
+        raise UnacceptedError(
+            f"found {list(values)}; accepted: ascending layers from 0", "write for example [2, 16, 29]"
+        )
+    return values
+
+
+TAP_WORDS = "inputs, outputs or final"
+TapLayers = Annotated[tuple[int, ...], AfterValidator(_taps)]
+Taps = Annotated[
+    Annotated[Literal["inputs", "outputs", "final"], Tag(TAP_WORDS)] | Annotated[TapLayers, Tag(LISTED)],
+    Discriminator(lambda value: TAP_WORDS if isinstance(value, str) else LISTED),
+]
+READINGS = ("taps", "norm_before_residual", "norm_output", "rope", "vocabulary")
+"""Keys of `draft` that say how the file of an EAGLE-3 head is read, in place of what the file says."""
+
+
 class Draft(_Weighted):
     """The model that proposes: exactly one of `source` and `derive`."""
 
@@ -162,6 +181,32 @@ class Draft(_Weighted):
         default="replicated",
         description="replicated: whole on every rank, no collectives while drafting; sharded: split like the target",
     )
+    taps: Taps | None = Field(
+        default=None,
+        description="states of the target that an EAGLE-3 head reads, in place of what the file says: inputs or outputs "
+        "(what the ids in the file mean), layers whose inputs it reads (the number of layers: the output of the last "
+        "one), or final (the target's output after its last norm, without fc)",
+    )
+    norm_before_residual: bool | None = Field(
+        default=None, description="of an EAGLE-3 head: the residual stream starts from the normalised features"
+    )
+    norm_output: bool | None = Field(
+        default=None, description="of an EAGLE-3 head: its own output is fed back after its last norm (EAGLE 3.1)"
+    )
+    rope: Literal["default", "target"] | None = Field(
+        default=None,
+        description="of an EAGLE-3 head: default, its rotary embedding without scaling; target, that of the target",
+    )
+    vocabulary: Literal["d2t", "t2d"] | None = Field(
+        default=None, description="of an EAGLE-3 head: the tensor that maps its tokens to the target's; default: d2t"
+    )
+
+    @property
+    def readings(self) -> dict[str, Any]:
+        """The readings of a head's file that the recipe states, as JSON."""
+        return {
+            key: value for key, value in self.model_dump(mode="json").items() if key in READINGS and value is not None
+        }
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Draft:
@@ -416,6 +461,7 @@ class Recipe(Record):
         data = self.model_dump(mode="json", by_alias=True)
         if self.nxdi is None:
             data.pop("nxdi")
+        data["draft"] = {k: v for k, v in data["draft"].items() if k not in READINGS or v is not None}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

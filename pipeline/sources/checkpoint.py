@@ -27,6 +27,7 @@ from pipeline.records import Record
 from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
 from pipeline.sources.pointers import INDEX, SINGLE, reject_pointers
 from pipeline.sources.remote import RemoteFile
+from pipeline.sources.tensors import TensorRef
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TOKENIZER_FILES = (
@@ -68,6 +69,8 @@ class Checkpoint:
     generation: dict[str, Any] = field(default_factory=dict)
     remote: Mapping[str, RemoteFile] = field(default_factory=dict, repr=False)
     """Weight files that are not in `root`, but read where they are stored."""
+    made: Mapping[str, TensorRef] = field(default_factory=dict, repr=False)
+    """Tensors that were computed from others, in place of those of the same names."""
 
     def file(self, name: str) -> Path | RemoteFile:
         """Return the weight file of that name."""
@@ -187,8 +190,8 @@ def weight_files(root: Path) -> list[str]:
 
 
 CONVERT = (
-    "save it with transformers' model.save_pretrained(folder), which writes safetensors; "
-    "Tandem does not read pickled weights, because reading them can execute code"
+    "convert the file, in a process without network and credentials: tandem draft convert SOURCE OUT; "
+    "builds do not read pickled weights, because reading them can execute code"
 )
 
 

@@ -6,17 +6,20 @@ Imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import SourceError, together
 from pipeline.files.home import expanded
 from pipeline.progress import no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint
+from pipeline.sources.heads import fit, with_readings
 from pipeline.sources.kinds import fetch
-from pipeline.sources.pair import Role, at_key, check_fit, checked, derived
+from pipeline.sources.pair import NO_READINGS, Role, at_key, check_fit, checked, derived
 from pipeline.sources.pico import check_location
 from pipeline.sources.tokenizer import require_tokenizer
 
@@ -53,6 +56,7 @@ def check_local(recipe: Recipe, base: Path, cache: Path) -> LocalSources:
     if faults:
         raise together(faults)
     if target is not None and draft is not None:
+        draft = fit(target, draft)
         check_fit(recipe, target, draft)
         return LocalSources((target, draft), ())
     named = ((target, recipe.target.source), (draft, recipe.draft.source))
@@ -71,10 +75,12 @@ def _draft(recipe: Recipe, target: Checkpoint | None, base: Path, cache: Path) -
     if recipe.draft.derive is not None:
         return None if target is None else derived(recipe, target)
     with at_key(recipe, "draft.source"):
-        return _open(recipe.draft.source or "", base, cache, "draft")
+        return _open(recipe.draft.source or "", base, cache, "draft", recipe.draft.readings)
 
 
-def _open(source: str, base: Path, cache: Path, role: Role) -> Checkpoint | None:
+def _open(
+    source: str, base: Path, cache: Path, role: Role, readings: Mapping[str, Any] = NO_READINGS
+) -> Checkpoint | None:
     """Return a checkpoint without digests of its weights; None for a source that needs a download."""
     if source.startswith("pico://"):
         check_location(source)
@@ -85,4 +91,5 @@ def _open(source: str, base: Path, cache: Path, role: Role) -> Checkpoint | None
         return None
     else:
         root = base / expanded(source)
-    return checked(open_checkpoint(root, read_weights=False), source, role)
+    checkpoint = open_checkpoint(root, read_weights=False)
+    return checked(with_readings(checkpoint, readings, cache) if role == "draft" else checkpoint, source, role)

@@ -5,48 +5,55 @@ A source is of one of the kinds in `kinds.py`. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.errors import SourceError
-from pipeline.models.eagle3 import taps_of
+from pipeline.models.config import ModelConfig
 from pipeline.models.weights import EMBEDDING
 from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint, with_shared_embedding
 from pipeline.sources.derived import LAYERS, derive
 from pipeline.sources.generation import generation_of, with_generation
+from pipeline.sources.heads import fit, with_readings
 from pipeline.sources.kinds import fetch
 from pipeline.sources.tokenizer import check_tokenizers, vocabulary_size
 from pipeline.sources.weights import check_weights, weights
 
 Role = Literal["target", "draft"]
+NO_READINGS: Mapping[str, Any] = {}
 
 
 def resolve(
-    source: str, *, base: Path, cache: Path, progress: Progress = no_progress, role: Role = "target"
-) -> Checkpoint:
+    source: str, *, base: Path, cache: Path, progress: Progress = no_progress, role: Role = "target",
+    readings: Mapping[str, Any] = NO_READINGS,
+) -> Checkpoint:  # fmt: skip
     """Fetch a source, open it and check its tensors against its config.
 
-    `base` is the folder that relative sources start from. A draft without an embedding shares its target's. A target
-    has its defaults of generation and all of its end-of-sequence ids.
+    `base` is the folder that relative sources start from. A draft without an embedding shares its target's; `readings`
+    are those of the recipe for a head. A target has its defaults of generation and all of its end-of-sequence ids.
 
     Raises:
         SourceError: anything wrong with the source; HostError: no network, no space.
 
     """
-    checkpoint = _opened(source, base, cache, progress, role)
+    checkpoint = _opened(source, base, cache, progress, role, readings)
     return with_generation(checkpoint) if role == "target" else checkpoint
 
 
-def _opened(source: str, base: Path, cache: Path, progress: Progress, role: Role) -> Checkpoint:
+def _opened(
+    source: str, base: Path, cache: Path, progress: Progress, role: Role, readings: Mapping[str, Any] = NO_READINGS
+) -> Checkpoint:
     fetched = fetch(source, base=base, cache=cache, progress=progress)
     memo = cache / "digests"
     checkpoint = open_checkpoint(
         fetched.root, revision=fetched.revision, memo=memo, progress=progress, remote=fetched.remote
     )
+    if role == "draft":
+        checkpoint = with_readings(checkpoint, readings, cache)
     return checked(checkpoint, source, role)
 
 
@@ -59,7 +66,7 @@ def checked(checkpoint: Checkpoint, source: str, role: Role) -> Checkpoint:
     """
     if role == "draft" and EMBEDDING not in weights(checkpoint):
         checkpoint = with_shared_embedding(checkpoint)
-    elif role == "target" and (checkpoint.config.draft_vocab or checkpoint.config.shares_embedding):
+    elif role == "target" and _is_draft(checkpoint.config):
         fix = "use it as the draft, and the model that it was trained for as the target"
         what = "this checkpoint is a draft: it uses the embedding or the vocabulary of a target"
         raise SourceError(what, where=source, fix=fix)
@@ -67,6 +74,10 @@ def checked(checkpoint: Checkpoint, source: str, role: Role) -> Checkpoint:
     if role == "target":
         generation_of(checkpoint)
     return checkpoint
+
+
+def _is_draft(config: ModelConfig) -> bool:
+    return bool(config.draft_vocab or config.shares_embedding or config.eagle3)
 
 
 @contextmanager
@@ -98,7 +109,8 @@ def resolve_pair(
         draft = derived(recipe, target)
     elif recipe.draft.source is not None:
         with at_key(recipe, "draft.source"):
-            draft = resolve(recipe.draft.source, base=base, cache=cache, progress=progress, role="draft")
+            draft = _opened(recipe.draft.source, base, cache, progress, "draft", recipe.draft.readings)
+            draft = fit(target, draft)
     else:
         raise SourceError("the draft has neither source nor derive", where="draft", fix="set exactly one of the two")
     check_fit(recipe, target, draft)
@@ -166,7 +178,10 @@ def _check_head(target: Checkpoint, draft: Checkpoint) -> None:
     if head.target_hidden != target.config.hidden:
         what = f"the head reads hidden states of size {head.target_hidden}, but the target has {target.config.hidden}"
         raise SourceError(what, where=str(draft.root), fix=fix)
-    taps = taps_of(target.config, draft.config)
-    if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= target.config.layers:
-        what = f"the head reads layers {list(taps)} of the target, but the target has {target.config.layers} layers"
-        raise SourceError(what, where=str(draft.root), fix=f"{fix}; eagle_config in config.json lists the layers")
+    size, rows = target.config.hidden, draft.config.hidden
+    if head.reads_output and rows != size:
+        what = f"the head reads the target's output, whose size is {size}, as features of size {rows}"
+        raise SourceError(what, where=str(draft.root), fix=fix)
+    if draft.config.shares_head and (draft.config.vocab != target.config.vocab or rows != size):
+        what = f"the head has no lm_head, and that of the target is {target.config.vocab} x {size}, not {rows} wide"
+        raise SourceError(what, where=str(draft.root), fix=fix)

@@ -103,7 +103,7 @@ class Pico:
     def key(self) -> str:
         """Name of the content."""
         draft = f"-d{self.draft_vocab}" if self.draft_vocab else ""
-        draft += "-eagle3" if self.eagle3 else ""
+        draft += "-eagle3-v2" if self.eagle3 else ""
         return f"{self.family}-s{self.seed}-l{self.layers}{draft}-{GENERATOR}"
 
     def config(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Pico:
         if self.draft_vocab:
             config |= {"num_hidden_layers": 1, "tie_word_embeddings": False, "draft_vocab_size": self.draft_vocab}
         if self.eagle3:
-            config |= {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": {TAPPED: list(range(TAPS))}}
+            config |= {"architectures": ["LlamaForCausalLMEagle3"], TAPPED: list(range(TAPS))}
         return config
 
 

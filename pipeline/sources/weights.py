@@ -19,6 +19,11 @@ from pipeline.sources.tensors import TensorRef, opened, read_bytes, read_header
 IGNORED = re.compile(r"(.*\.)?rotary_emb\..*|(.*\.)?masked_bias|t2d")
 """Buffers of some checkpoints that no model reads, as in transformers; `t2d` is the inverse of `d2t`."""
 
+MTP = re.compile(r"(model\.)?mtp(_layers)?\.")
+"""Start of the names of modules that predict several tokens beside a model; the model does not read them."""
+
+LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
+
 BASE = "model."
 OF_BASE = ("embed_tokens.", "layers.", "norm.")
 """Tensors of the base model: transformers' AutoModel saves them without the prefix `model.`."""
@@ -48,8 +53,15 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
         tensors = {eagle3.tensor_name(name): tensor for name, tensor in tensors.items()}
     else:
         tensors = {_prefixed(name, tensors): tensor for name, tensor in tensors.items()}
-    tensors = dict(_unfused(tensors, checkpoint.config))
+    tensors = dict(_unfused(tensors, checkpoint.config)) | dict(checkpoint.made)
     return tensors if checkpoint.layers is None else dict(_renumbered(tensors, checkpoint.layers))
+
+
+def shared_weights(draft: Checkpoint, target: Checkpoint) -> dict[str, TensorRef]:
+    """Return the tensors of a draft that are its target's: the embedding, the LM head, or neither."""
+    theirs = weights(target) if draft.config.shares_embedding or draft.config.shares_head else {}
+    shared = {EMBEDDING: theirs[EMBEDDING]} if draft.config.shares_embedding else {}
+    return shared | ({HEAD: theirs[EMBEDDING if target.config.tied else HEAD]} if draft.config.shares_head else {})
 
 
 def _prefixed(name: str, tensors: Mapping[str, TensorRef]) -> str:
@@ -101,9 +113,11 @@ def check_weights(checkpoint: Checkpoint) -> None:
     needed = {spec.name: spec for spec in weight_specs(checkpoint.config)}
     if checkpoint.config.shares_embedding:
         del needed[EMBEDDING]
+    if checkpoint.config.shares_head:
+        del needed[HEAD]
     problems = [text for name, spec in needed.items() for text in _findings(spec, tensors.get(name))]
     if checkpoint.layers is None:
-        problems += list(_extra(tensors, needed, checkpoint.config))
+        problems += list(_extra(tensors, needed, checkpoint))
     if not problems and D2T in needed:
         problems += _offset_findings(tensors[D2T], checkpoint.config)
     if problems:
@@ -146,15 +160,24 @@ def _findings(spec: WeightSpec, tensor: TensorRef | None) -> Iterator[str]:
         yield f"unsupported dtype of {at}: {tensor.dtype}{quantised}; accepted: {', '.join(accepted)}"
 
 
-def _extra(tensors: Mapping[str, TensorRef], needed: Mapping[str, WeightSpec], config: ModelConfig) -> Iterator[str]:
+def _extra(
+    tensors: Mapping[str, TensorRef], needed: Mapping[str, WeightSpec], checkpoint: Checkpoint
+) -> Iterator[str]:  # fmt: skip
     for name, tensor in tensors.items():
-        if name in needed or IGNORED.fullmatch(name):
+        if name in needed or IGNORED.fullmatch(name) or _is_mtp(name, checkpoint):
             continue
-        if name == HEAD and config.tied and EMBEDDING in tensors:
+        if name == HEAD and checkpoint.config.tied and EMBEDDING in tensors:
             if not same_bytes(tensor, tensors[EMBEDDING]):
                 yield f"{HEAD} in {tensor.file.name} differs from {EMBEDDING}, but tie_word_embeddings is true"
             continue
         yield f"extra weight {name} {list(tensor.shape)} in {tensor.file.name}"
+
+
+def _is_mtp(name: str, checkpoint: Checkpoint) -> bool:
+    """Return whether a tensor is of a module that predicts several tokens: named so, or after the model's layers."""
+    more, layer = checkpoint.config_json.get("num_nextn_predict_layers"), LAYER_NUMBER.match(name)
+    after = layer is not None and int(layer[1]) >= checkpoint.config.layers
+    return MTP.match(name) is not None or (after and isinstance(more, int) and more > 0)
 
 
 def same_bytes(a: TensorRef, b: TensorRef) -> bool:

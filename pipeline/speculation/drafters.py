@@ -163,9 +163,11 @@ class Eagle3:
 
     def _features(self, states: Hidden) -> Tensor:
         """Project the target's hidden states to the input of the head's layer: [B, T, H]."""
-        assert states.taps_BTX is not None
-        model = self.model
-        return eagle3_layer.features(model.config, model.weights, model.seams, states.taps_BTX)
+        model, head = self.model, self.model.config.eagle3
+        assert head is not None
+        read_BTX = states.last_BTH if head.reads_output else states.taps_BTX
+        assert read_BTX is not None
+        return eagle3_layer.features(model.config, model.weights, model.seams, read_BTX)
 
     def _feature(self, rows: Rows) -> Tensor:
         """Return the features before each row's last token: [B, 1, H]."""

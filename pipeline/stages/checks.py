@@ -9,12 +9,14 @@ from pipeline.artifact.manifest import Artifact
 from pipeline.artifact.verify import check_host
 from pipeline.backends.base import Backend, make_backend
 from pipeline.errors import ArtifactError, PreflightError, RecipeError
+from pipeline.models.eagle3 import describe, doubts
 from pipeline.models.generation import generation_defaults, not_applied_warning
 from pipeline.plan.lock import Lock, check_locked, make_lock, read, unpinned
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.progress import Log
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.heads import verifier_note
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.pointers import unread_index
 from pipeline.sources.tokenizer import tokenizer_files
@@ -86,6 +88,7 @@ def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
     """
     recipe = settings.recipe
     pair = resolve_pair(recipe, base=settings.base, cache=settings.cache / "sources", progress=settings.progress)
+    _log_head(recipe, pair[1], settings.log)
     plan = make_plan(recipe, *(checkpoint.config for checkpoint in pair))
     check_readings(pair)
     _warn_of_indexes(pair, settings.log)
@@ -93,6 +96,15 @@ def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
     if settings.locked:
         _compare(read(settings.lock_file), lock, settings)
     return Resolved(pair, plan, lock, tokenizer_files(pair[0]))
+
+
+def _log_head(recipe: Recipe, draft: Checkpoint, log: Log) -> None:
+    """Log how a head's file is read, what it leaves open, and a target's name in it that is not the recipe's."""
+    if draft.config.eagle3 is None:
+        return
+    note = verifier_note(recipe.target.source, draft.config_json)
+    for line in (describe(draft.config), *doubts(draft.config_json), *([note] if note else [])):
+        log(f"draft: {line}")
 
 
 def _warn_of_indexes(pair: tuple[Checkpoint, Checkpoint], log: Log) -> None:

@@ -22,6 +22,7 @@ from pipeline.files.atomic import FileDigest, atomic_dir, link_or_copy
 from pipeline.progress import Log, no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import NO_FILES, STREAM, Checkpoint
+from pipeline.sources.heads import remade
 from pipeline.sources.kinds import fetch
 
 Files = Mapping[str, FileDigest]
@@ -103,14 +104,15 @@ def _here(checkpoint: Checkpoint) -> Files:
 
 def _received(remote: Remote, sent: Checkpoint, source: str, base: Path, cache: Path) -> Checkpoint:
     if not source:
-        return replace(sent, root=_folder(remote, sent.files, cache))
+        return remade(replace(sent, root=_folder(remote, sent.files, cache)), cache / "sources")
     with _streamed():
         fetched = fetch(source, base=base, cache=cache / "sources", progress=no_progress)
     if sent.revision.partition("#")[0] != fetched.revision:
         what = f"the source has changed: revision {fetched.revision}, expected {sent.revision}"
         raise SourceError(what, where=source, fix="run the build again")
     small = {name: digest for name, digest in sent.files.items() if name not in fetched.remote}
-    return replace(sent, root=_folder(remote, small, cache), remote=fetched.remote)
+    received = replace(sent, root=_folder(remote, small, cache), remote=fetched.remote)
+    return remade(received, cache / "sources")
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from pipeline.stages.checks import (
     warn_of_generation,
 )
 from pipeline.stages.compile import Compiled, CompileQueue, CompileSettings
+from pipeline.stages.draft_check import check_draft
 from pipeline.stages.nodes import Cluster
 from pipeline.stages.package import Parts, package
 from pipeline.stages.send import check_registries, start_sending
@@ -58,6 +59,7 @@ def prepare(settings: BuildSettings, sender: Background, cluster: Cluster | None
     clock, sent = BuildClock(settings), list[Callable[[], None]]()
     with clock.stage("sources"), stage("sources: target and draft", log, progress):
         sources = resolved(settings, backend)
+        check_draft(settings, sources)
     clock.plan(sources.plan)
     warn_of_generation(settings, sources.pair[0])
 

@@ -32,7 +32,6 @@ from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import ModelsSpec, Role
 from pipeline.models.config import ModelConfig
 from pipeline.models.weights import (
-    EMBEDDING,
     OFFSET,
     WeightSpec,
     local_shape,
@@ -43,7 +42,7 @@ from pipeline.progress import ByteProgress
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.remote import RemoteFile
 from pipeline.sources.tensors import Layout, TensorRef, layout
-from pipeline.sources.weights import weights
+from pipeline.sources.weights import shared_weights, weights
 from pipeline.stages.downloads import Downloads, SourceRecord
 from pipeline.stages.streams import Bytes, Reader, Sink
 from pipeline.stages.windows import Window, pieces, stored_sizes, windows
@@ -181,8 +180,7 @@ def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpo
     """
     sources = dict(weights(checkpoint))
     config, split = models.config_of(role), models.tp_of(role)
-    if config.shares_embedding:
-        sources[EMBEDDING] = weights(target)[EMBEDDING]
+    sources |= shared_weights(checkpoint, target)
     specs = sorted(stored_weights(models, role), key=lambda spec: _place(spec, sources[spec.name]))
     entries = []
     for spec in specs:

@@ -14,12 +14,17 @@ from pipeline.validate.prompts import Prompt
 
 def token_counts(prompts: Sequence[Prompt], tokenizer: Mapping[str, bytes]) -> list[int]:
     """Return the number of tokens of each prompt, by the tokenizer files of an artifact that is not built yet."""
+    return [len(tokens) for tokens in encoded_prompts(prompts, tokenizer)]
+
+
+def encoded_prompts(prompts: Sequence[Prompt], tokenizer: Mapping[str, bytes]) -> list[list[int]]:
+    """Return the tokens of each prompt, by the tokenizer files of an artifact that is not built yet."""
     no_string(prompts, "prompts", "prompts")
     with tempfile.TemporaryDirectory(prefix="tandem-tokenizer-") as folder, disk_errors(Path(folder)):
         for name, data in tokenizer.items():
             (Path(folder) / name).write_bytes(data)
         text = Text(Path(folder))
-    return [len(text.encode_prompt(prompt.text)) for prompt in prompts]
+    return [text.encode_prompt(prompt.text) for prompt in prompts]
 
 
 def cut_warning(counts: Sequence[int], longest: int) -> str | None:

@@ -9,9 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.distill import draft_model
 from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_part
-from pipeline.distill.eagle3 import guesses
 from pipeline.distill.generate import Transcript, Writer
 from pipeline.distill.head import layers_of, model_config
 from pipeline.distill.prompts import HeldOutFilter
@@ -26,6 +24,8 @@ from pipeline.recipe.schema import Recipe
 from pipeline.sources.pair import resolve, resolve_pair
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights as source_weights
+from pipeline.speculation import model_chains
+from pipeline.speculation.chains import guesses
 from support.eager import make_engine
 
 CONTENT = {
@@ -135,13 +135,13 @@ def test_training_a_draft_model_reads_as_transformers_does(work, figures):
     weights[EMBEDDING] = read_tensor(source_weights(target)[EMBEDDING]).float()
     one = read_part(next((work / "cache" / "distill").rglob("part-*.safetensors")))[0]
     batch = make_batch([one], "cpu")
-    first, second, third = draft_model.guesses(config, weights, batch, 3)
+    first, second, third = model_chains.guesses(config, weights, batch, 3)
     assert len(first.began_M) == int(batch.learn_BT.sum())
     assert len(first.began_M) - len(third.began_M) == 2
     assert torch.equal(second.positions_M, second.began_M + 1)
     assert torch.equal(second.logits_MV, first.logits_MV[1:])
     shorter = make_batch([type(one)(one.tokens[:-3], one.prompt, one.taps_TX[:-3], one.last_TH[:-3])], "cpu")
-    again = next(draft_model.guesses(config, weights, shorter, 1))
+    again = next(model_chains.guesses(config, weights, shorter, 1))
     assert torch.allclose(again.logits_MV, first.logits_MV[:-3], atol=1e-4)
 
 

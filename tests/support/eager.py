@@ -26,7 +26,7 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.values import read_tensor
-from pipeline.sources.weights import weights
+from pipeline.sources.weights import shared_weights, weights
 
 
 def _nothing(spec: GraphSpec, state: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
@@ -42,7 +42,7 @@ class EagerRanks:
         self.seams: Callable[[int], Seams] = lambda tp: Seams()
         self.tensors = {}
         for model, checkpoint in zip(("target", "draft"), pair, strict=True):
-            refs = weights(checkpoint)
+            refs = dict(weights(checkpoint)) | shared_weights(checkpoint, pair[0])
             kind = torch_dtype(plan.pair.models.dtype_of(model))
             for spec in stored_weights(plan.pair.models, model):
                 tensor = read_tensor(refs[spec.name])

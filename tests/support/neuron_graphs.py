@@ -36,7 +36,7 @@ def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
         draft |= {"draft_vocab_size": 32}
     if family == "eagle3":
         taps = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
-        draft |= {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": taps}
+        draft |= {"architectures": ["LlamaForCausalLMEagle3"], **taps}
     return config_of(config, "target"), config_of(draft, "draft")
 
 

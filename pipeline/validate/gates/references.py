@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 
-from pipeline.models.eagle3 import taps_of
 from pipeline.progress import Log
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint
@@ -74,7 +73,7 @@ def goldens_of(inputs: ReferenceInputs, model: str, sequences: Sequences) -> dic
 
 def _sources(inputs: ReferenceInputs) -> dict[str, Goldens]:
     recipe, (target, draft) = inputs.recipe, inputs.checkpoints
-    taps = Taps(taps_of(target.config, draft.config))  # of a draft model: none
+    taps = Taps.of(target.config, draft.config)
     narrow = {"target": recipe.target.weights, "draft": recipe.draft_weights}
     dtype = {"target": recipe.target.dtype, "draft": recipe.draft.dtype or recipe.target.dtype}
     return {

@@ -17,8 +17,10 @@ from torch.nn import functional
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pipeline.models.eagle3 import taps_of
+from pipeline.models.config import Eagle3
 from pipeline.models.rope import in_both_layouts
+from pipeline.models.weights import EMBEDDING, HEAD
+from pipeline.sources.weights import FLOATS
 from pipeline.validate.reference.golden import Golden, project_cache
 from pipeline.validate.reference.layers import Reference, Taps
 
@@ -34,7 +36,7 @@ class Eagle3Reference(Reference):
 
     @cached_property
     def _target(self) -> Reference:
-        taps = self.taps or Taps(taps_of(self.target.config, self.checkpoint.config))
+        taps = self.taps or Taps.of(self.target.config, self.checkpoint.config)
         return Reference(self.target, self.target, self.dtype_name, self.target_narrow, taps=taps)
 
     @cached_property
@@ -64,30 +66,41 @@ class Eagle3Reference(Reference):
 
     def _head_states(self, tokens: list[int], taps_TX: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the input of the head's LM head at each token [T, H], and projections of its keys and values."""
-        w = {name: self.read(ref).to(kind) for name, ref in self._refs.items() if ref.dtype not in ("I32", "I64")}
-        features_TH = taps_TX[:-1] @ w["fc.weight"].T
-        embedded_TH = self.embed(tokens[1:]).to(kind)
-        normed_TH = self._norm_of(features_TH, w[f"{LAYER}hidden_norm.weight"])
+        own = ((n, ref) for n, ref in self._refs.items() if n not in (EMBEDDING, HEAD) and ref.dtype in FLOATS)
+        w = {name: self.read(ref).to(kind) for name, ref in own}
         head = self.checkpoint.config.eagle3
         assert head is not None
+        features_TH = self._features(taps_TX[:-1], w, head)
+        embedded_TH = self.embed(tokens[1:]).to(kind)
+        normed_TH = self._norm_of(features_TH, w[f"{LAYER}hidden_norm.weight"]) if head.hidden_norm else features_TH
         x = normed_TH if head.norm_before_residual else features_TH
         both = torch.cat((self._norm_of(embedded_TH, w[f"{LAYER}input_layernorm.weight"]), normed_TH), dim=-1)
         out, caches = self._attention(both, w)
         x = x + out
         normed_TH = self._norm_of(x, w[f"{LAYER}post_attention_layernorm.weight"])
-        gate, up = (normed_TH @ w[f"{LAYER}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        x = x + (functional.silu(gate) * up) @ w[f"{LAYER}mlp.down_proj.weight"].T
+        gate, up = (_linear(normed_TH, w, f"{LAYER}mlp.{name}_proj") for name in ("gate", "up"))
+        x = x + _linear(functional.silu(gate) * up, w, f"{LAYER}mlp.down_proj")
         last_TH = self._norm_of(x, w["model.norm.weight"])
         return torch.cat((last_TH.new_zeros(1, last_TH.shape[1]), last_TH)), caches
+
+    def _features(self, taps_TX: Tensor, w: dict[str, Tensor], head: Eagle3) -> Tensor:
+        """Return the features of the target's states, [T, H]."""
+        if head.reads_output:
+            return taps_TX
+        if head.norm_before_fc:
+            taps_TX = self._norm_of(taps_TX, w["input_norm.weight"])
+        if head.fc_norm:
+            parts = enumerate(taps_TX.split(head.target_hidden, dim=-1))
+            taps_TX = torch.cat([self._norm_of(part, w[f"fc_norm.{tap}.weight"]) for tap, part in parts], dim=-1)
+        return taps_TX @ w["fc.weight"].T
 
     def _attention(self, both_TX: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         c, size = self.checkpoint.config, len(both_TX)
 
         def heads(name: str, count: int) -> Tensor:
-            out = both_TX @ w[f"{LAYER}self_attn.{name}_proj.weight"].T
-            bias = w.get(f"{LAYER}self_attn.{name}_proj.bias")
-            out = out if bias is None else out + bias
-            return out.view(size, count, c.head_dim).transpose(0, 1)
+            out = _linear(both_TX, w, f"{LAYER}self_attn.{name}_proj").view(size, count, c.head_dim)
+            norm = w.get(f"{LAYER}self_attn.{name}_norm.weight")
+            return (out if norm is None else self._norm_of(out, norm)).transpose(0, 1)
 
         q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
         cos, sin = (table[0] for table in self._rotary(both_TX[None], torch.arange(size)[None]))
@@ -103,9 +116,15 @@ class Eagle3Reference(Reference):
         )[0]
         out_TX = out.transpose(0, 1).reshape(size, c.heads * c.head_dim)
         caches = torch.stack([project_cache(k), project_cache(v)], dim=1)[:, None]
-        return out_TX @ w[f"{LAYER}self_attn.o_proj.weight"].T, caches
+        return _linear(out_TX, w, f"{LAYER}self_attn.o_proj"), caches
 
     def _norm_of(self, x: Tensor, weight_H: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.checkpoint.config.norm_eps)
         return weight_H * wide.to(x.dtype)
+
+
+def _linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    """Apply a linear layer with an optional bias."""
+    out, bias = x @ w[f"{name}.weight"].T, w.get(f"{name}.bias")
+    return out if bias is None else out + bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -102,6 +102,8 @@ class Goldens:
         facts = [FORMAT, files, self.checkpoint.layers, tokens, self.dtype, transformers.__version__]
         unlisted = [c.revision for c in (self.checkpoint, self.target) if c.remote.keys() - c.files.keys()]
         facts += [{"revisions": unlisted}] if unlisted else []  # of weights whose store lists no sha256
+        head = self.checkpoint.config.eagle3  # a recipe can change how it is read, and Tandem's rules can
+        facts += [{"head": asdict(self.checkpoint.config)}] if head else []
         facts += [self.narrow] if self.narrow else []
         facts += [{"target": self.target_narrow}] if self.target_narrow != self.narrow else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

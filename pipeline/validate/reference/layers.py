@@ -19,13 +19,15 @@ import transformers
 from torch import Tensor, nn
 
 from pipeline.graphs.dtypes import torch_dtype
+from pipeline.models.config import ModelConfig
+from pipeline.models.eagle3 import taps_of
 from pipeline.models.int8 import rounded
 from pipeline.models.rope import in_both_layouts
 from pipeline.models.weights import EMBEDDING, HEAD, NORM
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tensors import TensorRef
 from pipeline.sources.values import read_tensor
-from pipeline.sources.weights import weights
+from pipeline.sources.weights import shared_weights, weights
 from pipeline.validate.reference.golden import Golden, Summary, joined, project_cache, recorded_ids, summary
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
@@ -40,15 +42,26 @@ def above(dtype: str) -> torch.dtype:
     return torch.float64 if dtype == "float32" else torch.float32
 
 
+OUTPUT = -1
+"""In `Taps.layers`: the output after the last norm."""
+
+
 @dataclass
 class Taps:
     """Inputs of a target's layers `layers`, which a head reads, kept from the target's own run.
 
-    By weights (dtype and storage), precision and tokens of a sequence: a [T, H] for each layer.
+    The number of layers means the output of the last one, `OUTPUT` the same after the last norm. By weights (dtype and
+    storage), precision and tokens of a sequence: a [T, H] for each layer.
     """
 
     layers: tuple[int, ...]
     states: dict[tuple[str, str | None, torch.dtype, tuple[int, ...]], list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, target: ModelConfig, draft: ModelConfig) -> Taps:
+        """Return the empty taps of a pair; a draft model's has no layers."""
+        reads_output = draft.eagle3 is not None and draft.eagle3.reads_output
+        return cls((OUTPUT,) if reads_output else taps_of(target, draft))
 
 
 class Reference:
@@ -68,9 +81,10 @@ class Reference:
         self.dtype_name = dtype
         self.dtype = torch_dtype(dtype)
         self.kinds = (above(dtype), self.dtype)
-        self._refs = weights(checkpoint)
+        self._refs = dict(weights(checkpoint))
         shared = checkpoint.config.shares_embedding
-        self._embedding = (weights(target) if shared else self._refs)[EMBEDDING]
+        self._refs |= shared_weights(checkpoint, target)
+        self._embedding = self._refs[EMBEDDING]
         self._embedding_narrow = target_narrow if shared else narrow
 
     @property
@@ -97,12 +111,22 @@ class Reference:
             for kind, started in runs.items():
                 layer.load_state_dict({name: tensor.to(kind) for name, tensor in state.items()}, assign=True)
                 for tokens, run in zip(sequences, started, strict=True):
-                    if self.taps is not None and index in self.taps.layers:
-                        self.taps.states.setdefault(self.tapped(kind, tokens), []).append(run.hidden[0])
+                    self._tap(index, kind, tokens, run.hidden)
                     out = layer(run.hidden, **run.options)
                     run.hidden = out[0] if isinstance(out, tuple) else out
             layer.to("meta")
+        for kind, started in runs.items():
+            for tokens, run in zip(sequences, started, strict=True):
+                self._tap(len(self._layers), kind, tokens, run.hidden)
+            if self.taps is not None and OUTPUT in self.taps.layers:
+                for tokens, normed_TH in zip(sequences, self._normed(started, kind), strict=True):
+                    self._tap(OUTPUT, kind, tokens, normed_TH[None])
         return runs
+
+    def _tap(self, layer: int, kind: torch.dtype, tokens: list[int], hidden_1TH: Tensor) -> None:
+        """Keep a state that the taps list."""
+        if self.taps is not None and layer in self.taps.layers:
+            self.taps.states.setdefault(self.tapped(kind, tokens), []).append(hidden_1TH[0])
 
     def tapped(self, kind: torch.dtype, tokens: list[int]) -> tuple[str, str | None, torch.dtype, tuple[int, ...]]:
         """Return the key of a run in `Taps`."""

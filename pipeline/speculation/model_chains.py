@@ -1,7 +1,7 @@
-"""Training of a draft model: some of the target's layers, in one pass over the target's text.
+"""Several drafted tokens in a row of a draft model, from every position of a text, in one pass.
 
 While a chain of draft tokens lasts, the draft model reads tokens that the target accepts. One pass over the target's
-text therefore covers all its inputs; later draft tokens need no separate training.
+text therefore covers all its inputs, and later draft tokens need no separate training.
 
 Shapes: B sequences, T positions, V draft vocabulary.
 """
@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pipeline.distill.eagle3 import Batch, Guess
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import hidden_states
 from pipeline.models.parallel import Pass, Seams, State, Writes, attend_up_to
 from pipeline.models.weights import HEAD
+from pipeline.speculation.chains import Batch, Guess
 
 
 class _Uncached(Seams):

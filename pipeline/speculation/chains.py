@@ -1,7 +1,8 @@
-"""Training of an EAGLE-3 head: several drafted tokens in a row, each from the head's own output (Li et al. 2025).
+"""Several drafted tokens in a row of an EAGLE-3 head, from every position of a text at once (Li et al. 2025).
 
-Depth 0 reads the target's features, depth s the head's own output at depth s - 1, as drafting does ("training-time
-test"). A query of depth s sees the depth-0 keys up to where its chain began, and the keys of its own chain.
+A training learns from them, and a draft's agreement with its target is measured by them. Depth 0 reads the target's
+features, depth s the head's own output at depth s - 1, as drafting does ("training-time test"). A query of depth s sees
+the depth-0 keys up to where its chain began, and the keys of its own chain.
 
 Shapes: B sequences, T positions, H hidden, N query heads, G KV heads, D head size, V draft vocabulary.
 """
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import heads_of, layer_weights, mlp, rms_norm, rotary_of, rotate
-from pipeline.models.eagle3_layer import features, inputs_of
+from pipeline.models.decoder import heads_of, layer_weights, mlp, project, rms_norm, rotary_of, rotate
+from pipeline.models.eagle3_layer import features, inputs_of, outputs_of
 from pipeline.models.parallel import PLAIN
-from pipeline.models.weights import HEAD, NORM
+from pipeline.models.weights import HEAD
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ class Guess:
 def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depths: int) -> Iterator[Guess]:
     """Yield the answers of `depths` draft tokens from every position at once."""
     w = layer_weights(weights, 0)
-    length = batch.taps_BTX.shape[1]
-    x_BTH = features(config, weights, PLAIN, batch.taps_BTX)
+    assert config.eagle3 is not None
+    read_BTX = batch.last_BTH if config.eagle3.reads_output else batch.taps_BTX
+    length = read_BTX.shape[1]
+    x_BTH = features(config, weights, PLAIN, read_BTX)
     positions_T = torch.arange(length, device=x_BTH.device)
     heads = (config.heads, config.kv_heads, config.kv_heads)
     keys: list[Tensor] = []
@@ -66,12 +69,13 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
         q, k = rotate(q, rotary), rotate(k, rotary)
         keys.append(k)
         values.append(v)
-        x_BTH = residual_BTH + PLAIN.linear(_attend(q, keys, values), w["self_attn.o_proj.weight"], config.hidden)
+        attended_BTX = _attend(q, keys, values)
+        x_BTH = residual_BTH + project(w, PLAIN, attended_BTX, {"self_attn.o_proj": config.hidden})
         x_BTH = x_BTH + mlp(config, w, PLAIN, rms_norm(x_BTH, w["post_attention_layernorm.weight"], config.norm_eps))
         # The chain from position i has read up to token i + depth + 1: its answer predicts position i + depth + 1.
         rows_M, began_M = _ahead(batch.learn_BT, depth + 1).nonzero(as_tuple=True)
-        hidden_MH = rms_norm(x_BTH[rows_M, began_M], weights[NORM], config.norm_eps)
-        logits_MV = PLAIN.linear(hidden_MH, weights[HEAD], config.out_vocab)
+        last_BTH, x_BTH = outputs_of(config, weights, x_BTH)
+        logits_MV = PLAIN.linear(last_BTH[rows_M, began_M], weights[HEAD], config.out_vocab)
         yield Guess(logits_MV, rows_M, began_M + depth + 1, began_M)
 
 
