@@ -119,7 +119,7 @@ $(DRAFTS_READY): tests/requirements-drafts.txt
 	$(PYTHON) -m venv $(DRAFTS_VENV)
 	@echo "installing packages into $(DRAFTS_VENV): a few minutes, about 1.5 GB of disk" >&2
 	$(DRAFTS_VENV)/bin/python -m pip install --quiet --requirement $<
-	$(DRAFTS_VENV)/bin/python -m pip install --quiet --no-deps speculators==0.9.0 specforge==0.2.0
+	$(DRAFTS_VENV)/bin/python -m pip install --quiet --no-deps speculators==0.9.0 hs-connectors==0.9.0 specforge==0.2.0
 	touch $@
 
 $(DOCS_READY): pyproject.toml

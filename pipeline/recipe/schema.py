@@ -183,9 +183,9 @@ class Draft(_Weighted):
     )
     taps: Taps | None = Field(
         default=None,
-        description="states of the target that an EAGLE-3 head reads, in place of what the file says: inputs or outputs "
-        "(what the ids in the file mean), layers whose inputs it reads (the number of layers: the output of the last "
-        "one), or final (the target's output after its last norm, without fc)",
+        description="states of the target that an EAGLE-3 head reads, in place of what the file says: inputs or "
+        "outputs (what the ids in the file mean), layers whose inputs it reads (the number of layers: the output of "
+        "the last one), or final (the target's output after its last norm, without fc)",
     )
     norm_before_residual: bool | None = Field(
         default=None, description="of an EAGLE-3 head: the residual stream starts from the normalised features"

@@ -1,9 +1,16 @@
 """Configs of new drafts."""
 
-from pipeline.distill.head import head_config
+from dataclasses import replace
+
+import pytest
+
+from pipeline.distill.head import continued_config, head_config
+from pipeline.models.eagle3 import fitted
 from pipeline.models.families import config_of
+from pipeline.sources.heads import fit
 from pipeline.sources.pair import resolve
 from support.checkpoints import CONFIG, random_weights, write_checkpoint
+from support.heads import SPECULATORS, Parts, write_head
 
 
 def test_head_config_has_the_sizes_of_a_target_that_leaves_them_to_its_family(tmp_path):
@@ -16,6 +23,34 @@ def test_head_config_has_the_sizes_of_a_target_that_leaves_them_to_its_family(tm
         text = text.replace(absent, "")
     (tmp_path / "m" / "config.json").write_text(text)
     target = resolve(str(tmp_path / "m"), base=tmp_path, cache=tmp_path / "cache")
-    head = config_of(head_config(target, 32, (0, 1, 1)) | {"eagle_config": {}}, "head")
+    head = config_of(head_config(target, 32, (0, 1, 2)), "head")
     assert (head.max_position, head.kv_heads) == (131072, 8)
     assert (head.head_dim, head.norm_eps) == (target.config.head_dim, target.config.norm_eps)
+
+
+@pytest.mark.parametrize(
+    ("taps", "inputs", "outputs"),
+    [((2, 16, 29), None, None), ((2, 15, 27), [2, 15, 27], [1, 14, 26]), ((0, 1, 2), [0, 1, 2], None)],
+)
+def test_head_config_lists_layers_as_each_server_reads_them(taps, inputs, outputs, tmp_path):
+    """vLLM and speculators: inputs at the top level; SGLang: outputs in `eagle_config`; the usual ones: neither."""
+    write_checkpoint(tmp_path / "m", num_hidden_layers=32)
+    target = resolve(str(tmp_path / "m"), base=tmp_path, cache=tmp_path / "cache")
+    config = head_config(target, 32, taps)
+    assert config.get("eagle_aux_hidden_state_layer_ids") == inputs
+    assert config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids") == outputs
+    assert fitted(target.config, config_of(config, "head")).eagle3.taps == taps
+    assert config_of(config, "head").eagle3.writer == "tandem"
+
+
+def test_continued_config_names_every_switch_of_the_start(tmp_path):
+    """A head of speculators, trained further, is written flat: its defaults would be read otherwise there."""
+    target = resolve("pico://llama?layers=4", base=tmp_path, cache=tmp_path / "cache")
+    config = SPECULATORS | {"eagle_aux_hidden_state_layer_ids": [0, 2, 4], "norm_output": True}
+    root = write_head(tmp_path / "head", config, Parts(layer="layers.0.", options=("fc_norm",)))
+    start = fit(target, resolve(str(root), base=tmp_path, cache=tmp_path / "cache", role="draft"))
+    written = continued_config(target, start, 128)
+    again = fitted(target.config, config_of(written, "head"))
+    assert replace(again.eagle3, writer="", written=None) == replace(start.config.eagle3, writer="", written=None)
+    assert again.eagle3.writer == "tandem"
+    assert not {"speculators_config", "transformer_layer_config", "tensors", "shares_embedding"} & written.keys()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from pipeline.errors import SourceError
 from pipeline.models.config import ModelConfig
-from pipeline.models.eagle3 import describe, doubts, fitted, opened_config
+from pipeline.models.eagle3 import describe, doubts, fitted, opened_config, tensor_name
 from pipeline.models.families import config_of
+from pipeline.models.weights import weight_specs
 from support.heads import ANGELSLIM, FLAT, MODELOPT, SAFEAILAB, SIZES, SPECULATORS, Parts, shapes
+from support.paths import ROOT
 
 TAPPED = "eagle_aux_hidden_state_layer_ids"
 TARGET = config_of({"model_type": "llama", **SIZES, "num_hidden_layers": 36}, "target")
-USUAL = (2, 18, 33)
+USUAL, USUAL_12 = (2, 18, 33), (2, 6, 9)
 
 
 PLAIN = Parts()
@@ -182,3 +185,32 @@ def test_what_is_not_supported_is_refused_by_name(config, parts, what):
 def test_tensors_of_other_kinds_are_refused_by_name(name):
     with pytest.raises(SourceError, match=name):
         config_of(opened_config(FLAT, {**shapes(Parts()), name: (1,)}, {}), "config.json")
+
+
+FILES = {
+    "speculators": (USUAL_12, ("norm_before_residual",)),
+    "speculators-plain": (USUAL_12, ()),
+    "speculators-qwen3": (USUAL_12, ("norm_before_residual",)),
+    "speculators-bias": (USUAL_12, ("norm_before_residual",)),
+    "speculators-3.1": ((1, 3, 6, 9, 12), ("fc_norm", "norm_output")),
+    "speculators-before-fc": (USUAL_12, ("norm_before_fc",)),
+    "speculators-whole": (USUAL_12, ("norm_before_residual",)),
+    "specforge": (USUAL_12, ()),
+    "specforge-ids": ((1, 6, 9), ()),
+    "specforge-3.1": ((1, 6, 9), ("fc_norm",)),
+    "specforge-wide": (USUAL_12, ()),
+    "specforge-whole": (USUAL_12, ()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_the_tools_themselves_are_read(name):
+    """Configs and shapes that speculators 0.9 and SpecForge 0.2 wrote (`support/public_heads.py`), for 12 layers."""
+    written = json.loads((ROOT / f"tests/public_heads/{name}.json").read_text())
+    config = config_of(opened_config(written["config"], written["tensors"], {}), name)
+    head = fitted(config_of({"model_type": "llama", **SIZES, "num_hidden_layers": 12}, "target"), config, name).eagle3
+    assert (head.taps, tuple(switch for switch in SWITCHES if getattr(head, switch))) == FILES[name]
+    assert head.writer == name.partition("-")[0]
+    assert (config.qk_norm, config.out_bias) == (name == "speculators-qwen3", name == "speculators-bias")
+    named = {tensor_name(key): tuple(shape) for key, shape in written["tensors"].items() if key != "t2d"}
+    assert named == {spec.name: spec.shape for spec in weight_specs(config)}

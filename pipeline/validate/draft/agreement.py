@@ -19,11 +19,8 @@ from pipeline.models.config import ModelConfig
 from pipeline.speculation.chains import Batch, Guess
 
 Guesses = Callable[[ModelConfig, dict[str, Tensor], Batch, int], Iterator[Guess]]
-CERTAIN = 4.0
-"""Standard errors by which a difference counts: one in 30,000 by chance."""
-
-BETTER = 1.15
-"""Least factor of accepted tokens by which another reading counts as better: neighbouring layers are similar."""
+CERTAIN = 3.0
+"""Standard errors by which a difference counts: one in 700 by chance."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,11 @@ class Agreement:
         spread = math.sqrt(count * rate * (1 - rate))
         return int(self.right_NK[:, 0].sum()) <= count * rate + CERTAIN * spread + 1
 
-    def is_better_than(self, other: Agreement) -> bool:
-        """Return whether these drafts are clearly right more often, chain by chain."""
+    def is_better_than(self, other: Agreement, factor: float) -> bool:
+        """Return whether these drafts are certainly right more often, chain by chain, and by at least this factor."""
         gain_N, theirs = self.lengths - other.lengths, float(other.lengths.mean())
         error = float(gain_N.std()) / math.sqrt(len(gain_N)) if len(gain_N) > 1 else math.inf
-        return float(gain_N.mean()) > CERTAIN * error and theirs + float(gain_N.mean()) > BETTER * theirs
+        return float(gain_N.mean()) > CERTAIN * error and theirs + float(gain_N.mean()) > factor * theirs
 
 
 @torch.inference_mode()

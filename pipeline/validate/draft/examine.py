@@ -35,16 +35,28 @@ HALF = 0.5
 """Share of a stated acceptance rate below which the statement is wrong, whatever the prompts."""
 
 
+LARGE_GAIN = 1.15
+"""Factor of accepted tokens by which an unusual reading must be better: neighbouring layers are similar."""
+
+
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: prompts, tokens of each answer, and places of a step."""
+    """How much is measured: prompts, tokens of each answer, and places of a step.
+
+    `gain` is the factor of accepted tokens by which another usual reading must be better.
+    """
 
     prompts: int = 24
     new_tokens: int = 48
     places: int = 4
+    gain: float = 1.02
+
+    def prefers(self, reading: Reading, found: Agreement, now: Agreement) -> bool:
+        """Return whether a reading is clearly better than the current one, and than chance."""
+        return not found.is_chance and found.is_better_than(now, self.gain if reading.is_usual else LARGE_GAIN)
 
 
-SHORT = Effort(prompts=8, new_tokens=24, places=3)
+SHORT = Effort(prompts=16, new_tokens=32, places=3, gain=1.05)
 """What a build measures before it compiles."""
 
 Measure = Callable[[Reading], Agreement]
@@ -76,14 +88,15 @@ def examine(
     measure: Measure = partial(_agreement, pair, _loaded(pair), states, effort.places)
     now = measure(base)
     found = [(reading, measure(reading)) for reading in tried]
-    best = _best(found, now)
+    best = _best(effort, found, now)
     chain = [best] if best is not None else []
     if best is not None:
         further = others(target, replace(draft, config=best[0].config), has_t2d=False)
         known = [r for r in further if set(r.head.taps) <= set(layers) and r.key != best[0].key]
-        second = _best([(reading, measure(reading)) for reading in known], best[1])
+        second = _best(effort, [(reading, measure(reading)) for reading in known], best[1])
         chain += [second] if second is not None else []
-    return _report(recipe, pair, states, now, found, chain)
+    tried_out = [(reading, each, effort.prefers(reading, each, now)) for reading, each in found]
+    return _report(recipe, pair, states, now, tried_out, chain)
 
 
 def chosen(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
@@ -123,21 +136,21 @@ def _ids(draft: Checkpoint, loaded: Mapping[str, Tensor], reading: Reading) -> T
     return torch.arange(draft.config.draft_vocab) + loaded[D2T]
 
 
-def _best(found: Found, now: Agreement) -> tuple[Reading, Agreement] | None:
+def _best(effort: Effort, found: Found, now: Agreement) -> tuple[Reading, Agreement] | None:
     """Return the reading that is right most often, of those that are clearly better than the current one."""
-    better = [pair for pair in found if pair[1].is_better_than(now)]
+    better = [(reading, each) for reading, each in found if effort.prefers(reading, each, now)]
     return max(better, key=lambda pair: float(pair[1].lengths.mean()), default=None)
 
 
 def _report(
-    recipe: Recipe, pair: tuple[Checkpoint, Checkpoint], states: Sequence[TargetStates], now: Agreement, found: Found,
-    chain: Found,
+    recipe: Recipe, pair: tuple[Checkpoint, Checkpoint], states: Sequence[TargetStates], now: Agreement,
+    tried: Sequence[tuple[Reading, Agreement, bool]], chain: Found,
 ) -> DraftReport:  # fmt: skip
     target, draft = pair
     is_head, stated = draft.config.eagle3 is not None, recipe.validate_.gates.acceptance
     steps = recipe.speculation.draft_tokens
     setting = ", ".join(reading.line for reading, _ in chain) or None
-    shown = [_measured(r.line, a, max(steps), better=a.is_better_than(now)) for r, a in found]
+    shown = [_measured(reading.line, each, max(steps), better=better) for reading, each, better in tried]
     shown += [_measured(setting, chain[-1][1], max(steps), better=True)] if setting and len(chain) > 1 else []
     note = verifier_note(recipe.target.source, draft.config_json)
     return DraftReport(

@@ -25,6 +25,8 @@ class Reading:
     key: str = ""
     value: Any = None
     vocabulary: str = "d2t"
+    is_usual: bool = True
+    """Whether tools and people mistake files for it: all taps one layer off, but not one of them alone."""
 
     @property
     def head(self) -> Eagle3:
@@ -74,9 +76,11 @@ def _taps(target: ModelConfig, draft: Checkpoint) -> Iterator[Reading]:
         ways = {"inputs": written.ids, "outputs": tuple(k + 1 for k in written.ids)}
         yield from (_tapped(draft, "taps", word, ids) for word, ids in ways.items() if _exist(ids, target))
     moved = [tuple(tap + by for tap in taps) for by in (1, -1)]
-    moved += [tuple(t + by if i == n else t for i, t in enumerate(taps)) for n in range(len(taps)) for by in (1, -1)]
     moved += [usual_taps(target.layers)] if len(taps) == len(usual_taps(target.layers)) else []
     yield from (_tapped(draft, "taps", list(ids), ids) for ids in moved if _exist(ids, target))
+    single = [tuple(t + by if i == n else t for i, t in enumerate(taps)) for n in range(len(taps)) for by in (1, -1)]
+    alone = (_tapped(draft, "taps", list(ids), ids) for ids in single if _exist(ids, target))
+    yield from (replace(reading, is_usual=False) for reading in alone)
 
 
 def _tapped(draft: Checkpoint, key: str, value: Any, taps: tuple[int, ...]) -> Reading:

@@ -20,6 +20,7 @@ from pipeline.stages import draft_check
 from pipeline.stages.settings import BuildSettings
 from pipeline.validate.draft.agreement import Agreement
 from pipeline.validate.draft.examine import SHORT, Effort, examine, usable_dtype
+from pipeline.validate.draft.readings import Reading
 from pipeline.validate.draft.report import DraftReport
 from support.heads import FLAT, Parts, write_head
 from support.trained_head import Trained, prompts, train
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread")]
 
 TAPPED = "eagle_aux_hidden_state_layer_ids"
 EFFORT = Effort(prompts=16, new_tokens=24, places=3)
+UNUSED: Any = SimpleNamespace()
 
 
 @pytest.fixture(scope="module")
@@ -191,4 +193,22 @@ def test_agreement_counts_places_only_after_right_ones():
 
 
 def test_the_short_form_is_short():
-    assert SHORT.prompts * SHORT.new_tokens <= 256
+    assert SHORT.prompts * SHORT.new_tokens <= 512
+
+
+def test_a_small_certain_gain_counts_for_usual_readings_in_the_long_form_only():
+    gain = torch.ones(2000, dtype=torch.long)
+    base = Agreement(*lengths(gain), gain, gain)
+    gain = gain.clone()
+    gain[:60] = 2
+    more = Agreement(*lengths(gain), gain, gain)
+    usual, alone = Reading(UNUSED), Reading(UNUSED, is_usual=False)
+    assert Effort().prefers(usual, more, base)
+    assert not Effort().prefers(alone, more, base)
+    assert not SHORT.prefers(usual, more, base)
+
+
+def lengths(right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reached and right places of chains with these numbers of right drafts, of three."""
+    places = torch.arange(3)
+    return places <= right[:, None], places < right[:, None]
