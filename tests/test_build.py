@@ -22,13 +22,15 @@ from pipeline.artifact.verify import verify
 from pipeline.build import run, run_all
 from pipeline.cache.collect import entry_stats
 from pipeline.errors import ArtifactError, GateError, HostError, InputError
-from pipeline.files.atomic import TEMP, remove
+from pipeline.files.atomic import TEMP, digest_file, remove
 from pipeline.graphs.packing import PACKINGS
 from pipeline.plan.forecast import forecast
 from pipeline.plan.history import History
 from pipeline.plan.plan import make_plan
 from pipeline.progress import duration, no_progress
 from pipeline.recipe import load
+from pipeline.recipe.schema import Publish
+from pipeline.registry.publish import publish
 from pipeline.sources.pair import resolve_pair
 from pipeline.stages.compile import Compiled, Job, cached
 from pipeline.stages.shard import shard, shard_key
@@ -72,6 +74,19 @@ def test_build_elsewhere_is_all_hits(built, tmp_path):
     assert "compile: all 5 graphs are cached" in said
     first, second = (artifact.read(p).manifest for p in (request.out, tmp_path / "elsewhere"))
     assert [g.key for g in first.graphs] == [g.key for g in second.graphs]
+
+
+def test_build_sends_weights_and_makes_no_release(built, tmp_path):
+    request, _ = built
+    registry = tmp_path / "registry"
+    recipe = request.recipe.model_copy(update={"publish": (Publish(to=str(registry)),)})
+    settings = replace(request, recipe=recipe, out=tmp_path / "out", validate=False, send_weights=True)
+    artifact_root = run(settings).artifact
+    weights = {digest_file(path).sha256 for path in (artifact_root / "weights").rglob("*.safetensors")}
+    assert weights
+    assert weights <= {path.name for path in (registry / "blobs").rglob("*") if path.is_file()}
+    with pytest.raises(GateError):
+        publish(artifact_root, str(registry))
 
 
 def test_build_with_new_weights_compiles_nothing(built, tmp_path):

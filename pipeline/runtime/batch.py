@@ -89,18 +89,18 @@ def check_choice(manifest: PairManifest, choice: Choice) -> None:
 
 
 def check_prompt(manifest: PairManifest, tokens: Sequence[int], where: str) -> None:
-    """Reject prompts that fit no prefill bucket, and ids outside the target's vocabulary.
+    """Reject prompts that do not fit the caches, and ids outside the target's vocabulary.
 
     Raises:
         InputError: the message has the limit.
 
     """
-    longest, last = manifest.shapes.prefill[-1], manifest.vocab - 1
+    longest, last = manifest.shapes.kv[-1] - 1, manifest.vocab - 1
     if not tokens or len(tokens) > longest:
         raise InputError(
             f"{len(tokens)} tokens; the artifact takes 1 to {longest}",
             where=where,
-            fix="shorten the prompt, or build with a larger prefill bucket",
+            fix="shorten the prompt, or build with a larger kv bucket",
         )
     if strange := [token for token in tokens if not 0 <= token <= last]:
         raise InputError(
@@ -119,7 +119,7 @@ class Batch:
         self.graphs = [entry.spec for entry in manifest.graphs]
         self.slots = manifest.shapes.batch[-1]
         self.length = manifest.shapes.kv[-1] - 1
-        counted = ("prefills", "speculative_steps", "decode_steps", "tokens", "catch_ups", "copies")
+        counted = ("prefills", "chunks", "speculative_steps", "decode_steps", "tokens", "catch_ups", "copies")
         self.stats = dict.fromkeys(counted, 0)
 
     def draft_length_policy(self) -> DraftLengthPolicies | None:
@@ -134,12 +134,12 @@ class Batch:
 
     def warm(self) -> int:
         """Run every graph that serving uses once, without rows, so that no request waits for its loading."""
-        used = [g for g in self.graphs if g.phase != "score" or g.model == "draft"]
+        used = [g for g in self.graphs if g.phase != "score" or g.model in self._readers]
         for spec in used:
             if spec.phase == "score":
                 self._score(spec, {})
             elif spec.phase == "prefill":
-                self._prefill(spec, {})
+                self._prefill(spec, {}, {})
             else:
                 self.ranks.run(spec, step_arguments(spec, {}))
         return len(used)
@@ -149,13 +149,58 @@ class Batch:
         self.ranks.close()
 
     def prefill(self, rows: Rows) -> dict[int, int]:
-        """Prefill whole prompts into their slots, as many at a time as a graph takes; return each row's first token."""
-        spec = self._prefill_graph(max(row.prompt for row in rows.values()), len(rows))
+        """Read whole prompts into their slots, as many at a time as a graph takes; return each row's first token.
+
+        Of a prompt that is longer than the largest prefill bucket, the prefill graph reads a first part, `score` graphs
+        the rest in whole chunks of theirs, and a decode step the last token.
+        """
+        longest = self.manifest.shapes.prefill[-1]
+        long = {slot: row for slot, row in rows.items() if row.prompt > longest}
+        parts = {slot: longest - (longest - row.prompt + 1) % self._chunk for slot, row in long.items()}
+        first = self._prefill_all({slot: row for slot, row in rows.items() if slot not in long}, {})
+        if long:
+            self._prefill_all(long, parts)
+            self._read_on(long, parts)
+            first |= {slot: token for slot, (token,) in self.decode(long).items()}
+        return first
+
+    def _prefill_all(self, rows: Rows, parts: Mapping[int, int]) -> dict[int, int]:
+        """Prefill prompts, those in `parts` up to so many tokens, and return the token after each."""
+        lengths = {slot: parts.get(slot, row.prompt) for slot, row in rows.items()}
+        if not rows:
+            return {}
+        spec = self._prefill_graph(max(lengths.values()), len(rows))
         slots = list(rows)
         first: dict[int, int] = {}
         for start in range(0, len(slots), spec.batch):
-            first |= self._prefill(spec, {slot: rows[slot] for slot in slots[start : start + spec.batch]})
+            chosen = slots[start : start + spec.batch]
+            first |= self._prefill(spec, {slot: rows[slot] for slot in chosen}, lengths)
         return first
+
+    def _read_on(self, rows: Rows, parts: Mapping[int, int]) -> None:
+        """Read the rest of prompts, but for their last tokens, whose states a decode step has to leave."""
+        longest = max(row.prompt for row in rows.values())
+        for begin in range(0, longest, self._chunk):
+            starts = {slot: parts[slot] + begin for slot, row in rows.items() if parts[slot] + begin < row.prompt - 1}
+            pieces = {slot: ScoreRow(rows[slot].tokens[at : at + self._chunk], at) for slot, at in starts.items()}
+            if not pieces:
+                break
+            for model in self._readers:
+                spec = self._score_graph(model, max(starts.values()) + self._chunk)
+                self.ranks.run(spec, score_arguments(spec, pieces, self.length))
+                self.stats["chunks"] += 1
+        for row in rows.values():
+            row.in_draft = row.position
+
+    @property
+    def _readers(self) -> tuple[str, ...]:
+        """Models whose `score` graphs read a prompt into all caches: that of a head runs the target, too."""
+        return ("draft",) if self.manifest.draft_kind.reads_target_states else ("target", "draft")
+
+    @property
+    def _chunk(self) -> int:
+        """Tokens that a `score` graph reads."""
+        return next(graph.tokens for graph in self.graphs if graph.phase == "score")
 
     def decode(self, rows: Rows) -> dict[int, list[int]]:
         """Return one token per row, from the target alone."""
@@ -197,10 +242,12 @@ class Batch:
         size = self.manifest.lookup
         return [] if size is None else row.lookup.find(row.tokens, size, most)
 
-    def _prefill(self, spec: GraphSpec, rows: Rows) -> dict[int, int]:
-        prompts = [PromptRow(row.tokens[: row.prompt], slot, Draw(row.choice, row.seed)) for slot, row in rows.items()]
-        for row in rows.values():
-            row.in_draft = row.prompt
+    def _prefill(self, spec: GraphSpec, rows: Rows, lengths: Mapping[int, int]) -> dict[int, int]:
+        prompts = [
+            PromptRow(row.tokens[: lengths[slot]], slot, Draw(row.choice, row.seed)) for slot, row in rows.items()
+        ]
+        for slot, row in rows.items():
+            row.in_draft = lengths[slot]
         out = self.ranks.run(spec, prefill_arguments(spec, prompts, self.slots))["token"]
         self.stats["prefills"] += len(rows) > 0
         return {slot: int(out[place]) for place, slot in enumerate(rows)}

@@ -129,7 +129,7 @@ class Engine:
         K is the first of the artifact's; with step costs in the artifact, K or plain decode is chosen for each step.
 
         Raises:
-            InputError: a string in place of the list, an empty prompt, one longer than the largest prefill bucket,
+            InputError: a string in place of the list, an empty prompt, one that does not fit the caches,
                 token ids beyond the vocabulary, settings out of range, or sampling that was not built.
             ArtifactError: a chat, and the artifact has no chat template or its template rejects the messages.
 
@@ -189,7 +189,7 @@ class Engine:
         return "stochastic" in self.manifest.sampling
 
     def stats(self) -> dict[str, int]:
-        """Return counts since loading: prefills, speculative and decode steps, tokens, catch-ups, rows with copies."""
+        """Return counts since loading: prefills, chunks, speculative and decode steps, tokens, catch-ups, copies."""
         return dict(self.batch.stats)
 
     def close(self) -> None:

@@ -36,8 +36,8 @@ def test_engine_refuses_what_the_artifact_does_not_have(tmp_path):
     engine = make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources"))
     with pytest.raises(InputError, match="stochastic sampling was not built"):
         engine.generate([[1]], max_new_tokens=4, temperature=1.0)
-    with pytest.raises(InputError, match="1 to 32"):
-        engine.generate([[1] * 33], max_new_tokens=4)
+    with pytest.raises(InputError, match="1 to 47"):
+        engine.generate([[1] * 48], max_new_tokens=4)
     with pytest.raises(InputError, match="K=9"):
         engine.generate([[1]], max_new_tokens=4, draft_tokens=9)
     for token in (-1, engine.manifest.vocab):

@@ -200,6 +200,18 @@ def test_the_longest_answer_fills_the_cache(server: Server, artifact: Path) -> N
     assert answer["token_ids"][: len(expected.tokens)] == expected.tokens
 
 
+def test_prompts_longer_than_the_largest_bucket_are_served(server: Server, artifact: Path) -> None:
+    from pipeline import runtime
+
+    long = [[3 + n % 90 for n in range(at, at + length)] for at, length in ((0, 33), (7, 60), (11, 94))]
+    with ThreadPoolExecutor(4) as pool:
+        beside = pool.submit(lambda: server.complete([5, 9], max_tokens=60))
+        served = list(pool.map(lambda prompt: server.complete(prompt, max_tokens=8)["token_ids"], long))
+    engine = runtime.load(artifact)
+    assert served == [engine.generate([prompt], max_new_tokens=8)[0].tokens for prompt in long]
+    assert beside.result()["token_ids"] == engine.generate([[5, 9]], max_new_tokens=60)[0].tokens
+
+
 def test_sampled_tokens_follow_the_target(server: Server, artifact: Path) -> None:
     """The second token after one prompt, over seeds, beside the engine's own draws: one distribution."""
     from scipy.stats import chi2_contingency

@@ -20,6 +20,7 @@ from pipeline.validate.run import make_report
 from support import small_artifacts as small
 from support.defaults import recipe_with_defaults, target_with
 from support.eager import make_engine
+from support.reports import SMALL
 
 QWEN = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
 
@@ -62,7 +63,7 @@ def test_build_warns_of_defaults_that_the_artifact_does_not_apply(tmp_path, gene
 def test_gates_use_settings_of_their_own_and_the_report_says_which(tmp_path):
     """Greedy gates of a model that samples by default would compare random tokens."""
     target_with(tmp_path, QWEN | {"max_new_tokens": 1, "eos_token_id": [500]})
-    recipe = recipe_with_defaults()
+    recipe = recipe_with_defaults(shapes=SMALL)
     pair = resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources")
     prompts = [Prompt(f"p{i}", "chat", text) for i, text in enumerate(("The quick brown fox", "Once upon a time"))]
     inputs = GateInputs(make_engine(recipe, pair), recipe, prompts, pair, Cache(tmp_path / "cache", "goldens"), no_log)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifact.manifest import FileEntry
-from pipeline.build import run
-from pipeline.errors import GateError, InputError
+from pipeline.errors import InputError
 from pipeline.files.atomic import digest_file
 from pipeline.recipe.schema import Publish
 from pipeline.registry.publish import publish, send_ahead
@@ -91,13 +90,3 @@ def test_file_that_differs_from_its_digest_is_not_stored(tmp_path):
     with pytest.raises(Exception, match="sha256 mismatch"):
         send_ahead(str(tmp_path / "registry"), tmp_path, files, lambda size: None)
     assert blobs(tmp_path / "registry") == set()
-
-
-@pytest.mark.compile
-def test_build_sends_weights_and_makes_no_release(tmp_path):
-    settings = replace(settings_of(tmp_path, str(tmp_path / "registry")), validate=False)
-    report = run(settings)
-    weights = {digest_file(path).sha256 for path in (report.artifact / "weights").rglob("*.safetensors")}
-    assert weights <= blobs(tmp_path / "registry")
-    with pytest.raises(GateError):
-        publish(report.artifact, str(tmp_path / "registry"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from pipeline.backends.base import Traced
@@ -38,13 +39,15 @@ class SideBySide(torch.nn.Module):
 def run_compiled(cases: Mapping[Name, Case], work: Path, isa: str = "native") -> dict[Name, list[Tensor]]:
     """Compile all cases as one graph in `work`, which costs little more than one of them, and run it once.
 
-    Inputs that a module writes to are written to.
+    Inputs that a module writes to are written to. Headers are precompiled for the instruction set of builds alone: for
+    one graph they cost more than they save.
     """
     modules, inputs = [module for module, _ in cases.values()], [x for _, given in cases.values() for x in given]
     graph = SideBySide(modules, [len(given) for _, given in cases.values()])
     counts = [len(module(*(x.clone() for x in given))) for module, given in cases.values()]
     backend = InductorBackend(InductorSettings(isa=isa))
     program = torch.export.export(graph, tuple(x.clone() for x in inputs))
-    backend.compile(Traced(str(work).encode(), Signature((), (), (), ()), program), work)
+    with torch._inductor.config.patch(cpp_cache_precompile_headers=isa == InductorSettings().isa):
+        backend.compile(Traced(str(work).encode(), Signature((), (), (), ()), program), work)
     outputs = list(LoadedGraph(work / backend.graph_file, "cpu").run(inputs))
     return {name: [outputs.pop(0) for _ in range(count)] for name, count in zip(cases, counts, strict=True)}

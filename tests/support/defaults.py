@@ -24,7 +24,12 @@ def target_with(work: Path, generation: Mapping[str, Any] | None) -> Path:
     return work / "target"
 
 
-def recipe_with_defaults(sampling: Sequence[str] = ("greedy", "stochastic")) -> Recipe:
+SHAPES = {"batch": (1, 4), "prefill": (16,), "kv": (32, 160)}
+
+
+def recipe_with_defaults(
+    sampling: Sequence[str] = ("greedy", "stochastic"), shapes: Mapping[str, Any] = SHAPES
+) -> Recipe:
     """A recipe of the folder `target`, in float32."""
     return Recipe.model_validate(
         {
@@ -32,7 +37,7 @@ def recipe_with_defaults(sampling: Sequence[str] = ("greedy", "stochastic")) -> 
             "target": {"source": "target", "dtype": "float32"},
             "draft": {"derive": {"from": "target", "layers": (0,)}},
             "speculation": {"draft_tokens": (2,), "sampling": tuple(sampling)},
-            "shapes": {"batch": (1, 4), "prefill": (16,), "kv": (32, 160)},
+            "shapes": shapes,
             "validate": {"max_new_tokens": 10, "gates": {"tokens_per_step": 1.0}},
         }
     )

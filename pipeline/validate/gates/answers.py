@@ -28,12 +28,21 @@ class Answers:
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Tokens to score: a prompt with its answer, or a probe that fills the cache. The first `prompt` are the prompt."""
+    """Tokens to score: a prompt with its answer, or a probe that fills the cache. The first `prompt` are the prompt.
+
+    The first `checked` are compared with the reference (None: all).
+    """
 
     name: str
     kind: str
     tokens: list[int]
     prompt: int
+    checked: int | None = None
+
+    @property
+    def reference(self) -> list[int]:
+        """Tokens that the reference runs."""
+        return self.tokens[: self.checked]
 
 
 @dataclass(frozen=True)
@@ -110,9 +119,15 @@ def sequences_of(inputs: GateInputs, answers: Answers) -> Sequences:
 
 
 def _probe(row: int, texts: Sequence[list[int]], inputs: GateInputs) -> ScoredSequence:
-    length = inputs.engine.length
+    """Return a probe that fills a row. The reference runs those of the first and the last row to their ends.
+
+    The other rows differ from these by their place alone, which a quarter shows; graphs are compared at their ends.
+    """
+    length, longest = inputs.engine.length, inputs.engine.manifest.shapes.prefill[-1]
     tokens = list(islice(cycle(token for text in texts for token in text), length))
-    return ScoredSequence(f"probe-{row + 1}", "probe", tokens, length)
+    is_outer = row in (0, inputs.engine.rows - 1)
+    checked = length if is_outer else min(max(length // 4, longest + 1), length)
+    return ScoredSequence(f"probe-{row + 1}", "probe", tokens, length, checked)
 
 
 @dataclass

@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.graphs.arguments import PromptRow, prefill_arguments
+from pipeline.graphs.arguments import GREEDY, PromptRow, prefill_arguments
 from pipeline.graphs.spec import GraphSpec
+from pipeline.runtime.batch import Row as RequestRow
 from pipeline.runtime.engine import Engine
 from pipeline.validate.gates.answers import ScoredSequence
 from pipeline.validate.gates.driving import Row, step
@@ -75,6 +76,24 @@ def prefill_choices(engine: Engine, probes: Sequence[ScoredSequence]) -> Iterato
     for spec in engine.graphs:
         if spec.phase == "prefill":
             yield from _prefill(engine, spec, probes)
+
+
+def long_choices(engine: Engine, probes: Sequence[ScoredSequence]) -> Iterator[Choice]:
+    """Read prompts that are longer than every prefill bucket, in rows side by side; yield the token after each.
+
+    Lengths: one token more than the bucket, so that nothing is left for a chunk, and all that the caches hold.
+    """
+    longest = engine.manifest.shapes.prefill[-1]
+    whole = [probe for probe in probes if len(probe.reference) == len(probe.tokens)]
+    for lengths in ((longest + 1, engine.length - 1), (engine.length - 1, longest + 1)):
+        rows = {
+            slot: RequestRow(probe.tokens[:length], length, 0, GREEDY)
+            for slot, (probe, length) in enumerate(zip(whole, lengths, strict=False))
+            if longest < length < engine.length
+        }
+        for slot, token in (engine.batch.prefill(rows) if rows else {}).items():
+            at = rows[slot].prompt - 1
+            yield Choice(f"prompt of {at + 1} tokens, read in chunks", whole[slot].name, at, token)
 
 
 def _prefill(engine: Engine, spec: GraphSpec, probes: Sequence[ScoredSequence]) -> Iterator[Choice]:

@@ -33,8 +33,8 @@ from pipeline.validate.gates.outcome import GateOutcome
 from pipeline.validate.gates.scoring import run_score, score
 from pipeline.validate.report.schema import Distribution
 
-DRAWS = 160
-"""Minimum number of tokens that a step graph samples."""
+DRAWS = 64
+"""Minimum number of tokens that a step graph samples: nine or more at each of the settings, each compared exactly."""
 PREFILL_DRAWS = 2 * len(SETTINGS)
 """Minimum number of tokens that a prefill graph samples."""
 

@@ -69,7 +69,7 @@ class GoldensPart:
     @property
     def share(self) -> float:
         """Its tokens."""
-        return sum(len(sequence.tokens) for sequence in self.sequences.all)
+        return sum(len(sequence.reference) for sequence in self.sequences.all)
 
     def run(self, inputs: ReferenceInputs) -> dict[str, Cached]:
         """Fill the shared cache; return how many goldens were computed."""
@@ -199,12 +199,12 @@ def _counts(here: Cached, elsewhere: int) -> Cached:
 
 def groups(sequences: Sequences, most: int) -> Iterator[Sequences]:
     """Yield at most `most` groups of sequences of about as many tokens each."""
-    tokens = sum(len(sequence.tokens) for sequence in sequences.all)
+    tokens = sum(len(sequence.reference) for sequence in sequences.all)
     sizes = [0] * max(1, min(most, tokens // CHUNK_TOKENS, len(sequences.all)))
     place: dict[str, int] = {}
-    for sequence in sorted(sequences.all, key=lambda one: -len(one.tokens)):
+    for sequence in sorted(sequences.all, key=lambda one: -len(one.reference)):
         place[sequence.name] = sizes.index(min(sizes))
-        sizes[place[sequence.name]] += len(sequence.tokens)
+        sizes[place[sequence.name]] += len(sequence.reference)
     for group in range(len(sizes)):
 
         def chosen(of: Items[ScoredSequence], group: int = group) -> tuple[ScoredSequence, ...]:

@@ -83,7 +83,7 @@ def _sources(inputs: ReferenceInputs) -> dict[str, Goldens]:
 
 
 def _by_name(source: Goldens, sequences: Sequences) -> dict[str, Golden]:
-    goldens = source.of([sequence.tokens for sequence in sequences.all])
+    goldens = source.of([sequence.reference for sequence in sequences.all])
     return {sequence.name: golden for sequence, golden in zip(sequences.all, goldens, strict=True)}
 
 
@@ -94,7 +94,7 @@ def _goldens(source: Goldens, sequences: Sequences) -> tuple[dict[str, Golden], 
     if source.narrow is None:
         return by_name, [], counts
     plain = replace(source, narrow=None, target_narrow=None, _known={})
-    return by_name, plain.of([sequence.tokens for sequence in sequences.prompts]), counts
+    return by_name, plain.of([sequence.reference for sequence in sequences.prompts]), counts
 
 
 def _reference(source: Goldens, sequences: Sequences) -> ModelReference:

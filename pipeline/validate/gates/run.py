@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pipeline.sources.values import draft_token_ids
 from pipeline.validate.gates.acceptance import AcceptanceSection, Expected, acceptance, acceptance_of
 from pipeline.validate.gates.answers import Answers, Sequences, answer_prompts, sequences_of
-from pipeline.validate.gates.choices import CheckedChoices, answer_choices, check_choices, prefill_choices
+from pipeline.validate.gates.choices import CheckedChoices, answer_choices, check_choices, long_choices, prefill_choices
 from pipeline.validate.gates.distribution import distribution, draw_bucket, draw_prefill
 from pipeline.validate.gates.driving import fill
 from pipeline.validate.gates.exact_tests import Drawn
@@ -171,6 +171,6 @@ def _choices(
 ) -> CheckedChoices:
     choices = list(answer_choices(sequences.prompts))
     with clock.stage("prefill graphs"):
-        choices += prefill_choices(inputs.engine, sequences.probes)
+        choices += [*prefill_choices(inputs.engine, sequences.probes), *long_choices(inputs.engine, sequences.probes)]
     floor, rate = measured.scores["target"].floor, inputs.recipe.validate_.gates.near_tie_rate
     return check_choices(choices, references["target"].goldens, floor, rate)

@@ -25,6 +25,9 @@ from pipeline.validate.report.schema import SliceKind
 SPREAD = 8
 """Prompts that are scored again in each further KV bucket, beside the probes."""
 
+DRAFT_PROMPTS = 16
+"""Prompts that the draft is scored on, beside the probes."""
+
 POSITION_BINS = 16
 
 
@@ -118,11 +121,15 @@ class ScoreJob:
 def score_bucket(
     inputs: GateInputs, job: ScoreJob, sequences: Sequences, goldens: Mapping[str, Golden]
 ) -> list[ScoredRun]:
-    """Score each prompt in its smallest bucket, some in larger ones; probes in each, last: they stay in the caches."""
+    """Score prompts in their smallest buckets, some in larger ones; probes in each, last: they stay in the caches.
+
+    Of a draft some prompts: the answers to all of them show what it proposes (`places.py`).
+    """
     engine = inputs.engine
     spec = next(g for g in engine.graphs if (g.phase, g.model, g.kv) == ("score", job.model, job.kv))
-    every = max(len(sequences.prompts) // SPREAD, 1)
-    chosen = [s for i, s in enumerate(sequences.prompts) if len(s.tokens) > job.shorter or i % every == 0]
+    own = sequences.prompts if job.model == "target" else sequences.prompts[:: _every(sequences.prompts, DRAFT_PROMPTS)]
+    every = _every(own, SPREAD)
+    chosen = [s for i, s in enumerate(own) if len(s.tokens) > job.shorter or i % every == 0]
     chosen.sort(key=lambda s: len(s.tokens))
     usable = min(job.kv, engine.length)
     runs: list[ScoredRun] = []
@@ -135,6 +142,11 @@ def score_bucket(
     return runs
 
 
+def _every(items: Sequence[object], count: int) -> int:
+    """Return the step at which `count` items or a few more are taken."""
+    return max(len(items) // count, 1)
+
+
 def _score_batch(
     engine: Engine, spec: GraphSpec, pairs: Sequence[tuple[ScoredSequence, Golden]], dtype: str
 ) -> Iterator[ScoredRun]:
@@ -143,7 +155,8 @@ def _score_batch(
 
     def keep(row: int, first: int, logits_TV: Tensor) -> None:
         ids = pairs[row][1].ids[first : first + len(logits_TV)]
-        parts[row].append(summary(logits_TV, ids))
+        if len(ids):
+            parts[row].append(summary(logits_TV[: len(ids)], ids))
 
     run_score(engine, spec, [sequence.tokens for sequence, _ in pairs], keep)
     state = engine.ranks.state()

@@ -10,7 +10,8 @@ Shapes: T tokens of a sequence, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,8 @@ CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 
 TOKENS_AT_ONCE = 256
 HEAD_ROWS = 16384
+KEPT_HEAD_BYTES = 512 << 20
+"""Largest LM head that is kept in memory between sequences."""
 
 
 def above(dtype: str) -> torch.dtype:
@@ -82,6 +85,7 @@ class Reference:
         self.dtype = torch_dtype(dtype)
         self.kinds = (above(dtype), self.dtype)
         self._refs = dict(weights(checkpoint))
+        self._kept_head: dict[torch.dtype, list[Tensor]] = {}
         shared = checkpoint.config.shares_embedding
         self._refs |= shared_weights(checkpoint, target)
         self._embedding = self._refs[EMBEDDING]
@@ -184,13 +188,22 @@ class Reference:
 
     def _head(self, hidden_TH: Tensor) -> Tensor:
         """Return logits [T, V], float64 or float32: accumulated in at least float32, as Tandem does in every dtype."""
+        wide = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
+        return torch.cat([wide @ block.T for block in self._head_blocks(wide.dtype)], dim=-1)
+
+    def _head_blocks(self, kind: torch.dtype) -> Iterable[Tensor]:
+        """Return the LM head as blocks of rows; a small one is kept, because every sequence needs it."""
+        if kind in self._kept_head:
+            return self._kept_head[kind]
         tied = self.checkpoint.config.tied
         ref = self._embedding if tied else self._refs[HEAD]
-        wide = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
-        rows = range(0, ref.shape[0], HEAD_ROWS)
         narrow = self._embedding_narrow if tied else self.narrow
-        blocks = (self._read(ref.rows(r, min(r + HEAD_ROWS, ref.shape[0])), narrow).to(wide.dtype) for r in rows)
-        return torch.cat([wide @ block.T for block in blocks], dim=-1)
+        starts = range(0, ref.shape[0], HEAD_ROWS)
+        blocks = (self._read(ref.rows(r, min(r + HEAD_ROWS, ref.shape[0])), narrow).to(kind) for r in starts)
+        if math.prod(ref.shape) * kind.itemsize > KEPT_HEAD_BYTES:
+            return blocks
+        self._kept_head[kind] = list(blocks)
+        return self._kept_head[kind]
 
     def read(self, ref: TensorRef) -> Tensor:
         """Return a tensor in the recipe's dtype; for a matrix stored as int8, its dequantised values in float32."""
