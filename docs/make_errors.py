@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 
 from pipeline import errors
-from pipeline.errors import GateError, HostError, InputError, TandemError
+from pipeline.errors import CorruptError, GateError, HostError, InputError, RefusedError, TandemError
 
 INTRO = """\
 # Errors and exit codes
@@ -30,10 +30,23 @@ wrong input: ARTIFACT: no artifact 'missing': no folder `missing` or `artifacts/
 | {gate} | a validation gate failed | do not publish; look at the report |
 | {input} | wrong input: a recipe, checkpoint, artifact, release or argument | correct the input; a retry fails again |
 | {host} | environment: toolchain, device, network, disk, credentials | correct the machine, or try again later |
+| {refused} | refused by a policy, a required signature or a yank | use another release; a retry fails again |
+| {corrupt} | corrupt: bytes differ from their digest, or cannot be read | pull or publish again |
+| 70 | a bug in Tandem; stderr has the traceback | report it |
 | 130 | interrupted by Ctrl-C (SIGINT) | run the same command: it continues |
 
-Code 1 also ends a command with an unexpected exception, which prints a traceback and is a bug in Tandem, and a command
-whose reader closed stdout (`tandem ls ... | head -1`). `tandem doctor` ends with {host} if it lists a problem.
+Code 1 also ends a command whose reader closed stdout (`tandem ls ... | head -1`). `tandem doctor` ends with {host} if
+it lists a problem. vLLM's server with an artifact that it cannot serve ends with the error's code.
+
+With `--json`, a command prints its error on stdout too, as the only document; `kind` is `gate`, `input`, `environment`,
+`refused`, `corrupt`, `bug` or `interrupted`. `tandem publish` prints its list, with an `error` for each registry that
+failed.
+
+```json
+{{"error": {{"kind": "input", "exit_code": 2, "problems": [{{"where": "ARTIFACT", "what": "...", "fix": "..."}}]}}}}
+```
+
+Without a terminal, each line on stderr starts with its time in UTC (`TANDEM_TIMESTAMPS=0`: without).
 
 ## In Python
 
@@ -60,7 +73,10 @@ Any other exception is a bug: report it with the traceback.
 
 def errors_page() -> str:
     """Return errors.md: exit codes, attributes, the tree, and a section for each class."""
-    codes = {"gate": GateError.exit_code, "input": InputError.exit_code, "host": HostError.exit_code}
+    codes = {
+        "gate": GateError.exit_code, "input": InputError.exit_code, "host": HostError.exit_code,
+        "refused": RefusedError.exit_code, "corrupt": CorruptError.exit_code,
+    }  # fmt: skip
     tree = "\n".join(_tree(TandemError, ""))
     lines = [INTRO.format(tree=tree, **codes)]
     lines += [f"### {kind.__name__}\n\n{_facts(kind)}\n\n{_text(kind)}\n" for kind in _classes(TandemError)]

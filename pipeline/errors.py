@@ -6,10 +6,12 @@
     │   ├── RecipeError        one or more problems in a recipe, reported together
     │   ├── SourceError        weights or tokenizer that cannot be used
     │   └── ArtifactError      an artifact or release that cannot be used
+    │       ├── RefusedError  4   rejected by a policy, a required signature or a yank
+    │       └── CorruptError  5   bytes that differ from their digest, or cannot be read
     └── HostError         3   toolchain, device, network, disk
         └── PreflightError       one or more missing requirements, reported together
 
-Anything else that escapes is a bug in Tandem. This module does not print; the command line does.
+Anything else that escapes is a bug in Tandem, exit code 70. This module does not print; the command line does.
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ class Problem:
     where: str
     what: str
     fix: str = ""
+
+
+KINDS = {1: "gate", 2: "input", 3: "environment", 4: "refused", 5: "corrupt", 70: "bug", 130: "interrupted"}
+"""The kind of an error, by its exit code, for scripts."""
+BUG_CODE, INTERRUPTED_CODE = 70, 130
 
 
 class TandemError(Exception):
@@ -57,6 +64,12 @@ def _restored(kind: type[TandemError], args: tuple[Any, ...], state: dict[str, A
     error = kind.__new__(kind, *args)
     error.__dict__.update(state)
     return error
+
+
+def as_data(problems: Sequence[Problem], exit_code: int) -> dict[str, Any]:
+    """Return an error as `--json` prints it: its kind, exit code and problems."""
+    shown = [{"where": each.where, "what": each.what, "fix": each.fix} for each in problems]
+    return {"error": {"kind": KINDS[exit_code], "exit_code": exit_code, "problems": shown}}
 
 
 class GateError(TandemError):
@@ -103,13 +116,35 @@ class SourceError(InputError):
 
 
 class ArtifactError(InputError):
-    """An artifact or release that does not verify, does not match this host, or must not be overwritten.
+    """An artifact or release that does not match this host or its command, or must not be overwritten.
 
-    Nothing of the artifact was run. Pull or build it again, or use a host that has what `tandem inspect ARTIFACT` lists
-    as needed. If a signature is missing or a digest differs, ask the publisher before you use the artifact.
+    Nothing of the artifact was run. Use a host that has what `tandem inspect ARTIFACT` lists as needed, or another
+    version.
     """
 
     title = "artifact"
+
+
+class RefusedError(ArtifactError):
+    """An artifact or release that a policy, a required signature or a yank rejects.
+
+    Nothing was fetched or run. A retry fails again: use a release that the policy accepts, or change the policy. A
+    release that was yanked names the reason.
+    """
+
+    exit_code = 4
+    title = "refused"
+
+
+class CorruptError(ArtifactError):
+    """An artifact, release or blob whose bytes differ from their digest, or cannot be read.
+
+    Nothing of the artifact was run. Pull or build it again; if the registry has the wrong bytes, ask the publisher to
+    publish the release again.
+    """
+
+    exit_code = 5
+    title = "corrupt"
 
 
 class HostError(TandemError):

@@ -34,6 +34,7 @@ TIMEOUTS_S = {"vllm": 1800, "ray": 1800, "xla": 3600, "hlo": 3600, "slow": 3600,
 
 def pytest_configure(config: pytest.Config) -> None:
     """Guard the compiler, once for all workers, and give each worker one thread before torch is imported."""
+    os.environ["TANDEM_TIMESTAMPS"] = "0"  # tests compare whole lines
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     else:

@@ -22,7 +22,8 @@ from pipeline.artifact.verify import verify
 from pipeline.build import run, run_all
 from pipeline.cache.collect import entry_stats
 from pipeline.errors import ArtifactError, GateError, HostError, InputError
-from pipeline.files.atomic import TEMP, digest_file, remove
+from pipeline.files.atomic import digest_file
+from pipeline.files.unfinished import TEMP, remove
 from pipeline.graphs.packing import PACKINGS
 from pipeline.plan.forecast import forecast
 from pipeline.plan.history import History

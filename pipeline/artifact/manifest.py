@@ -9,15 +9,17 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.errors import ArtifactError, InputError, no_string
+from pipeline.errors import ArtifactError, CorruptError, InputError, no_string
 from pipeline.files.atomic import safe_relative
+from pipeline.files.limits import AGAIN, DO_NOT_USE, MAX_BYTES, check_size, json_object
 from pipeline.graphs.spec import GraphSpec, PairSpec, Role, Sampling
 from pipeline.models.draft_kind import DraftKind
 from pipeline.recipe.schema import BackendSettings, Shapes, StepCosts
@@ -26,16 +28,17 @@ from pipeline.records import Record
 MANIFEST = "manifest.json"
 SIGNATURE = "signature"
 """A signature over the manifest's bytes: in the same folder, and not listed in the manifest."""
+PULLED = "pulled.json"
+"""The record of a pull, see `pulled.py`: in the same folder, and not listed in the manifest."""
+BESIDE = (MANIFEST, SIGNATURE, PULLED)
 SCHEMA_VERSION: Literal[2] = 2
-MAX_FILES = 100_000
-MAX_BYTES = 32 << 20
+MAX_FILES = 50_000
 ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
 """Files that describe one build; the content digest leaves them out."""
 
 ALWAYS = ("recipe.*", "*config.json", "tokenizer/*")
 """Files that are pulled with every part of an artifact."""
 
-AGAIN = "pull or build the artifact again"
 HOW_TO_NAME = "use an artifact's directory: `tandem build` and `tandem pull` print it"
 CACHE_KIND: Literal["vllm-compile-cache"] = "vllm-compile-cache"
 SAMPLINGS: tuple[Sampling, Sampling] = ("greedy", "stochastic")
@@ -245,10 +248,11 @@ MANIFESTS: TypeAdapter[PairManifest | NxdiManifest | CacheManifest] = TypeAdapte
 
 @dataclass(frozen=True)
 class Artifact:
-    """A directory and its parsed manifest, not verified yet."""
+    """A directory, its parsed manifest, and the bytes of the manifest; not verified yet."""
 
     root: Path
     manifest: Manifest
+    data: bytes = field(default=b"", repr=False, compare=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -262,41 +266,48 @@ def read(root: Path) -> Artifact:
     """Parse the manifest of an artifact of any kind; opens nothing else.
 
     Raises:
-        ArtifactError: no manifest, another schema version, or an unsafe path in it.
+        ArtifactError: no manifest, or another schema version. CorruptError: damaged, or an unsafe path in it.
+
+    """
+    data = read_bytes(root)
+    return Artifact(root, parse(data, str(root / MANIFEST)), data=data)
+
+
+def read_bytes(root: Path) -> bytes:
+    """Return the bytes of an artifact's manifest, which are verified, parsed and published.
+
+    Raises:
+        ArtifactError: no manifest. CorruptError: a link, or too large.
 
     """
     path = root / MANIFEST
     try:
         if path.is_symlink():
-            raise ArtifactError("the manifest is a symbolic link", where=str(path), fix=AGAIN)
-        data = path.read_bytes()
+            raise CorruptError("the manifest is a symbolic link", where=str(path), fix=AGAIN)
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         what = "no manifest" if isinstance(error, FileNotFoundError) else f"cannot read the manifest: {error.strerror}"
         raise ArtifactError(what, where=str(path), fix=HOW_TO_NAME) from error
-    return Artifact(root, parse(data, str(path)))
+    check_size(len(data), MAX_BYTES, str(path))
+    return data
 
 
 def read_pair(root: Path) -> PairArtifact:
     """Parse the manifest of a pair that Tandem compiled; opens nothing else.
 
     Raises:
-        ArtifactError: as `read`.
-        InputError: an artifact of another kind; the fix is the command that runs it.
+        ArtifactError: as `read`. InputError: an artifact of another kind; the fix is the command that runs it.
 
     """
     return pair_of(read(root))
 
 
 def pair_of(artifact: Artifact) -> PairArtifact:
-    """Narrow an artifact to a pair that Tandem compiled.
-
-    Raises:
-        InputError: an artifact of another kind; the fix is the command that runs it.
-
-    """
+    """Narrow an artifact to a pair that Tandem compiled; the error of another kind names the command that runs it."""
     manifest = artifact.manifest
     if isinstance(manifest, PairManifest):
-        return PairArtifact(artifact.root, manifest)
+        return PairArtifact(artifact.root, manifest, data=artifact.data)
     if manifest.kind == "nxdi":
         what, fix = "a package of NxD Inference, which only vLLM runs", f"tandem vllm-args {artifact.root}"
     else:
@@ -308,42 +319,26 @@ def parse(data: bytes, where: str) -> PairManifest | NxdiManifest | CacheManifes
     """Parse a manifest's bytes.
 
     Raises:
-        ArtifactError: damaged, of another schema version, or with paths that could leave the directory.
+        ArtifactError: another schema version.
+        CorruptError: damaged, too large, or with paths that could leave the directory.
 
     """
-    if len(data) > MAX_BYTES:
-        what = f"the manifest has {len(data)} bytes, at most {MAX_BYTES} are read"
-        raise ArtifactError(what, where=where, fix="do not use this artifact")
-    version = json_object(data, where).get("schema_version")
-    if version != SCHEMA_VERSION:
+    found = json_object(data, where)
+    if (version := found.get("schema_version")) != SCHEMA_VERSION:
         what = f"schema_version mismatch: this version of Tandem reads {SCHEMA_VERSION}, found {version!r}"
         raise ArtifactError(what, where=where, fix="use the version of Tandem that built the artifact")
+    if isinstance(files := found.get("files"), dict) and len(files) > MAX_FILES:  # before a model of each is made
+        raise CorruptError(f"the manifest has {len(files):,} files, limit {MAX_FILES:,}", where=where, fix=DO_NOT_USE)
+    del found, files
     try:
         manifest = MANIFESTS.validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"][1:]))  # the first is the kind
-        raise ArtifactError(f"{place or 'kind'}: {first['msg']}", where=where, fix=AGAIN) from error
-    faults = list(_path_faults(manifest, where))
-    if faults:
-        raise ArtifactError("; ".join(faults), where=where, fix="do not use this artifact")
+        raise CorruptError(f"{place or 'kind'}: {first['msg']}", where=where, fix=AGAIN) from error
+    if faults := list(islice(_path_faults(manifest, where), 10)):
+        raise CorruptError("; ".join(faults), where=where, fix=DO_NOT_USE)
     return manifest
-
-
-def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parse JSON text that must be an object, as every manifest is.
-
-    Raises:
-        ArtifactError: not JSON, or not an object.
-
-    """
-    try:
-        parsed = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError("damaged manifest: not JSON", where=where, fix=AGAIN) from error
-    if not isinstance(parsed, dict):
-        raise ArtifactError("damaged manifest: not a JSON object", where=where, fix=AGAIN)
-    return parsed
 
 
 def dump(manifest: Record) -> bytes:
@@ -389,8 +384,8 @@ def _path_faults(manifest: Manifest, where: str) -> Iterator[str]:
         except ArtifactError as error:
             yield error.what
             continue
-        if name in (MANIFEST, SIGNATURE) or parents & names:
-            yield f"path {name!r} is the manifest, its signature, or a path below another file"
+        if name in BESIDE or parents & names:
+            yield f"path {name!r} is one of {', '.join(BESIDE)}, or a path below another file"
     for name in manifest.used_files():
         if name not in names:
             yield f"path {name!r} is used, but not listed in `files`"

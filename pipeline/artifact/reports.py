@@ -22,14 +22,15 @@ def add_reports(root: Path, reports: Mapping[str, bytes], summary: dict[str, Any
     added = {f"reports/{name}": data for name, data in reports.items()}
     entries = {name: _entry_of(data) for name, data in added.items()}
     updated = manifest.model_copy(update={"files": {**manifest.files, **entries}, "validation": summary})
+    document = dump(updated)
     with atomic_dir(root) as folder:
         for name in manifest.files.keys() - added.keys():
             link_or_copy(root / name, folder / name)
         (folder / "reports").mkdir(exist_ok=True)
         for name, data in added.items():
             (folder / name).write_bytes(data)
-        (folder / MANIFEST).write_bytes(dump(updated))
-    return PairArtifact(root, updated)
+        (folder / MANIFEST).write_bytes(document)
+    return PairArtifact(root, updated, data=document)
 
 
 def _entry_of(data: bytes) -> FileEntry:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +17,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from pipeline.artifact.keys import NEW_KEY, check_public, public_key_of
-from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Manifest, read
+from pipeline.artifact.manifest import MANIFEST, SIGNATURE, Artifact, Manifest, parse, read, read_bytes
 from pipeline.artifact.provenance import PROVENANCE, builder_of
+from pipeline.artifact.pulled import pull_record
+from pipeline.artifact.signer import GITHUB, Signer, fault_of, first_line, library
 from pipeline.artifact.verify import difference
-from pipeline.errors import ArtifactError, HostError, InputError, RecipeError, reason, together
-from pipeline.extras import require as require_extras
+from pipeline.errors import CorruptError, HostError, InputError, RecipeError, RefusedError, reason, together
 from pipeline.files.atomic import write_atomic
 from pipeline.files.home import expanded
+from pipeline.files.limits import DO_NOT_USE, MAX_BYTES, SIGNATURE_BYTES, json_object
 from pipeline.recipe.document import Document
 from pipeline.recipe.document import read as read_document
 from pipeline.records import Record
@@ -33,36 +36,15 @@ from pipeline.records import Record
 WILD = re.compile(r"[*?[]")
 """Wildcards of patterns."""
 
-GITHUB = "https://token.actions.githubusercontent.com"
-"""Issuer of GitHub Actions' identities, the usual one for keyless signatures."""
-
-
 KEYLESS = "check the network and this job's identity (permission id-token: write), or sign with --key"
-
-
-class Signer(Record):
-    """An accepted signer: the holder of a key, or a keyless identity as its issuer names it."""
-
-    key: str | None = Field(default=None, description="file of a public key (PEM), relative to the policy")
-    identity: str | None = Field(default=None, description="for example the URL of a workflow and its branch")
-    issuer: str = GITHUB
-
-    @model_validator(mode="after")
-    def _one_of(self) -> Signer:
-        if (self.key is None) == (self.identity is None):
-            raise ValueError("exactly one of key and identity is needed")
-        return self
-
-    def __str__(self) -> str:
-        return self.key or f"{self.identity} (issuer {self.issuer})"
 
 
 class Rule(Record):
     """A pattern of releases (`URL/name@version`) and their accepted signers; one signature is enough.
 
     Folders are compared as absolute paths without links, so that no spelling of a folder avoids a rule or gets one; a
-    relative folder in a pattern starts at the policy. An artifact on disk has no URL: only the part of the pattern
-    after its last slash applies to it.
+    relative folder in a pattern starts at the policy. For an artifact on disk, the reference that it was pulled by is
+    compared; an artifact that was not pulled is `name@version`, which no pattern of a registry matches.
     """
 
     releases: str = "*"
@@ -88,23 +70,23 @@ class Policy(Record):
         """Return the first signature that this policy accepts, with its signer.
 
         Raises:
-            ArtifactError: no signature, or none by an accepted signer.
+            RefusedError: no signature, or none by an accepted signer.
             HostError: signatures cannot be checked on this host.
 
         """
         rule = self.rule(where)
         signers = " or ".join(map(str, rule.signed_by))
         if not signatures:
-            raise ArtifactError("not signed", where=where, fix=f"tandem sign ARTIFACT (required signer: {signers})")
+            raise RefusedError("not signed", where=where, fix=f"tandem sign ARTIFACT (required signer: {signers})")
         faults = []
         for data in signatures:
             for signer in rule.signed_by:
-                fault = _fault(manifest, data, signer, self._base)
+                fault = fault_of(manifest, data, signer, self._base)
                 if fault is None:
                     return Accepted(data, signer)
                 faults.append(fault)
         what = f"not signed by {signers}: {'; '.join(dict.fromkeys(faults))}"
-        raise ArtifactError(what, where=where, fix="do not use this artifact")
+        raise RefusedError(what, where=where, fix=DO_NOT_USE)
 
     def check_builder(self, provenance: Callable[[], bytes], where: str) -> None:
         """Compare the builder in the provenance with the rule's pattern; the signed manifest pins the provenance.
@@ -112,34 +94,35 @@ class Policy(Record):
         `provenance` is called only if the rule has a pattern.
 
         Raises:
-            ArtifactError: the provenance names another builder, or none.
+            RefusedError: the provenance names another builder, or none.
 
         """
         pattern = self.rule(where).builder
         if pattern == "*":
             return
         try:
-            builder = builder_of(json.loads(provenance()))
-        except ValueError:
+            builder = builder_of(json_object(provenance(), where, "provenance"))
+        except CorruptError:
             builder = ""
         if not fnmatchcase(builder, pattern):
             actual = f"builder mismatch: found {builder}" if builder else "provenance names no builder"
             what = f"{actual}; the policy requires {pattern}"
-            raise ArtifactError(what, where=where, fix="do not use this artifact")
+            raise RefusedError(what, where=where, fix=DO_NOT_USE)
 
     def rule(self, where: str) -> Rule:
         """Return the first rule that matches a release.
 
         Raises:
-            ArtifactError: no rule matches.
+            RefusedError: no rule matches.
 
         """
-        release = _absolute(where, Path()) if "/" in where else where
+        release = absolute(where)
         rule = next((rule for rule in self.rules if _matches(release, rule.releases, self._base)), None)
         if rule is None:
             patterns = ", ".join(each.releases for each in self.rules)
             what = f"no rule of the policy matches {release}; patterns: {patterns}"
-            raise ArtifactError(what, where=where, fix="add a rule to the policy, or use another release")
+            local = "" if "/" in release else "; it has no record of a pull: pull it, or add a rule without a registry"
+            raise RefusedError(f"{what}{local}", where=where, fix="add a rule to the policy, or use another release")
         return rule
 
 
@@ -187,6 +170,21 @@ def _faults(error: ValidationError, document: Document) -> Iterator[InputError]:
             yield InputError(fault["msg"].removeprefix("Value error, "), where=where, fix="see docs/how-to/sign.md")
 
 
+def policy_of(path: Path | None, identity: str | None = None, issuer: str | None = None) -> Policy | None:
+    """Return the policy of `--policy` or `--require-signature`; None if no signature is required.
+
+    Raises:
+        InputError: both are given, or an unusable file.
+
+    """
+    if path is None:
+        return None if identity is None else require(identity, issuer or GITHUB)
+    if identity is not None:
+        fix = "use one of the two; unset TANDEM_POLICY if it is set"
+        raise InputError("cannot be combined with a policy", where="--require-signature", fix=fix)
+    return read_policy(path)
+
+
 def require(identity: str, issuer: str = GITHUB) -> Policy:
     """Return the policy of `--require-signature`, from the file of a public key or a keyless identity.
 
@@ -194,11 +192,15 @@ def require(identity: str, issuer: str = GITHUB) -> Policy:
         InputError: no such file, or not a public key.
 
     """
-    is_key = identity.endswith((".pem", ".pub")) or Path(identity).is_file()
-    if is_key:
+    if is_key(identity):
         check_public(Path(identity), "--require-signature")
-    signer = Signer(key=identity) if is_key else Signer(identity=identity, issuer=issuer)
+    signer = Signer(key=identity) if is_key(identity) else Signer(identity=identity, issuer=issuer)
     return Policy(rules=(Rule(signed_by=(signer,)),))
+
+
+def is_key(identity: str) -> bool:
+    """Return whether `--require-signature` names a key's file."""
+    return identity.endswith((".pem", ".pub")) or os.path.isfile(identity)  # noqa: PTH113 - an identity may be no name
 
 
 def sign(root: Path, key: Path | None = None, *, password: str | None = None, token: str | None = None) -> Path:
@@ -209,8 +211,8 @@ def sign(root: Path, key: Path | None = None, *, password: str | None = None, to
         HostError: this job has no identity, or the signing services cannot be reached.
 
     """
-    read(root)  # raises unless the directory holds a valid manifest
-    write_atomic(root / SIGNATURE, signature_over((root / MANIFEST).read_bytes(), str(root), key, password, token))
+    document = read(root).data  # raises unless the directory holds a valid manifest
+    write_atomic(root / SIGNATURE, signature_over(document, str(root), key, password, token))
     return root / SIGNATURE
 
 
@@ -230,17 +232,17 @@ def signature_over(document: bytes, where: str, key: Path | None, password: str 
         try:
             config.sign(folder, signature)
         except Exception as error:
-            raise HostError(f"cannot sign: {_first_line(error)}", where=where, fix=KEYLESS) from error
+            raise HostError(f"cannot sign: {first_line(error)}", where=where, fix=KEYLESS) from error
         return signature.read_bytes()
 
 
 def _signer(key: Path | None, password: str | None, token: str | None, where: str) -> Any:
-    config = _library("signing").Config()
+    config = library("signing").Config()
     if key is None:
         try:
             return config.use_sigstore_signer(use_ambient_credentials=token is None, identity_token=token)
         except Exception as error:
-            raise HostError(f"cannot sign: {_first_line(error)}", where=where, fix=KEYLESS) from error
+            raise HostError(f"cannot sign: {first_line(error)}", where=where, fix=KEYLESS) from error
     public_key_of(key, password)
     try:
         return config.use_elliptic_key_signer(private_key=key, password=password.encode() if password else None)
@@ -259,22 +261,63 @@ def signed_by_key(document: bytes, signatures: Sequence[bytes], key: Path, passw
     with tempfile.TemporaryDirectory(prefix="tandem-key-") as folder:
         path = Path(folder) / "key.pub"
         path.write_bytes(public)
-        return any(_fault(document, data, Signer(key=str(path)), Path()) is None for data in signatures)
+        return any(fault_of(document, data, Signer(key=str(path)), Path()) is None for data in signatures)
+
+
+@dataclass(frozen=True)
+class Trusted:
+    """An artifact on disk whose signature was checked over the bytes that were parsed, and its signer.
+
+    `signer` is None if no signature was required.
+    """
+
+    artifact: Artifact
+    signer: Signer | None = None
+
+
+def read_trusted(root: Path, policy: Policy | None) -> Trusted:
+    """Read the manifest of an artifact on disk once: check the signature over its bytes, then parse them.
+
+    The policy's rule is that of the reference by which the artifact was pulled. `artifact.verify` checks the files.
+
+    Raises:
+        RefusedError: no signature, none by an accepted signer, or no rule for this artifact.
+        ArtifactError: as `manifest.read`.
+
+    """
+    if policy is None:
+        return Trusted(read(root))
+    data = read_bytes(root)
+    where = _reference(root, data)
+    accepted = policy.check(data, _own_signatures(root), where)
+    artifact = Artifact(root, parse(data, str(root / MANIFEST)), data=data)
+    policy.check_builder(lambda: _own_provenance(root, artifact.manifest), where)
+    return Trusted(artifact, accepted.signer)
 
 
 def check_artifact(root: Path, policy: Policy) -> Signer:
-    """Return the accepted signer of an artifact on disk; `artifact.verify` checks its files.
+    """Return the accepted signer of an artifact on disk, as `read_trusted` does."""
+    signer = read_trusted(root, policy).signer
+    assert signer is not None
+    return signer
 
-    Raises:
-        ArtifactError: no signature, or none by an accepted signer.
 
-    """
-    manifest = read(root).manifest
-    signatures = [(root / SIGNATURE).read_bytes()] if has_signature(root) else []
-    where = f"{manifest.name}@{manifest.version}"
-    accepted = policy.check((root / MANIFEST).read_bytes(), signatures, where)
-    policy.check_builder(lambda: _own_provenance(root, manifest), where)
-    return accepted.signer
+def _reference(root: Path, data: bytes) -> str:
+    """Return the reference by which an artifact was pulled, or `name@version` for one that was not."""
+    if (record := pull_record(root, data)) is not None:
+        return record.reference
+    found = json_object(data, str(root / MANIFEST))
+    return f"{found.get('name')}@{found.get('version')}".replace("/", "?")
+
+
+def _own_signatures(root: Path) -> list[bytes]:
+    if not has_signature(root):
+        return []
+    with (root / SIGNATURE).open("rb") as file:
+        data = file.read(SIGNATURE_BYTES + 1)
+    if len(data) > SIGNATURE_BYTES:
+        raise CorruptError(f"more than {SIGNATURE_BYTES:,} bytes", where=str(root / SIGNATURE), fix=DO_NOT_USE)
+    return [data]
 
 
 def has_signature(root: Path) -> bool:
@@ -285,13 +328,22 @@ def has_signature(root: Path) -> bool:
 def _own_provenance(root: Path, manifest: Manifest) -> bytes:
     """Return the provenance of an artifact on disk; empty if it differs from the manifest's digest."""
     entry = manifest.files.get(PROVENANCE)
-    if entry is None or not (root / PROVENANCE).is_file() or difference(root / PROVENANCE, entry):
+    path = root / PROVENANCE
+    if entry is None or entry.size > MAX_BYTES or not path.is_file() or difference(path, entry):
         return b""
     return (root / PROVENANCE).read_bytes()
 
 
+def absolute(reference: str) -> str:
+    """Return a reference as policies compare it: a folder as its absolute path without links."""
+    return _absolute(reference, Path()) if "/" in reference else reference
+
+
 def _matches(release: str, pattern: str, base: Path) -> bool:
-    return fnmatchcase(release, _absolute(pattern, base) if "/" in release else pattern.rpartition("/")[2])
+    """Return whether a pattern matches; an artifact that was not pulled has no registry, nor may the pattern."""
+    if "/" not in release:
+        return "/" not in pattern and fnmatchcase(release, pattern)
+    return fnmatchcase(release, _absolute(pattern, base))
 
 
 def _absolute(address: str, base: Path) -> str:
@@ -308,56 +360,6 @@ def _absolute(address: str, base: Path) -> str:
     return "/".join([str(folder).rstrip("/"), *parts[fixed:]])
 
 
-def _fault(manifest: bytes, signature: bytes, signer: Signer, base: Path) -> str | None:
-    """Return why a signature is not accepted as this signer's over this manifest; None if accepted."""
-    config = _library("verifying").Config()
-    with tempfile.TemporaryDirectory(prefix="tandem-verify-") as work:
-        folder, signature_file = Path(work) / "artifact", Path(work) / SIGNATURE
-        folder.mkdir()
-        (folder / MANIFEST).write_bytes(manifest)
-        signature_file.write_bytes(signature)
-        try:
-            _configure(config, signer, base)
-            config.verify(folder, signature_file)
-        except InputError:
-            raise
-        except Exception as error:
-            return _meaning(error, signer)
-    return None
-
-
-def _meaning(error: Exception, signer: Signer) -> str:
-    """Return one line on why a signature is not accepted."""
-    if type(error).__name__ == "TUFError":
-        fix = "check the network: keyless signatures need the signing services' public keys"
-        raise HostError("keyless signatures cannot be checked on this host", where=str(signer), fix=fix) from error
-    text = _first_line(error)
-    return "the signature is over another manifest" if text.startswith("Signature mismatch") else text
-
-
-def _configure(config: Any, signer: Signer, base: Path) -> None:
-    if signer.key is None:
-        config.use_sigstore_verifier(identity=signer.identity, oidc_issuer=signer.issuer)
-        return
-    path = base / signer.key
-    try:
-        config.use_elliptic_key_verifier(public_key=path)
-    except Exception as error:
-        what, fix = f"unusable public key: {_first_line(error)}", "name a public key in PEM on an elliptic curve"
-        raise InputError(what, where=str(path), fix=fix) from error
-
-
-def _library(module: str) -> Any:
-    from importlib import import_module
-
-    require_extras(["sign"], "signature")
-    return import_module(f"model_signing.{module}")
-
-
 def _with_base(policy: Policy, base: Path) -> Policy:
     policy._base = base  # noqa: SLF001
     return policy
-
-
-def _first_line(error: Exception) -> str:
-    return reason(error)[:300]

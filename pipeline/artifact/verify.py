@@ -12,9 +12,10 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from pipeline.artifact.manifest import AGAIN, MANIFEST, SIGNATURE, Artifact, FileEntry, Manifest, read, select
-from pipeline.errors import ArtifactError, InputError, no_string
+from pipeline.artifact.manifest import BESIDE, MANIFEST, Artifact, FileEntry, Manifest, read, select
+from pipeline.errors import ArtifactError, CorruptError, InputError, no_string
 from pipeline.files.atomic import FileDigest, sha256_file
+from pipeline.files.limits import AGAIN
 from pipeline.progress import ByteProgress, no_byte_progress
 
 HASHERS = 4
@@ -29,14 +30,21 @@ def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Seque
     """Check size and sha256 of every file, and that no file is missing or extra; with `only`, of a pulled part.
 
     Raises:
-        ArtifactError: every fault, each with its path and both values.
+        CorruptError: every fault, each with its path and both values. ArtifactError: only a part was pulled.
 
     """
+    return verify_files(read(root), progress, only=only)
+
+
+def verify_files(
+    artifact: Artifact, progress: ByteProgress = no_byte_progress, *, only: Sequence[str] | None = None
+) -> Artifact:
+    """Check as `verify`, against a manifest that was read before; return the artifact."""
     no_string(only, "only", "patterns")
-    artifact = read(root)
+    root = artifact.root
     listed = select(artifact.manifest, only)
     paths = {path.relative_to(root).as_posix(): path for path in _walk(root)}
-    for name in (MANIFEST, SIGNATURE):
+    for name in BESIDE:
         if name in paths and not _odd_kind(paths[name]):
             paths.pop(name)
     missing = listed.keys() - paths.keys()
@@ -50,8 +58,10 @@ def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Seque
     if missing and len(faults) == len(missing) and only is None:
         raise _incomplete(root, listed.keys(), missing)
     if faults:
-        fix = AGAIN if len(faults) > len(outside) else "omit --only to verify the whole artifact"
-        raise ArtifactError("; ".join(sorted(faults)), where=str(root), fix=fix)
+        what = "; ".join(sorted(faults))
+        if len(faults) == len(outside):
+            raise ArtifactError(what, where=str(root), fix="omit --only to verify the whole artifact")
+        raise CorruptError(what, where=str(root), fix=AGAIN)
     return artifact
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pipeline.cache.local import KINDS, Cache, Kind, Stats
-from pipeline.files.atomic import remove
+from pipeline.files.unfinished import remove
 
 SENT = "sent"
 """Folder of the sources and artifacts that a build sent to this node of a cluster."""

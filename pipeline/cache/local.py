@@ -25,8 +25,9 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from pipeline.files.atomic import FileDigest, atomic_dir, digest_file, disk_errors, link_or_copy, remove, temp_name
+from pipeline.files.atomic import FileDigest, atomic_dir, digest_file, disk_errors, link_or_copy
 from pipeline.files.home import expanded
+from pipeline.files.unfinished import remove, temp_name
 from pipeline.progress import Log, no_log
 
 KEY = re.compile(r"[0-9a-z][0-9a-z._-]+")

@@ -24,7 +24,8 @@ from typing import Literal
 from pipeline.cache.claims import remove_abandoned
 from pipeline.cache.local import KEY, Cache, Kind, Stats
 from pipeline.errors import HostError
-from pipeline.files.atomic import FileDigest, temp_name
+from pipeline.files.atomic import FileDigest
+from pipeline.files.unfinished import temp_file
 from pipeline.progress import Log, no_log
 from pipeline.stores.base import Bucket, check_bucket, open_bucket
 
@@ -34,6 +35,8 @@ STORED: tuple[Kind, ...] = (*SHARED, "goldens", "files")
 """Kinds of entries that a shared cache has."""
 PART_BYTES = 4 << 20
 PARTS = 4
+ENTRY_BYTES = 64 << 10
+"""Limit for the facts of an entry."""
 LIMIT_BYTES = 4 << 30
 """Limit for one entry, so that a wrong size in an entry cannot fill the disk; not for files, which may be shards."""
 
@@ -97,7 +100,7 @@ class RemoteCache:
             HostError: it cannot be stored. ArtifactError: it has another digest.
 
         """
-        sha256, present = digest.sha256, self.bucket.get(self._place(digest.sha256, "entry.json"))
+        sha256, present = digest.sha256, self.bucket.get(self._place(digest.sha256, "entry.json"), ENTRY_BYTES)
         if present is None or self.bucket.size(self._place(sha256, sha256)) != digest.size:
             self.bucket.upload(self._place(sha256, sha256), data, sha256, PARTS)
             self._record(Entry(sha256, sha256, digest.size, {}), present.token if present else None)
@@ -126,25 +129,17 @@ class RemoteCache:
         if entry.toolchain != dict(toolchain):
             self.log(f"shared cache: {key} is from another toolchain: not used")
             return False
-        temp = temp_name(local.root / "remote")
-        temp.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            sha256 = self._download(entry, temp)
-            if sha256 != entry.sha256:
-                self.log(f"shared cache: {key} has sha256 {sha256}, expected {entry.sha256}: not used")
-                return False
-            local.put(key, temp, toolchain)
-        finally:
-            temp.unlink(missing_ok=True)
-        return True
-
-    def _download(self, entry: Entry, temp: Path) -> str:
-        digest = hashlib.sha256()
-        with temp.open("xb") as file:
+        with temp_file(local.root / "remote") as (temp, file):
+            digest = hashlib.sha256()
             for piece in self._pieces(entry):
                 digest.update(piece)
                 file.write(piece)
-        return digest.hexdigest()
+            file.flush()
+            if digest.hexdigest() != entry.sha256:
+                self.log(f"shared cache: {key} has sha256 {digest.hexdigest()}, expected {entry.sha256}: not used")
+                return False
+            local.put(key, temp, toolchain)
+        return True
 
     def _pieces(self, entry: Entry) -> Iterator[memoryview]:
         """Yield an entry's bytes in pieces; each piece reuses the memory of the one before."""
@@ -157,7 +152,7 @@ class RemoteCache:
         with data.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         entry = Entry(key, sha256, data.stat().st_size, dict(toolchain))
-        present = self.bucket.get(self._place(key, "entry.json"))
+        present = self.bucket.get(self._place(key, "entry.json"), ENTRY_BYTES)
         if present is not None and self._sound(key, toolchain):
             return False
         self.bucket.upload(self._place(key, sha256), data, sha256, PARTS)
@@ -180,7 +175,7 @@ class RemoteCache:
         return digest.hexdigest() == entry.sha256
 
     def _entry(self, key: str) -> Entry | None:
-        stored = self.bucket.get(self._place(key, "entry.json"))
+        stored = self.bucket.get(self._place(key, "entry.json"), ENTRY_BYTES)
         if stored is None:
             return None
         try:

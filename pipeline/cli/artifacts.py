@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from pipeline.artifact.manifest import Manifest, PairManifest, part, read, select
-from pipeline.artifact.signing import check_artifact, has_signature
-from pipeline.artifact.verify import verify as verify_files
+from pipeline.artifact.signing import has_signature, read_trusted
+from pipeline.artifact.verify import verify_files
 from pipeline.cli.console import Console
 from pipeline.cli.facts import changes_of, fields_of, signature_state, signature_words
 from pipeline.cli.groups import Command
@@ -74,9 +74,10 @@ def verify(
     """Check the files of ARTIFACT against its manifest. Required signatures are checked as well."""
     root = artifact_dir(artifact)
     policy = policy_of(policy_file, identity, issuer)
-    signer = None if policy is None else check_artifact(root, policy)
-    patterns = part(read(root).manifest, file_patterns(only), str(root))
-    manifest = verify_files(root, lambda done, total: console.progress("verify", done, total), only=patterns).manifest
+    trusted = read_trusted(root, policy)
+    signer, manifest = trusted.signer, trusted.artifact.manifest
+    patterns = part(manifest, file_patterns(only), str(root))
+    verify_files(trusted.artifact, lambda done, total: console.progress("verify", done, total), only=patterns)
     chosen = select(manifest, patterns)
     signature = signature_words(signer, present=has_signature(root))
     if json_:

@@ -29,10 +29,14 @@ ENDS = {"passed": "green", "FAILED": "red"}
 
 @dataclass
 class Console:
-    """The messages of one command. `log` is a `Log`, `progress` a `Progress`; with `quiet`, both are no-ops."""
+    """The messages of one command. `log` is a `Log`, `progress` a `Progress`; with `quiet`, both are no-ops.
+
+    `json`: the command prints JSON on stdout, its error too.
+    """
 
     quiet: bool = False
     verbose: bool = False
+    json: bool = False
     _bars: Progress | None = None
     _tasks: dict[str, TaskID] = field(default_factory=dict)
 
@@ -45,7 +49,7 @@ class Console:
 
             self._bars.console.print(Text.from_ansi(coloured(line)), soft_wrap=True)
         else:
-            click.echo(coloured(line), err=True)
+            click.echo(stamped(coloured(line)), err=True)
 
     def progress(self, what: str, done: float, total: float, detail: str = "") -> None:
         """Show the progress of a task; `detail` replaces the percentage."""
@@ -110,6 +114,13 @@ def is_terminal(stream: IO[str]) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def stamped(line: str) -> str:
+    """Return a line of a log with its time (UTC); unchanged on a terminal, or with TANDEM_TIMESTAMPS=0."""
+    if is_terminal(sys.stderr) or os.environ.get("TANDEM_TIMESTAMPS") == "0":
+        return line
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {line}"
+
+
 def end_bars() -> None:
     """Remove the bars of the running command before other text is written."""
     context = click.get_current_context(silent=True)
@@ -149,6 +160,7 @@ def print_error(error: TandemError, *, with_traceback: bool) -> None:
     for problem in error.problems:
         what = f"{problem.where}: {problem.what}" if problem.where else problem.what
         whole = _wrapped(f"{error.title}: {what}")
-        click.echo(click.style(f"{error.title}:", fg="red") + whole.removeprefix(f"{error.title}:"), err=True)
+        shown = click.style(f"{error.title}:", fg="red") + whole.removeprefix(f"{error.title}:")
+        click.echo(stamped(shown), err=True)
         if problem.fix:  # not wrapped: a command that is copied stays one line
             click.echo(f"  fix: {problem.fix}", err=True)

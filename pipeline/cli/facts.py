@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact.manifest import Manifest, PairManifest, content_digest
-from pipeline.artifact.signing import Signer
+from pipeline.artifact.signer import Signer
 from pipeline.cli.tables import Cell, Table, Verdict
 from pipeline.cli.words import counted, moment, number, size, value
 from pipeline.models.generation import GenerationDefaults, not_applied_warning

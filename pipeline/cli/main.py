@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
+import traceback
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
@@ -13,7 +16,7 @@ from pipeline.cli.console import Console, colours_allowed, print_error
 from pipeline.cli.groups import QUIET, VERBOSE, Lazy, LazyGroup
 from pipeline.cli.usage import usage_error
 from pipeline.cli.utf8 import use_utf8_mode, utf8_output
-from pipeline.errors import HostError, InputError, TandemError
+from pipeline.errors import BUG_CODE, INTERRUPTED_CODE, HostError, InputError, Problem, TandemError, as_data
 
 COMMANDS = [
     Lazy("build", "pipeline.cli.build:build", "Build RECIPE into a validated artifact."),
@@ -33,6 +36,7 @@ COMMANDS = [
     Lazy("sign", "pipeline.cli.publish:sign", "Sign the manifest of ARTIFACT."),
     Lazy("pull", "pipeline.cli.registry:pull", "Pull a release and verify it."),
     Lazy("ls", "pipeline.cli.registry:ls", "List the releases of a registry."),
+    Lazy("yank", "pipeline.cli.registry:yank_", "Mark a release as not to be used."),
     Lazy("gc", "pipeline.cli.registry:gc", "Remove unused blobs from a registry."),
     Lazy("alias", "pipeline.cli.alias:alias", "Set, list and roll back aliases of releases."),
     Lazy("cache", "pipeline.cli.cache:cache", "Manage the local and the shared cache of compiled graphs."),
@@ -65,12 +69,15 @@ class Tandem(LazyGroup):
         utf8_output()
         return super().main(*args, **options)
 
-    def make_context(self, *args: Any, **options: Any) -> click.Context:
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **options: Any) -> click.Context:
         """Parse the words before the command's name."""
+        console = Console(json="--json" in args)  # wrong options are found before `--json` is read
         try:
-            return super().make_context(*args, **options)
+            context = super().make_context(info_name, args, *rest, **options)
         except click.NoSuchOption as error:
-            _exit_with(Console(), usage_error(error))
+            _exit_with(console, usage_error(error))
+        context.ensure_object(Console).json = console.json
+        return context
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; show a traceback only with -v."""
@@ -79,25 +86,19 @@ class Tandem(LazyGroup):
             ctx.color = False
         try:
             return super().invoke(ctx)
-        except TandemError as error:
-            _exit_with(console, error)
         except click.UsageError as error:
             _exit_with(console, usage_error(error))
-        except ModuleNotFoundError as error:
-            from pipeline.extras import missing_package  # keeps the metadata of packages out of `--help`
-
-            if (missing := missing_package(error)) is None:
-                raise
-            missing.__cause__ = error
-            _exit_with(console, missing)
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of stdout closed it: click exits without a message
-                raise
-            _exit_with(console, _host_error(error))
         except KeyboardInterrupt:
-            console.close()
-            click.echo("interrupted; run the same command to continue", err=True)
-            sys.exit(130)
+            _end(console, "interrupted; run the same command to continue", INTERRUPTED_CODE)
+        except (click.exceptions.Exit, click.ClickException):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # the reader of stdout closed it: click exits without a message
+            if (ours := _of_ours(error)) is not None:
+                _exit_with(console, ours)
+            traceback.print_exception(error)
+            _end(console, "unexpected error: this is a bug in Tandem; report it with the traceback", BUG_CODE)
         finally:
             console.close()
 
@@ -105,7 +106,37 @@ class Tandem(LazyGroup):
 def _exit_with(console: Console, error: TandemError) -> NoReturn:
     console.close()
     print_error(error, with_traceback=console.verbose)
+    _print_data(console, error.problems, error.exit_code)
     sys.exit(error.exit_code)
+
+
+def _end(console: Console, line: str, code: int) -> NoReturn:
+    """End a command with a line on stderr for an error that is none of ours."""
+    console.close()
+    click.echo(line, err=True)
+    _print_data(console, [Problem("", line)], code)
+    sys.exit(code)
+
+
+def _print_data(console: Console, problems: Sequence[Problem], code: int) -> None:
+    """Print an error as JSON on stdout, for a command with `--json`."""
+    if console.json:
+        click.echo(json.dumps(as_data(problems, code), indent=1))
+
+
+def _of_ours(error: Exception) -> TandemError | None:
+    """Return an error that a user can fix, or the one that an exception stands for; None for a bug."""
+    if isinstance(error, TandemError):
+        return error
+    if isinstance(error, OSError):
+        return _host_error(error)
+    if isinstance(error, ModuleNotFoundError):
+        from pipeline.extras import missing_package  # keeps the metadata of packages out of `--help`
+
+        if (missing := missing_package(error)) is not None:
+            missing.__cause__ = error
+            return missing
+    return None
 
 
 def _host_error(error: OSError) -> TandemError:

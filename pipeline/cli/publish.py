@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.cli.paths import artifact_dir, check_not_building, complete_artifa
 from pipeline.cli.results import print_json, print_line
 from pipeline.cli.tables import Verdict
 from pipeline.cli.words import counted, pointer, size
-from pipeline.errors import no_string
+from pipeline.errors import as_data, no_string
 from pipeline.extras import require
 from pipeline.registry.aliases import check_name
 from pipeline.registry.publish import (
@@ -115,13 +116,13 @@ def publish(console: Console, options: PublishOptions) -> None:
 
 
 def _report_errors(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """Show the error of each place that failed; the last one ends the command."""
+    """Show the error of each place that failed; the last one has the exit code. `--json` has printed them."""
     failed = [(outcome.url, outcome.error) for outcome in outcomes if outcome.error is not None]
-    for number, (url, error) in enumerate(failed, 1):
+    for url, error in failed:
         console.log(f"not published to {url}:")
-        if number == len(failed):
-            raise error
         print_error(error, with_traceback=console.verbose)
+    if failed:
+        sys.exit(failed[-1][1].exit_code)
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,8 @@ def _index_warning(release: Release, how: _How) -> str | None:
 def _data(outcome: Outcome) -> dict[str, Any]:
     if outcome.release is not None:
         return asdict(outcome.release)
-    error = outcome.error
-    fault = {"where": error.where, "what": error.what, "fix": error.fix} if error else None
-    return {"url": outcome.url, "error": fault}
+    assert outcome.error is not None
+    return {"url": outcome.url} | as_data(outcome.error.problems, outcome.error.exit_code)
 
 
 @click.command(cls=Command)

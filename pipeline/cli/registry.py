@@ -1,7 +1,8 @@
-"""Commands that read and clean a registry: pull, ls, gc."""
+"""Commands that read and clean a registry: pull, ls, yank, gc."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import click
 
+from pipeline.cli import metrics
 from pipeline.cli.console import Console
 from pipeline.cli.facts import signature_state, signature_words
 from pipeline.cli.groups import Command
@@ -18,8 +20,14 @@ from pipeline.cli.results import print_json, print_result, print_table
 from pipeline.cli.tables import Table
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
 from pipeline.cli.words import counted, moment, size, value
+from pipeline.errors import HostError, TandemError
+from pipeline.progress import duration
 from pipeline.registry.pull import Pulled, Selection, pull_release
 from pipeline.registry.releases import Listed, collect, has_names, list_releases, no_releases, parse_reference
+from pipeline.registry.yanks import Retention, retire, yank
+
+FIRST_PAUSE_S, LAST_PAUSE_S = 2.0, 60.0
+"""Pauses of `pull --retry`, which double."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class PullOptions:
     identity: str | None
     issuer: str | None
     policy_file: Path | None
+    allow_yanked: bool
+    retry: float
+    metrics: Path | None
     json_: bool
 
 
@@ -44,6 +55,11 @@ class PullOptions:
               help="Part of the files: graphs, weights, tokenizer, reports or a pattern; may be repeated.")  # fmt: skip
 @click.option("--variant", help="Variant of the release (default: the one for this host).")
 @click.option("--offline", is_flag=True, help="Use only the local cache.")
+@click.option("--allow-yanked", is_flag=True, help="Pull a release that was yanked, too.")
+@click.option("--retry", type=click.FloatRange(0), default=0.0, metavar="SECONDS",
+              help="Repeat failures of network, disk and machine for this long (default: 0).")  # fmt: skip
+@click.option("--metrics", type=click.Path(path_type=Path),
+              help="File to write version, digest, bytes, seconds and age to, in Prometheus' text format.")  # fmt: skip
 @identity_option
 @issuer_option
 @policy_option
@@ -54,14 +70,39 @@ def pull(console: Console, options: PullOptions) -> None:
 
     REGISTRY/NAME is short for REGISTRY/NAME@latest. The folder of the artifact is printed on stdout.
     """
-    pulled = pull_release(
-        options.reference, options.directory, select=Selection(file_patterns(options.only), options.variant),
-        policy=policy_of(options.policy_file, options.identity, options.issuer), offline=options.offline,
-        progress=console.transfer("pull"),
-    )  # fmt: skip
+    started = time.monotonic()
+    try:
+        pulled = _repeated(console, options)
+    except TandemError as error:
+        if options.metrics:
+            metrics.write_failed(options.metrics, options.reference, error.exit_code)
+        raise
+    if options.metrics:
+        metrics.write_pulled(options.metrics, options.reference, pulled, time.monotonic() - started)
     wanted = parse_reference(options.reference).wanted
     console.log(_pulled_words(pulled, wanted))
     print_result(_pulled_data(pulled, wanted), str(pulled.path), as_json=options.json_)
+
+
+def _repeated(console: Console, options: PullOptions) -> Pulled:
+    """Pull; repeat failures of the environment for as long as the options say. Others would fail again."""
+    policy = policy_of(options.policy_file, options.identity, options.issuer)
+    select = Selection(file_patterns(options.only), options.variant, options.allow_yanked)
+    until, pause_s = time.monotonic() + options.retry, FIRST_PAUSE_S
+    while True:
+        try:
+            return pull_release(
+                options.reference, options.directory, select=select, policy=policy, offline=options.offline,
+                progress=console.transfer("pull"),
+            )  # fmt: skip
+        except HostError as error:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                raise
+            pause_s = min(pause_s, left_s)
+            console.log(f"{error}; next attempt in {duration(pause_s)}")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
 
 def _pulled_data(pulled: Pulled, wanted: str) -> dict[str, Any]:
@@ -123,13 +164,13 @@ def _listed(url: str, name: str | None = None) -> list[Listed]:
 
 
 def _listing(releases: Sequence[Listed]) -> Table:
-    headings = ("release", "digest", "built (UTC)", "size", "signed", "aliases", "variants")
+    headings = ("release", "digest", "built (UTC)", "size", "signed", "aliases", "variants", "yanked")
     rows = [
         (
             f"{each.name}@{each.version}", "damaged" if each.damage else value(each.digests),
             moment(each.created), "" if each.damage else size(each.size_bytes),
             "" if each.damage else "yes" if each.has_signature else "no", ", ".join(each.aliases),
-            ", ".join(each.variants),
+            ", ".join(each.variants), each.yanked,
         )
         for each in releases
     ]  # fmt: skip
@@ -138,12 +179,40 @@ def _listing(releases: Sequence[Listed]) -> Table:
 
 @click.command(cls=Command)
 @click.argument("url")
-@click.option("--dry-run", is_flag=True, help="Show what would be removed.")
+@click.option("--keep-last", type=click.IntRange(1), help="Retire releases that are not among the newest N of a name.")
+@click.option("--keep-days", type=click.FloatRange(0), help="Retire releases that were built more than N days ago.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed; without files of releases to retire.")
 @as_json
-def gc(url: str, dry_run: bool, json_: bool) -> None:
-    """Remove unused blobs from a registry. Releases and aliases are never removed."""
+@click.pass_obj
+def gc(
+    console: Console, url: str, keep_last: int | None, keep_days: float | None, dry_run: bool, json_: bool
+) -> None:  # fmt: skip
+    """Remove unused blobs from a registry. Releases stay, unless a rule retires them; aliases always stay.
+
+    With --keep-last or --keep-days, releases that neither rule keeps are retired: yanked, and their files removed. The
+    releases that aliases point at, those that `tandem alias rollback` would set them to, and yanked ones are kept.
+    """
+    rule = Retention(keep_last, keep_days)
+    retired = [] if rule == Retention() else retire(url, rule, dry_run=dry_run)
+    for release in retired:
+        console.log(f"{'would retire' if dry_run else 'retired'} {release}")
     removed = collect(url, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
     blobs = f"{counted(removed.blobs, 'unused blob')}, {size(removed.size_bytes)}"
     line = f"{verb} {blobs}; {counted(removed.kept, 'blob')} kept"
-    print_result(asdict(removed), line, as_json=json_)
+    print_result(asdict(removed) | {"retired": retired}, line, as_json=json_)
+
+
+@click.command("yank", cls=Command)
+@click.argument("reference")
+@click.option("--reason", required=True, help="Why the release must not be used, and what to use.")
+@as_json
+def yank_(reference: str, reason: str, json_: bool) -> None:
+    """Mark a release as not to be used. REFERENCE is REGISTRY/NAME@VERSION.
+
+    Pulls and aliases reject a yanked release with the reason, and `tandem ls` shows it. The release is not deleted, and
+    a yank is not undone. An alias that points at the release is not moved: see `tandem alias rollback`.
+    """
+    found = yank(reference, reason)
+    ref = parse_reference(reference)
+    print_result(asdict(found), f"yanked {ref.name}@{ref.wanted}: {found.reason}", as_json=json_)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.artifact.manifest import Manifest, read
-from pipeline.artifact.signing import Policy, Signer, check_artifact, has_signature
+from pipeline.artifact.manifest import Manifest
+from pipeline.artifact.signer import Signer
+from pipeline.artifact.signing import Policy, has_signature, is_key, read_trusted
 from pipeline.cli.console import Console
 from pipeline.cli.facts import signature_words
 from pipeline.cli.groups import Command
@@ -25,7 +26,7 @@ from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy
 from pipeline.errors import HostError, reason
 from pipeline.extras import install_command, require
 from pipeline.registry.pull import pull_release
-from pipeline.serve.plugin import ARTIFACT
+from pipeline.serve.plugin import ARTIFACT, ISSUER, POLICY, SIGNER
 from pipeline.stores.base import extras_of
 
 DRAIN_S = "20"
@@ -55,17 +56,26 @@ def serve(
     if not json_ and address is not None:
         _check_free(*address)
     policy = policy_of(policy_file, identity, issuer)
-    root, signer = _root(console, artifact, policy)
-    environment = {ARTIFACT: str(root)}
-    if policy_file is not None:
-        environment["TANDEM_POLICY"] = str(policy_file.resolve())
-    command = _server_command(root, vllm_args)
+    root = _root(console, artifact, policy)
+    trusted = read_trusted(root, policy)
+    environment = {ARTIFACT: str(root)} | _signers(identity, issuer, policy_file)
+    command = _server_command(root, trusted.artifact.manifest, vllm_args)
     console.close()
     if json_:
         print_json({"command": command, "environment": environment})
         return
-    console.log(_serving(read(root).manifest, signer, root, address))
+    console.log(_serving(trusted.artifact.manifest, trusted.signer, root, address))
     os.execve(sys.executable, command, os.environ | environment)  # noqa: S606 - becomes the server
+
+
+def _signers(identity: str | None, issuer: str | None, policy_file: Path | None) -> dict[str, str]:
+    """Return the variables by which the server's own check requires the same signers; a key's file is absolute."""
+    if policy_file is not None:
+        return {POLICY: str(policy_file.resolve())}
+    if identity is None:
+        return {}
+    named = str(Path(identity).resolve()) if is_key(identity) else identity
+    return {SIGNER: named} | ({ISSUER: issuer} if issuer else {})
 
 
 def _check_packages(artifact: str, *, signed: bool, starts: bool) -> None:
@@ -105,16 +115,16 @@ def _check_free(host: str, port: int) -> None:
         raise HostError(what, where="--port", fix="choose a free port: --port N") from error
 
 
-def _serving(manifest: Manifest, signer: Signer | str | None, root: Path, address: tuple[str, int] | None) -> str:
+def _serving(manifest: Manifest, signer: Signer | None, root: Path, address: tuple[str, int] | None) -> str:
     """Return what is served, and where, in one line."""
     place = "" if address is None else f", on http://{address[0]}:{address[1]}"
     signature = signature_words(signer, present=has_signature(root))
     return f"serving {manifest.name} {manifest.version}, {signature}{place}; the server's log follows"
 
 
-def _server_command(root: Path, vllm_args: Sequence[str]) -> list[str]:
+def _server_command(root: Path, manifest: Manifest, vllm_args: Sequence[str]) -> list[str]:
     """Return the command of vLLM's server, with Tandem's defaults for options that `vllm_args` lacks."""
-    defaults = {"--served-model-name": read(root).manifest.name, "--shutdown-timeout": DRAIN_S}
+    defaults = {"--served-model-name": manifest.name, "--shutdown-timeout": DRAIN_S}
     options = {word.partition("=")[0] for word in vllm_args}
     missing = [word for option, value in defaults.items() if option not in options for word in (option, value)]
     # Not `vllm serve`: that of vLLM's CPU build does not start, since it looks for a package named `vllm`.
@@ -122,10 +132,8 @@ def _server_command(root: Path, vllm_args: Sequence[str]) -> list[str]:
     return [sys.executable, *module, "--model", str(root), *missing, *vllm_args]
 
 
-def _root(console: Console, artifact: str, policy: Policy | None) -> tuple[Path, Signer | str | None]:
-    """Return the artifact's folder, pulled if it is a release, and its signer. The server verifies the files."""
+def _root(console: Console, artifact: str, policy: Policy | None) -> Path:
+    """Return the artifact's folder, pulled if it is a release. The server verifies the files."""
     if "://" in artifact or "@" in artifact:
-        pulled = pull_release(artifact, policy=policy, progress=console.transfer("pull"))
-        return pulled.path.resolve(), pulled.signer
-    root = artifact_dir(artifact).resolve()
-    return root, None if policy is None else check_artifact(root, policy)
+        return pull_release(artifact, policy=policy, progress=console.transfer("pull")).path.resolve()
+    return artifact_dir(artifact).resolve()

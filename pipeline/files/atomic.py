@@ -1,7 +1,7 @@
 """Atomic writes: temporary file in the same folder, fsync, rename; also digests and path safety. Imports no torch.
 
-A kill at any moment leaves the old file or the new one. Temporary names carry host and process, so that the next writer
-removes the files of a killed one. Does not wait for other writers: see `Cache.lock`.
+A kill at any moment leaves the old file or the new one; the next writer removes the temporary files of a killed one:
+see `unfinished.py`. Does not wait for other writers: see `Cache.lock`.
 """
 
 from __future__ import annotations
@@ -9,24 +9,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import functools
 import hashlib
 import os
 import shutil
-import socket
-import time
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from pipeline.errors import ArtifactError, HostError
-
-TEMP = ".tmp-"
-FOREIGN_AGE_S = 24 * 3600.0
-"""Age at which temporary files of another host, whose processes are not visible here, are removed."""
+from pipeline.errors import ArtifactError, CorruptError, HostError
+from pipeline.files.durable import make_folder, sync
+from pipeline.files.unfinished import TEMP, remove, sweep_once, temp_file, temp_folder, temp_name
 
 SYNCS = 8
 RENAME_NOREPLACE = 1
@@ -104,7 +98,7 @@ def check_writable(folder: Path) -> None:
         HostError: no space, read-only or forbidden.
 
     """
-    with disk_errors(folder), _temp_file(folder / "check"):
+    with disk_errors(folder), temp_file(folder / "check"):
         pass
 
 
@@ -116,11 +110,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         HostError: no space, read-only or forbidden.
 
     """
-    with disk_errors(path), _temp_file(path) as (temp, file):
+    with disk_errors(path), temp_file(path) as (temp, file):
         yield file
         _finish(file)
         temp.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -136,7 +130,7 @@ def create_only(path: Path, data: bytes) -> bool:
         HostError: no space, read-only or forbidden.
 
     """
-    with disk_errors(path), _temp_file(path) as (temp, file):
+    with disk_errors(path), temp_file(path) as (temp, file):
         file.write(data)
         _finish(file)
         try:
@@ -144,7 +138,7 @@ def create_only(path: Path, data: bytes) -> bool:
                 os.link(temp, path)
         except FileExistsError:
             return False
-        sync_folder(path.parent)
+        sync(path.parent)
         return True
 
 
@@ -161,17 +155,13 @@ def atomic_dir(path: Path, *, replace: bool = True, aside: Path | None = None) -
 
     """
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         sweep_once(aside or path.parent)
-        temp = temp_name((aside or path.parent) / path.name)
-        temp.mkdir()
-        try:
+        with temp_folder((aside or path.parent) / path.name) as temp:
             yield temp
             _sync_tree(temp)
             (_move_over if replace else _move_to_free)(temp, path)
-            sync_folder(path.parent)
-        finally:
-            remove(temp)  # the incomplete folder, or the replaced one
+            sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -195,29 +185,7 @@ def resumable_dir(path: Path) -> Iterator[Path]:
             raise
         _sync_tree(partial)
         _move_over(partial, path)
-        sync_folder(path.parent)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, link or folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove the temporary files of killed writers in `folder`."""
-    for temp in folder.glob(f"{TEMP}*"):
-        with contextlib.suppress(OSError):  # other processes sweep, too
-            if _abandoned(temp):
-                remove(temp)
-
-
-@functools.cache
-def sweep_once(folder: Path) -> None:
-    """Sweep a folder before the first write of this process to it."""
-    sweep(folder)
+        sync(path.parent)
 
 
 def sha256_file(path: Path) -> str:
@@ -255,51 +223,26 @@ def safe_relative(path: str, where: str) -> PurePosixPath:
     """Return a path of a manifest, which stays inside its folder as long as the folder has no links.
 
     Raises:
-        ArtifactError: the path is absolute, empty, too long or too deep, or has `..`, a backslash or a control
+        CorruptError: the path is absolute, empty, too long or too deep, or has `..`, a backslash or a control
             character.
 
     """
     if len(path) > MAX_PATH or path.count("/") >= MAX_DEPTH:  # before work that grows with the depth
         what = f"path of {len(path)} characters in {path.count('/')} folders: {path[:80]!r}"
         fix = f"use paths of at most {MAX_PATH} characters in {MAX_DEPTH - 1} folders"
-        raise ArtifactError(what, where=where, fix=fix)
+        raise CorruptError(what, where=where, fix=fix)
     parts = PurePosixPath(path).parts
     relative = path == "/".join(parts) and not path.startswith("/") and parts and ".." not in parts
     unsafe = any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 or c == "\\" for c in path)  # surrogates cannot be encoded
     if not relative or unsafe:
         what = f"unsafe path: {path!r}"
-        raise ArtifactError(what, where=where, fix="do not use this artifact")
+        raise CorruptError(what, where=where, fix="do not use this artifact")
     return PurePosixPath(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    _sync(folder)
-
-
-@contextlib.contextmanager
-def _temp_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_once(path.parent)
-    temp = temp_name(path)
-    try:
-        with temp.open("xb") as file:
-            yield temp, file
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def _finish(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sync_tree(root: Path) -> None:
@@ -314,7 +257,7 @@ def _sync_tree(root: Path) -> None:
                     files.append(Path(entry.path))
     with ThreadPoolExecutor(SYNCS, "sync") as pool:
         for paths in (files, folders):
-            for _ in pool.map(_sync, paths):
+            for _ in pool.map(sync, paths):
                 pass
 
 
@@ -363,33 +306,3 @@ def _rename(source: Path, target: Path, flags: int) -> bool:
     if number in UNSUPPORTED:
         return False
     raise OSError(number, os.strerror(number), str(target))
-
-
-def temp_name(path: Path) -> Path:
-    """Return a name beside `path` that `sweep` removes once this process has ended."""
-    # The name is truncated, since the whole must stay under 255 bytes.
-    return path.parent / f"{TEMP}{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name[:60]}"
-
-
-def _abandoned(temp: Path) -> bool:
-    host, _, rest = temp.name.removeprefix(TEMP).partition("-")
-    pid = rest.partition("-")[0]
-    if host == _host() and pid.isdigit():
-        return not _running(int(pid))
-    return time.time() - temp.lstat().st_mtime > FOREIGN_AGE_S
-
-
-def _running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@functools.cache
-def _host() -> str:
-    """Return an id of this host or container, in which process numbers are valid."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from pipeline.artifact.manifest import AGAIN, CacheManifest, Manifest, NxdiManifest
+from pipeline.artifact.manifest import CacheManifest, Manifest, NxdiManifest
 from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, InputError, no_string
+from pipeline.files.limits import AGAIN
 from pipeline.records import Record
 
 SETTINGS = "tandem-nxdi.json"

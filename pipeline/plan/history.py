@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from pipeline.files.atomic import disk_errors, remove, write_atomic
+from pipeline.files.atomic import disk_errors, write_atomic
+from pipeline.files.unfinished import remove
 from pipeline.records import Record
 
 KEPT = 100

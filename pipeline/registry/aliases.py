@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from pipeline.errors import ArtifactError, HostError, InputError
-from pipeline.registry.releases import find_release, no_releases, target_of
+from pipeline.registry.releases import check_usable, find_release, no_releases, target_of
 from pipeline.stores.base import Alias, Interrupted, Move, Store, open_store
 from pipeline.stores.objects import NAME
 
@@ -51,11 +51,12 @@ def check_alias(store: Store, name: str, version: str, alias: str, url: str) -> 
     """Reject an alias that has a version's name: a version takes precedence, so the alias could never be read.
 
     Raises:
-        InputError: a version has this name.
+        InputError: a version has this name. RefusedError: the release was yanked.
 
     """
     if alias == version or store.read_release(name, alias) is not None:
         raise InputError(f"alias {alias!r} is a version of {name}", where=url, fix="choose another name")
+    check_usable(store, name, version, url, "use another version")
 
 
 def move_alias(store: Store, name: str, alias: str, version: str, url: str) -> None:
@@ -116,17 +117,19 @@ def roll_back(url: str, name: str, alias: str, leave: str | None = None) -> tupl
     Raises:
         InputError: no previous release, or it is not published any more; the alias points at another than `leave`.
         ArtifactError: another process moved the alias at the same time.
+        RefusedError: the previous release was yanked.
         HostError: the registry cannot be reached; whether the alias was moved is unknown.
 
     """
     now = history(url, name, alias)
     if leave is not None and now.version != leave:
         return _already_left(now, leave, f"{url}/{name}@{alias}")
-    before = _before(now)
+    before = previous_version(now)
     store = open_store(url)
     if before is None or store.read_release(name, before) is None:
         what = _oldest(now, alias) if before is None else f"{before} is not published"
         raise InputError(what, where=f"{url}/{name}", fix=f"tandem alias set {url}/{name}@VERSION {alias}")
+    check_usable(store, name, before, f"{url}/{name}", f"tandem alias set {url}/{name}@VERSION {alias}")
     with store.publishing():
         if not _swapped(store, Moved(url, name, alias, now), this_move(before)):
             what = f"alias {alias!r} was moved by another process; not rolled back"
@@ -178,7 +181,7 @@ def _already_left(now: Alias, leave: str, where: str) -> tuple[str, str]:
     """
     if len(now.moves) > 1 and now.moves[1].version == leave:
         earlier = Alias(leave, now.token, now.moves[1:])
-        if _before(earlier) == now.version:
+        if previous_version(earlier) == now.version:
             return leave, now.version
     raise InputError(f"points at {now.version}, not at {leave}", where=where, fix=f"tandem alias history {where}")
 
@@ -191,7 +194,7 @@ def _oldest(now: Alias, alias: str) -> str:
     return f"alias {alias!r} points at its first release {now.version}; it was moved back from {', '.join(later)}"
 
 
-def _before(now: Alias) -> str | None:
+def previous_version(now: Alias) -> str | None:
     """Return the release before the one that an alias points at; rollbacks undo moves, as in a stack."""
     stack: list[str] = []
     for move in reversed(now.moves):

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from pipeline.artifact.manifest import FileEntry
 from pipeline.artifact.verify import difference
-from pipeline.errors import ArtifactError, HostError
+from pipeline.errors import CorruptError, HostError
 from pipeline.files.atomic import check_space, disk_errors
 from pipeline.files.direct import BLOCK_BYTES, open_output
 from pipeline.progress import ByteProgress
@@ -110,7 +110,7 @@ class Blobs:
         """Store every blob locally, checked, several at a time; the first failure stops the others.
 
         Raises:
-            ArtifactError: a digest mismatch; names the file and both digests.
+            CorruptError: a digest mismatch; names the file and both digests.
             HostError: no space, or, without an origin, a missing blob.
 
         """
@@ -168,7 +168,7 @@ class Blobs:
         if sha256 != entry.sha256:
             partial.unlink()
             what = f"{job.path}: sha256 mismatch: expected {entry.sha256}, found {sha256}"
-            raise ArtifactError(what, where="registry", fix="publish the artifact again")
+            raise CorruptError(what, where="registry", fix="publish the artifact again")
         partial.replace(self.path(entry.sha256))
 
     def _partial(self, entry: FileEntry) -> Path:
@@ -246,7 +246,7 @@ def _read(job: _Job, origin: Origin, offset: int, buffer: memoryview) -> memoryv
         job.stopped.wait(pause * (1 + random.random()))  # noqa: S311 - spreads the load
         pause *= 2
     what = f"{job.path}: truncated in the registry: fewer bytes than the expected {job.entry.size}"
-    raise ArtifactError(what, where=blob.sha256, fix="publish the artifact again")
+    raise CorruptError(what, where=blob.sha256, fix="publish the artifact again")
 
 
 def _size(path: Path) -> int:

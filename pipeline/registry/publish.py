@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from pipeline.artifact.diff import diff
-from pipeline.artifact.manifest import CACHE_KIND, MANIFEST, SIGNATURE, FileEntry, Manifest
+from pipeline.artifact.manifest import CACHE_KIND, SIGNATURE, FileEntry, Manifest
 from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, GateError, InputError, TandemError, no_string
 from pipeline.files.atomic import write_atomic
@@ -22,7 +22,7 @@ from pipeline.recipe import load
 from pipeline.registry.aliases import check_alias, move_alias
 from pipeline.registry.card import card
 from pipeline.registry.release import Bundle, Document, Index, all_files, digest_of, make_bundle, parse_document
-from pipeline.registry.releases import read_small
+from pipeline.registry.releases import check_usable, read_small
 from pipeline.stores.base import Content, Report, Signature, Store, open_store, scheme_of
 
 UNGATED = {"nxdi": "NxD Inference", CACHE_KIND: "vLLM's Neuron plugin"}
@@ -249,14 +249,15 @@ def _signed(store: Store, document: Document) -> tuple[bytes, list[bytes]]:
 def _keep_signatures(bundle: Bundle, sign: Sign) -> None:
     """Write the signatures over the manifests, which were published, beside the manifests."""
     for artifact in bundle.artifacts.values():
-        write_atomic(artifact.root / SIGNATURE, sign((artifact.root / MANIFEST).read_bytes()))
+        write_atomic(artifact.root / SIGNATURE, sign(artifact.data))
 
 
 def _check_version(store: Store, document: Document, url: str) -> None:
-    """Reject a version with the name of an alias: a version takes precedence, so it would hide the alias."""
+    """Reject a version that was yanked, or that has the name of an alias, which it would hide."""
     if store.read_alias(document.name, document.version) is not None:
         what = f"version {document.version!r} is an alias of {document.name}"
         raise InputError(what, where=url, fix="choose another version, or omit --version")
+    check_usable(store, document.name, document.version, url, "publish under another version: --version VERSION")
 
 
 def _release(
@@ -294,7 +295,7 @@ def _signatures(bundle: Bundle, sign: Sign | None) -> Iterable[Signature]:
     if sign is not None and isinstance(bundle.document, Index):
         yield Signature(SIGNATURE, hashlib.sha256(bundle.data).hexdigest(), sign(bundle.data))
     for prefix, artifact in bundle.artifacts.items():
-        path, manifest = artifact.root / SIGNATURE, (artifact.root / MANIFEST).read_bytes()
+        path, manifest = artifact.root / SIGNATURE, artifact.data
         if sign is not None or path.is_file():
             data = path.read_bytes() if sign is None else sign(manifest)
             yield Signature(f"{prefix}/{SIGNATURE}".lstrip("/"), hashlib.sha256(manifest).hexdigest(), data)

@@ -9,36 +9,39 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ConfigDict, ValidationError
 
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.host import host_facts
-from pipeline.artifact.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest
+from pipeline.artifact.manifest import MANIFEST, PULLED, SIGNATURE, FileEntry, Manifest
 from pipeline.artifact.provenance import PROVENANCE
+from pipeline.artifact.pulled import PullRecord
+from pipeline.artifact.signing import Accepted, Policy, absolute
 from pipeline.artifact.verify import check_replaceable
 from pipeline.cache.local import default_root
-from pipeline.errors import ArtifactError, HostError, InputError, no_string
+from pipeline.errors import ArtifactError, CorruptError, HostError, InputError, RefusedError, no_string
 from pipeline.extras import require
 from pipeline.files.atomic import atomic_dir, link_or_copy, write_atomic
+from pipeline.files.limits import MAX_BYTES, json_object
 from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.records import Record
 from pipeline.registry.blobs import Blobs, Origin
-from pipeline.registry.release import Document, choose, parse_document
-from pipeline.registry.releases import Reference, find_release, parse_reference, read_small
+from pipeline.registry.release import INDEX_KIND, Document, choose, parse_document
+from pipeline.registry.releases import Reference, check_usable, find_release, parse_reference, read_small
 from pipeline.stores.base import Store, extras_of, open_store
-
-if TYPE_CHECKING:
-    from pipeline.artifact.signing import Accepted, Policy
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The part of a release to pull: files that match one of the patterns `only`, of one variant."""
+    """The part of a release to pull: files that match one of the patterns `only`, of one variant.
+
+    `yanked`: also of a release that was yanked.
+    """
 
     only: Sequence[str] | None = None
     variant: str | None = None
+    yanked: bool = False
 
     def __post_init__(self) -> None:
         no_string(self.only, "only", "patterns")
@@ -51,7 +54,7 @@ EVERYTHING = Selection()
 class Pulled:
     """A pulled release: the folder of its artifact, its facts, and its signer (None: no signer was required).
 
-    `version` is the release's, `digest` the artifact's content digest.
+    `version` is the release's, `digest` the artifact's content digest, `created` the time of its build (UTC).
     """
 
     path: Path
@@ -62,6 +65,7 @@ class Pulled:
     size_bytes: int
     signer: str | None = None
     has_signature: bool = False
+    created: str = ""
 
 
 class _Signed(Record):
@@ -82,13 +86,42 @@ class _Remembered(Record):
 
 @dataclass(frozen=True)
 class _Resolved:
-    """A release, and one artifact of it. `prefix` is its folder in the release; `index` lists the variants, if any."""
+    """A release, and one artifact of it. `prefix` is its folder in the release; `index` lists the variants, if any.
+
+    `accepted` is the signature over the manifest that the policy accepts; None without a policy.
+    """
 
     version: str
     prefix: str
     manifest: Manifest
     own: _Signed
     index: _Signed | None
+    accepted: Accepted | None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The release and variant to find, and the policy that its documents must satisfy before they are parsed."""
+
+    ref: Reference
+    variant: str | None
+    policy: Policy | None
+    yanked: bool = False
+
+    def checked(self, signed: _Signed) -> Accepted | None:
+        """Check the signatures over a document, whose bytes are all that is read.
+
+        Raises:
+            RefusedError: no signature, or none that the policy accepts.
+
+        """
+        if self.policy is None:
+            return None
+        where = str(self.ref)
+        if not signed.signatures and json_object(signed.data, where).get("kind") == INDEX_KIND:
+            what, fix = "the index of this release is not signed", "publish the release as another version, with --sign"
+            raise RefusedError(what, where=where, fix=fix)
+        return self.policy.check(signed.data, signed.signatures, where)
 
 
 def pull(
@@ -110,8 +143,8 @@ def pull(
 
     Raises:
         InputError: no such release, alias or variant, no matching file, or `directory` cannot be replaced.
-        ArtifactError: a blob that does not match its digest, an unsafe path, a manifest of another release, or a
-            missing signature that `policy` demands: then nothing was fetched.
+        RefusedError: a missing signature that `policy` demands, or a release that was yanked: nothing was fetched.
+        CorruptError: a blob that does not match its digest, an unsafe path, or a manifest of another release.
         HostError: packages of an extra that are not installed, no space, a registry that cannot be reached, or,
             offline, a release that was never pulled.
 
@@ -140,11 +173,12 @@ def pull_release(
     check_replaceable(out)
     require([*(() if offline else extras_of(ref.url)), *(("sign",) if policy else ())], str(ref))
     blobs = Blobs((cache or default_root()) / "blobs")
-    known = None if offline else _known(ref, select, blobs, policy, progress)
+    wanted = _Wanted(ref, select.variant, policy, yanked=select.yanked)
+    known = None if offline else _known(wanted, select, blobs, progress)
     if known is not None:
         return _pulled(_Pull(ref, out, select, policy, blobs, known, is_fetched=True), progress)
     store = None if offline else open_store(ref.url)
-    release = _recall(ref, select.variant, blobs) if store is None else _resolve(ref, store, select.variant, blobs)
+    release = _recall(wanted, blobs) if store is None else _resolve(wanted, store, blobs)
     origin = Origin(store, ref.name, release.version, release.prefix) if store else None
     return _pulled(_Pull(ref, out, select, policy, blobs, release, origin), progress)
 
@@ -164,15 +198,15 @@ class _Pull:
 
 
 def _pulled(of: _Pull, progress: ByteProgress) -> Pulled:
-    release, where = of.release, str(of.ref)
-    accepted = _check_signed(release, of.policy, where) if of.policy else None
+    release, where, accepted = of.release, str(of.ref), of.release.accepted
     signature = accepted.signature if accepted else next(iter(release.own.signatures), None)
     if of.policy is not None:
         of.policy.check_builder(lambda: _provenance(release.manifest, of.blobs, of.origin), where)
     files = artifact.select(release.manifest, artifact.part(release.manifest, of.select.only, where))
     if not of.is_fetched:
         of.blobs.fetch_all(of.origin, files, progress)
-    documents = {MANIFEST: release.own.data} | ({} if signature is None else {SIGNATURE: signature})
+    documents = {MANIFEST: release.own.data, PULLED: _record(of)}
+    documents |= {} if signature is None else {SIGNATURE: signature}
     if not _is_there(of, files, documents):
         with atomic_dir(of.out) as folder:
             for path, entry in files.items():
@@ -182,19 +216,25 @@ def _pulled(of: _Pull, progress: ByteProgress) -> Pulled:
     return Pulled(
         of.out, of.ref.name, release.version, artifact.content_digest(release.manifest), len(files),
         sum(entry.size for entry in files.values()), str(accepted.signer) if accepted else None, signature is not None,
+        release.manifest.created,
     )  # fmt: skip
 
 
-def _known(
-    ref: Reference, select: Selection, blobs: Blobs, policy: Policy | None, progress: ByteProgress
-) -> _Resolved | None:
+def _record(of: _Pull) -> bytes:
+    """Return the record of this pull, by which policies on disk select their rule."""
+    sha256 = hashlib.sha256(of.release.own.data).hexdigest()
+    signer = str(of.release.accepted.signer) if of.release.accepted else None
+    reference = absolute(str(of.ref))
+    return PullRecord(reference=reference, version=of.release.version, manifest_sha256=sha256, signer=signer).dump()
+
+
+def _known(wanted: _Wanted, select: Selection, blobs: Blobs, progress: ByteProgress) -> _Resolved | None:
     """Return a release that an earlier pull of this exact version stored, whole: it never changes."""
     try:
-        release = _recall(ref, select.variant, blobs)
-        is_signed = release.own.signatures and (release.index is None or release.index.signatures)
-        if release.version != ref.wanted or (policy is not None and not is_signed):
+        release = _recall(wanted, blobs)
+        if release.version != wanted.ref.wanted:
             return None
-        files = artifact.select(release.manifest, artifact.part(release.manifest, select.only, str(ref)))
+        files = artifact.select(release.manifest, artifact.part(release.manifest, select.only, str(wanted.ref)))
         blobs.fetch_all(None, files, progress)
     except (ArtifactError, HostError, InputError):  # the registry has what is missing or damaged here
         return None
@@ -214,37 +254,32 @@ def _is_there(of: _Pull, files: Mapping[str, FileEntry], documents: Mapping[str,
     return found == {*files, *documents}
 
 
-def _check_signed(release: _Resolved, policy: Policy, where: str) -> Accepted:
-    """Check the signatures over the index and the artifact's manifest; returns the accepted one over the manifest."""
-    if release.index is not None:
-        if not release.index.signatures:
-            what, fix = "the index of this release is not signed", "publish the release as another version, with --sign"
-            raise ArtifactError(what, where=where, fix=fix)
-        policy.check(release.index.data, release.index.signatures, where)
-    return policy.check(release.own.data, release.own.signatures, where)
-
-
-def _resolve(ref: Reference, store: Store, variant: str | None, blobs: Blobs) -> _Resolved:
-    """Return document, manifest and signatures, and store them for pulls without network."""
+def _resolve(wanted: _Wanted, store: Store, blobs: Blobs) -> _Resolved:
+    """Return document, manifest and signatures, checked before they are parsed; store them for offline pulls."""
+    ref, variant = wanted.ref, wanted.variant
     version, data = find_release(store, ref.name, ref.wanted, ref.url)
+    if not wanted.yanked:
+        check_usable(store, ref.name, version, str(ref), "use another version, or pull it with --allow-yanked")
+    own, index, prefix = _signed(store, ref.name, version, "", data), None, ""
+    accepted = wanted.checked(own)
     document = parse_document(data, str(ref))
     _check_names(document, ref, version)
-    prefix, index = "", None
     if isinstance(document, Manifest):
         manifest = document
         if variant is not None:
             raise InputError("this release has no variants", where=str(ref), fix="omit --variant")
     else:
         chosen = choose(document, host_facts(), variant, str(ref))
-        index = _signed(store, ref.name, version, "", data)
-        prefix = f"{chosen}/"
+        index, prefix = own, f"{chosen}/"
         data = read_small(store, ref.name, version, f"{prefix}{MANIFEST}", document.variants[chosen].manifest)
+        own = _signed(store, ref.name, version, prefix, data)
+        accepted = wanted.checked(own)
         manifest = artifact.parse(data, str(ref))
         if manifest.name != ref.name:
             raise _mismatch("name", ref.name, manifest.name, ref)
-    release = _Resolved(version, prefix, manifest, _signed(store, ref.name, version, prefix, data), index)
-    for wanted in {ref.wanted, version}:
-        _remember(_memory(Reference(ref.url, ref.name, wanted), variant, blobs), release)
+    release = _Resolved(version, prefix, manifest, own, index, accepted)
+    for name in {ref.wanted, version}:
+        _remember(_memory(Reference(ref.url, ref.name, name), variant, blobs), release)
     return release
 
 
@@ -256,7 +291,7 @@ def _signed(store: Store, name: str, version: str, prefix: str, data: bytes) -> 
 def _provenance(manifest: Manifest, blobs: Blobs, origin: Origin | None) -> bytes:
     """Return the statement that the manifest pins; it is fetched before all other files."""
     entry = manifest.files.get(PROVENANCE)
-    if entry is None:
+    if entry is None or entry.size > MAX_BYTES:
         return b""
     blobs.fetch_all(origin, {PROVENANCE: entry}, no_byte_progress)
     return blobs.path(entry.sha256).read_bytes()
@@ -269,9 +304,9 @@ def _check_names(document: Document, ref: Reference, version: str) -> None:
         raise _mismatch("version", version, document.version, ref)
 
 
-def _mismatch(field: str, expected: str, found: str, ref: Reference) -> ArtifactError:
+def _mismatch(field: str, expected: str, found: str, ref: Reference) -> CorruptError:
     what = f"{field} mismatch in the manifest: expected {expected!r}, found {found!r}"
-    return ArtifactError(what, where=str(ref), fix="publish the release again")
+    return CorruptError(what, where=str(ref), fix="publish the release again")
 
 
 def _remember(memory: Path, release: _Resolved) -> None:
@@ -279,16 +314,20 @@ def _remember(memory: Path, release: _Resolved) -> None:
     write_atomic(memory, _Remembered(own=release.own, index=release.index).model_dump_json().encode())
 
 
-def _recall(ref: Reference, variant: str | None, blobs: Blobs) -> _Resolved:
+def _recall(wanted: _Wanted, blobs: Blobs) -> _Resolved:
+    ref = wanted.ref
     try:
-        documents = _Remembered.model_validate_json(_memory(ref, variant, blobs).read_bytes())
+        documents = _Remembered.model_validate_json(_memory(ref, wanted.variant, blobs).read_bytes())
     except (FileNotFoundError, ValidationError) as error:
         what = "this release is not in the local cache"
         raise HostError(what, where=str(ref), fix="pull it once without --offline") from error
-    manifest = artifact.parse(documents.own.data, str(ref))
     index = documents.index
+    if index is not None:
+        wanted.checked(index)
+    accepted = wanted.checked(documents.own)
+    manifest = artifact.parse(documents.own.data, str(ref))
     version = parse_document(index.data, str(ref)).version if index else manifest.version
-    return _Resolved(version, "", manifest, documents.own, index)
+    return _Resolved(version, "", manifest, documents.own, index, accepted)
 
 
 def _memory(ref: Reference, variant: str | None, blobs: Blobs) -> Path:

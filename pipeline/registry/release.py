@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.artifact.manifest import (
-    AGAIN,
     MANIFEST,
     Artifact,
     FileEntry,
@@ -25,11 +24,11 @@ from pipeline.artifact.manifest import (
     Version,
     content_digest,
     dump,
-    json_object,
     parse,
 )
 from pipeline.artifact.verify import ISA_ORDER, satisfies
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, CorruptError, InputError
+from pipeline.files.limits import AGAIN, json_object
 from pipeline.records import Record
 
 VERSION_LENGTH = 12
@@ -101,7 +100,7 @@ def make_bundle(artifacts: Sequence[Artifact], version: str | None = None) -> Bu
         _check_version(version)
     first = artifacts[0].manifest
     if len(artifacts) == 1 and version in (None, first.version):
-        data = (artifacts[0].root / MANIFEST).read_bytes()  # as it is: a signature is over these bytes
+        data = artifacts[0].data  # as it is: a signature is over these bytes
         return Bundle(parse(data, str(artifacts[0].root)), data, {"": artifacts[0]})
     named: dict[str, Artifact] = {}
     for artifact in artifacts:
@@ -128,7 +127,7 @@ def _check_version(version: str) -> None:
 
 
 def _variant_entry(artifact: Artifact) -> VariantEntry:
-    data = (artifact.root / MANIFEST).read_bytes()
+    data = artifact.data
     entry = FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
     manifest = artifact.manifest
     content = content_digest(manifest)
@@ -156,7 +155,7 @@ def parse_document(data: bytes, where: str) -> Document:
     """Parse the document of a release.
 
     Raises:
-        ArtifactError: damaged, of another schema version, or with unsafe paths.
+        ArtifactError: another schema version. CorruptError: damaged, or with unsafe paths.
 
     """
     try:
@@ -165,7 +164,7 @@ def parse_document(data: bytes, where: str) -> Document:
         if error.fix != AGAIN:
             raise
         fix = "the registry has it so: ask the publisher to publish the artifact again, under another version"
-        raise ArtifactError(error.what, where=error.where, fix=fix) from error
+        raise CorruptError(error.what, where=error.where, fix=fix) from error
 
 
 def _parsed(data: bytes, where: str) -> Document:
@@ -174,9 +173,9 @@ def _parsed(data: bytes, where: str) -> Document:
     try:
         return Index.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{key}: {first['msg']}", where=where, fix=AGAIN) from error
+        raise CorruptError(f"{key}: {first['msg']}", where=where, fix=AGAIN) from error
 
 
 def all_files(document: Document, fetch: Fetch, where: str) -> dict[str, FileEntry]:

@@ -6,13 +6,13 @@ import contextlib
 import difflib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact.diff import diff
 from pipeline.artifact.manifest import SIGNATURE, FileEntry, Manifest, PairManifest, parse, read
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, CorruptError, InputError, RefusedError
 from pipeline.registry.release import all_files, choose, digest_of, parse_document
 from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Removed, Store, check_exists, open_store
 
@@ -34,7 +34,8 @@ class Listed:
     """A release of a registry, with the aliases that point at it.
 
     `digests`: the content digest of each artifact in it. `has_signature` does not depend on the signer.
-    `damage`: why the release cannot be read; then only name, version and aliases are known.
+    `damage`: why the release cannot be read; then only name, version and aliases are known. `yanked`: why it must not
+    be used.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Listed:
     digests: tuple[str, ...] = ()
     has_signature: bool = False
     damage: str = ""
+    yanked: str = ""
 
 
 def parse_reference(reference: str) -> Reference:
@@ -85,6 +87,18 @@ def find_release(store: Store, name: str, wanted: str, url: str) -> tuple[str, b
     return version, data
 
 
+def check_usable(store: Store, name: str, version: str, where: str, fix: str) -> None:
+    """Reject a release that was yanked.
+
+    Raises:
+        RefusedError: it was; with the reason.
+
+    """
+    if (found := store.read_yank(name, version)) is not None:
+        what = f"{name}@{version} was yanked: {found.reason}"
+        raise RefusedError(what, where=where, fix=fix)
+
+
 def has_names(url: str) -> bool:
     """Return whether there is a registry with releases at this address."""
     with contextlib.suppress(InputError):
@@ -114,11 +128,11 @@ def target_of(alias: Alias, name: str, where: str) -> str:
     """Return the version that an alias points at.
 
     Raises:
-        ArtifactError: the alias is damaged.
+        CorruptError: the alias is damaged.
 
     """
     if not alias.version:
-        raise ArtifactError(f"alias {name!r} is damaged", where=where, fix=f"tandem alias set {where}@VERSION {name}")
+        raise CorruptError(f"alias {name!r} is damaged", where=where, fix=f"tandem alias set {where}@VERSION {name}")
     return alias.version
 
 
@@ -126,19 +140,19 @@ def read_small(store: Store, name: str, version: str, path: str, entry: FileEntr
     """Return a small file of a release, after its digest was checked.
 
     Raises:
-        ArtifactError: another digest than the release lists, or a size over the limit for manifests.
+        CorruptError: another digest than the release lists, or a size over the limit for manifests.
 
     """
     where = f"{name}@{version}: {path}"
     if entry.size > SMALL_BYTES:
         what = f"manifest too large: {entry.size:,} bytes, limit {SMALL_BYTES:,}"
-        raise ArtifactError(what, where=where, fix="do not use this release")
+        raise CorruptError(what, where=where, fix="do not use this release")
     buffer = memoryview(bytearray(entry.size))
     data = bytes(buffer[: store.read_blob(Blob(name, version, path, entry.sha256, entry.size), 0, buffer)])
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != entry.sha256:
         what = f"sha256 mismatch: expected {entry.sha256}, found {sha256}"
-        raise ArtifactError(what, where=where, fix="publish the release again")
+        raise CorruptError(what, where=where, fix="publish the release again")
     return data
 
 
@@ -162,7 +176,9 @@ def _releases_of(store: Store, name: str, url: str) -> Iterator[Listed]:
         if data is not None:
             aliases = tuple(alias for alias, target in targets.items() if target == version)
             try:
-                yield _listed(store, Release(name, version, data), aliases, f"{url}/{name}@{version}")
+                listed = _listed(store, Release(name, version, data), aliases, f"{url}/{name}@{version}")
+                found = store.read_yank(name, version)
+                yield replace(listed, yanked=found.reason) if found else listed
             except ArtifactError as error:
                 yield Listed(name, version, "", 0, aliases, damage=f"{error.where}: {error.what}")
 

@@ -5,14 +5,16 @@ Imports torch only to open an artifact, so that a host without it gets an error 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.artifact.manifest import PairArtifact, pair_of, read_pair
-from pipeline.artifact.signing import Policy, check_artifact
-from pipeline.artifact.verify import check_host, verify
+from pipeline.artifact.manifest import MANIFEST, PairArtifact, pair_of, read
+from pipeline.artifact.signing import Policy, read_trusted
+from pipeline.artifact.verify import check_host, verify_files
 from pipeline.backends.base import make_backend
+from pipeline.errors import CorruptError
 from pipeline.extras import require
 from pipeline.models.generation import GENERATION_CONFIG, GenerationDefaults, generation_defaults
 
@@ -26,18 +28,20 @@ def load(artifact_dir: str | Path, policy: Policy | None = None) -> Engine:
 
     Raises:
         InputError: an artifact of a kind that Tandem does not run.
-        ArtifactError: a file that does not match its digest, an artifact for another host, or a missing signature that
-            the policy requires; nothing was executed.
+        RefusedError: a missing signature that the policy requires. CorruptError: a file that does not match its digest.
+        ArtifactError: an artifact for another host. Nothing was executed.
         HostError: the packages of the artifact's backend, or those that check signatures, are not installed.
 
     """
     root = Path(artifact_dir)
-    backend = read_pair(root).manifest.backend.name
-    require([backend, *(("sign",) if policy else ())], str(root))
+    if policy is not None:
+        require(["sign"], str(root))
+    artifact = _trusted(root, policy)
+    require([artifact.manifest.backend.name], str(root))
     from pipeline.runtime.engine import Engine  # these two import packages of the backend's extra
     from pipeline.runtime.text import Text
 
-    artifact = verified(root, policy)
+    _verify(artifact)
     ranks = make_backend(artifact.manifest.backend).open(artifact.root, artifact.manifest)
     return Engine(artifact.manifest, ranks, Text(artifact.root / "tokenizer"), defaults_of(artifact.root))
 
@@ -58,21 +62,37 @@ def verified(root: Path, policy: Policy | None = None) -> PairArtifact:
 
     Raises:
         InputError: an artifact of a kind that Tandem does not run.
-        ArtifactError: a file that does not match its digest, an artifact for another host, or a missing signature that
-            the policy requires.
+        RefusedError: a missing signature that the policy requires. CorruptError: a file that does not match its digest.
+        ArtifactError: an artifact for another host.
 
     """
-    if policy is not None:
-        check_artifact(root, policy)
-    artifact = pair_of(verify(root))
-    backend = make_backend(artifact.manifest.backend)
-    check_host(artifact.manifest, backend.host(), toolchain=backend.toolchain().as_dict())
+    artifact = _trusted(root, policy)
+    _verify(artifact)
     return artifact
 
 
-def open_batch(root: Path) -> Batch:
-    """Open the slots of an artifact that was verified before, possibly by another process."""
+def _trusted(root: Path, policy: Policy | None) -> PairArtifact:
+    return pair_of(read_trusted(root, policy).artifact)
+
+
+def _verify(artifact: PairArtifact) -> None:
+    verify_files(artifact)
+    backend = make_backend(artifact.manifest.backend)
+    check_host(artifact.manifest, backend.host(), toolchain=backend.toolchain().as_dict())
+
+
+def open_batch(root: Path, manifest_sha256: str) -> Batch:
+    """Open the slots of an artifact that was verified before, by another process, which read this manifest.
+
+    Raises:
+        CorruptError: the artifact was replaced since.
+
+    """
     from pipeline.runtime.batch import Batch  # imports torch
 
-    manifest = read_pair(root).manifest
+    artifact = read(root)
+    if hashlib.sha256(artifact.data).hexdigest() != manifest_sha256:
+        what = "the artifact was replaced after it was verified"
+        raise CorruptError(what, where=str(root / MANIFEST), fix="start the server again")
+    manifest = pair_of(artifact).manifest
     return Batch(manifest, make_backend(manifest.backend).open(root, manifest))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from vllm.exceptions import VLLMValidationError
@@ -92,7 +93,7 @@ class TandemPlatform(Platform):
         try:
             manifest = settings.checked(root)
         except TandemError as error:
-            raise SystemExit(_line(error)) from error
+            _end(error)
         parser.set_defaults(**settings.of_vllm(root, manifest))
         cls._parser_has_defaults = True
 
@@ -101,7 +102,7 @@ class TandemPlatform(Platform):
         """Set vLLM's configuration to the artifact's values.
 
         Raises:
-            SystemExit: with one line, if the artifact cannot be served or a setting contradicts it.
+            SystemExit: after one line, with the error's code: the artifact cannot be served, or a flag contradicts it.
 
         """
         if vllm_config.parallel_config.worker_cls == WORKER:
@@ -113,7 +114,7 @@ class TandemPlatform(Platform):
             _check_arguments(vllm_config, settings.of_vllm(root, manifest), explicit=cls._parser_has_defaults)
             _set_request_defaults(vllm_config.model_config, manifest)
         except TandemError as error:
-            raise SystemExit(_line(error)) from error
+            _end(error)
         _configure(vllm_config, manifest)
 
     @classmethod
@@ -229,6 +230,12 @@ def _configure(config: VllmConfig, manifest: Any) -> None:
         target_model_config=config.model_config,
         target_parallel_config=config.parallel_config,
     )
+
+
+def _end(error: TandemError) -> NoReturn:
+    """End the start of the server with one line and the exit code of the error's kind."""
+    sys.stderr.write(f"{_line(error)}\n")
+    raise SystemExit(error.exit_code) from error
 
 
 def _line(error: TandemError) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 ARTIFACT = "TANDEM_ARTIFACT"
 """Environment variable: the artifact that this process and its children serve."""
+POLICY, SIGNER, ISSUER = "TANDEM_POLICY", "TANDEM_REQUIRE_SIGNATURE", "TANDEM_ISSUER"
+"""Environment variables: the policy file; or the key file, or identity and its issuer, that must have signed."""
 
 
 def platform() -> str | None:

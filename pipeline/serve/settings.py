@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +13,14 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from pipeline.artifact.manifest import PairManifest
-from pipeline.artifact.signing import read_policy
+from pipeline.artifact.signing import policy_of
 from pipeline.errors import ArtifactError, InputError
 from pipeline.records import Record
 from pipeline.runtime.open import verified
+from pipeline.serve.plugin import ISSUER, POLICY, SIGNER
+
+VERIFIED = "TANDEM_VERIFIED_MANIFEST"
+"""Environment variable: the sha256 of the manifest that was verified, for the server's other processes."""
 
 BLOCK = 16
 """Tokens of a block, for the scheduler's counts."""
@@ -110,14 +115,19 @@ def of_vllm(root: Path, manifest: PairManifest) -> dict[str, Any]:
 def checked(root: Path) -> PairManifest:
     """Return the manifest of an artifact after verifying every file, its gates, and that it runs on this host.
 
-    The policy file in `TANDEM_POLICY` sets the required signers. Verifies once per process: vLLM calls it repeatedly.
+    `TANDEM_POLICY` or `TANDEM_REQUIRE_SIGNATURE` set the required signers. Verifies once per process: vLLM calls it
+    repeatedly.
 
     Raises:
         ArtifactError: as `runtime.verified`, gates that failed or did not run, or no configuration for vLLM.
+        InputError: both variables are set.
 
     """
-    policy = os.environ.get("TANDEM_POLICY")
-    manifest = verified(root, read_policy(Path(policy)) if policy else None).manifest
+    policy, signer = os.environ.get(POLICY), os.environ.get(SIGNER)
+    issuer = os.environ.get(ISSUER) or None
+    artifact = verified(root, policy_of(Path(policy) if policy else None, signer or None, issuer))
+    manifest = artifact.manifest
+    os.environ[VERIFIED] = hashlib.sha256(artifact.data).hexdigest()
     if manifest.passed is not True:
         what = "validation gates failed" if manifest.passed is False else "validation gates did not run"
         raise ArtifactError(what, where=str(root), fix=f"run `tandem validate {root}`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 from pipeline.graphs.arguments import Choice
 from pipeline.runtime.open import open_batch
 from pipeline.serve.requests import RequestSlots, ServedRequest, served_request, wants_drafts
-from pipeline.serve.settings import BLOCK, blocks, options
+from pipeline.serve.settings import BLOCK, VERIFIED, blocks, options
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -42,7 +43,7 @@ class TandemWorker(WorkerBase):
         """Open the artifact; the platform has verified it."""
         del load_dummy_weights
         start = time.perf_counter()
-        self.batch = open_batch(Path(self.model_config.model))
+        self.batch = open_batch(Path(self.model_config.model), os.environ[VERIFIED])
         self.requests = RequestSlots(self.batch, options(self.vllm_config.additional_config).speculate_up_to)
         logger.info("tandem: opened in %.2f s", time.perf_counter() - start)
 

@@ -18,6 +18,7 @@ from pipeline.addresses import misspelt
 from pipeline.errors import HostError, InputError
 from pipeline.extras import require
 from pipeline.files.home import expanded
+from pipeline.files.limits import MAX_BYTES
 
 STORES: dict[str, str] = {
     "file": "pipeline.stores.folder:open_folder",
@@ -31,8 +32,10 @@ EXTRAS = {"s3": "s3", "hf": "hub"}
 
 Item = TypeVar("Item")
 
-SMALL_BYTES = 64 << 20
-"""Limit for manifests, aliases and signatures, so that a wrong size in a registry cannot fill the memory."""
+SMALL_BYTES = MAX_BYTES
+"""Limit for small objects, so that a wrong size in a registry cannot fill the memory."""
+ALIAS_BYTES = 1 << 20
+"""Limit for the text of an alias: 1000 moves take about 100 KiB."""
 
 Report = Callable[[int], None]
 """Called with the number of bytes that were just transferred, from any thread."""
@@ -111,6 +114,16 @@ class Alias:
 
 
 @dataclass(frozen=True)
+class Yank:
+    """The record that a release must not be used. `retired`: its files were removed by a retention rule."""
+
+    reason: str
+    when: str = ""
+    who: str = ""
+    retired: bool = False
+
+
+@dataclass(frozen=True)
 class Removed:
     """What a collection removed, or would remove."""
 
@@ -148,7 +161,10 @@ class Store(Protocol):
         ...
 
     def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:
-        """Return signatures over a manifest of a release, not verified; `path` as in `Signature`."""
+        """Return signatures over a manifest of a release, not verified; `path` as in `Signature`.
+
+        At most `SIGNATURES`, each of at most `SIGNATURE_BYTES`; others are left out.
+        """
         ...
 
     def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
@@ -183,8 +199,24 @@ class Store(Protocol):
         """Move an alias if it is still as it was read (`was`; None: absent); returns False if it is not."""
         ...
 
+    def yank(self, name: str, version: str, yank: Yank) -> bool:
+        """Record that a release must not be used; the release stays. Returns False if it was yanked before."""
+        ...
+
+    def read_yank(self, name: str, version: str) -> Yank | None:
+        """Return the record of a yanked release, or None.
+
+        Raises:
+            CorruptError: the record cannot be read.
+
+        """
+        ...
+
     def collect(self, reachable: Callable[[bytes], set[str]], *, dry_run: bool) -> Removed:
-        """Remove blobs that no release refers to; `reachable` returns the digests that a manifest refers to."""
+        """Remove blobs that no release refers to; `reachable` returns the digests that a manifest refers to.
+
+        Releases that were retired keep their manifest, and none of their blobs.
+        """
         ...
 
 
@@ -237,8 +269,13 @@ class Bucket(Protocol):
         """
         ...
 
-    def get(self, key: str) -> Object | None:
-        """Return a small object, or None."""
+    def get(self, key: str, limit: int = SMALL_BYTES) -> Object | None:
+        """Return a small object of at most `limit` bytes, or None.
+
+        Raises:
+            CorruptError: the object is larger.
+
+        """
         ...
 
     def create(self, key: str, data: bytes) -> bool:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pipeline.files.atomic import TEMP, atomic_file, create_only, disk_errors, write_atomic
+from pipeline.files.atomic import atomic_file, create_only, disk_errors, write_atomic
+from pipeline.files.durable import make_folder
 from pipeline.files.home import expanded
-from pipeline.stores.base import Listing, Object
+from pipeline.files.unfinished import TEMP
+from pipeline.stores.base import SMALL_BYTES, Listing, Object
 from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
 
 CHUNK_BYTES = 1 << 20
@@ -53,11 +55,12 @@ class FolderBucket:
                 done += count
             return done
 
-    def get(self, key: str) -> Object | None:
+    def get(self, key: str, limit: int = SMALL_BYTES) -> Object | None:
         """Return a small file; its bytes are its token."""
-        with contextlib.suppress(*ABSENT):
-            check_small((self.root / key).stat().st_size, str(self.root / key))
-            data = (self.root / key).read_bytes()
+        path = self.root / key
+        with contextlib.suppress(*ABSENT), path.open("rb") as file:
+            data = file.read(limit + 1)
+            check_small(max(len(data), path.stat().st_size), limit, str(path))
             return Object(data, data.decode(errors="replace"))
         return None
 
@@ -69,7 +72,7 @@ class FolderBucket:
         """Compare and swap under a lock file, which the system releases when its holder ends."""
         path = self.root / key
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with FileLock(path.with_name(f".{path.name}.lock")):
                 current = self.get(key)
                 if (current.token if current else None) != token:

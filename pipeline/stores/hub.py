@@ -20,15 +20,19 @@ import httpx2 as httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, errors
 from huggingface_hub.hf_api import RepoFile
 
-from pipeline.errors import ArtifactError, InputError, no_string
-from pipeline.stores.base import Alias, Blob, Content, Interrupted, Move, Pinned, Removed, Report, in_parallel
+from pipeline.errors import ArtifactError, CorruptError, InputError, no_string
+from pipeline.files.limits import SIGNATURE_BYTES
+from pipeline.stores.base import Alias, Blob, Content, Interrupted, Move, Pinned, Removed, Report, Yank, in_parallel
 from pipeline.stores.hub_api import TRIES, Hub
+from pipeline.stores.yanks import yank_of, yank_text
 
 LOCATION = re.compile(r"(?P<org>[\w-][\w.-]*)(/(?P<name>[\w-][\w.-]*))?")
 MAIN = "main"
 TAG = "tandem"
 """Tag of every release's card, by which registries of an organisation are listed."""
 KEPT = (".gitattributes",)
+YANKED = "yanked"
+"""Folder of the records of yanked releases, on the main branch."""
 GROUP_BYTES = 256 << 20
 GROUP_FILES = 100
 GROUPS = UPLOADS = 4
@@ -105,7 +109,7 @@ class HubStore:
         """Return the signature that was committed with the release."""
         commit = self._commit_of(name, version)
         signature = self.hub.read_small(self._repo(name), commit, path) if commit else None
-        return [signature] if signature is not None else []
+        return [signature] if signature is not None and len(signature) <= SIGNATURE_BYTES else []
 
     def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
         """Read a range of a file at the release's commit."""
@@ -115,7 +119,7 @@ class HubStore:
         count = self.hub.read(self._repo(blob.name), commit or blob.version, blob.path, offset, buffer)
         if count is None:
             what = f"{blob.path} is missing"
-            raise ArtifactError(what, where=self._where(blob.name), fix="publish the release again")
+            raise CorruptError(what, where=self._where(blob.name), fix="publish the release again")
         return count
 
     def names(self) -> list[str]:
@@ -178,6 +182,35 @@ class HubStore:
                 raise
         return True
 
+    def yank(self, name: str, version: str, yank: Yank) -> bool:
+        """Commit the record on main, whose head must not have changed since it was read."""
+        repo, path = self._repo(name), f"{YANKED}/{version}.json"
+        addition = CommitOperationAdd(path, yank_text(yank))
+        with self.hub.explained(repo):
+            for attempt in range(TRIES):
+                if self.read_yank(name, version) is not None:
+                    return False
+                head = self.hub.refs(repo)[0].get(MAIN)
+                try:
+                    self.hub.api.create_commit(
+                        repo, [addition], commit_message=f"Yank {version}", parent_commit=head
+                    )  # fmt: skip
+                except errors.HfHubHTTPError as error:
+                    if error.response.status_code != 412:
+                        raise
+                else:
+                    return True
+                time.sleep(0.2 * 2**attempt)
+        what = "other processes keep committing to this repository"
+        raise Interrupted(what, where=self._where(repo), fix="try again")
+
+    def read_yank(self, name: str, version: str) -> Yank | None:
+        """Return the record on main, or None."""
+        repo = self._repo(name)
+        head = self.hub.refs_or_none(repo)[0].get(MAIN)
+        data = self.hub.read_small(repo, head, f"{YANKED}/{version}.json") if head else None
+        return yank_of(data, f"{self._where(name)}@{version}") if data is not None else None
+
     def collect(self, reachable: Callable[[bytes], set[str]], *, dry_run: bool) -> Removed:  # noqa: ARG002
         """Remove nothing: commits are the Hub's history, and every blob belongs to one."""
         return Removed(0, 0, sum(len(self.hub.tree(self._repo(name), MAIN)) for name in self.names()))
@@ -218,6 +251,8 @@ class HubStore:
             if path not in tree or _git_id(data) != tree[path].blob_id:
                 yield CommitOperationAdd(path, data)
         for path in tree.keys() - content.files.keys() - texts.keys() - set(KEPT):
+            if path.startswith(f"{YANKED}/"):
+                continue
             yield CommitOperationDelete(path)
 
     def _copies(self, name: str, commit: str, head: str) -> list[Operation]:

@@ -20,10 +20,12 @@ from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_s
 from pipeline.addresses import hub_endpoint
 from pipeline.errors import HostError, InputError
 from pipeline.stores.base import SMALL_BYTES, Interrupted
-from pipeline.stores.ranges import Ranges
+from pipeline.stores.ranges import Ranges, deadline_s
 
 TRIES = 6
 TIMEOUT_S = 60.0
+OF_THE_BODY = ("content-encoding", "content-length", "transfer-encoding")
+"""Headers that are not those of the bytes that were read."""
 HOW_TO_WRITE = "set HF_TOKEN to a token that may write there"
 Result = TypeVar("Result")
 
@@ -82,7 +84,7 @@ class Hub:
                 self._located.pop(url, None)  # it may have expired
             if response is None or response.is_redirect:
                 response = self._request(url, part, follow=True)
-            piece = _content(response, part)
+            piece = _content(response)
         if piece is None:
             return None
         buffer[: len(piece)] = piece
@@ -94,7 +96,7 @@ class Hub:
             try:
                 with self.explained(repo):
                     part = (0, SMALL_BYTES)
-                    return _content(self._request(self._url(repo, commit, path), part, follow=True), part)
+                    return _content(self._request(self._url(repo, commit, path), part, follow=True))
             except Interrupted:
                 if attempt == TRIES - 1:
                     raise
@@ -133,11 +135,30 @@ class Hub:
     def _url(self, repo: str, commit: str, path: str) -> str:
         return f"{self.api.endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(path)}"
 
-    def _request(self, url: str, part: tuple[int, int], *, follow: bool) -> Any:
-        """Send a request; the client drops the token when a redirect leads to another origin."""
+    def _request(self, url: str, part: tuple[int, int], *, follow: bool) -> httpx.Response:
+        """Send a request and read the wanted bytes; the client drops the token at a redirect to another origin."""
         headers = build_hf_headers(token=self.api.token)
         headers |= {"Range": f"bytes={part[0]}-{sum(part) - 1}", "Accept-Encoding": "identity"}
-        return get_session().get(url, headers=headers, follow_redirects=follow, timeout=TIMEOUT_S)
+        with get_session().stream(
+            "GET", url, headers=headers, follow_redirects=follow, timeout=TIMEOUT_S
+        ) as response:  # fmt: skip
+            data = b"" if response.is_redirect else _bounded(response, part)
+            kept = {name: value for name, value in response.headers.items() if name.lower() not in OF_THE_BODY}
+            return httpx.Response(response.status_code, headers=kept, content=data, request=response.request)
+
+
+def _bounded(response: httpx.Response, part: tuple[int, int]) -> bytes:
+    """Return the wanted bytes of a response; no more are read, and no slower than a server may send them."""
+    skip, data, started = part[0] if response.status_code == 200 else 0, bytearray(), time.monotonic()
+    seen = 0
+    for piece in response.iter_bytes():
+        data += piece[skip:]
+        skip, seen = max(0, skip - len(piece)), seen + len(piece)
+        if len(data) >= part[1]:
+            break
+        if time.monotonic() - started > deadline_s(seen):
+            raise httpx.ReadTimeout("the server is too slow", request=response.request)
+    return bytes(data[: part[1]])
 
 
 def _other_origin(response: Any, url: str) -> str | None:
@@ -146,12 +167,11 @@ def _other_origin(response: Any, url: str) -> str | None:
     return location if urlsplit(location).netloc not in ("", urlsplit(url).netloc) else None
 
 
-def _content(response: Any, part: tuple[int, int]) -> bytes | None:
+def _content(response: httpx.Response) -> bytes | None:
     if response.status_code == 404 and response.headers.get("X-Error-Code") in ("EntryNotFound", None):
         return None
     hf_raise_for_status(response)
-    data: bytes = response.content
-    return data[part[0] : sum(part)] if response.status_code == 200 else data
+    return response.content
 
 
 def _failure(error: errors.HfHubHTTPError, where: str) -> HostError | InputError:

@@ -1,7 +1,7 @@
 """A registry over objects: the same layout and the same guarantees in a folder and in an S3 bucket.
 
     blobs/sha256/<2 hex>/<sha256>    releases/<name>/<version>/manifest.json    aliases/<name>/<alias>
-    signatures/<sha256 of a manifest>/<sha256 of the signature>    leases/    collections/
+    signatures/<sha256 of a manifest>/<sha256 of the signature>    yanks/<name>/<version>    leases/    collections/
 
 An alias is a text that lists its moves, the newest first: the first word of the first line is its version.
 """
@@ -10,20 +10,37 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.errors import ArtifactError, InputError, no_string
-from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Bucket, Content, Move, Pinned, Removed, Report, in_parallel
+from pipeline.errors import CorruptError, InputError, no_string
+from pipeline.files.limits import DO_NOT_USE, SIGNATURE_BYTES, SIGNATURES
+from pipeline.stores.base import (
+    ALIAS_BYTES,
+    Alias,
+    Blob,
+    Bucket,
+    Content,
+    Move,
+    Pinned,
+    Removed,
+    Report,
+    Yank,
+    in_parallel,
+)
 from pipeline.stores.leases import Lease, collecting, leased
+from pipeline.stores.yanks import YANK_BYTES, yank_of, yank_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 PARALLEL = 8
 PARTS = 16
 """Parts of all uploads together that a publish holds in memory."""
+LISTED = 1000
+"""Objects beside a signature that are looked at, whatever their size."""
 HISTORY = 1000
 """Moves that are kept of an alias."""
 
@@ -88,8 +105,10 @@ class ObjectStore:
         return manifest.data if manifest else None
 
     def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:  # noqa: ARG002 - found by digest
-        """Return the signatures over a manifest."""
-        objects = (self.bucket.get(entry.key) for entry in self.bucket.list(_signatures(manifest_sha256)))
+        """Return the signatures over a manifest; larger ones and later ones than the limits are not read."""
+        listed = itertools.islice(self.bucket.list(_signatures(manifest_sha256)), LISTED)
+        small = (entry.key for entry in listed if entry.size <= SIGNATURE_BYTES)
+        objects = (self.bucket.get(key, SIGNATURE_BYTES) for key in itertools.islice(small, SIGNATURES))
         return [signature.data for signature in objects if signature is not None]
 
     def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
@@ -103,7 +122,7 @@ class ObjectStore:
             return self.bucket.read(_blob(blob.sha256), offset, buffer)
         except FileNotFoundError as error:
             what = f"blob {blob.sha256} is missing"
-            raise ArtifactError(what, where=self.bucket.where, fix="publish the release again") from error
+            raise CorruptError(what, where=self.bucket.where, fix="publish the release again") from error
 
     def names(self) -> list[str]:
         """Return the names that have releases."""
@@ -121,7 +140,7 @@ class ObjectStore:
 
     def read_alias(self, name: str, alias: str) -> Alias | None:
         """Return where an alias points, or None."""
-        stored = self.bucket.get(_alias(name, alias))
+        stored = self.bucket.get(_alias(name, alias), ALIAS_BYTES)
         if stored is None:
             return None
         lines = [line.split("\t") for line in stored.data.decode(errors="replace").splitlines() if line.strip()]
@@ -136,6 +155,15 @@ class ObjectStore:
         text = "".join("\t".join((each.version, each.when, each.who)).rstrip("\t") + "\n" for each in moves)
         return self.bucket.swap(_alias(name, alias), text.encode(), was.token if was else None)
 
+    def yank(self, name: str, version: str, yank: Yank) -> bool:
+        """Write the record, which is never replaced."""
+        return self.bucket.create(_yank(name, version), yank_text(yank))
+
+    def read_yank(self, name: str, version: str) -> Yank | None:
+        """Return the record, or None."""
+        stored = self.bucket.get(_yank(name, version), YANK_BYTES)
+        return yank_of(stored.data, f"{self.bucket.where}/{name}@{version}") if stored else None
+
     def collect(self, reachable: Callable[[bytes], set[str]], *, dry_run: bool) -> Removed:
         """Remove blobs that no release refers to, unless a publish is in progress. Releases are never removed."""
         if next(self.bucket.list(""), None) is None:
@@ -145,7 +173,9 @@ class ObjectStore:
             blobs = list(self.bucket.list("blobs"))
             keep: set[str] = set()
             for name, version in self._releases("releases"):
-                keep |= reachable(self.read_release(name, version) or b"")
+                yank = self.read_yank(name, version)
+                if yank is None or not yank.retired:
+                    keep |= reachable(self.read_release(name, version) or b"")
             unused = [blob for blob in blobs if blob.key.rpartition("/")[2] not in keep]
             removed = freed = 0
             for blob in unused:
@@ -167,7 +197,7 @@ def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[byte
     """Yield a file's bytes in pieces; raises at the end, before a writer finishes, if the digest is wrong.
 
     Raises:
-        ArtifactError: a digest mismatch.
+        CorruptError: a digest mismatch.
 
     """
     digest = hashlib.sha256()
@@ -177,19 +207,18 @@ def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[byte
             yield piece
     if digest.hexdigest() != sha256:
         what = f"sha256 mismatch: expected {sha256}, found {digest.hexdigest()}"
-        raise ArtifactError(what, where=str(source), fix="build the artifact again")
+        raise CorruptError(what, where=str(source), fix="build the artifact again")
 
 
-def check_small(size: int, where: str) -> None:
+def check_small(size: int, limit: int, where: str) -> None:
     """Reject an object that is too large for a manifest, alias or signature.
 
     Raises:
-        ArtifactError: the object is too large.
+        CorruptError: the object is too large.
 
     """
-    if size > SMALL_BYTES:
-        what = f"manifest too large: {size:,} bytes, limit {SMALL_BYTES:,}"
-        raise ArtifactError(what, where=where, fix="do not use this release")
+    if size > limit:
+        raise CorruptError(f"object too large: {size:,} bytes, limit {limit:,}", where=where, fix=DO_NOT_USE)
 
 
 def _blob(sha256: str) -> str:
@@ -203,6 +232,10 @@ def _release(name: str, version: str) -> str:
 
 def _alias(name: str, alias: str) -> str:
     return f"aliases/{_plain(name)}/{_plain(alias)}"
+
+
+def _yank(name: str, version: str) -> str:
+    return f"yanks/{_plain(name)}/{_plain(version)}"
 
 
 def _signatures(manifest_sha256: str) -> str:

@@ -1,8 +1,8 @@
 """A range of a URL that needs no header (signed, or public), into the caller's memory, over connections kept open.
 
 A fast path beside a store's own client: bytes go from the socket into the caller's memory without a copy. It reports no
-errors: a proxy, a response that is not the range or a broken connection gives None, and unusual responses are handed to
-the store's own client, which retries and explains.
+errors: a proxy, a response that is not the range, a broken connection or a server slower than `deadline_s` allows gives
+None, and unusual responses are handed to the store's own client, which retries and explains.
 
 Not urllib3, which copies every piece: it is 30% slower with 16 threads and takes 1.7 times the CPU time, by
 `python benchmarks/ranges.py`; see "HTTP range reads" in `docs/results.md`.
@@ -10,9 +10,11 @@ Not urllib3, which copies every piece: it is 30% slower with 16 threads and take
 
 from __future__ import annotations
 
+import socket
 import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import TYPE_CHECKING
@@ -23,6 +25,14 @@ if TYPE_CHECKING:
     import ssl
 
 TIMEOUT_S = 60.0
+"""Limit for each wait, and for a range without the time that its bytes may take."""
+LEAST_BYTES_PER_S = 64 << 10
+"""Slowest server that is waited for: a part of 8 MiB takes at most 188 s."""
+
+
+def deadline_s(size: int) -> float:
+    """Return the seconds within which a server must have sent this many bytes, however it spreads them."""
+    return TIMEOUT_S + size / LEAST_BYTES_PER_S
 
 
 class Ranges:
@@ -43,7 +53,10 @@ class Ranges:
             return None
         connection = self._take(parts)
         try:
-            count = _fill(connection, parts, offset, buffer, etag)
+            if connection.sock is None:
+                connection.connect()
+            with _closed_after(deadline_s(len(buffer)), connection.sock):
+                count = _fill(connection, parts, offset, buffer, etag)
         except (OSError, HTTPException, ValueError):
             count = None
         if count is None:
@@ -65,6 +78,23 @@ class Ranges:
         import ssl  # late: folders and plain HTTP need none, and it takes a while to load
 
         return ssl.create_default_context()
+
+
+@contextmanager
+def _closed_after(seconds: float, connected: socket.socket) -> Iterator[None]:
+    """End a connection that is in use for too long: each byte of a slow server renews the limit of a wait."""
+    timer = threading.Timer(seconds, _end, [connected])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end(connected: socket.socket) -> None:
+    with suppress(OSError):
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)  # not that of TLS, which the reading thread uses
 
 
 def _fill(

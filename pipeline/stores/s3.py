@@ -21,7 +21,7 @@ from obstore.store import S3Store
 from pipeline.addresses import endpoint
 from pipeline.errors import HostError, InputError
 from pipeline.files.home import expanded, has_home
-from pipeline.stores.base import Interrupted, Listing, Object
+from pipeline.stores.base import SMALL_BYTES, Interrupted, Listing, Object
 from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
 from pipeline.stores.ranges import Ranges
 
@@ -138,12 +138,12 @@ class S3Bucket:
         options: obstore.GetOptions = {"range": (offset, offset + length), "if_match": self._etag(token)}
         return obstore.get(self.store, self.prefix + key, options=options).bytes()
 
-    def get(self, key: str) -> Object | None:
+    def get(self, key: str, limit: int = SMALL_BYTES) -> Object | None:
         """Return a small object and its ETag."""
         with self._explained("get", key):
             try:
                 response = obstore.get(self.store, self.prefix + key)
-                check_small(response.meta["size"], f"{self.where}/{key}")
+                check_small(response.meta["size"], limit, f"{self.where}/{key}")
                 return Object(bytes(response.bytes()), response.meta["e_tag"] or "")
             except FileNotFoundError:
                 return None

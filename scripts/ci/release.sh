@@ -4,6 +4,7 @@
 #   scripts/ci/release.sh changed BASE [HEAD]   names of the recipes that the commits from BASE to HEAD change, as a JSON list
 #   scripts/ci/release.sh build RECIPE          build from the lock, and run the gates; fails if a gate fails
 #   scripts/ci/release.sh summary RECIPE        artifact and results of the gates, in Markdown; also after a failed build
+#   scripts/ci/release.sh check RECIPE          check what was built, maybe elsewhere: files, recipe, lock, gates, run
 #   scripts/ci/release.sh publish RECIPE        sign, publish, then move the alias
 #
 # From the environment: REGISTRY (a folder, s3://bucket/prefix, hf://org), ALIAS (none: no alias is moved), SIGNING_KEY (a
@@ -37,6 +38,11 @@ build() { tandem build "$1" --locked; }
 
 summary() { tandem inspect "$1" --markdown || printf '## %s\n\nNo artifact: the log says why.\n' "$1"; }
 
+check() {
+  tandem verify "$1"
+  python scripts/ci/check_artifact.py "$1"
+}
+
 publish() {
   local sign=() alias=()
   if [[ -n ${SIGNING_KEY:-} ]]; then
@@ -54,6 +60,6 @@ publish() {
 command=${1:?see the head of this file}
 shift
 case $command in
-  changed | build | summary | publish) "$command" "$@" ;;
+  changed | build | summary | check | publish) "$command" "$@" ;;
   *) say "unknown step $command" && exit 2 ;;
 esac

@@ -20,7 +20,7 @@ from pipeline.artifact.manifest import MANIFEST, MAX_BYTES, content_digest, dump
 from pipeline.artifact.reports import add_reports
 from pipeline.artifact.verify import check_host, verify
 from pipeline.errors import ArtifactError, InputError
-from pipeline.files.atomic import TEMP, sweep
+from pipeline.files.unfinished import TEMP, sweep
 from pipeline.plan import lock as locks
 from pipeline.recipe import load
 from support import small_artifacts as small
@@ -400,5 +400,5 @@ def test_a_path_that_is_too_deep_or_too_long_is_refused_at_once(path, original):
 
 
 def test_a_manifest_that_is_too_large_is_not_parsed():
-    with pytest.raises(ArtifactError, match=r"the manifest has 33554433 bytes, at most 33554432 are read"):
+    with pytest.raises(ArtifactError, match=r"the manifest has 16,777,217 bytes, limit 16,777,216"):
         parse(b" " * (MAX_BYTES + 1), "here")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.artifact import signing
+from pipeline.artifact import signer, signing
 from pipeline.artifact.manifest import MANIFEST, SIGNATURE, read
 from pipeline.artifact.provenance import PROVENANCE, SBOM
 from pipeline.artifact.signing import check_artifact, read_policy, require, sign, signature_over
@@ -232,7 +232,6 @@ def test_policy_compares_folders_not_their_spelling(tmp_path, keys, monkeypatch,
     policy = read_policy(tmp_path / "policy.yaml")
     for spelling in SPELLINGS:
         assert policy.rule(f"{spelling.format(tmp_path)}/small@1.0")
-    assert policy.rule("small@1.0")
     for other in ("other", f"{tmp_path}/registry/../other", "s3://registry"):
         with pytest.raises(ArtifactError, match="no rule of the policy matches") as caught:
             policy.rule(f"{other}/small@1.0")
@@ -282,7 +281,8 @@ def test_keyless_without_its_services(made, monkeypatch):
     class Config:
         use_sigstore_verifier = use_sigstore_signer = unreachable
 
-    monkeypatch.setattr(signing, "_library", lambda module: type("module", (), {"Config": Config}))
+    for module in (signing, signer):
+        monkeypatch.setattr(module, "library", lambda _: type("module", (), {"Config": Config}))
     (made / SIGNATURE).write_bytes(b"{}")
     with pytest.raises(HostError, match="cannot be checked on this host"):
         check_artifact(made, require("https://github.com/org/repo/.github/workflows/release.yml@refs/heads/main"))
@@ -342,15 +342,15 @@ def test_load_refuses_before_it_opens_anything(made, keys, tmp_path):
 
 
 @pytest.fixture
-def signer(keys):
+def index_signer(keys):
     return lambda index: signature_over(index, "release", keys[0], None, None)
 
 
-def test_a_version_that_was_chosen_is_signed_too(made, keys, signer, options, tmp_path):
+def test_a_version_that_was_chosen_is_signed_too(made, keys, index_signer, options, tmp_path):
     """Who can write to a registry, and has no key, gives no old release a new version."""
     url, policy = str(tmp_path / "registry"), require(str(keys[1]))
     sign(made, keys[0])
-    publish(made, url, ["latest"], PublishSettings(version="1.0", sign=signer))
+    publish(made, url, ["latest"], PublishSettings(version="1.0", sign=index_signer))
     releases = tmp_path / "registry" / "releases" / "small"
     for offline in (False, True):
         check_artifact(pull(f"{url}/small@1.0", policy=policy, offline=offline, **options), policy)
@@ -376,7 +376,7 @@ def test_an_index_signed_by_a_stranger(made, keys, options, tmp_path):
 
 
 def test_commands_that_run_an_artifact_ask_for_signatures(made, keys, tmp_path, monkeypatch):
-    (tmp_path / "policy.yaml").write_text(POLICY.format(url="", builder="*"))
+    (tmp_path / "policy.yaml").write_text(POLICY.format(url="x", builder="*").replace("x/small", "small"))
     monkeypatch.setenv("TANDEM_POLICY", str(tmp_path / "policy.yaml"))
     monkeypatch.chdir(ROOT)  # where recipes/ is
     for command in (("run", str(made), "--prompt", "hi"), ("bench", str(made)), ("validate", str(made)),
@@ -392,11 +392,11 @@ def test_a_policy_and_an_identity_exclude_each_other(made, keys, tmp_path, monke
     assert "cannot be combined with a policy" in result.output
 
 
-def test_what_is_remembered_of_an_alias_is_of_one_release(made, keys, signer, options, tmp_path):
+def test_what_is_remembered_of_an_alias_is_of_one_release(made, keys, index_signer, options, tmp_path):
     """After an alias moved from a release with an index to one without, and where the memory is damaged."""
     url, policy = str(tmp_path / "registry"), require(str(keys[1]))
     sign(made, keys[0])
-    publish(made, url, ["prod"], PublishSettings(version="1.0", sign=signer))
+    publish(made, url, ["prod"], PublishSettings(version="1.0", sign=index_signer))
     pull(f"{url}/small@prod", policy=policy, **options)
     publish(made, url, ["prod"])
     pull(f"{url}/small@prod", policy=policy, **options)

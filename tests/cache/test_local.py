@@ -15,7 +15,8 @@ import pytest
 from pipeline.cache import local as caches
 from pipeline.cache.collect import collect
 from pipeline.cache.local import Cache, Stats
-from pipeline.files.atomic import TEMP, FileDigest, digest_file
+from pipeline.files.atomic import FileDigest, digest_file
+from pipeline.files.unfinished import TEMP
 
 KEY = "ab" * 32
 FORK = multiprocessing.get_context("fork")

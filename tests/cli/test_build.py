@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.files.atomic import TEMP
+from pipeline.files.unfinished import TEMP
 from pipeline.models.weights import NORM
 from support.checkpoints import CONFIG, random_weights, write_checkpoint
 from support.commands import RECIPE, invoke

@@ -14,6 +14,7 @@ import click
 import pytest
 import yaml
 
+from pipeline.errors import CorruptError, HostError, InputError, RefusedError
 from pipeline.registry.publish import publish
 from support import small_artifacts as small
 from support.paths import ROOT
@@ -96,6 +97,7 @@ def test_workflow_pins_actions_and_asks_for_little():
         "changed": {"contents": "read"},
         "check": {"contents": "read"},
         "comment": {"pull-requests": "write"},
+        "build": {"contents": "read"},
         "publish": {"contents": "read", "id-token": "write"},
     }
     assert "secrets." not in json.dumps(data["jobs"]["check"])
@@ -112,7 +114,86 @@ def test_no_push_loses_its_release():
     }
     publish = data["jobs"]["publish"]
     assert publish["concurrency"] == {"group": "publish-${{ matrix.recipe }}", "cancel-in-progress": False}
-    assert publish["steps"][0]["with"]["ref"] == "${{ github.ref }}"
+    for job in (data["jobs"]["build"], publish):
+        assert job["steps"][0]["with"]["ref"] == "${{ github.ref }}"
+
+
+def test_the_job_that_signs_builds_nothing_and_installs_pinned_wheels():
+    """One job built, with unpinned packages, and held the identity and the registry's credentials."""
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    runs = {name: "\n".join(step.get("run", "") for step in job["steps"]) for name, job in jobs.items()}
+    signing = [name for name, job in jobs.items() if "id-token" in job["permissions"]]
+    assert signing == ["publish"]
+    assert "release.sh build" not in runs["publish"]
+    assert "--require-hashes --only-binary :all: --no-deps -r scripts/ci/requirements-publish.txt" in runs["publish"]
+    assert all("--no-deps" in line for line in runs["publish"].splitlines() if "pip install" in line)
+    assert runs["publish"].index("release.sh check") < runs["publish"].index("release.sh publish")
+    assert jobs["publish"]["environment"] == "release"
+    secrets = {name: set(re.findall(r"secrets\.(\w+)", json.dumps(job))) for name, job in jobs.items()}
+    assert secrets["build"] == {"CACHE_AWS_ACCESS_KEY_ID", "CACHE_AWS_SECRET_ACCESS_KEY"}
+    assert not secrets["build"] & secrets["publish"]
+    assert [name for name, found in secrets.items() if found] == ["build", "publish"]
+
+
+def test_pull_requests_and_pushes_share_no_runner_and_no_cache():
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    labels = {name: job["runs-on"] for name, job in jobs.items()}
+    assert labels["check"] == "${{ vars.TANDEM_PR_RUNNER || 'ubuntu-latest' }}"
+    assert labels["build"] == "${{ vars.TANDEM_RUNNER || 'ubuntu-latest' }}"
+    assert labels["publish"] == "ubuntu-latest"
+    assert "TANDEM_REMOTE_CACHE" not in json.dumps(jobs["check"])
+    assert "actions/cache" not in WORKFLOW.read_text()
+
+
+def test_requirements_of_the_signing_job_have_hashes():
+    """Each is one version with hashes, among them what `tandem publish` to every kind of registry needs."""
+    lines = (ROOT / "scripts/ci/requirements-publish.txt").read_text().replace("\\\n", " ").splitlines()
+    pinned = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==\S+( ; [^-]+)?( +--hash=sha256:[0-9a-f]{64})+\s*", line) for line in pinned), (
+        pinned
+    )
+    names = {line.partition("==")[0] for line in pinned}
+    assert {"click", "pydantic", "setuptools", "obstore", "huggingface-hub", "model-signing", "pyopenssl"} <= names
+    assert "torch" not in names
+
+
+def test_an_artifact_of_another_recipe_run_or_verdict_is_not_signed(tmp_path, monkeypatch):
+    """The job that signs did not build: what it was handed may be anything."""
+    work = tmp_path / "work"
+    root = small.make_validated(tmp_path / "artifacts/small", work).root
+    (tmp_path / "recipes").mkdir()
+    for name in ("recipe.yaml", "recipe.lock"):
+        shutil.copy(root / name, tmp_path / f"recipes/small.{name.partition('.')[2]}")
+
+    def checked(**environ: str) -> tuple[int, str]:
+        command = [sys.executable, str(ROOT / "scripts/ci/check_artifact.py"), "small"]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}
+        done = subprocess.run(command, cwd=tmp_path, env=clean | {"PYTHONPATH": str(ROOT)} | environ,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        return done.returncode, done.stderr
+
+    assert checked() == (0, "")
+    run = {
+        "GITHUB_RUN_ID": "7",
+        "GITHUB_REPOSITORY": "o/r",
+        "GITHUB_WORKFLOW_REF": "o/r/.github/workflows/release.yml@m",
+    }
+    code, said = checked(**run)
+    assert code == 4
+    assert "builder: expected https://github.com/o/r/" in said
+    assert "run: expected 7, found" in said
+    recipe = tmp_path / "recipes/small.yaml"
+    recipe.write_text(recipe.read_text().replace("max_new_tokens: 8", "max_new_tokens: 9"))
+    assert "of another recipe" in checked()[1]
+    shutil.copy(root / "recipe.yaml", recipe)
+    lock = json.loads((tmp_path / "recipes/small.lock").read_text())
+    lock["target"]["revision"] = "r2"
+    (tmp_path / "recipes/small.lock").write_text(json.dumps(lock))
+    assert "revision" in checked()[1]
+    shutil.copy(root / "recipe.lock", tmp_path / "recipes/small.lock")
+    shutil.rmtree(root)
+    small.make_validated(root, work, passed=False)
+    assert "validation gates did not pass" in checked()[1]
 
 
 def test_policies_name_the_workflow_that_signs():
@@ -213,6 +294,40 @@ def test_systemd_unit(tmp_path):
     user = re.search(r"sysusers.d/tandem.conf: +(u (\w+) .*?) {2,}", text)
     subprocess.run(["systemd-sysusers", "--dry-run", "--inline", user[1]], check=True)
     assert f"\nUser={user[2]}\n" in text
+
+
+def test_systemd_unit_repeats_what_may_pass_and_nothing_else():
+    """A first pull that failed ended the server's unit; what the policy rejects was pulled again and again."""
+    text = (ROOT / "deploy/systemd/tandem-pull@.service").read_text()
+    options = dict(line.split("=", 1) for line in text.splitlines() if re.match(r"\w+=", line))
+    assert options["Type"] == "oneshot"
+    assert float(re.search(r"--retry (\d+)", options["ExecStart"])[1]) >= 24 * 3600
+    assert options["TimeoutStartSec"] == "infinity"
+    assert "RestartMode" not in options, "systemd 252 does not have it"
+    ends = {InputError.exit_code, RefusedError.exit_code, CorruptError.exit_code}
+    assert set(map(int, options["RestartPreventExitStatus"].split())) == ends
+    assert HostError.exit_code not in ends
+
+
+def test_pod_has_probes_limits_and_its_secrets_apart():
+    """The token of the registry's role and the key of the API are each in one container."""
+    documents = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/serve.yaml").read_text()))
+    by_kind = {document["kind"]: document for document in documents}
+    pod = by_kind["Deployment"]["spec"]["template"]["spec"]
+    (pull,), (serve,) = pod["initContainers"], pod["containers"]
+    assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(serve)
+    assert all(volume["emptyDir"].get("sizeLimit") for volume in pod["volumes"] if "emptyDir" in volume)
+    mounts = {each["name"]: {mount["name"] for mount in each["volumeMounts"]} for each in (pull, serve)}
+    assert "aws-token" in mounts["pull"]
+    assert "aws-token" not in mounts["serve"]
+    assert not {env["name"] for env in serve["env"]} & {"AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE"}
+    assert "annotations" not in by_kind["ServiceAccount"]["metadata"], "EKS would give the role to every container"
+    key = next(env for env in serve["env"] if env["name"] == "VLLM_API_KEY")
+    assert set(key["valueFrom"]) == {"secretKeyRef"}
+    assert "--api-key" not in serve["args"]
+    network = by_kind["NetworkPolicy"]["spec"]
+    assert network["policyTypes"] == ["Ingress", "Egress"]
+    assert network["podSelector"]["matchLabels"] == by_kind["Deployment"]["spec"]["selector"]["matchLabels"]
 
 
 @pytest.mark.server

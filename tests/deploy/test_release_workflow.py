@@ -33,8 +33,9 @@ def test_workflow_steps(repository, url, s3_url, tmp_path):
     runner = Runner(repository, expressions_of(repository, url, s3_url), environ)
     runner.job("changed")
     assert runner.output.read_text() == 'recipes=["tiny"]\n'
-    runner.job("publish")
+    runner.job("build")
     assert "| passed | yes |" in runner.summary.read_text()
+    runner.job("publish")
     released = registry.list_releases(url)
     assert [(one.name, one.aliases) for one in released] == [("tiny", ("prod",))]
     out = pull(f"{url}/tiny@prod", tmp_path / "out", cache=tmp_path / "c", policy=signing.require(str(public)))
@@ -56,9 +57,11 @@ def test_release_stops_at_a_failed_gate(repository, s3_url, tmp_path):
     command = [str(BIN / "tandem"), "recipe", "lock", "tiny"]
     subprocess.run(command, cwd=repository, env=runner.environ, check=True)
     with pytest.raises(subprocess.CalledProcessError, match=r"release\.sh build"):
-        runner.job("publish")
+        runner.job("build")
     assert "| passed | no |" in runner.summary.read_text()
     assert (repository / "artifacts/tiny/reports/parity.html").is_file()
+    with pytest.raises(subprocess.CalledProcessError, match=r"release\.sh check"):
+        runner.job("publish")
     assert registry.list_releases(s3_url) == []
 
 

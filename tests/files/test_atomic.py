@@ -14,17 +14,17 @@ import pytest
 
 from pipeline.errors import ArtifactError, HostError
 from pipeline.files import atomic as files
+from pipeline.files import unfinished
 from pipeline.files.atomic import (
-    TEMP,
     atomic_dir,
     atomic_file,
     create_only,
     link_or_copy,
     resumable_dir,
     safe_relative,
-    sweep,
     write_atomic,
 )
+from pipeline.files.unfinished import TEMP, sweep
 from support.small_disk import on_small_disk, run_python
 
 
@@ -212,7 +212,7 @@ def test_atomic_dir_killed_and_raced(tmp_path):
 
 def test_sweep_keeps_the_living_and_the_foreign(tmp_path):
     """A process number says nothing about another container that shares the disk."""
-    host = files._host()
+    host = unfinished._host()
     dead = subprocess.Popen(["true"])
     dead.wait()
     living = tmp_path / f"{TEMP}{host}-{os.getpid()}-1-file"

@@ -17,7 +17,8 @@ from pipeline.artifact.manifest import MANIFEST, CacheManifest, FileEntry, conte
 from pipeline.artifact.verify import verify
 from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, GateError, InputError
-from pipeline.files.atomic import TEMP, digest_file
+from pipeline.files.atomic import digest_file
+from pipeline.files.unfinished import TEMP
 from pipeline.nxdi.vllm_cache import CACHE_FOLDER, NEVER_COMPILE, ServerRun, install, pack
 from pipeline.nxdi.vllm_cache_layout import COMPLETE, HLO, METADATA
 from pipeline.registry.card import body

@@ -35,11 +35,10 @@ def test_pull_a_million_files(registry, options):
     assert not options["directory"].exists()
 
 
-def test_pull_a_manifest_that_fills_the_memory(registry, options, monkeypatch):
-    monkeypatch.setattr("pipeline.stores.objects.SMALL_BYTES", 1 << 20)
+def test_pull_a_manifest_that_fills_the_memory(registry, options):
     manifest = next(registry.glob("releases/small/*/manifest.json"))
     os.truncate(manifest, 1 << 40)  # a hole: a terabyte that takes no disk
-    with pytest.raises(ArtifactError, match="manifest too large"):
+    with pytest.raises(ArtifactError, match="object too large"):
         pull(f"{registry}/small@latest", **options)
 
 
@@ -59,7 +58,9 @@ def test_pull_a_damaged_manifest(registry, options, data):
     assert not options["directory"].exists()
 
 
-@pytest.mark.parametrize("place", ["manifest.json", "signature", "recipe.yaml/x", "graphs", ".", "a//b", "a/./b"])
+@pytest.mark.parametrize(
+    "place", ["manifest.json", "signature", "pulled.json", "recipe.yaml/x", "graphs", ".", "a//b", "a/./b"]
+)
 def test_pull_a_path_that_is_taken(registry, options, place):
     spoil(registry, lambda data: data["files"].update({place: data["files"]["recipe.yaml"]}))
     with pytest.raises(ArtifactError, match="path"):

@@ -19,7 +19,7 @@ from pipeline.artifact.manifest import MANIFEST, dump, read
 from pipeline.artifact.reports import add_reports
 from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, GateError, HostError
-from pipeline.files.atomic import TEMP
+from pipeline.files.unfinished import TEMP
 from pipeline.registry.card import body
 from pipeline.registry.publish import PublishSettings, publish
 from pipeline.registry.releases import compare, list_releases

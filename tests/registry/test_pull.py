@@ -15,8 +15,8 @@ import pytest
 from pipeline.artifact.manifest import MANIFEST, part, read
 from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, HostError, InputError
-from pipeline.files.atomic import TEMP
 from pipeline.files.direct import BLOCK_BYTES
+from pipeline.files.unfinished import TEMP
 from pipeline.registry.blobs import Blobs, Origin
 from pipeline.registry.pull import Selection, pull
 from pipeline.registry.releases import Reference, parse_reference

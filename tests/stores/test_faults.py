@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.artifact.manifest import read
 from pipeline.errors import ArtifactError, HostError
-from pipeline.files.atomic import TEMP
+from pipeline.files.unfinished import TEMP
 from pipeline.registry import releases as registry
 from pipeline.registry.publish import publish
 from pipeline.registry.pull import pull

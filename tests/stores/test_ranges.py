@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 
+from pipeline.stores import ranges as ranges_module
 from pipeline.stores.ranges import Ranges
 
 DATA = random.Random(0).randbytes(300_000)
@@ -109,3 +114,61 @@ def test_read_knows_no_proxies(url, monkeypatch):
     assert Ranges().read(url, 0, buffer) is None
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert Ranges().read(url, 0, buffer) == 10
+
+
+class Dripping:
+    """A server that sends a byte from time to time, after `start`; it never waits as long as a client's limit."""
+
+    def __init__(self, start: bytes, pause_s: float) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/x"
+        self.start, self.pause_s, self.ended = start, pause_s, Event()
+        Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while not self.ended.is_set():
+            with suppress(OSError):
+                connected, _ = self.socket.accept()
+                Thread(target=self._drip, args=(connected,), daemon=True).start()
+
+    def _drip(self, connected: socket.socket) -> None:
+        with suppress(OSError), connected:
+            connected.recv(4096)
+            connected.sendall(self.start)
+            while not self.ended.wait(self.pause_s):
+                connected.sendall(b"x")
+
+    def close(self) -> None:
+        """End it."""
+        self.ended.set()
+        self.socket.close()
+
+
+BODY = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-999/1000\r\nContent-Length: 1000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "start", [BODY, b"HTTP/1.1 206 Partial Content\r\nX-", b""], ids=["body", "headers", "nothing"]
+)
+def test_read_ends_at_its_deadline_whatever_drips(start, monkeypatch):
+    """Each byte renewed the limit: a read with a limit of 2 s lasted 30 s."""
+    monkeypatch.setattr(ranges_module, "TIMEOUT_S", 1.0)
+    server = Dripping(start, 0.1)
+    try:
+        started = time.monotonic()
+        assert Ranges().read(server.url, 0, memoryview(bytearray(1000))) is None
+        assert time.monotonic() - started < 3
+    finally:
+        server.close()
+
+
+def test_a_deadline_grows_with_the_bytes():
+    assert ranges_module.deadline_s(8 << 20) == ranges_module.TIMEOUT_S + 128
+
+
+def test_deadlines_leave_no_threads(url):
+    buffer, ranges = memoryview(bytearray(1000)), Ranges()
+    before = threading.active_count()
+    for _ in range(50):
+        assert ranges.read(url, 0, buffer) == 1000
+    assert threading.active_count() <= before + 2

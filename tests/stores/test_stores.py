@@ -262,3 +262,22 @@ def peak_mib(*args: str, cache: Path) -> float:
         [sys.executable, "-c", code, "-q", *args], env=environ, capture_output=True, text=True, check=True
     )
     return int(done.stdout.split()[-1]) / 1024
+
+
+def test_yank_is_visible_refused_and_keeps_the_release(made, url, options, tmp_path):
+    """On S3 an object, on a Hub a file of main, which later releases keep."""
+    from pipeline.errors import RefusedError
+    from pipeline.registry.yanks import yank
+
+    publish(made, url, ["latest"], PublishSettings(version="1.0"))
+    assert yank(f"{url}/small@1.0", "bad") == yank(f"{url}/small@1.0", "again")
+    with pytest.raises(RefusedError, match="yanked: bad"):
+        pull(f"{url}/small@latest", **options)
+    other = small.make_validated(tmp_path / "other", tmp_path / "work", weights=b"other").root
+    publish(other, url, ["latest"], PublishSettings(version="2.0"))
+    assert {each.version: each.yanked for each in registry.list_releases(url)} == {"1.0": "bad", "2.0": ""}
+    assert small.digests(pull(f"{url}/small@latest", **options)) == small.digests(other)
+    out = pull(f"{url}/small@1.0", select=Selection(yanked=True), **options)
+    assert small.digests(out) == small.digests(made)
+    with pytest.raises(RefusedError, match="yanked: bad"):
+        aliases.set_alias(url, "small@1.0", "latest")

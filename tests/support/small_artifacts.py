@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact.manifest import PairArtifact
+from pipeline.artifact.manifest import PULLED, PairArtifact
 from pipeline.artifact.reports import add_reports
 from pipeline.backends.base import Toolchain
 from pipeline.cache.local import Cache
@@ -107,8 +107,8 @@ def make_beside(folder: Path, name: str = "other", **contents) -> Path:
 
 
 def digests(root: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by name."""
-    paths = (path for path in root.rglob("*") if path.is_file())
+    """sha256 of every file below a folder, by name; without the record of a pull."""
+    paths = (path for path in root.rglob("*") if path.is_file() and path.name != PULLED)
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 

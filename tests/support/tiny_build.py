@@ -16,7 +16,7 @@ from pipeline.artifact import manifest as artifact
 from pipeline.artifact.verify import verify
 from pipeline.backends.base import cache_key, make_backend
 from pipeline.build import BuildSettings, run
-from pipeline.files.atomic import remove
+from pipeline.files.unfinished import remove
 from pipeline.plan.plan import make_plan
 from pipeline.recipe import load
 from pipeline.sources.pair import resolve_pair

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,12 +25,17 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor.session import Session
-from pipeline.errors import HostError, reason
+from pipeline.errors import HostError, InputError, reason
 from pipeline.files.temporary import start_server
 from pipeline.graphs.spec import GraphSpec
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 """Time limit of a rank's wait for another rank in a collective."""
+
+TIMEOUT_VARIABLE = "TANDEM_RANK_TIMEOUT_S"
+"""Environment variable: seconds within which every rank must have run a graph."""
+TIMEOUT_S = 600.0
+"""Longer than a collective's limit, which names the rank that waits; the first run of a graph also opens it."""
 
 Message = tuple[GraphSpec, dict[str, np.ndarray]] | None
 """A graph to run with its arguments; None to zero the state."""
@@ -82,6 +88,7 @@ class ManyRanks:
         start_server()
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-ranks-")
         self._pipes: list[Connection] = []
+        self._timeout_s = _timeout_s()
         self._workers: list[ForkServerProcess] = []
         for rank in range(manifest.ranks):
             ours, theirs = context.Pipe()
@@ -92,7 +99,7 @@ class ManyRanks:
             self._pipes.append(ours)
             self._workers.append(worker)
         with self._end_on_failure():
-            self._answers()
+            self._answers(None)  # the weights of a large model take long to read
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run one graph on every rank.
@@ -128,7 +135,7 @@ class ManyRanks:
             for pipe in self._pipes:
                 with suppress(BrokenPipeError):  # `_answers` names the rank that ended
                     pipe.send(message)
-            return self._answers()
+            return self._answers(self._timeout_s)
 
     @contextmanager
     def _end_on_failure(self) -> Iterator[None]:
@@ -141,11 +148,23 @@ class ManyRanks:
             self.close()
             raise
 
-    def _answers(self) -> dict[str, np.ndarray]:
-        """Wait for an answer of each rank; return rank 0's."""
+    def _answers(self, timeout_s: float | None) -> dict[str, np.ndarray]:
+        """Wait for an answer of each rank; return rank 0's.
+
+        Raises:
+            HostError: a rank failed, ended, or did not answer in time.
+
+        """
         answers: dict[int, Any] = {}
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while len(answers) < len(self._pipes):
-            for rank in self._ready(answers):
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = self._ready(answers, left_s)
+            if not ready:
+                late = ", ".join(str(rank) for rank in range(len(self._pipes)) if rank not in answers)
+                what, fix = f"no answer within {timeout_s:g} s", f"load the artifact again; limit: {TIMEOUT_VARIABLE}"
+                raise HostError(what, where=f"rank {late}", fix=fix)
+            for rank in ready:
                 try:
                     answers[rank] = self._pipes[rank].recv()
                 except (EOFError, ConnectionError):
@@ -156,14 +175,30 @@ class ManyRanks:
         outputs: dict[str, np.ndarray] = answers[0]
         return outputs
 
-    def _ready(self, answered: dict[int, Any]) -> Iterator[int]:
-        """Return ranks whose pipe has an answer or is closed."""
-        ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in answered])
-        return (rank for rank, pipe in enumerate(self._pipes) if pipe in ready)
+    def _ready(self, answered: dict[int, Any], timeout_s: float | None) -> list[int]:
+        """Return ranks whose pipe has an answer or is closed; none after the timeout."""
+        ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in answered], timeout_s)
+        return [rank for rank, pipe in enumerate(self._pipes) if pipe in ready]
 
     def _exit_code(self, rank: int) -> int | None:
         self._workers[rank].join(timeout=10)
         return self._workers[rank].exitcode
+
+
+def _timeout_s() -> float:
+    """Return the time limit of a graph's run on all ranks, in seconds.
+
+    Raises:
+        InputError: the variable is no positive number.
+
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE) or str(TIMEOUT_S)
+    try:
+        if (seconds := float(text)) > 0:
+            return seconds
+    except ValueError:
+        pass
+    raise InputError(f"found {text!r}, expected seconds", where=TIMEOUT_VARIABLE, fix=f"unset {TIMEOUT_VARIABLE}")
 
 
 def _serve(pipe: Connection, place: Place) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor import collectives  # noqa: F401 - graphs of several ranks call its operators by name
-from pipeline.errors import ArtifactError, HostError
+from pipeline.errors import CorruptError, HostError
 from pipeline.files.atomic import safe_relative
 from pipeline.files.temporary import prepared_folder, temporary_files, temporary_folder
 from pipeline.graphs.dtypes import torch_dtype
@@ -65,7 +65,7 @@ def check_members(package: Path) -> None:
 
     Raises:
         HostError: not a package.
-        ArtifactError: a member with a path that leaves the folder, or that is a link.
+        CorruptError: a member with a path that leaves the folder, or that is a link.
 
     """
     try:
@@ -76,7 +76,7 @@ def check_members(package: Path) -> None:
     for member in members:
         safe_relative(member.filename.removesuffix("/"), str(package))
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise ArtifactError(f"{member.filename} is a link", where=str(package), fix="do not use this artifact")
+            raise CorruptError(f"{member.filename} is a link", where=str(package), fix="do not use this artifact")
 
 
 class Session:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact.manifest import AGAIN, GraphEntry
+from pipeline.artifact.manifest import GraphEntry
 from pipeline.backends.neuron.boundary import Boundary
 from pipeline.backends.neuron.compiler import check_neff
 from pipeline.backends.neuron.module import without_booleans
 from pipeline.errors import ArtifactError, reason
+from pipeline.files.limits import AGAIN
 from pipeline.graphs.signature import Signature
 from pipeline.graphs.spec import GraphSpec
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifact.manifest import AGAIN, PairManifest
+from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.neuron import support
 from pipeline.backends.neuron.boundary import Boundary, metaneff
 from pipeline.backends.neuron.graph_file import BOUNDARY, LAYOUT, METANEFF, Graph, read_graph
 from pipeline.backends.neuron.module import NeuronModule, dotted, key
 from pipeline.backends.neuron.support import sdk_environment
 from pipeline.errors import ArtifactError, HostError
+from pipeline.files.limits import AGAIN
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.shards import read_shard
 from pipeline.graphs.signature import TensorSpec

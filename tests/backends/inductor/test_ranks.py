@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from pipeline import runtime
 from pipeline.artifact.manifest import PairManifest
+from pipeline.backends.inductor import ranks as ranks_module
 from pipeline.backends.inductor.ranks import ManyRanks
 from pipeline.build import BuildSettings, run
-from pipeline.errors import HostError
+from pipeline.errors import HostError, InputError
 from pipeline.recipe import load
 from pipeline.recipe.schema import InductorSettings
 from pipeline.sources.pair import resolve_pair
@@ -133,6 +134,27 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(tmp_path):
         os.kill(slow, signal.SIGCONT)
     with pytest.raises(HostError, match="the rank processes have ended"):
         ranks.reset()
+
+
+def test_a_hung_rank_is_an_error_within_its_limit(tmp_path, monkeypatch):
+    """The server waited for ever, with a healthy `/health`."""
+    monkeypatch.setenv("TANDEM_RANK_TIMEOUT_S", "0.5")
+    ranks = without_graphs(tmp_path)
+    ranks.reset()
+    slow = ranks._workers[1].pid
+    os.kill(slow, signal.SIGSTOP)
+    with pytest.raises(HostError, match=r"no answer within 0\.5 s") as caught:
+        ranks.reset()
+    assert caught.value.where == "rank 1"
+    with pytest.raises(HostError, match="the rank processes have ended"):
+        ranks.reset()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon"])
+def test_a_limit_that_is_no_time_is_an_error(monkeypatch, text):
+    monkeypatch.setenv("TANDEM_RANK_TIMEOUT_S", text)
+    with pytest.raises(InputError, match="expected seconds"):
+        ranks_module._timeout_s()
 
 
 def test_failing_rank_says_why_without_pythons_words(tmp_path):

@@ -1,0 +1,57 @@
+"""Limits for documents that strangers wrote: bytes, number of values, nesting. Checked before a document is parsed.
+
+A manifest, an index, a provenance statement and a signature come from a registry that anyone may have written. Their
+cost in memory is bounded here, whatever their contents.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pipeline.errors import CorruptError
+
+MAX_BYTES = 16 << 20
+"""Limit for a manifest or an index: 50,000 files take about 8 MiB."""
+MAX_VALUES = 500_000
+"""Limit for the values of a document; a file of a manifest has seven brackets, commas and colons."""
+SIGNATURE_BYTES = 256 << 10
+"""Limit for a signature: with a key about 2 KiB, keyless with its certificate and log entry about 12 KiB."""
+SIGNATURES = 32
+"""Limit for the signatures over one document that are read."""
+
+AGAIN = "pull or build the artifact again"
+DO_NOT_USE = "do not use this artifact"
+SIGNS = b",:[{"
+"""At least one of these stands before each value but the first."""
+
+
+def check_size(size: int, limit: int, where: str, what: str = "the manifest") -> None:
+    """Reject a document that is too large to be read.
+
+    Raises:
+        CorruptError: more bytes than the limit.
+
+    """
+    if size > limit:
+        raise CorruptError(f"{what} has {size:,} bytes, limit {limit:,}", where=where, fix=DO_NOT_USE)
+
+
+def json_object(data: bytes, where: str, what: str = "manifest") -> dict[str, Any]:
+    """Parse JSON text that must be an object, after its limits were checked.
+
+    Raises:
+        CorruptError: too large, too many values, nested too deeply, not JSON, or not an object.
+
+    """
+    check_size(len(data), MAX_BYTES, where, f"the {what}")
+    values = sum(data.count(sign) for sign in SIGNS)
+    if values > MAX_VALUES:
+        raise CorruptError(f"the {what} has {values:,} values, limit {MAX_VALUES:,}", where=where, fix=DO_NOT_USE)
+    try:
+        parsed = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"damaged {what}: not JSON", where=where, fix=AGAIN) from error
+    if not isinstance(parsed, dict):
+        raise CorruptError(f"damaged {what}: not a JSON object", where=where, fix=AGAIN)
+    return parsed
