@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +18,7 @@ from pipeline.errors import InputError, TandemError
 from pipeline.models.generation import not_applied_warning
 from pipeline.runtime.batch import check_choice, check_prompt
 from pipeline.serve import settings
+from pipeline.serve.arguments import restrict
 from pipeline.serve.plugin import ARTIFACT
 from pipeline.stages.memory import host_memory
 
@@ -94,7 +96,10 @@ class TandemPlatform(Platform):
             manifest = settings.checked(root)
         except TandemError as error:
             _end(error)
+        from vllm.engine.arg_utils import AsyncEngineArgs  # here: this module calls this function
+
         parser.set_defaults(**settings.of_vllm(root, manifest))
+        restrict(parser, [field.name for field in fields(AsyncEngineArgs)], _end)
         cls._parser_has_defaults = True
 
     @classmethod

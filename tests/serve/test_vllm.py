@@ -332,6 +332,10 @@ def test_told_to_end_it_finishes_its_answers(artifact: Path, tmp_path: Path) -> 
         (["--max-model-len", "97"], "at most 96"),
         (["--dtype", "bfloat16"], "float32"),
         (["--tensor-parallel-size", "2"], "tensor-parallel-size: found 2"),
+        (["--enable-prefix-caching"], "enable-prefix-caching: found True; it has no effect"),
+        (["--enable-chunked-prefill"], "enable-chunked-prefill: found True; it has no effect"),
+        (["--block-size", "32"], "block-size: found 32; it has no effect"),
+        (["--kv-cache-dtype", "fp8"], "kv-cache-dtype: found fp8; it has no effect"),
         (["--additional-config", '{"tandem": {"speculate_upto": 1}}'], "speculate_upto"),
     ],
 )

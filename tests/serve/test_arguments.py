@@ -1,0 +1,68 @@
+"""Engine arguments without an effect end the start. A parser as vLLM's; `test_vllm.py` has vLLM's own."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.serve.arguments import SUPPORTED, restrict
+from pipeline.serve.settings import BLOCK
+
+ENGINE = ("max_num_seqs", "enable_prefix_caching", "enable_chunked_prefill", "block_size", "kv_cache_dtype", "seed",
+          "tokenizer", "enforce_eager", "gpu_memory_utilization", "compilation_config")  # fmt: skip
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    """Arguments of the frontend and of the engine, with defaults of an artifact."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-num-seqs", type=int)
+    for name in ("--enable-prefix-caching", "--enable-chunked-prefill"):
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--block-size", type=int)
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--compilation-config", "-O", type=dict, default={})
+
+    def refuse(error: InputError) -> None:
+        raise error
+
+    parser.set_defaults(tokenizer="/a/tokenizer", enforce_eager=True, max_num_seqs=4)
+    restrict(parser, ENGINE, refuse)
+    return parser
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--enable-prefix-caching"], ["--enable-chunked-prefill"], ["--block-size", "32"], ["--kv-cache-dtype", "fp8"],
+     ["--seed", "7"], ["--tokenizer", "other"], ["--gpu-memory-utilization=0.5"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_an_argument_without_effect_is_refused(parser, words):
+    """Prefix caching, chunked prefill, the block size and others were silently overridden."""
+    with pytest.raises(InputError, match="no effect with an artifact") as caught:
+        parser.parse_args(words)
+    flag = words[0].partition("=")[0]
+    assert (caught.value.where, caught.value.fix) == (flag, f"remove {flag}")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--port", "1"], ["--max-num-seqs", "2"], ["--no-enable-prefix-caching"], ["--block-size", str(BLOCK)],
+     ["--kv-cache-dtype", "auto"], ["--seed", "0"], ["--tokenizer", "/a/tokenizer"], ["--enforce-eager"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_holds_anyway_is_accepted(parser, words):
+    parser.parse_args(words)
+
+
+def test_supported_arguments_keep_their_values(parser):
+    assert parser.parse_args(["--max-num-seqs", "2"]).max_num_seqs == 2
+    assert "max_num_seqs" in SUPPORTED
