@@ -28,11 +28,15 @@ class AcceptanceSection:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the first K is compared with: its places, and the tokens per step of prompt lookup alone."""
+    """What the first K is compared with: its places, and the tokens per step of prompt lookup alone.
+
+    `step_cost`: decode steps that a step with this K costs in the smallest batch, if the recipe states it.
+    """
 
     places: Sequence[StepPlace]
     lookup_alone: float
     is_head: bool
+    step_cost: float | None = None
 
 
 def acceptance(
@@ -54,6 +58,9 @@ def acceptance(
     if expected.is_head and limits.tokens_per_step > 1 and first.tokens_per_step < expected.lookup_alone:
         alone = f"prompt lookup alone gives {expected.lookup_alone:.2f}"
         findings.append(f"K={first.draft_tokens}: {first.tokens_per_step:.2f} tokens per step; {alone}")
+    if expected.step_cost is not None and first.tokens_per_step < expected.step_cost:
+        cost = f"a step costs {expected.step_cost:.2f} decode steps"
+        findings.append(f"K={first.draft_tokens}: {first.tokens_per_step:.2f} tokens per step; {cost}")
     forced = tuple(place.forced / max(place.tried, 1) for place in expected.places)
     first = first.model_copy(update={"teacher_forced": forced, "lookup_alone": expected.lookup_alone})
     return GateOutcome("acceptance", AcceptanceSection((first, *measured[1:]), speed), tuple(findings))

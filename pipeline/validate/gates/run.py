@@ -115,10 +115,13 @@ def _expected(
 ) -> Expected:
     steps, of_first = next(iter(answers.speculative.items()))
     draft_ids, manifest = draft_token_ids(inputs.checkpoints[1]), inputs.engine.manifest
+    costs = manifest.step_costs
+    alone = costs[min(costs)] if isinstance(costs, dict) else costs
     return Expected(
         places_of(sequences.prompts, of_first, references["draft"].goldens, draft_ids, steps),
         lookup_alone(sequences.prompts, manifest.lookup, steps),
         manifest.draft_kind.reads_target_states,
+        alone[0] if alone else None,
     )
 
 

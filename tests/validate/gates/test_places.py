@@ -65,9 +65,9 @@ def test_lookup_alone_counts_its_steps():
     assert lookup_alone([sequence(list(range(12)), 2)], None, 4) == 1.0
 
 
-def outcome(limits, *, is_head=True, alone=1.0):
+def outcome(limits, *, is_head=True, alone=1.0, cost=None):
     measured = acceptance_of([Prompt("p", "chat", "")], [answer([2, 1, 2, 1], [False] * 4)], 1)
-    return acceptance([measured], None, Gates(**limits), Expected([], alone, is_head)).findings
+    return acceptance([measured], None, Gates(**limits), Expected([], alone, is_head, cost)).findings
 
 
 def test_a_head_that_lookup_alone_would_beat_fails():
@@ -75,6 +75,11 @@ def test_a_head_that_lookup_alone_would_beat_fails():
     assert "prompt lookup alone gives 1.60" in outcome({"tokens_per_step": 1.2}, alone=1.6)[0]
     assert outcome({"tokens_per_step": 1.2}, alone=1.6, is_head=False) == ()
     assert outcome({}, alone=1.6) == ()
+
+
+def test_a_head_whose_steps_cost_more_than_they_emit_fails():
+    assert outcome({}, cost=1.4) == ()
+    assert outcome({}, cost=1.6) == ("K=1: 1.50 tokens per step; a step costs 1.60 decode steps",)
 
 
 def test_a_stated_acceptance_is_compared():
