@@ -88,7 +88,7 @@ def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
     """
     recipe = settings.recipe
     pair = resolve_pair(recipe, base=settings.base, cache=settings.cache / "sources", progress=settings.progress)
-    _log_head(recipe, pair[1], settings.log)
+    log_head(recipe, pair[1], settings.log)
     plan = make_plan(recipe, *(checkpoint.config for checkpoint in pair))
     check_readings(pair)
     _warn_of_indexes(pair, settings.log)
@@ -98,7 +98,7 @@ def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
     return Resolved(pair, plan, lock, tokenizer_files(pair[0]))
 
 
-def _log_head(recipe: Recipe, draft: Checkpoint, log: Log) -> None:
+def log_head(recipe: Recipe, draft: Checkpoint, log: Log) -> None:
     """Log how a head's file is read, what it leaves open, and a target's name in it that is not the recipe's."""
     if draft.config.eagle3 is None:
         return

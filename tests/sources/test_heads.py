@@ -16,13 +16,14 @@ from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.plan.lock import make_lock, pair_configs
 from pipeline.plan.plan import make_plan
 from pipeline.progress import no_log
-from pipeline.recipe.schema import Recipe
+from pipeline.recipe.schema import Recipe, Target
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.heads import starter_recipe, verifier_note
 from pipeline.sources.local import check_local
 from pipeline.sources.pair import resolve, resolve_pair
 from pipeline.sources.values import draft_token_ids, read_tensor
 from pipeline.sources.weights import weights
+from pipeline.stages.checks import log_head
 from pipeline.validate.gates.inputs import GateInputs
 from pipeline.validate.gates.run import run_gates
 from pipeline.validate.prompts import Prompt
@@ -209,3 +210,17 @@ def test_starter_recipe_has_the_target_that_the_head_names(tmp_path, cache):
     flat = resolve(str(write_head(tmp_path / "flat", FLAT, Parts())), base=cache, cache=cache / "sources", role="draft")
     with pytest.raises(SourceError, match="names no target"):
         starter_recipe("flat", flat)
+
+
+def test_a_build_logs_the_reading_what_is_open_and_another_target(tmp_path, cache):
+    config = SPECULATORS | {"eagle_config": {TAPPED: [0, 1, 3]}}
+    recipe = recipe_of(write_head(tmp_path / "head", config, Parts(layer="layers.0.")))
+    _, draft = pair_of(recipe, cache)
+    lines: list[str] = []
+    elsewhere = recipe.model_copy(update={"target": Target(source="hf://org/other")})
+    log_head(elsewhere, draft, lines.append)
+    assert lines[0].startswith("draft: EAGLE-3 head of speculators: reads the inputs of layers 1, 2, 4 (")
+    assert lines[1:] == [
+        f"draft: eagle_config.{TAPPED}=[0, 1, 3] may be outputs or inputs of layers: draft.taps",
+        "draft: the head names the target org/target; the recipe has org/other",
+    ]
