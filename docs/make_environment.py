@@ -124,7 +124,10 @@ RELEASE = (
     Variable("PYTHON", "`scripts/ci/package.sh`; the Makefile", "Python interpreter", "`python`; `python3` in the Makefile"),
     Variable("TANDEM_REGISTRY", "variable of `release.yml`", "registry; without it, the workflow publishes nothing", "no publication"),
     Variable("TANDEM_ALIAS", "variable of `release.yml`", "alias to set to the release", "no alias is set"),
-    Variable("TANDEM_RUNNER", "variable of `release.yml`", "label of the runner that builds", "`ubuntu-latest`"),
+    Variable("TANDEM_RUNNER", "variable of `release.yml`", "label of the runner that builds pushes", "`ubuntu-latest`"),
+    Variable("TANDEM_PR_RUNNER", "variable of `release.yml`", "label of the runner that builds pull requests: another machine", "`ubuntu-latest`"),
+    Variable("CACHE_AWS_ACCESS_KEY_ID", "secret of `release.yml`", "access key of the shared cache alone, for the job that builds", "no shared cache"),
+    Variable("CACHE_AWS_SECRET_ACCESS_KEY", "secret of `release.yml`", "its secret key", "no shared cache"),
     Variable("TANDEM_PYPI_PROJECT", "variable of `package.yml`", "name of the project on PyPI; without it, the workflow publishes nothing", "no publication"),
 )  # fmt: skip
 DEVELOPMENT = (

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from pipeline.build import run as run_build
     from pipeline.errors import (
         ArtifactError,
+        CorruptError,
         GateError,
         HostError,
         InputError,
         PreflightError,
         Problem,
         RecipeError,
+        RefusedError,
         SourceError,
         TandemError,
     )
@@ -41,6 +43,7 @@ _PLACES = {
     "BuildReport": "pipeline.build",
     "BuildSettings": "pipeline.build",
     "Chat": "pipeline.runtime.text",
+    "CorruptError": "pipeline.errors",
     "Engine": "pipeline.runtime",
     "GateError": "pipeline.errors",
     "Generation": "pipeline.runtime",
@@ -52,6 +55,7 @@ _PLACES = {
     "PublishSettings": "pipeline.registry.publish",
     "Recipe": "pipeline.recipe",
     "RecipeError": "pipeline.errors",
+    "RefusedError": "pipeline.errors",
     "Release": "pipeline.registry.publish",
     "Selection": "pipeline.registry.pull",
     "SourceError": "pipeline.errors",
@@ -71,10 +75,11 @@ _PLACES = {
 """Public name -> its module, with the name there if that differs."""
 
 __all__ = [
-    "Artifact", "ArtifactError", "BuildReport", "BuildSettings", "Chat", "Engine", "GateError", "Generation",
-    "HostError", "InputError", "Policy", "PreflightError", "Problem", "PublishSettings", "Recipe", "RecipeError",
-    "Release", "Selection", "SourceError", "TandemError", "__version__", "build", "load", "load_recipe", "publish",
-    "pull", "read_artifact", "read_policy", "require_signature", "run_build", "sign", "verify",
+    "Artifact", "ArtifactError", "BuildReport", "BuildSettings", "Chat", "CorruptError", "Engine", "GateError",
+    "Generation", "HostError", "InputError", "Policy", "PreflightError", "Problem", "PublishSettings", "Recipe",
+    "RecipeError", "RefusedError", "Release", "Selection", "SourceError", "TandemError", "__version__", "build", "load",
+    "load_recipe", "publish", "pull", "read_artifact", "read_policy", "require_signature", "run_build", "sign",
+    "verify",
 ]  # fmt: skip
 
 

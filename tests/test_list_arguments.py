@@ -26,6 +26,7 @@ from pipeline.plan.forecast import Forecast
 from pipeline.recipe import changed
 from pipeline.registry import publish, pull
 from pipeline.runtime.engine import Engine
+from pipeline.serve import arguments
 from pipeline.serve.requests import RequestSlots
 from pipeline.sources import checkpoint, pointers, tensors
 from pipeline.stages.took import BuildClock
@@ -67,6 +68,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "artifact.manifest.select(only)": lambda value: manifest.select(FILES, value),
     "artifact.sbom.installed(roots)": sbom.installed,
     "artifact.verify.verify(only)": lambda value: verify.verify(Path("none"), only=value),
+    "artifact.verify.verify_files(only)": lambda value: verify.verify_files(UNUSED, only=value),
     "backends.inductor.compiler.failure(command)": lambda value: inductor.failure(UNUSED, value, ""),
     "backends.neuron.compiler.compile_neff(flags)": lambda value: compiler.compile_neff(b"", value, Path("none"), {}),
     "cli.paths.file_patterns(parts)": paths.file_patterns,
@@ -90,6 +92,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "sources.tensors.layout(tensors)": lambda value: tensors.layout(value, {}),
     "stores.hub.HubStore.send(paths)": lambda value: HubStore.send(UNUSED, UNUSED, value, UNUSED),
     "stores.objects.ObjectStore.send(paths)": lambda value: ObjectStore.send(UNUSED, UNUSED, value, UNUSED),
+    "serve.arguments.restrict(engine)": lambda value: arguments.restrict(UNUSED, value, UNUSED),
     "stages.took.BuildClock.expect(missing)": expect,
     "validate.draft.examine.chosen(prompts)": lambda value: examine.chosen(value, 1),
     "validate.gates.acceptance.acceptance_of(prompts)": lambda value: acceptance.acceptance_of(value, [], 1),

@@ -33,6 +33,7 @@ def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Seque
         CorruptError: every fault, each with its path and both values. ArtifactError: only a part was pulled.
 
     """
+    no_string(only, "only", "patterns")
     return verify_files(read(root), progress, only=only)
 
 

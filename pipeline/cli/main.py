@@ -69,7 +69,7 @@ class Tandem(LazyGroup):
         utf8_output()
         return super().main(*args, **options)
 
-    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **options: Any) -> click.Context:
+    def make_context(self, info_name: str | None, args: Any, *rest: Any, **options: Any) -> click.Context:
         """Parse the words before the command's name."""
         console = Console(json="--json" in args)  # wrong options are found before `--json` is read
         try:

@@ -165,6 +165,7 @@ def _listed(url: str, name: str | None = None) -> list[Listed]:
 
 def _listing(releases: Sequence[Listed]) -> Table:
     headings = ("release", "digest", "built (UTC)", "size", "signed", "aliases", "variants", "yanked")
+    columns = len(headings) if any(each.yanked for each in releases) else len(headings) - 1
     rows = [
         (
             f"{each.name}@{each.version}", "damaged" if each.damage else value(each.digests),
@@ -174,7 +175,7 @@ def _listing(releases: Sequence[Listed]) -> Table:
         )
         for each in releases
     ]  # fmt: skip
-    return Table(headings, rows, right=("size",), whole=headings[:2])
+    return Table(headings[:columns], [row[:columns] for row in rows], right=("size",), whole=headings[:2])
 
 
 @click.command(cls=Command)

@@ -253,7 +253,7 @@ def test_a_share_of_no_start_is_an_error():
         (("pull", "r/small@latest", "/proc/nothing"), 3, "/proc/"),
         (("pull", "r/small@latest", "p", "--only", "weight"), 2, "no file matches 'weight/*'"),
         (("diff", "r/variants/small@1", "out", "--variant", "typo"), 2, "unknown variant 'typo'"),
-        (("inspect", "deep"), 2, "damaged manifest"),
+        (("inspect", "deep"), 5, "damaged manifest"),
         (("recipe", "check", "elsewhere.yaml"), 3, "unsupported kind of registry: gs://"),
         (("recipe", "check", "unprompted.yaml"), 2, "unprompted.yaml:6: validate.prompts: no such file: none.jsonl"),
         (("recipe", "check", "long.yaml"), 2, "at most 100 characters"),

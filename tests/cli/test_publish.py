@@ -78,7 +78,7 @@ def test_publish_warns_of_an_index_that_nobody_signed(out, tmp_path):
     for words in (("--dry-run",), (), ("--json",)):
         shown = answer("publish", "out", "--to", "r", "--version", "1.0", *words).stderr
         assert "warning: the index of 1.0 is not signed; pulls with --require-signature reject it" in shown
-    assert invoke("pull", "r/small@1.0", "p", "--require-signature", public).exit_code == 2
+    assert invoke("pull", "r/small@1.0", "p", "--require-signature", public).exit_code == 4
     assert answer("publish", "out", "--to", "r").stderr == ""  # without a version: no index
     assert "only `tandem publish --sign` signs" in " ".join(invoke("sign", "--help").stdout.split())
 

@@ -155,10 +155,10 @@ def lose_answers(monkeypatch: pytest.MonkeyPatch, *, also_reads: bool = False) -
             raise Interrupted("the server cannot be reached, or breaks off", where="registry")
         return found
 
-    def read(self, key):
+    def read(self, key, *limit):
         if also_reads and key in lost:
             raise Interrupted("the server cannot be reached", where="registry")
-        return get(self, key)
+        return get(self, key, *limit)
 
     monkeypatch.setattr(FolderBucket, "swap", swapped)
     monkeypatch.setattr(FolderBucket, "get", read)
