@@ -20,7 +20,7 @@ from typing import Any, Self
 from pipeline.errors import TandemError
 from pipeline.registry import aliases
 from pipeline.stores import base, leases, objects
-from pipeline.stores.base import Bucket, Interrupted, Listing, Object
+from pipeline.stores.base import SMALL_BYTES, Bucket, Interrupted, Listing, Object
 from pipeline.stores.objects import ObjectStore
 
 SCHEME = "history"
@@ -238,8 +238,8 @@ class HistoryBucket:
     def read(self, key: str, offset: int, buffer: memoryview, token: str | None = None) -> int:
         return self.request(lambda: self.inner.read(key, offset, buffer, token))
 
-    def get(self, key: str) -> Object | None:
-        return self.request(lambda: self.inner.get(key))
+    def get(self, key: str, limit: int = SMALL_BYTES) -> Object | None:
+        return self.request(lambda: self.inner.get(key, limit))
 
     def create(self, key: str, data: bytes) -> bool:
         return self.request(lambda: self.inner.create(key, data), self.written("put", key, data))
