@@ -189,9 +189,14 @@ def _parameter(arg: ast.arg, default: ast.expr | None) -> str:
     return ast.unparse(arg) + (f" = {ast.unparse(default)}" if default is not None else "")
 
 
+def _text(node: ast.AST) -> str:
+    """Return code with the quotes that the formatter uses."""
+    return ast.unparse(node).replace("''", '""')
+
+
 def _class(node: ast.ClassDef) -> str:
     """Return a class with its public fields."""
     fields = [child for child in node.body if isinstance(child, ast.AnnAssign)]
     if not fields:
         return f"class {node.name}"
-    return f"class {node.name}:\n" + "\n".join(f"    {ast.unparse(field)}" for field in fields)
+    return f"class {node.name}:\n" + "\n".join(f"    {_text(field)}" for field in fields)
