@@ -50,7 +50,7 @@ def check_draft(settings: BuildSettings, sources: Resolved) -> None:
             report = examine(recipe, pair, tokens, dtype, SHORT, settings.progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, report.model_dump_json().encode())
-    settings.log(f"draft: {report.line}")
+    settings.log(f"draft: {report.line}" if report.verdict == "agrees" else f"warning: {report.line}")
     if is_refused(report, needs_acceptance=recipe.validate_.gates.tokens_per_step > 1):
         raise SourceError(report.line, where=recipe.place("draft"), fix=report.fix)
 
