@@ -33,6 +33,7 @@ from pipeline.graphs.dtypes import torch_dtype  # noqa: E402
 from pipeline.graphs.module import GraphModule, empty  # noqa: E402
 from pipeline.graphs.signature import signature  # noqa: E402
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec  # noqa: E402
+from pipeline.models.config import Layer, Rope  # noqa: E402
 from pipeline.recipe.schema import InductorSettings  # noqa: E402
 from support.graphs import compile_graph  # noqa: E402
 from support.pairs import make_pair  # noqa: E402
@@ -112,7 +113,7 @@ def main() -> None:
     options.save.mkdir(parents=True, exist_ok=True)
     target = replace(
         make_pair().shape.target, family="llama", layers=options.layers, hidden=576, intermediate=1536, heads=9,
-        kv_heads=3, head_dim=64, vocab=49152, qk_norm=False,
+        kv_heads=3, head_dim=64, vocab=49152, qk_norm=None, kinds=(Layer(Rope(1e4, 64)),),
     )  # fmt: skip
     models = ModelsSpec(target, replace(target, layers=1), "bfloat16", "bfloat16", tp=1, draft_replicated=False)
     pair, backend = PairSpec(models, rows=4, length=1024), InductorBackend(InductorSettings())

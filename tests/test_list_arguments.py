@@ -35,6 +35,7 @@ from pipeline.stores.objects import ObjectStore
 from pipeline.validate import lengths
 from pipeline.validate.draft import examine
 from pipeline.validate.gates import acceptance
+from pipeline.validate.reference import skeleton
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 TEXT = "text"
@@ -97,6 +98,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "validate.draft.examine.chosen(prompts)": lambda value: examine.chosen(value, 1),
     "validate.gates.acceptance.acceptance_of(prompts)": lambda value: acceptance.acceptance_of(value, [], 1),
     "validate.lengths.encoded_prompts(prompts)": lambda value: lengths.encoded_prompts(value, {}),
+    "validate.reference.skeleton.for_module(names)": lambda value: skeleton.for_module(value, {}),
     "validate.lengths.token_counts(prompts)": lambda value: lengths.token_counts(value, {}),
 }
 OTHERS: dict[str, Callable[[Any], object]] = {

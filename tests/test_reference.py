@@ -30,7 +30,10 @@ NO_VARIABLES = {
     "TANDEM_AMX",  # macros of C++
     "TANDEM_BF16",
 }
-DATACLASSES = {"Eagle3", "GraphSpec", "Llama3Rope", "ModelConfig", "ModelsSpec", "PairSpec", "TapIds"}
+DATACLASSES = {
+    "DividedRope", "Eagle3", "Experts", "GraphSpec", "Layer", "Limit", "LinearRope", "Llama3Rope", "ModelConfig",
+    "ModelsSpec", "Norms", "PairSpec", "Rope", "TapIds", "YarnRope",
+}  # fmt: skip
 """Their docstrings describe their fields."""
 
 

@@ -18,9 +18,9 @@ from pipeline.backends.inductor import just_in_time
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.models.decoder import Hidden
 from pipeline.models.parallel import Seams, State
-from pipeline.models.weights import up_to
+from pipeline.models.weights import up_to, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.values import read_tensor
+from pipeline.sources.values import read_weight
 from pipeline.sources.weights import weights
 from pipeline.speculation.model import Model, Prompt
 
@@ -114,7 +114,8 @@ class Writer:
     def __post_init__(self) -> None:
         config, dtype = self.checkpoint.config, torch_dtype(self.dtype)
         shape = (self.rows, config.kv_heads, self.length + 1, config.head_dim)
-        loaded = {n: read_tensor(ref).to(self.device, dtype) for n, ref in weights(self.checkpoint).items()}
+        refs = weights(self.checkpoint)
+        loaded = {s.name: read_weight(refs, s).to(self.device, dtype) for s in weight_specs(config)}
         state: State = {
             f"{part}.{layer}": torch.zeros(shape, dtype=dtype, device=self.device)
             for layer in range(config.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from pipeline.models.eagle3_writers import (
     TAPPED,
     usual_taps,
 )
+from pipeline.models.layer_types import of_layers
+from pipeline.models.rope import RopeRules, rules_of
 from pipeline.models.weights import D2T, EMBEDDING, FC, HEAD, NORM, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.values import read_tensor
+from pipeline.sources.values import read_tensor, read_weight
 from pipeline.sources.weights import weights
 
 EMBEDDING_SCALE = 0.02
@@ -49,6 +52,7 @@ def head_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...]) -> 
         "model_type": "llama",
         CREATED_BY: TANDEM,
         **{key: target.config_json[key] for key in KEPT if key in target.config_json},
+        **_rope(target),
         **_sizes(target.config),
         "num_hidden_layers": 1,
         "tie_word_embeddings": False,
@@ -81,6 +85,15 @@ def _tapped(target: ModelConfig, taps: tuple[int, ...]) -> dict[str, Any]:
     return {TAPPED: list(taps), OPTIONS: {"use_aux_hidden_state": True, TAPPED: [tap - 1 for tap in taps]}}
 
 
+def _rope(target: Checkpoint) -> dict[str, Any]:
+    """Return the rotary embedding of a head, if its family reads the target's fields otherwise: its theta alone."""
+    rules, kinds = rules_of(target.config_json.get("model_type")), target.config.kinds
+    if rules == RopeRules():
+        return {}
+    theta = next((kind.rope.theta for kind in reversed(kinds) if kind.rope is not None), rules.theta)
+    return {"rope_theta": theta, "rope_scaling": None, "rope_parameters": None}
+
+
 def _sizes(target: ModelConfig) -> dict[str, Any]:
     """Return the target's sizes as fields of a config: the defaults of its family are not those of the head's."""
     return {
@@ -97,11 +110,10 @@ def _sizes(target: ModelConfig) -> dict[str, Any]:
 
 def model_config(target: Checkpoint, draft_vocab: int, layers: tuple[int, ...]) -> dict[str, Any]:
     """Return the `config.json` of a draft model of some of the target's layers, with the target's embedding."""
-    fields = {
-        key: value for key, value in target.config_json.items() if key not in ("layer_types", "transformers_version")
-    }
-    return fields | {
-        "num_hidden_layers": len(layers),
+    fields = {key: value for key, value in target.config_json.items() if key != "transformers_version"}
+    return {
+        **fields,
+        **of_layers(target.config, target.config_json, layers),
         "tie_word_embeddings": False,
         "draft_vocab_size": draft_vocab,
     }
@@ -121,7 +133,7 @@ def layers_of(target: Checkpoint, config: ModelConfig, layers: tuple[int, ...], 
         if name.startswith("model.layers."):
             _, _, number, rest = name.split(".", 3)
             name = f"model.layers.{layers[int(number)]}.{rest}"
-        start[spec.name] = read_tensor(refs[name]).float()
+        start[spec.name] = read_weight(refs, replace(spec, name=name)).float()
     return start
 
 
@@ -138,7 +150,7 @@ def frequent(tokens: Iterable[Tensor], size: int, always: Iterable[int]) -> Tens
     return torch.tensor(sorted(ids[:size]))
 
 
-def initial(target: Checkpoint, config: ModelConfig, ids_V: Tensor, seed: int) -> dict[str, Tensor]:
+def initial(target: Checkpoint, config: ModelConfig, ids_V: Tensor, seed: int) -> dict[str, Tensor]:  # noqa: C901 - a table
     """Return a head's initial weights, float32: the target's last layer over its highest features, norm, head rows."""
     refs = weights(target)
     generator = torch.Generator().manual_seed(seed)
@@ -151,21 +163,25 @@ def initial(target: Checkpoint, config: ModelConfig, ids_V: Tensor, seed: int) -
         if spec.name == HEAD:
             start[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
         elif spec.name == NORM:
-            start[spec.name] = read_tensor(refs[NORM]).float()
+            start[spec.name] = read_tensor(refs[NORM]).float() + (target.config.norm_style == "offset")
         elif spec.name == FC:
             start[spec.name] = torch.randn(spec.shape, generator=generator) * EMBEDDING_SCALE * spec.shape[1] ** -0.5
             start[spec.name][:, -config.hidden :] += torch.eye(config.hidden)
+        elif spec.name.endswith("input_layernorm.weight") or (
+            spec.name.endswith("norm.weight") and target.config.norms != config.norms
+        ):
+            start[spec.name] = torch.ones(spec.shape)
         elif spec.name.endswith("hidden_norm.weight"):
             start[spec.name] = read_tensor(refs[f"{last}input_layernorm.weight"]).float()
-        elif spec.name.endswith("input_layernorm.weight"):
-            start[spec.name] = torch.ones(spec.shape)
-        elif name not in refs:  # a norm or bias that the target does not have
+        elif name not in refs and len(spec.shape) == 1:  # a norm or bias that the target does not have
             start[spec.name] = torch.ones(spec.shape) if spec.name.endswith(".weight") else torch.zeros(spec.shape)
         elif spec.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             tokens = torch.randn(spec.shape[0], config.hidden, generator=generator) * EMBEDDING_SCALE
             start[spec.name] = torch.cat((tokens, read_tensor(refs[name]).float()), dim=1)
-        else:
+        elif name in refs and refs[name].shape == spec.shape:
             start[spec.name] = read_tensor(refs[name]).float()
+        else:  # of a target with experts in the place of this matrix
+            start[spec.name] = torch.randn(spec.shape, generator=generator) * spec.shape[-1] ** -0.5
     return start
 
 

@@ -71,7 +71,9 @@ class BlockPacking:
     name = f"block{BLOCK}-pairs"
 
     def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
-        """Return [ceil(N/32), K, 32] or [ceil(N/32), K/2, 32, 2] for [N, K] of `linear` and `embedding`."""
+        """Return [ceil(N/32), K, 32] or [ceil(N/32), K/2, 32, 2] for [N, K] of matrices, and of each expert."""
+        if kind == "experts":
+            return (shape[0], *self.packed_shape(shape[1:], "linear", dtype))
         if kind not in MATRICES:
             return shape
         rows, columns = shape
@@ -80,7 +82,11 @@ class BlockPacking:
         return (blocks, columns // 2, BLOCK, 2) if paired(columns, dtype) else (blocks, columns, BLOCK)
 
     def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Transpose block by block; padding rows of the last block are zero."""
+        """Transpose block by block; padding rows of the last block are zero. Experts are packed one by one."""
+        if kind == "experts":
+            for expert, packed in zip(weight, out, strict=True):
+                self.pack(expert, "linear", packed, scales)
+            return out
         if kind not in MATRICES:
             return out.copy_(weight)
         rows = weight.shape[0]

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pipeline.cache.local import default_root
 from pipeline.graphs.dtypes import torch_dtype
-from pipeline.models.rope import in_both_layouts
 from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.latency import Answer, ArrivalClock, TimedRequest
@@ -20,6 +19,7 @@ from pipeline.sources.checkpoint import Checkpoint, require_local
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.values import draft_token_ids, read_tensor
 from pipeline.sources.weights import weights
+from pipeline.validate.reference.skeleton import config_of, for_module
 
 
 def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attention: str) -> Any:
@@ -34,18 +34,15 @@ def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attentio
         )
         return model.eval()
     model = _without_weights(checkpoint, torch_dtype(dtype), attention)
-    model.load_state_dict(_state(checkpoint, target, torch_dtype(dtype)), strict=True)
+    state = for_module(model.state_dict(), _state(checkpoint, target, torch_dtype(dtype)))
+    model.load_state_dict(state, strict=True)
     return model.eval()
 
 
 def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
     config = checkpoint.config
-    named = in_both_layouts(checkpoint.config_json, config.max_position)
-    fields = {key: value for key, value in named.items() if key not in ("model_type", "layer_types")}
-    fields["num_hidden_layers"] = config.layers
-    whole = transformers.AutoConfig.for_model(checkpoint.config_json["model_type"], **fields)
     model = transformers.AutoModelForCausalLM.from_config(
-        whole, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        config_of(checkpoint), dtype=dtype, attn_implementation=attention, trust_remote_code=False
     )
     if config.draft_vocab is not None:
         model.lm_head = torch.nn.Linear(config.hidden, config.draft_vocab, bias=False, dtype=dtype)

@@ -52,7 +52,7 @@ class Proposal:
 
 def room_of(plan: Plan) -> Room:
     """Return the lengths that the recipe's cache can take."""
-    limits = (config.window or config.max_position for config in (plan.pair.target, plan.pair.draft))
+    limits = (config.longest for config in (plan.pair.target, plan.pair.draft))
     return Room(plan.recipe.shapes.kv[-1], min(limits))
 
 

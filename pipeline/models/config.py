@@ -1,4 +1,4 @@
-"""Configuration of a decoder without its weights: sizes, rotary embedding, options. Imports no torch.
+"""Configuration of a decoder without its weights: sizes, kinds of layers, options. Imports no torch.
 
 One `ModelConfig` describes every supported family; the family files (`llama.py`, `qwen2.py`, ...) only translate their
 Hugging Face `config.json` into it and reject unsupported fields by name.
@@ -10,6 +10,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.models.draft_kind import DRAFT_MODEL, EAGLE3, DraftKind
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    """All frequencies divided by `factor` (`rope_type: linear`)."""
+
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,89 @@ class TapIds:
     field: str
     ids: tuple[int, ...]
     meaning: TapMeaning
+
+
+@dataclass(frozen=True)
+class YarnRope:
+    """YaRN (Peng et al. 2023): pairs up to `first` keep their frequency, from `last` on it is divided by `factor`."""
+
+    factor: float
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class DividedRope:
+    """Each pair's frequency divided by a number of its own (LongRoPE, Ding et al. 2024, up to the original length)."""
+
+    factors: tuple[float, ...]
+
+
+RopeScaling = LinearRope | Llama3Rope | YarnRope | DividedRope
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding (Su et al. 2021) of the first `dim` values of each head.
+
+    `scale` multiplies cosines and sines. `interleaved`: neighbours turn together, instead of values of the two halves.
+    """
+
+    theta: float
+    dim: int
+    scaling: RopeScaling | None = None
+    scale: float = 1.0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of a feed-forward network: a router chooses `chosen` of `count` for each token.
+
+    `intermediate` is the size of one. Shares are the softmax of the router's scores, over all experts, or, if `among`,
+    over the chosen ones, which is the same as dividing them by their sum.
+    """
+
+    count: int
+    chosen: int
+    intermediate: int
+    among: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One kind of layer: its rotary embedding, its sliding window and its experts, where it has them.
+
+    Without a `rope`, attention knows no positions but the order. A query sees the last `window` keys, its own included.
+    """
+
+    rope: Rope | None
+    window: int | None = None
+    experts: Experts | None = None
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Names of the norms of a layer; None where there is none. Those after a block stand before the residual's sum."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+NormStyle = Literal["narrow", "wide", "offset"]
+"""How RMSNorm scales: in the model's dtype, in float32, or in float32 by 1 + weight."""
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A length of caches up to which graphs compute what transformers does, and the config's field that sets it."""
+
+    field: str
+    length: int
 
 
 @dataclass(frozen=True)
@@ -64,12 +154,16 @@ class Eagle3:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-shaped decoder: RMSNorm, rotary attention with grouped KV heads, SwiGLU.
+    """A decoder as data: RMSNorm, rotary attention with grouped KV heads, a gated feed-forward network or experts.
+
+    `kinds` are the different kinds of layers, `pattern` has the kind of each layer; without it all layers are of the
+    first kind. `qk_norm`: queries and keys are normalised, each head or the whole vector. `attention_scale` replaces
+    1 / sqrt(head_dim). Attention scores and logits with a cap c become c tanh(x / c). `sinks`: each query head has a
+    score that takes part in the softmax without a value.
 
     `draft_vocab` is the size of a reduced output vocabulary (EAGLE-3 convention: target id = draft id + d2t[draft id]);
     None means the output vocabulary is `vocab`. `shares_embedding`: the checkpoint has no embedding and uses the
-    target's. `shares_head`: it has no LM head and uses the target's. `window` is the sliding window of some or all
-    layers: attention within it is full attention, and the plan rejects longer caches.
+    target's. `shares_head`: it has no LM head and uses the target's. The plan rejects caches beyond `limits`.
     """
 
     family: str
@@ -81,21 +175,44 @@ class ModelConfig:
     head_dim: int
     vocab: int
     norm_eps: float
-    rope_theta: float
     max_position: int
-    rope_scaling: Llama3Rope | None = None
-    rope_linear_factor: float = 1.0
+    kinds: tuple[Layer, ...]
+    pattern: tuple[int, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    norms: Norms = field(default_factory=Norms)
+    norm_style: NormStyle = "narrow"
+    activation: Activation = "silu"
     tied: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "vector"] | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    sinks: bool = False
     draft_vocab: int | None = None
     shares_embedding: bool = False
     shares_head: bool = False
     eos_ids: tuple[int, ...] = field(default=())
-    window: int | None = None
     eagle3: Eagle3 | None = None
+
+    def kind(self, layer: int) -> int:
+        """Return the kind of a layer, an index of `kinds`."""
+        return self.pattern[layer] if self.pattern else 0
+
+    def layer(self, index: int) -> Layer:
+        """Return the description of a layer."""
+        return self.kinds[self.kind(index)]
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest cache; a head follows its target beyond its own `max_position`."""
+        own = [limit.length for limit in self.limits]
+        return min(own if own and self.eagle3 is not None else [*own, self.max_position])
 
     @property
     def out_vocab(self) -> int:

@@ -1,4 +1,6 @@
-"""The decoder of every supported family: RMSNorm, rotary attention over a KV cache, SwiGLU. Pure functions.
+"""The decoder of every supported family: RMSNorm, rotary attention over a KV cache, gated feed-forward. Pure functions.
+
+A `ModelConfig` says what a family's layers have; no function here asks for the family.
 
 Contains no phases and no sampling. `Seams` defines how weights are stored and reduced.
 
@@ -10,21 +12,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.models.config import Llama3Rope, ModelConfig
-from pipeline.models.parallel import Pass, Seams
+from pipeline.models.config import (
+    Activation,
+    DividedRope,
+    Layer,
+    LinearRope,
+    Llama3Rope,
+    ModelConfig,
+    NormStyle,
+    Rope,
+    YarnRope,
+)
+from pipeline.models.parallel import Attend, Chosen, Pass, Seams, capped
 from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, local_heads, padded_vocab
 
 Weights = Mapping[str, Tensor]
 NEXT_NORM = "next_norm.weight"
 """Name, among a layer's weights, of the norm after it."""
-Rotary = tuple[Tensor, Tensor]
-"""Cos and sin of the rotary embedding, [B, 1, T, D]."""
+
+
+class Rotary(NamedTuple):
+    """Cos and sin of the rotary embedding, [B, 1, T, R] for the first R values of each head."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
 
 
 class Hidden(NamedTuple):
@@ -55,31 +74,63 @@ def hidden_states(
     layers means the output of the last one.
     Shapes: tokens_BT int32 or int64 [B, T].
     """
+    assert run.attend is not None
     x = embed(config, weights, seams, tokens_BT)
-    rotary = rotary_of(config, run.positions_BT, x.dtype)
-    norms = {layer: weights[f"model.layers.{layer}.input_layernorm.weight"] for layer in range(config.layers)}
-    stream = Stream(x, rms_norm(x, norms[0], config.norm_eps))
+    rotaries = [rotary_of(config, run.positions_BT, x.dtype, kind) for kind in range(len(config.kinds))]
+    attends = [attend_of(config, kind, run.attend) for kind in config.kinds]
+    stream = Stream(x, norm(config, layer_weights(weights, 0), config.norms.before_attention, x))
     tapped = []
     for layer in range(config.layers):
         if layer in taps:
             tapped.append(stream.x_BTH)
-        own = run.of_layer(layer)
-        w = layer_weights(weights, layer) | {NEXT_NORM: norms.get(layer + 1, weights[NORM])}
-        stream = seams.once(run_layer, config, w, seams, stream, rotary, own)
+        kind = config.kind(layer)
+        own = replace(run.of_layer(layer), attend=attends[kind])
+        w = layer_weights(weights, layer) | next_norm(config, weights, layer)
+        stream = seams.once(run_layer, config, config.kinds[kind], w, seams, stream, rotaries[kind], own)
         run.keep(layer, own.state)
     if config.layers in taps:
         tapped.append(stream.x_BTH)
     return Hidden(stream.normed_BTH, torch.cat(tapped, dim=-1) if taps else None)
 
 
-def run_layer(config: ModelConfig, w: Weights, seams: Seams, stream: Stream, rotary: Rotary, run: Pass) -> Stream:
+def attend_of(config: ModelConfig, layer: Layer, attend: Attend) -> Attend:
+    """Return what the queries of a layer see, and how scores are computed."""
+    return replace(attend.within(layer.window), scale=config.attention_scale, cap=config.attention_cap)
+
+
+def next_norm(config: ModelConfig, weights: Weights, layer: int) -> dict[str, Tensor]:
+    """Return the norm after a layer by the name `NEXT_NORM`: of the next layer, if it has one, or the last one."""
+    if layer + 1 == config.layers:
+        return {NEXT_NORM: weights[NORM]}
+    name = config.norms.before_attention
+    return {} if name is None else {NEXT_NORM: weights[f"model.layers.{layer + 1}.{name}.weight"]}
+
+
+def run_layer(
+    config: ModelConfig, layer: Layer, w: Weights, seams: Seams, stream: Stream, rotary: Rotary | None, run: Pass
+) -> Stream:
     """Run one layer over its caches (`Pass.of_layer`), then the norm after it: of the next layer, or the last one.
 
     So a layer that is compiled alone adds its residual and computes the next norm in one loop.
     """
-    x = stream.x_BTH + attention(config, w, seams, stream.normed_BTH, rotary, run)
-    x = x + mlp(config, w, seams, rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps))
-    return Stream(x, rms_norm(x, w[NEXT_NORM], config.norm_eps))
+    names = config.norms
+    x = stream.x_BTH + after(
+        config, w, names.after_attention, attention(config, w, seams, stream.normed_BTH, rotary, run)
+    )
+    inner = feed_forward(config, layer, w, seams, norm(config, w, names.before_mlp, x))
+    x = x + after(config, w, names.after_mlp, inner)
+    return Stream(x, rms_norm(x, w[NEXT_NORM], config.norm_eps, config.norm_style) if NEXT_NORM in w else x)
+
+
+def norm(config: ModelConfig, w: Weights, name: str | None, x: Tensor) -> Tensor:
+    """Apply a layer's norm of that name; None: no norm."""
+    return x if name is None else rms_norm(x, w[f"{name}.weight"], config.norm_eps, config.norm_style)
+
+
+def after(config: ModelConfig, w: Weights, name: str | None, x: Tensor) -> Tensor:
+    """Return what a block adds to the residual: its output, normalised and scaled as the config says."""
+    x = norm(config, w, name, x)
+    return x if config.residual_scale == 1 else x * config.residual_scale
 
 
 def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, limit: int | None = None) -> Tensor:
@@ -87,6 +138,9 @@ def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tens
     head = weights[EMBEDDING if config.tied else HEAD]
     rows = vocab_rows(config.out_vocab, seams.tp)
     out_BTV = seams.head(hidden_BTH, head, rows)
+    if config.logit_scale != 1:
+        out_BTV = out_BTV * config.logit_scale
+    out_BTV = capped(out_BTV, config.logit_cap)
     size = min(limit or config.out_vocab, config.out_vocab)
     if rows * seams.tp == size:
         return out_BTV
@@ -106,7 +160,16 @@ def layer_weights(weights: Weights, layer: int) -> dict[str, Tensor]:
 
 
 def embed(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor) -> Tensor:
-    """Embed tokens: int [B, T] -> [B, T, H], in the model's dtype."""
+    """Embed tokens: int [B, T] -> [B, T, H], in the model's dtype, scaled as the config says."""
+    x_BTH = embedded(config, weights, seams, tokens_BT)
+    if config.embedding_scale == 1:
+        return x_BTH
+    # A tensor: transformers rounds the scale to the model's dtype.
+    return x_BTH * torch.full((), config.embedding_scale, dtype=x_BTH.dtype, device=x_BTH.device)
+
+
+def embedded(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor) -> Tensor:
+    """Look tokens up in the embedding, which ranks share out: [B, T, H], in the model's dtype."""
     table, dtype = weights[EMBEDDING], weights[NORM].dtype
     if seams.tp == 1:
         return seams.embed(tokens_BT, table).to(dtype)
@@ -117,26 +180,50 @@ def embed(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor
     return seams.all_reduce(torch.where(mine_BT[..., None], x_BTH, torch.zeros_like(x_BTH)))
 
 
-def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """Normalise in float32, scale in the model's dtype (Zhang and Sennrich 2019, as transformers computes it)."""
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float, style: NormStyle = "narrow") -> Tensor:
+    """Normalise in float32 (Zhang and Sennrich 2019), scale as transformers does in the given style."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight_H * wide.to(x.dtype)
+    return norm_scaled(wide, weight_H, style, x.dtype)
 
 
-def rotary_of(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> Rotary:
-    """Return cos and sin [B, 1, T, D] of the rotary embedding (Su et al. 2021), angles computed in float32."""
-    angles = positions_BT.float()[:, None, :, None] * rotary_frequencies(config, positions_BT.device)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def norm_scaled(wide: Tensor, weight_H: Tensor, style: NormStyle, dtype: torch.dtype) -> Tensor:
+    """Scale normalised float32 values; return them in the model's dtype."""
+    if style == "narrow":
+        return weight_H * wide.to(dtype)
+    scale_H = weight_H.float()
+    return (wide * (1 + scale_H if style == "offset" else scale_H)).to(dtype)
 
 
-def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+def rotary_of(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype, kind: int = 0) -> Rotary | None:
+    """Return the rotary embedding of a kind of layers (Su et al. 2021), angles in float32; None without positions."""
+    rope = config.kinds[kind].rope
+    if rope is None:
+        return None
+    angles = positions_BT.float()[:, None, :, None] * rotary_frequencies(rope, positions_BT.device)
+    angles = torch.stack((angles, angles), dim=-1).flatten(-2) if rope.interleaved else torch.cat((angles, angles), -1)
+    cos, sin = angles.cos(), angles.sin()
+    if rope.scale != 1:
+        cos, sin = cos * rope.scale, sin * rope.scale
+    return Rotary(cos.to(dtype), sin.to(dtype), rope.interleaved)
+
+
+def rotary_frequencies(rope: Rope, device: torch.device) -> Tensor:
     """Return the angle by which each pair of a head's values turns per position: float32 [D / 2]."""
-    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    exponents = torch.arange(0, rope.dim, 2, device=device).float() / rope.dim
     # exp instead of theta ** x: not every compiler supports a power with a varying exponent.
-    frequencies = torch.exp(exponents * -math.log(config.rope_theta)) / config.rope_linear_factor
-    return frequencies if config.rope_scaling is None else _scale_llama3(frequencies, config.rope_scaling)
+    frequencies = torch.exp(exponents * -math.log(rope.theta))
+    match rope.scaling:
+        case LinearRope():
+            return frequencies / rope.scaling.factor
+        case Llama3Rope():
+            return _scale_llama3(frequencies, rope.scaling)
+        case YarnRope():
+            return _scale_yarn(frequencies, rope.scaling)
+        case DividedRope():
+            parts = [torch.full((1,), factor, device=device) for factor in rope.scaling.factors]
+            return frequencies / torch.cat(parts)  # a graph holds no constants but numbers
+    return frequencies
 
 
 def _scale_llama3(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
@@ -153,11 +240,27 @@ def _scale_llama3(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
     return torch.where(wavelength < torch.full_like(wavelength, high), frequencies, scaled)
 
 
-def rotate(x_BNTD: Tensor, rotary: Rotary) -> Tensor:
-    """Apply the rotary embedding: [B, N, T, D]."""
-    cos, sin = rotary
-    first, second = x_BNTD.chunk(2, dim=-1)
-    return x_BNTD * cos + torch.cat((-second, first), dim=-1) * sin
+def _scale_yarn(frequencies: Tensor, rope: YarnRope) -> Tensor:
+    """Scale as YaRN: keep high frequencies, divide low ones by `factor`, mix linearly between the two pairs."""
+    pairs = torch.arange(len(frequencies), device=frequencies.device).float()
+    divided = ((pairs - rope.first) / (rope.last - rope.first)).clamp(0, 1)
+    return frequencies / rope.factor * divided + frequencies * (1 - divided)
+
+
+def rotate(x_BNTD: Tensor, rotary: Rotary | None) -> Tensor:
+    """Apply the rotary embedding to the first values of each head: [B, N, T, D]."""
+    if rotary is None:
+        return x_BNTD
+    dim = rotary.cos.shape[-1]
+    x, rest = (x_BNTD, None) if dim == x_BNTD.shape[-1] else x_BNTD.split((dim, x_BNTD.shape[-1] - dim), dim=-1)
+    if rotary.interleaved:
+        first, second = x.unflatten(-1, (dim // 2, 2)).unbind(-1)
+        turned = torch.stack((-second, first), dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    out = x * rotary.cos + turned * rotary.sin
+    return out if rest is None else torch.cat((out, rest), dim=-1)
 
 
 def project(w: Weights, seams: Seams, x_BTH: Tensor, rows: Mapping[str, int]) -> Tensor:
@@ -167,7 +270,9 @@ def project(w: Weights, seams: Seams, x_BTH: Tensor, rows: Mapping[str, int]) ->
     return out + torch.cat(biases) if biases else out
 
 
-def attention(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary, run: Pass) -> Tensor:
+def attention(
+    config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary | None, run: Pass
+) -> Tensor:  # fmt: skip
     """Write one layer's keys and values, then attend over its cache: [B, T, H]."""
     assert run.attend is not None
     heads, kv_heads = local_heads(config, seams.tp), kv_heads_of(config, seams)
@@ -176,13 +281,14 @@ def attention(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rota
     cached_k = seams.write(run.state, "k", k, run.writes)
     cached_v = seams.write(run.state, "v", v, run.writes)
     keys, values = (cached_k, cached_v) if run.attend.kv else (k, v)
-    out_BTX = seams.attend(q, keys, values, run.attend)
+    attend = replace(run.attend, sinks_N=w["self_attn.sinks"]) if config.sinks else run.attend
+    out_BTX = seams.attend(q, keys, values, attend)
     out = seams.all_reduce(seams.linear(out_BTX, w["self_attn.o_proj.weight"], config.hidden))
     bias = w.get("self_attn.o_proj.bias")
     return out if bias is None else out + bias
 
 
-def store(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary, run: Pass) -> None:
+def store(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary | None, run: Pass) -> None:
     """Write one layer's keys and values without attending."""
     k, v = heads_of(config, w, seams, x_BTX, "kv").chunk(2, dim=1)
     seams.write(run.state, "k", rotate(k, rotary), run.writes)
@@ -195,26 +301,69 @@ def kv_heads_of(config: ModelConfig, seams: Seams) -> int:
 
 
 def heads_of(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, names: str) -> Tensor:
-    """Return the heads of "qkv" or "kv" concatenated, q and k normalised where the family does so: [B, N, T, D]."""
+    """Return the heads of "qkv" or "kv" concatenated, q and k normalised where the config says so: [B, N, T, D]."""
     kv_heads = kv_heads_of(config, seams)
     counts = {name: local_heads(config, seams.tp) if name == "q" else kv_heads for name in names}
     rows = {f"self_attn.{name}_proj": count * config.head_dim for name, count in counts.items()}
     out = project(w, seams, x_BTX, rows).view(*x_BTX.shape[:2], -1, config.head_dim)
     if config.qk_norm:
-        norms = [w[f"self_attn.{name}_norm.weight"].expand(counts[name], -1) for name in names if name in "qk"]
+        normed = normed_heads if config.qk_norm == "head" else normed_vectors
         rest, v = out.split((out.shape[2] - kv_heads, kv_heads), dim=2)
-        out = torch.cat((rms_norm(rest, torch.cat(norms), config.norm_eps), v), dim=2)
+        out = torch.cat(
+            (normed(config, w, seams, rest, {name: counts[name] for name in names if name in "qk"}), v), dim=2
+        )
     return out.transpose(1, 2)
 
 
+def normed_heads(config: ModelConfig, w: Weights, seams: Seams, x_BTND: Tensor, counts: Mapping[str, int]) -> Tensor:  # noqa: ARG001 - as `normed_vectors`
+    """Normalise each head of queries and keys, `counts` of each: [B, T, N, D]."""
+    norms = [w[f"self_attn.{name}_norm.weight"].expand(count, -1) for name, count in counts.items()]
+    return rms_norm(x_BTND, torch.cat(norms), config.norm_eps, config.norm_style)
+
+
+def normed_vectors(config: ModelConfig, w: Weights, seams: Seams, x_BTND: Tensor, counts: Mapping[str, int]) -> Tensor:
+    """Normalise all queries of a token as one vector, and all its keys, over all ranks: [B, T, N, D]."""
+    wide = x_BTND.float()
+    parts = wide.split(list(counts.values()), dim=2)
+    squares = torch.stack([part.pow(2).sum(dim=(2, 3)) for part in parts], dim=-1)
+    if seams.tp > 1:
+        squares = seams.all_reduce(squares)
+    copies = {"q": 1, "k": max(seams.tp // config.kv_heads, 1)}
+    sizes = {"q": config.heads * config.head_dim, "k": config.kv_heads * config.head_dim}
+    normed = []
+    for index, (name, part) in enumerate(zip(counts, parts, strict=True)):
+        mean_BT = squares[..., index] / (copies[name] * sizes[name])
+        weight = w[f"self_attn.{name}_norm.weight"].view(counts[name], config.head_dim)
+        scaled = part * torch.rsqrt(mean_BT + config.norm_eps)[..., None, None]
+        normed.append(norm_scaled(scaled, weight, config.norm_style, x_BTND.dtype))
+    return torch.cat(normed, dim=2)
+
+
+def feed_forward(config: ModelConfig, layer: Layer, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
+    """Apply a layer's feed-forward network, or its experts: [B, T, H] -> [B, T, H]."""
+    if layer.experts is None:
+        return mlp(config, w, seams, x_BTH)
+    scores_BTE = seams.linear(x_BTH, w["mlp.gate.weight"], layer.experts.count).float()
+    shares, chosen = seams.top(torch.softmax(scores_BTE, dim=-1), layer.experts.chosen)
+    if layer.experts.among:
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+    matrices = tuple(w[f"mlp.experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return seams.all_reduce(seams.experts(x_BTH, Chosen(chosen, shares), matrices))
+
+
 def mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
-    """Apply the SwiGLU feed-forward network (Shazeer 2020): [B, T, H] -> [B, T, H]."""
+    """Apply the gated feed-forward network (Shazeer 2020): [B, T, H] -> [B, T, H]."""
     rows = config.intermediate // seams.tp
-    if config.mlp_bias:
+    if config.mlp_bias or config.activation != "silu":
         gate, up = project(w, seams, x_BTH, {"mlp.gate_proj": rows, "mlp.up_proj": rows}).chunk(2, dim=-1)
-        inner = functional.silu(gate) * up
+        inner = activated(config.activation, gate) * up
     else:
         inner = seams.swiglu(x_BTH, w["mlp.gate_proj.weight"], w["mlp.up_proj.weight"], rows)
     out = seams.all_reduce(seams.linear(inner, w["mlp.down_proj.weight"], config.hidden))
     bias = w.get("mlp.down_proj.bias")
     return out if bias is None else out + bias
+
+
+def activated(activation: Activation, x: Tensor) -> Tensor:
+    """Apply an activation function."""
+    return functional.silu(x) if activation == "silu" else functional.gelu(x, approximate="tanh")

@@ -19,6 +19,11 @@ class Kind(Enum):
     INT = "an integer"
     INT_OR_NULL = "an integer or null"
     FLOAT = "a decimal number"
+    FLOAT_OR_NULL = "a decimal number or null"
+    NUMBER = "a number"
+    NUMBER_OR_NULL = "a number or null"
+    BOOL_OR_NULL = "true, false or null"
+    INTS_OR_NULL = "a list of integers or null"
     TEXT = "a string"
     TOKEN_IDS = "a token id, a list of token ids, or null"  # noqa: S105 - not a password
     NAMES_OR_NULL = "a list of strings or null"
@@ -59,6 +64,35 @@ QWEN: Mapping[str, Field] = {
     "eos_token_id": Field(None, Kind.TOKEN_IDS),
 }
 
+OLMO: Mapping[str, Field] = {
+    "vocab_size": Field(50304, Kind.INT),
+    "intermediate_size": Field(11008, Kind.INT),
+    "max_position_embeddings": Field(2048, Kind.INT),
+    "rms_norm_eps": Field(1e-5, Kind.FLOAT),
+    "attention_bias": Field(False, Kind.BOOL),
+    "eos_token_id": Field(50279, Kind.TOKEN_IDS),
+}
+
+GEMMA: Mapping[str, Field] = {
+    "vocab_size": Field(256000, Kind.INT),
+    "hidden_size": Field(2304, Kind.INT),
+    "intermediate_size": Field(9216, Kind.INT),
+    "num_hidden_layers": Field(26, Kind.INT),
+    "num_attention_heads": Field(8, Kind.INT),
+    "num_key_value_heads": Field(4, Kind.INT),
+    "head_dim": Field(256, Kind.INT),
+    "hidden_activation": Field("gelu_pytorch_tanh", Kind.TEXT),
+    "max_position_embeddings": Field(8192, Kind.INT),
+    "tie_word_embeddings": Field(True, Kind.BOOL),
+    "attention_bias": Field(False, Kind.BOOL),
+    "query_pre_attn_scalar": Field(256, Kind.INT),
+    "sliding_window": Field(4096, Kind.INT_OR_NULL),
+    "final_logit_softcapping": Field(30.0, Kind.FLOAT_OR_NULL),
+    "attn_logit_softcapping": Field(50.0, Kind.FLOAT_OR_NULL),
+    "use_bidirectional_attention": Field(None, Kind.BOOL_OR_NULL),
+    "eos_token_id": Field(1, Kind.TOKEN_IDS),
+}
+
 FIELDS: Mapping[str, Mapping[str, Field]] = {
     "llama": {
         **COMMON,
@@ -78,7 +112,129 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         "sliding_window": Field(4096, Kind.INT_OR_NULL),
         "eos_token_id": Field(2, Kind.TOKEN_IDS),
     },
+    "gemma2": {**COMMON, **GEMMA},
+    "gemma3_text": {
+        **COMMON,
+        **GEMMA,
+        "vocab_size": Field(262208, Kind.INT),
+        "max_position_embeddings": Field(131072, Kind.INT),
+        "final_logit_softcapping": Field(None, Kind.FLOAT_OR_NULL),
+        "attn_logit_softcapping": Field(None, Kind.FLOAT_OR_NULL),
+        "use_bidirectional_attention": Field(False, Kind.BOOL_OR_NULL),
+        "sliding_window_pattern": Field(6, Kind.INT),
+    },
+    "glm4": {
+        **COMMON,
+        "vocab_size": Field(151552, Kind.INT),
+        "intermediate_size": Field(13696, Kind.INT),
+        "num_hidden_layers": Field(40, Kind.INT),
+        "num_key_value_heads": Field(2, Kind.INT),
+        "head_dim": Field(128, Kind.INT),
+        "max_position_embeddings": Field(131072, Kind.INT),
+        "rms_norm_eps": Field(1.5625e-07, Kind.FLOAT),
+        "attention_bias": Field(True, Kind.BOOL),
+        "eos_token_id": Field(None, Kind.TOKEN_IDS),
+    },
+    "granite": {
+        **COMMON,
+        "vocab_size": Field(32000, Kind.INT),
+        "intermediate_size": Field(11008, Kind.INT),
+        "max_position_embeddings": Field(2048, Kind.INT),
+        "attention_bias": Field(False, Kind.BOOL),
+        "mlp_bias": Field(False, Kind.BOOL),
+        "eos_token_id": Field(2, Kind.TOKEN_IDS),
+        "embedding_multiplier": Field(1.0, Kind.NUMBER),
+        "logits_scaling": Field(1.0, Kind.NUMBER),
+        "residual_multiplier": Field(1.0, Kind.NUMBER),
+        "attention_multiplier": Field(1.0, Kind.NUMBER),
+    },
+    "granitemoe": {
+        **COMMON,
+        "vocab_size": Field(32000, Kind.INT),
+        "intermediate_size": Field(11008, Kind.INT),
+        "max_position_embeddings": Field(2048, Kind.INT),
+        "attention_bias": Field(False, Kind.BOOL),
+        "eos_token_id": Field(2, Kind.TOKEN_IDS),
+        "embedding_multiplier": Field(1.0, Kind.NUMBER_OR_NULL),
+        "logits_scaling": Field(1.0, Kind.NUMBER_OR_NULL),
+        "residual_multiplier": Field(1.0, Kind.NUMBER_OR_NULL),
+        "attention_multiplier": Field(1.0, Kind.NUMBER_OR_NULL),
+        "num_local_experts": Field(8, Kind.INT_OR_NULL),
+        "num_experts_per_tok": Field(2, Kind.INT_OR_NULL),
+    },
+    "mixtral": {
+        **COMMON,
+        "vocab_size": Field(32000, Kind.INT),
+        "intermediate_size": Field(14336, Kind.INT),
+        "num_key_value_heads": Field(8, Kind.INT),
+        "max_position_embeddings": Field(131072, Kind.INT),
+        "rms_norm_eps": Field(1e-5, Kind.FLOAT),
+        "num_local_experts": Field(8, Kind.INT),
+        "num_experts_per_tok": Field(2, Kind.INT),
+        "eos_token_id": Field(2, Kind.TOKEN_IDS),
+    },
+    "olmo2": {**COMMON, **OLMO},
+    "olmo3": {**COMMON, **OLMO, "sliding_window": Field(4096, Kind.INT_OR_NULL)},
+    "olmoe": {
+        **COMMON,
+        **OLMO,
+        "hidden_size": Field(2048, Kind.INT),
+        "intermediate_size": Field(2048, Kind.INT),
+        "num_hidden_layers": Field(16, Kind.INT),
+        "num_attention_heads": Field(16, Kind.INT),
+        "max_position_embeddings": Field(4096, Kind.INT),
+        "clip_qkv": Field(None, Kind.FLOAT_OR_NULL),
+        "num_experts": Field(64, Kind.INT),
+        "num_experts_per_tok": Field(8, Kind.INT),
+        "norm_topk_prob": Field(False, Kind.BOOL),
+    },
+    "phi3": {
+        **COMMON,
+        "vocab_size": Field(32064, Kind.INT),
+        "hidden_size": Field(3072, Kind.INT),
+        "intermediate_size": Field(8192, Kind.INT),
+        "max_position_embeddings": Field(4096, Kind.INT),
+        "original_max_position_embeddings": Field(4096, Kind.INT),
+        "rms_norm_eps": Field(1e-5, Kind.FLOAT),
+        "eos_token_id": Field(32000, Kind.TOKEN_IDS),
+    },
+    "smollm3": {
+        **COMMON,
+        "vocab_size": Field(128256, Kind.INT),
+        "hidden_size": Field(2048, Kind.INT),
+        "intermediate_size": Field(11008, Kind.INT),
+        "num_hidden_layers": Field(36, Kind.INT),
+        "num_attention_heads": Field(16, Kind.INT),
+        "num_key_value_heads": Field(4, Kind.INT_OR_NULL),
+        "max_position_embeddings": Field(32768, Kind.INT),
+        "tie_word_embeddings": Field(True, Kind.BOOL),
+        "attention_bias": Field(False, Kind.BOOL),
+        "mlp_bias": Field(False, Kind.BOOL),
+        "use_sliding_window": Field(False, Kind.BOOL),
+        "no_rope_layers": Field(None, Kind.INTS_OR_NULL),
+        "no_rope_layer_interval": Field(4, Kind.INT),
+        "eos_token_id": Field(128001, Kind.TOKEN_IDS),
+    },
     "qwen2": {**COMMON, **QWEN},
+    "qwen3_moe": {
+        **COMMON,
+        "vocab_size": Field(151936, Kind.INT),
+        "hidden_size": Field(2048, Kind.INT),
+        "intermediate_size": Field(6144, Kind.INT),
+        "num_hidden_layers": Field(24, Kind.INT),
+        "num_key_value_heads": Field(4, Kind.INT),
+        "max_position_embeddings": Field(32768, Kind.INT),
+        "attention_bias": Field(False, Kind.BOOL),
+        "use_sliding_window": Field(False, Kind.BOOL),
+        "sliding_window": Field(4096, Kind.INT_OR_NULL),
+        "decoder_sparse_step": Field(1, Kind.INT),
+        "moe_intermediate_size": Field(768, Kind.INT),
+        "num_experts": Field(128, Kind.INT),
+        "num_experts_per_tok": Field(8, Kind.INT),
+        "norm_topk_prob": Field(False, Kind.BOOL),
+        "mlp_only_layers": Field(None, Kind.INTS_OR_NULL),
+        "eos_token_id": Field(None, Kind.TOKEN_IDS),
+    },
     "qwen3": {
         **COMMON,
         **QWEN,
@@ -87,6 +243,13 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
     },
 }
 """Family -> field name -> field. Versions 4.57 and 5 of transformers have the same defaults; 4.57 checks no types."""
+
+OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
+    "mixtral": {"num_local_experts": "num_experts"},
+    "olmoe": {"num_experts": "num_local_experts"},
+    "qwen3_moe": {"num_experts": "num_local_experts"},
+}
+"""Family -> field -> another name under which transformers 5 reads it."""
 
 DRAFT_FIELDS: Mapping[str, Field] = {
     "draft_vocab_size": Field(None, Kind.INT_OR_NULL),

@@ -13,12 +13,13 @@ from typing import Any
 
 from pipeline.errors import SourceError
 from pipeline.models import eagle3_writers as writers
-from pipeline.models.config import Eagle3, ModelConfig, TapIds
+from pipeline.models.config import Eagle3, Limit, ModelConfig, TapIds
 from pipeline.models.defaults import FIELDS
 from pipeline.models.eagle3_writers import TAPPED
 from pipeline.models.fields import Fields
+from pipeline.models.layer_types import SLIDING
 from pipeline.models.rope import LAYOUTS
-from pipeline.models.shared import SLIDING, shared_fields
+from pipeline.models.shared import shared_fields
 from pipeline.models.weights import D2T, EMBEDDING, FC, HEAD, HIDDEN_NORM, INPUT_NORM, TAPS
 
 __all__ = ["TAPPED", "describe", "fitted", "is_head", "opened_config", "read_config", "taps_of", "tensor_name"]
@@ -76,9 +77,9 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         qkv_bias=bool(config.get("attention_bias")) or f"{LAYER}self_attn.q_proj.bias" in tensors,
         out_bias=f"{LAYER}self_attn.o_proj.bias" in tensors,
         mlp_bias=f"{LAYER}mlp.gate_proj.bias" in tensors,
-        qk_norm=f"{LAYER}self_attn.q_norm.weight" in tensors,
+        qk_norm="head" if f"{LAYER}self_attn.q_norm.weight" in tensors else None,
         eagle3=_head(fields, tensors),
-        window=_window(fields),
+        limits=_limits(fields),
     )
 
 
@@ -148,10 +149,11 @@ def _draft_vocab(fields: Fields, tensors: Shapes) -> int | None:
     return None
 
 
-def _window(fields: Fields) -> int | None:
-    """Return the sliding window of a head's layer: only where the config says that it is used."""
+def _limits(fields: Fields) -> tuple[Limit, ...]:
+    """Return the sliding window of a head's layer as a limit: only where the config says that it is used."""
     used = SLIDING in (fields.value("layer_types") or ()) or fields.config.get("use_sliding_window")
-    return fields.optional_size("sliding_window") if used else None
+    size = fields.optional_size("sliding_window")
+    return (Limit("sliding_window", size),) if used and size is not None else ()
 
 
 def _tensors(config: Mapping[str, Any]) -> Shapes:

@@ -13,10 +13,22 @@ from pipeline.models.fields import Fields
 from pipeline.models.other_drafts import refuse_other_kinds
 
 FAMILIES = {
+    "gemma2": "pipeline.models.gemma2",
+    "gemma3_text": "pipeline.models.gemma3",
+    "glm4": "pipeline.models.glm4",
+    "granite": "pipeline.models.granite",
+    "granitemoe": "pipeline.models.granitemoe",
     "llama": "pipeline.models.llama",
     "mistral": "pipeline.models.mistral",
+    "mixtral": "pipeline.models.mixtral",
+    "olmo2": "pipeline.models.olmo2",
+    "olmo3": "pipeline.models.olmo3",
+    "olmoe": "pipeline.models.olmoe",
+    "phi3": "pipeline.models.phi3",
     "qwen2": "pipeline.models.qwen2",
     "qwen3": "pipeline.models.qwen3",
+    "qwen3_moe": "pipeline.models.qwen3_moe",
+    "smollm3": "pipeline.models.smollm3",
 }
 
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, Field, Kind
+from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES, Field, Kind
 
 LIMIT = 2**31
+LARGEST = 3e38
+"""Largest number of float32."""
+
 SHOWN_CHARACTERS = 60
 
 
@@ -39,6 +42,11 @@ class Fields:
         """
         field = FIELDS[self.family].get(key) or DRAFT_FIELDS[key]
         value = self.config.get(key, field.default)
+        other = OTHER_NAMES.get(self.family, {}).get(key)
+        if other is not None and other in self.config:
+            if key in self.config and self.config[other] != value:
+                raise self.error(other, self.config[other], f"{key}={shown(value)} differs", "remove one of the two")
+            value = self.config[other]
         if not _accepted(value, field.kind):
             raise self.error(key, value, f"expected {field.kind.value}", _remedy(field))
         return value
@@ -70,7 +78,7 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _accepted(value: Any, kind: Kind) -> bool:
+def _accepted(value: Any, kind: Kind) -> bool:  # noqa: C901 - a table, not logic
     match kind:
         case Kind.BOOL:
             return isinstance(value, bool)
@@ -80,6 +88,16 @@ def _accepted(value: Any, kind: Kind) -> bool:
             return value is None or is_int(value)
         case Kind.FLOAT:
             return isinstance(value, float) and math.isfinite(value)
+        case Kind.FLOAT_OR_NULL:
+            return value is None or (isinstance(value, float) and math.isfinite(value))
+        case Kind.NUMBER | Kind.NUMBER_OR_NULL:
+            if value is None:
+                return kind is Kind.NUMBER_OR_NULL
+            return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+        case Kind.BOOL_OR_NULL:
+            return value is None or isinstance(value, bool)
+        case Kind.INTS_OR_NULL:
+            return value is None or (isinstance(value, list) and all(map(is_int, value)))
         case Kind.TEXT:
             return isinstance(value, str)
         case Kind.TOKEN_IDS:

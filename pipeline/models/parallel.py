@@ -47,21 +47,69 @@ def plan_writes(state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Ten
 
 @dataclass(frozen=True)
 class Attend:
-    """Keys that one pass attends over: those up to `last_BT` (int, from 0), of `kv` cached keys or of the pass itself.
+    """Keys that a pass attends over, up to `last_BT` (int, from 0), of `kv` cached keys or its own, and how.
 
     `kv` 0 means the keys of the pass itself (prefill from an empty row), where S = T. `bias_BTS` float32 is the same as
-    a mask: 0 where a query sees a key and -inf elsewhere.
+    a mask: 0 where a query sees a key and -inf elsewhere. Without a `window` all keys before the last are seen.
+    `scale` (None: 1 / sqrt(head size)) multiplies scores, which `cap` c bounds as c tanh(x / c). `sinks_N` has a score
+    for each query head that takes part in the softmax without a value.
     """
 
     last_BT: Tensor
     kv: int
     bias_BTS: Tensor
+    window: int | None = None
+    scale: float | None = None
+    cap: float | None = None
+    sinks_N: Tensor | None = None
+
+    def within(self, window: int | None) -> Attend:
+        """Return the same for the last `window` keys of each query."""
+        keys = self.bias_BTS.shape[-1]
+        if window is None or window >= keys:
+            return self
+        keys_S = torch.arange(keys, device=self.bias_BTS.device)
+        last_BT = self.last_BT.clamp(max=keys - 1)  # padding beyond the keys sees some too, or its values were NaN
+        bias_BTS = torch.where(keys_S > last_BT[..., None] - window, self.bias_BTS, -math.inf)
+        return replace(self, window=window, bias_BTS=bias_BTS)
 
 
 def attend_up_to(last_BT: Tensor, kv: int = 0) -> Attend:
     """Return the `Attend` in which each query sees keys up to `last_BT`."""
     keys_S = torch.arange(kv or last_BT.shape[1], device=last_BT.device)
     return Attend(last_BT, kv, torch.where(keys_S <= last_BT[..., None], 0.0, -math.inf))
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attend: Attend) -> Tensor:
+    """Compute attention with a cap or sinks, softmax in float32: q [B, H, M, D] of M stacked queries, as the result.
+
+    Shapes: k, v [B, H, S, D], bias float32 [B or 1, 1, M, S]; M is the query heads of a KV head times T.
+    """
+    scores = q.float() @ k.float().transpose(-1, -2) * (q.shape[-1] ** -0.5 if attend.scale is None else attend.scale)
+    return (shares(capped(scores, attend.cap) + bias, attend.sinks_N) @ v.float()).to(v.dtype)
+
+
+def capped(scores: Tensor, cap: float | None) -> Tensor:
+    """Bound scores smoothly by a cap."""
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def shares(scores: Tensor, sinks_N: Tensor | None) -> Tensor:
+    """Return the softmax of scores [B, H, M, S] along S, with the sink of each of the N / H heads stacked in M."""
+    if sinks_N is None:
+        return torch.softmax(scores, dim=-1)
+    batch, groups, stacked, _ = scores.shape
+    sinks = sinks_N.float().view(1, groups, -1, 1).expand(batch, -1, -1, stacked * groups // len(sinks_N))
+    together = torch.cat((scores, sinks.reshape(batch, groups, stacked, 1)), dim=-1)
+    return torch.softmax(together, dim=-1)[..., :-1]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Experts of each token: their numbers int64, and their shares float32, both [B, T, C] for C experts."""
+
+    experts: Tensor
+    shares: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,6 +161,26 @@ class Seams:
         """Return `silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020): -> [B, T, rows]."""
         return functional.silu(self.linear(x_BTI, gate, rows)) * self.linear(x_BTI, up, rows)
 
+    def experts(self, x_BTI: Tensor, chosen: Chosen, matrices: tuple[Tensor, ...]) -> Tensor:
+        """Apply each token's experts: the sum of their SwiGLU networks by their shares, [B, T, I] -> [B, T, I].
+
+        `matrices` are gate and up [E, N, I] and down [E, I, N]. Few tokens read the matrices of their experts alone,
+        many tokens those of all experts, each once.
+        """
+        gate, up, down = (matrix.transpose(1, 2) for matrix in matrices)
+        x_MI, chosen_MC = x_BTI.reshape(-1, x_BTI.shape[-1]), chosen.experts.reshape(-1, chosen.experts.shape[-1])
+        shares_MC = chosen.shares.reshape(chosen_MC.shape)
+        if chosen_MC.numel() <= len(gate):
+            ids = chosen_MC.reshape(-1)
+            x = x_MI.repeat_interleave(chosen_MC.shape[1], dim=0)[:, None]
+            out = (functional.silu(x @ gate[ids]) * (x @ up[ids])) @ down[ids]
+            out = out.float().view(*chosen_MC.shape, -1) * shares_MC[..., None]
+            return out.sum(dim=1).to(x.dtype).view(x_BTI.shape)
+        is_chosen = chosen_MC[..., None] == torch.arange(len(gate), device=x_MI.device)
+        shares_EM = torch.where(is_chosen, shares_MC[..., None], 0.0).sum(dim=1).t()
+        out = (functional.silu(x_MI[None] @ gate) * (x_MI[None] @ up)) @ down
+        return (out.float() * shares_EM[..., None]).sum(dim=0).to(x_BTI.dtype).view(x_BTI.shape)
+
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Apply the LM head, accumulated and returned in float32, so that low-precision rounding cannot create ties."""
         return self.linear(x_BTI.float(), weight.float(), rows)
@@ -133,7 +201,10 @@ class Seams:
         groups, keys = k.shape[1], k.shape[2]
         q = q_BNTD.reshape(batch, groups, -1, dim)
         bias = attend.bias_BTS[:, None, None].expand(-1, 1, heads // groups, -1, -1).reshape(-1, 1, q.shape[2], keys)
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        if attend.cap is not None or attend.sinks_N is not None:
+            out = written_out(q, k, v, bias, attend)
+        else:
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=attend.scale)
         return out.view(batch, heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, heads * dim)
 
     def all_reduce(self, x: Tensor) -> Tensor:

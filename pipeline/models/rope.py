@@ -1,57 +1,111 @@
 """Read the rotary embedding of a `config.json`, in the layouts of transformers 4 and 5. Imports no torch.
 
 `rope_scaling`, if not empty, replaces `rope_parameters` as a whole, as in transformers; `rope_theta` beside them is the
-theta of the one that has none.
+theta of the one that has none. `rope_kinds` has what the kinds of scaling mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import SourceError
-from pipeline.models.config import Llama3Rope
-from pipeline.models.fields import Fields, is_int
+from pipeline.models.config import Limit, Rope
+from pipeline.models.fields import Fields
+from pipeline.models.layer_types import FULL, LAYER_TYPES, SLIDING
+from pipeline.models.rope_kinds import LENGTH_DEPENDENT, ORIGINAL, RopeObject, scaled
 
-DEFAULT_THETA = 10000.0
 LAYOUTS = ("rope_scaling", "rope_parameters")
-ORIGINAL = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
-LARGEST = 3e38
-"""Largest number of float32, in which angles are computed."""
-
-SUPPORTED = "supported: default, linear, llama3"
+THETA = "rope_theta"
 
 
 @dataclass(frozen=True)
-class Rope:
-    """A rotary embedding: theta, and how its frequencies are scaled."""
+class RopeRules:
+    """What a family's class makes of rotary embeddings.
 
-    theta: float
-    llama3: Llama3Rope | None = None
-    linear_factor: float = 1.0
+    `partial`: the default of `partial_rotary_factor`; None if its attention turns whole heads only. `older_names`:
+    kinds that it reads as another one. `local`: it has another rotary embedding for layers with a window; the field of
+    its theta in the layout of transformers 4, where it has one, and the default of that theta.
+    """
+
+    theta: float = 10000.0
+    partial: float | None = None
+    interleaved: bool = False
+    older_names: Mapping[str, str] = field(default_factory=dict)
+    local: tuple[str | None, float] | None = None
 
 
-def read_rope(fields: Fields) -> Rope:
-    """Return the rotary embedding of a config.
+RULES: Mapping[str, RopeRules] = {
+    "gemma3_text": RopeRules(theta=1e6, local=("rope_local_base_freq", 1e4)),
+    "glm4": RopeRules(partial=0.5, interleaved=True),
+    "mixtral": RopeRules(theta=1e6),
+    "olmo3": RopeRules(theta=5e5, local=(None, 5e5)),
+    "phi3": RopeRules(partial=1.0, older_names={"su": "longrope", "yarn": "longrope"}),
+    "smollm3": RopeRules(theta=2e6),
+}
+"""Rules of the families that differ from Llama's."""
+
+Ropes = Mapping[str, Rope]
+"""Rotary embeddings by the type of the layers."""
+
+
+def rules_of(family: Any) -> RopeRules:
+    """Return the rules of a family."""
+    return RULES.get(family, RopeRules()) if isinstance(family, str) else RopeRules()
+
+
+def read_rope(fields: Fields, head_dim: int) -> tuple[Ropes, tuple[Limit, ...]]:
+    """Return the rotary embedding of each type of layers, and the lengths up to which their frequencies are constant.
 
     Raises:
         SourceError: an unsupported kind of RoPE, or a missing or malformed field, by its name and value.
 
     """
-    layout = _layout(fields)
-    rope: Mapping[str, Any] = fields.config.get(layout) or {}
-    _reject_unsupported(fields, layout, rope)
-    theta = _theta(fields, layout, rope)
-    kind = _kind(fields, layout, rope)
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, linear_factor=_positive(fields, layout, rope, "factor"))
-    if kind == "llama3":
-        return Rope(theta, _llama3(fields, layout, rope))
-    raise fields.error(f"{layout}.rope_type", kind, f"rope type {kind!r} is not supported", SUPPORTED)
+    layout, rules = _layout(fields), rules_of(fields.family)
+    if rules.local is not None:
+        return _by_type(fields, head_dim, rules)
+    rope = RopeObject(fields, layout, fields.config.get(layout) or {})
+    if nested := [key for key, value in rope.values.items() if isinstance(value, Mapping)]:
+        what = "rotary embeddings by layer are not supported for this family"
+        raise rope.error(nested[0], rope.values[nested[0]], what, "use a model with one rotary embedding")
+    one, limits = one_rope(rope, fields.config.get(THETA, rules.theta), head_dim, rules)
+    return dict.fromkeys(LAYER_TYPES, one), limits
+
+
+def _by_type(fields: Fields, head_dim: int, rules: RopeRules) -> tuple[Ropes, tuple[Limit, ...]]:
+    """Read a rotary embedding for each type of layers; `rope_scaling` is of those that attend to all keys."""
+    assert rules.local is not None
+    given: Mapping[str, Any] = fields.config.get("rope_parameters") or {}
+    scaling: Mapping[str, Any] = fields.config.get("rope_scaling") or {}
+    for kind, values in given.items():
+        if kind not in LAYER_TYPES or not isinstance(values, Mapping | None):
+            what = f"expected an object for {' and '.join(LAYER_TYPES)}"
+            raise fields.error(f"rope_parameters.{kind}", values, what)
+    if scaling and given and not given.get(FULL):
+        raise fields.error("rope_scaling", scaling, f"rope_parameters has no {FULL}", "remove one of the two")
+    older, theta = rules.local
+    thetas = {FULL: fields.config.get(THETA, rules.theta), SLIDING: fields.config.get(older, theta) if older else theta}
+    ropes: dict[str, Rope] = {}
+    limits: list[Limit] = []
+    for kind in LAYER_TYPES:
+        values = {**(given.get(kind) or {}), **(scaling if kind == FULL else {})}
+        rope = RopeObject(fields, f"rope_parameters.{kind}", values, by_layer=True)
+        ropes[kind], found = one_rope(rope, thetas[kind], head_dim, rules)
+        limits += found
+    return ropes, tuple(limits)
+
+
+def one_rope(rope: RopeObject, theta: Any, head_dim: int, rules: RopeRules) -> tuple[Rope, tuple[Limit, ...]]:
+    """Return the rotary embedding of one object; `theta` is that of an object without."""
+    dim = _turned(rope, head_dim, rules)
+    own = rope if THETA in rope.values else RopeObject(rope.fields, "", {THETA: theta})
+    theta = own.positive(THETA)
+    kind = rules.older_names.get(rope.kind(), rope.kind())
+    scaling, scale = scaled(rope, kind, theta, dim)
+    length = LENGTH_DEPENDENT[kind](rope) if kind in LENGTH_DEPENDENT else None
+    limits = () if length is None else (Limit(f"{rope.layout}.{kind}", length),)
+    return Rope(theta, dim, scaling, scale, rules.interleaved), limits
 
 
 def _layout(fields: Fields) -> str:
@@ -63,72 +117,22 @@ def _layout(fields: Fields) -> str:
     return "rope_scaling" if fields.config.get("rope_scaling") else "rope_parameters"
 
 
-def _reject_unsupported(fields: Fields, layout: str, rope: Mapping[str, Any]) -> None:
-    nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
-    if nested:
-        raise fields.error(f"{layout}.{nested[0]}", rope[nested[0]], "rotary embeddings by layer are not supported")
-    for name, value in ((PARTIAL, fields.config.get(PARTIAL)), (f"{layout}.{PARTIAL}", rope.get(PARTIAL))):
-        if value not in (None, 1):
-            raise fields.error(name, value, "partial rotary embeddings are not supported", "use a model without them")
-
-
-def _theta(fields: Fields, layout: str, rope: Mapping[str, Any]) -> float:
-    if "rope_theta" in rope:
-        return _positive(fields, layout, rope, "rope_theta")
-    return _positive(fields, "", {"rope_theta": DEFAULT_THETA, **fields.config}, "rope_theta")
-
-
-def _kind(fields: Fields, layout: str, rope: Mapping[str, Any]) -> str:
-    """Return the kind of scaling; `type` is the older name. Where both differ, the versions of transformers do too."""
-    kinds = {key: rope[key] for key in ("rope_type", "type") if key in rope}
-    for key, value in kinds.items():
-        if not isinstance(value, str):
-            raise fields.error(f"{layout}.{key}", value, "expected a string", SUPPORTED)
-    if len(set(kinds.values())) > 1:
-        expected = f"{layout}.type={kinds['type']!r} differs"
-        raise fields.error(f"{layout}.rope_type", kinds["rope_type"], expected, "remove one of the two")
-    return kinds.get("rope_type", kinds.get("type", "default"))
-
-
-def _llama3(fields: Fields, layout: str, rope: Mapping[str, Any]) -> Llama3Rope:
-    low, high = (_positive(fields, layout, rope, f"{name}_freq_factor") for name in ("low", "high"))
-    if high <= low:
-        raise fields.error(f"{layout}.high_freq_factor", high, f"expected more than low_freq_factor={low}")
-    return Llama3Rope(
-        factor=_positive(fields, layout, rope, "factor"),
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position=_original(fields, layout, rope),
-    )
-
-
-def _original(fields: Fields, layout: str, rope: Mapping[str, Any]) -> int:
-    """Return the context length before scaling: transformers 5 fills in `max_position_embeddings`, 4.57 needs it.
-
-    transformers 5 prefers the field outside `rope_scaling`, 4.57 the one inside: they must agree.
-    """
-    named = {f"{layout}.{ORIGINAL}": rope[ORIGINAL]} if ORIGINAL in rope else {}
-    if ORIGINAL in fields.config:
-        named[ORIGINAL] = fields.config[ORIGINAL]
-    for name, value in named.items():
-        if not is_int(value) or value < 1:
-            raise fields.error(name, value, "expected a positive integer")
-    values = list(named.values()) or [fields.size("max_position_embeddings")]
-    if len(set(values)) > 1:
-        raise fields.error(ORIGINAL, values[1], f"{layout}.{ORIGINAL}={values[0]} differs", "remove one of the two")
-    return int(values[0])
-
-
-def _positive(fields: Fields, layout: str, values: Mapping[str, Any], key: str) -> float:
-    """Return a required positive number."""
-    name = f"{layout}.{key}" if layout else key
-    if key not in values:
-        raise SourceError(f"{name} is missing", where=fields.where, fix=f"add {key} to {layout} in config.json")
-    value = values[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= LARGEST:
-        raise fields.error(name, value, "expected a positive number", "write a number without quotes in config.json")
-    return float(value)
+def _turned(rope: RopeObject, head_dim: int, rules: RopeRules) -> int:
+    """Return how many values of a head turn: those of `partial_rotary_factor`, inside the object or beside it."""
+    outside = RopeObject(rope.fields, "", rope.fields.config)
+    given = [one for one in (rope, outside) if PARTIAL in one.values]
+    if rules.partial is None:
+        for one in given:
+            if one.values[PARTIAL] not in (None, 1):
+                what = "partial rotary embeddings are not supported"
+                raise one.error(PARTIAL, one.values[PARTIAL], what, "use a model without them")
+        return head_dim
+    factors = [one.positive(PARTIAL) for one in given] or [rules.partial]
+    dim = int(head_dim * factors[0])
+    if factors[0] > 1 or dim < 2 or dim % 2 or len(set(factors)) > 1:
+        what = f"expected one factor up to 1 by which head_dim={head_dim} becomes an even number"
+        raise given[0].error(PARTIAL, factors[-1], what) if given else rope.fields.error("head_dim", head_dim, what)
+    return dim
 
 
 def in_both_layouts(config: Mapping[str, Any], max_position: int) -> dict[str, Any]:
@@ -137,13 +141,33 @@ def in_both_layouts(config: Mapping[str, Any], max_position: int) -> dict[str, A
     4.57 does not know `rope_parameters`, and fills in no `original_max_position_embeddings`: `max_position` is its
     default.
     """
+    rules = rules_of(config.get("model_type"))
+    if rules.local is not None:
+        return _both_by_type(config, rules)
     rope: dict[str, Any] = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rest = {key: value for key, value in config.items() if key not in LAYOUTS}
     if not rope:
         return rest
     rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", DEFAULT_THETA))
-    if rope["rope_type"] == "llama3":
+    rope.setdefault(THETA, config.get(THETA, rules.theta))
+    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
         rope.setdefault(ORIGINAL, config.get(ORIGINAL, max_position))
-    rest |= {"rope_theta": rope["rope_theta"], "rope_parameters": rope}
+    if rope.get(PARTIAL) is not None:
+        rest[PARTIAL] = rope[PARTIAL]
+    rest |= {THETA: rope[THETA], "rope_parameters": rope}
     return rest if rope["rope_type"] == "default" else rest | {"rope_scaling": rope}
+
+
+def _both_by_type(config: Mapping[str, Any], rules: RopeRules) -> dict[str, Any]:
+    """Add the fields of transformers 4 to rotary embeddings by type of layers, which 5 reads as well."""
+    assert rules.local is not None
+    ropes: Mapping[str, Any] = config.get("rope_parameters") or {}
+    whole = dict(config)
+    if THETA in (full := ropes.get(FULL) or {}):
+        whole[THETA] = full[THETA]
+    if full.get("rope_type", full.get("type", "default")) != "default":
+        whole.setdefault("rope_scaling", dict(full))
+    local = ropes.get(SLIDING) or {}
+    if THETA in local and rules.local[0]:
+        whole[rules.local[0]] = local[THETA]
+    return whole

@@ -1,97 +1,120 @@
-"""The fields of `config.json` that all families share, as a `ModelConfig`. Imports no torch."""
+"""The fields of `config.json` that families share, as a `ModelConfig`. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import Activation, Experts, Layer, Limit, ModelConfig
 from pipeline.models.defaults import REFUSED
 from pipeline.models.fields import Fields
+from pipeline.models.layer_types import FULL, SLIDING
 from pipeline.models.rope import read_rope
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Names of activation functions in transformers."""
 
 
-def shared_fields(fields: Fields, **family: Any) -> ModelConfig:
-    """Return a `ModelConfig` of the fields that all families share; `family` adds or overrides fields.
+def shared_fields(
+    fields: Fields, *, windows: Sequence[int | None] = (), turned: Sequence[bool] = (),
+    experts: Sequence[Experts | None] = (), limits: tuple[Limit, ...] = (), **family: Any,
+) -> ModelConfig:  # fmt: skip
+    """Return a `ModelConfig` of the fields that families share; `family` adds or overrides fields.
+
+    `windows` has the sliding window of each layer, `turned` whether a layer has the rotary embedding, `experts` those
+    of each layer; empty: no layer has a window or experts, all turn. `limits` are the family's own, beside those of the
+    rotary embedding.
 
     Raises:
         SourceError: a value that the family's class rejects, or one that changes the computation in an unsupported way.
 
     """
     _reject_unsupported(fields)
-    rope = read_rope(fields)
-    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    heads, layers = fields.size("num_attention_heads"), fields.size("num_hidden_layers")
+    size = head_dim(fields)
+    ropes, own_limits = read_rope(fields, size)
+    described = [
+        Layer(ropes[SLIDING if window else FULL] if turns else None, window, own)
+        for window, turns, own in zip(
+            windows or [None] * layers, turned or [True] * layers, experts or [None] * layers, strict=True
+        )
+    ]
     common: dict[str, Any] = {
         "family": fields.family,
-        "layers": fields.size("num_hidden_layers"),
-        "hidden": hidden,
+        "layers": layers,
+        "hidden": fields.size("hidden_size"),
         "intermediate": fields.size("intermediate_size"),
         "heads": heads,
         "kv_heads": fields.optional_size("num_key_value_heads") or heads,
-        "head_dim": fields.optional_size("head_dim")
-        or fields.size("hidden_size") // fields.size("num_attention_heads"),
+        "head_dim": size,
         "vocab": fields.size("vocab_size"),
         "norm_eps": fields.value("rms_norm_eps"),
-        "rope_theta": rope.theta,
-        "rope_scaling": rope.llama3,
-        "rope_linear_factor": rope.linear_factor,
+        "activation": _activation(fields),
         "max_position": fields.size("max_position_embeddings"),
+        "limits": (*own_limits, *limits),
         "tied": fields.value("tie_word_embeddings"),
         "draft_vocab": fields.optional_size("draft_vocab_size"),
         "shares_embedding": fields.value("shares_embedding"),
-        "eos_ids": _ids(fields.value("eos_token_id")),
+        "eos_ids": token_ids(fields.value("eos_token_id")),
     }
-    return _checked(ModelConfig(**(common | family)), fields)
+    return _checked(ModelConfig(**(common | layered(described) | family)), fields)
+
+
+def head_dim(fields: Fields) -> int:
+    """Return the size of a head: an even number."""
+    size = fields.optional_size("head_dim") or fields.size("hidden_size") // fields.size("num_attention_heads")
+    if size % 2 or not size:
+        raise fields.error("head_dim", size, "expected an even number, for rotary embedding")
+    return size
+
+
+def layered(layers: Sequence[Layer]) -> dict[str, Any]:
+    """Return the kinds of layers, and their pattern, as fields of a `ModelConfig`."""
+    kinds = tuple(dict.fromkeys(layers))
+    return {"kinds": kinds, "pattern": tuple(map(kinds.index, layers)) if len(kinds) > 1 else ()}
+
+
+def reject_null_head_dim(fields: Fields) -> None:
+    """Reject `head_dim: null` for a class that takes the field as it stands."""
+    if fields.config.get("head_dim", 0) is None:
+        fix = "remove the field (hidden_size / num_attention_heads)"
+        raise fields.error("head_dim", None, "expected an integer", fix)
+
+
+def reject_partial_heads(fields: Fields) -> None:
+    """Reject a hidden size that heads do not divide, whatever `head_dim` is, where the class does so."""
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    if hidden % heads:
+        raise fields.error("hidden_size", hidden, f"expected a multiple of num_attention_heads={heads}")
 
 
 def _checked(config: ModelConfig, fields: Fields) -> ModelConfig:
     if config.heads % config.kv_heads:
         what = f"does not divide num_attention_heads={config.heads}"
         raise fields.error("num_key_value_heads", config.kv_heads, what)
-    if config.head_dim % 2 or not config.head_dim:
-        raise fields.error("head_dim", config.head_dim, "expected an even number, for rotary embedding")
     return config
 
 
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """Return the ids of an `eos_token_id`."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
 
 
+def _activation(fields: Fields) -> Activation:
+    key = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"
+    name = fields.value(key)
+    if name not in ACTIVATIONS:
+        fix = f"supported: {', '.join(sorted(ACTIVATIONS))}"
+        raise fields.error(key, name, "this activation is not supported", fix)
+    return ACTIVATIONS[name]
+
+
 def _reject_unsupported(fields: Fields) -> None:
-    activation = fields.value("hidden_act")
-    if activation not in ("silu", "swish"):
-        raise fields.error("hidden_act", activation, "this activation is not supported", "use a model with silu")
     for key, neutral in REFUSED.items():
         value = fields.config.get(key)
         if value is None or value in neutral:
             continue
         what = "quantised checkpoints are" if key.endswith("n_config") else "this field is"
         raise fields.error(key, value, f"{what} not supported", "use a model without it")
-
-
-def window(fields: Fields) -> int | None:
-    """Return the sliding window of the layers that have one; None if no layer has one.
-
-    Raises:
-        SourceError: other kinds of layers, or layers with a window that is not set.
-
-    """
-    types = fields.value("layer_types")
-    size = fields.optional_size("sliding_window")
-    if fields.has("use_sliding_window") and not fields.value("use_sliding_window"):
-        size = None
-    layers = fields.size("num_hidden_layers")
-    if types is None:
-        full = fields.value("max_window_layers") if fields.has("max_window_layers") else 0
-        return size if layers > full else None
-    if unknown := sorted(set(types) - {FULL, SLIDING}):
-        raise fields.error("layer_types", unknown, "not supported", f"use layers of {FULL} or {SLIDING}")
-    if len(types) != layers:
-        raise fields.error("layer_types", types, f"{len(types)} layers, but num_hidden_layers={layers}")
-    if SLIDING in types and size is None:
-        used = " and use_sliding_window true" if fields.has("use_sliding_window") else ""
-        raise fields.error("layer_types", types, "no sliding window is set", f"set sliding_window{used}")
-    return size if SLIDING in types else None

@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.models.config import Eagle3, ModelConfig
+from pipeline.models.config import Eagle3, Experts, ModelConfig
 
-Split = Literal["replicate", "rows", "columns", "q_rows", "q_columns", "kv_rows", "vocab"]
-Kind = Literal["linear", "embedding", "vector", "index"]
+Split = Literal["replicate", "rows", "columns", "q_rows", "q_heads", "q_columns", "kv_rows", "vocab"]
+Kind = Literal["linear", "embedding", "experts", "vector", "index"]
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 """The norm after the last layer."""
+
+EXPERTS = ".experts."
+"""Part of the names of experts' matrices: of all as one tensor without a number, of each with its number after it."""
 
 HEAD = "lm_head.weight"
 D2T = "d2t"
@@ -41,16 +44,26 @@ class WeightSpec:
     """One tensor of a checkpoint.
 
     `shape` is the checkpoint's own. `split` is a rank's share: `rows` / `columns` an equal slice of axis 0 / 1,
-    `q_rows` / `q_columns` whole query heads of axis 0 / 1, then zeros where a rank has fewer (`q_heads_of`), `kv_rows`
-    whole KV heads of axis 0 (each replicated when there are more ranks than heads), `vocab` a slice of axis 0 after
-    padding the vocabulary, `replicate` the whole tensor. A backend may change the layout of some kinds (`linear`,
-    `embedding`: 2-D [out, in]) but not of others (`vector`, `index`: 1-D; `index` is int32).
+    `q_rows` / `q_columns` whole query heads of axis 0 / 1, then zeros where a rank has fewer (`q_heads_of`), `q_heads`
+    the same with one value for each head, `kv_rows` whole KV heads of axis 0 (each replicated when there are more ranks
+    than heads), `vocab` a slice of axis 0 after padding the vocabulary, `replicate` the whole tensor. A backend may
+    change the layout of some kinds (`linear`, `embedding`: 2-D [out, in]; `experts`: [experts, out, in], of which each
+    is laid out and split as a `linear`) but not of others (`vector`, `index`: 1-D; `index` is int32).
     """
 
     name: str
     shape: tuple[int, ...]
     split: Split
     kind: Kind
+
+    @property
+    def parts(self) -> tuple[WeightSpec, ...]:
+        """The checkpoint's tensors that this one holds in a row: the matrix of each expert, or itself."""
+        if self.kind != "experts":
+            return (self,)
+        block, _, leaf = self.name.partition(EXPERTS)
+        names = (f"{block}{EXPERTS}{expert}.{leaf}" for expert in range(self.shape[0]))
+        return tuple(WeightSpec(name, self.shape[1:], self.split, "linear") for name in names)
 
 
 def up_to(value: int, multiple: int) -> int:
@@ -70,34 +83,19 @@ def weight_specs(config: ModelConfig, *, replicated: bool = False) -> list[Weigh
     return [WeightSpec(s.name, s.shape, "replicate", s.kind) for s in specs]
 
 
-def _specs(c: ModelConfig) -> Iterator[WeightSpec]:  # noqa: C901 - a table, not logic
-    q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
+def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
     yield WeightSpec(EMBEDDING, (c.vocab, c.hidden), "vocab", "embedding")
-    width = c.hidden
-    if c.eagle3 is not None:  # its layer reads a token's embedding and the target's features, concatenated
-        width = 2 * c.hidden
+    if c.eagle3 is not None:
         yield from _of_features(c.eagle3, c.hidden)
     for layer in range(c.layers):
-        base = f"model.layers.{layer}"
-        yield WeightSpec(f"{base}.input_layernorm.weight", (c.hidden,), "replicate", "vector")
-        for name, rows, split in (("q", q_rows, "q_rows"), ("k", kv_rows, "kv_rows"), ("v", kv_rows, "kv_rows")):
-            yield WeightSpec(f"{base}.self_attn.{name}_proj.weight", (rows, width), split, "linear")  # type: ignore[arg-type]
-            if c.qkv_bias:
-                yield WeightSpec(f"{base}.self_attn.{name}_proj.bias", (rows,), split, "vector")  # type: ignore[arg-type]
-        if c.qk_norm:
-            yield WeightSpec(f"{base}.self_attn.q_norm.weight", (c.head_dim,), "replicate", "vector")
-            yield WeightSpec(f"{base}.self_attn.k_norm.weight", (c.head_dim,), "replicate", "vector")
-        yield WeightSpec(f"{base}.self_attn.o_proj.weight", (c.hidden, q_rows), "q_columns", "linear")
-        if c.out_bias:
-            yield WeightSpec(f"{base}.self_attn.o_proj.bias", (c.hidden,), "replicate", "vector")
-        yield WeightSpec(f"{base}.post_attention_layernorm.weight", (c.hidden,), "replicate", "vector")
-        for name in ("gate", "up"):
-            yield WeightSpec(f"{base}.mlp.{name}_proj.weight", (c.intermediate, c.hidden), "rows", "linear")
-            if c.mlp_bias:
-                yield WeightSpec(f"{base}.mlp.{name}_proj.bias", (c.intermediate,), "rows", "vector")
-        yield WeightSpec(f"{base}.mlp.down_proj.weight", (c.hidden, c.intermediate), "columns", "linear")
-        if c.mlp_bias:
-            yield WeightSpec(f"{base}.mlp.down_proj.bias", (c.hidden,), "replicate", "vector")
+        base, names = f"model.layers.{layer}", c.norms
+        yield from _norm(c, base, names.before_attention)
+        yield from _attention(c, f"{base}.self_attn")
+        yield from _norm(c, base, names.after_attention)
+        yield from _norm(c, base, names.before_mlp)
+        experts = c.layer(layer).experts
+        yield from _mlp(c, f"{base}.mlp") if experts is None else _experts(c, experts, f"{base}.mlp")
+        yield from _norm(c, base, names.after_mlp)
     yield WeightSpec(NORM, (c.hidden,), "replicate", "vector")
     if not c.tied:
         yield WeightSpec(HEAD, (c.out_vocab, c.hidden), "vocab", "linear")
@@ -119,15 +117,65 @@ def _of_features(head: Eagle3, hidden: int) -> Iterator[WeightSpec]:
         yield WeightSpec(HIDDEN_NORM, (hidden,), "replicate", "vector")
 
 
+def _norm(c: ModelConfig, base: str, name: str | None) -> Iterator[WeightSpec]:
+    if name is not None:
+        yield WeightSpec(f"{base}.{name}.weight", (c.hidden,), "replicate", "vector")
+
+
+def _attention(c: ModelConfig, base: str) -> Iterator[WeightSpec]:
+    q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    width = c.hidden if c.eagle3 is None else 2 * c.hidden  # a token's embedding and the target's features
+    parts: tuple[tuple[str, int, Split], ...] = (
+        ("q", q_rows, "q_rows"),
+        ("k", kv_rows, "kv_rows"),
+        ("v", kv_rows, "kv_rows"),
+    )
+    for name, rows, split in parts:
+        yield WeightSpec(f"{base}.{name}_proj.weight", (rows, width), split, "linear")
+        if c.qkv_bias:
+            yield WeightSpec(f"{base}.{name}_proj.bias", (rows,), split, "vector")
+    for name, rows, split in parts[:2] if c.qk_norm else ():
+        whole = c.qk_norm == "vector"
+        share: Split = split if whole else "replicate"
+        yield WeightSpec(f"{base}.{name}_norm.weight", (rows if whole else c.head_dim,), share, "vector")
+    if c.sinks:
+        yield WeightSpec(f"{base}.sinks", (c.heads,), "q_heads", "vector")
+    yield WeightSpec(f"{base}.o_proj.weight", (c.hidden, q_rows), "q_columns", "linear")
+    if c.out_bias:
+        yield WeightSpec(f"{base}.o_proj.bias", (c.hidden,), "replicate", "vector")
+
+
+def _mlp(c: ModelConfig, base: str) -> Iterator[WeightSpec]:
+    for name in ("gate", "up"):
+        yield WeightSpec(f"{base}.{name}_proj.weight", (c.intermediate, c.hidden), "rows", "linear")
+        if c.mlp_bias:
+            yield WeightSpec(f"{base}.{name}_proj.bias", (c.intermediate,), "rows", "vector")
+    yield WeightSpec(f"{base}.down_proj.weight", (c.hidden, c.intermediate), "columns", "linear")
+    if c.mlp_bias:
+        yield WeightSpec(f"{base}.down_proj.bias", (c.hidden,), "replicate", "vector")
+
+
+def _experts(c: ModelConfig, experts: Experts, base: str) -> Iterator[WeightSpec]:
+    count, size = experts.count, experts.intermediate
+    yield WeightSpec(f"{base}.gate.weight", (count, c.hidden), "replicate", "linear")
+    for name in ("gate", "up"):
+        yield WeightSpec(f"{base}{EXPERTS}{name}_proj.weight", (count, size, c.hidden), "rows", "experts")
+    yield WeightSpec(f"{base}{EXPERTS}down_proj.weight", (count, c.hidden, size), "columns", "experts")
+
+
 def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ...]:
     """Return the shape of one rank's slice before packing; a split vocabulary is padded to whole blocks per rank."""
     head, *rest = spec.shape
+    if spec.kind == "experts":
+        return (head, *local_shape(spec.parts[0], config, tp))
     if spec.split == "rows":
         return (head // tp, *rest)
     if spec.split == "columns":
         return (head, rest[0] // tp)
     if spec.split == "q_rows":
         return (local_heads(config, tp) * config.head_dim, *rest)
+    if spec.split == "q_heads":
+        return (local_heads(config, tp),)
     if spec.split == "q_columns":
         return (head, local_heads(config, tp) * config.head_dim)
     if spec.split == "kv_rows":

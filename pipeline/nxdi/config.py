@@ -217,6 +217,9 @@ def _override_problems(recipe: Recipe, own: Nxdi) -> Iterator[Problem]:
 def _draft_problems(plan: Plan) -> Iterator[Problem]:
     recipe, pair = plan.recipe, plan.pair
     place = recipe.place
+    if pair.target.family not in CLASSES:
+        what = f"the target is of family {pair.target.family}; Tandem knows NxD Inference's {', '.join(CLASSES)}"
+        yield Problem(place("target.source"), what, "use a target of these families, or the neuron backend")
     if pair.draft.family not in CLASSES:
         what = f"the draft is of family {pair.draft.family}; NxD Inference needs two complete models"
         yield Problem(place("draft.source"), what, "use a smaller model as draft, or the neuron backend")

@@ -35,9 +35,11 @@ def _length_conflicts(recipe: Recipe, name: str, config: ModelConfig) -> Iterato
         if bucket > config.max_position and config.eagle3 is None:  # a head follows its target, as in vLLM
             what = f"found {bucket}, longer than the {name}'s max_position_embeddings={config.max_position}"
             yield Problem(where, what, f"use kv buckets up to {config.max_position}")
-        elif bucket > (config.window or bucket):
-            what = f"found {bucket}, longer than the {name}'s sliding_window={config.window}, which is not supported"
-            yield Problem(where, what, f"use kv buckets up to {config.window}")
+        elif config.limits and bucket > config.longest:
+            limit = min(config.limits, key=lambda one: one.length)
+            what = f"found {bucket}, longer than the {name}'s {limit.field} covers, {limit.length}"
+            why = "transformers computes longer sequences anew, or otherwise in decode steps, which graphs do not"
+            yield Problem(where, f"{what}: {why}", f"use kv buckets up to {limit.length}")
 
 
 def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:
@@ -90,8 +92,11 @@ def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
     """
     if config.kv_heads % tp and tp % config.kv_heads:
         yield "num_key_value_heads", config.kv_heads
-    if config.intermediate % tp:
-        yield "intermediate_size", config.intermediate
+    for kind in config.kinds:
+        if kind.experts is None and config.intermediate % tp:
+            yield "intermediate_size", config.intermediate
+        if kind.experts is not None and kind.experts.intermediate % tp:
+            yield "inner size of an expert", kind.experts.intermediate
 
 
 def _fits(config: ModelConfig, tp: int) -> bool:

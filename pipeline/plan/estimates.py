@@ -15,7 +15,7 @@ from pipeline.graphs.packing import BlockPacking, Packing
 from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
 from pipeline.models.blocks import query_blocks
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import Experts, Layer, ModelConfig
 from pipeline.models.weights import local_heads, local_shape
 
 MIB = 1 << 20
@@ -147,18 +147,22 @@ def reference_memory_bytes(pair: PairSpec, tokens: int) -> int:
 
     Weights of a layer are held as read, in the recipe's dtype and in that of the baseline; states in both dtypes.
     """
-    layer = max(_layer_parameters(config) for config in (pair.target, pair.draft))
+    layer = max(_layer_parameters(config, kind) for config in (pair.target, pair.draft) for kind in config.kinds)
     return GATES_BYTES + 16 * layer + 24 * tokens * max(pair.target.hidden, pair.draft.hidden)
 
 
 def _parameters(config: ModelConfig) -> int:
-    """Return about the number of a model's parameters."""
-    return 2 * config.vocab * config.hidden + config.layers * _layer_parameters(config)
+    """Return about the number of a model's parameters that one token uses."""
+    layers = sum(_layer_parameters(config, config.layer(index), of_token=True) for index in range(config.layers))
+    return 2 * config.vocab * config.hidden + layers
 
 
-def _layer_parameters(config: ModelConfig) -> int:
-    attention = (config.heads + config.kv_heads) * config.head_dim
-    return config.hidden * (2 * attention + 3 * config.intermediate)
+def _layer_parameters(config: ModelConfig, layer: Layer, *, of_token: bool = False) -> int:
+    """Return about the number of a layer's parameters; `of_token`: of those that one token uses."""
+    attention, inner = (config.heads + config.kv_heads) * config.head_dim, config.intermediate
+    if layer.experts is not None:
+        inner = layer.experts.intermediate * (layer.experts.chosen if of_token else layer.experts.count)
+    return config.hidden * (2 * attention + 3 * inner)
 
 
 def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:
@@ -202,7 +206,10 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     states = hidden * (2 + (len(pair.models.taps) if role == "target" else 0))
     qkv = heads + 2 * pair.models.kv_heads_of(role) * config.head_dim
     attention = size * (states + 2 * qkv) + 4 * (qkv + heads + hidden)
-    feed_forward = size * (states + 4 * hidden + config.intermediate // tp) + 4 * 2 * hidden
+    experts = [kind.experts for kind in config.kinds if kind.experts is not None]
+    inner = max((one.chosen * one.intermediate for one in experts), default=config.intermediate) // tp
+    chosen = max((one.chosen for one in experts), default=0)  # each token once for each of its experts, and results
+    feed_forward = size * (states + 4 * hidden + inner) + 4 * hidden * (2 + 2 * chosen)
     return spec.batch * spec.tokens * max(attention, feed_forward)
 
 
@@ -213,4 +220,13 @@ def _layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     keys = spec.tokens if spec.phase == "prefill" else spec.kv
     block = max(last - first for first, last in query_blocks(spec.batch * heads, spec.tokens, keys))
     wide = 4 * config.hidden + 3 * heads * config.head_dim + 2 * config.intermediate // tp
-    return 4 * (rows * wide + 2 * spec.batch * heads * block * keys)
+    mixtures = [_mixture_values(kind.experts, config.hidden, rows, tp) for kind in config.kinds if kind.experts]
+    return 4 * (rows * wide + 2 * spec.batch * heads * block * keys + max(mixtures, default=0))
+
+
+def _mixture_values(experts: Experts, hidden: int, rows: int, tp: int) -> int:
+    """Estimate the values that experts hold where they are written out, as `Seams.experts` does."""
+    inner = experts.intermediate // tp
+    if rows * experts.chosen <= experts.count:  # matrices of the chosen experts, gathered
+        return rows * experts.chosen * 3 * inner * hidden
+    return experts.count * rows * (3 * inner + 2 * hidden)

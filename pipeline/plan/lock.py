@@ -24,6 +24,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import fitted, with_rope_of
 from pipeline.models.eagle3_writers import RECIPE
 from pipeline.models.families import config_of
+from pipeline.models.layer_types import of_layers
 from pipeline.recipe.document import read as read_document
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.hub import is_commit
@@ -255,15 +256,12 @@ def derived_config(recipe: Recipe, target: Mapping[str, Any]) -> dict[str, Any]:
 
     """
     layers = recipe.draft.derive.layers if recipe.draft.derive else ()
-    count = config_of(target, "target.config").layers
+    whole = config_of(target, "target.config")
     for layer in layers:
-        if layer >= count:
-            fix = f"use layers of 0..{count - 1}"
+        if layer >= whole.layers:
+            fix = f"use layers of 0..{whole.layers - 1}"
             raise InputError(f"the target has no layer {layer}", where=recipe.place("draft.derive.layers"), fix=fix)
-    config = {**target, "num_hidden_layers": len(layers), "shares_embedding": True}
-    if isinstance(target.get("layer_types"), list):
-        config["layer_types"] = [target["layer_types"][layer] for layer in layers]
-    return config
+    return {**target, **of_layers(whole, target, layers), "shares_embedding": True}
 
 
 def check_locked(lock: Lock, fresh: Lock, where: str = "lock") -> list[Problem]:

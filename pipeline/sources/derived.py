@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from pipeline.errors import SourceError
 from pipeline.models.families import config_of
+from pipeline.models.layer_types import of_layers
 from pipeline.sources.checkpoint import Checkpoint, with_shared_embedding
 
 LAYERS = "draft.derive.layers"
@@ -26,9 +27,7 @@ def derive(target: Checkpoint, layers: tuple[int, ...], where: str = LAYERS) -> 
     if wrong or not layers:
         what = f"the target has no layer {wrong[0]}" if wrong else "no layers"
         raise SourceError(what, where=where, fix=f"use layers of 0..{count - 1}, for example [0, 1, {count - 1}]")
-    config_json = target.config_json | {"num_hidden_layers": len(layers)}
-    if isinstance(config_json.get("layer_types"), list):
-        config_json["layer_types"] = [config_json["layer_types"][layer] for layer in layers]
+    config_json = target.config_json | of_layers(target.config, target.config_json, layers)
     draft = replace(
         target,
         config=config_of(config_json, where),

@@ -42,6 +42,10 @@ class TensorRef:
             nbytes=(last - first) * row_bytes,
         )
 
+    def part(self, index: int) -> TensorRef:
+        """Return one entry of axis 0."""
+        return replace(self.rows(index, index + 1), shape=self.shape[1:])
+
 
 def read_bytes(ref: TensorRef) -> bytearray:
     """Return the bytes of a tensor."""

@@ -28,6 +28,22 @@ BASE = "model."
 OF_BASE = ("embed_tokens.", "layers.", "norm.")
 """Tensors of the base model: transformers' AutoModel saves them without the prefix `model.`."""
 
+EXPERT_NAMES = tuple(
+    (re.compile(old), new)
+    for old, new in (
+        (r"\.block_sparse_moe\.", ".mlp."),
+        (r"\.mlp\.router\.layer\.", ".mlp.gate."),
+        (r"\.mlp\.input_linear\.weight", ".mlp.experts.gate_up_proj.weight"),
+        (r"\.mlp\.output_linear\.weight", ".mlp.experts.down_proj.weight"),
+        (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
+        (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
+        (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+    )
+)
+"""Names of experts and routers in checkpoints of Mixtral and Granite, and those of Qwen and OLMoE, which models use."""
+
+STACKED = re.compile(r"(?P<block>.*\.experts)\.(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
+
 FLOATS = ("F32", "BF16", "F16")
 INTEGERS = ("I32", "I64")
 SHOWN_PROBLEMS = 20
@@ -53,7 +69,7 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
         tensors = {eagle3.tensor_name(name): tensor for name, tensor in tensors.items()}
     else:
         tensors = {_prefixed(name, tensors): tensor for name, tensor in tensors.items()}
-    tensors = dict(_unfused(tensors, checkpoint.config)) | dict(checkpoint.made)
+    tensors = dict(_unfused(dict(_renamed(tensors)), checkpoint.config)) | dict(checkpoint.made)
     return tensors if checkpoint.layers is None else dict(_renumbered(tensors, checkpoint.layers))
 
 
@@ -70,18 +86,34 @@ def _prefixed(name: str, tensors: Mapping[str, TensorRef]) -> str:
     return whole if name.startswith(OF_BASE) and whole not in tensors else name
 
 
+def _renamed(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
+    """Yield tensors by the names of experts that the models use; matrices of all experts in one are taken apart."""
+    for old, tensor in tensors.items():
+        name = old
+        for pattern, new in EXPERT_NAMES:
+            name = pattern.sub(new, name)
+        stacked = STACKED.fullmatch(name)
+        if stacked is None or len(tensor.shape) != 3:
+            yield name, tensor
+            continue
+        for expert in range(tensor.shape[0]):
+            yield f"{stacked['block']}.{expert}.{stacked['leaf']}.weight", tensor.part(expert)
+
+
 def _unfused(tensors: Mapping[str, TensorRef], c: ModelConfig) -> Iterator[tuple[str, TensorRef]]:
     """Split `qkv_proj` and `gate_up_proj`; with another number of rows it stays whole and is rejected as extra."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    parts = {
-        "qkv_proj": (("q_proj", q), ("k_proj", kv), ("v_proj", kv)),
-        "gate_up_proj": (("gate_proj", c.intermediate), ("up_proj", c.intermediate)),
-    }
+    inner = {c.intermediate, *(kind.experts.intermediate for kind in c.kinds if kind.experts)}
     for name, tensor in tensors.items():
         stem, _, leaf = name.rpartition(".")
         block, _, fused = stem.rpartition(".")
-        split = parts.get(fused, ())
-        if not split or not tensor.shape or tensor.shape[0] != sum(rows for _, rows in split):
+        rows = tensor.shape[0] if tensor.shape else 0
+        split: tuple[tuple[str, int], ...] = ()
+        if fused == "qkv_proj" and rows == q + 2 * kv:
+            split = (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
+        elif fused == "gate_up_proj" and rows % 2 == 0 and rows // 2 in inner:
+            split = (("gate_proj", rows // 2), ("up_proj", rows // 2))
+        if not split:
             yield name, tensor
             continue
         first = 0
@@ -110,7 +142,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
 
     """
     tensors = weights(checkpoint)
-    needed = {spec.name: spec for spec in weight_specs(checkpoint.config)}
+    needed = {part.name: part for spec in weight_specs(checkpoint.config) for part in spec.parts}
     if checkpoint.config.shares_embedding:
         del needed[EMBEDDING]
     if checkpoint.config.shares_head:

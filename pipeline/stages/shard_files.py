@@ -134,7 +134,8 @@ class _Job:
     role: Role
     models: ModelsSpec
     layout: Layout
-    tensors: tuple[tuple[WeightSpec, TensorRef], ...]
+    tensors: tuple[tuple[WeightSpec, tuple[TensorRef, ...]], ...]
+    """Each weight with the checkpoint's tensors that it holds in a row."""
     packing: Packing
 
     @property
@@ -158,14 +159,16 @@ class _Job:
     @property
     def windows(self) -> Iterator[Window]:
         """Every window, in the order in which the files are written."""
-        for spec, source in self.tensors:
+        for spec, sources in self.tensors:
             stored = DTYPES[self.models.stored_dtype(self.role, spec.kind)].short
-            yield from windows(spec, source, stored, self.config, self.split)
+            for part, source in zip(spec.parts, sources, strict=True):
+                yield from windows(part, source, stored, self.config, self.split)
 
     @property
     def remote(self) -> list[RemoteFile]:
         """Files of the tensors that stay in a store, in the order in which they are read."""
-        return list(dict.fromkeys(source.file for _, source in self.tensors if isinstance(source.file, RemoteFile)))
+        files = (source.file for _, sources in self.tensors for source in sources)
+        return list(dict.fromkeys(file for file in files if isinstance(file, RemoteFile)))
 
     def offset(self, rank: int) -> bytes:
         """Return `rank.vocab_offset`: the first vocabulary id of a rank's slice."""
@@ -181,14 +184,15 @@ def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpo
     sources = dict(weights(checkpoint))
     config, split = models.config_of(role), models.tp_of(role)
     sources |= shared_weights(checkpoint, target)
-    specs = sorted(stored_weights(models, role), key=lambda spec: _place(spec, sources[spec.name]))
+    specs = sorted(stored_weights(models, role), key=lambda spec: _place(spec, sources[spec.parts[0].name]))
     entries = []
     for spec in specs:
         dtype = models.stored_dtype(role, spec.kind)
         shape = packing.packed_shape(local_shape(spec, config, split), spec.kind, dtype)
         entries.append((spec.name, DTYPES[dtype].short, shape))
     file = layout([*entries, (OFFSET, DTYPES["int32"].short, (1,))], {"format": "pt", "packing": packing.name})
-    return _Job(role, models, file, tuple((spec, sources[spec.name]) for spec in specs), packing)
+    tensors = tuple((spec, tuple(sources[part.name] for part in spec.parts)) for spec in specs)
+    return _Job(role, models, file, tensors, packing)
 
 
 def _place(spec: WeightSpec, source: TensorRef) -> tuple[bool, str, int]:

@@ -93,7 +93,7 @@ def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[Span]:
     elif spec.split == "columns":
         share = width // tp
         yield 0, rows, rows, tuple(ColumnRange(rank * share, (rank + 1) * share, (rank,)) for rank in everyone)
-    elif spec.split in ("q_rows", "q_columns"):
+    elif spec.split in ("q_rows", "q_heads", "q_columns"):
         yield from _head_spans(spec, config, tp)
     elif spec.split == "kv_rows":
         holders: dict[tuple[int, int], list[int]] = {}
@@ -110,10 +110,10 @@ def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[Span]:
 
 def _head_spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[Span]:
     """Yield the spans of query heads: as rows of each rank, or as columns of all rows."""
-    size, width = config.head_dim, math.prod(spec.shape[1:])
+    size, width = 1 if spec.split == "q_heads" else config.head_dim, math.prod(spec.shape[1:])
     share = local_heads(config, tp) * size
     ranges = [(first * size, last * size) for first, last in (q_heads_of(rank, config, tp) for rank in range(tp))]
-    if spec.split == "q_rows":
+    if spec.split != "q_columns":
         for rank, (first, last) in enumerate(ranges):
             yield first, first + share, last, (ColumnRange(0, width, (rank,)),)
         return

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from torch.nn import functional
 
 from pipeline.errors import SourceError, TandemError, reason
 from pipeline.files.atomic import disk_errors
-from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import rotary_frequencies
+from pipeline.models.config import Layer, ModelConfig
+from pipeline.models.decoder import activated, rotary_frequencies
 from pipeline.models.fields import shown
+from pipeline.models.layer_types import FULL, LAYER_TYPES, SLIDING
 from pipeline.models.rope import in_both_layouts
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.validate.reference.skeleton import WithoutWeights
 
 TOLERANCE = 1e-4
 """Relative difference of rotary frequencies: theta to a power, computed in float32 in two ways."""
@@ -70,57 +72,164 @@ def readable(config_json: Mapping[str, Any], max_position: int) -> list[Mapping[
 
 def here(config: ModelConfig) -> Reading:
     """Return what Tandem reads."""
-    return {
+    whole = {"head": config.head_dim, "vector": config.heads * config.head_dim, None: None}
+    reading = {
         "num_hidden_layers": config.layers,
         "vocab_size": config.vocab,
         "hidden_size": config.hidden,
-        "intermediate_size": config.intermediate,
+        "inner size by layer": [_inner(config, config.layer(index)) for index in range(config.layers)],
+        "experts": _experts(config),
         "head_dim": config.head_dim,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "biases of q, k, v": config.qkv_bias,
         "bias of o": config.out_bias,
         "mlp_bias": config.mlp_bias,
-        "norms of q and k": config.qk_norm,
+        "norm of q": whole[config.qk_norm],
+        "norms of a layer": sorted(name for name in vars(config.norms).values() if name),
         "rms_norm_eps": config.norm_eps,
-        "hidden_act at 1": float(functional.silu(torch.ones(()))),
-        "scale of attention": config.head_dim**-0.5,
+        "activation at 1": float(activated(config.activation, torch.ones(()))),
+        "scale of attention": config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+        "scale of embeddings": config.embedding_scale,
+        "scale of residuals": config.residual_scale,
+        "scale of logits": config.logit_scale,
+        "cap of scores": config.attention_cap,
+        "cap of logits": config.logit_cap,
         "tie_word_embeddings": config.tied,
         "max_position_embeddings": config.max_position,
-        "sliding_window": config.window,
-        "scale of rotary embeddings": 1.0,
-        "rotary frequencies": rotary_frequencies(config, torch.device("cpu")),
+        "layers with rotary embeddings": [config.layer(index).rope is not None for index in range(config.layers)],
     }
+    reading |= {key: value for rope in _ropes(config) for key, value in rope.items()}
+    limits = [limit.length for limit in config.limits if limit.field == "sliding_window"]
+    windows = [config.layer(index).window for index in range(config.layers)]
+    # Some layers of a family without windows have caches with one: the limit is that of all.
+    return reading | {"sliding_window": min(limits)} if limits else reading | _windows_read(windows)
+
+
+def _inner(config: ModelConfig, layer: Layer) -> int:
+    return config.intermediate if layer.experts is None else layer.experts.intermediate
+
+
+def _experts(config: ModelConfig) -> list[int] | None:
+    """Return the number of experts and of those of a token; None without experts."""
+    return next(([kind.experts.count, kind.experts.chosen] for kind in config.kinds if kind.experts), None)
+
+
+def _ropes(config: ModelConfig) -> Iterator[Reading]:
+    """Yield the rotary embeddings of layers with and without a window."""
+    for kind in config.kinds:
+        if kind.rope is not None:
+            of = SLIDING if kind.window else FULL
+            frequencies = rotary_frequencies(kind.rope, torch.device("cpu"))
+            yield {f"scale of rotary embeddings, {of}": kind.rope.scale, f"rotary frequencies, {of}": frequencies}
 
 
 def by_transformers(config_json: Mapping[str, Any]) -> Reading:
     """Return what transformers makes of a config: the properties of the model that it builds, without memory."""
     config = _loaded(config_json)
-    with torch.device("meta"):
+    with WithoutWeights():
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).model
-    attention, mlp, embedding = model.layers[0].self_attn, model.layers[0].mlp, model.embed_tokens
-    rotary = type(model.rotary_emb)(config)
-    return {
+    layer, embedding = model.layers[0], model.embed_tokens
+    attention, size = layer.self_attn, layer.self_attn.head_dim
+    q, k, v = _parts(attention, config, size)
+    networks = [_network(one) for one in model.layers]
+    act = networks[0].act_fn if hasattr(networks[0], "act_fn") else networks[0].activation_fn
+    q_norm = getattr(attention, "q_norm", None)
+    reading = {
         "num_hidden_layers": len(model.layers),
         "vocab_size": embedding.num_embeddings,
         "hidden_size": embedding.embedding_dim,
-        "intermediate_size": mlp.gate_proj.out_features,
-        "head_dim": attention.head_dim,
-        "num_attention_heads": attention.q_proj.out_features // attention.head_dim,
-        "num_key_value_heads": attention.k_proj.out_features // attention.head_dim,
-        "biases of q, k, v": attention.q_proj.bias is not None,
+        "inner size by layer": [_inner_size(network) for network in networks],
+        "experts": _their_experts(config, model.layers),
+        "head_dim": size,
+        "num_attention_heads": q // size,
+        "num_key_value_heads": k // size,
+        "biases of q, k, v": v,
         "bias of o": attention.o_proj.bias is not None,
-        "mlp_bias": mlp.gate_proj.bias is not None,
-        "norms of q and k": hasattr(attention, "q_norm"),
-        "rms_norm_eps": model.norm.variance_epsilon,
-        "hidden_act at 1": float(mlp.act_fn(torch.ones(()))),
+        "mlp_bias": getattr(getattr(networks[0], "gate_proj", None), "bias", None) is not None,
+        "norm of q": None if q_norm is None else len(q_norm.weight),
+        "norms of a layer": sorted(name for name, _ in layer.named_children() if name.endswith("norm")),
+        "rms_norm_eps": _eps(model.norm),
+        "activation at 1": float(act(torch.ones(()))),
         "scale of attention": attention.scaling,
+        "scale of embeddings": _embedding_scale(model),
+        "scale of residuals": getattr(layer, "residual_multiplier", 1.0),
+        "scale of logits": 1 / getattr(config, "logits_scaling", 1.0),
+        # Gemma 3, which has norms of queries, keeps the field and does not apply it.
+        "cap of scores": getattr(attention, "attn_logit_softcapping", None) if q_norm is None else None,
+        "cap of logits": getattr(config, "final_logit_softcapping", None),
         "tie_word_embeddings": config.tie_word_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
-        "sliding_window": _window(config),
-        "scale of rotary embeddings": rotary.attention_scaling,
-        "rotary frequencies": rotary.inv_freq,
+        "layers with rotary embeddings": [bool(getattr(one.self_attn, "use_rope", True)) for one in model.layers],
     }
+    return reading | _their_ropes(model) | _windows_read(_windows(config, len(model.layers)))
+
+
+def _network(layer: Any) -> Any:
+    """Return a layer's feed-forward network, or its experts; in 4.57 these are a list of networks."""
+    block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+    experts = getattr(block, "experts", None)
+    if experts is None:
+        return block
+    return experts[0] if isinstance(experts, torch.nn.ModuleList) else experts
+
+
+def _inner_size(network: Any) -> int:
+    """Return the inner size of a network or of experts: the columns of the last matrix."""
+    names = ("down_proj", "w2", "output_linear")
+    down = next(getattr(network, name) for name in names if hasattr(network, name))
+    matrix: Any = down.weight if isinstance(down, torch.nn.Module) else down
+    return int(matrix.shape[-1])
+
+
+def _their_experts(config: Any, layers: Iterable[Any]) -> list[int] | None:
+    """Return the number of experts and of those of a token, if some layer has a router; None otherwise."""
+    blocks = (getattr(layer, "mlp", None) or layer.block_sparse_moe for layer in layers)
+    if not any(hasattr(block, "gate") or hasattr(block, "router") for block in blocks):
+        return None
+    return [getattr(config, "num_experts", None) or config.num_local_experts, config.num_experts_per_tok]
+
+
+def _parts(attention: Any, config: Any, size: int) -> tuple[int, int, bool]:
+    """Return the rows of q and of k, and whether they have biases."""
+    if hasattr(attention, "q_proj"):
+        q, k = attention.q_proj, attention.k_proj
+        return q.out_features, k.out_features, q.bias is not None
+    fused = attention.qkv_proj
+    q_rows = config.num_attention_heads * size
+    return q_rows, (fused.out_features - q_rows) // 2, fused.bias is not None
+
+
+def _eps(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def _embedding_scale(model: Any) -> float:
+    """Return by what a model multiplies embeddings; some versions do so for Gemma 2 in its class, without a field."""
+    if hasattr(model.embed_tokens, "embed_scale"):
+        return float(model.embed_tokens.embed_scale)
+    if hasattr(model, "embedding_multiplier"):
+        return float(model.embedding_multiplier)
+    return float(model.config.hidden_size**0.5) if model.config.model_type == "gemma2" else 1.0
+
+
+def _their_ropes(model: Any) -> Reading:
+    """Return frequencies and scale by type of layers; one embedding of all types stands for each."""
+    found: Reading = {}
+    for of in LAYER_TYPES:
+        rotary = _rotary_of(model, of)
+        prefix = f"{of}_" if hasattr(rotary, f"{of}_inv_freq") else ""
+        if hasattr(rotary, f"{prefix}inv_freq"):
+            found[f"scale of rotary embeddings, {of}"] = getattr(rotary, f"{prefix}attention_scaling")
+            found[f"rotary frequencies, {of}"] = getattr(rotary, f"{prefix}inv_freq")
+    return found
+
+
+def _rotary_of(model: Any, of: str) -> Any:
+    """Return the module of a type of layers; 4.57 has one for each type."""
+    if hasattr(model, "rotary_embs"):
+        return model.rotary_embs[of]
+    return model.rotary_emb_local if of == SLIDING and hasattr(model, "rotary_emb_local") else model.rotary_emb
 
 
 def _loaded(config_json: Mapping[str, Any]) -> Any:
@@ -130,14 +239,20 @@ def _loaded(config_json: Mapping[str, Any]) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _window(config: Any) -> int | None:
-    """Return the sliding window of the KV cache that transformers builds; None if no layer has one."""
-    layers = transformers.DynamicCache(config=config).layers
-    windows = {vars(layer)["sliding_window"] for layer in layers if "sliding_window" in vars(layer)}
-    return min(windows, default=None)
+def _windows_read(windows: Sequence[int | None]) -> Reading:
+    """Return the smallest window of any layer, and those of all."""
+    return {"sliding_window": min(filter(None, windows), default=None), "sliding windows by layer": list(windows)}
+
+
+def _windows(config: Any, layers: int) -> list[int | None]:
+    """Return the sliding window of each layer's cache, as transformers builds it."""
+    caches = transformers.DynamicCache(config=config).layers
+    return [vars(cache).get("sliding_window") for cache in caches[:layers]] or [None] * layers
 
 
 def _equal(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)
     if isinstance(ours, Tensor):
         return ours.shape == theirs.shape and torch.allclose(ours, theirs.float(), rtol=TOLERANCE, atol=0)
     return bool(ours == theirs)

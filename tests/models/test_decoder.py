@@ -26,17 +26,75 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "short_factor": [1.0, 1.3, 2.0, 3.5],
+    "long_factor": [1.5, 2.0, 4.0, 9.0],
+    "original_max_position_embeddings": 64,
+}
+ORIGINAL = {"original_max_position_embeddings": 64}
+TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+}
+GEMMA = {"head_dim": 12, "sliding_window": 11, "num_hidden_layers": 3}
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+CLASSES = {"Gemma3": "Gemma3TextConfig"}
+"""Names of config classes that are not the model's."""
+
 CASES = {
     "llama2": ("Llama", {"tie_word_embeddings": False}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3, "rope_scaling": LLAMA3}),
     "linear-rope": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    "yarn-rope": ("Qwen3", {"rope_parameters": YARN, "head_dim": 32}),
+    "yarn-scaled": ("Llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 4}}),
+    "yarn-whole": ("Qwen2", {"rope_parameters": YARN | {"attention_factor": 1.5, "truncate": False}}),
+    "yarn-of-one-pair": ("Llama", {"rope_parameters": YARN | {"beta_fast": 1e6, "beta_slow": 1e5}}),
+    "dynamic-rope": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}),
+    "longrope": ("Llama", {"rope_parameters": LONG, "max_position_embeddings": 256}),
+    "longrope-scaled": ("Mistral", {"rope_parameters": LONG | {"factor": 8.0}, "sliding_window": None}),
     "one-kv-head": ("Llama", {"num_key_value_heads": 1, "head_dim": 10}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 12}),
-    "mistral-window": ("Mistral", {"sliding_window": 64}),  # never reached in a cache of 64
+    "mistral-window": ("Mistral", {"sliding_window": 16}),
+    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 7}),
+    "qwen3-windows": ("Qwen3", {"use_sliding_window": True, "layer_types": TYPES, "sliding_window": 9, "head_dim": 8}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 20, "tie_word_embeddings": False}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
+    "smollm3-windows": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 16}),
+    "granite": ("Granite", MULTIPLIERS | {"attention_bias": True, "mlp_bias": True}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-biases": ("Olmo2", {"attention_bias": True, "num_key_value_heads": 6}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 5, "sliding_window": 16}),
+    "olmo3-yarn": ("Olmo3", {"sliding_window": 5, "layer_types": TYPES, "rope_scaling": YARN | {"rope_theta": 700.0}}),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "glm4-quarter": ("Glm4", {"head_dim": 16, "rope_parameters": YARN | {"partial_rotary_factor": 0.25}}),
+    "phi3": ("Phi3", {"sliding_window": 16}),
+    "phi4-mini": (
+        "Phi3",
+        {"rope_scaling": LONG | {"short_factor": [1.2, 2, 3], "long_factor": [2.0] * 3}, "partial_rotary_factor": 0.75}
+        | ORIGINAL,
+    ),
+    "gemma2": ("Gemma2", GEMMA | {"attention_bias": True, "query_pre_attn_scalar": 24}),
+    "gemma2-uncapped": ("Gemma2", GEMMA | {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
+    "gemma3": ("Gemma3", GEMMA | {"sliding_window_pattern": 2, "final_logit_softcapping": 3.0}),
+    "gemma3-linear": ("Gemma3", GEMMA | {"layer_types": TYPES, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "qwen3-moe": ("Qwen3Moe", MIXTURE | {"norm_topk_prob": True, "head_dim": 16}),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        MIXTURE | {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 9},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
+    "olmoe": ("Olmoe", MIXTURE),
+    "granite-moe": ("GraniteMoe", MULTIPLIERS | {"num_local_experts": 64, "num_experts_per_tok": 3}),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
 }
 
@@ -44,12 +102,41 @@ CASES = {
 def reference(case: str):
     name, changes = CASES[case]
     torch.manual_seed(sum(map(ord, case)))
-    config = getattr(transformers, f"{name}Config")(**(SMALL | changes))
+    config = getattr(transformers, CLASSES.get(name, f"{name}Config"))(**(SMALL | {"pad_token_id": 0} | changes))
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
     return config, model
+
+
+def unfused(config, state):
+    """The matrices that some classes stack, as checkpoints are read."""
+    parts = {"qkv_proj": (("q_proj", config.heads), ("k_proj", config.kv_heads), ("v_proj", config.kv_heads))}
+    for name, tensor in state.items():
+        block, _, leaf = name.rpartition(".")
+        stem, _, fused = block.rpartition(".")
+        if ".experts." in name or ".block_sparse_moe." in name:
+            yield from experts_of(name, tensor)
+        elif fused == "gate_up_proj":
+            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+                yield f"{stem}.{part}.{leaf}", half
+        elif fused in parts:
+            rows = [heads * config.head_dim for _, heads in parts[fused]]
+            for (part, _), own in zip(parts[fused], tensor.split(rows), strict=True):
+                yield f"{stem}.{part}.{leaf}", own
+        else:
+            yield name, tensor
+
+
+def experts_of(name, tensor):
+    """The router and the matrices of experts, by the names that models use."""
+    name = name.replace(".block_sparse_moe.", ".mlp.").replace(".mlp.router.", ".mlp.gate.")
+    if name.endswith("experts.gate_up_proj"):
+        for part, half in zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True):
+            yield name.replace("gate_up_proj", f"{part}_proj.weight"), half
+    else:
+        yield f"{name}.weight" if name.endswith("down_proj") else name, tensor
 
 
 def run(config, weights, tokens, start, state):
@@ -75,7 +162,7 @@ def test_logits_equal_transformers(case):
     tokens = torch.randint(0, 97, (2, 40))
     with torch.no_grad():
         expected = model(tokens).logits
-        weights = dict(model.state_dict())
+        weights = dict(unfused(config, model.state_dict()))
         first = run(config, weights, tokens[:, :33], 0, state)
         second = run(config, weights, tokens[:, 33:38], 33, state)
         last = run(config, weights, tokens[:, 38:39], 38, state)
@@ -89,7 +176,7 @@ def test_logits_equal_transformers(case):
     [
         ({"model_type": "gpt2"}, "gpt2"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "proportional"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"num_key_value_heads": 4}, "num_key_value_heads"),
@@ -102,15 +189,22 @@ def test_config_of_refuses_by_name(change, named):
 
 
 @pytest.mark.parametrize(
-    ("change", "window"),
+    ("change", "windows"),
     [
-        ({"model_type": "mistral", "sliding_window": 4096}, 4096),
-        ({"model_type": "mistral", "sliding_window": None}, None),
-        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}, None),
-        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2, "sliding_window": 4096}, 4096),
-        ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3, "sliding_window": 4096}, None),
-        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3, "use_sliding_window": True}, 4096),
+        ({"model_type": "mistral", "sliding_window": 4096}, [4096] * 3),
+        ({"model_type": "mistral", "sliding_window": None}, [None] * 3),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}, [None] * 3),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}, [None, None, 4096]),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3, "sliding_window": 4096}, [None] * 3),
+        ({"model_type": "qwen3", "layer_types": TYPES, "use_sliding_window": True}, [4096, None, 4096]),
+        ({"model_type": "gemma2"}, [4096, None, 4096]),
+        ({"model_type": "gemma3_text", "sliding_window": 9}, [9] * 3),
+        ({"model_type": "olmo3", "num_hidden_layers": 4}, [4096, 4096, 4096, None]),
+        ({"model_type": "phi3", "sliding_window": 2047}, [2047] * 3),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 8},
+         [None, 8, None]),
     ],
-)
-def test_config_of_knows_an_active_window(change, window):
-    assert config_of({"model_type": "llama"} | SMALL | change, "config.json").window == window
+)  # fmt: skip
+def test_config_of_knows_the_windows_of_layers(change, windows):
+    config = config_of({"model_type": "llama"} | SMALL | change, "config.json")
+    assert [config.layer(layer).window for layer in range(config.layers)] == windows

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from pipeline import runtime
 from pipeline.artifact.manifest import GraphEntry, PairManifest
+from pipeline.cache.local import Cache
 from pipeline.errors import SourceError
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.module import run_phase
@@ -26,13 +27,18 @@ from pipeline.graphs.signature import Signature, signature
 from pipeline.graphs.spec import GraphSpec
 from pipeline.models.parallel import Seams
 from pipeline.plan.plan import Plan, make_plan
+from pipeline.progress import no_log
 from pipeline.recipe import Recipe, load
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.stages.shard_files import write_shards
+from pipeline.validate.gates.inputs import GateInputs
+from pipeline.validate.gates.run import run_gates
+from pipeline.validate.prompts import Prompt
 from support import families
+from support.eager import make_engine
 
 NEW_TOKENS = 24
 
@@ -217,6 +223,24 @@ def test_pair_whose_tokenizer_exceeds_a_vocabulary_is_refused(tmp_path):
         resolve_pair(recipe, base=tmp_path, cache=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "glm4", "granite-moe", "olmo3", "phi4-mini", "qwen3-moe"])
+def test_gates_pass_of_mechanisms_beyond_llama(family, tmp_path):
+    """Layer by layer references of transformers, windows, experts and scales included, agree with the graphs."""
+    recipe = load(fewer_graphs(write_recipe(family, tmp_path)))
+    pair = resolve_pair(recipe, base=tmp_path, cache=tmp_path / "cache")
+    prompts = [Prompt(f"p{i}", "chat", text) for i, text in enumerate(families.PROMPTS[:3])]
+    store = Cache(tmp_path / "goldens", "goldens")
+    run = run_gates(GateInputs(make_engine(recipe, pair), recipe, prompts, pair, store, no_log))
+    assert run.passed, run.findings
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("family", ["gemma3", "qwen3-moe"])
+def test_small_build_equals_transformers(family, tmp_path):
+    """Windows, two rotary embeddings, caps, GeGLU; experts: from the command line to tokens."""
+    assert_build_equals_transformers(family, "float32", tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -224,6 +248,10 @@ def test_build_equals_transformers(family, dtype, tmp_path):
     """From the command line, in another folder than the recipe's, with the default prompts."""
     if dtype == "bfloat16" and family not in ("llama", "qwen2"):
         pytest.skip("two families are enough in bfloat16")
+    assert_build_equals_transformers(family, dtype, tmp_path)
+
+
+def assert_build_equals_transformers(family: str, dtype: str, tmp_path: Path) -> None:
     recipe = fewer_graphs(write_recipe(family, tmp_path / "recipe", dtype))
     (tmp_path / "elsewhere").mkdir()
     tandem = [

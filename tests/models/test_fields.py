@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from pipeline.errors import SourceError
-from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, REFUSED, Kind
+from pipeline.models.config import Layer, Limit, LinearRope, Llama3Rope, Rope, RopeScaling
+from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES, REFUSED, Kind
 from pipeline.models.families import FAMILIES, config_of
 from pipeline.models.rope import in_both_layouts
 from pipeline.validate.reading import by_transformers, difference, here, readable
@@ -28,11 +29,26 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 256,
+    "pad_token_id": 0,
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"type": "linear", "factor": 2.0}
-UNDECLARED = {("llama", "sliding_window"), ("llama", "layer_types"), ("mistral", "layer_types"), ("qwen2", "head_dim")}
-"""Fields that code of transformers reads though the family's class does not declare them."""
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 4.0, 9.0],
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 3.0}
+UNDECLARED = {
+    *((family, "head_dim") for family in ("granite", "granitemoe", "olmo2", "olmo3", "olmoe", "phi3", "qwen2")),
+    *((family, "head_dim") for family in ("qwen3_moe", "smollm3")),
+    *((family, "layer_types") for family in ("glm4", "granite", "granitemoe", "llama", "mistral", "mixtral", "olmo2")),
+    *((family, "layer_types") for family in ("olmoe", "phi3", "qwen3_moe")),
+    *((family, "sliding_window") for family in ("glm4", "granite", "granitemoe", "llama", "olmo2", "olmoe")),
+    *((family, "hidden_act") for family in ("gemma2", "gemma3_text")),
+    ("gemma3_text", "sliding_window_pattern"),
+}
+"""Fields that code of transformers reads though the family's class does not declare them, or that nothing reads."""
 
 KINDS = {
     bool: Kind.BOOL,
@@ -42,6 +58,11 @@ KINDS = {
     int | None: Kind.INT_OR_NULL,
     int | list[int] | None: Kind.TOKEN_IDS,
     list[str] | None: Kind.NAMES_OR_NULL,
+    list[int] | None: Kind.INTS_OR_NULL,
+    float | None: Kind.FLOAT_OR_NULL,
+    float | int: Kind.NUMBER,
+    float | int | None: Kind.NUMBER_OR_NULL,
+    bool | None: Kind.BOOL_OR_NULL,
 }
 ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
 WITHOUT_EFFECT = {
@@ -49,13 +70,14 @@ WITHOUT_EFFECT = {
     "attention_dropout", "initializer_range", "gradient_checkpointing", "id2label", "dtype", "name_or_path", "auto_map",
     "pad_token_id", "output_attentions", "output_hidden_states", "output_scores", "return_dict", "is_heterogeneous",
     "return_dict_in_generate", "vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy",
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "embd_pdrop", "resid_pdrop",
     # properties of the class, not of the file
     "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan", "base_model_tp_plan", "sub_configs",
 }  # fmt: skip
 STRICTER = (
     "partial_rotary_factor",
-    "rope_scaling.rope_type=",
-    "rope_parameters.rope_type=",
+    ".rope_type=",
+    "this field is not supported",
     "original_max_position_embeddings=",
     "rope_scaling=",
     "=true: expected an integer",
@@ -63,6 +85,8 @@ STRICTER = (
     "expected an even number",
     "does not divide",
     "no layer of layer_types has it",
+    "=null: expected a number",
+    "expected an object for full_attention",
 )
 """What is an error here although transformers 5 reads it: 4.57 reads it otherwise, or the model cannot be used."""
 
@@ -89,11 +113,12 @@ def test_defaults_are_those_of_transformers(family):
     for name, field in FIELDS[family].items():
         if (family, name) in UNDECLARED or (name not in defaults and of_base_class(name)):
             assert name not in defaults
-            assert field.default is None
+            assert field.default is None or name in ("hidden_act", "sliding_window_pattern")
         else:
             assert (name, field.default) == (name, defaults[name])
     assert not set(DRAFT_FIELDS) & set(defaults)
-    assert not set(class_of(family).attribute_map), "older names of fields are read now"
+    other_names = {frozenset(names) for names in class_of(family).attribute_map.items()}
+    assert other_names == {frozenset(names) for names in OTHER_NAMES.get(family, {}).items()}
 
 
 @pytest.mark.skipif(not STRICT, reason="transformers 4.57 checks no types")
@@ -125,7 +150,15 @@ def test_every_field_that_an_inference_reads_is_known(family, monkeypatch):
     if STRICT:
         of_generation |= set(transformers.GenerationConfig._get_default_generation_params())
     methods = {name for name in read if callable(getattr(type(config), name, None))}
-    known = set(FIELDS[family]) | ROPE | set(REFUSED) | WITHOUT_EFFECT | of_generation | methods
+    known = (
+        set(FIELDS[family])
+        | set(OTHER_NAMES.get(family, {}).values())
+        | ROPE
+        | set(REFUSED)
+        | WITHOUT_EFFECT
+        | of_generation
+        | methods
+    )
     assert not {name for name in read - known if not name.startswith("_")}
 
 
@@ -178,7 +211,8 @@ def test_config_of_mutations_mean_the_same_or_are_refused(family):
 
 def rope_objects(random_: random.Random) -> Any:
     """A RoPE object as people write it, often with faults."""
-    rope = dict(random_.choice([LLAMA3, LINEAR, {"rope_type": "default"}, {}, {"factor": 2.0}]))
+    plain: list[dict[str, Any]] = [{"rope_type": "default"}, {}, {"factor": 2.0}]
+    rope = dict(random_.choice([LLAMA3, LINEAR, YARN, YARN, LONG, DYNAMIC, *plain]))
     if "type" in rope and random_.random() < 0.5:
         rope["rope_type"] = rope.pop("type")
     for name, values in {
@@ -187,7 +221,13 @@ def rope_objects(random_: random.Random) -> Any:
         "original_max_position_embeddings": [16, None, 32.5],
         "type": ["linear", "yarn"],
         "partial_rotary_factor": [0.5, 1.0],
-        "attention_factor": [2.0],
+        "attention_factor": [2.0, None, 0.5],
+        "beta_fast": [8.0, None, 0, 2],
+        "beta_slow": [0.5, None, 3],
+        "mscale": [0.7, 0, None],
+        "mscale_all_dim": [1.3, 1],
+        "truncate": [True, False],
+        "short_factor": [[1.0] * 4, [1.0] * 3, [1, 2.0, 3.5, "4"]],
     }.items():
         if random_.random() < 0.15:
             rope[name] = random_.choice(values)
@@ -223,7 +263,8 @@ def test_config_of_odd_values_never_end_in_a_traceback(family):
     """Was: KeyError, TypeError and ValueError for a missing `factor`, "2", "</s>" and others."""
     names = [*FIELDS[family], *DRAFT_FIELDS, *ROPE, *REFUSED, "model_type", "architectures", "eagle_config"]
     configs = [{"model_type": family, **SMALL, name: value} for name in names for value in ODD]
-    for rope in (LINEAR, LLAMA3):
+    more = {"beta_fast": 8.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}
+    for rope in (LINEAR, LLAMA3, YARN | more | {"attention_factor": 1.0}, LONG | {"attention_factor": 1.0}, DYNAMIC):
         for name in (*rope, "rope_type", "type", "rope_theta", "original_max_position_embeddings"):
             configs += [{"model_type": family, **SMALL, "rope_scaling": {**rope, name: value}} for value in ODD]
     heads = [{**config, "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1} for config in configs]
@@ -234,23 +275,32 @@ def test_config_of_odd_values_never_end_in_a_traceback(family):
             assert error.what
 
 
+def turned(theta: float, scaling: RopeScaling) -> tuple[Layer, ...]:
+    """The one kind of layers of a small model with this rotary embedding."""
+    return (Layer(Rope(theta, SMALL["head_dim"], scaling)),)
+
+
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"model_type": "mistral", "sliding_window": ...}, {"window": 4096}),
+        ({"model_type": "mistral", "sliding_window": ...}, {"kinds": (Layer(Rope(1e4, 8), 4096),)}),
         ({"model_type": "mistral", "num_attention_heads": 16, "num_key_value_heads": ...}, {"kv_heads": 8}),
         ({"model_type": "qwen3", "max_position_embeddings": ...}, {"max_position": 32768}),
         ({"model_type": "qwen3", "head_dim": ...}, {"head_dim": 128}),
-        ({"model_type": "qwen2", "use_sliding_window": True}, {"window": None}),  # from layer 28 on
-        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, {"window": 4096}),
-        ({"model_type": "llama", "sliding_window": 16}, {"window": 16}),  # transformers' KV cache drops older tokens
+        ({"model_type": "qwen2", "use_sliding_window": True}, {"kinds": (Layer(Rope(1e4, 8)),)}),  # from layer 28 on
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, {"pattern": (0, 1)}),
+        # transformers' KV cache drops older tokens
+        ({"model_type": "llama", "sliding_window": 16}, {"limits": (Limit("sliding_window", 16),)}),
         ({"model_type": "llama"}, {"eos_ids": (2,)}),
         ({"model_type": "llama", "eos_token_id": None}, {"eos_ids": ()}),
         ({"model_type": "llama", "pretraining_tp": 2}, {"family": "llama"}),
-        ({"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}}, {"rope_linear_factor": 2.0}),
-        ({"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 10000.0}),
-        ({"rope_scaling": {}, "rope_parameters": LINEAR}, {"rope_linear_factor": 2.0}),
-        ({"rope_parameters": LINEAR, "rope_theta": 9}, {"rope_theta": 9.0}),
+        ({"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "a"}}, {"kinds": turned(1e4, LinearRope(2.0))}),
+        ({"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 7.0}}, {"kinds": turned(10000.0, LinearRope(2.0))}),
+        ({"rope_scaling": {}, "rope_parameters": LINEAR}, {"kinds": turned(10000.0, LinearRope(2.0))}),
+        ({"rope_parameters": LINEAR, "rope_theta": 9}, {"kinds": turned(9.0, LinearRope(2.0))}),
+        ({"rope_scaling": DYNAMIC}, {"limits": (Limit("rope_scaling.dynamic", 256),)}),
+        ({"rope_scaling": LONG}, {"limits": (Limit("rope_scaling.longrope", 64),)}),
+        ({"rope_scaling": LONG, "max_position_embeddings": 64}, {"limits": ()}),
     ],
 )  # fmt: skip
 def test_config_of_reads_as_the_class_of_the_family(change, wanted):
@@ -263,9 +313,10 @@ def test_config_of_reads_as_the_class_of_the_family(change, wanted):
 
 def test_config_of_llama3_without_its_original_length_takes_the_longest_position():
     """Was: KeyError. transformers 5 fills the length in; 4.57 rejects the config."""
-    rope = config_of({"model_type": "llama", **SMALL, "rope_scaling": LLAMA3}, "config.json").rope_scaling
+    rope = config_of({"model_type": "llama", **SMALL, "rope_scaling": LLAMA3}, "config.json").kinds[0].rope
     assert rope is not None
-    assert rope.original_max_position == 256
+    assert isinstance(rope.scaling, Llama3Rope)
+    assert rope.scaling.original_max_position == 256
 
 
 @pytest.mark.parametrize(
@@ -282,7 +333,20 @@ def test_config_of_llama3_without_its_original_length_takes_the_longest_position
         ),
         ({"rope_theta": "10000"}, 'rope_theta="10000": expected a positive number', "without quotes"),
         ({"rope_scaling": {**LINEAR, "rope_type": "default"}}, "rope_scaling.type='linear' differs", "remove one"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported", "supported: default"),
+        (
+            {"rope_scaling": {"type": "mrope", "factor": 2.0}},
+            "rope type 'mrope' is not supported",
+            "supported: default",
+        ),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor is missing", "add factor"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "rope_scaling.truncate=1: expected true or false", "correct"),
+        (
+            {"rope_scaling": YARN, "rope_theta": 1},
+            "rope_scaling.rope_theta=1.0: expected more than 1 for yarn",
+            "correct",
+        ),
+        ({"rope_scaling": LONG | {"short_factor": [1.0]}}, "short_factor=[1.0]: expected a list of 4", "correct"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor is missing", "add factor"),
         ({"layer_types": ["full_attention"]}, "1 layers, but num_hidden_layers=2", "correct"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "no sliding window", "use_sliding_window"),
         ({"per_layer_config": {"0": {"head_dim": 4}}}, 'per_layer_config={"0"', "without"),
@@ -300,13 +364,20 @@ def test_config_of_refuses_with_field_value_and_remedy(change, what, fix):
     assert fix in raised.value.fix
 
 
-@pytest.mark.parametrize("rope", [{}, {"rope_theta": 7.0}, LINEAR, LLAMA3, {**LLAMA3, "rope_theta": 50.0}])
+ROPES = [{}, {"rope_theta": 7.0}, LINEAR, LLAMA3, {**LLAMA3, "rope_theta": 50.0}, YARN, LONG]
+
+
+@pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("layout", ["rope_scaling", "rope_parameters"])
 def test_in_both_layouts_means_the_same(layout, rope):
     """Packed configs are read by servers with transformers 4.57, which knows no `rope_parameters`."""
     config = {"model_type": "llama", **SMALL, layout: rope, "rope_theta": 300.0}
     ours = config_of(config, "config.json")
     packed = in_both_layouts(config, ours.max_position)
-    assert here(config_of(packed, "config.json"))["rotary frequencies"].equal(here(ours)["rotary frequencies"])
-    assert packed.get("rope_theta") == ours.rope_theta
+    assert here(config_of(packed, "config.json"))["rotary frequencies, full_attention"].equal(
+        here(ours)["rotary frequencies, full_attention"]
+    )
+    rope = ours.kinds[0].rope
+    assert rope is not None
+    assert packed.get("rope_theta") == rope.theta
     assert not difference(ours, packed)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import Layer, ModelConfig, Rope
 from pipeline.plan.estimates import ESTIMATES, HEADERS_S, Work
 from pipeline.plan.forecast import cluster, forecast, makespan
 from pipeline.plan.history import CompiledGraph, History, PastBuild, machine
@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe
 WORK = Work(10, 32)
 SMALL = ModelConfig(
     family="llama", layers=3, hidden=64, intermediate=192, heads=8, kv_heads=4, head_dim=16, vocab=512, norm_eps=1e-6,
-    rope_theta=1e4, max_position=2048,
+    max_position=2048, kinds=(Layer(Rope(1e4, 16)),),
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pipeline.graphs.dtypes import DTYPES
 from pipeline.graphs.packing import BlockPacking
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import Layer, Limit, ModelConfig, Rope
 from pipeline.models.weights import weight_specs
 from pipeline.plan import lock as locks
 from pipeline.plan.estimates import GIB, layer_passes
@@ -33,8 +33,8 @@ SMALL = ModelConfig(
     head_dim=16,
     vocab=512,
     norm_eps=1e-6,
-    rope_theta=1e4,
     max_position=2048,
+    kinds=(Layer(Rope(1e4, 16)),),
 )
 RECIPE = """\
 name: pair
@@ -185,12 +185,20 @@ def test_conflict_vocabularies_that_differ(tmp_path: Path) -> None:
         assert problem.what == "the draft uses the target's vocabulary: its vocab_size must be 512, found 500"
 
 
-def test_conflict_cache_longer_than_a_sliding_window(tmp_path: Path) -> None:
+def test_conflict_cache_longer_than_a_limit(tmp_path: Path) -> None:
+    """Of LongRoPE, for example, whose frequencies change beyond the original length."""
     recipe = recipe_of(tmp_path)
     longest = recipe.shapes.kv[-1]
-    make_plan(recipe, replace(SMALL, window=longest), SMALL)
-    (problem,) = problems_of(recipe, replace(SMALL, window=longest - 1), SMALL)
-    assert f"found {longest}, longer than the target's sliding_window={longest - 1}" in problem.what
+    make_plan(recipe, replace(SMALL, limits=(Limit("rope_scaling.longrope", longest),)), SMALL)
+    limits = (Limit("rope_scaling.longrope", longest - 1), Limit("sliding_window", longest))
+    problems = problems_of(recipe, replace(SMALL, limits=limits), SMALL)
+    assert f"found {longest}, longer than the target's rope_scaling.longrope covers, {longest - 1}" in problems[-1].what
+    assert problems[-1].fix == f"use kv buckets up to {longest - 1}"
+
+
+def test_windows_limit_no_cache(tmp_path: Path) -> None:
+    """Was: rejected, because attention had no windows."""
+    make_plan(recipe_of(tmp_path), replace(SMALL, kinds=(Layer(Rope(1e4, 16), 8),)), SMALL)
 
 
 def test_reduced_vocabulary_is_no_conflict(tmp_path: Path) -> None:

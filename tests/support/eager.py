@@ -25,7 +25,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.text import Text
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.values import read_tensor
+from pipeline.sources.values import read_weight
 from pipeline.sources.weights import shared_weights, weights
 
 
@@ -45,7 +45,7 @@ class EagerRanks:
             refs = dict(weights(checkpoint)) | shared_weights(checkpoint, pair[0])
             kind = torch_dtype(plan.pair.models.dtype_of(model))
             for spec in stored_weights(plan.pair.models, model):
-                tensor = read_tensor(refs[spec.name])
+                tensor = read_weight(refs, spec)
                 self.tensors[f"{model}/{spec.name}"] = tensor.int() if spec.kind == "index" else tensor.to(kind)
         self.tensors_of_state: dict[str, torch.Tensor] = {}
         self.around: Callable[[GraphSpec, dict[str, torch.Tensor]], AbstractContextManager[None]] = _nothing

@@ -52,6 +52,26 @@ SIZES: dict[str, Any] = {
 }
 
 
+CLASSES = {"Gemma3": "Gemma3TextConfig"}
+"""Names of config classes that are not the model's."""
+
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+GRANITE = {
+    "embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
+}  # fmt: skip
+LONG: dict[str, Any] = {
+    "rope_scaling": {
+        "rope_type": "longrope", "short_factor": [1.0, 1.3, 2.0, 3.5, 4.0, 5.0], "long_factor": [2.0] * 6,
+    },
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+MIXTURE = {
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True, "head_dim": 16,
+}  # fmt: skip
+GEMMA = {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}
+
+
 @dataclass(frozen=True)
 class Family:
     """One pair: a transformers class, what its config changes, the form of its tokenizer, and its draft."""
@@ -62,6 +82,7 @@ class Family:
     draft: dict[str, Any] | None = None
     """Changes of the draft's config against the target's; None: derived from the target's first layer."""
     saved: torch.dtype = torch.float32
+    derive: tuple[int, ...] = (0,)
     eos: list[int] | None = None
 
 
@@ -93,6 +114,21 @@ FAMILIES = {
         draft={"vocab_size": 416, "num_hidden_layers": 1, "tie_word_embeddings": False},
     ),
     "qwen3": Family("Qwen3", {"head_dim": 20, "tie_word_embeddings": False}, "json-config"),
+    "smollm3": Family("SmolLM3", {"num_hidden_layers": 4}, "json-config"),
+    "granite": Family("Granite", GRANITE, "json-config"),
+    "olmo3": Family(  # windows that every prompt passes, and a draft of layers of both kinds
+        "Olmo3",
+        {"num_hidden_layers": 4, "sliding_window": 5, "rope_scaling": YARN},
+        "json-config",
+        derive=(0, 3),
+    ),
+    "glm4": Family("Glm4", {"head_dim": 16}, "json-config", draft={"num_hidden_layers": 1}, eos=[2]),
+    "phi4-mini": Family("Phi3", LONG, "json-config", saved=torch.bfloat16),
+    "qwen3-moe": Family("Qwen3Moe", MIXTURE | {"mlp_only_layers": [1]}, "json-config", derive=(0, 1)),
+    "mixtral": Family("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "json-config"),
+    "granite-moe": Family("GraniteMoe", GRANITE | {"num_local_experts": 4}, "json-config"),
+    "gemma2": Family("Gemma2", GEMMA, "json-config"),
+    "gemma3": Family("Gemma3", GEMMA | {"sliding_window_pattern": 2}, "json-config", draft={"num_hidden_layers": 2}),
     "smollm": Family(
         "Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}, "json-config", saved=torch.bfloat16
     ),
@@ -105,7 +141,7 @@ def write_pair(spec: Family, root: Path) -> dict[str, Any]:
     _save(target, root / "target", spec)
     write_tokenizer(root / "target", spec.tokenizer)
     if spec.draft is None:
-        return {"derive": {"from": "target", "layers": [0]}}
+        return {"derive": {"from": "target", "layers": list(spec.derive)}}
     draft = _model(spec, spec.changes | spec.draft, seed=4)
     _resemble(draft, target)
     _save(draft, root / "draft", spec)
@@ -114,7 +150,7 @@ def write_pair(spec: Family, root: Path) -> dict[str, Any]:
 
 
 def _model(spec: Family, changes: dict[str, Any], seed: int) -> Any:
-    config = getattr(transformers, f"{spec.model}Config")(**(SIZES | changes))
+    config = getattr(transformers, CLASSES.get(spec.model, f"{spec.model}Config"))(**(SIZES | changes))
     model = getattr(transformers, f"{spec.model}ForCausalLM")(config).eval().float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

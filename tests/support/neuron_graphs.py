@@ -24,13 +24,33 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3"},
 }  # fmt: skip
+MECHANISMS = {
+    "yarn": {"model_type": "qwen3", "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+    }},
+    "phi4-mini": {
+        "model_type": "phi3", "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5,
+        "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [2.0, 3.0]},
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
+    "granite": {"model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+                "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "glm4": {"model_type": "glm4"},
+    "olmo3": {"model_type": "olmo3", "sliding_window": 6, "tie_word_embeddings": False,
+              "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 6},
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": 6, "sliding_window_pattern": 2},
+    "qwen3-moe": {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+}  # fmt: skip
+"""Families with mechanisms beyond those of `FAMILIES`, whose graphs are lowered and run too."""
+
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8], [11, 30]]
 LENGTH = 40
 
 
 def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
     """Target and draft; `eagle3` is a head over the three layers of a llama."""
-    config = SMALL | FAMILIES.get(family, FAMILIES["llama"])
+    config = SMALL | (FAMILIES | MECHANISMS).get(family, FAMILIES["llama"])
     draft = config | {"num_hidden_layers": 1, "tie_word_embeddings": not reduced}
     if reduced:
         draft |= {"draft_vocab_size": 32}

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from pipeline.models.config import Layer
 from pipeline.models.parallel import Attend, attend_up_to
 from pipeline.models.weights import EMBEDDING
 from pipeline.speculation import drafters, model
@@ -30,7 +31,9 @@ def perturbed_layer(ranks: EagerRanks, seed: int) -> None:
 def wrong_rope_base(ranks: EagerRanks, seed: int) -> None:
     """Rotary base of another model, for the target only."""
     models = ranks.shape.models
-    target = replace(models.target, rope_theta=models.target.rope_theta * (2 + seed))
+    rope = models.target.kinds[0].rope
+    assert rope is not None
+    target = replace(models.target, kinds=(Layer(replace(rope, theta=rope.theta * (2 + seed))),))
     ranks.shape = replace(ranks.shape, models=replace(models, target=target))
 
 

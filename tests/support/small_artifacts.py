@@ -13,7 +13,7 @@ from pipeline.artifact.reports import add_reports
 from pipeline.backends.base import Toolchain
 from pipeline.cache.local import Cache
 from pipeline.graphs.packing import PlainPacking
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import Layer, ModelConfig, Rope
 from pipeline.plan.lock import Lock, LockedSource
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import Recipe
@@ -22,7 +22,7 @@ from pipeline.stages.package import Parts, package
 
 CONFIG = ModelConfig(
     family="llama", layers=2, hidden=16, intermediate=32, heads=2, kv_heads=1, head_dim=8, vocab=64, norm_eps=1e-5,
-    rope_theta=1e4, max_position=256, eos_ids=(2,),
+    max_position=256, kinds=(Layer(Rope(1e4, 8)),), eos_ids=(2,),
 )  # fmt: skip
 GENERATION: dict[str, object] = {"eos_token_id": [2]}
 RECIPE = {

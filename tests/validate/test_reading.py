@@ -7,7 +7,8 @@ import pytest
 import transformers
 
 from pipeline.errors import SourceError
-from pipeline.models.config import Llama3Rope
+from pipeline.models.config import Layer, Llama3Rope, Rope
+from pipeline.models.families import FAMILIES
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve
 from pipeline.validate.reading import check_reading
@@ -19,9 +20,9 @@ def opened(root: Path, **changes) -> Checkpoint:
     return resolve(str(root), base=root, cache=root / "cache")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_check_reading_accepts_every_family(tmp_path, family):
-    check_reading(opened(tmp_path, model_type=family))
+    check_reading(opened(tmp_path, model_type=family, head_dim=8, pad_token_id=0))
 
 
 @pytest.mark.parametrize(
@@ -29,15 +30,15 @@ def test_check_reading_accepts_every_family(tmp_path, family):
     [
         ({"norm_eps": 1e-6}, "rms_norm_eps: 1e-06, transformers: 1e-05"),
         (
-            {"rope_theta": 500000.0},
-            "rotary frequencies: 8 values, the last 1.03134e-05, transformers: 8 values, the last 0.000316",
+            {"kinds": (Layer(Rope(500000.0, 16)),)},
+            "rotary frequencies, full_attention: 8 values, the last 1.03134e-05, transformers: 8 values, the last 0.",
         ),
         (
-            {"rope_scaling": Llama3Rope(8.0, 1.0, 4.0, 64)},
-            "rotary frequencies: 8 values, the last 3.95285e-05",
+            {"kinds": (Layer(Rope(10000.0, 16, Llama3Rope(8.0, 1.0, 4.0, 64))),)},
+            "rotary frequencies, full_attention: 8 values, the last 3.95285e-05",
         ),
         ({"head_dim": 8}, "head_dim: 8, transformers: 16; "),
-        ({"window": 64}, "sliding_window: 64, transformers: null"),
+        ({"kinds": (Layer(Rope(1e4, 16), 64),)}, "sliding_window: 64, transformers: null"),
         ({"qkv_bias": True}, "biases of q, k, v: true, transformers: false"),
         ({"tied": True, "kv_heads": 4}, "num_key_value_heads: 4, transformers: 2; tie_word_embeddings: true, "),
     ],

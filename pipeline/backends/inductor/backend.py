@@ -40,6 +40,7 @@ from pipeline.models.parallel import Seams
 from pipeline.recipe.schema import InductorSettings
 
 KERNELS = (
+    "block_experts_kernel.py",
     "block_linear_kernel.py",
     "cached_attention_kernel.py",
     "sample_all_kernel.py",
@@ -205,6 +206,7 @@ class InductorBackend:
         }
         # Registers our kernels. Not at the top: it imports Inductor, which takes seconds and only compiling needs.
         from pipeline.backends.inductor import (  # noqa: F401
+            block_experts_kernel,
             block_linear_kernel,
             cached_attention_kernel,
             sample_all_kernel,

@@ -30,6 +30,8 @@ namespace NAME_parts {
     + r"""
 using Cached = CACHED_TYPE;
 constexpr int64_t B = BATCH, N = QUERY_HEADS, G = KV_HEADS, T = TOKENS, D = HEAD_SIZE, S = KEYS, LENGTH = CACHE_LENGTH;
+constexpr int64_t WINDOW = WINDOW_LENGTH;  // 0: all keys up to the last
+constexpr bool CAPPED = IS_CAPPED, SUNK = HAS_SINKS;
 constexpr int64_t LANES = Vec::size(), CHUNK = 64, VECTORS = (D + LANES - 1) / LANES, PADDED = VECTORS * LANES;
 // Queries of the heads that share keys: as many at a time as have their sums in registers, shared out evenly.
 constexpr int64_t QUERIES = N / G * T, FIT = std::max<int64_t>((LANES >= 16 ? 24 : 10) / VECTORS, 1);
@@ -68,15 +70,23 @@ inline void transpose(const Cached* k, int64_t count, float* out) {
     }
 }
 
-// `R` queries with the same keys and values; query r sees the first keys[r] of them.
+// `R` queries with the same keys and values; query r sees the first keys[r] of them, from `before[r]` on.
 template <int64_t R>
-inline void attend(const float* q, const Cached* k, const Cached* v, const int64_t* keys, Cached* const* out) {
+inline void attend(
+    const float* q, const Cached* k, const Cached* v, const int64_t* before, const int64_t* keys, const float* sinks,
+    Cached* const* out
+) {
     const Vec scale(1.0f / std::sqrt(static_cast<float>(D)));
     alignas(64) float columns[WIDTH * CHUNK], scores[R * CHUNK], sums[R * PADDED] = {}, wide[PADDED];
     float best[R], total[R] = {};
-    std::fill_n(best, R, LOWEST);
+    std::fill_n(best, R, WINDOW ? LOWEST / 2 : LOWEST);  // above hidden scores, which may come first in a window
+    if constexpr (SUNK) {
+        std::copy_n(sinks, R, best);
+        std::fill_n(total, R, 1.0f);
+    }
     const int64_t all = *std::max_element(keys, keys + R);
-    for (int64_t first = 0; first < all; first += CHUNK) {
+    const int64_t start = WINDOW ? *std::min_element(before, before + R) / CHUNK * CHUNK : 0;
+    for (int64_t first = start; first < all; first += CHUNK) {
         const int64_t count = std::min(CHUNK, all - first);
         transpose(k + first * D, count, columns);
         for (int64_t s = 0; s < count; s += LANES) {
@@ -97,11 +107,16 @@ inline void attend(const float* q, const Cached* k, const Cached* v, const int64
                 }
             }
             if constexpr (D % 2) add(even, D - 1, Vec::loadu(columns + (D - 1) * CHUNK + s));
-            for (int64_t r = 0; r < R; ++r) ((even[r] + odd[r]) * scale).store(scores + r * CHUNK + s);
+            for (int64_t r = 0; r < R; ++r) {
+                Vec score = (even[r] + odd[r]) * scale;
+                if constexpr (CAPPED) score = (score / Vec(CAP_VALUE)).tanh() * Vec(CAP_VALUE);
+                score.store(scores + r * CHUNK + s);
+            }
         }
         for (int64_t r = 0; r < R; ++r) {
             float* mine = scores + r * CHUNK;
             for (int64_t s = std::clamp<int64_t>(keys[r] - first, 0, CHUNK); s < CHUNK; ++s) mine[s] = LOWEST;
+            if constexpr (WINDOW > 0) std::fill_n(mine, std::clamp<int64_t>(before[r] - first, 0, CHUNK), LOWEST);
             Vec top(best[r]), shares(0.0f);
             for (int64_t s = 0; s < CHUNK; s += LANES) top = at::vec::maximum(top, Vec::loadu(mine + s));
             const float now = at::vec::vec_reduce_all<float>(
@@ -158,18 +173,21 @@ extern "C" SIGNATURE
     for (int64_t place = 0; place < B * G * PARTS; ++place) {
         const int64_t part = place % PARTS, g = place / PARTS % G, b = place / PARTS / G;
         const int64_t first = part * SHARE, count = part + 1 < PARTS ? SHARE : REST;
-        int64_t keys[SHARE];
+        int64_t before[SHARE], keys[SHARE];
+        float sinks[SHARE];
         Cached* out[SHARE];
         for (int64_t r = 0; r < count; ++r) {
             const int64_t n = g * (N / G) + (first + r) / T, t = (first + r) % T;
             const int64_t last = static_cast<int64_t>(LAST[LAST_OFFSET + b * T + t]) + 1;
             keys[r] = std::max<int64_t>(std::min(S, last), 1);
+            before[r] = WINDOW ? std::max<int64_t>(keys[r] - WINDOW, 0) : 0;
+            sinks[r] = SINK_OF_HEAD;
             out[r] = Y + ((b * T + t) * N + n) * D;
         }
         const float* q = Q + Q_OFFSET + ((b * G + g) * QUERIES + first) * D;
         const Cached *k = K + (b * G + g) * LENGTH * D, *v = V + (b * G + g) * LENGTH * D;
-        if (count == SHARE) attend<SHARE>(q, k, v, keys, out);
-        else attend<REST>(q, k, v, keys, out);
+        if (count == SHARE) attend<SHARE>(q, k, v, before, keys, sinks, out);
+        else attend<REST>(q, k, v, before, keys, sinks, out);
     }
 }
 """
@@ -177,18 +195,19 @@ extern "C" SIGNATURE
 
 
 class CachedAttentionTemplate(CppTemplate):
-    """The kernel for one shape."""
+    """The kernel for one shape: `inputs` are q, k, v, last, and the sinks, if heads have any."""
 
-    def __init__(self, inputs: list[Any], layout: ir.Layout, kv: int) -> None:
+    def __init__(self, inputs: list[Any], layout: ir.Layout, kv: int, window: int, cap: float) -> None:
         super().__init__("cached_attention", inputs, layout, num_threads=1)
-        self.kv = kv
+        self.kv, self.window, self.cap = kv, window, cap
 
     def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
         """Return the C++ of the kernel."""
         assert not epilogue_nodes, epilogue_nodes
-        q, k, v, last = self.input_nodes
+        q, k, v, last, *sinks = self.input_nodes
         batch, heads, tokens, dim = (int(size) for size in q.get_size())
         inputs, outputs = {"Q": q, "K": k, "V": v, "LAST": last}, {"Y": template_buffer_node or self.output_node}
+        inputs |= {"SINKS": sinks[0]} if sinks else {}
         parts = {
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel(inputs, outputs),
@@ -203,15 +222,23 @@ class CachedAttentionTemplate(CppTemplate):
             "CACHE_LENGTH": int(k.get_size()[2]),
             "Q_OFFSET": q.get_layout().offset,
             "LAST_OFFSET": last.get_layout().offset,
+            "WINDOW_LENGTH": self.window,
+            "IS_CAPPED": "true" if self.cap else "false",
+            "CAP_VALUE": f"{self.cap!r}f",
+            "HAS_SINKS": "true" if sinks else "false",
+            "SINK_OF_HEAD": f"SINKS[{sinks[0].get_layout().offset} + n]" if sinks else "0.0f",
         }
         return filled(KERNEL, parts)
 
 
 @lowering.register_lowering(torch.ops.tandem.cached_attention, type_promotion_kind=None)  # type: ignore[untyped-decorator]
-def _lower(q: Any, k: Any, v: Any, last: Any, kv: int) -> Any:
-    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in (q, k, v, last)]
+def _lower(  # noqa: PLR0913 - the operator's signature
+    q: Any, k: Any, v: Any, last: Any, kv: int, window: int = 0, cap: float = 0.0, sinks: Any = None
+) -> Any:  # fmt: skip
+    given = (q, k, v, last) if sinks is None else (q, k, v, last, sinks)
+    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in given]
     batch, heads, tokens, dim = inputs[0].get_size()
     layout = ir.FixedLayout(inputs[0].get_device(), k.get_dtype(), [batch, tokens, heads, dim])
-    out = CachedAttentionTemplate(inputs, layout, kv).generate().output_node()
+    out = CachedAttentionTemplate(inputs, layout, kv, window, cap).generate().output_node()
     out.data.data.allow_epilogue_fusion = False
     return out

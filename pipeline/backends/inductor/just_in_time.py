@@ -46,7 +46,12 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Return `function` as one compiled graph; the first call compiles it for the shapes of its arguments."""
     compiler = prepared()
     # Registers our kernels. Not at the top: it imports Inductor, which takes seconds and only compiling needs.
-    from pipeline.backends.inductor import block_linear_kernel, cached_attention_kernel, sample_all_kernel  # noqa: F401
+    from pipeline.backends.inductor import (  # noqa: F401
+        block_experts_kernel,
+        block_linear_kernel,
+        cached_attention_kernel,
+        sample_all_kernel,
+    )
 
     options = InductorBackend(InductorSettings()).settings()
     settings = {name: value for name, value in options.items() if not name.startswith("aot")}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from pipeline.backends.inductor.block_experts import expert_linear, expert_swiglu
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.backends.inductor.collectives import all_gather, all_reduce
 from pipeline.backends.inductor.sample_all import sample_all
 from pipeline.backends.inductor.subgraphs import SubgraphTracer
 from pipeline.graphs.packing import SCALE_BYTES
-from pipeline.models.parallel import Args, Attend, R, Seams
+from pipeline.models.parallel import Args, Attend, Chosen, R, Seams
 from pipeline.models.weights import BLOCK
 
 
@@ -49,6 +51,15 @@ class BlockedSeams(Seams):
         """Compute both products and SwiGLU in one loop, rounded once at the end."""
         return block_swiglu(_flat(x_BTI), gate, up).view(*x_BTI.shape[:2], -1)[..., :rows]
 
+    def experts(self, x_BTI: Tensor, chosen: Chosen, matrices: tuple[Tensor, ...]) -> Tensor:
+        """Multiply each token by the blocked matrices of its experts, which are read once for all their tokens."""
+        gate, up, down = matrices
+        x_MI, numbers_MC = _flat(x_BTI), chosen.experts.flatten(0, 1).int().contiguous()
+        inner_MCN = expert_swiglu(x_MI, numbers_MC, gate, up)
+        out_MCI = expert_linear(inner_MCN[..., : _inputs(down)].contiguous(), numbers_MC, down)[..., : x_BTI.shape[-1]]
+        out_MI = (out_MCI * chosen.shares.flatten(0, 1)[..., None]).sum(dim=1)
+        return out_MI.to(x_BTI.dtype).view(x_BTI.shape)
+
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Multiply by a blocked weight, with a float32 result."""
         return block_linear(_flat(x_BTI), [weight]).view(*x_BTI.shape[:2], -1)[..., :rows]
@@ -59,7 +70,11 @@ class BlockedSeams(Seams):
             return super().attend(q_BNTD, k, v, attend)
         batch, heads, tokens, dim = q_BNTD.shape
         last_BT = attend.last_BT.int().expand(batch, tokens).contiguous()
-        out = cached_attention(q_BNTD.float().contiguous(), k, v, last_BT, attend.kv)
+        q = q_BNTD.float() if attend.scale is None else q_BNTD.float() * (attend.scale * dim**0.5)
+        how = {"window": attend.window, "cap": attend.cap}
+        sinks = {} if attend.sinks_N is None else {"sinks": attend.sinks_N.float()}
+        given = {name: value for name, value in how.items() if value is not None}
+        out = cached_attention(q.contiguous(), k, v, last_BT, attend.kv, **given, **sinks)
         return out.to(q_BNTD.dtype).view(batch, tokens, heads * dim)
 
     def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
@@ -69,6 +84,12 @@ class BlockedSeams(Seams):
         if weight.dtype != torch.int8:
             return rows
         return rows[..., : -SCALE_BYTES // BLOCK].float() * _scales(ids, weight)[..., None]
+
+
+def _inputs(weight: Tensor) -> int:
+    """Return the input features of blocked experts."""
+    scales = SCALE_BYTES // BLOCK if weight.dtype == torch.int8 else 0
+    return math.prod(weight.shape[2:]) // BLOCK - scales
 
 
 def _flat(x_BTI: Tensor) -> Tensor:
@@ -108,5 +129,6 @@ class PlainRankedSeams(RankedSeams):
     swiglu = Seams.swiglu
     head = Seams.head
     embed = Seams.embed
+    experts = Seams.experts
     attend = Seams.attend
     sample_all = None

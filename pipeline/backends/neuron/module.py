@@ -18,7 +18,7 @@ from pipeline.graphs.module import SeamsFor, run_phase
 from pipeline.graphs.signature import Signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.blocks import query_blocks
-from pipeline.models.parallel import Attend, Seams, State, Writes
+from pipeline.models.parallel import Attend, Seams, State, Writes, capped, shares
 
 BOOLEANS = frozenset(["active"])
 """Arguments that phases take as booleans."""
@@ -51,22 +51,23 @@ class NeuronSeams(Seams):
         parts = []
         for first, last in query_blocks(batch * heads, tokens, keys):
             end = keys if attend.kv else last
-            parts.append(
-                self._attend_block(
-                    q_BNTD[:, :, first:last], k[:, :, :end], v[:, :, :end], attend.last_BT[:, first:last]
-                )
-            )
+            own = replace(attend, last_BT=attend.last_BT[:, first:last])
+            parts.append(self._attend_block(q_BNTD[:, :, first:last], k[:, :, :end], v[:, :, :end], own))
         out_BNTD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return out_BNTD.transpose(1, 2).reshape(batch, tokens, heads * dim)
 
-    def _attend_block(self, q_BNTD: Tensor, k: Tensor, v: Tensor, last_BT: Tensor) -> Tensor:
+    def _attend_block(self, q_BNTD: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         """Attend with some queries: [B, N, T, D]. The heads of one KV head are stacked on the token axis."""
         batch, heads, tokens, dim = q_BNTD.shape
         groups, keys = k.shape[1], k.shape[2]
-        scores = self.scores(q_BNTD.reshape(batch, groups, -1, dim), k).view(batch, heads, tokens, keys) * dim**-0.5
-        seen_BTS = torch.arange(keys, device=k.device) <= last_BT[..., None]
+        scores = self.scores(q_BNTD.reshape(batch, groups, -1, dim), k).view(batch, heads, tokens, keys)
+        scores = capped(scores * (dim**-0.5 if attend.scale is None else attend.scale), attend.cap)
+        keys_S = torch.arange(keys, device=k.device)
+        seen_BTS = keys_S <= attend.last_BT[..., None]
+        if attend.window is not None:
+            seen_BTS = seen_BTS & (keys_S > attend.last_BT[..., None].clamp(max=keys - 1) - attend.window)
         scores = torch.where(seen_BTS[:, None], scores, -torch.inf)
-        probs = torch.softmax(scores, dim=-1).to(v.dtype).view(batch, groups, -1, keys)
+        probs = shares(scores.view(batch, groups, -1, keys), attend.sinks_N).to(v.dtype)
         return (probs @ v).view(batch, heads, tokens, dim)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:

@@ -23,16 +23,20 @@ from pipeline.graphs.dtypes import torch_dtype
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import taps_of
 from pipeline.models.int8 import rounded
-from pipeline.models.rope import in_both_layouts
+from pipeline.models.parallel import capped
 from pipeline.models.weights import EMBEDDING, HEAD, NORM
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tensors import TensorRef
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import shared_weights, weights
 from pipeline.validate.reference.golden import Golden, Summary, joined, project_cache, recorded_ids, summary
+from pipeline.validate.reference.skeleton import WithoutWeights, config_of, for_module
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 """Names of a layer's cache argument in versions of transformers."""
+
+WITH_GROUPED = 5
+"""Major version of transformers that has several implementations of experts."""
 
 TOKENS_AT_ONCE = 256
 HEAD_ROWS = 16384
@@ -111,12 +115,13 @@ class Reference:
         runs = {kind: [self._start(model, tokens, kind) for tokens in sequences] for kind in self.kinds}
         for index, layer in enumerate(self._layers):
             prefix = f"model.layers.{index}."
-            state = {n.removeprefix(prefix): self.read(r) for n, r in self._refs.items() if n.startswith(prefix)}
+            own = {n.removeprefix(prefix): self.read(r) for n, r in self._refs.items() if n.startswith(prefix)}
+            state = for_module(layer.state_dict(), own)
             for kind, started in runs.items():
                 layer.load_state_dict({name: tensor.to(kind) for name, tensor in state.items()}, assign=True)
                 for tokens, run in zip(sequences, started, strict=True):
                     self._tap(index, kind, tokens, run.hidden)
-                    out = layer(run.hidden, **run.options)
+                    out = layer(run.hidden, **run.options[index])
                     run.hidden = out[0] if isinstance(out, tuple) else out
             layer.to("meta")
         for kind, started in runs.items():
@@ -138,26 +143,27 @@ class Reference:
 
     def _skeleton(self) -> Any:
         """Make transformers' model without weights; its layers are taken out and run one by one."""
-        whole = in_both_layouts(self.checkpoint.config_json, self.checkpoint.config.max_position)
-        fields = {k: v for k, v in whole.items() if k not in ("model_type", "layer_types")}
-        fields |= {"num_hidden_layers": self.checkpoint.config.layers}
-        config = transformers.AutoConfig.for_model(self.checkpoint.config_json["model_type"], **fields)
-        with torch.device("meta"):
+        ours = self.checkpoint.config
+        options = {"attn_implementation": "eager" if ours.attention_cap is not None or ours.sinks else "sdpa"}
+        if any(kind.experts for kind in ours.kinds) and int(transformers.__version__.split(".")[0]) >= WITH_GROUPED:
+            options["experts_implementation"] = "eager"  # the other one has no float64
+        with WithoutWeights():
             model = transformers.AutoModel.from_config(
-                config, attn_implementation="sdpa", trust_remote_code=False
+                config_of(self.checkpoint), trust_remote_code=False, **options
             ).eval()
         self._layers = model.layers
-        model.layers = nn.ModuleList([Recorder()])
         model.norm, self._norm = nn.Identity(), model.norm
-        model.rotary_emb = type(model.rotary_emb)(config=config)
         return model
 
     def _start(self, model: Any, tokens: list[int], kind: torch.dtype) -> Recorder:
-        """Embed a sequence and record the arguments of the layers: mask, positions, rotary tables."""
+        """Embed a sequence and record the arguments of each layer: mask, positions, rotary tables."""
         recorder = Recorder()
-        model.layers[0] = recorder
-        model(inputs_embeds=self.embed(tokens)[None].to(kind), use_cache=False)
-        recorder.options[next(name for name in CACHE_NAMES if name in recorder.options)] = recorder.cache
+        model.layers = nn.ModuleList([Recording(recorder, layer) for layer in self._layers])
+        model.embed_tokens.padding_idx = None
+        model.embed_tokens.weight = nn.Parameter(self.embed(tokens).to(kind))  # transformers scales it, or not
+        model(input_ids=torch.arange(len(tokens))[None], use_cache=False)
+        for options in recorder.options:
+            options[next(name for name in CACHE_NAMES if name in options)] = recorder.cache
         return recorder
 
     def embed(self, tokens: list[int]) -> Tensor:
@@ -189,7 +195,8 @@ class Reference:
     def _head(self, hidden_TH: Tensor) -> Tensor:
         """Return logits [T, V], float64 or float32: accumulated in at least float32, as Tandem does in every dtype."""
         wide = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
-        return torch.cat([wide @ block.T for block in self._head_blocks(wide.dtype)], dim=-1)
+        logits = torch.cat([wide @ block.T for block in self._head_blocks(wide.dtype)], dim=-1)
+        return capped(logits * self.checkpoint.config.logit_scale, self.checkpoint.config.logit_cap)
 
     def _head_blocks(self, kind: torch.dtype) -> Iterable[Tensor]:
         """Return the LM head as blocks of rows; a small one is kept, because every sequence needs it."""
@@ -216,18 +223,28 @@ class Reference:
         return tensor.to(self.dtype)
 
 
-class Recorder(nn.Module):
-    """Replaces the layers and records their arguments."""
+class Recorder:
+    """A run of a sequence: its hidden states, its cache, and the arguments of each layer."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.hidden = torch.empty(0)
         self.cache = _ProjectedCache()
-        self.options: dict[str, Any] = {}
+        self.options: list[dict[str, Any]] = []
 
-    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+
+class Recording(nn.Module):
+    """Replaces a layer and records its arguments."""
+
+    def __init__(self, recorder: Recorder, layer: nn.Module) -> None:
+        super().__init__()
+        self.recorder = recorder
+        if hasattr(layer, "attention_type"):  # which 4.57 asks a layer for
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: Tensor, *_: Any, **options: Any) -> Tensor:
         """Record and pass on."""
-        self.hidden, self.options = hidden_states, options
+        self.recorder.hidden = hidden_states
+        self.recorder.options.append(options)
         return hidden_states
 
 

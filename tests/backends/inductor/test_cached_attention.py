@@ -1,5 +1,6 @@
 """The attention kernel, compiled: right in every dtype and for ragged rows, and it reads nothing that no query sees."""
 
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -22,6 +23,25 @@ class Attention(torch.nn.Module):
     def forward(self, q, k, v, new, last):
         k.index_put_((torch.arange(2)[:, None, None], torch.arange(2)[:, None], last[:, None, -1:].long()), new)
         return (cached_attention(q, k, v, last, KV),)
+
+
+class Windowed(torch.nn.Module):
+    """Windows shorter and longer than a chunk of keys, caps and sinks."""
+
+    def forward(self, q, k, v, last, sinks):
+        return tuple(cached_attention(q, k, v, last, KV, **how) for how in options(sinks))
+
+
+def options(sinks):
+    """Options of attention: alone and together."""
+    return (
+        {"window": 5},
+        {"window": 70},
+        {"cap": 3.0},
+        {"sinks": sinks},
+        {"window": 5, "sinks": sinks},
+        {"window": 70, "cap": 3.0, "sinks": sinks},
+    )
 
 
 CASES = {
@@ -81,6 +101,20 @@ def test_compiled_attention_is_exact_and_reads_only_what_is_seen(attentions, isa
     assert torch.allclose(output.float(), expected.float(), atol=2e-6, rtol=rounding)
     assert dtype == float32 or (output == expected).float().mean() > 0.99
     assert torch.equal(k[1, :, 149], new[1, :, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_windows_caps_and_sinks_are_those_of_plain_attention(dtype, tmp_path):
+    """Against the attention of the eager reference, with masks, or written out."""
+    (q, k, v, _, last), *_ = example(dtype, 64)
+    k, v, sinks = k.nan_to_num(), v.nan_to_num(), torch.tensor([0.5, -1.0, 2.0, 0.0, 9.0, -9.0])
+    found = run_compiled({"all": (Windowed(), (q, k, v, last, sinks))}, tmp_path)["all"]
+    for how, output in zip(options(sinks), found, strict=True):
+        attend = replace(attend_up_to(last, KV).within(how.get("window")), cap=how.get("cap"), sinks_N=how.get("sinks"))
+        plain = PLAIN.attend(q, k.float(), v.float(), attend).view(2, 3, 6, 64)
+        rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+        torch.testing.assert_close(output.float(), plain, atol=1e-4, rtol=rounding)
+        torch.testing.assert_close(cached_attention(q, k, v, last, KV, **how).float(), plain, atol=1e-4, rtol=rounding)
 
 
 def write(k, last, new):

@@ -14,6 +14,7 @@ from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
+from pipeline.models.config import Layer, Rope
 from pipeline.plan.estimates import MIB, scratch_bytes
 from pipeline.recipe.schema import InductorSettings
 from support.graphs import compile_graph
@@ -32,7 +33,7 @@ def pair_of(dtype: str) -> PairSpec:
     """Two layers with the proportions of SmolLM2-135M, and a draft of one."""
     target = replace(
         make_pair().shape.target, family="llama", layers=2, hidden=576, intermediate=1536, heads=9, kv_heads=3,
-        head_dim=64, vocab=8192, qk_norm=False,
+        head_dim=64, vocab=8192, qk_norm=None, kinds=(Layer(Rope(1e4, 64)),),
     )  # fmt: skip
     models = replace(make_pair().shape.models, target=target, draft=replace(target, layers=1), target_dtype=dtype,
                      draft_dtype=dtype)  # fmt: skip

@@ -1,0 +1,52 @@
+"""Products of tokens with the blocked weights of their experts, as operators that read only experts with a token.
+
+This module defines their results; Inductor compiles them from `block_experts_kernel.py`.
+
+Shapes: M tokens, C experts of each, E experts, I input features, N output features (whole blocks of 32); an expert's
+blocks as `BlockPacking` lays them out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
+
+
+@torch.library.custom_op("tandem::expert_swiglu", mutates_args=())
+def expert_swiglu(x: Tensor, chosen: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Compute `silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020) of each token's experts in float32, rounded once.
+
+    Shapes: x [M, I] of the model's dtype, chosen int32 [M, C], gate and up [E, N/32, ..] as of `block_swiglu` -> x's
+    dtype [M, C, N].
+    """
+    rows = x.repeat_interleave(chosen.shape[1], dim=0)
+    parts = [block_swiglu(row[None], gate[e], up[e]) for row, e in zip(rows, chosen.flatten().tolist(), strict=True)]
+    return torch.cat(parts).view(*chosen.shape, -1)
+
+
+@expert_swiglu.register_fake
+def _(x: Tensor, chosen: Tensor, gate: Tensor, up: Tensor) -> Tensor:  # noqa: ARG001 - the operator's signature
+    return x.new_empty(*chosen.shape, _outputs(gate))
+
+
+@torch.library.custom_op("tandem::expert_linear", mutates_args=())
+def expert_linear(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+    """Compute `x @ weight.T` of each token and each of its experts, summed in float32.
+
+    Shapes: x [M, C, I] of the model's dtype, chosen int32 [M, C], weight [E, N/32, ..] -> float32 [M, C, N].
+    """
+    parts = [
+        block_linear(row[None], [weight[e]]) for row, e in zip(x.flatten(0, 1), chosen.flatten().tolist(), strict=True)
+    ]
+    return torch.cat(parts).view(*chosen.shape, -1)
+
+
+@expert_linear.register_fake
+def _(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*chosen.shape, _outputs(weight), dtype=torch.float32)
+
+
+def _outputs(weight: Tensor) -> int:
+    return weight.shape[1] * weight.shape[3]

@@ -1,0 +1,152 @@
+"""C++ of `expert_swiglu` and `expert_linear`, and their registration with Inductor. Imported only to compile.
+
+Rows are sorted by expert; then each block of an expert that has rows is read once for all of them, in order, by one
+thread. Blocks of all such experts are shared out among threads. A row's sum runs over I in the same order as in
+`block_linear`, whatever other rows there are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch._inductor.lowering as lowering  # before what follows: inductor's modules import each other
+from torch._inductor import ir
+from torch._inductor.codegen.cpp_template import CppTemplate
+
+from pipeline.backends.inductor.block_linear_kernel import SHAPES, VECTORS
+from pipeline.backends.inductor.vectors import WIDENED, filled
+
+EXPERTS = r"""
+constexpr int64_t E = EXPERT_COUNT, SHARE = ROWS_PER_INPUT, EXPERT_SIZE = BLOCKS * BLOCK_SIZE;
+
+// Rows by their expert: those of expert e are order[first[e]] up to order[first[e + 1]].
+struct Sorted {
+    int64_t order[M], first[E + 1] = {}, used[E], count = 0;
+    explicit Sorted(const int32_t* expert_of) {
+        for (int64_t r = 0; r < M; ++r) ++first[expert_of[r] + 1];
+        for (int64_t e = 0; e < E; ++e) {
+            if (first[e + 1]) used[count++] = e;
+            first[e + 1] += first[e];
+        }
+        int64_t next[E];
+        std::copy_n(first, E, next);
+        for (int64_t r = 0; r < M; ++r) order[next[expert_of[r]]++] = r;
+    }
+};
+
+// Up to `ROWS` rows times one block, written to the rows' own places.
+template <int64_t ROWS>
+inline void some_rows(
+    int64_t rows, const float* x, const Weight* const* weights, int64_t at, const int64_t* order, Output* y
+) {
+    if (rows < ROWS) {
+        if constexpr (ROWS > 1) some_rows<ROWS - 1>(rows, x, weights, at, order, y);
+        return;
+    }
+    alignas(64) float sums[ROWS * LANES];
+    ByVectors::template times<ROWS, LANES>(x, weights[0] + at, sums);
+    if constexpr (GATED) {
+        alignas(64) float up[ROWS * LANES];
+        ByVectors::template times<ROWS, LANES>(x, weights[1] + at, up);
+        for (int64_t r = 0; r < ROWS; ++r) gated(sums + r * LANES, up + r * LANES, y + order[r] * N);
+    } else {
+        for (int64_t r = 0; r < ROWS; ++r) std::copy_n(sums + r * LANES, LANES, y + order[r] * N);
+    }
+}
+
+inline void by_experts(const Input* x, const int32_t* expert_of, const Weight* const* weights, Output* y) {
+    const auto sorted = std::make_unique<Sorted>(expert_of);
+    std::vector<float> rows(M * I);
+    for (int64_t r = 0; r < M; ++r) {
+        const Input* row = x + sorted->order[r] / SHARE * I;
+        std::copy_n(row, I, rows.data() + r * I);
+    }
+    #pragma omp parallel for
+    for (int64_t item = 0; item < sorted->count * BLOCKS; ++item) {
+        const int64_t e = sorted->used[item / BLOCKS], block = item % BLOCKS;
+        for (int64_t r = sorted->first[e]; r < sorted->first[e + 1]; r += ByVectors::TILE) {
+            const int64_t count = std::min(sorted->first[e + 1] - r, ByVectors::TILE);
+            const int64_t at = e * EXPERT_SIZE + block * BLOCK_SIZE;
+            some_rows<ByVectors::TILE>(count, rows.data() + r * I, weights, at, sorted->order + r, y + block * LANES);
+        }
+    }
+}
+"""
+
+KERNEL = f"""
+HEADER
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace NAME_parts {{
+{WIDENED}{SHAPES}{VECTORS}{EXPERTS}
+}}
+
+extern "C" SIGNATURE
+{{
+    using namespace NAME_parts;
+    const Weight* const weights[] = {{WEIGHTS}};
+    by_experts(X + X_OFFSET, CHOSEN + CHOSEN_OFFSET, weights, Y);
+}}
+"""
+
+
+class BlockExpertsTemplate(CppTemplate):
+    """The kernel for given shapes: `inputs` are x, chosen, and one weight, or, if `gated`, gate and up."""
+
+    def __init__(self, inputs: list[Any], layout: ir.Layout, *, gated: bool) -> None:
+        super().__init__("expert_swiglu" if gated else "expert_linear", inputs, layout, num_threads=1)
+        self.gated = gated
+
+    def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
+        """Return the C++ of the kernel."""
+        assert not epilogue_nodes, epilogue_nodes
+        x, chosen, *weights = self.input_nodes
+        experts, blocks, *block = [int(size) for size in weights[0].get_size()]
+        tokens, each = (int(size) for size in chosen.get_size())
+        out = template_buffer_node or self.output_node
+        operands = {f"W{number}": weight for number, weight in enumerate(weights)}
+        parts: dict[str, Any] = {
+            "HEADER": self.header().getvalue(),
+            "SIGNATURE": kernel.def_kernel({"X": x, "CHOSEN": chosen, **operands}, {"Y": out}),
+            "NAME": kernel.kernel_name,
+            "WEIGHTS": ", ".join(f"{name} + {weight.get_layout().offset}" for name, weight in operands.items()),
+            "WEIGHT_TYPE": kernel.dtype(weights[0]),
+            "INPUT_TYPE": kernel.dtype(x),
+            "OUTPUT_TYPE": kernel.dtype(out),
+            "IS_PAIRED": "true" if len(block) == 3 else "false",
+            "IS_GATED": "true" if self.gated else "false",
+            "INPUTS": int(x.get_size()[-1]),
+            "BLOCK_ELEMENTS": math.prod(block),
+            "BLOCK_COUNT": blocks,
+            "FIRST_BLOCKS": f"0, {blocks}",
+            "ROW_COUNT": tokens * each,
+            "EXPERT_COUNT": experts,
+            "ROWS_PER_INPUT": each if self.gated else 1,
+            "CHOSEN_OFFSET": chosen.get_layout().offset,
+            "X_OFFSET": x.get_layout().offset,
+        }
+        return filled(KERNEL, parts)
+
+
+def _lowered(operands: list[Any], dtype: torch.dtype, *, gated: bool) -> Any:
+    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in operands]
+    weight = inputs[2].get_size()
+    layout = ir.FixedLayout(inputs[0].get_device(), dtype, [*inputs[1].get_size(), weight[1] * weight[3]])
+    out = BlockExpertsTemplate(inputs, layout, gated=gated).generate().output_node()
+    out.data.data.allow_epilogue_fusion = False
+    return out
+
+
+@lowering.register_lowering(torch.ops.tandem.expert_swiglu, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+def _lower_swiglu(x: Any, chosen: Any, gate: Any, up: Any) -> Any:
+    return _lowered([x, chosen, gate, up], x.get_dtype(), gated=True)
+
+
+@lowering.register_lowering(torch.ops.tandem.expert_linear, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+def _lower_linear(x: Any, chosen: Any, weight: Any) -> Any:
+    return _lowered([x, chosen, weight], torch.float32, gated=False)

@@ -1,0 +1,69 @@
+"""transformers' models without the memory of their weights, and our tensors by the names of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pipeline.errors import no_string
+from pipeline.models.rope import in_both_layouts
+from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.weights import EXPERT_NAMES, STACKED
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Matrices of some modules of transformers, and the parts of a checkpoint, as Tandem reads it, that they stack."""
+
+
+class WithoutWeights(TorchFunctionMode):
+    """Within it, modules allocate no memory for parameters; buffers that are computed have their values."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Create empty tensors on the meta device; leave everything else as it is."""
+        options: dict[str, Any] = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones):
+            options["device"] = "meta"
+        return func(*args, **options)
+
+
+def config_of(checkpoint: Checkpoint) -> Any:
+    """Return transformers' config of a checkpoint; of a derived draft, with its own layers."""
+    named = in_both_layouts(checkpoint.config_json, checkpoint.config.max_position)
+    fields = {key: value for key, value in named.items() if key != "model_type"}
+    if len(fields.get("layer_types") or ()) != checkpoint.config.layers:
+        fields.pop("layer_types", None)
+    fields["num_hidden_layers"] = checkpoint.config.layers
+    return transformers.AutoConfig.for_model(checkpoint.config_json["model_type"], **fields)
+
+
+def for_module(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a module with parameters `names`, stacked where the module has them as one."""
+    no_string(names, "names", "names of parameters")
+    return {name: _found(ours(name), tensors) for name in names}
+
+
+def ours(name: str) -> str:
+    """Return our name of a parameter: experts have the names of Qwen's checkpoints."""
+    name = f".{name}"
+    for pattern, new in EXPERT_NAMES:
+        name = pattern.sub(new, name)
+    return name.replace(".mlp.router.", ".mlp.gate.").removeprefix(".")
+
+
+def _found(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    if name in tensors:
+        return tensors[name]
+    stacked = STACKED.fullmatch(name)
+    if stacked is not None:
+        base, leaf = stacked["block"], stacked["leaf"]
+        count = sum(other.startswith(f"{base}.") and other.endswith(".down_proj.weight") for other in tensors)
+        return torch.stack([_found(f"{base}.{expert}.{leaf}.weight", tensors) for expert in range(count)])
+    block, _, leaf = name.rpartition(".")
+    stem, _, fused = block.rpartition(".")
+    return torch.cat([tensors[f"{stem}.{part}.{leaf}"] for part in FUSED.get(fused, (fused,))])
