@@ -20,7 +20,7 @@ from pipeline.errors import HostError
 from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.estimates import MIB, scratch_bytes
 from pipeline.recipe.schema import NeuronSettings
-from support.neuron_graphs import FAMILIES, LENGTH, PROMPTS, arguments_of, make, phases, sums, weightless
+from support.neuron_graphs import FAMILIES, LENGTH, MECHANISMS, PROMPTS, arguments_of, make, phases, sums, weightless
 from support.neuron_lane import DEVICE, environment, run, tandem
 from support.pairs import empty_state
 from support.paths import ROOT, TESTS
@@ -67,6 +67,29 @@ def test_hlo_equals_eager(backend, graphs_of, family, rows, lookup):
     for spec in phases(rows):
         if lookup and spec.phase != "speculate":
             continue  # the same graph as without
+        pair.state = {name: tensor.clone() for name, tensor in filled.items()}
+        graphs.state = [{name: tensor.clone() for name, tensor in filled.items()}]
+        arguments = arguments_of(spec, pair.shape)
+        wanted, got = pair.step(spec, **arguments), graphs.step(spec, **arguments)
+        for one, other in zip(wanted, got, strict=True):
+            torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4, msg=lambda m, s=spec: f"{s.name}: {m}")
+        for name, tensor in pair.state.items():
+            torch.testing.assert_close(
+                graphs.state[0][name], tensor, atol=1e-4, rtol=1e-4, msg=lambda m, s=spec, n=name: f"{s.name} {n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("family", MECHANISMS)
+def test_hlo_of_mechanisms_equals_eager(backend, graphs_of, family):
+    """RoPE kinds, windows, norms, caps and experts, of few and of many tokens: caches that are not empty, to 1e-4."""
+    pair = make(family)
+    graphs, filled = graphs_of(backend, pair), noise(pair.shape)
+    specs = (
+        GraphSpec("prefill", 4, 8, LENGTH),
+        GraphSpec("decode", 4, 1, LENGTH),
+        GraphSpec("speculate", 4, 3, LENGTH, 2),
+    )
+    for spec in specs:
         pair.state = {name: tensor.clone() for name, tensor in filled.items()}
         graphs.state = [{name: tensor.clone() for name, tensor in filled.items()}]
         arguments = arguments_of(spec, pair.shape)
