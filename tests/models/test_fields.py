@@ -87,6 +87,7 @@ STRICTER = (
     "no layer of layer_types has it",
     "=null: expected a number",
     "expected an object for full_attention",
+    "transformers ignores it here",
 )
 """What is an error here although transformers 5 reads it: 4.57 reads it otherwise, or the model cannot be used."""
 
