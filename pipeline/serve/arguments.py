@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Collection
 from typing import Any
 
-from pipeline.errors import InputError, no_string
+from pipeline.errors import SHOWN_CHARACTERS, InputError, no_string
 
 SUPPORTED = frozenset({
     "model", "served_model_name", "max_model_len", "max_num_seqs", "additional_config", "generation_config",
@@ -48,9 +48,11 @@ def _strict(kind: type[argparse.Action], refuse: Refuse) -> type[argparse.Action
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
             super().__call__(parser, namespace, values, option_string)
             found = getattr(namespace, self.dest)
-            if found not in (self.default, HOLDS.get(self.dest, self.default)):
+            holds = HOLDS.get(self.dest, self.default)
+            if found not in (self.default, holds):
                 flag = option_string or f"--{self.dest.replace('_', '-')}"
-                what = f"found {found}; it has no effect with an artifact, whose recipe fixes it"
+                has = "no such setting" if holds is None else str(holds)[:SHOWN_CHARACTERS]
+                what = f"found {str(found)[:SHOWN_CHARACTERS]}; no effect with an artifact, which has {has}"
                 refuse(InputError(what, where=flag, fix=f"remove {flag}"))
 
     return Strict

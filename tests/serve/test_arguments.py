@@ -53,6 +53,15 @@ def test_an_argument_without_effect_is_refused(parser, words):
     assert caught.value.exit_code == 2
 
 
+def test_the_error_has_both_values(parser):
+    with pytest.raises(InputError) as caught:
+        parser.parse_args(["--kv-cache-dtype", "fp8"])
+    assert caught.value.what == "found fp8; no effect with an artifact, which has auto"
+    with pytest.raises(InputError) as caught:
+        parser.parse_args(["--enable-chunked-prefill"])
+    assert caught.value.what == "found True; no effect with an artifact, which has no such setting"
+
+
 @pytest.mark.parametrize(
     "words",
     [[], ["--port", "1"], ["--max-num-seqs", "2"], ["--no-enable-prefix-caching"], ["--block-size", str(BLOCK)],
