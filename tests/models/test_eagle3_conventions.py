@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import LinearRope, ModelConfig, YarnRope
 from pipeline.models.eagle3 import describe, doubts, fitted, opened_config, tensor_name
 from pipeline.models.families import config_of
 from pipeline.models.weights import weight_specs
@@ -106,11 +106,20 @@ def test_switches_of_norms_are_those_of_the_writer(config, parts, on):
     assert tuple(name for name in SWITCHES if getattr(head, name)) == on
 
 
+def test_a_head_with_yarn_is_read():
+    """ModelOpt adds it at export; beyond its own length a head follows its target."""
+    rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 2048}
+    head = read(FLAT | {"rope_scaling": rope})
+    assert isinstance(head.kinds[0].rope.scaling, YarnRope)
+    assert head.limits == ()
+
+
 def test_a_recipe_overrides_switches_and_rope():
     yarn = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
     told = read(FLAT | yarn | {"norm_output": True}, norm_output=True, norm_before_residual=True, rope="default")
-    assert (told.eagle3.norm_output, told.eagle3.norm_before_residual, told.rope_linear_factor) == (True, True, 1.0)
-    assert read(FLAT | yarn).rope_linear_factor == 4.0
+    assert (told.eagle3.norm_output, told.eagle3.norm_before_residual) == (True, True)
+    assert told.kinds[0].rope.scaling is None
+    assert read(FLAT | yarn).kinds[0].rope.scaling == LinearRope(4.0)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +138,7 @@ def test_the_vocabulary_follows_from_the_tensors(parts, vocab, shares_head):
 @pytest.mark.parametrize("config", [SPECULATORS, FLAT])
 def test_norms_and_biases_of_the_attention_follow_from_the_tensors(config):
     found = read(config | {"attention_bias": True}, Parts(layer="layers.0.", options=("qk_norm", "bias")))
-    assert (found.qk_norm, found.qkv_bias, found.out_bias) == (True, True, True)
+    assert (found.qk_norm, found.qkv_bias, found.out_bias) == ("head", True, True)
 
 
 def test_sizes_of_speculators_are_read_from_the_layers_config():
@@ -211,6 +220,7 @@ def test_files_of_the_tools_themselves_are_read(name):
     head = fitted(config_of({"model_type": "llama", **SIZES, "num_hidden_layers": 12}, "target"), config, name).eagle3
     assert (head.taps, tuple(switch for switch in SWITCHES if getattr(head, switch))) == FILES[name]
     assert head.writer == name.partition("-")[0]
-    assert (config.qk_norm, config.out_bias) == (name == "speculators-qwen3", name == "speculators-bias")
+    assert config.qk_norm == ("head" if name == "speculators-qwen3" else None)
+    assert config.out_bias == (name == "speculators-bias")
     named = {tensor_name(key): tuple(shape) for key, shape in written["tensors"].items() if key != "t2d"}
     assert named == {spec.name: spec.shape for spec in weight_specs(config)}
