@@ -234,7 +234,7 @@ def test_gates_pass_of_mechanisms_beyond_llama(family, tmp_path):
     assert run.passed, run.findings
 
 
-@pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "qwen3-moe"])
 def test_small_build_equals_transformers(family, tmp_path):
     """Windows, two rotary embeddings, caps, GeGLU; experts: from the command line to tokens."""
