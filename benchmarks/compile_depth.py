@@ -32,7 +32,7 @@ def compiled(layers: int, hidden: int) -> dict[str, Figures]:
 
     from pipeline.backends.inductor.backend import InductorBackend
     from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
-    from pipeline.recipe.schema import InductorSettings
+    from pipeline.recipe.backend_settings import InductorSettings
     from support.graphs import compile_graph
     from support.pairs import make_pair
 

@@ -33,7 +33,8 @@ from pipeline.errors import Problem
 from pipeline.files.atomic import write_atomic
 from pipeline.graphs.spec import GraphSpec
 from pipeline.recipe import Recipe, load
-from pipeline.recipe.schema import Gates, InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
+from pipeline.recipe.schema import Gates
 from pipeline.stages.memory import host_memory
 from pipeline.validate.prompts import load_prompts, prompts_path
 

@@ -23,7 +23,7 @@ from pipeline.backends.inductor.sample_all import sample_all
 from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.graphs.arguments import Choice
 from pipeline.graphs.signature import Signature
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 from pipeline.speculation.sampling import Drawn, Vocabulary, sample_best
 from pipeline.validate.gates.judge import words
 

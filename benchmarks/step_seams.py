@@ -34,7 +34,7 @@ from pipeline.graphs.module import GraphModule, empty  # noqa: E402
 from pipeline.graphs.signature import signature  # noqa: E402
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec  # noqa: E402
 from pipeline.models.config import Layer, Rope  # noqa: E402
-from pipeline.recipe.schema import InductorSettings  # noqa: E402
+from pipeline.recipe.backend_settings import InductorSettings  # noqa: E402
 from support.graphs import compile_graph  # noqa: E402
 from support.pairs import make_pair  # noqa: E402
 

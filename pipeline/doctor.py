@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pipeline.backends.base import Backend
     from pipeline.models.config import ModelConfig
     from pipeline.plan.plan import Plan
-    from pipeline.recipe.schema import BackendSettings, Recipe
+    from pipeline.recipe.backend_settings import BackendSettings
+    from pipeline.recipe.schema import Recipe
 
 GIB = 1 << 30
 

@@ -22,8 +22,9 @@ from pipeline.doctor import diagnose
 from pipeline.errors import GateError, InputError, Problem, TandemError
 from pipeline.files.atomic import write_atomic
 from pipeline.progress import Log, Progress, no_log, no_progress, stage
+from pipeline.recipe.backend_settings import NeuronSettings
 from pipeline.recipe.chips import CHIPS
-from pipeline.recipe.schema import NeuronSettings, Recipe
+from pipeline.recipe.schema import Recipe
 
 FORMAT = "tandem-selftest-1"
 WHERE = "neuron selftest"

@@ -11,8 +11,8 @@ import pytest
 from pipeline.backends.base import BACKENDS
 from pipeline.models.draft_kind import DRAFT_KINDS
 from pipeline.models.families import FAMILIES
+from pipeline.recipe.backend_settings import InductorSettings
 from pipeline.recipe.chips import CHIPS
-from pipeline.recipe.schema import InductorSettings
 from pipeline.stores.base import STORES
 from support.paths import ROOT
 

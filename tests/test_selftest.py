@@ -7,7 +7,8 @@ import pytest
 from pipeline import selftest as trial
 from pipeline.backends.neuron.support import Device
 from pipeline.errors import HostError, InputError
-from pipeline.recipe.schema import NeuronSettings, Recipe
+from pipeline.recipe.backend_settings import NeuronSettings
+from pipeline.recipe.schema import Recipe
 
 SETTINGS = NeuronSettings(name="neuron", target="trn2", lnc=2)
 

@@ -22,7 +22,8 @@ from pipeline.files.atomic import safe_relative
 from pipeline.files.limits import AGAIN, DO_NOT_USE, MAX_BYTES, check_size, json_object
 from pipeline.graphs.spec import GraphSpec, PairSpec, Role, Sampling
 from pipeline.models.draft_kind import DraftKind
-from pipeline.recipe.schema import BackendSettings, Shapes, StepCosts
+from pipeline.recipe.backend_settings import BackendSettings
+from pipeline.recipe.schema import Shapes, StepCosts
 from pipeline.records import Record
 
 MANIFEST = "manifest.json"

@@ -19,7 +19,7 @@ from pipeline.extras import install_command
 from pipeline.graphs.packing import Packing
 from pipeline.graphs.signature import Signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
-from pipeline.recipe.schema import BackendSettings
+from pipeline.recipe.backend_settings import BackendSettings
 
 if TYPE_CHECKING:
     from torch import Tensor  # for annotations only: commands that only plan do not import torch

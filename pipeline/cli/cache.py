@@ -22,7 +22,7 @@ from pipeline.errors import HostError
 from pipeline.stores.base import check_exists
 
 if TYPE_CHECKING:
-    from pipeline.recipe.schema import BackendSettings
+    from pipeline.recipe.backend_settings import BackendSettings
 
 GIB = 1 << 30
 KINDS = {
@@ -92,7 +92,7 @@ def _toolchains(name: str | None) -> list[dict[str, str]]:
         HostError: none is installed.
 
     """
-    from pipeline.recipe.schema import InductorSettings, NeuronSettings  # doubles the time of `cache stats`
+    from pipeline.recipe.backend_settings import InductorSettings, NeuronSettings  # doubles the time of `cache stats`
 
     # The chip is in a graph's flags, not in its toolchain.
     known = (InductorSettings(), InductorSettings(device="cuda"), NeuronSettings(name="neuron", target="trn2"))

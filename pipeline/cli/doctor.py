@@ -16,8 +16,8 @@ from pipeline.cli.words import counted
 from pipeline.doctor import diagnose
 from pipeline.errors import HostError
 from pipeline.recipe import load
+from pipeline.recipe.backend_settings import InductorSettings, NeuronSettings
 from pipeline.recipe.chips import CHIPS
-from pipeline.recipe.schema import InductorSettings, NeuronSettings
 
 
 @click.command(cls=Command)

@@ -30,8 +30,8 @@ from pipeline.plan.lock import lock_path, pair_configs, read
 from pipeline.plan.plan import make_plan
 from pipeline.progress import duration, stage
 from pipeline.recipe import load
+from pipeline.recipe.backend_settings import NeuronSettings
 from pipeline.recipe.chips import CHIPS
-from pipeline.recipe.schema import NeuronSettings
 
 
 @click.command(cls=Command)

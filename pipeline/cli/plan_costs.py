@@ -12,8 +12,8 @@ from pipeline.cli.words import size
 from pipeline.errors import InputError
 from pipeline.extras import require
 from pipeline.plan.plan import Plan
+from pipeline.recipe.backend_settings import NeuronSettings
 from pipeline.recipe.chips import CHIPS
-from pipeline.recipe.schema import NeuronSettings
 
 
 def show_costs(planned: Plan, console: Console, *, as_json: bool) -> None:

@@ -19,7 +19,7 @@ from pipeline.measure.buckets import KV_MULTIPLE, PREFILL_MULTIPLE, Histogram, b
 from pipeline.measure.traffic import Room, Traffic
 from pipeline.models.weights import HEAD, up_to
 from pipeline.plan.plan import Plan
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 
 OPERATIONS_PER_BYTE = 250
 """Operations that a chip computes in the time of reading one byte: 16-bit matrix products over memory bandwidth, 230

@@ -34,7 +34,7 @@ from pipeline.nxdi.vllm_args import SETTINGS
 from pipeline.plan.lock import Lock, make_lock
 from pipeline.plan.lock import digest as lock_digest
 from pipeline.plan.plan import Plan
-from pipeline.recipe.schema import NeuronSettings
+from pipeline.recipe.backend_settings import NeuronSettings
 from pipeline.sources.checkpoint import CONFIG_FILES, Checkpoint, require_local
 from pipeline.sources.tensors import read_header
 from pipeline.sources.tokenizer import tokenizer_files

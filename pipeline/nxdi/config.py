@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backends.neuron import support
 from pipeline.errors import Problem, RecipeError
-from pipeline.recipe.schema import NeuronSettings, Nxdi, Recipe
+from pipeline.recipe.backend_settings import NeuronSettings
+from pipeline.recipe.schema import Nxdi, Recipe
 
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan

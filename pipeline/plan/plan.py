@@ -12,7 +12,8 @@ from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Sampling, Scop
 from pipeline.models.config import ModelConfig
 from pipeline.plan.conflicts import conflicts
 from pipeline.plan.estimates import COMPILE_COSTS, GIB, CompileCost, Memory, Work, layer_passes, rank_memory
-from pipeline.recipe.schema import InductorSettings, Recipe
+from pipeline.recipe.backend_settings import InductorSettings
+from pipeline.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

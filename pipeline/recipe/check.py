@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.models.draft_kind import DRAFT_KINDS
+from pipeline.recipe.backend_settings import InductorSettings, NeuronSettings, UnacceptedError
 from pipeline.recipe.chips import CHIPS
 from pipeline.recipe.document import Document, Key, dotted
 from pipeline.recipe.schema import (
@@ -21,12 +22,9 @@ from pipeline.recipe.schema import (
     LISTED,
     READINGS,
     TAP_WORDS,
-    InductorSettings,
-    NeuronSettings,
     Recipe,
     Shapes,
     Speculation,
-    UnacceptedError,
     Validate,
 )
 

@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -26,14 +26,12 @@ from pydantic import (
 from pipeline.addresses import misspelt
 from pipeline.graphs.spec import Sampling
 from pipeline.models.draft_kind import DRAFT_KINDS, DraftMethod
-from pipeline.recipe.chips import CHIPS, ChipName
+from pipeline.recipe.backend_settings import BackendSettings, InductorSettings, UnacceptedError
 from pipeline.recipe.document import to_text
 from pipeline.records import Record
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["int8"]
-Packing = Literal["block", "plain"]
-"""Layout of weights in the shards: `graphs.packing.PACKINGS`."""
 
 SOURCES = ("hf", "s3", "package", "pico")
 """Schemes of sources: the keys of `pipeline.sources.kinds.KINDS`; a folder has no scheme."""
@@ -44,14 +42,6 @@ BASE_DESCRIPTION = "a YAML file in the same folder with default values; keys of 
 
 LARGEST_BUCKET = 2**31 - 1
 """Largest position that fits the 32-bit integers of a graph."""
-
-
-class UnacceptedError(ValueError):
-    """A value that a key does not accept, and what to write instead."""
-
-    def __init__(self, what: str, fix: str) -> None:
-        self.what, self.fix = what, fix
-        super().__init__(f"{what}; {fix}")
 
 
 def _batch(key: Any) -> Any:
@@ -275,82 +265,6 @@ class Parallel(Record):
     """Ranks."""
 
     tensor: Annotated[int, Field(ge=1)] = Field(default=1, description="tensor-parallel ranks")
-
-
-def _version(value: str | None) -> str | None:
-    if value is not None and not all(part.isdecimal() for part in value.split(".")):
-        raise UnacceptedError(f"found {value!r}, expected numbers with dots", "write for example '13' or '13.3.0'")
-    return value
-
-
-class InductorSettings(Record):
-    """AOTInductor: shared libraries for CPUs and NVIDIA GPUs."""
-
-    name: Literal["inductor"] = "inductor"
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="device that the artifact runs on")
-    isa: Literal["native", "avx2", "avx512"] = Field(
-        default="native", description="instruction set that a CPU artifact needs; native: the build host's"
-    )
-    cxx: Annotated[str | None, AfterValidator(_version)] = Field(
-        default=None,
-        description="version of the C++ compiler that a build must have, for example `'13'` or `'13.3.0'`; null: any",
-    )
-
-    core_memory_bytes: ClassVar[None] = None
-    core_name: ClassVar[str] = "the host"
-    needs_candidates: ClassVar[bool] = False
-
-    @property
-    def packing(self) -> Packing:
-        """Layout of weights in the shards."""
-        return "block" if self.device == "cpu" else "plain"
-
-    @property
-    def has_int8(self) -> bool:
-        """True where the backend has kernels for int8 weights."""
-        return self.device == "cpu"
-
-
-class NeuronSettings(Record):
-    """AWS Neuron: NEFFs for Trainium and Inferentia."""
-
-    name: Literal["neuron"]
-    target: ChipName = Field(description="chip")
-    lnc: int = Field(
-        default_factory=lambda data: CHIPS[data["target"]].default_lnc if "target" in data else 1,
-        description="physical cores in a logical one: 1 or 2 on trn2 (default 2, as the runtime's), 1 elsewhere",
-    )
-    frontend: Literal["xla", "stablehlo"] = Field(
-        default="xla", description="what traces graphs: PyTorch/XLA and NxD, or torch-mlir, which needs neither"
-    )
-    flags: dict[str, str] = Field(default_factory=dict, description="extra neuronx-cc flags")
-
-    packing: ClassVar[Packing] = "plain"
-    has_int8: ClassVar[bool] = False
-    needs_candidates: ClassVar[bool] = True
-
-    @property
-    def core_memory_bytes(self) -> int:
-        """Device memory of a logical core."""
-        return CHIPS[self.target].cores[self.lnc].memory_bytes
-
-    @property
-    def core_name(self) -> str:
-        """Name of a core in messages."""
-        return f"a core with lnc={self.lnc}"
-
-    @model_validator(mode="after")
-    def _lnc_fits(self) -> NeuronSettings:
-        allowed = CHIPS[self.target].lnc
-        if self.lnc not in allowed:
-            accepted = " or ".join(map(str, allowed))
-            raise UnacceptedError(
-                f"found lnc={self.lnc}; accepted on {self.target}: {accepted}", f"write lnc: {allowed[-1]}"
-            )
-        return self
-
-
-BackendSettings = Annotated[InductorSettings | NeuronSettings, Field(discriminator="name")]
 
 
 class Gates(Record):

@@ -30,7 +30,7 @@ from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.plan.forecast import Forecast, makespan
 from pipeline.plan.plan import Plan
 from pipeline.progress import Log, Progress, duration, no_log
-from pipeline.recipe.schema import BackendSettings
+from pipeline.recipe.backend_settings import BackendSettings
 from pipeline.stages.workers import peak_bytes, worker_count
 
 SHAPING = ("models", "speculation", "graphs", "backends/base.py")

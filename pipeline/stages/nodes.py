@@ -20,7 +20,7 @@ from pipeline.errors import HostError, PreflightError
 from pipeline.executors.base import Task
 from pipeline.files.home import expanded
 from pipeline.progress import Log
-from pipeline.recipe.schema import BackendSettings, InductorSettings
+from pipeline.recipe.backend_settings import BackendSettings, InductorSettings
 from pipeline.stages.background import Background
 from pipeline.stages.compile import Compiled, Job, SharedCache, compile_graph, remember, source_digest
 from pipeline.stages.settings import LOCAL, BuildSettings

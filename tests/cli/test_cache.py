@@ -12,7 +12,7 @@ import pytest
 from pipeline.backends.base import make_backend
 from pipeline.cache.local import Cache
 from pipeline.cache.remote import Remote, push_all
-from pipeline.recipe.schema import InductorSettings, NeuronSettings
+from pipeline.recipe.backend_settings import InductorSettings, NeuronSettings
 from support.commands import answer, invoke
 from support.paths import TESTS
 

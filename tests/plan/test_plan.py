@@ -20,7 +20,7 @@ from pipeline.plan import lock as locks
 from pipeline.plan.estimates import GIB, layer_passes
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe import Recipe, find, load
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 from support.paths import ROOT
 
 SMALL = ModelConfig(

@@ -6,8 +6,8 @@ from typing import get_args
 
 import pytest
 
+from pipeline.recipe.backend_settings import InductorSettings, NeuronSettings
 from pipeline.recipe.chips import CHIPS, GIB, ChipName, chip_of_instance
-from pipeline.recipe.schema import InductorSettings, NeuronSettings
 
 
 def test_chips_have_every_name_and_are_listed_by_it() -> None:

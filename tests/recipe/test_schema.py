@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from pipeline.errors import InputError, Problem, RecipeError
 from pipeline.recipe import Recipe, find, load
+from pipeline.recipe.backend_settings import InductorSettings, NeuronSettings
 from pipeline.recipe.read import schema
-from pipeline.recipe.schema import InductorSettings, NeuronSettings
 from pipeline.validate.prompts import prompts_path
 from support.paths import ROOT, TESTS
 

@@ -11,7 +11,8 @@ from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.plan import make_plan
 from pipeline.progress import no_log
-from pipeline.recipe.schema import InductorSettings, Recipe
+from pipeline.recipe.backend_settings import InductorSettings
+from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Settings
 from pipeline.runtime.lookup import Lookup
 from pipeline.sources.pair import resolve_pair

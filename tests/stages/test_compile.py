@@ -22,7 +22,7 @@ from pipeline.graphs.module import GraphModule
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
 from pipeline.models.families import config_of
-from pipeline.recipe.schema import InductorSettings, NeuronSettings
+from pipeline.recipe.backend_settings import InductorSettings, NeuronSettings
 from pipeline.stages import compile as stage
 from support.pairs import SMALL, make_pair
 

@@ -18,7 +18,7 @@ from pipeline.cache.local import Cache
 from pipeline.cache.remote import Remote
 from pipeline.errors import HostError, InputError
 from pipeline.graphs.spec import GraphSpec
-from pipeline.recipe.schema import InductorSettings, NeuronSettings
+from pipeline.recipe.backend_settings import InductorSettings, NeuronSettings
 from pipeline.stages import nodes
 from pipeline.stages.compile import Job, SharedCache
 from support import tiny_build as tiny

@@ -17,7 +17,7 @@ from pipeline.cache.remote import Remote
 from pipeline.errors import HostError
 from pipeline.graphs.signature import Signature
 from pipeline.graphs.spec import GraphSpec
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 from pipeline.stages.compile import Job, compiled_subgraphs
 from support.pairs import make_pair
 

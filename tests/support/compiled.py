@@ -14,7 +14,7 @@ from pipeline.backends.base import Traced
 from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.graphs.signature import Signature
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 
 Name = TypeVar("Name", bound=Hashable)
 Case = tuple[torch.nn.Module, tuple[Tensor, ...]]

@@ -37,7 +37,7 @@ from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 
 KERNELS = (
     "block_experts_kernel.py",

@@ -19,7 +19,7 @@ from pipeline.files.temporary import SAFE, prepared_folder, temporary_folder
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.weights import weight_specs
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 from pipeline.speculation.model import Model
 
 FIX = "set CXX to a C++ compiler that works, or unset it for g++"

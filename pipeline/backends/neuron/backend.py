@@ -21,7 +21,7 @@ from pipeline.extras import require
 from pipeline.graphs.packing import PACKINGS, Packing
 from pipeline.graphs.signature import Signature, signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
-from pipeline.recipe.schema import NeuronSettings
+from pipeline.recipe.backend_settings import NeuronSettings
 
 CONTEXT_PHASES = ("prefill", "score")
 """Phases whose graphs read whole prompts; the others are steps."""

@@ -14,7 +14,7 @@ from pipeline.backends.inductor.backend import InductorBackend
 from pipeline.backends.inductor.compiler import Compiler, failure, from_environment, use
 from pipeline.errors import HostError
 from pipeline.graphs.spec import GraphSpec
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 from pipeline.stages.compile import Job, compile_all
 from support.pairs import make_pair
 from support.paths import PYTHONPATH

@@ -29,7 +29,7 @@ from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.lock import pair_configs, read, with_toolchain
 from pipeline.plan.plan import make_plan
 from pipeline.recipe import load
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 from support.pairs import make_pair
 from support.paths import PYTHONPATH, ROOT
 

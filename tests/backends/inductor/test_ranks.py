@@ -18,7 +18,7 @@ from pipeline.backends.inductor.ranks import ManyRanks
 from pipeline.build import BuildSettings, run
 from pipeline.errors import HostError, InputError
 from pipeline.recipe import load
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 from pipeline.sources.pair import resolve_pair
 from support.eager import make_engine
 from support.pairs import make_pair

@@ -16,7 +16,7 @@ from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.config import Layer, Rope
 from pipeline.plan.estimates import MIB, scratch_bytes
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 from support.graphs import compile_graph
 from support.pairs import make_pair
 

@@ -13,7 +13,7 @@ from pipeline.backends.inductor.backend import InductorBackend, _subgraphs, grap
 from pipeline.backends.inductor.program import program_of
 from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.backends.inductor.subgraphs import SubgraphTracer
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 from support.graphs import compile_graph
 
 pytestmark = pytest.mark.compile

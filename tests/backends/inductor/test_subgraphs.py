@@ -23,7 +23,7 @@ from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.families import config_of
 from pipeline.models.parallel import Attend, Seams
-from pipeline.recipe.schema import InductorSettings
+from pipeline.recipe.backend_settings import InductorSettings
 from support.pairs import SMALL, make_pair
 
 BACKEND = make_backend(InductorSettings())

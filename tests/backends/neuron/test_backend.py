@@ -19,7 +19,7 @@ from pipeline.files.atomic import sha256_file
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec
 from pipeline.models.weights import NORM
-from pipeline.recipe.schema import NeuronSettings
+from pipeline.recipe.backend_settings import NeuronSettings
 from support.neuron_lane import DEVICE, environment, run, tandem
 
 RECIPE = """
@@ -294,7 +294,7 @@ from support.pairs import make_pair
 from pipeline.backends.neuron import backend as module
 from pipeline.models.parallel import Seams
 from pipeline.graphs.spec import GraphSpec
-from pipeline.recipe.schema import NeuronSettings
+from pipeline.recipe.backend_settings import NeuronSettings
 
 backend = module.NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2))
 one = make_pair("some", candidates=16).shape

@@ -13,7 +13,7 @@ from pipeline.backends.neuron.hlo_messages import module_class, read_module
 from pipeline.errors import HostError
 from pipeline.graphs.signature import TensorSpec
 from pipeline.graphs.spec import GraphSpec
-from pipeline.recipe.schema import NeuronSettings
+from pipeline.recipe.backend_settings import NeuronSettings
 from support.neuron_lane import environment, run
 from support.pairs import make_pair
 

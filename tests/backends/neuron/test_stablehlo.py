@@ -19,7 +19,7 @@ from pipeline.backends.neuron.backend import NeuronBackend
 from pipeline.errors import HostError
 from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.estimates import MIB, scratch_bytes
-from pipeline.recipe.schema import NeuronSettings
+from pipeline.recipe.backend_settings import NeuronSettings
 from support.neuron_graphs import FAMILIES, LENGTH, MECHANISMS, PROMPTS, arguments_of, make, phases, sums, weightless
 from support.neuron_lane import DEVICE, environment, run, tandem
 from support.pairs import empty_state
@@ -243,7 +243,7 @@ HASH = """
 import hashlib
 from support.pairs import make_pair
 from pipeline.backends.neuron.backend import NeuronBackend
-from pipeline.recipe.schema import NeuronSettings
+from pipeline.recipe.backend_settings import NeuronSettings
 from pipeline.graphs.spec import GraphSpec
 backend = NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2, frontend="stablehlo"))
 traced = backend.trace(GraphSpec("speculate", 4, 4, 40, 3), make_pair("some").shape)

@@ -9,7 +9,7 @@ import torch
 from pipeline.backends.neuron import support
 from pipeline.backends.neuron.module import in_rank_order
 from pipeline.errors import HostError
-from pipeline.recipe.schema import NeuronSettings
+from pipeline.recipe.backend_settings import NeuronSettings
 
 GOOD = {
     "torch": "2.9.0+cpu", "torch-xla": "2.9.0", "torch-neuronx": "2.9.0.2.13.26312+c6b58d9",

@@ -34,7 +34,7 @@ def sdk():
     os.environ.update(XLA)
     sys.path[:0] = [*map(str, NXD), str(FAKE)]
     from pipeline.backends.neuron.backend import NeuronBackend
-    from pipeline.recipe.schema import NeuronSettings
+    from pipeline.recipe.backend_settings import NeuronSettings
 
     return NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2))
 
@@ -175,7 +175,7 @@ HASH = """
 import hashlib
 from support.pairs import make_pair
 from pipeline.backends.neuron.backend import NeuronBackend
-from pipeline.recipe.schema import NeuronSettings
+from pipeline.recipe.backend_settings import NeuronSettings
 from pipeline.graphs.spec import GraphSpec
 backend = NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2))
 traced = backend.trace(GraphSpec("speculate", 4, 4, 40, 3), make_pair("some").shape)
