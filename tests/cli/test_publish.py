@@ -20,7 +20,7 @@ def out(tmp_path, monkeypatch):
 
 def test_publish_says_what_and_where(out):
     shown = answer("publish", "out", "--to", "r", "--version", "1.0", "--alias", "prod").stdout
-    blobs = r"sent \d+ blobs, 5\d\.\d KiB, not signed; prod -> small@1\.0\n"
+    blobs = r"sent \d+ blobs, \d\d\.\d KiB, not signed; prod -> small@1\.0\n"
     assert re.fullmatch(rf"published small@1\.0 {out.manifest.version} to r: {blobs}", shown)
 
 

@@ -100,7 +100,7 @@ def test_files_of_an_artifact_have_no_state_of_single_calls(folders: SimpleNames
     assert not settings & config.keys()
 
 
-class HeardError(Exception):
+class HeardError(BaseException):
     """The tokens that reached an engine."""
 
 
