@@ -36,7 +36,9 @@ class SideBySide(torch.nn.Module):
         return tuple(outputs)
 
 
-def run_compiled(cases: Mapping[Name, Case], work: Path, isa: str = "native") -> dict[Name, list[Tensor]]:
+def run_compiled(
+    cases: Mapping[Name, Case], work: Path, isa: str = "native", *, precompile: bool = True
+) -> dict[Name, list[Tensor]]:
     """Compile all cases as one graph in `work`, which costs little more than one of them, and run it once.
 
     Inputs that a module writes to are written to. Headers are precompiled for the instruction set of builds alone: for
@@ -47,7 +49,7 @@ def run_compiled(cases: Mapping[Name, Case], work: Path, isa: str = "native") ->
     counts = [len(module(*(x.clone() for x in given))) for module, given in cases.values()]
     backend = InductorBackend(InductorSettings(isa=isa))
     program = torch.export.export(graph, tuple(x.clone() for x in inputs))
-    with torch._inductor.config.patch(cpp_cache_precompile_headers=isa == InductorSettings().isa):
+    with torch._inductor.config.patch(cpp_cache_precompile_headers=precompile and isa == InductorSettings().isa):
         backend.compile(Traced(str(work).encode(), Signature((), (), (), ()), program), work)
     outputs = list(LoadedGraph(work / backend.graph_file, "cpu").run(inputs))
     return {name: [outputs.pop(0) for _ in range(count)] for name, count in zip(cases, counts, strict=True)}

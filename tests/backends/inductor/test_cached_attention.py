@@ -103,7 +103,7 @@ def test_compiled_attention_is_exact_and_reads_only_what_is_seen(attentions, isa
     assert torch.equal(k[1, :, 149], new[1, :, 0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_compiled_windows_caps_and_sinks_are_those_of_plain_attention(dtype, tmp_path):
     """Against the attention of the eager reference, with masks, or written out."""
     (q, k, v, _, last), *_ = example(dtype, 64)
