@@ -81,19 +81,18 @@ def prefill_choices(engine: Engine, probes: Sequence[ScoredSequence]) -> Iterato
 def long_choices(engine: Engine, probes: Sequence[ScoredSequence]) -> Iterator[Choice]:
     """Read prompts that are longer than every prefill bucket, in rows side by side; yield the token after each.
 
-    Lengths: one token more than the bucket, so that nothing is left for a chunk, and all that the caches hold.
+    One fills the caches, one has a token more than the bucket, so that nothing is left for a chunk.
     """
     longest = engine.manifest.shapes.prefill[-1]
     whole = [probe for probe in probes if len(probe.reference) == len(probe.tokens)]
-    for lengths in ((longest + 1, engine.length - 1), (engine.length - 1, longest + 1)):
-        rows = {
-            slot: RequestRow(probe.tokens[:length], length, 0, GREEDY)
-            for slot, (probe, length) in enumerate(zip(whole, lengths, strict=False))
-            if longest < length < engine.length
-        }
-        for slot, token in (engine.batch.prefill(rows) if rows else {}).items():
-            at = rows[slot].prompt - 1
-            yield Choice(f"prompt of {at + 1} tokens, read in chunks", whole[slot].name, at, token)
+    rows = {
+        slot: RequestRow(probe.tokens[:length], length, 0, GREEDY)
+        for slot, (probe, length) in enumerate(zip(whole, (engine.length - 1, longest + 1), strict=False))
+        if longest < length < engine.length
+    }
+    for slot, token in (engine.batch.prefill(rows) if rows else {}).items():
+        at = rows[slot].prompt - 1
+        yield Choice(f"prompt of {at + 1} tokens, read in chunks", whole[slot].name, at, token)
 
 
 def _prefill(engine: Engine, spec: GraphSpec, probes: Sequence[ScoredSequence]) -> Iterator[Choice]:

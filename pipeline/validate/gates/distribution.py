@@ -100,12 +100,20 @@ def drawing(engine: Engine, kv: int) -> list[str]:
 
 
 def draw_prefill(inputs: GateInputs, probes: Sequence[list[int]], tie: float) -> Iterator[Drawn]:
-    """Run every stochastic prefill graph over ragged probes, whose first tokens have other settings at each run."""
-    judge = Judge(inputs.engine.manifest.pair.candidates, tie)
-    for spec in inputs.engine.graphs:
-        if (spec.phase, spec.sampling) == ("prefill", "stochastic"):
+    """Run every stochastic prefill graph over ragged probes, whose first tokens have other settings at each run.
+
+    Graphs of one token bucket read the same prompts, whose logits are computed once.
+    """
+    engine, judge = inputs.engine, Judge(inputs.engine.manifest.pair.candidates, tie)
+    graphs = [spec for spec in engine.graphs if (spec.phase, spec.sampling) == ("prefill", "stochastic")]
+    for tokens in dict.fromkeys(spec.tokens for spec in graphs):
+        of_bucket, longest = [spec for spec in graphs if spec.tokens == tokens], min(tokens, engine.length - 1)
+        most = max(spec.batch for spec in of_bucket)
+        prompts = [list(probe[: max(longest - row, 1)]) for row, probe in enumerate(probes[:most])]
+        logits = _last_logits(engine, prompts)
+        for spec in of_bucket:
             with working(spec.name, inputs.progress):
-                drawn = _draw_first(inputs.engine, spec, probes, judge)
+                drawn = _draw_first(engine, spec, prompts[: spec.batch], logits, judge)
             yield drawn
 
 
@@ -150,11 +158,10 @@ def _generate(
     return rows, samples
 
 
-def _draw_first(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], judge: Judge) -> Drawn:
+def _draw_first(
+    engine: Engine, spec: GraphSpec, prompts: Sequence[list[int]], logits: Mapping[int, Tensor], judge: Judge
+) -> Drawn:
     """Sample the token after the same prompts again and again, with other seeds and settings."""
-    longest = min(spec.tokens, engine.length - 1)
-    prompts = [list(probe[: max(longest - row, 1)]) for row, probe in enumerate(probes[: spec.batch])]
-    logits = _last_logits(engine, prompts)
     drawn = Drawn(spec.name)
     generator = torch.Generator().manual_seed(spec.batch * 1000 + spec.tokens)
     for run in range(-(-PREFILL_DRAWS // len(prompts))):
