@@ -6,7 +6,7 @@ import pytest
 
 from pipeline import selftest as trial
 from pipeline.backends.neuron.support import Device
-from pipeline.errors import HostError, InputError
+from pipeline.errors import GateError, HostError, InputError
 from pipeline.recipe.backend_settings import NeuronSettings
 from pipeline.recipe.schema import Recipe
 
@@ -65,3 +65,22 @@ def test_file_has_every_step_up_to_a_failure_of_each_pair(monkeypatch, tmp_path)
     assert [of.pair for of in made.failed] == ["pico", "smollm2"]
     assert shown["machine"]["machine"]["cores"]
     assert "not installed" in shown["problems"][0]["what"], "the SDK is absent here"
+
+
+def test_failed_gates_are_a_result_with_their_findings(monkeypatch, tmp_path):
+    """The verdicts were lost with the error that a build ends with."""
+    verdicts = [{"name": "parity", "passed": False, "findings": ["token 3"]}]
+    report = {"passed": False, "gates": verdicts, "provenance": {"ran_on": {"chip": "trn2"}}}
+
+    def failing(build):
+        (build.out / "reports").mkdir(parents=True)
+        (build.out / "reports/parity.json").write_text(json.dumps(report))
+        raise GateError("failed", where="pico", fix="")
+
+    monkeypatch.setattr(trial, "run", failing)
+    gates = {"gates": trial._steps}
+    monkeypatch.setattr(trial, "_steps", lambda build: {"gates": gates["gates"](build)["gates"]})
+    made = trial.selftest(SETTINGS, tmp_path / "selftest.json", tmp_path, ("pico",))
+    assert made.failed[0].failure == "gates failed"
+    shown = json.loads((tmp_path / "selftest.json").read_text())["steps"][0]["facts"]
+    assert shown == {"passed": False, "gates": verdicts, "ran_on": {"chip": "trn2"}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -184,11 +184,11 @@ def selftest(
     if json_:
         print_json(json.loads(out.read_bytes()))
     else:
-        rows = [(of.pair, of.step, duration(of.seconds), _verdict(of.error)) for of in done.steps]
+        rows = [(of.pair, of.step, duration(of.seconds), _verdict(of.failure)) for of in done.steps]
         print_table(Table(("pair", "step", "time", "result"), rows))
         print_line(f"wrote {out}")
     sys.exit(1 if done.failed else 0)
 
 
-def _verdict(error: Mapping[str, str] | None) -> Verdict:
-    return Verdict("passed", good=True) if error is None else Verdict(error["what"], good=False)
+def _verdict(failure: str) -> Verdict:
+    return Verdict(failure, good=False) if failure else Verdict("passed", good=True)

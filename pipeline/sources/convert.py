@@ -69,9 +69,13 @@ def _run(files: list[str], out: Path, source: Path) -> None:
     """Run the process; its environment has nothing of the caller's but the search path."""
     environment = {"PATH": os.defpath, "HOME": str(out.parent), "TMPDIR": str(out.parent)}
     command = [sys.executable, "-I", "-c", CHILD, *files, str(out)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=TIMEOUT_S, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        what = f"not read within {TIMEOUT_S // 60} minutes"
+        raise HostError(what, where=str(source), fix="convert it on a faster disk") from error
     if done.returncode == 0:
         return
     said = (done.stderr.strip().splitlines() or ["no message"])[-1]
