@@ -20,7 +20,7 @@ from pipeline.artifact.manifest import read
 from pipeline.backends.neuron.support import device
 from pipeline.build import BuildSettings, run
 from pipeline.doctor import diagnose
-from pipeline.errors import GateError, InputError, Problem, TandemError
+from pipeline.errors import GateError, HostError, InputError, Problem, TandemError
 from pipeline.files.atomic import write_atomic
 from pipeline.progress import Log, Progress, no_log, no_progress, stage
 from pipeline.recipe.backend_settings import NeuronSettings
@@ -94,12 +94,12 @@ def chip_of_host() -> dict[str, str | int]:
     """Return `target` and `lnc` of the devices of this host.
 
     Raises:
-        InputError: no Neuron device, or an instance of an unknown chip.
+        HostError: no Neuron device. InputError: an instance of an unknown chip.
 
     """
     here = device()
     if here is None:
-        raise InputError("no Neuron device on this host", where=WHERE, fix="run on a trn2, trn1 or inf2 instance")
+        raise HostError("no Neuron device on this host", where=WHERE, fix=f"run on a {' or '.join(CHIPS)} instance")
     if here.chip not in CHIPS:
         fix = f"state the chip: --target {' or '.join(CHIPS)}"
         raise InputError(f"unknown instance type {here.instance!r}", where=WHERE, fix=fix)

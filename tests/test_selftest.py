@@ -15,7 +15,7 @@ SETTINGS = NeuronSettings(name="neuron", target="trn2", lnc=2)
 
 def test_host_without_a_device_is_refused(monkeypatch):
     monkeypatch.setattr(trial, "device", lambda: None)
-    with pytest.raises(InputError, match="no Neuron device on this host"):
+    with pytest.raises(HostError, match="no Neuron device on this host"):
         trial.chip_of_host()
 
 

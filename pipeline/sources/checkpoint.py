@@ -117,13 +117,13 @@ def open_checkpoint(
     reject_pointers(root, [*CONFIG_FILES, *TOKENIZER_FILES, INDEX])
     _refuse_custom_code(root)
     config_json = read_config(root)
+    config = config_of(config_json, str(root / "config.json"))
     weights = [] if remote else weight_files(root)
     reject_pointers(root, weights)
     names = [*CONFIG_FILES, *TOKENIZER_FILES, *(() if SINGLE in weights else (INDEX,)), *weights]
     present = [name for name in names if (root / name).is_file() and (read_weights or name not in weights)]
     files = digest_files(root, present, memo, progress)
     files |= {name: FileDigest(file.expected, file.size) for name, file in remote.items() if file.expected}
-    config = config_of(config_json, str(root / "config.json"))
     return Checkpoint(root, config, config_json, files, revision or content_revision(files), remote=remote)
 
 
@@ -186,7 +186,7 @@ def weight_files(root: Path) -> list[str]:
     if len(candidates) == 1:
         return candidates
     names = sorted(path.name for path in root.iterdir())
-    raise SourceError(_no_weights(names, candidates), where=str(root), fix=CONVERT)
+    raise _no_weights(names, candidates, str(root))
 
 
 CONVERT = (
@@ -195,13 +195,14 @@ CONVERT = (
 )
 
 
-def _no_weights(names: list[str], safetensors: list[str]) -> str:
+def _no_weights(names: list[str], safetensors: list[str], where: str) -> SourceError:
     pickled = [name for name in names if name.endswith(PICKLED)]
     if safetensors:
-        return f"{len(safetensors)} safetensors files but no {INDEX}: {', '.join(safetensors[:4])}"
+        what = f"{len(safetensors)} safetensors files but no {INDEX}: {', '.join(safetensors[:4])}"
+        return SourceError(what, where=where, fix="download the checkpoint again")
     if pickled:
-        return f"only pickled weights: {', '.join(pickled[:4])}"
-    return "no safetensors weights"
+        return SourceError(f"only pickled weights: {', '.join(pickled[:4])}", where=where, fix=CONVERT)
+    return SourceError("no safetensors weights", where=where, fix="name a checkpoint with safetensors weights")
 
 
 def refuse_without_weights(names: Iterable[str], where: str) -> None:
@@ -209,7 +210,7 @@ def refuse_without_weights(names: Iterable[str], where: str) -> None:
     no_string(names, "names", "file names")
     names = sorted(names)
     if not any(name.endswith(".safetensors") for name in names):
-        raise SourceError(_no_weights(names, []), where=where, fix=CONVERT)
+        raise _no_weights(names, [], where)
 
 
 def indexed_files(index: dict[str, Any], where: str) -> list[str]:

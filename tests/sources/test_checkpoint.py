@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.errors import SourceError
 from pipeline.models.weights import EMBEDDING, HEAD, NORM
+from pipeline.sources.checkpoint import open_checkpoint
 from pipeline.sources.weights import weights
 from support.checkpoints import CONFIG, INDEX, opened, random_weights, refusal, write_checkpoint
 
@@ -143,3 +145,16 @@ def test_resolve_bad_source_is_refused(tmp_path: Path, source: str, said: str) -
 def test_resolve_folder_without_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     assert "config.json: file is missing" in refusal("m", tmp_path)
+
+
+def test_model_that_is_not_supported_is_refused_before_its_weights_are_looked_at(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_oss"}')
+    with pytest.raises(SourceError, match="gpt_oss"):
+        open_checkpoint(tmp_path)
+
+
+def test_folder_without_weights_is_not_told_to_convert_any(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(SourceError, match="no safetensors weights") as caught:
+        open_checkpoint(tmp_path)
+    assert "convert" not in caught.value.fix
