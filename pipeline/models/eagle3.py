@@ -1,4 +1,4 @@
-"""EAGLE-3 heads by their configs and the shapes of their tensors, whoever wrote them. Imports no torch.
+"""EAGLE-3 heads of every writer, by their configs and the shapes of their tensors. Imports no torch.
 
 `read_config` turns a head's `config.json` into one typed description, a `ModelConfig` with its `Eagle3`; differences
 between writers are in `eagle3_writers`. A head is fitted to its target afterwards (`fitted`), because some readings

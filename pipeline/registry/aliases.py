@@ -157,7 +157,7 @@ def _swapped(store: Store, of: Moved, move: Move) -> bool:
     try:
         if store.swap_alias(of.name, of.alias, move, of.now):
             return True
-        lost = None  # a client that repeats a lost request is told that its own first one came before
+        lost = None  # False also if a client repeated a request that was carried out: the first attempt moved the alias
     except Interrupted as error:
         lost = error
     try:

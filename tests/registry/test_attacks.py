@@ -90,7 +90,7 @@ def test_rollback_under_a_version(registry, options):
 
 
 def test_rollback_of_an_alias_is_not_promised(registry, options):
-    """An alias is not signed: whoever may write moves it, to signed releases only. A version is no alias."""
+    """An alias is not signed: a writer of the registry can move it, to signed releases only. A version cannot move."""
     set_alias(str(registry), "small@1.0", "prod")
     out = pull(f"{registry}/small@prod", **options)
     first = (out / MANIFEST).read_bytes()
