@@ -6,7 +6,7 @@ A retired release is a yanked one without its files: its manifest stays, so that
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
@@ -23,7 +23,8 @@ STAMP = "%Y-%m-%dT%H:%M:%SZ"
 class Retention:
     """Which releases of a name keep their files: the newest `keep_last`, and those younger than `keep_days`.
 
-    Those that an alias points at, or would be rolled back to, and yanked ones keep them always. None: no such rule.
+    Versions built in the same second are kept together. Those that an alias points at, or would be rolled back to, and
+    yanked ones keep them always. None: no such rule.
     """
 
     keep_last: int | None = None
@@ -77,18 +78,24 @@ def retire(url: str, rule: Retention, *, dry_run: bool = False) -> list[str]:
 def _old(store: Store, name: str, rule: Retention, url: str) -> list[str]:
     """Return the versions of a name that a rule does not keep, the oldest first."""
     built = {version: _created(store, name, version, url) for version in store.versions(name)}
-    order = sorted(built, key=lambda version: built[version], reverse=True)
-    newest = order if rule.keep_last is None else order[: rule.keep_last]
+    order = sorted(built, key=lambda version: built[version])
+    newest = order if rule.keep_last is None else _newest(built, rule.keep_last)
     before = time.strftime(STAMP, time.gmtime(time.time() - (rule.keep_days or 0.0) * DAY_S))
     used = _pointed_at(store, name)
     return [
         version
-        for version in reversed(order)
+        for version in order
         if (rule.keep_last is None or version not in newest)
         and (rule.keep_days is None or built[version] < before)
         and version not in used
         and store.read_yank(name, version) is None
     ]
+
+
+def _newest(built: Mapping[str, str], count: int) -> Collection[str]:
+    """Return the newest `count` versions, and those of the same second as the oldest of them."""
+    times = sorted(built.values(), reverse=True)[:count]
+    return {version for version, when in built.items() if when >= times[-1]}
 
 
 def _created(store: Store, name: str, version: str, url: str) -> str:

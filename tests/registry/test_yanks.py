@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import CorruptError, InputError, RefusedError
 from pipeline.registry.aliases import list_aliases, roll_back, set_alias
-from pipeline.registry.publish import publish
+from pipeline.registry.publish import PublishSettings, publish
 from pipeline.registry.pull import Selection, pull
 from pipeline.registry.releases import collect, list_releases
 from pipeline.registry.yanks import Retention, retire, yank
@@ -19,12 +20,12 @@ from support.commands import answer, invoke
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    """A registry with the versions 1 to 4; `prod` went through all but the first."""
+def url(tmp_path: Path, monkeypatch) -> str:
+    """A registry with the versions 1 to 4, built a second apart; `prod` went through all but the first."""
     url = str(tmp_path / "reg")
-    from pipeline.registry.publish import PublishSettings
-
+    now = int(time.time())
     for number in (1, 2, 3, 4):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", str(now - 10 + number))
         root = small.make_validated(tmp_path / f"o{number}", tmp_path / "work", weights=b"w%d" % number).root
         publish(root, url, ["prod"] if number > 1 else [], PublishSettings(version=str(number)))
     return url
@@ -71,9 +72,7 @@ def test_an_alias_does_not_lead_to_a_yanked_release(url, options, tmp_path):
     pull(f"{url}/small@prod", **options)
 
 
-def settings_of(version: str):
-    from pipeline.registry.publish import PublishSettings
-
+def settings_of(version: str) -> PublishSettings:
     return PublishSettings(version=version)
 
 
@@ -122,6 +121,16 @@ def test_retention_removes_files_and_keeps_versions(url, options, tmp_path):
         pull(f"{url}/small@{version}", **options)
     with pytest.raises(RefusedError, match="yanked"):
         publish(tmp_path / "o1", url, [], settings_of("1"))
+
+
+def test_retention_keeps_versions_of_one_second_together(tmp_path, monkeypatch):
+    """`created` has whole seconds: of 2 and 3, built in one second, either may be the newer. A fault on a fast host."""
+    url = str(tmp_path / "reg")
+    for number, second in ((1, 1), (2, 2), (3, 2)):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", str(1_700_000_000 + second))
+        root = small.make_validated(tmp_path / f"o{number}", tmp_path / "work", weights=b"w%d" % number).root
+        publish(root, url, [], PublishSettings(version=str(number)))
+    assert retire(url, Retention(keep_last=1)) == ["small@1"]
 
 
 def test_retention_by_age_keeps_the_young(url):
