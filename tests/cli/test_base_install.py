@@ -34,7 +34,7 @@ def test_commands_load_with_the_base_dependencies_alone():
     """`tandem vllm-cache pack` on a machine that only pulls ended in `No module named 'cyclonedx'`."""
     base = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     names = [requirement.partition(">=")[0] for requirement in base]
-    present = {package.metadata["Name"] for package in installed(names).values()}
+    present = {package.name for package in installed(names).values()}
     owners = metadata.packages_distributions()
     absent = sorted(module for module, of in owners.items() if not present & set(of) and module != "pipeline")
     assert {"torch", "cyclonedx", "transformers", "boto3"} <= set(absent)
