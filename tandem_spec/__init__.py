@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipeline.recipe import load as load_recipe
     from pipeline.registry.publish import PublishSettings, Release, publish
     from pipeline.registry.pull import Selection, pull
-    from pipeline.runtime import Engine, Generation, load
+    from pipeline.runtime import Engine, Generation, Rules, load
     from pipeline.runtime.text import Chat
 
 _PLACES = {
@@ -57,6 +57,7 @@ _PLACES = {
     "RecipeError": "pipeline.errors",
     "RefusedError": "pipeline.errors",
     "Release": "pipeline.registry.publish",
+    "Rules": "pipeline.runtime",
     "Selection": "pipeline.registry.pull",
     "SourceError": "pipeline.errors",
     "TandemError": "pipeline.errors",
@@ -75,10 +76,40 @@ _PLACES = {
 """Public name -> its module, with the name there if that differs."""
 
 __all__ = [
-    "Artifact", "ArtifactError", "BuildReport", "BuildSettings", "Chat", "CorruptError", "Engine", "GateError",
-    "Generation", "HostError", "InputError", "Policy", "PreflightError", "Problem", "PublishSettings", "Recipe",
-    "RecipeError", "RefusedError", "Release", "Selection", "SourceError", "TandemError", "__version__", "build", "load",
-    "load_recipe", "publish", "pull", "read_artifact", "read_policy", "require_signature", "run_build", "sign",
+    "Artifact",
+    "ArtifactError",
+    "BuildReport",
+    "BuildSettings",
+    "Chat",
+    "CorruptError",
+    "Engine",
+    "GateError",
+    "Generation",
+    "HostError",
+    "InputError",
+    "Policy",
+    "PreflightError",
+    "Problem",
+    "PublishSettings",
+    "Recipe",
+    "RecipeError",
+    "RefusedError",
+    "Release",
+    "Rules",
+    "Selection",
+    "SourceError",
+    "TandemError",
+    "__version__",
+    "build",
+    "load",
+    "load_recipe",
+    "publish",
+    "pull",
+    "read_artifact",
+    "read_policy",
+    "require_signature",
+    "run_build",
+    "sign",
     "verify",
 ]  # fmt: skip
 

@@ -42,7 +42,7 @@ ALWAYS = ("recipe.*", "*config.json", "tokenizer/*")
 
 HOW_TO_NAME = "use an artifact's directory: `tandem build` and `tandem pull` print it"
 CACHE_KIND: Literal["vllm-compile-cache"] = "vllm-compile-cache"
-SAMPLINGS: tuple[Sampling, Sampling] = ("greedy", "stochastic")
+SAMPLINGS: tuple[Sampling, ...] = ("greedy", "stochastic", "shaped")
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
@@ -174,7 +174,7 @@ class PairManifest(Manifest):
     @property
     def sampling(self) -> tuple[Sampling, ...]:
         """Kinds of sampling that were built; greedy first."""
-        built = {entry.spec.sampling for entry in self.graphs if entry.spec.phase == "decode"}
+        built = {entry.spec.sampling for entry in self.graphs if entry.spec.phase in ("decode", "verify")}
         return tuple(sampling for sampling in SAMPLINGS if sampling in built)
 
     @property

@@ -25,7 +25,7 @@ from pipeline.errors import InputError
 from pipeline.runtime.open import load
 
 if TYPE_CHECKING:
-    from pipeline.runtime.engine import Generation
+    from pipeline.runtime.calls import Generation
 
 
 SETTINGS = ("temperature", "top_k", "top_p", "max_new_tokens")

@@ -43,7 +43,7 @@ NO_DRAW = Draw()
 
 @dataclass(frozen=True)
 class StepRow:
-    """A row of a `decode` or `speculate` graph. `copied`: tokens to verify instead of the draft's, at most K."""
+    """A row of a `decode`, `speculate` or `propose` graph. `copied`: at most K tokens in place of the draft's own."""
 
     last_token: int
     position: int
@@ -69,7 +69,7 @@ class ScoreRow:
 
 
 def step_arguments(spec: GraphSpec, rows: Mapping[int, StepRow]) -> Arguments:
-    """Return the arguments of a `decode` or `speculate` graph.
+    """Return the arguments of a `decode`, `speculate` or `propose` graph, and those of `verify` beside its own.
 
     Shapes: last_token, position int32 [B], active bool [B], copied int32 [B, K] (-1 where the draft proposes), and
     those of sampling.
@@ -80,7 +80,7 @@ def step_arguments(spec: GraphSpec, rows: Mapping[int, StepRow]) -> Arguments:
         last[slot], position[slot], active[slot] = row.last_token, row.position, True
         copied[slot][: len(row.copied)] = list(row.copied)[: spec.draft_tokens]
     arguments = {"last_token": _int32(last), "position": _int32(position), "active": torch.tensor(active)}
-    if spec.phase == "speculate":
+    if spec.phase in ("speculate", "propose"):
         arguments["copied"] = _int32(copied)
     return arguments | _sampling(spec, {slot: row.draw for slot, row in rows.items()})
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.graphs.dtypes import torch_dtype
-from pipeline.graphs.signature import Signature, TensorSpec
+from pipeline.graphs.signature import SHAPING, Signature, TensorSpec
 from pipeline.graphs.spec import ROLES, GraphSpec, PairSpec, Role
 from pipeline.models.parallel import Seams, State
 from pipeline.models.weights import EMBEDDING
@@ -16,6 +16,7 @@ from pipeline.speculation import phases
 from pipeline.speculation.drafters import FEATURE, TAIL, drafter_of, score
 from pipeline.speculation.model import Choose, Model, Rows
 from pipeline.speculation.sampling import Sampling
+from pipeline.speculation.shaping import Shaping
 
 SeamsFor = Callable[[int], Seams]
 """Returns the seams of a model split over a number of ranks."""
@@ -59,6 +60,11 @@ def _outputs(
     rows = Rows(tensors["last_token"], tensors["position"], tensors["active"], spec.kv)
     if spec.phase == "decode":
         return (phases.decode(target, drafter, rows, choose),)
+    if spec.phase == "propose":
+        return (phases.propose(drafter, rows, spec.draft_tokens, choose),)
+    if spec.phase == "verify":
+        tokens, count, logprobs = phases.verify(target, drafter, rows, tensors["drafts"], choose)
+        return (tokens, count, *logprobs)
     return phases.speculate(target, drafter, rows, spec.draft_tokens, choose)
 
 
@@ -84,4 +90,7 @@ def _choose(spec: GraphSpec, pair: PairSpec, tensors: dict[str, Tensor]) -> Choo
     if spec.sampling == "greedy":
         return Choose(copied=copied)
     sampling = Sampling(tensors["temperature"], tensors["top_k"], tensors["top_p"], tensors["seed"])
-    return Choose(sampling, pair.candidates, copied)
+    if spec.phase != "verify":
+        return Choose(sampling, pair.candidates, copied)
+    shaping = Shaping(*(tensors[name] for name in SHAPING))
+    return Choose(sampling, pair.candidates, copied, shaping, pair.logprobs)

@@ -21,6 +21,14 @@ class PackedShape(Protocol):
         ...
 
 
+SHAPING = (
+    "bias", "counts", "prompted", "allowed", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+)  # fmt: skip
+"""Arguments of a verify graph: the fields of `speculation.shaping.Shaping`, in their order."""
+WORD_BITS = 32
+"""Tokens of a word of an `allowed` argument."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of a signature. Names: `target/<weight>`, `draft/<state>`, or a plain argument name."""
@@ -80,7 +88,7 @@ def signature(spec: GraphSpec, pair: PairSpec, packing: PackedShape) -> Signatur
 
 def _weight_owners(spec: GraphSpec, pair: PairSpec) -> tuple[Role, ...]:
     """Return the models whose weights a graph reads: a draft model also reads an embedding that it shares."""
-    if spec.model == "draft" and pair.models.embedding_is_shared:
+    if pair.roles_of(spec) == ("draft",) and pair.models.embedding_is_shared:
         return ("target", "draft")
     return pair.roles_of(spec)
 
@@ -130,8 +138,10 @@ def _arguments(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
             TensorSpec("position", (b,), "int32"),
             TensorSpec("active", (b,), "bool"),
         )
-    if spec.phase == "speculate" and pair.lookup:
+    if spec.phase in ("speculate", "propose") and pair.lookup:
         own = (*own, TensorSpec("copied", (b, k), "int32"))
+    if spec.phase == "verify":
+        own = (*own, TensorSpec("drafts", (b, k), "int32"), *_shaping(spec, pair))
     if spec.sampling == "greedy":
         return own
     return (
@@ -143,11 +153,38 @@ def _arguments(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
     )
 
 
+def _shaping(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
+    """Return the arguments of `speculation.shaping`."""
+    b, vocab = spec.batch, pair.target.out_vocab
+    bias, counts, prompted, allowed, *of_row = SHAPING
+    return (
+        TensorSpec(bias, (b, vocab), "float32"),
+        TensorSpec(counts, (b, vocab), "int32"),
+        TensorSpec(prompted, (b, vocab), "bool"),
+        TensorSpec(allowed, (b, spec.tokens, -(-vocab // WORD_BITS)), "int32"),
+        *(TensorSpec(name, (b,), "float32") for name in of_row),
+    )
+
+
 def _outputs(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
     b = spec.batch
     if spec.phase == "score":
         config = pair.draft if spec.model == "draft" else pair.target
         return (TensorSpec("logits", (b, spec.tokens, config.out_vocab), "float32"),)
-    if spec.phase == "speculate":
-        return (TensorSpec("tokens", (b, spec.draft_tokens + 1), "int32"), TensorSpec("count", (b,), "int32"))
+    if spec.phase == "propose":
+        return (TensorSpec("drafts", (b, spec.draft_tokens), "int32"),)
+    if spec.phase in ("speculate", "verify"):
+        emitted = (TensorSpec("tokens", (b, spec.draft_tokens + 1), "int32"), TensorSpec("count", (b,), "int32"))
+        return emitted if spec.phase == "speculate" else (*emitted, *_log_probs(spec, pair))
     return (TensorSpec("token", (b,), "int32"),)
+
+
+def _log_probs(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
+    """Return the outputs of `speculation.shaping.LogProbs`."""
+    b, t, n = spec.batch, spec.tokens, min(pair.logprobs, pair.target.out_vocab)
+    return (
+        TensorSpec("logprobs", (b, t), "float32"),
+        TensorSpec("ranks", (b, t), "int32"),
+        TensorSpec("top_logprobs", (b, t, n), "float32"),
+        TensorSpec("top_ids", (b, t, n), "int32"),
+    )

@@ -14,8 +14,8 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.draft_kind import DraftKind
 from pipeline.models.eagle3 import taps_of
 
-Phase = Literal["prefill", "decode", "speculate", "score"]
-Sampling = Literal["greedy", "stochastic"]
+Phase = Literal["prefill", "decode", "speculate", "score", "propose", "verify"]
+Sampling = Literal["greedy", "stochastic", "shaped"]
 Role = Literal["target", "draft"]
 ROLES: tuple[Role, Role] = ("target", "draft")
 Scope = Literal["pair", "target", "draft"]
@@ -26,9 +26,9 @@ Scope = Literal["pair", "target", "draft"]
 class GraphSpec:
     """One static-shape graph: traced once, compiled once, the same on every rank.
 
-    `batch` rows, `tokens` query length T (prefill bucket; 1 for decode; K+1 for speculate), `kv` attended cache
-    length S, `draft_tokens` K (speculate only, else 0), `model` the model or models that it
-    runs (`score` runs one of the two).
+    `batch` rows, `tokens` query length T (prefill bucket; 1 for decode; K+1 for speculate and verify), `kv` attended
+    cache length S, `draft_tokens` K (speculate, propose, verify; else 0), `model` the model or models that it runs
+    (`score` runs one of the two, `propose` the draft).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -43,10 +43,10 @@ class GraphSpec:
 
     @property
     def name(self) -> str:
-        """Directory name inside an artifact: `<phase>[-<model>]-b<B>-t<T>-s<S>[-k<K>][-stochastic]`."""
+        """Directory name inside an artifact: `<phase>[-<model>]-b<B>-t<T>-s<S>[-k<K>][-<sampling>]`."""
         phase = f"{self.phase}-{self.model}" if self.phase == "score" else self.phase
         k = f"-k{self.draft_tokens}" if self.draft_tokens else ""
-        tail = "-stochastic" if self.sampling == "stochastic" else ""
+        tail = "" if self.sampling == "greedy" else f"-{self.sampling}"
         return f"{phase}-b{self.batch}-t{self.tokens}-s{self.kv}{k}{tail}"
 
     @property
@@ -117,8 +117,8 @@ class ModelsSpec:
 class PairSpec:
     """Everything about a pair that shapes its graphs: its models, the size of the caches, a step's inputs.
 
-    `rows` and `length` of the caches; `candidates` that stochastic graphs keep (None: all); `lookup`: speculative steps
-    take copied tokens.
+    `rows` and `length` of the caches; `candidates` that sampling graphs keep (None: all); `lookup`: speculative steps
+    take copied tokens; `logprobs`: most probable tokens that a verify graph reports at each position.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -128,6 +128,7 @@ class PairSpec:
     length: int
     candidates: int | None = None
     lookup: bool = False
+    logprobs: int = 0
 
     @property
     def target(self) -> ModelConfig:
@@ -141,6 +142,8 @@ class PairSpec:
 
     def roles_of(self, spec: GraphSpec) -> tuple[Role, ...]:
         """Return the models that a graph runs: a draft that reads the target's states is never scored without it."""
+        if spec.phase == "propose":
+            return ("draft",)
         if spec.model == "pair" or (spec.model == "draft" and self.models.draft_kind.reads_target_states):
             return ("target", "draft")
         return (spec.model,)

@@ -31,6 +31,9 @@ NEUTRAL: dict[str, Any] = {
 NEUTRAL_IF_SAMPLED: dict[str, Any] = {"min_p": 0, "typical_p": 1, "top_h": None, "epsilon_cutoff": 0, "eta_cutoff": 0}
 """The same for settings that change sampled tokens only."""
 
+SHAPED = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_p")
+"""Those of both that shaped graphs apply."""
+
 APPLIED = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "max_length", EOS)
 
 WITHOUT_EFFECT = frozenset({
@@ -61,13 +64,19 @@ class GenerationDefaults:
     max_length: int | None = None
     unsupported: Mapping[str, Any] = field(default_factory=dict)
 
-    def not_applied(self, *, stochastic: bool, sampled: bool = True) -> tuple[str, ...]:
+    @property
+    def rules(self) -> dict[str, float]:
+        """Return the settings that shaped graphs apply, by name."""
+        return {name: float(value) for name, value in self.unsupported.items() if name in SHAPED}
+
+    def not_applied(self, *, stochastic: bool, shaped: bool = False, sampled: bool = True) -> tuple[str, ...]:
         """Return what an artifact does not apply, as `name=value`.
 
-        `stochastic`: it has graphs that sample. Without `sampled`, settings that change sampled tokens only are left
-        out.
+        `stochastic`: it has graphs that sample, `shaped`: graphs that follow rules. Without `sampled`, settings that
+        change sampled tokens only are left out.
         """
-        names = [name for name in self.unsupported if sampled or name not in NEUTRAL_IF_SAMPLED]
+        names = [name for name in self.unsupported if not (shaped and name in SHAPED)]
+        names = [name for name in names if sampled or name not in NEUTRAL_IF_SAMPLED]
         sampling = [] if stochastic or not self.do_sample else ["do_sample=true (no stochastic graphs were built)"]
         return (*sampling, *(f"{name}={_short(self.unsupported[name])}" for name in names))
 

@@ -184,8 +184,9 @@ def _problems(plan: Plan) -> Iterator[Problem]:
     if recipe.backend.name != "neuron":
         yield Problem(place("backend.name"), f"found {recipe.backend.name}", "use name: neuron")
     own = recipe.nxdi or Nxdi()
-    if "stochastic" in (own.sampling or recipe.speculation.sampling):
-        what = "found stochastic; NxD Inference verifies draft tokens by argmax only, and samples only the first token"
+    if beyond := set(own.sampling or recipe.speculation.sampling) - {"greedy"}:
+        what = f"found {', '.join(sorted(beyond))}; NxD Inference verifies draft tokens "
+        what += "by argmax only, and samples only the first token"
         yield Problem(
             place("speculation.sampling"), what, "write nxdi: {sampling: [greedy]}, or use the neuron backend"
         )

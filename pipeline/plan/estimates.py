@@ -166,11 +166,13 @@ def _layer_parameters(config: ModelConfig, layer: Layer, *, of_token: bool = Fal
 
 
 def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:
-    """Return the number of layer passes of a graph: K for each layer of the draft in `speculate`, else one."""
+    """Return the number of layer passes of a graph: K for each layer of a draft that proposes, else one or none."""
     if spec.phase == "score":
         return pair.draft.layers if spec.model == "draft" else pair.target.layers
-    draft_passes = {"speculate": spec.draft_tokens, "prefill": 1, "decode": 0}[spec.phase]
-    return pair.target.layers + draft_passes * pair.draft.layers
+    drafted = spec.draft_tokens * pair.draft.layers
+    if spec.phase == "propose":
+        return drafted
+    return pair.target.layers + {"speculate": drafted, "prefill": pair.draft.layers}.get(spec.phase, 0)
 
 
 def _cache_bytes(pair: PairSpec, role: Role) -> int:
@@ -186,8 +188,8 @@ def scratch_bytes(pair: PairSpec, spec: GraphSpec, *, fused: bool) -> int:
     the test of scratch memory measures it. Else attention is written out, with the scores of a block of queries.
     """
     layer = _fused_layer_bytes if fused else _layer_bytes
-    scored = spec.tokens if spec.phase in ("score", "speculate") else 1
-    copies = 1 if fused else 4 if spec.sampling == "stochastic" else 2
+    scored = spec.tokens if spec.phase in ("score", "speculate", "verify") else 1
+    copies = {"greedy": 1 if fused else 2, "stochastic": 1 if fused else 4, "shaped": 3 if fused else 6}[spec.sampling]
     vocab = pair.models.config_of("draft" if spec.model == "draft" else "target").out_vocab
     logits = 4 * spec.batch * scored * vocab * copies
     layers = [layer(pair, spec, role) for role in pair.roles_of(spec)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from pipeline.errors import Problem, RecipeError
@@ -121,6 +122,7 @@ def pair_spec(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairSp
         length=recipe.shapes.kv[-1],
         candidates=recipe.speculation.candidates,
         lookup=recipe.speculation.lookup is not None,
+        logprobs=recipe.speculation.reported_logprobs,
     )
 
 
@@ -128,7 +130,8 @@ def _graphs(recipe: Recipe) -> list[GraphSpec]:
     """Return every graph, the most expensive phase first, so that parallel compiles end at about the same time."""
     shapes, speculation = recipe.shapes, recipe.speculation
     first: Sampling = "stochastic" if "stochastic" in speculation.sampling else "greedy"
-    steps = [(b, s, how) for b in shapes.batch for s in shapes.kv for how in speculation.sampling]
+    fused = [how for how in speculation.sampling if how != "shaped"]
+    steps = [(b, s, how) for b in shapes.batch for s in shapes.kv for how in fused]
     scored: tuple[Scope, Scope] = ("target", "draft")
     return [
         *(GraphSpec("speculate", b, k + 1, s, k, how) for k in speculation.draft_tokens for b, s, how in steps),
@@ -139,7 +142,20 @@ def _graphs(recipe: Recipe) -> list[GraphSpec]:
             for s in shapes.kv
             for model in scored
         ),
+        *(_shaped_graphs(recipe) if "shaped" in speculation.sampling else ()),
     ]
+
+
+def _shaped_graphs(recipe: Recipe) -> Iterator[GraphSpec]:
+    """Yield the graphs of shaped rows: of each batch a draft's proposals, and their verification for each K.
+
+    They attend over the whole cache: a bucket for each length would double their number.
+    """
+    kv, steps = recipe.shapes.kv[-1], recipe.speculation.draft_tokens
+    for batch in recipe.shapes.batch:
+        for k in steps:
+            yield GraphSpec("verify", batch, k + 1, kv, k, "shaped")
+        yield GraphSpec("propose", batch, 1, kv, steps[-1], "stochastic")
 
 
 def _overflow(plan: Plan, limit: int) -> Problem:

@@ -112,6 +112,12 @@ def _sampling_conflicts(speculation: Speculation) -> Iterator[Finding]:
     if speculation.candidates is not None and "stochastic" not in speculation.sampling:
         what = f"found {speculation.candidates}, but only stochastic graphs use candidates and none is built"
         yield ("speculation", "candidates"), what, "add stochastic to speculation.sampling, or remove candidates"
+    if speculation.logprobs is not None and "shaped" not in speculation.sampling:
+        what = f"found {speculation.logprobs}, but only shaped graphs report log probabilities and none is built"
+        yield ("speculation", "logprobs"), what, "add shaped to speculation.sampling, or remove logprobs"
+    if "shaped" in speculation.sampling and "stochastic" not in speculation.sampling:
+        what = "found shaped without stochastic, whose graph proposes the drafts of shaped rows"
+        yield ("speculation", "sampling"), what, "add stochastic"
 
 
 def _reading_conflicts(speculation: Speculation, draft: Any) -> Iterator[Finding]:

@@ -208,6 +208,10 @@ class Draft(_Weighted):
         return self
 
 
+LOGPROBS = 20
+"""The largest `top_logprobs` of OpenAI's chat completions, and vLLM's default `--max-logprobs`."""
+
+
 class Speculation(Record):
     """How tokens are proposed and chosen."""
 
@@ -219,12 +223,19 @@ class Speculation(Record):
         description="K: proposals per step, vLLM's num_speculative_tokens; a step emits 1 to K+1 tokens"
     )
     sampling: Annotated[tuple[Sampling, ...], AfterValidator(_not_empty), AfterValidator(_no_repeats)] = Field(
-        default=("greedy",), description="graphs to build: greedy (argmax), stochastic (temperature, top-k, top-p)"
+        default=("greedy",),
+        description="graphs to build: greedy (argmax), stochastic (temperature, top-k, top-p), shaped (grammars, "
+        "penalties, bias, min_p and log probabilities; with stochastic)",
     )
     candidates: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="tokens that a stochastic graph keeps before sampling, for backends that cannot keep all: what is "
+        description="tokens that a sampling graph keeps before sampling, for backends that cannot keep all: what is "
         "left out is never sampled, and the parity report states its mass; default: all",
+    )
+    logprobs: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="most probable tokens that shaped graphs report at each position, the limit of a request's "
+        f"top_logprobs; default: {LOGPROBS}",
     )
     lookup: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
@@ -236,6 +247,12 @@ class Speculation(Record):
         description="cost of a step for each value of draft_tokens, in decode steps, as `tandem tune` measures it: a "
         "list, or a list for each batch bucket; greedy decoding then chooses K, or decode steps, by acceptance rates",
     )
+
+    @property
+    def reported_logprobs(self) -> int:
+        """Most probable tokens that graphs report at each position; 0 without shaped graphs."""
+        given = LOGPROBS if self.logprobs is None else self.logprobs
+        return given if "shaped" in self.sampling else 0
 
     @model_validator(mode="after")
     def _has_costs_for_each_k(self) -> Speculation:

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 from pipeline.runtime.open import load
 
 if TYPE_CHECKING:
-    from pipeline.runtime.engine import Engine, Generation
+    from pipeline.runtime.calls import Generation
+    from pipeline.runtime.engine import Engine
+    from pipeline.runtime.rules import Rules
 
-__all__ = ["Engine", "Generation", "load"]
+__all__ = ["Engine", "Generation", "Rules", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return a name of `engine`, which is imported on first use."""
+    """Return a class of this room, whose module is imported on first use: it imports torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pipeline.runtime import engine  # imports torch
+    from pipeline.runtime import calls, engine, rules
 
-    return getattr(engine, name)
+    modules = {"Engine": engine, "Generation": calls, "Rules": rules}
+    return getattr(modules[name], name)

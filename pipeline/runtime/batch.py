@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks
-from pipeline.errors import InputError
 from pipeline.graphs.arguments import (
     Choice,
     Draw,
@@ -23,29 +24,32 @@ from pipeline.graphs.arguments import (
     step_arguments,
 )
 from pipeline.graphs.spec import GraphSpec
+from pipeline.graphs.verify_arguments import VerifyRow, verify_arguments
 from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
 from pipeline.runtime.lookup import Lookup
-
-TOP_K = 2**31 - 1
-"""The largest `top_k`: graphs take it as int32."""
+from pipeline.runtime.rules import RuleState
 
 
 @dataclass
 class Row:
     """A request in a cache row. `tokens` is prompt and output; all but the last are in the target's cache.
 
-    A sampled token depends on `seed`, its position and the tokens before it alone. `drafted` and `copied` are the
-    acceptances of the draft's own tokens and of those that prompt lookup proposed.
+    A sampled token depends on `seed`, its position and the tokens before it alone. `rules` is None for a request that
+    asks for no more than its choice. `drafted` and `copied` are the acceptances of the draft's own tokens and of those
+    that prompt lookup proposed.
     """
 
     tokens: list[int]
     prompt: int
     seed: int
     choice: Choice
+    rules: RuleState | None = None
     in_draft: int = 0
     drafted: Acceptance = field(default_factory=Acceptance)
     copied: Acceptance = field(default_factory=lambda: Acceptance(COPIED, start=COPIED))
     lookup: Lookup = field(default_factory=Lookup)
+    proposed: list[int] = field(default_factory=list)
+    """What the draft proposed for the next `verify`."""
     has_copied: bool = False
     """Whether the last speculative step proposed copied tokens."""
 
@@ -59,55 +63,36 @@ Rows = Mapping[int, Row]
 """Rows by their slot in the caches."""
 
 
-def check_choice(manifest: PairManifest, choice: Choice) -> None:
-    """Reject sampling that was not built, and settings out of range.
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """Log probability and rank (1: the most probable) of a token, and the most probable tokens, the first one first.
 
-    Raises:
-        InputError: `where` names the setting.
-
+    They are the target's own, before rules and temperature.
     """
-    how = "stochastic" if choice.temperature > 0 else "greedy"
-    if how not in manifest.sampling:
-        built = ", ".join(manifest.sampling)
-        raise InputError(
-            f"{how} sampling was not built; the artifact has {built}",
-            where="temperature",
-            fix=f"add {how} to speculation.sampling and rebuild",
-        )
-    accepted = {
-        "temperature": (choice.temperature >= 0, "0 (greedy) or more"),
-        "top_k": (0 <= choice.top_k <= TOP_K, f"0 (all tokens) to {TOP_K}"),
-        "top_p": (0 < choice.top_p <= 1, "more than 0, at most 1"),
-    }
-    for name, (fits, range_) in accepted.items():
-        if not fits:
-            raise InputError(f"found {getattr(choice, name)}", where=name, fix=f"use {range_}")
-    kept = manifest.pair.candidates
-    if kept is not None and choice.temperature > 0 and choice.top_k > kept:
-        what = f"found {choice.top_k}; the artifact samples from the best {kept} tokens (`speculation.candidates`)"
-        raise InputError(what, where="top_k", fix=f"use 1 to {kept}, or 0 for all {kept}")
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
 
 
-def check_prompt(manifest: PairManifest, tokens: Sequence[int], where: str) -> None:
-    """Reject prompts that do not fit the caches, and ids outside the target's vocabulary.
+@dataclass(frozen=True)
+class Verified:
+    """Tokens that a step emits for a row, and their log probabilities."""
 
-    Raises:
-        InputError: the message has the limit.
+    tokens: list[int]
+    logprobs: list[TokenLogProbs]
 
-    """
-    longest, last = manifest.shapes.kv[-1] - 1, manifest.vocab - 1
-    if not tokens or len(tokens) > longest:
-        raise InputError(
-            f"{len(tokens)} tokens; the artifact takes 1 to {longest}",
-            where=where,
-            fix="shorten the prompt, or build with a larger kv bucket",
-        )
-    if strange := [token for token in tokens if not 0 <= token <= last]:
-        raise InputError(
-            f"token id {strange[0]}; the artifact's vocabulary has ids 0 to {last}",
-            where=where,
-            fix="send text, or ids of the artifact's own tokenizer",
-        )
+
+@dataclass(frozen=True)
+class Drafts:
+    """Drafts to verify for a row, and what a grammar allows before and after each: int32 [drafts + 1, W], or None."""
+
+    tokens: Sequence[int] = ()
+    allowed: Tensor | None = None
+
+
+NO_DRAFTS = Drafts()
 
 
 class Batch:
@@ -119,7 +104,16 @@ class Batch:
         self.graphs = [entry.spec for entry in manifest.graphs]
         self.slots = manifest.shapes.batch[-1]
         self.length = manifest.shapes.kv[-1] - 1
-        counted = ("prefills", "chunks", "speculative_steps", "decode_steps", "tokens", "catch_ups", "copies")
+        counted = (
+            "prefills",
+            "chunks",
+            "speculative_steps",
+            "decode_steps",
+            "tokens",
+            "catch_ups",
+            "copies",
+            "verify_steps",
+        )
         self.stats = dict.fromkeys(counted, 0)
 
     def draft_length_policy(self) -> DraftLengthPolicies | None:
@@ -140,6 +134,8 @@ class Batch:
                 self._score(spec, {})
             elif spec.phase == "prefill":
                 self._prefill(spec, {}, {})
+            elif spec.phase == "verify":
+                self.ranks.run(spec, verify_arguments(spec, {}, self.manifest.vocab))
             else:
                 self.ranks.run(spec, step_arguments(spec, {}))
         return len(used)
@@ -151,18 +147,31 @@ class Batch:
     def prefill(self, rows: Rows) -> dict[int, int]:
         """Read whole prompts into their slots, as many at a time as a graph takes; return each row's first token.
 
-        Of a prompt that is longer than the largest prefill bucket, the prefill graph reads a first part, `score` graphs
-        the rest in whole chunks of theirs, and a decode step the last token.
+        The last token of a prompt that is longer than the largest prefill bucket is read by a decode step.
         """
         longest = self.manifest.shapes.prefill[-1]
         long = {slot: row for slot, row in rows.items() if row.prompt > longest}
-        parts = {slot: longest - (longest - row.prompt + 1) % self._chunk for slot, row in long.items()}
         first = self._prefill_all({slot: row for slot, row in rows.items() if slot not in long}, {})
         if long:
-            self._prefill_all(long, parts)
-            self._read_on(long, parts)
+            self.read(long)
             first |= {slot: token for slot, (token,) in self.decode(long).items()}
         return first
+
+    def read(self, rows: Rows) -> None:
+        """Read prompts but for their last tokens: the next step's graph reads these.
+
+        Of a prompt that is longer than the largest prefill bucket, the prefill graph reads a first part and `score`
+        graphs the rest in whole chunks of theirs.
+        """
+        longest = self.manifest.shapes.prefill[-1]
+        long = {slot: row for slot, row in rows.items() if row.prompt > longest}
+        parts = {slot: row.prompt - 1 for slot, row in rows.items()}
+        parts |= {slot: longest - (longest - row.prompt + 1) % self._chunk for slot, row in long.items()}
+        for slot, row in rows.items():
+            row.in_draft = parts[slot]
+        self._prefill_all({slot: row for slot, row in rows.items() if parts[slot]}, parts)
+        if long:
+            self._read_on(long, parts)
 
     def _prefill_all(self, rows: Rows, parts: Mapping[int, int]) -> dict[int, int]:
         """Prefill prompts, those in `parts` up to so many tokens, and return the token after each."""
@@ -211,6 +220,48 @@ class Batch:
             if self.manifest.draft_kind.reads_target_states:  # this draft runs in every step of the target
                 row.in_draft = row.position + 1
         return {slot: [int(out[slot])] for slot in rows}
+
+    def propose(self, rows: Rows, steps: int) -> dict[int, list[int]]:
+        """Return `steps` tokens of each row's draft, or of prompt lookup, for `verify`; none at a row's first token."""
+        rows = {slot: row for slot, row in rows.items() if row.position > 0}
+        if not rows:
+            return {}
+        self._catch_up(rows)
+        spec = self._split_graph("propose", rows, self.manifest.draft_tokens[-1])
+        copies = {slot: self._copies(row, steps) for slot, row in rows.items()}
+        drafts = self.ranks.run(spec, step_arguments(spec, _step_rows(rows, copies)))["drafts"].tolist()
+        self.stats["copies"] += sum(map(bool, copies.values()))
+        for slot, row in rows.items():
+            row.has_copied, row.proposed = bool(copies[slot]), drafts[slot]
+        return {slot: drafts[slot][:steps] for slot in rows}
+
+    def verify(self, rows: Rows, drafts: Mapping[int, Drafts]) -> dict[int, Verified]:
+        """Verify given drafts by the rows' rules: 1 to K+1 tokens per row; rows without drafts take a decode step."""
+        given = {slot: drafts.get(slot, NO_DRAFTS) for slot in rows}
+        spec = self._split_graph("verify", rows, max(len(each.tokens) for each in given.values()))
+        arguments = {slot: _verify_row(row, given[slot]) for slot, row in rows.items()}
+        out = self.ranks.run(spec, verify_arguments(spec, arguments, self.manifest.vocab))
+        counts = out["count"].tolist()
+        self.stats["verify_steps"] += 1
+        for slot, row in rows.items():
+            self._record_verified(row, counts[slot], given[slot].tokens)
+        asked = {slot: row.rules.rules.logprobs if row.rules else None for slot, row in rows.items()}
+        return {slot: _verified(out, slot, counts[slot], asked[slot]) for slot in rows}
+
+    def _record_verified(self, row: Row, count: int, drafts: Sequence[int]) -> None:
+        if drafts:
+            (row.copied if row.has_copied else row.drafted).record_step(count - 1, len(drafts))
+        if self.manifest.draft_kind.reads_target_states:  # this draft runs in every step of the target
+            row.in_draft = row.position + count
+        elif row.proposed:  # it has read the last token and its proposals but for the last; the accepted ones are valid
+            own = _common(row.proposed[:-1], drafts[: count - 1])
+            row.in_draft = row.position + 1 + own
+        row.proposed = []
+
+    def _split_graph(self, phase: str, rows: Rows, steps: int) -> GraphSpec:
+        """Return the smallest graph of a phase that holds the rows' slots and K = `steps` drafts."""
+        fits = [g for g in self.graphs if g.phase == phase and g.batch > max(rows) and g.draft_tokens >= steps]
+        return min(fits, key=lambda g: (g.batch, g.draft_tokens))
 
     def has_room(self, rows: Rows, steps: int) -> bool:
         """Return whether K = `steps` drafts fit after every row."""
@@ -309,3 +360,30 @@ def _step_rows(rows: Rows, copies: Mapping[int, Sequence[int]] | None = None) ->
         slot: StepRow(row.tokens[-1], row.position, Draw(row.choice, row.seed), copied.get(slot, ()))
         for slot, row in rows.items()
     }
+
+
+def _verify_row(row: Row, drafts: Drafts) -> VerifyRow:
+    draw = Draw(row.choice, row.seed)
+    if row.rules is None:
+        return VerifyRow(row.tokens[-1], row.position, drafts.tokens, draw)
+    rules = row.rules.at(row.tokens, drafts.tokens, drafts.allowed)
+    return VerifyRow(row.tokens[-1], row.position, drafts.tokens, draw, rules)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the length of the longest common prefix."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _verified(out: Mapping[str, Tensor], slot: int, count: int, asked: int | None) -> Verified:
+    """Return what a step emitted for a row, with the log probabilities of `asked` most probable tokens if not None."""
+    tokens = out["tokens"][slot, :count].tolist()
+    if asked is None:
+        return Verified(tokens, [])
+    columns = [out[name][slot, :count].tolist() for name in ("logprobs", "ranks")]
+    columns += [out[name][slot, :count, :asked].tolist() for name in ("top_ids", "top_logprobs")]
+    return Verified(tokens, [
+        TokenLogProbs(token, logprob, rank, tuple(zip(ids, values, strict=True)))
+        for token, logprob, rank, ids, values in zip(tokens, *columns, strict=True)
+    ])  # fmt: skip

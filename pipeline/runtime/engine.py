@@ -6,70 +6,22 @@ Chooses the rows of a step and handles their tokens; `batch.py` runs the graphs,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Self
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks
-from pipeline.errors import InputError, no_string
+from pipeline.errors import InputError
 from pipeline.graphs.arguments import Choice
-from pipeline.models.generation import GENERATION_CONFIG, GenerationDefaults
-from pipeline.runtime.batch import Batch, Row, check_choice, check_prompt
-from pipeline.runtime.draft_length import DraftLengthPolicies
+from pipeline.models.generation import GENERATION_CONFIG, SHAPED, GenerationDefaults
+from pipeline.runtime.batch import Batch
+from pipeline.runtime.calls import NEW_TOKENS, Call, Generation, Prompt, Settings, checked_prompts, drafts_of
+from pipeline.runtime.grammar import Grammars
+from pipeline.runtime.requests import check_asked, check_choice, check_prompt
+from pipeline.runtime.rules import NO_RULES, Rules, RuleState
 from pipeline.runtime.text import Chat, StreamDecoder, Text
 
 SEEDS = 1 << 32
-NEW_TOKENS = 128
-"""Limit of an answer, if neither the call nor `generation_config.json` sets one."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer: new token ids, their text, speculative steps, accepted draft tokens, and the reason of its end.
-
-    For each step: the number of emitted tokens, and whether prompt lookup proposed some of them. These and `accepted`
-    include tokens that the end of the answer cut off. `finish_reason` is `stop` (end-of-sequence token, which is
-    included) or `length`.
-    """
-
-    tokens: list[int]
-    text: str
-    steps: int
-    accepted: int
-    finish_reason: str
-    emitted_per_step: list[int] = field(default_factory=list)
-    copied_per_step: list[bool] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One call of `generate`: its limit (None: the model's), K (None: plain decode), the policies that choose K."""
-
-    max_new_tokens: int | None
-    seed: int
-    draft_tokens: int | None = None
-    draft_length_policy: DraftLengthPolicies | None = None
-
-
-@dataclass
-class Prompt(Row):
-    """A prompt of one call: its index, the limit of its answer, and the tokens emitted by its speculative steps."""
-
-    index: int = 0
-    limit: int = NEW_TOKENS
-    emitted: list[int] = field(default_factory=list)
-    copied_steps: list[bool] = field(default_factory=list)
-
-
-@dataclass
-class Call:
-    """The prompts of one call: all of them, those that wait for a slot (the next one last), and those in the slots."""
-
-    settings: Settings
-    prompts: list[Prompt]
-    waiting: list[Prompt]
-    slots: list[Prompt | None]
 
 
 TRANSFORMERS_DEFAULTS = GenerationDefaults()
@@ -97,6 +49,7 @@ class Engine:
         self.rows = self.batch.slots
         self.length = self.batch.length
         self._newest: Call | None = None
+        self._newest_grammars: Grammars | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +68,7 @@ class Engine:
         seed: int = 0,
         speculate: bool = True,
         draft_tokens: int | None = None,
+        rules: Rules | None = None,
         on_tokens: OnTokens | None = None,
     ) -> list[Generation]:
         """Generate for every prompt; more prompts than rows are queued, rows are refilled as they finish.
@@ -127,21 +81,23 @@ class Engine:
         `generation_config.json` or of the tokenizer. Random numbers depend on `seed`, the prompt's index and the
         position alone, so an answer depends neither on the other prompts nor on speculation. Without `draft_tokens`,
         K is the first of the artifact's; with step costs in the artifact, K or plain decode is chosen for each step.
+        `rules` asks for a grammar, penalties, biases or log probabilities; without them, those of the model apply.
 
         Raises:
             InputError: a string in place of the list, an empty prompt, one that does not fit the caches,
-                token ids beyond the vocabulary, settings out of range, or sampling that was not built.
+                token ids beyond the vocabulary, settings or rules out of range, or sampling that was not built.
             ArtifactError: a chat, and the artifact has no chat template or its template rejects the messages.
 
         """  # fmt: skip
         choice = self.choice(temperature, top_k, top_p)
-        call = self._call(prompts, self._settings(max_new_tokens, seed, choice, speculate, draft_tokens), choice)
+        asked = self.rules() if rules is None else rules
+        call = self._call(prompts, self._settings(max_new_tokens, seed, choice, asked, speculate, draft_tokens))
         for prompt, tokens in self._run(call):
             if on_tokens:
                 on_tokens(prompt.index, tokens)
         return [self._result(prompt) for prompt in call.prompts]
 
-    def stream(
+    def stream(  # noqa: PLR0913 - as `generate`
         self,
         prompt: str | list[int] | Chat,
         *,
@@ -151,6 +107,7 @@ class Engine:
         top_p: float | None = None,
         seed: int = 0,
         speculate: bool = True,
+        rules: Rules | None = None,
     ) -> Iterator[str]:
         """Return the answer to one prompt piece by piece, as text; joined, the pieces are the text of `generate`.
 
@@ -163,8 +120,9 @@ class Engine:
 
         """
         choice = self.choice(temperature, top_k, top_p)
-        settings = self._settings(max_new_tokens, seed, choice, speculate, None)
-        return self._pieces(self._call([prompt], settings, choice))
+        asked = self.rules() if rules is None else rules
+        settings = self._settings(max_new_tokens, seed, choice, asked, speculate, None)
+        return self._pieces(self._call([prompt], settings))
 
     def choice(self, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None) -> Choice:
         """Return the sampling of a call that gives these settings; the others are those of the model."""
@@ -179,6 +137,13 @@ class Engine:
             defaults.top_p if top_p is None else top_p,
         )
 
+    def rules(self) -> Rules:
+        """Return the rules of the model's `generation_config.json`, none without shaped graphs."""
+        if not self.shapes:
+            return NO_RULES
+        found = {name: self.defaults.rules.get(name, getattr(NO_RULES, name)) for name in SHAPED}
+        return Rules(**found)
+
     def new_tokens(self, prompt: int, max_new_tokens: int | None = None) -> int:
         """Return the limit of the answer to a prompt of this many tokens."""
         return max_new_tokens if max_new_tokens is not None else self.defaults.new_tokens(prompt, NEW_TOKENS)
@@ -188,8 +153,13 @@ class Engine:
         """Whether stochastic graphs were built."""
         return "stochastic" in self.manifest.sampling
 
+    @property
+    def shapes(self) -> bool:
+        """Whether shaped graphs were built."""
+        return "shaped" in self.manifest.sampling
+
     def stats(self) -> dict[str, int]:
-        """Return counts since loading: prefills, chunks, speculative and decode steps, tokens, catch-ups, copies."""
+        """Return counts since loading: prefills, chunks, steps of each kind, tokens, catch-ups, copies."""
         return dict(self.batch.stats)
 
     def close(self) -> None:
@@ -197,16 +167,24 @@ class Engine:
         self.batch.close()
 
     def _settings(
-        self, max_new_tokens: int | None, seed: int, choice: Choice, speculate: bool, draft_tokens: int | None
+        self,
+        max_new_tokens: int | None,
+        seed: int,
+        choice: Choice,
+        rules: Rules,
+        speculate: bool,
+        draft_tokens: int | None,
     ) -> Settings:
         if max_new_tokens is not None and max_new_tokens < 1:
             raise InputError(f"found {max_new_tokens}", where="max_new_tokens", fix="use 1 or more")
         if not 0 <= seed < SEEDS:
             raise InputError(f"found {seed}", where="seed", fix=f"use 0 to {SEEDS - 1}")
         check_choice(self.manifest, choice)
+        check_asked(self.manifest, rules)
         paced = speculate and draft_tokens is None
         steps = self._steps(draft_tokens) if speculate else None
-        return Settings(max_new_tokens, seed, steps, self.batch.draft_length_policy() if paced else None)
+        policy = self.batch.draft_length_policy() if paced else None
+        return Settings(max_new_tokens, seed, choice, rules, steps, policy)
 
     def _steps(self, draft_tokens: int | None) -> int:
         built = self.manifest.draft_tokens
@@ -216,12 +194,12 @@ class Engine:
             raise InputError(f"K={draft_tokens} was not built", where="draft_tokens", fix=f"use one of {list(built)}")
         return draft_tokens
 
-    def _call(self, prompts: Iterable[str | list[int] | Chat], settings: Settings, choice: Choice) -> Call:
+    def _call(self, prompts: Iterable[str | list[int] | Chat], settings: Settings) -> Call:
         """Return the checked prompts of a call, as rows that wait."""
-        rows = [self._row(number, prompt, choice, settings) for number, prompt in enumerate(_checked(prompts))]
+        rows = [self._row(number, prompt, settings) for number, prompt in enumerate(checked_prompts(prompts))]
         return Call(settings, rows, rows[::-1], [None] * self.rows)
 
-    def _row(self, number: int, prompt: str | list[int] | Chat, choice: Choice, settings: Settings) -> Prompt:
+    def _row(self, number: int, prompt: str | list[int] | Chat, settings: Settings) -> Prompt:
         where = f"prompt {number}"
         tokens = self._encoded(prompt, where)
         check_prompt(self.manifest, tokens, where)
@@ -229,8 +207,18 @@ class Engine:
         if limit < 1:
             what = f"{len(tokens)} tokens; {GENERATION_CONFIG} has max_length={self.defaults.max_length}"
             raise InputError(what, where=where, fix="give max_new_tokens (--max-new-tokens), or shorten the prompt")
-        seed = settings.seed | number << 32
-        return Prompt(tokens, len(tokens), seed, choice, index=number, limit=limit)
+        row = Prompt(tokens, len(tokens), settings.seed | number << 32, settings.choice, index=number, limit=limit)
+        if settings.rules.asked:
+            row.rules = RuleState(settings.rules, tokens, self.manifest.vocab, self.manifest.eos_ids)
+        if settings.rules.json_schema is not None:
+            row.grammar = self._grammars().of_schema(settings.rules.json_schema)
+        return row
+
+    def _grammars(self) -> Grammars:
+        """Return the grammars of the artifact's tokenizer, made at the first call: it takes about a second."""
+        if self._newest_grammars is None:
+            self._newest_grammars = Grammars(self.text.as_json(), self.manifest.vocab, self.manifest.eos_ids)
+        return self._newest_grammars
 
     def _encoded(self, prompt: str | list[int] | Chat, where: str) -> list[int]:
         """Return the token ids of a prompt of any kind."""
@@ -269,9 +257,12 @@ class Engine:
         rows = {slot: call.waiting.pop() for slot in free[: len(call.waiting)]}
         if not rows:
             return []
-        first = self.batch.prefill(rows)
         for slot, row in rows.items():
             call.slots[slot] = row
+        if call.settings.rules.asked:  # their first token is chosen by rules, which prefill graphs do not have
+            self.batch.read(rows)
+            return []
+        first = self.batch.prefill(rows)
         return [(rows[slot], self._take(rows[slot], [token])) for slot, token in first.items()]
 
     def _step(self, call: Call) -> Emitted:
@@ -282,12 +273,24 @@ class Engine:
         steps = call.settings.draft_tokens
         if call.settings.draft_length_policy is not None:
             steps = call.settings.draft_length_policy.choose(self.batch.acceptance(rows)) or None
-        tokens = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
+        if call.settings.rules.asked:
+            tokens = self._verify(rows, steps or 0)
+        else:
+            tokens = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
         for slot, row in rows.items():
             if steps:
                 row.emitted.append(len(tokens[slot]))
                 row.copied_steps.append(row.has_copied)
         return [(row, self._take(row, tokens[slot])) for slot, row in rows.items()]
+
+    def _verify(self, rows: Mapping[int, Prompt], steps: int) -> dict[int, list[int]]:
+        """Run one step of rows with rules: K = `steps` drafts of each, or what its grammar leaves of them."""
+        proposed = self.batch.propose(rows, steps) if steps else {}
+        drafts = {slot: drafts_of(row, proposed.get(slot, []), steps) for slot, row in rows.items()}
+        verified = self.batch.verify(rows, drafts)
+        for slot, row in rows.items():
+            row.logprobs += verified[slot].logprobs
+        return {slot: each.tokens for slot, each in verified.items()}
 
     def _take(self, row: Prompt, emitted: list[int]) -> list[int]:
         """Append a step's tokens, cut at the end of the sequence and at the limit; return those that were appended."""
@@ -297,6 +300,8 @@ class Engine:
                 tokens = tokens[: at + 1]
                 break
         row.tokens.extend(tokens)
+        if row.grammar is not None:
+            row.grammar.accept(tokens)
         self.batch.stats["tokens"] += len(tokens)
         return tokens
 
@@ -315,22 +320,5 @@ class Engine:
         tokens, steps = row.tokens[row.prompt :], len(row.emitted)
         reason = "stop" if tokens[-1] in self.manifest.eos_ids else "length"
         per_step = list(row.emitted), list(row.copied_steps)
-        return Generation(tokens, self.text.decode(tokens), steps, sum(row.emitted) - steps, reason, *per_step)
-
-
-def _checked(prompts: Iterable[str | list[int] | Chat]) -> list[str | list[int] | Chat]:
-    """Return the prompts; reject a single prompt in place of the list."""
-    no_string(prompts, "prompts", "prompts")
-    listed = list(prompts)
-    _no_single_prompt(listed)
-    return listed
-
-
-def _no_single_prompt(prompts: Sequence[object]) -> None:
-    """Reject the token ids or the messages of one prompt where a list of prompts is expected."""
-    if ids := [prompt for prompt in prompts if isinstance(prompt, int)]:
-        what = f"found the token id {ids[0]}, expected a list of prompts: texts, or lists of token ids"
-        raise InputError(what, where="prompts", fix=f"write [[{ids[0]}, ...]]")
-    if any(isinstance(prompt, Mapping) for prompt in prompts):
-        what = "found a message, expected a list of prompts: a chat is a list of messages"
-        raise InputError(what, where="prompts", fix='write [[{"role": "user", "content": "..."}]]')
+        counts = steps, sum(row.emitted) - steps
+        return Generation(tokens, self.text.decode(tokens), *counts, reason, *per_step, row.logprobs[: len(tokens)])

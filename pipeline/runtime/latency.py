@@ -17,7 +17,8 @@ from itertools import pairwise
 from math import ceil
 from statistics import median
 
-from pipeline.runtime.engine import Engine, Generation
+from pipeline.runtime.calls import Generation
+from pipeline.runtime.engine import Engine
 
 
 @dataclass(frozen=True)

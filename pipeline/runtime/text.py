@@ -112,6 +112,10 @@ class Text:
         """
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
+    def as_json(self) -> str:
+        """Return the tokenizer as the text of a `tokenizer.json`."""
+        return str(self._tokenizer.to_str())
+
     def token(self, token: int) -> str:
         """Return the text of one token, special tokens by name, with the replacement character for incomplete ones."""
         return str(self._tokenizer.decode([token], skip_special_tokens=False))

@@ -16,7 +16,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 from pipeline.artifact.manifest import PairManifest
 from pipeline.errors import InputError, TandemError
 from pipeline.models.generation import not_applied_warning
-from pipeline.runtime.batch import check_choice, check_prompt
+from pipeline.runtime.requests import check_choice, check_prompt
 from pipeline.serve import settings
 from pipeline.serve.arguments import restrict
 from pipeline.serve.plugin import ARTIFACT

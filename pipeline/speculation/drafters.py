@@ -36,6 +36,11 @@ FEATURE = "feature"
 class Drafter(Protocol):
     """Interface of a draft for the phases."""
 
+    @property
+    def model(self) -> Model:
+        """The draft itself, with its caches."""
+        ...
+
     def after_prefill(self, prompt: Prompt, states: Hidden) -> None:
         """Update the draft's state after the target has read these prompts."""
         ...
@@ -46,6 +51,10 @@ class Drafter(Protocol):
 
     def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
         """Draft `steps` tokens: int64 [B, K] in the target's ids. When sampling, with the noise of their positions."""
+        ...
+
+    def before_verify(self, rows: Rows) -> None:
+        """Update the draft's state before given drafts are verified: it may not have proposed any in this step."""
         ...
 
     def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:
@@ -86,6 +95,9 @@ class DraftModel:
             drafts.append(tokens_BT)
         return torch.cat(drafts, dim=1)
 
+    def before_verify(self, rows: Rows) -> None:
+        """No-op: as after a decode step, the runtime fills the draft's cache through `score`."""
+
     def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:  # noqa: ARG002
         """Set the tail to the token before each row's newest token."""
         history = torch.cat((rows.last_B[:, None].long(), emitted.tokens), dim=1)
@@ -118,8 +130,7 @@ class Eagle3:
 
     def after_decode(self, rows: Rows, states: Hidden) -> None:
         """Write keys and values of the previous position, whose next token is known now."""
-        positions_B1 = rows.position_B[:, None] - 1
-        self._write_cache(rows.last_B[:, None], self._feature(rows), positions_B1, self.writes(rows, positions_B1))
+        self.before_verify(rows)
         put(self.model, FEATURE, rows.index, self._features(states)[:, 0], rows.alive_B[:, None])
 
     def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
@@ -134,6 +145,11 @@ class Eagle3:
             drafts.append(tokens_B1)
             positions_B1 = positions_B1 + 1
         return torch.cat(drafts, dim=1)
+
+    def before_verify(self, rows: Rows) -> None:
+        """Write keys and values of the previous position, whose next token is known now."""
+        positions_B1 = rows.position_B[:, None] - 1
+        self._write_cache(rows.last_B[:, None], self._feature(rows), positions_B1, self.writes(rows, positions_B1))
 
     def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:
         """Rewrite keys and values of accepted drafts from the target's features instead of the head's own output."""

@@ -15,18 +15,22 @@ from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
 from pipeline.models.parallel import Pass, Seams, State, attend_up_to, plan_writes
 from pipeline.models.weights import D2T, OFFSET
 from pipeline.speculation.sampling import Sampling, Vocabulary, greedy, sample
+from pipeline.speculation.shaping import LogProbs, Shaping, log_probs, shape
 
 
 @dataclass(frozen=True)
 class Choose:
     """How a graph picks tokens: greedily, or by `sampling` from the best `keep` candidates (None: all tokens).
 
-    `copied` int32 [B, K] are tokens to propose instead of the draft's own, -1 for none.
+    `copied` int32 [B, K] are tokens to propose instead of the draft's own, -1 for none. `shaping` is what the rows ask
+    of the target's scores, whose `logprobs` most probable tokens are reported.
     """
 
     sampling: Sampling | None = None
     keep: int | None = None
     copied: Tensor | None = None
+    shaping: Shaping | None = None
+    logprobs: int = 0
 
     def at(self, step: int) -> Choose:
         """Return the choice of one draft step: its copied token, [B, 1]."""
@@ -143,6 +147,19 @@ class Model:
         ids_V = torch.arange(self.proposable, dtype=torch.int32, device=logits_BTV.device)
         of = Vocabulary(choose.keep, self.seams, self.weights.get(OFFSET))
         return self.to_target(sample(logits_BTV, choose.sampling, positions_BT, self.to_target(ids_V).int(), of))
+
+    def next_shaped(
+        self, hidden_BTH: Tensor, positions_BT: Tensor, drafts_BK: Tensor, choose: Choose
+    ) -> tuple[Tensor, LogProbs]:
+        """Choose the target's tokens at `positions_BT`, int64 [B, T], as the rows ask; every rank has all scores."""
+        assert choose.shaping is not None
+        assert choose.sampling is not None
+        logits_BTV = self.all_logits(hidden_BTH)
+        scores_BTV = shape(logits_BTV, choose.shaping, drafts_BK, choose.sampling.temperature_B)
+        ids_V = torch.arange(logits_BTV.shape[-1], dtype=torch.int32, device=logits_BTV.device)
+        of = Vocabulary(choose.keep, self.seams)
+        chosen_BT = sample(scores_BTV, choose.sampling, positions_BT, ids_V, of)
+        return chosen_BT, log_probs(logits_BTV, chosen_BT, choose.logprobs, self.seams)
 
     def greedy(self, hidden_BTH: Tensor) -> Tensor:
         """Return the argmax over the ids that both models have, int64 [B, T], as ids of the target."""

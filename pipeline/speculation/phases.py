@@ -1,4 +1,7 @@
-"""The four phases of a pair as pure functions: prefill, decode, speculate, score.
+"""The phases of a pair as pure functions: prefill, decode, speculate, propose, verify; `drafters.score` is another.
+
+`speculate` is `propose` and `verify` in one graph. The two are separate where the caller shapes the target's scores by
+the drafts: a grammar allows other tokens after each of them.
 
 Each is traced and compiled once per bucket. State (`State` of both models) is updated through `Seams.write`; nothing
 else is mutated. Rows are independent: each has its own position, and an inactive row changes no state.
@@ -11,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.speculation.acceptance import accept
+from pipeline.speculation.acceptance import Emitted, accept
 from pipeline.speculation.drafters import Drafter, index_range, take
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
+from pipeline.speculation.shaping import LogProbs
 
 
 def prefill(
@@ -46,11 +50,39 @@ def speculate(target: Model, drafter: Drafter, rows: Rows, steps: int, choose: C
     fewer drafts are accepted, so that nothing is written past S.
     """
     rows = target.within(rows)
-    drafts_BK = drafter.propose(rows, steps, choose)
-    tokens_BT = torch.cat((rows.last_B[:, None].long(), drafts_BK), dim=1)
-    positions_BT = rows.position_B[:, None] + index_range(steps + 1, rows.last_B)
+    emitted, _ = _verified(target, drafter, rows, drafter.propose(rows, steps, choose), choose)
+    return emitted.tokens.int(), emitted.count.int()
+
+
+def propose(drafter: Drafter, rows: Rows, steps: int, choose: Choose) -> Tensor:
+    """Propose `steps` tokens with the draft: int32 [B, K], -1 for inactive rows. Changes the draft's caches alone."""
+    rows = drafter.model.within(rows)
+    return torch.where(rows.alive_B[:, None], drafter.propose(rows, steps, choose), -1).int()
+
+
+def verify(
+    target: Model, drafter: Drafter, rows: Rows, drafts_BK: Tensor, choose: Choose
+) -> tuple[Tensor, Tensor, LogProbs]:
+    """Verify given drafts, int32 [B, K] with -1 for none: as `speculate`, and log probabilities at K+1 positions."""
+    rows = target.within(rows)
+    drafter.before_verify(rows)
+    emitted, logprobs = _verified(target, drafter, rows, drafts_BK, choose)
+    assert logprobs is not None
+    return emitted.tokens.int(), emitted.count.int(), logprobs
+
+
+def _verified(
+    target: Model, drafter: Drafter, rows: Rows, drafts_BK: Tensor, choose: Choose
+) -> tuple[Emitted, LogProbs | None]:
+    tokens_BT = torch.cat((rows.last_B[:, None].long(), drafts_BK.clamp(min=0).long()), dim=1)
+    positions_BT = rows.position_B[:, None] + index_range(tokens_BT.shape[1], rows.last_B)
     states = target.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv)
     room_B = target.usable(rows.kv) - 1 - rows.position_B
-    emitted = accept(drafts_BK, target.next(states.last_BTH, positions_BT + 1, choose), room_B, rows.alive_B)
+    logprobs = None
+    if choose.shaping is None:
+        chosen_BT = target.next(states.last_BTH, positions_BT + 1, choose)
+    else:
+        chosen_BT, logprobs = target.next_shaped(states.last_BTH, positions_BT + 1, drafts_BK, choose)
+    emitted = accept(drafts_BK, chosen_BT, room_B, rows.alive_B)
     drafter.after_verify(rows, emitted, states)
-    return emitted.tokens.int(), emitted.count.int()
+    return emitted, logprobs

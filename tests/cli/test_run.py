@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.graphs.arguments import Choice
 from pipeline.models.generation import GenerationDefaults
 from pipeline.runtime.batch import check_choice
-from pipeline.runtime.engine import Generation
+from pipeline.runtime.calls import Generation
 from support import small_artifacts as small
 
 

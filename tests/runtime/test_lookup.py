@@ -13,7 +13,7 @@ from pipeline.plan.plan import make_plan
 from pipeline.progress import no_log
 from pipeline.recipe.backend_settings import InductorSettings
 from pipeline.recipe.schema import Recipe
-from pipeline.runtime.engine import Settings
+from pipeline.runtime.calls import Settings
 from pipeline.runtime.lookup import Lookup
 from pipeline.sources.pair import resolve_pair
 from pipeline.validate.gates.inputs import GateInputs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import no_string
 from pipeline.recipe.schema import Gates
-from pipeline.runtime.engine import Generation
+from pipeline.runtime.calls import Generation
 from pipeline.validate.gates.outcome import GateOutcome
 from pipeline.validate.gates.places import StepPlace, findings_of
 from pipeline.validate.prompts import Prompt

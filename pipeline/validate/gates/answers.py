@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 
 from pipeline.progress import Progress
-from pipeline.runtime.engine import Generation
+from pipeline.runtime.calls import Generation
 from pipeline.validate.gates.inputs import GateInputs, StageClock
 
 PLAIN_PROMPTS = 16

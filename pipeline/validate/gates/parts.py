@@ -14,7 +14,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from pipeline.runtime.engine import Generation
+from pipeline.runtime.calls import Generation
 from pipeline.validate.gates.answers import Answers, ScoredSequence, Sequences, encode, generate, plain_indices
 from pipeline.validate.gates.distribution import draw_bucket, drawing
 from pipeline.validate.gates.driving import fill

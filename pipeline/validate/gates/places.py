@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.runtime.engine import Generation
+from pipeline.runtime.calls import Generation
 from pipeline.runtime.lookup import Lookup
 from pipeline.validate.gates.answers import ScoredSequence
 from pipeline.validate.limits import FLIP_LIMIT

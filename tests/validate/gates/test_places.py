@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.recipe.schema import Gates
-from pipeline.runtime.engine import Generation
+from pipeline.runtime.calls import Generation
 from pipeline.validate.gates.acceptance import Expected, acceptance, acceptance_of
 from pipeline.validate.gates.answers import ScoredSequence
 from pipeline.validate.gates.places import StepPlace, findings_of, lookup_alone, places_of
