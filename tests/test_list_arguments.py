@@ -15,19 +15,23 @@ from pipeline import addresses, extras
 from pipeline.artifact import manifest, sbom, verify
 from pipeline.backends.inductor import compiler as inductor
 from pipeline.backends.neuron import compiler
-from pipeline.cli import paths
+from pipeline.cli import facts, paths
 from pipeline.cli.publish import PublishOptions
 from pipeline.distill.prompts import HeldOutFilter
 from pipeline.distill.settings import DistillSettings
 from pipeline.errors import InputError, no_string
+from pipeline.graphs.arguments import GREEDY
 from pipeline.measure import bench, tune
+from pipeline.models.generation import GenerationDefaults
 from pipeline.nxdi import vllm_args, vllm_cache
 from pipeline.plan.forecast import Forecast
 from pipeline.recipe import changed
 from pipeline.registry import publish, pull
+from pipeline.runtime.calls import checked_prompts
 from pipeline.runtime.engine import Engine
 from pipeline.serve import arguments
 from pipeline.serve.requests import RequestSlots
+from pipeline.serve.settings import request_defaults
 from pipeline.sources import checkpoint, pointers, tensors
 from pipeline.stages.took import BuildClock
 from pipeline.stores.hub import HubStore
@@ -44,7 +48,7 @@ UNUSED: Any = SimpleNamespace()
 
 ENGINE_MANIFEST: Any = SimpleNamespace(
     shapes=SimpleNamespace(batch=(1,), kv=(8,)), graphs=(), sampling=("greedy",), draft_tokens=(1,), step_costs=None,
-    pair=SimpleNamespace(candidates=None),
+    pair=SimpleNamespace(candidates=None, logprobs=0), vocab=8,
 )  # fmt: skip
 FILES: Any = SimpleNamespace(files={})
 BATCH: Any = SimpleNamespace(draft_length_policy=lambda: None)
@@ -52,6 +56,10 @@ BATCH: Any = SimpleNamespace(draft_length_policy=lambda: None)
 
 def generate(prompts: Any) -> object:
     return Engine(ENGINE_MANIFEST, UNUSED, UNUSED).generate(prompts, max_new_tokens=1)
+
+
+def settings_lines(sampling: Any) -> object:
+    return list(facts.settings_lines(GenerationDefaults(), GREEDY, sampling, given=False))
 
 
 def expect(missing: Any) -> object:
@@ -74,9 +82,11 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "backends.neuron.compiler.compile_neff(flags)": lambda value: compiler.compile_neff(b"", value, Path("none"), {}),
     "cli.paths.file_patterns(parts)": paths.file_patterns,
     "cli.publish.PublishOptions.places(roots)": lambda value: PublishOptions.places(UNUSED, value),
+    "cli.facts.settings_lines(sampling)": settings_lines,
     "distill.prompts.HeldOutFilter.__init__(held_out)": HeldOutFilter,
     "extras.require(extras)": lambda value: extras.require(value, "here"),
     "measure.tune.tune(prompts)": lambda value: tune.tune(UNUSED, value, 1, 1, print),
+    "models.generation.GenerationDefaults.not_applied(sampling)": GenerationDefaults().not_applied,
     "nxdi.vllm_args.shell_line(command)": lambda value: vllm_args.shell_line({}, value),
     "plan.forecast.Forecast.compile_s(names)": lambda value: Forecast({}, {}, 0, 0).compile_s(1, value),
     "recipe.changed.changed_recipes(paths)": changed.changed_recipes,
@@ -85,8 +95,10 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "registry.publish.publish(roots)": lambda value: publish.publish(value, "url"),
     "registry.publish.publish_all(places)": lambda value: publish.publish_all([], value),
     "registry.publish.publish_all(roots)": lambda value: publish.publish_all(value, []),
+    "runtime.calls.checked_prompts(prompts)": checked_prompts,
     "runtime.engine.Engine.generate(prompts)": generate,
     "serve.requests.RequestSlots.drop(names)": lambda value: RequestSlots(BATCH).drop(value),
+    "serve.settings.request_defaults(sampling)": lambda value: request_defaults({}, {}, value),
     "sources.checkpoint.digest_files(names)": lambda value: checkpoint.digest_files(Path(), value, None, UNUSED),
     "sources.checkpoint.refuse_without_weights(names)": lambda value: checkpoint.refuse_without_weights(value, "here"),
     "sources.pointers.reject_pointers(names)": lambda value: pointers.reject_pointers(Path(), value),

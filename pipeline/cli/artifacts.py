@@ -46,14 +46,13 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
 
 def _derived(manifest: PairManifest, defaults: GenerationDefaults) -> dict[str, Any]:
     """Return fields for scripts that follow from the manifest's pair and graphs, and the defaults of generation."""
-    stochastic = "stochastic" in manifest.sampling
     return {
         "tensor": manifest.ranks, "dtype": manifest.dtype, "weights": manifest.weights,
         "method": manifest.draft_kind.method, "draft_tokens": manifest.draft_tokens, "sampling": manifest.sampling,
         "candidates": manifest.pair.candidates, "shapes": manifest.shapes.model_dump(mode="json"),
         "vocab": manifest.vocab, "eos_ids": manifest.eos_ids,
         "generation": {name: setting for name, setting in asdict(defaults).items() if name != "unsupported"},
-        "not_applied": defaults.not_applied(stochastic=stochastic),
+        "not_applied": defaults.not_applied(manifest.sampling),
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def _defaults(manifest: PairManifest, defaults: GenerationDefaults) -> dict[str,
     stochastic = "stochastic" in manifest.sampling
     sampling = f"temperature {defaults.temperature:g}, top_k {defaults.top_k}, top_p {defaults.top_p:g}"
     applied = sampling if stochastic and defaults.do_sample else "greedy"
-    left_out = defaults.not_applied(stochastic=stochastic)
+    left_out = defaults.not_applied(manifest.sampling)
     fields: dict[str, Cell] = {"end tokens": value(manifest.eos_ids), "by default": applied}
     return fields | ({"not applied": ", ".join(left_out)} if left_out else {})
 
@@ -146,14 +146,16 @@ def _file_rows(differences: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]
             )
 
 
-def settings_lines(defaults: GenerationDefaults, choice: Choice, *, samples: bool, given: bool) -> Iterator[str]:
+def settings_lines(
+    defaults: GenerationDefaults, choice: Choice, sampling: Sequence[str], *, given: bool
+) -> Iterator[str]:
     """Yield the settings of a call that samples by default, and a warning about defaults that it does not apply.
 
-    `samples`: the artifact has stochastic graphs; `given`: the call gives its temperature.
+    `sampling` are the kinds of graphs of the artifact; `given`: the call gives its temperature.
     """
     if choice.temperature > 0 and not given:
         yield f"sampling: temperature {choice.temperature:g}, top_k {choice.top_k}, top_p {choice.top_p:g}"
-    names = defaults.not_applied(stochastic=samples or given, sampled=choice.temperature > 0)
+    names = defaults.not_applied((*sampling, "stochastic") if given else sampling, sampled=choice.temperature > 0)
     if names:
         yield not_applied_warning(names)
 

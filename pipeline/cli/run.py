@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +26,13 @@ from pipeline.runtime.open import load
 
 if TYPE_CHECKING:
     from pipeline.runtime.calls import Generation
+    from pipeline.runtime.rules import Rules
 
 
-SETTINGS = ("temperature", "top_k", "top_p", "max_new_tokens")
-"""Parameters of `Engine.generate` with an option of the same name."""
+RULES = ("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "json_schema", "logprobs")
+"""Fields of `Rules` with an option of the same name."""
+SETTINGS = ("temperature", "top_k", "top_p", "max_new_tokens", *RULES)
+"""Parameters of `Engine.generate`, and fields of its rules, with an option of the same name."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ class RunOptions:
     top_p: float | None
     seed: int
     speculate: bool
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    json_schema: Path | None
+    logprobs: int | None
     policy_file: Path | None
     json_: bool
 
@@ -76,6 +85,16 @@ class RunOptions:
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--speculate/--no-speculate", default=True, show_default=True, help="Decode with the draft, or without.")
+@click.option("--min-p", type=float, help="Sample only tokens with this share of the likeliest token's probability.")
+@click.option("--presence-penalty", type=float, help="Subtract this from the scores of tokens in the answer so far.")
+@click.option("--frequency-penalty", type=float, help="The same for each time that a token is in the answer.")
+@click.option("--repetition-penalty", type=float, help="Divide scores of tokens in the prompt and the answer so far.")
+@click.option(
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Answer with JSON of the schema in this file.",
+)
+@click.option("--logprobs", type=int, help="Print each token's log probability, and those of the N most probable.")
 @policy_option
 @as_json
 @collected(RunOptions)
@@ -92,7 +111,8 @@ def run(console: Console, options: RunOptions) -> None:
     if warning := gate_warning(engine.manifest):
         console.log(warning)
     choice = engine.choice(options.temperature, options.top_k, options.top_p)
-    for line in settings_lines(engine.defaults, choice, samples=engine.samples, given=options.temperature is not None):
+    given = options.temperature is not None
+    for line in settings_lines(engine.defaults, choice, engine.manifest.sampling, given=given):
         console.log(line)
     tokens = engine.text.encode(options.prompt) if options.raw else engine.text.encode_prompt(options.prompt)
     stream = StreamDecoder(engine.text.decode)
@@ -104,14 +124,34 @@ def run(console: Console, options: RunOptions) -> None:
         answer = engine.generate(
             [tokens], max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
             top_p=options.top_p, seed=options.seed, speculate=options.speculate,
-            on_tokens=None if options.json_ else show,
+            rules=_rules(options, engine.rules()), on_tokens=None if options.json_ else show,
         )[0]  # fmt: skip
     if options.json_:
         print_json(asdict(answer), one_line=True)
         return
     click.echo(stream.rest())
+    if answer.logprobs:
+        print_table(_logprobs_table(answer, engine.text.token))
     limit = engine.new_tokens(len(tokens), options.max_new_tokens)
     console.log(f"[{_answer_words(answer, limit, len(tokens))}]")
+
+
+def _rules(options: RunOptions, defaults: Rules) -> Rules:
+    """Return the rules of the options; those that are not given are the model's."""
+    given = {name: value for name in RULES if (value := asdict(options)[name]) is not None}
+    if options.json_schema is not None:
+        given["json_schema"] = options.json_schema.read_text(encoding="utf-8")
+    return replace(defaults, **given)
+
+
+def _logprobs_table(answer: Generation, text: Callable[[int], str]) -> Table:
+    """Return a row for each token: its log probability and rank, and the most probable tokens."""
+    rows = [
+        (repr(text(each.token)), f"{each.logprob:.3f}", str(each.rank),
+         ", ".join(f"{text(token)!r} {logprob:.3f}" for token, logprob in each.top))
+        for each in answer.logprobs
+    ]  # fmt: skip
+    return Table(("token", "log probability", "rank", "most probable"), rows, right=("log probability", "rank"))
 
 
 @contextmanager

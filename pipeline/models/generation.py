@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, no_string
 
 GENERATION_CONFIG = "generation_config.json"
 EOS = "eos_token_id"
@@ -69,16 +69,18 @@ class GenerationDefaults:
         """Return the settings that shaped graphs apply, by name."""
         return {name: float(value) for name, value in self.unsupported.items() if name in SHAPED}
 
-    def not_applied(self, *, stochastic: bool, shaped: bool = False, sampled: bool = True) -> tuple[str, ...]:
+    def not_applied(self, sampling: Collection[str], *, sampled: bool = True) -> tuple[str, ...]:
         """Return what an artifact does not apply, as `name=value`.
 
-        `stochastic`: it has graphs that sample, `shaped`: graphs that follow rules. Without `sampled`, settings that
-        change sampled tokens only are left out.
+        `sampling` are its kinds of graphs: stochastic ones sample, shaped ones follow rules. Without `sampled`,
+        settings that change sampled tokens only are left out.
         """
-        names = [name for name in self.unsupported if not (shaped and name in SHAPED)]
+        no_string(sampling, "sampling", "kinds of sampling")
+        names = [name for name in self.unsupported if not ("shaped" in sampling and name in SHAPED)]
         names = [name for name in names if sampled or name not in NEUTRAL_IF_SAMPLED]
-        sampling = [] if stochastic or not self.do_sample else ["do_sample=true (no stochastic graphs were built)"]
-        return (*sampling, *(f"{name}={_short(self.unsupported[name])}" for name in names))
+        is_greedy = self.do_sample and "stochastic" not in sampling
+        greedy = ["do_sample=true (no stochastic graphs were built)"] if is_greedy else []
+        return (*greedy, *(f"{name}={_short(self.unsupported[name])}" for name in names))
 
     def new_tokens(self, prompt: int, otherwise: int) -> int:
         """Return the limit of an answer to a prompt of this many tokens; `otherwise` if the file sets no limit."""

@@ -26,6 +26,7 @@ from pipeline.graphs.arguments import (
 from pipeline.graphs.spec import GraphSpec
 from pipeline.graphs.verify_arguments import VerifyRow, verify_arguments
 from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
+from pipeline.runtime.logprobs import Verified, verified_row
 from pipeline.runtime.lookup import Lookup
 from pipeline.runtime.rules import RuleState
 
@@ -61,27 +62,6 @@ class Row:
 
 Rows = Mapping[int, Row]
 """Rows by their slot in the caches."""
-
-
-@dataclass(frozen=True)
-class TokenLogProbs:
-    """Log probability and rank (1: the most probable) of a token, and the most probable tokens, the first one first.
-
-    They are the target's own, before rules and temperature.
-    """
-
-    token: int
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Verified:
-    """Tokens that a step emits for a row, and their log probabilities."""
-
-    tokens: list[int]
-    logprobs: list[TokenLogProbs]
 
 
 @dataclass(frozen=True)
@@ -195,7 +175,7 @@ class Batch:
             if not pieces:
                 break
             for model in self._readers:
-                spec = self._score_graph(model, max(starts.values()) + self._chunk)
+                spec = self.score_graph(model, max(starts.values()) + self._chunk)
                 self.ranks.run(spec, score_arguments(spec, pieces, self.length))
                 self.stats["chunks"] += 1
         for row in rows.values():
@@ -246,7 +226,7 @@ class Batch:
         for slot, row in rows.items():
             self._record_verified(row, counts[slot], given[slot].tokens)
         asked = {slot: row.rules.rules.logprobs if row.rules else None for slot, row in rows.items()}
-        return {slot: _verified(out, slot, counts[slot], asked[slot]) for slot in rows}
+        return {slot: verified_row(out, slot, counts[slot], asked[slot]) for slot in rows}
 
     def _record_verified(self, row: Row, count: int, drafts: Sequence[int]) -> None:
         if drafts:
@@ -310,7 +290,7 @@ class Batch:
         scratch position.
         """
         while gaps := {slot: row for slot, row in rows.items() if row.in_draft < row.position - 1}:
-            spec = self._score_graph("draft", _deepest(rows))
+            spec = self.score_graph("draft", _deepest(rows))
             self._score(spec, gaps)
             self.stats["catch_ups"] += 1
 
@@ -339,7 +319,8 @@ class Batch:
         bucket = [g for g in fits if g.tokens == min(f.tokens for f in fits)]
         return min((g for g in bucket if g.batch >= rows), key=lambda g: g.batch, default=bucket[-1])
 
-    def _score_graph(self, model: str, length: int) -> GraphSpec:
+    def score_graph(self, model: str, length: int) -> GraphSpec:
+        """Return the smallest `score` graph of a model that holds `length` positions."""
         fits = [g for g in self.graphs if g.phase == "score" and g.model == model and g.kv >= min(length, self.length)]
         return min(fits, key=lambda g: g.kv)
 
@@ -374,16 +355,3 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Return the length of the longest common prefix."""
     pairs = zip(first, second, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
-def _verified(out: Mapping[str, Tensor], slot: int, count: int, asked: int | None) -> Verified:
-    """Return what a step emitted for a row, with the log probabilities of `asked` most probable tokens if not None."""
-    tokens = out["tokens"][slot, :count].tolist()
-    if asked is None:
-        return Verified(tokens, [])
-    columns = [out[name][slot, :count].tolist() for name in ("logprobs", "ranks")]
-    columns += [out[name][slot, :count, :asked].tolist() for name in ("top_ids", "top_logprobs")]
-    return Verified(tokens, [
-        TokenLogProbs(token, logprob, rank, tuple(zip(ids, values, strict=True)))
-        for token, logprob, rank, ids, values in zip(tokens, *columns, strict=True)
-    ])  # fmt: skip

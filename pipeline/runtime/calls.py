@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import InputError, no_string
 from pipeline.graphs.arguments import Choice
-from pipeline.runtime.batch import Drafts, Row, TokenLogProbs
+from pipeline.runtime.batch import Drafts, Row
 from pipeline.runtime.draft_length import DraftLengthPolicies
 from pipeline.runtime.grammar import Grammar
+from pipeline.runtime.logprobs import TokenLogProbs
 from pipeline.runtime.rules import NO_RULES, Rules
 from pipeline.runtime.text import Chat
 

@@ -17,7 +17,7 @@ from pipeline.models.generation import GENERATION_CONFIG, SHAPED, GenerationDefa
 from pipeline.runtime.batch import Batch
 from pipeline.runtime.calls import NEW_TOKENS, Call, Generation, Prompt, Settings, checked_prompts, drafts_of
 from pipeline.runtime.grammar import Grammars
-from pipeline.runtime.requests import check_asked, check_choice, check_prompt
+from pipeline.runtime.limits import check_asked, check_choice, check_prompt
 from pipeline.runtime.rules import NO_RULES, Rules, RuleState
 from pipeline.runtime.text import Chat, StreamDecoder, Text
 

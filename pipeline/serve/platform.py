@@ -16,7 +16,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 from pipeline.artifact.manifest import PairManifest
 from pipeline.errors import InputError, TandemError
 from pipeline.models.generation import not_applied_warning
-from pipeline.runtime.requests import check_choice, check_prompt
+from pipeline.runtime.limits import check_asked, check_choice, check_prompt
 from pipeline.serve import settings
 from pipeline.serve.arguments import restrict
 from pipeline.serve.plugin import ARTIFACT
@@ -33,11 +33,17 @@ logger = init_logger(f"vllm.{__name__}")
 
 WORKER = "pipeline.serve.worker.TandemWorker"
 
-UNSUPPORTED: dict[str, Any] = settings.UNSUPPORTED_DEFAULTS | {
-    "min_tokens": 0, "logprobs": None, "prompt_logprobs": None, "logit_bias": None, "allowed_token_ids": None,
-    "bad_words": None, "structured_outputs": None, "thinking_token_budget": None, "prompt_logprob_token_ids": None,
+UNSUPPORTED: dict[str, Any] = {
+    "thinking_token_budget": None, "prompt_logprob_token_ids": None, "logprob_token_ids": None,
+    "trace_decode_token_ids": None, "watermarking": None,
 }  # fmt: skip
-"""Fields of a request that the graphs do not support, and their defaults."""
+"""Fields of a request that no graph supports, and their defaults."""
+
+SHAPED: dict[str, Any] = settings.UNSUPPORTED_DEFAULTS | {
+    "min_tokens": 0, "logprobs": None, "logit_bias": None, "allowed_token_ids": None, "bad_words": None,
+    "structured_outputs": None,
+}  # fmt: skip
+"""Fields of a request that shaped graphs support, and their defaults."""
 
 
 class TandemPlatform(Platform):
@@ -140,17 +146,18 @@ class TandemPlatform(Platform):
         """
         from vllm.sampling_params import SamplingParams  # imported here: vLLM selects its platform during its import
 
+        from pipeline.serve.parameters import choice, rules_of
         from pipeline.serve.requests import wants_drafts  # here, as above
-        from pipeline.serve.worker import choice
 
         if not isinstance(params, SamplingParams):
             raise VLLMValidationError("unsupported by this artifact: pooling and embedding")
-        for name, unset in UNSUPPORTED.items():
+        manifest = settings.checked(Path(os.environ[ARTIFACT]))
+        for name, unset in (UNSUPPORTED if "shaped" in manifest.sampling else UNSUPPORTED | SHAPED).items():
             if (value := getattr(params, name)) not in (unset, [], {}):
                 what = f"{name}: found {value}; unsupported by the artifact's graphs. Remove {name}"
                 raise VLLMValidationError(what, parameter=name)
-        manifest = settings.checked(Path(os.environ[ARTIFACT]))
         try:
+            check_asked(manifest, rules_of(params))
             check_prompt(manifest, _token_ids(processed_inputs), "prompt")
             check_choice(manifest, choice(params))
             wants_drafts((params.extra_args or {}).get("speculate", True))
@@ -201,7 +208,7 @@ def _set_request_defaults(config: ModelConfig, manifest: PairManifest) -> None:
     """Replace defaults of requests that the graphs do not support, and log them, so that requests are not rejected."""
     checkpoint = {} if config.generation_config == "vllm" else config.try_get_generation_config()
     asked = config.override_generation_config
-    replaced = settings.request_defaults(checkpoint, asked, stochastic="stochastic" in manifest.sampling)
+    replaced = settings.request_defaults(checkpoint, asked, manifest.sampling)
     config.override_generation_config = {**replaced.values, **asked}
     if replaced.left_out:
         warning = not_applied_warning(replaced.left_out, by="vLLM without Tandem")

@@ -2,6 +2,9 @@
 
 Each step gets the new, the running and the finished requests, as a scheduler gives them to its worker. The lowest free
 slot is filled first, so that a server with few requests runs its smallest bucket.
+
+A step in which a request has rules takes two graphs: its drafts are proposed at the end of the step before, because the
+scheduler decides by them what a grammar allows.
 """
 
 from __future__ import annotations
@@ -10,10 +13,15 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pipeline.errors import InputError, no_string
 from pipeline.graphs.arguments import Choice
-from pipeline.runtime.batch import Batch, Row
+from pipeline.runtime.batch import NO_DRAFTS, Batch, Drafts, Row
 from pipeline.runtime.draft_length import DraftLengthPolicies
+from pipeline.runtime.logprobs import TokenLogProbs, Verified
+from pipeline.runtime.prompt_scores import prompt_logprobs
+from pipeline.runtime.rules import RuleState
 
 
 @dataclass
@@ -21,13 +29,30 @@ class ServedRequest(Row):
     """A request in a slot; `speculate` is False for a request that excludes drafts."""
 
     speculate: bool = True
+    prompt_logprobs: int | None = None
+    """Most probable tokens to report at each position of the prompt; None: report nothing."""
 
 
-def served_request(tokens: Iterable[int], choice: Choice, seed: int | None, *, speculate: bool = True) -> ServedRequest:
+@dataclass(frozen=True)
+class Step:
+    """What a step gave: the tokens of each request, and log probabilities of those that ask for them.
+
+    `logprobs` belong to the tokens, `prompts` to the tokens of new prompts but the first.
+    """
+
+    tokens: dict[str, list[int]]
+    logprobs: dict[str, list[TokenLogProbs]]
+    prompts: dict[str, list[TokenLogProbs]]
+
+
+def served_request(
+    tokens: Iterable[int], choice: Choice, seed: int | None, *, speculate: bool = True, rules: RuleState | None = None,
+    prompt_logprobs: int | None = None,
+) -> ServedRequest:  # fmt: skip
     """Return a request before its first step; without a seed, its tokens are not reproducible."""
     prompt = list(tokens)
     own = secrets.randbits(64) if seed is None else seed % (1 << 64)
-    return ServedRequest(prompt, len(prompt), own, choice, speculate=speculate)
+    return ServedRequest(prompt, len(prompt), own, choice, rules, speculate=speculate, prompt_logprobs=prompt_logprobs)
 
 
 def wants_drafts(value: object) -> bool:
@@ -66,43 +91,91 @@ class RequestSlots:
             self._slots.pop(name, None)
             self._rows.pop(name, None)
 
-    def step(self, new: Mapping[str, ServedRequest], running: Mapping[str, int]) -> dict[str, list[int]]:
+    def step(
+        self, new: Mapping[str, ServedRequest], running: Mapping[str, int], allowed: Mapping[str, Tensor] | None = None
+    ) -> Step:
         """Prefill `new` requests and take one step with those in `running`; return the tokens of all.
 
         `running` gives the largest number of drafts that may count for each request. The step drafts `planned` tokens,
-        unless that number is 0 for every request.
+        unless that number is 0 for every request. `allowed` has what grammars allow at the positions of a request's
+        step, int32 [drafts + 1, W].
         """
-        tokens = {name: [token] for name, token in self._prefill(new).items()}
-        if running:
+        self._fill_slots(new)
+        prompts = self._score_prompts(new)
+        ruled = [name for name, request in new.items() if request.rules is not None]
+        tokens = self._prefill([name for name in new if name not in ruled])
+        logprobs: dict[str, list[TokenLogProbs]] = {}
+        if ruled or any(self._rows[name].rules is not None for name in running):
+            verified = self._verify(ruled, running, allowed or {})
+            tokens |= {name: each.tokens for name, each in verified.items()}
+            logprobs = {name: each.logprobs for name, each in verified.items() if each.logprobs}
+        elif running:
             tokens |= self._advance(running)
         for name, emitted in tokens.items():
             row = self._rows[name]
             row.tokens.extend(emitted)
             row.in_draft = min(row.in_draft, row.position)  # the draft has read tokens beyond the limit
-        self.planned = self._plan(tokens)
-        return tokens
+        self._plan_next(tokens)
+        return Step(tokens, logprobs, prompts)
 
-    def _prefill(self, new: Mapping[str, ServedRequest]) -> dict[str, int]:
-        if not new:
-            return {}
+    def drafts(self, name: str) -> list[int]:
+        """Return the drafts of a request's next step; placeholders where the step's own graph proposes them."""
+        return self._rows[name].proposed[: self.planned] or [0] * self.planned
+
+    def _fill_slots(self, new: Mapping[str, ServedRequest]) -> None:
         free = (slot for slot in range(self.batch.slots) if slot not in self._slots.values())
         slots = dict(zip(new, free, strict=False))
         if len(slots) < len(new):
             raise RuntimeError(f"{len(new)} requests for {len(slots)} free slots of {self.batch.slots}")
         self._slots |= slots
         self._rows |= new
-        first = self.batch.prefill({slot: new[name] for name, slot in slots.items()})
-        return {name: first[slot] for name, slot in slots.items()}
+
+    def _score_prompts(self, new: Mapping[str, ServedRequest]) -> dict[str, list[TokenLogProbs]]:
+        asking = {name: request for name, request in new.items() if request.prompt_logprobs is not None}
+        if not asking:
+            return {}
+        most = max(request.prompt_logprobs or 0 for request in asking.values())
+        found = prompt_logprobs(self.batch, self._rows_of(asking), most)
+        return {name: found[self._slots[name]] for name in asking}
+
+    def _prefill(self, names: Iterable[str]) -> dict[str, list[int]]:
+        rows = self._rows_of(names)
+        first = self.batch.prefill(rows) if rows else {}
+        return {name: [first[self._slots[name]]] for name in names}
+
+    def _rows_of(self, names: Iterable[str]) -> dict[int, ServedRequest]:
+        return {self._slots[name]: self._rows[name] for name in names}
+
+    def _verify(
+        self, new: Iterable[str], running: Mapping[str, int], allowed: Mapping[str, Tensor]
+    ) -> dict[str, Verified]:
+        """Read new prompts, and verify with them the drafts that were proposed for running requests."""
+        if rows := self._rows_of(new):
+            self.batch.read(rows)
+        drafts = dict.fromkeys(new, NO_DRAFTS)
+        for name in (*new, *running):
+            proposed = self._rows[name].proposed[: running.get(name, 0)]
+            drafts[name] = Drafts(proposed, allowed.get(name))
+        given = {self._slots[name]: each for name, each in drafts.items()}
+        verified = self.batch.verify(self._rows_of(drafts), given)
+        return {name: verified[self._slots[name]] for name in drafts}
 
     def _advance(self, running: Mapping[str, int]) -> dict[str, list[int]]:
-        rows = {self._slots[name]: self._rows[name] for name in running}
+        rows = self._rows_of(running)
         steps = self.planned if any(running.values()) else 0
         emitted = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
         return {name: emitted[self._slots[name]][: drafts + 1] for name, drafts in running.items()}
 
+    def _plan_next(self, names: Iterable[str]) -> None:
+        """Choose K of the next step; where a request has rules, propose its drafts now."""
+        self.planned = self._plan(names)
+        rows = self._rows_of(names)
+        if self.planned and any(row.rules is not None for row in rows.values()):
+            self.batch.propose(rows, self.planned)
+
     def _plan(self, names: Iterable[str]) -> int:
         """Return K for the next step, chosen from the requests of this one."""
-        rows = {self._slots[name]: self._rows[name] for name in names}
+        rows = self._rows_of(names)
         if not rows or (self.speculate_up_to is not None and len(rows) > self.speculate_up_to):
             return 0
         if not all(row.speculate for row in rows.values()):

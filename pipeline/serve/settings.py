@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.artifact.signing import policy_of
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, InputError, no_string
 from pipeline.records import Record
 from pipeline.runtime.open import verified
 from pipeline.serve.plugin import ISSUER, POLICY, SIGNER
@@ -30,7 +30,7 @@ CONFIG = "config.json"
 UNSUPPORTED_DEFAULTS = {
     "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0,
 }  # fmt: skip
-"""Settings that vLLM takes from `generation_config.json` and that graphs do not support, with their neutral values."""
+"""Settings that vLLM takes from `generation_config.json` and only shaped graphs support, with their neutral values."""
 
 
 class ServeOptions(Record):
@@ -66,24 +66,27 @@ class ReplacedDefaults:
 
 
 def request_defaults(
-    checkpoint: Mapping[str, Any], asked: Mapping[str, Any], *, stochastic: bool
+    checkpoint: Mapping[str, Any], asked: Mapping[str, Any], sampling: Collection[str]
 ) -> ReplacedDefaults:  # fmt: skip
     """Return the defaults to replace: of the checkpoint's, those that the artifact's graphs do not support.
 
     `checkpoint` are the settings that vLLM reads for the model, `asked` those of `--override-generation-config`;
-    `stochastic`: there are graphs that sample. Without these graphs, requests are greedy unless they set a temperature.
+    `sampling` are the artifact's kinds of graphs. Without stochastic ones, requests are greedy unless they set a
+    temperature; with shaped ones, every setting is supported.
 
     Raises:
         InputError: an unsupported setting in `asked`.
 
     """
-    neutral: dict[str, float] = UNSUPPORTED_DEFAULTS | ({} if stochastic else {"temperature": 0.0})
+    no_string(sampling, "sampling", "kinds of sampling")
+    unsampled = {} if "stochastic" in sampling else {"temperature": 0.0}
+    neutral: dict[str, float] = ({} if "shaped" in sampling else UNSUPPORTED_DEFAULTS) | unsampled
     for name, value in neutral.items():
         if asked.get(name) not in (None, value):
             what = f"{name}={asked[name]} is not supported by the artifact's graphs"
             raise InputError(what, where="--override-generation-config", fix=f"remove {name}")
     unsupported = {name: checkpoint[name] for name in neutral if checkpoint.get(name) not in (None, neutral[name])}
-    values = {name: neutral[name] for name in unsupported} | ({} if stochastic else {"temperature": 0.0})
+    values = {name: neutral[name] for name in unsupported} | unsampled
     left_out = tuple(f"{name}={value}" for name, value in unsupported.items() if name not in asked)
     return ReplacedDefaults(values, left_out)
 

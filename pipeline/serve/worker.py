@@ -14,14 +14,14 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from pipeline.graphs.arguments import Choice
 from pipeline.runtime.open import open_batch
+from pipeline.runtime.rules import RuleState
+from pipeline.serve.parameters import choice, logprobs_lists, masks, prompt_tensors, rules_of
 from pipeline.serve.requests import RequestSlots, ServedRequest, served_request, wants_drafts
 from pipeline.serve.settings import BLOCK, VERIFIED, blocks, options
 
 if TYPE_CHECKING:
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+    from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -75,25 +75,40 @@ class TandemWorker(WorkerBase):
         """Return text generation only."""
         return ("generate",)
 
-    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
-        """Take one step: drop finished requests, prefill new requests, advance running requests."""
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Take one step: drop finished requests, prefill new requests, advance running requests.
+
+        Returns None, and takes the step in `sample_tokens`, if a request has a grammar.
+        """
+        if scheduler_output.has_structured_output_requests:  # the scheduler computes their grammars' masks meanwhile
+            self._waiting = scheduler_output
+            return None
+        return self._step(scheduler_output, {})
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        """Take the step of `execute_model`, with the masks of grammars."""
+        return self._step(self._waiting, masks(grammar_output, self._waiting.scheduled_spec_decode_tokens))
+
+    def _step(self, scheduler_output: SchedulerOutput, allowed: dict[str, torch.Tensor]) -> ModelRunnerOutput:
         running = scheduler_output.scheduled_cached_reqs
         if running.resumed_req_ids:
             raise RuntimeError("vLLM preempted a request, although every slot has blocks")
         self.requests.drop(scheduler_output.finished_req_ids)
-        new = {data.req_id: _request(data) for data in scheduler_output.scheduled_new_reqs}
+        new = {data.req_id: _request(data, self.batch.manifest.vocab) for data in scheduler_output.scheduled_new_reqs}
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        tokens = self.requests.step(new, {name: len(drafts.get(name, ())) for name in running.req_ids})
-        self._last = list(tokens)
+        step = self.requests.step(new, {name: len(drafts.get(name, ())) for name in running.req_ids}, allowed)
+        self._last = list(step.tokens)
         return ModelRunnerOutput(
             req_ids=self._last,
             req_id_to_index={name: index for index, name in enumerate(self._last)},
-            sampled_token_ids=list(tokens.values()),
+            sampled_token_ids=list(step.tokens.values()),
+            logprobs=logprobs_lists(step) if step.logprobs else None,
+            prompt_logprobs_dict={name: prompt_tensors(found) for name, found in step.prompts.items()},
         )
 
     def take_draft_token_ids(self) -> DraftTokenIds:
-        """Return placeholders for the drafts of the next step."""
-        return DraftTokenIds(self._last, [[0] * self.requests.planned for _ in self._last])
+        """Return the drafts of the next step: a grammar checks them; for other requests, placeholders may do."""
+        return DraftTokenIds(self._last, [self.requests.drafts(name) for name in self._last])
 
     def execute_dummy_batch(self) -> None:
         """No-op: there are no other replicas."""
@@ -104,15 +119,16 @@ class TandemWorker(WorkerBase):
             self.batch.close()
 
 
-def _request(data: NewRequestData) -> ServedRequest:
+def _request(data: NewRequestData, vocab: int) -> ServedRequest:
     params = data.sampling_params
     if params is None or data.prompt_token_ids is None:
         raise RuntimeError("the platform accepted a request without sampling parameters or token ids")
     extra: dict[str, Any] = params.extra_args or {}
-    speculate = wants_drafts(extra.get("speculate", True))
-    return served_request(data.prompt_token_ids, choice(params), params.seed, speculate=speculate)
-
-
-def choice(params: SamplingParams) -> Choice:
-    """Return vLLM's sampling parameters as a `Choice`; vLLM's `top_k` is -1 or 0 for all tokens."""
-    return Choice(params.temperature, max(params.top_k, 0), params.top_p)
+    rules, tokens = rules_of(params), data.prompt_token_ids
+    state = None
+    if rules.asked or params.structured_outputs is not None:
+        state = RuleState(rules, tokens, vocab, sorted(params.all_stop_token_ids))
+    return served_request(
+        tokens, choice(params), params.seed, speculate=wants_drafts(extra.get("speculate", True)), rules=state,
+        prompt_logprobs=params.prompt_logprobs,
+    )  # fmt: skip

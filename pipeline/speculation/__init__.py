@@ -1,5 +1,5 @@
-"""Speculative decoding: the four phases of a pair, how drafts are accepted, how tokens are chosen.
+"""Speculative decoding: the phases of a pair, how drafts are accepted, how tokens are chosen.
 
 Pure functions on tensors, independent of buckets, files and backends.
-Entered by graphs, backends, validate and distill.
+Entered by graphs, backends, runtime, validate and distill.
 """

@@ -73,8 +73,7 @@ def warn_of_cut_prompts(settings: BuildSettings, tokenizer: Mapping[str, bytes])
 def warn_of_generation(settings: BuildSettings, target: Checkpoint) -> None:
     """Log a warning if the artifact will not apply some of its target's defaults of generation."""
     defaults = generation_defaults(target.generation, str(target.root))
-    stochastic = "stochastic" in settings.recipe.speculation.sampling
-    if settings_left_out := defaults.not_applied(stochastic=stochastic):
+    if settings_left_out := defaults.not_applied(settings.recipe.speculation.sampling):
         settings.log(not_applied_warning(settings_left_out))
 
 

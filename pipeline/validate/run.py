@@ -100,7 +100,7 @@ def _tested(gates: GateRun) -> Tested:
         dtype=manifest.dtype,
         settings=_settings(gates),
         eos_ids=manifest.eos_ids,
-        not_applied=gates.inputs.engine.defaults.not_applied(stochastic=gates.inputs.is_sampled),
+        not_applied=gates.inputs.engine.defaults.not_applied(gates.inputs.recipe.speculation.sampling),
         cut_prompts=gates.answers.cut_prompts,
     )
 

@@ -11,8 +11,8 @@ from pipeline.cli.run import _answer_words, _option_names
 from pipeline.errors import InputError
 from pipeline.graphs.arguments import Choice
 from pipeline.models.generation import GenerationDefaults
-from pipeline.runtime.batch import check_choice
 from pipeline.runtime.calls import Generation
+from pipeline.runtime.limits import check_choice
 from support import small_artifacts as small
 
 
@@ -67,6 +67,7 @@ def test_gate_warning_names_the_gates_that_failed(tmp_path):
     assert "failed its gates (acceptance)" in facts.gate_warning(failed)
 
 
+BOTH = ("greedy", "stochastic")
 QWEN = GenerationDefaults(True, 0.01, 1, 0.8, unsupported={"repetition_penalty": 1.1, "min_p": 0.1})
 LEFT_OUT = "warning: generation_config.json: not applied: {}; answers differ from those of transformers"
 
@@ -74,10 +75,12 @@ LEFT_OUT = "warning: generation_config.json: not applied: {}; answers differ fro
 @pytest.mark.parametrize(
     ("choice", "how", "lines"),
     [
-        (Choice(0.01, 1, 0.8), {"samples": True, "given": False},
+        (Choice(0.01, 1, 0.8), {"sampling": BOTH, "given": False},
          ["sampling: temperature 0.01, top_k 1, top_p 0.8", LEFT_OUT.format("repetition_penalty=1.1, min_p=0.1")]),
-        (Choice(0.0), {"samples": True, "given": True}, [LEFT_OUT.format("repetition_penalty=1.1")]),
-        (Choice(0.0), {"samples": False, "given": False},
+        (Choice(0.0), {"sampling": BOTH, "given": True}, [LEFT_OUT.format("repetition_penalty=1.1")]),
+        (Choice(0.01, 1, 0.8), {"sampling": (*BOTH, "shaped"), "given": False},
+         ["sampling: temperature 0.01, top_k 1, top_p 0.8"]),
+        (Choice(0.0), {"sampling": ("greedy",), "given": False},
          [LEFT_OUT.format("do_sample=true (no stochastic graphs were built), repetition_penalty=1.1")]),
     ],
 )  # fmt: skip
@@ -87,7 +90,7 @@ def test_settings_of_the_model_are_said_at_the_start(choice, how, lines):
 
 
 def test_a_model_without_defaults_needs_no_line():
-    assert list(facts.settings_lines(GenerationDefaults(), Choice(0.0), samples=False, given=False)) == []
+    assert list(facts.settings_lines(GenerationDefaults(), Choice(0.0), ("greedy",), given=False)) == []
 
 
 def test_run_json_is_one_line(capsys):

@@ -16,6 +16,7 @@ from pipeline.models.generation import (
     token_ids,
 )
 
+SAMPLED = ("greedy", "stochastic")
 VLLM_ONLY = {"presence_penalty", "frequency_penalty"}
 
 
@@ -36,13 +37,13 @@ def test_neutral_values_are_those_of_transformers():
                "diversity_penalty": 0.0, "length_penalty": 1.0, "bad_words_ids": None, "suppress_tokens": None,
                "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_length": 0, "num_return_sequences": 1,
                "remove_invalid_values": False, "output_scores": False, "early_stopping": False}  # fmt: skip
-    assert defaults(**written).not_applied(stochastic=True) == ()
+    assert defaults(**written).not_applied(SAMPLED) == ()
     own = (
         {k: v for k, v in GenerationConfig()._get_default_generation_params().items() if v is not None}
         if hasattr(GenerationConfig, "_get_default_generation_params")
         else {}
     )
-    assert defaults(**own).not_applied(stochastic=True) == ()
+    assert defaults(**own).not_applied(SAMPLED) == ()
 
 
 def test_defaults_without_a_file_are_those_of_transformers():
@@ -55,14 +56,14 @@ def test_settings_of_qwen_are_read_and_named():
     """Qwen2.5's settings were reduced to its end-of-sequence ids."""
     found = defaults(do_sample=True, temperature=0.01, top_k=1, top_p=0.8, repetition_penalty=1.1)
     assert (found.do_sample, found.temperature, found.top_k, found.top_p) == (True, 0.01, 1, 0.8)
-    assert found.not_applied(stochastic=True) == ("repetition_penalty=1.1",)
-    assert found.not_applied(stochastic=False)[0] == "do_sample=true (no stochastic graphs were built)"
+    assert found.not_applied(SAMPLED) == ("repetition_penalty=1.1",)
+    assert found.not_applied(("greedy",))[0] == "do_sample=true (no stochastic graphs were built)"
 
 
 def test_settings_of_sampling_are_not_named_for_greedy_calls():
     found = defaults(min_p=0.1, typical_p=0.9, no_repeat_ngram_size=3)
-    assert found.not_applied(stochastic=True, sampled=False) == ("no_repeat_ngram_size=3",)
-    assert found.not_applied(stochastic=True) == ("no_repeat_ngram_size=3", "min_p=0.1", "typical_p=0.9")
+    assert found.not_applied(SAMPLED, sampled=False) == ("no_repeat_ngram_size=3",)
+    assert found.not_applied(SAMPLED) == ("no_repeat_ngram_size=3", "min_p=0.1", "typical_p=0.9")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_settings_of_sampling_are_not_named_for_greedy_calls():
      ("min_new_tokens", 3), ("presence_penalty", 1.5), ("guidance_scale", 1.5), ("penalty_alpha", 0.6)],
 )  # fmt: skip
 def test_settings_that_change_tokens_are_named(setting, value):
-    assert defaults(**{setting: value}).not_applied(stochastic=True)[0].startswith(f"{setting}=")
+    assert defaults(**{setting: value}).not_applied(SAMPLED)[0].startswith(f"{setting}=")
 
 
 @pytest.mark.parametrize(

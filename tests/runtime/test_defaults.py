@@ -105,7 +105,7 @@ def test_artifact_without_stochastic_graphs_is_greedy_and_says_so(tmp_path):
     """The default of such a model cannot be applied; a call that asks for sampling is refused."""
     engine = engine_with(tmp_path, {"do_sample": True, "temperature": 0.6, "max_new_tokens": 5}, ("greedy",))
     assert tokens(engine, PROMPTS) == [generated(tmp_path, prompt, do_sample=False) for prompt in PROMPTS]
-    assert engine.defaults.not_applied(stochastic=engine.samples) == (
+    assert engine.defaults.not_applied(engine.manifest.sampling) == (
         "do_sample=true (no stochastic graphs were built)",
     )
     with pytest.raises(InputError, match="stochastic sampling was not built"):

@@ -162,7 +162,7 @@ def test_copies_save_steps_where_text_repeats(work):
 def test_pace_judges_copies_by_copies(work):
     """With the head always wrong, K is chosen where a copy is at hand, and plain decode elsewhere."""
     engine = engine_of(work, recipe_of("eagle3", 2, costs=(1.2, 1.4)))
-    row = engine._row(0, [5, 9, 3, 4, 5, 9], Choice(), Settings(max_new_tokens=8, seed=0))
+    row = engine._row(0, [5, 9, 3, 4, 5, 9], Settings(max_new_tokens=8, seed=0, choice=Choice()))
     for _ in range(200):
         row.drafted.record_step(0, 4)
         row.copied.record_step(4, 4)

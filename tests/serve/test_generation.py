@@ -18,7 +18,7 @@ QWEN = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.8, "repet
 
 def test_supported_defaults_stay():
     replaced = request_defaults(
-        {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "max_new_tokens": 7}, {}, stochastic=True
+        {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "max_new_tokens": 7}, {}, sampling=("greedy", "stochastic")
     )
     assert replaced.values == {}
     assert replaced.left_out == ()
@@ -26,33 +26,44 @@ def test_supported_defaults_stay():
 
 def test_unsupported_defaults_are_neutral_and_named():
     """Every request without a repetition penalty of its own would be rejected."""
-    replaced = request_defaults(QWEN | {"min_p": 0.1}, {}, stochastic=True)
+    replaced = request_defaults(QWEN | {"min_p": 0.1}, {}, sampling=("greedy", "stochastic"))
     assert replaced.values == {"repetition_penalty": 1.0, "min_p": 0.0}
     assert replaced.left_out == ("repetition_penalty=1.1", "min_p=0.1")
 
 
 def test_requests_are_greedy_without_stochastic_graphs():
-    assert request_defaults({}, {}, stochastic=False).values == {"temperature": 0.0}
-    assert request_defaults({}, {}, stochastic=False).left_out == ()
-    replaced = request_defaults(QWEN, {}, stochastic=False)
+    assert request_defaults({}, {}, sampling=("greedy",)).values == {"temperature": 0.0}
+    assert request_defaults({}, {}, sampling=("greedy",)).left_out == ()
+    replaced = request_defaults(QWEN, {}, sampling=("greedy",))
     assert replaced.values == {"temperature": 0.0, "repetition_penalty": 1.0}
     assert replaced.left_out == ("repetition_penalty=1.1", "temperature=0.01")
 
 
 @pytest.mark.parametrize(
-    ("asked", "stochastic"),
-    [({"repetition_penalty": 1.2}, True), ({"min_p": 0.1}, True), ({"temperature": 0.7}, False)],
+    ("asked", "sampling"),
+    [
+        ({"repetition_penalty": 1.2}, ("greedy", "stochastic")),
+        ({"min_p": 0.1}, ("greedy", "stochastic")),
+        ({"temperature": 0.7}, ("greedy",)),
+    ],
 )
-def test_unsupported_override_stops_the_server(asked, stochastic):
+def test_unsupported_override_stops_the_server(asked, sampling):
     """The server started, and rejected every request."""
     with pytest.raises(InputError, match=next(iter(asked))) as caught:
-        request_defaults({}, asked, stochastic=stochastic)
+        request_defaults({}, asked, sampling)
     assert caught.value.where == "--override-generation-config"
 
 
 def test_override_comes_before_the_file():
-    replaced = request_defaults(QWEN, {"repetition_penalty": 1.0, "temperature": 0.9}, stochastic=True)
+    replaced = request_defaults(
+        QWEN, {"repetition_penalty": 1.0, "temperature": 0.9}, sampling=("greedy", "stochastic")
+    )
     assert replaced.left_out == ()
+
+
+def test_shaped_graphs_apply_every_setting_of_the_file():
+    replaced = request_defaults(QWEN | {"min_p": 0.1}, {"presence_penalty": 0.5}, ("greedy", "stochastic", "shaped"))
+    assert (dict(replaced.values), replaced.left_out) == ({}, ())
 
 
 # vLLM itself

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.graphs.arguments import Choice
-from pipeline.runtime.batch import check_choice
+from pipeline.runtime.limits import check_choice
 from pipeline.serve import plugin, settings
 from pipeline.serve.requests import RequestSlots, served_request, wants_drafts
 from pipeline.sources.pair import resolve_pair
@@ -53,7 +53,7 @@ class Scheduler:
             going = dict.fromkeys(self.running, self.requests.planned)
             for name, _, limit in new:
                 self.running[name], self.answers[name] = limit, []
-            found = self.requests.step({name: asked for name, asked, _ in new}, going)
+            found = self.requests.step({name: asked for name, asked, _ in new}, going).tokens
             assert found.keys() == self.running.keys()
             gone = [name for name, tokens in found.items() if self._took(name, tokens, cancel)]
             for name in gone:
@@ -166,10 +166,10 @@ def test_a_step_that_a_limit_cuts_leaves_the_answer_alone(tmp_path):
     engine = eager(tmp_path, layers=(0, 1, 2))  # the whole target as its draft: every draft is accepted
     [tokens] = (one.tokens for one in engine.generate([PROMPTS[2]], max_new_tokens=12))
     requests, asked = RequestSlots(engine.batch), served_request(PROMPTS[2], Choice(), 0)
-    answer = list(requests.step({"r": asked, "other": served_request(PROMPTS[0], Choice(), 0)}, {})["r"])
+    answer = list(requests.step({"r": asked, "other": served_request(PROMPTS[0], Choice(), 0)}, {}).tokens["r"])
     for step in range(6):
         room = requests.planned if step % 2 else 0
-        answer += requests.step({}, {"r": room, "other": requests.planned})["r"]
+        answer += requests.step({}, {"r": room, "other": requests.planned}).tokens["r"]
         assert asked.in_draft <= asked.position
     kept = min(len(tokens), len(answer))
     assert answer[:kept] == tokens[:kept]
