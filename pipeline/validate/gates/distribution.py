@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.graphs.arguments import Draw, PromptRow, prefill_arguments
+from pipeline.graphs.arguments import PromptRow, prefill_arguments
 from pipeline.graphs.spec import GraphSpec
 from pipeline.progress import working
 from pipeline.runtime.engine import Engine
@@ -30,6 +29,7 @@ from pipeline.validate.gates.independence import dependent_rows
 from pipeline.validate.gates.inputs import GateInputs
 from pipeline.validate.gates.judge import SETTINGS, Judge, setting_of, words
 from pipeline.validate.gates.outcome import GateOutcome
+from pipeline.validate.gates.sampled import Sample, add_sample
 from pipeline.validate.gates.scoring import run_score, score
 from pipeline.validate.report.schema import Distribution
 
@@ -65,17 +65,6 @@ def distribution(drawn: Sequence[Drawn], candidates: int | None) -> GateOutcome[
         tests=tuple(tests),
     )
     return GateOutcome("distribution", section, tuple(findings))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sampled token, its index in its step, the index of its settings, its seed and its position."""
-
-    token: int
-    index: int
-    setting: int
-    seed: int
-    position: int
 
 
 def draw_bucket(
@@ -134,7 +123,7 @@ def _draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], judge: J
         scored = [row.tokens[begin:-1] for row, begin in zip(rows, begins, strict=True)]
         for of_row, logits_TV in zip(samples, score(engine, scorer, scored, begins), strict=True):
             for sample, logits_V in zip(of_row, logits_TV, strict=True):
-                _add(drawn, sample, judge, logits_V, generator)
+                add_sample(drawn, sample, judge, logits_V, generator)
     return drawn
 
 
@@ -171,7 +160,7 @@ def _draw_first(
         tokens = engine.ranks.run(spec, prefill_arguments(spec, rows, engine.rows))["token"]
         for row, (prompt, draw, setting) in enumerate(zip(prompts, draws, settings, strict=True)):
             sample = Sample(int(tokens[row]), 0, setting, draw.seed, len(prompt))
-            _add(drawn, sample, judge, logits[row], generator)
+            add_sample(drawn, sample, judge, logits[row], generator)
     return drawn
 
 
@@ -189,26 +178,3 @@ def _last_logits(engine: Engine, prompts: Sequence[list[int]]) -> Mapping[int, T
     for start in range(0, len(prompts), spec.batch):
         run_score(engine, spec, prompts[start : start + spec.batch], keep)
     return last
-
-
-def _add(drawn: Drawn, sample: Sample, judge: Judge, logits_V: Tensor, generator: torch.Generator) -> None:
-    """Add a sampled token, with the target's logits before it."""
-    choice, token = SETTINGS[sample.setting], sample.token
-    drawn.tokens += 1
-    if judge.candidates is not None and sample.setting == 0:
-        drawn.left_out.append(judge.left_out(logits_V))
-    probs_V = judge.probabilities(logits_V, choice)
-    if probs_V[token] == 0:
-        drawn.borders += 1
-        if not judge.nearly_in(logits_V, choice, token):
-            drawn.faults.append(f"sampled token {token}, which has probability 0 at {words(choice)}")
-        return
-    if not judge.selects(logits_V, Draw(choice, sample.seed), sample.position, token):
-        drawn.faults.append(f"sampled token {token}, which its seed does not select, at {words(choice)}")
-    if probs_V[token] == 1:  # no alternative
-        return
-    tied = float(probs_V[logits_V == logits_V[token]].sum())
-    above = float(probs_V[logits_V > logits_V[token]].sum())
-    drawn.index.append(sample.index)
-    drawn.settings.append(sample.setting)
-    drawn.ranks.append(above + tied * float(torch.rand((), generator=generator)))

@@ -118,7 +118,7 @@ class Judge:
     def _scaled(self, logits_V: Tensor, choice: Choice) -> tuple[Tensor, float]:
         """Return logits over the temperature, and how far noise moves them."""
         scaled_V = logits_V.double() / (choice.temperature or 1.0)
-        return scaled_V, self.tie * float(scaled_V.abs().max())
+        return scaled_V, self.tie * float(scaled_V[scaled_V.isfinite()].abs().max())
 
     def _kept(self, logits_V: Tensor, choice: Choice) -> int:
         return min(choice.top_k or len(logits_V), self.candidates or len(logits_V), len(logits_V))

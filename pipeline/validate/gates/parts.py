@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from pipeline.runtime.calls import Generation
@@ -28,6 +29,7 @@ from pipeline.validate.gates.references import (
     compute_references,
     goldens_of,
 )
+from pipeline.validate.gates.rules import draw_by_rules, verify_graphs
 from pipeline.validate.gates.scores import ModelScores, ScoredRun, ScoreJob, score_bucket
 from pipeline.validate.limits import TIE
 from pipeline.validate.report.schema import Cached
@@ -154,7 +156,8 @@ class DrawsPart:
     def run(self, inputs: GateInputs) -> list[Drawn]:
         """Return the tokens, judged."""
         _fill(inputs, self.kv, self.probes)
-        return list(draw_bucket(inputs, self.kv, self.probes, self.tie, only=self.graph))
+        draw = draw_by_rules if self.graph.startswith("verify") else partial(draw_bucket, kv=self.kv)
+        return list(draw(inputs, probes=self.probes, tie=self.tie, only=self.graph))
 
 
 def _fill(inputs: GateInputs, kv: int, probes: Items[list[int]]) -> None:
@@ -244,6 +247,7 @@ def _at_ends(
     kvs, engine = inputs.engine.manifest.shapes.kv, inputs.engine
     edges = [EdgesPart(kv, probes, tie) for kv in kvs]
     draws = [DrawsPart(graph, kv, probes, tie) for kv in kvs for graph in drawing(engine, kv)]
+    draws += [DrawsPart(graph.name, graph.kv, probes, tie) for graph in verify_graphs(engine)]
     results = elsewhere.run([*edges, *draws])
     compared, drawn = results[: len(edges)], results[len(edges) :]
     return sum(compared, Comparison()), tuple(one for of in drawn for one in of)

@@ -23,6 +23,7 @@ from pipeline.validate.gates.parity import ParitySection, parity
 from pipeline.validate.gates.parts import Elsewhere, answer_elsewhere, measure_elsewhere, references_elsewhere
 from pipeline.validate.gates.places import lookup_alone, places_of
 from pipeline.validate.gates.references import ModelReference, compute_references
+from pipeline.validate.gates.rules import draw_by_rules, verify_graphs
 from pipeline.validate.gates.scores import ModelScores, ScoreJob, score_bucket
 from pipeline.validate.gates.speed import measure_speed
 from pipeline.validate.limits import TIE
@@ -154,6 +155,10 @@ def measure_buckets(
             with clock.stage("distribution", f", cache bucket {kv}"):
                 _refill_if_judged(inputs, kv, sequences, edges)
                 drawn += draw_bucket(inputs, kv, sequences.probe_tokens, tie)
+    if verify_graphs(inputs.engine):
+        with clock.stage("distribution", ", verify graphs"):
+            fill(inputs.engine, kv, [tokens[: inputs.engine.length] for tokens in sequences.probe_tokens])
+            drawn += draw_by_rules(inputs, sequences.probe_tokens, tie)
     assert compared is not None
     return Measurements(scores, compared, tie, tuple(drawn))
 
