@@ -40,6 +40,17 @@ with load("artifacts/smollm2-135m-spec") as engine:
     print(engine.stats())
 ```
 
+Ask for JSON of a schema, penalties, or log probabilities, of an artifact with `shaped` in `speculation.sampling`:
+
+```python
+from tandem_spec import Rules, load
+
+schema = '{"type": "object", "properties": {"colour": {"type": "string"}}, "required": ["colour"]}'
+with load("artifacts/smollm2-135m-spec") as engine:
+    [answer] = engine.generate(["Name a colour as JSON:"], rules=Rules(json_schema=schema, logprobs=2))
+    print(answer.text, [(each.token, each.logprob) for each in answer.logprobs])
+```
+
 Stream one answer as text. A piece never ends inside a character:
 
 ```python
@@ -108,7 +119,9 @@ SECTIONS = {
     "Generation": (
         Entry("load", "runtime/open.py"),
         Entry("Engine", "runtime/engine.py", methods=("generate", "stream", "stats", "close")),
-        Entry("Generation", "runtime/engine.py"),
+        Entry("Generation", "runtime/calls.py"),
+        Entry("Rules", "runtime/rules.py"),
+        Entry("TokenLogProbs", "runtime/logprobs.py"),
     ),
     "Registries": (
         Entry("publish", "registry/publish.py"),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipeline.recipe import load as load_recipe
     from pipeline.registry.publish import PublishSettings, Release, publish
     from pipeline.registry.pull import Selection, pull
-    from pipeline.runtime import Engine, Generation, Rules, load
+    from pipeline.runtime import Engine, Generation, Rules, TokenLogProbs, load
     from pipeline.runtime.text import Chat
 
 _PLACES = {
@@ -61,6 +61,7 @@ _PLACES = {
     "Selection": "pipeline.registry.pull",
     "SourceError": "pipeline.errors",
     "TandemError": "pipeline.errors",
+    "TokenLogProbs": "pipeline.runtime",
     "build": "pipeline.build",
     "load": "pipeline.runtime",
     "load_recipe": "pipeline.recipe:load",
@@ -99,6 +100,7 @@ __all__ = [
     "Selection",
     "SourceError",
     "TandemError",
+    "TokenLogProbs",
     "__version__",
     "build",
     "load",

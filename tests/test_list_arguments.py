@@ -48,7 +48,7 @@ UNUSED: Any = SimpleNamespace()
 
 ENGINE_MANIFEST: Any = SimpleNamespace(
     shapes=SimpleNamespace(batch=(1,), kv=(8,)), graphs=(), sampling=("greedy",), draft_tokens=(1,), step_costs=None,
-    pair=SimpleNamespace(candidates=None, logprobs=0), vocab=8,
+    pair=SimpleNamespace(candidates=None), logprobs=0, vocab=8,
 )  # fmt: skip
 FILES: Any = SimpleNamespace(files={})
 BATCH: Any = SimpleNamespace(draft_length_policy=lambda: None)

@@ -178,6 +178,11 @@ class PairManifest(Manifest):
         return tuple(sampling for sampling in SAMPLINGS if sampling in built)
 
     @property
+    def logprobs(self) -> int:
+        """Most probable tokens whose log probabilities a request may ask for."""
+        return max((entry.spec.logprobs for entry in self.graphs), default=0)
+
+    @property
     def shapes(self) -> Shapes:
         """Buckets that were built."""
         steps = [entry.spec for entry in self.graphs if entry.spec.phase == "decode"]

@@ -93,4 +93,4 @@ def _choose(spec: GraphSpec, pair: PairSpec, tensors: dict[str, Tensor]) -> Choo
     if spec.phase != "verify":
         return Choose(sampling, pair.candidates, copied)
     shaping = Shaping(*(tensors[name] for name in SHAPING))
-    return Choose(sampling, pair.candidates, copied, shaping, pair.logprobs)
+    return Choose(sampling, pair.candidates, copied, shaping, spec.logprobs)

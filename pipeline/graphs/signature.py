@@ -181,7 +181,7 @@ def _outputs(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
 
 def _log_probs(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
     """Return the outputs of `speculation.shaping.LogProbs`."""
-    b, t, n = spec.batch, spec.tokens, min(pair.logprobs, pair.target.out_vocab)
+    b, t, n = spec.batch, spec.tokens, min(spec.logprobs, pair.target.out_vocab)
     return (
         TensorSpec("logprobs", (b, t), "float32"),
         TensorSpec("ranks", (b, t), "int32"),

@@ -28,7 +28,8 @@ class GraphSpec:
 
     `batch` rows, `tokens` query length T (prefill bucket; 1 for decode; K+1 for speculate and verify), `kv` attended
     cache length S, `draft_tokens` K (speculate, propose, verify; else 0), `model` the model or models that it runs
-    (`score` runs one of the two, `propose` the draft).
+    (`score` runs one of the two, `propose` the draft), `logprobs` most probable tokens that a verify graph reports at
+    each position.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -40,6 +41,7 @@ class GraphSpec:
     draft_tokens: int = 0
     sampling: Sampling = "greedy"
     model: Scope = "pair"
+    logprobs: int = 0
 
     @property
     def name(self) -> str:
@@ -118,7 +120,7 @@ class PairSpec:
     """Everything about a pair that shapes its graphs: its models, the size of the caches, a step's inputs.
 
     `rows` and `length` of the caches; `candidates` that sampling graphs keep (None: all); `lookup`: speculative steps
-    take copied tokens; `logprobs`: most probable tokens that a verify graph reports at each position.
+    take copied tokens.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -128,7 +130,6 @@ class PairSpec:
     length: int
     candidates: int | None = None
     lookup: bool = False
-    logprobs: int = 0
 
     @property
     def target(self) -> ModelConfig:

@@ -122,7 +122,6 @@ def pair_spec(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairSp
         length=recipe.shapes.kv[-1],
         candidates=recipe.speculation.candidates,
         lookup=recipe.speculation.lookup is not None,
-        logprobs=recipe.speculation.reported_logprobs,
     )
 
 
@@ -151,10 +150,10 @@ def _shaped_graphs(recipe: Recipe) -> Iterator[GraphSpec]:
 
     They attend over the whole cache: a bucket for each length would double their number.
     """
-    kv, steps = recipe.shapes.kv[-1], recipe.speculation.draft_tokens
+    kv, steps, logprobs = recipe.shapes.kv[-1], recipe.speculation.draft_tokens, recipe.speculation.reported_logprobs
     for batch in recipe.shapes.batch:
         for k in steps:
-            yield GraphSpec("verify", batch, k + 1, kv, k, "shaped")
+            yield GraphSpec("verify", batch, k + 1, kv, k, "shaped", logprobs=logprobs)
         yield GraphSpec("propose", batch, 1, kv, steps[-1], "stochastic")
 
 

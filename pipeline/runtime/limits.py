@@ -52,7 +52,7 @@ def check_asked(manifest: PairManifest, rules: Rules) -> None:
     if rules.asked and "shaped" not in manifest.sampling:
         fix = "add shaped to speculation.sampling and rebuild"
         raise InputError("shaped graphs were not built", where=rules.asked[0], fix=fix)
-    check_rules(rules, manifest.vocab, manifest.pair.logprobs)
+    check_rules(rules, manifest.vocab, manifest.logprobs)
 
 
 def check_prompt(manifest: PairManifest, tokens: Sequence[int], where: str) -> None:

@@ -196,6 +196,7 @@ def killed_at(moment: str):
     return log
 
 
+@pytest.mark.slow
 def test_writing_that_was_killed_goes_on(work, figures):
     """Parts are not written again, and the text is that of an undisturbed run."""
     cache = work / "killed-writing"

@@ -141,12 +141,12 @@ def test_greedy_tokens_equal_transformers(pair):
 def test_stochastic_tokens_are_ids_of_the_target(pair):
     """With tokens beyond the smaller vocabulary among the draws, where there is one."""
     _, _, _, engine = pair
-    prompts = [engine.text.encode(text) for text in families.PROMPTS] * 3
+    vocab = engine.ranks.plan.pair.target.vocab
+    smaller = min(vocab, engine.ranks.plan.pair.draft.vocab)
+    prompts = [engine.text.encode(text) for text in families.PROMPTS] * (1 if smaller == vocab else 3)
     answers = engine.generate(prompts, max_new_tokens=NEW_TOKENS, temperature=3.0)
     tokens = {token for answer in answers for token in answer.tokens}
-    vocab = engine.ranks.plan.pair.target.vocab
     assert max(tokens) < vocab
-    smaller = min(vocab, engine.ranks.plan.pair.draft.vocab)
     assert smaller == vocab or any(token >= smaller for token in tokens)
 
 

@@ -198,7 +198,7 @@ def mutations(family: str) -> list[dict[str, Any]]:
         configs.append({key: value for key, value in base.items() if key != name})
         value = base.get(name, FIELDS[family][name].default if name in FIELDS[family] else 5.0)
         configs += [base | {name: change} for change in (None, str(value), value)]
-        configs += [base | {name: change} for change in random.Random(name + family).sample(others, 3)]
+        configs += [base | {name: change} for change in random.Random(name + family).sample(others, 2)]
     return configs
 
 

@@ -31,7 +31,7 @@ RECIPE = f"""
 name: served
 target: {{source: "{TARGET}", dtype: float32}}
 draft: {{derive: {{from: target, layers: [0]}}}}
-speculation: {{draft_tokens: [2], sampling: [greedy, stochastic]}}
+speculation: {{draft_tokens: [2], sampling: [greedy, stochastic, shaped]}}
 shapes: {{batch: [1, 4], prefill: [32], kv: [96]}}
 validate: {{prompts: pico.jsonl, max_new_tokens: 12, gates: {{tokens_per_step: 1.05}}}}
 """
@@ -44,19 +44,15 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(tmp_path_factory.mktemp("served"), RECIPE)
 
 
-def built(base: Path, recipe: str) -> Path:
+def built(base: Path, recipe: str, out: str = "served") -> Path:
     """A validated artifact of a recipe."""
     from pipeline.build import BuildSettings, run
     from pipeline.recipe import load
 
     shutil.copy(ROOT / "recipes/prompts/pico.jsonl", base)
     (base / "served.yaml").write_text(recipe)
-    run(
-        BuildSettings(
-            recipe=load(base / "served.yaml"), base=base, out=base / "served", cache=base / "cache", workers=2
-        )
-    )
-    return base / "served"
+    run(BuildSettings(recipe=load(base / "served.yaml"), base=base, out=base / out, cache=base / "cache", workers=2))
+    return base / out
 
 
 class Server:
@@ -246,17 +242,121 @@ def test_a_seed_repeats_itself_and_greedy_neighbours_are_not_moved(server: Serve
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", 2), ("min_p", 0.1), ("presence_penalty", 0.5), ("repetition_penalty", 1.2), ("min_tokens", 2),
-        ("logit_bias", {"5": 1.0}), ("response_format", {"type": "json_object"}), ("top_p", 1.5),
-        ("prompt", [5] * 40), ("prompt", [999_999]), ("model", "unknown"),
+        ("logprobs", 21), ("min_p", 1.5), ("presence_penalty", 5), ("repetition_penalty", 0), ("min_tokens", 99),
+        ("logit_bias", {"99999": 1.0}), ("allowed_token_ids", [99999]), ("top_p", 1.5), ("prompt_logprobs", 21),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "none"}}}),
+        ("thinking_token_budget", 5), ("prompt", [5] * 96), ("prompt", [999_999]), ("model", "unknown"),
     ],
 )  # fmt: skip
 def test_what_the_graphs_cannot_do_is_refused_by_name(server: Server, field: str, value: object) -> None:
     body = {"model": "served", "prompt": [5, 9], "max_tokens": 4, "temperature": 1} | {field: value}
     status, answer = server.post("/v1/completions", body)
     assert status in (400, 404), answer
-    told = {"response_format": "structured_outputs", "model": "unknown"}.get(field, field)
+    told = {"response_format": "schema", "model": "unknown"}.get(field, field)
     assert told in answer["error"]["message"] or "token" in answer["error"]["message"]
+
+
+RULED = {
+    "penalties": {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
+    "bias": {"logit_bias": {"11": 5, "12": -100}},
+    "allowed": {"allowed_token_ids": [40, 41, 42, 300]},
+    "min_p": {"min_p": 0.2, "temperature": 1.1, "seed": 4},
+    "min_tokens": {"min_tokens": 9, "logit_bias": {"2": 100}},
+    "logprobs": {"logprobs": 3},
+    "sampled": {"temperature": 0.9, "top_k": 30, "seed": 8, "presence_penalty": 0.5},
+    "nothing": {},
+}
+
+
+def test_rules_are_those_of_the_engine(server: Server, artifact: Path) -> None:
+    """Requests of every kind at once, on 4 slots: each gets the tokens and log probabilities of the engine alone."""
+    from pipeline import runtime
+
+    asked = [(name, prompt) for prompt in prompts(9)[2:] for name in RULED]
+    with ThreadPoolExecutor(8) as pool:
+        served = list(pool.map(lambda one: server.complete(one[1], max_tokens=14, **RULED[one[0]]), asked))
+    engine = runtime.load(artifact)
+    for (name, prompt), answer in zip(asked, served, strict=True):
+        how = dict(RULED[name])
+        sampling = {key: how.pop(key) for key in ("temperature", "top_k", "seed") if key in how}
+        bias = tuple((int(token), float(value)) for token, value in how.pop("logit_bias", {}).items())
+        allowed = how.pop("allowed_token_ids", None)
+        rules = runtime.Rules(**how, logit_bias=bias, allowed_token_ids=allowed and tuple(allowed))
+        [expected] = engine.generate([prompt], max_new_tokens=14, rules=rules, **{"temperature": 0, **sampling})
+        assert answer["token_ids"] == expected.tokens, name
+        if name == "logprobs":
+            found = [each.logprob for each in expected.logprobs]
+            assert answer["logprobs"]["token_logprobs"] == pytest.approx(found, abs=1e-4)
+            assert all(len(each) in (3, 4) for each in answer["logprobs"]["top_logprobs"])
+
+
+def test_log_probabilities_of_a_prompt(server: Server, artifact: Path) -> None:
+    """`echo` with `logprobs`, as evaluation harnesses score texts: those of a teacher-forced pass, bucket edges too."""
+    from pipeline import runtime
+    from pipeline.graphs.arguments import GREEDY
+    from pipeline.runtime.batch import Row
+    from pipeline.runtime.prompt_scores import prompt_logprobs
+
+    engine = runtime.load(artifact)
+    for length in (2, 31, 32, 33, 65, 90):
+        prompt = [3 + (n * 7) % 90 for n in range(length)]
+        answer = server.complete(prompt, max_tokens=1, echo=True, logprobs=2)
+        rows = {0: Row(prompt, length, 0, GREEDY)}
+        expected = [each.logprob for each in prompt_logprobs(engine.batch, rows, 2)[0]]
+        assert answer["logprobs"]["token_logprobs"][0] is None
+        assert answer["logprobs"]["token_logprobs"][1:length] == pytest.approx(expected, abs=1e-4)
+
+
+SCHEMA = {
+    "type": "object", "additionalProperties": False, "required": ["name", "sizes"],
+    "properties": {
+        "name": {"enum": ["ab", "abc", "zz"]},
+        "sizes": {"type": "array", "maxItems": 2, "items": {"enum": [1, 22]}},
+    },
+}  # fmt: skip
+
+
+def chat(server: Server, **how: object) -> dict:
+    body = {"model": "served", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 60} | how
+    status, answer = server.post("/v1/chat/completions", body)
+    assert status == 200, answer
+    return answer["choices"][0]
+
+
+def test_structured_outputs_are_of_their_schema(server: Server) -> None:
+    """Greedy and sampled, beside requests without a grammar; drafts are accepted, and neighbours are not moved."""
+    schema = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}
+    plain, before = server.complete([5, 9, 3], max_tokens=20)["token_ids"], server.metrics()
+    ways: list[dict] = [{"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"temperature": 2.0}]
+    with ThreadPoolExecutor(6) as pool:
+        beside = [pool.submit(lambda: server.complete([5, 9, 3], max_tokens=20)["token_ids"]) for _ in range(6)]
+        answers = list(pool.map(lambda at: chat(server, response_format=schema, **ways[at % 3]), range(18)))
+    assert [each.result() for each in beside] == [plain] * 6
+    for answer in answers:
+        found = json.loads(answer["message"]["content"])
+        assert found["name"] in ("ab", "abc", "zz")
+        assert set(found["sizes"]) <= {1, 22}
+    accepted = server.metrics()["num_accepted_tokens"] - before["num_accepted_tokens"]
+    assert accepted > 0
+
+
+def test_a_named_tool_is_called_with_arguments_of_its_schema(server: Server) -> None:
+    tool = {"type": "function", "function": {"name": "keep", "parameters": SCHEMA}}
+    choice = {"type": "function", "function": {"name": "keep"}}
+    answer = chat(server, tools=[tool], tool_choice=choice, temperature=0)
+    [call] = answer["message"]["tool_calls"]
+    assert call["function"]["name"] == "keep"
+    assert json.loads(call["function"]["arguments"])["name"] in ("ab", "abc", "zz")
+
+
+def test_an_artifact_without_shaped_graphs_refuses_rules_by_name(artifact: Path, tmp_path: Path) -> None:
+    base = artifact.parent  # its graphs are in this cache
+    plain = built(base, RECIPE.replace(", shaped", ""), "plain")
+    with running(plain, tmp_path / "log") as server:
+        for field, value in {"min_p": 0.1, "logprobs": 2, "min_tokens": 2, "logit_bias": {"5": 1.0}}.items():
+            body = {"model": "served", "prompt": [5, 9], "max_tokens": 4, "temperature": 1} | {field: value}
+            status, answer = server.post("/v1/completions", body)
+            assert (status, field in answer["error"]["message"]) == (400, True)
 
 
 def test_bad_json_streams_stops_and_several_answers(server: Server) -> None:

@@ -261,7 +261,7 @@ assert out.tolist() == [1, 1, 1]
 """
 
 
-@pytest.mark.compile
+@pytest.mark.slow
 def test_compile_and_load_in_an_odd_environment(tmp_path: Path) -> None:
     """Every compilation failed with a space in TMPDIR, and with a launcher or flags in CXX."""
     folder, calls = tmp_path / "tmp with 'spaces'", tmp_path / "calls"
