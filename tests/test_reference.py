@@ -169,7 +169,7 @@ def loaded(tmp_path, monkeypatch) -> None:
     from support.reports import recipe_of
 
     def load(artifact):
-        recipe = recipe_of("llama", 1, "float32", ("greedy", "stochastic"))
+        recipe = recipe_of("llama", 1, "float32", ("greedy", "stochastic", "shaped"))
         return make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources"))
 
     monkeypatch.setattr(runtime, "load", load)
@@ -191,8 +191,14 @@ def test_example_of_the_readme_runs(capsys):
 
 
 @pytest.mark.usefixtures("loaded")
-def test_example_streams(capsys):
+def test_example_follows_rules(capsys):
     exec(compile(examples()[1], "example", "exec"), {})
+    assert capsys.readouterr().out.lstrip().startswith("{")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_example_streams(capsys):
+    exec(compile(examples()[2], "example", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
@@ -209,14 +215,14 @@ def test_example_builds_publishes_and_pulls(tmp_path, monkeypatch, capsys):
         "pipeline.registry.pull.host_facts", lambda: {"device": "cpu", "machine": "x86_64", "isa": "avx2"}
     )
     monkeypatch.chdir(tmp_path)
-    exec(compile(examples()[2], "example", "exec"), {})
+    exec(compile(examples()[3], "example", "exec"), {})
     assert capsys.readouterr().out.strip().endswith("artifacts/pulled/latest")
     assert (tmp_path / "artifacts/pulled/latest/manifest.json").is_file()
 
 
 def test_example_handles_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(examples()[3], "example", "exec"), {})
+    exec(compile(examples()[4], "example", "exec"), {})
     assert "no manifest" in capsys.readouterr().out
 
 

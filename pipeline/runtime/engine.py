@@ -314,7 +314,7 @@ class Engine:
     def _finished(self, row: Prompt) -> bool:
         count = len(row.tokens) - row.prompt
         full = row.position >= self.length
-        return count >= row.limit or full or row.tokens[-1] in self.manifest.eos_ids
+        return count >= row.limit or full or (count > 0 and row.tokens[-1] in self.manifest.eos_ids)
 
     def _result(self, row: Prompt) -> Generation:
         tokens, steps = row.tokens[row.prompt :], len(row.emitted)

@@ -21,7 +21,7 @@ DRAFTS = {
     "draft_model": {"derive": {"from": "target", "layers": [0]}},
     "eagle3": {"source": "pico://llama?eagle3=1&draft_vocab=128"},
 }
-PROMPTS = [[7], [5, 9, 3, 40, 41], [12] * 20, [80, 81, 82, 83, 84, 85, 80, 81, 82, 83]]
+PROMPTS = [[7], [5, 9, 3, 40, 2], [12] * 20, [80, 81, 82, 83, 84, 85, 80, 81, 82, 83]]
 SCHEMA = json.dumps({
     "type": "object", "properties": {"name": {"type": "string", "maxLength": 2}, "count": {"enum": [1, 12, 345]}},
     "required": ["name", "count"], "additionalProperties": False, "x-guidance": {"whitespace_flexible": False},
