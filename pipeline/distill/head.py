@@ -25,6 +25,7 @@ from pipeline.models.eagle3_writers import (
     usual_taps,
 )
 from pipeline.models.layer_types import of_layers
+from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import RopeRules, rules_of
 from pipeline.models.weights import D2T, EMBEDDING, FC, HEAD, NORM, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
@@ -65,7 +66,8 @@ def continued_config(target: Checkpoint, start: Checkpoint, draft_vocab: int) ->
     """Return the `config.json` of a head that another one was trained further to: its own, with every switch named."""
     head = start.config.eagle3
     assert head is not None
-    own = {key: value for key, value in start.config_json.items() if key not in (*DROPPED, *SWITCHES)}
+    stored = without_quantisation(start.config_json)
+    own = {key: value for key, value in stored.items() if key not in (*DROPPED, *SWITCHES)}
     switches = {name: True for name in SWITCHES if vars(head)[name]}
     kind = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", CREATED_BY: TANDEM}
     taps = {OPTIONS: {"use_aux_hidden_state": False}} if head.reads_output else _tapped(target.config, head.taps)
@@ -110,7 +112,8 @@ def _sizes(target: ModelConfig) -> dict[str, Any]:
 
 def model_config(target: Checkpoint, draft_vocab: int, layers: tuple[int, ...]) -> dict[str, Any]:
     """Return the `config.json` of a draft model of some of the target's layers, with the target's embedding."""
-    fields = {key: value for key, value in target.config_json.items() if key != "transformers_version"}
+    own = without_quantisation(target.config_json)
+    fields = {key: value for key, value in own.items() if key != "transformers_version"}
     return {
         **fields,
         **of_layers(target.config, target.config_json, layers),

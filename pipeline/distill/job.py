@@ -32,6 +32,7 @@ from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
 from pipeline.models.eagle3 import read_config
 from pipeline.models.families import config_of
+from pipeline.models.quantisation import without_quantisation
 from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.runtime.text import Text
 from pipeline.sources.checkpoint import Checkpoint
@@ -103,7 +104,8 @@ class Job:
         if self.start is not None and self.start.config.eagle3 is not None:
             return continued_config(self.target, self.start, self.vocab)
         if self.start is not None:
-            own = {key: value for key, value in self.start.config_json.items() if key != "shares_embedding"}
+            stored = without_quantisation(self.start.config_json)
+            own = {key: value for key, value in stored.items() if key != "shares_embedding"}
             return own | {"draft_vocab_size": self.vocab}
         if settings.method == "draft_model":
             return model_config(self.target, self.vocab, settings.layers)

@@ -41,6 +41,9 @@ _TABLE = (
     TensorDtype("uint32", "U32", 4),
     TensorDtype("uint16", "U16", 2),
     TensorDtype("uint8", "U8", 1),
+    TensorDtype("float8_e4m3fn", "F8_E4M3", 1),
+    TensorDtype("float8_e5m2", "F8_E5M2", 1),
+    TensorDtype("float8_e8m0fnu", "F8_E8M0", 1),
 )
 
 DTYPES = {dtype.name: dtype for dtype in _TABLE}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.cache.local import default_root
 from pipeline.graphs.dtypes import torch_dtype
+from pipeline.models.quantisation import KEY
 from pipeline.models.weights import D2T, EMBEDDING, HEAD
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.latency import Answer, ArrivalClock, TimedRequest
@@ -28,7 +29,8 @@ def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attentio
     """  # fmt: skip
     config = checkpoint.config
     require_local(checkpoint)
-    if checkpoint.layers is None and not config.shares_embedding and config.draft_vocab is None:
+    whole = checkpoint.layers is None and not config.shares_embedding and config.draft_vocab is None
+    if whole and KEY not in checkpoint.config_json:  # transformers needs packages for some formats, or a GPU
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.root, dtype=torch_dtype(dtype), attn_implementation=attention, trust_remote_code=False
         )

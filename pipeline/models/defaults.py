@@ -270,7 +270,6 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "num_kv_shared_layers": (0,),
     "per_layer_config": ({}, []),
     "pruned_heads": ({},),
-    "quantization_config": (),
     "text_config": (),
     "text_encoder": (),
 }

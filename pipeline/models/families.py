@@ -11,6 +11,7 @@ from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
 from pipeline.models.fields import Fields
 from pipeline.models.other_drafts import refuse_other_kinds
+from pipeline.models.quantisation import read_quantisation
 
 FAMILIES = {
     "gemma2": "pipeline.models.gemma2",
@@ -39,6 +40,7 @@ def config_of(config_json: Mapping[str, Any], where: str) -> ModelConfig:
         SourceError: an unsupported architecture or field, by name and value.
 
     """
+    read_quantisation(config_json, where)
     refuse_other_kinds(config_json, config_json.get(eagle3.TENSORS) or {}, where)
     if eagle3.is_head(config_json):
         return eagle3.read_config(config_json, where)

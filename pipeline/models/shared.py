@@ -116,5 +116,5 @@ def _reject_unsupported(fields: Fields) -> None:
         value = fields.config.get(key)
         if value is None or value in neutral:
             continue
-        what = "quantised checkpoints are" if key.endswith("n_config") else "this field is"
+        what = "this format of quantised checkpoints is" if key == "compression_config" else "this field is"
         raise fields.error(key, value, f"{what} not supported", "use a model without it")

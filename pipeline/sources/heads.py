@@ -21,6 +21,7 @@ from pipeline.models.families import config_of
 from pipeline.models.fields import is_int
 from pipeline.models.weights import D2T, EMBEDDING
 from pipeline.sources.checkpoint import Checkpoint, with_shared_embedding
+from pipeline.sources.packed import plain
 from pipeline.sources.tensors import layout, read_bytes, read_header
 from pipeline.sources.weights import same_bytes, weights
 
@@ -60,7 +61,7 @@ def _with_d2t(checkpoint: Checkpoint, told: str | None, cache: Path) -> Checkpoi
     found = weights(checkpoint)
     if checkpoint.config.draft_vocab is None or T2D not in found or (D2T in found and told != T2D):
         return checkpoint
-    kept = [token for token, is_kept in enumerate(read_bytes(found[T2D])) if is_kept]
+    kept = [token for token, is_kept in enumerate(read_bytes(plain(found[T2D]))) if is_kept]
     if len(kept) != checkpoint.config.draft_vocab:
         what = f"t2d marks {len(kept)} tokens, but the head proposes from {checkpoint.config.draft_vocab}"
         raise SourceError(what, where=str(found[T2D].file), fix="use a head whose t2d and lm_head belong together")

@@ -10,16 +10,35 @@ from torch import Tensor
 from pipeline.graphs.dtypes import SAFETENSORS
 from pipeline.models.weights import D2T, WeightSpec
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.tensors import TensorRef, read_bytes
+from pipeline.sources.dequantise import dequantised
+from pipeline.sources.packed import Cut, PackedRef, Source, placed
+from pipeline.sources.tensors import read_bytes
 from pipeline.sources.weights import weights
 
 
-def read_tensor(ref: TensorRef) -> Tensor:
-    """Read one tensor of a checkpoint."""
+def read_tensor(ref: Source) -> Tensor:
+    """Read one tensor of a checkpoint; a quantised one as float32."""
+    if isinstance(ref, PackedRef):
+        return dequantised(ref, _cuts(ref))
     return torch.frombuffer(read_bytes(ref), dtype=SAFETENSORS[ref.dtype].as_torch()).view(ref.shape)
 
 
-def read_weight(refs: Mapping[str, TensorRef], spec: WeightSpec) -> Tensor:
+def _cuts(ref: PackedRef) -> Tensor:
+    """Return the bytes of a quantised tensor's cuts, where `placed` puts them."""
+    data = torch.empty(ref.read_bytes, dtype=torch.uint8)
+    for at, cut in placed(ref.cuts):
+        data[at : at + cut.nbytes] = _bytes(cut)
+    return data
+
+
+def _bytes(cut: Cut) -> Tensor:
+    if cut.contiguous:
+        return torch.frombuffer(read_bytes(cut.whole), dtype=torch.uint8)
+    pieces = torch.frombuffer(read_bytes(cut.ref), dtype=torch.uint8).view(cut.count, cut.stride)
+    return pieces[:, cut.start : cut.start + cut.width].flatten()
+
+
+def read_weight(refs: Mapping[str, Source], spec: WeightSpec) -> Tensor:
     """Read a weight of a model: the matrices of experts as one tensor."""
     tensors = [read_tensor(refs[part.name]) for part in spec.parts]
     return torch.stack(tensors) if spec.kind == "experts" else tensors[0]

@@ -12,8 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pipeline.errors import SourceError
 from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
+from pipeline.models.quantisation import KEY, read_quantisation
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import Checkpoint, weight_files
+from pipeline.sources.packed import PackedRef, Source, plain
+from pipeline.sources.quantised import with_quantised
 from pipeline.sources.tensors import TensorRef, opened, read_bytes, read_header
 
 IGNORED = re.compile(r"(.*\.)?rotary_emb\..*|(.*\.)?masked_bias|t2d")
@@ -50,21 +53,23 @@ SHOWN_PROBLEMS = 20
 COMPARE_BYTES = 16 << 20
 
 
-def weights(checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
+def weights(checkpoint: Checkpoint) -> Mapping[str, Source]:
     """Return every tensor of a checkpoint by the name that the models use.
 
     Raises:
-        SourceError: a weight file is missing, truncated or malformed, or two files hold the same tensor.
+        SourceError: a weight file is missing, truncated or malformed, two files hold the same tensor, or a quantised
+            module does not fit the config.
 
     """
-    tensors: dict[str, TensorRef] = {}
+    stored: dict[str, TensorRef] = {}
     for name in sorted(checkpoint.remote) or weight_files(checkpoint.root):
         in_file = read_header(checkpoint.file(name))
-        repeated = sorted(set(in_file) & set(tensors))
+        repeated = sorted(set(in_file) & set(stored))
         if repeated:
-            what = f"tensor {repeated[0]!r} is also in {tensors[repeated[0]].file.name}"
+            what = f"tensor {repeated[0]!r} is also in {stored[repeated[0]].file.name}"
             raise SourceError(what, where=str(checkpoint.file(name)), fix="download the checkpoint again")
-        tensors |= in_file
+        stored |= in_file
+    tensors = with_quantised(stored, read_quantisation(checkpoint.config_json, str(checkpoint.root / "config.json")))
     if checkpoint.config.draft_kind.reads_target_states:
         tensors = {eagle3.tensor_name(name): tensor for name, tensor in tensors.items()}
     else:
@@ -73,20 +78,20 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
     return tensors if checkpoint.layers is None else dict(_renumbered(tensors, checkpoint.layers))
 
 
-def shared_weights(draft: Checkpoint, target: Checkpoint) -> dict[str, TensorRef]:
+def shared_weights(draft: Checkpoint, target: Checkpoint) -> dict[str, Source]:
     """Return the tensors of a draft that are its target's: the embedding, the LM head, or neither."""
     theirs = weights(target) if draft.config.shares_embedding or draft.config.shares_head else {}
     shared = {EMBEDDING: theirs[EMBEDDING]} if draft.config.shares_embedding else {}
     return shared | ({HEAD: theirs[EMBEDDING if target.config.tied else HEAD]} if draft.config.shares_head else {})
 
 
-def _prefixed(name: str, tensors: Mapping[str, TensorRef]) -> str:
+def _prefixed(name: str, tensors: Mapping[str, Source]) -> str:
     """Return the name in a causal model of a tensor that AutoModel saved; both names in one checkpoint are an error."""
     whole = f"{BASE}{name}"
     return whole if name.startswith(OF_BASE) and whole not in tensors else name
 
 
-def _renamed(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
+def _renamed(tensors: Mapping[str, Source]) -> Iterator[tuple[str, Source]]:
     """Yield tensors by the names of experts that the models use; matrices of all experts in one are taken apart."""
     for old, tensor in tensors.items():
         name = old
@@ -100,7 +105,7 @@ def _renamed(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]
             yield f"{stacked['block']}.{expert}.{stacked['leaf']}.weight", tensor.part(expert)
 
 
-def _unfused(tensors: Mapping[str, TensorRef], c: ModelConfig) -> Iterator[tuple[str, TensorRef]]:
+def _unfused(tensors: Mapping[str, Source], c: ModelConfig) -> Iterator[tuple[str, Source]]:
     """Split `qkv_proj` and `gate_up_proj`; with another number of rows it stays whole and is rejected as extra."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     inner = {c.intermediate, *(kind.experts.intermediate for kind in c.kinds if kind.experts)}
@@ -122,7 +127,7 @@ def _unfused(tensors: Mapping[str, TensorRef], c: ModelConfig) -> Iterator[tuple
             first += rows
 
 
-def _renumbered(tensors: Mapping[str, TensorRef], layers: tuple[int, ...]) -> Iterator[tuple[str, TensorRef]]:
+def _renumbered(tensors: Mapping[str, Source], layers: tuple[int, ...]) -> Iterator[tuple[str, Source]]:
     """Yield the tensors of some layers under new numbers, and all tensors outside the layers."""
     for name, tensor in tensors.items():
         if not name.startswith("model.layers."):
@@ -151,7 +156,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     if checkpoint.layers is None:
         problems += list(_extra(tensors, needed, checkpoint))
     if not problems and D2T in needed:
-        problems += _offset_findings(tensors[D2T], checkpoint.config)
+        problems += _offset_findings(plain(tensors[D2T]), checkpoint.config)
     if problems:
         shown = problems[:SHOWN_PROBLEMS]
         if len(problems) > len(shown):
@@ -160,7 +165,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
         raise SourceError(text, where=str(checkpoint.root), fix=_remedy(tensors, needed, problems))
 
 
-def _remedy(tensors: Mapping[str, TensorRef], needed: Mapping[str, WeightSpec], problems: Sequence[str]) -> str:
+def _remedy(tensors: Mapping[str, Source], needed: Mapping[str, WeightSpec], problems: Sequence[str]) -> str:
     """Return the fix for tensors that do not match the config."""
     missing = [name for name in needed if name not in tensors]
     if missing == [HEAD]:
@@ -173,13 +178,13 @@ def _remedy(tensors: Mapping[str, TensorRef], needed: Mapping[str, WeightSpec], 
     return "use weights and config.json of the same model"
 
 
-def _strange_prefix(tensors: Mapping[str, TensorRef], missing: Sequence[str]) -> str:
+def _strange_prefix(tensors: Mapping[str, Source], missing: Sequence[str]) -> str:
     """Return what stands before the name of the first missing tensor in a tensor's name; empty if none ends so."""
     ends = [name for name in tensors if missing and name.endswith(f".{missing[0]}")]
     return ends[0].removesuffix(missing[0]) if ends else ""
 
 
-def _findings(spec: WeightSpec, tensor: TensorRef | None) -> Iterator[str]:
+def _findings(spec: WeightSpec, tensor: Source | None) -> Iterator[str]:
     if tensor is None:
         yield f"missing weight {spec.name} {list(spec.shape)}"
         return
@@ -188,12 +193,13 @@ def _findings(spec: WeightSpec, tensor: TensorRef | None) -> Iterator[str]:
         yield f"wrong shape of {at}: {list(tensor.shape)}, config.json requires {list(spec.shape)}"
     accepted = INTEGERS if spec.kind == "index" else FLOATS
     if tensor.dtype not in accepted:
-        quantised = " (a quantised checkpoint?)" if tensor.dtype[0] in "FIU" and spec.kind != "index" else ""
+        narrow = tensor.dtype[0] in "FIU" and spec.kind != "index"
+        quantised = f" (quantised, without {KEY} in config.json?)" if narrow else ""
         yield f"unsupported dtype of {at}: {tensor.dtype}{quantised}; accepted: {', '.join(accepted)}"
 
 
 def _extra(
-    tensors: Mapping[str, TensorRef], needed: Mapping[str, WeightSpec], checkpoint: Checkpoint
+    tensors: Mapping[str, Source], needed: Mapping[str, WeightSpec], checkpoint: Checkpoint
 ) -> Iterator[str]:  # fmt: skip
     for name, tensor in tensors.items():
         if name in needed or IGNORED.fullmatch(name) or _is_mtp(name, checkpoint):
@@ -212,9 +218,9 @@ def _is_mtp(name: str, checkpoint: Checkpoint) -> bool:
     return MTP.match(name) is not None or (after and isinstance(more, int) and more > 0)
 
 
-def same_bytes(a: TensorRef, b: TensorRef) -> bool:
-    """Return True when two tensors are equal, byte for byte."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
+def same_bytes(a: Source, b: Source) -> bool:
+    """Return True when two tensors are equal, byte for byte; quantised ones are not compared."""
+    if isinstance(a, PackedRef) or isinstance(b, PackedRef) or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     with opened(a.file) as first, opened(b.file) as second:
         for at in range(0, a.nbytes, COMPARE_BYTES):

@@ -33,6 +33,7 @@ from pipeline.files.atomic import FileDigest, atomic_dir, digest_file, link_or_c
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import PairSpec
 from pipeline.models.generation import GENERATION_CONFIG
+from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import in_both_layouts
 from pipeline.plan import lock as locks
 from pipeline.plan.plan import Plan
@@ -84,7 +85,7 @@ def package(out: Path, parts: Parts, backend: Backend, cache: Path) -> PairArtif
     """
     check_replaceable(out)
     plan = parts.plan
-    config = in_both_layouts(parts.lock.target.config, plan.pair.target.max_position)
+    config = without_quantisation(in_both_layouts(parts.lock.target.config, plan.pair.target.max_position))
     toolchain, flags = backend.toolchain().as_dict(), backend.flags()
     origin = Origin(plan.recipe, parts.lock, plan.recipe.backend.model_dump(), toolchain, flags)
     with atomic_dir(out) as folder:

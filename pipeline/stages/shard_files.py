@@ -4,7 +4,7 @@ The weight table and the plan decide the placement. Keeps no tensor. Besides hea
 `WINDOW_BYTES` (at least one block of 32 rows) as read, one as stored, and the sink's stages: at 64 ranks 32 + 8 + 96
 MiB when bfloat16 becomes float32, whatever the model's size.
 
-    read (thread) -> convert, pack and cut (here, torch) -> stage of each file -> write and hash (threads)
+    read (thread) -> dequantise, convert, pack and cut (here, torch) -> stage of each file -> write and hash (threads)
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from pipeline.models.weights import (
 )
 from pipeline.progress import ByteProgress
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.packed import PackedRef, Source
 from pipeline.sources.remote import RemoteFile
-from pipeline.sources.tensors import Layout, TensorRef, layout
+from pipeline.sources.tensors import Layout, layout
 from pipeline.sources.weights import shared_weights, weights
 from pipeline.stages.downloads import Downloads, SourceRecord
 from pipeline.stages.streams import Bytes, Reader, Sink
@@ -134,7 +135,7 @@ class _Job:
     role: Role
     models: ModelsSpec
     layout: Layout
-    tensors: tuple[tuple[WeightSpec, tuple[TensorRef, ...]], ...]
+    tensors: tuple[tuple[WeightSpec, tuple[Source, ...]], ...]
     """Each weight with the checkpoint's tensors that it holds in a row."""
     packing: Packing
 
@@ -167,7 +168,9 @@ class _Job:
     @property
     def remote(self) -> list[RemoteFile]:
         """Files of the tensors that stay in a store, in the order in which they are read."""
-        files = (source.file for _, sources in self.tensors for source in sources)
+        stored = (source for _, sources in self.tensors for source in sources)
+        refs = (ref for source in stored for ref in (source.refs if isinstance(source, PackedRef) else (source,)))
+        files = (ref.file for ref in refs)
         return list(dict.fromkeys(file for file in files if isinstance(file, RemoteFile)))
 
     def offset(self, rank: int) -> bytes:
@@ -195,7 +198,7 @@ def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpo
     return _Job(role, models, file, tensors, packing)
 
 
-def _place(spec: WeightSpec, source: TensorRef) -> tuple[bool, str, int]:
+def _place(spec: WeightSpec, source: Source) -> tuple[bool, str, int]:
     """Return a key by which tensors are in the order of the checkpoint's files, and index tensors last."""
     return spec.kind == "index", str(source.file), source.offset
 

@@ -17,14 +17,18 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.files.direct import open_output
+from pipeline.sources.packed import Cut, PackedRef, Source, placed
 from pipeline.sources.remote import RemoteFile
-from pipeline.sources.tensors import TensorRef, fill
+from pipeline.sources.tensors import File, TensorRef, fill
 from pipeline.stages.downloads import Downloads
 
 THREADS = 4
 STAGE_BYTES = 4 << 20
 STAGES_BYTES = 32 << 20
 """Memory of the stages that threads work on; each file has one more."""
+
+KEPT_TENSORS = 4
+"""Tensors of a quantised matrix: values, scales, zero points and groups."""
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
@@ -35,22 +39,55 @@ class Reader:
     def __init__(self, stack: ExitStack, downloads: Downloads, *, drop_cache: bool) -> None:
         self._stack, self._downloads, self._drop_cache = stack, downloads, drop_cache
         self._open: dict[Path, IO[bytes]] = {}
+        self._whole: dict[TensorRef, Bytes] = {}
         self._pool = stack.enter_context(ThreadPoolExecutor(1, "read"))
 
-    def start(self, source: TensorRef, buffer: memoryview) -> Future[None]:
-        """Read a tensor's bytes into the buffer; the rest of the buffer becomes zero."""
+    def start(self, source: Source, buffer: memoryview) -> Future[None]:
+        """Read a tensor's bytes into the buffer, those of a quantised one as `placed` says; the rest becomes zero."""
+        if isinstance(source, PackedRef):
+            return self._pool.submit(self._read_packed, source, buffer)
         return self._pool.submit(self._read, source, buffer)
 
     def _read(self, source: TensorRef, buffer: memoryview) -> None:
-        wanted, file = buffer[: source.nbytes], source.file
+        self._fill(source.file, source.offset, buffer[: source.nbytes])
+        buffer[source.nbytes :] = bytes(len(buffer) - source.nbytes)
+
+    def _read_packed(self, source: PackedRef, buffer: memoryview) -> None:
+        """Read the cuts of a matrix. Those that are not contiguous, or in a store, are taken from the whole tensor."""
+        if source.cuts and isinstance(source.file, RemoteFile):
+            for ref in sorted(source.refs, key=lambda ref: (str(ref.file), ref.offset)):  # each byte is fetched once
+                self._whole_of(ref)
+        for at, cut in placed(source.cuts):
+            part = buffer[at : at + cut.nbytes]
+            if cut.contiguous and not isinstance(cut.ref.file, RemoteFile):
+                self._fill(cut.ref.file, cut.whole.offset, part)
+            else:
+                np.frombuffer(part, np.uint8).reshape(cut.count, cut.width)[...] = self._pieces(cut)
+
+    def _pieces(self, cut: Cut) -> Bytes:
+        whole = self._whole_of(cut.ref)
+        if cut.contiguous:
+            return whole[cut.start : cut.start + cut.nbytes].reshape(cut.count, cut.width)
+        return whole.reshape(cut.count, cut.stride)[:, cut.start : cut.start + cut.width]
+
+    def _whole_of(self, ref: TensorRef) -> Bytes:
+        """Return the bytes of a tensor; those of the last few are kept, because windows of a matrix share them."""
+        if ref not in self._whole:
+            while len(self._whole) >= KEPT_TENSORS:
+                self._whole.pop(next(iter(self._whole)))
+            data = bytearray(ref.nbytes)
+            self._fill(ref.file, ref.offset, memoryview(data))
+            self._whole[ref] = np.frombuffer(data, np.uint8)
+        return self._whole[ref]
+
+    def _fill(self, file: File, offset: int, buffer: memoryview) -> None:
         if isinstance(file, RemoteFile):
-            done = self._downloads.read(file, source.offset, wanted)
+            done = self._downloads.read(file, offset, buffer)
         else:
-            done = self._read_local(file, source.offset, wanted)
-        if done < source.nbytes:
-            what = f"file ends inside a tensor, at byte {source.offset + done}"
+            done = self._read_local(file, offset, buffer)
+        if done < len(buffer):
+            what = f"file ends inside a tensor, at byte {offset + done}"
             raise SourceError(what, where=str(file), fix="delete this file and download the checkpoint again")
-        buffer[done:] = bytes(len(buffer) - done)
 
     def _read_local(self, path: Path, offset: int, buffer: memoryview) -> int:
         if path not in self._open:

@@ -19,7 +19,8 @@ from pipeline.graphs.packing import SCALE_BYTES, Packing
 from pipeline.models.config import ModelConfig
 from pipeline.models.int8 import quantise
 from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_heads, padded_vocab, q_heads_of, up_to
-from pipeline.sources.tensors import TensorRef
+from pipeline.sources.dequantise import dequantised
+from pipeline.sources.packed import PackedRef, Source
 from pipeline.stages.streams import Bytes
 
 WINDOW_BYTES = 4 << 20
@@ -44,7 +45,7 @@ class ColumnRange:
 class Window:
     """Some rows of one tensor, read once: `real` rows from `source`, then zeros up to `rows`."""
 
-    source: TensorRef
+    source: Source
     spec: WeightSpec
     dtype: str
     rows: int
@@ -59,6 +60,8 @@ class Window:
     @property
     def read_bytes(self) -> int:
         """Bytes of the window as read."""
+        if isinstance(self.source, PackedRef):
+            return self.source.read_bytes
         return self.rows * self.width * SAFETENSORS[self.source.dtype].size_bytes
 
     @property
@@ -69,7 +72,7 @@ class Window:
         return blocks * (BLOCK * self.width * SAFETENSORS[self.dtype].size_bytes + scales)
 
 
-def windows(spec: WeightSpec, source: TensorRef, dtype: str, config: ModelConfig, tp: int) -> Iterator[Window]:
+def windows(spec: WeightSpec, source: Source, dtype: str, config: ModelConfig, tp: int) -> Iterator[Window]:
     """Cut one tensor into windows of whole blocks; each byte is read once, but for KV heads that many ranks need."""
     row_bytes = math.prod(spec.shape[1:]) * SAFETENSORS[source.dtype].size_bytes
     step = max(WINDOW_BYTES // row_bytes // BLOCK, 1) * BLOCK
@@ -131,8 +134,7 @@ def stored_sizes(window: Window, packing: Packing) -> Iterator[tuple[int, int]]:
 
 def pieces(window: Window, data: Tensor, out: Tensor, packing: Packing) -> Iterator[tuple[Bytes, tuple[int, ...]]]:
     """Convert, pack and cut a window; yield bytes and the ranks that store them. `out` holds them until the next."""
-    shape = (window.rows, *window.spec.shape[1:])
-    whole = data.view(SAFETENSORS[window.source.dtype].as_torch()).view(shape)
+    whole = _values(window, data)
     scales = None
     if window.dtype == "I8":  # by whole rows, before ranks take their columns
         whole, scales = quantise(whole)
@@ -145,6 +147,14 @@ def pieces(window: Window, data: Tensor, out: Tensor, packing: Packing) -> Itera
         for part in window.parts:
             columns = whole[:, part.first : part.last]
             yield _packed(window, functional.pad(columns, (0, part.zeros)), out, packing, scales), part.ranks
+
+
+def _values(window: Window, data: Tensor) -> Tensor:
+    """Return the rows of a window, as stored or dequantised, then zeros."""
+    if isinstance(window.source, PackedRef):
+        real = dequantised(window.source, data)
+        return functional.pad(real, (0, 0, 0, window.rows - window.real)) if window.real < window.rows else real
+    return data.view(SAFETENSORS[window.source.dtype].as_torch()).view(window.rows, *window.spec.shape[1:])
 
 
 def _packs_whole(window: Window, packing: Packing) -> bool:

@@ -19,6 +19,7 @@ from pipeline.models.config import Layer, ModelConfig
 from pipeline.models.decoder import activated, rotary_frequencies
 from pipeline.models.fields import shown
 from pipeline.models.layer_types import FULL, LAYER_TYPES, SLIDING
+from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import in_both_layouts
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.validate.reference.skeleton import WithoutWeights
@@ -65,6 +66,7 @@ def difference(config: ModelConfig, config_json: Mapping[str, Any]) -> str:
 
 def readable(config_json: Mapping[str, Any], max_position: int) -> list[Mapping[str, Any]]:
     """Return the source's config, if the installed transformers knows its layout, and the config of the artifact."""
+    config_json = without_quantisation(config_json)
     packed = in_both_layouts(config_json, max_position)
     known = int(transformers.__version__.split(".")[0]) >= FIRST_WITH_ROPE_PARAMETERS
     return [config_json, packed] if known else [packed]

@@ -26,7 +26,7 @@ from pipeline.models.int8 import rounded
 from pipeline.models.parallel import capped
 from pipeline.models.weights import EMBEDDING, HEAD, NORM
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.tensors import TensorRef
+from pipeline.sources.packed import Source
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import shared_weights, weights
 from pipeline.validate.reference.golden import Golden, Summary, joined, project_cache, recorded_ids, summary
@@ -212,11 +212,11 @@ class Reference:
         self._kept_head[kind] = list(blocks)
         return self._kept_head[kind]
 
-    def read(self, ref: TensorRef) -> Tensor:
+    def read(self, ref: Source) -> Tensor:
         """Return a tensor in the recipe's dtype; for a matrix stored as int8, its dequantised values in float32."""
         return self._read(ref, self.narrow)
 
-    def _read(self, ref: TensorRef, narrow: str | None) -> Tensor:
+    def _read(self, ref: Source, narrow: str | None) -> Tensor:
         tensor = read_tensor(ref)
         if narrow == "int8" and tensor.dim() == 2:
             return rounded(tensor)

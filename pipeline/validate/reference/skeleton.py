@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import no_string
+from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import in_both_layouts
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.weights import EXPERT_NAMES, STACKED
@@ -34,7 +35,7 @@ class WithoutWeights(TorchFunctionMode):
 
 def config_of(checkpoint: Checkpoint) -> Any:
     """Return transformers' config of a checkpoint; of a derived draft, with its own layers."""
-    named = in_both_layouts(checkpoint.config_json, checkpoint.config.max_position)
+    named = without_quantisation(in_both_layouts(checkpoint.config_json, checkpoint.config.max_position))
     fields = {key: value for key, value in named.items() if key != "model_type"}
     if len(fields.get("layer_types") or ()) != checkpoint.config.layers:
         fields.pop("layer_types", None)

@@ -1,0 +1,92 @@
+"""Values of quantised matrices, from the bytes that `PackedRef.cuts` name. Needs torch.
+
+Shapes: R rows, C columns, G groups of columns, B blocks of rows, W stored words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.graphs.dtypes import SAFETENSORS
+from pipeline.sources.packed import Cut, Grid, PackedRef, placed
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Values of the 16 codes of a 4-bit float (OCP Microscaling Formats, version 1.0)."""
+
+E8M0_BIAS = 127
+
+
+def dequantised(source: PackedRef, data: Tensor) -> Tensor:
+    """Return the rows of a matrix, float32 [R, C]; `data` are the bytes of its cuts, uint8."""
+    parts = [(cut, data[at : at + cut.nbytes]) for at, cut in placed(source.cuts)]
+    if not parts:
+        return torch.empty(source.shape, dtype=torch.float32)
+    blocks = source.blocks
+    group_C = None if source.index is None else parts[-1][1].view(torch.int32).long()
+    values_RC = _numbers(source.values, source.first, source.last, *parts[0])
+    scales_BG = _numbers(source.scales, *blocks, *parts[1])
+    if source.zeros is not None:
+        values_RC = values_RC - _spread(source, _numbers(source.zeros, *blocks, *parts[2]), group_C)
+    values_RC = values_RC * _spread(source, scales_BG, group_C)
+    if not source.rounded:
+        return values_RC
+    return values_RC.to(SAFETENSORS[source.scales.ref.dtype].as_torch()).float()
+
+
+def _spread(source: PackedRef, of_blocks_BG: Tensor, group_C: Tensor | None) -> Tensor:
+    """Return the number of each row's block and each column's group, in a shape that broadcasts to [R, C]."""
+    height, width = source.block
+    by_row = of_blocks_BG
+    if len(by_row) > 1:
+        row_R = torch.arange(source.first, source.last) // height - source.blocks[0]
+        by_row = of_blocks_BG[row_R]
+    if group_C is not None:
+        return by_row[:, group_C]
+    if by_row.shape[1] == 1:
+        return by_row
+    return by_row.repeat_interleave(width, dim=1)[:, : source.values.columns]
+
+
+def _numbers(grid: Grid, first: int, last: int, cut: Cut, data: Tensor) -> Tensor:
+    """Return rows [first, last) of a stored matrix, float32."""
+    words = data.view(SAFETENSORS[grid.ref.dtype].as_torch()).view(-1, cut.width // grid.item)
+    if not grid.transposed:
+        words = words.view(-1, grid.stored[1])
+    words = words.T if grid.transposed else words
+    if grid.bits is not None:
+        words = _unpacked(grid, words, first, last)
+    return _decoded(grid, words)
+
+
+def _decoded(grid: Grid, values: Tensor) -> Tensor:
+    if grid.codes == "e2m1":
+        return torch.tensor(E2M1)[values.int()]
+    if grid.codes == "e8m0" and values.dtype == torch.uint8:
+        return torch.exp2(values.float() - E8M0_BIAS)
+    if grid.wraps and grid.bits is not None:
+        return ((values + grid.add) & ((1 << grid.bits) - 1)).float()
+    return values.float() + grid.add if grid.add else values.float()
+
+
+def _unpacked(grid: Grid, words: Tensor, first: int, last: int) -> Tensor:
+    """Return the values in the words of rows [first, last), int32 or int64."""
+    assert grid.bits is not None
+    if grid.along == "columns":
+        return _in_words(grid, words, 0, grid.columns)
+    skipped = first * grid.bits - grid.span(first, last)[0] * grid.word
+    return _in_words(grid, words.T, skipped, last - first).T
+
+
+def _in_words(grid: Grid, words_XW: Tensor, skipped: int, count: int) -> Tensor:
+    """Return `count` values of each row of words, after some bits."""
+    assert grid.bits is not None
+    mask = (1 << grid.bits) - 1
+    if grid.word % grid.bits == 0:
+        start = skipped // grid.bits
+        places = torch.tensor(grid.order or range(grid.word // grid.bits), dtype=torch.int32) * grid.bits
+        return ((words_XW.int()[..., None] >> places) & mask).flatten(1)[:, start : start + count]
+    bit = torch.arange(count) * grid.bits + skipped
+    wide_XW = torch.nn.functional.pad(words_XW.long() & ((1 << grid.word) - 1), (0, 1))
+    at, shift = bit // grid.word, bit % grid.word
+    return ((wide_XW[:, at] | wide_XW[:, at + 1] << grid.word) >> shift) & mask

@@ -1,0 +1,197 @@
+"""Matrices that a checkpoint stores quantised: where their values, scales and zero points are. Imports no torch.
+
+One formula covers every format: weight[r, c] = (value[r, c] - zero[b, g]) * scale[b, g], with b the block of rows of r
+and g the group of columns of c. `dequantise.py` computes it from the bytes that `cuts` name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from pipeline.graphs.dtypes import SAFETENSORS
+from pipeline.sources.tensors import File, TensorRef
+
+ALIGNMENT_BYTES = 8
+"""Cuts start at multiples of this in a buffer: of any dtype's size."""
+
+Codes = Literal["number", "e2m1", "e8m0"]
+"""What a stored value is: a number, one of the 16 values of 4-bit floats, or an exponent of two (OCP MX formats)."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Part of a stored tensor: `count` pieces of `width` bytes, `stride` bytes apart, from the byte `start` on."""
+
+    ref: TensorRef
+    start: int
+    count: int
+    width: int
+    stride: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pieces."""
+        return self.count * self.width
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the pieces are one."""
+        return self.count == 1 or self.width == self.stride
+
+    @property
+    def whole(self) -> TensorRef:
+        """The bytes of contiguous pieces as a tensor."""
+        return replace(
+            self.ref, dtype="U8", shape=(self.nbytes,), offset=self.ref.offset + self.start, nbytes=self.nbytes
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A matrix [rows, columns] of numbers as a file stores it.
+
+    `transposed`: the file has it as [columns, rows]. `bits`: words of the stored dtype hold values of that size in a
+    row, along the axis `along` of the matrix; `order` has the place of each value in a word where it is not ascending.
+    `add` is added to a value, modulo the number of values where it `wraps`.
+    """
+
+    ref: TensorRef
+    rows: int
+    columns: int
+    transposed: bool = False
+    bits: int | None = None
+    along: Literal["rows", "columns"] = "columns"
+    order: tuple[int, ...] = ()
+    add: int = 0
+    wraps: bool = False
+    codes: Codes = "number"
+
+    @property
+    def item(self) -> int:
+        """Bytes of a stored word."""
+        return SAFETENSORS[self.ref.dtype].size_bytes
+
+    @property
+    def word(self) -> int:
+        """Bits of a stored word."""
+        return 8 * self.item
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Shape of the stored matrix."""
+        rows = self._words(self.rows) if self.along == "rows" else self.rows
+        columns = self._words(self.columns) if self.along == "columns" else self.columns
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def _words(self, values: int) -> int:
+        return values if self.bits is None else -(-values * self.bits // self.word)
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Return the stored words along the rows that hold rows [first, last)."""
+        if self.bits is None or self.along == "columns":
+            return first, last
+        return first * self.bits // self.word, self._words(last)
+
+    def cut(self, first: int, last: int) -> Cut:
+        """Return the bytes of rows [first, last)."""
+        start, end = self.span(first, last)
+        across = self.stored[1] * self.item
+        if self.transposed:
+            return Cut(self.ref, start * self.item, self.stored[0], (end - start) * self.item, across)
+        return Cut(self.ref, start * across, 1, (end - start) * across, (end - start) * across)
+
+
+@dataclass(frozen=True)
+class PackedRef:
+    """Rows [first, last) of a matrix that is stored quantised; its values are read as float32.
+
+    `block` is the number of rows and columns that share a scale; with `index`, that tensor has the group of each
+    column. `rounded`: values are rounded to the dtype of the scales, as the format's own reader does.
+    """
+
+    values: Grid
+    scales: Grid
+    block: tuple[int, int]
+    last: int
+    first: int = 0
+    zeros: Grid | None = None
+    index: TensorRef | None = None
+    rounded: bool = False
+
+    @property
+    def file(self) -> File:
+        """File of the values."""
+        return self.values.ref.file
+
+    @property
+    def offset(self) -> int:
+        """Position of the values in their file."""
+        return self.values.ref.offset
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the values after dequantising, in the words of safetensors."""
+        return "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of these rows."""
+        return (self.last - self.first, self.values.columns)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of a buffer that holds all cuts."""
+        return sum(-(-cut.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for cut in self.cuts)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Stored tensors, in the order of their cuts."""
+        grids = (self.values, self.scales, self.zeros)
+        found = tuple(grid.ref for grid in grids if grid is not None)
+        return found if self.index is None else (*found, self.index)
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Bytes of these rows: of the values, the scales, the zero points and the groups of columns."""
+        if self.last <= self.first:
+            return ()
+        blocks = self.blocks
+        found = [self.values.cut(self.first, self.last), self.scales.cut(*blocks)]
+        if self.zeros is not None:
+            found.append(self.zeros.cut(*blocks))
+        if self.index is not None:
+            found.append(Cut(self.index, 0, 1, self.index.nbytes, self.index.nbytes))
+        return tuple(found)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Blocks of rows that these rows touch."""
+        return self.first // self.block[0], -(-self.last // self.block[0])
+
+    def rows(self, first: int, last: int) -> PackedRef:
+        """Return rows [first, last) of these."""
+        return replace(self, first=self.first + first, last=self.first + last)
+
+    def part(self, index: int) -> PackedRef:
+        """Not defined: quantised matrices of experts are taken apart when they are found."""
+        raise AssertionError(index)
+
+
+Source: TypeAlias = TensorRef | PackedRef
+"""A tensor of a checkpoint: stored as it is, or quantised."""
+
+
+def placed(cuts: Sequence[Cut]) -> Iterator[tuple[int, Cut]]:
+    """Yield each cut with its position in a buffer."""
+    position = 0
+    for cut in cuts:
+        yield position, cut
+        position += -(-cut.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def plain(source: Source) -> TensorRef:
+    """Return a tensor of a kind that no format quantises: a table of token ids."""
+    assert isinstance(source, TensorRef)
+    return source
