@@ -22,6 +22,7 @@ from pipeline.files.atomic import FileDigest, sha256_file, write_atomic
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
 from pipeline.models.generation import EOS, GENERATION_CONFIG, token_ids
+from pipeline.models.multimodal import text_part
 from pipeline.progress import Progress, no_progress
 from pipeline.records import Record
 from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
@@ -164,8 +165,9 @@ def content_revision(files: dict[str, FileDigest]) -> str:
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """Return `config.json`; its `eos_token_id` is checked before anything reads it."""
-    config = read_json(root / "config.json", "add the checkpoint's config.json")
+    """Return `config.json`, of a multimodal model its text part; `eos_token_id` is checked before anything reads it."""
+    whole = read_json(root / "config.json", "add the checkpoint's config.json")
+    config = text_part(whole, str(root / "config.json"))
     token_ids(config.get(EOS), str(root / "config.json"))
     return config
 

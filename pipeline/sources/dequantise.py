@@ -29,6 +29,7 @@ def dequantised(source: PackedRef, data: Tensor) -> Tensor:
     if source.zeros is not None:
         values_RC = values_RC - _spread(source, _numbers(source.zeros, *blocks, *parts[2]), group_C)
     values_RC = values_RC * _spread(source, scales_BG, group_C)
+    values_RC = values_RC.contiguous()
     if not source.rounded:
         return values_RC
     return values_RC.to(SAFETENSORS[source.scales.ref.dtype].as_torch()).float()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pipeline.errors import SourceError
 from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
+from pipeline.models.multimodal import PREFIXES, of_text, text_name
 from pipeline.models.quantisation import KEY, read_quantisation
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import Checkpoint, weight_files
@@ -69,10 +70,13 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, Source]:
             what = f"tensor {repeated[0]!r} is also in {stored[repeated[0]].file.name}"
             raise SourceError(what, where=str(checkpoint.file(name)), fix="download the checkpoint again")
         stored |= in_file
+    if any(name.startswith(PREFIXES) for name in stored):
+        stored = {name: tensor for name, tensor in stored.items() if of_text(name)}
     tensors = with_quantised(stored, read_quantisation(checkpoint.config_json, str(checkpoint.root / "config.json")))
     if checkpoint.config.draft_kind.reads_target_states:
         tensors = {eagle3.tensor_name(name): tensor for name, tensor in tensors.items()}
     else:
+        tensors = {text_name(name): tensor for name, tensor in tensors.items()}
         tensors = {_prefixed(name, tensors): tensor for name, tensor in tensors.items()}
     tensors = dict(_unfused(dict(_renamed(tensors)), checkpoint.config)) | dict(checkpoint.made)
     return tensors if checkpoint.layers is None else dict(_renumbered(tensors, checkpoint.layers))

@@ -18,6 +18,7 @@ from pipeline.artifact.verify import differences
 from pipeline.files.atomic import resumable_dir
 from pipeline.graphs.packing import Packing
 from pipeline.graphs.spec import ModelsSpec
+from pipeline.models.quantisation import Quantisation, read_quantisation
 from pipeline.progress import Log, Progress, stage
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.stages.downloads import read_record
@@ -70,9 +71,14 @@ def shard_key(models: ModelsSpec, pair: tuple[Checkpoint, Checkpoint], packing: 
         "models": asdict(models),
         "packing": packing.name,
         "revisions": [[checkpoint.revision, checkpoint.layers] for checkpoint in pair],
+        "quantised": [asdict(found) if (found := _quantisation(checkpoint)) else None for checkpoint in pair],
         "files": [sorted((name, digest.sha256) for name, digest in checkpoint.files.items()) for checkpoint in pair],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _quantisation(checkpoint: Checkpoint) -> Quantisation | None:
+    return read_quantisation(checkpoint.config_json, str(checkpoint.root))
 
 
 def _cached(root: Path, log: Log) -> list[ShardFile] | None:

@@ -53,30 +53,35 @@ class Reader:
         buffer[source.nbytes :] = bytes(len(buffer) - source.nbytes)
 
     def _read_packed(self, source: PackedRef, buffer: memoryview) -> None:
-        """Read the cuts of a matrix. Those that are not contiguous, or in a store, are taken from the whole tensor."""
-        if source.cuts and isinstance(source.file, RemoteFile):
-            for ref in sorted(source.refs, key=lambda ref: (str(ref.file), ref.offset)):  # each byte is fetched once
-                self._whole_of(ref)
+        """Read the cuts of a matrix; those of its values in the order of the file, which a store sends once."""
         for at, cut in placed(source.cuts):
-            part = buffer[at : at + cut.nbytes]
-            if cut.contiguous and not isinstance(cut.ref.file, RemoteFile):
+            part, is_values = buffer[at : at + cut.nbytes], cut.ref == source.values.ref
+            if cut.contiguous and (is_values or not isinstance(cut.ref.file, RemoteFile)):
                 self._fill(cut.ref.file, cut.whole.offset, part)
             else:
-                np.frombuffer(part, np.uint8).reshape(cut.count, cut.width)[...] = self._pieces(cut)
+                pieces = self._pieces(cut, in_order=is_values)
+                np.frombuffer(part, np.uint8).reshape(pieces.shape)[...] = pieces
 
-    def _pieces(self, cut: Cut) -> Bytes:
-        whole = self._whole_of(cut.ref)
+    def _pieces(self, cut: Cut, *, in_order: bool) -> Bytes:
+        """Return the bytes of a cut, from those of the whole tensor."""
+        whole = self._whole_of(cut.ref, in_order=in_order)
         if cut.contiguous:
-            return whole[cut.start : cut.start + cut.nbytes].reshape(cut.count, cut.width)
+            return whole[cut.start : cut.start + cut.nbytes]
         return whole.reshape(cut.count, cut.stride)[:, cut.start : cut.start + cut.width]
 
-    def _whole_of(self, ref: TensorRef) -> Bytes:
-        """Return the bytes of a tensor; those of the last few are kept, because windows of a matrix share them."""
+    def _whole_of(self, ref: TensorRef, *, in_order: bool) -> Bytes:
+        """Return the bytes of a tensor; those of the last few are kept, because windows of a matrix share them.
+
+        Scales often stand behind the values of all matrices, so those in a store are read beside the stream.
+        """
         if ref not in self._whole:
             while len(self._whole) >= KEPT_TENSORS:
                 self._whole.pop(next(iter(self._whole)))
             data = bytearray(ref.nbytes)
-            self._fill(ref.file, ref.offset, memoryview(data))
+            if isinstance(ref.file, RemoteFile) and not in_order:
+                ref.file.read(ref.offset, memoryview(data))
+            else:
+                self._fill(ref.file, ref.offset, memoryview(data))
             self._whole[ref] = np.frombuffer(data, np.uint8)
         return self._whole[ref]
 

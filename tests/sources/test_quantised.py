@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from pipeline.graphs.packing import PlainPacking
+from pipeline.errors import SourceError
+from pipeline.graphs.packing import BlockPacking, PlainPacking
+from pipeline.models.families import config_of
+from pipeline.models.int8 import quantise
 from pipeline.models.weights import OFFSET
-from pipeline.sources.packed import PackedRef
+from pipeline.sources.derived import derive
+from pipeline.sources.packed import PackedRef, Source
 from pipeline.sources.quantised import BLOCKS, EXPONENTS, Module, mxfp4
+from pipeline.sources.remote import RemoteFile
 from pipeline.sources.tensors import read_header
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
+from pipeline.stages.shard import shard_key
 from pipeline.stages.shard_files import write_shards
-from support.checkpoints import opened
-from support.quantisers import TOOLS, Tool, fp8_blocks, write_quantised
+from support.checkpoints import CONFIG, opened, refusal
+from support.quantisers import TOOLS, Tool, fp8_blocks, gptq, write_quantised
 from support.shards import expected_slice, pair_of
 
 
@@ -38,7 +50,7 @@ def test_read_tensor_values_are_those_of_the_format(tmp_path: Path, tool: Tool) 
 
 
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 4])
 def test_write_shards_each_rank_holds_its_slice_of_a_quantised_matrix(tmp_path: Path, tool: Tool, tp: int) -> None:
     values = write_quantised(tmp_path / "m", tool)
     target = opened("m", tmp_path)
@@ -70,3 +82,187 @@ def test_mxfp4_equals_transformers(tmp_path: Path) -> None:
     for expert, ref in enumerate(found):
         assert torch.equal(read_tensor(ref), want[expert])
         assert torch.equal(read_tensor(ref.rows(5, 9)), want[expert][5:9])
+
+
+def test_write_shards_int8_of_a_quantised_matrix(tmp_path: Path) -> None:
+    """Scales are those of whole rows of the dequantised matrix, also where ranks hold columns."""
+    values = write_quantised(tmp_path / "m", gptq(order=True))
+    target = opened("m", tmp_path)
+    pair = replace(pair_of(target, target, tp=2, dtype="bfloat16", replicated=False), target_weights="int8")
+    for shard in write_shards(pair, target, target, tmp_path / "out", packing=BlockPacking()):
+        if shard.model != "target":
+            continue
+        found = load_file(shard.path)
+        for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+            integers, scale = quantise(values[name])
+            rank = expected_slice(name, integers, shard.rank, 2, kv_heads=2, head_dim=16)
+            stored = BlockPacking().packed_shape(tuple(rank.shape), "linear", "int8")
+            of_rank = scale if "down" in name else expected_slice(name, scale, shard.rank, 2, kv_heads=2, head_dim=16)
+            want = torch.empty(stored, dtype=torch.int8)
+            BlockPacking().pack(rank, "linear", want, of_rank)
+            assert torch.equal(found[name], want)
+
+
+@pytest.mark.parametrize("tool", ["fp8 blocks", "gptq 4, order", "awq", "w4a16, zero points"])
+def test_write_shards_of_a_store_fetches_values_once(tmp_path: Path, tool: str) -> None:
+    write_quantised(tmp_path / "m", TOOLS[tool], intermediate_size=2048, files=2)
+    local, fetched = opened("m", tmp_path), Counter[str]()
+
+    def remote(path: Path) -> RemoteFile:
+        data = path.read_bytes()
+
+        def fetch(offset: int, buffer: memoryview) -> int:
+            piece = data[offset : offset + len(buffer)]
+            buffer[: len(piece)] = piece
+            fetched[path.name] += len(piece)
+            return len(piece)
+
+        return RemoteFile(path.name, len(data), f"store/{path.name}", fetch)
+
+    files = {path.name: remote(path) for path in (tmp_path / "m").glob("*.safetensors")}
+    stored = replace(local, remote=files)
+    draft = derive(local, (0,))
+    shards = [
+        write_shards(pair_of(m, draft), m, draft, tmp_path / name, packing=PlainPacking())
+        for name, m in (("local", local), ("stored", stored))
+    ]
+    assert [shard.sha256 for shard in shards[0]] == [shard.sha256 for shard in shards[1]]
+    small = sum(sum(ref.nbytes for ref in found.refs[1:]) for found in weights(local).values() if is_packed(found))
+    whole = sum(file.size for file in files.values())
+    assert sum(fetched.values()) <= whole + small + sum(8 for _ in files)
+
+
+def is_packed(source: Source) -> TypeGuard[PackedRef]:
+    return isinstance(source, PackedRef)
+
+
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 16, "strategy": "group"}}
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": GROUP}}
+
+
+def group(**changes: Any) -> dict[str, Any]:
+    return COMPRESSED | {"config_groups": {"group_0": GROUP | changes}}
+
+
+def matrices(**changes: Any) -> dict[str, Any]:
+    return group(weights=GROUP["weights"] | changes)  # type: ignore[operator]
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "not an object": ("fp8", 'quantization_config="fp8": expected an object'),
+    "no method": ({"load_in_4bit": True}, "quant_method=null: this quantisation is not supported"),
+    "unknown method": ({"quant_method": "hqq"}, 'quant_method="hqq": this quantisation is not supported'),
+    "bitsandbytes": ({"quant_method": "bitsandbytes"}, 'quant_method="bitsandbytes"'),
+    "fp8 of another kind": ({"quant_method": "fp8", "fmt": "e5m2"}, 'fmt="e5m2"'),
+    "a cache in fp8": ({"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+    "a block of one number": ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size=128"),
+    "experts in fp4": ({"quant_method": "fp8", "expert_dtype": "fp4"}, 'expert_dtype="fp4"'),
+    "GPTQ without bits": ({"quant_method": "gptq"}, "bits=null"),
+    "GPTQ of 5 bits": ({"quant_method": "gptq", "bits": 5}, "bits=5"),
+    "GPTQ by module": ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:lm": {}}}, "dynamic="),
+    "Marlin": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, 'checkpoint_format="marlin"'),
+    "AWQ gemv": ({"quant_method": "awq", "version": "gemv"}, 'version="gemv"'),
+    "AWQ of llm-awq": ({"quant_method": "awq", "backend": "llm-awq"}, 'backend="llm-awq"'),
+    "AWQ of 3 bits": ({"quant_method": "awq", "bits": 3}, "bits=3"),
+    "an unknown field": ({"quant_method": "mxfp4", "rotation": "hadamard"}, 'rotation="hadamard"'),
+    "no groups": (COMPRESSED | {"config_groups": {}}, "config_groups={}"),
+    "a preset": (COMPRESSED | {"config_groups": {"W4A16": ["Linear"]}}, "config_groups.W4A16"),
+    "NVFP4": (COMPRESSED | {"format": "nvfp4-pack-quantized"}, 'format="nvfp4-pack-quantized"'),
+    "a group in NVFP4": (group(format="nvfp4-pack-quantized"), "config_groups.group_0.format="),
+    "not compressed": (COMPRESSED | {"quantization_status": "frozen"}, 'quantization_status="frozen"'),
+    "sparse": (COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config="),
+    "transforms": (COMPRESSED | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config="),
+    "a cache": (COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme="),
+    "outputs": (group(output_activations={"num_bits": 8}), "group_0.output_activations="),
+    "no weights": (group(weights=None), "group_0.weights=null"),
+    "targets": (group(targets="Linear"), 'group_0.targets="Linear"'),
+    "9 bits": (matrices(num_bits=9), "group_0.weights.num_bits=9"),
+    "packed floats": (matrices(type="float"), 'group_0.weights.type="float"'),
+    "a strategy": (matrices(strategy="tensor_group"), 'group_0.weights.strategy="tensor_group"'),
+    "no size": (matrices(group_size=None), "group_0.weights.group_size=null"),
+    "a block without a shape": (matrices(strategy="block"), "group_0.weights.block_structure=null"),
+    "an unknown field of weights": (matrices(codebook=[1]), "group_0.weights.codebook=[1]"),
+    "dynamic weights": (matrices(dynamic=True), "group_0.weights.dynamic=true"),
+}
+
+
+@pytest.mark.parametrize(("config", "said"), REFUSED.values(), ids=REFUSED)
+def test_config_of_refuses_a_quantisation_by_field_name(config: Any, said: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        config_of(CONFIG | {"quantization_config": config}, "config.json")
+    assert said in caught.value.what
+    assert caught.value.fix
+
+
+def without(name: str) -> Any:
+    return lambda tensors: tensors.pop(f"model.layers.0.mlp.up_proj.{name}")
+
+
+def replaced(name: str, tensor: Tensor) -> Any:
+    return lambda tensors: tensors.update({f"model.layers.0.mlp.up_proj.{name}": tensor})
+
+
+MISFITS: dict[str, tuple[str, Any, str]] = {
+    "no scales": ("gptq 4", without("scales"), "up_proj has no scales; found: g_idx, qweight, qzeros"),
+    "no fp8 scale": ("fp8 blocks", without("weight_scale_inv"), "up_proj has no weight_scale"),
+    "no zero points": ("w4a16, zero points", without("weight_zero_point"), "has no weight_zero_point"),
+    "other scales": ("awq", replaced("scales", torch.ones(2, 60).half()), r"has scales \[2, 60\], expected \[2, 64\]"),
+    "scales of fp8": ("fp8 blocks", replaced("weight_scale_inv", torch.ones(2, 2)), r"expected \[4, 1\]"),
+    "half a matrix": ("awq", replaced("qweight", torch.ones(16, 8).int()), r"wrong shape of .*up_proj.*\[64, 16\]"),
+    "groups": ("gptq 4", replaced("g_idx", torch.zeros(31).int()), r"has g_idx \[31\]"),
+    "integers as fp8": ("w8a8 fp8", replaced("weight", torch.ones(64, 32).char()), "values of dtype I8"),
+    "a lone scale": (
+        "fp8 tensor", lambda tensors: tensors.update({"model.norm.weight_scale": torch.ones(1)}),
+        "quantised module model.norm has no weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tool", "change", "said"), MISFITS.values(), ids=MISFITS)
+def test_open_misfitting_tensors_are_refused(tmp_path: Path, tool: str, change: Any, said: str) -> None:
+    write_quantised(tmp_path / "m", TOOLS[tool])
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    assert re.search(said, refusal("m", tmp_path))
+
+
+def test_open_a_skipped_module_that_is_quantised_is_refused(tmp_path: Path) -> None:
+    for tool, key, names in (
+        (fp8_blocks((16, 16)), "modules_to_not_convert", ["mlp.gate", "lm_head", "model.layers.1.mlp.up_proj"]),
+        (TOOLS["w4a16"], "ignore", ["lm_head", r"re:.*layers\.1\..*up_proj"]),
+    ):
+        write_quantised(tmp_path / "m", replace(tool, config=tool.config | {key: names}))
+        assert "layers.1.mlp.up_proj is one that quantization_config leaves out" in refusal("m", tmp_path)
+
+
+def test_weights_of_two_groups(tmp_path: Path) -> None:
+    """A name or an expression comes before a class, whatever the order of the groups."""
+    wide, narrow = TOOLS["w8a16"], TOOLS["w4a16"]
+    values = write_quantised(tmp_path / "a", wide), write_quantised(tmp_path / "b", narrow)
+    tensors, eights = (load_file(tmp_path / name / "model.safetensors") for name in ("b", "a"))
+    down = [name for name in eights if ".down_proj." in name]
+    tensors = {name: tensor for name, tensor in tensors.items() if ".down_proj." not in name}
+    save_file(tensors | {name: eights[name] for name in down}, tmp_path / "b" / "model.safetensors")
+    groups = {"a": narrow.config["config_groups"]["group_0"], "b": wide.config["config_groups"]["group_0"]}
+    groups["b"] = groups["b"] | {"targets": [r"re:.*\.down_proj$"]}
+    config = CONFIG | {"quantization_config": narrow.config | {"config_groups": groups}}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    for name, ref in weights(opened("b", tmp_path)).items():
+        assert torch.equal(read_tensor(ref).float(), values[0 if ".down_proj." in name else 1][name]), name
+
+
+def test_open_narrow_weights_without_a_config_are_refused(tmp_path: Path) -> None:
+    write_quantised(tmp_path / "m", fp8_blocks((16, 16)))
+    (tmp_path / "m" / "config.json").write_text(json.dumps(CONFIG))
+    assert "F8_E4M3 (quantised, without quantization_config in config.json?)" in refusal("m", tmp_path)
+
+
+def test_shard_key_names_the_quantisation(tmp_path: Path) -> None:
+    """Zero points of GPTQ are stored minus 1 in version 1 only: another config makes other weights."""
+    keys = set()
+    for config in ({}, {"checkpoint_format": "gptq_v2"}):
+        write_quantised(tmp_path / "m", replace(gptq(), config=gptq().config | config))
+        target = opened("m", tmp_path)
+        keys.add(shard_key(pair_of(target, target), (target, target), PlainPacking()))
+    assert len(keys) == 2

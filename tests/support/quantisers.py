@@ -190,7 +190,8 @@ TOOLS: dict[str, Tool] = {
     ),
     "fp8, one scale": compressed("naive-quantized", {"type": "float", "strategy": "tensor"}),
     "fp8, blocks": compressed(
-        "float-quantized", {"type": "float", "strategy": "block", "block_structure": [16, 32]}, DYNAMIC | {"type": "float"}
+        "float-quantized", {"type": "float", "strategy": "block", "block_structure": [16, 32]},
+        DYNAMIC | {"type": "float"},
     ),
     "w8a8 int8": compressed("int-quantized", {"strategy": "channel"}, DYNAMIC),
     "w8a8 int8, zero points": compressed("int-quantized", {"strategy": "channel", "symmetric": False}, DYNAMIC),
