@@ -26,8 +26,9 @@ from pipeline.artifact.verify import check_replaceable
 from pipeline.backends.base import Toolchain
 from pipeline.backends.neuron import support
 from pipeline.cache.local import default_root
-from pipeline.errors import HostError
+from pipeline.errors import HostError, SourceError
 from pipeline.files.atomic import atomic_dir, write_atomic
+from pipeline.models.quantisation import KEY
 from pipeline.nxdi import config as nxdi
 from pipeline.nxdi.compile import CompileOrder
 from pipeline.nxdi.vllm_args import SETTINGS
@@ -72,6 +73,7 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
     check_replaceable(out)
     for model in pair:
         require_local(model)
+        _reject_quantised(model)
     roots = {role: str(model.root.absolute()) for role, model in zip(nxdi.MODEL_FOLDERS, pair, strict=True)}
     toolchain = Toolchain("nxdi", {**versions, nxdi.DISTRIBUTION: inference}).as_dict()
     with atomic_dir(out) as folder:
@@ -91,6 +93,13 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
         origin = Origin(plan.recipe, lock, {"name": "nxdi", **backend.model_dump()}, toolchain, flags)
         seal(folder, manifest, origin)
     return read(out)
+
+
+def _reject_quantised(model: Checkpoint) -> None:
+    """Reject weights that NxD Inference would read as they are stored."""
+    if KEY in model.config_json:
+        what = f"{KEY}: NxD Inference reads weights of this kind otherwise than `tandem build`"
+        raise SourceError(what, where=str(model.root / "config.json"), fix="use an unquantised checkpoint")
 
 
 def _settings_json(settings: nxdi.NxdiSettings, plan: Plan, lock: Lock) -> bytes:

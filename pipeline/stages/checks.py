@@ -11,6 +11,7 @@ from pipeline.backends.base import Backend, make_backend
 from pipeline.errors import ArtifactError, PreflightError, RecipeError
 from pipeline.models.eagle3 import describe, doubts
 from pipeline.models.generation import generation_defaults, not_applied_warning
+from pipeline.models.quantisation import KEY, read_quantisation
 from pipeline.plan.lock import Lock, check_locked, make_lock, read, unpinned
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.progress import Log
@@ -91,6 +92,7 @@ def resolved(settings: BuildSettings, backend: Backend) -> Resolved:
     plan = make_plan(recipe, *(checkpoint.config for checkpoint in pair))
     check_readings(pair)
     _warn_of_indexes(pair, settings.log)
+    log_quantised(pair, settings.log)
     lock = make_lock(recipe, *pair, backend.toolchain().as_dict(), backend.flags())
     if settings.locked:
         _compare(read(settings.lock_file), lock, settings)
@@ -111,6 +113,17 @@ def _warn_of_indexes(pair: tuple[Checkpoint, Checkpoint], log: Log) -> None:
     for root in dict.fromkeys(checkpoint.root for checkpoint in pair):
         if warning := unread_index(root):
             log(warning)
+
+
+def log_quantised(pair: tuple[Checkpoint, Checkpoint], log: Log) -> None:
+    """Log how quantised weights are read; a draft that is derived has its target's."""
+    for role, checkpoint in zip(("target", "draft"), pair, strict=True):
+        found = read_quantisation(checkpoint.config_json, str(checkpoint.root / "config.json"))
+        if found is None or checkpoint.layers is not None:
+            continue
+        log(f"{role}: the checkpoint's {found.method} weights are dequantised")
+        if found.unrounded:
+            log(f"{role}: warning: activations are not rounded; {KEY}.{found.unrounded} says that they were")
 
 
 def check_readings(pair: tuple[Checkpoint, Checkpoint]) -> None:

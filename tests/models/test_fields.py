@@ -14,6 +14,7 @@ from pipeline.errors import SourceError
 from pipeline.models.config import Layer, Limit, LinearRope, Llama3Rope, Rope, RopeScaling
 from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES, REFUSED, Kind
 from pipeline.models.families import FAMILIES, config_of
+from pipeline.models.quantisation import KEY as QUANTISED
 from pipeline.models.rope import in_both_layouts
 from pipeline.validate.reading import by_transformers, difference, here, readable
 
@@ -156,6 +157,7 @@ def test_every_field_that_an_inference_reads_is_known(family, monkeypatch):
         | set(OTHER_NAMES.get(family, {}).values())
         | ROPE
         | set(REFUSED)
+        | {QUANTISED}
         | WITHOUT_EFFECT
         | of_generation
         | methods
@@ -262,7 +264,7 @@ ODD: list[Any] = [None, True, 0, -3, 1.5, 10**400, float("nan"), float("inf"), "
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_of_odd_values_never_end_in_a_traceback(family):
     """Was: KeyError, TypeError and ValueError for a missing `factor`, "2", "</s>" and others."""
-    names = [*FIELDS[family], *DRAFT_FIELDS, *ROPE, *REFUSED, "model_type", "architectures", "eagle_config"]
+    names = [*FIELDS[family], *DRAFT_FIELDS, *ROPE, *REFUSED, QUANTISED, "model_type", "architectures", "eagle_config"]
     configs = [{"model_type": family, **SMALL, name: value} for name in names for value in ODD]
     more = {"beta_fast": 8.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}
     for rope in (LINEAR, LLAMA3, YARN | more | {"attention_factor": 1.0}, LONG | {"attention_factor": 1.0}, DYNAMIC):
