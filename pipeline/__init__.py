@@ -21,6 +21,7 @@ The rooms, in the order of the pipeline. `docs/explanation/architecture.md` has 
     serve/        vLLM over the graphs of an artifact
     measure/      benchmarks; the best K and buckets for a host
     distill/      train a draft
+    proposal/     a first recipe for a target: draft, ranks, buckets, K
     nxdi/         NxD Inference and vLLM's Neuron plugins
     cli/          the command `tandem`
     files/        atomic and direct writes, JSON lines

@@ -19,6 +19,7 @@ from pipeline.cli.utf8 import use_utf8_mode, utf8_output
 from pipeline.errors import BUG_CODE, INTERRUPTED_CODE, HostError, InputError, Problem, TandemError, as_data
 
 COMMANDS = [
+    Lazy("init", "pipeline.cli.init:init", "Write a first recipe for the target SOURCE."),
     Lazy("build", "pipeline.cli.build:build", "Build RECIPE into a validated artifact."),
     Lazy(
         "plan",

@@ -75,8 +75,10 @@ class Hub:
     token: str | None = None
     cache_dir: Path | None = None
 
-    def fetch(self, location: str, notes: Path, progress: Progress) -> Fetched:
+    def fetch(self, location: str, notes: Path, progress: Progress, *, weights: bool = True) -> Fetched:
         """Return the folder and commit of `org/name[@revision]`. A commit in `notes` needs no network.
+
+        Without `weights`, or with `TANDEM_STREAM=1`, weights stay on the Hub.
 
         Raises:
             SourceError: no such repository or revision, no access, no safetensors, an unsupported model, a file
@@ -96,8 +98,8 @@ class Hub:
             return Fetched(known, commit)
         refuse_without_weights(listing, where)
         with hub_errors(where, repo, revision):
-            root, names = self._download(repo, commit, listing, where, progress)
-        if streamed():
+            root, names = self._download(repo, commit, listing, where, progress, weights=weights and not streamed())
+        if streamed() or not weights:
             return Fetched(root, commit, self._remote(repo, commit, [listing[name] for name in names]))
         path = _note_path(notes, repo, commit)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +132,7 @@ class Hub:
         return str(info.sha), files
 
     def _download(
-        self, repo: str, commit: str, listing: dict[str, HubFile], where: str, progress: Progress
+        self, repo: str, commit: str, listing: dict[str, HubFile], where: str, progress: Progress, *, weights: bool
     ) -> tuple[Path, list[str]]:
         """Return the folder and the names of the files; an unsupported config ends the download before the weights."""
         get = self._getter(repo, commit)
@@ -152,7 +154,7 @@ class Hub:
         missing = [name for name in names if name not in listing]
         if missing:
             raise SourceError(f"{INDEX} names {missing[0]}, which is not in the repository", where=where)
-        wanted = [name for name in names if not (streamed() and name.endswith(WEIGHTS))]
+        wanted = [name for name in names if weights or not name.endswith(WEIGHTS)]
         total, done = sum(listing[name].size for name in wanted), 0
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             for name, _ in zip(wanted, pool.map(get, [listing[name] for name in wanted]), strict=True):
