@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # document this checkout, not one that is installed
 
 from make_commands import commands_page
+from make_drafts import drafts_page
 from make_environment import environment_page
 from make_errors import errors_page
 from make_python import python_page
@@ -22,6 +23,7 @@ FOLDER = Path(__file__).parent / "reference"
 PAGES: dict[str, Callable[[], str]] = {
     "recipe.md": recipe_page,
     "commands.md": commands_page,
+    "drafts.md": drafts_page,
     "environment.md": environment_page,
     "errors.md": errors_page,
     "manifest.md": manifest_page,

@@ -3,5 +3,5 @@
 `forecast` corrects the estimates by `history`, the builds that were recorded on this machine.
 
 Reads no values of weights and uses no device. Imports no torch.
-Entered by build, stages, measure, nxdi, doctor and cli.
+Entered by build, stages, measure, nxdi, proposal, doctor and cli.
 """
