@@ -80,13 +80,15 @@ class Experts:
     """A mixture of experts in the place of a feed-forward network: a router chooses `chosen` of `count` for each token.
 
     `intermediate` is the size of one. Shares are the softmax of the router's scores, over all experts, or, if `among`,
-    over the chosen ones, which is the same as dividing them by their sum.
+    over the chosen ones, which is the same as dividing them by their sum. `shared` is the size of a further expert that
+    every token uses, scaled by the sigmoid of a score of its own.
     """
 
     count: int
     chosen: int
     intermediate: int
     among: bool
+    shared: int | None = None
 
 
 @dataclass(frozen=True)

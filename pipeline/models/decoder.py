@@ -34,6 +34,7 @@ from pipeline.models.parallel import Attend, Chosen, Pass, Seams, capped
 from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, local_heads, padded_vocab
 
 Weights = Mapping[str, Tensor]
+SHARED, SHARED_GATE = "mlp.shared_expert", "mlp.shared_expert_gate.weight"
 NEXT_NORM = "next_norm.weight"
 """Name, among a layer's weights, of the norm after it."""
 
@@ -348,20 +349,29 @@ def feed_forward(config: ModelConfig, layer: Layer, w: Weights, seams: Seams, x_
     if layer.experts.among:
         shares = shares / shares.sum(dim=-1, keepdim=True)
     matrices = tuple(w[f"mlp.experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
-    return seams.all_reduce(seams.experts(x_BTH, Chosen(chosen, shares), matrices))
+    out_BTH = seams.experts(x_BTH, Chosen(chosen, shares), matrices)
+    if layer.experts.shared is None:
+        return seams.all_reduce(out_BTH)
+    share_BT1 = torch.sigmoid(seams.linear(x_BTH, w[SHARED_GATE], 1))
+    return seams.all_reduce(out_BTH + share_BT1 * gated(config, w, seams, x_BTH, SHARED, layer.experts.shared))
 
 
 def mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
-    """Apply the gated feed-forward network (Shazeer 2020): [B, T, H] -> [B, T, H]."""
-    rows = config.intermediate // seams.tp
-    if config.mlp_bias or config.activation != "silu":
-        gate, up = project(w, seams, x_BTH, {"mlp.gate_proj": rows, "mlp.up_proj": rows}).chunk(2, dim=-1)
-        inner = activated(config.activation, gate) * up
-    else:
-        inner = seams.swiglu(x_BTH, w["mlp.gate_proj.weight"], w["mlp.up_proj.weight"], rows)
-    out = seams.all_reduce(seams.linear(inner, w["mlp.down_proj.weight"], config.hidden))
+    """Apply a layer's feed-forward network: [B, T, H] -> [B, T, H]."""
+    out = seams.all_reduce(gated(config, w, seams, x_BTH, "mlp", config.intermediate))
     bias = w.get("mlp.down_proj.bias")
     return out if bias is None else out + bias
+
+
+def gated(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor, base: str, intermediate: int) -> Tensor:
+    """Return this rank's part of a gated feed-forward network (Shazeer 2020): [B, T, H] -> [B, T, H]."""
+    rows = intermediate // seams.tp
+    if config.mlp_bias or config.activation != "silu":
+        gate, up = project(w, seams, x_BTH, {f"{base}.gate_proj": rows, f"{base}.up_proj": rows}).chunk(2, dim=-1)
+        inner = activated(config.activation, gate) * up
+    else:
+        inner = seams.swiglu(x_BTH, w[f"{base}.gate_proj.weight"], w[f"{base}.up_proj.weight"], rows)
+    return seams.linear(inner, w[f"{base}.down_proj.weight"], config.hidden)
 
 
 def activated(activation: Activation, x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ FAMILIES = {
     "olmoe": "pipeline.models.olmoe",
     "phi3": "pipeline.models.phi3",
     "qwen2": "pipeline.models.qwen2",
+    "qwen2_moe": "pipeline.models.qwen2_moe",
     "qwen3": "pipeline.models.qwen3",
     "qwen3_moe": "pipeline.models.qwen3_moe",
     "smollm3": "pipeline.models.smollm3",

@@ -80,6 +80,7 @@ def cache_limit(fields: Fields) -> tuple[Limit, ...]:
 
 
 def _size(fields: Fields) -> int | None:
-    used = not fields.has("use_sliding_window") or fields.value("use_sliding_window")
-    size = fields.optional_size("sliding_window")
-    return size if used else None
+    if fields.has("use_sliding_window") and not fields.value("use_sliding_window"):
+        fields.value("sliding_window")  # of its type; Qwen2-MoE writes 0 for a window that is not used
+        return None
+    return fields.optional_size("sliding_window")

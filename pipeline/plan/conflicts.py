@@ -97,6 +97,8 @@ def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
             yield "intermediate_size", config.intermediate
         if kind.experts is not None and kind.experts.intermediate % tp:
             yield "inner size of an expert", kind.experts.intermediate
+        if kind.experts is not None and (kind.experts.shared or 0) % tp:
+            yield "inner size of the shared expert", kind.experts.shared or 0
 
 
 def _fits(config: ModelConfig, tp: int) -> bool:

@@ -162,6 +162,7 @@ def _layer_parameters(config: ModelConfig, layer: Layer, *, of_token: bool = Fal
     attention, inner = (config.heads + config.kv_heads) * config.head_dim, config.intermediate
     if layer.experts is not None:
         inner = layer.experts.intermediate * (layer.experts.chosen if of_token else layer.experts.count)
+        inner += layer.experts.shared or 0
     return config.hidden * (2 * attention + 3 * inner)
 
 
@@ -209,7 +210,8 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     qkv = heads + 2 * pair.models.kv_heads_of(role) * config.head_dim
     attention = size * (states + 2 * qkv) + 4 * (qkv + heads + hidden)
     experts = [kind.experts for kind in config.kinds if kind.experts is not None]
-    inner = max((one.chosen * one.intermediate for one in experts), default=config.intermediate) // tp
+    sizes = [max(one.chosen * one.intermediate, one.shared or 0) for one in experts]
+    inner = max(sizes, default=config.intermediate) // tp
     chosen = max((one.chosen for one in experts), default=0)  # each token once for each of its experts, and results
     feed_forward = size * (states + 4 * hidden + inner) + 4 * hidden * (2 + 2 * chosen)
     return spec.batch * spec.tokens * max(attention, feed_forward)

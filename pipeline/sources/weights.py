@@ -212,6 +212,8 @@ def _extra(
             if not same_bytes(tensor, tensors[EMBEDDING]):
                 yield f"{HEAD} in {tensor.file.name} differs from {EMBEDDING}, but tie_word_embeddings is true"
             continue
+        if name.endswith(".bias") and KEY in checkpoint.config_json and not any(read_bytes(plain(tensor))):
+            continue  # early packers of GPTQ write a bias of zeros for every module
         yield f"extra weight {name} {list(tensor.shape)} in {tensor.file.name}"
 
 

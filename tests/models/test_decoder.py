@@ -45,6 +45,7 @@ MULTIPLIERS = {
 }
 GEMMA = {"head_dim": 12, "sliding_window": 11, "num_hidden_layers": 3}
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+SHARED_EXPERT = MIXTURE | {"shared_expert_intermediate_size": 56}
 CLASSES = {"Gemma3": "Gemma3TextConfig"}
 """Names of config classes that are not the model's."""
 
@@ -91,6 +92,13 @@ CASES = {
     "qwen3-moe-mixed": (
         "Qwen3Moe",
         MIXTURE | {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 9},
+    ),
+    "qwen2-moe": ("Qwen2Moe", SHARED_EXPERT),
+    "qwen2-moe-mixed": (
+        "Qwen2Moe",
+        SHARED_EXPERT
+        | {"norm_topk_prob": True, "decoder_sparse_step": 2, "qkv_bias": False, "use_sliding_window": True}
+        | {"sliding_window": 9, "max_window_layers": 2},
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
     "olmoe": ("Olmoe", MIXTURE),

@@ -41,8 +41,11 @@ LONG = {
 }  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "factor": 3.0}
 UNDECLARED = {
-    *((family, "head_dim") for family in ("granite", "granitemoe", "olmo2", "olmo3", "olmoe", "phi3", "qwen2")),
-    *((family, "head_dim") for family in ("qwen3_moe", "smollm3")),
+    *(
+        (family, "head_dim")
+        for family in ("granite", "granitemoe", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe")
+    ),
+    *((family, "head_dim") for family in ("qwen2_moe", "qwen3_moe", "smollm3")),
     *((family, "layer_types") for family in ("glm4", "granite", "granitemoe", "llama", "mistral", "mixtral", "olmo2")),
     *((family, "layer_types") for family in ("olmoe", "phi3", "qwen3_moe")),
     *((family, "sliding_window") for family in ("glm4", "granite", "granitemoe", "llama", "olmo2", "olmoe")),

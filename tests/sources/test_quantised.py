@@ -227,6 +227,16 @@ def test_open_misfitting_tensors_are_refused(tmp_path: Path, tool: str, change: 
     assert re.search(said, refusal("m", tmp_path))
 
 
+def test_open_biases_of_zeros_have_no_effect(tmp_path: Path) -> None:
+    """Early packers of GPTQ write a bias for every module; one with another value is an extra weight."""
+    write_quantised(tmp_path / "m", TOOLS["gptq 4"])
+    tensors, name = load_file(tmp_path / "m" / "model.safetensors"), "model.layers.0.self_attn.q_proj.bias"
+    save_file(tensors | {name: torch.zeros(64).half()}, tmp_path / "m" / "model.safetensors")
+    assert opened("m", tmp_path).config.family == "llama"
+    save_file(tensors | {name: torch.ones(64).half()}, tmp_path / "m" / "model.safetensors")
+    assert f"extra weight {name} [64]" in refusal("m", tmp_path)
+
+
 def test_open_a_skipped_module_that_is_quantised_is_refused(tmp_path: Path) -> None:
     for tool, key, names in (
         (fp8_blocks((16, 16)), "modules_to_not_convert", ["mlp.gate", "lm_head", "model.layers.1.mlp.up_proj"]),

@@ -69,6 +69,7 @@ LONG: dict[str, Any] = {
 MIXTURE = {
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True, "head_dim": 16,
 }  # fmt: skip
+SHARED_EXPERT = MIXTURE | {"mlp_only_layers": [2], "shared_expert_intermediate_size": 48}
 GEMMA = {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}
 
 
@@ -124,6 +125,7 @@ FAMILIES = {
     ),
     "glm4": Family("Glm4", {"head_dim": 16}, "json-config", draft={"num_hidden_layers": 1}, eos=[2]),
     "phi4-mini": Family("Phi3", LONG, "json-config", saved=torch.bfloat16),
+    "qwen2-moe": Family("Qwen2Moe", SHARED_EXPERT, "json-config", derive=(0, 1)),
     "qwen3-moe": Family("Qwen3Moe", MIXTURE | {"mlp_only_layers": [1]}, "json-config", derive=(0, 1)),
     "mixtral": Family("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "json-config"),
     "granite-moe": Family("GraniteMoe", GRANITE | {"num_local_experts": 4}, "json-config"),

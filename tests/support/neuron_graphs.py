@@ -39,6 +39,10 @@ MECHANISMS = {
     "olmo3": {"model_type": "olmo3", "sliding_window": 6, "tie_word_embeddings": False},
     "gemma2": {"model_type": "gemma2", "sliding_window": 6},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 6, "sliding_window_pattern": 2},
+    "qwen2-moe": {
+        "model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 32,
+    },
     "qwen3-moe": {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }  # fmt: skip
 """Families with mechanisms beyond those of `FAMILIES`, whose graphs are lowered and run too."""
