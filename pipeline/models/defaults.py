@@ -103,6 +103,17 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         "mlp_bias": Field(False, Kind.BOOL),
         "eos_token_id": Field(2, Kind.TOKEN_IDS),
     },
+    "ministral3": {
+        **COMMON,
+        "vocab_size": Field(131072, Kind.INT),
+        "intermediate_size": Field(14336, Kind.INT),
+        "num_hidden_layers": Field(34, Kind.INT),
+        "num_key_value_heads": Field(8, Kind.INT),
+        "head_dim": Field(128, Kind.INT),
+        "max_position_embeddings": Field(262144, Kind.INT),
+        "rms_norm_eps": Field(1e-5, Kind.FLOAT),
+        "eos_token_id": Field(2, Kind.TOKEN_IDS),
+    },
     "mistral": {
         **COMMON,
         "vocab_size": Field(32000, Kind.INT),

@@ -20,6 +20,7 @@ FAMILIES = {
     "granite": "pipeline.models.granite",
     "granitemoe": "pipeline.models.granitemoe",
     "llama": "pipeline.models.llama",
+    "ministral3": "pipeline.models.ministral3",
     "mistral": "pipeline.models.mistral",
     "mixtral": "pipeline.models.mixtral",
     "olmo2": "pipeline.models.olmo2",

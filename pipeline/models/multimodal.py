@@ -32,11 +32,13 @@ class Text:
     tied: bool
 
 
-CLASSES: Mapping[str, Text] = {
-    "gemma3": Text("gemma3_text", "Gemma3ForCausalLM", tied=True),
-    "mistral3": Text("mistral", "MistralForCausalLM", tied=False),
-}
-"""Text parts by the `model_type` of the whole model."""
+CLASSES: Mapping[str, tuple[Text, ...]] = {
+    "gemma3": (Text("gemma3_text", "Gemma3ForCausalLM", tied=True),),
+    "mistral3": (
+        Text("mistral", "MistralForCausalLM", tied=False), Text("ministral3", "Ministral3ForCausalLM", tied=False),
+    ),
+}  # fmt: skip
+"""Text parts by the `model_type` of the whole model; the first is that of a text part without a type."""
 
 
 def text_part(config_json: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -47,14 +49,15 @@ def text_part(config_json: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     """
     model_type = config_json.get("model_type")
-    text = CLASSES.get(model_type) if isinstance(model_type, str) else None
-    if text is None:
+    texts = CLASSES.get(model_type, ()) if isinstance(model_type, str) else ()
+    if not texts:
         return dict(config_json)
     own = config_json.get(TEXT)
-    found = own.get("model_type", text.model_type) if isinstance(own, dict) else None
-    if not isinstance(own, dict) or found != text.model_type:
+    found = own.get("model_type", texts[0].model_type) if isinstance(own, dict) else None
+    text = next((one for one in texts if one.model_type == found), None)
+    if not isinstance(own, dict) or text is None:
         what = f"{TEXT}.model_type={shown(found)}" if isinstance(own, dict) else f"{TEXT}={shown(own)}"
-        fix = f"supported in {model_type}: {text.model_type}"
+        fix = f"supported in {model_type}: {', '.join(one.model_type for one in texts)}"
         raise SourceError(f"{what}: not supported in a model of type {model_type}", where=where, fix=fix)
     outer = {key: config_json[key] for key in OUTER if config_json.get(key) is not None}
     tied = next((c[TIED] for c in (config_json, own) if TIED in c), text.tied)

@@ -100,6 +100,8 @@ CASES = {
         | {"norm_topk_prob": True, "decoder_sparse_step": 2, "qkv_bias": False, "use_sliding_window": True}
         | {"sliding_window": 9, "max_window_layers": 2},
     ),
+    "ministral3": ("Ministral3", {"sliding_window": 16, "head_dim": 12}),
+    "ministral3-yarn": ("Ministral3", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.0}, "head_dim": 16}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
     "olmoe": ("Olmoe", MIXTURE),
     "granite-moe": ("GraniteMoe", MULTIPLIERS | {"num_local_experts": 64, "num_experts_per_tok": 3}),

@@ -223,7 +223,9 @@ def test_pair_whose_tokenizer_exceeds_a_vocabulary_is_refused(tmp_path):
         resolve_pair(recipe, base=tmp_path, cache=tmp_path / "cache")
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "glm4", "granite-moe", "phi4-mini")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "glm4", "granite-moe", "phi4-mini", "qwen2-moe")
+]
 
 
 @pytest.mark.parametrize("family", ["gemma3", "olmo3", "qwen3-moe", *SLOW])
@@ -238,7 +240,7 @@ def test_gates_pass_of_mechanisms_beyond_llama(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma3", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen2-moe", "qwen3-moe"])
 def test_small_build_equals_transformers(family, tmp_path):
     """Windows, two rotary embeddings, caps, GeGLU; experts: from the command line to tokens."""
     assert_build_equals_transformers(family, "float32", tmp_path)

@@ -74,7 +74,7 @@ def multimodal(kind: str, **changes: Any) -> Any:
             eoi_token_index=94, **changes,
         )  # fmt: skip
         return transformers.Gemma3ForConditionalGeneration(config)
-    text = SMALL | {"model_type": "mistral", "sliding_window": None}
+    text = SMALL | {"model_type": {"mistral3": "mistral"}.get(kind, kind), "sliding_window": None}
     config = transformers.Mistral3Config(
         text_config=text, vision_config=VISION | {"model_type": "pixtral", "head_dim": 8}, image_token_index=95,
         **changes,
@@ -82,7 +82,12 @@ def multimodal(kind: str, **changes: Any) -> Any:
     return transformers.Mistral3ForConditionalGeneration(config)
 
 
-CASES = {"gemma3": ("gemma3", {}), "mistral3": ("mistral3", {"tie_word_embeddings": False}), "tied": ("mistral3", {})}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3", {}),
+    "mistral3": ("mistral3", {"tie_word_embeddings": False}),
+    "tied": ("mistral3", {}),
+    "ministral3": ("ministral3", {}),
+}
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES.values(), ids=CASES)
@@ -95,7 +100,7 @@ def test_text_part_of_a_multimodal_model(tmp_path: Path, kind: str, changes: Any
             tmp_path / "m", {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
         )
     checkpoint = opened("m", tmp_path)
-    assert checkpoint.config.family == {"gemma3": "gemma3_text", "mistral3": "mistral"}[kind]
+    assert checkpoint.config.family == {"gemma3": "gemma3_text", "mistral3": "mistral"}.get(kind, kind)
     assert "text_config" not in checkpoint.config_json
     close(our_logits(checkpoint), want)
 

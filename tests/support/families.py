@@ -125,6 +125,7 @@ FAMILIES = {
     ),
     "glm4": Family("Glm4", {"head_dim": 16}, "json-config", draft={"num_hidden_layers": 1}, eos=[2]),
     "phi4-mini": Family("Phi3", LONG, "json-config", saved=torch.bfloat16),
+    "ministral3": Family("Ministral3", {"head_dim": 16}, "json-jinja"),
     "qwen2-moe": Family("Qwen2Moe", SHARED_EXPERT, "json-config", derive=(0, 1)),
     "qwen3-moe": Family("Qwen3Moe", MIXTURE | {"mlp_only_layers": [1]}, "json-config", derive=(0, 1)),
     "mixtral": Family("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "json-config"),
