@@ -73,7 +73,7 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
     check_replaceable(out)
     for model in pair:
         require_local(model)
-        _reject_quantised(model)
+        reject_quantised(model)
     roots = {role: str(model.root.absolute()) for role, model in zip(nxdi.MODEL_FOLDERS, pair, strict=True)}
     toolchain = Toolchain("nxdi", {**versions, nxdi.DISTRIBUTION: inference}).as_dict()
     with atomic_dir(out) as folder:
@@ -95,8 +95,13 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
     return read(out)
 
 
-def _reject_quantised(model: Checkpoint) -> None:
-    """Reject weights that NxD Inference would read as they are stored."""
+def reject_quantised(model: Checkpoint) -> None:
+    """Reject weights that NxD Inference would read as they are stored.
+
+    Raises:
+        SourceError: a checkpoint with a `quantization_config`.
+
+    """
     if KEY in model.config_json:
         what = f"{KEY}: NxD Inference reads weights of this kind otherwise than `tandem build`"
         raise SourceError(what, where=str(model.root / "config.json"), fix="use an unquantised checkpoint")

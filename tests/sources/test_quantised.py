@@ -21,6 +21,7 @@ from pipeline.graphs.packing import BlockPacking, PlainPacking
 from pipeline.models.families import config_of
 from pipeline.models.int8 import quantise
 from pipeline.models.weights import OFFSET
+from pipeline.nxdi.build import reject_quantised
 from pipeline.sources.derived import derive
 from pipeline.sources.packed import PackedRef, Source
 from pipeline.sources.quantised import BLOCKS, EXPONENTS, Module, mxfp4
@@ -28,6 +29,7 @@ from pipeline.sources.remote import RemoteFile
 from pipeline.sources.tensors import read_header
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
+from pipeline.stages.checks import log_quantised
 from pipeline.stages.shard import shard_key
 from pipeline.stages.shard_files import write_shards
 from support.checkpoints import CONFIG, opened, refusal
@@ -276,3 +278,21 @@ def test_shard_key_names_the_quantisation(tmp_path: Path) -> None:
         target = opened("m", tmp_path)
         keys.add(shard_key(pair_of(target, target), (target, target), PlainPacking()))
     assert len(keys) == 2
+
+
+def test_log_quantised_says_that_activations_are_not_rounded(tmp_path: Path) -> None:
+    """Once for a derived draft, whose weights are its target's."""
+    write_quantised(tmp_path / "m", TOOLS["w8a8 int8"])
+    target, lines = opened("m", tmp_path), list[str]()
+    log_quantised((target, derive(target, (0,))), lines.append)
+    assert lines == [
+        "target: the checkpoint's compressed-tensors weights are dequantised",
+        "target: warning: activations are not rounded; quantization_config.config_groups.group_0.input_activations "
+        "says that they were",
+    ]
+
+
+def test_nxdi_rejects_quantised_weights(tmp_path: Path) -> None:
+    write_quantised(tmp_path / "m", TOOLS["awq"])
+    with pytest.raises(SourceError, match="quantization_config: NxD Inference reads"):
+        reject_quantised(opened("m", tmp_path))
