@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -169,7 +169,7 @@ class PairManifest(Manifest):
     @property
     def draft_tokens(self) -> tuple[int, ...]:
         """Every K that was built, ascending."""
-        return _ascending(entry.spec.draft_tokens for entry in self.graphs if entry.spec.phase == "speculate")
+        return tuple(sorted({entry.spec.draft_tokens for entry in self.graphs if entry.spec.phase == "speculate"}))
 
     @property
     def sampling(self) -> tuple[Sampling, ...]:
@@ -186,12 +186,9 @@ class PairManifest(Manifest):
     def shapes(self) -> Shapes:
         """Buckets that were built."""
         steps = [entry.spec for entry in self.graphs if entry.spec.phase == "decode"]
-        prefills = [entry.spec for entry in self.graphs if entry.spec.phase == "prefill"]
-        return Shapes(
-            batch=_ascending(spec.batch for spec in steps),
-            prefill=_ascending(spec.tokens for spec in prefills),
-            kv=_ascending(spec.kv for spec in steps),
-        )
+        prefill = {entry.spec.tokens for entry in self.graphs if entry.spec.phase == "prefill"}
+        batch, kv = {spec.batch for spec in steps}, {spec.kv for spec in steps}
+        return Shapes(batch=tuple(sorted(batch)), prefill=tuple(sorted(prefill)), kv=tuple(sorted(kv)))
 
     def used_files(self) -> list[str]:
         """Return the files of graphs and shards."""
@@ -395,10 +392,6 @@ def _path_faults(manifest: Manifest, where: str) -> Iterator[str]:
     for name in manifest.used_files():
         if name not in names:
             yield f"path {name!r} is used, but not listed in `files`"
-
-
-def _ascending(values: Iterable[int]) -> tuple[int, ...]:
-    return tuple(sorted(set(values)))
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -68,7 +68,7 @@ def test_no_phase_has_a_tensor_on_another_device(name):
     """Such a tensor would be copied to the GPU in every step, or fail."""
     plan, backend = plan_of(name), make_backend(CUDA)
     kinds = {(spec.phase, spec.sampling, spec.model): spec for spec in plan.graphs}
-    assert len(kinds) == 7
+    assert len(kinds) == (9 if "shaped" in plan.recipe.speculation.sampling else 7)
     for spec in kinds.values():
         io = signature(spec, plan.pair, backend.packing)
         devices = Devices()
