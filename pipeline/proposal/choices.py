@@ -12,7 +12,6 @@ from pipeline.measure.buckets import KV_MULTIPLE, PREFILL_MULTIPLE
 from pipeline.measure.traffic import Room, read_traffic
 from pipeline.measure.traffic_buckets import graphs_per_bucket, propose
 from pipeline.models.config import ModelConfig
-from pipeline.models.generation import generation_defaults
 from pipeline.models.weights import up_to
 from pipeline.plan.estimates import GIB
 from pipeline.plan.plan import Plan, make_plan
@@ -21,7 +20,6 @@ from pipeline.recipe.backend_settings import NeuronSettings
 from pipeline.recipe.chips import CHIPS, ChipName
 from pipeline.recipe.schema import Dtype
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.generation import generation_of
 
 CPU_KV, NEURON_KV = 2048, 4096
 """Largest kv bucket of a first recipe, where the models allow it."""
@@ -116,18 +114,17 @@ def _dtype(target: Checkpoint, chip: ChipName | None) -> Chosen:
 
 
 def _sampling(pair: Pair, chip: ChipName | None) -> Chosen:
-    """Return the graphs of sampling: those that the model's own defaults need."""
-    samples = generation_defaults(generation_of(pair.target), str(pair.target.root)).do_sample
-    key = "speculation.sampling"
-    if not samples:
-        why = "the model's defaults do not sample; add stochastic for requests with a temperature"
-        return Chosen({key: ["greedy"]}, {key: why})
-    both = Chosen({key: ["greedy", "stochastic"]}, {key: "the model's defaults sample"})
+    """Return the graphs of sampling: on a CPU, those that every request can need; on a chip, without shaped ones."""
+    key, kinds = "speculation.sampling", ["greedy", "stochastic", "shaped"]
     if chip is None:
-        return both
+        why = "requests with a temperature need stochastic; JSON schemas, penalties and log probabilities shaped"
+        return Chosen({key: kinds}, {key: why})
     size = min(CANDIDATES, pair.target.config.vocab, pair.draft.vocab)
-    reason = {"speculation.candidates": "a Neuron graph samples from the most likely tokens"}
-    return both | Chosen({"speculation.candidates": size}, reason)
+    reasons = {
+        key: "requests with a temperature need stochastic; add shaped for JSON schemas, penalties, log probabilities",
+        "speculation.candidates": "a Neuron graph samples from the most likely tokens",
+    }
+    return Chosen({key: kinds[:2], "speculation.candidates": size}, reasons)
 
 
 def _shapes(pair: Pair, chip: ChipName | None) -> Chosen:

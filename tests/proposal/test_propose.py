@@ -127,13 +127,12 @@ def test_init_of_a_draft_with_another_tokenizer_is_rejected(tmp_path: Path) -> N
     assert not list(tmp_path.glob("*.yaml"))
 
 
-def test_init_samples_where_the_model_does(tmp_path: Path) -> None:
-    (tmp_path / "m").mkdir()
-    write(Pico("llama", layers=2), tmp_path / "m")
-    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.7}))
-    assert written("m").speculation.sampling == ("greedy", "stochastic")
-    recipe = written("m", "--backend", "neuron", "--out", "n.yaml")
+def test_init_builds_the_graphs_that_requests_can_need() -> None:
+    """A server of greedy graphs rejects every request with a temperature."""
+    assert written("pico://llama").speculation.sampling == ("greedy", "stochastic", "shaped")
+    recipe = written("pico://llama", "--backend", "neuron", "--out", "n.yaml")
     assert (recipe.speculation.candidates, recipe.backend.name) == (256, "neuron")
+    assert recipe.speculation.sampling == ("greedy", "stochastic")
 
 
 def test_init_takes_buckets_from_traffic(tmp_path: Path) -> None:
