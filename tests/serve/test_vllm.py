@@ -176,7 +176,7 @@ def test_an_artifact_of_two_ranks_is_served(tmp_path: Path) -> None:
     """The ranks are processes of the engine's own process; killed with it, and right."""
     from pipeline import runtime
 
-    artifact = built(tmp_path, RECIPE.replace("shapes:", "parallel: {tensor: 2}\nshapes:"))
+    artifact = built(tmp_path, RECIPE.replace(", shaped", "").replace("shapes:", "parallel: {tensor: 2}\nshapes:"))
     engine = runtime.load(artifact)
     expected = [engine.generate([prompt], max_new_tokens=10)[0].tokens for prompt in prompts(12)]
     engine.close()
