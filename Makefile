@@ -94,7 +94,7 @@ test-hlo: $(READY)       ## Neuron graphs through StableHLO, run on XLA's CPU cl
 test-vllm: $(VLLM_READY) ## a real vLLM serves an artifact over loopback
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve
 
-test-drafts: $(READY) $(DRAFTS_READY) ## EAGLE-3 heads that public tools write, against the logits of their modules
+test-drafts: $(READY) $(DRAFTS_READY) ## heads and DFlash drafts that public tools write, against the logits of their modules
 	TANDEM_DRAFTS_PYTHON=$(abspath $(DRAFTS_VENV))/bin/python $(PYTEST) -m drafts tests/drafts
 
 check: lint types imports test ## required checks of a change: lint, types, imports, fast tests

@@ -117,8 +117,11 @@ def _caches(pair: PairSpec, role: Role) -> Iterator[TensorSpec]:
 
 def _between_steps(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
     """Return the draft's state between steps other than its caches; see `speculation.drafters`."""
-    if pair.models.draft_kind.reads_target_states and "draft" in pair.roles_of(spec):
+    kind = pair.models.draft_kind
+    if kind.keeps_features and "draft" in pair.roles_of(spec):
         return (TensorSpec("draft/feature", (pair.rows, pair.draft.hidden), pair.models.draft_dtype),)
+    if kind.reads_target_states:
+        return ()
     return () if spec.phase == "score" else (TensorSpec("draft/tail", (pair.rows,), "int32"),)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.models.draft_kind import DRAFT_MODEL, EAGLE3, DraftKind
+from pipeline.models.draft_kind import DFLASH, DRAFT_MODEL, EAGLE3, P_EAGLE, DraftKind
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Eagle3:
-    """How an EAGLE-3 head (Li et al. 2025) is read: a one-layer draft over the target's hidden states.
+    """How an EAGLE-3 head (Li et al. 2025) is read: a draft over the target's hidden states, of one layer.
 
     `writer` is the tool that wrote the file. `taps` are the layers whose inputs the head reads, ascending; the number
     of layers means the output of the last one. They are empty until the target is known (`models.eagle3.fitted`), and
@@ -139,6 +139,14 @@ class Eagle3:
     `norm_before_residual`: the residual stream starts from the normalised features. `norm_before_fc`: one norm over all
     tapped states before `fc`; `fc_norm`: one for each of them. `hidden_norm`: the features are normalised before the
     attention. `norm_output`: the head's own output is fed back after its last norm, not before.
+
+    `mask_token` makes it a P-EAGLE head (arXiv 2602.01469), of any number of layers: from the second draft token on, it
+    reads this token and the state `mask_hidden` in place of the token before and of features, so all draft tokens are
+    proposed in one pass.
+
+    `block` makes it a DFlash draft (arXiv 2602.06036), a model of `block` positions at most that are denoised in one
+    pass: the newest token, and `mask_token` after it. It has none of the norms above. In `causal_layers` a position of
+    the block sees only itself and those before it.
     """
 
     target_hidden: int
@@ -152,6 +160,9 @@ class Eagle3:
     fc_norm: bool = False
     hidden_norm: bool = True
     norm_output: bool = False
+    mask_token: int | None = None
+    block: int | None = None
+    causal_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,4 +235,8 @@ class ModelConfig:
     @property
     def draft_kind(self) -> DraftKind:
         """The kind of draft of this model."""
-        return DRAFT_MODEL if self.eagle3 is None else EAGLE3
+        if self.eagle3 is None:
+            return DRAFT_MODEL
+        if self.eagle3.block is not None:
+            return DFLASH
+        return EAGLE3 if self.eagle3.mask_token is None else P_EAGLE

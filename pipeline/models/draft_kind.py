@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DraftMethod = Literal["draft_model", "eagle3"]
+DraftMethod = Literal["draft_model", "eagle3", "p_eagle", "dflash"]
 """`speculation.method` of a recipe."""
 
 
@@ -17,15 +17,26 @@ class DraftKind:
     """Facts of one kind of draft.
 
     `reads_target_states`: the draft runs on the target's hidden states. It is replicated on every rank, is never scored
-    without the target, keeps features between steps, and runs in each decode step, so it can resume without a prefill.
-    `in_transformers`: transformers' assisted generation supports it as an assistant.
+    without the target, and runs in each decode step, so it can resume without a prefill. `keeps_features`: it keeps the
+    features of one position between steps.
+    `in_transformers`: transformers' assisted generation supports it as an assistant. `parallel`: one pass proposes all
+    tokens of a step. `label` names the kind in messages.
     """
 
     method: DraftMethod
+    label: str
     reads_target_states: bool
     in_transformers: bool
+    parallel: bool = False
+    keeps_features: bool = False
 
 
-DRAFT_MODEL = DraftKind("draft_model", reads_target_states=False, in_transformers=True)
-EAGLE3 = DraftKind("eagle3", reads_target_states=True, in_transformers=False)
-DRAFT_KINDS: dict[DraftMethod, DraftKind] = {kind.method: kind for kind in (DRAFT_MODEL, EAGLE3)}
+DRAFT_MODEL = DraftKind("draft_model", "draft model", reads_target_states=False, in_transformers=True)
+EAGLE3 = DraftKind(
+    "eagle3", "EAGLE-3 head", reads_target_states=True, in_transformers=False, keeps_features=True
+)  # fmt: skip
+P_EAGLE = DraftKind(
+    "p_eagle", "P-EAGLE head", reads_target_states=True, in_transformers=False, parallel=True, keeps_features=True
+)
+DFLASH = DraftKind("dflash", "DFlash draft", reads_target_states=True, in_transformers=False, parallel=True)
+DRAFT_KINDS: dict[DraftMethod, DraftKind] = {kind.method: kind for kind in (DRAFT_MODEL, EAGLE3, P_EAGLE, DFLASH)}

@@ -1,4 +1,4 @@
-"""EAGLE-3 heads of every writer, by their configs and the shapes of their tensors. Imports no torch.
+"""EAGLE-3 and P-EAGLE heads of every writer, by their configs and the shapes of their tensors. Imports no torch.
 
 `read_config` turns a head's `config.json` into one typed description, a `ModelConfig` with its `Eagle3`; differences
 between writers are in `eagle3_writers`. A head is fitted to its target afterwards (`fitted`), because some readings
@@ -12,12 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import SourceError
+from pipeline.models import dflash
 from pipeline.models import eagle3_writers as writers
 from pipeline.models.config import Eagle3, Limit, ModelConfig, TapIds
 from pipeline.models.defaults import FIELDS
 from pipeline.models.eagle3_writers import TAPPED
 from pipeline.models.fields import Fields
 from pipeline.models.layer_types import SLIDING
+from pipeline.models.p_eagle import is_p_eagle, mask_token
 from pipeline.models.rope import LAYOUTS
 from pipeline.models.shared import shared_fields
 from pipeline.models.weights import D2T, EMBEDDING, FC, HEAD, HIDDEN_NORM, INPUT_NORM, TAPS
@@ -33,9 +35,13 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def is_head(config: Mapping[str, Any]) -> bool:
-    """Return whether a `config.json`, or one that `opened_config` returned, is an EAGLE-3 head's."""
-    return config.get("speculators_model_type") in ("eagle3", "eagle-3") or (
-        any("eagle3" in name.lower() for name in writers.architectures(config)) or FC in _tensors(config)
+    """Return whether a `config.json`, or one that `opened_config` returned, is of a draft over the target's states."""
+    return (
+        config.get("speculators_model_type") in ("eagle3", "eagle-3")
+        or any("eagle3" in name.lower() for name in writers.architectures(config))
+        or is_p_eagle(config, _tensors(config))
+        or dflash.is_dflash(config)
+        or FC in _tensors(config)
     )
 
 
@@ -57,20 +63,22 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """Translate a head's config, with or without the shapes of its tensors.
 
     Raises:
-        SourceError: more than one layer, ids that do not match `fc`, or an unsupported field.
+        SourceError: more than one layer of an EAGLE-3 head, ids that do not match `fc`, or an unsupported field.
 
     """
     config, tensors = _with_own_rope(writers.flat(config)), _tensors(config)
+    is_block = dflash.is_dflash(config)
     family = config.get("model_type")
-    fields = Fields(config, family if isinstance(family, str) and family in FIELDS else "llama", where)
-    if config.get("num_hidden_layers") != 1:
+    other = "qwen3" if is_block else "llama"
+    fields = Fields(config, family if isinstance(family, str) and family in FIELDS else other, where)
+    if config.get("num_hidden_layers") != 1 and not is_block and not is_p_eagle(config, tensors):
         problem = f"num_hidden_layers={config.get('num_hidden_layers')}, an EAGLE-3 head has 1"
         raise SourceError(problem, where=where, fix="use a head of one layer, as of SafeAILab/EAGLE")
     own_head = not tensors or HEAD in tensors
     tied = not own_head and bool(config.get("tie_word_embeddings")) and EMBEDDING in tensors
     return shared_fields(
-        fields,
-        family="eagle3",
+        replace(fields, config=dflash.plain(config)) if is_block else fields,
+        family="dflash" if is_block else "eagle3",
         tied=tied,
         shares_head=not own_head and not tied,
         draft_vocab=_draft_vocab(fields, tensors),
@@ -78,13 +86,15 @@ def read_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         out_bias=f"{LAYER}self_attn.o_proj.bias" in tensors,
         mlp_bias=f"{LAYER}mlp.gate_proj.bias" in tensors,
         qk_norm="head" if f"{LAYER}self_attn.q_norm.weight" in tensors else None,
-        eagle3=_head(fields, tensors),
+        eagle3=dflash.description(fields, tensors) if is_block else _head(fields, tensors),
         limits=_limits(fields),
     )
 
 
 def _head(fields: Fields, tensors: Shapes) -> Eagle3:
     writer, written = writers.writer_of(fields.config), writers.written_taps(fields)
+    is_parallel = is_p_eagle(fields.config, tensors)
+    absent = writer == "speculators" and not is_parallel
     target_hidden = fields.optional_size("target_hidden_size") or fields.size("hidden_size")
     reads_output = _reads_output(fields, tensors, written)
     before_fc = writers.switch(fields, "norm_before_fc", absent=INPUT_NORM in tensors)
@@ -93,7 +103,7 @@ def _head(fields: Fields, tensors: Shapes) -> Eagle3:
         raise fields.error("fc_norm", True, "norm_before_fc is true as well; readers differ on both together")
     return Eagle3(
         target_hidden=target_hidden,
-        norm_before_residual=writers.switch(fields, "norm_before_residual", absent=writer == "speculators"),
+        norm_before_residual=writers.switch(fields, "norm_before_residual", absent=absent),
         writer=writer,
         tap_count=1 if reads_output else _tap_count(fields, tensors, written, target_hidden),
         written=written,
@@ -102,6 +112,7 @@ def _head(fields: Fields, tensors: Shapes) -> Eagle3:
         fc_norm=fc_norm,
         hidden_norm=not reads_output or not tensors or HIDDEN_NORM in tensors,
         norm_output=writers.norm_output(fields, writer),
+        mask_token=mask_token(fields, tensors) if is_parallel else None,
     )
 
 
@@ -182,6 +193,9 @@ def with_rope_of(target: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
 def tensor_name(name: str) -> str:
     """Return the decoder's name for a head's tensor: public heads use `midlayer` or `layers.0`, and `norm`."""
     name = name.removeprefix("model.")
+    for old, new in dflash.OLD_NAMES.items():
+        if name.startswith(old):
+            return f"{new}{name.removeprefix(old)}"
     for layer in ("midlayer.", "layers.0."):
         if name.startswith(layer):
             return f"{LAYER}{name.removeprefix(layer)}"
@@ -222,6 +236,8 @@ def taps_of(target: ModelConfig, draft: ModelConfig) -> tuple[int, ...]:
 def doubts(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what the file of a head leaves open, each with the recipe's key that decides it."""
     fields = Fields(config, "llama", "config.json")
+    if dflash.is_dflash(config):
+        return ()
     return writers.doubts(fields, writers.written_taps(fields), writers.writer_of(config))
 
 
@@ -233,7 +249,11 @@ def describe(config: ModelConfig) -> str:
     if not head.reads_output:
         read = f"the inputs of layers {', '.join(map(str, head.taps))} ({_origin(head)})"
     on = [name for name in writers.SWITCHES if vars(head)[name]]
-    return f"EAGLE-3 head of {head.writer}: reads {read}; {', '.join(on) or 'no optional norms'}"
+    size = f" of {config.layers} layers, mask token {head.mask_token}," if head.mask_token is not None else ""
+    if head.block is not None:
+        causal = f"causal layers: {list(head.causal_layers)}" if head.causal_layers else "no causal layers"
+        return f"DFlash draft{size} blocks of {head.block}, of {head.writer}: reads {read}; {causal}"
+    return f"{config.draft_kind.label}{size} of {head.writer}: reads {read}; {', '.join(on) or 'no optional norms'}"
 
 
 def _origin(head: Eagle3) -> str:

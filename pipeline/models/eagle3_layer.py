@@ -1,25 +1,33 @@
-"""The layer of an EAGLE-3 head: a draft over the target's hidden states (Li et al. 2025, arXiv 2503.01840).
+"""The layers of an EAGLE-3 head: a draft over the target's hidden states (Li et al. 2025, arXiv 2503.01840).
 
 At position i the head reads the token at i + 1 and the target's features at i, and predicts the token at i + 2. At
-positions that the target has not processed, the head's own output replaces the features. Pure functions.
+positions that the target has not processed, the head's own output replaces the features. Further layers, which P-EAGLE
+heads have, are a decoder's. Pure functions.
 
 Shapes: B rows, T tokens, H hidden, X the target's states that the head reads, concatenated.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import (
+    Stream,
     Weights,
+    attend_of,
     attention,
     embed,
     layer_weights,
     mlp,
+    next_norm,
+    norm,
     rms_norm,
     rotary_of,
+    run_layer,
     store,
 )
 from pipeline.models.parallel import Pass, Seams
@@ -44,26 +52,55 @@ def features(config: ModelConfig, weights: Weights, seams: Seams, states_BTX: Te
 def write_cache(
     config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor, run: Pass
 ) -> None:
-    """Write keys and values only, for positions without a prediction: this reads a tenth of the layer's weights."""
-    w = layer_weights(weights, 0)
+    """Write keys and values only, for positions without a prediction: of the last layer a tenth of the weights."""
+    last = config.layers - 1
     inputs, _ = inputs_of(config, weights, seams, tokens_BT, features_BTH)
-    own = run.of_layer(0)
-    store(config, w, seams, inputs, rotary_of(config, run.positions_BT, inputs.dtype), own)
-    run.keep(0, own.state)
+    if last:
+        x = first_layer(config, weights, seams, (tokens_BT, features_BTH), run)
+        inputs = further_layers(config, weights, seams, x, run, last).normed_BTH
+    own = run.of_layer(last)
+    rotary = rotary_of(config, run.positions_BT, inputs.dtype)
+    store(config, layer_weights(weights, last), seams, inputs, rotary, own)
+    run.keep(last, own.state)
 
 
 def hidden_states(
     config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor, run: Pass
 ) -> tuple[Tensor, Tensor]:
-    """Run the layer; return the LM head's input and the substitute for the next position's features, both [B, T, H]."""
+    """Run the layers; return the LM head's input and what replaces the next position's features, both [B, T, H]."""
+    x = first_layer(config, weights, seams, (tokens_BT, features_BTH), run)
+    if config.layers > 1:
+        x = further_layers(config, weights, seams, x, run, config.layers).x_BTH
+    return outputs_of(config, weights, x)
+
+
+def first_layer(
+    config: ModelConfig, weights: Weights, seams: Seams, read: tuple[Tensor, Tensor], run: Pass
+) -> Tensor:  # fmt: skip
+    """Run the layer that reads tokens [B, T] and features [B, T, H]: [B, T, H]."""
     w = layer_weights(weights, 0)
-    inputs, residual = inputs_of(config, weights, seams, tokens_BT, features_BTH)
+    inputs, residual = inputs_of(config, weights, seams, *read)
     rotary = rotary_of(config, run.positions_BT, inputs.dtype)
     own = run.of_layer(0)
     x = residual + attention(config, w, seams, inputs, rotary, own)
     run.keep(0, own.state)
-    x = x + mlp(config, w, seams, rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps))
-    return outputs_of(config, weights, x)
+    return x + mlp(config, w, seams, rms_norm(x, w["post_attention_layernorm.weight"], config.norm_eps))
+
+
+def further_layers(
+    config: ModelConfig, weights: Weights, seams: Seams, x_BTH: Tensor, run: Pass, until: int
+) -> Stream:  # fmt: skip
+    """Run the layers from the second up to `until`, which is not run; its norm is applied."""
+    assert run.attend is not None
+    rotary = rotary_of(config, run.positions_BT, x_BTH.dtype)
+    attend = attend_of(config, config.kinds[0], run.attend)
+    stream = Stream(x_BTH, norm(config, layer_weights(weights, 1), config.norms.before_attention, x_BTH))
+    for layer in range(1, until):
+        own = replace(run.of_layer(layer), attend=attend)
+        w = layer_weights(weights, layer) | next_norm(config, weights, layer)
+        stream = seams.once(run_layer, config, config.kinds[0], w, seams, stream, rotary, own)
+        run.keep(layer, own.state)
+    return stream
 
 
 def outputs_of(config: ModelConfig, weights: Weights, x_BTH: Tensor) -> tuple[Tensor, Tensor]:

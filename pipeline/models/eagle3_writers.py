@@ -13,7 +13,7 @@ from pipeline.errors import SourceError
 from pipeline.models.config import TapIds, TapMeaning
 from pipeline.models.fields import Fields, is_int, shown
 
-Writer = Literal["tandem", "speculators", "specforge", "modelopt", "angelslim", "safeailab"]
+Writer = Literal["tandem", "speculators", "amazon", "specforge", "modelopt", "angelslim", "safeailab"]
 
 CREATED_BY, TANDEM = "created_by", "tandem distill"
 """Field, and its value, that mark a head of this project."""
@@ -25,6 +25,9 @@ TAPPED = "eagle_aux_hidden_state_layer_ids"
 ANGELSLIM_TAPPED = "aux_hidden_states_layer_ids"
 CAPTURED = "eagle3_layers_to_capture"
 """TensorRT-LLM's option: outputs of layers, -1 for the target's output after its last norm."""
+
+HEADS = ("eagle3", "peagle")
+"""Parts of the names of architectures of heads."""
 
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 """Switches of a head's norms: fields of `Eagle3`, and of configs."""
@@ -70,10 +73,12 @@ def writer_of(config: Mapping[str, Any]) -> Writer:
         return "speculators"
     if ANGELSLIM_TAPPED in config or "Eagle3LlamaForCausalLM" in names:
         return "angelslim"
+    if "ptd_token_id" in config:
+        return "amazon"
     options = config.get(OPTIONS)
     if isinstance(options, Mapping) and MODELOPT_OPTIONS & options.keys():
         return "modelopt"
-    return "specforge" if any("eagle3" in name.lower() for name in names) else "safeailab"
+    return "specforge" if any(part in name.lower() for name in names for part in HEADS) else "safeailab"
 
 
 def options_of(fields: Fields) -> Mapping[str, Any]:

@@ -7,12 +7,13 @@ from typing import Any
 
 from pipeline.errors import SourceError
 from pipeline.models.eagle3_writers import architectures
+from pipeline.models.p_eagle import MODEL_TYPES, is_p_eagle
 
 EAGLE1 = "EAGLE-1"
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "P-EAGLE": ("peagle",),
-    "DFlash": ("dflash",),
+    "DFlash2": ("dflash2",),
     "DSpark": ("dspark",),
+    "Domino": ("domino",),
     "EAGLE-3 with MLA attention (DeepSeek)": ("eagle3deepseek", "deepseekv2eagle3", "deepseekv3eagle3"),
     "EAGLE-3 of several layers": ("eagle3deep",),
     "Medusa": ("medusa",),
@@ -24,15 +25,12 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 """Kind of draft -> parts of the names of its architectures, in lower case."""
 
 BY_FIELD: Mapping[str, str] = {
-    "dflash_config": "DFlash",
-    "ptd_token_id": "P-EAGLE",
     "pard_token": "PARD, a parallel draft model",
     "dspark_noise_token_id": "DSpark",
 }
 """Field of a config -> kind of draft."""
 
 BY_TENSOR: Mapping[str, str] = {
-    "mask_hidden": "P-EAGLE",
     "parallel_draft_heads": "EAGLE-3 with parallel draft heads",
     "model.layers.0.self_attn.q_a_proj": "EAGLE-3 with MLA attention (DeepSeek)",
     "eh_proj": "EAGLE-3 with eh_proj",
@@ -42,8 +40,8 @@ BY_TENSOR: Mapping[str, str] = {
 """Start of a tensor's name -> kind of draft."""
 
 SPECULATORS = "speculators_model_type"
-EAGLE3_TYPES = ("eagle3", "eagle-3")
-FIX = "use an EAGLE-3 head or a smaller model as the draft, or train one: tandem distill RECIPE"
+READ_TYPES = ("eagle3", "eagle-3", "dflash", *MODEL_TYPES)
+FIX = "use an EAGLE-3 or P-EAGLE head, a DFlash draft or a smaller model, or train a head: tandem distill RECIPE"
 
 
 def refuse_other_kinds(config: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> None:
@@ -60,13 +58,14 @@ def refuse_other_kinds(config: Mapping[str, Any], tensors: Mapping[str, Any], wh
 def _signs(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     kind = config.get(SPECULATORS)
-    if isinstance(kind, str) and kind not in EAGLE3_TYPES:
+    if isinstance(kind, str) and kind not in READ_TYPES:
         known = [name for name, parts in KINDS.items() if kind.lower().replace("-", "") in parts]
         found.append((known[0] if known else kind, f"{SPECULATORS}: {kind}"))
     for name in architectures(config):
         kinds = (known for known, parts in KINDS.items() if any(part in name.lower() for part in parts))
         found += [(known, f"architecture {name}") for known in kinds if known != EAGLE1 or "eagle3" not in name.lower()]
-    found += [(known, f"field {field}") for field, known in BY_FIELD.items() if config.get(field) is not None]
+    fields = {} if is_p_eagle(config, tensors) else BY_FIELD
+    found += [(known, f"field {field}") for field, known in fields.items() if config.get(field) is not None]
     found += [
         (known, f"tensor {name}") for start, known in BY_TENSOR.items() for name in tensors if name.startswith(start)
     ]

@@ -51,6 +51,8 @@ class Attend:
 
     `kv` 0 means the keys of the pass itself (prefill from an empty row), where S = T. `bias_BTS` float32 is the same as
     a mask: 0 where a query sees a key and -inf elsewhere. Without a `window` all keys before the last are seen.
+    Unless `ranged`, the bias alone says which keys a query sees.
+
     `scale` (None: 1 / sqrt(head size)) multiplies scores, which `cap` c bounds as c tanh(x / c). `sinks_N` has a score
     for each query head that takes part in the softmax without a value.
     """
@@ -62,6 +64,7 @@ class Attend:
     scale: float | None = None
     cap: float | None = None
     sinks_N: Tensor | None = None
+    ranged: bool = True
 
     def within(self, window: int | None) -> Attend:
         """Return the same for the last `window` keys of each query."""

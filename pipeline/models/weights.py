@@ -34,6 +34,11 @@ TAPS = 3
 
 FC, INPUT_NORM, FC_NORM = "fc.weight", "input_norm.weight", "fc_norm.{}.weight"
 HIDDEN_NORM = "model.layers.0.hidden_norm.weight"
+CONTEXT_NORM = "hidden_norm.weight"
+"""The norm of a DFlash draft after `fc`."""
+
+MASK_HIDDEN = "mask_hidden"
+"""State that takes the place of the target's in a P-EAGLE head, one value for each input of `fc`."""
 
 BLOCK = 32
 """Rows per block: linear weights are padded to whole blocks, so every backend can store them blocked."""
@@ -90,7 +95,7 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
     for layer in range(c.layers):
         base, names = f"model.layers.{layer}", c.norms
         yield from _norm(c, base, names.before_attention)
-        yield from _attention(c, f"{base}.self_attn")
+        yield from _attention(c, layer, f"{base}.self_attn")
         yield from _norm(c, base, names.after_attention)
         yield from _norm(c, base, names.before_mlp)
         experts = c.layer(layer).experts
@@ -104,8 +109,12 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
 
 
 def _of_features(head: Eagle3, hidden: int) -> Iterator[WeightSpec]:
-    """Yield the weights that make an EAGLE-3 head's features of the target's states."""
+    """Yield the weights that make a head's features of the target's states."""
     width = head.tap_count * head.target_hidden
+    if head.block is not None:
+        yield WeightSpec(FC, (hidden, width), "replicate", "linear")
+        yield WeightSpec(CONTEXT_NORM, (hidden,), "replicate", "vector")
+        return
     if head.norm_before_fc:
         yield WeightSpec(INPUT_NORM, (width,), "replicate", "vector")
     if head.fc_norm:
@@ -113,6 +122,8 @@ def _of_features(head: Eagle3, hidden: int) -> Iterator[WeightSpec]:
             yield WeightSpec(FC_NORM.format(tap), (head.target_hidden,), "replicate", "vector")
     if not head.reads_output:
         yield WeightSpec(FC, (hidden, width), "replicate", "linear")
+    if head.mask_token is not None:
+        yield WeightSpec(MASK_HIDDEN, (width,), "replicate", "vector")
     if head.hidden_norm:
         yield WeightSpec(HIDDEN_NORM, (hidden,), "replicate", "vector")
 
@@ -122,9 +133,10 @@ def _norm(c: ModelConfig, base: str, name: str | None) -> Iterator[WeightSpec]:
         yield WeightSpec(f"{base}.{name}.weight", (c.hidden,), "replicate", "vector")
 
 
-def _attention(c: ModelConfig, base: str) -> Iterator[WeightSpec]:
+def _attention(c: ModelConfig, layer: int, base: str) -> Iterator[WeightSpec]:
     q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    width = c.hidden if c.eagle3 is None else 2 * c.hidden  # a token's embedding and the target's features
+    reads_both = c.eagle3 is not None and c.eagle3.block is None and layer == 0  # token's embedding, target's features
+    width = 2 * c.hidden if reads_both else c.hidden
     parts: tuple[tuple[str, int, Split], ...] = (
         ("q", q_rows, "q_rows"),
         ("k", kv_rows, "kv_rows"),

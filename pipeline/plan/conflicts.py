@@ -78,8 +78,14 @@ def _method_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -
         what = f"found {dtype}, but the draft reads the target's hidden states, which are {target_dtype}"
         yield Problem(recipe.place("draft.dtype"), what, f"use {target_dtype}, or remove draft.dtype")
     if recipe.draft.placement == "sharded" and recipe.parallel.tensor > 1:
-        what = "found sharded; an EAGLE-3 head must be replicated, because every rank has whole hidden states"
+        kind = draft.draft_kind.label
+        what = f"found sharded; replicated is needed for this draft ({kind}): every rank has whole hidden states"
         yield Problem(recipe.place("draft.placement"), what, "write placement: replicated")
+    head = draft.eagle3
+    if head is not None and head.block is not None and recipe.speculation.draft_tokens[-1] >= head.block:
+        what = f"found {recipe.speculation.draft_tokens[-1]}; a block of this draft has {head.block} positions"
+        place = f"speculation.draft_tokens[{len(recipe.speculation.draft_tokens) - 1}]"
+        yield Problem(recipe.place(place), what, f"use at most {head.block - 1}")
     if draft.vocab != target.vocab:
         what = f"the draft reads the target's tokens: its vocab_size must be {target.vocab}, found {draft.vocab}"
         yield Problem(recipe.place("draft"), what, "use a draft that was made for this target")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.graphs.dtypes import DTYPES
 from pipeline.graphs.packing import BlockPacking, Packing
@@ -16,6 +16,7 @@ from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
 from pipeline.models.blocks import query_blocks
 from pipeline.models.config import Experts, Layer, ModelConfig
+from pipeline.models.draft_kind import DFLASH, P_EAGLE
 from pipeline.models.weights import local_heads, local_shape
 
 MIB = 1 << 20
@@ -167,13 +168,20 @@ def _layer_parameters(config: ModelConfig, layer: Layer, *, of_token: bool = Fal
 
 
 def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:
-    """Return the number of layer passes of a graph: K for each layer of a draft that proposes, else one or none."""
+    """Return the number of layer passes of a graph.
+
+    A draft that proposes runs each layer K times, a parallel one once. Beside proposing, a P-EAGLE head runs in the
+    other phases as well, to write keys and values of accepted tokens and of the last one.
+    """
     if spec.phase == "score":
         return pair.draft.layers if spec.model == "draft" else pair.target.layers
-    drafted = spec.draft_tokens * pair.draft.layers
+    kind = pair.models.draft_kind
+    proposing = 1 if kind.parallel else spec.draft_tokens
     if spec.phase == "propose":
-        return drafted
-    return pair.target.layers + {"speculate": drafted, "prefill": pair.draft.layers}.get(spec.phase, 0)
+        return proposing * pair.draft.layers
+    writing = {"speculate": 1, "verify": 2, "decode": 1}.get(spec.phase, 0) if kind == P_EAGLE else 0
+    passes = {"speculate": proposing, "prefill": 1}.get(spec.phase, 0) + writing
+    return pair.target.layers + passes * pair.draft.layers
 
 
 def _cache_bytes(pair: PairSpec, role: Role) -> int:
@@ -194,7 +202,21 @@ def scratch_bytes(pair: PairSpec, spec: GraphSpec, *, fused: bool) -> int:
     vocab = pair.models.config_of("draft" if spec.model == "draft" else "target").out_vocab
     logits = 4 * spec.batch * scored * vocab * copies
     layers = [layer(pair, spec, role) for role in pair.roles_of(spec)]
+    if spec.model == "draft" and pair.draft.draft_kind == DFLASH:
+        layers.append(layer(pair, replace(spec, tokens=2 * spec.tokens), "draft") + _pairs_bytes(pair, spec))
     return max(*layers, logits) if fused else max(layers) + logits
+
+
+def _pairs_bytes(pair: PairSpec, spec: GraphSpec) -> int:
+    """Return what the blocks of two positions hold in a `score` graph of a DFlash draft.
+
+    These are keys and values, copied beside their own, and the float32 bias: once, for heads of one KV head, and its
+    negation where causal layers have another.
+    """
+    draft, size = pair.draft, DTYPES[pair.models.draft_dtype].size_bytes
+    slots, keys = 2 * spec.tokens, spec.kv + 2 * spec.tokens
+    biases = slots * keys * (4 * 2 + (4 + size) * draft.heads // draft.kv_heads)
+    return spec.batch * (biases + 2 * size * draft.kv_heads * keys * draft.head_dim)
 
 
 def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:

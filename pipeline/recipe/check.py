@@ -16,12 +16,10 @@ from pipeline.models.draft_kind import DRAFT_KINDS
 from pipeline.recipe.backend_settings import InductorSettings, NeuronSettings, UnacceptedError
 from pipeline.recipe.chips import CHIPS
 from pipeline.recipe.document import Document, Key, dotted
+from pipeline.recipe.readings import LISTED, READINGS, TAP_WORDS, UNREAD
 from pipeline.recipe.schema import (
     BASE_DESCRIPTION,
     BY_BATCH,
-    LISTED,
-    READINGS,
-    TAP_WORDS,
     Recipe,
     Shapes,
     Speculation,
@@ -52,7 +50,8 @@ GLUED = re.compile(r"(?P<key>[a-z_]+):(?P<value>[^\s/].*)")
 OTHER_NAMES = {
     "gpu": "cuda", "nvidia": "cuda", "trainium": "neuron", "trn": "neuron", "aotinductor": "inductor",
     "torch": "inductor", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16",
-    "bf16": "bfloat16", "eagle": "eagle3", "eagle-3": "eagle3", "random": "stochastic", "sample": "stochastic",
+    "bf16": "bfloat16", "eagle": "eagle3", "eagle-3": "eagle3", "peagle": "p_eagle",
+    "p-eagle": "p_eagle", "random": "stochastic", "sample": "stochastic",
 }  # fmt: skip
 """Usual names of accepted values, which are not similar in spelling."""
 
@@ -123,8 +122,12 @@ def _sampling_conflicts(speculation: Speculation) -> Iterator[Finding]:
 def _reading_conflicts(speculation: Speculation, draft: Any) -> Iterator[Finding]:
     stated = [key for key in READINGS if isinstance(draft, dict) and draft.get(key) is not None]
     if stated and not DRAFT_KINDS[speculation.method].reads_target_states:
-        what = f"found with method {speculation.method}; only an EAGLE-3 head is read by this key"
-        yield ("draft", stated[0]), what, "remove it, or write method: eagle3"
+        what = f"found with method {speculation.method}; only a head over the target's states is read by this key"
+        yield ("draft", stated[0]), what, "remove it, or write the head's method, for example method: eagle3"
+        return
+    if unread := [key for key in stated if key in UNREAD.get(speculation.method, ())]:
+        what = f"found with method {speculation.method}, whose drafts are not read by this key"
+        yield ("draft", unread[0]), what, "remove it"
 
 
 def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: Validate | None) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ from pipeline.graphs.spec import Sampling
 from pipeline.models.draft_kind import DRAFT_KINDS, DraftMethod
 from pipeline.recipe.backend_settings import BackendSettings, InductorSettings, UnacceptedError
 from pipeline.recipe.document import to_text
+from pipeline.recipe.readings import LISTED, READINGS, Taps
 from pipeline.records import Record
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -95,8 +96,8 @@ def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-LISTED, BY_BATCH = "a list", "by batch"
-"""Names of the two forms of `step_costs`. They are tags of a union, not keys of the file."""
+BY_BATCH = "by batch"
+"""Name of the other form of `step_costs`, as `LISTED`."""
 
 Costs = tuple[Annotated[float, Field(allow_inf_nan=False, gt=0)], ...]
 StepCosts = Annotated[
@@ -138,25 +139,6 @@ class Target(_Weighted):
     dtype: Dtype = Field(default="float32", description="dtype of weights and caches")
 
 
-def _taps(values: tuple[int, ...]) -> tuple[int, ...]:
-    usable = sorted({value for value in values if value >= 0})
-    if not values or list(values) != usable:
-        raise UnacceptedError(
-            f"found {list(values)}; accepted: ascending layers from 0", "write for example [2, 16, 29]"
-        )
-    return values
-
-
-TAP_WORDS = "inputs, outputs or final"
-TapLayers = Annotated[tuple[int, ...], AfterValidator(_taps)]
-Taps = Annotated[
-    Annotated[Literal["inputs", "outputs", "final"], Tag(TAP_WORDS)] | Annotated[TapLayers, Tag(LISTED)],
-    Discriminator(lambda value: TAP_WORDS if isinstance(value, str) else LISTED),
-]
-READINGS = ("taps", "norm_before_residual", "norm_output", "rope", "vocabulary")
-"""Keys of `draft` that say how the file of an EAGLE-3 head is read, in place of what the file says."""
-
-
 class Draft(_Weighted):
     """The model that proposes: exactly one of `source` and `derive`."""
 
@@ -190,6 +172,11 @@ class Draft(_Weighted):
     vocabulary: Literal["d2t", "t2d"] | None = Field(
         default=None, description="of an EAGLE-3 head: the tensor that maps its tokens to the target's; default: d2t"
     )
+    mask_token_id: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="of a P-EAGLE head or a DFlash draft: the token of masked positions; needed for P-EAGLE files of "
+        "SpecForge, which lack it",
+    )
 
     @property
     def readings(self) -> dict[str, Any]:
@@ -217,7 +204,9 @@ class Speculation(Record):
 
     method: DraftMethod = Field(
         default="draft_model",
-        description="what proposes: draft_model, a smaller model; eagle3, a one-layer head over the target's states",
+        description="what proposes: draft_model, a smaller model; eagle3, a one-layer head over the target's states; "
+        "p_eagle, a head that proposes all tokens of a step in one pass; dflash, a model over the target's states that "
+        "denoises a block of tokens in one pass",
     )
     draft_tokens: Buckets = Field(
         description="K: proposals per step, vLLM's num_speculative_tokens; a step emits 1 to K+1 tokens"
@@ -265,7 +254,8 @@ class Speculation(Record):
                     f"{what}; accepted: one cost for each", "measure them: tandem tune RECIPE --write"
                 )
         if not DRAFT_KINDS[self.method].reads_target_states:
-            what = "found step_costs with method draft_model; accepted with: eagle3"
+            accepted = ", ".join(method for method, kind in DRAFT_KINDS.items() if kind.reads_target_states)
+            what = f"found step_costs with method draft_model; accepted with: {accepted}"
             raise UnacceptedError(what, "remove step_costs")
         return self
 

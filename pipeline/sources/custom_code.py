@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import SourceError
+from pipeline.models.dflash import is_dflash
 
 CODE_FILES = (
     "config.json",
@@ -23,7 +24,8 @@ FIX = "use a checkpoint without custom code; if a class of transformers reads th
 def refuse_custom_code(document: bytes, where: str) -> None:
     """Raise an error if a file of a checkpoint names code to run.
 
-    Only transformers' auto classes run such code, so other names (speculators writes an empty one) are no error.
+    Only transformers' auto classes run such code, so other names (speculators writes an empty one) are no error. The
+    class that a DFlash draft names is no error either: transformers never reads such a draft, and no target is one.
 
     Raises:
         SourceError: `auto_map` with an auto class; names the class and its code.
@@ -37,12 +39,12 @@ def refuse_custom_code(document: bytes, where: str) -> None:
 
 
 def _auto_map(document: bytes) -> Mapping[str, Any]:
-    """Return `auto_map`; empty for a malformed file, of which transformers runs nothing either."""
+    """Return `auto_map`; empty for a malformed file or a DFlash draft, of which transformers runs nothing either."""
     try:
         data = json.loads(document)
     except ValueError:
         return {}
-    table = data.get("auto_map") if isinstance(data, dict) else None
+    table = data.get("auto_map") if isinstance(data, dict) and not is_dflash(data) else None
     if isinstance(table, list):  # the older format of tokenizers
         return {"AutoTokenizer": table}
     return table if isinstance(table, dict) else {}

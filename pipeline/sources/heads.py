@@ -1,4 +1,4 @@
-"""An EAGLE-3 head as a checkpoint: its config with the shapes of its tensors, maps of its vocabulary, its target.
+"""A head as a checkpoint: its config with the shapes of its tensors, maps of its vocabulary, its target.
 
 `models.eagle3` reads the config. Imports no torch.
 """
@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.errors import SourceError
 from pipeline.files.atomic import write_atomic
 from pipeline.models import eagle3
+from pipeline.models.dflash import MASK_EMBEDDING, mask_embedding_error
 from pipeline.models.eagle3_writers import RECIPE
 from pipeline.models.families import config_of
 from pipeline.models.fields import is_int
@@ -40,9 +41,11 @@ def with_readings(checkpoint: Checkpoint, readings: Mapping[str, Any], cache: Pa
         shapes = {name: tensor.shape for name, tensor in weights(checkpoint).items()}
         config_json = eagle3.opened_config(checkpoint.config_json, shapes, readings)
         checkpoint = replace(checkpoint, config_json=config_json, config=config_of(config_json, where))
+    if (checkpoint.root / MASK_EMBEDDING).exists():
+        raise mask_embedding_error(str(checkpoint.root))
     if checkpoint.config.eagle3 is None:
         if readings:
-            what = f"the recipe has draft.{next(iter(readings))}, but the draft is no EAGLE-3 head"
+            what = f"the recipe has draft.{next(iter(readings))}, but the draft is no head over the target's states"
             raise SourceError(what, where=where, fix="remove the key from the recipe")
         return checkpoint
     return _with_d2t(checkpoint, readings.get("vocabulary"), cache)
@@ -127,7 +130,10 @@ def starter_recipe(source: str, draft: Checkpoint) -> dict[str, Any]:
         "name": f"{name}-spec",
         "target": {"source": target, "dtype": "bfloat16"},
         "draft": {"source": source},
-        "speculation": {"method": "eagle3", "draft_tokens": [_proposed(draft.config_json)]},
+        "speculation": {
+            "method": draft.config.draft_kind.method,
+            "draft_tokens": [_proposed(draft.config_json)],
+        },
         "shapes": {"batch": [1, 4], "prefill": [128, 512], "kv": [2048]},
     }
 

@@ -23,6 +23,7 @@ from pipeline.addresses import hub_endpoint
 from pipeline.errors import SourceError
 from pipeline.extras import require
 from pipeline.files.atomic import write_atomic
+from pipeline.models.dflash import MASK_EMBEDDING, mask_embedding_error
 from pipeline.models.families import config_of
 from pipeline.progress import Progress
 from pipeline.records import Record
@@ -97,6 +98,8 @@ class Hub:
         if known is not None:
             return Fetched(known, commit)
         refuse_without_weights(listing, where)
+        if MASK_EMBEDDING in listing:
+            raise mask_embedding_error(where)
         with hub_errors(where, repo, revision):
             root, names = self._download(repo, commit, listing, where, progress, weights=weights and not streamed())
         if streamed() or not weights:

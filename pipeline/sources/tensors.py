@@ -46,6 +46,10 @@ class TensorRef:
         """Return one entry of axis 0."""
         return replace(self.rows(index, index + 1), shape=self.shape[1:])
 
+    def flat(self) -> TensorRef:
+        """Return the same values as a vector."""
+        return replace(self, shape=(math.prod(self.shape),))
+
 
 def read_bytes(ref: TensorRef) -> bytearray:
     """Return the bytes of a tensor."""

@@ -14,7 +14,7 @@ from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
 from pipeline.models.multimodal import PREFIXES, of_text, text_name
 from pipeline.models.quantisation import KEY, read_quantisation
-from pipeline.models.weights import D2T, EMBEDDING, HEAD, WeightSpec, weight_specs
+from pipeline.models.weights import D2T, EMBEDDING, HEAD, MASK_HIDDEN, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import Checkpoint, weight_files
 from pipeline.sources.packed import PackedRef, Source, plain
 from pipeline.sources.quantised import with_quantised
@@ -72,6 +72,8 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, Source]:
         stored |= in_file
     if any(name.startswith(PREFIXES) for name in stored):
         stored = {name: tensor for name, tensor in stored.items() if of_text(name)}
+    if MASK_HIDDEN in stored:  # [1, 1, X] or [1, X] in files
+        stored[MASK_HIDDEN] = stored[MASK_HIDDEN].flat()
     tensors = with_quantised(stored, read_quantisation(checkpoint.config_json, str(checkpoint.root / "config.json")))
     if checkpoint.config.draft_kind.reads_target_states:
         tensors = {eagle3.tensor_name(name): tensor for name, tensor in tensors.items()}

@@ -1,8 +1,9 @@
-"""Several drafted tokens in a row of an EAGLE-3 head, from every position of a text at once (Li et al. 2025).
+"""Several drafted tokens in a row of a head, from every position of a text at once (Li et al. 2025).
 
 A training learns from them, and a draft's agreement with its target is measured by them. Depth 0 reads the target's
-features, depth s the head's own output at depth s - 1, as drafting does ("training-time test"). A query of depth s sees
-the depth-0 keys up to where its chain began, and the keys of its own chain.
+features, depth s the head's own output at depth s - 1, as drafting does ("training-time test"); a P-EAGLE head reads a
+masked position there. A query of depth s sees the depth-0 keys up to where its chain began, and the keys of its own
+chain.
 
 Shapes: B sequences, T positions, H hidden, N query heads, G KV heads, D head size, V draft vocabulary.
 """
@@ -11,16 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import heads_of, layer_weights, mlp, project, rms_norm, rotary_of, rotate
+from pipeline.models.decoder import Rotary, heads_of, layer_weights, mlp, project, rms_norm, rotary_of, rotate
 from pipeline.models.eagle3_layer import features, inputs_of, outputs_of
 from pipeline.models.parallel import PLAIN
-from pipeline.models.weights import HEAD
+from pipeline.models.weights import HEAD, MASK_HIDDEN
 
 
 @dataclass(frozen=True)
@@ -50,36 +51,55 @@ class Guess:
     began_M: Tensor
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Keys and values of one layer, of each depth."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
 def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depths: int) -> Iterator[Guess]:
     """Yield the answers of `depths` draft tokens from every position at once."""
-    w = layer_weights(weights, 0)
     assert config.eagle3 is not None
     read_BTX = batch.last_BTH if config.eagle3.reads_output else batch.taps_BTX
-    length = read_BTX.shape[1]
     x_BTH = features(config, weights, PLAIN, read_BTX)
-    positions_T = torch.arange(length, device=x_BTH.device)
-    heads = (config.heads, config.kv_heads, config.kv_heads)
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    positions_T = torch.arange(read_BTX.shape[1], device=x_BTH.device)
+    kept = [_Kept() for _ in range(config.layers)]
     for depth in range(depths):
-        tokens_BT = _ahead(batch.tokens_BT1[:, :-1], depth + 1)
-        both_BTX, residual_BTH = inputs_of(config, weights, PLAIN, tokens_BT, x_BTH)
-        q, k, v = heads_of(config, w, PLAIN, both_BTX, "qkv").split(heads, dim=1)
-        rotary = rotary_of(config, (positions_T + depth)[None], q.dtype)
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        keys.append(k)
-        values.append(v)
-        attended_BTX = _attend(q, keys, values)
-        x_BTH = residual_BTH + project(w, PLAIN, attended_BTX, {"self_attn.o_proj": config.hidden})
-        x_BTH = x_BTH + mlp(config, w, PLAIN, rms_norm(x_BTH, w["post_attention_layernorm.weight"], config.norm_eps))
+        tokens_BT = ahead(batch.tokens_BT1[:, :-1], depth + 1)
+        if depth and config.eagle3.mask_token is not None:
+            tokens_BT = torch.full_like(tokens_BT, config.eagle3.mask_token)
+            x_BTH = features(config, weights, PLAIN, weights[MASK_HIDDEN].expand_as(read_BTX))
+        rotary = rotary_of(config, (positions_T + depth)[None], x_BTH.dtype)
+        x_BTH = _run_layer(config, weights, inputs_of(config, weights, PLAIN, tokens_BT, x_BTH), rotary, (0, kept[0]))
+        for layer in range(1, config.layers):
+            normed_BTH = rms_norm(x_BTH, weights[f"model.layers.{layer}.input_layernorm.weight"], config.norm_eps)
+            x_BTH = _run_layer(config, weights, (normed_BTH, x_BTH), rotary, (layer, kept[layer]))
         # The chain from position i has read up to token i + depth + 1: its answer predicts position i + depth + 1.
-        rows_M, began_M = _ahead(batch.learn_BT, depth + 1).nonzero(as_tuple=True)
+        rows_M, began_M = ahead(batch.learn_BT, depth + 1).nonzero(as_tuple=True)
         last_BTH, x_BTH = outputs_of(config, weights, x_BTH)
         logits_MV = PLAIN.linear(last_BTH[rows_M, began_M], weights[HEAD], config.out_vocab)
         yield Guess(logits_MV, rows_M, began_M + depth + 1, began_M)
 
 
-def _ahead(values_BT: Tensor, by: int) -> Tensor:
+def _run_layer(
+    config: ModelConfig, weights: dict[str, Tensor], read: tuple[Tensor, Tensor], rotary: Rotary | None,
+    layer: tuple[int, _Kept],
+) -> Tensor:  # fmt: skip
+    """Run one layer at one depth over its input, normalised, and the residual before it; keep its keys and values."""
+    number, kept = layer
+    w = layer_weights(weights, number)
+    heads = (config.heads, config.kv_heads, config.kv_heads)
+    q, k, v = heads_of(config, w, PLAIN, read[0], "qkv").split(heads, dim=1)
+    kept.keys.append(rotate(k, rotary))
+    kept.values.append(v)
+    attended_BTX = _attend(rotate(q, rotary), kept.keys, kept.values)
+    x_BTH = read[1] + project(w, PLAIN, attended_BTX, {"self_attn.o_proj": config.hidden})
+    return x_BTH + mlp(config, w, PLAIN, rms_norm(x_BTH, w["post_attention_layernorm.weight"], config.norm_eps))
+
+
+def ahead(values_BT: Tensor, by: int) -> Tensor:
     """Return for each position the value `by` positions later; zeros (False) beyond the end."""
     moved = torch.zeros_like(values_BT)
     moved[:, : max(values_BT.shape[1] - by, 0)] = values_BT[:, by:]

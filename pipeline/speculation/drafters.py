@@ -1,4 +1,4 @@
-"""The two kinds of draft behind one interface: a separate model, and a head over the target's hidden states.
+"""The kinds of draft behind one interface: a separate model, and heads over the target's hidden states.
 
 A drafter proposes tokens, and receives the target's hidden states and the emitted tokens. The output is always the
 target's: a drafter only changes how many tokens a step emits.
@@ -15,10 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.models import eagle3_layer
+from pipeline.models import dflash_layers, eagle3_layer
 from pipeline.models.decoder import Hidden
 from pipeline.models.draft_kind import DraftMethod
 from pipeline.models.parallel import Pass, Writes, attend_up_to, plan_writes
+from pipeline.models.weights import MASK_HIDDEN
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
 
@@ -149,7 +150,8 @@ class Eagle3:
     def before_verify(self, rows: Rows) -> None:
         """Write keys and values of the previous position, whose next token is known now."""
         positions_B1 = rows.position_B[:, None] - 1
-        self._write_cache(rows.last_B[:, None], self._feature(rows), positions_B1, self.writes(rows, positions_B1))
+        writes = row_writes(self.model, rows, positions_B1)
+        self._write_cache(rows.last_B[:, None], self._feature(rows), positions_B1, writes, rows.kv)
 
     def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:
         """Rewrite keys and values of accepted drafts from the target's features instead of the head's own output."""
@@ -158,9 +160,9 @@ class Eagle3:
         if steps:
             positions_BK = rows.position_B[:, None] + index_range(steps, rows.last_B)
             keep_BK = index_range(steps, rows.last_B) < emitted.count[:, None] - 1
-            writes = self.writes(rows, positions_BK, keep_BK)
+            writes = row_writes(self.model, rows, positions_BK, keep_BK)
             tokens_BK = emitted.tokens[:, :-1].clamp(0, self.model.config.vocab - 1)
-            self._write_cache(tokens_BK, features_BTH[:, :-1], positions_BK, writes)
+            self._write_cache(tokens_BK, features_BTH[:, :-1], positions_BK, writes, rows.kv)
         last_BH = take(features_BTH, (emitted.count.long() - 1).clamp(0, steps))
         put(self.model, FEATURE, rows.index, last_BH, rows.alive_B[:, None])
 
@@ -189,17 +191,122 @@ class Eagle3:
         """Return the features before each row's last token: [B, 1, H]."""
         return self.model.state[FEATURE][: rows.last_B.shape[0], None]
 
-    def writes(self, rows: Rows, positions_BT: Tensor, keep_BT: Tensor | None = None) -> Writes:
-        """Return the writes of rows 0..B-1 at positions inside the bucket, where `keep_BT` holds if given."""
-        inside_BT = rows.alive_B[:, None] & (positions_BT >= 0) & (positions_BT < self.model.usable(rows.kv))
-        keep_BT = inside_BT if keep_BT is None else inside_BT & keep_BT
-        return plan_writes(self.model.state, rows.index, positions_BT, keep_BT)
-
-    def _write_cache(self, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor, writes: Writes) -> None:
+    def _write_cache(
+        self, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor, writes: Writes, kv: int = 0
+    ) -> None:  # fmt: skip
+        """Write keys and values; only a head of several layers attends, over `kv` cached keys or the pass's own."""
         model = self.model
         inputs = (model.readable(tokens_BT), features_BTH)
-        run = Pass(positions_BT, model.state, writes)
+        attend = None
+        if model.config.layers > 1:
+            attend = attend_up_to(positions_BT.clamp(0, kv) if kv else positions_BT[:1], kv)
+        run = Pass(positions_BT, model.state, writes, attend)
         eagle3_layer.write_cache(model.config, model.weights, model.seams, *inputs, run)
+
+
+@dataclass(frozen=True)
+class PEagle(Eagle3):
+    """A P-EAGLE head (arXiv 2602.01469): an EAGLE-3 head that proposes all tokens of a step in one pass.
+
+    Beside the last token it reads masked positions, whose keys and values are replaced after verification.
+    """
+
+    def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
+        """Run one pass over the last token with its features and K - 1 masked positions after it."""
+        model, head = self.model, self.model.config.eagle3
+        assert head is not None
+        assert head.mask_token is not None
+        tokens_BK, features_BKH = masked(rows.last_B, steps - 1, head.mask_token), self._feature(rows)
+        if steps > 1:  # a graph has no empty tensors
+            state_11X = model.weights[MASK_HIDDEN][None, None]
+            masked_11H = eagle3_layer.features(model.config, model.weights, model.seams, state_11X)
+            masked_BKH = masked_11H.expand(rows.last_B.shape[0], steps - 1, -1)
+            features_BKH = torch.cat((features_BKH, masked_BKH), dim=1)
+        positions_BK = rows.position_B[:, None].long() - 1 + index_range(steps, rows.last_B)
+        hidden_BKH, _ = _run_head(self, rows, tokens_BK, features_BKH, positions_BK)
+        return _proposed(model, hidden_BKH, positions_BK + 2, choose)
+
+
+@dataclass(frozen=True)
+class DFlash:
+    """A DFlash draft (arXiv 2602.06036): it denoises a block, the last token and masks after it, in one pass.
+
+    After every phase its caches hold keys and values of the target's states at all positions before the last token;
+    those of the block are replaced after verification. It keeps nothing else between steps.
+    """
+
+    model: Model
+
+    def after_prefill(self, prompt: Prompt, states: Hidden) -> None:
+        """Write keys and values of the whole prompt."""
+        positions_BT, usable = prompt.positions_BT, self.model.usable(prompt.positions_BT.shape[1])
+        keep_BT = (positions_BT < prompt.lengths_B[:, None].clamp(max=usable)) & prompt.active[:, None]
+        self._write(states, positions_BT, plan_writes(self.model.state, prompt.slots_B, positions_BT, keep_BT))
+
+    def after_decode(self, rows: Rows, states: Hidden) -> None:
+        """Write keys and values of the last token."""
+        positions_B1 = rows.position_B[:, None]
+        self._write(states, positions_B1, row_writes(self.model, rows, positions_B1))
+
+    def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
+        """Run one pass over the block; a mask's output predicts the token at its own position."""
+        model, head = self.model, self.model.config.eagle3
+        assert head is not None
+        assert head.mask_token is not None
+        tokens_BT = masked(rows.last_B, steps, head.mask_token)
+        positions_BT = rows.position_B[:, None].long() + index_range(steps + 1, rows.last_B)
+        seen_BT = positions_BT.clamp(0, model.usable(rows.kv) - 1)
+        attend = attend_up_to(seen_BT, rows.kv)
+        run = Pass(positions_BT, model.state, row_writes(model, rows, positions_BT), attend)
+        inputs = (model.readable(tokens_BT), run, seen_BT[:, -1:].expand_as(seen_BT))
+        hidden_BTH = dflash_layers.block_states(model.config, model.weights, model.seams, *inputs)
+        return _proposed(model, hidden_BTH[:, 1:], positions_BT[:, 1:], choose)
+
+    def before_verify(self, rows: Rows) -> None:
+        """No-op: the caches hold all positions before the last token."""
+
+    def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:
+        """Write keys and values of the last token and of accepted drafts."""
+        positions_BT = rows.position_B[:, None] + index_range(emitted.tokens.shape[1], rows.last_B)
+        keep_BT = index_range(emitted.tokens.shape[1], rows.last_B) < emitted.count[:, None]
+        self._write(states, positions_BT, row_writes(self.model, rows, positions_BT, keep_BT))
+
+    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Tensor:
+        """Score with target and draft: after each token, the answer of a block of that token and one mask."""
+        model, head = self.model, self.model.config.eagle3
+        assert head is not None
+        assert head.mask_token is not None
+        _, states = score(target, tokens_BT, position_B, kv)
+        rows = Rows(tokens_BT[:, 0], position_B, position_B < model.usable(kv), kv)
+        positions_BT = position_B[:, None] + index_range(tokens_BT.shape[1], tokens_BT)
+        writes = row_writes(model, rows, positions_BT)
+        self._write(states, positions_BT, writes)
+        both_BT = torch.cat((tokens_BT, torch.full_like(tokens_BT, head.mask_token)), dim=1)
+        run = Pass(positions_BT, model.state, writes)
+        inputs = (model.readable(both_BT), run, kv)
+        return model.all_logits(dflash_layers.pair_states(model.config, model.weights, model.seams, *inputs))
+
+    def _write(self, states: Hidden, positions_BT: Tensor, writes: Writes) -> None:
+        model = self.model
+        assert states.taps_BTX is not None
+        context_BTH = dflash_layers.context(model.config, model.weights, model.seams, states.taps_BTX)
+        run = Pass(positions_BT, model.state, writes)
+        dflash_layers.write_context(model.config, model.weights, model.seams, context_BTH, run)
+
+
+def row_writes(model: Model, rows: Rows, positions_BT: Tensor, keep_BT: Tensor | None = None) -> Writes:
+    """Return the writes of rows 0..B-1 at positions inside the bucket, where `keep_BT` holds if given."""
+    inside_BT = rows.alive_B[:, None] & (positions_BT >= 0) & (positions_BT < model.usable(rows.kv))
+    keep_BT = inside_BT if keep_BT is None else inside_BT & keep_BT
+    return plan_writes(model.state, rows.index, positions_BT, keep_BT)
+
+
+def masked(last_B: Tensor, masks: int, mask_token: int) -> Tensor:
+    """Return each row's last token and as many masks after it: int64 [B, 1 + masks]."""
+    last_B1 = last_B[:, None].long()
+    if not masks:
+        return last_B1
+    return torch.cat((last_B1, torch.full_like(last_B1, mask_token).expand(-1, masks)), dim=1)
 
 
 def _run_head(
@@ -208,12 +315,17 @@ def _run_head(
     """Run a head's layer over rows 0..B-1 and their caches: the LM head's input and the next features, [B, T, H]."""
     model = head.model
     attend = attend_up_to(positions_BT.clamp(0, rows.kv), rows.kv)
-    run = Pass(positions_BT, model.state, head.writes(rows, positions_BT), attend)
+    run = Pass(positions_BT, model.state, row_writes(model, rows, positions_BT), attend)
     inputs = (model.readable(tokens_BT), features_BTH)
     return eagle3_layer.hidden_states(model.config, model.weights, model.seams, *inputs, run)
 
 
-DRAFTERS: dict[DraftMethod, Callable[[Model], Drafter]] = {"draft_model": DraftModel, "eagle3": Eagle3}
+DRAFTERS: dict[DraftMethod, Callable[[Model], Drafter]] = {
+    "draft_model": DraftModel,
+    "eagle3": Eagle3,
+    "p_eagle": PEagle,
+    "dflash": DFlash,
+}
 """The drafter of each kind of draft."""
 
 
@@ -222,13 +334,13 @@ def drafter_of(draft: Model) -> Drafter:
     return DRAFTERS[draft.config.draft_kind.method](draft)
 
 
-def _proposed(model: Model, hidden_B1H: Tensor, positions_B1: Tensor, choose: Choose) -> Tensor:
-    """Return the draft's tokens at positions, int64 [B, 1]; a copied token where `choose` has it."""
-    tokens_B1 = model.next(hidden_B1H, positions_B1, choose)
+def _proposed(model: Model, hidden_BTH: Tensor, positions_BT: Tensor, choose: Choose) -> Tensor:
+    """Return the draft's tokens at positions, int64 [B, T]; a copied token where `choose` has it."""
+    tokens_BT = model.next(hidden_BTH, positions_BT, choose)
     if choose.copied is None:
-        return tokens_B1
-    copied_B1 = choose.copied.long()
-    return torch.where(copied_B1 >= 0, copied_B1, tokens_B1)
+        return tokens_BT
+    copied_BT = choose.copied.long()
+    return torch.where(copied_BT >= 0, copied_BT, tokens_BT)
 
 
 def score(model: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> tuple[Tensor, Hidden]:

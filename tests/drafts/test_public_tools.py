@@ -1,4 +1,4 @@
-"""Heads that speculators and SpecForge wrote: their reading, and logits of two drafts in a row (`make test-drafts`)."""
+"""Heads that speculators and SpecForge wrote: their reading, and logits of drafts in a row (`make test-drafts`)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.errors import SourceError
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import fitted
 from pipeline.models.families import config_of
-from pipeline.models.weights import EMBEDDING, weight_specs
+from pipeline.models.weights import EMBEDDING, HEAD, weight_specs
 from pipeline.sources.pair import resolve
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
-from pipeline.speculation.chains import Batch, guesses
+from pipeline.speculation import block_chains, chains
+from pipeline.speculation.chains import Batch
+from pipeline.validate.draft.agreement import Guesses
 from support.heads import SIZES
 from support.paths import ROOT
 
@@ -72,12 +75,70 @@ def test_a_head_is_read_as_its_tool_runs_it(name, written, tmp_path):
         assert difference < 1e-4, f"draft {step + 1}: largest difference {difference}"
 
 
-def logits_of(config: ModelConfig, loaded: dict[str, Tensor], reference: dict[str, Tensor]) -> list[Tensor]:
-    """The logits of two drafts in a row from every slot, [T, V] each."""
+@pytest.mark.parametrize(
+    ("name", "taps", "on"),
+    [("speculators-p-eagle", USUAL, (RESIDUAL,)), ("speculators-p-eagle-3.1", (1, 3, 6, 9, 12), ("fc_norm",))],
+)
+def test_a_p_eagle_head_is_read_as_its_tool_runs_it(name, taps, on, written, tmp_path):
+    """Logits of four draft tokens from all anchors that the tool's training samples."""
+    draft = resolve(str(written / name), base=tmp_path, cache=tmp_path / "cache", role="draft")
+    config = fitted(TARGET, draft.config)
+    head = config.eagle3
+    assert (head.writer, head.taps, head.mask_token, config.layers) == ("speculators", taps, 7, 3)
+    assert tuple(s for s in (RESIDUAL, "norm_before_fc", "fc_norm") if getattr(head, s)) == on
+    refs = weights(draft)
+    loaded = {spec.name: read_tensor(refs[spec.name]) for spec in weight_specs(config)}
+    reference = load_file(written / name / "reference.safetensors")
+    by_depth = torch.stack(logits_of(config, loaded, reference, depths=4))
+    ours = by_depth[reference["depth"], reference["anchor"]]
+    assert set(reference["depth"].tolist()) == {0, 1, 2, 3}
+    difference = (ours - reference["logits"]).abs().max()
+    assert difference < 1e-4, f"largest difference {difference}"
+
+
+def test_a_p_eagle_head_of_specforge_needs_its_mask_token(written, tmp_path):
+    source = str(written / "specforge-p-eagle")
+    with pytest.raises(SourceError, match="mask_token_id=null"):
+        resolve(source, base=tmp_path, cache=tmp_path / "cache", role="draft")
+    told = {"mask_token_id": 9}
+    draft = resolve(source, base=tmp_path, cache=tmp_path / "cache", role="draft", readings=told)
+    assert (draft.config.eagle3.writer, draft.config.eagle3.mask_token, draft.config.layers) == ("specforge", 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "writer", "causal"),
+    [
+        ("speculators-dflash", "speculators", (0,)),
+        ("speculators-dflash-whole", "speculators", ()),
+        ("specforge-dflash", "specforge", ()),
+    ],
+)
+def test_a_dflash_draft_is_read_as_its_tool_runs_it(name, writer, causal, written, tmp_path):
+    """Logits of the three masks of blocks of four, from all anchors that the tool ran."""
+    draft = resolve(str(written / name), base=tmp_path, cache=tmp_path / "cache", role="draft")
+    config = fitted(TARGET, draft.config)
+    head = config.eagle3
+    assert (head.writer, head.taps, head.mask_token, head.block) == (writer, USUAL, 7, 4)
+    assert head.causal_layers == causal
+    refs = weights(draft)
+    reference = load_file(written / name / "reference.safetensors")
+    of_target = {name: reference[name] for name in (EMBEDDING, HEAD)}
+    loaded = of_target | {spec.name: read_tensor(refs[spec.name]) for spec in weight_specs(config) if spec.name in refs}
+    by_depth = torch.stack(logits_of(config, loaded, reference, 3, block_chains.guesses))
+    for anchor, theirs in zip(reference["anchor"].tolist(), reference["logits"], strict=True):
+        difference = (by_depth[:, anchor - 1] - theirs[1:]).abs().max()
+        assert difference < 1e-4, f"block at {anchor}: largest difference {difference}"
+
+
+def logits_of(
+    config: ModelConfig, loaded: dict[str, Tensor], reference: dict[str, Tensor], depths: int = 2,
+    guesses: Guesses = chains.guesses,
+) -> list[Tensor]:  # fmt: skip
+    """The logits of drafts in a row from every slot, [T, V] each."""
     tokens, states = reference["tokens"], reference["states"]
     length = len(states)
-    padded = torch.cat((tokens, torch.zeros(3, dtype=torch.long)))[None]
-    more = torch.cat((states, torch.zeros(3, states.shape[1])))[None]
-    batch = Batch(padded, more, more, torch.ones(1, length + 3, dtype=torch.bool))
+    padded = torch.cat((tokens, torch.zeros(depths + 1, dtype=torch.long)))[None]
+    more = torch.cat((states, torch.zeros(depths + 1, states.shape[1])))[None]
+    batch = Batch(padded, more, more, torch.ones(1, length + depths + 1, dtype=torch.bool))
     with torch.no_grad():
-        return [guess.logits_MV[:length] for guess in guesses(config, loaded, batch, 2)]
+        return [guess.logits_MV[:length] for guess in guesses(config, loaded, batch, depths)]

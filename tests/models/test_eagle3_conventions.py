@@ -176,9 +176,6 @@ def test_describe_names_writer_taps_and_their_origin():
         (FLAT | {"norm_before_residual": "yes"}, {}, "norm_before_residual"),
         (FLAT | {"logit_scale": 0.5}, {}, "logit_scale"),
         (FLAT, {"draft_vocab": None}, "neither d2t nor t2d"),
-        (SPECULATORS | {"speculators_model_type": "peagle"}, {}, "P-EAGLE"),
-        (FLAT | {"architectures": ["PEagleDraftModel"]}, {}, "P-EAGLE"),
-        (FLAT | {"architectures": ["DFlashDraftModel"]}, {}, "DFlash"),
         (FLAT | {"architectures": ["DSparkDraftModel"]}, {}, "DSpark"),
         (FLAT | {"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, {}, "MLA"),
         (FLAT | {"architectures": ["EagleLlamaForCausalLM"]}, {}, "EAGLE-1"),
@@ -190,7 +187,7 @@ def test_what_is_not_supported_is_refused_by_name(config, parts, what):
         read(config, Parts(**parts))
 
 
-@pytest.mark.parametrize("name", ["fc.bias", "mask_hidden", "parallel_draft_heads.0.medusa_layers.0.linear.weight"])
+@pytest.mark.parametrize("name", ["fc.bias", "parallel_draft_heads.0.medusa_layers.0.linear.weight"])
 def test_tensors_of_other_kinds_are_refused_by_name(name):
     with pytest.raises(SourceError, match=name):
         config_of(opened_config(FLAT, {**shapes(Parts()), name: (1,)}, {}), "config.json")

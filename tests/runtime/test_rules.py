@@ -14,6 +14,7 @@ from pipeline.recipe.schema import Recipe
 from pipeline.runtime.rules import NO_RULES, Rules
 from pipeline.sources.pair import resolve_pair
 from support.eager import make_engine
+from support.parallel_drafts import write_parallel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +45,7 @@ def engine_of(work, method: str, sampling=("greedy", "stochastic", "shaped"), ba
         {
             "name": "rules",
             "target": {"source": "pico://llama", "dtype": "float32"},
-            "draft": DRAFTS[method],
+            "draft": DRAFTS.get(method, {"source": "draft"}),
             "speculation": {"method": method, "draft_tokens": (2, 4), "sampling": sampling, "lookup": 2, **speculation},
             "shapes": {"batch": batch, "prefill": (8, 16), "kv": (32, 64)},
         }
@@ -120,6 +121,22 @@ def test_proposals_are_those_of_the_fused_graph(tmp_path, method):
     for one, other in zip(fused, split, strict=True):
         assert one.tokens == other.tokens
         assert one.accepted == pytest.approx(other.accepted, abs=4)  # without a prefill graph's first token
+
+
+@pytest.mark.parametrize("method", ["p_eagle", "dflash"])
+def test_split_steps_leave_a_parallel_draft_the_state_of_fused_ones(tmp_path, method):
+    write_parallel(tmp_path / "draft", method)
+    answers, states = [], []
+    for rules in (NO_RULES, NEUTRAL):
+        engine = engine_of(tmp_path, method)
+        answers += engine.generate([PROMPTS[3]], max_new_tokens=14, draft_tokens=4, rules=rules)
+        states.append(engine.ranks.state())
+    assert answers[0].tokens == answers[1].tokens
+    assert max(answers[1].emitted_per_step) > 1
+    known = len(PROMPTS[3]) + len(answers[0].tokens) - 2
+    for name in (name for name in states[0] if name.startswith(("draft/k", "draft/v"))):
+        fused, split = (state[name][0, :, :known] for state in states)
+        torch.testing.assert_close(split, fused, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("method", DRAFTS)

@@ -143,7 +143,7 @@ def test_a_head_follows_its_target_beyond_its_own_positions(tmp_path, cache):
 
 def test_readings_for_a_draft_model_are_refused(cache):
     recipe = recipe_of("pico://llama?layers=4&draft_vocab=128", taps="inputs")
-    with pytest.raises(SourceError, match=r"draft\.taps, but the draft is no EAGLE-3 head"):
+    with pytest.raises(SourceError, match=r"draft\.taps, but the draft is no head over the target's states"):
         pair_of(recipe, cache)
 
 

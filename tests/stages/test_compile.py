@@ -49,6 +49,7 @@ CANNOT_SHAPE = {
     "recipe/backend_settings.py": "types of settings, which are in the key (Backend.flags)",
     "recipe/chips.py": "facts of Neuron chips; the settings that follow from them are in the key (Backend.flags)",
     "recipe/document.py": "positions in YAML files",
+    "recipe/readings.py": "types of keys of a recipe; what they select is in the configs (PairSpec)",
     "recipe/schema.py": "the recipe's types; the settings themselves are in the key (Backend.flags, PairSpec)",
     "recipe/syntax.py": "text of YAML files",
     "progress.py": "types of callbacks",

@@ -41,14 +41,24 @@ MODELOPT: dict[str, Any] = {
     },
 }  # fmt: skip
 ANGELSLIM: dict[str, Any] = {**FLAT, "architectures": ["Eagle3LlamaForCausalLM"], "target_model_type": "llama"}
+P_EAGLE: dict[str, Any] = {
+    **SPECULATORS, "architectures": ["PEagleDraftModel"], "speculators_model_type": "peagle", "mask_token_id": 1,
+    "norm_before_residual": False, "transformer_layer_config": {"model_type": "llama", **SIZES, "num_hidden_layers": 3},
+}  # fmt: skip
+AMAZON: dict[str, Any] = {**FLAT, "ptd_token_id": 3, "num_hidden_layers": 3}
 SAFEAILAB: dict[str, Any] = {**FLAT, "architectures": ["LlamaForCausalLM"]}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensors of a head: the number of taps (0: no fc) and optional ones, by the names of their owners."""
+    """The tensors of a head: the number of taps (0: no fc) and optional ones, by the names of their owners.
+
+    `layers` more than one, and `mask_hidden`, are of a P-EAGLE head.
+    """
 
     taps: int = 3
+    layers: int = 1
+    mask_hidden: bool = False
     layer: str = "midlayer."
     options: tuple[str, ...] = ()
     draft_vocab: int | None = DRAFT_VOCAB
@@ -56,7 +66,7 @@ class Parts:
     hidden_norm: bool = True
 
 
-def tensors(parts: Parts, seed: int = 0) -> dict[str, Tensor]:
+def tensors(parts: Parts, seed: int = 0) -> dict[str, Tensor]:  # noqa: C901 - one line for each optional tensor
     """Return a head's tensors under public names."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -86,10 +96,29 @@ def tensors(parts: Parts, seed: int = 0) -> dict[str, Tensor]:
         found |= {f"fc_norm.{tap}.weight": norm(HIDDEN) for tap in range(parts.taps)}
     if parts.lm_head:
         found["lm_head.weight"] = matrix(parts.draft_vocab or VOCAB, HIDDEN)
-    return found | (_maps(parts.draft_vocab) if parts.draft_vocab else {})
+    if parts.mask_hidden:
+        found["mask_hidden"] = torch.randn(1, 1, width, generator=generator)
+    for layer in range(1, parts.layers):
+        found |= {f"layers.{layer}.{name}": tensor for name, tensor in plain_layer(generator).items()}
+    return found | (maps(parts.draft_vocab) if parts.draft_vocab else {})
 
 
-def _maps(size: int) -> dict[str, Tensor]:
+def plain_layer(generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the tensors of a decoder's layer without norms of heads."""
+    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    sizes = {"self_attn.q": (q, HIDDEN), "self_attn.k": (kv, HIDDEN), "self_attn.v": (kv, HIDDEN)}
+    sizes |= {"self_attn.o": (HIDDEN, q), "mlp.gate": (INTERMEDIATE, HIDDEN), "mlp.up": (INTERMEDIATE, HIDDEN)}
+    sizes["mlp.down"] = (HIDDEN, INTERMEDIATE)
+    found = {
+        f"{name}_proj.weight": torch.randn(shape, generator=generator) * shape[1] ** -0.5
+        for name, shape in sizes.items()
+    }
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        found[f"{name}.weight"] = 1 + 0.3 * torch.randn(HIDDEN, generator=generator)
+    return found
+
+
+def maps(size: int) -> dict[str, Tensor]:
     """Return `d2t` and `t2d` of an ascending vocabulary that is spread over the target's."""
     ids = torch.linspace(2, VOCAB - 1, size).long().unique()
     marked = torch.zeros(VOCAB, dtype=torch.bool)

@@ -51,15 +51,26 @@ PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8], [11, 30]]
 LENGTH = 40
 
 
+TAPPED = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+OVER_STATES = {
+    "eagle3": {"architectures": ["LlamaForCausalLMEagle3"], **TAPPED},
+    "p_eagle": {"architectures": ["PEagleDraftModel"], "num_hidden_layers": 2, "mask_token_id": 3, **TAPPED},
+    "dflash": {
+        "architectures": ["DFlashDraftModel"], "num_hidden_layers": 2, "block_size": 8,
+        "dflash_config": {"mask_token_id": 3, "target_layer_ids": [0, 2]},
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64,
+    },
+}  # fmt: skip
+"""Drafts over the target's states: fields beside those of a draft of one layer."""
+
+
 def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
-    """Target and draft; `eagle3` is a head over the three layers of a llama."""
+    """Target and draft; those of `OVER_STATES` are over the three layers of a llama."""
     config = SMALL | (FAMILIES | MECHANISMS).get(family, FAMILIES["llama"])
     draft = config | {"num_hidden_layers": 1, "tie_word_embeddings": not reduced}
     if reduced:
         draft |= {"draft_vocab_size": 32}
-    if family == "eagle3":
-        taps = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
-        draft |= {"architectures": ["LlamaForCausalLMEagle3"], **taps}
+    draft |= OVER_STATES.get(family, {})
     return config_of(config, "target"), config_of(draft, "draft")
 
 

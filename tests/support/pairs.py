@@ -70,8 +70,10 @@ def seeds(rows: int, turn: int) -> torch.Tensor:
 
 def empty_state(shape: PairSpec) -> dict[str, torch.Tensor]:
     """Zeroed caches of both models."""
-    state = {"draft/tail": torch.zeros(shape.rows, dtype=torch.int32)}
-    if shape.draft.eagle3 is not None:
+    kind, state = shape.models.draft_kind, {}
+    if not kind.reads_target_states:
+        state = {"draft/tail": torch.zeros(shape.rows, dtype=torch.int32)}
+    if kind.keeps_features:
         state = {"draft/feature": torch.zeros(shape.rows, shape.draft.hidden)}
     for model in ("target", "draft"):
         config = shape.models.config_of(model)

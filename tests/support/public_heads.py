@@ -1,8 +1,10 @@
-"""Write EAGLE-3 heads and their logits with the public tools' own classes: `python public_heads.py OUT`.
+"""Write heads and their logits with the public tools' own classes: `python public_heads.py OUT`.
 
 Runs in the environment of `make test-drafts`, with speculators and SpecForge and without this project. Each folder of
 OUT is a head as its tool saves it, with `reference.safetensors`: tokens [T + 1], tapped states [T, X], and logits of
-two drafts in a row from each slot, [2, T, V], with the text's own tokens in between.
+two drafts in a row from each slot, [2, T, V], with the text's own tokens in between. Of a P-EAGLE head of speculators
+they are the logits of its sampled slots [M, V], with `anchor` and `depth` [M]; one of SpecForge has none, because its
+attention needs a GPU.
 """
 
 from __future__ import annotations
@@ -80,6 +82,140 @@ def write_speculators(out: Path, layer: Any, draft_vocab: int, **fields: Any) ->
     reference(out, tokens, states, found[:2])
 
 
+class Done(Exception):
+    """Ends a forward pass of a training once its logits are known."""
+
+
+def write_p_eagle(out: Path, layer: Any, **fields: Any) -> None:
+    """Write a P-EAGLE head of speculators."""
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.models.peagle import PEagleDraftModel, PEagleSpeculatorConfig, core
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    layer._attn_implementation = "eager"
+    config = PEagleSpeculatorConfig(
+        transformer_layer_config=layer,
+        draft_vocab_size=DRAFT_VOCAB,
+        mask_token_id=7,
+        speculators_config=SpeculatorsConfig(
+            algorithm="peagle",
+            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=4)],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig(name_or_path="org/target", architectures=["LlamaForCausalLM"]),
+        ),
+        **fields,
+    )
+    model = PEagleDraftModel(config).eval()
+    randomize(model)
+    model.load_vocab_mappings(*maps(DRAFT_VOCAB))
+    model.save_pretrained(out)
+    tokens, states = inputs(model.fc.in_features)
+    slots: list[Tensor] = []
+    sampled = core.generate_cod_sample_indices
+    core.generate_cod_sample_indices = lambda **given: slots.extend(sampled(**given)) or slots
+    found = logits_of(
+        model, states[None], tokens[None, 1:], document_ids=torch.zeros(1, TOKENS, dtype=torch.long),
+        loss_mask=(torch.arange(TOKENS) > 0)[None].float(), verifier_last_hidden_states=torch.zeros(1, TOKENS, HIDDEN),
+        num_depths=4, down_sample_ratio=1.0, down_sample_ratio_min=1.0,
+    )  # fmt: skip
+    core.generate_cod_sample_indices = sampled
+    known = {"tokens": tokens, "states": states, "logits": found, "anchor": slots[0], "depth": slots[1]}
+    save_file({name: tensor.contiguous() for name, tensor in known.items()}, out / "reference.safetensors")
+
+
+def logits_of(model: Any, *given: Any, **named: Any) -> Tensor:
+    """Return the logits of a training's forward pass, [M, V], without its loss."""
+    found: list[Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, logits: Tensor) -> None:
+        found.append(logits[0])
+        raise Done
+
+    hook = model.lm_head.register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            model(*given, **named)
+    except Done:
+        hook.remove()
+    return found[0]
+
+
+def write_dflash(out: Path, draft_vocab: int, **layer: Any) -> None:
+    """Write a DFlash draft of speculators."""
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig, core
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    own = Qwen3Config(**SIZES | {"num_hidden_layers": 2} | layer)
+    own._attn_implementation = "eager"
+    config = DFlashSpeculatorConfig(
+        transformer_layer_config=own,
+        draft_vocab_size=draft_vocab,
+        mask_token_id=7,
+        block_size=4,
+        aux_hidden_state_layer_ids=[2, 6, 9],
+        speculators_config=SpeculatorsConfig(
+            algorithm="dflash",
+            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=3)],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig(name_or_path="org/target", architectures=["LlamaForCausalLM"]),
+        ),
+    )
+    model = DFlashDraftModel(config).eval()
+    randomize(model)
+    if draft_vocab != VOCAB:
+        model.load_vocab_mappings(*maps(draft_vocab))
+    model.save_pretrained(out)
+    tokens, states = inputs(model.fc.in_features)
+    anchors: list[Tensor] = []
+    select = core.select_anchors
+    core.select_anchors = lambda *given: anchors.extend(select(*given)) or anchors
+    found = logits_of(
+        model, states[None], tokens[None, :TOKENS], document_ids=torch.zeros(1, TOKENS, dtype=torch.long),
+        loss_mask=(torch.arange(TOKENS) > 0)[None].float(), verifier_last_hidden_states=torch.zeros(1, TOKENS, HIDDEN),
+        max_anchors=5,
+    )  # fmt: skip
+    core.select_anchors = select
+    of_target = {"model.embed_tokens.weight": model.embed_tokens.weight, "lm_head.weight": model.lm_head.weight}
+    known = {"tokens": tokens, "states": states, "logits": found.view(5, 4, -1), "anchor": anchors[0], **of_target}
+    save_file({name: t.detach().clone().contiguous() for name, t in known.items()}, out / "reference.safetensors")
+
+
+def write_specforge_dflash(out: Path) -> None:
+    """Write a DFlash draft of SpecForge, with logits of blocks at some positions by its own forward pass."""
+    from specforge.modeling.draft.dflash import DFlashDraftModel
+
+    options = {"mask_token_id": 7, "target_layer_ids": [1, 5, 8]}
+    config = Qwen3Config(**SIZES | {"num_hidden_layers": 2}, block_size=4, num_target_layers=12, dflash_config=options)
+    config._attn_implementation = "eager"
+    model = DFlashDraftModel(config).eval()
+    randomize(model)
+    model.save_pretrained(out)
+    tokens, states = inputs(model.fc.in_features)
+    generator = torch.Generator().manual_seed(2)
+    embedding, head = (torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(2))
+    anchors, found = torch.tensor([1, 4, 9]), []
+    with torch.no_grad():
+        for anchor in anchors.tolist():
+            block = embedding[torch.tensor([tokens[anchor], 7, 7, 7])][None]
+            positions = torch.arange(anchor + 4)[None]
+            hidden = model(positions, noise_embedding=block, target_hidden=states[None, :anchor])
+            found.append(hidden[0] @ head.T)
+    known = {"tokens": tokens, "states": states, "logits": torch.stack(found), "anchor": anchors}
+    save_file(known | {"model.embed_tokens.weight": embedding, "lm_head.weight": head}, out / "reference.safetensors")
+
+
+def write_specforge_p_eagle(out: Path) -> None:
+    """Write a P-EAGLE head of SpecForge, whose config does not have the token of masked positions."""
+    from specforge.modeling.draft.peagle import PEagleDraftModel
+
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 3}, draft_vocab_size=DRAFT_VOCAB, pad_token_id=0)
+    model = PEagleDraftModel(config).eval()
+    randomize(model)
+    model.t2d, model.d2t = maps(DRAFT_VOCAB)
+    model.save_pretrained(out)
+
+
 def write_specforge(out: Path, draft_vocab: int, **fields: Any) -> None:
     """Write a head of SpecForge."""
     from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3, prepare_decoder_attention_mask
@@ -129,6 +265,14 @@ def main(out: Path) -> None:
     write_specforge(out / "specforge-3.1", DRAFT_VOCAB, fc_norm=True, norm_output=True, **ids)
     write_specforge(out / "specforge-wide", DRAFT_VOCAB, target_hidden_size=96)
     write_specforge(out / "specforge-whole", VOCAB)
+    deep = SIZES | {"num_hidden_layers": 3}
+    write_p_eagle(out / "speculators-p-eagle", LlamaConfig(**deep), norm_before_residual=True, **listed)
+    write_p_eagle(out / "speculators-p-eagle-3.1", Qwen3Config(**deep), fc_norm=True, **five)
+    write_specforge_p_eagle(out / "specforge-p-eagle")
+    windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "use_sliding_window": True}
+    write_dflash(out / "speculators-dflash", DRAFT_VOCAB, **windows)
+    write_dflash(out / "speculators-dflash-whole", VOCAB)
+    write_specforge_dflash(out / "specforge-dflash")
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ class NeuronSeams(Seams):
         keys = k.shape[2]
         parts = []
         for first, last in query_blocks(batch * heads, tokens, keys):
-            end = keys if attend.kv else last
-            own = replace(attend, last_BT=attend.last_BT[:, first:last])
+            end = last if attend.ranged and not attend.kv else keys
+            own = replace(attend, last_BT=attend.last_BT[:, first:last], bias_BTS=attend.bias_BTS[:, first:last])
             parts.append(self._attend_block(q_BNTD[:, :, first:last], k[:, :, :end], v[:, :, :end], own))
         out_BNTD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return out_BNTD.transpose(1, 2).reshape(batch, tokens, heads * dim)
@@ -66,6 +66,8 @@ class NeuronSeams(Seams):
         seen_BTS = keys_S <= attend.last_BT[..., None]
         if attend.window is not None:
             seen_BTS = seen_BTS & (keys_S > attend.last_BT[..., None].clamp(max=keys - 1) - attend.window)
+        if not attend.ranged:
+            seen_BTS = attend.bias_BTS == 0
         scores = torch.where(seen_BTS[:, None], scores, -torch.inf)
         probs = shares(scores.view(batch, groups, -1, keys), attend.sinks_N).to(v.dtype)
         return (probs @ v).view(batch, heads, tokens, dim)

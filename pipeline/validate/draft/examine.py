@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.errors import no_string
 from pipeline.graphs.dtypes import DTYPES
 from pipeline.models import eagle3
+from pipeline.models.draft_kind import DFLASH, DraftMethod
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, weight_specs
 from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
@@ -21,8 +22,8 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.heads import T2D, verifier_note
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import shared_weights, weights
-from pipeline.speculation import chains, model_chains
-from pipeline.validate.draft.agreement import Agreement, agreement
+from pipeline.speculation import block_chains, chains, model_chains
+from pipeline.validate.draft.agreement import Agreement, Guesses, agreement
 from pipeline.validate.draft.readings import Reading, current, layers_of, others
 from pipeline.validate.draft.report import Coverage, DraftReport, Expected, Measured, Verdict
 from pipeline.validate.draft.target import TargetStates, answer
@@ -59,6 +60,14 @@ class Effort:
 SHORT = Effort(prompts=16, new_tokens=32, places=3, gain=1.05)
 """What a build measures before it compiles."""
 
+CHAINS: dict[DraftMethod, Guesses] = {
+    "draft_model": model_chains.guesses,
+    "eagle3": chains.guesses,
+    "p_eagle": chains.guesses,
+    "dflash": block_chains.guesses,
+}
+"""Drafts in a row of each kind of draft."""
+
 Measure = Callable[[Reading], Agreement]
 Found = list[tuple[Reading, Agreement]]
 
@@ -85,7 +94,9 @@ def examine(
     layers = layers_of([base, *tried]) if draft.config.eagle3 is not None else ()
     cut = [tokens[-LONGEST_PROMPT:] for tokens in prompts]
     states = answer(target, cut, effort.new_tokens, layers, dtype, progress)
-    measure: Measure = partial(_agreement, pair, _loaded(pair), states, effort.places)
+    # A block's answers depend on its number of masks, which is K.
+    places = max(recipe.speculation.draft_tokens) if draft.config.draft_kind == DFLASH else effort.places
+    measure: Measure = partial(_agreement, pair, _loaded(pair), states, places)
     now = measure(base)
     found = [(reading, measure(reading)) for reading in tried]
     best = _best(effort, found, now)
@@ -121,7 +132,7 @@ def _agreement(
     reading: Reading,
 ) -> Agreement:  # fmt: skip
     config, head = reading.config, reading.config.eagle3
-    guesses = model_chains.guesses if head is None else chains.guesses
+    guesses = CHAINS[config.draft_kind.method]
     batches = [group.batch(() if head is None else head.taps) for group in states]
     return agreement(guesses, config, dict(loaded), _ids(pair[1], loaded, reading), batches, places)
 

@@ -1,4 +1,4 @@
-"""Other readings of an EAGLE-3 head's file: taps one layer up or down, switches of norms, its vocabulary and RoPE.
+"""Other readings of a head's file: taps one layer up or down, switches of norms, its vocabulary and RoPE.
 
 Each comes with the recipe's key that selects it. Pure; computes no logits.
 """
@@ -97,11 +97,12 @@ def _switches(draft: Checkpoint) -> Iterator[Reading]:
     """Yield each switch of a norm the other way."""
     now = current(draft)
     residual, output = not now.head.norm_before_residual, not now.head.norm_output
-    heads = (
+    heads = [
         ("norm_before_residual", residual, replace(now.head, norm_before_residual=residual)),
         ("norm_output", output, replace(now.head, norm_output=output)),
-    )
-    for name, value, head in heads:
+    ]
+    count = {"eagle3": 2, "p_eagle": 1}.get(draft.config.draft_kind.method, 0)  # a P-EAGLE head feeds nothing back
+    for name, value, head in heads[:count]:
         yield Reading(replace(draft.config, eagle3=head), name, value, now.vocabulary)
 
 

@@ -1,7 +1,8 @@
-"""The reference of an EAGLE-3 head: transformers' target gives the features, the head itself is written out here.
+"""The reference of EAGLE-3 and P-EAGLE heads: transformers' target gives the features, the head is written out here.
 
 transformers has no such head, so this is the paper's layer (Li et al. 2025) over a whole sequence at once, apart from
-the graphs' own: no cache, no buckets, no shared code but the rotary tables of transformers.
+the graphs' own: no cache, no buckets, no shared code but the rotary tables of transformers. Of a P-EAGLE head it is the
+first draft token; masked positions are not part of it.
 
 Shapes: T tokens, H hidden, N query heads, G KV heads, D head size.
 """
@@ -24,11 +25,12 @@ from pipeline.sources.weights import FLOATS
 from pipeline.validate.reference.golden import Golden, project_cache
 from pipeline.validate.reference.layers import Reference, Taps
 
-LAYER = "model.layers.0."
+LAYER = "model.layers.{}."
+FIRST = LAYER.format(0)
 
 
 class Eagle3Reference(Reference):
-    """An EAGLE-3 head over transformers' target, in two precisions.
+    """A head over transformers' target, in two precisions.
 
     The logits at a token are those that follow it, as of any model; at a sequence's first token, which has no features
     before it, they are zeros.
@@ -47,8 +49,8 @@ class Eagle3Reference(Reference):
 
     @property
     def layers(self) -> int:
-        """The target's layers, and one."""
-        return self._target.layers + 1
+        """The target's layers, and those of the head."""
+        return self._target.layers + self.checkpoint.config.layers
 
     @torch.no_grad()
     def goldens(self, sequences: list[list[int]]) -> Iterator[Golden]:
@@ -66,22 +68,27 @@ class Eagle3Reference(Reference):
 
     def _head_states(self, tokens: list[int], taps_TX: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the input of the head's LM head at each token [T, H], and projections of its keys and values."""
-        own = ((n, ref) for n, ref in self._refs.items() if n not in (EMBEDDING, HEAD) and ref.dtype in FLOATS)
-        w = {name: self.read(ref).to(kind) for name, ref in own}
+        floats = ((n, ref) for n, ref in self._refs.items() if n not in (EMBEDDING, HEAD) and ref.dtype in FLOATS)
+        w = {name: self.read(ref).to(kind) for name, ref in floats}
         head = self.checkpoint.config.eagle3
         assert head is not None
         features_TH = self._features(taps_TX[:-1], w, head)
         embedded_TH = self.embed(tokens[1:]).to(kind)
-        normed_TH = self._norm_of(features_TH, w[f"{LAYER}hidden_norm.weight"]) if head.hidden_norm else features_TH
+        normed_TH = self._norm_of(features_TH, w[f"{FIRST}hidden_norm.weight"]) if head.hidden_norm else features_TH
         x = normed_TH if head.norm_before_residual else features_TH
-        both = torch.cat((self._norm_of(embedded_TH, w[f"{LAYER}input_layernorm.weight"]), normed_TH), dim=-1)
-        out, caches = self._attention(both, w)
-        x = x + out
-        normed_TH = self._norm_of(x, w[f"{LAYER}post_attention_layernorm.weight"])
-        gate, up = (_linear(normed_TH, w, f"{LAYER}mlp.{name}_proj") for name in ("gate", "up"))
-        x = x + _linear(functional.silu(gate) * up, w, f"{LAYER}mlp.down_proj")
+        read = torch.cat((self._norm_of(embedded_TH, w[f"{FIRST}input_layernorm.weight"]), normed_TH), dim=-1)
+        caches = []
+        for layer in range(self.checkpoint.config.layers):
+            own = {n.removeprefix(LAYER.format(layer)): t for n, t in w.items() if n.startswith(LAYER.format(layer))}
+            read = self._norm_of(x, own["input_layernorm.weight"]) if layer else read
+            out, cache = self._attention(read, own)
+            caches.append(cache)
+            x = x + out
+            normed_TH = self._norm_of(x, own["post_attention_layernorm.weight"])
+            gate, up = (linear(normed_TH, own, f"mlp.{name}_proj") for name in ("gate", "up"))
+            x = x + linear(functional.silu(gate) * up, own, "mlp.down_proj")
         last_TH = self._norm_of(x, w["model.norm.weight"])
-        return torch.cat((last_TH.new_zeros(1, last_TH.shape[1]), last_TH)), caches
+        return torch.cat((last_TH.new_zeros(1, last_TH.shape[1]), last_TH)), torch.stack(caches, dim=1)
 
     def _features(self, taps_TX: Tensor, w: dict[str, Tensor], head: Eagle3) -> Tensor:
         """Return the features of the target's states, [T, H]."""
@@ -98,8 +105,8 @@ class Eagle3Reference(Reference):
         c, size = self.checkpoint.config, len(both_TX)
 
         def heads(name: str, count: int) -> Tensor:
-            out = _linear(both_TX, w, f"{LAYER}self_attn.{name}_proj").view(size, count, c.head_dim)
-            norm = w.get(f"{LAYER}self_attn.{name}_norm.weight")
+            out = linear(both_TX, w, f"self_attn.{name}_proj").view(size, count, c.head_dim)
+            norm = w.get(f"self_attn.{name}_norm.weight")
             return (out if norm is None else self._norm_of(out, norm)).transpose(0, 1)
 
         q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
@@ -115,8 +122,8 @@ class Eagle3Reference(Reference):
             q[None], k.repeat_interleave(repeat, 0)[None], v.repeat_interleave(repeat, 0)[None], is_causal=True
         )[0]
         out_TX = out.transpose(0, 1).reshape(size, c.heads * c.head_dim)
-        caches = torch.stack([project_cache(k), project_cache(v)], dim=1)[:, None]
-        return _linear(out_TX, w, f"{LAYER}self_attn.o_proj"), caches
+        caches = torch.stack([project_cache(k), project_cache(v)], dim=1)
+        return linear(out_TX, w, "self_attn.o_proj"), caches
 
     def _norm_of(self, x: Tensor, weight_H: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
@@ -124,7 +131,7 @@ class Eagle3Reference(Reference):
         return weight_H * wide.to(x.dtype)
 
 
-def _linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+def linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
     """Apply a linear layer with an optional bias."""
     out, bias = x @ w[f"{name}.weight"].T, w.get(f"{name}.bias")
     return out if bias is None else out + bias

@@ -18,12 +18,18 @@ from pipeline.cache.remote import Remote
 from pipeline.models.draft_kind import DraftMethod
 from pipeline.progress import Log
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.validate.reference.dflash import DFlashReference
 from pipeline.validate.reference.eagle3 import Eagle3Reference
 from pipeline.validate.reference.golden import Golden, pack, unpack
 from pipeline.validate.reference.layers import Reference, Taps
 from pipeline.validate.reference.products import WideProducts
 
-REFERENCES: dict[DraftMethod, type[Reference]] = {"draft_model": Reference, "eagle3": Eagle3Reference}
+REFERENCES: dict[DraftMethod, type[Reference]] = {
+    "draft_model": Reference,
+    "eagle3": Eagle3Reference,
+    "p_eagle": Eagle3Reference,
+    "dflash": DFlashReference,
+}
 """The reference of each kind of draft; a target's is that of a draft model."""
 
 FORMAT = 1

@@ -24,6 +24,7 @@ from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.families import config_of
 from pipeline.models.parallel import Attend, Seams
 from pipeline.recipe.backend_settings import InductorSettings
+from support.neuron_graphs import OVER_STATES
 from support.pairs import SMALL, make_pair
 
 BACKEND = make_backend(InductorSettings())
@@ -46,8 +47,8 @@ SPECS = [
 def pair_of(kind: str, layers: int = 3) -> PairSpec:
     pair = make_pair(rows=3, length=40).shape
     models = replace(pair.models, target=replace(pair.target, layers=layers))
-    if kind == "eagle3":
-        models = replace(models, draft=config_of(HEAD, "test"))
+    if kind in OVER_STATES:
+        models = replace(models, draft=config_of(HEAD | OVER_STATES[kind], "test"))
     return replace(pair, models=models, lookup=kind == "lookup")
 
 
@@ -90,11 +91,16 @@ def program(spec: GraphSpec, pair: PairSpec) -> Program:
     return traced
 
 
+PARALLEL = [
+    (SPECS[4], "p_eagle"),
+    (SPECS[4], "dflash"),
+    *(pytest.param(spec, "dflash", marks=pytest.mark.slow) for spec in (SPECS[0], SPECS[-1])),
+]
 CASES = [(spec, "draft model") for spec in SPECS[1::2]] + [(spec, "eagle3") for spec in SPECS[:-2:2] + SPECS[-1:]]
 
 
 @pytest.mark.parametrize(
-    ("spec", "kind"), [*CASES, (SPECS[5], "lookup")], ids=lambda value: getattr(value, "name", value)
+    ("spec", "kind"), [*CASES, *PARALLEL, (SPECS[5], "lookup")], ids=lambda value: getattr(value, "name", value)
 )
 def test_program_equals_its_phase(spec, kind):
     """Results and state, bit by bit: the order of calls keeps what a phase reads before it writes."""

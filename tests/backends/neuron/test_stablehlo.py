@@ -20,7 +20,18 @@ from pipeline.errors import HostError
 from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.estimates import MIB, scratch_bytes
 from pipeline.recipe.backend_settings import NeuronSettings
-from support.neuron_graphs import FAMILIES, LENGTH, MECHANISMS, PROMPTS, arguments_of, make, phases, sums, weightless
+from support.neuron_graphs import (
+    FAMILIES,
+    LENGTH,
+    MECHANISMS,
+    OVER_STATES,
+    PROMPTS,
+    arguments_of,
+    make,
+    phases,
+    sums,
+    weightless,
+)
 from support.neuron_lane import DEVICE, environment, run, tandem
 from support.pairs import empty_state
 from support.paths import ROOT, TESTS
@@ -59,10 +70,10 @@ def noise(shape):
 
 
 @pytest.mark.parametrize("lookup", [False, True])
-@pytest.mark.parametrize(("family", "rows"), [*((family, 4) for family in FAMILIES), ("qwen3", 1), ("eagle3", 4)])
+@pytest.mark.parametrize(("family", "rows"), [*((family, 4) for family in (*FAMILIES, *OVER_STATES)), ("qwen3", 1)])
 def test_hlo_equals_eager(backend, graphs_of, family, rows, lookup):
     """Results and carried state of every phase, from caches that are not empty, to 1e-4."""
-    pair = make(family, rows, reduced=family == "eagle3", lookup=lookup)
+    pair = make(family, rows, reduced=family in OVER_STATES, lookup=lookup)
     graphs, filled = graphs_of(backend, pair), noise(pair.shape)
     for spec in phases(rows):
         if lookup and spec.phase != "speculate":

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.artifact.manifest import read
 from pipeline.graphs.spec import GraphSpec
-from support.neuron_graphs import FAMILIES, LENGTH, PROMPTS, arguments_of, make, phases, sums, weightless
+from support.neuron_graphs import FAMILIES, LENGTH, OVER_STATES, PROMPTS, arguments_of, make, phases, sums, weightless
 from support.neuron_lane import DEVICE, FAKE, NXD, NXD_SOURCE, XLA, environment, run, tandem
 from support.pairs import Pair, empty_state
 from support.paths import ROOT, TESTS
@@ -66,10 +66,10 @@ class Graphs:
 
 
 @pytest.mark.parametrize("lookup", [False, True])
-@pytest.mark.parametrize(("family", "rows"), [*((family, 4) for family in FAMILIES), ("qwen3", 1), ("eagle3", 4)])
+@pytest.mark.parametrize(("family", "rows"), [*((family, 4) for family in (*FAMILIES, *OVER_STATES)), ("qwen3", 1)])
 def test_hlo_equals_eager(sdk, family, rows, lookup):
     """Outputs and carried state of every phase, from a cache that holds something, to 1e-4; with copied drafts, too."""
-    pair = make(family, rows, reduced=family == "eagle3", lookup=lookup)
+    pair = make(family, rows, reduced=family in OVER_STATES, lookup=lookup)
     graphs = Graphs(sdk, pair)
     noise = torch.Generator().manual_seed(1)
     filled = {
