@@ -14,7 +14,7 @@ from pipeline.distill.figures import DraftFigures
 from pipeline.distill.head import public_name
 from pipeline.files.atomic import atomic_dir
 from pipeline.models.draft_kind import DRAFT_KINDS
-from pipeline.models.weights import D2T
+from pipeline.models.weights import D2T, MASK_HIDDEN
 from pipeline.recipe.schema import Recipe
 
 
@@ -24,6 +24,8 @@ def write_draft(
     """Write the folder atomically, with weights in bfloat16; replace an existing draft."""
     file_name = public_name if DRAFT_KINDS[figures.method].reads_target_states else str
     tensors = {file_name(name): tensor.bfloat16().contiguous() for name, tensor in weights.items()}
+    if MASK_HIDDEN in tensors:
+        tensors[MASK_HIDDEN] = tensors[MASK_HIDDEN].view(1, 1, -1)
     tensors[D2T] = ids_V.cpu() - torch.arange(len(ids_V))  # int64, as other servers read it
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(out) as work:
@@ -42,11 +44,7 @@ def card(figures: DraftFigures, recipe: Recipe) -> str:
         for kind, rates in figures.right_given_previous.items()
     ]
     head = "| class | " + " | ".join(f"token {i + 1}" for i in range(depths)) + " | tokens per step (K=4) |"
-    title, what = "An EAGLE-3 head", "One layer over the target's hidden states"
-    if figures.method == "draft_model":
-        title = "A draft model"
-        layers = ", ".join(map(str, figures.layers))
-        what = f"A model that starts from the target's layers {layers}" if layers else "A model of a few layers"
+    title, what = _kind(figures)
     further = (
         f"\n- Trained further from {figures.start}, whose share of the weights is {figures.start_share}."
         if figures.start
@@ -70,3 +68,15 @@ steps begin after a rejected token, where the text is harder to predict.
 |{" --- |" * (depths + 2)}
 {chr(10).join(rows)}
 """
+
+
+def _kind(figures: DraftFigures) -> tuple[str, str]:
+    """Return the title of a kind of draft, and what such a draft is."""
+    layers = ", ".join(map(str, figures.layers))
+    if figures.method == "draft_model":
+        started = f"A model that starts from the target's layers {layers}"
+        return "A draft model", started if layers else "A model of a few layers"
+    if figures.method == "p_eagle":
+        from_ = f" that start from its layers {layers}" if layers else ""
+        return "A P-EAGLE head", f"Layers over the target's hidden states{from_}; all tokens of a step in one pass"
+    return "An EAGLE-3 head", "One layer over the target's hidden states"

@@ -25,9 +25,10 @@ from pipeline.models.eagle3_writers import (
     usual_taps,
 )
 from pipeline.models.layer_types import of_layers
+from pipeline.models.p_eagle import MASK_FIELDS
 from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import RopeRules, rules_of
-from pipeline.models.weights import D2T, EMBEDDING, FC, HEAD, NORM, weight_specs
+from pipeline.models.weights import D2T, EMBEDDING, FC, HEAD, MASK_HIDDEN, NORM, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.values import read_tensor, read_weight
 from pipeline.sources.weights import weights
@@ -35,9 +36,10 @@ from pipeline.sources.weights import weights
 EMBEDDING_SCALE = 0.02
 """Scale of the initial weights with which the new layer reads a token's embedding."""
 
+FIRST = "model.layers.0."
 DROPPED = (
     "shares_embedding", "speculators_config", "speculators_model_type", "speculators_version", ANGELSLIM_TAPPED,
-    CAPTURED, NESTED, OPTIONS, RECIPE, TAPPED, TENSORS,
+    CAPTURED, NESTED, OPTIONS, RECIPE, TAPPED, TENSORS, *MASK_FIELDS,
 )  # fmt: skip
 """Fields of a head that is trained further: notes of its opening, and fields that the new config writes itself."""
 
@@ -62,6 +64,15 @@ def head_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...]) -> 
     }
 
 
+def parallel_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...], layers: int) -> dict[str, Any]:
+    """Return the `config.json` of a P-EAGLE head, as vLLM reads it with `parallel_drafting`.
+
+    The mask token is the target's last one: the head knows masks by `mask_hidden`, not by their token.
+    """
+    masks = {"ptd_token_id": target.config.vocab - 1, "num_hidden_layers": layers}
+    return head_config(target, draft_vocab, taps) | masks
+
+
 def continued_config(target: Checkpoint, start: Checkpoint, draft_vocab: int) -> dict[str, Any]:
     """Return the `config.json` of a head that another one was trained further to: its own, with every switch named."""
     head = start.config.eagle3
@@ -72,6 +83,8 @@ def continued_config(target: Checkpoint, start: Checkpoint, draft_vocab: int) ->
     kind = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", CREATED_BY: TANDEM}
     taps = {OPTIONS: {"use_aux_hidden_state": False}} if head.reads_output else _tapped(target.config, head.taps)
     sizes = {"head_dim": start.config.head_dim, "draft_vocab_size": draft_vocab, "tie_word_embeddings": False}
+    if head.mask_token is not None:
+        sizes["ptd_token_id"] = head.mask_token
     return own | kind | sizes | switches | taps
 
 
@@ -153,17 +166,26 @@ def frequent(tokens: Iterable[Tensor], size: int, always: Iterable[int]) -> Tens
     return torch.tensor(sorted(ids[:size]))
 
 
-def initial(target: Checkpoint, config: ModelConfig, ids_V: Tensor, seed: int) -> dict[str, Tensor]:  # noqa: C901 - a table
-    """Return a head's initial weights, float32: the target's last layer over its highest features, norm, head rows."""
+def initial(  # noqa: C901 - a table
+    target: Checkpoint, config: ModelConfig, ids_V: Tensor, seed: int, layers: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """Return a head's initial weights, float32: the target's last layer over its highest features, norm, head rows.
+
+    `layers` are the target's layers that the layers of a P-EAGLE head start from.
+    """
     refs = weights(target)
     generator = torch.Generator().manual_seed(seed)
-    last = f"model.layers.{target.config.layers - 1}."
+    sources = layers or (target.config.layers - 1,) * config.layers
+    last = f"model.layers.{sources[0]}."
     start: dict[str, Tensor] = {}
-    for spec in weight_specs(config):
-        name = spec.name.replace("model.layers.0.", last)
-        if spec.name in (EMBEDDING, D2T):
-            continue
-        if spec.name == HEAD:
+    for spec in (spec for spec in weight_specs(config) if spec.name not in (EMBEDDING, D2T)):
+        name = _of_target(spec.name, sources)
+        is_later = spec.name.startswith("model.layers.") and not spec.name.startswith(FIRST)
+        if spec.name == MASK_HIDDEN:
+            start[spec.name] = torch.randn(spec.shape, generator=generator)
+        elif is_later and name in refs and target.config.norms == config.norms:
+            start[spec.name] = read_tensor(refs[name]).float()
+        elif spec.name == HEAD:
             start[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
         elif spec.name == NORM:
             start[spec.name] = read_tensor(refs[NORM]).float() + (target.config.norm_style == "offset")
@@ -178,7 +200,7 @@ def initial(target: Checkpoint, config: ModelConfig, ids_V: Tensor, seed: int) -
             start[spec.name] = read_tensor(refs[f"{last}input_layernorm.weight"]).float()
         elif name not in refs and len(spec.shape) == 1:  # a norm or bias that the target does not have
             start[spec.name] = torch.ones(spec.shape) if spec.name.endswith(".weight") else torch.zeros(spec.shape)
-        elif spec.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+        elif not is_later and spec.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             tokens = torch.randn(spec.shape[0], config.hidden, generator=generator) * EMBEDDING_SCALE
             start[spec.name] = torch.cat((tokens, read_tensor(refs[name]).float()), dim=1)
         elif name in refs and refs[name].shape == spec.shape:
@@ -188,6 +210,14 @@ def initial(target: Checkpoint, config: ModelConfig, ids_V: Tensor, seed: int) -
     return start
 
 
+def _of_target(name: str, sources: tuple[int, ...]) -> str:
+    """Return the name of the target's weight that a head's starts from."""
+    if not name.startswith("model.layers."):
+        return name
+    _, _, number, rest = name.split(".", 3)
+    return f"model.layers.{sources[int(number)]}.{rest}"
+
+
 def public_name(name: str) -> str:
     """Return a weight's name in the files of public heads."""
-    return name.replace("model.layers.0.", "midlayer.").replace("model.norm.", "norm.")
+    return name.replace(FIRST, "midlayer.").removeprefix("model.")

@@ -24,7 +24,15 @@ from pipeline.distill.data import (
 )
 from pipeline.distill.figures import TextCounts
 from pipeline.distill.generate import Transcript, Writer, Writing
-from pipeline.distill.head import continued_config, frequent, head_config, initial, layers_of, model_config
+from pipeline.distill.head import (
+    continued_config,
+    frequent,
+    head_config,
+    initial,
+    layers_of,
+    model_config,
+    parallel_config,
+)
 from pipeline.distill.prompts import SENTINEL, HeldOutFilter, read_prompts, read_transcripts
 from pipeline.distill.settings import ANSWER_TOKENS, LENGTH, ROWS, DistillSettings, data_key
 from pipeline.distill.train import InitialDraft, TargetTables, Trainer, TrainingSettings, has_bfloat16
@@ -41,6 +49,9 @@ from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
 from pipeline.speculation import chains, model_chains
 from pipeline.validate.prompts import Prompt, recipe_prompts
+
+MASKED_DEPTHS = 4
+"""Draft tokens in a row that a P-EAGLE head learns."""
 
 SHORTEST = 4
 """Sequences with a shorter answer, in tokens, are dropped."""
@@ -109,6 +120,8 @@ class Job:
             return own | {"draft_vocab_size": self.vocab}
         if settings.method == "draft_model":
             return model_config(self.target, self.vocab, settings.layers)
+        if settings.method == "p_eagle":
+            return parallel_config(self.target, self.vocab, self.taps, len(settings.layers))
         return head_config(self.target, self.vocab, self.taps)
 
     def write_data(self) -> None:
@@ -182,6 +195,8 @@ class Job:
         )  # fmt: skip
         if settings.method == "draft_model":  # later draft tokens need no separate training
             return replace(training, single=1.0)
+        if settings.method == "p_eagle":  # which learns masks from the first step, as many as are drafted
+            return replace(training, single=0.0, depths=MASKED_DEPTHS)
         # Steps on one token alone would first unlearn the later tokens of a trained head.
         return training if self.start is None else replace(training, single=0.0)
 
@@ -194,7 +209,7 @@ class Job:
             config = read_config(self.config_json, "head")
             if self.start is not None:
                 config = replace(self.start.config, draft_vocab=self.vocab)
-            guesses, new = chains.guesses, initial(self.target, config, ids, self.settings.seed)
+            guesses, new = chains.guesses, initial(self.target, config, ids, self.settings.seed, self.settings.layers)
         if self.start is None:
             return InitialDraft(guesses, config, new)
         refs = weights(self.start)
@@ -209,7 +224,9 @@ class Job:
         for s in sequences:
             digest.update(f"{s.prompt} {len(s.tokens)} ".encode() + s.tokens.numpy().tobytes())
         name = f"{self.settings.objective}-{self.vocab}-{digest.hexdigest()[:16]}"
-        if self.settings.method == "draft_model":
+        if self.settings.method == "p_eagle":
+            name += "-p-eagle"
+        if self.settings.method != "eagle3":
             name += "-layers-" + "-".join(map(str, self.settings.layers))
         return name if self.start is None else f"{name}-from-{self.start.revision[-8:]}"
 

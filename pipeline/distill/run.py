@@ -98,10 +98,12 @@ def prepare(settings: DistillSettings) -> Job:
 
 
 def _layers(settings: DistillSettings, target: Checkpoint) -> tuple[int, ...]:
-    """Return the target's layers that a new draft model starts from."""
+    """Return the target's layers that a new draft model or P-EAGLE head starts from."""
     layers, chosen = target.config.layers, settings.layers
     if settings.method == "draft_model":
         chosen = chosen or tuple(dict.fromkeys((0, 1, layers - 1)))
+    elif settings.method == "p_eagle":
+        chosen = chosen or (layers - 2, layers - 1)
     elif chosen:
         raise InputError("found layers for an EAGLE-3 head", where="--layers", fix="add --method draft_model")
     if wrong := [layer for layer in chosen if not 0 <= layer < layers]:

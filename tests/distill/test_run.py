@@ -128,6 +128,29 @@ def test_draft_model_learns_from_the_same_data_and_a_recipe_can_name_it(work, fi
     assert sum(steps) / len(steps) > 1.2
 
 
+@pytest.mark.slow
+def test_a_p_eagle_head_learns_from_the_same_data_and_a_recipe_can_name_it(work, figures):
+    """Its masks learn too: places after the first are right far more often than by chance."""
+    found = distill(request_of(work, "parallel", method="p_eagle", layers=(1, 2)))
+    assert found.data == figures.data
+    assert len(found.right_given_previous["chat"]) == 4
+    assert found.tokens_per_step["chat"] > 1.3
+    assert "A P-EAGLE head" in (work / "parallel" / "README.md").read_text()
+    assert load_file(work / "parallel" / "model.safetensors")["mask_hidden"].shape == (1, 1, 192)
+    content = CONTENT | {"draft": {"source": "parallel"}, "speculation": {"method": "p_eagle", "draft_tokens": (3,)}}
+    recipe = Recipe.model_validate(content)
+    pair = resolve_pair(recipe, base=work, cache=work / "cache" / "sources")
+    assert (pair[1].config.eagle3.writer, pair[1].config.eagle3.mask_token, pair[1].config.layers) == ("tandem", 511, 2)
+    engine = make_engine(recipe, pair)
+    prompts = [engine.text.chat(text) for text in HELD_OUT]
+    plain = engine.generate(prompts, max_new_tokens=60, speculate=False)
+    speculative = engine.generate(prompts, max_new_tokens=60)
+    assert [a.tokens for a in plain] == [a.tokens for a in speculative]
+    steps = [size for answer in speculative for size in answer.emitted_per_step]
+    assert sum(steps) / len(steps) > 1.1
+    assert max(steps) > 2, "a mask was accepted"
+
+
 def test_training_a_draft_model_reads_as_transformers_does(work, figures):
     """Its chains count what a row of drafted tokens would have had right."""
     target = resolve("pico://llama", base=work, cache=work / "cache" / "sources")
