@@ -5,6 +5,7 @@ Shapes: P requests, M tokens of a step, T positions of a request, N most probabl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
+from pipeline.errors import InputError
 from pipeline.graphs.arguments import Choice
 from pipeline.runtime.logprobs import TokenLogProbs
 from pipeline.runtime.rules import Rules
@@ -29,11 +31,20 @@ def choice(params: SamplingParams) -> Choice:
 
 
 def rules_of(params: SamplingParams) -> Rules:
-    """Return vLLM's sampling parameters as `Rules`; the masks of a grammar come with each step."""
-    bias = params.logit_bias or {}
+    """Return vLLM's sampling parameters as `Rules`; the masks of a grammar come with each step.
+
+    vLLM 0.32 itself rejects `min_p` and `logit_bias` where steps speculate, so a request may have them as extra
+    arguments too, the biases as the text of a JSON object.
+
+    Raises:
+        InputError: an extra argument of another type.
+
+    """
+    extra = params.extra_args or {}
+    bias = params.logit_bias or _extra_bias(extra.get("logit_bias", "{}"))
     allowed = params.allowed_token_ids
     return Rules(
-        min_p=params.min_p,
+        min_p=params.min_p or _extra_number(extra.get("min_p", 0.0)),
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         repetition_penalty=params.repetition_penalty,
@@ -43,6 +54,21 @@ def rules_of(params: SamplingParams) -> Rules:
         min_tokens=params.min_tokens,
         logprobs=params.logprobs,
     )
+
+
+def _extra_number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"found {value!r}", where="min_p", fix="use a number from 0 to 1")
+    return float(value)
+
+
+def _extra_bias(value: object) -> dict[str, float]:
+    fix = 'write the text of an object: "{\\"50\\": -100}"'
+    try:
+        found = json.loads(str(value))
+        return {str(int(token)): float(bias) for token, bias in found.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"found {value!r}", where="logit_bias", fix=fix) from error
 
 
 def masks(found: GrammarOutput | None, drafts: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
