@@ -81,9 +81,9 @@ def counts_along(counts_BV: Tensor, drafts_BK: Tensor) -> Tensor:
 
 
 def allowed_bits(words_BTW: Tensor, vocab: int) -> Tensor:
-    """Return the bits of words as bool [B, T, V]."""
-    bits = torch.arange(WORD_BITS, dtype=torch.int32, device=words_BTW.device)
-    return ((words_BTW[..., None] >> bits) & 1).flatten(-2)[..., :vocab] != 0
+    """Return the bits of words as bool [B, T, V]; shifts by numbers, because StableHLO has none by tensors."""
+    bits = torch.stack([(words_BTW >> bit) & 1 for bit in range(WORD_BITS)], dim=-1)
+    return bits.flatten(-2)[..., :vocab] != 0
 
 
 def log_probs(logits_BTV: Tensor, chosen_BT: Tensor, count: int, seams: Seams) -> LogProbs:

@@ -121,6 +121,8 @@ def phases(rows: int) -> list[GraphSpec]:
         GraphSpec("speculate", rows, 4, LENGTH, 3, "stochastic"),
         GraphSpec("score", rows, 8, LENGTH, model="target"),
         GraphSpec("score", rows, 8, LENGTH, model="draft"),
+        GraphSpec("propose", rows, 1, LENGTH, 2, "stochastic"),
+        GraphSpec("verify", rows, 3, LENGTH, 2, "shaped", logprobs=5),
     ]
 
 
@@ -136,6 +138,14 @@ def arguments_of(spec: GraphSpec, shape: PairSpec):
             "active": lambda: [True, True, False, True][:rows], "temperature": lambda: [0.7, 0.0, 1.0, 1.3][:rows],
             "top_k": lambda: [0, 3, 5, 0][:rows], "top_p": lambda: [0.9, 1.0, 0.5, 1.0][:rows],
             "seed": lambda s=one.shape: torch.randint(-(2**31), 2**31 - 1, s, generator=generator),
+            "drafts": lambda s=one.shape: torch.randint(-10, 61, s, generator=generator).clamp(min=-1),
+            "bias": lambda s=one.shape: torch.randn(s, generator=generator) * 3,
+            "counts": lambda s=one.shape: torch.randint(-4, 3, s, generator=generator).clamp(min=0),
+            "prompted": lambda s=one.shape: torch.rand(s, generator=generator) < 1 / 3,
+            "allowed": lambda s=one.shape: torch.randint(-(2**31), 2**31 - 1, s, generator=generator),
+            "min_p": lambda: [0.0, 0.1, 0.2, 0.0][:rows], "presence_penalty": lambda: [0.5, 0.0, -0.5, 0.0][:rows],
+            "frequency_penalty": lambda: [0.3, 0.0, 0.0, 0.2][:rows],
+            "repetition_penalty": lambda: [1.2, 1.0, 0.8, 1.5][:rows],
             "copied": lambda s=one.shape: torch.randint(-30, 61, s, generator=generator).clamp(min=-1),
         }[one.name]()  # fmt: skip
     return found
@@ -147,7 +157,10 @@ def sums(spec: GraphSpec, shape: PairSpec) -> int:
         return (
             1 + 2 * (shape.target.layers - 1) if shape.models.tp > 1 else 0
         )  # the last layer of the target: keys alone
-    runs = {"prefill": {"target": 1, "draft": 1}, "decode": {"target": 1}, "score": {spec.model: 1}}
+    runs = {
+        "prefill": {"target": 1, "draft": 1}, "decode": {"target": 1}, "score": {spec.model: 1},
+        "verify": {"target": 1}, "propose": {"draft": spec.draft_tokens},
+    }  # fmt: skip
     each = runs.get(spec.phase, {"target": 1, "draft": spec.draft_tokens})
     return sum(
         times * (1 + 2 * shape.models.config_of(m).layers) for m, times in each.items() if shape.models.tp_of(m) > 1

@@ -179,9 +179,14 @@ def replica_group(chip: str, lnc: int, ranks: int) -> list[int]:
 
 
 def written(spec: GraphSpec, io: Signature) -> set[str]:
-    """Return the state that a phase writes; decode does not write a draft model's caches."""
+    """Return the state that a phase writes.
+
+    Decode and verify do not write a draft model's caches; propose writes caches alone.
+    """
     names = {tensor.name for tensor in io.state}
-    if spec.phase == "decode" and "draft/tail" in names:
+    if spec.phase == "propose":
+        names -= {"draft/tail", "draft/feature"}
+    elif spec.phase in ("decode", "verify") and "draft/tail" in names:
         names = {name for name in names if not name.startswith("draft/") or name == "draft/tail"}
     return {dotted(name) for name in names}
 

@@ -20,7 +20,7 @@ from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.blocks import query_blocks
 from pipeline.models.parallel import Attend, Seams, State, Writes, capped, shares
 
-BOOLEANS = frozenset(["active"])
+BOOLEANS = frozenset(["active", "prompted"])
 """Arguments that phases take as booleans."""
 
 
@@ -147,12 +147,23 @@ class NeuronModule(nn.Module):
         top_p: Tensor | None = None,
         seed: Tensor | None = None,
         copied: Tensor | None = None,
+        drafts: Tensor | None = None,
+        bias: Tensor | None = None,
+        counts: Tensor | None = None,
+        prompted: Tensor | None = None,
+        allowed: Tensor | None = None,
+        min_p: Tensor | None = None,
+        presence_penalty: Tensor | None = None,
+        frequency_penalty: Tensor | None = None,
+        repetition_penalty: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run the phase; replace the state buffers."""
         arguments = {
             "tokens": tokens, "lengths": lengths, "slots": slots, "last_token": last_token, "position": position,
             "active": active, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
-            "copied": copied,
+            "copied": copied, "drafts": drafts, "bias": bias, "counts": counts, "prompted": prompted,
+            "allowed": allowed, "min_p": min_p, "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty, "repetition_penalty": repetition_penalty,
         }  # fmt: skip
         tensors = with_booleans({name: value for name, value in arguments.items() if value is not None})
         for spec in self.io.weights + self.io.state:
