@@ -91,7 +91,14 @@ def attentions(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("isa", "dtype", "dim"), [(isa, *case) for isa, cases in CASES.items() for case in cases])
+@pytest.mark.parametrize(
+    ("isa", "dtype", "dim"),
+    [
+        pytest.param(isa, *case, marks=[pytest.mark.slow] if isa == "avx2" else [])  # on many machines the native one
+        for isa, cases in CASES.items()
+        for case in cases
+    ],
+)
 def test_compiled_attention_is_exact_and_reads_only_what_is_seen(attentions, isa, dtype, dim):
     (operands, expected, plain), output = attentions(isa)[dtype, dim]
     _, k, _, new, _ = operands
