@@ -15,8 +15,9 @@ from pipeline.errors import SHOWN_CHARACTERS, InputError, no_string
 
 SUPPORTED = frozenset({
     "model", "served_model_name", "max_model_len", "max_num_seqs", "additional_config", "generation_config",
-    "override_generation_config", "reasoning_parser", "reasoning_parser_plugin", "scheduling_policy",
-    "max_num_queued_reqs", "max_num_queued_tokens", "shutdown_timeout", "fail_on_environ_validation",
+    "override_generation_config", "max_logprobs", "structured_outputs_config", "reasoning_parser",
+    "reasoning_parser_plugin", "scheduling_policy", "max_num_queued_reqs", "max_num_queued_tokens", "shutdown_timeout",
+    "fail_on_environ_validation",
     "disable_log_stats", "aggregate_engine_logging", "enable_log_requests", "enable_logging_iteration_details",
     "logging_config", "log_level", "log_config_file", "otlp_traces_endpoint", "show_hidden_metrics_for_version",
     "custom_histogram_buckets", "per_request_spec_decode_metrics", "renderer_num_workers",
