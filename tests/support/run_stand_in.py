@@ -22,23 +22,32 @@ ANSWER = "na\u00efve \u4f60\u597d \U0001f600"
 
 @dataclass(frozen=True)
 class Generation:
-    """As `pipeline.runtime.engine.Generation`, without torch."""
+    """As `pipeline.runtime.calls.Generation`, without torch."""
 
     tokens: list[int]
     text: str
     steps: int = 0
     finish_reason: str = "stop"
     emitted_per_step: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class NoRules:
+    """As `pipeline.runtime.rules.Rules` of a model without any, without torch."""
 
 
 class Engine:
     """Always gives the same answer."""
 
     def __init__(self, folder: Path) -> None:
-        self.text, self.manifest, self.defaults, self.samples = Text(folder), SimpleNamespace(), None, False
+        self.text, self.manifest, self.defaults = Text(folder), SimpleNamespace(sampling=("greedy",)), None
 
     def choice(self, *_: Any) -> None:
         pass
+
+    def rules(self) -> NoRules:
+        return NoRules()
 
     def new_tokens(self, prompt: int, limit: int | None) -> int:
         return limit or prompt
