@@ -56,7 +56,11 @@ def test_wrong_acceptance_of_sampled_drafts_is_caught(work, fault):
     assert not run.findings["parity"]
 
 
-@pytest.mark.parametrize("fault", planted.SAMPLING, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=[pytest.mark.slow] if n % 2 else []) for n, fault in enumerate(planted.SAMPLING)],
+    ids=[fault.__name__ for fault in planted.SAMPLING],
+)
 def test_wrong_sampling_is_caught_by_the_distribution_alone(work, fault):
     run = gates_of(work, recipe_of("llama", 3, "bfloat16", SAMPLED, UNLIKE, SMALL), fault, 3)
     assert run.findings["distribution"]
