@@ -189,9 +189,10 @@ def by_rules(logits_V: Tensor, ruled: Ruled) -> Tensor:
     rules = ruled.rules
     assert rules.counts_V is not None
     assert rules.prompted_V is not None
-    counts = [count + ruled.before.count(token) for token, count in enumerate(rules.counts_V.tolist())]
     scores_V = logits_V.clone() if rules.bias_V is None else logits_V + rules.bias_V.double()
-    counts_V = torch.tensor(counts)
+    counts_V = rules.counts_V.clone()
+    for token in ruled.before:
+        counts_V[token] += 1
     seen_V = (counts_V > 0) | rules.prompted_V
     factor_V = torch.where(scores_V > 0, 1 / rules.repetition_penalty, rules.repetition_penalty)
     scores_V[seen_V] *= factor_V[seen_V]
@@ -208,4 +209,4 @@ def _least(scores_V: Tensor, min_p: float, temperature: float) -> float:
 
 def _bits(words_W: Tensor) -> Tensor:
     """Return the bits of words as bool, one after another."""
-    return torch.tensor([word >> bit & 1 == 1 for word in words_W.tolist() for bit in range(32)])
+    return ((words_W[:, None] >> torch.arange(32, dtype=torch.int32)) & 1).flatten() == 1
