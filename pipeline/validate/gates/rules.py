@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.graphs.arguments import Draw
 from pipeline.graphs.spec import GraphSpec
 from pipeline.graphs.verify_arguments import RowRules, VerifyRow, verify_arguments, words
 from pipeline.progress import working
@@ -173,7 +174,13 @@ def _judge(
         return
     scores_V[scores_V < least + noise] = -math.inf
     scores_V[token] = score
-    add_sample(drawn, ruled.sample, judge, scores_V.float(), generator)
+    if least == -math.inf:
+        add_sample(drawn, ruled.sample, judge, scores_V.float(), generator)
+    else:  # without the tokens near the limit the rank is not uniform: only what the seed selects is tested
+        drawn.tokens += 1
+        draw = Draw(SETTINGS[ruled.sample.setting], ruled.sample.seed)
+        if not judge.selects(scores_V.float(), draw, ruled.sample.position, token):
+            drawn.faults.append(f"chose token {token}, which its seed does not select")
     wanted_V = torch.log_softmax(logits_V.double(), 0)
     allowed = LOGPROB_ERROR + 4 * judge.tie * float(logits_V.abs().max())
     ids, values = ruled.top
