@@ -138,10 +138,19 @@ def run(console: Console, options: RunOptions) -> None:
 
 def _rules(options: RunOptions, defaults: Rules) -> Rules:
     """Return the rules of the options; those that are not given are the model's."""
-    given = {name: value for name in RULES if (value := asdict(options)[name]) is not None}
+    given = {name: value for name in RULES if (value := getattr(options, name)) is not None}
     if options.json_schema is not None:
-        given["json_schema"] = options.json_schema.read_text(encoding="utf-8")
+        given["json_schema"] = _text_of(options.json_schema)
     return replace(defaults, **given)
+
+
+def _text_of(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8: byte 0x{data[error.start]:02x} at index {error.start}"
+        raise InputError(what, where=str(path), fix="save the file as UTF-8") from error
 
 
 def _logprobs_table(answer: Generation, text: Callable[[int], str]) -> Table:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from pipeline.models.layer_types import of_layers
 from pipeline.models.p_eagle import MASK_FIELDS
 from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import RopeRules, rules_of
-from pipeline.models.weights import D2T, EMBEDDING, FC, HEAD, MASK_HIDDEN, NORM, weight_specs
+from pipeline.models.weights import D2T, EMBEDDING, FC, HEAD, MASK_HIDDEN, NORM, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.sources.packed import Source
 from pipeline.sources.values import read_tensor, read_weight
 from pipeline.sources.weights import weights
 
@@ -166,48 +167,70 @@ def frequent(tokens: Iterable[Tensor], size: int, always: Iterable[int]) -> Tens
     return torch.tensor(sorted(ids[:size]))
 
 
-def initial(  # noqa: C901 - a table
+def initial(
     target: Checkpoint, config: ModelConfig, ids_V: Tensor, seed: int, layers: tuple[int, ...] = ()
 ) -> dict[str, Tensor]:
     """Return a head's initial weights, float32: the target's last layer over its highest features, norm, head rows.
 
     `layers` are the target's layers that the layers of a P-EAGLE head start from.
     """
-    refs = weights(target)
-    generator = torch.Generator().manual_seed(seed)
     sources = layers or (target.config.layers - 1,) * config.layers
-    last = f"model.layers.{sources[0]}."
-    start: dict[str, Tensor] = {}
-    for spec in (spec for spec in weight_specs(config) if spec.name not in (EMBEDDING, D2T)):
-        name = _of_target(spec.name, sources)
-        is_later = spec.name.startswith("model.layers.") and not spec.name.startswith(FIRST)
+    start = _Start(target, config, ids_V, weights(target), sources, torch.Generator().manual_seed(seed))
+    return {spec.name: start.weight(spec) for spec in weight_specs(config) if spec.name not in (EMBEDDING, D2T)}
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What initial weights are made from: the target, the rows of its head, and the layers to start from."""
+
+    target: Checkpoint
+    config: ModelConfig
+    ids_V: Tensor
+    refs: Mapping[str, Source]
+    sources: tuple[int, ...]
+    generator: torch.Generator
+
+    def weight(self, spec: WeightSpec) -> Tensor:
+        """Return one weight, float32 in the shape of its spec."""
         if spec.name == MASK_HIDDEN:
-            start[spec.name] = torch.randn(spec.shape, generator=generator)
-        elif is_later and name in refs and target.config.norms == config.norms:
-            start[spec.name] = read_tensor(refs[name]).float()
-        elif spec.name == HEAD:
-            start[spec.name] = read_tensor(refs[EMBEDDING if target.config.tied else HEAD]).float()[ids_V]
-        elif spec.name == NORM:
-            start[spec.name] = read_tensor(refs[NORM]).float() + (target.config.norm_style == "offset")
-        elif spec.name == FC:
-            start[spec.name] = torch.randn(spec.shape, generator=generator) * EMBEDDING_SCALE * spec.shape[1] ** -0.5
-            start[spec.name][:, -config.hidden :] += torch.eye(config.hidden)
-        elif spec.name.endswith("input_layernorm.weight") or (
-            spec.name.endswith("norm.weight") and target.config.norms != config.norms
-        ):
-            start[spec.name] = torch.ones(spec.shape)
-        elif spec.name.endswith("hidden_norm.weight"):
-            start[spec.name] = read_tensor(refs[f"{last}input_layernorm.weight"]).float()
-        elif name not in refs and len(spec.shape) == 1:  # a norm or bias that the target does not have
-            start[spec.name] = torch.ones(spec.shape) if spec.name.endswith(".weight") else torch.zeros(spec.shape)
-        elif not is_later and spec.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            tokens = torch.randn(spec.shape[0], config.hidden, generator=generator) * EMBEDDING_SCALE
-            start[spec.name] = torch.cat((tokens, read_tensor(refs[name]).float()), dim=1)
-        elif name in refs and refs[name].shape == spec.shape:
-            start[spec.name] = read_tensor(refs[name]).float()
-        else:  # of a target with experts in the place of this matrix
-            start[spec.name] = torch.randn(spec.shape, generator=generator) * spec.shape[-1] ** -0.5
-    return start
+            return self._random(spec.shape)
+        if spec.name == HEAD:
+            return self._read(EMBEDDING if self.target.config.tied else HEAD)[self.ids_V]
+        if spec.name == NORM:
+            return self._read(NORM) + (self.target.config.norm_style == "offset")
+        if spec.name == FC:
+            projection = self._random(spec.shape) * EMBEDDING_SCALE * spec.shape[1] ** -0.5
+            projection[:, -self.config.hidden :] += torch.eye(self.config.hidden)
+            return projection
+        return self._of_layer(spec)
+
+    def _of_layer(self, spec: WeightSpec) -> Tensor:
+        name, same_norms = _of_target(spec.name, self.sources), self.target.config.norms == self.config.norms
+        if spec.name.startswith("model.layers.") and not spec.name.startswith(FIRST):
+            return self._read(name) if name in self.refs and same_norms else self._of_kind(spec, name)
+        if spec.name.endswith("hidden_norm.weight") and same_norms:
+            return self._read(f"model.layers.{self.sources[0]}.input_layernorm.weight")
+        if spec.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            tokens = self._random((spec.shape[0], self.config.hidden)) * EMBEDDING_SCALE
+            return torch.cat((tokens, self._read(name)), dim=1)
+        return self._of_kind(spec, name)
+
+    def _of_kind(self, spec: WeightSpec, name: str) -> Tensor:
+        """Return a weight that has no source of its own: the target's of this name if it fits, else neutral values."""
+        norms_differ = self.target.config.norms != self.config.norms
+        if spec.name.endswith("input_layernorm.weight") or (spec.name.endswith("norm.weight") and norms_differ):
+            return torch.ones(spec.shape)
+        if name not in self.refs and len(spec.shape) == 1:  # a norm or bias that the target does not have
+            return torch.ones(spec.shape) if spec.name.endswith(".weight") else torch.zeros(spec.shape)
+        if name in self.refs and self.refs[name].shape == spec.shape:
+            return self._read(name)
+        return self._random(spec.shape) * spec.shape[-1] ** -0.5  # of a target with experts in this place
+
+    def _read(self, name: str) -> Tensor:
+        return read_tensor(self.refs[name]).float()
+
+    def _random(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(tuple(shape), generator=self.generator)
 
 
 def _of_target(name: str, sources: tuple[int, ...]) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.models.config import Eagle3, TapIds
-from pipeline.models.eagle3_writers import Writer, architectures, overrides
+from pipeline.models.config import Eagle3, TapIds, TapMeaning
+from pipeline.models.eagle3_writers import Writer, architectures, checked_ids, overrides
 from pipeline.models.fields import Fields, is_int
 from pipeline.models.layer_types import SLIDING
 from pipeline.models.weights import FC
@@ -144,19 +144,14 @@ def _taps(fields: Fields) -> TapIds | None:
 
 
 def _listed(fields: Fields) -> TapIds | None:
-    options = _options(fields)
-    for field, ids, meaning in (
+    places: tuple[tuple[str, Any, TapMeaning], ...] = (
         (INPUT_IDS, fields.config.get(INPUT_IDS), "inputs"),
-        (f"{OPTIONS}.{OUTPUT_IDS}", options.get(OUTPUT_IDS), "outputs"),
+        (f"{OPTIONS}.{OUTPUT_IDS}", _options(fields).get(OUTPUT_IDS), "outputs"),
         (OUTPUT_IDS, fields.config.get(OUTPUT_IDS), "outputs"),
-    ):
-        if ids is None or ids == []:
-            continue
-        if not isinstance(ids, list) or not all(map(is_int, ids)):
-            raise fields.error(field, ids, "expected a list of integers")
-        if ids != sorted(set(ids)):
-            raise fields.error(field, ids, "expected ascending layers", "sort them, and the columns of fc.weight alike")
-        return TapIds(field, tuple(ids), "inputs" if meaning == "inputs" else "outputs")
+    )
+    for field, ids, meaning in places:
+        if (found := checked_ids(fields, field, ids, meaning)) is not None:
+            return found
     if writer_of(fields.config) == "speculators":
         return None
     return TapIds("num_target_layers", usual_outputs(fields), "outputs")

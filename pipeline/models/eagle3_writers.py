@@ -133,13 +133,24 @@ def _listed(fields: Fields) -> Iterator[TapIds]:
         (f"{OPTIONS}.{TAPPED}", options.get(TAPPED), "unclear"),
     )
     for field, ids, meaning in places:
-        if ids is None or ids == []:
-            continue
-        if not isinstance(ids, list) or not all(map(is_int, ids)):
-            raise fields.error(field, ids, "expected a list of integers")
-        if ids != sorted(set(ids)):
-            raise fields.error(field, ids, "expected ascending layers", "sort them, and the columns of fc.weight alike")
-        yield TapIds(field, tuple(ids), meaning)
+        if (found := checked_ids(fields, field, ids, meaning)) is not None:
+            yield found
+
+
+def checked_ids(fields: Fields, field: str, ids: Any, meaning: TapMeaning) -> TapIds | None:
+    """Return the ids of a field of a draft's file; None if it has none.
+
+    Raises:
+        SourceError: not a list of ascending integers.
+
+    """
+    if ids is None or ids == []:
+        return None
+    if not isinstance(ids, list) or not all(map(is_int, ids)):
+        raise fields.error(field, ids, "expected a list of integers")
+    if ids != sorted(set(ids)):
+        raise fields.error(field, ids, "expected ascending layers", "sort them, and the columns of fc.weight alike")
+    return TapIds(field, tuple(ids), meaning)
 
 
 def inputs_of(written: TapIds, layers: int) -> tuple[int, ...]:

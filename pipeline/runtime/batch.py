@@ -50,7 +50,7 @@ class Row:
     copied: Acceptance = field(default_factory=lambda: Acceptance(COPIED, start=COPIED))
     lookup: Lookup = field(default_factory=Lookup)
     proposed: list[int] = field(default_factory=list)
-    """What the draft proposed for the next `verify`."""
+    """What the draft proposed at this position, for `verify`."""
     has_copied: bool = False
     """Whether the last speculative step proposed copied tokens."""
 
@@ -84,17 +84,8 @@ class Batch:
         self.graphs = [entry.spec for entry in manifest.graphs]
         self.slots = manifest.shapes.batch[-1]
         self.length = manifest.shapes.kv[-1] - 1
-        counted = (
-            "prefills",
-            "chunks",
-            "speculative_steps",
-            "decode_steps",
-            "tokens",
-            "catch_ups",
-            "copies",
-            "verify_steps",
-        )
-        self.stats = dict.fromkeys(counted, 0)
+        steps = ("speculative_steps", "verify_steps", "decode_steps")
+        self.stats = dict.fromkeys(("prefills", "chunks", *steps, "tokens", "catch_ups", "copies"), 0)
 
     def draft_length_policy(self) -> DraftLengthPolicies | None:
         """Return the policies that choose K for each step; None if the artifact has no step costs."""
@@ -197,6 +188,7 @@ class Batch:
         out = self.ranks.run(spec, step_arguments(spec, _step_rows(rows)))["token"]
         self.stats["decode_steps"] += 1
         for row in rows.values():
+            row.proposed = []  # of another position
             if self.manifest.draft_kind.reads_target_states:  # this draft runs in every step of the target
                 row.in_draft = row.position + 1
         return {slot: [int(out[slot])] for slot in rows}
@@ -262,7 +254,7 @@ class Batch:
         tokens, counts = out["tokens"].tolist(), out["count"].tolist()
         emitted = {slot: tokens[slot][: counts[slot]] for slot in rows}
         for slot, row in rows.items():
-            row.has_copied = bool(copies[slot])
+            row.has_copied, row.proposed = bool(copies[slot]), []
             (row.copied if row.has_copied else row.drafted).record_step(len(emitted[slot]) - 1, steps)
             # After a fully accepted step, the draft's cache lacks the last proposed token until its next pass.
             row.in_draft = row.position + len(emitted[slot]) - (len(emitted[slot]) > steps)

@@ -23,6 +23,7 @@ class Rules:
     `logit_bias` has token ids with what is added to their scores. An answer consists of `allowed_token_ids` alone
     (None: all), has none of the token sequences `bad_words`, and does not end before `min_tokens`. `json_schema`: it is
     JSON of this schema, as text. `logprobs`: log probabilities are reported, those of so many most probable tokens too.
+    Where the rules together allow no token, the answer ends.
     """
 
     min_p: float = 0.0
@@ -118,6 +119,9 @@ class RuleState:
         for place, of_place in enumerate(banned):
             for token in of_place:
                 allowed_TW[place, token // WORD_BITS] &= ~_bit(token)
+            if not bool(allowed_TW[place].any()):  # the rules exclude each other: the answer ends
+                for token in self._ends:
+                    allowed_TW[place, token // WORD_BITS] |= _bit(token)
         return allowed_TW
 
     def _banned(self, tokens: Sequence[int], drafts: Sequence[int]) -> set[int]:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.cli import facts
-from pipeline.cli.run import _answer_words, _option_names
+from pipeline.cli.run import _answer_words, _option_names, _text_of
 from pipeline.errors import InputError
 from pipeline.graphs.arguments import Choice
 from pipeline.models.generation import GenerationDefaults
@@ -34,6 +34,14 @@ ENDS = [
 def test_answer_words_say_why_it_ended(generation, gain, end):
     """`--max-new-tokens 500` stopped at 233 without a word; plain decode had `tokens per step: 0.00`."""
     assert _answer_words(generation, 16, 20) == f"{gain}; ended by: {end}"
+
+
+def test_a_schema_file_that_is_not_utf8_is_an_error(tmp_path):
+    """It ended with a traceback."""
+    (tmp_path / "schema.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(InputError, match="not UTF-8: byte 0xff at index 7") as caught:
+        _text_of(tmp_path / "schema.json")
+    assert caught.value.where == str(tmp_path / "schema.json")
 
 
 @pytest.mark.parametrize(

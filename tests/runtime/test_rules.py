@@ -198,6 +198,15 @@ def test_rules_out_of_range_are_rejected_by_name(tmp_path, rules, where, what):
     assert what in f"{caught.value.what}; {caught.value.fix}"
 
 
+@pytest.mark.parametrize("how", [{}, {"speculate": False}])
+def test_rules_that_exclude_each_other_end_the_answer(tmp_path, how):
+    """Without an allowed token every score is -inf, and the graph would choose the last id."""
+    engine = engine_of(tmp_path, "draft_model")
+    rules = Rules(allowed_token_ids=(31, 32), bad_words=((31,), (32,)))
+    [answer] = engine.generate([PROMPTS[1]], max_new_tokens=5, rules=rules, **how)
+    assert (len(answer.tokens), answer.finish_reason) == (1, "stop")
+
+
 def test_rules_need_shaped_graphs(tmp_path):
     engine = engine_of(tmp_path, "draft_model", sampling=("greedy", "stochastic"))
     with pytest.raises(InputError, match="shaped graphs were not built") as caught:

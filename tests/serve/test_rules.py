@@ -141,6 +141,25 @@ def test_drafts_of_rows_with_rules_are_real_and_accepted(engine):
     assert most > 1
 
 
+def test_proposals_of_an_earlier_position_are_not_verified(engine):
+    """After a request with rules has ended, fused steps run; the next one found proposals for a position long past."""
+    slots = RequestSlots(engine.batch)
+    state = RuleState(Rules(logprobs=1), PROMPTS[0], engine.manifest.vocab, engine.manifest.eos_ids)
+    plain = served_request(PROMPTS[2], GREEDY, 0)
+    slots.step({"ruled": served_request(PROMPTS[0], GREEDY, 0, rules=state), "plain": plain}, {})
+    assert len(plain.proposed) == 3
+    slots.drop(["ruled"])
+    slots.step({}, {"plain": slots.planned})
+    assert plain.proposed == []
+    again = RuleState(Rules(logprobs=1), PROMPTS[1], engine.manifest.vocab, engine.manifest.eos_ids)
+    slots.step({"next": served_request(PROMPTS[1], GREEDY, 0, rules=again)}, {"plain": slots.planned})
+    assert plain.in_draft <= plain.position
+    [expected] = engine.generate([PROMPTS[2]], max_new_tokens=12)
+    answer = plain.tokens[plain.prompt :]
+    kept = min(len(answer), len(expected.tokens))
+    assert answer[:kept] == expected.tokens[:kept]
+
+
 def test_log_probabilities_of_prompts_come_with_the_first_step(engine):
     requests = {f"r{n}": served_request(prompt, GREEDY, 0, prompt_logprobs=2) for n, prompt in enumerate(PROMPTS[:3])}
     step = RequestSlots(engine.batch).step(requests, {})

@@ -59,7 +59,7 @@ def shape_of(row):
 
 
 def test_shape_equals_a_loop_over_tokens():
-    """Every row of the batch asks for something else, at the positions after none to three drafts."""
+    """Each row of the batch has other rules; positions after 0, 1, 2 and 3 drafts are compared."""
     torch.manual_seed(0)
     logits, drafts = torch.randn(4, 4, VOCAB) * 3, torch.randint(0, 8, (4, 3), dtype=torch.int32)
     spec = GraphSpec("verify", 4, 4, 40, 3, "shaped")
