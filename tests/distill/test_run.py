@@ -26,7 +26,7 @@ from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights as source_weights
 from pipeline.speculation import model_chains
 from pipeline.speculation.chains import guesses
-from support.eager import make_engine
+from support.eager import emitted, make_engine
 
 CONTENT = {
     "name": "tiny",
@@ -105,10 +105,7 @@ def test_head_guesses_and_a_recipe_can_name_it(work, figures):
     pair = resolve_pair(recipe, base=work, cache=work / "cache" / "sources")
     engine = make_engine(recipe, pair)
     prompts = [engine.text.chat(text) for text in HELD_OUT]
-    plain = engine.generate(prompts, max_new_tokens=60, speculate=False)
-    speculative = engine.generate(prompts, max_new_tokens=60)
-    assert [a.tokens for a in plain] == [a.tokens for a in speculative]
-    steps = [size for answer in speculative for size in answer.emitted_per_step]
+    steps = emitted(engine, prompts, 60)
     assert sum(steps) / len(steps) > 1.2
     assert max(steps) == 3
 
@@ -121,10 +118,7 @@ def test_draft_model_learns_from_the_same_data_and_a_recipe_can_name_it(work, fi
     recipe = Recipe.model_validate(CONTENT | {"draft": {"source": "layers"}})
     engine = make_engine(recipe, resolve_pair(recipe, base=work, cache=work / "cache" / "sources"))
     prompts = [engine.text.chat(text) for text in HELD_OUT]
-    plain = engine.generate(prompts, max_new_tokens=60, speculate=False)
-    speculative = engine.generate(prompts, max_new_tokens=60)
-    assert [a.tokens for a in plain] == [a.tokens for a in speculative]
-    steps = [size for answer in speculative for size in answer.emitted_per_step]
+    steps = emitted(engine, prompts, 60)
     assert sum(steps) / len(steps) > 1.2
 
 
@@ -143,10 +137,7 @@ def test_a_p_eagle_head_learns_from_the_same_data_and_a_recipe_can_name_it(work,
     assert (pair[1].config.eagle3.writer, pair[1].config.eagle3.mask_token, pair[1].config.layers) == ("tandem", 511, 2)
     engine = make_engine(recipe, pair)
     prompts = [engine.text.chat(text) for text in HELD_OUT]
-    plain = engine.generate(prompts, max_new_tokens=60, speculate=False)
-    speculative = engine.generate(prompts, max_new_tokens=60)
-    assert [a.tokens for a in plain] == [a.tokens for a in speculative]
-    steps = [size for answer in speculative for size in answer.emitted_per_step]
+    steps = emitted(engine, prompts, 60)
     assert sum(steps) / len(steps) > 1.1
     assert max(steps) > 2, "a mask was accepted"
 

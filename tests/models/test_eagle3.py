@@ -17,7 +17,7 @@ from pipeline.sources.pair import resolve_pair
 from pipeline.validate.gates.inputs import GateInputs
 from pipeline.validate.gates.run import run_gates
 from pipeline.validate.prompts import Prompt
-from support.eager import make_engine
+from support.eager import RAGGED, emitted, make_engine
 from support.reports import PROMPTS
 
 HEAD = "pico://llama?draft_vocab=128&eagle3=1"
@@ -90,11 +90,7 @@ def test_parity_sees_a_wrong_head(work, name, tmp_path):
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
 def test_speculation_equals_plain_decode(work, steps, rows):
     engine = make_engine(recipe_of(), pair_of(work, recipe_of()))
-    prompts = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8], [11, 30]][:rows]
-    plain = engine.generate(prompts, max_new_tokens=50, speculate=False)
-    engine.ranks.reset()
-    speculative = engine.generate(prompts, max_new_tokens=50, draft_tokens=steps)
-    assert [a.tokens for a in speculative] == [a.tokens for a in plain]
+    assert emitted(engine, RAGGED[:rows], 50, draft_tokens=steps)
     assert engine.stats()["catch_ups"] == 0
 
 

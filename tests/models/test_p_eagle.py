@@ -21,7 +21,7 @@ from pipeline.validate.draft.examine import Effort, examine
 from pipeline.validate.gates.inputs import GateInputs
 from pipeline.validate.gates.run import run_gates
 from pipeline.validate.prompts import Prompt
-from support.eager import make_engine
+from support.eager import RAGGED, emitted, make_engine
 from support.heads import AMAZON, FLAT, P_EAGLE, SIZES, Parts, shapes, write_head
 from support.parallel_drafts import PEagleDescription, drive, pair_of
 from support.paths import ROOT
@@ -115,11 +115,7 @@ def recipe_of(dtype="float32", steps=(1, 2, 4), kv=(64,), sampling=("greedy",), 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_speculation_equals_plain_decode(work, steps, rows):
     engine = make_engine(recipe_of(), pair_of(work, recipe_of()))
-    prompts = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8], [11, 30]][:rows]
-    plain = engine.generate(prompts, max_new_tokens=50, speculate=False)
-    engine.ranks.reset()
-    speculative = engine.generate(prompts, max_new_tokens=50, draft_tokens=steps)
-    assert [a.tokens for a in speculative] == [a.tokens for a in plain]
+    assert emitted(engine, RAGGED[:rows], 50, draft_tokens=steps)
     assert engine.stats()["catch_ups"] == 0
 
 

@@ -29,6 +29,10 @@ from pipeline.sources.values import read_weight
 from pipeline.sources.weights import shared_weights, weights
 
 
+RAGGED = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8], [11, 30]]
+"""Prompts of different lengths."""
+
+
 def _nothing(spec: GraphSpec, state: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -70,6 +74,15 @@ class EagerRanks:
 
     def close(self) -> None:
         pass
+
+
+def emitted(engine: Engine, prompts: list[list[int]], count: int, **how: int) -> list[int]:
+    """Return the tokens that each speculative step emits; the answers must be those of plain decode."""
+    plain = engine.generate(prompts, max_new_tokens=count, speculate=False)
+    engine.ranks.reset()
+    speculative = engine.generate(prompts, max_new_tokens=count, **how)
+    assert [answer.tokens for answer in speculative] == [answer.tokens for answer in plain]
+    return [size for answer in speculative for size in answer.emitted_per_step]
 
 
 def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint]) -> Engine:
