@@ -28,7 +28,6 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.values import read_weight
 from pipeline.sources.weights import shared_weights, weights
 
-
 RAGGED = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8], [11, 30]]
 """Prompts of different lengths."""
 
