@@ -19,8 +19,9 @@ ORDER = ("name", "target", "draft", "speculation", "shapes", "parallel", "backen
 def commented(chosen: Chosen, source: str) -> str:
     """Return the recipe file of these values."""
     sections = chosen.sections
+    shown = "".join(letter if letter.isprintable() else "?" for letter in source)  # a line break would end the comment
     lines = [
-        f"# Written by `tandem init {source}`: a first recipe, from configs alone. Nothing was measured.",
+        f"# Written by `tandem init {shown}`: a first recipe, from configs alone. Nothing was measured.",
         "# `tandem plan` shows what it takes, `tandem tune` measures K, `tandem draft doctor` the draft.",
     ]
     for name in sorted(sections, key=ORDER.index):
