@@ -15,6 +15,7 @@ from pipeline.models.families import config_of
 from pipeline.plan.plan import make_plan
 from pipeline.proposal.choices import Chosen, Pair, choose
 from pipeline.proposal.known import drafts_of, known_drafts
+from pipeline.proposal.text import commented
 from pipeline.recipe import Recipe, load
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pico import Pico, write
@@ -218,3 +219,9 @@ def test_known_drafts_have_the_pairs_of_the_recipes() -> None:
             continue
         drafts = {(entry.draft, entry.draft_tokens) for entry in drafts_of(recipe.target.source)}
         assert (str(recipe.draft.source).partition("@")[0], recipe.speculation.draft_tokens[0]) in drafts
+
+
+def test_a_line_break_in_a_source_adds_no_line() -> None:
+    """A folder may have any name; the header quotes the command."""
+    text = commented(Chosen({"name": "x"}), "models/a\nbackend: {name: neuron}")
+    assert text.splitlines()[2:] == ["name: x"]
