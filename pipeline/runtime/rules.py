@@ -84,7 +84,8 @@ class RuleState:
 
     def __init__(self, rules: Rules, prompt: Sequence[int], vocab: int, ends: Sequence[int]) -> None:
         self.rules = rules
-        self._ends, self._vocab, self._counted = tuple(ends), vocab, len(prompt)
+        self._ends = tuple(token for token in ends if token < vocab)
+        self._vocab, self._counted = vocab, len(prompt)
         self._prompt = len(prompt)
         self._bias_V = _bias(rules, vocab)
         self._counts_V = torch.zeros(vocab, dtype=torch.int32)
@@ -131,7 +132,7 @@ class RuleState:
         for *before, last in self.rules.bad_words:
             if not before or so_far[-len(before) :] == before:
                 banned.add(last)
-        return banned
+        return {token for token in banned if token < self._vocab}  # a tokenizer may have more ids than the model
 
 
 def _bias(rules: Rules, vocab: int) -> Tensor | None:

@@ -11,8 +11,9 @@ import torch
 from pipeline.errors import InputError
 from pipeline.graphs.arguments import ScoreRow, score_arguments
 from pipeline.recipe.schema import Recipe
-from pipeline.runtime.rules import NO_RULES, Rules
+from pipeline.runtime.rules import NO_RULES, Rules, RuleState
 from pipeline.sources.pair import resolve_pair
+from pipeline.speculation.shaping import allowed_bits
 from support.eager import make_engine
 from support.parallel_drafts import write_parallel
 
@@ -205,6 +206,15 @@ def test_rules_that_exclude_each_other_end_the_answer(tmp_path, how):
     rules = Rules(allowed_token_ids=(31, 32), bad_words=((31,), (32,)))
     [answer] = engine.generate([PROMPTS[1]], max_new_tokens=5, rules=rules, **how)
     assert (len(answer.tokens), answer.finish_reason) == (1, "stop")
+
+
+def test_ids_beyond_the_models_vocabulary_are_left_out():
+    """A tokenizer may have more ids than its model; a server's end tokens and bad words come from the tokenizer."""
+    state = RuleState(Rules(min_tokens=2, bad_words=((70,), (5,))), [1, 2], 64, [3, 99])
+    found = state.at([1, 2], [], None).allowed_TW
+    assert found is not None
+    assert not allowed_bits(found[None], 64)[0, 0, [3, 5]].any()
+    assert int(allowed_bits(found[None], 64).sum()) == 62
 
 
 def test_rules_need_shaped_graphs(tmp_path):
