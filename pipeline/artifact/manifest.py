@@ -32,7 +32,7 @@ SIGNATURE = "signature"
 PULLED = "pulled.json"
 """The record of a pull, see `pulled.py`: in the same folder, and not listed in the manifest."""
 BESIDE = (MANIFEST, SIGNATURE, PULLED)
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 MAX_FILES = 50_000
 ABOUT_THE_BUILD = ("provenance.json", "sbom.cdx.json", "reports/*")
 """Files that describe one build; the content digest leaves them out."""
@@ -80,7 +80,7 @@ class ShardEntry(Record):
 class Manifest(Record, ABC):
     """The fields that all kinds of manifests have."""
 
-    schema_version: Literal[2] = Field(default=SCHEMA_VERSION, description="version of this format")
+    schema_version: Literal[3] = Field(default=SCHEMA_VERSION, description="version of this format")
     kind: str = Field(description="kind of artifact")
     name: Name = Field(description="name of the artifact and of its releases")
     version: Version = Field(description="first digits of the content digest")

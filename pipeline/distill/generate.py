@@ -165,7 +165,8 @@ class Writer:
             tokens[row, : len(sequence)] = torch.tensor(sequence)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         inputs = (tokens, positions, lengths, torch.tensor(list(slots)))
-        return self.model.read(Prompt(*(tensor.to(self.device) for tensor in inputs))), lengths
+        on_device = [tensor.to(self.device) for tensor in inputs]
+        return self.model.read(Prompt(on_device[0], on_device[1], on_device[2], on_device[3])), lengths
 
     def _admit(self, queue: Iterator[Writing], rows: list[_Row | None], free: list[int]) -> bool:
         """Fill free rows from the queue and read their prompts in one pass; return False at the end of the queue."""

@@ -53,11 +53,12 @@ class StepRow:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A row of a `prefill` graph: a prompt and the cache row that it fills."""
+    """A row of a `prefill` graph: a prompt, or a part of one from `position` on, and the cache row that it fills."""
 
     tokens: Sequence[int]
     slot: int
     draw: Draw = NO_DRAW
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,14 @@ def step_arguments(spec: GraphSpec, rows: Mapping[int, StepRow]) -> Arguments:
 def prefill_arguments(spec: GraphSpec, prompts: Sequence[PromptRow], slots: int) -> Arguments:
     """Return the arguments of a `prefill` graph, rows in the order of `prompts`; the rest use free `slots`.
 
-    Shapes: tokens int32 [B, T] right-padded, lengths int32 [B] (0 without a prompt), slots int32 [B], distinct.
+    Shapes: tokens int32 [B, T] right-padded, lengths int32 [B] (0 without a prompt), slots int32 [B], distinct, and
+    position int32 [B] of a graph that continues prompts.
     """
     tokens = [[0] * spec.tokens for _ in range(spec.batch)]
-    lengths = [0] * spec.batch
+    lengths, position = [0] * spec.batch, [0] * spec.batch
     for row, prompt in enumerate(prompts):
         tokens[row][: len(prompt.tokens)] = prompt.tokens
-        lengths[row] = len(prompt.tokens)
+        lengths[row], position[row] = len(prompt.tokens), prompt.position
     used_slots = [prompt.slot for prompt in prompts]
     spare = [slot for slot in range(slots) if slot not in used_slots]
     arguments = {
@@ -102,6 +104,8 @@ def prefill_arguments(spec: GraphSpec, prompts: Sequence[PromptRow], slots: int)
         "lengths": _int32(lengths),
         "slots": _int32((used_slots + spare)[: spec.batch]),
     }
+    if spec.continues:
+        arguments["position"] = _int32(position)
     return arguments | _sampling(spec, {row: prompt.draw for row, prompt in enumerate(prompts)})
 
 

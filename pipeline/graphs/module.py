@@ -13,8 +13,8 @@ from pipeline.graphs.spec import ROLES, GraphSpec, PairSpec, Role
 from pipeline.models.parallel import Seams, State
 from pipeline.models.weights import EMBEDDING
 from pipeline.speculation import phases
-from pipeline.speculation.drafters import FEATURE, TAIL, drafter_of, score
-from pipeline.speculation.model import Choose, Model, Rows
+from pipeline.speculation.drafters import FEATURE, TAIL, drafter_of, index_range, score
+from pipeline.speculation.model import Choose, Model, Prompt, Rows
 from pipeline.speculation.sampling import Sampling
 from pipeline.speculation.shaping import Shaping
 
@@ -56,7 +56,7 @@ def _outputs(
         return (drafter.score(target, *inputs) if spec.model == "draft" else score(target, *inputs)[0],)
     choose = _choose(spec, pair, tensors)
     if spec.phase == "prefill":
-        return (phases.prefill(target, drafter, tensors["tokens"], tensors["lengths"], tensors["slots"], choose),)
+        return (phases.prefill(target, drafter, _prompt(spec, tensors), choose),)
     rows = Rows(tensors["last_token"], tensors["position"], tensors["active"], spec.kv)
     if spec.phase == "decode":
         return (phases.decode(target, drafter, rows, choose),)
@@ -66,6 +66,16 @@ def _outputs(
         tokens, count, logprobs = phases.verify(target, drafter, rows, tensors["drafts"], choose)
         return (tokens, count, *logprobs)
     return phases.speculate(target, drafter, rows, spec.draft_tokens, choose)
+
+
+def _prompt(spec: GraphSpec, tensors: Mapping[str, Tensor]) -> Prompt:
+    """Return the prompts of a prefill graph, or the next parts of prompts."""
+    tokens_BT = tensors["tokens"]
+    positions_BT = index_range(spec.tokens, tokens_BT).expand_as(tokens_BT)
+    if spec.continues:
+        positions_BT = positions_BT + tensors["position"][:, None]
+    kv = spec.kv if spec.continues else 0
+    return Prompt(tokens_BT, positions_BT, tensors["lengths"], tensors["slots"], kv)
 
 
 def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:

@@ -134,6 +134,7 @@ def _arguments(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
             TensorSpec("tokens", (b, t), "int32"),
             TensorSpec("lengths", (b,), "int32"),
             TensorSpec("slots", (b,), "int32"),
+            *((TensorSpec("position", (b,), "int32"),) if spec.continues else ()),
         )
     else:
         own = (

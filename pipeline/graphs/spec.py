@@ -27,9 +27,9 @@ class GraphSpec:
     """One static-shape graph: traced once, compiled once, the same on every rank.
 
     `batch` rows, `tokens` query length T (prefill bucket; 1 for decode; K+1 for speculate and verify), `kv` attended
-    cache length S, `draft_tokens` K (speculate, propose, verify; else 0), `model` the model or models that it runs
-    (`score` runs one of the two, `propose` the draft), `logprobs` most probable tokens that a verify graph reports at
-    each position.
+    cache length S (T for prefill of empty rows, which reads no cache), `draft_tokens` K (speculate, propose, verify;
+    else 0), `model` the model or models that it runs (`score` runs one of the two, `propose` the draft), `logprobs`
+    most probable tokens that a verify graph reports at each position.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -50,6 +50,11 @@ class GraphSpec:
         k = f"-k{self.draft_tokens}" if self.draft_tokens else ""
         tail = "" if self.sampling == "greedy" else f"-{self.sampling}"
         return f"{phase}-b{self.batch}-t{self.tokens}-s{self.kv}{k}{tail}"
+
+    @property
+    def continues(self) -> bool:
+        """Whether a prefill graph reads tokens at a position, after what the row's cache holds."""
+        return self.phase == "prefill" and self.kv > self.tokens
 
     @property
     def kind(self) -> str:

@@ -49,9 +49,9 @@ def plan_writes(state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Ten
 class Attend:
     """Keys that a pass attends over, up to `last_BT` (int, from 0), of `kv` cached keys or its own, and how.
 
-    `kv` 0 means the keys of the pass itself (prefill from an empty row), where S = T. `bias_BTS` float32 is the same as
-    a mask: 0 where a query sees a key and -inf elsewhere. Without a `window` all keys before the last are seen.
-    Unless `ranged`, the bias alone says which keys a query sees.
+    `kv` 0 means the keys of the pass itself (prefill from an empty row), where S = T. `rows_B` int32 are the cache rows
+    to read (None: the first B). `bias_BTS` float32 is the same as a mask: 0 where a query sees a key, else -inf.
+    Without a `window` all keys before the last are seen. Unless `ranged`, the bias alone says which keys a query sees.
 
     `scale` (None: 1 / sqrt(head size)) multiplies scores, which `cap` c bounds as c tanh(x / c). `sinks_N` has a score
     for each query head that takes part in the softmax without a value.
@@ -65,6 +65,13 @@ class Attend:
     cap: float | None = None
     sinks_N: Tensor | None = None
     ranged: bool = True
+    rows_B: Tensor | None = None
+
+    def of_rows(self, cache: Tensor, batch: int) -> Tensor:
+        """Return the first `kv` positions of the rows of a cache that `batch` rows read."""
+        if self.rows_B is None:
+            return cache[:batch, :, : self.kv]
+        return cache[:, :, : self.kv][self.rows_B.long()]
 
     def within(self, window: int | None) -> Attend:
         """Return the same for the last `window` keys of each query."""
@@ -77,10 +84,10 @@ class Attend:
         return replace(self, window=window, bias_BTS=bias_BTS)
 
 
-def attend_up_to(last_BT: Tensor, kv: int = 0) -> Attend:
+def attend_up_to(last_BT: Tensor, kv: int = 0, rows_B: Tensor | None = None) -> Attend:
     """Return the `Attend` in which each query sees keys up to `last_BT`."""
     keys_S = torch.arange(kv or last_BT.shape[1], device=last_BT.device)
-    return Attend(last_BT, kv, torch.where(keys_S <= last_BT[..., None], 0.0, -math.inf))
+    return Attend(last_BT, kv, torch.where(keys_S <= last_BT[..., None], 0.0, -math.inf), rows_B=rows_B)
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attend: Attend) -> Tensor:
@@ -200,7 +207,7 @@ class Seams:
         """
         batch, heads, tokens, dim = q_BNTD.shape
         if attend.kv:
-            k, v = k[:batch, :, : attend.kv], v[:batch, :, : attend.kv]
+            k, v = attend.of_rows(k, batch), attend.of_rows(v, batch)
         groups, keys = k.shape[1], k.shape[2]
         q = q_BNTD.reshape(batch, groups, -1, dim)
         bias = attend.bias_BTS[:, None, None].expand(-1, 1, heads // groups, -1, -1).reshape(-1, 1, q.shape[2], keys)

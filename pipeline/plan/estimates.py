@@ -243,7 +243,7 @@ def _layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     """Estimate one layer's activations in float32, with the scores of one block of queries and their softmax."""
     config, tp = pair.models.config_of(role), pair.models.tp_of(role)
     rows, heads = spec.batch * spec.tokens, local_heads(config, tp)
-    keys = spec.tokens if spec.phase == "prefill" else spec.kv
+    keys = spec.kv
     block = max(last - first for first, last in query_blocks(spec.batch * heads, spec.tokens, keys))
     wide = 4 * config.hidden + 3 * heads * config.head_dim + 2 * config.intermediate // tp
     mixtures = [_mixture_values(kind.experts, config.hidden, rows, tp) for kind in config.kinds if kind.experts]

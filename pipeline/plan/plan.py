@@ -128,13 +128,12 @@ def pair_spec(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairSp
 def _graphs(recipe: Recipe) -> list[GraphSpec]:
     """Return every graph, the most expensive phase first, so that parallel compiles end at about the same time."""
     shapes, speculation = recipe.shapes, recipe.speculation
-    first: Sampling = "stochastic" if "stochastic" in speculation.sampling else "greedy"
     fused = [how for how in speculation.sampling if how != "shaped"]
     steps = [(b, s, how) for b in shapes.batch for s in shapes.kv for how in fused]
     scored: tuple[Scope, Scope] = ("target", "draft")
     return [
         *(GraphSpec("speculate", b, k + 1, s, k, how) for k in speculation.draft_tokens for b, s, how in steps),
-        *(GraphSpec("prefill", b, t, shapes.kv[-1], 0, first) for b in shapes.batch for t in shapes.prefill),
+        *_prefill_graphs(recipe),
         *(GraphSpec("decode", b, 1, s, 0, how) for b, s, how in steps),
         *(
             GraphSpec("score", shapes.batch[-1], min(shapes.prefill[0], s), s, model=model)
@@ -143,6 +142,23 @@ def _graphs(recipe: Recipe) -> list[GraphSpec]:
         ),
         *(_shaped_graphs(recipe) if "shaped" in speculation.sampling else ()),
     ]
+
+
+def _prefill_graphs(recipe: Recipe) -> Iterator[GraphSpec]:
+    """Yield graphs that read prompts, and the parts of prompts after what a row's cache holds.
+
+    Where attention computes every key of a cache, seen or not, empty rows have graphs without a cache; those that
+    continue then read one row at a time, or as few as the recipe has.
+    """
+    shapes, sampling = recipe.shapes, recipe.speculation.sampling
+    how: Sampling = "stochastic" if "stochastic" in sampling else "greedy"
+    fresh = not recipe.backend.skips_unseen_keys
+    for batch in shapes.batch:
+        for tokens in shapes.prefill:
+            if fresh:
+                yield GraphSpec("prefill", batch, tokens, tokens, 0, how)
+            if not fresh or batch == shapes.batch[0]:
+                yield GraphSpec("prefill", batch, tokens, shapes.kv[-1], 0, how)
 
 
 def _shaped_graphs(recipe: Recipe) -> Iterator[GraphSpec]:

@@ -50,6 +50,11 @@ class InductorSettings(Record):
         return "block" if self.device == "cpu" else "plain"
 
     @property
+    def skips_unseen_keys(self) -> bool:
+        """True where attention over a cache takes time for the keys alone that a query sees."""
+        return self.device == "cpu"
+
+    @property
     def has_int8(self) -> bool:
         """True where the backend has kernels for int8 weights."""
         return self.device == "cpu"
@@ -70,6 +75,7 @@ class NeuronSettings(Record):
     flags: dict[str, str] = Field(default_factory=dict, description="extra neuronx-cc flags")
 
     packing: ClassVar[Packing] = "plain"
+    skips_unseen_keys: ClassVar[bool] = False
     has_int8: ClassVar[bool] = False
     needs_candidates: ClassVar[bool] = True
 

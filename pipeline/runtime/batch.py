@@ -28,12 +28,14 @@ from pipeline.graphs.verify_arguments import VerifyRow, verify_arguments
 from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
 from pipeline.runtime.logprobs import Verified, verified_row
 from pipeline.runtime.lookup import Lookup
+from pipeline.runtime.prompts import Call, calls_of, next_part
 from pipeline.runtime.rules import RuleState
 
 
 @dataclass
 class Row:
-    """A request in a cache row. `tokens` is prompt and output; all but the last are in the target's cache.
+    """A request in a cache row. `tokens` is prompt and output; after its first step, all but the last are in the
+    target's cache. `read` counts the tokens of the prompt that the caches hold.
 
     A sampled token depends on `seed`, its position and the tokens before it alone. `rules` is None for a request that
     asks for no more than its choice. `drafted` and `copied` are the acceptances of the draft's own tokens and of those
@@ -45,6 +47,7 @@ class Row:
     seed: int
     choice: Choice
     rules: RuleState | None = None
+    read: int = 0
     in_draft: int = 0
     drafted: Acceptance = field(default_factory=Acceptance)
     copied: Acceptance = field(default_factory=lambda: Acceptance(COPIED, start=COPIED))
@@ -99,12 +102,13 @@ class Batch:
 
     def warm(self) -> int:
         """Run every graph that serving uses once, without rows, so that no request waits for its loading."""
-        used = [g for g in self.graphs if g.phase != "score" or g.model in self._readers]
+        catches_up = not self.manifest.draft_kind.reads_target_states
+        used = [g for g in self.graphs if g.phase != "score" or (g.model == "draft" and catches_up)]
         for spec in used:
             if spec.phase == "score":
                 self._score(spec, {})
             elif spec.phase == "prefill":
-                self._prefill(spec, {}, {})
+                self.ranks.run(spec, prefill_arguments(spec, [], self.slots))
             elif spec.phase == "verify":
                 self.ranks.run(spec, verify_arguments(spec, {}, self.manifest.vocab))
             else:
@@ -116,71 +120,26 @@ class Batch:
         self.ranks.close()
 
     def prefill(self, rows: Rows) -> dict[int, int]:
-        """Read whole prompts into their slots, as many at a time as a graph takes; return each row's first token.
-
-        The last token of a prompt that is longer than the largest prefill bucket is read by a decode step.
-        """
-        longest = self.manifest.shapes.prefill[-1]
-        long = {slot: row for slot, row in rows.items() if row.prompt > longest}
-        first = self._prefill_all({slot: row for slot, row in rows.items() if slot not in long}, {})
-        if long:
-            self.read(long)
-            first |= {slot: token for slot, (token,) in self.decode(long).items()}
-        return first
+        """Read prompts into their slots, to their ends; return each row's first token."""
+        return self.read_to({slot: row.prompt for slot, row in rows.items()}, rows)
 
     def read(self, rows: Rows) -> None:
-        """Read prompts but for their last tokens: the next step's graph reads these.
+        """Read prompts but for their last tokens: the next step's graph reads these."""
+        self.read_to({slot: row.prompt - 1 for slot, row in rows.items()}, rows)
 
-        Of a prompt that is longer than the largest prefill bucket, the prefill graph reads a first part and `score`
-        graphs the rest in whole chunks of theirs.
+    def read_to(self, ends: Mapping[int, int], rows: Rows) -> dict[int, int]:
+        """Read the rows' tokens up to `ends`, what the caches hold already excepted; return the token after each end.
+
+        A row whose caches hold all of it reads its last token again; one that ends at 0 reads nothing.
         """
-        longest = self.manifest.shapes.prefill[-1]
-        long = {slot: row for slot, row in rows.items() if row.prompt > longest}
-        parts = {slot: row.prompt - 1 for slot, row in rows.items()}
-        parts |= {slot: longest - (longest - row.prompt + 1) % self._chunk for slot, row in long.items()}
-        for slot, row in rows.items():
-            row.in_draft = parts[slot]
-        self._prefill_all({slot: row for slot, row in rows.items() if parts[slot]}, parts)
-        if long:
-            self._read_on(long, parts)
-
-    def _prefill_all(self, rows: Rows, parts: Mapping[int, int]) -> dict[int, int]:
-        """Prefill prompts, those in `parts` up to so many tokens, and return the token after each."""
-        lengths = {slot: parts.get(slot, row.prompt) for slot, row in rows.items()}
-        if not rows:
-            return {}
-        spec = self._prefill_graph(max(lengths.values()), len(rows))
-        slots = list(rows)
-        first: dict[int, int] = {}
-        for start in range(0, len(slots), spec.batch):
-            chosen = slots[start : start + spec.batch]
-            first |= self._prefill(spec, {slot: rows[slot] for slot in chosen}, lengths)
-        return first
-
-    def _read_on(self, rows: Rows, parts: Mapping[int, int]) -> None:
-        """Read the rest of prompts, but for their last tokens, whose states a decode step has to leave."""
-        longest = max(row.prompt for row in rows.values())
-        for begin in range(0, longest, self._chunk):
-            starts = {slot: parts[slot] + begin for slot, row in rows.items() if parts[slot] + begin < row.prompt - 1}
-            pieces = {slot: ScoreRow(rows[slot].tokens[at : at + self._chunk], at) for slot, at in starts.items()}
-            if not pieces:
-                break
-            for model in self._readers:
-                spec = self.score_graph(model, max(starts.values()) + self._chunk)
-                self.ranks.run(spec, score_arguments(spec, pieces, self.length))
-                self.stats["chunks"] += 1
-        for row in rows.values():
-            row.in_draft = row.position
-
-    @property
-    def _readers(self) -> tuple[str, ...]:
-        """Models whose `score` graphs read a prompt into all caches: that of a head runs the target, too."""
-        return ("draft",) if self.manifest.draft_kind.reads_target_states else ("target", "draft")
-
-    @property
-    def _chunk(self) -> int:
-        """Tokens that a `score` graph reads."""
-        return next(graph.tokens for graph in self.graphs if graph.phase == "score")
+        after: dict[int, int] = {}
+        waiting = {slot for slot in rows if ends[slot] > 0}
+        while waiting:
+            parts = [next_part(slot, rows[slot].read, ends[slot], self.graphs) for slot in sorted(waiting)]
+            for call in calls_of(parts, self.graphs):
+                after |= self._prefill(call, rows)
+            waiting -= {part.slot for part in parts if part.end == ends[part.slot]}
+        return {slot: after[slot] for slot in rows if slot in after}
 
     def decode(self, rows: Rows) -> dict[int, list[int]]:
         """Return one token per row, from the target alone."""
@@ -265,15 +224,19 @@ class Batch:
         size = self.manifest.lookup
         return [] if size is None else row.lookup.find(row.tokens, size, most)
 
-    def _prefill(self, spec: GraphSpec, rows: Rows, lengths: Mapping[int, int]) -> dict[int, int]:
+    def _prefill(self, call: Call, rows: Rows) -> dict[int, int]:
+        """Run one prefill graph; return the token after each part."""
         prompts = [
-            PromptRow(row.tokens[: lengths[slot]], slot, Draw(row.choice, row.seed)) for slot, row in rows.items()
+            PromptRow(row.tokens[part.start : part.end], part.slot, Draw(row.choice, row.seed), part.start)
+            for part in call.parts
+            for row in (rows[part.slot],)
         ]
-        for slot, row in rows.items():
-            row.in_draft = lengths[slot]
-        out = self.ranks.run(spec, prefill_arguments(spec, prompts, self.slots))["token"]
-        self.stats["prefills"] += len(rows) > 0
-        return {slot: int(out[place]) for place, slot in enumerate(rows)}
+        out = self.ranks.run(call.graph, prefill_arguments(call.graph, prompts, self.slots))["token"].tolist()
+        self.stats["prefills"] += 1
+        self.stats["chunks"] += any(part.start > 0 for part in call.parts)
+        for part in call.parts:
+            rows[part.slot].read = rows[part.slot].in_draft = part.end
+        return {part.slot: out[place] for place, part in enumerate(call.parts)}
 
     def _catch_up(self, rows: Rows) -> None:
         """Run the draft's `score` graph over the tokens that were decoded without the draft.
@@ -304,12 +267,6 @@ class Batch:
             and g.kv >= min(length, self.length)
         ]  # fmt: skip
         return min(fits, key=lambda g: (g.batch, g.kv))
-
-    def _prefill_graph(self, tokens: int, rows: int) -> GraphSpec:
-        """Return the smallest token bucket for the prompts, in the smallest batch for all of them, else the largest."""
-        fits = [g for g in self.graphs if g.phase == "prefill" and g.tokens >= tokens]
-        bucket = [g for g in fits if g.tokens == min(f.tokens for f in fits)]
-        return min((g for g in bucket if g.batch >= rows), key=lambda g: g.batch, default=bucket[-1])
 
     def score_graph(self, model: str, length: int) -> GraphSpec:
         """Return the smallest `score` graph of a model that holds `length` positions."""

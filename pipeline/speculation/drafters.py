@@ -123,9 +123,8 @@ class Eagle3:
         """Write keys and values of the whole prompt; store the features at its end for the next token."""
         features_BTH = self._features(states)
         next_BT = torch.cat((prompt.tokens_BT[:, 1:], prompt.tokens_BT[:, -1:]), dim=1)
-        keep_BT = (prompt.positions_BT < prompt.lengths_B[:, None] - 1) & prompt.active[:, None]
-        writes = plan_writes(self.model.state, prompt.slots_B, prompt.positions_BT, keep_BT)
-        self._write_cache(next_BT, features_BTH, prompt.positions_BT, writes)
+        writes = plan_writes(self.model.state, prompt.slots_B, prompt.positions_BT, prompt.kept(self.model, less=1))
+        self._write_cache(next_BT, features_BTH, Pass(prompt.positions_BT, self.model.state, writes, prompt.attend))
         last_BH = take(features_BTH, prompt.last)
         put(self.model, FEATURE, prompt.slots_B.long(), last_BH, prompt.active[:, None])
 
@@ -150,8 +149,7 @@ class Eagle3:
     def before_verify(self, rows: Rows) -> None:
         """Write keys and values of the previous position, whose next token is known now."""
         positions_B1 = rows.position_B[:, None] - 1
-        writes = row_writes(self.model, rows, positions_B1)
-        self._write_cache(rows.last_B[:, None], self._feature(rows), positions_B1, writes, rows.kv)
+        self._write_cache(rows.last_B[:, None], self._feature(rows), head_pass(self.model, rows, positions_B1))
 
     def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:
         """Rewrite keys and values of accepted drafts from the target's features instead of the head's own output."""
@@ -160,9 +158,8 @@ class Eagle3:
         if steps:
             positions_BK = rows.position_B[:, None] + index_range(steps, rows.last_B)
             keep_BK = index_range(steps, rows.last_B) < emitted.count[:, None] - 1
-            writes = row_writes(self.model, rows, positions_BK, keep_BK)
             tokens_BK = emitted.tokens[:, :-1].clamp(0, self.model.config.vocab - 1)
-            self._write_cache(tokens_BK, features_BTH[:, :-1], positions_BK, writes, rows.kv)
+            self._write_cache(tokens_BK, features_BTH[:, :-1], head_pass(self.model, rows, positions_BK, keep_BK))
         last_BH = take(features_BTH, (emitted.count.long() - 1).clamp(0, steps))
         put(self.model, FEATURE, rows.index, last_BH, rows.alive_B[:, None])
 
@@ -191,16 +188,10 @@ class Eagle3:
         """Return the features before each row's last token: [B, 1, H]."""
         return self.model.state[FEATURE][: rows.last_B.shape[0], None]
 
-    def _write_cache(
-        self, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor, writes: Writes, kv: int = 0
-    ) -> None:  # fmt: skip
-        """Write keys and values; only a head of several layers attends, over `kv` cached keys or the pass's own."""
+    def _write_cache(self, tokens_BT: Tensor, features_BTH: Tensor, run: Pass) -> None:
+        """Write keys and values; only a head of several layers attends."""
         model = self.model
         inputs = (model.readable(tokens_BT), features_BTH)
-        attend = None
-        if model.config.layers > 1:
-            attend = attend_up_to(positions_BT.clamp(0, kv) if kv else positions_BT[:1], kv)
-        run = Pass(positions_BT, model.state, writes, attend)
         eagle3_layer.write_cache(model.config, model.weights, model.seams, *inputs, run)
 
 
@@ -239,9 +230,8 @@ class DFlash:
 
     def after_prefill(self, prompt: Prompt, states: Hidden) -> None:
         """Write keys and values of the whole prompt."""
-        positions_BT, usable = prompt.positions_BT, self.model.usable(prompt.positions_BT.shape[1])
-        keep_BT = (positions_BT < prompt.lengths_B[:, None].clamp(max=usable)) & prompt.active[:, None]
-        self._write(states, positions_BT, plan_writes(self.model.state, prompt.slots_B, positions_BT, keep_BT))
+        writes = plan_writes(self.model.state, prompt.slots_B, prompt.positions_BT, prompt.kept(self.model))
+        self._write(states, prompt.positions_BT, writes)
 
     def after_decode(self, rows: Rows, states: Hidden) -> None:
         """Write keys and values of the last token."""
@@ -301,6 +291,12 @@ def row_writes(model: Model, rows: Rows, positions_BT: Tensor, keep_BT: Tensor |
     return plan_writes(model.state, rows.index, positions_BT, keep_BT)
 
 
+def head_pass(model: Model, rows: Rows, positions_BT: Tensor, keep_BT: Tensor | None = None) -> Pass:
+    """Return a head's pass over rows 0..B-1 and their caches, which stores tokens where `keep_BT` holds if given."""
+    attend = attend_up_to(positions_BT.clamp(0, rows.kv), rows.kv)
+    return Pass(positions_BT, model.state, row_writes(model, rows, positions_BT, keep_BT), attend)
+
+
 def masked(last_B: Tensor, masks: int, mask_token: int) -> Tensor:
     """Return each row's last token and as many masks after it: int64 [B, 1 + masks]."""
     last_B1 = last_B[:, None].long()
@@ -314,9 +310,8 @@ def _run_head(
 ) -> tuple[Tensor, Tensor]:
     """Run a head's layer over rows 0..B-1 and their caches: the LM head's input and the next features, [B, T, H]."""
     model = head.model
-    attend = attend_up_to(positions_BT.clamp(0, rows.kv), rows.kv)
-    run = Pass(positions_BT, model.state, row_writes(model, rows, positions_BT), attend)
     inputs = (model.readable(tokens_BT), features_BTH)
+    run = head_pass(model, rows, positions_BT)
     return eagle3_layer.hidden_states(model.config, model.weights, model.seams, *inputs, run)
 
 

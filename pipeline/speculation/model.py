@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
-from pipeline.models.parallel import Pass, Seams, State, attend_up_to, plan_writes
+from pipeline.models.parallel import Attend, Pass, Seams, State, attend_up_to, plan_writes
 from pipeline.models.weights import D2T, OFFSET
 from pipeline.speculation.sampling import Sampling, Vocabulary, greedy, sample
 from pipeline.speculation.shaping import LogProbs, Shaping, log_probs, shape
@@ -39,12 +39,18 @@ class Choose:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Right-padded prompts: tokens and positions int [B, T], lengths int [B] (0 for rows that have none), slots [B]."""
+    """Right-padded prompts, or the next parts of prompts: tokens and positions int [B, T].
+
+    `lengths_B` int, tokens of each row (0 for rows that have none), `slots_B` int, distinct cache rows. With `kv` a row
+    attends over that many positions of its slot, which hold what was before; 0: rows are empty and attend to the pass's
+    own keys.
+    """
 
     tokens_BT: Tensor
     positions_BT: Tensor
     lengths_B: Tensor
     slots_B: Tensor
+    kv: int = 0
 
     @property
     def active(self) -> Tensor:
@@ -55,6 +61,24 @@ class Prompt:
     def last(self) -> Tensor:
         """Index of each row's last token, int64."""
         return (self.lengths_B.long() - 1).clamp(0, self.tokens_BT.shape[1] - 1)
+
+    @property
+    def following(self) -> Tensor:
+        """Position after each row's last token."""
+        return self.positions_BT.gather(1, self.last[:, None])[:, 0] + 1
+
+    @property
+    def attend(self) -> Attend:
+        """What the queries of a pass over the prompts see."""
+        if self.kv:
+            return attend_up_to(self.positions_BT, self.kv, self.slots_B)
+        return attend_up_to(self.positions_BT[:1])
+
+    def kept(self, model: Model, less: int = 0) -> Tensor:
+        """Return which tokens are stored, bool [B, T]: all that are not padding, but for the last `less`."""
+        index_T = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device)
+        usable = model.usable(self.kv or self.tokens_BT.shape[1])
+        return (index_T < self.lengths_B[:, None] - less) & (self.positions_BT < usable)
 
 
 @dataclass(frozen=True)
@@ -98,12 +122,9 @@ class Model:
         return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend_up_to(positions_BT, kv)))
 
     def read(self, prompt: Prompt) -> Hidden:
-        """Run whole prompts into empty rows."""
-        positions_T = prompt.positions_BT[0]
-        keep_BT = prompt.active[:, None] & (positions_T < self.usable(len(positions_T)))
-        writes = plan_writes(self.state, prompt.slots_B, prompt.positions_BT, keep_BT)
-        run = Pass(prompt.positions_BT, self.state, writes, attend_up_to(positions_T[None]))
-        return self.run(prompt.tokens_BT, run)
+        """Run prompts into their slots."""
+        writes = plan_writes(self.state, prompt.slots_B, prompt.positions_BT, prompt.kept(self))
+        return self.run(prompt.tokens_BT, Pass(prompt.positions_BT, self.state, writes, prompt.attend))
 
     def run(self, tokens_BT: Tensor, run: Pass) -> Hidden:
         """Run all layers over tokens of the pair's common tokenizer."""

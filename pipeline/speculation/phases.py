@@ -20,17 +20,15 @@ from pipeline.speculation.model import Choose, Model, Prompt, Rows
 from pipeline.speculation.shaping import LogProbs
 
 
-def prefill(
-    target: Model, drafter: Drafter, tokens_BT: Tensor, lengths_B: Tensor, slots_B: Tensor, choose: Choose
-) -> Tensor:
-    """Fill both models' caches from empty rows; return the first new token, int32 [B] (-1 for rows of length 0).
+def prefill(target: Model, drafter: Drafter, prompt: Prompt, choose: Choose) -> Tensor:
+    """Fill both models' caches; return the token after each prompt, int32 [B] (-1 for rows of length 0).
 
-    Shapes: tokens_BT right-padded, lengths_B real tokens per row, slots_B distinct cache rows.
+    A part of a prompt begins with the last token of the part before it, which is read again: so a head has the
+    target's features of that position, and no row keeps anything between parts but its caches.
     """
-    prompt = Prompt(tokens_BT, index_range(tokens_BT.shape[1], tokens_BT).expand_as(tokens_BT), lengths_B, slots_B)
     states = target.read(prompt)
     drafter.after_prefill(prompt, states)
-    token_B1 = target.next(take(states.last_BTH, prompt.last)[:, None], lengths_B[:, None], choose)
+    token_B1 = target.next(take(states.last_BTH, prompt.last)[:, None], prompt.following[:, None], choose)
     return torch.where(prompt.active, token_B1[:, 0], -1).int()
 
 

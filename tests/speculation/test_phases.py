@@ -86,7 +86,7 @@ def test_inactive_rows_change_nothing(phase):
     before = {name: tensor.clone() for name, tensor in pair.state.items()}
     active = torch.tensor([False, True, False, False])
     if phase == "prefill":
-        spec = GraphSpec("prefill", 4, 4, 40)
+        spec = GraphSpec("prefill", 4, 4, 4)
         out = pair.step(spec, tokens=torch.ones(4, 4, dtype=torch.int32), lengths=[0, 3, 0, 0], slots=[0, 1, 2, 3])
     else:
         steps = 3 if phase == "speculate" else 0

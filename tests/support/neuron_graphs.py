@@ -111,7 +111,7 @@ def make(
 def phases(rows: int) -> list[GraphSpec]:
     """Every phase, both samplings, several K, and a bucket smaller than the cache."""
     return [
-        GraphSpec("prefill", rows, 8, LENGTH),
+        GraphSpec("prefill", rows, 8, 8),
         GraphSpec("prefill", rows, 8, LENGTH, sampling="stochastic"),
         GraphSpec("decode", rows, 1, LENGTH),
         GraphSpec("decode", rows, 1, 16),

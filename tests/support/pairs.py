@@ -58,7 +58,7 @@ class Pair:
         tokens = torch.zeros(len(prompts), longest, dtype=torch.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
-        spec = GraphSpec("prefill", len(prompts), longest, self.shape.length, sampling=how)
+        spec = GraphSpec("prefill", len(prompts), longest, longest, sampling=how)
         lengths = [len(prompt) for prompt in prompts]
         return self.step(spec, tokens=tokens, lengths=lengths, slots=list(range(len(prompts))), **sampling)[0]
 

@@ -185,7 +185,8 @@ extern "C" SIGNATURE
             out[r] = Y + ((b * T + t) * N + n) * D;
         }
         const float* q = Q + Q_OFFSET + ((b * G + g) * QUERIES + first) * D;
-        const Cached *k = K + (b * G + g) * LENGTH * D, *v = V + (b * G + g) * LENGTH * D;
+        const int64_t row = ROW_OF_B;
+        const Cached *k = K + (row * G + g) * LENGTH * D, *v = V + (row * G + g) * LENGTH * D;
         if (count == SHARE) attend<SHARE>(q, k, v, before, keys, sinks, out);
         else attend<REST>(q, k, v, before, keys, sinks, out);
     }
@@ -195,19 +196,23 @@ extern "C" SIGNATURE
 
 
 class CachedAttentionTemplate(CppTemplate):
-    """The kernel for one shape: `inputs` are q, k, v, last, and the sinks, if heads have any."""
+    """The kernel for one shape: `inputs` are q, k, v, last, and those of `optional` (SINKS, ROWS), by their names."""
 
-    def __init__(self, inputs: list[Any], layout: ir.Layout, kv: int, window: int, cap: float) -> None:
+    def __init__(
+        self, inputs: list[Any], optional: list[str], layout: ir.Layout, kv: int, window: int, cap: float
+    ) -> None:  # fmt: skip
         super().__init__("cached_attention", inputs, layout, num_threads=1)
-        self.kv, self.window, self.cap = kv, window, cap
+        self.optional, self.kv, self.window, self.cap = optional, kv, window, cap
 
     def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
         """Return the C++ of the kernel."""
         assert not epilogue_nodes, epilogue_nodes
-        q, k, v, last, *sinks = self.input_nodes
+        q, k, v, last, *given = self.input_nodes
+        optional = dict(zip(self.optional, given, strict=True))
+        offsets = {name: node.get_layout().offset for name, node in optional.items()}
         batch, heads, tokens, dim = (int(size) for size in q.get_size())
         inputs, outputs = {"Q": q, "K": k, "V": v, "LAST": last}, {"Y": template_buffer_node or self.output_node}
-        inputs |= {"SINKS": sinks[0]} if sinks else {}
+        inputs |= optional
         parts = {
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel(inputs, outputs),
@@ -225,20 +230,22 @@ class CachedAttentionTemplate(CppTemplate):
             "WINDOW_LENGTH": self.window,
             "IS_CAPPED": "true" if self.cap else "false",
             "CAP_VALUE": f"{self.cap!r}f",
-            "HAS_SINKS": "true" if sinks else "false",
-            "SINK_OF_HEAD": f"SINKS[{sinks[0].get_layout().offset} + n]" if sinks else "0.0f",
+            "HAS_SINKS": "true" if "SINKS" in optional else "false",
+            "SINK_OF_HEAD": f"SINKS[{offsets['SINKS']} + n]" if "SINKS" in optional else "0.0f",
+            "ROW_OF_B": f"ROWS[{offsets['ROWS']} + b]" if "ROWS" in optional else "b",
         }
         return filled(KERNEL, parts)
 
 
 @lowering.register_lowering(torch.ops.tandem.cached_attention, type_promotion_kind=None)  # type: ignore[untyped-decorator]
 def _lower(  # noqa: PLR0913 - the operator's signature
-    q: Any, k: Any, v: Any, last: Any, kv: int, window: int = 0, cap: float = 0.0, sinks: Any = None
+    q: Any, k: Any, v: Any, last: Any, kv: int, window: int = 0, cap: float = 0.0, sinks: Any = None, rows: Any = None
 ) -> Any:  # fmt: skip
-    given = (q, k, v, last) if sinks is None else (q, k, v, last, sinks)
-    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in given]
+    optional = {name: given for name, given in (("SINKS", sinks), ("ROWS", rows)) if given is not None}
+    operands = (q, k, v, last, *optional.values())
+    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in operands]
     batch, heads, tokens, dim = inputs[0].get_size()
     layout = ir.FixedLayout(inputs[0].get_device(), k.get_dtype(), [batch, tokens, heads, dim])
-    out = CachedAttentionTemplate(inputs, layout, kv, window, cap).generate().output_node()
+    out = CachedAttentionTemplate(inputs, list(optional), layout, kv, window, cap).generate().output_node()
     out.data.data.allow_epilogue_fusion = False
     return out

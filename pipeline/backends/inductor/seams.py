@@ -72,9 +72,10 @@ class BlockedSeams(Seams):
         last_BT = attend.last_BT.int().expand(batch, tokens).contiguous()
         q = q_BNTD.float() if attend.scale is None else q_BNTD.float() * (attend.scale * dim**0.5)
         how = {"window": attend.window, "cap": attend.cap}
-        sinks = {} if attend.sinks_N is None else {"sinks": attend.sinks_N.float()}
+        tensors = {} if attend.sinks_N is None else {"sinks": attend.sinks_N.float()}
+        tensors |= {} if attend.rows_B is None else {"rows": attend.rows_B.int().contiguous()}
         given = {name: value for name, value in how.items() if value is not None}
-        out = cached_attention(q.contiguous(), k, v, last_BT, attend.kv, **given, **sinks)
+        out = cached_attention(q.contiguous(), k, v, last_BT, attend.kv, **given, **tensors)
         return out.to(q_BNTD.dtype).view(batch, tokens, heads * dim)
 
     def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:

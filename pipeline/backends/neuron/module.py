@@ -46,7 +46,7 @@ class NeuronSeams(Seams):
         """
         batch, heads, tokens, dim = q_BNTD.shape
         if attend.kv:
-            k, v = k[:batch, :, : attend.kv], v[:batch, :, : attend.kv]
+            k, v = attend.of_rows(k, batch), attend.of_rows(v, batch)
         keys = k.shape[2]
         parts = []
         for first, last in query_blocks(batch * heads, tokens, keys):

@@ -96,7 +96,7 @@ def test_hlo_of_mechanisms_equals_eager(backend, graphs_of, family):
     pair = make(family)
     graphs, filled = graphs_of(backend, pair), noise(pair.shape)
     specs = (
-        GraphSpec("prefill", 4, 8, LENGTH),
+        GraphSpec("prefill", 4, 8, 8),
         GraphSpec("decode", 4, 1, LENGTH),
         GraphSpec("speculate", 4, 3, LENGTH, 2),
     )
@@ -119,7 +119,7 @@ def generate(graphs) -> tuple[list[list[int]], list[int]]:
     for row, prompt in enumerate(PROMPTS):
         tokens[row, : len(prompt)] = torch.tensor(prompt)
     lengths = [len(prompt) for prompt in PROMPTS]
-    first = graphs.step(GraphSpec("prefill", 4, 8, LENGTH), tokens=tokens, lengths=lengths, slots=[0, 1, 2, 3])[0]
+    first = graphs.step(GraphSpec("prefill", 4, 8, 8), tokens=tokens, lengths=lengths, slots=[0, 1, 2, 3])[0]
     rows = [[*prompt, int(token)] for prompt, token in zip(PROMPTS, first, strict=True)]
     sizes: list[int] = []
 

@@ -102,7 +102,7 @@ def test_generation_through_hlo_equals_plain_greedy(sdk, family, reduced):
     for row, prompt in enumerate(PROMPTS):
         tokens[row, : len(prompt)] = torch.tensor(prompt)
     lengths = [len(prompt) for prompt in PROMPTS]
-    first = graphs.step(GraphSpec("prefill", 4, 8, LENGTH), tokens=tokens, lengths=lengths, slots=[0, 1, 2, 3])[0]
+    first = graphs.step(GraphSpec("prefill", 4, 8, 8), tokens=tokens, lengths=lengths, slots=[0, 1, 2, 3])[0]
     rows = [[*prompt, int(token)] for prompt, token in zip(PROMPTS, first, strict=True)]
     sizes = []
     for _ in range(4):
