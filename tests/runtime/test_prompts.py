@@ -1,6 +1,6 @@
 """Which prefill graphs read prompts: the fewest tokens computed, shown by trying every way."""
 
-from itertools import combinations, product
+from itertools import combinations
 
 import pytest
 
@@ -38,7 +38,7 @@ def cost(graph: GraphSpec) -> int:
 
 
 def least(lengths: list[int]) -> int:
-    """The least over all ways to cut rows in order of their lengths into groups."""
+    """The least over all ways to cut rows, in order of their lengths, into groups."""
     found = []
     for count in range(len(lengths)):
         for cuts in combinations(range(1, len(lengths)), count):
@@ -47,14 +47,12 @@ def least(lengths: list[int]) -> int:
             found += (
                 [sum(map(cost, chosen)) for chosen in product(*fits)] if all(map(len, fits)) and len(groups) < 4 else []
             )
-            found += [sum(min(map(cost, each)) for each in fits)]
+            found.append(sum(min(map(cost, each)) for each in fits))
     return min(found)
 
 
 def test_empty_rows_have_graphs_without_a_cache_where_there_are_any():
     graphs = [*GRAPHS, GraphSpec("prefill", 4, 128, 128)]
-    calls = list(calls_of([Part(0, 0, 100), Part(1, 70, 100), Part(2, 0, 4)], graphs))
-    assert [(call.graph.continues, [part.slot for part in call.parts]) for call in calls] == [
-        (False, [0, 2]),
-        (True, [1]),
-    ]
+    fresh, continued = calls_of([Part(0, 0, 100), Part(1, 70, 100), Part(2, 0, 4)], graphs)
+    assert (fresh.graph.continues, [part.slot for part in fresh.parts]) == (False, [0, 2])
+    assert (continued.graph.continues, [part.slot for part in continued.parts]) == (True, [1])
