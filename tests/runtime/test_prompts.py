@@ -44,9 +44,6 @@ def least(lengths: list[int]) -> int:
         for cuts in combinations(range(1, len(lengths)), count):
             groups = [lengths[a:b] for a, b in zip((0, *cuts), (*cuts, len(lengths)), strict=True)]
             fits = [[g for g in GRAPHS if g.batch >= len(group) and g.tokens >= max(group)] for group in groups]
-            found += (
-                [sum(map(cost, chosen)) for chosen in product(*fits)] if all(map(len, fits)) and len(groups) < 4 else []
-            )
             found.append(sum(min(map(cost, each)) for each in fits))
     return min(found)
 
