@@ -18,8 +18,8 @@ from statistics import median
 
 import torch
 
-from pipeline.backends.inductor.backend import LoadedGraph
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
+from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.int8 import quantise
 
@@ -89,7 +89,7 @@ def package(module, inputs):
     path = str(Path(tempfile.mkdtemp()) / "graph.pt2")
     options = {"cpp.threads": 1, "aot_inductor.compile_wrapper_opt_level": "O0"}
     torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
-    return LoadedGraph(path, -1)
+    return LoadedGraph(Path(path), "cpu")
 
 
 def timed(run, rounds):

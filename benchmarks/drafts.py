@@ -15,8 +15,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.distill.request import Request
 from pipeline.distill.run import prepare
+from pipeline.distill.settings import DistillSettings
 from pipeline.models.weights import weight_specs
 from pipeline.recipe import load
 
@@ -40,9 +40,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0, help="of the data and the training, as distill's")
     asked = parser.parse_args()
-    request = Request(recipe=load(asked.recipe), base=asked.recipe.parent, out=Path("unused"), tokens=asked.tokens,
-                      steps=asked.steps, seed=asked.seed)  # fmt: skip
-    job = prepare(request)
+    settings = DistillSettings(
+        recipe=load(asked.recipe), base=asked.recipe.parent, out=Path("unused"), tokens=asked.tokens,
+        steps=asked.steps, seed=asked.seed,
+    )  # fmt: skip
+    job = prepare(settings)
     job.write_data()
     sequences, held_out = job.sequences(), [s for group in job.held_out().values() for s in group]
     layers = job.target.config.layers
@@ -52,7 +54,7 @@ def main() -> None:
     whole = sum(math.prod(s.shape) for s in weight_specs(job.target.config) if s.kind != "vector")
     for method, objective, chosen in KINDS:
         chosen = tuple(layer % layers for layer in chosen)
-        job = replace(job, request=replace(request, method=method, objective=objective, layers=chosen))
+        job = replace(job, settings=replace(settings, method=method, objective=objective, layers=chosen))
         started = time.monotonic()
         trainer = job.trainer(sequences)
         trainer.train(sequences, [])

@@ -1,6 +1,6 @@
 """C++ of `cached_attention`, and its registration with Inductor. Imported only to compile.
 
-Keys and values are read in order, in chunks whose scores fit the L1 cache, for all queries of the heads that share
+Keys and values are read in order, in chunks whose scores fit the L1 cache, for many queries of the heads that share
 them; sums are rescaled if a chunk has a new largest score (Milakov, Gimelshein 2018). A chunk's keys are transposed
 first, so that a query is multiplied with many keys at a time. Each query's sum runs over its keys in the same order for
 any number of queries and rows.
@@ -33,10 +33,17 @@ constexpr int64_t B = BATCH, N = QUERY_HEADS, G = KV_HEADS, T = TOKENS, D = HEAD
 constexpr int64_t WINDOW = WINDOW_LENGTH;  // 0: all keys up to the last
 constexpr bool CAPPED = IS_CAPPED, SUNK = HAS_SINKS;
 constexpr int64_t LANES = Vec::size(), CHUNK = 64, VECTORS = (D + LANES - 1) / LANES, PADDED = VECTORS * LANES;
-// Queries of the heads that share keys: as many at a time as have their sums in registers, shared out evenly.
-constexpr int64_t QUERIES = N / G * T, FIT = std::max<int64_t>((LANES >= 16 ? 24 : 10) / VECTORS, 1);
-constexpr int64_t SHARE = (QUERIES + (QUERIES + FIT - 1) / FIT - 1) / ((QUERIES + FIT - 1) / FIT);
-constexpr int64_t PARTS = (QUERIES + SHARE - 1) / SHARE, REST = QUERIES - (PARTS - 1) * SHARE;
+// A task is some queries of the heads that share keys, for which these are transposed once. A group of them has its
+// sums in registers: those of the scores, then those of the values, a tile of vectors of some queries at a time.
+constexpr int64_t REGISTERS = LANES >= 16 ? 24 : 12, QUERIES = N / G * T, MOST = 48, TASKS = 16;
+constexpr int64_t divisor(int64_t most) { return VECTORS % most == 0 ? most : divisor(most - 1); }
+constexpr int64_t NARROW = divisor(std::min<int64_t>(VECTORS, 4));
+constexpr int64_t tile(int64_t queries) { return queries == 1 && VECTORS <= REGISTERS ? VECTORS : NARROW; }
+constexpr int64_t parts(int64_t all, int64_t size) { return (all + size - 1) / size; }
+constexpr int64_t LEAST = std::min(std::max<int64_t>((LANES >= 16 ? 24 : 10) / VECTORS, 1), QUERIES);
+constexpr int64_t PARTS = parts(QUERIES, std::clamp(parts(QUERIES, parts(TASKS, B * G)), LEAST, std::max(LEAST, MOST)));
+constexpr int64_t SHARE = parts(QUERIES, PARTS), REST = QUERIES - (PARTS - 1) * SHARE;
+constexpr int64_t GROUP = std::min(REGISTERS / 2, SHARE);
 constexpr float LOWEST = -3.0e38f;
 // Rows of bfloat16 are transposed two values at a time.
 constexpr bool PAIRS = std::is_same_v<Cached, at::BFloat16> && D % (2 * LANES) == 0;
@@ -70,97 +77,132 @@ inline void transpose(const Cached* k, int64_t count, float* out) {
     }
 }
 
-// `R` queries with the same keys and values; query r sees the first keys[r] of them, from `before[r]` on.
+// Queries of a task: query r sees the first keys[r] keys, from `before[r]` on.
+struct Task {
+    const float* q;
+    const int64_t *before, *keys;
+    alignas(64) float sums[SHARE * PADDED] = {};
+    float best[SHARE], total[SHARE] = {};
+};
+
+// Adds a chunk's values by the scores of `Q` queries to `TILE` vectors of their sums.
+template <int64_t Q, int64_t TILE>
+inline void add_values(const float* scores, const Cached* v, const float* wide, int64_t count, int64_t d, float* sums) {
+    Vec sum[Q * TILE];
+    #pragma GCC unroll 24
+    for (int64_t n = 0; n < Q * TILE; ++n) sum[n] = Vec::loadu(sums + n / TILE * PADDED + (d + n % TILE) * LANES);
+    for (int64_t s = 0; s < count; ++s) {
+        #pragma GCC unroll 8
+        for (int64_t n = 0; n < TILE; ++n) {
+            const int64_t at = (d + n) * LANES;
+            const Vec part = wide ? Vec::loadu(wide + s * PADDED + at) : widened(v + s * D + at);
+            #pragma GCC unroll 24
+            for (int64_t r = 0; r < Q; ++r) {
+                sum[r * TILE + n] = at::vec::fmadd(Vec(scores[r * CHUNK + s]), part, sum[r * TILE + n]);
+            }
+        }
+    }
+    #pragma GCC unroll 24
+    for (int64_t n = 0; n < Q * TILE; ++n) sum[n].store(sums + n / TILE * PADDED + (d + n % TILE) * LANES);
+}
+
+// `R` queries of a task, from `begin` on, with a chunk of keys and values; `wide` has values as float32, or is null.
 template <int64_t R>
 inline void attend(
-    const float* q, const Cached* k, const Cached* v, const int64_t* before, const int64_t* keys, const float* sinks,
-    Cached* const* out
+    Task& task, int64_t begin, int64_t first, int64_t count, const float* columns, const Cached* v, const float* wide
 ) {
+    const float* q = task.q + begin * D;
+    const int64_t *before = task.before + begin, *keys = task.keys + begin;
+    float *best = task.best + begin, *total = task.total + begin, *sums = task.sums + begin * PADDED;
     const Vec scale(1.0f / std::sqrt(static_cast<float>(D)));
-    alignas(64) float columns[WIDTH * CHUNK], scores[R * CHUNK], sums[R * PADDED] = {}, wide[PADDED];
-    float best[R], total[R] = {};
-    std::fill_n(best, R, WINDOW ? LOWEST / 2 : LOWEST);  // above hidden scores, which may come first in a window
-    if constexpr (SUNK) {
-        std::copy_n(sinks, R, best);
-        std::fill_n(total, R, 1.0f);
+    alignas(64) float scores[R * CHUNK];
+    for (int64_t s = 0; s < count; s += LANES) {
+        Vec even[R], odd[R];  // two sums, so that one need not wait for the other
+        for (int64_t r = 0; r < R; ++r) { even[r] = Vec(0.0f); odd[r] = Vec(0.0f); }
+        const auto add = [&](Vec* sums, int64_t d, const Vec& column) {
+            #pragma GCC unroll 24
+            for (int64_t r = 0; r < R; ++r) sums[r] = at::vec::fmadd(Vec(q[r * D + d]), column, sums[r]);
+        };
+        for (int64_t d = 0; d + 1 < D; d += 2) {
+            if constexpr (PAIRS) {
+                const auto [one, other] = unpaired(reinterpret_cast<const Cached*>(columns + d / 2 * CHUNK + s));
+                add(even, d, one);
+                add(odd, d + 1, other);
+            } else {
+                add(even, d, Vec::loadu(columns + d * CHUNK + s));
+                add(odd, d + 1, Vec::loadu(columns + (d + 1) * CHUNK + s));
+            }
+        }
+        if constexpr (D % 2) add(even, D - 1, Vec::loadu(columns + (D - 1) * CHUNK + s));
+        for (int64_t r = 0; r < R; ++r) {
+            Vec score = (even[r] + odd[r]) * scale;
+            if constexpr (CAPPED) score = (score / Vec(CAP_VALUE)).tanh() * Vec(CAP_VALUE);
+            score.store(scores + r * CHUNK + s);
+        }
     }
-    const int64_t all = *std::max_element(keys, keys + R);
-    const int64_t start = WINDOW ? *std::min_element(before, before + R) / CHUNK * CHUNK : 0;
+    for (int64_t r = 0; r < R; ++r) {
+        float* mine = scores + r * CHUNK;
+        for (int64_t s = std::clamp<int64_t>(keys[r] - first, 0, CHUNK); s < CHUNK; ++s) mine[s] = LOWEST;
+        if constexpr (WINDOW > 0) std::fill_n(mine, std::clamp<int64_t>(before[r] - first, 0, CHUNK), LOWEST);
+        Vec top(best[r]), shares(0.0f);
+        for (int64_t s = 0; s < CHUNK; s += LANES) top = at::vec::maximum(top, Vec::loadu(mine + s));
+        const float now = at::vec::vec_reduce_all<float>(
+            [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
+        for (int64_t s = 0; s < CHUNK; s += LANES) {
+            const Vec share = (Vec::loadu(mine + s) - Vec(now)).exp();
+            share.store(mine + s);
+            shares = shares + share;
+        }
+        const float shrink = std::exp(best[r] - now);
+        best[r] = now;
+        total[r] = total[r] * shrink
+            + at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, shares);
+        for (int64_t d = 0; d < PADDED; d += LANES) {
+            (Vec::loadu(sums + r * PADDED + d) * Vec(shrink)).store(sums + r * PADDED + d);
+        }
+    }
+    constexpr int64_t TILE = tile(R), SOME = std::min(std::max<int64_t>(REGISTERS / TILE, 1), R);
+    for (int64_t d = 0; d < VECTORS; d += TILE) {
+        int64_t r = 0;
+        const auto at = [&](int64_t query) { return sums + query * PADDED; };
+        for (; r + SOME <= R; r += SOME) add_values<SOME, TILE>(scores + r * CHUNK, v, wide, count, d, at(r));
+        if constexpr (R % SOME) add_values<R % SOME, TILE>(scores + r * CHUNK, v, wide, count, d, at(r));
+    }
+}
+
+// The `C` queries of a task, which see the same keys and values.
+template <int64_t C>
+inline void run(Task& task, const Cached* k, const Cached* v, const float* sinks, Cached* const* out) {
+    constexpr bool WIDE = D % LANES != 0 || C > GROUP;  // values are widened once for all groups
+    alignas(64) float columns[WIDTH * CHUNK], wide[WIDE ? CHUNK * PADDED : 1];
+    std::fill_n(task.best, C, WINDOW ? LOWEST / 2 : LOWEST);  // above hidden scores, which may come first in a window
+    if constexpr (SUNK) {
+        std::copy_n(sinks, C, task.best);
+        std::fill_n(task.total, C, 1.0f);
+    }
+    const int64_t all = *std::max_element(task.keys, task.keys + C);
+    const int64_t start = WINDOW ? *std::min_element(task.before, task.before + C) / CHUNK * CHUNK : 0;
     for (int64_t first = start; first < all; first += CHUNK) {
         const int64_t count = std::min(CHUNK, all - first);
         transpose(k + first * D, count, columns);
-        for (int64_t s = 0; s < count; s += LANES) {
-            Vec even[R], odd[R];  // two sums, so that one need not wait for the other
-            for (int64_t r = 0; r < R; ++r) { even[r] = Vec(0.0f); odd[r] = Vec(0.0f); }
-            const auto add = [&](Vec* sums, int64_t d, const Vec& column) {
-                #pragma GCC unroll 24
-                for (int64_t r = 0; r < R; ++r) sums[r] = at::vec::fmadd(Vec(q[r * D + d]), column, sums[r]);
-            };
-            for (int64_t d = 0; d + 1 < D; d += 2) {
-                if constexpr (PAIRS) {
-                    const auto [one, other] = unpaired(reinterpret_cast<const Cached*>(columns + d / 2 * CHUNK + s));
-                    add(even, d, one);
-                    add(odd, d + 1, other);
-                } else {
-                    add(even, d, Vec::loadu(columns + d * CHUNK + s));
-                    add(odd, d + 1, Vec::loadu(columns + (d + 1) * CHUNK + s));
-                }
-            }
-            if constexpr (D % 2) add(even, D - 1, Vec::loadu(columns + (D - 1) * CHUNK + s));
-            for (int64_t r = 0; r < R; ++r) {
-                Vec score = (even[r] + odd[r]) * scale;
-                if constexpr (CAPPED) score = (score / Vec(CAP_VALUE)).tanh() * Vec(CAP_VALUE);
-                score.store(scores + r * CHUNK + s);
-            }
+        const Cached* values = v + first * D;
+        if constexpr (WIDE) {
+            for (int64_t s = 0; s < count; ++s) widen(values + s * D, wide + s * PADDED);
         }
-        for (int64_t r = 0; r < R; ++r) {
-            float* mine = scores + r * CHUNK;
-            for (int64_t s = std::clamp<int64_t>(keys[r] - first, 0, CHUNK); s < CHUNK; ++s) mine[s] = LOWEST;
-            if constexpr (WINDOW > 0) std::fill_n(mine, std::clamp<int64_t>(before[r] - first, 0, CHUNK), LOWEST);
-            Vec top(best[r]), shares(0.0f);
-            for (int64_t s = 0; s < CHUNK; s += LANES) top = at::vec::maximum(top, Vec::loadu(mine + s));
-            const float now = at::vec::vec_reduce_all<float>(
-                [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
-            for (int64_t s = 0; s < CHUNK; s += LANES) {
-                const Vec share = (Vec::loadu(mine + s) - Vec(now)).exp();
-                share.store(mine + s);
-                shares = shares + share;
-            }
-            const float shrink = std::exp(best[r] - now);
-            best[r] = now;
-            total[r] = total[r] * shrink
-                + at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, shares);
-            for (int64_t d = 0; d < PADDED; d += LANES) {
-                (Vec::loadu(sums + r * PADDED + d) * Vec(shrink)).store(sums + r * PADDED + d);
-            }
+        int64_t begin = 0;
+        for (; begin + GROUP <= C; begin += GROUP) {
+            attend<GROUP>(task, begin, first, count, columns, values, WIDE ? wide : nullptr);
         }
-        Vec sum[R * VECTORS];
-        #pragma GCC unroll 32
-        for (int64_t n = 0; n < R * VECTORS; ++n) sum[n] = Vec::loadu(sums + n * LANES);
-        for (int64_t s = 0; s < count; ++s) {
-            const Cached* value = v + (first + s) * D;
-            if constexpr (D % LANES != 0) widen(value, wide);
-            #pragma GCC unroll 8
-            for (int64_t d = 0; d < VECTORS; ++d) {
-                const Vec part = D % LANES == 0 ? widened(value + d * LANES) : Vec::loadu(wide + d * LANES);
-                #pragma GCC unroll 24
-                for (int64_t r = 0; r < R; ++r) {
-                    Vec& mine = sum[r * VECTORS + d];
-                    mine = at::vec::fmadd(Vec(scores[r * CHUNK + s]), part, mine);
-                }
-            }
-        }
-        #pragma GCC unroll 32
-        for (int64_t n = 0; n < R * VECTORS; ++n) sum[n].store(sums + n * LANES);
+        if constexpr (C % GROUP) attend<C % GROUP>(task, begin, first, count, columns, values, WIDE ? wide : nullptr);
     }
-    for (int64_t r = 0; r < R; ++r) {
-        const Vec all(total[r]);
-        const float* mine = sums + r * PADDED;
+    for (int64_t r = 0; r < C; ++r) {
+        const Vec all(task.total[r]);
+        const float* mine = task.sums + r * PADDED;
         constexpr int64_t WHOLE = D / (2 * LANES) * (2 * LANES);
         for (int64_t d = 0; d < WHOLE; d += 2 * LANES) {
             store_both(Vec::loadu(mine + d) / all, Vec::loadu(mine + d + LANES) / all, out[r] + d);
         }
-        for (int64_t d = WHOLE; d < D; ++d) out[r][d] = static_cast<Cached>(mine[d] / total[r]);
+        for (int64_t d = WHOLE; d < D; ++d) out[r][d] = static_cast<Cached>(mine[d] / task.total[r]);
     }
 }
 
@@ -175,6 +217,7 @@ extern "C" SIGNATURE
         const int64_t first = part * SHARE, count = part + 1 < PARTS ? SHARE : REST;
         int64_t before[SHARE], keys[SHARE];
         float sinks[SHARE];
+        Task task;
         Cached* out[SHARE];
         for (int64_t r = 0; r < count; ++r) {
             const int64_t n = g * (N / G) + (first + r) / T, t = (first + r) % T;
@@ -184,11 +227,13 @@ extern "C" SIGNATURE
             sinks[r] = SINK_OF_HEAD;
             out[r] = Y + ((b * T + t) * N + n) * D;
         }
-        const float* q = Q + Q_OFFSET + ((b * G + g) * QUERIES + first) * D;
+        task.q = Q + Q_OFFSET + ((b * G + g) * QUERIES + first) * D;
+        task.before = before;
+        task.keys = keys;
         const int64_t row = ROW_OF_B;
         const Cached *k = K + (row * G + g) * LENGTH * D, *v = V + (row * G + g) * LENGTH * D;
-        if (count == SHARE) attend<SHARE>(q, k, v, before, keys, sinks, out);
-        else attend<REST>(q, k, v, before, keys, sinks, out);
+        if (count == SHARE) run<SHARE>(task, k, v, sinks, out);
+        else run<REST>(task, k, v, sinks, out);
     }
 }
 """

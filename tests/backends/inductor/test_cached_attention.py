@@ -32,6 +32,14 @@ class Windowed(torch.nn.Module):
         return tuple(cached_attention(q, k, v, last, KV, **how) for how in options(sinks))
 
 
+class Parts(torch.nn.Module):
+    """Many queries, some of them, and one, over a row of the caches that is named."""
+
+    def forward(self, q, k, v, last, rows):
+        parts = (slice(0, 70), slice(60, 65), slice(63, 64))
+        return tuple(cached_attention(q[:, :, part], k, v, last[:, part].contiguous(), KV, rows=rows) for part in parts)
+
+
 def options(sinks):
     """Options of attention: alone and together."""
     return (
@@ -122,6 +130,22 @@ def test_compiled_windows_caps_and_sinks_are_those_of_plain_attention(dtype, tmp
         rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
         torch.testing.assert_close(output.float(), plain, atol=1e-4, rtol=rounding)
         torch.testing.assert_close(cached_attention(q, k, v, last, KV, **how).float(), plain, atol=1e-4, rtol=rounding)
+
+
+@pytest.mark.parametrize("isa", ["native", pytest.param("avx2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dim", [64, pytest.param(24, marks=pytest.mark.slow)])
+def test_a_query_gives_the_same_bits_beside_any_others(dim, isa, tmp_path):
+    """A prompt's tokens are those of decode steps, however it is read."""
+    torch.manual_seed(0)
+    q, last = torch.randn(1, 6, 70, dim) * 2, torch.arange(70, 140, dtype=torch.int32)[None]
+    k, v = (torch.randn(3, 2, 160, dim).bfloat16() for _ in range(2))
+    rows = torch.tensor([2], dtype=torch.int32)
+    many, some, one = run_compiled({"parts": (Parts(), (q, k, v, last, rows))}, tmp_path, isa)["parts"]
+    assert torch.equal(many[:, 60:65], some)
+    assert torch.equal(some[:, 3:4], one)
+    expected = PLAIN.attend(q, k.float(), v.float(), attend_up_to(last, KV, rows)).view(1, 70, 6, dim)
+    torch.testing.assert_close(many.float(), expected, atol=1e-4, rtol=2**-7)
+    torch.testing.assert_close(cached_attention(q, k, v, last, KV, rows=rows).float(), expected, atol=1e-4, rtol=2**-7)
 
 
 def write(k, last, new):
