@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 WORKER = "pipeline.serve.worker.TandemWorker"
+SCHEDULER = "pipeline.serve.scheduler.TandemScheduler"
 
 UNSUPPORTED: dict[str, Any] = {
     "thinking_token_budget": None, "prompt_logprob_token_ids": None, "logprob_token_ids": None,
@@ -223,9 +224,10 @@ def _configure(config: VllmConfig, manifest: Any) -> None:
     config.model_config.max_model_len = min(config.model_config.max_model_len, most)
     config.scheduler_config.max_model_len = config.model_config.max_model_len
     config.scheduler_config.max_num_seqs = min(config.scheduler_config.max_num_seqs, slots)
-    # A step may prefill every slot at once; prompts are not chunked.
+    # A step may prefill every slot at once; beside running requests, the scheduler has prompts read in parts.
     config.scheduler_config.max_num_batched_tokens = slots * most
-    config.scheduler_config.enable_chunked_prefill = False
+    config.scheduler_config.enable_chunked_prefill = True
+    config.scheduler_config.scheduler_cls = SCHEDULER
     config.scheduler_config.async_scheduling = False
     config.cache_config.block_size = settings.BLOCK
     config.cache_config.enable_prefix_caching = False

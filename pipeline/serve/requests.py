@@ -91,19 +91,33 @@ class RequestSlots:
             self._slots.pop(name, None)
             self._rows.pop(name, None)
 
-    def step(
-        self, new: Mapping[str, ServedRequest], running: Mapping[str, int], allowed: Mapping[str, Tensor] | None = None
-    ) -> Step:
-        """Prefill `new` requests and take one step with those in `running`; return the tokens of all.
+    def is_reading(self, name: str) -> bool:
+        """Return whether a request's prompt has not been read to its end."""
+        row = self._rows[name]
+        return row.read < row.prompt and len(row.tokens) == row.prompt
 
-        `running` gives the largest number of drafts that may count for each request. The step drafts `planned` tokens,
-        unless that number is 0 for every request. `allowed` has what grammars allow at the positions of a request's
-        step, int32 [drafts + 1, W].
+    def step(
+        self,
+        new: Mapping[str, ServedRequest],
+        running: Mapping[str, int],
+        allowed: Mapping[str, Tensor] | None = None,
+        reading: Mapping[str, int] | None = None,
+    ) -> Step:
+        """Read prompts and take one step with the requests in `running`; return the tokens of all.
+
+        `new` are requests to take in. `running` gives the largest number of drafts that may count for each request. The
+        step drafts `planned` tokens, unless that number is 0 for every request. `allowed` has what grammars allow at
+        the positions of a request's step, int32 [drafts + 1, W]. `reading` gives the tokens of a prompt that shall have
+        been read after the step, of new requests and of those that were read in part (None: all of the new ones); until
+        its prompt is read, a request has no token.
         """
         self._fill_slots(new)
-        prompts = self._score_prompts(new)
-        ruled = [name for name, request in new.items() if request.rules is not None]
-        tokens = self._prefill([name for name in new if name not in ruled])
+        if reading is None:
+            reading = {name: request.prompt for name, request in new.items()}
+        whole = [name for name, end in reading.items() if end >= self._rows[name].prompt]
+        prompts = self._score_prompts({name: self._rows[name] for name in whole})
+        ruled = [name for name in whole if self._rows[name].rules is not None]
+        tokens = self._prefill({name: end for name, end in reading.items() if name not in ruled})
         logprobs: dict[str, list[TokenLogProbs]] = {}
         if ruled or any(self._rows[name].rules is not None for name in running):
             verified = self._verify(ruled, running, allowed or {})
@@ -115,11 +129,13 @@ class RequestSlots:
             row = self._rows[name]
             row.tokens.extend(emitted)
             row.in_draft = min(row.in_draft, row.position)  # the draft has read tokens beyond the limit
-        self._plan_next(tokens)
+        self._plan_next([name for name, emitted in tokens.items() if emitted])
         return Step(tokens, logprobs, prompts)
 
     def drafts(self, name: str) -> list[int]:
         """Return the drafts of a request's next step; placeholders where the step's own graph proposes them."""
+        if self.is_reading(name):
+            return []
         return self._rows[name].proposed[: self.planned] or [0] * self.planned
 
     def _fill_slots(self, new: Mapping[str, ServedRequest]) -> None:
@@ -138,10 +154,13 @@ class RequestSlots:
         found = prompt_logprobs(self.batch, self._rows_of(asking), most)
         return {name: found[self._slots[name]] for name in asking}
 
-    def _prefill(self, names: Iterable[str]) -> dict[str, list[int]]:
-        rows = self._rows_of(names)
-        first = self.batch.prefill(rows) if rows else {}
-        return {name: [first[self._slots[name]]] for name in names}
+    def _prefill(self, reading: Mapping[str, int]) -> dict[str, list[int]]:
+        """Read prompts up to `reading`; return the first token of those that end there, and none of others."""
+        rows = self._rows_of(reading)
+        after = self.batch.read_to({self._slots[name]: end for name, end in reading.items()}, rows)
+        return {
+            name: [after[self._slots[name]]] if end >= self._rows[name].prompt else [] for name, end in reading.items()
+        }
 
     def _rows_of(self, names: Iterable[str]) -> dict[int, ServedRequest]:
         return {self._slots[name]: self._rows[name] for name in names}

@@ -38,6 +38,8 @@ class ServeOptions(Record):
 
     speculate_up_to: int | None = Field(default=None, ge=0)
     """Largest number of rows that speculate together; with more rows, all take decode steps."""
+    prefill_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of prompts that a step reads beside running requests; by default what takes as long as their step."""
 
 
 def options(additional_config: object) -> ServeOptions:

@@ -15,9 +15,11 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from pipeline.runtime.open import open_batch
+from pipeline.runtime.prefill_budget import measured_budget
 from pipeline.runtime.rules import RuleState
 from pipeline.serve.parameters import choice, logprobs_lists, masks, prompt_tensors, rules_of
 from pipeline.serve.requests import RequestSlots, ServedRequest, served_request, wants_drafts
+from pipeline.serve.scheduler import TandemScheduler
 from pipeline.serve.settings import BLOCK, VERIFIED, blocks, options
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class TandemWorker(WorkerBase):
         """Run every graph of the serving phases once, so that no request waits for opening it. Compiles nothing."""
         start = time.perf_counter()
         opened = self.batch.warm()
+        TandemScheduler.budget = measured_budget(self.batch)
         logger.info("tandem: %d graphs opened in %.2f s; compiled nothing", opened, time.perf_counter() - start)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
@@ -76,7 +79,7 @@ class TandemWorker(WorkerBase):
         return ("generate",)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Take one step: drop finished requests, prefill new requests, advance running requests.
+        """Take one step: drop finished requests, read prompts or parts of them, advance running requests.
 
         Returns None, and takes the step in `sample_tokens`, if a request has a grammar.
         """
@@ -95,8 +98,16 @@ class TandemWorker(WorkerBase):
             raise RuntimeError("vLLM preempted a request, although every slot has blocks")
         self.requests.drop(scheduler_output.finished_req_ids)
         new = {data.req_id: _request(data, self.batch.manifest.vocab) for data in scheduler_output.scheduled_new_reqs}
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        step = self.requests.step(new, {name: len(drafts.get(name, ())) for name in running.req_ids}, allowed)
+        drafts, scheduled = scheduler_output.scheduled_spec_decode_tokens, scheduler_output.num_scheduled_tokens
+        computed = {data.req_id: data.num_computed_tokens for data in scheduler_output.scheduled_new_reqs}
+        computed |= dict(zip(running.req_ids, running.num_computed_tokens, strict=True))
+        reading = {
+            name: read + scheduled[name]
+            for name, read in computed.items()
+            if name in new or self.requests.is_reading(name)
+        }
+        advancing = {name: len(drafts.get(name, ())) for name in running.req_ids if name not in reading}
+        step = self.requests.step(new, advancing, allowed, reading)
         self._last = list(step.tokens)
         return ModelRunnerOutput(
             req_ids=self._last,

@@ -34,10 +34,14 @@ def eager(work, layers=(0,)):
 
 
 class Scheduler:
-    """What vLLM's scheduler does with a worker's tokens: admits to free slots, cuts at a limit, drops."""
+    """What vLLM's scheduler does with a worker's tokens: admits to free slots, cuts at a limit, drops.
 
-    def __init__(self, requests, slots):
-        self.requests, self.slots = requests, slots
+    With `part`, beside running requests a step reads so many tokens of a prompt at most, and one prompt at a time.
+    """
+
+    def __init__(self, requests, slots, part=None):
+        self.requests, self.slots, self.part = requests, slots, part
+        self.read = {}
         self.running, self.answers, self.steps = {}, {}, []
 
     def run(self, waiting, seed=0, cancel=()):
@@ -50,11 +54,18 @@ class Scheduler:
                 continue
             self.requests.drop(gone)
             self.steps.append(self.requests.planned)
-            going = dict.fromkeys(self.running, self.requests.planned)
-            for name, _, limit in new:
+            going = {name: self.requests.planned for name in self.running if name not in self.read}
+            for name, asked, limit in new:
                 self.running[name], self.answers[name] = limit, []
-            found = self.requests.step({name: asked for name, asked, _ in new}, going).tokens
+                self.read[name] = (0, asked.prompt)
+            reading = {
+                name: min(end, read + (self.part or end) if going else end) for name, (read, end) in self.read.items()
+            }
+            found = self.requests.step({name: asked for name, asked, _ in new}, going, None, reading).tokens
             assert found.keys() == self.running.keys()
+            assert all(bool(found[name]) == (end == self.read[name][1]) for name, end in reading.items())
+            self.read = {name: (end, self.read[name][1]) for name, end in reading.items() if end < self.read[name][1]}
+            assert all(self.requests.is_reading(name) == (name in self.read) for name in found)
             gone = [name for name, tokens in found.items() if self._took(name, tokens, cancel)]
             for name in gone:
                 del self.running[name]
@@ -78,9 +89,10 @@ def expected(engine, limit_of=lambda i: 6 + i):
     }
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_requests_that_come_and_go_get_the_engines_tokens(engine, seed):
-    served = Scheduler(RequestSlots(engine.batch), 4).run(greedy(), seed)
+@pytest.mark.parametrize("part", [None, 1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_that_come_and_go_get_the_engines_tokens(engine, seed, part):
+    served = Scheduler(RequestSlots(engine.batch), 4, part).run(greedy(), seed)
     for name, tokens in expected(engine).items():
         assert served[name][: len(tokens)] == tokens
 
