@@ -133,7 +133,8 @@ def _cut_prompts(parsed: Recipe, prompts: Sequence[Prompt], target: Checkpoint) 
     from pipeline.validate.lengths import cut_warning, token_counts  # of an extra
 
     files = fast_tokenizer_files(target)
-    return cut_warning(token_counts(prompts, files), parsed.shapes.prefill[-1]) if files else None
+    new_tokens = parsed.validate_.max_new_tokens
+    return cut_warning(token_counts(prompts, files), parsed.shapes, new_tokens) if files else None
 
 
 def _words(checked: _Checked) -> str:

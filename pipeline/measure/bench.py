@@ -12,7 +12,7 @@ from pipeline.progress import Log, no_log
 from pipeline.recipe import load as load_recipe
 from pipeline.runtime.latency import Answer, TimedRequest, engine_answer, latency_of
 from pipeline.runtime.open import load
-from pipeline.validate.lengths import cut_warning
+from pipeline.validate.lengths import cut_warning, longest_prompt
 from pipeline.validate.prompts import recipe_prompts
 
 
@@ -37,7 +37,7 @@ def bench(
 ) -> list[Figures]:  # fmt: skip
     """Measure `count` of the recipe's prompts; `base` is the folder that its relative paths start at.
 
-    As in the gates, prompts longer than the largest prefill bucket are cut to their last tokens.
+    As in the gates, prompts that do not fit the caches with an answer are cut to their last tokens.
 
     Raises:
         InputError: no prompts file of the recipe.
@@ -49,8 +49,9 @@ def bench(
     engine = load(root, policy)
     step = max(len(prompts) // count, 1)
     whole = [engine.text.encode_prompt(prompt.text) for prompt in prompts[::step][:count]]
-    longest = engine.manifest.shapes.prefill[-1]
-    if warning := cut_warning([len(tokens) for tokens in whole], longest):
+    shapes = engine.manifest.shapes
+    longest = longest_prompt(shapes, max_new_tokens)
+    if warning := cut_warning([len(tokens) for tokens in whole], shapes, max_new_tokens):
         log(warning)
     encoded = [tokens[-longest:] for tokens in whole]
     contenders = {

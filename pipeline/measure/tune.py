@@ -90,7 +90,7 @@ def tune(
 
     """
     from pipeline.validate.gates.acceptance import acceptance_of, given_previous
-    from pipeline.validate.lengths import cut_warning
+    from pipeline.validate.lengths import cut_warning, longest_prompt
 
     no_string(prompts, "prompts", "prompts")
     chosen = _spread(prompts, prompts_per_class)
@@ -98,9 +98,9 @@ def tune(
     smallest, *larger = engine.manifest.shapes.batch
     costs = {batch: _costs(engine, batch, min(tokens, engine.length // 2)) for batch in (smallest, *larger)}
     log(f"measured steps of {len(costs)} batch bucket{'s' if larger else ''}")
-    longest = engine.manifest.shapes.prefill[-1]
+    longest = longest_prompt(engine.manifest.shapes, tokens)
     whole = [engine.text.encode_prompt(prompt.text) for prompt in chosen]
-    if warning := cut_warning([len(encoded) for encoded in whole], longest):
+    if warning := cut_warning([len(encoded) for encoded in whole], engine.manifest.shapes, tokens):
         log(warning)
     answers = []
     for number, encoded in enumerate(whole):

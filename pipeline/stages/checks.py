@@ -62,12 +62,12 @@ def check_prompts(settings: BuildSettings) -> None:
 
 
 def warn_of_cut_prompts(settings: BuildSettings, tokenizer: Mapping[str, bytes]) -> None:
-    """Log a warning, before anything is compiled, if validation prompts do not fit the largest prefill bucket."""
+    """Log a warning, before anything is compiled, if validation prompts do not fit the caches."""
     if not settings.validate:
         return
     prompts = recipe_prompts(settings.recipe, settings.base)
     counts = token_counts(prompts, tokenizer)
-    if warning := cut_warning(counts, settings.recipe.shapes.prefill[-1]):
+    if warning := cut_warning(counts, settings.recipe.shapes, settings.recipe.validate_.max_new_tokens):
         settings.log(warning)
 
 

@@ -1,4 +1,4 @@
-"""Lengths of prompts in tokens, and the warning about prompts that fit no prefill graph. Imports no torch."""
+"""Lengths of prompts in tokens, and the warning about prompts that do not fit the caches. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import no_string
 from pipeline.files.atomic import disk_errors
+from pipeline.recipe.schema import Shapes
 from pipeline.runtime.text import Text
 from pipeline.validate.prompts import Prompt
 
@@ -27,11 +28,18 @@ def encoded_prompts(prompts: Sequence[Prompt], tokenizer: Mapping[str, bytes]) -
     return [text.encode_prompt(prompt.text) for prompt in prompts]
 
 
-def cut_warning(counts: Sequence[int], longest: int) -> str | None:
-    """Return a warning with its remedy if prompts of these token counts exceed the largest prefill bucket, or None."""
+def longest_prompt(shapes: Shapes, new_tokens: int) -> int:
+    """Return the tokens of the longest prompt that runs whole: the caches hold it and an answer of `new_tokens`."""
+    return max(shapes.prefill[-1], shapes.kv[-1] - new_tokens)
+
+
+def cut_warning(counts: Sequence[int], shapes: Shapes, new_tokens: int) -> str | None:
+    """Return a warning with its remedy if prompts of these token counts do not run whole, or None."""
+    longest = longest_prompt(shapes, new_tokens)
     cut = [count for count in counts if count > longest]
     if not cut:
         return None
-    what = f"{len(cut)} of {len(counts)} prompts are longer than the largest prefill bucket"
-    fix = f"add a prefill bucket of {max(cut)} to the recipe, or shorten the prompts"
+    cache = f"a cache of {shapes.kv[-1]} positions with {new_tokens} new tokens"
+    what = f"{len(cut)} of {len(counts)} prompts do not fit {cache}"
+    fix = f"add a kv bucket of {max(cut) + new_tokens} to the recipe, or shorten the prompts"
     return f"warning: {what}; only their last {longest} tokens run; {fix}"

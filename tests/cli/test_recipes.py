@@ -164,11 +164,11 @@ def test_check_shows_every_bad_line_of_the_prompts(work):
 
 
 def test_check_warns_of_prompts_that_a_build_would_cut(work):
-    """All prompts were longer than the prefill bucket, and the answer was `ok` alone."""
+    """All prompts were longer than what runs, and the answer was `ok` alone."""
     (work / "p.jsonl").write_text(json.dumps({"class": "story", "prompt": "a b c " * 20}) + "\n")
     (work / "mine.yaml").write_text(RECIPE + "validate: {prompts: p.jsonl, max_new_tokens: 8}\n")
     result = answer("recipe", "check", "mine.yaml")
-    assert result.stderr.startswith("warning: 1 of 1 prompts are longer than the largest prefill bucket")
+    assert result.stderr.startswith("warning: 1 of 1 prompts do not fit a cache of 32 positions with 8 new tokens")
     assert result.stdout.startswith("mine.yaml: ok")
 
 

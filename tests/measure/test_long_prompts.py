@@ -1,4 +1,4 @@
-"""bench and tune run prompts that are longer than the largest prefill bucket, as the gates do."""
+"""bench and tune run prompts that do not fit the caches with an answer, as the gates do."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from support.reports import recipe_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONG = "The quick brown fox jumps over the lazy dog and " * 8
-WARNING = "warning: 1 of 2 prompts are longer than the largest prefill bucket; only their last 32 tokens run"
+WARNING = "warning: 1 of 2 prompts do not fit a cache of 48 positions with 4 new tokens; only their last 44 tokens run"
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
-    """An eager engine with prefill buckets up to 32 tokens; `prompts.jsonl` has a longer prompt."""
+    """An eager engine with 48 positions; `prompts.jsonl` has a longer prompt."""
     recipe = recipe_of("llama", 0, "float32")
     (tmp_path / "prompts.jsonl").write_text(
         f'{{"class": "chat", "prompt": "Hi"}}\n{{"class": "code", "prompt": "{LONG}"}}\n'

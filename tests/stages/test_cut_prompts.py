@@ -33,4 +33,6 @@ def test_warn_of_cut_prompts(tmp_path: Path, text: str, warnings: int):
     settings = BuildSettings(recipe=recipe, base=tmp_path, out=tmp_path / "out", log=said.append)
     warn_of_cut_prompts(settings, tokenizer_files(target))
     assert len(said) == warnings
-    assert all(line.startswith("warning: 1 of 2 prompts are longer") for line in said)
+    assert all(
+        line.startswith("warning: 1 of 2 prompts do not fit a cache of 48 positions with 8 new tokens") for line in said
+    )

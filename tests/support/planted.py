@@ -74,8 +74,8 @@ def mask_misses_the_oldest(ranks: EagerRanks, seed: int) -> None:
 def _mask(change: Callable[[torch.Tensor], torch.Tensor], phases: tuple[str, ...]):
     @contextmanager
     def around(spec, state) -> Iterator[None]:
-        def changed(last_BT: torch.Tensor, kv: int = 0) -> Attend:
-            attend = attend_up_to(last_BT, kv)
+        def changed(last_BT: torch.Tensor, kv: int = 0, rows_B: torch.Tensor | None = None) -> Attend:
+            attend = attend_up_to(last_BT, kv, rows_B)
             seen = change(attend.bias_BTS == 0) if spec.phase in phases else attend.bias_BTS == 0
             return replace(attend, bias_BTS=torch.where(seen, 0.0, -torch.inf))
 

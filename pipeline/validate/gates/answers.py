@@ -9,6 +9,7 @@ from itertools import cycle, islice
 from pipeline.progress import Progress
 from pipeline.runtime.calls import Generation
 from pipeline.validate.gates.inputs import GateInputs, StageClock
+from pipeline.validate.lengths import longest_prompt
 
 PLAIN_PROMPTS = 16
 """Number of prompts that plain decode answers as well. All answers are compared with the reference by token."""
@@ -20,7 +21,7 @@ class Answers:
 
     encoded: list[list[int]]
     cut_prompts: tuple[str, ...]
-    """Prompts longer than the largest prefill bucket: only their last tokens ran."""
+    """Prompts that do not fit the caches with an answer: only their last tokens ran."""
     speculative: dict[int, list[Generation]]
     plain: list[Generation]
     plain_indices: range
@@ -82,8 +83,8 @@ def plain_indices(encoded: Sequence[list[int]]) -> range:
 
 
 def encode(inputs: GateInputs) -> tuple[list[list[int]], tuple[str, ...]]:
-    """Return prompts as tokens, cut to the end that fits a prefill graph, and the names of the cut prompts."""
-    longest = inputs.engine.manifest.shapes.prefill[-1]
+    """Return prompts as tokens, cut to the end that fits the caches with an answer, and the names of those cut."""
+    longest = longest_prompt(inputs.engine.manifest.shapes, inputs.recipe.validate_.max_new_tokens)
     encoded = [inputs.engine.text.encode_prompt(prompt.text) for prompt in inputs.prompts]
     cut = [prompt.id for prompt, tokens in zip(inputs.prompts, encoded, strict=True) if len(tokens) > longest]
     return [tokens[-longest:] for tokens in encoded], tuple(cut)

@@ -96,13 +96,22 @@ def long_choices(engine: Engine, probes: Sequence[ScoredSequence]) -> Iterator[C
 
 
 def _prefill(engine: Engine, spec: GraphSpec, probes: Sequence[ScoredSequence]) -> Iterator[Choice]:
-    """Prefill ragged probes, the full bucket and a single token among them, into slots in reverse order."""
+    """Prefill ragged probes, the full bucket and a single token among them, into slots in reverse order.
+
+    A graph that continues prompts reads each probe in two parts, of other lengths in each row.
+    """
     rows = min(spec.batch, len(probes))
     longest = min(spec.tokens, engine.length - 1)
     starts = [probe.tokens[: max(longest - 3 * row, 1)] for row, probe in enumerate(probes[:rows])]
     if rows > 1:
         starts[-1] = probes[rows - 1].tokens[:1]
     prompts = [PromptRow(start, rows - 1 - row) for row, start in enumerate(starts)]
+    if spec.continues:
+        cuts = [max(len(start) * (row + 1) // (rows + 1), 1) for row, start in enumerate(starts)]
+        pairs = list(zip(prompts, cuts, strict=True))
+        parts = [PromptRow(one.tokens[:cut], one.slot) for one, cut in pairs]
+        engine.ranks.run(spec, prefill_arguments(spec, parts, engine.rows))
+        prompts = [PromptRow(one.tokens[cut - 1 :], one.slot, position=cut - 1) for one, cut in pairs]
     first = engine.ranks.run(spec, prefill_arguments(spec, prompts, engine.rows))["token"]
     decode = min(
         (g for g in engine.graphs if g.phase == "decode" and g.batch >= rows and g.kv > longest),

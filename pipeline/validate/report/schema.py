@@ -267,7 +267,7 @@ class Tested(Record):
         default=(), description="settings of the model's generation_config.json that the artifact does not apply"
     )
     cut_prompts: tuple[str, ...] = Field(
-        description="prompts that exceed the largest prefill bucket: only their ends ran"
+        description="prompts that do not fit the caches with an answer: only their ends ran"
     )
 
 

@@ -61,8 +61,8 @@ def headlines(report: Report) -> list[tuple[str, str]]:
     if left_out := report.tested.not_applied:
         rows.append(("generation_config.json, not applied", ", ".join(left_out)))
     if cut := report.tested.cut_prompts:
-        longest = f"longer than the largest prefill bucket; only their last {report.tested.prefill[-1]} tokens ran"
-        rows.append(("prompts that were cut", f"{len(cut)} of {report.tested.prompts}: {longest}"))
+        what = "they do not fit the caches with an answer; only their last tokens ran"
+        rows.append(("prompts that were cut", f"{len(cut)} of {report.tested.prompts}: {what}"))
     return rows
 
 
