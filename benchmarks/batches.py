@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     asked = parser.parse_args()
     recipe = load_recipe(asked.artifact / "recipe.yaml")
-    engine = load(asked.artifact)
+    engine = load(asked.artifact, share_prefixes=False)
     prompts = load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))
     encoded = [engine.text.chat(p.text) for p in prompts]
     print("| at once | plain, tokens/s | by policy | ratio |")

@@ -77,7 +77,7 @@ def without_lookup(engine: Engine, answer: Answer) -> Answer:
 
 def contenders(root: Path, other: Path | None, limit: int, *, alone: bool) -> tuple[dict[str, Contender], Engine]:
     """All of them, by name, and the first artifact's engine."""
-    engine = load(root)
+    engine = load(root, share_prefixes=False)
     answers = {"plain decode": engine_answer(engine, limit, speculate=False)}
     answers |= {f"K={k}": engine_answer(engine, limit, draft_tokens=k) for k in engine.manifest.draft_tokens}
     if engine.manifest.step_costs:
@@ -87,7 +87,7 @@ def contenders(root: Path, other: Path | None, limit: int, *, alone: bool) -> tu
         answers[f"K={k}, the draft alone"] = without_lookup(engine, engine_answer(engine, limit, draft_tokens=k))
     if not alone:
         if other is not None:
-            second = load(other)
+            second = load(other, share_prefixes=False)
             answers[f"draft model, K={second.manifest.draft_tokens[0]}"] = engine_answer(second, limit)
         answers |= transformers_answers(load_recipe((other or root) / "recipe.yaml"), Path("recipes"), limit)
     return {name: totals(answer) for name, answer in answers.items()}, engine

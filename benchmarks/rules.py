@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("artifact", nargs="?", type=Path, default=Path("artifacts/smollm2-135m-spec"))
     parser.add_argument("--position", type=int, default=200)
     asked = parser.parse_args()
-    engine = load(asked.artifact)
+    engine = load(asked.artifact, share_prefixes=False)
     for number, batch in enumerate(engine.manifest.shapes.batch):
         steps = steps_of(engine, batch, asked.position)
         took: dict[str, list[float]] = {name: [] for name in steps}

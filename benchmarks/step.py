@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--position", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=5)
     asked = parser.parse_args()
-    engine = load(asked.artifact)
+    engine = load(asked.artifact, share_prefixes=False)
     runs: dict[int, Callable[[], None]] = {}
     for graph in engine.graphs:
         wanted = graph.phase in ("decode", "speculate") and (graph.batch, graph.sampling) == (asked.batch, "greedy")

@@ -78,12 +78,19 @@ def cache_key(traced: Traced | TracedSubgraph, toolchain: Toolchain, flags: Mapp
 class Ranks(Protocol):
     """An opened artifact on all its ranks; outputs are those of rank 0."""
 
+    copies_rows: bool
+    """Whether `copy_row` is possible; where it is not, it is never called."""
+
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run one graph on every rank; return its outputs by name, on the CPU."""
         ...
 
     def reset(self) -> None:
         """Zero all state."""
+        ...
+
+    def copy_row(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` positions of a row's caches, of both models, to another row."""
         ...
 
     def state(self) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def bench(
     """
     recipe = load_recipe(root / "recipe.yaml")
     prompts = recipe_prompts(recipe, base)
-    engine = load(root, policy)
+    engine = load(root, policy, share_prefixes=False)
     step = max(len(prompts) // count, 1)
     whole = [engine.text.encode_prompt(prompt.text) for prompt in prompts[::step][:count]]
     shapes = engine.manifest.shapes

@@ -18,6 +18,7 @@ from pipeline.runtime.batch import Batch
 from pipeline.runtime.calls import NEW_TOKENS, Call, Generation, Prompt, Settings, checked_prompts, drafts_of
 from pipeline.runtime.grammar import Grammars
 from pipeline.runtime.limits import check_asked, check_choice, check_prompt
+from pipeline.runtime.prefixes import Prefixes
 from pipeline.runtime.rules import NO_RULES, Rules, RuleState
 from pipeline.runtime.text import Chat, StreamDecoder, Text
 
@@ -38,13 +39,15 @@ class Engine:
     """A loaded artifact; a `with` block closes it at the end. Not thread-safe: one `generate` at a time."""
 
     def __init__(
-        self, manifest: PairManifest, ranks: Ranks, text: Text, defaults: GenerationDefaults = TRANSFORMERS_DEFAULTS
-    ) -> None:
+        self, manifest: PairManifest, ranks: Ranks, text: Text, defaults: GenerationDefaults = TRANSFORMERS_DEFAULTS,
+        *, share_prefixes: bool = False,
+    ) -> None:  # fmt: skip
         self.manifest = manifest
         self.defaults = defaults
         self.ranks = ranks
         self.text = text
         self.batch = Batch(manifest, ranks)
+        self.prefixes = Prefixes(self.batch) if share_prefixes else None
         self.graphs = self.batch.graphs
         self.rows = self.batch.slots
         self.length = self.batch.length
@@ -159,8 +162,11 @@ class Engine:
         return "shaped" in self.manifest.sampling
 
     def stats(self) -> dict[str, int]:
-        """Return counts since loading: prefills, chunks, steps of each kind, tokens, catch-ups, copies."""
-        return dict(self.batch.stats)
+        """Return counts since loading: prefills, chunks, steps of each kind, tokens, catch-ups, copies, shared tokens.
+
+        `shared_tokens` of prompts were not read, because a slot held them.
+        """
+        return self.batch.stats | {"shared_tokens": self.prefixes.shared_tokens if self.prefixes else 0}
 
     def close(self) -> None:
         """Close the ranks."""
@@ -254,11 +260,14 @@ class Engine:
     def _admit(self, call: Call) -> Emitted:
         """Prefill waiting prompts into free slots."""
         free = [slot for slot, row in enumerate(call.slots) if row is None]
-        rows = {slot: call.waiting.pop() for slot in free[: len(call.waiting)]}
+        rows: dict[int, Prompt] = {}
+        while free and call.waiting:
+            row = call.waiting.pop()
+            slot = free[0] if self.prefixes is None else self.prefixes.begin(row, free, self._running(call))
+            free.remove(slot)
+            call.slots[slot] = rows[slot] = row
         if not rows:
             return []
-        for slot, row in rows.items():
-            call.slots[slot] = row
         if call.settings.rules.asked:  # their first token is chosen by rules, which prefill graphs do not have
             self.batch.read(rows)
             return []
@@ -267,7 +276,7 @@ class Engine:
 
     def _step(self, call: Call) -> Emitted:
         """Run one step of every active row; at the end of the caches a speculative step counts fewer drafts."""
-        rows = {slot: row for slot, row in enumerate(call.slots) if row is not None}
+        rows = self._running(call)
         if not rows:
             return []
         steps = call.settings.draft_tokens
@@ -310,6 +319,11 @@ class Engine:
         for slot, row in enumerate(call.slots):
             if row is not None and self._finished(row):
                 call.slots[slot] = None
+                if self.prefixes is not None:
+                    self.prefixes.end(slot, row)
+
+    def _running(self, call: Call) -> dict[int, Prompt]:
+        return {slot: row for slot, row in enumerate(call.slots) if row is not None}
 
     def _finished(self, row: Prompt) -> bool:
         count = len(row.tokens) - row.prompt

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from pipeline.runtime.engine import Engine
 
 
-def load(artifact_dir: str | Path, policy: Policy | None = None) -> Engine:
+def load(artifact_dir: str | Path, policy: Policy | None = None, *, share_prefixes: bool = True) -> Engine:
     """Verify an artifact's files, its signature if there is a policy, and that it fits this host; open it.
+
+    `share_prefixes`: a prompt that begins as an earlier one, or as an answer, is read from there on.
 
     Raises:
         InputError: an artifact of a kind that Tandem does not run.
@@ -43,7 +45,8 @@ def load(artifact_dir: str | Path, policy: Policy | None = None) -> Engine:
 
     _verify(artifact)
     ranks = make_backend(artifact.manifest.backend).open(artifact.root, artifact.manifest)
-    return Engine(artifact.manifest, ranks, Text(artifact.root / "tokenizer"), defaults_of(artifact.root))
+    text, defaults = Text(artifact.root / "tokenizer"), defaults_of(artifact.root)
+    return Engine(artifact.manifest, ranks, text, defaults, share_prefixes=share_prefixes)
 
 
 def defaults_of(root: Path) -> GenerationDefaults:

@@ -130,7 +130,7 @@ def run_on_node(job: PartJob) -> PartResult:
     if isinstance(job.part, GoldensPart):
         value: Any = job.part.run(NodeInputs(sent.recipe, pair, goldens, notes.append))
     else:
-        engine = load(received_artifact(sent.remote, sent.artifact, cache))
+        engine = load(received_artifact(sent.remote, sent.artifact, cache), share_prefixes=False)
         try:
             value = job.part.run(GateInputs(engine, sent.recipe, sent.prompts, pair, goldens, notes.append))
         finally:

@@ -49,7 +49,7 @@ def validate(
     recipe = load_recipe(root / "recipe.yaml")
     prompts = recipe_prompts(recipe, base)
     started = time.monotonic()
-    engine = load(root)
+    engine = load(root, share_prefixes=False)
     inputs = GateInputs(engine, recipe, prompts, pair, goldens, log, progress)
     try:
         with working(f"validate: {len(prompts)} prompts", progress):

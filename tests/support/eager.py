@@ -64,6 +64,13 @@ class EagerRanks:
             outputs = run_phase(spec, self.shape, {**self.tensors, **self.tensors_of_state, **given}, self.seams)
         return {t.name: out for t, out in zip(io.outputs, outputs, strict=True)}
 
+    copies_rows = True
+
+    def copy_row(self, source: int, target: int, tokens: int) -> None:
+        for tensor in self.tensors_of_state.values():
+            if tensor.dim() == 4:
+                tensor[target, :, :tokens] = tensor[source, :, :tokens]
+
     def reset(self) -> None:
         for tensor in self.tensors_of_state.values():
             tensor.zero_()
@@ -84,7 +91,7 @@ def emitted(engine: Engine, prompts: list[list[int]], count: int, **how: int) ->
     return [size for answer in speculative for size in answer.emitted_per_step]
 
 
-def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint]) -> Engine:
+def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint], *, share_prefixes: bool = False) -> Engine:
     """The engine that a build of this recipe would load."""
     plan = make_plan(recipe, pair[0].config, pair[1].config)
     graphs = tuple(GraphEntry(spec=spec, key="-", file="-", io="-") for spec in plan.graphs)
@@ -94,4 +101,5 @@ def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint]) -> Engine:
         lookup=recipe.speculation.lookup, graphs=graphs, shards=(), files={},
     )  # fmt: skip
     defaults = generation_defaults(pair[0].generation, "generation_config.json")
-    return Engine(manifest, EagerRanks(plan, pair), Text(Path(pair[0].root)), defaults)
+    ranks, text = EagerRanks(plan, pair), Text(Path(pair[0].root))
+    return Engine(manifest, ranks, text, defaults, share_prefixes=share_prefixes)

@@ -37,8 +37,18 @@ TIMEOUT_VARIABLE = "TANDEM_RANK_TIMEOUT_S"
 TIMEOUT_S = 600.0
 """Longer than a collective's limit, which names the rank that waits; the first run of a graph also opens it."""
 
-Message = tuple[GraphSpec, dict[str, np.ndarray]] | None
-"""A graph to run with its arguments; None to zero the state."""
+
+@dataclass(frozen=True)
+class RowCopy:
+    """Copy the first `tokens` positions of one row's caches to another."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+Message = tuple[GraphSpec, dict[str, np.ndarray]] | RowCopy | None
+"""A graph to run with its arguments, or caches to copy; None to zero the state."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Place:
 class OneRank:
     """A single rank in this process."""
 
+    copies_rows = True
+
     def __init__(self, root: Path, manifest: PairManifest) -> None:
         self.session = Session(root, manifest)
 
@@ -67,6 +79,10 @@ class OneRank:
     def reset(self) -> None:
         """Zero all state."""
         self.session.reset()
+
+    def copy_row(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first positions of a row's caches to another row."""
+        self.session.copy_row(source, target, tokens)
 
     def state(self) -> dict[str, Tensor]:
         """Return the live state by name."""
@@ -81,6 +97,8 @@ class ManyRanks:
 
     This process runs no rank, so that a killed rank ends the call with an error instead of a hang.
     """
+
+    copies_rows = True
 
     def __init__(self, root: Path, manifest: PairManifest) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -113,6 +131,10 @@ class ManyRanks:
     def reset(self) -> None:
         """Zero all state on every rank."""
         self._ask(None)
+
+    def copy_row(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first positions of a row's caches to another row, on every rank."""
+        self._ask(RowCopy(source, target, tokens))
 
     def state(self) -> dict[str, Tensor]:
         """Return an empty dict: each rank's state is in its own process."""
@@ -224,6 +246,9 @@ def _serve(pipe: Connection, place: Place) -> None:
 def _answer(session: Session, message: Message, rank: int) -> dict[str, np.ndarray]:
     if message is None:
         session.reset()
+        return {}
+    if isinstance(message, RowCopy):
+        session.copy_row(message.source, message.target, message.tokens)
         return {}
     spec, arguments = message
     outputs = session.run(spec, _tensors(arguments))

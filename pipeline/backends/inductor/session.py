@@ -24,6 +24,8 @@ from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec
 
 GRAPH_FILE = "graph.pt2"
+CACHE_DIMENSIONS = 4
+"""Of keys or values: rows, heads, positions, head size. Other state has one entry for each row."""
 VERIFY = "check the files with `tandem verify ARTIFACT`, then build again"
 
 
@@ -102,6 +104,12 @@ class Session:
         """Zero all state."""
         for tensor in self._state.values():
             tensor.zero_()
+
+    def copy_row(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first positions of a row's caches to another row."""
+        for tensor in self._state.values():
+            if tensor.dim() == CACHE_DIMENSIONS:
+                tensor[target, :, :tokens] = tensor[source, :, :tokens]
 
     def state(self) -> dict[str, Tensor]:
         """Return the live state tensors by name, for tests and diagnosis."""

@@ -1,0 +1,106 @@
+"""What slots hold of requests that ended or run: a new request begins after the longest prefix that it shares.
+
+A row's caches depend on its tokens alone, so a shared prefix changes no token. The lowest free slot is filled first, as
+few rows then run a small bucket; slots that are not needed keep what ended, the longest unused one is given up first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.runtime.batch import Batch, Row, Rows
+
+LEAST_SHARED = 16
+"""Tokens of the shortest prefix that is worth its copy."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Tokens that a slot's caches hold; only requests of the same `salt` may share them."""
+
+    tokens: Sequence[int]
+    salt: str = ""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The first `count` tokens of a prompt, which a slot holds; None: no slot does."""
+
+    count: int
+    slot: int | None
+
+
+NOTHING = Shared(0, None)
+
+
+class Prefixes:
+    """The prefixes in a batch's slots. `begin` and `end` are called for every request."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.shared_tokens = 0
+        """Prompt tokens that were not read, over all requests."""
+        self._held: dict[int, Held] = {}
+        self._salts: dict[int, str] = {}
+
+    def begin(self, row: Row, free: Sequence[int], running: Rows, salt: str = "") -> int:
+        """Return the slot of a new request, one of `free`; its row says how much of the prompt the slot holds."""
+        slot, shared = min(free), self._longest(row.tokens[: row.prompt], running, salt)
+        if self.batch.ranks.copies_rows:
+            others = [other for other in free if other not in (slot, shared.slot)]
+            self._keep_aside(slot, shared.count if shared.slot == slot else 0, others)
+            if shared.slot is not None and shared.slot != slot:
+                self.batch.ranks.copy_row(shared.slot, slot, shared.count)
+        elif shared.slot is not None:
+            slot = shared.slot
+        row.read = row.in_draft = shared.count
+        self.shared_tokens += shared.count
+        self._held.pop(slot, None)
+        self._salts[slot] = salt
+        return slot
+
+    def end(self, slot: int, row: Row) -> None:
+        """Record what a slot holds after its request has ended."""
+        self._held.pop(slot, None)  # the newest is last
+        self._held[slot] = self._held_by(row, self._salts.pop(slot, ""))
+
+    def shared(self, tokens: Sequence[int], running: Rows, salt: str = "") -> int:
+        """Return how many tokens of a prompt a request would not have to read."""
+        return self._longest(tokens, running, salt).count
+
+    def _longest(self, tokens: Sequence[int], running: Rows, salt: str) -> Shared:
+        """Return the longest prefix of a prompt that a slot holds; that of a running row has to be copied."""
+        held = dict(self._held)
+        if self.batch.ranks.copies_rows:
+            held |= {slot: self._held_by(row, self._salts.get(slot, "")) for slot, row in running.items()}
+        found = [Shared(common(tokens, one.tokens), slot) for slot, one in held.items() if one.salt == salt]
+        best = max(found, key=lambda one: one.count, default=NOTHING)
+        return best if best.count >= LEAST_SHARED else NOTHING
+
+    def _held_by(self, row: Row, salt: str) -> Held:
+        """Return what both models' caches hold of a row."""
+        count = row.position if len(row.tokens) > row.prompt else row.read
+        reads_states = self.batch.manifest.draft_kind.reads_target_states  # this draft's caches are never behind
+        return Held(row.tokens[: count if reads_states else min(count, row.in_draft)], salt)
+
+    def _keep_aside(self, slot: int, shared: int, others: Sequence[int]) -> None:
+        """Copy what a slot holds to a free one before it is overwritten, unless all of these were used later.
+
+        Not if the new request shares all but a few tokens.
+        """
+        held = self._held.get(slot)
+        if held is None or len(held.tokens) - shared < LEAST_SHARED or not others:
+            return
+        ages = {number: age for age, number in enumerate(self._held)}
+        other = min(others, key=lambda number: ages.get(number, -1))
+        if ages.get(other, -1) < ages[slot]:
+            self.batch.ranks.copy_row(slot, other, len(held.tokens))
+            self._held.pop(other, None)
+            self._held[other] = held
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the length of the longest common prefix."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
