@@ -16,14 +16,6 @@ LEAST_SHARED = 16
 
 
 @dataclass(frozen=True)
-class Held:
-    """Tokens that a slot's caches hold; only requests of the same `salt` may share them."""
-
-    tokens: Sequence[int]
-    salt: str = ""
-
-
-@dataclass(frozen=True)
 class Shared:
     """The first `count` tokens of a prompt, which a slot holds; None: no slot does."""
 
@@ -41,12 +33,14 @@ class Prefixes:
         self.batch = batch
         self.shared_tokens = 0
         """Prompt tokens that were not read, over all requests."""
-        self._held: dict[int, Held] = {}
-        self._salts: dict[int, str] = {}
+        self._held: dict[int, Sequence[int]] = {}  # tokens that slots hold; the newest is last
 
-    def begin(self, row: Row, free: Sequence[int], running: Rows, salt: str = "") -> int:
-        """Return the slot of a new request, one of `free`; its row says how much of the prompt the slot holds."""
-        slot, shared = min(free), self._longest(row.tokens[: row.prompt], running, salt)
+    def begin(self, row: Row, free: Sequence[int], running: Rows, most: int | None = None) -> int:
+        """Return the slot of a new request, one of `free`; its row says how much of the prompt the slot holds.
+
+        At most `most` tokens are shared (None: all that match).
+        """
+        slot, shared = min(free), self._longest(row.tokens[: row.prompt][:most], running)
         if self.batch.ranks.copies_rows:
             others = [other for other in free if other not in (slot, shared.slot)]
             self._keep_aside(slot, shared.count if shared.slot == slot else 0, others)
@@ -57,32 +51,31 @@ class Prefixes:
         row.read = row.in_draft = shared.count
         self.shared_tokens += shared.count
         self._held.pop(slot, None)
-        self._salts[slot] = salt
         return slot
 
     def end(self, slot: int, row: Row) -> None:
         """Record what a slot holds after its request has ended."""
-        self._held.pop(slot, None)  # the newest is last
-        self._held[slot] = self._held_by(row, self._salts.pop(slot, ""))
+        self._held.pop(slot, None)
+        self._held[slot] = self._held_by(row)
 
-    def shared(self, tokens: Sequence[int], running: Rows, salt: str = "") -> int:
+    def shared(self, tokens: Sequence[int], running: Rows) -> int:
         """Return how many tokens of a prompt a request would not have to read."""
-        return self._longest(tokens, running, salt).count
+        return self._longest(tokens, running).count
 
-    def _longest(self, tokens: Sequence[int], running: Rows, salt: str) -> Shared:
+    def _longest(self, tokens: Sequence[int], running: Rows) -> Shared:
         """Return the longest prefix of a prompt that a slot holds; that of a running row has to be copied."""
         held = dict(self._held)
         if self.batch.ranks.copies_rows:
-            held |= {slot: self._held_by(row, self._salts.get(slot, "")) for slot, row in running.items()}
-        found = [Shared(common(tokens, one.tokens), slot) for slot, one in held.items() if one.salt == salt]
+            held |= {slot: self._held_by(row) for slot, row in running.items()}
+        found = [Shared(common(tokens, one), slot) for slot, one in held.items()]
         best = max(found, key=lambda one: one.count, default=NOTHING)
         return best if best.count >= LEAST_SHARED else NOTHING
 
-    def _held_by(self, row: Row, salt: str) -> Held:
-        """Return what both models' caches hold of a row."""
+    def _held_by(self, row: Row) -> Sequence[int]:
+        """Return the tokens that both models' caches hold of a row."""
         count = row.position if len(row.tokens) > row.prompt else row.read
         reads_states = self.batch.manifest.draft_kind.reads_target_states  # this draft's caches are never behind
-        return Held(row.tokens[: count if reads_states else min(count, row.in_draft)], salt)
+        return row.tokens[: count if reads_states else min(count, row.in_draft)]
 
     def _keep_aside(self, slot: int, shared: int, others: Sequence[int]) -> None:
         """Copy what a slot holds to a free one before it is overwritten, unless all of these were used later.
@@ -90,12 +83,12 @@ class Prefixes:
         Not if the new request shares all but a few tokens.
         """
         held = self._held.get(slot)
-        if held is None or len(held.tokens) - shared < LEAST_SHARED or not others:
+        if held is None or len(held) - shared < LEAST_SHARED or not others:
             return
         ages = {number: age for age, number in enumerate(self._held)}
         other = min(others, key=lambda number: ages.get(number, -1))
         if ages.get(other, -1) < ages[slot]:
-            self.batch.ranks.copy_row(slot, other, len(held.tokens))
+            self.batch.ranks.copy_row(slot, other, len(held))
             self._held.pop(other, None)
             self._held[other] = held
 

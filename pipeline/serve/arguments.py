@@ -15,6 +15,7 @@ from pipeline.errors import SHOWN_CHARACTERS, InputError, no_string
 
 SUPPORTED = frozenset({
     "model", "served_model_name", "max_model_len", "max_num_seqs", "additional_config", "generation_config",
+    "enable_prefix_caching",
     "override_generation_config", "max_logprobs", "structured_outputs_config", "reasoning_parser",
     "reasoning_parser_plugin", "scheduling_policy", "max_num_queued_reqs", "max_num_queued_tokens", "shutdown_timeout",
     "fail_on_environ_validation",
@@ -24,7 +25,7 @@ SUPPORTED = frozenset({
 })  # fmt: skip
 """Engine arguments that do what they say; the first two limits may lower those of the artifact."""
 
-HOLDS: dict[str, Any] = {"enable_prefix_caching": False, "async_scheduling": False, "block_size": 16}
+HOLDS: dict[str, Any] = {"enable_chunked_prefill": True, "async_scheduling": False, "block_size": 16}
 """Values that hold with every artifact, of arguments whose default is that vLLM chooses."""
 
 Refuse = Callable[[InputError], None]

@@ -230,7 +230,6 @@ def _configure(config: VllmConfig, manifest: Any) -> None:
     config.scheduler_config.scheduler_cls = SCHEDULER
     config.scheduler_config.async_scheduling = False
     config.cache_config.block_size = settings.BLOCK
-    config.cache_config.enable_prefix_caching = False
     config.cache_config.num_gpu_blocks_override = settings.blocks(manifest)
     config.parallel_config.worker_cls = WORKER
     config.parallel_config.distributed_executor_backend = "uni"

@@ -10,7 +10,7 @@ scheduler decides by them what a grammar allows.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from pipeline.graphs.arguments import Choice
 from pipeline.runtime.batch import NO_DRAFTS, Batch, Drafts, Row
 from pipeline.runtime.draft_length import DraftLengthPolicies
 from pipeline.runtime.logprobs import TokenLogProbs, Verified
+from pipeline.runtime.prefixes import Prefixes
 from pipeline.runtime.prompt_scores import prompt_logprobs
 from pipeline.runtime.rules import RuleState
 
@@ -31,6 +32,8 @@ class ServedRequest(Row):
     speculate: bool = True
     prompt_logprobs: int | None = None
     """Most probable tokens to report at each position of the prompt; None: report nothing."""
+    shared: int = 0
+    """Tokens of the prompt that it may share with other requests, as the scheduler counts them."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class Step:
 
 def served_request(
     tokens: Iterable[int], choice: Choice, seed: int | None, *, speculate: bool = True, rules: RuleState | None = None,
-    prompt_logprobs: int | None = None,
+    prompt_logprobs: int | None = None, shared: int = 0,
 ) -> ServedRequest:  # fmt: skip
     """Return a request before its first step; without a seed, its tokens are not reproducible."""
     prompt = list(tokens)
     own = secrets.randbits(64) if seed is None else seed % (1 << 64)
-    return ServedRequest(prompt, len(prompt), own, choice, rules, speculate=speculate, prompt_logprobs=prompt_logprobs)
+    return ServedRequest(
+        prompt, len(prompt), own, choice, rules, speculate=speculate, prompt_logprobs=prompt_logprobs, shared=shared
+    )
 
 
 def wants_drafts(value: object) -> bool:
@@ -79,6 +84,7 @@ class RequestSlots:
         self.batch = batch
         self.speculate_up_to = speculate_up_to
         self._draft_length_policy: DraftLengthPolicies | None = batch.draft_length_policy()
+        self._prefixes = Prefixes(batch)
         self._slots: dict[str, int] = {}
         self._rows: dict[str, ServedRequest] = {}
         self.planned = 0
@@ -88,8 +94,8 @@ class RequestSlots:
         """Free the slots of finished or cancelled requests; ignore unknown names."""
         no_string(names, "names", "requests")
         for name in names:
-            self._slots.pop(name, None)
-            self._rows.pop(name, None)
+            if name in self._slots:
+                self._prefixes.end(self._slots.pop(name), self._rows.pop(name))
 
     def is_reading(self, name: str) -> bool:
         """Return whether a request's prompt has not been read to its end."""
@@ -138,13 +144,23 @@ class RequestSlots:
             return []
         return self._rows[name].proposed[: self.planned] or [0] * self.planned
 
+    @property
+    def shared_tokens(self) -> int:
+        """Prompt tokens that were not read, over all requests."""
+        return self._prefixes.shared_tokens
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """Return how many tokens of a prompt the slots hold."""
+        return self._prefixes.shared(tokens, self._rows_of(self._slots))
+
     def _fill_slots(self, new: Mapping[str, ServedRequest]) -> None:
-        free = (slot for slot in range(self.batch.slots) if slot not in self._slots.values())
-        slots = dict(zip(new, free, strict=False))
-        if len(slots) < len(new):
-            raise RuntimeError(f"{len(new)} requests for {len(slots)} free slots of {self.batch.slots}")
-        self._slots |= slots
-        self._rows |= new
+        free = [slot for slot in range(self.batch.slots) if slot not in self._slots.values()]
+        if len(free) < len(new):
+            raise RuntimeError(f"{len(new)} requests for {len(free)} free slots of {self.batch.slots}")
+        for name, request in new.items():
+            slot = self._prefixes.begin(request, free, self._rows_of(self._slots), request.shared)
+            free.remove(slot)
+            self._slots[name], self._rows[name] = slot, request
 
     def _score_prompts(self, new: Mapping[str, ServedRequest]) -> dict[str, list[TokenLogProbs]]:
         asking = {name: request for name, request in new.items() if request.prompt_logprobs is not None}

@@ -7,21 +7,26 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pipeline.runtime.prefill_budget import PrefillBudget
+from pipeline.serve.requests import RequestSlots
 from pipeline.serve.settings import options
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
 
 
 class TandemScheduler(Scheduler):
     """Schedules running requests first, then parts of prompts within `runtime.prefill_budget`.
 
     While a request runs, one prompt at most is read in part: it is the last of the running requests, so that it takes
-    no budget from those before it.
+    no budget from those before it. A prefix is shared as far as vLLM's blocks match, which depend on `cache_salt`, and
+    a slot of the artifact holds its tokens.
     """
 
     budget: ClassVar[PrefillBudget]
-    """What the worker measured: it is in this process, and starts before the scheduler."""
+    slots: ClassVar[RequestSlots]
+    """Of the worker, which is in this process and starts before the scheduler."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -38,3 +43,12 @@ class TandemScheduler(Scheduler):
             tokens = self._fixed or self.budget.tokens(len(answering), waiting)
             self.max_num_scheduled_tokens = min(own + tokens, self._most)
         return super().schedule(throttle_prefills)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Return the blocks of a prompt that are computed: those whose tokens a slot holds."""
+        blocks, count, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        held = self.slots.shared(request.prompt_token_ids or []) // self.block_size * self.block_size
+        if count > held:
+            groups = tuple(list(group[: held // self.block_size]) for group in blocks.blocks)
+            blocks, count = self.kv_cache_manager.create_kv_cache_blocks(groups), held
+        return blocks, count, boundary, diverged

@@ -53,7 +53,7 @@ class TandemWorker(WorkerBase):
         """Run every graph of the serving phases once, so that no request waits for opening it. Compiles nothing."""
         start = time.perf_counter()
         opened = self.batch.warm()
-        TandemScheduler.budget = measured_budget(self.batch)
+        TandemScheduler.budget, TandemScheduler.slots = measured_budget(self.batch), self.requests
         logger.info("tandem: %d graphs opened in %.2f s; compiled nothing", opened, time.perf_counter() - start)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
@@ -141,5 +141,5 @@ def _request(data: NewRequestData, vocab: int) -> ServedRequest:
         state = RuleState(rules, tokens, vocab, sorted(params.all_stop_token_ids))
     return served_request(
         tokens, choice(params), params.seed, speculate=wants_drafts(extra.get("speculate", True)), rules=state,
-        prompt_logprobs=params.prompt_logprobs,
+        prompt_logprobs=params.prompt_logprobs, shared=data.num_computed_tokens,
     )  # fmt: skip

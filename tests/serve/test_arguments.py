@@ -40,12 +40,12 @@ def parser() -> argparse.ArgumentParser:
 
 @pytest.mark.parametrize(
     "words",
-    [["--enable-prefix-caching"], ["--enable-chunked-prefill"], ["--block-size", "32"], ["--kv-cache-dtype", "fp8"],
+    [["--no-enable-chunked-prefill"], ["--block-size", "32"], ["--kv-cache-dtype", "fp8"],
      ["--seed", "7"], ["--tokenizer", "other"], ["--gpu-memory-utilization=0.5"]],
     ids=lambda words: words[0],
 )  # fmt: skip
 def test_an_argument_without_effect_is_refused(parser, words):
-    """Prefix caching, chunked prefill, the block size and others were silently overridden."""
+    """Chunked prefill, the block size and others were silently overridden."""
     with pytest.raises(InputError, match="no effect with an artifact") as caught:
         parser.parse_args(words)
     flag = words[0].partition("=")[0]
@@ -58,13 +58,13 @@ def test_the_error_has_both_values(parser):
         parser.parse_args(["--kv-cache-dtype", "fp8"])
     assert caught.value.what == "found fp8; no effect with an artifact, which has auto"
     with pytest.raises(InputError) as caught:
-        parser.parse_args(["--enable-chunked-prefill"])
-    assert caught.value.what == "found True; no effect with an artifact, which has no such setting"
+        parser.parse_args(["--no-enable-chunked-prefill"])
+    assert caught.value.what == "found False; no effect with an artifact, which has True"
 
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["--port", "1"], ["--max-num-seqs", "2"], ["--no-enable-prefix-caching"], ["--block-size", str(BLOCK)],
+    [[], ["--port", "1"], ["--max-num-seqs", "2"], ["--enable-chunked-prefill"], ["--block-size", str(BLOCK)],
      ["--kv-cache-dtype", "auto"], ["--seed", "0"], ["--tokenizer", "/a/tokenizer"], ["--enforce-eager"]],
     ids=" ".join,
 )  # fmt: skip
@@ -74,4 +74,5 @@ def test_what_holds_anyway_is_accepted(parser, words):
 
 def test_supported_arguments_keep_their_values(parser):
     assert parser.parse_args(["--max-num-seqs", "2"]).max_num_seqs == 2
+    assert parser.parse_args(["--no-enable-prefix-caching"]).enable_prefix_caching is False
     assert "max_num_seqs" in SUPPORTED

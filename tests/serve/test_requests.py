@@ -97,6 +97,22 @@ def test_requests_that_come_and_go_get_the_engines_tokens(engine, seed, part):
         assert served[name][: len(tokens)] == tokens
 
 
+def test_prompts_share_what_slots_hold_and_the_scheduler_allows(engine):
+    """The tokens are the engine's; a request may share no more than its blocks are worth."""
+    system = list(range(3, 25))
+    prompts = [[*system, 5 + i % 3, 9][: 23 + i % 2] for i in range(8)]
+    alone = [engine.generate([prompt], max_new_tokens=5)[0].tokens for prompt in prompts]
+    for most in (0, 16, 40):
+        slots = RequestSlots(engine.batch)
+        before = [slots.shared(prompt) for prompt in prompts]
+        asked = [(f"r{i}", served_request(prompt, Choice(), 0, shared=most), 5) for i, prompt in enumerate(prompts)]
+        served = Scheduler(slots, 4, 2).run(asked, most)
+        assert [served[f"r{i}"][: len(tokens)] for i, tokens in enumerate(alone)] == alone
+        assert before == [0] * 8
+        assert slots.shared(prompts[0]) >= 22
+        assert (slots.shared_tokens > 0) == (most > 0)
+
+
 def test_a_sampled_neighbour_moves_no_greedy_row_and_repeats_itself(engine):
     hot = Choice(temperature=1.3, top_k=20)
     mixed = [(f"r{i}", served_request(PROMPTS[i], hot if i % 2 else Choice(), 11), 6 + i) for i in range(6)]

@@ -95,6 +95,34 @@ def test_prompts_longer_than_the_largest_bucket_are_served(server: Server, artif
     assert beside.result()["token_ids"] == engine.generate([[5, 9]], max_new_tokens=60)[0].tokens
 
 
+def test_shared_prefixes_change_no_token_and_are_counted(server: Server, artifact: Path) -> None:
+    """A chat that grows, and prompts with one beginning at the same time; a tenant with another salt shares nothing."""
+    from pipeline import runtime
+
+    engine, chat = runtime.load(artifact, share_prefixes=False), [3 + n for n in range(40)]
+
+    def hits() -> float:
+        return server.metrics("prefix_cache")["hits"]
+
+    def asked(prompt: list[int], **how: object) -> list[int]:
+        tokens = server.complete(prompt, max_tokens=5, **how)["token_ids"]
+        [expected] = engine.generate([prompt], max_new_tokens=5)
+        assert tokens == expected.tokens
+        return tokens
+
+    before = hits()
+    for turn in range(3):
+        chat += [*asked(chat), 50 + turn, 60]
+    assert hits() - before >= 32 + 32
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(asked, [[*chat[:35], n, n + 1] for n in range(70, 80)]))
+    before = hits()
+    asked(chat, cache_salt="another tenant")
+    assert hits() == before
+    asked(chat, cache_salt="another tenant")
+    assert hits() > before
+
+
 def test_sampled_tokens_follow_the_target(server: Server, artifact: Path) -> None:
     """The second token after one prompt, over seeds, beside the engine's own draws: one distribution."""
     from scipy.stats import chi2_contingency
@@ -218,8 +246,7 @@ def test_told_to_end_it_finishes_its_answers(artifact: Path, tmp_path: Path) -> 
         (["--max-model-len", "97"], "at most 96"),
         (["--dtype", "bfloat16"], "float32"),
         (["--tensor-parallel-size", "2"], "tensor-parallel-size: found 2"),
-        (["--enable-prefix-caching"], "enable-prefix-caching: found True; no effect"),
-        (["--enable-chunked-prefill"], "enable-chunked-prefill: found True; no effect"),
+        (["--no-enable-chunked-prefill"], "enable-chunked-prefill: found False; no effect"),
         (["--block-size", "32"], "block-size: found 32; no effect"),
         (["--kv-cache-dtype", "fp8"], "kv-cache-dtype: found fp8; no effect"),
         (["--additional-config", '{"tandem": {"speculate_upto": 1}}'], "speculate_upto"),

@@ -94,11 +94,11 @@ class Server:
         assert status == 200, answer
         return answer["choices"][0]
 
-    def metrics(self) -> dict[str, float]:
-        """vLLM's counters of speculation."""
+    def metrics(self, group: str = "spec_decode") -> dict[str, float]:
+        """vLLM's counters of speculation, or of another group."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as answer:
             lines = answer.read().decode().splitlines()
-        found = (re.match(r"vllm:spec_decode_(\w+)_total\{([^}]*)\} (\S+)", line) for line in lines)
+        found = (re.match(rf"vllm:{group}_(\w+)_total\{{([^}}]*)\}} (\S+)", line) for line in lines)
         return {m[1] + "".join(re.findall(r'position="(\d)"', m[2])): float(m[3]) for m in found if m}
 
 
