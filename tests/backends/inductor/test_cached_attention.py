@@ -22,7 +22,7 @@ class Attention(torch.nn.Module):
 
     def forward(self, q, k, v, new, last):
         k.index_put_((torch.arange(2)[:, None, None], torch.arange(2)[:, None], last[:, None, -1:].long()), new)
-        return (cached_attention(q, k, v, last, KV),)
+        return cached_attention(q, k, v, last, KV), k.clone(), new.clone()
 
 
 class Windowed(torch.nn.Module):
@@ -86,17 +86,30 @@ def example(dtype, dim):
 
 
 @pytest.fixture(scope="module")
-def attentions(tmp_path_factory):
-    """A function of an instruction set: for each of its cases the example and the output of the compiled attention."""
+def compiled(tmp_path_factory):
+    """A function of an instruction set: outputs of its `CASES`, and of windows and parts, all in one graph."""
 
     @cache
     def run(isa):
-        examples = {case: example(*case) for case in CASES[isa]}
-        modules = {case: (Attention(), given.operands) for case, given in examples.items()}
-        outputs = run_compiled(modules, tmp_path_factory.mktemp("attention"), isa)
-        return {case: (examples[case], outputs[case][0]) for case in examples}
+        modules = {case: (Attention(), example(*case).operands) for case in CASES[isa]}
+        modules |= {"windows": (Windowed(), windowed(torch.bfloat16)), "parts": (Parts(), parts(64))}
+        return run_compiled(modules, tmp_path_factory.mktemp("attention"), isa)
 
     return run
+
+
+def windowed(dtype):
+    """Operands of `Windowed`."""
+    (q, k, v, _, last), *_ = example(dtype, 64)
+    return q, k.nan_to_num(), v.nan_to_num(), last, torch.tensor([0.5, -1.0, 2.0, 0.0, 9.0, -9.0])
+
+
+def parts(dim):
+    """Operands of `Parts`."""
+    torch.manual_seed(0)
+    q, last = torch.randn(1, 6, 70, dim) * 2, torch.arange(70, 140, dtype=torch.int32)[None]
+    k, v = (torch.randn(3, 2, 160, dim).bfloat16() for _ in range(2))
+    return q, k, v, last, torch.tensor([2], dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +120,9 @@ def attentions(tmp_path_factory):
         for case in cases
     ],
 )
-def test_compiled_attention_is_exact_and_reads_only_what_is_seen(attentions, isa, dtype, dim):
-    (operands, expected, plain), output = attentions(isa)[dtype, dim]
-    _, k, _, new, _ = operands
+def test_compiled_attention_is_exact_and_reads_only_what_is_seen(compiled, isa, dtype, dim):
+    _, expected, plain = example(dtype, dim)
+    output, k, new = compiled(isa)[dtype, dim]
     rounding = {float32: 1e-6, float16: 2**-10, bfloat16: 2**-7}[dtype]
     assert torch.allclose(expected.float(), plain, atol=1e-5, rtol=rounding)
     assert output.dtype == dtype
@@ -119,12 +132,13 @@ def test_compiled_attention_is_exact_and_reads_only_what_is_seen(attentions, isa
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
-def test_compiled_windows_caps_and_sinks_are_those_of_plain_attention(dtype, tmp_path):
+def test_compiled_windows_caps_and_sinks_are_those_of_plain_attention(compiled, dtype, tmp_path):
     """Against the attention of the eager reference, with masks, or written out."""
-    (q, k, v, _, last), *_ = example(dtype, 64)
-    k, v, sinks = k.nan_to_num(), v.nan_to_num(), torch.tensor([0.5, -1.0, 2.0, 0.0, 9.0, -9.0])
-    found = run_compiled({"all": (Windowed(), (q, k, v, last, sinks))}, tmp_path)["all"]
-    for how, output in zip(options(sinks), found, strict=True):
+    operands = windowed(dtype)
+    shared = dtype == torch.bfloat16
+    found = compiled("native") if shared else run_compiled({"windows": (Windowed(), operands)}, tmp_path)
+    q, k, v, last, sinks = operands
+    for how, output in zip(options(sinks), found["windows"], strict=True):
         attend = replace(attend_up_to(last, KV).within(how.get("window")), cap=how.get("cap"), sinks_N=how.get("sinks"))
         plain = PLAIN.attend(q, k.float(), v.float(), attend).view(2, 3, 6, 64)
         rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
@@ -134,13 +148,11 @@ def test_compiled_windows_caps_and_sinks_are_those_of_plain_attention(dtype, tmp
 
 @pytest.mark.parametrize("isa", ["native", pytest.param("avx2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dim", [64, pytest.param(24, marks=pytest.mark.slow)])
-def test_a_query_gives_the_same_bits_beside_any_others(dim, isa, tmp_path):
+def test_a_query_gives_the_same_bits_beside_any_others(compiled, dim, isa, tmp_path):
     """A prompt's tokens are those of decode steps, however it is read."""
-    torch.manual_seed(0)
-    q, last = torch.randn(1, 6, 70, dim) * 2, torch.arange(70, 140, dtype=torch.int32)[None]
-    k, v = (torch.randn(3, 2, 160, dim).bfloat16() for _ in range(2))
-    rows = torch.tensor([2], dtype=torch.int32)
-    many, some, one = run_compiled({"parts": (Parts(), (q, k, v, last, rows))}, tmp_path, isa)["parts"]
+    q, k, v, last, rows = operands = parts(dim)
+    found = compiled(isa) if dim == 64 else run_compiled({"parts": (Parts(), operands)}, tmp_path, isa)
+    many, some, one = found["parts"]
     assert torch.equal(many[:, 60:65], some)
     assert torch.equal(some[:, 3:4], one)
     expected = PLAIN.attend(q, k.float(), v.float(), attend_up_to(last, KV, rows)).view(1, 70, 6, dim)
