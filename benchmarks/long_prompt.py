@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from threading import Thread
@@ -40,11 +41,12 @@ def served(artifact: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], in
     while True:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return process, port
         except OSError:
             if process.poll() is not None:
                 raise SystemExit(f"the server ended: {process.args}") from None
             time.sleep(0.5)
+        else:
+            return process, port
 
 
 def pieces(port: int, prompt: list[int], most: int, arrivals: list[float]) -> None:
@@ -57,7 +59,7 @@ def pieces(port: int, prompt: list[int], most: int, arrivals: list[float]) -> No
     with urllib.request.urlopen(request, timeout=600) as answer:
         for line in answer:
             if line.startswith(b"data: {"):
-                arrivals.append(time.perf_counter())
+                arrivals.append(time.perf_counter())  # noqa: PERF401 - another thread watches the list
 
 
 def model(port: int) -> str:
@@ -86,14 +88,14 @@ def measure(port: int, tokens: int, rounds: int) -> tuple[list[float], list[floa
         if turn:  # the first is a warm-up
             alone += undisturbed
             firsts.append(first[0] - asked)
-            beside += [end - start for start, end in zip(arrivals, arrivals[1:], strict=False)
+            beside += [end - start for start, end in pairwise(arrivals)
                        if end > asked and start < first[0]]  # fmt: skip
     return alone, beside, firsts
 
 
 def gaps(arrivals: list[float]) -> list[float]:
     """Times between pieces."""
-    return [end - start for start, end in zip(arrivals, arrivals[1:], strict=False)]
+    return [end - start for start, end in pairwise(arrivals)]
 
 
 def p99(values: list[float]) -> float:
