@@ -62,7 +62,8 @@ def tune(console: Console, options: TuneOptions) -> None:
     path = recipe_path(options.recipe)
     recipe = load(path)
     prompts = recipe_prompts(recipe, path.parent)
-    engine = load_artifact(artifact_dir(options.artifact or recipe.name), policy_of(options.policy_file))
+    root, policy = artifact_dir(options.artifact or recipe.name), policy_of(options.policy_file)
+    engine = load_artifact(root, policy, share_prefixes=False)
     tuning = measure(engine, prompts, options.prompts_per_class, options.max_new_tokens, console.log, console.progress)
     data = tuning.to_json()
     pages = ARTIFACTS / "tuning"

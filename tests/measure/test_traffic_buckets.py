@@ -86,7 +86,7 @@ def test_propose_keeps_one_kv_bucket_on_a_cpu():
 
 def test_propose_keeps_kv_buckets_without_lengths_of_answers():
     prompts = Traffic({(20, 0): 9, (100, 0): 1}, has_answers=False)
-    proposal = propose(NEURON, prompts, 26)
+    proposal = propose(NEURON, prompts, 29)
     assert proposal.proposed["kv"].buckets == (256, 768)
     assert proposal.proposed["kv"].padding is None
     assert proposal.proposed["prefill"].buckets == (32, 128, 256)
@@ -104,9 +104,9 @@ def test_propose_raises_the_largest_prefill_bucket_and_never_lowers_it():
 
 
 def test_propose_with_too_few_graphs():
-    with pytest.raises(InputError, match=r"found 11; one bucket of each kind needs 12 graphs"):
-        propose(NEURON, traffic_of(0), 11)
-    assert propose(NEURON, traffic_of(0), 12).proposed["kv"].buckets == (768,)
+    with pytest.raises(InputError, match=r"found 12; one bucket of each kind needs 13 graphs"):
+        propose(NEURON, traffic_of(0), 12)
+    assert propose(NEURON, traffic_of(0), 13).proposed["kv"].buckets == (768,)
 
 
 def test_propose_never_pads_more_with_more_graphs_or_than_the_recipe():
@@ -115,7 +115,7 @@ def test_propose_never_pads_more_with_more_graphs_or_than_the_recipe():
     def tokens(prefill: tuple[int, ...], kv: tuple[int, ...]) -> float:
         return padded(traffic.prompts, prefill) + cost * padded(step_lengths(NEURON, traffic), kv)
 
-    found = [propose(NEURON, traffic, budget).proposed for budget in range(12, 80, 4)]
+    found = [propose(NEURON, traffic, budget).proposed for budget in range(13, 80, 4)]
     costs = [tokens(of["prefill"].buckets, of["kv"].buckets) for of in found]
     assert costs == sorted(costs, reverse=True)
     now = NEURON.recipe.shapes
@@ -141,7 +141,7 @@ def test_room_is_that_of_the_model_with_fewer_positions():
 def test_example_of_traffic_gets_less_padding_from_twice_the_graphs():
     plan = plan_of("llama-8b-spec")
     traffic = read_traffic(ROOT / "examples" / "traffic.csv", room_of(plan))
-    proposal = propose(plan, traffic, 46)
+    proposal = propose(plan, traffic, 52)
     assert proposal.requests == 2400
     for kind, now in proposal.now.items():
         assert proposal.proposed[kind].padding < 0.7 * now.padding

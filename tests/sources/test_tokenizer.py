@@ -25,7 +25,7 @@ from pipeline.sources.gguf import _save_tokenizer
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import serialized, tokenizer_files
 from pipeline.validate.gates.answers import encode
-from pipeline.validate.lengths import token_counts
+from pipeline.validate.lengths import longest_prompt, token_counts
 from pipeline.validate.prompts import Prompt
 from support import odd_tokenizers as odd
 from support.commands import invoke
@@ -120,7 +120,7 @@ def of_run(engine: Engine, text: str, monkeypatch: pytest.MonkeyPatch, work: Pat
 
 
 def of_bench(engine: Engine, text: str, monkeypatch: pytest.MonkeyPatch, work: Path) -> Any:
-    monkeypatch.setattr(bench, "load", lambda *_: engine)
+    monkeypatch.setattr(bench, "load", lambda *_, **__: engine)
     monkeypatch.setattr(bench, "load_recipe", lambda _: recipe_of("llama", 0, "float32"))
     monkeypatch.setattr(bench, "recipe_prompts", lambda *_: [Prompt("1", "chat", text)])
     bench.bench(work, work, 1, 4, None)
@@ -132,7 +132,8 @@ def of_tune(engine: Engine, text: str, monkeypatch: pytest.MonkeyPatch, work: Pa
 
 
 def of_gates(engine: Engine, text: str, monkeypatch: pytest.MonkeyPatch, work: Path) -> Any:
-    inputs: Any = SimpleNamespace(engine=engine, prompts=[Prompt("1", "chat", text)])
+    prompts, recipe = [Prompt("1", "chat", text)], recipe_of("llama", 0, "float32")
+    inputs: Any = SimpleNamespace(engine=engine, prompts=prompts, recipe=recipe)
     raise HeardError(encode(inputs)[0])
 
 
@@ -153,7 +154,8 @@ def test_commands_tokenize_alike(
     text = "a fox, a dog"
     with pytest.raises(HeardError) as caught:
         command(engine, text, monkeypatch, tmp_path)
-    longest = engine.manifest.shapes.prefill[-1]
+    new_tokens = recipe_of("llama", 0, "float32").validate_.max_new_tokens if command is of_gates else 4
+    longest = longest_prompt(engine.manifest.shapes, new_tokens)
     wanted = tokens_of(reference, text)
     tokens = caught.value.args[0]
     assert tokens == [wanted if command is of_run else wanted[-longest:]]

@@ -241,13 +241,13 @@ extern "C" SIGNATURE
 
 
 class CachedAttentionTemplate(CppTemplate):
-    """The kernel for one shape: `inputs` are q, k, v, last, and those of `optional` (SINKS, ROWS), by their names."""
+    """The kernel for one shape: `inputs` are q, k, v and last, `optional` are SINKS and ROWS where they are given."""
 
     def __init__(
-        self, inputs: list[Any], optional: list[str], layout: ir.Layout, kv: int, window: int, cap: float
+        self, inputs: list[Any], optional: dict[str, Any], layout: ir.Layout, kv: int, window: int, cap: float
     ) -> None:  # fmt: skip
-        super().__init__("cached_attention", inputs, layout, num_threads=1)
-        self.optional, self.kv, self.window, self.cap = optional, kv, window, cap
+        super().__init__("cached_attention", [*inputs, *optional.values()], layout, num_threads=1)
+        self.optional, self.kv, self.window, self.cap = tuple(optional), kv, window, cap
 
     def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
         """Return the C++ of the kernel."""
@@ -286,11 +286,14 @@ class CachedAttentionTemplate(CppTemplate):
 def _lower(  # noqa: PLR0913 - the operator's signature
     q: Any, k: Any, v: Any, last: Any, kv: int, window: int = 0, cap: float = 0.0, sinks: Any = None, rows: Any = None
 ) -> Any:  # fmt: skip
-    optional = {name: given for name, given in (("SINKS", sinks), ("ROWS", rows)) if given is not None}
-    operands = (q, k, v, last, *optional.values())
-    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in operands]
+    realized = {
+        name: ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(given))
+        for name, given in {"Q": q, "K": k, "V": v, "LAST": last, "SINKS": sinks, "ROWS": rows}.items()
+        if given is not None
+    }
+    inputs = [realized.pop(name) for name in ("Q", "K", "V", "LAST")]
     batch, heads, tokens, dim = inputs[0].get_size()
     layout = ir.FixedLayout(inputs[0].get_device(), k.get_dtype(), [batch, tokens, heads, dim])
-    out = CachedAttentionTemplate(inputs, list(optional), layout, kv, window, cap).generate().output_node()
+    out = CachedAttentionTemplate(inputs, realized, layout, kv, window, cap).generate().output_node()
     out.data.data.allow_epilogue_fusion = False
     return out
