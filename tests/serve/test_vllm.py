@@ -114,8 +114,10 @@ def test_shared_prefixes_change_no_token_and_are_counted(server: Server, artifac
     for turn in range(3):
         chat += [*asked(chat), 50 + turn, 60]
     assert hits() - before >= 32 + 32
+    together = [[*chat[:35], n, n + 1] for n in range(70, 80)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(asked, [[*chat[:35], n, n + 1] for n in range(70, 80)]))
+        served = list(pool.map(lambda prompt: server.complete(prompt, max_tokens=5)["token_ids"], together))
+    assert served == [answer.tokens for answer in engine.generate(together, max_new_tokens=5)]
     before = hits()
     asked(chat, cache_salt="another tenant")
     assert hits() == before
