@@ -110,7 +110,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "validate.draft.examine.chosen(prompts)": lambda value: examine.chosen(value, 1),
     "validate.gates.acceptance.acceptance_of(prompts)": lambda value: acceptance.acceptance_of(value, [], 1),
     "validate.lengths.encoded_prompts(prompts)": lambda value: lengths.encoded_prompts(value, {}),
-    "validate.reference.skeleton.for_module(names)": lambda value: skeleton.for_module(value, {}),
+    "validate.reference.skeleton.for_module(names)": lambda value: skeleton.for_module(value, {}, UNUSED),
     "validate.lengths.token_counts(prompts)": lambda value: lengths.token_counts(value, {}),
 }
 OTHERS: dict[str, Callable[[Any], object]] = {

@@ -102,7 +102,7 @@ class ModelsSpec:
             return "int32"
         shared = kind == "embedding" and self.config_of(role).shares_embedding
         narrow = self.draft_weights if role == "draft" and not shared else self.target_weights
-        return narrow if narrow is not None and kind != "vector" else self.dtype_of(role)
+        return self.dtype_of(role) if narrow is None or kind in ("vector", "expert_biases") else narrow
 
     @property
     def draft_kind(self) -> DraftKind:

@@ -36,7 +36,7 @@ def build_model(checkpoint: Checkpoint, target: Checkpoint, dtype: str, attentio
         )
         return model.eval()
     model = _without_weights(checkpoint, torch_dtype(dtype), attention)
-    state = for_module(model.state_dict(), _state(checkpoint, target, torch_dtype(dtype)))
+    state = for_module(model.state_dict(), _state(checkpoint, target, torch_dtype(dtype)), config)
     model.load_state_dict(state, strict=True)
     return model.eval()
 
@@ -68,14 +68,14 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 def transformers_answers(recipe: Recipe, base: Path, max_new_tokens: int) -> dict[str, Answer]:
     """Return `generate`, and assisted generation with the same pair and K where the draft is a model, by name."""
     target, draft = resolve_pair(recipe, base=base, cache=default_root() / "sources")
-    model = build_model(target, target, recipe.target.dtype, "sdpa")
+    model = build_model(target, target, recipe.target.dtype, _attention(target))
     # Without the checkpoint's other settings, a repetition penalty for example, which the artifact does not apply.
     eos = list(target.config.eos_ids) or None
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos)
     answers = {"transformers generate": _answer(model, None, max_new_tokens)}
     if not draft.config.draft_kind.in_transformers:
         return answers
-    assistant = build_model(draft, target, recipe.draft.dtype or recipe.target.dtype, "sdpa")
+    assistant = build_model(draft, target, recipe.draft.dtype or recipe.target.dtype, _attention(draft))
     token_ids = draft_token_ids(draft)
     if token_ids is not None:
         assistant.lm_head = WholeHead(assistant.lm_head, token_ids, target.config.vocab)
@@ -83,6 +83,11 @@ def transformers_answers(recipe: Recipe, base: Path, max_new_tokens: int) -> dic
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
     return answers | {"transformers assisted": _answer(model, assistant, max_new_tokens)}
+
+
+def _attention(checkpoint: Checkpoint) -> str:
+    """Return transformers' implementation of attention: its own operator of torch has no sinks."""
+    return "eager" if checkpoint.config.sinks else "sdpa"
 
 
 def _answer(model: Any, assistant: Any, max_new_tokens: int) -> Answer:

@@ -76,12 +76,23 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """Bounds of SwiGLU in experts (gpt-oss): g sigmoid(alpha g) (u + 1) with the gate g up to `limit`, u within both."""
+
+    limit: float
+    alpha: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """A mixture of experts in the place of a feed-forward network: a router chooses `chosen` of `count` for each token.
 
     `intermediate` is the size of one. Shares are the softmax of the router's scores, over all experts, or, if `among`,
     over the chosen ones, which is the same as dividing them by their sum. `shared` is the size of a further expert that
     every token uses, scaled by the sigmoid of a score of its own.
+
+    `bias`: the router and all matrices have biases. `clamp`: bounds of SwiGLU. `interleaved`: in checkpoints, gate and
+    up alternate in one tensor, and matrices that are not quantised have the inputs first.
     """
 
     count: int
@@ -89,6 +100,9 @@ class Experts:
     intermediate: int
     among: bool
     shared: int | None = None
+    bias: bool = False
+    clamp: Clamp | None = None
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from pipeline.models.config import (
     Rope,
     YarnRope,
 )
-from pipeline.models.parallel import Attend, Chosen, Pass, Seams, capped
+from pipeline.models.parallel import Attend, Gating, Pass, Seams, capped
+from pipeline.models.routing import routed, shared_out
 from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, local_heads, padded_vocab
 
 Weights = Mapping[str, Tensor]
@@ -344,16 +345,16 @@ def feed_forward(config: ModelConfig, layer: Layer, w: Weights, seams: Seams, x_
     """Apply a layer's feed-forward network, or its experts: [B, T, H] -> [B, T, H]."""
     if layer.experts is None:
         return mlp(config, w, seams, x_BTH)
-    scores_BTE = seams.linear(x_BTH, w["mlp.gate.weight"], layer.experts.count).float()
-    shares, chosen = seams.top(torch.softmax(scores_BTE, dim=-1), layer.experts.chosen)
-    if layer.experts.among:
-        shares = shares / shares.sum(dim=-1, keepdim=True)
-    matrices = tuple(w[f"mlp.experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
-    out_BTH = seams.experts(x_BTH, Chosen(chosen, shares), matrices)
-    if layer.experts.shared is None:
-        return seams.all_reduce(out_BTH)
-    share_BT1 = torch.sigmoid(seams.linear(x_BTH, w[SHARED_GATE], 1))
-    return seams.all_reduce(out_BTH + share_BT1 * gated(config, w, seams, x_BTH, SHARED, layer.experts.shared))
+    chosen = routed(layer.experts, w, seams, x_BTH)
+    gate, up, down = (f"mlp.experts.{name}_proj" for name in ("gate", "up", "down"))
+    biases = (w[f"{gate}.bias"], w[f"{up}.bias"]) if layer.experts.bias else None
+    matrices = tuple(w[f"{name}.weight"] for name in (gate, up, down))
+    out_BTH = seams.experts(x_BTH, chosen, matrices, Gating(biases, layer.experts.clamp))
+    if layer.experts.shared is not None:
+        share_BT1 = torch.sigmoid(seams.linear(x_BTH, w[SHARED_GATE], 1))
+        out_BTH = out_BTH + share_BT1 * gated(config, w, seams, x_BTH, SHARED, layer.experts.shared)
+    out_BTH = seams.all_reduce(out_BTH)
+    return out_BTH + shared_out(w[f"{down}.bias"], chosen).to(out_BTH.dtype) if layer.experts.bias else out_BTH
 
 
 def mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:

@@ -146,6 +146,25 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         "attention_bias": Field(True, Kind.BOOL),
         "eos_token_id": Field(None, Kind.TOKEN_IDS),
     },
+    "gpt_oss": {
+        **COMMON,
+        "vocab_size": Field(201088, Kind.INT),
+        "hidden_size": Field(2880, Kind.INT),
+        "intermediate_size": Field(2880, Kind.INT),
+        "num_hidden_layers": Field(36, Kind.INT),
+        "num_attention_heads": Field(64, Kind.INT),
+        "num_key_value_heads": Field(8, Kind.INT),
+        "head_dim": Field(64, Kind.INT),
+        "max_position_embeddings": Field(131072, Kind.INT),
+        "rms_norm_eps": Field(1e-5, Kind.FLOAT),
+        "sliding_window": Field(128, Kind.INT_OR_NULL),
+        "attention_bias": Field(True, Kind.BOOL),
+        "num_local_experts": Field(128, Kind.INT),
+        "num_experts_per_tok": Field(4, Kind.INT),
+        "swiglu_alpha": Field(1.702, Kind.FLOAT),
+        "swiglu_limit": Field(7.0, Kind.FLOAT),
+        "eos_token_id": Field(None, Kind.TOKEN_IDS),
+    },
     "granite": {
         **COMMON,
         "vocab_size": Field(32000, Kind.INT),
@@ -273,6 +292,7 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
 """Family -> field name -> field. Versions 4.57 and 5 of transformers have the same defaults; 4.57 checks no types."""
 
 OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
+    "gpt_oss": {"num_local_experts": "num_experts"},
     "mixtral": {"num_local_experts": "num_experts"},
     "olmoe": {"num_experts": "num_local_experts"},
     "qwen3_moe": {"num_experts": "num_local_experts"},

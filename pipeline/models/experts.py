@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.models.config import Experts
 from pipeline.models.fields import Fields
 
@@ -13,9 +15,20 @@ def read_experts(fields: Fields, size: str, count: str, *, among: bool) -> Exper
         SourceError: more chosen experts than there are, or an activation that experts do not have here.
 
     """
-    experts = Experts(fields.size(count), fields.size("num_experts_per_tok"), fields.size(size), among)
-    if experts.chosen > experts.count:
-        raise fields.error("num_experts_per_tok", experts.chosen, f"expected at most {count}={experts.count}")
+    experts = counted(fields, size, count, among=among)
     if fields.value("hidden_act") not in ("silu", "swish"):
         raise fields.error("hidden_act", fields.value("hidden_act"), "experts with it are not supported", "use silu")
+    return experts
+
+
+def counted(fields: Fields, size: str, count: str, *, among: bool, **others: Any) -> Experts:
+    """Return the experts of a config whose class does not read the activation; `others` are fields of `Experts`.
+
+    Raises:
+        SourceError: more chosen experts than there are.
+
+    """
+    experts = Experts(fields.size(count), fields.size("num_experts_per_tok"), fields.size(size), among, **others)
+    if experts.chosen > experts.count:
+        raise fields.error("num_experts_per_tok", experts.chosen, f"expected at most {count}={experts.count}")
     return experts

@@ -17,6 +17,7 @@ FAMILIES = {
     "gemma2": "pipeline.models.gemma2",
     "gemma3_text": "pipeline.models.gemma3",
     "glm4": "pipeline.models.glm4",
+    "gpt_oss": "pipeline.models.gpt_oss",
     "granite": "pipeline.models.granite",
     "granitemoe": "pipeline.models.granitemoe",
     "llama": "pipeline.models.llama",

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.models.config import Clamp
+
 Args = TypeVarTuple("Args")
 R = TypeVar("R")
 State = dict[str, Tensor]
@@ -123,6 +125,29 @@ class Chosen:
 
 
 @dataclass(frozen=True)
+class Gating:
+    """How experts make their inner values of gate and up: with `biases` [E, N] of both, and SwiGLU with bounds."""
+
+    biases: tuple[Tensor, Tensor] | None = None
+    clamp: Clamp | None = None
+
+    def of(self, gate: Tensor, up: Tensor, experts: Tensor | slice = slice(None)) -> Tensor:
+        """Return the inner values of products [.., M, N], one of each of `experts` along the first axis."""
+        if self.biases is not None:
+            gate, up = gate + self.biases[0][experts][:, None], up + self.biases[1][experts][:, None]
+        return functional.silu(gate) * up if self.clamp is None else clamped(gate, up, self.clamp)
+
+
+SWIGLU = Gating()
+
+
+def clamped(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
+    """Return SwiGLU with bounds."""
+    gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    return gate * torch.sigmoid(gate * clamp.alpha) * (up + 1)
+
+
+@dataclass(frozen=True)
 class Pass:
     """One pass of a model: positions int [B, T], its caches, where it writes them, and the keys it attends over.
 
@@ -171,7 +196,9 @@ class Seams:
         """Return `silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020): -> [B, T, rows]."""
         return functional.silu(self.linear(x_BTI, gate, rows)) * self.linear(x_BTI, up, rows)
 
-    def experts(self, x_BTI: Tensor, chosen: Chosen, matrices: tuple[Tensor, ...]) -> Tensor:
+    def experts(
+        self, x_BTI: Tensor, chosen: Chosen, matrices: tuple[Tensor, ...], gating: Gating = SWIGLU
+    ) -> Tensor:  # fmt: skip
         """Apply each token's experts: the sum of their SwiGLU networks by their shares, [B, T, I] -> [B, T, I].
 
         `matrices` are gate and up [E, N, I] and down [E, I, N]. Few tokens read the matrices of their experts alone,
@@ -183,12 +210,12 @@ class Seams:
         if chosen_MC.numel() <= len(gate):
             ids = chosen_MC.reshape(-1)
             x = x_MI.repeat_interleave(chosen_MC.shape[1], dim=0)[:, None]
-            out = (functional.silu(x @ gate[ids]) * (x @ up[ids])) @ down[ids]
+            out = gating.of(x @ gate[ids], x @ up[ids], ids) @ down[ids]
             out = out.float().view(*chosen_MC.shape, -1) * shares_MC[..., None]
             return out.sum(dim=1).to(x.dtype).view(x_BTI.shape)
         is_chosen = chosen_MC[..., None] == torch.arange(len(gate), device=x_MI.device)
         shares_EM = torch.where(is_chosen, shares_MC[..., None], 0.0).sum(dim=1).t()
-        out = (functional.silu(x_MI[None] @ gate) * (x_MI[None] @ up)) @ down
+        out = gating.of(x_MI[None] @ gate, x_MI[None] @ up) @ down
         return (out.float() * shares_EM[..., None]).sum(dim=0).to(x_BTI.dtype).view(x_BTI.shape)
 
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:

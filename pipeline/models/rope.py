@@ -26,7 +26,8 @@ class RopeRules:
 
     `partial`: the default of `partial_rotary_factor`; None if its attention turns whole heads only. `older_names`:
     kinds that it reads as another one. `local`: it has another rotary embedding for layers with a window; the field of
-    its theta in the layout of transformers 4, where it has one, and the default of that theta.
+    its theta in the layout of transformers 4, where it has one, and the default of that theta. `absent`: the object of a
+    config that has none.
     """
 
     theta: float = 10000.0
@@ -34,11 +35,16 @@ class RopeRules:
     interleaved: bool = False
     older_names: Mapping[str, str] = field(default_factory=dict)
     local: tuple[str | None, float] | None = None
+    absent: Mapping[str, Any] = field(default_factory=dict)
 
 
 RULES: Mapping[str, RopeRules] = {
     "gemma3_text": RopeRules(theta=1e6, local=("rope_local_base_freq", 1e4)),
     "glm4": RopeRules(partial=0.5, interleaved=True),
+    "gpt_oss": RopeRules(
+        theta=150000.0,
+        absent={"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096},
+    ),
     "mixtral": RopeRules(theta=1e6),
     "olmo3": RopeRules(theta=5e5, local=(None, 5e5)),
     "phi3": RopeRules(partial=1.0, older_names={"su": "longrope", "yarn": "longrope"}),
@@ -65,7 +71,7 @@ def read_rope(fields: Fields, head_dim: int) -> tuple[Ropes, tuple[Limit, ...]]:
     layout, rules = _layout(fields), rules_of(fields.family)
     if rules.local is not None:
         return _by_type(fields, head_dim, rules)
-    rope = RopeObject(fields, layout, fields.config.get(layout) or {})
+    rope = RopeObject(fields, layout, _given(fields.config, rules))
     if nested := [key for key, value in rope.values.items() if isinstance(value, Mapping)]:
         what = "rotary embeddings by layer are not supported for this family"
         raise rope.error(nested[0], rope.values[nested[0]], what, "use a model with one rotary embedding")
@@ -108,6 +114,12 @@ def one_rope(rope: RopeObject, theta: Any, head_dim: int, rules: RopeRules) -> t
     return Rope(theta, dim, scaling, scale, rules.interleaved), limits
 
 
+def _given(config: Mapping[str, Any], rules: RopeRules) -> Mapping[str, Any]:
+    """Return the rotary embedding of a config, in either layout, or that of the family's class if there is none."""
+    rope: Mapping[str, Any] | None = config.get("rope_scaling") or config.get("rope_parameters")
+    return rules.absent if rope is None else rope
+
+
 def _layout(fields: Fields) -> str:
     """Return the name of the object that transformers reads."""
     for name in LAYOUTS:
@@ -144,9 +156,9 @@ def in_both_layouts(config: Mapping[str, Any], max_position: int) -> dict[str, A
     rules = rules_of(config.get("model_type"))
     if rules.local is not None:
         return _both_by_type(config, rules)
-    rope: dict[str, Any] = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope: dict[str, Any] = dict(_given(config, rules))
     rest = {key: value for key, value in config.items() if key not in LAYOUTS}
-    if not rope:
+    if not rope and not rules.absent:
         return rest
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault(THETA, config.get(THETA, rules.theta))
@@ -155,7 +167,8 @@ def in_both_layouts(config: Mapping[str, Any], max_position: int) -> dict[str, A
     if rope.get(PARTIAL) is not None:
         rest[PARTIAL] = rope[PARTIAL]
     rest |= {THETA: rope[THETA], "rope_parameters": rope}
-    return rest if rope["rope_type"] == "default" else rest | {"rope_scaling": rope}
+    plain = rope["rope_type"] == "default" and not rules.absent  # else 4.57 takes the one of a config without
+    return rest if plain else rest | {"rope_scaling": rope}
 
 
 def _both_by_type(config: Mapping[str, Any], rules: RopeRules) -> dict[str, Any]:

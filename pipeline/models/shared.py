@@ -49,7 +49,7 @@ def shared_fields(
         "head_dim": size,
         "vocab": fields.size("vocab_size"),
         "norm_eps": fields.value("rms_norm_eps"),
-        "activation": _activation(fields),
+        "activation": family.get("activation") or _activation(fields),
         "max_position": fields.size("max_position_embeddings"),
         "limits": (*own_limits, *limits),
         "tied": fields.value("tie_word_embeddings"),

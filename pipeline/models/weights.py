@@ -13,14 +13,18 @@ from typing import Literal
 from pipeline.models.config import Eagle3, Experts, ModelConfig
 
 Split = Literal["replicate", "rows", "columns", "q_rows", "q_heads", "q_columns", "kv_rows", "vocab"]
-Kind = Literal["linear", "embedding", "experts", "vector", "index"]
+Kind = Literal["linear", "embedding", "experts", "expert_biases", "vector", "index"]
+
+OF_EXPERTS: dict[Kind, Kind] = {"experts": "linear", "expert_biases": "vector"}
+"""Kinds of tensors that hold those of each expert, and the kind of these."""
+
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 """The norm after the last layer."""
 
 EXPERTS = ".experts."
-"""Part of the names of experts' matrices: of all as one tensor without a number, of each with its number after it."""
+"""Part of the names of experts' tensors: of all as one tensor without a number, of each with its number after it."""
 
 HEAD = "lm_head.weight"
 D2T = "d2t"
@@ -53,7 +57,8 @@ class WeightSpec:
     the same with one value for each head, `kv_rows` whole KV heads of axis 0 (each replicated when there are more ranks
     than heads), `vocab` a slice of axis 0 after padding the vocabulary, `replicate` the whole tensor. A backend may
     change the layout of some kinds (`linear`, `embedding`: 2-D [out, in]; `experts`: [experts, out, in], of which each
-    is laid out and split as a `linear`) but not of others (`vector`, `index`: 1-D; `index` is int32).
+    is laid out and split as a `linear`) but not of others (`vector`, `index`: 1-D; `index` is int32; `expert_biases`:
+    [experts, out], of which each is split as a `vector`).
     """
 
     name: str
@@ -63,12 +68,12 @@ class WeightSpec:
 
     @property
     def parts(self) -> tuple[WeightSpec, ...]:
-        """The checkpoint's tensors that this one holds in a row: the matrix of each expert, or itself."""
-        if self.kind != "experts":
+        """The checkpoint's tensors that this one holds in a row: the matrix or bias of each expert, or itself."""
+        if self.kind not in OF_EXPERTS:
             return (self,)
         block, _, leaf = self.name.partition(EXPERTS)
         names = (f"{block}{EXPERTS}{expert}.{leaf}" for expert in range(self.shape[0]))
-        return tuple(WeightSpec(name, self.shape[1:], self.split, "linear") for name in names)
+        return tuple(WeightSpec(name, self.shape[1:], self.split, OF_EXPERTS[self.kind]) for name in names)
 
 
 def up_to(value: int, multiple: int) -> int:
@@ -170,9 +175,15 @@ def _mlp(c: ModelConfig, base: str) -> Iterator[WeightSpec]:
 def _experts(c: ModelConfig, experts: Experts, base: str) -> Iterator[WeightSpec]:
     count, size = experts.count, experts.intermediate
     yield WeightSpec(f"{base}.gate.weight", (count, c.hidden), "replicate", "linear")
+    if experts.bias:
+        yield WeightSpec(f"{base}.gate.bias", (count,), "replicate", "vector")
     for name in ("gate", "up"):
         yield WeightSpec(f"{base}{EXPERTS}{name}_proj.weight", (count, size, c.hidden), "rows", "experts")
+        if experts.bias:
+            yield WeightSpec(f"{base}{EXPERTS}{name}_proj.bias", (count, size), "rows", "expert_biases")
     yield WeightSpec(f"{base}{EXPERTS}down_proj.weight", (count, c.hidden, size), "columns", "experts")
+    if experts.bias:
+        yield WeightSpec(f"{base}{EXPERTS}down_proj.bias", (count, c.hidden), "replicate", "expert_biases")
     if experts.shared is not None:
         shared = f"{base}.shared_expert"
         for name in ("gate", "up"):
@@ -184,7 +195,7 @@ def _experts(c: ModelConfig, experts: Experts, base: str) -> Iterator[WeightSpec
 def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ...]:
     """Return the shape of one rank's slice before packing; a split vocabulary is padded to whole blocks per rank."""
     head, *rest = spec.shape
-    if spec.kind == "experts":
+    if spec.kind in OF_EXPERTS:
         return (head, *local_shape(spec.parts[0], config, tp))
     if spec.split == "rows":
         return (head // tp, *rest)

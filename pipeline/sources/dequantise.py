@@ -19,20 +19,20 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def dequantised(source: PackedRef, data: Tensor) -> Tensor:
-    """Return the rows of a matrix, float32 [R, C]; `data` are the bytes of its cuts, uint8."""
+    """Return the rows of a matrix, float32 [R, C], or vector; `data` are the bytes of its cuts, uint8."""
     parts = [(cut, data[at : at + cut.nbytes]) for at, cut in placed(source.cuts)]
     if not parts:
         return torch.empty(source.shape, dtype=torch.float32)
-    blocks = source.blocks
-    group_C = None if source.index is None else parts[-1][1].view(torch.int32).long()
-    values_RC = _numbers(source.values, source.first, source.last, *parts[0])
-    scales_BG = _numbers(source.scales, *blocks, *parts[1])
-    zeros_BG = None if source.zeros is None else _numbers(source.zeros, *blocks, *parts[2])
-    _apply(source, values_RC, (zeros_BG, scales_BG), group_C)
-    values_RC = values_RC.contiguous()
-    if not source.rounded:
-        return values_RC
-    return values_RC.to(SAFETENSORS[source.scales.ref.dtype].as_torch()).float()
+    values_RC = _numbers(source.values, *source.stored, *parts[0])
+    if source.scales is not None:
+        blocks = source.blocks
+        group_C = None if source.index is None else parts[-1][1].view(torch.int32).long()
+        scales_BG = _numbers(source.scales, *blocks, *parts[1])
+        zeros_BG = None if source.zeros is None else _numbers(source.zeros, *blocks, *parts[2])
+        _apply(source, values_RC, (zeros_BG, scales_BG), group_C)
+        if source.rounded:
+            values_RC = values_RC.to(SAFETENSORS[source.scales.ref.dtype].as_torch()).float()
+    return values_RC[source.phase :: source.step].contiguous().view(source.shape)
 
 
 def _apply(
@@ -59,7 +59,7 @@ def _of_rows(source: PackedRef, of_blocks_BG: Tensor) -> Tensor:
     height = source.block[0]
     if height == 1 or len(of_blocks_BG) == 1:
         return of_blocks_BG
-    row_R = torch.arange(source.first, source.last) // height - source.blocks[0]
+    row_R = torch.arange(*source.stored) // height - source.blocks[0]
     return of_blocks_BG[row_R]
 
 

@@ -1,11 +1,13 @@
 """Matrices that a checkpoint stores quantised: where their values, scales and zero points are. Imports no torch.
 
 One formula covers every format: weight[r, c] = (value[r, c] - zero[b, g]) * scale[b, g], with b the block of rows of r
-and g the group of columns of c. `dequantise.py` computes it from the bytes that `cuts` name.
+and g the group of columns of c. `dequantise.py` computes it from the bytes that `cuts` name. Without scales it covers
+numbers that a file has in another order: transposed, or every second row of a matrix or vector.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -108,17 +110,21 @@ class PackedRef:
     """Rows [first, last) of a matrix that is stored quantised; its values are read as float32.
 
     `block` is the number of rows and columns that share a scale; with `index`, that tensor has the group of each
-    column. `rounded`: values are rounded to the dtype of the scales, as the format's own reader does.
+    column. `rounded`: values are rounded to the dtype of the scales, as the format's own reader does. Row r is row
+    r * `step` + `phase` of the stored matrix, of which all are read. `vector`: a column is a vector.
     """
 
     values: Grid
-    scales: Grid
+    scales: Grid | None
     block: tuple[int, int]
     last: int
     first: int = 0
     zeros: Grid | None = None
     index: TensorRef | None = None
     rounded: bool = False
+    step: int = 1
+    phase: int = 0
+    vector: bool = False
 
     @property
     def file(self) -> File:
@@ -138,7 +144,13 @@ class PackedRef:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of these rows."""
-        return (self.last - self.first, self.values.columns)
+        rows = self.last - self.first
+        return (rows,) if self.vector else (rows, self.values.columns)
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Stored rows [first, last) that hold these rows."""
+        return self.first * self.step, self.last * self.step
 
     @property
     def read_bytes(self) -> int:
@@ -158,7 +170,9 @@ class PackedRef:
         if self.last <= self.first:
             return ()
         blocks = self.blocks
-        found = [self.values.cut(self.first, self.last), self.scales.cut(*blocks)]
+        found = [self.values.cut(*self.stored)]
+        if self.scales is not None:
+            found.append(self.scales.cut(*blocks))
         if self.zeros is not None:
             found.append(self.zeros.cut(*blocks))
         if self.index is not None:
@@ -168,11 +182,18 @@ class PackedRef:
     @property
     def blocks(self) -> tuple[int, int]:
         """Blocks of rows that these rows touch."""
-        return self.first // self.block[0], -(-self.last // self.block[0])
+        first, last = self.stored
+        return first // self.block[0], -(-last // self.block[0])
 
     def rows(self, first: int, last: int) -> PackedRef:
         """Return rows [first, last) of these."""
         return replace(self, first=self.first + first, last=self.first + last)
+
+    def every(self, step: int, phase: int) -> PackedRef:
+        """Return the rows `phase`, `phase + step`, .. of a whole matrix."""
+        assert self.first == 0
+        assert self.step == 1
+        return replace(self, last=self.last // step, step=step, phase=phase)
 
     def part(self, index: int) -> PackedRef:
         """Not defined: quantised matrices of experts are taken apart when they are found."""
@@ -180,7 +201,22 @@ class PackedRef:
 
 
 Source: TypeAlias = TensorRef | PackedRef
-"""A tensor of a checkpoint: stored as it is, or quantised."""
+"""A tensor of a checkpoint: stored as it is, or quantised, or in another order."""
+
+
+def transposed(ref: TensorRef) -> PackedRef:
+    """Return the matrix [out, in] of numbers that a file has as [in, out]."""
+    columns, rows = ref.shape
+    return PackedRef(Grid(ref, rows, columns, transposed=True), None, (1, columns), rows)
+
+
+def every(source: Source, step: int, phase: int) -> PackedRef:
+    """Return the rows `phase`, `phase + step`, .. of a matrix or vector."""
+    if isinstance(source, PackedRef):
+        return source.every(step, phase)
+    rows, columns = source.shape[0], math.prod(source.shape[1:])
+    whole = PackedRef(Grid(source, rows, columns), None, (1, columns), rows, vector=len(source.shape) == 1)
+    return whole.every(step, phase)
 
 
 def placed(cuts: Sequence[Cut]) -> Iterator[tuple[int, Cut]]:

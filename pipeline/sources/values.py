@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.graphs.dtypes import SAFETENSORS
-from pipeline.models.weights import D2T, WeightSpec
+from pipeline.models.weights import D2T, OF_EXPERTS, WeightSpec
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.dequantise import dequantised
 from pipeline.sources.packed import Cut, PackedRef, Source, placed
@@ -39,9 +39,9 @@ def _bytes(cut: Cut) -> Tensor:
 
 
 def read_weight(refs: Mapping[str, Source], spec: WeightSpec) -> Tensor:
-    """Read a weight of a model: the matrices of experts as one tensor."""
+    """Read a weight of a model: the matrices or biases of experts as one tensor."""
     tensors = [read_tensor(refs[part.name]) for part in spec.parts]
-    return torch.stack(tensors) if spec.kind == "experts" else tensors[0]
+    return torch.stack(tensors) if spec.kind in OF_EXPERTS else tensors[0]
 
 
 def draft_token_ids(draft: Checkpoint) -> Tensor | None:

@@ -14,9 +14,9 @@ from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
 from pipeline.models.multimodal import PREFIXES, of_text, text_name
 from pipeline.models.quantisation import KEY, read_quantisation
-from pipeline.models.weights import D2T, EMBEDDING, HEAD, MASK_HIDDEN, WeightSpec, weight_specs
+from pipeline.models.weights import D2T, EMBEDDING, EXPERTS, HEAD, MASK_HIDDEN, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import Checkpoint, weight_files
-from pipeline.sources.packed import PackedRef, Source, plain
+from pipeline.sources.packed import PackedRef, Source, every, plain, transposed
 from pipeline.sources.quantised import with_quantised
 from pipeline.sources.tensors import TensorRef, opened, read_bytes, read_header
 
@@ -36,17 +36,22 @@ EXPERT_NAMES = tuple(
     (re.compile(old), new)
     for old, new in (
         (r"\.block_sparse_moe\.", ".mlp."),
-        (r"\.mlp\.router\.layer\.", ".mlp.gate."),
+        (r"\.mlp\.router\.(layer\.)?", ".mlp.gate."),
         (r"\.mlp\.input_linear\.weight", ".mlp.experts.gate_up_proj.weight"),
         (r"\.mlp\.output_linear\.weight", ".mlp.experts.down_proj.weight"),
+        (r"\.mlp\.experts\.(gate_up_proj|down_proj)_bias", r".mlp.experts.\1.bias"),
         (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
         (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
         (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
     )
 )
-"""Names of experts and routers in checkpoints of Mixtral and Granite, and those of Qwen and OLMoE, which models use."""
+"""Names of experts and routers in checkpoints of Mixtral, Granite and gpt-oss, and those of Qwen and OLMoE, which
+models use.
+"""
 
-STACKED = re.compile(r"(?P<block>.*\.experts)\.(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
+STACKED = re.compile(
+    r"(?P<block>.*\.experts)\.(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj)(\.weight|(?P<bias>\.bias))?"
+)
 
 FLOATS = ("F32", "BF16", "F16")
 INTEGERS = ("I32", "I64")
@@ -80,7 +85,7 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, Source]:
     else:
         tensors = {text_name(name): tensor for name, tensor in tensors.items()}
         tensors = {_prefixed(name, tensors): tensor for name, tensor in tensors.items()}
-    tensors = dict(_unfused(dict(_renamed(tensors)), checkpoint.config)) | dict(checkpoint.made)
+    tensors = dict(_unfused(dict(_renamed(tensors, checkpoint.config)), checkpoint.config)) | dict(checkpoint.made)
     return tensors if checkpoint.layers is None else dict(_renumbered(tensors, checkpoint.layers))
 
 
@@ -97,18 +102,31 @@ def _prefixed(name: str, tensors: Mapping[str, Source]) -> str:
     return whole if name.startswith(OF_BASE) and whole not in tensors else name
 
 
-def _renamed(tensors: Mapping[str, Source]) -> Iterator[tuple[str, Source]]:
-    """Yield tensors by the names of experts that the models use; matrices of all experts in one are taken apart."""
+def _renamed(tensors: Mapping[str, Source], c: ModelConfig) -> Iterator[tuple[str, Source]]:
+    """Yield tensors by the names of experts that the models use; those of all experts in one are taken apart."""
     for old, tensor in tensors.items():
         name = old
         for pattern, new in EXPERT_NAMES:
             name = pattern.sub(new, name)
         stacked = STACKED.fullmatch(name)
-        if stacked is None or len(tensor.shape) != 3:
+        if stacked is None or len(tensor.shape) != (2 if stacked["bias"] else 3):
             yield name, tensor
             continue
         for expert in range(tensor.shape[0]):
-            yield f"{stacked['block']}.{expert}.{stacked['leaf']}.weight", tensor.part(expert)
+            part = tensor.part(expert)
+            if interleaved(c) and not stacked["bias"] and is_floats(part):
+                part = transposed(plain(part))
+            yield f"{stacked['block']}.{expert}.{stacked['leaf']}{stacked['bias'] or '.weight'}", part
+
+
+def interleaved(c: ModelConfig) -> bool:
+    """Return whether a checkpoint has gate and up of experts in turn, and inputs first."""
+    return any(kind.experts is not None and kind.experts.interleaved for kind in c.kinds)
+
+
+def is_floats(source: Source) -> bool:
+    """Return whether a tensor holds numbers of an accepted dtype, which it is rejected for otherwise."""
+    return source.dtype in FLOATS
 
 
 def _unfused(tensors: Mapping[str, Source], c: ModelConfig) -> Iterator[tuple[str, Source]]:
@@ -122,6 +140,10 @@ def _unfused(tensors: Mapping[str, Source], c: ModelConfig) -> Iterator[tuple[st
         split: tuple[tuple[str, int], ...] = ()
         if fused == "qkv_proj" and rows == q + 2 * kv:
             split = (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
+        elif fused == "gate_up_proj" and EXPERTS in name and interleaved(c) and rows % 2 == 0 and is_floats(tensor):
+            for phase, part in enumerate(("gate_proj", "up_proj")):
+                yield f"{block}.{part}.{leaf}", every(tensor, 2, phase)
+            continue
         elif fused == "gate_up_proj" and rows % 2 == 0 and rows // 2 in inner:
             split = (("gate_proj", rows // 2), ("up_proj", rows // 2))
         if not split:

@@ -81,16 +81,19 @@ def here(config: ModelConfig) -> Reading:
         "hidden_size": config.hidden,
         "inner size by layer": [_inner(config, config.layer(index)) for index in range(config.layers)],
         "experts": _experts(config),
+        "biases of experts": any(kind.experts.bias for kind in config.kinds if kind.experts),
+        "bounds of SwiGLU": _bounds(config),
         "head_dim": config.head_dim,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "biases of q, k, v": config.qkv_bias,
         "bias of o": config.out_bias,
         "mlp_bias": config.mlp_bias,
+        "sinks": config.sinks,
         "norm of q": whole[config.qk_norm],
         "norms of a layer": sorted(name for name in vars(config.norms).values() if name),
         "rms_norm_eps": config.norm_eps,
-        "activation at 1": float(activated(config.activation, torch.ones(()))),
+        "activation at 1": None if _bounds(config) else float(activated(config.activation, torch.ones(()))),
         "scale of attention": config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
         "scale of embeddings": config.embedding_scale,
         "scale of residuals": config.residual_scale,
@@ -117,6 +120,12 @@ def _experts(config: ModelConfig) -> list[int] | None:
     return next(([kind.experts.count, kind.experts.chosen] for kind in config.kinds if kind.experts), None)
 
 
+def _bounds(config: ModelConfig) -> list[float] | None:
+    """Return limit and alpha of a bounded SwiGLU; None without bounds."""
+    clamps = [kind.experts.clamp for kind in config.kinds if kind.experts and kind.experts.clamp]
+    return [clamps[0].limit, clamps[0].alpha] if clamps else None
+
+
 def _ropes(config: ModelConfig) -> Iterator[Reading]:
     """Yield the rotary embeddings of layers with and without a window."""
     for kind in config.kinds:
@@ -135,7 +144,6 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
     attention, size = layer.self_attn, layer.self_attn.head_dim
     q, k, v = _parts(attention, config, size)
     networks = [_network(one) for one in model.layers]
-    act = networks[0].act_fn if hasattr(networks[0], "act_fn") else networks[0].activation_fn
     q_norm = getattr(attention, "q_norm", None)
     reading = {
         "num_hidden_layers": len(model.layers),
@@ -143,16 +151,19 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "hidden_size": embedding.embedding_dim,
         "inner size by layer": [_inner_size(network) for network in networks],
         "experts": _their_experts(config, model.layers),
+        "biases of experts": hasattr(networks[0], "gate_up_proj_bias"),
+        "bounds of SwiGLU": [networks[0].limit, networks[0].alpha] if hasattr(networks[0], "limit") else None,
         "head_dim": size,
         "num_attention_heads": q // size,
         "num_key_value_heads": k // size,
         "biases of q, k, v": v,
         "bias of o": attention.o_proj.bias is not None,
         "mlp_bias": getattr(getattr(networks[0], "gate_proj", None), "bias", None) is not None,
+        "sinks": hasattr(attention, "sinks"),
         "norm of q": None if q_norm is None else len(q_norm.weight),
         "norms of a layer": sorted(name for name, _ in layer.named_children() if name.endswith("norm")),
         "rms_norm_eps": _eps(model.norm),
-        "activation at 1": float(act(torch.ones(()))),
+        "activation at 1": _activation_at_1(networks[0]),
         "scale of attention": attention.scaling,
         "scale of embeddings": _embedding_scale(model),
         "scale of residuals": getattr(layer, "residual_multiplier", 1.0),
@@ -176,8 +187,18 @@ def _network(layer: Any) -> Any:
     return experts[0] if isinstance(experts, torch.nn.ModuleList) else experts
 
 
+def _activation_at_1(network: Any) -> float | None:
+    """Return the value of an activation function at 1; None of a bounded SwiGLU, which has no other one."""
+    if hasattr(network, "limit"):
+        return None
+    act = network.act_fn if hasattr(network, "act_fn") else network.activation_fn
+    return float(act(torch.ones(())))
+
+
 def _inner_size(network: Any) -> int:
-    """Return the inner size of a network or of experts: the columns of the last matrix."""
+    """Return the inner size of a network or of experts: the columns of the last matrix, or a field of its own."""
+    if hasattr(network, "gate_up_proj_bias"):  # matrices with the inputs first
+        return int(network.intermediate_size)
     names = ("down_proj", "w2", "output_linear")
     down = next(getattr(network, name) for name in names if hasattr(network, name))
     matrix: Any = down.weight if isinstance(down, torch.nn.Module) else down

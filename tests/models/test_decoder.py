@@ -46,6 +46,7 @@ MULTIPLIERS = {
 GEMMA = {"head_dim": 12, "sliding_window": 11, "num_hidden_layers": 3}
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 SHARED_EXPERT = MIXTURE | {"shared_expert_intermediate_size": 56}
+SINKS = {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 4}
 CLASSES = {"Gemma3": "Gemma3TextConfig"}
 """Names of config classes that are not the model's."""
 
@@ -105,6 +106,17 @@ CASES = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
     "olmoe": ("Olmoe", MIXTURE),
     "granite-moe": ("GraniteMoe", MULTIPLIERS | {"num_local_experts": 64, "num_experts_per_tok": 3}),
+    "gpt-oss": ("GptOss", SINKS | {"sliding_window": 7, "num_local_experts": 8}),
+    "gpt-oss-yarn": ("GptOss", SINKS | {"rope_parameters": YARN | {"truncate": False}, "sliding_window": 16}),
+    "gpt-oss-many": (  # decode steps gather the matrices of their experts
+        "GptOss",
+        SINKS | {"num_local_experts": 40, "layer_types": [*TYPES[:2], "full_attention"], "swiglu_limit": 0.6},
+    ),
+    "gpt-oss-plain": (
+        "GptOss",
+        {"head_dim": 12, "num_local_experts": 4, "attention_bias": False, "rope_parameters": {"rope_theta": 900.0}}
+        | {"num_experts_per_tok": 1, "layer_types": ["full_attention"] * 3, "swiglu_alpha": 1.3},
+    ),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
 }
 
@@ -126,7 +138,9 @@ def unfused(config, state):
     for name, tensor in state.items():
         block, _, leaf = name.rpartition(".")
         stem, _, fused = block.rpartition(".")
-        if ".experts." in name or ".block_sparse_moe." in name:
+        if ".experts." in name and any("proj_bias" in other for other in state):
+            yield from biased_experts_of(name, tensor)
+        elif ".mlp.router." in name or ".experts." in name or ".block_sparse_moe." in name:
             yield from experts_of(name, tensor)
         elif fused == "gate_up_proj":
             for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
@@ -137,6 +151,15 @@ def unfused(config, state):
                 yield f"{stem}.{part}.{leaf}", own
         else:
             yield name, tensor
+
+
+def biased_experts_of(name, tensor):
+    """The same of gpt-oss: gate and up in turn, inputs first."""
+    leaf = name.rpartition(".")[2].removesuffix("_bias")
+    ours = name.removesuffix("_bias") + (".bias" if name.endswith("_bias") else ".weight")
+    for phase, part in enumerate(("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)):
+        own = tensor[..., phase::2] if leaf == "gate_up_proj" else tensor
+        yield ours.replace(leaf, part), own.transpose(1, 2) if own.ndim == 3 else own
 
 
 def experts_of(name, tensor):

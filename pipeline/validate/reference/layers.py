@@ -116,7 +116,7 @@ class Reference:
         for index, layer in enumerate(self._layers):
             prefix = f"model.layers.{index}."
             own = {n.removeprefix(prefix): self.read(r) for n, r in self._refs.items() if n.startswith(prefix)}
-            state = for_module(layer.state_dict(), own)
+            state = for_module(layer.state_dict(), own, self.checkpoint.config)
             for kind, started in runs.items():
                 layer.load_state_dict({name: tensor.to(kind) for name, tensor in state.items()}, assign=True)
                 for tokens, run in zip(sequences, started, strict=True):

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import no_string
+from pipeline.models.config import ModelConfig
 from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import in_both_layouts
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.weights import EXPERT_NAMES, STACKED
+from pipeline.sources.weights import EXPERT_NAMES, STACKED, interleaved
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Matrices of some modules of transformers, and the parts of a checkpoint, as Tandem reads it, that they stack."""
@@ -43,10 +44,10 @@ def config_of(checkpoint: Checkpoint) -> Any:
     return transformers.AutoConfig.for_model(checkpoint.config_json["model_type"], **fields)
 
 
-def for_module(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def for_module(names: Iterable[str], tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Return the tensors of a module with parameters `names`, stacked where the module has them as one."""
     no_string(names, "names", "names of parameters")
-    return {name: _found(ours(name), tensors) for name in names}
+    return {name: _found(ours(name), tensors, in_turn=interleaved(config)) for name in names}
 
 
 def ours(name: str) -> str:
@@ -54,17 +55,27 @@ def ours(name: str) -> str:
     name = f".{name}"
     for pattern, new in EXPERT_NAMES:
         name = pattern.sub(new, name)
-    return name.replace(".mlp.router.", ".mlp.gate.").removeprefix(".")
+    return name.removeprefix(".")
 
 
-def _found(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+def _found(name: str, tensors: Mapping[str, Tensor], *, in_turn: bool = False) -> Tensor:
+    """Return a parameter; `in_turn`: experts have gate and up in turn, and the inputs of matrices first."""
     if name in tensors:
         return tensors[name]
     stacked = STACKED.fullmatch(name)
     if stacked is not None:
         base, leaf = stacked["block"], stacked["leaf"]
         count = sum(other.startswith(f"{base}.") and other.endswith(".down_proj.weight") for other in tensors)
-        return torch.stack([_found(f"{base}.{expert}.{leaf}.weight", tensors) for expert in range(count)])
+        leaf += stacked["bias"] or ".weight"
+        whole = torch.stack([_found(f"{base}.{expert}.{leaf}", tensors) for expert in range(count)])
+        return _in_turn(whole, leaf) if in_turn else whole
     block, _, leaf = name.rpartition(".")
     stem, _, fused = block.rpartition(".")
     return torch.cat([tensors[f"{stem}.{part}.{leaf}"] for part in FUSED.get(fused, (fused,))])
+
+
+def _in_turn(whole: Tensor, leaf: str) -> Tensor:
+    """Return matrices [E, N, I] or biases [E, N] of experts with gate and up in turn, matrices transposed."""
+    if leaf.startswith("gate_up_proj"):
+        whole = torch.stack(whole.chunk(2, dim=1), dim=2).flatten(1, 2)
+    return whole if leaf.endswith("bias") else whole.transpose(1, 2).contiguous()
