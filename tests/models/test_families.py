@@ -228,7 +228,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("family", ["gemma3", "olmo3", "qwen3-moe", *SLOW])
+@pytest.mark.parametrize("family", ["gemma3", "gpt-oss", "olmo3", "qwen3-moe", *SLOW])
 def test_gates_pass_of_mechanisms_beyond_llama(family, tmp_path):
     """Layer by layer references of transformers, windows, experts and scales included, agree with the graphs."""
     recipe = load(fewer_graphs(write_recipe(family, tmp_path)))

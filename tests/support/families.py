@@ -70,6 +70,10 @@ MIXTURE = {
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True, "head_dim": 16,
 }  # fmt: skip
 SHARED_EXPERT = MIXTURE | {"mlp_only_layers": [2], "shared_expert_intermediate_size": 48}
+GPT_OSS = {
+    "head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 5,
+    "rope_parameters": YARN | {"truncate": False},
+}  # fmt: skip
 GEMMA = {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}
 
 
@@ -129,6 +133,7 @@ FAMILIES = {
     "qwen2-moe": Family("Qwen2Moe", SHARED_EXPERT, "json-config", derive=(0, 1)),
     "qwen3-moe": Family("Qwen3Moe", MIXTURE | {"mlp_only_layers": [1]}, "json-config", derive=(0, 1)),
     "mixtral": Family("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "json-config"),
+    "gpt-oss": Family("GptOss", GPT_OSS, "json-config", saved=torch.bfloat16, derive=(0, 1)),
     "granite-moe": Family("GraniteMoe", GRANITE | {"num_local_experts": 4}, "json-config"),
     "gemma2": Family("Gemma2", GEMMA, "json-config"),
     "gemma3": Family("Gemma3", GEMMA | {"sliding_window_pattern": 2}, "json-config", draft={"num_hidden_layers": 2}),

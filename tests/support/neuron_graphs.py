@@ -43,6 +43,10 @@ MECHANISMS = {
         "model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 32,
     },
+    "gpt-oss": {
+        "model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 6,
+        "swiglu_limit": 0.7,
+    },
     "qwen3-moe": {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }  # fmt: skip
 """Families with mechanisms beyond those of `FAMILIES`, whose graphs are lowered and run too."""
