@@ -77,7 +77,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Clamp:
-    """Bounds of SwiGLU in experts (gpt-oss): g sigmoid(alpha g) (u + 1) with the gate g up to `limit`, u within both."""
+    """A SwiGLU with bounds (gpt-oss): g sigmoid(alpha g) (u + 1) of a gate g up to `limit`, and u from -limit to limit."""
 
     limit: float
     alpha: float

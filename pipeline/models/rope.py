@@ -26,8 +26,8 @@ class RopeRules:
 
     `partial`: the default of `partial_rotary_factor`; None if its attention turns whole heads only. `older_names`:
     kinds that it reads as another one. `local`: it has another rotary embedding for layers with a window; the field of
-    its theta in the layout of transformers 4, where it has one, and the default of that theta. `absent`: the object of a
-    config that has none.
+    its theta in the layout of transformers 4, where it has one, and the default of that theta. `absent`: the object of
+    a config that has none.
     """
 
     theta: float = 10000.0

@@ -8,27 +8,51 @@ blocks as `BlockPacking` lays them out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
+from pipeline.backends.inductor.block_linear import block_linear
+from pipeline.models.config import Clamp
+from pipeline.models.parallel import Gating
 
 
 @torch.library.custom_op("tandem::expert_swiglu", mutates_args=())
-def expert_swiglu(x: Tensor, chosen: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """Compute `silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020) of each token's experts in float32, rounded once.
+def expert_swiglu(
+    x: Tensor, chosen: Tensor, gate: Tensor, up: Tensor, biases: Sequence[Tensor], bounds: Sequence[float]
+) -> Tensor:
+    """Compute SwiGLU of each token's experts in float32, rounded once: `silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020).
 
-    Shapes: x [M, I] of the model's dtype, chosen int32 [M, C], gate and up [E, N/32, ..] as of `block_swiglu` -> x's
-    dtype [M, C, N].
+    `biases` are none, or those of gate and up; `bounds` none, or those of a `Clamp`.
+    Shapes: x [M, I] of the model's dtype, chosen int32 [M, C], gate and up [E, N/32, ..] as of `block_swiglu`, biases
+    of the model's dtype [E, up to N] -> x's dtype [M, C, N].
     """
-    rows = x.repeat_interleave(chosen.shape[1], dim=0)
-    parts = [block_swiglu(row[None], gate[e], up[e]) for row, e in zip(rows, chosen.flatten().tolist(), strict=True)]
-    return torch.cat(parts).view(*chosen.shape, -1)
+    ids = chosen.flatten().long()
+    products = [_products(x, chosen, weight)[:, None] for weight in (gate, up)]
+    wide = [functional.pad(bias.float(), (0, _outputs(gate) - bias.shape[1])) for bias in biases]
+    gating = Gating((wide[0], wide[1]) if wide else None, Clamp(*bounds) if bounds else None)
+    return gating.of(products[0], products[1], ids).to(x.dtype).view(*chosen.shape, -1)
 
 
 @expert_swiglu.register_fake
-def _(x: Tensor, chosen: Tensor, gate: Tensor, up: Tensor) -> Tensor:  # noqa: ARG001 - the operator's signature
+def _(
+    x: Tensor,
+    chosen: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    biases: Sequence[Tensor],
+    bounds: Sequence[float],  # noqa: ARG001
+) -> Tensor:
     return x.new_empty(*chosen.shape, _outputs(gate))
+
+
+def _products(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+    """Compute `x @ weight.T` of each token and each of its experts: float32 [M * C, N]."""
+    rows = x.repeat_interleave(chosen.shape[1], dim=0)
+    parts = [block_linear(row[None], [weight[e]]) for row, e in zip(rows, chosen.flatten().tolist(), strict=True)]
+    return torch.cat(parts)
 
 
 @torch.library.custom_op("tandem::expert_linear", mutates_args=())

@@ -8,6 +8,7 @@ thread. Blocks of all such experts are shared out among threads. A row's sum run
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,43 @@ from pipeline.backends.inductor.vectors import WIDENED, filled
 
 EXPERTS = r"""
 constexpr int64_t E = EXPERT_COUNT, SHARE = ROWS_PER_INPUT, EXPERT_SIZE = BLOCKS * BLOCK_SIZE;
+constexpr int64_t BIASES = BIAS_WIDTH;  // of an expert, up to N; 0: there are none
+constexpr bool BOUNDED = IS_BOUNDED;
+
+// One block's biases of gate and up, zeros beyond the last.
+struct Biases {
+    alignas(64) float of[2][LANES] = {};
+    Biases(const Input* const* biases, int64_t e, int64_t block) {
+        const int64_t first = block * LANES, count = std::min(LANES, BIASES - first);
+        for (int64_t n = 0; n < 2; ++n) {
+            for (int64_t lane = 0; lane < count; ++lane) of[n][lane] = biases[n][e * BIASES + first + lane];
+        }
+    }
+};
+
+// Inner values of one row of a block: SwiGLU, with bounds or without.
+inline void bounded(const float* gate, const float* up, Output* out) {
+    const Vec limit(BOUNDS_LIMIT), alpha(BOUNDS_ALPHA), one(1.0f);
+    const auto product = [&](int64_t lane) {
+        const Vec g = at::vec::clamp_max(Vec::loadu(gate + lane), limit);
+        const Vec u = at::vec::clamp(Vec::loadu(up + lane), limit.neg(), limit);
+        return g / (one + (g * alpha).neg().exp()) * (u + one);
+    };
+    for (int64_t lane = 0; lane < LANES; lane += CHUNK) {
+        store_both(product(lane), product(lane + Vec::size()), out + lane);
+    }
+}
+
+inline void inner(float* gate, float* up, const Biases* biases, Output* out) {
+    if constexpr (BIASES > 0) {
+        for (int64_t lane = 0; lane < LANES; lane += Vec::size()) {
+            (Vec::loadu(gate + lane) + Vec::loadu(biases->of[0] + lane)).store(gate + lane);
+            (Vec::loadu(up + lane) + Vec::loadu(biases->of[1] + lane)).store(up + lane);
+        }
+    }
+    if constexpr (BOUNDED) bounded(gate, up, out);
+    else gated(gate, up, out);
+}
 
 // Rows by their expert: those of expert e are order[first[e]] up to order[first[e + 1]].
 struct Sorted {
@@ -39,10 +77,11 @@ struct Sorted {
 // Up to `ROWS` rows times one block, written to the rows' own places.
 template <int64_t ROWS>
 inline void some_rows(
-    int64_t rows, const float* x, const Weight* const* weights, int64_t at, const int64_t* order, Output* y
+    int64_t rows, const float* x, const Weight* const* weights, int64_t at, const Biases* biases, const int64_t* order,
+    Output* y
 ) {
     if (rows < ROWS) {
-        if constexpr (ROWS > 1) some_rows<ROWS - 1>(rows, x, weights, at, order, y);
+        if constexpr (ROWS > 1) some_rows<ROWS - 1>(rows, x, weights, at, biases, order, y);
         return;
     }
     alignas(64) float sums[ROWS * LANES];
@@ -50,13 +89,15 @@ inline void some_rows(
     if constexpr (GATED) {
         alignas(64) float up[ROWS * LANES];
         ByVectors::template times<ROWS, LANES>(x, weights[1] + at, up);
-        for (int64_t r = 0; r < ROWS; ++r) gated(sums + r * LANES, up + r * LANES, y + order[r] * N);
+        for (int64_t r = 0; r < ROWS; ++r) inner(sums + r * LANES, up + r * LANES, biases, y + order[r] * N);
     } else {
         for (int64_t r = 0; r < ROWS; ++r) std::copy_n(sums + r * LANES, LANES, y + order[r] * N);
     }
 }
 
-inline void by_experts(const Input* x, const int32_t* expert_of, const Weight* const* weights, Output* y) {
+inline void by_experts(
+    const Input* x, const int32_t* expert_of, const Weight* const* weights, const Input* const* biases, Output* y
+) {
     const auto sorted = std::make_unique<Sorted>(expert_of);
     std::vector<float> rows(M * I);
     for (int64_t r = 0; r < M; ++r) {
@@ -65,11 +106,14 @@ inline void by_experts(const Input* x, const int32_t* expert_of, const Weight* c
     }
     #pragma omp parallel for
     for (int64_t item = 0; item < sorted->count * BLOCKS; ++item) {
-        const int64_t e = sorted->used[item / BLOCKS], block = item % BLOCKS;
+        const int64_t e = sorted->used[item / BLOCKS], block = item % BLOCKS, at = e * EXPERT_SIZE + block * BLOCK_SIZE;
+        std::optional<Biases> own;
+        if constexpr (BIASES > 0) own.emplace(biases, e, block);
         for (int64_t r = sorted->first[e]; r < sorted->first[e + 1]; r += ByVectors::TILE) {
             const int64_t count = std::min(sorted->first[e + 1] - r, ByVectors::TILE);
-            const int64_t at = e * EXPERT_SIZE + block * BLOCK_SIZE;
-            some_rows<ByVectors::TILE>(count, rows.data() + r * I, weights, at, sorted->order + r, y + block * LANES);
+            some_rows<ByVectors::TILE>(
+                count, rows.data() + r * I, weights, at, own ? &*own : nullptr, sorted->order + r, y + block * LANES
+            );
         }
     }
 }
@@ -80,6 +124,7 @@ HEADER
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 namespace NAME_parts {{
@@ -90,31 +135,42 @@ extern "C" SIGNATURE
 {{
     using namespace NAME_parts;
     const Weight* const weights[] = {{WEIGHTS}};
-    by_experts(X + X_OFFSET, CHOSEN + CHOSEN_OFFSET, weights, Y);
+    const Input* const biases[] = {{BIAS_POINTERS}};
+    by_experts(X + X_OFFSET, CHOSEN + CHOSEN_OFFSET, weights, biases, Y);
 }}
 """
 
 
 class BlockExpertsTemplate(CppTemplate):
-    """The kernel for given shapes: `inputs` are x, chosen, and one weight, or, if `gated`, gate and up."""
+    """The kernel for given shapes: `inputs` are x, chosen, and one weight, or, if `gated`, gate and up, and biases."""
 
-    def __init__(self, inputs: list[Any], layout: ir.Layout, *, gated: bool) -> None:
+    def __init__(self, inputs: list[Any], layout: ir.Layout, *, gated: bool, bounds: Sequence[float]) -> None:
         super().__init__("expert_swiglu" if gated else "expert_linear", inputs, layout, num_threads=1)
-        self.gated = gated
+        self.gated, self.bounds = gated, bounds
 
     def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
         """Return the C++ of the kernel."""
         assert not epilogue_nodes, epilogue_nodes
-        x, chosen, *weights = self.input_nodes
+        x, chosen, *rest = self.input_nodes
+        weights, biases = rest[: 1 + self.gated], rest[1 + self.gated :]
         experts, blocks, *block = [int(size) for size in weights[0].get_size()]
         tokens, each = (int(size) for size in chosen.get_size())
         out = template_buffer_node or self.output_node
-        operands = {f"W{number}": weight for number, weight in enumerate(weights)}
+        operands, vectors = (
+            {f"{name}{number}": node for number, node in enumerate(nodes)}
+            for name, nodes in (("W", weights), ("B", biases))
+        )
+        limit, alpha = self.bounds or (0.0, 0.0)
         parts: dict[str, Any] = {
             "HEADER": self.header().getvalue(),
-            "SIGNATURE": kernel.def_kernel({"X": x, "CHOSEN": chosen, **operands}, {"Y": out}),
+            "SIGNATURE": kernel.def_kernel({"X": x, "CHOSEN": chosen, **operands, **vectors}, {"Y": out}),
             "NAME": kernel.kernel_name,
-            "WEIGHTS": ", ".join(f"{name} + {weight.get_layout().offset}" for name, weight in operands.items()),
+            "WEIGHTS": _pointers(operands),
+            "BIAS_POINTERS": _pointers(vectors) or "nullptr",
+            "BIAS_WIDTH": int(biases[0].get_size()[-1]) if biases else 0,
+            "IS_BOUNDED": "true" if self.bounds else "false",
+            "BOUNDS_LIMIT": f"float({limit!r})",
+            "BOUNDS_ALPHA": f"float({alpha!r})",
             "WEIGHT_TYPE": kernel.dtype(weights[0]),
             "INPUT_TYPE": kernel.dtype(x),
             "OUTPUT_TYPE": kernel.dtype(out),
@@ -133,18 +189,22 @@ class BlockExpertsTemplate(CppTemplate):
         return filled(KERNEL, parts)
 
 
-def _lowered(operands: list[Any], dtype: torch.dtype, *, gated: bool) -> Any:
+def _pointers(nodes: dict[str, Any]) -> str:
+    return ", ".join(f"{name} + {node.get_layout().offset}" for name, node in nodes.items())
+
+
+def _lowered(operands: list[Any], dtype: torch.dtype, *, gated: bool, bounds: Sequence[float] = ()) -> Any:
     inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in operands]
     weight = inputs[2].get_size()
     layout = ir.FixedLayout(inputs[0].get_device(), dtype, [*inputs[1].get_size(), weight[1] * weight[3]])
-    out = BlockExpertsTemplate(inputs, layout, gated=gated).generate().output_node()
+    out = BlockExpertsTemplate(inputs, layout, gated=gated, bounds=bounds).generate().output_node()
     out.data.data.allow_epilogue_fusion = False
     return out
 
 
 @lowering.register_lowering(torch.ops.tandem.expert_swiglu, type_promotion_kind=None)  # type: ignore[untyped-decorator]
-def _lower_swiglu(x: Any, chosen: Any, gate: Any, up: Any) -> Any:
-    return _lowered([x, chosen, gate, up], x.get_dtype(), gated=True)
+def _lower_swiglu(x: Any, chosen: Any, gate: Any, up: Any, biases: list[Any], bounds: list[float]) -> Any:
+    return _lowered([x, chosen, gate, up, *biases], x.get_dtype(), gated=True, bounds=bounds)
 
 
 @lowering.register_lowering(torch.ops.tandem.expert_linear, type_promotion_kind=None)  # type: ignore[untyped-decorator]

@@ -15,7 +15,7 @@ from pipeline.backends.inductor.collectives import all_gather, all_reduce
 from pipeline.backends.inductor.sample_all import sample_all
 from pipeline.backends.inductor.subgraphs import SubgraphTracer
 from pipeline.graphs.packing import SCALE_BYTES
-from pipeline.models.parallel import Args, Attend, Chosen, R, Seams
+from pipeline.models.parallel import SWIGLU, Args, Attend, Chosen, Gating, R, Seams
 from pipeline.models.weights import BLOCK
 
 
@@ -51,11 +51,14 @@ class BlockedSeams(Seams):
         """Compute both products and SwiGLU in one loop, rounded once at the end."""
         return block_swiglu(_flat(x_BTI), gate, up).view(*x_BTI.shape[:2], -1)[..., :rows]
 
-    def experts(self, x_BTI: Tensor, chosen: Chosen, matrices: tuple[Tensor, ...]) -> Tensor:
+    def experts(
+        self, x_BTI: Tensor, chosen: Chosen, matrices: tuple[Tensor, ...], gating: Gating = SWIGLU
+    ) -> Tensor:  # fmt: skip
         """Multiply each token by the blocked matrices of its experts, which are read once for all their tokens."""
         gate, up, down = matrices
         x_MI, numbers_MC = _flat(x_BTI), chosen.experts.flatten(0, 1).int().contiguous()
-        inner_MCN = expert_swiglu(x_MI, numbers_MC, gate, up)
+        bounds = () if gating.clamp is None else (gating.clamp.limit, gating.clamp.alpha)
+        inner_MCN = expert_swiglu(x_MI, numbers_MC, gate, up, list(gating.biases or ()), list(bounds))
         out_MCI = expert_linear(inner_MCN[..., : _inputs(down)].contiguous(), numbers_MC, down)[..., : x_BTI.shape[-1]]
         out_MI = (out_MCI * chosen.shares.flatten(0, 1)[..., None]).sum(dim=1)
         return out_MI.to(x_BTI.dtype).view(x_BTI.shape)

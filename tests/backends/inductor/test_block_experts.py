@@ -1,23 +1,44 @@
 """The kernels of experts, compiled: right in every dtype, for few and many tokens, with experts that no token chose."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from pipeline.backends.inductor.block_experts import expert_linear, expert_swiglu
 from pipeline.backends.inductor.seams import BlockedSeams
 from pipeline.graphs.packing import BlockPacking
+from pipeline.models.config import Clamp
 from pipeline.models.int8 import quantise, rounded
-from pipeline.models.parallel import PLAIN, Chosen
+from pipeline.models.parallel import PLAIN, SWIGLU, Chosen, Gating
 from support.compiled import run_compiled
 
 pytestmark = pytest.mark.compile
 
 EXPERTS, INNER, HIDDEN = 7, 40, 64
-KINDS = [
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Dtypes of values and of stored matrices, and whether there are biases of gate and up."""
+
+    dtype: torch.dtype
+    stored: torch.dtype
+    clamp: Clamp | None = None
+    biased: bool = False
+
+
+BOUNDS = Clamp(0.8, 1.7)
+"""Bounds of SwiGLU that many gates and values pass."""
+DTYPES = (
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
     (torch.bfloat16, torch.int8),
+)
+KINDS = [
+    *(Kind(*dtypes) for dtypes in DTYPES),
+    *(Kind(*dtypes, BOUNDS, biased=True) for dtypes in (DTYPES[0], DTYPES[1], DTYPES[3])),
 ]
 
 
@@ -34,9 +55,15 @@ def packed(plain, dtype):
 class Mixture(torch.nn.Module):
     """The experts of some tokens, and both products of a slice of them."""
 
-    def forward(self, x, chosen, shares, gate, up, down):
-        inner = expert_swiglu(x[2:5], chosen[2:5].int(), gate, up)
-        whole = BlockedSeams().experts(x[None], Chosen(chosen[None], shares[None]), (gate, up, down))
+    def __init__(self, clamp=None):
+        super().__init__()
+        self.clamp = clamp
+
+    def forward(self, x, chosen, shares, gate, up, down, *biases):
+        bounds = [] if self.clamp is None else [self.clamp.limit, self.clamp.alpha]
+        inner = expert_swiglu(x[2:5], chosen[2:5].int(), gate, up, biases, bounds)
+        gating = Gating(biases or None, self.clamp)
+        whole = BlockedSeams().experts(x[None], Chosen(chosen[None], shares[None]), (gate, up, down), gating)
         return whole, inner, expert_linear(inner[..., :INNER].contiguous(), chosen[2:5].int(), down)
 
 
@@ -50,22 +77,40 @@ def operands(dtype, stored, tokens=12):
     return (x, chosen, shares, *(one for one, _ in pairs)), [plain for _, plain in pairs]
 
 
+def biases_of(dtype):
+    """Biases of gate and up, fewer than the outputs of whole blocks."""
+    return tuple(torch.randn(EXPERTS, INNER, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 2))
+
+
 def test_compiled_experts_equal_those_written_out(tmp_path):
-    cases = {kind: operands(*kind) for kind in KINDS}
-    found = run_compiled({kind: (Mixture(), given) for kind, (given, _) in cases.items()}, tmp_path)
-    for (dtype, _), ((x, chosen, shares, *blocks), plain) in zip(found, cases.values(), strict=True):
-        whole, inner, linear = found[dtype, _]
-        wide = PLAIN.experts(x.float()[None], Chosen(chosen[None], shares[None]), tuple(p.float() for p in plain))
-        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    """With biases and bounds too, as gpt-oss has them."""
+    cases = {kind: operands(kind.dtype, kind.stored) for kind in KINDS}
+    biases = {kind: biases_of(kind.dtype) if kind.biased else () for kind in KINDS}
+    modules = {kind: (Mixture(kind.clamp), (*given, *biases[kind])) for kind, (given, _) in cases.items()}
+    found = run_compiled(modules, tmp_path)
+    for kind, ((x, chosen, shares, *blocks), plain) in cases.items():
+        whole, inner, linear = found[kind]
+        gating = Gating(tuple(bias.float() for bias in biases[kind]) or None, kind.clamp)
+        matrices = tuple(p.float() for p in plain)
+        wide = PLAIN.experts(x.float()[None], Chosen(chosen[None], shares[None]), matrices, gating)
+        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[kind.dtype]
         torch.testing.assert_close(whole.float(), wide, atol=tolerance, rtol=tolerance)
-        torch.testing.assert_close(inner, expert_swiglu(x[2:5], chosen[2:5].int(), *blocks[:2]))
+        bounds = [] if kind.clamp is None else [BOUNDS.limit, BOUNDS.alpha]
+        torch.testing.assert_close(
+            inner, expert_swiglu(x[2:5], chosen[2:5].int(), *blocks[:2], list(biases[kind]), bounds)
+        )
         torch.testing.assert_close(linear, expert_linear(inner[..., :INNER].contiguous(), chosen[2:5].int(), blocks[2]))
 
 
-def test_few_and_many_tokens_have_the_same_experts():
+@pytest.mark.parametrize("gating", [SWIGLU, Gating(biases_of(torch.float32), BOUNDS)], ids=["plain", "bounded"])
+def test_few_and_many_tokens_have_the_same_experts(gating):
     """Plain seams gather the matrices of few tokens, and multiply all tokens by those of all experts otherwise."""
     (x, chosen, shares, *_), plain = operands(torch.float32, torch.float32)
-    whole = PLAIN.experts(x[None], Chosen(chosen[None], shares[None]), tuple(plain))
-    alone = [PLAIN.experts(x[None, i : i + 1], Chosen(chosen[None, i : i + 1], shares[None, i : i + 1]), tuple(plain))
-             for i in range(len(x))]  # fmt: skip
+    whole = PLAIN.experts(x[None], Chosen(chosen[None], shares[None]), tuple(plain), gating)
+    alone = [
+        PLAIN.experts(
+            x[None, i : i + 1], Chosen(chosen[None, i : i + 1], shares[None, i : i + 1]), tuple(plain), gating
+        )
+        for i in range(len(x))
+    ]
     torch.testing.assert_close(torch.cat(alone, dim=1), whole)
