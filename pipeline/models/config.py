@@ -77,7 +77,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Clamp:
-    """A SwiGLU with bounds (gpt-oss): g sigmoid(alpha g) (u + 1) of a gate g up to `limit`, and u from -limit to limit."""
+    """A bounded SwiGLU (gpt-oss): g sigmoid(alpha g) (u + 1) of a gate g up to `limit`, and u from -limit to limit."""
 
     limit: float
     alpha: float

@@ -38,7 +38,7 @@ DTYPES = (
 )
 KINDS = [
     *(Kind(*dtypes) for dtypes in DTYPES),
-    *(Kind(*dtypes, BOUNDS, biased=True) for dtypes in (DTYPES[0], DTYPES[1], DTYPES[3])),
+    *(Kind(*dtypes, BOUNDS, biased=True) for dtypes in (DTYPES[0], DTYPES[3])),
 ]
 
 
