@@ -43,7 +43,10 @@ RULES: Mapping[str, RopeRules] = {
     "glm4": RopeRules(partial=0.5, interleaved=True),
     "gpt_oss": RopeRules(
         theta=150000.0,
-        absent={"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096},
+        absent={
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
     ),
     "mixtral": RopeRules(theta=1e6),
     "olmo3": RopeRules(theta=5e5, local=(None, 5e5)),
@@ -71,7 +74,7 @@ def read_rope(fields: Fields, head_dim: int) -> tuple[Ropes, tuple[Limit, ...]]:
     layout, rules = _layout(fields), rules_of(fields.family)
     if rules.local is not None:
         return _by_type(fields, head_dim, rules)
-    rope = RopeObject(fields, layout, _given(fields.config, rules))
+    rope = RopeObject(fields, layout, given(fields.config, rules))
     if nested := [key for key, value in rope.values.items() if isinstance(value, Mapping)]:
         what = "rotary embeddings by layer are not supported for this family"
         raise rope.error(nested[0], rope.values[nested[0]], what, "use a model with one rotary embedding")
@@ -82,20 +85,20 @@ def read_rope(fields: Fields, head_dim: int) -> tuple[Ropes, tuple[Limit, ...]]:
 def _by_type(fields: Fields, head_dim: int, rules: RopeRules) -> tuple[Ropes, tuple[Limit, ...]]:
     """Read a rotary embedding for each type of layers; `rope_scaling` is of those that attend to all keys."""
     assert rules.local is not None
-    given: Mapping[str, Any] = fields.config.get("rope_parameters") or {}
+    by_type: Mapping[str, Any] = fields.config.get("rope_parameters") or {}
     scaling: Mapping[str, Any] = fields.config.get("rope_scaling") or {}
-    for kind, values in given.items():
+    for kind, values in by_type.items():
         if kind not in LAYER_TYPES or not isinstance(values, Mapping | None):
             what = f"expected an object for {' and '.join(LAYER_TYPES)}"
             raise fields.error(f"rope_parameters.{kind}", values, what)
-    if scaling and given and not given.get(FULL):
+    if scaling and by_type and not by_type.get(FULL):
         raise fields.error("rope_scaling", scaling, f"rope_parameters has no {FULL}", "remove one of the two")
     older, theta = rules.local
     thetas = {FULL: fields.config.get(THETA, rules.theta), SLIDING: fields.config.get(older, theta) if older else theta}
     ropes: dict[str, Rope] = {}
     limits: list[Limit] = []
     for kind in LAYER_TYPES:
-        values = {**(given.get(kind) or {}), **(scaling if kind == FULL else {})}
+        values = {**(by_type.get(kind) or {}), **(scaling if kind == FULL else {})}
         rope = RopeObject(fields, f"rope_parameters.{kind}", values, by_layer=True)
         ropes[kind], found = one_rope(rope, thetas[kind], head_dim, rules)
         limits += found
@@ -114,7 +117,7 @@ def one_rope(rope: RopeObject, theta: Any, head_dim: int, rules: RopeRules) -> t
     return Rope(theta, dim, scaling, scale, rules.interleaved), limits
 
 
-def _given(config: Mapping[str, Any], rules: RopeRules) -> Mapping[str, Any]:
+def given(config: Mapping[str, Any], rules: RopeRules) -> Mapping[str, Any]:
     """Return the rotary embedding of a config, in either layout, or that of the family's class if there is none."""
     rope: Mapping[str, Any] | None = config.get("rope_scaling") or config.get("rope_parameters")
     return rules.absent if rope is None else rope
@@ -132,18 +135,18 @@ def _layout(fields: Fields) -> str:
 def _turned(rope: RopeObject, head_dim: int, rules: RopeRules) -> int:
     """Return how many values of a head turn: those of `partial_rotary_factor`, inside the object or beside it."""
     outside = RopeObject(rope.fields, "", rope.fields.config)
-    given = [one for one in (rope, outside) if PARTIAL in one.values]
+    found = [one for one in (rope, outside) if PARTIAL in one.values]
     if rules.partial is None:
-        for one in given:
+        for one in found:
             if one.values[PARTIAL] not in (None, 1):
                 what = "partial rotary embeddings are not supported"
                 raise one.error(PARTIAL, one.values[PARTIAL], what, "use a model without them")
         return head_dim
-    factors = [one.positive(PARTIAL) for one in given] or [rules.partial]
+    factors = [one.positive(PARTIAL) for one in found] or [rules.partial]
     dim = int(head_dim * factors[0])
     if factors[0] > 1 or dim < 2 or dim % 2 or len(set(factors)) > 1:
         what = f"expected one factor up to 1 by which head_dim={head_dim} becomes an even number"
-        raise given[0].error(PARTIAL, factors[-1], what) if given else rope.fields.error("head_dim", head_dim, what)
+        raise found[0].error(PARTIAL, factors[-1], what) if found else rope.fields.error("head_dim", head_dim, what)
     return dim
 
 
@@ -156,7 +159,7 @@ def in_both_layouts(config: Mapping[str, Any], max_position: int) -> dict[str, A
     rules = rules_of(config.get("model_type"))
     if rules.local is not None:
         return _both_by_type(config, rules)
-    rope: dict[str, Any] = dict(_given(config, rules))
+    rope: dict[str, Any] = dict(given(config, rules))
     rest = {key: value for key, value in config.items() if key not in LAYOUTS}
     if not rope and not rules.absent:
         return rest

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from pipeline.errors import SourceError
-from pipeline.models.config import Layer, Limit, LinearRope, Llama3Rope, Rope, RopeScaling
+from pipeline.models.config import Layer, Limit, LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
 from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES, REFUSED, Kind
 from pipeline.models.families import FAMILIES, config_of
 from pipeline.models.quantisation import KEY as QUANTISED
@@ -308,6 +308,9 @@ def turned(theta: float, scaling: RopeScaling) -> tuple[Layer, ...]:
         ({"rope_scaling": DYNAMIC}, {"limits": (Limit("rope_scaling.dynamic", 256),)}),
         ({"rope_scaling": LONG}, {"limits": (Limit("rope_scaling.longrope", 64),)}),
         ({"rope_scaling": LONG, "max_position_embeddings": 64}, {"limits": ()}),
+        ({"model_type": "gpt_oss", "hidden_act": "gelu"}, {"activation": "silu", "sinks": True}),
+        ({"model_type": "gpt_oss", "experts_per_token": 4, "rope_ntk_beta": 32.0}, {"pattern": (0, 1)}),
+        ({"model_type": "gpt_oss", "attention_bias": False}, {"qkv_bias": False, "out_bias": False}),
     ],
 )  # fmt: skip
 def test_config_of_reads_as_the_class_of_the_family(change, wanted):
@@ -316,6 +319,37 @@ def test_config_of_reads_as_the_class_of_the_family(change, wanted):
     ours = config_of(config, "config.json")
     assert {key: getattr(ours, key) for key in wanted} == wanted
     assert not difference(ours, readable(config, ours.max_position)[0])
+
+
+GPT_OSS_120B = {
+    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "eos_token_id": 200002,
+    "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+    "initializer_range": 0.02, "intermediate_size": 2880, "max_position_embeddings": 131072, "model_type": "gpt_oss",
+    "layer_types": ["sliding_attention", "full_attention"] * 18, "num_attention_heads": 64, "num_experts_per_tok": 4,
+    "num_hidden_layers": 36, "num_key_value_heads": 8, "num_local_experts": 128, "output_router_logits": False,
+    "pad_token_id": 199999, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    "rms_norm_eps": 1e-05, "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128,
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn", "truncate": False,
+    },
+    "swiglu_limit": 7.0, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 201088,
+}  # fmt: skip
+"""https://huggingface.co/openai/gpt-oss-120b/blob/main/config.json, as public repositories quote it."""
+
+
+@pytest.mark.parametrize("without", [(), ("rope_scaling", "layer_types", "swiglu_limit", "attention_bias")])
+def test_config_of_gpt_oss_as_it_is_published(without):
+    """Without the fields of the class's defaults too: it fills in YaRN, windows and bounds."""
+    config = {key: value for key, value in GPT_OSS_120B.items() if key not in without}
+    ours = config_of(config, "config.json")
+    assert ours == config_of(GPT_OSS_120B, "config.json")
+    for named in readable(config, ours.max_position):
+        assert not difference(ours, named)
+    rope = ours.kinds[0].rope
+    assert rope is not None
+    assert isinstance(rope.scaling, YarnRope)
+    assert (rope.scaling.first, rope.scaling.last) == pytest.approx((8.092779, 17.398026), abs=1e-5)  # not whole
 
 
 def test_config_of_llama3_without_its_original_length_takes_the_longest_position():
@@ -361,6 +395,11 @@ def test_config_of_llama3_without_its_original_length_takes_the_longest_position
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "sliding_window=4096: no layer", "to null"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 2, "head_dim": None}, "head_dim=null", "add"),
         ({"model_type": ["llama"]}, "model_type ['llama'] is not supported", "families"),
+        ({"model_type": "gpt_oss", "swiglu_limit": 0.0}, "swiglu_limit=0.0: expected a positive number", "correct"),
+        ({"model_type": "gpt_oss", "experts_per_token": 8}, "experts_per_token=8: num_experts_per_tok=4", "one of"),
+        ({"model_type": "gpt_oss", "rope_scaling_factor": 8.0}, "rope_scaling_factor=8.0: factor of", "one of the two"),
+        ({"model_type": "gpt_oss", "initial_context_length": 4096, "rope_scaling": YARN}, "=64 differs", "remove one"),
+        ({"model_type": "gpt_oss", "sliding_window": None}, "no sliding window is set", "set sliding_window"),
     ],
 )
 def test_config_of_refuses_with_field_value_and_remedy(change, what, fix):
