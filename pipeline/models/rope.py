@@ -44,7 +44,11 @@ RULES: Mapping[str, RopeRules] = {
     "gpt_oss": RopeRules(
         theta=150000.0,
         absent={
-            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
             "original_max_position_embeddings": 4096,
         },
     ),
