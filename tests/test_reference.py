@@ -31,8 +31,8 @@ NO_VARIABLES = {
     "TANDEM_BF16",
 }
 DATACLASSES = {
-    "DividedRope", "Eagle3", "Experts", "GraphSpec", "Layer", "Limit", "LinearRope", "Llama3Rope", "ModelConfig",
-    "ModelsSpec", "Norms", "PairSpec", "Rope", "TapIds", "YarnRope",
+    "Clamp", "DividedRope", "Eagle3", "Experts", "GraphSpec", "Layer", "Limit", "LinearRope", "Llama3Rope",
+    "ModelConfig", "ModelsSpec", "Norms", "PairSpec", "Rope", "TapIds", "YarnRope",
 }  # fmt: skip
 """Their docstrings describe their fields."""
 
