@@ -50,7 +50,7 @@ models use.
 """
 
 STACKED = re.compile(
-    r"(?P<block>.*\.experts)\.(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj)(\.weight|(?P<bias>\.bias))?"
+    r"(?P<block>.*\.experts)\.(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj)(?P<end>\.weight|\.bias)?"
 )
 
 FLOATS = ("F32", "BF16", "F16")
@@ -109,14 +109,14 @@ def _renamed(tensors: Mapping[str, Source], c: ModelConfig) -> Iterator[tuple[st
         for pattern, new in EXPERT_NAMES:
             name = pattern.sub(new, name)
         stacked = STACKED.fullmatch(name)
-        if stacked is None or len(tensor.shape) != (2 if stacked["bias"] else 3):
+        if stacked is None or len(tensor.shape) != (2 if stacked["end"] == ".bias" else 3):
             yield name, tensor
             continue
         for expert in range(tensor.shape[0]):
             part = tensor.part(expert)
-            if interleaved(c) and not stacked["bias"] and is_floats(part):
+            if interleaved(c) and stacked["end"] is None and is_floats(part):
                 part = transposed(plain(part))
-            yield f"{stacked['block']}.{expert}.{stacked['leaf']}{stacked['bias'] or '.weight'}", part
+            yield f"{stacked['block']}.{expert}.{stacked['leaf']}{stacked['end'] or '.weight'}", part
 
 
 def interleaved(c: ModelConfig) -> bool:

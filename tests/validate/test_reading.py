@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from pipeline.errors import SourceError
-from pipeline.models.config import Layer, Llama3Rope, Rope
+from pipeline.models.config import Clamp, Layer, Llama3Rope, Rope
 from pipeline.models.families import FAMILIES
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve
@@ -52,6 +52,26 @@ def test_check_reading_names_the_field_and_both_values(tmp_path, wrong, said):
     assert "Tandem and transformers" in raised.value.what
     assert said in raised.value.what
     assert raised.value.where.endswith("config.json")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"clamp": Clamp(7.0, 1.7)}, "bounds of SwiGLU: [7.0, 1.7], transformers: [7.0, 1.702]"),
+        ({"clamp": None}, "bounds of SwiGLU: null, transformers: [7.0, 1.702]; activation at 1: 0.73"),
+        ({"bias": False}, "biases of experts: false, transformers: true"),
+        ({"intermediate": 32}, "inner size by layer: [32, 32], transformers: [64, 64]"),
+        ({}, "sinks: false, transformers: true"),
+    ],
+)
+def test_check_reading_names_what_differs_of_gpt_oss(tmp_path, wrong, said):
+    checkpoint = opened(tmp_path, model_type="gpt_oss", head_dim=8, pad_token_id=0, num_local_experts=5)
+    ours = checkpoint.config
+    kinds = tuple(replace(kind, experts=replace(kind.experts, **wrong)) for kind in ours.kinds if kind.experts)
+    misread = replace(checkpoint, config=replace(ours, kinds=kinds, sinks=bool(wrong)))
+    with pytest.raises(SourceError) as raised:
+        check_reading(misread)
+    assert said in raised.value.what
 
 
 def test_check_reading_names_what_transformers_rejects(tmp_path):

@@ -66,7 +66,7 @@ def _found(name: str, tensors: Mapping[str, Tensor], *, in_turn: bool = False) -
     if stacked is not None:
         base, leaf = stacked["block"], stacked["leaf"]
         count = sum(other.startswith(f"{base}.") and other.endswith(".down_proj.weight") for other in tensors)
-        leaf += stacked["bias"] or ".weight"
+        leaf += stacked["end"] or ".weight"
         whole = torch.stack([_found(f"{base}.{expert}.{leaf}", tensors) for expert in range(count)])
         return _in_turn(whole, leaf) if in_turn else whole
     block, _, leaf = name.rpartition(".")
