@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.errors import ArtifactError, CorruptError, InputError, no_string
 from pipeline.files.atomic import safe_relative
-from pipeline.files.limits import AGAIN, DO_NOT_USE, MAX_BYTES, check_size, json_object
+from pipeline.files.limits import AGAIN, DO_NOT_USE, MAX_BYTES, check_counts, check_size, first_error, json_object
 from pipeline.graphs.spec import GraphSpec, PairSpec, Role, Sampling
 from pipeline.models.draft_kind import DraftKind
 from pipeline.recipe.backend_settings import BackendSettings
@@ -330,13 +330,12 @@ def parse(data: bytes, where: str) -> PairManifest | NxdiManifest | CacheManifes
     if (version := found.get("schema_version")) != SCHEMA_VERSION:
         what = f"schema_version mismatch: this version of Tandem reads {SCHEMA_VERSION}, found {version!r}"
         raise ArtifactError(what, where=where, fix="use the version of Tandem that built the artifact")
-    if isinstance(files := found.get("files"), dict) and len(files) > MAX_FILES:  # before a model of each is made
-        raise CorruptError(f"the manifest has {len(files):,} files, limit {MAX_FILES:,}", where=where, fix=DO_NOT_USE)
-    del found, files
+    check_counts(found, MAX_FILES, where)
+    del found
     try:
         manifest = MANIFESTS.validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = first_error(error)
         place = ".".join(map(str, first["loc"][1:]))  # the first is the kind
         raise CorruptError(f"{place or 'kind'}: {first['msg']}", where=where, fix=AGAIN) from error
     if faults := list(islice(_path_faults(manifest, where), 10)):

@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.errors import CorruptError
 
 MAX_BYTES = 16 << 20
 """Limit for a manifest or an index: 50,000 files take about 8 MiB."""
 MAX_VALUES = 500_000
 """Limit for the values of a document; a file of a manifest has seven brackets, commas and colons."""
+MAX_KEYS = 100
+"""Limit for the keys of a manifest, which has fewer than 30."""
 SIGNATURE_BYTES = 256 << 10
 """Limit for a signature: with a key about 2 KiB, keyless with its certificate and log entry about 12 KiB."""
 SIGNATURES = 32
@@ -55,3 +59,27 @@ def json_object(data: bytes, where: str, what: str = "manifest") -> dict[str, An
     if not isinstance(parsed, dict):
         raise CorruptError(f"damaged {what}: not a JSON object", where=where, fix=AGAIN)
     return parsed
+
+
+def check_counts(manifest: dict[str, Any], files: int, where: str) -> None:
+    """Check the number of entries of a manifest before a model, or an error, is made of each.
+
+    Raises:
+        CorruptError: more files than the limit, more graphs or shards than files, more keys than any manifest has.
+
+    """
+    counts = {name: len(found) for name, found in manifest.items() if isinstance(found, dict | list)}
+    listed = counts.get("files", files)
+    for name, limit in {"files": files, "graphs": listed, "shards": listed}.items():
+        if counts.get(name, 0) > limit:
+            what = f"the manifest has {counts[name]:,} {name}, limit {limit:,}"
+            raise CorruptError(what, where=where, fix=DO_NOT_USE)
+    if len(manifest) > MAX_KEYS:
+        raise CorruptError(f"the manifest has {len(manifest):,} keys, limit {MAX_KEYS}", where=where, fix=DO_NOT_USE)
+
+
+def first_error(error: ValidationError) -> dict[str, Any]:
+    """Return the first of a document's errors: a hostile one has many, and as records they take 500 MB."""
+    text = error.json(include_url=False, include_context=False, include_input=False)
+    first, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
+    return dict(first)

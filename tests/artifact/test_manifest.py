@@ -151,7 +151,7 @@ def test_read_graph_that_is_not_listed(made, field):
 FAULTS = {
     "schema": (
         lambda data: data.update(schema_version=1),
-        "this version of Tandem reads 2, found 1",
+        "this version of Tandem reads 3, found 1",
     ),
     "kind": (lambda data: data.update(kind="other"), "kind: Input tag 'other'"),
     "inside": (lambda data: data["pair"]["models"].update(later=1), "pair.models.later: "),

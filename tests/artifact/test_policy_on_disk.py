@@ -148,7 +148,7 @@ def test_the_bytes_that_were_verified_are_those_that_are_parsed(made, keys, tmp_
 def test_nothing_is_parsed_before_the_signature(made, keys, tmp_path):
     """A manifest that no parser accepts is refused for its signature, not for its contents."""
     sign(made, keys["prod"])
-    (made / MANIFEST).write_text('{"schema_version": 2, "kind": "pair", "files": 1}')
+    (made / MANIFEST).write_text('{"schema_version": 3, "kind": "pair", "files": 1}')
     with pytest.raises(RefusedError, match="over another manifest"):
         check_artifact(made, require(str(tmp_path / "prod.pub")))
 

@@ -83,5 +83,5 @@ def test_plan_of_the_example_is_what_the_how_to_shows(monkeypatch):
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     page = (root / "docs" / "how-to" / "recipe.md").read_text()
-    command = "tandem plan llama-8b-spec --traffic examples/traffic.csv --graphs 46"
+    command = "tandem plan llama-8b-spec --traffic examples/traffic.csv --graphs 52"
     assert f"$ {command}\n{answer(*command.split()[1:]).stdout}```" in page

@@ -34,17 +34,17 @@ def test_a_manifest_of_the_most_files_is_within_the_limits():
     """The limits fit each other: a manifest that the packager may write is read."""
     files = {f"weights/target/rank-{number}-of-50000.safetensors": {"sha256": "0" * 64, "size": 1 << 40}
              for number in range(MAX_FILES)}  # fmt: skip
-    data = json.dumps({"schema_version": 2, "files": files}, indent=1).encode()
+    data = json.dumps({"schema_version": 3, "files": files}, indent=1).encode()
     assert len(json_object(data, "m")["files"]) == MAX_FILES
     assert len(data) < MAX_BYTES
 
 
 HOSTILE = {
-    "deep path": '{"schema_version": 2, "kind": "pair", "files": {"' + "a/" * 30_000 + 'b": {}}}',
-    "empty lists": '{"schema_version": 2, "kind": "pair", "files": {}, "graphs": [' + "[]," * 240_000 + "[]]}",
-    "wrong files": '{"schema_version": 2, "kind": "pair", "files": {'
+    "deep path": '{"schema_version": 3, "kind": "pair", "files": {"' + "a/" * 30_000 + 'b": {}}}',
+    "empty lists": '{"schema_version": 3, "kind": "pair", "files": {}, "graphs": [' + "[]," * 240_000 + "[]]}",
+    "wrong files": '{"schema_version": 3, "kind": "pair", "files": {'
     + ",".join(f'"f{number}": {{"x": 1}}' for number in range(49_000)) + "}}",
-    "unknown keys": '{"schema_version": 2, "kind": "pair", ' + ",".join(f'"k{n}": 1' for n in range(240_000)) + "}",
+    "unknown keys": '{"schema_version": 3, "kind": "pair", ' + ",".join(f'"k{n}": 1' for n in range(240_000)) + "}",
 }  # fmt: skip
 
 
@@ -74,6 +74,6 @@ def test_a_hostile_manifest_costs_little(name, tmp_path):
 
 def test_parse_counts_files_before_it_makes_records():
     entry = {"sha256": "0" * 64, "size": 1}
-    data = json.dumps({"schema_version": 2, "files": {f"f{n}": entry for n in range(MAX_FILES + 1)}}).encode()
+    data = json.dumps({"schema_version": 3, "files": {f"f{n}": entry for n in range(MAX_FILES + 1)}}).encode()
     with pytest.raises(CorruptError, match=f"files, limit {MAX_FILES:,}"):
         parse(data, "m")
