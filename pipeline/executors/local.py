@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
@@ -45,6 +45,7 @@ class LocalExecutor:
         arguments = self.workers, dict(os.environ)
         with ProcessPoolExecutor(self.workers, context, initializer=_start, initargs=arguments) as pool:
             results: dict[int, Result] = {}
+            futures: dict[Future[Result], int] = {}
             try:
                 futures = {pool.submit(work, job): index for index, job in enumerate(jobs)}
                 for future in as_completed(futures):
@@ -57,10 +58,11 @@ class LocalExecutor:
                     fix="free memory or lower --workers, then run the same command: finished graphs are kept",
                 ) from error
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for future in futures:
+                    future.cancel()
                 for worker in multiprocessing.active_children():
                     worker.kill()  # otherwise leaving the pool waits for running compiles, which may take minutes
-                raise
+                raise  # leaving the pool waits for its thread: one that ends with the process fails now and then
         return [results[index] for index in range(len(jobs))]
 
 
