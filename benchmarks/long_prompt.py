@@ -112,14 +112,14 @@ def main() -> None:
     asked = parser.parse_args()
     print("| prompts are read | pieces | median ms | p99 ms | p99 over p99 alone | first token of the prompt, ms |")
     print("|---|---|---|---|---|---|")
-    for name, arguments in (("in parts", ()), ("whole", ("--additional-config", json.dumps(WHOLE)))):
+    for name, arguments in (("in chunks", ()), ("whole", ("--additional-config", json.dumps(WHOLE)))):
         process, port = served(asked.artifact, *arguments)
         try:
             alone, beside, firsts = measure(port, asked.tokens, asked.rounds)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        if name == "in parts":
+        if name == "in chunks":
             print(f"| (no prompt arrives) | {len(alone)} | {median(alone) * 1e3:.0f} | {p99(alone) * 1e3:.0f} | 1 | |")
         print(f"| {name} | {len(beside)} | {median(beside) * 1e3:.0f} | {p99(beside) * 1e3:.0f} | "
               f"{p99(beside) / p99(alone):.2f} | {median(firsts) * 1e3:.0f} |", flush=True)  # fmt: skip

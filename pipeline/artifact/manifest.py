@@ -329,7 +329,9 @@ def parse(data: bytes, where: str) -> PairManifest | NxdiManifest | CacheManifes
     found = json_object(data, where)
     if (version := found.get("schema_version")) != SCHEMA_VERSION:
         what = f"schema_version mismatch: this version of Tandem reads {SCHEMA_VERSION}, found {version!r}"
-        raise ArtifactError(what, where=where, fix="use the version of Tandem that built the artifact")
+        raise ArtifactError(
+            what, where=where, fix="build the artifact again, or use the version of Tandem that built it"
+        )
     check_counts(found, MAX_FILES, where)
     del found
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -75,11 +75,12 @@ def cache_key(traced: Traced | TracedSubgraph, toolchain: Toolchain, flags: Mapp
     return hashlib.sha256(traced.ir + b"\0" + settings.encode()).hexdigest()
 
 
+CopyRow = Callable[[int, int, int], None]
+"""Called with the row to copy from, the row to copy to, and the number of positions."""
+
+
 class Ranks(Protocol):
     """An opened artifact on all its ranks; outputs are those of rank 0."""
-
-    copies_rows: bool
-    """Whether `copy_row` is possible; where it is not, it is never called."""
 
     def run(self, spec: GraphSpec, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run one graph on every rank; return its outputs by name, on the CPU."""
@@ -89,8 +90,9 @@ class Ranks(Protocol):
         """Zero all state."""
         ...
 
-    def copy_row(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first `tokens` positions of a row's caches, of both models, to another row."""
+    @property
+    def copy_row(self) -> CopyRow | None:
+        """Copy the first positions of a row's caches, of both models, to another row; None: this backend cannot."""
         ...
 
     def state(self) -> dict[str, Tensor]:

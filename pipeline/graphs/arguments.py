@@ -53,7 +53,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A row of a `prefill` graph: a prompt, or a part of one from `position` on, and the cache row that it fills."""
+    """A row of a `prefill` graph: a prompt, or a chunk of one from `position` on, and the cache row that it fills."""
 
     tokens: Sequence[int]
     slot: int

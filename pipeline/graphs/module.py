@@ -69,7 +69,7 @@ def _outputs(
 
 
 def _prompt(spec: GraphSpec, tensors: Mapping[str, Tensor]) -> Prompt:
-    """Return the prompts of a prefill graph, or the next parts of prompts."""
+    """Return the prompts of a prefill graph, or the next chunks of prompts."""
     tokens_BT = tensors["tokens"]
     positions_BT = index_range(spec.tokens, tokens_BT).expand_as(tokens_BT)
     if spec.continues:

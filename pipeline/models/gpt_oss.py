@@ -40,7 +40,7 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def _reject_other_meanings(fields: Fields) -> None:
-    """Reject fields that transformers does not read, but that say something else than those that it reads."""
+    """Reject fields of the first release, which transformers ignores, if they contradict those that it reads."""
     rope = given(fields.config, rules_of(fields.family))
     read = {older: (f"{key} of the rotary embedding", rope.get(key)) for older, key in OLDER_ROPE.items()}
     read["experts_per_token"] = ("num_experts_per_tok", fields.value("num_experts_per_tok"))

@@ -145,7 +145,7 @@ def _graphs(recipe: Recipe) -> list[GraphSpec]:
 
 
 def _prefill_graphs(recipe: Recipe) -> Iterator[GraphSpec]:
-    """Yield graphs that read prompts, and the parts of prompts after what a row's cache holds.
+    """Yield graphs that read prompts, and chunks of prompts after what a row's cache holds.
 
     Where attention computes every key of a cache, seen or not, empty rows have graphs without a cache; those that
     continue then read one row at a time, or as few as the recipe has.

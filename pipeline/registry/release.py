@@ -28,7 +28,7 @@ from pipeline.artifact.manifest import (
 )
 from pipeline.artifact.verify import ISA_ORDER, satisfies
 from pipeline.errors import ArtifactError, CorruptError, InputError
-from pipeline.files.limits import AGAIN, json_object
+from pipeline.files.limits import AGAIN, first_error, json_object
 from pipeline.records import Record
 
 VERSION_LENGTH = 12
@@ -173,7 +173,7 @@ def _parsed(data: bytes, where: str) -> Document:
     try:
         return Index.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = first_error(error)
         key = ".".join(map(str, first["loc"]))
         raise CorruptError(f"{key}: {first['msg']}", where=where, fix=AGAIN) from error
 

@@ -25,10 +25,10 @@ from pipeline.graphs.arguments import (
 )
 from pipeline.graphs.spec import GraphSpec
 from pipeline.graphs.verify_arguments import VerifyRow, verify_arguments
+from pipeline.runtime.chunks import PrefillCall, next_chunk, prefill_calls
 from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
 from pipeline.runtime.logprobs import Verified, verified_row
 from pipeline.runtime.lookup import Lookup
-from pipeline.runtime.prompts import Call, calls_of, next_part
 from pipeline.runtime.rules import RuleState
 
 
@@ -135,10 +135,10 @@ class Batch:
         after: dict[int, int] = {}
         waiting = {slot for slot in rows if ends[slot] > 0}
         while waiting:
-            parts = [next_part(slot, rows[slot].read, ends[slot], self.graphs) for slot in sorted(waiting)]
-            for call in calls_of(parts, self.graphs):
+            chunks = [next_chunk(slot, rows[slot].read, ends[slot], self.graphs) for slot in sorted(waiting)]
+            for call in prefill_calls(chunks, self.graphs):
                 after |= self._prefill(call, rows)
-            waiting -= {part.slot for part in parts if part.end == ends[part.slot]}
+            waiting -= {chunk.slot for chunk in chunks if chunk.end == ends[chunk.slot]}
         return {slot: after[slot] for slot in rows if slot in after}
 
     def decode(self, rows: Rows) -> dict[int, list[int]]:
@@ -185,7 +185,7 @@ class Batch:
         if self.manifest.draft_kind.reads_target_states:  # this draft runs in every step of the target
             row.in_draft = row.position + count
         elif row.proposed:  # it has read the last token and its proposals but for the last; the accepted ones are valid
-            own = _common(row.proposed[:-1], drafts[: count - 1])
+            own = common_prefix(row.proposed[:-1], drafts[: count - 1])
             row.in_draft = row.position + 1 + own
         row.proposed = []
 
@@ -224,19 +224,19 @@ class Batch:
         size = self.manifest.lookup
         return [] if size is None else row.lookup.find(row.tokens, size, most)
 
-    def _prefill(self, call: Call, rows: Rows) -> dict[int, int]:
-        """Run one prefill graph; return the token after each part."""
+    def _prefill(self, call: PrefillCall, rows: Rows) -> dict[int, int]:
+        """Run one prefill graph; return the token after each chunk."""
         prompts = [
-            PromptRow(row.tokens[part.start : part.end], part.slot, Draw(row.choice, row.seed), part.start)
-            for part in call.parts
-            for row in (rows[part.slot],)
+            PromptRow(row.tokens[chunk.start : chunk.end], chunk.slot, Draw(row.choice, row.seed), chunk.start)
+            for chunk in call.chunks
+            for row in (rows[chunk.slot],)
         ]
         out = self.ranks.run(call.graph, prefill_arguments(call.graph, prompts, self.slots))["token"].tolist()
         self.stats["prefills"] += 1
-        self.stats["chunks"] += any(part.start > 0 for part in call.parts)
-        for part in call.parts:
-            rows[part.slot].read = rows[part.slot].in_draft = part.end
-        return {part.slot: out[place] for place, part in enumerate(call.parts)}
+        self.stats["chunks"] += sum(chunk.start > 0 for chunk in call.chunks)
+        for chunk in call.chunks:
+            rows[chunk.slot].read = rows[chunk.slot].in_draft = chunk.end
+        return {chunk.slot: out[place] for place, chunk in enumerate(call.chunks)}
 
     def _catch_up(self, rows: Rows) -> None:
         """Run the draft's `score` graph over the tokens that were decoded without the draft.
@@ -300,7 +300,7 @@ def _verify_row(row: Row, drafts: Drafts) -> VerifyRow:
     return VerifyRow(row.tokens[-1], row.position, drafts.tokens, draw, rules)
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """Return the length of the longest common prefix."""
     pairs = zip(first, second, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -36,7 +36,7 @@ class PrefillBudget:
         seconds = waiting * self.steps[min(batch for batch in self.steps if batch >= running)]
         tokens = int((seconds - self.call) / self.token)
         fits = [bucket for bucket in self.buckets if bucket <= tokens]
-        # A part begins with a token that was read before, so a bucket of T tokens reads T - 1 new ones.
+        # A chunk begins with a token that was read before, so a bucket of T tokens reads T - 1 new ones.
         return tokens if tokens > self.buckets[-1] else max(fits, default=self.buckets[0]) - 1
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.runtime.batch import Batch, Row, Rows
+from pipeline.backends.base import CopyRow
+from pipeline.runtime.batch import Batch, Row, Rows, common_prefix
 
 LEAST_SHARED = 16
 """Tokens of the shortest prefix that is worth its copy."""
@@ -41,11 +42,11 @@ class Prefixes:
         At most `most` tokens are shared (None: all that match).
         """
         slot, shared = min(free), self._longest(row.tokens[: row.prompt][:most], running)
-        if self.batch.ranks.copies_rows:
+        if (copy := self.batch.ranks.copy_row) is not None:
             others = [other for other in free if other not in (slot, shared.slot)]
-            self._keep_aside(slot, shared.count if shared.slot == slot else 0, others)
+            self._keep_aside(slot, shared.count if shared.slot == slot else 0, others, copy)
             if shared.slot is not None and shared.slot != slot:
-                self.batch.ranks.copy_row(shared.slot, slot, shared.count)
+                copy(shared.slot, slot, shared.count)
         elif shared.slot is not None:
             slot = shared.slot
         row.read = row.in_draft = shared.count
@@ -65,9 +66,9 @@ class Prefixes:
     def _longest(self, tokens: Sequence[int], running: Rows) -> Shared:
         """Return the longest prefix of a prompt that a slot holds; that of a running row has to be copied."""
         held = dict(self._held)
-        if self.batch.ranks.copies_rows:
+        if self.batch.ranks.copy_row is not None:
             held |= {slot: self._held_by(row) for slot, row in running.items()}
-        found = [Shared(common(tokens, one), slot) for slot, one in held.items()]
+        found = [Shared(common_prefix(tokens, one), slot) for slot, one in held.items()]
         best = max(found, key=lambda one: one.count, default=NOTHING)
         return best if best.count >= LEAST_SHARED else NOTHING
 
@@ -77,7 +78,7 @@ class Prefixes:
         reads_states = self.batch.manifest.draft_kind.reads_target_states  # this draft's caches are never behind
         return row.tokens[: count if reads_states else min(count, row.in_draft)]
 
-    def _keep_aside(self, slot: int, shared: int, others: Sequence[int]) -> None:
+    def _keep_aside(self, slot: int, shared: int, others: Sequence[int], copy: CopyRow) -> None:
         """Copy what a slot holds to a free one before it is overwritten, unless all of these were used later.
 
         Not if the new request shares all but a few tokens.
@@ -88,12 +89,6 @@ class Prefixes:
         ages = {number: age for age, number in enumerate(self._held)}
         other = min(others, key=lambda number: ages.get(number, -1))
         if ages.get(other, -1) < ages[slot]:
-            self.batch.ranks.copy_row(slot, other, len(held))
+            copy(slot, other, len(held))
             self._held.pop(other, None)
             self._held[other] = held
-
-
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the length of the longest common prefix."""
-    pairs = zip(first, second, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -224,7 +224,7 @@ def _configure(config: VllmConfig, manifest: Any) -> None:
     config.model_config.max_model_len = min(config.model_config.max_model_len, most)
     config.scheduler_config.max_model_len = config.model_config.max_model_len
     config.scheduler_config.max_num_seqs = min(config.scheduler_config.max_num_seqs, slots)
-    # A step may prefill every slot at once; beside running requests, the scheduler has prompts read in parts.
+    # A step may prefill every slot at once; beside running requests, the scheduler has prompts read in chunks.
     config.scheduler_config.max_num_batched_tokens = slots * most
     config.scheduler_config.enable_chunked_prefill = True
     config.scheduler_config.scheduler_cls = SCHEDULER

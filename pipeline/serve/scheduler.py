@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class TandemScheduler(Scheduler):
-    """Schedules running requests first, then parts of prompts within `runtime.prefill_budget`.
+    """Schedules running requests first, then chunks of prompts within `runtime.prefill_budget`.
 
-    While a request runs, one prompt at most is read in part: it is the last of the running requests, so that it takes
+    While a request runs, one prompt at most is partly read: it is the last of the running requests, so that it takes
     no budget from those before it. A prefix is shared as far as vLLM's blocks match, which depend on `cache_salt`, and
     a slot of the artifact holds its tokens.
     """

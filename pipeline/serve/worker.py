@@ -79,7 +79,7 @@ class TandemWorker(WorkerBase):
         return ("generate",)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Take one step: drop finished requests, read prompts or parts of them, advance running requests.
+        """Take one step: drop finished requests, read prompts or chunks of them, advance running requests.
 
         Returns None, and takes the step in `sample_tokens`, if a request has a grammar.
         """

@@ -39,7 +39,7 @@ class Choose:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Right-padded prompts, or the next parts of prompts: tokens and positions int [B, T].
+    """Right-padded prompts, or the next chunks of prompts: tokens and positions int [B, T].
 
     `lengths_B` int, tokens of each row (0 for rows that have none), `slots_B` int, distinct cache rows. With `kv` a row
     attends over that many positions of its slot, which hold what was before; 0: rows are empty and attend to the pass's

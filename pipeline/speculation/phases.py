@@ -23,8 +23,8 @@ from pipeline.speculation.shaping import LogProbs
 def prefill(target: Model, drafter: Drafter, prompt: Prompt, choose: Choose) -> Tensor:
     """Fill both models' caches; return the token after each prompt, int32 [B] (-1 for rows of length 0).
 
-    A part of a prompt begins with the last token of the part before it, which is read again: so a head has the
-    target's features of that position, and no row keeps anything between parts but its caches.
+    A chunk of a prompt begins with the last token of the chunk before it, which is read again: so a head has the
+    target's features of that position, and a row keeps nothing between chunks but its caches.
     """
     states = target.read(prompt)
     drafter.after_prefill(prompt, states)

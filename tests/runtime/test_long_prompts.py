@@ -45,7 +45,7 @@ def prompts_of(lengths) -> list[list[int]]:
 @pytest.mark.parametrize("how", [{}, {"speculate": False}, SAMPLED], ids=["speculation", "decode", "sampled"])
 @pytest.mark.parametrize("method", DRAFTS)
 def test_every_length_gives_the_tokens_and_the_drafts_of_one_bucket(tmp_path, method, how):
-    """Of every split into parts: bucket edges, whole chunks, a token more or less; up to the end of the caches."""
+    """Of every split into chunks: bucket edges, a token more or less; up to the end of the caches."""
     prompts = prompts_of([14, *range(23, 36), 47, 48, 49, 50, *range(88, KV)])
     chunked, whole = (engine_of(tmp_path, method, prefill) for prefill in ((8, 24), (KV - 1,)))
     answers, expected = (engine.generate(prompts, max_new_tokens=9, **how) for engine in (chunked, whole))
@@ -55,8 +55,8 @@ def test_every_length_gives_the_tokens_and_the_drafts_of_one_bucket(tmp_path, me
 
 
 @pytest.mark.parametrize("method", [*DRAFTS, "p_eagle", "dflash"])
-def test_a_prompt_may_be_read_in_any_parts(tmp_path, method):
-    """Rows side by side that are cut at other places at each turn, of which the last part is one token or all."""
+def test_a_prompt_may_be_read_in_any_chunks(tmp_path, method):
+    """Rows side by side that are cut at other places at each turn, of which the last chunk is one token or all."""
     if method not in DRAFTS:
         write_parallel(tmp_path / "draft", method)
     prompts = prompts_of([61, 50, 9, 33])

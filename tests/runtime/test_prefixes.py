@@ -48,7 +48,8 @@ def engine_of(tmp_path: Path) -> EngineOf:
         )
         pair = resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources")
         engine = make_engine(recipe, pair, share_prefixes=share)
-        engine.ranks.copies_rows = copies
+        if not copies:
+            engine.ranks.copy_row = None
         return engine
 
     return make
@@ -156,5 +157,5 @@ def test_a_running_request_shares_what_it_has_read(engine_of: EngineOf) -> None:
     second = row([*text[:35], 4])
     assert prefixes.begin(second, [1], {slot: first}) == 1
     assert second.read == 25
-    engine.ranks.copies_rows = False
+    engine.ranks.copy_row = None
     assert prefixes.shared(text, {slot: first}) == 0

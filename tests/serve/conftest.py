@@ -21,6 +21,6 @@ def server(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     # Random weights write white space without end.
     grammars = ("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}')
-    parts = ("--additional-config", '{"tandem": {"prefill_tokens": 8}}')  # of prompts, beside running requests
-    with running(artifact, tmp_path_factory.mktemp("log") / "vllm.log", *tools, *grammars, *parts) as found:
+    chunks = ("--additional-config", '{"tandem": {"prefill_tokens": 8}}')  # of prompts, beside running requests
+    with running(artifact, tmp_path_factory.mktemp("log") / "vllm.log", *tools, *grammars, *chunks) as found:
         yield found

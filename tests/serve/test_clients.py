@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote: the official `openai` package, synchronous and asynchronous (`make test-vllm`)."""
+"""The official `openai` client, synchronous and asynchronous, against a served artifact (`make test-vllm`)."""
 
 from __future__ import annotations
 
@@ -124,8 +124,7 @@ def test_requests_at_once_get_the_answers_that_they_get_alone(together: AsyncOpe
         answer = await together.completions.create(
             model=MODEL, prompt=prompt, max_tokens=15, temperature=0, extra_body={"return_token_ids": True}
         )
-        tokens: list[int] = answer.choices[0].model_extra["token_ids"]  # type: ignore[index]
-        return tokens
+        return list((answer.choices[0].model_extra or {})["token_ids"])
 
     async def ask_all() -> list[list[int]]:
         return await asyncio.gather(*(ask(prompt) for prompt in prompts(24)))

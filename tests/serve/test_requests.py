@@ -36,11 +36,11 @@ def eager(work, layers=(0,)):
 class Scheduler:
     """What vLLM's scheduler does with a worker's tokens: admits to free slots, cuts at a limit, drops.
 
-    With `part`, beside running requests a step reads so many tokens of a prompt at most, and one prompt at a time.
+    With `chunk`, beside running requests a step reads so many tokens of a prompt at most, and one prompt at a time.
     """
 
-    def __init__(self, requests, slots, part=None):
-        self.requests, self.slots, self.part = requests, slots, part
+    def __init__(self, requests, slots, chunk=None):
+        self.requests, self.slots, self.chunk = requests, slots, chunk
         self.read = {}
         self.running, self.answers, self.steps = {}, {}, []
 
@@ -59,7 +59,7 @@ class Scheduler:
                 self.running[name], self.answers[name] = limit, []
                 self.read[name] = (0, asked.prompt)
             reading = {
-                name: min(end, read + (self.part or end) if going else end) for name, (read, end) in self.read.items()
+                name: min(end, read + (self.chunk or end) if going else end) for name, (read, end) in self.read.items()
             }
             found = self.requests.step({name: asked for name, asked, _ in new}, going, None, reading).tokens
             assert found.keys() == self.running.keys()
@@ -89,10 +89,10 @@ def expected(engine, limit_of=lambda i: 6 + i):
     }
 
 
-@pytest.mark.parametrize("part", [None, 1, 2])
+@pytest.mark.parametrize("chunk", [None, 1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_requests_that_come_and_go_get_the_engines_tokens(engine, seed, part):
-    served = Scheduler(RequestSlots(engine.batch), 4, part).run(greedy(), seed)
+def test_requests_that_come_and_go_get_the_engines_tokens(engine, seed, chunk):
+    served = Scheduler(RequestSlots(engine.batch), 4, chunk).run(greedy(), seed)
     for name, tokens in expected(engine).items():
         assert served[name][: len(tokens)] == tokens
 

@@ -64,8 +64,6 @@ class EagerRanks:
             outputs = run_phase(spec, self.shape, {**self.tensors, **self.tensors_of_state, **given}, self.seams)
         return {t.name: out for t, out in zip(io.outputs, outputs, strict=True)}
 
-    copies_rows = True
-
     def copy_row(self, source: int, target: int, tokens: int) -> None:
         for tensor in self.tensors_of_state.values():
             if tensor.dim() == 4:

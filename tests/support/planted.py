@@ -89,13 +89,13 @@ def _mask(change: Callable[[torch.Tensor], torch.Tensor], phases: tuple[str, ...
     return around
 
 
-def parts_begin_at_zero(ranks: EagerRanks, seed: int) -> None:
-    """Prefill graphs take every part of a prompt for its beginning."""
+def chunks_begin_at_zero(ranks: EagerRanks, seed: int) -> None:
+    """Prefill graphs take every chunk of a prompt for its beginning."""
     ranks.around = _positions(lambda position_B: torch.zeros_like(position_B))
 
 
-def parts_begin_one_late(ranks: EagerRanks, seed: int) -> None:
-    """Parts of a prompt but the first are one position too far."""
+def chunks_begin_one_late(ranks: EagerRanks, seed: int) -> None:
+    """Chunks of a prompt but the first are one position too far."""
     ranks.around = _positions(lambda position_B: position_B + (position_B > 0))
 
 
@@ -263,7 +263,7 @@ def later_proposals_wrong(ranks: EagerRanks, seed: int) -> None:
 
 NUMERIC: tuple[Plant, ...] = (
     perturbed_layer, wrong_rope_base, swapped_query_heads, swapped_key_heads, mask_sees_one_more,
-    mask_misses_the_oldest, stale_row, shifted_shard, shifted_vocabulary, parts_begin_at_zero, parts_begin_one_late,
+    mask_misses_the_oldest, stale_row, shifted_shard, shifted_vocabulary, chunks_begin_at_zero, chunks_begin_one_late,
 )  # fmt: skip
 FLOAT32_ONLY: tuple[Plant, ...] = (bfloat16_weights, bfloat16_caches)
 ACCEPTANCE: tuple[Plant, ...] = (always_accepted, second_draft_unchecked)

@@ -67,8 +67,6 @@ class Place:
 class OneRank:
     """A single rank in this process."""
 
-    copies_rows = True
-
     def __init__(self, root: Path, manifest: PairManifest) -> None:
         self.session = Session(root, manifest)
 
@@ -97,8 +95,6 @@ class ManyRanks:
 
     This process runs no rank, so that a killed rank ends the call with an error instead of a hang.
     """
-
-    copies_rows = True
 
     def __init__(self, root: Path, manifest: PairManifest) -> None:
         context = multiprocessing.get_context("forkserver")

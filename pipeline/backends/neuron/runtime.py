@@ -32,7 +32,7 @@ from pipeline.graphs.spec import GraphSpec
 class NeuronRanks:
     """Every rank of an artifact on this host's device; see `backends.base.Ranks`."""
 
-    copies_rows = False
+    copy_row: None = None
     """The runtime writes whole buffers alone."""
 
     def __init__(self, root: Path, manifest: PairManifest, chip: str, lnc: int) -> None:
@@ -63,10 +63,6 @@ class NeuronRanks:
             zeros = torch.zeros(state.shape, dtype=torch_dtype(state.dtype))
             for rank in range(self._ranks):
                 self._model.write_to_neuron_buffer(zeros, dotted(state.name), rank)
-
-    def copy_row(self, source: int, target: int, tokens: int) -> None:
-        """Raise an error: the caller asks `copies_rows` first."""
-        raise NotImplementedError(f"rows {source} and {target}, {tokens} tokens")
 
     def state(self) -> dict[str, Tensor]:
         """Return an empty dict: the state is on the device."""

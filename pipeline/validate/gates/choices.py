@@ -98,7 +98,7 @@ def long_choices(engine: Engine, probes: Sequence[ScoredSequence]) -> Iterator[C
 def _prefill(engine: Engine, spec: GraphSpec, probes: Sequence[ScoredSequence]) -> Iterator[Choice]:
     """Prefill ragged probes, the full bucket and a single token among them, into slots in reverse order.
 
-    A graph that continues prompts reads each probe in two parts, of other lengths in each row.
+    A graph that continues prompts reads each probe in two chunks, of other lengths in each row.
     """
     rows = min(spec.batch, len(probes))
     longest = min(spec.tokens, engine.length - 1)
@@ -109,8 +109,8 @@ def _prefill(engine: Engine, spec: GraphSpec, probes: Sequence[ScoredSequence]) 
     if spec.continues:
         cuts = [max(len(start) * (row + 1) // (rows + 1), 1) for row, start in enumerate(starts)]
         pairs = list(zip(prompts, cuts, strict=True))
-        parts = [PromptRow(one.tokens[:cut], one.slot) for one, cut in pairs]
-        engine.ranks.run(spec, prefill_arguments(spec, parts, engine.rows))
+        begins = [PromptRow(one.tokens[:cut], one.slot) for one, cut in pairs]
+        engine.ranks.run(spec, prefill_arguments(spec, begins, engine.rows))
         prompts = [PromptRow(one.tokens[cut - 1 :], one.slot, position=cut - 1) for one, cut in pairs]
     first = engine.ranks.run(spec, prefill_arguments(spec, prompts, engine.rows))["token"]
     decode = min(

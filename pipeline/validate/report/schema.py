@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from pipeline.errors import InputError
+from pipeline.files.limits import first_error
 from pipeline.records import Record
 
 
@@ -326,7 +327,7 @@ def read(data: bytes, where: str) -> Report:
     try:
         return Report.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = first_error(error)
         what = f"not a parity report of this version: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise InputError(what, where=where, fix="tandem validate ARTIFACT") from error
 

@@ -5,31 +5,31 @@ from itertools import combinations
 import pytest
 
 from pipeline.graphs.spec import GraphSpec
-from pipeline.runtime.prompts import CALL_TOKENS, Part, calls_of, next_part
+from pipeline.runtime.chunks import CALL_TOKENS, Chunk, next_chunk, prefill_calls
 
 GRAPHS = [GraphSpec("prefill", batch, tokens, 1024) for batch in (1, 4, 8) for tokens in (64, 128, 256)]
 
 
-def test_parts_cover_a_prompt_and_read_the_last_token_before_them_again():
-    parts, read = [], 0
+def test_chunks_cover_a_prompt_and_read_the_last_token_before_them_again():
+    chunks, read = [], 0
     while read < 600:
-        parts.append(next_part(3, read, 600, GRAPHS))
-        read = parts[-1].end
-    assert [(part.start, part.end) for part in parts] == [(0, 256), (255, 511), (510, 600)]
-    assert next_part(0, 600, 600, GRAPHS) == Part(0, 599, 600)
-    assert next_part(0, 600, 40, GRAPHS) == Part(0, 39, 40)
+        chunks.append(next_chunk(3, read, 600, GRAPHS))
+        read = chunks[-1].end
+    assert [(chunk.start, chunk.end) for chunk in chunks] == [(0, 256), (255, 511), (510, 600)]
+    assert next_chunk(0, 600, 600, GRAPHS) == Chunk(0, 599, 600)
+    assert next_chunk(0, 600, 40, GRAPHS) == Chunk(0, 39, 40)
 
 
 @pytest.mark.parametrize(
     "lengths", [(5,), (250, 20), (250, 240, 20, 10), (64, 64, 65, 128, 200, 1, 30, 256), (100,) * 5, (65, 60) * 4]
 )
 def test_rows_share_graphs_so_that_the_least_is_computed(lengths):
-    parts = [Part(slot, 10, 10 + length) for slot, length in enumerate(lengths)]
-    calls = list(calls_of(parts, GRAPHS))
-    assert sorted(part.slot for call in calls for part in call.parts) == list(range(len(lengths)))
+    chunks = [Chunk(slot, 10, 10 + length) for slot, length in enumerate(lengths)]
+    calls = list(prefill_calls(chunks, GRAPHS))
+    assert sorted(chunk.slot for call in calls for chunk in call.chunks) == list(range(len(lengths)))
     for call in calls:
-        assert len(call.parts) <= call.graph.batch
-        assert max(part.tokens for part in call.parts) <= call.graph.tokens
+        assert len(call.chunks) <= call.graph.batch
+        assert max(chunk.tokens for chunk in call.chunks) <= call.graph.tokens
     assert sum(cost(call.graph) for call in calls) == least(sorted(lengths))
 
 
@@ -50,6 +50,6 @@ def least(lengths: list[int]) -> int:
 
 def test_empty_rows_have_graphs_without_a_cache_where_there_are_any():
     graphs = [*GRAPHS, GraphSpec("prefill", 4, 128, 128)]
-    fresh, continued = calls_of([Part(0, 0, 100), Part(1, 70, 100), Part(2, 0, 4)], graphs)
-    assert (fresh.graph.continues, [part.slot for part in fresh.parts]) == (False, [0, 2])
-    assert (continued.graph.continues, [part.slot for part in continued.parts]) == (True, [1])
+    fresh, continued = prefill_calls([Chunk(0, 0, 100), Chunk(1, 70, 100), Chunk(2, 0, 4)], graphs)
+    assert (fresh.graph.continues, [chunk.slot for chunk in fresh.chunks]) == (False, [0, 2])
+    assert (continued.graph.continues, [chunk.slot for chunk in continued.chunks]) == (True, [1])
