@@ -56,11 +56,12 @@ def measured_budget(batch: Batch) -> PrefillBudget:
 
 
 def _steps(batch: Batch) -> list[GraphSpec]:
-    """Return the graph of a usual step for each number of rows: greedy, with the first K."""
-    steps, kv = batch.manifest.draft_tokens[0], batch.manifest.shapes.kv[-1]
+    """Return the graph of a usual step for each number of rows: greedy if that was built, with the first K."""
+    manifest = batch.manifest
+    usual = ("speculate", manifest.shapes.kv[-1], manifest.draft_tokens[0], manifest.sampling[0])
     return [
         graph for graph in batch.graphs
-        if (graph.phase, graph.kv, graph.draft_tokens, graph.sampling) == ("speculate", kv, steps, "greedy")
+        if (graph.phase, graph.kv, graph.draft_tokens, graph.sampling) == usual
     ]  # fmt: skip
 
 

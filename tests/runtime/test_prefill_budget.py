@@ -32,8 +32,10 @@ def test_a_prompt_goes_on_where_every_part_takes_longer_than_a_step():
     assert PrefillBudget(1.0, 1.0, {1: 0.1}, (32, 64)).tokens(1, 1) == 31
 
 
-def test_an_open_artifact_is_measured(tmp_path):
-    recipe = recipe_of("llama", 4, "float32")
+@pytest.mark.parametrize("sampling", [("greedy",), ("stochastic",), ("greedy", "stochastic", "shaped")])
+def test_an_open_artifact_is_measured(tmp_path, sampling):
+    """Of an artifact without greedy graphs no step was found, and the server ended at its first request."""
+    recipe = recipe_of("llama", 4, "float32", sampling)
     engine = make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources"))
     ran, run = [], engine.ranks.run
     engine.ranks.run = lambda spec, given: (ran.append(spec), run(spec, given))[1]
