@@ -135,8 +135,8 @@ class Peer:
         self.process.wait()
 
 
-def peers(asked: argparse.Namespace, work: Path) -> dict[str, Peer]:
-    """The engines that were asked for, loaded."""
+def peers(asked: argparse.Namespace, work: Path, *, speculating: bool = True) -> dict[str, Peer]:
+    """The engines that were asked for, loaded; `speculating` also with each way to speculate."""
     recipe = load_recipe(asked.artifact / "recipe.yaml")
     engines: dict[str, Peer] = {}
     if asked.vllm is not None:
@@ -144,8 +144,9 @@ def peers(asked: argparse.Namespace, work: Path) -> dict[str, Peer]:
         folder = export(target, work / "target")
         length = ("--length", recipe.shapes.kv[-1])
         engines["vLLM"] = Peer(asked.vllm, "vllm", folder, *length)
-        engines["vLLM, n-gram K=4"] = Peer(asked.vllm, "vllm", folder, "--ngram", 4, *length)
-        if recipe.speculation.method == "eagle3":
+        if speculating:
+            engines["vLLM, n-gram K=4"] = Peer(asked.vllm, "vllm", folder, "--ngram", 4, *length)
+        if speculating and recipe.speculation.method == "eagle3":
             head = resolve(
                 recipe.draft.source, base=Path("recipes"), cache=default_root() / "sources", role="draft"
             ).root

@@ -114,8 +114,8 @@ def main() -> None:
         if not asked.no_transformers:
             answers = transformers_answers(load_recipe(asked.artifact / "recipe.yaml"), Path("recipes"), 1)
             contenders |= dict(answers)
-        others = peers(asked, Path(work))
-        contenders |= {name: peer.contender(1) for name, peer in others.items() if "K=" not in name}
+        others = peers(asked, Path(work), speculating=False)
+        contenders |= {name: peer.contender(1) for name, peer in others.items()}
         lengths(contenders, text, asked, operations(engine))
         for peer in others.values():
             peer.end()

@@ -8,13 +8,14 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support import guarded_compiler
 
 LONGEST_FIRST = (
-    "tests/test_build.py",
+    "tests/test_build",
     "tests/distill/",
     "tests/backends/",
     "tests/validate/",
@@ -25,7 +26,9 @@ LONGEST_FIRST = (
     "tests/runtime/",
 )
 """Files and folders that take longest start first, so that no worker is left with a long one at the end."""
-COMPILING_FIXTURES = frozenset({"built", "elsewhere", "figures"})
+SAME_WORKER = {"tests/test_build_again.py": "tests/test_build.py"}
+"""Files whose session fixtures are worth sharing run in the worker of another file."""
+COMPILING_FIXTURES = frozenset({"built", "elsewhere", "figures", "tiny_built"})
 """Tests that use one of these get the marker `compile`."""
 COMPILING_LANES = ("compile", "slow", "server", "vllm", "cuda", "neuron", "xla", "hlo", "ray", "drafts")
 TIMEOUTS_S = {"vllm": 1800, "ray": 1800, "xla": 3600, "hlo": 3600, "slow": 3600, "compile": 900, "drafts": 900}
@@ -55,6 +58,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A scheduler of whole files, of those in `SAME_WORKER` together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return SAME_WORKER.get(file, file)
+
+    return Scheduling(config, log)
+
+
 def _place(item: pytest.Item) -> int:
     """A test's rank among the files and folders that start first."""
     return next((i for i, prefix in enumerate(LONGEST_FIRST) if item.nodeid.startswith(prefix)), len(LONGEST_FIRST))
@@ -79,6 +95,16 @@ def one_thread() -> Iterator:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_built(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The settings of a build of the tiny pair, and the report of it with its gates."""
+    from pipeline.build import run
+    from support import tiny_build
+
+    settings = tiny_build.request_in(tmp_path_factory.mktemp("tiny"))
+    return settings, run(settings)
 
 
 @pytest.fixture(scope="session")

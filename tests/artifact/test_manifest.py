@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact.diff import diff
 from pipeline.artifact.manifest import MANIFEST, MAX_BYTES, content_digest, dump, parse, read
 from pipeline.artifact.reports import add_reports
-from pipeline.artifact.verify import check_host, verify
+from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, InputError
 from pipeline.files.unfinished import TEMP, sweep
 from pipeline.plan import lock as locks
@@ -39,18 +38,6 @@ FILES = [
     "sbom.cdx.json",
     "reports/parity.json",
 ]
-
-
-@pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original")
-    return small.make_validated(folder / "out", folder / "work").root
-
-
-@pytest.fixture
-def made(tmp_path: Path, original: Path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(original, tmp_path / "out"))
 
 
 def edit_manifest(root: Path, change) -> None:
@@ -202,38 +189,6 @@ def test_verify_only_a_part(made):
     verify(made, only=["weights/*", "tokenizer/*", "re*", "*config.json", "prov*", "sbom*"])
 
 
-HOST = {"device": "cpu", "machine": "x86_64", "isa": "avx512"}
-TOOLS = {"backend": "stand-in", "torch": "2.13.1", "cxx": "clang"}
-
-
-def test_check_host_larger_instruction_set(made):
-    check_host(read(made).manifest, HOST, toolchain=TOOLS, ranks=1)
-
-
-@pytest.mark.parametrize(
-    ("host", "tools", "ranks", "message"),
-    [
-        ({"machine": "aarch64"}, {}, 1, "machine: the artifact needs x86_64, this host has aarch64"),
-        ({"isa": "default"}, {}, 1, "isa: the artifact needs avx2, this host has default"),
-        ({"isa": "sve256"}, {}, 1, "isa: the artifact needs avx2, this host has sve256"),
-        ({"device": "trn2"}, {}, 1, "device: the artifact needs cpu, this host has trn2"),
-        ({}, {}, 2, "tensor: the artifact needs 1 ranks, found 2"),
-        ({}, {"torch": "2.14.0"}, 1, r"toolchain.torch: the artifact needs 2.13.0\+cpu, this host has 2.14.0"),
-        ({}, {"backend": "neuron"}, 1, "toolchain.backend: the artifact needs stand-in, this host has neuron"),
-    ],
-)
-def test_check_host_refuses(made, host, tools, ranks, message):
-    with pytest.raises(ArtifactError, match=message):
-        check_host(read(made).manifest, HOST | host, toolchain=TOOLS | tools, ranks=ranks)
-
-
-def test_check_host_names_all(made):
-    with pytest.raises(ArtifactError) as caught:
-        check_host(read(made).manifest, {}, toolchain={}, ranks=4)
-    for field in ("device", "machine", "isa", "tensor", "toolchain.backend", "toolchain.torch"):
-        assert f"{field}: " in caught.value.what
-
-
 def test_package_is_reproducible(tmp_path, monkeypatch):
     """Another folder gives the same bytes, with the time that the build is told to claim."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
@@ -346,34 +301,6 @@ def test_add_reports_again_replaces(made):
     found = verify(made)
     assert found.manifest.passed is False
     assert (made / "reports" / "parity.json").read_bytes() == b"[1]"
-
-
-def test_diff_equal(made):
-    assert diff(read(made).manifest, read(made).manifest) == {"fields": {}, "files": {}}
-
-
-def test_diff_names_what_changed(tmp_path):
-    one = small.make(tmp_path / "1", tmp_path / "work").manifest
-    two = small.make_validated(tmp_path / "2", tmp_path / "work", weights=b"new", graph=b"new").manifest
-    two = two.model_copy(update={"toolchain": {**two.toolchain, "torch": "2.14.0"}})
-    found = diff(one, two)
-    assert found["fields"]["toolchain.torch"] == {"from": "2.13.0+cpu", "to": "2.14.0"}
-    assert found["fields"]["validation.passed"] == {"from": None, "to": True}
-    assert found["files"]["weights"] == {
-        "changed": [f"weights/{m}/rank-0-of-1.safetensors" for m in ("draft", "target")]
-    }
-    assert found["files"]["graphs"]["changed"] == [g.file for g in sorted(one.graphs, key=lambda g: g.name)]
-    assert found["files"]["reports"] == {"added": ["reports/parity.json"]}
-
-
-def test_diff_names_graphs_of_another_recipe(made, tmp_path, monkeypatch):
-    changed = {**small.RECIPE, "speculation": {"draft_tokens": [2, 3]}}
-    monkeypatch.setattr(small, "RECIPE", changed)
-    other = small.make(tmp_path / "other", tmp_path / "work")
-    found = diff(read(made).manifest, other.manifest)
-    assert found["files"]["graphs"]["added"] == [
-        f"graphs/speculate-b1-t4-s32-k3/{name}" for name in ("flags.json", "graph.bin", "io.json")
-    ]
 
 
 def test_import_brings_no_torch():

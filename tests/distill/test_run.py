@@ -9,12 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_part
+from pipeline.distill.data import read_part
 from pipeline.distill.generate import Transcript, Writer
 from pipeline.distill.head import layers_of, model_config
-from pipeline.distill.prompts import HeldOutFilter
 from pipeline.distill.run import distill, prepare
-from pipeline.distill.settings import SEEDS, DistillSettings
 from pipeline.distill.train import make_batch
 from pipeline.errors import InputError
 from pipeline.files.atomic import sha256_file
@@ -27,72 +25,14 @@ from pipeline.sources.weights import weights as source_weights
 from pipeline.speculation import model_chains
 from pipeline.speculation.chains import guesses
 from support.eager import emitted, make_engine
+from support.tiny_distill import CONTENT, HELD_OUT, request_of
 
-CONTENT = {
-    "name": "tiny",
-    "target": {"source": "pico://llama", "dtype": "float32"},
-    "draft": {"derive": {"from": "target", "layers": (0,)}},
-    "speculation": {"draft_tokens": (2,)},
-    "shapes": {"batch": (1,), "prefill": (64,), "kv": (128,)},
-    "validate": {"prompts": "held-out.jsonl", "max_new_tokens": 10},
-}
-HELD_OUT = ["The quick brown fox jumps", "def add(first, second):"]
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_parts():
-    """Two parts of text where a run of the usual size would have written one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.distill.job.PART", 128)
-        yield
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    base = tmp_path_factory.mktemp("distill")
-    lines = [json.dumps({"id": f"p{i}", "class": "chat", "prompt": text}) for i, text in enumerate(HELD_OUT)]
-    (base / "held-out.jsonl").write_text("\n".join(lines))
-    return base
-
-
-def request_of(work, out: str = "head", **more) -> DistillSettings:
-    settings = {"tokens": 4_000, "steps": 80, "draft_vocab": 256, "cache": work / "cache", **more}
-    return DistillSettings(recipe=Recipe.model_validate(CONTENT), base=work, out=work / out, **settings)
+pytestmark = pytest.mark.usefixtures("one_thread", "short_parts")
 
 
 @pytest.fixture(scope="module")
 def figures(work):
     return distill(request_of(work))
-
-
-ASKED = ["Say hi", "Tell me about the river that flows through the old town", "Name three birds", "Count to ten"]
-
-
-def asking(work, name: str, prompts: list[str], **more) -> DistillSettings:
-    """Answers to given prompts: seconds of writing."""
-    path = work / f"{name}.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
-    return request_of(work, name, prompts=path, **more)
-
-
-@pytest.fixture(scope="module")
-def asked(work):
-    """A request whose text is there: an answer to each of four prompts."""
-    request = asking(work, "asked", ASKED, steps=2)
-    prepare(request).write_data()
-    return request
-
-
-def test_a_seed_decides_what_prompts_are_written_and_not_which_given_ones_are_used(work):
-    job = prepare(request_of(work))
-    given = Prompts(job.text, HeldOutFilter([]), ["one two", "three four", "five"], seed=1)
-    assert [prompt.seed - SEEDS for prompt in given.of(job.writer, range(1, PART))] == [1, 2]
-    sources = [Prompts(job.text, HeldOutFilter([]), seed=seed) for seed in (0, 0, 1)]
-    written = [[prompt.tokens for prompt in source.of(job.writer, range(64))] for source in sources]
-    assert written[0] == written[1] != written[2]
 
 
 def test_head_guesses_and_a_recipe_can_name_it(work, figures):
@@ -269,60 +209,6 @@ def test_training_drafts_as_the_graphs_do(work, figures):
         at += size
 
 
-def test_prompts_that_gates_came_to_ask_are_not_learned_from(work, asked):
-    """A run's own text was once read unfiltered, and with its chat template around it a short prompt never matched."""
-    assert len(prepare(asked).sequences()) == 4
-    lines = [{"id": "a", "class": "chat", "prompt": "say hi!"}, {"id": "b", "class": "chat", "prompt": ASKED[1][8:]}]
-    (work / "later.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    recipe = Recipe.model_validate(CONTENT | {"validate": {"prompts": "later.jsonl"}})
-    job = prepare(replace(asked, recipe=recipe))
-    assert job.folder == prepare(asked).folder
-    kept = [job.text.decode(s.tokens[: s.prompt].tolist()) for s in job.sequences()]
-    assert [any(words in prompt for prompt in kept) for words in ASKED] == [False, False, True, True]
-
-
-def test_training_goes_on_with_the_same_text_and_vocabulary_alone(work, asked):
-    """Other text of as many sequences was once learned by a draft whose LM head had rows of other tokens."""
-    job = prepare(asked)
-    *some, last = job.sequences()
-    job.trainer(some).train(some, [])
-    assert job.trainer(some).step == 2
-    assert job.trainer([*some[1:], last]).step == 0
-    assert job.trainer(some[::-1]).step == 0
-    job.vocab = 320
-    assert job.trainer(some).step == 0
-
-
-def test_an_answer_that_is_shorter_than_a_chain_is_counted(work, asked):
-    """A target may end its answer to a held-out prompt at once."""
-    job = prepare(asked)
-    sequences = job.sequences()
-    one = sequences[0]
-    short = Conversation(one.tokens[:3], 2, one.taps_TX[:2], one.last_TH[:2])
-    assert job.trainer(sequences).accuracy([short]).reached == [1, 0, 0]
-
-
-def test_part_without_a_prompt_of_use_is_empty_and_no_text_at_all_is_refused(work, monkeypatch):
-    monkeypatch.setattr("pipeline.distill.job.PART", 2)
-    job = prepare(asking(work, "some", [HELD_OUT[0], "word " * 400, *ASKED[:2]]))
-    job.write_data()
-    assert [len(read_part(path)) for path in sorted(job.folder.rglob("part-*.safetensors"))] == [0, 2]
-    assert len(job.sequences()) == 2
-    with pytest.raises(InputError, match="no usable sequences") as caught:
-        distill(asking(work, "none", HELD_OUT))
-    assert "prompts" in caught.value.fix
-
-
-def test_target_that_writes_no_prompt_of_use_is_refused(work):
-    """Parts would be written for ever."""
-    job = prepare(request_of(work))
-    prompts = Prompts(job.text, lambda prompt: False)
-    with pytest.raises(InputError, match="none of the 4 prompts that the target wrote is usable") as caught:
-        write_part(work / "unused", 0, 4, job.writer, prompts, 9, lambda line: None)
-    assert "--prompts" in caught.value.fix
-    assert not (work / "unused").exists()
-
-
 def test_a_draft_in_files_of_any_name_is_trained_further(work, figures, asked):
     sequences = prepare(asked).sequences()
     whole = load_file(work / "head" / "model.safetensors")
@@ -337,31 +223,6 @@ def test_a_draft_in_files_of_any_name_is_trained_further(work, figures, asked):
     for name in ("renamed", "sharded"):
         trainer = prepare(replace(asked, start=work / name, draft_vocab=None)).trainer(sequences)
         assert torch.equal(trainer.draft.weights[HEAD], whole[HEAD].float())
-
-
-def test_out_that_is_something_else_is_refused(work):
-    (work / "mine").mkdir()
-    (work / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="output directory was not created by `tandem distill`"):
-        distill(request_of(work, "mine"))
-
-
-@pytest.mark.parametrize(
-    ("change", "where"),
-    [
-        ({"draft_vocab": 5000}, "--draft-vocab"),
-        ({"seed": 1 << 32}, "--seed"),
-        ({"seed": -1}, "--seed"),
-        ({"device": "cuda:77"}, "--device"),
-        ({"layers": (0,)}, "--layers"),
-        ({"method": "draft_model", "layers": (0, 99)}, "--layers"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_is_written(work, change, where):
-    with pytest.raises(InputError) as caught:
-        distill(request_of(work, "never", **change))
-    assert caught.value.where == where
-    assert not (work / "never").exists()
 
 
 def test_text_of_an_earlier_run_is_learned_from_and_only_the_targets_own(work, figures):
@@ -390,22 +251,3 @@ def test_text_of_an_earlier_run_is_learned_from_and_only_the_targets_own(work, f
     (other / "part-00000.safetensors").unlink()
     with pytest.raises(InputError, match="no training data in this folder"):
         prepare(request_of(work, "more", text=(other,))).write_data()
-
-
-def test_transcripts_and_prompts_of_ones_own(work):
-    (work / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"Tell me about {i}"}) for i in range(20)))
-    talks = [
-        {"prompt": f"What is {i}?", "answer": "It is the number that follows the one before it."} for i in range(9)
-    ]
-    talks.append({"prompt": HELD_OUT[0], "answer": "over the lazy dog"})
-    (work / "talks.jsonl").write_text("\n".join(json.dumps(talk) for talk in talks))
-    figures = distill(
-        request_of(work, "own", tokens=300, steps=5, prompts=work / "prompts.jsonl", transcripts=work / "talks.jsonl")
-    )
-    assert figures.data.sequences == 9 + 20
-    (work / "empty.jsonl").write_text("")
-    with pytest.raises(InputError, match="no lines in the file"):
-        distill(request_of(work, "empty", prompts=work / "empty.jsonl"))
-    (work / "bad.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}')
-    with pytest.raises(InputError, match=r"bad\.jsonl:2"):
-        distill(request_of(work, "bad", prompts=work / "bad.jsonl"))
