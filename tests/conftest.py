@@ -15,7 +15,8 @@ import pytest
 from support import guarded_compiler
 
 LONGEST_FIRST = (
-    "tests/test_build",
+    "tests/test_build.py",
+    "tests/test_build_again.py",
     "tests/distill/",
     "tests/backends/",
     "tests/validate/",
