@@ -30,7 +30,7 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("writer")
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.compile, pytest.mark.slow])])
 def test_writer_continues_as_the_engine_does(work, compiled, monkeypatch):
     """Rows that join and leave at different times write what each would alone."""
     monkeypatch.setattr(generate, "WORTH_COMPILING", 0 if compiled else math.inf)
