@@ -28,7 +28,7 @@ LONGEST_FIRST = (
 )
 """Files and folders that take longest start first, so that no worker is left with a long one at the end."""
 SAME_WORKER = {"tests/test_build_again.py": "tests/test_build.py"}
-"""Files whose session fixtures are worth sharing run in the worker of another file."""
+"""Files that run in the worker of another file: a session fixture that both use takes more than a minute."""
 COMPILING_FIXTURES = frozenset({"built", "elsewhere", "figures", "tiny_built"})
 """Tests that use one of these get the marker `compile`."""
 COMPILING_LANES = ("compile", "slow", "server", "vllm", "cuda", "neuron", "xla", "hlo", "ray", "drafts")
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A scheduler of whole files, of those in `SAME_WORKER` together."""
-    from xdist.scheduler import LoadFileScheduling
+    from xdist.scheduler import LoadFileScheduling  # where the plugin runs
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
@@ -101,7 +101,7 @@ def one_thread() -> Iterator:
 @pytest.fixture(scope="session")
 def tiny_built(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The settings of a build of the tiny pair, and the report of it with its gates."""
-    from pipeline.build import run
+    from pipeline.build import run  # imports torch, which most files do not need
     from support import tiny_build
 
     settings = tiny_build.request_in(tmp_path_factory.mktemp("tiny"))

@@ -33,17 +33,6 @@ from support.signing_keys import key_pair
 pytest.importorskip("model_signing")
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy")
-    return small.make_validated(folder / "out", folder / "work").root
-
-
-@pytest.fixture
-def made(tmp_path: Path, original: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "out"))
-
-
 def policy_file(folder: Path, **rules: str) -> Path:
     """Write a policy: the pattern of each key's releases."""
     lines = [f"  - releases: '{pattern}'\n    signed_by: [{{key: {key}.pub}}]\n" for key, pattern in rules.items()]

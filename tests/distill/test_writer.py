@@ -11,16 +11,7 @@ from pipeline.distill.generate import Transcript, Writer, Writing
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.pair import resolve, resolve_pair
 from support.eager import make_engine
-
-CONTENT = {
-    "name": "tiny",
-    "target": {"source": "pico://llama", "dtype": "float32"},
-    "draft": {"derive": {"from": "target", "layers": (0,)}},
-    "speculation": {"draft_tokens": (2,)},
-    "shapes": {"batch": (1,), "prefill": (64,), "kv": (128,)},
-    "validate": {"prompts": "held-out.jsonl", "max_new_tokens": 10},
-}
-
+from support.tiny_distill import CONTENT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
