@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.backends.base import Backend, Traced
+from pipeline.backends.inductor.backend import CONTAINER
+
+CONTAINERS: dict[tuple[str, bytes], bytes] = {}
+"""Object files of the container, which is the same in every graph of the same flags."""
 
 
 def compile_graph(backend: Backend, traced: Traced, work: Path) -> bytes:
@@ -12,7 +16,12 @@ def compile_graph(backend: Backend, traced: Traced, work: Path) -> bytes:
     objects = work / "subgraphs"
     objects.mkdir(parents=True)
     for subgraph in traced.subgraphs:
-        own = work / subgraph.name
-        own.mkdir()
-        (objects / f"{subgraph.name}.o").write_bytes(backend.compile_subgraph(subgraph, own))
+        key = (repr(backend.flags()), subgraph.ir)
+        if (data := CONTAINERS.get(key)) is None:
+            own = work / subgraph.name
+            own.mkdir()
+            data = backend.compile_subgraph(subgraph, own)
+        if subgraph.name == CONTAINER:
+            CONTAINERS[key] = data
+        (objects / f"{subgraph.name}.o").write_bytes(data)
     return backend.compile(traced, work, objects if traced.subgraphs else None)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks, Toolchain, Traced, TracedSubgraph
+from pipeline.backends.inductor.collectives import c_functions
 from pipeline.backends.inductor.compiler import explained, from_environment, use
 from pipeline.backends.inductor.program import Program, program_of
 from pipeline.backends.inductor.ranks import ManyRanks, OneRank
@@ -147,17 +148,16 @@ class InductorBackend:
     def seams(self, tp: int, subgraphs: SubgraphTracer | None = None) -> Seams:
         """Return layouts and collectives of a model split over `tp` ranks."""
         if self.device == "cpu":
-            return BlockedSeams(subgraphs) if tp == 1 else RankedSeams(tp)
+            return BlockedSeams(subgraphs) if tp == 1 else RankedSeams(tp, subgraphs)
         return Seams() if tp == 1 else PlainRankedSeams(tp)
 
     def trace(self, spec: GraphSpec, pair: PairSpec) -> Traced:
         """Trace the graph to ATen operators on tensors without values.
 
-        On a CPU a graph of one rank is a program of subgraphs. Others are exported whole: sums over ranks are calls of
-        torch, which a subgraph cannot make, and a GPU needs few launches.
+        On a CPU a graph is a program of subgraphs. On a GPU it is exported whole: a GPU needs few launches.
         """
         io = signature(spec, pair, self.packing)
-        if self.device != "cpu" or pair.models.tp > 1:
+        if self.device != "cpu":
             # Fake tensors: on a GPU even uninitialised ones take memory, those of all weights and caches per worker.
             with FakeTensorMode(), torch.no_grad():
                 module = GraphModule(spec, pair, io, self.seams)
@@ -204,6 +204,8 @@ class InductorBackend:
             "cpp.vec_isa_ok": True,
             "aot_inductor.compile_wrapper_opt_level": WRAPPER_LEVEL,
         }
+        if self.device == "cpu":
+            settings["aot_inductor.custom_ops_to_c_shims"] = c_functions()
         # Registers our kernels. Not at the top: it imports Inductor, which takes seconds and only compiling needs.
         from pipeline.backends.inductor import (  # noqa: F401
             block_experts_kernel,

@@ -37,3 +37,15 @@ def all_gather(x: Tensor, ranks: int) -> Tensor:
 @all_gather.register_fake
 def _(x: Tensor, ranks: int) -> Tensor:
     return x.new_empty(ranks, *x.shape)
+
+
+C_FUNCTIONS = {
+    all_reduce: "AOTITorchError aoti_torch_cpu_all_reduce(AtenTensorHandle, AtenTensorHandle*)",
+    all_gather: "AOTITorchError aoti_torch_cpu_all_gather(AtenTensorHandle, int64_t, AtenTensorHandle*)",
+}
+"""C functions of the operators, defined in `include/tandem_subgraph.h`: a subgraph has no executor of operators."""
+
+
+def c_functions() -> dict[torch._ops.OpOverload, list[str]]:
+    """Return the operators with declarations of their C functions, as Inductor's configuration has them."""
+    return {operator._opoverload: [declaration] for operator, declaration in C_FUNCTIONS.items()}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from pipeline.files.temporary import SAFE
+
+if TYPE_CHECKING:
+    from torch._inductor.cpp_builder import CppBuilder
 
 INCLUDE = Path(__file__).with_name("include")
 """Headers that replace those of the standard library; each has the reason in a comment."""
@@ -19,6 +25,9 @@ PATH_OF_HEADERS = "CPLUS_INCLUDE_PATH"
 """Where gcc and clang look for headers after a command's own folders and before the system's."""
 
 MARK = ".whole"
+MARKING = "whole"
+"""Ending of the lock that is held while a header is compiled and marked."""
+UNUSED_DAYS = 7
 PRECOMPILED = ("*.gch", "*.pch")
 """Precompiled headers of GCC, and of Clang."""
 NO_CHECKS = """
@@ -50,17 +59,30 @@ def scratch(folder: Path) -> Iterator[None]:
 def whole_headers(folder: Path) -> Iterator[None]:
     """Keep Inductor's precompiled headers in `folder`, without any that a killed compiler left half-written.
 
-    All compiles that share the folder use the same headers, and Inductor uses any existing file. So a header is
-    marked when a compile that used it has succeeded, and a header with neither a mark nor a held lock is removed.
+    All compiles that share the folder use the same headers, and Inductor uses any existing file. So a header is marked
+    as soon as its compiler has succeeded; one with neither a mark nor a held lock is removed, and so are those that no
+    compile used for `UNUSED_DAYS`, of this folder and of those beside it: a header takes 130 MB.
     """
     from torch._inductor import codecache  # not at the top: the import takes seconds
 
+    compile_cpp = codecache._worker_compile_cpp
+
+    def compile_marked(lock: str, builders: Sequence[CppBuilder]) -> None:
+        with FileLock(f"{lock}.{MARKING}"):
+            compile_cpp(lock, builders)
+            for target in (Path(builder.get_target_file_path()) for builder in builders):
+                if target.parent == folder:
+                    target.with_suffix(MARK).touch()
+
     codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
-    for header in _unmarked(folder):
+    for header in (*_unmarked(folder), *_unused(folder.parent)):
         header.unlink(missing_ok=True)
-    yield
-    for header in _unmarked(folder):
-        header.with_suffix(MARK).touch()
+        header.with_suffix(MARK).unlink(missing_ok=True)
+    codecache._worker_compile_cpp = compile_marked
+    try:
+        yield
+    finally:
+        codecache._worker_compile_cpp = compile_cpp
 
 
 def move_headers(folder: Path) -> None:
@@ -72,13 +94,33 @@ def move_headers(folder: Path) -> None:
 
 
 def _unmarked(folder: Path) -> list[Path]:
-    """Return precompiled headers without a mark whose lock is free."""
+    """Return precompiled headers without a mark that no process compiles."""
     headers = []
-    for header in [header for pattern in PRECOMPILED for header in folder.glob(pattern)]:
+    for header in _headers(folder, ""):
         if not header.with_suffix(MARK).exists():
-            with suppress(Timeout), FileLock(folder / "locks" / f"{header.name.split('.')[0]}.lock", timeout=0):
-                headers.append(header)
+            lock = folder / "locks" / f"{header.name.split('.')[0]}.lock.{MARKING}"
+            with suppress(Timeout), FileLock(lock, timeout=0):
+                if not header.with_suffix(MARK).exists():  # since then
+                    headers.append(header)
     return headers
+
+
+def _unused(folders: Path) -> list[Path]:
+    """Return precompiled headers whose mark is old."""
+    oldest = time.time() - UNUSED_DAYS * 24 * 3600
+    return [header for header in _headers(folders, "*/") if _changed(header.with_suffix(MARK)) < oldest]
+
+
+def _headers(folder: Path, prefix: str) -> list[Path]:
+    return [header for pattern in PRECOMPILED for header in folder.glob(f"{prefix}{pattern}")]
+
+
+def _changed(path: Path) -> float:
+    """Return when a file was last written; the end of time for one that is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return math.inf
 
 
 @contextmanager

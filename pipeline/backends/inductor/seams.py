@@ -110,10 +110,10 @@ def _scales(ids_BT: Tensor, weight: Tensor) -> Tensor:
 
 
 class RankedSeams(BlockedSeams):
-    """Blocked weights, split over `tp` ranks; sums and gathers are operators inside the graph."""
+    """Blocked weights, split over `tp` ranks; sums and gathers are operators inside the graph or its subgraphs."""
 
-    def __init__(self, tp: int) -> None:
-        super().__init__()
+    def __init__(self, tp: int, subgraphs: SubgraphTracer | None = None) -> None:
+        super().__init__(subgraphs)
         self.tp = tp
 
     def all_reduce(self, x: Tensor) -> Tensor:

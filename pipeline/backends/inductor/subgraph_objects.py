@@ -141,7 +141,8 @@ def compiled(text: str, file: Path, header: str, *, optimised: bool) -> Path:
     options = CppTorchDeviceOptions(compile_only=True, min_optimize=not optimised, **facts)
     command = repr(CppBuilder(name="o", sources="i", BuildOption=CppTorchDeviceOptions(**facts)).get_command_line())
     header_facts = facts | {"min_optimize": not optimised}
-    options.precompiled_header = codecache._precompile_header(header, command, **header_facts)
+    if torch._inductor.config.cpp_cache_precompile_headers:
+        options.precompiled_header = codecache._precompile_header(header, command, **header_facts)
     builder = CppBuilder(name=file.stem, sources=str(file), output_dir=str(file.parent), BuildOption=options)
     builder.build()
     return Path(builder.get_target_file_path())

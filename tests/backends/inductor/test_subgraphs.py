@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.backends.base import TracedSubgraph, make_backend
+from pipeline.backends.base import make_backend
 from pipeline.backends.inductor.backend import CONTAINER
 from pipeline.backends.inductor.driver import source
 from pipeline.backends.inductor.program import Program, program_of
@@ -46,7 +46,7 @@ SPECS = [
 
 def pair_of(kind: str, layers: int = 3) -> PairSpec:
     pair = make_pair(rows=3, length=40).shape
-    models = replace(pair.models, target=replace(pair.target, layers=layers))
+    models = replace(pair.models, target=replace(pair.target, layers=layers), tp=2 if kind == "ranks" else 1)
     if kind in OVER_STATES:
         models = replace(models, draft=config_of(HEAD | OVER_STATES[kind], "test"))
     return replace(pair, models=models, lookup=kind == "lookup")
@@ -115,7 +115,9 @@ def test_program_equals_its_phase(spec, kind):
     assert all(map(torch.equal, mine, theirs))
 
 
-@pytest.mark.parametrize(("number", "kind"), [(0, "eagle3"), (2, "draft model"), (4, "draft model"), (6, "eagle3")])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(0, "eagle3"), (2, "draft model"), (4, "draft model"), (6, "eagle3"), (2, "ranks")]
+)
 def test_layers_add_calls_and_no_subgraphs(number, kind):
     few, many = (program(SPECS[number], pair_of(kind, layers)) for layers in (8, 11))
     assert {call.subgraph for call in few.calls} == {call.subgraph for call in many.calls}
@@ -255,10 +257,3 @@ def test_subgraphs_do_not_copy_caches():
             assert not set(arrays.findall(source)) & set(allocated)
             allocations += len(allocated)
     assert allocations > 10, "the generated code names its allocations differently; mend this test"
-
-
-def test_graphs_of_several_ranks_are_whole():
-    pair = pair_of("draft model")
-    traced = BACKEND.trace(SPECS[2], replace(pair, models=replace(pair.models, tp=2)))
-    assert traced.subgraphs == ()
-    assert isinstance(BACKEND.trace(SPECS[2], pair).subgraphs[1], TracedSubgraph)

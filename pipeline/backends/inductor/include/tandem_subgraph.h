@@ -10,6 +10,25 @@
 
 #include <iostream>
 
+// The operators of sums and gathers over ranks (collectives.py), which torch's dispatcher calls. It takes its arguments over.
+inline AOTITorchError aoti_torch_cpu_all_reduce(AtenTensorHandle x, AtenTensorHandle* out) {
+    AtenTensorHandle own = nullptr;
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(x, &own));
+    StableIValue stack[] = {reinterpret_cast<StableIValue>(own)};
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("tandem::all_reduce", "", stack));
+    *out = reinterpret_cast<AtenTensorHandle>(stack[0]);
+    return AOTI_TORCH_SUCCESS;
+}
+
+inline AOTITorchError aoti_torch_cpu_all_gather(AtenTensorHandle x, int64_t ranks, AtenTensorHandle* out) {
+    AtenTensorHandle own = nullptr;
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(x, &own));
+    StableIValue stack[] = {reinterpret_cast<StableIValue>(own), static_cast<StableIValue>(ranks)};
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("tandem::all_gather", "", stack));
+    *out = reinterpret_cast<AtenTensorHandle>(stack[0]);
+    return AOTI_TORCH_SUCCESS;
+}
+
 namespace tandem {
 
 // An input of a subgraph, which the caller keeps. Inductor's function would take its inputs over, so that each call needed
