@@ -27,8 +27,8 @@ LONGEST_FIRST = (
     "tests/runtime/",
 )
 """Files and folders that take longest start first, so that no worker is left with a long one at the end."""
-SAME_WORKER = {"tests/test_build_again.py": "tests/test_build.py"}
-"""Files that run in the worker of another file: a session fixture that both use takes more than a minute."""
+SAME_WORKER = dict.fromkeys(("tests/test_build_again.py", "tests/validate/test_run.py"), "tests/test_build.py")
+"""Files that run in the worker of another file: a session fixture that they use takes more than a minute."""
 COMPILING_FIXTURES = frozenset({"built", "elsewhere", "figures", "tiny_built"})
 """Tests that use one of these get the marker `compile`."""
 COMPILING_LANES = ("compile", "slow", "server", "vllm", "cuda", "neuron", "xla", "hlo", "ray", "drafts")

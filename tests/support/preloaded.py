@@ -5,14 +5,19 @@ For code that a test runs as a process of its own, but that says nothing of impo
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from importlib.util import find_spec
+from multiprocessing import forkserver, util
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 from support.paths import ROOT, TESTS
 
@@ -62,6 +67,7 @@ def _run(words: list[str], env: dict[str, str], cwd: Path, folder: str) -> None:
     installed = [path for path in sys.path if path not in ("", ".", str(ROOT), str(TESTS))]
     sys.path[:] = ["", *filter(None, env.get("PYTHONPATH", "").split(os.pathsep)), *installed]
     sys.argv[:] = ["-c", *words[1:]]
+    _start_server()
     try:
         exec(compile(words[0], "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit:
@@ -69,3 +75,24 @@ def _run(words: list[str], env: dict[str, str], cwd: Path, folder: str) -> None:
     except BaseException:
         traceback.print_exc()
         sys.exit(1)
+
+
+def _start_server() -> None:
+    """Start this process's own server of workers as a fork: it has torch already, and no other thread runs yet."""
+    with patch.object(util, "spawnv_passfds", _forked):
+        forkserver.ensure_running()
+
+
+def _forked(path: bytes, arguments: Sequence[Any], kept: Sequence[int]) -> int:
+    """Run a command of multiprocessing's, `python ... -c CODE`, in a fork that has only the files `kept`."""
+    if pid := os.fork():
+        return pid
+    try:
+        open_files = [int(path.name) for path in Path("/proc/self/fd").iterdir()]
+        for file in open_files:
+            if file > 2 and file not in kept:
+                with contextlib.suppress(OSError):
+                    os.close(file)
+        exec(os.fsdecode(arguments[-1]), {})
+    finally:
+        os._exit(1)

@@ -18,7 +18,7 @@ ASKED = ["Say hi", "Tell me about the river that flows through the old town", "N
 
 
 def request_of(work, out: str = "head", **more) -> DistillSettings:
-    settings = {"tokens": 4_000, "steps": 80, "draft_vocab": 256, "cache": work / "cache", **more}
+    settings = {"tokens": 2_500, "steps": 50, "draft_vocab": 256, "cache": work / "cache", **more}
     return DistillSettings(recipe=Recipe.model_validate(CONTENT), base=work, out=work / out, **settings)
 
 
