@@ -22,7 +22,7 @@ from pipeline.models.layer_types import FULL, LAYER_TYPES, SLIDING
 from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import in_both_layouts
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.validate.reference.skeleton import WithoutWeights
+from pipeline.validate.reference.skeleton import without_weights
 
 TOLERANCE = 1e-4
 """Relative difference of rotary frequencies: theta to a power, computed in float32 in two ways."""
@@ -138,7 +138,7 @@ def _ropes(config: ModelConfig) -> Iterator[Reading]:
 def by_transformers(config_json: Mapping[str, Any]) -> Reading:
     """Return what transformers makes of a config: the properties of the model that it builds, without memory."""
     config = _loaded(config_json)
-    with WithoutWeights():
+    with without_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).model
     layer, embedding = model.layers[0], model.embed_tokens
     attention, size = layer.self_attn, layer.self_attn.head_dim

@@ -30,7 +30,7 @@ from pipeline.sources.packed import Source
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import shared_weights, weights
 from pipeline.validate.reference.golden import Golden, Summary, joined, project_cache, recorded_ids, summary
-from pipeline.validate.reference.skeleton import WithoutWeights, config_of, for_module
+from pipeline.validate.reference.skeleton import config_of, for_module, without_weights
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 """Names of a layer's cache argument in versions of transformers."""
@@ -147,7 +147,7 @@ class Reference:
         options = {"attn_implementation": "eager" if ours.attention_cap is not None or ours.sinks else "sdpa"}
         if any(kind.experts for kind in ours.kinds) and int(transformers.__version__.split(".")[0]) >= WITH_GROUPED:
             options["experts_implementation"] = "eager"  # the other one has no float64
-        with WithoutWeights():
+        with without_weights():
             model = transformers.AutoModel.from_config(
                 config_of(self.checkpoint), trust_remote_code=False, **options
             ).eval()

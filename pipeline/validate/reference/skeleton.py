@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,11 +18,19 @@ from pipeline.models.rope import in_both_layouts
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.weights import EXPERT_NAMES, STACKED, interleaved
 
+WITH_INITIALIZATION = 5
+"""Major version of transformers that has a module of initial values."""
+
+if int(transformers.__version__.split(".")[0]) >= WITH_INITIALIZATION:
+    from transformers.initialization import no_init_weights
+else:
+    from transformers.modeling_utils import no_init_weights
+
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Matrices of some modules of transformers, and the parts of a checkpoint, as Tandem reads it, that they stack."""
 
 
-class WithoutWeights(TorchFunctionMode):
+class _WithoutMemory(TorchFunctionMode):
     """Within it, modules allocate no memory for parameters; buffers that are computed have their values."""
 
     def __torch_function__(
@@ -32,6 +41,13 @@ class WithoutWeights(TorchFunctionMode):
         if func in (torch.empty, torch.zeros, torch.ones):
             options["device"] = "meta"
         return func(*args, **options)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Build modules without the memory and the random values of their weights."""
+    with _WithoutMemory(), no_init_weights():
+        yield
 
 
 def config_of(checkpoint: Checkpoint) -> Any:
