@@ -113,27 +113,33 @@ def pair(request, tmp_path_factory) -> tuple[str, Path, Recipe, Engine]:
     return request.param, root, recipe, Engine(manifest, EagerRanks(plan, root / "shards"), Text(root / "tokenizer"))
 
 
-def expected(root: Path, prompts: list[list[int]], dtype: torch.dtype = torch.float32) -> list[list[int]]:
-    """What transformers' generate says, with the checkpoint's own end-of-sequence ids."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(root / "target", dtype=dtype)
-    out = []
-    for prompt in prompts:
-        given = torch.tensor([prompt])
-        answer = model.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-        )
-        out.append(answer[0, len(prompt) :].tolist())
-    return out
+def check_greedy(root: Path, prompts: list[list[int]], answers: list[list[int]], *, near_ties: bool = False) -> None:
+    """Each token is transformers' choice in float32 after those before it, and answers end as the checkpoint says.
+
+    What `generate` of transformers says with a pass for each token takes one for each answer. With `near_ties`, as
+    kernels of bfloat16 round differently, a token may be nearly the best.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "target", dtype=torch.float32)
+    stops = model.generation_config.eos_token_id
+    stops = set(stops if isinstance(stops, list) else [stops])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        gaps = logits.amax(-1) - logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        allowed = 2**-5 * logits.abs().amax(-1) if near_ties else 0
+        assert bool((gaps <= allowed).all()), gaps
+        assert not stops & set(answer[:-1])
+        assert len(answer) == NEW_TOKENS or answer[-1] in stops
 
 
 def test_greedy_tokens_equal_transformers(pair):
     """More prompts than rows, with and without speculation."""
     _, root, _, engine = pair
     prompts = [engine.text.encode(text) for text in families.PROMPTS]
-    wanted = expected(root, prompts)
-    assert [a.tokens for a in engine.generate(prompts, max_new_tokens=NEW_TOKENS, speculate=False)] == wanted
+    plain = [a.tokens for a in engine.generate(prompts, max_new_tokens=NEW_TOKENS, speculate=False)]
+    check_greedy(root, prompts, plain)
     answers = engine.generate(prompts, max_new_tokens=NEW_TOKENS)
-    assert [a.tokens for a in answers] == wanted
+    assert [a.tokens for a in answers] == plain
     assert sum(a.accepted for a in answers) > 0, "no draft token was ever accepted: nothing is tested"
     assert sum(a.accepted for a in answers) < 3 * sum(a.steps for a in answers)
 
@@ -274,23 +280,5 @@ def assert_build_equals_transformers(family: str, dtype: str, tmp_path: Path) ->
     prompts = [engine.text.encode(text) for text in families.PROMPTS]
     plain = [a.tokens for a in engine.generate(prompts, max_new_tokens=NEW_TOKENS, speculate=False)]
     speculative = [a.tokens for a in engine.generate(prompts, max_new_tokens=NEW_TOKENS)]
-    wanted = expected(tmp_path / "recipe", prompts, getattr(torch, dtype))
     for answers in (plain, speculative):
-        if dtype == "float32":
-            assert answers == wanted
-        else:
-            assert_equal_but_for_near_ties(tmp_path / "recipe", prompts, answers, wanted)
-
-
-def assert_equal_but_for_near_ties(root: Path, prompts, answers, wanted) -> None:
-    """In bfloat16 kernels round differently: at the first difference both tokens are nearly the best in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(root / "target", dtype=torch.float32)
-    for prompt, answer, right in zip(prompts, answers, wanted, strict=True):
-        place = next((i for i, (a, b) in enumerate(zip(answer, right, strict=False)) if a != b), None)
-        if place is None:
-            assert len(answer) == len(right)
-            continue
-        with torch.no_grad():
-            last = model(torch.tensor([prompt + right[:place]])).logits[0, -1]
-        gaps = [float(last.max() - last[token]) for token in (answer[place], right[place])]
-        assert max(gaps) <= 2**-5 * float(last.abs().max()), (place, gaps)
+        check_greedy(tmp_path / "recipe", prompts, answers, near_ties=dtype != "float32")
