@@ -86,20 +86,20 @@ def compare_answers(inputs: GateInputs, answers: Answers, tie: float) -> Compari
     return compare(inputs.engine, rivals, tie)
 
 
-def compare_edges(engine: Engine, kv: int, probes: Sequence[list[int]], tie: float) -> Comparison:
-    """Run every graph of one KV bucket, whose caches hold the probes, over its last positions, and compare.
-
-    Consecutive runs start from different tokens: the cache contents of one run are wrong for the
-    next, so a graph that failed to write its own keys and values would be seen.
-    """
-    rivals = list(_edge_rivals(engine, kv, probes))  # all of them first: comparing uses the caches
+def compare_edges(engine: Engine, rivals: Sequence[Rivals], tie: float) -> Comparison:
+    """Compare what `edge_rivals` drove, with the number of tokens of each graph."""
     edges: dict[str, int] = {}
     for rival in rivals:
         edges[rival.graph] = edges.get(rival.graph, 0) + len(rival.plain)
     return compare(engine, rivals, tie) + Comparison(edges=edges)
 
 
-def _edge_rivals(engine: Engine, kv: int, probes: Sequence[list[int]]) -> Iterator[Rivals]:
+def edge_rivals(engine: Engine, kv: int, probes: Sequence[list[int]]) -> Iterator[Rivals]:
+    """Run every graph of one KV bucket, whose caches hold the probes, over its last positions.
+
+    Consecutive runs start from different tokens: the cache contents of one run are wrong for the
+    next, so a graph that failed to write its own keys and values would be seen.
+    """
     usable = min(kv, engine.length)
     span = min(2 * (max(g.draft_tokens for g in engine.graphs) + 1) + 2, usable - 2)
     if span < 1:
@@ -131,7 +131,7 @@ def _starts(probes: Sequence[list[int]], batch: int, position: int, variant: int
 
 
 def compare(engine: Engine, rivals: Sequence[Rivals], tie: float) -> Comparison:
-    """Compare runs; `tie` is the relative gap within which two logits are a near-tie."""
+    """Compare runs, which overwrites caches if they differ; two logits within the relative gap `tie` are a near-tie."""
     differences = (difference for rival in rivals for difference in _differences(engine, rival, tie))
     return Comparison(sum(len(rival.plain) for rival in rivals), tuple(differences))
 

@@ -21,7 +21,7 @@ from pipeline.validate.gates.distribution import draw_bucket, drawing
 from pipeline.validate.gates.driving import fill
 from pipeline.validate.gates.exact_tests import Drawn
 from pipeline.validate.gates.inputs import MODELS, GateInputs, StageClock
-from pipeline.validate.gates.losslessness import Comparison, compare_answers, compare_edges
+from pipeline.validate.gates.losslessness import Comparison, compare_answers, compare_edges, edge_rivals
 from pipeline.validate.gates.references import (
     ModelReference,
     ReferenceInputs,
@@ -135,7 +135,8 @@ class EdgesPart:
     def run(self, inputs: GateInputs) -> Comparison:
         """Return the comparison."""
         _fill(inputs, self.kv, self.probes)
-        return compare_edges(inputs.engine, self.kv, self.probes, self.tie)
+        rivals = list(edge_rivals(inputs.engine, self.kv, self.probes))
+        return compare_edges(inputs.engine, rivals, self.tie)
 
 
 @dataclass(frozen=True)

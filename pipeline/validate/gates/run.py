@@ -14,10 +14,16 @@ from pipeline.validate.gates.acceptance import AcceptanceSection, Expected, acce
 from pipeline.validate.gates.answers import Answers, Sequences, answer_prompts, sequences_of
 from pipeline.validate.gates.choices import CheckedChoices, answer_choices, check_choices, long_choices, prefill_choices
 from pipeline.validate.gates.distribution import distribution, draw_bucket, draw_prefill
-from pipeline.validate.gates.driving import fill
 from pipeline.validate.gates.exact_tests import Drawn
 from pipeline.validate.gates.inputs import MODELS, GateInputs, StageClock
-from pipeline.validate.gates.losslessness import Comparison, compare_answers, compare_edges, losslessness
+from pipeline.validate.gates.losslessness import (
+    Comparison,
+    Rivals,
+    compare_answers,
+    compare_edges,
+    edge_rivals,
+    losslessness,
+)
 from pipeline.validate.gates.outcome import GateOutcome
 from pipeline.validate.gates.parity import ParitySection, parity
 from pipeline.validate.gates.parts import Elsewhere, answer_elsewhere, measure_elsewhere, references_elsewhere
@@ -133,41 +139,33 @@ def measure_buckets(
     references: Mapping[str, ModelReference],
     clock: StageClock,
 ) -> Measurements:
-    """Score, drive and draw, bucket by bucket. Scoring comes first: its probes fill the caches for the others."""
+    """Score, drive and draw, bucket by bucket, then compare what was driven, which overwrites caches.
+
+    Scoring comes first: its probes fill the caches for the others, which begin near their ends. What these overwrite
+    there does not matter to the next, whose tokens are judged over the same caches.
+    """
     scores = {model: ModelScores(model, inputs.dtype_of(model)) for model in MODELS}
-    compared: Comparison | None = None
     drawn: list[Drawn] = []
+    rivals: list[Rivals] = []
     tie, shorter = 0.0, 0
     for kv in inputs.engine.manifest.shapes.kv:
         with clock.stage("parity", f", cache bucket {kv}"):
             for model, reference in references.items():
                 runs = score_bucket(inputs, ScoreJob(model, kv, shorter), sequences, reference.goldens)
                 scores[model] = scores[model].plus(runs)
+        tie = tie if shorter else TIE * scores["target"].floor
         shorter = kv
-        if compared is None:
-            tie = TIE * scores["target"].floor
-            compared = compare_answers(inputs, answers, tie)
-            _refill_if_judged(inputs, kv, sequences, compared)
         with clock.stage("losslessness at bucket edges", f", cache bucket {kv}"):
-            edges = compare_edges(inputs.engine, kv, sequences.probe_tokens, tie)
-            compared += edges
+            rivals += edge_rivals(inputs.engine, kv, sequences.probe_tokens)
         if inputs.is_sampled:
             with clock.stage("distribution", f", cache bucket {kv}"):
-                _refill_if_judged(inputs, kv, sequences, edges)
                 drawn += draw_bucket(inputs, kv, sequences.probe_tokens, tie)
     if verify_graphs(inputs.engine):
         with clock.stage("distribution", ", verify graphs"):
-            fill(inputs.engine, kv, [tokens[: inputs.engine.length] for tokens in sequences.probe_tokens])
             drawn += draw_by_rules(inputs, sequences.probe_tokens, tie)
-    assert compared is not None
+    with clock.stage("losslessness", ", tokens that differ"):
+        compared = compare_answers(inputs, answers, tie) + compare_edges(inputs.engine, rivals, tie)
     return Measurements(scores, compared, tie, tuple(drawn))
-
-
-def _refill_if_judged(inputs: GateInputs, kv: int, sequences: Sequences, compared: Comparison) -> None:
-    """Fill the caches with the probes again, if the check of differences overwrote them."""
-    if compared.differences:
-        usable = min(kv, inputs.engine.length)
-        fill(inputs.engine, kv, [tokens[:usable] for tokens in sequences.probe_tokens])
 
 
 def _choices(
