@@ -1,10 +1,11 @@
 """Compiling graphs of a target with 10 and with 80 layers, in turns: time, peak memory and size of the file.
 
-    python benchmarks/compile_depth.py [--rounds 3] [--depths 10 80] [--hidden 512]
+    python benchmarks/compile_depth.py [--rounds 3] [--depths 10 80] [--hidden 512] [--ranks 1]
 
 A Llama of random weights and one of its layers as the draft; three graphs (prefill, decode, speculate), each with its
-subgraphs, one after the other in a new process. Seconds are processor seconds with the C++ compiler, with precompiled
-headers; the peak is that of the larger of the two processes at work.
+subgraphs, one after the other in a new process; the container, which all share, is compiled with the first. Seconds
+are processor seconds with the C++ compiler, with precompiled headers; the peak is that of the larger of the two
+processes at work. `--ranks` compiles the graphs of one of several ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SPECS = (("prefill", 1, 64, 256, 0), ("decode", 1, 1, 256, 0), ("speculate", 1, 
 Figures = dict[str, float]
 
 
-def compiled(layers: int, hidden: int) -> dict[str, Figures]:
+def compiled(layers: int, hidden: int, ranks: int) -> dict[str, Figures]:
     """Compile the graphs in this process; return the figures of each phase."""
     import torch._inductor.compile_fx  # noqa: F401 - once, before the clock starts
 
@@ -40,7 +41,7 @@ def compiled(layers: int, hidden: int) -> dict[str, Figures]:
         make_pair().shape.target, layers=layers, hidden=hidden, intermediate=3 * hidden, heads=8, kv_heads=4,
         head_dim=hidden // 8, vocab=32000,
     )  # fmt: skip
-    models = ModelsSpec(target, replace(target, layers=1), "bfloat16", "bfloat16", tp=1, draft_replicated=False)
+    models = ModelsSpec(target, replace(target, layers=1), "bfloat16", "bfloat16", tp=ranks, draft_replicated=False)
     pair, backend = PairSpec(models, rows=1, length=256), InductorBackend(InductorSettings())
     figures = {}
     for phase, batch, tokens, kv, steps in SPECS:
@@ -63,9 +64,10 @@ def _peak_mib() -> float:
     return max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024
 
 
-def in_its_own_process(layers: int, hidden: int) -> dict[str, Figures]:
+def in_its_own_process(layers: int, hidden: int, ranks: int) -> dict[str, Figures]:
     """Return what `compiled` does."""
-    command = [sys.executable, "-W", "ignore", __file__, "--one", str(layers), "--hidden", str(hidden)]
+    options = ["--one", str(layers), "--hidden", str(hidden), "--ranks", str(ranks)]
+    command = [sys.executable, "-W", "ignore", __file__, *options]
     done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8")
     figures: dict[str, Figures] = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -77,16 +79,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--depths", type=int, nargs=2, default=(10, 80))
     parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(compiled(options.one, options.hidden)))
+        print(json.dumps(compiled(options.one, options.hidden, options.ranks)))
         return
-    in_its_own_process(1, options.hidden)  # precompiles the headers
+    in_its_own_process(1, options.hidden, options.ranks)  # precompiles the headers
     rounds: dict[int, list[dict[str, Figures]]] = {depth: [] for depth in options.depths}
     for _ in range(options.rounds):
         for depth in options.depths:
-            rounds[depth].append(in_its_own_process(depth, options.hidden))
+            rounds[depth].append(in_its_own_process(depth, options.hidden, options.ranks))
     print(f"{'':10}{'':10}" + "".join(f"{depth:>5} layers" for depth in options.depths) + "   ratio")
     for phase, *_ in SPECS:
         for name, unit in (("seconds", "s"), ("peak_mib", "MiB peak"), ("mib", "MiB file")):
