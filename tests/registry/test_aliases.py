@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,17 +16,6 @@ from pipeline.stores.folder import FolderBucket
 from support import small_artifacts as small
 
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original")
-    return small.make_validated(folder / "out", folder / "work").root
-
-
-@pytest.fixture
-def made(tmp_path: Path, original: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "out"))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -27,17 +26,6 @@ from pipeline.stores.base import open_store
 from support import small_artifacts as small
 
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original")
-    return small.make_validated(folder / "out", folder / "work").root
-
-
-@pytest.fixture
-def made(tmp_path: Path, original: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "out"))
 
 
 @pytest.fixture
