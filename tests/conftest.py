@@ -109,6 +109,21 @@ def tiny_built(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact without a compiler, packaged and validated once."""
+    from support import small_artifacts as small
+
+    folder = tmp_path_factory.mktemp("validated")
+    return small.make_validated(folder / "out", folder / "work").root
+
+
+@pytest.fixture
+def made(tmp_path: Path, validated: Path) -> Path:
+    """A copy to publish or to spoil."""
+    return Path(shutil.copytree(validated, tmp_path / "out"))
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator:
     """A real S3 server with a bucket `tests`."""
     import boto3

@@ -1,4 +1,4 @@
-"""A published artifact, a copy of its registry to spoil, folders to pull into, and an artifact to publish."""
+"""A published artifact, a copy of its registry to spoil, and folders to pull into."""
 
 from __future__ import annotations
 
@@ -33,15 +33,3 @@ def registry(tmp_path: Path, published: Path) -> Path:
 @pytest.fixture
 def options(tmp_path: Path) -> dict:
     return {"directory": tmp_path / "pulled", "cache": tmp_path / "cache"}
-
-
-@pytest.fixture(scope="session")
-def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("validated")
-    return small.make_validated(folder / "out", folder / "work").root
-
-
-@pytest.fixture
-def made(tmp_path: Path, validated: Path) -> Path:
-    """A copy to publish."""
-    return Path(shutil.copytree(validated, tmp_path / "out"))

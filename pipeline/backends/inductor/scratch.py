@@ -25,8 +25,7 @@ PATH_OF_HEADERS = "CPLUS_INCLUDE_PATH"
 """Where gcc and clang look for headers after a command's own folders and before the system's."""
 
 MARK = ".whole"
-MARKING = "whole"
-"""Ending of the lock that is held while a header is compiled and marked."""
+"""Ending of the mark of a whole header, and of the lock that is held while it is compiled and marked."""
 UNUSED_DAYS = 7
 PRECOMPILED = ("*.gch", "*.pch")
 """Precompiled headers of GCC, and of Clang."""
@@ -68,14 +67,15 @@ def whole_headers(folder: Path) -> Iterator[None]:
     compile_cpp = codecache._worker_compile_cpp
 
     def compile_marked(lock: str, builders: Sequence[CppBuilder]) -> None:
-        with FileLock(f"{lock}.{MARKING}"):
+        with FileLock(f"{lock}{MARK}"):
             compile_cpp(lock, builders)
             for target in (Path(builder.get_target_file_path()) for builder in builders):
                 if target.parent == folder:
                     target.with_suffix(MARK).touch()
 
     codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
-    for header in (*_unmarked(folder), *_unused(folder.parent)):
+    _remove_unmarked(folder)
+    for header in _unused(folder.parent):
         header.unlink(missing_ok=True)
         header.with_suffix(MARK).unlink(missing_ok=True)
     codecache._worker_compile_cpp = compile_marked
@@ -93,16 +93,13 @@ def move_headers(folder: Path) -> None:
         codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
 
 
-def _unmarked(folder: Path) -> list[Path]:
-    """Return precompiled headers without a mark that no process compiles."""
-    headers = []
+def _remove_unmarked(folder: Path) -> None:
+    """Remove precompiled headers without a mark, except those that another process compiles."""
     for header in _headers(folder, ""):
-        if not header.with_suffix(MARK).exists():
-            lock = folder / "locks" / f"{header.name.split('.')[0]}.lock.{MARKING}"
-            with suppress(Timeout), FileLock(lock, timeout=0):
-                if not header.with_suffix(MARK).exists():  # since then
-                    headers.append(header)
-    return headers
+        lock = folder / "locks" / f"{header.name.split('.')[0]}.lock{MARK}"
+        with suppress(Timeout), FileLock(lock, timeout=0):
+            if not header.with_suffix(MARK).exists():
+                header.unlink(missing_ok=True)
 
 
 def _unused(folders: Path) -> list[Path]:

@@ -153,7 +153,8 @@ def measure_buckets(
             for model, reference in references.items():
                 runs = score_bucket(inputs, ScoreJob(model, kv, shorter), sequences, reference.goldens)
                 scores[model] = scores[model].plus(runs)
-        tie = tie if shorter else TIE * scores["target"].floor
+        if not shorter:  # the first bucket
+            tie = TIE * scores["target"].floor
         shorter = kv
         with clock.stage("losslessness at bucket edges", f", cache bucket {kv}"):
             rivals += edge_rivals(inputs.engine, kv, sequences.probe_tokens)
