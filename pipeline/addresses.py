@@ -26,7 +26,7 @@ SCHEME = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*?)(?P<mark>[^\w./~@-]*:[:/\\]*|[^\w\s/~@-]*//)[/\\]*(?P<rest>.*)", re.ASCII
 )
 """A word with a colon, or with another sign and two slashes, before the first slash of an address."""
-EXAMPLES = {"s3": "bucket/prefix", "hf": "org/name", "package": "name==version", "pico": "family"}
+EXAMPLES = {"s3": "bucket/prefix", "hf": "org/name", "oci": "host/path", "package": "name==version", "pico": "family"}
 HUB_URL = "https://huggingface.co"
 HUB_PAGE = re.compile(r"https?://(www\.)?(huggingface\.co|hf\.co)/(?P<repo>[^/?#@]+/[^/?#@]+)", re.IGNORECASE)
 

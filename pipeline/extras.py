@@ -25,6 +25,7 @@ DISTRIBUTION = "tandem-spec"
 MODULES = {
     "s3": ("obstore", "boto3"),
     "hub": ("huggingface_hub",),
+    "oci": ("urllib3",),
     "sign": ("model_signing", "OpenSSL"),
     "inductor": ("torch", "safetensors", "tokenizers", "transformers"),
     "neuron": ("safetensors", "tokenizers", "transformers"),

@@ -171,7 +171,44 @@ def hub_url(hub_server, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"hf://org-{uuid.uuid4().hex[:8]}"
 
 
-@pytest.fixture(params=["s3", "hub"])
+@pytest.fixture(scope="session")
+def distribution() -> Iterator:
+    """Docker's own registry, of version 2.8: without a route for referrers."""
+    from support import oci_registry
+
+    with oci_registry.running("distribution") as registry:
+        yield registry
+
+
+@pytest.fixture(scope="session")
+def ggcr() -> Iterator:
+    """The registry of go-containerregistry, with a route for referrers."""
+    from support import oci_registry
+
+    with oci_registry.running("ggcr") as registry:
+        yield registry
+
+
+@pytest.fixture
+def distribution_url(distribution, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A path of its own on Docker's registry."""
+    return _oci_url(distribution, monkeypatch)
+
+
+@pytest.fixture
+def ggcr_url(ggcr, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A path of its own on the other registry."""
+    return _oci_url(ggcr, monkeypatch)
+
+
+def _oci_url(registry: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    from pipeline.stores import oci_tags
+
+    monkeypatch.setattr(oci_tags, "SETTLE_S", 0.1)
+    return f"oci://{registry.host}/org-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(params=["s3", "hub", "distribution", "ggcr"])
 def url(request: pytest.FixtureRequest) -> str:
     """Each kind of registry that needs a server."""
     found: str = request.getfixturevalue(f"{request.param}_url")

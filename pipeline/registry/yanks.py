@@ -16,6 +16,11 @@ from pipeline.registry.releases import find_release, parse_reference
 from pipeline.stores.base import Store, Yank, check_exists, open_store, scheme_of
 
 DAY_S = 24 * 3600.0
+KEEPS_FILES = {
+    "hf": "a Hub keeps the files of all commits",
+    "oci": "an OCI registry keeps the files of all tags",
+}
+"""Kind of registry whose files no rule removes -> why."""
 STAMP = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -58,13 +63,13 @@ def retire(url: str, rule: Retention, *, dry_run: bool = False) -> list[str]:
     """Retire the releases that a retention rule does not keep; return them as `name@version`. `gc` removes their files.
 
     Raises:
-        InputError: no such registry, or a Hub, which keeps all commits.
+        InputError: no such registry, or a kind that keeps the files of its releases: a Hub, an OCI registry.
         ArtifactError: a release cannot be read: nothing is retired.
 
     """
     check_exists(url)
-    if scheme_of(url)[0] == "hf":
-        raise InputError("a Hub keeps the files of all commits", where=url, fix="omit the retention rule")
+    if (kept := KEEPS_FILES.get(scheme_of(url)[0])) is not None:
+        raise InputError(kept, where=url, fix="omit the retention rule")
     store = open_store(url)
     old = [(name, version) for name in store.names() for version in _old(store, name, rule, url)]
     if old and not dry_run:

@@ -24,10 +24,11 @@ STORES: dict[str, str] = {
     "file": "pipeline.stores.folder:open_folder",
     "s3": "pipeline.stores.s3:open_s3",
     "hf": "pipeline.stores.hub:open_hub",
+    "oci": "pipeline.stores.oci:open_oci",
 }
 """Scheme of a registry's URL -> function that opens its store. A URL without a scheme is a folder."""
 
-EXTRAS = {"s3": "s3", "hf": "hub"}
+EXTRAS = {"s3": "s3", "hf": "hub", "oci": "oci"}
 """Scheme of a registry's URL -> the extra with its client."""
 
 Item = TypeVar("Item")
@@ -374,14 +375,14 @@ def check_exists(url: str) -> None:
 
 
 def check_bucket(url: str) -> None:
-    """Reject the URL of a shared cache that is misspelt, unsupported or a Hub, without opening it.
+    """Reject the URL of a shared cache that is misspelt, unsupported or no bucket, without opening it.
 
     Raises:
         InputError, HostError: as `open_bucket`.
 
     """
-    if scheme_of(url)[0] == "hf":
-        raise HostError("a Hub cannot hold a cache", where=url, fix="name a folder or s3://bucket/prefix")
+    if (kind := {"hf": "a Hub", "oci": "an OCI registry"}.get(scheme_of(url)[0])) is not None:
+        raise HostError(f"{kind} cannot hold a cache", where=url, fix="name a folder or s3://bucket/prefix")
 
 
 def extras_of(*urls: str) -> tuple[str, ...]:

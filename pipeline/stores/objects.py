@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pipeline.errors import CorruptError, InputError, no_string
 from pipeline.files.limits import DO_NOT_USE, SIGNATURE_BYTES, SIGNATURES
+from pipeline.stores.alias_text import alias_text, moves_of
 from pipeline.stores.base import (
     ALIAS_BYTES,
     Alias,
@@ -41,8 +42,6 @@ PARTS = 16
 """Parts of all uploads together that a publish holds in memory."""
 LISTED = 1000
 """Objects beside a signature that are looked at, whatever their size."""
-HISTORY = 1000
-"""Moves that are kept of an alias."""
 
 
 class ObjectStore:
@@ -143,17 +142,15 @@ class ObjectStore:
         stored = self.bucket.get(_alias(name, alias), ALIAS_BYTES)
         if stored is None:
             return None
-        lines = [line.split("\t") for line in stored.data.decode(errors="replace").splitlines() if line.strip()]
-        moves = tuple(Move(*[*line, "", ""][:3]) for line in lines)
+        moves = moves_of(stored.data)
         if not moves or not NAME.fullmatch(moves[0].version):
             return Alias("", stored.token)
         return Alias(moves[0].version, stored.token, moves)
 
     def swap_alias(self, name: str, alias: str, move: Move, was: Alias | None) -> bool:
         """Replace the text of an alias, if it has not changed since it was read."""
-        moves = (move, *(was.moves if was else ()))[:HISTORY]
-        text = "".join("\t".join((each.version, each.when, each.who)).rstrip("\t") + "\n" for each in moves)
-        return self.bucket.swap(_alias(name, alias), text.encode(), was.token if was else None)
+        text = alias_text(move, was.moves if was else ())
+        return self.bucket.swap(_alias(name, alias), text, was.token if was else None)
 
     def yank(self, name: str, version: str, yank: Yank) -> bool:
         """Write the record, which is never replaced."""
@@ -193,8 +190,10 @@ class ObjectStore:
                 yield parts[1], parts[2]
 
 
-def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[bytes]:
+def checked_pieces(source: Path, sha256: str, piece_bytes: int, start: int = 0) -> Iterator[bytes]:
     """Yield a file's bytes in pieces; raises at the end, before a writer finishes, if the digest is wrong.
+
+    From another `start` than 0 the digest is not checked: the receiver checks it.
 
     Raises:
         CorruptError: a digest mismatch.
@@ -202,10 +201,11 @@ def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[byte
     """
     digest = hashlib.sha256()
     with source.open("rb") as file:
+        file.seek(start)
         while piece := file.read(piece_bytes):
             digest.update(piece)
             yield piece
-    if digest.hexdigest() != sha256:
+    if not start and digest.hexdigest() != sha256:
         what = f"sha256 mismatch: expected {sha256}, found {digest.hexdigest()}"
         raise CorruptError(what, where=str(source), fix="build the artifact again")
 

@@ -1,4 +1,4 @@
-"""A range of a URL that needs no header (signed, or public), into the caller's memory, over connections kept open.
+"""A range of a URL (signed, public, or with one header), into the caller's memory, over connections kept open.
 
 A fast path beside a store's own client: bytes go from the socket into the caller's memory without a copy. It reports no
 errors: a proxy, a response that is not the range, a broken connection or a server slower than `deadline_s` allows gives
@@ -43,10 +43,12 @@ class Ranges:
         self._lock = threading.Lock()
         weakref.finalize(self, _close, self._free)
 
-    def read(self, url: str, offset: int, buffer: memoryview, etag: str | None = None) -> int | None:
+    def read(
+        self, url: str, offset: int, buffer: memoryview, etag: str | None = None, authorization: str = ""
+    ) -> int | None:
         """Fill the buffer from `offset` on; returns the number of bytes, fewer where the file ends, or None.
 
-        With `etag`, None also for a file that has another.
+        With `etag`, None also for a file that has another. `authorization` is sent as the header of this name.
         """
         parts = urlsplit(url)
         if _proxied(parts):
@@ -56,7 +58,7 @@ class Ranges:
             if connection.sock is None:
                 connection.connect()
             with _closed_after(deadline_s(len(buffer)), connection.sock):
-                count = _fill(connection, parts, offset, buffer, etag)
+                count = _fill(connection, parts, (offset, buffer), etag, authorization)
         except (OSError, HTTPException, ValueError):
             count = None
         if count is None:
@@ -98,10 +100,12 @@ def _end(connected: socket.socket) -> None:
 
 
 def _fill(
-    connection: HTTPConnection, parts: SplitResult, offset: int, buffer: memoryview, etag: str | None
+    connection: HTTPConnection, parts: SplitResult, into: tuple[int, memoryview], etag: str | None, authorization: str
 ) -> int | None:
+    offset, buffer = into
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-    connection.request("GET", target, headers={"Range": f"bytes={offset}-{offset + len(buffer) - 1}"})
+    headers = {"Authorization": authorization} if authorization else {}
+    connection.request("GET", target, headers={"Range": f"bytes={offset}-{offset + len(buffer) - 1}", **headers})
     response = connection.getresponse()
     begins = (response.getheader("Content-Range") or "").startswith(f"bytes {offset}-")
     length = int(response.getheader("Content-Length") or -1)

@@ -1,0 +1,238 @@
+"""An OCI registry: manifests by tag or digest, blobs sent and read by ranges. Independent of releases.
+
+Source: github.com/opencontainers/distribution-spec (spec.md, version 1.1).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import urlencode, urljoin
+
+from urllib3.exceptions import HTTPError
+
+from pipeline.errors import CorruptError, HostError
+from pipeline.stores.base import Interrupted
+from pipeline.stores.oci_layout import INDEX_TYPE, MANIFEST_TYPE, Document, digest_of
+from pipeline.stores.oci_session import FIRST_PAUSE_S, READ, TRIES, Answer, OciSession, json_of, small_body
+from pipeline.stores.ranges import LEAST_BYTES_PER_S, Ranges, deadline_s
+
+PAGE = re.compile(r'<([^>]+)>\s*;\s*rel="?next"?')
+BYTES = "application/octet-stream"
+CHANGES_REFUSED = (400, 409, 412)
+"""Statuses of registries whose tags cannot change: of AWS, Google and Harbor."""
+REDIRECTS = (301, 302, 303, 307, 308)
+
+Pieces = Callable[[int], Iterator[bytes]]
+"""Returns a file's bytes from an offset on."""
+
+
+class ImmutableTagError(HostError):
+    """The registry does not let a tag change."""
+
+
+class OciRegistry:
+    """A registry by its host. Creating it sends no request."""
+
+    def __init__(self, host: str) -> None:
+        self.session = OciSession(host)
+        self.ranges = Ranges()
+        self._located: dict[str, str] = {}
+        self._direct: set[str] = set()
+
+    def manifest(self, repo: str, reference: str) -> Document | None:
+        """Return a manifest or an index by its tag or digest, or None.
+
+        Raises:
+            CorruptError: larger than a manifest, or of another digest than was asked for.
+
+        """
+        accept = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
+        answer = self.session.request("GET", repo, f"manifests/{reference}", headers=accept, fine=(200, 404))
+        if answer.status == 404:
+            return None
+        if reference.startswith("sha256:") and digest_of(answer.data) != reference:
+            what = f"sha256 mismatch: expected {reference}, found {digest_of(answer.data)}"
+            raise CorruptError(what, where=self.session.where(repo), fix="use another version")
+        return Document(answer.headers.get("content-type", "").partition(";")[0], answer.data)
+
+    def put_manifest(self, repo: str, reference: str, document: Document) -> bool:
+        """Store a manifest under a tag or its digest; returns whether the registry lists it as a referrer.
+
+        Raises:
+            ImmutableTagError: the registry does not let the tag change.
+
+        """
+        headers, path = {"Content-Type": document.media_type}, f"manifests/{reference}"
+        fine = (201, *CHANGES_REFUSED)
+        answer = self.session.request("PUT", repo, path, headers=headers, body=document.data, fine=fine)
+        if answer.status == 201:
+            return "oci-subject" in answer.headers
+        if b"immutable" in answer.data.lower():
+            fix = "allow changes of this tag in the registry's settings, or use another tag"
+            raise ImmutableTagError(f"tag {reference} cannot change", where=self.session.where(repo), fix=fix)
+        raise self.session.failure(answer, "PUT", repo)
+
+    def referrers(self, repo: str, digest: str) -> bytes | None:
+        """Return the index of the manifests that refer to another; None if the registry has no such route."""
+        answer = self.session.request("GET", repo, f"referrers/{digest}", fine=(200, 404, 405))
+        return answer.data if answer.status == 200 else None
+
+    def tags(self, repo: str) -> list[str]:
+        """Return all tags of a repository; none if it does not exist."""
+        return list(self._listed(repo, "tags/list?n=1000", "tags"))
+
+    def repositories(self) -> list[str]:
+        """Return the repositories of the registry.
+
+        Raises:
+            HostError: it does not list them, as most public registries.
+
+        """
+        return list(self._listed("", "_catalog?n=1000", "repositories"))
+
+    def has_blob(self, repo: str, digest: str) -> int | None:
+        """Return the size of a blob, or None."""
+        answer = self.session.request("HEAD", repo, f"blobs/{digest}", fine=(200, 404, 307, 302))
+        if answer.status == 404:
+            return None
+        return int(answer.headers.get("content-length", "-1")) if answer.status == 200 else -1
+
+    def put_blob(self, repo: str, digest: str, size: int, pieces: Pieces) -> None:
+        """Send a blob: one request; after a failure on the way, the rest of it where the registry kept the start.
+
+        The registry compares the digest before it stores the blob.
+        """
+        place, sent, pause = "", 0, FIRST_PAUSE_S
+        for attempt in range(TRIES):
+            try:
+                if not place:
+                    place, sent = self._new_upload(repo), 0
+                if sent:
+                    place = self._send(repo, "PATCH", place, (sent, size), pieces)
+                    self._send(repo, "PUT", _with_digest(place, digest), (size, size), pieces)
+                else:
+                    self._send(repo, "PUT", _with_digest(place, digest), (0, size), pieces)
+            except Interrupted:
+                if attempt == TRIES - 1:
+                    raise
+                time.sleep(pause)
+                pause *= 2
+                if self.has_blob(repo, digest) is not None:
+                    return  # only the answer was lost
+                place, sent = self._kept(repo, place, size)
+            else:
+                return
+
+    def read_blob(self, repo: str, digest: str, offset: int, buffer: memoryview) -> int | None:
+        """Fill the buffer from a blob; returns the number of bytes, or None if there is no such blob.
+
+        Many registries send the reader to another server, under a URL that expires.
+        """
+        url = f"{self.session.url}/v2/{repo}/blobs/{digest}"
+        place, header = self._located.get(url), ""
+        if place is None and repo in self._direct:
+            place, header = url, self.session.token(repo) or ""
+        if place is not None:
+            count = self.ranges.read(place, offset, buffer, authorization=header)
+            if count is not None:
+                return count
+            self._located.pop(url, None)  # it may have expired
+        return self._read_explained(repo, digest, offset, buffer)
+
+    def _new_upload(self, repo: str) -> str:
+        answer = self.session.request(
+            "POST", repo, "blobs/uploads/", headers={"Content-Length": "0"}, body=b"", fine=(202,)
+        )
+        return self._place(answer, repo)
+
+    def _send(self, repo: str, method: str, place: str, part: tuple[int, int], pieces: Pieces) -> str:
+        """Send the bytes of a part (from, to) to an upload; returns where the upload goes on."""
+        start, end = part
+        headers = {"Content-Type": BYTES, "Content-Length": str(end - start)}
+        if method == "PATCH":
+            headers["Content-Range"] = f"{start}-{end - 1}"
+        body = pieces(start) if end > start else b""
+        answer = self.session.request(method, repo, place, headers=headers, body=body, fine=(201, 202, 204))
+        return self._place(answer, repo) if method == "PATCH" else ""
+
+    def _kept(self, repo: str, place: str, size: int) -> tuple[str, int]:
+        """Return an interrupted upload and how many bytes of it the registry has; a new one if it has none."""
+        if not place:
+            return "", 0
+        try:
+            answer = self.session.request("GET", repo, place, fine=(204,))
+        except HostError:
+            return "", 0
+        kept = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("range", ""))
+        sent = int(kept[1]) + 1 if kept else 0
+        return (self._place(answer, repo, place), sent) if 1 < sent < size else ("", 0)
+
+    def _place(self, answer: Answer, repo: str, known: str = "") -> str:
+        location = answer.headers.get("location", "") or known
+        if not location:
+            raise HostError(
+                "the registry named no place for an upload", where=self.session.where(repo), fix="try again"
+            )
+        return urljoin(f"{self.session.url}/v2/", location)
+
+    def _read_explained(self, repo: str, digest: str, offset: int, buffer: memoryview) -> int | None:
+        url = f"{self.session.url}/v2/{repo}/blobs/{digest}"
+        headers = {"Range": f"bytes={offset}-{offset + len(buffer) - 1}"}
+        response = self._range(url, repo, headers)
+        if response.status == 401 and self.session.log_in(response.headers.get("www-authenticate", ""), repo, READ):
+            response.close()
+            response = self._range(url, repo, headers)
+        if response.status in REDIRECTS:
+            place = urljoin(url, response.headers.get("location", ""))
+            response.close()
+            self._located[url] = place
+            response = self._range(place, repo, headers)
+        if response.status == 404:
+            response.close()
+            return None
+        if response.status not in (200, 206):
+            raise self.session.failure(
+                Answer(response.status, {}, small_body(response, self.session.where(repo))), "GET", repo
+            )
+        if response.status == 206 and url not in self._located:
+            self._direct.add(repo)
+        return self._fill(response, offset if response.status == 200 else 0, buffer, repo)
+
+    def _range(self, url: str, repo: str, headers: Mapping[str, str]) -> Any:
+        return self.session.send_once("GET", url, self.session.authorized(url, repo, READ, headers), None, repo)
+
+    def _fill(self, response: Any, skip: int, buffer: memoryview, repo: str) -> int:
+        """Read a response into the buffer, behind bytes that were not asked for; slower servers end."""
+        done, ends = 0, time.monotonic() + deadline_s(len(buffer)) + skip / LEAST_BYTES_PER_S
+        try:
+            for piece in response.stream(1 << 20, decode_content=False):
+                if time.monotonic() > ends:
+                    raise Interrupted("the registry sends too slowly", where=self.session.where(repo), fix="try again")
+                wanted = piece[min(skip, len(piece)) :][: len(buffer) - done]
+                skip = max(0, skip - len(piece))
+                buffer[done : done + len(wanted)] = wanted
+                done += len(wanted)
+                if done == len(buffer):
+                    break
+        except (HTTPError, OSError) as error:
+            raise self.session.broken(error, repo) from error
+        finally:
+            response.close()
+        return done
+
+    def _listed(self, repo: str, path: str, key: str) -> Iterator[str]:
+        page: str | None = path
+        while page:
+            answer = self.session.request("GET", repo, page, fine=(200, 404))
+            if answer.status == 404:
+                return
+            yield from (str(name) for name in json_of(answer.data).get(key) or [])
+            following = PAGE.search(answer.headers.get("link", ""))
+            page = urljoin(f"{self.session.url}/v2/", following[1]) if following else None
+
+
+def _with_digest(place: str, digest: str) -> str:
+    return f"{place}{'&' if '?' in place else '?'}{urlencode({'digest': digest})}"

@@ -1,0 +1,144 @@
+"""Small records under tags of a repository, and the lock that orders their writers.
+
+The specification of registries has no write on a condition: of two processes that write one tag, the last wins. Writers
+of Tandem take turns by a lock, which is a tag as well. It holds as long as a process does not stand still for
+`LEASE_S` between two requests; other writers (`crane tag`, a web page) know nothing of it.
+Source of the lock: L. Lamport, "A fast mutual exclusion algorithm" (1987), there attributed to M. Fischer.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pipeline.stores.base import Interrupted
+from pipeline.stores.oci_api import ImmutableTagError, OciRegistry
+from pipeline.stores.oci_layout import EMPTY, annotations_of, digest_of, layers_of, record
+
+PREFIX = "_tandem."
+"""Start of the tags that hold records, and are no releases."""
+LOCK = f"{PREFIX}lock"
+LOCK_TYPE = "application/vnd.tandem.lock.v1+json"
+RECORD_TYPE = "application/vnd.tandem.record.v1"
+OWNER = "dev.tandem.lock.owner"
+SETTLE_S = 0.3
+"""Pause after which a lock that was not overwritten is held; a writer that was slower than this starts over."""
+LEASE_S = 30.0
+"""A lock that did not change for so long belongs to a process that ended, or stands still."""
+POLL_S = 0.1
+WAIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """A lock that is held since a moment of this process's clock. `where` names the repository.
+
+    `is_lock` is False where the registry itself refuses to change a tag.
+    """
+
+    since: float
+    where: str
+    is_lock: bool = True
+
+    def check(self) -> None:
+        """Make sure that there is time for one more request.
+
+        Raises:
+            Interrupted: the lease is nearly over.
+
+        """
+        if time.monotonic() - self.since > LEASE_S / 2:
+            what = "the registry is too slow: the lock of this repository would end before the next request"
+            raise Interrupted(what, where=self.where, fix="try again: completed transfers are kept")
+
+
+def read_record(registry: OciRegistry, repo: str, tag: str, limit: int) -> tuple[bytes, str] | None:
+    """Return the bytes of a record and the digest of its manifest, or None if there is no such tag."""
+    found = registry.manifest(repo, tag)
+    if found is None:
+        return None
+    where = f"{registry.session.where(repo)}:{tag}"
+    layers = layers_of(json.loads(found.data), where)
+    if len(layers) != 1 or layers[0]["size"] > limit:
+        return b"", found.digest
+    buffer = memoryview(bytearray(layers[0]["size"]))
+    count = registry.read_blob(repo, layers[0]["digest"], 0, buffer) if buffer else 0
+    data = bytes(buffer[: count or 0])
+    return (data if digest_of(data) == layers[0]["digest"] else b""), found.digest
+
+
+def write_record(registry: OciRegistry, repo: str, tag: str, data: bytes) -> str:
+    """Store a record, whatever its tag held before; returns the digest of its manifest."""
+    document = record(RECORD_TYPE, data, {})
+    put_bytes(registry, repo, EMPTY)
+    put_bytes(registry, repo, data)
+    registry.put_manifest(repo, tag, document)
+    return document.digest
+
+
+def put_bytes(registry: OciRegistry, repo: str, data: bytes) -> None:
+    """Store a small blob, unless the repository has it."""
+    digest = digest_of(data)
+    if registry.has_blob(repo, digest) is None:
+        registry.put_blob(repo, digest, len(data), lambda start: iter((data[start:],)))
+
+
+@contextmanager
+def locked(registry: OciRegistry, repo: str) -> Iterator[Held]:
+    """Hold the lock of a repository.
+
+    Raises:
+        Interrupted: other processes hold it, one after the other, for too long.
+
+    """
+    put_bytes(registry, repo, EMPTY)
+    owner, gives_up = uuid.uuid4().hex, time.monotonic() + WAIT_S
+    while (held := _taken(registry, repo, owner)) is None:
+        if time.monotonic() > gives_up:
+            what = "other processes keep writing to this repository"
+            raise Interrupted(what, where=registry.session.where(repo), fix="try again")
+    try:
+        yield held
+    finally:
+        if held.is_lock and time.monotonic() - held.since < LEASE_S:
+            _write(registry, repo, "")
+
+
+def _taken(registry: OciRegistry, repo: str, owner: str) -> Held | None:
+    """Wait until the lock is free, and try to take it once. A repository whose tags cannot change needs no lock."""
+    where, ended = registry.session.where(repo), _ended_owner(registry, repo)
+    began = time.monotonic()
+    if _owner(registry, repo) not in ("", ended):
+        return None
+    try:
+        _write(registry, repo, owner)
+    except ImmutableTagError:
+        return Held(began, where, is_lock=False)
+    is_slow = time.monotonic() - began > SETTLE_S
+    time.sleep(LEASE_S if is_slow else SETTLE_S)
+    return Held(began, where) if _owner(registry, repo) == owner and not is_slow else None
+
+
+def _ended_owner(registry: OciRegistry, repo: str) -> str:
+    """Wait until the lock is free, or was not changed for a lease; returns the owner that it then names."""
+    seen, since = "", time.monotonic()
+    while owner := _owner(registry, repo):
+        if owner != seen:
+            seen, since = owner, time.monotonic()
+        if time.monotonic() - since > LEASE_S:
+            break
+        time.sleep(POLL_S)
+    return owner
+
+
+def _write(registry: OciRegistry, repo: str, owner: str) -> None:
+    registry.put_manifest(repo, LOCK, record(LOCK_TYPE, EMPTY, {OWNER: owner}))
+
+
+def _owner(registry: OciRegistry, repo: str) -> str:
+    found = registry.manifest(repo, LOCK)
+    return annotations_of(found.data, LOCK).get(OWNER, "") if found is not None else ""
