@@ -181,11 +181,20 @@ def distribution() -> Iterator:
 
 
 @pytest.fixture(scope="session")
-def ggcr() -> Iterator:
-    """The registry of go-containerregistry, with a route for referrers."""
+def crane() -> Iterator:
+    """The registry of go-containerregistry, as its command serves it."""
     from support import oci_registry
 
-    with oci_registry.running("ggcr") as registry:
+    with oci_registry.running("crane") as registry:
+        yield registry
+
+
+@pytest.fixture(scope="session")
+def referrers() -> Iterator:
+    """The same with a route for referrers."""
+    from support import oci_registry
+
+    with oci_registry.running("referrers") as registry:
         yield registry
 
 
@@ -196,9 +205,15 @@ def distribution_url(distribution, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def ggcr_url(ggcr, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A path of its own on the other registry."""
-    return _oci_url(ggcr, monkeypatch)
+def crane_url(crane, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A path of its own on that registry."""
+    return _oci_url(crane, monkeypatch)
+
+
+@pytest.fixture
+def referrers_url(referrers, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A path of its own on that registry."""
+    return _oci_url(referrers, monkeypatch)
 
 
 def _oci_url(registry: Any, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -208,7 +223,7 @@ def _oci_url(registry: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"oci://{registry.host}/org-{uuid.uuid4().hex[:8]}"
 
 
-@pytest.fixture(params=["s3", "hub", "distribution", "ggcr"])
+@pytest.fixture(params=["s3", "hub", "distribution", "crane", "referrers"])
 def url(request: pytest.FixtureRequest) -> str:
     """Each kind of registry that needs a server."""
     found: str = request.getfixturevalue(f"{request.param}_url")

@@ -21,7 +21,7 @@ from pipeline.cli.paths import artifact_dir, check_not_building, complete_artifa
 from pipeline.cli.results import print_json, print_line
 from pipeline.cli.tables import Verdict
 from pipeline.cli.words import counted, pointer, size
-from pipeline.errors import as_data, no_string
+from pipeline.errors import InputError, as_data, no_string
 from pipeline.extras import require
 from pipeline.registry.aliases import check_name
 from pipeline.registry.publish import (
@@ -51,6 +51,7 @@ class PublishOptions:
     key: Path | None
     keyless: bool
     unvalidated: bool
+    image: bool
     dry_run: bool
     json_: bool
 
@@ -69,8 +70,8 @@ class PublishOptions:
 @click.command(cls=Command)
 @click.argument("artifacts", shell_complete=complete_artifact, nargs=-1, required=True)
 @click.option("--to", "urls", multiple=True, metavar="REGISTRY",
-              help="A folder, s3://bucket/prefix, or hf://org; may be repeated (default: what the recipe's `publish` "
-                   f"lists, or else {REGISTRY}).")  # fmt: skip
+              help="A folder, s3://bucket/prefix, hf://org, or oci://host/path; may be repeated (default: what the "
+                   f"recipe's `publish` lists, or else {REGISTRY}).")  # fmt: skip
 @click.option(
     "--alias",
     "aliases",
@@ -82,6 +83,8 @@ class PublishOptions:
 @click.option("--keyless", is_flag=True, help="Sign with the identity of this CI job, then publish.")
 @click.option("--unvalidated", is_flag=True,
               help="Allow artifacts without validation gates: NxD Inference packages, compile caches.")  # fmt: skip
+@click.option("--image", is_flag=True,
+              help="In registries oci://, also store an image that Kubernetes mounts as a volume.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show what would be sent.")
 @as_json
 @collected(PublishOptions)
@@ -91,28 +94,41 @@ def publish(console: Console, options: PublishOptions) -> None:
     for alias in options.aliases:
         check_name(alias, "--alias")
     places = options.places(roots)
-    for place in places:
-        check_spelling(place.url)
-    require([*extras_of(*(place.url for place in places)), *(("sign",) if options.signs else ())], "tandem publish")
+    _check_places(places, options)
     if options.key is not None:
         public_key_of(options.key, _password())  # an unusable key ends the command before files are read
     settings = PublishSettings(
         version=options.version, sign=_signer(options.key) if options.signs else None, own=_own(options.key),
-        unvalidated=options.unvalidated, dry_run=options.dry_run,
+        unvalidated=options.unvalidated, dry_run=options.dry_run, image=options.image,
     )  # fmt: skip
     for root in roots:
         if read(root).manifest.passed is None:
             check_not_building(root)
     how = _how(options, roots)
     outcomes = publish_all(roots, places, settings, console.transfer("publish"))
+    _show(console, outcomes, options, how)
+    _report_errors(console, outcomes)
+
+
+def _show(console: Console, outcomes: Sequence[Outcome], options: PublishOptions, how: _How) -> None:
     if options.json_:
         print_json([_data(outcome) for outcome in outcomes])
     for release in [outcome.release for outcome in outcomes if outcome.release]:
         if not options.json_:
             print_line(Verdict(_line(release, how), good=None if options.dry_run else True))
+            for image in release.images:
+                print_line(f"image for a volume of Kubernetes: {image}")
         if warning := _index_warning(release, how):
             console.log(warning)
-    _report_errors(console, outcomes)
+
+
+def _check_places(places: Sequence[Place], options: PublishOptions) -> None:
+    """Reject misspelt registries, those whose client is not installed, and images without a registry for them."""
+    for place in places:
+        check_spelling(place.url)
+    if options.image and not any(place.url.startswith("oci://") for place in places):
+        raise InputError("only OCI registries hold images", where="--image", fix="publish to oci://host/path")
+    require([*extras_of(*(place.url for place in places)), *(("sign",) if options.signs else ())], "tandem publish")
 
 
 def _report_errors(console: Console, outcomes: Sequence[Outcome]) -> None:

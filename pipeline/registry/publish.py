@@ -41,7 +41,7 @@ class Release:
 
     `sent` and `sent_bytes`: number and size of the blobs that the registry lacked. `fresh` is False if the registry had
     the release already. `has_signature`: the registry has a signature over the release's own document, which pulls that
-    require signatures check first.
+    require signatures check first. `images`: references of its images for Kubernetes' image volumes.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Release:
     fresh: bool
     aliases: tuple[str, ...]
     has_signature: bool = False
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class PublishSettings:
     and the index that several artifacts or a chosen version give a release. The signatures are written beside the
     manifests once a release with them is published. `own`: whether a published release has a signature of this signer
     already; by default, any signature. `unvalidated`: allow artifacts without validation gates: packages of NxD
-    Inference, compile caches. `dry_run`: send nothing.
+    Inference, compile caches. `dry_run`: send nothing. `image`: in OCI registries, also store an image of each
+    artifact, which Kubernetes mounts as a volume.
     """
 
     version: str | None = None
@@ -86,6 +88,7 @@ class PublishSettings:
     own: Own = any_signature
     unvalidated: bool = False
     dry_run: bool = False
+    image: bool = False
 
 
 DEFAULTS = PublishSettings()
@@ -223,11 +226,26 @@ def _publish(bundle: Bundle, place: Place, options: PublishSettings, progress: B
         if published is None and not store.create_release(content):
             by_another_process = _published(store, bundle.document, url)  # raises if it differs
             _check_signed(store, by_another_process or bundle.document, options, url)
+        images = _write_images(store, bundle, content, progress) if options.image and url.startswith("oci://") else ()
         for alias in place.aliases:
             move_alias(store, content.name, alias, content.version, url)
     if published is None and options.sign is not None:
         _keep_signatures(bundle, options.sign)
-    return _release(bundle, place, published, missing, store)
+    return replace(_release(bundle, place, published, missing, store), images=images)
+
+
+def _write_images(store: Store, bundle: Bundle, content: Content, progress: ByteProgress) -> tuple[str, ...]:
+    from pipeline.stores.oci_image import image_bytes, write_images  # late: needs the extra `oci`
+
+    signatures = content.signatures or tuple(_signatures(bundle, None))
+    total, done = image_bytes(content), 0
+
+    def report(size: int) -> None:
+        nonlocal done
+        done = min(total, done + size)
+        progress(done, total)
+
+    return tuple(write_images(store, replace(content, signatures=signatures), report))
 
 
 def _check_signed(store: Store, published: Document, options: PublishSettings, url: str) -> None:

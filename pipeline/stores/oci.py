@@ -10,10 +10,11 @@ Blobs are never replaced. A tag can be, by anyone who may write: Tandem's own wr
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pipeline.errors import CorruptError, InputError, no_string
@@ -64,6 +65,8 @@ REPOSITORY = re.compile(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*")
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 PIECE_BYTES = 1 << 20
 PARALLEL = 8
+REFERRERS = 200
+"""Referrers of a manifest that are looked at, whatever they are."""
 
 
 def open_oci(location: str) -> OciStore:
@@ -94,7 +97,7 @@ class OciStore:
 
     def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:
         """Return one path for each blob that the repository lacks, small blobs first."""
-        repo = self._repo(content.name)
+        repo = self.repository(content.name)
         order = sorted({entry.sha256: path for path, entry in files.items()}.values(), key=lambda p: files[p].size)
         with ThreadPoolExecutor(PARALLEL, "look") as pool:
             sizes = list(pool.map(lambda p: self.registry.has_blob(repo, f"sha256:{files[p].sha256}"), order))
@@ -103,7 +106,7 @@ class OciStore:
     def send(self, content: Content, paths: Sequence[str], report: Report) -> None:
         """Send several files at a time, each in one request; the registry checks their digests."""
         no_string(paths, "paths", "paths")
-        repo = self._repo(content.name)
+        repo = self.repository(content.name)
 
         def upload(path: str) -> None:
             entry, source = content.files[path], content.sources[path]
@@ -118,7 +121,7 @@ class OciStore:
 
     def create_release(self, content: Content) -> bool:
         """Write manifests by their digests and signatures that refer to them, then the tag, which readers see."""
-        repo, version = self._repo(content.name), _tag(content.version, "version", self.where)
+        repo, version = self.repository(content.name), check_tag(content.version, "version", self.where)
         layout = layout_of(content)
         in_parallel(PARALLEL, lambda data: put_bytes(self.registry, repo, data), [EMPTY, *layout.blobs.values()])
         for document in layout.documents:
@@ -138,7 +141,7 @@ class OciStore:
 
     def read_release(self, name: str, version: str) -> bytes | None:
         """Return the layer `manifest.json` of the tag's manifest, or of the one that names the variants."""
-        repo, top = self._repo(name), self._release(name, version)
+        repo, top = self.repository(name), self._release(name, version)
         if top is None:
             return None
         where = f"{self.where}/{name}@{version}"
@@ -153,7 +156,7 @@ class OciStore:
 
     def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:
         """Return the signatures among the referrers of the manifest that `path` stands beside."""
-        repo, top = self._repo(name), self._release(name, version)
+        repo, top = self.repository(name), self._release(name, version)
         if top is None:
             return []
         where, subject = f"{self.where}/{name}@{version}", top.digest
@@ -161,19 +164,16 @@ class OciStore:
         if folder and top.media_type == INDEX_TYPE:
             entries = manifests_of(_body(top, where), where)
             subject = next((e["digest"] for e in entries if e["annotations"].get(VARIANT) == folder), subject)
-        found: list[bytes] = []
-        for entry in self._referrers(repo, subject, where):
-            if len(found) == SIGNATURES:
-                break
-            if entry["annotations"].get(SIGNED) == manifest_sha256 and entry.get("artifactType") == SIGNATURE_TYPE:
-                found += self._signature(repo, entry["digest"], where)
-        return found
+        found: dict[bytes, None] = {}
+        for entry in itertools.islice(self._referrers(repo, subject, where), REFERRERS):
+            found |= dict.fromkeys(self._signature(repo, entry, manifest_sha256, where))
+        return list(itertools.islice(found, SIGNATURES))
 
     def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
         """Read a range of a blob."""
         if not buffer:
             return 0
-        count = self.registry.read_blob(self._repo(blob.name), f"sha256:{blob.sha256}", offset, buffer)
+        count = self.registry.read_blob(self.repository(blob.name), f"sha256:{blob.sha256}", offset, buffer)
         if count is None:
             what = f"blob {blob.sha256} is missing"
             raise CorruptError(what, where=f"{self.where}/{blob.name}", fix="publish the release again")
@@ -200,7 +200,7 @@ class OciStore:
 
     def read_alias(self, name: str, alias: str) -> Alias | None:
         """Return where a tag points; the newest move is made up where another tool moved the tag."""
-        repo = self._repo(name)
+        repo = self.repository(name)
         found = self.registry.manifest(repo, alias) if TAG.fullmatch(alias) else None
         if found is None:
             return None
@@ -218,7 +218,7 @@ class OciStore:
 
     def swap_alias(self, name: str, alias: str, move: Move, was: Alias | None) -> bool:
         """Move the tag while no other writer of Tandem has the lock; then record the move."""
-        repo, tag = self._repo(name), _tag(alias, "alias", self.where)
+        repo, tag = self.repository(name), check_tag(alias, "alias", self.where)
         target = self._release(name, move.version)
         if target is None:
             what = f"alias {alias!r} cannot point at {move.version!r}: there is no such release"
@@ -235,7 +235,7 @@ class OciStore:
 
     def yank(self, name: str, version: str, yank: Yank) -> bool:
         """Write a record under a tag of its own."""
-        repo = self._repo(name)
+        repo = self.repository(name)
         with locked(self.registry, repo) as held:
             if self.read_yank(name, version) is not None:
                 return False
@@ -246,14 +246,20 @@ class OciStore:
     def read_yank(self, name: str, version: str) -> Yank | None:
         """Return the record, or None."""
         tag = _record("yank", version)
-        stored = read_record(self.registry, self._repo(name), tag, YANK_BYTES) if TAG.fullmatch(tag) else None
+        stored = read_record(self.registry, self.repository(name), tag, YANK_BYTES) if TAG.fullmatch(tag) else None
         return yank_of(stored[0], f"{self.where}/{name}@{version}") if stored else None
 
     def collect(self, reachable: Callable[[bytes], set[str]], *, dry_run: bool) -> Removed:  # noqa: ARG002
         """Remove nothing: a registry collects blobs that no manifest names by itself."""
         return Removed(0, 0, 0)
 
-    def _repo(self, name: str) -> str:
+    def repository(self, name: str) -> str:
+        """Return the repository of a name.
+
+        Raises:
+            InputError: no repository can have it.
+
+        """
         if not REPOSITORY.fullmatch(name):
             what = f"an OCI registry has no name {name!r}: small letters and digits, with single . _ or - between them"
             raise InputError(what, where=self.where, fix="give the recipe another name")
@@ -261,14 +267,14 @@ class OciStore:
 
     def _release(self, name: str, version: str) -> Document | None:
         """Return the manifest of a version, or None; a tag whose manifest names another version is an alias."""
-        found = self.registry.manifest(self._repo(name), version) if TAG.fullmatch(version) else None
+        found = self.registry.manifest(self.repository(name), version) if TAG.fullmatch(version) else None
         if found is None or annotations_of(found.data, f"{self.where}/{name}").get(VERSION) != version:
             return None
         return found
 
     def _tags(self, name: str) -> dict[str, str]:
         """Return the tags of releases and the versions that their manifests name."""
-        repo, where = self._repo(name), f"{self.where}/{name}"
+        repo, where = self.repository(name), f"{self.where}/{name}"
 
         def version_of(tag: str) -> str:
             found = self.registry.manifest(repo, tag)
@@ -306,25 +312,40 @@ class OciStore:
             held.check()
             self.registry.put_manifest(repo, tag, index_of([*entries, entry]))
 
-    def _referrers(self, repo: str, digest: str, where: str) -> list[Descriptor]:
+    def _referrers(self, repo: str, digest: str, where: str) -> Iterator[Descriptor]:
+        """Yield the referrers that the registry lists, then those of the tag: some have the route and do not say so."""
         found = self.registry.referrers(repo, digest)
-        if found is None:
-            return self._tagged_referrers(repo, digest, where)
-        return manifests_of(_body(Document(INDEX_TYPE, found), where), where)
+        if found is not None:
+            yield from manifests_of(_body(Document(INDEX_TYPE, found), where), where)
+        yield from self._tagged_referrers(repo, digest, where)
 
     def _tagged_referrers(self, repo: str, digest: str, where: str) -> list[Descriptor]:
         found = self.registry.manifest(repo, _fallback(digest))
         return manifests_of(_body(found, where), where) if found is not None else []
 
-    def _signature(self, repo: str, digest: str, where: str) -> list[bytes]:
-        """Return the signature of a manifest, if it is small enough."""
-        document = self.registry.manifest(repo, digest)
-        layers = layers_of(_body(document, where), where) if document is not None else []
-        small = [layer for layer in layers[:1] if layer["size"] <= SIGNATURE_BYTES]
-        return [self._layer(repo, layer, SIGNATURE_BYTES, where) for layer in small]
+    def _signature(self, repo: str, entry: Descriptor, manifest_sha256: str, where: str) -> list[bytes]:
+        """Return the signature that a referrer holds; none if it is large, or over another manifest.
+
+        What it is over is read from the referrer itself: some registries list no annotations.
+        """
+        if entry["annotations"].get(SIGNED, manifest_sha256) != manifest_sha256:
+            return []
+        document = self.registry.manifest(repo, entry["digest"])
+        if document is None or annotations_of(document.data, where).get(SIGNED) != manifest_sha256:
+            return []
+        small = [layer for layer in layers_of(_body(document, where), where)[:1] if layer["size"] <= SIGNATURE_BYTES]
+        with suppress(CorruptError):  # anyone who may write can add a referrer
+            return [self._layer(repo, layer, SIGNATURE_BYTES, where) for layer in small]
+        return []
 
 
-def _tag(text: str, kind: str, where: str) -> str:
+def check_tag(text: str, kind: str, where: str) -> str:
+    """Return a text that a tag can have.
+
+    Raises:
+        InputError: it cannot; `kind` says what it is.
+
+    """
     if not TAG.fullmatch(text) or text.startswith((PREFIX, "sha256-")):
         what = f"an OCI registry has no {kind} {text!r}: a tag has letters, digits, _ . and -"
         raise InputError(what, where=where, fix=f"use another {kind}")

@@ -98,6 +98,11 @@ def layout_of(content: Content) -> Layout:
     return _variants(content, outer)
 
 
+def architecture_of(requires: Mapping[str, str]) -> str:
+    """Return the architecture of the hosts that an artifact runs on, in the words of image indexes."""
+    return ARCHITECTURES.get(requires.get("machine", ""), "amd64")
+
+
 def document_layer(document: Mapping[str, Any], where: str) -> Descriptor:
     """Return the layer of `manifest.json`.
 
@@ -182,7 +187,7 @@ def _variants(content: Content, outer: Mapping[str, Any]) -> Layout:
     entries = [descriptor(MANIFEST_TYPE, naming.data) | {"artifactType": RELEASE_TYPE}]
     for variant, entry in sorted(outer["variants"].items()):
         variants[variant] = _model(content, outer, dict(_inside(content.files, variant)), {}, blobs)
-        platform = {"architecture": ARCHITECTURES.get(entry["requires"].get("machine", ""), "amd64"), "os": "linux"}
+        platform = {"architecture": architecture_of(entry["requires"]), "os": "linux"}
         about = {"artifactType": MODEL_TYPE, "platform": platform, "annotations": {VARIANT: variant}}
         entries.append(descriptor(MANIFEST_TYPE, variants[variant].data) | about)
     return Layout(index_of(entries, annotations), naming, variants, blobs)

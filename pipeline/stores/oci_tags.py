@@ -27,7 +27,7 @@ RECORD_TYPE = "application/vnd.tandem.record.v1"
 OWNER = "dev.tandem.lock.owner"
 SETTLE_S = 0.3
 """Pause after which a lock that was not overwritten is held; a writer that was slower than this starts over."""
-LEASE_S = 30.0
+LEASE_S = 20.0
 """A lock that did not change for so long belongs to a process that ended, or stands still."""
 POLL_S = 0.1
 WAIT_S = 300.0

@@ -1,6 +1,6 @@
-"""Real OCI registries on the loopback interface: Debian's docker-registry 2.8, and go-containerregistry's.
+"""Real OCI registries on the loopback interface: Debian's docker-registry 2.8, and go-containerregistry's two ways.
 
-The first has no route for referrers, the second has; neither has writes on a condition.
+Only the last has a route for referrers. None has writes on a condition.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Registry:
 
 PROGRAMS = {
     "distribution": ("docker-registry", "apt-get install docker-registry"),
-    "ggcr": ("registry", "go install github.com/google/go-containerregistry/cmd/registry@latest"),
+    "crane": ("crane", "go install github.com/google/go-containerregistry/cmd/crane@latest"),
+    "referrers": ("referrers-registry", "in tests/support/referrers: go mod tidy; go build -o referrers-registry"),
 }
 """Make of a registry -> its program, and how to get it."""
 
@@ -77,8 +78,10 @@ def _command(kind: str, folder: Path, port: int, htpasswd: str) -> list[str]:
     program = shutil.which(name)
     if program is None:
         pytest.skip(f"{name} is not on PATH: {how}")
-    if kind == "ggcr":
-        return [program, "serve", "--address", f"127.0.0.1:{port}", "--disk", str(folder / "data")]
+    (folder / "data").mkdir()
+    if kind != "distribution":
+        verbs = ["registry", "serve"] if kind == "crane" else []
+        return [program, *verbs, "--address", f"127.0.0.1:{port}", "--disk", str(folder / "data")]
     (folder / "htpasswd").write_text(htpasswd)
     auth = PASSWORDS.format(folder=folder) if htpasswd else ""
     (folder / "config.yml").write_text(CONFIG.format(folder=folder, port=port, auth=auth))
