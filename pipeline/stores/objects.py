@@ -190,10 +190,8 @@ class ObjectStore:
                 yield parts[1], parts[2]
 
 
-def checked_pieces(source: Path, sha256: str, piece_bytes: int, start: int = 0) -> Iterator[bytes]:
+def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[bytes]:
     """Yield a file's bytes in pieces; raises at the end, before a writer finishes, if the digest is wrong.
-
-    From another `start` than 0 the digest is not checked: the receiver checks it.
 
     Raises:
         CorruptError: a digest mismatch.
@@ -201,11 +199,10 @@ def checked_pieces(source: Path, sha256: str, piece_bytes: int, start: int = 0) 
     """
     digest = hashlib.sha256()
     with source.open("rb") as file:
-        file.seek(start)
         while piece := file.read(piece_bytes):
             digest.update(piece)
             yield piece
-    if not start and digest.hexdigest() != sha256:
+    if digest.hexdigest() != sha256:
         what = f"sha256 mismatch: expected {sha256}, found {digest.hexdigest()}"
         raise CorruptError(what, where=str(source), fix="build the artifact again")
 

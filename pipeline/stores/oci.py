@@ -57,7 +57,7 @@ from pipeline.stores.oci_layout import (
     manifests_of,
     record,
 )
-from pipeline.stores.oci_tags import PREFIX, Held, locked, put_bytes, read_record, write_record
+from pipeline.stores.oci_tags import PREFIX, Held, put_bytes, read_record, under_lock, write_record
 from pipeline.stores.yanks import YANK_BYTES, yank_of, yank_text
 
 LOCATION = re.compile(r"(?P<host>[\w.-]+(:\d+)?|\[[0-9a-f:]+\](:\d+)?)(?P<path>(/[a-z0-9]+([._-]+[a-z0-9]+)*)*)")
@@ -98,6 +98,7 @@ class OciStore:
     def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:
         """Return one path for each blob that the repository lacks, small blobs first."""
         repo = self.repository(content.name)
+        check_tag(content.version, "version", self.where)
         order = sorted({entry.sha256: path for path, entry in files.items()}.values(), key=lambda p: files[p].size)
         with ThreadPoolExecutor(PARALLEL, "look") as pool:
             sizes = list(pool.map(lambda p: self.registry.has_blob(repo, f"sha256:{files[p].sha256}"), order))
@@ -111,8 +112,8 @@ class OciStore:
         def upload(path: str) -> None:
             entry, source = content.files[path], content.sources[path]
 
-            def pieces(start: int) -> Iterator[bytes]:
-                return checked_pieces(source, entry.sha256, PIECE_BYTES, start)
+            def pieces() -> Iterator[bytes]:
+                return checked_pieces(source, entry.sha256, PIECE_BYTES)
 
             self.registry.put_blob(repo, f"sha256:{entry.sha256}", entry.size, pieces)
             report(entry.size)
@@ -126,18 +127,21 @@ class OciStore:
         in_parallel(PARALLEL, lambda data: put_bytes(self.registry, repo, data), [EMPTY, *layout.blobs.values()])
         for document in layout.documents:
             self.registry.put_manifest(repo, document.digest, document)
-        with locked(self.registry, repo) as held:
+
+        def write(held: Held) -> bool:
             if self.registry.manifest(repo, version) is not None:
                 return False
             for signature in content.signatures:
-                self._attach(repo, layout, signature, held)
+                self._attach(layout, signature, held)
             held.check()
             try:
                 self.registry.put_manifest(repo, version, layout.top)
             except ImmutableTagError:
                 return False  # another process created it in this moment
             now = self.registry.manifest(repo, version)
-        return now is not None and now.digest == layout.top.digest
+            return now is not None and now.digest == layout.top.digest
+
+        return under_lock(self.registry, repo, write)
 
     def read_release(self, name: str, version: str) -> bytes | None:
         """Return the layer `manifest.json` of the tag's manifest, or of the one that names the variants."""
@@ -223,25 +227,27 @@ class OciStore:
         if target is None:
             what = f"alias {alias!r} cannot point at {move.version!r}: there is no such release"
             raise InputError(what, where=f"{self.where}/{name}", fix="use a published version")
-        with locked(self.registry, repo) as held:
+
+        def write(held: Held) -> bool:
             now = self.read_alias(name, alias)
             if (now.token if now else None) != (was.token if was else None):
                 return False
-            held.check()
-            self.registry.put_manifest(repo, tag, target)
             text = alias_text(move, now.moves if now else ())
-            write_record(self.registry, repo, _record("alias", alias), text)
-        return True
+            write_record(held, _record("alias", alias), text, first=(tag, target))
+            return True
+
+        return under_lock(self.registry, repo, write)
 
     def yank(self, name: str, version: str, yank: Yank) -> bool:
         """Write a record under a tag of its own."""
-        repo = self.repository(name)
-        with locked(self.registry, repo) as held:
+
+        def write(held: Held) -> bool:
             if self.read_yank(name, version) is not None:
                 return False
-            held.check()
-            write_record(self.registry, repo, _record("yank", version), yank_text(yank))
-        return True
+            write_record(held, _record("yank", version), yank_text(yank))
+            return True
+
+        return under_lock(self.registry, self.repository(name), write)
 
     def read_yank(self, name: str, version: str) -> Yank | None:
         """Return the record, or None."""
@@ -287,17 +293,15 @@ class OciStore:
     def _layer(self, repo: str, layer: Descriptor, limit: int, where: str) -> bytes:
         """Return a small layer, after its digest was checked."""
         check_small(layer["size"], limit, where)
-        buffer = memoryview(bytearray(layer["size"]))
-        count = self.registry.read_blob(repo, layer["digest"], 0, buffer) if buffer else 0
-        data = bytes(buffer[: count or 0])
+        data = self.registry.read_small(repo, layer["digest"], layer["size"])
         if digest_of(data) != layer["digest"]:
             what = f"sha256 mismatch: expected {layer['digest']}, found {digest_of(data)}"
             raise CorruptError(what, where=where, fix="publish the release again")
         return data
 
-    def _attach(self, repo: str, layout: Layout, signature: Signature, held: Held) -> None:
+    def _attach(self, layout: Layout, signature: Signature, held: Held) -> None:
         """Store a signature as a referrer; where the registry lists none, in the index of a tag."""
-        subject = layout.subject(signature.path)
+        repo, subject = held.repo, layout.subject(signature.path)
         named = descriptor(subject.media_type, subject.data)
         document = record(SIGNATURE_TYPE, signature.data, {SIGNED: signature.manifest_sha256}, named)
         put_bytes(self.registry, repo, signature.data)

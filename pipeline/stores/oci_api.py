@@ -25,8 +25,8 @@ CHANGES_REFUSED = (400, 409, 412)
 """Statuses of registries whose tags cannot change: of AWS, Google and Harbor."""
 REDIRECTS = (301, 302, 303, 307, 308)
 
-Pieces = Callable[[int], Iterator[bytes]]
-"""Returns a file's bytes from an offset on."""
+Pieces = Callable[[], Iterator[bytes]]
+"""Returns a blob's bytes, from their start each time."""
 
 
 class ImmutableTagError(HostError):
@@ -101,20 +101,18 @@ class OciRegistry:
         return int(answer.headers.get("content-length", "-1")) if answer.status == 200 else -1
 
     def put_blob(self, repo: str, digest: str, size: int, pieces: Pieces) -> None:
-        """Send a blob: one request; after a failure on the way, the rest of it where the registry kept the start.
+        """Send a blob in one request, whose digest the registry compares before it stores the blob.
 
-        The registry compares the digest before it stores the blob.
+        A broken request is sent again from its start: Docker's registry ends an upload that was resumed at an offset
+        that its last answer did not name (`upload resumed at wrong offset`).
         """
-        place, sent, pause = "", 0, FIRST_PAUSE_S
+        pause = FIRST_PAUSE_S
+        headers = {"Content-Type": BYTES, "Content-Length": str(size)}
         for attempt in range(TRIES):
             try:
-                if not place:
-                    place, sent = self._new_upload(repo), 0
-                if sent:
-                    place = self._send(repo, "PATCH", place, (sent, size), pieces)
-                    self._send(repo, "PUT", _with_digest(place, digest), (size, size), pieces)
-                else:
-                    self._send(repo, "PUT", _with_digest(place, digest), (0, size), pieces)
+                place = _with_digest(self._new_upload(repo), digest)
+                body = pieces() if size else b""
+                self.session.request("PUT", repo, place, headers=headers, body=body, fine=(201,))
             except Interrupted:
                 if attempt == TRIES - 1:
                     raise
@@ -122,9 +120,21 @@ class OciRegistry:
                 pause *= 2
                 if self.has_blob(repo, digest) is not None:
                     return  # only the answer was lost
-                place, sent = self._kept(repo, place, size)
             else:
                 return
+
+    def read_small(self, repo: str, digest: str, size: int) -> bytes:
+        """Return a small blob, fewer bytes if it is shorter or absent; its digest is not checked."""
+        buffer, pause = memoryview(bytearray(size)), FIRST_PAUSE_S
+        for attempt in range(TRIES if size else 0):
+            try:
+                return bytes(buffer[: self.read_blob(repo, digest, 0, buffer) or 0])
+            except Interrupted:
+                if attempt == TRIES - 1:
+                    raise
+                time.sleep(pause)
+                pause *= 2
+        return b""
 
     def read_blob(self, repo: str, digest: str, offset: int, buffer: memoryview) -> int | None:
         """Fill the buffer from a blob; returns the number of bytes, or None if there is no such blob.
@@ -143,39 +153,10 @@ class OciRegistry:
         return self._read_explained(repo, digest, offset, buffer)
 
     def _new_upload(self, repo: str) -> str:
-        answer = self.session.request(
-            "POST", repo, "blobs/uploads/", headers={"Content-Length": "0"}, body=b"", fine=(202,)
-        )
-        return self._place(answer, repo)
-
-    def _send(self, repo: str, method: str, place: str, part: tuple[int, int], pieces: Pieces) -> str:
-        """Send the bytes of a part (from, to) to an upload; returns where the upload goes on."""
-        start, end = part
-        headers = {"Content-Type": BYTES, "Content-Length": str(end - start)}
-        if method == "PATCH":
-            headers["Content-Range"] = f"{start}-{end - 1}"
-        body = pieces(start) if end > start else b""
-        answer = self.session.request(method, repo, place, headers=headers, body=body, fine=(201, 202, 204))
-        return self._place(answer, repo) if method == "PATCH" else ""
-
-    def _kept(self, repo: str, place: str, size: int) -> tuple[str, int]:
-        """Return an interrupted upload and how many bytes of it the registry has; a new one if it has none."""
-        if not place:
-            return "", 0
-        try:
-            answer = self.session.request("GET", repo, place, fine=(204,))
-        except HostError:
-            return "", 0
-        kept = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("range", ""))
-        sent = int(kept[1]) + 1 if kept else 0
-        return (self._place(answer, repo, place), sent) if 1 < sent < size else ("", 0)
-
-    def _place(self, answer: Answer, repo: str, known: str = "") -> str:
-        location = answer.headers.get("location", "") or known
-        if not location:
-            raise HostError(
-                "the registry named no place for an upload", where=self.session.where(repo), fix="try again"
-            )
+        answer = self.session.request("POST", repo, "blobs/uploads/", body=b"", fine=(202,))
+        if not (location := answer.headers.get("location")):
+            what = "the registry named no place for an upload"
+            raise HostError(what, where=self.session.where(repo), fix="try again")
         return urljoin(f"{self.session.url}/v2/", location)
 
     def _read_explained(self, repo: str, digest: str, offset: int, buffer: memoryview) -> int | None:

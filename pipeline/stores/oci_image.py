@@ -69,21 +69,8 @@ class Layer:
         """Bytes of the archive."""
         return sum(len(member.header) + _padded(member.size) for member in self.members) + len(END)
 
-    def pieces(self, start: int = 0) -> Iterator[bytes]:
-        """Yield the archive's bytes from an offset on."""
-        for piece in self._all():
-            if start < len(piece):
-                yield piece[start:]
-            start = max(0, start - len(piece))
-
-    def digest(self) -> str:
-        """Return `sha256:` and the digest of the archive."""
-        digest = hashlib.sha256()
-        for piece in self.pieces():
-            digest.update(piece)
-        return f"sha256:{digest.hexdigest()}"
-
-    def _all(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the archive's bytes."""
         for member in self.members:
             yield member.header
             if isinstance(member.source, bytes):
@@ -94,6 +81,13 @@ class Layer:
                         yield piece
             yield bytes(_padded(member.size) - member.size)
         yield END
+
+    def digest(self) -> str:
+        """Return `sha256:` and the digest of the archive."""
+        digest = hashlib.sha256()
+        for piece in self.pieces():
+            digest.update(piece)
+        return f"sha256:{digest.hexdigest()}"
 
 
 def write_images(store: Store, content: Content, report: Report) -> list[str]:

@@ -11,49 +11,60 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pipeline.stores.base import Interrupted
 from pipeline.stores.oci_api import ImmutableTagError, OciRegistry
-from pipeline.stores.oci_layout import EMPTY, annotations_of, digest_of, layers_of, record
+from pipeline.stores.oci_layout import EMPTY, Document, annotations_of, digest_of, layers_of, record
 
+Result = TypeVar("Result")
 PREFIX = "_tandem."
 """Start of the tags that hold records, and are no releases."""
 LOCK = f"{PREFIX}lock"
 LOCK_TYPE = "application/vnd.tandem.lock.v1+json"
 RECORD_TYPE = "application/vnd.tandem.record.v1"
 OWNER = "dev.tandem.lock.owner"
-SETTLE_S = 0.3
-"""Pause after which a lock that was not overwritten is held; a writer that was slower than this starts over."""
+SETTLE_S, SLOWER = 0.3, 3.0
+"""Pause after which a lock that was not overwritten is held; on slow registries so many times what taking it took."""
+TRIES = 5
 LEASE_S = 20.0
 """A lock that did not change for so long belongs to a process that ended, or stands still."""
 POLL_S = 0.1
 WAIT_S = 300.0
 
 
+class LostLockError(Interrupted):
+    """Another process took the lock."""
+
+
 @dataclass(frozen=True)
 class Held:
-    """A lock that is held since a moment of this process's clock. `where` names the repository.
+    """A lock that is held since a moment of this process's clock.
 
     `is_lock` is False where the registry itself refuses to change a tag.
     """
 
+    registry: OciRegistry
+    repo: str
+    owner: str
     since: float
-    where: str
     is_lock: bool = True
 
     def check(self) -> None:
-        """Make sure that there is time for one more request.
+        """Make sure, right before a write, that the lock is still held.
 
         Raises:
-            Interrupted: the lease is nearly over.
+            LostLockError: it is not, or will not be for one more request.
 
         """
-        if time.monotonic() - self.since > LEASE_S / 2:
-            what = "the registry is too slow: the lock of this repository would end before the next request"
-            raise Interrupted(what, where=self.where, fix="try again: completed transfers are kept")
+        late = time.monotonic() - self.since > LEASE_S / 2
+        if self.is_lock and (late or _owner(self.registry, self.repo) != self.owner):
+            what = "the registry is too slow: the lock of this repository ended before the next request"
+            where = self.registry.session.where(self.repo)
+            raise LostLockError(what, where=where, fix="try again: completed transfers are kept")
 
 
 def read_record(registry: OciRegistry, repo: str, tag: str, limit: int) -> tuple[bytes, str] | None:
@@ -65,26 +76,42 @@ def read_record(registry: OciRegistry, repo: str, tag: str, limit: int) -> tuple
     layers = layers_of(json.loads(found.data), where)
     if len(layers) != 1 or layers[0]["size"] > limit:
         return b"", found.digest
-    buffer = memoryview(bytearray(layers[0]["size"]))
-    count = registry.read_blob(repo, layers[0]["digest"], 0, buffer) if buffer else 0
-    data = bytes(buffer[: count or 0])
+    data = registry.read_small(repo, layers[0]["digest"], layers[0]["size"])
     return (data if digest_of(data) == layers[0]["digest"] else b""), found.digest
 
 
-def write_record(registry: OciRegistry, repo: str, tag: str, data: bytes) -> str:
-    """Store a record, whatever its tag held before; returns the digest of its manifest."""
-    document = record(RECORD_TYPE, data, {})
-    put_bytes(registry, repo, EMPTY)
+def write_record(held: Held, tag: str, data: bytes, *, first: tuple[str, Document] | None = None) -> None:
+    """Store a record, whatever its tag held before. `first`: a tag and a manifest that are written just before."""
+    registry, repo = held.registry, held.repo
     put_bytes(registry, repo, data)
-    registry.put_manifest(repo, tag, document)
-    return document.digest
+    held.check()
+    if first is not None:
+        registry.put_manifest(repo, *first)
+    registry.put_manifest(repo, tag, record(RECORD_TYPE, data, {}))
 
 
 def put_bytes(registry: OciRegistry, repo: str, data: bytes) -> None:
     """Store a small blob, unless the repository has it."""
     digest = digest_of(data)
     if registry.has_blob(repo, digest) is None:
-        registry.put_blob(repo, digest, len(data), lambda start: iter((data[start:],)))
+        registry.put_blob(repo, digest, len(data), lambda: iter((data,)))
+
+
+def under_lock(registry: OciRegistry, repo: str, work: Callable[[Held], Result]) -> Result:
+    """Do work while no other process of Tandem has the lock of this repository; again, if the lock is lost on the way.
+
+    Raises:
+        Interrupted: other processes hold it, one after the other, for too long, or it was lost several times.
+
+    """
+    for attempt in range(TRIES):
+        try:
+            with locked(registry, repo) as held:
+                return work(held)
+        except LostLockError:
+            if attempt == TRIES - 1:
+                raise
+    raise AssertionError
 
 
 @contextmanager
@@ -109,18 +136,20 @@ def locked(registry: OciRegistry, repo: str) -> Iterator[Held]:
 
 
 def _taken(registry: OciRegistry, repo: str, owner: str) -> Held | None:
-    """Wait until the lock is free, and try to take it once. A repository whose tags cannot change needs no lock."""
-    where, ended = registry.session.where(repo), _ended_owner(registry, repo)
+    """Wait until the lock is free, and try to take it once. A repository whose tags cannot change needs no lock.
+
+    Processes that saw it free at the same time have written it by the end of the pause: the last one has it.
+    """
+    ended = _ended_owner(registry, repo)
     began = time.monotonic()
     if _owner(registry, repo) not in ("", ended):
         return None
     try:
         _write(registry, repo, owner)
     except ImmutableTagError:
-        return Held(began, where, is_lock=False)
-    is_slow = time.monotonic() - began > SETTLE_S
-    time.sleep(LEASE_S if is_slow else SETTLE_S)
-    return Held(began, where) if _owner(registry, repo) == owner and not is_slow else None
+        return Held(registry, repo, owner, began, is_lock=False)
+    time.sleep(max(SETTLE_S, SLOWER * (time.monotonic() - began)))
+    return Held(registry, repo, owner, began) if _owner(registry, repo) == owner else None
 
 
 def _ended_owner(registry: OciRegistry, repo: str) -> str:

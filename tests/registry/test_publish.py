@@ -153,7 +153,7 @@ def test_publish_again_restores_lost_blobs(made, url):
 def test_publish_unknown_kind(made):
     with pytest.raises(HostError, match="unsupported kind of registry: ftp://") as caught:
         publish(made, "ftp://bucket/prefix")
-    assert caught.value.fix == "accepted: a folder, file://..., hf://..., s3://..."
+    assert caught.value.fix == "accepted: a folder, file://..., hf://..., oci://..., s3://..."
 
 
 def test_publish_registry_is_a_file(made, tmp_path):

@@ -35,7 +35,7 @@ class Fault:
 
 @dataclass
 class Proxy:
-    """Where it is, what it breaks, and what it saw."""
+    """Where it is, what it breaks, and what it saw. `dropped_headers` of requests (small letters) do not pass."""
 
     upstream: str
     endpoint: str = ""
@@ -43,6 +43,7 @@ class Proxy:
     log: list[str] = field(default_factory=list)
     broken: int = 0
     sent_bytes: int = 0
+    dropped_headers: tuple[str, ...] = ()
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fault_for(self, line: str) -> Fault | None:
@@ -102,12 +103,13 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.forward(body, fault)
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
     def forward(self, body: bytes, fault: Fault | None) -> None:
         connection = HTTPConnection(urlsplit(self.state.upstream).netloc, timeout=60)
         try:
-            connection.request(self.command, self.path, body or None, dict(self.headers))
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in self.state.dropped_headers}
+            connection.request(self.command, self.path, body or None, headers)
             answer = connection.getresponse()
             with self.state.lock:
                 self.state.sent_bytes += len(body)
