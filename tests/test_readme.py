@@ -41,7 +41,7 @@ def test_support_names_every_backend_instruction_set_and_chip():
 
 
 def test_support_names_every_kind_of_registry_and_draft():
-    kinds = {"file": "folder", "s3": "S3", "hf": "Hub"}
+    kinds = {"file": "folder", "s3": "S3", "hf": "Hub", "oci": "OCI"}
     assert set(support("registries").split(", ")) == {kinds[scheme] for scheme in STORES}
     words = {
         "draft_model": "smaller model", "eagle3": "EAGLE-3 head", "p_eagle": "P-EAGLE head", "dflash": "DFlash draft",

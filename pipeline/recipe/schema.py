@@ -309,7 +309,9 @@ class Validate(Record):
 class Publish(Record):
     """A registry that a build's artifact goes to."""
 
-    to: Annotated[str, Field(min_length=1)] = Field(description="a folder, s3://bucket/prefix, or hf://org/name")
+    to: Annotated[str, Field(min_length=1)] = Field(
+        description="a folder, s3://bucket/prefix, hf://org/name, or oci://host/path"
+    )
     aliases: Annotated[tuple[Name, ...], AfterValidator(_no_repeats)] = Field(
         default=(), description="aliases that point at the new release afterwards"
     )

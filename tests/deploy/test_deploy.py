@@ -261,6 +261,26 @@ def test_kubernetes_arguments_are_options(manifests):
     Policy.model_validate(yaml.safe_load(policy) | {}, strict=False)
 
 
+def test_kubernetes_image_volume_is_what_the_server_opens():
+    """No init container; the server's artifact is the mount of the image, and its policy knows artifacts by name."""
+    from pipeline.cli.main import main
+
+    text = (ROOT / "deploy/kubernetes/serve-image-volume.yaml").read_text()
+    documents = {one["kind"]: one for one in yaml.safe_load_all(text)}
+    pod = documents["Deployment"]["spec"]["template"]["spec"]
+    assert "initContainers" not in pod
+    (server,) = pod["containers"]
+    command, *args = server["args"]
+    main.get_command(click.Context(main), command).make_context(command, list(args))
+    mounts = {mount["name"]: mount for mount in server["volumeMounts"]}
+    assert (mounts["artifact"]["mountPath"], mounts["artifact"]["readOnly"]) == (args[0], True)
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes["artifact"]["image"]["reference"].endswith("-image")
+    assert set(mounts) == set(volumes)
+    rules = yaml.safe_load(documents["ConfigMap"]["data"]["policy.yaml"])["rules"]
+    assert rules[0]["releases"] == "smollm2-135m-spec@*"
+
+
 def test_kubernetes_service_reaches_a_ready_server(manifests):
     """Service, probe and server have one port; answers under way have their time before the pod is killed."""
     deployment, service = manifests["Deployment"]["spec"], manifests["Service"]["spec"]

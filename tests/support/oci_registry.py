@@ -30,9 +30,9 @@ storage:
 http: {{addr: "127.0.0.1:{port}"}}
 {auth}
 """
-PASSWORDS = """\
+HTPASSWD = """\
 auth:
-  htpasswd: {{realm: tests, path: {folder}/htpasswd}}
+  htpasswd: {{realm: tests, path: {path}}}
 """
 
 
@@ -53,11 +53,11 @@ PROGRAMS = {
 
 
 @contextmanager
-def running(kind: str, htpasswd: str = "") -> Iterator[Registry]:
-    """Start, wait until it answers, stop. `htpasswd`: lines of users with bcrypt passwords."""
+def running(kind: str, auth: str = "") -> Iterator[Registry]:
+    """Start, wait until it answers, stop. `auth`: a section of Docker's registry's configuration."""
     folder = Path(tempfile.mkdtemp(prefix="tandem-oci-"))
     port = free_ports(1)[0]
-    command = _command(kind, folder, port, htpasswd)
+    command = _command(kind, folder, port, auth)
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -73,7 +73,7 @@ def running(kind: str, htpasswd: str = "") -> Iterator[Registry]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _command(kind: str, folder: Path, port: int, htpasswd: str) -> list[str]:
+def _command(kind: str, folder: Path, port: int, auth: str) -> list[str]:
     name, how = PROGRAMS[kind]
     program = shutil.which(name)
     if program is None:
@@ -82,8 +82,6 @@ def _command(kind: str, folder: Path, port: int, htpasswd: str) -> list[str]:
     if kind != "distribution":
         verbs = ["registry", "serve"] if kind == "crane" else []
         return [program, *verbs, "--address", f"127.0.0.1:{port}", "--disk", str(folder / "data")]
-    (folder / "htpasswd").write_text(htpasswd)
-    auth = PASSWORDS.format(folder=folder) if htpasswd else ""
     (folder / "config.yml").write_text(CONFIG.format(folder=folder, port=port, auth=auth))
     return [program, "serve", str(folder / "config.yml")]
 
