@@ -2,10 +2,12 @@
 
     python benchmarks/stores.py s3  [--gigabytes 2] [--files 200 4] [--rounds 5]     against s5cmd and the AWS CLI
     python benchmarks/stores.py hub [...]                                            against huggingface_hub's functions
+    python benchmarks/stores.py oci [...]                                            against skopeo
     python benchmarks/stores.py delta                                                what a changed graph sends
 
 Rates are of the artifact's bytes over the wall time of a whole process, with its start, hashing and fsync. Peak
-memory is of that process. The S3 server is SeaweedFS, the Hub the tests' own: absolute rates say little, ratios more.
+memory is of that process. The S3 server is SeaweedFS, the Hub the tests' own, the OCI registry docker-registry:
+absolute rates say little, ratios more.
 `--keep FILE` adds the runs to a file and shows the medians of all that it has, so that rounds may be run one at a time.
 """
 
@@ -112,13 +114,33 @@ def hub() -> Iterator[tuple[dict[str, str], dict[str, Callable[..., list[str]]]]
         }  # fmt: skip
 
 
+@contextmanager
+def oci() -> Iterator[tuple[dict[str, str], dict[str, Callable[..., list[str]]]]]:
+    """As `s3`, on Docker's registry. skopeo copies between it and a folder in OCI's layout."""
+    from support import oci_registry
+
+    with oci_registry.running("distribution") as server:
+        plain = ["skopeo", "copy", "--quiet", "--src-tls-verify=false", "--dest-tls-verify=false"]
+
+        def skopeo(way: str, made: Path, out: Path, place: str) -> list[str]:
+            there = f"docker://{server.host}/skopeo/small-{place}:1"
+            layout = made.parent / "layout"
+            if way == "publish" and not layout.exists():  # not timed: it is made before the command runs
+                url = f"oci://{server.host}/layout"
+                run([*TANDEM, "publish", str(made), "--to", url, "--version", "1"], {"PYTHONPATH": str(HERE.parent)})
+                run([*plain, f"docker://{server.host}/layout/small:1", f"oci:{layout}:1"], {})
+            return [*plain, f"oci:{layout}:1", there] if way == "publish" else [*plain, there, f"oci:{out}:1"]
+
+        yield {"REGISTRY": f"oci://{server.host}/tandem-{{}}"}, {"skopeo": skopeo}
+
+
 Runs = dict[str, list[tuple[float, float, float]]]
 
 
 def measure(kind: str, made: Path, count: int, number: int, skip: list[str], work: Path) -> Runs:
     """What `run` says of one round: both directions, every client in turn, on a fresh server."""
     found: Runs = {}
-    with {"s3": s3, "hub": hub}[kind]() as (environ, clients):
+    with {"s3": s3, "hub": hub, "oci": oci}[kind]() as (environ, clients):
         names = [name for name in ("tandem", *clients) if name not in skip]
         order = names[number % len(names) :] + names[: number % len(names)]  # who goes first finds colder memory
         for way in ("publish", "pull"):
@@ -204,7 +226,7 @@ def start_up(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["s3", "hub", "delta", "start-up"])
+    parser.add_argument("kind", choices=["s3", "hub", "oci", "delta", "start-up"])
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--files", type=int, nargs="+", default=[200, 4])
     parser.add_argument("--rounds", type=int, default=5)

@@ -76,6 +76,7 @@ def _commands(settings: BackendSettings, *, can_build: bool) -> dict[str, str]:
         "pull, verify, ls": "yes",
         "registries s3://": state("s3"),
         "registries hf://": state("hub"),
+        "registries oci://": state("oci"),
         "sign, --require-signature": state("sign"),
         f"build, run ({settings.name})": ready if packages == "yes" else packages,
         "serve": state("vllm"),

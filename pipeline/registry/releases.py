@@ -14,7 +14,7 @@ from pipeline.artifact.diff import diff
 from pipeline.artifact.manifest import SIGNATURE, FileEntry, Manifest, PairManifest, parse, read
 from pipeline.errors import ArtifactError, CorruptError, InputError, RefusedError
 from pipeline.registry.release import all_files, choose, digest_of, parse_document
-from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Removed, Store, check_exists, open_store
+from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Removed, Store, UnlistedError, check_exists, open_store
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def check_usable(store: Store, name: str, version: str, where: str, fix: str) ->
 
 def has_names(url: str) -> bool:
     """Return whether there is a registry with releases at this address."""
-    with contextlib.suppress(InputError):
+    with contextlib.suppress(InputError, UnlistedError):
         check_exists(url)
         return bool(open_store(url).names())
     return False
@@ -113,7 +113,11 @@ def no_releases(url: str, name: str = "") -> InputError:
         check_exists(url)
     except InputError as error:
         return error
-    names = open_store(url).names()
+    try:
+        names = open_store(url).names()
+    except UnlistedError as error:
+        what, fix = f"no release named {name!r}", "check the name: this registry does not list its names"
+        return InputError(what, where=url, fix=fix) if name else InputError(error.what, where=url, fix=error.fix)
     if name and names:
         near = difflib.get_close_matches(name, names, 1)
         fix = f"did you mean {near[0]!r}?" if near else f"names: {', '.join(names)}"

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from pipeline.addresses import misspelt
 from pipeline.errors import HostError, InputError
@@ -44,6 +44,10 @@ Report = Callable[[int], None]
 
 class Interrupted(HostError):  # noqa: N818 - a HostError
     """A transient failure: a reset, a timeout, a server's 5xx, a truncated body."""
+
+
+class UnlistedError(HostError):
+    """A registry that does not tell the names it has."""
 
 
 class Pinned(Protocol):
@@ -181,7 +185,7 @@ class Store(Protocol):
         ...
 
     def names(self) -> list[str]:
-        """Return the names that have releases."""
+        """Return the names that have releases. UnlistedError: the registry does not tell them."""
         ...
 
     def versions(self, name: str) -> list[str]:
@@ -314,8 +318,7 @@ def open_store(url: str) -> Store:
         HostError: an unsupported kind of registry, or its client is not installed.
 
     """
-    store: Store = _opener(url)
-    return store
+    return _opener(url)
 
 
 def open_bucket(url: str) -> Bucket:
@@ -326,9 +329,8 @@ def open_bucket(url: str) -> Bucket:
 
     """
     check_bucket(url)
-    store: Any = _opener(url)
-    bucket: Bucket = store.bucket
-    return bucket
+    opened: Any = _opener(url)
+    return cast("Bucket", opened.bucket)
 
 
 def scheme_of(url: str) -> tuple[str, str]:
@@ -395,4 +397,4 @@ def _opener(url: str) -> Store:
     scheme, rest = scheme_of(url)
     require(extras_of(url), url)
     module, _, attribute = STORES[scheme].partition(":")
-    return getattr(import_module(module), attribute)(rest)
+    return cast("Store", getattr(import_module(module), attribute)(rest))

@@ -187,7 +187,7 @@ class OciStore:
         """Return the repositories one level below this path that hold releases.
 
         Raises:
-            HostError: the registry does not list its repositories.
+            UnlistedError: the registry does not list its repositories.
 
         """
         start = f"{self.path}/" if self.path else ""

@@ -14,7 +14,7 @@ from urllib.parse import urlencode, urljoin
 from urllib3.exceptions import HTTPError
 
 from pipeline.errors import CorruptError, HostError
-from pipeline.stores.base import Interrupted
+from pipeline.stores.base import Interrupted, UnlistedError
 from pipeline.stores.oci_layout import INDEX_TYPE, MANIFEST_TYPE, Document, digest_of
 from pipeline.stores.oci_session import FIRST_PAUSE_S, READ, TRIES, Answer, OciSession, json_of, small_body
 from pipeline.stores.ranges import LEAST_BYTES_PER_S, Ranges, deadline_s
@@ -88,10 +88,16 @@ class OciRegistry:
         """Return the repositories of the registry.
 
         Raises:
-            HostError: it does not list them, as most public registries.
+            UnlistedError: it does not list them, as most public registries.
 
         """
-        return list(self._listed("", "_catalog?n=1000", "repositories"))
+        try:
+            return list(self._listed("", "_catalog?n=1000", "repositories"))
+        except Interrupted:
+            raise
+        except HostError as error:
+            where = self.session.where("")
+            raise UnlistedError("this registry does not list its names", where=where, fix="add a name") from error
 
     def has_blob(self, repo: str, digest: str) -> int | None:
         """Return the size of a blob, or None."""
@@ -207,7 +213,7 @@ class OciRegistry:
     def _listed(self, repo: str, path: str, key: str) -> Iterator[str]:
         page: str | None = path
         while page:
-            answer = self.session.request("GET", repo, page, fine=(200, 404))
+            answer = self.session.request("GET", repo, page, fine=(200, 404) if repo else (200,))
             if answer.status == 404:
                 return
             yield from (str(name) for name in json_of(answer.data).get(key) or [])

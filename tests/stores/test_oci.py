@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ArtifactError, CorruptError, HostError
-from pipeline.registry import aliases
+from pipeline.errors import ArtifactError, CorruptError, HostError, TandemError
+from pipeline.registry import aliases, releases
 from pipeline.registry.publish import PublishSettings, publish
 from pipeline.registry.pull import pull
 from pipeline.stores import oci_tags
@@ -318,6 +318,20 @@ def test_manifest_of_a_stranger_is_refused(made, crane_url, options):
     store.registry.put_manifest(repo, "1.0", Document(MANIFEST_TYPE, json.dumps(body).encode()))
     with pytest.raises(CorruptError, match=r"no layer manifest\.json"):
         pull(f"{crane_url}/small@1.0", **options)
+
+
+@pytest.mark.parametrize("status", ["401", "403", "404", "405"])
+def test_registry_that_lists_no_names(made, proxy, status, options):
+    """As most public registries: what needs no list works, and a wrong name is not taken for an empty registry."""
+    url = behind(proxy)
+    publish(made, url, ["latest"])
+    proxy.faults = [Fault("GET .*_catalog", status, 1000)]
+    assert small.digests(pull(f"{url}/small@latest", **options)) == small.digests(made)
+    assert [entry.name for entry in releases.list_releases(url, "small")] == ["small"]
+    with pytest.raises(TandemError, match="no release named 'smal'"):
+        pull(f"{url}/smal@latest", **options)
+    with pytest.raises(HostError, match="does not list its names"):
+        releases.list_releases(url)
 
 
 @pytest.mark.parametrize("status", ["400", "409", "412"])
