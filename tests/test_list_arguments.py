@@ -36,6 +36,7 @@ from pipeline.sources import checkpoint, pointers, tensors
 from pipeline.stages.took import BuildClock
 from pipeline.stores.hub import HubStore
 from pipeline.stores.objects import ObjectStore
+from pipeline.stores.oci import OciStore
 from pipeline.validate import lengths
 from pipeline.validate.draft import examine
 from pipeline.validate.gates import acceptance
@@ -104,6 +105,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "sources.pointers.reject_pointers(names)": lambda value: pointers.reject_pointers(Path(), value),
     "sources.tensors.layout(tensors)": lambda value: tensors.layout(value, {}),
     "stores.hub.HubStore.send(paths)": lambda value: HubStore.send(UNUSED, UNUSED, value, UNUSED),
+    "stores.oci.OciStore.send(paths)": lambda value: OciStore.send(UNUSED, UNUSED, value, UNUSED),
     "stores.objects.ObjectStore.send(paths)": lambda value: ObjectStore.send(UNUSED, UNUSED, value, UNUSED),
     "serve.arguments.restrict(engine)": lambda value: arguments.restrict(UNUSED, value, UNUSED),
     "stages.took.BuildClock.expect(missing)": expect,

@@ -54,7 +54,8 @@ class OciSession:
     def __init__(self, host: str) -> None:
         self.host = host
         server = "registry-1.docker.io" if host in HUB_HOSTS else host
-        plain = LOCAL.fullmatch(host) or host in os.environ.get(PLAIN_HTTP, "").replace(" ", "").split(",")
+        more = os.environ.get(PLAIN_HTTP, "")
+        plain = LOCAL.fullmatch(host) or host in re.split(r"[,\s]+", more)
         self.url = f"{'http' if plain else 'https'}://{server}"
         self.pool = _pool(self.url)
         self._tokens: dict[tuple[str, str], str] = {}

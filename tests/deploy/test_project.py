@@ -173,7 +173,7 @@ def test_make_build_keeps_the_torch_of_a_neuron_environment(tmp_path):
     (tmp_path / "lib/python3.12/site-packages/torch_neuronx").mkdir(parents=True)
     assert make_build(tmp_path) == [INSTALL.format("build-neuron"), BUILD]
     requirements = PROJECT["project"]["optional-dependencies"]
-    assert requirements["build-neuron"] == ["tandem-spec[neuron,s3,sign]"]
+    assert requirements["build-neuron"] == ["tandem-spec[neuron,s3,oci,sign]"]
     assert not any(re.match(r"torch\b(?!-)|tandem-spec\[inductor", need) for need in requirements["neuron"])
 
 
