@@ -50,7 +50,7 @@ def statement(build: Build, subjects: Mapping[str, str]) -> dict[str, Any]:
     }  # fmt: skip
     details = {
         "builder": {"id": builder(), "version": {"tandem": __version__}},
-        "metadata": {"invocationId": _invocation(), "finishedOn": build.created},
+        "metadata": {"invocationId": invocation(), "finishedOn": build.created},
     }
     return {
         "_type": "https://in-toto.io/Statement/v1",
@@ -90,7 +90,8 @@ def _code() -> dict[str, Any]:
     return {"name": "tandem", "annotations": {"commit": commit}, **({"digest": {"gitCommit": commit}} if plain else {})}
 
 
-def _invocation() -> str:
+def invocation() -> str:
+    """Return the address of this run in GitHub Actions, else an empty string."""
     run, attempt = os.environ.get("GITHUB_RUN_ID"), os.environ.get("GITHUB_RUN_ATTEMPT", "1")
     repository = os.environ.get("GITHUB_REPOSITORY", "")
     server = os.environ.get("GITHUB_SERVER_URL", "https://github.com")

@@ -7,15 +7,11 @@ continues at the file's size. Memory is bounded independently of the blobs' size
 from __future__ import annotations
 
 import hashlib
-import itertools
 import mmap
 import os
-import random
 import threading
-import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +25,7 @@ from pipeline.errors import CorruptError, HostError
 from pipeline.files.atomic import check_space, disk_errors
 from pipeline.files.direct import BLOCK_BYTES, open_output
 from pipeline.progress import ByteProgress
-from pipeline.stores.base import Blob, Interrupted, Store
+from pipeline.registry.parts import Origin, Reading, parts
 
 WRITERS = 6
 READERS = 16
@@ -37,12 +33,6 @@ PART_BYTES = 8 << 20
 AHEAD = 3
 """Parts of a blob that are read ahead. A pull holds WRITERS * (AHEAD + 1) * PART_BYTES in memory."""
 CHUNK_BYTES = 1 << 20
-TRIES = 6
-GIVE_UP_S = 90.0
-"""No new attempt after this: some clients retry for a minute themselves."""
-SHORT_TRIES = 3
-"""Attempts after responses that end early without an error: a blob that was truncated in the registry does not grow."""
-FIRST_PAUSE_S = 0.2
 
 
 @dataclass
@@ -58,20 +48,6 @@ class _Meter:
         with self.lock:
             self.done += size_bytes
             self.report(self.done, self.total)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where blobs come from: a release of a store. `prefix` is the variant's folder in the release."""
-
-    store: Store
-    name: str
-    version: str
-    prefix: str = ""
-
-    def blob(self, path: str, entry: FileEntry) -> Blob:
-        """Return a file of the release as a blob."""
-        return Blob(self.name, self.version, self.prefix + path, entry.sha256, entry.size)
 
 
 @dataclass(frozen=True)
@@ -186,7 +162,7 @@ def _stream(job: _Job, origin: Origin, partial: Path) -> str:
         kept_bytes = _digest_kept(file, digest)
         job.meter.add(min(kept_bytes, entry.size))
         output = open_output(file)
-        for piece in _parts(job, origin, kept_bytes):
+        for piece in parts(_reading(job, origin), kept_bytes, RING.parts):
             digest.update(piece)
             output.write(piece)
             job.meter.add(len(piece))
@@ -194,59 +170,15 @@ def _stream(job: _Job, origin: Origin, partial: Path) -> str:
     return digest.hexdigest()
 
 
+def _reading(job: _Job, origin: Origin) -> Reading:
+    return Reading(origin, job.path, job.entry, job.readers, job.stopped)
+
+
 def _digest_kept(file: IO[bytes], digest: hashlib._Hash) -> int:
     file.seek(0)
     while piece := file.read(CHUNK_BYTES):
         digest.update(piece)
     return file.tell()
-
-
-def _parts(job: _Job, origin: Origin, offset: int) -> Iterator[memoryview]:
-    """Yield the blob's parts from `offset` on, in order, some read ahead; later parts reuse the memory."""
-    starts = iter(range(offset, job.entry.size, PART_BYTES))
-    memory, ahead = itertools.cycle(RING.parts), deque[Future[memoryview]]()
-
-    def read_ahead() -> None:
-        start = next(starts, None)
-        if start is not None:
-            buffer = next(memory)[: job.entry.size - start]
-            ahead.append(job.readers.submit(_read, job, origin, start, buffer))
-
-    for _ in range(AHEAD):
-        read_ahead()
-    try:
-        while ahead:
-            piece = ahead.popleft().result()
-            read_ahead()
-            yield piece
-    finally:
-        for future in ahead:
-            future.cancel()
-        wait(ahead)  # a running read would write into the memory of this thread's next blob
-
-
-def _read(job: _Job, origin: Origin, offset: int, buffer: memoryview) -> memoryview:
-    """Return one part; transient failures and short responses are retried with growing pauses."""
-    pause, short, blob = FIRST_PAUSE_S, 0, origin.blob(job.path, job.entry)
-    started = time.monotonic()
-    for attempt in range(TRIES):
-        if job.stopped.is_set():
-            raise Interrupted("another file failed", where=job.path)
-        try:
-            count = origin.store.read_blob(blob, offset, buffer)
-        except Interrupted:
-            if attempt == TRIES - 1 or time.monotonic() - started > GIVE_UP_S:
-                raise
-        else:
-            if count == len(buffer):
-                return buffer
-            short += 1
-            if short == SHORT_TRIES:
-                break
-        job.stopped.wait(pause * (1 + random.random()))  # noqa: S311 - spreads the load
-        pause *= 2
-    what = f"{job.path}: truncated in the registry: fewer bytes than the expected {job.entry.size}"
-    raise CorruptError(what, where=blob.sha256, fix="publish the artifact again")
 
 
 def _size(path: Path) -> int:

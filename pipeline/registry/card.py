@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline.artifact.manifest import CacheManifest, Manifest, PairManifest
@@ -19,9 +18,9 @@ and never compile; every file is pinned by its sha256 in `manifest.json`."""
 TAGS = ("tandem", "speculative-decoding", "ahead-of-time")
 
 
-def card(document: Document, manifests: Mapping[str, Manifest], root: Path) -> str:
-    """Return the README.md of a release; the lock in the artifact at `root` names the models."""
-    front = to_text(_front(root)).strip()
+def card(document: Document, manifests: Mapping[str, Manifest], lock: bytes) -> str:
+    """Return the README.md of a release; the text of a recipe's lock, if there is one, names the models."""
+    front = to_text(_front(lock)).strip()
     command = f"```sh\ntandem pull REGISTRY/{document.name}@{document.version} DIRECTORY\n```"
     return f"---\n{front}\n---\n\n{body(document, manifests)}\n\n## Use\n\n{command}\n"
 
@@ -36,20 +35,21 @@ def body(document: Document, manifests: Mapping[str, Manifest]) -> str:
     return "\n".join(parts)
 
 
-def _front(root: Path) -> dict[str, Any]:
+def _front(lock: bytes) -> dict[str, Any]:
     """Return the front matter; the licence is that of the models, which a Hub shows through `base_model`."""
     front = {"library_name": "tandem", "license": "other", "license_name": "that-of-the-base-models"}
-    models = list(_hub_models(root / "recipe.lock"))
+    models = list(_hub_models(lock))
     return front | {"tags": list(TAGS)} | ({"base_model": models} if models else {})
 
 
-def _hub_models(lock: Path) -> Iterator[str]:
+def _hub_models(lock: bytes) -> Iterator[str]:
     try:
-        data = json.loads(lock.read_bytes())
-    except (OSError, ValueError):
+        data = json.loads(lock)
+    except (ValueError, RecursionError):
         return
     for role in ("target", "draft"):
-        source = str((data.get(role) or {}).get("source", ""))
+        part = data.get(role) if isinstance(data, dict) else None
+        source = str(part.get("source", "")) if isinstance(part, dict) else ""
         if source.startswith("hf://"):
             yield source.removeprefix("hf://").partition("@")[0]
 

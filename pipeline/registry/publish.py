@@ -25,6 +25,8 @@ from pipeline.registry.release import Bundle, Document, Index, all_files, digest
 from pipeline.registry.releases import check_usable, read_small
 from pipeline.stores.base import Content, Report, Signature, Store, open_store, scheme_of
 
+LOCK = "recipe.lock"
+"""The lock of a pair's recipe, in its artifact."""
 UNGATED = {"nxdi": "NxD Inference", CACHE_KIND: "vLLM's Neuron plugin"}
 """Compilers of artifacts that the gates cannot run, by backend; such artifacts need `--unvalidated`."""
 
@@ -209,7 +211,7 @@ def _publish(bundle: Bundle, place: Place, options: PublishSettings, progress: B
     url, store = place.url, open_store(place.url)
     for alias in place.aliases:
         check_alias(store, bundle.document.name, bundle.document.version, alias, url)
-    _check_version(store, bundle.document, url)
+    check_version(store, bundle.document, url)
     content = _content(bundle)
     if options.dry_run:
         published, missing = _missing(store, bundle, content, url)
@@ -222,7 +224,7 @@ def _publish(bundle: Bundle, place: Place, options: PublishSettings, progress: B
             content = replace(content, signatures=tuple(_signatures(bundle, options.sign)))
         else:
             _check_signed(store, published, options, url)
-        _send(store, content, missing, progress)
+        send_missing(store, content, missing, progress)
         if published is None and not store.create_release(content):
             by_another_process = _published(store, bundle.document, url)  # raises if it differs
             _check_signed(store, by_another_process or bundle.document, options, url)
@@ -270,8 +272,13 @@ def _keep_signatures(bundle: Bundle, sign: Sign) -> None:
         write_atomic(artifact.root / SIGNATURE, sign(artifact.data))
 
 
-def _check_version(store: Store, document: Document, url: str) -> None:
-    """Reject a version that was yanked, or that has the name of an alias, which it would hide."""
+def check_version(store: Store, document: Document, url: str) -> None:
+    """Reject a version that was yanked, or that has the name of an alias, which it would hide.
+
+    Raises:
+        InputError: an alias has this name. RefusedError: the version was yanked.
+
+    """
     if store.read_alias(document.name, document.version) is not None:
         what = f"version {document.version!r} is an alias of {document.name}"
         raise InputError(what, where=url, fix="choose another version, or omit --version")
@@ -301,10 +308,10 @@ def _check_gates(manifest: Manifest, root: Path, unvalidated: bool) -> None:
 
 def _content(bundle: Bundle) -> Content:
     manifests = {prefix: artifact.manifest for prefix, artifact in bundle.artifacts.items()}
-    root = next(iter(bundle.artifacts.values())).root
+    lock = next(iter(bundle.artifacts.values())).root / LOCK
     return Content(
         bundle.document.name, bundle.document.version, bundle.data, bundle.files, bundle.sources,
-        (), card(bundle.document, manifests, root),
+        (), card(bundle.document, manifests, lock.read_bytes() if lock.is_file() else b""),
     )  # fmt: skip
 
 
@@ -359,7 +366,9 @@ def _missing(store: Store, bundle: Bundle, content: Content, url: str) -> tuple[
     return published, store.missing(content, files)
 
 
-def _send(store: Store, content: Content, missing: Sequence[str], progress: ByteProgress) -> None:
+def send_missing(store: Store, content: Content, missing: Sequence[str], progress: ByteProgress) -> None:
+    """Store these files of a release, and report the bytes of all of them together."""
+    no_string(missing, "missing", "paths")
     total, done, lock = sum(content.files[path].size for path in missing), 0, threading.Lock()
 
     def report(size: int) -> None:

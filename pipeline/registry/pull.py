@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pipeline.artifact import manifest as artifact
 from pipeline.artifact.host import host_facts
@@ -20,14 +20,16 @@ from pipeline.artifact.pulled import PullRecord
 from pipeline.artifact.signing import Accepted, Policy, absolute
 from pipeline.artifact.verify import check_replaceable
 from pipeline.cache.local import default_root
-from pipeline.errors import ArtifactError, CorruptError, HostError, InputError, RefusedError, no_string
+from pipeline.errors import ArtifactError, HostError, InputError, no_string
 from pipeline.extras import require
 from pipeline.files.atomic import atomic_dir, link_or_copy, write_atomic
-from pipeline.files.limits import MAX_BYTES, json_object
+from pipeline.files.limits import MAX_BYTES
 from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.records import Record
-from pipeline.registry.blobs import Blobs, Origin
-from pipeline.registry.release import INDEX_KIND, Document, choose, parse_document
+from pipeline.registry.blobs import Blobs
+from pipeline.registry.documents import SignedDocument, check_names, check_signatures, mismatch, signed_document
+from pipeline.registry.parts import Origin
+from pipeline.registry.release import choose, parse_document
 from pipeline.registry.releases import Reference, check_usable, find_release, parse_reference, read_small
 from pipeline.stores.base import Store, extras_of, open_store
 
@@ -68,20 +70,11 @@ class Pulled:
     created: str = ""
 
 
-class _Signed(Record):
-    """A document and the signatures over it, which are not verified yet."""
-
-    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
-
-    data: bytes
-    signatures: tuple[bytes, ...] = ()
-
-
 class _Remembered(Record):
     """The documents of a release as an earlier pull stored them, for `offline`."""
 
-    own: _Signed
-    index: _Signed | None = None
+    own: SignedDocument
+    index: SignedDocument | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +87,8 @@ class _Resolved:
     version: str
     prefix: str
     manifest: Manifest
-    own: _Signed
-    index: _Signed | None
+    own: SignedDocument
+    index: SignedDocument | None
     accepted: Accepted | None
 
 
@@ -108,20 +101,14 @@ class _Wanted:
     policy: Policy | None
     yanked: bool = False
 
-    def checked(self, signed: _Signed) -> Accepted | None:
+    def checked(self, signed: SignedDocument) -> Accepted | None:
         """Check the signatures over a document, whose bytes are all that is read.
 
         Raises:
             RefusedError: no signature, or none that the policy accepts.
 
         """
-        if self.policy is None:
-            return None
-        where = str(self.ref)
-        if not signed.signatures and json_object(signed.data, where).get("kind") == INDEX_KIND:
-            what, fix = "the index of this release is not signed", "publish the release as another version, with --sign"
-            raise RefusedError(what, where=where, fix=fix)
-        return self.policy.check(signed.data, signed.signatures, where)
+        return check_signatures(self.policy, signed, str(self.ref))
 
 
 def pull(
@@ -260,10 +247,10 @@ def _resolve(wanted: _Wanted, store: Store, blobs: Blobs) -> _Resolved:
     version, data = find_release(store, ref.name, ref.wanted, ref.url)
     if not wanted.yanked:
         check_usable(store, ref.name, version, str(ref), "use another version, or pull it with --allow-yanked")
-    own, index, prefix = _signed(store, ref.name, version, "", data), None, ""
+    own, index, prefix = signed_document(store, ref.name, version, "", data), None, ""
     accepted = wanted.checked(own)
     document = parse_document(data, str(ref))
-    _check_names(document, ref, version)
+    check_names(document, ref, version)
     if isinstance(document, Manifest):
         manifest = document
         if variant is not None:
@@ -272,20 +259,15 @@ def _resolve(wanted: _Wanted, store: Store, blobs: Blobs) -> _Resolved:
         chosen = choose(document, host_facts(), variant, str(ref))
         index, prefix = own, f"{chosen}/"
         data = read_small(store, ref.name, version, f"{prefix}{MANIFEST}", document.variants[chosen].manifest)
-        own = _signed(store, ref.name, version, prefix, data)
+        own = signed_document(store, ref.name, version, prefix, data)
         accepted = wanted.checked(own)
         manifest = artifact.parse(data, str(ref))
         if manifest.name != ref.name:
-            raise _mismatch("name", ref.name, manifest.name, ref)
+            raise mismatch("name", ref.name, manifest.name, ref)
     release = _Resolved(version, prefix, manifest, own, index, accepted)
     for name in {ref.wanted, version}:
         _remember(_memory(Reference(ref.url, ref.name, name), variant, blobs), release)
     return release
-
-
-def _signed(store: Store, name: str, version: str, prefix: str, data: bytes) -> _Signed:
-    digest = hashlib.sha256(data).hexdigest()
-    return _Signed(data=data, signatures=tuple(store.signatures(name, version, f"{prefix}{SIGNATURE}", digest)))
 
 
 def _provenance(manifest: Manifest, blobs: Blobs, origin: Origin | None) -> bytes:
@@ -295,18 +277,6 @@ def _provenance(manifest: Manifest, blobs: Blobs, origin: Origin | None) -> byte
         return b""
     blobs.fetch_all(origin, {PROVENANCE: entry}, no_byte_progress)
     return blobs.path(entry.sha256).read_bytes()
-
-
-def _check_names(document: Document, ref: Reference, version: str) -> None:
-    if document.name != ref.name:
-        raise _mismatch("name", ref.name, document.name, ref)
-    if document.version != version:
-        raise _mismatch("version", version, document.version, ref)
-
-
-def _mismatch(field: str, expected: str, found: str, ref: Reference) -> CorruptError:
-    what = f"{field} mismatch in the manifest: expected {expected!r}, found {found!r}"
-    return CorruptError(what, where=str(ref), fix="publish the release again")
 
 
 def _remember(memory: Path, release: _Resolved) -> None:

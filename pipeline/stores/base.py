@@ -11,7 +11,6 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from pipeline.addresses import misspelt
@@ -19,6 +18,7 @@ from pipeline.errors import HostError, InputError
 from pipeline.extras import require
 from pipeline.files.home import expanded
 from pipeline.files.limits import MAX_BYTES
+from pipeline.stores.sources import Source
 
 STORES: dict[str, str] = {
     "file": "pipeline.stores.folder:open_folder",
@@ -77,7 +77,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Signature:
-    """A signature over a manifest's bytes; `path` is where the release keeps it (`signature`)."""
+    """A signature over a manifest's bytes, or its record of promotions; `path` is where the release keeps it."""
 
     path: str
     manifest_sha256: str
@@ -92,7 +92,7 @@ class Content:
     version: str
     document: bytes
     files: Mapping[str, Pinned]
-    sources: Mapping[str, Path]
+    sources: Mapping[str, Source]
     signatures: Sequence[Signature] = ()
     card: str = ""
 
@@ -166,7 +166,7 @@ class Store(Protocol):
         ...
 
     def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:
-        """Return signatures over a manifest of a release, not verified; `path` as in `Signature`.
+        """Return signatures over a manifest of a release, not verified, or its promotions; `path` as in `Signature`.
 
         At most `SIGNATURES`, each of at most `SIGNATURE_BYTES`; others are left out.
         """
@@ -261,7 +261,7 @@ class Bucket(Protocol):
         """Return the size of an object, or None."""
         ...
 
-    def upload(self, key: str, source: Path, sha256: str, parts: int) -> None:
+    def upload(self, key: str, source: Source, sha256: str, parts: int) -> None:
         """Store a file atomically, up to `parts` parts at a time; rejects bytes of another digest."""
         ...
 

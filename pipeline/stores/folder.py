@@ -15,6 +15,7 @@ from pipeline.files.home import expanded
 from pipeline.files.unfinished import TEMP
 from pipeline.stores.base import SMALL_BYTES, Listing, Object
 from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
+from pipeline.stores.sources import Source
 
 CHUNK_BYTES = 1 << 20
 ABSENT = (FileNotFoundError, NotADirectoryError)
@@ -40,7 +41,7 @@ class FolderBucket:
             return (self.root / key).stat().st_size
         return None
 
-    def upload(self, key: str, source: Path, sha256: str, parts: int) -> None:  # noqa: ARG002 - a copy has one
+    def upload(self, key: str, source: Source, sha256: str, parts: int) -> None:  # noqa: ARG002 - a copy has one
         """Copy a file in, with its digest checked. A link would let later edits of the artifact reach the registry."""
         with atomic_file(self.root / key) as out:
             for piece in checked_pieces(source, sha256, CHUNK_BYTES):

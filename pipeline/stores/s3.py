@@ -6,6 +6,7 @@ credentials' usual chain. Sent bytes carry a sha256 that the server checks; tran
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pipeline.files.home import expanded, has_home
 from pipeline.stores.base import SMALL_BYTES, Interrupted, Listing, Object
 from pipeline.stores.objects import ObjectStore, check_small, checked_pieces
 from pipeline.stores.ranges import Ranges
+from pipeline.stores.sources import Source
 
 LOCATION = re.compile(r"(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(/(?P<prefix>[\w.+/=-]*))?")
 PART_BYTES = 8 << 20
@@ -103,15 +105,17 @@ class S3Bucket:
             except FileNotFoundError:
                 return None
 
-    def upload(self, key: str, source: Path, sha256: str, parts: int) -> None:
+    def upload(self, key: str, source: Source, sha256: str, parts: int) -> None:
         """Send a small file in one request, a large file in parallel parts. Rejects a file whose digest differs."""
         with self._explained("put", key):
-            if source.stat().st_size <= PART_BYTES:
-                data = b"".join(checked_pieces(source, sha256, PART_BYTES))
-                obstore.put(self.store, self.prefix + key, data, use_multipart=False)
-                return
             pieces = checked_pieces(source, sha256, PART_BYTES)
-            obstore.put(self.store, self.prefix + key, pieces, chunk_size=PART_BYTES, max_concurrency=parts)
+            first = next(pieces, b"")
+            second = next(pieces, None)  # None: the digest of a small file was compared
+            if second is None:
+                obstore.put(self.store, self.prefix + key, first, use_multipart=False)
+                return
+            whole = itertools.chain((first, second), pieces)
+            obstore.put(self.store, self.prefix + key, whole, chunk_size=PART_BYTES, max_concurrency=parts)
 
     def read(self, key: str, offset: int, buffer: memoryview, token: str | None = None) -> int:
         """Read a part of an object: by a signed URL, or, where that fails, by the client."""

@@ -17,7 +17,8 @@ from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.direct import BLOCK_BYTES
 from pipeline.files.unfinished import TEMP
-from pipeline.registry.blobs import Blobs, Origin
+from pipeline.registry.blobs import Blobs
+from pipeline.registry.parts import Origin
 from pipeline.registry.pull import Selection, pull
 from pipeline.registry.releases import Reference, parse_reference
 from support import small_artifacts as small
