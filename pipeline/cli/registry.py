@@ -130,7 +130,8 @@ def ls(console: Console, url: str, json_: bool) -> None:
     """List the releases of a registry. URL/NAME lists the releases of one name.
 
     A release has the digest of its artifact, which `tandem inspect` shows, or of each variant. "signed" means that a
-    signature exists; `pull` and `verify` check the signer, with --require-signature or --policy.
+    signature exists; `pull` and `verify` check the signer, with --require-signature or --policy. "copied from" names
+    the last `tandem copy` or `tandem load` that brought a release here; --json has all of them.
     """
     releases = _releases(url)
     for damaged in (release for release in releases if release.damage):
@@ -164,18 +165,28 @@ def _listed(url: str, name: str | None = None) -> list[Listed]:
 
 
 def _listing(releases: Sequence[Listed]) -> Table:
-    headings = ("release", "digest", "built (UTC)", "size", "signed", "aliases", "variants", "yanked")
-    columns = len(headings) if any(each.yanked for each in releases) else len(headings) - 1
+    headings = ("release", "digest", "built (UTC)", "size", "signed", "aliases", "variants", "yanked", "copied from")
+    empty = {"yanked": not any(each.yanked for each in releases), "copied from": not any(map(_copied, releases))}
     rows = [
         (
             f"{each.name}@{each.version}", "damaged" if each.damage else value(each.digests),
             moment(each.created), "" if each.damage else size(each.size_bytes),
             "" if each.damage else "yes" if each.has_signature else "no", ", ".join(each.aliases),
-            ", ".join(each.variants), each.yanked,
+            ", ".join(each.variants), each.yanked, _copied(each),
         )
         for each in releases
     ]  # fmt: skip
-    return Table(headings[:columns], [row[:columns] for row in rows], right=("size",), whole=headings[:2])
+    shown = [column for column, heading in enumerate(headings) if not empty.get(heading)]
+    kept = [tuple(row[column] for column in shown) for row in rows]
+    return Table(tuple(headings[column] for column in shown), kept, right=("size",), whole=headings[:2])
+
+
+def _copied(release: Listed) -> str:
+    """Return where the last copy of a release came from, who made it and when; empty if it was published here."""
+    if not release.copies:
+        return "damaged record" if release.copies_damage else ""
+    last = release.copies[-1]
+    return f"{last.source.rpartition('/')[0]} by {last.who}, {moment(last.when)}"
 
 
 @click.command(cls=Command)

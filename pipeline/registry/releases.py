@@ -13,8 +13,11 @@ from typing import Any
 from pipeline.artifact.diff import diff
 from pipeline.artifact.manifest import SIGNATURE, FileEntry, Manifest, PairManifest, parse, read
 from pipeline.errors import ArtifactError, CorruptError, InputError, RefusedError
+from pipeline.registry.parts import Origin, read_whole
+from pipeline.registry.promotions import read_promotions
 from pipeline.registry.release import all_files, choose, digest_of, parse_document
-from pipeline.stores.base import SMALL_BYTES, Alias, Blob, Removed, Store, UnlistedError, check_exists, open_store
+from pipeline.stores.base import Alias, Removed, Store, UnlistedError, check_exists, open_store
+from pipeline.stores.promotions import Promotion
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Listed:
 
     `digests`: the content digest of each artifact in it. `has_signature` does not depend on the signer.
     `damage`: why the release cannot be read; then only name, version and aliases are known. `yanked`: why it must not
-    be used.
+    be used. `copies`: those that brought it here, the oldest first; `copies_damage`: why they cannot be read.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Listed:
     has_signature: bool = False
     damage: str = ""
     yanked: str = ""
+    copies: tuple[Promotion, ...] = ()
+    copies_damage: str = ""
 
 
 def parse_reference(reference: str) -> Reference:
@@ -147,17 +152,8 @@ def read_small(store: Store, name: str, version: str, path: str, entry: FileEntr
         CorruptError: another digest than the release lists, or a size over the limit for manifests.
 
     """
-    where = f"{name}@{version}: {path}"
-    if entry.size > SMALL_BYTES:
-        what = f"manifest too large: {entry.size:,} bytes, limit {SMALL_BYTES:,}"
-        raise CorruptError(what, where=where, fix="do not use this release")
-    buffer = memoryview(bytearray(entry.size))
-    data = bytes(buffer[: store.read_blob(Blob(name, version, path, entry.sha256, entry.size), 0, buffer)])
-    sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 != entry.sha256:
-        what = f"sha256 mismatch: expected {entry.sha256}, found {sha256}"
-        raise CorruptError(what, where=where, fix="publish the release again")
-    return data
+    fix = "publish the release again"
+    return read_whole(Origin(store, name, version, where=f"{name}@{version}", fix=fix), path, entry)
 
 
 def list_releases(url: str, name: str | None = None) -> list[Listed]:
@@ -203,10 +199,19 @@ def _listed(store: Store, release: Release, aliases: tuple[str, ...], where: str
     entries = {} if isinstance(document, Manifest) else document.variants
     contents = [entry.content for entry in entries.values()] or [digest_of(document)]
     signatures = store.signatures(name, version, SIGNATURE, hashlib.sha256(release.data).hexdigest())
+    copies, damage = _copies(store, release, where)
     return Listed(
         name, version, document.created, size, aliases, tuple(entries),
-        tuple(contents), bool(signatures),
+        tuple(contents), bool(signatures), copies=copies, copies_damage=damage,
     )  # fmt: skip
+
+
+def _copies(store: Store, release: Release, where: str) -> tuple[tuple[Promotion, ...], str]:
+    """Return the copies that brought a release here, or why their record cannot be read: the release is usable."""
+    try:
+        return read_promotions(store, release.name, release.version, release.data, where), ""
+    except CorruptError as error:
+        return (), error.what
 
 
 def collect(url: str, *, dry_run: bool = False) -> Removed:

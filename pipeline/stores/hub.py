@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeAlias
 
 import httpx2 as httpx
@@ -21,9 +24,24 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from huggingface_hub.hf_api import RepoFile
 
 from pipeline.errors import ArtifactError, CorruptError, InputError, no_string
-from pipeline.files.limits import SIGNATURE_BYTES
-from pipeline.stores.base import Alias, Blob, Content, Interrupted, Move, Pinned, Removed, Report, Yank, in_parallel
+from pipeline.files.atomic import disk_errors
+from pipeline.files.limits import SIGNATURE_BYTES, SIGNATURES
+from pipeline.stores.base import (
+    SMALL_BYTES,
+    Alias,
+    Blob,
+    Content,
+    Interrupted,
+    Move,
+    Pinned,
+    Removed,
+    Report,
+    Yank,
+    in_parallel,
+)
 from pipeline.stores.hub_api import TRIES, Hub
+from pipeline.stores.objects import checked_pieces
+from pipeline.stores.sources import Source
 from pipeline.stores.yanks import yank_of, yank_text
 
 LOCATION = re.compile(r"(?P<org>[\w-][\w.-]*)(/(?P<name>[\w-][\w.-]*))?")
@@ -37,6 +55,7 @@ GROUP_BYTES = 256 << 20
 GROUP_FILES = 100
 GROUPS = UPLOADS = 4
 """Groups that are uploaded at a time, and files of each."""
+CHUNK_BYTES = 1 << 20
 RELEASE, POINT = "Release ", "Point {alias} at "
 Operation: TypeAlias = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 
@@ -63,16 +82,26 @@ class HubStore:
         self.added: dict[str, CommitOperationAdd] = {}
         self.commits: dict[tuple[str, str], str] = {}
         self.lock = threading.Lock()
+        self.staging: Path | None = None
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
         """Protect nothing: a Hub does not collect files that a branch or tag refers to."""
         self.added.clear()
-        yield
+        try:
+            yield
+        finally:
+            if self.staging is not None:
+                shutil.rmtree(self.staging, ignore_errors=True)
+                self.staging = None
 
     def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:
-        """Return the paths that main's head lacks, by sha256 (large files) or git's id; small files first."""
-        tree = self.hub.tree(self._repo(content.name), MAIN)
+        """Return the paths that the release lacks, or main's head if there is no release; small files first.
+
+        Large files are compared by sha256, small ones by git's id.
+        """
+        commit = self._commit_of(content.name, content.version)
+        tree = self.hub.tree(self._repo(content.name), commit or MAIN)
         large = {file.lfs.sha256 for file in tree.values() if file.lfs}
         order = sorted({entry.sha256: path for path, entry in files.items()}.values(), key=lambda p: files[p].size)
         return [p for p in order if files[p].sha256 not in large and not self._same(tree.get(p), content, p)]
@@ -106,10 +135,14 @@ class HubStore:
         return self.hub.read_small(self._repo(name), commit, "manifest.json") if commit else None
 
     def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:  # noqa: ARG002 - found by path
-        """Return the signature that was committed with the release."""
-        commit = self._commit_of(name, version)
-        signature = self.hub.read_small(self._repo(name), commit, path) if commit else None
-        return [signature] if signature is not None and len(signature) <= SIGNATURE_BYTES else []
+        """Return the signatures that were committed with the release: `signature`, `signature-2` and so on."""
+        commit, found = self._commit_of(name, version), list[bytes]()
+        for number in range(SIGNATURES if commit else 0):
+            signature = self.hub.read_small(self._repo(name), commit or "", _numbered(path, number))
+            if signature is None:
+                break
+            found.append(signature)
+        return [signature for signature in found if len(signature) <= SIGNATURE_BYTES]
 
     def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
         """Read a range of a file at the release's commit."""
@@ -218,6 +251,9 @@ class HubStore:
     def _upload(self, repo: str, content: Content, paths: Sequence[str], report: Report) -> None:
         additions = [self._add(content, path) for path in paths]
         self.hub.retried(lambda: self.hub.api.preupload_lfs_files(repo, additions=additions, num_threads=UPLOADS))
+        for addition in additions:
+            if self.staging is not None and addition.path_or_fileobj == b"":  # the client needs the file no more
+                (self.staging / addition.upload_info.sha256.hex()).unlink(missing_ok=True)
         report(sum(content.files[path].size for path in paths))
 
     def _commit_release(self, repo: str, content: Content) -> str | None:
@@ -243,7 +279,10 @@ class HubStore:
         """Yield the operations from main's head to the release: changed files, texts, and removals."""
         tree = self.hub.tree(self._repo(content.name), MAIN)
         texts = {"manifest.json": content.document, "README.md": content.card.encode()}
-        texts |= {signature.path: signature.data for signature in content.signatures}
+        numbers = dict.fromkeys((signature.path for signature in content.signatures), 0)
+        for signature in content.signatures:
+            texts[_numbered(signature.path, numbers[signature.path])] = signature.data
+            numbers[signature.path] += 1
         for path in content.files:
             if not self._same(tree.get(path), content, path):
                 yield self._add(content, path)
@@ -264,24 +303,40 @@ class HubStore:
 
     def _add(self, content: Content, path: str) -> CommitOperationAdd:
         """Return an addition with its known digest; an addition that was uploaded is used again."""
-        entry = content.files[path]
+        entry, source = content.files[path], content.sources[path]
+        if isinstance(source, Path) and source.stat().st_size != entry.size:
+            what = "file changed while it was published"
+            raise ArtifactError(what, where=str(source), fix="publish again")
         with self.lock:
             addition = self.added.get(path)
-            if addition is None or addition.upload_info.sha256.hex() != entry.sha256:
-                addition = CommitOperationAdd(path, content.sources[path])
-                addition.upload_info.sha256 = bytes.fromhex(entry.sha256)
+        if addition is None or addition.upload_info.sha256.hex() != entry.sha256:
+            addition = CommitOperationAdd(path, self._on_disk(source, entry.sha256))
+            addition.upload_info.sha256 = bytes.fromhex(entry.sha256)
+            with self.lock:
                 self.added[path] = addition
-        if content.sources[path].stat().st_size != entry.size:
-            what = "file changed while it was published"
-            raise ArtifactError(what, where=str(content.sources[path]), fix="publish again")
         return addition
+
+    def _on_disk(self, source: Source, sha256: str) -> Path:
+        """Return a file that the Hub's client can read twice; one from another store is removed when it was sent."""
+        if isinstance(source, Path):
+            return source
+        with self.lock:
+            self.staging = self.staging or Path(tempfile.mkdtemp(prefix="tandem-copy-"))
+            path = self.staging / sha256
+        with disk_errors(path), path.open("wb") as file:
+            for piece in checked_pieces(source, sha256, CHUNK_BYTES):
+                file.write(piece)
+        return path
 
     def _same(self, stored: RepoFile | None, content: Content, path: str) -> bool:
         if stored is None or stored.size != content.files[path].size:
             return False
         if stored.lfs is not None:
             return bool(stored.lfs.sha256 == content.files[path].sha256)
-        return bool(stored.blob_id == _git_id(content.sources[path].read_bytes()))
+        if stored.size > SMALL_BYTES:
+            return False
+        pieces = checked_pieces(content.sources[path], content.files[path].sha256, CHUNK_BYTES)
+        return bool(stored.blob_id == _git_id(b"".join(pieces)))
 
     def _tag(self, repo: str, version: str, commit: str) -> bool:
         try:
@@ -320,6 +375,11 @@ def _groups(paths: Sequence[str], files: Mapping[str, Pinned]) -> Iterator[list[
         group.append(path)
     if group:
         yield group
+
+
+def _numbered(path: str, number: int) -> str:
+    """Return the path of one of several signatures over a manifest."""
+    return path if number == 0 else f"{path}-{number + 1}"
 
 
 def _git_id(data: bytes) -> str:

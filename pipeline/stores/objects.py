@@ -1,7 +1,8 @@
 """A registry over objects: the same layout and the same guarantees in a folder and in an S3 bucket.
 
     blobs/sha256/<2 hex>/<sha256>    releases/<name>/<version>/manifest.json    aliases/<name>/<alias>
-    signatures/<sha256 of a manifest>/<sha256 of the signature>    yanks/<name>/<version>    leases/    collections/
+    signatures/<sha256 of a manifest>/<sha256 of the signature>    promotions/<sha256 of a manifest>/<sha256>
+    yanks/<name>/<version>    leases/    collections/
 
 An alias is a text that lists its moves, the newest first: the first word of the first line is its version.
 """
@@ -33,6 +34,8 @@ from pipeline.stores.base import (
     in_parallel,
 )
 from pipeline.stores.leases import Lease, collecting, leased
+from pipeline.stores.promotions import PROMOTED
+from pipeline.stores.sources import Source
 from pipeline.stores.yanks import YANK_BYTES, yank_of, yank_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -88,7 +91,7 @@ class ObjectStore:
         they are sent again.
         """
         for signature in content.signatures:
-            key = f"{_signatures(signature.manifest_sha256)}/{_sha256(signature.data)}"
+            key = f"{_beside(signature.path, signature.manifest_sha256)}/{_sha256(signature.data)}"
             self.bucket.create(key, signature.data)
         if self.lease is not None:
             self.lease.check()
@@ -105,7 +108,7 @@ class ObjectStore:
 
     def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:  # noqa: ARG002 - found by digest
         """Return the signatures over a manifest; larger ones and later ones than the limits are not read."""
-        listed = itertools.islice(self.bucket.list(_signatures(manifest_sha256)), LISTED)
+        listed = itertools.islice(self.bucket.list(_beside(path, manifest_sha256)), LISTED)
         small = (entry.key for entry in listed if entry.size <= SIGNATURE_BYTES)
         objects = (self.bucket.get(key, SIGNATURE_BYTES) for key in itertools.islice(small, SIGNATURES))
         return [signature.data for signature in objects if signature is not None]
@@ -190,7 +193,7 @@ class ObjectStore:
                 yield parts[1], parts[2]
 
 
-def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[bytes]:
+def checked_pieces(source: Source, sha256: str, piece_bytes: int) -> Iterator[bytes]:
     """Yield a file's bytes in pieces; raises at the end, before a writer finishes, if the digest is wrong.
 
     Raises:
@@ -204,7 +207,8 @@ def checked_pieces(source: Path, sha256: str, piece_bytes: int) -> Iterator[byte
             yield piece
     if digest.hexdigest() != sha256:
         what = f"sha256 mismatch: expected {sha256}, found {digest.hexdigest()}"
-        raise CorruptError(what, where=str(source), fix="build the artifact again")
+        fix = "build the artifact again" if isinstance(source, Path) else source.fix
+        raise CorruptError(what, where=str(source), fix=fix)
 
 
 def check_small(size: int, limit: int, where: str) -> None:
@@ -235,9 +239,10 @@ def _yank(name: str, version: str) -> str:
     return f"yanks/{_plain(name)}/{_plain(version)}"
 
 
-def _signatures(manifest_sha256: str) -> str:
+def _beside(path: str, manifest_sha256: str) -> str:
+    """Return the folder of the signatures over a manifest, or of the records of its promotions, by their path."""
     assert DIGEST.fullmatch(manifest_sha256), manifest_sha256
-    return f"signatures/{manifest_sha256}"
+    return f"{'promotions' if path.rpartition('/')[2] == PROMOTED else 'signatures'}/{manifest_sha256}"
 
 
 def _sha256(data: bytes) -> str:
