@@ -26,7 +26,7 @@ from pipeline.models.generation import GenerationDefaults
 from pipeline.nxdi import vllm_args, vllm_cache
 from pipeline.plan.forecast import Forecast
 from pipeline.recipe import changed
-from pipeline.registry import publish, pull
+from pipeline.registry import copy, publish, pull
 from pipeline.runtime.calls import checked_prompts
 from pipeline.runtime.engine import Engine
 from pipeline.serve import arguments
@@ -91,11 +91,13 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "nxdi.vllm_args.shell_line(command)": lambda value: vllm_args.shell_line({}, value),
     "plan.forecast.Forecast.compile_s(names)": lambda value: Forecast({}, {}, 0, 0).compile_s(1, value),
     "recipe.changed.changed_recipes(paths)": changed.changed_recipes,
+    "registry.copy.copied(missing)": lambda value: copy.copied(UNUSED, UNUSED, value, is_there=False),
     "registry.publish.listed_places(roots)": publish.listed_places,
     "registry.publish.publish(aliases)": lambda value: publish.publish([], "url", value),
     "registry.publish.publish(roots)": lambda value: publish.publish(value, "url"),
     "registry.publish.publish_all(places)": lambda value: publish.publish_all([], value),
     "registry.publish.publish_all(roots)": lambda value: publish.publish_all(value, []),
+    "registry.publish.send_missing(missing)": lambda value: publish.send_missing(UNUSED, UNUSED, value, UNUSED),
     "runtime.calls.checked_prompts(prompts)": checked_prompts,
     "runtime.engine.Engine.generate(prompts)": generate,
     "serve.requests.RequestSlots.drop(names)": lambda value: RequestSlots(BATCH).drop(value),

@@ -112,6 +112,12 @@ def digests(root: Path) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+def kept(registry: Path) -> dict[str, str]:
+    """The files of a registry in a folder that a copy must not change, by their digests."""
+    folders = ("blobs/", "releases/", "signatures/")
+    return {name: digest for name, digest in digests(registry).items() if name.startswith(folders)}
+
+
 def _shard(root: Path, model: str, data: bytes) -> Shard:
     data = model.encode() + data
     path = Path("weights") / model / "rank-0-of-1.safetensors"

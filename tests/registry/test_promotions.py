@@ -1,0 +1,106 @@
+"""The record of how a release came into a registry: who copied it, from where, step by step; damage is no silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifact import manifest
+from pipeline.errors import CorruptError
+from pipeline.registry.copy import copy
+from pipeline.registry.publish import Place, publish
+from pipeline.registry.releases import collect, list_releases
+from pipeline.stores import promotions
+from pipeline.stores.promotions import MAX_PROMOTIONS, Promotion, promotion_text, promotions_of
+
+STEP = Promotion("s3://dev/small@1.0", "s3://prod", "2026-11-30T10:00:00Z", "alice", "urn:tandem:builder:local")
+
+
+@pytest.fixture
+def chain(tmp_path: Path, made: Path, monkeypatch) -> Path:
+    """Registries dev -> staging -> prod, by two people, the second in a workflow."""
+    for name, value in {"GITHUB_RUN_ID": "", "GITHUB_WORKFLOW_REF": ""}.items():
+        monkeypatch.setenv(name, value)
+    publish(made, str(tmp_path / "dev"), ["latest"])
+    monkeypatch.setenv("GITHUB_ACTOR", "alice")
+    copy(f"{tmp_path}/dev/small@latest", Place(f"{tmp_path}/staging", ("latest",)))
+    monkeypatch.setenv("GITHUB_ACTOR", "bob")
+    monkeypatch.setenv("GITHUB_WORKFLOW_REF", "org/repo/.github/workflows/promote.yml@refs/heads/main")
+    monkeypatch.setenv("GITHUB_RUN_ID", "7")
+    monkeypatch.setenv("GITHUB_REPOSITORY", "org/repo")
+    copy(f"{tmp_path}/staging/small@latest", Place(f"{tmp_path}/prod"))
+    return tmp_path
+
+
+def test_each_copy_adds_who_and_from_where(chain):
+    assert list_releases(str(chain / "dev"))[0].copies == ()
+    (release,) = list_releases(str(chain / "prod"))
+    first, second = release.copies
+    assert (first.who, first.source) == ("alice", f"{chain}/dev/small@{release.version}")
+    assert (first.destination, first.builder, first.run) == (f"{chain}/staging", "urn:tandem:builder:local", "")
+    assert (second.who, second.source) == ("bob", f"{chain}/staging/small@{release.version}")
+    assert second.builder == "https://github.com/org/repo/.github/workflows/promote.yml@refs/heads/main"
+    assert second.run == "https://github.com/org/repo/actions/runs/7/attempts/1"
+    assert list_releases(str(chain / "staging"))[0].copies == (first,)
+
+
+def test_a_copy_of_a_release_that_is_there_adds_no_record(chain):
+    before = list_releases(str(chain / "prod"))[0].copies
+    copy(f"{chain}/dev/small@latest", Place(f"{chain}/prod"))
+    assert list_releases(str(chain / "prod"))[0].copies == before
+
+
+def test_the_record_is_an_in_toto_statement_about_the_document(chain):
+    (path,) = (chain / "prod/promotions").rglob("*/*")
+    statement = json.loads(path.read_text())
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    assert statement["predicateType"] == "urn:tandem:promotion:v1"
+    (release,) = list_releases(str(chain / "prod"))
+    assert statement["subject"] == [{"name": f"small@{release.version}", "digest": {"sha256": path.parent.name}}]
+
+
+def test_gc_keeps_records(chain):
+    collect(str(chain / "prod"))
+    assert len(list_releases(str(chain / "prod"))[0].copies) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff", b"other"])
+def test_a_damaged_record_is_shown_and_stops_a_copy(chain, damage):
+    (path,) = (chain / "prod/promotions").rglob("*/*")
+    path.write_bytes(damage)
+    (release,) = list_releases(str(chain / "prod"))
+    assert (release.damage, release.copies) == ("", ())
+    assert "damaged record" in release.copies_damage
+    with pytest.raises(CorruptError, match=r"damaged record of a promotion \(promoted\.json\)"):
+        copy(f"{chain}/prod/small@{release.version}", Place(f"{chain}/next"))
+
+
+def test_a_record_of_another_manifest_is_rejected():
+    data = promotion_text("small@1.0", "a" * 64, [STEP])
+    assert promotions_of(data, "a" * 64, "here") == (STEP,)
+    with pytest.raises(CorruptError, match="of another manifest"):
+        promotions_of(data, "b" * 64, "here")
+
+
+@pytest.mark.parametrize("who", ["\x1b[31mroot", "a\nb", "x" * 5000])
+def test_a_record_cannot_write_to_a_terminal(who):
+    data = json.loads(promotion_text("small@1.0", "a" * 64, [STEP]))
+    data["predicate"]["promotions"][0]["who"] = who
+    with pytest.raises(CorruptError, match="damaged record"):
+        promotions_of(json.dumps(data).encode(), "a" * 64, "here")
+
+
+def test_a_record_is_bounded():
+    """The newest promotions are kept."""
+    steps = [Promotion("s" * 4000, str(number), "", "w", "b") for number in range(MAX_PROMOTIONS + 50)]
+    data = promotion_text("small@1.0", "a" * 64, steps)
+    assert len(data) <= 256 << 10
+    assert promotions_of(data, "a" * 64, "here")[-1] == steps[-1]
+
+
+def test_names_of_the_record_agree():
+    """`artifact` and `stores` do not import each other; a manifest must not list a file of this name."""
+    assert manifest.PROMOTED == promotions.PROMOTED
+    assert promotions.PROMOTED in manifest.BESIDE
