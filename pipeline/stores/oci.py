@@ -39,6 +39,7 @@ from pipeline.stores.oci_api import ImmutableTagError, OciRegistry
 from pipeline.stores.oci_layout import (
     EMPTY,
     INDEX_TYPE,
+    PROMOTION_TYPE,
     RELEASE_TYPE,
     SIGNATURE_TYPE,
     SIGNED,
@@ -58,6 +59,7 @@ from pipeline.stores.oci_layout import (
     record,
 )
 from pipeline.stores.oci_tags import PREFIX, Held, put_bytes, read_record, under_lock, write_record
+from pipeline.stores.promotions import PROMOTED
 from pipeline.stores.yanks import YANK_BYTES, yank_of, yank_text
 
 LOCATION = re.compile(r"(?P<host>[\w.-]+(:\d+)?|\[[0-9a-f:]+\](:\d+)?)(?P<path>(/[a-z0-9]+([._-]+[a-z0-9]+)*)*)")
@@ -159,7 +161,7 @@ class OciStore:
         return self._layer(repo, document_layer(body, where), SMALL_BYTES, where)
 
     def signatures(self, name: str, version: str, path: str, manifest_sha256: str) -> list[bytes]:
-        """Return the signatures among the referrers of the manifest that `path` stands beside."""
+        """Return the signatures, or promotions, among the referrers of the manifest that `path` stands beside."""
         repo, top = self.repository(name), self._release(name, version)
         if top is None:
             return []
@@ -170,7 +172,7 @@ class OciStore:
             subject = next((e["digest"] for e in entries if e["annotations"].get(VARIANT) == folder), subject)
         found: dict[bytes, None] = {}
         for entry in itertools.islice(self._referrers(repo, subject, where), REFERRERS):
-            found |= dict.fromkeys(self._signature(repo, entry, manifest_sha256, where))
+            found |= dict.fromkeys(self._signature(repo, entry, (_referrer_type(path), manifest_sha256), where))
         return list(itertools.islice(found, SIGNATURES))
 
     def read_blob(self, blob: Blob, offset: int, buffer: memoryview) -> int:
@@ -303,12 +305,13 @@ class OciStore:
         """Store a signature as a referrer; where the registry lists none, in the index of a tag."""
         repo, subject = held.repo, layout.subject(signature.path)
         named = descriptor(subject.media_type, subject.data)
-        document = record(SIGNATURE_TYPE, signature.data, {SIGNED: signature.manifest_sha256}, named)
+        kind = _referrer_type(signature.path)
+        document = record(kind, signature.data, {SIGNED: signature.manifest_sha256}, named)
         put_bytes(self.registry, repo, signature.data)
         if self.registry.put_manifest(repo, document.digest, document):
             return
         entry = descriptor(document.media_type, document.data) | {
-            "artifactType": SIGNATURE_TYPE, "annotations": {SIGNED: signature.manifest_sha256},
+            "artifactType": kind, "annotations": {SIGNED: signature.manifest_sha256},
         }  # fmt: skip
         tag = _fallback(subject.digest)
         entries = self._tagged_referrers(repo, subject.digest, self.where)
@@ -327,17 +330,22 @@ class OciStore:
         found = self.registry.manifest(repo, _fallback(digest))
         return manifests_of(_body(found, where), where) if found is not None else []
 
-    def _signature(self, repo: str, entry: Descriptor, manifest_sha256: str, where: str) -> list[bytes]:
-        """Return the signature that a referrer holds; none if it is large, or over another manifest.
+    def _signature(self, repo: str, entry: Descriptor, wanted: tuple[str, str], where: str) -> list[bytes]:
+        """Return the signature that a referrer holds; none if it is large, of another type, or over another manifest.
 
-        What it is over is read from the referrer itself: some registries list no annotations.
+        `wanted`: its type, and the digest of the manifest. Both are read from the referrer itself: some registries list
+        no annotations, and another type.
         """
+        kind, manifest_sha256 = wanted
         if entry["annotations"].get(SIGNED, manifest_sha256) != manifest_sha256:
             return []
         document = self.registry.manifest(repo, entry["digest"])
         if document is None or annotations_of(document.data, where).get(SIGNED) != manifest_sha256:
             return []
-        small = [layer for layer in layers_of(_body(document, where), where)[:1] if layer["size"] <= SIGNATURE_BYTES]
+        body = _body(document, where)
+        if body.get("artifactType") != kind:
+            return []
+        small = [layer for layer in layers_of(body, where)[:1] if layer["size"] <= SIGNATURE_BYTES]
         with suppress(CorruptError):  # anyone who may write can add a referrer
             return [self._layer(repo, layer, SIGNATURE_BYTES, where) for layer in small]
         return []
@@ -354,6 +362,11 @@ def check_tag(text: str, kind: str, where: str) -> str:
         what = f"an OCI registry has no {kind} {text!r}: a tag has letters, digits, _ . and -"
         raise InputError(what, where=where, fix=f"use another {kind}")
     return text
+
+
+def _referrer_type(path: str) -> str:
+    """Return the type of a signature's referrer, or of that of a record of promotions, by its path in the release."""
+    return PROMOTION_TYPE if path.rpartition("/")[2] == PROMOTED else SIGNATURE_TYPE
 
 
 def _record(kind: str, name: str) -> str:

@@ -12,7 +12,6 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
@@ -29,6 +28,7 @@ from pipeline.stores.oci_layout import (
     descriptor,
 )
 from pipeline.stores.oci_tags import put_bytes
+from pipeline.stores.sources import Source
 
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
@@ -44,11 +44,11 @@ END = bytes(2 * tarfile.BLOCKSIZE)
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a layer: bytes, or a file on disk."""
+    """A file in a layer: bytes, or where they come from."""
 
     name: str
     size: int
-    source: bytes | Path
+    source: bytes | Source
 
     @property
     def header(self) -> bytes:

@@ -26,6 +26,7 @@ CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
 RELEASE_TYPE = "application/vnd.tandem.release.v1+json"
 """Artifact type of the manifest, in an index, whose layer names the variants of a release."""
 SIGNATURE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+PROMOTION_TYPE = "application/vnd.in-toto+json"
 FILE_TYPES = (
     ("weights/", "application/vnd.cncf.model.weight.v1.raw"),
     ("graphs/", "application/vnd.cncf.model.code.v1.raw"),
