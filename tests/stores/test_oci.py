@@ -377,3 +377,25 @@ def test_many_publishers_of_one_version(each_url, tmp_path):
             small.digests(out)["weights/target/rank-0-of-1.safetensors"]
             == small.digests(roots[won[0]])["weights/target/rank-0-of-1.safetensors"]
         )
+
+
+def test_copy_goes_through_registries_of_all_kinds(made, each_url, tmp_path):
+    """Folder -> OCI -> folder: manifest, files, signature and promotions are there; copying again sends nothing."""
+    from pipeline.artifact import signing
+    from pipeline.registry.copy import copy
+    from pipeline.registry.publish import Place
+    from support.signing_keys import key_pair
+
+    private, public = key_pair(tmp_path, "release")
+    signing.sign(made, private)
+    version = publish(made, str(tmp_path / "dev")).version
+    copied = copy(f"{tmp_path}/dev/small@{version}", Place(each_url, ("staging",)))
+    assert (copied.fresh, copied.has_signature, copied.aliases) == (True, True, ("staging",))
+    back = copy(f"{each_url}/small@staging", Place(str(tmp_path / "prod"), ("prod",)))
+    assert (back.version, copy(f"{tmp_path}/dev/small@{version}", Place(each_url)).sent) == (version, 0)
+    policy = signing.require(str(public))
+    for url in (each_url, str(tmp_path / "prod")):
+        out = pull(f"{url}/small@{version}", tmp_path / "out", cache=tmp_path / "cache", policy=policy)
+        assert small.digests(out) == small.digests(made)
+    promotions = releases.list_releases(str(tmp_path / "prod"))[0].copies
+    assert [each.destination for each in promotions] == [each_url, str(tmp_path / "prod")]
