@@ -5,7 +5,9 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-RECIPE ?= smollm2-135m-spec
+RECIPE  ?= smollm2-135m-spec
+MINUTES ?= 15
+SEED    ?= 1
 
 # Extras for $(VENV). An environment with the Neuron SDK keeps the SDK's torch, which the extra `inductor` would replace.
 SDK    := $(wildcard $(VENV)/lib/python3*/site-packages/torch_neuronx)
@@ -40,7 +42,7 @@ PYTEST := PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not hlo and not browser and not ray and not drafts
 
-.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-xla test-hlo test-vllm test-drafts mutants lint format types imports docs check clean
+.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-xla test-hlo test-vllm test-drafts test-soak mutants lint format types imports docs check clean
 help:                    ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -70,6 +72,10 @@ test-servers: $(READY)   ## tests with real S3 and OCI servers and a test server
 test-ray: $(READY)       ## a real Ray cluster of several nodes on this machine, with a real S3 server
 	$(BIN)/python -m pip install --quiet --editable '.[ray,servers]'
 	$(PYTEST) -m ray
+
+test-soak: $(READY) $(VLLM_READY) ## mixed load on a served pair, disturbed: make soak MINUTES=60 SEED=1
+	test -e artifacts/$(RECIPE)/manifest.json || $(BIN)/tandem build $(RECIPE)
+	$(VLLM_VENV)/bin/python benchmarks/soak.py artifacts/$(RECIPE) --minutes $(MINUTES) --chaos $(SEED)
 
 mutants: $(READY)        ## small faults in the code of graphs, through all gates; prints those that pass
 	$(BIN)/python benchmarks/mutants.py

@@ -38,7 +38,7 @@ def main() -> None:
         try:
             for server in servers:
                 server.first_token(prompts[0])
-            ours, theirs = (Load(server.port, []) for server in servers)
+            ours, theirs = (Load(server.port, {}) for server in servers)
             with ThreadPoolExecutor(8) as pool:
                 theirs.right = list(pool.map(theirs.whole, prompts))
                 answers = list(pool.map(ours.whole, prompts))

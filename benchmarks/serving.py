@@ -53,14 +53,14 @@ def export(target: Checkpoint, folder: Path) -> Path:
 
 
 class Server:
-    """A server on a free port."""
+    """A server on a free port, or on one that is given."""
 
-    def __init__(self, command: list[str], log: Path, **environment: str) -> None:
+    def __init__(self, command: list[str], log: Path, port: int | None = None, **environment: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+            self.port = port or free.getsockname()[1]
         self.started = time.perf_counter()
-        with log.open("w", encoding="utf-8") as out:
+        with log.open("a", encoding="utf-8") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *command, "--port", str(self.port), "--served-model-name", "m"],
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | environment,

@@ -1,23 +1,26 @@
 """Mixed load on a served artifact: answers stay right, memory stays put, nothing hangs.
 
-    python benchmarks/soak.py [ARTIFACT] [--minutes 30]
+    python benchmarks/soak.py [ARTIFACT] [--minutes 60] [--chaos SEED]
 
-To be run by the environment that has vLLM. The answers to some prompts, alone and greedy, are what every later answer
-to them must be; in bfloat16 a batch of one and a larger one round differently, so a difference is allowed where the
-artifact's own logits put the two tokens closer than bfloat16's noise at the median token of its report. Then many
-clients at once, in random order: whole answers and streamed ones (compared), sampled ones, disconnects in mid-stream,
-prompts that are too long, bad JSON, an unknown model, an unsupported field, and vLLM's own `bench serve` beside them.
-Every 20 s the memory of the server's processes is added up. Ends with an error if an answer differs, a status is not
-the expected one, a request takes longer than `PATIENCE` seconds, memory grows, or requests are left over.
+To be run by the environment that has vLLM. The engine's greedy answers to some prompts, without a server, are what
+every answer to them must be; in bfloat16 a batch of one and a larger one round differently, so a difference is allowed
+where the artifact's own logits put the two tokens closer than bfloat16's noise at the median token of its report. Many
+clients at once, in random order: whole answers and streamed ones (compared), long prompts, sampled ones, JSON by a
+schema, log probabilities, disconnects in mid-stream, prompts that are too long, bad JSON, an unknown model, an
+unsupported field, and vLLM's own `bench serve` beside them. With `--chaos` the server is disturbed meanwhile
+(`soak_chaos.py`): an engine and the server are killed once, processes stand still for 20 s, the temporary folder is
+full, the registry is away.
+
+Every 20 s the memory, descriptors, threads and temporary files of the server's processes are counted. Ends with an
+error if an answer differs, a status is not the expected one (but while a killed server starts), a request takes longer
+than `PATIENCE` seconds, memory at the end is more than 2% over that of minute 10, or anything is left over.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import http.client
 import json
-import os
 import random
 import re
 import subprocess
@@ -31,7 +34,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from serving import MODULE, Server
+import soak_chaos
+from soak_chaos import Served, Use
 
 from pipeline.recipe import load
 from pipeline.runtime.open import load as open_artifact
@@ -41,10 +45,16 @@ from pipeline.validate.prompts import load_prompts, prompts_path
 PATIENCE = 120
 CLIENTS = 6
 LIMIT = 40
+LONG_CHARACTERS = 2500
+"""Of the prompt that is read in several chunks."""
 PAUSE = 1.0
 """Mean seconds between a client's requests."""
 
-GROWTH = 1.05
+GROWTH = 1.02
+WARM_S = 600.0
+"""Memory and descriptors are compared with those of minute 10, or of the first third of a shorter run."""
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 BENCH = (
     "import argparse; from vllm.benchmarks.serve import add_cli_args, main;"
     "p = argparse.ArgumentParser(); add_cli_args(p); main(p.parse_args())"
@@ -54,13 +64,14 @@ BENCH = (
 class Load:
     """Clients of one server, and what they saw."""
 
-    def __init__(self, port: int, prompts: list[str]) -> None:
-        self.port, self.prompts = port, prompts
+    def __init__(self, port: int, right: dict[str, str], served: Served | None = None) -> None:
+        self.port, self.served = port, served
+        self.prompts, self.right = list(right), list(right.values())
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         self.others: set[tuple[int, str]] = set()
         self.slowest = 0.0
-        self.right = [self.whole(prompt) for prompt in prompts]
+        self.without_server = 0
 
     def post(self, body: bytes | dict[str, Any], path: str = "/v1/chat/completions") -> tuple[int, bytes]:
         """Status and answer."""
@@ -121,16 +132,38 @@ class Load:
             "too long": lambda: self.refused("too long", 400, self.body("word " * 4000)),
             "bad JSON": lambda: self.refused("bad JSON", 400, b'{"model": "m", "messages": ['),
             "unknown model": lambda: self.refused("unknown model", 404, self.body(prompt) | {"model": "other"}),
-            "unsupported": lambda: self.refused("unsupported", 400, self.body(prompt, logit_bias={"5": 1.0})),
+            "unsupported": lambda: self.refused("unsupported", 400, self.shown(prompt)),
+            "schema": lambda: self.json(prompt),
+            "log probabilities": lambda: self.refused(
+                "log probabilities", 200, self.body(prompt, logprobs=True, top_logprobs=2)
+            ),
         }
-        kind = chance.choices(list(kinds), [6, 6, 3, 3, 1, 1, 1, 1])[0]
-        started = time.monotonic()
+        kind = chance.choices(list(kinds), [6, 6, 3, 3, 1, 1, 1, 1, 2, 2])[0]
+        started, faults = time.monotonic(), len(self.faults)
         try:
             kinds[kind]()
         except Exception as error:
             self.faults.append(f"{kind}: {error!r}")
-        self.slowest = max(self.slowest, time.monotonic() - started)
+        if self.served is not None and self.served.may_fail(started, time.monotonic()):
+            self.without_server += 1
+            del self.faults[faults:]
+        else:
+            self.slowest = max(self.slowest, time.monotonic() - started)
         self.counts[kind] += 1
+
+    def shown(self, prompt: str) -> dict[str, Any]:
+        """A request with an image."""
+        return self.body(prompt) | {
+            "messages": [{"role": "user", "content": [IMAGE, {"type": "text", "text": prompt}]}]
+        }
+
+    def json(self, prompt: str) -> None:
+        """A request whose answer must follow a schema."""
+        schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
+        status, data = self.post(self.body(f"{prompt}\nAnswer as JSON.", response_format=schema))
+        text = json.loads(data)["choices"][0]["message"]["content"] if status == 200 else data
+        if status != 200 or not isinstance(json.loads(text)["a"], int):
+            self.faults.append(f"schema: {status}, {text!r}")
 
     def left_over(self) -> float:
         """Requests that the server still has."""
@@ -138,17 +171,6 @@ class Load:
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         return sum(float(v) for v in re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)", text, re.M))
-
-
-def memory(leader: int) -> int:
-    """Resident bytes of all processes of a group, shared pages shared out."""
-    total = 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError):
-            if os.getpgid(int(folder.name)) == leader:
-                found = re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(encoding="utf-8"), re.M)
-                total += int(found[1]) * 1024 if found else 0
-    return total
 
 
 def bench_serve(port: int, tokenizer: Path, count: int) -> subprocess.Popen[bytes]:
@@ -167,33 +189,46 @@ def bench_serve(port: int, tokenizer: Path, count: int) -> subprocess.Popen[byte
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def watch(load: Load, server: Server, tokenizer: Path, seconds: float) -> tuple[list[int], list[str]]:
-    """Run all clients for so long; returns memory over time and what `bench serve` said."""
-    ends, sizes, said = time.monotonic() + seconds, [], []
+def watch(load: Load, served: Served, tokenizer: Path, ends: float) -> tuple[list[Use], list[str]]:
+    """Run all clients until a moment; returns what the server held over time, and what `bench serve` said."""
+    uses, said = list[Use](), list[str]()
 
     def client(seed: int) -> None:
         chance = random.Random(seed)
-        while time.monotonic() < ends and server.process.poll() is None:
+        while time.monotonic() < ends:
             load.one(chance)
             time.sleep(chance.expovariate(1 / PAUSE))
 
     threads = [threading.Thread(target=client, args=(seed,)) for seed in range(CLIENTS)]
     for thread in threads:
         thread.start()
-    bench = bench_serve(server.port, tokenizer, 40)
+    bench, began = bench_serve(load.port, tokenizer, 40), time.monotonic()
     while time.monotonic() < ends:
         time.sleep(20)
-        sizes.append(memory(server.process.pid))
-        done = sum(load.counts.values())
-        print(f"{done} requests, {len(load.faults)} faults, {sizes[-1] / 1e6:.0f} MB, slowest {load.slowest:.0f} s, "
-              f"{(ends - time.monotonic()) / 60:.0f} min left", flush=True)  # fmt: skip
+        uses.append(served.use())
+        print(f"{sum(load.counts.values())} requests, {len(load.faults)} faults, {uses[-1]}, "
+              f"slowest {load.slowest:.0f} s, {(ends - time.monotonic()) / 60:.0f} min left", flush=True)  # fmt: skip
         if bench.poll() is not None and ends - time.monotonic() > 120:
-            said.append(bench.communicate()[0].decode())
-            bench = bench_serve(server.port, tokenizer, 40)
+            note(served, said, bench, began)
+            bench, began = bench_serve(load.port, tokenizer, 40), time.monotonic()
     for thread in threads:
         thread.join()
-    said.append(bench.communicate()[0].decode())
-    return sizes, said
+    note(served, said, bench, began)
+    return uses, said
+
+
+def note(served: Served, said: list[str], bench: subprocess.Popen[bytes], began: float) -> None:
+    """Keep what `bench serve` said, unless there was no server for a while."""
+    text = bench.communicate()[0].decode()
+    if not served.may_fail(began, time.monotonic()):
+        said.append(text)
+
+
+def answers(root: Path, prompts: list[str]) -> dict[str, str]:
+    """The engine's greedy answers, without a server."""
+    with open_artifact(root) as engine:
+        found = engine.generate([engine.text.chat(prompt) for prompt in prompts], max_new_tokens=LIMIT, temperature=0)
+        return {prompt: each.text for prompt, each in zip(prompts, found, strict=True)}
 
 
 def judged(root: Path, load: Load) -> list[str]:
@@ -219,37 +254,83 @@ def judged(root: Path, load: Load) -> list[str]:
     return faults
 
 
+def grown(uses: list[Use], since: int) -> list[str]:
+    """What the server holds more of at the end than at one of its counts."""
+    first, last = uses[since : since + 6] or uses[-1:], uses[-6:]
+    size, end = median(use.size_bytes for use in first), median(use.size_bytes for use in last)
+    print(
+        f"memory: {size / 1e6:.0f} MB at minute {(since + 1) / 3:.0f}, {end / 1e6:.0f} MB at the end, {end / size:.3f}"
+    )
+    print(f"descriptors, threads, temporary files: {first[0]}, at the end {last[-1]}")
+    faults = [f"memory grew: {end / size:.3f}"] if end > GROWTH * size else []
+    held: dict[str, Callable[[Use], int]] = {
+        "descriptors": lambda use: use.descriptors, "threads": lambda use: use.threads, "files": lambda use: use.files,
+    }  # fmt: skip
+    return faults + [
+        f"more {name} at the end" for name, of in held.items() if median(map(of, last)) > max(map(of, first))
+    ]
+
+
+def soaked(asked: argparse.Namespace, work: Path) -> tuple[Load, list[str], list[str]]:
+    """Serve, load and disturb; returns the clients, faults of the server, and what `bench serve` said."""
+    recipe = load(asked.artifact / "recipe.yaml")
+    shipped = [prompt.text for prompt in load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))]
+    right = answers(asked.artifact, [*shipped[::4], " ".join(shipped)[:LONG_CHARACTERS]])
+    with soak_chaos.small_temp(work) as has_small_disk:
+        served = Served(*soak_chaos.copied_registry(asked.artifact, work), work)
+        served.start(shipped[0])
+        try:
+            ends = time.monotonic() + asked.minutes * 60
+            clients, disturbed = Load(served.server.port, right, served), list[str]()
+            if asked.chaos is not None:
+                given = (served, asked.chaos, ends, shipped[0])
+                work_ = lambda: disturbed.extend(soak_chaos.disturb(*given, has_small_disk=has_small_disk))  # noqa: E731
+                disturber = threading.Thread(target=work_)
+                disturber.start()
+            uses, said = watch(clients, served, asked.artifact / "tokenizer", ends)
+            if asked.chaos is not None:
+                disturber.join()
+                print(f"{len(disturbed)} disturbances, temporary folder {'small' if has_small_disk else 'never full'}")
+            time.sleep(2)
+            clients.same(0, clients.whole(clients.prompts[0]))
+            faults = grown(uses, min(int(WARM_S / 20), len(uses) // 3))
+            if left := clients.left_over():
+                faults.append(f"{left:.0f} requests left over")
+        finally:
+            served.server.end()
+        time.sleep(2)
+        if served.outlived:
+            faults.append(f"{served.outlived} processes outlived a killed one of their server")
+        if survivors := served.processes():
+            faults.append(f"{len(survivors)} processes outlived the server")
+        if left_files := [path.name for path in (work / "tmp").rglob("*") if path.is_file()]:
+            faults.append(f"temporary files left: {left_files[:5]}")
+    if asked.chaos is not None and not disturbed:
+        faults.append("nothing was disturbed")
+    return clients, faults, said
+
+
 def main() -> None:
     """Run and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", nargs="?", type=Path, default=Path("artifacts/smollm2-135m-spec"))
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--chaos", type=int, metavar="SEED", help="disturb the server; the seed decides how")
     asked = parser.parse_args()
-    recipe = load(asked.artifact / "recipe.yaml")
-    shipped = load_prompts(prompts_path(recipe.validate_.prompts, Path("recipes")))
     with tempfile.TemporaryDirectory() as work:
-        server = Server([*MODULE, "--model", str(asked.artifact)], Path(work) / "log")
-        try:
-            server.first_token(shipped[0].text)
-            load_ = Load(server.port, [prompt.text for prompt in shipped[::4]])
-            sizes, said = watch(load_, server, asked.artifact / "tokenizer", asked.minutes * 60)
-            time.sleep(2)
-            load_.same(0, load_.whole(load_.prompts[0]))
-            left = load_.left_over()
-        finally:
-            server.end()
-    load_.faults += judged(asked.artifact, load_)
-    third = max(len(sizes) // 3, 1)
-    early, late = median(sizes[1 : 1 + third] or sizes), median(sizes[-third:])
+        clients, faults, said = soaked(asked, Path(work))
+    faults += clients.faults + judged(asked.artifact, clients)
     completed = [re.search(r"Successful requests:\s+(\d+)", text) for text in said]
-    print(f"requests by kind: {dict(load_.counts)}; slowest {load_.slowest:.1f} s")
-    print(f"memory: {early / 1e6:.0f} MB early, {late / 1e6:.0f} MB late, {late / early:.3f}; left over: {left:.0f}")
+    print(f"requests by kind: {dict(clients.counts)}; slowest {clients.slowest:.1f} s; "
+          f"{clients.without_server} while there was no server")  # fmt: skip
     print(f"bench serve: {len(said)} runs, completed {[int(m[1]) if m else 0 for m in completed]} of 40 each")
-    for fault in load_.faults[:10]:
-        print(f"fault: {fault}")
     failed = [text[-1500:] for text, m in zip(said, completed, strict=True) if not m or int(m[1]) != 40]
     print(*failed[:1], sep="\n")
-    if load_.faults or failed or left or late > GROWTH * early or load_.slowest > PATIENCE:
+    if clients.slowest > PATIENCE:
+        faults.append(f"a request took {clients.slowest:.0f} s")
+    for fault in faults[:10]:
+        print(f"fault: {fault}")
+    if faults or failed:
         raise SystemExit("not clean")
     print("clean")
 

@@ -18,6 +18,7 @@ from pipeline.runtime.open import open_batch
 from pipeline.runtime.prefill_budget import measured_budget
 from pipeline.runtime.rules import RuleState
 from pipeline.serve.parameters import choice, logprobs_lists, masks, prompt_tensors, rules_of
+from pipeline.serve.parent import end_with_parent
 from pipeline.serve.requests import RequestSlots, ServedRequest, served_request, wants_drafts
 from pipeline.serve.scheduler import TandemScheduler
 from pipeline.serve.settings import BLOCK, VERIFIED, blocks, options
@@ -37,6 +38,7 @@ class TandemWorker(WorkerBase):
 
     def init_device(self) -> None:
         """Set vLLM's device to the CPU: the artifact decides where graphs run."""
+        end_with_parent()
         self.device = torch.device("cpu")
         if not torch.accelerator.is_available():  # vLLM empties an accelerator's caches at its end
             torch.accelerator.empty_cache = torch.accelerator.empty_host_cache = lambda: None
