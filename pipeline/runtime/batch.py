@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks
+from pipeline.errors import InputError
 from pipeline.graphs.arguments import (
     Choice,
     Draw,
@@ -25,11 +26,15 @@ from pipeline.graphs.arguments import (
 )
 from pipeline.graphs.spec import GraphSpec
 from pipeline.graphs.verify_arguments import VerifyRow, verify_arguments
+from pipeline.runtime.answers import EarlierAnswers
 from pipeline.runtime.chunks import PrefillCall, next_chunk, prefill_calls
 from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
 from pipeline.runtime.logprobs import Verified, verified_row
 from pipeline.runtime.lookup import Lookup
 from pipeline.runtime.rules import RuleState
+
+LONGER = 2
+"""A match in an earlier answer of so many times the size of prompt lookup precedes one in the request itself."""
 
 
 @dataclass
@@ -38,8 +43,8 @@ class Row:
     target's cache. `read` counts the tokens of the prompt that the caches hold.
 
     A sampled token depends on `seed`, its position and the tokens before it alone. `rules` is None for a request that
-    asks for no more than its choice. `drafted` and `copied` are the acceptances of the draft's own tokens and of those
-    that prompt lookup proposed.
+    asks for no more than its choice. `tenant` shares answers with nobody else. `drafted` and `copied` are the
+    acceptances of the draft's own tokens and of those that lookup proposed.
     """
 
     tokens: list[int]
@@ -52,6 +57,7 @@ class Row:
     drafted: Acceptance = field(default_factory=Acceptance)
     copied: Acceptance = field(default_factory=lambda: Acceptance(COPIED, start=COPIED))
     lookup: Lookup = field(default_factory=Lookup)
+    tenant: str = ""
     proposed: list[int] = field(default_factory=list)
     """What the draft proposed at this position, for `verify`."""
     has_copied: bool = False
@@ -88,7 +94,25 @@ class Batch:
         self.slots = manifest.shapes.batch[-1]
         self.length = manifest.shapes.kv[-1] - 1
         steps = ("speculative_steps", "verify_steps", "decode_steps")
+        self.answers: EarlierAnswers | None = None
         self.stats = dict.fromkeys(("prefills", "chunks", *steps, "tokens", "catch_ups", "copies"), 0)
+
+    def remember_answers(self, most_tokens: int) -> None:
+        """Propose from answers of earlier requests, too, of which at most so many tokens are kept; 0: keep none.
+
+        Raises:
+            InputError: the artifact has no prompt lookup, whose graphs this needs.
+
+        """
+        if most_tokens and self.manifest.lookup is None:
+            fix = "set speculation.lookup in the recipe, and build again"
+            raise InputError("the artifact was built without prompt lookup", where="remember_tokens", fix=fix)
+        self.answers = EarlierAnswers(most_tokens, self.manifest.lookup or 1) if most_tokens else None
+
+    def ended(self, row: Row) -> None:
+        """Keep the answer of a request that ended, if answers are kept."""
+        if self.answers is not None:
+            self.answers.add(row.tenant, row.tokens[max(row.prompt - self.answers.size, 0) :])
 
     def draft_length_policy(self) -> DraftLengthPolicies | None:
         """Return the policies that choose K for each step; None if the artifact has no step costs."""
@@ -220,9 +244,18 @@ class Batch:
         return emitted
 
     def _copies(self, row: Row, most: int) -> list[int]:
-        """Return tokens to propose instead of the draft's; none if the artifact has no prompt lookup."""
+        """Return tokens to propose instead of the draft's; none if the artifact has no prompt lookup.
+
+        What followed a longer match in an earlier answer comes before what followed a match in the request itself.
+        """
         size = self.manifest.lookup
-        return [] if size is None else row.lookup.find(row.tokens, size, most)
+        if size is None:
+            return []
+        own = row.lookup.find(row.tokens, size, most)
+        if self.answers is None:
+            return own
+        length, earlier = self.answers.find(row.tenant, row.tokens, most)
+        return earlier if earlier and (not own or length >= LONGER * size) else own
 
     def _prefill(self, call: PrefillCall, rows: Rows) -> dict[int, int]:
         """Run one prefill graph; return the token after each chunk."""

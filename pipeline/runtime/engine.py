@@ -319,6 +319,7 @@ class Engine:
         for slot, row in enumerate(call.slots):
             if row is not None and self._finished(row):
                 call.slots[slot] = None
+                self.batch.ended(row)
                 if self.prefixes is not None:
                     self.prefixes.end(slot, row)
 

@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from pipeline.runtime.engine import Engine
 
 
-def load(artifact_dir: str | Path, policy: Policy | None = None, *, share_prefixes: bool = True) -> Engine:
+def load(
+    artifact_dir: str | Path, policy: Policy | None = None, *, share_prefixes: bool = True, remember_tokens: int = 0
+) -> Engine:
     """Verify an artifact's files, its signature if there is a policy, and that it fits this host; open it.
 
-    `share_prefixes`: a prompt that begins as an earlier one, or as an answer, is read from there on.
+    `share_prefixes`: a prompt that begins as an earlier one, or as an answer, is read from there on. `remember_tokens`:
+    tokens of answers that are kept, to propose what followed the same words in an earlier one; about 150 bytes each.
 
     Raises:
-        InputError: an artifact of a kind that Tandem does not run.
+        InputError: an artifact of a kind that Tandem does not run, or `remember_tokens` for one without prompt lookup.
         RefusedError: a missing signature that the policy requires. CorruptError: a file that does not match its digest.
         ArtifactError: an artifact for another host. Nothing was executed.
         HostError: the packages of the artifact's backend, or those that check signatures, are not installed.
@@ -46,7 +49,9 @@ def load(artifact_dir: str | Path, policy: Policy | None = None, *, share_prefix
     _verify(artifact)
     ranks = make_backend(artifact.manifest.backend).open(artifact.root, artifact.manifest)
     text, defaults = Text(artifact.root / "tokenizer"), defaults_of(artifact.root)
-    return Engine(artifact.manifest, ranks, text, defaults, share_prefixes=share_prefixes)
+    engine = Engine(artifact.manifest, ranks, text, defaults, share_prefixes=share_prefixes)
+    engine.batch.remember_answers(remember_tokens)
+    return engine
 
 
 def defaults_of(root: Path) -> GenerationDefaults:

@@ -122,7 +122,7 @@ class TandemPlatform(Platform):
         root = Path(vllm_config.model_config.model)
         try:
             manifest = settings.checked(root)
-            settings.options(vllm_config.additional_config)
+            settings.check_options(vllm_config.additional_config, manifest)
             _check_arguments(vllm_config, settings.of_vllm(root, manifest), explicit=cls._parser_has_defaults)
             _set_request_defaults(vllm_config.model_config, manifest)
         except TandemError as error:
@@ -162,6 +162,7 @@ class TandemPlatform(Platform):
             check_prompt(manifest, _token_ids(processed_inputs), "prompt")
             check_choice(manifest, choice(params))
             wants_drafts((params.extra_args or {}).get("speculate", True))
+            params.extra_args = settings.with_salt(params.extra_args, processed_inputs)
         except InputError as error:
             raise VLLMValidationError(f"{error.where}: {error.what}; {error.fix}", parameter=error.where) from error
 

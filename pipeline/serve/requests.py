@@ -95,7 +95,9 @@ class RequestSlots:
         no_string(names, "names", "requests")
         for name in names:
             if name in self._slots:
-                self._prefixes.end(self._slots.pop(name), self._rows.pop(name))
+                slot, row = self._slots.pop(name), self._rows.pop(name)
+                self.batch.ended(row)
+                self._prefixes.end(slot, row)
 
     def is_reading(self, name: str) -> bool:
         """Return whether a request's prompt has not been read to its end."""

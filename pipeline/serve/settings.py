@@ -25,6 +25,9 @@ VERIFIED = "TANDEM_VERIFIED_MANIFEST"
 BLOCK = 16
 """Tokens of a block, for the scheduler's counts."""
 
+SALT = "tandem_cache_salt"
+"""Extra argument of a request in which the platform hands its `cache_salt` to the worker."""
+
 CONFIG = "config.json"
 
 UNSUPPORTED_DEFAULTS = {
@@ -40,6 +43,8 @@ class ServeOptions(Record):
     """Largest number of rows that speculate together; with more rows, all take decode steps."""
     prefill_tokens: int | None = Field(default=None, ge=1)
     """Tokens of prompts that a step reads beside running requests; by default what takes as long as their step."""
+    remember_tokens: int = Field(default=0, ge=0)
+    """Tokens of answers that are kept, to propose from them in later requests of the same `cache_salt`; 0: none."""
 
 
 def options(additional_config: object) -> ServeOptions:
@@ -57,6 +62,26 @@ def options(additional_config: object) -> ServeOptions:
         where = ".".join(("additional-config", "tandem", *map(str, first["loc"])))
         known = ", ".join(ServeOptions.model_fields)
         raise InputError(f"{first['msg']} (found {first['input']!r})", where=where, fix=f"options: {known}") from error
+
+
+def check_options(additional_config: object, manifest: PairManifest) -> None:
+    """Check our options against an artifact.
+
+    Raises:
+        InputError: as `options`, and for answers to keep where the artifact has no prompt lookup.
+
+    """
+    if options(additional_config).remember_tokens and manifest.lookup is None:
+        what = "the artifact was built without prompt lookup"
+        where, fix = "additional-config.tandem.remember_tokens", "set speculation.lookup in the recipe, and build again"
+        raise InputError(what, where=where, fix=fix)
+
+
+def with_salt(extra_args: Mapping[str, Any] | None, inputs: object) -> dict[str, Any] | None:
+    """Return a request's extra arguments with its `cache_salt`; a salt among them that a client wrote is dropped."""
+    found = {name: value for name, value in (extra_args or {}).items() if name != SALT}
+    salt = inputs.get("cache_salt") if isinstance(inputs, Mapping) else None
+    return (found | {SALT: salt}) if salt else (found or None)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.serve.parameters import choice, logprobs_lists, masks, prompt_tens
 from pipeline.serve.parent import end_with_parent
 from pipeline.serve.requests import RequestSlots, ServedRequest, served_request, wants_drafts
 from pipeline.serve.scheduler import TandemScheduler
-from pipeline.serve.settings import BLOCK, VERIFIED, blocks, options
+from pipeline.serve.settings import BLOCK, SALT, VERIFIED, blocks, options
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
@@ -48,7 +48,9 @@ class TandemWorker(WorkerBase):
         del load_dummy_weights
         start = time.perf_counter()
         self.batch = open_batch(Path(self.model_config.model), os.environ[VERIFIED])
-        self.requests = RequestSlots(self.batch, options(self.vllm_config.additional_config).speculate_up_to)
+        asked = options(self.vllm_config.additional_config)
+        self.batch.remember_answers(asked.remember_tokens)
+        self.requests = RequestSlots(self.batch, asked.speculate_up_to)
         logger.info("tandem: opened in %.2f s", time.perf_counter() - start)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
@@ -141,7 +143,9 @@ def _request(data: NewRequestData, vocab: int) -> ServedRequest:
     state = None
     if rules.asked or params.structured_outputs is not None:
         state = RuleState(rules, tokens, vocab, sorted(params.all_stop_token_ids))
-    return served_request(
+    request = served_request(
         tokens, choice(params), params.seed, speculate=wants_drafts(extra.get("speculate", True)), rules=state,
         prompt_logprobs=params.prompt_logprobs, shared=data.num_computed_tokens,
     )  # fmt: skip
+    request.tenant = str(extra.get(SALT, ""))
+    return request

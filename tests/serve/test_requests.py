@@ -27,8 +27,9 @@ def engine(tmp_path_factory):
     return eager(tmp_path_factory.mktemp("serve"))
 
 
-def eager(work, layers=(0,)):
+def eager(work, layers=(0,), lookup=None):
     recipe = recipe_of("llama", 4, "float32", ("greedy", "stochastic"), layers)
+    recipe = recipe.model_copy(update={"speculation": recipe.speculation.model_copy(update={"lookup": lookup})})
     recipe = recipe.model_copy(update={"shapes": recipe.shapes.model_copy(update={"batch": (1, 4)})})
     return make_engine(recipe, resolve_pair(recipe, base=work, cache=work / "sources"))
 
@@ -234,3 +235,41 @@ def test_options_are_checked(given):
         settings.options({"tandem": given})
     assert "tandem" in caught.value.where
     assert settings.options({}).speculate_up_to is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "inputs", "found"),
+    [
+        (None, {"cache_salt": "a"}, {settings.SALT: "a"}),
+        (None, {}, None),
+        ({"speculate": False}, {"cache_salt": "a"}, {"speculate": False, settings.SALT: "a"}),
+        ({settings.SALT: "b"}, {"cache_salt": "a"}, {settings.SALT: "a"}),
+        ({settings.SALT: "b"}, {}, None),
+        ({settings.SALT: "b"}, "text", None),
+    ],
+)
+def test_salt_comes_from_the_request_and_not_from_its_extra_arguments(extra, inputs, found):
+    """Else a client could read answers of another tenant, a draft at a time."""
+    assert settings.with_salt(extra, inputs) == found
+
+
+def test_answers_are_kept_by_salt(tmp_path):
+    """Of two requests with one salt, the second copies more than with another salt, from the first."""
+    engine = eager(tmp_path, lookup=3)
+
+    def copies(first: str, second: str) -> int:
+        slots = RequestSlots(engine.batch)
+        engine.batch.remember_answers(10_000)
+        before = 0
+        for salt in (first, second):
+            before = engine.batch.stats["copies"]
+            request = served_request([5, 9, 3], Choice(), 0)
+            request.tenant = salt
+            step = slots.step({"one": request}, {})
+            for _ in range(12):
+                step = slots.step({}, {"one": len(slots.drafts("one"))})
+            assert step.tokens["one"]
+            slots.drop(["one"])
+        return int(engine.batch.stats["copies"] - before)
+
+    assert copies("a", "a") > copies("a", "b")
