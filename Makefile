@@ -42,7 +42,7 @@ PYTEST := PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not hlo and not browser and not ray and not drafts
 
-.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-xla test-hlo test-vllm test-drafts test-soak mutants lint format types imports docs check clean
+.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-chaos fuzz test-xla test-hlo test-vllm test-drafts test-soak mutants lint format types imports docs check clean
 help:                    ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -73,9 +73,16 @@ test-ray: $(READY)       ## a real Ray cluster of several nodes on this machine,
 	$(BIN)/python -m pip install --quiet --editable '.[ray,servers]'
 	$(PYTEST) -m ray
 
-test-soak: $(READY) $(VLLM_READY) ## mixed load on a served pair, disturbed: make soak MINUTES=60 SEED=1
+test-soak: $(READY) $(VLLM_READY) ## mixed load on a served pair, disturbed: make test-soak MINUTES=60 SEED=1
 	test -e artifacts/$(RECIPE)/manifest.json || $(BIN)/tandem build $(RECIPE)
 	$(VLLM_VENV)/bin/python benchmarks/soak.py artifacts/$(RECIPE) --minutes $(MINUTES) --chaos $(SEED)
+
+fuzz: $(READY)           ## parsers of outside input under atheris: make fuzz TARGET=recipe RUNS=32000 SECONDS=120; continues where it stopped
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz.run $(if $(TARGET),--target '$(TARGET)') $(if $(RUNS),--runs '$(RUNS)') $(if $(SECONDS),--seconds '$(SECONDS)')
+
+test-chaos: $(READY)     ## commands disturbed at random steps: make test-chaos SEED=1 RUNS=60 ONLY=publish:kill; skips seeds that passed
+	SEED='$(SEED)' RUNS='$(RUNS)' ONLY='$(ONLY)' STEP='$(STEP)' $(PYTEST) -m chaos tests/chaos
 
 mutants: $(READY)        ## small faults in the code of graphs, through all gates; prints those that pass
 	$(BIN)/python benchmarks/mutants.py

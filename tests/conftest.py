@@ -31,8 +31,17 @@ SAME_WORKER = dict.fromkeys(("tests/test_build_again.py", "tests/validate/test_r
 """Files that run in the worker of another file: a session fixture that they use takes more than a minute."""
 COMPILING_FIXTURES = frozenset({"built", "elsewhere", "figures", "tiny_built"})
 """Tests that use one of these get the marker `compile`."""
-COMPILING_LANES = ("compile", "slow", "server", "vllm", "cuda", "neuron", "xla", "hlo", "ray", "drafts")
-TIMEOUTS_S = {"vllm": 1800, "ray": 1800, "xla": 3600, "hlo": 3600, "slow": 3600, "compile": 900, "drafts": 900}
+COMPILING_LANES = ("compile", "slow", "server", "vllm", "cuda", "neuron", "xla", "hlo", "ray", "drafts", "chaos")
+TIMEOUTS_S = {
+    "vllm": 1800,
+    "ray": 1800,
+    "xla": 3600,
+    "hlo": 3600,
+    "slow": 3600,
+    "compile": 900,
+    "drafts": 900,
+    "chaos": 1200,
+}
 """Time limits of tests with a marker; `timeout` in pyproject.toml holds for all others."""
 
 

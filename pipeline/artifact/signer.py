@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from pydantic import Field, model_validator
 from pipeline.artifact.manifest import MANIFEST, SIGNATURE
 from pipeline.errors import HostError, InputError, reason
 from pipeline.extras import require as require_extras
+from pipeline.files.unfinished import work_folder
 from pipeline.records import Record
 
 GITHUB = "https://token.actions.githubusercontent.com"
@@ -37,8 +37,8 @@ class Signer(Record):
 def fault_of(manifest: bytes, signature: bytes, signer: Signer, base: Path) -> str | None:
     """Return why a signature is not accepted as this signer's over this manifest; None if accepted."""
     config = library("verifying").Config()
-    with tempfile.TemporaryDirectory(prefix="tandem-verify-") as work:
-        folder, signature_file = Path(work) / "artifact", Path(work) / SIGNATURE
+    with work_folder("verify") as work:
+        folder, signature_file = work / "artifact", work / SIGNATURE
         folder.mkdir()
         (folder / MANIFEST).write_bytes(manifest)
         signature_file.write_bytes(signature)

@@ -10,7 +10,6 @@ import difflib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,6 +28,7 @@ from pipeline.errors import CorruptError, HostError, InputError, RecipeError, Re
 from pipeline.files.atomic import write_atomic
 from pipeline.files.home import expanded
 from pipeline.files.limits import DO_NOT_USE, MAX_BYTES, SIGNATURE_BYTES, json_object
+from pipeline.files.unfinished import work_folder
 from pipeline.recipe.document import Document
 from pipeline.recipe.document import read as read_document
 from pipeline.records import Record
@@ -225,8 +225,8 @@ def signature_over(document: bytes, where: str, key: Path | None, password: str 
 
     """
     config = _signer(key, password, token, where)
-    with tempfile.TemporaryDirectory(prefix="tandem-sign-") as work:
-        folder, signature = Path(work) / "artifact", Path(work) / SIGNATURE
+    with work_folder("sign") as work:
+        folder, signature = work / "artifact", work / SIGNATURE
         folder.mkdir()
         (folder / MANIFEST).write_bytes(document)
         try:
@@ -258,8 +258,8 @@ def signed_by_key(document: bytes, signatures: Sequence[bytes], key: Path, passw
 
     """
     public = public_key_of(key, password)
-    with tempfile.TemporaryDirectory(prefix="tandem-key-") as folder:
-        path = Path(folder) / "key.pub"
+    with work_folder("key") as folder:
+        path = folder / "key.pub"
         path.write_bytes(public)
         return any(fault_of(document, data, Signer(key=str(path)), Path()) is None for data in signatures)
 

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.files.atomic import FileDigest, atomic_dir, digest_file, disk_errors, link_or_copy
 from pipeline.files.home import expanded
+from pipeline.files.limits import parse_json
 from pipeline.files.unfinished import remove, temp_name
 from pipeline.progress import Log, no_log
 
@@ -140,8 +141,7 @@ class Cache:
         """Yield key, file and toolchain of every entry with a recorded toolchain, after checking its digest."""
         for stored in self.entries():
             try:
-                text = (self._entry(stored.key) / "entry.json").read_text(encoding="utf-8")
-                about = json.loads(text).get("about")
+                about = parse_json((self._entry(stored.key) / "entry.json").read_bytes()).get("about")
             except (OSError, ValueError, AttributeError):
                 continue
             if isinstance(about, dict) and (data := self.get(stored.key)) is not None:
@@ -213,7 +213,7 @@ def _place(data: bytes | Path, target: Path) -> None:
 def _recorded(entry: Path) -> FileDigest | None:
     """Return the digest in `entry.json`, or None if it cannot be read."""
     try:
-        facts = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
+        facts = parse_json((entry / "entry.json").read_bytes())
         return FileDigest(facts["sha256"], facts["size"])
     except (ValueError, KeyError, TypeError):
         return None

@@ -25,6 +25,7 @@ from pipeline.cache.claims import remove_abandoned
 from pipeline.cache.local import KEY, Cache, Kind, Stats
 from pipeline.errors import HostError
 from pipeline.files.atomic import FileDigest
+from pipeline.files.limits import parse_json
 from pipeline.files.unfinished import temp_file
 from pipeline.progress import Log, no_log
 from pipeline.stores.base import Bucket, check_bucket, open_bucket
@@ -179,9 +180,9 @@ class RemoteCache:
         if stored is None:
             return None
         try:
-            facts = json.loads(stored.data)
+            facts = parse_json(stored.data)
             entry = Entry(str(facts["key"]), str(facts["sha256"]), int(facts["size"]), dict(facts["toolchain"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             self.log(f"shared cache: {key} has a damaged entry: ignored")
             return None
         plain = entry.key == key and len(entry.sha256) == 64 and entry.sha256.isalnum()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from pipeline.files.unfinished import work_folder
 
 FOLLOW_S = 1.0
 PIECE_BYTES = 1 << 20
@@ -37,8 +38,8 @@ def output_to(log_file: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def output_sent(send: Callable[[bytes], None]) -> Iterator[None]:
     """Call `send`, in a thread, with pieces of this process's output while the block runs; all are sent at its end."""
-    with tempfile.TemporaryDirectory(prefix="tandem-output-") as folder:
-        file, ended = Path(folder) / "log", threading.Event()
+    with work_folder("output") as folder:
+        file, ended = folder / "log", threading.Event()
         file.touch()
         follower = threading.Thread(target=_follow, args=(file, send, ended), name="output", daemon=True)
         follower.start()

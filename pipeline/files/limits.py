@@ -7,6 +7,7 @@ cost in memory is bounded here, whatever their contents.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -41,6 +42,22 @@ def check_size(size: int, limit: int, where: str, what: str = "the manifest") ->
         raise CorruptError(f"{what} has {size:,} bytes, limit {limit:,}", where=where, fix=DO_NOT_USE)
 
 
+Pairs = Callable[[list[tuple[str, Any]]], Any]
+
+
+def parse_json(data: bytes | str, pairs: Pairs | None = None) -> Any:
+    """Parse JSON text of any kind; `pairs` makes each object from its keys and values.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or nested too deeply.
+
+    """
+    try:
+        return json.loads(data, object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def json_object(data: bytes, where: str, what: str = "manifest") -> dict[str, Any]:
     """Parse JSON text that must be an object, after its limits were checked.
 
@@ -53,8 +70,8 @@ def json_object(data: bytes, where: str, what: str = "manifest") -> dict[str, An
     if values > MAX_VALUES:
         raise CorruptError(f"the {what} has {values:,} values, limit {MAX_VALUES:,}", where=where, fix=DO_NOT_USE)
     try:
-        parsed = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(data)
+    except ValueError as error:
         raise CorruptError(f"damaged {what}: not JSON", where=where, fix=AGAIN) from error
     if not isinstance(parsed, dict):
         raise CorruptError(f"damaged {what}: not a JSON object", where=where, fix=AGAIN)

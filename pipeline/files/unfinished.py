@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -44,11 +45,23 @@ def temp_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
 
 
 @contextlib.contextmanager
-def temp_folder(path: Path) -> Iterator[Path]:
+def work_folder(what: str, parent: Path | None = None) -> Iterator[Path]:
+    """Create a folder for temporary files, closed to others, and remove it in the end; `parent` by default TMPDIR.
+
+    A killed process leaves its folder, which the next one removes: nothing else sweeps TMPDIR.
+    """
+    parent = parent or Path(tempfile.gettempdir())
+    sweep_once(parent)
+    with temp_folder(parent / what, 0o700) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def temp_folder(path: Path, mode: int = 0o777) -> Iterator[Path]:
     """Create a folder beside `path`, locked; removes it in the end, or the folder that it was exchanged with."""
     while True:
         temp = temp_name(path)
-        temp.mkdir()
+        temp.mkdir(mode)
         handle = os.open(temp, os.O_RDONLY)
         try:
             if _hold(handle, temp):

@@ -5,10 +5,13 @@ Input order is weights, state, then arguments; outputs are results only: state i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.errors import CorruptError
+from pipeline.files.limits import AGAIN, json_object
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
 from pipeline.models.weights import EMBEDDING, OFFSET, WeightSpec, local_shape, weight_specs
 
@@ -56,14 +59,33 @@ class Signature:
         """Return plain data for `io.json`."""
         return asdict(self)
 
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Signature:
-        """Read the data of `to_json`."""
 
-        def tensors(key: str) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in data[key])
+def read_signature(path: Path) -> Signature:
+    """Return the signature of a graph, the file `io.json`.
 
-        return Signature(tensors("weights"), tensors("state"), tensors("arguments"), tensors("outputs"))
+    Raises:
+        CorruptError: the file is not what `to_json` returns.
+
+    """
+    data = json_object(path.read_bytes(), str(path), "signature of the graph")
+    try:
+        parts = (tuple(map(tensor_of, data[key])) for key in ("weights", "state", "arguments", "outputs"))
+        return Signature(*parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError("damaged signature of the graph", where=str(path), fix=AGAIN) from error
+
+
+def tensor_of(data: Mapping[str, Any]) -> TensorSpec:
+    """Return a tensor from plain data.
+
+    Raises:
+        KeyError, TypeError, ValueError: other fields, or values of other types.
+
+    """
+    name, shape, dtype = data["name"], tuple(data["shape"]), data["dtype"]
+    if not (isinstance(name, str) and isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in shape)):
+        raise ValueError(f"not a tensor: {data}")
+    return TensorSpec(name, shape, dtype)
 
 
 def stored_weights(models: ModelsSpec, role: Role) -> list[WeightSpec]:

@@ -171,7 +171,7 @@ def _failure(where: str, fix: str) -> Callable[[str, str], InputError]:
 def _number(cell: Any) -> Any:
     """Return the number of a cell that has decimal digits only, else the cell."""
     is_number = isinstance(cell, str) and cell.strip().isascii() and cell.strip().isdecimal()
-    return int(cell) if is_number and len(cell) <= MOST_DIGITS else cell
+    return int(cell.strip()) if is_number and len(cell) <= MOST_DIGITS else cell
 
 
 def _histogram(path: Path, room: Room) -> Traffic:

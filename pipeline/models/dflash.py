@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.errors import SourceError
 from pipeline.models.config import Eagle3, TapIds, TapMeaning
 from pipeline.models.eagle3_writers import Writer, architectures, checked_ids, overrides
-from pipeline.models.fields import Fields, is_int
+from pipeline.models.fields import Fields, is_int, shown
 from pipeline.models.layer_types import SLIDING
 from pipeline.models.weights import FC
 
@@ -173,7 +173,7 @@ def _mask_token(fields: Fields) -> int:
     found = {name: value for name, value in listed.items() if value is not None}
     if told is not None:
         found = {f"draft.{MASK_FIELD}": told}
-    if len(set(found.values())) != 1:
+    if len({shown(value) for value in found.values()}) != 1:
         fix = f"write the token of the training in the recipe: draft: {{{MASK_FIELD}: N}}"
         value = list(found.values()) or None
         raise fields.error(f"{OPTIONS}.{MASK_FIELD}", value, "expected one token of masked positions", fix)

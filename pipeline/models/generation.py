@@ -6,7 +6,7 @@ The names and their meaning are those of transformers. Imports no torch.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from pipeline.errors import SourceError, no_string
 
 GENERATION_CONFIG = "generation_config.json"
 EOS = "eos_token_id"
+LARGEST = sys.float_info.max
 FIX = f"correct or remove the field in {GENERATION_CONFIG}"
 
 NEUTRAL: dict[str, Any] = {
@@ -188,7 +189,7 @@ def _unsupported(fields: _Fields) -> Iterator[tuple[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
@@ -28,6 +27,7 @@ from pipeline.backends.neuron import support
 from pipeline.cache.local import default_root
 from pipeline.errors import HostError, SourceError
 from pipeline.files.atomic import atomic_dir, write_atomic
+from pipeline.files.unfinished import work_folder
 from pipeline.models.quantisation import KEY
 from pipeline.nxdi import config as nxdi
 from pipeline.nxdi.compile import CompileOrder
@@ -117,8 +117,7 @@ def _settings_json(settings: nxdi.NxdiSettings, plan: Plan, lock: Lock) -> bytes
 def _compile(folder: Path, settings: nxdi.NxdiSettings, roots: dict[str, str], chip: NeuronSettings) -> dict[str, str]:
     """Run NxD Inference; return the flags and environment that shaped the code. A failure keeps its output."""
     overrides = {"NEURON_PLATFORM_TARGET_OVERRIDE": chip.target, "NEURON_LOGICAL_NC_CONFIG": str(chip.lnc)}
-    with tempfile.TemporaryDirectory(prefix="tandem-nxdi-") as name:
-        work = Path(name)
+    with work_folder("nxdi") as work:
         order = CompileOrder(settings, roots["target"], roots["draft"], str(folder), str(work / "flags.json"))
         (work / "order.json").write_bytes(order.dump())
         # NxD Inference deletes this folder when it starts, even if another process uses it.

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pipeline.artifact.manifest import CacheManifest, Manifest, NxdiManifest
 from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, InputError, no_string
-from pipeline.files.limits import AGAIN
+from pipeline.files.limits import AGAIN, parse_json
 from pipeline.records import Record
 
 SETTINGS = "tandem-nxdi.json"
@@ -79,12 +79,21 @@ def classic(root: Path) -> ServeCommand:
         raise _other_kind(manifest, root)
     if SETTINGS not in manifest.files:
         raise ArtifactError(f"no {SETTINGS} in the artifact", where=str(root), fix=AGAIN)
-    path = root / SETTINGS
+    return read_settings(root / SETTINGS, manifest.draft_tokens)
+
+
+def read_settings(path: Path, draft_tokens: int) -> ServeCommand:
+    """Return the command from the settings in an artifact's folder.
+
+    Raises:
+        ArtifactError: no valid settings of vLLM.
+
+    """
     try:
-        settings = _Vllm.model_validate(json.loads(path.read_bytes())["vllm"])
+        settings = _Vllm.model_validate(parse_json(path.read_bytes())["vllm"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise ArtifactError("no valid settings of vLLM", where=str(path), fix=AGAIN) from error
-    return _command(root.resolve(), settings, manifest.draft_tokens, path)
+    return _command(path.parent.resolve(), settings, draft_tokens, path)
 
 
 def _command(root: Path, settings: _Vllm, draft_tokens: int, path: Path) -> ServeCommand:

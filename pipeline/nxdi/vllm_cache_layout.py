@@ -5,10 +5,11 @@ The layout is that of the plugin's sources; see `vllm_cache.py`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from pipeline.files.limits import parse_json
 
 NKI = "nki"
 HLO, METADATA, COMPLETE = "graph.hlo", ".artifact_metadata_v0.json", ".compilation_complete"
@@ -82,7 +83,7 @@ def listing(cache: Path, top: str) -> list[str]:
 
 def _json(path: Path) -> dict[str, object]:
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import __version__
 from pipeline.errors import InputError, Problem
 from pipeline.files.atomic import FileDigest, write_atomic
+from pipeline.files.limits import parse_json
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import fitted, with_rope_of
 from pipeline.models.eagle3_writers import RECIPE
@@ -190,7 +191,7 @@ def read(path: Path) -> Lock:
 def _data(path: Path) -> dict[str, Any]:
     """Return a lock's plain data, read as JSON, which is fast, or else as YAML, whose errors have lines."""
     try:
-        data = json.loads(path.read_bytes(), object_pairs_hook=_mapping)
+        data = parse_json(path.read_bytes(), _mapping)
         if isinstance(data, dict):
             return data
     except ValueError:

@@ -59,6 +59,9 @@ NOT_FINITE = {"NaN": ".nan", "Infinity": ".inf", "-Infinity": "-.inf"}
 """As Python writes a number -> as YAML writes it."""
 
 PLACE = re.compile(r"(?P<file>.*?):(?P<line>\d+)(:\d+)?(: [^/]*)?")
+FOLLOWS = "default_factory_not_called"
+"""The error of a default that depends on a value with an error of its own."""
+
 LIMITS = {
     "greater_than_equal": ("ge", "at least"),
     "less_than_equal": ("le", "at most"),
@@ -79,7 +82,8 @@ def parse(document: Document) -> Recipe:
         # From JSON, so that pydantic is strict about types and still takes lists for tuples.
         recipe = Recipe.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
-        findings += [_explain(dict(item), document.data) for item in error.errors(include_url=False)]
+        own = [item for item in error.errors(include_url=False) if item["type"] != FOLLOWS]
+        findings += [_explain(dict(item), document.data) for item in own]
     findings += cross_checks(document.data)
     reported = tuple(problem.where for problem in document.problems)
     found = [Problem(document.place(key), what, fix) for key, what, fix in findings]

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.emitter import RoundTripEmitter
 from ruamel.yaml.error import CommentMark, StringMark, YAMLError
+from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tokens import CommentToken
 
 from pipeline.errors import InputError, RecipeError
@@ -119,7 +120,7 @@ def read_text(path: Path) -> RecipeText:
 
     """
     text = syntax.read_text(path)
-    syntax.check_text(text, path)
+    syntax.compose(path, VersionedResolver)  # its limits hold for the slower reader that keeps comments
     try:
         return RecipeText(text)
     except YAMLError as error:

@@ -12,11 +12,16 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.scanner import Scanner
 
 from pipeline.errors import InputError, Problem, RecipeError
 
+TOO_DEEP = "lists or mappings are nested too deeply"
 DEEPEST = 64
 """Limit for lists and mappings inside each other."""
+
+DEEPEST_AHEAD = 512
+"""Limit for brackets inside each other, ahead of the part that is composed."""
 
 ENCODINGS = (
     (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
@@ -65,14 +70,24 @@ EXPLAINED = (
 """Messages of ruamel.yaml -> what and fix."""
 
 
+class _Scanner(Scanner):
+    """Limits the depth of brackets before they are composed: the scanner looks ahead, in quadratic time."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any, to_push: str) -> None:
+        if len(self.flow_context) == DEEPEST - 1:
+            self.too_deep = self.reader.get_mark()
+        if len(self.flow_context) > DEEPEST_AHEAD:
+            raise MarkedYAMLError(problem=TOO_DEEP, problem_mark=self.too_deep)
+        super().fetch_flow_collection_start(TokenClass, to_push)
+
+
 class _Composer(Composer):
     """Limits the depth, so that the limit does not depend on Python's stack."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.levels: int = getattr(self, "levels", 0) + 1
         if self.levels > DEEPEST:
-            mark = self.parser.peek_event().start_mark
-            raise MarkedYAMLError(problem="lists or mappings are nested too deeply", problem_mark=mark)
+            raise MarkedYAMLError(problem=TOO_DEEP, problem_mark=self.parser.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.levels -= 1
         return node
@@ -147,7 +162,7 @@ def syntax_problem(error: YAMLError, text: str, path: Path) -> Problem:
     mark, opened = error.problem_mark or error.context_mark, error.context_mark
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
     problem = str(error.problem or error).strip()
-    if problem == "lists or mappings are nested too deeply":
+    if problem == TOO_DEEP:
         return _too_deep(where)
     what, fix = _explained(problem)
     if mark and opened and opened.line < mark.line and "another document" not in what:
@@ -157,7 +172,7 @@ def syntax_problem(error: YAMLError, text: str, path: Path) -> Problem:
 
 def _yaml(resolver: type[VersionedResolver]) -> YAML:
     yaml = YAML(typ="safe", pure=True)
-    yaml.Resolver, yaml.Composer = resolver, _Composer
+    yaml.Resolver, yaml.Composer, yaml.Scanner = resolver, _Composer, _Scanner
     yaml.composer.warn_double_anchors = False  # YAML allows it: an alias means the last one
     return yaml
 

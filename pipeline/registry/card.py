@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.artifact.manifest import CacheManifest, Manifest, PairManifest
+from pipeline.files.limits import parse_json
 from pipeline.recipe.document import to_text
 from pipeline.registry.release import Document
 
@@ -44,8 +45,8 @@ def _front(lock: bytes) -> dict[str, Any]:
 
 def _hub_models(lock: bytes) -> Iterator[str]:
     try:
-        data = json.loads(lock)
-    except (ValueError, RecursionError):
+        data = parse_json(lock)
+    except ValueError:
         return
     for role in ("target", "draft"):
         part = data.get(role) if isinstance(data, dict) else None

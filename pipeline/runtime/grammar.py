@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.files.limits import parse_json
 from pipeline.graphs.verify_arguments import words
 
 
@@ -72,7 +72,7 @@ class Grammars:
         from llguidance import LLMatcher
 
         try:
-            json.loads(schema)
+            parse_json(schema)
             grammar = LLMatcher.grammar_from_json_schema(schema)
         except ValueError as error:
             raise InputError(str(error), where="json_schema", fix="write a JSON schema") from error

@@ -6,7 +6,6 @@ Imports torch only to open an artifact, so that a host without it gets an error 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from pipeline.artifact.verify import check_host, verify_files
 from pipeline.backends.base import make_backend
 from pipeline.errors import CorruptError
 from pipeline.extras import require
+from pipeline.files.limits import json_object
 from pipeline.models.generation import GENERATION_CONFIG, GenerationDefaults, generation_defaults
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def defaults_of(root: Path) -> GenerationDefaults:
 
     """
     path = root / GENERATION_CONFIG
-    return generation_defaults(json.loads(path.read_bytes()) if path.is_file() else {}, str(path))
+    return generation_defaults(
+        json_object(path.read_bytes(), str(path), path.name) if path.is_file() else {}, str(path)
+    )
 
 
 def verified(root: Path, policy: Policy | None = None) -> PairArtifact:

@@ -10,24 +10,34 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import ArtifactError, CorruptError, InputError, reason
+from pipeline.files.limits import AGAIN, parse_json
 
 Chat = Sequence[Mapping[str, Any]]
 """The messages of a conversation, each with its `role` and its `content`."""
 
 
 class Text:
-    """The tokenizer of a pair and its chat template. The tokens depend on the text only."""
+    """The tokenizer of a pair and its chat template. The tokens depend on the text only.
+
+    Raises:
+        CorruptError: files that are not those of a tokenizer.
+
+    """
 
     def __init__(self, folder: Path) -> None:
         config, special = _read(folder / "tokenizer_config.json"), _read(folder / "special_tokens_map.json")
         self._tokenizer = _tokenizer(folder, config)
-        self._specials = {
-            key: _token(value)
-            for key, value in (special | config).items()
-            if key.endswith("_token") and value and isinstance(value, str | dict)
-        }
-        self._template = _template(folder, config)
+        try:
+            self._specials = {
+                key: _token(value)
+                for key, value in (special | config).items()
+                if key.endswith("_token") and value and isinstance(value, str | dict)
+            }
+            self._template = _template(folder, config)
+        except (LookupError, TypeError, ValueError) as error:
+            what = "a special token or a chat template has another form"
+            raise CorruptError(what, where=str(folder / "tokenizer_config.json"), fix=AGAIN) from error
 
     @property
     def has_chat(self) -> bool:
@@ -39,10 +49,14 @@ class Text:
 
         Raises:
             InputError: the text has a lone surrogate, for example from a command line in another encoding.
+            CorruptError: a tokenizer that lacks a token that it needs.
 
         """
         _check_unicode(text, "prompt")
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise CorruptError(f"the tokenizer is damaged: {reason(error)}", where="tokenizer", fix=AGAIN) from error
 
     def chat(self, prompt: str) -> list[int]:
         """Return the token ids of one user message in the chat template, up to the start of the answer.
@@ -80,8 +94,6 @@ class Text:
         return self._render([{"role": "user", "content": prompt}])
 
     def _render(self, messages: Chat) -> str:
-        from jinja2 import TemplateError
-
         if self._template is None:
             raise ArtifactError("this pair has no chat template", where="tokenizer", fix="send plain text (--raw)")
         try:
@@ -92,8 +104,8 @@ class Text:
                 add_generation_prompt=True,
                 **self._specials,
             ))  # fmt: skip
-        except TemplateError as error:
-            what = f"error in the chat template: {error}"
+        except Exception as error:  # the template is a program
+            what = f"error in the chat template: {reason(error)}"
             raise ArtifactError(what, where="tokenizer", fix="send plain text (--raw)") from error
 
     def encode_prompt(self, prompt: str) -> list[int]:
@@ -131,7 +143,12 @@ def _check_unicode(text: str, where: str) -> None:
 
 def _tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer without state of single calls, which files of older artifacts and of checkpoints have."""
-    tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
+    try:
+        tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CorruptError(
+            f"not a tokenizer: {reason(error)}", where=str(folder / "tokenizer.json"), fix=AGAIN
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))  # not a part of tokenizer.json
@@ -139,7 +156,15 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        data = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CorruptError(f"not JSON: {reason(error)}", where=str(path), fix=AGAIN) from error
+    if not isinstance(data, dict):
+        raise CorruptError("not a JSON object", where=str(path), fix=AGAIN)
+    return data
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:

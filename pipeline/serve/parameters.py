@@ -5,7 +5,6 @@ Shapes: P requests, M tokens of a step, T positions of a request, N most probabl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from pipeline.errors import InputError
+from pipeline.files.limits import parse_json
 from pipeline.graphs.arguments import Choice
 from pipeline.runtime.logprobs import TokenLogProbs
 from pipeline.runtime.rules import Rules
@@ -65,9 +65,9 @@ def _extra_number(value: object) -> float:
 def _extra_bias(value: object) -> dict[str, float]:
     fix = 'write the text of an object: "{\\"50\\": -100}"'
     try:
-        found = json.loads(str(value))
+        found = parse_json(str(value))
         return {str(int(token)): float(bias) for token, bias in found.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
         raise InputError(f"found {value!r}", where="logit_bias", fix=fix) from error
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import InputError, SourceError, no_string
 from pipeline.files.atomic import FileDigest, sha256_file, write_atomic
+from pipeline.files.limits import parse_json
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
 from pipeline.models.generation import EOS, GENERATION_CONFIG, token_ids
@@ -235,7 +235,7 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
 
     """
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise SourceError("file is missing", where=str(path), fix=fix) from error
     except ValueError as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import SourceError
+from pipeline.files.limits import parse_json
 from pipeline.models.dflash import is_dflash
 
 CODE_FILES = (
@@ -41,7 +41,7 @@ def refuse_custom_code(document: bytes, where: str) -> None:
 def _auto_map(document: bytes) -> Mapping[str, Any]:
     """Return `auto_map`; empty for a malformed file or a DFlash draft, of which transformers runs nothing either."""
     try:
-        data = json.loads(document)
+        data = parse_json(document)
     except ValueError:
         return {}
     table = data.get("auto_map") if isinstance(data, dict) and not is_dflash(data) else None

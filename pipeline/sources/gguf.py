@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ from filelock import FileLock
 
 from pipeline.errors import HostError, SourceError, reason
 from pipeline.files.atomic import atomic_dir
+from pipeline.files.unfinished import work_folder
 from pipeline.models.families import config_of
 from pipeline.progress import Progress
+from pipeline.sources.gguf_header import check_header
 from pipeline.sources.pointers import SINGLE
 from pipeline.sources.tensors import layout
 
@@ -55,6 +56,9 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 TENSOR = re.compile(r"(blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
+MALFORMED = (LookupError, ValueError, TypeError, ArithmeticError, AttributeError)
+"""Errors of the reader, and of its values, for a file that is not what it says."""
+
 HOST_KEYS = ("is_local", "local_files_only", "name_or_path", "gguf_file")
 """Keys of a saved tokenizer config that describe the host on which it was saved."""
 
@@ -77,14 +81,28 @@ def convert_once(path: Path, sha256: str, cache: Path, progress: Progress) -> Pa
 
 def convert(path: Path, out: Path, progress: Progress) -> None:
     """Write config, tokenizer and weights of a GGUF file into the folder `out`."""
-    reader = _open(path)
-    config = _config(_Fields(reader, str(path)), {tensor.name for tensor in reader.tensors})
+    reader, config = opened(path)
     config_of(config, str(path))
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _save_tokenizer(path, out)
     with (out / SINGLE).open("wb") as file:
-        for chunk in _weights(reader, config, path, progress):
+        for chunk in converted_weights(reader, config, path, progress):
             file.write(chunk)
+
+
+def opened(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    """Return the reader of a GGUF file, and the `config.json` that its metadata describe.
+
+    Raises:
+        SourceError: a damaged file, or an architecture that is not supported.
+
+    """
+    reader = _open(path)
+    try:
+        return reader, _config(_Fields(reader, str(path)), {tensor.name for tensor in reader.tensors})
+    except MALFORMED as error:
+        what = f"the file's metadata have another form: {reason(error)}"
+        raise SourceError(what, where=str(path), fix="convert the model again") from error
 
 
 def _open(path: Path) -> GGUFReader:
@@ -93,8 +111,9 @@ def _open(path: Path) -> GGUFReader:
     except ImportError as error:
         raise HostError("the package gguf is not installed", where=str(path), fix="pip install gguf") from error
     try:
+        check_header(path)
         return GGUFReader(str(path))
-    except (ValueError, IndexError, OSError) as error:
+    except (*MALFORMED, OSError) as error:
         raise SourceError(
             f"damaged GGUF file: {reason(error)}", where=str(path), fix="download the file again"
         ) from error
@@ -109,7 +128,8 @@ class _Fields:
 
     @property
     def architecture(self) -> str:
-        return str(self.reader.fields["general.architecture"].contents())
+        field = self.reader.fields.get("general.architecture")
+        return "" if field is None else str(field.contents())
 
     def get(self, key: str, default: Any = None) -> Any:
         field = self.reader.fields.get(f"{self.architecture}.{key}")
@@ -179,8 +199,8 @@ def _save_tokenizer(path: Path, out: Path) -> None:
     from transformers import AutoTokenizer  # here, because it imports torch
 
     try:
-        with tempfile.TemporaryDirectory(prefix="tandem-gguf-") as folder:
-            (Path(folder) / path.name).symlink_to(path.absolute())
+        with work_folder("gguf") as folder:
+            (folder / path.name).symlink_to(path.absolute())
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise SourceError(
@@ -192,7 +212,7 @@ def _save_tokenizer(path: Path, out: Path) -> None:
     saved.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _weights(
+def converted_weights(
     reader: GGUFReader, config: dict[str, Any], path: Path, progress: Progress
 ) -> Iterator[bytes | memoryview]:
     """Yield the safetensors file, piece by piece, with at most one tensor in memory."""
@@ -207,8 +227,10 @@ def _weights(
     for (name, tensor), (_, _, shape) in zip(named, shapes, strict=True):
         try:
             values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        except (NotImplementedError, ValueError) as error:
+        except (*MALFORMED, NotImplementedError) as error:
             raise SourceError(f"{tensor.name}: {reason(error)}", where=str(path), fix=USE_ORIGINAL) from error
+        if values.size == 0:
+            raise SourceError(f"{tensor.name}: shape {list(shape)}", where=str(path), fix=USE_ORIGINAL)
         values = _unpermute(config)(name, values)
         yield np.ascontiguousarray(values, dtype="<f4").data.cast("B")
         done += plan.tensors[name].nbytes

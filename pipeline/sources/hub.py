@@ -7,7 +7,6 @@ Files land in the Hub's own cache (`HF_HUB_CACHE`), so models that are already t
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from pipeline.sources.checkpoint import (
     TOKENIZER_FILES,
     indexed_files,
     read_config,
+    read_json,
     refuse_without_weights,
 )
 from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 LOCATION = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+AGAIN = "report the file to the repository's owner"
 DOWNLOADS = 4
 READ_BYTES = 8 << 20
 WEIGHTS = ".safetensors"
@@ -150,7 +151,7 @@ class Hub:
         if SINGLE in listing:  # before an index, as in a folder
             names += [SINGLE]
         elif INDEX in listing:
-            shards = indexed_files(json.loads(get(listing[INDEX]).read_bytes()), f"{where}/{INDEX}")
+            shards = indexed_files(read_json(get(listing[INDEX]), AGAIN), f"{where}/{INDEX}")
             names += [INDEX, *shards]
         else:
             names += [n for n in listing if n.endswith(".safetensors")]

@@ -39,6 +39,9 @@ def hub_errors(where: str, repo: str, revision: str) -> Iterator[None]:
             fix = "free space, or set HF_HUB_CACHE to a folder on another disk"
             raise HostError("no space left for the download", where=where, fix=fix) from error
         raise _no_connection(error, where) from error
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # over the answer's fields
+        fix = "check HF_ENDPOINT, and proxies on the way to it"
+        raise HostError("the Hub's answer is not one of a Hub", where=where, fix=fix) from error
 
 
 def _http_error(status: int | None, where: str) -> SourceError | HostError:

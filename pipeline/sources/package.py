@@ -9,16 +9,15 @@ from __future__ import annotations
 import base64
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock
 
 from pipeline.errors import HostError, SourceError
+from pipeline.files.unfinished import work_folder
 from pipeline.progress import Progress, working
 from pipeline.sources.base import Fetched
 from pipeline.sources.checkpoint import digest_files
@@ -94,20 +93,20 @@ def _from_cache(name: str, version: str, cache: Path, progress: Progress) -> met
 
 def _install(name: str, version: str, target: Path) -> None:
     """Install beside the target, then rename, so that a killed pip leaves no partial installation."""
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    with work_folder(target.name, target.parent) as work:
+        _run_pip(name, version, work)
+        (work / "site").rename(target)
+
+
+def _run_pip(name: str, version: str, work: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--no-compile"]
     command += ["--only-binary", ":all:"]  # building a source distribution would run its code
     command += ["--target", str(work / "site"), f"{name}=={version}"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace",
-            env=_environment(),
-        )  # fmt: skip
-        if done.returncode:
-            raise _pip_error(done.stderr, name, version, " ".join(command))
-        (work / "site").rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace", env=_environment()
+    )
+    if done.returncode:
+        raise _pip_error(done.stderr, name, version, " ".join(command))
 
 
 def _environment() -> dict[str, str]:

@@ -6,7 +6,6 @@ Only configs and tokenizers are downloaded. The revision is a digest of what the
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from pipeline.errors import SourceError
 from pipeline.files.atomic import write_atomic
 from pipeline.progress import Progress
 from pipeline.sources.base import Fetched
-from pipeline.sources.checkpoint import CONFIG_FILES, TOKENIZER_FILES, indexed_files, refuse_without_weights
+from pipeline.sources.checkpoint import CONFIG_FILES, TOKENIZER_FILES, indexed_files, read_json, refuse_without_weights
 from pipeline.sources.custom_code import CODE_FILES
 from pipeline.sources.pointers import INDEX, SINGLE
 from pipeline.sources.remote import RemoteFile
@@ -96,7 +95,7 @@ def _weights(root: Path, listed: Mapping[str, Listing], where: str) -> list[str]
         if len(names) > 1:
             raise SourceError(f"{len(names)} safetensors files but no {INDEX}", where=where, fix=f"add {INDEX}")
         return names
-    names = indexed_files(json.loads((root / INDEX).read_bytes()), f"{where}/{INDEX}")
+    names = indexed_files(read_json(root / INDEX, "upload the model again"), f"{where}/{INDEX}")
     missing = sorted(set(names) - set(weights))
     if missing:
         raise SourceError(f"{INDEX} names {missing[0]}, which is missing", where=where, fix="upload the model again")

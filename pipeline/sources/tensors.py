@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pipeline.errors import SourceError, no_string
+from pipeline.files.limits import parse_json
 from pipeline.graphs.dtypes import SAFETENSORS
 from pipeline.sources.remote import RemoteFile
 
@@ -97,7 +98,7 @@ def read_header(path: File) -> dict[str, TensorRef]:
         try:
             dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
             first, last = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise _damaged(path, f"malformed header entry of tensor {name!r}: {entry!r}") from error
         known = SAFETENSORS.get(dtype)
         if not 0 <= first <= last or (known and last - first != known.size_bytes * math.prod(shape)):
@@ -118,7 +119,7 @@ def _raw_header(path: File) -> tuple[dict[str, Any], int, int]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(HEADER_LIMIT_BYTES, size - 8):
             raise _damaged(path, f"file is truncated or not safetensors: {size} bytes, header of {length}")
-        header = json.loads(_start(path, 8 + length)[8:])
+        header = parse_json(_start(path, 8 + length)[8:])
     except FileNotFoundError as error:
         raise SourceError("weight file is missing", where=str(path), fix="download the checkpoint again") from error
     except ValueError as error:

@@ -6,12 +6,13 @@ Imports no torch at import; transformers, imported for folders without a `tokeni
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SourceError, reason
+from pipeline.files.limits import parse_json
+from pipeline.files.unfinished import work_folder
 from pipeline.sources.checkpoint import Checkpoint, read_json
 
 SHOWN_IDS = 3
@@ -200,12 +201,18 @@ def _tokenizer_json(checkpoint: Checkpoint) -> dict[str, Any]:
     data = _read_json(path)
     if not isinstance(data.get("model"), dict):
         raise SourceError("malformed tokenizer: no `model`", where=str(path), fix=JSON_FIX)
+    try:
+        _ids(data)
+        _merges(data)
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        what = "malformed tokenizer: `model.vocab`, `model.merges` or `added_tokens` has another form"
+        raise SourceError(what, where=str(path), fix=JSON_FIX) from error
     return data
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_bytes())
     except ValueError as error:
         raise SourceError(f"malformed tokenizer: {error}", where=str(path), fix=JSON_FIX) from error
     if not isinstance(data, dict):
@@ -219,10 +226,10 @@ def _as_transformers(checkpoint: Checkpoint) -> Any:
     Transformers sees only the files that belong to the checkpoint, so no other file of the folder can change the
     tokens.
     """
-    with tempfile.TemporaryDirectory(prefix="tandem-tokenizer-") as folder:
+    with work_folder("tokenizer") as folder:
         for name in (*checkpoint.tokenizer_files, "config.json"):
-            (Path(folder) / name).symlink_to((checkpoint.root / name).absolute())
-        return _read(Path(folder), checkpoint.root)
+            (folder / name).symlink_to((checkpoint.root / name).absolute())
+        return _read(folder, checkpoint.root)
 
 
 def _read(folder: Path, root: Path) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from pipeline.errors import HostError, TandemError, reason
 from pipeline.executors.local import LocalExecutor
 from pipeline.executors.output import output_to
 from pipeline.files.atomic import link_or_copy
+from pipeline.files.unfinished import work_folder
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.plan.forecast import Forecast, makespan
 from pipeline.plan.plan import Plan
@@ -246,9 +246,9 @@ def _trace_and_compile(job: Job, backend: Backend, notes: list[str]) -> tuple[st
     key = cache_key(traced, backend.toolchain(), backend.flags())
 
     def compiled() -> bytes:
-        with tempfile.TemporaryDirectory(prefix="tandem-compile-") as work:
-            objects = compiled_subgraphs(job, backend, traced, Path(work), notes.append)
-            return _compile(job, partial(backend.compile, traced, Path(work), objects))
+        with work_folder("compile") as work:
+            objects = compiled_subgraphs(job, backend, traced, work, notes.append)
+            return _compile(job, partial(backend.compile, traced, work, objects))
 
     found = SharedCache(job, "graphs", backend, notes.append).obtain(key, compiled)
     assert found is not None
@@ -277,8 +277,8 @@ def compiled_subgraphs(job: Job, backend: Backend, traced: Traced, work: Path, l
 
 
 def _compiled_subgraph(job: Job, backend: Backend, subgraph: TracedSubgraph) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="tandem-subgraph-") as own:
-        return _compile(job, partial(backend.compile_subgraph, subgraph, Path(own)))
+    with work_folder("subgraph") as own:
+        return _compile(job, partial(backend.compile_subgraph, subgraph, own))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pipeline.artifact.verify import check_replaceable
 from pipeline.errors import ArtifactError
 from pipeline.files.atomic import check_writable, disk_errors, sha256_file, write_atomic
 from pipeline.files.home import expanded
+from pipeline.files.limits import parse_json
 from pipeline.progress import Log
 from pipeline.sources.kinds import current_revision, moving
 from pipeline.stages.settings import BuildSettings
@@ -46,7 +47,7 @@ class Stamp:
         An unknown revision counts as unchanged: without a network no newer one can be built.
         """
         try:
-            recorded = json.loads(self.path.read_text(encoding="utf-8"))
+            recorded = parse_json(self.path.read_bytes())
             files = read(self.out).manifest.files
             unknown = {source for source, revision in inputs["revisions"].items() if revision is None}
             revisions = inputs["revisions"] | {source: recorded["inputs"]["revisions"][source] for source in unknown}

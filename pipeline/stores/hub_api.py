@@ -26,6 +26,9 @@ TRIES = 6
 TIMEOUT_S = 60.0
 OF_THE_BODY = ("content-encoding", "content-length", "transfer-encoding")
 """Headers that are not those of the bytes that were read."""
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RecursionError, httpx.HTTPError, httpx.InvalidURL)
+"""Errors of the client over an answer that is not one of a Hub."""
+
 HOW_TO_WRITE = "set HF_TOKEN to a token that may write there"
 Result = TypeVar("Result")
 
@@ -48,7 +51,7 @@ class Hub:
                 if isinstance(error, errors.GatedRepoError) or _refused(error):
                     raise
                 return {}
-        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+            return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def refs(self, repo: str) -> tuple[dict[str, str], dict[str, str]]:
         """Return the branches and tags, with their commits."""
@@ -128,9 +131,12 @@ class Hub:
             raise HostError("the Hub needs a token", where=where, fix=HOW_TO_WRITE) from error
         except errors.HfHubHTTPError as error:
             raise _failure(error, where) from error
-        except (httpx.TransportError, ConnectionError) as error:
+        except (httpx.TransportError, httpx.DecodingError, ConnectionError) as error:
             what = "the Hub is unreachable or closed the connection"
             raise Interrupted(what, where=where, fix="try again") from error
+        except MALFORMED as error:
+            what = "the Hub's answer is not one of a Hub"
+            raise HostError(what, where=where, fix="check HF_ENDPOINT, and proxies on the way to it") from error
 
     def _url(self, repo: str, commit: str, path: str) -> str:
         return f"{self.api.endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(path)}"

@@ -50,10 +50,13 @@ class Ranges:
 
         With `etag`, None also for a file that has another. `authorization` is sent as the header of this name.
         """
-        parts = urlsplit(url)
-        if _proxied(parts):
+        try:
+            parts = urlsplit(url)
+            if _proxied(parts):
+                return None
+            connection = self._take(parts)
+        except (HTTPException, ValueError):  # a server may redirect to any text
             return None
-        connection = self._take(parts)
         try:
             if connection.sock is None:
                 connection.connect()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from pipeline.errors import no_string
 from pipeline.files.atomic import disk_errors
+from pipeline.files.unfinished import work_folder
 from pipeline.recipe.schema import Shapes
 from pipeline.runtime.text import Text
 from pipeline.validate.prompts import Prompt
@@ -21,10 +20,10 @@ def token_counts(prompts: Sequence[Prompt], tokenizer: Mapping[str, bytes]) -> l
 def encoded_prompts(prompts: Sequence[Prompt], tokenizer: Mapping[str, bytes]) -> list[list[int]]:
     """Return the tokens of each prompt, by the tokenizer files of an artifact that is not built yet."""
     no_string(prompts, "prompts", "prompts")
-    with tempfile.TemporaryDirectory(prefix="tandem-tokenizer-") as folder, disk_errors(Path(folder)):
+    with work_folder("tokenizer") as folder, disk_errors(folder):
         for name, data in tokenizer.items():
-            (Path(folder) / name).write_bytes(data)
-        text = Text(Path(folder))
+            (folder / name).write_bytes(data)
+        text = Text(folder)
     return [text.encode_prompt(prompt.text) for prompt in prompts]
 
 

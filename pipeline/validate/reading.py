@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import SourceError, TandemError, reason
 from pipeline.files.atomic import disk_errors
+from pipeline.files.unfinished import work_folder
 from pipeline.models.config import Layer, ModelConfig
 from pipeline.models.decoder import activated, rotary_frequencies
 from pipeline.models.fields import shown
@@ -257,8 +256,8 @@ def _rotary_of(model: Any, of: str) -> Any:
 
 def _loaded(config_json: Mapping[str, Any]) -> Any:
     """Return the config that transformers reads from a folder: it chooses the class by more than `model_type`."""
-    with tempfile.TemporaryDirectory(prefix="tandem-config-") as folder, disk_errors(Path(folder)):
-        (Path(folder) / "config.json").write_text(json.dumps(config_json), encoding="utf-8")
+    with work_folder("config") as folder, disk_errors(folder):
+        (folder / "config.json").write_text(json.dumps(config_json), encoding="utf-8")
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 

@@ -101,3 +101,18 @@ def test_temp_folder_is_removed_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), temp_folder(tmp_path / "out"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_work_folder_of_a_killed_process_is_swept_by_the_next(tmp_path):
+    """Nothing swept TMPDIR: the folders of killed builds stayed there."""
+    code = (
+        "from pipeline.files.unfinished import work_folder\nfrom pathlib import Path\nimport os, signal, sys\n"
+        "with work_folder('compile', Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'file').write_text('')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    (left,) = temps(tmp_path)
+    assert left.stat().st_mode & 0o777 == 0o700
+    with unfinished.work_folder("compile", tmp_path) as mine:
+        assert temps(tmp_path) == [mine]
+    assert temps(tmp_path) == []

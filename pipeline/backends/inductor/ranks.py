@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -27,6 +26,7 @@ from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.inductor.session import Session
 from pipeline.errors import HostError, InputError, reason
 from pipeline.files.temporary import start_server
+from pipeline.files.unfinished import work_folder
 from pipeline.graphs.spec import GraphSpec
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
@@ -100,13 +100,14 @@ class ManyRanks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed"])
         start_server()
-        self._folder = tempfile.TemporaryDirectory(prefix="tandem-ranks-")
+        self._cleanup = ExitStack()
+        folder = self._cleanup.enter_context(work_folder("ranks"))
         self._pipes: list[Connection] = []
         self._timeout_s = _timeout_s()
         self._workers: list[ForkServerProcess] = []
         for rank in range(manifest.ranks):
             ours, theirs = context.Pipe()
-            place = Place(root, manifest, rank, self._folder.name)
+            place = Place(root, manifest, rank, str(folder))
             worker = context.Process(target=_serve, args=(theirs, place), daemon=True, name=f"rank {rank}")
             worker.start()
             theirs.close()
@@ -144,7 +145,7 @@ class ManyRanks:
         for worker in self._workers:
             worker.join(timeout=10)
             worker.kill()
-        self._folder.cleanup()
+        self._cleanup.close()
 
     def _ask(self, message: Message) -> dict[str, np.ndarray]:
         if not self._pipes:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import stat
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +16,10 @@ from pipeline.backends.inductor import collectives  # noqa: F401 - graphs of sev
 from pipeline.errors import CorruptError, HostError
 from pipeline.files.atomic import safe_relative
 from pipeline.files.temporary import prepared_folder, temporary_files, temporary_folder
+from pipeline.files.unfinished import work_folder
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.shards import read_shard
-from pipeline.graphs.signature import Signature, TensorSpec
+from pipeline.graphs.signature import Signature, TensorSpec, read_signature
 from pipeline.graphs.spec import GraphSpec
 
 GRAPH_FILE = "graph.pt2"
@@ -58,8 +57,8 @@ def _extraction_folder(device: str) -> Iterator[Path]:
     if device != "cpu":
         yield own
         return
-    with tempfile.TemporaryDirectory(prefix="graph-", dir=own, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    with work_folder("graph", own) as folder:
+        yield folder
 
 
 def check_members(package: Path) -> None:
@@ -73,7 +72,7 @@ def check_members(package: Path) -> None:
     try:
         with zipfile.ZipFile(package) as archive:
             members = archive.infolist()
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise HostError(f"cannot load the graph: {error}", where=str(package), fix=VERIFY) from error
     for member in members:
         safe_relative(member.filename.removesuffix("/"), str(package))
@@ -118,7 +117,7 @@ class Session:
     def _open(self, spec: GraphSpec) -> tuple[LoadedGraph, Signature, list[Tensor]]:
         if spec.name not in self._graphs:
             folder = self.root / "graphs" / spec.name
-            io = Signature.from_json(json.loads((folder / "io.json").read_text(encoding="utf-8")))
+            io = read_signature(folder / "io.json")
             bound = [self._weights[t.name] for t in io.weights] + [self._state_tensor(t) for t in io.state]
             graph = LoadedGraph(folder / GRAPH_FILE, self.device)
             self._graphs[spec.name] = (graph, io, bound)

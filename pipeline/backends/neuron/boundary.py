@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pipeline.backends.neuron.module import dotted
-from pipeline.graphs.signature import TensorSpec
+from pipeline.errors import CorruptError
+from pipeline.files.limits import AGAIN, json_object
+from pipeline.graphs.signature import TensorSpec, tensor_of
 
 Kind = Literal["argument", "weight", "state"]
 KINDS: Mapping[Kind, str] = {"argument": "USER_INPUT", "weight": "INPUT_WEIGHT", "state": "INPUT_STATE"}
@@ -40,12 +42,23 @@ class Boundary:
         return json.dumps(asdict(self), sort_keys=True).encode()
 
     @staticmethod
-    def from_json(data: bytes) -> Boundary:
-        """Read the bytes of `to_json`."""
-        read = json.loads(data)
-        parameters = tuple(Place(one["kind"], _tensor(one["tensor"])) for one in read["parameters"])
-        results = tuple(_tensor(one) for one in read["results"])
-        return Boundary(parameters, results, {int(key): value for key, value in read["aliases"].items()})
+    def from_json(data: bytes, where: str) -> Boundary:
+        """Read the bytes of `to_json`.
+
+        Raises:
+            CorruptError: other bytes.
+
+        """
+        read = json_object(data, where, "boundary of the graph")
+        try:
+            parameters = tuple(Place(_kind(one["kind"]), tensor_of(one["tensor"])) for one in read["parameters"])
+            results = tuple(map(tensor_of, read["results"]))
+            aliases = {int(key): int(value) for key, value in read["aliases"].items()}
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise CorruptError("damaged boundary of the graph", where=where, fix=AGAIN) from error
+        if not all(0 <= r < len(results) and 0 <= p < len(parameters) for r, p in aliases.items()):
+            raise CorruptError("the boundary aliases a tensor that it lacks", where=where, fix=AGAIN)
+        return Boundary(parameters, results, aliases)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -83,5 +96,8 @@ def _add(tensors: Any, name: str, tensor: TensorSpec, messages: Any) -> Any:
     return tensors.add(name=name.encode(), shape=list(tensor.shape), data_type=data_type)
 
 
-def _tensor(data: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(data["name"], tuple(data["shape"]), data["dtype"])
+def _kind(text: Any) -> Kind:
+    for kind in KINDS:
+        if kind == text:
+            return kind
+    raise ValueError(f"not a kind of parameter: {text}")

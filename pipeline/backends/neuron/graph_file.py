@@ -16,11 +16,14 @@ from pipeline.backends.neuron.compiler import check_neff
 from pipeline.backends.neuron.module import without_booleans
 from pipeline.errors import ArtifactError, reason
 from pipeline.files.limits import AGAIN
-from pipeline.graphs.signature import Signature
+from pipeline.graphs.signature import Signature, read_signature
 from pipeline.graphs.spec import GraphSpec
 
 GRAPH_FILE = "graph.neuron.zip"
 NEFF, METANEFF, LAYOUT, BOUNDARY = "graph.neff", "metaneff.pb", "layout.json", "boundary.json"
+UNREADABLE = (zipfile.BadZipFile, KeyError, OSError, ValueError, EOFError, RuntimeError)
+"""Errors of zipfile: for members that are damaged, encrypted or of an unknown version, too."""
+
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The oldest time that a zip can store; with a constant time, equal graphs are equal bytes."""
 
@@ -99,9 +102,11 @@ def read_graph(root: Path, entry: GraphEntry, lnc: int) -> Graph:
     try:
         with zipfile.ZipFile(path) as archive:
             kinds = (BOUNDARY,) if BOUNDARY in archive.namelist() else (METANEFF, LAYOUT)
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ArtifactError("not a graph file: a member is compressed", where=str(path), fix=AGAIN)
             neff, parts = archive.read(NEFF), {name: archive.read(name) for name in kinds}
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
+    except UNREADABLE as error:
         raise ArtifactError(f"not a graph file: {reason(error)}", where=str(path), fix=AGAIN) from error
     check_neff(neff, f"{path}: {NEFF}", lnc)
-    signature = Signature.from_json(json.loads((root / entry.io).read_text(encoding="utf-8")))
+    signature = read_signature(root / entry.io)
     return Graph(entry.spec, without_booleans(signature), neff, parts)

@@ -180,7 +180,7 @@ def _described(graph: Graph) -> tuple[Any, nn.Module, nn.Module]:
     """Return metaneff, flattener and packer from the boundary that the StableHLO frontend wrote."""
     from torch_neuronx.proto import metaneff_pb2  # of the SDK, imported only to run on a device
 
-    boundary = Boundary.from_json(graph.parts[BOUNDARY])
+    boundary = Boundary.from_json(graph.parts[BOUNDARY], f"{graph.spec.name}: {BOUNDARY}")
     given = [spec.name for spec in graph.io.arguments]
     flattener = Order([given.index(name) for name in boundary.arguments])
     return metaneff(boundary, metaneff_pb2), flattener, Order(range(len(graph.io.outputs)))

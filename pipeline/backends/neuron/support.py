@@ -6,7 +6,6 @@ SDK 2.31 is announced in "NxD Inference and NxD Core maintenance support with Ne
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,12 +19,17 @@ from pathlib import Path
 
 from pipeline.errors import HostError, Problem
 from pipeline.extras import install_command
+from pipeline.files.limits import parse_json
 from pipeline.recipe.chips import CHIPS, chip_of_instance
 
 COMPILER = "neuronx-cc"
 PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")
 """The instance type on EC2."""
 INDEX = "https://pip.repos.neuron.amazonaws.com"
+
+
+MOST_DIGITS = 4
+"""Limit for the digits of the number of cores that work as one."""
 
 
 @dataclass(frozen=True)
@@ -143,18 +147,21 @@ def parse_devices(listed: str, header: str, product: Path = PRODUCT) -> Device |
 
     """
     try:
-        devices = [(int(entry["nc_count"]), int(entry["memory_size"])) for entry in json.loads(listed)]
-    except (ValueError, TypeError, KeyError) as error:
+        devices = [(int(entry["nc_count"]), int(entry["memory_size"])) for entry in parse_json(listed)]
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         what = f"its output is no list of devices with nc_count and memory_size: {listed.strip()[:200]!r}"
         fix = "please report this, with the output of `neuron-ls --json-output` and `neuron-ls --version`"
         raise HostError(what, where="neuron-ls", fix=fix) from error
     if not devices:
         return None
-    facts = dict(re.findall(r"^(instance-type|logical-neuroncore-config):\s*(\S+)\s*$", header, re.MULTILINE))
+    facts = dict(re.findall(r"^(instance-type|logical-neuroncore-config):[ \t]*(\S+)[ \t]*$", header, re.MULTILINE))
     instance = facts.get("instance-type") or _product_name(product)
-    lnc = int(facts.get("logical-neuroncore-config") or _runtime_lnc(chip_of_instance(instance)))
+    lnc = facts.get("logical-neuroncore-config") or _runtime_lnc(chip_of_instance(instance))
+    if not (lnc.isascii() and lnc.isdigit() and len(lnc) < MOST_DIGITS):
+        fix = "correct the runtime's configuration, or NEURON_LOGICAL_NC_CONFIG: a whole number"
+        raise HostError(f"found logical-neuroncore-config: {lnc[:40]!r}", where="neuron-ls", fix=fix)
     cores, memory_bytes = devices[0]
-    return Device(instance, sum(count for count, _ in devices), lnc, memory_bytes // max(cores, 1))
+    return Device(instance, sum(count for count, _ in devices), int(lnc), memory_bytes // max(cores, 1))
 
 
 def _printed(command: list[str]) -> str | None:

@@ -30,7 +30,7 @@ BOUNDARY = Boundary(
 
 
 def test_boundary_is_read_as_it_was_written():
-    assert Boundary.from_json(BOUNDARY.to_json()) == BOUNDARY
+    assert Boundary.from_json(BOUNDARY.to_json(), "boundary.json") == BOUNDARY
     assert BOUNDARY.arguments == ("position",)
     assert BOUNDARY.aliased == {"target.k.0"}
 

@@ -1,0 +1,140 @@
+"""Inputs that ended in an undocumented error, or took minutes or gigabytes, before; each with the old fault."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fuzz.servers import AnsweringServer, impatient
+from fuzz.targets import CORPUS, TARGETS, scratch
+from pipeline.errors import TandemError
+from pipeline.stores.hub_api import Hub
+from pipeline.stores.ranges import Ranges
+
+DEEP = b"[" * 100_000
+
+
+def changed(name: str, **changes: object) -> bytes:
+    """A file of the corpus with other values."""
+    return json.dumps(json.loads((CORPUS / name).read_bytes()) | changes).encode()
+
+
+def safetensors(entry: object) -> bytes:
+    header = json.dumps({"a": entry}).encode()
+    return struct.pack("<Q", len(header)) + header
+
+
+def gguf(*values: bytes, tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(values)) + b"".join(values)
+
+
+def gguf_value(key: bytes, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+
+
+def of_architecture(name: bytes) -> bytes:
+    return gguf_value(b"general.architecture", 8, struct.pack("<Q", len(name)) + name)
+
+
+def zipped(compression: int, **members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name.replace("_", "."), data)
+    return buffer.getvalue()
+
+
+def hub_answer(body: bytes, *headers: bytes) -> bytes:
+    lines = [b"HTTP/1.1 200 OK", *headers, b"Content-Length: %d" % len(body)]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+HUGE = gguf(gguf_value(b"a", 9, struct.pack("<IQ", 4, 1 << 40)))
+TREE = b'[{"type": "file", "path": ["a"], "size": 1, "oid": "x"}]'
+FAULTS = {
+    "recipe: RecursionError where comments are kept": ("recipe", b"a: " + b"[" * 3000, "nested too deeply"),
+    "lock: RecursionError": ("lock", DEEP, "nested too deeply"),
+    "config: RecursionError": ("config", DEEP, "nested too deeply"),
+    "weight map: RecursionError": ("weight_map", DEEP, "nested too deeply"),
+    "safetensors: RecursionError": ("safetensors", struct.pack("<Q", len(DEEP)) + DEEP, "nested too deeply"),
+    "safetensors: OverflowError for an infinite offset": (
+        "safetensors",
+        safetensors({"dtype": "F32", "shape": [1], "data_offsets": [0, float("inf")]}),
+        "malformed header entry",
+    ),
+    "gguf: minutes and gigabytes for a count": ("gguf", HUGE, "beyond the end"),
+    "gguf: KeyError without an architecture": ("gguf", gguf(), "unsupported GGUF architecture"),
+    "gguf: KeyError without tokens": ("gguf", gguf(of_architecture(b"llama")), "no llama.attention.head_count"),
+    "gguf: KeyError for a key that is there twice": ("gguf", gguf(*[of_architecture(b"llama")] * 2), "Duplicate"),
+    "tokenizer: TypeError for a vocabulary of null": (
+        "tokenizer", changed("tokenizer/valid-words.json", model={"vocab": None}), "malformed tokenizer"),
+    "tokenizer: ValueError of the library": (
+        "tokenizer", changed("tokenizer/valid-words.json", normalizer={"type": "?"}), "not a tokenizer"),
+    "tokenizer config: KeyError for a token without content": (
+        "tokenizer_config", b'{"bos_token": {"a": 1}}', "another form"),
+    "tokenizer config: TypeError in a template": (
+        "tokenizer_config", b'{"chat_template": "{{ 1 + \'a\' }}"}', "error in the chat template"),
+    "dflash: TypeError for a mask token that is a list": (
+        "head", changed("head/dflash.json", dflash_config={"mask_token_id": [1], "target_layer_ids": [1, 2]}), "mask"),
+    "generation: OverflowError for 400 digits": (
+        "generation", b'{"temperature": 1%s}' % (b"0" * 400), "temperature"),
+    "io.json: KeyError": ("signature_of_graph", b'{"weights": []}', "damaged signature"),
+    "neff: KeyError in the boundary": (
+        "neff", (CORPUS / "neff/valid-boundary.zip").read_bytes().replace(b'"kind"', b'"kine"'), "not a graph file"),
+    "neff: a compressed member of any size": (
+        "neff", zipped(zipfile.ZIP_DEFLATED, graph_neff=bytes(1 << 24), boundary_json=b"{}"), "compressed"),
+    "neuron-ls: RecursionError": ("devices", DEEP, "no list of devices"),
+    "neuron-ls: ValueError for its cores": (
+        "devices", b'[{"nc_count": 2, "memory_size": 1}]\0logical-neuroncore-config: 2x\n', "found logical-neuron"),
+    "recipe: TypeError for a misspelt chip": (
+        "recipe", b'{"base": "base.yaml", "backend": {"name": "neuron", "target": "trn9"}}', "accepted"),
+    "request: RecursionError in a schema": (
+        "request", json.dumps({"schema": "[" * 100_000}).encode(), "nested too deeply"),
+    "request: RecursionError in biases": (
+        "request", json.dumps({"extra": {"logit_bias": "[" * 100_000}}).encode(), "found"),
+}  # fmt: skip
+
+
+HUB_FAULTS = {
+    "RecursionError": (hub_answer(DEEP), "not one of a Hub"),
+    "KeyError for another object": (hub_answer(b'[{"a": 1}]'), "not one of a Hub"),
+    "TypeError for a path that is a list": (hub_answer(TREE), "not one of a Hub"),
+    "DecodingError": (hub_answer(b"x", b"Content-Encoding: gzip"), "not one of a Hub"),
+}
+
+
+@pytest.mark.parametrize("fault", HUB_FAULTS)
+def test_hub_fault_is_a_documented_error(fault):
+    server = AnsweringServer()
+    server.answer, said = HUB_FAULTS[fault]
+    with impatient(), pytest.raises(TandemError, match=said):
+        Hub(server.url, "hf_x").tree("org/name", "main")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_a_documented_error(fault):
+    target, data, said = FAULTS[fault]
+    with scratch() as folder:
+        parse = TARGETS[target].prepare(Path(folder))
+        started = time.thread_time()
+        with pytest.raises(TandemError, match=said):
+            parse(data)
+        assert time.thread_time() - started < 1
+
+
+def test_a_redirect_to_no_address_is_no_range():
+    """Http.client raises InvalidURL when a connection is made, before the errors of a read were caught."""
+    for url in ("http://127.0.0.\x121:1/x", "http://[", "http://127.0.0.1:99999999/x"):
+        assert Ranges().read(url, 0, memoryview(bytearray(4))) is None
+
+
+def test_a_cell_of_a_log_may_end_in_a_separator():
+    """str.strip takes U+001E for a space, int() does not: ValueError."""
+    with scratch() as folder:
+        TARGETS["traffic"].prepare(Path(folder))(b"\1prompt_tokens,completion_tokens\n10\x1e,5\n")
