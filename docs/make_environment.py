@@ -125,7 +125,10 @@ REJECTED = (
 )  # fmt: skip
 RELEASE = (
     Variable("REGISTRY", "`scripts/ci/release.sh publish`", "registry to publish to", "**required**"),
-    Variable("ALIAS", "`scripts/ci/release.sh publish`", "alias to set to the release", "no alias is set"),
+    Variable("ALIAS", "`scripts/ci/release.sh publish` and `promote`", "alias to set to the release", "no alias is set"),
+    Variable("FROM", "`scripts/ci/release.sh promote`", "registry to copy from", "**required**"),
+    Variable("TO", "`scripts/ci/release.sh promote`", "registry to copy to", "**required**"),
+    Variable("POLICY", "`scripts/ci/release.sh promote`", "policy file that must accept the release", "**required**"),
     Variable("SIGNING_KEY", "`scripts/ci/release.sh publish`", "file of a private key", "keyless, with the CI job's identity"),
     Variable("BACKEND", "`scripts/ci/release.sh changed`", "list only recipes of this backend", "all recipes"),
     Variable("PYTHON", "`scripts/ci/package.sh`; the Makefile", "Python interpreter", "`python`; `python3` in the Makefile"),
@@ -135,6 +138,10 @@ RELEASE = (
     Variable("TANDEM_PR_RUNNER", "variable of `release.yml`", "label of the runner that builds pull requests: another machine", "`ubuntu-latest`"),
     Variable("CACHE_AWS_ACCESS_KEY_ID", "secret of `release.yml`", "access key of the shared cache alone, for the job that builds", "no shared cache"),
     Variable("CACHE_AWS_SECRET_ACCESS_KEY", "secret of `release.yml`", "its secret key", "no shared cache"),
+    Variable("TANDEM_PROMOTE_FROM", "variable of `promote.yml`, in the environment of a stage", "registry of the stage before", "**required**"),
+    Variable("TANDEM_PROMOTE_TO", "variable of `promote.yml`, in the environment of a stage", "registry of this stage", "**required**"),
+    Variable("TANDEM_PROMOTE_ALIAS", "variable of `promote.yml`, in the environment of a stage", "alias to set to the release", "no alias is set"),
+    Variable("TANDEM_PROMOTE_POLICY", "variable of `promote.yml`", "policy file in the repository", "`policy.yaml`"),
     Variable("TANDEM_PYPI_PROJECT", "variable of `package.yml`", "name of the project on PyPI; without it, the workflow publishes nothing", "no publication"),
 )  # fmt: skip
 DEVELOPMENT = (

@@ -15,7 +15,7 @@ The rooms, in the order of the pipeline. `docs/explanation/architecture.md` has 
     cache/        compiled graphs and goldens by content, local and shared
     artifact/     the artifact on disk: manifest, verification, signatures, provenance
     validate/     references, gates and the report between a build and a release
-    registry/     releases: publish, pull, list, aliases
+    registry/     releases: publish, pull, copy, list, aliases
     stores/       registries as folder, S3 bucket or Hub
     runtime/      run an artifact: `load(folder)` returns an `Engine`
     serve/        vLLM over the graphs of an artifact

@@ -162,7 +162,7 @@ def _stream(job: _Job, origin: Origin, partial: Path) -> str:
         kept_bytes = _digest_kept(file, digest)
         job.meter.add(min(kept_bytes, entry.size))
         output = open_output(file)
-        for piece in parts(_reading(job, origin), kept_bytes, RING.parts):
+        for piece in parts(_reading(job, origin), kept_bytes, RING.parts, shared=True):
             digest.update(piece)
             output.write(piece)
             job.meter.add(len(piece))

@@ -65,10 +65,11 @@ class Reading:
     stopped: threading.Event
 
 
-def parts(of: Reading, offset: int, memory: Sequence[memoryview]) -> Generator[memoryview]:
+def parts(of: Reading, offset: int, memory: Sequence[memoryview], *, shared: bool) -> Generator[memoryview]:
     """Yield the blob's parts from `offset` on, in order, as many read ahead as `memory` has buffers but one.
 
-    A part is valid until the next one is taken: later parts reuse its buffer.
+    A part is valid until the next one is taken: later parts reuse its buffer. With `shared` memory, which others use
+    afterwards, the generator ends when no read runs any more.
     """
     starts = iter(range(offset, of.entry.size, len(memory[0])))
     buffers, ahead = itertools.cycle(memory), deque[Future[memoryview]]()
@@ -89,7 +90,8 @@ def parts(of: Reading, offset: int, memory: Sequence[memoryview]) -> Generator[m
     finally:
         for future in ahead:
             future.cancel()
-        wait(ahead)  # a running read would write into memory that is used for something else
+        if shared:  # else no wait: this may run in the garbage collector, while any lock is held
+            wait(ahead)
 
 
 def read_whole(origin: Origin, path: str, entry: Pinned) -> bytes:
@@ -161,7 +163,7 @@ class _PartsFile(io.RawIOBase):
     def __init__(self, of: Reading) -> None:
         size = max(1, min(SENT_PART_BYTES, of.entry.size))
         memory = [memoryview(bytearray(size)) for _ in range(SENT_AHEAD + 1)]
-        self._parts, self._left = parts(of, 0, memory), memoryview(b"")
+        self._parts, self._left = parts(of, 0, memory, shared=False), memoryview(b"")
 
     def readable(self) -> bool:
         """Return True."""

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,6 +25,7 @@ from huggingface_hub.hf_api import RepoFile
 from pipeline.errors import ArtifactError, CorruptError, InputError, no_string
 from pipeline.files.atomic import disk_errors
 from pipeline.files.limits import SIGNATURE_BYTES, SIGNATURES
+from pipeline.files.unfinished import sweep, temp_folder
 from pipeline.stores.base import (
     SMALL_BYTES,
     Alias,
@@ -83,17 +83,15 @@ class HubStore:
         self.commits: dict[tuple[str, str], str] = {}
         self.lock = threading.Lock()
         self.staging: Path | None = None
+        self.stack = ExitStack()
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
         """Protect nothing: a Hub does not collect files that a branch or tag refers to."""
         self.added.clear()
-        try:
+        with ExitStack() as self.stack:
             yield
-        finally:
-            if self.staging is not None:
-                shutil.rmtree(self.staging, ignore_errors=True)
-                self.staging = None
+        self.staging = None
 
     def missing(self, content: Content, files: Mapping[str, Pinned]) -> list[str]:
         """Return the paths that the release lacks, or main's head if there is no release; small files first.
@@ -321,7 +319,10 @@ class HubStore:
         if isinstance(source, Path):
             return source
         with self.lock:
-            self.staging = self.staging or Path(tempfile.mkdtemp(prefix="tandem-copy-"))
+            if self.staging is None:
+                folder = Path(tempfile.gettempdir())
+                sweep(folder)  # files of copies that were killed
+                self.staging = self.stack.enter_context(temp_folder(folder / "copy"))
             path = self.staging / sha256
         with disk_errors(path), path.open("wb") as file:
             for piece in checked_pieces(source, sha256, CHUNK_BYTES):

@@ -6,10 +6,11 @@
 #   scripts/ci/release.sh summary RECIPE        artifact and results of the gates, in Markdown; also after a failed build
 #   scripts/ci/release.sh check RECIPE          check what was built, maybe elsewhere: files, recipe, lock, gates, run
 #   scripts/ci/release.sh publish RECIPE        sign, publish, then move the alias
+#   scripts/ci/release.sh promote NAME@VERSION  copy a release from the registry FROM to TO if POLICY accepts it; move the alias
 #
 # From the environment: REGISTRY (a folder, s3://bucket/prefix, hf://org), ALIAS (none: no alias is moved), SIGNING_KEY (a
 # private key's file) or an identity of the CI job for a keyless signature, TANDEM_REMOTE_CACHE and TANDEM_PUSH_CACHE=1.
-# With BACKEND, `changed` names only the recipes that this backend builds.
+# With BACKEND, `changed` names only the recipes that this backend builds. `promote` reads FROM, TO, POLICY and ALIAS.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -57,9 +58,15 @@ publish() {
   tandem publish "$1" --to "${REGISTRY:?set REGISTRY}" "${sign[@]}" "${alias[@]}"
 }
 
+promote() {
+  local alias=()
+  if [[ -n ${ALIAS:-} ]]; then alias=(--alias "$ALIAS"); fi
+  tandem copy "${FROM:?set FROM}/$1" "${TO:?set TO}" --policy "${POLICY:?set POLICY}" "${alias[@]}"
+}
+
 command=${1:?see the head of this file}
 shift
 case $command in
-  changed | build | summary | check | publish) "$command" "$@" ;;
+  changed | build | summary | check | publish | promote) "$command" "$@" ;;
   *) say "unknown step $command" && exit 2 ;;
 esac

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from pipeline.artifact.manifest import read
 from pipeline.errors import ArtifactError, HostError
 from pipeline.files.unfinished import TEMP
 from pipeline.registry import releases as registry
-from pipeline.registry.publish import publish
+from pipeline.registry.copy import copy
+from pipeline.registry.publish import Place, publish
 from pipeline.registry.pull import pull
 from pipeline.registry.release import parse_document
 from pipeline.stores.base import open_bucket, open_store
@@ -70,7 +72,7 @@ PASSING = [
 @pytest.mark.parametrize("fault", PASSING, ids=lambda fault: f"{fault.kind}-{fault.skip}")
 def test_s3_pull_survives(original, s3_url, s3_proxy, options, fault):
     publish(original, s3_url, ["latest"])
-    s3_proxy.faults = [fault]
+    s3_proxy.faults = [replace(fault)]
     out = pull(f"{s3_url}/small@latest", **options)
     assert small.digests(out) == small.digests(original)
     assert s3_proxy.broken
@@ -93,6 +95,29 @@ def test_s3_wrong_bytes(original, s3_url, s3_proxy, options):
         pull(f"{s3_url}/small@latest", **options)
     assert not options["directory"].exists()
     out = pull(f"{s3_url}/small@latest", **options)
+    assert small.digests(out) == small.digests(original)
+
+
+@pytest.mark.parametrize("fault", PASSING, ids=lambda fault: f"{fault.kind}-{fault.skip}")
+def test_s3_copy_survives(original, s3_url, s3_proxy, tmp_path, fault):
+    publish(original, s3_url, ["latest"])
+    s3_proxy.faults = [replace(fault)]  # a fault counts down
+    copy(f"{s3_url}/small@latest", Place(f"{tmp_path}/there"))
+    assert s3_proxy.broken
+    out = pull(f"{tmp_path}/there/small@{read(original).manifest.version}", tmp_path / "o", cache=tmp_path / "c")
+    assert small.digests(out) == small.digests(original)
+
+
+def test_s3_copy_of_wrong_bytes(original, s3_url, s3_proxy, tmp_path):
+    """Bytes that change on their way reach no registry; the next copy sends what is left."""
+    publish(original, s3_url, ["latest"])
+    s3_proxy.faults = [Fault("GET .*blobs", "wrong", 1, skip=3)]
+    with pytest.raises(ArtifactError, match="sha256 mismatch: expected"):
+        copy(f"{s3_url}/small@latest", Place(f"{s3_url}-2", ("live",)))
+    assert open_store(f"{s3_url}-2").versions("small") == []
+    copied = copy(f"{s3_url}/small@latest", Place(f"{s3_url}-2", ("live",)))
+    assert copied.fresh
+    out = pull(f"{s3_url}-2/small@live", tmp_path / "o", cache=tmp_path / "c")
     assert small.digests(out) == small.digests(original)
 
 

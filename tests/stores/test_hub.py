@@ -44,7 +44,7 @@ def test_hub_private_and_gated(made, hub_url, hub_server, monkeypatch, options):
         pull(f"{hub_url}/small@latest", **options)
     hub_server.gated.clear()
     hub_server.private.add(repo)
-    with pytest.raises(InputError, match="no version or alias"):
+    with pytest.raises(InputError, match="no release named 'small'"):
         pull(f"{hub_url}/small@latest", **options)
     monkeypatch.setenv("HF_TOKEN", hub_server.reader)
     assert small.digests(pull(f"{hub_url}/small@latest", **options)) == small.digests(made)

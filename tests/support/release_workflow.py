@@ -1,4 +1,4 @@
-"""The steps of the release workflow, run as the service would run them, and a repository for them."""
+"""The steps of the workflows of releases, run as the service would run them, and a repository for them."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class Runner:
             "PATH": f"{root.parent / 'bin'}:{BIN}:{os.environ['PATH']}",
         }  # fmt: skip
 
-    def job(self, name: str) -> None:
+    def job(self, name: str, workflow: str = "release") -> None:
         """Its steps; once one failed, only those that run always, and the failure is raised at the end."""
-        job = yaml.safe_load((self.root / ".github/workflows/release.yml").read_text())["jobs"][name]
+        job = yaml.safe_load((self.root / f".github/workflows/{workflow}.yml").read_text())["jobs"][name]
         failure = None
         for step in job["steps"]:
             if "run" not in step or step["name"] == "Install" or (failure and step.get("if") != "always()"):
