@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_a_copy_of_a_release_that_is_there_adds_no_record(chain):
     before = list_releases(str(chain / "prod"))[0].copies
     copy(f"{chain}/dev/small@latest", Place(f"{chain}/prod"))
     assert list_releases(str(chain / "prod"))[0].copies == before
+
+
+def test_a_copy_that_was_killed_before_its_release_leaves_one_record(chain, monkeypatch):
+    """The record is written before the release; a repeated copy by the same person adds no second one."""
+    shutil.rmtree(chain / "prod/releases")
+    copy(f"{chain}/staging/small@latest", Place(f"{chain}/prod"))
+    (release,) = list_releases(str(chain / "prod"))
+    assert [each.who for each in release.copies] == ["alice", "bob"]
+    shutil.rmtree(chain / "prod/releases")
+    monkeypatch.setenv("GITHUB_ACTOR", "carol")
+    copy(f"{chain}/staging/small@latest", Place(f"{chain}/prod"))
+    (release,) = list_releases(str(chain / "prod"))
+    assert sorted(each.who for each in release.copies) == ["alice", "bob", "carol"]
 
 
 def test_the_record_is_an_in_toto_statement_about_the_document(chain):
