@@ -31,8 +31,7 @@ SIGNATURE = "signature"
 """A signature over the manifest's bytes: in the same folder, and not listed in the manifest."""
 PULLED = "pulled.json"
 """The record of a pull, see `pulled.py`: in the same folder, and not listed in the manifest."""
-PROMOTED = "promoted.json"
-"""The record of a release's promotions, see `stores/promotions.py`: a Hub keeps it in the same folder."""
+PROMOTED = "promoted.json"  # the record of a release's promotions, which a Hub keeps in the same folder
 BESIDE = (MANIFEST, SIGNATURE, PULLED, PROMOTED)
 SCHEMA_VERSION: Literal[3] = 3
 MAX_FILES = 50_000

@@ -81,7 +81,7 @@ def test_copy_again_sends_nothing(dev, url, tmp_path):
 def test_copy_from_server_to_server(dev, url, tmp_path):
     copy(f"{dev}/small@1.0", Place(url))
     copied = copy(f"{url}/small@1.0", Place(f"{url}-2", ("live",)))
-    assert copied.sent == copied.blobs
+    assert copied.sent in (0, copied.blobs)  # some OCI registries share blobs among all repositories
     options = {"cache": tmp_path / "cache", "select": Selection(variant="trn2-tp1")}
     out = pull(f"{url}-2/small@live", tmp_path / "out", **options)
     assert small.digests(out).items() >= small.digests(pull(f"{dev}/small@1.0", tmp_path / "out2", **options)).items()
@@ -121,7 +121,7 @@ def test_copy_through_a_file(dev, url, tmp_path):
     file = tmp_path / "release.tar"
     save(f"{url}/small@1.0", file)
     loaded = load(file, Place(f"{url}-2", ("live",)))
-    assert loaded.sent == loaded.blobs
+    assert loaded.fresh
     copy(f"{url}-2/small@live", Place(f"{tmp_path}/back"))
     assert small.kept(tmp_path / "back") == small.kept(dev)
     assert [each.destination for each in list_releases(f"{tmp_path}/back")[0].copies] == [
