@@ -1,8 +1,7 @@
-"""Registries of OCI artifacts: what other tools read, failing servers, passwords, races, and tags that others move."""
+"""Registries of OCI artifacts: what other tools read, failing servers, races, and tags that others move."""
 
 from __future__ import annotations
 
-import base64
 import json
 import multiprocessing
 import shutil
@@ -21,13 +20,12 @@ from pipeline.registry.pull import pull
 from pipeline.stores import oci_tags
 from pipeline.stores.base import open_store
 from pipeline.stores.oci_layout import MANIFEST_TYPE, Document, descriptor, digest_of
-from support import fault_proxy, oci_registry, token_server
+from support import fault_proxy
 from support import small_artifacts as small
 from support.fault_proxy import Fault
 
 pytestmark = pytest.mark.server
 SPAWN = multiprocessing.get_context("spawn")
-USER = "tests:$2b$05$CtBd1jTCDEaBLpso/vZ6Oe9oqz48ni6VPT/DnHn0PzAGRjaZ.AYsC"  # secret
 
 
 @pytest.fixture(params=["distribution", "crane", "referrers"])
@@ -189,74 +187,6 @@ def test_upload_that_breaks_midway_is_sent_again(distribution_url):
     store.registry.put_blob(store.repository("small"), digest_of(data), len(data), pieces)
     assert store.registry.has_blob(store.repository("small"), digest_of(data)) == len(data)
     assert len(starts) == 2
-
-
-@pytest.fixture
-def guarded(tmp_path, monkeypatch) -> Iterator[str]:
-    """A registry with a user `tests` and the password `secret`."""
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    (tmp_path / "htpasswd").write_text(USER)
-    with oci_registry.running("distribution", oci_registry.HTPASSWD.format(path=tmp_path / "htpasswd")) as registry:
-        yield registry.host
-
-
-@pytest.fixture
-def tokens(tmp_path, monkeypatch) -> Iterator[tuple[str, token_server.Tokens]]:
-    """A registry that wants tokens of a server of its own, as those of clouds do."""
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    with token_server.running(tmp_path) as server, oci_registry.running("distribution", server.auth) as registry:
-        yield registry.host, server
-
-
-def log_in(folder: Path, host: str, text: str) -> None:
-    auth = base64.b64encode(text.encode()).decode()
-    (folder / "config.json").write_text(json.dumps({"auths": {host: {"auth": auth}}}))
-
-
-def test_password_of_docker_login(made, guarded, options, tmp_path):
-    url = f"oci://{guarded}/org"
-    with pytest.raises(HostError, match="no credentials for") as caught:
-        publish(made, url)
-    assert caught.value.fix == f"run `docker login {guarded}` with an account that may read"
-    log_in(tmp_path, guarded, "tests:wrong")
-    with pytest.raises(HostError, match="these credentials do not allow") as caught:
-        publish(made, url)
-    assert "wrong" not in str(caught.value)
-    log_in(tmp_path, guarded, "tests:secret")
-    publish(made, url, ["latest"])
-    assert small.digests(pull(f"{url}/small@latest", **options)) == small.digests(made)
-
-
-def test_token_of_a_user(made, tokens, options, tmp_path):
-    host, server = tokens
-    url = f"oci://{host}/org"
-    with pytest.raises(HostError, match="no credentials for"):
-        publish(made, url)
-    log_in(tmp_path, host, "tests:secret")
-    publish(made, url, ["latest"])
-    assert small.digests(pull(f"{url}/small@latest", **options)) == small.digests(made)
-    assert {"repository:org/small:pull", "repository:org/small:pull,push"} <= set(server.scopes)
-
-
-def test_token_that_expires_is_renewed(made, tokens, options, tmp_path):
-    host, server = tokens
-    log_in(tmp_path, host, "tests:secret")
-    server.lives_s = -58  # the registry allows a minute of clock difference
-    url = f"oci://{host}/org"
-    publish(made, url)
-    store = open_store(url)
-    assert store.versions("small")
-    before = len(server.scopes)
-    time.sleep(4)
-    assert store.versions("small")
-    assert len(server.scopes) > before
-
-
-def test_refresh_token_of_a_helper(made, tokens, tmp_path):
-    host, server = tokens
-    (tmp_path / "config.json").write_text(json.dumps({"auths": {host: {"identitytoken": "refresh-secret"}}}))
-    publish(made, f"oci://{host}/org")
-    assert server.refreshed
 
 
 def _claim(url: str, number: int, answers) -> None:
