@@ -163,6 +163,8 @@ def _object(place: Place, fix: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise place.error(f"not a JSON object: found {_kind(data)}", fix)
     for key, count in Counter(key for key, _ in pairs).items():
+        if SURROGATE.search(key):
+            raise place.error("a key is not valid Unicode: lone surrogate", "write the character itself")
         if count > 1:
             raise place.error(f"duplicate key: `{key}`", fix, key=key)
     return data

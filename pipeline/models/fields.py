@@ -15,6 +15,9 @@ from pipeline.errors import SourceError
 from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES, Field, Kind
 
 LIMIT = 2**31
+MOST = {"num_hidden_layers": 1000, "num_experts": 4096, "num_local_experts": 4096}
+"""Limits for fields by which tables of weights are made: a config of 2^30 layers would fill the memory."""
+
 LARGEST = 3e38
 """Largest number of float32."""
 
@@ -53,9 +56,10 @@ class Fields:
 
     def size(self, key: str) -> int:
         """Return a field that is a positive integer."""
-        value = self.value(key)
-        if value is None or not 0 < value < LIMIT:
-            raise self.error(key, value, "expected a positive integer below 2^31")
+        value, limit = self.value(key), MOST.get(key, LIMIT)
+        if value is None or not 0 < value < limit:
+            below = "2^31" if limit == LIMIT else f"{limit:,}"
+            raise self.error(key, value, f"expected a positive integer below {below}")
         return int(value)
 
     def optional_size(self, key: str) -> int | None:

@@ -24,6 +24,7 @@ from pipeline.errors import ArtifactError, HostError, InputError, no_string
 from pipeline.extras import require
 from pipeline.files.atomic import atomic_dir, link_or_copy, write_atomic
 from pipeline.files.limits import MAX_BYTES
+from pipeline.files.unfinished import sweep_once
 from pipeline.progress import ByteProgress, no_byte_progress
 from pipeline.records import Record
 from pipeline.registry.blobs import Blobs
@@ -194,6 +195,7 @@ def _pulled(of: _Pull, progress: ByteProgress) -> Pulled:
         of.blobs.fetch_all(of.origin, files, progress)
     documents = {MANIFEST: release.own.data, PULLED: _record(of)}
     documents |= {} if signature is None else {SIGNATURE: signature}
+    sweep_once(of.out.parent)  # a pull that ended after the exchange left the earlier release, which may be large
     if not _is_there(of, files, documents):
         with atomic_dir(of.out) as folder:
             for path, entry in files.items():

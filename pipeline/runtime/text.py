@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,8 @@ class Text:
 
         """
         _check_unicode(text, "prompt")
-        try:
+        with _damage("tokenizer"):
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise CorruptError(f"the tokenizer is damaged: {reason(error)}", where="tokenizer", fix=AGAIN) from error
 
     def chat(self, prompt: str) -> list[int]:
         """Return the token ids of one user message in the chat template, up to the start of the answer.
@@ -141,14 +140,21 @@ def _check_unicode(text: str, where: str) -> None:
         raise InputError(what, where=where, fix="send UTF-8") from error
 
 
+@contextmanager
+def _damage(where: str) -> Iterator[None]:
+    """Raise a CorruptError for every error of the tokenizers library: its own are bare, its panics no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise CorruptError(f"not a usable tokenizer: {reason(error)}", where=where, fix=AGAIN) from error
+
+
 def _tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer without state of single calls, which files of older artifacts and of checkpoints have."""
-    try:
+    with _damage(str(folder / "tokenizer.json")):
         tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise CorruptError(
-            f"not a tokenizer: {reason(error)}", where=str(folder / "tokenizer.json"), fix=AGAIN
-        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))  # not a part of tokenizer.json

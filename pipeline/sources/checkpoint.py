@@ -46,6 +46,9 @@ CONFIG_FILES = ("config.json", GENERATION_CONFIG)
 STREAM = "TANDEM_STREAM"
 """Variable that leaves the weights of hf:// sources on the Hub."""
 
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
+
 NO_FILES: Mapping[str, RemoteFile] = {}
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", re.ASCII)
@@ -222,9 +225,16 @@ def indexed_files(index: dict[str, Any], where: str) -> list[str]:
         raise SourceError("no weight_map in the index", where=where, fix="download the checkpoint again")
     names = sorted({str(name) for name in table.values()})
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise SourceError(f"weight_map names {name!r}, which is not a safetensors file in this folder", where=where)
+        if Path(name).name != name or not name.endswith(".safetensors") or not _is_plain(name):
+            raise SourceError(
+                f"weight_map names {name[:LONGEST_NAME]!r}, which is not a safetensors file in this folder", where=where
+            )
     return names
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether a file can have this name."""
+    return name.isprintable() and len(name.encode()) <= LONGEST_NAME
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def _findings(spec: WeightSpec, tensor: Source | None) -> Iterator[str]:
         yield f"wrong shape of {at}: {list(tensor.shape)}, config.json requires {list(spec.shape)}"
     accepted = INTEGERS if spec.kind == "index" else FLOATS
     if tensor.dtype not in accepted:
-        narrow = tensor.dtype[0] in "FIU" and spec.kind != "index"
+        narrow = tensor.dtype.startswith(("F", "I", "U")) and spec.kind != "index"
         quantised = f" (quantised, without {KEY} in config.json?)" if narrow else ""
         yield f"unsupported dtype of {at}: {tensor.dtype}{quantised}; accepted: {', '.join(accepted)}"
 

@@ -21,6 +21,7 @@ from pipeline.errors import ArtifactError
 from pipeline.files.atomic import check_writable, disk_errors, sha256_file, write_atomic
 from pipeline.files.home import expanded
 from pipeline.files.limits import parse_json
+from pipeline.files.unfinished import sweep_once
 from pipeline.progress import Log
 from pipeline.sources.kinds import current_revision, moving
 from pipeline.stages.settings import BuildSettings
@@ -46,6 +47,7 @@ class Stamp:
 
         An unknown revision counts as unchanged: without a network no newer one can be built.
         """
+        sweep_once(self.out.parent)  # a build that ended after it had replaced the output left the earlier one
         try:
             recorded = parse_json(self.path.read_bytes())
             files = read(self.out).manifest.files

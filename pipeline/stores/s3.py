@@ -133,8 +133,9 @@ class S3Bucket:
                 raise InputError(
                     "object was replaced while it was read", where=f"{self.where}/{key}", fix=fix
                 ) from error
-            buffer[: len(piece)] = memoryview(piece)
-            return len(piece)
+            kept = memoryview(piece)[: len(buffer)]  # a server may send more than the range
+            buffer[: len(kept)] = kept
+            return len(kept)
 
     def _piece(self, key: str, offset: int, length: int, token: str | None) -> obstore.Bytes:
         if token is None:
@@ -206,9 +207,11 @@ class S3Bucket:
         try:
             yield
         except FileNotFoundError as error:
-            if "NoSuchBucket" not in str(error):
-                raise
-            raise HostError("no such bucket", where=self.where, fix=EXPLAINED["NoSuchBucket"][1]) from error
+            if "NoSuchBucket" in str(error):
+                raise HostError("no such bucket", where=self.where, fix=EXPLAINED["NoSuchBucket"][1]) from error
+            if verb in ("put", "list"):  # no object that could be absent
+                raise self._failure(error, verb, key) from error
+            raise
         except exceptions.BaseError as error:
             raise self._failure(error, verb, key) from error
 

@@ -16,6 +16,7 @@ from unittest.mock import patch
 from pipeline.errors import TandemError
 from pipeline.sources.hub import Hub as HubSource
 from pipeline.stores import hub_api, s3
+from pipeline.stores.base import Blob
 from pipeline.stores.hub import HubStore
 from pipeline.stores.objects import ObjectStore
 from pipeline.stores.ranges import Ranges
@@ -141,7 +142,7 @@ def s3_target(folder: Path) -> Callable[[bytes], object]:
             lambda: bucket.get("key", 1 << 16),
             lambda: list(bucket.list("blobs")),
             lambda: bucket.size("key"),
-            lambda: bucket.read("key", 0, memoryview(bytearray(10))),
+            lambda: store.read_blob(Blob("name", "1", "file", "ab" * 32, 10), 0, memoryview(bytearray(10))),
             lambda: store.read_alias("name", "prod"),
             lambda: bucket.swap("key", b"data", '"tag"'),
             bucket.check,

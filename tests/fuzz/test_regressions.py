@@ -13,9 +13,10 @@ import pytest
 
 from fuzz.servers import AnsweringServer, impatient
 from fuzz.targets import CORPUS, TARGETS, scratch
-from pipeline.errors import TandemError
+from pipeline.errors import HostError, TandemError
 from pipeline.stores.hub_api import Hub
 from pipeline.stores.ranges import Ranges
+from pipeline.stores.s3 import S3Bucket
 
 DEEP = b"[" * 100_000
 
@@ -75,11 +76,21 @@ FAULTS = {
     "tokenizer: TypeError for a vocabulary of null": (
         "tokenizer", changed("tokenizer/valid-words.json", model={"vocab": None}), "malformed tokenizer"),
     "tokenizer: ValueError of the library": (
-        "tokenizer", changed("tokenizer/valid-words.json", normalizer={"type": "?"}), "not a tokenizer"),
+        "tokenizer", changed("tokenizer/valid-words.json", normalizer={"type": "?"}), "not a usable tokenizer"),
     "tokenizer config: KeyError for a token without content": (
         "tokenizer_config", b'{"bos_token": {"a": 1}}', "another form"),
     "tokenizer config: TypeError in a template": (
         "tokenizer_config", b'{"chat_template": "{{ 1 + \'a\' }}"}', "error in the chat template"),
+    "config: gigabytes for a number of layers": (
+        "config", changed("config/valid-llama.json", num_hidden_layers=1 << 30), "below 1,000"),
+    "tokenizer: a panic of the library": (
+        "tokenizer", (CORPUS / "tokenizer/panic.json").read_bytes(), "not a usable tokenizer"),
+    "traffic: IndexError for a key that is half a character": (
+        "traffic", b'\0{"prompt_tokens": 1, "completion_tokens": 1, "\\ud800": 1}', "not valid Unicode"),
+    "weight map: OSError for a long name": (
+        "weight_map", json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}).encode(), "weight_map names"),
+    "safetensors: IndexError for no dtype": (
+        "safetensors", safetensors({"dtype": "", "shape": [1], "data_offsets": [0, 0]}), "missing weight"),
     "dflash: TypeError for a mask token that is a list": (
         "head", changed("head/dflash.json", dflash_config={"mask_token_id": [1], "target_layer_ids": [1, 2]}), "mask"),
     "generation: OverflowError for 400 digits": (
@@ -138,3 +149,36 @@ def test_a_cell_of_a_log_may_end_in_a_separator():
     """str.strip takes U+001E for a space, int() does not: ValueError."""
     with scratch() as folder:
         TARGETS["traffic"].prepare(Path(folder))(b"\1prompt_tokens,completion_tokens\n10\x1e,5\n")
+
+
+S3_FAULTS = {
+    "ValueError for more bytes than the range": (b"0123456789" * 2, "206 Partial Content", b"0123"),
+    "FileNotFoundError for a write": (b"<Error><Code>NoSuchKey</Code></Error>", "404 Not Found", None),
+}
+
+
+@pytest.mark.parametrize("fault", S3_FAULTS)
+def test_s3_fault_is_a_documented_error(fault, monkeypatch):
+    server, (body, status, read) = AnsweringServer(), S3_FAULTS[fault]
+    lines = [f"HTTP/1.1 {status}", "Content-Range: bytes 0-3/20", 'ETag: "e"', f"Content-Length: {len(body)}"]
+    lines.append("Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT")
+    server.answer = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+    for name, value in {
+        "ENDPOINT_URL": server.url,
+        "ACCESS_KEY_ID": "k",
+        "SECRET_ACCESS_KEY": "s",
+        "REGION": "r",
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "1")
+    monkeypatch.setattr("pipeline.stores.s3.RETRIES", 0)
+    bucket, buffer = S3Bucket("bucket", "prefix"), bytearray(4)
+    if read is None:
+        with pytest.raises(HostError):
+            bucket.create("key", b"data")
+        return
+    try:
+        bucket.read("key", 0, memoryview(buffer))
+    except HostError:
+        return  # a client that compares the length itself
+    assert bytes(buffer) == read

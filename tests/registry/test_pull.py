@@ -16,7 +16,7 @@ from pipeline.artifact.manifest import MANIFEST, part, read
 from pipeline.artifact.verify import verify
 from pipeline.errors import ArtifactError, HostError, InputError
 from pipeline.files.direct import BLOCK_BYTES
-from pipeline.files.unfinished import TEMP
+from pipeline.files.unfinished import TEMP, _host
 from pipeline.registry.blobs import Blobs
 from pipeline.registry.parts import Origin
 from pipeline.registry.pull import Selection, pull
@@ -234,6 +234,20 @@ def test_pull_killed_then_complete(registry, original, options):
     assert small.digests(options["directory"]) == small.digests(original)
     assert list(options["cache"].rglob("*.partial")) == []
     assert list(options["directory"].parent.glob(f"{TEMP}*")) == []
+
+
+def test_pull_that_finds_its_result_removes_what_a_killed_one_left(registry, options):
+    """A pull that was killed while it removed the release before left it: the next had nothing to write, and swept
+    nothing."""
+    reference = f"{registry}/small@latest"
+    _pull_in_new_process(reference, options)
+    dead = FORK.Process(target=int)
+    dead.start()
+    dead.join()
+    left = options["directory"].parent / f"{TEMP}{_host()}-{dead.pid}-01234567-pulled"
+    left.mkdir()
+    _pull_in_new_process(reference, options)
+    assert not left.exists()
 
 
 def _pull_in_new_process(reference: str, options: dict) -> None:
