@@ -239,7 +239,9 @@ def _read(folder: Path, root: Path) -> Any:
     fix = "add a complete tokenizer.json to the folder"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises bare Exception, and its panics are none
         what = f"cannot read the tokenizer: {reason(error)}".replace(str(folder), str(root))
         raise SourceError(what, where=str(root), fix=fix) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
