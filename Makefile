@@ -40,7 +40,7 @@ PYTEST := PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
 # The fast tests run in up to four processes, one file in each, the longest first (tests/conftest.py). `test-quick` also
 # omits the tests that compile graphs. -m replaces the expression of `addopts` in pyproject.toml, so QUICK repeats it.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not hlo and not browser and not ray and not drafts
+QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not hlo and not browser and not ray and not drafts and not chaos
 
 .PHONY: help build test test-quick test-slow test-report test-servers test-ray test-chaos fuzz test-xla test-hlo test-vllm test-drafts test-soak mutants lint format types imports docs check clean
 help:                    ## list the targets

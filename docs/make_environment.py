@@ -146,7 +146,9 @@ RELEASE = (
 )  # fmt: skip
 DEVELOPMENT = (
     Variable("VENV", "Makefile", "virtual environment", "`.venv`"),
-    Variable("RECIPE", "`make build`", "recipe to build", "`smollm2-135m-spec`"),
+    Variable("RECIPE", "`make build`, `make test-soak`", "recipe to build", "`smollm2-135m-spec`"),
+    Variable("MINUTES", "`make test-soak`", "length of the load", "`15`"),
+    Variable("SEED", "`make test-soak`, `make test-chaos`", "seed of the disturbances", "`1`"),
     Variable("EXTRAS", "Makefile", "extras that the virtual environment gets, separated by spaces", "`inductor dev`; `build-neuron` where torch-neuronx is installed"),
     Variable("XLA_VENV", "`make test-xla`", "virtual environment", "`.venv-xla`"),
     Variable("XLA_PYTHON", "`make test-xla`", "Python interpreter", "`PYTHON`"),

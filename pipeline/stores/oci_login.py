@@ -104,11 +104,11 @@ def _ask(program: str, key: str, path: Path) -> Mapping[str, Any] | None:
     """Return a helper's answer; None if it has no credentials for this registry."""
     try:
         done = subprocess.run(  # the user's own configuration names it
-            [program, "get"], input=key, capture_output=True, text=True, timeout=HELPER_S, check=False
+            [program, "get"], input=key, capture_output=True, text=True, encoding="utf-8", timeout=HELPER_S, check=False
         )
         answer = json.loads(done.stdout) if done.returncode == 0 else None
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        what = f"{Path(program).name} gave no credentials: {type(error).__name__}"
+        what = f"{Path(program).name} gave no answer within {HELPER_S} s, or none that is JSON"
         raise HostError(what, where=str(path), fix=f"run `echo {key} | {program} get` to see why") from error
     if answer is None and "not found" not in done.stdout + done.stderr:
         what = f"{Path(program).name} failed with exit code {done.returncode}"
