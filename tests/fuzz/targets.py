@@ -77,6 +77,10 @@ TARGETS = {
         ("hub", "answer", "servers", "answers of a Hub to a registry and to a source"),
         ("s3", "answer", "servers", "answers of an S3 server"),
         ("ranges", "answer", "servers", "answers of a server to reads of ranges"),
+        ("oci", "answer", "registries", "answers of an OCI registry"),
+        ("oci_manifest", "json", "registries", "manifests, indexes and records in an OCI registry"),
+        ("login", "json", "registries", "the file of registry credentials"),
+        ("archive", "bytes", "registries", "a file that `tandem load` loads"),
         ("request", "json", "requests", "a request to the server: messages, schema, extra arguments, options"),
     )
 }
