@@ -48,6 +48,7 @@ def main() -> None:
     theirs.prompts = prompts
     for number, text in enumerate(answers):
         theirs.same(number, text)
+    theirs.others |= set(theirs.seen.others)
     faults = judged(root, theirs)
     print(f"{len(prompts)} answers: {len(prompts) - len(theirs.others)} equal, {len(theirs.others)} part, "
           f"{len(faults)} of them by more than bfloat16's noise")  # fmt: skip

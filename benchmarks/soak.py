@@ -61,6 +61,14 @@ BENCH = (
 )
 
 
+class Seen(threading.local):
+    """What a client's request of this moment saw: it counts if there was a server all the time."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.others: list[tuple[int, str]] = []
+
+
 class Load:
     """Clients of one server, and what they saw."""
 
@@ -72,6 +80,7 @@ class Load:
         self.others: set[tuple[int, str]] = set()
         self.slowest = 0.0
         self.without_server = 0
+        self.seen = Seen()
 
     def post(self, body: bytes | dict[str, Any], path: str = "/v1/chat/completions") -> tuple[int, bytes]:
         """Status and answer."""
@@ -110,15 +119,15 @@ class Load:
         return text
 
     def same(self, number: int, text: str) -> None:
-        """Note an answer that is not what it was."""
+        """Note an answer that is not the right one."""
         if text != self.right[number]:
-            self.others.add((number, text))
+            self.seen.others.append((number, text))
 
     def refused(self, what: str, expected: int, body: bytes | dict[str, Any]) -> None:
         """Note a status that is not the expected one."""
         status, data = self.post(body)
         if status != expected:
-            self.faults.append(f"{what}: {status}, expected {expected}: {data[:200]!r}")
+            self.seen.faults.append(f"{what}: {status}, expected {expected}: {data[:200]!r}")
 
     def one(self, chance: random.Random) -> None:
         """One request of some kind."""
@@ -139,15 +148,16 @@ class Load:
             ),
         }
         kind = chance.choices(list(kinds), [6, 6, 3, 3, 1, 1, 1, 1, 2, 2])[0]
-        started, faults = time.monotonic(), len(self.faults)
+        self.seen.faults, self.seen.others, started = [], [], time.monotonic()
         try:
             kinds[kind]()
         except Exception as error:
-            self.faults.append(f"{kind}: {error!r}")
+            self.seen.faults.append(f"{kind}: {error!r}")
         if self.served is not None and self.served.may_fail(started, time.monotonic()):
             self.without_server += 1
-            del self.faults[faults:]
         else:
+            self.faults += self.seen.faults
+            self.others |= set(self.seen.others)
             self.slowest = max(self.slowest, time.monotonic() - started)
         self.counts[kind] += 1
 
@@ -161,9 +171,13 @@ class Load:
         """A request whose answer must follow a schema."""
         schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
         status, data = self.post(self.body(f"{prompt}\nAnswer as JSON.", response_format=schema))
-        text = json.loads(data)["choices"][0]["message"]["content"] if status == 200 else data
-        if status != 200 or not isinstance(json.loads(text)["a"], int):
-            self.faults.append(f"schema: {status}, {text!r}")
+        if status != 200:
+            self.seen.faults.append(f"schema: {status}, {data[:200]!r}")
+            return
+        answer = json.loads(data)["choices"][0]
+        text = answer["message"]["content"]
+        if answer["finish_reason"] != "length" and not isinstance(json.loads(text)["a"], int):
+            self.seen.faults.append(f"schema: {text!r}")
 
     def left_over(self) -> float:
         """Requests that the server still has."""
@@ -293,6 +307,7 @@ def soaked(asked: argparse.Namespace, work: Path) -> tuple[Load, list[str], list
                 print(f"{len(disturbed)} disturbances, temporary folder {'small' if has_small_disk else 'never full'}")
             time.sleep(2)
             clients.same(0, clients.whole(clients.prompts[0]))
+            clients.others |= set(clients.seen.others)
             faults = grown(uses, min(int(WARM_S / 20), len(uses) // 3))
             if left := clients.left_over():
                 faults.append(f"{left:.0f} requests left over")

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlencode, urljoin
 
-from urllib3.exceptions import HTTPError
-
 from pipeline.errors import CorruptError, HostError
 from pipeline.stores.base import Interrupted, UnlistedError
 from pipeline.stores.oci_layout import INDEX_TYPE, MANIFEST_TYPE, Document, digest_of
-from pipeline.stores.oci_session import FIRST_PAUSE_S, READ, TRIES, Answer, OciSession, json_of, small_body
-from pipeline.stores.ranges import LEAST_BYTES_PER_S, Ranges, deadline_s
+from pipeline.stores.oci_session import FIRST_PAUSE_S, READ, TRIES, Answer, OciSession, json_of, pieces_of, small_body
+from pipeline.stores.ranges import Ranges, deadline_s
 
 PAGE = re.compile(r'<([^>]+)>\s*;\s*rel="?next"?')
+MOST_PAGES = 1000
+"""Of a list of tags or repositories, of up to 1000 entries each; a page may name itself as the next one."""
 BYTES = "application/octet-stream"
 CHANGES_REFUSED = (400, 409, 412)
 """Statuses of registries whose tags cannot change: of AWS, Google and Harbor."""
@@ -193,32 +193,31 @@ class OciRegistry:
 
     def _fill(self, response: Any, skip: int, buffer: memoryview, repo: str) -> int:
         """Read a response into the buffer, behind bytes that were not asked for; slower servers end."""
-        done, ends = 0, time.monotonic() + deadline_s(len(buffer)) + skip / LEAST_BYTES_PER_S
+        done = 0
         try:
-            for piece in response.stream(1 << 20, decode_content=False):
-                if time.monotonic() > ends:
-                    raise Interrupted("the registry sends too slowly", where=self.session.where(repo), fix="try again")
+            for piece in pieces_of(response, time.monotonic() + deadline_s(0), self.session.where(repo)):
                 wanted = piece[min(skip, len(piece)) :][: len(buffer) - done]
                 skip = max(0, skip - len(piece))
                 buffer[done : done + len(wanted)] = wanted
                 done += len(wanted)
                 if done == len(buffer):
                     break
-        except (HTTPError, OSError) as error:
-            raise self.session.broken(error, repo) from error
         finally:
             response.close()
         return done
 
     def _listed(self, repo: str, path: str, key: str) -> Iterator[str]:
         page: str | None = path
-        while page:
+        for _ in range(MOST_PAGES):
+            if page is None:
+                return
             answer = self.session.request("GET", repo, page, fine=(200, 404) if repo else (200,))
             if answer.status == 404:
                 return
             yield from (str(name) for name in json_of(answer.data).get(key) or [])
             following = PAGE.search(answer.headers.get("link", ""))
             page = urljoin(f"{self.session.url}/v2/", following[1]) if following else None
+        raise CorruptError(f"the registry's list has over {MOST_PAGES} pages", where=self.session.where(repo))
 
 
 def _with_digest(place: str, digest: str) -> str:

@@ -23,6 +23,7 @@ from pipeline.errors import CorruptError, HostError
 from pipeline.files.limits import MAX_BYTES
 from pipeline.stores.base import Interrupted
 from pipeline.stores.oci_login import HUB_HOSTS, Login, login_for
+from pipeline.stores.ranges import LEAST_BYTES_PER_S, deadline_s
 
 TRIES = 6
 FIRST_PAUSE_S = 0.2
@@ -222,16 +223,39 @@ def _pool(url: str) -> urllib3.PoolManager:
 
 
 def small_body(response: Any, where: str, limit: int = MAX_BYTES) -> bytes:
-    """Return a small body."""
+    """Return a small body, within the time that a slow server may take for it.
+
+    Raises:
+        CorruptError: a larger one. Interrupted: the connection broke, or the server is too slow.
+
+    """
+    data = bytearray()
+    for piece in pieces_of(response, time.monotonic() + deadline_s(0), where):
+        data += piece
+        if len(data) > limit:
+            response.close()
+            what = f"the registry's answer has over {limit:,} bytes"
+            raise CorruptError(what, where=where, fix="use another version")
+    return bytes(data)
+
+
+def pieces_of(response: Any, ends: float, where: str) -> Iterator[bytes]:
+    """Yield a body as it arrives, until a moment of the monotonic clock; each moment allows the bytes that came.
+
+    Raises:
+        Interrupted: the connection broke, or the server is too slow.
+
+    """
     try:
-        data: bytes = response.read(limit + 1, decode_content=True)
+        while piece := response.read1(1 << 20, decode_content=False):
+            ends += len(piece) / LEAST_BYTES_PER_S
+            if time.monotonic() > ends:
+                response.close()
+                raise Interrupted("the registry sends too slowly", where=where, fix="try again")
+            yield piece
     except (HTTPError, OSError) as error:
-        what = "the connection to the registry broke in mid-answer"
-        raise Interrupted(what, where=where, fix="try again") from error
-    if len(data) > limit:
-        response.close()
-        raise CorruptError(f"the registry's answer has over {limit:,} bytes", where=where, fix="use another version")
-    return data
+        what = "the connection to the registry broke, or it did not answer in time"
+        raise Interrupted(what, where=where, fix="try again: completed transfers are kept") from error
 
 
 def json_of(data: bytes) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from fuzz.servers import AnsweringServer, impatient
 from fuzz.targets import CORPUS, TARGETS, scratch
-from pipeline.errors import HostError, TandemError
+from pipeline.errors import CorruptError, HostError, TandemError
 from pipeline.stores.hub_api import Hub
 from pipeline.stores.ranges import Ranges
 from pipeline.stores.s3 import S3Bucket
@@ -182,3 +182,15 @@ def test_s3_fault_is_a_documented_error(fault, monkeypatch):
     except HostError:
         return  # a client that compares the length itself
     assert bytes(buffer) == read
+
+
+def test_oci_registry_whose_list_never_ends(monkeypatch):
+    """A page that names itself as the next one was read for ever."""
+    from pipeline.stores import oci_api
+    from pipeline.stores.oci_session import Answer
+
+    registry = oci_api.OciRegistry("127.0.0.1:9")
+    again = Answer(200, {"link": '</v2/org/name/tags/list>; rel="next"'}, b'{"tags": ["1.0"]}')
+    monkeypatch.setattr(registry.session, "request", lambda *_, **__: again)
+    with pytest.raises(CorruptError, match="over 1000 pages"):
+        registry.tags("org/name")
