@@ -104,7 +104,8 @@ class OciRegistry:
         answer = self.session.request("HEAD", repo, f"blobs/{digest}", fine=(200, 404, 307, 302))
         if answer.status == 404:
             return None
-        return int(answer.headers.get("content-length", "-1")) if answer.status == 200 else -1
+        size = answer.headers.get("content-length", "")
+        return int(size) if answer.status == 200 and size.isdecimal() else -1
 
     def put_blob(self, repo: str, digest: str, size: int, pieces: Pieces) -> None:
         """Send a blob in one request, whose digest the registry compares before it stores the blob.
@@ -214,7 +215,8 @@ class OciRegistry:
             answer = self.session.request("GET", repo, page, fine=(200, 404) if repo else (200,))
             if answer.status == 404:
                 return
-            yield from (str(name) for name in json_of(answer.data).get(key) or [])
+            listed = json_of(answer.data).get(key)
+            yield from map(str, listed if isinstance(listed, list) else [])
             following = PAGE.search(answer.headers.get("link", ""))
             page = urljoin(f"{self.session.url}/v2/", following[1]) if following else None
         raise CorruptError(f"the registry's list has over {MOST_PAGES} pages", where=self.session.where(repo))

@@ -194,3 +194,16 @@ def test_oci_registry_whose_list_never_ends(monkeypatch):
     monkeypatch.setattr(registry.session, "request", lambda *_, **__: again)
     with pytest.raises(CorruptError, match="over 1000 pages"):
         registry.tags("org/name")
+
+
+def test_oci_registry_whose_answers_have_other_types(monkeypatch):
+    """A number in place of a list of tags, and a size that is none."""
+    from pipeline.stores import oci_api
+    from pipeline.stores.oci_session import Answer
+
+    registry = oci_api.OciRegistry("127.0.0.1:9")
+    monkeypatch.setattr(
+        registry.session, "request", lambda *_, **__: Answer(200, {"content-length": "x"}, b'{"tags": 5}')
+    )
+    assert registry.tags("org/name") == []
+    assert registry.has_blob("org/name", "sha256:x") == -1
