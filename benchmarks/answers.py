@@ -23,7 +23,6 @@ from pipeline.runtime.answers import EarlierAnswers
 from pipeline.runtime.batch import LONGER, common_prefix
 from pipeline.runtime.lookup import Lookup
 
-SIZE = 3
 TEMPLATES = (
     "Write a Python function that returns the {} of a list of numbers.",
     "List three facts about {}.",
@@ -61,26 +60,27 @@ class Proposer(Protocol):
 
 
 class Ours:
-    """Prompt lookup, with earlier answers or without."""
+    """Prompt lookup of so many tokens, with earlier answers or without."""
 
-    def __init__(self, remember_tokens: int) -> None:
-        self.answers = EarlierAnswers(remember_tokens, SIZE) if remember_tokens else None
+    def __init__(self, size: int, remember_tokens: int) -> None:
+        self.size = size
+        self.answers = EarlierAnswers(remember_tokens, size) if remember_tokens else None
 
     def begin(self, prompt: list[int]) -> None:  # noqa: ARG002 - a `Proposer`
         self.lookup = Lookup()
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
-        own = self.lookup.find(tokens, SIZE, most)
+        own = self.lookup.find(tokens, self.size, most)
         if self.answers is None:
             return own
         length, earlier = self.answers.find("", tokens, most)
-        return earlier if earlier and (not own or length >= LONGER * SIZE) else own
+        return earlier if earlier and (not own or length >= LONGER * self.size) else own
 
     def emitted(self, tokens: list[int]) -> None: ...
 
     def end(self, trace: Trace) -> None:
         if self.answers is not None:
-            self.answers.add("", [*trace.prompt[-SIZE:], *trace.answer])
+            self.answers.add("", [*trace.prompt[-self.size :], *trace.answer])
 
 
 class Trees:
@@ -157,9 +157,10 @@ def main() -> None:
         if asked.traces:
             asked.traces.write_text(json.dumps([vars(trace) for trace in traces]), encoding="utf-8")
     makers: dict[str, Callable[[], Proposer]] = {
-        "prompt lookup": lambda: Ours(0),
-        "and 100,000 tokens of earlier answers": lambda: Ours(100_000),
-        "and 4,000 tokens of earlier answers": lambda: Ours(4_000),
+        "prompt lookup of 3 tokens": lambda: Ours(3, 0),
+        "and 100,000 tokens of earlier answers": lambda: Ours(3, 100_000),
+        "and 4,000 tokens of earlier answers": lambda: Ours(3, 4_000),
+        "the same with lookup of 1 token": lambda: Ours(1, 100_000),
         "suffix trees of arctic_inference": Trees,
     }
     print(f"{len(traces)} answers, {sum(len(trace.answer) for trace in traces)} tokens")
