@@ -297,9 +297,13 @@ def soaked(asked: argparse.Namespace, work: Path) -> tuple[Load, list[str], list
             ends = time.monotonic() + asked.minutes * 60
             clients, disturbed = Load(served.server.port, right, served), list[str]()
             if asked.chaos is not None:
-                given = (served, asked.chaos, ends, shipped[0])
-                work_ = lambda: disturbed.extend(soak_chaos.disturb(*given, has_small_disk=has_small_disk))  # noqa: E731
-                disturber = threading.Thread(target=work_)
+
+                def disturb(seed: int = asked.chaos) -> None:
+                    disturbed.extend(
+                        soak_chaos.disturb(served, seed, ends, shipped[0], has_small_disk=has_small_disk)
+                    )  # fmt: skip
+
+                disturber = threading.Thread(target=disturb)
                 disturber.start()
             uses, said = watch(clients, served, asked.artifact / "tokenizer", ends)
             if asked.chaos is not None:

@@ -10,6 +10,9 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pipeline.artifact.manifest import PairManifest
+from pipeline.errors import InputError
+
 LONGEST = 64
 """Tokens of a match that are compared."""
 CANDIDATES = 16
@@ -90,3 +93,17 @@ class EarlierAnswers:
             return 0, []
         following = answers.tokens[place : place + most].tolist()
         return length, following[: following.index(END)] if END in following else following
+
+
+def check_remembered(manifest: PairManifest, tokens: int, where: str = "remember_tokens") -> None:
+    """Check how many tokens of answers are to be kept, 0 for none.
+
+    Raises:
+        InputError: a negative number, or an artifact without prompt lookup, whose graphs drafts from answers need.
+
+    """
+    if tokens < 0:
+        raise InputError(f"found {tokens}", where=where, fix="use 0 or more")
+    if tokens and manifest.lookup is None:
+        fix = "set speculation.lookup in the recipe, and build again"
+        raise InputError("the artifact was built without prompt lookup", where=where, fix=fix)

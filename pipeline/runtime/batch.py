@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.backends.base import Ranks
-from pipeline.errors import InputError
 from pipeline.graphs.arguments import (
     Choice,
     Draw,
@@ -26,7 +25,7 @@ from pipeline.graphs.arguments import (
 )
 from pipeline.graphs.spec import GraphSpec
 from pipeline.graphs.verify_arguments import VerifyRow, verify_arguments
-from pipeline.runtime.answers import EarlierAnswers
+from pipeline.runtime.answers import EarlierAnswers, check_remembered
 from pipeline.runtime.chunks import PrefillCall, next_chunk, prefill_calls
 from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
 from pipeline.runtime.logprobs import Verified, verified_row
@@ -101,12 +100,10 @@ class Batch:
         """Propose from answers of earlier requests, too, of which at most so many tokens are kept; 0: keep none.
 
         Raises:
-            InputError: the artifact has no prompt lookup, whose graphs this needs.
+            InputError: as `check_remembered`.
 
         """
-        if most_tokens and self.manifest.lookup is None:
-            fix = "set speculation.lookup in the recipe, and build again"
-            raise InputError("the artifact was built without prompt lookup", where="remember_tokens", fix=fix)
+        check_remembered(self.manifest, most_tokens)
         self.answers = EarlierAnswers(most_tokens, self.manifest.lookup or 1) if most_tokens else None
 
     def ended(self, row: Row) -> None:

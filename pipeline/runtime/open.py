@@ -17,6 +17,7 @@ from pipeline.errors import CorruptError
 from pipeline.extras import require
 from pipeline.files.limits import json_object
 from pipeline.models.generation import GENERATION_CONFIG, GenerationDefaults, generation_defaults
+from pipeline.runtime.answers import check_remembered
 
 if TYPE_CHECKING:
     from pipeline.runtime.batch import Batch
@@ -42,6 +43,7 @@ def load(
     if policy is not None:
         require(["sign"], str(root))
     artifact = _trusted(root, policy)
+    check_remembered(artifact.manifest, remember_tokens)
     require([artifact.manifest.backend.name], str(root))
     from pipeline.runtime.engine import Engine  # these two import packages of the backend's extra
     from pipeline.runtime.text import Text

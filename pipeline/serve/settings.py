@@ -16,6 +16,7 @@ from pipeline.artifact.manifest import PairManifest
 from pipeline.artifact.signing import policy_of
 from pipeline.errors import ArtifactError, InputError, no_string
 from pipeline.records import Record
+from pipeline.runtime.answers import check_remembered
 from pipeline.runtime.open import verified
 from pipeline.serve.plugin import ISSUER, POLICY, SIGNER
 
@@ -71,10 +72,8 @@ def check_options(additional_config: object, manifest: PairManifest) -> None:
         InputError: as `options`, and for answers to keep where the artifact has no prompt lookup.
 
     """
-    if options(additional_config).remember_tokens and manifest.lookup is None:
-        what = "the artifact was built without prompt lookup"
-        where, fix = "additional-config.tandem.remember_tokens", "set speculation.lookup in the recipe, and build again"
-        raise InputError(what, where=where, fix=fix)
+    tokens = options(additional_config).remember_tokens
+    check_remembered(manifest, tokens, "additional-config.tandem.remember_tokens")
 
 
 def with_salt(extra_args: Mapping[str, Any] | None, inputs: object) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from urllib.parse import urlencode, urljoin
 from pipeline.errors import CorruptError, HostError
 from pipeline.stores.base import Interrupted, UnlistedError
 from pipeline.stores.oci_layout import INDEX_TYPE, MANIFEST_TYPE, Document, digest_of
-from pipeline.stores.oci_session import FIRST_PAUSE_S, READ, TRIES, Answer, OciSession, json_of, pieces_of, small_body
+from pipeline.stores.oci_session import READ, Answer, OciSession, json_of, pieces_of, retried, small_body
 from pipeline.stores.ranges import Ranges, deadline_s
 
 PAGE = re.compile(r'<([^>]+)>\s*;\s*rel="?next"?')
@@ -113,35 +113,24 @@ class OciRegistry:
         A broken request is sent again from its start: Docker's registry ends an upload that was resumed at an offset
         that its last answer did not name (`upload resumed at wrong offset`).
         """
-        pause = FIRST_PAUSE_S
         headers = {"Content-Type": BYTES, "Content-Length": str(size)}
-        for attempt in range(TRIES):
+
+        def send() -> None:
+            place = _with_digest(self._new_upload(repo), digest)
             try:
-                place = _with_digest(self._new_upload(repo), digest)
                 body = pieces() if size else b""
                 self.session.request("PUT", repo, place, headers=headers, body=body, fine=(201,))
             except Interrupted:
-                if attempt == TRIES - 1:
+                if self.has_blob(repo, digest) is None:  # else only the answer was lost
                     raise
-                time.sleep(pause)
-                pause *= 2
-                if self.has_blob(repo, digest) is not None:
-                    return  # only the answer was lost
-            else:
-                return
+
+        retried(send)
 
     def read_small(self, repo: str, digest: str, size: int) -> bytes:
         """Return a small blob, fewer bytes if it is shorter or absent; its digest is not checked."""
-        buffer, pause = memoryview(bytearray(size)), FIRST_PAUSE_S
-        for attempt in range(TRIES if size else 0):
-            try:
-                return bytes(buffer[: self.read_blob(repo, digest, 0, buffer) or 0])
-            except Interrupted:
-                if attempt == TRIES - 1:
-                    raise
-                time.sleep(pause)
-                pause *= 2
-        return b""
+        buffer = memoryview(bytearray(size))
+        count = retried(lambda: self.read_blob(repo, digest, 0, buffer)) if size else 0
+        return bytes(buffer[: count or 0])
 
     def read_blob(self, repo: str, digest: str, offset: int, buffer: memoryview) -> int | None:
         """Fill the buffer from a blob; returns the number of bytes, or None if there is no such blob.

@@ -10,9 +10,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -25,6 +25,7 @@ from pipeline.stores.base import Interrupted
 from pipeline.stores.oci_login import HUB_HOSTS, Login, login_for
 from pipeline.stores.ranges import LEAST_BYTES_PER_S, deadline_s
 
+Result = TypeVar("Result")
 TRIES = 6
 FIRST_PAUSE_S = 0.2
 CONNECT_S, READ_S = 10.0, 60.0
@@ -81,20 +82,14 @@ class OciSession:
         fine: tuple[int, ...] = (200,),
     ) -> Answer:
         """Send a request, with retries unless its body is streamed; statuses that are not `fine` are errors."""
-        tries = 1 if isinstance(body, Iterator) else TRIES
-        pause = FIRST_PAUSE_S
-        for attempt in range(tries):
-            try:
-                answer = self._answer(method, repo, path, headers or {}, body)
-                if answer.status in fine:
-                    return answer
-                raise self.failure(answer, method, repo)
-            except Interrupted:
-                if attempt == tries - 1:
-                    raise
-                time.sleep(pause)
-                pause *= 2
-        raise AssertionError
+
+        def send() -> Answer:
+            answer = self._answer(method, repo, path, headers or {}, body)
+            if answer.status in fine:
+                return answer
+            raise self.failure(answer, method, repo)
+
+        return send() if isinstance(body, Iterator) else retried(send)
 
     def _answer(
         self, method: str, repo: str, path: str, headers: Mapping[str, str], body: bytes | Iterator[bytes] | None
@@ -149,7 +144,7 @@ class OciSession:
             return False
         if realm.startswith("http://") and self.url.startswith("https://"):
             what = "the registry asks for the password at an address without TLS"
-            raise HostError(what, where=self.where(repo), fix="report this to whoever runs the registry")
+            raise HostError(what, where=self.where(repo), fix="report this to the operator of the registry")
         actions = named.get("scope") or (f"repository:{repo}:{scope}" if repo else "registry:catalog:*")
         self._tokens[repo, scope] = f"Bearer {self._token(realm, named.get('service', ''), actions, login)}"
         return True
@@ -220,6 +215,18 @@ def _pool(url: str) -> urllib3.PoolManager:
     if proxy and not proxy_bypass(parts.hostname or ""):
         return urllib3.ProxyManager(proxy, maxsize=CONNECTIONS, timeout=timeout)
     return urllib3.PoolManager(maxsize=CONNECTIONS, timeout=timeout)
+
+
+def retried(call: Callable[[], Result]) -> Result:
+    """Call again, with growing pauses, after failures that may pass; raise the last one."""
+    for attempt in range(TRIES):
+        try:
+            return call()
+        except Interrupted:
+            if attempt == TRIES - 1:
+                raise
+        time.sleep(FIRST_PAUSE_S * 2**attempt)
+    raise AssertionError
 
 
 def small_body(response: Any, where: str, limit: int = MAX_BYTES) -> bytes:

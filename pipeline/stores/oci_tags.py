@@ -124,10 +124,8 @@ def locked(registry: OciRegistry, repo: str) -> Iterator[Held]:
     """
     put_bytes(registry, repo, EMPTY)
     owner, gives_up = uuid.uuid4().hex, time.monotonic() + WAIT_S
-    while (held := _taken(registry, repo, owner)) is None:
-        if time.monotonic() > gives_up:
-            what = "other processes keep writing to this repository"
-            raise Interrupted(what, where=registry.session.where(repo), fix="try again")
+    while (held := _taken(registry, repo, owner, gives_up)) is None:
+        _check_time(registry, repo, gives_up)
     try:
         yield held
     finally:
@@ -135,12 +133,12 @@ def locked(registry: OciRegistry, repo: str) -> Iterator[Held]:
             _write(registry, repo, "")
 
 
-def _taken(registry: OciRegistry, repo: str, owner: str) -> Held | None:
+def _taken(registry: OciRegistry, repo: str, owner: str, gives_up: float) -> Held | None:
     """Wait until the lock is free, and try to take it once. A repository whose tags cannot change needs no lock.
 
     Processes that saw it free at the same time have written it by the end of the pause: the last one has it.
     """
-    ended = _ended_owner(registry, repo)
+    ended = _ended_owner(registry, repo, gives_up)
     began = time.monotonic()
     if _owner(registry, repo) not in ("", ended):
         return None
@@ -152,7 +150,7 @@ def _taken(registry: OciRegistry, repo: str, owner: str) -> Held | None:
     return Held(registry, repo, owner, began) if _owner(registry, repo) == owner else None
 
 
-def _ended_owner(registry: OciRegistry, repo: str) -> str:
+def _ended_owner(registry: OciRegistry, repo: str, gives_up: float) -> str:
     """Wait until the lock is free, or was not changed for a lease; returns the owner that it then names."""
     seen, since = "", time.monotonic()
     while owner := _owner(registry, repo):
@@ -160,8 +158,15 @@ def _ended_owner(registry: OciRegistry, repo: str) -> str:
             seen, since = owner, time.monotonic()
         if time.monotonic() - since > LEASE_S:
             break
+        _check_time(registry, repo, gives_up)
         time.sleep(POLL_S)
     return owner
+
+
+def _check_time(registry: OciRegistry, repo: str, gives_up: float) -> None:
+    if time.monotonic() > gives_up:
+        what = "other processes keep writing to this repository"
+        raise Interrupted(what, where=registry.session.where(repo), fix="try again")
 
 
 def _write(registry: OciRegistry, repo: str, owner: str) -> None:

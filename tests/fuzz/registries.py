@@ -12,7 +12,7 @@ from fuzz.servers import AnsweringServer, any_of
 from pipeline.errors import TandemError
 from pipeline.registry import archives
 from pipeline.registry.publish import Place
-from pipeline.stores import oci_api, oci_session
+from pipeline.stores import oci_session
 from pipeline.stores.oci import OciStore
 from pipeline.stores.oci_api import OciRegistry
 from pipeline.stores.oci_layout import INDEX_TYPE, MANIFEST_TYPE, Document
@@ -70,7 +70,7 @@ def oci_target(folder: Path) -> Callable[[bytes], object]:
         server.answer = data
         registry.ranges, registry._located, registry._direct = Ranges(), {}, set()
         registry.session._tokens.clear()
-        with patch.object(oci_session, "TRIES", 1), patch.object(oci_api, "TRIES", 1), _without_logins(folder):
+        with patch.object(oci_session, "TRIES", 1), _without_logins(folder):
             any_of(
                 lambda: store.versions("name"),
                 lambda: store.read_release("name", "1.0"),

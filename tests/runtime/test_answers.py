@@ -117,3 +117,5 @@ def test_artifact_without_lookup_is_refused(tmp_path):
     with pytest.raises(InputError, match="built without prompt lookup"):
         engine.batch.remember_answers(1000)
     engine.batch.remember_answers(0)
+    with pytest.raises(InputError, match="found -1"):
+        engine.batch.remember_answers(-1)
