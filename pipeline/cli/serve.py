@@ -47,7 +47,8 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve ARTIFACT with vLLM. ARTIFACT is a folder, a name under artifacts/, or REGISTRY/NAME@VERSION-or-ALIAS.
 
-    The server has the OpenAI API on port 8000. Other options are passed to vLLM (--port, --host, --api-key ...).
+    The server has the OpenAI API on port 8000. Other options are passed to vLLM (--port, --host, --api-key ...);
+    `tandem serve ARTIFACT -- --help=all` lists them.
     A release is pulled and verified first. Nothing is compiled. With --json, the server's command is printed and not
     run, which needs no vLLM.
     """

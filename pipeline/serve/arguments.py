@@ -1,4 +1,4 @@
-"""vLLM's engine arguments: an argument that has no effect with an artifact ends the start. Imports no vLLM.
+"""vLLM's arguments: one that is wrong, or has no effect with an artifact, ends the start in one line. Imports no vLLM.
 
 The artifact fixes shapes, caches, parallelism, quantization and compilation, each request its seed. Such an argument
 may be given with the value that holds anyway. Considered: a comparison of vLLM's finished configuration, which cannot
@@ -8,8 +8,10 @@ tell a given argument from a default.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Collection
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from pipeline.errors import SHOWN_CHARACTERS, InputError, no_string
 
@@ -28,8 +30,10 @@ SUPPORTED = frozenset({
 HOLDS: dict[str, Any] = {"enable_chunked_prefill": True, "async_scheduling": False, "block_size": 16}
 """Values that hold with every artifact, of arguments whose default is that vLLM chooses."""
 
-Refuse = Callable[[InputError], None]
+Refuse = Callable[[InputError], NoReturn]
 """Ends the start of the server."""
+
+HELP = "see vLLM's options: tandem serve ARTIFACT -- --help=all"
 
 
 def restrict(parser: argparse.ArgumentParser, engine: Collection[str], refuse: Refuse) -> None:
@@ -41,6 +45,28 @@ def restrict(parser: argparse.ArgumentParser, engine: Collection[str], refuse: R
     for action in parser._actions:  # noqa: SLF001 - argparse has no other list
         if action.dest in engine and action.dest not in SUPPORTED:
             action.__class__ = _strict(type(action), refuse)
+
+
+def without_usage(parser: argparse.ArgumentParser, refuse: Refuse) -> None:
+    """Let a parser end with one error at a wrong argument: vLLM's usage, which comes first, fills three screens."""
+
+    def error(message: str) -> NoReturn:
+        refuse(_wrong(message, parser))
+
+    parser.error = error  # type: ignore[method-assign]
+
+
+def _wrong(message: str, parser: argparse.ArgumentParser) -> InputError:
+    """Return argparse's message as an error: the argument, what is wrong, what to do."""
+    if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+        argument = unknown[1]
+        known = [word for action in parser._actions for word in action.option_strings]  # noqa: SLF001
+        near = get_close_matches(argument.partition("=")[0], known, n=1, cutoff=0.75)
+        fix = f"did you mean {near[0]}?" if near else HELP
+        return InputError("neither tandem serve nor vLLM has it", where=argument, fix=fix)
+    if found := re.match(r"argument ([^\s:/]+)\S*: (.*)", message, re.DOTALL):
+        return InputError(found[2], where=found[1], fix=HELP)
+    return InputError(message, where="vLLM's arguments", fix=HELP)
 
 
 def _strict(kind: type[argparse.Action], refuse: Refuse) -> type[argparse.Action]:

@@ -18,7 +18,7 @@ from pipeline.errors import InputError, TandemError
 from pipeline.models.generation import not_applied_warning
 from pipeline.runtime.limits import check_asked, check_choice, check_prompt
 from pipeline.serve import settings
-from pipeline.serve.arguments import restrict
+from pipeline.serve.arguments import restrict, without_usage
 from pipeline.serve.plugin import ARTIFACT
 from pipeline.stages.memory import host_memory
 
@@ -106,6 +106,7 @@ class TandemPlatform(Platform):
         from vllm.engine.arg_utils import AsyncEngineArgs  # here: this module calls this function
 
         parser.set_defaults(**settings.of_vllm(root, manifest))
+        without_usage(parser, _end)
         restrict(parser, [field.name for field in fields(AsyncEngineArgs)], _end)
         cls._parser_has_defaults = True
 

@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.serve.arguments import SUPPORTED, restrict
+from pipeline.serve.arguments import HELP, SUPPORTED, restrict, without_usage
 from pipeline.serve.settings import BLOCK
 
 ENGINE = ("max_num_seqs", "enable_prefix_caching", "enable_chunked_prefill", "block_size", "kv_cache_dtype", "seed",
@@ -17,7 +17,7 @@ ENGINE = ("max_num_seqs", "enable_prefix_caching", "enable_chunked_prefill", "bl
 @pytest.fixture
 def parser() -> argparse.ArgumentParser:
     """Arguments of the frontend and of the engine, with defaults of an artifact."""
-    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-num-seqs", type=int)
     for name in ("--enable-prefix-caching", "--enable-chunked-prefill"):
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         raise error
 
     parser.set_defaults(tokenizer="/a/tokenizer", enforce_eager=True, max_num_seqs=4)
+    without_usage(parser, refuse)
     restrict(parser, ENGINE, refuse)
     return parser
 
@@ -51,6 +52,25 @@ def test_an_argument_without_effect_is_refused(parser, words):
     flag = words[0].partition("=")[0]
     assert (caught.value.where, caught.value.fix) == (flag, f"remove {flag}")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "what", "fix"),
+    [
+        (["--max-num-seq", "4"], "--max-num-seq", "neither tandem serve nor vLLM has", "did you mean --max-num-seqs?"),
+        (["--max-num-seq=4"], "--max-num-seq=4", "neither tandem serve nor vLLM has", "did you mean --max-num-seqs?"),
+        (["--swap-space", "4"], "--swap-space", "neither tandem serve nor vLLM has it", HELP),
+        (["--port", "x"], "--port", "invalid int value: 'x'", HELP),
+        (["--port"], "--port", "expected one argument", HELP),
+    ],
+)
+def test_a_wrong_argument_is_one_error_without_the_usage(parser, capsys, words, where, what, fix):
+    """vLLM printed three screens of usage, and the error after them."""
+    with pytest.raises(InputError) as caught:
+        parser.parse_args(words)
+    assert (caught.value.where, caught.value.fix) == (where, fix)
+    assert what in caught.value.what
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_error_has_both_values(parser):
