@@ -124,6 +124,7 @@ def test_build_elsewhere_on_another_machine_is_all_hits(tiny_built, tmp_path):
     assert content_digest(verify(tmp_path / "out").manifest) == content_digest(artifact.read(request.out).manifest)
 
 
+@pytest.mark.slow
 def test_builds_at_once_compile_a_graph_once(tiny_built, tmp_path):
     """Three processes, one cache that lacks one graph; two of them write the same output."""
     request, _ = tiny_built
@@ -245,6 +246,7 @@ def test_build_into_a_read_only_folder_is_refused_before_anything_runs(tiny_buil
     assert not (tmp_path / "cache" / "graphs").exists()
 
 
+@pytest.mark.slow
 def test_build_on_a_cold_machine_with_a_warm_shared_cache(tiny_built, tmp_path):
     """Zero compiles; a poisoned entry is seen, rebuilt alone, and replaced."""
     from pipeline.cache.local import Cache

@@ -47,6 +47,7 @@ def test_a_step_out_of_time_is_killed_and_has_its_output(module, tmp_path):
     assert list(found["output"]) == ["machine.log"]
 
 
+@pytest.mark.slow
 def test_a_failed_step_has_the_end_of_its_output_and_of_its_graphs(module, tmp_path):
     """A step whose artifact is missing, and logs that a compile left."""
     run = module.Run(tmp_path, ("--device", "cpu", "--tiny"))

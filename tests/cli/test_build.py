@@ -141,6 +141,7 @@ def test_build_without_a_compiler_is_the_environments_fault(work, monkeypatch):
     refused(work, 3, "backend.name: inductor needs a C++ compiler; `g++` is not on PATH", "install g++")
 
 
+@pytest.mark.slow
 def test_build_without_space_is_the_environments_fault(work):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
     done = subprocess.run(

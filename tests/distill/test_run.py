@@ -50,6 +50,7 @@ def test_head_guesses_and_a_recipe_can_name_it(work, figures):
     assert max(steps) == 3
 
 
+@pytest.mark.slow
 def test_draft_model_learns_from_the_same_data_and_a_recipe_can_name_it(work, figures):
     found = distill(request_of(work, "layers", method="draft_model", layers=(0, 2)))
     assert found.data == figures.data
@@ -100,6 +101,7 @@ def test_training_a_draft_model_reads_as_transformers_does(work, figures):
     assert torch.allclose(again.logits_MV, first.logits_MV[:-3], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_draft_is_trained_further(work, figures):
     """In ten steps from nothing a head learns next to nothing: what this one knows is the earlier head's."""
     further = distill(request_of(work, "further", start=work / "head", steps=10, draft_vocab=None))
@@ -165,6 +167,7 @@ def test_writing_that_was_killed_goes_on(work, figures):
     assert resumed == undisturbed
 
 
+@pytest.mark.slow
 def test_training_that_was_killed_goes_on(work, figures):
     """It starts from the last state, and the same seed gives the same head."""
     cache, lines = work / "killed-training", []

@@ -56,9 +56,9 @@ def pair_of(work, recipe: Recipe):
 @pytest.mark.parametrize(
     ("dtype", "steps", "kv", "sampling"),
     [
-        ("float32", (1, 7), (64,), ("greedy",)),
+        pytest.param("float32", (1, 7), (64,), ("greedy",), marks=pytest.mark.slow),
         ("float32", (4,), (32,), SAMPLED),
-        ("bfloat16", (2,), (32, 64), ("greedy",)),
+        pytest.param("bfloat16", (2,), (32, 64), ("greedy",), marks=pytest.mark.slow),
     ],
 )
 def test_gates_pass(work, dtype, steps, kv, sampling):

@@ -58,6 +58,11 @@ def load_in_vllm(folder, base):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def slow(*values):
+    """A case of the slow lane: each is a build by NxD Inference."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     base = tmp_path_factory.mktemp("nxdi")
@@ -129,9 +134,9 @@ def test_vllm_would_compile_again_where_a_rank_is_missing(packed, tmp_path):
     ("fake", "says"),
     [
         ("fail", "NxD Inference ended with status 1: neuronx-cc failed with 70"),
-        ("forget speculation_length", "neuron_config.speculation_length: expected 4, NxD Inference wrote None"),
-        ("no weights/tp1_sharded_checkpoint.safetensors", "wrote no weights/tp1_sharded_checkpoint.safetensors"),
-        ("uneven", "on rank 0 only"),
+        slow("forget speculation_length", "neuron_config.speculation_length: expected 4, NxD Inference wrote None"),
+        slow("no weights/tp1_sharded_checkpoint.safetensors", "wrote no weights/tp1_sharded_checkpoint.safetensors"),
+        slow("uneven", "on rank 0 only"),
     ],
 )
 def test_what_nxd_inference_leaves_undone_is_refused(packed, fake, says):

@@ -171,7 +171,7 @@ def test_pace_judges_copies_by_copies(work):
     assert engine.batch.draft_length_policy().choose(engine.batch.acceptance({0: row})) == 0
 
 
-@pytest.mark.parametrize("method", DRAFTS)
+@pytest.mark.parametrize("method", ["eagle3", pytest.param("draft_model", marks=pytest.mark.slow)])
 def test_gates_pass_and_drive_copies(work, method):
     """Losslessness and exact sampling, with copies in the steps of every graph."""
     recipe = recipe_of(method, 3, kv=(64,))

@@ -82,6 +82,7 @@ def biases_of(dtype):
     return tuple(torch.randn(EXPERTS, INNER, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 2))
 
 
+@pytest.mark.slow
 def test_compiled_experts_equal_those_written_out(tmp_path):
     """With biases and bounds too, as gpt-oss has them."""
     cases = {kind: operands(kind.dtype, kind.stored) for kind in KINDS}

@@ -232,7 +232,7 @@ except HostError as error:
 """
 
 
-@pytest.mark.compile
+@pytest.mark.slow
 def test_just_in_time_compiles_in_a_usable_folder_and_explains_a_failure(tmp_path: Path) -> None:
     """`tandem distill` ended with a traceback, and used TMPDIR with its space."""
     compiler = stand_in(tmp_path / "g++", GCC, otherwise='echo "a.h:1:1: error: fault in $*" >&2; exit 1')

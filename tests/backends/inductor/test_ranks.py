@@ -81,8 +81,8 @@ def alone(base):
     return answers[0]
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize(("tp", "placement"), [(2, "sharded"), pytest.param(4, "replicated", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "placement"), [(2, "sharded"), (4, "replicated")])
 def test_ranks_give_the_tokens_of_one_rank(base, alone, tp, placement):
     """With more prompts than rows. Six rounds: two ranks used to deadlock between gloo's lock and the interpreter's."""
     engine = built(base, tp, placement)
@@ -113,7 +113,7 @@ def test_families_on_ranks_greedy_and_stochastic(base, family, tp):
     assert drawn[0] != greedy[0]
 
 
-@pytest.mark.compile
+@pytest.mark.slow
 def test_a_killed_rank_is_an_error(base, alone):
     """Of this call and of those after it, which used to end in `OSError: handle is closed`."""
     engine = built(base, 2, "sharded")

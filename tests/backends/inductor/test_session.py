@@ -68,7 +68,7 @@ else:
 """
 
 
-@pytest.mark.compile
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_extracted_graph(tmp_path: Path) -> None:
     """Every server that was killed left the libraries of all its graphs in TMPDIR."""
     work, temporary = tmp_path / "work", tmp_path / "t"

@@ -241,6 +241,7 @@ def test_reads_and_writes_of_state_keep_their_order():
     assert 0 in second.inputs  # the state itself: a compiled subgraph may return a copy of what it wrote
 
 
+@pytest.mark.slow
 def test_subgraphs_do_not_copy_caches():
     """Generated code allocates no buffer of a cache's shape: state is written in place."""
     from pipeline.backends.inductor import subgraph_objects  # not at the top: it imports Inductor

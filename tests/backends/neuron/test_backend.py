@@ -169,6 +169,7 @@ def elsewhere(tmp_path_factory):
     return base, build(base, where=environment())
 
 
+@pytest.mark.slow
 def test_host_without_a_device_builds_the_same_and_leaves_the_gates_to_one_that_has(built, elsewhere):
     """The key is HLO, flags and toolchain: another folder, no device, the same keys."""
     base, done = elsewhere
@@ -180,6 +181,7 @@ def test_host_without_a_device_builds_the_same_and_leaves_the_gates_to_one_that_
     assert [(g.name, g.key) for g in here.graphs] == [(g.name, g.key) for g in there.graphs]
 
 
+@pytest.mark.slow
 def test_validate_on_device_adds_its_verdict_to_what_a_host_without_one_built(elsewhere, tmp_path):
     base, _ = elsewhere
     root = shutil.copytree(base / "out", tmp_path / "out")
@@ -199,6 +201,7 @@ def test_validate_on_device_adds_its_verdict_to_what_a_host_without_one_built(el
     assert after.files.keys() >= {"reports/parity.json", "reports/parity.html", "reports/junit.xml"}
 
 
+@pytest.mark.slow
 def test_shards_of_two_ranks_with_a_replicated_draft(built, tmp_path):
     """Ranks share the draft's tensors, put together they hold the target; all graphs and both ranks make one NxDModel.
 
@@ -247,7 +250,7 @@ def test_environment_that_changes_code_changes_the_key(monkeypatch):
         pytest.param(
             {"FAKE_NEURONX_CC": "fail NCC_EOOM001 70"},
             "NCC_EOOM001: the graph's tensors do not fit the device's memory",
-            marks=pytest.mark.compile,
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -318,7 +321,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.compile
+@pytest.mark.slow
 def test_trace_of_ranks_of_wrong_names_and_of_state_in_place():
     """Two ranks are another graph; names that no shard has are refused; the CPU's in-place caches are by the SDK."""
     done = run(TRACE, environment())

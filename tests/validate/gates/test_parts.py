@@ -40,7 +40,7 @@ def compared(gates):
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("sampling", [("greedy",), ("greedy", "stochastic")])
+@pytest.mark.parametrize("sampling", [pytest.param(("greedy",), marks=pytest.mark.slow), ("greedy", "stochastic")])
 def test_parts_give_what_one_pass_gives(tmp_path, monkeypatch, sampling):
     """Every number of the report but times; greedy with two buckets."""
     monkeypatch.setattr(gate_parts, "CHUNK_TOKENS", 1)

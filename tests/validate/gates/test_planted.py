@@ -21,18 +21,18 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("planted")
 
 
-def every_second(faults, first: int):
-    """The others are in the slow lane; of a fault in both dtypes, one is here."""
-    marks = [[pytest.mark.slow] if number % 2 != first else [] for number in range(len(faults))]
+def one_of(size: int, faults, first: int):
+    """One of so many; the others are in the slow lane. Of a fault in both dtypes, one is here."""
+    marks = [[pytest.mark.slow] if number % size != first else [] for number in range(len(faults))]
     return [pytest.param(fault, marks=mark, id=fault.__name__) for fault, mark in zip(faults, marks, strict=True)]
 
 
-@pytest.mark.parametrize("fault", [*every_second(planted.NUMERIC, 0), *planted.FLOAT32_ONLY])
+@pytest.mark.parametrize("fault", [*one_of(2, planted.NUMERIC, 0), *planted.FLOAT32_ONLY])
 def test_fault_in_float32_is_caught(work, fault):
     assert not gates_of(work, recipe_of("llama", 1, "float32", shapes=SMALL), fault, 1).passed
 
 
-@pytest.mark.parametrize("fault", every_second(planted.NUMERIC, 1))
+@pytest.mark.parametrize("fault", one_of(2, planted.NUMERIC, 1))
 def test_fault_in_bfloat16_is_caught(work, fault):
     assert not gates_of(work, recipe_of("llama", 1, "bfloat16", shapes=SMALL), fault, 1).passed
 
@@ -62,7 +62,7 @@ def test_wrong_acceptance_of_sampled_drafts_is_caught(work, fault):
     assert not run.findings["parity"]
 
 
-@pytest.mark.parametrize("fault", every_second(planted.SAMPLING, 0))
+@pytest.mark.parametrize("fault", one_of(4, planted.SAMPLING, 0))
 def test_wrong_sampling_is_caught_by_the_distribution_alone(work, fault):
     run = gates_of(work, recipe_of("llama", 3, "bfloat16", SAMPLED, UNLIKE, SMALL), fault, 3)
     assert run.findings["distribution"]
