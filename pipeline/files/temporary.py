@@ -13,11 +13,13 @@ import signal
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from multiprocessing import forkserver, resource_tracker
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 
 from pipeline.errors import HostError, Problem
+from pipeline.files.unfinished import work_folder
 
 VARIABLES = ("TMPDIR", "TEMP", "TMP")
 """As Python's `tempfile` reads them, in this order."""
@@ -28,6 +30,11 @@ NEEDED_BYTES = 128 << 20
 
 LONGEST_PATH = 70
 """A socket's path has at most 107 characters, and multiprocessing adds 32 of its own."""
+
+AFTER_SOCKETS = -200
+"""Multiprocessing removes its own folder at -100."""
+SWEPT_NAME = 40
+"""Most characters of the name of a folder that is swept."""
 
 SAFE = re.compile(r"[\w./+,@%=:-]*", re.ASCII)
 """Paths that need no quotes in a command line."""
@@ -127,14 +134,28 @@ def start_server() -> None:
         HostError: as `temporary_folder`.
 
     """
-    too_long = len(tempfile.gettempdir()) > LONGEST_PATH
-    with temporary_files(temporary_folder()) if too_long else nullcontext():
+    with temporary_files(_server_folder()):
         resource_tracker.ensure_running()  # its start, which the server's would include, unblocks Ctrl-C
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children inherit it
         try:
             forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@cache
+def _server_folder() -> Path:
+    """Return the folder of multiprocessing's sockets: one that the next process sweeps, where its path is short enough.
+
+    Python names its own `pymp-*`, which nothing sweeps after a kill.
+    """
+    short = len(tempfile.gettempdir()) <= LONGEST_PATH
+    folder = Path(tempfile.gettempdir()) if short else temporary_folder()
+    if len(str(folder)) > LONGEST_PATH - SWEPT_NAME:
+        return folder
+    kept = ExitStack()
+    util.Finalize(None, kept.close, exitpriority=AFTER_SOCKETS)
+    return kept.enter_context(work_folder("sockets", folder))
 
 
 def _candidates() -> list[Path]:

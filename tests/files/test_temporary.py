@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -161,3 +162,16 @@ def test_start_server_keeps_ctrl_c_from_the_server() -> None:
     """Ctrl-C in the first seconds printed 120 lines of traceback: the server was importing torch."""
     done = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "True False\n", done.stderr
+
+
+def test_sockets_of_a_killed_process_are_swept(tmp_path):
+    """A killed build left multiprocessing's folder in TMPDIR, and nothing removed it."""
+    start = "import os, signal; from pipeline.files.temporary import start_server; start_server()"
+    kill = f"{start}; os.kill(os.getpid(), signal.SIGKILL)"
+    environ = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", kill], env=environ, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "-c", start], env=environ, check=True, capture_output=True)
+    assert done.stderr == b""
+    assert list(tmp_path.iterdir()) == []
