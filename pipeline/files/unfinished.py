@@ -41,7 +41,8 @@ def temp_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
                     yield temp, file
                     return
         finally:
-            temp.unlink(missing_ok=True)
+            if _is_ours(temp):
+                temp.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -68,8 +69,20 @@ def temp_folder(path: Path, mode: int = 0o777) -> Iterator[Path]:
                 yield temp
                 return
         finally:
-            remove(temp)
+            if _is_ours(temp):
+                remove(temp)
             os.close(handle)
+
+
+def _is_ours(temp: Path) -> bool:
+    """Return whether this process gave the name: a fork of it, which ends or collects garbage, removes nothing."""
+    return _writer(temp) == (_host(), str(os.getpid()))
+
+
+def _writer(temp: Path) -> tuple[str, str]:
+    """Return host and process in a temporary name; what is not one gives other words."""
+    host, _, rest = temp.name.removeprefix(TEMP).partition("-")
+    return host, rest.partition("-")[0]
 
 
 def _hold(handle: int, temp: Path) -> bool:
@@ -131,8 +144,7 @@ def temp_name(path: Path) -> Path:
 
 def _abandoned(temp: Path) -> bool:
     """Return whether a temporary name may be that of a killed writer, by its host, process and age."""
-    host, _, rest = temp.name.removeprefix(TEMP).partition("-")
-    pid = rest.partition("-")[0]
+    host, pid = _writer(temp)
     if host == _host() and pid.isdigit():
         return not _running(int(pid))
     return _is_old(temp)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,18 @@ def test_work_folder_of_a_killed_process_is_swept_by_the_next(tmp_path):
     with unfinished.work_folder("compile", tmp_path) as mine:
         assert temps(tmp_path) == [mine]
     assert temps(tmp_path) == []
+
+
+def test_a_fork_removes_nothing_of_its_parent(tmp_path):
+    """A process that multiprocessing forks collects the parent's open generators: their folders were gone."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(temp_folder(tmp_path / "folder"))
+        file, _ = stack.enter_context(unfinished.temp_file(tmp_path / "file"))
+        child = os.fork()
+        if child == 0:
+            stack.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert folder.is_dir()
+        assert file.is_file()
+    assert list(tmp_path.iterdir()) == []
