@@ -145,14 +145,15 @@ def start_server() -> None:
 
 @cache
 def _server_folder() -> Path:
-    """Return the folder of multiprocessing's sockets: one that the next process sweeps, where its path is short enough.
+    """Return the folder of multiprocessing's sockets: one that the next process sweeps, where a path is short enough.
 
     Python names its own `pymp-*`, which nothing sweeps after a kill.
     """
-    short = len(tempfile.gettempdir()) <= LONGEST_PATH
-    folder = Path(tempfile.gettempdir()) if short else temporary_folder()
-    if len(str(folder)) > LONGEST_PATH - SWEPT_NAME:
-        return folder
+    named = Path(tempfile.gettempdir())
+    short = (path for path in (named, *_candidates()) if len(str(path)) <= LONGEST_PATH - SWEPT_NAME)
+    folder = next((path for path in short if not fault(path)), None)
+    if folder is None:  # a folder that nothing sweeps
+        return named if len(str(named)) <= LONGEST_PATH else temporary_folder()
     kept = ExitStack()
     util.Finalize(None, kept.close, exitpriority=AFTER_SOCKETS)
     return kept.enter_context(work_folder("sockets", folder))

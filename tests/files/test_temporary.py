@@ -164,14 +164,27 @@ def test_start_server_keeps_ctrl_c_from_the_server() -> None:
     assert done.stdout == "True False\n", done.stderr
 
 
-def test_sockets_of_a_killed_process_are_swept(tmp_path):
+START = "import os, signal; from pipeline.files.temporary import start_server; start_server()"
+
+
+def started(folder: Path, then: str = "pass") -> subprocess.CompletedProcess[bytes]:
+    """A process with this TMPDIR, which has started the server."""
+    environ = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", f"{START}; {then}"], env=environ, check=False, capture_output=True)
+
+
+def test_sockets_of_a_killed_process_are_swept() -> None:
     """A killed build left multiprocessing's folder in TMPDIR, and nothing removed it."""
-    start = "import os, signal; from pipeline.files.temporary import start_server; start_server()"
-    kill = f"{start}; os.kill(os.getpid(), signal.SIGKILL)"
-    environ = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", kill], env=environ, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert list(tmp_path.iterdir())
-    done = subprocess.run([sys.executable, "-c", start], env=environ, check=True, capture_output=True)
-    assert done.stderr == b""
-    assert list(tmp_path.iterdir()) == []
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        assert started(Path(folder), "os.kill(os.getpid(), signal.SIGKILL)").returncode == -signal.SIGKILL
+        assert list(Path(folder).iterdir())
+        done = started(Path(folder))
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert list(Path(folder).iterdir()) == []
+
+
+def test_sockets_are_not_in_a_folder_whose_path_is_too_long_to_be_swept(tmp_path: Path) -> None:
+    folder = tmp_path / "with-a-long-name"
+    folder.mkdir()
+    assert started(folder, "os.kill(os.getpid(), signal.SIGKILL)").returncode == -signal.SIGKILL
+    assert list(folder.iterdir()) == []
