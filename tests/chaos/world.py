@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -93,7 +94,8 @@ class World:
         if plan.kind == "stop":
             if self._stopped(process):
                 meanwhile()
-            os.kill(process.pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # it ended before the step
+                os.kill(process.pid, signal.SIGCONT)
         try:
             output.append(process.communicate(timeout=LIMIT_S)[0])
         except subprocess.TimeoutExpired:
