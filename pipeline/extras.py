@@ -40,6 +40,10 @@ SERVE, SERVE_VENV = "serve", ".venv-serve"
 """The profile of machines that serve, and the folder of a new environment for it, in the current folder."""
 
 
+BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
+CUDA_LIBRARY = "libtorch_cuda.so"
+
+
 def require(extras: Iterable[str], where: str) -> None:
     """Check that extras are installed; `where` names what needs them.
 
@@ -73,6 +77,25 @@ def install_command(*extras: str) -> str:
     if "vllm" in extras and find_spec("torch") is not None and find_spec("vllm") is None:
         return f"python3 -m venv {SERVE_VENV} && {SERVE_VENV}/bin/pip install {shlex.join(_requirement(SERVE))}"
     return f"{_pip_install()} {shlex.join(_requirement(','.join(extras)))}"
+
+
+def of_another_torch() -> list[str]:
+    """Return packages whose libraries need torch for CUDA where torch is that for CPUs: vLLM's start fails at them.
+
+    vLLM's packages for CPUs require them, and an index serves those for CUDA.
+    """
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None or (Path(torch.origin).parent / "lib" / CUDA_LIBRARY).exists():
+        return []
+    return [name for name in BESIDE_TORCH if _needs_cuda(name)]
+
+
+def _needs_cuda(package: str) -> bool:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        return False
+    libraries = Path(spec.origin).parent.rglob("*.so")
+    return any(CUDA_LIBRARY.encode() in library.read_bytes() for library in libraries)
 
 
 def state(extra: str) -> str:

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,3 +173,17 @@ def test_a_message_about_packages_leaves_setuptools_importable():
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "pip install" in ran.stdout
+
+
+def test_packages_of_another_torch_are_named(tmp_path, monkeypatch):
+    """`tandem serve` ended in a traceback, after `tandem doctor` had found no problem."""
+    for name in ("torch", "torchvision", "torchaudio"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "torch/lib").mkdir()
+    (tmp_path / "torchvision/_C.so").write_bytes(b"\x7fELF needs libtorch_cuda.so\0")
+    (tmp_path / "torchaudio/_audio.so").write_bytes(b"\x7fELF needs libtorch_cpu.so\0")
+    monkeypatch.setattr(extras, "find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
+    assert extras.of_another_torch() == ["torchvision"]
+    (tmp_path / "torch/lib/libtorch_cuda.so").touch()
+    assert extras.of_another_torch() == []

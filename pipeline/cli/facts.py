@@ -83,7 +83,8 @@ def _defaults(manifest: PairManifest, defaults: GenerationDefaults) -> dict[str,
     """Return the defaults of generation that apply, and those that do not."""
     stochastic = "stochastic" in manifest.sampling
     sampling = f"temperature {defaults.temperature:g}, top_k {defaults.top_k}, top_p {defaults.top_p:g}"
-    applied = sampling if stochastic and defaults.do_sample else "greedy"
+    served = f"; a server samples at temperature {defaults.temperature:g}" if stochastic else ""
+    applied = sampling if stochastic and defaults.do_sample else f"greedy{served}"
     left_out = defaults.not_applied(manifest.sampling)
     fields: dict[str, Cell] = {"end tokens": value(manifest.eos_ids), "by default": applied}
     return fields | ({"not applied": ", ".join(left_out)} if left_out else {})

@@ -23,7 +23,7 @@ from pipeline.cli.results import print_json, print_line, print_result
 from pipeline.cli.tables import Verdict
 from pipeline.cli.words import counted
 from pipeline.errors import InputError, RecipeError, together
-from pipeline.plan.lock import Lock, lock_path, make_lock, pair_configs, read, stale, write
+from pipeline.plan.lock import Lock, lock_path, make_lock, moved, pair_configs, read, stale, write
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe import Recipe, load
 from pipeline.recipe.changed import changed_recipes
@@ -58,8 +58,8 @@ def check(console: Console, names: tuple[str, ...], json_: bool) -> None:
 
     For a source in a folder, the config, the shards, the tensor shapes and the tokenizer are checked, without reading
     weights; tiny models (`pico://`) are generated. Other sources are not downloaded; the result lists them. A lock is
-    compared with the recipe and with the installed versions, as far as `tandem build --locked` rejects a difference. A
-    recipe whose sources are not on this host is planned if it has a lock.
+    compared with the recipe, the installed versions, and the configs and sizes of weights in folders; `tandem build
+    --locked` also compares the weights. A recipe whose sources are not on this host is planned if it has a lock.
     """
     checks = {name: _check(recipe_path(name)) for name in names}
     for each in checks.values():
@@ -98,6 +98,8 @@ def _check(path: Path) -> _Checked:
     plan = make_plan(parsed, *(each.config for each in sources.pair)) if sources.pair else None
     if plan is None and lock is not None:
         plan = make_plan(parsed, *pair_configs(parsed, lock, str(lock_path(path))))
+    if sources.pair and lock is not None and (problems := moved(lock, sources.pair, str(lock_path(path)))):
+        raise RecipeError(problems)
     warning = _cut_prompts(parsed, prompts, sources.pair[0]) if sources.pair else None
     return _Checked(path, plan, lock is not None, sources.unchecked, warning)
 
@@ -144,7 +146,8 @@ def _words(checked: _Checked) -> str:
         planned = f"plan of {counted(len(checked.plan.graphs), 'graph')}"
         parts.append(planned + (" (from the lock)" if checked.unchecked else ""))
     if checked.locked:
-        parts.append("lock up to date")
+        compared = "recipe and versions" if checked.unchecked else "recipe, versions, configs and sizes of weights"
+        parts.append(f"lock up to date ({compared})")
     unchecked = f"; sources not checked: {', '.join(checked.unchecked)}" if checked.unchecked else ""
     return f"{checked.path}: ok: {', '.join(parts)}{unchecked}"
 

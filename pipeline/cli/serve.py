@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.artifact.manifest import Manifest
+from pipeline.artifact.manifest import Manifest, PairManifest
 from pipeline.artifact.signer import Signer
 from pipeline.artifact.signing import Policy, has_signature, is_key, read_trusted
 from pipeline.cli.console import Console
@@ -23,8 +23,8 @@ from pipeline.cli.options import as_json
 from pipeline.cli.paths import artifact_dir, complete_artifact
 from pipeline.cli.results import print_json
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
-from pipeline.errors import HostError, reason
-from pipeline.extras import install_command, require
+from pipeline.errors import HostError, InputError, reason
+from pipeline.extras import install_command, of_another_torch, require
 from pipeline.registry.pull import pull_release
 from pipeline.serve.plugin import ARTIFACT, ISSUER, POLICY, SIGNER
 from pipeline.stores.base import extras_of
@@ -59,13 +59,15 @@ def serve(
     policy = policy_of(policy_file, identity, issuer)
     root = _root(console, artifact, policy)
     trusted = read_trusted(root, policy)
+    _check_limits(trusted.artifact.manifest, vllm_args)
     environment = {ARTIFACT: str(root)} | _signers(identity, issuer, policy_file)
     command = _server_command(root, trusted.artifact.manifest, vllm_args)
     console.close()
     if json_:
         print_json({"command": command, "environment": environment})
         return
-    console.log(_serving(trusted.artifact.manifest, trusted.signer, root, address))
+    if not any(word.startswith("--help") for word in vllm_args):
+        console.log(_starting(trusted.artifact.manifest, trusted.signer, root, address))
     os.execve(sys.executable, command, os.environ | environment)  # noqa: S606 - becomes the server
 
 
@@ -85,17 +87,44 @@ def _check_packages(artifact: str, *, signed: bool, starts: bool) -> None:
     if starts and not any(entry.name == "tandem" for entry in entry_points(group="vllm.platform_plugins")):
         what = "vLLM does not find Tandem's plugin: the installation is too old"
         raise HostError(what, where="tandem serve", fix=install_command("vllm"))
+    if starts and (others := of_another_torch()):
+        what = f"{', '.join(others)}: built for torch with CUDA, and this torch is for CPUs; vLLM cannot import them"
+        raise HostError(what, where="tandem serve", fix=f"pip uninstall --yes {' '.join(others)}")
+
+
+def _given(vllm_args: Sequence[str], **defaults: str) -> dict[str, str]:
+    """Return the values of some options of vLLM, by their names with underscores."""
+    options = dict(defaults)
+    for word, following in pairwise([*vllm_args, ""]):
+        name, equals, value = word.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if name.startswith("--") and key in options:
+            options[key] = value if equals else following
+    return options
+
+
+def _check_limits(manifest: Manifest, vllm_args: Sequence[str]) -> None:
+    """Check the limits of the server: vLLM's own check of a length ends in a traceback, after most of a minute.
+
+    Raises:
+        InputError: a limit above the artifact's.
+
+    """
+    if not isinstance(manifest, PairManifest):
+        return
+    most = {"max_model_len": max(manifest.shapes.kv), "max_num_seqs": max(manifest.shapes.batch)}
+    for name, given in _given(vllm_args, **dict.fromkeys(most, "")).items():
+        if given.isdecimal() and int(given) > most[name]:
+            what = f"found {given}; the artifact's graphs hold at most {most[name]}"
+            fix = f"use at most {most[name]}, or build with larger buckets"
+            raise InputError(what, where=f"--{name.replace('_', '-')}", fix=fix)
 
 
 def _address(vllm_args: Sequence[str]) -> tuple[str, int] | None:
     """Return host and port of the server; None for a Unix socket, or a port that vLLM will reject."""
-    options = {"--host": "0.0.0.0", "--port": "8000", "--uds": ""}  # noqa: S104 - vLLM's default
-    for word, following in pairwise([*vllm_args, ""]):
-        name, equals, value = word.partition("=")
-        if name in options:
-            options[name] = value if equals else following
-    port = options["--port"]
-    return None if options["--uds"] or not port.isdecimal() else (options["--host"], int(port))
+    options = _given(vllm_args, host="0.0.0.0", port="8000", uds="")  # noqa: S104 - vLLM's default
+    is_uds, port = options["uds"], options["port"]
+    return None if is_uds or not port.isdecimal() else (options["host"], int(port))
 
 
 def _check_free(host: str, port: int) -> None:
@@ -116,11 +145,11 @@ def _check_free(host: str, port: int) -> None:
         raise HostError(what, where="--port", fix="choose a free port: --port N") from error
 
 
-def _serving(manifest: Manifest, signer: Signer | None, root: Path, address: tuple[str, int] | None) -> str:
-    """Return what is served, and where, in one line."""
-    place = "" if address is None else f", on http://{address[0]}:{address[1]}"
+def _starting(manifest: Manifest, signer: Signer | None, root: Path, address: tuple[str, int] | None) -> str:
+    """Return what will be served, and where, in one line."""
+    place = "" if address is None else f", at http://{address[0]}:{address[1]}"
     signature = signature_words(signer, present=has_signature(root))
-    return f"serving {manifest.name} {manifest.version}, {signature}{place}; the server's log follows"
+    return f"starting vLLM for {manifest.name} {manifest.version}, {signature}{place}; its log follows"
 
 
 def _server_command(root: Path, manifest: Manifest, vllm_args: Sequence[str]) -> list[str]:

@@ -82,7 +82,7 @@ class Forecast:
     def basis(self) -> str:
         """What the forecast rests on, in words."""
         if not self.builds:
-            return "estimates: no build was recorded on this machine"
+            return "rough estimates, up to several times too low: no build was recorded on this machine"
         return f"estimates from {self.builds} recorded build{'s' if self.builds > 1 else ''}"
 
 

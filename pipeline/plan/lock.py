@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
 from pipeline.errors import InputError, Problem
-from pipeline.files.atomic import FileDigest, write_atomic
+from pipeline.files.atomic import FileDigest, sha256_file, write_atomic
 from pipeline.files.limits import parse_json
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import fitted, with_rope_of
@@ -40,6 +40,8 @@ MISSING = "missing"
 """Version of a package that is not installed."""
 PACKAGES = {"torch", "torch-neuronx", "neuronx-distributed", "libneuronxla", "neuronx-cc"}
 """Entries of a toolchain that are versions of packages."""
+COMPARED_BYTES = 1 << 20
+"""Files below this size are compared by content before a build: configs and tokenizers, not weights."""
 OWN_CODE = ("kernel",)
 """Flags that are digests of Tandem's own source, which its version pins."""
 
@@ -297,6 +299,25 @@ def stale(recipe: Recipe, lock: Lock, where: str = "lock") -> list[Problem]:
         toolchain=lock.toolchain | _installed(lock.toolchain),
     )
     return check_locked(lock, fresh, where)
+
+
+def moved(lock: Lock, sources: Iterable[Checkpoint], where: str = "lock") -> list[Problem]:
+    """Return the files in sources' folders that are not the locked ones, by size, and below 1 MiB by content.
+
+    Reads no weights.
+    """
+    fix = f"restore the locked file, or accept the change: {lock_command(Path(where))}"
+    found: list[Problem] = []
+    for role, locked, checkpoint in zip(("target", "draft"), (lock.target, lock.draft), sources, strict=True):
+        for name, file in (locked.files if locked else {}).items():
+            path = checkpoint.root / name
+            if not path.is_file():
+                continue
+            size = path.stat().st_size
+            is_other = size != file.size or (size < COMPARED_BYTES and sha256_file(path) != file.sha256)
+            if is_other:
+                found.append(Problem(f"{where}: {role}.files.{name}", "not the file that was locked", fix))
+    return found
 
 
 def _installed(toolchain: Mapping[str, str]) -> dict[str, str]:

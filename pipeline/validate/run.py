@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +61,7 @@ def validate(
     log_report(whole, log)
     log(f"validate: {len(prompts)} prompts ({duration(time.monotonic() - started)}); report: {page_of(root)}")
     if not whole.passed:
-        raise GateError(failures(whole), where=recipe.name, fix=remedy(whole, recipe, root))
+        raise GateError(failures(whole), where=recipe.name, fix=remedy(whole, recipe, root, base))
     return whole
 
 
@@ -164,13 +165,18 @@ def failures(whole: Report) -> str:
     return "; ".join(findings[:SHOWN_FINDINGS]) + more
 
 
-def remedy(whole: Report, recipe: Recipe, root: Path) -> str:
-    """Return the fix for failed gates: open the report; for low acceptance also train a draft or lower the limit."""
+def remedy(whole: Report, recipe: Recipe, root: Path, base: Path) -> str:
+    """Return the fix for failed gates: open the report; for low acceptance also train a draft or lower the limit.
+
+    `base` is the folder of the recipe that was built: the artifact's copy has its sources relative to that folder.
+    """
     page_path = f"open {page_of(root)}"
     if all(gate.passed for gate in whole.gates if gate.name == "acceptance"):
         return page_path
     limit = f"lower `validate.gates.tokens_per_step` (now {recipe.validate_.gates.tokens_per_step}) in the recipe"
-    train = f"train a draft for this target: `tandem distill {recipe.argument()}`"
+    file = base / f"{recipe.name}.yaml"
+    named = shlex.quote(str(file)) if file.is_file() and base not in (Path("recipes"), Path()) else recipe.name
+    train = f"train a draft for this target, `tandem distill {named}`, and name its folder in `draft.source`"
     return f"{train}; or {limit}; to see which prompts, {page_path}"
 
 

@@ -58,6 +58,13 @@ def test_each_verdict_is_one_line(verdict, line):
     assert bool(report.fix) == (verdict != "agrees")
 
 
+def test_a_target_that_says_one_token_everywhere_has_a_line_of_its_own():
+    """It said that the draft agrees by chance, and the build of the pair passed its gates."""
+    report = REPORT.model_copy(update={"verdict": "chance", "setting": None, "chance": 1.0})
+    assert report.line.startswith("the target's answers are nearly one token, which any draft finds: 12% of first")
+    assert report.fix == "look at the target's answers with `tandem run`; random weights give such ones"
+
+
 def test_recipe_of_a_head_loads(tmp_path: Path):
     head = write_head(tmp_path / "head", SPECULATORS, Parts(layer="layers.0."))
     run = CliRunner().invoke(main, ["draft", "recipe", str(head)])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import __version__
+from pipeline.files.atomic import FileDigest, sha256_file
 from pipeline.plan import lock as locks
 from pipeline.recipe import load
 from support.checkpoints import CONFIG, random_weights, write_checkpoint
@@ -195,8 +196,24 @@ def locked(work: Path, **changes: object) -> None:
 
 def test_check_says_that_the_lock_is_up_to_date(work):
     locked(work)
-    assert answer("recipe", "check", "mine.yaml").stdout.endswith(", plan of 5 graphs, lock up to date\n")
+    assert answer("recipe", "check", "mine.yaml").stdout.endswith(
+        ", plan of 5 graphs, lock up to date (recipe, versions, configs and sizes of weights)\n"
+    )
     assert json.loads(answer("recipe", "check", "mine.yaml", "--json").stdout)["locks"] == {"mine.yaml": "up to date"}
+
+
+def test_check_compares_files_of_sources_with_the_lock(work):
+    """The model was another one, and the lock was said to be up to date."""
+    path = work / "target/config.json"
+    source = locks.LockedSource(
+        "./target", "r", {"config.json": FileDigest(sha256_file(path), path.stat().st_size)}, CONFIG
+    )
+    locked(work, target=source)
+    assert "lock up to date" in answer("recipe", "check", "mine.yaml").stdout
+    path.write_text(path.read_text().replace("{", "{ ", 1))
+    result = invoke("recipe", "check", "mine.yaml")
+    assert result.exit_code == 2
+    assert "mine.lock: target.files.config.json: not the file that was locked" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,9 @@ def test_serve_says_what_it_serves_and_where(started, tmp_path):
         port = free.getsockname()[1]
     shown = answer("serve", "out", "--host", "127.0.0.1", "--port", str(port), "--require-signature", public).stderr
     version = json.loads((tmp_path / "out/manifest.json").read_text())["version"]
-    assert shown.startswith(f"serving small {version}, signed by {public}, on http://127.0.0.1:{port}")
+    assert shown.startswith(
+        f"starting vLLM for small {version}, signed by {public}, at http://127.0.0.1:{port}; its log"
+    )
     assert len(started) == 1
 
 
@@ -65,3 +67,24 @@ def test_serve_json_prints_the_command_without_vllm(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small.make_validated(tmp_path / "out", tmp_path / "work")
     assert "vllm.entrypoints.openai.api_server" in json.loads(answer("serve", "out", "--json").stdout)["command"]
+
+
+@pytest.mark.parametrize("words", [["--max-model-len", "4096"], ["--max-model-len=4096"], ["--max-num-seqs", "99"]])
+def test_serve_refuses_a_limit_above_the_artifacts_before_vllm_starts(started, words):
+    """vLLM ended in a traceback after 40 seconds, which advised VLLM_ALLOW_LONG_MAX_MODEL_LEN."""
+    result = invoke("serve", "out", "--uds", "/tmp/s", *words)
+    flag = words[0].partition("=")[0]
+    assert result.exit_code == 2
+    assert f"{flag}: found " in result.stderr
+    assert "the artifact's graphs hold at most" in result.stderr
+    assert started == []
+
+
+def test_serve_with_a_smaller_limit_starts(started):
+    answer("serve", "out", "--uds", "/tmp/s", "--max-model-len", "4", "--max-num-seqs", "1")
+    assert len(started) == 1
+
+
+def test_serve_that_shows_help_says_nothing_of_a_start(started):
+    assert answer("serve", "out", "--uds", "/tmp/s", "--", "--help=all").stderr == ""
+    assert len(started) == 1

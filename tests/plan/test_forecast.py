@@ -66,7 +66,7 @@ def test_without_records_estimates_hold(plan):
         spec.name: plan.compile_seconds(spec) for spec in plan.graphs
     }
     assert not any(graph.recorded for graph in expected.graphs.values())
-    assert expected.basis == "estimates: no build was recorded on this machine"
+    assert expected.basis == "rough estimates, up to several times too low: no build was recorded on this machine"
     compile_s = HEADERS_S + sum(plan.compile_seconds(spec) for spec in plan.graphs)
     assert expected.total_s(1) == pytest.approx(compile_s + sum(expected.stages.values()))
 

@@ -6,6 +6,9 @@ from typing import Literal
 
 from pipeline.records import Record
 
+ALIKE = 0.9
+"""Agreement of drafts with answers to other prompts, above which the target says nearly the same everywhere."""
+
 Verdict = Literal["agrees", "another reading", "chance", "below the stated rates"]
 
 
@@ -65,6 +68,8 @@ class DraftReport(Record):
             best = max(self.others, key=lambda other: other.tokens_per_step if other.better else 0)
             then = f"with {self.setting}, {best.by_place[0]:.0%} and {best.tokens_per_step:.2f}"
             return f"another reading of the draft's file is better: {now}; {then}"
+        if self.verdict == "chance" and self.chance > ALIKE:
+            return f"the target's answers are nearly one token, which any draft finds: {now}, and this says nothing"
         if self.verdict == "chance":
             return f"the draft agrees with this target by chance: {now}; drawn apart, {self.chance:.0%} would be right"
         if self.verdict == "below the stated rates":
@@ -78,6 +83,8 @@ class DraftReport(Record):
         return {
             "agrees": "",
             "another reading": f"write in the recipe: draft: {{{self.setting}}}",
-            "chance": "use a draft that was trained for this target, or train one: tandem distill RECIPE",
+            "chance": "look at the target's answers with `tandem run`; random weights give such ones"
+            if self.chance > ALIKE
+            else "use a draft that was trained for this target, or train one: tandem distill RECIPE",
             "below the stated rates": "correct validate.gates.acceptance, or use the draft that its card describes",
         }[self.verdict]
