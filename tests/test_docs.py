@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.paths import ROOT
+from support.python_source import nodes
 
 FOLDERS = ("pipeline", "tandem_spec", "examples", "tests", "docs", "benchmarks", "scripts", "deploy")
 MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*.py"))
@@ -70,9 +71,9 @@ def docstrings(folder: str) -> Iterator[tuple[str, str]]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted((ROOT / folder).rglob("*.py")):
         name = str(path.relative_to(ROOT))
-        nodes = [] if "/fake_" in name else ast.walk(ast.parse(path.read_text()))
+        found = () if "/fake_" in name else nodes(path.read_text())
         yield from (
-            (name, text) for node in nodes if isinstance(node, documented) and (text := ast.get_docstring(node))
+            (name, text) for node in found if isinstance(node, documented) and (text := ast.get_docstring(node))
         )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from support.python_source import nodes
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "docs", "examples", "pipeline", "scripts", "tandem_spec")
 TEXT_METHODS = {"read_text": 0, "write_text": 1}
@@ -24,7 +26,7 @@ METADATA = "pipeline/extras.py"  # `read_text` of importlib.metadata, which is a
 
 def without_encoding(source: str) -> list[int]:
     """Lines of calls that read or write text without an encoding."""
-    return [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and _unnamed(node)]
+    return [node.lineno for node in nodes(source) if isinstance(node, ast.Call) and _unnamed(node)]
 
 
 def _unnamed(call: ast.Call) -> bool:

@@ -41,6 +41,7 @@ from pipeline.validate import lengths
 from pipeline.validate.draft import examine
 from pipeline.validate.gates import acceptance
 from pipeline.validate.reference import skeleton
+from support.python_source import tree
 
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 TEXT = "text"
@@ -173,9 +174,11 @@ def test_generate_with_the_token_ids_of_one_prompt_is_rejected():
 def _list_parameters(path: Path) -> list[str]:
     """Parameters of public functions of a module that are lists of text, of paths, or of prompts."""
     module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    tree = ast.parse(path.read_text())
-    classes = {item: f"{node.name}." for node in tree.body if isinstance(node, ast.ClassDef) for item in node.body}
-    functions = [item for item in (*tree.body, *classes) if isinstance(item, ast.FunctionDef)]
+    module_tree = tree(path.read_text())
+    classes = {
+        item: f"{node.name}." for node in module_tree.body if isinstance(node, ast.ClassDef) for item in node.body
+    }
+    functions = [item for item in (*module_tree.body, *classes) if isinstance(item, ast.FunctionDef)]
     return [
         f"{module}.{classes.get(function, '')}{function.name}({argument.arg})"
         for function in functions

@@ -19,6 +19,7 @@ from pipeline.cli.main import main
 from pipeline.validate.report.schema import schema as report_schema
 from support import small_artifacts
 from support.paths import ROOT
+from support.python_source import nodes
 
 REFERENCE = ROOT / "docs" / "reference"
 GENERATOR = ROOT / "docs" / "make_reference.py"
@@ -77,8 +78,7 @@ def listed_variables() -> set[str]:
 
 def read_variables(text: str) -> Iterator[str]:
     """Names of variables in a module: those that it reads or sets, and every text with the form of one."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
+    for node in nodes(text):
         if isinstance(node, ast.keyword) and node.arg == "envvar":
             yield ast.literal_eval(node.value)
         elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":

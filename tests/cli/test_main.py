@@ -21,6 +21,7 @@ from pipeline.cli.main import COMMANDS, main
 from pipeline.runtime.text import StreamDecoder
 from support import small_artifacts as small
 from support.commands import RECIPE, invoke
+from support.python_source import nodes
 
 TANDEM = "from pipeline.cli.main import main; main()"
 
@@ -118,9 +119,8 @@ PRINTS_ALLOWED = {
 
 def prints(source: str) -> set[str]:
     """Names of what a module calls or raises to print or to end the process."""
-    tree = ast.parse(source)
-    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    calls |= {ast.unparse(node.exc) for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc}
+    calls = {ast.unparse(node.func) for node in nodes(source) if isinstance(node, ast.Call)}
+    calls |= {ast.unparse(node.exc) for node in nodes(source) if isinstance(node, ast.Raise) and node.exc}
     return {name for name in calls if name in PRINTS or name.startswith(PRINT_PREFIXES)}
 
 

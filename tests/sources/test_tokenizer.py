@@ -31,6 +31,7 @@ from support import odd_tokenizers as odd
 from support.commands import invoke
 from support.eager import make_engine
 from support.paths import ROOT
+from support.python_source import nodes
 from support.reports import recipe_of
 
 MESSAGE = "hi \u4f60 there\u2028"
@@ -252,7 +253,7 @@ def test_every_call_of_transformers_forbids_custom_code() -> None:
     """Without `trust_remote_code=False`, transformers asks on stdin and runs the code after `y`."""
     calls: list[str] = []
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path.read_text(encoding="utf-8")):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             if node.func.attr not in ("from_pretrained", "from_config"):
