@@ -177,7 +177,11 @@ def installed(profile: str, wheel: Path, tmp_path: Path) -> Environment:
     work.mkdir()
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     requirement = f"{DISTRIBUTION}[{profile}] @ {wheel.as_uri()}"
-    subprocess.run([str(venv / "bin/python"), "-m", "pip", "install", "--quiet", requirement], check=True)
+    command = [str(venv / "bin/python"), "-m", "pip", "install", "--quiet", requirement]
+    environ = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }  # pip would count what is there
+    subprocess.run(command, check=True, env=environ)
     return Environment([str(venv / "bin/tandem")], work)
 
 
