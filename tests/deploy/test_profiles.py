@@ -178,9 +178,7 @@ def installed(profile: str, wheel: Path, tmp_path: Path) -> Environment:
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     requirement = f"{DISTRIBUTION}[{profile}] @ {wheel.as_uri()}"
     command = [str(venv / "bin/python"), "-m", "pip", "install", "--quiet", requirement]
-    environ = {
-        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
-    }  # pip would count what is there
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(command, check=True, env=environ)
     return Environment([str(venv / "bin/tandem")], work)
 
