@@ -19,7 +19,7 @@ KEY = "quantization_config"
 METHOD = "quant_method"
 SKIPPED = "modules_to_not_convert"
 
-Method = Literal["fp8", "compressed-tensors", "awq", "gptq", "mxfp4"]
+Method = Literal["fp8", "compressed-tensors", "awq", "gptq", "mxfp4", "bitsandbytes"]
 
 MAKING = frozenset({
     "act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_auto_increment",
@@ -30,6 +30,15 @@ MAKING = frozenset({
     "quantizer", "seqlen", "static_groups", "sym", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama",
 })  # fmt: skip
 """Fields that say how a checkpoint was made, or which kernel runs it: the tensors tell the rest."""
+
+BNB_4, BNB_8, BNB_SKIPPED = "load_in_4bit", "load_in_8bit", "llm_int8_skip_modules"
+BNB_16 = "llm_int8_has_fp16_weight"
+"""The weights of 8-bit modules are rounded at each use; without effect on 4-bit modules."""
+BNB_READ = (
+    BNB_SKIPPED, "bnb_4bit_quant_storage", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype", "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload",
+)  # fmt: skip
+"""The type and double quantisation are those of each matrix's own state; the last three say how a kernel multiplies."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,14 @@ class Mxfp4:
     """Blocks of 32 values of 4-bit floats with a power of two (gpt-oss)."""
 
 
-Scheme = Fp8 | Gptq | Awq | Mxfp4 | Compressed
+@dataclass(frozen=True)
+class Bnb:
+    """bitsandbytes: 4-bit codes with a state for each matrix, or int8 with a scale for each row."""
+
+    bits: Literal[4, 8]
+
+
+Scheme = Fp8 | Gptq | Awq | Mxfp4 | Bnb | Compressed
 
 
 @dataclass(frozen=True)
@@ -92,6 +108,13 @@ class Reader:
             known = ", ".join(shown(one) for one in accepted)
             raise self.error(key, value, f"not supported; accepted: {known}")
         return value
+
+    def flag(self, key: str) -> bool:
+        """Return a field that is true, false or null."""
+        value = self.data.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(key, value, "expected true or false", "correct config.json")
+        return value is True
 
     def names(self, *keys: str) -> tuple[str, ...]:
         """Return the strings in some fields that are lists or null."""
@@ -191,8 +214,23 @@ def _compressed(reader: Reader) -> Quantisation:
     return Quantisation("compressed-tensors", schemes, reader.names("ignore"), unrounded)
 
 
+def _bitsandbytes(reader: Reader) -> Quantisation:
+    four, eight = reader.flag(BNB_4), reader.flag(BNB_8)
+    if four == eight:
+        what = f"{BNB_8}={shown(reader.data.get(BNB_8))}: exactly one of the two must be true"
+        raise reader.error(BNB_4, reader.data.get(BNB_4), what, "correct config.json")
+    for key, value in ((BNB_4, four), (BNB_8, eight)):  # transformers writes each twice, and reads this one
+        if reader.data.get(f"_{key}") is not None and reader.flag(f"_{key}") != value:
+            raise reader.error(f"_{key}", reader.data[f"_{key}"], f"{key} differs", "remove one of the two")
+    reader.choice("bnb_4bit_quant_storage", "uint8", ("uint8", None))
+    reader.choice("bnb_4bit_quant_type", "fp4", ("fp4", "nf4"))
+    reader.reject_others(BNB_4, BNB_8, f"_{BNB_4}", f"_{BNB_8}", *BNB_READ, *((BNB_16,) if four else ()))
+    return Quantisation("bitsandbytes", (Bnb(4 if four else 8),), reader.names(BNB_SKIPPED), BNB_8 if eight else None)
+
+
 METHODS: Mapping[str, Callable[[Reader], Quantisation]] = {
     "fp8": _fp8, "compressed-tensors": _compressed, "awq": _awq, "gptq": _gptq, "mxfp4": _mxfp4,
+    "bitsandbytes": _bitsandbytes,
 }  # fmt: skip
 
 

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.graphs.dtypes import SAFETENSORS
-from pipeline.sources.packed import Cut, Grid, PackedRef, placed
-
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""Values of the 16 codes of a 4-bit float (OCP Microscaling Formats, version 1.0)."""
+from pipeline.sources.packed import TABLES, Cut, Grid, Nested, PackedRef, placed
 
 E8M0_BIAS = 127
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -28,11 +25,23 @@ def dequantised(source: PackedRef, data: Tensor) -> Tensor:
         blocks = source.blocks
         group_C = None if source.index is None else parts[-1][1].view(torch.int32).long()
         scales_BG = _numbers(source.scales, *blocks, *parts[1])
+        if source.nested is not None:
+            scales_BG = _of_codes(source.nested, scales_BG, blocks[0], parts[-2][1], parts[-1][1])
         zeros_BG = None if source.zeros is None else _numbers(source.zeros, *blocks, *parts[2])
         _apply(source, values_RC, (zeros_BG, scales_BG), group_C)
-        if source.rounded:
-            values_RC = values_RC.to(SAFETENSORS[source.scales.ref.dtype].as_torch()).float()
+        if source.factor is not None:
+            values_RC *= source.factor
+        if source.rounded is not None:
+            values_RC = values_RC.to(SAFETENSORS[source.rounded].as_torch()).float()
     return values_RC[source.phase :: source.step].contiguous().view(source.shape)
+
+
+def _of_codes(nested: Nested, codes_BG: Tensor, first: int, scales: Tensor, table: Tensor) -> Tensor:
+    """Return the scales of blocks of rows from `first` on, from their codes and the bytes of the nested scales."""
+    code = first * codes_BG.shape[1]
+    block = torch.arange(code, code + codes_BG.numel()) // nested.size - code // nested.size
+    looked_up_BG = _looked_up(table.view(torch.float32), codes_BG)
+    return looked_up_BG * scales.view(torch.float32)[block].view(codes_BG.shape) + nested.offset
 
 
 def _apply(
@@ -83,8 +92,8 @@ def _numbers(grid: Grid, first: int, last: int, cut: Cut, data: Tensor) -> Tenso
 
 def _decoded(grid: Grid, values: Tensor) -> Tensor:
     """Return the numbers that stored values stand for: a new tensor."""
-    if grid.codes == "e2m1":
-        return _looked_up(torch.tensor(E2M1), values)
+    if grid.codes in TABLES:
+        return _looked_up(torch.tensor(TABLES[grid.codes]), values)
     if grid.codes == "e8m0" and values.dtype == torch.uint8:
         return torch.exp2(values.float() - E8M0_BIAS)
     if values.dtype in FLOAT8:

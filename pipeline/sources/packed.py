@@ -8,7 +8,7 @@ numbers that a file has in another order: transposed, or every second row of a m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -18,8 +18,23 @@ from pipeline.sources.tensors import File, TensorRef
 ALIGNMENT_BYTES = 8
 """Cuts start at multiples of this in a buffer: of any dtype's size."""
 
-Codes = Literal["number", "e2m1", "e8m0"]
-"""What a stored value is: a number, one of the 16 values of 4-bit floats, or an exponent of two (OCP MX formats)."""
+Codes = Literal["number", "e2m1", "e8m0", "nf4", "fp4"]
+"""What a stored value is: a number, one of 16 values of a table, or an exponent of two (OCP MX formats)."""
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Values of the 16 codes of a 4-bit float (OCP Microscaling Formats, version 1.0)."""
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of a normal distribution (QLoRA, arXiv:2305.14314, appendix E)."""
+
+FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+"""Values of the 16 codes of bitsandbytes' 4-bit float, of which the largest is 1."""
+
+TABLES: Mapping[Codes, tuple[float, ...]] = {"e2m1": E2M1, "nf4": NF4, "fp4": FP4}
 
 
 @dataclass(frozen=True)
@@ -106,12 +121,35 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Nested:
+    """Scales that are quantised themselves: table[code] * scale + offset, float32.
+
+    A block of `size` codes shares a scale. Blocks run over the codes of all rows.
+    """
+
+    scales: TensorRef
+    table: TensorRef
+    size: int
+    offset: float
+
+    def cuts(self, first: int, last: int) -> tuple[Cut, Cut]:
+        """Return the bytes of the scales of codes [first, last), and of the table."""
+        grid = Grid(self.scales, self.scales.shape[0], 1)
+        return grid.cut(first // self.size, -(-last // self.size)), every_byte(self.table)
+
+
+def every_byte(ref: TensorRef) -> Cut:
+    """Return all bytes of a tensor."""
+    return Cut(ref, 0, 1, ref.nbytes, ref.nbytes)
+
+
+@dataclass(frozen=True)
 class PackedRef:
     """Rows [first, last) of a matrix that is stored quantised; its values are read as float32.
 
     `block` is the number of rows and columns that share a scale; with `index`, that tensor has the group of each
-    column. `rounded`: values are rounded to the dtype of the scales, as the format's own reader does. Row r is row
-    r * `step` + `phase` of the stored matrix, of which all are read. `vector`: a column is a vector.
+    column. Values are multiplied with `factor` and rounded to the dtype `rounded`, as the format's own reader does.
+    Row r is row r * `step` + `phase` of the stored matrix, of which all are read. `vector`: a column is a vector.
     """
 
     values: Grid
@@ -121,7 +159,9 @@ class PackedRef:
     first: int = 0
     zeros: Grid | None = None
     index: TensorRef | None = None
-    rounded: bool = False
+    nested: Nested | None = None
+    factor: float | None = None
+    rounded: str | None = None
     step: int = 1
     phase: int = 0
     vector: bool = False
@@ -161,12 +201,13 @@ class PackedRef:
     def refs(self) -> tuple[TensorRef, ...]:
         """Stored tensors, in the order of their cuts."""
         grids = (self.values, self.scales, self.zeros)
+        nested = () if self.nested is None else (self.nested.scales, self.nested.table)
         found = tuple(grid.ref for grid in grids if grid is not None)
-        return found if self.index is None else (*found, self.index)
+        return (*found, *nested) if self.index is None else (*found, self.index)
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        """Bytes of these rows: of the values, the scales, the zero points and the groups of columns."""
+        """Bytes of these rows: of the values, the scales, the zero points, the groups of columns or nested scales."""
         if self.last <= self.first:
             return ()
         blocks = self.blocks
@@ -176,7 +217,9 @@ class PackedRef:
         if self.zeros is not None:
             found.append(self.zeros.cut(*blocks))
         if self.index is not None:
-            found.append(Cut(self.index, 0, 1, self.index.nbytes, self.index.nbytes))
+            found.append(every_byte(self.index))
+        if self.nested is not None and self.scales is not None:
+            found += self.nested.cuts(*(block * self.scales.columns for block in blocks))
         return tuple(found)
 
     @property

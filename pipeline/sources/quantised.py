@@ -1,20 +1,20 @@
 """Find the quantised matrices among the tensors of a checkpoint: values, scales, zero points as one. Imports no torch.
 
 The formats are those of their writers: DeepSeek and AutoFP8 (fp8), compressed-tensors, AutoGPTQ, AutoAWQ, and the
-MXFP4 of gpt-oss.
+MXFP4 of gpt-oss. `bitsandbytes` has those of bitsandbytes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
-from pipeline.errors import SourceError
 from pipeline.models.compressed import Compressed
 from pipeline.models.quantisation import Awq, Fp8, Gptq, Quantisation, is_skipped, named
+from pipeline.sources.bitsandbytes import with_bitsandbytes
 from pipeline.sources.packed import Grid, PackedRef, Source
-from pipeline.sources.tensors import TensorRef, read_bytes
+from pipeline.sources.quantised_module import Module, matrix_shape
+from pipeline.sources.tensors import TensorRef, small_bytes
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place in a word of each of 8 values, as AutoAWQ's kernel `gemm` wants them."""
@@ -43,40 +43,6 @@ BLOCKS, EXPONENTS = "_blocks", "_scales"
 """Ends of the names of MXFP4 tensors, which hold all experts."""
 
 
-@dataclass(frozen=True)
-class Module:
-    """The tensors of one module by the last part of their names."""
-
-    name: str
-    tensors: Mapping[str, TensorRef]
-
-    def need(self, part: str) -> TensorRef:
-        """Return a tensor that the format requires."""
-        if part not in self.tensors:
-            found = ", ".join(sorted(self.tensors))
-            raise self.error(f"has no {part}; found: {found}")
-        return self.tensors[part]
-
-    def error(self, what: str) -> SourceError:
-        """Return the error of a module that is not stored as the config says."""
-        where = str(next(iter(self.tensors.values())).file)
-        return SourceError(
-            f"quantised module {self.name} {what}", where=where, fix="use weights and config.json of the same model"
-        )
-
-    def grid(self, part: str, grid: Grid) -> Grid:
-        """Return a grid after comparing its tensor's shape."""
-        if math.prod(grid.stored) != math.prod(grid.ref.shape) or _matrix(grid.ref.shape) != grid.stored:
-            raise self.error(f"has {part} {list(grid.ref.shape)}, expected {list(grid.stored)}")
-        return grid
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return a shape as that of a matrix: a vector is a column."""
-    rows = shape[0] if shape else 1
-    return rows, math.prod(shape[1:])
-
-
 def with_quantised(tensors: Mapping[str, TensorRef], quantisation: Quantisation | None) -> dict[str, Source]:
     """Return the tensors of a checkpoint with each quantised matrix as one, under the name of its weight.
 
@@ -88,6 +54,8 @@ def with_quantised(tensors: Mapping[str, TensorRef], quantisation: Quantisation 
         return dict(tensors)
     if quantisation.method == "mxfp4":
         return dict(_with_blocks(tensors))
+    if quantisation.method == "bitsandbytes":
+        return with_bitsandbytes(tensors, quantisation)
     modules: dict[str, dict[str, TensorRef]] = {}
     found: dict[str, Source] = {}
     parts = PARTS[quantisation.method]
@@ -138,10 +106,10 @@ def _block_of(
     module: Module, values: TensorRef, scale: TensorRef, block: tuple[int, int] | None
 ) -> tuple[int, int]:  # fmt: skip
     """Return the rows and columns that share a scale: all, those of a row, or of a block."""
-    rows, columns = _matrix(values.shape)
+    rows, columns = matrix_shape(values.shape)
     if math.prod(scale.shape) == 1:
         return rows, columns
-    if _matrix(scale.shape) == (rows, 1):
+    if matrix_shape(scale.shape) == (rows, 1):
         return 1, columns
     if block is None:
         raise module.error(f"has scales {list(scale.shape)}, expected one, or one for each of {rows} rows")
@@ -150,7 +118,7 @@ def _block_of(
 
 def _one_byte(
     module: Module, values: TensorRef, scale: TensorRef, block: tuple[int, int], zeros: TensorRef | None = None,
-    *, rounded: bool = False,
+    *, rounded: str | None = None,
 ) -> PackedRef:  # fmt: skip
     """Return a matrix of values in one byte each."""
     if values.dtype not in ONE_BYTE or len(values.shape) != 2:
@@ -179,8 +147,8 @@ def _compressed(module: Module, scheme: Compressed) -> PackedRef:
         stored = module.need("weight")
         if stored.dtype.startswith("F8") != (scheme.kind == "float"):
             raise module.error(f"has values of dtype {stored.dtype}, but config_groups has type {scheme.kind!r}")
-        block = _shared(scheme, *_matrix(stored.shape))
-        return _one_byte(module, stored, scale, block, zeros, rounded=True)
+        block = _shared(scheme, *matrix_shape(stored.shape))
+        return _one_byte(module, stored, scale, block, zeros, rounded=scale.dtype)
     words = module.need("weight_packed")
     rows, columns = words.shape[0], _columns(module, scheme, words, scale)
     block = _shared(scheme, rows, columns)
@@ -191,7 +159,7 @@ def _compressed(module: Module, scheme: Compressed) -> PackedRef:
         values=module.grid("weight_packed", values),
         scales=module.grid("weight_scale", _scales(module, scale, *size)),
         zeros=None if of_zeros is None else module.grid("weight_zero_point", of_zeros),
-        block=block, last=rows, index=_index(module, "weight_g_idx", columns), rounded=True,
+        block=block, last=rows, index=_index(module, "weight_g_idx", columns), rounded=scale.dtype,
     )  # fmt: skip
 
 
@@ -205,11 +173,11 @@ def _shared(scheme: Compressed, rows: int, columns: int) -> tuple[int, int]:
 def _columns(module: Module, scheme: Compressed, words: TensorRef, scale: TensorRef) -> int:
     """Return the columns of a packed matrix: words may hold more values than the last row's."""
     if scheme.group is not None:
-        return _matrix(scale.shape)[1] * scheme.group
+        return matrix_shape(scale.shape)[1] * scheme.group
     shape = module.need("weight_shape")
     if shape.dtype not in ("I32", "I64") or shape.nbytes not in (8, 16):
         raise module.error(f"has weight_shape of dtype {shape.dtype} and shape {list(shape.shape)}")
-    data, size = read_bytes(shape), shape.nbytes // 2
+    data, size = small_bytes(shape), shape.nbytes // 2
     rows, columns = (int.from_bytes(data[at : at + size], "little", signed=True) for at in (0, size))
     if rows != words.shape[0] or columns <= 0:
         raise module.error(f"has weight_shape {[rows, columns]}, but {words.shape[0]} rows")
@@ -226,8 +194,8 @@ def _index(module: Module, part: str, columns: int) -> TensorRef | None:
 
 def _gptq(module: Module, scheme: Gptq) -> PackedRef:
     words, scale, zeros = (module.need(part) for part in ("qweight", "scales", "qzeros"))
-    columns, rows = _matrix(words.shape)[0] * 32 // scheme.bits, _matrix(words.shape)[1]
-    groups = _matrix(scale.shape)[0]
+    columns, rows = matrix_shape(words.shape)[0] * 32 // scheme.bits, matrix_shape(words.shape)[1]
+    groups = matrix_shape(scale.shape)[0]
     values = Grid(words, rows, columns, transposed=True, bits=scheme.bits)
     of_zeros = Grid(
         zeros, rows, groups, transposed=True, bits=scheme.bits, along="rows", add=int(scheme.first), wraps=True
@@ -242,8 +210,8 @@ def _gptq(module: Module, scheme: Gptq) -> PackedRef:
 
 def _awq(module: Module) -> PackedRef:
     words, scale, zeros = (module.need(part) for part in ("qweight", "scales", "qzeros"))
-    columns, rows = _matrix(words.shape)[0], _matrix(words.shape)[1] * len(AWQ_ORDER)
-    groups = _matrix(scale.shape)[0]
+    columns, rows = matrix_shape(words.shape)[0], matrix_shape(words.shape)[1] * len(AWQ_ORDER)
+    groups = matrix_shape(scale.shape)[0]
     values = Grid(words, rows, columns, transposed=True, bits=4, along="rows", order=AWQ_ORDER)
     of_zeros = Grid(zeros, rows, groups, transposed=True, bits=4, along="rows", order=AWQ_ORDER)
     return PackedRef(

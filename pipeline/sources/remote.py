@@ -11,6 +11,8 @@ from pipeline.stores.base import Interrupted
 START_BYTES = 64 << 10
 """Fetched at once with a header, which is smaller in most files."""
 
+PAGE_BYTES = 64 << 10
+
 TRIES = 6
 
 
@@ -30,6 +32,8 @@ class RemoteFile:
     found: str | None = None
     head: bytes = field(default=b"", repr=False)
     """First bytes, which were fetched for the header."""
+    pages: dict[int, bytes] = field(default_factory=dict, repr=False)
+    """Pages with small tensors that say how others are stored, by number."""
 
     def __str__(self) -> str:
         return self.where
@@ -40,6 +44,23 @@ class RemoteFile:
             more = bytearray(min(max(length, START_BYTES), self.size) - len(self.head))
             self.head += bytes(more[: self.read(len(self.head), memoryview(more))])
         return self.head[:length]
+
+    def piece(self, offset: int, length: int) -> bytes:
+        """Return a few bytes; each page of the file that has some is fetched once."""
+        first, last = offset // PAGE_BYTES, -(-(offset + length) // PAGE_BYTES)
+        start = offset - first * PAGE_BYTES
+        return b"".join(map(self._page, range(first, last)))[start : start + length]
+
+    def _page(self, number: int) -> bytes:
+        if number not in self.pages:
+            at = number * PAGE_BYTES
+            page = bytearray(min(PAGE_BYTES, self.size - at))
+            known = self.head[at : at + len(page)]
+            page[: len(known)] = known
+            if len(known) < len(page):
+                self.read(at + len(known), memoryview(page)[len(known) :])
+            self.pages[number] = bytes(page)
+        return self.pages[number]
 
     def read(self, offset: int, buffer: memoryview) -> int:
         """Fill the buffer; returns fewer bytes where the file ends. Transient failures are retried.

@@ -60,6 +60,11 @@ def read_bytes(ref: TensorRef) -> bytearray:
     return data
 
 
+def small_bytes(ref: TensorRef) -> bytes:
+    """Return the bytes of a small tensor that says how others are stored; a store sends them once."""
+    return ref.file.piece(ref.offset, ref.nbytes) if isinstance(ref.file, RemoteFile) else bytes(read_bytes(ref))
+
+
 @contextmanager
 def opened(file: File) -> Iterator[Callable[[int, memoryview], int]]:
     """Yield a function that fills a buffer from an offset on; returns the number of bytes, fewer where the file ends.

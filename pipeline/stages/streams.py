@@ -28,7 +28,7 @@ STAGES_BYTES = 32 << 20
 """Memory of the stages that threads work on; each file has one more."""
 
 KEPT_TENSORS = 4
-"""Tensors of a quantised matrix: values, scales, zero points and groups."""
+"""Tensors of a quantised matrix: values, scales, then zero points and groups, or two of nested scales."""
 
 Bytes: TypeAlias = NDArray[np.uint8]
 

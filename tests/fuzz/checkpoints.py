@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import TandemError
 from pipeline.models.families import config_of
+from pipeline.models.quantisation import Bnb, Quantisation
 from pipeline.models.weights import weight_specs
 from pipeline.progress import no_progress
 from pipeline.runtime.text import Text
 from pipeline.sources import gguf
+from pipeline.sources.bitsandbytes import STATE, with_bitsandbytes
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint
 from pipeline.sources.generation import generation_of
 from pipeline.sources.heads import with_readings
+from pipeline.sources.packed import TABLES
 from pipeline.sources.pair import checked
 from pipeline.sources.pointers import INDEX, SINGLE
-from pipeline.sources.tensors import read_header
+from pipeline.sources.tensors import TensorRef, read_header
 from pipeline.sources.tokenizer import check_tokenizers, end_of_sequence_id, tokenizer_files, vocabulary_size
+from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import check_weights, weights
 from support.paths import ROOT
 
@@ -99,6 +104,29 @@ def safetensors_target(folder: Path) -> Callable[[bytes], object]:
         (checkpoint.root / SINGLE).write_bytes(data)
         read_header(checkpoint.root / SINGLE)
         check_weights(checkpoint)
+
+    return read
+
+
+def quant_state_target(folder: Path) -> Callable[[bytes], object]:
+    """The state of a 4-bit matrix of bitsandbytes, beside tensors of 8 rows of 64 values with nested scales."""
+    codes, map_bytes = bytes(8 * 64 // 2), struct.pack("<16f", *TABLES["nf4"])
+    beside = {
+        "weight": ("U8", (256, 1), codes), "weight.absmax": ("U8", (8,), bytes(8)),
+        "weight.quant_map": ("F32", (16,), map_bytes), "weight.nested_absmax": ("F32", (1,), bytes(4)),
+        "weight.nested_quant_map": ("F32", (256,), bytes(1024)),
+    }  # fmt: skip
+    found, path = {}, folder / "tensors"
+    for name, (dtype, shape, data) in beside.items():
+        found[f"a.{name}"] = TensorRef(path, dtype, shape, sum(ref.nbytes for ref in found.values()), len(data))
+    path.write_bytes(b"".join(data for _, _, data in beside.values()))
+    state = folder / "state"
+
+    def read(data: bytes) -> None:
+        state.write_bytes(data)
+        ref = TensorRef(state, "U8", (len(data),), 0, len(data))
+        tensors = found | {f"a.weight.{STATE}nf4": ref}
+        read_tensor(with_bitsandbytes(tensors, Quantisation("bitsandbytes", (Bnb(4),)))["a.weight"])
 
     return read
 

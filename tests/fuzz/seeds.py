@@ -114,6 +114,11 @@ CHAT = (
     "{% if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}"
 )
 DEVICES = [{"neuron_device": 0, "bdf": "00:1e.0", "connected_to": None, "nc_count": 2, "memory_size": 34359738368}]
+QUANT_STATE = {
+    "quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 64], "nested_blocksize": 256,
+    "nested_dtype": "float32", "nested_offset": 0.05,
+}  # fmt: skip
+
 HEADER = "instance-type: trn2.48xlarge\nlogical-neuroncore-config: 2\n+--------+\n"
 SHA = "0123456789abcdef0123456789abcdef01234567"
 TREE = [
@@ -320,6 +325,7 @@ def of_checkpoints() -> Iterator[tuple[str, bytes]]:
     table = {"model.norm.weight": "model-00001-of-00001.safetensors"}
     yield "weight_map/valid.json", as_json({"metadata": {"total_size": 1}, "weight_map": table})
     yield "safetensors/valid-llama.safetensors", random_weights(LLAMA)
+    yield "quant_state/valid-nf4.json", as_json(QUANT_STATE)
     yield "gguf/valid-llama.gguf", gguf_file()
     yield "tokenizer/valid-words.json", tokenizer()
     yield "tokenizer_config/valid-chat.json", tokenizer_config()

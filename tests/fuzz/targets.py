@@ -65,6 +65,7 @@ TARGETS = {
         ("generation", "json", "checkpoints", "`generation_config.json`"),
         ("weight_map", "json", "checkpoints", "the index of sharded weights"),
         ("safetensors", "safetensors", "checkpoints", "the header of a file of weights, against a config"),
+        ("quant_state", "json", "checkpoints", "the state of a 4-bit matrix of bitsandbytes"),
         ("gguf", "bytes", "checkpoints", "metadata, tensors and weights of a GGUF file"),
         ("tokenizer", "json", "checkpoints", "`tokenizer.json`, compared and used"),
         ("tokenizer_config", "json", "checkpoints", "`tokenizer_config.json` with a chat template"),

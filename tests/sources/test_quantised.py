@@ -24,8 +24,9 @@ from pipeline.models.weights import OFFSET
 from pipeline.nxdi.build import reject_quantised
 from pipeline.sources.derived import derive
 from pipeline.sources.packed import PackedRef, Source
-from pipeline.sources.quantised import BLOCKS, EXPONENTS, Module, mxfp4
-from pipeline.sources.remote import RemoteFile
+from pipeline.sources.quantised import BLOCKS, EXPONENTS, mxfp4
+from pipeline.sources.quantised_module import Module
+from pipeline.sources.remote import PAGE_BYTES, RemoteFile
 from pipeline.sources.tensors import read_header
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
@@ -33,7 +34,7 @@ from pipeline.stages.checks import log_quantised
 from pipeline.stages.shard import shard_key
 from pipeline.stages.shard_files import write_shards
 from support.checkpoints import CONFIG, opened, refusal
-from support.quantisers import TOOLS, Tool, fp8_blocks, gptq, write_quantised
+from support.quantisers import TOOLS, Tool, bnb_config, fp8_blocks, gptq, write_quantised
 from support.shards import expected_slice, pair_of
 
 
@@ -86,9 +87,10 @@ def test_mxfp4_equals_transformers(tmp_path: Path) -> None:
         assert torch.equal(read_tensor(ref.rows(5, 9)), want[expert][5:9])
 
 
-def test_write_shards_int8_of_a_quantised_matrix(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tool", ["gptq 4, order", "nf4, double"])
+def test_write_shards_int8_of_a_quantised_matrix(tmp_path: Path, tool: str) -> None:
     """Scales are those of whole rows of the dequantised matrix, also where ranks hold columns."""
-    values = write_quantised(tmp_path / "m", gptq(order=True))
+    values = write_quantised(tmp_path / "m", TOOLS[tool])
     target = opened("m", tmp_path)
     pair = replace(pair_of(target, target, tp=2, dtype="bfloat16", replicated=False), target_weights="int8")
     for shard in write_shards(pair, target, target, tmp_path / "out", packing=BlockPacking()):
@@ -105,7 +107,9 @@ def test_write_shards_int8_of_a_quantised_matrix(tmp_path: Path) -> None:
             assert torch.equal(found[name], want)
 
 
-@pytest.mark.parametrize("tool", ["fp8 blocks", "gptq 4, order", "awq", "w4a16, zero points"])
+@pytest.mark.parametrize(
+    "tool", ["fp8 blocks", "gptq 4, order", "awq", "w4a16, zero points", "nf4, double", "bitsandbytes int8"]
+)
 def test_write_shards_of_a_store_fetches_values_once(tmp_path: Path, tool: str) -> None:
     write_quantised(tmp_path / "m", TOOLS[tool], intermediate_size=2048, files=2)
     local, fetched = opened("m", tmp_path), Counter[str]()
@@ -131,7 +135,9 @@ def test_write_shards_of_a_store_fetches_values_once(tmp_path: Path, tool: str) 
     assert [shard.sha256 for shard in shards[0]] == [shard.sha256 for shard in shards[1]]
     small = sum(sum(ref.nbytes for ref in found.refs[1:]) for found in weights(local).values() if is_packed(found))
     whole = sum(file.size for file in files.values())
-    assert sum(fetched.values()) <= whole + small + sum(8 for _ in files)
+    pages = sum(len(page) for file in files.values() for page in file.pages.values())
+    assert sum(fetched.values()) <= whole + small + pages + sum(8 for _ in files)
+    assert pages <= sum(-(-file.size // PAGE_BYTES) * PAGE_BYTES for file in files.values())
 
 
 def is_packed(source: Source) -> TypeGuard[PackedRef]:
@@ -154,7 +160,17 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "not an object": ("fp8", 'quantization_config="fp8": expected an object'),
     "no method": ({"load_in_4bit": True}, "quant_method=null: this quantisation is not supported"),
     "unknown method": ({"quant_method": "hqq"}, 'quant_method="hqq": this quantisation is not supported'),
-    "bitsandbytes": ({"quant_method": "bitsandbytes"}, 'quant_method="bitsandbytes"'),
+    "bitsandbytes of no bits": ({"quant_method": "bitsandbytes"}, "load_in_4bit=null: load_in_8bit=null: exactly one"),
+    "bitsandbytes of 4 and 8 bits": (bnb_config(load_in_8bit=True), "load_in_4bit=true: load_in_8bit=true"),
+    "4 bits as a number": (bnb_config(load_in_4bit=1), "load_in_4bit=1: expected true or false"),
+    "two answers": (bnb_config(_load_in_4bit=False), "_load_in_4bit=false: load_in_4bit differs"),
+    "codes in bfloat16": (bnb_config(bnb_4bit_quant_storage="bfloat16"), 'bnb_4bit_quant_storage="bfloat16"'),
+    "af4": (bnb_config(bnb_4bit_quant_type="af4"), 'bnb_4bit_quant_type="af4"'),
+    "rounded at each use": (
+        bnb_config(load_in_4bit=False, load_in_8bit=True, llm_int8_has_fp16_weight=True),
+        "llm_int8_has_fp16_weight=true",
+    ),
+    "a field of later versions": (bnb_config(bnb_4bit_rotation=True), "bnb_4bit_rotation=true: this field is not"),
     "fp8 of another kind": ({"quant_method": "fp8", "fmt": "e5m2"}, 'fmt="e5m2"'),
     "a cache in fp8": ({"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
     "a block of one number": ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size=128"),

@@ -1,14 +1,15 @@
-"""Checkpoints as quantising tools write them: compressed-tensors by its own compressors, others from their formats."""
+"""Checkpoints as quantising tools write them: by compressed-tensors and bitsandbytes, others from their formats."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
@@ -26,6 +27,8 @@ class Tool:
 
     config: dict[str, Any]
     pack: Callable[[Tensor, torch.Generator], tuple[Tensors, Tensor]]
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Config keys of a model whose matrices the tool can store."""
 
 
 def quantised_modules(weights: Mapping[str, Tensor]) -> list[str]:
@@ -36,6 +39,7 @@ def quantised_modules(weights: Mapping[str, Tensor]) -> list[str]:
 def write_quantised(root: Path, tool: Tool, *, seed: int = 0, files: int = 1, **changes: Any) -> Tensors:
     """Write a checkpoint of a tool; returns the values of its weights, float32."""
     generator = torch.Generator().manual_seed(seed)
+    changes = tool.sizes | changes
     weights = random_weights(CONFIG | changes, torch.bfloat16, seed)
     stored, values = dict(weights), {name: weight.float() for name, weight in weights.items()}
     for module in quantised_modules(weights):
@@ -170,6 +174,41 @@ def _limits(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
     return groups.amin(dim=-1), groups.amax(dim=-1)
 
 
+def bnb_config(**changes: Any) -> dict[str, Any]:
+    """A `quantization_config` of 4 bits as transformers writes it."""
+    config: dict[str, Any] = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False, "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0,
+    }  # fmt: skip
+    config |= changes
+    return config | {f"_{key}": config[key] for key in ("load_in_4bit", "load_in_8bit") if f"_{key}" not in changes}
+
+
+def bnb_4(kind: str, blocksize: int = 64, dtype: torch.dtype = torch.bfloat16, *, double: bool = False) -> Tool:
+    """bitsandbytes, 4 bits: its own functions. Rows are whole blocks."""
+
+    def pack(weight: Tensor, _: torch.Generator) -> tuple[Tensors, Tensor]:
+        codes, state = quantize_4bit(weight.to(dtype), blocksize=blocksize, compress_statistics=double, quant_type=kind)
+        beside = {f"weight.{name}": tensor.clone() for name, tensor in state.as_dict(packed=True).items()}
+        return {"weight": codes, **beside}, dequantize_4bit(codes, state).float()
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    return Tool(bnb_config(bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double), pack, sizes)
+
+
+def bnb_8() -> Tool:
+    """bitsandbytes, LLM.int8: its own functions."""
+
+    def pack(weight: Tensor, _: torch.Generator) -> tuple[Tensors, Tensor]:
+        values, scale, _ = int8_vectorwise_quant(weight.half())
+        tensors = {"weight": values, "SCB": scale, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return tensors, int8_vectorwise_dequant(values, scale)
+
+    return Tool(bnb_config(load_in_4bit=False, load_in_8bit=True), pack)
+
+
 DYNAMIC = {"num_bits": 8, "dynamic": True, "strategy": "token"}
 TOOLS: dict[str, Tool] = {
     "fp8 blocks": fp8_blocks((16, 32)),
@@ -204,4 +243,11 @@ TOOLS: dict[str, Tool] = {
         "pack-quantized", {"num_bits": 3, "group_size": 32, "strategy": "group", "symmetric": False}
     ),
     "w8a16": compressed("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
+    "nf4": bnb_4("nf4"),
+    "nf4, double": bnb_4("nf4", double=True),
+    "nf4, blocks of 128, double": bnb_4("nf4", 128, torch.float16, double=True),
+    "nf4, blocks of 32": bnb_4("nf4", 32, torch.float32),
+    "fp4": bnb_4("fp4"),
+    "fp4, double": bnb_4("fp4", 128, double=True),
+    "bitsandbytes int8": bnb_8(),
 }  # fmt: skip
