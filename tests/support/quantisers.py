@@ -194,7 +194,7 @@ def bnb_4(kind: str, blocksize: int = 64, dtype: torch.dtype = torch.bfloat16, *
         beside = {f"weight.{name}": tensor.clone() for name, tensor in state.as_dict(packed=True).items()}
         return {"weight": codes, **beside}, dequantize_4bit(codes, state).float()
 
-    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8}
     return Tool(bnb_config(bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double), pack, sizes)
 
 
