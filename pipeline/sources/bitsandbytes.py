@@ -15,7 +15,7 @@ from pipeline.models.fields import LARGEST, LIMIT, is_int, shown
 from pipeline.models.quantisation import Bnb, Quantisation, is_skipped
 from pipeline.sources.packed import TABLES, Grid, Nested, PackedRef, Source
 from pipeline.sources.quantised_module import Module
-from pipeline.sources.tensors import TensorRef, small_bytes
+from pipeline.sources.tensors import TensorRef, fetch_small, small_bytes
 
 Kind = Literal["nf4", "fp4"]
 
@@ -106,6 +106,7 @@ def with_bitsandbytes(tensors: Mapping[str, TensorRef], quantisation: Quantisati
             modules.setdefault(stem, {})[part or "weight"] = tensor
         else:
             found[name] = tensor
+    fetch_small(ref for of_module in modules.values() for ref in _read_now(of_module))
     for stem, of_module in modules.items():
         weight = found.pop(f"{stem}.weight", None)
         module = Module(stem, of_module if weight is None else of_module | {"weight": tensors[f"{stem}.weight"]})
@@ -113,6 +114,12 @@ def with_bitsandbytes(tensors: Mapping[str, TensorRef], quantisation: Quantisati
             raise module.error("is one that quantization_config leaves out")
         found[f"{stem}.weight"] = _four_bits(module) if four else _eight_bits(module)
     return found
+
+
+def _read_now(tensors: Mapping[str, TensorRef]) -> list[TensorRef]:
+    """Return the tensors of a module that are read when it is found: states, maps, layouts."""
+    small = {part: ref for part, ref in tensors.items() if ref.nbytes <= STATE_BYTES}
+    return [ref for part, ref in small.items() if part in ("quant_map", "weight_format") or part.startswith(STATE)]
 
 
 def _parted(name: str, *, four: bool) -> tuple[str, str]:

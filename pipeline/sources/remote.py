@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pipeline.stores.base import Interrupted
@@ -12,8 +13,14 @@ START_BYTES = 64 << 10
 """Fetched at once with a header, which is smaller in most files."""
 
 PAGE_BYTES = 64 << 10
+REQUESTS = 8
 
 TRIES = 6
+
+
+def _pages(offset: int, length: int) -> range:
+    """Return the numbers of the pages that hold a range of a file."""
+    return range(offset // PAGE_BYTES, -(-(offset + length) // PAGE_BYTES))
 
 
 @dataclass(eq=False)
@@ -47,9 +54,14 @@ class RemoteFile:
 
     def piece(self, offset: int, length: int) -> bytes:
         """Return a few bytes; each page of the file that has some is fetched once."""
-        first, last = offset // PAGE_BYTES, -(-(offset + length) // PAGE_BYTES)
-        start = offset - first * PAGE_BYTES
-        return b"".join(map(self._page, range(first, last)))[start : start + length]
+        start = offset % PAGE_BYTES
+        return b"".join(map(self._page, _pages(offset, length)))[start : start + length]
+
+    def prefetch(self, pieces: Iterable[tuple[int, int]]) -> None:
+        """Fetch the pages of pieces (offset, length), several at a time: a request takes longer than its bytes."""
+        numbers = {number for offset, length in pieces for number in _pages(offset, length)}
+        with ThreadPoolExecutor(REQUESTS, "pages") as pool:
+            list(pool.map(self._page, sorted(numbers.difference(self.pages))))
 
     def _page(self, number: int) -> bytes:
         if number not in self.pages:

@@ -65,6 +65,16 @@ def small_bytes(ref: TensorRef) -> bytes:
     return ref.file.piece(ref.offset, ref.nbytes) if isinstance(ref.file, RemoteFile) else bytes(read_bytes(ref))
 
 
+def fetch_small(refs: Iterable[TensorRef]) -> None:
+    """Fetch small tensors that stay in stores, so that `small_bytes` has them."""
+    pieces: dict[RemoteFile, list[tuple[int, int]]] = {}
+    for ref in refs:
+        if isinstance(ref.file, RemoteFile):
+            pieces.setdefault(ref.file, []).append((ref.offset, ref.nbytes))
+    for file, of_file in pieces.items():
+        file.prefetch(of_file)
+
+
 @contextmanager
 def opened(file: File) -> Iterator[Callable[[int, memoryview], int]]:
     """Yield a function that fills a buffer from an offset on; returns the number of bytes, fewer where the file ends.

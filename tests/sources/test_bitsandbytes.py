@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +224,33 @@ def changed(stored: Path, tmp_path: Path, change: Change) -> None:
     save_file(tensors, tmp_path / "m" / "model.safetensors")
 
 
+def test_open_of_a_store_fetches_states_together(tmp_path: Path) -> None:
+    """A request for each state in turn would take a minute for a large model; values are not fetched to open it."""
+    write_quantised(tmp_path / "m", TOOLS["nf4, double"], hidden_size=1024, intermediate_size=2048)
+    data = (tmp_path / "m" / "model.safetensors").read_bytes()
+    together, most, fetched = 0, 0, Counter[int]()
+
+    def fetch(offset: int, buffer: memoryview) -> int:
+        nonlocal together, most
+        together += 1
+        most = max(most, together)
+        time.sleep(0.01)
+        buffer[:] = data[offset : offset + len(buffer)]
+        fetched[offset // PAGE_BYTES] += 1
+        together -= 1
+        return len(buffer)
+
+    local = opened("m", tmp_path)
+    file = RemoteFile("model.safetensors", len(data), "store/m", fetch)
+    remote = replace(local, remote={"model.safetensors": file})
+    assert weights(remote).keys() == weights(local).keys()
+    assert set(fetched.values()) == {1}
+    assert most > 1
+    assert len(fetched) < file.size // PAGE_BYTES / 2
+    weights(remote)
+    assert set(fetched.values()) == {1}
+
+
 def test_piece_fetches_each_page_once() -> None:
     data, fetched = bytes(range(256)) * 1024, list[tuple[int, int]]()
 
@@ -235,4 +264,6 @@ def test_piece_fetches_each_page_once() -> None:
     for offset, length in ((0, 8), (PAGE_BYTES - 3, 7), (PAGE_BYTES - 3, 7), (3 * PAGE_BYTES + 5, 40), (9, 0)):
         assert file.piece(offset, length) == data[offset : offset + length]
     last = 3 * PAGE_BYTES
+    file.prefetch([(0, 8), (last, 40)])
+    assert file.pages.keys() == {0, 1, 3}
     assert fetched == [(0, PAGE_BYTES), (PAGE_BYTES, PAGE_BYTES), (last, len(data) - 100 - last)]
