@@ -28,7 +28,7 @@ AS_JSON = "Print JSON."
 WORDS = """RECIPE is the name of a recipe in `recipes/`, or a YAML file.
 ARTIFACT is a folder, or a name under `artifacts/`.
 REFERENCE names a release: `REGISTRY/NAME@VERSION` or `REGISTRY/NAME@ALIAS`, where REGISTRY is a folder,
-`s3://bucket/prefix` or `hf://org`."""
+`s3://bucket/prefix`, `hf://org` or `oci://host/path`."""
 
 
 def commands_page() -> str:

@@ -35,8 +35,9 @@ wrong input: ARTIFACT: no artifact 'missing': no folder `missing` or `artifacts/
 | 70 | a bug in Tandem; stderr has the traceback | report it |
 | 130 | interrupted by Ctrl-C (SIGINT) | run the same command: it continues |
 
-Code 1 also ends a command whose reader closed stdout (`tandem ls ... | head -1`). `tandem doctor` ends with {host} if
-it lists a problem. vLLM's server with an artifact that it cannot serve ends with the error's code.
+A command also ends with code 1 if the program that reads its output ends first, as `head` does in
+`tandem ls ... | head -1`. `tandem doctor` ends with {host} if it lists a problem. vLLM's server with an artifact that
+it cannot serve ends with the error's code.
 
 With `--json`, a command prints its error on stdout too, as the only document; `kind` is `gate`, `input`, `environment`,
 `refused`, `corrupt`, `bug` or `interrupted`. `tandem publish` prints its list, with an `error` for each registry that

@@ -36,8 +36,15 @@ MODULES = {
 """The modules that identify an extra: those that its commands import first."""
 
 
-SERVE, SERVE_VENV = "serve", ".venv-serve"
-"""The profile of machines that serve, and the folder of a new environment for it, in the current folder."""
+SERVE_VENV = ".venv-serve"
+"""Folder of a new environment for machines that serve, in the current folder."""
+
+PROFILES = {
+    "vllm": ("serve", {"inductor", "s3", "hub", "oci", "sign"}),
+    "inductor": ("build", {"s3", "hub", "oci", "sign"}),
+    "neuron": ("build-neuron", {"s3", "oci", "sign"}),
+}
+"""Extra -> the install profile that is made for it, which hints name instead, and the other extras of that profile."""
 
 
 BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
@@ -75,8 +82,20 @@ def install_command(*extras: str) -> str:
     would replace.
     """
     if "vllm" in extras and find_spec("torch") is not None and find_spec("vllm") is None:
-        return f"python3 -m venv {SERVE_VENV} && {SERVE_VENV}/bin/pip install {shlex.join(_requirement(SERVE))}"
-    return f"{_pip_install()} {shlex.join(_requirement(','.join(extras)))}"
+        serve, _ = PROFILES["vllm"]
+        return f"python3 -m venv {SERVE_VENV} && {SERVE_VENV}/bin/pip install {shlex.join(_requirement(serve))}"
+    return f"{_pip_install()} {shlex.join(_requirement(','.join(_with_profiles(extras))))}"
+
+
+def _with_profiles(extras: Iterable[str]) -> list[str]:
+    """Return the profiles that are made for extras, and the extras that none of these profiles has."""
+    wanted = list(extras)
+    profiles = []
+    for extra, (profile, others) in PROFILES.items():
+        if extra in wanted:
+            profiles.append(profile)
+            wanted = [each for each in wanted if each != extra and each not in others]
+    return [*profiles, *wanted]
 
 
 def of_another_torch() -> list[str]:

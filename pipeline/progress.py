@@ -16,6 +16,10 @@ ByteProgress = Callable[[int, int], None]
 """Called with bytes done and total bytes, by one thread at a time."""
 
 
+RateProgress = Callable[[int, int, float], None]
+"""Called with the number done, the total, and the number per second (0: not measured yet)."""
+
+
 def no_log(line: str) -> None:
     """No-op `Log`."""
 
@@ -26,6 +30,10 @@ def no_progress(task: str, done: float, total: float) -> None:
 
 def no_byte_progress(done: int, total: int) -> None:
     """No-op `ByteProgress`."""
+
+
+def no_rate_progress(done: int, total: int, per_s: float) -> None:
+    """No-op `RateProgress`."""
 
 
 @contextmanager

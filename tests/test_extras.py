@@ -58,7 +58,7 @@ def test_install_command_of_vllm_leaves_an_environment_with_torch_alone(installe
     command = extras.install_command("vllm", "s3")
     assert command == "python3 -m venv .venv-serve && .venv-serve/bin/pip install 'tandem-spec[serve]'"
     without("vllm", "torch")
-    assert words(extras.install_command("vllm")) == ["tandem-spec[vllm]"]
+    assert words(extras.install_command("vllm")) == ["tandem-spec[serve]"]
     assert ".venv-serve" not in extras.install_command("vllm")
 
 
@@ -74,6 +74,33 @@ def test_install_command_of_a_clone_names_the_clone(installed_from, tmp_path, ed
 def test_install_command_of_an_index_names_the_distribution(installed_from):
     installed_from(None)
     assert words(extras.install_command("s3", "sign")) == ["tandem-spec[s3,sign]"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        (("inductor",), "build"),
+        (("s3", "inductor", "sign"), "build"),
+        (("neuron", "hub"), "build-neuron,hub"),
+        (("vllm", "oci"), "serve"),
+        (("ray", "inductor"), "build,ray"),
+        (("sign",), "sign"),
+    ],
+)
+def test_install_command_names_profiles(installed_from, without, missing, named):
+    """`doctor` named the extras `inductor` and `vllm`, the README the profiles `build` and `serve`."""
+    installed_from(None)
+    without("torch", "vllm")
+    assert words(extras.install_command(*missing)) == [f"tandem-spec[{named}]"]
+
+
+@pytest.mark.parametrize("extra", extras.PROFILES)
+def test_profiles_have_the_extras_that_hints_leave_out(extra):
+    profile, others = extras.PROFILES[extra]
+    groups = PROJECT["optional-dependencies"]
+    (of_profile,) = groups[profile]
+    nested = [name for group in groups[extra] for name in re.findall(r"tandem-spec\[(.*)\]", group)]
+    assert {extra} | others == {*of_profile.partition("[")[2].removesuffix("]").split(","), *nested}
 
 
 def test_install_command_of_a_wheel_file_names_the_file(installed_from, tmp_path):
@@ -140,7 +167,7 @@ def test_missing_package_names_the_extra(without):
     error = extras.missing_package(ModuleNotFoundError("no", name="torch.nn"))
     assert error is not None
     assert error.what == "packages not installed: torch, tokenizers"
-    assert words(error.fix)[-1].endswith("[inductor]")
+    assert words(error.fix)[-1].endswith("[build]")
 
 
 def test_missing_package_of_no_extra_is_a_bug_of_ours():

@@ -5,6 +5,7 @@ Signs and verifies nothing: see `signing.py`.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from pipeline.errors import InputError, reason
@@ -39,29 +40,43 @@ def public_key_of(path: Path, password: str | None) -> bytes:
     return key.public_key().public_bytes(serialization.Encoding.PEM, form)
 
 
-def check_public(path: Path, where: str) -> None:
+def check_public(path: Path, where: str, otherwise: str = "") -> None:
     """Reject a file that is not a public key; `where` names the option or the policy's key.
+
+    `otherwise` ends the fix for a file that does not exist: what else the value may be.
 
     Raises:
         InputError: no such file, a private key, or another file.
 
     """
-    if PUBLIC in _read(path, "public", where):
+    if PUBLIC in _read(path, "public", where, otherwise):
         return
     beside = path.with_suffix(".pub")
     named = f"{beside}" if beside != path and beside.is_file() else "a public key in PEM, usually a .pub file"
     raise InputError(f"{path} is not a public key", where=where, fix=f"name {named}")
 
 
-def _read(path: Path, kind: str, where: str = "") -> bytes:
+def _nearest(path: Path) -> Path | None:
+    """Return the file of a folder whose name is nearest to a name that no file has; None if none is near."""
+    try:
+        names = [file.name for file in path.parent.iterdir() if file.is_file()]
+    except OSError:
+        return None
+    return next((path.parent / name for name in difflib.get_close_matches(path.name, names, 1)), None)
+
+
+def _read(path: Path, kind: str, where: str = "", otherwise: str = "") -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
+        is_missing = isinstance(error, FileNotFoundError)
         what = f"cannot read the {kind} key: {error.strerror}"
-        fix = f"check the path; the {kind} key is a PEM file{f'; {NEW_KEY}' if kind == 'private' else ''}"
         if where:
-            what = f"{what}: {path}"
-        raise InputError(what, where=where or str(path), fix=fix) from error
+            what = f"no such file: `{path}`" if is_missing else f"{what}: {path}"
+        fix = f"check the path; the {kind} key is a PEM file{f'; {NEW_KEY}' if kind == 'private' else ''}"
+        if is_missing and (near := _nearest(path)):
+            fix = f"the nearest name is `{near}`"
+        raise InputError(what, where=where or str(path), fix=f"{fix}{otherwise}") from error
 
 
 def _has_password(data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""`pulled.json`: where an artifact on disk was pulled from, and the verdict on its signature. Checks no signature.
+"""`pulled.json`: where an artifact on disk was pulled from, which part, and the verdict on its signature. Checks none.
 
 `pull` writes the record into the artifact's folder. It names the sha256 of the manifest that was pulled, so the record
 of one artifact is none of another. A policy selects its rule by the recorded reference, on disk as at the pull. Who can
@@ -29,6 +29,7 @@ class PullRecord(Record):
     version: str = Field(description="version of the release")
     manifest_sha256: str = Field(description="SHA-256 of the manifest that was pulled")
     signer: str | None = Field(description="signer that the pull's policy accepted; null: no signature was required")
+    only: tuple[str, ...] | None = Field(default=None, description="patterns of the pulled part; null: all files")
 
     def dump(self) -> bytes:
         """Return the record's bytes; equal records give equal bytes."""

@@ -58,7 +58,8 @@ def _meaning(error: Exception, signer: Signer) -> str:
         fix = "check the network: keyless signatures need the signing services' public keys"
         raise HostError("keyless signatures cannot be checked on this host", where=str(signer), fix=fix) from error
     text = first_line(error)
-    return "the signature is over another manifest" if text.startswith("Signature mismatch") else text
+    meanings = {"Signature mismatch": "the signature is over another manifest", "Key mismatch": "signed by another key"}
+    return next((meaning for start, meaning in meanings.items() if text.startswith(start)), text)
 
 
 def _configure(config: Any, signer: Signer, base: Path) -> None:

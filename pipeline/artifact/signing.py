@@ -66,8 +66,10 @@ class Policy(Record):
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
     _base: Path = Path()
 
-    def check(self, manifest: bytes, signatures: Sequence[bytes], where: str) -> Accepted:
+    def check(self, manifest: bytes, signatures: Sequence[bytes], where: str, place: str = "") -> Accepted:
         """Return the first signature that this policy accepts, with its signer.
+
+        `where` selects the rule; errors about signatures name `place`, an artifact's folder, if it is given.
 
         Raises:
             RefusedError: no signature, or none by an accepted signer.
@@ -77,7 +79,9 @@ class Policy(Record):
         rule = self.rule(where)
         signers = " or ".join(map(str, rule.signed_by))
         if not signatures:
-            raise RefusedError("not signed", where=where, fix=f"tandem sign ARTIFACT (required signer: {signers})")
+            raise RefusedError(
+                "not signed", where=place or where, fix=f"tandem sign ARTIFACT (required signer: {signers})"
+            )
         faults = []
         for data in signatures:
             for signer in rule.signed_by:
@@ -86,7 +90,7 @@ class Policy(Record):
                     return Accepted(data, signer)
                 faults.append(fault)
         what = f"not signed by {signers}: {'; '.join(dict.fromkeys(faults))}"
-        raise RefusedError(what, where=where, fix=DO_NOT_USE)
+        raise RefusedError(what, where=place or where, fix=DO_NOT_USE)
 
     def check_builder(self, provenance: Callable[[], bytes], where: str) -> None:
         """Compare the builder in the provenance with the rule's pattern; the signed manifest pins the provenance.
@@ -193,14 +197,16 @@ def require(identity: str, issuer: str = GITHUB) -> Policy:
 
     """
     if is_key(identity):
-        check_public(Path(identity), "--require-signature")
+        check_public(Path(identity), "--require-signature", "; a keyless identity contains `@` or `://`")
     signer = Signer(key=identity) if is_key(identity) else Signer(identity=identity, issuer=issuer)
     return Policy(rules=(Rule(signed_by=(signer,)),))
 
 
 def is_key(identity: str) -> bool:
-    """Return whether `--require-signature` names a key's file."""
-    return identity.endswith((".pem", ".pub")) or os.path.isfile(identity)  # noqa: PTH113 - an identity may be no name
+    """Return whether `--require-signature` names a key's file: an identity is an e-mail address or a URL."""
+    is_identity = "@" in identity or "://" in identity
+    is_file = os.path.isfile(identity)  # noqa: PTH113 - an identity may be no name
+    return not is_identity or is_file or identity.endswith((".pem", ".pub"))
 
 
 def sign(root: Path, key: Path | None = None, *, password: str | None = None, token: str | None = None) -> Path:
@@ -289,7 +295,8 @@ def read_trusted(root: Path, policy: Policy | None) -> Trusted:
         return Trusted(read(root))
     data = read_bytes(root)
     where = _reference(root, data)
-    accepted = policy.check(data, _own_signatures(root), where)
+    place = f"{root} (pulled as {where})" if pull_record(root, data) is not None else str(root)
+    accepted = policy.check(data, _own_signatures(root), where, place)
     artifact = Artifact(root, parse(data, str(root / MANIFEST)), data=data)
     policy.check_builder(lambda: _own_provenance(root, artifact.manifest), where)
     return Trusted(artifact, accepted.signer)

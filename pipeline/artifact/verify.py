@@ -6,19 +6,24 @@ Nothing outside the directory is opened, and links are rejected. Signatures are 
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from pipeline.artifact.manifest import BESIDE, MANIFEST, Artifact, FileEntry, Manifest, read, select
+from pipeline.artifact.manifest import ALWAYS, BESIDE, MANIFEST, Artifact, FileEntry, Manifest, read, select
+from pipeline.artifact.manifest import part as part_of
+from pipeline.artifact.pulled import pull_record
 from pipeline.errors import ArtifactError, CorruptError, InputError, no_string
 from pipeline.files.atomic import FileDigest, sha256_file
 from pipeline.files.limits import AGAIN
 from pipeline.progress import ByteProgress, no_byte_progress
 
 HASHERS = 4
+NAMED = 5
+"""Missing files that an error names."""
 ISA_ORDER = ("default", "avx2", "avx512")
 LOADED_WITH = ("torch", "cuda", "neuronx-cc", "neuronx-distributed")
 """Parts of a toolchain that loading requires, in the same major.minor; the others are for compiling."""
@@ -30,7 +35,8 @@ def verify(root: Path, progress: ByteProgress = no_byte_progress, *, only: Seque
     """Check size and sha256 of every file, and that no file is missing or extra; with `only`, of a pulled part.
 
     Raises:
-        CorruptError: every fault, each with its path and both values. ArtifactError: only a part was pulled.
+        CorruptError: every fault, each with its path and both values; of many missing files, the first.
+        ArtifactError: the record of the pull says that only a part was pulled.
 
     """
     no_string(only, "only", "patterns")
@@ -49,31 +55,48 @@ def verify_files(
         if name in paths and not _odd_kind(paths[name]):
             paths.pop(name)
     missing = listed.keys() - paths.keys()
-    faults = [f"{name}: missing" for name in missing]
+    not_pulled = missing - select(artifact.manifest, part).keys() if (part := _part(artifact, missing, only)) else set()
+    faults = _missing(missing - not_pulled)
     unlisted, known = paths.keys() - listed.keys(), artifact.manifest.files.keys()
     outside = unlisted & known
     faults += [f"{name}: {OUTSIDE if name in known else 'not in the manifest'}" for name in unlisted]
     faults += [f"{name}: {kind}" for name, path in paths.items() if (kind := _odd_kind(path))]
     sound = {name: entry for name, entry in listed.items() if name in paths and not _odd_kind(paths[name])}
     faults += differences(root, sound, progress)
-    if missing and len(faults) == len(missing) and only is None:
-        raise _incomplete(root, listed.keys(), missing)
     if faults:
         what = "; ".join(sorted(faults))
         if len(faults) == len(outside):
             raise ArtifactError(what, where=str(root), fix="omit --only to verify the whole artifact")
         raise CorruptError(what, where=str(root), fix=AGAIN)
+    if not_pulled:
+        raise _incomplete(root, len(listed), not_pulled, part or ())
     return artifact
 
 
-def _incomplete(root: Path, listed: AbstractSet[str], missing: AbstractSet[str]) -> ArtifactError:
-    """Return the error for an artifact whose present files are sound: most often a part that was pulled."""
-    what = f"{len(missing)} of {len(listed)} files are missing, for example {min(missing)}"
-    tops = {name.partition("/")[0] for name in listed - missing if "/" in name}
-    parts = sorted(tops - {name.partition("/")[0] for name in missing} - {"tokenizer"})
-    check = f"`tandem verify {root} {' '.join(f'--only {part}' for part in parts)}` checks that part" if parts else ""
-    again = "pull it without --only to have all files"
-    return ArtifactError(what, where=str(root), fix=f"pulled with --only? {f'{check}; ' if check else ''}{again}")
+def _part(artifact: Artifact, missing: AbstractSet[str], only: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the patterns of the part that was pulled, if files are missing from an artifact that is checked whole."""
+    record = pull_record(artifact.root, artifact.data) if missing and only is None and artifact.data else None
+    return None if record is None else part_of(artifact.manifest, record.only, str(artifact.root))
+
+
+def _missing(names: AbstractSet[str]) -> list[str]:
+    """Return the faults of missing files, the first of them by name."""
+    first, others = sorted(names)[:NAMED], len(names) - NAMED
+    return [*(f"{name}: missing" for name in first), *([f"{others} other files: missing"] if others > 0 else [])]
+
+
+def _incomplete(root: Path, files: int, missing: AbstractSet[str], part: Sequence[str]) -> ArtifactError:
+    """Return the error for a whole check of an artifact of which only a part was pulled."""
+    options = " ".join(f"--only {shlex.quote(_short(of))}" for of in part if of not in ALWAYS)
+    what = f"only a part was pulled ({options}): {len(missing)} of {files} files are not here"
+    check = f"`tandem verify {shlex.quote(str(root))} {options}` checks that part"
+    return ArtifactError(what, where=str(root), fix=f"{check}; pull it without --only to have all files")
+
+
+def _short(pattern: str) -> str:
+    """Return a pattern as a person writes it for --only: `weights` for `weights/*`."""
+    name = pattern.removesuffix("/*")
+    return pattern if any(character in name for character in "*?[/.") else name
 
 
 def difference(path: Path, entry: FileEntry | FileDigest) -> str | None:

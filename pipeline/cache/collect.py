@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -28,10 +29,10 @@ def entry_stats(root: Path) -> dict[Kind, Stats]:
     return {kind: Cache(root, kind).stats() for kind in KINDS}
 
 
-def collect(root: Path, max_bytes: int, max_age_s: float | None = None) -> dict[Kind, Stats]:
+def collect(root: Path, max_bytes: int | None, max_age_s: float | None = None) -> dict[Kind, Stats]:
     """Remove entries used longest ago until all kinds together have at most `max_bytes`, and those older than that.
 
-    Entries that another process holds stay. Returns number and size of the removed entries by kind.
+    None is no limit. Entries that another process holds stay. Returns number and size of the removed entries by kind.
     """
     stored = [(entry, kind) for kind in KINDS for entry in Cache(root, kind).entries()]
     stored.sort(key=lambda item: item[0].used)
@@ -39,7 +40,8 @@ def collect(root: Path, max_bytes: int, max_age_s: float | None = None) -> dict[
     removed: dict[Kind, Stats] = dict.fromkeys(KINDS, Stats(0, 0))
     for entry, kind in stored:
         is_old = max_age_s is not None and now - entry.used > max_age_s
-        if (total > max_bytes or is_old) and Cache(root, kind).remove_if_free(entry.key):
+        is_over = max_bytes is not None and total > max_bytes
+        if (is_over or is_old) and Cache(root, kind).remove_if_free(entry.key):
             total -= entry.size_bytes
             removed[kind] += Stats(1, entry.size_bytes)
     return removed
@@ -51,44 +53,59 @@ def folder_sizes(root: Path) -> dict[str, int]:
     return {folder.name: sum(_files(folder).values()) for folder in folders}
 
 
-def remove_unused(root: Path, max_age_s: float) -> Stats:
+NONE = Stats(0, 0)
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Blobs and folders of shards by what a collection did: removed, kept since they are newer, kept since linked."""
+
+    removed: Stats = NONE
+    newer: Stats = NONE
+    linked: Stats = NONE
+
+    def __add__(self, other: Unused) -> Unused:
+        return Unused(self.removed + other.removed, self.newer + other.newer, self.linked + other.linked)
+
+
+def remove_unused(root: Path, max_age_s: float) -> Unused:
     """Remove blobs and shards without links to artifacts that were not used for `max_age_s` (at least a day).
 
-    Returns number and size of the removed blobs and folders of shards.
+    Folders that were sent to this node count as removed without a size: their files are links.
     """
     before = time.time() - max(max_age_s, DAY_S)
     blobs = root / "blobs"
-    removed = [
-        _remove([path], path, blobs / "locks" / f"{path.stem}.lock", before) for path in blobs.glob("sha256/??/*")
-    ]
+    found = [_remove([path], path, blobs / "locks" / f"{path.stem}.lock", before) for path in blobs.glob("sha256/??/*")]
     for folder in (root / "shards").glob("*/"):
         files = [path for path in folder.rglob("*") if path.is_file()]
-        removed.append(_remove(files, folder, folder.with_suffix(".lock"), before))
-    removed += [_remove_old(folder, before) for folder in (root / SENT).glob("*/")]
-    sizes = [size for size in removed if size is not None]
-    return Stats(len(sizes), sum(sizes))
+        found.append(_remove(files, folder, folder.with_suffix(".lock"), before))
+    sent = sum(_remove_old(folder, before) for folder in (root / SENT).glob("*/"))
+    return sum(found, Unused(removed=Stats(sent, 0)))
 
 
-def _remove(files: Sequence[Path], whole: Path, lock: Path, before: float) -> int | None:
-    """Return the removed bytes, or None if the files are in use: linked, newer, or locked."""
+def _remove(files: Sequence[Path], whole: Path, lock: Path, before: float) -> Unused:
+    """Remove files unless they are linked or newer; of those that another process holds, nothing is counted."""
     try:
         with FileLock(lock, timeout=0):
             stats = [path.stat() for path in files]
-            if any(stat.st_nlink > 1 for stat in stats) or max((stat.st_mtime for stat in stats), default=0.0) > before:
-                return None
+            size = Stats(1, sum(stat.st_size for stat in stats))
+            if any(stat.st_nlink > 1 for stat in stats):
+                return Unused(linked=size)
+            if max((stat.st_mtime for stat in stats), default=0.0) > before:
+                return Unused(newer=size)
             remove(whole)
     except (Timeout, OSError):  # another process may remove it
-        return None
-    return sum(stat.st_size for stat in stats)
+        return Unused()
+    return Unused(removed=size)
 
 
-def _remove_old(folder: Path, before: float) -> int | None:
-    """Remove a folder that was sent to this node, whose files are links; return 0, or None if it was used since."""
+def _remove_old(folder: Path, before: float) -> bool:
+    """Remove a folder that was sent to this node, whose files are links; return False if it was used since."""
     with contextlib.suppress(OSError):  # another process may remove it
         if folder.stat().st_mtime <= before:
             remove(folder)
-            return 0
-    return None
+            return True
+    return False
 
 
 def _files(folder: Path) -> dict[tuple[int, int], int]:

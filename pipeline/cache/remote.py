@@ -208,8 +208,10 @@ def pull_all(local: Cache, remote: RemoteCache, toolchain: Mapping[str, str]) ->
     return sum(remote.fetch(key, toolchain, local) for key in keys if local.get(key) is None)
 
 
-def gc(caches: Sequence[RemoteCache], max_bytes: int, max_age_s: float | None = None) -> dict[Kind, Stats]:
+def gc(caches: Sequence[RemoteCache], max_bytes: int | None, max_age_s: float | None = None) -> dict[Kind, Stats]:
     """Remove the oldest entries of all kinds until at most `max_bytes` remain, and all older than `max_age_s`.
+
+    None is no limit.
 
     The caches are those of one bucket, whose abandoned claims are removed too.
     """
@@ -220,7 +222,7 @@ def gc(caches: Sequence[RemoteCache], max_bytes: int, max_age_s: float | None = 
     removed = {cache.kind: Stats(0, 0) for cache in caches}
     for modified, entry, cache in sorted(entries, key=lambda item: item[0]):
         is_old = max_age_s is not None and time.time() - modified > max_age_s
-        if left > max_bytes or is_old:
+        if (max_bytes is not None and left > max_bytes) or is_old:
             cache.delete(entry)
             left -= entry.size
             removed[cache.kind] += Stats(1, entry.size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cache.collect import DAY_S, collect, entry_stats, folder_sizes, remove_unused
+from pipeline.cache.collect import DAY_S, NONE, Unused, collect, entry_stats, folder_sizes, remove_unused
 from pipeline.cache.local import Cache, Kind, Stats, default_root
 from pipeline.cache.remote import SHARED, STORED, Remote, RemoteCache, gc, pull_all, push_all
 from pipeline.cli.console import Console
@@ -18,7 +18,7 @@ from pipeline.cli.options import as_json
 from pipeline.cli.results import print_json, print_line, print_result, print_table
 from pipeline.cli.tables import Table
 from pipeline.cli.words import counted, size
-from pipeline.errors import HostError
+from pipeline.errors import HostError, InputError
 from pipeline.stores.base import check_exists
 
 if TYPE_CHECKING:
@@ -158,34 +158,51 @@ LIMIT = click.FloatRange(0, 1e6)
     "--max-gib",
     type=LIMIT,
     callback=_limit,
-    required=True,
-    help="Maximum size of graphs, subgraphs, memos, goldens and files together; the oldest are removed first.",
+    help="Maximum size of graphs, subgraphs, memos, goldens and files together; the oldest are removed first "
+    "(default: no limit; needs --max-days).",
 )
 @click.option("--max-days", type=LIMIT, callback=_limit,
-              help="Maximum age in days; in the local cache, days since the last use.")  # fmt: skip
+              help="Maximum age in days; in the local cache, days since the last use. Blobs and shards younger than "
+                   "one day always stay.")  # fmt: skip
 @remote_option
 @as_json
-def cache_gc(max_gib: float, max_days: float | None, url: str | None, json_: bool) -> None:
-    """Remove the oldest entries.
+def cache_gc(max_gib: float | None, max_days: float | None, url: str | None, json_: bool) -> None:
+    """Remove the oldest entries. At least one of --max-gib and --max-days is needed.
 
     With --max-days, pulled blobs and weight shards of the local cache that no artifact on this machine uses are removed
-    as well. Text from `tandem distill` and downloaded sources are never removed.
+    as well. Those used within the last day stay, also with `--max-days 0`: a pull or a build may need them. Text from
+    `tandem distill` and downloaded sources are never removed.
     """
+    if max_gib is None and max_days is None:
+        raise InputError("no limit given", where="cache gc", fix="add --max-gib, --max-days or both")
     age_s = None if max_days is None else max_days * DAY_S
-    max_bytes = int(max_gib * GIB)
+    max_bytes = None if max_gib is None else int(max_gib * GIB)
     removed = gc(_open(url), max_bytes, age_s) if url else collect(default_root(), max_bytes, age_s)
-    unused = Stats(0, 0) if url or age_s is None else remove_unused(default_root(), age_s)
+    unused = None if url or age_s is None else remove_unused(default_root(), age_s)
     kept = _stored(url)
     parts = [f"{counted(of.entries, kind[:-1])}, {size(of.size_bytes)}" for kind, of in removed.items()]
-    if age_s is not None and not url:
-        blobs = counted(unused.entries, "unused blob or shard", "unused blobs and shards")
-        parts.append(f"{blobs}, {size(unused.size_bytes)}")
+    if unused is not None:
+        parts.append(_blobs(unused.removed, "unused "))
     left = f"; kept {counted(_total(kept).entries, 'entry', 'entries')}, {size(_total(kept).size_bytes)}"
+    left += _unremoved(unused or Unused(), max_days or 0)
     others = {} if url else {name: of for name, of in folder_sizes(default_root()).items() if name not in kept and of}
-    if others:
+    if others and max_gib is not None:
         left += f"; not limited by --max-gib: {', '.join(f'{name} {size(of)}' for name, of in others.items())}"
-    data = _data(removed) | {"unused": asdict(unused), "kept": _data(kept)}
+    data = _data(removed) | {"unused": asdict(unused.removed if unused else NONE), "kept": _data(kept)}
+    if unused is not None:
+        data["unused_kept"] = {"newer": asdict(unused.newer), "linked": asdict(unused.linked)}
     print_result(data, f"removed {'; '.join(parts)}{left}", as_json=json_)
+
+
+def _blobs(of: Stats, which: str = "") -> str:
+    return f"{counted(of.entries, f'{which}blob or shard', f'{which}blobs and shards')}, {size(of.size_bytes)}"
+
+
+def _unremoved(unused: Unused, max_days: float) -> str:
+    """Return why blobs and shards of the local cache stay; empty if none do."""
+    newer = "one day" if max_days <= 1 else f"{max_days:g} days"
+    reasons = {f"younger than {newer}": unused.newer, "used by artifacts on this machine": unused.linked}
+    return "".join(f"; kept {_blobs(of)}: {reason}" for reason, of in reasons.items() if of.entries)
 
 
 def _open(url: str) -> list[RemoteCache]:

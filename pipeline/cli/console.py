@@ -16,12 +16,14 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from pipeline.errors import TandemError
-from pipeline.progress import ByteProgress
+from pipeline.progress import ByteProgress, RateProgress, duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 MIB = 1 << 20
+LINE_S = 60.0
+"""Seconds between lines of progress where no bar is shown."""
 STARTS = {"warning:": "yellow"}
 ENDS = {"passed": "green", "FAILED": "red"}
 """Words that a line may start or end with, and their colours."""
@@ -68,6 +70,21 @@ class Console:
             elapsed_s = time.monotonic() - started
             left = f", {elapsed_s * (total - done) / done:.0f} s left" if 0 < done < total else ""
             self.progress(what, done, total, f"{done / MIB:,.1f} of {total / MIB:,.1f} MiB{left}")
+
+        return show
+
+    def rate(self, what: str, unit: str) -> RateProgress:
+        """Return a callback that shows a count, its rate and the time left; without a terminal, a line each minute."""
+        logged = time.monotonic()
+
+        def show(done: int, total: int, per_s: float) -> None:
+            nonlocal logged
+            left = f", {per_s:,.0f} per second, about {duration((total - done) / per_s)} left" if per_s > 0 else ""
+            words = f"{done:,} of {total:,} {unit}{left}"
+            self.progress(what, done, total, words)
+            if left and done < total and not is_terminal(sys.stderr) and (now := time.monotonic()) - logged >= LINE_S:
+                self.log(f"{what}: {words}")
+                logged = now
 
         return show
 

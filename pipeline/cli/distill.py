@@ -16,7 +16,6 @@ from pipeline.cli.results import print_json, print_line, print_table
 from pipeline.cli.tables import Table, Verdict
 from pipeline.errors import InputError
 from pipeline.models.draft_kind import DraftMethod
-from pipeline.progress import Log
 from pipeline.recipe import load
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class DistillOptions:
     seed: int
     json_: bool
 
-    def settings(self, log: Log) -> DistillSettings:
+    def settings(self, console: Console) -> DistillSettings:
         """Return the settings of the training.
 
         Raises:
@@ -63,7 +62,8 @@ class DistillOptions:
             tokens=self.tokens, steps=self.steps, draft_vocab=self.draft_vocab, seed=self.seed,
             objective=self.objective, device=self.device, prompts=self.prompts, transcripts=self.transcripts,
             text=self.text, method=self.method, layers=_numbers(self.layers), start=self.start,
-            start_share=START_SHARE if self.start_share is None else self.start_share, log=log,
+            start_share=START_SHARE if self.start_share is None else self.start_share, log=console.log,
+            progress=console.rate("text", "answer tokens"),
         )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def distill(console: Console, options: DistillOptions) -> None:
     """Train a draft for the target of RECIPE. After an interruption, the same command continues."""
     from pipeline.distill.run import distill as train  # imports torch
 
-    settings = options.settings(console.log)
+    settings = options.settings(console)
     figures = train(settings)
     if options.json_:
         print_json(figures.model_dump(mode="json"))

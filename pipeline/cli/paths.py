@@ -69,7 +69,7 @@ def complete_recipe(_ctx: click.Context, _param: click.Parameter, incomplete: st
 
 def complete_artifact(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the names of artifacts, and files, for shell completion."""
-    return _completed([path.parent.name for path in ARTIFACTS.glob("*/manifest.json")], incomplete)
+    return _completed(_named(), incomplete)
 
 
 def _completed(names: Sequence[str], incomplete: str) -> list[CompletionItem]:
@@ -79,8 +79,13 @@ def _completed(names: Sequence[str], incomplete: str) -> list[CompletionItem]:
 
 def _known() -> str:
     """Return the artifacts in the folder of artifacts, for a fix."""
-    built = sorted(path.parent.name for path in ARTIFACTS.glob("*/manifest.json"))
-    return f"in {ARTIFACTS}/: {', '.join(built) or 'none'}"
+    return f"in {ARTIFACTS}/: {', '.join(_named()) or 'none'}"
+
+
+def _named() -> list[str]:
+    """Return the names of the built artifacts, then of the pulled ones: `pulled/NAME`."""
+    found = (sorted(ARTIFACTS.glob(pattern)) for pattern in ("*/manifest.json", "*/*/manifest.json"))
+    return [path.parent.relative_to(ARTIFACTS).as_posix() for paths in found for path in paths]
 
 
 def recipe_path(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy
 from pipeline.cli.words import counted, moment, size, value
 from pipeline.errors import HostError, TandemError
 from pipeline.progress import duration
+from pipeline.registry.aliases import list_aliases
 from pipeline.registry.pull import Pulled, Selection, pull_release
 from pipeline.registry.releases import Listed, collect, has_names, list_releases, no_releases, parse_reference
 from pipeline.registry.yanks import Retention, retire, yank
@@ -68,7 +70,8 @@ class PullOptions:
 def pull(console: Console, options: PullOptions) -> None:
     """Pull a release and verify it. REFERENCE is REGISTRY/NAME@VERSION-or-ALIAS.
 
-    REGISTRY/NAME is short for REGISTRY/NAME@latest. The folder of the artifact is printed on stdout.
+    REGISTRY is a folder, s3://bucket/prefix, hf://org or oci://host/path. REGISTRY/NAME is short for
+    REGISTRY/NAME@latest. The folder of the artifact is printed on stdout.
     """
     started = time.monotonic()
     try:
@@ -219,12 +222,25 @@ def gc(
 @click.argument("reference")
 @click.option("--reason", required=True, help="Why the release must not be used, and what to use.")
 @as_json
-def yank_(reference: str, reason: str, json_: bool) -> None:
+@click.pass_obj
+def yank_(console: Console, reference: str, reason: str, json_: bool) -> None:
     """Mark a release as not to be used. REFERENCE is REGISTRY/NAME@VERSION.
 
     Pulls and aliases reject a yanked release with the reason, and `tandem ls` shows it. The release is not deleted, and
-    a yank is not undone. An alias that points at the release is not moved: see `tandem alias rollback`.
+    a yank is not undone or changed: a second one shows the first. An alias that points at the release is not moved: see
+    `tandem alias set`.
     """
     found = yank(reference, reason)
     ref = parse_reference(reference)
-    print_result(asdict(found), f"yanked {ref.name}@{ref.wanted}: {found.reason}", as_json=json_)
+    aliases = [alias for alias, version in list_aliases(ref.url, ref.name).items() if version == ref.wanted]
+    release = f"{ref.name}@{ref.wanted}"
+    line = f"yanked {release}: {found.reason}"
+    if found.reason != reason.strip():
+        by = f" by {found.who}" if found.who else ""
+        line = (
+            f"{release} was yanked before, {moment(found.when)} UTC{by}: {found.reason}; this --reason was not recorded"
+        )
+    print_result(asdict(found) | {"aliases": aliases}, line, as_json=json_)
+    for alias in aliases:
+        fix = f"tandem alias set {shlex.quote(f'{ref.url}/{ref.name}@VERSION')} {alias}"
+        console.log(f"warning: {alias} points at {release}; pulls of {ref.name}@{alias} fail until `{fix}`")

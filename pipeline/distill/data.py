@@ -8,8 +8,9 @@ Shapes: N tokens of all sequences of a part, H hidden, X tapped features (3 H).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from pipeline.distill.prompts import HeldOutFilter, opening, user_turn
 from pipeline.distill.settings import SEEDS
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
-from pipeline.progress import Log
+from pipeline.progress import Log, RateProgress, duration
 from pipeline.runtime.text import Text
 
 PROMPT_TOKENS = 96
@@ -91,12 +92,61 @@ class Prompts:
                 yield SeededPrompt(written.writing.seed, self.text.encode(before + prompt + after, special=False))
 
 
+@dataclass
+class TextProgress:
+    """The answer tokens written so far, and their rate in this run, with the time for prompts.
+
+    Within a part, the rate is that of the run up to the end of the part: its prompts are written before its answers.
+    """
+
+    log: Log
+    report: RateProgress
+    total: int
+    done: int
+    wrote: int = 0
+    began: float = field(default_factory=time.monotonic)
+    answers: _Answers | None = None
+
+    def start_answers(self, expected: int) -> None:
+        """Start the answers of a part, of at most `expected` tokens."""
+        self.answers = _Answers(expected, time.monotonic())
+
+    def add(self, tokens: int) -> None:
+        """Count tokens of answers, and report them."""
+        assert self.answers is not None
+        now, part = time.monotonic(), self.answers
+        self.wrote, self.done, part.wrote = self.wrote + tokens, self.done + tokens, part.wrote + tokens
+        rest = max(part.expected - part.wrote, 0)
+        rest_s = rest * (now - part.began) / part.wrote
+        elapsed_s = now - self.began + rest_s
+        self.report(self.done, self.total, (self.wrote + rest) / elapsed_s if elapsed_s > 0 else 0.0)
+
+    def end_part(self, done: int) -> None:
+        """Log the answer tokens of all parts, `done`, with the rate."""
+        self.done = done
+        per_s = self.wrote / max(time.monotonic() - self.began, 1e-9)
+        left = max(self.total - done, 0)
+        rate = f"; {per_s:,.0f} per second, about {duration(left / per_s)} left" if left and per_s else ""
+        self.log(f"answer tokens written: {done:,}; at least {self.total:,} are needed{rate}")
+
+
+@dataclass
+class _Answers:
+    """The answers of one part: the most tokens that they can have, the time of their start, and the tokens written."""
+
+    expected: int
+    began: float
+    wrote: int = 0
+
+
 def part_path(folder: Path, number: int) -> Path:
     """Return the path of a part."""
     return folder / f"part-{number:05d}.safetensors"
 
 
-def write_part(folder: Path, number: int, size: int, writer: Writer, prompts: Prompts, new: int, log: Log) -> None:
+def write_part(
+    folder: Path, number: int, size: int, writer: Writer, prompts: Prompts, new: int, progress: TextProgress
+) -> None:  # fmt: skip
     """Write one part of `size` prompts with answers of at most `new` tokens; do nothing if the part exists.
 
     A part is empty if none of its given prompts may be trained on.
@@ -108,9 +158,11 @@ def write_part(folder: Path, number: int, size: int, writer: Writer, prompts: Pr
     path = part_path(folder, number)
     if path.is_file():
         return
-    numbers = range(number * size, (number + 1) * size)
+    numbers, log = range(number * size, (number + 1) * size), progress.log
+    if not prompts.given:
+        log(f"part {number}: the target writes {size} prompts")
     chosen = sorted(prompts.of(writer, numbers), key=lambda prompt: prompt.seed)
-    log(f"part {number}: {len(chosen)} prompts")
+    log(f"part {number}: {len(chosen)} of {size} prompts are usable; the target answers them")
     writings = []
     for prompt in chosen:
         greedy = prompt.seed % 10 < GREEDY_SHARE * 10
@@ -121,7 +173,8 @@ def write_part(folder: Path, number: int, size: int, writer: Writer, prompts: Pr
     if not writings and not prompts.given:
         what = f"none of the {size} prompts that the target wrote is usable"
         raise InputError(what, where=str(path), fix="add a prompt file: --prompts FILE")
-    sequences = sorted(writer.write(writings), key=lambda written: written.writing.seed)
+    progress.start_answers(sum(writing.new for writing in writings))
+    sequences = sorted(writer.write(writings, progress.add), key=lambda written: written.writing.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, _pack(sequences))
     log(f"part {number}: {_counts(sequences).answer_tokens} tokens")

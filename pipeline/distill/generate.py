@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, H hidden, X tapped features (3 H).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -78,6 +78,11 @@ class _Row:
         return len(self.tokens) - len(self.writing.tokens)
 
 
+def _written(rows: Sequence[_Row | None]) -> int:
+    """Return the number of tokens that these rows have written."""
+    return sum(row.new for row in rows if row is not None)
+
+
 class _Narrow(Seams):
     """Computes logits in the model's dtype: enough for text, and the head is the largest product."""
 
@@ -130,17 +135,19 @@ class Writer:
         self._states = torch.zeros(self.rows, self.length, (len(self.taps) + 1) * config.hidden, dtype=dtype)
 
     @torch.inference_mode()
-    def write(self, writings: Iterable[Writing]) -> Iterator[Written]:
-        """Yield finished sequences, in the order in which they end."""
+    def write(self, writings: Iterable[Writing], wrote: Callable[[int], None] | None = None) -> Iterator[Written]:
+        """Yield finished sequences, in the order in which they end; `wrote` is called with the tokens of each pass."""
         queue = iter(writings)
         rows: list[_Row | None] = [None] * self.rows
         more = True
         while more or any(rows):
-            free = [slot for slot, row in enumerate(rows) if row is None]
+            free, before = [slot for slot, row in enumerate(rows) if row is None], _written(rows)
             if more and len(free) >= max(self.rows // 8, 1):
                 more = self._admit(queue, rows, free)
             else:
                 self._step(rows)
+            if wrote is not None and (new := _written(rows) - before):
+                wrote(new)
             for slot, row in enumerate(rows):
                 if row is not None and self._done(row):
                     yield self._finished(slot, row)

@@ -16,6 +16,7 @@ from pipeline.distill.data import (
     PART,
     Conversation,
     Prompts,
+    TextProgress,
     count_part,
     is_part,
     read_part,
@@ -134,14 +135,15 @@ class Job:
         if transcripts:
             write_transcripts(self.folder / "data", "given", transcripts, self.writer)
         prompts = Prompts(self.text, self.held_out_filter, given, settings.seed)
-        number = 0
+        number, progress = 0, TextProgress(log, settings.progress, settings.tokens, self._count())
         log(f"data folder: {self.folder / 'data'}")
         while self._count() < settings.tokens:
             if given and number * PART >= len(given):
                 break
-            write_part(self.folder / "data", number, PART, self.writer, prompts, ANSWER_TOKENS, log)
+            write_part(self.folder / "data", number, PART, self.writer, prompts, ANSWER_TOKENS, progress)
             number += 1
-            log(f"answer tokens written: {self._count():,}; at least {settings.tokens:,} are needed")
+            progress.end_part(self._count())
+        settings.progress(settings.tokens, settings.tokens, 0.0)
 
     def sequences(self) -> list[Conversation]:
         """Return all sequences of all parts that may be trained on, given the prompts of the gates as they are now.

@@ -11,7 +11,7 @@ from pipeline.cache.local import default_root
 from pipeline.distill.prompts import OPENINGS
 from pipeline.errors import InputError, no_string
 from pipeline.models.draft_kind import DraftMethod
-from pipeline.progress import Log, no_log
+from pipeline.progress import Log, RateProgress, no_log, no_rate_progress
 from pipeline.recipe.schema import Recipe
 
 DRAFT_VOCAB = 7680
@@ -34,6 +34,7 @@ class DistillSettings:
     `layers` are those of the target that a draft model, or a P-EAGLE head, starts from, in order. `start` is the
     folder of a draft to train further, with its own layers and vocabulary; its share of the result is `start_share`.
     `text` are data folders of earlier runs for the same target, also learned from; their tokens count among `tokens`.
+    `progress` is called with the answer tokens written.
 
     Raises:
         InputError: a seed that is out of range, or a string in place of a list.
@@ -58,6 +59,7 @@ class DistillSettings:
     text: tuple[Path, ...] = ()
     cache: Path = field(default_factory=default_root)
     log: Log = no_log
+    progress: RateProgress = no_rate_progress
 
     def __post_init__(self) -> None:
         no_string(self.text, "text", "folders")

@@ -146,7 +146,7 @@ def _shapes(pair: Pair, chip: ChipName | None) -> Chosen:
 
 def _gates(shapes: Chosen) -> Chosen:
     length = min(ANSWER, shapes.values["shapes.kv"][0] // 4)
-    reason = "the smallest limit, which speculation without any right draft meets; raise it to what you need"
+    reason = "every draft passes this limit: a step emits at least one token; raise it to what you need"
     values = {"validate.max_new_tokens": length, "validate.gates": {"tokens_per_step": 1.0}}
     return Chosen(values, {"validate.gates": reason})
 

@@ -6,6 +6,7 @@ Loads and runs nothing. Blobs in the local store are checked before they are lin
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,11 +211,13 @@ def _pulled(of: _Pull, progress: ByteProgress) -> Pulled:
 
 
 def _record(of: _Pull) -> bytes:
-    """Return the record of this pull, by which policies on disk select their rule."""
+    """Return the record of this pull, by which policies on disk select their rule and checks know the part."""
     sha256 = hashlib.sha256(of.release.own.data).hexdigest()
     signer = str(of.release.accepted.signer) if of.release.accepted else None
     reference = absolute(str(of.ref))
-    return PullRecord(reference=reference, version=of.release.version, manifest_sha256=sha256, signer=signer).dump()
+    only = tuple(of.select.only) if of.select.only else None
+    version = of.release.version
+    return PullRecord(reference=reference, version=version, manifest_sha256=sha256, signer=signer, only=only).dump()
 
 
 def _known(wanted: _Wanted, select: Selection, blobs: Blobs, progress: ByteProgress) -> _Resolved | None:
@@ -248,7 +251,8 @@ def _resolve(wanted: _Wanted, store: Store, blobs: Blobs) -> _Resolved:
     ref, variant = wanted.ref, wanted.variant
     version, data = find_release(store, ref.name, ref.wanted, ref.url)
     if not wanted.yanked:
-        check_usable(store, ref.name, version, str(ref), "use another version, or pull it with --allow-yanked")
+        fix = f"use another version, or the folder of: tandem pull {shlex.quote(str(ref))} --allow-yanked"
+        check_usable(store, ref.name, version, str(ref), fix)
     own, index, prefix = signed_document(store, ref.name, version, "", data), None, ""
     accepted = wanted.checked(own)
     document = parse_document(data, str(ref))

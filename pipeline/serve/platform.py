@@ -156,7 +156,9 @@ class TandemPlatform(Platform):
         manifest = settings.checked(Path(os.environ[ARTIFACT]))
         for name, unset in (UNSUPPORTED if "shaped" in manifest.sampling else UNSUPPORTED | SHAPED).items():
             if (value := getattr(params, name)) not in (unset, [], {}):
-                what = f"{name}: found {value}; unsupported by the artifact's graphs. Remove {name}"
+                what = (
+                    f"{name}: found {settings.sent(name, value)}; unsupported by the artifact's graphs. Remove {name}"
+                )
                 raise VLLMValidationError(what, parameter=name)
         try:
             check_asked(manifest, rules_of(params))

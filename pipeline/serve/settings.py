@@ -164,3 +164,10 @@ def checked(root: Path) -> PairManifest:
         what = f"no {CONFIG} for vLLM: an older version of Tandem built this artifact"
         raise ArtifactError(what, where=str(root), fix="build the artifact again; its graphs come from the cache")
     return manifest
+
+
+def sent(name: str, value: object) -> str:
+    """Return a field's value as a client may have sent it: vLLM's chat API turns `logprobs: true` into a number."""
+    if name != "logprobs":
+        return str(value)
+    return f"true with {value} `top_logprobs`, or {value} in completions"

@@ -5,10 +5,8 @@ The modules of the kinds of source provide the folder. Imports no torch.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from pipeline.models.multimodal import text_part
 from pipeline.progress import Progress, no_progress
 from pipeline.records import Record
 from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
+from pipeline.sources.folder import other_folder
 from pipeline.sources.pointers import INDEX, SINGLE, reject_pointers
 from pipeline.sources.remote import RemoteFile
 from pipeline.sources.tensors import TensorRef
@@ -50,9 +49,6 @@ LONGEST_NAME = 255
 """Bytes of a file's name."""
 
 NO_FILES: Mapping[str, RemoteFile] = {}
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", re.ASCII)
-"""The end of a path that may be the name of a repository on the Hub, `org/name`."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def open_checkpoint(
 
     """
     if not root.is_dir():
-        raise SourceError("no such folder", where=str(root), fix=_other_folder(root))
+        raise SourceError("no such folder", where=str(root), fix=other_folder(root))
     reject_pointers(root, [*CONFIG_FILES, *TOKENIZER_FILES, INDEX])
     _refuse_custom_code(root)
     config_json = read_config(root)
@@ -129,17 +125,6 @@ def open_checkpoint(
     files = digest_files(root, present, memo, progress)
     files |= {name: FileDigest(file.expected, file.size) for name, file in remote.items() if file.expected}
     return Checkpoint(root, config, config_json, files, revision or content_revision(files), remote=remote)
-
-
-def _other_folder(root: Path) -> str:
-    """Return the fix for a missing folder: one with a similar name, the Hub's address, or what a folder has."""
-    beside = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
-    if near := difflib.get_close_matches(root.name, beside, 1):
-        return f"did you mean {root.parent / near[0]}?"
-    like_hub = HUB_NAME.search(str(root))
-    if like_hub and not root.parent.exists():
-        return f"for the Hub, write hf://{like_hub[0]}@REVISION; for a folder, check the path"
-    return "give a folder with config.json and *.safetensors"
 
 
 def require_local(checkpoint: Checkpoint) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SourceError, together
-from pipeline.files.home import expanded
 from pipeline.progress import no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint
+from pipeline.sources.folder import located
 from pipeline.sources.heads import fit, with_readings
 from pipeline.sources.kinds import fetch
 from pipeline.sources.pair import NO_READINGS, Role, at_key, check_fit, checked, derived
@@ -90,6 +90,6 @@ def _open(
     elif "://" in source:
         return None
     else:
-        root = base / expanded(source)
+        root = located(source, base)
     checkpoint = open_checkpoint(root, read_weights=False)
     return checked(with_readings(checkpoint, readings, cache) if role == "draft" else checkpoint, source, role)

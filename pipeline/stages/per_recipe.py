@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.artifact.manifest import Manifest, read
 from pipeline.backends.base import Backend
+from pipeline.errors import ArtifactError, GateError
 from pipeline.plan.lock import with_weights
 from pipeline.progress import Progress, stage
 from pipeline.stages.background import Background
@@ -105,8 +107,38 @@ def finish(prepared: Prepared, graphs: Sequence[Compiled], cluster: Cluster | No
         HostError: no space, or a cached graph is missing.
 
     """
-    with recorded(prepared.clock, graphs):
+    with recorded(prepared.clock, graphs), naming_replaced(prepared.settings):
         return _finish(prepared, graphs, cluster)
+
+
+@contextlib.contextmanager
+def naming_replaced(settings: BuildSettings) -> Iterator[None]:
+    """If a gate fails in the block, which replaces the artifact in `settings.out`, log what lies there, and what did.
+
+    Raises:
+        GateError: as the block.
+
+    """
+    before = _passed(settings.out)
+    try:
+        yield
+    except GateError:
+        after = read(settings.out).manifest
+        if before is not None and before.version != after.version:
+            urls = [place.to for place in settings.recipe.publish] or ["REGISTRY"]
+            pull = f"if it was published: tandem pull {urls[0]}/{before.name}@{before.version}"
+            what = f"{settings.out} has the new artifact {after.version}, which failed its gates"
+            settings.log(f"warning: {what}; it replaced {before.version}, which passed them; {pull}")
+        raise
+
+
+def _passed(out: Path) -> Manifest | None:
+    """Return the manifest of the artifact in a folder if its gates passed; None for any other content."""
+    try:
+        manifest = read(out).manifest
+    except ArtifactError:
+        return None
+    return manifest if manifest.passed else None
 
 
 def _finish(prepared: Prepared, graphs: Sequence[Compiled], cluster: Cluster | None) -> Path:

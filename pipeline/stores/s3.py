@@ -55,6 +55,15 @@ EXPLAINED = {
     "credential": ("no usable credentials", CREDENTIALS),
 }
 
+NOT_OF_S3 = ("404", "405", "501")
+"""Statuses with which S3 sends an error code, and other web servers do not."""
+CLOSED = "the server is unreachable, or closed the connection"
+UNREACHABLE = {
+    "ConnectionRefused": "connection refused: no server listens at this address",
+    "dns error": "unknown host: the name of the server has no address",
+}
+"""Part of the client's text -> the reason."""
+
 
 def open_s3(location: str) -> ObjectStore:
     """Return the registry at `bucket/prefix`, without any request.
@@ -225,15 +234,24 @@ class S3Bucket:
             what = f"access denied: these credentials do not allow `{verb}`"
             return HostError(what, where=f"{self.where}/{key}", fix=self._needed(verb))
         status = re.search(r"status code: (\d{3})", text) or re.search(r"\b(50\d|429) ", text)
+        code = re.search(r"<Code>(\w+)</Code>", text)
+        if "Header missing" in text or (code is None and status and status[1] in NOT_OF_S3):
+            return self._no_server(f"HTTP status {status[1]}" if status else "an answer without the headers of S3")
         if status and status[1].startswith("4") and status[1] != "429":
-            code = re.search(r"<Code>(\w+)</Code>", text)
             what = f"HTTP status {status[1]}{f' ({code[1]})' if code else ''}"
             return HostError(what, where=f"{self.where}/{key}", fix="see the documentation or log of that server")
         if status and status[1] == "501":
             what = "this server does not support conditional writes"
             return HostError(what, where=self.where, fix=CONDITIONS)
-        what = f"HTTP status {status[1]}" if status else "the server is unreachable, or closed the connection"
+        unreachable = next((what for sign, what in UNREACHABLE.items() if sign in text), CLOSED)
+        what = f"HTTP status {status[1]}" if status else unreachable
         return Interrupted(what, where=self.where, fix=self._again(text, verb))
+
+    def _no_server(self, answer: str) -> HostError:
+        """Return the error for an answer that no S3 server gives: that of another web server, or of a proxy."""
+        what = f"no S3 server, or no such bucket: {answer}, without an error code of S3"
+        fix = f"check AWS_ENDPOINT_URL ({_endpoint() or 'not set: AWS'}) and the bucket ({self.bucket})"
+        return HostError(what, where=self.where, fix=fix)
 
     def _again(self, text: str, verb: str) -> str:
         """Return what to do after a failure that may pass; a list or a look transfers nothing that could be kept."""

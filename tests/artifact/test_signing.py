@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,9 @@ def test_check_unsigned(made, keys):
 
 def test_check_another_key(made, keys, tmp_path):
     sign(made, key_pair(tmp_path, "stranger")[0])
-    with pytest.raises(ArtifactError, match=r"not signed by .*release\.pub: Key mismatch"):
+    with pytest.raises(
+        ArtifactError, match=rf"^{re.escape(str(made))}: not signed by .*release\.pub: signed by another key$"
+    ):
         check_artifact(made, require(str(keys[1])))
 
 
@@ -94,7 +97,7 @@ def test_check_a_signature_that_is_a_link(made, keys, tmp_path):
 
 def test_require_a_key_that_is_not_there(tmp_path):
     """It was an error of the environment, with exit code 3."""
-    with pytest.raises(InputError, match="--require-signature: cannot read the public key: No such file"):
+    with pytest.raises(InputError, match=r"--require-signature: no such file: `.*none\.pub`"):
         require(str(tmp_path / "none.pub"))
 
 
@@ -114,7 +117,7 @@ def test_require_a_damaged_public_key(made, keys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("gone.pub", "cannot read the public key: No such file"), ("release.pem", "is not a public key")]
+    ("name", "says"), [("gone.pub", "no such file: `.*gone.pub`"), ("release.pem", "is not a public key")]
 )
 def test_read_policy_names_the_line_of_an_unusable_key(keys, tmp_path, name, says):
     (tmp_path / "policy.yaml").write_text(f"rules:\n  - signed_by:\n      - key: release.pub\n      - key: {name}\n")
@@ -320,7 +323,7 @@ def test_an_index_signed_by_a_stranger(made, keys, options, tmp_path):
         version="1.0", sign=lambda index: signature_over(index, "release", stranger, None, None)
     )
     publish(made, url, options=sign_wrongly)
-    with pytest.raises(ArtifactError, match="Key mismatch"):
+    with pytest.raises(ArtifactError, match="signed by another key"):
         pull(f"{url}/small@1.0", policy=require(str(keys[1])), **options)
 
 

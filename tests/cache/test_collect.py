@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipeline.cache.collect import DAY_S, collect, entry_stats, folder_sizes, remove_unused
+from pipeline.cache.collect import DAY_S, Unused, collect, entry_stats, folder_sizes, remove_unused
 from pipeline.cache.local import Cache, Stats
 
 SHA = "ab" * 32
@@ -35,25 +35,25 @@ def shards(root: Path) -> Path:
 
 
 def test_what_nobody_uses_goes(root):
-    assert remove_unused(root, 2 * DAY_S) == Stats(2, 15)
+    assert remove_unused(root, 2 * DAY_S) == Unused(removed=Stats(2, 15))
     assert not blob(root).exists()
     assert not shards(root).exists()
 
 
 def test_half_a_blob_goes(root):
     blob(root).rename(blob(root).with_suffix(".partial"))
-    assert remove_unused(root, 2 * DAY_S).entries == 2
+    assert remove_unused(root, 2 * DAY_S).removed.entries == 2
 
 
 def test_shards_of_a_killed_build_go(root):
     shards(root).rename(shards(root).with_suffix(".partial"))
     (shards(root).with_suffix(".partial") / "shards.json").unlink()
-    assert remove_unused(root, 2 * DAY_S).entries == 2
+    assert remove_unused(root, 2 * DAY_S).removed.entries == 2
     assert not shards(root).with_suffix(".partial").exists()
 
 
 def test_what_is_newer_stays(root):
-    assert remove_unused(root, 4 * DAY_S) == Stats(0, 0)
+    assert remove_unused(root, 4 * DAY_S) == Unused(newer=Stats(2, 15))
     assert blob(root).exists()
     assert shards(root).exists()
 
@@ -61,18 +61,18 @@ def test_what_is_newer_stays(root):
 def test_what_was_used_within_a_day_stays_whatever_is_asked(root):
     for path in (blob(root), shards(root) / "shards.json"):
         os.utime(path)
-    assert remove_unused(root, 0) == Stats(0, 0)
+    assert remove_unused(root, 0) == Unused(newer=Stats(2, 15))
 
 
 def test_what_an_artifact_is_linked_to_stays(root, tmp_path):
     os.link(blob(root), tmp_path / "artifact-blob")
     os.link(shards(root) / "weights" / "rank-0", tmp_path / "artifact-weights")
-    assert remove_unused(root, 0) == Stats(0, 0)
+    assert remove_unused(root, 0) == Unused(linked=Stats(2, 15))
 
 
 def test_what_somebody_holds_stays(root):
     with FileLock(root / "blobs" / "locks" / f"{SHA}.lock"), FileLock(shards(root).with_suffix(".lock")):
-        assert remove_unused(root, 0) == Stats(0, 0)
+        assert remove_unused(root, 0) == Unused()
 
 
 def test_sizes_count_linked_files_once(root):
@@ -82,7 +82,7 @@ def test_sizes_count_linked_files_once(root):
 
 def test_no_cache_yet(tmp_path):
     assert folder_sizes(tmp_path / "none") == {}
-    assert remove_unused(tmp_path / "none", 0) == Stats(0, 0)
+    assert remove_unused(tmp_path / "none", 0) == Unused()
 
 
 def test_kinds_are_counted_and_collected_apart(tmp_path):
@@ -97,3 +97,11 @@ def test_kinds_are_counted_and_collected_apart(tmp_path):
     none = dict.fromkeys(counts, Stats(0, 0))
     assert collect(tmp_path, max_bytes=40) == none | {"goldens": Stats(1, 20)}
     assert not (tmp_path / "goldens/go/goldens-key").exists()
+
+
+def test_collect_without_a_size_removes_by_age_only(tmp_path):
+    for key in ("old-key", "new-key"):
+        Cache(tmp_path, "graphs").put(key, b"x")
+    os.utime(tmp_path / "graphs/ol/old-key/entry.json", (1, 1))
+    assert collect(tmp_path, None, DAY_S)["graphs"] == Stats(1, 1)
+    assert collect(tmp_path, None)["graphs"] == Stats(0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -142,9 +143,20 @@ def test_verify_of_a_pulled_part_says_how_to_check_it(out):
     answer("publish", "out", "--to", "r", "--alias", "latest")
     answer("pull", "r/small", "part", "--only", "graphs")
     shown = invoke("verify", "part").stderr
-    assert "of 26 files are missing, for example " in shown
-    assert "fix: pulled with --only? `tandem verify part --only graphs` checks that part; pull it without" in shown
+    assert re.search(r"artifact: part: only a part was pulled \(--only graphs\): \d+ of 26 files are not here\n", shown)
+    assert "fix: `tandem verify part --only graphs` checks that part; pull it without --only to have all files" in shown
     answer("verify", "part", "--only", "graphs")
+
+
+@pytest.mark.parametrize("pull", [(), ("--only", "graphs")])
+def test_verify_of_a_pulled_artifact_without_a_file_names_it(out, pull):
+    """A deleted file was an error of the input, `pulled with --only?`, while a changed one was damage."""
+    answer("publish", "out", "--to", "r", "--alias", "latest")
+    answer("pull", "r/small", "p", *pull)
+    Path("p/graphs/decode-b1-t1-s32/graph.bin").unlink()
+    refused = invoke("verify", "p")
+    assert refused.exit_code == 5
+    assert "corrupt: p: graphs/decode-b1-t1-s32/graph.bin: missing\n" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["r/small@latest", "r/small", "s3://bucket/small@1.0"])
@@ -226,3 +238,12 @@ def test_a_folder_that_is_no_artifact_is_named_with_what_is_expected(out, tmp_pa
 def test_a_missing_artifact_names_the_places_that_were_looked_at(out):
     shown = invoke("inspect", "nothing").stderr
     assert "no artifact 'nothing': no folder `nothing` or `artifacts/nothing`" in shown
+
+
+def test_a_name_that_no_artifact_has_lists_pulled_ones(out):
+    """`serve small` listed `in artifacts/: none`, though artifacts/pulled/small existed."""
+    small.make_validated(out.parent / "artifacts/pulled/small", out.parent / "work2")
+    result = invoke("inspect", "small")
+    assert result.exit_code == 2
+    assert "fix: name an artifact's folder; in artifacts/: pulled/small\n" in result.stderr
+    assert answer("inspect", "pulled/small").exit_code == 0

@@ -118,6 +118,30 @@ def test_cache_gc_says_what_it_kept_and_what_it_does_not_limit(work):
     assert "graphs, subgraphs, memos, goldens and files" in " ".join(invoke("cache", "gc", "--help").stdout.split())
 
 
+def test_cache_gc_says_why_blobs_stay(work):
+    """`--max-gib 0 --max-days 0` on a machine that pulls removed nothing, and did not say that a day is the minimum."""
+    for name in ("new", "old", "linked"):
+        blob = work / f"cache/blobs/sha256/ab/{name}"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(b"x" * (1 << 20))
+    (work / "cache/blobs/locks").mkdir()
+    os.link(work / "cache/blobs/sha256/ab/linked", work / "artifact")
+    os.utime(work / "cache/blobs/sha256/ab/old", (1, 1))
+    shown = answer("cache", "gc", "--max-days", "0").stdout
+    assert "; 1 unused blob or shard, 1.0 MiB; kept 0 entries, 0 B; " in shown
+    assert "; kept 1 blob or shard, 1.0 MiB: younger than one day; " in shown
+    assert shown.endswith("; kept 1 blob or shard, 1.0 MiB: used by artifacts on this machine\n")
+    data = json.loads(answer("cache", "gc", "--max-days", "30", "--json").stdout)
+    assert data["unused_kept"]["newer"] == {"entries": 1, "size_bytes": 1 << 20}
+    assert "one day" in invoke("cache", "gc", "--help").stdout
+
+
+def test_cache_gc_needs_a_limit(work):
+    refused = invoke("cache", "gc")
+    assert refused.exit_code == 2
+    assert "wrong input: cache gc: no limit given\n  fix: add --max-gib, --max-days or both\n" in refused.stderr
+
+
 @pytest.mark.parametrize("command", [("stats", "--remote", "nowhere"), ("pull", "nowhere"),
                                      ("gc", "--max-gib", "1", "--remote", "nowhere")])  # fmt: skip
 def test_cache_commands_of_a_misspelt_folder(work, command):

@@ -90,6 +90,18 @@ def test_transfer_tells_bytes_and_time_left(monkeypatch):
     assert shown == ["0.0 of 40.0 MiB", "12.0 of 40.0 MiB, 28 s left", "40.0 of 40.0 MiB"]
 
 
+def test_rate_without_a_terminal_is_a_line_each_minute(capfd, monkeypatch):
+    """`tandem distill` wrote text for an hour without a rate or the time left."""
+    times = iter([0.0, 30.0, 61.0])
+    monkeypatch.setattr(module.time, "monotonic", times.__next__)
+    show = Console().rate("text", "answer tokens")
+    show(0, 1_000_000, 0.0)
+    show(5_000, 1_000_000, 250.0)
+    show(10_000, 1_000_000, 250.0)
+    show(1_000_000, 1_000_000, 250.0)
+    assert capfd.readouterr().err == "text: 10,000 of 1,000,000 answer tokens, 250 per second, about 1 h 6 min left\n"
+
+
 def test_coloured_colours_verdicts_and_warnings_alone():
     assert coloured("  parity: passed") == "  parity: \x1b[32mpassed\x1b[0m"
     assert coloured("  parity: FAILED") == "  parity: \x1b[31mFAILED\x1b[0m"

@@ -122,12 +122,12 @@ def test_pull_profile_names_what_running_needs(tmp_path):
     assert '"inductor"' in manifest
     (here.work / "tiny.yaml").write_text(RECIPE)
     for command in (["run", "small", "--prompt", "a"], ["bench", "small"], ["build", "tiny.yaml"]):
-        assert hint(here.tandem(*command, code=3)).endswith("[inductor]'"), command
-    assert hint(here.tandem("serve", "small", code=3)).endswith("[vllm]'")
+        assert hint(here.tandem(*command, code=3)).endswith("[build]'"), command
+    assert hint(here.tandem("serve", "small", code=3)).endswith("[serve]'")
     here.tandem("doctor", "--backend", "inductor", code=3)
     commands = json.loads(here.tandem("doctor", "--json"))["facts"]["commands"]
     assert commands["sign, --require-signature"] == commands["registries s3://"] == "yes"
-    assert commands["build, run (inductor)"].endswith("[inductor]'")
+    assert commands["build, run (inductor)"].endswith("[build]'")
 
 
 def test_base_install_imports_every_command(tmp_path):
@@ -158,7 +158,7 @@ def test_neuron_profile_brings_no_torch(tmp_path):
     shutil.copytree(ROOT / "recipes", here.work / "recipes")
     fix = hint(here.tandem("build", "llama-70b-spec", code=3))
     assert "docs/how-to/neuron-host.md" in fix
-    assert fix.endswith("[neuron]'")
+    assert fix.endswith("[build-neuron]'")
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_profile_installed_from_the_wheel_runs_its_commands(profile, wheel, tmp_
     (here.work / "tiny.yaml").write_text(RECIPE)
     shutil.copytree(ROOT / "recipes", here.work / "recipes")
     if profile == "pull":
-        assert "tandem-spec[inductor]" in hint(here.tandem("build", "tiny.yaml", code=3))
+        assert "tandem-spec[build]" in hint(here.tandem("build", "tiny.yaml", code=3))
     elif profile == "build-neuron":
         here.tandem("recipe", "check", "llama-70b-spec")
         assert "docs/how-to/neuron-host.md" in hint(here.tandem("build", "llama-70b-spec", code=3))

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.distill.data import PART, Conversation, Prompts, read_part, write_part
+from pipeline.distill.data import PART, Conversation, Prompts, TextProgress, read_part, write_part
 from pipeline.distill.prompts import HeldOutFilter
 from pipeline.distill.run import distill, prepare
 from pipeline.distill.settings import SEEDS
 from pipeline.errors import InputError
+from pipeline.progress import no_log, no_rate_progress
 from pipeline.recipe.schema import Recipe
 from support.tiny_distill import ASKED, CONTENT, HELD_OUT, asking, request_of
 
@@ -58,6 +59,20 @@ def test_an_answer_that_is_shorter_than_a_chain_is_counted(work, asked):
     assert job.trainer(sequences).accuracy([short]).reached == [1, 0, 0]
 
 
+def test_text_progress_has_the_rate_of_this_run(monkeypatch):
+    """A run of an hour showed neither a rate nor the time left. Tokens of earlier runs are not part of the rate."""
+    times, reports, lines = iter([110.0, 112.0, 114.0, 140.0]), [], []
+    monkeypatch.setattr("pipeline.distill.data.time.monotonic", times.__next__)
+    progress = TextProgress(lines.append, lambda *report: reports.append(report), 10_000, 1000, began=100.0)
+    progress.start_answers(1000)
+    for tokens in (64, 136):
+        progress.add(tokens)
+    # 10 s for the prompts of 1000 tokens; then 50 tokens per second: 30 s in all
+    assert reports == [(1064, 10_000, pytest.approx(1000 / 41.25)), (1200, 10_000, pytest.approx(1000 / 30))]
+    progress.end_part(1200)
+    assert lines == ["answer tokens written: 1,200; at least 10,000 are needed; 5 per second, about 29 min 20 s left"]
+
+
 def test_part_without_a_prompt_of_use_is_empty_and_no_text_at_all_is_refused(work, monkeypatch):
     monkeypatch.setattr("pipeline.distill.job.PART", 2)
     job = prepare(asking(work, "some", [HELD_OUT[0], "word " * 400, *ASKED[:2]]))
@@ -74,7 +89,7 @@ def test_target_that_writes_no_prompt_of_use_is_refused(work):
     job = prepare(request_of(work))
     prompts = Prompts(job.text, lambda prompt: False)
     with pytest.raises(InputError, match="none of the 4 prompts that the target wrote is usable") as caught:
-        write_part(work / "unused", 0, 4, job.writer, prompts, 9, lambda line: None)
+        write_part(work / "unused", 0, 4, job.writer, prompts, 9, TextProgress(no_log, no_rate_progress, 9, 0))
     assert "--prompts" in caught.value.fix
     assert not (work / "unused").exists()
 

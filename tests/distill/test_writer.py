@@ -53,7 +53,9 @@ def test_writer_ends_with_the_first_token_where_that_is_all_there_is(work):
     """It once read a row on before it asked whether the row had ended."""
     target = resolve("pico://llama", base=work, cache=work / "cache" / "sources")
     writer = Writer(target, "float32", 2, 96, (0, 1, 2))
-    (one,) = writer.write([Writing([5, 6, 7], 1)])
+    counts: list[int] = []
+    (one,) = writer.write([Writing([5, 6, 7], 1)], counts.append)
+    assert counts == [1]
     assert one.tokens[:-1] == [5, 6, 7]
     assert one.last_TH.shape == (3, 64)
     writer.checkpoint = replace(target, config=replace(target.config, eos_ids=(one.tokens[-1],)))

@@ -47,7 +47,8 @@ def test_a_yanked_release_is_refused_and_stays(url, options):
     with pytest.raises(RefusedError, match="small@2 was yanked: wrong tokenizer; use 3") as caught:
         pull(f"{url}/small@2", **options)
     assert caught.value.exit_code == 4
-    assert "--allow-yanked" in caught.value.fix
+    # `serve` has no such option: the fix is a command that works for both
+    assert caught.value.fix == f"use another version, or the folder of: tandem pull {url}/small@2 --allow-yanked"
     assert not options["directory"].exists()
     pull(f"{url}/small@2", select=Selection(yanked=True), **options)
     pull(f"{url}/small@3", **options)
@@ -161,3 +162,25 @@ def test_commands(url, tmp_path, monkeypatch):
     gone = json.loads(answer("gc", "reg", "--keep-last", "1", "--json").stdout)
     assert gone["retired"] == ["small@2"]
     assert gone["blobs"] > 0
+
+
+def test_yank_names_the_aliases_that_point_at_the_release(url, tmp_path, monkeypatch):
+    """Pulls of `prod` failed after a yank that said nothing about it."""
+    monkeypatch.chdir(tmp_path)
+    set_alias(url, "small@4", "latest")
+    shown = answer("yank", "reg/small@4", "--reason", "bad")
+    assert shown.stdout == "yanked small@4: bad\n"
+    for alias in ("prod", "latest"):
+        fix = f"`tandem alias set reg/small@VERSION {alias}`"
+        assert f"warning: {alias} points at small@4; pulls of small@{alias} fail until {fix}\n" in shown.stderr
+    assert answer("yank", "reg/small@1", "--reason", "bad").stderr == ""
+
+
+def test_a_second_yank_with_another_reason_shows_the_first(url, tmp_path, monkeypatch):
+    """It printed the first reason as if it had recorded the second."""
+    monkeypatch.chdir(tmp_path)
+    answer("yank", "reg/small@1", "--reason", "one")
+    assert answer("yank", "reg/small@1", "--reason", "one").stdout == "yanked small@1: one\n"
+    shown = answer("yank", "reg/small@1", "--reason", "two").stdout
+    assert shown.startswith("small@1 was yanked before, 20")
+    assert shown.endswith(": one; this --reason was not recorded\n")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
 import pytest
+
+from support.commands import invoke
 
 pytest.importorskip("obstore")
 
@@ -16,6 +22,8 @@ REFUSED = (
     "Generic S3 error: Error performing list request: Error performing GET http://127.0.0.1:9/bucket - "
     "HTTP error: error sending request HttpError { kind: Connect, source: ConnectionRefused }"
 )
+UNKNOWN = REFUSED.replace("ConnectionRefused", 'ConnectError("dns error", ..)')
+PLAIN = "Generic S3 error: Error performing GET http://s3/bucket - Server returned non-2xx status code: {}: <html>"
 CUT = "Generic S3 error: HTTP error: request or response body error"
 
 
@@ -37,7 +45,9 @@ def test_failure_without_credentials_says_how_to_give_some(bucket):
 def test_failure_to_connect_names_the_address_and_claims_no_transfer(bucket):
     """`ls` said `try again: what was moved is kept`."""
     error = bucket._failure(Exception(REFUSED), "list", "releases")
-    assert "unreachable" in error.what
+    assert error.what == "connection refused: no server listens at this address"
+    assert bucket._failure(Exception(UNKNOWN), "list", "x").what.startswith("unknown host")
+    assert "unreachable" in bucket._failure(Exception(CUT), "list", "x").what
     assert "http://127.0.0.1:9" in error.fix
     assert "kept" not in error.fix
 
@@ -45,3 +55,32 @@ def test_failure_to_connect_names_the_address_and_claims_no_transfer(bucket):
 @pytest.mark.parametrize(("verb", "kept"), [("put", True), ("get", True), ("list", False), ("head", False)])
 def test_failure_in_between_keeps_transfers_where_there_were_some(bucket, verb, kept):
     assert ("completed transfers are kept" in bucket._failure(Exception(CUT), verb, "x").fix) == kept
+
+
+@pytest.mark.parametrize("status", ["404 Not Found", "405 Method Not Allowed", "501 Not Implemented"])
+def test_failure_of_a_plain_web_server_names_the_endpoint_and_the_bucket(bucket, status):
+    """`publish` said `this server does not support conditional writes`, `ls` `see the documentation of that server`."""
+    error = bucket._failure(Exception(PLAIN.format(status)), "put", "x")
+    code = status.partition(" ")[0]
+    assert error.what == f"no S3 server, or no such bucket: HTTP status {code}, without an error code of S3"
+    assert error.fix == "check AWS_ENDPOINT_URL (http://127.0.0.1:9) and the bucket (bucket)"
+    with_code = bucket._failure(Exception(PLAIN.format(status) + "<Code>NotImplemented</Code>"), "put", "x")
+    assert "no S3 server" not in with_code.what
+
+
+class PlainServer(SimpleHTTPRequestHandler):
+    """The web server of Python, quiet."""
+
+    def log_message(self, *_: object) -> None:
+        """No-op."""
+
+
+def test_commands_with_a_plain_web_server_as_endpoint(bucket, monkeypatch, tmp_path):
+    handler = partial(PlainServer, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        shown = invoke("ls", "s3://bucket/x")
+        server.shutdown()
+    assert shown.exit_code == 3
+    assert "s3://bucket/x: no S3 server, or no such bucket: HTTP status 404" in shown.stderr

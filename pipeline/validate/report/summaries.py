@@ -50,8 +50,9 @@ def headlines(report: Report) -> list[tuple[str, str]]:
     tokens = f"{differences} of {lossless.tokens} tokens differ{_near_ties(lossless.near_ties, differences)}"
     rows.append(("speculation against plain decode", tokens))
     if report.distribution is not None:
-        tests = _exact_tests([test.p_value for test in report.distribution.tests])
-        rows.append(("sampled tokens against their seeds", f"{report.distribution.tokens} compared; {tests}"))
+        passed = any(gate.name == "distribution" and gate.passed for gate in report.gates)
+        tests = _exact_tests([test.p_value for test in report.distribution.tests], passed=passed)
+        rows.append(("sampled tokens recomputed from their seeds", f"{report.distribution.tokens} compared; {tests}"))
         rows += _left_out(report.distribution)
     rows += [(f"tokens per step (K={a.draft_tokens})", f"{a.tokens_per_step:.2f}") for a in report.acceptance]
     rows.append(("speed-up, measured once; other load changes it", show(report.speed.measured_speedup)))
@@ -73,11 +74,13 @@ def _left_out(sampling: Distribution) -> Iterator[tuple[str, str]]:
         yield "probability that is never sampled", f"{kept} {mean} on average, {largest} at most"
 
 
-def _exact_tests(p_values: Sequence[float | None]) -> str:
+def _exact_tests(p_values: Sequence[float | None], *, passed: bool) -> str:
+    """Return the number of tests and the smallest p-value; that of a gate that passed is large enough."""
     known = [p_value for p_value in p_values if p_value is not None]
     if not known:
         return f"{len(p_values)} exact tests, none with a p-value"
-    return f"{len(known)} exact tests, smallest p {show(min(known))}"
+    tests = "1 exact test" if len(known) == 1 else f"{len(known)} exact tests"
+    return f"{tests}, smallest p {show(min(known))}{' (good: chance explains it)' if passed else ''}"
 
 
 def _near_ties(near_ties: int, tokens: int) -> str:
