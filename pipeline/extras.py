@@ -99,7 +99,7 @@ def _with_profiles(extras: Iterable[str]) -> list[str]:
 
 
 def of_another_torch() -> list[str]:
-    """Return packages whose libraries need torch for CUDA where torch is that for CPUs: vLLM's start fails at them.
+    """Return packages whose libraries need torch for CUDA where torch is that for CPUs: imports of them fail.
 
     vLLM's packages for CPUs require them, and an index serves those for CUDA.
     """
@@ -107,6 +107,13 @@ def of_another_torch() -> list[str]:
     if torch is None or torch.origin is None or (Path(torch.origin).parent / "lib" / CUDA_LIBRARY).exists():
         return []
     return [name for name in BESIDE_TORCH if _needs_cuda(name)]
+
+
+def error_of_another_torch(where: str) -> HostError | None:
+    """Return the error for packages of another torch, with the command that removes them; None if there are none."""
+    others = of_another_torch()
+    what = f"{', '.join(others)}: built for torch with CUDA, and this torch is for CPUs; imports fail"
+    return HostError(what, where=where, fix=f"pip uninstall --yes {' '.join(others)}") if others else None
 
 
 def _needs_cuda(package: str) -> bool:

@@ -24,7 +24,7 @@ from pipeline.cli.paths import artifact_dir, complete_artifact
 from pipeline.cli.results import print_json
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
 from pipeline.errors import HostError, InputError, reason
-from pipeline.extras import install_command, of_another_torch, require
+from pipeline.extras import error_of_another_torch, install_command, require
 from pipeline.registry.pull import pull_release
 from pipeline.serve.plugin import ARTIFACT, ISSUER, POLICY, SIGNER
 from pipeline.stores.base import extras_of
@@ -87,9 +87,8 @@ def _check_packages(artifact: str, *, signed: bool, starts: bool) -> None:
     if starts and not any(entry.name == "tandem" for entry in entry_points(group="vllm.platform_plugins")):
         what = "vLLM does not find Tandem's plugin: the installation is too old"
         raise HostError(what, where="tandem serve", fix=install_command("vllm"))
-    if starts and (others := of_another_torch()):
-        what = f"{', '.join(others)}: built for torch with CUDA, and this torch is for CPUs; vLLM cannot import them"
-        raise HostError(what, where="tandem serve", fix=f"pip uninstall --yes {' '.join(others)}")
+    if starts and (error := error_of_another_torch("tandem serve")):
+        raise error
 
 
 def _given(vllm_args: Sequence[str], **defaults: str) -> dict[str, str]:

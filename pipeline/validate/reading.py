@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.errors import SourceError, TandemError, reason
+from pipeline.errors import HostError, SourceError, TandemError, reason
+from pipeline.extras import error_of_another_torch
 from pipeline.files.atomic import disk_errors
 from pipeline.files.unfinished import work_folder
 from pipeline.models.config import Layer, ModelConfig
@@ -29,6 +30,8 @@ TOLERANCE = 1e-4
 FIRST_WITH_ROPE_PARAMETERS = 5
 """Major version of transformers."""
 
+AGAIN = "install the packages of Tandem in a new environment: python3 -m venv"
+
 Reading = dict[str, Any]
 """Values that decide a model's output, by name."""
 
@@ -38,6 +41,7 @@ def check_reading(checkpoint: Checkpoint) -> None:
 
     Raises:
         SourceError: every field that differs, with both values, or the reason why transformers rejects the config.
+        HostError: transformers cannot import its own classes in this environment.
 
     """
     if checkpoint.layers is not None or not checkpoint.config.draft_kind.in_transformers:
@@ -48,6 +52,9 @@ def check_reading(checkpoint: Checkpoint) -> None:
         differences = "; ".join(dict.fromkeys(filter(None, (difference(checkpoint.config, c) for c in named))))
     except TandemError:
         raise
+    except ImportError as error:
+        what = f"{version} cannot be imported: {_last_line(error)}"
+        raise error_of_another_torch(version) or HostError(what, where="this environment", fix=AGAIN) from error
     except Exception as error:  # whatever its classes raise
         what = f"{version} rejects this config: {_last_line(error)}"
         raise SourceError(what, where=where, fix="correct the field in config.json") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -183,6 +184,18 @@ def installed(profile: str, wheel: Path, tmp_path: Path) -> Environment:
     return Environment([str(venv / "bin/tandem")], work)
 
 
+def remove_others_of_torch(here: Environment, python: Path) -> None:
+    """Remove packages of a torch for CUDA, if there are any, by the command that a build prints."""
+    code = "from pipeline.extras import of_another_torch; print(*of_another_torch())"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=here.work)
+    found = done.stdout.split()
+    if found:
+        command = hint(here.tandem("build", "tiny.yaml", "--no-validate", code=3))
+        assert command == f"pip uninstall --yes {' '.join(found)}"
+        assert "built for torch with CUDA" in here.tandem("doctor")
+        subprocess.run([python, "-m", *shlex.split(command)], check=True, capture_output=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES)
 def test_profile_installed_from_the_wheel_runs_its_commands(profile, wheel, tmp_path):
@@ -196,6 +209,8 @@ def test_profile_installed_from_the_wheel_runs_its_commands(profile, wheel, tmp_
         here.tandem("recipe", "check", "llama-70b-spec")
         assert "docs/how-to/neuron-host.md" in hint(here.tandem("build", "llama-70b-spec", code=3))
     else:
+        if profile == "serve":  # vLLM requires packages that the index has for CUDA only
+            remove_others_of_torch(here, tmp_path / "venv/bin/python")
         here.tandem("build", "tiny.yaml", "--no-validate")
         assert json.loads(here.tandem("run", "tiny", "--prompt", "a", "--max-new-tokens", "4", "--json"))["tokens"]
     if profile == "serve":

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import transformers
 
-from pipeline.errors import SourceError
+from pipeline.errors import HostError, SourceError
 from pipeline.models.config import Clamp, Layer, Llama3Rope, Rope
 from pipeline.models.families import FAMILIES
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve
+from pipeline.validate import reading
 from pipeline.validate.reading import check_reading
 from support.checkpoints import write_checkpoint
 
@@ -90,3 +91,16 @@ def test_check_reading_reads_the_layout_of_the_installed_transformers(tmp_path):
     """Neuron hosts have 4.57, which ignores `rope_parameters`."""
     rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     check_reading(opened(tmp_path, rope_parameters=rope))
+
+
+def test_transformers_that_cannot_be_imported_is_no_fault_of_the_config(tmp_path, monkeypatch):
+    """Beside a torchvision of another torch the fix was to correct the field in config.json."""
+
+    def readable(*_: object) -> list:
+        raise ModuleNotFoundError("Could not import module 'LlamaConfig'")
+
+    write_checkpoint(tmp_path / "model")
+    monkeypatch.setattr(reading, "readable", readable)
+    with pytest.raises(HostError, match="cannot be imported") as caught:
+        check_reading(resolve(str(tmp_path / "model"), base=tmp_path, cache=tmp_path / "cache"))
+    assert caught.value.fix.startswith("install the packages of Tandem in a new environment")
