@@ -58,7 +58,7 @@ def check_cache(root: Path, given: Path, done: bool) -> None:
 
 def package(root: Path, given: Path) -> None:
     shutil.rmtree(root / "work/shards", ignore_errors=True)  # the stand-in for the sharder syncs nothing
-    small.make_validated(root / "out", root / "work", weights=b"one", size=300)
+    small.make_again(root / "out", root / "work", weights=b"one", size=300)
 
 
 def check_packaged(root: Path, given: Path, done: bool) -> None:

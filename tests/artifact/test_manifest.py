@@ -250,14 +250,14 @@ sys.path[:0] = [{tests!r}, {root!r}]
 from support import small_artifacts as small
 print("ready", flush=True)
 for turn in range(1000):
-    small.make_validated(Path({out!r}), Path({work!r}), weights=b"new%d" % (turn % 3), size=200_000)
+    small.make_again(Path({out!r}), Path({work!r}), weights=b"new%d" % (turn % 3), size=200_000)
 """
 
 
 def test_package_killed_leaves_whole_artifacts(tmp_path):
     """kill -9 at any moment: the directory holds one complete artifact, and the next build leaves no litter."""
     out, work = tmp_path / "out", tmp_path / "work"
-    small.make_validated(out, work)
+    small.make_again(out, work)
     code = CHILD.format(tests=str(TESTS), root=str(ROOT), out=str(out), work=str(work))
     seen = set()
     for delay_s in (0.01, 0.04, 0.09, 0.15, 0.22, 0.3, 1.0, 3.0, 9.0):
@@ -272,8 +272,8 @@ def test_package_killed_leaves_whole_artifacts(tmp_path):
         child.stdout.close()
         seen.add(verify(out).manifest.version)
     assert len(seen) > 1
-    expected = small.make_validated(tmp_path / "undisturbed", tmp_path / "work2", weights=b"new0", size=200_000)
-    rebuilt = small.make_validated(out, work, weights=b"new0", size=200_000)
+    expected = small.make_again(tmp_path / "undisturbed", tmp_path / "work2", weights=b"new0", size=200_000)
+    rebuilt = small.make_again(out, work, weights=b"new0", size=200_000)
     assert rebuilt.manifest.version == expected.manifest.version
     assert content_digest(verify(out).manifest) == content_digest(expected.manifest)
     sweep(tmp_path)

@@ -100,15 +100,20 @@ def make(
     return package(out, parts, Backend(), graphs.root)
 
 
+def make_again(out: Path, work: Path, *, passed: bool = True, **contents) -> PairArtifact:
+    """As `make`, with the reports of gates that passed, or did not."""
+    make(out, work, **contents)
+    return add_reports(out, {"parity.json": b"{}"}, {"passed": passed})
+
+
 def make_validated(out: Path, work: Path, *, passed: bool = True, **contents) -> PairArtifact:
-    """As `make`, with the reports of gates that passed, or did not; equal ones are packaged once, and copied."""
+    """As `make_again`; equal artifacts are packaged once in a process, and copied."""
     inputs = passed, sorted(contents.items()), os.environ.get("SOURCE_DATE_EPOCH")
     key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
     work.mkdir(parents=True, exist_ok=True)
     kept = _kept() / key
     if not kept.is_dir():
-        make(kept, work, **contents)
-        add_reports(kept, {"parity.json": b"{}"}, {"passed": passed})
+        make_again(kept, work, passed=passed, **contents)
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(kept, out)
