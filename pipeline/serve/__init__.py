@@ -2,7 +2,7 @@
 
     plugin.py       entry point: whether this process serves an artifact
     platform.py     vLLM's settings, from the manifest; rejects contradictions and unsupported requests
-    arguments.py    vLLM's arguments that have no effect with an artifact; imports no vLLM
+    arguments.py    vLLM's arguments that are wrong, or have no effect with an artifact; imports no vLLM
     settings.py     those values, our own options, and the check of the artifact; imports no vLLM
     worker.py       vLLM's worker: opens the artifact, executes the scheduler's steps
     parameters.py   vLLM's data and ours: sampling parameters, masks of grammars, log probabilities
