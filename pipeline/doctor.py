@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cache.local import default_root
 from pipeline.errors import HostError, Problem, RecipeError
-from pipeline.extras import install_command, of_another_torch, state
+from pipeline.extras import error_of_another_torch, install_command, state
 from pipeline.stages.memory import host_memory
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _backend(settings: BackendSettings, diagnosis: Diagnosis) -> Backend | None:
 def _commands(settings: BackendSettings, *, can_build: bool) -> dict[str, str]:
     """Return what this machine can do, by command: yes, or no with the command that installs what is missing."""
     packages = state(settings.name)
-    others = of_another_torch() if state("vllm") == "yes" else []
+    others = error_of_another_torch("serve") if state("vllm") == "yes" else None
     ready = "yes" if can_build else "no; see the problems"
     return {
         "pull, verify, ls": "yes",
@@ -80,7 +80,7 @@ def _commands(settings: BackendSettings, *, can_build: bool) -> dict[str, str]:
         "registries oci://": state("oci"),
         "sign, --require-signature": state("sign"),
         f"build, run ({settings.name})": ready if packages == "yes" else packages,
-        "serve": f"no; {', '.join(others)}: built for torch with CUDA" if others else state("vllm"),
+        "serve": f"no; {others.what}; run: {others.fix}" if others else state("vllm"),
     }
 
 

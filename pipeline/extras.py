@@ -14,7 +14,7 @@ from importlib import metadata
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import HostError, no_string
@@ -48,7 +48,9 @@ PROFILES = {
 
 
 BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
+"""Packages with extensions of torch that vLLM requires."""
 CUDA_LIBRARY = "libtorch_cuda.so"
+"""Part of a torch for CUDA, which extensions that were built for it name."""
 
 
 def require(extras: Iterable[str], where: str) -> None:
@@ -84,7 +86,7 @@ def install_command(*extras: str) -> str:
     if "vllm" in extras and find_spec("torch") is not None and find_spec("vllm") is None:
         serve, _ = PROFILES["vllm"]
         return f"python3 -m venv {SERVE_VENV} && {SERVE_VENV}/bin/pip install {shlex.join(_requirement(serve))}"
-    return f"{_pip_install()} {shlex.join(_requirement(','.join(_with_profiles(extras))))}"
+    return f"{_pip('install')} {shlex.join(_requirement(','.join(_with_profiles(extras))))}"
 
 
 def _with_profiles(extras: Iterable[str]) -> list[str]:
@@ -113,7 +115,7 @@ def error_of_another_torch(where: str) -> HostError | None:
     """Return the error for packages of another torch, with the command that removes them; None if there are none."""
     others = of_another_torch()
     what = f"{', '.join(others)}: built for torch with CUDA, and this torch is for CPUs; imports fail"
-    return HostError(what, where=where, fix=f"pip uninstall --yes {' '.join(others)}") if others else None
+    return HostError(what, where=where, fix=f"{_pip('uninstall')} {' '.join(others)}") if others else None
 
 
 def _needs_cuda(package: str) -> bool:
@@ -133,14 +135,14 @@ def _absent(extra: str) -> list[str]:
     return [module for module in MODULES[extra] if find_spec(module) is None]
 
 
-def _pip_install() -> str:
+def _pip(action: Literal["install", "uninstall"]) -> str:
     """Return the command of this environment's installer: a plain `pip` can be that of another environment."""
-    found = shutil.which("pip")
+    found, words = shutil.which("pip"), "install" if action == "install" else "uninstall --yes"
     if found is not None and Path(found).parent == Path(sys.executable).parent:
-        return "pip install"
+        return f"pip {words}"
     python = shlex.quote(sys.executable)
     # Not `find_spec`: setuptools answers it as an import of pip, and then fails its own import, which compilers need.
-    return f"{python} -m pip install" if PathFinder.find_spec("pip") else f"uv pip install --python {python}"
+    return f"{python} -m pip {words}" if PathFinder.find_spec("pip") else f"uv pip {action} --python {python}"
 
 
 def _requirement(extras: str) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.cli.results import print_json, print_line, print_result
 from pipeline.cli.tables import Verdict
 from pipeline.cli.words import counted
 from pipeline.errors import InputError, RecipeError, together
-from pipeline.plan.lock import Lock, lock_path, make_lock, moved, pair_configs, read, stale, write
+from pipeline.plan.lock import Lock, lock_path, make_lock, other_files, pair_configs, read, stale, write
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe import Recipe, load
 from pipeline.recipe.changed import changed_recipes
@@ -98,7 +98,7 @@ def _check(path: Path) -> _Checked:
     plan = make_plan(parsed, *(each.config for each in sources.pair)) if sources.pair else None
     if plan is None and lock is not None:
         plan = make_plan(parsed, *pair_configs(parsed, lock, str(lock_path(path))))
-    if sources.pair and lock is not None and (problems := moved(lock, sources.pair, str(lock_path(path)))):
+    if sources.pair and lock is not None and (problems := other_files(lock, sources.pair, str(lock_path(path)))):
         raise RecipeError(problems)
     warning = _cut_prompts(parsed, prompts, sources.pair[0]) if sources.pair else None
     return _Checked(path, plan, lock is not None, sources.unchecked, warning)

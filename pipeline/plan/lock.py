@@ -15,11 +15,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline import __version__
 from pipeline.errors import InputError, Problem
-from pipeline.files.atomic import FileDigest, sha256_file, write_atomic
+from pipeline.files.atomic import FileDigest, write_atomic
 from pipeline.files.limits import parse_json
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import fitted, with_rope_of
@@ -28,10 +28,8 @@ from pipeline.models.families import config_of
 from pipeline.models.layer_types import of_layers
 from pipeline.recipe.document import read as read_document
 from pipeline.recipe.schema import Recipe
+from pipeline.sources.checkpoint import Checkpoint, weight_files
 from pipeline.sources.hub import is_commit
-
-if TYPE_CHECKING:
-    from pipeline.sources.checkpoint import Checkpoint
 
 VERSION = 1
 MACHINE_FACTS = ("cxx", "isa")
@@ -40,8 +38,6 @@ MISSING = "missing"
 """Version of a package that is not installed."""
 PACKAGES = {"torch", "torch-neuronx", "neuronx-distributed", "libneuronxla", "neuronx-cc"}
 """Entries of a toolchain that are versions of packages."""
-COMPARED_BYTES = 1 << 20
-"""Files below this size are compared by content before a build: configs and tokenizers, not weights."""
 OWN_CODE = ("kernel",)
 """Flags that are digests of Tandem's own source, which its version pins."""
 
@@ -301,23 +297,27 @@ def stale(recipe: Recipe, lock: Lock, where: str = "lock") -> list[Problem]:
     return check_locked(lock, fresh, where)
 
 
-def moved(lock: Lock, sources: Iterable[Checkpoint], where: str = "lock") -> list[Problem]:
-    """Return the files in sources' folders that are not the locked ones, by size, and below 1 MiB by content.
-
-    Reads no weights.
-    """
+def other_files(lock: Lock, sources: Iterable[Checkpoint], where: str = "lock") -> list[Problem]:
+    """Return what `--locked` would reject of files in sources' folders: by digest, of weights without one by size."""
     fix = f"restore the locked file, or accept the change: {lock_command(Path(where))}"
     found: list[Problem] = []
     for role, locked, checkpoint in zip(("target", "draft"), (lock.target, lock.draft), sources, strict=True):
-        for name, file in (locked.files if locked else {}).items():
-            path = checkpoint.root / name
-            if not path.is_file():
-                continue
-            size = path.stat().st_size
-            is_other = size != file.size or (size < COMPARED_BYTES and sha256_file(path) != file.sha256)
-            if is_other:
-                found.append(Problem(f"{where}: {role}.files.{name}", "not the file that was locked", fix))
+        files = dict(locked.files) if locked else {}
+        for name in files.keys() & checkpoint.files.keys():
+            if files[name] != checkpoint.files[name]:
+                what = f"locked {_digest_text(files[name])}, found {_digest_text(checkpoint.files[name])}"
+                found.append(Problem(f"{where}: {role}.files.{name}", what, fix))
+        for name, size in _weight_sizes(checkpoint).items():
+            if name in files and name not in checkpoint.files and files[name].size != size:
+                what = f"locked {files[name].size} bytes, found {size}"
+                found.append(Problem(f"{where}: {role}.files.{name}", what, fix))
     return found
+
+
+def _weight_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the sizes in bytes of the weight files in a checkpoint's folder."""
+    paths = [] if checkpoint.remote else [checkpoint.root / name for name in weight_files(checkpoint.root)]
+    return {path.name: path.stat().st_size for path in paths if path.is_file()}
 
 
 def _installed(toolchain: Mapping[str, str]) -> dict[str, str]:

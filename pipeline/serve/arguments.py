@@ -59,9 +59,9 @@ def without_usage(parser: argparse.ArgumentParser, refuse: Refuse) -> None:
 def _wrong(message: str, parser: argparse.ArgumentParser) -> InputError:
     """Return argparse's message as an error: the argument, what is wrong, what to do."""
     if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-        argument = unknown[1]
+        argument = unknown[1].partition("=")[0]  # its value may be a secret
         known = [word for action in parser._actions for word in action.option_strings]  # noqa: SLF001
-        near = get_close_matches(argument.partition("=")[0], known, n=1, cutoff=0.75)
+        near = get_close_matches(argument, known, n=1, cutoff=0.75)
         fix = f"did you mean {near[0]}?" if near else HELP
         return InputError("neither tandem serve nor vLLM has it", where=argument, fix=fix)
     if found := re.match(r"argument ([^\s:/]+)\S*: (.*)", message, re.DOTALL):

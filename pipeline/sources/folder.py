@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def other_folder(root: Path, *, may_be_hub: bool = True) -> str:
 def _near(root: Path) -> Path | None:
     """Return a folder whose path differs from a missing one by similar names; None if there is none."""
     parent = next((folder for folder in root.parents if folder.is_dir()), None)
-    if parent is None:
+    if parent is None or not os.access(parent, os.R_OK | os.X_OK):
         return None
     missing, *below = root.relative_to(parent).parts
     names = [path.name for path in parent.iterdir() if path.is_dir()]

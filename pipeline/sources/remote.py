@@ -13,7 +13,9 @@ START_BYTES = 64 << 10
 """Fetched at once with a header, which is smaller in most files."""
 
 PAGE_BYTES = 64 << 10
+"""Fetched at once for small tensors, many of which lie in one page."""
 REQUESTS = 8
+"""Pages that are fetched at a time."""
 
 TRIES = 6
 

@@ -119,12 +119,12 @@ def naming_replaced(settings: BuildSettings) -> Iterator[None]:
         GateError: as the block.
 
     """
-    before = _passed(settings.out)
+    before = _manifest(settings.out)
     try:
         yield
     except GateError:
-        after = read(settings.out).manifest
-        if before is not None and before.version != after.version:
+        after = _manifest(settings.out)
+        if before and before.passed and after and before.version != after.version:
             urls = [place.to for place in settings.recipe.publish] or ["REGISTRY"]
             pull = f"if it was published: tandem pull {urls[0]}/{before.name}@{before.version}"
             what = f"{settings.out} has the new artifact {after.version}, which failed its gates"
@@ -132,13 +132,12 @@ def naming_replaced(settings: BuildSettings) -> Iterator[None]:
         raise
 
 
-def _passed(out: Path) -> Manifest | None:
-    """Return the manifest of the artifact in a folder if its gates passed; None for any other content."""
+def _manifest(out: Path) -> Manifest | None:
+    """Return the manifest of the artifact in a folder; None for any other content."""
     try:
-        manifest = read(out).manifest
+        return read(out).manifest
     except ArtifactError:
         return None
-    return manifest if manifest.passed else None
 
 
 def _finish(prepared: Prepared, graphs: Sequence[Compiled], cluster: Cluster | None) -> Path:

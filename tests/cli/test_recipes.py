@@ -213,7 +213,18 @@ def test_check_compares_files_of_sources_with_the_lock(work):
     path.write_text(path.read_text().replace("{", "{ ", 1))
     result = invoke("recipe", "check", "mine.yaml")
     assert result.exit_code == 2
-    assert "mine.lock: target.files.config.json: not the file that was locked" in result.stderr
+    assert "mine.lock: target.files.config.json: locked sha256 " in result.stderr
+
+
+def test_check_compares_sizes_of_weights_with_the_lock(work):
+    """Names in a lock are compared with those of the folder, and no path of a lock is opened."""
+    size = (work / "target/model.safetensors").stat().st_size
+    for of_lock in (size, size + 1):
+        files = {"model.safetensors": FileDigest("0" * 64, of_lock), "../mine.yaml": FileDigest("0" * 64, 1)}
+        locked(work, target=locks.LockedSource("./target", "r", files, CONFIG))
+        shown = invoke("recipe", "check", "mine.yaml")
+        assert ("lock up to date" in shown.stdout) == (of_lock == size)
+    assert f"target.files.model.safetensors: locked {size + 1} bytes, found {size}\n" in shown.stderr
 
 
 @pytest.mark.parametrize(

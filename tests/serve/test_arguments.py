@@ -58,7 +58,7 @@ def test_an_argument_without_effect_is_refused(parser, words):
     ("words", "where", "what", "fix"),
     [
         (["--max-num-seq", "4"], "--max-num-seq", "neither tandem serve nor vLLM has", "did you mean --max-num-seqs?"),
-        (["--max-num-seq=4"], "--max-num-seq=4", "neither tandem serve nor vLLM has", "did you mean --max-num-seqs?"),
+        (["--max-num-seq=4"], "--max-num-seq", "neither tandem serve nor vLLM has", "did you mean --max-num-seqs?"),
         (["--swap-space", "4"], "--swap-space", "neither tandem serve nor vLLM has it", HELP),
         (["--port", "x"], "--port", "invalid int value: 'x'", HELP),
         (["--port"], "--port", "expected one argument", HELP),
