@@ -24,6 +24,7 @@ from pipeline.graphs.arguments import GREEDY
 from pipeline.measure import bench, tune
 from pipeline.models.generation import GenerationDefaults
 from pipeline.nxdi import vllm_args, vllm_cache
+from pipeline.plan.estimates import pace_of
 from pipeline.plan.forecast import Forecast
 from pipeline.recipe import changed
 from pipeline.registry import copy, publish, pull
@@ -90,6 +91,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "measure.tune.tune(prompts)": lambda value: tune.tune(UNUSED, value, 1, 1, print),
     "models.generation.GenerationDefaults.not_applied(sampling)": GenerationDefaults().not_applied,
     "nxdi.vllm_args.shell_line(command)": lambda value: vllm_args.shell_line({}, value),
+    "plan.estimates.pace_of(flags)": pace_of,
     "plan.forecast.Forecast.compile_s(names)": lambda value: Forecast({}, {}, 0, 0).compile_s(1, value),
     "recipe.changed.changed_recipes(paths)": changed.changed_recipes,
     "registry.copy.copied(missing)": lambda value: copy.copied(UNUSED, UNUSED, value, is_there=False),

@@ -27,10 +27,15 @@ def host_facts(proc: Path = Path("/proc"), dev: Path = Path("/dev"), sys: Path =
     return {"device": "cpu", "machine": platform.machine(), "isa": _isa(proc)}
 
 
+def processor_flags(proc: Path = Path("/proc")) -> frozenset[str]:
+    """Return the flags of the processor, as the kernel names them; none where it lists none."""
+    lines = [line for line in _read(proc / "cpuinfo").splitlines() if line.startswith(("flags", "Features"))]
+    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
+
+
 def _isa(proc: Path) -> str:
     """Return the instruction set as torch names it: avx512 needs all four parts."""
-    lines = [line for line in _read(proc / "cpuinfo").splitlines() if line.startswith(("flags", "Features"))]
-    flags = set(lines[0].split()) if lines else set()
+    flags = processor_flags(proc)
     if flags.issuperset(AVX512):
         return "avx512"
     return "avx2" if "avx2" in flags and "fma" in flags else "default"

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pipeline.artifact.host import processor_flags
 from pipeline.cache.local import default_root
 from pipeline.cli.console import Console
 from pipeline.cli.groups import Command
@@ -21,7 +22,7 @@ from pipeline.cli.tables import Table
 from pipeline.cli.words import counted, size
 from pipeline.errors import InputError
 from pipeline.models.config import ModelConfig
-from pipeline.plan.estimates import Work
+from pipeline.plan.estimates import Work, pace_of
 from pipeline.plan.forecast import Cluster, Forecast, GraphForecast, cluster, forecast
 from pipeline.plan.history import History
 from pipeline.plan.lock import lock_path, pair_configs, read
@@ -104,7 +105,7 @@ def _configs(path: Path, recipe: Recipe) -> tuple[ModelConfig, ModelConfig]:
 def _show_plan(planned: Plan, base: Path, options: PlanOptions) -> None:
     rules = planned.recipe.validate_
     work = Work(len(recipe_prompts(planned.recipe, base)), rules.max_new_tokens)
-    expected = forecast(planned, work, History(default_root()).builds())
+    expected = forecast(planned, work, History(default_root()).builds(), pace_of(processor_flags()))
     largest = max(graph.memory_bytes for graph in expected.graphs.values())
     workers = options.workers or worker_count(largest, len(planned.graphs))
     fleet = cluster(expected, workers, options.price) if options.simulate else ()

@@ -1,7 +1,8 @@
 """What a build will take: time, memory and size, from builds recorded on this machine, else from constants. Pure.
 
 A graph that was compiled before is expected to take what it took. Others take their estimate times the median ratio of
-recorded and estimated times of their phase, so one build of any recipe corrects the estimates of all.
+recorded and estimated times of their phase, so one build of any recipe corrects the estimates of all. Without a record,
+the estimates are those of the processor's kind.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipeline.errors import no_string
-from pipeline.plan.estimates import ESTIMATES, HEADERS_S, REFERENCE, Work, gates_memory_bytes, stage_seconds
+from pipeline.plan.estimates import (
+    ESTIMATES,
+    HEADERS_S,
+    REFERENCE,
+    USUAL,
+    Pace,
+    Work,
+    gates_memory_bytes,
+    stage_seconds,
+)
 from pipeline.plan.history import PastBuild
 from pipeline.plan.plan import Plan
 
@@ -86,18 +96,22 @@ class Forecast:
         return f"estimates from {self.builds} recorded build{'s' if self.builds > 1 else ''}"
 
 
-def forecast(plan: Plan, work: Work, builds: Sequence[PastBuild]) -> Forecast:
-    """Return what a build of `plan` takes, from the builds of this machine, the newest first."""
+def forecast(plan: Plan, work: Work, builds: Sequence[PastBuild], pace: Pace = USUAL) -> Forecast:
+    """Return what a build of `plan` takes, from the builds of this machine, the newest first.
+
+    `pace` is that of its processor (`pace_of`); another compiler has none.
+    """
+    pace = pace if plan.cost_kind.startswith("inductor") else USUAL
     similar = [build for build in builds if build.cost == plan.cost_kind]
     same = [build for build in similar if build.plan == plan.digest(work)]
     estimated = stage_seconds(plan.pair, plan.memory, work)
     gates_memory = _recent([build.gates_memory_bytes for build in same if build.gates_memory_bytes])
     return Forecast(
-        graphs=_graphs(plan, similar),
-        stages={name: _stage_s(name, seconds, same, similar) for name, seconds in estimated.items()},
+        graphs=_graphs(plan, similar, pace),
+        stages={name: _stage_s(name, s * pace.of_stage(name), same, similar) for name, s in estimated.items()},
         gates_memory_bytes=round(gates_memory or gates_memory_bytes(plan.memory, work)),
         builds=len(similar),
-        headers_s=HEADERS_S if plan.cost_kind.startswith("inductor") and not similar else 0.0,
+        headers_s=HEADERS_S * pace.compile if plan.cost_kind.startswith("inductor") and not similar else 0.0,
     )
 
 
@@ -136,7 +150,7 @@ def cluster(expected: Forecast, machines: int, price: float | None) -> list[Clus
     return result
 
 
-def _graphs(plan: Plan, builds: Sequence[PastBuild]) -> dict[str, GraphForecast]:
+def _graphs(plan: Plan, builds: Sequence[PastBuild], pace: Pace) -> dict[str, GraphForecast]:
     everything = [graph for build in builds for graph in build.graphs]
     compiled = [graph for build in builds if build.estimates == ESTIMATES for graph in build.graphs]
     result = {}
@@ -145,7 +159,8 @@ def _graphs(plan: Plan, builds: Sequence[PastBuild]) -> dict[str, GraphForecast]
         before = [graph for graph in everything if graph.graph == digest][:NEWEST]
         of_kind = [graph for graph in compiled if graph.kind == spec.kind]
         alike = of_kind if len(of_kind) >= ENOUGH else compiled
-        seconds = plan.compile_seconds(spec) * (_recent([g.seconds / g.estimated_s for g in alike], SIMILAR) or 1.0)
+        ratio = _recent([graph.seconds / graph.estimated_s for graph in alike], SIMILAR)
+        seconds = plan.compile_seconds(spec) * (ratio or pace.compile)
         result[spec.name] = GraphForecast(
             seconds=median(graph.seconds for graph in before) if before else seconds,
             memory_bytes=max((graph.memory_bytes for graph in before), default=plan.compile_memory(spec)),

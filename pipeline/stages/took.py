@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pipeline.artifact.host import processor_flags
 from pipeline.errors import HostError, no_string
-from pipeline.plan.estimates import ESTIMATES, GATES, REFERENCE, Work, stage_seconds
+from pipeline.plan.estimates import ESTIMATES, GATES, REFERENCE, Work, pace_of, stage_seconds
 from pipeline.plan.forecast import Forecast, StageTime, forecast
 from pipeline.plan.history import CompiledGraph, History, PastBuild, machine
 from pipeline.plan.plan import Plan
@@ -56,7 +57,7 @@ class BuildClock:
     def plan(self, plan: Plan) -> None:
         """Forecast a plan."""
         self._plan = plan
-        self.forecast = forecast(plan, self.work, self._history.builds())
+        self.forecast = forecast(plan, self.work, self._history.builds(), pace_of(processor_flags()))
 
     def expect(self, missing: Sequence[str], workers: int) -> None:
         """Log what the stages that are left will take; `missing` graphs are to be compiled."""

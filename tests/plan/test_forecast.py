@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.models.config import Layer, ModelConfig, Rope
-from pipeline.plan.estimates import ESTIMATES, HEADERS_S, Work
+from pipeline.plan.estimates import ESTIMATES, HEADERS_S, Work, pace_of
 from pipeline.plan.forecast import cluster, forecast, makespan
 from pipeline.plan.history import CompiledGraph, History, PastBuild, machine
 from pipeline.plan.plan import Plan, make_plan
@@ -69,6 +69,17 @@ def test_without_records_estimates_hold(plan):
     assert expected.basis == "rough estimates, up to several times too low: no build was recorded on this machine"
     compile_s = HEADERS_S + sum(plan.compile_seconds(spec) for spec in plan.graphs)
     assert expected.total_s(1) == pytest.approx(compile_s + sum(expected.stages.values()))
+
+
+def test_without_records_the_kind_of_processor_counts(plan):
+    """With products of bfloat16 pairs the gates take less than half the time; a record of this machine decides."""
+    plain, faster = forecast(plan, WORK, []), forecast(plan, WORK, [], pace_of({"sse", "avx512_bf16"}))
+    assert forecast(plan, WORK, [], pace_of({"sse", "avx2"})) == plain
+    assert faster.compile_s(2) == pytest.approx(0.7 * plain.compile_s(2))
+    assert faster.stages["gates"] == pytest.approx(0.37 * plain.stages["gates"])
+    assert faster.stages["shard"] == plain.stages["shard"]
+    recorded = [built(plan, 1.0, gates=30.0)]
+    assert forecast(plan, WORK, recorded, pace_of({"avx512_bf16"})).graphs == forecast(plan, WORK, recorded).graphs
 
 
 def test_a_graph_takes_what_it_took(plan):
