@@ -42,6 +42,7 @@ TANDEM = (
     Variable("PYTHONUTF8", "the command `tandem`", "Python's UTF-8 mode; `tandem` sets it for itself and its processes where the locale is not UTF-8", "the locale"),
     Variable("SHELL", "`tandem completion`", "shell whose script is printed or installed, if none is named", "set by the login"),
     Variable("_TANDEM_COMPLETE", "the command `tandem`", "set by the script of `tandem completion`: the shell that asks", "no completion"),
+    Variable("OMP_WAIT_POLICY", "libgomp", "`active` or `passive`: how threads of a graph wait for each other", "short waits: `GOMP_SPINCOUNT` [below](#set-by-tandem)"),
 )  # fmt: skip
 BUILD = (
     Variable("CXX", "backend `inductor`", "C++ compiler (GCC, Clang or Intel's), with a launcher before it and flags behind it: `ccache g++ -pipe`; flags are part of a graph's cache key, launchers are not; another compiler makes a build stale", "`g++`"),
@@ -109,6 +110,7 @@ NEURON = (
 )  # fmt: skip
 SET = (
     Variable("OMP_NUM_THREADS", "compile workers", "the worker's share of the cores"),
+    Variable("GOMP_SPINCOUNT", "every process", "`1000`, unless it or `OMP_WAIT_POLICY` is set: threads that wait for others sleep soon, so that a graph is not many times slower where other processes use the cores ([results](../results.md#shared-cores))"),
     Variable("TORCHINDUCTOR_CACHE_DIR", "compile workers", "a temporary folder"),
     Variable("TRITON_CACHE_DIR", "compile workers", "a temporary folder"),
     Variable("GLOO_SOCKET_IFNAME", "ranks of an artifact", "`lo`, unless it is set"),

@@ -32,6 +32,11 @@ The rooms, in the order of the pipeline. `docs/explanation/architecture.md` has 
     progress.py   callbacks for log lines and progress
     records.py    the base of all parsed records
     selftest.py   a trial of the Neuron backend on an instance
+    threads.py    how long threads wait for each other before they sleep
 """
+
+from pipeline.threads import bound_spinning
+
+bound_spinning()  # before anything imports torch, which reads it
 
 __version__ = "0.1.0"

@@ -84,7 +84,7 @@ def test_help_imports_no_command(work):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = {name for name in done.stdout.split() if name.startswith("pipeline.")}
-    assert modules == {"pipeline.errors", "pipeline.progress", "pipeline.cli"} | {
+    assert modules == {"pipeline.errors", "pipeline.progress", "pipeline.threads", "pipeline.cli"} | {
         f"pipeline.cli.{name}" for name in ("main", "console", "groups", "usage", "utf8")
     }
     assert "pydantic" not in done.stdout.split()
