@@ -13,7 +13,7 @@ from pipeline.graphs.spec import ROLES, GraphSpec, PairSpec, Role
 from pipeline.models.parallel import Seams, State
 from pipeline.models.weights import EMBEDDING
 from pipeline.speculation import phases
-from pipeline.speculation.drafters import FEATURE, TAIL, drafter_of, index_range, score
+from pipeline.speculation.drafters import FEATURE, TAIL, Scores, drafter_of, index_range, score
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
 from pipeline.speculation.sampling import Sampling
 from pipeline.speculation.shaping import Shaping
@@ -53,7 +53,7 @@ def _outputs(
     target, drafter = models["target"], drafter_of(models["draft"])
     if spec.phase == "score":
         inputs = (tensors["tokens"], tensors["position"], spec.kv)
-        return (drafter.score(target, *inputs) if spec.model == "draft" else score(target, *inputs)[0],)
+        return _scored(drafter.score(target, *inputs) if spec.model == "draft" else _target_scores(target, *inputs))
     choose = _choose(spec, pair, tensors)
     if spec.phase == "prefill":
         return (phases.prefill(target, drafter, _prompt(spec, tensors), choose),)
@@ -66,6 +66,15 @@ def _outputs(
         tokens, count, logprobs = phases.verify(target, drafter, rows, tensors["drafts"], choose)
         return (tokens, count, *logprobs)
     return phases.speculate(target, drafter, rows, spec.draft_tokens, choose)
+
+
+def _target_scores(target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
+    logits_BTV, hidden = score(target, tokens_BT, position_B, kv)
+    return Scores(logits_BTV, hidden.experts_BTLC)
+
+
+def _scored(scores: Scores) -> tuple[Tensor, ...]:
+    return tuple(output for output in scores if output is not None)
 
 
 def _prompt(spec: GraphSpec, tensors: Mapping[str, Tensor]) -> Prompt:

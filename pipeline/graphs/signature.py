@@ -28,6 +28,9 @@ SHAPING = (
     "bias", "counts", "prompted", "allowed", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
 )  # fmt: skip
 """Arguments of a verify graph: the fields of `speculation.shaping.Shaping`, in their order."""
+EXPERTS_OUT = "experts"
+"""Output of `score` graphs: the experts that each layer with experts chose for each token."""
+
 WORD_BITS = 32
 """Tokens of a word of an `allowed` argument."""
 
@@ -195,14 +198,23 @@ def _shaping(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
 def _outputs(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
     b = spec.batch
     if spec.phase == "score":
-        config = pair.draft if spec.model == "draft" else pair.target
-        return (TensorSpec("logits", (b, spec.tokens, config.out_vocab), "float32"),)
+        return _scores(spec, pair)
     if spec.phase == "propose":
         return (TensorSpec("drafts", (b, spec.draft_tokens), "int32"),)
     if spec.phase in ("speculate", "verify"):
         emitted = (TensorSpec("tokens", (b, spec.draft_tokens + 1), "int32"), TensorSpec("count", (b,), "int32"))
         return emitted if spec.phase == "speculate" else (*emitted, *_log_probs(spec, pair))
     return (TensorSpec("token", (b,), "int32"),)
+
+
+def _scores(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
+    """Return the outputs of `speculation.drafters.Scores`: a head runs the layers of the target, too."""
+    config = pair.draft if spec.model == "draft" else pair.target
+    logits = TensorSpec("logits", (spec.batch, spec.tokens, config.out_vocab), "float32")
+    layers = (pair.target if config.draft_kind.reads_target_states else config).expert_layers
+    if not layers:
+        return (logits,)
+    return (logits, TensorSpec(EXPERTS_OUT, (spec.batch, spec.tokens, len(layers), layers[0].chosen), "int32"))
 
 
 def _log_probs(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:

@@ -236,6 +236,12 @@ class ModelConfig:
         return self.kinds[self.kind(index)]
 
     @property
+    def expert_layers(self) -> tuple[Experts, ...]:
+        """The experts of each layer that has them, in order."""
+        of_layers = (self.layer(index).experts for index in range(self.layers))
+        return tuple(experts for experts in of_layers if experts is not None)
+
+    @property
     def longest(self) -> int:
         """Length of the longest cache; a head follows its target beyond its own `max_position`."""
         own = [limit.length for limit in self.limits]

@@ -49,17 +49,25 @@ class Rotary(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """Hidden states of one pass: `last_BTH` after the last norm, `taps_BTX` inputs of tapped layers concatenated."""
+    """Hidden states of one pass: `last_BTH` after the last norm, `taps_BTX` inputs of tapped layers concatenated.
+
+    `experts_BTLC` int32 are the experts that the router of each layer with experts chose; None without such layers.
+    """
 
     last_BTH: Tensor
     taps_BTX: Tensor | None = None
+    experts_BTLC: Tensor | None = None
 
 
 class Stream(NamedTuple):
-    """The residual stream before a layer, and the same after the layer's norm."""
+    """The residual stream before a layer, and the same after the layer's norm.
+
+    After a layer with experts, `experts_BTC` int32 are those that its router chose.
+    """
 
     x_BTH: Tensor
     normed_BTH: Tensor
+    experts_BTC: Tensor | None = None
 
 
 def hidden_states(
@@ -81,7 +89,7 @@ def hidden_states(
     rotaries = [rotary_of(config, run.positions_BT, x.dtype, kind) for kind in range(len(config.kinds))]
     attends = [attend_of(config, kind, run.attend) for kind in config.kinds]
     stream = Stream(x, norm(config, layer_weights(weights, 0), config.norms.before_attention, x))
-    tapped = []
+    tapped, experts = [], []
     for layer in range(config.layers):
         if layer in taps:
             tapped.append(stream.x_BTH)
@@ -90,9 +98,13 @@ def hidden_states(
         w = layer_weights(weights, layer) | next_norm(config, weights, layer)
         stream = seams.once(run_layer, config, config.kinds[kind], w, seams, stream, rotaries[kind], own)
         run.keep(layer, own.state)
+        if stream.experts_BTC is not None:
+            experts.append(stream.experts_BTC)
+            stream = stream._replace(experts_BTC=None)  # or layers would be different functions for a compiler
     if config.layers in taps:
         tapped.append(stream.x_BTH)
-    return Hidden(stream.normed_BTH, torch.cat(tapped, dim=-1) if taps else None)
+    chosen = torch.stack(experts, dim=2) if experts else None
+    return Hidden(stream.normed_BTH, torch.cat(tapped, dim=-1) if taps else None, chosen)
 
 
 def attend_of(config: ModelConfig, layer: Layer, attend: Attend) -> Attend:
@@ -119,9 +131,10 @@ def run_layer(
     x = stream.x_BTH + after(
         config, w, names.after_attention, attention(config, w, seams, stream.normed_BTH, rotary, run)
     )
-    inner = feed_forward(config, layer, w, seams, norm(config, w, names.before_mlp, x))
+    inner, experts_BTC = feed_forward(config, layer, w, seams, norm(config, w, names.before_mlp, x))
     x = x + after(config, w, names.after_mlp, inner)
-    return Stream(x, rms_norm(x, w[NEXT_NORM], config.norm_eps, config.norm_style) if NEXT_NORM in w else x)
+    normed = rms_norm(x, w[NEXT_NORM], config.norm_eps, config.norm_style) if NEXT_NORM in w else x
+    return Stream(x, normed, experts_BTC)
 
 
 def norm(config: ModelConfig, w: Weights, name: str | None, x: Tensor) -> Tensor:
@@ -341,10 +354,15 @@ def normed_vectors(config: ModelConfig, w: Weights, seams: Seams, x_BTND: Tensor
     return torch.cat(normed, dim=2)
 
 
-def feed_forward(config: ModelConfig, layer: Layer, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
-    """Apply a layer's feed-forward network, or its experts: [B, T, H] -> [B, T, H]."""
+def feed_forward(
+    config: ModelConfig, layer: Layer, w: Weights, seams: Seams, x_BTH: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Apply a layer's feed-forward network, or its experts: [B, T, H] -> [B, T, H].
+
+    The second value are the experts of each token, int32 [B, T, C]; None without experts.
+    """
     if layer.experts is None:
-        return mlp(config, w, seams, x_BTH)
+        return mlp(config, w, seams, x_BTH), None
     chosen = routed(layer.experts, w, seams, x_BTH)
     gate, up, down = (f"mlp.experts.{name}_proj" for name in ("gate", "up", "down"))
     biases = (w[f"{gate}.bias"], w[f"{up}.bias"]) if layer.experts.bias else None
@@ -354,7 +372,9 @@ def feed_forward(config: ModelConfig, layer: Layer, w: Weights, seams: Seams, x_
         share_BT1 = torch.sigmoid(seams.linear(x_BTH, w[SHARED_GATE], 1))
         out_BTH = out_BTH + share_BT1 * gated(config, w, seams, x_BTH, SHARED, layer.experts.shared)
     out_BTH = seams.all_reduce(out_BTH)
-    return out_BTH + shared_out(w[f"{down}.bias"], chosen).to(out_BTH.dtype) if layer.experts.bias else out_BTH
+    if layer.experts.bias:
+        out_BTH = out_BTH + shared_out(w[f"{down}.bias"], chosen).to(out_BTH.dtype)
+    return out_BTH, chosen.experts.int()
 
 
 def mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:

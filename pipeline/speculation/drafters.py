@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ the last draft token that it proposed; this pass writes it, without an extra pas
 
 FEATURE = "feature"
 """State of a head, [rows, H]: the target's features at the position before a row's last token."""
+
+
+class Scores(NamedTuple):
+    """Logits of known tokens, float32 [B, T, V], and the experts that routers chose for them (`decoder.Hidden`).
+
+    Those of a head are the experts of the target, whose states it reads.
+    """
+
+    logits_BTV: Tensor
+    experts_BTLC: Tensor | None
 
 
 class Drafter(Protocol):
@@ -62,7 +72,7 @@ class Drafter(Protocol):
         """Update the draft's state after the target has read the last token and the drafts, and emitted tokens."""
         ...
 
-    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Tensor:
+    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
         """Return logits of known tokens, float32 [B, T, D] of the draft's vocabulary, and fill the caches."""
         ...
 
@@ -105,9 +115,10 @@ class DraftModel:
         tail_B = history.gather(1, (emitted.count - 1).clamp(0, history.shape[1] - 2)[:, None])[:, 0]
         put(self.model, TAIL, rows.index, tail_B.int(), rows.alive_B)
 
-    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Tensor:  # noqa: ARG002
+    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:  # noqa: ARG002
         """Score with the draft alone."""
-        return score(self.model, tokens_BT, position_B, kv)[0]
+        logits_BTV, hidden = score(self.model, tokens_BT, position_B, kv)
+        return Scores(logits_BTV, hidden.experts_BTLC)
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ class Eagle3:
         last_BH = take(features_BTH, (emitted.count.long() - 1).clamp(0, steps))
         put(self.model, FEATURE, rows.index, last_BH, rows.alive_B[:, None])
 
-    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Tensor:
+    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
         """Score with target and head. The first token of a sequence has no features before it: its logits are zeros."""
         _, states = score(target, tokens_BT, position_B, kv)
         features_BTH = self._features(states)
@@ -174,7 +185,7 @@ class Eagle3:
         hidden, _ = _run_head(self, rows, tokens_BT, before_BTH, positions_BT)
         put(self.model, FEATURE, rows.index, features_BTH[:, -1], alive_B[:, None])
         known_BT1 = (positions_BT >= 0)[..., None]
-        return torch.where(known_BT1, self.model.all_logits(hidden), 0.0)
+        return Scores(torch.where(known_BT1, self.model.all_logits(hidden), 0.0), states.experts_BTLC)
 
     def _features(self, states: Hidden) -> Tensor:
         """Project the target's hidden states to the input of the head's layer: [B, T, H]."""
@@ -261,7 +272,7 @@ class DFlash:
         keep_BT = index_range(emitted.tokens.shape[1], rows.last_B) < emitted.count[:, None]
         self._write(states, positions_BT, row_writes(self.model, rows, positions_BT, keep_BT))
 
-    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Tensor:
+    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
         """Score with target and draft: after each token, the answer of a block of that token and one mask."""
         model, head = self.model, self.model.config.eagle3
         assert head is not None
@@ -274,7 +285,8 @@ class DFlash:
         both_BT = torch.cat((tokens_BT, torch.full_like(tokens_BT, head.mask_token)), dim=1)
         run = Pass(positions_BT, model.state, writes)
         inputs = (model.readable(both_BT), run, kv)
-        return model.all_logits(dflash_layers.pair_states(model.config, model.weights, model.seams, *inputs))
+        hidden_BTH = dflash_layers.pair_states(model.config, model.weights, model.seams, *inputs)
+        return Scores(model.all_logits(hidden_BTH), states.experts_BTLC)
 
     def _write(self, states: Hidden, positions_BT: Tensor, writes: Writes) -> None:
         model = self.model

@@ -143,14 +143,14 @@ FAMILIES = {
 }
 
 
-def write_pair(spec: Family, root: Path) -> dict[str, Any]:
+def write_pair(spec: Family, root: Path, seed: int = 3) -> dict[str, Any]:
     """Save target and draft below `root`; returns the recipe's `draft` section."""
-    target = _model(spec, spec.changes, seed=3)
+    target = _model(spec, spec.changes, seed=seed)
     _save(target, root / "target", spec)
     write_tokenizer(root / "target", spec.tokenizer)
     if spec.draft is None:
         return {"derive": {"from": "target", "layers": list(spec.derive)}}
-    draft = _model(spec, spec.changes | spec.draft, seed=4)
+    draft = _model(spec, spec.changes | spec.draft, seed=seed + 1)
     _resemble(draft, target)
     _save(draft, root / "draft", spec)
     write_tokenizer(root / "draft", spec.tokenizer)

@@ -10,6 +10,7 @@ that passes one rescues what fails another. The tokens of all answers and of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from pipeline.validate.gates.choices import CheckedChoices
 from pipeline.validate.gates.outcome import GateOutcome
+from pipeline.validate.gates.router_ties import router_findings
 from pipeline.validate.gates.scores import ModelScores
-from pipeline.validate.limits import FLIP_LIMIT, MAP, MAP_ALL, SLICE_TOKENS, limits
+from pipeline.validate.limits import MAP, MAP_ALL, SLICE_TOKENS, limits, most_near_ties
 from pipeline.validate.report.schema import Choices, Divergence, ModelParity, Points, Rounding, Slice
 
 
@@ -60,17 +62,36 @@ def parity_findings(scores: ModelScores, near_tie_rate: float) -> list[str]:
     if not bool(table["finite"].all()):
         row = int((table["finite"] == 0).nonzero()[0])
         return [f"{scores.model}: logits are not finite, first at {scores.place(row)}"]
-    findings = (*_over_map(scores), *_layers(scores), *_over_noise(scores), *_flips(scores, near_tie_rate))
+    findings = (
+        *_experts(scores, near_tie_rate),
+        *_over_map(scores),
+        *_layers(scores),
+        *_over_noise(scores),
+        *_flips(scores, near_tie_rate),
+    )
     return [f"{scores.model}: {finding}" for finding in findings]
 
 
+def _experts(scores: ModelScores, near_tie_rate: float) -> Iterator[str]:
+    routed = [run.experts for run in scores.runs]
+    yield from router_findings(routed, scores.router, near_tie_rate, scores.place)
+    limit, worst = limits(scores.dtype).expert, scores.compared_experts.worst
+    if worst is not None and (worst.error_over_noise is None or worst.error_over_noise > limit):
+        ratio = f"{worst.error_over_noise or math.inf:.2f} times the noise of {scores.dtype}"
+        where = f"over the {worst.tokens} tokens that used it"
+        yield f"error of expert {worst.expert} of layer {worst.layer} is {ratio} {where}; the limit is {limit}"
+
+
 def _over_map(scores: ModelScores) -> Iterator[str]:
-    """Return errors over the map's limits. Where transformers in this dtype exceeds a limit, its error is the limit."""
+    """Return errors over the map's limits.
+
+    Where transformers in this dtype exceeds a limit, its largest error decides: that of a single token, as of a slice.
+    """
     table = scores.table
     for name, bound in (*((str(k), bound) for k, bound in MAP.items()), ("all", MAP_ALL)):
         column = table[f"error_{name}"] - table["allowed"]
         row = int(column.argmax())
-        limit = max(bound, limits(scores.dtype).all * float(table[f"noise_{name}"].max()))
+        limit = max(bound, limits(scores.dtype).slice * float(table[f"noise_{name}"].max()))
         if not float(column[row]) <= limit:
             yield f"top-{name} error {float(column[row]):.2e} exceeds {limit:.2g} at {scores.place(row)}"
 
@@ -109,7 +130,7 @@ def _flips(scores: ModelScores, near_tie_rate: float) -> Iterator[str]:
         gap = float(table["gap_chosen"][row])
         yield f"{flips - ties} tokens flip that are not near-ties, first at {scores.place(row)}, gap {gap:.2e}"
     usual = int(table["flip_noise"].sum())
-    if ties > near_tie_rate * len(table["flip"]) + FLIP_LIMIT * usual:
+    if ties > most_near_ties(len(table["flip"]), usual, near_tie_rate):
         yield f"{ties} near-tie flips in {len(table['flip'])} tokens; transformers in {scores.dtype} has {usual}"
 
 
@@ -133,6 +154,7 @@ def model_parity(scores: ModelScores, rounding: Rounding | None, sequence_number
         flips_of_noise=int(table["flip_noise"].sum()),
         first_divergence=_first_divergence(scores),
         layers=scores.layers_over_noise,
+        experts=None if scores.router is None else scores.router.section(scores.compared_experts),
         rounding=rounding,
         slices=tuple(_slices(scores)),
         points=_points(scores, sequence_numbers),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from pipeline.progress import Log
 from pipeline.recipe.schema import Recipe
@@ -69,6 +70,13 @@ def compute_goldens(inputs: ReferenceInputs, sequences: Sequences) -> dict[str, 
 def goldens_of(inputs: ReferenceInputs, model: str, sequences: Sequences) -> dict[str, Golden]:
     """Return one model's goldens by sequence name, computed or from the cache."""
     return _by_name(_sources(inputs)[model], sequences)
+
+
+def goldens_along(
+    inputs: ReferenceInputs, model: str, sequences: Sequence[list[int]], experts: Sequence[Tensor]
+) -> list[Golden]:
+    """Return goldens of one model that follow given experts, int [T, L, C] of each sequence."""
+    return _sources(inputs)[model].of(sequences, experts)
 
 
 def _sources(inputs: ReferenceInputs) -> dict[str, Goldens]:

@@ -30,9 +30,10 @@ from pipeline.validate.gates.parts import Elsewhere, answer_elsewhere, measure_e
 from pipeline.validate.gates.places import lookup_alone, places_of
 from pipeline.validate.gates.references import ModelReference, compute_references
 from pipeline.validate.gates.rules import draw_by_rules, verify_graphs
-from pipeline.validate.gates.scores import ModelScores, ScoreJob, score_bucket
+from pipeline.validate.gates.scores import ModelScores, ScoreJob, along_scores, score_bucket
 from pipeline.validate.gates.speed import measure_speed
 from pipeline.validate.limits import TIE
+from pipeline.validate.reference.golden import Golden
 from pipeline.validate.report.schema import Distribution, Losslessness
 
 
@@ -93,7 +94,8 @@ def run_gates(inputs: GateInputs, elsewhere: Elsewhere | None = None) -> GateRun
         measured = Measurements(*measure_elsewhere(inputs, answers, sequences, clock, elsewhere))
     else:
         measured = measure_buckets(inputs, answers, sequences, references, clock)
-    choices = _choices(inputs, sequences, references, measured, clock)
+    followed = {model: along_scores(inputs, measured.scores[model], of.goldens) for model, of in references.items()}
+    choices = _choices(inputs, sequences, (references["target"].goldens, followed["target"]), measured, clock)
     drawn = measured.drawn
     if inputs.is_sampled:
         with clock.stage("distribution", ", prefill graphs"):
@@ -112,20 +114,23 @@ def run_gates(inputs: GateInputs, elsewhere: Elsewhere | None = None) -> GateRun
         parity=parity(measured.scores, roundings, choices, numbers, limits.near_tie_rate),
         losslessness=losslessness(measured.compared, measured.tie, limits.near_tie_rate),
         distribution=distribution(drawn, inputs.engine.manifest.pair.candidates) if inputs.is_sampled else None,
-        acceptance=acceptance(by_k, speed, limits, _expected(inputs, answers, sequences, references)),
+        acceptance=acceptance(
+            by_k, speed, limits, _expected(inputs, answers, sequences, references["draft"].goldens | followed["draft"])
+        ),
         seconds=clock.seconds,
     )
 
 
 def _expected(
-    inputs: GateInputs, answers: Answers, sequences: Sequences, references: Mapping[str, ModelReference]
-) -> Expected:
+    inputs: GateInputs, answers: Answers, sequences: Sequences, goldens: Mapping[str, Golden]
+) -> Expected:  # fmt: skip
+    """Return what acceptance is compared with; `goldens` are those of the draft."""
     steps, of_first = next(iter(answers.speculative.items()))
     draft_ids, manifest = draft_token_ids(inputs.checkpoints[1]), inputs.engine.manifest
     costs = manifest.step_costs
     alone = costs[min(costs)] if isinstance(costs, dict) else costs
     return Expected(
-        places_of(sequences.prompts, of_first, references["draft"].goldens, draft_ids, steps),
+        places_of(sequences.prompts, of_first, goldens, draft_ids, steps),
         lookup_alone(sequences.prompts, manifest.lookup, steps),
         manifest.draft_kind.reads_target_states,
         alone[0] if alone else None,
@@ -172,7 +177,7 @@ def measure_buckets(
 def _choices(
     inputs: GateInputs,
     sequences: Sequences,
-    references: Mapping[str, ModelReference],
+    goldens: tuple[Mapping[str, Golden], ...],
     measured: Measurements,
     clock: StageClock,
 ) -> CheckedChoices:
@@ -180,4 +185,5 @@ def _choices(
     with clock.stage("prefill graphs"):
         choices += [*prefill_choices(inputs.engine, sequences.probes), *long_choices(inputs.engine, sequences.probes)]
     floor, rate = measured.scores["target"].floor, inputs.recipe.validate_.gates.near_tie_rate
-    return check_choices(choices, references["target"].goldens, floor, rate)
+    by_name = {name: [of[name] for of in goldens if name in of] for name in goldens[0]}
+    return check_choices(choices, by_name, floor, rate)

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from pipeline.graphs.spec import GraphSpec
-from pipeline.runtime.engine import Engine
+from pipeline.models.config import ModelConfig
 from pipeline.validate.gates.answers import ScoredSequence, Sequences
-from pipeline.validate.gates.inputs import GateInputs
+from pipeline.validate.gates.expert_errors import ComparedExperts, ExpertSquares, compared_experts, expert_squares
+from pipeline.validate.gates.experts import ChosenExperts, along, chosen_experts
+from pipeline.validate.gates.inputs import MODELS, GateInputs
+from pipeline.validate.gates.router_ties import RouterErrors
 from pipeline.validate.gates.scoring import run_score
 from pipeline.validate.gates.token_columns import token_columns
 from pipeline.validate.limits import MAP, TIE
@@ -42,6 +45,8 @@ class ScoredRun:
     graph: str
     columns: dict[str, Tensor]
     cache_squares: Tensor | None
+    experts: ChosenExperts | None = None
+    expert_squares: ExpertSquares | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,16 @@ class ModelScores:
         allowed = TIE * torch.maximum(table["noise_5"], floor[5])
         table["near_tie"] = table["flip"] * (table["gap_chosen"] <= allowed)
         return table
+
+    @cached_property
+    def router(self) -> RouterErrors | None:
+        """Choices of experts; None without experts."""
+        return RouterErrors.of(run.experts for run in self.runs)
+
+    @cached_property
+    def compared_experts(self) -> ComparedExperts:
+        """Errors by expert; none without experts, or where ranks share the heads."""
+        return compared_experts([run.expert_squares for run in self.runs])
 
     def groups(self) -> Iterator[tuple[SliceKind, str, Tensor]]:
         """Yield slices of the table: kind, name, and the rows' mask."""
@@ -132,12 +147,27 @@ def score_bucket(
     chosen = [s for i, s in enumerate(own) if len(s.tokens) > job.shorter or i % every == 0]
     chosen.sort(key=lambda s: len(s.tokens))
     usable = min(job.kv, engine.length)
+    pairs = [(replace(s, tokens=s.tokens[:usable]), goldens[s.name].cut(usable)) for s in chosen]
+    probes = [(replace(s, tokens=s.tokens[:usable]), goldens[s.name].cut(usable)) for s in sequences.probes]
+    groups = (pairs, probes[: spec.batch])
+    runs = _score_groups(inputs, spec, groups)
+    others = along(inputs, job.model, {run.sequence.name: (run.sequence.tokens, run.experts) for run in runs})
+    if others:
+        runs = _score_groups(
+            inputs, spec, [[(s, others.get(s.name, golden)) for s, golden in group] for group in groups]
+        )
+    return runs
+
+
+def _score_groups(
+    inputs: GateInputs, spec: GraphSpec, groups: Sequence[Sequence[tuple[ScoredSequence, Golden]]]
+) -> list[ScoredRun]:
+    """Score groups of sequences, each in batches, and compare them with their goldens."""
     runs: list[ScoredRun] = []
-    for group in (chosen, sequences.probes[: spec.batch]):
-        pairs = [(replace(s, tokens=s.tokens[:usable]), goldens[s.name].cut(usable)) for s in group]
+    for pairs in groups:
         for start in range(0, len(pairs), spec.batch):
             inputs.progress(spec.name, start, len(pairs))
-            runs += _score_batch(engine, spec, pairs[start : start + spec.batch], inputs.dtype_of(job.model))
+            runs += _score_batch(inputs, spec, pairs[start : start + spec.batch])
     inputs.progress(spec.name, 1, 1)
     return runs
 
@@ -148,31 +178,65 @@ def _every(items: Sequence[object], count: int) -> int:
 
 
 def _score_batch(
-    engine: Engine, spec: GraphSpec, pairs: Sequence[tuple[ScoredSequence, Golden]], dtype: str
+    inputs: GateInputs, spec: GraphSpec, pairs: Sequence[tuple[ScoredSequence, Golden]]
 ) -> Iterator[ScoredRun]:
     """Score up to B sequences through one graph at once, and compare each with its golden."""
+    engine = inputs.engine
     parts: list[list[Summary]] = [[] for _ in pairs]
+    experts: list[list[Tensor]] = [[] for _ in pairs]
 
     def keep(row: int, first: int, logits_TV: Tensor) -> None:
         ids = pairs[row][1].ids[first : first + len(logits_TV)]
         if len(ids):
             parts[row].append(summary(logits_TV[: len(ids)], ids))
 
-    run_score(engine, spec, [sequence.tokens for sequence, _ in pairs], keep)
-    state = engine.ranks.state()
+    def keep_experts(row: int, first: int, experts_TLC: Tensor) -> None:
+        experts[row].append(experts_TLC[: max(len(pairs[row][1].ids) - first, 0)].clone())
+
+    run_score(engine, spec, [sequence.tokens for sequence, _ in pairs], keep, keep_experts=keep_experts)
+    state, config = engine.ranks.state(), routed_config(inputs, spec.model)
     for row, ((sequence, golden), pieces) in enumerate(zip(pairs, parts, strict=True)):
-        columns = token_columns(joined(pieces), golden, dtype)
+        columns = token_columns(joined(pieces), golden, inputs.dtype_of(spec.model))
         columns["position"] = torch.arange(len(columns["flip"]), dtype=torch.float64)
-        squares = cache_squares(state, spec.model, row, golden) if state else None
-        yield ScoredRun(sequence, spec.name, columns, squares)
+        chosen, squares, by_expert = chosen_experts(experts[row], golden, config), None, None
+        if state:
+            of_tokens = cache_errors(state, spec.model, row, golden)
+            squares = of_tokens.sum(1)
+            if config is inputs.checkpoints[MODELS.index(spec.model)].config:
+                logits = torch.stack([columns["square_error_all"], columns["square_noise_all"]])
+                by_expert = expert_squares(of_tokens, logits, chosen, config)
+        yield ScoredRun(sequence, spec.name, columns, squares, chosen, by_expert)
 
 
-def cache_squares(state: Mapping[str, Tensor], model: str, row: int, golden: Golden) -> Tensor:
-    """Return sums of squares of errors and noise, of keys and values that a sequence left in a cache row."""
+def along_scores(inputs: GateInputs, scores: ModelScores, goldens: Mapping[str, Golden]) -> dict[str, Golden]:
+    """Return goldens along the experts of the first graph that scored a sequence, by its name.
+
+    `goldens` are those along the baseline's own experts; sequences with these are left out.
+    """
+    chosen = {}
+    for run in reversed(scores.runs):
+        if run.experts is not None:
+            own = goldens[run.sequence.name].cut(len(run.experts.experts)).routes
+            assert own is not None
+            chosen[run.sequence.name] = (run.sequence.tokens, replace(run.experts, routes=own))
+    return along(inputs, scores.model, chosen)
+
+
+def routed_config(inputs: GateInputs, model: str) -> ModelConfig:
+    """Return the config of the model whose experts the `score` graphs of a model report: a head's are its target's."""
+    target, draft = (checkpoint.config for checkpoint in inputs.checkpoints)
+    return target if model == "target" or draft.draft_kind.reads_target_states else draft
+
+
+def cache_errors(state: Mapping[str, Tensor], model: str, row: int, golden: Golden) -> Tensor:
+    """Return squares of errors and noise, of keys and values that a sequence left in a cache row.
+
+    float64 [error or noise, T, layers, key or value].
+    """
     tokens, layers = golden.caches.shape[:2]
     cached = torch.stack([_projected_layer(state, f"{model}/", layer, row, tokens) for layer in range(layers)], dim=1)
     both = torch.stack([cached - golden.caches, golden.caches_noise - golden.caches]).double()
-    return both.pow(2).sum((1, 4))
+    return both.pow(2).sum(-1)
 
 
 def _projected_layer(state: Mapping[str, Tensor], prefix: str, layer: int, row: int, tokens: int) -> Tensor:

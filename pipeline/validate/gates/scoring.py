@@ -11,25 +11,29 @@ import torch
 from torch import Tensor
 
 from pipeline.graphs.arguments import ScoreRow, score_arguments
+from pipeline.graphs.signature import EXPERTS_OUT
 from pipeline.graphs.spec import GraphSpec
 from pipeline.runtime.engine import Engine
 
 
 def run_score(
     engine: Engine, spec: GraphSpec, sequences: Sequence[list[int]], keep: Callable[[int, int, Tensor], None],
-    first: Sequence[int] | None = None,
+    first: Sequence[int] | None = None, keep_experts: Callable[[int, int, Tensor], None] | None = None,
 ) -> None:  # fmt: skip
     """Teacher-force up to B sequences, in chunks of T; `keep` gets row, offset in the sequence, logits [t, V].
 
-    Rows start empty, or at the positions `first`, up to which the caches are filled.
+    Rows start empty, or at the positions `first`, up to which the caches are filled. `keep_experts` gets the experts of
+    the same tokens, int32 [t, L, C], from graphs with experts.
     """
     begins = first or [0] * len(sequences)
     for start in range(0, max(map(len, sequences)), spec.tokens):
         parts = [sequence[start : start + spec.tokens] for sequence in sequences]
         rows = {row: ScoreRow(part, begins[row] + start) for row, part in enumerate(parts) if part}
-        logits = engine.ranks.run(spec, score_arguments(spec, rows, engine.length))["logits"]
+        outputs = engine.ranks.run(spec, score_arguments(spec, rows, engine.length))
         for row, scored in rows.items():
-            keep(row, start, logits[row, : len(scored.tokens)])
+            keep(row, start, outputs["logits"][row, : len(scored.tokens)])
+            if keep_experts is not None and EXPERTS_OUT in outputs:
+                keep_experts(row, start, outputs[EXPERTS_OUT][row, : len(scored.tokens)])
 
 
 def score(

@@ -9,7 +9,8 @@ Shapes: T tokens, H hidden, N query heads, G KV heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -53,18 +54,23 @@ class Eagle3Reference(Reference):
         return self._target.layers + self.checkpoint.config.layers
 
     @torch.no_grad()
-    def goldens(self, sequences: list[list[int]]) -> Iterator[Golden]:
-        """Run the target over the sequences whose taps are not known, then the head over each."""
+    def goldens(self, sequences: list[list[int]], experts: Sequence[Tensor | None] = ()) -> Iterator[Golden]:
+        """Run the target over the sequences whose taps are not known, then the head over each.
+
+        `experts` are those of the target.
+        """
         assert self._target.taps is not None
         states, key = self._target.taps.states, self._target.tapped
-        if unknown := [s for s in sequences if any(key(kind, s) not in states for kind in self.kinds)]:
-            self._target.run_layers(unknown)
-        for tokens in sequences:
-            features = (torch.cat(states[key(kind, tokens)], dim=-1) for kind in self.kinds)
+        runs = list(zip(sequences, list(experts) or [None] * len(sequences), strict=True))
+        if unknown := [run for run in runs if any(key(kind, *run) not in states for kind in self.kinds)]:
+            self._target.run_layers([tokens for tokens, _ in unknown], [given for _, given in unknown])
+        for tokens, given in runs:
+            features = (torch.cat(states[key(kind, tokens, given)], dim=-1) for kind in self.kinds)
             (high, keys), (low, keys_noise) = (
                 self._head_states(tokens, taps_TX, kind) for taps_TX, kind in zip(features, self.kinds, strict=True)
             )
-            yield self.golden(high, low, keys, keys_noise)
+            routes = self._target.taps.routes[key(self.dtype, tokens, given)]
+            yield replace(self.golden(high, low, keys, keys_noise), routes=routes)
 
     def _head_states(self, tokens: list[int], taps_TX: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the input of the head's LM head at each token [T, H], and projections of its keys and values."""

@@ -8,12 +8,14 @@ Shapes: T tokens of a sequence, N recorded ids, V vocabulary, R rows of the proj
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
+
+from pipeline.validate.reference.routes import Routes
 
 RANKS = (*range(50), *range(50, 1000, 10))
 """Ranks of the baseline whose logits are recorded: the first 50, then every tenth up to 1000."""
@@ -41,7 +43,7 @@ class Golden:
     """Baseline and noise of one sequence. `ids` int32 [T, N] by descending baseline logit.
 
     `caches` and `caches_noise`, float32 [T, layers, 2, R'], are projections of every layer's keys and values; of an
-    EAGLE-3 head there are T - 1.
+    EAGLE-3 head there are T - 1. `routes` are the experts that both follow, of a head those of its target.
     """
 
     ids: Tensor
@@ -49,12 +51,14 @@ class Golden:
     noise: Summary
     caches: Tensor
     caches_noise: Tensor
+    routes: Routes | None = None
 
     def cut(self, tokens: int) -> Golden:
         """Return the first tokens only: attention is causal, so they are the same in a longer sequence."""
         held = tokens - (len(self.ids) - len(self.caches))
         caches = self.caches[:held], self.caches_noise[:held]
-        return Golden(self.ids[:tokens], self.baseline.cut(tokens), self.noise.cut(tokens), *caches)
+        routes = None if self.routes is None else self.routes.cut(tokens)
+        return Golden(self.ids[:tokens], self.baseline.cut(tokens), self.noise.cut(tokens), *caches, routes)
 
 
 def summary(logits_TV: Tensor, ids_TN: Tensor) -> Summary:
@@ -102,7 +106,8 @@ def joined(parts: Sequence[Summary]) -> Summary:
 def pack(golden: Golden) -> bytes:
     """Return a golden as the bytes of a safetensors file."""
     tensors = {"ids": golden.ids, "caches": golden.caches, "caches_noise": golden.caches_noise}
-    for name, part in (("baseline", golden.baseline), ("noise", golden.noise)):
+    parts = {"baseline": golden.baseline, "noise": golden.noise} | ({"routes": golden.routes} if golden.routes else {})
+    for name, part in parts.items():
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in vars(part).items()}
     return save(tensors)
 
@@ -110,7 +115,9 @@ def pack(golden: Golden) -> bytes:
 def unpack(tensors: Mapping[str, Tensor]) -> Golden:
     """Return the golden whose tensors these are."""
     baseline, noise = _summary_in(tensors, "baseline"), _summary_in(tensors, "noise")
-    return Golden(tensors["ids"], baseline, noise, tensors["caches"], tensors["caches_noise"])
+    names = [f"routes.{field.name}" for field in fields(Routes)]
+    routes = Routes(*(tensors[name] for name in names)) if names[0] in tensors else None
+    return Golden(tensors["ids"], baseline, noise, tensors["caches"], tensors["caches_noise"], routes)
 
 
 def _summary_in(tensors: Mapping[str, Tensor], name: str) -> Summary:

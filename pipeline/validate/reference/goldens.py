@@ -11,6 +11,7 @@ from typing import Protocol
 
 import transformers
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pipeline.cache.backed import BackedCache
 from pipeline.cache.local import Cache
@@ -23,6 +24,7 @@ from pipeline.validate.reference.eagle3 import Eagle3Reference
 from pipeline.validate.reference.golden import Golden, pack, unpack
 from pipeline.validate.reference.layers import Reference, Taps
 from pipeline.validate.reference.products import WideProducts
+from pipeline.validate.reference.routes import digest
 
 REFERENCES: dict[DraftMethod, type[Reference]] = {
     "draft_model": Reference,
@@ -34,6 +36,9 @@ REFERENCES: dict[DraftMethod, type[Reference]] = {
 
 FORMAT = 1
 """Part of every key: raise it when a golden's content changes."""
+
+ROUTES = 1
+"""The same for models with experts alone."""
 
 
 class GoldenStore(Protocol):
@@ -75,18 +80,24 @@ class Goldens:
     cached: int = 0
     _known: dict[str, Golden] = field(default_factory=dict)
 
-    def of(self, sequences: Sequence[list[int]]) -> list[Golden]:
-        """Return goldens of token sequences; missing ones are computed together, in one pass over the layers."""
-        keys = [self._key(tokens) for tokens in sequences]
-        missing = {key: tokens for key, tokens in zip(keys, sequences, strict=True) if self._load(key) is None}
+    def of(self, sequences: Sequence[list[int]], experts: Sequence[Tensor | None] = ()) -> list[Golden]:
+        """Return goldens of token sequences; missing ones are computed together, in one pass over the layers.
+
+        `experts` int [T, L, C] of each sequence are those that the reference follows; None: its own choices.
+        """
+        runs = list(zip(sequences, list(experts) or [None] * len(sequences), strict=True))
+        keys = [self._key(tokens, given) for tokens, given in runs]
+        missing = {key: run for key, run in zip(keys, runs, strict=True) if self._load(key) is None}
         self.cached += len(keys) - len(missing)
         if missing:
             model = self._reference()
             role = "target" if self.checkpoint is self.target else "draft"
             weights = f" with {self.narrow} weights" if self.narrow else ""
-            self.log(f"  reference of the {role}{weights}: {len(missing)} sequences, layer by layer")
+            along = " along the artifact's experts" if experts else ""
+            self.log(f"  reference of the {role}{weights}{along}: {len(missing)} sequences, layer by layer")
+            goldens = model.goldens([run[0] for run in missing.values()], [run[1] for run in missing.values()])
             with WideProducts():
-                for key, golden in zip(missing, model.goldens(list(missing.values())), strict=True):
+                for key, golden in zip(missing, goldens, strict=True):
                     self.cache.put(key, pack(golden))
                     self._known[key] = golden
             self.computed += len(missing)
@@ -103,7 +114,7 @@ class Goldens:
                 self._known[key] = unpack(load_file(path))
         return self._known.get(key)
 
-    def _key(self, tokens: list[int]) -> str:
+    def _key(self, tokens: list[int], experts: Tensor | None = None) -> str:
         files = sorted((n, d.sha256) for c in (self.checkpoint, self.target) for n, d in c.files.items())
         facts = [FORMAT, files, self.checkpoint.layers, tokens, self.dtype, transformers.__version__]
         unlisted = [c.revision for c in (self.checkpoint, self.target) if c.remote.keys() - c.files.keys()]
@@ -112,4 +123,6 @@ class Goldens:
         facts += [{"head": asdict(self.checkpoint.config)}] if head else []
         facts += [self.narrow] if self.narrow else []
         facts += [{"target": self.target_narrow}] if self.target_narrow != self.narrow else []
+        has_experts = self.checkpoint.config.expert_layers or (head and self.target.config.expert_layers)
+        facts += [{"routes": ROUTES, "experts": digest(experts)}] if has_experts else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

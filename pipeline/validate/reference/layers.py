@@ -11,8 +11,9 @@ Shapes: T tokens of a sequence, V vocabulary, H hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from pipeline.sources.packed import Source
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import shared_weights, weights
 from pipeline.validate.reference.golden import Golden, Summary, joined, project_cache, recorded_ids, summary
+from pipeline.validate.reference.routes import Router, Routes, digest
 from pipeline.validate.reference.skeleton import config_of, for_module, without_weights
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
@@ -52,17 +54,21 @@ def above(dtype: str) -> torch.dtype:
 OUTPUT = -1
 """In `Taps.layers`: the output after the last norm."""
 
+TapKey = tuple[str, str | None, torch.dtype, tuple[int, ...], str]
+"""Weights (dtype and storage), precision, tokens and given experts of a run."""
+
 
 @dataclass
 class Taps:
     """Inputs of a target's layers `layers`, which a head reads, kept from the target's own run.
 
-    The number of layers means the output of the last one, `OUTPUT` the same after the last norm. By weights (dtype and
-    storage), precision and tokens of a sequence: a [T, H] for each layer.
+    The number of layers means the output of the last one, `OUTPUT` the same after the last norm. `states` are a [T, H]
+    for each layer, `routes` the experts of a run.
     """
 
     layers: tuple[int, ...]
-    states: dict[tuple[str, str | None, torch.dtype, tuple[int, ...]], list[Tensor]] = field(default_factory=dict)
+    states: dict[TapKey, list[Tensor]] = field(default_factory=dict)
+    routes: dict[TapKey, Routes | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, target: ModelConfig, draft: ModelConfig) -> Taps:
@@ -101,45 +107,58 @@ class Reference:
         return self.checkpoint.config.layers
 
     @torch.no_grad()
-    def goldens(self, sequences: list[list[int]]) -> Iterator[Golden]:
-        """Run the layers over all sequences, then yield a golden for each."""
-        runs = self.run_layers(sequences)
+    def goldens(self, sequences: list[list[int]], experts: Sequence[Tensor | None] = ()) -> Iterator[Golden]:
+        """Run the layers over all sequences, then yield a golden for each.
+
+        `experts` int [T, L, C] of each sequence are those that routers choose; None: their choices one precision up.
+        """
+        runs = self.run_layers(sequences, experts)
+        routes = [run.router.routes() for run in runs[self.dtype]]
         caches = [[torch.stack(run.cache.layers, dim=1) for run in runs[kind]] for kind in self.kinds]
         baseline, noise = (list(self._normed(runs.pop(kind), kind)) for kind in self.kinds)
-        for high, low, keys, keys_noise in zip(baseline, noise, *caches, strict=True):
-            yield self.golden(high, low, keys, keys_noise)
+        for high, low, keys, keys_noise, of_routers in zip(baseline, noise, *caches, routes, strict=True):
+            yield replace(self.golden(high, low, keys, keys_noise), routes=of_routers)
 
-    def run_layers(self, sequences: list[list[int]]) -> dict[torch.dtype, list[Recorder]]:
-        """Run all layers in both precisions."""
+    def run_layers(
+        self, sequences: list[list[int]], experts: Sequence[Tensor | None] = ()
+    ) -> dict[torch.dtype, list[Recorder]]:
+        """Run all layers in both precisions, along the same experts."""
         model = self._skeleton()
-        runs = {kind: [self._start(model, tokens, kind) for tokens in sequences] for kind in self.kinds}
+        given = list(experts) or [None] * len(sequences)
+        routers = [Router(of_sequence) for of_sequence in given]
+        starts = list(zip(sequences, given, routers, strict=True))
+        runs = {kind: [self._start(model, kind, *start) for start in starts] for kind in self.kinds}
         for index, layer in enumerate(self._layers):
             prefix = f"model.layers.{index}."
             own = {n.removeprefix(prefix): self.read(r) for n, r in self._refs.items() if n.startswith(prefix)}
             state = for_module(layer.state_dict(), own, self.checkpoint.config)
             for kind, started in runs.items():
                 layer.load_state_dict({name: tensor.to(kind) for name, tensor in state.items()}, assign=True)
-                for tokens, run in zip(sequences, started, strict=True):
-                    self._tap(index, kind, tokens, run.hidden)
-                    out = layer(run.hidden, **run.options[index])
+                for run in started:
+                    self._tap(index, run, run.hidden)
+                    with run.router if self.checkpoint.config.layer(index).experts else nullcontext():
+                        out = layer(run.hidden, **run.options[index])
                     run.hidden = out[0] if isinstance(out, tuple) else out
             layer.to("meta")
         for kind, started in runs.items():
-            for tokens, run in zip(sequences, started, strict=True):
-                self._tap(len(self._layers), kind, tokens, run.hidden)
+            for run in started:
+                self._tap(len(self._layers), run, run.hidden)
             if self.taps is not None and OUTPUT in self.taps.layers:
-                for tokens, normed_TH in zip(sequences, self._normed(started, kind), strict=True):
-                    self._tap(OUTPUT, kind, tokens, normed_TH[None])
+                for run, normed_TH in zip(started, self._normed(started, kind), strict=True):
+                    self._tap(OUTPUT, run, normed_TH[None])
+        for run in runs[self.dtype]:
+            if self.taps is not None and self.taps.layers:
+                self.taps.routes[run.key] = run.router.routes()
         return runs
 
-    def _tap(self, layer: int, kind: torch.dtype, tokens: list[int], hidden_1TH: Tensor) -> None:
+    def _tap(self, layer: int, run: Recorder, hidden_1TH: Tensor) -> None:
         """Keep a state that the taps list."""
         if self.taps is not None and layer in self.taps.layers:
-            self.taps.states.setdefault(self.tapped(kind, tokens), []).append(hidden_1TH[0])
+            self.taps.states.setdefault(run.key, []).append(hidden_1TH[0])
 
-    def tapped(self, kind: torch.dtype, tokens: list[int]) -> tuple[str, str | None, torch.dtype, tuple[int, ...]]:
+    def tapped(self, kind: torch.dtype, tokens: list[int], experts: Tensor | None) -> TapKey:
         """Return the key of a run in `Taps`."""
-        return self.dtype_name, self.narrow, kind, tuple(tokens)
+        return self.dtype_name, self.narrow, kind, tuple(tokens), digest(experts)
 
     def _skeleton(self) -> Any:
         """Make transformers' model without weights; its layers are taken out and run one by one."""
@@ -155,9 +174,11 @@ class Reference:
         model.norm, self._norm = nn.Identity(), model.norm
         return model
 
-    def _start(self, model: Any, tokens: list[int], kind: torch.dtype) -> Recorder:
+    def _start(
+        self, model: Any, kind: torch.dtype, tokens: list[int], experts: Tensor | None, router: Router
+    ) -> Recorder:  # fmt: skip
         """Embed a sequence and record the arguments of each layer: mask, positions, rotary tables."""
-        recorder = Recorder()
+        recorder = Recorder(self.tapped(kind, tokens, experts), router)
         model.layers = nn.ModuleList([Recording(recorder, layer) for layer in self._layers])
         model.embed_tokens.padding_idx = None
         model.embed_tokens.weight = nn.Parameter(self.embed(tokens).to(kind))  # transformers scales it, or not
@@ -224,9 +245,10 @@ class Reference:
 
 
 class Recorder:
-    """A run of a sequence: its hidden states, its cache, and the arguments of each layer."""
+    """A run of a sequence: its key in `Taps`, its router, hidden states and cache, and the arguments of each layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: TapKey, router: Router) -> None:
+        self.key, self.router = key, router
         self.hidden = torch.empty(0)
         self.cache = _ProjectedCache()
         self.options: list[dict[str, Any]] = []

@@ -97,6 +97,30 @@ class Rounding(Record):
     logit_noise: Number = Field(description="that of the dtype against one precision up")
 
 
+class OfExpert(Record):
+    """Error of the tokens that one expert computed."""
+
+    layer: int = Field(description="layer of the expert")
+    expert: int = Field(description="number of the expert")
+    tokens: int = Field(description="number of tokens that used it")
+    error_over_noise: Number = Field(description="error over noise of these tokens after the layer")
+
+
+class ExpertChoices(Record):
+    """Choices of experts. Where the artifact's is not the baseline's, but a near-tie, the reference follows it."""
+
+    choices: int = Field(description="number of choices: tokens times layers with experts")
+    near_ties: int = Field(description="choices that differ from the baseline's")
+    near_ties_of_noise: int = Field(description="choices that transformers changes in the recipe's dtype")
+    tokens: int = Field(description="tokens with such a choice in some layer")
+    largest_gap_over_noise: Number = Field(
+        description="largest gap of the router's scores at such a choice over the noise of its scores"
+    )
+    layers: tuple[int, ...] = Field(description="choices that differ, by layer with experts")
+    compared: int = Field(description="experts, of all layers, that enough tokens used; none where ranks share caches")
+    worst: OfExpert | None = Field(description="that with the largest error, of those compared")
+
+
 class ModelParity(Record):
     """Gate 1, numerical parity, of one model."""
 
@@ -121,6 +145,7 @@ class ModelParity(Record):
     layers: tuple[tuple[Number, Number], ...] = Field(
         description="error over noise of each layer's keys and values; empty where ranks share them"
     )
+    experts: ExpertChoices | None = Field(default=None, description="choices of experts; null without experts")
     rounding: Rounding | None = Field(default=None, description="effect of int8 weights; null without them")
     slices: tuple[Slice, ...] = Field(description="measurements by graph, class, prompt and position")
     points: Points = Field(description="measurements of every token")
@@ -247,6 +272,9 @@ class Choices(Record):
     tokens: int = Field(description="number of tokens that were compared")
     near_ties: int = Field(description="tokens that differ from the baseline's choice")
     flips_of_noise: int = Field(description="tokens that transformers itself flips in the recipe's dtype")
+    after_router_ties: int = Field(
+        default=0, description="tokens after a near-tie of a router that differ from the choice along every reference"
+    )
 
 
 class Tested(Record):

@@ -39,11 +39,14 @@ def headlines(report: Report) -> list[tuple[str, str]]:
         (f"{model}: error over {of.dtype} noise", f"{show(of.error_over_noise)} ({of.tokens} tokens)")
         for model, of in report.parity.items()
     ]
+    rows += list(_router_ties(report))
     flips = sum(of.flips for of in report.parity.values())
     ties = sum(of.near_ties for of in report.parity.values())
     rows.append(("flipped tokens", f"{flips}{_near_ties(ties, flips)}"))
     choices = report.choices
     answers = f"{choices.tokens} compared{_near_ties(choices.near_ties, choices.tokens)}"
+    if choices.after_router_ties:
+        answers += f", {choices.after_router_ties} differ after near-ties of a router"
     rows.append(("answer tokens against the reference", answers))
     lossless = report.losslessness
     differences = len(lossless.differences)
@@ -65,6 +68,14 @@ def headlines(report: Report) -> list[tuple[str, str]]:
         what = "they do not fit the caches with an answer; only their last tokens ran"
         rows.append(("prompts that were cut", f"{len(cut)} of {report.tested.prompts}: {what}"))
     return rows
+
+
+def _router_ties(report: Report) -> Iterator[tuple[str, str]]:
+    for model, of in report.parity.items():
+        if of.experts is not None:
+            choices = f"{of.experts.near_ties} of {of.experts.choices} choices of experts"
+            usual = f"transformers in {of.dtype}: {of.experts.near_ties_of_noise}"
+            yield f"{model}: tokens at router near-ties", f"{of.experts.tokens} of {of.tokens} ({choices}; {usual})"
 
 
 def _left_out(sampling: Distribution) -> Iterator[tuple[str, str]]:

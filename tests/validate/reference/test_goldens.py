@@ -134,7 +134,7 @@ def test_a_head_reads_the_states_of_the_targets_own_run(sources, tmp_path, monke
     target, head = pico(sources, "llama"), pico(sources, "llama?draft_vocab=128&eagle3=1", "draft")
     ran: list[str] = []
     original = Reference.run_layers
-    monkeypatch.setattr(Reference, "run_layers", lambda self, s: ran.extend("x" for _ in s) or original(self, s))
+    monkeypatch.setattr(Reference, "run_layers", lambda self, s, e: ran.extend("x" for _ in s) or original(self, s, e))
     taps = Taps(taps_of(target.config, head.config))
     both = [
         Goldens(of, target, "bfloat16", Cache(tmp_path / "a", "goldens"), no_log, taps=taps) for of in (target, head)
