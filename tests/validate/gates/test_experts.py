@@ -15,6 +15,7 @@ from pipeline.validate.reference.routes import Routes
 from pipeline.validate.report import page, summaries
 from pipeline.validate.run import make_report
 from support import planted_experts as planted
+from support.other_rounding import other_rounding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,10 +42,11 @@ def pairs(tmp_path_factory):
     return pair
 
 
+@pytest.mark.parametrize("rounding", [None, other_rounding], ids=["as transformers", "as compiled kernels"])
 @pytest.mark.parametrize("family", lanes(FAMILY_NAMES))
-def test_clean_pair_in_bfloat16_passes_with_near_ties(pairs, family):
+def test_clean_pair_in_bfloat16_passes_with_near_ties(pairs, family, rounding):
     """Without a reference that follows them, tokens at near-ties of a router were up to 57 times the noise off."""
-    run = planted.gates_of_experts(*pairs(family, "bfloat16"))
+    run = planted.gates_of_experts(*pairs(family, "bfloat16"), rounding)
     assert run.passed, run.findings
     target = run.parity.section.models["target"]
     assert target.experts is not None
