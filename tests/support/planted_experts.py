@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -23,20 +24,35 @@ from pipeline.validate.gates.run import GateRun, run_gates
 from pipeline.validate.prompts import Prompt
 from support import families
 from support.eager import EagerRanks, make_engine
+from support.heads import FLAT, VOCAB, Parts, write_head
 
 LAYER = "target/model.layers.0.mlp"
 OLMOE = families.Family("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}, "json-config")
 PAIRS = {**families.FAMILIES, "olmoe": OLMOE}
 
 
-def expert_recipe(family: str, root: Path, dtype: str, seed: int = 3) -> Recipe:
+def expert_recipe(family: str, root: Path, dtype: str, seed: int = 3, kv: tuple[int, ...] = (64,)) -> Recipe:
     """Write a pair of a family below `root`; return the recipe of it."""
+    return _recipe(root, dtype, families.write_pair(PAIRS[family], root, seed), kv)
+
+
+def head_recipe(root: Path, dtype: str) -> Recipe:
+    """Write a target with experts and an untrained EAGLE-3 head for it below `root`; return the recipe of both."""
+    changes = {"vocab_size": VOCAB, "num_hidden_layers": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    families.write_pair(families.Family("Mixtral", changes, "json-config"), root)
+    write_head(root / "head", FLAT, Parts())
+    return _recipe(root, dtype, {"source": "./head"}, method="eagle3")
+
+
+def _recipe(
+    root: Path, dtype: str, draft: dict[str, Any], kv: tuple[int, ...] = (64,), **speculation: str
+) -> Recipe:  # fmt: skip
     recipe = {
-        "name": family,
+        "name": "experts",
         "target": {"source": "./target", "dtype": dtype},
-        "draft": families.write_pair(PAIRS[family], root, seed),
-        "speculation": {"draft_tokens": [3], "sampling": ["greedy"]},
-        "shapes": {"batch": [3], "prefill": [48], "kv": [64]},
+        "draft": draft,
+        "speculation": {"draft_tokens": [3], "sampling": ["greedy"], **speculation},
+        "shapes": {"batch": [3], "prefill": [min(*kv, 48)], "kv": list(kv)},
         "validate": {"max_new_tokens": 8, "gates": {"tokens_per_step": 1.0}},
     }
     (root / "pair.yaml").write_text(yaml.safe_dump(recipe))

@@ -66,7 +66,7 @@ def along(
     `chosen` has the tokens of each sequence that are compared, and its experts.
     """
     others = {
-        name: (list(tokens)[: len(of.experts)], of.experts)
+        name: (list(tokens[: len(of.experts)]), of.experts)
         for name, (tokens, of) in chosen.items()
         if of is not None and not of.fault and not of.is_followed
     }

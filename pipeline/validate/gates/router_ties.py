@@ -20,6 +20,8 @@ from pipeline.validate.limits import ROUTER_TIE, most_near_ties
 from pipeline.validate.reference.golden import Golden
 from pipeline.validate.report.schema import ExpertChoices
 
+CHANGED = "a graph chose other experts when it ran the same tokens again"
+
 
 @dataclass(frozen=True)
 class RouterErrors:
@@ -63,6 +65,7 @@ def router_findings(
 ) -> Iterator[str]:
     """Yield what is wrong with choices of experts; `place` returns the name of a token."""
     faults = [of.fault for of in chosen if of is not None and of.fault]
+    faults += [CHANGED for of in chosen if of is not None and not of.fault and not of.is_followed]
     if faults:
         yield f"router: {faults[0]}"
     if faults or errors is None:

@@ -209,13 +209,15 @@ def _score_batch(
 
 
 def along_scores(inputs: GateInputs, scores: ModelScores, goldens: Mapping[str, Golden]) -> dict[str, Golden]:
-    """Return goldens along the experts of the first graph that scored a sequence, by its name.
+    """Return goldens along the experts of a graph that scored a sequence, by its name.
 
-    `goldens` are those along the baseline's own experts; sequences with these are left out.
+    Of several graphs it is the first that scored most of the sequence: others have shorter caches. `goldens` are those
+    along the baseline's own experts; sequences with these are left out.
     """
-    chosen = {}
-    for run in reversed(scores.runs):
-        if run.experts is not None:
+    chosen: dict[str, tuple[list[int], ChosenExperts]] = {}
+    for run in scores.runs:
+        known = chosen.get(run.sequence.name)
+        if run.experts is not None and (known is None or len(known[1].experts) < len(run.experts.experts)):
             own = goldens[run.sequence.name].cut(len(run.experts.experts)).routes
             assert own is not None
             chosen[run.sequence.name] = (run.sequence.tokens, replace(run.experts, routes=own))

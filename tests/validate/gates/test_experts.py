@@ -9,7 +9,7 @@ import torch
 
 from pipeline.validate.gates.expert_errors import ComparedExperts, ExpertSquares, compared_experts
 from pipeline.validate.gates.experts import ChosenExperts
-from pipeline.validate.gates.router_ties import RouterErrors, router_findings
+from pipeline.validate.gates.router_ties import CHANGED, RouterErrors, router_findings
 from pipeline.validate.limits import EXPERT_TOKENS
 from pipeline.validate.reference.routes import Routes
 from pipeline.validate.report import page, summaries
@@ -60,6 +60,25 @@ def test_clean_pair_in_bfloat16_passes_with_near_ties(pairs, family, rounding):
 def test_clean_pair_in_float32_passes(pairs, family):
     run = planted.gates_of_experts(*pairs(family, "float32"))
     assert run.passed, run.findings
+
+
+def test_sequences_that_a_short_cache_cuts_are_followed_to_their_ends(tmp_path):
+    """The artifact's experts come from the longest cache; those of a short one were taken for the whole sequence."""
+    run = planted.gates_of_experts(
+        tmp_path, planted.expert_recipe("mixtral", tmp_path, "bfloat16", kv=(24, 64)), other_rounding
+    )
+    assert run.passed, run.findings
+    assert max(len(sequence.tokens) for sequence in run.sequences.prompts) > 24
+
+
+def test_clean_head_over_a_target_with_experts_passes(tmp_path):
+    """The head reads states of the target, whose experts decide them: its reference follows these, too."""
+    run = planted.gates_of_experts(tmp_path, planted.head_recipe(tmp_path, "bfloat16"), other_rounding)
+    assert run.passed, run.findings
+    draft = run.parity.section.models["draft"]
+    assert draft.experts is not None
+    assert draft.experts.near_ties > 0, "no near-tie: nothing is tested"
+    assert draft.experts.compared == 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
@@ -129,6 +148,11 @@ def test_a_gap_beyond_the_noise_is_no_near_tie():
     gaps[7] = 8.1
     (finding,) = findings(chosen(gaps))
     assert finding.startswith("router: 1 choices of experts are not near-ties, first at token 7, router 0, gap 8.1")
+
+
+def test_experts_that_change_when_a_graph_runs_again_are_a_finding():
+    first = chosen(torch.full((4,), -5.0))
+    assert findings(first, replace(first, experts=first.experts + 1)) == [f"router: {CHANGED}"]
 
 
 def test_malformed_experts_are_a_finding():
