@@ -61,12 +61,19 @@ def _recipe(
 
 def gates_of_experts(root: Path, recipe: Recipe, fault: Callable[[EagerRanks, int], None] | None = None) -> GateRun:
     """Gates that have run on an eager engine of a pair below `root`, spoiled or not."""
+    return run_gates(inputs_of_experts(root, recipe, fault))
+
+
+def inputs_of_experts(
+    root: Path, recipe: Recipe, fault: Callable[[EagerRanks, int], None] | None = None
+) -> GateInputs:  # fmt: skip
+    """Inputs of gates on an eager engine of a pair below `root`, spoiled or not."""
     pair = resolve_pair(recipe, base=root, cache=root / "cache")
     engine = make_engine(recipe, pair)
     if fault is not None:
         fault(engine.ranks, 0)
     prompts = [Prompt(f"p{i}", "chat", text) for i, text in enumerate(families.PROMPTS[:4])]
-    return run_gates(GateInputs(engine, recipe, prompts, pair, Cache(root / "goldens", "goldens"), no_log))
+    return GateInputs(engine, recipe, prompts, pair, Cache(root / "goldens", "goldens"), no_log)
 
 
 def swapped_experts(ranks: EagerRanks, seed: int) -> None:
