@@ -43,14 +43,16 @@ def show_costs(planned: Plan, console: Console, *, as_json: bool) -> None:
         return
     print_table(Table(HEADINGS, [_row(*one) for one in found], right=HEADINGS[1:]))
     print_line(f"\nfloor: {settings.target}, lnc={settings.lnc}: {core.flops / 1e12:.0f} TFLOPS and "
-               f"{core.bytes_per_s / 1e9:.0f} GB/s on a core; the larger of products and reads")  # fmt: skip
+               f"{core.bytes_per_s / 1e9:.0f} GB/s on a core; the larger of products and reads\n"
+               "transposes: of weights and caches")  # fmt: skip
 
 
-HEADINGS = ("graph", "GFLOP", "reads", "largest", "peak", "collectives", "floor")
+HEADINGS = ("graph", "GFLOP", "reads", "transposes", "largest", "peak", "collectives", "floor")
 
 
 def _row(name: str, counted: Any, floor: float) -> tuple[str, ...]:
     flops = sum(counted.dot_flops.values()) / 1e9
     sent = sum(counted.collective_bytes.values())
-    sizes = (size(value) for value in (counted.read_bytes, counted.largest.bytes, counted.peak_bytes, sent))
-    return (name, f"{flops:.1f}", *sizes, f"{1000 * floor:.2f} ms")
+    sizes = (size(value) for value in (counted.largest.bytes, counted.peak_bytes, sent))
+    reads = (size(counted.read_bytes), str(counted.transposes))
+    return (name, f"{flops:.1f}", *reads, *sizes, f"{1000 * floor:.2f} ms")

@@ -25,12 +25,19 @@ MATRICES = ("linear", "embedding")
 class Packing(Protocol):
     """A layout of weights. Packing a weight window by window, in windows of whole blocks of rows, packs the weight.
 
-    A weight whose packed shape equals its shape is copied unchanged. Dtypes have their names in recipes: `float32`,
-    `bfloat16`, `int8`, ..
+    A weight whose packed shape equals its shape is copied unchanged, unless it `turns`: a packed window is then columns
+    of the packed weight. Dtypes have their names in recipes: `float32`, `bfloat16`, `int8`, ..
     """
 
     name: str
     """Name in the shards' headers."""
+
+    fuses: bool
+    """Whether matrices that read the same input are stored as one (`models.weights.FUSED`)."""
+
+    def turns(self, kind: str) -> bool:
+        """Return whether a weight of this kind is stored transposed."""
+        ...
 
     def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
         """Return the shape in which a weight of local `shape` is stored as `dtype`."""
@@ -49,6 +56,11 @@ class PlainPacking:
     """The checkpoint's own layout."""
 
     name = "plain"
+    fuses = False
+
+    def turns(self, kind: str) -> bool:  # noqa: ARG002 - the protocol's
+        """Return False."""
+        return False
 
     def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:  # noqa: ARG002 - the protocol's
         """Return the shape unchanged."""
@@ -69,6 +81,11 @@ class BlockPacking:
     """
 
     name = f"block{BLOCK}-pairs"
+    fuses = False
+
+    def turns(self, kind: str) -> bool:  # noqa: ARG002 - the protocol's
+        """Return False: a block is transposed in itself."""
+        return False
 
     def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
         """Return [ceil(N/32), K, 32] or [ceil(N/32), K/2, 32, 2] for [N, K] of matrices, and of each expert."""
@@ -112,6 +129,30 @@ class BlockPacking:
         return out
 
 
+class InOutPacking:
+    """Matrices as [K, N], those that read the same input as one; embeddings and vectors plain.
+
+    A product contracts the first axis of both operands on a systolic array (Trainium's loads both with the contracted
+    axis on its partitions), so no weight is transposed when it is loaded.
+    """
+
+    name = "in-out"
+    fuses = True
+
+    def turns(self, kind: str) -> bool:
+        """Return True for matrices, those of experts too."""
+        return kind in ("linear", "experts")
+
+    def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:  # noqa: ARG002 - the protocol's
+        """Return [K, N] for [N, K] of matrices, and of each expert."""
+        return (*shape[:-2], shape[-1], shape[-2]) if self.turns(kind) else shape
+
+    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Transpose a matrix, or each expert's; `scales` are unsupported, because int8 weights are the CPU's."""
+        assert scales is None
+        return out.copy_(weight.transpose(-1, -2) if self.turns(kind) else weight)
+
+
 def paired(columns: int, dtype: str) -> bool:
     """Return whether a block of this dtype stores two inputs adjacently."""
     return dtype in ("bfloat16", "int8") and columns % 2 == 0
@@ -124,5 +165,5 @@ def _pairs(values: Tensor) -> Tensor:
     return values.view({1: torch.int16, 2: torch.int32}[values.element_size()])
 
 
-PACKINGS: dict[str, Packing] = {"plain": PlainPacking(), "block": BlockPacking()}
+PACKINGS: dict[str, Packing] = {"plain": PlainPacking(), "block": BlockPacking(), "in-out": InOutPacking()}
 """Layouts by their name in a backend's settings."""

@@ -18,3 +18,9 @@ def read_shard(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     with safe_open(path, framework="pt", device=device) as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+
+
+def packing_of(path: Path) -> str:
+    """Return the name of a shard's packing (`graphs.packing`); empty in a file that names none."""
+    with safe_open(path, framework="pt") as tensors:
+        return (tensors.metadata() or {}).get("packing", "")

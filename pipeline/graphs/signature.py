@@ -13,11 +13,13 @@ from typing import Any, Protocol
 from pipeline.errors import CorruptError
 from pipeline.files.limits import AGAIN, json_object
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
-from pipeline.models.weights import EMBEDDING, OFFSET, WeightSpec, local_shape, weight_specs
+from pipeline.models.weights import EMBEDDING, OFFSET, WeightSpec, fused_specs, local_shape, weight_specs
 
 
 class PackedShape(Protocol):
     """The part of a backend's packing that needs no tensors."""
+
+    fuses: bool
 
     def packed_shape(self, shape: tuple[int, ...], kind: str, dtype: str) -> tuple[int, ...]:
         """Return the shape in which a weight of local `shape` is stored as `dtype`."""
@@ -91,9 +93,13 @@ def tensor_of(data: Mapping[str, Any]) -> TensorSpec:
     return TensorSpec(name, shape, dtype)
 
 
-def stored_weights(models: ModelsSpec, role: Role) -> list[WeightSpec]:
-    """Return the weights in a model's own shard file on each rank, without the vocabulary offset."""
+def stored_weights(models: ModelsSpec, role: Role, *, fused: bool = False) -> list[WeightSpec]:
+    """Return the weights in a model's own shard file on each rank, without the vocabulary offset.
+
+    `fused`: as a packing stores them that `fuses`.
+    """
     specs = weight_specs(models.config_of(role), replicated=role == "draft" and models.draft_replicated)
+    specs = list(fused_specs(specs)) if fused else specs
     if role == "draft" and models.embedding_is_shared:
         return [weight for weight in specs if weight.name != EMBEDDING]
     return specs
@@ -122,7 +128,7 @@ def _weights(
     models: ModelsSpec, role: Role, packing: PackedShape, *, only_embedding: bool
 ) -> Iterator[TensorSpec]:  # fmt: skip
     config, tp = models.config_of(role), models.tp_of(role)
-    for weight in stored_weights(models, role):
+    for weight in stored_weights(models, role, fused=packing.fuses):
         if only_embedding and weight.name != EMBEDDING:
             continue
         dtype = models.stored_dtype(role, weight.kind)

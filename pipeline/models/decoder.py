@@ -32,7 +32,7 @@ from pipeline.models.config import (
 )
 from pipeline.models.parallel import Attend, Gating, Pass, Seams, capped
 from pipeline.models.routing import routed, shared_out
-from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, local_heads, padded_vocab
+from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, fused_name, local_heads, padded_vocab
 
 Weights = Mapping[str, Tensor]
 SHARED, SHARED_GATE = "mlp.shared_expert", "mlp.shared_expert_gate.weight"
@@ -150,9 +150,11 @@ def after(config: ModelConfig, w: Weights, name: str | None, x: Tensor) -> Tenso
 
 def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, limit: int | None = None) -> Tensor:
     """Return this rank's slice of the logits, float32 [B, T, V]; -inf from id `limit` (None: the vocabulary) on."""
-    head = weights[EMBEDDING if config.tied else HEAD]
     rows = vocab_rows(config.out_vocab, seams.tp)
-    out_BTV = seams.head(hidden_BTH, head, rows)
+    if config.tied:
+        out_BTV = seams.tied_head(hidden_BTH, weights[EMBEDDING], rows)
+    else:
+        out_BTV = seams.head(hidden_BTH, weights[HEAD], rows)
     if config.logit_scale != 1:
         out_BTV = out_BTV * config.logit_scale
     out_BTV = capped(out_BTV, config.logit_cap)
@@ -279,8 +281,15 @@ def rotate(x_BNTD: Tensor, rotary: Rotary | None) -> Tensor:
 
 
 def project(w: Weights, seams: Seams, x_BTH: Tensor, rows: Mapping[str, int]) -> Tensor:
-    """Apply linear layers with `rows` outputs each, with optional biases, and concatenate: [B, T, sum of rows]."""
-    out = seams.linears(x_BTH, [w[f"{name}.weight"] for name in rows], list(rows.values()))
+    """Apply linear layers with `rows` outputs each, with optional biases, and concatenate: [B, T, sum of rows].
+
+    Where the backend stores them as one matrix (`models.weights.FUSED`), they are the last ones of it.
+    """
+    fused = w.get(fused_name(next(iter(rows))))
+    if fused is None:
+        out = seams.linears(x_BTH, [w[f"{name}.weight"] for name in rows], list(rows.values()))
+    else:
+        out = seams.linear(x_BTH, seams.last_outputs(fused, sum(rows.values())), sum(rows.values()))
     biases = [w[f"{name}.bias"] for name in rows if f"{name}.bias" in w]
     return out + torch.cat(biases) if biases else out
 
@@ -387,7 +396,7 @@ def mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
 def gated(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor, base: str, intermediate: int) -> Tensor:
     """Return this rank's part of a gated feed-forward network (Shazeer 2020): [B, T, H] -> [B, T, H]."""
     rows = intermediate // seams.tp
-    if config.mlp_bias or config.activation != "silu":
+    if config.mlp_bias or config.activation != "silu" or fused_name(f"{base}.gate_proj") in w:
         gate, up = project(w, seams, x_BTH, {f"{base}.gate_proj": rows, f"{base}.up_proj": rows}).chunk(2, dim=-1)
         inner = activated(config.activation, gate) * up
     else:

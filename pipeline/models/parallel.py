@@ -192,6 +192,10 @@ class Seams:
         parts = [self.linear(x_BTI, weight, count) for weight, count in zip(weights, rows, strict=True)]
         return torch.cat(parts, dim=-1)
 
+    def last_outputs(self, weight: Tensor, rows: int) -> Tensor:
+        """Return the last `rows` output features of a weight: of one that a backend stores fused."""
+        return weight[-rows:]
+
     def swiglu(self, x_BTI: Tensor, gate: Tensor, up: Tensor, rows: int) -> Tensor:
         """Return `silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020): -> [B, T, rows]."""
         return functional.silu(self.linear(x_BTI, gate, rows)) * self.linear(x_BTI, up, rows)
@@ -204,7 +208,7 @@ class Seams:
         `matrices` are gate and up [E, N, I] and down [E, I, N]. Few tokens read the matrices of their experts alone,
         many tokens those of all experts, each once.
         """
-        gate, up, down = (matrix.transpose(1, 2) for matrix in matrices)
+        gate, up, down = map(self.inputs_first, matrices)
         x_MI, chosen_MC = x_BTI.reshape(-1, x_BTI.shape[-1]), chosen.experts.reshape(-1, chosen.experts.shape[-1])
         shares_MC = chosen.shares.reshape(chosen_MC.shape)
         if chosen_MC.numel() <= len(gate):
@@ -218,9 +222,17 @@ class Seams:
         out = gating.of(x_MI[None] @ gate, x_MI[None] @ up) @ down
         return (out.float() * shares_EM[..., None]).sum(dim=0).to(x_BTI.dtype).view(x_BTI.shape)
 
+    def inputs_first(self, matrices: Tensor) -> Tensor:
+        """Return the matrices of experts with their input features first: [E, N, I] -> [E, I, N]."""
+        return matrices.transpose(1, 2)
+
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Apply the LM head, accumulated and returned in float32, so that low-precision rounding cannot create ties."""
         return self.linear(x_BTI.float(), weight.float(), rows)
+
+    def tied_head(self, x_BTI: Tensor, embedding: Tensor, rows: int) -> Tensor:
+        """Apply the embedding as the LM head."""
+        return self.head(x_BTI, embedding, rows)
 
     def embed(self, ids_BT: Tensor, weight: Tensor) -> Tensor:
         """Look up rows of an embedding: int [B, T] -> [B, T, I]."""

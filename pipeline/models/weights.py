@@ -6,7 +6,7 @@ come from this table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +44,9 @@ CONTEXT_NORM = "hidden_norm.weight"
 MASK_HIDDEN = "mask_hidden"
 """State that takes the place of the target's in a P-EAGLE head, one value for each input of `fc`."""
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Linear layers that read the same input, in the order in which one matrix holds their output features."""
+
 BLOCK = 32
 """Rows per block: linear weights are padded to whole blocks, so every backend can store them blocked."""
 
@@ -58,19 +61,21 @@ class WeightSpec:
     than heads), `vocab` a slice of axis 0 after padding the vocabulary, `replicate` the whole tensor. A backend may
     change the layout of some kinds (`linear`, `embedding`: 2-D [out, in]; `experts`: [experts, out, in], of which each
     is laid out and split as a `linear`) but not of others (`vector`, `index`: 1-D; `index` is int32; `expert_biases`:
-    [experts, out], of which each is split as a `vector`).
+    [experts, out], of which each is split as a `vector`). `fused` are the matrices whose output features this one has
+    one after the other, each with a split of its own.
     """
 
     name: str
     shape: tuple[int, ...]
     split: Split
     kind: Kind
+    fused: tuple[WeightSpec, ...] = ()
 
     @property
     def parts(self) -> tuple[WeightSpec, ...]:
-        """The checkpoint's tensors that this one holds in a row: the matrix or bias of each expert, or itself."""
+        """The checkpoint's tensors that this one holds in a row: of a fused one, of each expert, or itself."""
         if self.kind not in OF_EXPERTS:
-            return (self,)
+            return self.fused or (self,)
         block, _, leaf = self.name.partition(EXPERTS)
         names = (f"{block}{EXPERTS}{expert}.{leaf}" for expert in range(self.shape[0]))
         return tuple(WeightSpec(name, self.shape[1:], self.split, OF_EXPERTS[self.kind]) for name in names)
@@ -91,6 +96,29 @@ def weight_specs(config: ModelConfig, *, replicated: bool = False) -> list[Weigh
     if not replicated:
         return specs
     return [WeightSpec(s.name, s.shape, "replicate", s.kind) for s in specs]
+
+
+def fused_specs(specs: Iterable[WeightSpec]) -> Iterator[WeightSpec]:
+    """Yield the same weights, with those of `FUSED` of one block as one, in the place of the first."""
+    known = {spec.name: spec for spec in specs}
+    firsts = {parts[0]: (name, parts) for name, parts in FUSED.items()}
+    others = {part for parts in FUSED.values() for part in parts[1:]}
+    for spec in known.values():
+        stem, _, leaf = spec.name.rpartition(".")
+        block, _, layer = stem.rpartition(".")
+        if spec.kind != "linear" or layer not in firsts.keys() | others:
+            yield spec
+        elif layer in firsts:
+            name, parts = firsts[layer]
+            own = tuple(known[f"{block}.{part}.{leaf}"] for part in parts)
+            rows = sum(part.shape[0] for part in own)
+            yield WeightSpec(f"{block}.{name}.{leaf}", (rows, *spec.shape[1:]), spec.split, "linear", own)
+
+
+def fused_name(layer: str) -> str:
+    """Return the name of the weight that has a linear layer's matrix among others; empty if no weight can."""
+    block, _, own = layer.rpartition(".")
+    return next((f"{block}.{name}.weight" for name, parts in FUSED.items() if own in parts), "")
 
 
 def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
@@ -195,6 +223,8 @@ def _experts(c: ModelConfig, experts: Experts, base: str) -> Iterator[WeightSpec
 def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ...]:
     """Return the shape of one rank's slice before packing; a split vocabulary is padded to whole blocks per rank."""
     head, *rest = spec.shape
+    if spec.fused:
+        return (sum(local_shape(part, config, tp)[0] for part in spec.fused), *rest)
     if spec.kind in OF_EXPERTS:
         return (head, *local_shape(spec.parts[0], config, tp))
     if spec.split == "rows":

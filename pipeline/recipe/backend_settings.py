@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline.recipe.chips import CHIPS, ChipName
 from pipeline.records import Record
 
-Packing = Literal["block", "plain"]
+Packing = Literal["block", "plain", "in-out"]
 """Layout of weights in the shards: `graphs.packing.PACKINGS`."""
 
 
@@ -74,7 +74,7 @@ class NeuronSettings(Record):
     )
     flags: dict[str, str] = Field(default_factory=dict, description="extra neuronx-cc flags")
 
-    packing: ClassVar[Packing] = "plain"
+    packing: ClassVar[Packing] = "in-out"
     skips_unseen_keys: ClassVar[bool] = False
     has_int8: ClassVar[bool] = False
     needs_candidates: ClassVar[bool] = True

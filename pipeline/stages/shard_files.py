@@ -2,7 +2,8 @@
 
 The weight table and the plan decide the placement. Keeps no tensor. Besides headers, memory holds `SLOTS` windows of
 `WINDOW_BYTES` (at least one block of 32 rows) as read, one as stored, and the sink's stages: at 64 ranks 32 + 8 + 96
-MiB when bfloat16 becomes float32, whatever the model's size.
+MiB when bfloat16 becomes float32, whatever the model's size. A packing that turns matrices also needs the largest one,
+of all ranks: its rows are the columns of windows.
 
     read (thread) -> dequantise, convert, pack and cut (here, torch) -> stage of each file -> write and hash (threads)
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -45,7 +46,7 @@ from pipeline.sources.remote import RemoteFile
 from pipeline.sources.tensors import Layout, layout
 from pipeline.sources.weights import shared_weights, weights
 from pipeline.stages.downloads import Downloads, SourceRecord
-from pipeline.stages.streams import Bytes, Reader, Sink
+from pipeline.stages.streams import Bytes, Columns, Reader, Sink
 from pipeline.stages.windows import Window, pieces, stored_sizes, windows
 
 SLOTS = 8
@@ -160,10 +161,25 @@ class _Job:
     @property
     def windows(self) -> Iterator[Window]:
         """Every window, in the order in which the files are written."""
+        return (window for together in self.together for window in together)
+
+    @property
+    def together(self) -> Iterator[list[Window]]:
+        """The windows of each matrix that is turned; any other window alone."""
         for spec, sources in self.tensors:
             stored = DTYPES[self.models.stored_dtype(self.role, spec.kind)].short
-            for part, source in zip(spec.parts, sources, strict=True):
-                yield from windows(part, source, stored, self.config, self.split)
+            turns = self.packing.turns(spec.kind)
+            across = local_shape(spec, self.config, self.split)[-2] if turns else 0
+            found = [
+                windows(part, source, stored, self.config, self.split, across)
+                for part, source in zip(spec.parts, sources, strict=True)
+            ]
+            if spec.fused:
+                yield [window for part in found for window in part]
+            elif turns:
+                yield from map(list, found)
+            else:
+                yield from ([window] for part in found for window in part)
 
     @property
     def remote(self) -> list[RemoteFile]:
@@ -187,7 +203,8 @@ def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpo
     sources = dict(weights(checkpoint))
     config, split = models.config_of(role), models.tp_of(role)
     sources |= shared_weights(checkpoint, target)
-    specs = sorted(stored_weights(models, role), key=lambda spec: _place(spec, sources[spec.parts[0].name]))
+    own = stored_weights(models, role, fused=packing.fuses)
+    specs = sorted(own, key=lambda spec: _place(spec, sources[spec.parts[0].name]))
     entries = []
     for spec in specs:
         dtype = models.stored_dtype(role, spec.kind)
@@ -249,9 +266,13 @@ def _stream(job: _Job, files: Sequence[IO[bytes]], record: SourceRecord, progres
         reader = Reader(stack, downloads, drop_cache=large)
         sink = Sink(files, stack, direct=large)
         sink.put(_bytes(job.layout.header), range(len(files)))
+        columns = Columns(sink)
         for window, data in _read_ahead(_unwritten(job, sink), slots, reader):
             for piece, ranks in pieces(window, data, out, job.packing):
-                sink.put(piece, ranks)
+                if window.across:
+                    columns.put(piece, ranks, window.across_bytes)
+                else:
+                    sink.put(piece, ranks)
             progress(sink.written)
         for file in job.remote:  # the last one, and those whose tensors a killed call had written
             downloads.read(file, file.size, memoryview(b""))
@@ -267,15 +288,17 @@ def _stream(job: _Job, files: Sequence[IO[bytes]], record: SourceRecord, progres
 def _unwritten(job: _Job, sink: Sink) -> Iterator[Window]:
     """Yield the windows that some file lacks; the others are passed over."""
     left = sink.kept()
-    for window in job.windows:
-        sizes = dict(stored_sizes(window, job.packing))
+    for together in job.together:
+        sizes: Counter[int] = Counter()
+        for window in together:
+            sizes.update(dict(stored_sizes(window, job.packing)))
         kept = all(left[rank] >= size for rank, size in sizes.items())
         for rank, size in sizes.items():
             left[rank] = left[rank] - size if left[rank] >= size else 0
             if kept:
                 sink.skip(size, rank)
         if not kept:
-            yield window
+            yield from together
 
 
 def _read_ahead(found: Iterator[Window], slots: Tensor, reader: Reader) -> Iterator[tuple[Window, Tensor]]:

@@ -197,6 +197,27 @@ class Sink:
         return self._hashers[rank % len(self._hashers)]
 
 
+class Columns:
+    """Collects the next matrix of each file from blocks of its columns; a whole one is appended to its file."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._open: dict[int, tuple[Bytes, int]] = {}
+
+    def put(self, block: Bytes, ranks: Sequence[int], row_bytes: int) -> None:
+        """Put the next columns, bytes [rows, bytes of each], into the matrices of some ranks; rows have `row_bytes`."""
+        for rank in ranks:
+            if rank not in self._open:
+                self._open[rank] = np.empty((len(block), row_bytes), np.uint8), 0
+            whole, first = self._open.pop(rank)
+            last = first + block.shape[1]
+            whole[:, first:last] = block
+            if last == row_bytes:
+                self._sink.put(whole, (rank,))
+            else:
+                self._open[rank] = whole, last
+
+
 def _hash_start(file: IO[bytes], digest: hashlib._Hash) -> None:
     """Hash the bytes that a file has."""
     file.seek(0)

@@ -43,7 +43,10 @@ class ColumnRange:
 
 @dataclass(frozen=True)
 class Window:
-    """Some rows of one tensor, read once: `real` rows from `source`, then zeros up to `rows`."""
+    """Some rows of one tensor, read once: `real` rows from `source`, then zeros up to `rows`.
+
+    Where the packing turns them, they are columns of a matrix that has `across` columns on each rank (else 0).
+    """
 
     source: Source
     spec: WeightSpec
@@ -51,6 +54,7 @@ class Window:
     rows: int
     real: int
     parts: tuple[ColumnRange, ...]
+    across: int = 0
 
     @property
     def width(self) -> int:
@@ -65,6 +69,11 @@ class Window:
         return self.rows * self.width * SAFETENSORS[self.source.dtype].size_bytes
 
     @property
+    def across_bytes(self) -> int:
+        """Bytes of a row of the matrix that the window is columns of."""
+        return self.across * SAFETENSORS[self.dtype].size_bytes
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes that hold the window as stored, once for each part."""
         blocks = up_to(self.rows, BLOCK) // BLOCK
@@ -72,15 +81,20 @@ class Window:
         return blocks * (BLOCK * self.width * SAFETENSORS[self.dtype].size_bytes + scales)
 
 
-def windows(spec: WeightSpec, source: Source, dtype: str, config: ModelConfig, tp: int) -> Iterator[Window]:
-    """Cut one tensor into windows of whole blocks; each byte is read once, but for KV heads that many ranks need."""
+def windows(
+    spec: WeightSpec, source: Source, dtype: str, config: ModelConfig, tp: int, across: int = 0
+) -> Iterator[Window]:  # fmt: skip
+    """Cut one tensor into windows of whole blocks; each byte is read once, but for KV heads that many ranks need.
+
+    `across`: as in `Window`.
+    """
     row_bytes = math.prod(spec.shape[1:]) * SAFETENSORS[source.dtype].size_bytes
     step = max(WINDOW_BYTES // row_bytes // BLOCK, 1) * BLOCK
     for first, last, end, parts in _spans(spec, config, tp):
         for start in range(first, last, step):
             rows = min(step, last - start)
             real = max(min(rows, end - start), 0)
-            yield Window(source.rows(start, start + real), spec, dtype, rows, real, parts)
+            yield Window(source.rows(start, start + real), spec, dtype, rows, real, parts, across)
 
 
 Span = tuple[int, int, int, tuple[ColumnRange, ...]]
@@ -159,7 +173,7 @@ def _values(window: Window, data: Tensor) -> Tensor:
 
 def _packs_whole(window: Window, packing: Packing) -> bool:
     """Return whether packed columns are columns of the packed window; scales, padding and odd widths prevent that."""
-    if window.dtype == "I8" or any(part.zeros for part in window.parts):
+    if window.dtype == "I8" or window.across or any(part.zeros for part in window.parts):
         return False
     widths = {part.last - part.first for part in window.parts} | {window.width}
     shapes = [_packed_shape(window, packing, width) for width in widths]
@@ -175,7 +189,7 @@ def _packed(window: Window, weight: Tensor, out: Tensor, packing: Packing, scale
     """Return a weight as stored: bytes [rows or blocks, bytes of each], in `out` unless it is stored as it was read."""
     dtype = SAFETENSORS[window.dtype].as_torch()
     shape = packing.packed_shape(tuple(weight.shape), window.spec.kind, SAFETENSORS[window.dtype].name)
-    if shape != weight.shape or weight.dtype != dtype:
+    if shape != weight.shape or weight.dtype != dtype or window.across:
         stored = out[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
         packing.pack(weight, window.spec.kind, stored, scales)
         _refuse_overflow(stored, window)

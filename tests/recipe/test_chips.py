@@ -35,7 +35,7 @@ def test_lnc_shares_the_memory_and_cores_of_a_chip() -> None:
 def test_settings_say_what_follows_from_the_backend() -> None:
     cpu, cuda = InductorSettings(), InductorSettings(device="cuda")
     neuron = NeuronSettings(name="neuron", target="trn2", lnc=2)
-    assert [settings.packing for settings in (cpu, cuda, neuron)] == ["block", "plain", "plain"]
+    assert [settings.packing for settings in (cpu, cuda, neuron)] == ["block", "plain", "in-out"]
     assert [settings.core_memory_bytes for settings in (cpu, cuda, neuron)] == [None, None, 24 * GIB]
     assert [settings.needs_candidates for settings in (cpu, cuda, neuron)] == [False, False, True]
     assert [settings.has_int8 for settings in (cpu, cuda, neuron)] == [True, False, False]

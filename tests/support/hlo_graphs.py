@@ -12,7 +12,7 @@ from pipeline.graphs.spec import GraphSpec
 from pipeline.models.decoder import vocab_rows
 from pipeline.models.weights import OFFSET, vocab_offset
 from support.pairs import Pair
-from support.shards import expected_slice
+from support.shards import expected_slice, in_out
 from support.xla_cpu import Executable
 
 
@@ -56,7 +56,7 @@ class HloGraphs:
 
 
 def shard(pair: Pair, shape, rank: int) -> dict[str, torch.Tensor]:
-    """One rank's weights, by the plain definition of each split."""
+    """One rank's weights, by the plain definition of each split, as the backend stores them."""
     tp, models = shape.models.tp, shape.models
     weights = {}
     for name, whole in pair.tensors.items():
@@ -69,4 +69,4 @@ def shard(pair: Pair, shape, rank: int) -> dict[str, torch.Tensor]:
             weights[name] = whole
         else:
             weights[name] = expected_slice(own, whole, rank, tp, config.kv_heads, config.head_dim).contiguous()
-    return weights
+    return in_out(weights, models)

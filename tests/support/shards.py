@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.graphs.spec import ModelsSpec
-from pipeline.models.weights import EMBEDDING, HEAD
+from pipeline.graphs.spec import ROLES, ModelsSpec
+from pipeline.models.weights import EMBEDDING, HEAD, OFFSET, fused_specs, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve
 
@@ -17,6 +18,19 @@ def pair_of(
     target: Checkpoint, draft: Checkpoint, *, tp: int = 1, dtype: str = "float32", replicated: bool = True
 ) -> ModelsSpec:
     return ModelsSpec(target.config, draft.config, dtype, dtype, tp, replicated)
+
+
+def in_out(tensors: Mapping[str, Tensor], models: ModelsSpec) -> dict[str, Tensor]:
+    """Weights by their names in a signature, as `InOutPacking` stores them; from those of a checkpoint or of a rank."""
+    stored = {name: tensor for name, tensor in tensors.items() if name.endswith(OFFSET)}
+    for role in ROLES:
+        for spec in fused_specs(weight_specs(models.config_of(role))):
+            names = [f"{role}/{part.name}" for part in spec.fused or (spec,)]
+            if names[0] in tensors:
+                whole = torch.cat([tensors[name] for name in names])
+                turned = spec.kind in ("linear", "experts")
+                stored[f"{role}/{spec.name}"] = whole.transpose(-1, -2).contiguous() if turned else whole
+    return stored
 
 
 def opened(root: Path, tmp_path: Path, **kwargs: str) -> Checkpoint:

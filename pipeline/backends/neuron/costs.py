@@ -52,6 +52,10 @@ class Costs:
     """Bytes of weights and caches that products read, each time that they do: about what a run reads."""
     transposed_bytes: int
     """Bytes of weights and caches that are transposed before they are read."""
+    transposes: int
+    """Transposes of weights and caches."""
+    contracted: Mapping[int, int]
+    """Products with a matrix that is a parameter, by the axis of it that they contract."""
     collective_bytes: Mapping[str, int]
     operators: Mapping[str, int]
 
@@ -62,13 +66,16 @@ def costs(hlo: Any) -> Costs:
     by_id = {one.id: one for one in entry.instructions}
     made = [one for one in entry.instructions if one.opcode not in FREE]
     stored = [one for one in made if one.opcode not in FUSED | IN_PLACE]
+    turned = [one for one in made if one.opcode == "transpose" and _source(one, by_id).opcode == "parameter"]
     largest = max(stored, key=_bytes, default=entry.instructions[0])
     return Costs(
         dot_flops=_dot_flops(made, by_id),
         largest=Largest(_bytes(largest), largest.opcode, tuple(largest.shape.dimensions)),
         peak_bytes=_peak(entry),
         read_bytes=_read_bytes(made, by_id),
-        transposed_bytes=_transposed_bytes(made, by_id),
+        transposed_bytes=sum(map(_bytes, turned)),
+        transposes=len(turned),
+        contracted=_contracted(made, by_id),
         collective_bytes=_collectives(made),
         operators=Counter(one.opcode for one in entry.instructions),
     )
@@ -116,9 +123,13 @@ def _read_bytes(made: list[Any], by_id: Mapping[int, Any]) -> int:
     return sum(_bytes(one) for one in operands if _source(one, by_id).opcode == "parameter")
 
 
-def _transposed_bytes(made: list[Any], by_id: Mapping[int, Any]) -> int:
-    turned = [one for one in made if one.opcode == "transpose"]
-    return sum(_bytes(one) for one in turned if _source(one, by_id).opcode == "parameter")
+def _contracted(made: list[Any], by_id: Mapping[int, Any]) -> dict[int, int]:
+    axes: Counter[int] = Counter()
+    for one in made:
+        source = _source(by_id[one.operand_ids[1]], by_id) if one.opcode == "dot" else one
+        if source.opcode == "parameter" and len(source.shape.dimensions) == 2:
+            axes.update(one.dot_dimension_numbers.rhs_contracting_dimensions)
+    return dict(axes)
 
 
 def _source(instruction: Any, by_id: Mapping[int, Any]) -> Any:

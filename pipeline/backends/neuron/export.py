@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pipeline.backends.neuron.module import NeuronSeams, in_rank_order, with_booleans
-from pipeline.backends.neuron.operators import OPERATORS, Cut, all_gather, all_reduce, dot, top_k
+from pipeline.backends.neuron.operators import OPERATORS, Cut, all_gather, all_reduce, dot, product, top_k
 from pipeline.graphs.module import empty, run_phase
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec, PairSpec
@@ -35,12 +35,16 @@ class StableHloSeams(NeuronSeams):
         return values, indices.long()
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """Apply a linear layer to a weight as it is stored."""
-        return dot(x_BTI, weight, wide=False)[..., :rows]
+        """Multiply by a weight [I, N] as it is stored."""
+        return product(x_BTI, weight, wide=False)[..., :rows]
 
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Apply the LM head with a float32 result, without a float32 copy of its weights."""
-        return dot(x_BTI, weight, wide=True)[..., :rows]
+        return product(x_BTI, weight, wide=True)[..., :rows]
+
+    def tied_head(self, x_BTI: Tensor, embedding: Tensor, rows: int) -> Tensor:
+        """Apply the embedding [N, I] as the LM head, as `head`."""
+        return dot(x_BTI, embedding, wide=True)[..., :rows]
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Multiply queries and keys, in float32."""

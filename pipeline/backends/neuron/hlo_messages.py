@@ -20,7 +20,11 @@ FIELDS: Mapping[str, Mapping[str, tuple[int, str]]] = {
     "StackFrames": {},
     "ReplicaGroup": {"replica_ids": (1, "int64*")},
     "DeviceList": {"replica_groups": (1, "ReplicaGroup*")},
-    "DotNumbers": {"lhs_contracting_dimensions": (1, "int64*"), "lhs_batch_dimensions": (3, "int64*")},
+    "DotNumbers": {
+        "lhs_contracting_dimensions": (1, "int64*"),
+        "rhs_contracting_dimensions": (2, "int64*"),
+        "lhs_batch_dimensions": (3, "int64*"),
+    },
     "Alias": {"output_shape_index": (1, "int64*"), "parameter_number": (2, "int64")},
     "Aliases": {"entries": (1, "Alias*")},
     INSTRUCTION: {

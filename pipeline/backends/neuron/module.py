@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.module import SeamsFor, run_phase
@@ -25,10 +26,28 @@ BOOLEANS = frozenset(["active", "prompted"])
 
 
 class NeuronSeams(Seams):
-    """Caches replaced instead of written in place, top-k by the compiler's own operator, NxD's collectives."""
+    """Weights [in, out] (`graphs.packing.InOutPacking`), caches replaced instead of written in place, top-k by the
+    compiler's own operator, NxD's collectives.
+    """
 
     def __init__(self, tp: int) -> None:
         self.tp = tp
+
+    def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """Multiply by a weight [I, N] as it is stored."""
+        return (x_BTI @ weight)[..., :rows]
+
+    def last_outputs(self, weight: Tensor, rows: int) -> Tensor:
+        """Return the last columns of a weight [I, N]."""
+        return weight if rows == weight.shape[1] else weight[:, weight.shape[1] - rows :]
+
+    def inputs_first(self, matrices: Tensor) -> Tensor:
+        """Return the matrices of experts as they are stored."""
+        return matrices
+
+    def tied_head(self, x_BTI: Tensor, embedding: Tensor, rows: int) -> Tensor:
+        """Multiply by the embedding, the only matrix that is stored [N, I]: tokens look up its rows."""
+        return functional.linear(x_BTI.float(), embedding.float())[..., :rows]
 
     def write(self, state: State, name: str, new_BHTD: Tensor, writes: Writes) -> Tensor:
         """Scatter into a new tensor, and store it under the cache's name."""

@@ -68,6 +68,19 @@ def _(x: Tensor, y: Tensor, wide: bool) -> Tensor:
     return torch.empty((*x.shape[:-1], y.shape[-2]), dtype=dtype, device=x.device)
 
 
+@torch.library.custom_op("tandem_neuron::product", mutates_args=())
+def product(x: Tensor, weight: Tensor, wide: bool) -> Tensor:
+    """Multiply by a weight whose first axis is contracted: [..., M, K], [K, N] -> [..., M, N]; `wide` as in `dot`."""
+    result = x.float() @ weight.float()
+    return result if wide else result.to(x.dtype)
+
+
+@product.register_fake
+def _(x: Tensor, weight: Tensor, wide: bool) -> Tensor:
+    dtype = torch.float32 if wide else x.dtype
+    return torch.empty((*x.shape[:-1], weight.shape[1]), dtype=dtype, device=x.device)
+
+
 @dataclass(frozen=True)
 class Cut:
     """One call of an operator in a traced graph: its name, and its arguments that are no tensors."""
@@ -81,6 +94,7 @@ OPERATORS: Mapping[Any, str] = {
     torch.ops.tandem_neuron.all_gather.default: "all_gather",
     torch.ops.tandem_neuron.top_k.default: "top_k",
     torch.ops.tandem_neuron.dot.default: "dot",
+    torch.ops.tandem_neuron.product.default: "product",
 }
 """Operator in a traced graph -> its name in `EMIT`."""
 
@@ -144,5 +158,13 @@ def _dot(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numbers: tu
     return list(to.create("stablehlo.dot_general", operands, types, dot_dimension_numbers=numbers_of).results)
 
 
+def _product(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numbers: tuple[int, ...]) -> list[Any]:  # noqa: ARG001
+    left = to.ir.RankedTensorType(operands[0].type).rank
+    axes = f"#stablehlo.dot<lhs_contracting_dimensions = [{left - 1}], rhs_contracting_dimensions = [0]>"
+    return list(to.create("stablehlo.dot_general", operands, types, dot_dimension_numbers=axes).results)
+
+
 Emit = Callable[[Emitter, Sequence[Any], Sequence[Any], tuple[int, ...]], list[Any]]
-EMIT: Mapping[str, Emit] = {"all_reduce": _all_reduce, "all_gather": _all_gather, "top_k": _top_k, "dot": _dot}
+EMIT: Mapping[str, Emit] = {
+    "all_reduce": _all_reduce, "all_gather": _all_gather, "top_k": _top_k, "dot": _dot, "product": _product,
+}  # fmt: skip

@@ -24,9 +24,13 @@ from pipeline.backends.neuron.support import sdk_environment
 from pipeline.errors import ArtifactError, HostError
 from pipeline.files.limits import AGAIN
 from pipeline.graphs.dtypes import torch_dtype
-from pipeline.graphs.shards import read_shard
+from pipeline.graphs.packing import InOutPacking, PlainPacking
+from pipeline.graphs.shards import packing_of, read_shard
 from pipeline.graphs.signature import TensorSpec
 from pipeline.graphs.spec import GraphSpec
+
+TURNED, PLAIN = InOutPacking.name, PlainPacking.name
+"""Layouts of weights: of this version's artifacts, and of earlier ones."""
 
 
 class NeuronRanks:
@@ -75,11 +79,13 @@ class NeuronRanks:
 def read_weights(root: Path, manifest: PairManifest) -> list[dict[str, Tensor]]:
     """Read each rank's weights, by the names of the graphs; read equal files (a replicated draft) once.
 
+    Graphs of earlier versions read plain weights, and name them so: artifacts of both kinds are loaded.
+
     Raises:
-        ArtifactError: a rank's file is missing.
+        ArtifactError: a rank's file is missing, or shards have different or unknown layouts.
 
     """
-    ranks, read = [], dict[str, dict[str, Tensor]]()
+    ranks, read, packings = [], dict[str, dict[str, Tensor]](), dict[str, str]()
     for rank in range(manifest.ranks):
         weights: dict[str, Tensor] = {}
         for model in ("target", "draft"):
@@ -91,7 +97,12 @@ def read_weights(root: Path, manifest: PairManifest) -> list[dict[str, Tensor]]:
             if digest not in read:
                 read[digest] = {dotted(f"{model}/{n}"): tensor for n, tensor in read_shard(root / name).items()}
             weights |= read[digest]
+            packings.setdefault(packing_of(root / name), name)
         ranks.append(weights)
+    if len(packings) > 1 or not packings.keys() <= {PLAIN, TURNED}:
+        found = ", ".join(f"{packing or 'none'} ({name})" for packing, name in packings.items())
+        what = f"found weights in layout {found}; expected {TURNED}, or {PLAIN} for all of them"
+        raise ArtifactError(what, where=str(root), fix=AGAIN)
     return ranks
 
 

@@ -16,11 +16,15 @@ from pipeline.backends.neuron import runtime as neuron
 from pipeline.backends.neuron.backend import NeuronBackend
 from pipeline.errors import ArtifactError
 from pipeline.files.atomic import sha256_file
-from pipeline.graphs.signature import Signature, TensorSpec
-from pipeline.graphs.spec import GraphSpec
+from pipeline.graphs.packing import InOutPacking, PlainPacking
+from pipeline.graphs.signature import Signature, TensorSpec, signature
+from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.weights import NORM
 from pipeline.recipe.backend_settings import NeuronSettings
+from pipeline.stages.shard_files import write_shards
+from support.checkpoints import write_checkpoint
 from support.neuron_lane import DEVICE, environment, run, tandem
+from support.shards import opened, pair_of
 
 RECIPE = """
 name: tiny
@@ -88,13 +92,13 @@ def cut_neff(root):
             archive.writestr(name, data)
 
 
-def edit_weights(change):
+def edit_weights(change, packing="in-out"):
     def damage(root):
         path = root / "weights/target/rank-0-of-1.safetensors"
         weights = load_file(path)
         change(weights)
         path.unlink()
-        save_file(weights, path)
+        save_file(weights, path, {"packing": packing})
 
     return damage
 
@@ -114,6 +118,10 @@ DAMAGES = {
         edit_weights(lambda w: w.update({NORM: w[NORM][:5].clone()})),
         f"rank 0: target.{NORM} is [5] float32, expected [",
     ),
+    "other layouts": (
+        edit_weights(lambda w: None, "plain"), "found weights in layout plain (weights/target/rank-0-of-1.safetensors)",
+    ),
+    "unknown layout": (edit_weights(lambda w: None, "new"), "expected in-out, or plain for all of them"),
     "other dtype": (edit_weights(lambda w: w.update({NORM: w[NORM].half()})), "float16, expected ["),
 }  # fmt: skip
 DEVICES = {
@@ -223,6 +231,8 @@ def test_shards_of_two_ranks_with_a_replicated_draft(built, tmp_path):
             assert first[name] is second[name], name
     for name, whole in alone.items():
         if not name.startswith("draft.") and name != "target.rank.vocab_offset":
+            if name.endswith(("qkv_proj.weight", "gate_up_proj.weight")):
+                continue  # columns of several matrices: tests/stages/test_in_out.py
             joined = [torch.cat([first[name], second[name]], dim) for dim in range(whole.dim())]
             cut = [one[tuple(slice(size) for size in whole.shape)] for one in joined]  # without padding
             assert any(torch.equal(one, whole) for one in [*cut, first[name]]), name
@@ -231,6 +241,27 @@ def test_shards_of_two_ranks_with_a_replicated_draft(built, tmp_path):
     device = {"one core": (str(root), "trn2.48xlarge 2 1")}
     said = json.loads(run(LOAD.format(cases=device), environment()).stdout.splitlines()[-1])
     assert "the artifact needs 2 cores, this host has 1" in said["one core"]
+
+
+@pytest.mark.parametrize("stored", [PlainPacking(), InOutPacking()], ids=lambda packing: packing.name)
+def test_shards_are_those_that_the_graphs_were_traced_for(tmp_path, stored):
+    """An earlier version's artifact has plain shards, and its graphs say so; a mixture of both kinds is refused."""
+    write_checkpoint(tmp_path / "m")
+    target = opened(tmp_path / "m", tmp_path)
+    models = pair_of(target, target, tp=2)
+    files = write_shards(models, target, target, tmp_path, packing=stored)
+    entries = {
+        str(file.path.relative_to(tmp_path)): artifact.FileEntry(sha256=file.sha256, size=file.size) for file in files
+    }
+    spec, pair = GraphSpec("speculate", 4, 3, 40, 2), PairSpec(models, 4, 40)
+    ranks = neuron.read_weights(tmp_path, artifact.PairManifest.model_construct(pair=pair, files=entries))
+    for traced in (PlainPacking(), InOutPacking()):
+        graph = graph_file.Graph(spec, signature(spec, pair, traced), b"", {})
+        if traced.name == stored.name:
+            neuron.check_weights({spec.name: graph}, ranks, tmp_path)
+            continue
+        with pytest.raises(ArtifactError, match=r"rank 0 has no target.model.layers.0.self_attn."):
+            neuron.check_weights({spec.name: graph}, ranks, tmp_path)
 
 
 def test_environment_that_changes_code_changes_the_key(monkeypatch):
@@ -313,7 +344,9 @@ try:
     module.check_names(spec, traced.signature, meta)
 except Exception as error:
     print(error)
-module.NeuronSeams = lambda tp: Seams()
+class InPlace(module.NeuronSeams):
+    write, put_row = Seams.write, Seams.put_row
+module.NeuronSeams = InPlace
 try:
     backend.trace(spec, pair)
 except Exception as error:

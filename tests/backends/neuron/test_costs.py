@@ -23,6 +23,7 @@ def module():
         one.shape.dimensions.extend(shape)
         if opcode == "dot":
             one.dot_dimension_numbers.lhs_contracting_dimensions.append(1)
+            one.dot_dimension_numbers.rhs_contracting_dimensions.append(1)
         return one.id
 
     x, weight = add("parameter", [4, 8], BF16), add("parameter", [16, 8], BF16)
@@ -50,7 +51,8 @@ def test_costs_of_a_module(module):
     # The first product lives to the end; a scatter has the memory of its cache.
     assert found.peak_bytes == 4 * 16 * 4 + 4 * 64 * 4 + max(4 * 32 * 4, 4 * 16 * 4) + weight
     assert found.operators["dot"] == 3
-    assert found.transposed_bytes == weight
+    assert (found.transposes, found.transposed_bytes) == (1, weight)
+    assert found.contracted == {1: 3}  # the cache here is a matrix, too
 
 
 def test_floor_is_the_larger_of_products_and_reads(module):

@@ -180,13 +180,28 @@ def test_hlo_is_what_the_compiler_takes(backend, family, tp):
         assert hlo.faults(module) == [], spec.name
         assert set(hlo.unlisted(module, hlo.DOCUMENTED)) <= BITS, spec.name
         assert hlo.collectives(module).get("all-reduce", 0) == sums(spec, shape), spec.name
-        assert costs.costs(module).transposed_bytes == 0, spec.name
+        found = costs.costs(module)
+        assert found.transposes == 0, spec.name
+        assert found.contracted.keys() <= {0, 1}, spec.name
+        if spec.phase == "decode":  # the target alone
+            assert found.contracted[0] == 4 * shape.target.layers + (not shape.target.tied)
+            assert found.contracted.get(1, 0) == shape.target.tied  # an embedding, whose rows are looked up
         opcodes = {i.opcode for c in module.computations for i in c.instructions}
         assert not opcodes & SLOW_OR_UNKNOWN, spec.name
         called = {i for c in module.computations for o in c.instructions if o.opcode == "reduce"
                   for i in o.called_computation_ids}  # fmt: skip
         reducers = {i.opcode for c in module.computations if c.id in called for i in c.instructions}
         assert "or" not in reducers, spec.name
+
+
+@pytest.mark.parametrize(("family", "tp"), [*((family, 1) for family in OVER_STATES), ("qwen2-moe", 2)])
+def test_weights_of_heads_and_experts_are_multiplied_as_they_are_stored(backend, family, tp):
+    """No weight is transposed; but for a tied embedding, each is contracted on its first axis."""
+    shape = make(family, 4, tp, replicated=False, reduced=family in OVER_STATES).shape
+    for spec in (GraphSpec("prefill", 4, 8, 8), GraphSpec("speculate", 4, 3, LENGTH, 2)):
+        found = costs.costs(backend.trace(spec, shape).program.hlo)
+        assert found.transposes == 0, spec.name
+        assert found.contracted.get(1, 0) == 1 + (spec.draft_tokens if shape.draft.tied else 0), spec.name
 
 
 def test_collectives_name_their_group_for_older_readers(backend):

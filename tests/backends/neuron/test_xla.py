@@ -20,6 +20,7 @@ from support.neuron_graphs import FAMILIES, LENGTH, OVER_STATES, PROMPTS, argume
 from support.neuron_lane import DEVICE, FAKE, NXD, NXD_SOURCE, XLA, environment, run, tandem
 from support.pairs import Pair, empty_state
 from support.paths import ROOT, TESTS
+from support.shards import in_out
 
 pytestmark = pytest.mark.xla
 
@@ -56,7 +57,8 @@ class Graphs:
         io, meta = traced.signature, traced.program.metaneff
         dtypes = {one.name: getattr(torch, one.dtype) for one in io.arguments}
         given = {name: torch.as_tensor(value).to(dtypes[name]) for name, value in arguments.items()}
-        held = {name.replace("/", "."): tensor for name, tensor in (self.pair.tensors | self.state).items()}
+        weights = in_out(self.pair.tensors, self.pair.shape.models)
+        held = {name.replace("/", "."): tensor for name, tensor in (weights | self.state).items()}
         names = [(one.checkpoint_key or one.user_input_key).decode() for one in meta.input_tensors]
         outputs = run_hlo(traced.program.hlo.SerializeToString(), [given[n] if n in given else held[n] for n in names])
         states = {name.replace("/", "."): name for name in self.state}
@@ -155,7 +157,7 @@ def test_trace_says_how_it_wants_to_be_lowered(sdk):
 def test_weights_and_state_have_the_shards_names(sdk, tp):
     """Every weight that a phase needs. Prefill is done with the draft once its last layer's caches are written."""
     shape = make("qwen3", tp=tp).shape
-    after = ("self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    after = ("self_attn.o_proj", "post_attention_layernorm", "mlp.gate_up_proj", "mlp.down_proj")
     unused = {"draft.model.norm.weight", *(f"draft.model.layers.0.{part}.weight" for part in after)}
     for spec in phases(4):
         traced = sdk.trace(spec, shape)
