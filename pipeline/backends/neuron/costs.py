@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.backends.neuron.hlo import FLOAT
+from pipeline.backends.neuron.hlo import FLOAT, TOP_K
 from pipeline.recipe.chips import Core
 
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 8, 10: 2, 11: 4, 12: 8, 16: 2}
@@ -20,6 +20,7 @@ SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 8, 10: 2, 11: 4, 12:
 FREE = frozenset(["parameter", "constant", "iota", "broadcast", "reshape", "bitcast", "tuple", "get-tuple-element"])
 """Operators that a compiler makes no tensor for: views, and values that it makes where they are read."""
 
+COLLECTIVES = frozenset(["all-reduce", "all-gather", "reduce-scatter"])
 VIEWS = frozenset(["reshape", "bitcast", "get-tuple-element", "broadcast"])
 IN_PLACE = frozenset(["scatter", "dynamic-update-slice"])
 """Operators that write into their first operand: a state, whose memory the result has."""
@@ -57,6 +58,10 @@ class Costs:
     contracted: Mapping[int, int]
     """Products with a matrix that is a parameter, by the axis of it that they contract."""
     collective_bytes: Mapping[str, int]
+    sent: tuple[tuple[str, tuple[int, ...]], ...]
+    """Collectives, and the shape of what a rank gives to them."""
+    widest_top: int
+    """Most entries of a row of a top-k."""
     operators: Mapping[str, int]
 
 
@@ -77,6 +82,8 @@ def costs(hlo: Any) -> Costs:
         transposes=len(turned),
         contracted=_contracted(made, by_id),
         collective_bytes=_collectives(made),
+        sent=tuple(sorted({(one.opcode, _operand(one, by_id)) for one in made if one.opcode in COLLECTIVES})),
+        widest_top=max((_operand(one, by_id)[-1] for one in made if one.custom_call_target == TOP_K), default=0),
         operators=Counter(one.opcode for one in entry.instructions),
     )
 
@@ -139,10 +146,14 @@ def _source(instruction: Any, by_id: Mapping[int, Any]) -> Any:
     return instruction
 
 
+def _operand(instruction: Any, by_id: Mapping[int, Any]) -> tuple[int, ...]:
+    return tuple(by_id[instruction.operand_ids[0]].shape.dimensions)
+
+
 def _collectives(made: list[Any]) -> dict[str, int]:
     found: Counter[str] = Counter()
     for one in made:
-        if one.opcode in ("all-reduce", "all-gather", "reduce-scatter"):
+        if one.opcode in COLLECTIVES:
             found[one.opcode] += _bytes(one)
     return dict(found)
 

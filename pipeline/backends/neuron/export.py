@@ -29,10 +29,9 @@ class StableHloSeams(NeuronSeams):
         super().__init__(tp)
         self.group = group
 
-    def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def top_of_rows(self, scores_MN: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Use the compiler's custom call."""
-        values, indices = top_k(scores, count)
-        return values, indices.long()
+        return top_k(scores_MN, count)
 
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Multiply by a weight [I, N] as it is stored."""

@@ -45,6 +45,8 @@ CUSTOM_CALLS = frozenset((
 ))  # fmt: skip
 """The custom calls that the compiler recognises (Neuron SDK 2.29, NCC_EVRF015)."""
 
+TOP_K = "AwsNeuronTopK"
+
 VOLATILE = frozenset(
     ["name", "id", "metadata", "operand_ids", "called_computation_ids", "control_predecessor_ids", "channel_id"]
 )
@@ -132,7 +134,7 @@ def _instruction_faults(instruction: Any, roots: Mapping[int, Any], shapes: Mapp
     combines = instruction.opcode == "scatter" and roots[instruction.called_computation_ids[0]].opcode != "parameter"
     if combines and operands[0] in INTEGER:
         yield "scatter that combines integers is computed in float32 (NCC_EVRF060)"
-    is_top_k = instruction.opcode == "custom-call" and instruction.custom_call_target == "AwsNeuronTopK"
+    is_top_k = instruction.opcode == "custom-call" and instruction.custom_call_target == TOP_K
     if is_top_k and any(operand in INTEGER for operand in operands):
         yield "TopK does not take integers (NCC_EVRF013)"
 

@@ -6,7 +6,7 @@ Reference" and the NxD source).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,11 @@ from pipeline.graphs.signature import Signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.blocks import query_blocks
 from pipeline.models.parallel import Attend, Seams, State, Writes, capped, shares
+
+WIDEST_TOP = 4096
+"""Most entries of a row of the compiler's top-k. A public report has it compile rows of 16,384 entries for 32 of them,
+and fail for 32,768 (neuronx-cc 2.26); no document states a limit.
+"""
 
 BOOLEANS = frozenset(["active", "prompted"])
 """Arguments that phases take as booleans."""
@@ -96,11 +101,15 @@ class NeuronSeams(Seams):
         return q.float() @ k.float().transpose(-1, -2)
 
     def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Use the compiler's top-k on rows that it can compile, a wide row in groups (`top_in_groups`)."""
+        return top_in_groups(scores, count, self.top_of_rows)
+
+    def top_of_rows(self, scores_MN: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Use `AwsNeuronTopK`: XLA's own top-k is a sort, which the compiler does not support."""
         from torch_neuronx.xla_impl.ops import TopK  # of the SDK, imported only while tracing
 
-        values, indices = TopK.apply(scores, count, dim=scores.dim() - 1)
-        return values, indices.long()
+        values, indices = TopK.apply(scores_MN, count, dim=1)
+        return values, indices
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks."""
@@ -122,6 +131,29 @@ class NeuronSeams(Seams):
 
         gathered: Tensor = mappings.gather_from_tensor_model_parallel_region(x)
         return in_rank_order(gathered, parallel_state.get_tensor_model_parallel_replica_groups()[0])
+
+
+def top_in_groups(
+    scores: Tensor, count: int, top: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the `count` highest entries of the last axis, descending, and their indices, int64.
+
+    `top` does so for rows [M, N] of at most `WIDEST_TOP` entries. Of a wider row, the best of each group compete, again
+    in groups: an entry that is among the best of the row is among the best of its group. Groups are in the order of
+    indices, so equal entries are in the order that `top` gives them.
+    """
+    size, limit = scores.shape[-1], max(WIDEST_TOP, 2 * count)
+    groups = -(-size // limit)
+    width = -(-size // groups)
+    if groups * width > size:
+        scores = functional.pad(scores, (0, groups * width - size), value=-torch.inf)
+    values, indices = top(scores.reshape(-1, width), min(count, width))
+    values, indices = (found.reshape(*scores.shape[:-1], -1) for found in (values, indices.long()))
+    if groups == 1:
+        return values, indices
+    firsts = torch.arange(groups, device=scores.device).repeat_interleave(values.shape[-1] // groups) * width
+    values, places = top_in_groups(values, count, top)
+    return values, (indices + firsts).gather(-1, places)
 
 
 def in_rank_order(gathered: Tensor, group: Sequence[int]) -> Tensor:

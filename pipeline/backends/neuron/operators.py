@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOP_K = "AwsNeuronTopK"
+from pipeline.backends.neuron.hlo import TOP_K
 
 
 @torch.library.custom_op("tandem_neuron::all_reduce", mutates_args=())

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.backends.neuron.module import NeuronSeams
+from pipeline.backends.neuron import module
+from pipeline.backends.neuron.module import NeuronSeams, top_in_groups
 from pipeline.models import blocks
 from pipeline.models.parallel import Seams, attend_up_to
 
@@ -23,3 +24,26 @@ def test_attention_in_blocks_equals_that_of_the_whole(monkeypatch, kv, rows):
     torch.testing.assert_close(
         NeuronSeams(1).attend(q, k, v, attend), Seams().attend(q, k, v, attend), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "most"), [(128_256, 256, 4096), (16_384, 256, 4096), (61, 16, 32), (40, 5, 9)]
+)
+def test_top_in_groups_is_that_of_the_whole_row(monkeypatch, size, count, most):
+    """Equal scores by the smallest index, ids without a score last; no row is wider than the limit."""
+    monkeypatch.setattr(module, "WIDEST_TOP", most)
+    generator, widths = torch.Generator().manual_seed(size), []
+
+    def top(rows_MN, k):
+        widths.append(rows_MN.shape[1])
+        values, indices = rows_MN.sort(dim=-1, descending=True, stable=True)
+        return values[:, :k], indices[:, :k]
+
+    scores = torch.randint(-3, 9, (2, 3, size), generator=generator).float()
+    scores[:, 0, count // 2 :] = -torch.inf
+    values, indices = top_in_groups(scores, count, top)
+    assert max(widths) <= max(most, 2 * count)
+    assert len(widths) > 1
+    wanted, wanted_indices = top(scores.flatten(0, 1), count)
+    assert torch.equal(values.flatten(0, 1), wanted)
+    assert torch.equal(indices.flatten(0, 1), wanted_indices)

@@ -6,7 +6,6 @@ import os
 import shutil
 import zipfile
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from pipeline.backends.neuron import costs, hlo
 from pipeline.backends.neuron.backend import NeuronBackend
 from pipeline.errors import HostError
 from pipeline.graphs.spec import GraphSpec
-from pipeline.plan.estimates import MIB, scratch_bytes
 from pipeline.recipe.backend_settings import NeuronSettings
 from support.neuron_graphs import (
     FAMILIES,
@@ -44,21 +42,6 @@ SLOW_OR_UNKNOWN = {"power", "reduce-window", "sort", "rng", "while", "conditiona
 
 BITS = {"shift-left", "shift-right-arithmetic", "xor"}
 """Operators of the noise of sampling that no list of the compiler has."""
-
-
-@pytest.fixture(scope="module")
-def backend():
-    missing = [name for name in ("torch_mlir", "jaxlib", "jax") if find_spec(name) is None]
-    if missing:
-        pytest.fail(f"not installed: {', '.join(missing)}: run `make test-hlo`")
-    return NeuronBackend(NeuronSettings(name="neuron", target="trn2", lnc=2, frontend="stablehlo"))
-
-
-@pytest.fixture(scope="module")
-def graphs_of():
-    from support.hlo_graphs import HloGraphs
-
-    return HloGraphs
 
 
 def noise(shape):
@@ -176,44 +159,34 @@ def test_hlo_is_what_the_compiler_takes(backend, family, tp):
     """Data types, operators, constants; collectives where the model is split; no reduction with `or`."""
     shape = make(family, 4, tp, replicated=False).shape
     for spec in phases(4):
-        module = backend.trace(spec, shape).program.hlo
-        assert hlo.faults(module) == [], spec.name
-        assert set(hlo.unlisted(module, hlo.DOCUMENTED)) <= BITS, spec.name
-        assert hlo.collectives(module).get("all-reduce", 0) == sums(spec, shape), spec.name
-        found = costs.costs(module)
+        lowered = backend.trace(spec, shape).program.hlo
+        assert hlo.faults(lowered) == [], spec.name
+        assert set(hlo.unlisted(lowered, hlo.DOCUMENTED)) <= BITS, spec.name
+        assert hlo.collectives(lowered).get("all-reduce", 0) == sums(spec, shape), spec.name
+        found = costs.costs(lowered)
         assert found.transposes == 0, spec.name
         assert found.contracted.keys() <= {0, 1}, spec.name
         if spec.phase == "decode":  # the target alone
             assert found.contracted[0] == 4 * shape.target.layers + (not shape.target.tied)
             assert found.contracted.get(1, 0) == shape.target.tied  # an embedding, whose rows are looked up
-        opcodes = {i.opcode for c in module.computations for i in c.instructions}
+        opcodes = {i.opcode for c in lowered.computations for i in c.instructions}
         assert not opcodes & SLOW_OR_UNKNOWN, spec.name
-        called = {i for c in module.computations for o in c.instructions if o.opcode == "reduce"
+        called = {i for c in lowered.computations for o in c.instructions if o.opcode == "reduce"
                   for i in o.called_computation_ids}  # fmt: skip
-        reducers = {i.opcode for c in module.computations if c.id in called for i in c.instructions}
+        reducers = {i.opcode for c in lowered.computations if c.id in called for i in c.instructions}
         assert "or" not in reducers, spec.name
-
-
-@pytest.mark.parametrize(("family", "tp"), [*((family, 1) for family in OVER_STATES), ("qwen2-moe", 2)])
-def test_weights_of_heads_and_experts_are_multiplied_as_they_are_stored(backend, family, tp):
-    """No weight is transposed; but for a tied embedding, each is contracted on its first axis."""
-    shape = make(family, 4, tp, replicated=False, reduced=family in OVER_STATES).shape
-    for spec in (GraphSpec("prefill", 4, 8, 8), GraphSpec("speculate", 4, 3, LENGTH, 2)):
-        found = costs.costs(backend.trace(spec, shape).program.hlo)
-        assert found.transposes == 0, spec.name
-        assert found.contracted.get(1, 0) == 1 + (spec.draft_tokens if shape.draft.tied else 0), spec.name
 
 
 def test_collectives_name_their_group_for_older_readers(backend):
     """XLA's newer field for groups, unknown to older readers, would read as one group of all replicas."""
     shape = make("llama", 4, 2, replicated=False).shape
-    module = backend.trace(GraphSpec("decode", 4, 1, LENGTH), shape).program.hlo
-    found = [i for c in module.computations for i in c.instructions if i.opcode in ("all-reduce", "all-gather")]
+    lowered = backend.trace(GraphSpec("decode", 4, 1, LENGTH), shape).program.hlo
+    found = [i for c in lowered.computations for i in c.instructions if i.opcode in ("all-reduce", "all-gather")]
     assert found
     for one in found:
         assert [list(group.replica_ids) for group in one.replica_groups] == [[0, 1]]
         assert not one.HasField("collective_device_list")
-    ids = [i.id for c in module.computations for i in c.instructions]
+    ids = [i.id for c in lowered.computations for i in c.instructions]
     assert max(ids) < 1 << 31
     assert len(set(ids)) == len(ids)
 
@@ -235,8 +208,8 @@ def test_bfloat16_weights_and_caches_are_multiplied_as_they_are(backend):
     shape = make("llama", 4).shape
     shape = replace(shape, models=replace(shape.models, target_dtype="bfloat16", draft_dtype="bfloat16"))
     for spec in (GraphSpec("decode", 4, 1, LENGTH), GraphSpec("speculate", 4, 4, LENGTH, 3)):
-        module = backend.trace(spec, shape).program.hlo
-        by_id = {i.id: i for c in module.computations for i in c.instructions}
+        lowered = backend.trace(spec, shape).program.hlo
+        by_id = {i.id: i for c in lowered.computations for i in c.instructions}
         for one in by_id.values():
             if one.opcode == "dot":
                 kinds = [by_id[i].shape.element_type for i in one.operand_ids]
@@ -291,16 +264,6 @@ def test_hlo_is_the_same_from_two_folders(backend, tmp_path):
         assert done.returncode == 0, done.stderr
         found.add(done.stdout.splitlines()[-1])
     assert len(found) == 1
-
-
-def test_intermediates_of_llama_70b_are_those_of_the_plan(backend):
-    """A prefill of 12,288 tokens held [T, S] scores in float32, 19.3 GB in a draft of 32 heads on one rank."""
-    graphs, pair = weightless("llama-70b-spec", 2, 64)
-    for spec in graphs:
-        found = costs.costs(backend.trace(spec, pair).program.hlo)
-        assert found.peak_bytes <= scratch_bytes(pair, spec, fused=False), spec.name
-        if spec.phase != "score":  # whose logits of all positions only the gates read
-            assert found.largest.bytes <= 256 * MIB, (spec.name, found.largest)
 
 
 def test_plan_prints_costs_with_a_floor(backend, tmp_path):
