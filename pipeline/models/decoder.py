@@ -85,6 +85,8 @@ def hidden_states(
     Shapes: tokens_BT int32 or int64 [B, T].
     """
     assert run.attend is not None
+    if not any(kind.experts is not None and kind.experts.bias for kind in config.kinds):  # added after the sum
+        seams = seams.of_pass(tokens_BT.shape[1])
     x = embed(config, weights, seams, tokens_BT)
     rotaries = [rotary_of(config, run.positions_BT, x.dtype, kind) for kind in range(len(config.kinds))]
     attends = [attend_of(config, kind, run.attend) for kind in config.kinds]
@@ -92,7 +94,7 @@ def hidden_states(
     tapped, experts = [], []
     for layer in range(config.layers):
         if layer in taps:
-            tapped.append(stream.x_BTH)
+            tapped.append(seams.all_tokens(stream.x_BTH))
         kind = config.kind(layer)
         own = replace(run.of_layer(layer), attend=attends[kind])
         w = layer_weights(weights, layer) | next_norm(config, weights, layer)
@@ -102,9 +104,9 @@ def hidden_states(
             experts.append(stream.experts_BTC)
             stream = stream._replace(experts_BTC=None)  # or layers would be different functions for a compiler
     if config.layers in taps:
-        tapped.append(stream.x_BTH)
+        tapped.append(seams.all_tokens(stream.x_BTH))
     chosen = torch.stack(experts, dim=2) if experts else None
-    return Hidden(stream.normed_BTH, torch.cat(tapped, dim=-1) if taps else None, chosen)
+    return Hidden(seams.all_tokens(stream.normed_BTH), torch.cat(tapped, dim=-1) if taps else None, chosen)
 
 
 def attend_of(config: ModelConfig, layer: Layer, attend: Attend) -> Attend:
@@ -194,7 +196,7 @@ def embedded(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Ten
     local_BT = tokens_BT - weights[OFFSET]
     mine_BT = (local_BT >= 0) & (local_BT < rows)
     x_BTH = seams.embed(local_BT.clamp(0, rows - 1), table).to(dtype)
-    return seams.all_reduce(torch.where(mine_BT[..., None], x_BTH, torch.zeros_like(x_BTH)))
+    return seams.own_tokens(torch.where(mine_BT[..., None], x_BTH, torch.zeros_like(x_BTH)))
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, style: NormStyle = "narrow") -> Tensor:
@@ -300,6 +302,7 @@ def attention(
     """Write one layer's keys and values, then attend over its cache: [B, T, H]."""
     assert run.attend is not None
     heads, kv_heads = local_heads(config, seams.tp), kv_heads_of(config, seams)
+    x_BTX = seams.all_tokens(x_BTX)
     turned, v = heads_of(config, w, seams, x_BTX, "qkv").split((heads + kv_heads, kv_heads), dim=1)
     q, k = rotate(turned, rotary).split((heads, kv_heads), dim=1)
     cached_k = seams.write(run.state, "k", k, run.writes)
@@ -307,7 +310,7 @@ def attention(
     keys, values = (cached_k, cached_v) if run.attend.kv else (k, v)
     attend = replace(run.attend, sinks_N=w["self_attn.sinks"]) if config.sinks else run.attend
     out_BTX = seams.attend(q, keys, values, attend)
-    out = seams.all_reduce(seams.linear(out_BTX, w["self_attn.o_proj.weight"], config.hidden))
+    out = seams.own_tokens(seams.linear(out_BTX, w["self_attn.o_proj.weight"], config.hidden))
     bias = w.get("self_attn.o_proj.bias")
     return out if bias is None else out + bias
 
@@ -372,6 +375,7 @@ def feed_forward(
     """
     if layer.experts is None:
         return mlp(config, w, seams, x_BTH), None
+    x_BTH = seams.all_tokens(x_BTH)
     chosen = routed(layer.experts, w, seams, x_BTH)
     gate, up, down = (f"mlp.experts.{name}_proj" for name in ("gate", "up", "down"))
     biases = (w[f"{gate}.bias"], w[f"{up}.bias"]) if layer.experts.bias else None
@@ -380,7 +384,7 @@ def feed_forward(
     if layer.experts.shared is not None:
         share_BT1 = torch.sigmoid(seams.linear(x_BTH, w[SHARED_GATE], 1))
         out_BTH = out_BTH + share_BT1 * gated(config, w, seams, x_BTH, SHARED, layer.experts.shared)
-    out_BTH = seams.all_reduce(out_BTH)
+    out_BTH = seams.own_tokens(out_BTH)
     if layer.experts.bias:
         out_BTH = out_BTH + shared_out(w[f"{down}.bias"], chosen).to(out_BTH.dtype)
     return out_BTH, chosen.experts.int()
@@ -388,7 +392,7 @@ def feed_forward(
 
 def mlp(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor) -> Tensor:
     """Apply a layer's feed-forward network: [B, T, H] -> [B, T, H]."""
-    out = seams.all_reduce(gated(config, w, seams, x_BTH, "mlp", config.intermediate))
+    out = seams.own_tokens(gated(config, w, seams, seams.all_tokens(x_BTH), "mlp", config.intermediate))
     bias = w.get("mlp.down_proj.bias")
     return out if bias is None else out + bias
 

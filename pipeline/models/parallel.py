@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar, TypeVarTuple
+from typing import Literal, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -25,17 +25,25 @@ State = dict[str, Tensor]
 """KV caches of one model: `k.<layer>` and `v.<layer>`, each [rows, H, S_max, D]."""
 
 
+Block = Literal["none", "first", "any"]
+"""Whether the tokens that a row keeps are a block: the first tokens of the pass, at the first positions or at any."""
+
+
 @dataclass(frozen=True)
 class Writes:
     """Where a pass stores its keys and values: one index into every cache of a model.
 
-    `index` int64 (rows [B, 1, 1], heads [1, H, 1], positions [B, 1, T]).
+    `index` int64 (rows [B, 1, 1], heads [1, H, 1], positions [B, 1, T]). Tokens that are a `block` of distinct rows may
+    be written as one.
     """
 
     index: tuple[Tensor, Tensor, Tensor]
+    block: Block = "none"
 
 
-def plan_writes(state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Tensor) -> Writes:
+def plan_writes(
+    state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Tensor, block: Block = "none"
+) -> Writes:  # fmt: skip
     """Return the writes of `rows_B` at `positions_BT`; tokens with `keep_BT` False are written to the scratch position.
 
     The last position of every cache row is scratch: never attended over, never part of a sequence. With it a pass is
@@ -44,7 +52,7 @@ def plan_writes(state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Ten
     cache = state["k.0"]
     heads_H = torch.arange(cache.shape[1], device=cache.device)
     places_BT = torch.where(keep_BT, positions_BT, cache.shape[2] - 1)
-    return Writes((rows_B.long()[:, None, None], heads_H[None, :, None], places_BT.long()[:, None, :]))
+    return Writes((rows_B.long()[:, None, None], heads_H[None, :, None], places_BT.long()[:, None, :]), block)
 
 
 @dataclass(frozen=True)
@@ -255,6 +263,19 @@ class Seams:
         else:
             out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=attend.scale)
         return out.view(batch, heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, heads * dim)
+
+    def of_pass(self, tokens: int) -> Seams:
+        """Return the seams of a pass over `tokens` tokens of each row, whose residual stream ranks may divide."""
+        assert tokens
+        return self
+
+    def own_tokens(self, x_BTH: Tensor) -> Tensor:
+        """Sum over ranks; return the tokens whose residual stream this rank has: all, unless ranks divide them."""
+        return self.all_reduce(x_BTH)
+
+    def all_tokens(self, x_BTH: Tensor) -> Tensor:
+        """Return the tokens of all ranks, from those of `own_tokens`."""
+        return x_BTH
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks."""

@@ -134,8 +134,8 @@ class Eagle3:
         """Write keys and values of the whole prompt; store the features at its end for the next token."""
         features_BTH = self._features(states)
         next_BT = torch.cat((prompt.tokens_BT[:, 1:], prompt.tokens_BT[:, -1:]), dim=1)
-        writes = plan_writes(self.model.state, prompt.slots_B, prompt.positions_BT, prompt.kept(self.model, less=1))
-        self._write_cache(next_BT, features_BTH, Pass(prompt.positions_BT, self.model.state, writes, prompt.attend))
+        run = Pass(prompt.positions_BT, self.model.state, prompt.writes(self.model, less=1), prompt.attend)
+        self._write_cache(next_BT, features_BTH, run)
         last_BH = take(features_BTH, prompt.last)
         put(self.model, FEATURE, prompt.slots_B.long(), last_BH, prompt.active[:, None])
 
@@ -241,8 +241,7 @@ class DFlash:
 
     def after_prefill(self, prompt: Prompt, states: Hidden) -> None:
         """Write keys and values of the whole prompt."""
-        writes = plan_writes(self.model.state, prompt.slots_B, prompt.positions_BT, prompt.kept(self.model))
-        self._write(states, prompt.positions_BT, writes)
+        self._write(states, prompt.positions_BT, prompt.writes(self.model))
 
     def after_decode(self, rows: Rows, states: Hidden) -> None:
         """Write keys and values of the last token."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
-from pipeline.models.parallel import Attend, Pass, Seams, State, attend_up_to, plan_writes
+from pipeline.models.parallel import Attend, Pass, Seams, State, Writes, attend_up_to, plan_writes
 from pipeline.models.weights import D2T, OFFSET
 from pipeline.speculation.sampling import Sampling, Vocabulary, greedy, sample
 from pipeline.speculation.shaping import LogProbs, Shaping, log_probs, shape
@@ -80,6 +80,11 @@ class Prompt:
         usable = model.usable(self.kv or self.tokens_BT.shape[1])
         return (index_T < self.lengths_B[:, None] - less) & (self.positions_BT < usable)
 
+    def writes(self, model: Model, less: int = 0) -> Writes:
+        """Return the writes of the tokens that are stored."""
+        kept_BT = self.kept(model, less)
+        return plan_writes(model.state, self.slots_B, self.positions_BT, kept_BT, "any" if self.kv else "first")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -123,7 +128,7 @@ class Model:
 
     def read(self, prompt: Prompt) -> Hidden:
         """Run prompts into their slots."""
-        writes = plan_writes(self.state, prompt.slots_B, prompt.positions_BT, prompt.kept(self))
+        writes = prompt.writes(self)
         return self.run(prompt.tokens_BT, Pass(prompt.positions_BT, self.state, writes, prompt.attend))
 
     def run(self, tokens_BT: Tensor, run: Pass) -> Hidden:

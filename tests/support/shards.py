@@ -49,6 +49,8 @@ def query_heads(whole: Tensor, axis: int, rank: int, tp: int, kv_heads: int, hea
 
 def expected_slice(name: str, whole: Tensor, rank: int, tp: int, kv_heads: int, head_dim: int) -> Tensor:
     """What a rank must hold, by the plain definition of each split."""
+    if ".experts." in name:
+        return whole.chunk(tp, dim=2 if "down_proj" in name else 1)[rank]
     if name in (EMBEDDING, HEAD):
         rows = -(-whole.shape[0] // (32 * tp)) * 32
         padded = torch.cat([whole, whole.new_zeros(rows * tp - whole.shape[0], whole.shape[1])])

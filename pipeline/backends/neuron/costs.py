@@ -58,8 +58,11 @@ class Costs:
     contracted: Mapping[int, int]
     """Products with a matrix that is a parameter, by the axis of it that they contract."""
     collective_bytes: Mapping[str, int]
+    """Bytes of each kind of collective, before a reduction or after a gather; an all-reduce moves them twice."""
     sent: tuple[tuple[str, tuple[int, ...]], ...]
     """Collectives, and the shape of what a rank gives to them."""
+    scattered_rows: int
+    """Most rows that one scatter writes."""
     widest_top: int
     """Most entries of a row of a top-k."""
     operators: Mapping[str, int]
@@ -81,8 +84,9 @@ def costs(hlo: Any) -> Costs:
         transposed_bytes=sum(map(_bytes, turned)),
         transposes=len(turned),
         contracted=_contracted(made, by_id),
-        collective_bytes=_collectives(made),
+        collective_bytes=_collectives(made, by_id),
         sent=tuple(sorted({(one.opcode, _operand(one, by_id)) for one in made if one.opcode in COLLECTIVES})),
+        scattered_rows=max((_rows(one, by_id) for one in made if one.opcode == "scatter"), default=0),
         widest_top=max((_operand(one, by_id)[-1] for one in made if one.custom_call_target == TOP_K), default=0),
         operators=Counter(one.opcode for one in entry.instructions),
     )
@@ -150,11 +154,16 @@ def _operand(instruction: Any, by_id: Mapping[int, Any]) -> tuple[int, ...]:
     return tuple(by_id[instruction.operand_ids[0]].shape.dimensions)
 
 
-def _collectives(made: list[Any]) -> dict[str, int]:
+def _rows(scatter: Any, by_id: Mapping[int, Any]) -> int:
+    """Return the rows of a scatter: its indices have the places of each on their last axis."""
+    return math.prod(by_id[scatter.operand_ids[1]].shape.dimensions[:-1])
+
+
+def _collectives(made: list[Any], by_id: Mapping[int, Any]) -> dict[str, int]:
     found: Counter[str] = Counter()
     for one in made:
         if one.opcode in COLLECTIVES:
-            found[one.opcode] += _bytes(one)
+            found[one.opcode] += max(_bytes(one), _bytes(by_id[one.operand_ids[0]]))
     return dict(found)
 
 

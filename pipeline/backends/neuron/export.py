@@ -16,18 +16,68 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pipeline.backends.neuron.module import NeuronSeams, in_rank_order, with_booleans
-from pipeline.backends.neuron.operators import OPERATORS, Cut, all_gather, all_reduce, dot, product, top_k
+from pipeline.backends.neuron.operators import (
+    OPERATORS,
+    Cut,
+    all_gather,
+    all_reduce,
+    dot,
+    gather_tokens,
+    product,
+    put_block,
+    read_block,
+    scatter_tokens,
+    top_k,
+)
 from pipeline.graphs.module import empty, run_phase
 from pipeline.graphs.signature import Signature, TensorSpec
 from pipeline.graphs.spec import GraphSpec, PairSpec
+from pipeline.models.parallel import Block, State, Writes
 
 
 class StableHloSeams(NeuronSeams):
-    """The seams of Neuron with operators of our own for what torch-mlir cannot lower."""
+    """The seams of Neuron with operators of our own for what torch-mlir cannot lower.
 
-    def __init__(self, tp: int, group: Sequence[int] = ()) -> None:
+    In a graph that reads `prompts`, blocks of keys and values are written as they are, and ranks divide the tokens of
+    the residual stream (sequence parallelism, Korthikanti et al. 2022): in `divided` passes.
+    """
+
+    def __init__(self, tp: int, group: Sequence[int] = (), *, prompts: bool = False, divided: bool = False) -> None:
         super().__init__(tp)
-        self.group = group
+        self.group, self.prompts, self.divided = group, prompts, divided
+
+    def of_pass(self, tokens: int) -> StableHloSeams:
+        """Divide the tokens of prompts, where ranks have equal shares."""
+        divided = self.prompts and self.tp > 1 and tokens % self.tp == 0
+        return StableHloSeams(self.tp, self.group, prompts=self.prompts, divided=divided)
+
+    def own_tokens(self, x_BTH: Tensor) -> Tensor:
+        """Sum over ranks, in a divided pass by a reduce-scatter."""
+        return scatter_tokens(x_BTH, self.tp) if self.divided else self.all_reduce(x_BTH)
+
+    def all_tokens(self, x_BTH: Tensor) -> Tensor:
+        """Gather the tokens of a divided pass; parts have the order of the group, as those of `own_tokens`."""
+        return gather_tokens(x_BTH, self.tp) if self.divided else x_BTH
+
+    def write(self, state: State, name: str, new_BHTD: Tensor, writes: Writes) -> Tensor:
+        """Write blocks of prompts row by row, over what their padding covers; scatter anything else."""
+        if not self.prompts or writes.block == "none":
+            return super().write(state, name, new_BHTD, writes)
+        rows_B, places_BT = writes.index[0].flatten().int(), writes.index[2][:, 0].int()
+        for number, new_HTD in enumerate(new_BHTD):
+            places_T = places_BT[number]
+            state[name] = _with_block(state[name], new_HTD[None], rows_B[number], places_T, writes.block)
+        return state[name]
+
+    def put_row(self, state: State, name: str, rows_B: Tensor, values: Tensor) -> None:
+        """Write rows one by one where a graph reads prompts."""
+        if not self.prompts:
+            super().put_row(state, name, rows_B, values)
+            return
+        rows = rows_B.int()
+        for number in range(len(rows)):
+            row = rows[number]
+            state[name] = put_block(state[name], values[number : number + 1], row, torch.zeros_like(row))
 
     def top_of_rows(self, scores_MN: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Use the compiler's custom call."""
@@ -56,6 +106,25 @@ class StableHloSeams(NeuronSeams):
     def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate the last axis over ranks, in rank order."""
         return x if self.tp == 1 else in_rank_order(all_gather(x, self.tp), self.group)
+
+
+def _with_block(cache: Tensor, new_1HTD: Tensor, row: Tensor, places_T: Tensor, block: Block) -> Tensor:
+    """Return a cache [R, H, S, D] with the first tokens of a row, those that are not written to the scratch position.
+
+    The other positions of the block keep what they have. A block that would pass the cache's end begins earlier.
+    """
+    length, tokens = cache.shape[2], new_1HTD.shape[2]
+    count = (places_T < length - 1).sum(dtype=torch.int32)
+    first = places_T[0]
+    if block == "first":
+        start = torch.zeros_like(first)
+    else:
+        start = first.clamp(max=length - tokens)
+        before = torch.cat((torch.zeros_like(new_1HTD), new_1HTD), dim=2)
+        new_1HTD = read_block(before, torch.zeros_like(row), tokens - (first - start), tokens)
+    place_T = start + torch.arange(tokens, dtype=torch.int32, device=cache.device)
+    is_new_T1 = ((place_T >= first) & (place_T < first + count))[:, None]
+    return put_block(cache, torch.where(is_new_T1, new_1HTD, read_block(cache, row, start, tokens)), row, start)
 
 
 @dataclass
@@ -88,7 +157,8 @@ def phase(
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = with_booleans({one.name: tensor for one, tensor in zip(parameters(io), tensors, strict=True)})
-        outputs = run_phase(spec, pair, given, partial(StableHloSeams, group=group))
+        seams = partial(StableHloSeams, group=group, prompts=spec.phase == "prefill")
+        outputs = run_phase(spec, pair, given, seams)
         return (*outputs, *(given[one.name] for one in io.state))
 
     return run

@@ -27,8 +27,9 @@ DOCUMENTED = frozenset((
 ))  # fmt: skip
 """HLO of the compiler's list of supported operators (Neuron compiler release notes, "Supported Operators")."""
 
-NAMED_LATER = frozenset(["logistic", "or", "reduce-window"])
-"""HLO that the list lacks and other documents name: `logistic` (release notes), `reduce-window` (NCC_EVRF017 to 19)."""
+NAMED_LATER = frozenset(["logistic", "or", "reduce-scatter", "reduce-window"])
+"""HLO that the list lacks and other documents name: `logistic` (release notes), `reduce-window` (NCC_EVRF017 to 19),
+`reduce-scatter` (NCC_EVRF061)."""
 
 STRUCTURE = frozenset(["parameter", "call", "bitcast", "copy"])
 """Not computations."""
@@ -115,9 +116,9 @@ def faults(hlo: Any) -> list[str]:
 
 
 def collectives(hlo: Any) -> dict[str, int]:
-    """Return how many all-reduces and all-gathers a graph has."""
+    """Return how many all-reduces, all-gathers and reduce-scatters a graph has."""
     codes = [i.opcode for c in hlo.computations for i in c.instructions]
-    return {code: codes.count(code) for code in ("all-reduce", "all-gather") if code in codes}
+    return {code: codes.count(code) for code in ("all-reduce", "all-gather", "reduce-scatter") if code in codes}
 
 
 def _instruction_faults(instruction: Any, roots: Mapping[int, Any], shapes: Mapping[int, int]) -> Iterator[str]:

@@ -39,6 +39,53 @@ def _(x: Tensor, ranks: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] * ranks)
 
 
+@torch.library.custom_op("tandem_neuron::scatter_tokens", mutates_args=())
+def scatter_tokens(x: Tensor, ranks: int) -> Tensor:
+    """Sum over ranks, and keep a rank's share of axis 1: [B, T, ...] -> [B, T / ranks, ...]."""
+    return x[:, : x.shape[1] // ranks].clone()
+
+
+@scatter_tokens.register_fake
+def _(x: Tensor, ranks: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // ranks, *x.shape[2:])
+
+
+@torch.library.custom_op("tandem_neuron::gather_tokens", mutates_args=())
+def gather_tokens(x: Tensor, ranks: int) -> Tensor:
+    """Concatenate axis 1 over ranks, in the order of the group: [B, T, ...] -> [B, ranks * T, ...]."""
+    return torch.cat([x] * ranks, dim=1)
+
+
+@gather_tokens.register_fake
+def _(x: Tensor, ranks: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] * ranks, *x.shape[2:])
+
+
+@torch.library.custom_op("tandem_neuron::read_block", mutates_args=())
+def read_block(x: Tensor, row: Tensor, place: Tensor, size: int) -> Tensor:
+    """Return `size` positions of a row from `place` on, int32 scalars: [R, H, S, D] -> [1, H, size, D]."""
+    return x[int(row) : int(row) + 1, :, int(place) : int(place) + size].clone()
+
+
+@read_block.register_fake
+def _(x: Tensor, row: Tensor, place: Tensor, size: int) -> Tensor:  # noqa: ARG001 - the operator's signature
+    return x.new_empty(1, x.shape[1], size, *x.shape[3:])
+
+
+@torch.library.custom_op("tandem_neuron::put_block", mutates_args=())
+def put_block(x: Tensor, block: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    """Return `x` with a block [1, ...] in one of its rows, from `place` of axis 2 on, if it has one: [R, ...]."""
+    out = x.clone()
+    own = out[int(row) : int(row) + 1]
+    (own if x.dim() < 3 else own[:, :, int(place) : int(place) + block.shape[2]]).copy_(block)
+    return out
+
+
+@put_block.register_fake
+def _(x: Tensor, block: Tensor, row: Tensor, place: Tensor) -> Tensor:  # noqa: ARG001 - the operator's signature
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("tandem_neuron::top_k", mutates_args=())
 def top_k(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` highest entries of the last axis, descending, and their int32 indices."""
@@ -92,6 +139,10 @@ class Cut:
 OPERATORS: Mapping[Any, str] = {
     torch.ops.tandem_neuron.all_reduce.default: "all_reduce",
     torch.ops.tandem_neuron.all_gather.default: "all_gather",
+    torch.ops.tandem_neuron.scatter_tokens.default: "scatter_tokens",
+    torch.ops.tandem_neuron.gather_tokens.default: "gather_tokens",
+    torch.ops.tandem_neuron.read_block.default: "read_block",
+    torch.ops.tandem_neuron.put_block.default: "put_block",
     torch.ops.tandem_neuron.top_k.default: "top_k",
     torch.ops.tandem_neuron.dot.default: "dot",
     torch.ops.tandem_neuron.product.default: "product",
@@ -112,7 +163,7 @@ class Emitter:
     def create(self, name: str, operands: Sequence[Any], types: Sequence[Any], **attributes: str) -> Any:
         """Create an operation; attributes are in MLIR's text form."""
         parsed = {key: self.ir.Attribute.parse(text) for key, text in attributes.items()}
-        regions = 1 if name == "stablehlo.all_reduce" else 0
+        regions = 1 if name in ("stablehlo.all_reduce", "stablehlo.reduce_scatter") else 0
         return self.ir.Operation.create(name, list(types), list(operands), parsed, regions=regions)
 
     @property
@@ -122,9 +173,18 @@ class Emitter:
 
 
 def _all_reduce(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numbers: tuple[int, ...]) -> list[Any]:  # noqa: ARG001 - one signature for all
+    return _sum(to, to.create("stablehlo.all_reduce", operands, types, replica_groups=to.groups))
+
+
+def _scatter_tokens(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numbers: tuple[int, ...]) -> list[Any]:  # noqa: ARG001
+    attributes = {"scatter_dimension": "1 : i64", "replica_groups": to.groups}
+    return _sum(to, to.create("stablehlo.reduce_scatter", operands, types, **attributes))
+
+
+def _sum(to: Emitter, operation: Any) -> list[Any]:
+    """Make a collective that reduces one that sums; return its results."""
     ir = to.ir
-    scalar = ir.RankedTensorType.get([], ir.RankedTensorType(types[0]).element_type)
-    operation = to.create("stablehlo.all_reduce", operands, types, replica_groups=to.groups)
+    scalar = ir.RankedTensorType.get([], ir.RankedTensorType(operation.results[0].type).element_type)
     block = ir.Block.create_at_start(operation.regions[0], [scalar, scalar], [ir.Location.current] * 2)
     with ir.InsertionPoint(block):
         total = to.create("stablehlo.add", block.arguments, [scalar])
@@ -133,9 +193,34 @@ def _all_reduce(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numb
 
 
 def _all_gather(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numbers: tuple[int, ...]) -> list[Any]:  # noqa: ARG001
-    axis = to.ir.RankedTensorType(types[0]).rank - 1
+    return _gather(to, operands, types, to.ir.RankedTensorType(types[0]).rank - 1)
+
+
+def _gather_tokens(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numbers: tuple[int, ...]) -> list[Any]:  # noqa: ARG001
+    return _gather(to, operands, types, 1)
+
+
+def _gather(to: Emitter, operands: Sequence[Any], types: Sequence[Any], axis: int) -> list[Any]:
     attributes = {"all_gather_dim": f"{axis} : i64", "replica_groups": to.groups}
     return list(to.create("stablehlo.all_gather", operands, types, **attributes).results)
+
+
+def _starts(to: Emitter, like: Any, row: Any, place: Any) -> list[Any]:
+    """Return the start of a block on each axis: of the first and the third, as far as there are any, else zero."""
+    zero = to.create("stablehlo.constant", [], [row.type], value="dense<0> : tensor<i32>").result
+    return [row, zero, place, zero][: to.ir.RankedTensorType(like.type).rank]
+
+
+def _read_block(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numbers: tuple[int, ...]) -> list[Any]:  # noqa: ARG001
+    x, row, place = operands
+    sizes = ", ".join(map(str, to.ir.RankedTensorType(types[0]).shape))
+    starts = _starts(to, x, row, place)
+    return list(to.create("stablehlo.dynamic_slice", [x, *starts], types, slice_sizes=f"array<i64: {sizes}>").results)
+
+
+def _put_block(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numbers: tuple[int, ...]) -> list[Any]:  # noqa: ARG001
+    x, block, row, place = operands
+    return list(to.create("stablehlo.dynamic_update_slice", [x, block, *_starts(to, x, row, place)], types).results)
 
 
 def _top_k(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numbers: tuple[int, ...]) -> list[Any]:
@@ -166,5 +251,7 @@ def _product(to: Emitter, operands: Sequence[Any], types: Sequence[Any], numbers
 
 Emit = Callable[[Emitter, Sequence[Any], Sequence[Any], tuple[int, ...]], list[Any]]
 EMIT: Mapping[str, Emit] = {
-    "all_reduce": _all_reduce, "all_gather": _all_gather, "top_k": _top_k, "dot": _dot, "product": _product,
+    "all_reduce": _all_reduce, "all_gather": _all_gather, "scatter_tokens": _scatter_tokens,
+    "gather_tokens": _gather_tokens, "read_block": _read_block, "put_block": _put_block, "top_k": _top_k,
+    "dot": _dot, "product": _product,
 }  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from pipeline.backends.neuron import costs, module
 from pipeline.graphs.spec import GraphSpec
 from pipeline.plan.estimates import MIB, scratch_bytes
-from support.neuron_graphs import LENGTH, OVER_STATES, arguments_of, make, phases, weightless
+from support.neuron_graphs import LENGTH, OVER_STATES, arguments_of, make, phases, sums, weightless
 from support.pairs import empty_state
 
 pytestmark = pytest.mark.hlo
@@ -28,16 +28,14 @@ def test_sampling_in_groups_equals_eager(backend, graphs_of, monkeypatch, tp):
     monkeypatch.setattr(module, "WIDEST_TOP", 8)
     pair = make("qwen3", 4, replicated=False)
     graphs = graphs_of(backend, pair, tp)
-    for spec in (
-        GraphSpec("decode", 4, 1, LENGTH, sampling="stochastic"),
-        *(s for s in phases(4) if s.phase == "verify"),
-    ):
+    verify = next(one for one in phases(4) if one.phase == "verify")
+    for spec in (GraphSpec("decode", 4, 1, LENGTH, sampling="stochastic"), verify):
         arguments = arguments_of(spec, pair.shape)
         pair.state = empty_state(pair.shape)
         for one, other in zip(pair.step(spec, **arguments), graphs.step(spec, **arguments), strict=True):
             torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4, msg=lambda m, s=spec: f"{s.name}: {m}")
-        calls = [o.opcode for c in graphs.trace(spec).program.hlo.computations for o in c.instructions]
-        assert calls.count("custom-call") > 1
+        found = costs.costs(graphs.trace(spec).program.hlo)
+        assert found.operators["custom-call"] > 1
 
 
 def test_sampling_of_llama_70b_sends_candidates_alone(backend):
@@ -59,3 +57,55 @@ def test_intermediates_of_llama_70b_are_those_of_the_plan(backend):
         assert found.peak_bytes <= scratch_bytes(pair, spec, fused=False), spec.name
         if spec.phase != "score":  # whose logits of all positions only the gates read
             assert found.largest.bytes <= 256 * MIB, (spec.name, found.largest)
+
+
+@pytest.mark.parametrize("kv", [8, LENGTH])
+@pytest.mark.parametrize(("family", "tp"), [("llama", 1), ("llama-bias", 2), ("qwen3", 4), ("eagle3", 2)])
+def test_prompts_are_divided_and_written_in_blocks(backend, family, tp, kv):
+    """Tokens of the residual stream are divided among ranks; no scatter writes more than a row."""
+    shape = make(family, 4, tp, replicated=family == "eagle3").shape
+    spec = GraphSpec("prefill", 4, 8, kv)
+    found = costs.costs(backend.trace(spec, shape).program.hlo)
+    assert found.scattered_rows <= 1
+    caches = 2 * (shape.target.layers + shape.draft.layers)
+    state = 0 if shape.draft.eagle3 else 1
+    assert found.operators["dynamic-update-slice"] >= 4 * (caches + state)
+    assert "all-reduce" not in found.collective_bytes
+    if tp == 1:
+        assert not found.sent
+        return
+    assert found.operators["reduce-scatter"] == sums(spec, shape)
+    assert ("all-gather", (4, 8 // tp, shape.target.hidden)) in found.sent
+    assert ("reduce-scatter", (4, 8, shape.target.hidden)) in found.sent
+    whole = 4 * 8 * shape.target.hidden * 4
+    assert found.collective_bytes["reduce-scatter"] == sums(spec, shape) * whole
+    odd = costs.costs(backend.trace(GraphSpec("prefill", 4, 9, 9 if kv == 8 else kv), shape).program.hlo)
+    assert odd.operators["all-reduce"] == sums(spec, shape)
+    assert "reduce-scatter" not in odd.collective_bytes
+
+
+@pytest.mark.parametrize(("family", "tp"), [("qwen3", 1), ("qwen3", 2), ("eagle3", 1), ("dflash", 1)])
+def test_chunks_at_the_end_of_a_cache_equal_eager(backend, graphs_of, family, tp):
+    """A block that would pass the cache's end begins earlier; a row without a prompt keeps what it has."""
+    pair = make(family, 4, replicated=family != "qwen3", reduced=family in OVER_STATES)
+    graphs, generator = graphs_of(backend, pair, tp), torch.Generator().manual_seed(4)
+    spec = GraphSpec("prefill", 4, 8, LENGTH)
+    arguments = arguments_of(spec, pair.shape) | {"position": [36, 31, 35, 20], "lengths": [3, 8, 0, 5]}
+    filled = {
+        name: torch.randn(one.shape, generator=generator) if one.is_floating_point() else torch.full_like(one, 7)
+        for name, one in empty_state(pair.shape).items()
+    }
+    pair.state = {name: one.clone() for name, one in filled.items()}
+    heads = pair.shape.target.kv_heads // tp
+    graphs.state = [
+        {name: one[:, rank * heads : (rank + 1) * heads].contiguous() if one.dim() == 4 else one.clone()
+         for name, one in filled.items()}
+        for rank in range(tp)
+    ]  # fmt: skip
+    (wanted,), (got,) = pair.step(spec, **arguments), graphs.step(spec, **arguments)
+    assert torch.equal(got, wanted)
+    for name, one in pair.state.items():
+        parts = [state[name] for state in graphs.state]
+        together = torch.cat(parts, dim=1)[:, :, :-1] if one.dim() == 4 else parts[0]
+        expected = one[:, :, :-1] if one.dim() == 4 else one
+        torch.testing.assert_close(together, expected, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -40,8 +40,26 @@ SLOW_OR_UNKNOWN = {"power", "reduce-window", "sort", "rng", "while", "conditiona
 """Operators that the lowering avoids: unsupported by neuronx-cc, or slow on the chip."""
 
 
-BITS = {"shift-left", "shift-right-arithmetic", "xor"}
-"""Operators of the noise of sampling that no list of the compiler has."""
+UNLISTED = {"shift-left", "shift-right-arithmetic", "xor", "dynamic-slice"}
+"""Operators that no list of the compiler has: of the noise of sampling, and of blocks of a cache."""
+
+
+def equals_eager(graphs, pair, spec, filled, arguments):
+    """Results and state, but for the scratch position, to which blocks of prompts are not written."""
+    pair.state = {name: tensor.clone() for name, tensor in filled.items()}
+    graphs.state = [{name: tensor.clone() for name, tensor in filled.items()}]
+    for one, other in zip(pair.step(spec, **arguments), graphs.step(spec, **arguments), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4, msg=lambda m: f"{spec.name}: {m}")
+    for name, tensor in pair.state.items():
+        kept = slice(None, -1) if tensor.dim() == 4 else slice(None)
+        got, wanted = (one.movedim(2, 0)[kept] if one.dim() == 4 else one for one in (graphs.state[0][name], tensor))
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{spec.name} {n}: {m}")
+
+
+def summed(module):
+    """Sums over ranks, in a prefill of divided tokens by reduce-scatter."""
+    found = hlo.collectives(module)
+    return found.get("all-reduce", 0) + found.get("reduce-scatter", 0)
 
 
 def noise(shape):
@@ -63,16 +81,7 @@ def test_hlo_equals_eager(backend, graphs_of, family, rows, lookup):
     for spec in phases(rows):
         if lookup and spec.phase != "speculate":
             continue  # the same graph as without
-        pair.state = {name: tensor.clone() for name, tensor in filled.items()}
-        graphs.state = [{name: tensor.clone() for name, tensor in filled.items()}]
-        arguments = arguments_of(spec, pair.shape)
-        wanted, got = pair.step(spec, **arguments), graphs.step(spec, **arguments)
-        for one, other in zip(wanted, got, strict=True):
-            torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4, msg=lambda m, s=spec: f"{s.name}: {m}")
-        for name, tensor in pair.state.items():
-            torch.testing.assert_close(
-                graphs.state[0][name], tensor, atol=1e-4, rtol=1e-4, msg=lambda m, s=spec, n=name: f"{s.name} {n}: {m}"
-            )
+        equals_eager(graphs, pair, spec, filled, arguments_of(spec, pair.shape))
 
 
 @pytest.mark.parametrize("family", MECHANISMS)
@@ -86,16 +95,7 @@ def test_hlo_of_mechanisms_equals_eager(backend, graphs_of, family):
         GraphSpec("speculate", 4, 3, LENGTH, 2),
     )
     for spec in specs:
-        pair.state = {name: tensor.clone() for name, tensor in filled.items()}
-        graphs.state = [{name: tensor.clone() for name, tensor in filled.items()}]
-        arguments = arguments_of(spec, pair.shape)
-        wanted, got = pair.step(spec, **arguments), graphs.step(spec, **arguments)
-        for one, other in zip(wanted, got, strict=True):
-            torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4, msg=lambda m, s=spec: f"{s.name}: {m}")
-        for name, tensor in pair.state.items():
-            torch.testing.assert_close(
-                graphs.state[0][name], tensor, atol=1e-4, rtol=1e-4, msg=lambda m, s=spec, n=name: f"{s.name} {n}: {m}"
-            )
+        equals_eager(graphs, pair, spec, filled, arguments_of(spec, pair.shape))
 
 
 def generate(graphs) -> tuple[list[list[int]], list[int]]:
@@ -130,6 +130,7 @@ def generate(graphs) -> tuple[list[list[int]], list[int]]:
         *((family, True, 2, replicated) for family in FAMILIES for replicated in (False, True)),
         ("llama", False, 8, False),
         ("llama", False, 4, True), ("llama-bias", False, 4, False), ("qwen3", True, 4, False),
+        ("qwen2-moe", False, 2, True), ("gemma2", False, 4, True), ("granite", False, 2, False),
         ("eagle3", True, 1, True), ("eagle3", True, 2, True), ("eagle3", True, 2, False),
     ],
 )  # fmt: skip
@@ -161,8 +162,8 @@ def test_hlo_is_what_the_compiler_takes(backend, family, tp):
     for spec in phases(4):
         lowered = backend.trace(spec, shape).program.hlo
         assert hlo.faults(lowered) == [], spec.name
-        assert set(hlo.unlisted(lowered, hlo.DOCUMENTED)) <= BITS, spec.name
-        assert hlo.collectives(lowered).get("all-reduce", 0) == sums(spec, shape), spec.name
+        assert set(hlo.unlisted(lowered, hlo.DOCUMENTED)) <= UNLISTED, spec.name
+        assert summed(lowered) == sums(spec, shape), spec.name
         found = costs.costs(lowered)
         assert found.transposes == 0, spec.name
         assert found.contracted.keys() <= {0, 1}, spec.name
@@ -329,6 +330,6 @@ def test_every_graph_of_a_recipe_is_taken(backend, recipe, layers, tp):
     for spec in graphs:
         traced = backend.trace(spec, pair)
         assert hlo.faults(traced.program.hlo) == [], spec.name
-        assert hlo.collectives(traced.program.hlo).get("all-reduce", 0) == sums(spec, pair), spec.name
+        assert summed(traced.program.hlo) == sums(spec, pair), spec.name
         keys.add(hashlib.sha256(traced.ir).hexdigest())
     assert len(keys) == len(graphs)
