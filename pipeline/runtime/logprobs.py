@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.models.parallel import PLAIN
 from pipeline.speculation.shaping import log_probs
 
 
@@ -51,7 +50,7 @@ def verified_row(out: Mapping[str, Tensor], slot: int, count: int, asked: int | 
 
 def of_known_tokens(logits_TV: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogProbs]:
     """Return the log probabilities of known tokens, each after the logits before it."""
-    found = log_probs(logits_TV[None], torch.tensor([list(tokens)]), count, PLAIN)
+    found = log_probs(logits_TV[None], torch.tensor([list(tokens)]), count)
     columns = (found.chosen_BT, found.rank_BT, found.top_ids_BTN, found.top_BTN)
     return [
         TokenLogProbs(token, logprob, rank, tuple(zip(ids, values, strict=True)))

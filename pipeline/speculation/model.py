@@ -15,7 +15,7 @@ from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
 from pipeline.models.parallel import Attend, Pass, Seams, State, Writes, attend_up_to, plan_writes
 from pipeline.models.weights import D2T, OFFSET
 from pipeline.speculation.sampling import Sampling, Vocabulary, greedy, sample
-from pipeline.speculation.shaping import LogProbs, Shaping, log_probs, shape
+from pipeline.speculation.shaping import LogProbs, Shaping, Share, log_probs, shape
 
 
 @dataclass(frozen=True)
@@ -177,15 +177,22 @@ class Model:
     def next_shaped(
         self, hidden_BTH: Tensor, positions_BT: Tensor, drafts_BK: Tensor, choose: Choose
     ) -> tuple[Tensor, LogProbs]:
-        """Choose the target's tokens at `positions_BT`, int64 [B, T], as the rows ask; every rank has all scores."""
+        """Choose the target's tokens at `positions_BT`, int64 [B, T], as the rows ask.
+
+        A rank has the scores of its share of the vocabulary, or of all of it if all are candidates.
+        """
         assert choose.shaping is not None
         assert choose.sampling is not None
-        logits_BTV = self.all_logits(hidden_BTH)
-        scores_BTV = shape(logits_BTV, choose.shaping, drafts_BK, choose.sampling.temperature_B)
-        ids_V = torch.arange(logits_BTV.shape[-1], dtype=torch.int32, device=logits_BTV.device)
-        of = Vocabulary(choose.keep, self.seams)
+        if self.seams.tp == 1 or choose.keep is None:
+            logits_BTV, share = self.all_logits(hidden_BTH), Share(self.seams)
+        else:
+            logits_BTV = self.logits(hidden_BTH)
+            share = Share(self.seams, logits_BTV.shape[-1], self.weights[OFFSET])
+        scores_BTV = shape(logits_BTV, choose.shaping, drafts_BK, choose.sampling.temperature_B, share)
+        ids_V = torch.arange(self.config.out_vocab, dtype=torch.int32, device=logits_BTV.device)
+        of = Vocabulary(choose.keep, self.seams, share.offset_1)
         chosen_BT = sample(scores_BTV, choose.sampling, positions_BT, ids_V, of)
-        return chosen_BT, log_probs(logits_BTV, chosen_BT, choose.logprobs, self.seams)
+        return chosen_BT, log_probs(logits_BTV, chosen_BT, choose.logprobs, share)
 
     def greedy(self, hidden_BTH: Tensor) -> Tensor:
         """Return the argmax over the ids that both models have, int64 [B, T], as ids of the target."""

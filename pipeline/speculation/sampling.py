@@ -104,16 +104,25 @@ def sample_all(logits_MV: Tensor, drawn: Drawn) -> Tensor:
 def sample_best(logits_MV: Tensor, drawn: Drawn, of: Vocabulary) -> Tensor:
     """Sample from the `of.keep` tokens with the highest logits: int64 [M]. Ranks exchange these, not all logits."""
     assert of.keep is not None
-    scores_MN, ids_MN = of.seams.top(_scaled(logits_MV, drawn), min(of.keep, logits_MV.shape[-1]))
-    if of.seams.tp > 1 and of.offset_1 is not None:
-        ids_MN = of.seams.all_gather(ids_MN.int() + of.offset_1).long()
-        scores_MN, places_MN = of.seams.top(of.seams.all_gather(scores_MN), min(of.keep, ids_MN.shape[-1]))
-        ids_MN = ids_MN.gather(-1, places_MN)
+    scores_MN, ids_MN = highest(_scaled(logits_MV, drawn), of.keep, of.seams, of.offset_1)
     names_MN = drawn.names_V[ids_MN.clamp(max=len(drawn.names_V) - 1)]
     noise_MN = gumbel(drawn.seed_M2, drawn.position_M, names_MN)
     noisy_MN = torch.where(scores_MN >= lowest_kept(scores_MN, drawn), scores_MN + noise_MN, -torch.inf)
     sampled_M = ids_MN.gather(-1, greedy(noisy_MN, PLAIN, None)[:, None])[:, 0]
     return torch.where(drawn.temperature_M > 0, sampled_M, greedy(logits_MV, of.seams, of.offset_1))
+
+
+def highest(scores: Tensor, count: int, seams: Seams, offset_1: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the `count` highest scores of the vocabulary, or all, descending, and their ids, int64.
+
+    `scores` [..., V] are this rank's slice, from id `offset_1` on (None: whole). A rank sends its highest ones alone.
+    """
+    values, ids = seams.top(scores, min(count, scores.shape[-1]))
+    if seams.tp == 1 or offset_1 is None:
+        return values, ids
+    ids = seams.all_gather(ids.int() + offset_1).long()
+    values, places = seams.top(seams.all_gather(values), min(count, ids.shape[-1]))
+    return values, ids.gather(-1, places)
 
 
 def _scaled(logits_MV: Tensor, drawn: Drawn) -> Tensor:

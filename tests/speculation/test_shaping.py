@@ -1,15 +1,18 @@
 """Shaped scores against loops in plain Python, and `propose` with `verify` against `speculate`."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from pipeline.graphs.arguments import Choice, Draw, StepRow, step_arguments
+from pipeline.graphs.signature import SHAPING
 from pipeline.graphs.spec import GraphSpec
 from pipeline.graphs.verify_arguments import RowRules, VerifyRow, verify_arguments, word_mask
 from pipeline.models.parallel import Seams
-from pipeline.speculation.shaping import Shaping, allowed_bits, log_probs, shape
+from pipeline.speculation.shaping import Shaping, Share, allowed_bits, log_probs, shape
 from support.pairs import make_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +90,7 @@ def test_log_probs_are_the_models_own():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, VOCAB) * 4
     chosen = torch.randint(0, VOCAB, (2, 3))
-    got, wanted = log_probs(logits, chosen, 5, Seams()), torch.log_softmax(logits.double(), dim=-1).float()
+    got, wanted = log_probs(logits, chosen, 5), torch.log_softmax(logits.double(), dim=-1).float()
     torch.testing.assert_close(got.chosen_BT, wanted.gather(-1, chosen[..., None])[..., 0])
     top = wanted.topk(5, dim=-1)
     torch.testing.assert_close(got.top_BTN, top.values)
@@ -139,3 +142,45 @@ def test_a_step_of_verify_counts_its_own_drafts():
     row = VerifyRow(prompt[-1], len(prompt) - 1, wanted[:5], Draw(), penalty)
     found = pair.step(spec, **verify_arguments(spec, {0: row}, VOCAB))
     assert (int(found[1]), found[0][0].tolist()) == (6, wanted)
+
+
+class Ranks(Seams):
+    """One of several ranks that are threads; a gather waits for all of them."""
+
+    def __init__(self, rank: int, tp: int, parts: list, barrier: threading.Barrier) -> None:
+        self.rank, self.tp, self.parts, self.barrier = rank, tp, parts, barrier
+
+    def all_gather(self, x):
+        self.parts[self.rank] = x
+        self.barrier.wait(timeout=60)
+        gathered = torch.cat(self.parts, dim=-1)
+        self.barrier.wait(timeout=60)
+        return gathered
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_scores_and_log_probs_of_ranks_are_those_of_one(tp):
+    """A rank has 32 ids of 61; with four ranks, two have none. It sends its best scores alone."""
+    torch.manual_seed(2)
+    logits, drafts = torch.randn(4, 4, VOCAB) * 3, torch.randint(0, VOCAB, (4, 3), dtype=torch.int32)
+    spec = GraphSpec("verify", 4, 4, 40, 3, "shaped")
+    rows = {slot: VerifyRow(0, 9, (), Draw(), shape_of(row)) for slot, row in enumerate(ROWS)}
+    given = verify_arguments(spec, rows, VOCAB)
+    shaping = Shaping(*(given[name] for name in SHAPING))
+    temperatures, chosen = torch.tensor(TEMPERATURES), torch.randint(0, VOCAB, (4, 4))
+    padded = torch.nn.functional.pad(logits, (0, 32 * tp - VOCAB), value=-torch.inf)
+    parts, barrier = [None] * tp, threading.Barrier(tp)
+
+    def run(rank):
+        share = Share(Ranks(rank, tp, parts, barrier), 32, torch.tensor([32 * rank], dtype=torch.int32))
+        own = padded[..., 32 * rank : 32 * rank + 32]
+        return shape(own, shaping, drafts, temperatures, share), log_probs(own, chosen, 5, share)
+
+    with ThreadPoolExecutor(tp) as pool:
+        found = list(pool.map(run, range(tp)))
+    scores = torch.cat([of_rank for of_rank, _ in found], dim=-1)
+    torch.testing.assert_close(scores[..., :VOCAB], shape(logits, shaping, drafts, temperatures))
+    assert scores[..., VOCAB:].isneginf().all()
+    for _, of_rank in found:
+        for got, wanted in zip(of_rank, log_probs(logits, chosen, 5), strict=True):
+            torch.testing.assert_close(got, wanted)

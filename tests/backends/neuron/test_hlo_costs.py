@@ -36,6 +36,7 @@ def test_sampling_in_groups_equals_eager(backend, graphs_of, monkeypatch, tp):
             torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4, msg=lambda m, s=spec: f"{s.name}: {m}")
         found = costs.costs(graphs.trace(spec).program.hlo)
         assert found.operators["custom-call"] > 1
+        assert all(shape[-1] <= 16 for kind, shape in found.sent if kind == "all-gather")  # of 61 ids
 
 
 def test_sampling_of_llama_70b_sends_candidates_alone(backend):

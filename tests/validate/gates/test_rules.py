@@ -53,9 +53,9 @@ def faults(inputs) -> list[str]:
 def changed(**fields):
     """A fault in how one of the rules is followed: a function of its tensor in its place."""
 
-    def planted(logits, shaping, drafts, temperature):
+    def planted(logits, shaping, drafts, temperature, share):
         wrong = {name: of(getattr(shaping, name)) for name, of in fields.items()}
-        return shape(logits, replace(shaping, **wrong), drafts, temperature)
+        return shape(logits, replace(shaping, **wrong), drafts, temperature, share)
 
     return planted
 
@@ -79,12 +79,12 @@ FAULTS = {
     "bits are read from the other end": changed(allowed_BTW=lambda of: of.flip(2)),
     "min_p is not applied": changed(min_p_B=torch.zeros_like),
     "min_p keeps fewer tokens": changed(min_p_B=lambda of: of.sqrt()),
-    "drafts do not count": lambda logits, shaping, drafts, temperature: shape(
+    "drafts do not count": lambda logits, shaping, drafts, temperature, share: shape(
         logits, shaping, drafts * 0 - 1, temperature),
-    "a position sees the drafts after it": lambda logits, shaping, drafts, temperature: shape(
+    "a position sees the drafts after it": lambda logits, shaping, drafts, temperature, share: shape(
         logits, replace(shaping, counts_BV=shaping.counts_BV + occurrences(drafts, logits)), drafts * 0 - 1,
         temperature),
-    "min_p ignores the temperature": lambda logits, shaping, drafts, temperature: shape(
+    "min_p ignores the temperature": lambda logits, shaping, drafts, temperature, share: shape(
         logits, shaping, drafts, torch.where(temperature > 0, 1.0, 0.0)),
 }  # fmt: skip
 
@@ -102,8 +102,8 @@ def test_a_fault_is_found(inputs, monkeypatch, fault):
 
 @pytest.mark.parametrize("place", range(3), ids=["chosen", "top", "ids"])
 def test_wrong_log_probabilities_are_found(inputs, monkeypatch, place):
-    def planted(logits, chosen, count, seams):
-        found = log_probs(logits, chosen, count, seams)
+    def planted(logits, chosen, count, share):
+        found = log_probs(logits, chosen, count, share)
         wrong = {
             0: found._replace(chosen_BT=found.chosen_BT - 0.2),
             1: found._replace(top_BTN=found.top_BTN.roll(1, -1)),
