@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact.manifest import Manifest, PairManifest, content_digest
+from pipeline.artifact.manifest import PULLED, Manifest, PairManifest, content_digest
 from pipeline.artifact.signer import Signer
+from pipeline.artifact.signing import has_signature
 from pipeline.cli.tables import Cell, Table, Verdict
 from pipeline.cli.words import counted, moment, number, size, value
 from pipeline.models.generation import GenerationDefaults, not_applied_warning
@@ -53,6 +54,15 @@ def signature_words(signer: Signer | str | None, *, present: bool) -> str:
     if signer is not None:
         return f"signed by {signer}"
     return "signature not checked (--require-signature)" if present else "not signed"
+
+
+def unchecked_warning(manifest: Manifest, root: Path, *, checked: bool) -> str | None:
+    """Return a warning about a pulled artifact without a check of its signature; None for one that was built here."""
+    if checked or not (root / PULLED).is_file():
+        return None
+    state = "its signature was not checked" if has_signature(root) else "it is not signed"
+    what = f"{manifest.name} {manifest.version} was pulled and runs native code, and {state}"
+    return f"warning: {what}: `--policy FILE` requires a signature"
 
 
 def signature_state(signer: Signer | str | None, *, present: bool) -> str:

@@ -12,7 +12,7 @@ import click
 
 from pipeline.artifact.manifest import read_pair
 from pipeline.cli.console import Console
-from pipeline.cli.facts import gate_warning, settings_lines
+from pipeline.cli.facts import gate_warning, settings_lines, unchecked_warning
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected, recipe_option
 from pipeline.cli.paths import RECIPES, artifact_dir, complete_artifact
@@ -102,13 +102,16 @@ def run(console: Console, options: RunOptions) -> None:
     """Generate text with ARTIFACT. The text is streamed to stdout.
 
     Settings that are not given are those of the model's generation_config.json, as in transformers. A warning is
-    printed if the artifact failed its gates, or does not apply one of these settings. An answer ends at an
+    printed if the artifact failed its gates, does not apply one of these settings, or was pulled and its signature is
+    not checked. An answer ends at an
     end-of-sequence token, at --max-new-tokens, or where the cache is full; the last line has the reason.
     """
-    engine = load(artifact_dir(options.artifact), policy_of(options.policy_file))
+    root, policy = artifact_dir(options.artifact), policy_of(options.policy_file)
+    engine = load(root, policy)
     from pipeline.runtime.text import StreamDecoder  # its packages are there if the artifact was opened
 
-    if warning := gate_warning(engine.manifest):
+    unchecked = unchecked_warning(engine.manifest, root, checked=policy is not None)
+    for warning in filter(None, (unchecked, gate_warning(engine.manifest))):
         console.log(warning)
     choice = engine.choice(options.temperature, options.top_k, options.top_p)
     given = options.temperature is not None

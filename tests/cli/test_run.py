@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
-from pipeline.cli import facts
+from pipeline.artifact.manifest import SIGNATURE
+from pipeline.cli import facts, run
 from pipeline.cli.run import _answer_words, _option_names, _text_of
 from pipeline.errors import InputError
 from pipeline.graphs.arguments import Choice
 from pipeline.models.generation import GenerationDefaults
+from pipeline.registry.publish import publish
+from pipeline.registry.pull import pull
 from pipeline.runtime.calls import Generation
 from pipeline.runtime.limits import check_choice
+from pipeline.runtime.rules import Rules
 from support import small_artifacts as small
+from support.commands import invoke
 
 
 def answer_of(tokens: int, steps: list[int], reason: str) -> Generation:
@@ -73,6 +80,38 @@ def test_gate_warning_names_the_gates_that_failed(tmp_path):
     validation = {"passed": False, "gates": {"parity": [], "acceptance": ["low"]}}
     failed = manifest.model_copy(update={"validation": validation})
     assert "failed its gates (acceptance)" in facts.gate_warning(failed)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_pulled_artifact_without_a_check_is_named(tmp_path, signed):
+    """`run` opened native code of an unsigned release without a word."""
+    artifact = small.make_validated(tmp_path / "out", tmp_path / "work")
+    said = partial(facts.unchecked_warning, artifact.manifest)
+    assert said(artifact.root, checked=False) is None, "it was built here"
+    publish(artifact.root, str(tmp_path / "registry"), ["prod"])
+    pulled = pull(f"{tmp_path}/registry/small@prod", tmp_path / "pulled", cache=tmp_path / "cache")
+    if signed:
+        (pulled / SIGNATURE).write_text("{}")
+    state = "its signature was not checked" if signed else "it is not signed"
+    assert f"runs native code, and {state}: `--policy FILE`" in said(pulled, checked=False)
+    assert said(pulled, checked=True) is None
+
+
+def test_run_names_it_once(tmp_path, monkeypatch):
+    artifact = small.make_validated(tmp_path / "out", tmp_path / "work")
+    publish(artifact.root, str(tmp_path / "registry"), ["prod"])
+    pull(f"{tmp_path}/registry/small@prod", tmp_path / "pulled", cache=tmp_path / "cache")
+    ended = InputError("opened", where="here", fix="nothing")
+
+    def generate(*_, **__):
+        raise ended
+
+    text = SimpleNamespace(encode_prompt=lambda prompt: [1], decode=str)
+    settings = {"choice": lambda *_: Choice(), "defaults": GenerationDefaults(), "rules": Rules, "generate": generate}
+    opened = SimpleNamespace(manifest=artifact.manifest, text=text, **settings)
+    monkeypatch.setattr(run, "load", lambda *_: opened)
+    shown = invoke("run", tmp_path / "pulled", "--prompt", "a")
+    assert shown.stderr.count("runs native code") == 1, shown.output
 
 
 BOTH = ("greedy", "stochastic")
