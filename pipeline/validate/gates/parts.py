@@ -29,7 +29,7 @@ from pipeline.validate.gates.references import (
     compute_references,
     goldens_of,
 )
-from pipeline.validate.gates.rules import draw_by_rules, verify_graphs
+from pipeline.validate.gates.rules import draw_by_rules, ruled_graphs
 from pipeline.validate.gates.scores import ModelScores, ScoredRun, ScoreJob, score_bucket
 from pipeline.validate.limits import TIE
 from pipeline.validate.report.schema import Cached
@@ -157,7 +157,7 @@ class DrawsPart:
     def run(self, inputs: GateInputs) -> list[Drawn]:
         """Return the tokens, judged."""
         _fill(inputs, self.kv, self.probes)
-        draw = draw_by_rules if self.graph.startswith("verify") else partial(draw_bucket, kv=self.kv)
+        draw = draw_by_rules if self.graph.startswith(("verify", "propose")) else partial(draw_bucket, kv=self.kv)
         return list(draw(inputs, probes=self.probes, tie=self.tie, only=self.graph))
 
 
@@ -248,7 +248,7 @@ def _at_ends(
     kvs, engine = inputs.engine.manifest.shapes.kv, inputs.engine
     edges = [EdgesPart(kv, probes, tie) for kv in kvs]
     draws = [DrawsPart(graph, kv, probes, tie) for kv in kvs for graph in drawing(engine, kv)]
-    draws += [DrawsPart(graph.name, graph.kv, probes, tie) for graph in verify_graphs(engine)]
+    draws += [DrawsPart(graph.name, graph.kv, probes, tie) for graph in ruled_graphs(engine)]
     results = elsewhere.run([*edges, *draws])
     compared, drawn = results[: len(edges)], results[len(edges) :]
     return sum(compared, Comparison()), tuple(one for of in drawn for one in of)

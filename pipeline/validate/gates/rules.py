@@ -3,7 +3,7 @@
 Each row of a batch has other rules, other settings and other drafts: none, wrong ones, and the right ones to the end of
 the step. Teacher forcing then gives the target's logits before every token; the gate applies the rules by its own code,
 and `judge.py` decides whether a row's seed selects the token. What rules forbid has the score -inf: such a token is a
-finding. Reported log probabilities are compared with those of the same logits.
+finding. Reported log probabilities are compared with those of the same logits. `proposals.py` tests propose graphs.
 
 Shapes: T positions of a step, V vocabulary of the target, W words of a bit for each token.
 """
@@ -26,6 +26,7 @@ from pipeline.validate.gates.driving import Row, random_draws, rewind
 from pipeline.validate.gates.exact_tests import Drawn
 from pipeline.validate.gates.inputs import GateInputs
 from pipeline.validate.gates.judge import SETTINGS, Judge, setting_of
+from pipeline.validate.gates.proposals import check_proposals
 from pipeline.validate.gates.sampled import Sample, add_sample
 from pipeline.validate.gates.scoring import score
 
@@ -51,20 +52,23 @@ class Ruled:
     top: tuple[list[int], list[float]]
 
 
-def verify_graphs(engine: Engine) -> list[GraphSpec]:
-    """Return the graphs that this gate tests."""
-    return [graph for graph in engine.graphs if graph.phase == "verify"]
+def ruled_graphs(engine: Engine) -> list[GraphSpec]:
+    """Return the graphs of requests with rules, which this gate tests."""
+    return [graph for graph in engine.graphs if graph.phase in ("verify", "propose")]
 
 
 def draw_by_rules(
     inputs: GateInputs, probes: Sequence[list[int]], tie: float, only: str | None = None
 ) -> Iterator[Drawn]:
-    """Run every verify graph, or the one named `only`, up to the end of the caches, which hold the probes."""
+    """Run every verify and propose graph, or the one named `only`, to the end of the caches, which hold the probes."""
     judge = Judge(inputs.engine.manifest.pair.candidates, tie)
-    for spec in verify_graphs(inputs.engine):
+    for spec in ruled_graphs(inputs.engine):
         if only in (None, spec.name):
             with working(spec.name, inputs.progress):
-                drawn = _draw(inputs.engine, spec, probes, judge)
+                if spec.phase == "verify":
+                    drawn = _draw(inputs.engine, spec, probes, judge)
+                else:
+                    drawn = check_proposals(inputs, spec, probes, tie)
             yield drawn
 
 

@@ -11,7 +11,7 @@ from pipeline.cache.local import Cache
 from pipeline.progress import no_log
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.pair import resolve_pair
-from pipeline.speculation import model
+from pipeline.speculation import model, phases
 from pipeline.speculation.shaping import log_probs, shape
 from pipeline.validate.gates.driving import fill
 from pipeline.validate.gates.inputs import GateInputs
@@ -26,13 +26,18 @@ def inputs(tmp_path_factory):
     return inputs_of(tmp_path_factory.mktemp("rules"), "float32", (4,))
 
 
-def inputs_of(work, dtype, batch):
+HEAD = {"source": "pico://llama?draft_vocab=128&eagle3=1"}
+COPIED = {"derive": {"from": "target", "layers": [0]}}
+
+
+def inputs_of(work, dtype, batch, draft=COPIED):
+    method = "eagle3" if draft == HEAD else "draft_model"
     recipe = Recipe.model_validate(
         {
             "name": "rules",
             "target": {"source": "pico://llama", "dtype": dtype},
-            "draft": {"derive": {"from": "target", "layers": [0]}},
-            "speculation": {"draft_tokens": (3,), "sampling": ("greedy", "stochastic", "shaped")},
+            "draft": draft,
+            "speculation": {"method": method, "draft_tokens": (3,), "sampling": ("greedy", "stochastic", "shaped")},
             "shapes": {"batch": batch, "prefill": (16,), "kv": (48,)},
         }
     )
@@ -46,7 +51,10 @@ def faults(inputs) -> list[str]:
     fill(inputs.engine, 48, probes)
     tie = 1e-5 if inputs.recipe.target.dtype == "float32" else 1e-3
     drawn = list(draw_by_rules(inputs, probes, tie))
-    assert [of.graph for of in drawn] == [f"verify-b{b}-t4-s48-k3-shaped" for b in inputs.recipe.shapes.batch]
+    batches = inputs.recipe.shapes.batch
+    assert {of.graph for of in drawn} == {f"verify-b{b}-t4-s48-k3-shaped" for b in batches} | {
+        f"propose-b{b}-t1-s48-k3-stochastic" for b in batches
+    }
     return [fault for of in drawn for fault in of.faults]
 
 
@@ -89,9 +97,26 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("draft", [COPIED, HEAD], ids=["model", "head"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_right_graphs_pass(tmp_path, dtype):
-    assert faults(inputs_of(tmp_path, dtype, (1, 4))) == []
+def test_right_graphs_pass(tmp_path, dtype, draft):
+    assert faults(inputs_of(tmp_path, dtype, (1, 4), draft)) == []
+
+
+PROPOSED = {
+    "other tokens": lambda drafts: (drafts + 1) % 128,
+    "a later token is another": lambda drafts: torch.cat((drafts[:, :2], (drafts[:, 2:] + 1) % 128), 1),
+    "proposals of another row": lambda drafts: drafts.roll(1, 0),
+    "none": lambda drafts: drafts * 0 - 1,
+}
+
+
+@pytest.mark.parametrize("fault", PROPOSED)
+def test_wrong_proposals_are_found(inputs, monkeypatch, fault):
+    """No gate ran these graphs: requests with rules were slow, and answers right."""
+    propose = phases.propose
+    monkeypatch.setattr(phases, "propose", lambda *given: PROPOSED[fault](propose(*given)))
+    assert any("which the draft does not choose" in found for found in faults(inputs))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
