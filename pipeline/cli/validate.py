@@ -93,7 +93,7 @@ def _show(whole: Report, root: Path) -> None:
     columns = 3 if any(gate.findings for gate in whole.gates) else 2
     print_table(Table(("gate", "verdict", "findings")[:columns], [row[:columns] for row in rows]))
     print_line("")
-    floor = load(root / RECIPE).validate_.gates.tokens_per_step if (root / RECIPE).is_file() else None
+    floor = load(root / RECIPE).floor if (root / RECIPE).is_file() else None
     print_fields({label: _limited(label, shown, floor) for label, shown in summaries.headlines(whole)})
 
 

@@ -30,6 +30,11 @@ class DraftKind:
     parallel: bool = False
     keeps_features: bool = False
 
+    @property
+    def floor(self) -> float:
+        """Least tokens per step that a build accepts, if its recipe has no limit: about what such a step costs."""
+        return 1.3 if self.reads_target_states else 1.0
+
 
 DRAFT_MODEL = DraftKind("draft_model", "draft model", reads_target_states=False, in_transformers=True)
 EAGLE3 = DraftKind(

@@ -157,7 +157,7 @@ def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: 
 def _gate_conflicts(validate: Validate, least_k: int) -> Iterator[Finding]:
     """Yield limits that no step of the smallest K, which is gated too, can reach."""
     floor, rates = validate.gates.tokens_per_step, validate.gates.acceptance
-    if floor > least_k + 1:
+    if floor is not None and floor > least_k + 1:
         what = f"found {floor:g}; a step with K={least_k} emits at most {least_k + 1} tokens"
         yield ("validate", "gates", "tokens_per_step"), what, f"use at most {least_k + 1}, or a larger K"
     if len(rates) > least_k:

@@ -25,7 +25,7 @@ from pydantic import (
 
 from pipeline.addresses import misspelt
 from pipeline.graphs.spec import Sampling
-from pipeline.models.draft_kind import DRAFT_KINDS, DraftMethod
+from pipeline.models.draft_kind import DRAFT_KINDS, DRAFT_MODEL, EAGLE3, DraftMethod
 from pipeline.recipe.backend_settings import BackendSettings, InductorSettings, UnacceptedError
 from pipeline.recipe.document import to_text
 from pipeline.recipe.readings import LISTED, READINGS, Taps
@@ -277,8 +277,10 @@ class Parallel(Record):
 class Gates(Record):
     """Limits of the validation gates."""
 
-    tokens_per_step: Annotated[float, Field(allow_inf_nan=False, ge=1)] = Field(
-        default=1.0, description="minimum of tokens per step, averaged over the prompts"
+    tokens_per_step: Annotated[float, Field(allow_inf_nan=False, ge=1)] | None = Field(
+        default=None,
+        description="minimum of tokens per step, averaged over the prompts; default: "
+        f"{EAGLE3.floor} for a draft that reads the target's states, {DRAFT_MODEL.floor} for a draft model",
     )
     acceptance: tuple[Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)], ...] = Field(
         default=(),
@@ -363,6 +365,11 @@ class Recipe(Record):
         """Storage format of the draft's matrices."""
         return self.draft.weights or self.target.weights
 
+    @property
+    def floor(self) -> float:
+        """Minimum of tokens per step."""
+        return self.validate_.gates.tokens_per_step or DRAFT_KINDS[self.speculation.method].floor  # it is at least 1
+
     def remember(self, places: Mapping[str, str], path: str) -> None:
         """Record the `file:line` of each dotted key."""
         self._places.update({**places, "": f"{path}:1"})
@@ -384,6 +391,7 @@ class Recipe(Record):
         data = self.model_dump(mode="json", by_alias=True)
         if self.nxdi is None:
             data.pop("nxdi")
+        data["validate"]["gates"]["tokens_per_step"] = self.floor
         data["draft"] = {k: v for k, v in data["draft"].items() if k not in READINGS or v is not None}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 

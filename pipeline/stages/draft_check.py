@@ -51,7 +51,7 @@ def check_draft(settings: BuildSettings, sources: Resolved) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, report.model_dump_json().encode())
     settings.log(f"draft: {report.line}" if report.verdict == "agrees" else f"warning: {report.line}")
-    if is_refused(report, needs_acceptance=recipe.validate_.gates.tokens_per_step > 1):
+    if is_refused(report, needs_acceptance=recipe.floor > 1):
         raise SourceError(report.line, where=recipe.place("draft"), fix=report.fix)
 
 

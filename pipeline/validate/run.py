@@ -173,7 +173,7 @@ def remedy(whole: Report, recipe: Recipe, root: Path, base: Path) -> str:
     page_path = f"open {page_of(root)}"
     if all(gate.passed for gate in whole.gates if gate.name == "acceptance"):
         return page_path
-    limit = f"lower `validate.gates.tokens_per_step` (now {recipe.validate_.gates.tokens_per_step}) in the recipe"
+    limit = f"lower `validate.gates.tokens_per_step` (now {recipe.floor}) in the recipe"
     file = base / f"{recipe.name}.yaml"
     named = shlex.quote(str(file)) if file.is_file() and base not in (Path("recipes"), Path()) else recipe.name
     train = f"train a draft for this target, `tandem distill {named}`, and name its folder in `draft.source`"

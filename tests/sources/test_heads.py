@@ -46,7 +46,7 @@ def recipe_of(draft: Path | str, kv: int = 32, **readings: Any) -> Recipe:
             "draft": {"source": str(draft), **readings},
             "speculation": {"method": "eagle3", "draft_tokens": (2,)},
             "shapes": {"batch": (1,), "prefill": (16,), "kv": (kv,)},
-            "validate": {"max_new_tokens": 6},
+            "validate": {"max_new_tokens": 6, "gates": {"tokens_per_step": 1.0}},
         }
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pipeline.artifact.manifest import GraphEntry, PairManifest
+from pipeline.backends.base import Ranks
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.module import run_phase
 from pipeline.graphs.packing import PlainPacking
@@ -89,7 +90,13 @@ def emitted(engine: Engine, prompts: list[list[int]], count: int, **how: int) ->
     return [size for answer in speculative for size in answer.emitted_per_step]
 
 
-def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint], *, share_prefixes: bool = False) -> Engine:
+MakeRanks = Callable[[Plan, tuple[Checkpoint, Checkpoint]], Ranks]
+
+
+def make_engine(
+    recipe: Recipe, pair: tuple[Checkpoint, Checkpoint], make_ranks: MakeRanks = EagerRanks,
+    *, share_prefixes: bool = False,
+) -> Engine:  # fmt: skip
     """The engine that a build of this recipe would load."""
     plan = make_plan(recipe, pair[0].config, pair[1].config)
     graphs = tuple(GraphEntry(spec=spec, key="-", file="-", io="-") for spec in plan.graphs)
@@ -99,5 +106,5 @@ def make_engine(recipe: Recipe, pair: tuple[Checkpoint, Checkpoint], *, share_pr
         lookup=recipe.speculation.lookup, graphs=graphs, shards=(), files={},
     )  # fmt: skip
     defaults = generation_defaults(pair[0].generation, "generation_config.json")
-    ranks, text = EagerRanks(plan, pair), Text(Path(pair[0].root))
+    ranks, text = make_ranks(plan, pair), Text(Path(pair[0].root))
     return Engine(manifest, ranks, text, defaults, share_prefixes=share_prefixes)

@@ -15,7 +15,7 @@ from pipeline.validate.gates.run import GateRun, run_gates
 from pipeline.validate.prompts import Prompt
 from pipeline.validate.report.schema import Report
 from pipeline.validate.run import make_report
-from support.eager import make_engine
+from support.eager import EagerRanks, MakeRanks, make_engine
 
 PROMPTS = ["The quick brown fox", "def add(first,", "What is the capital", "Once upon a time there", "In the morning"]
 
@@ -38,16 +38,20 @@ def recipe_of(family: str, seed: int, dtype: str, sampling=("greedy",), layers=(
     )
 
 
-def gates_of(work: Path, recipe: Recipe, fault=None, seed: int = 0, prompts=PROMPTS) -> GateRun:
+def gates_of(
+    work: Path, recipe: Recipe, fault=None, seed: int = 0, prompts=PROMPTS, make_ranks: MakeRanks = EagerRanks
+) -> GateRun:  # fmt: skip
     """Gates that have run on an eager engine, spoiled or not; speed, which has no limit, of one short answer."""
     with patch.multiple(speed, SPEED_PROMPTS=1, SPEED_TOKENS=2):
-        return run_gates(inputs_of(work, recipe, fault, seed, prompts))
+        return run_gates(inputs_of(work, recipe, fault, seed, prompts, make_ranks))
 
 
-def inputs_of(work: Path, recipe: Recipe, fault=None, seed: int = 0, prompts=PROMPTS) -> GateInputs:
+def inputs_of(
+    work: Path, recipe: Recipe, fault=None, seed: int = 0, prompts=PROMPTS, make_ranks: MakeRanks = EagerRanks
+) -> GateInputs:  # fmt: skip
     """The inputs of gates on an eager engine, spoiled or not."""
     pair = resolve_pair(recipe, base=work, cache=work / "sources")
-    engine = make_engine(recipe, pair)
+    engine = make_engine(recipe, pair, make_ranks)
     if fault is not None:
         fault(engine.ranks, seed)
     chosen = [Prompt(f"p{i}", ("chat", "code")[i % 2], text) for i, text in enumerate(prompts)]

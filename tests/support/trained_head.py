@@ -38,9 +38,9 @@ class Trained:
     taps: tuple[int, ...]
 
 
-def write_target(root: Path, cache: Path) -> Checkpoint:
+def write_target(root: Path, cache: Path, layers: int = LAYERS) -> Checkpoint:
     """Write a target and return it."""
-    source = resolve(f"pico://llama?layers={LAYERS}", base=cache, cache=cache)
+    source = resolve(f"pico://llama?layers={layers}", base=cache, cache=cache)
     root.mkdir(parents=True)
     for file in source.root.iterdir():
         (root / file.name).write_bytes(file.read_bytes())
@@ -63,7 +63,7 @@ def train(base: Path, steps: int = 150, **switches: Any) -> Trained:
     target = write_target(base / "target", base / "cache")
     taps = (2, LAYERS // 2, LAYERS - 2)
     groups = answer(target, prompts(PROMPTS), 24, taps, "float32")
-    text = [conversation for group in groups for conversation in _conversations(group, taps)]
+    text = [conversation for group in groups for conversation in conversations(group, taps)]
     config_json = head_config(target, DRAFT_VOCAB, taps) | switches
     config = read_config(config_json, "head")
     counts = torch.bincount(torch.cat([c.tokens.long() for c in text]), minlength=target.config.vocab)
@@ -81,7 +81,7 @@ def train(base: Path, steps: int = 150, **switches: Any) -> Trained:
     return Trained(base / "target", head, taps)
 
 
-def _conversations(group: TargetStates, taps: tuple[int, ...]) -> list[Conversation]:
+def conversations(group: TargetStates, taps: tuple[int, ...]) -> list[Conversation]:
     """Return the sequences of a group as training data."""
     found = []
     for row, learn_T in enumerate(group.learn_BT):

@@ -50,11 +50,12 @@ class StepPlace:
 
 def places_of(
     sequences: Sequence[ScoredSequence], answers: Sequence[Generation], goldens: Mapping[str, Golden],
-    draft_ids: Tensor | None, steps: int,
+    draft_ids: Tensor | None, steps: int, length: int,
 ) -> list[StepPlace]:  # fmt: skip
     """Return the places 1 to K of the steps that gave the answers, with K = `steps`.
 
-    `goldens` are those of the draft, `draft_ids` the target's ids of a reduced vocabulary.
+    `goldens` are those of the draft, `draft_ids` the target's ids of a reduced vocabulary. `length` is that of the
+    caches: at their end a step has less room than K, and accepts no draft beyond it.
     """
     counts = [[0, 0, 0, 0] for _ in range(steps)]
     for sequence, answer in zip(sequences, answers, strict=True):
@@ -62,7 +63,7 @@ def places_of(
         chosen, noisy = golden.baseline.best.long(), golden.noise.best.long()
         proposals = chosen if draft_ids is None else draft_ids[chosen]
         for last, emitted in _own_steps(sequence, answer):
-            for place in range(min(emitted, steps)):
+            for place in range(min(emitted, steps, length - 1 - last)):
                 at = last + 1 + place
                 if at >= len(sequence.tokens):
                     break

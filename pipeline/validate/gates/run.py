@@ -29,7 +29,7 @@ from pipeline.validate.gates.parity import ParitySection, parity
 from pipeline.validate.gates.parts import Elsewhere, answer_elsewhere, measure_elsewhere, references_elsewhere
 from pipeline.validate.gates.places import lookup_alone, places_of
 from pipeline.validate.gates.references import ModelReference, compute_references
-from pipeline.validate.gates.rules import draw_by_rules, verify_graphs
+from pipeline.validate.gates.rules import draw_by_rules, ruled_graphs
 from pipeline.validate.gates.scores import ModelScores, ScoreJob, along_scores, score_bucket
 from pipeline.validate.gates.speed import measure_speed
 from pipeline.validate.limits import TIE
@@ -104,6 +104,7 @@ def run_gates(inputs: GateInputs, elsewhere: Elsewhere | None = None) -> GateRun
     with clock.stage("speed"):
         speed = measure_speed(inputs, answers, by_k[0])
     limits = inputs.recipe.validate_.gates
+    expected = expected_acceptance(inputs, answers, sequences, references["draft"].goldens | followed["draft"])
     roundings = {model: of.rounding for model, of in references.items()}
     numbers = {sequence.name: number for number, sequence in enumerate(sequences.all)}
     return GateRun(
@@ -114,26 +115,25 @@ def run_gates(inputs: GateInputs, elsewhere: Elsewhere | None = None) -> GateRun
         parity=parity(measured.scores, roundings, choices, numbers, limits.near_tie_rate),
         losslessness=losslessness(measured.compared, measured.tie, limits.near_tie_rate),
         distribution=distribution(drawn, inputs.engine.manifest.pair.candidates) if inputs.is_sampled else None,
-        acceptance=acceptance(
-            by_k, speed, limits, _expected(inputs, answers, sequences, references["draft"].goldens | followed["draft"])
-        ),
+        acceptance=acceptance(by_k, speed, limits, expected),
         seconds=clock.seconds,
     )
 
 
-def _expected(
+def expected_acceptance(
     inputs: GateInputs, answers: Answers, sequences: Sequences, goldens: Mapping[str, Golden]
-) -> Expected:  # fmt: skip
-    """Return what acceptance is compared with; `goldens` are those of the draft."""
+) -> Expected:
+    """Return what the acceptance of the answers is compared with; `goldens` are those of the draft."""
     steps, of_first = next(iter(answers.speculative.items()))
     draft_ids, manifest = draft_token_ids(inputs.checkpoints[1]), inputs.engine.manifest
     costs = manifest.step_costs
     alone = costs[min(costs)] if isinstance(costs, dict) else costs
     return Expected(
-        places_of(sequences.prompts, of_first, goldens, draft_ids, steps),
+        places_of(sequences.prompts, of_first, goldens, draft_ids, steps, inputs.engine.length),
         lookup_alone(sequences.prompts, manifest.lookup, steps),
         manifest.draft_kind.reads_target_states,
         alone[0] if alone else None,
+        inputs.recipe.floor,
     )
 
 
@@ -166,8 +166,8 @@ def measure_buckets(
         if inputs.is_sampled:
             with clock.stage("distribution", f", cache bucket {kv}"):
                 drawn += draw_bucket(inputs, kv, sequences.probe_tokens, tie)
-    if verify_graphs(inputs.engine):
-        with clock.stage("distribution", ", verify graphs"):
+    if ruled_graphs(inputs.engine):
+        with clock.stage("distribution", ", graphs of rules"):
             drawn += draw_by_rules(inputs, sequences.probe_tokens, tie)
     with clock.stage("losslessness", ", tokens that differ"):
         compared = compare_answers(inputs, answers, tie) + compare_edges(inputs.engine, rivals, tie)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.recipe.schema import Gates
+from pipeline.recipe.schema import Recipe
 from pipeline.runtime.calls import Generation
 from pipeline.validate.gates.acceptance import Expected, acceptance, acceptance_of
 from pipeline.validate.gates.answers import ScoredSequence
@@ -31,10 +31,19 @@ def test_places_follow_the_steps_of_an_answer():
     tokens = [5, 6, 10, 11, 12, 13, 14, 15, 16]
     best = [0, 0, 11, 99, 13, 0, 0, 16, 0]  # right at 3, wrong at 4, right at 5 and 8
     steps = answer([3, 2, 1], [False, True, False])
-    found = places_of([sequence(tokens, 2)], [steps], {"p": golden(best)}, None, 2)
+    found = places_of([sequence(tokens, 2)], [steps], {"p": golden(best)}, None, 2, 99)
     assert found == [StepPlace(2, 1, 2), StepPlace(1, 1, 0)]
     ids = torch.arange(200) + 1
-    assert places_of([sequence(tokens, 2)], [steps], {"p": golden(best)}, ids, 2)[0].forced == 0
+    assert places_of([sequence(tokens, 2)], [steps], {"p": golden(best)}, ids, 2, 99)[0].forced == 0
+
+
+def test_a_draft_without_room_in_the_cache_is_not_counted():
+    """A right pair failed: drafts at the end of the caches were right, and could not be accepted."""
+    tokens, right = [5, 6, 10, 11, 12, 13], [6, 10, 11, 12, 13, 0]
+    given = [sequence(tokens, 2)], [answer([1, 1, 1], [False] * 3)], {"p": golden(right)}, None, 2
+    assert places_of(*given, 99)[0] == StepPlace(3, 0, 3)
+    assert places_of(*given, 5)[0] == StepPlace(2, 0, 2)  # the last token is at position 4: no room for a draft
+    assert places_of(*given, 4)[0] == StepPlace(1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -65,16 +74,40 @@ def test_lookup_alone_counts_its_steps():
     assert lookup_alone([sequence(list(range(12)), 2)], None, 4) == 1.0
 
 
-def outcome(limits, *, is_head=True, alone=1.0, cost=None):
-    measured = acceptance_of([Prompt("p", "chat", "")], [answer([2, 1, 2, 1], [False] * 4)], 1)
-    return acceptance([measured], None, Gates(**limits), Expected([], alone, is_head, cost)).findings
+def outcome(limits, *, is_head=True, alone=1.0, cost=None, emitted=(2, 1, 2, 1)):
+    measured = acceptance_of([Prompt("p", "chat", "")], [answer(list(emitted), [False] * 4)], 1)
+    recipe = recipe_of(is_head, limits)
+    return acceptance(
+        [measured], None, recipe.validate_.gates, Expected([], alone, is_head, cost, recipe.floor)
+    ).findings
+
+
+def recipe_of(is_head, limits):
+    return Recipe.model_validate(
+        {
+            "name": "places",
+            "target": {"source": "target"},
+            "draft": {"source": "draft"},
+            "speculation": {"method": "eagle3" if is_head else "draft_model", "draft_tokens": (1,)},
+            "shapes": {"batch": (1,), "prefill": (16,), "kv": (64,)},
+            "validate": {"gates": limits},
+        }
+    )
 
 
 def test_a_head_that_lookup_alone_would_beat_fails():
     assert outcome({"tokens_per_step": 1.2}) == ()
     assert "prompt lookup alone gives 1.60" in outcome({"tokens_per_step": 1.2}, alone=1.6)[0]
     assert outcome({"tokens_per_step": 1.2}, alone=1.6, is_head=False) == ()
-    assert outcome({}, alone=1.6) == ()
+    assert outcome({"tokens_per_step": 1.0}, alone=1.6) == ()
+    assert "prompt lookup alone gives 1.60" in outcome({}, alone=1.6)[0]
+
+
+@pytest.mark.parametrize(("is_head", "fails"), [(True, True), (False, False)])
+def test_the_default_floor_is_of_heads(is_head, fails):
+    """It was 1, which a head passes that proposes garbage."""
+    found = outcome({}, is_head=is_head, emitted=[1, 1, 1, 2])
+    assert found == (("K=1: 1.25 tokens per step is below the floor 1.3",) if fails else ())
 
 
 def test_a_head_whose_steps_cost_more_than_they_emit_fails():
