@@ -1,6 +1,7 @@
-"""The acceptance gate refuses heads that are no use, and passes right ones: with the floor of the shipped recipes.
+"""A build refuses heads that are wrong or no use, and passes right ones, without a limit in the recipe.
 
-The shipped head itself: `benchmarks/faulty_heads.py`.
+The acceptance gate cannot see taps one layer off: its reference reads the same file. The doctor, which a build runs
+before it compiles, does. The shipped head itself: `benchmarks/faulty_heads.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.recipe.schema import Recipe
+from pipeline.sources.pair import resolve_pair
+from pipeline.sources.tokenizer import tokenizer_files
+from pipeline.stages.draft_check import is_refused
+from pipeline.validate.draft.examine import Effort, examine
 from pipeline.validate.gates.outcome import GateOutcome
+from pipeline.validate.lengths import encoded_prompts
+from pipeline.validate.prompts import Prompt
 from support.reports import PROMPTS, SMALL, gates_of
 from support.trained_drafts import TAPS, write_trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-
-FLOOR = 1.3
 
 
 @pytest.fixture(scope="module")
@@ -31,26 +36,38 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def acceptance(work: Path, head: str, dtype: str = "float32") -> GateOutcome:
-    recipe = Recipe.model_validate(
+def recipe_of(head: str, dtype: str = "float32") -> Recipe:
+    return Recipe.model_validate(
         {
             "name": "head",
             "target": {"source": "target", "dtype": dtype},
             "draft": {"source": head},
             "speculation": {"method": "eagle3", "draft_tokens": (3,)},
             "shapes": SMALL,
-            "validate": {"max_new_tokens": 10, "gates": {"tokens_per_step": FLOOR}},
+            "validate": {"max_new_tokens": 10},
         }
     )
-    run = gates_of(work, recipe, prompts=PROMPTS)
+
+
+def acceptance(work: Path, head: str, dtype: str = "float32") -> GateOutcome:
+    run = gates_of(work, recipe_of(head, dtype), prompts=PROMPTS)
     assert not run.findings["parity"], "a wrong head is computed rightly"
     assert not run.findings["losslessness"]
     return run.acceptance
 
 
+def is_refused_before_compiling(work: Path, head: str) -> bool:
+    recipe = recipe_of(head)
+    pair = resolve_pair(recipe, base=work, cache=work / "sources")
+    tokens = encoded_prompts([Prompt(text, "chat", text) for text in PROMPTS], tokenizer_files(pair[0]))
+    report = examine(recipe, pair, tokens, "float32", Effort(prompts=len(tokens), new_tokens=24, places=3))
+    return is_refused(report, needs_acceptance=recipe.floor > 1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_right_head_passes(work, dtype):
     assert acceptance(work, "eagle3", dtype).findings == ()
+    assert not is_refused_before_compiling(work, "eagle3")
 
 
 def shuffled(folder: Path) -> None:
@@ -69,16 +86,19 @@ def moved(by: int) -> Callable[[Path], None]:
     return change
 
 
-FAULTS = {"shuffled": shuffled, "taps one layer higher": moved(1), "taps one layer lower": moved(-1)}
+def test_a_shuffled_head_fails(work):
+    shuffled(Path(shutil.copytree(work / "eagle3", work / "shuffled")))
+    assert "below the floor 1.3" in acceptance(work, "shuffled").findings[0]
+    assert is_refused_before_compiling(work, "shuffled")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_head_fails(work, fault):
-    head = Path(shutil.copytree(work / "eagle3", work / fault))
-    FAULTS[fault](head)
-    assert "below the floor" in acceptance(work, fault).findings[0]
+@pytest.mark.parametrize("by", [1, -1])
+def test_taps_one_layer_off_are_refused_before_a_build_compiles(work, by):
+    """They cost half of the tokens per step, and both sides of the gate read them alike."""
+    moved(by)(Path(shutil.copytree(work / "eagle3", work / f"moved{by}")))
+    assert is_refused_before_compiling(work, f"moved{by}")
 
 
 def test_a_half_trained_head_fails(work):
-    write_trained(work, "eagle3", PROMPTS, steps=10, name="half")
-    assert "below the floor" in acceptance(work, "half").findings[0]
+    write_trained(work, "eagle3", PROMPTS, steps=5, name="half")
+    assert "below the floor 1.3" in acceptance(work, "half").findings[0]
