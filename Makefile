@@ -27,6 +27,10 @@ VLLM_READY  := $(VLLM_VENV)/.ready
 DRAFTS_VENV  ?= .venv-drafts
 DRAFTS_READY := $(DRAFTS_VENV)/.ready
 
+# lm-eval, guidellm and LangChain, which call a server as their users do (1.5 GB).
+CLIENTS_VENV  ?= .venv-clients
+CLIENTS_READY := $(CLIENTS_VENV)/.ready
+
 # The documentation needs no torch, so its environment is small.
 DOCS_VENV   ?= .venv-docs
 DOCS_READY  := $(DOCS_VENV)/.ready
@@ -109,8 +113,8 @@ test-hlo: $(READY)       ## Neuron graphs through StableHLO, run on XLA's CPU cl
 	$(BIN)/python -m pip install --quiet --editable '.[stablehlo]' 'jax>=0.10.2,<0.11'
 	$(PYTEST) -m hlo tests/backends/neuron
 
-test-vllm: $(VLLM_READY) ## a real vLLM serves an artifact over loopback
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve
+test-vllm: $(VLLM_READY) $(CLIENTS_READY) ## a real vLLM serves an artifact over loopback, to clients of other projects
+	TANDEM_CLIENTS_PYTHON=$(abspath $(CLIENTS_VENV))/bin/python $(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve
 
 test-drafts: $(READY) $(DRAFTS_READY) ## heads and DFlash drafts that public tools write, against the logits of their modules
 	TANDEM_DRAFTS_PYTHON=$(abspath $(DRAFTS_VENV))/bin/python $(PYTEST) -m drafts tests/drafts
@@ -140,6 +144,12 @@ $(DRAFTS_READY): tests/requirements-drafts.txt
 	$(DRAFTS_VENV)/bin/python -m pip install --quiet --no-deps speculators==0.9.0 hs-connectors==0.9.0 specforge==0.2.0
 	touch $@
 
+$(CLIENTS_READY): tests/requirements-clients.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	@echo "installing packages into $(CLIENTS_VENV): a few minutes, about 1.5 GB of disk" >&2
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
 $(DOCS_READY): pyproject.toml
 	$(PYTHON) -m venv $(DOCS_VENV)
 	@echo "installing packages into $(DOCS_VENV): a minute" >&2
@@ -153,4 +163,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:                   ## remove environments, caches of tools and built files, but not artifacts/
-	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) $(DOCS_VENV) $(DRAFTS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) $(DOCS_VENV) $(DRAFTS_VENV) $(CLIENTS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -155,6 +155,7 @@ DEVELOPMENT = (
     Variable("XLA_VENV", "`make test-xla`", "virtual environment", "`.venv-xla`"),
     Variable("XLA_PYTHON", "`make test-xla`", "Python interpreter", "`PYTHON`"),
     Variable("DRAFTS_VENV", "`make test-drafts`", "virtual environment", "`.venv-drafts`"),
+    Variable("CLIENTS_VENV", "`make test-vllm`", "virtual environment of lm-eval, guidellm and LangChain", "`.venv-clients`"),
     Variable("VLLM_VENV", "`make test-vllm`", "virtual environment", "`.venv-vllm`"),
     Variable("DOCS_VENV", "`make docs`", "virtual environment", "`.venv-docs`"),
     Variable("TANDEM_NXD_SOURCE", "`make test-xla`", "folder `src` of neuronx-distributed, to test with it", "a stand-in"),
