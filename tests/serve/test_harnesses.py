@@ -150,11 +150,8 @@ def test_lm_eval_scores_are_those_of_transformers(served: Server, target: Path, 
     found = evaluated(tmp_path / "ours", "local-completions", asked)
     expected = evaluated(tmp_path / "theirs", "hf", {"pretrained": target, "dtype": "float32"})
     assert len(found["facts"]) == 40
-    errors = [
-        float(a[0][0]) - float(b[0][0])
-        for ours, theirs in pairs
-        for a, b in zip(ours["resps"], theirs["resps"], strict=True)
-    ]
+    likely = [[float(choice[0][0]) for each in of["facts"] for choice in each["resps"]] for of in (found, expected)]
+    errors = [ours - theirs for ours, theirs in zip(*likely, strict=True)]
     assert max(map(abs, errors)) < 1.0  # bfloat16 against float32, sums of up to four tokens
     assert sum(error**2 for error in errors) / len(errors) < 0.25**2
     right = [sum(each["acc"] for each in of["facts"]) for of in (found, expected)]
