@@ -85,7 +85,7 @@ def chats() -> list[str]:
     from pipeline.validate.prompts import recipe_prompts
 
     recipe = load(ROOT / "recipes/smollm2-135m-spec.yaml")
-    return [prompt.text for prompt in recipe_prompts(recipe, ROOT / "recipes")[::3]]
+    return [prompt.text for prompt in recipe_prompts(recipe, ROOT / "recipes")[::2]]
 
 
 def test_vllm_itself_accepts_the_same_drafts_of_the_shipped_head(real: Path, target: Path, chats: list[str]) -> None:
@@ -113,7 +113,7 @@ def test_vllm_itself_accepts_the_same_drafts_of_the_shipped_head(real: Path, tar
             ours = [n + sum(emitted > place for emitted in answer.emitted_per_step) for place, n in enumerate(ours, 1)]
             theirs = [n + now - then for n, now, then in zip(theirs, counted, before, strict=True)]
         before = counted
-    assert ours[0] > 100  # of about 600 steps
+    assert ours[0] > 60
     assert theirs == pytest.approx(ours, rel=0.02)
 
 
