@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import ArtifactError, HostError, InputError
@@ -62,15 +63,21 @@ def check_alias(store: Store, name: str, version: str, alias: str, url: str) -> 
 def move_alias(store: Store, name: str, alias: str, version: str, url: str) -> None:
     """Point an alias at a version; concurrent moves by other processes are kept in its history.
 
+    A client may repeat a request that was carried out; the repeated one is refused. Then the history has this move, and
+    is left as it is: a second move would undo one that another process made in between.
+
     Raises:
         ArtifactError: other processes keep moving it.
 
     """
+    sent: list[tuple[Move, tuple[Move, ...]]] = []  # with the moves before
     for _ in range(SWAPS):
         now = store.read_alias(name, alias)
-        if now is not None and now.version == version:
+        known = () if now is None else now.moves
+        if (now is not None and now.version == version) or any(_has_more(known, of, move) for move, of in sent):
             return
-        if store.swap_alias(name, alias, this_move(version), now):
+        sent.append((this_move(version), known))
+        if store.swap_alias(name, alias, sent[-1][0], now):
             return
     what = f"alias {alias!r} is being moved by other processes"
     raise ArtifactError(what, where=f"{url}/{name}", fix="try again")
@@ -148,7 +155,7 @@ class Moved:
 
 
 def _swapped(store: Store, of: Moved, move: Move) -> bool:
-    """Move an alias; if the answer is lost or negative, read whether this move is the newest.
+    """Move an alias; if the answer is lost or negative, read whether the history has this move.
 
     Raises:
         HostError: the registry cannot be reached.
@@ -166,10 +173,15 @@ def _swapped(store: Store, of: Moved, move: Move) -> bool:
         what = f"{error.what}; whether alias {of.alias!r} was moved is unknown"
         fix = f"tandem alias rollback {of.url}/{of.name}@{of.alias} --from {of.now.version}"
         raise HostError(what, where=of.url, fix=fix) from error
-    is_mine = current is not None and current.moves[:1] == (move,)
+    is_mine = current is not None and _has_more(current.moves, of.now.moves, move)
     if lost is not None and not is_mine:
         raise lost
     return is_mine
+
+
+def _has_more(moves: Sequence[Move], before: Sequence[Move], move: Move) -> bool:
+    """Return whether a move was added; an equal one of the same second may have been there."""
+    return moves.count(move) > before.count(move)
 
 
 def _already_left(now: Alias, leave: str, where: str) -> tuple[str, str]:

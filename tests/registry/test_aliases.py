@@ -176,6 +176,29 @@ def test_a_rollback_whose_repeated_request_is_refused_recognises_its_own_move(tm
         assert roll_back(url, "small", "prod") == (third, second)
 
 
+@pytest.mark.parametrize("how", ["set", "rollback"])
+def test_a_refused_repetition_undoes_no_later_move(tmp_path, url, monkeypatch, how):
+    """A command moved the alias a second time, and undid what another process had set in between (seed 441)."""
+    first, second, third = three_releases(tmp_path, url)
+    swap, calls = FolderBucket.swap, []
+
+    def carried_out_and_refused(self, key, data, token):
+        calls.append(key)
+        if len(calls) > 1:
+            return swap(self, key, data, token)
+        assert swap(self, key, data, token)
+        set_alias(url, f"small@{first}", "prod")
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderBucket, "swap", carried_out_and_refused)
+        if how == "set":
+            assert set_alias(url, f"small@{second}", "prod") == second
+        else:
+            assert roll_back(url, "small", "prod") == (third, second)
+    assert open_store(url).aliases("small") == {"prod": first}
+
+
 def test_a_rollback_with_an_unknown_outcome_says_how_to_repeat_it(tmp_path, url, monkeypatch):
     _, second, third = three_releases(tmp_path, url)
     with monkeypatch.context() as patch:

@@ -175,7 +175,11 @@ def play_in_folder(seed: int, roots: list[Path]) -> Model:
         return play(seed, FolderBucket(Path(folder)), roots, monkeypatch)
 
 
-@pytest.mark.parametrize("seed", range(30))
+MOVED_TWICE = (297, 441)
+"""Seeds in which a request was carried out, repeated and refused, and the command moved the alias a second time."""
+
+
+@pytest.mark.parametrize("seed", (*range(30), *MOVED_TWICE))
 def test_history(roots, seed):
     play_in_folder(seed, roots)
 
