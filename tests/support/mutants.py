@@ -66,6 +66,8 @@ EXPLAINED = {
     "padded_vocab: BLOCK * tp -> ": "equal but for the length of the padding, which no token has",
     "_refuse_overflow: ": "float16 only: tests/stages/test_shard.py",
     "Attend.within: keys - 1 -> ": "changes what padding behind the keys sees, which nothing reads",
+    "attend_up_to: 0.0 -> ": "equal: the softmax ignores a constant; sinks, which do not, have their own operator here",
+    "_cheapest: best[first][0] + ": "costs: which prompts share a graph, which changes no answer",
     "local_heads: tp <= config.kv_heads -> ": "equal: with a rank for each key head both sides are the same number",
     "after_verify: history.shape[1] - 2 -> ": "equal: a step emits at most K + 1 tokens, so the bound is never reached",
 }

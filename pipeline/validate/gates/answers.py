@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
+from pipeline.graphs.spec import ModelsSpec
+from pipeline.models.weights import padded_vocab
 from pipeline.progress import Progress
 from pipeline.runtime.calls import Generation
 from pipeline.validate.gates.inputs import GateInputs, StageClock
@@ -125,10 +127,23 @@ def _probe(row: int, texts: Sequence[list[int]], inputs: GateInputs) -> ScoredSe
     The other rows differ from these by their place alone, which a quarter shows; graphs are compared at their ends.
     """
     length, longest = inputs.engine.length, inputs.engine.manifest.shapes.prefill[-1]
-    tokens = list(islice(cycle(token for text in texts for token in text), length))
+    edges = rank_edges(inputs.engine.manifest.pair.models)[: length // 4]
+    tokens = edges + list(islice(cycle(token for text in texts for token in text), length - len(edges)))
     is_outer = row in (0, inputs.engine.rows - 1)
     checked = length if is_outer else min(max(length // 4, longest + 1), length)
     return ScoredSequence(f"probe-{row + 1}", "probe", tokens, length, checked)
+
+
+def rank_edges(models: ModelsSpec) -> list[int]:
+    """Return the target's first and last tokens of each rank's part of the vocabulary; none if one rank has all.
+
+    A cut that is one row off changes these tokens alone, which no prompt may have.
+    """
+    if models.tp == 1:
+        return []
+    vocab, rows = models.target.vocab, padded_vocab(models.target.vocab, models.tp) // models.tp
+    ids = (token for rank in range(models.tp) for token in (rank * rows, (rank + 1) * rows - 1))
+    return [token for token in ids if token < vocab]
 
 
 @dataclass
