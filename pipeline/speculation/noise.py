@@ -35,7 +35,8 @@ def gumbel(seed_M2: Tensor, position_M: Tensor, ids: Tensor) -> Tensor:
     high, low = words(seed_M2[:, None], position_M[:, None], ids)
     uniform = ((high + (low + 0.5) * 2.0**-BITS) * 2.0**-BITS).clamp(max=LARGEST)
     small = uniform * (1 + uniform * (0.5 + uniform / 3))
-    exponential = torch.where(uniform < 1e-2, small, -torch.log(1 - uniform))
+    is_small = uniform < torch.full_like(uniform, 1e-2)  # a tensor: XLA would compare with a number in float64
+    exponential = torch.where(is_small, small, -torch.log(1 - uniform))
     return -torch.log(exponential)
 
 

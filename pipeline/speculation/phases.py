@@ -72,7 +72,7 @@ def verify(
 def _verified(
     target: Model, drafter: Drafter, rows: Rows, drafts_BK: Tensor, choose: Choose
 ) -> tuple[Emitted, LogProbs | None]:
-    tokens_BT = torch.cat((rows.last_B[:, None].long(), drafts_BK.clamp(min=0).long()), dim=1)
+    tokens_BT = torch.cat((rows.last_B[:, None].long(), drafts_BK.int().clamp(min=0).long()), dim=1)
     positions_BT = rows.position_B[:, None] + index_range(tokens_BT.shape[1], rows.last_B)
     states = target.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv)
     room_B = target.usable(rows.kv) - 1 - rows.position_B

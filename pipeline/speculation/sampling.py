@@ -105,7 +105,7 @@ def sample_best(logits_MV: Tensor, drawn: Drawn, of: Vocabulary) -> Tensor:
     """Sample from the `of.keep` tokens with the highest logits: int64 [M]. Ranks exchange these, not all logits."""
     assert of.keep is not None
     scores_MN, ids_MN = highest(_scaled(logits_MV, drawn), of.keep, of.seams, of.offset_1)
-    names_MN = drawn.names_V[ids_MN.clamp(max=len(drawn.names_V) - 1)]
+    names_MN = drawn.names_V[ids_MN.clamp(0, len(drawn.names_V) - 1)]
     noise_MN = gumbel(drawn.seed_M2, drawn.position_M, names_MN)
     noisy_MN = torch.where(scores_MN >= lowest_kept(scores_MN, drawn), scores_MN + noise_MN, -torch.inf)
     sampled_M = ids_MN.gather(-1, greedy(noisy_MN, PLAIN, None)[:, None])[:, 0]
@@ -140,5 +140,6 @@ def lowest_kept(scores_MN: Tensor, drawn: Drawn) -> Tensor:
     scores_MN = torch.where(scores_MN >= scores_MN.gather(-1, count_M1 - 1), scores_MN, -torch.inf)
     probs_MN = torch.softmax(scores_MN, dim=-1)
     reached = (probs_MN.cumsum(dim=-1) - probs_MN >= top_p_M1) & (top_p_M1 < 1)
-    outside = (reached & (torch.arange(size, device=scores_MN.device) > 0)) | (scores_MN == -torch.inf)
+    dropped_MN = scores_MN == torch.full_like(scores_MN, -torch.inf)  # a tensor: XLA compares numbers in float64
+    outside = (reached & (torch.arange(size, device=scores_MN.device) > 0)) | dropped_MN
     return torch.where(outside, torch.inf, scores_MN).amin(dim=-1, keepdim=True)

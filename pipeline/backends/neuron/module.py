@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.module import SeamsFor, run_phase
@@ -28,6 +29,24 @@ and fail for 32,768 (neuronx-cc 2.26); no document states a limit.
 
 BOOLEANS = frozenset(["active", "prompted"])
 """Arguments that phases take as booleans."""
+
+SHIFTS = {Tensor.__lshift__: torch.bitwise_left_shift, Tensor.__rshift__: torch.bitwise_right_shift}
+
+
+class ShiftsByTensors(TorchFunctionMode):
+    """Within it, words are shifted by tensors.
+
+    PyTorch/XLA computes a shift by a number as a product or quotient with a power of two: another result for negative
+    words, and no result for 31 bits.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Give a shift its count as a tensor; leave everything else as it is."""
+        if func in SHIFTS and isinstance(args[1], int):
+            return SHIFTS[func](args[0], torch.full_like(args[0], args[1]))
+        return func(*args, **(kwargs or {}))
 
 
 class NeuronSeams(Seams):
@@ -220,7 +239,8 @@ class NeuronModule(nn.Module):
         for spec in self.io.weights + self.io.state:
             owner, leaf = self._owner(spec.name)
             tensors[spec.name] = getattr(owner, leaf)
-        outputs = run_phase(self.spec, self.pair, tensors, self.seams_for)
+        with ShiftsByTensors():
+            outputs = run_phase(self.spec, self.pair, tensors, self.seams_for)
         for spec in self.io.state:
             owner, leaf = self._owner(spec.name)
             setattr(owner, leaf, tensors[spec.name])
