@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pipeline.artifact.host import processor_flags
+
 PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
-"""Instructions that multiply a dtype, by torch's names."""
+"""Instructions that multiply a dtype, by the kernel's names."""
 
 
 class WideProducts(TorchFunctionMode):
@@ -24,8 +26,7 @@ class WideProducts(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        has = torch.cpu.get_capabilities()
-        self.dtypes = {dtype for dtype, names in NATIVE.items() if not any(has.get(name) for name in names)}
+        self.dtypes = {dtype for dtype, names in NATIVE.items() if processor_flags().isdisjoint(names)}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None

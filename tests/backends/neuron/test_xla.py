@@ -166,7 +166,7 @@ def test_weights_and_state_have_the_shards_names(sdk, tp):
         named = {one.checkpoint_key.decode(): tuple(one.shape) for one in meta.input_tensors if one.checkpoint_key}
         known = {one.name.replace("/", "."): one.shape for one in io.weights + io.state}
         assert named.items() <= known.items()
-        used = "target" if spec.phase == "decode" else None
+        used = {"decode": "target", "verify": "target", "propose": "draft"}.get(spec.phase)
         needed = {one.name for one in io.weights if used is None or one.name.startswith(used)}
         if tp == 1:
             needed -= {"target/rank.vocab_offset"}  # nothing to add on one rank
@@ -213,7 +213,7 @@ def test_pico_is_built_gated_and_run(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     manifest = read(tmp_path / "out").manifest
     assert manifest.passed
-    assert len(manifest.graphs) == 7
+    assert len(manifest.graphs) == 8
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from pipeline.progress import no_log
 from pipeline.sources.derived import derive
 from pipeline.sources.pair import resolve
 from pipeline.sources.remote import RemoteFile
+from pipeline.validate.reference import products
 from pipeline.validate.reference.golden import project_cache
 from pipeline.validate.reference.goldens import Goldens
 from pipeline.validate.reference.layers import Reference, Taps
-from pipeline.validate.reference.products import WideProducts
 from support.checkpoints import write_checkpoint
 
 SEQUENCE = [5, 60, 7, 8, 300, 41, 7, 7, 19]
@@ -149,12 +149,20 @@ def test_a_head_reads_the_states_of_the_targets_own_run(sources, tmp_path, monke
     assert len(ran) == 2
 
 
+def test_products_are_wide_where_the_processor_has_no_instructions(monkeypatch):
+    """By the kernel's flags: the torch of Neuron hosts (2.9) lists no capabilities."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for flags, wide in (({"avx2"}, {torch.bfloat16, torch.float16}), ({"avx512_bf16"}, {torch.float16})):
+        monkeypatch.setattr(products, "processor_flags", lambda flags=flags: frozenset(flags))
+        assert products.WideProducts().dtypes == wide
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_in_float32_round_once(dtype):
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((1, 5, 64), (32, 64), (32,)))
-    with WideProducts() as products:
-        products.dtypes = {dtype}  # as on a CPU without instructions for it
+    with products.WideProducts() as wide:
+        wide.dtypes = {dtype}  # as on a CPU without instructions for it
         results = functional.linear(x, weight, bias), x @ weight.T
         assert (x.double() @ weight.T.double()).dtype == torch.float64
     exact = x.double() @ weight.T.double()
