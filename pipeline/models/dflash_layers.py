@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import (
-    Rotary,
     Stream,
     Weights,
     embed,
@@ -28,12 +27,11 @@ from pipeline.models.decoder import (
     next_norm,
     norm,
     rms_norm,
-    rotary_of,
-    rotate,
     run_layer,
     store,
 )
 from pipeline.models.parallel import Attend, Pass, Seams, attend_up_to
+from pipeline.models.rotary import Rotary, rotary_of, rotate
 from pipeline.models.weights import CONTEXT_NORM, FC, NORM, local_heads
 
 

@@ -26,11 +26,11 @@ from pipeline.models.decoder import (
     next_norm,
     norm,
     rms_norm,
-    rotary_of,
     run_layer,
     store,
 )
 from pipeline.models.parallel import Pass, Seams
+from pipeline.models.rotary import rotary_of
 from pipeline.models.weights import FC, FC_NORM, INPUT_NORM, NORM
 
 

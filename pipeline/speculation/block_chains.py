@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import Rotary, embed, heads_of, layer_weights, mlp, project, rms_norm, rotary_of, rotate
+from pipeline.models.decoder import embed, heads_of, layer_weights, mlp, project, rms_norm
 from pipeline.models.dflash_layers import context
 from pipeline.models.parallel import PLAIN
+from pipeline.models.rotary import Rotary, rotary_of, rotate
 from pipeline.models.weights import HEAD, NORM
 from pipeline.speculation.chains import Batch, Guess, ahead
 

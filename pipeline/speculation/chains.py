@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import Rotary, heads_of, layer_weights, mlp, project, rms_norm, rotary_of, rotate
+from pipeline.models.decoder import heads_of, layer_weights, mlp, project, rms_norm
 from pipeline.models.eagle3_layer import features, inputs_of, outputs_of
 from pipeline.models.parallel import PLAIN
+from pipeline.models.rotary import Rotary, rotary_of, rotate
 from pipeline.models.weights import HEAD, MASK_HIDDEN
 
 

@@ -16,11 +16,12 @@ from pipeline.extras import error_of_another_torch
 from pipeline.files.atomic import disk_errors
 from pipeline.files.unfinished import work_folder
 from pipeline.models.config import Layer, ModelConfig
-from pipeline.models.decoder import activated, rotary_frequencies
+from pipeline.models.decoder import activated
 from pipeline.models.fields import shown
 from pipeline.models.layer_types import FULL, LAYER_TYPES, SLIDING
 from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import in_both_layouts
+from pipeline.models.rotary import rotary_frequencies
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.validate.reference.skeleton import without_weights
 
