@@ -12,6 +12,7 @@ from pipeline.measure.buckets import KV_MULTIPLE, PREFILL_MULTIPLE
 from pipeline.measure.traffic import Room, read_traffic
 from pipeline.measure.traffic_buckets import graphs_per_bucket, propose
 from pipeline.models.config import ModelConfig
+from pipeline.models.draft_kind import DRAFT_KINDS
 from pipeline.models.weights import up_to
 from pipeline.plan.estimates import GIB
 from pipeline.plan.plan import Plan, make_plan
@@ -89,7 +90,7 @@ def choose(pair: Pair, chip: ChipName | None, traffic: Path | None) -> Chosen:
     """
     backend, dtype = _backend(chip), _dtype(pair.target, chip)
     sampling, shapes = _sampling(pair, chip), _shapes(pair, chip)
-    chosen = pair.base | backend | dtype | sampling | shapes | _gates(shapes)
+    chosen = pair.base | backend | dtype | sampling | shapes | _gates(pair, shapes)
     if traffic is not None:
         chosen |= _longest(traffic, pair, chosen)
     chosen |= _ranks(pair, chosen, chip)
@@ -144,10 +145,12 @@ def _shapes(pair: Pair, chip: ChipName | None) -> Chosen:
     )
 
 
-def _gates(shapes: Chosen) -> Chosen:
-    length = min(ANSWER, shapes.values["shapes.kv"][0] // 4)
-    reason = "every draft passes this limit: a step emits at least one token; raise it to what you need"
-    values = {"validate.max_new_tokens": length, "validate.gates": {"tokens_per_step": 1.0}}
+def _gates(pair: Pair, shapes: Chosen) -> Chosen:
+    length, method = min(ANSWER, shapes.values["shapes.kv"][0] // 4), pair.base.values.get("speculation.method")
+    kind = DRAFT_KINDS[method or "draft_model"]  # the schema's default
+    every = "every draft passes this limit: a step emits at least one token"
+    reason = f"{'about what a step costs' if kind.floor > 1 else every}; raise it to what you need"
+    values = {"validate.max_new_tokens": length, "validate.gates": {"tokens_per_step": kind.floor}}
     return Chosen(values, {"validate.gates": reason})
 
 

@@ -118,6 +118,7 @@ def test_init_uses_the_table_of_known_drafts(tmp_path: Path, hub: FakeHub) -> No
 def test_init_of_a_head_that_the_user_names(tmp_path: Path) -> None:
     recipe = written("pico://llama?layers=6", "--draft", "pico://llama?layers=6&draft_vocab=128&eagle3=1")
     assert (recipe.speculation.method, recipe.speculation.draft_tokens) == ("eagle3", (3,))
+    assert recipe.validate_.gates.tokens_per_step == 1.3  # with 1.0 a head that is right about nothing passes
 
 
 def test_init_of_a_draft_with_another_tokenizer_is_rejected(tmp_path: Path) -> None:

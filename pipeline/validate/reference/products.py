@@ -26,7 +26,8 @@ class WideProducts(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.dtypes = {dtype for dtype, names in NATIVE.items() if processor_flags().isdisjoint(names)}
+        flags = processor_flags()
+        self.dtypes = {dtype for dtype, names in NATIVE.items() if flags.isdisjoint(names)}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
