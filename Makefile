@@ -5,13 +5,16 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DEV_READY := $(VENV)/.ready-dev
 RECIPE  ?= smollm2-135m-spec
 MINUTES ?= 15
 SEED    ?= 1
 
-# Extras for $(VENV). An environment with the Neuron SDK keeps the SDK's torch, which the extra `inductor` would replace.
+# Extras for $(VENV); what tests and checks need besides is installed by the first target that needs it. An environment with
+# the Neuron SDK keeps the SDK's torch, which the extra `inductor` would replace.
 SDK    := $(wildcard $(VENV)/lib/python3*/site-packages/torch_neuronx)
-EXTRAS ?= $(if $(SDK),build-neuron,inductor dev)
+EXTRAS ?= $(if $(SDK),build-neuron,build)
+DEV    := $(if $(SDK),,dev)
 comma  := ,
 
 # PyTorch/XLA ends at torch 2.9, so its tests have a separate environment (7 GB).
@@ -53,54 +56,54 @@ help:                    ## list the targets
 build: $(READY)          ## compile, validate and package one recipe: make build RECIPE=name
 	$(BIN)/tandem build '$(subst ','\'',$(value RECIPE))'
 
-test: $(READY)           ## fast tests
+test: $(DEV_READY)       ## fast tests
 	$(PYTEST) $(PARALLEL)
 
-test-quick: $(READY)     ## fast tests that compile no graph, for the inner loop
+test-quick: $(DEV_READY) ## fast tests that compile no graph, for the inner loop
 	$(PYTEST) $(PARALLEL) -m "$(QUICK)"
 
-test-slow: $(READY)      ## minutes of compiling, real weights, large checkpoints
+test-slow: $(DEV_READY)  ## minutes of compiling, real weights, large checkpoints
 	$(PYTEST) -m slow
 
-test-report: $(READY)    ## the parity page in a real Chromium
+test-report: $(DEV_READY) ## the parity page in a real Chromium
 	$(BIN)/python -m pip install --quiet playwright
 	command -v chromium >/dev/null || $(BIN)/playwright install --with-deps chromium
 	$(PYTEST) -m browser
 
-test-servers: $(READY)   ## tests with real S3 and OCI servers and a test server for the Hub, over loopback
+test-servers: $(DEV_READY) ## tests with real S3 and OCI servers and a test server for the Hub, over loopback
 	$(BIN)/python -m pip install --quiet --editable '.[servers]'
 	command -v docker-registry skopeo umoci >/dev/null || apt-get install --yes --no-install-recommends $(OCI_TOOLS) \
 	  || echo "tests of OCI registries are skipped without the Debian packages $(OCI_TOOLS)" >&2
 	$(PYTEST) -m server
 
-test-ray: $(READY)       ## a real Ray cluster of several nodes on this machine, with a real S3 server
+test-ray: $(DEV_READY)   ## a real Ray cluster of several nodes on this machine, with a real S3 server
 	$(BIN)/python -m pip install --quiet --editable '.[ray,servers]'
 	$(PYTEST) -m ray
 
-test-soak: $(READY) $(VLLM_READY) ## mixed load on a served pair, disturbed: make test-soak MINUTES=60 SEED=1
+test-soak: $(DEV_READY) $(VLLM_READY) ## mixed load on a served pair, disturbed: make test-soak MINUTES=60 SEED=1
 	test -e artifacts/$(RECIPE)/manifest.json || $(BIN)/tandem build $(RECIPE)
 	$(VLLM_VENV)/bin/python benchmarks/soak.py artifacts/$(RECIPE) --minutes $(MINUTES) --chaos $(SEED)
 
-fuzz: $(READY)           ## parsers of outside input under atheris: make fuzz TARGET=recipe RUNS=32000 SECONDS=120; continues where it stopped
+fuzz: $(DEV_READY)       ## parsers of outside input under atheris: make fuzz TARGET=recipe RUNS=32000 SECONDS=120; continues where it stopped
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.run $(if $(TARGET),--target '$(TARGET)') $(if $(RUNS),--runs '$(RUNS)') $(if $(SECONDS),--seconds '$(SECONDS)')
 
-test-chaos: $(READY)     ## commands disturbed at random steps: make test-chaos SEED=1 RUNS=60 ONLY=publish:kill; skips seeds that passed
+test-chaos: $(DEV_READY) ## commands disturbed at random steps: make test-chaos SEED=1 RUNS=60 ONLY=publish:kill; skips seeds that passed
 	SEED='$(SEED)' RUNS='$(RUNS)' ONLY='$(ONLY)' STEP='$(STEP)' $(PYTEST) -m chaos tests/chaos
 
-mutants: $(READY)        ## small faults in the code of graphs, through all gates; prints those that pass
+mutants: $(DEV_READY)    ## small faults in the code of graphs, through all gates; prints those that pass
 	$(BIN)/python benchmarks/mutants.py
 
-lint: $(READY)           ## ruff: rules and format
+lint: $(DEV_READY)       ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-format: $(READY)         ## ruff: apply fixes and format
+format: $(DEV_READY)     ## ruff: apply fixes and format
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-types: $(READY)          ## mypy, strict
+types: $(DEV_READY)      ## mypy, strict
 	$(BIN)/mypy
 
-imports: $(READY)        ## import contracts between the rooms of pipeline/
+imports: $(DEV_READY)    ## import contracts between the rooms of pipeline/
 	$(BIN)/lint-imports
 
 docs: $(DOCS_READY)      ## the documentation site, in build/site; broken internal links and anchors are errors
@@ -109,14 +112,14 @@ docs: $(DOCS_READY)      ## the documentation site, in build/site; broken intern
 test-xla: $(XLA_READY)   ## Neuron graphs as HLO on XLA's CPU; TANDEM_NXD_SOURCE=<neuronx-distributed 2.29>/src adds the real NxD
 	$(XLA_VENV)/bin/python -m pytest -m xla tests/backends/neuron tests/nxdi
 
-test-hlo: $(READY)       ## Neuron graphs through StableHLO, run on XLA's CPU client, several ranks for real
+test-hlo: $(DEV_READY)   ## Neuron graphs through StableHLO, run on XLA's CPU client, several ranks for real
 	$(BIN)/python -m pip install --quiet --editable '.[stablehlo]' 'jax>=0.10.2,<0.11'
 	$(PYTEST) -m hlo tests/backends/neuron
 
 test-vllm: $(VLLM_READY) $(CLIENTS_READY) ## a real vLLM serves an artifact over loopback, to clients of other projects
 	TANDEM_CLIENTS_PYTHON=$(abspath $(CLIENTS_VENV))/bin/python $(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve
 
-test-drafts: $(READY) $(DRAFTS_READY) ## heads and DFlash drafts that public tools write, against the logits of their modules
+test-drafts: $(DEV_READY) $(DRAFTS_READY) ## heads and DFlash drafts that public tools write, against the logits of their modules
 	TANDEM_DRAFTS_PYTHON=$(abspath $(DRAFTS_VENV))/bin/python $(PYTEST) -m drafts tests/drafts
 
 check: lint types imports test ## required checks of a change: lint, types, imports, fast tests
@@ -156,11 +159,19 @@ $(DOCS_READY): pyproject.toml
 	$(DOCS_VENV)/bin/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
+install = $(BIN)/python -m pip install --quiet --editable '.[$(subst $() $(),$(comma),$(strip $(1)))]'
+
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing packages into $(VENV): a few minutes, about 2 GB of disk" >&2
-	$(BIN)/python -m pip install --quiet --editable '.[$(subst $() $(),$(comma),$(strip $(EXTRAS)))]'
+	@echo "installing packages into $(VENV): a minute or two, about 1.3 GB of disk" >&2
+	$(call install,$(EXTRAS))
 	touch $@
+
+$(DEV_READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing packages into $(VENV): a few minutes, about 2 GB of disk" >&2
+	$(call install,$(EXTRAS) $(DEV))
+	touch $(READY) $@
 
 clean:                   ## remove environments, caches of tools and built files, but not artifacts/
 	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) $(DOCS_VENV) $(DRAFTS_VENV) $(CLIENTS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -151,7 +151,7 @@ DEVELOPMENT = (
     Variable("RECIPE", "`make build`, `make test-soak`", "recipe to build", "`smollm2-135m-spec`"),
     Variable("MINUTES", "`make test-soak`", "length of the load", "`15`"),
     Variable("SEED", "`make test-soak`, `make test-chaos`", "seed of the disturbances", "`1`"),
-    Variable("EXTRAS", "Makefile", "extras that the virtual environment gets, separated by spaces", "`inductor dev`; `build-neuron` where torch-neuronx is installed"),
+    Variable("EXTRAS", "Makefile", "extras that the virtual environment gets, separated by spaces; tests add `dev`", "`build`; `build-neuron` where torch-neuronx is installed"),
     Variable("XLA_VENV", "`make test-xla`", "virtual environment", "`.venv-xla`"),
     Variable("XLA_PYTHON", "`make test-xla`", "Python interpreter", "`PYTHON`"),
     Variable("DRAFTS_VENV", "`make test-drafts`", "virtual environment", "`.venv-drafts`"),

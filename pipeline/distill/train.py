@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.artifact.host import processor_flags
+from pipeline.artifact.host import multiplies
 from pipeline.distill.data import Conversation
 from pipeline.files.atomic import write_atomic
 from pipeline.models.config import ModelConfig
@@ -57,7 +57,7 @@ def has_bfloat16(device: str) -> bool:
     """Return whether a device multiplies bfloat16 with its own instructions; torch's emulation is 20 times slower."""
     if torch.device(device).type != "cpu":
         return True
-    return not processor_flags().isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
+    return multiplies("bfloat16")
 
 
 @dataclass

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pipeline.artifact.host import NATIVE, multiplies
 from pipeline.errors import no_string
 from pipeline.graphs.dtypes import DTYPES
 from pipeline.models import eagle3
@@ -36,6 +37,9 @@ HALF = 0.5
 """Share of a stated acceptance rate below which the statement is wrong, whatever the prompts."""
 
 
+SCREENED = 0.97
+"""Share of the current reading's right first drafts below which another usual reading is measured no further."""
+
 LARGE_GAIN = 1.15
 """Factor of accepted tokens by which an unusual reading must be better: neighbouring layers are similar."""
 
@@ -44,20 +48,22 @@ LARGE_GAIN = 1.15
 class Effort:
     """How much is measured: prompts, tokens of each answer, and places of a step.
 
-    `gain` is the factor of accepted tokens by which another usual reading must be better.
+    `gain` is the factor of accepted tokens by which another usual reading must be better. With `screens`, a reading
+    whose first drafts are right less often than the current ones is not measured at further places.
     """
 
     prompts: int = 24
     new_tokens: int = 48
     places: int = 4
     gain: float = 1.02
+    screens: bool = False
 
     def prefers(self, reading: Reading, found: Agreement, now: Agreement) -> bool:
         """Return whether a reading is clearly better than the current one, and than chance."""
         return not found.is_chance and found.is_better_than(now, self.gain if reading.is_usual else LARGE_GAIN)
 
 
-SHORT = Effort(prompts=16, new_tokens=32, places=3, gain=1.05)
+SHORT = Effort(prompts=16, new_tokens=32, places=3, gain=1.05, screens=True)
 """What a build measures before it compiles."""
 
 CHAINS: dict[DraftMethod, Guesses] = {
@@ -68,14 +74,18 @@ CHAINS: dict[DraftMethod, Guesses] = {
 }
 """Drafts in a row of each kind of draft."""
 
-Measure = Callable[[Reading], Agreement]
+Measure = Callable[[int, Reading], Agreement]
 Found = list[tuple[Reading, Agreement]]
 
 
 def usable_dtype(target: Checkpoint, dtype: str, memory_bytes: int) -> str | None:
-    """Return the dtype in which half of the memory holds the target: float32, the recipe's, or None."""
+    """Return the dtype in which half of the memory holds the target: float32, the recipe's, or None.
+
+    The recipe's comes first on a processor that multiplies it: products take half the time of those in float32.
+    """
     count = sum(math.prod(spec.shape) for spec in weight_specs(target.config))
-    return next((d for d in ("float32", dtype) if count * DTYPES[d].size_bytes <= memory_bytes // 2), None)
+    wanted = (dtype, "float32") if dtype in NATIVE and multiplies(dtype) else ("float32", dtype)
+    return next((d for d in wanted if count * DTYPES[d].size_bytes <= memory_bytes // 2), None)
 
 
 def examine(
@@ -92,12 +102,13 @@ def examine(
     has_t2d = T2D in weights(draft)
     tried = others(target, draft, has_t2d=has_t2d) if draft.config.eagle3 is not None else []
     layers = layers_of([base, *tried]) if draft.config.eagle3 is not None else ()
-    cut = [tokens[-LONGEST_PROMPT:] for tokens in prompts]
+    cut = sorted((tokens[-LONGEST_PROMPT:] for tokens in prompts), key=len)  # a group is as long as its longest
     states = answer(target, cut, effort.new_tokens, layers, dtype, progress)
     # A block's answers depend on its number of masks, which is K.
     places = max(recipe.speculation.draft_tokens) if draft.config.draft_kind == DFLASH else effort.places
-    measure: Measure = partial(_agreement, pair, _loaded(pair), states, places)
-    now = measure(base)
+    at: Measure = partial(_agreement, pair, _loaded(pair), states)
+    now = at(places, base)
+    measure = partial(_screened, at, now, places) if effort.screens else partial(at, places)
     found = [(reading, measure(reading)) for reading in tried]
     best = _best(effort, found, now)
     chain = [best] if best is not None else []
@@ -135,6 +146,12 @@ def _agreement(
     guesses = CHAINS[config.draft_kind.method]
     batches = [group.batch(() if head is None else head.taps) for group in states]
     return agreement(guesses, config, dict(loaded), _ids(pair[1], loaded, reading), batches, places)
+
+
+def _screened(at: Measure, now: Agreement, places: int, reading: Reading) -> Agreement:
+    """Return a reading's agreement, of the first place alone where that is worse than the current one's."""
+    first, limit = at(1, reading), SCREENED if reading.is_usual else 1.0
+    return first if first.by_place[0] < limit * now.by_place[0] else at(places, reading)
 
 
 def _ids(draft: Checkpoint, loaded: Mapping[str, Tensor], reading: Reading) -> Tensor:

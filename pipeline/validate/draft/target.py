@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.errors import no_string
@@ -95,30 +96,38 @@ class _Target:
 
 
 def _answer_group(target: _Target, layers: tuple[int, ...]) -> TargetStates:
-    sequences = [[*prompt, *new] for prompt, new in zip(target.prompts, _greedy(target), strict=True)]
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    prompts = torch.tensor([len(prompt) for prompt in target.prompts])
-    tokens = pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
-    hidden = target.model(layers).read(_prompt(tokens[:, :-1], lengths - 1))
-    positions = torch.arange(tokens.shape[1] - 1)
-    learn = (positions >= prompts[:, None] - 1) & (positions < lengths[:, None] - 1)
-    parts = hidden.taps_BTX.chunk(len(layers), dim=-1) if hidden.taps_BTX is not None else ()
-    return TargetStates(tokens, learn, dict(zip(sorted(layers), parts, strict=True)), hidden.last_BTH)
+    prompts_B = torch.tensor([len(prompt) for prompt in target.prompts])
+    answers_BN, states_BTX, last_BTH = _greedy(target, prompts_B, layers)
+    sequences = [
+        torch.tensor([*prompt, *_until_end(row, target.checkpoint.config.eos_ids)])
+        for prompt, row in zip(target.prompts, answers_BN.tolist(), strict=True)
+    ]
+    tokens_BT, ends_B = pad_sequence(sequences, batch_first=True), torch.tensor([len(each) for each in sequences])
+    longest = tokens_BT.shape[1]
+    positions_T = torch.arange(longest - 1)
+    learn = (positions_T >= prompts_B[:, None] - 1) & (positions_T < ends_B[:, None] - 1)
+    parts = states_BTX[:, : longest - 1].chunk(len(layers), dim=-1) if layers else ()
+    by_layer = dict(zip(sorted(layers), parts, strict=True))
+    return TargetStates(tokens_BT, learn, by_layer, last_BTH[:, : longest - 1])
 
 
-def _greedy(target: _Target) -> list[list[int]]:
-    """Return the greedy answers, each up to its end-of-sequence token."""
-    model, prompts = target.model(), target.prompts
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-    last = take(model.read(_prompt(tokens, lengths)).last_BTH, lengths - 1)
-    chosen = [model.greedy(last[:, None])]
-    everyone = torch.ones(len(prompts), dtype=torch.bool)
+def _greedy(target: _Target, lengths_B: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the greedy answers, int64 [B, N]; of prompts and answers, the states [B, T, X] and outputs [B, T, H]."""
+    model, rows_B = target.model(layers), torch.arange(len(target.prompts))
+    tokens_BT = pad_sequence([torch.tensor(prompt) for prompt in target.prompts], batch_first=True)
+    read = model.read(_prompt(tokens_BT, lengths_B))
+    chosen = [model.greedy(take(read.last_BTH, lengths_B - 1)[:, None])]
+    kept = [part for part in (read.last_BTH, read.taps_BTX) if part is not None]
+    kept = [functional.pad(part, (0, 0, 0, target.length - part.shape[1])) for part in kept]
+    everyone = torch.ones_like(rows_B, dtype=torch.bool)
     for step in range(target.new - 1):
-        positions = lengths[:, None] + step
-        hidden = model.hidden(chosen[-1], positions, everyone, target.length)
+        positions_B = lengths_B + step
+        hidden = model.hidden(chosen[-1], positions_B[:, None], everyone, target.length)
         chosen.append(model.greedy(hidden.last_BTH))
-    return [_until_end(row, target.checkpoint.config.eos_ids) for row in torch.cat(chosen, dim=1).tolist()]
+        for part, new in zip(kept, (hidden.last_BTH, hidden.taps_BTX), strict=False):
+            assert new is not None
+            part[rows_B, positions_B] = new[:, 0]
+    return torch.cat(chosen, dim=1), kept[-1], kept[0]
 
 
 def _until_end(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from pipeline.artifact.host import processor_flags
+from pipeline.artifact.host import multiplies
 
 PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
-NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
-"""Instructions that multiply a dtype, by the kernel's names."""
+NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class WideProducts(TorchFunctionMode):
@@ -26,8 +25,7 @@ class WideProducts(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        flags = processor_flags()
-        self.dtypes = {dtype for dtype, names in NATIVE.items() if flags.isdisjoint(names)}
+        self.dtypes = {dtype for name, dtype in NARROW.items() if not multiplies(name)}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,22 +13,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.artifact import host
 from pipeline.errors import SourceError
+from pipeline.models.parallel import PLAIN
+from pipeline.models.weights import weight_specs
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
+from pipeline.sources.values import read_tensor
+from pipeline.sources.weights import weights
+from pipeline.speculation.model import Model, Prompt
 from pipeline.stages import draft_check
 from pipeline.stages.settings import BuildSettings
 from pipeline.validate.draft.agreement import Agreement
 from pipeline.validate.draft.examine import SHORT, Effort, examine, usable_dtype
 from pipeline.validate.draft.readings import Reading
 from pipeline.validate.draft.report import DraftReport
+from pipeline.validate.draft.target import answer
 from support.heads import FLAT, Parts, write_head
 from support.trained_head import Trained, prompts, train
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
 TAPPED = "eagle_aux_hidden_state_layer_ids"
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 EFFORT = Effort(prompts=16, new_tokens=24, places=3)
 UNUSED: Any = SimpleNamespace()
 
@@ -176,11 +185,46 @@ def test_a_build_without_gates_measures_nothing(trained, tmp_path):
     assert build_check(recipe_of(trained.target, trained.head), tmp_path, validate=False) == []
 
 
-def test_usable_dtype_is_the_widest_that_half_of_the_memory_holds(trained, tmp_path):
+def test_usable_dtype_is_the_widest_that_half_of_the_memory_holds(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "processor_flags", lambda *_: frozenset({"avx2"}))
     target, _ = resolve_pair(recipe_of(trained.target, trained.head), base=tmp_path, cache=tmp_path / "cache")
     assert usable_dtype(target, "bfloat16", 1 << 30) == "float32"
     assert usable_dtype(target, "bfloat16", 1 << 21) == "bfloat16"
     assert usable_dtype(target, "bfloat16", 1 << 16) is None
+    monkeypatch.setattr(host, "processor_flags", lambda *_: frozenset({"avx512_bf16"}))
+    assert usable_dtype(target, "bfloat16", 1 << 30) == "bfloat16"
+    assert usable_dtype(target, "float16", 1 << 30) == "float32"
+
+
+def test_states_of_answers_are_those_of_one_pass_over_the_whole_text(trained, tmp_path):
+    """They are kept while the answers are decoded, one token at a time."""
+    target, _ = resolve_pair(recipe_of(trained.target, trained.head), base=tmp_path, cache=tmp_path / "cache")
+    cases = [tokens[: 9 + 2 * row] for row, tokens in enumerate(prompts(3))]
+    (found,) = answer(target, cases, 7, (2, 5), "float32")
+    loaded = {spec.name: read_tensor(weights(target)[spec.name]).float() for spec in weight_specs(target.config)}
+    for row, prompt in enumerate(cases):
+        length = int(found.learn_BT[row].nonzero().max()) + 1
+        tokens = found.tokens_BT1[row : row + 1, :length]
+        shape = (1, target.config.kv_heads, length + 1, target.config.head_dim)
+        state = {f"{part}.{layer}": torch.zeros(shape) for layer in range(target.config.layers) for part in "kv"}
+        text = Prompt(tokens, torch.arange(length)[None], torch.tensor([length]), torch.tensor([0]))
+        hidden = Model(target.config, loaded, state, PLAIN, taps=(2, 5)).read(text)
+        assert found.tokens_BT1[row, : len(prompt)].tolist() == prompt
+        assert int(found.learn_BT[row].nonzero().min()) == len(prompt) - 1
+        torch.testing.assert_close(found.batch((2, 5)).taps_BTX[row, :length], hidden.taps_BTX[0], **CLOSE)
+        torch.testing.assert_close(found.last_BTH[row, :length], hidden.last_BTH[0], **CLOSE)
+
+
+def test_the_short_form_measures_a_worse_reading_at_the_first_place_alone(trained, tmp_path):
+    recipe = recipe_of(trained.target, trained.head)
+    whole, short = (report_of(recipe, tmp_path, replace(EFFORT, screens=screens)) for screens in (False, True))
+    places, now = {each.reading: each.by_place for each in whole.others}, whole.current.by_place[0]
+    assert {len(each.by_place) for each in short.others} == {1, EFFORT.places}, "none is screened, or all are"
+    for each in short.others:
+        measured, whole_places = len(each.by_place), places[each.reading]
+        assert each.by_place == whole_places[:measured]
+        assert measured == EFFORT.places or whole_places[0] < now, each.reading
+        assert measured == 1 or whole_places[0] >= 0.97 * now, each.reading
 
 
 def test_agreement_counts_places_only_after_right_ones():
