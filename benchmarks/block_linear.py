@@ -4,7 +4,7 @@
 
 Every contender runs over the same weights, which are inputs and far larger than the caches. `ours` runs what reads the
 same rows in one loop, as the decoder does; `single` is the same kernel in a loop for each weight. Medians of rounds in
-turns. In float32 each is one AOTInductor graph; in bfloat16 and int8 torch's plain product is bfloat16 and runs
+turns. In float32 each is one AOTInductor graph; in bfloat16, int8 and int4 torch's plain product is bfloat16 and runs
 eagerly, since Inductor declares one accumulator twice there (torch 2.13). The limit is how fast the weights can be read
 once: measured by a sum over one large tensor.
 """
@@ -21,9 +21,11 @@ import torch
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.graphs.packing import BlockPacking
-from pipeline.models.int8 import quantise
+from pipeline.models import int4, int8
 
 SUMMED_BYTES = 512 << 20
+NARROW = {"int8": "int8", "int4": "uint8"}
+"""How weights that are narrower than activations are stored."""
 HIDDEN, WIDE, VOCAB = 576, 1536, 49152
 SHAPES = [
     (HIDDEN, HIDDEN),
@@ -104,25 +106,26 @@ def timed(run, rounds):
 
 def stored(weight, name):
     """A weight as shards hold it."""
-    whole, scales = quantise(weight) if name == "int8" else (weight, None)
-    shape = BlockPacking().packed_shape(tuple(weight.shape), "linear", name)
-    out = torch.empty(shape, dtype=getattr(torch, name))
+    whole, scales = {"int8": int8, "int4": int4}[name].quantise(weight) if name in NARROW else (weight, None)
+    dtype = NARROW.get(name, name)
+    shape = BlockPacking().packed_shape(tuple(weight.shape), "linear", dtype)
+    out = torch.empty(shape, dtype=getattr(torch, dtype))
     BlockPacking().pack(whole, "linear", out, scales)
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8", "int4"], default="float32")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    narrow = arguments.dtype == "int8"
-    dtype = torch.bfloat16 if narrow else getattr(torch, arguments.dtype)
+    dtype = torch.bfloat16 if arguments.dtype in NARROW else getattr(torch, arguments.dtype)
     flat = [(torch.randn(shape) * 0.05).to(dtype) for shape in [*SHAPES * arguments.layers, (VOCAB, HIDDEN)]]
-    packed = [stored(weight, arguments.dtype) for weight in flat]
+    packed = [stored(weight, arguments.dtype) for weight in flat[:-1]]
+    packed.append(stored(flat[-1], "int8" if arguments.dtype == "int4" else arguments.dtype))  # as recipes store it
     size = sum(weight.numel() * weight.element_size() for weight in packed)
     large = torch.ones(SUMMED_BYTES // 4)
     speed = SUMMED_BYTES / timed(large.sum, arguments.rounds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from pipeline.models.int4 import GROUP
 from pipeline.models.weights import BLOCK, up_to
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ in tiles. It copies three axes in strides of a whole row, which from this width 
 
 SCALE_BYTES = 4 * BLOCK
 """Bytes of the float32 scales of an int8 block, which follow its weights."""
+
+INT4_BYTES = GROUP // 2 + 2
+"""Bytes of a group of 4-bit weights of an output: codes and a float16 scale."""
 
 MATRICES = ("linear", "embedding")
 
@@ -47,7 +51,7 @@ class Packing(Protocol):
         """Write one weight, or a window of it that starts on a block, to `out` in this layout and in its dtype.
 
         Shapes: weight as in the checkpoint -> `packed_shape(weight.shape, kind, dtype)`; scales float32 [N] of an int8
-        weight.
+        weight, float16 [N, K / 32] of a 4-bit one, whose `weight` are its codes.
         """
         ...
 
@@ -77,7 +81,8 @@ class BlockPacking:
     A product with a few rows of activations then reads memory in order, several times faster on CPUs than `x @ w.T`.
     A block of float32 or float16 is [K, 32]. Of bfloat16 and int8 it is [K / 2, 32, 2], two inputs adjacent, as
     processors multiply them ([K, 32] where K is odd); an int8 block ends with the bytes of its scales, as two more
-    of its K / 2 (four of K).
+    of its K / 2 (four of K). A block of 4-bit weights (uint8) is [K / 32, 32, 18]: of each group of 32 inputs 512 bytes
+    of codes in pairs, the low bits of outputs 0 to 15, the high ones of 16 to 31, then 32 float16 scales.
     """
 
     name = f"block{BLOCK}-pairs"
@@ -95,6 +100,8 @@ class BlockPacking:
             return shape
         rows, columns = shape
         blocks = up_to(rows, BLOCK) // BLOCK
+        if dtype == "uint8":
+            return blocks, columns // GROUP, BLOCK, INT4_BYTES
         columns += SCALE_BYTES // BLOCK if dtype == "int8" else 0
         return (blocks, columns // 2, BLOCK, 2) if paired(columns, dtype) else (blocks, columns, BLOCK)
 
@@ -107,6 +114,8 @@ class BlockPacking:
         if kind not in MATRICES:
             return out.copy_(weight)
         rows = weight.shape[0]
+        if scales is not None and scales.dim() == 2:
+            return _pack_int4(weight, scales, out)
         if scales is not None:
             padded = scales.new_zeros(len(out) * BLOCK)
             padded[:rows] = scales
@@ -154,6 +163,32 @@ class InOutPacking:
             return out.copy_(weight)
         # Torch transposes in tiles, at 2.5 GB/s instead of 0.6, where both are contiguous and of one dtype.
         return out.copy_(weight.to(out.dtype).contiguous().transpose(-1, -2))
+
+
+def _pack_int4(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    """Write codes uint8 [N, K] and scales float16 [N, K / 32] to blocks; padding rows stand for zeros."""
+    import torch  # not at the top: the plan reads shapes without torch
+
+    more = len(out) * BLOCK - len(codes)
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, more)).view(len(out), 2, BLOCK // 2, -1, GROUP // 2, 2)
+    bytes_BGPL2 = (codes[:, 0] | codes[:, 1] << 4).permute(0, 2, 3, 1, 4)
+    groups = out.view(*out.shape[:2], -1)
+    groups[..., : -2 * BLOCK].view(bytes_BGPL2.shape).copy_(bytes_BGPL2)
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, more)).view(len(out), BLOCK, -1).transpose(1, 2)
+    groups[..., -2 * BLOCK :].copy_(padded.contiguous().view(torch.uint8))
+    return out
+
+
+def unpacked_int4(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes uint8 [N, K] and scales float16 [N, K / 32] of blocks of 4-bit weights, padding rows included."""
+    import torch  # not at the top: the plan reads shapes without torch
+
+    count, groups = packed.shape[:2]
+    flat = packed.reshape(count, groups, -1)
+    bytes_BLGP2 = flat[..., : -2 * BLOCK].view(count, groups, GROUP // 2, BLOCK // 2, 2).permute(0, 3, 1, 2, 4)
+    codes = torch.stack((bytes_BLGP2 & 15, bytes_BLGP2 >> 4), dim=1).reshape(count * BLOCK, -1)
+    scales = flat[..., -2 * BLOCK :].contiguous().view(torch.float16).transpose(1, 2)
+    return codes, scales.reshape(count * BLOCK, -1)
 
 
 def paired(columns: int, dtype: str) -> bool:

@@ -131,7 +131,7 @@ def _weights(
     for weight in stored_weights(models, role, fused=packing.fuses):
         if only_embedding and weight.name != EMBEDDING:
             continue
-        dtype = models.stored_dtype(role, weight.kind)
+        dtype = models.stored_dtype(role, weight)
         shape = packing.packed_shape(local_shape(weight, config, tp), weight.kind, dtype)
         yield TensorSpec(f"{role}/{weight.name}", shape, dtype)
     if not only_embedding:

@@ -13,6 +13,8 @@ from pydantic import ConfigDict
 from pipeline.models.config import ModelConfig
 from pipeline.models.draft_kind import DraftKind
 from pipeline.models.eagle3 import taps_of
+from pipeline.models.int4 import takes_four_bits
+from pipeline.models.weights import WeightSpec
 
 Phase = Literal["prefill", "decode", "speculate", "score", "propose", "verify"]
 Sampling = Literal["greedy", "stochastic", "shaped"]
@@ -66,7 +68,7 @@ class GraphSpec:
 class ModelsSpec:
     """Both models as ranks hold them: configs, dtypes, split. Determines the shards, and with `PairSpec` the graphs.
 
-    `target_weights` and `draft_weights`: dtype of stored matrices if narrower than the model's (`int8`).
+    `target_weights` and `draft_weights`: how matrices are stored if narrower than the model's dtype (`int8`, `int4`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -96,13 +98,16 @@ class ModelsSpec:
         """Return the dtype of a model's caches, and of its weights unless they are stored narrower."""
         return self.draft_dtype if role == "draft" else self.target_dtype
 
-    def stored_dtype(self, role: Role, kind: str) -> str:
-        """Return the dtype in which a weight of this kind is stored."""
+    def stored_dtype(self, role: Role, weight: WeightSpec) -> str:
+        """Return the dtype in which a weight is stored; bytes of 4-bit codes and scales are uint8."""
+        kind = weight.kind
         if kind == "index":
             return "int32"
         shared = kind == "embedding" and self.config_of(role).shares_embedding
         narrow = self.draft_weights if role == "draft" and not shared else self.target_weights
-        return self.dtype_of(role) if narrow is None or kind in ("vector", "expert_biases") else narrow
+        if narrow is None or kind in ("vector", "expert_biases"):
+            return self.dtype_of(role)
+        return "uint8" if narrow == "int4" and takes_four_bits(weight.name) else "int8"
 
     @property
     def draft_kind(self) -> DraftKind:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from pipeline.errors import Problem
 from pipeline.models.config import ModelConfig
+from pipeline.models.int4 import GROUP, takes_four_bits
+from pipeline.models.weights import local_shape, weight_specs
 from pipeline.recipe.schema import Recipe
 
 
@@ -24,6 +26,7 @@ def conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterat
             yield Problem(recipe.place("parallel.tensor"), what, f"use one of {fits}{alone}")
     for name, config in (("target", target), ("draft", draft)):
         yield from _length_conflicts(recipe, name, config)
+    yield from _narrow_conflicts(recipe, target, draft)
     yield from _pair_conflicts(recipe, target, draft)
     yield from _method_conflicts(recipe, target, draft)
     yield from _candidate_conflicts(recipe, min(target.vocab, draft.vocab))
@@ -40,6 +43,24 @@ def _length_conflicts(recipe: Recipe, name: str, config: ModelConfig) -> Iterato
             what = f"found {bucket}, longer than the {name}'s {limit.field} covers, {limit.length}"
             why = "transformers computes longer sequences anew, or otherwise in decode steps, which graphs do not"
             yield Problem(where, f"{what}: {why}", f"use kv buckets up to {limit.length}")
+
+
+def _narrow_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:
+    """Yield the first weight of each model whose inputs on a rank are not whole groups of 4-bit weights."""
+    draft_tp = recipe.parallel.tensor if recipe.draft.placement == "sharded" else 1
+    models = (("target", target, recipe.target.weights, recipe.parallel.tensor),)
+    for name, config, weights, tp in (*models, ("draft", draft, recipe.draft_weights, draft_tp)):
+        if weights != "int4" or any(True for _ in _undivided(config, tp)):
+            continue
+        narrow = (weight for weight in weight_specs(config) if takes_four_bits(weight.name))
+        for weight in narrow:
+            inputs = local_shape(weight, config, tp)[-1]
+            if inputs % GROUP:
+                what = f"found int4, which needs multiples of {GROUP}; {weight.name} has {inputs} inputs on a rank"
+                key = f"{name}.weights" if name == "target" or recipe.draft.weights else "target.weights"
+                fewer = ", or use fewer ranks" if tp > 1 else ""
+                yield Problem(recipe.place(key), what, f"write weights: int8{fewer}")
+                break
 
 
 def _pair_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterator[Problem]:

@@ -138,7 +138,7 @@ def weight_bytes(models: ModelsSpec, role: Role, packing: Packing) -> int:
     config, tp = models.config_of(role), models.tp_of(role)
     size = DTYPES["int32"].size_bytes
     for weight in stored_weights(models, role, fused=packing.fuses):
-        dtype = models.stored_dtype(role, weight.kind)
+        dtype = models.stored_dtype(role, weight)
         shape = packing.packed_shape(local_shape(weight, config, tp), weight.kind, dtype)
         size += math.prod(shape) * DTYPES[dtype].size_bytes
     return size

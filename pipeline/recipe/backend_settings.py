@@ -55,8 +55,8 @@ class InductorSettings(Record):
         return self.device == "cpu"
 
     @property
-    def has_int8(self) -> bool:
-        """True where the backend has kernels for int8 weights."""
+    def has_narrow_weights(self) -> bool:
+        """True where the backend has kernels for int8 and 4-bit weights."""
         return self.device == "cpu"
 
 
@@ -76,7 +76,7 @@ class NeuronSettings(Record):
 
     packing: ClassVar[Packing] = "in-out"
     skips_unseen_keys: ClassVar[bool] = False
-    has_int8: ClassVar[bool] = False
+    has_narrow_weights: ClassVar[bool] = False
     needs_candidates: ClassVar[bool] = True
 
     @property

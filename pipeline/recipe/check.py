@@ -24,6 +24,7 @@ from pipeline.recipe.schema import (
     Shapes,
     Speculation,
     Validate,
+    Weights,
 )
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -171,9 +172,11 @@ def _backend_conflicts(data: Mapping[str, Any]) -> Iterator[Finding]:
         what = f"found {_shown(inductor.isa)} with device cuda; isa applies to CPU artifacts only"
         yield ("backend", "isa"), what, "remove isa"
     backend = neuron or inductor
-    narrow = [k for k in ("target", "draft") if isinstance(data.get(k), dict) and data[k].get("weights") == "int8"]
-    if narrow and backend and not backend.has_int8:
-        what = "found int8; only inductor on a CPU has int8 kernels"
+    narrow = [
+        k for k in ("target", "draft") if isinstance(data.get(k), dict) and data[k].get("weights") in get_args(Weights)
+    ]
+    if narrow and backend and not backend.has_narrow_weights:
+        what = f"found {data[narrow[0]]['weights']}; only inductor on a CPU has kernels for it"
         yield (narrow[0], "weights"), what, "remove weights"
     if neuron:
         yield from _core_conflicts(neuron, data.get("parallel"))

@@ -32,7 +32,7 @@ from pipeline.recipe.readings import LISTED, READINGS, Taps
 from pipeline.records import Record
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Weights = Literal["int8"]
+Weights = Literal["int8", "int4"]
 
 SOURCES = ("hf", "s3", "package", "pico")
 """Schemes of sources: the keys of `pipeline.sources.kinds.KINDS`; a folder has no scheme."""
@@ -124,6 +124,7 @@ class _Weighted(Record):
     weights: Weights | None = Field(
         default=None,
         description="int8: matrices and embeddings in int8 with a scale for each output feature, sums in float32; "
+        "int4: projections of layers in 4 bits with a scale for 32 inputs, as GGML's Q4_0, other matrices in int8; "
         "only inductor on a CPU. Default: not quantised, and for a draft the target's setting. An embedding that the "
         "draft shares with the target keeps the target's format",
     )

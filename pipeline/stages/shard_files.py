@@ -167,7 +167,7 @@ class _Job:
     def together(self) -> Iterator[list[Window]]:
         """The windows of each matrix that is turned; any other window alone."""
         for spec, sources in self.tensors:
-            stored = DTYPES[self.models.stored_dtype(self.role, spec.kind)].short
+            stored = DTYPES[self.models.stored_dtype(self.role, spec)].short
             turns = self.packing.turns(spec.kind)
             across = local_shape(spec, self.config, self.split)[-2] if turns else 0
             found = [
@@ -207,7 +207,7 @@ def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpo
     specs = sorted(own, key=lambda spec: _place(spec, sources[spec.parts[0].name]))
     entries = []
     for spec in specs:
-        dtype = models.stored_dtype(role, spec.kind)
+        dtype = models.stored_dtype(role, spec)
         shape = packing.packed_shape(local_shape(spec, config, split), spec.kind, dtype)
         entries.append((spec.name, DTYPES[dtype].short, shape))
     file = layout([*entries, (OFFSET, DTYPES["int32"].short, (1,))], {"format": "pt", "packing": packing.name})

@@ -15,15 +15,19 @@ from torch.nn import functional
 
 from pipeline.errors import SourceError
 from pipeline.graphs.dtypes import SAFETENSORS
-from pipeline.graphs.packing import SCALE_BYTES, Packing
+from pipeline.graphs.packing import INT4_BYTES, SCALE_BYTES, Packing
+from pipeline.models import int4, int8
 from pipeline.models.config import ModelConfig
-from pipeline.models.int8 import quantise
+from pipeline.models.int4 import GROUP
 from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_heads, padded_vocab, q_heads_of, up_to
 from pipeline.sources.dequantise import dequantised
 from pipeline.sources.packed import PackedRef, Source
 from pipeline.stages.streams import Bytes
 
 WINDOW_BYTES = 4 << 20
+
+INT4 = "U8"
+"""How headers name 4-bit weights: bytes of codes and scales. No other weight is stored as bytes."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Window:
     def stored_bytes(self) -> int:
         """Bytes that hold the window as stored, once for each part."""
         blocks = up_to(self.rows, BLOCK) // BLOCK
+        if self.dtype == INT4:
+            return blocks * BLOCK * self.width // GROUP * INT4_BYTES
         scales = SCALE_BYTES * len(self.parts) if self.dtype == "I8" else 0
         return blocks * (BLOCK * self.width * SAFETENSORS[self.dtype].size_bytes + scales)
 
@@ -151,7 +157,9 @@ def pieces(window: Window, data: Tensor, out: Tensor, packing: Packing) -> Itera
     whole = _values(window, data)
     scales = None
     if window.dtype == "I8":  # by whole rows, before ranks take their columns
-        whole, scales = quantise(whole)
+        whole, scales = int8.quantise(whole)
+    if window.dtype == INT4:
+        whole, scales = int4.quantise(whole)
     if _packs_whole(window, packing):
         packed = _packed(window, whole, out, packing)
         width = packed.shape[1] // window.width
@@ -159,8 +167,15 @@ def pieces(window: Window, data: Tensor, out: Tensor, packing: Packing) -> Itera
             yield packed[:, part.first * width : part.last * width], part.ranks
     else:
         for part in window.parts:
-            columns = whole[:, part.first : part.last]
-            yield _packed(window, functional.pad(columns, (0, part.zeros)), out, packing, scales), part.ranks
+            columns = functional.pad(whole[:, part.first : part.last], (0, part.zeros))
+            yield _packed(window, columns, out, packing, _scales_of(part, scales)), part.ranks
+
+
+def _scales_of(part: ColumnRange, scales: Tensor | None) -> Tensor | None:
+    """Return the scales of some columns: those of whole rows, or of their groups of columns."""
+    if scales is None or scales.dim() == 1:
+        return scales
+    return functional.pad(scales[:, part.first // GROUP : part.last // GROUP], (0, part.zeros // GROUP))
 
 
 def _values(window: Window, data: Tensor) -> Tensor:
@@ -173,7 +188,7 @@ def _values(window: Window, data: Tensor) -> Tensor:
 
 def _packs_whole(window: Window, packing: Packing) -> bool:
     """Return whether packed columns are columns of the packed window; scales, padding and odd widths prevent that."""
-    if window.dtype == "I8" or window.across or any(part.zeros for part in window.parts):
+    if window.dtype in ("I8", INT4) or window.across or any(part.zeros for part in window.parts):
         return False
     widths = {part.last - part.first for part in window.parts} | {window.width}
     shapes = [_packed_shape(window, packing, width) for width in widths]

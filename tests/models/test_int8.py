@@ -121,7 +121,7 @@ def test_reference_rounds_matrices_and_leaves_vectors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("weights: int8", "weights: int4"), "weights: found"),
+        (("weights: int8", "weights: int2"), "weights: found"),
         (("name: narrow", "name: narrow\nbackend: {name: neuron, target: trn2}"), "only inductor on a CPU"),
         (("name: narrow", "name: narrow\nbackend: {name: inductor, device: cuda}"), "only inductor on a CPU"),
     ],
@@ -139,15 +139,18 @@ def test_recipe_without_a_choice_stores_the_dtype(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("narrow", [("target", "draft"), ("draft",)])
-def test_build_passes_its_gates_and_says_what_rounding_cost(tmp_path: Path, narrow: tuple[str, ...]) -> None:
+def test_build_passes_its_gates_and_says_what_rounding_cost(
+    tmp_path: Path, narrow: tuple[str, ...], weights: str
+) -> None:
     from pipeline.build import BuildSettings, run
 
     shutil.copy(ROOT / "recipes/prompts/pico.jsonl", tmp_path)
     text = (
         RECIPE if "target" in narrow else RECIPE.replace(", weights: int8", "").replace("[0]}}", "[0]}, weights: int8}")
     )
-    (tmp_path / "r.yaml").write_text(text)
+    (tmp_path / "r.yaml").write_text(text.replace("weights: int8", f"weights: {weights}"))
     out = tmp_path / "narrow"
     run(BuildSettings(recipe=load(tmp_path / "r.yaml"), base=tmp_path, out=out, cache=tmp_path / "cache", workers=2))
     report = json.loads((out / "reports" / "parity.json").read_text())

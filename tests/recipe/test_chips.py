@@ -38,5 +38,5 @@ def test_settings_say_what_follows_from_the_backend() -> None:
     assert [settings.packing for settings in (cpu, cuda, neuron)] == ["block", "plain", "in-out"]
     assert [settings.core_memory_bytes for settings in (cpu, cuda, neuron)] == [None, None, 24 * GIB]
     assert [settings.needs_candidates for settings in (cpu, cuda, neuron)] == [False, False, True]
-    assert [settings.has_int8 for settings in (cpu, cuda, neuron)] == [True, False, False]
+    assert [settings.has_narrow_weights for settings in (cpu, cuda, neuron)] == [True, False, False]
     assert "packing" not in neuron.model_dump()

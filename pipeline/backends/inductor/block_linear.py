@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.graphs.packing import unpacked_int4
+from pipeline.models.int4 import dequantised
 from pipeline.models.weights import BLOCK
 
 
@@ -22,7 +24,7 @@ def block_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Compute `x @ weight.T` of blocked weights of one dtype, summed in float32 and concatenated.
 
     Shapes: x [M, I] of the model's dtype, contiguous; weights [N/32, I, 32], or [N/32, I/2, 32, 2], of the same dtype
-    or int8 followed by its scales -> float32 [M, sum of N].
+    or int8 followed by its scales; or, of 4 bits, [N/32, I/32, 32, 18] -> float32 [M, sum of N].
     """
     return torch.cat([_product(x, weight) for weight in weights], dim=-1)
 
@@ -53,6 +55,8 @@ def _outputs(weight: Tensor) -> int:
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """Compute the product with one weight, float32 [M, N]."""
     count, inputs = len(weight), x.shape[1]
+    if weight.dtype == torch.uint8:
+        return functional.linear(x.float(), dequantised(*unpacked_int4(weight)))
     flat = weight.reshape(count, -1)
     blocks = flat[:, : inputs * BLOCK].float()
     paired = weight.dim() == 4

@@ -10,7 +10,8 @@ products runs on one thread, which takes a sixth of a decoder's step.
 
 Three implementations, chosen when a graph runs: bfloat16 rows use tiles of Intel's AMX if the processor has them, else
 AVX-512's products of bfloat16 pairs; all other rows use float32 vectors. So an artifact requires neither extension,
-independent of the machine that built it. The number of threads is chosen at run time too.
+independent of the machine that built it. The number of threads is chosen at run time too. `block_int4_kernel` has what
+reads 4-bit weights.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch._inductor.lowering as lowering  # before what follows: inductor's m
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
+from pipeline.backends.inductor import block_int4_kernel as int4
 from pipeline.backends.inductor.vectors import NATIVE_BFLOAT16, WIDENED, filled
 
 SHAPES = r"""
@@ -127,6 +129,9 @@ struct ByVectors {
     }
 };
 
+"""
+
+BY_VECTORS = r"""
 inline const float* wide(const float* x, std::vector<float>&) { return x; }
 template <typename T>
 inline const float* wide(const T* x, std::vector<float>& memory) {
@@ -294,7 +299,7 @@ HEADER
 {NATIVE_BFLOAT16.includes}
 
 namespace NAME_parts {{
-{WIDENED}{NATIVE_BFLOAT16.code}{SHAPES}{VECTORS}BY_PAIRS
+{WIDENED}{NATIVE_BFLOAT16.code}{SHAPES}VECTORS{BY_VECTORS}BY_PAIRS
 BY_TILES
 }}
 
@@ -322,12 +327,13 @@ class BlockLinearTemplate(CppTemplate):
         block = [int(size) for size in weights[0].get_size()[1:]]
         counts = [int(weight.get_size()[0]) for weight in weights]
         paired, columns = len(block) == 3, int(x.get_size()[1])
-        pairs = paired and x.get_dtype() == torch.bfloat16
+        pairs, narrow = paired and x.get_dtype() == torch.bfloat16, weights[0].get_dtype() == torch.uint8
         out = template_buffer_node or self.output_node
         operands = {f"W{number}": weight for number, weight in enumerate(weights)}
         parts: dict[str, Any] = {
-            "BY_PAIRS": BY_PAIRS if pairs else NO_PAIRS,
-            "BY_TILES": BY_TILES if pairs and columns % 32 == 0 else NO_TILES,
+            "BY_PAIRS": (int4.BY_PAIRS if narrow else BY_PAIRS) if pairs else NO_PAIRS,
+            "BY_TILES": BY_TILES if pairs and not narrow and columns % 32 == 0 else NO_TILES,
+            "VECTORS": int4.VECTORS if narrow else VECTORS,
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel({"X": x, **operands}, {"Y": out}),
             "NAME": kernel.kernel_name,

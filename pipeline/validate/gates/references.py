@@ -1,6 +1,6 @@
-"""Goldens of all scored sequences, for both models, and the effect of int8 weights on them. Runs no compiled graph.
+"""Goldens of all scored sequences, for both models, and the effect of rounded weights on them. Runs no compiled graph.
 
-Parity compares the artifact with its int8 weights in transformers. Rounding measures how far these are from the
+Parity compares the artifact with its rounded weights in transformers. Rounding measures how far these are from the
 model: the reference with rounded weights against the reference with the dtype's own.
 """
 
@@ -26,7 +26,7 @@ from pipeline.validate.report.schema import Cached, Rounding
 
 @dataclass(frozen=True)
 class ModelReference:
-    """One model's goldens by sequence name, how many were cached, and what int8 weights changed, if it has any."""
+    """One model's goldens by sequence name, how many were cached, and what rounded weights changed, if it has any."""
 
     goldens: dict[str, Golden]
     counts: Cached
@@ -96,7 +96,7 @@ def _by_name(source: Goldens, sequences: Sequences) -> dict[str, Golden]:
 
 
 def _goldens(source: Goldens, sequences: Sequences) -> tuple[dict[str, Golden], list[Golden], Cached]:
-    """Return the goldens by name, those of prompts with the dtype's own weights if stored as int8, and the counts."""
+    """Return the goldens by name, those of prompts with the dtype's own weights if stored narrower, and the counts."""
     by_name = _by_name(source, sequences)
     counts = Cached(computed=source.computed, cached=source.cached)
     if source.narrow is None:

@@ -24,7 +24,7 @@ class DFlashReference(Eagle3Reference):
     def _head_states(self, tokens: list[int], taps_TX: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the LM head's input at the mask after each token [T, H], and projections of keys and values."""
         floats = ((n, ref) for n, ref in self._refs.items() if n not in (EMBEDDING, HEAD) and ref.dtype in FLOATS)
-        w = {name: self.read(ref).to(kind) for name, ref in floats}
+        w = {name: self.read(name, ref).to(kind) for name, ref in floats}
         config, head = self.checkpoint.config, self.checkpoint.config.eagle3
         assert head is not None
         assert head.mask_token is not None

@@ -75,7 +75,7 @@ class Eagle3Reference(Reference):
     def _head_states(self, tokens: list[int], taps_TX: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the input of the head's LM head at each token [T, H], and projections of its keys and values."""
         floats = ((n, ref) for n, ref in self._refs.items() if n not in (EMBEDDING, HEAD) and ref.dtype in FLOATS)
-        w = {name: self.read(ref).to(kind) for name, ref in floats}
+        w = {name: self.read(name, ref).to(kind) for name, ref in floats}
         head = self.checkpoint.config.eagle3
         assert head is not None
         features_TH = self._features(taps_TX[:-1], w, head)

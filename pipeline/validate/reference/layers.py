@@ -21,9 +21,10 @@ import transformers
 from torch import Tensor, nn
 
 from pipeline.graphs.dtypes import torch_dtype
+from pipeline.models import int4, int8
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import taps_of
-from pipeline.models.int8 import rounded
+from pipeline.models.int4 import takes_four_bits
 from pipeline.models.parallel import capped
 from pipeline.models.weights import EMBEDDING, HEAD, NORM
 from pipeline.sources.checkpoint import Checkpoint
@@ -130,7 +131,7 @@ class Reference:
         runs = {kind: [self._start(model, kind, *start) for start in starts] for kind in self.kinds}
         for index, layer in enumerate(self._layers):
             prefix = f"model.layers.{index}."
-            own = {n.removeprefix(prefix): self.read(r) for n, r in self._refs.items() if n.startswith(prefix)}
+            own = {n.removeprefix(prefix): self.read(n, r) for n, r in self._refs.items() if n.startswith(prefix)}
             state = for_module(layer.state_dict(), own, self.checkpoint.config)
             for kind, started in runs.items():
                 layer.load_state_dict({name: tensor.to(kind) for name, tensor in state.items()}, assign=True)
@@ -191,11 +192,11 @@ class Reference:
         """Return embeddings [T, H] in the recipe's dtype."""
         last = self._embedding.shape[0] - 1  # as the graphs do where a draft's vocabulary is padded less
         rows = (self._embedding.rows(min(t, last), min(t, last) + 1) for t in tokens)
-        return torch.stack([self._read(row, self._embedding_narrow)[0] for row in rows])
+        return torch.stack([self._read(EMBEDDING, row, self._embedding_narrow)[0] for row in rows])
 
     def _normed(self, runs: list[Recorder], kind: torch.dtype) -> Iterator[Tensor]:
         """Return normalised hidden states [T, H] of each sequence: the only kept result of a run."""
-        self._norm.load_state_dict({"weight": self.read(self._refs[NORM]).to(kind)}, assign=True)
+        self._norm.load_state_dict({"weight": self.read(NORM, self._refs[NORM]).to(kind)}, assign=True)
         for run in runs:
             yield self._norm(run.hidden)[0]
 
@@ -227,21 +228,21 @@ class Reference:
         ref = self._embedding if tied else self._refs[HEAD]
         narrow = self._embedding_narrow if tied else self.narrow
         starts = range(0, ref.shape[0], HEAD_ROWS)
-        blocks = (self._read(ref.rows(r, min(r + HEAD_ROWS, ref.shape[0])), narrow).to(kind) for r in starts)
+        blocks = (self._read(HEAD, ref.rows(r, min(r + HEAD_ROWS, ref.shape[0])), narrow).to(kind) for r in starts)
         if math.prod(ref.shape) * kind.itemsize > KEPT_HEAD_BYTES:
             return blocks
         self._kept_head[kind] = list(blocks)
         return self._kept_head[kind]
 
-    def read(self, ref: Source) -> Tensor:
-        """Return a tensor in the recipe's dtype; for a matrix stored as int8, its dequantised values in float32."""
-        return self._read(ref, self.narrow)
+    def read(self, name: str, ref: Source) -> Tensor:
+        """Return a tensor in the recipe's dtype; for a matrix stored narrower, its dequantised values in float32."""
+        return self._read(name, ref, self.narrow)
 
-    def _read(self, ref: Source, narrow: str | None) -> Tensor:
+    def _read(self, name: str, ref: Source, narrow: str | None) -> Tensor:
         tensor = read_tensor(ref)
-        if narrow == "int8" and tensor.dim() == 2:
-            return rounded(tensor)
-        return tensor.to(self.dtype)
+        if narrow is None or tensor.dim() != 2:
+            return tensor.to(self.dtype)
+        return (int4 if narrow == "int4" and takes_four_bits(name) else int8).rounded(tensor)
 
 
 class Recorder:

@@ -88,7 +88,7 @@ class Points(Record):
 
 
 class Rounding(Record):
-    """Effect of int8 weights, measured in the reference: int8 against the dtype."""
+    """Effect of int8 or 4-bit weights, measured in the reference: the rounded weights against those of the dtype."""
 
     tokens: int = Field(description="number of tokens")
     same_choice: Number = Field(description="share of tokens after which the likeliest next one is the same")
@@ -146,7 +146,7 @@ class ModelParity(Record):
         description="error over noise of each layer's keys and values; empty where ranks share them"
     )
     experts: ExpertChoices | None = Field(default=None, description="choices of experts; null without experts")
-    rounding: Rounding | None = Field(default=None, description="effect of int8 weights; null without them")
+    rounding: Rounding | None = Field(default=None, description="effect of int8 or 4-bit weights; null without them")
     slices: tuple[Slice, ...] = Field(description="measurements by graph, class, prompt and position")
     points: Points = Field(description="measurements of every token")
 

@@ -8,7 +8,7 @@ import torch
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.seams import BlockedSeams
 from pipeline.graphs.packing import BlockPacking
-from pipeline.models.int8 import quantise, rounded
+from pipeline.models import int4, int8
 from support.compiled import run_compiled
 
 pytestmark = pytest.mark.compile
@@ -31,9 +31,10 @@ def packed(plain, dtype):
     """A weight as stored, and what that stands for."""
     name = str(dtype).removeprefix("torch.")
     out = torch.empty(BlockPacking().packed_shape(tuple(plain.shape), "linear", name), dtype=dtype)
-    whole, scales = quantise(plain) if dtype == torch.int8 else (plain, None)
+    narrow = {torch.int8: int8, torch.uint8: int4}.get(dtype)
+    whole, scales = narrow.quantise(plain) if narrow else (plain, None)
     BlockPacking().pack(whole, "linear", out, scales)
-    return out, rounded(plain) if dtype == torch.int8 else plain.to(dtype)
+    return out, narrow.rounded(plain) if narrow else plain.to(dtype)
 
 
 KINDS = [
@@ -45,13 +46,15 @@ KINDS = [
     (torch.bfloat16, torch.int8, 96),
     (torch.float32, torch.int8, 96),
     (torch.float32, torch.int8, 91),
+    (torch.bfloat16, torch.uint8, 96),  # 4 bits
+    (torch.float32, torch.uint8, 96),
 ]
 
 
 CASES = {
     ("native", "any"): KINDS,
-    ("avx2", "vectors"): [(torch.bfloat16, torch.bfloat16, 96)],
-    ("native", "vectors"): [(torch.bfloat16, torch.int8, 96)],
+    ("avx2", "vectors"): [(torch.bfloat16, torch.bfloat16, 96), (torch.bfloat16, torch.uint8, 96)],
+    ("native", "vectors"): [(torch.bfloat16, torch.int8, 96), (torch.bfloat16, torch.uint8, 96)],
     ("native", "pairs"): [(torch.bfloat16, torch.bfloat16, 96)],
     ("avx2", "pairs"): [(torch.bfloat16, torch.int8, 96)],
 }
@@ -129,4 +132,4 @@ def test_compiled_lookup_in_an_int8_table_gives_its_rows(tmp_path):
     ids = torch.tensor([[0, 31, 32], [40, 69, 63]], dtype=torch.int32)
     assert torch.equal(Lookup()(ids, weight)[0], stands_for[ids])
     assert torch.equal(run_compiled({0: (Lookup(), (ids, weight))}, tmp_path)[0][0], stands_for[ids])
-    assert (rounded(plain) - plain).abs().max() <= plain.abs().max() / 254 * 1.001
+    assert (int8.rounded(plain) - plain).abs().max() <= plain.abs().max() / 254 * 1.001

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch.nn import functional
 
+from pipeline.artifact import host
 from pipeline.cache.local import Cache
 from pipeline.measure.hf_model import build_model
 from pipeline.models.eagle3 import taps_of
@@ -153,7 +154,7 @@ def test_products_are_wide_where_the_processor_has_no_instructions(monkeypatch):
     """By the kernel's flags: the torch of Neuron hosts (2.9) lists no capabilities."""
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     for flags, wide in (({"avx2"}, {torch.bfloat16, torch.float16}), ({"avx512_bf16"}, {torch.float16})):
-        monkeypatch.setattr(products, "processor_flags", lambda flags=flags: frozenset(flags))
+        monkeypatch.setattr(host, "processor_flags", lambda *_, flags=flags: frozenset(flags))
         assert products.WideProducts().dtypes == wide
 
 
