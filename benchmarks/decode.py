@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="the artifact's own contenders only")
     parser.add_argument("--vllm", type=Path, help="python of an environment that has vLLM")
     parser.add_argument("--llama", type=Path, help="python of an environment that has xllamacpp and gguf")
-    parser.add_argument("--precision", choices=["BF16", "Q8_0"], default="BF16", help="of llama.cpp's weights")
+    parser.add_argument("--precision", choices=["BF16", "Q8_0", "Q4_0"], default="BF16", help="of llama.cpp's weights")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=2, help="of each class")
     parser.add_argument("--max-new-tokens", type=int, default=128)

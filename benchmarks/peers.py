@@ -1,14 +1,15 @@
 """Other engines on the same weights, each in a process of its own, for `decode.py`.
 
     python benchmarks/peers.py vllm FOLDER [--ngram K | --eagle3 HEAD K]    in an environment that has vLLM
-    python benchmarks/peers.py llama GGUF {BF16,Q8_0}                       in one that has xllamacpp and gguf
+    python benchmarks/peers.py llama GGUF {BF16,Q8_0,Q4_0}                  in one that has xllamacpp and gguf
 
 Reads lines of JSON, `{"tokens": [...], "limit": 64}`, and answers each with `{"tokens": n, "seconds": s, "steps": m}`:
 the tokens after the first, the time that they took, and the steps. With vLLM's speculation an answer also has its
 `counters` so far: of steps with drafts, of draft tokens, and of accepted ones by their place in a step. The first
 answer, `{"ready": true}`, says that it has loaded.
 
-llama.cpp runs the target's own GGUF with its tensors rewritten at the given precision.
+llama.cpp runs the target's own GGUF with its tensors rewritten at the given precision; beside Q4_0 embeddings are Q8_0,
+as llama.cpp's own converter leaves them where a width is no multiple of 256.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+
+EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ def rewritten(source: Path, precision: str) -> Path:
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        wanted = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        wide = gguf.GGMLQuantizationType.Q8_0 if precision == "Q4_0" and tensor.name in EMBEDDINGS else kind
+        wanted = wide if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(tensor.name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -123,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=["vllm", "llama"])
     parser.add_argument("model")
-    parser.add_argument("precision", nargs="?", default="BF16", choices=["BF16", "Q8_0"])
+    parser.add_argument("precision", nargs="?", default="BF16", choices=["BF16", "Q8_0", "Q4_0"])
     parser.add_argument("--ngram", type=int, metavar="K")
     parser.add_argument("--eagle3", nargs=2, metavar=("HEAD", "K"))
     parser.add_argument("--eager", action="store_true", help="compile nothing: slower steps, there sooner")
