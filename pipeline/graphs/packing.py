@@ -47,7 +47,7 @@ class Packing(Protocol):
         """Return the shape in which a weight of local `shape` is stored as `dtype`."""
         ...
 
-    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:
+    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> None:
         """Write one weight, or a window of it that starts on a block, to `out` in this layout and in its dtype.
 
         Shapes: weight as in the checkpoint -> `packed_shape(weight.shape, kind, dtype)`; scales float32 [N] of an int8
@@ -70,9 +70,9 @@ class PlainPacking:
         """Return the shape unchanged."""
         return shape
 
-    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:  # noqa: ARG002 - the protocol's
+    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> None:  # noqa: ARG002 - the protocol's
         """Copy the weight."""
-        return out.copy_(weight)
+        out.copy_(weight)
 
 
 class BlockPacking:
@@ -105,14 +105,17 @@ class BlockPacking:
         columns += SCALE_BYTES // BLOCK if dtype == "int8" else 0
         return (blocks, columns // 2, BLOCK, 2) if paired(columns, dtype) else (blocks, columns, BLOCK)
 
-    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:
+    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> None:
         """Transpose block by block; padding rows of the last block are zero. Experts are packed one by one."""
         if kind == "experts":
             for expert, packed in zip(weight, out, strict=True):
                 self.pack(expert, "linear", packed, scales)
-            return out
-        if kind not in MATRICES:
-            return out.copy_(weight)
+        elif kind not in MATRICES:
+            out.copy_(weight)
+        else:
+            self._pack_matrix(weight, out, scales)
+
+    def _pack_matrix(self, weight: Tensor, out: Tensor, scales: Tensor | None) -> None:
         rows = weight.shape[0]
         if scales is not None and scales.dim() == 2:
             return _pack_int4(weight, scales, out)
@@ -135,7 +138,6 @@ class BlockPacking:
         if rows % BLOCK:
             out[full].zero_()
             out[full, :, : rows % BLOCK].copy_(weight[full * BLOCK :].t())
-        return out
 
 
 class InOutPacking:
@@ -156,13 +158,13 @@ class InOutPacking:
         """Return [K, N] for [N, K] of matrices, and of each expert."""
         return (*shape[:-2], shape[-1], shape[-2]) if self.turns(kind) else shape
 
-    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> Tensor:
+    def pack(self, weight: Tensor, kind: str, out: Tensor, scales: Tensor | None = None) -> None:
         """Transpose a matrix, or each expert's; `scales` are unsupported, because int8 weights are the CPU's."""
         assert scales is None
-        if not self.turns(kind):
-            return out.copy_(weight)
-        # Torch transposes in tiles, at 2.5 GB/s instead of 0.6, where both are contiguous and of one dtype.
-        return out.copy_(weight.to(out.dtype).contiguous().transpose(-1, -2))
+        if self.turns(kind):
+            # Torch transposes in tiles, at 2.5 GB/s instead of 0.6, where both are contiguous and of one dtype.
+            weight = weight.to(out.dtype).contiguous().transpose(-1, -2)
+        out.copy_(weight)
 
 
 def _pack_int4(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:

@@ -74,6 +74,16 @@ def test_a_prompt_may_be_read_in_any_chunks(tmp_path, method):
         check_states(engine, whole, {slot: row.prompt for slot, row in rows.items()}, method)
 
 
+def test_a_chunk_is_what_begins_after_the_start_of_a_prompt(tmp_path):
+    """Read up to 1, 2 and 3 tokens: the chunks begin at 0, at 0 and at 1; their calls and they are counted."""
+    engine = engine_of(tmp_path, "draft_model", (8, 24))
+    (rows, counted) = (rows_of(prompts_of([9])), [])
+    for end in (1, 2, 3, 9):
+        engine.batch.read_to({0: end}, rows)
+        counted.append((engine.batch.stats["prefills"], engine.batch.stats["chunks"]))
+    assert counted == [(1, 0), (2, 0), (3, 1), (4, 2)]
+
+
 @pytest.mark.parametrize("method", DRAFTS)
 def test_backends_with_graphs_for_empty_rows_give_the_same_answers(tmp_path, method):
     """Where attention takes time for unseen keys, prompts begin in graphs without a cache; single rows go on."""

@@ -98,6 +98,26 @@ def test_inactive_rows_change_nothing(phase):
         assert torch.equal(kept[~active], was[~active]), name
 
 
+@pytest.mark.parametrize("phase", ["decode", "speculate", "propose"])
+@pytest.mark.parametrize("kv", [16, 40])
+def test_rows_without_a_position_left_are_inactive(phase, kv):
+    """The last row is at the end of its bucket, the one before it at the bucket's last position."""
+    pair = make_pair("some", length=40)
+    pair.prefill(PROMPTS)
+    before = {name: tensor.clone() for name, tensor in pair.state.items()}
+    steps = 0 if phase == "decode" else 3
+    full = min(kv, 39)
+    out = pair.step(
+        GraphSpec(phase, 4, steps + 1, kv, steps),
+        last_token=[1, 2, 3, 4], position=[3, 1, full - 1, full], active=torch.ones(4, dtype=torch.bool),
+    )[0].reshape(4, -1)  # fmt: skip
+    assert (out[:3, 0] >= 0).all()
+    assert (out[3] == -1).all()
+    for name, tensor in pair.state.items():
+        kept, was = (tensor, before[name]) if name == "draft/tail" else (tensor[:, :, :-1], before[name][:, :, :-1])
+        assert torch.equal(kept[3], was[3]), name
+
+
 def test_draft_cache_has_no_hole_after_full_acceptance():
     """After a fully accepted step and the draft's next pass, the draft's cache equals the one computed from scratch."""
     pair = make_pair("all", rows=1)

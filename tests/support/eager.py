@@ -37,6 +37,15 @@ def _nothing(spec: GraphSpec, state: dict[str, torch.Tensor]) -> AbstractContext
     return nullcontext()
 
 
+def checked(io: Signature, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a graph's arguments, which must have the shapes and dtypes that a compiled graph takes."""
+    given = {t.name: arguments[t.name] for t in io.arguments}
+    for t in io.arguments:
+        found = (tuple(given[t.name].shape), given[t.name].dtype)
+        assert found == (tuple(t.shape), torch_dtype(t.dtype)), f"{t.name} is {found}, not {t}"
+    return given
+
+
 class EagerRanks:
     """Runs graphs eagerly. Faults go into `tensors`, `shape` and `around`, a context that every run is in."""
 
@@ -60,7 +69,7 @@ class EagerRanks:
         io = self.signatures[spec]
         for t in io.state:
             self.tensors_of_state.setdefault(t.name, torch.zeros(t.shape, dtype=torch_dtype(t.dtype)))
-        given = {t.name: arguments[t.name] for t in io.arguments}
+        given = checked(io, arguments)
         with torch.no_grad(), self.around(spec, self.tensors_of_state):
             outputs = run_phase(spec, self.shape, {**self.tensors, **self.tensors_of_state, **given}, self.seams)
         return {t.name: out for t, out in zip(io.outputs, outputs, strict=True)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ LONGER = {"batch": (1, 2), "prefill": (16, 32), "kv": (32, 48)}
 DTYPES = ("float32", "bfloat16")
 TRAINED = ("eagle3", "p_eagle", "dflash")
 BIASES = families.Family("Llama", {"mlp_bias": True, "attention_bias": True}, "json-config")
+ONE_KV_HEAD = replace(families.FAMILIES["qwen2"], tokenizer="json")
+"""Its draft has a smaller vocabulary than its target."""
+
 OF_FAMILIES: dict[str, MakeRanks] = {
     "qwen2-moe": EagerRanks, "qwen3-moe": EagerRanks, "gpt-oss": SplitRanks, "gemma2": SplitRanks,
-    "olmo3": EagerRanks, "glm4": EagerRanks, "llama": EagerRanks,
+    "olmo3": EagerRanks, "glm4": EagerRanks, "llama": EagerRanks, "qwen2-padded-draft": SplitRanks,
 }  # fmt: skip
-"""Families with layers that the tiny models lack: experts, windows, sinks, caps, scales, other norms and rotations."""
+"""Families with what the tiny models lack: experts, windows, sinks, caps, scales, norms, rotations, vocabularies."""
 
 WITHOUT = (("qwen2-moe", "bfloat16"), ("qwen3-moe", "float32"))
 """Pairs that are left out.
@@ -57,6 +60,7 @@ def write_sources(work: Path) -> None:
     for family in OF_FAMILIES:
         families.write_pair(families.FAMILIES[family], work / family)
     families.write_pair(BIASES, work / "biases")
+    families.write_pair(ONE_KV_HEAD, work / "one KV head")
 
 
 def pairs() -> Iterator[MutantPair]:
@@ -80,6 +84,10 @@ def pairs() -> Iterator[MutantPair]:
                 derived_from = {"derive": {"from": "target", "layers": list(spec.derive)}}
                 draft = derived_from if spec.draft is None else {"source": f"{family}/draft"}
                 yield _pair(family, dtype, f"{family}/target", draft, make_ranks, speculation=GREEDY)
+        yield _pair(
+            "two ranks share a KV head, smaller vocabulary of the draft", dtype, "one KV head/target",
+            {"source": "one KV head/draft"}, SplitRanks, speculation=GREEDY, parallel={"tensor": 2},
+        )  # fmt: skip
         target = {"source": "pico://llama?seed=3", "weights": "int8"}
         yield _pair(
             "two ranks, int8, 64 candidates", dtype, target, derived | {"placement": "sharded"}, SplitRanks,

@@ -54,21 +54,27 @@ RENAMED = {"amax": "amin", "amin": "amax", "cos": "sin", "sin": "cos", "cumsum":
 
 
 EXPLAINED = {
-    "Model.read: 0 -> 1": "equal: all rows of a prompt have the same positions",
     "self.partner_vocab > self.config.vocab -> ": "equal: a partner's vocabulary is named only if it differs",
     "Eagle3.score: position_B < ": "changes features of rows that are not scored, which are set again before use",
     "(low + 0.5) * 2.0 ** (-BITS) -> high - ": "changes random numbers by 1e-7 of their range",
     "score_arguments: 0 -> 1": "equal: the tokens of rows without a request are not read",
     "_packed_shape: len(window.spec.shape) > 1": "equal: a vector in one column has the bytes of a vector",
-    "_packs_whole: part.last - part.first -> ": "equal: only whether a width is even counts",
+    "_packs_whole: part.last - part.first -> part.last + ": "equal: only whether a width is even counts",
+    "_packs_whole: part.last - part.first -> part.last - ": "equal: the first begins at 0, and all have one width",
     "stored_sizes: ": "sizes of what a killed call has written: tests/stages/test_shard.py",
     "row_writes: inside_BT & keep_BT -> ": "equal: keys of rejected drafts are written again before a query sees them",
-    "padded_vocab: BLOCK * tp -> ": "equal but for the length of the padding, which no token has",
+    "padded_vocab: BLOCK * tp -> ": "the length of the padding, which no token has: tests/stages/test_shard.py",
     "_refuse_overflow: ": "float16 only: tests/stages/test_shard.py",
     "Attend.within: keys - 1 -> ": "changes what padding behind the keys sees, which nothing reads",
     "attend_up_to: 0.0 -> ": "equal: the softmax ignores a constant; sinks, which do not, have their own operator here",
     "_cheapest: best[first][0] + ": "costs: which prompts share a graph, which changes no answer",
     "local_heads: tp <= config.kv_heads -> ": "equal: with a rank for each key head both sides are the same number",
+    "Model.within: rows.position_B < ": "a row without room, which no caller runs: tests/speculation/test_phases.py",
+    "Eagle3.after_verify: self.model.config.vocab - 1 -> ": "equal: `readable` clamps to the ids of a smaller head",
+    "Batch._prefill: 0 -> 1": "a statistic: tests/runtime/test_long_prompts.py",
+    "Batch._prefill: chunk.start > 0 -> ": "a statistic: tests/runtime/test_long_prompts.py",
+    "_reading: not graph.continues -> ": "costs: which graphs read a prompt: tests/runtime/test_chunks.py",
+    "take: 1 -> 2": "equal: of the position that is taken twice, one is kept",
     "after_verify: history.shape[1] - 2 -> ": "equal: a step emits at most K + 1 tokens, so the bound is never reached",
 }
 """Why some mutants pass, by a part of their text: what they change cannot be seen in these pairs, or not at all."""

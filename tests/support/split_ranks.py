@@ -28,6 +28,7 @@ from pipeline.models.parallel import Seams
 from pipeline.plan.plan import Plan
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.stages.shard_files import shard_path, write_shards
+from support.eager import checked
 
 WAIT_S = 60
 
@@ -80,7 +81,7 @@ class SplitRanks:
         if spec not in self.signatures:
             self.signatures[spec] = signature(spec, self.shape, self.packing)
         io = self.signatures[spec]
-        given = {t.name: arguments[t.name] for t in io.arguments}
+        given = checked(io, arguments)
         meeting = Meeting(self.tp)
 
         def run(rank: int) -> tuple[Tensor, ...]:
