@@ -32,10 +32,10 @@ from pipeline.build import run as build_artifact
 from pipeline.errors import Problem
 from pipeline.files.atomic import write_atomic
 from pipeline.graphs.spec import GraphSpec
+from pipeline.memory import host_memory
 from pipeline.recipe import Recipe, load
 from pipeline.recipe.backend_settings import InductorSettings
 from pipeline.recipe.schema import Gates
-from pipeline.stages.memory import host_memory
 from pipeline.validate.prompts import load_prompts, prompts_path
 
 ROOT = Path(__file__).resolve().parents[1]

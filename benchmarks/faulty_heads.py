@@ -2,9 +2,10 @@
 
     python benchmarks/faulty_heads.py [RECIPE] [--half FOLDER] [--prompts N]
 
-Each head goes through the short form of `tandem draft doctor`, which a build runs before it compiles, then through the
-acceptance gate: its answers come from eager graphs in float32, in one row, to N of the recipe's prompts. `--half` is a
-head that was trained for a short time: tandem distill RECIPE --out FOLDER --steps 60 --tokens 8000
+Each head goes through the short form of `tandem draft doctor`, which a build runs before it compiles and whose verdict
+the acceptance gate holds, then through what that gate measures: its answers come from eager graphs in float32, in one
+row, to N of the recipe's prompts. `--half` is a head that was trained for a short time:
+tandem distill RECIPE --out FOLDER --steps 60 --tokens 8000
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from pipeline.cache.local import Cache, default_root
+from pipeline.memory import host_memory
 from pipeline.models.weights import HEAD
 from pipeline.progress import no_log
 from pipeline.recipe import load
@@ -31,10 +33,9 @@ from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
-from pipeline.stages.draft_check import is_refused
-from pipeline.stages.memory import host_memory
 from pipeline.validate.draft.examine import SHORT, chosen, examine, usable_dtype
 from pipeline.validate.draft.report import DraftReport
+from pipeline.validate.draft.short import is_refused
 from pipeline.validate.gates.acceptance import acceptance, acceptance_of
 from pipeline.validate.gates.answers import answer_prompts, sequences_of
 from pipeline.validate.gates.inputs import GateInputs, StageClock

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pipeline.cache.local import default_root
 from pipeline.errors import HostError, Problem, RecipeError
 from pipeline.extras import error_of_another_torch, install_command, state
-from pipeline.stages.memory import host_memory
+from pipeline.memory import host_memory
 
 if TYPE_CHECKING:
     from pipeline.backends.base import Backend

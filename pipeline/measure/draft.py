@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pipeline.cache.local import default_root
 from pipeline.errors import HostError
+from pipeline.memory import host_memory
 from pipeline.progress import Log, Progress, stage
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import require_local
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
-from pipeline.stages.memory import host_memory
 from pipeline.validate.draft.examine import Effort, chosen, examine, usable_dtype
 from pipeline.validate.draft.report import DraftReport
 from pipeline.validate.lengths import encoded_prompts

@@ -15,12 +15,12 @@ from vllm.platforms.interface import Platform, PlatformEnum
 
 from pipeline.artifact.manifest import PairManifest
 from pipeline.errors import InputError, TandemError
+from pipeline.memory import host_memory
 from pipeline.models.generation import not_applied_warning
 from pipeline.runtime.limits import check_asked, check_choice, check_prompt
 from pipeline.serve import settings
 from pipeline.serve.arguments import restrict, without_usage
 from pipeline.serve.plugin import ARTIFACT
-from pipeline.stages.memory import host_memory
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 
-from pipeline.stages.memory import host_memory
+from pipeline.memory import host_memory
 
 
 def worker_count(graph_memory_bytes: int, graphs: int) -> int:

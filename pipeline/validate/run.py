@@ -21,12 +21,16 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.open import load
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
+from pipeline.sources.tokenizer import tokenizer_files
+from pipeline.validate.draft.report import DraftReport
+from pipeline.validate.draft.short import short_prompts, short_report
 from pipeline.validate.gates.answers import ScoredSequence
 from pipeline.validate.gates.inputs import GateInputs
 from pipeline.validate.gates.judge import words
 from pipeline.validate.gates.parts import Elsewhere
 from pipeline.validate.gates.run import GateRun, run_gates
-from pipeline.validate.prompts import recipe_prompts
+from pipeline.validate.lengths import encoded_prompts
+from pipeline.validate.prompts import Prompt, recipe_prompts
 from pipeline.validate.reference.goldens import GoldenStore
 from pipeline.validate.report import page, summaries
 from pipeline.validate.report import schema as report
@@ -50,8 +54,9 @@ def validate(
     recipe = load_recipe(root / "recipe.yaml")
     prompts = recipe_prompts(recipe, base)
     started = time.monotonic()
+    read = draft_report(recipe, pair, prompts, goldens, log, progress)
     engine = load(root, share_prefixes=False)
-    inputs = GateInputs(engine, recipe, prompts, pair, goldens, log, progress)
+    inputs = GateInputs(engine, recipe, prompts, pair, goldens, log, progress, read)
     try:
         with working(f"validate: {len(prompts)} prompts", progress):
             whole = make_report(run_gates(inputs, elsewhere), make_backend(engine.manifest.backend).host())
@@ -63,6 +68,17 @@ def validate(
     if not whole.passed:
         raise GateError(failures(whole), where=recipe.name, fix=remedy(whole, recipe, root, base))
     return whole
+
+
+def draft_report(
+    recipe: Recipe, pair: tuple[Checkpoint, Checkpoint], prompts: list[Prompt], goldens: GoldenStore, log: Log,
+    progress: Progress,
+) -> DraftReport | None:  # fmt: skip
+    """Return the short form of `tandem draft doctor`, as a build ran it before it compiled; None for a draft model."""
+    if pair[1].config.eagle3 is None:
+        return None
+    tokens = encoded_prompts(short_prompts(prompts), tokenizer_files(pair[0]))
+    return short_report(recipe, pair, tokens, goldens, log, progress)
 
 
 def make_report(gates: GateRun, ran_on: Mapping[str, str]) -> Report:

@@ -31,7 +31,8 @@ class Expected:
     """What the first K is compared with: its places, and the tokens per step of prompt lookup alone.
 
     `step_cost`: decode steps that a step with this K costs in the smallest batch, if the recipe states it. `floor`:
-    least tokens per step of every K.
+    least tokens per step of every K. `misread`: why the head's file is no use as it is read, which places cannot show:
+    teacher forcing reads the same file.
     """
 
     places: Sequence[StepPlace]
@@ -39,6 +40,7 @@ class Expected:
     is_head: bool
     step_cost: float | None = None
     floor: float = 1.0
+    misread: str | None = None
 
 
 def acceptance(
@@ -46,7 +48,8 @@ def acceptance(
 ) -> GateOutcome[AcceptanceSection]:
     """Return the outcome: every K reaches the floor, and each place accepts what the draft's own choices say."""
     first, floor = measured[0], expected.floor
-    findings = [
+    findings = [] if expected.misread is None else [expected.misread]
+    findings += [
         f"K={of.draft_tokens}: {of.tokens_per_step:.2f} tokens per step is below the floor {floor}"
         for of in measured
         if of.tokens_per_step < floor

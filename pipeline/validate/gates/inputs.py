@@ -11,6 +11,7 @@ from pipeline.progress import Log, Progress, no_progress, stage
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.engine import Engine
 from pipeline.sources.checkpoint import Checkpoint
+from pipeline.validate.draft.report import DraftReport
 from pipeline.validate.prompts import Prompt
 from pipeline.validate.reference.goldens import GoldenStore
 
@@ -19,7 +20,11 @@ MODELS = ("target", "draft")
 
 @dataclass(frozen=True)
 class GateInputs:
-    """An open artifact, the recipe and prompts to check it with, and its target and draft checkpoints."""
+    """An open artifact, the recipe and prompts to check it with, and its target and draft checkpoints.
+
+    `draft_report` is the short form of `tandem draft doctor`, which compares readings of a head's file; None: not
+    measured.
+    """
 
     engine: Engine
     recipe: Recipe
@@ -28,6 +33,7 @@ class GateInputs:
     cache: GoldenStore
     log: Log
     progress: Progress = no_progress
+    draft_report: DraftReport | None = None
 
     @property
     def is_sampled(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.sources.values import draft_token_ids
+from pipeline.validate.draft.short import is_refused
 from pipeline.validate.gates.acceptance import AcceptanceSection, Expected, acceptance, acceptance_of
 from pipeline.validate.gates.answers import Answers, Sequences, answer_prompts, sequences_of
 from pipeline.validate.gates.choices import CheckedChoices, answer_choices, check_choices, long_choices, prefill_choices
@@ -126,14 +127,16 @@ def expected_acceptance(
     """Return what the acceptance of the answers is compared with; `goldens` are those of the draft."""
     steps, of_first = next(iter(answers.speculative.items()))
     draft_ids, manifest = draft_token_ids(inputs.checkpoints[1]), inputs.engine.manifest
-    costs = manifest.step_costs
+    costs, report, floor = manifest.step_costs, inputs.draft_report, inputs.recipe.floor
+    misread = f"{report.line}; {report.fix}" if report and is_refused(report, needs_acceptance=floor > 1) else None
     alone = costs[min(costs)] if isinstance(costs, dict) else costs
     return Expected(
         places_of(sequences.prompts, of_first, goldens, draft_ids, steps, inputs.engine.length),
         lookup_alone(sequences.prompts, manifest.lookup, steps),
         manifest.draft_kind.reads_target_states,
         alone[0] if alone else None,
-        inputs.recipe.floor,
+        floor,
+        misread,
     )
 
 

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import host
+from pipeline.cache.local import Cache
 from pipeline.errors import SourceError
 from pipeline.models.parallel import PLAIN
 from pipeline.models.weights import weight_specs
+from pipeline.progress import no_log, no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
@@ -25,11 +27,14 @@ from pipeline.sources.weights import weights
 from pipeline.speculation.model import Model, Prompt
 from pipeline.stages import draft_check
 from pipeline.stages.settings import BuildSettings
+from pipeline.validate.draft import short
 from pipeline.validate.draft.agreement import Agreement
 from pipeline.validate.draft.examine import SHORT, Effort, examine, usable_dtype
 from pipeline.validate.draft.readings import Reading
 from pipeline.validate.draft.report import DraftReport
 from pipeline.validate.draft.target import answer
+from pipeline.validate.prompts import recipe_prompts
+from pipeline.validate.run import draft_report
 from support.heads import FLAT, Parts, write_head
 from support.trained_head import Trained, prompts, train
 
@@ -179,6 +184,24 @@ def test_a_build_with_a_floor_refuses_a_head_by_chance(trained, tmp_path, floor,
             build_check(recipe, tmp_path)
     else:
         assert "by chance" in build_check(recipe, tmp_path)[-1]
+
+
+def test_the_gates_of_an_artifact_read_what_its_build_measured(trained, tmp_path, monkeypatch):
+    """And measure it themselves for an artifact that was built without gates."""
+    head = write_head(tmp_path / "random", FLAT | {TAPPED: [2, 3, 4]}, Parts())
+    recipe = recipe_of(trained.target, head, {"tokens_per_step": 1.0})
+    (line,) = build_check(recipe, tmp_path)[-1:]
+    pair = resolve_pair(recipe, base=tmp_path, cache=tmp_path / "cache")
+
+    def read(cache: Path) -> DraftReport | None:
+        of = recipe_prompts(recipe, tmp_path)
+        return draft_report(recipe, pair, of, Cache(cache, "goldens"), no_log, no_progress)
+
+    measured = read(tmp_path / "another cache")
+    monkeypatch.setattr(short, "examine", lambda *_: pytest.fail("measured again"))
+    assert read(tmp_path / "cache") == measured
+    assert measured is not None
+    assert measured.line in line
 
 
 def test_a_build_without_gates_measures_nothing(trained, tmp_path):

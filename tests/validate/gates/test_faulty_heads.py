@@ -1,7 +1,7 @@
 """A build refuses heads that are wrong or no use, and passes right ones, without a limit in the recipe.
 
-The acceptance gate cannot see taps one layer off: its reference reads the same file. The doctor, which a build runs
-before it compiles, does. The shipped head itself: `benchmarks/faulty_heads.py`.
+Measured acceptance cannot show taps one layer off: its reference reads the same file. The doctor, which a build runs
+before it compiles and whose verdict the gate holds, does. The shipped head itself: `benchmarks/faulty_heads.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.pair import resolve_pair
 from pipeline.sources.tokenizer import tokenizer_files
-from pipeline.stages.draft_check import is_refused
 from pipeline.validate.draft.examine import Effort, examine
+from pipeline.validate.draft.report import DraftReport
+from pipeline.validate.draft.short import is_refused
 from pipeline.validate.gates.outcome import GateOutcome
+from pipeline.validate.gates.run import run_gates
 from pipeline.validate.lengths import encoded_prompts
 from pipeline.validate.prompts import Prompt
-from support.reports import PROMPTS, SMALL, gates_of
+from support.reports import PROMPTS, SMALL, gates_of, inputs_of
 from support.trained_drafts import TAPS, write_trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -56,18 +59,28 @@ def acceptance(work: Path, head: str, dtype: str = "float32") -> GateOutcome:
     return run.acceptance
 
 
-def is_refused_before_compiling(work: Path, head: str) -> bool:
+def examined(work: Path, head: str) -> DraftReport:
     recipe = recipe_of(head)
     pair = resolve_pair(recipe, base=work, cache=work / "sources")
     tokens = encoded_prompts([Prompt(text, "chat", text) for text in PROMPTS], tokenizer_files(pair[0]))
-    report = examine(recipe, pair, tokens, "float32", Effort(prompts=len(tokens), new_tokens=24, places=3))
-    return is_refused(report, needs_acceptance=recipe.floor > 1)
+    return examine(recipe, pair, tokens, "float32", Effort(prompts=len(tokens), new_tokens=24, places=3))
+
+
+def is_refused_before_compiling(work: Path, head: str) -> bool:
+    return is_refused(examined(work, head), needs_acceptance=recipe_of(head).floor > 1)
+
+
+def gate_with_doctor(work: Path, head: str) -> GateOutcome:
+    """The gate as `tandem validate` runs it."""
+    inputs = inputs_of(work, recipe_of(head), prompts=PROMPTS)
+    return run_gates(replace(inputs, draft_report=examined(work, head))).acceptance
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_right_head_passes(work, dtype):
     assert acceptance(work, "eagle3", dtype).findings == ()
     assert not is_refused_before_compiling(work, "eagle3")
+    assert gate_with_doctor(work, "eagle3").findings == ()
 
 
 def shuffled(folder: Path) -> None:
@@ -97,6 +110,7 @@ def test_taps_one_layer_off_are_refused_before_a_build_compiles(work, by):
     """They cost half of the tokens per step, and both sides of the gate read them alike."""
     moved(by)(Path(shutil.copytree(work / "eagle3", work / f"moved{by}")))
     assert is_refused_before_compiling(work, f"moved{by}")
+    assert "another reading" in gate_with_doctor(work, f"moved{by}").findings[0]
 
 
 def test_a_half_trained_head_fails(work):

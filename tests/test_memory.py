@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.memory import Memory, host_memory
 from pipeline.stages import workers
-from pipeline.stages.memory import Memory, host_memory
 
 GIB = 1 << 30
 MEMINFO = "MemTotal: 8388608 kB\nMemFree: 524288 kB\nMemAvailable: 6291456 kB\nHugePages_Total: 0\n"
