@@ -29,6 +29,7 @@ The rooms, in the order of the pipeline. `docs/explanation/architecture.md` has 
     doctor.py     what this machine can build and run
     errors.py     every error that a user can fix
     extras.py     which extras are missing, and the command that installs them
+    memory.py     memory of this machine or its container
     progress.py   callbacks for log lines and progress
     records.py    the base of all parsed records
     selftest.py   a trial of the Neuron backend on an instance
