@@ -1,6 +1,6 @@
 """Which heads are refused: the shipped one, shuffled, one layer off, with wrong switches, trained for a short time.
 
-    python benchmarks/faulty_heads.py [RECIPE] [--half FOLDER] [--prompts N]
+    python benchmarks/faulty_heads.py [RECIPE] [--half FOLDER] [--prompts N] [--only WORDS]
 
 Each head goes through the short form of `tandem draft doctor`, which a build runs before it compiles and whose verdict
 the acceptance gate holds, then through what that gate measures: its answers come from eager graphs in float32, in one
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", type=Path, default=Path("recipes/smollm2-135m-spec.yaml"))
     parser.add_argument("--half", type=Path)
     parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--only", default="", help="heads whose name has these words")
     arguments = parser.parse_args()
     recipe, base = load(arguments.recipe), arguments.recipe.parent
     shipped = base / str(recipe.draft.source)
@@ -74,6 +75,8 @@ def main() -> None:
         heads["trained for a short time"] = (arguments.half, _keep)
     print("head | right drafts, place 1 to 3 | doctor | build | tokens per step of the gate, by K | gate")
     for name, (source, change) in heads.items():
+        if arguments.only not in name:
+            continue
         with tempfile.TemporaryDirectory() as work:
             head = shutil.copytree(source, Path(work) / "head")
             change(head)
