@@ -106,7 +106,7 @@ NEURON = (
     Variable("NEURON_CC_FLAGS", "backend `neuron`", "a build rejects it: flags belong into the recipe's `backend.flags`"),
     Variable("NEURON_*", "backend `neuron`", "other variables of the SDK that change compiled code: part of a graph's cache key"),
     Variable("XLA_*", "backend `neuron`", "variables of PyTorch/XLA that change compiled code: part of a graph's cache key"),
-    Variable("VLLM_CACHE_ROOT", "`tandem vllm-cache install --cache-root`", "vLLM's cache root", "`~/.cache/vllm`"),
+    Variable("VLLM_CACHE_ROOT", "`tandem vllm-cache install`, `check`", "vLLM's cache root", "`~/.cache/vllm`"),
 )  # fmt: skip
 SET = (
     Variable("OMP_NUM_THREADS", "compile workers", "the worker's share of the cores"),
@@ -122,6 +122,7 @@ SET = (
     Variable("NEURON_LIBTORCH_DISABLE_GRAPH_CAPTURE_BACKEND", "the command that `tandem vllm-cache install` prints", "`1`: the same, by its name in newer versions"),
 )  # fmt: skip
 REJECTED = (
+    Variable("VLLM_NEURON_BACKEND", "`tandem vllm-cache pack --env`", "the plugin's compilation route, which must be that of the packed graphs"),
     Variable("VLLM_NEURON_DISABLE_COMPILE_CACHE", "`tandem vllm-cache pack --env`", "contradicts a packed cache"),
     Variable("NEURON_LIBTORCH_DISABLE_COMPILE_CACHE", "`tandem vllm-cache pack --env`", "contradicts a packed cache"),
 )  # fmt: skip

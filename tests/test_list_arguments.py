@@ -23,7 +23,7 @@ from pipeline.errors import InputError, no_string
 from pipeline.graphs.arguments import GREEDY
 from pipeline.measure import bench, tune
 from pipeline.models.generation import GenerationDefaults
-from pipeline.nxdi import vllm_args, vllm_cache
+from pipeline.nxdi import vllm_args, vllm_cache, vllm_cache_layout
 from pipeline.plan.estimates import pace_of
 from pipeline.plan.forecast import Forecast
 from pipeline.recipe import changed
@@ -90,6 +90,10 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "extras.require(extras)": lambda value: extras.require(value, "here"),
     "measure.tune.tune(prompts)": lambda value: tune.tune(UNUSED, value, 1, 1, print),
     "models.generation.GenerationDefaults.not_applied(sampling)": GenerationDefaults().not_applied,
+    "nxdi.vllm_cache.absent(expects)": lambda value: vllm_cache.absent(value, [], "here"),
+    "nxdi.vllm_cache.absent(found)": lambda value: vllm_cache.absent([], value, "here"),
+    "nxdi.vllm_cache.shown(faults)": vllm_cache.shown,
+    "nxdi.vllm_cache_layout.entries(only)": lambda value: vllm_cache_layout.entries(Path("none"), value),
     "nxdi.vllm_args.shell_line(command)": lambda value: vllm_args.shell_line({}, value),
     "plan.estimates.pace_of(flags)": pace_of,
     "plan.forecast.Forecast.compile_s(names)": lambda value: Forecast({}, {}, 0, 0).compile_s(1, value),
@@ -124,6 +128,7 @@ OTHERS: dict[str, Callable[[Any], object]] = {
     "distill.settings.DistillSettings(layers)": lambda value: distil(layers=value),
     "distill.settings.DistillSettings(text)": lambda value: distil(text=value),
     "measure.bench.interleaved(prompts)": lambda value: bench.interleaved({}, value),
+    "nxdi.vllm_cache.ServerRun(expects)": lambda value: vllm_cache.ServerRun([], {}, {}, value),
     "nxdi.vllm_cache.ServerRun(serve)": lambda value: vllm_cache.ServerRun(value, {}, {}),
     "registry.publish.Place(aliases)": lambda value: publish.Place("url", value),
     "registry.pull.Selection(only)": pull.Selection,

@@ -231,6 +231,10 @@ class CacheBackend(Record):
     serve: tuple[str, ...] = Field(description="arguments of the `vllm serve` that filled the cache")
     environment: dict[str, str] = Field(description="environment variables of that server")
     keys: int = Field(description="number of compiled graphs")
+    route: Literal["xla", "native"] = Field("xla", description="the plugin's compilation route that lowered the graphs")
+    expects: tuple[str, ...] = Field(
+        (), description="keys of the graphs that a server looks up; empty in artifacts of earlier versions"
+    )
 
 
 class CacheManifest(Manifest):

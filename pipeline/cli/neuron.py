@@ -1,4 +1,4 @@
-"""Commands for AWS's own Neuron software: nxdi, vllm-args, vllm-cache pack, install; and neuron selftest."""
+"""Commands for AWS's own Neuron software: nxdi, vllm-args, vllm-cache pack, install, check; and neuron selftest."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from pipeline.files.atomic import check_writable
 from pipeline.files.home import expanded
 from pipeline.nxdi import build as packages
 from pipeline.nxdi import vllm_cache as caches
+from pipeline.nxdi import vllm_cache_keys
 from pipeline.nxdi.vllm_args import classic
 from pipeline.plan.lock import lock_path, pair_configs, read
 from pipeline.plan.plan import make_plan
@@ -93,13 +94,17 @@ def vllm_cache() -> None:
               help="Environment variable of that server (may be repeated).")  # fmt: skip
 @click.option("--version-of", "versions", multiple=True, metavar="PACKAGE=VERSION",
               help="Version on the host that filled the cache, if it differs here; may be repeated.")  # fmt: skip
+@click.option("--expect", type=click.Path(path_type=Path),
+              help="File with the keys of the server's graphs, one a line (default: all of the cache).")  # fmt: skip
 @as_json
 def pack(
-    directory: Path, name: str, out: Path, serve: str, variables: tuple[str, ...], versions: tuple[str, ...],
-    json_: bool,
-) -> None:  # fmt: skip
+    directory: Path, name: str, out: Path, serve: str, json_: bool, expect: Path | None, **pairs: tuple[str, ...]
+) -> None:
     """Pack DIRECTORY into an artifact. DIRECTORY is a filled VLLM_CACHE_ROOT, or its neuron/compile_cache."""
-    run = caches.ServerRun(_words("--serve", serve), _pairs("--env", variables), _pairs("--version-of", versions))
+    run = caches.ServerRun(
+        _words("--serve", serve), _pairs("--env", pairs["variables"]), _pairs("--version-of", pairs["versions"]),
+        vllm_cache_keys.read_keys(expect) if expect else (),
+    )  # fmt: skip
     manifest = caches.pack(directory, out, name, run)
     data = {
         "artifact": out,
@@ -127,9 +132,28 @@ def install(console: Console, artifact: str, cache_root: Path | None, json_: boo
         print_json(asdict(installed))
         return
     console.log(f"{installed.cache_root}: {installed.added} graphs added, {installed.kept} already present")
-    if installed.unchecked:
-        console.log(f"not compared, because not installed on this host: {', '.join(installed.unchecked)}")
+    _log_unchecked(console, installed.unchecked)
     click.echo(installed.shell())
+
+
+@vllm_cache.command()
+@click.argument("artifact", shell_complete=complete_artifact)
+@click.option("--cache-root", type=click.Path(path_type=Path), envvar="VLLM_CACHE_ROOT",
+              help="vLLM's cache root (default: VLLM_CACHE_ROOT, or ~/.cache/vllm).")  # fmt: skip
+@as_json
+@click.pass_obj
+def check(console: Console, artifact: str, cache_root: Path | None, json_: bool) -> None:
+    """Check, before vLLM starts, that its cache has every graph that ARTIFACT's manifest lists."""
+    root = cache_root or expanded("~/.cache/vllm", "--cache-root")
+    versions = caches.installed_versions()
+    checked = vllm_cache_keys.check(artifact_dir(artifact), root, host=host_facts(), versions=versions)
+    _log_unchecked(console, checked.unchecked)
+    print_result(asdict(checked), f"{checked.cache_root}: {counted(checked.graphs, 'graph')}, complete", as_json=json_)
+
+
+def _log_unchecked(console: Console, packages: Sequence[str]) -> None:
+    if packages:
+        console.log(f"not compared, because not installed on this host: {', '.join(packages)}")
 
 
 def _words(option: str, text: str) -> list[str]:

@@ -1,8 +1,10 @@
 """Compile caches of vLLM's newer Neuron plugin, an artifact kind of their own: packed, and installed for vLLM to read.
 
-    neuron/compile_cache/<key>/   a graph: graph.hlo graph_<key>.neff .artifact_metadata_v0.json .compilation_complete
+    neuron/compile_cache/<key>/   a graph: graph.hlo (or module.mlir) graph_<key>.neff .artifact_metadata_v0.json
+                                  .compilation_complete
     neuron/compile_cache/nki/     kernels
-    manifest.json                 versions, flags, chip, and the arguments and environment of the server that filled it
+    manifest.json                 versions, flags, chip, keys, and the arguments and environment of the server that
+                                  filled it
 
 The layout is that of the plugin's sources (vllm_neuron 0.21: compile/{cache,backend,schema,parallel_compile}.py and
 nki/nki_cache.py). A key names a graph, its shapes, versions and flags; a graph with another key is a miss, which is an
@@ -35,7 +37,7 @@ from pipeline.backends.neuron.support import PLACEHOLDERS
 from pipeline.errors import ArtifactError, InputError, no_string
 from pipeline.files.atomic import atomic_dir, check_space, create_only, digest_file
 from pipeline.nxdi.vllm_args import VARIABLE, shell_line
-from pipeline.nxdi.vllm_cache_layout import KEY, NKI, OF_ONE_SERVER, entries, entry_faults, listing
+from pipeline.nxdi.vllm_cache_layout import KEY, NKI, OF_ONE_SERVER, Route, entries, entry_faults, listing, route_of
 from pipeline.registry.release import VERSION_LENGTH
 
 CACHE_FOLDER = PurePosixPath("neuron/compile_cache")
@@ -53,6 +55,10 @@ NEVER_COMPILE = {
 """A miss is an error, and graphs are not captured, because captured graphs ignore the first switch. The second switch
 has two names: one in the sources of 0.21, one in AWS's documents of 0.24."""
 
+ROUTE = "VLLM_NEURON_BACKEND"
+NATIVE = ("neuron_native", "neuron")
+"""Values of `ROUTE` that select the native route; other values select the XLA route."""
+
 CONTRADICTIONS = ("VLLM_NEURON_DISABLE_COMPILE_CACHE", "NEURON_LIBTORCH_DISABLE_COMPILE_CACHE", ROOT, *NEVER_COMPILE)
 PACKAGES = ("vllm", "vllm-neuron", "libtorch-neuronx-lite", "torch-neuronx", "neuronx-cc", "nki")
 NEEDED = ("vllm-neuron", "neuronx-cc")
@@ -62,14 +68,19 @@ OWN_OPTIONS = ("--framework", "--target", "--output", "--logfile")
 
 @dataclass(frozen=True)
 class ServerRun:
-    """The server that filled a cache: its arguments and variables, and versions that differ from those installed."""
+    """The server that filled a cache: its arguments and variables, and versions that differ from those installed.
+
+    `expects`: keys of the graphs that it looks up (empty: all graphs of the cache).
+    """
 
     serve: Sequence[str]
     environment: Mapping[str, str]
     versions: Mapping[str, str]
+    expects: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         no_string(self.serve, "serve", "arguments")
+        no_string(self.expects, "expects", "keys")
 
 
 @dataclass(frozen=True)
@@ -113,10 +124,11 @@ def pack(source: Path, out: Path, name: str, run: ServerRun) -> CacheManifest:
     if not cache.is_dir():
         fix = "use the VLLM_CACHE_ROOT of the server that filled the cache"
         raise InputError("no such folder", where=str(cache), fix=fix)
-    keys, faults = entries(cache)
+    keys, faults = entries(cache, only=run.expects)
+    faults += absent(run.expects, keys, "the cache")
     if faults:
         fix = "let the server finish its warm-up, then stop it; remove incomplete entries"
-        raise InputError(_shown(faults), where=str(cache), fix=fix)
+        raise InputError(shown(faults), where=str(cache), fix=fix)
     check_replaceable(out)
     toolchain = {"backend": CACHE_KIND, **_versions(run.versions)}
     facts = _facts(cache, keys, run)
@@ -129,7 +141,7 @@ def pack(source: Path, out: Path, name: str, run: ServerRun) -> CacheManifest:
             digest = digest_file(folder / CACHE_FOLDER / path)
             files[str(CACHE_FOLDER / path)] = FileEntry(sha256=digest.sha256, size=digest.size)
         if late := [fault for key in keys for fault in entry_faults(folder / CACHE_FOLDER / key)]:
-            raise InputError(f"files changed during packing: {_shown(late)}", where=str(cache), fix="stop the server")
+            raise InputError(f"files changed during packing: {shown(late)}", where=str(cache), fix="stop the server")
         manifest = CacheManifest(
             name=_checked_name(name), version="unversioned", created=_now(), toolchain=toolchain, backend=facts,
             tensor=_tensor(run.serve), files=files,
@@ -156,7 +168,7 @@ def install(root: Path, cache_root: Path, *, host: Mapping[str, str], versions: 
     if not isinstance(manifest, CacheManifest):
         raise InputError("not a compile cache", where=str(root), fix=f"show its kind: tandem inspect {root}")
     facts, keys = _read(manifest, root)
-    _check_host(manifest, host, versions)
+    check_same_host(manifest, host, versions)
     new = _new(manifest, folder)
     check_space(folder, sum(entry.size for name, entry in manifest.files.items() if name.split("/")[2] in new))
     for key in [key for key in keys if key in new]:
@@ -174,6 +186,15 @@ def install(root: Path, cache_root: Path, *, host: Mapping[str, str], versions: 
     return Installation(str(base), environment, ("vllm", "serve", *facts.serve), added, len(keys) - added, unchecked)
 
 
+def absent(expects: Sequence[str], found: Sequence[str], where: str) -> list[str]:
+    """Return what says which expected keys are not among those found; empty if all are."""
+    no_string(expects, "expects", "keys")
+    no_string(found, "found", "keys")
+    if not (keys := sorted(set(expects) - set(found))):
+        return []
+    return [f"{where} lacks {len(keys)} of {len(set(expects))} graphs: {shown(keys, ', ')}"]
+
+
 def _facts(cache: Path, keys: Sequence[str], run: ServerRun) -> CacheBackend:
     """Return the manifest's facts; chip and flags are in the commands that the plugin left in its entries."""
     commands = [command for key in keys if (command := _command(cache / key / COMMAND))]
@@ -189,7 +210,21 @@ def _facts(cache: Path, keys: Sequence[str], run: ServerRun) -> CacheBackend:
     return CacheBackend(
         target=targets.pop(), flags=tuple(sorted({command.flags for command in commands})),
         serve=tuple(run.serve), environment=dict(run.environment), keys=len(keys),
+        route=_route(cache, keys, run.environment), expects=tuple(keys),
     )  # fmt: skip
+
+
+def _route(cache: Path, keys: Sequence[str], environment: Mapping[str, str]) -> Route:
+    """Return the route that lowered all graphs: a server looks up graphs of one route."""
+    routes = sorted({route for key in keys if (route := route_of(cache / key))})
+    if len(routes) != 1:
+        fix = "pack a cache that one server filled, or name its graphs with --expect"
+        raise InputError(f"the entries are of {len(routes)} routes: {', '.join(routes)}", where=str(cache), fix=fix)
+    value = environment.get(ROUTE)
+    if value is not None and (value in NATIVE) != (routes[0] == "native"):
+        what = f"{ROUTE}={value} contradicts the entries, which are of the {routes[0]} route"
+        raise InputError(what, where="--env", fix=f"pass the value of {ROUTE} of the server that filled the cache")
+    return routes[0]
 
 
 @dataclass(frozen=True)
@@ -246,11 +281,19 @@ def _read(manifest: CacheManifest, root: Path) -> tuple[CacheBackend, list[str]]
     """Return the manifest's facts, and the keys of the entries, which are checked again."""
     facts = manifest.backend
     keys, faults = entries(root / CACHE_FOLDER)
-    faults += [f"{name}: not a file of a compile cache" for name in manifest.files if not _is_of_cache(name)]
+    faults += absent(facts.expects, keys, "the artifact")
+    if facts.expects:
+        faults += [f"{key}: not a graph that the manifest lists" for key in sorted(set(keys) - set(facts.expects))]
+    faults += foreign(manifest)
     faults += [f"invalid name of a variable: {name!r}" for name in facts.environment if not VARIABLE.fullmatch(name)]
     if faults:
-        raise ArtifactError(_shown(faults), where=str(root), fix="do not use this artifact; pack the cache again")
+        raise ArtifactError(shown(faults), where=str(root), fix="do not use this artifact; pack the cache again")
     return facts, keys
+
+
+def foreign(manifest: CacheManifest) -> list[str]:
+    """Return what says which files of a manifest do not belong into a compile cache."""
+    return [f"{name}: not a file of a compile cache" for name in manifest.files if not _is_of_cache(name)]
 
 
 def _is_of_cache(name: str) -> bool:
@@ -259,7 +302,16 @@ def _is_of_cache(name: str) -> bool:
     return inside and not any(map(OF_ONE_SERVER.fullmatch, parts[3:]))
 
 
-def _check_host(manifest: CacheManifest, host: Mapping[str, str], versions: Mapping[str, str]) -> None:
+def check_same_host(manifest: CacheManifest, host: Mapping[str, str], versions: Mapping[str, str]) -> None:
+    """Reject a cache for another chip, or that other package versions filled.
+
+    `host` is the result of `host_facts`; without a Neuron device the chip is not checked, and neither are packages that
+    `versions` lacks.
+
+    Raises:
+        ArtifactError: every difference.
+
+    """
     if host.get("device") == "neuron":
         check_host(manifest, host)
     faults = [
@@ -302,7 +354,7 @@ def _new(manifest: CacheManifest, folder: Path) -> set[str]:
 
 
 def _occupied(faults: Sequence[str], folder: Path) -> ArtifactError:
-    what = f"installed entries have another content; not overwritten: {_shown(faults)}"
+    what = f"installed entries have another content; not overwritten: {shown(faults)}"
     return ArtifactError(what, where=str(folder), fix="use an empty --cache-root, or remove these entries")
 
 
@@ -316,9 +368,11 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _shown(faults: Sequence[str]) -> str:
-    more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-    return "; ".join(faults[:SHOWN]) + more
+def shown(faults: Sequence[str], separator: str = "; ") -> str:
+    """Return the first of many texts, and how many more there are."""
+    no_string(faults, "faults", "texts")
+    more = f"{separator}and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+    return separator.join(faults[:SHOWN]) + more
 
 
 def _now() -> str:

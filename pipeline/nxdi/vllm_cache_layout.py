@@ -1,18 +1,26 @@
 """A compile cache of vLLM's Neuron plugin on disk: its entries, faults in them, and the files that another host needs.
 
-The layout is that of the plugin's sources; see `vllm_cache.py`.
+The layout is that of the plugin's sources; see `vllm_cache.py`. A graph of the XLA route is `graph.hlo`. The native
+route gives the compiler `module.mlir`: only a public description of its package says so, which names no other file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Literal
 
+from pipeline.errors import no_string
 from pipeline.files.limits import parse_json
 
 NKI = "nki"
 HLO, METADATA, COMPLETE = "graph.hlo", ".artifact_metadata_v0.json", ".compilation_complete"
+STABLEHLO = "module.mlir"
+Route = Literal["xla", "native"]
+GRAPHS: dict[str, Route] = {HLO: "xla", STABLEHLO: "native"}
+"""The compiler's input, and the route that wrote it."""
+
 KEY = re.compile(r"[0-9a-f]{32}")
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.compilation_metadata(\.lock)?|[0-9a-f]{32}\.(tmp|trash)\..*")
 """Locks, and files of killed processes. The plugin treats an entry with a copied lock as an unfinished compile."""
@@ -21,20 +29,27 @@ OF_ONE_SERVER = re.compile(r"\.cache_accessed|([A-Za-z0-9_.-]*\.)?rank[0-9]+|[0-
 """In an entry or among kernels: marks of use, working folders of ranks, locks, partial files."""
 
 
-def entries(cache: Path) -> tuple[list[str], list[str]]:
-    """Return the keys of the entries, and every reason why the folder is not a complete cache."""
+def entries(cache: Path, only: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """Return the keys of the entries, and every reason why the folder is not a complete cache.
+
+    `only`: the keys to return and check; empty: all.
+    """
+    no_string(only, "only", "keys")
     if cache.is_symlink() or not cache.is_dir():
         return [], ["no folder"]
     keys: list[str] = []
     faults: list[str] = []
     for path in sorted(cache.iterdir()):
         if KEY.fullmatch(path.name):
-            keys.append(path.name)
-            faults += entry_faults(path)
+            if not only or path.name in only:
+                keys.append(path.name)
+                faults += entry_faults(path)
         elif path.name == NKI:
             faults += _kernel_faults(path)
         elif not TEMPORARY.fullmatch(path.name):
-            faults.append(f"{path.name}: neither an entry nor kernels; supported: the layout with <key>/graph.hlo")
+            faults.append(
+                f"{path.name}: neither an entry nor kernels; supported: the layout with <key>/{HLO} or {STABLEHLO}"
+            )
     return keys, faults if keys else [*faults, "no entry"]
 
 
@@ -45,8 +60,8 @@ def entry_faults(entry: Path) -> Iterator[str]:
         yield f"{key}: not a folder"
         return
     neff = entry / f"graph_{key}.neff"
-    needed = (entry / HLO, neff, entry / METADATA, entry / COMPLETE)
-    absent = [path.name for path in needed if not path.is_file() or not path.stat().st_size]
+    absent = [] if route_of(entry) else [f"{HLO} or {STABLEHLO}"]
+    absent += [path.name for path in (neff, entry / METADATA, entry / COMPLETE) if not _has_content(path)]
     yield from (f"{key}: no {name}" for name in absent)
     yield from _links(entry)
     if absent:
@@ -57,6 +72,16 @@ def entry_faults(entry: Path) -> Iterator[str]:
     metadata_key = _json(entry / METADATA).get("cache_key")
     if metadata_key != key:
         yield f"{key}: {METADATA} has the key {metadata_key!r}"
+
+
+def route_of(entry: Path) -> Route | None:
+    """Return the route that lowered the graph of an entry; None without a graph, or with one of each route."""
+    found = [route for name, route in GRAPHS.items() if _has_content(entry / name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _kernel_faults(folder: Path) -> Iterator[str]:

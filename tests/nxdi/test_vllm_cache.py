@@ -1,8 +1,4 @@
-"""Compile caches of vLLM's newer Neuron plugin: packed whole or not at all, published, pulled, put into place, refused.
-
-The cache is a fake of the plugin's layout (its sources of 0.21: compile/{cache,schema,backend,parallel_compile}.py and
-nki/nki_cache.py); the contents of graphs and NEFFs mean nothing, since nothing here opens them.
-"""
+"""Compile caches of vLLM's newer Neuron plugin: packed whole or not at all, published, pulled, installed, refused."""
 
 from __future__ import annotations
 
@@ -13,11 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.artifact.manifest import MANIFEST, CacheManifest, FileEntry, content_digest, dump, read
+from pipeline.artifact.manifest import MANIFEST, CacheManifest, content_digest, read
 from pipeline.artifact.verify import verify
 from pipeline.cli.main import main
 from pipeline.errors import ArtifactError, GateError, InputError
-from pipeline.files.atomic import digest_file
 from pipeline.files.unfinished import TEMP
 from pipeline.nxdi.vllm_cache import CACHE_FOLDER, NEVER_COMPILE, ServerRun, install, pack
 from pipeline.nxdi.vllm_cache_layout import COMPLETE, HLO, METADATA
@@ -27,46 +22,7 @@ from pipeline.registry.pull import pull
 from pipeline.registry.releases import list_releases
 from pipeline.runtime.open import load
 from support import small_artifacts as small
-
-KEYS = ("0" * 31 + "a", "0" * 31 + "b")
-VERSIONS = {"vllm": "0.21.0", "vllm-neuron": "0.21.0.1.0.0", "neuronx-cc": "2.26.6360.0", "nki": "0.5.0"}
-SERVE = ("some/model", "--tensor-parallel-size", "8", "--additional-config", '{"a": "b c"}')
-RUN = ServerRun(SERVE, {"NEURON_LOGICAL_NC_CONFIG": "2"}, VERSIONS)
-HOST = {"device": "neuron", "chip": "trn2"}
-
-
-def fake_entry(cache: Path, key: str, *, target: str = "trn2", flags: str = "-O1 --lnc=2", inside: str = "") -> Path:
-    """What the plugin leaves of one graph when it is done."""
-    entry, neff = cache / key, f"NEFF of {key}".encode()
-    entry.mkdir(parents=True)
-    (entry / HLO).write_bytes(f"HLO of {key}".encode())
-    (entry / f"graph_{key}.neff").write_bytes(neff)
-    told = {"version": 0, "created_timestamp": "2026-08-01T00:00:00+00:00", "cache_key": inside or key}
-    (entry / METADATA).write_text(json.dumps({**told, "output_count": 1, "io_map": {"1": 0}}))
-    command = (
-        f"/opt/bin/neuronx-cc compile /x/{key}/graph.hlo --framework XLA --target {target} --output /x/n --logfile /x/l"
-    )
-    (entry / "command.txt").write_text(f"{command} {flags}")
-    (entry / COMPLETE).write_text(f"completed:1785542400.0\nneff_size:{len(neff)}\n")
-    return entry
-
-
-def fake_cache(root: Path) -> Path:
-    """A VLLM_CACHE_ROOT with two graphs, a kernel, and what a server leaves beside them."""
-    cache = root / CACHE_FOLDER
-    for key in KEYS:
-        fake_entry(cache, key)
-    (cache / KEYS[0] / ".cache_accessed").write_text("1785542400")
-    (cache / KEYS[0] / "dev0_7.rank3").mkdir()
-    (cache / KEYS[0] / "dev0_7.rank3" / HLO).write_text("of a rank")
-    (cache / f".{KEYS[0]}.compilation_metadata").write_text("pid:1\n")
-    (cache / f".{KEYS[0]}.compilation_metadata.lock").write_text("")
-    (cache / "nki").mkdir()
-    (cache / "nki" / "k1.json").write_text('{"schema_version": 1}')
-    (cache / "nki" / f"{KEYS[1]}.lock").write_text("")
-    (root / "torch_compile_cache").mkdir()
-    (root / "torch_compile_cache" / "other").write_text("vLLM's own")
-    return root
+from support.neuron_caches import HOST, KEYS, RUN, SERVE, VERSIONS, fake_cache, fake_entry, resealed
 
 
 @pytest.fixture
@@ -82,16 +38,6 @@ def packed(cache: Path, tmp_path: Path) -> Path:
 
 def put(packed: Path, root: Path, host=HOST, versions=VERSIONS):
     return install(packed, root, host=host, versions=versions)
-
-
-def resealed(root: Path, **update) -> Path:
-    """An artifact with another manifest, as somebody who can write both would make it."""
-    manifest = read(root).manifest
-    paths = [one for one in root.rglob("*") if one.is_file() and one.name != MANIFEST]
-    digests = {one.relative_to(root).as_posix(): digest_file(one) for one in paths}
-    files = {name: FileEntry(sha256=one.sha256, size=one.size) for name, one in digests.items()}
-    (root / MANIFEST).write_bytes(dump(manifest.model_copy(update={"files": files, **update})))
-    return root
 
 
 def test_pack_records_what_fills_a_cache_and_leaves_out_what_is_one_server_s(packed):
@@ -144,10 +90,11 @@ def test_pack_refuses_an_entry_that_was_renamed(cache, tmp_path):
         pack(cache, tmp_path / "out", "tiny-cache", RUN)
 
 
-def test_pack_refuses_another_layout(tmp_path):
-    """Only the layout of the sources that were read is taken; that of the native route is not known here."""
-    (tmp_path / "cache/rank_0/neff").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"rank_0: neither an entry nor kernels.*no entry"):
+@pytest.mark.parametrize("name", ["rank_0/neff", f"ab/cd/{'ab' * 16}.neff"])
+def test_pack_refuses_another_layout(tmp_path, name):
+    """Only layouts of public sources are taken, and not that of TorchNeuron's own store of NEFFs."""
+    (tmp_path / "cache" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"{name[:2]}.*: neither an entry nor kernels.*no entry"):
         pack(tmp_path / "cache", tmp_path / "out", "tiny-cache", RUN)
 
 
