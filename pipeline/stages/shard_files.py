@@ -3,7 +3,8 @@
 The weight table and the plan decide the placement. Keeps no tensor. Besides headers, memory holds `SLOTS` windows of
 `WINDOW_BYTES` (at least one block of 32 rows) as read, one as stored, and the sink's stages: at 64 ranks 32 + 8 + 96
 MiB when bfloat16 becomes float32, whatever the model's size. A packing that turns matrices also needs the largest one,
-of all ranks: its rows are the columns of windows.
+of all ranks: its rows are the columns of windows. Of matrices that are one, parts may lie in two files of a checkpoint
+or have another tensor between them: up to `MOST_OPEN` are collected at a time, so that each part is read in its turn.
 
     read (thread) -> dequantise, convert, pack and cut (here, torch) -> stage of each file -> write and hash (threads)
 """
@@ -46,10 +47,14 @@ from pipeline.sources.remote import RemoteFile
 from pipeline.sources.tensors import Layout, layout
 from pipeline.sources.weights import shared_weights, weights
 from pipeline.stages.downloads import Downloads, SourceRecord
-from pipeline.stages.streams import Bytes, Columns, Reader, Sink
+from pipeline.stages.streams import Bytes, Columns, Place, Reader, Sink
 from pipeline.stages.windows import Window, pieces, stored_sizes, windows
 
 SLOTS = 8
+MOST_OPEN = 3
+"""Fused matrices that wait for a part: two where a file of the checkpoint begins and ends inside of one, and the next.
+The parts of others are read with their last one, out of turn."""
+
 LARGE_BYTES = 1 << 30
 """Shards from this size on pass by the page cache; smaller ones stay in it, since validation is about to read them."""
 
@@ -161,29 +166,69 @@ class _Job:
     @property
     def windows(self) -> Iterator[Window]:
         """Every window, in the order in which the files are written."""
-        return (window for together in self.together for window in together)
+        return (window for number in range(len(self.tensors)) for group in self.groups(number) for window in group)
+
+    def groups(self, number: int, part: int | None = None) -> Iterator[list[Window]]:
+        """Yield the windows of a weight that are written together: those of a matrix that is turned; others alone.
+
+        `part`: those of one part of a fused matrix.
+        """
+        spec, sources = self.tensors[number]
+        stored = DTYPES[self.models.stored_dtype(self.role, spec)].short
+        found = [
+            windows(one, source, stored, self.config, self.split, place)
+            for one, source, place in zip(spec.parts, sources, self._places(spec), strict=True)
+        ]
+        if part is not None:
+            yield list(found[part])
+        elif spec.fused:
+            yield [window for one in found for window in one]
+        elif self.packing.turns(spec.kind):
+            yield from map(list, found)
+        else:
+            yield from ([window] for one in found for window in one)
+
+    def _places(self, spec: WeightSpec) -> Iterator[Place | None]:
+        """Yield the place of each part of a weight: in one matrix, in a matrix of its own, or None."""
+        if not self.packing.turns(spec.kind):
+            yield from (None for _ in spec.parts)
+            return
+        item = DTYPES[self.models.stored_dtype(self.role, spec)].size_bytes
+        row_bytes, first = local_shape(spec, self.config, self.split)[-2] * item, 0
+        for part in spec.parts:
+            yield Place(spec.name if spec.fused else part.name, row_bytes, first)
+            first += local_shape(part, self.config, self.split)[0] * item if spec.fused else 0
 
     @property
-    def together(self) -> Iterator[list[Window]]:
-        """The windows of each matrix that is turned; any other window alone."""
-        for spec, sources in self.tensors:
-            stored = DTYPES[self.models.stored_dtype(self.role, spec)].short
-            turns = self.packing.turns(spec.kind)
-            across = local_shape(spec, self.config, self.split)[-2] if turns else 0
-            found = [
-                windows(part, source, stored, self.config, self.split, across)
-                for part, source in zip(spec.parts, sources, strict=True)
-            ]
-            if spec.fused:
-                yield [window for part in found for window in part]
-            elif turns:
-                yield from map(list, found)
-            else:
-                yield from ([window] for part in found for window in part)
+    def reading(self) -> list[tuple[int, int | None]]:
+        """Weights by number, and parts of fused ones (else None), in the order of the checkpoint's files.
+
+        The order in which they become whole is that of the layout, which has fused ones by their last parts.
+        """
+        units = sorted(
+            (*_place(spec, source), number, part)
+            for number, (spec, sources) in enumerate(self.tensors)
+            for part, source in enumerate(sources if spec.fused else sources[:1])
+        )
+        left = [len(sources) if spec.fused else 1 for spec, sources in self.tensors]
+        waiting: set[int] = set()
+        order: list[tuple[int, int | None]] = []
+        for *_, number, part in units:
+            left[number] -= 1
+            is_first = left[number] + 1 == len(self.tensors[number][1])
+            if is_first and left[number] and len(waiting) < MOST_OPEN:
+                waiting.add(number)
+            if number in waiting:
+                order.append((number, part))
+            elif not left[number]:
+                order.append((number, None))
+            if not left[number]:
+                waiting.discard(number)
+        return order
 
     @property
     def remote(self) -> list[RemoteFile]:
-        """Files of the tensors that stay in a store, in the order in which they are read."""
+        """Files of the tensors that stay in a store."""
         stored = (source for _, sources in self.tensors for source in sources)
         refs = (ref for source in stored for ref in (source.refs if isinstance(source, PackedRef) else (source,)))
         files = (ref.file for ref in refs)
@@ -204,7 +249,8 @@ def _job(role: Role, models: ModelsSpec, checkpoint: Checkpoint, target: Checkpo
     config, split = models.config_of(role), models.tp_of(role)
     sources |= shared_weights(checkpoint, target)
     own = stored_weights(models, role, fused=packing.fuses)
-    specs = sorted(own, key=lambda spec: _place(spec, sources[spec.parts[0].name]))
+    last = {spec.name: max(_place(spec, sources[part.name]) for part in spec.fused or spec.parts[:1]) for spec in own}
+    specs = sorted(own, key=lambda spec: last[spec.name])
     entries = []
     for spec in specs:
         dtype = models.stored_dtype(role, spec)
@@ -269,8 +315,8 @@ def _stream(job: _Job, files: Sequence[IO[bytes]], record: SourceRecord, progres
         columns = Columns(sink)
         for window, data in _read_ahead(_unwritten(job, sink), slots, reader):
             for piece, ranks in pieces(window, data, out, job.packing):
-                if window.across:
-                    columns.put(piece, ranks, window.across_bytes)
+                if window.place:
+                    columns.put(piece, ranks, window.place)
                 else:
                     sink.put(piece, ranks)
             progress(sink.written)
@@ -286,19 +332,31 @@ def _stream(job: _Job, files: Sequence[IO[bytes]], record: SourceRecord, progres
 
 
 def _unwritten(job: _Job, sink: Sink) -> Iterator[Window]:
-    """Yield the windows that some file lacks; the others are passed over."""
-    left = sink.kept()
-    for together in job.together:
-        sizes: Counter[int] = Counter()
-        for window in together:
-            sizes.update(dict(stored_sizes(window, job.packing)))
-        kept = all(left[rank] >= size for rank, size in sizes.items())
-        for rank, size in sizes.items():
-            left[rank] = left[rank] - size if left[rank] >= size else 0
-            if kept:
-                sink.skip(size, rank)
-        if not kept:
-            yield from together
+    """Yield the windows that some file lacks, in the order of the checkpoint's files; the others are passed over."""
+    kept = _kept(job, sink)
+    for number, part in job.reading:
+        for group, is_kept in zip(job.groups(number, part), kept[number], strict=True):
+            if not is_kept:
+                yield from group
+
+
+def _kept(job: _Job, sink: Sink) -> list[list[bool]]:
+    """Return for each group of each weight whether all files have it, and pass over those."""
+    left, numbers = sink.kept(), range(len(job.tensors))
+    return [[_is_kept(group, left, job.packing, sink) for group in job.groups(number)] for number in numbers]
+
+
+def _is_kept(group: Sequence[Window], left: list[int], packing: Packing, sink: Sink) -> bool:
+    """Return whether all files have a group, of their bytes that are `left`, which then are fewer; pass over it."""
+    sizes: Counter[int] = Counter()
+    for window in group:
+        sizes.update(dict(stored_sizes(window, packing)))
+    is_kept = all(left[rank] >= size for rank, size in sizes.items())
+    for rank, size in sizes.items():
+        left[rank] = left[rank] - size if left[rank] >= size else 0
+        if is_kept:
+            sink.skip(size, rank)
+    return is_kept
 
 
 def _read_ahead(found: Iterator[Window], slots: Tensor, reader: Reader) -> Iterator[tuple[Window, Tensor]]:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeAlias
 
@@ -197,25 +198,50 @@ class Sink:
         return self._hashers[rank % len(self._hashers)]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Columns of a matrix, from byte `first` of its rows on, which have `row_bytes` in each file."""
+
+    matrix: str
+    row_bytes: int
+    first: int = 0
+
+
+@dataclass
+class _Collected:
+    """A matrix of one file, the bytes that its rows lack, and where the next columns of each place (first byte) go."""
+
+    whole: Bytes
+    lacks: int
+    next: dict[int, int] = field(default_factory=dict)
+
+    def add(self, block: Bytes, first: int) -> None:
+        start = self.next.get(first, first)
+        self.next[first] = start + block.shape[1]
+        self.whole[:, start : self.next[first]] = block
+        self.lacks -= block.shape[1]
+
+
 class Columns:
-    """Collects the next matrix of each file from blocks of its columns; a whole one is appended to its file."""
+    """Collects the matrices of each file from blocks of their columns; a whole one is appended to its file.
+
+    Places of a matrix are filled in any order, each from its first column to its last.
+    """
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._open: dict[int, tuple[Bytes, int]] = {}
+        self._open: dict[tuple[str, int], _Collected] = {}
 
-    def put(self, block: Bytes, ranks: Sequence[int], row_bytes: int) -> None:
-        """Put the next columns, bytes [rows, bytes of each], into the matrices of some ranks; rows have `row_bytes`."""
+    def put(self, block: Bytes, ranks: Sequence[int], place: Place) -> None:
+        """Put the next columns of a place, bytes [rows, bytes of each], into the matrices of some ranks."""
         for rank in ranks:
-            if rank not in self._open:
-                self._open[rank] = np.empty((len(block), row_bytes), np.uint8), 0
-            whole, first = self._open.pop(rank)
-            last = first + block.shape[1]
-            whole[:, first:last] = block
-            if last == row_bytes:
-                self._sink.put(whole, (rank,))
-            else:
-                self._open[rank] = whole, last
+            key = place.matrix, rank
+            if key not in self._open:
+                empty = np.empty((len(block), place.row_bytes), np.uint8)
+                self._open[key] = _Collected(empty, place.row_bytes)
+            self._open[key].add(block, place.first)
+            if not self._open[key].lacks:
+                self._sink.put(self._open.pop(key).whole, (rank,))
 
 
 def _hash_start(file: IO[bytes], digest: hashlib._Hash) -> None:

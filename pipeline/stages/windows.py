@@ -22,7 +22,7 @@ from pipeline.models.int4 import GROUP
 from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_heads, padded_vocab, q_heads_of, up_to
 from pipeline.sources.dequantise import dequantised
 from pipeline.sources.packed import PackedRef, Source
-from pipeline.stages.streams import Bytes
+from pipeline.stages.streams import Bytes, Place
 
 WINDOW_BYTES = 4 << 20
 
@@ -49,7 +49,7 @@ class ColumnRange:
 class Window:
     """Some rows of one tensor, read once: `real` rows from `source`, then zeros up to `rows`.
 
-    Where the packing turns them, they are columns of a matrix that has `across` columns on each rank (else 0).
+    Where the packing turns them, they are columns at a `place` of a matrix (else None).
     """
 
     source: Source
@@ -58,7 +58,7 @@ class Window:
     rows: int
     real: int
     parts: tuple[ColumnRange, ...]
-    across: int = 0
+    place: Place | None = None
 
     @property
     def width(self) -> int:
@@ -73,11 +73,6 @@ class Window:
         return self.rows * self.width * SAFETENSORS[self.source.dtype].size_bytes
 
     @property
-    def across_bytes(self) -> int:
-        """Bytes of a row of the matrix that the window is columns of."""
-        return self.across * SAFETENSORS[self.dtype].size_bytes
-
-    @property
     def stored_bytes(self) -> int:
         """Bytes that hold the window as stored, once for each part."""
         blocks = up_to(self.rows, BLOCK) // BLOCK
@@ -88,11 +83,11 @@ class Window:
 
 
 def windows(
-    spec: WeightSpec, source: Source, dtype: str, config: ModelConfig, tp: int, across: int = 0
+    spec: WeightSpec, source: Source, dtype: str, config: ModelConfig, tp: int, place: Place | None = None
 ) -> Iterator[Window]:  # fmt: skip
     """Cut one tensor into windows of whole blocks; each byte is read once, but for KV heads that many ranks need.
 
-    `across`: as in `Window`.
+    `place`: as in `Window`.
     """
     row_bytes = math.prod(spec.shape[1:]) * SAFETENSORS[source.dtype].size_bytes
     step = max(WINDOW_BYTES // row_bytes // BLOCK, 1) * BLOCK
@@ -100,7 +95,7 @@ def windows(
         for start in range(first, last, step):
             rows = min(step, last - start)
             real = max(min(rows, end - start), 0)
-            yield Window(source.rows(start, start + real), spec, dtype, rows, real, parts, across)
+            yield Window(source.rows(start, start + real), spec, dtype, rows, real, parts, place)
 
 
 Span = tuple[int, int, int, tuple[ColumnRange, ...]]
@@ -188,7 +183,7 @@ def _values(window: Window, data: Tensor) -> Tensor:
 
 def _packs_whole(window: Window, packing: Packing) -> bool:
     """Return whether packed columns are columns of the packed window; scales, padding and odd widths prevent that."""
-    if window.dtype in ("I8", INT4) or window.across or any(part.zeros for part in window.parts):
+    if window.dtype in ("I8", INT4) or window.place or any(part.zeros for part in window.parts):
         return False
     widths = {part.last - part.first for part in window.parts} | {window.width}
     shapes = [_packed_shape(window, packing, width) for width in widths]
@@ -204,7 +199,7 @@ def _packed(window: Window, weight: Tensor, out: Tensor, packing: Packing, scale
     """Return a weight as stored: bytes [rows or blocks, bytes of each], in `out` unless it is stored as it was read."""
     dtype = SAFETENSORS[window.dtype].as_torch()
     shape = packing.packed_shape(tuple(weight.shape), window.spec.kind, SAFETENSORS[window.dtype].name)
-    if shape != weight.shape or weight.dtype != dtype or window.across:
+    if shape != weight.shape or weight.dtype != dtype or window.place:
         stored = out[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
         packing.pack(weight, window.spec.kind, stored, scales)
         _refuse_overflow(stored, window)

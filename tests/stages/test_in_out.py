@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.graphs.packing import InOutPacking, PlainPacking
@@ -18,10 +20,10 @@ from pipeline.models.families import config_of
 from pipeline.models.weights import FUSED, HEAD
 from pipeline.plan.estimates import weight_bytes
 from pipeline.sources.derived import derive
-from pipeline.stages import windows
+from pipeline.stages import shard_files, windows
 from pipeline.stages.shard import shard
 from pipeline.stages.shard_files import ShardFile, write_shards
-from support.checkpoints import CONFIG, write_checkpoint
+from support.checkpoints import CONFIG, INDEX, write_checkpoint
 from support.range_s3 import running as running_s3
 from support.shards import in_out, opened, pair_of
 
@@ -93,9 +95,10 @@ def test_stored_weights_of_a_head_over_states_are_fused() -> None:
     assert found["fc.weight"].shape == (32, 3 * 32)
 
 
-def test_shard_of_a_stopped_build_is_continued(tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", [1, 3])
+def test_shard_of_a_stopped_build_is_continued(tmp_path: Path, files: int) -> None:
     """A matrix that was written in part is read again whole; what is written is not."""
-    write_checkpoint(tmp_path / "m", intermediate_size=6000)
+    write_checkpoint(tmp_path / "m", files=files, intermediate_size=6000)
     target = opened(tmp_path / "m", tmp_path)
     draft, seen = derive(target, (0,)), []
     models = pair_of(target, draft, tp=2)
@@ -115,18 +118,56 @@ def test_shard_of_a_stopped_build_is_continued(tmp_path: Path) -> None:
     assert seen[0][0] > 0
 
 
-def test_write_shards_from_a_store_equal_those_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys stand before queries in a file, so those alone are fetched twice."""
-    write_checkpoint(tmp_path / "m", files=2, vocab_size=3000)
+SPLIT = {
+    "model.layers.0.self_attn.k_proj.weight": 2, "model.layers.0.self_attn.v_proj.weight": 2,
+    "model.layers.1.mlp.up_proj.weight": 3,
+    **{f"model.layers.1.self_attn.{name}_proj.weight": 3 for name in "qkvo"}, "lm_head.weight": 2,
+}  # fmt: skip
+"""The file of tensors that are not in the first one: a file ends inside of `qkv_proj` and of `gate_up_proj`."""
+
+
+def stored(folder: Path, split: dict[str, int]) -> dict[str, bytes]:
+    """The files of a checkpoint that is cut into three; each begins with a tensor that is larger than a header."""
+    sizes = {"vocab_size": 3000, "hidden_size": 64, "intermediate_size": 6000}
+    weights = write_checkpoint(folder, **sizes)
+    table = {name: f"model-{split.get(name, 1):05}-of-00003.safetensors" for name in sorted(weights)}
+    (folder / "model.safetensors").unlink()
+    for file in sorted({*table.values()}):
+        save_file({name: one for name, one in weights.items() if table[name] == file}, folder / file, {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("split", "most_open", "is_once"),
+    [(SPLIT, None, True), ({}, None, True), (SPLIT, 0, False), ({}, 0, False)],
+    ids=["cut inside of matrices", "one file", "cut, none waits", "one file, none waits"],
+)
+def test_bytes_that_a_store_sends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: dict[str, int], most_open: int | None, is_once: bool
+) -> None:
+    """Keys stand before queries in a file, and parts of a matrix in two files: each byte is fetched once nevertheless.
+
+    Were no matrix to wait for its parts, some were fetched again: the shards would be the same.
+    """
+    if most_open is not None:
+        monkeypatch.setattr(shard_files, "MOST_OPEN", most_open)
+    files = stored(tmp_path / "m", split)
     here = opened(tmp_path / "m", tmp_path)
     with running_s3() as bucket:
         for name, value in (("ENDPOINT_URL", bucket.endpoint), ("ACCESS_KEY_ID", "id"), ("SECRET_ACCESS_KEY", "s"),
                             ("REGION", "us-east-1")):  # fmt: skip
             monkeypatch.setenv(f"AWS_{name}", value)
-        bucket.objects |= {f"models/m/{path.name}": path.read_bytes() for path in (tmp_path / "m").iterdir()}
+        bucket.objects |= {f"models/m/{name}": data for name, data in files.items()}
         target = opened("s3://bucket/models/m", tmp_path)  # type: ignore[arg-type]
         models = pair_of(target, here, tp=4, dtype="bfloat16", replicated=False)
         shards = write_shards(models, target, here, tmp_path / "out", packing=InOutPacking())
+    sent: Counter[str] = Counter()
+    for key, _, count in bucket.ranges:
+        sent[key.rpartition("/")[2]] += count
+    weights = {name: len(data) for name, data in files.items() if name.endswith(".safetensors")}
+    assert ({name: sent[name] for name in weights} == weights) is is_once
+    assert all(sent[name] >= size for name, size in weights.items())
     again = write_shards(models, here, here, tmp_path / "local", packing=InOutPacking())
     assert [file.sha256 for file in shards] == [file.sha256 for file in again]
 
