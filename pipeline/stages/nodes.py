@@ -165,8 +165,13 @@ def usable_node(settings: BackendSettings, expected: Mapping[str, str]) -> Backe
 
 
 def facts(settings: BackendSettings, backend: Backend) -> dict[str, str]:
-    """Return what must be equal on all machines of a build: the toolchain, and the code that shapes graphs."""
-    return backend.toolchain().as_dict() | {"code of Tandem": source_digest(package_of(settings))[:12]}
+    """Return what must be equal on all machines of a build: toolchain, flags, and the code that shapes graphs.
+
+    Flags have variables of the environment that change code: a node would compile under keys of its own.
+    """
+    code = {"code of Tandem": source_digest(package_of(settings))[:12]}
+    toolchain = backend.toolchain().as_dict()
+    return toolchain | {name: value for name, value in backend.flags().items() if name not in toolchain} | code
 
 
 def check_same(here: Mapping[str, str], node: Mapping[str, str]) -> None:
@@ -179,8 +184,11 @@ def check_same(here: Mapping[str, str], node: Mapping[str, str]) -> None:
     names = [name for name in {**here, **node} if here.get(name) != node.get(name)]
     if names:
         differences = "; ".join(f"{name}: {node.get(name)}, expected {here.get(name)}" for name in names)
-        fix = "give all nodes the image of the machine that runs the build; for other processors set `backend.isa`"
-        raise HostError(f"the node's toolchain differs: {differences}", where=f"node {platform.node()}", fix=fix)
+        image = "give all nodes the image and the variables of the machine that runs the build"
+        fix = f"{image}; for other processors set `backend.isa`"
+        raise HostError(
+            f"the node's toolchain or environment differs: {differences}", where=f"node {platform.node()}", fix=fix
+        )
 
 
 def _sent(job: Job) -> Job:

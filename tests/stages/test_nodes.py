@@ -13,6 +13,8 @@ import pytest
 
 from pipeline import build, extras
 from pipeline.backends.base import Toolchain, make_backend
+from pipeline.backends.neuron import support
+from pipeline.backends.neuron.backend import NeuronBackend
 from pipeline.cache import claims
 from pipeline.cache.local import Cache
 from pipeline.cache.remote import Remote
@@ -63,7 +65,8 @@ def test_check_same_names_every_difference():
     with pytest.raises(HostError) as raised:
         nodes.check_same(here, here | {"torch": "2.12.0", "cxx": "g++ 13.1.0"})
     assert raised.value.what == (
-        "the node's toolchain differs: torch: 2.12.0, expected 2.13.0; cxx: g++ 13.1.0, expected g++ 12.2.0"
+        "the node's toolchain or environment differs: torch: 2.12.0, expected 2.13.0; "
+        "cxx: g++ 13.1.0, expected g++ 12.2.0"
     )
 
 
@@ -95,6 +98,18 @@ def test_node_of_another_compiler_compiles_nothing(tmp_path, monkeypatch):
     with pytest.raises(HostError, match=r"torch: .*, expected 1\.0") as raised:
         nodes.compile_on_node(sent)
     assert raised.value.where == f"node {os.uname().nodename}"
+    assert not (tmp_path / "node").exists()
+
+
+def test_node_with_another_variable_that_changes_code_compiles_nothing(tmp_path, monkeypatch):
+    """It is a part of the key: the artifact would have other keys than a build of this machine, and wrong flags."""
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "node"))
+    monkeypatch.setattr(NeuronBackend, "preflight", lambda self: [])
+    backend = NeuronSettings(name="neuron", target="trn2")
+    sent = replace(job_of(backend, tmp_path), toolchain=nodes.facts(backend, make_backend(backend)))
+    monkeypatch.setitem(support.AT_START, "NEURON_FUSE_SOFTMAX", "1")
+    with pytest.raises(HostError, match=r"environment differs: env\.NEURON_FUSE_SOFTMAX: 1, expected None"):
+        nodes.compile_on_node(sent)
     assert not (tmp_path / "node").exists()
 
 

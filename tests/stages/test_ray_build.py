@@ -181,7 +181,9 @@ def test_node_with_another_toolchain_is_an_error(local, nodes, tmp_path):
     nodes.add({"ATEN_CPU_CAPABILITY": "default"}, resources={"neuronx-cc": 1})
     for node in before:
         nodes.cluster.remove_node(node)
-    with pytest.raises(HostError, match="the node's toolchain differs: isa: default, expected") as raised:
+    with pytest.raises(
+        HostError, match="the node's toolchain or environment differs: isa: default, expected"
+    ) as raised:
         run(on_ray(request, tmp_path, str(tmp_path / "shared"), validate=False))
     assert raised.value.where == f"node {os.uname().nodename}"
     assert not (tmp_path / "out").exists()
