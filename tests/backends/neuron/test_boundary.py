@@ -10,10 +10,13 @@ from pipeline.backends.neuron import support
 from pipeline.backends.neuron.backend import NeuronBackend, replica_group
 from pipeline.backends.neuron.boundary import Boundary, Place
 from pipeline.backends.neuron.hlo_messages import module_class, read_module
+from pipeline.cache.local import Cache
 from pipeline.errors import HostError
 from pipeline.graphs.signature import TensorSpec
 from pipeline.graphs.spec import GraphSpec
 from pipeline.recipe.backend_settings import NeuronSettings
+from pipeline.stages.compile import Job, cached, remember
+from support.neuron_graphs import phases
 from support.neuron_lane import environment, run
 from support.pairs import make_pair
 
@@ -85,14 +88,28 @@ def test_ids_and_groups_are_rewritten_for_older_readers():
     assert found.entry_computation_id == second.id
 
 
+XLA = STABLEHLO.model_copy(update={"frontend": "xla"})
+
+
 def test_frontends_share_no_key():
     """Each has its own packages in the toolchain, and the frontend is a flag; a loader's torch is not the tracer's."""
-    one, other = NeuronBackend(STABLEHLO), NeuronBackend(STABLEHLO.model_copy(update={"frontend": "xla"}))
-    keys = {cache_key(Traced(b"ir", None), backend.toolchain(), backend.flags()) for backend in (one, other)}
-    assert len(keys) == 2
+    one, other = NeuronBackend(STABLEHLO), NeuronBackend(XLA)
+    same = Traced(b"ir", None)
+    mixed = [cache_key(same, a.toolchain(), b.flags()) for a in (one, other) for b in (one, other)]
+    assert len({*mixed}) == 4  # the toolchain alone makes another key, and so do the flags
     assert one.flags()["frontend"] == "stablehlo"
     assert "torch" not in one.toolchain().versions
     assert {"torch-traced", "torch-mlir", "jaxlib", "neuronx-cc"} == one.toolchain().versions.keys()
+
+
+@pytest.mark.parametrize("spec", phases(4), ids=lambda spec: spec.name)
+def test_frontends_share_no_memo(spec, tmp_path):
+    """A memo names the key of a graph that is not traced again, here for every phase."""
+    pair = make_pair("some").shape
+    jobs = [Job(spec, pair, settings, tmp_path, tmp_path / "log") for settings in (STABLEHLO, XLA)]
+    Cache(tmp_path, "graphs").put("abc", b"graph")
+    remember(jobs[1], NeuronBackend(XLA), "abc")
+    assert [found and found.key for found in map(cached, jobs)] == [None, "abc"]
 
 
 GOOD = {"torch-traced": "2.13.0", "torch-mlir": "20261001", "jaxlib": "0.10.2", "neuronx-cc": "2.28.7631.0"}

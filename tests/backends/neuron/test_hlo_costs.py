@@ -1,11 +1,15 @@
 """What graphs of the StableHLO frontend cost, counted on their HLO: weights, sampling, memory (`make test-hlo`)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pipeline.backends.neuron import costs, module
+from pipeline.graphs.packing import InOutPacking
 from pipeline.graphs.spec import GraphSpec
-from pipeline.plan.estimates import MIB, scratch_bytes
+from pipeline.models.weights import local_heads
+from pipeline.plan.estimates import MIB, scratch_bytes, weight_bytes
 from support.neuron_graphs import LENGTH, OVER_STATES, arguments_of, make, phases, sums, weightless
 from support.pairs import empty_state
 
@@ -58,6 +62,38 @@ def test_intermediates_of_llama_70b_are_those_of_the_plan(backend):
         assert found.peak_bytes <= scratch_bytes(pair, spec, fused=False), spec.name
         if spec.phase != "score":  # whose logits of all positions only the gates read
             assert found.largest.bytes <= 256 * MIB, (spec.name, found.largest)
+
+
+def test_attention_of_a_prompt_is_half_of_the_square(backend):
+    """A block of queries reads the keys up to its own end. One layer's products: those of two less those of one."""
+    flops = []
+    for layers in (1, 2):
+        graphs, pair = weightless("llama-70b-spec", layers, 64)
+        spec = next(one for one in graphs if one.phase == "prefill" and one.tokens == one.kv == 12288)
+        flops.append(sum(costs.costs(backend.trace(spec, pair).program.hlo).dot_flops.values()))
+    linear = square = 0
+    for model in (pair.target, pair.draft):
+        heads = local_heads(model, 64)
+        features = (2 * heads + 2) * model.head_dim + 3 * model.intermediate // 64
+        linear += 2 * spec.tokens * model.hidden * features
+        square += 2 * 2 * spec.tokens * spec.kv * heads * model.head_dim
+    attention = flops[1] - flops[0] - linear
+    assert 0.5 * square <= attention <= 0.6 * square
+
+
+def test_draft_of_llama_70b_is_read_by_shares(backend):
+    """Six passes of the draft read under 2 GB of a rank's weights and caches; replicated, they read 14.8 GB."""
+    graphs, pair = weightless("llama-70b-spec", None, 64)
+    assert max(spec.draft_tokens for spec in graphs) == 6
+    pair = replace(pair, models=replace(pair.models, target=replace(pair.target, layers=1)))
+    read = [
+        costs.costs(backend.trace(GraphSpec("speculate", 1, k + 1, 12800, k), pair).program.hlo).read_bytes
+        for k in (1, 2)
+    ]
+    one_pass = read[1] - read[0]
+    caches = 2 * 2 * pair.draft.layers * 12800 * pair.draft.head_dim  # keys and values of one KV head, bfloat16
+    assert one_pass == pytest.approx(weight_bytes(pair.models, "draft", InOutPacking()) + caches, rel=0.02)
+    assert 6 * one_pass < 2e9
 
 
 @pytest.mark.parametrize("kv", [8, LENGTH])

@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from pipeline.backends.neuron import module
-from pipeline.backends.neuron.module import NeuronSeams, top_in_groups
+from pipeline.backends.neuron.module import NeuronSeams, top_in_groups, with_booleans, without_booleans
+from pipeline.graphs.packing import InOutPacking
+from pipeline.graphs.signature import signature
 from pipeline.models import blocks
 from pipeline.models.parallel import Seams, attend_up_to
+from support.neuron_graphs import arguments_of, phases
+from support.pairs import make_pair
 
 
 @pytest.mark.parametrize("kv", [0, 24])
@@ -47,3 +51,20 @@ def test_top_in_groups_is_that_of_the_whole_row(monkeypatch, size, count, most):
     wanted, wanted_indices = top(scores.flatten(0, 1), count)
     assert torch.equal(values.flatten(0, 1), wanted)
     assert torch.equal(indices.flatten(0, 1), wanted_indices)
+
+
+@pytest.mark.parametrize("spec", phases(4), ids=lambda spec: spec.name)
+def test_graphs_take_integers_in_place_of_booleans(spec):
+    """`active` and `prompted`, which a phase gets as booleans again: the runtime has no type of one bit."""
+    pair = make_pair("some").shape
+    io = signature(spec, pair, InOutPacking())
+    narrow = without_booleans(io)
+    dtypes = {one.name: one.dtype for one in narrow.arguments}
+    assert "bool" not in dtypes.values()
+    logical = {one.name for one in io.arguments if one.dtype == "bool"}
+    assert all(dtypes[name] == "int32" for name in logical)
+    given = {
+        name: torch.as_tensor(value).to(getattr(torch, dtypes[name]))
+        for name, value in arguments_of(spec, pair).items()
+    }
+    assert {name for name, tensor in with_booleans(given).items() if tensor.dtype == torch.bool} == logical
