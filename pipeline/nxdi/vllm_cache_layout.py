@@ -18,8 +18,8 @@ NKI = "nki"
 HLO, METADATA, COMPLETE = "graph.hlo", ".artifact_metadata_v0.json", ".compilation_complete"
 STABLEHLO = "module.mlir"
 Route = Literal["xla", "native"]
-GRAPHS: dict[str, Route] = {HLO: "xla", STABLEHLO: "native"}
-"""The compiler's input, and the route that wrote it."""
+GRAPHS: dict[str, Route] = {STABLEHLO: "native", HLO: "xla"}
+"""The compiler's input, and the route that wrote it; an entry with both is of the first."""
 
 KEY = re.compile(r"[0-9a-f]{32}")
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.compilation_metadata(\.lock)?|[0-9a-f]{32}\.(tmp|trash)\..*")
@@ -75,9 +75,8 @@ def entry_faults(entry: Path) -> Iterator[str]:
 
 
 def route_of(entry: Path) -> Route | None:
-    """Return the route that lowered the graph of an entry; None without a graph, or with one of each route."""
-    found = [route for name, route in GRAPHS.items() if _has_content(entry / name)]
-    return found[0] if len(found) == 1 else None
+    """Return the route that lowered the graph of an entry; None without a graph."""
+    return next((route for name, route in GRAPHS.items() if _has_content(entry / name)), None)
 
 
 def _has_content(path: Path) -> bool:

@@ -90,6 +90,7 @@ def _cache_facts(manifest: CacheManifest) -> dict[str, Any]:
         "kind": "compile cache of vLLM's Neuron plugin; complete, but not run by Tandem",
         "runs on": ", ".join(f"{key} {value}" for key, value in manifest.requires.items()),
         "filled by": " ".join(["vllm", "serve", *told.serve]),
+        "graphs": f"{told.keys}, of the {told.route} route",
         "compiler flags": "; ".join(told.flags),
         "size": f"{manifest.size_bytes / (1 << 20):,.1f} MiB",
         "versions": ", ".join(f"{key} {value}" for key, value in manifest.toolchain.items()),

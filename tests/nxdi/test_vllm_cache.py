@@ -236,7 +236,9 @@ def test_install_refuses_an_artifact_of_another_kind(tmp_path):
 
 def test_other_commands_know_the_kind(packed):
     manifest = read(packed).manifest
-    assert "vllm serve some/model" in body(manifest, {"": manifest})
+    card = body(manifest, {"": manifest})
+    assert "vllm serve some/model" in card
+    assert "2, of the xla route" in card
     assert listed_places([packed]) == []
     with pytest.raises(InputError, match="a compile cache"):
         load(packed)

@@ -163,8 +163,12 @@ def test_pack_refuses_when_an_expected_graph_is_missing(cache, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_native_route_has_another_graph_file(tmp_path):
+@pytest.mark.parametrize("more", [(), (HLO,)])
+def test_native_route_has_another_graph_file(tmp_path, more):
     cache = fake_cache(tmp_path / "native", STABLEHLO)
+    for key in KEYS:
+        for name in more:
+            (cache / CACHE_FOLDER / key / name).write_text("HLO of the same graph")
     manifest = pack(cache, tmp_path / "out", "native-cache", RUN)
     assert manifest.backend.route == "native"
     assert f"{CACHE_FOLDER}/{KEYS[0]}/{STABLEHLO}" in manifest.files
