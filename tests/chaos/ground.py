@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chaos import server
 from chaos.operations import OPERATIONS, Operation, add_build, make_template
 from chaos.scenario import Case, Scenario, play
 from chaos.world import World
@@ -24,6 +25,7 @@ class Ground:
     folder: Path
     results: dict[tuple[str, ...], tuple[object, int]] = field(default_factory=dict)
     templates: dict[bool, Path] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
 
     def template(self, with_build: bool) -> Path:
         """Return a template, made once."""
@@ -58,6 +60,17 @@ class Ground:
             self.results[key] = last.result(world), steps
         return self.results[key]
 
+    def requests(self, operation: Operation) -> int:
+        """Return the number of requests of an undisturbed command whose registry is on a server."""
+        if operation.name not in self.counted:
+            world = self.world(operation)
+            with server.running(world.root) as proxy:
+                world.environ.update(server.environ(proxy.endpoint))
+                done = world.run(server.command(operation.command, world))
+                assert done.status == 0, f"{operation.name} on a server, undisturbed: {done.said}"
+                self.counted[operation.name] = len(proxy.log)
+        return self.counted[operation.name]
+
     def play(self, scenario: Scenario, step: int | None = None) -> int:
         """Play a scenario; returns the step of the disturbance."""
         own = scenario.operation
@@ -66,6 +79,8 @@ class Ground:
         if scenario.disturbance == "stop":
             orders = ((own.name, scenario.rival), (scenario.rival, own.name))
             expected = [self.undisturbed(own, *names)[0] for names in orders]
+        if scenario.disturbance.startswith("server-"):
+            steps = self.requests(own)
         step = step or 1 + int(scenario.at * steps)
         play(Case(scenario, self.world(own), step, tuple(expected)))
         return step

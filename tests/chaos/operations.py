@@ -24,6 +24,8 @@ VERSIONS = ("1", "2", "3")
 
 ALIAS = "prod"
 HOUR_S = 4000.0
+SERVED = ("artifacts", "pulled", "small")
+"""Where `tandem serve` pulls the release to."""
 LOST_BLOB = "ab" + "0" * 62
 
 
@@ -100,6 +102,14 @@ def check_pulled(world: World) -> None:
     assert small.digests(world.path("pulled")) in known
 
 
+def check_served(world: World) -> None:
+    """What a server would open is absent, or a whole release."""
+    check_registry(world)
+    if world.path(*SERVED).exists():
+        verify(world.path(*SERVED))
+        assert served_of(world) in [small.digests(world.path("artifacts", version)) for version in VERSIONS]
+
+
 def check_built(world: World) -> None:
     """The artifact is absent, or whole."""
     if world.path("out").exists():
@@ -124,6 +134,10 @@ def pulled_of(world: World) -> object:
     return small.digests(world.path("pulled"))
 
 
+def served_of(world: World) -> object:
+    return small.digests(world.path(*SERVED))
+
+
 def built_of(world: World) -> object:
     return tiny_build.same_parts(world.path("out"))
 
@@ -140,12 +154,13 @@ OPERATIONS = {
                   registry_of),
         Operation("yank", ("yank", "registry/small@1", "--reason", "bad"), check_registry, registry_of),
         Operation("gc", ("gc", "registry"), check_registry, registry_of),
+        Operation("serve", ("serve", f"registry/small@{ALIAS}", "--json"), check_served, served_of),
         Operation("build", BUILD, check_built, built_of, needs_build=True, has_workers=True),
         Operation("push", (*BUILD, "--remote-cache", "shared", "--push-cache"), check_built, built_of, needs_build=True,
                   has_workers=True),
     )
 }  # fmt: skip
-"""`serve` is not among them: vLLM has an environment of its own."""
+"""`serve` ends where vLLM would start: `tests/serve/test_vllm.py` and `benchmarks/soak_chaos.py` end real servers."""
 
 
 def an_hour_later(world: World) -> None:

@@ -11,12 +11,25 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
-from chaos.operations import OPERATIONS, VERSIONS, Operation, an_hour_later, check_registry, leftovers
+from chaos import server
+from chaos.operations import (
+    OPERATIONS,
+    SERVED,
+    VERSIONS,
+    Operation,
+    an_hour_later,
+    check_built,
+    check_registry,
+    leftovers,
+)
 from chaos.world import NOTHING, Done, Plan, World
 from pipeline.files.unfinished import TEMP, _host
+from support import fault_proxy
 from support import small_artifacts as small
+from support.fault_proxy import Fault
 
 BUG = 70
 MOUNTED_BYTES = 256 << 20
@@ -26,7 +39,8 @@ WAITED_S = 3.0
 WORKER_STEPS = 60
 RIVALS = {
     "publish": ("gc", "set", "pull"), "pull": ("gc", "set", "yank"), "set": ("gc", "publish"), "rollback": ("gc",),
-    "yank": ("gc", "publish"), "gc": ("set", "publish"), "build": ("gc",), "push": ("gc",),
+    "yank": ("gc", "publish"), "gc": ("set", "publish"), "serve": ("gc", "set", "yank"), "build": ("gc",),
+    "push": ("gc",),
 }  # fmt: skip
 """Commands that run while another one is stopped: both succeed in any order."""
 
@@ -63,7 +77,7 @@ class Case:
 
     def run(self, plan: Plan = NOTHING, meanwhile: Callable[[], None] = lambda: None) -> Done:
         """Run the command, then look at what a reader sees."""
-        done = self.world.run(self.operation.command, plan, meanwhile)
+        done = self.world.run(server.command(self.operation.command, self.world), plan, meanwhile)
         assert done.status != BUG, f"the command calls its error a bug:\n{done.said}"
         assert "Traceback" not in done.said or done.status in (130, -signal.SIGINT), done.said
         self.operation.check(self.world)
@@ -86,10 +100,12 @@ def of_seed(seed: int, only: str = "") -> Scenario:
 
 def fits(disturbance: str, operation: Operation) -> bool:
     """Return whether a disturbance can meet an operation."""
+    if disturbance.startswith("server-"):
+        return operation.name != "build" and find_spec("obstore") is not None
     if disturbance == "worker":
         return operation.has_workers
     if disturbance == "damaged":
-        return operation.name in ("pull", "build", "push")
+        return operation.name in ("pull", "serve", "build", "push")
     if disturbance == "damaged-registry":
         return not operation.needs_build
     return may_mount() or disturbance not in ("full", "read-only")
@@ -229,15 +245,16 @@ def damaged_registry(case: Case) -> None:
     done = case.world.run(case.operation.command)
     assert done.status != BUG, f"{path}: {done.said}"
     assert "Traceback" not in done.said, done.said
-    if case.world.path("pulled").exists() and case.operation.name == "pull":
-        assert _known(case.world), f"{path}: wrong bytes were pulled"
+    assert _all_known(case.world), f"{path}: wrong bytes were pulled"
     shutil.rmtree(registry)
     copy.rename(registry)
 
 
-def _known(world: World) -> bool:
-    found = small.digests(world.path("pulled"))
-    return found in [small.digests(world.path("artifacts", version)) for version in VERSIONS]
+def _all_known(world: World) -> bool:
+    """Return whether each pulled artifact is a whole release."""
+    pulled = [path for path in (world.path("pulled"), world.path(*SERVED)) if path.exists()]
+    releases = [small.digests(world.path("artifacts", version)) for version in VERSIONS]
+    return all(small.digests(path) in releases for path in pulled)
 
 
 def _damage(case: Case, folders: list[Path]) -> str:
@@ -289,11 +306,64 @@ def stale(case: Case) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def server_fails(case: Case) -> None:
+    """A few requests fail, one way or another, or their answers are slow: the command ends well."""
+    kind = case.scenario.chance.choice(("500", "503", "reset", "lost", "cut", "slow"))
+    with on_server(case, Fault(".", kind, times=2, skip=case.step - 1, seconds=2.0)) as proxy:
+        done = case.run()
+        assert done.status == 0, f"{proxy.met}: {done.said}"
+        assert proxy.met, "no request met the fault"
+        proxy.faults = []
+        recover(case)
+
+
+def server_away(case: Case) -> None:
+    """The server is away from a request on, for longer than a command waits; then it is there again."""
+    with on_server(case, Fault(".", "reset", times=1 << 30, skip=case.step - 1)) as proxy:
+        case.run()
+        assert proxy.met, "no request met the fault"
+        proxy.faults = []
+        recover(case)
+
+
+def server_lies(case: Case) -> None:
+    """An answer has a flipped bit, is cut, or is 404: no reader gets wrong bytes, and no release is lost."""
+    chance, registry = case.scenario.chance, case.world.registry
+    kind, copy = chance.choice(("wrong", "short", "404")), registry.with_name("registry-copy")
+    shutil.copytree(registry, copy)
+    with on_server(case, Fault("^GET", kind, skip=chance.randrange(case.step), at=chance.random())) as proxy:
+        done = case.world.run(server.command(case.operation.command, case.world))
+        assert done.status != BUG, f"{proxy.met}: {done.said}"
+        assert "Traceback" not in done.said, done.said
+        assert _all_known(case.world), f"{proxy.met}: wrong bytes were pulled"
+        check_registry(case.world)
+        if case.operation.needs_build:
+            check_built(case.world)
+        proxy.faults = []
+        shutil.rmtree(registry)  # moves of an alias have no digest: its history may be wrong
+        copy.rename(registry)
+        recover(case)
+
+
+@contextlib.contextmanager
+def on_server(case: Case, fault: Fault) -> Iterator[fault_proxy.Proxy]:
+    """Let the registry and the shared cache of a world be on a server with a fault."""
+    with server.running(case.world.root) as proxy:
+        proxy.faults = [fault]
+        case.world.environ.update(server.environ(proxy.endpoint))
+        yield proxy
+
+
 DISTURBANCES: dict[str, Callable[[Case], None]] = {
     "kill": killed, "term": killed, "interrupt": killed, "stop": paused, "enospc": failing, "eio": failing,
     "erofs": failing, "slow": slow, "future": clock, "past": clock, "twice": twice, "worker": worker, "full": full,
     "read-only": read_only, "damaged": damaged, "damaged-registry": damaged_registry, "stale": stale,
+    "server-fails": server_fails, "server-away": server_away, "server-lies": server_lies,
 }  # fmt: skip
+
+
+RECOVERED = ("full", "read-only", "server-fails", "server-away", "server-lies")
+"""Disturbances that recover themselves, before their disk or server is gone."""
 
 
 def recover(case: Case) -> None:
@@ -303,7 +373,7 @@ def recover(case: Case) -> None:
     assert done.status == 0, f"the next run fails:\n{done.said}"
     found = case.operation.result(case.world)
     assert found in case.expected, f"another result than undisturbed: {found} instead of {case.expected}"
-    after = case.world.run(("gc", "registry"))
+    after = case.world.run(server.command(("gc", "registry"), case.world))
     assert after.status == 0, after.said
     check_registry(case.world)
     assert not (left := leftovers(case.world)), f"left behind: {left}"
@@ -317,5 +387,5 @@ def play(case: Case) -> None:
 
     """
     DISTURBANCES[case.scenario.disturbance](case)
-    if not os.path.ismount(case.world.root):
+    if case.scenario.disturbance not in RECOVERED:
         recover(case)

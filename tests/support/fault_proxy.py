@@ -21,8 +21,9 @@ PIECE_BYTES = 64 << 10
 class Fault:
     """What happens to requests whose `METHOD /path` matches, `times` times after the first `skip`.
 
-    `kind`: a status ("503"), "cut" (half of the body, then a reset), "wrong" (a flipped bit), "slow" (seconds), "reset"
-    (no answer), or "lost" (the request is carried out, but its answer never comes).
+    `kind`: a status ("503"), "cut" (half of the body, then a reset), "short" (half of the body, as if it were whole),
+    "wrong" (a flipped bit, at a share of the body), "slow" (seconds), "reset" (no answer), or "lost" (the request is
+    carried out, but its answer never comes).
     """
 
     pattern: str
@@ -31,17 +32,22 @@ class Fault:
     skip: int = 0
     body: bytes = b""
     seconds: float = 0.2
+    at: float = 0.0
 
 
 @dataclass
 class Proxy:
-    """Where it is, what it breaks, and what it saw. `dropped_headers` of requests (small letters) do not pass."""
+    """Where it is, what it breaks, and what it saw; `met`: the requests that met a fault.
+
+    `dropped_headers` of requests (small letters) do not pass.
+    """
 
     upstream: str
     endpoint: str = ""
     faults: list[Fault] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     broken: int = 0
+    met: list[str] = field(default_factory=list)
     sent_bytes: int = 0
     dropped_headers: tuple[str, ...] = ()
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -56,6 +62,7 @@ class Proxy:
                         continue
                     fault.times -= 1
                     self.broken += 1
+                    self.met.append(f"{fault.kind} for request {len(self.log)}: {line}")
                     return fault
         return None
 
@@ -135,13 +142,17 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data)
             return
+        is_short = fault is not None and fault.kind == "short"
+        length = str(int(length or 0) // 2) if is_short else length
         self.send_header("Content-Length", length or "0")
         self.end_headers()
         left = int(length or 0) if self.command != "HEAD" else 0
+        flips = max(1, int(left * (1 - fault.at))) if fault is not None and fault.kind == "wrong" else -1
         stop = left // 2 if fault is not None and fault.kind == "cut" else -1
         while left and (piece := answer.read(min(left, PIECE_BYTES))):
-            if fault is not None and fault.kind == "wrong":
-                piece, fault = bytes([piece[0] ^ 1]) + piece[1:], None
+            if left >= flips > left - len(piece):
+                at = left - flips
+                piece = piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]
             if left - len(piece) < stop:
                 self.wfile.write(piece[: len(piece) // 2])
                 self.hang_up()
