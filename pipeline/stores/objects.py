@@ -171,11 +171,14 @@ class ObjectStore:
         self.bucket.check()
         with collecting(self.bucket) as time_left:
             blobs = list(self.bucket.list("blobs"))
+            stored = {blob.key.rpartition("/")[2] for blob in blobs}
             keep: set[str] = set()
             for name, version in self._releases("releases"):
                 yank = self.read_yank(name, version)
                 if yank is None or not yank.retired:
-                    keep |= reachable(self.read_release(name, version) or b"")
+                    used = reachable(self.read_release(name, version) or b"")
+                    self._check_stored(f"{name}@{version}", used - stored)
+                    keep |= used
             unused = [blob for blob in blobs if blob.key.rpartition("/")[2] not in keep]
             removed = freed = 0
             for blob in unused:
@@ -185,6 +188,18 @@ class ObjectStore:
                     self.bucket.delete(blob.key)
                 removed, freed = removed + 1, freed + blob.size
         return Removed(removed, freed, len(blobs) - removed)
+
+    def _check_stored(self, release: str, missing: set[str]) -> None:
+        """Reject a manifest that names blobs which are not listed: it, or the list, may have changed on its way.
+
+        Raises:
+            CorruptError: blobs are missing.
+
+        """
+        if missing:
+            what = f"{release} names blob {min(missing)}, which is not in the registry; nothing is removed"
+            fix = "run the command again; if the blob is lost, publish the release again"
+            raise CorruptError(what, where=self.bucket.where, fix=fix)
 
     def _releases(self, below: str) -> Iterator[tuple[str, str]]:
         for entry in self.bucket.list(below):

@@ -54,6 +54,20 @@ def test_collect_keeps_what_releases_reach(made, url, tmp_path):
     assert small.digests(pull(f"{url}/small@{version}", tmp_path / "p", cache=tmp_path / "c")) == small.digests(made)
 
 
+def test_collect_stops_at_a_manifest_with_a_changed_digest(made, url):
+    """One changed digit of a digest, at rest or on the way, and the blob that it named was removed as unused."""
+    publish(made, url)
+    before = sorted(Path(url).glob("blobs/sha256/*/*"))
+    (path,) = Path(url).glob("releases/*/*/manifest.json")
+    whole, digest = path.read_text(), before[0].name
+    path.write_text(whole.replace(digest, digest[:-1] + ("0" if digest[-1] != "0" else "1")))
+    with pytest.raises(ArtifactError, match="which is not in the registry; nothing is removed"):
+        registry.collect(url)
+    assert sorted(Path(url).glob("blobs/sha256/*/*")) == before
+    path.write_text(whole)
+    assert registry.collect(url).blobs == 0
+
+
 def test_collect_stops_at_a_manifest_it_cannot_read(made, url):
     """What a damaged manifest reaches is not known, so nothing is removed."""
     leave_blobs(made, url)
