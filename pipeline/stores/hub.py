@@ -154,9 +154,9 @@ class HubStore:
         return count
 
     def names(self) -> list[str]:
-        """Return the repositories of the organisation that carry our tag."""
+        """Return the repositories of the organisation that carry our tag; of one repository, its name if it has tags."""
         if self.only is not None:
-            return [self.only]
+            return [self.only] if self.versions(self.only) else []
         with self.hub.explained(self.org):
             models = self.hub.api.list_models(author=self.org, filter=TAG)
             return sorted(model.id.rpartition("/")[2] for model in models)
