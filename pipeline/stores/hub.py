@@ -154,7 +154,7 @@ class HubStore:
         return count
 
     def names(self) -> list[str]:
-        """Return the repositories of the organisation that carry our tag; of one repository, its name if it has tags."""
+        """Return the repositories of the organisation that carry our tag; of one repository, its name if tagged."""
         if self.only is not None:
             return [self.only] if self.versions(self.only) else []
         with self.hub.explained(self.org):

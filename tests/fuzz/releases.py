@@ -20,6 +20,7 @@ from pipeline.registry.release import Index, all_files, choose, digest_of, parse
 from pipeline.registry.releases import target_of
 from pipeline.stores.folder import FolderBucket
 from pipeline.stores.objects import ObjectStore
+from pipeline.stores.promotions import promotions_of
 from pipeline.stores.yanks import yank_of
 from pipeline.validate.report import schema
 from support.paths import ROOT
@@ -106,6 +107,11 @@ def pulled_target(folder: Path) -> Callable[[bytes], object]:
         pull_record(folder, SIGNED)
 
     return read
+
+
+def promotion_target(folder: Path) -> Callable[[bytes], object]:
+    """The record of a release's promotions."""
+    return lambda data: promotions_of(data, KEY, "/srv/registry/small@1")
 
 
 def report_target(folder: Path) -> Callable[[bytes], object]:

@@ -76,3 +76,9 @@ def request_target(folder: Path) -> Callable[[bytes], object]:
         )
 
     return read
+
+
+def schema_target(folder: Path) -> Callable[[bytes], object]:
+    """The JSON schema of a request, and the first tokens of an answer."""
+    grammars = Grammars(TOKENIZER.read_text(encoding="utf-8"), VOCABULARY, [2])
+    return lambda data: grammars.of_schema(data.decode(errors="replace")).masks([3, 4])

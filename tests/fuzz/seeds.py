@@ -367,11 +367,12 @@ def of_servers() -> Iterator[tuple[str, bytes]]:
 
 def main() -> None:
     from fuzz.registry_seeds import of_registries  # which imports from here
+    from fuzz.tool_seeds import of_tools
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = [*of_documents(), *of_releases(folder), *of_checkpoints(), *of_graphs(), *of_servers()]
-        found += of_registries(folder)
+        found += [*of_registries(folder), *of_tools(folder)]
         if "--report" in sys.argv:  # takes a while
             found.append(("report/valid.json", report(folder / "report")))
         for path, data in found:

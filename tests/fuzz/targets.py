@@ -58,6 +58,7 @@ TARGETS = {
         ("provenance", "json", "releases", "a provenance statement, and a policy's check of its builder"),
         ("signature", "json", "releases", "a signature by model-signing"),
         ("pulled", "json", "releases", "the record of a pull"),
+        ("promotion", "json", "releases", "the record of a release's promotions"),
         ("report", "json", "releases", "the report of the gates"),
         ("shared", "json", "releases", "an entry of the shared cache"),
         ("config", "json", "checkpoints", "`config.json` of a checkpoint"),
@@ -83,6 +84,11 @@ TARGETS = {
         ("login", "json", "registries", "the file of registry credentials"),
         ("archive", "bytes", "registries", "a file that `tandem load` loads"),
         ("request", "json", "requests", "a request to the server: messages, schema, extra arguments, options"),
+        ("schema", "json", "requests", "the JSON schema of a request"),
+        ("public_head", "json", "tools", "config and tensors of a head that a public tool wrote"),
+        ("init", "json", "tools", "the config from which `tandem init` writes a recipe"),
+        ("tokenizer_parts", "bytes", "tools", "older forms of a tokenizer; the first byte selects the file"),
+        ("vllm_cache", "lines", "tools", "metadata, mark, command and kernel of a compile cache, with NULs between"),
     )
 }
 
