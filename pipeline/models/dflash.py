@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import SourceError
 from pipeline.models.config import Eagle3, TapIds, TapMeaning
-from pipeline.models.eagle3_writers import Writer, architectures, checked_ids, overrides
+from pipeline.models.eagle3_writers import Writer, architectures, checked_ids, overrides, size_of
 from pipeline.models.fields import Fields, is_int, shown
 from pipeline.models.layer_types import SLIDING
 from pipeline.models.weights import FC
@@ -87,10 +87,9 @@ def description(fields: Fields, tensors: Mapping[str, Sequence[int]]) -> Eagle3:
     target_hidden = fields.optional_size("target_hidden_size") or fields.size("hidden_size")
     written = _taps(fields)
     count = len(written.ids) if written is not None else 3
-    if FC in tensors and tensors[FC][1] != count * target_hidden:
-        what = (
-            f"fc.weight reads {tensors[FC][1]} values, target_hidden_size={target_hidden}, but {count} layers are read"
-        )
+    width = size_of(fields, tensors, FC, 1) if FC in tensors else count * target_hidden
+    if width != count * target_hidden:
+        what = f"fc.weight reads {width} values, target_hidden_size={target_hidden}, but {count} layers are read"
         raise SourceError(what, where=fields.where, fix="list one layer for each state that fc reads: draft.taps")
     return Eagle3(
         target_hidden=target_hidden,

@@ -131,7 +131,7 @@ def _tap_count(fields: Fields, tensors: Shapes, written: TapIds | None, target_h
     listed = len(written.ids) if written is not None else 0
     stated = fields.config.get("num_aux_hidden_states")
     count = listed or (stated if isinstance(stated, int) else 0) or TAPS
-    width = tensors[FC][1] if FC in tensors else count * target_hidden
+    width = writers.size_of(fields, tensors, FC, 1) if FC in tensors else count * target_hidden
     if width == count * target_hidden:
         return count
     if width % target_hidden or listed:
@@ -150,8 +150,8 @@ def _draft_vocab(fields: Fields, tensors: Shapes) -> int | None:
     """
     size, vocab = fields.optional_size("draft_vocab_size"), fields.size("vocab_size")
     if not tensors or D2T in tensors:
-        return size or (tensors[D2T][0] if D2T in tensors else None)
-    rows = tensors[HEAD][0] if HEAD in tensors else vocab
+        return size or (writers.size_of(fields, tensors, D2T, 0) if D2T in tensors else None)
+    rows = writers.size_of(fields, tensors, HEAD, 0) if HEAD in tensors else vocab
     if T2D in tensors and rows < vocab:
         return size or rows
     if size is not None and size != vocab:

@@ -6,7 +6,7 @@ a switch that is left out is on in one and off in another. This module has all o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pipeline.errors import SourceError
@@ -101,6 +101,21 @@ def options_of(fields: Fields) -> Mapping[str, Any]:
 
 def _unsupported(fields: Fields, key: str, value: Any) -> SourceError:
     return fields.error(key, value, "a head with this option is not supported", "use a head without it")
+
+
+def size_of(fields: Fields, tensors: Mapping[str, Any], name: str, dimension: int) -> int:
+    """Return the size of a dimension of a head's tensor.
+
+    Raises:
+        SourceError: the tensor has fewer dimensions.
+
+    """
+    shape = tensors[name]
+    sizes = list(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else []
+    if dimension >= len(sizes) or not is_int(sizes[dimension]):
+        what = f"{name} has the shape {shown(shape)}, without dimension {dimension}"
+        raise SourceError(what, where=fields.where, fix="download the head again")
+    return int(sizes[dimension])
 
 
 def written_taps(fields: Fields) -> TapIds | None:

@@ -67,8 +67,9 @@ def entry_faults(entry: Path) -> Iterator[str]:
     if absent:
         return
     recorded = re.search(rb"^neff_size:([0-9]+)$", (entry / COMPLETE).read_bytes(), re.MULTILINE)
-    if recorded and int(recorded[1]) != neff.stat().st_size:
-        yield f"{key}: {neff.name} has {neff.stat().st_size} bytes, {COMPLETE} records {int(recorded[1])}"
+    size, stated = str(neff.stat().st_size), recorded[1].decode().lstrip("0") if recorded else ""
+    if recorded and stated != size:
+        yield f"{key}: {neff.name} has {size} bytes, {COMPLETE} records {stated[:20]}"
     metadata_key = _json(entry / METADATA).get("cache_key")
     if metadata_key != key:
         yield f"{key}: {METADATA} has the key {metadata_key!r}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError, RecipeError
+from pipeline.errors import InputError, RecipeError, SourceError
 from pipeline.measure.buckets import KV_MULTIPLE, PREFILL_MULTIPLE
 from pipeline.measure.traffic import Room, read_traffic
 from pipeline.measure.traffic_buckets import graphs_per_bucket, propose
@@ -27,6 +27,9 @@ CPU_KV, NEURON_KV = 2048, 4096
 
 PREFILL_SHARES = (16, 4)
 """Prefill buckets of a first recipe: these parts of the kv bucket."""
+
+LEAST_LENGTH = 4
+"""Positions of the shortest cache that holds a prompt and an answer of the gates."""
 
 CANDIDATES = 256
 ANSWER = 32
@@ -84,10 +87,14 @@ def choose(pair: Pair, chip: ChipName | None, traffic: Path | None) -> Chosen:
     """Return the values of a recipe: on a Neuron chip, or else on a CPU.
 
     Raises:
+        SourceError: the models are too short for a prompt and an answer.
         RecipeError: no number of ranks fits; the problems of the largest.
         InputError: a file of traffic that cannot be used.
 
     """
+    if pair.limit < LEAST_LENGTH:
+        what = f"found models of {pair.limit} positions, expected at least {LEAST_LENGTH}"
+        raise SourceError(what, where=str(pair.target.root), fix="check max_position_embeddings in config.json")
     backend, dtype = _backend(chip), _dtype(pair.target, chip)
     sampling, shapes = _sampling(pair, chip), _shapes(pair, chip)
     chosen = pair.base | backend | dtype | sampling | shapes | _gates(pair, shapes)

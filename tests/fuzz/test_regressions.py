@@ -26,6 +26,17 @@ def changed(name: str, **changes: object) -> bytes:
     return json.dumps(json.loads((CORPUS / name).read_bytes()) | changes).encode()
 
 
+def head(name: str, **changes: object) -> bytes:
+    """A head of the corpus with other shapes; None removes a field of its config."""
+    found = json.loads((CORPUS / f"public_head/valid-{name}.json").read_bytes())
+    for key, value in changes.items():
+        if value is None:
+            del found["config"][key]
+        else:
+            found["tensors"][key] = value
+    return json.dumps(found).encode()
+
+
 def safetensors(entry: object) -> bytes:
     header = json.dumps({"a": entry}).encode()
     return struct.pack("<Q", len(header)) + header
@@ -95,6 +106,17 @@ FAULTS = {
         "head", changed("head/dflash.json", dflash_config={"mask_token_id": [1], "target_layer_ids": [1, 2]}), "mask"),
     "generation: OverflowError for 400 digits": (
         "generation", b'{"temperature": 1%s}' % (b"0" * 400), "temperature"),
+    "head of SpecForge: IndexError for an fc of no dimensions": (
+        "public_head", head("specforge", **{"fc.weight": []}), "without dimension 1"),
+    "head of speculators: IndexError for a map of no dimensions": (
+        "public_head", head("speculators", d2t=[], draft_vocab_size=None), "without dimension 0"),
+    "DFlash draft: IndexError for an fc of one dimension": (
+        "public_head", head("speculators-dflash", **{"fc.weight": [64]}), "without dimension 1"),
+    "init: ValidationError for a target of one position": (
+        "init", changed("init/valid-llama.json", max_position_embeddings=1), "expected at least 4"),
+    "vLLM's cache: ValueError for a size of 5,000 digits": (
+        "vllm_cache", (CORPUS / "vllm_cache/valid.bin").read_bytes().replace(b"size:4", b"size:" + b"9" * 5000),
+        "records"),
     "io.json: KeyError": ("signature_of_graph", b'{"weights": []}', "damaged signature"),
     "neff: KeyError in the boundary": (
         "neff", (CORPUS / "neff/valid-boundary.zip").read_bytes().replace(b'"kind"', b'"kine"'), "not a graph file"),
