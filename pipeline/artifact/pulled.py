@@ -1,4 +1,4 @@
-"""`pulled.json`: where an artifact on disk was pulled from, which part, and the verdict on its signature. Checks none.
+"""`pulled.json`: where an artifact on disk was pulled from, which part, its promotions, the verdict on its signature.
 
 `pull` writes the record into the artifact's folder. It names the sha256 of the manifest that was pulled, so the record
 of one artifact is none of another. A policy selects its rule by the recorded reference, on disk as at the pull. Who can
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
@@ -19,6 +19,18 @@ from pipeline.files.limits import AGAIN
 from pipeline.records import Record
 
 MAX_RECORD_BYTES = 64 << 10
+Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+
+
+class Promoted(Record):
+    """A copy that brought the release into its registry, as the record there lists it. The record is not signed."""
+
+    source: Text
+    destination: Text
+    when: Text
+    who: Text
+    builder: Text
+    run: Text = ""
 
 
 class PullRecord(Record):
@@ -30,10 +42,14 @@ class PullRecord(Record):
     manifest_sha256: str = Field(description="SHA-256 of the manifest that was pulled")
     signer: str | None = Field(description="signer that the pull's policy accepted; null: no signature was required")
     only: tuple[str, ...] | None = Field(default=None, description="patterns of the pulled part; null: all files")
+    promotions: tuple[Promoted, ...] = Field(default=(), description="copies of the release, the oldest first")
 
     def dump(self) -> bytes:
-        """Return the record's bytes; equal records give equal bytes."""
-        return self.model_dump_json(indent=1).encode() + b"\n"
+        """Return the record's bytes, without the oldest promotions beyond the limit; equal records give equal bytes."""
+        data = self.model_dump_json(indent=1).encode() + b"\n"
+        if len(data) <= MAX_RECORD_BYTES or not self.promotions:
+            return data
+        return self.model_copy(update={"promotions": self.promotions[1:]}).dump()
 
 
 def pull_record(root: Path, manifest: bytes) -> PullRecord | None:

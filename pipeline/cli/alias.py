@@ -7,12 +7,14 @@ from dataclasses import asdict
 import click
 
 from pipeline.cli.console import Console
+from pipeline.cli.facts import copied_words
 from pipeline.cli.groups import Group
 from pipeline.cli.options import as_json
 from pipeline.cli.results import print_json, print_result, print_table
 from pipeline.cli.tables import Table
 from pipeline.cli.words import moment, pointer
 from pipeline.registry.aliases import check_name, history, list_aliases, roll_back, set_alias
+from pipeline.registry.promotions import promotions_by_version
 from pipeline.registry.releases import parse_reference
 
 
@@ -54,14 +56,22 @@ def alias_list(console: Console, reference: str, json_: bool) -> None:
 @click.argument("reference")
 @as_json
 def alias_history(reference: str, json_: bool) -> None:
-    """List the releases that an alias has pointed at, newest first. REFERENCE is REGISTRY/NAME@ALIAS."""
+    """List the releases that an alias has pointed at, newest first. REFERENCE is REGISTRY/NAME@ALIAS.
+
+    "copied from" names the last `tandem copy` or `tandem load` that brought a release here; --json has all of them.
+    """
     ref = parse_reference(reference)
     moves = history(ref.url, ref.name, ref.wanted).moves
+    copies = promotions_by_version(ref.url, ref.name, (move.version for move in moves))
     if json_:
-        print_json([asdict(move) for move in moves])
+        print_json([asdict(move) | {"copies": [asdict(each) for each in copies[move.version]]} for move in moves])
         return
-    rows = [(move.version, moment(move.when) or "unknown", move.who or "unknown") for move in moves]
-    print_table(Table(("release", "set (UTC)", "by"), rows))
+    rows = [
+        (move.version, moment(move.when) or "unknown", move.who or "unknown", copied_words(copies[move.version]))
+        for move in moves
+    ]
+    shown = 4 if any(copies.values()) else 3
+    print_table(Table(("release", "set (UTC)", "by", "copied from")[:shown], [row[:shown] for row in rows]))
 
 
 @alias.command("rollback")

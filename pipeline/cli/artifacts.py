@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from pipeline.artifact.manifest import Manifest, PairManifest, part, read, select
+from pipeline.artifact.manifest import MANIFEST, Manifest, PairManifest, part, read, select
+from pipeline.artifact.pulled import PullRecord, pull_record
 from pipeline.artifact.signing import has_signature, read_trusted
 from pipeline.artifact.verify import verify_files
 from pipeline.cli.console import Console
-from pipeline.cli.facts import changes_of, fields_of, signature_state, signature_words
+from pipeline.cli.facts import changes_of, fields_of, pulled_fields, signature_state, signature_words
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json
 from pipeline.cli.paths import ARTIFACTS, artifact_dir, complete_artifact, file_patterns, is_release
@@ -20,6 +21,7 @@ from pipeline.cli.results import print_fields, print_json, print_line, print_tab
 from pipeline.cli.tables import Verdict
 from pipeline.cli.trust import identity_option, issuer_option, policy_of, policy_option
 from pipeline.cli.words import counted, size
+from pipeline.errors import CorruptError
 from pipeline.models.generation import GenerationDefaults
 from pipeline.registry.card import body
 from pipeline.registry.releases import compare, manifest_of
@@ -31,7 +33,10 @@ from pipeline.runtime.open import defaults_of
 @click.option("--markdown", is_flag=True, help="Print Markdown tables, for a CI summary or a comment.")
 @as_json
 def inspect(artifact: str, markdown: bool, json_: bool) -> None:
-    """Show what ARTIFACT holds and needs. Only its manifest and generation_config.json are read."""
+    """Show what ARTIFACT holds and needs, and of a pulled one the registry and the promotions of its release.
+
+    Only its manifest, generation_config.json and the record of the pull are read.
+    """
     root = artifact_dir(artifact)
     manifest = read(root).manifest
     defaults = defaults_of(root)
@@ -39,9 +44,20 @@ def inspect(artifact: str, markdown: bool, json_: bool) -> None:
         print_line(body(manifest, {"": manifest}))
     elif json_:
         derived = _derived(manifest, defaults) if isinstance(manifest, PairManifest) else {}
-        print_json(manifest.model_dump(mode="json") | derived)
+        record = _pull_record(root)
+        pulled = {"pulled": record.model_dump(mode="json")} if isinstance(record, PullRecord) else {}
+        print_json(manifest.model_dump(mode="json") | derived | pulled)
     else:
-        print_fields(fields_of(manifest, root, defaults, has_signature=has_signature(root)))
+        pulled_from = pulled_fields(_pull_record(root))
+        print_fields(fields_of(manifest, root, defaults, pulled_from, has_signature=has_signature(root)))
+
+
+def _pull_record(root: Path) -> PullRecord | str | None:
+    """Return the record of the pull; None for an artifact that was not pulled; why it cannot be read."""
+    try:
+        return pull_record(root, (root / MANIFEST).read_bytes())
+    except CorruptError as error:
+        return error.what
 
 
 def _derived(manifest: PairManifest, defaults: GenerationDefaults) -> dict[str, Any]:

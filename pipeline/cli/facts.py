@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact.manifest import PULLED, Manifest, PairManifest, content_digest
+from pipeline.artifact.pulled import PullRecord
 from pipeline.artifact.signer import Signer
 from pipeline.artifact.signing import has_signature
 from pipeline.cli.tables import Cell, Table, Verdict
 from pipeline.cli.words import counted, moment, number, size, value
 from pipeline.models.generation import GenerationDefaults, not_applied_warning
 from pipeline.registry.card import facts
+from pipeline.stores.promotions import Promotion
 
 if TYPE_CHECKING:  # for an annotation only: this module imports torch
     from pipeline.graphs.arguments import Choice
 
+EMPTY: Mapping[str, Cell] = {}
 BYTES = {"size", "size_bytes"}
 SPEEDS, SPEED = "validation.speed.", "validation.speed.speculative.tokens_per_s"
 GATES = {True: "gates passed", False: "gates FAILED", None: "not validated"}
 
 
 def fields_of(
-    manifest: Manifest, root: Path, defaults: GenerationDefaults | None, *, has_signature: bool
-) -> dict[str, Cell]:
+    manifest: Manifest, root: Path, defaults: GenerationDefaults | None, pulled: Mapping[str, Cell] = EMPTY,
+    *, has_signature: bool,
+) -> dict[str, Cell]:  # fmt: skip
     """Return the contents and requirements of an artifact, by the labels of `tandem inspect`."""
     own = _pair(manifest) if isinstance(manifest, PairManifest) else _other(manifest)
     if defaults is not None and isinstance(manifest, PairManifest):
@@ -35,6 +39,7 @@ def fields_of(
         "digest": content_digest(manifest),
         "path": str(root),
         "built": f"{moment(manifest.created)} UTC",
+        **pulled,
         "signature": f"present, not checked; to check: {_verify(root)}" if has_signature else "not signed",
         "runs on": value(manifest.requires),
         "toolchain": value(manifest.toolchain),
@@ -43,6 +48,29 @@ def fields_of(
         "files": f"{len(manifest.files)}, {size(manifest.size_bytes)}",
         **_gates(manifest),
     }
+
+
+def pulled_fields(record: PullRecord | str | None) -> dict[str, Cell]:
+    """Return where an artifact was pulled from, and who copied its release there; a text: why that is unknown."""
+    if record is None:
+        return {}
+    if isinstance(record, str):
+        return {"pulled from": Verdict(record, good=False)}
+    alias = "" if record.reference.endswith(f"@{record.version}") else f" (release {record.version})"
+    steps = {}
+    for step, each in enumerate(record.promotions, start=1):
+        label = "promoted" if len(record.promotions) == 1 else f"promoted {step}"
+        run = f", {each.run}" if each.run else ""
+        steps[label] = f"from {each.source} to {each.destination} by {each.who}, {moment(each.when)} UTC{run}"
+    return {"pulled from": f"{record.reference}{alias}", **steps}
+
+
+def copied_words(copies: Sequence[Promotion]) -> str:
+    """Return where the last copy of a release came from, who made it and when; empty without a copy."""
+    if not copies:
+        return ""
+    last = copies[-1]
+    return f"{last.source.rpartition('/')[0]} by {last.who}, {moment(last.when)}"
 
 
 def _verify(root: Path) -> str:

@@ -13,7 +13,7 @@ import click
 
 from pipeline.cli import metrics
 from pipeline.cli.console import Console
-from pipeline.cli.facts import signature_state, signature_words
+from pipeline.cli.facts import copied_words, signature_state, signature_words
 from pipeline.cli.groups import Command
 from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import file_patterns
@@ -186,10 +186,7 @@ def _listing(releases: Sequence[Listed]) -> Table:
 
 def _copied(release: Listed) -> str:
     """Return where the last copy of a release came from, who made it and when; empty if it was published here."""
-    if not release.copies:
-        return "damaged record" if release.copies_damage else ""
-    last = release.copies[-1]
-    return f"{last.source.rpartition('/')[0]} by {last.who}, {moment(last.when)}"
+    return copied_words(release.copies) or ("damaged record" if release.copies_damage else "")
 
 
 @click.command(cls=Command)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
 from pipeline.errors import CorruptError
-from pipeline.stores.base import Content, Signature, Store
+from pipeline.stores.base import Content, Signature, Store, open_store
 from pipeline.stores.promotions import PROMOTED, Promotion, promotions_of
+
+PARALLEL = 8
+"""Releases that are read at a time."""
 
 
 def read_promotions(store: Store, name: str, version: str, document: bytes, where: str) -> tuple[Promotion, ...]:
@@ -24,6 +29,26 @@ def read_promotions(store: Store, name: str, version: str, document: bytes, wher
     records = [promotions_of(data, sha256, where) for data in store.signatures(name, version, PROMOTED, sha256)]
     records.sort(key=lambda record: record[-1].when)
     return tuple(dict.fromkeys(promotion for record in records for promotion in record))
+
+
+def promotions_by_version(url: str, name: str, versions: Iterable[str]) -> dict[str, tuple[Promotion, ...]]:
+    """Return the copies that brought releases of a name into a registry, by version; none of a damaged record.
+
+    Raises:
+        HostError: the registry cannot be reached.
+
+    """
+    store = open_store(url)
+
+    def copies(version: str) -> tuple[Promotion, ...]:
+        document = store.read_release(name, version)
+        with suppress(CorruptError):
+            return () if document is None else read_promotions(store, name, version, document, f"{name}@{version}")
+        return ()
+
+    found = sorted(set(versions))
+    with ThreadPoolExecutor(PARALLEL, "look") as pool:
+        return dict(zip(found, pool.map(copies, found), strict=True))
 
 
 def unrecorded(store: Store, content: Content) -> Content:

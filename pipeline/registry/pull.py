@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -17,11 +17,11 @@ from pipeline.artifact import manifest as artifact
 from pipeline.artifact.host import host_facts
 from pipeline.artifact.manifest import MANIFEST, PULLED, SIGNATURE, FileEntry, Manifest
 from pipeline.artifact.provenance import PROVENANCE
-from pipeline.artifact.pulled import PullRecord
+from pipeline.artifact.pulled import Promoted, PullRecord
 from pipeline.artifact.signing import Accepted, Policy, absolute
 from pipeline.artifact.verify import check_replaceable
 from pipeline.cache.local import default_root
-from pipeline.errors import ArtifactError, HostError, InputError, no_string
+from pipeline.errors import ArtifactError, CorruptError, HostError, InputError, no_string
 from pipeline.extras import require
 from pipeline.files.atomic import atomic_dir, link_or_copy, write_atomic
 from pipeline.files.limits import MAX_BYTES
@@ -31,9 +31,11 @@ from pipeline.records import Record
 from pipeline.registry.blobs import Blobs
 from pipeline.registry.documents import SignedDocument, check_names, check_signatures, mismatch, signed_document
 from pipeline.registry.parts import Origin
+from pipeline.registry.promotions import read_promotions
 from pipeline.registry.release import choose, parse_document
 from pipeline.registry.releases import Reference, check_usable, find_release, parse_reference, read_small
 from pipeline.stores.base import Store, extras_of, open_store
+from pipeline.stores.promotions import Promotion
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class _Remembered(Record):
 
     own: SignedDocument
     index: SignedDocument | None = None
+    promotions: tuple[Promotion, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class _Resolved:
     own: SignedDocument
     index: SignedDocument | None
     accepted: Accepted | None
+    promotions: tuple[Promotion, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,8 +220,11 @@ def _record(of: _Pull) -> bytes:
     signer = str(of.release.accepted.signer) if of.release.accepted else None
     reference = absolute(str(of.ref))
     only = tuple(of.select.only) if of.select.only else None
-    version = of.release.version
-    return PullRecord(reference=reference, version=version, manifest_sha256=sha256, signer=signer, only=only).dump()
+    promotions = tuple(Promoted(**asdict(each)) for each in of.release.promotions)
+    return PullRecord(
+        reference=reference, version=of.release.version, manifest_sha256=sha256, signer=signer, only=only,
+        promotions=promotions,
+    ).dump()  # fmt: skip
 
 
 def _known(wanted: _Wanted, select: Selection, blobs: Blobs, progress: ByteProgress) -> _Resolved | None:
@@ -257,6 +264,7 @@ def _resolve(wanted: _Wanted, store: Store, blobs: Blobs) -> _Resolved:
     accepted = wanted.checked(own)
     document = parse_document(data, str(ref))
     check_names(document, ref, version)
+    promotions = _promotions(store, ref, version, data)
     if isinstance(document, Manifest):
         manifest = document
         if variant is not None:
@@ -270,10 +278,18 @@ def _resolve(wanted: _Wanted, store: Store, blobs: Blobs) -> _Resolved:
         manifest = artifact.parse(data, str(ref))
         if manifest.name != ref.name:
             raise mismatch("name", ref.name, manifest.name, ref)
-    release = _Resolved(version, prefix, manifest, own, index, accepted)
+    release = _Resolved(version, prefix, manifest, own, index, accepted, promotions)
     for name in {ref.wanted, version}:
         _remember(_memory(Reference(ref.url, ref.name, name), variant, blobs), release)
     return release
+
+
+def _promotions(store: Store, ref: Reference, version: str, document: bytes) -> tuple[Promotion, ...]:
+    """Return the copies that brought a release here; none of a damaged record, which `tandem ls` shows."""
+    try:
+        return read_promotions(store, ref.name, version, document, str(ref))
+    except CorruptError:
+        return ()
 
 
 def _provenance(manifest: Manifest, blobs: Blobs, origin: Origin | None) -> bytes:
@@ -287,7 +303,8 @@ def _provenance(manifest: Manifest, blobs: Blobs, origin: Origin | None) -> byte
 
 def _remember(memory: Path, release: _Resolved) -> None:
     """Write one file, so that after a kill a manifest never lies beside another release's index."""
-    write_atomic(memory, _Remembered(own=release.own, index=release.index).model_dump_json().encode())
+    remembered = _Remembered(own=release.own, index=release.index, promotions=release.promotions)
+    write_atomic(memory, remembered.model_dump_json().encode())
 
 
 def _recall(wanted: _Wanted, blobs: Blobs) -> _Resolved:
@@ -303,7 +320,7 @@ def _recall(wanted: _Wanted, blobs: Blobs) -> _Resolved:
     accepted = wanted.checked(documents.own)
     manifest = artifact.parse(documents.own.data, str(ref))
     version = parse_document(index.data, str(ref)).version if index else manifest.version
-    return _Resolved(version, "", manifest, documents.own, index, accepted)
+    return _Resolved(version, "", manifest, documents.own, index, accepted, documents.promotions)
 
 
 def _memory(ref: Reference, variant: str | None, blobs: Blobs) -> Path:

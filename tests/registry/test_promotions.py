@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from pipeline.artifact import manifest
+from pipeline.artifact.manifest import PULLED
+from pipeline.artifact.pulled import MAX_RECORD_BYTES, Promoted, PullRecord
 from pipeline.errors import CorruptError
 from pipeline.registry.copy import copy
 from pipeline.registry.publish import Place, publish
+from pipeline.registry.pull import pull
 from pipeline.registry.releases import collect, list_releases
 from pipeline.stores import promotions
 from pipeline.stores.promotions import MAX_PROMOTIONS, Promotion, promotion_text, promotions_of
+from support.commands import answer
 
 STEP = Promotion("s3://dev/small@1.0", "s3://prod", "2026-11-30T10:00:00Z", "alice", "urn:tandem:builder:local")
 
@@ -78,6 +83,61 @@ def test_the_record_is_an_in_toto_statement_about_the_document(chain):
 def test_gc_keeps_records(chain):
     collect(str(chain / "prod"))
     assert len(list_releases(str(chain / "prod"))[0].copies) == 2
+
+
+def test_inspect_of_a_pulled_artifact_shows_each_promotion(chain):
+    """It showed neither where the artifact came from, nor who had copied its release there."""
+    version = list_releases(str(chain / "prod"))[0].version
+    out = pull(f"{chain}/prod/small@{version}", chain / "out", cache=chain / "cache")
+    shown = " ".join(answer("inspect", str(out)).stdout.split())
+    assert f"pulled from {chain}/prod/small@{version} promoted 1 from" in shown
+    assert f"from {chain}/dev/small@{version} to {chain}/staging by alice, 20" in shown
+    assert f"from {chain}/staging/small@{version} to {chain}/prod by bob, 20" in shown
+    assert "UTC, https://github.com/org/repo/actions/runs/7/attempts/1" in shown
+    data = json.loads(answer("inspect", str(out), "--json").stdout)["pulled"]
+    assert [each["who"] for each in data["promotions"]] == ["alice", "bob"]
+    again = pull(f"{chain}/prod/small@{version}", chain / "again", cache=chain / "cache", offline=True)
+    assert (again / PULLED).read_bytes() == (out / PULLED).read_bytes()
+
+
+def test_inspect_of_an_alias_names_its_release_and_without_a_copy_no_promotion(chain):
+    shown = answer("inspect", str(pull(f"{chain}/dev/small@latest", chain / "out", cache=chain / "cache"))).stdout
+    version = list_releases(str(chain / "dev"))[0].version
+    assert f"small@latest (release {version})" in " ".join(shown.split())
+    assert "promoted" not in shown
+
+
+def test_inspect_of_a_damaged_record_of_the_pull(chain):
+    out = pull(f"{chain}/dev/small@latest", chain / "out", cache=chain / "cache")
+    (out / PULLED).write_text("{}")
+    assert "damaged record of the pull" in answer("inspect", str(out)).stdout
+
+
+def test_a_pull_without_a_readable_record_has_no_promotions(chain):
+    (path,) = (chain / "prod/promotions").rglob("*/*")
+    path.write_bytes(b"{")
+    version = list_releases(str(chain / "prod"))[0].version
+    out = pull(f"{chain}/prod/small@{version}", chain / "out", cache=chain / "cache")
+    assert json.loads((out / PULLED).read_text())["promotions"] == []
+
+
+def test_a_record_of_a_pull_keeps_the_newest_promotions():
+    """A record beyond its limit could not be read."""
+    steps = [Promoted(**asdict(STEP) | {"when": f"{n:04}", "source": "s" * 4000}) for n in range(60)]
+    record = PullRecord(reference="r", version="1", manifest_sha256="a", signer=None, promotions=tuple(steps))
+    kept = PullRecord.model_validate_json(record.dump()).promotions
+    assert len(record.dump()) <= MAX_RECORD_BYTES
+    assert 0 < len(kept) < len(steps)
+    assert kept[-1] == steps[-1]
+
+
+def test_alias_history_shows_who_copied_each_release(chain):
+    """It showed who had moved the alias, and not where the release came from."""
+    shown = answer("alias", "history", f"{chain}/staging/small@latest").stdout
+    assert f"{chain}/dev by alice, 20" in " ".join(shown.split())
+    (move,) = json.loads(answer("alias", "history", f"{chain}/staging/small@latest", "--json").stdout)
+    assert [each["source"] for each in move["copies"]] == [f"{chain}/dev/small@{move['version']}"]
+    assert "copied" not in answer("alias", "history", f"{chain}/dev/small@latest").stdout
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff", b"other"])
