@@ -132,6 +132,8 @@ RELEASE = (
     Variable("FROM", "`scripts/ci/release.sh promote`", "registry to copy from", "**required**"),
     Variable("TO", "`scripts/ci/release.sh promote`", "registry to copy to", "**required**"),
     Variable("POLICY", "`scripts/ci/release.sh promote`", "policy file that must accept the release", "**required**"),
+    Variable("OCI_USERNAME", "`scripts/ci/release.sh publish` and `promote`", "user of the OCI registries of the step", "as Docker or Podman is logged in"),
+    Variable("OCI_PASSWORD", "`scripts/ci/release.sh publish` and `promote`", "its password or token", "as Docker or Podman is logged in"),
     Variable("SIGNING_KEY", "`scripts/ci/release.sh publish`", "file of a private key", "keyless, with the CI job's identity"),
     Variable("BACKEND", "`scripts/ci/release.sh changed`", "list only recipes of this backend", "all recipes"),
     Variable("PYTHON", "`scripts/ci/package.sh`; the Makefile", "Python interpreter", "`python`; `python3` in the Makefile"),

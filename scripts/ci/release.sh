@@ -8,9 +8,10 @@
 #   scripts/ci/release.sh publish RECIPE        sign, publish, then move the alias
 #   scripts/ci/release.sh promote NAME@VERSION  copy a release from the registry FROM to TO if POLICY accepts it; move the alias
 #
-# From the environment: REGISTRY (a folder, s3://bucket/prefix, hf://org), ALIAS (none: no alias is moved), SIGNING_KEY (a
-# private key's file) or an identity of the CI job for a keyless signature, TANDEM_REMOTE_CACHE and TANDEM_PUSH_CACHE=1.
-# With BACKEND, `changed` names only the recipes that this backend builds. `promote` reads FROM, TO, POLICY and ALIAS.
+# From the environment: REGISTRY (a folder, s3://bucket/prefix, hf://org, oci://host/path), ALIAS (none: no alias is moved),
+# SIGNING_KEY (a private key's file) or an identity of the CI job for a keyless signature, TANDEM_REMOTE_CACHE and
+# TANDEM_PUSH_CACHE=1. With BACKEND, `changed` names only the recipes that this backend builds. `promote` reads FROM, TO,
+# POLICY and ALIAS. OCI_USERNAME and OCI_PASSWORD log in to the OCI registries of a step (none: as Docker is logged in).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -44,6 +45,17 @@ check() {
   python scripts/ci/check_artifact.py "$1"
 }
 
+login() {
+  local url host client=docker
+  if [[ -z ${OCI_PASSWORD:-} ]]; then return; fi
+  command -v docker >/dev/null || client=podman
+  for url in "$@"; do
+    if [[ $url != oci://* ]]; then continue; fi
+    host=${url#oci://}
+    "$client" login --username "${OCI_USERNAME:?set OCI_USERNAME}" --password-stdin "${host%%/*}" <<<"$OCI_PASSWORD" >&2
+  done
+}
+
 publish() {
   local sign=() alias=()
   if [[ -n ${SIGNING_KEY:-} ]]; then
@@ -55,13 +67,15 @@ publish() {
     return 3
   fi
   if [[ -n ${ALIAS:-} ]]; then alias=(--alias "$ALIAS"); fi
-  tandem publish "$1" --to "${REGISTRY:?set REGISTRY}" "${sign[@]}" "${alias[@]}"
+  login "${REGISTRY:?set REGISTRY}"
+  tandem publish "$1" --to "$REGISTRY" "${sign[@]}" "${alias[@]}"
 }
 
 promote() {
   local alias=()
   if [[ -n ${ALIAS:-} ]]; then alias=(--alias "$ALIAS"); fi
-  tandem copy "${FROM:?set FROM}/$1" "${TO:?set TO}" --policy "${POLICY:?set POLICY}" "${alias[@]}"
+  login "${FROM:?set FROM}" "${TO:?set TO}"
+  tandem copy "$FROM/$1" "$TO" --policy "${POLICY:?set POLICY}" "${alias[@]}"
 }
 
 command=${1:?see the head of this file}

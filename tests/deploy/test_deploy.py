@@ -153,7 +153,16 @@ def test_requirements_of_the_signing_job_have_hashes():
         pinned
     )
     names = {line.partition("==")[0] for line in pinned}
-    assert {"click", "pydantic", "setuptools", "obstore", "huggingface-hub", "model-signing", "pyopenssl"} <= names
+    assert {
+        "click",
+        "pydantic",
+        "setuptools",
+        "obstore",
+        "huggingface-hub",
+        "urllib3",
+        "model-signing",
+        "pyopenssl",
+    } <= names
     assert "torch" not in names
 
 

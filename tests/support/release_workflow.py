@@ -71,7 +71,7 @@ class Runner:
         match = re.fullmatch(r"\$\{\{ (.*) \}\}", str(text))
         if match is None:
             return str(text)
-        given = re.fullmatch(r"(?:secrets|vars)\.(?:CACHE_)?((?:AWS|HF)_\w+)", match[1])
+        given = re.fullmatch(r"(?:secrets|vars)\.(?:CACHE_)?((?:AWS|HF|OCI)_\w+)", match[1])
         return os.environ.get(given[1], "") if given else self.expressions[match[1]]
 
 
