@@ -28,12 +28,7 @@ def test_release_logs_in_to_the_oci_registries_of_a_step(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     given = {"FROM": "oci://ghcr.io/org/staging", "TO": "s3://prod", "POLICY": "p", "OCI_USERNAME": "me"}
-    environ = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "LOG": str(tmp_path / "log"),
-        "OCI_PASSWORD": "secret",
-        **given,
-    }
+    given |= {"OCI_PASSWORD": "secret", "LOG": str(tmp_path / "log"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", str(ROOT / "scripts/ci/release.sh"), "promote", "small@1.0"]
     subprocess.run(command, env=given, check=True)
     assert (tmp_path / "log").read_text().splitlines() == [
