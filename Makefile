@@ -88,8 +88,8 @@ fuzz: $(DEV_READY)       ## parsers of outside input under atheris: make fuzz TA
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.run $(if $(TARGET),--target '$(TARGET)') $(if $(RUNS),--runs '$(RUNS)') $(if $(SECONDS),--seconds '$(SECONDS)')
 
-test-chaos: $(DEV_READY) ## commands disturbed at random steps: make test-chaos SEED=1 RUNS=60 ONLY=publish:kill; skips seeds that passed
-	SEED='$(SEED)' RUNS='$(RUNS)' ONLY='$(ONLY)' STEP='$(STEP)' $(PYTEST) -m chaos tests/chaos
+test-chaos: $(DEV_READY) ## commands disturbed at random steps: make test-chaos SEED=1 RUNS=60 SECONDS=600 ONLY=publish:kill; skips seeds that passed
+	SEED='$(SEED)' RUNS='$(RUNS)' SECONDS='$(SECONDS)' ONLY='$(ONLY)' STEP='$(STEP)' $(PYTEST) -m chaos tests/chaos
 
 mutants: $(DEV_READY)    ## small faults in the code of graphs, through all gates; prints those that pass
 	$(BIN)/python benchmarks/mutants.py

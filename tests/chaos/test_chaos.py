@@ -1,5 +1,7 @@
 """Commands that are disturbed at a step: `make test-chaos SEED=1 RUNS=60`; ONLY=publish:kill limits what seeds draw.
 
+No seed starts later than SECONDS after the first; the next run goes on with those that are left.
+
 A seed draws a command, a disturbance and a step; `tests/chaos/scenario.py` says what must hold. Seeds that passed with
 the same source are in `build/chaos/journal.jsonl` and are skipped, so a stopped suite continues.
 """
@@ -19,6 +21,7 @@ from support.paths import ROOT
 
 pytestmark = pytest.mark.chaos
 SEED, RUNS = int(os.environ.get("SEED") or 1), int(os.environ.get("RUNS") or 60)
+SECONDS, STARTED = float(os.environ.get("SECONDS") or "inf"), time.monotonic()
 ONLY, STEP = os.environ.get("ONLY", ""), int(os.environ.get("STEP") or 0)
 
 
@@ -38,6 +41,8 @@ def source() -> str:
 def test_seed(seed, ground, source):
     if RUNS > 1 and seed in passed(source):
         pytest.skip("passed before with this source")
+    if time.monotonic() - STARTED > SECONDS:
+        pytest.skip("no time left: run the same command again")
     scenario, started, step = of_seed(seed, ONLY), time.monotonic(), STEP
     try:
         step = ground.play(scenario, STEP or None)
