@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,6 +33,8 @@ PART_BYTES = 8 << 20
 SIGNED_FOR = timedelta(minutes=15)
 RETRIES = 8
 RETRY_S = 60.0
+LIST_TRIES, LIST_PAUSE_S = 4, 0.2
+"""Attempts at a list whose answers break off, and the first pause between them."""
 PROBE = ".tandem-registry"
 PROBE_DATA = b"This bucket prefix is a registry of Tandem.\n"
 NO_TAG = '"00000000000000000000000000000000"'
@@ -177,7 +180,26 @@ class S3Bucket:
         return token.strip('"') if self.strip_quotes else token
 
     def list(self, prefix: str) -> Iterator[Listing]:
-        """Yield the objects below a prefix, page by page."""
+        """Yield the objects below a prefix, page by page.
+
+        The client repeats requests, but not those whose answer breaks off: then the list is read again from its start,
+        without the objects that were yielded.
+        """
+        seen: set[str] = set()
+        for attempt in range(LIST_TRIES):
+            try:
+                for listing in self._pages(prefix):
+                    if listing.key not in seen:
+                        seen.add(listing.key)
+                        yield listing
+            except Interrupted:
+                if attempt + 1 == LIST_TRIES:
+                    raise
+                time.sleep(LIST_PAUSE_S * 2**attempt)
+            else:
+                return
+
+    def _pages(self, prefix: str) -> Iterator[Listing]:
         with self._explained("list", prefix):
             for page in obstore.list(self.store, self.prefix + prefix):
                 for entry in page:

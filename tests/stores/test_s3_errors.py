@@ -8,11 +8,14 @@ from threading import Thread
 
 import pytest
 
+from chaos import server
+from pipeline.errors import HostError
 from support.commands import invoke
+from support.fault_proxy import Fault
 
 pytest.importorskip("obstore")
 
-from pipeline.stores.s3 import CREDENTIALS, S3Bucket
+from pipeline.stores.s3 import CREDENTIALS, LIST_TRIES, S3Bucket
 
 NO_ROLE = (
     "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 41ms - Server returned "
@@ -68,6 +71,33 @@ def test_failure_of_a_plain_web_server_names_the_endpoint_and_the_bucket(bucket,
     assert "no S3 server" not in with_code.what
 
 
+@pytest.mark.parametrize("kind", ["cut", "short", "reset", "503"])
+def test_list_whose_answer_breaks_off_is_read_again(tmp_path, monkeypatch, kind):
+    """The client repeats requests, but not answers that break off: `alias set` failed."""
+    for name in ("a", "b"):
+        (tmp_path / "registry/aliases/small").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"registry/aliases/small/{name}").write_text("1\n")
+    with server.running(tmp_path) as proxy:
+        for name, value in server.environ(proxy.endpoint).items():
+            monkeypatch.setenv(name, value)
+        proxy.faults = [Fault("GET .*list-type", kind, times=2)]
+        listed = [entry.key for entry in S3Bucket(server.BUCKET, "registry").list("aliases")]
+        assert proxy.broken == 2
+    assert listed == ["aliases/small/a", "aliases/small/b"]
+
+
+def test_list_that_never_ends_well_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.stores.s3.LIST_PAUSE_S", 0.01)
+    (tmp_path / "registry").mkdir()
+    with server.running(tmp_path) as proxy:
+        for name, value in server.environ(proxy.endpoint).items():
+            monkeypatch.setenv(name, value)
+        proxy.faults = [Fault("GET .*list-type", "short", times=1000)]
+        with pytest.raises(HostError, match="closed the connection"):
+            list(S3Bucket(server.BUCKET, "registry").list("aliases"))
+        assert proxy.broken == LIST_TRIES
+
+
 class PlainServer(SimpleHTTPRequestHandler):
     """The web server of Python, quiet."""
 
@@ -77,10 +107,10 @@ class PlainServer(SimpleHTTPRequestHandler):
 
 def test_commands_with_a_plain_web_server_as_endpoint(bucket, monkeypatch, tmp_path):
     handler = partial(PlainServer, directory=str(tmp_path))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as plain:
+        Thread(target=plain.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{plain.server_address[1]}")
         shown = invoke("ls", "s3://bucket/x")
-        server.shutdown()
+        plain.shutdown()
     assert shown.exit_code == 3
     assert "s3://bucket/x: no S3 server, or no such bucket: HTTP status 404" in shown.stderr
