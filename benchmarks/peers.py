@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 

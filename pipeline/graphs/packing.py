@@ -118,7 +118,8 @@ class BlockPacking:
     def _pack_matrix(self, weight: Tensor, out: Tensor, scales: Tensor | None) -> None:
         rows = weight.shape[0]
         if scales is not None and scales.dim() == 2:
-            return _pack_int4(weight, scales, out)
+            _pack_int4(weight, scales, out)
+            return
         if scales is not None:
             padded = scales.new_zeros(len(out) * BLOCK)
             padded[:rows] = scales
@@ -167,7 +168,7 @@ class InOutPacking:
         out.copy_(weight)
 
 
-def _pack_int4(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+def _pack_int4(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Write codes uint8 [N, K] and scales float16 [N, K / 32] to blocks; padding rows stand for zeros."""
     import torch  # not at the top: the plan reads shapes without torch
 
@@ -178,7 +179,6 @@ def _pack_int4(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     groups[..., : -2 * BLOCK].view(bytes_BGPL2.shape).copy_(bytes_BGPL2)
     padded = torch.nn.functional.pad(scales, (0, 0, 0, more)).view(len(out), BLOCK, -1).transpose(1, 2)
     groups[..., -2 * BLOCK :].copy_(padded.contiguous().view(torch.uint8))
-    return out
 
 
 def unpacked_int4(packed: Tensor) -> tuple[Tensor, Tensor]:

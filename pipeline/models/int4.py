@@ -1,8 +1,8 @@
 """Round weights to 4 bits: one float16 scale for 32 inputs of an output feature, as GGML's Q4_0.
 
 Source: llama.cpp, `ggml/src/ggml-quants.c`. The sharder, references and kernels use this definition:
-`w = (code - 8) * scale`, codes 0 to 15, with `scale` the value of largest magnitude of the 32 over -8. That value is exact
-then, up to float16. Activations and sums stay float32.
+`w = (code - 8) * scale`, codes 0 to 15, with `scale` the value of largest magnitude of the 32 over -8. That value is
+exact then, up to float16. Activations and sums stay float32.
 
 Shapes: N output features, I input features, a multiple of 32.
 """
