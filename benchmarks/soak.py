@@ -54,7 +54,7 @@ GROWTH = 1.02
 WARM_S = 600.0
 """Memory and descriptors are compared with those of minute 10, or of the first third of a shorter run."""
 REST = 15
-"""Counts of memory, of which the lowest is compared: `bench serve` raises it, and it falls for two minutes afterwards."""
+"""Counts of memory, the lowest of which is compared: `bench serve` raises it for two minutes."""
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 BENCH = (

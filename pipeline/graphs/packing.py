@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.models.int4 import GROUP
-from pipeline.models.weights import BLOCK, up_to
+from pipeline.models.weights import BLOCK, INT4_GROUP, up_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +19,7 @@ in tiles. It copies three axes in strides of a whole row, which from this width 
 SCALE_BYTES = 4 * BLOCK
 """Bytes of the float32 scales of an int8 block, which follow its weights."""
 
-INT4_BYTES = GROUP // 2 + 2
+INT4_BYTES = INT4_GROUP // 2 + 2
 """Bytes of a group of 4-bit weights of an output: codes and a float16 scale."""
 
 MATRICES = ("linear", "embedding")
@@ -101,7 +100,7 @@ class BlockPacking:
         rows, columns = shape
         blocks = up_to(rows, BLOCK) // BLOCK
         if dtype == "uint8":
-            return blocks, columns // GROUP, BLOCK, INT4_BYTES
+            return blocks, columns // INT4_GROUP, BLOCK, INT4_BYTES
         columns += SCALE_BYTES // BLOCK if dtype == "int8" else 0
         return (blocks, columns // 2, BLOCK, 2) if paired(columns, dtype) else (blocks, columns, BLOCK)
 
@@ -173,7 +172,7 @@ def _pack_int4(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     import torch  # not at the top: the plan reads shapes without torch
 
     more = len(out) * BLOCK - len(codes)
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, more)).view(len(out), 2, BLOCK // 2, -1, GROUP // 2, 2)
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, more)).view(len(out), 2, BLOCK // 2, -1, INT4_GROUP // 2, 2)
     bytes_BGPL2 = (codes[:, 0] | codes[:, 1] << 4).permute(0, 2, 3, 1, 4)
     groups = out.view(*out.shape[:2], -1)
     groups[..., : -2 * BLOCK].view(bytes_BGPL2.shape).copy_(bytes_BGPL2)
@@ -187,7 +186,7 @@ def unpacked_int4(packed: Tensor) -> tuple[Tensor, Tensor]:
 
     count, groups = packed.shape[:2]
     flat = packed.reshape(count, groups, -1)
-    bytes_BLGP2 = flat[..., : -2 * BLOCK].view(count, groups, GROUP // 2, BLOCK // 2, 2).permute(0, 3, 1, 2, 4)
+    bytes_BLGP2 = flat[..., : -2 * BLOCK].view(count, groups, INT4_GROUP // 2, BLOCK // 2, 2).permute(0, 3, 1, 2, 4)
     codes = torch.stack((bytes_BLGP2 & 15, bytes_BLGP2 >> 4), dim=1).reshape(count * BLOCK, -1)
     scales = flat[..., -2 * BLOCK :].contiguous().view(torch.float16).transpose(1, 2)
     return codes, scales.reshape(count * BLOCK, -1)

@@ -13,8 +13,7 @@ from pydantic import ConfigDict
 from pipeline.models.config import ModelConfig
 from pipeline.models.draft_kind import DraftKind
 from pipeline.models.eagle3 import taps_of
-from pipeline.models.int4 import takes_four_bits
-from pipeline.models.weights import WeightSpec
+from pipeline.models.weights import WeightSpec, takes_four_bits
 
 Phase = Literal["prefill", "decode", "speculate", "score", "propose", "verify"]
 Sampling = Literal["greedy", "stochastic", "shaped"]

@@ -9,32 +9,17 @@ Shapes: N output features, I input features, a multiple of 32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from torch import Tensor
 
-from pipeline.models.weights import FC
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-GROUP = 32
-"""Inputs that share a scale."""
+from pipeline.models.weights import INT4_GROUP
 
 LARGEST = 8
 
 
-def takes_four_bits(name: str) -> bool:
-    """Return whether `weights: int4` stores a weight in 4 bits: the projections of layers and of a head's features.
-
-    Embeddings, LM heads, routers and experts are int8: llama.cpp too keeps 6 or 8 bits where rounding changes choices.
-    """
-    return name == FC or (name.endswith("_proj.weight") and ".experts." not in name)
-
-
 def quantise(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight as codes, uint8 [N, I], and float16 scales [N, I / 32]; 32 zeros have the scale 0."""
-    import torch  # not at the top: the plan asks for names alone
-
-    groups = weight_NI.float().view(len(weight_NI), -1, GROUP)
+    groups = weight_NI.float().view(len(weight_NI), -1, INT4_GROUP)
     largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
     scales = (largest / -LARGEST).to(torch.float16)
     steps = torch.where(scales != 0, scales, torch.ones_like(scales)).float()
@@ -44,7 +29,7 @@ def quantise(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantised(codes_NI: Tensor, scales_NG: Tensor) -> Tensor:
     """Return the values of codes, float32 [N, I]."""
-    values = codes_NI.float().view(*scales_NG.shape, GROUP) - LARGEST
+    values = codes_NI.float().view(*scales_NG.shape, INT4_GROUP) - LARGEST
     return (values * scales_NG.float()[..., None]).view(codes_NI.shape)
 
 

@@ -81,6 +81,18 @@ class WeightSpec:
         return tuple(WeightSpec(name, self.shape[1:], self.split, OF_EXPERTS[self.kind]) for name in names)
 
 
+INT4_GROUP = 32
+"""Inputs of an output feature that share a scale in 4-bit weights."""
+
+
+def takes_four_bits(name: str) -> bool:
+    """Return whether `weights: int4` stores a weight in 4 bits: the projections of layers and of a head's features.
+
+    Embeddings, LM heads, routers and experts are int8: llama.cpp too keeps 6 or 8 bits where rounding changes choices.
+    """
+    return name == FC or (name.endswith("_proj.weight") and ".experts." not in name)
+
+
 def up_to(value: int, multiple: int) -> int:
     """Return `value` rounded up to a multiple."""
     return -(-value // multiple) * multiple

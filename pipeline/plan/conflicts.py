@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 from pipeline.errors import Problem
 from pipeline.models.config import ModelConfig
-from pipeline.models.int4 import GROUP, takes_four_bits
-from pipeline.models.weights import local_shape, weight_specs
+from pipeline.models.weights import INT4_GROUP, local_shape, takes_four_bits, weight_specs
 from pipeline.recipe.schema import Recipe
 
 
@@ -55,8 +54,8 @@ def _narrow_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -
         narrow = (weight for weight in weight_specs(config) if takes_four_bits(weight.name))
         for weight in narrow:
             inputs = local_shape(weight, config, tp)[-1]
-            if inputs % GROUP:
-                what = f"found int4, which needs multiples of {GROUP}; {weight.name} has {inputs} inputs on a rank"
+            if inputs % INT4_GROUP:
+                what = f"found int4, which needs multiples of {INT4_GROUP}; {weight.name} has {inputs} inputs on a rank"
                 key = f"{name}.weights" if name == "target" or recipe.draft.weights else "target.weights"
                 fewer = ", or use fewer ranks" if tp > 1 else ""
                 yield Problem(recipe.place(key), what, f"write weights: int8{fewer}")

@@ -18,8 +18,16 @@ from pipeline.graphs.dtypes import SAFETENSORS
 from pipeline.graphs.packing import INT4_BYTES, SCALE_BYTES, Packing
 from pipeline.models import int4, int8
 from pipeline.models.config import ModelConfig
-from pipeline.models.int4 import GROUP
-from pipeline.models.weights import BLOCK, WeightSpec, kv_head_of, local_heads, padded_vocab, q_heads_of, up_to
+from pipeline.models.weights import (
+    BLOCK,
+    INT4_GROUP,
+    WeightSpec,
+    kv_head_of,
+    local_heads,
+    padded_vocab,
+    q_heads_of,
+    up_to,
+)
 from pipeline.sources.dequantise import dequantised
 from pipeline.sources.packed import PackedRef, Source
 from pipeline.stages.streams import Bytes, Place
@@ -77,7 +85,7 @@ class Window:
         """Bytes that hold the window as stored, once for each part."""
         blocks = up_to(self.rows, BLOCK) // BLOCK
         if self.dtype == INT4:
-            return blocks * BLOCK * self.width // GROUP * INT4_BYTES
+            return blocks * BLOCK * self.width // INT4_GROUP * INT4_BYTES
         scales = SCALE_BYTES * len(self.parts) if self.dtype == "I8" else 0
         return blocks * (BLOCK * self.width * SAFETENSORS[self.dtype].size_bytes + scales)
 
@@ -170,7 +178,7 @@ def _scales_of(part: ColumnRange, scales: Tensor | None) -> Tensor | None:
     """Return the scales of some columns: those of whole rows, or of their groups of columns."""
     if scales is None or scales.dim() == 1:
         return scales
-    return functional.pad(scales[:, part.first // GROUP : part.last // GROUP], (0, part.zeros // GROUP))
+    return functional.pad(scales[:, part.first // INT4_GROUP : part.last // INT4_GROUP], (0, part.zeros // INT4_GROUP))
 
 
 def _values(window: Window, data: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from pipeline.graphs.packing import BlockPacking, unpacked_int4
 from pipeline.models import int8
-from pipeline.models.int4 import dequantised, quantise, rounded, takes_four_bits
+from pipeline.models.int4 import dequantised, quantise, rounded
+from pipeline.models.weights import takes_four_bits
 from pipeline.stages.shard_files import write_shards
 from pipeline.validate.reference.layers import Reference
 from support.checkpoints import write_checkpoint

@@ -24,9 +24,8 @@ from pipeline.graphs.dtypes import torch_dtype
 from pipeline.models import int4, int8
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import taps_of
-from pipeline.models.int4 import takes_four_bits
 from pipeline.models.parallel import capped
-from pipeline.models.weights import EMBEDDING, HEAD, NORM
+from pipeline.models.weights import EMBEDDING, HEAD, NORM, takes_four_bits
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.packed import Source
 from pipeline.sources.values import read_tensor
