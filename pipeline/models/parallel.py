@@ -214,7 +214,8 @@ class Seams:
         """Apply each token's experts: the sum of their SwiGLU networks by their shares, [B, T, I] -> [B, T, I].
 
         `matrices` are gate and up [E, N, I] and down [E, I, N]. Few tokens read the matrices of their experts alone,
-        many tokens those of all experts, each once.
+        many tokens those of all experts, each once. Of more tokens than N, inner values are multiplied by the shares
+        and all experts are one product, since the outputs of every expert [E, M, I] would be larger than its matrices.
         """
         gate, up, down = map(self.inputs_first, matrices)
         x_MI, chosen_MC = x_BTI.reshape(-1, x_BTI.shape[-1]), chosen.experts.reshape(-1, chosen.experts.shape[-1])
@@ -227,7 +228,11 @@ class Seams:
             return out.sum(dim=1).to(x.dtype).view(x_BTI.shape)
         is_chosen = chosen_MC[..., None] == torch.arange(len(gate), device=x_MI.device)
         shares_EM = torch.where(is_chosen, shares_MC[..., None], 0.0).sum(dim=1).t()
-        out = gating.of(x_MI[None] @ gate, x_MI[None] @ up) @ down
+        inner_EMN = gating.of(x_MI[None] @ gate, x_MI[None] @ up)
+        if len(x_MI) > down.shape[1]:
+            inner_EMN = (inner_EMN.float() * shares_EM[..., None]).to(x_BTI.dtype)
+            return (inner_EMN.transpose(0, 1).flatten(1) @ down.flatten(0, 1)).view(x_BTI.shape)
+        out = inner_EMN @ down
         return (out.float() * shares_EM[..., None]).sum(dim=0).to(x_BTI.dtype).view(x_BTI.shape)
 
     def inputs_first(self, matrices: Tensor) -> Tensor:

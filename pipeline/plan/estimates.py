@@ -275,7 +275,11 @@ def _layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     keys = spec.kv
     block = max(last - first for first, last in query_blocks(spec.batch * heads, spec.tokens, keys))
     wide = 4 * config.hidden + 3 * heads * config.head_dim + 2 * config.intermediate // tp
-    mixtures = [_mixture_values(kind.experts, config.hidden, rows, tp) for kind in config.kinds if kind.experts]
+    passes = {rows}
+    if role == "draft" and spec.phase in ("speculate", "propose"):  # which proposes from one or two tokens of a row
+        passes.add(2 * spec.batch)
+    experts = [kind.experts for kind in config.kinds if kind.experts]
+    mixtures = [_mixture_values(one, config.hidden, some, tp) for one in experts for some in passes]
     return 4 * (rows * wide + 2 * spec.batch * heads * block * keys + max(mixtures, default=0))
 
 
@@ -284,4 +288,6 @@ def _mixture_values(experts: Experts, hidden: int, rows: int, tp: int) -> int:
     inner = experts.intermediate // tp
     if rows * experts.chosen <= experts.count:  # matrices of the chosen experts, gathered
         return rows * experts.chosen * 3 * inner * hidden
+    if rows > inner:  # inner values, in the order of the one product as well
+        return experts.count * rows * 4 * inner
     return experts.count * rows * (3 * inner + 2 * hidden)

@@ -96,6 +96,18 @@ def test_draft_of_llama_70b_is_read_by_shares(backend):
     assert 6 * one_pass < 2e9
 
 
+@pytest.mark.parametrize(("recipe", "tp"), [("qwen3-30b-a3b-spec", 8), ("gpt-oss-20b-spec", 4)])
+def test_intermediates_of_experts_are_those_of_the_plan(backend, recipe, tp):
+    """A prefill of 8192 tokens held each expert's output for each token, 16 GiB; drafts gather more than they took."""
+    graphs, pair = weightless(recipe, 2, tp)
+    experts = pair.target.expert_layers[0]
+    for spec in (one for one in graphs if one.name.startswith(("prefill-b4-t2048", "speculate-b4", "decode-b4"))):
+        found = costs.costs(backend.trace(spec, pair).program.hlo)
+        assert found.peak_bytes <= scratch_bytes(pair, spec, fused=False), spec.name
+        inner = 2 * experts.count * 8192 * experts.intermediate // tp
+        assert found.largest.bytes <= max(inner, 256 * MIB), (spec.name, found.largest)
+
+
 @pytest.mark.parametrize("kv", [8, LENGTH])
 @pytest.mark.parametrize(("family", "tp"), [("llama", 1), ("llama-bias", 2), ("qwen3", 4), ("eagle3", 2)])
 def test_prompts_are_divided_and_written_in_blocks(backend, family, tp, kv):

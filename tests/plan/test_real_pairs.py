@@ -1,0 +1,94 @@
+"""Shipped recipes of public models plan from their locks: sizes as published, memory as arithmetic gives it."""
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from pipeline.files.atomic import FileDigest
+from pipeline.models.weights import weight_specs
+from pipeline.plan import lock as locks
+from pipeline.plan.estimates import GIB
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.recipe import load
+from support.paths import ROOT
+
+PUBLISHED = {
+    "gemma3-12b-spec": (11.77e9, 1.0e9),
+    "gpt-oss-20b-spec": (20.9e9, None),
+    "mistral-small-24b-spec": (23.57e9, None),
+    "qwen3-30b-a3b-spec": (30.5e9, 0.596e9),
+    "smollm3-3b-spec": (3.08e9, None),
+}
+"""Parameters of target and draft by their cards and the sizes of their files: of multimodal models those of the text
+part. A draft of the target's own layers has no published size."""
+
+
+def shipped(name: str) -> Plan:
+    path = ROOT / "recipes" / f"{name}.yaml"
+    recipe, lock = load(path), locks.lock_path(path)
+    return make_plan(recipe, *locks.pair_configs(recipe, locks.read(lock), str(lock)))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_the_published_models(name: str) -> None:
+    pair = shipped(name).pair
+    for config, published in zip((pair.target, pair.draft), PUBLISHED[name], strict=True):
+        if published is not None:
+            count = sum(math.prod(spec.shape) for spec in weight_specs(config))
+            assert abs(count / published - 1) < 0.005, count
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_memory_fits_and_holds_every_weight(name: str) -> None:
+    """Ranks hold the target once; KV heads and vectors that ranks repeat, and padding, add little."""
+    plan = shipped(name)
+    target = sum(math.prod(spec.shape) for spec in weight_specs(plan.pair.target))
+    size = 1 if plan.recipe.target.weights == "int8" else 2
+    held = plan.pair.models.tp * plan.memory.target_weights
+    assert size * target <= held < 1.03 * size * target
+    assert plan.memory_limit is None or plan.memory.total < 0.7 * plan.memory_limit
+
+
+def test_qwen3_moe_memory_is_what_arithmetic_gives() -> None:
+    """Per rank, bfloat16, 8 ranks: 4 of 32 query heads, one KV head of 4, a slice of each of 128 experts."""
+    memory = shipped("qwen3-30b-a3b-spec").memory
+    vocabulary = 19008 * 2048  # 151,936 rows padded to 8 x 32, over 8 ranks
+    attention = 2048 * (512 + 128 + 128 + 512) + 2 * 128
+    experts = 128 * 96 * 3 * 2048 + 128 * 2048  # 768 / 8, and the router
+    elements = 2 * vocabulary + 48 * (attention + experts + 2 * 2048) + 2048
+    assert memory.target_weights == 2 * elements + 4
+    assert memory.target_kv == 2 * 48 * 4 * 1 * 8192 * 128 * 2
+
+
+def test_gpt_oss_memory_is_what_arithmetic_gives() -> None:
+    """Per rank, bfloat16, 4 ranks: 16 of 64 query heads with a sink each, 2 KV heads, biases everywhere."""
+    memory = shipped("gpt-oss-20b-spec").memory
+    vocabulary = 50272 * 2880  # 201,088 rows, over 4 ranks
+    attention = 2880 * (1024 + 128 + 128 + 1024) + (1024 + 128 + 128) + 2880 + 16
+    experts = 32 * (3 * 720 * 2880 + 2 * 720 + 2880) + 32 * 2880 + 32
+    elements = 2 * vocabulary + 24 * (attention + experts + 2 * 2880) + 2880
+    assert memory.target_weights == 2 * elements + 4
+
+
+def test_experts_of_many_tokens_do_not_fill_a_core() -> None:
+    """Each expert's output for each of 8192 tokens, [128, 8192, 2048], took 16 GiB on every rank."""
+    plan = shipped("qwen3-30b-a3b-spec")
+    assert plan.memory.scratch < 4 * GIB
+    dense = replace(plan.pair.target, kinds=tuple(replace(kind, experts=None) for kind in plan.pair.target.kinds))
+    without = make_plan(plan.recipe, dense, plan.pair.draft).memory.scratch
+    assert plan.memory.scratch >= without
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_locked_config_is_the_file_of_its_digest(name: str) -> None:
+    """A config typed by hand would not have the digest; of multimodal models a lock has the text part alone."""
+    lock = locks.read(ROOT / "recipes" / f"{name}.lock")
+    for source in filter(None, (lock.target, lock.draft)):
+        if "gemma-3-12b" in source.source or "Mistral-Small-3.1" in source.source:
+            continue
+        texts = [json.dumps(source.config, indent=2) + end for end in ("", "\n")]
+        files = [FileDigest(hashlib.sha256(text.encode()).hexdigest(), len(text)) for text in texts]
+        assert source.files["config.json"] in files, source.source
