@@ -48,16 +48,7 @@ inline Codes codes_at(const Weight* pair, int64_t lane) {
 // Some rows times the outputs `lane` and after, and those 16 further on. A code times its scale is exact in float32.
 template <int64_t ROWS, int64_t STRIDE>
 inline void rows_times_lanes(const float* x, const Weight* w, int64_t lane, float* out) {
-    Vec low[ROWS], high[ROWS];
-    for (int64_t m = 0; m < ROWS; ++m) { low[m] = Vec(0.0f); high[m] = Vec(0.0f); }
-    const auto add = [&](int64_t i, const Vec& first, const Vec& second) {
-        #pragma GCC unroll 8
-        for (int64_t m = 0; m < ROWS; ++m) {
-            const Vec one(x[m * I + i]);
-            low[m] = at::vec::fmadd(one, first, low[m]);
-            high[m] = at::vec::fmadd(one, second, high[m]);
-        }
-    };
+    ROW_SUMS
     for (int64_t i = 0; i < I; i += GROUP, w += GROUP_BYTES) {
         const Vec scale = widened(scales_at(w) + lane), scale_high = widened(scales_at(w) + lane + 16);
         const Vec eight = scale * Vec(8.0f), eight_high = scale_high * Vec(8.0f);

@@ -25,7 +25,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
 from pipeline.backends.inductor import block_int4_kernel as int4
-from pipeline.backends.inductor.vectors import NATIVE_BFLOAT16, WIDENED, filled
+from pipeline.backends.inductor.vectors import NATIVE_BFLOAT16, ROW_SUMS, WIDENED, filled
 
 SHAPES = r"""
 using Weight = WEIGHT_TYPE;
@@ -87,16 +87,7 @@ inline void all_blocks(const typename Way::Row* x, const Weight* const* weights,
 VECTORS = r"""
 template <int64_t ROWS, int64_t STRIDE>
 inline void rows_times_chunk(const float* x, const Weight* w, const float* scales, float* out) {
-    Vec low[ROWS], high[ROWS];
-    for (int64_t m = 0; m < ROWS; ++m) { low[m] = Vec(0.0f); high[m] = Vec(0.0f); }
-    const auto add = [&](int64_t i, const Vec& first, const Vec& second) {
-        #pragma GCC unroll 8
-        for (int64_t m = 0; m < ROWS; ++m) {
-            const Vec one(x[m * I + i]);
-            low[m] = at::vec::fmadd(one, first, low[m]);
-            high[m] = at::vec::fmadd(one, second, high[m]);
-        }
-    };
+    ROW_SUMS
     if constexpr (PAIRED) {
         for (int64_t i = 0; i < I; i += 2) {
             const auto [first, next_first] = unpaired(w + i * LANES);
@@ -334,6 +325,7 @@ class BlockLinearTemplate(CppTemplate):
             "BY_PAIRS": (int4.BY_PAIRS if narrow else BY_PAIRS) if pairs else NO_PAIRS,
             "BY_TILES": BY_TILES if pairs and not narrow and columns % 32 == 0 else NO_TILES,
             "VECTORS": int4.VECTORS if narrow else VECTORS,
+            "ROW_SUMS": ROW_SUMS,
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel({"X": x, **operands}, {"Y": out}),
             "NAME": kernel.kernel_name,

@@ -67,6 +67,21 @@ inline std::pair<Vec, Vec> unpaired(const T* from) {
 """
 
 
+ROW_SUMS = r"""
+    Vec low[ROWS], high[ROWS];
+    for (int64_t m = 0; m < ROWS; ++m) { low[m] = Vec(0.0f); high[m] = Vec(0.0f); }
+    const auto add = [&](int64_t i, const Vec& first, const Vec& second) {
+        #pragma GCC unroll 8
+        for (int64_t m = 0; m < ROWS; ++m) {
+            const Vec one(x[m * I + i]);
+            low[m] = at::vec::fmadd(one, first, low[m]);
+            high[m] = at::vec::fmadd(one, second, high[m]);
+        }
+    };
+"""
+"""The sums of some rows of `x` for the outputs of two vectors, and what adds an input's products to them."""
+
+
 class Code(NamedTuple):
     """C++ code and its includes."""
 
