@@ -33,6 +33,13 @@ def test_rows_share_graphs_so_that_the_least_is_computed(lengths):
     assert sum(cost(call.graph) for call in calls) == least(sorted(lengths))
 
 
+def test_a_call_costs_more_than_some_padding():
+    """Three calls compute 24 tokens, one computes 32; each of them reads all weights."""
+    graphs = [GraphSpec("prefill", batch, 8, 64) for batch in (1, 4)]
+    (call,) = prefill_calls([Chunk(slot, 0, 8) for slot in range(3)], graphs)
+    assert len(call.chunks) == 3
+
+
 def cost(graph: GraphSpec) -> int:
     return graph.batch * graph.tokens + CALL_TOKENS
 

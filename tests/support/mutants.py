@@ -56,7 +56,7 @@ RENAMED = {"amax": "amin", "amin": "amax", "cos": "sin", "sin": "cos", "cumsum":
 EXPLAINED = {
     "self.partner_vocab > self.config.vocab -> ": "equal: a partner's vocabulary is named only if it differs",
     "Eagle3.score: position_B < ": "changes features of rows that are not scored, which are set again before use",
-    "(low + 0.5) * 2.0 ** (-BITS) -> high - ": "changes random numbers by 1e-7 of their range",
+    "(low + 0.5) * 2.0 ** (-BITS) -> high - ": "changes random numbers by 1e-7 of their range: tests/speculation/test_sampling.py",
     "score_arguments: 0 -> 1": "equal: the tokens of rows without a request are not read",
     "_packed_shape: len(window.spec.shape) > 1": "equal: a vector in one column has the bytes of a vector",
     "_packs_whole: part.last - part.first -> part.last + ": "equal: only whether a width is even counts",
@@ -67,7 +67,7 @@ EXPLAINED = {
     "_refuse_overflow: ": "float16 only: tests/stages/test_shard.py",
     "Attend.within: keys - 1 -> ": "changes what padding behind the keys sees, which nothing reads",
     "attend_up_to: 0.0 -> ": "equal: the softmax ignores a constant; sinks, which do not, have their own operator here",
-    "_cheapest: best[first][0] + ": "costs: which prompts share a graph, which changes no answer",
+    "_cheapest: best[first][0] + ": "costs: which prompts share a graph: tests/runtime/test_chunks.py",
     "local_heads: tp <= config.kv_heads -> ": "equal: with a rank for each key head both sides are the same number",
     "Model.within: rows.position_B < ": "a row without room, which no caller runs: tests/speculation/test_phases.py",
     "Eagle3.after_verify: self.model.config.vocab - 1 -> ": "equal: `readable` clamps to the ids of a smaller head",
