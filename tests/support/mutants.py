@@ -56,7 +56,7 @@ RENAMED = {"amax": "amin", "amin": "amax", "cos": "sin", "sin": "cos", "cumsum":
 EXPLAINED = {
     "self.partner_vocab > self.config.vocab -> ": "equal: a partner's vocabulary is named only if it differs",
     "Eagle3.score: position_B < ": "changes features of rows that are not scored, which are set again before use",
-    "(low + 0.5) * 2.0 ** (-BITS) -> high - ": "changes random numbers by 1e-7 of their range: tests/speculation/test_sampling.py",
+    "(low + 0.5) * 2.0 ** (-BITS) -> high - ": "random numbers by 1e-7: tests/speculation/test_sampling.py",
     "score_arguments: 0 -> 1": "equal: the tokens of rows without a request are not read",
     "_packed_shape: len(window.spec.shape) > 1": "equal: a vector in one column has the bytes of a vector",
     "_packs_whole: part.last - part.first -> part.last + ": "equal: only whether a width is even counts",
