@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.parallel import Pass, Seams
-from pipeline.models.weights import local_heads
+from pipeline.models.weights import WeightSpec, local_heads
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.drafters import TAIL, DraftModel, Eagle3, take
 from pipeline.speculation.model import Model, Rows
-from pipeline.stages.windows import _packs_whole
+from pipeline.stages.windows import ColumnRange, Window, _packs_whole
 from support.mutants import Mutant
 
 Outputs = Iterator[Any]
@@ -105,10 +105,10 @@ def packed() -> Outputs:
     """Every range of columns of a matrix of up to seven."""
     for width, dtype in product(range(1, 8), ("F32", "BF16")):
         for first, last in combinations(range(width + 1), 2):
-            part = SimpleNamespace(first=first, last=last, zeros=0)
-            spec = SimpleNamespace(shape=(32, width), kind="linear")
-            of = SimpleNamespace(dtype=dtype, across=0, parts=(part,), width=width, rows=32, spec=spec)
-            yield _packs_whole(of, BlockPacking())  # type: ignore[arg-type]
+            spec = WeightSpec("w", (32, width), "columns", "linear")
+            unread: Any = None
+            of = Window(unread, spec, dtype, rows=32, real=32, parts=(ColumnRange(first, last, (0,)),))
+            yield _packs_whole(of, BlockPacking())
 
 
 DOMAINS: dict[str, Callable[[], Outputs]] = {
