@@ -219,8 +219,8 @@ def collect(url: str, *, dry_run: bool = False) -> Removed:
 
     Raises:
         InputError: no such folder, or no registry in it.
-        ArtifactError: a manifest cannot be read, or names a blob that is not there: nothing is removed, since the blobs
-            of that release are unknown.
+        ArtifactError: a manifest cannot be read, or names a blob that is not there, or an object among the releases is
+            none: nothing is removed, since the blobs of that release are unknown.
         HostError: publishes do not end, or the registry keeps no loose blobs.
 
     """

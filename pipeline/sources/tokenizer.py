@@ -36,10 +36,26 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """
     require_tokenizer(checkpoint)
     tokenizer = _as_transformers(checkpoint)
-    data = serialized(tokenizer.backend_tokenizer)
+    data = _checked(tokenizer.backend_tokenizer, checkpoint.root)
     config = _config(tokenizer, json.loads(data), checkpoint)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return {"tokenizer.json": data.encode(), "tokenizer_config.json": text.encode()}
+
+
+def _checked(tokenizer: Any, root: Path) -> str:
+    """Return the text of a tokenizer that can be read back.
+
+    Raises:
+        SourceError: it cannot: two tokens have one id, for example, and a merge names the lost one.
+
+    """
+    try:
+        return serialized(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises bare Exception, and its panics are none
+        what = f"the tokenizer contradicts itself: {reason(error)}"
+        raise SourceError(what, where=str(root), fix=JSON_FIX) from error
 
 
 def serialized(tokenizer: Any) -> str:

@@ -173,7 +173,7 @@ class ObjectStore:
             blobs = list(self.bucket.list("blobs"))
             stored = {blob.key.rpartition("/")[2] for blob in blobs}
             keep: set[str] = set()
-            for name, version in self._releases("releases"):
+            for name, version in self._releases("releases", strict=True):
                 yank = self.read_yank(name, version)
                 if yank is None or not yank.retired:
                     used = reachable(self.read_release(name, version) or b"")
@@ -201,11 +201,22 @@ class ObjectStore:
             fix = "run the command again; if the blob is lost, publish the release again"
             raise CorruptError(what, where=self.bucket.where, fix=fix)
 
-    def _releases(self, below: str) -> Iterator[tuple[str, str]]:
+    def _releases(self, below: str, *, strict: bool = False) -> Iterator[tuple[str, str]]:
+        """Yield name and version of each release.
+
+        Raises:
+            CorruptError: `strict`, and an object that is no release: its name may have changed on its way.
+
+        """
         for entry in self.bucket.list(below):
             parts = entry.key.split("/")
             if len(parts) == 4 and parts[0] == "releases" and parts[3] == "manifest.json":
                 yield parts[1], parts[2]
+            elif strict:
+                what = f"object among the releases that is none: {entry.key!r}; nothing is removed"
+                raise CorruptError(
+                    what, where=self.bucket.where, fix="run the command again; if it is there, remove it"
+                )
 
 
 def checked_pieces(source: Source, sha256: str, piece_bytes: int) -> Iterator[bytes]:

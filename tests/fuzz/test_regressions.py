@@ -37,6 +37,14 @@ def head(name: str, **changes: object) -> bytes:
     return json.dumps(found).encode()
 
 
+def vocabulary_with_one_id_twice() -> bytes:
+    """A merged token has the id of another one, and is lost."""
+    data = (CORPUS / "tokenizer_parts/valid-vocab").read_bytes()
+    vocab = json.loads(data[1:])
+    merged = max(vocab, key=len)
+    return data[:1] + json.dumps(vocab | {merged: vocab["a"]}).encode()
+
+
 def safetensors(entry: object) -> bytes:
     header = json.dumps({"a": entry}).encode()
     return struct.pack("<Q", len(header)) + header
@@ -117,6 +125,8 @@ FAULTS = {
     "vLLM's cache: ValueError for a size of 5,000 digits": (
         "vllm_cache", (CORPUS / "vllm_cache/valid.bin").read_bytes().replace(b"size:4", b"size:" + b"9" * 5000),
         "records"),
+    "vocabulary: Exception for two tokens of one id": (
+        "tokenizer_parts", vocabulary_with_one_id_twice(), "contradicts itself"),
     "io.json: KeyError": ("signature_of_graph", b'{"weights": []}', "damaged signature"),
     "neff: KeyError in the boundary": (
         "neff", (CORPUS / "neff/valid-boundary.zip").read_bytes().replace(b'"kind"', b'"kine"'), "not a graph file"),

@@ -68,6 +68,19 @@ def test_collect_stops_at_a_manifest_with_a_changed_digest(made, url):
     assert registry.collect(url).blobs == 0
 
 
+@pytest.mark.parametrize("name", ["releases/small/1.0/manifesu.json", "releases/small/1.0", "releases/x/y/z/w"])
+def test_collect_stops_at_an_object_that_is_no_release(made, url, name):
+    """A listed name with one changed letter was no release, and its blobs were removed as unused."""
+    leave_blobs(made, url)
+    before = sorted(Path(url).glob("blobs/sha256/*/*"))
+    path = Path(url) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    with pytest.raises(ArtifactError, match="nothing is removed"):
+        registry.collect(url)
+    assert sorted(Path(url).glob("blobs/sha256/*/*")) == before
+
+
 def test_collect_stops_at_a_manifest_it_cannot_read(made, url):
     """What a damaged manifest reaches is not known, so nothing is removed."""
     leave_blobs(made, url)
