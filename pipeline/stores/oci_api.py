@@ -19,7 +19,9 @@ from pipeline.stores.ranges import Ranges, deadline_s
 
 PAGE = re.compile(r'<([^>]+)>\s*;\s*rel="?next"?')
 MOST_PAGES = 1000
-"""Of a list of tags or repositories, of up to 1000 entries each; a page may name itself as the next one."""
+"""Of a list of tags or repositories, of up to 1000 entries each."""
+
+NO_END = "a page names an earlier one as the next: see the registry's log"
 BYTES = "application/octet-stream"
 CHANGES_REFUSED = (400, 409, 412)
 """Statuses of registries whose tags cannot change: of AWS, Google and Harbor."""
@@ -197,17 +199,20 @@ class OciRegistry:
         return done
 
     def _listed(self, repo: str, path: str, key: str) -> Iterator[str]:
-        page: str | None = path
+        page, seen = path, {path}
         for _ in range(MOST_PAGES):
-            if page is None:
-                return
             answer = self.session.request("GET", repo, page, fine=(200, 404) if repo else (200,))
             if answer.status == 404:
                 return
             listed = json_of(answer.data).get(key)
             yield from map(str, listed if isinstance(listed, list) else [])
             following = PAGE.search(answer.headers.get("link", ""))
-            page = urljoin(f"{self.session.url}/v2/", following[1]) if following else None
+            if following is None:
+                return
+            page = urljoin(f"{self.session.url}/v2/", following[1])
+            if page in seen:
+                raise CorruptError("the registry's list has no end", where=self.session.where(repo), fix=NO_END)
+            seen.add(page)
         raise CorruptError(f"the registry's list has over {MOST_PAGES} pages", where=self.session.where(repo))
 
 

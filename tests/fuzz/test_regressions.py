@@ -7,6 +7,7 @@ import json
 import struct
 import time
 import zipfile
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -217,13 +218,26 @@ def test_s3_fault_is_a_documented_error(fault, monkeypatch):
 
 
 def test_oci_registry_whose_list_never_ends(monkeypatch):
-    """A page that names itself as the next one was read for ever."""
+    """A page that names itself as the next one was read for ever, then a thousand times."""
     from pipeline.stores import oci_api
     from pipeline.stores.oci_session import Answer
 
     registry = oci_api.OciRegistry("127.0.0.1:9")
     again = Answer(200, {"link": '</v2/org/name/tags/list>; rel="next"'}, b'{"tags": ["1.0"]}')
     monkeypatch.setattr(registry.session, "request", lambda *_, **__: again)
+    with pytest.raises(CorruptError, match="has no end"):
+        registry.tags("org/name")
+
+
+def test_oci_registry_whose_list_always_has_another_page(monkeypatch):
+    from pipeline.stores import oci_api
+    from pipeline.stores.oci_session import Answer
+
+    registry, pages = oci_api.OciRegistry("127.0.0.1:9"), count()
+    monkeypatch.setattr(
+        registry.session, "request",
+        lambda *_, **__: Answer(200, {"link": f'</v2/x?last={next(pages)}>; rel="next"'}, b'{"tags": ["1.0"]}'),
+    )  # fmt: skip
     with pytest.raises(CorruptError, match="over 1000 pages"):
         registry.tags("org/name")
 
