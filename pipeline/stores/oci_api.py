@@ -155,7 +155,20 @@ class OciRegistry:
         if not (location := answer.headers.get("location")):
             what = "the registry named no place for an upload"
             raise HostError(what, where=self.session.where(repo), fix="try again")
-        return urljoin(f"{self.session.url}/v2/", location)
+        return self._at(f"{self.session.url}/v2/", location, repo)
+
+    def _at(self, base: str, place: str, repo: str) -> str:
+        """Return the address that an answer names, which may be relative.
+
+        Raises:
+            CorruptError: no address.
+
+        """
+        try:
+            return urljoin(base, place)
+        except ValueError as error:
+            what = f"the registry named a malformed address: {place[:100]!r}"
+            raise CorruptError(what, where=self.session.where(repo), fix="see the registry's log") from error
 
     def _read_explained(self, repo: str, digest: str, offset: int, buffer: memoryview) -> int | None:
         url = f"{self.session.url}/v2/{repo}/blobs/{digest}"
@@ -165,8 +178,8 @@ class OciRegistry:
             response.close()
             response = self._range(url, repo, headers)
         if response.status in REDIRECTS:
-            place = urljoin(url, response.headers.get("location", ""))
             response.close()
+            place = self._at(url, response.headers.get("location", ""), repo)
             self._located[url] = place
             response = self._range(place, repo, headers)
         if response.status == 404:
@@ -209,7 +222,7 @@ class OciRegistry:
             following = PAGE.search(answer.headers.get("link", ""))
             if following is None:
                 return
-            page = urljoin(f"{self.session.url}/v2/", following[1])
+            page = self._at(f"{self.session.url}/v2/", following[1], repo)
             if page in seen:
                 raise CorruptError("the registry's list has no end", where=self.session.where(repo), fix=NO_END)
             seen.add(page)

@@ -242,6 +242,38 @@ def test_oci_registry_whose_list_always_has_another_page(monkeypatch):
         registry.tags("org/name")
 
 
+@pytest.mark.parametrize(
+    ("status", "header", "call"),
+    [
+        (
+            202,
+            {"location": "//["},
+            lambda registry: registry.put_blob("org/name", "sha256:x", 1, lambda: iter((b"x",))),
+        ),
+        (200, {"link": '<//[x>; rel="next"'}, lambda registry: registry.tags("org/name")),
+    ],
+)
+def test_oci_registry_that_names_a_malformed_address(monkeypatch, status, header, call):
+    """ValueError: Invalid IPv6 URL."""
+    from pipeline.stores import oci_api
+    from pipeline.stores.oci_session import Answer
+
+    registry = oci_api.OciRegistry("127.0.0.1:9")
+    monkeypatch.setattr(registry.session, "request", lambda *_, **__: Answer(status, header, b"{}"))
+    with pytest.raises(CorruptError, match="malformed address"):
+        call(registry)
+
+
+def test_oci_registry_that_sends_readers_to_a_malformed_address(monkeypatch):
+    from pipeline.stores import oci_api
+
+    server = AnsweringServer()
+    server.answer = b"HTTP/1.1 307 X\r\nLocation: //[\r\nContent-Length: 0\r\n\r\n"
+    registry = oci_api.OciRegistry(server.url.removeprefix("http://"))
+    with pytest.raises(CorruptError, match="malformed address"):
+        registry.read_blob("org/name", f"sha256:{'ab' * 32}", 0, memoryview(bytearray(4)))
+
+
 def test_oci_registry_whose_answers_have_other_types(monkeypatch):
     """A number in place of a list of tags, and a size that is none."""
     from pipeline.stores import oci_api
