@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -265,3 +266,24 @@ def test_plan_has_one_pass_of_the_draft_and_refuses_more_tokens_than_a_block(wor
     assert {name for name in states if name.startswith("draft/")} == {f"draft/{p}.{i}" for p in "kv" for i in range(2)}
     with pytest.raises(RecipeError, match="a block of this draft has 8 positions"):
         make_plan(recipe_of(steps=(4, 8)), pair[0].config, pair[1].config)
+
+
+GPT_OSS = {
+    "architectures": ["DFlashDraftModel"], "model_type": "gpt_oss", "attention_bias": True, "block_size": 8,
+    "dflash_config": {"mask_token_id": 200000, "target_layer_ids": [1, 6, 11, 16, 21]}, "head_dim": 64,
+    "hidden_size": 2880, "intermediate_size": 7680, "max_position_embeddings": 131072, "num_attention_heads": 64,
+    "num_hidden_layers": 8, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 150000, "vocab_size": 201088,
+}  # fmt: skip
+"""Fields of hf://z-lab/gpt-oss-20b-DFlash, as public repositories quote them."""
+
+
+def test_draft_of_gpt_oss_has_the_parameters_of_its_file():
+    """784,767,104 by the published file: norms of heads and a bias of the output are in its tensors, in no field."""
+    layer = {"self_attn.q_proj.bias": (4096,), "self_attn.o_proj.bias": (2880,)}
+    layer |= {f"self_attn.{name}_norm.weight": (64,) for name in "qk"}
+    shapes = {f"layers.{i}.{name}": shape for i in range(8) for name, shape in layer.items()}
+    shapes |= {"fc.weight": (2880, 5 * 2880), "hidden_norm.weight": (2880,)}
+    config = config_of(opened_config(GPT_OSS, shapes, {}), "config.json")
+    assert (config.family, config.qk_norm, config.out_bias, config.expert_layers) == ("dflash", "head", True, ())
+    own = [spec for spec in weight_specs(config) if spec.name not in (EMBEDDING, HEAD)]
+    assert sum(math.prod(spec.shape) for spec in own) == 784_767_104

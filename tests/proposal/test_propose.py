@@ -115,6 +115,30 @@ def test_init_uses_the_table_of_known_drafts(tmp_path: Path, hub: FakeHub) -> No
     assert "seen in https://docs.vllm.ai/" in Path("qwen3-8b-spec.yaml").read_text()
 
 
+@pytest.mark.parametrize(("name", "model_type", "ranks"), [
+    ("qwen3-30b-a3b-spec", None, 4), ("gemma3-12b-spec", "gemma3", 2),
+])  # fmt: skip
+def test_init_proposes_the_pairs_of_the_recipes(
+    tmp_path: Path, hub: FakeHub, name: str, model_type: str | None, ranks: int
+) -> None:
+    """From the published configs, with a tokenizer of this project; ranks and memory by the plan."""
+    lock = json.loads((ROOT / "recipes" / f"{name}.lock").read_bytes())
+    for role in ("target", "draft"):
+        config, repo = lock[role]["config"], repository(tmp_path, role, layers=1)
+        if model_type and role == "target":
+            config = {"model_type": model_type, "text_config": config}
+        hub.repos[lock[role]["source"].removeprefix("hf://").partition("@")[0]] = Repo(
+            repo.files | {"config.json": json.dumps(config).encode()}
+        )
+    target, draft = (lock[role]["source"].partition("@")[0] for role in ("target", "draft"))
+    result = tandem("init", target, "--backend", "neuron", "--target", "trn2", "--out", "new.yaml")
+    assert result.exit_code == 0, result.output
+    recipe = load(Path("new.yaml"))
+    assert str(recipe.draft.source).partition("@")[0] == draft
+    assert (recipe.target.dtype, recipe.parallel.tensor) == ("bfloat16", ranks)
+    assert recipe.speculation.draft_tokens == (4,)
+
+
 def test_init_of_a_head_that_the_user_names(tmp_path: Path) -> None:
     recipe = written("pico://llama?layers=6", "--draft", "pico://llama?layers=6&draft_vocab=128&eagle3=1")
     assert (recipe.speculation.method, recipe.speculation.draft_tokens) == ("eagle3", (3,))
@@ -192,7 +216,7 @@ def pair_of(recipe: str) -> Pair:
 
 @pytest.mark.parametrize(("recipe", "chip", "ranks"), [
     ("llama-8b-spec", "trn2", 1), ("llama-70b-spec", "trn2", 8), ("llama-70b-spec", "trn1", 16),
-    ("qwen3-32b-spec", "trn2", 4),
+    ("qwen3-32b-spec", "trn2", 4), ("qwen3-30b-a3b-spec", "trn2", 4), ("gemma3-12b-spec", "trn2", 2),
 ])  # fmt: skip
 def test_choose_the_fewest_ranks_that_divide_and_fit(recipe: str, chip: Any, ranks: int) -> None:
     """Half as many ranks do not fit the memory of a core."""
