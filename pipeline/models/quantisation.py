@@ -18,6 +18,8 @@ from pipeline.models.fields import is_int, shown
 KEY = "quantization_config"
 METHOD = "quant_method"
 SKIPPED = "modules_to_not_convert"
+MODELOPT_FILE = "hf_quant_config.json"
+"""Where checkpoints of NVIDIA's ModelOpt say how they are quantised; many have no `quantization_config`."""
 
 Method = Literal["fp8", "compressed-tensors", "awq", "gptq", "mxfp4", "bitsandbytes"]
 
@@ -152,6 +154,27 @@ def read_quantisation(config_json: Mapping[str, Any], where: str) -> Quantisatio
         fix = f"supported: {', '.join(METHODS)}; or use the unquantised checkpoint"
         raise reader.error(METHOD, method, "this quantisation is not supported", fix)
     return METHODS[method](reader)
+
+
+def refuse_modelopt(config_json: Mapping[str, Any], document: Mapping[str, Any], where: str) -> None:
+    """Raise an error for matrices that ModelOpt quantised, which `config.json` does not say; `where` names its file.
+
+    `document` is that file. One with an algorithm for caches alone is no error: the weights are numbers.
+
+    Raises:
+        SourceError: an algorithm for weights, or no section `quantization`.
+
+    """
+    if config_json.get(KEY) is not None:
+        return
+    section = document.get("quantization")
+    if not isinstance(section, dict):
+        fix = f"correct {MODELOPT_FILE}"
+        raise SourceError(f"quantization={shown(section)}: expected an object", where=where, fix=fix)
+    if section.get("quant_algo") is not None:
+        what = f"quantization.quant_algo={shown(section['quant_algo'])}: quantisation by ModelOpt is not supported"
+        fix = f"supported: {', '.join(METHODS)}; or use the unquantised checkpoint"
+        raise SourceError(what, where=where, fix=fix)
 
 
 def without_quantisation(config_json: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
 from pipeline.models.generation import EOS, GENERATION_CONFIG, token_ids
 from pipeline.models.multimodal import text_part
+from pipeline.models.quantisation import MODELOPT_FILE, refuse_modelopt
 from pipeline.progress import Progress, no_progress
 from pipeline.records import Record
 from pipeline.sources.custom_code import CODE_FILES, refuse_custom_code
@@ -117,6 +118,9 @@ def open_checkpoint(
     reject_pointers(root, [*CONFIG_FILES, *TOKENIZER_FILES, INDEX])
     _refuse_custom_code(root)
     config_json = read_config(root)
+    if (root / MODELOPT_FILE).is_file():
+        document = read_json(root / MODELOPT_FILE, "download the checkpoint again")
+        refuse_modelopt(config_json, document, str(root / MODELOPT_FILE))
     config = config_of(config_json, str(root / "config.json"))
     weights = [] if remote else weight_files(root)
     reject_pointers(root, weights)

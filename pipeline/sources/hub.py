@@ -24,6 +24,7 @@ from pipeline.extras import require
 from pipeline.files.atomic import write_atomic
 from pipeline.models.dflash import MASK_EMBEDDING, mask_embedding_error
 from pipeline.models.families import config_of
+from pipeline.models.quantisation import MODELOPT_FILE, refuse_modelopt
 from pipeline.progress import Progress
 from pipeline.records import Record
 from pipeline.sources.base import Fetched
@@ -146,7 +147,10 @@ class Hub:
         for name in CODE_FILES:
             if name in listing:
                 refuse_custom_code(get(listing[name]).read_bytes(), f"{where}/{name}")
-        config_of(read_config(config.parent), f"{where}/config.json")
+        config_json = read_config(config.parent)
+        if MODELOPT_FILE in listing:
+            refuse_modelopt(config_json, read_json(get(listing[MODELOPT_FILE]), AGAIN), f"{where}/{MODELOPT_FILE}")
+        config_of(config_json, f"{where}/config.json")
         names = [n for n in (*CONFIG_FILES, *TOKENIZER_FILES) if n in listing]
         if SINGLE in listing:  # before an index, as in a folder
             names += [SINGLE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,21 @@ def test_folder_without_weights_is_not_told_to_convert_any(tmp_path):
     with pytest.raises(SourceError, match="no safetensors weights") as caught:
         open_checkpoint(tmp_path)
     assert "convert" not in caught.value.fix
+
+
+@pytest.mark.parametrize(("document", "said"), [
+    ({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}, 'quantization.quant_algo="NVFP4"'),
+    ({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}, None),
+    ({"quantization": ["FP8"]}, "quantization=.*expected an object"),
+    ([], "hf_quant_config.json"),
+])  # fmt: skip
+def test_modelopt_is_refused_by_its_own_file(tmp_path: Path, document: object, said: str | None) -> None:
+    """With caches of 8 bits alone, weights are read as they are."""
+    write_checkpoint(tmp_path / "m")
+    (tmp_path / "m" / "hf_quant_config.json").write_text(json.dumps(document))
+    if said is None:
+        assert opened("m", tmp_path).config.layers
+        return
+    with pytest.raises(SourceError) as caught:
+        opened("m", tmp_path)
+    assert re.search(said, str(caught.value))

@@ -77,6 +77,17 @@ def test_hub_unsupported_model_is_refused_before_its_weights_come(tmp_path: Path
     assert not any(line.endswith(".safetensors") for line in hub.log)
 
 
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
+def test_hub_modelopt_is_refused_before_its_weights_come(tmp_path: Path, hub: FakeHub, algorithm: str) -> None:
+    """Of nvidia/Llama-3.1-70B-Instruct-FP8, whose config.json names no quantisation, all weights were downloaded."""
+    document = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm}}
+    hub.repos["org/model"] = Repo(hub_files(tmp_path) | {"hf_quant_config.json": json.dumps(document).encode()})
+    with pytest.raises(SourceError, match=f'quantization.quant_algo="{algorithm}": quantisation by ModelOpt') as caught:
+        fetched(hub, tmp_path, "org/model")
+    assert str(caught.value.where).endswith("org/model/hf_quant_config.json")
+    assert not any(line.endswith(".safetensors") for line in hub.log)
+
+
 def test_hub_pickled_weights_are_refused_by_name(tmp_path: Path, hub: FakeHub) -> None:
     files = {"config.json": b"{}", "pytorch_model.bin": b"x"}
     hub.repos["org/model"] = Repo(files)
