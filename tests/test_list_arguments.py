@@ -27,7 +27,7 @@ from pipeline.nxdi import vllm_args, vllm_cache, vllm_cache_layout
 from pipeline.plan.estimates import pace_of
 from pipeline.plan.forecast import Forecast
 from pipeline.recipe import changed
-from pipeline.registry import copy, publish, pull
+from pipeline.registry import copy, promotions, publish, pull
 from pipeline.runtime.calls import checked_prompts
 from pipeline.runtime.engine import Engine
 from pipeline.serve import arguments
@@ -39,7 +39,8 @@ from pipeline.stores.hub import HubStore
 from pipeline.stores.objects import ObjectStore
 from pipeline.stores.oci import OciStore
 from pipeline.validate import lengths
-from pipeline.validate.draft import examine
+from pipeline.validate import run as validation
+from pipeline.validate.draft import examine, short
 from pipeline.validate.gates import acceptance
 from pipeline.validate.reference import skeleton
 from support.python_source import tree
@@ -68,6 +69,11 @@ def settings_lines(sampling: Any) -> object:
 def expect(missing: Any) -> object:
     clock = BuildClock.__new__(BuildClock)
     return clock.expect(missing, 1)
+
+
+def draft_report(prompts: Any) -> object:
+    pair: Any = (UNUSED, SimpleNamespace(config=SimpleNamespace(eagle3=UNUSED)))
+    return validation.draft_report(UNUSED, pair, prompts, UNUSED, print, UNUSED)
 
 
 def distil(**values: Any) -> object:
@@ -99,6 +105,7 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "plan.forecast.Forecast.compile_s(names)": lambda value: Forecast({}, {}, 0, 0).compile_s(1, value),
     "recipe.changed.changed_recipes(paths)": changed.changed_recipes,
     "registry.copy.copied(missing)": lambda value: copy.copied(UNUSED, UNUSED, value, is_there=False),
+    "registry.promotions.promotions_by_version(versions)": lambda v: promotions.promotions_by_version("url", "name", v),
     "registry.publish.listed_places(roots)": publish.listed_places,
     "registry.publish.publish(aliases)": lambda value: publish.publish([], "url", value),
     "registry.publish.publish(roots)": lambda value: publish.publish(value, "url"),
@@ -119,9 +126,11 @@ FUNCTIONS: dict[str, Callable[[Any], object]] = {
     "serve.arguments.restrict(engine)": lambda value: arguments.restrict(UNUSED, value, UNUSED),
     "stages.took.BuildClock.expect(missing)": expect,
     "validate.draft.examine.chosen(prompts)": lambda value: examine.chosen(value, 1),
+    "validate.draft.short.short_prompts(prompts)": short.short_prompts,
     "validate.gates.acceptance.acceptance_of(prompts)": lambda value: acceptance.acceptance_of(value, [], 1),
     "validate.lengths.encoded_prompts(prompts)": lambda value: lengths.encoded_prompts(value, {}),
     "validate.reference.skeleton.for_module(names)": lambda value: skeleton.for_module(value, {}, UNUSED),
+    "validate.run.draft_report(prompts)": draft_report,
     "validate.lengths.token_counts(prompts)": lambda value: lengths.token_counts(value, {}),
 }
 OTHERS: dict[str, Callable[[Any], object]] = {

@@ -33,7 +33,7 @@ from pipeline.runtime.open import defaults_of
 @click.option("--markdown", is_flag=True, help="Print Markdown tables, for a CI summary or a comment.")
 @as_json
 def inspect(artifact: str, markdown: bool, json_: bool) -> None:
-    """Show what ARTIFACT holds and needs, and of a pulled one the registry and the promotions of its release.
+    """Show what ARTIFACT holds and needs. Of a pulled one also the registry and the promotions of its release.
 
     Only its manifest, generation_config.json and the record of the pull are read.
     """

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -15,7 +15,7 @@ from pipeline.artifact.host import host_facts
 from pipeline.cache.local import default_root
 from pipeline.cli.console import Console
 from pipeline.cli.groups import Command, Group
-from pipeline.cli.options import as_json
+from pipeline.cli.options import as_json, collected
 from pipeline.cli.paths import artifact_dir, complete_artifact, complete_recipe, recipe_path
 from pipeline.cli.results import print_json, print_line, print_result, print_table
 from pipeline.cli.tables import Table, Verdict
@@ -85,6 +85,28 @@ def vllm_cache() -> None:
     """Ship compile caches of vLLM's Neuron plugin."""
 
 
+@dataclass(frozen=True)
+class PackOptions:
+    """The options of `tandem vllm-cache pack`."""
+
+    directory: Path
+    name: str
+    out: Path
+    serve: str
+    variables: tuple[str, ...]
+    versions: tuple[str, ...]
+    expect: Path | None
+    json_: bool
+
+    @property
+    def run(self) -> caches.ServerRun:
+        """The server that filled the cache."""
+        return caches.ServerRun(
+            _words("--serve", self.serve), _pairs("--env", self.variables), _pairs("--version-of", self.versions),
+            vllm_cache_keys.read_keys(self.expect) if self.expect else (),
+        )  # fmt: skip
+
+
 @vllm_cache.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="Name of the release.")
@@ -97,24 +119,20 @@ def vllm_cache() -> None:
 @click.option("--expect", type=click.Path(path_type=Path),
               help="File with the keys of the server's graphs, one a line (default: all of the cache).")  # fmt: skip
 @as_json
-def pack(
-    directory: Path, name: str, out: Path, serve: str, json_: bool, expect: Path | None, **pairs: tuple[str, ...]
-) -> None:
+@collected(PackOptions)
+def pack(console: Console, options: PackOptions) -> None:
     """Pack DIRECTORY into an artifact. DIRECTORY is a filled VLLM_CACHE_ROOT, or its neuron/compile_cache."""
-    run = caches.ServerRun(
-        _words("--serve", serve), _pairs("--env", pairs["variables"]), _pairs("--version-of", pairs["versions"]),
-        vllm_cache_keys.read_keys(expect) if expect else (),
-    )  # fmt: skip
-    manifest = caches.pack(directory, out, name, run)
+    del console
+    manifest = caches.pack(options.directory, options.out, options.name, options.run)
     data = {
-        "artifact": out,
+        "artifact": options.out,
         "name": manifest.name,
         "version": manifest.version,
         "backend": manifest.backend.model_dump(),
     }
     graphs = counted(manifest.backend.keys, "graph")
-    line = f"packed {manifest.name} {manifest.version} in {out}: {graphs}, {size(manifest.size_bytes)}"
-    print_result(data, line, as_json=json_)
+    line = f"packed {manifest.name} {manifest.version} in {options.out}: {graphs}, {size(manifest.size_bytes)}"
+    print_result(data, line, as_json=options.json_)
 
 
 @vllm_cache.command()

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
-from pipeline.errors import CorruptError
+from pipeline.errors import CorruptError, no_string
 from pipeline.stores.base import Content, Signature, Store, open_store
 from pipeline.stores.promotions import PROMOTED, Promotion, promotions_of
 
@@ -38,6 +38,7 @@ def promotions_by_version(url: str, name: str, versions: Iterable[str]) -> dict[
         HostError: the registry cannot be reached.
 
     """
+    no_string(versions, "versions", "versions")
     store = open_store(url)
 
     def copies(version: str) -> tuple[Promotion, ...]:
