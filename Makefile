@@ -77,7 +77,7 @@ test-servers: $(DEV_READY) ## tests with real S3 and OCI servers and a test serv
 	$(PYTEST) -m server
 
 test-ray: $(DEV_READY)   ## a real Ray cluster of several nodes on this machine, with a real S3 server
-	$(BIN)/python -m pip install --quiet --editable '.[ray,servers]'
+	$(BIN)/python -m pip install --quiet --editable '.[ray,servers,stablehlo]'
 	$(PYTEST) -m ray
 
 test-soak: $(DEV_READY) $(VLLM_READY) ## mixed load on a served pair, disturbed: make test-soak MINUTES=60 SEED=1
