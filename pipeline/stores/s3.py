@@ -33,8 +33,8 @@ PART_BYTES = 8 << 20
 SIGNED_FOR = timedelta(minutes=15)
 RETRIES = 8
 RETRY_S = 60.0
-LIST_TRIES, LIST_PAUSE_S = 4, 0.2
-"""Attempts at a list whose answers break off, and the first pause between them."""
+TRIES, PAUSE_S = 4, 0.2
+"""Attempts where answers break off, and the first pause between them."""
 PROBE = ".tandem-registry"
 PROBE_DATA = b"This bucket prefix is a registry of Tandem.\n"
 NO_TAG = '"00000000000000000000000000000000"'
@@ -93,12 +93,24 @@ class S3Bucket:
     def check(self) -> None:
         """Send requests that the server must reject: creating an object twice, and swapping it with a wrong token.
 
+        They write equal bytes, so they are sent again if an answer breaks off.
+
         Raises:
             HostError: the server accepts them, or rejects a swap with the right token.
 
         """
-        if self.checked:
-            return
+        for attempt in range(TRIES):
+            try:
+                if not self.checked:
+                    self._check()
+            except Interrupted:
+                if attempt + 1 == TRIES:
+                    raise
+                time.sleep(PAUSE_S * 2**attempt)
+            else:
+                return
+
+    def _check(self) -> None:
         if self.create(PROBE, PROBE_DATA) and self.create(PROBE, PROBE_DATA):
             what = "this server ignores If-None-Match: two processes could publish the same version"
             raise HostError(what, where=self.where, fix=CONDITIONS)
@@ -186,16 +198,16 @@ class S3Bucket:
         without the objects that were yielded.
         """
         seen: set[str] = set()
-        for attempt in range(LIST_TRIES):
+        for attempt in range(TRIES):
             try:
                 for listing in self._pages(prefix):
                     if listing.key not in seen:
                         seen.add(listing.key)
                         yield listing
             except Interrupted:
-                if attempt + 1 == LIST_TRIES:
+                if attempt + 1 == TRIES:
                     raise
-                time.sleep(LIST_PAUSE_S * 2**attempt)
+                time.sleep(PAUSE_S * 2**attempt)
             else:
                 return
 

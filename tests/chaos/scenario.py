@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from chaos import server
+from chaos import disks, server
 from chaos.operations import (
     OPERATIONS,
     SERVED,
@@ -27,14 +27,11 @@ from chaos.operations import (
 )
 from chaos.world import NOTHING, Done, Plan, World
 from pipeline.files.unfinished import TEMP, _host
-from support import fault_proxy
+from support import fault_proxy, tiny_build
 from support import small_artifacts as small
 from support.fault_proxy import Fault
 
 BUG = 70
-MOUNTED_BYTES = 256 << 20
-"""Space in a world of its own: a build asks for 128 MiB."""
-
 WAITED_S = 3.0
 WORKER_STEPS = 60
 RIVALS = {
@@ -108,7 +105,7 @@ def fits(disturbance: str, operation: Operation) -> bool:
         return operation.name in ("pull", "serve", "build", "push")
     if disturbance == "damaged-registry":
         return not operation.needs_build
-    return may_mount() or disturbance not in ("full", "read-only")
+    return disks.may_mount() or disturbance not in ("full", "read-only")
 
 
 def killed(case: Case) -> None:
@@ -158,13 +155,20 @@ def _beside(world: World) -> World:
 
 
 def twice(case: Case) -> None:
-    """Two of the same command at the same time."""
+    """Two of the same command at the same time; half of the builds write to another folder, from one cache."""
+    command = case.operation.command
+    if case.operation.has_workers and case.scenario.chance.random() < 0.5:
+        command = tuple("out-2" if word == "out" else word for word in command)
     first = case.world.start(case.operation.command, Plan("slow", case.step))
-    second = _beside(case.world).run(case.operation.command)
+    second = _beside(case.world).run(command)
     said = first.communicate(timeout=200)[0]
     case.world.wait_for_end(first.pid)
     assert BUG not in (first.returncode, second.status), said + second.said
     assert 0 in (first.returncode, second.status), said + second.said
+    if "out-2" in command:
+        assert first.returncode == second.status == 0, said + second.said
+        assert tiny_build.same_parts(case.world.path("out-2")) in case.expected
+        shutil.rmtree(case.world.path("out-2"))
     case.operation.check(case.world)
 
 
@@ -185,7 +189,7 @@ def full(case: Case) -> None:
             while True:
                 file.write(bytes(512))
 
-    with mounted(case.world):
+    with disks.mounted(case.world):
         case.run(Plan("stop", case.step), fill)
         filler.unlink(missing_ok=True)
         recover(case)
@@ -193,40 +197,15 @@ def full(case: Case) -> None:
 
 def read_only(case: Case) -> None:
     """A file system that becomes read-only at a step."""
-    with mounted(case.world):
+    with disks.mounted(case.world):
         try:
-            done = case.world.run(case.operation.command, Plan("stop", case.step), lambda: _remount(case.world, "ro"))
+            plan, command = Plan("stop", case.step), case.operation.command
+            done = case.world.run(command, plan, lambda: disks.remount(case.world, "ro"))
         finally:
-            _remount(case.world, "rw")
+            disks.remount(case.world, "rw")
         assert done.status != BUG, done.said
         case.operation.check(case.world)
         recover(case)
-
-
-def _remount(world: World, mode: str) -> None:
-    """Change a file system; one with a file that is open for writing stays as it is."""
-    done = subprocess.run(["mount", "-o", f"remount,{mode}", str(world.root)], capture_output=True, text=True)
-    assert done.returncode == 0 or "busy" in done.stderr, done.stderr
-
-
-@contextlib.contextmanager
-def mounted(world: World) -> Iterator[None]:
-    """Give the world a file system of its own."""
-    copy = world.root.with_name("on-disk")
-    shutil.copytree(world.root, copy, symlinks=True)
-    used = sum(path.stat().st_size for path in copy.rglob("*") if path.is_file())
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={used + MOUNTED_BYTES}", "tmpfs", str(world.root)], check=True)
-    try:
-        shutil.copytree(copy, world.root, dirs_exist_ok=True, symlinks=True)
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(world.root)], check=True)
-        shutil.rmtree(copy)
-
-
-def may_mount() -> bool:
-    """Return whether this user may mount file systems."""
-    return os.geteuid() == 0 and shutil.which("mount") is not None
 
 
 def damaged(case: Case) -> None:

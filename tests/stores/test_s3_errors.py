@@ -15,7 +15,7 @@ from support.fault_proxy import Fault
 
 pytest.importorskip("obstore")
 
-from pipeline.stores.s3 import CREDENTIALS, LIST_TRIES, S3Bucket
+from pipeline.stores.s3 import CREDENTIALS, TRIES, S3Bucket
 
 NO_ROLE = (
     "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 41ms - Server returned "
@@ -86,8 +86,20 @@ def test_list_whose_answer_breaks_off_is_read_again(tmp_path, monkeypatch, kind)
     assert listed == ["aliases/small/a", "aliases/small/b"]
 
 
+@pytest.mark.parametrize("skip", range(6))
+@pytest.mark.parametrize("times", [1, 2])
+def test_commands_survive_answers_that_break_off(tmp_path, monkeypatch, skip, times):
+    """The answer that rejects a conditional write is not repeated by the client: one that broke off ended commands."""
+    (tmp_path / "registry").mkdir()
+    with server.running(tmp_path) as proxy:
+        for name, value in server.environ(proxy.endpoint).items():
+            monkeypatch.setenv(name, value)
+        proxy.faults = [Fault("PUT", "cut", times=times, skip=skip)]
+        S3Bucket(server.BUCKET, "registry").check()
+
+
 def test_list_that_never_ends_well_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.stores.s3.LIST_PAUSE_S", 0.01)
+    monkeypatch.setattr("pipeline.stores.s3.PAUSE_S", 0.01)
     (tmp_path / "registry").mkdir()
     with server.running(tmp_path) as proxy:
         for name, value in server.environ(proxy.endpoint).items():
@@ -95,7 +107,7 @@ def test_list_that_never_ends_well_is_an_error(tmp_path, monkeypatch):
         proxy.faults = [Fault("GET .*list-type", "short", times=1000)]
         with pytest.raises(HostError, match="closed the connection"):
             list(S3Bucket(server.BUCKET, "registry").list("aliases"))
-        assert proxy.broken == LIST_TRIES
+        assert proxy.broken == TRIES
 
 
 class PlainServer(SimpleHTTPRequestHandler):
