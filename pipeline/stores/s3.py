@@ -10,11 +10,11 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import obstore
 from obstore import exceptions
@@ -35,6 +35,11 @@ RETRIES = 8
 RETRY_S = 60.0
 TRIES, PAUSE_S = 4, 0.2
 """Attempts where answers break off, and the first pause between them."""
+
+QUICK_S = 5.0
+"""The client repeats other failures for longer than this; what it gave up is not repeated again."""
+
+Result = TypeVar("Result")
 PROBE = ".tandem-registry"
 PROBE_DATA = b"This bucket prefix is a registry of Tandem.\n"
 NO_TAG = '"00000000000000000000000000000000"'
@@ -99,16 +104,8 @@ class S3Bucket:
             HostError: the server accepts them, or rejects a swap with the right token.
 
         """
-        for attempt in range(TRIES):
-            try:
-                if not self.checked:
-                    self._check()
-            except Interrupted:
-                if attempt + 1 == TRIES:
-                    raise
-                time.sleep(PAUSE_S * 2**attempt)
-            else:
-                return
+        if not self.checked:
+            repeated(self._check)
 
     def _check(self) -> None:
         if self.create(PROBE, PROBE_DATA) and self.create(PROBE, PROBE_DATA):
@@ -169,6 +166,9 @@ class S3Bucket:
 
     def get(self, key: str, limit: int = SMALL_BYTES) -> Object | None:
         """Return a small object and its ETag."""
+        return repeated(lambda: self._get(key, limit))
+
+    def _get(self, key: str, limit: int) -> Object | None:
         with self._explained("get", key):
             try:
                 response = obstore.get(self.store, self.prefix + key)
@@ -198,16 +198,17 @@ class S3Bucket:
         without the objects that were yielded.
         """
         seen: set[str] = set()
+        pages = self._pages(prefix)
         for attempt in range(TRIES):
+            started = time.monotonic()
             try:
-                for listing in self._pages(prefix):
+                for listing in pages:
                     if listing.key not in seen:
                         seen.add(listing.key)
                         yield listing
             except Interrupted:
-                if attempt + 1 == TRIES:
-                    raise
-                time.sleep(PAUSE_S * 2**attempt)
+                pause(attempt, started)
+                pages = self._pages(prefix)
             else:
                 return
 
@@ -305,6 +306,24 @@ class S3Bucket:
             "put": f"allow s3:PutObject and s3:GetObject on {objects}",
             "delete": f"allow s3:DeleteObject on {objects}",
         }[verb]
+
+
+def repeated(call: Callable[[], Result]) -> Result:
+    """Call again, with growing pauses, if an answer breaks off; the client repeats other failures itself."""
+    for attempt in range(TRIES):
+        started = time.monotonic()
+        try:
+            return call()
+        except Interrupted:
+            pause(attempt, started)
+    raise AssertionError("unreachable")
+
+
+def pause(attempt: int, started: float) -> None:
+    """Wait before the next attempt; raise the present error after the last, or if the client took long to give up."""
+    if attempt + 1 == TRIES or time.monotonic() - started > QUICK_S:
+        raise
+    time.sleep(PAUSE_S * 2**attempt)
 
 
 def _client(bucket: str) -> S3Store:

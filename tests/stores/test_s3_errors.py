@@ -86,6 +86,17 @@ def test_list_whose_answer_breaks_off_is_read_again(tmp_path, monkeypatch, kind)
     assert listed == ["aliases/small/a", "aliases/small/b"]
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_absence_whose_answer_breaks_off_is_asked_for_again(tmp_path, monkeypatch, times):
+    """The answer that an object is absent has a text; one that broke off ended `publish`."""
+    with server.running(tmp_path) as proxy:
+        for name, value in server.environ(proxy.endpoint).items():
+            monkeypatch.setenv(name, value)
+        proxy.faults = [Fault("GET", "cut", times=times)]
+        assert S3Bucket(server.BUCKET, "registry").get("yanks/small/3") is None
+        assert proxy.broken == times
+
+
 @pytest.mark.parametrize("skip", range(6))
 @pytest.mark.parametrize("times", [1, 2])
 def test_commands_survive_answers_that_break_off(tmp_path, monkeypatch, skip, times):
