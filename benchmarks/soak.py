@@ -272,7 +272,8 @@ def judged(root: Path, load: Load) -> list[str]:
 
 def grown(uses: list[Use], since: int) -> list[str]:
     """What the server holds more of at the end than at one of its counts."""
-    first, last = uses[since : since + REST] or uses[-1:], uses[-REST:]
+    rest = min(REST, len(uses) // 4 + 1)
+    first, last = uses[since : since + rest] or uses[-1:], uses[-rest:]
     size, end = (min(use.size_bytes for use in part) for part in (first, last))
     print(
         f"memory: {size / 1e6:.0f} MB at minute {(since + 1) / 3:.0f}, {end / 1e6:.0f} MB at the end, {end / size:.3f}"
