@@ -87,9 +87,7 @@ class Manifest(Record, ABC):
     version: Version = Field(description="first digits of the content digest")
     created: str = Field(description="time of the build, UTC")
     toolchain: dict[str, str] = Field(description="versions that compiled the graphs")
-    requires: dict[str, str] = Field(
-        description="host that the artifact needs: device, and instruction set, compute capability or chip"
-    )
+    requires: dict[str, str] = Field(description="host it needs: device, instruction set, compute capability or chip")
     files: dict[str, FileEntry] = Field(
         max_length=MAX_FILES, description="every file of the artifact, by path, except the manifest and its signature"
     )
@@ -232,9 +230,7 @@ class CacheBackend(Record):
     environment: dict[str, str] = Field(description="environment variables of that server")
     keys: int = Field(description="number of compiled graphs")
     route: Literal["xla", "native"] = Field("xla", description="the plugin's compilation route that lowered the graphs")
-    expects: tuple[str, ...] = Field(
-        (), description="keys of the graphs that a server looks up; empty in artifacts of earlier versions"
-    )
+    expects: tuple[str, ...] = Field((), description="keys of a server's graphs; empty in earlier artifacts")
 
 
 class CacheManifest(Manifest):

@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 from pipeline.models.config import ModelConfig
 from pipeline.models.draft_kind import DraftKind
 from pipeline.models.eagle3 import taps_of
-from pipeline.models.weights import WeightSpec, takes_four_bits
+from pipeline.models.weights import NarrowWeights, WeightSpec, takes_four_bits
 
 Phase = Literal["prefill", "decode", "speculate", "score", "propose", "verify"]
 Sampling = Literal["greedy", "stochastic", "shaped"]
@@ -78,8 +78,8 @@ class ModelsSpec:
     draft_dtype: str
     tp: int
     draft_replicated: bool
-    target_weights: str | None = None
-    draft_weights: str | None = None
+    target_weights: NarrowWeights | None = None
+    draft_weights: NarrowWeights | None = None
 
     def config_of(self, role: Role) -> ModelConfig:
         """Return the config of one model."""

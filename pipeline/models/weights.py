@@ -15,6 +15,9 @@ from pipeline.models.config import Eagle3, Experts, ModelConfig
 Split = Literal["replicate", "rows", "columns", "q_rows", "q_heads", "q_columns", "kv_rows", "vocab"]
 Kind = Literal["linear", "embedding", "experts", "expert_biases", "vector", "index"]
 
+NarrowWeights = Literal["int8", "int4"]
+"""How a recipe stores matrices narrower than their dtype."""
+
 OF_EXPERTS: dict[Kind, Kind] = {"experts": "linear", "expert_biases": "vector"}
 """Kinds of tensors that hold those of each expert, and the kind of these."""
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.models.draft_kind import DRAFT_KINDS
+from pipeline.models.weights import NarrowWeights
 from pipeline.recipe.backend_settings import InductorSettings, NeuronSettings, UnacceptedError
 from pipeline.recipe.chips import CHIPS
 from pipeline.recipe.document import Document, Key, dotted
@@ -24,7 +25,6 @@ from pipeline.recipe.schema import (
     Shapes,
     Speculation,
     Validate,
-    Weights,
 )
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -172,9 +172,8 @@ def _backend_conflicts(data: Mapping[str, Any]) -> Iterator[Finding]:
         what = f"found {_shown(inductor.isa)} with device cuda; isa applies to CPU artifacts only"
         yield ("backend", "isa"), what, "remove isa"
     backend = neuron or inductor
-    narrow = [
-        k for k in ("target", "draft") if isinstance(data.get(k), dict) and data[k].get("weights") in get_args(Weights)
-    ]
+    models = [k for k in ("target", "draft") if isinstance(data.get(k), dict)]
+    narrow = [k for k in models if data[k].get("weights") in get_args(NarrowWeights)]
     if narrow and backend and not backend.has_narrow_weights:
         what = f"found {data[narrow[0]]['weights']}; only inductor on a CPU has kernels for it"
         yield (narrow[0], "weights"), what, "remove weights"

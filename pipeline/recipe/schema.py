@@ -26,13 +26,13 @@ from pydantic import (
 from pipeline.addresses import misspelt
 from pipeline.graphs.spec import Sampling
 from pipeline.models.draft_kind import DRAFT_KINDS, DRAFT_MODEL, EAGLE3, DraftMethod
+from pipeline.models.weights import NarrowWeights
 from pipeline.recipe.backend_settings import BackendSettings, InductorSettings, UnacceptedError
 from pipeline.recipe.document import to_text
 from pipeline.recipe.readings import LISTED, READINGS, Taps
 from pipeline.records import Record
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Weights = Literal["int8", "int4"]
 
 SOURCES = ("hf", "s3", "package", "pico")
 """Schemes of sources: the keys of `pipeline.sources.kinds.KINDS`; a folder has no scheme."""
@@ -121,12 +121,11 @@ class Derive(Record):
 class _Weighted(Record):
     """A model whose matrices can be stored narrower than its dtype."""
 
-    weights: Weights | None = Field(
+    weights: NarrowWeights | None = Field(
         default=None,
-        description="int8: matrices and embeddings in int8 with a scale for each output feature, sums in float32; "
-        "int4: projections of layers in 4 bits with a scale for 32 inputs, as GGML's Q4_0, other matrices in int8; "
-        "only inductor on a CPU. Default: not quantised, and for a draft the target's setting. An embedding that the "
-        "draft shares with the target keeps the target's format",
+        description="int8: matrices and embeddings in int8, a scale for each output feature; int4: projections of "
+        "layers in 4 bits, a scale for 32 inputs, as GGML's Q4_0, other matrices in int8. Only inductor on a CPU. "
+        "Default: not quantised; of a draft, the target's. An embedding that the draft shares keeps its format",
     )
 
 
@@ -362,7 +361,7 @@ class Recipe(Record):
         return self.draft.dtype or self.target.dtype
 
     @property
-    def draft_weights(self) -> Weights | None:
+    def draft_weights(self) -> NarrowWeights | None:
         """Storage format of the draft's matrices."""
         return self.draft.weights or self.target.weights
 

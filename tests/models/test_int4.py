@@ -6,15 +6,20 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 
 from pipeline.graphs.packing import BlockPacking, unpacked_int4
+from pipeline.graphs.spec import ModelsSpec
 from pipeline.models import int8
+from pipeline.models.families import config_of
 from pipeline.models.int4 import dequantised, quantise, rounded
 from pipeline.models.weights import takes_four_bits
+from pipeline.plan.conflicts import conflicts
+from pipeline.recipe.schema import Recipe
 from pipeline.stages.shard_files import write_shards
 from pipeline.validate.reference.layers import Reference
-from support.checkpoints import write_checkpoint
+from support.checkpoints import CONFIG, write_checkpoint
 from support.shards import expected_slice, opened, pair_of
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
@@ -107,3 +112,31 @@ def test_reference_rounds_each_matrix_as_it_is_stored(tmp_path):
     expected = next(Reference(same, same, "float32").goldens([tokens]))
     assert torch.allclose(found.baseline.projected, expected.baseline.projected, rtol=1e-9)
     assert not torch.allclose(found.baseline.projected, plain.baseline.projected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("tp", "inputs", "fix"), [(1, 80, "write weights: int8"), (4, 16, "or use fewer ranks")])
+def test_inputs_that_are_no_whole_groups_are_a_conflict(tp, inputs, fix):
+    config = config_of(CONFIG | WIDTHS | {"num_key_value_heads": 4, "intermediate_size": inputs * tp}, "test")
+    recipe = Recipe.model_validate(
+        {
+            "name": "narrow",
+            "target": {"source": "a", "weights": "int4"},
+            "draft": {"derive": {"from": "target", "layers": [0]}, "weights": "int8"},
+            "speculation": {"draft_tokens": [2]},
+            "shapes": {"batch": [1], "prefill": [16], "kv": [64]},
+            "parallel": {"tensor": tp},
+            "validate": {"prompts": "pico.jsonl", "max_new_tokens": 6},
+        }
+    )
+    (problem,) = conflicts(recipe, config, config)
+    assert f"model.layers.0.mlp.down_proj.weight has {inputs} inputs on a rank" in problem.what
+    assert problem.fix.endswith(fix)
+
+
+def test_a_manifest_with_another_word_is_rejected():
+    adapter = TypeAdapter(ModelsSpec)
+    config = config_of(CONFIG | WIDTHS, "test")
+    known = adapter.dump_python(ModelsSpec(config, config, "bfloat16", "bfloat16", 1, True, "int4"))
+    assert adapter.validate_python(known).target_weights == "int4"
+    with pytest.raises(ValidationError, match="target_weights"):
+        adapter.validate_python(known | {"target_weights": "int2"})

@@ -58,7 +58,7 @@ def fake_cache(root: Path, graph: str = HLO) -> Path:
 
 
 def resealed(root: Path, **update) -> Path:
-    """An artifact with another manifest, as somebody who can write both would make it."""
+    """An artifact with another manifest and the digest of that manifest, as an attacker writes them."""
     manifest = read(root).manifest
     paths = [one for one in root.rglob("*") if one.is_file() and one.name != MANIFEST]
     digests = {one.relative_to(root).as_posix(): digest_file(one) for one in paths}
