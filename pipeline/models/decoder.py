@@ -70,6 +70,7 @@ def hidden_states(
     assert run.attend is not None
     if not any(kind.experts is not None and kind.experts.bias for kind in config.kinds):  # added after the sum
         seams = seams.of_pass(tokens_BT.shape[1])
+    seams = seams.of_live(run.live_BT)
     x = embed(config, weights, seams, tokens_BT)
     rotaries = [rotary_of(config, run.positions_BT, x.dtype, kind) for kind in range(len(config.kinds))]
     attends = [attend_of(config, kind, run.attend) for kind in config.kinds]

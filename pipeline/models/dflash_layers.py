@@ -44,6 +44,7 @@ def context(config: ModelConfig, weights: Weights, seams: Seams, states_BTX: Ten
 def write_context(config: ModelConfig, weights: Weights, seams: Seams, context_BTH: Tensor, run: Pass) -> None:
     """Write keys and values of positions that the target has processed, in all layers."""
     rotary = rotary_of(config, run.positions_BT, context_BTH.dtype)
+    seams = seams.of_live(run.live_BT)
     for layer in range(config.layers):
         own = run.of_layer(layer)
         store(config, layer_weights(weights, layer), seams, context_BTH, rotary, own)
@@ -61,6 +62,7 @@ def block_states(
     assert head is not None
     assert run.attend is not None
     whole = attend_up_to(last_BT, run.attend.kv)
+    seams = seams.of_live(run.live_BT)
     x_BTH = embed(config, weights, seams, tokens_BT)
     rotary = rotary_of(config, run.positions_BT, x_BTH.dtype)
     stream = Stream(x_BTH, norm(config, layer_weights(weights, 0), config.norms.before_attention, x_BTH))

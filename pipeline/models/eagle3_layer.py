@@ -54,6 +54,7 @@ def write_cache(
 ) -> None:
     """Write keys and values only, for positions without a prediction: of the last layer a tenth of the weights."""
     last = config.layers - 1
+    seams = seams.of_live(run.live_BT)
     inputs, _ = inputs_of(config, weights, seams, tokens_BT, features_BTH)
     if last:
         x = first_layer(config, weights, seams, (tokens_BT, features_BTH), run)
@@ -68,6 +69,7 @@ def hidden_states(
     config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor, run: Pass
 ) -> tuple[Tensor, Tensor]:
     """Run the layers; return the LM head's input and what replaces the next position's features, both [B, T, H]."""
+    seams = seams.of_live(run.live_BT)
     x = first_layer(config, weights, seams, (tokens_BT, features_BTH), run)
     if config.layers > 1:
         x = further_layers(config, weights, seams, x, run, config.layers).x_BTH

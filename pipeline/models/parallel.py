@@ -159,13 +159,15 @@ def clamped(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
 class Pass:
     """One pass of a model: positions int [B, T], its caches, where it writes them, and the keys it attends over.
 
-    `attend` is None in a pass that only writes keys and values.
+    `attend` is None in a pass that only writes keys and values. `live_BT` bool are the tokens whose states are read
+    afterwards, or written to a cache; None: all.
     """
 
     positions_BT: Tensor
     state: State
     writes: Writes
     attend: Attend | None = None
+    live_BT: Tensor | None = None
 
     def of_layer(self, layer: int) -> Pass:
         """Return the pass of one layer, over its caches alone as `k` and `v`: the same for all layers."""
@@ -183,6 +185,13 @@ class Seams:
     tp = 1
     sample_all: Callable[..., Tensor] | None = None
     """An operator in place of `speculation.sampling.sample_all`."""
+    live: Tensor | None = None
+    """Tokens whose linear layers a pass needs, bool [B, T]: a backend may leave out the others. None: all."""
+
+    def of_live(self, live_BT: Tensor | None) -> Seams:
+        """Return the seams of a pass that needs the linear layers of these tokens alone; here the same for any."""
+        assert live_BT is None or live_BT.dim() == 2
+        return self
 
     def once(self, function: Callable[[*Args], R], *args: *Args) -> R:
         """Call a function that a graph calls often: a backend may compile it once for all calls of the same shapes.

@@ -132,9 +132,9 @@ class Eagle3:
 
     def after_prefill(self, prompt: Prompt, states: Hidden) -> None:
         """Write keys and values of the whole prompt; store the features at its end for the next token."""
-        features_BTH = self._features(states)
+        features_BTH = self._features(states, prompt.live)
         next_BT = torch.cat((prompt.tokens_BT[:, 1:], prompt.tokens_BT[:, -1:]), dim=1)
-        run = Pass(prompt.positions_BT, self.model.state, prompt.writes(self.model, less=1), prompt.attend)
+        run = Pass(prompt.positions_BT, self.model.state, prompt.writes(self.model, less=1), prompt.attend, prompt.live)
         self._write_cache(next_BT, features_BTH, run)
         last_BH = take(features_BTH, prompt.last)
         put(self.model, FEATURE, prompt.slots_B.long(), last_BH, prompt.active[:, None])
@@ -142,7 +142,7 @@ class Eagle3:
     def after_decode(self, rows: Rows, states: Hidden) -> None:
         """Write keys and values of the previous position, whose next token is known now."""
         self.before_verify(rows)
-        put(self.model, FEATURE, rows.index, self._features(states)[:, 0], rows.alive_B[:, None])
+        put(self.model, FEATURE, rows.index, self._features(states, rows.alive_B[:, None])[:, 0], rows.alive_B[:, None])
 
     def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
         """Run one pass per token; after the first, the head's own output replaces the target's features."""
@@ -164,7 +164,8 @@ class Eagle3:
 
     def after_verify(self, rows: Rows, emitted: Emitted, states: Hidden) -> None:
         """Rewrite keys and values of accepted drafts from the target's features instead of the head's own output."""
-        features_BTH = self._features(states)
+        live_BT = rows.alive_B[:, None].expand_as(emitted.tokens)
+        features_BTH = self._features(states, live_BT)
         steps = emitted.tokens.shape[1] - 1
         if steps:
             positions_BK = rows.position_B[:, None] + index_range(steps, rows.last_B)
@@ -187,13 +188,13 @@ class Eagle3:
         known_BT1 = (positions_BT >= 0)[..., None]
         return Scores(torch.where(known_BT1, self.model.all_logits(hidden), 0.0), states.experts_BTLC)
 
-    def _features(self, states: Hidden) -> Tensor:
-        """Project the target's hidden states to the input of the head's layer: [B, T, H]."""
+    def _features(self, states: Hidden, live_BT: Tensor | None = None) -> Tensor:
+        """Project the target's hidden states, of live tokens, to the input of the head's layer: [B, T, H]."""
         model, head = self.model, self.model.config.eagle3
         assert head is not None
         read_BTX = states.last_BTH if head.reads_output else states.taps_BTX
         assert read_BTX is not None
-        return eagle3_layer.features(model.config, model.weights, model.seams, read_BTX)
+        return eagle3_layer.features(model.config, model.weights, model.seams.of_live(live_BT), read_BTX)
 
     def _feature(self, rows: Rows) -> Tensor:
         """Return the features before each row's last token: [B, 1, H]."""
@@ -257,7 +258,8 @@ class DFlash:
         positions_BT = rows.position_B[:, None].long() + index_range(steps + 1, rows.last_B)
         seen_BT = positions_BT.clamp(0, model.usable(rows.kv) - 1)
         attend = attend_up_to(seen_BT, rows.kv)
-        run = Pass(positions_BT, model.state, row_writes(model, rows, positions_BT), attend)
+        live_BT = rows.alive_B[:, None].expand_as(positions_BT)
+        run = Pass(positions_BT, model.state, row_writes(model, rows, positions_BT), attend, live_BT)
         inputs = (model.readable(tokens_BT), run, seen_BT[:, -1:].expand_as(seen_BT))
         hidden_BTH = dflash_layers.block_states(model.config, model.weights, model.seams, *inputs)
         return _proposed(model, hidden_BTH[:, 1:], positions_BT[:, 1:], choose)
@@ -305,7 +307,9 @@ def row_writes(model: Model, rows: Rows, positions_BT: Tensor, keep_BT: Tensor |
 def head_pass(model: Model, rows: Rows, positions_BT: Tensor, keep_BT: Tensor | None = None) -> Pass:
     """Return a head's pass over rows 0..B-1 and their caches, which stores tokens where `keep_BT` holds if given."""
     attend = attend_up_to(positions_BT.clamp(0, rows.kv), rows.kv)
-    return Pass(positions_BT, model.state, row_writes(model, rows, positions_BT, keep_BT), attend)
+    live_BT = rows.alive_B[:, None].expand_as(positions_BT)
+    live_BT = live_BT if keep_BT is None else live_BT & keep_BT
+    return Pass(positions_BT, model.state, row_writes(model, rows, positions_BT, keep_BT), attend, live_BT)
 
 
 def masked(last_B: Tensor, masks: int, mask_token: int) -> Tensor:

@@ -58,6 +58,11 @@ class Prompt:
         return self.lengths_B > 0
 
     @property
+    def live(self) -> Tensor:
+        """Tokens that are not padding, bool [B, T]."""
+        return torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device) < self.lengths_B[:, None]
+
+    @property
     def last(self) -> Tensor:
         """Index of each row's last token, int64."""
         return (self.lengths_B.long() - 1).clamp(0, self.tokens_BT.shape[1] - 1)
@@ -123,17 +128,22 @@ class Model:
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, active_B: Tensor, kv: int) -> Hidden:
         """Run rows 0..B-1 over their caches; a query attends to keys at or before its own position."""
         rows_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
-        writes = plan_writes(self.state, rows_B, positions_BT, active_B[:, None] & (positions_BT < self.usable(kv)))
-        return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend_up_to(positions_BT, kv)))
+        live_BT = active_B[:, None].expand_as(tokens_BT)
+        writes = plan_writes(self.state, rows_B, positions_BT, live_BT & (positions_BT < self.usable(kv)))
+        return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend_up_to(positions_BT, kv), live_BT))
 
     def read(self, prompt: Prompt) -> Hidden:
         """Run prompts into their slots."""
         writes = prompt.writes(self)
-        return self.run(prompt.tokens_BT, Pass(prompt.positions_BT, self.state, writes, prompt.attend))
+        return self.run(prompt.tokens_BT, Pass(prompt.positions_BT, self.state, writes, prompt.attend, prompt.live))
 
     def run(self, tokens_BT: Tensor, run: Pass) -> Hidden:
         """Run all layers over tokens of the pair's common tokenizer."""
         return hidden_states(self.config, self.weights, self.seams, self.readable(tokens_BT), run, self.taps)
+
+    def of_live(self, live_BT: Tensor) -> Model:
+        """Return the model in passes that need the linear layers of these tokens alone, bool [B, T]."""
+        return replace(self, seams=self.seams.of_live(live_BT))
 
     def within(self, rows: Rows) -> Rows:
         """Return `rows` without those whose last token has no position left in the bucket."""

@@ -28,7 +28,8 @@ def prefill(target: Model, drafter: Drafter, prompt: Prompt, choose: Choose) -> 
     """
     states = target.read(prompt)
     drafter.after_prefill(prompt, states)
-    token_B1 = target.next(take(states.last_BTH, prompt.last)[:, None], prompt.following[:, None], choose)
+    last_B1H, target = take(states.last_BTH, prompt.last)[:, None], target.of_live(prompt.active[:, None])
+    token_B1 = target.next(last_B1H, prompt.following[:, None], choose)
     return torch.where(prompt.active, token_B1[:, 0], -1).int()
 
 
@@ -37,6 +38,7 @@ def decode(target: Model, drafter: Drafter, rows: Rows, choose: Choose) -> Tenso
     rows = target.within(rows)
     states = target.hidden(rows.last_B[:, None], rows.position_B[:, None], rows.alive_B, rows.kv)
     drafter.after_decode(rows, states)
+    target = target.of_live(rows.alive_B[:, None])
     token_B1 = target.next(states.last_BTH, rows.position_B[:, None] + 1, choose)
     return torch.where(rows.alive_B, token_B1[:, 0], -1).int()
 
@@ -76,7 +78,7 @@ def _verified(
     positions_BT = rows.position_B[:, None] + index_range(tokens_BT.shape[1], rows.last_B)
     states = target.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv)
     room_B = target.usable(rows.kv) - 1 - rows.position_B
-    logprobs = None
+    logprobs, target = None, target.of_live(rows.alive_B[:, None].expand_as(positions_BT))
     if choose.shaping is None:
         chosen_BT = target.next(states.last_BTH, positions_BT + 1, choose)
     else:

@@ -7,7 +7,8 @@
     subgraph_objects.py             compile a subgraph to an object file
     driver.py                   C++ that calls the subgraphs, linked with them
     block_linear.py             a few rows times a blocked weight, as an operator
-    block_linear_kernel.py      its C++
+    block_linear_kernel.py      its C++: products with a block
+    block_rows_kernel.py        its C++: loops over blocks and the rows that are live
     cached_attention.py         attention over the keys in the cache, as an operator
     cached_attention_kernel.py  its C++
     sample_all.py               sampling from a whole vocabulary, as an operator

@@ -40,16 +40,9 @@ from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.parallel import Seams
 from pipeline.recipe.backend_settings import InductorSettings
 
-KERNELS = (
-    "block_experts_kernel.py",
-    "block_linear_kernel.py",
-    "cached_attention_kernel.py",
-    "sample_all_kernel.py",
-    "vectors.py",
-    "include/regex",
-    "include/tandem_subgraph.h",
-)
-KERNEL_DIGEST = hashlib.sha256(b"".join((Path(__file__).parent / k).read_bytes() for k in KERNELS)).hexdigest()[:12]
+HERE = Path(__file__).parent
+KERNELS = (*sorted(HERE.glob("*_kernel.py")), HERE / "vectors.py", *sorted(HERE.glob("include/*")))
+KERNEL_DIGEST = hashlib.sha256(b"".join(file.read_bytes() for file in KERNELS)).hexdigest()[:12]
 """Digest of our own C++, which the traced graph refers to by name only."""
 
 CONTAINER = "container"

@@ -127,12 +127,12 @@ struct ByPairs {
     }
 };
 
-inline bool by_pairs(const Input* x, const Weight* const* weights, Output* y) {
+inline bool by_pairs(const Input* x, const Weight* const* weights, Output* y, const Rows& rows) {
     if (!has_pairs()) return false;
-    all_blocks<ByPairs>(x, weights, y);
+    all_blocks<ByPairs>(x, weights, y, rows);
     return true;
 }
 #else
-inline bool by_pairs(const Input*, const Weight* const*, Output*) { return false; }
+inline bool by_pairs(const Input*, const Weight* const*, Output*, const Rows&) { return false; }
 #endif
 """

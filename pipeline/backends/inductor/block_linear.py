@@ -20,32 +20,38 @@ from pipeline.models.weights import BLOCK
 
 
 @torch.library.custom_op("tandem::block_linear", mutates_args=())
-def block_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def block_linear(x: Tensor, weights: Sequence[Tensor], live: Tensor | None = None) -> Tensor:
     """Compute `x @ weight.T` of blocked weights of one dtype, summed in float32 and concatenated.
 
+    Rows that are not `live` cost nothing; their results are zeros.
+
     Shapes: x [M, I] of the model's dtype, contiguous; weights [N/32, I, 32], or [N/32, I/2, 32, 2], of the same dtype
-    or int8 followed by its scales; or, of 4 bits, [N/32, I/32, 32, 18] -> float32 [M, sum of N].
+    or int8 followed by its scales; or, of 4 bits, [N/32, I/32, 32, 18]; live bool [M] -> float32 [M, sum of N].
     """
-    return torch.cat([_product(x, weight) for weight in weights], dim=-1)
+    return _of_live(torch.cat([_product(x, weight) for weight in weights], dim=-1), live)
 
 
 @block_linear.register_fake
-def _(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def _(x: Tensor, weights: Sequence[Tensor], live: Tensor | None = None) -> Tensor:  # noqa: ARG001 - as above
     return x.new_empty(x.shape[0], sum(_outputs(weight) for weight in weights), dtype=torch.float32)
 
 
 @torch.library.custom_op("tandem::block_swiglu", mutates_args=())
-def block_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+def block_swiglu(x: Tensor, gate: Tensor, up: Tensor, live: Tensor | None = None) -> Tensor:
     """Compute `silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020) of blocked weights in float32, rounded once at the end.
 
-    Shapes: x, gate, up as of `block_linear` -> x's dtype [M, N].
+    Shapes: x, gate, up, live as of `block_linear` -> x's dtype [M, N].
     """
-    return (functional.silu(_product(x, gate)) * _product(x, up)).to(x.dtype)
+    return _of_live((functional.silu(_product(x, gate)) * _product(x, up)).to(x.dtype), live)
 
 
 @block_swiglu.register_fake
-def _(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:  # noqa: ARG001 - the operator's signature
+def _(x: Tensor, gate: Tensor, up: Tensor, live: Tensor | None = None) -> Tensor:  # noqa: ARG001 - the operator's signature
     return x.new_empty(x.shape[0], _outputs(gate))
+
+
+def _of_live(out: Tensor, live: Tensor | None) -> Tensor:
+    return out if live is None else torch.where(live[:, None], out, 0)
 
 
 def _outputs(weight: Tensor) -> int:

@@ -25,6 +25,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
 from pipeline.backends.inductor import block_int4_kernel as int4
+from pipeline.backends.inductor.block_rows_kernel import ALL_ROWS, LIVE_ROWS, ROWS
 from pipeline.backends.inductor.vectors import NATIVE_BFLOAT16, ROW_SUMS, WIDENED, filled
 
 SHAPES = r"""
@@ -55,31 +56,6 @@ inline void gated(const float* gate, const float* up, Output* out) {
     };
     for (int64_t lane = 0; lane < LANES; lane += CHUNK) {
         store_both(product(lane), product(lane + Vec::size()), out + lane);
-    }
-}
-
-// Some rows times one block, or the same block of both weights. `Way` multiplies: at most `Way::TILE` rows at a time.
-template <typename Way, int64_t ROWS>
-inline void rows_times_block(const typename Way::Row* x, const Weight* const* weights, int64_t block, Output* y) {
-    if constexpr (GATED) {
-        alignas(64) float gate[ROWS * LANES], up[ROWS * LANES];
-        Way::template times<ROWS, LANES>(x, weights[0] + block * BLOCK_SIZE, gate);
-        Way::template times<ROWS, LANES>(x, weights[1] + block * BLOCK_SIZE, up);
-        for (int64_t m = 0; m < ROWS; ++m) gated(gate + m * LANES, up + m * LANES, y + m * N + block * LANES);
-    } else {
-        Way::template times<ROWS, N>(x, block_at(weights, block), y + block * LANES);
-    }
-}
-
-template <typename Way>
-inline void all_blocks(const typename Way::Row* x, const Weight* const* weights, Output* y) {
-    constexpr int64_t TILE = Way::TILE, WHOLE = M / TILE * TILE;
-    #pragma omp parallel for
-    for (int64_t block = 0; block < BLOCKS; ++block) {
-        for (int64_t m = 0; m < WHOLE; m += TILE) {
-            rows_times_block<Way, TILE>(x + m * I, weights, block, y + m * N);
-        }
-        if constexpr (M > WHOLE) rows_times_block<Way, M - WHOLE>(x + WHOLE * I, weights, block, y + WHOLE * N);
     }
 }
 """
@@ -123,16 +99,16 @@ struct ByVectors {
 """
 
 BY_VECTORS = r"""
-inline const float* wide(const float* x, std::vector<float>&) { return x; }
+inline const float* wide(const float* x, const Rows&, std::vector<float>&) { return x; }
 template <typename T>
-inline const float* wide(const T* x, std::vector<float>& memory) {
-    memory.assign(x, x + M * I);
+inline const float* wide(const T* x, const Rows& rows, std::vector<float>& memory) {
+    memory.assign(x, x + (rows.places == nullptr ? M : rows.count + SPARE_ROWS) * I);
     return memory.data();
 }
 
-inline void by_vectors(const Input* x, const Weight* const* weights, Output* y) {
+inline void by_vectors(const Input* x, const Weight* const* weights, Output* y, const Rows& rows) {
     std::vector<float> memory;
-    all_blocks<ByVectors>(wide(x, memory), weights, y);
+    all_blocks<ByVectors>(wide(x, rows, memory), weights, y, rows);
 }
 """
 
@@ -183,13 +159,13 @@ struct ByPairs {
     }
 };
 
-inline bool by_pairs(const Input* x, const Weight* const* weights, Output* y) {
+inline bool by_pairs(const Input* x, const Weight* const* weights, Output* y, const Rows& rows) {
     if (!has_pairs()) return false;
-    all_blocks<ByPairs>(x, weights, y);
+    all_blocks<ByPairs>(x, weights, y, rows);
     return true;
 }
 #else
-inline bool by_pairs(const Input*, const Weight* const*, Output*) { return false; }
+inline bool by_pairs(const Input*, const Weight* const*, Output*, const Rows&) { return false; }
 #endif
 """
 
@@ -270,27 +246,28 @@ struct ByTiles {
     }
 };
 
-inline bool by_tiles(const Input* x, const Weight* const* weights, Output* y) {
+inline bool by_tiles(const Input* x, const Weight* const* weights, Output* y, const Rows& rows) {
     if (!has_tiles()) return false;
-    all_blocks<ByTiles>(x, weights, y);
+    all_blocks<ByTiles>(x, weights, y, rows);
     return true;
 }
 #else
-inline bool by_tiles(const Input*, const Weight* const*, Output*) { return false; }
+inline bool by_tiles(const Input*, const Weight* const*, Output*, const Rows&) { return false; }
 #endif
 """
 
-NO_PAIRS = "inline bool by_pairs(const Input*, const Weight* const*, Output*) { return false; }"
-NO_TILES = "inline bool by_tiles(const Input*, const Weight* const*, Output*) { return false; }"
+NO_PAIRS = "inline bool by_pairs(const Input*, const Weight* const*, Output*, const Rows&) { return false; }"
+NO_TILES = "inline bool by_tiles(const Input*, const Weight* const*, Output*, const Rows&) { return false; }"
 
 KERNEL = f"""
 HEADER
+#include <algorithm>
 #include <cstring>
 #include <vector>
 {NATIVE_BFLOAT16.includes}
 
 namespace NAME_parts {{
-{WIDENED}{NATIVE_BFLOAT16.code}{SHAPES}VECTORS{BY_VECTORS}BY_PAIRS
+{WIDENED}{NATIVE_BFLOAT16.code}{SHAPES}{ROWS}VECTORS{BY_VECTORS}BY_PAIRS
 BY_TILES
 }}
 
@@ -299,35 +276,43 @@ extern "C" SIGNATURE
     using namespace NAME_parts;
     const auto* x = X + X_OFFSET;
     const Weight* const weights[] = {{WEIGHTS}};
-    if (!by_tiles(x, weights, Y) && !by_pairs(x, weights, Y)) by_vectors(x, weights, Y);
+    OF_ROWS
+    if (!by_tiles(x, weights, Y, rows) && !by_pairs(x, weights, Y, rows)) by_vectors(x, weights, Y, rows);
 }}
 """
 
 
 class BlockLinearTemplate(CppTemplate):
-    """The kernel for given shapes: concatenated products, or, if `gated`, SwiGLU of two products."""
+    """The kernel for given shapes: concatenated products, or, if `gated`, SwiGLU of two products.
 
-    def __init__(self, inputs: list[Any], layout: ir.Layout, *, gated: bool) -> None:
+    With `live`, the last of the inputs says which rows are computed.
+    """
+
+    def __init__(self, inputs: list[Any], layout: ir.Layout, *, gated: bool, live: bool) -> None:
         super().__init__("block_swiglu" if gated else "block_linear", inputs, layout, num_threads=1)
-        self.gated = gated
+        self.gated, self.live = gated, live
 
     def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
         """Return the C++ of the kernel."""
         assert not epilogue_nodes, epilogue_nodes
-        x, *weights = self.input_nodes
+        x, *weights = self.input_nodes[:-1] if self.live else self.input_nodes
         block = [int(size) for size in weights[0].get_size()[1:]]
         counts = [int(weight.get_size()[0]) for weight in weights]
         paired, columns = len(block) == 3, int(x.get_size()[1])
         pairs, narrow = paired and x.get_dtype() == torch.bfloat16, weights[0].get_dtype() == torch.uint8
         out = template_buffer_node or self.output_node
         operands = {f"W{number}": weight for number, weight in enumerate(weights)}
+        live = {"LIVE": self.input_nodes[-1]} if self.live else {}
         parts: dict[str, Any] = {
             "BY_PAIRS": (int4.BY_PAIRS if narrow else BY_PAIRS) if pairs else NO_PAIRS,
             "BY_TILES": BY_TILES if pairs and not narrow and columns % 32 == 0 else NO_TILES,
             "VECTORS": int4.VECTORS if narrow else VECTORS,
             "ROW_SUMS": ROW_SUMS,
             "HEADER": self.header().getvalue(),
-            "SIGNATURE": kernel.def_kernel({"X": x, **operands}, {"Y": out}),
+            "SIGNATURE": kernel.def_kernel({"X": x, **operands, **live}, {"Y": out}),
+            "OF_ROWS": LIVE_ROWS if live else ALL_ROWS,
+            "HAS_LIVE": "true" if live else "false",
+            "LIVE_OFFSET": live["LIVE"].get_layout().offset if live else 0,
             "NAME": kernel.kernel_name,
             "WEIGHTS": ", ".join(f"{name} + {weight.get_layout().offset}" for name, weight in operands.items()),
             "WEIGHT_TYPE": kernel.dtype(weights[0]),
@@ -345,21 +330,22 @@ class BlockLinearTemplate(CppTemplate):
         return filled(KERNEL, parts)
 
 
-def _lowered(x: Any, weights: list[Any], dtype: torch.dtype, *, gated: bool) -> Any:
-    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in (x, *weights)]
-    columns = [weight.get_size()[0] * weight.get_size()[2] for weight in inputs[1:]]
+def _lowered(x: Any, weights: list[Any], live: Any, dtype: torch.dtype, *, gated: bool) -> Any:
+    given = (x, *weights) if live is None else (x, *weights, live)
+    inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in given]
+    columns = [weight.get_size()[0] * weight.get_size()[2] for weight in inputs[1 : len(weights) + 1]]
     size = [inputs[0].get_size()[0], columns[0] if gated else sum(columns)]
     layout = ir.FixedLayout(inputs[0].get_device(), dtype, size)
-    out = BlockLinearTemplate(inputs, layout, gated=gated).generate().output_node()
+    out = BlockLinearTemplate(inputs, layout, gated=gated, live=live is not None).generate().output_node()
     out.data.data.allow_epilogue_fusion = False
     return out
 
 
 @lowering.register_lowering(torch.ops.tandem.block_linear, type_promotion_kind=None)  # type: ignore[untyped-decorator]
-def _lower_linear(x: Any, weights: list[Any]) -> Any:
-    return _lowered(x, weights, torch.float32, gated=False)
+def _lower_linear(x: Any, weights: list[Any], live: Any = None) -> Any:
+    return _lowered(x, weights, live, torch.float32, gated=False)
 
 
 @lowering.register_lowering(torch.ops.tandem.block_swiglu, type_promotion_kind=None)  # type: ignore[untyped-decorator]
-def _lower_swiglu(x: Any, gate: Any, up: Any) -> Any:
-    return _lowered(x, [gate, up], x.get_dtype(), gated=True)
+def _lower_swiglu(x: Any, gate: Any, up: Any, live: Any = None) -> Any:
+    return _lowered(x, [gate, up], live, x.get_dtype(), gated=True)

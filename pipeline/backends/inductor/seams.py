@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -34,13 +35,23 @@ class BlockedSeams(Seams):
         result: R = self.subgraphs.call(function, *args)
         return result
 
+    def of_live(self, live_BT: Tensor | None) -> BlockedSeams:
+        """Return the same, whose products skip tokens that are not live: their results are zeros."""
+        same = copy(self)
+        same.live = live_BT
+        return same
+
+    @property
+    def _live(self) -> Tensor | None:
+        return None if self.live is None else self.live.reshape(-1).contiguous()
+
     def linear(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Multiply by a blocked weight."""
         return self.head(x_BTI, weight, rows).to(x_BTI.dtype)
 
     def linears(self, x_BTI: Tensor, weights: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         """Multiply by several blocked weights in one loop."""
-        out = block_linear(_flat(x_BTI), weights).to(x_BTI.dtype).view(*x_BTI.shape[:2], -1)
+        out = block_linear(_flat(x_BTI), weights, self._live).to(x_BTI.dtype).view(*x_BTI.shape[:2], -1)
         padded_rows = [weight.shape[0] * BLOCK for weight in weights]
         if padded_rows == list(rows):
             return out
@@ -49,7 +60,7 @@ class BlockedSeams(Seams):
 
     def swiglu(self, x_BTI: Tensor, gate: Tensor, up: Tensor, rows: int) -> Tensor:
         """Compute both products and SwiGLU in one loop, rounded once at the end."""
-        return block_swiglu(_flat(x_BTI), gate, up).view(*x_BTI.shape[:2], -1)[..., :rows]
+        return block_swiglu(_flat(x_BTI), gate, up, self._live).view(*x_BTI.shape[:2], -1)[..., :rows]
 
     def experts(
         self, x_BTI: Tensor, chosen: Chosen, matrices: tuple[Tensor, ...], gating: Gating = SWIGLU
@@ -65,7 +76,7 @@ class BlockedSeams(Seams):
 
     def head(self, x_BTI: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Multiply by a blocked weight, with a float32 result."""
-        return block_linear(_flat(x_BTI), [weight]).view(*x_BTI.shape[:2], -1)[..., :rows]
+        return block_linear(_flat(x_BTI), [weight], self._live).view(*x_BTI.shape[:2], -1)[..., :rows]
 
     def attend(self, q_BNTD: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         """Attend over caches, up to the last key that each query sees."""
@@ -128,6 +139,7 @@ class RankedSeams(BlockedSeams):
 class PlainRankedSeams(RankedSeams):
     """Plain weights, split over ranks (CUDA)."""
 
+    of_live = Seams.of_live  # type: ignore[assignment]
     linear = Seams.linear
     linears = Seams.linears
     swiglu = Seams.swiglu

@@ -100,6 +100,10 @@ def skeleton(value: Any, tensors: list[Tensor]) -> Skeleton:
         tensors.append(value)
         return Skeleton("_", lambda given: given[index])
     if isinstance(value, Seams):
+        if value.live is not None:
+            index = len(tensors)
+            tensors.append(value.live)
+            return Skeleton(f"{type(value).__qualname__}:{value.tp}:_", lambda given: value.of_live(given[index]))
         return Skeleton(f"{type(value).__qualname__}:{value.tp}", lambda _: value)
     if is_dataclass(value) and not isinstance(value, type):
         return _of_names(type(value), {field.name: getattr(value, field.name) for field in fields(value)}, tensors)

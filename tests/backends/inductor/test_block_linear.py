@@ -15,15 +15,18 @@ pytestmark = pytest.mark.compile
 
 
 class Products(torch.nn.Module):
-    """Products of the first rows, of a slice that does not start at the tensor's beginning, and of two weights."""
+    """Products of the first rows, of a slice that starts later than the tensor, of two weights, of some rows."""
 
-    def forward(self, x, weight, other):
+    def forward(self, x, weight, other, live):
         return (
             *(block_linear(x[:rows], [weight]) for rows in (1, 5, 8, 45)),
             block_linear(x[3:5], [weight]),
             block_linear(x, [other, weight]),
             block_swiglu(x[:5], other, weight[1:4]),
             block_swiglu(x, other, weight[1:4]),
+            block_linear(x[:5], [weight], live[:5]),
+            *(block_linear(x, [other, weight], which) for which in (live, torch.zeros_like(live))),
+            block_swiglu(x, other, weight[1:4], live),
         )
 
 
@@ -51,6 +54,9 @@ KINDS = [
 ]
 
 
+LIVE = torch.tensor([number % 7 in (0, 2, 3) for number in range(45)])
+"""Rows of `Products` that are live: 20 of them."""
+
 CASES = {
     ("native", "any"): KINDS,
     ("avx2", "vectors"): [(torch.bfloat16, torch.bfloat16, 96), (torch.bfloat16, torch.uint8, 96)],
@@ -74,7 +80,9 @@ def products(tmp_path_factory):
             if by == "vectors":
                 patch.setattr(kernel, "BY_PAIRS", kernel.NO_PAIRS)
             operands = {kind: operands_of(*kind) for kind in CASES[isa, by]}
-            cases = {kind: (Products(), (x, weight, other)) for kind, (x, (weight, _), (other, _)) in operands.items()}
+            cases = {
+                kind: (Products(), (x, weight, other, LIVE)) for kind, (x, (weight, _), (other, _)) in operands.items()
+            }
             outputs = run_compiled(cases, tmp_path_factory.mktemp("products"), isa)
         return {kind: (operands[kind], outputs[kind]) for kind in operands}
 
@@ -99,7 +107,7 @@ def operands_of(inputs, dtype, columns):
 def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(products, isa, by, kind):
     inputs = kind[0]
     (x, (weight, plain), (other, gate)), outputs = products(isa, by)[kind]
-    one, five, eight, all_rows, inner, both, few_gated, gated = outputs
+    one, five, eight, all_rows, inner, both, few_gated, gated, *of_live = outputs
     exact = x.double() @ plain.double().T
     worst = (all_rows[:, :190] - exact).abs().max()
     assert worst < 5e-6, f"largest error {worst:.1e}"
@@ -115,6 +123,10 @@ def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(products, is
     ):
         assert torch.allclose(eager, fast, atol=5e-6, rtol=2**-7)
     assert torch.allclose(both[:, :96].double(), x.double() @ gate.double().T, atol=5e-6)
+    whole, masks = (all_rows[:5], both, both, gated), (LIVE[:5], LIVE, torch.zeros_like(LIVE), LIVE)
+    for found, same, live in zip(of_live, whole, masks, strict=True):
+        assert torch.equal(found, torch.where(live[:, None], same, 0))
+    assert torch.equal(block_linear(x, [weight], LIVE), torch.where(LIVE[:, None], block_linear(x, [weight]), 0))
 
 
 class Lookup(torch.nn.Module):
