@@ -65,7 +65,8 @@ def _outputs(
     if spec.phase == "verify":
         tokens, count, logprobs = phases.verify(target, drafter, rows, tensors["drafts"], choose)
         return (tokens, count, *logprobs)
-    return phases.speculate(target, drafter, rows, spec.draft_tokens, choose)
+    tokens, count, verified = phases.speculate(target, drafter, rows, spec.draft_tokens, choose)
+    return (tokens, count, verified) if spec.threshold else (tokens, count)
 
 
 def _target_scores(target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
@@ -105,11 +106,11 @@ def _model(role: Role, pair: PairSpec, tensors: Mapping[str, Tensor], seams_for:
 
 
 def _choose(spec: GraphSpec, pair: PairSpec, tensors: dict[str, Tensor]) -> Choose:
-    copied = tensors.get("copied")
+    copied, threshold = tensors.get("copied"), tensors.get("threshold")
     if spec.sampling == "greedy":
-        return Choose(copied=copied)
+        return Choose(copied=copied, threshold_B=threshold)
     sampling = Sampling(tensors["temperature"], tensors["top_k"], tensors["top_p"], tensors["seed"])
     if spec.phase != "verify":
-        return Choose(sampling, pair.candidates, copied)
+        return Choose(sampling, pair.candidates, copied, threshold_B=threshold)
     shaping = Shaping(*(tensors[name] for name in SHAPING))
     return Choose(sampling, pair.candidates, copied, shaping, spec.logprobs)

@@ -132,7 +132,11 @@ def _graphs(recipe: Recipe) -> list[GraphSpec]:
     steps = [(b, s, how) for b in shapes.batch for s in shapes.kv for how in fused]
     scored: tuple[Scope, Scope] = ("target", "draft")
     return [
-        *(GraphSpec("speculate", b, k + 1, s, k, how) for k in speculation.draft_tokens for b, s, how in steps),
+        *(
+            GraphSpec("speculate", b, k + 1, s, k, how, threshold=_leaves_drafts_out(recipe))
+            for k in speculation.draft_tokens
+            for b, s, how in steps
+        ),
         *_prefill_graphs(recipe),
         *(GraphSpec("decode", b, 1, s, 0, how) for b, s, how in steps),
         *(
@@ -142,6 +146,16 @@ def _graphs(recipe: Recipe) -> list[GraphSpec]:
         ),
         *(_shaped_graphs(recipe) if "shaped" in speculation.sampling else ()),
     ]
+
+
+def _leaves_drafts_out(recipe: Recipe) -> bool:
+    """Return whether steps verify only drafts that are likely enough.
+
+    That needs costs to compare with, a backend that saves the time of the others, and on each rank the whole
+    distribution of the draft.
+    """
+    whole = recipe.parallel.tensor == 1 or recipe.draft.placement == "replicated"
+    return recipe.speculation.step_costs is not None and recipe.backend.skips_tokens and whole
 
 
 def _prefill_graphs(recipe: Recipe) -> Iterator[GraphSpec]:
