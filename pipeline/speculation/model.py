@@ -79,7 +79,8 @@ class Prompt:
     def attend(self) -> Attend:
         """What the queries of a pass over the prompts see."""
         if self.kv:
-            return attend_up_to(self.positions_BT, self.kv, self.slots_B)
+            seen_BT = torch.where(self.live, self.positions_BT, 0)  # padding sees the first key: it takes no time
+            return attend_up_to(seen_BT, self.kv, self.slots_B)
         return attend_up_to(self.positions_BT[:1])
 
     def kept(self, model: Model, less: int = 0) -> Tensor:
@@ -136,10 +137,11 @@ class Model:
         Of active rows, all tokens are read, or those of `live_BT`, the first ones of each.
         """
         rows_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
-        active_BT = active_B[:, None].expand_as(tokens_BT)
-        live_BT = active_BT if live_BT is None else active_BT & live_BT
-        writes = plan_writes(self.state, rows_B, positions_BT, live_BT & (positions_BT < self.usable(kv)))
-        return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend_up_to(positions_BT, kv), live_BT))
+        active_BT, seen_BT = active_B[:, None].expand_as(tokens_BT), positions_BT
+        if live_BT is not None:  # other tokens see the first key, which takes the least time
+            active_BT, seen_BT = active_BT & live_BT, torch.where(live_BT, positions_BT, 0)
+        writes = plan_writes(self.state, rows_B, positions_BT, active_BT & (positions_BT < self.usable(kv)))
+        return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend_up_to(seen_BT, kv), active_BT))
 
     def read(self, prompt: Prompt) -> Hidden:
         """Run prompts into their slots."""

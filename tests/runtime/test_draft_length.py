@@ -21,7 +21,7 @@ def simulate(rate: float, steps: int = 4000, seed: int = 0) -> float:
     chance, row, draft_length_policy = random.Random(seed), Acceptance(), DraftLengthPolicy(COSTS)
     tokens = cost = 0.0
     for _ in range(steps):
-        k = draft_length_policy.choose([row])
+        k = draft_length_policy.choose([row]).steps
         accepted = 0
         while accepted < k and chance.random() < rate:
             accepted += 1
@@ -52,7 +52,7 @@ def test_pace_comes_back_when_text_gets_easier():
     row, draft_length_policy = Acceptance(), DraftLengthPolicy(COSTS)
     chosen = []
     for turn in range(400):
-        k = draft_length_policy.choose([row])
+        k = draft_length_policy.choose([row]).steps
         chosen.append(k)
         if k:
             row.record_step(0 if turn < 150 else k, k)
@@ -63,15 +63,15 @@ def test_pace_comes_back_when_text_gets_easier():
 
 def test_many_rows_share_one_choice():
     easy, hard = Acceptance(0.95), Acceptance(0.0)
-    assert DraftLengthPolicy(COSTS).choose([easy, easy, easy, hard]) == 4
-    assert DraftLengthPolicy(COSTS).choose([hard, hard, hard, hard]) == 0
+    assert DraftLengthPolicy(COSTS).choose([easy, easy, easy, hard]).steps == 4
+    assert DraftLengthPolicy(COSTS).choose([hard, hard, hard, hard]).steps == 0
 
 
 def test_each_batch_bucket_has_its_own_costs():
     policies = DraftLengthPolicies({1: DraftLengthPolicy({4: 1.2}), 8: DraftLengthPolicy({4: 3.0})})
-    assert policies.choose({0: Acceptance(0.6)}) == 4
-    assert policies.choose({0: Acceptance(0.6), 1: Acceptance(0.6)}) == 0
-    assert policies.choose({3: Acceptance(0.6)}) == 0
+    assert policies.choose({0: Acceptance(0.6)}).steps == 4
+    assert policies.choose({0: Acceptance(0.6), 1: Acceptance(0.6)}).steps == 0
+    assert policies.choose({3: Acceptance(0.6)}).steps == 0
 
 
 CONTENT = {

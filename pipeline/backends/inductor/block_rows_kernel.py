@@ -14,21 +14,22 @@ struct Rows {
     const int64_t* places = nullptr;
 };
 
-// The live rows of x, gathered with room after them for a tile's other rows; results of the others are zeros.
+// The live rows of x, gathered, with room after them for a tile's other rows; results of the others are zeros. Memory is
+// kept: to map new pages for each of a step's products takes longer than the copies.
 struct LiveRows {
-    std::vector<int64_t> places;
-    std::vector<Input> gathered;
+    int64_t places[M], count = 0;
     const Input* x;
     LiveRows(const Input* all, const bool* live, Output* y) : x(all) {
-        for (int64_t m = 0; m < M; ++m) if (live[m]) places.push_back(m);
-        if (int64_t(places.size()) == M) return;
-        gathered.reserve((places.size() + SPARE_ROWS) * I);
-        for (const int64_t m : places) gathered.insert(gathered.end(), all + m * I, all + (m + 1) * I);
-        gathered.resize((places.size() + SPARE_ROWS) * I);
-        for (int64_t m = 0; m < M; ++m) if (!live[m]) std::fill(y + m * N, y + (m + 1) * N, Output(0.0f));
+        for (int64_t m = 0; m < M; ++m) if (live[m]) places[count++] = m;
+        if (count == M) return;
+        static thread_local std::vector<Input> gathered((M + SPARE_ROWS) * I);
+        for (int64_t n = 0; n < count; ++n) {
+            std::memcpy(gathered.data() + n * I, all + places[n] * I, I * sizeof(Input));
+        }
+        for (int64_t m = 0; m < M; ++m) if (!live[m]) std::memset(y + m * N, 0, N * sizeof(Output));
         x = gathered.data();
     }
-    Rows rows() const { return x == gathered.data() ? Rows{int64_t(places.size()), places.data()} : Rows{}; }
+    Rows rows() const { return count == M ? Rows{} : Rows{count, places}; }
 };
 
 // Some rows times one block, or the same block of both weights. `Way` multiplies: at most `Way::TILE` rows at a time.
