@@ -151,11 +151,10 @@ def _graphs(recipe: Recipe) -> list[GraphSpec]:
 def _leaves_drafts_out(recipe: Recipe) -> bool:
     """Return whether steps verify only drafts that are likely enough.
 
-    That needs costs to compare with, a backend that saves the time of the others, and on each rank the whole
-    distribution of the draft.
+    That needs costs to compare with, and a backend that saves the time of the others. Drafts for which a recipe may
+    have costs are replicated, so that each rank knows their probabilities.
     """
-    whole = recipe.parallel.tensor == 1 or recipe.draft.placement == "replicated"
-    return recipe.speculation.step_costs is not None and recipe.backend.skips_tokens and whole
+    return recipe.speculation.step_costs is not None and recipe.backend.skips_tokens
 
 
 def _prefill_graphs(recipe: Recipe) -> Iterator[GraphSpec]:

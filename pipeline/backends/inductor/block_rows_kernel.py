@@ -14,8 +14,8 @@ struct Rows {
     const int64_t* places = nullptr;
 };
 
-// The live rows of x, gathered, with room after them for a tile's other rows; results of the others are zeros. Memory is
-// kept: to map new pages for each of a step's products takes longer than the copies.
+// The live rows of x, gathered, with room after them for a tile's other rows. Results of rows that are not live are
+// zeros. Memory is kept: to map new pages for each of a step's products takes longer than the copies.
 struct LiveRows {
     int64_t places[M], count = 0;
     const Input* x;
