@@ -25,6 +25,7 @@ class Kind(Enum):
     BOOL_OR_NULL = "true, false or null"
     INTS_OR_NULL = "a list of integers or null"
     TEXT = "a string"
+    TEXT_OR_NULL = "a string or null"
     TOKEN_IDS = "a token id, a list of token ids, or null"  # noqa: S105 - not a password
     NAMES_OR_NULL = "a list of strings or null"
 
@@ -72,6 +73,21 @@ OLMO: Mapping[str, Field] = {
     "attention_bias": Field(False, Kind.BOOL),
     "eos_token_id": Field(50279, Kind.TOKEN_IDS),
 }
+
+GRANITE: Mapping[str, Field] = {
+    "vocab_size": Field(32000, Kind.INT),
+    "intermediate_size": Field(11008, Kind.INT),
+    "max_position_embeddings": Field(2048, Kind.INT),
+    "attention_bias": Field(False, Kind.BOOL),
+    "eos_token_id": Field(2, Kind.TOKEN_IDS),
+    "embedding_multiplier": Field(1.0, Kind.NUMBER_OR_NULL),
+    "logits_scaling": Field(1.0, Kind.NUMBER_OR_NULL),
+    "residual_multiplier": Field(1.0, Kind.NUMBER_OR_NULL),
+    "attention_multiplier": Field(1.0, Kind.NUMBER_OR_NULL),
+    "num_local_experts": Field(8, Kind.INT_OR_NULL),
+    "num_experts_per_tok": Field(2, Kind.INT_OR_NULL),
+}
+"""Of the classes with experts; those of the dense one accept no null."""
 
 GEMMA: Mapping[str, Field] = {
     "vocab_size": Field(256000, Kind.INT),
@@ -178,19 +194,12 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         "residual_multiplier": Field(1.0, Kind.NUMBER),
         "attention_multiplier": Field(1.0, Kind.NUMBER),
     },
-    "granitemoe": {
+    "granitemoe": {**COMMON, **GRANITE},
+    "granitemoehybrid": {
         **COMMON,
-        "vocab_size": Field(32000, Kind.INT),
-        "intermediate_size": Field(11008, Kind.INT),
-        "max_position_embeddings": Field(2048, Kind.INT),
-        "attention_bias": Field(False, Kind.BOOL),
-        "eos_token_id": Field(2, Kind.TOKEN_IDS),
-        "embedding_multiplier": Field(1.0, Kind.NUMBER_OR_NULL),
-        "logits_scaling": Field(1.0, Kind.NUMBER_OR_NULL),
-        "residual_multiplier": Field(1.0, Kind.NUMBER_OR_NULL),
-        "attention_multiplier": Field(1.0, Kind.NUMBER_OR_NULL),
-        "num_local_experts": Field(8, Kind.INT_OR_NULL),
-        "num_experts_per_tok": Field(2, Kind.INT_OR_NULL),
+        **GRANITE,
+        "shared_intermediate_size": Field(1024, Kind.INT),
+        "position_embedding_type": Field(None, Kind.TEXT_OR_NULL),
     },
     "mixtral": {
         **COMMON,
@@ -293,6 +302,7 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
 
 OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
     "gpt_oss": {"num_local_experts": "num_experts"},
+    "granitemoehybrid": {"layer_types": "layers_block_type"},
     "mixtral": {"num_local_experts": "num_experts"},
     "olmoe": {"num_experts": "num_local_experts"},
     "qwen3_moe": {"num_experts": "num_local_experts"},

@@ -20,6 +20,7 @@ FAMILIES = {
     "gpt_oss": "pipeline.models.gpt_oss",
     "granite": "pipeline.models.granite",
     "granitemoe": "pipeline.models.granitemoe",
+    "granitemoehybrid": "pipeline.models.granitemoehybrid",
     "llama": "pipeline.models.llama",
     "ministral3": "pipeline.models.ministral3",
     "mistral": "pipeline.models.mistral",

@@ -104,6 +104,8 @@ def _accepted(value: Any, kind: Kind) -> bool:  # noqa: C901 - a table, not logi
             return value is None or (isinstance(value, list) and all(map(is_int, value)))
         case Kind.TEXT:
             return isinstance(value, str)
+        case Kind.TEXT_OR_NULL:
+            return value is None or isinstance(value, str)
         case Kind.TOKEN_IDS:
             return value is None or is_int(value) or (isinstance(value, list) and all(map(is_int, value)))
         case Kind.NAMES_OR_NULL:
@@ -112,5 +114,5 @@ def _accepted(value: Any, kind: Kind) -> bool:  # noqa: C901 - a table, not logi
 
 def _remedy(field: Field) -> str:
     default = f", or remove the field (default: {shown(field.default)})" if field.default is not None else ""
-    quotes = "" if field.kind in (Kind.TEXT, Kind.NAMES_OR_NULL) else ", without quotes"
+    quotes = "" if field.kind in (Kind.TEXT, Kind.TEXT_OR_NULL, Kind.NAMES_OR_NULL) else ", without quotes"
     return f"in config.json, write {field.kind.value}{quotes}{default}"

@@ -10,6 +10,8 @@ from pipeline.models.fields import Fields
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = (FULL, SLIDING)
+OLDER = "layers_block_type"
+"""Another name of `layer_types` in Granite 4."""
 
 
 def windows(fields: Fields, default: tuple[str, ...] | None = None) -> list[int | None]:
@@ -60,8 +62,11 @@ def of_layers(config: ModelConfig, config_json: Mapping[str, Any], layers: Seque
     """
     kinds = [config.layer(layer) for layer in layers]
     fields: dict[str, Any] = {"num_hidden_layers": len(layers)}
+    types = [SLIDING if kind.window else FULL for kind in kinds]
     if isinstance(config_json.get("layer_types"), list) or len({kind.window for kind in config.kinds}) > 1:
-        fields["layer_types"] = [SLIDING if kind.window else FULL for kind in kinds]
+        fields["layer_types"] = types
+    if OLDER in config_json:
+        fields[OLDER] = types
     if any(kind.rope is None for kind in config.kinds):
         fields["no_rope_layers"] = [int(kind.rope is not None) for kind in kinds]
     if any(kind.experts is None for kind in config.kinds) and any(kind.experts for kind in config.kinds):

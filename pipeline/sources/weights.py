@@ -35,6 +35,8 @@ OF_BASE = ("embed_tokens.", "layers.", "norm.")
 EXPERT_NAMES = tuple(
     (re.compile(old), new)
     for old, new in (
+        (r"\.shared_mlp\.input_linear\.", ".mlp.gate_up_proj."),
+        (r"\.shared_mlp\.output_linear\.", ".mlp.down_proj."),
         (r"\.block_sparse_moe\.", ".mlp."),
         (r"\.mlp\.router\.(layer\.)?", ".mlp.gate."),
         (r"\.mlp\.input_linear\.weight", ".mlp.experts.gate_up_proj.weight"),
@@ -45,8 +47,8 @@ EXPERT_NAMES = tuple(
         (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
     )
 )
-"""Names of experts and routers in checkpoints of Mixtral, Granite and gpt-oss, and those of Qwen and OLMoE, which
-models use.
+"""Names of experts, of routers and of the networks of Granite 4 in checkpoints, and those of Qwen and OLMoE, which models
+use.
 """
 
 STACKED = re.compile(

@@ -180,14 +180,14 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "cap of logits": getattr(config, "final_logit_softcapping", None),
         "tie_word_embeddings": config.tie_word_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
-        "layers with rotary embeddings": [bool(getattr(one.self_attn, "use_rope", True)) for one in model.layers],
+        "layers with rotary embeddings": [_turns(model, one) for one in model.layers],
     }
     return reading | _their_ropes(model) | _windows_read(_windows(config, len(model.layers)))
 
 
 def _network(layer: Any) -> Any:
     """Return a layer's feed-forward network, or its experts; in 4.57 these are a list of networks."""
-    block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+    block = getattr(layer, "mlp", None) or layer.block_sparse_moe or layer.shared_mlp
     experts = getattr(block, "experts", None)
     if experts is None:
         return block
@@ -198,7 +198,7 @@ def _activation_at_1(network: Any) -> float | None:
     """Return the value of an activation function at 1; None of a bounded SwiGLU, which has no other one."""
     if hasattr(network, "limit"):
         return None
-    act = network.act_fn if hasattr(network, "act_fn") else network.activation_fn
+    act = next(getattr(network, name) for name in ("act_fn", "activation_fn", "activation") if hasattr(network, name))
     return float(act(torch.ones(())))
 
 
@@ -218,6 +218,11 @@ def _their_experts(config: Any, layers: Iterable[Any]) -> list[int] | None:
     if not any(hasattr(block, "gate") or hasattr(block, "router") for block in blocks):
         return None
     return [getattr(config, "num_experts", None) or config.num_local_experts, config.num_experts_per_tok]
+
+
+def _turns(model: Any, layer: Any) -> bool:
+    """Return whether queries and keys of a layer turn; Granite 4 may have no rotary embedding at all."""
+    return model.rotary_emb is not None and bool(getattr(layer.self_attn, "use_rope", True))
 
 
 def _parts(attention: Any, config: Any, size: int) -> tuple[int, int, bool]:

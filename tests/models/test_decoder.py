@@ -43,6 +43,10 @@ MULTIPLIERS = {
     "residual_multiplier": 0.4,
     "attention_multiplier": 0.2,
 }
+GRANITE4 = MULTIPLIERS | {
+    "layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 56, "mamba_n_heads": 6,
+}  # fmt: skip
+GRANITE_HYBRID = GRANITE4 | {"model_type": "granitemoehybrid"}
 GEMMA = {"head_dim": 12, "sliding_window": 11, "num_hidden_layers": 3}
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 SHARED_EXPERT = MIXTURE | {"shared_expert_intermediate_size": 56}
@@ -106,6 +110,12 @@ CASES = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
     "olmoe": ("Olmoe", MIXTURE),
     "granite-moe": ("GraniteMoe", MULTIPLIERS | {"num_local_experts": 64, "num_experts_per_tok": 3}),
+    "granite4": ("GraniteMoeHybrid", GRANITE4 | {"position_embedding_type": "rope", "attention_bias": True}),
+    "granite4-nope": ("GraniteMoeHybrid", GRANITE4 | {"position_embedding_type": "nope", "head_dim": 12}),
+    "granite4-yarn": (
+        "GraniteMoeHybrid",
+        GRANITE4 | {"position_embedding_type": "rope", "rope_parameters": YARN, "tie_word_embeddings": True},
+    ),
     "gpt-oss": ("GptOss", SINKS | {"sliding_window": 7, "num_local_experts": 8}),
     "gpt-oss-yarn": ("GptOss", SINKS | {"rope_parameters": YARN | {"truncate": False}, "sliding_window": 16}),
     "gpt-oss-many": (  # decode steps gather the matrices of their experts
@@ -142,9 +152,11 @@ def unfused(config, state):
             yield from biased_experts_of(name, tensor)
         elif ".mlp.router." in name or ".experts." in name or ".block_sparse_moe." in name:
             yield from experts_of(name, tensor)
-        elif fused == "gate_up_proj":
+        elif ".shared_mlp." in name and fused == "output_linear":
+            yield name.replace("shared_mlp.output_linear", "mlp.down_proj"), tensor
+        elif fused in ("gate_up_proj", "input_linear"):
             for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
-                yield f"{stem}.{part}.{leaf}", half
+                yield f"{stem}.{part}.{leaf}".replace(".shared_mlp.", ".mlp."), half
         elif fused in parts:
             rows = [heads * config.head_dim for _, heads in parts[fused]]
             for (part, _), own in zip(parts[fused], tensor.split(rows), strict=True):
@@ -214,6 +226,10 @@ def test_logits_equal_transformers(case):
         ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"hidden_size": None}, "hidden_size"),
+        (GRANITE_HYBRID | {"layer_types": ["mamba", "attention", "mamba"]}, r'layer_types=\["mamba"\]'),
+        (GRANITE_HYBRID | {"layer_types": None}, "layer_types=null: layers of Mamba-2"),
+        (GRANITE_HYBRID | {"num_local_experts": 62}, "num_local_experts=62"),
+        (GRANITE_HYBRID | {"position_embedding_type": "alibi"}, 'position_embedding_type="alibi"'),
     ],
 )
 def test_config_of_refuses_by_name(change, named):

@@ -230,7 +230,8 @@ def test_pair_whose_tokenizer_exceeds_a_vocabulary_is_refused(tmp_path):
 
 
 SLOW = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "glm4", "granite-moe", "phi4-mini", "qwen2-moe")
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("gemma2", "glm4", "granite-moe", "granite4-nope", "phi4-mini", "qwen2-moe")
 ]
 
 

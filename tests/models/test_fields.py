@@ -15,7 +15,7 @@ from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES, REFUSED,
 from pipeline.models.families import FAMILIES, config_of
 from pipeline.models.quantisation import KEY as QUANTISED
 from pipeline.validate.reading import by_transformers, difference, readable
-from support.configs import DYNAMIC, LINEAR, LLAMA3, LONG, SMALL, YARN
+from support.configs import DYNAMIC, LINEAR, LLAMA3, LONG, YARN, small
 
 STRICT = int(transformers.__version__.split(".")[0]) >= 5
 """transformers 5 checks the types of fields; 4.57 does not."""
@@ -23,12 +23,23 @@ STRICT = int(transformers.__version__.split(".")[0]) >= 5
 UNDECLARED = {
     *(
         (family, "head_dim")
-        for family in ("granite", "granitemoe", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe")
+        for family in (
+            "granite",
+            "granitemoe",
+            "granitemoehybrid",
+            "olmo2",
+            "olmo3",
+            "olmoe",
+            "phi3",
+            "qwen2",
+            "qwen2_moe",
+        )
     ),
     *((family, "head_dim") for family in ("qwen2_moe", "qwen3_moe", "smollm3")),
     *((family, "layer_types") for family in ("glm4", "granite", "granitemoe", "llama", "mistral", "mixtral", "olmo2")),
     *((family, "layer_types") for family in ("ministral3", "olmoe", "phi3", "qwen3_moe")),
-    *((family, "sliding_window") for family in ("glm4", "granite", "granitemoe", "llama", "olmo2", "olmoe")),
+    *((family, "sliding_window") for family in ("glm4", "granite", "granitemoe", "granitemoehybrid", "llama", "olmo2")),
+    ("olmoe", "sliding_window"),
     *((family, "hidden_act") for family in ("gemma2", "gemma3_text")),
     ("gemma3_text", "sliding_window_pattern"),
 }
@@ -41,6 +52,7 @@ KINDS = {
     str: Kind.TEXT,
     int | None: Kind.INT_OR_NULL,
     int | list[int] | None: Kind.TOKEN_IDS,
+    str | None: Kind.TEXT_OR_NULL,
     list[str] | None: Kind.NAMES_OR_NULL,
     list[int] | None: Kind.INTS_OR_NULL,
     float | None: Kind.FLOAT_OR_NULL,
@@ -73,6 +85,9 @@ STRICTER = (
     "=null: expected a number",
     "expected an object for full_attention",
     "transformers ignores it here",
+    "layers of Mamba-2",
+    "experts beside a shared network",
+    "expected rope, nope or null",
 )
 """What is an error here although transformers 5 reads it: 4.57 reads it otherwise, or the model cannot be used."""
 
@@ -120,7 +135,7 @@ def test_kinds_are_the_types_of_transformers(family):
 def test_every_field_that_an_inference_reads_is_known(family, monkeypatch):
     """Fields that a new version of transformers reads are in the table, refused, or without effect."""
     read: set[str] = set()
-    config = class_of(family)(**SMALL)
+    config = class_of(family)(**small(family))
     original = type(config).__getattribute__
 
     def recorded(self: Any, key: str) -> Any:
@@ -177,7 +192,7 @@ def used_by_transformers(config_json: dict[str, Any]) -> None:
 
 def mutations(family: str) -> list[dict[str, Any]]:
     """Every field removed, null, as a string, and with other values."""
-    base = {"model_type": family, **SMALL}
+    base = {"model_type": family, **small(family)}
     others = [0, -1, 7, 2.0, 1.5, True, "2", [], {}, ["full_attention", "sliding_attention"], ["chunked_attention"] * 2]
     configs = []
     for name in (*FIELDS[family], "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"):
@@ -230,7 +245,7 @@ def test_config_of_rope_in_one_or_both_layouts_means_the_same_or_is_refused(fami
     random_ = random.Random(family)
     outcomes = []
     for _ in range(30):
-        config = {"model_type": family, **SMALL}
+        config = {"model_type": family, **small(family)}
         for name in ("rope_scaling", "rope_parameters"):
             if random_.random() < 0.6:
                 config[name] = random_.choice([rope_objects(random_), rope_objects(random_), None])
@@ -249,11 +264,11 @@ ODD: list[Any] = [None, True, 0, -3, 1.5, 10**400, float("nan"), float("inf"), "
 def test_config_of_odd_values_never_end_in_a_traceback(family):
     """Was: KeyError, TypeError and ValueError for a missing `factor`, "2", "</s>" and others."""
     names = [*FIELDS[family], *DRAFT_FIELDS, *ROPE, *REFUSED, QUANTISED, "model_type", "architectures", "eagle_config"]
-    configs = [{"model_type": family, **SMALL, name: value} for name in names for value in ODD]
+    configs = [{"model_type": family, **small(family), name: value} for name in names for value in ODD]
     more = {"beta_fast": 8.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}
     for rope in (LINEAR, LLAMA3, YARN | more | {"attention_factor": 1.0}, LONG | {"attention_factor": 1.0}, DYNAMIC):
         for name in (*rope, "rope_type", "type", "rope_theta", "original_max_position_embeddings"):
-            configs += [{"model_type": family, **SMALL, "rope_scaling": {**rope, name: value}} for value in ODD]
+            configs += [{"model_type": family, **small(family), "rope_scaling": {**rope, name: value}} for value in ODD]
     heads = [{**config, "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1} for config in configs]
     for config in configs + heads:
         try:

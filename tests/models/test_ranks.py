@@ -22,7 +22,19 @@ from pipeline.sources.pair import resolve_pair
 from pipeline.stages.shard_files import shard_path, write_shards
 from support import families
 
-SPLIT = ("olmo3", "gemma3", "glm4", "granite", "smollm3", "phi4-mini", "qwen3-moe", "qwen2-moe", "mixtral", "gpt-oss")
+SPLIT = (
+    "olmo3",
+    "gemma3",
+    "glm4",
+    "granite",
+    "granite4",
+    "smollm3",
+    "phi4-mini",
+    "qwen3-moe",
+    "qwen2-moe",
+    "mixtral",
+    "gpt-oss",
+)
 SPEC = GraphSpec("score", 1, 24, 32, model="target")
 
 

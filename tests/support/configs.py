@@ -13,6 +13,17 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 256,
     "pad_token_id": 0,
 }
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": ["attention"] * 2, "num_local_experts": 0, "mamba_n_heads": 4},
+}
+"""Fields without which a small config of a family is refused."""
+
+
+def small(family: str) -> dict[str, Any]:
+    """A small config of a family that reads it."""
+    return SMALL | OF_FAMILY.get(family, {})
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"type": "linear", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

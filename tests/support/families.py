@@ -74,6 +74,10 @@ GPT_OSS = {
     "head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 5,
     "rope_parameters": YARN | {"truncate": False},
 }  # fmt: skip
+GRANITE4 = GRANITE | {
+    "layer_types": ["attention"] * 3, "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 80,
+    "mamba_n_heads": 4,
+}  # fmt: skip
 GEMMA = {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}
 
 
@@ -135,6 +139,8 @@ FAMILIES = {
     "mixtral": Family("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "json-config"),
     "gpt-oss": Family("GptOss", GPT_OSS, "json-config", saved=torch.bfloat16, derive=(0, 1)),
     "granite-moe": Family("GraniteMoe", GRANITE | {"num_local_experts": 4}, "json-config"),
+    "granite4": Family("GraniteMoeHybrid", GRANITE4 | {"position_embedding_type": "rope"}, "json-config"),
+    "granite4-nope": Family("GraniteMoeHybrid", GRANITE4, "json-config", saved=torch.bfloat16, derive=(0, 1)),
     "gemma2": Family("Gemma2", GEMMA, "json-config"),
     "gemma3": Family("Gemma3", GEMMA | {"sliding_window_pattern": 2}, "json-config", draft={"num_hidden_layers": 2}),
     "smollm": Family(

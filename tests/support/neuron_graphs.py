@@ -35,6 +35,8 @@ MECHANISMS = {
     "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
     "granite": {"model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0,
                 "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "granite4": {"model_type": "granitemoehybrid", "layer_types": ["attention"] * 3, "num_local_experts": 0,
+                 "shared_intermediate_size": 40, "position_embedding_type": "nope", "attention_multiplier": 0.3},
     "glm4": {"model_type": "glm4"},
     "olmo3": {"model_type": "olmo3", "sliding_window": 6, "tie_word_embeddings": False},
     "gemma2": {"model_type": "gemma2", "sliding_window": 6},
