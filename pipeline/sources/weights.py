@@ -47,8 +47,8 @@ EXPERT_NAMES = tuple(
         (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
     )
 )
-"""Names of experts, of routers and of the networks of Granite 4 in checkpoints, and those of Qwen and OLMoE, which models
-use.
+"""Names of experts, of routers and of the networks of Granite 4 in checkpoints, and those of Qwen and OLMoE, which
+models use.
 """
 
 STACKED = re.compile(
