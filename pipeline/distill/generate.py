@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.backends.inductor import just_in_time
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.models.decoder import Hidden
-from pipeline.models.parallel import Seams, State
+from pipeline.models.parallel import Seams, empty_caches
 from pipeline.models.weights import up_to, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.values import read_weight
@@ -118,14 +118,9 @@ class Writer:
 
     def __post_init__(self) -> None:
         config, dtype = self.checkpoint.config, torch_dtype(self.dtype)
-        shape = (self.rows, config.kv_heads, self.length + 1, config.head_dim)
         refs = weights(self.checkpoint)
         loaded = {s.name: read_weight(refs, s).to(self.device, dtype) for s in weight_specs(config)}
-        state: State = {
-            f"{part}.{layer}": torch.zeros(shape, dtype=dtype, device=self.device)
-            for layer in range(config.layers)
-            for part in "kv"
-        }
+        state = empty_caches(config, self.rows, self.length + 1, dtype, self.device)
         self.model = self.stepped = Model(config, loaded, state, self.seams, taps=self.taps)
         self._run = _step
         large = sum(w.numel() for w in loaded.values()) >= WORTH_COMPILING

@@ -91,9 +91,9 @@ class ModelsSpec:
         """Return the number of ranks that a model is split over."""
         return 1 if role == "draft" and self.draft_replicated else self.tp
 
-    def kv_heads_of(self, role: Role) -> int:
-        """Return the KV heads on one rank; they are replicated if there are more ranks than heads."""
-        return max(self.config_of(role).kv_heads // self.tp_of(role), 1)
+    def kv_heads_of(self, role: Role, layer: int) -> int:
+        """Return the KV heads of a layer on one rank; they are replicated if there are more ranks than heads."""
+        return max(self.config_of(role).at(layer).kv_heads // self.tp_of(role), 1)
 
     def dtype_of(self, role: Role) -> str:
         """Return the dtype of a model's caches, and of its weights unless they are stored narrower."""

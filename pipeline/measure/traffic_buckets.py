@@ -132,7 +132,8 @@ def position_cost(plan: Plan) -> float:
     if isinstance(backend, InductorSettings) and backend.device == "cpu":
         return 0.0
     config = models.target
-    size_bytes = 2 * config.layers * config.kv_heads * config.head_dim * DTYPES[models.target_dtype].size_bytes
+    heads = [config.at(layer).kv_heads * config.at(layer).head_dim for layer in range(config.layers)]
+    size_bytes = 2 * sum(heads) * DTYPES[models.target_dtype].size_bytes
     matrices = (w for w in stored_weights(models, "target") if w.kind == "linear" and w.name != HEAD)
     return size_bytes * OPERATIONS_PER_BYTE / (2 * sum(math.prod(weight.shape) for weight in matrices))
 

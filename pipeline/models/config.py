@@ -6,7 +6,8 @@ Hugging Face `config.json` into it and reject unsupported fields by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipeline.models.draft_kind import DFLASH, DRAFT_MODEL, EAGLE3, P_EAGLE, DraftKind
@@ -58,7 +59,18 @@ class DividedRope:
     factors: tuple[float, ...]
 
 
-RopeScaling = LinearRope | Llama3Rope | YarnRope | DividedRope
+@dataclass(frozen=True)
+class ProportionalRope:
+    """The first `pairs` turn, at frequencies of the whole head divided by `factor`; others stand still (Gemma 4)."""
+
+    pairs: int
+    factor: float
+
+
+RopeScaling = LinearRope | Llama3Rope | YarnRope | DividedRope | ProportionalRope
+
+OF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+"""Start of the names of a layer's weights."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +122,16 @@ class Layer:
     """One kind of layer: its rotary embedding, its sliding window and its experts, where it has them.
 
     Without a `rope`, attention knows no positions but the order. A query sees the last `window` keys, its own included.
+    `head_dim` and `kv_heads` replace the model's. `values_are_keys`: values are projected as keys are, by the same
+    matrix.
     """
 
     rope: Rope | None
     window: int | None = None
     experts: Experts | None = None
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    values_are_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +203,8 @@ class ModelConfig:
     `kinds` are the different kinds of layers, `pattern` has the kind of each layer; without it all layers are of the
     first kind. `qk_norm`: queries and keys are normalised, each head or the whole vector. `attention_scale` replaces
     1 / sqrt(head_dim). Attention scores and logits with a cap c become c tanh(x / c). `sinks`: each query head has a
-    score that takes part in the softmax without a value.
+    score that takes part in the softmax without a value. `v_norm`: each head of the values is normalised, without
+    weights. `layer_scalar`: the output of each layer is multiplied by a number of the checkpoint.
 
     `draft_vocab` is the size of a reduced output vocabulary (EAGLE-3 convention: target id = draft id + d2t[draft id]);
     None means the output vocabulary is `vocab`. `shares_embedding`: the checkpoint has no embedding and uses the
@@ -221,6 +239,8 @@ class ModelConfig:
     attention_cap: float | None = None
     logit_cap: float | None = None
     sinks: bool = False
+    v_norm: bool = False
+    layer_scalar: bool = False
     draft_vocab: int | None = None
     shares_embedding: bool = False
     shares_head: bool = False
@@ -234,6 +254,21 @@ class ModelConfig:
     def layer(self, index: int) -> Layer:
         """Return the description of a layer."""
         return self.kinds[self.kind(index)]
+
+    def of(self, kind: Layer) -> ModelConfig:
+        """Return the config with the heads of a kind of layers."""
+        if kind.head_dim is None and kind.kv_heads is None:
+            return self
+        return replace(self, head_dim=kind.head_dim or self.head_dim, kv_heads=kind.kv_heads or self.kv_heads)
+
+    def at(self, layer: int) -> ModelConfig:
+        """Return the config with the heads of a layer."""
+        return self.of(self.layer(layer))
+
+    def of_weight(self, name: str) -> ModelConfig:
+        """Return the config with the heads of the layer of a weight, by the weight's name."""
+        found = OF_LAYER.match(name) if len(self.kinds) > 1 else None
+        return self if found is None else self.at(int(found[1]))
 
     @property
     def expert_layers(self) -> tuple[Experts, ...]:

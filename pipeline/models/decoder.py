@@ -74,15 +74,17 @@ def hidden_states(
     x = embed(config, weights, seams, tokens_BT)
     rotaries = [rotary_of(config, run.positions_BT, x.dtype, kind) for kind in range(len(config.kinds))]
     attends = [attend_of(config, kind, run.attend) for kind in config.kinds]
+    of_kinds = [config.of(kind) for kind in config.kinds]
+    writes = [run.writes.of_heads(kv_heads_of(own, seams)) for own in of_kinds]
     stream = Stream(x, norm(config, layer_weights(weights, 0), config.norms.before_attention, x))
     tapped, experts = [], []
     for layer in range(config.layers):
         if layer in taps:
             tapped.append(seams.all_tokens(stream.x_BTH))
         kind = config.kind(layer)
-        own = replace(run.of_layer(layer), attend=attends[kind])
+        own = replace(run.of_layer(layer), attend=attends[kind], writes=writes[kind])
         w = layer_weights(weights, layer) | next_norm(config, weights, layer)
-        stream = seams.once(run_layer, config, config.kinds[kind], w, seams, stream, rotaries[kind], own)
+        stream = seams.once(run_layer, of_kinds[kind], config.kinds[kind], w, seams, stream, rotaries[kind], own)
         run.keep(layer, own.state)
         if stream.experts_BTC is not None:
             experts.append(stream.experts_BTC)
@@ -119,6 +121,8 @@ def run_layer(
     )
     inner, experts_BTC = feed_forward(config, layer, w, seams, norm(config, w, names.before_mlp, x))
     x = x + after(config, w, names.after_mlp, inner)
+    if config.layer_scalar:
+        x = x * w["layer_scalar"]
     normed = rms_norm(x, w[NEXT_NORM], config.norm_eps, config.norm_style) if NEXT_NORM in w else x
     return Stream(x, normed, experts_BTC)
 
@@ -185,9 +189,13 @@ def embedded(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Ten
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, style: NormStyle = "narrow") -> Tensor:
     """Normalise in float32 (Zhang and Sennrich 2019), scale as transformers does in the given style."""
+    return norm_scaled(normalised(x, eps), weight_H, style, x.dtype)
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """Normalise along the last axis: float32."""
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return norm_scaled(wide, weight_H, style, x.dtype)
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
 def norm_scaled(wide: Tensor, weight_H: Tensor, style: NormStyle, dtype: torch.dtype) -> Tensor:
@@ -249,6 +257,9 @@ def heads_of(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, names
     counts = {name: local_heads(config, seams.tp) if name == "q" else kv_heads for name in names}
     rows = {f"self_attn.{name}_proj": count * config.head_dim for name, count in counts.items()}
     out = project(w, seams, x_BTX, rows).view(*x_BTX.shape[:2], -1, config.head_dim)
+    if config.v_norm:
+        rest, v = out.split((out.shape[2] - kv_heads, kv_heads), dim=2)
+        out = torch.cat((rest, normalised(v, config.norm_eps).to(v.dtype)), dim=2)
     if config.qk_norm:
         normed = normed_heads if config.qk_norm == "head" else normed_vectors
         rest, v = out.split((out.shape[2] - kv_heads, kv_heads), dim=2)

@@ -16,6 +16,7 @@ from pipeline.models.quantisation import read_quantisation
 FAMILIES = {
     "gemma2": "pipeline.models.gemma2",
     "gemma3_text": "pipeline.models.gemma3",
+    "gemma4_text": "pipeline.models.gemma4",
     "glm4": "pipeline.models.glm4",
     "gpt_oss": "pipeline.models.gpt_oss",
     "granite": "pipeline.models.granite",

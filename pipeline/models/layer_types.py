@@ -9,6 +9,9 @@ from pipeline.models.config import Limit, ModelConfig
 from pipeline.models.fields import Fields
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+PER_LAYER = "per_layer_config"
+"""Sizes of layers of Gemma 4 that differ from the model's, by the number of the layer."""
+
 LAYER_TYPES = (FULL, SLIDING)
 OLDER = "layers_block_type"
 """Another name of `layer_types` in Granite 4."""
@@ -67,6 +70,9 @@ def of_layers(config: ModelConfig, config_json: Mapping[str, Any], layers: Seque
         fields["layer_types"] = types
     if OLDER in config_json:
         fields[OLDER] = types
+    own = config_json.get(PER_LAYER)
+    if isinstance(own, Mapping) and own:
+        fields[PER_LAYER] = {str(new): own[str(old)] for new, old in enumerate(layers) if str(old) in own}
     if any(kind.rope is None for kind in config.kinds):
         fields["no_rope_layers"] = [int(kind.rope is not None) for kind in kinds]
     if any(kind.experts is None for kind in config.kinds) and any(kind.experts for kind in config.kinds):

@@ -34,6 +34,7 @@ class Text:
 
 CLASSES: Mapping[str, tuple[Text, ...]] = {
     "gemma3": (Text("gemma3_text", "Gemma3ForCausalLM", tied=True),),
+    "gemma4": (Text("gemma4_text", "Gemma4ForCausalLM", tied=True),),
     "mistral3": (
         Text("mistral", "MistralForCausalLM", tied=False), Text("ministral3", "Ministral3ForCausalLM", tied=False),
     ),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.models.config import Clamp
+from pipeline.models.config import Clamp, ModelConfig
 
 Args = TypeVarTuple("Args")
 R = TypeVar("R")
@@ -39,6 +39,23 @@ class Writes:
 
     index: tuple[Tensor, Tensor, Tensor]
     block: Block = "none"
+
+    def of_heads(self, count: int) -> Writes:
+        """Return the same for caches of so many heads."""
+        rows, heads, positions = self.index
+        if heads.shape[1] == count:
+            return self
+        return replace(self, index=(rows, torch.arange(count, device=heads.device)[None, :, None], positions))
+
+
+def empty_caches(config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: str = "cpu") -> State:
+    """Return caches of zeros for all heads of a model: [rows, H, length, D] of each layer."""
+    state: State = {}
+    for layer in range(config.layers):
+        own = config.at(layer)
+        for part in ("k", "v"):
+            state[f"{part}.{layer}"] = torch.zeros(rows, own.kv_heads, length, own.head_dim, dtype=dtype, device=device)
+    return state
 
 
 def plan_writes(

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.models.config import Limit, Rope
+from pipeline.models.config import Limit, ProportionalRope, Rope
 from pipeline.models.fields import Fields
 from pipeline.models.layer_types import FULL, LAYER_TYPES, SLIDING
 from pipeline.models.rope_kinds import LENGTH_DEPENDENT, ORIGINAL, RopeObject, scaled
 
 LAYOUTS = ("rope_scaling", "rope_parameters")
 PARTIAL = "partial_rotary_factor"
+PROPORTIONAL = "proportional"
 THETA = "rope_theta"
 
 
@@ -27,7 +28,8 @@ class RopeRules:
     `partial`: the default of `partial_rotary_factor`; None if its attention turns whole heads only. `older_names`:
     kinds that it reads as another one. `local`: it has another rotary embedding for layers with a window; the field of
     its theta in the layout of transformers 4, where it has one, and the default of that theta. `absent`: the object of
-    a config that has none.
+    a config that has none, by the type of layers where they differ. `proportional`: it knows this kind. `in_4`:
+    versions 4 of transformers have the class.
     """
 
     theta: float = 10000.0
@@ -36,10 +38,21 @@ class RopeRules:
     older_names: Mapping[str, str] = field(default_factory=dict)
     local: tuple[str | None, float] | None = None
     absent: Mapping[str, Any] = field(default_factory=dict)
+    proportional: bool = False
+    in_4: bool = True
 
 
 RULES: Mapping[str, RopeRules] = {
     "gemma3_text": RopeRules(theta=1e6, local=("rope_local_base_freq", 1e4)),
+    "gemma4_text": RopeRules(
+        local=(None, 1e4),
+        absent={
+            FULL: {"rope_type": PROPORTIONAL, "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+            SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+        },
+        proportional=True,
+        in_4=False,
+    ),
     "glm4": RopeRules(partial=0.5, interleaved=True),
     "gpt_oss": RopeRules(
         theta=150000.0,
@@ -68,8 +81,10 @@ def rules_of(family: Any) -> RopeRules:
     return RULES.get(family, RopeRules()) if isinstance(family, str) else RopeRules()
 
 
-def read_rope(fields: Fields, head_dim: int) -> tuple[Ropes, tuple[Limit, ...]]:
+def read_rope(fields: Fields, head_dim: int, full: int | None = None) -> tuple[Ropes, tuple[Limit, ...]]:
     """Return the rotary embedding of each type of layers, and the lengths up to which their frequencies are constant.
+
+    `full` is the size of heads of layers without a window, if it differs.
 
     Raises:
         SourceError: an unsupported kind of RoPE, or a missing or malformed field, by its name and value.
@@ -77,7 +92,7 @@ def read_rope(fields: Fields, head_dim: int) -> tuple[Ropes, tuple[Limit, ...]]:
     """
     layout, rules = _layout(fields), rules_of(fields.family)
     if rules.local is not None:
-        return _by_type(fields, head_dim, rules)
+        return _by_type(fields, {SLIDING: head_dim, FULL: full or head_dim}, rules)
     rope = RopeObject(fields, layout, given(fields.config, rules))
     if nested := [key for key, value in rope.values.items() if isinstance(value, Mapping)]:
         what = "rotary embeddings by layer are not supported for this family"
@@ -86,10 +101,10 @@ def read_rope(fields: Fields, head_dim: int) -> tuple[Ropes, tuple[Limit, ...]]:
     return dict.fromkeys(LAYER_TYPES, one), limits
 
 
-def _by_type(fields: Fields, head_dim: int, rules: RopeRules) -> tuple[Ropes, tuple[Limit, ...]]:
+def _by_type(fields: Fields, sizes: Mapping[str, int], rules: RopeRules) -> tuple[Ropes, tuple[Limit, ...]]:
     """Read a rotary embedding for each type of layers; `rope_scaling` is of those that attend to all keys."""
     assert rules.local is not None
-    by_type: Mapping[str, Any] = fields.config.get("rope_parameters") or {}
+    by_type: Mapping[str, Any] = fields.config.get("rope_parameters") or rules.absent
     scaling: Mapping[str, Any] = fields.config.get("rope_scaling") or {}
     for kind, values in by_type.items():
         if kind not in LAYER_TYPES or not isinstance(values, Mapping | None):
@@ -104,13 +119,18 @@ def _by_type(fields: Fields, head_dim: int, rules: RopeRules) -> tuple[Ropes, tu
     for kind in LAYER_TYPES:
         values = {**(by_type.get(kind) or {}), **(scaling if kind == FULL else {})}
         rope = RopeObject(fields, f"rope_parameters.{kind}", values, by_layer=True)
-        ropes[kind], found = one_rope(rope, thetas[kind], head_dim, rules)
+        if rules.absent and THETA not in values:
+            what = f"expected an object with {THETA} for {' and '.join(LAYER_TYPES)}"
+            raise fields.error(f"rope_parameters.{kind}", by_type.get(kind), what)
+        ropes[kind], found = one_rope(rope, thetas[kind], sizes[kind], rules)
         limits += found
     return ropes, tuple(limits)
 
 
 def one_rope(rope: RopeObject, theta: Any, head_dim: int, rules: RopeRules) -> tuple[Rope, tuple[Limit, ...]]:
     """Return the rotary embedding of one object; `theta` is that of an object without."""
+    if rules.proportional and rope.kind() == PROPORTIONAL:
+        return _proportional(rope, head_dim), ()
     dim = _turned(rope, head_dim, rules)
     own = rope if THETA in rope.values else RopeObject(rope.fields, "", {THETA: theta})
     theta = own.positive(THETA)
@@ -119,6 +139,16 @@ def one_rope(rope: RopeObject, theta: Any, head_dim: int, rules: RopeRules) -> t
     length = LENGTH_DEPENDENT[kind](rope) if kind in LENGTH_DEPENDENT else None
     limits = () if length is None else (Limit(f"{rope.layout}.{kind}", length),)
     return Rope(theta, dim, scaling, scale, rules.interleaved), limits
+
+
+def _proportional(rope: RopeObject, head_dim: int) -> Rope:
+    """Return the rotary embedding that turns a part of the pairs, at the frequencies of the whole head."""
+    share = rope.positive(PARTIAL, 1.0)
+    if share > 1:
+        raise rope.error(PARTIAL, share, "expected at most 1")
+    return Rope(
+        rope.positive(THETA), head_dim, ProportionalRope(int(share * head_dim // 2), rope.positive("factor", 1.0))
+    )
 
 
 def given(config: Mapping[str, Any], rules: RopeRules) -> Mapping[str, Any]:
@@ -161,6 +191,8 @@ def in_both_layouts(config: Mapping[str, Any], max_position: int) -> dict[str, A
     default.
     """
     rules = rules_of(config.get("model_type"))
+    if not rules.in_4:
+        return dict(config)
     if rules.local is not None:
         return _both_by_type(config, rules)
     rope: dict[str, Any] = dict(given(config, rules))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.models.config import DividedRope, LinearRope, Llama3Rope, ModelConfig, Rope, YarnRope
+from pipeline.models.config import DividedRope, LinearRope, Llama3Rope, ModelConfig, ProportionalRope, Rope, YarnRope
 
 
 class Rotary(NamedTuple):
@@ -47,6 +47,9 @@ def rotary_frequencies(rope: Rope, device: torch.device) -> Tensor:
             return _scale_llama3(frequencies, rope.scaling)
         case YarnRope():
             return _scale_yarn(frequencies, rope.scaling)
+        case ProportionalRope():
+            turning = torch.arange(len(frequencies), device=device) < rope.scaling.pairs
+            return torch.where(turning, frequencies / rope.scaling.factor, 0.0)
         case DividedRope():
             parts = [torch.full((1,), factor, device=device) for factor in rope.scaling.factors]
             return frequencies / torch.cat(parts)  # a graph holds no constants but numbers

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.models.config import Activation, Experts, Layer, Limit, ModelConfig
 from pipeline.models.defaults import REFUSED
 from pipeline.models.fields import Fields
-from pipeline.models.layer_types import FULL, SLIDING
+from pipeline.models.layer_types import FULL, PER_LAYER, SLIDING
 from pipeline.models.rope import read_rope
+
+OWN_HEADS = ("gemma4_text",)
+"""Families whose layers may have heads of their own, by `per_layer_config`."""
 
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """Names of activation functions in transformers."""
@@ -17,13 +21,14 @@ ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pyt
 
 def shared_fields(
     fields: Fields, *, windows: Sequence[int | None] = (), turned: Sequence[bool] = (),
-    experts: Sequence[Experts | None] = (), limits: tuple[Limit, ...] = (), **family: Any,
+    experts: Sequence[Experts | None] = (), limits: tuple[Limit, ...] = (),
+    full: Mapping[str, Any] = MappingProxyType({}), **family: Any,
 ) -> ModelConfig:  # fmt: skip
     """Return a `ModelConfig` of the fields that families share; `family` adds or overrides fields.
 
     `windows` has the sliding window of each layer, `turned` whether a layer has the rotary embedding, `experts` those
     of each layer; empty: no layer has a window or experts, all turn. `limits` are the family's own, beside those of the
-    rotary embedding.
+    rotary embedding. `full` has fields of `Layer` for the layers without a window.
 
     Raises:
         SourceError: a value that the family's class rejects, or one that changes the computation in an unsupported way.
@@ -32,9 +37,9 @@ def shared_fields(
     _reject_unsupported(fields)
     heads, layers = fields.size("num_attention_heads"), fields.size("num_hidden_layers")
     size = head_dim(fields)
-    ropes, own_limits = read_rope(fields, size)
+    ropes, own_limits = read_rope(fields, size, full.get("head_dim"))
     described = [
-        Layer(ropes[SLIDING if window else FULL] if turns else None, window, own)
+        Layer(ropes[SLIDING if window else FULL] if turns else None, window, own, **({} if window else full))
         for window, turns, own in zip(
             windows or [None] * layers, turned or [True] * layers, experts or [None] * layers, strict=True
         )
@@ -113,6 +118,8 @@ def _activation(fields: Fields) -> Activation:
 
 def _reject_unsupported(fields: Fields) -> None:
     for key, neutral in REFUSED.items():
+        if key == PER_LAYER and fields.family in OWN_HEADS:
+            continue
         value = fields.config.get(key)
         if value is None or value in neutral:
             continue

@@ -29,6 +29,9 @@ NORM = "model.norm.weight"
 EXPERTS = ".experts."
 """Part of the names of experts' tensors: of all as one tensor without a number, of each with its number after it."""
 
+SCALAR = "layer_scalar"
+"""A number of each layer by which its output is multiplied."""
+
 HEAD = "lm_head.weight"
 D2T = "d2t"
 """Offsets from the ids of a reduced vocabulary to those of the target: target id = draft id + d2t[draft id]."""
@@ -143,12 +146,14 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
     for layer in range(c.layers):
         base, names = f"model.layers.{layer}", c.norms
         yield from _norm(c, base, names.before_attention)
-        yield from _attention(c, layer, f"{base}.self_attn")
+        yield from _attention(c.at(layer), layer, f"{base}.self_attn")
         yield from _norm(c, base, names.after_attention)
         yield from _norm(c, base, names.before_mlp)
         experts = c.layer(layer).experts
         yield from _mlp(c, f"{base}.mlp") if experts is None else _experts(c, experts, f"{base}.mlp")
         yield from _norm(c, base, names.after_mlp)
+        if c.layer_scalar:
+            yield WeightSpec(f"{base}.{SCALAR}", (1,), "replicate", "vector")
     yield WeightSpec(NORM, (c.hidden,), "replicate", "vector")
     if not c.tied:
         yield WeightSpec(HEAD, (c.out_vocab, c.hidden), "vocab", "linear")
@@ -237,6 +242,7 @@ def _experts(c: ModelConfig, experts: Experts, base: str) -> Iterator[WeightSpec
 
 def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ...]:
     """Return the shape of one rank's slice before packing; a split vocabulary is padded to whole blocks per rank."""
+    config = config.of_weight(spec.name)
     head, *rest = spec.shape
     if spec.fused:
         return (sum(local_shape(part, config, tp)[0] for part in spec.fused), *rest)

@@ -116,9 +116,10 @@ def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
 
     Query heads follow their KV head: they are padded where they do not fill its ranks (`weights.q_heads_of`).
     """
-    if config.kv_heads % tp and tp % config.kv_heads:
-        yield "num_key_value_heads", config.kv_heads
     for kind in config.kinds:
+        heads = config.of(kind).kv_heads
+        if heads % tp and tp % heads:
+            yield "num_key_value_heads", heads
         if kind.experts is None and config.intermediate % tp:
             yield "intermediate_size", config.intermediate
         if kind.experts is not None and kind.experts.intermediate % tp:

@@ -189,7 +189,8 @@ def _parameters(config: ModelConfig) -> int:
 
 def _layer_parameters(config: ModelConfig, layer: Layer, *, of_token: bool = False) -> int:
     """Return about the number of a layer's parameters; `of_token`: of those that one token uses."""
-    attention, inner = (config.heads + config.kv_heads) * config.head_dim, config.intermediate
+    of_kind, inner = config.of(layer), config.intermediate
+    attention = (config.heads + of_kind.kv_heads) * of_kind.head_dim
     if layer.experts is not None:
         inner = layer.experts.intermediate * (layer.experts.chosen if of_token else layer.experts.count)
         inner += layer.experts.shared or 0
@@ -215,7 +216,8 @@ def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:
 
 def _cache_bytes(pair: PairSpec, role: Role) -> int:
     config = pair.models.config_of(role)
-    elements = 2 * config.layers * pair.models.kv_heads_of(role) * config.head_dim
+    heads = [pair.models.kv_heads_of(role, layer) * config.at(layer).head_dim for layer in range(config.layers)]
+    elements = 2 * sum(heads)
     return pair.rows * pair.length * elements * DTYPES[pair.models.dtype_of(role)].size_bytes
 
 
@@ -256,9 +258,9 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     """
     config, tp = pair.models.config_of(role), pair.models.tp_of(role)
     size = DTYPES[pair.models.dtype_of(role)].size_bytes
-    hidden, heads = config.hidden, local_heads(config, tp) * config.head_dim
+    hidden = config.hidden
     states = hidden * (2 + (len(pair.models.taps) if role == "target" else 0))
-    qkv = heads + 2 * pair.models.kv_heads_of(role) * config.head_dim
+    heads, qkv = max(_head_values(config.of(kind), tp) for kind in config.kinds)
     attention = size * (states + 2 * qkv) + 4 * (qkv + heads + hidden)
     experts = [kind.experts for kind in config.kinds if kind.experts is not None]
     sizes = [max(one.chosen * one.intermediate, one.shared or 0) for one in experts]
@@ -268,13 +270,20 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     return spec.batch * spec.tokens * max(attention, feed_forward)
 
 
+def _head_values(config: ModelConfig, tp: int) -> tuple[int, int]:
+    """Return the values of a token in a rank's query heads, and in all of its heads."""
+    queries = local_heads(config, tp) * config.head_dim
+    return queries, queries + 2 * max(config.kv_heads // tp, 1) * config.head_dim
+
+
 def _layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     """Estimate one layer's activations in float32, with the scores of one block of queries and their softmax."""
     config, tp = pair.models.config_of(role), pair.models.tp_of(role)
-    rows, heads = spec.batch * spec.tokens, local_heads(config, tp)
+    rows, heads = spec.batch * spec.tokens, max(local_heads(config.of(kind), tp) for kind in config.kinds)
     keys = spec.kv
     block = max(last - first for first, last in query_blocks(spec.batch * heads, spec.tokens, keys))
-    wide = 4 * config.hidden + 3 * heads * config.head_dim + 2 * config.intermediate // tp
+    heads_wide = max(_head_values(config.of(kind), tp)[0] for kind in config.kinds)
+    wide = 4 * config.hidden + 3 * heads_wide + 2 * config.intermediate // tp
     passes = {rows}
     if role == "draft" and spec.phase in ("speculate", "propose"):  # which proposes from one or two tokens of a row
         passes.add(2 * spec.batch)

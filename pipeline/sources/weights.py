@@ -88,6 +88,7 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, Source]:
         tensors = {text_name(name): tensor for name, tensor in tensors.items()}
         tensors = {_prefixed(name, tensors): tensor for name, tensor in tensors.items()}
     tensors = dict(_unfused(dict(_renamed(tensors, checkpoint.config)), checkpoint.config)) | dict(checkpoint.made)
+    tensors |= _keys_as_values(tensors, checkpoint)
     return tensors if checkpoint.layers is None else dict(_renumbered(tensors, checkpoint.layers))
 
 
@@ -155,6 +156,14 @@ def _unfused(tensors: Mapping[str, Source], c: ModelConfig) -> Iterator[tuple[st
         for part, rows in split:
             yield f"{block}.{part}.{leaf}", tensor.rows(first, first + rows)
             first += rows
+
+
+def _keys_as_values(tensors: Mapping[str, Source], checkpoint: Checkpoint) -> dict[str, Source]:
+    """Return the projections of keys under the names of those of values, in layers where they are one."""
+    c, numbers = checkpoint.config, checkpoint.layers or range(checkpoint.config.layers)
+    layers = [number for index, number in enumerate(numbers) if c.layer(index).values_are_keys]
+    names = [f"model.layers.{layer}.self_attn.{{}}_proj.{leaf}" for layer in layers for leaf in ("weight", "bias")]
+    return {name.format("v"): tensors[name.format("k")] for name in names if name.format("k") in tensors}
 
 
 def _renumbered(tensors: Mapping[str, Source], layers: tuple[int, ...]) -> Iterator[tuple[str, Source]]:

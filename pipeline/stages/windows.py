@@ -99,7 +99,7 @@ def windows(
     """
     row_bytes = math.prod(spec.shape[1:]) * SAFETENSORS[source.dtype].size_bytes
     step = max(WINDOW_BYTES // row_bytes // BLOCK, 1) * BLOCK
-    for first, last, end, parts in _spans(spec, config, tp):
+    for first, last, end, parts in _spans(spec, config.of_weight(spec.name), tp):
         for start in range(first, last, step):
             rows = min(step, last - start)
             real = max(min(rows, end - start), 0)

@@ -81,7 +81,8 @@ def readable(config_json: Mapping[str, Any], max_position: int) -> list[Mapping[
 
 def here(config: ModelConfig) -> Reading:
     """Return what Tandem reads."""
-    whole = {"head": config.head_dim, "vector": config.heads * config.head_dim, None: None}
+    first, by_layer = config.at(0), [config.at(index) for index in range(config.layers)]
+    whole = {"head": first.head_dim, "vector": config.heads * first.head_dim, None: None}
     reading = {
         "num_hidden_layers": config.layers,
         "vocab_size": config.vocab,
@@ -90,9 +91,13 @@ def here(config: ModelConfig) -> Reading:
         "experts": _experts(config),
         "biases of experts": any(kind.experts.bias for kind in config.kinds if kind.experts),
         "bounds of SwiGLU": _bounds(config),
-        "head_dim": config.head_dim,
+        "head_dim": first.head_dim,
+        "head_dim by layer": [own.head_dim for own in by_layer],
+        "values are normalised": config.v_norm,
+        "values are keys": [config.layer(index).values_are_keys for index in range(config.layers)],
+        "output of layers is scaled": config.layer_scalar,
         "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
+        "num_key_value_heads": [own.kv_heads for own in by_layer],
         "biases of q, k, v": config.qkv_bias,
         "bias of o": config.out_bias,
         "mlp_bias": config.mlp_bias,
@@ -149,7 +154,7 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).model
     layer, embedding = model.layers[0], model.embed_tokens
     attention, size = layer.self_attn, layer.self_attn.head_dim
-    q, k, v = _parts(attention, config, size)
+    q, v = _parts(attention, config, size)
     networks = [_network(one) for one in model.layers]
     q_norm = getattr(attention, "q_norm", None)
     reading = {
@@ -161,8 +166,12 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "biases of experts": hasattr(networks[0], "gate_up_proj_bias"),
         "bounds of SwiGLU": [networks[0].limit, networks[0].alpha] if hasattr(networks[0], "limit") else None,
         "head_dim": size,
+        "head_dim by layer": [one.self_attn.head_dim for one in model.layers],
+        "values are normalised": hasattr(attention, "v_norm"),
+        "values are keys": [getattr(one.self_attn, "v_proj", 0) is None for one in model.layers],
+        "output of layers is scaled": hasattr(layer, "layer_scalar"),
         "num_attention_heads": q // size,
-        "num_key_value_heads": k // size,
+        "num_key_value_heads": [_kv_heads(one.self_attn, config) for one in model.layers],
         "biases of q, k, v": v,
         "bias of o": attention.o_proj.bias is not None,
         "mlp_bias": getattr(getattr(networks[0], "gate_proj", None), "bias", None) is not None,
@@ -225,14 +234,19 @@ def _turns(model: Any, layer: Any) -> bool:
     return model.rotary_emb is not None and bool(getattr(layer.self_attn, "use_rope", True))
 
 
-def _parts(attention: Any, config: Any, size: int) -> tuple[int, int, bool]:
-    """Return the rows of q and of k, and whether they have biases."""
+def _parts(attention: Any, config: Any, size: int) -> tuple[int, bool]:
+    """Return the rows of q, and whether q, k and v have biases."""
     if hasattr(attention, "q_proj"):
-        q, k = attention.q_proj, attention.k_proj
-        return q.out_features, k.out_features, q.bias is not None
-    fused = attention.qkv_proj
-    q_rows = config.num_attention_heads * size
-    return q_rows, (fused.out_features - q_rows) // 2, fused.bias is not None
+        return attention.q_proj.out_features, attention.q_proj.bias is not None
+    return config.num_attention_heads * size, attention.qkv_proj.bias is not None
+
+
+def _kv_heads(attention: Any, config: Any) -> int:
+    """Return the number of KV heads of a layer."""
+    if hasattr(attention, "k_proj"):
+        return int(attention.k_proj.out_features) // int(attention.head_dim)
+    rows = config.num_attention_heads * attention.head_dim
+    return int(attention.qkv_proj.out_features - rows) // 2 // int(attention.head_dim)
 
 
 def _eps(norm: Any) -> float:

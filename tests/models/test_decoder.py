@@ -7,7 +7,7 @@ import transformers
 from pipeline.errors import SourceError
 from pipeline.models.decoder import hidden_states, logits
 from pipeline.models.families import config_of
-from pipeline.models.parallel import Pass, Seams, attend_up_to, plan_writes
+from pipeline.models.parallel import Pass, Seams, attend_up_to, empty_caches, plan_writes
 
 SMALL = {
     "vocab_size": 97,
@@ -48,10 +48,22 @@ GRANITE4 = MULTIPLIERS | {
 }  # fmt: skip
 GRANITE_HYBRID = GRANITE4 | {"model_type": "granitemoehybrid"}
 GEMMA = {"head_dim": 12, "sliding_window": 11, "num_hidden_layers": 3}
+GEMMA4 = {
+    "head_dim": 12, "global_head_dim": 20, "num_global_key_value_heads": 1, "sliding_window": 11,
+    "num_hidden_layers": 3, "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+}  # fmt: skip
+ROPES4 = {
+    "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 900.0},
+    "full_attention": {
+        "rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 3.0, "rope_theta": 5000.0,
+    },
+}  # fmt: skip
+GEMMA4_TEXT = GEMMA4 | {"model_type": "gemma4_text"}
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 SHARED_EXPERT = MIXTURE | {"shared_expert_intermediate_size": 56}
 SINKS = {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 4}
-CLASSES = {"Gemma3": "Gemma3TextConfig"}
+CLASSES = {"Gemma3": "Gemma3TextConfig", "Gemma4": "Gemma4TextConfig"}
 """Names of config classes that are not the model's."""
 
 CASES = {
@@ -93,6 +105,10 @@ CASES = {
     "gemma2-uncapped": ("Gemma2", GEMMA | {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
     "gemma3": ("Gemma3", GEMMA | {"sliding_window_pattern": 2, "final_logit_softcapping": 3.0}),
     "gemma3-linear": ("Gemma3", GEMMA | {"layer_types": TYPES, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "gemma4": ("Gemma4", GEMMA4 | {"attention_k_eq_v": True, "final_logit_softcapping": 3.0}),
+    "gemma4-own-values": ("Gemma4", GEMMA4 | {"attention_bias": True, "rope_parameters": ROPES4}),
+    "gemma4-equal-heads": ("Gemma4", GEMMA4 | {"per_layer_config": {}, "use_bidirectional_attention": "vision"}),
+    "gemma4-one-window": ("Gemma4", GEMMA4 | {"attention_k_eq_v": True, "layer_types": [*TYPES[:2], "full_attention"]}),
     "qwen3-moe": ("Qwen3Moe", MIXTURE | {"norm_topk_prob": True, "head_dim": 16}),
     "qwen3-moe-mixed": (
         "Qwen3Moe",
@@ -137,7 +153,8 @@ def reference(case: str):
     config = getattr(transformers, CLASSES.get(name, f"{name}Config"))(**(SMALL | {"pad_token_id": 0} | changes))
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval().float()
     with torch.no_grad():
-        for parameter in model.parameters():
+        scalars = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+        for parameter in (*model.parameters(), *scalars):
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
     return config, model
 
@@ -163,6 +180,9 @@ def unfused(config, state):
                 yield f"{stem}.{part}.{leaf}", own
         else:
             yield name, tensor
+            layer = config.layer(int(name.split(".")[2])) if ".layers." in name else None
+            if layer and layer.values_are_keys and ".k_proj." in name:
+                yield name.replace("k_proj", "v_proj"), tensor
 
 
 def biased_experts_of(name, tensor):
@@ -199,11 +219,7 @@ def run(config, weights, tokens, start, state):
 def test_logits_equal_transformers(case):
     hf_config, model = reference(case)
     config = config_of(hf_config.to_dict(), case)
-    state = {
-        f"{part}.{layer}": torch.zeros(2, config.kv_heads, 65, config.head_dim)
-        for layer in range(config.layers)
-        for part in ("k", "v")
-    }
+    state = empty_caches(config, 2, 65, torch.float32)
     tokens = torch.randint(0, 97, (2, 40))
     with torch.no_grad():
         expected = model(tokens).logits
@@ -228,6 +244,15 @@ def test_logits_equal_transformers(case):
         ({"hidden_size": None}, "hidden_size"),
         (GRANITE_HYBRID | {"layer_types": ["mamba", "attention", "mamba"]}, r'layer_types=\["mamba"\]'),
         (GRANITE_HYBRID | {"layer_types": None}, "layer_types=null: layers of Mamba-2"),
+        ({"model_type": "gemma4_text"}, "hidden_size_per_layer_input=256"),
+        (GEMMA4_TEXT | {"num_kv_shared_layers": 1}, "num_kv_shared_layers=1"),
+        (GEMMA4_TEXT | {"enable_moe_block": True}, "enable_moe_block=true"),
+        (GEMMA4_TEXT | {"use_bidirectional_attention": "all"}, 'use_bidirectional_attention="all"'),
+        (GEMMA4_TEXT | {"layer_types": TYPES}, "the last layer must be full_attention"),
+        (GEMMA4_TEXT | {"rope_theta": 10000.0}, "rope_theta=10000.0"),
+        (GEMMA4_TEXT | {"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config"),
+        (GEMMA4_TEXT | {"per_layer_config": {"2": {"sliding_window": 8}}}, "per_layer_config.sliding_window=8"),
+        (GEMMA4_TEXT | {"attention_k_eq_v": True, "num_global_key_value_heads": 4}, "num_global_key_value_heads=4"),
         (GRANITE_HYBRID | {"num_local_experts": 62}, "num_local_experts=62"),
         (GRANITE_HYBRID | {"position_embedding_type": "alibi"}, 'position_embedding_type="alibi"'),
     ],

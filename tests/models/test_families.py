@@ -235,7 +235,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt-oss", "olmo3", "qwen3-moe", *SLOW])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "gpt-oss", "olmo3", "qwen3-moe", *SLOW])
 def test_gates_pass_of_mechanisms_beyond_llama(family, tmp_path):
     """Layer by layer references of transformers, windows, experts and scales included, agree with the graphs."""
     recipe = load(fewer_graphs(write_recipe(family, tmp_path)))
@@ -247,7 +247,7 @@ def test_gates_pass_of_mechanisms_beyond_llama(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma3", "qwen2-moe", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "granite4", "qwen2-moe", "qwen3-moe"])
 def test_small_build_equals_transformers(family, tmp_path):
     """Windows, two rotary embeddings, caps, GeGLU; experts: from the command line to tokens."""
     assert_build_equals_transformers(family, "float32", tmp_path)

@@ -4,7 +4,7 @@ import inspect
 import json
 import random
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -42,6 +42,7 @@ UNDECLARED = {
     ("olmoe", "sliding_window"),
     *((family, "hidden_act") for family in ("gemma2", "gemma3_text")),
     ("gemma3_text", "sliding_window_pattern"),
+    *(("gemma4_text", name) for name in ("hidden_act", "global_head_dim", "num_global_key_value_heads")),
 }
 """Fields that code of transformers reads though the family's class does not declare them, or that nothing reads."""
 
@@ -59,6 +60,7 @@ KINDS = {
     float | int: Kind.NUMBER,
     float | int | None: Kind.NUMBER_OR_NULL,
     bool | None: Kind.BOOL_OR_NULL,
+    Literal["all", "vision"] | None: Kind.TEXT_OR_NULL,
 }
 ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
 WITHOUT_EFFECT = {
@@ -67,7 +69,9 @@ WITHOUT_EFFECT = {
     "pad_token_id", "output_attentions", "output_hidden_states", "output_scores", "return_dict", "is_heterogeneous",
     "return_dict_in_generate", "vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy",
     "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "embd_pdrop", "resid_pdrop",
+    "use_double_wide_mlp",  # of layers that share keys and values, which are refused
     # properties of the class, not of the file
+    "serialize_explicit_per_layer_config",
     "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan", "base_model_tp_plan", "sub_configs",
     "default_rope_type",
 }  # fmt: skip
@@ -88,6 +92,12 @@ STRICTER = (
     "layers of Mamba-2",
     "experts beside a shared network",
     "expected rope, nope or null",
+    "per-layer embeddings",
+    "experts of this family",
+    "transformers does not read this field here",
+    "the last layer must be full_attention",
+    "per_layer_config",
+    "expected an object with rope_theta",
 )
 """What is an error here although transformers 5 reads it: 4.57 reads it otherwise, or the model cannot be used."""
 
@@ -114,7 +124,7 @@ def test_defaults_are_those_of_transformers(family):
     for name, field in FIELDS[family].items():
         if (family, name) in UNDECLARED or (name not in defaults and of_base_class(name)):
             assert name not in defaults
-            assert field.default is None or name in ("hidden_act", "sliding_window_pattern")
+            assert field.default is None or name in ("hidden_act", "sliding_window_pattern", "global_head_dim")
         else:
             assert (name, field.default) == (name, defaults[name])
     assert not set(DRAFT_FIELDS) & set(defaults)
@@ -253,6 +263,26 @@ def test_config_of_rope_in_one_or_both_layouts_means_the_same_or_is_refused(fami
             config["rope_theta"] = random_.choice([9, 700.0, None, 0])
         if random_.random() < 0.1:
             config["original_max_position_embeddings"] = random_.choice([16, 64, None])
+        outcomes.append(same(json.loads(json.dumps(config))))
+    assert outcomes.count("read") > (0 if family == "gemma4_text" else 7)
+
+
+PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not STRICT, reason="transformers 4.57 has no class for it")
+def test_config_of_rope_by_type_of_gemma4_means_the_same_or_is_refused():
+    """The class reads an object for each type of layers, and no other layout."""
+    random_, outcomes = random.Random(4), []
+    for _ in range(60):
+        objects = [random_.choice([PROPORTIONAL, rope_objects(random_)]) for _ in range(2)]
+        by_type = {
+            kind: {**({"rope_theta": random_.choice([70, 5e3])} if random_.random() < 0.9 else {}), **one}
+            for kind, one in zip(("full_attention", "sliding_attention"), objects, strict=True)
+            if random_.random() < 0.95
+        }
+        config = {"model_type": "gemma4_text", **small("gemma4_text"), "rope_parameters": by_type}
         outcomes.append(same(json.loads(json.dumps(config))))
     assert outcomes.count("read") > 7
 

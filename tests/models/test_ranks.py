@@ -25,6 +25,7 @@ from support import families
 SPLIT = (
     "olmo3",
     "gemma3",
+    "gemma4",
     "glm4",
     "granite",
     "granite4",

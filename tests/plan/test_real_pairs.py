@@ -8,6 +8,10 @@ from dataclasses import replace
 import pytest
 
 from pipeline.files.atomic import FileDigest
+from pipeline.graphs.packing import PlainPacking
+from pipeline.graphs.signature import signature
+from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
+from pipeline.models.families import config_of
 from pipeline.models.weights import weight_specs
 from pipeline.plan import lock as locks
 from pipeline.plan.estimates import GIB
@@ -92,3 +96,26 @@ def test_locked_config_is_the_file_of_its_digest(name: str) -> None:
         texts = [json.dumps(source.config, indent=2) + end for end in ("", "\n")]
         files = [FileDigest(hashlib.sha256(text.encode()).hexdigest(), len(text)) for text in texts]
         assert source.files["config.json"] in files, source.source
+
+
+def test_gemma4_31b_has_its_published_size_and_caches_by_type_of_layers() -> None:
+    """The text part as published (30.7B): 50 layers of 16 KV heads of 256 values, 10 of 4 heads of 512."""
+    config = config_of(
+        {
+            "model_type": "gemma4_text", "hidden_size": 5376, "num_hidden_layers": 60, "intermediate_size": 21504,
+            "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4, "head_dim": 256,
+            "global_head_dim": 512, "vocab_size": 262144, "max_position_embeddings": 262144, "sliding_window": 1024,
+            "final_logit_softcapping": 30.0, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10, "tie_word_embeddings": True,
+        },
+        "config.json",
+    )  # fmt: skip
+    full = [spec for spec in weight_specs(config) if config.of_weight(spec.name).head_dim == 512]
+    values = sum(math.prod(spec.shape) for spec in full if ".v_proj." in spec.name)
+    assert values == 10 * 4 * 512 * 5376  # read from the keys' matrices
+    count = sum(math.prod(spec.shape) for spec in weight_specs(config)) - values
+    assert abs(count / 30.7e9 - 1) < 0.005, count
+    models = ModelsSpec(config, config, "bfloat16", "bfloat16", 8, draft_replicated=False)
+    state = signature(GraphSpec("decode", 1, 1, 4096), PairSpec(models, 1, 4096), PlainPacking()).state
+    caches = [t for t in state if t.name.startswith("target")]
+    assert sum(math.prod(t.shape) for t in caches) == 2 * 4096 * (50 * 2 * 256 + 10 * 1 * 512)

@@ -14,6 +14,7 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 OF_FAMILY: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16},
     "granitemoehybrid": {"layer_types": ["attention"] * 2, "num_local_experts": 0, "mamba_n_heads": 4},
 }
 """Fields without which a small config of a family is refused."""

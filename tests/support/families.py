@@ -52,7 +52,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-CLASSES = {"Gemma3": "Gemma3TextConfig"}
+CLASSES = {"Gemma3": "Gemma3TextConfig", "Gemma4": "Gemma4TextConfig"}
 """Names of config classes that are not the model's."""
 
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -77,6 +77,11 @@ GPT_OSS = {
 GRANITE4 = GRANITE | {
     "layer_types": ["attention"] * 3, "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 80,
     "mamba_n_heads": 4,
+}  # fmt: skip
+GEMMA4 = {
+    "head_dim": 12, "global_head_dim": 20, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+    "sliding_window": 6, "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }  # fmt: skip
 GEMMA = {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}
 
@@ -143,6 +148,7 @@ FAMILIES = {
     "granite4-nope": Family("GraniteMoeHybrid", GRANITE4, "json-config", saved=torch.bfloat16, derive=(0, 1)),
     "gemma2": Family("Gemma2", GEMMA, "json-config"),
     "gemma3": Family("Gemma3", GEMMA | {"sliding_window_pattern": 2}, "json-config", draft={"num_hidden_layers": 2}),
+    "gemma4": Family("Gemma4", GEMMA4, "json-config", derive=(0, 2)),
     "smollm": Family(
         "Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}, "json-config", saved=torch.bfloat16
     ),
@@ -168,7 +174,8 @@ def _model(spec: Family, changes: dict[str, Any], seed: int) -> Any:
     model = getattr(transformers, f"{spec.model}ForCausalLM")(config).eval().float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        scalars = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+        for name, parameter in (*model.named_parameters(), *scalars):
             later = name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers.0." not in name
             noise = torch.randn(parameter.shape, generator=generator) * (0.03 if later else 0.18)
             parameter.copy_(noise + (parameter.ndim == 1 and "bias" not in name))

@@ -68,5 +68,6 @@ def shard(pair: Pair, shape, rank: int) -> dict[str, torch.Tensor]:
         elif ranks == 1:
             weights[name] = whole
         else:
-            weights[name] = expected_slice(own, whole, rank, tp, config.kv_heads, config.head_dim).contiguous()
+            of_layer = config.of_weight(own)
+            weights[name] = expected_slice(own, whole, rank, tp, of_layer.kv_heads, of_layer.head_dim).contiguous()
     return in_out(weights, models)

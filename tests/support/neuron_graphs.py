@@ -41,6 +41,11 @@ MECHANISMS = {
     "olmo3": {"model_type": "olmo3", "sliding_window": 6, "tie_word_embeddings": False},
     "gemma2": {"model_type": "gemma2", "sliding_window": 6},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 6, "sliding_window_pattern": 2},
+    "gemma4": {
+        "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "sliding_window": 6, "attention_k_eq_v": True,
+        "global_head_dim": 16, "num_global_key_value_heads": 1,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+    },
     "qwen2-moe": {
         "model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 32,
@@ -74,6 +79,8 @@ def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
     """Target and draft; those of `OVER_STATES` are over the three layers of a llama."""
     config = SMALL | (FAMILIES | MECHANISMS).get(family, FAMILIES["llama"])
     draft = config | {"num_hidden_layers": 1, "tie_word_embeddings": not reduced}
+    if "layer_types" in config:
+        draft["layer_types"] = config["layer_types"][-1:]
     if reduced:
         draft |= {"draft_vocab_size": 32}
     draft |= OVER_STATES.get(family, {})

@@ -7,7 +7,7 @@ import torch
 from pipeline.graphs.module import run_phase
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
 from pipeline.models.families import config_of
-from pipeline.models.parallel import Seams
+from pipeline.models.parallel import Seams, empty_caches
 from pipeline.models.weights import EMBEDDING, weight_specs
 
 SMALL = {
@@ -77,11 +77,8 @@ def empty_state(shape: PairSpec) -> dict[str, torch.Tensor]:
         state = {"draft/feature": torch.zeros(shape.rows, shape.draft.hidden)}
     for model in ("target", "draft"):
         config = shape.models.config_of(model)
-        for layer in range(config.layers):
-            for part in ("k", "v"):
-                state[f"{model}/{part}.{layer}"] = torch.zeros(
-                    shape.rows, config.kv_heads, shape.length, config.head_dim
-                )
+        caches = empty_caches(config, shape.rows, shape.length, torch.float32)
+        state |= {f"{model}/{name}": cache for name, cache in caches.items()}
     return state
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.errors import no_string
 from pipeline.graphs.dtypes import torch_dtype
-from pipeline.models.parallel import Seams, State
+from pipeline.models.parallel import Seams, empty_caches
 from pipeline.models.weights import weight_specs
 from pipeline.progress import Progress, no_progress
 from pipeline.sources.checkpoint import Checkpoint
@@ -88,10 +88,7 @@ class _Target:
     def model(self, taps: tuple[int, ...] = ()) -> Model:
         """Return the target with empty caches."""
         config = self.checkpoint.config
-        shape = (len(self.prompts), config.kv_heads, self.length + 1, config.head_dim)
-        state: State = {
-            f"{part}.{layer}": torch.zeros(shape, dtype=self.dtype) for layer in range(config.layers) for part in "kv"
-        }
+        state = empty_caches(config, len(self.prompts), self.length + 1, self.dtype)
         return Model(config, self.weights, state, _Narrow(), taps=taps)
 
 

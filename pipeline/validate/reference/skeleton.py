@@ -36,9 +36,12 @@ class _WithoutMemory(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Create empty tensors on the meta device; leave everything else as it is."""
+        """Create empty tensors on the meta device; leave everything else as it is.
+
+        Zeros for a device that is named, or named as none, are of a computed buffer.
+        """
         options: dict[str, Any] = dict(kwargs or {})
-        if func in (torch.empty, torch.zeros, torch.ones):
+        if func is torch.empty or (func in (torch.zeros, torch.ones) and "device" not in options):
             options["device"] = "meta"
         return func(*args, **options)
 

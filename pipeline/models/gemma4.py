@@ -1,0 +1,91 @@
+"""Gemma 4, dense text models: Gemma 3 with larger heads where all keys are seen, whose values are keys.
+
+Not its smaller models, which share keys and values between layers and add inputs to each layer, and not its experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.models.config import ModelConfig
+from pipeline.models.fields import Fields, is_int, shown
+from pipeline.models.gemma2 import NORMS, cap_of
+from pipeline.models.layer_types import FULL, PER_LAYER, every, windows
+from pipeline.models.shared import shared_fields
+
+PATTERN = 6
+"""One layer of so many sees all keys, where no field says so."""
+
+HEADS = ("head_dim", "num_key_value_heads")
+"""Fields that `per_layer_config` may replace."""
+
+UNREAD = ("rope_scaling", "rope_theta", "partial_rotary_factor")
+"""Fields of other families that the class does not read."""
+
+
+def read_config(fields: Fields) -> ModelConfig:
+    """Translate a `Gemma4TextConfig`.
+
+    Raises:
+        SourceError: inputs by layer, shared keys and values, experts, or other sizes by layer, by field and value.
+
+    """
+    _reject_unsupported(fields)
+    layers, bias = fields.size("num_hidden_layers"), fields.value("attention_bias")
+    of_layers = windows(fields, (*every(PATTERN, layers - 1), FULL))
+    if of_layers[-1] is not None:
+        what = f"the last layer must be {FULL}, which transformers makes of it"
+        raise fields.error("layer_types", fields.value("layer_types"), what)
+    own = _own_heads(fields, [layer for layer, window in enumerate(of_layers) if window is None])
+    config = shared_fields(
+        fields, windows=of_layers, full={**own, "values_are_keys": fields.value("attention_k_eq_v")},
+        norms=NORMS, norm_style="wide", qk_norm="head", v_norm=True, layer_scalar=True, qkv_bias=bias, out_bias=bias,
+        embedding_scale=fields.size("hidden_size") ** 0.5, attention_scale=1.0,
+        logit_cap=cap_of(fields, "final_logit_softcapping"),
+    )  # fmt: skip
+    for kind in config.kinds:
+        if config.heads % config.of(kind).kv_heads:
+            what = f"does not divide num_attention_heads={config.heads}"
+            raise fields.error("num_global_key_value_heads", kind.kv_heads, what)
+    return config
+
+
+def _reject_unsupported(fields: Fields) -> None:
+    size = fields.value("hidden_size_per_layer_input")
+    if size:
+        what = "inputs of each layer (per-layer embeddings) are not supported"
+        raise fields.error("hidden_size_per_layer_input", size, what, "use a model without them (0), as Gemma 4 31B")
+    if fields.value("enable_moe_block"):
+        raise fields.error("enable_moe_block", True, "experts of this family are not supported", "use a dense model")
+    if (kind := fields.value("use_bidirectional_attention")) not in (None, "vision"):  # of images alone
+        raise fields.error("use_bidirectional_attention", kind, "this field is not supported", "use a causal model")
+    for name in UNREAD:
+        if fields.config.get(name) is not None:
+            what = "transformers does not read this field here"
+            raise fields.error(name, fields.config[name], what, "use rope_parameters")
+
+
+def _own_heads(fields: Fields, full: list[int]) -> dict[str, Any]:
+    """Return the size and the number of KV heads of the layers `full`, which see all keys."""
+    given = fields.config.get(PER_LAYER)
+    if PER_LAYER not in fields.config:
+        kv_heads = fields.optional_size("num_global_key_value_heads") if fields.value("attention_k_eq_v") else None
+        return {"head_dim": _even(fields, "global_head_dim", fields.size("global_head_dim")), "kv_heads": kv_heads}
+    if given in (None, {}):
+        return {}
+    if not isinstance(given, dict) or set(given) != {str(layer) for layer in full}:
+        raise fields.error(PER_LAYER, given, f"expected an entry for each layer of {FULL}: {full}")
+    entries = list(given.values())
+    if not isinstance(entries[0], dict) or any(entry != entries[0] for entry in entries):
+        raise fields.error(PER_LAYER, given, f"expected the same entry for each layer of {FULL}")
+    for name, value in entries[0].items():
+        if name not in HEADS or not is_int(value) or value < 1:
+            raise fields.error(f"{PER_LAYER}.{name}", value, f"expected {' and '.join(HEADS)}, positive integers")
+    size, kv_heads = (entries[0].get(name) for name in HEADS)
+    return {"head_dim": size and _even(fields, f"{PER_LAYER}.head_dim", size), "kv_heads": kv_heads}
+
+
+def _even(fields: Fields, name: str, size: int) -> int:
+    if size % 2:
+        raise fields.error(name, size, f"expected an even number, for rotary embedding: {shown(size)} is odd")
+    return size
