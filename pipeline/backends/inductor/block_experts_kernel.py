@@ -17,7 +17,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
 from pipeline.backends.inductor.block_linear_kernel import SHAPES, VECTORS
-from pipeline.backends.inductor.vectors import WIDENED, filled
+from pipeline.backends.inductor.vectors import ROW_SUMS, WIDENED, filled
 
 EXPERTS = r"""
 constexpr int64_t E = EXPERT_COUNT, SHARE = ROWS_PER_INPUT, EXPERT_SIZE = BLOCKS * BLOCK_SIZE;
@@ -162,6 +162,7 @@ class BlockExpertsTemplate(CppTemplate):
         )
         limit, alpha = self.bounds or (0.0, 0.0)
         parts: dict[str, Any] = {
+            "ROW_SUMS": ROW_SUMS,
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel({"X": x, "CHOSEN": chosen, **operands, **vectors}, {"Y": out}),
             "NAME": kernel.kernel_name,
