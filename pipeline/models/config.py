@@ -105,6 +105,8 @@ class Experts:
 
     `bias`: the router and all matrices have biases. `clamp`: bounds of SwiGLU. `interleaved`: in checkpoints, gate and
     up alternate in one tensor, and matrices that are not quantised have the inputs first.
+
+    `by_rank`: whole experts stand on different ranks (expert parallelism), instead of a slice of each on every rank.
     """
 
     count: int
@@ -115,6 +117,7 @@ class Experts:
     bias: bool = False
     clamp: Clamp | None = None
     interleaved: bool = False
+    by_rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -269,6 +272,13 @@ class ModelConfig:
         """Return the config with the heads of the layer of a weight, by the weight's name."""
         found = OF_LAYER.match(name) if len(self.kinds) > 1 else None
         return self if found is None else self.at(int(found[1]))
+
+    @property
+    def with_experts_by_rank(self) -> ModelConfig:
+        """The config with whole experts on different ranks."""
+        of_kinds = [kind.experts and replace(kind.experts, by_rank=True) for kind in self.kinds]
+        kinds = [replace(kind, experts=own) for kind, own in zip(self.kinds, of_kinds, strict=True)]
+        return replace(self, kinds=tuple(kinds))
 
     @property
     def expert_layers(self) -> tuple[Experts, ...]:

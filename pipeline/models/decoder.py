@@ -22,13 +22,16 @@ from torch.nn import functional
 from pipeline.models.config import Activation, Layer, ModelConfig, NormStyle
 from pipeline.models.parallel import Attend, Gating, Pass, Seams, capped
 from pipeline.models.rotary import Rotary, rotary_of, rotate
-from pipeline.models.routing import routed, shared_out
+from pipeline.models.routing import of_rank, routed, shared_out
 from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, fused_name, local_heads, padded_vocab
 
 Weights = Mapping[str, Tensor]
 SHARED, SHARED_GATE = "mlp.shared_expert", "mlp.shared_expert_gate.weight"
 NEXT_NORM = "next_norm.weight"
 """Name, among a layer's weights, of the norm after it."""
+
+RANK = "rank"
+"""Name, among a layer's weights, of the number of this rank: int [1]."""
 
 
 class Hidden(NamedTuple):
@@ -83,7 +86,7 @@ def hidden_states(
             tapped.append(seams.all_tokens(stream.x_BTH))
         kind = config.kind(layer)
         own = replace(run.of_layer(layer), attend=attends[kind], writes=writes[kind])
-        w = layer_weights(weights, layer) | next_norm(config, weights, layer)
+        w = layer_weights(weights, layer) | next_norm(config, weights, layer) | rank_of(config, weights, layer, seams)
         stream = seams.once(run_layer, of_kinds[kind], config.kinds[kind], w, seams, stream, rotaries[kind], own)
         run.keep(layer, own.state)
         if stream.experts_BTC is not None:
@@ -106,6 +109,14 @@ def next_norm(config: ModelConfig, weights: Weights, layer: int) -> dict[str, Te
         return {NEXT_NORM: weights[NORM]}
     name = config.norms.before_attention
     return {} if name is None else {NEXT_NORM: weights[f"model.layers.{layer + 1}.{name}.weight"]}
+
+
+def rank_of(config: ModelConfig, weights: Weights, layer: int, seams: Seams) -> dict[str, Tensor]:
+    """Return this rank's number, by its vocabulary's offset, as `RANK`; empty unless a layer's experts are by rank."""
+    experts = config.layer(layer).experts
+    if seams.tp == 1 or experts is None or not experts.by_rank:
+        return {}
+    return {RANK: weights[OFFSET] // vocab_rows(config.vocab, seams.tp)}
 
 
 def run_layer(
@@ -307,7 +318,8 @@ def feed_forward(
     gate, up, down = (f"mlp.experts.{name}_proj" for name in ("gate", "up", "down"))
     biases = (w[f"{gate}.bias"], w[f"{up}.bias"]) if layer.experts.bias else None
     matrices = tuple(w[f"{name}.weight"] for name in (gate, up, down))
-    out_BTH = seams.experts(x_BTH, chosen, matrices, Gating(biases, layer.experts.clamp))
+    own = of_rank(layer.experts, chosen, seams, w[RANK]) if RANK in w else chosen
+    out_BTH = seams.experts(x_BTH, own, matrices, Gating(biases, layer.experts.clamp))
     if layer.experts.shared is not None:
         share_BT1 = torch.sigmoid(seams.linear(x_BTH, w[SHARED_GATE], 1))
         out_BTH = out_BTH + share_BT1 * gated(config, w, seams, x_BTH, SHARED, layer.experts.shared)

@@ -143,10 +143,14 @@ def shares(scores: Tensor, sinks_N: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Experts of each token: their numbers int64, and their shares float32, both [B, T, C] for C experts."""
+    """Experts of each token: their numbers int64, and their shares float32, both [B, T, C] for C experts.
+
+    `elsewhere`: experts of other ranks have the number -1 and no share.
+    """
 
     experts: Tensor
     shares: Tensor
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,7 @@ class Seams:
         x_MI, chosen_MC = x_BTI.reshape(-1, x_BTI.shape[-1]), chosen.experts.reshape(-1, chosen.experts.shape[-1])
         shares_MC = chosen.shares.reshape(chosen_MC.shape)
         if chosen_MC.numel() <= len(gate):
-            ids = chosen_MC.reshape(-1)
+            ids = chosen_MC.reshape(-1).clamp(min=0) if chosen.elsewhere else chosen_MC.reshape(-1)
             x = x_MI.repeat_interleave(chosen_MC.shape[1], dim=0)[:, None]
             out = gating.of(x @ gate[ids], x @ up[ids], ids) @ down[ids]
             out = out.float().view(*chosen_MC.shape, -1) * shares_MC[..., None]

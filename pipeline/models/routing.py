@@ -27,6 +27,16 @@ def routed(experts: Experts, w: Mapping[str, Tensor], seams: Seams, x_BTH: Tenso
     return Chosen(chosen, shares)
 
 
+def of_rank(experts: Experts, chosen: Chosen, seams: Seams, rank_1: Tensor) -> Chosen:
+    """Return the chosen experts that stand on this rank, by their numbers there; `rank_1` int [1] is its number."""
+    own = experts.count // seams.tp
+    numbers_BTC = chosen.experts - rank_1 * own
+    is_own_BTC = (numbers_BTC >= 0) & (numbers_BTC < own)
+    numbers_BTC = torch.where(is_own_BTC, numbers_BTC, torch.full_like(numbers_BTC, -1))
+    shares_BTC = torch.where(is_own_BTC, chosen.shares, torch.zeros_like(chosen.shares))
+    return Chosen(numbers_BTC, shares_BTC, elsewhere=True)
+
+
 def shared_out(biases_EH: Tensor, chosen: Chosen) -> Tensor:
     """Return the sum of the chosen experts' biases by their shares, float32 [B, T, H]: the same on every rank."""
     return (biases_EH[chosen.experts].float() * chosen.shares[..., None]).sum(dim=-2)

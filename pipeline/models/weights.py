@@ -12,7 +12,7 @@ from typing import Literal
 
 from pipeline.models.config import Eagle3, Experts, ModelConfig
 
-Split = Literal["replicate", "rows", "columns", "q_rows", "q_heads", "q_columns", "kv_rows", "vocab"]
+Split = Literal["replicate", "rows", "columns", "q_rows", "q_heads", "q_columns", "kv_rows", "vocab", "experts"]
 Kind = Literal["linear", "embedding", "experts", "expert_biases", "vector", "index"]
 
 NarrowWeights = Literal["int8", "int4"]
@@ -64,11 +64,13 @@ class WeightSpec:
     `shape` is the checkpoint's own. `split` is a rank's share: `rows` / `columns` an equal slice of axis 0 / 1,
     `q_rows` / `q_columns` whole query heads of axis 0 / 1, then zeros where a rank has fewer (`q_heads_of`), `q_heads`
     the same with one value for each head, `kv_rows` whole KV heads of axis 0 (each replicated when there are more ranks
-    than heads), `vocab` a slice of axis 0 after padding the vocabulary, `replicate` the whole tensor. A backend may
+    than heads), `vocab` a slice of axis 0 after padding the vocabulary, `experts` whole experts, an equal number of
+    neighbours on each rank, `replicate` the whole tensor. A backend may
     change the layout of some kinds (`linear`, `embedding`: 2-D [out, in]; `experts`: [experts, out, in], of which each
     is laid out and split as a `linear`) but not of others (`vector`, `index`: 1-D; `index` is int32; `expert_biases`:
     [experts, out], of which each is split as a `vector`). `fused` are the matrices whose output features this one has
-    one after the other, each with a split of its own.
+    one after the other, each with a split of its own. `expert` is the number of an expert whose own tensor this is, and
+    the number of all.
     """
 
     name: str
@@ -76,6 +78,7 @@ class WeightSpec:
     split: Split
     kind: Kind
     fused: tuple[WeightSpec, ...] = ()
+    expert: tuple[int, int] | None = None
 
     @property
     def parts(self) -> tuple[WeightSpec, ...]:
@@ -83,8 +86,11 @@ class WeightSpec:
         if self.kind not in OF_EXPERTS:
             return self.fused or (self,)
         block, _, leaf = self.name.partition(EXPERTS)
-        names = (f"{block}{EXPERTS}{expert}.{leaf}" for expert in range(self.shape[0]))
-        return tuple(WeightSpec(name, self.shape[1:], self.split, OF_EXPERTS[self.kind]) for name in names)
+        kind, count = OF_EXPERTS[self.kind], self.shape[0]
+        return tuple(
+            WeightSpec(f"{block}{EXPERTS}{e}.{leaf}", self.shape[1:], self.split, kind, expert=(e, count))
+            for e in range(count)
+        )
 
 
 INT4_GROUP = 32
@@ -222,14 +228,16 @@ def _mlp(c: ModelConfig, base: str) -> Iterator[WeightSpec]:
 
 def _experts(c: ModelConfig, experts: Experts, base: str) -> Iterator[WeightSpec]:
     count, size = experts.count, experts.intermediate
+    rows: Split = "experts" if experts.by_rank else "rows"
+    columns: Split = "experts" if experts.by_rank else "columns"
     yield WeightSpec(f"{base}.gate.weight", (count, c.hidden), "replicate", "linear")
     if experts.bias:
         yield WeightSpec(f"{base}.gate.bias", (count,), "replicate", "vector")
     for name in ("gate", "up"):
-        yield WeightSpec(f"{base}{EXPERTS}{name}_proj.weight", (count, size, c.hidden), "rows", "experts")
+        yield WeightSpec(f"{base}{EXPERTS}{name}_proj.weight", (count, size, c.hidden), rows, "experts")
         if experts.bias:
-            yield WeightSpec(f"{base}{EXPERTS}{name}_proj.bias", (count, size), "rows", "expert_biases")
-    yield WeightSpec(f"{base}{EXPERTS}down_proj.weight", (count, c.hidden, size), "columns", "experts")
+            yield WeightSpec(f"{base}{EXPERTS}{name}_proj.bias", (count, size), rows, "expert_biases")
+    yield WeightSpec(f"{base}{EXPERTS}down_proj.weight", (count, c.hidden, size), columns, "experts")
     if experts.bias:
         yield WeightSpec(f"{base}{EXPERTS}down_proj.bias", (count, c.hidden), "replicate", "expert_biases")
     if experts.shared is not None:
@@ -247,7 +255,7 @@ def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ..
     if spec.fused:
         return (sum(local_shape(part, config, tp)[0] for part in spec.fused), *rest)
     if spec.kind in OF_EXPERTS:
-        return (head, *local_shape(spec.parts[0], config, tp))
+        return (head // tp if spec.split == "experts" else head, *local_shape(spec.parts[0], config, tp))
     if spec.split == "rows":
         return (head // tp, *rest)
     if spec.split == "columns":
@@ -263,6 +271,12 @@ def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ..
     if spec.split == "vocab":
         return (padded_vocab(head, tp) // tp, *rest)
     return spec.shape
+
+
+def owner(expert: tuple[int, int], tp: int) -> int:
+    """Return the rank of an expert, of so many, whose experts are neighbours."""
+    number, count = expert
+    return number * tp // count
 
 
 def padded_vocab(vocab: int, tp: int) -> int:

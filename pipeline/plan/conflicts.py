@@ -23,6 +23,9 @@ def conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Iterat
             what = f"found {tp}, which does not divide the {name}'s {size}={value}"
             alone = "" if name == "target" or not _fits(target, tp) else ", or draft.placement: replicated"
             yield Problem(recipe.place("parallel.tensor"), what, f"use one of {fits}{alone}")
+    if recipe.parallel.enable_expert_parallel and not (target.expert_layers or draft.expert_layers):
+        where, what = recipe.place("parallel.enable_expert_parallel"), "found true, but the models have no experts"
+        yield Problem(where, what, "remove the key")
     for name, config in (("target", target), ("draft", draft)):
         yield from _length_conflicts(recipe, name, config)
     yield from _narrow_conflicts(recipe, target, draft)
@@ -122,7 +125,10 @@ def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
             yield "num_key_value_heads", heads
         if kind.experts is None and config.intermediate % tp:
             yield "intermediate_size", config.intermediate
-        if kind.experts is not None and kind.experts.intermediate % tp:
+        if kind.experts is not None and kind.experts.by_rank:
+            if kind.experts.count % tp:
+                yield "number of experts", kind.experts.count
+        elif kind.experts is not None and kind.experts.intermediate % tp:
             yield "inner size of an expert", kind.experts.intermediate
         if kind.experts is not None and (kind.experts.shared or 0) % tp:
             yield "inner size of the shared expert", kind.experts.shared or 0

@@ -264,7 +264,7 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     attention = size * (states + 2 * qkv) + 4 * (qkv + heads + hidden)
     experts = [kind.experts for kind in config.kinds if kind.experts is not None]
     sizes = [max(one.chosen * one.intermediate, one.shared or 0) for one in experts]
-    inner = max(sizes, default=config.intermediate) // tp
+    inner = max(sizes, default=config.intermediate) // (1 if any(one.by_rank for one in experts) else tp)
     chosen = max((one.chosen for one in experts), default=0)  # each token once for each of its experts, and results
     feed_forward = size * (states + 4 * hidden + inner) + 4 * hidden * (2 + 2 * chosen)
     return spec.batch * spec.tokens * max(attention, feed_forward)
@@ -294,9 +294,11 @@ def _layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
 
 def _mixture_values(experts: Experts, hidden: int, rows: int, tp: int) -> int:
     """Estimate the values that experts hold where they are written out, as `Seams.experts` does."""
-    inner = experts.intermediate // tp
-    if rows * experts.chosen <= experts.count:  # matrices of the chosen experts, gathered
+    inner, count = experts.intermediate // tp, experts.count
+    if experts.by_rank:
+        inner, count = experts.intermediate, experts.count // tp
+    if rows * experts.chosen <= count:  # matrices of the chosen experts, gathered
         return rows * experts.chosen * 3 * inner * hidden
     if rows > inner:  # inner values, in the order of the one product as well
-        return experts.count * rows * 4 * inner
-    return experts.count * rows * (3 * inner + 2 * hidden)
+        return count * rows * 4 * inner
+    return count * rows * (3 * inner + 2 * hidden)

@@ -94,6 +94,8 @@ def make_plan(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Plan:
         RecipeError: the recipe does not fit these models or the chip; every conflict at once.
 
     """
+    if recipe.parallel.enable_expert_parallel:
+        target, draft = target.with_experts_by_rank, draft.with_experts_by_rank
     problems = list(conflicts(recipe, target, draft))
     if problems:
         raise RecipeError(problems)

@@ -31,6 +31,13 @@ PREFILL_SHARES = (16, 4)
 LEAST_LENGTH = 4
 """Positions of the shortest cache that holds a prompt and an answer of the gates."""
 
+FILLED = 0.85
+"""Part of a core's memory that the plan of a first recipe may fill.
+
+A plan counts weights, caches and what a graph holds at its peak. Compiled programs, buffers of collectives and spills
+of the compiler are not in it.
+"""
+
 CANDIDATES = 256
 ANSWER = 32
 """Tokens of each answer of the gates."""
@@ -162,13 +169,17 @@ def _gates(pair: Pair, shapes: Chosen) -> Chosen:
 
 
 def _ranks(pair: Pair, chosen: Chosen, chip: ChipName | None) -> Chosen:
-    """Return the smallest number of ranks that divides the models and fits the memory of a core."""
+    """Return the smallest number of ranks that divides the models and fits `FILLED` of the memory of a core.
+
+    If none does, the one that fills it least, of those that fit.
+    """
     key = "parallel.tensor"
     if chip is None:
         pair.plan(chosen | Chosen({key: 1}))
         return Chosen({key: 1}, {key: "one process; more ranks only spread memory"})
     cores = CHIPS[chip].cores[NeuronSettings(name="neuron", target=chip).lnc]
     failure: RecipeError | None = None
+    tight: list[tuple[int, Chosen]] = []
     for placed in _placements(pair, cores.largest_instance):
         try:
             plan = pair.plan(chosen | placed)
@@ -176,8 +187,13 @@ def _ranks(pair: Pair, chosen: Chosen, chip: ChipName | None) -> Chosen:
             failure = error
             continue
         used = f"{plan.memory.total / GIB:.1f} of {cores.memory_bytes / GIB:.0f} GiB on each"
-        reason = f"the smallest number that divides the models and fits: {used}"
-        return replace(placed, reasons={**placed.reasons, key: reason})
+        if plan.memory.total <= FILLED * cores.memory_bytes:
+            reason = f"the smallest number that divides the models and leaves {1 - FILLED:.0%} of a core: {used}"
+            return replace(placed, reasons={**placed.reasons, key: reason})
+        reason = f"fills a core least of the numbers that divide the models; programs and buffers come on top: {used}"
+        tight.append((plan.memory.total, replace(placed, reasons={**placed.reasons, key: reason})))
+    if tight:
+        return min(tight, key=lambda one: one[0])[1]
     assert failure is not None
     raise failure
 

@@ -1,4 +1,4 @@
-"""Settings of the backends in a recipe, and the facts that follow from them. Imports no torch."""
+"""Settings of the backends and of their ranks in a recipe, and the facts that follow from them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -107,3 +107,13 @@ class NeuronSettings(Record):
 
 
 BackendSettings = Annotated[InductorSettings | NeuronSettings, Field(discriminator="name")]
+
+
+class Parallel(Record):
+    """Ranks."""
+
+    tensor: Annotated[int, Field(ge=1)] = Field(default=1, description="tensor-parallel ranks")
+    enable_expert_parallel: bool = Field(
+        default=False,
+        description="whole experts on different ranks (expert parallelism), instead of a slice of each on every rank",
+    )

@@ -27,7 +27,7 @@ from pipeline.addresses import misspelt
 from pipeline.graphs.spec import Sampling
 from pipeline.models.draft_kind import DRAFT_KINDS, DRAFT_MODEL, EAGLE3, DraftMethod
 from pipeline.models.weights import NarrowWeights
-from pipeline.recipe.backend_settings import BackendSettings, InductorSettings, UnacceptedError
+from pipeline.recipe.backend_settings import BackendSettings, InductorSettings, Parallel, UnacceptedError
 from pipeline.recipe.document import to_text
 from pipeline.recipe.readings import LISTED, READINGS, Taps
 from pipeline.records import Record
@@ -266,12 +266,6 @@ class Shapes(Record):
     batch: Buckets = Field(description="rows decoded together")
     prefill: Buckets = Field(description="prompt lengths in tokens")
     kv: Buckets = Field(description="cache lengths in tokens; the largest limits prompt + output")
-
-
-class Parallel(Record):
-    """Ranks."""
-
-    tensor: Annotated[int, Field(ge=1)] = Field(default=1, description="tensor-parallel ranks")
 
 
 class Gates(Record):

@@ -24,6 +24,7 @@ from pipeline.models.weights import (
     WeightSpec,
     kv_head_of,
     local_heads,
+    owner,
     padded_vocab,
     q_heads_of,
     up_to,
@@ -119,6 +120,9 @@ def _spans(spec: WeightSpec, config: ModelConfig, tp: int) -> Iterator[Span]:
     elif spec.split == "columns":
         share = width // tp
         yield 0, rows, rows, tuple(ColumnRange(rank * share, (rank + 1) * share, (rank,)) for rank in everyone)
+    elif spec.split == "experts":
+        assert spec.expert is not None
+        yield 0, rows, rows, (ColumnRange(0, width, (owner(spec.expert, tp),)),)
     elif spec.split in ("q_rows", "q_heads", "q_columns"):
         yield from _head_spans(spec, config, tp)
     elif spec.split == "kv_rows":

@@ -14,7 +14,7 @@ from pipeline.graphs.dtypes import DTYPES
 from pipeline.graphs.packing import BlockPacking
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec
-from pipeline.models.config import Layer, Limit, ModelConfig, Rope
+from pipeline.models.config import Experts, Layer, Limit, ModelConfig, Rope
 from pipeline.models.weights import weight_specs
 from pipeline.plan import lock as locks
 from pipeline.plan.estimates import GIB, layer_passes
@@ -43,7 +43,7 @@ target: {source: ./target}
 draft: {source: ./draft, placement: %(placement)s}
 speculation: {draft_tokens: [2, 4], sampling: %(sampling)s%(candidates)s}
 shapes: {batch: [1, 4], prefill: [32, 48], kv: [64, 128]}
-parallel: {tensor: %(tensor)s}
+parallel: %(parallel)s
 backend: %(backend)s
 """
 DEFAULTS = {
@@ -56,6 +56,7 @@ DEFAULTS = {
 
 def recipe_of(folder: Path, **changes: object) -> Recipe:
     path, words = folder / "pair.yaml", DEFAULTS | changes
+    words.setdefault("parallel", f"{{tensor: {words['tensor']}}}")
     words.setdefault("candidates", ", candidates: 64" if "stochastic" in str(words["sampling"]) else "")
     path.write_text(RECIPE % words)
     return load(path)
@@ -188,6 +189,28 @@ def test_conflict_intermediate_that_does_not_divide(tmp_path: Path) -> None:
     (problem,) = problems_of(recipe_of(tmp_path, tensor=8), replace(SMALL, intermediate=100))
     assert "intermediate_size=100" in problem.what
     assert problem.fix == "use one of [1, 2, 4]"
+
+
+MIXTURE = replace(SMALL, kinds=(Layer(Rope(1e4, 16), experts=Experts(6, 2, 100, among=True)),))
+BY_RANK = "{tensor: %s, enable_expert_parallel: true}"
+
+
+def test_conflict_experts_that_do_not_divide_over_ranks(tmp_path: Path) -> None:
+    """6 whole experts on 4 ranks; slices of them would divide, since 100 does."""
+    make_plan(recipe_of(tmp_path, tensor=4), MIXTURE, SMALL)
+    (problem,) = problems_of(recipe_of(tmp_path, parallel=BY_RANK % 4), MIXTURE, SMALL)
+    assert problem.what == "found 4, which does not divide the target's number of experts=6"
+    assert problem.fix == "use one of [1, 2]"
+    (problem,) = problems_of(recipe_of(tmp_path, parallel=BY_RANK % 2), SMALL, SMALL)
+    assert problem.what == "found true, but the models have no experts"
+
+
+def test_whole_experts_on_ranks_take_the_memory_of_slices(tmp_path: Path) -> None:
+    recipes = (recipe_of(tmp_path, tensor=2), recipe_of(tmp_path, parallel=BY_RANK % 2))
+    slices, whole = (make_plan(recipe, MIXTURE, SMALL) for recipe in recipes)
+    assert slices.memory.target_weights == whole.memory.target_weights
+    assert slices.pair.target.expert_layers[0].by_rank is False
+    assert whole.pair.target.expert_layers[0].by_rank is True
 
 
 def test_conflict_sharded_draft_may_be_replicated_instead(tmp_path: Path) -> None:

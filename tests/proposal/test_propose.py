@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline.cli.main import main
+from pipeline.errors import RecipeError
 from pipeline.models.families import config_of
 from pipeline.plan.plan import make_plan
-from pipeline.proposal.choices import Chosen, Pair, choose
+from pipeline.proposal.choices import FILLED, Chosen, Pair, choose
 from pipeline.proposal.known import drafts_of, known_drafts
 from pipeline.proposal.text import commented
 from pipeline.recipe import Recipe, load
@@ -208,7 +210,8 @@ def test_init_of_an_unsupported_model_is_rejected(tmp_path: Path, hub: FakeHub) 
 def pair_of(recipe: str) -> Pair:
     """The configs in the lock of a shipped recipe."""
     lock = json.loads((ROOT / "recipes" / f"{recipe}.lock").read_bytes())
-    target, draft = (config_of(lock[role]["config"], role) for role in ("target", "draft"))
+    target = config_of(lock["target"]["config"], "target")
+    draft = config_of(lock["draft"]["config"], "draft") if lock["draft"] else replace(target, layers=2, pattern=())
     checkpoint = Checkpoint(Path(), target, lock["target"]["config"], {}, "")
     values = {"name": recipe, "target.source": "t", "draft.source": "d", "speculation.draft_tokens": [4]}
     return Pair(checkpoint, draft, Chosen(values))
@@ -217,16 +220,31 @@ def pair_of(recipe: str) -> Pair:
 @pytest.mark.parametrize(("recipe", "chip", "ranks"), [
     ("llama-8b-spec", "trn2", 1), ("llama-70b-spec", "trn2", 8), ("llama-70b-spec", "trn1", 16),
     ("qwen3-32b-spec", "trn2", 4), ("qwen3-30b-a3b-spec", "trn2", 4), ("gemma3-12b-spec", "trn2", 2),
+    ("gpt-oss-20b-spec", "trn2", 4),
 ])  # fmt: skip
 def test_choose_the_fewest_ranks_that_divide_and_fit(recipe: str, chip: Any, ranks: int) -> None:
-    """Half as many ranks do not fit the memory of a core."""
+    """Half as many ranks do not fit; 2 ranks of gpt-oss-20b did, with 23.2 of 24 GiB on each."""
     pair = pair_of(recipe)
     chosen = choose(pair, chip, None)
     assert chosen.values["parallel.tensor"] == ranks
     assert "GiB" in chosen.reasons["parallel.tensor"]
     plan = make_plan(chosen.recipe, pair.target.config, pair.draft)
     assert plan.memory_limit is not None
-    assert plan.memory.total <= plan.memory_limit
+    assert plan.memory.total <= FILLED * plan.memory_limit
+    half = {"parallel.tensor": ranks // 2} if ranks > 1 else {}
+    try:
+        fewer = make_plan((chosen | Chosen(half)).recipe, pair.target.config, pair.draft)
+    except RecipeError:
+        return
+    assert not half or fewer.memory.total > FILLED * plan.memory_limit
+
+
+def test_choose_takes_a_tight_core_where_no_number_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = pair_of("gpt-oss-20b-spec")
+    monkeypatch.setattr("pipeline.proposal.choices.FILLED", 0.01)
+    chosen = choose(pair, "trn2", None)
+    assert chosen.values["parallel.tensor"] > 4
+    assert "programs and buffers come on top" in chosen.reasons["parallel.tensor"]
 
 
 def test_known_drafts_name_public_texts_or_recipes() -> None:

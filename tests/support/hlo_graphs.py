@@ -69,5 +69,8 @@ def shard(pair: Pair, shape, rank: int) -> dict[str, torch.Tensor]:
             weights[name] = whole
         else:
             of_layer = config.of_weight(own)
+            if ".experts." in own and any(kind.experts and kind.experts.by_rank for kind in config.kinds):
+                weights[name] = whole if own.endswith("down_proj.bias") else whole.chunk(tp)[rank].contiguous()
+                continue
             weights[name] = expected_slice(own, whole, rank, tp, of_layer.kv_heads, of_layer.head_dim).contiguous()
     return in_out(weights, models)

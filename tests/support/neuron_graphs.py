@@ -58,6 +58,9 @@ MECHANISMS = {
 }  # fmt: skip
 """Families with mechanisms beyond those of `FAMILIES`, whose graphs are lowered and run too."""
 
+BY_RANK = {f"{family}-by-rank": MECHANISMS[family] for family in ("qwen3-moe", "gpt-oss")}
+"""The same with whole experts on different ranks."""
+
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8], [11, 30]]
 LENGTH = 40
 
@@ -77,14 +80,16 @@ OVER_STATES = {
 
 def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
     """Target and draft; those of `OVER_STATES` are over the three layers of a llama."""
-    config = SMALL | (FAMILIES | MECHANISMS).get(family, FAMILIES["llama"])
+    config = SMALL | (FAMILIES | MECHANISMS | BY_RANK).get(family, FAMILIES["llama"])
     draft = config | {"num_hidden_layers": 1, "tie_word_embeddings": not reduced}
     if "layer_types" in config:
         draft["layer_types"] = config["layer_types"][-1:]
     if reduced:
         draft |= {"draft_vocab_size": 32}
     draft |= OVER_STATES.get(family, {})
-    return config_of(config, "target"), config_of(draft, "draft")
+    target = config_of(config, "target")
+    by_rank = family in BY_RANK
+    return target.with_experts_by_rank if by_rank else target, config_of(draft, "draft")
 
 
 def make(

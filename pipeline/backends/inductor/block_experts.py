@@ -1,6 +1,7 @@
 """Products of tokens with the blocked weights of their experts, as operators that read only experts with a token.
 
-This module defines their results; Inductor compiles them from `block_experts_kernel.py`.
+This module defines their results; Inductor compiles them from `block_experts_kernel.py`. An expert of number -1, which
+stands on another rank, has zeros.
 
 Shapes: M tokens, C experts of each, E experts, I input features, N output features (whole blocks of 32); an expert's
 blocks as `BlockPacking` lays them out.
@@ -33,7 +34,8 @@ def expert_swiglu(
     products = [_products(x, chosen, weight)[:, None] for weight in (gate, up)]
     wide = [functional.pad(bias.float(), (0, _outputs(gate) - bias.shape[1])) for bias in biases]
     gating = Gating((wide[0], wide[1]) if wide else None, Clamp(*bounds) if bounds else None)
-    return gating.of(products[0], products[1], ids).to(x.dtype).view(*chosen.shape, -1)
+    inner = gating.of(products[0], products[1], ids).to(x.dtype).view(*chosen.shape, -1)
+    return inner.masked_fill(chosen[..., None] < 0, 0)
 
 
 @expert_swiglu.register_fake
@@ -44,7 +46,14 @@ def _(x: Tensor, chosen: Tensor, gate: Tensor, *_: object) -> Tensor:
 def _products(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
     """Compute `x @ weight.T` of each token and each of its experts: float32 [M * C, N]."""
     rows = x.repeat_interleave(chosen.shape[1], dim=0)
-    parts = [block_linear(row[None], [weight[e]]) for row, e in zip(rows, chosen.flatten().tolist(), strict=True)]
+    return _each(rows, chosen, weight)
+
+
+def _each(rows: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+    """Compute `x @ weight.T` of each row and its own expert: float32 [M * C, N]."""
+    none = rows.new_zeros(1, _outputs(weight), dtype=torch.float32)
+    experts = chosen.flatten().tolist()
+    parts = [none if e < 0 else block_linear(row[None], [weight[e]]) for row, e in zip(rows, experts, strict=True)]
     return torch.cat(parts)
 
 
@@ -54,10 +63,7 @@ def expert_linear(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
 
     Shapes: x [M, C, I] of the model's dtype, chosen int32 [M, C], weight [E, N/32, ..] -> float32 [M, C, N].
     """
-    parts = [
-        block_linear(row[None], [weight[e]]) for row, e in zip(x.flatten(0, 1), chosen.flatten().tolist(), strict=True)
-    ]
-    return torch.cat(parts).view(*chosen.shape, -1)
+    return _each(x.flatten(0, 1), chosen, weight).view(*chosen.shape, -1)
 
 
 @expert_linear.register_fake

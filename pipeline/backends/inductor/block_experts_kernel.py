@@ -59,18 +59,22 @@ inline void inner(float* gate, float* up, const Biases* biases, Output* out) {
     else gated(gate, up, out);
 }
 
-// Rows by their expert: those of expert e are order[first[e]] up to order[first[e + 1]].
+// Rows by their expert: those of expert e are order[first[e]] up to order[first[e + 1]]. Rows without one are in none.
 struct Sorted {
     int64_t order[M], first[E + 1] = {}, used[E], count = 0;
     explicit Sorted(const int32_t* expert_of) {
-        for (int64_t r = 0; r < M; ++r) ++first[expert_of[r] + 1];
+        for (int64_t r = 0; r < M; ++r) {
+            if (expert_of[r] >= 0) ++first[expert_of[r] + 1];
+        }
         for (int64_t e = 0; e < E; ++e) {
             if (first[e + 1]) used[count++] = e;
             first[e + 1] += first[e];
         }
         int64_t next[E];
         std::copy_n(first, E, next);
-        for (int64_t r = 0; r < M; ++r) order[next[expert_of[r]]++] = r;
+        for (int64_t r = 0; r < M; ++r) {
+            if (expert_of[r] >= 0) order[next[expert_of[r]]++] = r;
+        }
     }
 };
 
@@ -101,6 +105,9 @@ inline void by_experts(
     const auto sorted = std::make_unique<Sorted>(expert_of);
     std::vector<float> rows(M * I);
     for (int64_t r = 0; r < M; ++r) {
+        if (expert_of[r] < 0) std::fill_n(y + r * N, N, Output(0));
+    }
+    for (int64_t r = 0; r < sorted->first[E]; ++r) {
         const Input* row = x + sorted->order[r] / SHARE * I;
         std::copy_n(row, I, rows.data() + r * I);
     }

@@ -63,7 +63,8 @@ class Mixture(torch.nn.Module):
         bounds = [] if self.clamp is None else [self.clamp.limit, self.clamp.alpha]
         inner = expert_swiglu(x[2:5], chosen[2:5].int(), gate, up, biases, bounds)
         gating = Gating(biases or None, self.clamp)
-        whole = BlockedSeams().experts(x[None], Chosen(chosen[None], shares[None]), (gate, up, down), gating)
+        of_tokens = Chosen(chosen[None], shares[None], elsewhere=True)
+        whole = BlockedSeams().experts(x[None], of_tokens, (gate, up, down), gating)
         return whole, inner, expert_linear(inner[..., :INNER].contiguous(), chosen[2:5].int(), down)
 
 
@@ -72,6 +73,8 @@ def operands(dtype, stored, tokens=12):
     x = torch.randn(tokens, HIDDEN).to(dtype)
     chosen = torch.stack([torch.randperm(EXPERTS - 1)[:2] for _ in range(tokens)])  # the last expert has no tokens
     shares = torch.rand(tokens, 2)
+    chosen[4, 1] = chosen[7, 0] = chosen[9] = -1  # experts of another rank
+    shares[chosen < 0] = 0
     shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
     pairs = [packed(torch.randn(EXPERTS, *shape) * 0.2, stored) for shape in shapes]
     return (x, chosen, shares, *(one for one, _ in pairs)), [plain for _, plain in pairs]
@@ -93,7 +96,7 @@ def test_compiled_experts_equal_those_written_out(tmp_path):
         whole, inner, linear = found[kind]
         gating = Gating(tuple(bias.float() for bias in biases[kind]) or None, kind.clamp)
         matrices = tuple(p.float() for p in plain)
-        wide = PLAIN.experts(x.float()[None], Chosen(chosen[None], shares[None]), matrices, gating)
+        wide = PLAIN.experts(x.float()[None], Chosen(chosen[None], shares[None], elsewhere=True), matrices, gating)
         tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[kind.dtype]
         torch.testing.assert_close(whole.float(), wide, atol=tolerance, rtol=tolerance)
         bounds = [] if kind.clamp is None else [BOUNDS.limit, BOUNDS.alpha]
@@ -107,10 +110,13 @@ def test_compiled_experts_equal_those_written_out(tmp_path):
 def test_few_and_many_tokens_have_the_same_experts(gating):
     """Plain seams gather the matrices of few tokens, and multiply all tokens by those of all experts otherwise."""
     (x, chosen, shares, *_), plain = operands(torch.float32, torch.float32)
-    whole = PLAIN.experts(x[None], Chosen(chosen[None], shares[None]), tuple(plain), gating)
+    whole = PLAIN.experts(x[None], Chosen(chosen[None], shares[None], elsewhere=True), tuple(plain), gating)
     alone = [
         PLAIN.experts(
-            x[None, i : i + 1], Chosen(chosen[None, i : i + 1], shares[None, i : i + 1]), tuple(plain), gating
+            x[None, i : i + 1],
+            Chosen(chosen[None, i : i + 1], shares[None, i : i + 1], elsewhere=True),
+            tuple(plain),
+            gating,
         )
         for i in range(len(x))
     ]

@@ -131,7 +131,8 @@ def generate(graphs) -> tuple[list[list[int]], list[int]]:
         ("llama", False, 8, False),
         ("llama", False, 4, True), ("llama-bias", False, 4, False), ("qwen3", True, 4, False),
         ("qwen2-moe", False, 2, True), ("gemma2", False, 4, True), ("granite", False, 2, False),
-        ("gemma4", False, 2, True),
+        ("gemma4", False, 2, True), ("qwen3-moe-by-rank", False, 2, True), ("gpt-oss-by-rank", False, 4, True),
+        ("qwen3-moe-by-rank", False, 1, True),
         ("eagle3", True, 1, True), ("eagle3", True, 2, True), ("eagle3", True, 2, False),
     ],
 )  # fmt: skip
