@@ -62,6 +62,8 @@ def expected_slice(name: str, whole: Tensor, rank: int, tp: int, kv_heads: int, 
     if "q_proj" in name or "o_proj.weight" in name:
         axis = 0 if "q_proj" in name else 1
         return query_heads(whole, axis, rank, tp, kv_heads, head_dim)
+    if name.endswith(".sinks"):
+        return query_heads(whole, 0, rank, tp, kv_heads, 1)
     if "gate_proj" in name or "up_proj" in name:
         return whole.chunk(tp, dim=0)[rank]
     if "down_proj.weight" in name:
