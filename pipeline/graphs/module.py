@@ -102,7 +102,7 @@ def _model(role: Role, pair: PairSpec, tensors: Mapping[str, Tensor], seams_for:
     partner = pair.target.vocab if role == "draft" and pair.draft.vocab != pair.target.vocab else None
     taps = pair.models.taps if role == "target" else ()
     seams = seams_for(pair.models.tp_of(role))
-    return Model(pair.models.config_of(role), weights, state, seams, partner, taps)
+    return Model(pair.models.config_of(role), weights, state, seams, partner, taps, pair.length)
 
 
 def _choose(spec: GraphSpec, pair: PairSpec, tensors: dict[str, Tensor]) -> Choose:

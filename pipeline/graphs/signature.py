@@ -141,7 +141,8 @@ def _weights(
 def _caches(pair: PairSpec, role: Role) -> Iterator[TensorSpec]:
     config = pair.models.config_of(role)
     for layer in range(config.layers):
-        shape = (pair.rows, pair.models.kv_heads_of(role, layer), pair.length, config.at(layer).head_dim)
+        length = pair.cache_length(role, layer)
+        shape = (pair.rows, pair.models.kv_heads_of(role, layer), length, config.at(layer).head_dim)
         for part in ("k", "v"):
             yield TensorSpec(f"{role}/{part}.{layer}", shape, pair.models.dtype_of(role))
 

@@ -127,11 +127,26 @@ class ModelsSpec:
 
 
 @dataclass(frozen=True)
+class Ring:
+    """Caches of the layers with a `window`: of `slots` positions and a scratch position, for p at p modulo slots."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    window: int
+    slots: int
+
+    @property
+    def back(self) -> int:
+        """Most positions from the first one of a call to the end of all that is written: its window is still whole."""
+        return self.slots - self.window + 1
+
+
+@dataclass(frozen=True)
 class PairSpec:
     """Everything about a pair that shapes its graphs: its models, the size of the caches, a step's inputs.
 
-    `rows` and `length` of the caches; `candidates` that sampling graphs keep (None: all); `lookup`: speculative steps
-    take copied tokens.
+    `rows` and `length` of the caches, of which layers with the windows of `rings` have shorter ones; `candidates` that
+    sampling graphs keep (None: all); `lookup`: speculative steps take copied tokens.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -141,6 +156,13 @@ class PairSpec:
     length: int
     candidates: int | None = None
     lookup: bool = False
+    rings: tuple[Ring, ...] = ()
+
+    def cache_length(self, role: Role, layer: int) -> int:
+        """Return the positions of a layer's caches, with the scratch position; a head over states has no rings."""
+        config = self.models.config_of(role)
+        window = config.layer(layer).window if config.eagle3 is None else None
+        return next((ring.slots + 1 for ring in self.rings if ring.window == window), self.length)
 
     @property
     def target(self) -> ModelConfig:

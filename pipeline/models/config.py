@@ -254,6 +254,10 @@ class ModelConfig:
         """Return the kind of a layer, an index of `kinds`."""
         return self.pattern[layer] if self.pattern else 0
 
+    def first(self, kind: int) -> int:
+        """Return the first layer of a kind."""
+        return self.pattern.index(kind) if self.pattern else 0
+
     def layer(self, index: int) -> Layer:
         """Return the description of a layer."""
         return self.kinds[self.kind(index)]

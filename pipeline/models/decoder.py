@@ -76,16 +76,15 @@ def hidden_states(
     seams = seams.of_live(run.live_BT)
     x = embed(config, weights, seams, tokens_BT)
     rotaries = [rotary_of(config, run.positions_BT, x.dtype, kind) for kind in range(len(config.kinds))]
-    attends = [attend_of(config, kind, run.attend) for kind in config.kinds]
     of_kinds = [config.of(kind) for kind in config.kinds]
-    writes = [run.writes.of_heads(kv_heads_of(own, seams)) for own in of_kinds]
+    runs = [pass_of(config, kind, run, kv_heads_of(own, seams)) for kind, own in enumerate(of_kinds)]
     stream = Stream(x, norm(config, layer_weights(weights, 0), config.norms.before_attention, x))
     tapped, experts = [], []
     for layer in range(config.layers):
         if layer in taps:
             tapped.append(seams.all_tokens(stream.x_BTH))
         kind = config.kind(layer)
-        own = replace(run.of_layer(layer), attend=attends[kind], writes=writes[kind])
+        own = runs[kind].of_layer(layer)
         w = layer_weights(weights, layer) | next_norm(config, weights, layer) | rank_of(config, weights, layer, seams)
         stream = seams.once(run_layer, of_kinds[kind], config.kinds[kind], w, seams, stream, rotaries[kind], own)
         run.keep(layer, own.state)
@@ -98,9 +97,18 @@ def hidden_states(
     return Hidden(seams.all_tokens(stream.normed_BTH), torch.cat(tapped, dim=-1) if taps else None, chosen)
 
 
-def attend_of(config: ModelConfig, layer: Layer, attend: Attend) -> Attend:
-    """Return what the queries of a layer see, and how scores are computed."""
-    return replace(attend.within(layer.window), scale=config.attention_scale, cap=config.attention_cap)
+def pass_of(config: ModelConfig, kind: int, run: Pass, kv_heads: int) -> Pass:
+    """Return a pass for the layers of a kind: what their queries see, and where their caches are written."""
+    assert run.attend is not None
+    ring = run.ring(config.first(kind))
+    attend = attend_of(config, config.kinds[kind], run.attend, ring)
+    writes = run.writes if ring is None else run.writes.around(ring)
+    return replace(run, attend=attend, writes=writes.of_heads(kv_heads))
+
+
+def attend_of(config: ModelConfig, layer: Layer, attend: Attend, ring: int | None = None) -> Attend:
+    """Return what the queries of a layer see, and how scores are computed; `ring`: the slots of its caches."""
+    return replace(attend.within(layer.window, ring), scale=config.attention_scale, cap=config.attention_cap)
 
 
 def next_norm(config: ModelConfig, weights: Weights, layer: int) -> dict[str, Tensor]:

@@ -22,23 +22,36 @@ from pipeline.models.config import Clamp, ModelConfig
 Args = TypeVarTuple("Args")
 R = TypeVar("R")
 State = dict[str, Tensor]
-"""KV caches of one model: `k.<layer>` and `v.<layer>`, each [rows, H, S_max, D]."""
+"""KV caches of one model: `k.<layer>` and `v.<layer>`, each [rows, H, S_max, D]; those with a window may be rings.
+
+A ring has fewer positions: position p is at slot p modulo the number of slots, after which comes the scratch position.
+"""
 
 
-Block = Literal["none", "first", "any"]
-"""Whether the tokens that a row keeps are a block: the first tokens of the pass, at the first positions or at any."""
+Block = Literal["none", "first", "any", "ring"]
+"""Whether the tokens that a row keeps are a block: the first tokens of the pass, at the first positions, at any, or at
+any of a ring, where a block may go on at the first slot.
+"""
 
 
 @dataclass(frozen=True)
 class Writes:
-    """Where a pass stores its keys and values: one index into every cache of a model.
+    """Where a pass stores its keys and values: one index into every cache of a model that has `length` positions.
 
     `index` int64 (rows [B, 1, 1], heads [1, H, 1], positions [B, 1, T]). Tokens that are a `block` of distinct rows may
-    be written as one.
+    be written as one. A cache of fewer positions is a ring, for which `around` has the index.
     """
 
     index: tuple[Tensor, Tensor, Tensor]
     block: Block = "none"
+    length: int = 0
+
+    def around(self, slots: int) -> Writes:
+        """Return the writes into rings of `slots` slots, beside the scratch position."""
+        rows, heads, places_B1T = self.index
+        is_scratch = places_B1T == self.length - 1
+        index = (rows, heads, torch.where(is_scratch, slots, slot_of(places_B1T, slots)))
+        return Writes(index, "ring" if self.block == "any" else self.block, slots + 1)
 
     def of_heads(self, count: int) -> Writes:
         """Return the same for caches of so many heads."""
@@ -46,6 +59,17 @@ class Writes:
         if heads.shape[1] == count:
             return self
         return replace(self, index=(rows, torch.arange(count, device=heads.device)[None, :, None], positions))
+
+
+def slot_of(positions: Tensor, slots: int) -> Tensor:
+    """Return positions modulo `slots`; positions are integers from 0 to 2**24, which float32 has exactly.
+
+    Without a division of integers or a remainder, which not every compiler has.
+    """
+    turns = torch.floor(positions.float() / slots).to(positions.dtype)
+    rest = positions - turns * slots
+    rest = torch.where(rest < 0, rest + slots, rest)  # quotients are rounded
+    return torch.where(rest >= slots, rest - slots, rest)
 
 
 def empty_caches(config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: str = "cpu") -> State:
@@ -59,17 +83,20 @@ def empty_caches(config: ModelConfig, rows: int, length: int, dtype: torch.dtype
 
 
 def plan_writes(
-    state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Tensor, block: Block = "none"
+    state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Tensor, block: Block = "none",
+    length: int | None = None,
 ) -> Writes:  # fmt: skip
     """Return the writes of `rows_B` at `positions_BT`; tokens with `keep_BT` False are written to the scratch position.
 
     The last position of every cache row is scratch: never attended over, never part of a sequence. With it a pass is
-    one indexed write per cache, without a branch or a read.
+    one indexed write per cache, without a branch or a read. `length` is that of caches that are not rings (None: of the
+    first one).
     """
     cache = state["k.0"]
+    length = length or cache.shape[2]
     heads_H = torch.arange(cache.shape[1], device=cache.device)
-    places_BT = torch.where(keep_BT, positions_BT, cache.shape[2] - 1)
-    return Writes((rows_B.long()[:, None, None], heads_H[None, :, None], places_BT.long()[:, None, :]), block)
+    places_BT = torch.where(keep_BT, positions_BT, length - 1)
+    return Writes((rows_B.long()[:, None, None], heads_H[None, :, None], places_BT.long()[:, None, :]), block, length)
 
 
 @dataclass(frozen=True)
@@ -79,6 +106,7 @@ class Attend:
     `kv` 0 means the keys of the pass itself (prefill from an empty row), where S = T. `rows_B` int32 are the cache rows
     to read (None: the first B). `bias_BTS` float32 is the same as a mask: 0 where a query sees a key, else -inf.
     Without a `window` all keys before the last are seen. Unless `ranged`, the bias alone says which keys a query sees.
+    With a `ring` S is its number of slots, fewer than `kv`: a slot holds the last position of its own up to the query.
 
     `scale` (None: 1 / sqrt(head size)) multiplies scores, which `cap` c bounds as c tanh(x / c). `sinks_N` has a score
     for each query head that takes part in the softmax without a value.
@@ -93,15 +121,34 @@ class Attend:
     sinks_N: Tensor | None = None
     ranged: bool = True
     rows_B: Tensor | None = None
+    ring: int | None = None
 
     def of_rows(self, cache: Tensor, batch: int) -> Tensor:
-        """Return the first `kv` positions of the rows of a cache that `batch` rows read."""
+        """Return the first `kv` positions, or all slots of a ring, of the rows of a cache that `batch` rows read."""
+        keys = self.ring or self.kv
         if self.rows_B is None:
-            return cache[:batch, :, : self.kv]
-        return cache[:, :, : self.kv][self.rows_B.long()]
+            return cache[:batch, :, :keys]
+        return cache[:, :, :keys][self.rows_B.long()]
 
-    def within(self, window: int | None) -> Attend:
-        """Return the same for the last `window` keys of each query."""
+    def seen(self, keys: int) -> Tensor:
+        """Return which of the first `keys` keys each query sees, by `last_BT` and the window: bool [B, T, S]."""
+        keys_S = torch.arange(keys, device=self.last_BT.device)
+        if self.ring is None:
+            seen_BTS = keys_S <= self.last_BT[..., None]
+            if self.window is None:
+                return seen_BTS
+            return seen_BTS & (keys_S > self.last_BT[..., None].clamp(max=keys - 1) - self.window)
+        assert self.window is not None
+        last_BT = self.last_BT.clamp(max=self.kv - 1)
+        age_BTS = slot_of(last_BT, self.ring)[..., None] - keys_S
+        age_BTS = torch.where(age_BTS < 0, age_BTS + self.ring, age_BTS)  # how far before the last one
+        return (age_BTS < self.window) & (age_BTS <= last_BT[..., None])
+
+    def within(self, window: int | None, ring: int | None = None) -> Attend:
+        """Return the same for the last `window` keys of each query, in a cache that is a ring of so many slots."""
+        if ring is not None and self.kv > ring:
+            found = replace(self, window=window, ring=ring)
+            return replace(found, bias_BTS=torch.where(found.seen(ring), 0.0, -math.inf))
         keys = self.bias_BTS.shape[-1]
         if window is None or window >= keys:
             return self
@@ -194,6 +241,11 @@ class Pass:
         """Return the pass of one layer, over its caches alone as `k` and `v`: the same for all layers."""
         names = {name: f"{name}.{layer}" for name in ("k", "v")}
         return replace(self, state={name: self.state[key] for name, key in names.items() if key in self.state})
+
+    def ring(self, layer: int) -> int | None:
+        """Return the number of slots of a layer's caches if they are rings; None: they have all positions."""
+        cache = self.state.get(f"k.{layer}")
+        return None if cache is None or cache.shape[2] >= self.writes.length else cache.shape[2] - 1
 
     def keep(self, layer: int, caches: State) -> None:
         """Store a layer's caches after its pass, which some backends replace instead of writing in place."""

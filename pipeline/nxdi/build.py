@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def build(out: Path, plan: Plan, pair: tuple[Checkpoint, Checkpoint]) -> Artifac
         backend = NxdiBackend(target=chip.target, lnc=chip.lnc, flags=flags)
         manifest = NxdiManifest(
             name=plan.recipe.name, version=UNVERSIONED, created=created_now(), recipe_digest=plan.recipe.digest(),
-            lock_digest=lock_digest(lock), toolchain=toolchain, backend=backend, pair=plan.pair,
+            lock_digest=lock_digest(lock), toolchain=toolchain, backend=backend, pair=replace(plan.pair, rings=()),
             requires={"device": "neuron", "chip": chip.target, "lnc": str(chip.lnc)},
             draft_tokens=plan.recipe.speculation.draft_tokens[0], files={},
         )  # fmt: skip

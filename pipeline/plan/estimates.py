@@ -216,9 +216,11 @@ def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:
 
 def _cache_bytes(pair: PairSpec, role: Role) -> int:
     config = pair.models.config_of(role)
-    heads = [pair.models.kv_heads_of(role, layer) * config.at(layer).head_dim for layer in range(config.layers)]
-    elements = 2 * sum(heads)
-    return pair.rows * pair.length * elements * DTYPES[pair.models.dtype_of(role)].size_bytes
+    elements = 2 * sum(
+        pair.cache_length(role, layer) * pair.models.kv_heads_of(role, layer) * config.at(layer).head_dim
+        for layer in range(config.layers)
+    )
+    return pair.rows * elements * DTYPES[pair.models.dtype_of(role)].size_bytes
 
 
 def scratch_bytes(pair: PairSpec, spec: GraphSpec, *, fused: bool) -> int:

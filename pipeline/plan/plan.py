@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 
 from pipeline.errors import Problem, RecipeError
 from pipeline.graphs.packing import PACKINGS
-from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Sampling, Scope
+from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Ring, Sampling, Scope
 from pipeline.models.config import ModelConfig
 from pipeline.plan.conflicts import conflicts
 from pipeline.plan.estimates import COMPILE_COSTS, GIB, CompileCost, Memory, Work, layer_passes, rank_memory
+from pipeline.plan.rings import rings_of
 from pipeline.recipe.backend_settings import InductorSettings
 from pipeline.recipe.schema import Recipe
 
@@ -99,14 +100,17 @@ def make_plan(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> Plan:
     problems = list(conflicts(recipe, target, draft))
     if problems:
         raise RecipeError(problems)
-    pair, graphs = pair_spec(recipe, target, draft), tuple(_graphs(recipe))
+    graphs = tuple(_graphs(recipe))
+    pair = pair_spec(recipe, target, draft, rings_of((target, draft), graphs))
     plan = Plan(recipe, pair, graphs, rank_memory(pair, PACKINGS[recipe.backend.packing], graphs))
     if plan.memory_limit is not None and plan.memory.total > plan.memory_limit:
         raise RecipeError([_overflow(plan, plan.memory_limit)])
     return plan
 
 
-def pair_spec(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairSpec:
+def pair_spec(
+    recipe: Recipe, target: ModelConfig, draft: ModelConfig, rings: tuple[Ring, ...] = ()
+) -> PairSpec:  # fmt: skip
     """Return the facts of a recipe and its models that shape shards and graphs."""
     models = ModelsSpec(
         target=target,
@@ -124,6 +128,7 @@ def pair_spec(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -> PairSp
         length=recipe.shapes.kv[-1],
         candidates=recipe.speculation.candidates,
         lookup=recipe.speculation.lookup is not None,
+        rings=rings,
     )
 
 

@@ -39,7 +39,9 @@ LONGER = 2
 @dataclass
 class Row:
     """A request in a cache row. `tokens` is prompt and output; after its first step, all but the last are in the
-    target's cache. `read` counts the tokens of the prompt that the caches hold.
+    target's cache. `read` counts the tokens of the prompt that the caches hold. `written` is the end of all positions
+    that calls wrote in its slot, of padding and of rejected drafts too, and where it was copied from: rings have lost
+    what was there before.
 
     A sampled token depends on `seed`, its position and the tokens before it alone. `rules` is None for a request that
     asks for no more than its choice. `tenant` shares answers with nobody else. `drafted` and `copied` are the
@@ -52,6 +54,7 @@ class Row:
     choice: Choice
     rules: RuleState | None = None
     read: int = 0
+    written: int = 0
     in_draft: int = 0
     drafted: Acceptance = field(default_factory=Acceptance)
     copied: Acceptance = field(default_factory=lambda: Acceptance(COPIED, start=COPIED))
@@ -66,6 +69,10 @@ class Row:
     def position(self) -> int:
         """Number of tokens in the target's cache: the position at which the last token will be written."""
         return len(self.tokens) - 1
+
+    def wrote(self, end: int) -> None:
+        """Record that a call wrote positions up to `end`."""
+        self.written = max(self.written, end)
 
 
 Rows = Mapping[int, Row]
@@ -169,6 +176,7 @@ class Batch:
         out = self.ranks.run(spec, step_arguments(spec, _step_rows(rows)))["token"]
         self.stats["decode_steps"] += 1
         for row in rows.values():
+            row.wrote(row.position + 1)
             row.proposed = []  # of another position
             if self.manifest.draft_kind.reads_target_states:  # this draft runs in every step of the target
                 row.in_draft = row.position + 1
@@ -185,6 +193,7 @@ class Batch:
         drafts = self.ranks.run(spec, step_arguments(spec, _step_rows(rows, copies)))["drafts"].tolist()
         self.stats["copies"] += sum(map(bool, copies.values()))
         for slot, row in rows.items():
+            row.wrote(row.position + spec.draft_tokens)
             row.has_copied, row.proposed = bool(copies[slot]), drafts[slot]
         return {slot: drafts[slot][:steps] for slot in rows}
 
@@ -197,6 +206,7 @@ class Batch:
         counts = out["count"].tolist()
         self.stats["verify_steps"] += 1
         for slot, row in rows.items():
+            row.wrote(row.position + spec.tokens)
             self._record_verified(row, counts[slot], given[slot].tokens)
         asked = {slot: row.rules.rules.logprobs if row.rules else None for slot, row in rows.items()}
         return {slot: verified_row(out, slot, counts[slot], asked[slot]) for slot in rows}
@@ -236,6 +246,7 @@ class Batch:
         verified = out["verified"].tolist() if spec.threshold else [steps] * spec.batch
         emitted = {slot: tokens[slot][: counts[slot]] for slot in rows}
         for slot, row in rows.items():
+            row.wrote(row.position + spec.tokens)
             row.has_copied, row.proposed = bool(copies[slot]), []
             (row.copied if row.has_copied else row.drafted).record_step(len(emitted[slot]) - 1, verified[slot])
             # After a fully accepted step, the draft's cache lacks the last proposed token until its next pass.
@@ -268,6 +279,7 @@ class Batch:
         self.stats["chunks"] += sum(chunk.start > 0 for chunk in call.chunks)
         for chunk in call.chunks:
             rows[chunk.slot].read = rows[chunk.slot].in_draft = chunk.end
+            rows[chunk.slot].wrote(chunk.end)
         return {chunk.slot: out[place] for place, chunk in enumerate(call.chunks)}
 
     def _catch_up(self, rows: Rows) -> None:
@@ -287,6 +299,7 @@ class Batch:
         for slot, row in rows.items():
             piece = row.tokens[row.in_draft : row.position][: spec.tokens]
             pieces[slot] = ScoreRow(piece, row.in_draft)
+            row.wrote(row.in_draft + spec.tokens)
             row.in_draft += len(piece)
         self.ranks.run(spec, score_arguments(spec, pieces, self.length))
 

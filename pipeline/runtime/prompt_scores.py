@@ -24,6 +24,7 @@ def prompt_logprobs(batch: Batch, rows: Rows, count: int) -> dict[int, list[Toke
         }
         logits = batch.ranks.run(spec, score_arguments(spec, pieces, batch.length))["logits"]
         for slot in pieces:
+            rows[slot].wrote(end)
             following = rows[slot].tokens[start + 1 : min(end + 1, rows[slot].prompt)]
             found[slot] += of_known_tokens(logits[slot, : len(following)], following, count)
     return found

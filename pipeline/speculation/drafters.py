@@ -302,7 +302,7 @@ def row_writes(model: Model, rows: Rows, positions_BT: Tensor, keep_BT: Tensor |
     """Return the writes of rows 0..B-1 at positions inside the bucket, where `keep_BT` holds if given."""
     inside_BT = rows.alive_B[:, None] & (positions_BT >= 0) & (positions_BT < model.usable(rows.kv))
     keep_BT = inside_BT if keep_BT is None else inside_BT & keep_BT
-    return plan_writes(model.state, rows.index, positions_BT, keep_BT)
+    return plan_writes(model.state, rows.index, positions_BT, keep_BT, length=model.length)
 
 
 def head_pass(model: Model, rows: Rows, positions_BT: Tensor, keep_BT: Tensor | None = None) -> Pass:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
-from pipeline.models.parallel import Attend, Pass, Seams, State, Writes, attend_up_to, plan_writes
+from pipeline.models.parallel import Attend, Block, Pass, Seams, State, Writes, attend_up_to, plan_writes
 from pipeline.models.weights import D2T, OFFSET
 from pipeline.speculation.sampling import Sampling, Vocabulary, greedy, sample
 from pipeline.speculation.shaping import LogProbs, Shaping, Share, log_probs, shape
@@ -92,7 +92,8 @@ class Prompt:
     def writes(self, model: Model, less: int = 0) -> Writes:
         """Return the writes of the tokens that are stored."""
         kept_BT = self.kept(model, less)
-        return plan_writes(model.state, self.slots_B, self.positions_BT, kept_BT, "any" if self.kv else "first")
+        block: Block = "any" if self.kv else "first"
+        return plan_writes(model.state, self.slots_B, self.positions_BT, kept_BT, block, model.length)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Model:
 
     `partner_vocab` is set for a draft whose `vocab_size` is padded differently from its target's. The draft then never
     proposes an id that the target lacks. It reads an id that it lacks as its own last id: the acceptance rate can fall,
-    the output stays the same.
+    the output stays the same. `length` is that of caches that are not rings (None: of the first layer's).
     """
 
     config: ModelConfig
@@ -128,6 +129,7 @@ class Model:
     seams: Seams
     partner_vocab: int | None = None
     taps: tuple[int, ...] = ()
+    length: int | None = None
 
     def hidden(
         self, tokens_BT: Tensor, positions_BT: Tensor, active_B: Tensor, kv: int, live_BT: Tensor | None = None
@@ -140,7 +142,8 @@ class Model:
         active_BT, seen_BT = active_B[:, None].expand_as(tokens_BT), positions_BT
         if live_BT is not None:  # other tokens see the first key, which takes the least time
             active_BT, seen_BT = active_BT & live_BT, torch.where(live_BT, positions_BT, 0)
-        writes = plan_writes(self.state, rows_B, positions_BT, active_BT & (positions_BT < self.usable(kv)))
+        keep_BT = active_BT & (positions_BT < self.usable(kv))
+        writes = plan_writes(self.state, rows_B, positions_BT, keep_BT, length=self.length)
         return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend_up_to(seen_BT, kv), active_BT))
 
     def read(self, prompt: Prompt) -> Hidden:
@@ -168,7 +171,7 @@ class Model:
 
     def usable(self, kv: int) -> int:
         """Return how many positions of a bucket hold tokens; the cache's last is scratch (see `plan_writes`)."""
-        return min(kv, self.state["k.0"].shape[2] - 1)
+        return min(kv, (self.length or self.state["k.0"].shape[2]) - 1)
 
     @property
     def proposable(self) -> int:

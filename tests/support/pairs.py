@@ -7,7 +7,7 @@ import torch
 from pipeline.graphs.module import run_phase
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
 from pipeline.models.families import config_of
-from pipeline.models.parallel import Seams, empty_caches
+from pipeline.models.parallel import Seams
 from pipeline.models.weights import EMBEDDING, weight_specs
 
 SMALL = {
@@ -77,8 +77,10 @@ def empty_state(shape: PairSpec) -> dict[str, torch.Tensor]:
         state = {"draft/feature": torch.zeros(shape.rows, shape.draft.hidden)}
     for model in ("target", "draft"):
         config = shape.models.config_of(model)
-        caches = empty_caches(config, shape.rows, shape.length, torch.float32)
-        state |= {f"{model}/{name}": cache for name, cache in caches.items()}
+        for layer in range(config.layers):
+            own = config.at(layer)
+            size = (shape.rows, own.kv_heads, shape.cache_length(model, layer), own.head_dim)
+            state |= {f"{model}/{part}.{layer}": torch.zeros(size) for part in ("k", "v")}
     return state
 
 

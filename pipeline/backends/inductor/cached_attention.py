@@ -17,12 +17,13 @@ from torch import Tensor
 @torch.library.custom_op("tandem::cached_attention", mutates_args=())
 def cached_attention(  # noqa: PLR0913 - an operator has no other form of options
     q: Tensor, k: Tensor, v: Tensor, last: Tensor, kv: int, window: int = 0, cap: float = 0.0,
-    sinks: Tensor | None = None, rows: Tensor | None = None,
+    sinks: Tensor | None = None, rows: Tensor | None = None, ring: int = 0,
 ) -> Tensor:  # fmt: skip
     """Compute softmax attention (Vaswani et al. 2017) of grouped heads (Ainslie et al. 2023) in float32, rounded once.
 
     A query sees the last `window` keys (0: all), scores are bounded by `cap` (0: not) as cap tanh(score / cap), and
-    each head's sink takes part in the softmax without a value.
+    each head's sink takes part in the softmax without a value. In a `ring` of so many slots, a multiple of
+    `cached_attention_kernel.CHUNK` (0: none), position p is at slot p modulo their number.
 
     Shapes: q float32 [B, N, T, D], k and v [R >= B, G, S_max, D] of any float dtype, last int32 [B, T], the last of
     the keys 0 .. kv - 1 that a query sees, from 0, sinks float32 [N], rows int32 [B], the cache row of each (None: its
@@ -31,7 +32,8 @@ def cached_attention(  # noqa: PLR0913 - an operator has no other form of option
     batch, heads, tokens, dim = q.shape
     groups = k.shape[1]
     chosen = torch.arange(batch, device=q.device) if rows is None else rows.long()
-    keys, values = (cache[chosen, :, :kv].float().repeat_interleave(heads // groups, dim=1) for cache in (k, v))
+    slots = torch.arange(kv, device=q.device) % (ring or kv)
+    keys, values = (cache[chosen][:, :, slots].float().repeat_interleave(heads // groups, dim=1) for cache in (k, v))
     places, last = torch.arange(kv, device=q.device), last.clamp(max=kv - 1)[:, None, :, None]
     hidden = (places > last) | (places <= last - (window or kv))
     scores = q @ keys.transpose(-1, -2) * dim**-0.5

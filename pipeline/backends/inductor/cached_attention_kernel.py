@@ -17,6 +17,9 @@ from torch._inductor.codegen.cpp_template import CppTemplate
 
 from pipeline.backends.inductor.vectors import WIDENED, filled
 
+CHUNK = 64
+"""Keys of which the scores are computed together."""
+
 KERNEL = (
     r"""
 HEADER
@@ -31,8 +34,10 @@ namespace NAME_parts {
 using Cached = CACHED_TYPE;
 constexpr int64_t B = BATCH, N = QUERY_HEADS, G = KV_HEADS, T = TOKENS, D = HEAD_SIZE, S = KEYS, LENGTH = CACHE_LENGTH;
 constexpr int64_t WINDOW = WINDOW_LENGTH;  // 0: all keys up to the last
+constexpr int64_t RING = RING_SLOTS;  // 0: a key's slot is its position
 constexpr bool CAPPED = IS_CAPPED, SUNK = HAS_SINKS;
-constexpr int64_t LANES = Vec::size(), CHUNK = 64, VECTORS = (D + LANES - 1) / LANES, PADDED = VECTORS * LANES;
+constexpr int64_t LANES = Vec::size(), CHUNK = CHUNK_KEYS, VECTORS = (D + LANES - 1) / LANES, PADDED = VECTORS * LANES;
+static_assert(RING % CHUNK == 0, "a chunk of keys would pass the end of the ring");
 // A task is some queries of the heads that share keys, for which these are transposed once. A group of them has its
 // sums in registers: those of the scores, then those of the values, a tile of vectors of some queries at a time.
 constexpr int64_t REGISTERS = LANES >= 16 ? 24 : 12, QUERIES = N / G * T, MOST = 48, TASKS = 16;
@@ -184,8 +189,9 @@ inline void run(Task& task, const Cached* k, const Cached* v, const float* sinks
     const int64_t start = WINDOW ? *std::min_element(task.before, task.before + C) / CHUNK * CHUNK : 0;
     for (int64_t first = start; first < all; first += CHUNK) {
         const int64_t count = std::min(CHUNK, all - first);
-        transpose(k + first * D, count, columns);
-        const Cached* values = v + first * D;
+        const int64_t slot = RING ? first % RING : first;
+        transpose(k + slot * D, count, columns);
+        const Cached* values = v + slot * D;
         if constexpr (WIDE) {
             for (int64_t s = 0; s < count; ++s) widen(values + s * D, wide + s * PADDED);
         }
@@ -244,10 +250,10 @@ class CachedAttentionTemplate(CppTemplate):
     """The kernel for one shape: `inputs` are q, k, v and last, `optional` are SINKS and ROWS where they are given."""
 
     def __init__(
-        self, inputs: list[Any], optional: dict[str, Any], layout: ir.Layout, kv: int, window: int, cap: float
+        self, inputs: list[Any], optional: dict[str, Any], layout: ir.Layout, constants: dict[str, Any]
     ) -> None:  # fmt: skip
         super().__init__("cached_attention", [*inputs, *optional.values()], layout, num_threads=1)
-        self.optional, self.kv, self.window, self.cap = tuple(optional), kv, window, cap
+        self.optional, self.constants = tuple(optional), constants
 
     def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
         """Return the C++ of the kernel."""
@@ -258,7 +264,7 @@ class CachedAttentionTemplate(CppTemplate):
         batch, heads, tokens, dim = (int(size) for size in q.get_size())
         inputs, outputs = {"Q": q, "K": k, "V": v, "LAST": last}, {"Y": template_buffer_node or self.output_node}
         inputs |= optional
-        parts = {
+        parts = self.constants | {
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel(inputs, outputs),
             "NAME": kernel.kernel_name,
@@ -268,13 +274,9 @@ class CachedAttentionTemplate(CppTemplate):
             "KV_HEADS": int(k.get_size()[1]),
             "TOKENS": tokens,
             "HEAD_SIZE": dim,
-            "KEYS": self.kv,
             "CACHE_LENGTH": int(k.get_size()[2]),
             "Q_OFFSET": q.get_layout().offset,
             "LAST_OFFSET": last.get_layout().offset,
-            "WINDOW_LENGTH": self.window,
-            "IS_CAPPED": "true" if self.cap else "false",
-            "CAP_VALUE": f"{self.cap!r}f",
             "HAS_SINKS": "true" if "SINKS" in optional else "false",
             "SINK_OF_HEAD": f"SINKS[{offsets['SINKS']} + n]" if "SINKS" in optional else "0.0f",
             "ROW_OF_B": f"ROWS[{offsets['ROWS']} + b]" if "ROWS" in optional else "b",
@@ -284,7 +286,8 @@ class CachedAttentionTemplate(CppTemplate):
 
 @lowering.register_lowering(torch.ops.tandem.cached_attention, type_promotion_kind=None)  # type: ignore[untyped-decorator]
 def _lower(  # noqa: PLR0913 - the operator's signature
-    q: Any, k: Any, v: Any, last: Any, kv: int, window: int = 0, cap: float = 0.0, sinks: Any = None, rows: Any = None
+    q: Any, k: Any, v: Any, last: Any, kv: int, window: int = 0, cap: float = 0.0, sinks: Any = None, rows: Any = None,
+    ring: int = 0,
 ) -> Any:  # fmt: skip
     realized = {
         name: ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(given))
@@ -294,6 +297,14 @@ def _lower(  # noqa: PLR0913 - the operator's signature
     inputs = [realized.pop(name) for name in ("Q", "K", "V", "LAST")]
     batch, heads, tokens, dim = inputs[0].get_size()
     layout = ir.FixedLayout(inputs[0].get_device(), k.get_dtype(), [batch, tokens, heads, dim])
-    out = CachedAttentionTemplate(inputs, realized, layout, kv, window, cap).generate().output_node()
+    constants = {
+        "CHUNK_KEYS": CHUNK,
+        "KEYS": kv,
+        "WINDOW_LENGTH": window,
+        "RING_SLOTS": ring,
+        "IS_CAPPED": "true" if cap else "false",
+        "CAP_VALUE": f"{cap!r}f",
+    }
+    out = CachedAttentionTemplate(inputs, realized, layout, constants).generate().output_node()
     out.data.data.allow_epilogue_fusion = False
     return out

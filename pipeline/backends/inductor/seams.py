@@ -85,7 +85,7 @@ class BlockedSeams(Seams):
         batch, heads, tokens, dim = q_BNTD.shape
         last_BT = attend.last_BT.int().expand(batch, tokens).contiguous()
         q = q_BNTD.float() if attend.scale is None else q_BNTD.float() * (attend.scale * dim**0.5)
-        how = {"window": attend.window, "cap": attend.cap}
+        how = {"window": attend.window, "cap": attend.cap, "ring": attend.ring}
         tensors = {} if attend.sinks_N is None else {"sinks": attend.sinks_N.float()}
         tensors |= {} if attend.rows_B is None else {"rows": attend.rows_B.int().contiguous()}
         given = {name: value for name, value in how.items() if value is not None}

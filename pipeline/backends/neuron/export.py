@@ -65,8 +65,11 @@ class StableHloSeams(NeuronSeams):
             return super().write(state, name, new_BHTD, writes)
         rows_B, places_BT = writes.index[0].flatten().int(), writes.index[2][:, 0].int()
         for number, new_HTD in enumerate(new_BHTD):
-            places_T = places_BT[number]
-            state[name] = _with_block(state[name], new_HTD[None], rows_B[number], places_T, writes.block)
+            new_1HTD, row, places_T = new_HTD[None], rows_B[number], places_BT[number]
+            if writes.block == "ring":
+                state[name] = _with_block_around(state[name], new_1HTD, row, places_T)
+            else:
+                state[name] = _with_block(state[name], new_1HTD, row, places_T, writes.block)
         return state[name]
 
     def put_row(self, state: State, name: str, rows_B: Tensor, values: Tensor) -> None:
@@ -125,6 +128,18 @@ def _with_block(cache: Tensor, new_1HTD: Tensor, row: Tensor, places_T: Tensor, 
     place_T = start + torch.arange(tokens, dtype=torch.int32, device=cache.device)
     is_new_T1 = ((place_T >= first) & (place_T < first + count))[:, None]
     return put_block(cache, torch.where(is_new_T1, new_1HTD, read_block(cache, row, start, tokens)), row, start)
+
+
+def _with_block_around(cache: Tensor, new_1HTD: Tensor, row: Tensor, places_T: Tensor) -> Tensor:
+    """Return a cache of rings, as `_with_block`: with a block up to the last slot, and its rest from the first one."""
+    slots, tokens = cache.shape[2] - 1, new_1HTD.shape[2]
+    index_T = torch.arange(tokens, dtype=torch.int32, device=cache.device)
+    before = slots - places_T[0]
+    rest = (places_T < slots).sum(dtype=torch.int32) - before
+    cache = _with_block(cache, new_1HTD, row, torch.where(index_T < before, places_T, slots), "any")
+    both = torch.cat((new_1HTD, torch.zeros_like(new_1HTD)), dim=2)
+    moved = read_block(both, torch.zeros_like(row), before.clamp(max=tokens), tokens)
+    return _with_block(cache, moved, row, torch.where(index_T < rest, index_T, slots), "first")
 
 
 @dataclass

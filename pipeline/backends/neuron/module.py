@@ -105,12 +105,7 @@ class NeuronSeams(Seams):
         groups, keys = k.shape[1], k.shape[2]
         scores = self.scores(q_BNTD.reshape(batch, groups, -1, dim), k).view(batch, heads, tokens, keys)
         scores = capped(scores * (dim**-0.5 if attend.scale is None else attend.scale), attend.cap)
-        keys_S = torch.arange(keys, device=k.device)
-        seen_BTS = keys_S <= attend.last_BT[..., None]
-        if attend.window is not None:
-            seen_BTS = seen_BTS & (keys_S > attend.last_BT[..., None].clamp(max=keys - 1) - attend.window)
-        if not attend.ranged:
-            seen_BTS = attend.bias_BTS == 0
+        seen_BTS = attend.seen(keys) if attend.ranged else attend.bias_BTS == 0
         scores = torch.where(seen_BTS[:, None], scores, -torch.inf)
         probs = shares(scores.view(batch, groups, -1, keys), attend.sinks_N).to(v.dtype)
         return (probs @ v).view(batch, heads, tokens, dim)

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from pipeline.graphs.spec import GraphSpec
+from pipeline.graphs.spec import GraphSpec, Role
 from pipeline.models.config import ModelConfig
 from pipeline.validate.gates.answers import ScoredSequence, Sequences
+from pipeline.validate.gates.caches import CacheReader
 from pipeline.validate.gates.expert_errors import ComparedExperts, ExpertSquares, compared_experts, expert_squares
 from pipeline.validate.gates.experts import ChosenExperts, along, chosen_experts
 from pipeline.validate.gates.inputs import MODELS, GateInputs
@@ -22,7 +24,7 @@ from pipeline.validate.gates.router_ties import RouterErrors
 from pipeline.validate.gates.scoring import run_score
 from pipeline.validate.gates.token_columns import token_columns
 from pipeline.validate.limits import MAP, TIE
-from pipeline.validate.reference.golden import Golden, Summary, joined, project_cache, summary
+from pipeline.validate.reference.golden import Golden, Summary, joined, summary
 from pipeline.validate.report.schema import SliceKind
 
 SPREAD = 8
@@ -184,23 +186,25 @@ def _score_batch(
     engine = inputs.engine
     parts: list[list[Summary]] = [[] for _ in pairs]
     experts: list[list[Tensor]] = [[] for _ in pairs]
+    state, config = engine.ranks.state(), routed_config(inputs, spec.model)
+    caches = CacheReader(state, engine.manifest.pair, cast("Role", spec.model))
 
     def keep(row: int, first: int, logits_TV: Tensor) -> None:
         ids = pairs[row][1].ids[first : first + len(logits_TV)]
         if len(ids):
             parts[row].append(summary(logits_TV[: len(ids)], ids))
+            caches.wrote(row, first, len(ids))
 
     def keep_experts(row: int, first: int, experts_TLC: Tensor) -> None:
         experts[row].append(experts_TLC[: max(len(pairs[row][1].ids) - first, 0)].clone())
 
     run_score(engine, spec, [sequence.tokens for sequence, _ in pairs], keep, keep_experts=keep_experts)
-    state, config = engine.ranks.state(), routed_config(inputs, spec.model)
     for row, ((sequence, golden), pieces) in enumerate(zip(pairs, parts, strict=True)):
         columns = token_columns(joined(pieces), golden, inputs.dtype_of(spec.model))
         columns["position"] = torch.arange(len(columns["flip"]), dtype=torch.float64)
         chosen, squares, by_expert = chosen_experts(experts[row], golden, config), None, None
         if state:
-            of_tokens = cache_errors(state, spec.model, row, golden)
+            of_tokens = caches.errors(row, golden)
             squares = of_tokens.sum(1)
             if config is inputs.checkpoints[MODELS.index(spec.model)].config:
                 logits = torch.stack([columns["square_error_all"], columns["square_noise_all"]])
@@ -228,19 +232,3 @@ def routed_config(inputs: GateInputs, model: str) -> ModelConfig:
     """Return the config of the model whose experts the `score` graphs of a model report: a head's are its target's."""
     target, draft = (checkpoint.config for checkpoint in inputs.checkpoints)
     return target if model == "target" or draft.draft_kind.reads_target_states else draft
-
-
-def cache_errors(state: Mapping[str, Tensor], model: str, row: int, golden: Golden) -> Tensor:
-    """Return squares of errors and noise, of keys and values that a sequence left in a cache row.
-
-    float64 [error or noise, T, layers, key or value].
-    """
-    tokens, layers = golden.caches.shape[:2]
-    cached = torch.stack([_projected_layer(state, f"{model}/", layer, row, tokens) for layer in range(layers)], dim=1)
-    both = torch.stack([cached - golden.caches, golden.caches_noise - golden.caches]).double()
-    return both.pow(2).sum(-1)
-
-
-def _projected_layer(state: Mapping[str, Tensor], prefix: str, layer: int, row: int, tokens: int) -> Tensor:
-    parts = [project_cache(state[f"{prefix}{part}.{layer}"][row, :, :tokens].cpu()) for part in "kv"]
-    return torch.stack(parts, dim=1)

@@ -15,6 +15,7 @@ from support.compiled import run_compiled
 pytestmark = pytest.mark.compile
 
 KV = 150
+LONG, SLOTS = 900, 128
 
 
 class Attention(torch.nn.Module):
@@ -38,6 +39,16 @@ class Parts(torch.nn.Module):
     def forward(self, q, k, v, last, rows):
         parts = (slice(0, 70), slice(60, 65), slice(63, 64))
         return tuple(cached_attention(q[:, :, part], k, v, last[:, part].contiguous(), KV, rows=rows) for part in parts)
+
+
+class Ringed(torch.nn.Module):
+    """Windows over whole caches, and over rings that hold the same keys."""
+
+    def forward(self, *operands):
+        q, k, v, ring_k, ring_v, last, sinks, rows = operands
+        how = [{"window": 5}, {"window": 70, "sinks": sinks}, {"window": 120, "cap": 3.0, "rows": rows}]
+        whole = [cached_attention(q, k, v, last, LONG, **each) for each in how]
+        return *whole, *(cached_attention(q, ring_k, ring_v, last, LONG, **each, ring=SLOTS) for each in how)
 
 
 def options(sinks):
@@ -93,6 +104,7 @@ def compiled(tmp_path_factory):
     def run(isa):
         modules = {case: (Attention(), example(*case).operands) for case in CASES[isa]}
         modules |= {"windows": (Windowed(), windowed(torch.bfloat16)), "parts": (Parts(), parts(64))}
+        modules["ringed"] = (Ringed(), ringed(torch.bfloat16))
         return run_compiled(modules, tmp_path_factory.mktemp("attention"), isa)
 
     return run
@@ -102,6 +114,33 @@ def windowed(dtype):
     """Operands of `Windowed`."""
     (q, k, v, _, last), *_ = example(dtype, 64)
     return q, k.nan_to_num(), v.nan_to_num(), last, torch.tensor([0.5, -1.0, 2.0, 0.0, 9.0, -9.0])
+
+
+def ringed(dtype):
+    """Operands of `Ringed`: rows at the ring's first turn, at a later one, and across its end."""
+    torch.manual_seed(0)
+    q = torch.randn(3, 6, 3, 64) * 2
+    k, v = (torch.randn(3, 2, LONG, 64).to(dtype) for _ in "kv")
+    last = torch.tensor([[3, 4, 5], [700, 701, 702], [5 * SLOTS - 1, 5 * SLOTS, 5 * SLOTS + 1]], dtype=torch.int32)
+    rings = [torch.full((3, 2, SLOTS + 1, 64), 1e4, dtype=dtype) for _ in "kv"]
+    for row, end in enumerate(last[:, -1].tolist()):
+        held = torch.arange(max(end + 1 - SLOTS, 0), end + 1)
+        for ring, whole in zip(rings, (k, v), strict=True):
+            ring[row][:, held % SLOTS] = whole[row][:, held]
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0, 9.0, -9.0])
+    return q, k, v, *rings, last, sinks, torch.arange(3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+def test_a_ring_gives_the_bits_of_the_whole_cache(compiled, dtype, tmp_path):
+    """Of which it holds the newest keys alone; what no query sees is larger than all that is seen."""
+    operands = ringed(dtype)
+    shared = dtype == torch.bfloat16
+    found = compiled("native") if shared else run_compiled({"ringed": (Ringed(), operands)}, tmp_path)
+    whole, rings = found["ringed"][:3], found["ringed"][3:]
+    for one, other, eager in zip(whole, rings, Ringed()(*operands)[3:], strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(other.float(), eager.float(), atol=1e-4, rtol=2**-7)
 
 
 def parts(dim):
