@@ -16,7 +16,7 @@ from pipeline.backends.base import cache_key
 from pipeline.backends.neuron import costs, hlo
 from pipeline.backends.neuron.backend import NeuronBackend
 from pipeline.errors import HostError
-from pipeline.graphs.spec import GraphSpec
+from pipeline.graphs.spec import GraphSpec, Ring
 from pipeline.recipe.backend_settings import NeuronSettings
 from support.neuron_graphs import (
     FAMILIES,
@@ -98,7 +98,45 @@ def test_hlo_of_mechanisms_equals_eager(backend, graphs_of, family):
         equals_eager(graphs, pair, spec, filled, arguments_of(spec, pair.shape))
 
 
-def generate(graphs) -> tuple[list[list[int]], list[int]]:
+RINGS = (Ring(6, 6 - 1 + 8),)
+
+
+@pytest.mark.parametrize("family", ["olmo3", "gpt-oss"])
+def test_hlo_of_rings_equals_eager(backend, graphs_of, family):
+    """At the first turn and at later ones, steps and chunks across the end of the ring; no operator is new."""
+    pair = make(family)
+    pair = replace(pair, shape=replace(pair.shape, rings=RINGS))
+    graphs, filled = graphs_of(backend, pair), noise(pair.shape)
+    assert {tensor.shape[2] for name, tensor in filled.items() if name.endswith(".0")} == {14}
+    specs = (
+        GraphSpec("prefill", 4, 8, 8),
+        GraphSpec("prefill", 4, 8, LENGTH),
+        GraphSpec("decode", 4, 1, LENGTH),
+        GraphSpec("decode", 4, 1, 12),
+        GraphSpec("speculate", 4, 3, LENGTH, 2),
+        GraphSpec("score", 4, 8, LENGTH, model="draft"),
+    )
+    for spec in specs:
+        given = arguments_of(spec, pair.shape)
+        if "position" in given and spec.kv == LENGTH:
+            given["position"] = [24, 9, 3, 31]
+        equals_eager(graphs, pair, spec, filled, given)
+        lowered = graphs.trace(spec).program.hlo
+        assert hlo.faults(lowered) == [], spec.name
+        assert set(hlo.unlisted(lowered, hlo.DOCUMENTED)) <= UNLISTED, spec.name
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_generation_with_rings_equals_plain_greedy(backend, graphs_of, tp):
+    """Past the first turn, on ranks; the tokens of one model without cache, ranks or speculation."""
+    pair = make("gemma2", 4)
+    rows, _ = generate(graphs_of(backend, replace(pair, shape=replace(pair.shape, rings=RINGS)), tp), steps=7)
+    assert max(map(len, rows)) > 6 - 1 + 8 + 3
+    for row, prompt in zip(rows, PROMPTS, strict=True):
+        assert row[len(prompt) :] == pair.greedy(prompt, len(row) - len(prompt))
+
+
+def generate(graphs, steps: int = 4) -> tuple[list[list[int]], list[int]]:
     """Tokens of prefill, four steps of speculate with K=3, and three of decode; and the sizes of the steps."""
     tokens = torch.zeros(4, 8, dtype=torch.int32)
     for row, prompt in enumerate(PROMPTS):
@@ -112,7 +150,7 @@ def generate(graphs) -> tuple[list[list[int]], list[int]]:
         last, position = [row[-1] for row in rows], [len(row) - 1 for row in rows]
         return graphs.step(spec, last_token=last, position=position, active=[True] * 4)
 
-    for _ in range(4):
+    for _ in range(steps):
         new, counts = step(GraphSpec("speculate", 4, 4, LENGTH, 3))
         sizes += counts.tolist()
         for row, some, count in zip(rows, new.tolist(), counts.tolist(), strict=True):
