@@ -175,6 +175,19 @@ inline void attend(
     }
 }
 
+// The first `live` of R queries of a task, from `begin` on, and others if there is no function for so few.
+template <int64_t R>
+inline void attend_live(
+    Task& task, int64_t begin, int64_t live, int64_t first, int64_t count, const float* columns, const Cached* v,
+    const float* wide
+) {
+    constexpr int64_t HALF = (R + 1) / 2;
+    if constexpr (R > 3) {
+        if (live <= HALF) return attend_live<HALF>(task, begin, live, first, count, columns, v, wide);
+    }
+    attend<R>(task, begin, first, count, columns, v, wide);
+}
+
 // The `C` queries of a task, which see the same keys and values.
 template <int64_t C>
 inline void run(Task& task, const Cached* k, const Cached* v, const float* sinks, Cached* const* out) {
@@ -186,6 +199,7 @@ inline void run(Task& task, const Cached* k, const Cached* v, const float* sinks
         std::fill_n(task.total, C, 1.0f);
     }
     const int64_t all = *std::max_element(task.keys, task.keys + C);
+    int64_t live = C;
     const int64_t start = WINDOW ? *std::min_element(task.before, task.before + C) / CHUNK * CHUNK : 0;
     for (int64_t first = start; first < all; first += CHUNK) {
         const int64_t count = std::min(CHUNK, all - first);
@@ -195,11 +209,15 @@ inline void run(Task& task, const Cached* k, const Cached* v, const float* sinks
         if constexpr (WIDE) {
             for (int64_t s = 0; s < count; ++s) widen(values + s * D, wide + s * PADDED);
         }
+        while (task.keys[live - 1] <= first) --live;  // the last ones may see fewer keys, or be of no meaning
+        const float* floats = WIDE ? wide : nullptr;
         int64_t begin = 0;
-        for (; begin + GROUP <= C; begin += GROUP) {
-            attend<GROUP>(task, begin, first, count, columns, values, WIDE ? wide : nullptr);
+        for (; begin + GROUP <= C && begin < live; begin += GROUP) {
+            attend_live<GROUP>(task, begin, live - begin, first, count, columns, values, floats);
         }
-        if constexpr (C % GROUP) attend<C % GROUP>(task, begin, first, count, columns, values, WIDE ? wide : nullptr);
+        if constexpr (C % GROUP) {
+            if (begin < live) attend<C % GROUP>(task, begin, first, count, columns, values, floats);
+        }
     }
     for (int64_t r = 0; r < C; ++r) {
         const Vec all(task.total[r]);
@@ -225,15 +243,18 @@ extern "C" SIGNATURE
         float sinks[SHARE];
         Task task;
         Cached* out[SHARE];
+        alignas(64) float queries[SHARE * D];
         for (int64_t r = 0; r < count; ++r) {
-            const int64_t n = g * (N / G) + (first + r) / T, t = (first + r) % T;
+            // Queries of one token side by side: tokens that are left out, and those that see more keys, are the last.
+            const int64_t head = (first + r) % (N / G), t = (first + r) / (N / G), n = g * (N / G) + head;
+            std::copy_n(Q + Q_OFFSET + ((b * N + n) * T + t) * D, D, queries + r * D);
             const int64_t last = static_cast<int64_t>(LAST[LAST_OFFSET + b * T + t]) + 1;
             keys[r] = std::max<int64_t>(std::min(S, last), 1);
             before[r] = WINDOW ? std::max<int64_t>(keys[r] - WINDOW, 0) : 0;
             sinks[r] = SINK_OF_HEAD;
             out[r] = Y + ((b * T + t) * N + n) * D;
         }
-        task.q = Q + Q_OFFSET + ((b * G + g) * QUERIES + first) * D;
+        task.q = queries;
         task.before = before;
         task.keys = keys;
         const int64_t row = ROW_OF_B;
