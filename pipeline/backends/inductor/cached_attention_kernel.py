@@ -206,11 +206,12 @@ inline void run(Task& task, const Cached* k, const Cached* v, const float* sinks
         const int64_t slot = RING ? first % RING : first;
         transpose(k + slot * D, count, columns);
         const Cached* values = v + slot * D;
-        if constexpr (WIDE) {
-            for (int64_t s = 0; s < count; ++s) widen(values + s * D, wide + s * PADDED);
-        }
         while (task.keys[live - 1] <= first) --live;  // the last ones may see fewer keys, or be of no meaning
-        const float* floats = WIDE ? wide : nullptr;
+        const float* floats = nullptr;
+        if (WIDE && (D % LANES != 0 || live > GROUP)) {
+            for (int64_t s = 0; s < count; ++s) widen(values + s * D, wide + s * PADDED);
+            floats = wide;
+        }
         int64_t begin = 0;
         for (; begin + GROUP <= C && begin < live; begin += GROUP) {
             attend_live<GROUP>(task, begin, live - begin, first, count, columns, values, floats);
