@@ -43,16 +43,12 @@ NO_DRAW = Draw()
 
 @dataclass(frozen=True)
 class StepRow:
-    """A row of a `decode`, `speculate` or `propose` graph. `copied`: at most K tokens in place of the draft's own.
-
-    `threshold`: the chance that a draft must have, with those before it, to be verified; 0: all are.
-    """
+    """A row of a `decode`, `speculate` or `propose` graph. `copied`: at most K tokens in place of the draft's own."""
 
     last_token: int
     position: int
     draw: Draw = NO_DRAW
     copied: Sequence[int] = ()
-    threshold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,8 @@ class ScoreRow:
 def step_arguments(spec: GraphSpec, rows: Mapping[int, StepRow]) -> Arguments:
     """Return the arguments of a `decode`, `speculate` or `propose` graph, and those of `verify` beside its own.
 
-    Shapes: last_token, position int32 [B], active bool [B], copied int32 [B, K] (-1 where the draft proposes), and,
-    of graphs that have them, threshold float32 [B] and those of sampling.
+    Shapes: last_token, position int32 [B], active bool [B], copied int32 [B, K] (-1 where the draft proposes), and
+    those of sampling.
     """
     last, position, active = [0] * spec.batch, [0] * spec.batch, [False] * spec.batch
     copied = [[-1] * spec.draft_tokens for _ in range(spec.batch)]
@@ -87,9 +83,6 @@ def step_arguments(spec: GraphSpec, rows: Mapping[int, StepRow]) -> Arguments:
     arguments = {"last_token": _int32(last), "position": _int32(position), "active": torch.tensor(active)}
     if spec.phase in ("speculate", "propose"):
         arguments["copied"] = _int32(copied)
-    if spec.threshold:
-        least = [rows[slot].threshold if slot in rows else 0.0 for slot in range(spec.batch)]
-        arguments["threshold"] = torch.tensor(least)
     return arguments | _sampling(spec, {slot: row.draw for slot, row in rows.items()})
 
 

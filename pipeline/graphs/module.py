@@ -65,8 +65,7 @@ def _outputs(
     if spec.phase == "verify":
         tokens, count, logprobs = phases.verify(target, drafter, rows, tensors["drafts"], choose)
         return (tokens, count, *logprobs)
-    tokens, count, verified = phases.speculate(target, drafter, rows, spec.draft_tokens, choose)
-    return (tokens, count, verified) if spec.threshold else (tokens, count)
+    return phases.speculate(target, drafter, rows, spec.draft_tokens, choose)
 
 
 def _target_scores(target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
@@ -106,11 +105,11 @@ def _model(role: Role, pair: PairSpec, tensors: Mapping[str, Tensor], seams_for:
 
 
 def _choose(spec: GraphSpec, pair: PairSpec, tensors: dict[str, Tensor]) -> Choose:
-    copied, threshold = tensors.get("copied"), tensors.get("threshold")
+    copied = tensors.get("copied")
     if spec.sampling == "greedy":
-        return Choose(copied=copied, threshold_B=threshold)
+        return Choose(copied=copied)
     sampling = Sampling(tensors["temperature"], tensors["top_k"], tensors["top_p"], tensors["seed"])
     if spec.phase != "verify":
-        return Choose(sampling, pair.candidates, copied, threshold_B=threshold)
+        return Choose(sampling, pair.candidates, copied)
     shaping = Shaping(*(tensors[name] for name in SHAPING))
     return Choose(sampling, pair.candidates, copied, shaping, spec.logprobs)

@@ -176,8 +176,6 @@ def _arguments(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
         )
     if spec.phase in ("speculate", "propose") and pair.lookup:
         own = (*own, TensorSpec("copied", (b, k), "int32"))
-    if spec.threshold:
-        own = (*own, TensorSpec("threshold", (b,), "float32"))
     if spec.phase == "verify":
         own = (*own, TensorSpec("drafts", (b, k), "int32"), *_shaping(spec, pair))
     if spec.sampling == "greedy":
@@ -212,9 +210,7 @@ def _outputs(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
         return (TensorSpec("drafts", (b, spec.draft_tokens), "int32"),)
     if spec.phase in ("speculate", "verify"):
         emitted = (TensorSpec("tokens", (b, spec.draft_tokens + 1), "int32"), TensorSpec("count", (b,), "int32"))
-        if spec.phase == "verify":
-            return (*emitted, *_log_probs(spec, pair))
-        return (*emitted, TensorSpec("verified", (b,), "int32")) if spec.threshold else emitted
+        return emitted if spec.phase == "speculate" else (*emitted, *_log_probs(spec, pair))
     return (TensorSpec("token", (b,), "int32"),)
 
 

@@ -30,8 +30,7 @@ class GraphSpec:
     `batch` rows, `tokens` query length T (prefill bucket; 1 for decode; K+1 for speculate and verify), `kv` attended
     cache length S (T for prefill of empty rows, which reads no cache), `draft_tokens` K (speculate, propose, verify;
     else 0), `model` the model or models that it runs (`score` runs one of the two, `propose` the draft), `logprobs`
-    most probable tokens that a verify graph reports at each position. With a `threshold`, a speculate graph verifies
-    only drafts whose chance, by the draft's probabilities, reaches the one that a row gives.
+    most probable tokens that a verify graph reports at each position.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -44,7 +43,6 @@ class GraphSpec:
     sampling: Sampling = "greedy"
     model: Scope = "pair"
     logprobs: int = 0
-    threshold: bool = False
 
     @property
     def name(self) -> str:

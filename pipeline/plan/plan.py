@@ -139,11 +139,7 @@ def _graphs(recipe: Recipe) -> list[GraphSpec]:
     steps = [(b, s, how) for b in shapes.batch for s in shapes.kv for how in fused]
     scored: tuple[Scope, Scope] = ("target", "draft")
     return [
-        *(
-            GraphSpec("speculate", b, k + 1, s, k, how, threshold=_leaves_drafts_out(recipe))
-            for k in speculation.draft_tokens
-            for b, s, how in steps
-        ),
+        *(GraphSpec("speculate", b, k + 1, s, k, how) for k in speculation.draft_tokens for b, s, how in steps),
         *_prefill_graphs(recipe),
         *(GraphSpec("decode", b, 1, s, 0, how) for b, s, how in steps),
         *(
@@ -153,15 +149,6 @@ def _graphs(recipe: Recipe) -> list[GraphSpec]:
         ),
         *(_shaped_graphs(recipe) if "shaped" in speculation.sampling else ()),
     ]
-
-
-def _leaves_drafts_out(recipe: Recipe) -> bool:
-    """Return whether steps verify only drafts that are likely enough.
-
-    That needs costs to compare with, and a backend that saves the time of the others. Drafts for which a recipe may
-    have costs are replicated, so that each rank knows their probabilities.
-    """
-    return recipe.speculation.step_costs is not None and recipe.backend.skips_tokens
 
 
 def _prefill_graphs(recipe: Recipe) -> Iterator[GraphSpec]:

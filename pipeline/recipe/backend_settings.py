@@ -55,11 +55,6 @@ class InductorSettings(Record):
         return self.device == "cpu"
 
     @property
-    def skips_tokens(self) -> bool:
-        """True where products take no time for tokens that a pass does not need."""
-        return self.device == "cpu"
-
-    @property
     def has_narrow_weights(self) -> bool:
         """True where the backend has kernels for int8 and 4-bit weights."""
         return self.device == "cpu"
@@ -81,7 +76,6 @@ class NeuronSettings(Record):
 
     packing: ClassVar[Packing] = "in-out"
     skips_unseen_keys: ClassVar[bool] = False
-    skips_tokens: ClassVar[bool] = False
     has_narrow_weights: ClassVar[bool] = False
     needs_candidates: ClassVar[bool] = True
 

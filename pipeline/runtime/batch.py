@@ -124,9 +124,8 @@ class Batch:
         if costs is None:
             return None
         by_batch = costs if isinstance(costs, dict) else dict.fromkeys(batches, costs)
-        threshold, steps = any(graph.threshold for graph in self.graphs), self.manifest.draft_tokens
         return DraftLengthPolicies(
-            {b: DraftLengthPolicy(dict(zip(steps, by_batch[b], strict=True)), threshold) for b in batches}
+            {b: DraftLengthPolicy(dict(zip(self.manifest.draft_tokens, by_batch[b], strict=True))) for b in batches}
         )
 
     def warm(self) -> int:
@@ -234,21 +233,20 @@ class Batch:
         """Return each row's acceptance for the kind of drafts in its next step: copied tokens, or the draft's own."""
         return {slot: row.copied if self._copies(row, 1) else row.drafted for slot, row in rows.items()}
 
-    def speculate(self, rows: Rows, steps: int, threshold: float = 0.0) -> dict[int, list[int]]:
-        """Draft `steps` tokens, verify those whose chance reaches the threshold; return 1 to K+1 tokens per row."""
+    def speculate(self, rows: Rows, steps: int) -> dict[int, list[int]]:
+        """Draft `steps` tokens and verify them; return 1 to K+1 tokens per row."""
         self._catch_up(rows)
         spec = self._graph("speculate", rows, _deepest(rows) + steps + 1, steps)
         copies = {slot: self._copies(row, steps) for slot, row in rows.items()}
-        out = self.ranks.run(spec, step_arguments(spec, _step_rows(rows, copies, threshold)))
+        out = self.ranks.run(spec, step_arguments(spec, _step_rows(rows, copies)))
         self.stats["speculative_steps"] += 1
         self.stats["copies"] += sum(map(bool, copies.values()))
         tokens, counts = out["tokens"].tolist(), out["count"].tolist()
-        verified = out["verified"].tolist() if spec.threshold else [steps] * spec.batch
         emitted = {slot: tokens[slot][: counts[slot]] for slot in rows}
         for slot, row in rows.items():
             row.wrote(row.position + spec.tokens)
             row.has_copied, row.proposed = bool(copies[slot]), []
-            (row.copied if row.has_copied else row.drafted).record_step(len(emitted[slot]) - 1, verified[slot])
+            (row.copied if row.has_copied else row.drafted).record_step(len(emitted[slot]) - 1, steps)
             # After a fully accepted step, the draft's cache lacks the last proposed token until its next pass.
             row.in_draft = row.position + len(emitted[slot]) - (len(emitted[slot]) > steps)
         return emitted
@@ -328,13 +326,11 @@ def _how(rows: Rows) -> str:
     return "stochastic" if any(row.choice.temperature > 0 for row in rows.values()) else "greedy"
 
 
-def _step_rows(
-    rows: Rows, copies: Mapping[int, Sequence[int]] | None = None, threshold: float = 0.0
-) -> dict[int, StepRow]:
+def _step_rows(rows: Rows, copies: Mapping[int, Sequence[int]] | None = None) -> dict[int, StepRow]:
     """Return the arguments of rows in a step; `copies` are tokens that prompt lookup proposes."""
     copied = copies or {}
     return {
-        slot: StepRow(row.tokens[-1], row.position, Draw(row.choice, row.seed), copied.get(slot, ()), threshold)
+        slot: StepRow(row.tokens[-1], row.position, Draw(row.choice, row.seed), copied.get(slot, ()))
         for slot, row in rows.items()
     }
 

@@ -279,13 +279,13 @@ class Engine:
         rows = self._running(call)
         if not rows:
             return []
-        steps, threshold = call.settings.draft_tokens, 0.0
+        steps = call.settings.draft_tokens
         if call.settings.draft_length_policy is not None:
-            steps, threshold = call.settings.draft_length_policy.choose(self.batch.acceptance(rows))
+            steps = call.settings.draft_length_policy.choose(self.batch.acceptance(rows)) or None
         if call.settings.rules.asked:
             tokens = self._verify(rows, steps or 0)
         else:
-            tokens = self.batch.speculate(rows, steps, threshold) if steps else self.batch.decode(rows)
+            tokens = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
         for slot, row in rows.items():
             if steps:
                 row.emitted.append(len(tokens[slot]))

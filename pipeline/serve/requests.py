@@ -89,7 +89,6 @@ class RequestSlots:
         self._rows: dict[str, ServedRequest] = {}
         self.planned = 0
         """K of the next step; 0 for a decode step."""
-        self._threshold = 0.0
 
     def drop(self, names: Iterable[str]) -> None:
         """Free the slots of finished or cancelled requests; ignore unknown names."""
@@ -201,7 +200,7 @@ class RequestSlots:
     def _advance(self, running: Mapping[str, int]) -> dict[str, list[int]]:
         rows = self._rows_of(running)
         steps = self.planned if any(running.values()) else 0
-        emitted = self.batch.speculate(rows, steps, self._threshold) if steps else self.batch.decode(rows)
+        emitted = self.batch.speculate(rows, steps) if steps else self.batch.decode(rows)
         return {name: emitted[self._slots[name]][: drafts + 1] for name, drafts in running.items()}
 
     def _plan_next(self, names: Iterable[str]) -> None:
@@ -220,5 +219,5 @@ class RequestSlots:
             return 0
         steps = self.batch.manifest.draft_tokens[0]
         if self._draft_length_policy is not None:
-            steps, self._threshold = self._draft_length_policy.choose(self.batch.acceptance(rows))
+            steps = self._draft_length_policy.choose(self.batch.acceptance(rows))
         return steps if steps and self.batch.has_room(rows, steps) else 0

@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, K draft tokens, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,7 +22,6 @@ from pipeline.models.parallel import Pass, Writes, attend_up_to, plan_writes
 from pipeline.models.weights import MASK_HIDDEN
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
-from pipeline.speculation.proposals import Chain, Proposal, proposed, together
 
 TAIL = "tail"
 """State of a draft model, int32 [rows]: the token before a row's last one.
@@ -61,8 +60,8 @@ class Drafter(Protocol):
         """Update the draft's state after the target has read each row's last token."""
         ...
 
-    def propose(self, rows: Rows, steps: int, choose: Choose) -> Proposal:
-        """Draft `steps` tokens. When sampling, with the noise of their positions."""
+    def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
+        """Draft `steps` tokens: int64 [B, K] in the target's ids. When sampling, with the noise of their positions."""
         ...
 
     def before_verify(self, rows: Rows) -> None:
@@ -94,18 +93,19 @@ class DraftModel:
         """Update the tail only: the runtime fills the draft's cache through `score` before it speculates again."""
         put(self.model, TAIL, rows.index, rows.last_B.int(), rows.alive_B)
 
-    def propose(self, rows: Rows, steps: int, choose: Choose) -> Proposal:
+    def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
         """Run one pass per token; the first pass reads two tokens."""
         tail_B = self.model.state[TAIL][: rows.last_B.shape[0]]
         tokens_BT = torch.stack((tail_B, rows.last_B), dim=1).long()
         positions_BT = (rows.position_B[:, None] + index_range(2, rows.last_B) - 1).clamp(0, rows.kv)
-        chain = Chain(rows, choose)
+        drafts: list[Tensor] = []
         for step in range(steps):
-            hidden = self.model.hidden(tokens_BT, positions_BT, chain.alive_B, rows.kv).last_BTH[:, -1:]
+            hidden = self.model.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv).last_BTH[:, -1:]
             positions_BT = positions_BT[:, -1:] + 1
-            inputs = (self.model, hidden, positions_BT, choose.at(step), chain.alive_B)
-            tokens_BT = chain.add(self.model.seams.once(proposed, *inputs))
-        return chain.proposal()
+            inputs = (self.model, hidden, positions_BT, choose.at(step), rows.alive_B)
+            tokens_BT = self.model.seams.once(_proposed, *inputs)
+            drafts.append(tokens_BT)
+        return torch.cat(drafts, dim=1)
 
     def before_verify(self, rows: Rows) -> None:
         """No-op: as after a decode step, the runtime fills the draft's cache through `score`."""
@@ -145,18 +145,19 @@ class Eagle3:
         self.before_verify(rows)
         put(self.model, FEATURE, rows.index, self._features(states, rows.alive_B[:, None])[:, 0], rows.alive_B[:, None])
 
-    def propose(self, rows: Rows, steps: int, choose: Choose) -> Proposal:
+    def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
         """Run one pass per token; after the first, the head's own output replaces the target's features."""
         tokens_B1, features_B1H = rows.last_B[:, None].long(), self._feature(rows)
         positions_B1 = rows.position_B[:, None].long() - 1
-        chain = Chain(rows, choose)
+        drafts: list[Tensor] = []
         for step in range(steps):
-            once, live = self.model.seams.once, replace(rows, alive_B=chain.alive_B)
-            hidden, features_B1H = once(_run_head, self, live, tokens_B1, features_B1H, positions_B1)
-            inputs = (self.model, hidden, positions_B1 + 2, choose.at(step), chain.alive_B)
-            tokens_B1 = chain.add(once(proposed, *inputs))
+            once = self.model.seams.once
+            hidden, features_B1H = once(_run_head, self, rows, tokens_B1, features_B1H, positions_B1)
+            inputs = (self.model, hidden, positions_B1 + 2, choose.at(step), rows.alive_B)
+            tokens_B1 = once(_proposed, *inputs)
+            drafts.append(tokens_B1)
             positions_B1 = positions_B1 + 1
-        return chain.proposal()
+        return torch.cat(drafts, dim=1)
 
     def before_verify(self, rows: Rows) -> None:
         """Write keys and values of the previous position, whose next token is known now."""
@@ -215,7 +216,7 @@ class PEagle(Eagle3):
     Beside the last token it reads masked positions, whose keys and values are replaced after verification.
     """
 
-    def propose(self, rows: Rows, steps: int, choose: Choose) -> Proposal:
+    def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
         """Run one pass over the last token with its features and K - 1 masked positions after it."""
         model, head = self.model, self.model.config.eagle3
         assert head is not None
@@ -228,7 +229,7 @@ class PEagle(Eagle3):
             features_BKH = torch.cat((features_BKH, masked_BKH), dim=1)
         positions_BK = rows.position_B[:, None].long() - 1 + index_range(steps, rows.last_B)
         hidden_BKH, _ = _run_head(self, rows, tokens_BK, features_BKH, positions_BK)
-        return together(model, hidden_BKH, positions_BK + 2, choose, rows)
+        return _proposed(model, hidden_BKH, positions_BK + 2, choose, rows.alive_B)
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ class DFlash:
         positions_B1 = rows.position_B[:, None]
         self._write(states, positions_B1, row_writes(self.model, rows, positions_B1))
 
-    def propose(self, rows: Rows, steps: int, choose: Choose) -> Proposal:
+    def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
         """Run one pass over the block; a mask's output predicts the token at its own position."""
         model, head = self.model, self.model.config.eagle3
         assert head is not None
@@ -263,7 +264,7 @@ class DFlash:
         run = Pass(positions_BT, model.state, row_writes(model, rows, positions_BT), attend, live_BT)
         inputs = (model.readable(tokens_BT), run, seen_BT[:, -1:].expand_as(seen_BT))
         hidden_BTH = dflash_layers.block_states(model.config, model.weights, model.seams, *inputs)
-        return together(model, hidden_BTH[:, 1:], positions_BT[:, 1:], choose, rows)
+        return _proposed(model, hidden_BTH[:, 1:], positions_BT[:, 1:], choose, rows.alive_B)
 
     def before_verify(self, rows: Rows) -> None:
         """No-op: the caches hold all positions before the last token."""
@@ -343,6 +344,16 @@ DRAFTERS: dict[DraftMethod, Callable[[Model], Drafter]] = {
 def drafter_of(draft: Model) -> Drafter:
     """Return the drafter of a draft's kind."""
     return DRAFTERS[draft.config.draft_kind.method](draft)
+
+
+def _proposed(model: Model, hidden_BTH: Tensor, positions_BT: Tensor, choose: Choose, alive_B: Tensor) -> Tensor:
+    """Return the draft's tokens at positions, int64 [B, T]; a copied token where `choose` has it."""
+    model = model.of_live(alive_B[:, None].expand_as(positions_BT))
+    tokens_BT = model.next(hidden_BTH, positions_BT, choose)
+    if choose.copied is None:
+        return tokens_BT
+    copied_BT = choose.copied.long()
+    return torch.where(copied_BT >= 0, copied_BT, tokens_BT)
 
 
 def score(model: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> tuple[Tensor, Hidden]:

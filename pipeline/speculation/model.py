@@ -24,8 +24,6 @@ class Choose:
 
     `copied` int32 [B, K] are tokens to propose instead of the draft's own, -1 for none. `shaping` is what the rows ask
     of the target's scores, whose `logprobs` most probable tokens are reported.
-
-    `threshold_B` float32 [B] is the chance that a draft must have, with those before it, to be verified; None: any.
     """
 
     sampling: Sampling | None = None
@@ -33,7 +31,6 @@ class Choose:
     copied: Tensor | None = None
     shaping: Shaping | None = None
     logprobs: int = 0
-    threshold_B: Tensor | None = None
 
     def at(self, step: int) -> Choose:
         """Return the choice of one draft step: its copied token, [B, 1]."""
@@ -131,20 +128,13 @@ class Model:
     taps: tuple[int, ...] = ()
     length: int | None = None
 
-    def hidden(
-        self, tokens_BT: Tensor, positions_BT: Tensor, active_B: Tensor, kv: int, live_BT: Tensor | None = None
-    ) -> Hidden:
-        """Run rows 0..B-1 over their caches; a query attends to keys at or before its own position.
-
-        Of active rows, all tokens are read, or those of `live_BT`, the first ones of each.
-        """
+    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, active_B: Tensor, kv: int) -> Hidden:
+        """Run rows 0..B-1 over their caches; a query attends to keys at or before its own position."""
         rows_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
-        active_BT, seen_BT = active_B[:, None].expand_as(tokens_BT), positions_BT
-        if live_BT is not None:  # other tokens see the first key, which takes the least time
-            active_BT, seen_BT = active_BT & live_BT, torch.where(live_BT, positions_BT, 0)
-        keep_BT = active_BT & (positions_BT < self.usable(kv))
+        live_BT = active_B[:, None].expand_as(tokens_BT)
+        keep_BT = live_BT & (positions_BT < self.usable(kv))
         writes = plan_writes(self.state, rows_B, positions_BT, keep_BT, length=self.length)
-        return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend_up_to(seen_BT, kv), active_BT))
+        return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend_up_to(positions_BT, kv), live_BT))
 
     def read(self, prompt: Prompt) -> Hidden:
         """Run prompts into their slots."""
@@ -188,18 +178,12 @@ class Model:
 
     def next(self, hidden_BTH: Tensor, positions_BT: Tensor, choose: Choose) -> Tensor:
         """Choose the tokens at `positions_BT`, int64 [B, T], as ids of the target."""
-        return self.chosen(self.scores(hidden_BTH, choose), positions_BT, choose)
-
-    def scores(self, hidden_BTH: Tensor, choose: Choose) -> Tensor:
-        """Return what tokens are chosen by, float32 [B, T, V]: of all ids if all are candidates, else this rank's."""
-        if choose.sampling is not None and choose.keep is None:
-            return self.all_logits(hidden_BTH)[..., : self.proposable]
-        return self.logits(hidden_BTH, self.proposable)
-
-    def chosen(self, logits_BTV: Tensor, positions_BT: Tensor, choose: Choose) -> Tensor:
-        """Choose by scores, as `next`."""
         if choose.sampling is None:
-            return self.to_target(greedy(logits_BTV, self.seams, self.weights.get(OFFSET)))
+            return self.greedy(hidden_BTH)
+        if choose.keep is None:
+            logits_BTV = self.all_logits(hidden_BTH)[..., : self.proposable]
+        else:
+            logits_BTV = self.logits(hidden_BTH, self.proposable)
         ids_V = torch.arange(self.proposable, dtype=torch.int32, device=logits_BTV.device)
         of = Vocabulary(choose.keep, self.seams, self.weights.get(OFFSET))
         return self.to_target(sample(logits_BTV, choose.sampling, positions_BT, self.to_target(ids_V).int(), of))

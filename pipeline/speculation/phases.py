@@ -17,7 +17,6 @@ from torch import Tensor
 from pipeline.speculation.acceptance import Emitted, accept
 from pipeline.speculation.drafters import Drafter, index_range, take
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
-from pipeline.speculation.proposals import Proposal
 from pipeline.speculation.shaping import LogProbs
 
 
@@ -44,23 +43,21 @@ def decode(target: Model, drafter: Drafter, rows: Rows, choose: Choose) -> Tenso
     return torch.where(rows.alive_B, token_B1[:, 0], -1).int()
 
 
-def speculate(target: Model, drafter: Drafter, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+def speculate(target: Model, drafter: Drafter, rows: Rows, steps: int, choose: Choose) -> tuple[Tensor, Tensor]:
     """Propose `steps` tokens with the draft, verify them in one pass of the target: 1 to K+1 tokens per row.
 
-    Returns tokens int32 [B, K+1] padded with -1, count int32 [B] (0 for inactive rows), and how many drafts were
-    verified, int32 [B]. Near the end of the cache fewer drafts are accepted, so that nothing is written past S.
+    Returns tokens int32 [B, K+1] padded with -1, and count int32 [B] (0 for inactive rows). Near the end of the cache
+    fewer drafts are accepted, so that nothing is written past S.
     """
     rows = target.within(rows)
-    proposal = drafter.propose(rows, steps, choose)
-    emitted, _ = _verified(target, drafter, rows, proposal, choose)
-    verified_BK = torch.ones_like(proposal.tokens_BK) if proposal.worth_BK is None else proposal.worth_BK.long()
-    return emitted.tokens.int(), emitted.count.int(), (verified_BK.sum(1) * rows.alive_B).int()
+    emitted, _ = _verified(target, drafter, rows, drafter.propose(rows, steps, choose), choose)
+    return emitted.tokens.int(), emitted.count.int()
 
 
 def propose(drafter: Drafter, rows: Rows, steps: int, choose: Choose) -> Tensor:
     """Propose `steps` tokens with the draft: int32 [B, K], -1 for inactive rows. Changes the draft's caches alone."""
     rows = drafter.model.within(rows)
-    return torch.where(rows.alive_B[:, None], drafter.propose(rows, steps, choose).tokens_BK, -1).int()
+    return torch.where(rows.alive_B[:, None], drafter.propose(rows, steps, choose), -1).int()
 
 
 def verify(
@@ -69,24 +66,19 @@ def verify(
     """Verify given drafts, int32 [B, K] with -1 for none: as `speculate`, and log probabilities at K+1 positions."""
     rows = target.within(rows)
     drafter.before_verify(rows)
-    emitted, logprobs = _verified(target, drafter, rows, Proposal(drafts_BK), choose)
+    emitted, logprobs = _verified(target, drafter, rows, drafts_BK, choose)
     assert logprobs is not None
     return emitted.tokens.int(), emitted.count.int(), logprobs
 
 
 def _verified(
-    target: Model, drafter: Drafter, rows: Rows, proposal: Proposal, choose: Choose
+    target: Model, drafter: Drafter, rows: Rows, drafts_BK: Tensor, choose: Choose
 ) -> tuple[Emitted, LogProbs | None]:
-    drafts_BK, live_BT = proposal.tokens_BK, None
-    if proposal.worth_BK is not None:
-        drafts_BK = torch.where(proposal.worth_BK, drafts_BK, -1)
-        live_BT = torch.cat((rows.alive_B[:, None], proposal.worth_BK), dim=1)
     tokens_BT = torch.cat((rows.last_B[:, None].long(), drafts_BK.int().clamp(min=0).long()), dim=1)
     positions_BT = rows.position_B[:, None] + index_range(tokens_BT.shape[1], rows.last_B)
-    states = target.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv, live_BT)
+    states = target.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv)
     room_B = target.usable(rows.kv) - 1 - rows.position_B
-    alive_BT = rows.alive_B[:, None].expand_as(positions_BT)
-    logprobs, target = None, target.of_live(alive_BT if live_BT is None else live_BT)
+    logprobs, target = None, target.of_live(rows.alive_B[:, None].expand_as(positions_BT))
     if choose.shaping is None:
         chosen_BT = target.next(states.last_BTH, positions_BT + 1, choose)
     else:

@@ -21,7 +21,6 @@ from pipeline.plan.estimates import GIB, layer_passes
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.recipe import Recipe, find, load
 from pipeline.recipe.backend_settings import InductorSettings
-from pipeline.recipe.schema import Parallel
 from support.paths import ROOT
 
 SMALL = ModelConfig(
@@ -94,25 +93,6 @@ def test_make_plan_lists_every_graph_once(tmp_path: Path) -> None:
 def test_make_plan_greedy_only_prefills_greedily(tmp_path: Path) -> None:
     plan = make_plan(recipe_of(tmp_path, sampling="[greedy]"), SMALL, SMALL)
     assert {graph.sampling for graph in plan.graphs} == {"greedy"}
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "left_out"),
-    [
-        ("smollm2-135m-spec", {}, True),
-        ("smollm2-135m-spec", {"backend": InductorSettings(name="inductor", device="cuda")}, False),
-        ("smollm2-135m-spec", {"parallel": Parallel(tensor=3)}, True),
-        ("smollm2-135m-draft-model", {}, False),
-        ("llama-8b-spec", {}, False),
-    ],
-)
-def test_drafts_are_left_out_where_that_saves_time(name: str, changes: dict[str, object], left_out: bool) -> None:
-    """Steps of a CPU with known costs take a threshold; no other graph does."""
-    plan = shipped(name)
-    recipe = plan.recipe.model_copy(update=changes)
-    graphs = make_plan(recipe, plan.pair.target, plan.pair.draft).graphs
-    assert {graph.threshold for graph in graphs if graph.phase == "speculate"} == {left_out}
-    assert not any(graph.threshold for graph in graphs if graph.phase != "speculate")
 
 
 def test_llama_70b_memory_is_what_arithmetic_gives() -> None:

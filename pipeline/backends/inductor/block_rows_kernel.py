@@ -1,7 +1,6 @@
 """C++ of the loops of `block_linear_kernel` over blocks and rows. Imported only to compile.
 
-Rows that are not live are skipped when a graph runs: padding of a prompt, slots without a request, drafts that are not
-worth a check. The time of many rows is in proportion to them, and a graph's shapes need not say how many there are.
+Rows that are not live are skipped when a graph runs: padding of a prompt, slots without a request. The time of many rows is in proportion to them, and a graph's shapes need not say how many there are.
 """
 
 ROWS = r"""
@@ -14,8 +13,8 @@ struct Rows {
     const int64_t* places = nullptr;
 };
 
-// The live rows of x, gathered, with room after them for a tile's other rows. Results of rows that are not live are
-// zeros. Memory is kept: to map new pages for each of a step's products takes longer than the copies.
+// The live rows of x, gathered, with room after them for a tile's other rows; results of others are zeros.
+// Memory is kept: to map new pages for each of a step's products takes longer than the copies.
 struct LiveRows {
     int64_t places[M], count = 0;
     const Input* x;

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 
 import torch
 
@@ -49,13 +48,11 @@ def drive(
     `known` are the rows of decode steps: where the graph verifies copied tokens, some of these are right to the end.
     """
     rows = [Row(list(row.tokens), len(row.tokens)) for row in starts]
-    thresholds = cycle((0.0, 0.5))
     usable = min(spec.kv, engine.length)
     rewind(engine, plain, rows)
     while any(active := [len(row.tokens) - 1 < usable for row in rows]):
         copies = [copies_of(row.tokens, spec.draft_tokens, *known[slot : slot + 1]) for slot, row in enumerate(rows)]
-        found = step(engine, spec, rows, active, copies=copies, threshold=next(thresholds))
-        for row, new in zip(rows, found, strict=True):
+        for row, new in zip(rows, step(engine, spec, rows, active, copies=copies), strict=True):
             row.tokens.extend(new)
     return rows
 
@@ -78,12 +75,11 @@ def random_draws(choices: Sequence[Choice], generator: torch.Generator) -> list[
 
 def step(
     engine: Engine, spec: GraphSpec, rows: Sequence[Row], active: Sequence[bool], draws: Sequence[Draw] = (),
-    copies: Sequence[list[int]] = (), threshold: float = 0.0,
+    copies: Sequence[list[int]] = (),
 ) -> list[list[int]]:  # fmt: skip
     """Run a decode or speculate graph once; new tokens of each row, none for those that are not active.
 
     `draws` are how each row samples; greedy without them. `copies` are proposed in place of the draft's tokens.
-    Drafts below the `threshold` are left out.
     """
     greedy = Draw(GREEDY, UNUSED)
     given = {
@@ -92,7 +88,6 @@ def step(
             len(row.tokens) - 1,
             draws[slot] if draws else greedy,
             copies[slot] if copies else copies_of(row.tokens, spec.draft_tokens),
-            threshold,
         )
         for slot, (row, on) in enumerate(zip(rows, active, strict=True))
         if on
