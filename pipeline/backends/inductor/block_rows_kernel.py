@@ -1,6 +1,7 @@
 """C++ of the loops of `block_linear_kernel` over blocks and rows. Imported only to compile.
 
-Rows that are not live are skipped when a graph runs: padding of a prompt, slots without a request. The time of many rows is in proportion to them, and a graph's shapes need not say how many there are.
+Rows that are not live are skipped when a graph runs: padding of a prompt, slots without a request. The time of many
+rows is in proportion to them, and a graph's shapes need not say how many there are.
 """
 
 ROWS = r"""
