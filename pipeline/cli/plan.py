@@ -22,7 +22,7 @@ from pipeline.cli.tables import Table
 from pipeline.cli.words import counted, size
 from pipeline.errors import InputError
 from pipeline.models.config import ModelConfig
-from pipeline.plan.estimates import Work, pace_of
+from pipeline.plan.estimates import Work, pace_of, saved_by_rings
 from pipeline.plan.forecast import Cluster, Forecast, GraphForecast, cluster, forecast
 from pipeline.plan.history import History
 from pipeline.plan.lock import lock_path, pair_configs, read
@@ -119,6 +119,10 @@ def _show_plan(planned: Plan, base: Path, options: PlanOptions) -> None:
     print_line("")
     memory_rows = [(name.replace("_", " "), size(size_bytes)) for name, size_bytes in _rank_memory(planned).items()]
     print_table(Table(("memory of a rank", "size"), memory_rows, right=("size",)))
+    for ring in planned.pair.rings:
+        print_line(f"caches of layers with a window of {ring.window}: {ring.slots} of {planned.pair.length} positions")
+    if planned.pair.rings:
+        print_line(f"whole caches need {size(saved_by_rings(planned.pair))} more")
     print_line("")
     print_table(_stages(planned, expected, workers))
     if options.simulate:
@@ -136,6 +140,8 @@ def _data(planned: Plan, expected: Forecast, workers: int) -> dict[str, Any]:
     return {
         "graphs": [spec.name for spec in planned.graphs],
         "memory_bytes_per_rank": _rank_memory(planned),
+        "rings": [asdict(ring) for ring in planned.pair.rings],
+        "saved_by_rings_bytes_per_rank": saved_by_rings(planned.pair),
         "build": {
             "workers": workers,
             "recorded_builds": expected.builds,

@@ -14,7 +14,7 @@ from pipeline.errors import no_string
 from pipeline.graphs.dtypes import DTYPES
 from pipeline.graphs.packing import BlockPacking, Packing
 from pipeline.graphs.signature import stored_weights
-from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
+from pipeline.graphs.spec import ROLES, GraphSpec, ModelsSpec, PairSpec, Role
 from pipeline.models.blocks import query_blocks
 from pipeline.models.config import Experts, Layer, ModelConfig
 from pipeline.models.draft_kind import DFLASH, P_EAGLE
@@ -212,6 +212,12 @@ def layer_passes(pair: PairSpec, spec: GraphSpec) -> int:
     writing = {"speculate": 1, "verify": 2, "decode": 1}.get(spec.phase, 0) if kind == P_EAGLE else 0
     passes = {"speculate": proposing, "prefill": 1}.get(spec.phase, 0) + writing
     return pair.target.layers + passes * pair.draft.layers
+
+
+def saved_by_rings(pair: PairSpec) -> int:
+    """Return the bytes by which whole caches of all layers would be larger on one rank."""
+    whole = replace(pair, rings=())
+    return sum(_cache_bytes(whole, role) - _cache_bytes(pair, role) for role in ROLES)
 
 
 def _cache_bytes(pair: PairSpec, role: Role) -> int:
