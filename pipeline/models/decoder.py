@@ -102,6 +102,8 @@ def pass_of(config: ModelConfig, kind: int, run: Pass, kv_heads: int) -> Pass:
     assert run.attend is not None
     ring = run.ring(config.first(kind))
     attend = attend_of(config, config.kinds[kind], run.attend, ring)
+    if not run.state:  # nothing is cached
+        return replace(run, attend=attend)
     writes = run.writes if ring is None else run.writes.around(ring)
     return replace(run, attend=attend, writes=writes.of_heads(kv_heads))
 

@@ -146,16 +146,14 @@ class Attend:
 
     def within(self, window: int | None, ring: int | None = None) -> Attend:
         """Return the same for the last `window` keys of each query, in a cache that is a ring of so many slots."""
-        if ring is not None and self.kv > ring:
-            found = replace(self, window=window, ring=ring)
-            return replace(found, bias_BTS=torch.where(found.seen(ring), 0.0, -math.inf))
-        keys = self.bias_BTS.shape[-1]
-        if window is None or window >= keys:
+        ring = ring if ring is not None and self.kv > ring else None
+        keys = ring or self.bias_BTS.shape[-1]
+        if window is None or (ring is None and window >= keys):
             return self
-        keys_S = torch.arange(keys, device=self.bias_BTS.device)
-        last_BT = self.last_BT.clamp(max=keys - 1)  # padding beyond the keys sees some too, or its values were NaN
-        bias_BTS = torch.where(keys_S > last_BT[..., None] - window, self.bias_BTS, -math.inf)
-        return replace(self, window=window, bias_BTS=bias_BTS)
+        # Tokens that nobody reads see the first key, far before the windows of their row, whose kernel would read all.
+        last_BT = torch.maximum(self.last_BT, self.last_BT[:, :1])
+        found = replace(self, last_BT=last_BT, window=window, ring=ring)
+        return replace(found, bias_BTS=torch.where(found.seen(keys), 0.0, -math.inf))
 
 
 def attend_up_to(last_BT: Tensor, kv: int = 0, rows_B: Tensor | None = None) -> Attend:

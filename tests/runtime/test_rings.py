@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from pipeline.graphs.arguments import Choice, StepRow, step_arguments
-from pipeline.graphs.spec import GraphSpec, PairSpec, Ring
+from pipeline.graphs.spec import PairSpec, Ring
 from pipeline.plan import plan as planning
+from pipeline.plan.rings import rings_of
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.batch import Row
 from pipeline.runtime.engine import Engine
@@ -28,6 +30,9 @@ KV, CHUNK, STEPS = 200, 24, 4
 SAMPLED = {"temperature": 1.1, "top_k": 20, "seed": 5}
 PAIRS = {name: families.FAMILIES[name] for name in ("gemma3", "gpt-oss", "olmo3")}
 PAIRS["mistral"] = families.Family("Mistral", {"sliding_window": 7}, "json-config")  # no layer has a whole cache
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt-oss", "olmo3")]
+EVERY = ["mistral", *SLOW]
 
 EngineOf = Callable[..., Engine]
 
@@ -77,7 +82,7 @@ def lengths(engine: Engine) -> set[int]:
 
 
 @pytest.mark.parametrize("how", [{}, {"speculate": False}, SAMPLED], ids=["speculation", "decode", "sampled"])
-@pytest.mark.parametrize("family", PAIRS)
+@pytest.mark.parametrize("family", EVERY)
 def test_answers_and_drafts_are_those_of_whole_caches(engine_of, family, how):
     """Prompts of one chunk and of many, up to the end of the caches; rows are used again by shorter requests."""
     prompts = [tokens_of(length, length) for length in (3, 120, 8, 24, 25, 61, 190, 40, 7, 150)]
@@ -99,7 +104,7 @@ def test_graphs_for_empty_rows_fill_rings_too(engine_of, family):
     assert [answer.emitted_per_step for answer in answers] == [answer.emitted_per_step for answer in expected]
 
 
-@pytest.mark.parametrize("family", PAIRS)
+@pytest.mark.parametrize("family", EVERY)
 def test_every_rejected_draft_leaves_the_keys_that_are_still_seen(engine_of, family):
     """Steps that accept 0, 1, .. K of K drafts in turn, at every slot of the rings: what decode steps give."""
     engine, prompt = engine_of(family, prefill=(STEPS + 1,)), tokens_of(20, 1)
@@ -148,7 +153,13 @@ def test_a_draft_that_fell_behind_catches_up(engine_of, family):
     assert found[0][1] >= 8
 
 
-@pytest.mark.parametrize(("family", "more"), [("gemma3", {}), ("gpt-oss", {"weights": "int8"}), ("mistral", {})])
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("mistral", {}),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gemma3", {}), ("gpt-oss", {"weights": "int8"}))),
+    ],
+)
 def test_two_ranks_give_the_tokens_of_one(engine_of, family, more):
     prompts = [tokens_of(length, length) for length in (3, 70, 25)]
     one, two = (engine_of(family, ranks=SplitRanks, tensor=tensor, **more) for tensor in (1, 2))
@@ -177,7 +188,7 @@ def chats(engine: Engine, how: dict) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("how", [{}, SAMPLED, {"speculate": False}], ids=["speculation", "sampled", "decode"])
-@pytest.mark.parametrize("family", ["gemma3", "gpt-oss", "mistral"])
+@pytest.mark.parametrize("family", ["mistral", *SLOW[:2]])
 def test_prefixes_are_shared_as_far_as_rings_hold_them(engine_of, family, how):
     shared, all_shared = engine_of(family, share=True), engine_of(family, whole, share=True)
     expected = chats(engine_of(family, whole), how)
@@ -261,8 +272,6 @@ def test_a_ring_is_not_longer_than_the_whole_cache(engine_of):
 
 
 def planning_rings(models, graphs) -> tuple[Ring, ...]:
-    from pipeline.plan.rings import rings_of
-
     return rings_of(models, graphs)
 
 
@@ -289,12 +298,9 @@ def test_the_memory_of_the_plan_is_that_of_the_caches(engine_of, family, monkeyp
 
 def test_a_pair_of_an_earlier_artifact_has_whole_caches(engine_of):
     """Whose manifest has no rings."""
-    from pydantic import TypeAdapter
-
     adapter, pair = TypeAdapter(PairSpec), engine_of("gemma3").manifest.pair
     data = adapter.dump_python(pair, mode="json")
     assert adapter.validate_python(data) == pair
     del data["rings"]
     earlier = adapter.validate_python(data)
     assert {earlier.cache_length("target", layer) for layer in range(3)} == {KV}
-    assert isinstance(GraphSpec("decode", 1, 1, KV), GraphSpec)
