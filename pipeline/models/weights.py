@@ -98,11 +98,11 @@ INT4_GROUP = 32
 
 
 def takes_four_bits(name: str) -> bool:
-    """Return whether `weights: int4` stores a weight in 4 bits: the projections of layers and of a head's features.
+    """Return whether `weights: int4` stores a weight in 4 bits: projections of layers, experts, a head's features.
 
-    Embeddings, LM heads, routers and experts are int8: llama.cpp too keeps 6 or 8 bits where rounding changes choices.
+    Embeddings, LM heads and routers are int8: llama.cpp too keeps 6 or more bits where rounding changes choices.
     """
-    return name == FC or (name.endswith("_proj.weight") and ".experts." not in name)
+    return name == FC or name.endswith("_proj.weight")
 
 
 def up_to(value: int, multiple: int) -> int:

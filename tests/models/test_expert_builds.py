@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 
@@ -52,6 +53,20 @@ def test_a_build_in_bfloat16_passes_all_gates(family: str, tmp_path: Path) -> No
     assert target["experts"]["near_ties"] > 0, "no near-tie: nothing is tested"
     assert f"{target['experts']['tokens']} of {target['tokens']}" in log
     assert target["error_over_noise"] < 1.5
+
+
+def test_a_build_with_experts_of_4_bits_passes_all_gates(tmp_path: Path) -> None:
+    """References round each expert as it is stored."""
+    spec = families.FAMILIES["qwen3-moe"]
+    wide = {"moe_intermediate_size": 64, "intermediate_size": 128}
+    draft = families.write_pair(replace(spec, changes=spec.changes | wide), tmp_path)
+    target = {"source": "./target", "dtype": "bfloat16", "weights": "int4"}
+    _, report = build(recipe_of("qwen3-moe", draft, target=target), tmp_path)
+    assert report["passed"]
+    with safe_open(tmp_path / "out" / "weights" / "target" / "rank-0-of-1.safetensors", "pt") as shard:
+        name = "model.layers.0.mlp.experts.down_proj.weight"
+        assert shard.get_tensor(name).dtype == torch.uint8
+        assert shard.get_slice(name).get_shape() == [6, 2, 2, 32, 18]
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])

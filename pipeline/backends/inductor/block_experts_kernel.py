@@ -16,8 +16,9 @@ import torch._inductor.lowering as lowering  # before what follows: inductor's m
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
+from pipeline.backends.inductor import block_int4_kernel as int4
 from pipeline.backends.inductor.block_linear_kernel import SHAPES, VECTORS
-from pipeline.backends.inductor.vectors import ROW_SUMS, WIDENED, filled
+from pipeline.backends.inductor.vectors import NATIVE_BFLOAT16, ROW_SUMS, WIDENED, filled
 
 EXPERTS = r"""
 constexpr int64_t E = EXPERT_COUNT, SHARE = ROWS_PER_INPUT, EXPERT_SIZE = BLOCKS * BLOCK_SIZE;
@@ -79,31 +80,32 @@ struct Sorted {
 };
 
 // Up to `ROWS` rows times one block, written to the rows' own places.
-template <int64_t ROWS>
+template <typename Way, int64_t ROWS>
 inline void some_rows(
-    int64_t rows, const float* x, const Weight* const* weights, int64_t at, const Biases* biases, const int64_t* order,
-    Output* y
+    int64_t rows, const typename Way::Row* x, const Weight* const* weights, int64_t at, const Biases* biases,
+    const int64_t* order, Output* y
 ) {
     if (rows < ROWS) {
-        if constexpr (ROWS > 1) some_rows<ROWS - 1>(rows, x, weights, at, biases, order, y);
+        if constexpr (ROWS > 1) some_rows<Way, ROWS - 1>(rows, x, weights, at, biases, order, y);
         return;
     }
     alignas(64) float sums[ROWS * LANES];
-    ByVectors::template times<ROWS, LANES>(x, weights[0] + at, sums);
+    Way::template times<ROWS, LANES>(x, weights[0] + at, sums);
     if constexpr (GATED) {
         alignas(64) float up[ROWS * LANES];
-        ByVectors::template times<ROWS, LANES>(x, weights[1] + at, up);
+        Way::template times<ROWS, LANES>(x, weights[1] + at, up);
         for (int64_t r = 0; r < ROWS; ++r) inner(sums + r * LANES, up + r * LANES, biases, y + order[r] * N);
     } else {
         for (int64_t r = 0; r < ROWS; ++r) std::copy_n(sums + r * LANES, LANES, y + order[r] * N);
     }
 }
 
+template <typename Way>
 inline void by_experts(
     const Input* x, const int32_t* expert_of, const Weight* const* weights, const Input* const* biases, Output* y
 ) {
     const auto sorted = std::make_unique<Sorted>(expert_of);
-    std::vector<float> rows(M * I);
+    std::vector<typename Way::Row> rows(M * I);
     for (int64_t r = 0; r < M; ++r) {
         if (expert_of[r] < 0) std::fill_n(y + r * N, N, Output(0));
     }
@@ -116,15 +118,20 @@ inline void by_experts(
         const int64_t e = sorted->used[item / BLOCKS], block = item % BLOCKS, at = e * EXPERT_SIZE + block * BLOCK_SIZE;
         std::optional<Biases> own;
         if constexpr (BIASES > 0) own.emplace(biases, e, block);
-        for (int64_t r = sorted->first[e]; r < sorted->first[e + 1]; r += ByVectors::TILE) {
-            const int64_t count = std::min(sorted->first[e + 1] - r, ByVectors::TILE);
-            some_rows<ByVectors::TILE>(
+        for (int64_t r = sorted->first[e]; r < sorted->first[e + 1]; r += Way::TILE) {
+            const int64_t count = std::min(sorted->first[e + 1] - r, Way::TILE);
+            some_rows<Way, Way::TILE>(
                 count, rows.data() + r * I, weights, at, own ? &*own : nullptr, sorted->order + r, y + block * LANES
             );
         }
     }
 }
 """
+
+IN_PAIRS = r"""#if defined(TANDEM_BF16)
+    if (has_pairs()) return by_experts<ByPairs>(X + X_OFFSET, CHOSEN + CHOSEN_OFFSET, weights, biases, Y);
+#endif"""
+"""bfloat16 rows and 4-bit weights: products of pairs, where the processor has them."""
 
 KERNEL = f"""
 HEADER
@@ -133,9 +140,11 @@ HEADER
 #include <memory>
 #include <optional>
 #include <vector>
+{NATIVE_BFLOAT16.includes}
 
 namespace NAME_parts {{
-{WIDENED}{SHAPES}{VECTORS}{EXPERTS}
+{WIDENED}{NATIVE_BFLOAT16.code}{SHAPES}VECTORS
+{EXPERTS}
 }}
 
 extern "C" SIGNATURE
@@ -143,7 +152,8 @@ extern "C" SIGNATURE
     using namespace NAME_parts;
     const Weight* const weights[] = {{WEIGHTS}};
     const Input* const biases[] = {{BIAS_POINTERS}};
-    by_experts(X + X_OFFSET, CHOSEN + CHOSEN_OFFSET, weights, biases, Y);
+    IN_PAIRS
+    by_experts<ByVectors>(X + X_OFFSET, CHOSEN + CHOSEN_OFFSET, weights, biases, Y);
 }}
 """
 
@@ -168,7 +178,11 @@ class BlockExpertsTemplate(CppTemplate):
             for name, nodes in (("W", weights), ("B", biases))
         )
         limit, alpha = self.bounds or (0.0, 0.0)
+        narrow = weights[0].get_dtype() == torch.uint8
+        in_pairs = narrow and x.get_dtype() == torch.bfloat16
         parts: dict[str, Any] = {
+            "IN_PAIRS": IN_PAIRS if in_pairs else "",
+            "VECTORS": (int4.VECTORS if narrow else VECTORS) + (int4.PAIRS if in_pairs else ""),
             "ROW_SUMS": ROW_SUMS,
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel({"X": x, "CHOSEN": chosen, **operands, **vectors}, {"Y": out}),

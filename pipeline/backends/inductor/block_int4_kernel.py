@@ -77,7 +77,7 @@ struct ByVectors {
 """
 )
 
-BY_PAIRS = r"""
+PAIRS = r"""
 #if defined(TANDEM_BF16)
 // The bfloat16 of codes 0 to 15, twice: an index of five bits may have any fifth.
 TANDEM_BF16 inline __m512i table() {
@@ -126,7 +126,13 @@ struct ByPairs {
         }
     }
 };
+#endif
+"""
 
+BY_PAIRS = (
+    PAIRS
+    + r"""
+#if defined(TANDEM_BF16)
 inline bool by_pairs(const Input* x, const Weight* const* weights, Output* y, const Rows& rows) {
     if (!has_pairs()) return false;
     all_blocks<ByPairs>(x, weights, y, rows);
@@ -136,3 +142,4 @@ inline bool by_pairs(const Input* x, const Weight* const* weights, Output* y, co
 inline bool by_pairs(const Input*, const Weight* const*, Output*, const Rows&) { return false; }
 #endif
 """
+)

@@ -17,7 +17,7 @@ from pipeline.backends.inductor.sample_all import sample_all
 from pipeline.backends.inductor.subgraphs import SubgraphTracer
 from pipeline.graphs.packing import SCALE_BYTES
 from pipeline.models.parallel import SWIGLU, Args, Attend, Chosen, Gating, R, Seams
-from pipeline.models.weights import BLOCK
+from pipeline.models.weights import BLOCK, INT4_GROUP
 
 
 class BlockedSeams(Seams):
@@ -103,6 +103,8 @@ class BlockedSeams(Seams):
 
 def _inputs(weight: Tensor) -> int:
     """Return the input features of blocked experts."""
+    if weight.dtype == torch.uint8:
+        return weight.shape[2] * INT4_GROUP
     scales = SCALE_BYTES // BLOCK if weight.dtype == torch.int8 else 0
     return math.prod(weight.shape[2:]) // BLOCK - scales
 

@@ -8,8 +8,8 @@ import torch
 from pipeline.backends.inductor.block_experts import expert_linear, expert_swiglu
 from pipeline.backends.inductor.seams import BlockedSeams
 from pipeline.graphs.packing import BlockPacking
+from pipeline.models import int4, int8
 from pipeline.models.config import Clamp
-from pipeline.models.int8 import quantise, rounded
 from pipeline.models.parallel import PLAIN, SWIGLU, Chosen, Gating
 from support.compiled import run_compiled
 
@@ -35,29 +35,32 @@ DTYPES = (
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
     (torch.bfloat16, torch.int8),
+    (torch.bfloat16, torch.uint8),  # 4 bits
+    (torch.float32, torch.uint8),
 )
 KINDS = [
     *(Kind(*dtypes) for dtypes in DTYPES),
-    *(Kind(*dtypes, BOUNDS, biased=True) for dtypes in (DTYPES[0], DTYPES[3])),
+    *(Kind(*dtypes, BOUNDS, biased=True) for dtypes in (DTYPES[0], *DTYPES[3:5])),
 ]
 
 
 def packed(plain, dtype):
     """The matrices of experts as stored, and what these stand for."""
+    narrow = {torch.int8: int8, torch.uint8: int4}.get(dtype)
     name = str(dtype).removeprefix("torch.")
     out = torch.empty(BlockPacking().packed_shape(tuple(plain.shape), "experts", name), dtype=dtype)
     for expert, own in zip(plain, out, strict=True):
-        whole, scales = quantise(expert) if dtype == torch.int8 else (expert, None)
+        whole, scales = narrow.quantise(expert) if narrow else (expert, None)
         BlockPacking().pack(whole, "linear", own, scales)
-    return out, torch.stack([rounded(e) for e in plain]) if dtype == torch.int8 else plain.to(dtype)
+    return out, torch.stack([narrow.rounded(e) for e in plain]) if narrow else plain.to(dtype)
 
 
 class Mixture(torch.nn.Module):
     """The experts of some tokens, and both products of a slice of them."""
 
-    def __init__(self, clamp=None):
+    def __init__(self, clamp=None, inner=INNER):
         super().__init__()
-        self.clamp = clamp
+        self.clamp, self.inner = clamp, inner
 
     def forward(self, x, chosen, shares, gate, up, down, *biases):
         bounds = [] if self.clamp is None else [self.clamp.limit, self.clamp.alpha]
@@ -65,7 +68,12 @@ class Mixture(torch.nn.Module):
         gating = Gating(biases or None, self.clamp)
         of_tokens = Chosen(chosen[None], shares[None], elsewhere=True)
         whole = BlockedSeams().experts(x[None], of_tokens, (gate, up, down), gating)
-        return whole, inner, expert_linear(inner[..., :INNER].contiguous(), chosen[2:5].int(), down)
+        return whole, inner, expert_linear(inner[..., : self.inner].contiguous(), chosen[2:5].int(), down)
+
+
+def inner_of(stored):
+    """Inner values of an expert: whole groups of 4-bit weights, else a part of the last block."""
+    return 64 if stored == torch.uint8 else INNER
 
 
 def operands(dtype, stored, tokens=12):
@@ -75,22 +83,26 @@ def operands(dtype, stored, tokens=12):
     shares = torch.rand(tokens, 2)
     chosen[4, 1] = chosen[7, 0] = chosen[9] = -1  # experts of another rank
     shares[chosen < 0] = 0
-    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    inner = inner_of(stored)
+    shapes = ((inner, HIDDEN), (inner, HIDDEN), (HIDDEN, inner))
     pairs = [packed(torch.randn(EXPERTS, *shape) * 0.2, stored) for shape in shapes]
     return (x, chosen, shares, *(one for one, _ in pairs)), [plain for _, plain in pairs]
 
 
-def biases_of(dtype):
+def biases_of(dtype, inner=INNER):
     """Biases of gate and up, fewer than the outputs of whole blocks."""
-    return tuple(torch.randn(EXPERTS, INNER, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 2))
+    return tuple(torch.randn(EXPERTS, inner, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 2))
 
 
 @pytest.mark.slow
 def test_compiled_experts_equal_those_written_out(tmp_path):
     """With biases and bounds too, as gpt-oss has them."""
     cases = {kind: operands(kind.dtype, kind.stored) for kind in KINDS}
-    biases = {kind: biases_of(kind.dtype) if kind.biased else () for kind in KINDS}
-    modules = {kind: (Mixture(kind.clamp), (*given, *biases[kind])) for kind, (given, _) in cases.items()}
+    biases = {kind: biases_of(kind.dtype, inner_of(kind.stored)) if kind.biased else () for kind in KINDS}
+    modules = {
+        kind: (Mixture(kind.clamp, inner_of(kind.stored)), (*given, *biases[kind]))
+        for kind, (given, _) in cases.items()
+    }
     found = run_compiled(modules, tmp_path)
     for kind, ((x, chosen, shares, *blocks), plain) in cases.items():
         whole, inner, linear = found[kind]
@@ -103,7 +115,9 @@ def test_compiled_experts_equal_those_written_out(tmp_path):
         torch.testing.assert_close(
             inner, expert_swiglu(x[2:5], chosen[2:5].int(), *blocks[:2], list(biases[kind]), bounds)
         )
-        torch.testing.assert_close(linear, expert_linear(inner[..., :INNER].contiguous(), chosen[2:5].int(), blocks[2]))
+        torch.testing.assert_close(
+            linear, expert_linear(inner[..., : inner_of(kind.stored)].contiguous(), chosen[2:5].int(), blocks[2])
+        )
 
 
 @pytest.mark.parametrize("gating", [SWIGLU, Gating(biases_of(torch.float32), BOUNDS)], ids=["plain", "bounded"])
