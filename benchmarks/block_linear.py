@@ -1,12 +1,12 @@
 """Linear layers of a small decoder, a few rows: our kernel, torch's product on the same blocks, torch's plain product.
 
-    PYTHONPATH=. python benchmarks/block_linear.py [--dtype bfloat16] [--layers 30] [--rows 1 5 20 64]
+    PYTHONPATH=. python benchmarks/block_linear.py [--dtype bfloat16] [--layers 30] [--rows 1 5 20 64] [--live 8]
 
 Every contender runs over the same weights, which are inputs and far larger than the caches. `ours` runs what reads the
 same rows in one loop, as the decoder does; `single` is the same kernel in a loop for each weight. Medians of rounds in
 turns. In float32 each is one AOTInductor graph; in bfloat16, int8 and int4 torch's plain product is bfloat16 and runs
 eagerly, since Inductor declares one accumulator twice there (torch 2.13). The limit is how fast the weights can be read
-once: measured by a sum over one large tensor.
+once: measured by a sum over one large tensor. With `--live`, `ours` also runs with so many of the rows live.
 """
 
 import argparse
@@ -38,8 +38,8 @@ SHAPES = [
 ]
 
 
-def single(x, weight):
-    return block_linear(x, [weight]).to(x.dtype)
+def single(x, weight, live=None):
+    return block_linear(x, [weight], live).to(x.dtype)
 
 
 def blocks(x, weight):
@@ -68,20 +68,20 @@ class Layers(torch.nn.Module):
 
 
 class Ours(torch.nn.Module):
-    """The same, four loops a layer."""
+    """The same, four loops a layer, of all rows or of those that are live."""
 
     def __init__(self, layers):
         super().__init__()
         self.layers = layers
 
-    def forward(self, x, weights):
+    def forward(self, x, weights, live=None):
         for layer in range(self.layers):
             q, k, v, o, gate, up, down = weights[layer * 7 : layer * 7 + 7]
-            q, k, v = block_linear(x, [q, k, v]).to(x.dtype).split([HIDDEN, 192, 192], dim=-1)
-            x = x + single(q + torch.cat([k, v, v], -1), o)
-            x = x + single(block_swiglu(x, gate, up), down)
+            q, k, v = block_linear(x, [q, k, v], live).to(x.dtype).split([HIDDEN, 192, 192], dim=-1)
+            x = x + single(q + torch.cat([k, v, v], -1), o, live)
+            x = x + single(block_swiglu(x, gate, up, live), down, live)
             x = torch.nn.functional.rms_norm(x, (HIDDEN,))
-        return single(x, weights[-1])
+        return single(x, weights[-1], live)
 
 
 def package(module, inputs):
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8", "int4"], default="float32")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--live", type=int, nargs="+", default=[], help="numbers of live rows")
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -138,6 +139,10 @@ def main() -> None:
             modules |= {"blocks": (Layers(blocks, arguments.layers), packed)}
             modules |= {"plain": (Layers(plain, arguments.layers), flat)}
         runs = {name: partial(package(one, (x, ws)).run, [x, *ws]) for name, (one, ws) in modules.items()}
+        masks = {count: torch.arange(rows) < count for count in arguments.live if count < rows}
+        if masks:
+            graph = package(Ours(arguments.layers), (x, packed, masks[min(masks)]))
+            runs |= {f"{count} live": partial(graph.run, [x, *packed, live]) for count, live in masks.items()}
         if dtype != torch.float32:
             runs["plain"] = partial(Layers(plain, arguments.layers), x, flat)
         took = {name: [] for name in runs}
@@ -147,7 +152,7 @@ def main() -> None:
                     took[name].append(timed(run, 1))
         for name, seconds in took.items():
             typical = median(seconds)
-            print(f"  M={rows} {name:<7}{typical * 1e3:7.1f} ms  {typical / limit:5.2f} of reading once", flush=True)
+            print(f"  M={rows} {name:<8}{typical * 1e3:7.1f} ms  {typical / limit:5.2f} of reading once", flush=True)
 
 
 if __name__ == "__main__":
