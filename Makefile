@@ -119,7 +119,7 @@ test-hlo: $(DEV_READY)   ## Neuron graphs through StableHLO, run on XLA's CPU cl
 test-vllm: $(VLLM_READY) $(CLIENTS_READY) ## a real vLLM serves an artifact over loopback, to clients of other projects
 	TANDEM_CLIENTS_PYTHON=$(abspath $(CLIENTS_VENV))/bin/python $(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve
 
-test-drafts: $(DEV_READY) $(DRAFTS_READY) ## heads and DFlash drafts that public tools write, against the logits of their modules
+test-drafts: $(DEV_READY) $(DRAFTS_READY) ## heads, DFlash and DSpark drafts that public tools write, against the logits of their modules
 	TANDEM_DRAFTS_PYTHON=$(abspath $(DRAFTS_VENV))/bin/python $(PYTEST) -m drafts tests/drafts
 
 check: lint types imports test ## required checks of a change: lint, types, imports, fast tests

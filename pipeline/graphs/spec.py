@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 from pipeline.models.config import ModelConfig
 from pipeline.models.draft_kind import DraftKind
 from pipeline.models.eagle3 import taps_of
-from pipeline.models.weights import NarrowWeights, WeightSpec, takes_four_bits
+from pipeline.models.weights import EMBEDDING, NarrowWeights, WeightSpec, takes_four_bits
 
 Phase = Literal["prefill", "decode", "speculate", "score", "propose", "verify"]
 Sampling = Literal["greedy", "stochastic", "shaped"]
@@ -102,7 +102,7 @@ class ModelsSpec:
         kind = weight.kind
         if kind == "index":
             return "int32"
-        shared = kind == "embedding" and self.config_of(role).shares_embedding
+        shared = weight.name == EMBEDDING and self.config_of(role).shares_embedding
         narrow = self.draft_weights if role == "draft" and not shared else self.target_weights
         if narrow is None or kind in ("vector", "expert_biases"):
             return self.dtype_of(role)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pipeline.models.draft_kind import DFLASH, DRAFT_MODEL, EAGLE3, P_EAGLE, DraftKind
+from pipeline.models.draft_kind import DFLASH, DRAFT_MODEL, DSPARK, EAGLE3, P_EAGLE, DraftKind
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,21 @@ class Limit:
     length: int
 
 
+MarkovKind = Literal["vanilla", "gated", "rnn"]
+
+
+@dataclass(frozen=True)
+class Markov:
+    """The Markov head of a DSpark draft: it adds a bias to a draft token's logits, by the token before it.
+
+    `kind`: the bias is a matrix times `rank` values, which are those of the token before (`vanilla`), the same through
+    a gate that also reads the draft's state (`gated`), or the output of a recurrent cell over the block (`rnn`).
+    """
+
+    kind: MarkovKind
+    rank: int
+
+
 @dataclass(frozen=True)
 class Eagle3:
     """How an EAGLE-3 head (Li et al. 2025) is read: a draft over the target's hidden states, of one layer.
@@ -180,7 +195,9 @@ class Eagle3:
 
     `block` makes it a DFlash draft (arXiv 2602.06036), a model of `block` positions at most that are denoised in one
     pass: the newest token, and `mask_token` after it. It has none of the norms above. In `causal_layers` a position of
-    the block sees only itself and those before it.
+    the block sees only itself and those before it. With `from_anchor` the newest token's position predicts the first
+    draft token, and a mask the token after its position; else a mask predicts the token at its position. `markov` makes
+    it a DSpark draft. `confidence`: the file has an estimate of acceptance rates too, which nothing reads.
     """
 
     target_hidden: int
@@ -197,6 +214,14 @@ class Eagle3:
     mask_token: int | None = None
     block: int | None = None
     causal_layers: tuple[int, ...] = ()
+    from_anchor: bool = False
+    markov: Markov | None = None
+    confidence: bool = False
+
+    @property
+    def most_drafts(self) -> int | None:
+        """The most tokens that a block proposes; None for a head, which has no such limit."""
+        return None if self.block is None else self.block - (not self.from_anchor)
 
 
 @dataclass(frozen=True)
@@ -307,5 +332,5 @@ class ModelConfig:
         if self.eagle3 is None:
             return DRAFT_MODEL
         if self.eagle3.block is not None:
-            return DFLASH
+            return DFLASH if self.eagle3.markov is None else DSPARK
         return EAGLE3 if self.eagle3.mask_token is None else P_EAGLE

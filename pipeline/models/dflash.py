@@ -1,7 +1,7 @@
 """DFlash drafts (arXiv 2602.06036) of every writer: what in a file shows one, and how it is read. Imports no torch.
 
 A DFlash draft is a small model that denoises a block of positions in one pass: the newest token, and masks after it.
-Its caches hold keys and values that its layers make of the target's states.
+Its caches hold keys and values that its layers make of the target's states. `models.dspark` has what DSpark adds.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import SourceError
+from pipeline.models import dspark
 from pipeline.models.config import Eagle3, TapIds, TapMeaning
+from pipeline.models.dspark import CONFIDENCE, is_dspark
 from pipeline.models.eagle3_writers import Writer, architectures, checked_ids, overrides, size_of
 from pipeline.models.fields import Fields, is_int, shown
 from pipeline.models.layer_types import SLIDING
-from pipeline.models.weights import FC
+from pipeline.models.weights import FC, MARKOV
 
 OPTIONS = "dflash_config"
 INPUT_IDS, OUTPUT_IDS = "aux_hidden_state_layer_ids", "target_layer_ids"
@@ -22,7 +24,10 @@ INPUT_IDS, OUTPUT_IDS = "aux_hidden_state_layer_ids", "target_layer_ids"
 
 MASK_FIELD, BLOCK_FIELD = "mask_token_id", "block_size"
 NON_CAUSAL_WINDOWS = "sliding_window_non_causal"
-OLD_NAMES = {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
+OLD_NAMES = {
+    "encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm.",
+    "markov_w1.": f"{MARKOV}markov_w1.", "markov_w2.": f"{MARKOV}markov_w2.", "confidence_proj.": CONFIDENCE,
+}  # fmt: skip
 """Starts of the names of tensors in some files, and the usual ones."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -34,16 +39,17 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "output_multiplier": (1,),
     "projector_type": ("dflash",),
     "pure_draft_prefix_len": (0,),
-    "sample_from_anchor": (False,),
-    "shift_label": (False,),
     "swa_window_size": (),
     "use_swa": (False,),
 }
 """Fields, at the top level or in `dflash_config`, that change the computation, and the values (null apart) that do not.
 """
 
-OTHER_KINDS = ("conv_", "selector_", "emb_dim", "gru_hidden_dim", "markov_")
-"""Starts of fields of `dflash_config` that belong to drafts with further modules (Domino, DSpark, DFlash2)."""
+OTHER_KINDS = ("conv_", "selector_", "emb_dim", "gru_hidden_dim")
+"""Starts of fields of `dflash_config` that belong to drafts with further modules (Domino, DFlash2)."""
+
+OF_DSPARK = ("markov_", "shift_label")
+"""Starts of fields of `dflash_config` that DSpark drafts alone have."""
 
 SPECULATORS_BLOCK = 8
 
@@ -61,6 +67,7 @@ def is_dflash(config: Mapping[str, Any]) -> bool:
     """Return whether a config is a DFlash draft's."""
     return (
         config.get("speculators_model_type") == "dflash"
+        or is_dspark(config)
         or any(name.lower().startswith("dflash") for name in architectures(config))
         or isinstance(config.get(OPTIONS), Mapping)
     )
@@ -99,6 +106,9 @@ def description(fields: Fields, tensors: Mapping[str, Sequence[int]]) -> Eagle3:
         mask_token=_mask_token(fields),
         block=_block(fields),
         causal_layers=_causal_layers(fields),
+        from_anchor=dspark.from_anchor(fields, _options(fields), writer_of(fields.config)),
+        markov=dspark.markov_of(fields, _options(fields), tensors) if is_dspark(fields.config) else None,
+        confidence=any(name.startswith(CONFIDENCE) for name in tensors),
     )
 
 
@@ -116,10 +126,13 @@ def _refuse_others(fields: Fields) -> None:
     for place, values in ((f"{OPTIONS}.", options), ("", fields.config)):
         for key, neutral in NEUTRAL.items():
             value = values.get(key)
+            if key == "projector_type" and is_dspark(fields.config):
+                continue
             if value is not None and value not in neutral:
                 raise fields.error(f"{place}{key}", value, "a DFlash draft with this option is not supported", fix)
+    foreign = OTHER_KINDS if is_dspark(fields.config) else (*OTHER_KINDS, *OF_DSPARK)
     for key, value in options.items():
-        if key.startswith(OTHER_KINDS) and value is not None:
+        if key.startswith(foreign) and value:
             raise fields.error(f"{OPTIONS}.{key}", value, "a draft with this module is not supported", fix)
 
 
@@ -184,7 +197,7 @@ def _mask_token(fields: Fields) -> int:
 
 
 def _block(fields: Fields) -> int:
-    """Return the positions of a block: the newest token, and the most tokens that a step may propose."""
+    """Return the positions of a block: the newest token and masks; its size bounds what a step may propose."""
     default = SPECULATORS_BLOCK if writer_of(fields.config) == "speculators" else None
     value = fields.config.get(BLOCK_FIELD, _options(fields).get(BLOCK_FIELD, default))
     if not is_int(value) or value < 2:

@@ -2,7 +2,8 @@
 
 A block is the newest token at position p and masks at the positions after it. Its queries see the keys of all positions
 before p, which come from the target's states there, and the keys of the whole block, in some layers only those before.
-The output at a position predicts the token at that position. Pure functions.
+The output at a position predicts the token at that position, or the one after it (`Eagle3.from_anchor`).
+Pure functions.
 
 Shapes: B rows, T tokens, S cached keys, H hidden, X the target's states that the draft reads, concatenated.
 """
@@ -77,9 +78,10 @@ def block_states(
 def pair_states(
     config: ModelConfig, weights: Weights, seams: Seams, tokens_BT2: Tensor, run: Pass, kv: int
 ) -> Tensor:  # fmt: skip
-    """Return the LM head's input at the mask of a block of two positions for each token, [B, T, H].
+    """Return the LM head's input at the first answer of a block of two positions for each token, [B, T, H].
 
-    Every token begins a block of its own, over the cached keys before it; nothing is written.
+    That is the position of the mask, or with `from_anchor` that of the token. Every token
+    begins a block of its own, over the cached keys before it; nothing is written.
     Shapes: tokens_BT2 int [B, 2 T], the tokens and as many masks; positions of the tokens [B, T] in `run`.
     """
     head = config.eagle3
@@ -96,7 +98,8 @@ def pair_states(
         )
         x_BTH = x_BTH + mlp(config, w, seams, norm(config, w, config.norms.before_mlp, x_BTH))
     tokens = run.positions_BT.shape[1]
-    return rms_norm(x_BTH[:, tokens:], weights[NORM], config.norm_eps)
+    answers_BTH = x_BTH[:, :tokens] if head.from_anchor else x_BTH[:, tokens:]
+    return rms_norm(answers_BTH, weights[NORM], config.norm_eps)
 
 
 def _pair_bias(positions_BT: Tensor, kv: int, *, causal: bool) -> Tensor:

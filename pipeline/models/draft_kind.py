@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DraftMethod = Literal["draft_model", "eagle3", "p_eagle", "dflash"]
+DraftMethod = Literal["draft_model", "eagle3", "p_eagle", "dflash", "dspark"]
 """`speculation.method` of a recipe."""
 
 
@@ -20,7 +20,8 @@ class DraftKind:
     without the target, and runs in each decode step, so it can resume without a prefill. `keeps_features`: it keeps the
     features of one position between steps.
     `in_transformers`: transformers' assisted generation supports it as an assistant. `parallel`: one pass proposes all
-    tokens of a step. `label` names the kind in messages.
+    tokens of a step; `blocks`: that pass is over a block of the last token and masks. `label` names the kind in
+    messages.
     """
 
     method: DraftMethod
@@ -29,6 +30,7 @@ class DraftKind:
     in_transformers: bool
     parallel: bool = False
     keeps_features: bool = False
+    blocks: bool = False
 
     @property
     def floor(self) -> float:
@@ -43,5 +45,12 @@ EAGLE3 = DraftKind(
 P_EAGLE = DraftKind(
     "p_eagle", "P-EAGLE head", reads_target_states=True, in_transformers=False, parallel=True, keeps_features=True
 )
-DFLASH = DraftKind("dflash", "DFlash draft", reads_target_states=True, in_transformers=False, parallel=True)
-DRAFT_KINDS: dict[DraftMethod, DraftKind] = {kind.method: kind for kind in (DRAFT_MODEL, EAGLE3, P_EAGLE, DFLASH)}
+DFLASH = DraftKind(
+    "dflash", "DFlash draft", reads_target_states=True, in_transformers=False, parallel=True, blocks=True
+)
+DSPARK = DraftKind(
+    "dspark", "DSpark draft", reads_target_states=True, in_transformers=False, parallel=True, blocks=True
+)
+DRAFT_KINDS: dict[DraftMethod, DraftKind] = {
+    kind.method: kind for kind in (DRAFT_MODEL, EAGLE3, P_EAGLE, DFLASH, DSPARK)
+}

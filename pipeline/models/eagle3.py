@@ -252,8 +252,17 @@ def describe(config: ModelConfig) -> str:
     size = f" of {config.layers} layers, mask token {head.mask_token}," if head.mask_token is not None else ""
     if head.block is not None:
         causal = f"causal layers: {list(head.causal_layers)}" if head.causal_layers else "no causal layers"
-        return f"DFlash draft{size} blocks of {head.block}, of {head.writer}: reads {read}; {causal}"
+        label = config.draft_kind.label
+        return f"{label}{size} blocks of {head.block}, of {head.writer}: reads {read}; {causal}{_of_block(head)}"
     return f"{config.draft_kind.label}{size} of {head.writer}: reads {read}; {', '.join(on) or 'no optional norms'}"
+
+
+def _of_block(head: Eagle3) -> str:
+    """Return what a block has beside its layers."""
+    parts = ["first draft token from the newest token's position"] if head.from_anchor else []
+    parts += [f"{head.markov.kind} Markov head of rank {head.markov.rank}"] if head.markov is not None else []
+    parts += ["confidence head unused: a step verifies all its drafts"] if head.confidence else []
+    return "".join(f"; {part}" for part in parts)
 
 
 def _origin(head: Eagle3) -> str:

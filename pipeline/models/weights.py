@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.models.config import Eagle3, Experts, ModelConfig
+from pipeline.models.config import Eagle3, Experts, Markov, MarkovKind, ModelConfig
 
 Split = Literal["replicate", "rows", "columns", "q_rows", "q_heads", "q_columns", "kv_rows", "vocab", "experts"]
 Kind = Literal["linear", "embedding", "experts", "expert_biases", "vector", "index"]
@@ -46,6 +46,13 @@ FC, INPUT_NORM, FC_NORM = "fc.weight", "input_norm.weight", "fc_norm.{}.weight"
 HIDDEN_NORM = "model.layers.0.hidden_norm.weight"
 CONTEXT_NORM = "hidden_norm.weight"
 """The norm of a DFlash draft after `fc`."""
+
+MARKOV = "markov_head."
+"""Start of the names of a DSpark draft's Markov head: `w1` has a row for each token of the target, `w2` one for each
+of the draft."""
+MARKOV_W1, MARKOV_W2 = f"{MARKOV}markov_w1.weight", f"{MARKOV}markov_w2.weight"
+MARKOV_GATES: dict[MarkovKind, str] = {"gated": f"{MARKOV}gate_proj", "rnn": f"{MARKOV}joint_proj"}
+"""The linear layer of the kinds of Markov heads that have one."""
 
 MASK_HIDDEN = "mask_hidden"
 """State that takes the place of the target's in a P-EAGLE head, one value for each input of `fc`."""
@@ -102,7 +109,7 @@ def takes_four_bits(name: str) -> bool:
 
     Embeddings, LM heads and routers are int8: llama.cpp too keeps 6 or more bits where rounding changes choices.
     """
-    return name == FC or name.endswith("_proj.weight")
+    return name == FC or (name.endswith("_proj.weight") and not name.startswith(MARKOV))
 
 
 def up_to(value: int, multiple: int) -> int:
@@ -130,7 +137,7 @@ def fused_specs(specs: Iterable[WeightSpec]) -> Iterator[WeightSpec]:
     for spec in known.values():
         stem, _, leaf = spec.name.rpartition(".")
         block, _, layer = stem.rpartition(".")
-        if spec.kind != "linear" or layer not in firsts.keys() | others:
+        if spec.kind != "linear" or layer not in firsts.keys() | others or spec.name.startswith(MARKOV):
             yield spec
         elif layer in firsts:
             name, parts = firsts[layer]
@@ -165,6 +172,19 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
         yield WeightSpec(HEAD, (c.out_vocab, c.hidden), "vocab", "linear")
     if c.draft_vocab is not None:
         yield WeightSpec(D2T, (c.draft_vocab,), "replicate", "index")
+    if c.eagle3 is not None and c.eagle3.markov is not None:
+        yield from _markov(c, c.eagle3.markov)
+
+
+def _markov(c: ModelConfig, markov: Markov) -> Iterator[WeightSpec]:
+    """Yield the weights of a Markov head."""
+    rank = markov.rank
+    yield WeightSpec(MARKOV_W1, (c.vocab, rank), "replicate", "embedding")
+    yield WeightSpec(MARKOV_W2, (c.out_vocab, rank), "replicate", "linear")
+    if markov.kind in MARKOV_GATES:
+        gates, read = (rank, c.hidden + rank) if markov.kind == "gated" else (3 * rank, 2 * rank + c.hidden)
+        yield WeightSpec(f"{MARKOV_GATES[markov.kind]}.weight", (gates, read), "replicate", "linear")
+        yield WeightSpec(f"{MARKOV_GATES[markov.kind]}.bias", (gates,), "replicate", "vector")
 
 
 def _of_features(head: Eagle3, hidden: int) -> Iterator[WeightSpec]:

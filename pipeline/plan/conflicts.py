@@ -105,10 +105,11 @@ def _method_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -
         what = f"found sharded; replicated is needed for this draft ({kind}): every rank has whole hidden states"
         yield Problem(recipe.place("draft.placement"), what, "write placement: replicated")
     head = draft.eagle3
-    if head is not None and head.block is not None and recipe.speculation.draft_tokens[-1] >= head.block:
+    most = None if head is None else head.most_drafts
+    if head is not None and most is not None and recipe.speculation.draft_tokens[-1] > most:
         what = f"found {recipe.speculation.draft_tokens[-1]}; a block of this draft has {head.block} positions"
         place = f"speculation.draft_tokens[{len(recipe.speculation.draft_tokens) - 1}]"
-        yield Problem(recipe.place(place), what, f"use at most {head.block - 1}")
+        yield Problem(recipe.place(place), what, f"use at most {most}")
     if draft.vocab != target.vocab:
         what = f"the draft reads the target's tokens: its vocab_size must be {target.vocab}, found {draft.vocab}"
         yield Problem(recipe.place("draft"), what, "use a draft that was made for this target")

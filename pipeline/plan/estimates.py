@@ -17,7 +17,7 @@ from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import ROLES, GraphSpec, ModelsSpec, PairSpec, Role
 from pipeline.models.blocks import query_blocks
 from pipeline.models.config import Experts, Layer, ModelConfig
-from pipeline.models.draft_kind import DFLASH, P_EAGLE
+from pipeline.models.draft_kind import P_EAGLE
 from pipeline.models.weights import local_heads, local_shape
 
 MIB = 1 << 20
@@ -241,13 +241,13 @@ def scratch_bytes(pair: PairSpec, spec: GraphSpec, *, fused: bool) -> int:
     vocab = pair.models.config_of("draft" if spec.model == "draft" else "target").out_vocab
     logits = 4 * spec.batch * scored * vocab * copies
     layers = [layer(pair, spec, role) for role in pair.roles_of(spec)]
-    if spec.model == "draft" and pair.draft.draft_kind == DFLASH:
+    if spec.model == "draft" and pair.draft.draft_kind.blocks:
         layers.append(layer(pair, replace(spec, tokens=2 * spec.tokens), "draft") + _pairs_bytes(pair, spec))
     return max(*layers, logits) if fused else max(layers) + logits
 
 
 def _pairs_bytes(pair: PairSpec, spec: GraphSpec) -> int:
-    """Return what the blocks of two positions hold in a `score` graph of a DFlash draft.
+    """Return what the blocks of two positions hold in a `score` graph of a DFlash or DSpark draft.
 
     These are keys and values, copied beside their own, and the float32 bias: once, for heads of one KV head, and its
     negation where causal layers have another.

@@ -18,7 +18,7 @@ class KnownDraft(Record):
 
     target: str = Field(description="source of the target, without a revision")
     draft: str = Field(description="source of the draft, without a revision")
-    method: DraftMethod = Field(description="draft_model, eagle3, p_eagle or dflash")
+    method: DraftMethod = Field(description="draft_model, eagle3, p_eagle, dflash or dspark")
     draft_tokens: int = Field(description="K of the place where the pair was seen; 3 where it names none")
     license: str | None = Field(description="licence that the draft's card states; null: the card was not read")
     claim: str | None = Field(description="what the draft's card claims; null: not read, or no claim")

@@ -12,11 +12,14 @@ from pipeline.recipe.backend_settings import UnacceptedError
 LISTED = "a list"
 """Name of a form of a key that has several: a tag of a union, not a key of the file."""
 
-READINGS = ("taps", "norm_before_residual", "norm_output", "rope", "vocabulary", "mask_token_id")
+READINGS = (
+    "taps", "norm_before_residual", "norm_output", "rope", "vocabulary", "mask_token_id", "sample_from_anchor",
+)  # fmt: skip
 UNREAD: Mapping[str, tuple[str, ...]] = {
-    "eagle3": ("mask_token_id",),
-    "p_eagle": ("norm_output",),
+    "eagle3": ("mask_token_id", "sample_from_anchor"),
+    "p_eagle": ("norm_output", "sample_from_anchor"),
     "dflash": ("norm_before_residual", "norm_output"),
+    "dspark": ("norm_before_residual", "norm_output"),
 }
 """Method -> keys without effect on its drafts."""
 

@@ -144,8 +144,7 @@ class Draft(_Weighted):
 
     source: Source | None = Field(
         default=None,
-        description="like target.source; the draft may lack an embedding (it uses the target's) "
-        "and have a reduced vocabulary (draft_vocab_size, d2t)",
+        description="like target.source; may lack an embedding (the target's is used) and have a reduced vocabulary",
     )
     derive: Derive | None = Field(default=None, description="make the draft from the target's own layers")
     dtype: Dtype | None = Field(default=None, description="default: the target's dtype")
@@ -166,16 +165,17 @@ class Draft(_Weighted):
         default=None, description="of an EAGLE-3 head: its own output is fed back after its last norm (EAGLE 3.1)"
     )
     rope: Literal["default", "target"] | None = Field(
-        default=None,
-        description="of an EAGLE-3 head: default, its rotary embedding without scaling; target, that of the target",
+        default=None, description="of an EAGLE-3 head: default, its own RoPE without scaling; target, the target's RoPE"
     )
     vocabulary: Literal["d2t", "t2d"] | None = Field(
         default=None, description="of an EAGLE-3 head: the tensor that maps its tokens to the target's; default: d2t"
     )
     mask_token_id: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        description="of a P-EAGLE head or a DFlash draft: the token of masked positions; needed for P-EAGLE files of "
-        "SpecForge, which lack it",
+        description="of a parallel draft: the token of masked positions; P-EAGLE files of SpecForge lack it",
+    )
+    sample_from_anchor: bool | None = Field(
+        default=None, description="of a DFlash or DSpark draft: a position of a block predicts the token after it"
     )
 
     @property
@@ -206,7 +206,7 @@ class Speculation(Record):
         default="draft_model",
         description="what proposes: draft_model, a smaller model; eagle3, a one-layer head over the target's states; "
         "p_eagle, a head that proposes all tokens of a step in one pass; dflash, a model over the target's states that "
-        "denoises a block of tokens in one pass",
+        "denoises a block of tokens in one pass; dspark, the same with a Markov head over the block's tokens",
     )
     draft_tokens: Buckets = Field(
         description="K: proposals per step, vLLM's num_speculative_tokens; a step emits 1 to K+1 tokens"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pipeline.errors import SourceError
 from pipeline.models import eagle3
 from pipeline.models.config import ModelConfig
+from pipeline.models.dspark import CONFIDENCE
 from pipeline.models.multimodal import PREFIXES, of_text, text_name
 from pipeline.models.quantisation import KEY, read_quantisation
 from pipeline.models.weights import D2T, EMBEDDING, EXPERTS, HEAD, MASK_HIDDEN, WeightSpec, weight_specs
@@ -242,6 +243,8 @@ def _extra(
 ) -> Iterator[str]:  # fmt: skip
     for name, tensor in tensors.items():
         if name in needed or IGNORED.fullmatch(name) or _is_mtp(name, checkpoint):
+            continue
+        if checkpoint.config.draft_kind.blocks and name.startswith(CONFIDENCE):
             continue
         if name == HEAD and checkpoint.config.tied and EMBEDDING in tensors:
             if not same_bytes(tensor, tensors[EMBEDDING]):

@@ -1,4 +1,4 @@
-"""All draft tokens of a DFlash draft's block, from every position of a text at once; see `chains`.
+"""All draft tokens of the block of a DFlash or DSpark draft, from every position of a text at once; see `chains`.
 
 Shapes: B sequences, T positions, A blocks of a sequence, S positions of a block, H hidden, N query heads, G KV heads,
 D head size, V draft vocabulary.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.models import markov
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import embed, heads_of, layer_weights, mlp, project, rms_norm
 from pipeline.models.dflash_layers import context
@@ -23,14 +24,27 @@ from pipeline.speculation.chains import Batch, Guess, ahead
 
 
 def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depths: int) -> Iterator[Guess]:
-    """Yield the answers of blocks with `depths` masks, which begin at every position."""
+    """Yield the first `depths` answers of blocks that begin at every position.
+
+    Of a DSpark draft an answer follows the text's own token before it.
+    """
+    head = config.eagle3
+    assert head is not None
+    first = 0 if head.from_anchor else 1
     context_BTH = context(config, weights, PLAIN, batch.taps_BTX)
     rows = zip(batch.tokens_BT1, context_BTH, strict=True)
-    hidden_BASH = torch.stack([_blocks(config, weights, tokens, states, depths + 1) for tokens, states in rows])
+    hidden_BASH = torch.stack([_blocks(config, weights, tokens, states, depths + first) for tokens, states in rows])
+    state_BAR = None
     for depth in range(depths):
         # As of a head: a chain that began at position i has read token i + 1, and answers with token i + depth + 2.
         rows_M, began_M = ahead(batch.learn_BT, depth + 1).nonzero(as_tuple=True)
-        logits_MV = PLAIN.linear(hidden_BASH[rows_M, began_M, depth + 1], weights[HEAD], config.out_vocab)
+        logits_MV = PLAIN.linear(hidden_BASH[rows_M, began_M, depth + first], weights[HEAD], config.out_vocab)
+        if head.markov is not None:
+            previous_BA = batch.tokens_BT1.roll(-depth - 1, dims=1)[:, : hidden_BASH.shape[1]]
+            bias, state_BAR = markov.bias(
+                config, weights, PLAIN, previous_BA, hidden_BASH[:, :, depth + first], state_BAR
+            )
+            logits_MV = logits_MV + bias[rows_M, began_M].to(logits_MV.dtype)
         yield Guess(logits_MV, rows_M, began_M + depth + 1, began_M)
 
 

@@ -15,13 +15,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.models import dflash_layers, eagle3_layer
+from pipeline.models import dflash_layers, eagle3_layer, markov
 from pipeline.models.decoder import Hidden
 from pipeline.models.draft_kind import DraftMethod
 from pipeline.models.parallel import Pass, Writes, attend_up_to, plan_writes
 from pipeline.models.weights import MASK_HIDDEN
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
+from pipeline.speculation.proposing import in_turn, masked, proposed
 
 TAIL = "tail"
 """State of a draft model, int32 [rows]: the token before a row's last one.
@@ -99,11 +100,12 @@ class DraftModel:
         tokens_BT = torch.stack((tail_B, rows.last_B), dim=1).long()
         positions_BT = (rows.position_B[:, None] + index_range(2, rows.last_B) - 1).clamp(0, rows.kv)
         drafts: list[Tensor] = []
+        live = self.model.of_live(rows.alive_B[:, None])
         for step in range(steps):
             hidden = self.model.hidden(tokens_BT, positions_BT, rows.alive_B, rows.kv).last_BTH[:, -1:]
             positions_BT = positions_BT[:, -1:] + 1
-            inputs = (self.model, hidden, positions_BT, choose.at(step), rows.alive_B)
-            tokens_BT = self.model.seams.once(_proposed, *inputs)
+            inputs = (live, hidden, positions_BT, choose.at(step))
+            tokens_BT = self.model.seams.once(proposed, *inputs)
             drafts.append(tokens_BT)
         return torch.cat(drafts, dim=1)
 
@@ -150,11 +152,11 @@ class Eagle3:
         tokens_B1, features_B1H = rows.last_B[:, None].long(), self._feature(rows)
         positions_B1 = rows.position_B[:, None].long() - 1
         drafts: list[Tensor] = []
+        live = self.model.of_live(rows.alive_B[:, None])
         for step in range(steps):
             once = self.model.seams.once
             hidden, features_B1H = once(_run_head, self, rows, tokens_B1, features_B1H, positions_B1)
-            inputs = (self.model, hidden, positions_B1 + 2, choose.at(step), rows.alive_B)
-            tokens_B1 = once(_proposed, *inputs)
+            tokens_B1 = once(proposed, live, hidden, positions_B1 + 2, choose.at(step))
             drafts.append(tokens_B1)
             positions_B1 = positions_B1 + 1
         return torch.cat(drafts, dim=1)
@@ -229,7 +231,8 @@ class PEagle(Eagle3):
             features_BKH = torch.cat((features_BKH, masked_BKH), dim=1)
         positions_BK = rows.position_B[:, None].long() - 1 + index_range(steps, rows.last_B)
         hidden_BKH, _ = _run_head(self, rows, tokens_BK, features_BKH, positions_BK)
-        return _proposed(model, hidden_BKH, positions_BK + 2, choose, rows.alive_B)
+        live = model.of_live(rows.alive_B[:, None].expand_as(positions_BK))
+        return proposed(live, hidden_BKH, positions_BK + 2, choose)
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,8 @@ class DFlash:
     """A DFlash draft (arXiv 2602.06036): it denoises a block, the last token and masks after it, in one pass.
 
     After every phase its caches hold keys and values of the target's states at all positions before the last token;
-    those of the block are replaced after verification. It keeps nothing else between steps.
+    those of the block are replaced after verification. It keeps nothing else between steps. A DSpark draft adds a bias
+    to the logits of each of the block's tokens, by the token that it proposed before.
     """
 
     model: Model
@@ -252,19 +256,24 @@ class DFlash:
         self._write(states, positions_B1, row_writes(self.model, rows, positions_B1))
 
     def propose(self, rows: Rows, steps: int, choose: Choose) -> Tensor:
-        """Run one pass over the block; a mask's output predicts the token at its own position."""
+        """Run one pass over the block; its last K outputs predict the tokens at the next K positions."""
         model, head = self.model, self.model.config.eagle3
         assert head is not None
         assert head.mask_token is not None
-        tokens_BT = masked(rows.last_B, steps, head.mask_token)
-        positions_BT = rows.position_B[:, None].long() + index_range(steps + 1, rows.last_B)
+        size = steps + (not head.from_anchor)
+        tokens_BT = masked(rows.last_B, size - 1, head.mask_token)
+        positions_BT = rows.position_B[:, None].long() + index_range(size, rows.last_B)
         seen_BT = positions_BT.clamp(0, model.usable(rows.kv) - 1)
         attend = attend_up_to(seen_BT, rows.kv)
         live_BT = rows.alive_B[:, None].expand_as(positions_BT)
         run = Pass(positions_BT, model.state, row_writes(model, rows, positions_BT), attend, live_BT)
         inputs = (model.readable(tokens_BT), run, seen_BT[:, -1:].expand_as(seen_BT))
         hidden_BTH = dflash_layers.block_states(model.config, model.weights, model.seams, *inputs)
-        return _proposed(model, hidden_BTH[:, 1:], positions_BT[:, 1:], choose, rows.alive_B)
+        answers_BKH = hidden_BTH[:, size - steps :]
+        next_BK = rows.position_B[:, None].long() + 1 + index_range(steps, rows.last_B)
+        if head.markov is not None:
+            return in_turn(model, rows.last_B[:, None].long(), answers_BKH, next_BK, choose)
+        return proposed(model.of_live(rows.alive_B[:, None].expand_as(next_BK)), answers_BKH, next_BK, choose)
 
     def before_verify(self, rows: Rows) -> None:
         """No-op: the caches hold all positions before the last token."""
@@ -276,7 +285,7 @@ class DFlash:
         self._write(states, positions_BT, row_writes(self.model, rows, positions_BT, keep_BT))
 
     def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
-        """Score with target and draft: after each token, the answer of a block of that token and one mask."""
+        """Score with target and draft: after each token, the first answer of a block of that token and one mask."""
         model, head = self.model, self.model.config.eagle3
         assert head is not None
         assert head.mask_token is not None
@@ -289,7 +298,11 @@ class DFlash:
         run = Pass(positions_BT, model.state, writes)
         inputs = (model.readable(both_BT), run, kv)
         hidden_BTH = dflash_layers.pair_states(model.config, model.weights, model.seams, *inputs)
-        return Scores(model.all_logits(hidden_BTH), states.experts_BTLC)
+        logits_BTV = model.all_logits(hidden_BTH)
+        if head.markov is not None:
+            of = (model.config, model.weights, model.seams)
+            logits_BTV = logits_BTV + markov.bias(*of, model.readable(tokens_BT), hidden_BTH)[0]
+        return Scores(logits_BTV, states.experts_BTLC)
 
     def _write(self, states: Hidden, positions_BT: Tensor, writes: Writes) -> None:
         model = self.model
@@ -314,14 +327,6 @@ def head_pass(model: Model, rows: Rows, positions_BT: Tensor, keep_BT: Tensor | 
     return Pass(positions_BT, model.state, row_writes(model, rows, positions_BT, keep_BT), attend, live_BT)
 
 
-def masked(last_B: Tensor, masks: int, mask_token: int) -> Tensor:
-    """Return each row's last token and as many masks after it: int64 [B, 1 + masks]."""
-    last_B1 = last_B[:, None].long()
-    if not masks:
-        return last_B1
-    return torch.cat((last_B1, torch.full_like(last_B1, mask_token).expand(-1, masks)), dim=1)
-
-
 def _run_head(
     head: Eagle3, rows: Rows, tokens_BT: Tensor, features_BTH: Tensor, positions_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -337,6 +342,7 @@ DRAFTERS: dict[DraftMethod, Callable[[Model], Drafter]] = {
     "eagle3": Eagle3,
     "p_eagle": PEagle,
     "dflash": DFlash,
+    "dspark": DFlash,
 }
 """The drafter of each kind of draft."""
 
@@ -344,16 +350,6 @@ DRAFTERS: dict[DraftMethod, Callable[[Model], Drafter]] = {
 def drafter_of(draft: Model) -> Drafter:
     """Return the drafter of a draft's kind."""
     return DRAFTERS[draft.config.draft_kind.method](draft)
-
-
-def _proposed(model: Model, hidden_BTH: Tensor, positions_BT: Tensor, choose: Choose, alive_B: Tensor) -> Tensor:
-    """Return the draft's tokens at positions, int64 [B, T]; a copied token where `choose` has it."""
-    model = model.of_live(alive_B[:, None].expand_as(positions_BT))
-    tokens_BT = model.next(hidden_BTH, positions_BT, choose)
-    if choose.copied is None:
-        return tokens_BT
-    copied_BT = choose.copied.long()
-    return torch.where(copied_BT >= 0, copied_BT, tokens_BT)
 
 
 def score(model: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> tuple[Tensor, Hidden]:

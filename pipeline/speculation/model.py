@@ -178,12 +178,18 @@ class Model:
 
     def next(self, hidden_BTH: Tensor, positions_BT: Tensor, choose: Choose) -> Tensor:
         """Choose the tokens at `positions_BT`, int64 [B, T], as ids of the target."""
+        return self.chosen(self.logits(hidden_BTH, self.limit(choose)), positions_BT, choose)
+
+    def limit(self, choose: Choose) -> int | None:
+        """Return the id from which logits to choose from are -inf; None where these are cut off."""
+        return None if choose.sampling is not None and choose.keep is None else self.proposable
+
+    def chosen(self, logits_BTV: Tensor, positions_BT: Tensor, choose: Choose) -> Tensor:
+        """Choose the tokens at `positions_BT` by this rank's logits up to `limit`, as `next`."""
         if choose.sampling is None:
-            return self.greedy(hidden_BTH)
+            return self.to_target(greedy(logits_BTV, self.seams, self.weights.get(OFFSET)))
         if choose.keep is None:
-            logits_BTV = self.all_logits(hidden_BTH)[..., : self.proposable]
-        else:
-            logits_BTV = self.logits(hidden_BTH, self.proposable)
+            logits_BTV = self.seams.all_gather(logits_BTV)[..., : self.proposable]
         ids_V = torch.arange(self.proposable, dtype=torch.int32, device=logits_BTV.device)
         of = Vocabulary(choose.keep, self.seams, self.weights.get(OFFSET))
         return self.to_target(sample(logits_BTV, choose.sampling, positions_BT, self.to_target(ids_V).int(), of))

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import SourceError
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import Markov, ModelConfig
 from pipeline.models.eagle3 import fitted
 from pipeline.models.families import config_of
 from pipeline.models.weights import EMBEDDING, HEAD, weight_specs
 from pipeline.sources.pair import resolve
 from pipeline.sources.values import read_tensor
-from pipeline.sources.weights import weights
+from pipeline.sources.weights import check_weights, weights
 from pipeline.speculation import block_chains, chains
 from pipeline.speculation.chains import Batch
 from pipeline.validate.draft.agreement import Guesses
@@ -111,10 +111,11 @@ def test_a_p_eagle_head_of_specforge_needs_its_mask_token(written, tmp_path):
         ("speculators-dflash", "speculators", (0,)),
         ("speculators-dflash-whole", "speculators", ()),
         ("specforge-dflash", "specforge", ()),
+        ("speculators-dflash-anchor", "speculators", ()),
     ],
 )
 def test_a_dflash_draft_is_read_as_its_tool_runs_it(name, writer, causal, written, tmp_path):
-    """Logits of the three masks of blocks of four, from all anchors that the tool ran."""
+    """Logits of the answers of blocks of four, from all anchors that the tool ran: of the masks, or of all four."""
     draft = resolve(str(written / name), base=tmp_path, cache=tmp_path / "cache", role="draft")
     config = fitted(TARGET, draft.config)
     head = config.eagle3
@@ -124,9 +125,37 @@ def test_a_dflash_draft_is_read_as_its_tool_runs_it(name, writer, causal, writte
     reference = load_file(written / name / "reference.safetensors")
     of_target = {name: reference[name] for name in (EMBEDDING, HEAD)}
     loaded = of_target | {spec.name: read_tensor(refs[spec.name]) for spec in weight_specs(config) if spec.name in refs}
-    by_depth = torch.stack(logits_of(config, loaded, reference, 3, block_chains.guesses))
+    assert head.from_anchor == name.endswith("anchor")
+    answers = 4 if head.from_anchor else 3
+    by_depth = torch.stack(logits_of(config, loaded, reference, answers, block_chains.guesses))
     for anchor, theirs in zip(reference["anchor"].tolist(), reference["logits"], strict=True):
-        difference = (by_depth[:, anchor - 1] - theirs[1:]).abs().max()
+        difference = (by_depth[:, anchor - 1] - theirs[4 - answers :]).abs().max()
+        assert difference < 1e-4, f"block at {anchor}: largest difference {difference}"
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+@pytest.mark.parametrize("tool", ["speculators", "specforge"])
+def test_a_dspark_draft_is_read_as_its_tool_runs_it(tool, kind, written, tmp_path):
+    """Logits of all answers of blocks of four, each by the text's token before it, from all anchors that the tool ran.
+
+    A gated head of speculators has the layout of DFlash here, the others predict from the newest token's position.
+    """
+    source = written / f"{tool}-dspark-{kind}"
+    draft = resolve(str(source), base=tmp_path, cache=tmp_path / "cache", role="draft")
+    config = fitted(TARGET, draft.config)
+    head = config.eagle3
+    in_place = (tool, kind) == ("speculators", "gated")
+    assert (head.writer, head.taps, head.mask_token, head.block) == (tool, USUAL, 7, 4)
+    assert (head.markov, head.from_anchor, head.confidence) == (Markov(kind, 16), not in_place, True)
+    check_weights(draft)
+    refs = weights(draft)
+    reference = load_file(source / "reference.safetensors")
+    of_target = {name: reference[name] for name in (EMBEDDING, HEAD)}
+    loaded = of_target | {spec.name: read_tensor(refs[spec.name]) for spec in weight_specs(config) if spec.name in refs}
+    answers = 3 if in_place else 4
+    by_depth = torch.stack(logits_of(config, loaded, reference, answers, block_chains.guesses))
+    for anchor, theirs in zip(reference["anchor"].tolist(), reference["logits"], strict=True):
+        difference = (by_depth[:, anchor - 1] - theirs[4 - answers :]).abs().max()
         assert difference < 1e-4, f"block at {anchor}: largest difference {difference}"
 
 

@@ -14,6 +14,7 @@ from support.paths import ROOT
 
 HEADS = (
     "speculators", "speculators-3.1", "speculators-p-eagle", "speculators-dflash", "specforge", "specforge-dflash",
+    "speculators-dspark", "specforge-dspark",
 )  # fmt: skip
 SCHEMA = {
     "type": "object", "required": ["a", "b"], "additionalProperties": False,

@@ -113,8 +113,8 @@ def test_layers_with_a_window_are_causal_unless_the_file_says_otherwise(config, 
         (DFLASH | {"dflash_config": {**OPTIONS, "shift_label": True}}, {}, "shift_label"),
         (DFLASH | {"dflash_config": {**OPTIONS, "conv_kernel": 4}}, {}, "conv_kernel"),
         (DFLASH | {"dflash_config": {**OPTIONS, "attention_value_scale": 0.5}}, {}, "attention_value_scale"),
-        (DFLASH | {"sample_from_anchor": True}, {}, "sample_from_anchor"),
-        (DFLASH | {"architectures": ["DSparkDraftModel"]}, {}, "DSpark"),
+        (DFLASH | {"sample_from_anchor": 1}, {}, "sample_from_anchor=1"),
+        (DFLASH | {"dflash_config": {**OPTIONS, "markov_rank": 16}}, {}, "markov_rank"),
         (DFLASH | {"architectures": ["DFlash2DraftModel"]}, {}, "DFlash2"),
         (
             {k: v for k, v in nested(**WINDOWS).items() if k != "sliding_window_non_causal"},
@@ -160,6 +160,7 @@ def test_a_mask_embedding_beside_a_draft_is_refused(tmp_path):
 def work(tmp_path_factory):
     root = tmp_path_factory.mktemp("dflash")
     write_dflash(root / "whole")
+    write_dflash(root / "anchor", DFLASH | {"sample_from_anchor": True})
     write_dflash(root / "causal", nested(**WINDOWS | {"sliding_window": 128}), draft_vocab=128)
     return root
 
@@ -187,7 +188,7 @@ def test_speculation_equals_plain_decode(work, steps, rows):
     assert engine.stats()["catch_ups"] == 0
 
 
-@pytest.mark.parametrize("draft", ["whole", "causal"])
+@pytest.mark.parametrize("draft", ["whole", "causal", "anchor"])
 def test_proposals_equal_the_description(work, draft, monkeypatch):
     recipe = recipe_of(draft, steps=(2, 5), batch=(1,), lookup=3)
     pair = pair_of(work, recipe)
@@ -222,7 +223,7 @@ def test_the_doctor_measures_masks_and_tries_other_readings(work):
     assert report.verdict == "chance"
     assert len(report.current.by_place) == 4
     tried = {other.reading.partition(":")[0] for other in report.others}
-    assert tried == {"taps"}
+    assert tried == {"taps", "sample_from_anchor"}
 
 
 @pytest.mark.parametrize(

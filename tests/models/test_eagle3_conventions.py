@@ -176,7 +176,7 @@ def test_describe_names_writer_taps_and_their_origin():
         (FLAT | {"norm_before_residual": "yes"}, {}, "norm_before_residual"),
         (FLAT | {"logit_scale": 0.5}, {}, "logit_scale"),
         (FLAT, {"draft_vocab": None}, "neither d2t nor t2d"),
-        (FLAT | {"architectures": ["DSparkDraftModel"]}, {}, "DSpark"),
+        (FLAT | {"architectures": ["K3DSparkModel"]}, {}, "DSpark over layers of another family"),
         (FLAT | {"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, {}, "MLA"),
         (FLAT | {"architectures": ["EagleLlamaForCausalLM"]}, {}, "EAGLE-1"),
         (FLAT | {"pard_token": 3}, {}, "PARD"),

@@ -23,7 +23,7 @@ validate: {{prompts: prompts.jsonl, max_new_tokens: 10, gates: {{tokens_per_step
 """
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("p_eagle", "float32"), ("dflash", "bfloat16")])
+@pytest.mark.parametrize(("method", "dtype"), [("p_eagle", "float32"), ("dflash", "bfloat16"), ("dspark", "bfloat16")])
 def test_a_build_passes_its_gates_and_speculates_losslessly(tmp_path, method, dtype):
     write_parallel(tmp_path / "draft", method)
     (tmp_path / "pair.yaml").write_text(RECIPE.format(method=method, dtype=dtype))

@@ -54,7 +54,7 @@ def test_every_length_gives_the_tokens_and_the_drafts_of_one_bucket(tmp_path, me
     assert chunked.stats()["chunks"] > whole.stats()["chunks"] == 0
 
 
-@pytest.mark.parametrize("method", [*DRAFTS, "p_eagle", "dflash"])
+@pytest.mark.parametrize("method", [*DRAFTS, "p_eagle", "dflash", "dspark"])
 def test_a_prompt_may_be_read_in_any_chunks(tmp_path, method):
     """Rows side by side that are cut at other places at each turn, of which the last chunk is one token or all."""
     if method not in DRAFTS:

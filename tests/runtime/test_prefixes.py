@@ -24,9 +24,10 @@ DRAFTS = {
     "eagle3": {"source": "pico://llama?eagle3=1&draft_vocab=128"},
     "p_eagle": {"source": "draft"},
     "dflash": {"source": "draft"},
+    "dspark": {"source": "draft"},
 }
 SAMPLED = {"temperature": 1.1, "top_k": 20, "seed": 5}
-MORE = [("draft_model", SAMPLED), ("eagle3", {}), ("p_eagle", {}), ("dflash", {})]
+MORE = [("draft_model", SAMPLED), ("eagle3", {}), ("p_eagle", {}), ("dflash", {}), ("dspark", {})]
 KV = 128
 
 EngineOf = Callable[..., Engine]
@@ -35,7 +36,7 @@ EngineOf = Callable[..., Engine]
 @pytest.fixture
 def engine_of(tmp_path: Path) -> EngineOf:
     def make(method: str, *, share: bool, copies: bool = True) -> Engine:
-        if method in ("p_eagle", "dflash") and not (tmp_path / "draft").exists():
+        if method in ("p_eagle", "dflash", "dspark") and not (tmp_path / "draft").exists():
             write_parallel(tmp_path / "draft", method)
         recipe = Recipe.model_validate(
             {

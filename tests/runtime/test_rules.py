@@ -130,7 +130,7 @@ def test_proposals_are_those_of_the_fused_graph(tmp_path, method):
         assert one.accepted == pytest.approx(other.accepted, abs=4)  # without a prefill graph's first token
 
 
-@pytest.mark.parametrize("method", ["p_eagle", "dflash"])
+@pytest.mark.parametrize("method", ["p_eagle", "dflash", "dspark"])
 def test_split_steps_leave_a_parallel_draft_the_state_of_fused_ones(tmp_path, method):
     write_parallel(tmp_path / "draft", method)
     answers, states = [], []

@@ -74,6 +74,12 @@ OVER_STATES = {
         "dflash_config": {"mask_token_id": 3, "target_layer_ids": [0, 2]},
         "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64,
     },
+    "dspark": {
+        "architectures": ["DSparkDraftModel"], "num_hidden_layers": 2, "block_size": 7,
+        "dflash_config": {
+            "mask_token_id": 3, "target_layer_ids": [0, 2], "markov_rank": 8, "markov_head_type": "rnn",
+        },
+    },
 }  # fmt: skip
 """Drafts over the target's states: fields beside those of a draft of one layer."""
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,31 @@ from pipeline.models.weights import EMBEDDING
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve_pair
 from pipeline.speculation import phases
-from support.heads import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, P_EAGLE, SIZES, Parts, maps, plain_layer, write_head
+from support.heads import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, P_EAGLE, SIZES, VOCAB, Parts, maps, plain_layer, write_head
 
 DFLASH: dict[str, Any] = {
     "architectures": ["DFlashDraftModel"], "model_type": "qwen3", **SIZES, "num_hidden_layers": 2, "block_size": 8,
     "num_target_layers": 3, "dflash_config": {"mask_token_id": 1, "target_layer_ids": [0, 2]},
 }  # fmt: skip
+RANK = 16
+DSPARK: dict[str, Any] = DFLASH | {
+    "architectures": ["DSparkDraftModel"], "block_size": 7,
+    "dflash_config": {
+        "mask_token_id": 1, "target_layer_ids": [0, 2], "projector_type": "dspark", "markov_rank": RANK,
+        "enable_confidence_head": True, "confidence_head_with_markov": True,
+    },
+}  # fmt: skip
 
 
-def dflash_tensors(layers: int = 2, taps: int = 2, draft_vocab: int | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a DFlash draft under public names."""
+def dspark_config(**options: Any) -> dict[str, Any]:
+    """Return the config of a DSpark draft with other options."""
+    return DSPARK | {"dflash_config": DSPARK["dflash_config"] | options}
+
+
+def dflash_tensors(
+    layers: int = 2, taps: int = 2, draft_vocab: int | None = None, markov: str | None = None
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return the tensors of a DFlash draft under public names; with a kind of Markov head, of a DSpark draft."""
     generator = torch.Generator().manual_seed(0)
     found = {"fc.weight": torch.randn(HIDDEN, taps * HIDDEN, generator=generator) * (taps * HIDDEN) ** -0.5}
     found |= {
@@ -42,7 +58,18 @@ def dflash_tensors(layers: int = 2, taps: int = 2, draft_vocab: int | None = Non
         found |= {f"layers.{layer}.{name}": tensor for name, tensor in own.items()}
     if draft_vocab is not None:
         found |= {"lm_head.weight": torch.randn(draft_vocab, HIDDEN, generator=generator), **maps(draft_vocab)}
-    return found
+    return found | (markov_tensors(markov, draft_vocab or VOCAB, generator) if markov else {})
+
+
+def markov_tensors(kind: str, draft_vocab: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the tensors of a Markov head whose bias is as large as the logits, and of a confidence head."""
+    shapes = {"markov_w1.weight": (VOCAB, RANK), "markov_w2.weight": (draft_vocab, RANK)}
+    gates, read = {"vanilla": (0, 0), "gated": (RANK, HIDDEN + RANK), "rnn": (3 * RANK, 2 * RANK + HIDDEN)}[kind]
+    name = "joint_proj" if kind == "rnn" else "gate_proj"
+    shapes |= {f"{name}.weight": (gates, read), f"{name}.bias": (gates,)} if gates else {}
+    found = {f"markov_head.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    estimate = {"weight": (1, HIDDEN + RANK), "bias": (1,)}
+    return found | {f"confidence_head.proj.{n}": torch.randn(s, generator=generator) for n, s in estimate.items()}
 
 
 def write_dflash(root: Path, config: dict[str, Any] = DFLASH, **parts: Any) -> Path:
@@ -54,9 +81,11 @@ def write_dflash(root: Path, config: dict[str, Any] = DFLASH, **parts: Any) -> P
 
 
 def write_parallel(root: Path, method: str) -> Path:
-    """Write a draft of either kind for `pico://llama`."""
+    """Write a draft of a parallel kind for `pico://llama`."""
     if method == "dflash":
         return write_dflash(root)
+    if method == "dspark":
+        return write_dflash(root, DSPARK, markov="vanilla")
     parts = Parts(layer="layers.0.", layers=3, mask_hidden=True)
     return write_head(root, P_EAGLE | {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}, parts)
 
@@ -114,7 +143,7 @@ class Description:
 class PEagleDescription(Description):
     """A P-EAGLE head: causal attention over the text's slots and masked ones after them."""
 
-    def proposals(self, tokens: list[int], count: int) -> list[int]:
+    def proposals(self, tokens: list[int], count: int, copied: Sequence[int] = ()) -> list[int]:
         """Return the next `count` drafts after a text."""
         masked = self.w["mask_hidden"].expand(count - 1, -1)
         x = torch.cat((self.states(tokens)[: len(tokens) - 1], masked)) @ self.w["fc.weight"].T
@@ -132,17 +161,17 @@ class PEagleDescription(Description):
 
 
 class DFlashDescription(Description):
-    """A DFlash draft: a block over keys and values of the target's states before it."""
+    """A DFlash or DSpark draft: a block over keys and values of the target's states before it."""
 
-    def proposals(self, tokens: list[int], count: int) -> list[int]:
+    def proposals(self, tokens: list[int], count: int, copied: Sequence[int] = ()) -> list[int]:
         """Return the next `count` drafts after a text."""
-        last = len(tokens) - 1
+        last, masks = len(tokens) - 1, count - self.head.from_anchor
         context = self.norm(self.states(tokens)[:last] @ self.w["fc.weight"].T, "hidden_norm.weight")
-        x = self.embedding[torch.tensor([tokens[-1]] + [self.head.mask_token] * count)]
-        before, own = torch.arange(last), last + torch.arange(count + 1)
+        x = self.embedding[torch.tensor([tokens[-1]] + [self.head.mask_token] * masks)]
+        before, own = torch.arange(last), last + torch.arange(masks + 1)
         for layer in range(self.config.layers):
             prefix = f"model.layers.{layer}."
-            seen = torch.ones(count + 1, last + count + 1, dtype=torch.bool)
+            seen = torch.ones(masks + 1, last + masks + 1, dtype=torch.bool)
             if layer in self.head.causal_layers:
                 seen = seen.tril(last)
             inputs = self.norm(x, f"{prefix}input_layernorm.weight")
@@ -151,7 +180,30 @@ class DFlashDescription(Description):
             v = torch.cat([self.heads(each, prefix, "v", None) for each in (context, inputs)], dim=1)
             x = x + self.mixed(q, k, v, seen, prefix)
             x = x + self.mlp(x, prefix)
-        return self.answers(x[1:])
+        x = x if self.head.from_anchor else x[1:]
+        return self.answers(x) if self.head.markov is None else self.linked(x, tokens[-1], copied)
+
+    def linked(self, x: Tensor, previous: int, copied: Sequence[int]) -> list[int]:
+        """Return the answers of a DSpark draft, one after the other: each follows the copied token before it."""
+        w, states, found = self.w, self.norm(x, "model.norm.weight"), []
+        base = states @ w.get("lm_head.weight", self.of_target.get("lm_head.weight")).T
+        cell = torch.zeros(RANK)
+        for place, (logits, state) in enumerate(zip(base, states, strict=True)):
+            read = w["markov_head.markov_w1.weight"][previous]
+            if self.head.markov.kind == "gated":
+                inputs = torch.cat((state, read))
+                gate = w["markov_head.gate_proj.weight"] @ inputs + w["markov_head.gate_proj.bias"]
+                read = read * torch.sigmoid(gate)
+            if self.head.markov.kind == "rnn":
+                inputs = torch.cat((cell, read, state))
+                gates = w["markov_head.joint_proj.weight"] @ inputs + w["markov_head.joint_proj.bias"]
+                keep, new, out = gates.view(3, -1)
+                cell = torch.sigmoid(keep) * cell + (1 - torch.sigmoid(keep)) * new.tanh()
+                read = out.tanh()
+            best = int((logits + w["markov_head.markov_w2.weight"] @ read).argmax())
+            found.append(best + int(w["d2t"][best]) if "d2t" in w else best)
+            previous = copied[place] if place < len(copied) else found[-1]
+        return found
 
 
 PROMPT = [5, 9, 3, 40, 2, 77, 5, 9]
@@ -182,7 +234,7 @@ def drive(engine: Any, description: Any, monkeypatch: Any, turns: int = 10) -> N
         if not steps:
             text.append(int(out["token"][0]))
             continue
-        assert proposed[-1] == copied + description.proposals(text, steps)[len(copied) :], f"step {turn}"
+        assert proposed[-1] == copied + description.proposals(text, steps, copied)[len(copied) :], f"step {turn}"
         count = int(out["count"][0])
         counts.add(count)
         text += out["tokens"][0, :count].tolist()

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
-TOKENS, HIDDEN, VOCAB, DRAFT_VOCAB = 12, 64, 512, 128
+TOKENS, HIDDEN, VOCAB, DRAFT_VOCAB, RANK = 12, 64, 512, 128, 16
 SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN, "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
     "vocab_size": VOCAB, "num_hidden_layers": 1, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
@@ -140,28 +140,50 @@ def logits_of(model: Any, *given: Any, **named: Any) -> Tensor:
     return found[0]
 
 
-def write_dflash(out: Path, draft_vocab: int, **layer: Any) -> None:
-    """Write a DFlash draft of speculators."""
+def losses_of(model: Any, *given: Any, **named: Any) -> Tensor:
+    """Return the logits of which a DSpark training computes its loss, [M, V]: those with the Markov head's bias."""
+    from speculators.models.dspark import core
+
+    found: list[Tensor] = []
+
+    def keep(logits: Tensor, *_rest: Any, **_named: Any) -> None:
+        found.append(logits[0])
+        raise Done
+
+    compute, core.compute_metrics = core.compute_metrics, keep
+    try:
+        with torch.no_grad():
+            model(*given, **named)
+    except Done:
+        core.compute_metrics = compute
+    return found[0]
+
+
+def write_dflash(out: Path, draft_vocab: int, dspark: dict[str, Any] | None = None, **layer: Any) -> None:
+    """Write a DFlash draft of speculators, or a DSpark draft with fields of its own."""
     from speculators import SpeculatorsConfig, VerifierConfig
     from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig, core
+    from speculators.models.dspark import DSparkDraftModel, DSparkSpeculatorConfig
     from speculators.proposals.greedy import GreedyTokenProposalConfig
 
     own = Qwen3Config(**SIZES | {"num_hidden_layers": 2} | layer)
     own._attn_implementation = "eager"
-    config = DFlashSpeculatorConfig(
+    is_dspark = dspark is not None and "markov_rank" in dspark
+    config = (DSparkSpeculatorConfig if is_dspark else DFlashSpeculatorConfig)(
         transformer_layer_config=own,
         draft_vocab_size=draft_vocab,
         mask_token_id=7,
         block_size=4,
         aux_hidden_state_layer_ids=[2, 6, 9],
         speculators_config=SpeculatorsConfig(
-            algorithm="dflash",
+            algorithm="dspark" if is_dspark else "dflash",
             proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=3)],
             default_proposal_method="greedy",
             verifier=VerifierConfig(name_or_path="org/target", architectures=["LlamaForCausalLM"]),
         ),
+        **dspark or {},
     )
-    model = DFlashDraftModel(config).eval()
+    model = (DSparkDraftModel if is_dspark else DFlashDraftModel)(config).eval()
     randomize(model)
     if draft_vocab != VOCAB:
         model.load_vocab_mappings(*maps(draft_vocab))
@@ -170,11 +192,14 @@ def write_dflash(out: Path, draft_vocab: int, **layer: Any) -> None:
     anchors: list[Tensor] = []
     select = core.select_anchors
     core.select_anchors = lambda *given: anchors.extend(select(*given)) or anchors
-    found = logits_of(
-        model, states[None], tokens[None, :TOKENS], document_ids=torch.zeros(1, TOKENS, dtype=torch.long),
-        loss_mask=(torch.arange(TOKENS) > 0)[None].float(), verifier_last_hidden_states=torch.zeros(1, TOKENS, HIDDEN),
-        max_anchors=5,
-    )  # fmt: skip
+    named = {
+        "document_ids": torch.zeros(1, TOKENS, dtype=torch.long), "loss_mask": (torch.arange(TOKENS) > 0)[None].float(),
+        "verifier_last_hidden_states": torch.zeros(1, TOKENS, HIDDEN), "max_anchors": 5,
+    }  # fmt: skip
+    if is_dspark:
+        found = losses_of(model, states[None], tokens[None, :TOKENS], **named)
+    else:
+        found = logits_of(model, states[None], tokens[None, :TOKENS], **named)
     core.select_anchors = select
     of_target = {"model.embed_tokens.weight": model.embed_tokens.weight, "lm_head.weight": model.lm_head.weight}
     known = {"tokens": tokens, "states": states, "logits": found.view(5, 4, -1), "anchor": anchors[0], **of_target}
@@ -201,6 +226,34 @@ def write_specforge_dflash(out: Path) -> None:
             positions = torch.arange(anchor + 4)[None]
             hidden = model(positions, noise_embedding=block, target_hidden=states[None, :anchor])
             found.append(hidden[0] @ head.T)
+    known = {"tokens": tokens, "states": states, "logits": torch.stack(found), "anchor": anchors}
+    save_file(known | {"model.embed_tokens.weight": embedding, "lm_head.weight": head}, out / "reference.safetensors")
+
+
+def write_specforge_dspark(out: Path, kind: str) -> None:
+    """Write a DSpark draft of SpecForge, with logits of blocks in the layout of its training."""
+    from specforge.modeling.draft.dspark import DSparkDraftModel
+
+    options = {
+        "mask_token_id": 7, "target_layer_ids": [1, 5, 8], "projector_type": "dspark", "markov_rank": RANK,
+        "markov_head_type": kind, "enable_confidence_head": True, "confidence_head_with_markov": True,
+    }  # fmt: skip
+    config = Qwen3Config(**SIZES | {"num_hidden_layers": 2}, block_size=4, num_target_layers=12, dflash_config=options)
+    config._attn_implementation = "eager"
+    model = DSparkDraftModel(config).eval()
+    randomize(model)
+    model.save_pretrained(out)
+    tokens, states = inputs(model.fc.in_features)
+    generator = torch.Generator().manual_seed(2)
+    embedding, head = (torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(2))
+    anchors, found = torch.tensor([1, 4, 8]), []
+    with torch.no_grad():
+        for anchor in anchors.tolist():
+            block = embedding[torch.tensor([tokens[anchor], 7, 7, 7])][None]
+            positions = torch.arange(anchor + 4)[None]
+            hidden = model(positions, noise_embedding=block, target_hidden=states[None, :anchor])
+            before = tokens[anchor : anchor + 4][None]
+            found.append(model.apply_logits_head(hidden @ head.T, prev_token_ids=before, hidden_states=hidden)[0])
     known = {"tokens": tokens, "states": states, "logits": torch.stack(found), "anchor": anchors}
     save_file(known | {"model.embed_tokens.weight": embedding, "lm_head.weight": head}, out / "reference.safetensors")
 
@@ -272,7 +325,12 @@ def main(out: Path) -> None:
     windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "use_sliding_window": True}
     write_dflash(out / "speculators-dflash", DRAFT_VOCAB, **windows)
     write_dflash(out / "speculators-dflash-whole", VOCAB)
+    write_dflash(out / "speculators-dflash-anchor", VOCAB, {"sample_from_anchor": True})
     write_specforge_dflash(out / "specforge-dflash")
+    for kind in ("vanilla", "gated", "rnn"):
+        fields = {"markov_rank": RANK, "markov_head_type": kind, "sample_from_anchor": kind != "gated"}
+        write_dflash(out / f"speculators-dspark-{kind}", DRAFT_VOCAB if kind == "rnn" else VOCAB, fields)
+        write_specforge_dspark(out / f"specforge-dspark-{kind}", kind)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pipeline.artifact.host import NATIVE, multiplies
 from pipeline.errors import no_string
 from pipeline.graphs.dtypes import DTYPES
 from pipeline.models import eagle3
-from pipeline.models.draft_kind import DFLASH, DraftMethod
+from pipeline.models.draft_kind import DraftMethod
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, weight_specs
 from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
@@ -71,6 +71,7 @@ CHAINS: dict[DraftMethod, Guesses] = {
     "eagle3": chains.guesses,
     "p_eagle": chains.guesses,
     "dflash": block_chains.guesses,
+    "dspark": block_chains.guesses,
 }
 """Drafts in a row of each kind of draft."""
 
@@ -105,7 +106,7 @@ def examine(
     cut = sorted((tokens[-LONGEST_PROMPT:] for tokens in prompts), key=len)  # a group is as long as its longest
     states = answer(target, cut, effort.new_tokens, layers, dtype, progress)
     # A block's answers depend on its number of masks, which is K.
-    places = max(recipe.speculation.draft_tokens) if draft.config.draft_kind == DFLASH else effort.places
+    places = max(recipe.speculation.draft_tokens) if draft.config.draft_kind.blocks else effort.places
     at: Measure = partial(_agreement, pair, _loaded(pair), states)
     now = at(places, base)
     measure = partial(_screened, at, now, places) if effort.screens else partial(at, places)

@@ -104,6 +104,10 @@ def _switches(draft: Checkpoint) -> Iterator[Reading]:
     count = {"eagle3": 2, "p_eagle": 1}.get(draft.config.draft_kind.method, 0)  # a P-EAGLE head feeds nothing back
     for name, value, head in heads[:count]:
         yield Reading(replace(draft.config, eagle3=head), name, value, now.vocabulary)
+    if draft.config.draft_kind.blocks:
+        other = not now.head.from_anchor
+        head = replace(now.head, from_anchor=other)
+        yield Reading(replace(draft.config, eagle3=head), "sample_from_anchor", other, now.vocabulary)
 
 
 def _ropes(target: Checkpoint, draft: Checkpoint) -> Iterator[Reading]:

@@ -1,18 +1,21 @@
 """The reference of a DFlash draft: transformers' target gives the states, the draft itself is written out here.
 
 transformers has no such draft, so these are the paper's layers (arXiv 2602.06036) over a whole sequence at once, apart
-from the graphs' own: no cache, no buckets. After each token stands the answer of a block of that token and one mask.
+from the graphs' own: no cache, no buckets. After each token stands the first answer of a block of that token and one
+mask.
 
 Shapes: T tokens, H hidden, N query heads, G KV heads, D head size.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.models.weights import EMBEDDING, HEAD
+from pipeline.models.weights import EMBEDDING, HEAD, MARKOV, MARKOV_GATES, MARKOV_W1, MARKOV_W2
 from pipeline.sources.weights import FLOATS
 from pipeline.validate.reference.eagle3 import LAYER, Eagle3Reference, linear
 from pipeline.validate.reference.golden import project_cache
@@ -41,7 +44,8 @@ class DFlashReference(Eagle3Reference):
             normed = self._norm_of(x_2TH, own["post_attention_layernorm.weight"])
             gate, up = (linear(normed, own, f"mlp.{name}_proj") for name in ("gate", "up"))
             x_2TH = x_2TH + linear(functional.silu(gate) * up, own, "mlp.down_proj")
-        return self._norm_of(x_2TH[1], w["model.norm.weight"]), torch.stack(caches, dim=1)
+        answers_TH = x_2TH[0 if head.from_anchor else 1]
+        return self._norm_of(answers_TH, w["model.norm.weight"]), torch.stack(caches, dim=1)
 
     def _block_attention(
         self, block_2TH: Tensor, context_TH: Tensor, w: dict[str, Tensor], *, causal: bool
@@ -78,3 +82,35 @@ class DFlashReference(Eagle3Reference):
         cos, sin = (table[0] for table in self._rotary(x_TH[None], torch.arange(first, first + size)[None]))
         left, right = out_NTD.chunk(2, dim=-1)
         return out_NTD * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class DSparkReference(DFlashReference):
+    """A DSpark draft: a DFlash draft whose logits have a bias by the token before.
+
+    The bias is a product too, so the states of its Markov head, [T, R], stand beside the LM head's input.
+    """
+
+    def _head_states(self, tokens: list[int], taps_TX: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        hidden_TH, caches = super()._head_states(tokens, taps_TX, kind)
+        head = self.checkpoint.config.eagle3
+        assert head is not None
+        assert head.markov is not None
+        w = {name: self.read(name, self._refs[name]).to(kind) for name in self._refs if name.startswith(MARKOV)}
+        embedded_TR = w[MARKOV_W1][torch.tensor(tokens)]
+        gates = MARKOV_GATES.get(head.markov.kind, "")
+        if head.markov.kind == "gated":
+            gate_TR = torch.sigmoid(linear(torch.cat((hidden_TH, embedded_TR), dim=-1), w, gates))
+            return torch.cat((hidden_TH, gate_TR * embedded_TR), dim=-1), caches
+        if head.markov.kind == "rnn":  # its third part is the output, and a block begins with a state of zeros
+            read_TX = torch.cat((torch.zeros_like(embedded_TR), embedded_TR, hidden_TH), dim=-1)
+            embedded_TR = torch.tanh(linear(read_TX, w, gates).chunk(3, dim=-1)[2])
+        return torch.cat((hidden_TH, embedded_TR), dim=-1), caches
+
+    def _head(self, hidden_TH: Tensor) -> Tensor:
+        size = self.checkpoint.config.hidden
+        base_TV = super()._head(hidden_TH[:, :size])
+        return base_TV + hidden_TH[:, size:].to(base_TV.dtype) @ self._bias_rows.to(base_TV.dtype).T
+
+    @cached_property
+    def _bias_rows(self) -> Tensor:
+        return self.read(MARKOV_W2, self._refs[MARKOV_W2])

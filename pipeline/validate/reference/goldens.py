@@ -19,7 +19,7 @@ from pipeline.cache.remote import Remote
 from pipeline.models.draft_kind import DraftMethod
 from pipeline.progress import Log
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.validate.reference.dflash import DFlashReference
+from pipeline.validate.reference.dflash import DFlashReference, DSparkReference
 from pipeline.validate.reference.eagle3 import Eagle3Reference
 from pipeline.validate.reference.golden import Golden, pack, unpack
 from pipeline.validate.reference.layers import Reference, Taps
@@ -31,6 +31,7 @@ REFERENCES: dict[DraftMethod, type[Reference]] = {
     "eagle3": Eagle3Reference,
     "p_eagle": Eagle3Reference,
     "dflash": DFlashReference,
+    "dspark": DSparkReference,
 }
 """The reference of each kind of draft; a target's is that of a draft model."""
 

@@ -94,6 +94,7 @@ def program(spec: GraphSpec, pair: PairSpec) -> Program:
 PARALLEL = [
     (SPECS[4], "p_eagle"),
     (SPECS[4], "dflash"),
+    (SPECS[4], "dspark"),
     *(pytest.param(spec, "dflash", marks=pytest.mark.slow) for spec in (SPECS[0], SPECS[-1])),
 ]
 CASES = [(spec, "draft model") for spec in SPECS[1::2]] + [(spec, "eagle3") for spec in SPECS[:-2:2] + SPECS[-1:]]

@@ -133,7 +133,7 @@ def test_prompts_are_divided_and_written_in_blocks(backend, family, tp, kv):
     assert "reduce-scatter" not in odd.collective_bytes
 
 
-@pytest.mark.parametrize(("family", "tp"), [("qwen3", 1), ("qwen3", 2), ("eagle3", 1), ("dflash", 1)])
+@pytest.mark.parametrize(("family", "tp"), [("qwen3", 1), ("qwen3", 2), ("eagle3", 1), ("dflash", 1), ("dspark", 1)])
 def test_chunks_at_the_end_of_a_cache_equal_eager(backend, graphs_of, family, tp):
     """A block that would pass the cache's end begins earlier; a row without a prompt keeps what it has."""
     pair = make(family, 4, replicated=family != "qwen3", reduced=family in OVER_STATES)
