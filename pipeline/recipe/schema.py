@@ -124,7 +124,7 @@ class _Weighted(Record):
     weights: NarrowWeights | None = Field(
         default=None,
         description="int8: matrices and embeddings in int8, a scale for each output feature; int4: projections of "
-        "layers in 4 bits, a scale for 32 inputs, as GGML's Q4_0, other matrices in int8. Only inductor on a CPU. "
+        "layers and experts in 4 bits, a scale for 32 inputs, as GGML's Q4_0, others in int8. Only inductor on a CPU. "
         "Default: not quantised; of a draft, the target's. An embedding that the draft shares keeps its format",
     )
 

@@ -65,9 +65,14 @@ class BlockedSeams(Seams):
     def experts(
         self, x_BTI: Tensor, chosen: Chosen, matrices: tuple[Tensor, ...], gating: Gating = SWIGLU
     ) -> Tensor:  # fmt: skip
-        """Multiply each token by the blocked matrices of its experts, which are read once for all their tokens."""
+        """Multiply each token by the blocked matrices of its experts, which are read once for all their tokens.
+
+        Tokens that are not live have none.
+        """
         gate, up, down = matrices
         x_MI, numbers_MC = _flat(x_BTI), chosen.experts.flatten(0, 1).int().contiguous()
+        if self.live is not None:
+            numbers_MC = torch.where(self.live.reshape(-1, 1), numbers_MC, torch.full_like(numbers_MC, -1))
         bounds = () if gating.clamp is None else (gating.clamp.limit, gating.clamp.alpha)
         inner_MCN = expert_swiglu(x_MI, numbers_MC, gate, up, list(gating.biases or ()), list(bounds))
         out_MCI = expert_linear(inner_MCN[..., : _inputs(down)].contiguous(), numbers_MC, down)[..., : x_BTI.shape[-1]]

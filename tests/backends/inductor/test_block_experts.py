@@ -120,6 +120,20 @@ def test_compiled_experts_equal_those_written_out(tmp_path):
         )
 
 
+def test_experts_of_tokens_that_are_not_live_are_not_read():
+    (x, chosen, shares, *blocks), _ = operands(torch.float32, torch.float32)
+    live = torch.arange(len(x)) % 3 == 0
+    of_tokens = Chosen(chosen[None], shares[None], elsewhere=True)
+    wanted = BlockedSeams().experts(x[None], of_tokens, tuple(blocks))[0]
+    unread = [e for e in range(EXPERTS) if e not in chosen[live]]
+    assert len(unread) < EXPERTS
+    for block in blocks:
+        block[unread] = torch.nan
+    found = BlockedSeams().of_live(live[None]).experts(x[None], of_tokens, tuple(blocks))[0]
+    torch.testing.assert_close(found[live], wanted[live])
+    assert not found[~live].any()
+
+
 @pytest.mark.parametrize("gating", [SWIGLU, Gating(biases_of(torch.float32), BOUNDS)], ids=["plain", "bounded"])
 def test_few_and_many_tokens_have_the_same_experts(gating):
     """Plain seams gather the matrices of few tokens, and multiply all tokens by those of all experts otherwise."""
