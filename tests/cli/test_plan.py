@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.recipe import load
+from support import families
 from support.commands import RECIPE, answer, invoke
 
 SHORT = '{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}\n'
@@ -85,3 +86,22 @@ def test_plan_of_the_example_is_what_the_how_to_shows(monkeypatch):
     page = (root / "docs" / "how-to" / "recipe.md").read_text()
     command = "tandem plan llama-8b-spec --traffic examples/traffic.csv --graphs 52"
     assert f"$ {command}\n{answer(*command.split()[1:]).stdout}```" in page
+
+
+def test_plan_shows_the_rings_of_windows_and_what_they_save(work):
+    """In words, and as JSON: the bytes of whole caches without the rings' are those that are saved."""
+    changes = {"sliding_window": 16, "max_position_embeddings": 512}
+    families.write_pair(families.Family("Mistral", changes, "json-config"), work)
+    recipe = (
+        "name: windows\ntarget: {source: ./target, dtype: float32}\ndraft: {derive: {from: target, layers: [0]}}\n"
+        "speculation: {draft_tokens: [2]}\nshapes: {batch: [2], prefill: [32], kv: [400]}\n"
+    )
+    (work / "windows.yaml").write_text(recipe)
+    shown = answer("plan", "windows.yaml").stdout
+    assert "caches of layers with a window of 16: 128 of 400 positions\nwhole caches need " in shown
+    data = json.loads(answer("plan", "windows.yaml", "--json").stdout)
+    assert data["rings"] == [{"window": 16, "slots": 128}]
+    of_position = 2 * 2 * 2 * 16 * 4  # rows, keys and values, heads, values of a head, bytes
+    assert data["memory_bytes_per_rank"]["target_kv"] == 3 * 129 * of_position
+    assert data["memory_bytes_per_rank"]["draft_kv"] == 129 * of_position
+    assert data["saved_by_rings_bytes_per_rank"] == 4 * (400 - 129) * of_position

@@ -10,6 +10,7 @@ from pipeline.errors import SourceError
 from pipeline.models.decoder import hidden_states, logits
 from pipeline.models.families import config_of
 from pipeline.models.parallel import Pass, Seams, attend_up_to, empty_caches, plan_writes, slot_of
+from pipeline.speculation.model_chains import _Uncached
 
 SMALL = {
     "vocab_size": 97,
@@ -264,6 +265,20 @@ def test_logits_from_rings_equal_transformers_however_a_text_is_cut(case):
         weights = dict(unfused(config, model.state_dict()))
         parts = [run(config, weights, tokens[:, one:other], one, state, 128) for one, other in pairwise(cuts)]
     error = (torch.cat(parts, dim=1) - expected).abs()
+    assert error.max() < 2e-4, f"max {error.max():.2e}, mean {error.mean():.2e}"
+
+
+@pytest.mark.parametrize("case", ["gemma3", "llama2"])
+def test_a_pass_needs_no_caches(case):
+    """As training reads texts: nothing is written, windows included."""
+    hf_config, model = reference(case)
+    config, tokens = config_of(hf_config.to_dict(), case), torch.randint(0, 97, (2, 30))
+    positions = torch.arange(30).expand(2, 30)
+    with torch.no_grad():
+        weights = dict(unfused(config, model.state_dict()))
+        own = Pass(positions, {}, None, attend_up_to(positions[:1]))
+        hidden = hidden_states(config, weights, _Uncached(), tokens, own)
+        error = (logits(config, weights, Seams(), hidden.last_BTH) - model(tokens).logits).abs()
     assert error.max() < 2e-4, f"max {error.max():.2e}, mean {error.mean():.2e}"
 
 
