@@ -33,7 +33,8 @@ NO_VARIABLES = {
 }
 DATACLASSES = {
     "Clamp", "DividedRope", "Eagle3", "Experts", "GraphSpec", "Layer", "Limit", "LinearRope", "Llama3Rope",
-    "Markov", "ModelConfig", "ModelsSpec", "Norms", "PairSpec", "ProportionalRope", "Ring", "Rope", "TapIds", "YarnRope",
+    "Markov", "ModelConfig", "ModelsSpec", "Norms", "PairSpec", "ProportionalRope", "Ring", "Rope", "TapIds",
+    "YarnRope",
 }  # fmt: skip
 """Their docstrings describe their fields."""
 

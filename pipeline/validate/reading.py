@@ -97,7 +97,7 @@ def here(config: ModelConfig) -> Reading:
         "values are keys": [config.layer(index).values_are_keys for index in range(config.layers)],
         "output of layers is scaled": config.layer_scalar,
         "num_attention_heads": config.heads,
-        "num_key_value_heads": [own.kv_heads for own in by_layer],
+        "num_key_value_heads": _one_or_all([own.kv_heads for own in by_layer]),
         "biases of q, k, v": config.qkv_bias,
         "bias of o": config.out_bias,
         "mlp_bias": config.mlp_bias,
@@ -171,7 +171,7 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "values are keys": [getattr(one.self_attn, "v_proj", 0) is None for one in model.layers],
         "output of layers is scaled": hasattr(layer, "layer_scalar"),
         "num_attention_heads": q // size,
-        "num_key_value_heads": [_kv_heads(one.self_attn, config) for one in model.layers],
+        "num_key_value_heads": _one_or_all([_kv_heads(one.self_attn, config) for one in model.layers]),
         "biases of q, k, v": v,
         "bias of o": attention.o_proj.bias is not None,
         "mlp_bias": getattr(getattr(networks[0], "gate_proj", None), "bias", None) is not None,
@@ -239,6 +239,11 @@ def _parts(attention: Any, config: Any, size: int) -> tuple[int, bool]:
     if hasattr(attention, "q_proj"):
         return attention.q_proj.out_features, attention.q_proj.bias is not None
     return config.num_attention_heads * size, attention.qkv_proj.bias is not None
+
+
+def _one_or_all(of_layers: list[int]) -> int | list[int]:
+    """Return the value that all layers have, or that of each."""
+    return of_layers[0] if len(set(of_layers)) == 1 else of_layers
 
 
 def _kv_heads(attention: Any, config: Any) -> int:

@@ -38,7 +38,7 @@ class BlockedSeams(Seams):
     def of_live(self, live_BT: Tensor | None) -> BlockedSeams:
         """Return the same, whose products skip tokens that are not live: their results are zeros."""
         same = copy(self)
-        same.live = live_BT
+        same.live = None if live_BT is None else live_BT.contiguous()  # once, not for each subgraph that reads it
         return same
 
     @property
