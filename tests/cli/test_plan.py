@@ -91,15 +91,15 @@ def test_plan_of_the_example_is_what_the_how_to_shows(monkeypatch):
 def test_plan_shows_the_rings_of_windows_and_what_they_save(work):
     """In words, and as JSON: the bytes of whole caches without the rings' are those that are saved."""
     changes = {"sliding_window": 16, "max_position_embeddings": 512}
-    families.write_pair(families.Family("Mistral", changes, "json-config"), work)
+    families.write_pair(families.Family("Mistral", changes, "json-config"), work / "windows")
     recipe = (
         "name: windows\ntarget: {source: ./target, dtype: float32}\ndraft: {derive: {from: target, layers: [0]}}\n"
         "speculation: {draft_tokens: [2]}\nshapes: {batch: [2], prefill: [32], kv: [400]}\n"
     )
-    (work / "windows.yaml").write_text(recipe)
-    shown = answer("plan", "windows.yaml").stdout
+    (work / "windows" / "windows.yaml").write_text(recipe)
+    shown = answer("plan", "windows/windows.yaml").stdout
     assert "caches of layers with a window of 16: 128 of 400 positions\nwhole caches need " in shown
-    data = json.loads(answer("plan", "windows.yaml", "--json").stdout)
+    data = json.loads(answer("plan", "windows/windows.yaml", "--json").stdout)
     assert data["rings"] == [{"window": 16, "slots": 128}]
     of_position = 2 * 2 * 2 * 16 * 4  # rows, keys and values, heads, values of a head, bytes
     assert data["memory_bytes_per_rank"]["target_kv"] == 3 * 129 * of_position
