@@ -81,7 +81,7 @@ def readable(config_json: Mapping[str, Any], max_position: int) -> list[Mapping[
 
 def here(config: ModelConfig) -> Reading:
     """Return what Tandem reads."""
-    first, by_layer = config.at(0), [config.at(index) for index in range(config.layers)]
+    first = config.at(0)
     whole = {"head": first.head_dim, "vector": config.heads * first.head_dim, None: None}
     reading = {
         "num_hidden_layers": config.layers,
@@ -92,12 +92,7 @@ def here(config: ModelConfig) -> Reading:
         "biases of experts": any(kind.experts.bias for kind in config.kinds if kind.experts),
         "bounds of SwiGLU": _bounds(config),
         "head_dim": first.head_dim,
-        "head_dim by layer": [own.head_dim for own in by_layer],
-        "values are normalised": config.v_norm,
-        "values are keys": [config.layer(index).values_are_keys for index in range(config.layers)],
-        "output of layers is scaled": config.layer_scalar,
         "num_attention_heads": config.heads,
-        "num_key_value_heads": _one_or_all([own.kv_heads for own in by_layer]),
         "biases of q, k, v": config.qkv_bias,
         "bias of o": config.out_bias,
         "mlp_bias": config.mlp_bias,
@@ -116,11 +111,24 @@ def here(config: ModelConfig) -> Reading:
         "max_position_embeddings": config.max_position,
         "layers with rotary embeddings": [config.layer(index).rope is not None for index in range(config.layers)],
     }
+    reading |= _by_layer(config)
     reading |= {key: value for rope in _ropes(config) for key, value in rope.items()}
     limits = [limit.length for limit in config.limits if limit.field == "sliding_window"]
     windows = [config.layer(index).window for index in range(config.layers)]
     # Some layers of a family without windows have caches with one: the limit is that of all.
     return reading | {"sliding_window": min(limits)} if limits else reading | _windows_read(windows)
+
+
+def _by_layer(config: ModelConfig) -> Reading:
+    """Return what differs by layer in attention, and what Gemma 4 does beside it."""
+    layers = [config.at(index) for index in range(config.layers)]
+    return {
+        "head_dim by layer": [own.head_dim for own in layers],
+        "num_key_value_heads": [own.kv_heads for own in layers],
+        "values are keys": [config.layer(index).values_are_keys for index in range(config.layers)],
+        "values are normalised": config.v_norm,
+        "output of layers is scaled": config.layer_scalar,
+    }
 
 
 def _inner(config: ModelConfig, layer: Layer) -> int:
@@ -166,12 +174,7 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "biases of experts": hasattr(networks[0], "gate_up_proj_bias"),
         "bounds of SwiGLU": [networks[0].limit, networks[0].alpha] if hasattr(networks[0], "limit") else None,
         "head_dim": size,
-        "head_dim by layer": [one.self_attn.head_dim for one in model.layers],
-        "values are normalised": hasattr(attention, "v_norm"),
-        "values are keys": [getattr(one.self_attn, "v_proj", 0) is None for one in model.layers],
-        "output of layers is scaled": hasattr(layer, "layer_scalar"),
         "num_attention_heads": q // size,
-        "num_key_value_heads": _one_or_all([_kv_heads(one.self_attn, config) for one in model.layers]),
         "biases of q, k, v": v,
         "bias of o": attention.o_proj.bias is not None,
         "mlp_bias": getattr(getattr(networks[0], "gate_proj", None), "bias", None) is not None,
@@ -191,7 +194,20 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "max_position_embeddings": config.max_position_embeddings,
         "layers with rotary embeddings": [_turns(model, one) for one in model.layers],
     }
+    reading |= _theirs_by_layer(model, config)
     return reading | _their_ropes(model) | _windows_read(_windows(config, len(model.layers)))
+
+
+def _theirs_by_layer(model: Any, config: Any) -> Reading:
+    """Return the same as `_by_layer` of transformers' modules."""
+    attentions = [one.self_attn for one in model.layers]
+    return {
+        "head_dim by layer": [one.head_dim for one in attentions],
+        "num_key_value_heads": _one_or_all([_kv_heads(one, config) for one in attentions]),
+        "values are keys": [getattr(one, "v_proj", 0) is None for one in attentions],
+        "values are normalised": hasattr(attentions[0], "v_norm"),
+        "output of layers is scaled": hasattr(model.layers[0], "layer_scalar"),
+    }
 
 
 def _network(layer: Any) -> Any:
