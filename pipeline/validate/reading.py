@@ -124,7 +124,7 @@ def _by_layer(config: ModelConfig) -> Reading:
     layers = [config.at(index) for index in range(config.layers)]
     return {
         "head_dim by layer": [own.head_dim for own in layers],
-        "num_key_value_heads": [own.kv_heads for own in layers],
+        "num_key_value_heads": _one_or_all([own.kv_heads for own in layers]),
         "values are keys": [config.layer(index).values_are_keys for index in range(config.layers)],
         "values are normalised": config.v_norm,
         "output of layers is scaled": config.layer_scalar,
