@@ -48,7 +48,7 @@ def test_check_reading_accepts_every_family(tmp_path, family):
         ({"head_dim": 8}, "head_dim: 8, transformers: 16; "),
         ({"kinds": (Layer(Rope(1e4, 16), 64),)}, "sliding_window: 64, transformers: null"),
         ({"qkv_bias": True}, "biases of q, k, v: true, transformers: false"),
-        ({"tied": True, "kv_heads": 4}, "num_key_value_heads: 4, transformers: 2; tie_word_embeddings: true, "),
+        ({"tied": True, "kv_heads": 4}, "tie_word_embeddings: true, transformers: false; num_key_value_heads: 4, "),
     ],
 )
 def test_check_reading_names_the_field_and_both_values(tmp_path, wrong, said):
