@@ -150,7 +150,7 @@ class Attend:
         keys = ring or self.bias_BTS.shape[-1]
         if window is None or (ring is None and window >= keys):
             return self
-        # Tokens that nobody reads see the first key, far before the windows of their row, whose kernel would read all.
+        # Unused tokens see the first key, far before the windows of their row: the kernel would read all keys between.
         last_BT = torch.maximum(self.last_BT, self.last_BT[:, :1])
         found = replace(self, last_BT=last_BT, window=window, ring=ring)
         return replace(found, bias_BTS=torch.where(found.seen(keys), 0.0, -math.inf))

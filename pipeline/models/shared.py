@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.models.config import Activation, Experts, Layer, Limit, ModelConfig
+from pipeline.models.config import Activation, Experts, Layer, Limit, ModelConfig, Rope
 from pipeline.models.defaults import REFUSED
 from pipeline.models.fields import Fields
 from pipeline.models.layer_types import FULL, PER_LAYER, SLIDING
@@ -38,12 +38,8 @@ def shared_fields(
     heads, layers = fields.size("num_attention_heads"), fields.size("num_hidden_layers")
     size = head_dim(fields)
     ropes, own_limits = read_rope(fields, size, full.get("head_dim"))
-    described = [
-        Layer(ropes[SLIDING if window else FULL] if turns else None, window, own, **({} if window else full))
-        for window, turns, own in zip(
-            windows or [None] * layers, turned or [True] * layers, experts or [None] * layers, strict=True
-        )
-    ]
+    of_layers = zip(windows or [None] * layers, turned or [True] * layers, experts or [None] * layers, strict=True)
+    described = [_layer(ropes, full, *of_layer) for of_layer in of_layers]
     common: dict[str, Any] = {
         "family": fields.family,
         "layers": layers,
@@ -63,6 +59,14 @@ def shared_fields(
         "eos_ids": token_ids(fields.value("eos_token_id")),
     }
     return _checked(ModelConfig(**(common | layered(described) | family)), fields)
+
+
+def _layer(
+    ropes: Mapping[str, Rope | None], full: Mapping[str, Any], window: int | None, turns: bool, experts: Experts | None
+) -> Layer:
+    """Return one layer; `full` has fields of those without a window."""
+    rope = ropes[SLIDING if window else FULL] if turns else None
+    return Layer(rope, window, experts, **({} if window else full))
 
 
 def head_dim(fields: Fields) -> int:

@@ -183,10 +183,6 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "norms of a layer": sorted(name for name, _ in layer.named_children() if name.endswith("norm")),
         "rms_norm_eps": _eps(model.norm),
         "activation at 1": _activation_at_1(networks[0]),
-        "scale of attention": attention.scaling,
-        "scale of embeddings": _embedding_scale(model),
-        "scale of residuals": getattr(layer, "residual_multiplier", 1.0),
-        "scale of logits": 1 / getattr(config, "logits_scaling", 1.0),
         # Gemma 3, which has norms of queries, keeps the field and does not apply it.
         "cap of scores": getattr(attention, "attn_logit_softcapping", None) if q_norm is None else None,
         "cap of logits": getattr(config, "final_logit_softcapping", None),
@@ -194,8 +190,19 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "max_position_embeddings": config.max_position_embeddings,
         "layers with rotary embeddings": [_turns(model, one) for one in model.layers],
     }
-    reading |= _theirs_by_layer(model, config)
+    reading |= _theirs_by_layer(model, config) | _their_scales(model, config)
     return reading | _their_ropes(model) | _windows_read(_windows(config, len(model.layers)))
+
+
+def _their_scales(model: Any, config: Any) -> Reading:
+    """Return what scores, embeddings, residuals and logits are multiplied by."""
+    layer = model.layers[0]
+    return {
+        "scale of attention": layer.self_attn.scaling,
+        "scale of embeddings": _embedding_scale(model),
+        "scale of residuals": getattr(layer, "residual_multiplier", 1.0),
+        "scale of logits": 1 / getattr(config, "logits_scaling", 1.0),
+    }
 
 
 def _theirs_by_layer(model: Any, config: Any) -> Reading:

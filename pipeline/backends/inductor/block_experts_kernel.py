@@ -178,12 +178,7 @@ class BlockExpertsTemplate(CppTemplate):
             for name, nodes in (("W", weights), ("B", biases))
         )
         limit, alpha = self.bounds or (0.0, 0.0)
-        narrow = weights[0].get_dtype() == torch.uint8
-        in_pairs = narrow and x.get_dtype() == torch.bfloat16
-        parts: dict[str, Any] = {
-            "IN_PAIRS": IN_PAIRS if in_pairs else "",
-            "VECTORS": (int4.VECTORS if narrow else VECTORS) + (int4.PAIRS if in_pairs else ""),
-            "ROW_SUMS": ROW_SUMS,
+        parts: dict[str, Any] = _products(x, weights[0]) | {
             "HEADER": self.header().getvalue(),
             "SIGNATURE": kernel.def_kernel({"X": x, "CHOSEN": chosen, **operands, **vectors}, {"Y": out}),
             "NAME": kernel.kernel_name,
@@ -209,6 +204,17 @@ class BlockExpertsTemplate(CppTemplate):
             "X_OFFSET": x.get_layout().offset,
         }
         return filled(KERNEL, parts)
+
+
+def _products(x: Any, weight: Any) -> dict[str, str]:
+    """Return the parts that multiply rows of x by blocks of a weight: 4-bit ones as pairs where x is bfloat16."""
+    narrow = weight.get_dtype() == torch.uint8
+    in_pairs = narrow and x.get_dtype() == torch.bfloat16
+    return {
+        "IN_PAIRS": IN_PAIRS if in_pairs else "",
+        "VECTORS": (int4.VECTORS if narrow else VECTORS) + (int4.PAIRS if in_pairs else ""),
+        "ROW_SUMS": ROW_SUMS,
+    }
 
 
 def _pointers(nodes: dict[str, Any]) -> str:

@@ -263,6 +263,7 @@ KERNEL = f"""
 HEADER
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 {NATIVE_BFLOAT16.includes}
 

@@ -14,22 +14,28 @@ struct Rows {
     const int64_t* places = nullptr;
 };
 
-// The live rows of x, gathered, with room after them for a tile's other rows; results of others are zeros.
-// Memory is kept: to map new pages for each of a step's products takes longer than the copies.
+// The live rows of x: where they lie if they are the first ones, with room after them for a tile's other rows, else
+// gathered. Results of the others are zeros.
 struct LiveRows {
-    int64_t places[M], count = 0;
+    std::vector<int64_t> places;
+    std::unique_ptr<Input[]> gathered;
     const Input* x;
     LiveRows(const Input* all, const bool* live, Output* y) : x(all) {
-        for (int64_t m = 0; m < M; ++m) if (live[m]) places[count++] = m;
-        if (count == M) return;
-        static thread_local std::vector<Input> gathered((M + SPARE_ROWS) * I);
-        for (int64_t n = 0; n < count; ++n) {
-            std::memcpy(gathered.data() + n * I, all + places[n] * I, I * sizeof(Input));
+        places.reserve(M);
+        for (int64_t m = 0; m < M; ++m) {
+            if (live[m]) places.push_back(m);
+            else std::memset(y + m * N, 0, N * sizeof(Output));
         }
-        for (int64_t m = 0; m < M; ++m) if (!live[m]) std::memset(y + m * N, 0, N * sizeof(Output));
-        x = gathered.data();
+        const int64_t count = places.size();
+        if (count == 0 || count == M || (places.back() == count - 1 && count + SPARE_ROWS <= M)) return;
+        gathered.reset(new Input[(count + SPARE_ROWS) * I]);  // not initialised: a tile's other rows have no meaning
+        for (int64_t n = 0; n < count; ++n) std::memcpy(&gathered[n * I], all + places[n] * I, I * sizeof(Input));
+        x = gathered.get();
     }
-    Rows rows() const { return count == M ? Rows{} : Rows{count, places}; }
+    Rows rows() const {
+        const int64_t count = places.size();
+        return count == M ? Rows{} : Rows{count, places.data()};
+    }
 };
 
 // Some rows times one block, or the same block of both weights. `Way` multiplies: at most `Way::TILE` rows at a time.

@@ -35,7 +35,7 @@ class BlockedSeams(Seams):
         result: R = self.subgraphs.call(function, *args)
         return result
 
-    def of_live(self, live_BT: Tensor | None) -> BlockedSeams:
+    def of_live(self, live_BT: Tensor | None) -> Seams:
         """Return the same, whose products skip tokens that are not live: their results are zeros."""
         same = copy(self)
         same.live = None if live_BT is None else live_BT.contiguous()  # once, not for each subgraph that reads it
@@ -146,7 +146,7 @@ class RankedSeams(BlockedSeams):
 class PlainRankedSeams(RankedSeams):
     """Plain weights, split over ranks (CUDA)."""
 
-    of_live = Seams.of_live  # type: ignore[assignment]
+    of_live = Seams.of_live
     linear = Seams.linear
     linears = Seams.linears
     swiglu = Seams.swiglu

@@ -25,7 +25,10 @@ class Products(torch.nn.Module):
             block_swiglu(x[:5], other, weight[1:4]),
             block_swiglu(x, other, weight[1:4]),
             block_linear(x[:5], [weight], live[:5]),
-            *(block_linear(x, [other, weight], which) for which in (live, torch.zeros_like(live))),
+            *(
+                block_linear(x, [other, weight], which)
+                for which in (live, torch.zeros_like(live), torch.arange(45) < 7)
+            ),
             block_swiglu(x, other, weight[1:4], live),
         )
 
@@ -56,6 +59,7 @@ KINDS = [
 
 LIVE = torch.tensor([number % 7 in (0, 2, 3) for number in range(45)])
 """Rows of `Products` that are live: 20 of them."""
+NONE, FIRST = torch.zeros_like(LIVE), torch.arange(45) < 7
 
 CASES = {
     ("native", "any"): KINDS,
@@ -123,7 +127,7 @@ def test_compiled_product_is_exact_and_alike_for_any_number_of_rows(products, is
     ):
         assert torch.allclose(eager, fast, atol=5e-6, rtol=2**-7)
     assert torch.allclose(both[:, :96].double(), x.double() @ gate.double().T, atol=5e-6)
-    whole, masks = (all_rows[:5], both, both, gated), (LIVE[:5], LIVE, torch.zeros_like(LIVE), LIVE)
+    whole, masks = (all_rows[:5], both, both, both, gated), (LIVE[:5], LIVE, NONE, FIRST, LIVE)
     for found, same, live in zip(of_live, whole, masks, strict=True):
         assert torch.equal(found, torch.where(live[:, None], same, 0))
     assert torch.equal(block_linear(x, [weight], LIVE), torch.where(LIVE[:, None], block_linear(x, [weight]), 0))
