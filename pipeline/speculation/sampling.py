@@ -104,7 +104,8 @@ def sample_all(logits_MV: Tensor, drawn: Drawn) -> Tensor:
 def sample_best(logits_MV: Tensor, drawn: Drawn, of: Vocabulary) -> Tensor:
     """Sample from the `of.keep` tokens with the highest logits: int64 [M]. Ranks exchange these, not all logits."""
     assert of.keep is not None
-    scores_MN, ids_MN = highest(_scaled(logits_MV, drawn), of.keep, of.seams, of.offset_1)
+    logits_MN, ids_MN = highest(logits_MV, of.keep, of.seams, of.offset_1)  # temperature keeps their order
+    scores_MN = _scaled(logits_MN, drawn)
     names_MN = drawn.names_V[ids_MN.clamp(0, len(drawn.names_V) - 1)]
     noise_MN = gumbel(drawn.seed_M2, drawn.position_M, names_MN)
     noisy_MN = torch.where(scores_MN >= lowest_kept(scores_MN, drawn), scores_MN + noise_MN, -torch.inf)
