@@ -1,7 +1,9 @@
 """Other engines on the same weights, each in a process of its own, for `decode.py`.
 
-    python benchmarks/peers.py vllm FOLDER [--ngram K | --eagle3 HEAD K]    in an environment that has vLLM
-    python benchmarks/peers.py llama GGUF {BF16,Q8_0,Q4_0}                  in one that has xllamacpp and gguf
+    python benchmarks/peers.py vllm FOLDER [--ngram K | --eagle3 HEAD K [--schedule JSON]]     with vLLM
+    python benchmarks/peers.py llama GGUF {BF16,Q8_0,Q4_0}                                     with xllamacpp and gguf
+
+Each needs an environment that has the engine.
 
 Reads lines of JSON, `{"tokens": [...], "limit": 64}`, and answers each with `{"tokens": n, "seconds": s, "steps": m}`:
 the tokens after the first, the time that they took, and the steps. With vLLM's speculation an answer also has its
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("precision", nargs="?", default="BF16", choices=["BF16", "Q8_0", "Q4_0"])
     parser.add_argument("--ngram", type=int, metavar="K")
     parser.add_argument("--eagle3", nargs=2, metavar=("HEAD", "K"))
+    parser.add_argument("--schedule", type=json.loads, metavar="JSON", help="K by number of requests, of `tandem tune`")
     parser.add_argument("--eager", action="store_true", help="compile nothing: slower steps, there sooner")
     parser.add_argument("--length", type=int, default=1024)
     asked = parser.parse_args()
@@ -141,6 +144,8 @@ def main() -> None:
     elif asked.eagle3:
         head, k = asked.eagle3
         speculation = {"method": "eagle3", "model": head, "num_speculative_tokens": int(k)}
+        if asked.schedule:
+            speculation["num_speculative_tokens_per_batch_size"] = asked.schedule
     answer = (
         vllm(asked.model, speculation, asked.length, asked.eager)
         if asked.engine == "vllm"

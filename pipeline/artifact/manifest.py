@@ -23,7 +23,8 @@ from pipeline.files.limits import AGAIN, DO_NOT_USE, MAX_BYTES, check_counts, ch
 from pipeline.graphs.spec import GraphSpec, PairSpec, Role, Sampling
 from pipeline.models.draft_kind import DraftKind
 from pipeline.recipe.backend_settings import BackendSettings
-from pipeline.recipe.schema import Shapes, StepCosts
+from pipeline.recipe.schema import Shapes
+from pipeline.recipe.step_costs import StepCosts
 from pipeline.records import Record
 
 MANIFEST = "manifest.json"

@@ -81,11 +81,18 @@ def tune(console: Console, options: TuneOptions) -> None:
 
 
 def _show(tuning: Tuning, built: Sequence[int]) -> None:
-    costs = [(f"K={k}", f"{cost:.2f}x a decode step") for k, cost in tuning.step_costs.items()]
-    print_table(Table(("step", "cost"), costs, right=("cost",)))
+    costs = [
+        (str(batch), str(tokens), f"K={k}", f"{cost:.2f}x a decode step")
+        for batch, by_tokens in tuning.by_shape.items()
+        for tokens, of in by_tokens.items()
+        for k, cost in of.items()
+    ]
+    heads = ("rows", "cached tokens up to", "step", "cost")
+    print_table(Table(heads, costs, right=("rows", "cached tokens up to", "cost")))
     print_line("")
     rows = [(kind, *_best(speeds, built)) for kind, speeds in tuning.expected.items()]
     print_table(Table(("prompts", "best K", "expected speed-up", ""), rows, right=("best K", "expected speed-up")))
+    print_line(f"\nschedule of K for vLLM's own drafts: {json.dumps(tuning.schedule())}")
     for name, (now, then) in tuning.padding.items():
         print_line(f"\n{name} buckets {value(tuning.shapes[name])}: padding overhead {then:.2f}x (now {now:.2f}x)")
     if all(max(speeds[k] for k in speeds if k) <= 1 for speeds in tuning.expected.values()):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError, no_string
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from pipeline.validate.prompts import Prompt
 
 LARGEST_K = 8
+QUARTERS = 4
+"""Parts of the longest cache whose costs are measured, where attention reads the cached keys alone."""
+
 TURNS, STEPS = 5, 6
 """Turns of each K, and steps of a turn, when steps are timed."""
 
@@ -42,8 +45,9 @@ PENALTY = 0.02
 
 @dataclass(frozen=True)
 class Tuning:
-    """The measurements. `step_costs` by K of the artifact, in decode steps, in the smallest batch bucket; `larger` in
-    the other buckets; `rates` are acceptance rates, each given that the drafts before were accepted.
+    """The measurements. `step_costs` by K of the artifact, in decode steps, in the smallest batch bucket with the
+    shortest caches; `by_shape` in every bucket, by the cached tokens up to which they hold; `rates` are acceptance
+    rates, each given that the drafts before were accepted.
     """
 
     step_costs: dict[int, float]
@@ -53,8 +57,7 @@ class Tuning:
     """Tokens per time of a decode step, by prompt class (`all` first; `copies`, of steps with a copy, last) and K."""
     shapes: dict[str, list[int]] = field(default_factory=dict)
     """`prefill` and `kv` buckets."""
-    larger: dict[int, dict[int, float]] = field(default_factory=dict)
-    smallest: int = 1
+    by_shape: dict[int, dict[int, dict[int, float]]] = field(default_factory=dict)
     padding: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Padding overhead (tokens run over tokens needed), with the present buckets and with those of `shapes`."""
 
@@ -62,15 +65,38 @@ class Tuning:
         """Return the cost of any K in the smallest batch, on the line through plain decode and the measured costs."""
         return _cost(self.step_costs, k)
 
+    def schedule(self) -> list[list[int]]:
+        """Return the K of `draft_tokens`, or 0, that is best on average over all prompts for numbers of requests.
+
+        As vLLM's `num_speculative_tokens_per_batch_size`: [first, last, K]. Costs are means over lengths of caches.
+        """
+        found: list[list[int]] = []
+        for batch, by_tokens in self.by_shape.items():
+            speeds = {
+                k: tokens_of(self.rates["all"], k) / mean(_cost(of, k) for of in by_tokens.values())
+                for k in (0, *self.draft_tokens)
+            }
+            best = max(speeds, key=lambda k: speeds[k])
+            if found and found[-1][2] == best:
+                found[-1][1] = batch
+            else:
+                found.append([found[-1][1] + 1 if found else 1, batch, best])
+        return found
+
+    def _step_costs(self) -> Any:
+        """Return costs of `draft_tokens` in the shortest form of a recipe's `step_costs`."""
+        listed: dict[int, Any] = {}
+        for batch, by_tokens in self.by_shape.items():
+            of = {tokens: [round(_cost(costs, k), 3) for k in self.draft_tokens] for tokens, costs in by_tokens.items()}
+            listed[batch] = of if len(of) > 1 else next(iter(of.values()))
+        alone = next(iter(listed.values()))
+        return alone if len(listed) == 1 and isinstance(alone, list) else listed
+
     def to_json(self) -> dict[str, Any]:
         """Return the measurements as plain data."""
-        by_batch = {
-            batch: [round(_cost(of, k), 3) for k in self.draft_tokens]
-            for batch, of in ({self.smallest: self.step_costs} | self.larger).items()
-        }
-        costs: Any = by_batch if self.larger else by_batch[self.smallest]
         measured = {str(k): cost for k, cost in self.step_costs.items()}
-        return {"draft_tokens": self.draft_tokens, "step_costs": costs, "measured_costs": measured,
+        return {"draft_tokens": self.draft_tokens, "step_costs": self._step_costs(), "measured_costs": measured,
+                "num_speculative_tokens_per_batch_size": self.schedule(),
                 "accepted_given_previous": self.rates, "expected_speed": self.expected,
                 "shapes": self.shapes, "padding": self.padding}  # fmt: skip
 
@@ -95,9 +121,8 @@ def tune(
     no_string(prompts, "prompts", "prompts")
     chosen = _spread(prompts, prompts_per_class)
     built = list(engine.manifest.draft_tokens)
-    smallest, *larger = engine.manifest.shapes.batch
-    costs = {batch: _costs(engine, batch, min(tokens, engine.length // 2)) for batch in (smallest, *larger)}
-    log(f"measured steps of {len(costs)} batch bucket{'s' if larger else ''}")
+    costs = {batch: _costs_by_tokens(engine, batch, progress) for batch in engine.manifest.shapes.batch}
+    log(f"measured steps of {len(costs)} batch bucket{'s' if len(costs) > 1 else ''}")
     longest = longest_prompt(engine.manifest.shapes, tokens)
     whole = [engine.text.encode_prompt(prompt.text) for prompt in chosen]
     if warning := cut_warning([len(encoded) for encoded in whole], engine.manifest.shapes, tokens):
@@ -117,8 +142,29 @@ def tune(
     steps = [step for answer in answers for step in zip(answer.emitted_per_step, answer.copied_per_step, strict=True)]
     if copied := [emitted for emitted, copies in steps if copies]:
         rates["copies"] = given_previous(copied, built[-1])
-    tuning = choose(costs.pop(smallest), rates)
-    return replace(tuning, smallest=smallest, larger=costs, **_shapes(engine, prompts, tokens))
+    return replace(choose(costs, rates), **_shapes(engine, prompts, tokens))
+
+
+def _costs_by_tokens(engine: Engine, batch: int, progress: Progress) -> dict[int, dict[int, float]]:
+    """Return the costs of steps in a batch bucket, by the cached tokens up to which they hold, then by K.
+
+    A graph that reads all keys of its bucket takes as long for any cache in it; on a CPU attention reads the cached
+    keys alone, so quarters of the longest cache are measured in their middle.
+    """
+    lengths = engine.manifest.shapes.kv
+    if not _reads_all(engine):
+        lengths = tuple(lengths[-1] * part // QUARTERS for part in range(1, QUARTERS + 1))
+    found = {}
+    for number, (before, tokens) in enumerate(zip((0, *lengths), lengths, strict=False)):
+        progress(f"steps of {batch}", number, len(lengths))
+        found[tokens] = _costs(engine, batch, (before + tokens) // 2)
+    progress(f"steps of {batch}", 1, 1)
+    return found
+
+
+def _reads_all(engine: Engine) -> bool:
+    """Return whether attention reads all keys of a bucket, the valid ones or not."""
+    return engine.manifest.requires.get("device") != "cpu"
 
 
 def _costs(engine: Engine, batch: int, position: int) -> dict[int, float]:
@@ -153,8 +199,7 @@ def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str,
     text, now = engine.text, engine.manifest.shapes
     lengths = Counter(len(text.encode_prompt(p.text)) for p in prompts)
     ends = Counter({length + tokens: count for length, count in lengths.items()})
-    # On a CPU attention reads only valid keys, whatever the bucket.
-    reads_all = engine.manifest.requires.get("device") != "cpu"
+    reads_all = _reads_all(engine)
     shapes = {
         "prefill": buckets_for(lengths, now.prefill[-1], MOST_PREFILL, PREFILL_MULTIPLE),
         "kv": buckets_for(ends, now.kv[-1], MOST_KV, KV_MULTIPLE) if reads_all else [now.kv[-1]],
@@ -167,8 +212,13 @@ def _shapes(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> dict[str,
     return {"shapes": shapes, "padding": padding}
 
 
-def choose(costs: dict[int, float], rates: dict[str, list[float]]) -> Tuning:
-    """Choose K to build: the best over all prompts, and others that speed up a class of prompts."""
+def choose(by_shape: dict[int, dict[int, dict[int, float]]], rates: dict[str, list[float]]) -> Tuning:
+    """Choose K to build: the best over all prompts, and others that speed up a class of prompts.
+
+    `by_shape`: costs by batch bucket, cached tokens and K, from the smallest on.
+    """
+    by_tokens = next(iter(by_shape.values()))
+    costs = next(iter(by_tokens.values()))
     measured = Tuning(costs, rates, [])
     expected = {
         kind: {k: tokens_of(of, k) / measured.cost(k) for k in range(LARGEST_K + 1)} for kind, of in rates.items()
@@ -179,7 +229,7 @@ def choose(costs: dict[int, float], rates: dict[str, list[float]]) -> Tuning:
         best_chosen = max((speeds[k] for k in chosen), default=0.0)
         if not chosen or speeds[best] > max(best_chosen, 1.0) * (1 + PENALTY):
             chosen.append(best)
-    return Tuning(costs, rates, sorted(chosen), expected)
+    return Tuning(costs, rates, sorted(chosen), expected, by_shape=by_shape)
 
 
 def tokens_of(rates: Sequence[float], k: int) -> float:

@@ -20,12 +20,12 @@ from pipeline.recipe.document import Document, Key, dotted
 from pipeline.recipe.readings import LISTED, READINGS, TAP_WORDS, UNREAD
 from pipeline.recipe.schema import (
     BASE_DESCRIPTION,
-    BY_BATCH,
     Recipe,
     Shapes,
     Speculation,
     Validate,
 )
+from pipeline.recipe.step_costs import BY_BATCH, BY_TOKENS, StepCosts, by_shape
 
 Section = TypeVar("Section", bound=BaseModel)
 Finding = tuple[Key, str, str]
@@ -135,11 +135,20 @@ def _reading_conflicts(speculation: Speculation, draft: Any) -> Iterator[Finding
         yield ("draft", unread[0]), what, "remove it"
 
 
+def _cost_conflicts(costs: StepCosts, shapes: Shapes) -> Iterator[Finding]:
+    if isinstance(costs, dict) and set(costs) != set(shapes.batch):
+        what = f"found costs for the batches {sorted(costs)}; the buckets are {list(shapes.batch)}"
+        yield ("speculation", "step_costs"), what, "write one list for each batch bucket, or a single list"
+    for batch, by_tokens in by_shape(costs, shapes.batch, shapes.kv[-1]).items():
+        if max(by_tokens) != shapes.kv[-1]:
+            what = f"found costs for caches of up to {max(by_tokens)} tokens; the largest kv bucket is {shapes.kv[-1]}"
+            yield ("speculation", "step_costs", batch), what, f"name the last costs {shapes.kv[-1]}"
+
+
 def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: Validate | None) -> Iterator[Finding]:
     longest = shapes.kv[-1]
-    if speculation and isinstance(speculation.step_costs, dict) and set(speculation.step_costs) != set(shapes.batch):
-        what = f"found costs for the batches {sorted(speculation.step_costs)}; the buckets are {list(shapes.batch)}"
-        yield ("speculation", "step_costs"), what, "write one list for each batch bucket, or a single list"
+    if speculation and speculation.step_costs:
+        yield from _cost_conflicts(speculation.step_costs, shapes)
     for index, bucket in enumerate(shapes.prefill):
         if bucket >= longest:
             what = f"found {bucket}, which leaves no room in the largest kv bucket {longest}"
@@ -234,7 +243,7 @@ def _key(loc: Sequence[str | int], data: Any) -> Key:
     """Return pydantic's location without the tags of unions, which are not keys of the file."""
     key: list[str | int] = []
     for part in loc:
-        if part in (LISTED, BY_BATCH, TAP_WORDS, "[key]") or (
+        if part in (LISTED, BY_BATCH, BY_TOKENS, TAP_WORDS, "[key]") or (
             isinstance(data, dict) and part not in data and data.get("name") == part
         ):
             continue

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
-    Discriminator,
     Field,
     PrivateAttr,
-    Tag,
     model_validator,
 )
 
@@ -29,7 +25,8 @@ from pipeline.models.draft_kind import DRAFT_KINDS, DRAFT_MODEL, EAGLE3, DraftMe
 from pipeline.models.weights import NarrowWeights
 from pipeline.recipe.backend_settings import BackendSettings, InductorSettings, Parallel, UnacceptedError
 from pipeline.recipe.document import to_text
-from pipeline.recipe.readings import LISTED, READINGS, Taps
+from pipeline.recipe.readings import READINGS, Taps
+from pipeline.recipe.step_costs import StepCosts, lists
 from pipeline.records import Record
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -43,14 +40,6 @@ BASE_DESCRIPTION = "a YAML file in the same folder with default values; keys of 
 
 LARGEST_BUCKET = 2**31 - 1
 """Largest position that fits the 32-bit integers of a graph."""
-
-
-def _batch(key: Any) -> Any:
-    if not isinstance(key, str):
-        return key
-    if not re.fullmatch("[1-9][0-9]*", key):
-        raise UnacceptedError(f"found {key!r}; accepted: a batch bucket, for example 4", "write one of shapes.batch")
-    return int(key)
 
 
 def _buckets(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -96,14 +85,6 @@ def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-BY_BATCH = "by batch"
-"""Name of the other form of `step_costs`, as `LISTED`."""
-
-Costs = tuple[Annotated[float, Field(allow_inf_nan=False, gt=0)], ...]
-StepCosts = Annotated[
-    Annotated[Costs, Tag(LISTED)] | Annotated[dict[Annotated[int, BeforeValidator(_batch)], Costs], Tag(BY_BATCH)],
-    Discriminator(lambda value: BY_BATCH if isinstance(value, dict) else LISTED),
-]
 Buckets = Annotated[tuple[int, ...], AfterValidator(_buckets)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
@@ -234,7 +215,8 @@ class Speculation(Record):
     step_costs: StepCosts | None = Field(
         default=None,
         description="cost of a step for each value of draft_tokens, in decode steps, as `tandem tune` measures it: a "
-        "list, or a list for each batch bucket; greedy decoding then chooses K, or decode steps, by acceptance rates",
+        "list, one for each batch bucket, or in each bucket one for caches of up to so many tokens; the runtime then "
+        "chooses K, or decode steps, by acceptance rates",
     )
 
     @property
@@ -247,7 +229,7 @@ class Speculation(Record):
     def _has_costs_for_each_k(self) -> Speculation:
         if self.step_costs is None:
             return self
-        for costs in self.step_costs.values() if isinstance(self.step_costs, dict) else [self.step_costs]:
+        for costs in lists(self.step_costs):
             if len(costs) != len(self.draft_tokens):
                 what = f"found {len(costs)} step_costs for {len(self.draft_tokens)} draft_tokens"
                 raise UnacceptedError(

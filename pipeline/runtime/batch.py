@@ -25,6 +25,7 @@ from pipeline.graphs.arguments import (
 )
 from pipeline.graphs.spec import GraphSpec
 from pipeline.graphs.verify_arguments import VerifyRow, verify_arguments
+from pipeline.recipe.step_costs import by_shape
 from pipeline.runtime.answers import EarlierAnswers, check_remembered
 from pipeline.runtime.chunks import PrefillCall, next_chunk, prefill_calls
 from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
@@ -120,13 +121,18 @@ class Batch:
 
     def draft_length_policy(self) -> DraftLengthPolicies | None:
         """Return the policies that choose K for each step; None if the artifact has no step costs."""
-        costs, batches = self.manifest.step_costs, self.manifest.shapes.batch
+        costs, shapes, ks = self.manifest.step_costs, self.manifest.shapes, self.manifest.draft_tokens
         if costs is None:
             return None
-        by_batch = costs if isinstance(costs, dict) else dict.fromkeys(batches, costs)
-        return DraftLengthPolicies(
-            {b: DraftLengthPolicy(dict(zip(self.manifest.draft_tokens, by_batch[b], strict=True))) for b in batches}
-        )
+        found = by_shape(costs, shapes.batch, shapes.kv[-1])
+        return DraftLengthPolicies({
+            batch: {tokens: DraftLengthPolicy(dict(zip(ks, of, strict=True))) for tokens, of in by_tokens.items()}
+            for batch, by_tokens in found.items()
+        })  # fmt: skip
+
+    def choose_draft_tokens(self, policies: DraftLengthPolicies, rows: Rows) -> int:
+        """Return K of the rows' next step; 0 for plain decode."""
+        return policies.choose(self._acceptance(rows), _deepest(rows) + 1)
 
     def warm(self) -> int:
         """Run every graph that serving uses once, without rows, so that no request waits for its loading."""
@@ -229,7 +235,7 @@ class Batch:
         """Return whether K = `steps` drafts fit after every row."""
         return _deepest(rows) + steps < self.length
 
-    def acceptance(self, rows: Rows) -> dict[int, Acceptance]:
+    def _acceptance(self, rows: Rows) -> dict[int, Acceptance]:
         """Return each row's acceptance for the kind of drafts in its next step: copied tokens, or the draft's own."""
         return {slot: row.copied if self._copies(row, 1) else row.drafted for slot, row in rows.items()}
 

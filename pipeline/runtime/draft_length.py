@@ -52,14 +52,17 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class DraftLengthPolicies:
-    """A `DraftLengthPolicy` for each batch bucket: verifying costs more where many rows are verified."""
+    """A `DraftLengthPolicy` for each batch bucket, and in it for caches of up to so many tokens.
 
-    by_batch: Mapping[int, DraftLengthPolicy]
+    Verifying costs more where many rows, or long caches, are read.
+    """
 
-    def choose(self, rows: Mapping[int, Acceptance]) -> int:
-        """Return K of the next step of rows, by their slots; 0 for plain decode."""
-        bucket = min(batch for batch in self.by_batch if batch > max(rows))
-        return self.by_batch[bucket].choose(list(rows.values()))
+    by_shape: Mapping[int, Mapping[int, DraftLengthPolicy]]
+
+    def choose(self, rows: Mapping[int, Acceptance], tokens: int) -> int:
+        """Return K of the next step of rows, by their slots, of which the longest has `tokens`; 0 for plain decode."""
+        by_tokens = self.by_shape[min(batch for batch in self.by_shape if batch > max(rows))]
+        return by_tokens[min(most for most in by_tokens if most >= tokens)].choose(list(rows.values()))
 
 
 @dataclass(frozen=True)

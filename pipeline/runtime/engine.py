@@ -281,7 +281,7 @@ class Engine:
             return []
         steps = call.settings.draft_tokens
         if call.settings.draft_length_policy is not None:
-            steps = call.settings.draft_length_policy.choose(self.batch.acceptance(rows)) or None
+            steps = self.batch.choose_draft_tokens(call.settings.draft_length_policy, rows) or None
         if call.settings.rules.asked:
             tokens = self._verify(rows, steps or 0)
         else:

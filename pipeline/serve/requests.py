@@ -219,5 +219,5 @@ class RequestSlots:
             return 0
         steps = self.batch.manifest.draft_tokens[0]
         if self._draft_length_policy is not None:
-            steps = self._draft_length_policy.choose(self.batch.acceptance(rows))
+            steps = self.batch.choose_draft_tokens(self._draft_length_policy, rows)
         return steps if steps and self.batch.has_room(rows, steps) else 0

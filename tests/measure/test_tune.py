@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.errors import InputError, RecipeError
 from pipeline.measure.buckets import buckets_for, padded
-from pipeline.measure.tune import choose, curve, tokens_of, tune, write_recipe
+from pipeline.measure.tune import _costs_by_tokens, choose, curve, tokens_of, tune, write_recipe
+from pipeline.progress import no_progress
 from pipeline.recipe import Recipe, load
 from pipeline.sources.pair import resolve_pair
 from pipeline.validate.prompts import Prompt
@@ -27,28 +28,42 @@ def test_tokens_follow_from_rates():
 
 
 def test_costs_lie_on_the_line_through_what_was_measured():
-    found = choose(COSTS, {"all": [0.5] * 4})
+    found = choose({1: {64: COSTS}}, {"all": [0.5] * 4})
     assert found.cost(0) == 1
     assert [found.cost(k) for k in (2, 3, 4, 6)] == pytest.approx([1.2, 1.3, 1.4, 1.6])
-    assert choose({4: 1.4}, {"all": [0.5] * 4}).cost(2) == pytest.approx(1.2)
+    assert choose({1: {64: {4: 1.4}}}, {"all": [0.5] * 4}).cost(2) == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize(("rate", "wanted"), [(0.2, 1), (0.5, 2), (0.9, 8)])
 def test_more_is_drafted_where_more_is_accepted(rate, wanted):
     """By hand: argmax over K of (1 - a^(K+1)) / (1 - a) / (1 + 0.1 K)."""
-    found = choose(COSTS, {"all": [rate] * 4})
+    found = choose({1: {64: COSTS}}, {"all": [rate] * 4})
     best = max(range(1, 9), key=lambda k: sum(rate**i for i in range(k + 1)) / (1 + 0.1 * k))
     assert found.draft_tokens == [best] == [wanted]
 
 
 def test_a_class_of_its_own_gets_a_k_of_its_own():
-    found = choose(COSTS, {"all": [0.5] * 4, "json": [0.95] * 4, "chat": [0.48] * 4})
+    found = choose({1: {64: COSTS}}, {"all": [0.5] * 4, "json": [0.95] * 4, "chat": [0.48] * 4})
     assert found.draft_tokens == [2, 8]
     assert found.to_json()["step_costs"] == pytest.approx([1.2, 1.8])
 
 
+def test_costs_by_cached_tokens_and_the_schedule_of_all_requests():
+    """By hand: 4 drafts emit 1.94 tokens where half are accepted, 2 emit 1.75."""
+    found = choose({1: {64: {2: 1.2, 4: 1.3}, 128: {2: 1.3, 4: 1.5}}, 4: {64: {2: 1.8, 4: 2.5}, 128: {2: 1.9, 4: 3.0}},
+                    8: {128: {2: 2.0, 4: 3.0}}, 16: {128: {2: 1.5, 4: 2.5}}}, {"all": [0.5] * 4})  # fmt: skip
+    found = replace(found, draft_tokens=[2, 4])
+    assert found.to_json()["step_costs"] == {
+        1: {64: [1.2, 1.3], 128: [1.3, 1.5]}, 4: {64: [1.8, 2.5], 128: [1.9, 3.0]}, 8: [2.0, 3.0], 16: [1.5, 2.5],
+    }  # fmt: skip
+    assert found.schedule() == [[1, 1, 2], [2, 8, 0], [9, 16, 2]]
+    assert found.cost(4) == 1.3
+    alone = replace(found, by_shape={1: found.by_shape[1]})
+    assert alone.to_json()["step_costs"] == {1: {64: [1.2, 1.3], 128: [1.3, 1.5]}}
+
+
 def test_curve_is_a_page_that_names_every_class():
-    page = curve(choose(COSTS, {"all": [0.5] * 4, "<json>": [0.9] * 4}), "a<b")
+    page = curve(choose({1: {64: COSTS}}, {"all": [0.5] * 4, "<json>": [0.9] * 4}), "a<b")
     assert page.startswith("<!doctype html>")
     assert "&lt;json&gt;" in page
     assert "a&lt;b" in page
@@ -97,7 +112,7 @@ shapes: {batch: [1], prefill: [32], kv: [64]}
 def test_recipe_is_written_and_keeps_everything_else(tmp_path, layout):
     path = tmp_path / "head.yaml"
     path.write_text(REST + RECIPES[layout])
-    write_recipe(path, choose(COSTS, {"all": [0.5] * 4, "json": [0.95] * 4}), paced=True)
+    write_recipe(path, choose({1: {64: COSTS}}, {"all": [0.5] * 4, "json": [0.95] * 4}), paced=True)
     recipe = load(path)
     assert recipe.speculation.draft_tokens == (2, 8)
     assert recipe.speculation.step_costs == (1.2, 1.8)
@@ -114,7 +129,7 @@ def test_costs_in_any_layout_are_replaced(tmp_path, layout, first):
     entries = ["  method: eagle3\n", "  draft_tokens: [1, 2]  # chosen\n"]
     entries.insert(0 if first else 2, "  " + COSTED[layout])
     path.write_text(REST.replace("batch: [1]", "batch: [1, 4]") + "speculation:\n" + "".join(entries) + "# end\n")
-    write_recipe(path, replace(choose(COSTS, {"all": [0.5] * 4}), larger={4: {2: 1.5, 4: 2.0}}), paced=True)
+    write_recipe(path, choose({1: {64: COSTS}, 4: {64: {2: 1.5, 4: 2.0}}}, {"all": [0.5] * 4}), paced=True)
     assert load(path).speculation.step_costs == {1: (1.2,), 4: (1.5,)}
     assert "draft_tokens: [2]  # chosen\n" in path.read_text()
     assert path.read_text().endswith("# end\n")
@@ -123,7 +138,7 @@ def test_costs_in_any_layout_are_replaced(tmp_path, layout, first):
 def test_draft_tokens_in_block_style_are_replaced(tmp_path):
     path = tmp_path / "head.yaml"
     path.write_text(REST + "speculation:\n  draft_tokens:\n  - 1\n  - 2\n\n  # a head\n  method: eagle3\n")
-    write_recipe(path, choose(COSTS, {"all": [0.5] * 4}), paced=True)
+    write_recipe(path, choose({1: {64: COSTS}}, {"all": [0.5] * 4}), paced=True)
     rest = "speculation:\n  draft_tokens: [2]\n  step_costs: [1.2]\n\n  # a head\n  method: eagle3\n"
     assert path.read_text() == REST + rest
 
@@ -132,7 +147,7 @@ def test_costs_that_come_first_in_braces_are_replaced(tmp_path):
     """A comma once stayed where they had been."""
     path = tmp_path / "head.yaml"
     path.write_text(REST + "speculation: {step_costs: [1.0, 2.0], method: eagle3, draft_tokens: [1, 2]}\n")
-    write_recipe(path, choose(COSTS, {"all": [0.5] * 4}), paced=True)
+    write_recipe(path, choose({1: {64: COSTS}}, {"all": [0.5] * 4}), paced=True)
     assert path.read_text() == REST + "speculation: {step_costs: [1.2], method: eagle3, draft_tokens: [2]}\n"
 
 
@@ -140,7 +155,7 @@ def test_comments_are_not_taken_for_keys(tmp_path):
     path = tmp_path / "head.yaml"
     comment = "# draft_tokens: [4] was slower, step_costs: [1.4], kv: [128] too\n"
     path.write_text(comment + REST + "speculation:\n  " + comment + "  method: eagle3\n  draft_tokens: [1, 2] # now\n")
-    write_recipe(path, replace(choose(COSTS, {"all": [0.5] * 4}), shapes={"kv": [96]}), paced=True)
+    write_recipe(path, replace(choose({1: {64: COSTS}}, {"all": [0.5] * 4}), shapes={"kv": [96]}), paced=True)
     assert load(path).speculation.step_costs == (1.2,)
     assert load(path).shapes.kv == (96,)
     after = "  method: eagle3\n  draft_tokens: [2] # now\n  step_costs: [1.2]\n"
@@ -159,7 +174,7 @@ def test_what_would_not_load_is_not_written(tmp_path, text):
     path = tmp_path / "head.yaml"
     path.write_text(text)
     load(path)
-    found = replace(choose(COSTS, {"all": [0.5] * 4}), larger={4: {2: 1.5, 4: 2.0}})
+    found = choose({1: {64: COSTS}, 4: {64: {2: 1.5, 4: 2.0}}}, {"all": [0.5] * 4})
     with pytest.raises(InputError) as caught:
         write_recipe(path, found, paced=True)
     assert caught.value.where == str(path)
@@ -171,7 +186,9 @@ def test_what_would_not_load_is_not_written(tmp_path, text):
 def test_recipe_gets_its_buckets(tmp_path):
     path = tmp_path / "head.yaml"
     path.write_text(REST + RECIPES["flow"])
-    write_recipe(path, replace(choose(COSTS, {"all": [0.5]}), shapes={"prefill": [16, 32], "kv": [96]}), paced=True)
+    write_recipe(
+        path, replace(choose({1: {64: COSTS}}, {"all": [0.5]}), shapes={"prefill": [16, 32], "kv": [96]}), paced=True
+    )
     assert load(path).shapes.prefill == (16, 32)
     assert load(path).shapes.kv == (96,)
 
@@ -180,7 +197,7 @@ def test_recipe_gets_its_buckets(tmp_path):
 def test_recipe_gets_costs_for_every_batch(tmp_path, layout):
     path = tmp_path / "head.yaml"
     path.write_text(REST.replace("batch: [1]", "batch: [1, 4]") + RECIPES[layout])
-    found = replace(choose(COSTS, {"all": [0.5] * 4}), larger={4: {2: 1.5, 4: 2.0}})
+    found = choose({1: {64: COSTS}, 4: {64: {2: 1.5, 4: 2.0}}}, {"all": [0.5] * 4})
     for _ in range(2):
         write_recipe(path, found, paced=True)
         assert load(path).speculation.step_costs == {1: (1.2,), 4: (1.5,)}
@@ -194,7 +211,7 @@ def test_recipe_with_a_draft_model_gets_k_alone(tmp_path):
     path = tmp_path / "model.yaml"
     rest = REST.replace("&eagle3=1", "")
     path.write_text(rest + "speculation: {draft_tokens: [4]}\n")
-    write_recipe(path, choose({4: 1.4}, {"all": [0.5] * 4}), paced=False)
+    write_recipe(path, choose({1: {64: {4: 1.4}}}, {"all": [0.5] * 4}), paced=False)
     assert load(path).speculation.draft_tokens == (2,)
     assert load(path).speculation.step_costs is None
 
@@ -203,7 +220,7 @@ def test_recipe_that_inherits_its_k_is_refused(tmp_path):
     path = tmp_path / "head.yaml"
     path.write_text("base: other.yaml\n")
     with pytest.raises(InputError, match="draft_tokens"):
-        write_recipe(path, choose(COSTS, {"all": [0.5]}), paced=True)
+        write_recipe(path, choose({1: {64: COSTS}}, {"all": [0.5]}), paced=True)
 
 
 def test_recipe_with_a_base_gets_what_it_writes_itself(tmp_path):
@@ -213,7 +230,7 @@ def test_recipe_with_a_base_gets_what_it_writes_itself(tmp_path):
     text = REST.replace("shapes: {batch: [1], prefill: [32], kv: [64]}\n", "shapes:\n    kv:  [64]  # tokens\n")
     text = ("base: base.yaml  # shared\n" + text + RECIPES["block"]).replace("\n", "\r\n")
     path.write_bytes(text.encode())
-    found = replace(choose(COSTS, {"all": [0.5] * 4}), shapes={"prefill": [16, 32], "kv": [96]})
+    found = replace(choose({1: {64: COSTS}}, {"all": [0.5] * 4}), shapes={"prefill": [16, 32], "kv": [96]})
     write_recipe(path, found, paced=True)
     assert load(path).shapes.kv == (96,)
     assert load(path).shapes.prefill == (32,)
@@ -226,7 +243,7 @@ def test_recipe_whose_comments_cannot_stay_is_not_written(tmp_path):
     text = REST + "speculation: {method: eagle3,  # a head\n  draft_tokens: [1, 2]}\n"
     path.write_text(text)
     with pytest.raises(InputError, match="comments inside") as caught:
-        write_recipe(path, choose(COSTS, {"all": [0.5] * 4}), paced=True)
+        write_recipe(path, choose({1: {64: COSTS}}, {"all": [0.5] * 4}), paced=True)
     assert caught.value.fix == "write draft_tokens: [2] and step_costs: [1.2]"
     assert path.read_text() == text
 
@@ -251,14 +268,31 @@ def test_measures_an_engine(tmp_path):
     assert set(found.rates) == {"all", "chat", "code"}
     assert all(len(rates) == 3 and max(rates) <= 1 for rates in found.rates.values())
     assert lines == ["measured steps of 2 batch buckets"]
-    assert shown == [("prompts", 0, 2), ("prompts", 1, 2), ("prompts", 1, 1)]
-    assert set(found.larger) == {2}
-    assert set(found.larger[2]) == {1, 3}
+    steps = [("steps of 1", 0, 1), ("steps of 1", 1, 1), ("steps of 2", 0, 1), ("steps of 2", 1, 1)]
+    assert shown == [*steps, ("prompts", 0, 2), ("prompts", 1, 2), ("prompts", 1, 1)]
+    assert set(found.by_shape) == {1, 2}
+    assert set(found.by_shape[2][64]) == {1, 3}
     assert set(found.to_json()["step_costs"]) == {1, 2}
     assert found.draft_tokens
     assert found.shapes == {"prefill": [32], "kv": [64]}
     now, then = found.padding["prefill"]
     assert now == then > 1
+
+
+def test_costs_of_quarters_where_attention_reads_cached_keys_alone(tmp_path, monkeypatch):
+    content = {
+        "name": "head", "target": {"source": "pico://llama", "dtype": "float32"}, "speculation": {"draft_tokens": (1,)},
+        "draft": {"source": "pico://llama"}, "shapes": {"batch": (1,), "prefill": (16,), "kv": (32, 64)},
+    }  # fmt: skip
+    recipe = Recipe.model_validate(content)
+    engine = make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources"))
+    measured: list[int] = []
+    monkeypatch.setattr("pipeline.measure.tune._costs", lambda _engine, _batch, at: measured.append(at) or {1: 1.5})
+    monkeypatch.setattr("pipeline.measure.tune._reads_all", lambda _engine: False)
+    assert _costs_by_tokens(engine, 1, no_progress) == {tokens: {1: 1.5} for tokens in (16, 32, 48, 64)}
+    assert measured == [8, 24, 40, 56]
+    monkeypatch.setattr("pipeline.measure.tune._reads_all", lambda _engine: True)
+    assert set(_costs_by_tokens(engine, 1, no_progress)) == {32, 64}
 
 
 def test_copies_are_a_class_of_their_own(tmp_path):

@@ -124,6 +124,28 @@ def test_load_batch_of_costs_is_written_in_one_way(tmp_path: Path, keys: str) ->
     assert any("step_costs" in problem.where for problem in problems_of(write(tmp_path, text)))
 
 
+COSTS_BY_TOKENS = [
+    ("{1: {32: [1.0, 2.0], 64: [1.5, 2.5]}}", None),
+    ("{1: {32: [1.0, 2.0], 63: [1.5, 2.5]}}", "found costs for caches of up to 63 tokens; the largest kv bucket is 64"),
+    ("{1: {32: [1.0, 2.0], 64: [1.5]}}", "found 1 step_costs for 2 draft_tokens"),
+    ("{1: {x: [1.0, 2.0], 64: [1.5, 2.5]}}", "found 'x'; accepted: an integer from 1"),
+    ("{1: {}}", "at least 1 item"),
+    ("{}", "at least 1 item"),
+]
+
+
+@pytest.mark.parametrize(("costs", "fault"), COSTS_BY_TOKENS)
+def test_load_costs_by_cached_tokens(tmp_path: Path, costs: str, fault: str | None) -> None:
+    text = GOOD.replace("draft_tokens: [2, 4]", f"draft_tokens: [2, 4], method: eagle3, step_costs: {costs}")
+    if fault is None:
+        speculation = load(write(tmp_path, text)).speculation
+        assert speculation.step_costs == {1: {32: (1.0, 2.0), 64: (1.5, 2.5)}}
+        return
+    problems = problems_of(write(tmp_path, text))
+    assert [fault in problem.what for problem in problems] == [True]
+    assert problems[0].where.partition(": ")[2].startswith("speculation")
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_load_shipped_recipe_is_named_as_its_file(path: Path) -> None:
     recipe = load(path)

@@ -67,11 +67,13 @@ def test_many_rows_share_one_choice():
     assert DraftLengthPolicy(COSTS).choose([hard, hard, hard, hard]) == 0
 
 
-def test_each_batch_bucket_has_its_own_costs():
-    policies = DraftLengthPolicies({1: DraftLengthPolicy({4: 1.2}), 8: DraftLengthPolicy({4: 3.0})})
-    assert policies.choose({0: Acceptance(0.6)}) == 4
-    assert policies.choose({0: Acceptance(0.6), 1: Acceptance(0.6)}) == 0
-    assert policies.choose({3: Acceptance(0.6)}) == 0
+def test_each_batch_bucket_and_length_of_caches_has_its_own_costs():
+    cheap, dear = DraftLengthPolicy({4: 1.2}), DraftLengthPolicy({4: 3.0})
+    policies = DraftLengthPolicies({1: {64: cheap, 128: dear}, 8: {128: dear}})
+    assert policies.choose({0: Acceptance(0.6)}, 64) == 4
+    assert policies.choose({0: Acceptance(0.6)}, 65) == 0
+    assert policies.choose({0: Acceptance(0.6), 1: Acceptance(0.6)}, 64) == 0
+    assert policies.choose({3: Acceptance(0.6)}, 10) == 0
 
 
 CONTENT = {
@@ -104,6 +106,20 @@ def test_engine_pauses_a_head_that_guesses_badly_and_changes_no_token(engine):
     assert after["catch_ups"] == 0
     again = engine.generate([[5, 6, 7]], max_new_tokens=90)[0]
     assert again.emitted_per_step == paced.emitted_per_step
+
+
+def test_costs_of_long_caches_hold_from_there_on(tmp_path):
+    """Here drafts are free up to 64 tokens, and never worth their cost after these."""
+    costs = {1: {64: (0.01, 0.01), 128: (9.0, 9.0)}}
+    speculation = {**CONTENT["speculation"], "step_costs": costs}
+    recipe = Recipe.model_validate({**CONTENT, "speculation": speculation})
+    engine = make_engine(recipe, resolve_pair(recipe, base=tmp_path, cache=tmp_path / "sources"))
+    answer = engine.generate([[5, 6, 7]], max_new_tokens=100)[0]
+    stats = engine.stats()
+    assert answer.tokens == engine.generate([[5, 6, 7]], max_new_tokens=100, speculate=False)[0].tokens
+    drafted = 1 + sum(answer.emitted_per_step)  # the first token is the prompt's
+    assert 64 <= 3 + drafted <= 64 + 5
+    assert stats["decode_steps"] == 100 - drafted
 
 
 def test_a_given_k_has_no_pace(engine):

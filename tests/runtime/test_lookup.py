@@ -166,9 +166,9 @@ def test_pace_judges_copies_by_copies(work):
     for _ in range(200):
         row.drafted.record_step(0, 4)
         row.copied.record_step(4, 4)
-    assert engine.batch.draft_length_policy().choose(engine.batch.acceptance({0: row})) == 4
+    assert engine.batch.choose_draft_tokens(engine.batch.draft_length_policy(), {0: row}) == 4
     row.tokens.append(50)
-    assert engine.batch.draft_length_policy().choose(engine.batch.acceptance({0: row})) == 0
+    assert engine.batch.choose_draft_tokens(engine.batch.draft_length_policy(), {0: row}) == 0
 
 
 @pytest.mark.parametrize("method", ["eagle3", pytest.param("draft_model", marks=pytest.mark.slow)])

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,7 @@ def test_vllm_itself_accepts_the_same_drafts_of_the_shipped_head(real: Path, tar
         engine.batch.manifest = engine.batch.manifest.model_copy(update={"lookup": None})  # vLLM copies no tokens
         asked = [engine.text.chat(chat) for chat in chats]
         answers = [engine.generate([tokens], max_new_tokens=64, draft_tokens=2)[0] for tokens in asked]
-    found = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/peers.py", "vllm", target, "--eagle3", HEAD, "2", "--eager"],
-        input="".join(json.dumps({"tokens": tokens, "limit": 64}) + "\n" for tokens in asked),
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    ready, *rows = map(json.loads, found.stdout.splitlines())
-    assert ready == {"ready": True}
+    rows = asked_of_vllm(target, asked)
     before, ours, theirs = [0, 0], [0, 0], [0, 0]
     for answer, row in zip(answers, rows, strict=True):
         counted = row["counters"]["accepted_per_place"]
@@ -115,6 +110,32 @@ def test_vllm_itself_accepts_the_same_drafts_of_the_shipped_head(real: Path, tar
         before = counted
     assert ours[0] > 60
     assert theirs == pytest.approx(ours, rel=0.02)
+
+
+def asked_of_vllm(target: Path, asked: list[list[int]], *more: str) -> list[dict[str, Any]]:
+    """The answers of vLLM's own EAGLE-3 with the shipped head and K=2."""
+    found = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/peers.py", "vllm", target, "--eagle3", HEAD, "2", "--eager", *more],
+        input="".join(json.dumps({"tokens": tokens, "limit": 64}) + "\n" for tokens in asked),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    ready, *rows = map(json.loads, found.stdout.splitlines())
+    assert ready == {"ready": True}
+    return rows
+
+
+def test_vllm_itself_drafts_by_the_schedule_of_tandem_tune(real: Path, target: Path, chats: list[str]) -> None:
+    """One draft for one request, where a second one costs more than it is worth; without a schedule vLLM drafts two."""
+    from pipeline import runtime
+    from pipeline.measure.tune import choose
+
+    tuning = choose({1: {1024: {1: 1.1, 2: 9.0}}, 8: {1024: {1: 1.5, 2: 1.6}}}, {"all": [0.6, 0.5]})
+    schedule = replace(tuning, draft_tokens=[1, 2]).schedule()
+    assert schedule == [[1, 1, 1], [2, 8, 2]]
+    with runtime.load(real) as engine:
+        asked = [engine.text.chat(chat) for chat in chats[:2]]
+    counted = asked_of_vllm(target, asked, "--schedule", json.dumps(schedule))[-1]["counters"]
+    assert counted["draft_tokens"] == counted["drafts"] > 20
 
 
 def evaluated(out: Path, model: str, arguments: dict[str, object]) -> dict[str, list[dict[str, Any]]]:

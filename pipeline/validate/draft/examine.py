@@ -19,6 +19,7 @@ from pipeline.models.draft_kind import DraftMethod
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, weight_specs
 from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
+from pipeline.recipe.step_costs import least
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.heads import T2D, verifier_note
 from pipeline.sources.values import read_tensor
@@ -228,7 +229,7 @@ def _coverage(target: Checkpoint, draft: Checkpoint, now: Agreement) -> Coverage
 def _expected(recipe: Recipe, now: Agreement) -> list[Expected]:
     """Return tokens per step and, where the recipe states the costs of steps, the speed-up of each K."""
     costs = recipe.speculation.step_costs
-    listed = costs[min(costs)] if isinstance(costs, dict) else costs
+    listed = least(costs) if costs else None
     found = []
     for place, steps in enumerate(recipe.speculation.draft_tokens):
         per_step, cost = now.tokens_per_step(steps), listed[place] if listed else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.recipe.step_costs import least
 from pipeline.sources.values import draft_token_ids
 from pipeline.validate.draft.short import is_refused
 from pipeline.validate.gates.acceptance import AcceptanceSection, Expected, acceptance, acceptance_of
@@ -129,7 +130,7 @@ def expected_acceptance(
     draft_ids, manifest = draft_token_ids(inputs.checkpoints[1]), inputs.engine.manifest
     costs, report, floor = manifest.step_costs, inputs.draft_report, inputs.recipe.floor
     misread = f"{report.line}; {report.fix}" if report and is_refused(report, needs_acceptance=floor > 1) else None
-    alone = costs[min(costs)] if isinstance(costs, dict) else costs
+    alone = least(costs) if costs else None
     return Expected(
         places_of(sequences.prompts, of_first, goldens, draft_ids, steps, inputs.engine.length),
         lookup_alone(sequences.prompts, manifest.lookup, steps),
