@@ -21,7 +21,7 @@ from pipeline.validate.run import make_report
 from support import planted
 from support.reports import PROMPTS, gates_of, recipe_of, report_of
 
-TUNING = choose({2: 1.2, 4: 1.4}, {"all": [0.5] * 4, "<script>alert(1)</script>": [0.9] * 4})
+TUNING = choose({1: {64: {2: 1.2, 4: 1.4}}}, {"all": [0.5] * 4, "<script>alert(1)</script>": [0.9] * 4})
 
 
 @pytest.fixture(scope="module")
