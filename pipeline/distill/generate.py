@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pipeline.backends.inductor import just_in_time
 from pipeline.graphs.dtypes import torch_dtype
+from pipeline.models.caches import empty_caches
 from pipeline.models.decoder import Hidden
-from pipeline.models.parallel import Seams, empty_caches
+from pipeline.models.parallel import Seams
 from pipeline.models.weights import up_to, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.values import read_weight

@@ -112,14 +112,15 @@ def prefill_arguments(spec: GraphSpec, prompts: Sequence[PromptRow], slots: int)
 def score_arguments(spec: GraphSpec, rows: Mapping[int, ScoreRow], scratch: int) -> Arguments:
     """Return the arguments of a `score` graph; slots without a row write to the `scratch` position.
 
-    Shapes: tokens int32 [B, T] right-padded, position int32 [B].
+    Shapes: tokens int32 [B, T] right-padded, position int32 [B], lengths int32 [B] (which graphs of models with
+    recurrent layers take).
     """
     tokens = [[0] * spec.tokens for _ in range(spec.batch)]
-    position = [scratch] * spec.batch
+    position, lengths = [scratch] * spec.batch, [0] * spec.batch
     for slot, row in rows.items():
         tokens[slot][: len(row.tokens)] = row.tokens
-        position[slot] = row.position
-    return {"tokens": _int32(tokens), "position": _int32(position)}
+        position[slot], lengths[slot] = row.position, len(row.tokens)
+    return {"tokens": _int32(tokens), "position": _int32(position), "lengths": _int32(lengths)}
 
 
 def _sampling(spec: GraphSpec, draws: Mapping[int, Draw]) -> Arguments:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.signature import SHAPING, Signature, TensorSpec
 from pipeline.graphs.spec import ROLES, GraphSpec, PairSpec, Role
-from pipeline.models.parallel import Seams, State
-from pipeline.models.weights import EMBEDDING
+from pipeline.models.parallel import CACHES, Seams, State
+from pipeline.models.weights import BASE, EMBEDDING
 from pipeline.speculation import phases
 from pipeline.speculation.drafters import FEATURE, TAIL, Scores, drafter_of, index_range, score
 from pipeline.speculation.model import Choose, Model, Prompt, Rows
@@ -52,7 +52,7 @@ def _outputs(
 ) -> tuple[Tensor, ...]:
     target, drafter = models["target"], drafter_of(models["draft"])
     if spec.phase == "score":
-        inputs = (tensors["tokens"], tensors["position"], spec.kv)
+        inputs = (tensors["tokens"], tensors["position"], spec.kv, tensors.get("lengths"))
         return _scored(drafter.score(target, *inputs) if spec.model == "draft" else _target_scores(target, *inputs))
     choose = _choose(spec, pair, tensors)
     if spec.phase == "prefill":
@@ -68,8 +68,10 @@ def _outputs(
     return phases.speculate(target, drafter, rows, spec.draft_tokens, choose)
 
 
-def _target_scores(target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
-    logits_BTV, hidden = score(target, tokens_BT, position_B, kv)
+def _target_scores(
+    target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int, lengths_B: Tensor | None
+) -> Scores:  # fmt: skip
+    logits_BTV, hidden = score(target, tokens_BT, position_B, kv, lengths_B)
     return Scores(logits_BTV, hidden.experts_BTLC)
 
 
@@ -94,7 +96,8 @@ def empty(specs: tuple[TensorSpec, ...], device: str = "cpu") -> list[Tensor]:
 
 def _model(role: Role, pair: PairSpec, tensors: Mapping[str, Tensor], seams_for: SeamsFor) -> Model:
     own = {key.removeprefix(f"{role}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{role}/")}
-    state: State = {key: t for key, t in own.items() if key in (TAIL, FEATURE) or key.startswith(("k.", "v."))}
+    caches = tuple(f"{name}." for name in CACHES)
+    state: State = {key: t for key, t in own.items() if key in (TAIL, FEATURE, BASE) or key.startswith(caches)}
     weights = {key: t for key, t in own.items() if key not in state}
     if role == "draft" and pair.models.embedding_is_shared and f"target/{EMBEDDING}" in tensors:
         weights[EMBEDDING] = tensors[f"target/{EMBEDDING}"]

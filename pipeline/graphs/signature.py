@@ -13,7 +13,17 @@ from typing import Any, Protocol
 from pipeline.errors import CorruptError
 from pipeline.files.limits import AGAIN, json_object
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
-from pipeline.models.weights import EMBEDDING, OFFSET, WeightSpec, fused_specs, local_shape, weight_specs
+from pipeline.models.weights import (
+    BASE,
+    DELTA,
+    EMBEDDING,
+    OFFSET,
+    RECENT,
+    WeightSpec,
+    fused_specs,
+    local_shape,
+    weight_specs,
+)
 
 
 class PackedShape(Protocol):
@@ -93,6 +103,12 @@ def tensor_of(data: Mapping[str, Any]) -> TensorSpec:
     return TensorSpec(name, shape, dtype)
 
 
+def is_recurrent(name: str) -> bool:
+    """Return whether a state has one entry for a row, which is that of all its tokens: it cannot be cut."""
+    leaf = name.partition("/")[2]
+    return leaf == BASE or leaf.startswith((f"{DELTA}.", f"{RECENT}."))
+
+
 def stored_weights(models: ModelsSpec, role: Role, *, fused: bool = False) -> list[WeightSpec]:
     """Return the weights in a model's own shard file on each rank, without the vocabulary offset.
 
@@ -139,12 +155,21 @@ def _weights(
 
 
 def _caches(pair: PairSpec, role: Role) -> Iterator[TensorSpec]:
-    config = pair.models.config_of(role)
+    config, dtype = pair.models.config_of(role), pair.models.dtype_of(role)
     for layer in range(config.layers):
+        net = config.layer(layer).delta_net
+        if net is not None:
+            own = net.of_rank(pair.models.tp_of(role))
+            matrices = (pair.rows, own.value_heads, own.key_dim, own.value_dim)
+            yield TensorSpec(f"{role}/{DELTA}.{layer}", matrices, "float32")
+            yield TensorSpec(f"{role}/{RECENT}.{layer}", (pair.rows, net.kernel - 1 + pair.replayed, own.inputs), dtype)
+            continue
         length = pair.cache_length(role, layer)
         shape = (pair.rows, pair.models.kv_heads_of(role, layer), length, config.at(layer).head_dim)
         for part in ("k", "v"):
-            yield TensorSpec(f"{role}/{part}.{layer}", shape, pair.models.dtype_of(role))
+            yield TensorSpec(f"{role}/{part}.{layer}", shape, dtype)
+    if config.delta_net is not None:
+        yield TensorSpec(f"{role}/{BASE}", (pair.rows,), "int32")
 
 
 def _between_steps(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
@@ -160,7 +185,9 @@ def _between_steps(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
 def _arguments(spec: GraphSpec, pair: PairSpec) -> tuple[TensorSpec, ...]:
     b, t, k = spec.batch, spec.tokens, spec.draft_tokens
     if spec.phase == "score":
-        return (TensorSpec("tokens", (b, t), "int32"), TensorSpec("position", (b,), "int32"))
+        scored = (TensorSpec("tokens", (b, t), "int32"), TensorSpec("position", (b,), "int32"))
+        # Padding must not enter recurrent states; keys and values of it are overwritten later.
+        return (*scored, TensorSpec("lengths", (b,), "int32")) if pair.has_recurrence(spec) else scored
     if spec.phase == "prefill":
         own: tuple[TensorSpec, ...] = (
             TensorSpec("tokens", (b, t), "int32"),

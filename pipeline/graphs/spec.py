@@ -144,7 +144,8 @@ class PairSpec:
     """Everything about a pair that shapes its graphs: its models, the size of the caches, a step's inputs.
 
     `rows` and `length` of the caches, of which layers with the windows of `rings` have shorter ones; `candidates` that
-    sampling graphs keep (None: all); `lookup`: speculative steps take copied tokens.
+    sampling graphs keep (None: all); `lookup`: speculative steps take copied tokens; `replayed`: tokens by which a row
+    with recurrent states can return (0: no model has any).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -155,6 +156,7 @@ class PairSpec:
     candidates: int | None = None
     lookup: bool = False
     rings: tuple[Ring, ...] = ()
+    replayed: int = 0
 
     def cache_length(self, role: Role, layer: int) -> int:
         """Return the positions of a layer's caches, with the scratch position; a head over states has no rings."""
@@ -171,6 +173,10 @@ class PairSpec:
     def draft(self) -> ModelConfig:
         """The draft's config."""
         return self.models.draft
+
+    def has_recurrence(self, spec: GraphSpec) -> bool:
+        """Return whether a model that a graph runs has recurrent layers."""
+        return any(self.models.config_of(role).delta_net is not None for role in self.roles_of(spec))
 
     def roles_of(self, spec: GraphSpec) -> tuple[Role, ...]:
         """Return the models that a graph runs: a draft that reads the target's states is never scored without it."""

@@ -121,12 +121,47 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """A gated delta net in the place of attention: numbers and sizes of heads, and its convolution's kernel.
+
+    Each key head serves `value_heads` / `key_heads` value heads in a row. `grouped`: in checkpoints, the projections
+    are two matrices whose rows go by key heads.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    grouped: bool = False
+
+    def of_rank(self, tp: int) -> DeltaNet:
+        """Return the net of one of `tp` ranks, which share the heads equally."""
+        return replace(self, key_heads=self.key_heads // tp, value_heads=self.value_heads // tp)
+
+    @property
+    def keys(self) -> int:
+        """Rows of the projection of queries, and of that of keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Rows of the projection of values."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def inputs(self) -> int:
+        """Numbers that a row keeps of a token: q, k and v before the convolution, and two for each value head."""
+        return 2 * self.keys + self.values + 2 * self.value_heads
+
+
+@dataclass(frozen=True)
 class Layer:
     """One kind of layer: its rotary embedding, its sliding window and its experts, where it has them.
 
     Without a `rope`, attention knows no positions but the order. A query sees the last `window` keys, its own included.
     `head_dim` and `kv_heads` replace the model's. `values_are_keys`: values are projected as keys are, by the same
-    matrix.
+    matrix. A layer with a `delta_net` has no attention.
     """
 
     rope: Rope | None
@@ -135,6 +170,7 @@ class Layer:
     head_dim: int | None = None
     kv_heads: int | None = None
     values_are_keys: bool = False
+    delta_net: DeltaNet | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +268,9 @@ class ModelConfig:
     first kind. `qk_norm`: queries and keys are normalised, each head or the whole vector. `attention_scale` replaces
     1 / sqrt(head_dim). Attention scores and logits with a cap c become c tanh(x / c). `sinks`: each query head has a
     score that takes part in the softmax without a value. `v_norm`: each head of the values is normalised, without
-    weights. `layer_scalar`: the output of each layer is multiplied by a number of the checkpoint.
+    weights. `layer_scalar`: the output of each layer is multiplied by a number of the checkpoint. `attention_gate`: the
+    output of attention is multiplied with the sigmoid of a projection of its input, which checkpoints have in `q_proj`,
+    beside the queries of each head.
 
     `draft_vocab` is the size of a reduced output vocabulary (EAGLE-3 convention: target id = draft id + d2t[draft id]);
     None means the output vocabulary is `vocab`. `shares_embedding`: the checkpoint has no embedding and uses the
@@ -269,6 +307,7 @@ class ModelConfig:
     sinks: bool = False
     v_norm: bool = False
     layer_scalar: bool = False
+    attention_gate: bool = False
     draft_vocab: int | None = None
     shares_embedding: bool = False
     shares_head: bool = False
@@ -314,6 +353,11 @@ class ModelConfig:
         """The experts of each layer that has them, in order."""
         of_layers = (self.layer(index).experts for index in range(self.layers))
         return tuple(experts for experts in of_layers if experts is not None)
+
+    @property
+    def delta_net(self) -> DeltaNet | None:
+        """The gated delta net of recurrent layers, which is the same in all of them."""
+        return next((kind.delta_net for kind in self.kinds if kind.delta_net is not None), None)
 
     @property
     def longest(self) -> int:

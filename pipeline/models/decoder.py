@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.models.config import Activation, Layer, ModelConfig, NormStyle
+from pipeline.models import delta_net
+from pipeline.models.config import Activation, DeltaNet, Layer, ModelConfig, NormStyle
 from pipeline.models.parallel import Attend, Gating, Pass, Seams, capped
 from pipeline.models.rotary import Rotary, rotary_of, rotate
 from pipeline.models.routing import of_rank, routed, shared_out
-from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, fused_name, local_heads, padded_vocab
+from pipeline.models.weights import BASE, EMBEDDING, HEAD, NORM, OFFSET, fused_name, local_heads, padded_vocab
 
 Weights = Mapping[str, Tensor]
 SHARED, SHARED_GATE = "mlp.shared_expert", "mlp.shared_expert_gate.weight"
@@ -93,6 +94,8 @@ def hidden_states(
             stream = stream._replace(experts_BTC=None)  # or layers would be different functions for a compiler
     if config.layers in taps:
         tapped.append(seams.all_tokens(stream.x_BTH))
+    if run.recurrence is not None:
+        seams.put_row(run.state, BASE, run.recurrence.rows_B, run.recurrence.base_B)
     chosen = torch.stack(experts, dim=2) if experts else None
     return Hidden(seams.all_tokens(stream.normed_BTH), torch.cat(tapped, dim=-1) if taps else None, chosen)
 
@@ -137,9 +140,11 @@ def run_layer(
     So a layer that is compiled alone adds its residual and computes the next norm in one loop.
     """
     names = config.norms
-    x = stream.x_BTH + after(
-        config, w, names.after_attention, attention(config, w, seams, stream.normed_BTH, rotary, run)
-    )
+    if layer.delta_net is None:
+        mixed_BTH = attention(config, w, seams, stream.normed_BTH, rotary, run)
+    else:
+        mixed_BTH = recurrent(config, layer.delta_net, w, seams, stream.normed_BTH, run)
+    x = stream.x_BTH + after(config, w, names.after_attention, mixed_BTH)
     inner, experts_BTC = feed_forward(config, layer, w, seams, norm(config, w, names.before_mlp, x))
     x = x + after(config, w, names.after_mlp, inner)
     if config.layer_scalar:
@@ -255,9 +260,30 @@ def attention(
     keys, values = (cached_k, cached_v) if run.attend.kv else (k, v)
     attend = replace(run.attend, sinks_N=w["self_attn.sinks"]) if config.sinks else run.attend
     out_BTX = seams.attend(q, keys, values, attend)
+    if config.attention_gate:
+        gate_BTX = project(w, seams, x_BTX, {"self_attn.q_gate_proj": heads * config.head_dim})
+        out_BTX = out_BTX * torch.sigmoid(gate_BTX)
     out = seams.own_tokens(seams.linear(out_BTX, w["self_attn.o_proj.weight"], config.hidden))
     bias = w.get("self_attn.o_proj.bias")
     return out if bias is None else out + bias
+
+
+def recurrent(
+    config: ModelConfig, net: DeltaNet, w: Weights, seams: Seams, x_BTH: Tensor, run: Pass
+) -> Tensor:  # fmt: skip
+    """Advance a layer's recurrent state over the tokens: [B, T, H] -> [B, T, H]."""
+    assert run.recurrence is not None
+    net, x_BTH = net.of_rank(seams.tp), seams.all_tokens(x_BTH)
+    rows = dict(zip(delta_net.QKV, (net.keys, net.keys, net.values), strict=True))
+    parts = [project(w, seams, x_BTH, {f"linear_attn.{name}": count for name, count in rows.items()})]
+    gates = {delta_net.BETA: net.value_heads, delta_net.DECAY: net.value_heads, delta_net.GATE: net.values}
+    rest_BTX = project(w, seams, x_BTH, {f"linear_attn.{name}": count for name, count in gates.items()})
+    of_state, z_BTX = rest_BTX.split((2 * net.value_heads, net.values), dim=-1)
+    out_BTRE = delta_net.mixed(net, w, torch.cat((*parts, of_state), dim=-1), run.state, run.recurrence, seams)
+    normed = rms_norm(out_BTRE.to(x_BTH.dtype), w["linear_attn.norm.weight"], config.norm_eps)
+    gated_BTRE = normed * functional.silu(z_BTX.view(normed.shape).float())
+    out_BTX = gated_BTRE.to(x_BTH.dtype).flatten(2)
+    return seams.own_tokens(seams.linear(out_BTX, w["linear_attn.out_proj.weight"], config.hidden))
 
 
 def store(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary | None, run: Pass) -> None:

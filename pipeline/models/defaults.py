@@ -7,36 +7,9 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-
-class Kind(Enum):
-    """The JSON type of a field, in the words of an error."""
-
-    BOOL = "true or false"
-    INT = "an integer"
-    INT_OR_NULL = "an integer or null"
-    FLOAT = "a decimal number"
-    FLOAT_OR_NULL = "a decimal number or null"
-    NUMBER = "a number"
-    NUMBER_OR_NULL = "a number or null"
-    BOOL_OR_NULL = "true, false or null"
-    INTS_OR_NULL = "a list of integers or null"
-    TEXT = "a string"
-    TEXT_OR_NULL = "a string or null"
-    TOKEN_IDS = "a token id, a list of token ids, or null"  # noqa: S105 - not a password
-    NAMES_OR_NULL = "a list of strings or null"
-
-
-@dataclass(frozen=True)
-class Field:
-    """A field of a config class: the value of an absent field, and what the class accepts."""
-
-    default: Any
-    kind: Kind
-
+from pipeline.models.field_types import Field, Kind
 
 COMMON: Mapping[str, Field] = {
     "hidden_size": Field(4096, Kind.INT),
@@ -107,6 +80,35 @@ GEMMA: Mapping[str, Field] = {
     "attn_logit_softcapping": Field(50.0, Kind.FLOAT_OR_NULL),
     "use_bidirectional_attention": Field(None, Kind.BOOL_OR_NULL),
     "eos_token_id": Field(1, Kind.TOKEN_IDS),
+}
+
+QWEN3_NEXT: Mapping[str, Field] = {
+    **COMMON,
+    "vocab_size": Field(151936, Kind.INT),
+    "hidden_size": Field(2048, Kind.INT),
+    "num_hidden_layers": Field(48, Kind.INT),
+    "num_attention_heads": Field(16, Kind.INT),
+    "num_key_value_heads": Field(2, Kind.INT),
+    "head_dim": Field(256, Kind.INT),
+    "max_position_embeddings": Field(32768, Kind.INT),
+    "attention_bias": Field(False, Kind.BOOL),
+    "linear_conv_kernel_dim": Field(4, Kind.INT),
+    "linear_key_head_dim": Field(128, Kind.INT),
+    "linear_value_head_dim": Field(128, Kind.INT),
+    "linear_num_key_heads": Field(16, Kind.INT),
+    "linear_num_value_heads": Field(32, Kind.INT),
+    "full_attention_interval": Field(4, Kind.INT),
+    "eos_token_id": Field(None, Kind.TOKEN_IDS),
+}
+"""`full_attention_interval` is not a field of the classes, but they read it where `layer_types` is absent;
+`intermediate_size` is none of Qwen3.5 with experts, but a head of its family has one.
+"""
+
+QWEN3_NEXT_EXPERTS: Mapping[str, Field] = {
+    "moe_intermediate_size": Field(512, Kind.INT),
+    "shared_expert_intermediate_size": Field(512, Kind.INT),
+    "num_experts_per_tok": Field(10, Kind.INT),
+    "num_experts": Field(512, Kind.INT),
 }
 
 FIELDS: Mapping[str, Mapping[str, Field]] = {
@@ -314,6 +316,31 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         "norm_topk_prob": Field(False, Kind.BOOL),
         "mlp_only_layers": Field(None, Kind.INTS_OR_NULL),
         "eos_token_id": Field(None, Kind.TOKEN_IDS),
+    },
+    "qwen3_next": {
+        **QWEN3_NEXT,
+        **QWEN3_NEXT_EXPERTS,
+        "intermediate_size": Field(5632, Kind.INT),
+        "decoder_sparse_step": Field(1, Kind.INT),
+        "norm_topk_prob": Field(True, Kind.BOOL),
+        "mlp_only_layers": Field(None, Kind.INTS_OR_NULL),
+    },
+    "qwen3_5_text": {
+        **QWEN3_NEXT,
+        "vocab_size": Field(248320, Kind.INT),
+        "hidden_size": Field(4096, Kind.INT),
+        "intermediate_size": Field(12288, Kind.INT),
+        "num_hidden_layers": Field(32, Kind.INT),
+        "num_key_value_heads": Field(4, Kind.INT),
+    },
+    "qwen3_5_moe_text": {
+        **QWEN3_NEXT,
+        **QWEN3_NEXT_EXPERTS,
+        "vocab_size": Field(248320, Kind.INT),
+        "num_hidden_layers": Field(40, Kind.INT),
+        "num_experts_per_tok": Field(8, Kind.INT),
+        "num_experts": Field(256, Kind.INT),
+        "intermediate_size": Field(None, Kind.INT_OR_NULL),
     },
     "qwen3": {
         **COMMON,

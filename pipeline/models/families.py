@@ -33,7 +33,10 @@ FAMILIES = {
     "qwen2": "pipeline.models.qwen2",
     "qwen2_moe": "pipeline.models.qwen2_moe",
     "qwen3": "pipeline.models.qwen3",
+    "qwen3_5_moe_text": "pipeline.models.qwen3_5",
+    "qwen3_5_text": "pipeline.models.qwen3_5",
     "qwen3_moe": "pipeline.models.qwen3_moe",
+    "qwen3_next": "pipeline.models.qwen3_next",
     "smollm3": "pipeline.models.smollm3",
 }
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES, Field, Kind
+from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES
+from pipeline.models.field_types import Field, Kind
 
 LIMIT = 2**31
 MOST = {"num_hidden_layers": 1000, "num_experts": 4096, "num_local_experts": 4096}

@@ -15,6 +15,7 @@ PER_LAYER = "per_layer_config"
 LAYER_TYPES = (FULL, SLIDING)
 OLDER = "layers_block_type"
 """Another name of `layer_types` in Granite 4."""
+LINEAR = "linear_attention"
 
 
 def windows(fields: Fields, default: tuple[str, ...] | None = None) -> list[int | None]:
@@ -34,8 +35,10 @@ def windows(fields: Fields, default: tuple[str, ...] | None = None) -> list[int 
     return [size if kind == SLIDING else None for kind in types]
 
 
-def layer_types(fields: Fields, default: tuple[str, ...] | None = None) -> list[str] | None:
-    """Return the type of each layer; None if neither the field nor a default says so.
+def layer_types(
+    fields: Fields, default: tuple[str, ...] | None = None, known: tuple[str, str] = LAYER_TYPES
+) -> list[str] | None:  # fmt: skip
+    """Return the type of each layer, one of `known`; None if neither the field nor a default says so.
 
     Raises:
         SourceError: other types of layers, or another number of them.
@@ -45,12 +48,25 @@ def layer_types(fields: Fields, default: tuple[str, ...] | None = None) -> list[
     types = given if given is not None or default is None else list(default)
     if types is None:
         return None
-    if unknown := sorted(set(types) - set(LAYER_TYPES)):
-        raise fields.error("layer_types", unknown, "not supported", f"use layers of {FULL} or {SLIDING}")
+    if unknown := sorted(set(types) - set(known)):
+        raise fields.error("layer_types", unknown, "not supported", f"use layers of {' or '.join(known)}")
     layers = fields.size("num_hidden_layers")
     if len(types) != layers:
         raise fields.error("layer_types", types, f"{len(types)} layers, but num_hidden_layers={layers}")
     return types
+
+
+def linear_layers(fields: Fields) -> list[str]:
+    """Return the type of each layer of a family with linear attention: in most, unless `layer_types` says so.
+
+    Raises:
+        SourceError: as `layer_types`.
+
+    """
+    if fields.value("layer_types") is None:
+        interval, layers = fields.size("full_attention_interval"), fields.size("num_hidden_layers")
+        return [LINEAR if (layer + 1) % interval else FULL for layer in range(layers)]
+    return layer_types(fields, known=(FULL, LINEAR)) or []
 
 
 def every(count: int, layers: int) -> tuple[str, ...]:
@@ -65,15 +81,16 @@ def of_layers(config: ModelConfig, config_json: Mapping[str, Any], layers: Seque
     """
     kinds = [config.layer(layer) for layer in layers]
     fields: dict[str, Any] = {"num_hidden_layers": len(layers)}
-    types = [SLIDING if kind.window else FULL for kind in kinds]
-    if isinstance(config_json.get("layer_types"), list) or len({kind.window for kind in config.kinds}) > 1:
+    types = [LINEAR if kind.delta_net else SLIDING if kind.window else FULL for kind in kinds]
+    mixed = len({(kind.window, kind.delta_net) for kind in config.kinds}) > 1
+    if isinstance(config_json.get("layer_types"), list) or mixed:
         fields["layer_types"] = types
     if OLDER in config_json:
         fields[OLDER] = types
     own = config_json.get(PER_LAYER)
     if isinstance(own, Mapping) and own:
         fields[PER_LAYER] = {str(new): own[str(old)] for new, old in enumerate(layers) if str(old) in own}
-    if any(kind.rope is None for kind in config.kinds):
+    if any(kind.rope is None and kind.delta_net is None for kind in config.kinds):
         fields["no_rope_layers"] = [int(kind.rope is not None) for kind in kinds]
     if any(kind.experts is None for kind in config.kinds) and any(kind.experts for kind in config.kinds):
         fields["mlp_only_layers"] = [layer for layer, kind in enumerate(kinds) if kind.experts is None]

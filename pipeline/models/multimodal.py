@@ -35,6 +35,8 @@ class Text:
 CLASSES: Mapping[str, tuple[Text, ...]] = {
     "gemma3": (Text("gemma3_text", "Gemma3ForCausalLM", tied=True),),
     "gemma4": (Text("gemma4_text", "Gemma4ForCausalLM", tied=True),),
+    "qwen3_5": (Text("qwen3_5_text", "Qwen3_5ForCausalLM", tied=False),),
+    "qwen3_5_moe": (Text("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", tied=False),),
     "mistral3": (
         Text("mistral", "MistralForCausalLM", tied=False), Text("ministral3", "Ministral3ForCausalLM", tied=False),
     ),

@@ -17,15 +17,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.models.config import Clamp, ModelConfig
+from pipeline.models.config import Clamp
+from pipeline.models.recurrence import Recurrence
+from pipeline.models.weights import DELTA, RECENT
 
 Args = TypeVarTuple("Args")
 R = TypeVar("R")
 State = dict[str, Tensor]
-"""KV caches of one model: `k.<layer>` and `v.<layer>`, each [rows, H, S_max, D]; those with a window may be rings.
+"""Caches of one model: `k.<layer>` and `v.<layer>`, each [rows, H, S_max, D]; those with a window may be rings.
 
 A ring has fewer positions: position p is at slot p modulo the number of slots, after which comes the scratch position.
+Recurrent layers have `delta` and `recent` instead, with the `base` of each row (`Recurrence`).
 """
+
+CACHES = ("k", "v", DELTA, RECENT)
+"""States of one layer, without its number."""
+
+
+def first_cache(state: State) -> Tensor:
+    """Return the keys of the first layer that has some."""
+    return next(cache for name, cache in state.items() if name.startswith("k."))
 
 
 Block = Literal["none", "first", "any", "ring"]
@@ -72,16 +83,6 @@ def slot_of(positions: Tensor, slots: int) -> Tensor:
     return torch.where(rest >= slots, rest - slots, rest)
 
 
-def empty_caches(config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: str = "cpu") -> State:
-    """Return caches of zeros for all heads of a model: [rows, H, length, D] of each layer."""
-    state: State = {}
-    for layer in range(config.layers):
-        own = config.at(layer)
-        for part in ("k", "v"):
-            state[f"{part}.{layer}"] = torch.zeros(rows, own.kv_heads, length, own.head_dim, dtype=dtype, device=device)
-    return state
-
-
 def plan_writes(
     state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Tensor, block: Block = "none",
     length: int | None = None,
@@ -92,7 +93,7 @@ def plan_writes(
     one indexed write per cache, without a branch or a read. `length` is that of caches that are not rings (None: of the
     first one).
     """
-    cache = state["k.0"]
+    cache = first_cache(state)
     length = length or cache.shape[2]
     heads_H = torch.arange(cache.shape[1], device=cache.device)
     places_BT = torch.where(keep_BT, positions_BT, length - 1)
@@ -225,8 +226,8 @@ def clamped(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
 class Pass:
     """One pass of a model: positions int [B, T], its caches, where it writes them, and the keys it attends over.
 
-    `attend` is None in a pass that only writes keys and values. `live_BT` bool are the tokens whose states are read
-    afterwards, or written to a cache; None: all.
+    `attend` is None in a pass that only writes keys and values, `recurrence` in a model without recurrent layers.
+    `live_BT` bool are the tokens whose states are read afterwards, or written to a cache; None: all.
     """
 
     positions_BT: Tensor
@@ -234,10 +235,11 @@ class Pass:
     writes: Writes
     attend: Attend | None = None
     live_BT: Tensor | None = None
+    recurrence: Recurrence | None = None
 
     def of_layer(self, layer: int) -> Pass:
-        """Return the pass of one layer, over its caches alone as `k` and `v`: the same for all layers."""
-        names = {name: f"{name}.{layer}" for name in ("k", "v")}
+        """Return the pass of one layer, over its caches without its number: the same for all layers of a kind."""
+        names = {name: f"{name}.{layer}" for name in CACHES}
         return replace(self, state={name: self.state[key] for name, key in names.items() if key in self.state})
 
     def ring(self, layer: int) -> int | None:

@@ -68,6 +68,9 @@ RULES: Mapping[str, RopeRules] = {
     "mixtral": RopeRules(theta=1e6),
     "olmo3": RopeRules(theta=5e5, local=(None, 5e5)),
     "phi3": RopeRules(partial=1.0, older_names={"su": "longrope", "yarn": "longrope"}),
+    "qwen3_5_moe_text": RopeRules(partial=0.25),
+    "qwen3_5_text": RopeRules(partial=0.25),
+    "qwen3_next": RopeRules(partial=0.25),
     "smollm3": RopeRules(theta=2e6),
 }
 """Rules of the families that differ from Llama's."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.models.config import Activation, Experts, Layer, Limit, ModelConfig, Rope
+from pipeline.models.config import Activation, DeltaNet, Experts, Layer, Limit, ModelConfig, Rope
 from pipeline.models.defaults import REFUSED
 from pipeline.models.fields import Fields
 from pipeline.models.layer_types import FULL, PER_LAYER, SLIDING
@@ -21,14 +21,15 @@ ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pyt
 
 def shared_fields(
     fields: Fields, *, windows: Sequence[int | None] = (), turned: Sequence[bool] = (),
-    experts: Sequence[Experts | None] = (), limits: tuple[Limit, ...] = (),
-    full: Mapping[str, Any] = MappingProxyType({}), **family: Any,
+    experts: Sequence[Experts | None] = (), delta_nets: Sequence[DeltaNet | None] = (),
+    limits: tuple[Limit, ...] = (), full: Mapping[str, Any] = MappingProxyType({}), **family: Any,
 ) -> ModelConfig:  # fmt: skip
     """Return a `ModelConfig` of the fields that families share; `family` adds or overrides fields.
 
     `windows` has the sliding window of each layer, `turned` whether a layer has the rotary embedding, `experts` those
-    of each layer; empty: no layer has a window or experts, all turn. `limits` are the family's own, beside those of the
-    rotary embedding. `full` has fields of `Layer` for the layers without a window.
+    of each layer, `delta_nets` the gated delta nets of layers without attention; empty: no layer has a window, experts
+    or a delta net, all turn. `limits` are the family's own, beside those of the rotary embedding. `full` has fields of
+    `Layer` for the layers without a window.
 
     Raises:
         SourceError: a value that the family's class rejects, or one that changes the computation in an unsupported way.
@@ -38,13 +39,13 @@ def shared_fields(
     heads, layers = fields.size("num_attention_heads"), fields.size("num_hidden_layers")
     size = head_dim(fields)
     ropes, own_limits = read_rope(fields, size, full.get("head_dim"))
-    of_layers = zip(windows or [None] * layers, turned or [True] * layers, experts or [None] * layers, strict=True)
+    of_layers = zip(*(given or [None] * layers for given in (windows, turned, experts, delta_nets)), strict=True)
     described = [_layer(ropes, full, *of_layer) for of_layer in of_layers]
     common: dict[str, Any] = {
         "family": fields.family,
         "layers": layers,
         "hidden": fields.size("hidden_size"),
-        "intermediate": fields.size("intermediate_size"),
+        "intermediate": family.get("intermediate") or fields.size("intermediate_size"),
         "heads": heads,
         "kv_heads": fields.optional_size("num_key_value_heads") or heads,
         "head_dim": size,
@@ -62,11 +63,12 @@ def shared_fields(
 
 
 def _layer(
-    ropes: Mapping[str, Rope | None], full: Mapping[str, Any], window: int | None, turns: bool, experts: Experts | None
-) -> Layer:
-    """Return one layer; `full` has fields of those without a window."""
-    rope = ropes[SLIDING if window else FULL] if turns else None
-    return Layer(rope, window, experts, **({} if window else full))
+    ropes: Mapping[str, Rope | None], full: Mapping[str, Any], window: int | None, turns: bool | None,
+    experts: Experts | None, net: DeltaNet | None,
+) -> Layer:  # fmt: skip
+    """Return one layer; `full` has fields of those without a window. Layers turn unless `turns` is False."""
+    rope = ropes[SLIDING if window else FULL] if turns is not False and net is None else None
+    return Layer(rope, window, experts, delta_net=net, **({} if window else full))
 
 
 def head_dim(fields: Fields) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.models.config import Eagle3, Experts, Markov, MarkovKind, ModelConfig
+from pipeline.models.config import DeltaNet, Eagle3, Experts, Markov, MarkovKind, ModelConfig
 
 Split = Literal["replicate", "rows", "columns", "q_rows", "q_heads", "q_columns", "kv_rows", "vocab", "experts"]
 Kind = Literal["linear", "embedding", "experts", "expert_biases", "vector", "index"]
@@ -38,6 +38,9 @@ D2T = "d2t"
 
 OFFSET = "rank.vocab_offset"
 """First vocabulary id of a rank's slice, not in a checkpoint; see `vocab_offset`."""
+
+DELTA, RECENT, BASE = "delta", "recent", "base"
+"""States of recurrent layers, `delta.<layer>` and `recent.<layer>`, and of a model with them: `parallel.Recurrence`."""
 
 TAPS = 3
 """Hidden states of the target that most EAGLE-3 heads read at each position: low, middle and high layers."""
@@ -159,7 +162,11 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
     for layer in range(c.layers):
         base, names = f"model.layers.{layer}", c.norms
         yield from _norm(c, base, names.before_attention)
-        yield from _attention(c.at(layer), layer, f"{base}.self_attn")
+        net = c.layer(layer).delta_net
+        if net is None:
+            yield from _attention(c.at(layer), layer, f"{base}.self_attn")
+        else:
+            yield from _delta_net(c.hidden, net, f"{base}.linear_attn")
         yield from _norm(c, base, names.after_attention)
         yield from _norm(c, base, names.before_mlp)
         experts = c.layer(layer).experts
@@ -225,6 +232,10 @@ def _attention(c: ModelConfig, layer: int, base: str) -> Iterator[WeightSpec]:
         yield WeightSpec(f"{base}.{name}_proj.weight", (rows, width), split, "linear")
         if c.qkv_bias:
             yield WeightSpec(f"{base}.{name}_proj.bias", (rows,), split, "vector")
+    if c.attention_gate:
+        yield WeightSpec(f"{base}.q_gate_proj.weight", (q_rows, width), "q_rows", "linear")
+        if c.qkv_bias:
+            yield WeightSpec(f"{base}.q_gate_proj.bias", (q_rows,), "q_rows", "vector")
     for name, rows, split in parts[:2] if c.qk_norm else ():
         whole = c.qk_norm == "vector"
         share: Split = split if whole else "replicate"
@@ -234,6 +245,21 @@ def _attention(c: ModelConfig, layer: int, base: str) -> Iterator[WeightSpec]:
     yield WeightSpec(f"{base}.o_proj.weight", (c.hidden, q_rows), "q_columns", "linear")
     if c.out_bias:
         yield WeightSpec(f"{base}.o_proj.bias", (c.hidden,), "replicate", "vector")
+
+
+def _delta_net(hidden: int, net: DeltaNet, base: str) -> Iterator[WeightSpec]:
+    """Yield the weights of a gated delta net; ranks have whole heads, and a kernel of the convolution is a row."""
+    keys, values = net.key_heads * net.key_dim, net.value_heads * net.value_dim
+    for name, rows in (("q", keys), ("k", keys), ("v", values)):
+        yield WeightSpec(f"{base}.{name}_proj.weight", (rows, hidden), "rows", "linear")
+        yield WeightSpec(f"{base}.{name}_conv.weight", (rows * net.kernel,), "rows", "vector")
+    for name in ("in_proj_b", "in_proj_a"):
+        yield WeightSpec(f"{base}.{name}.weight", (net.value_heads, hidden), "rows", "linear")
+    for name in ("A_log", "dt_bias"):
+        yield WeightSpec(f"{base}.{name}", (net.value_heads,), "rows", "vector")
+    yield WeightSpec(f"{base}.z_proj.weight", (values, hidden), "rows", "linear")
+    yield WeightSpec(f"{base}.norm.weight", (net.value_dim,), "replicate", "vector")
+    yield WeightSpec(f"{base}.out_proj.weight", (hidden, values), "columns", "linear")
 
 
 def _mlp(c: ModelConfig, base: str) -> Iterator[WeightSpec]:

@@ -120,6 +120,8 @@ def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
 
     Query heads follow their KV head: they are padded where they do not fill its ranks (`weights.q_heads_of`).
     """
+    if config.delta_net is not None and config.delta_net.key_heads % tp:
+        yield "linear_num_key_heads", config.delta_net.key_heads
     for kind in config.kinds:
         heads = config.of(kind).kv_heads
         if heads % tp and tp % heads:

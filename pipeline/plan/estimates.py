@@ -191,6 +191,10 @@ def _layer_parameters(config: ModelConfig, layer: Layer, *, of_token: bool = Fal
     """Return about the number of a layer's parameters; `of_token`: of those that one token uses."""
     of_kind, inner = config.of(layer), config.intermediate
     attention = (config.heads + of_kind.kv_heads) * of_kind.head_dim
+    if layer.delta_net is not None:
+        attention = layer.delta_net.keys + 3 * layer.delta_net.values // 2
+    elif config.attention_gate:
+        attention += config.heads * of_kind.head_dim // 2
     if layer.experts is not None:
         inner = layer.experts.intermediate * (layer.experts.chosen if of_token else layer.experts.count)
         inner += layer.experts.shared or 0
@@ -221,12 +225,19 @@ def saved_by_rings(pair: PairSpec) -> int:
 
 
 def _cache_bytes(pair: PairSpec, role: Role) -> int:
-    config = pair.models.config_of(role)
-    elements = 2 * sum(
-        pair.cache_length(role, layer) * pair.models.kv_heads_of(role, layer) * config.at(layer).head_dim
-        for layer in range(config.layers)
-    )
-    return pair.rows * elements * DTYPES[pair.models.dtype_of(role)].size_bytes
+    return sum(_layer_cache_bytes(pair, role, layer) for layer in range(pair.models.config_of(role).layers))
+
+
+def _layer_cache_bytes(pair: PairSpec, role: Role, layer: int) -> int:
+    """Return the bytes of a layer's keys and values, or of its recurrent state and the inputs that it keeps."""
+    config, size = pair.models.config_of(role), DTYPES[pair.models.dtype_of(role)].size_bytes
+    net = config.layer(layer).delta_net
+    if net is None:
+        positions = pair.cache_length(role, layer)
+        return pair.rows * positions * size * 2 * pair.models.kv_heads_of(role, layer) * config.at(layer).head_dim
+    own = net.of_rank(pair.models.tp_of(role))
+    matrices = 4 * own.value_heads * own.key_dim * own.value_dim
+    return pair.rows * (matrices + size * (own.kernel - 1 + pair.replayed) * own.inputs)
 
 
 def scratch_bytes(pair: PairSpec, spec: GraphSpec, *, fused: bool) -> int:

@@ -84,6 +84,10 @@ class Plan:
         return _digest([[self.graph_digest(spec) for spec in self.graphs], asdict(work)])
 
 
+READ_AGAIN = 3
+"""Last tokens that a slot held which a request that shares them may read again (`runtime.prefixes`)."""
+
+
 def _digest(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -129,7 +133,17 @@ def pair_spec(
         candidates=recipe.speculation.candidates,
         lookup=recipe.speculation.lookup is not None,
         rings=rings,
+        replayed=replayed_tokens(recipe, target, draft),
     )
+
+
+def replayed_tokens(recipe: Recipe, *configs: ModelConfig) -> int:
+    """Return by how many tokens rows must return to earlier states; 0 if no model has recurrent layers.
+
+    A step reads up to K tokens that are rejected. A request that shares what a slot held reads its last tokens again.
+    """
+    recurrent = any(config.delta_net is not None for config in configs)
+    return recipe.speculation.draft_tokens[-1] + READ_AGAIN if recurrent else 0
 
 
 def _graphs(recipe: Recipe) -> list[GraphSpec]:

@@ -47,7 +47,10 @@ class TandemScheduler(Scheduler):
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Return the blocks of a prompt that are computed: those whose tokens a slot holds."""
         blocks, count, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        held = self.slots.shared(request.prompt_token_ids or []) // self.block_size * self.block_size
+        tokens = request.prompt_token_ids or []
+        held = min(count, self.slots.shared(tokens) // self.block_size * self.block_size)
+        if self.slots.shared(tokens[:held]) < held:  # recurrent states are those of a whole prefix
+            held = 0
         if count > held:
             groups = tuple(list(group[: held // self.block_size]) for group in blocks.blocks)
             blocks, count = self.kv_cache_manager.create_kv_cache_blocks(groups), held

@@ -33,7 +33,14 @@ def dequantised(source: PackedRef, data: Tensor) -> Tensor:
             values_RC *= source.factor
         if source.rounded is not None:
             values_RC = values_RC.to(SAFETENSORS[source.rounded].as_torch()).float()
-    return values_RC[source.phase :: source.step].contiguous().view(source.shape)
+    return _chosen_rows(source, values_RC).contiguous().view(source.shape)
+
+
+def _chosen_rows(source: PackedRef, values_RC: Tensor) -> Tensor:
+    """Return the rows that a matrix has of the stored ones."""
+    runs = values_RC.unflatten(0, (-1, source.step))[:, source.phase : source.phase + source.run]
+    first = source.first % source.run
+    return runs.flatten(0, 1)[first : first + source.last - source.first]
 
 
 def _of_codes(nested: Nested, codes_BG: Tensor, first: int, scales: Tensor, table: Tensor) -> Tensor:

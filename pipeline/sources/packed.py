@@ -149,7 +149,8 @@ class PackedRef:
 
     `block` is the number of rows and columns that share a scale; with `index`, that tensor has the group of each
     column. Values are multiplied with `factor` and rounded to the dtype `rounded`, as the format's own reader does.
-    Row r is row r * `step` + `phase` of the stored matrix, of which all are read. `vector`: a column is a vector.
+    Row r is row r // `run` * `step` + `phase` + r % `run` of the stored matrix, of which all are read. `vector`: a
+    column is a vector.
     """
 
     values: Grid
@@ -164,6 +165,7 @@ class PackedRef:
     rounded: str | None = None
     step: int = 1
     phase: int = 0
+    run: int = 1
     vector: bool = False
 
     @property
@@ -190,7 +192,7 @@ class PackedRef:
     @property
     def stored(self) -> tuple[int, int]:
         """Stored rows [first, last) that hold these rows."""
-        return self.first * self.step, self.last * self.step
+        return self.first // self.run * self.step, -(-self.last // self.run) * self.step
 
     @property
     def read_bytes(self) -> int:
@@ -232,11 +234,11 @@ class PackedRef:
         """Return rows [first, last) of these."""
         return replace(self, first=self.first + first, last=self.first + last)
 
-    def every(self, step: int, phase: int) -> PackedRef:
-        """Return the rows `phase`, `phase + step`, .. of a whole matrix."""
+    def every(self, step: int, phase: int, run: int = 1) -> PackedRef:
+        """Return the rows `phase`, `phase + step`, .. of a whole matrix, each with the `run` - 1 rows after it."""
         assert self.first == 0
         assert self.step == 1
-        return replace(self, last=self.last // step, step=step, phase=phase)
+        return replace(self, last=self.last // step * run, step=step, phase=phase, run=run)
 
     def part(self, index: int) -> PackedRef:
         """Not defined: quantised matrices of experts are taken apart when they are found."""
@@ -253,13 +255,13 @@ def transposed(ref: TensorRef) -> PackedRef:
     return PackedRef(Grid(ref, rows, columns, transposed=True), None, (1, columns), rows)
 
 
-def every(source: Source, step: int, phase: int) -> PackedRef:
-    """Return the rows `phase`, `phase + step`, .. of a matrix or vector."""
+def every(source: Source, step: int, phase: int, run: int = 1) -> PackedRef:
+    """Return the rows `phase`, `phase + step`, .. of a matrix or vector, each with the `run` - 1 rows after it."""
     if isinstance(source, PackedRef):
-        return source.every(step, phase)
+        return source.every(step, phase, run)
     rows, columns = source.shape[0], math.prod(source.shape[1:])
     whole = PackedRef(Grid(source, rows, columns), None, (1, columns), rows, vector=len(source.shape) == 1)
-    return whole.every(step, phase)
+    return whole.every(step, phase, run)
 
 
 def placed(cuts: Sequence[Cut]) -> Iterator[tuple[int, Cut]]:

@@ -17,6 +17,7 @@ from pipeline.models.multimodal import PREFIXES, of_text, text_name
 from pipeline.models.quantisation import KEY, read_quantisation
 from pipeline.models.weights import D2T, EMBEDDING, EXPERTS, HEAD, MASK_HIDDEN, WeightSpec, weight_specs
 from pipeline.sources.checkpoint import Checkpoint, weight_files
+from pipeline.sources.delta_nets import taken_apart
 from pipeline.sources.packed import PackedRef, Source, every, plain, transposed
 from pipeline.sources.quantised import with_quantised
 from pipeline.sources.tensors import TensorRef, opened, read_bytes, read_header
@@ -88,7 +89,8 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, Source]:
     else:
         tensors = {text_name(name): tensor for name, tensor in tensors.items()}
         tensors = {_prefixed(name, tensors): tensor for name, tensor in tensors.items()}
-    tensors = dict(_unfused(dict(_renamed(tensors, checkpoint.config)), checkpoint.config)) | dict(checkpoint.made)
+    tensors = dict(_unfused(dict(_renamed(tensors, checkpoint.config)), checkpoint.config))
+    tensors = dict(taken_apart(tensors, checkpoint.config)) | dict(checkpoint.made)
     tensors |= _keys_as_values(tensors, checkpoint)
     return tensors if checkpoint.layers is None else dict(_renumbered(tensors, checkpoint.layers))
 

@@ -73,7 +73,9 @@ class Drafter(Protocol):
         """Update the draft's state after the target has read the last token and the drafts, and emitted tokens."""
         ...
 
-    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
+    def score(
+        self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int, lengths_B: Tensor | None = None
+    ) -> Scores:  # fmt: skip
         """Return logits of known tokens, float32 [B, T, D] of the draft's vocabulary, and fill the caches."""
         ...
 
@@ -118,9 +120,11 @@ class DraftModel:
         tail_B = history.gather(1, (emitted.count - 1).clamp(0, history.shape[1] - 2)[:, None])[:, 0]
         put(self.model, TAIL, rows.index, tail_B.int(), rows.alive_B)
 
-    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:  # noqa: ARG002
+    def score(
+        self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int, lengths_B: Tensor | None = None,  # noqa: ARG002
+    ) -> Scores:  # fmt: skip
         """Score with the draft alone."""
-        logits_BTV, hidden = score(self.model, tokens_BT, position_B, kv)
+        logits_BTV, hidden = score(self.model, tokens_BT, position_B, kv, lengths_B)
         return Scores(logits_BTV, hidden.experts_BTLC)
 
 
@@ -179,9 +183,11 @@ class Eagle3:
         last_BH = take(features_BTH, (emitted.count.long() - 1).clamp(0, steps))
         put(self.model, FEATURE, rows.index, last_BH, rows.alive_B[:, None])
 
-    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
+    def score(
+        self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int, lengths_B: Tensor | None = None
+    ) -> Scores:  # fmt: skip
         """Score with target and head. The first token of a sequence has no features before it: its logits are zeros."""
-        _, states = score(target, tokens_BT, position_B, kv)
+        _, states = score(target, tokens_BT, position_B, kv, lengths_B)
         features_BTH = self._features(states)
         alive_B = position_B < self.model.usable(kv)
         rows = Rows(tokens_BT[:, 0], position_B, alive_B, kv)
@@ -284,12 +290,14 @@ class DFlash:
         keep_BT = index_range(emitted.tokens.shape[1], rows.last_B) < emitted.count[:, None]
         self._write(states, positions_BT, row_writes(self.model, rows, positions_BT, keep_BT))
 
-    def score(self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> Scores:
+    def score(
+        self, target: Model, tokens_BT: Tensor, position_B: Tensor, kv: int, lengths_B: Tensor | None = None
+    ) -> Scores:  # fmt: skip
         """Score with target and draft: after each token, the first answer of a block of that token and one mask."""
         model, head = self.model, self.model.config.eagle3
         assert head is not None
         assert head.mask_token is not None
-        _, states = score(target, tokens_BT, position_B, kv)
+        _, states = score(target, tokens_BT, position_B, kv, lengths_B)
         rows = Rows(tokens_BT[:, 0], position_B, position_B < model.usable(kv), kv)
         positions_BT = position_B[:, None] + index_range(tokens_BT.shape[1], tokens_BT)
         writes = row_writes(model, rows, positions_BT)
@@ -352,10 +360,16 @@ def drafter_of(draft: Model) -> Drafter:
     return DRAFTERS[draft.config.draft_kind.method](draft)
 
 
-def score(model: Model, tokens_BT: Tensor, position_B: Tensor, kv: int) -> tuple[Tensor, Hidden]:
-    """Return logits float32 [B, T, V] of `tokens_BT` from `position_B` on, and their hidden states."""
+def score(
+    model: Model, tokens_BT: Tensor, position_B: Tensor, kv: int, lengths_B: Tensor | None = None
+) -> tuple[Tensor, Hidden]:  # fmt: skip
+    """Return logits float32 [B, T, V] of `tokens_BT` from `position_B` on, and their hidden states.
+
+    Tokens of a row from `lengths_B` on are padding.
+    """
     positions_BT = position_B[:, None] + index_range(tokens_BT.shape[1], tokens_BT)
-    hidden = model.hidden(tokens_BT, positions_BT, position_B < model.usable(kv), kv)
+    live_BT = None if lengths_B is None else index_range(tokens_BT.shape[1], tokens_BT) < lengths_B[:, None]
+    hidden = model.hidden(tokens_BT, positions_BT, position_B < model.usable(kv), kv, live_BT)
     return model.all_logits(hidden.last_BTH), hidden
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
-from pipeline.models.parallel import Attend, Block, Pass, Seams, State, Writes, attend_up_to, plan_writes
-from pipeline.models.weights import D2T, OFFSET
+from pipeline.models.parallel import Attend, Block, Pass, Seams, State, Writes, attend_up_to, first_cache, plan_writes
+from pipeline.models.recurrence import Recurrence, plan_recurrence
+from pipeline.models.weights import BASE, D2T, OFFSET, RECENT
 from pipeline.speculation.sampling import Sampling, Vocabulary, greedy, sample
 from pipeline.speculation.shaping import LogProbs, Shaping, Share, log_probs, shape
 
@@ -93,6 +94,18 @@ class Prompt:
         return plan_writes(model.state, self.slots_B, self.positions_BT, kept_BT, block, model.length)
 
 
+def recurrence_of(
+    config: ModelConfig, state: State, rows_B: Tensor, positions_BT: Tensor, keep_BT: Tensor
+) -> Recurrence | None:  # fmt: skip
+    """Return how a pass continues the recurrent states of a model; None without recurrent layers."""
+    net = config.delta_net
+    if net is None:
+        return None
+    recent = next(tensor for name, tensor in state.items() if name.startswith(f"{RECENT}."))
+    sizes = (net.kernel - 1, recent.shape[1] - net.kernel + 1)
+    return plan_recurrence(state[BASE], rows_B.long(), positions_BT[:, 0], keep_BT, sizes)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Cache rows 0..B-1 between steps: their last token and its position, int32 [B]; `alive_B` bool, rows that run.
@@ -128,18 +141,28 @@ class Model:
     taps: tuple[int, ...] = ()
     length: int | None = None
 
-    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, active_B: Tensor, kv: int) -> Hidden:
-        """Run rows 0..B-1 over their caches; a query attends to keys at or before its own position."""
+    def hidden(
+        self, tokens_BT: Tensor, positions_BT: Tensor, active_B: Tensor, kv: int, live_BT: Tensor | None = None
+    ) -> Hidden:  # fmt: skip
+        """Run rows 0..B-1 over their caches; a query attends to keys at or before its own position.
+
+        `live_BT` bool are the tokens of rows that are read: the first ones (None: all).
+        """
         rows_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
-        live_BT = active_B[:, None].expand_as(tokens_BT)
+        active_BT = active_B[:, None].expand_as(tokens_BT)
+        live_BT = active_BT if live_BT is None else active_BT & live_BT
         keep_BT = live_BT & (positions_BT < self.usable(kv))
         writes = plan_writes(self.state, rows_B, positions_BT, keep_BT, length=self.length)
-        return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend_up_to(positions_BT, kv), live_BT))
+        recurrence = recurrence_of(self.config, self.state, rows_B, positions_BT, keep_BT)
+        attend = attend_up_to(positions_BT, kv)
+        return self.run(tokens_BT, Pass(positions_BT, self.state, writes, attend, live_BT, recurrence))
 
     def read(self, prompt: Prompt) -> Hidden:
         """Run prompts into their slots."""
         writes = prompt.writes(self)
-        return self.run(prompt.tokens_BT, Pass(prompt.positions_BT, self.state, writes, prompt.attend, prompt.live))
+        recurrence = recurrence_of(self.config, self.state, prompt.slots_B, prompt.positions_BT, prompt.kept(self))
+        run = Pass(prompt.positions_BT, self.state, writes, prompt.attend, prompt.live, recurrence)
+        return self.run(prompt.tokens_BT, run)
 
     def run(self, tokens_BT: Tensor, run: Pass) -> Hidden:
         """Run all layers over tokens of the pair's common tokenizer."""
@@ -161,7 +184,7 @@ class Model:
 
     def usable(self, kv: int) -> int:
         """Return how many positions of a bucket hold tokens; the cache's last is scratch (see `plan_writes`)."""
-        return min(kv, (self.length or self.state["k.0"].shape[2]) - 1)
+        return min(kv, (self.length or first_cache(self.state).shape[2]) - 1)
 
     @property
     def proposable(self) -> int:

@@ -14,11 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pipeline.models.caches import empty_caches
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import hidden_states
 from pipeline.models.parallel import Pass, Seams, State, Writes, attend_up_to
-from pipeline.models.weights import HEAD
+from pipeline.models.weights import HEAD, NORM
 from pipeline.speculation.chains import Batch, Guess
+from pipeline.speculation.model import recurrence_of
 
 
 class _Uncached(Seams):
@@ -34,7 +36,10 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
     positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     attend, nowhere = attend_up_to(positions_T[None]), cast("Any", None)
     seams = _Uncached()
-    run = Pass(positions_T.expand_as(tokens_BT), {}, nowhere, attend)
+    state, rows_B = empty_caches(config, len(tokens_BT), 0, weights[NORM].dtype), torch.arange(len(tokens_BT))
+    positions_BT, keep_BT = positions_T.expand_as(tokens_BT), torch.ones_like(tokens_BT, dtype=torch.bool)
+    recurrence = recurrence_of(config, state, rows_B, positions_BT, keep_BT)
+    run = Pass(positions_BT, state, nowhere, attend, recurrence=recurrence)
     hidden = hidden_states(config, weights, seams, tokens_BT, run)
     rows_M, positions_M = batch.learn_BT.nonzero(as_tuple=True)
     logits_MV = seams.linear(hidden.last_BTH[rows_M, positions_M], weights[HEAD], config.out_vocab)

@@ -121,13 +121,17 @@ def here(config: ModelConfig) -> Reading:
 
 def _by_layer(config: ModelConfig) -> Reading:
     """Return what differs by layer in attention, and what Gemma 4 does beside it."""
-    layers = [config.at(index) for index in range(config.layers)]
+    nets = [config.layer(index).delta_net for index in range(config.layers)]
+    with_attention = [index for index, net in enumerate(nets) if net is None]
     return {
-        "head_dim by layer": [own.head_dim for own in layers],
-        "num_key_value_heads": _one_or_all([own.kv_heads for own in layers]),
-        "values are keys": [config.layer(index).values_are_keys for index in range(config.layers)],
+        "head_dim by layer": [config.at(index).head_dim for index in with_attention],
+        "num_key_value_heads": _one_or_all([config.at(index).kv_heads for index in with_attention]),
+        "values are keys": [config.layer(index).values_are_keys for index in with_attention],
         "values are normalised": config.v_norm,
         "output of layers is scaled": config.layer_scalar,
+        "recurrent layers": [net is not None for net in nets],
+        "heads of recurrent layers": _delta_net(config),
+        "gate of attention": config.attention_gate,
     }
 
 
@@ -138,6 +142,12 @@ def _inner(config: ModelConfig, layer: Layer) -> int:
 def _experts(config: ModelConfig) -> list[int] | None:
     """Return the number of experts and of those of a token; None without experts."""
     return next(([kind.experts.count, kind.experts.chosen] for kind in config.kinds if kind.experts), None)
+
+
+def _delta_net(config: ModelConfig) -> list[int] | None:
+    """Return numbers and sizes of heads, and the kernel of the convolution; None without recurrent layers."""
+    net = config.delta_net
+    return None if net is None else [net.key_heads, net.value_heads, net.key_dim, net.value_dim, net.kernel]
 
 
 def _bounds(config: ModelConfig) -> list[float] | None:
@@ -161,8 +171,8 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
     with without_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).model
     layer, embedding = model.layers[0], model.embed_tokens
-    attention, size = layer.self_attn, layer.self_attn.head_dim
-    q, v = _parts(attention, config, size)
+    attention = _attentions(model)[0]
+    q, v = _parts(attention, config, attention.head_dim)
     networks = [_network(one) for one in model.layers]
     q_norm = getattr(attention, "q_norm", None)
     reading = {
@@ -173,8 +183,8 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "experts": _their_experts(config, model.layers),
         "biases of experts": hasattr(networks[0], "gate_up_proj_bias"),
         "bounds of SwiGLU": [networks[0].limit, networks[0].alpha] if hasattr(networks[0], "limit") else None,
-        "head_dim": size,
-        "num_attention_heads": q // size,
+        "head_dim": attention.head_dim,
+        "num_attention_heads": q // attention.head_dim // (2 if _has_gate(model) else 1),
         "biases of q, k, v": v,
         "bias of o": attention.o_proj.bias is not None,
         "mlp_bias": getattr(getattr(networks[0], "gate_proj", None), "bias", None) is not None,
@@ -196,25 +206,41 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
 
 def _their_scales(model: Any, config: Any) -> Reading:
     """Return what scores, embeddings, residuals and logits are multiplied by."""
-    layer = model.layers[0]
     return {
-        "scale of attention": layer.self_attn.scaling,
+        "scale of attention": _attentions(model)[0].scaling,
         "scale of embeddings": _embedding_scale(model),
-        "scale of residuals": getattr(layer, "residual_multiplier", 1.0),
+        "scale of residuals": getattr(model.layers[0], "residual_multiplier", 1.0),
         "scale of logits": 1 / getattr(config, "logits_scaling", 1.0),
     }
 
 
 def _theirs_by_layer(model: Any, config: Any) -> Reading:
     """Return the same as `_by_layer` of transformers' modules."""
-    attentions = [one.self_attn for one in model.layers]
+    attentions, nets = _attentions(model), [getattr(one, "linear_attn", None) for one in model.layers]
     return {
         "head_dim by layer": [one.head_dim for one in attentions],
         "num_key_value_heads": _one_or_all([_kv_heads(one, config) for one in attentions]),
         "values are keys": [getattr(one, "v_proj", 0) is None for one in attentions],
         "values are normalised": hasattr(attentions[0], "v_norm"),
         "output of layers is scaled": hasattr(model.layers[0], "layer_scalar"),
+        "recurrent layers": [net is not None for net in nets],
+        "heads of recurrent layers": next((_their_net(net) for net in nets if net is not None), None),
+        "gate of attention": _has_gate(model),
     }
+
+
+def _attentions(model: Any) -> list[Any]:
+    """Return the attention of layers that have some: others are recurrent."""
+    return [one.self_attn for one in model.layers if hasattr(one, "self_attn")]
+
+
+def _has_gate(model: Any) -> bool:
+    """Return whether queries and the gate of attention are one matrix: of families whose other layers are recurrent."""
+    return any(hasattr(one, "linear_attn") for one in model.layers) or hasattr(model.config, "linear_num_key_heads")
+
+
+def _their_net(net: Any) -> list[int]:
+    return [net.num_k_heads, net.num_v_heads, net.head_k_dim, net.head_v_dim, net.conv_kernel_size]
 
 
 def _network(layer: Any) -> Any:
@@ -254,7 +280,11 @@ def _their_experts(config: Any, layers: Iterable[Any]) -> list[int] | None:
 
 def _turns(model: Any, layer: Any) -> bool:
     """Return whether queries and keys of a layer turn; Granite 4 may have no rotary embedding at all."""
-    return model.rotary_emb is not None and bool(getattr(layer.self_attn, "use_rope", True))
+    return (
+        model.rotary_emb is not None
+        and hasattr(layer, "self_attn")
+        and bool(getattr(layer.self_attn, "use_rope", True))
+    )
 
 
 def _parts(attention: Any, config: Any, size: int) -> tuple[int, bool]:

@@ -7,9 +7,10 @@ import torch
 import transformers
 
 from pipeline.errors import SourceError
+from pipeline.models.caches import empty_caches
 from pipeline.models.decoder import hidden_states, logits
 from pipeline.models.families import config_of
-from pipeline.models.parallel import Pass, Seams, attend_up_to, empty_caches, plan_writes, slot_of
+from pipeline.models.parallel import Pass, Seams, attend_up_to, plan_writes, slot_of
 from pipeline.speculation.model_chains import _Uncached
 
 SMALL = {

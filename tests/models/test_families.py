@@ -107,9 +107,11 @@ def pair(request, tmp_path_factory) -> tuple[str, Path, Recipe, Engine]:
     for name, data in tokenizer_files(target).items():
         (root / "tokenizer" / name).write_bytes(data)
     manifest = PairManifest.model_construct(
-        pair=plan.pair, graphs=tuple(GraphEntry(spec=spec, key="-", file="-", io="-") for spec in plan.graphs),
-        step_costs=None, lookup=None,
-    )  # fmt: skip
+        pair=plan.pair,
+        graphs=tuple(GraphEntry(spec=spec, key="-", file="-", io="-") for spec in plan.graphs),
+        step_costs=None,
+        lookup=None,
+    )
     return request.param, root, recipe, Engine(manifest, EagerRanks(plan, root / "shards"), Text(root / "tokenizer"))
 
 
@@ -231,11 +233,20 @@ def test_pair_whose_tokenizer_exceeds_a_vocabulary_is_refused(tmp_path):
 
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("gemma2", "glm4", "granite-moe", "granite4-nope", "phi4-mini", "qwen2-moe")
+    for name in (
+        "gemma2",
+        "glm4",
+        "granite-moe",
+        "granite4-nope",
+        "phi4-mini",
+        "qwen2-moe",
+        "qwen3-next",
+        "qwen3.5-moe",
+    )
 ]
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gemma4", "gpt-oss", "olmo3", "qwen3-moe", *SLOW])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "gpt-oss", "olmo3", "qwen3-moe", "qwen3.5", *SLOW])
 def test_gates_pass_of_mechanisms_beyond_llama(family, tmp_path):
     """Layer by layer references of transformers, windows, experts and scales included, agree with the graphs."""
     recipe = load(fewer_graphs(write_recipe(family, tmp_path)))

@@ -11,14 +11,17 @@ import torch
 import transformers
 
 from pipeline.errors import SourceError
-from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES, REFUSED, Kind
+from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES, REFUSED
 from pipeline.models.families import FAMILIES, config_of
+from pipeline.models.field_types import Kind
 from pipeline.models.quantisation import KEY as QUANTISED
 from pipeline.validate.reading import by_transformers, difference, readable
 from support.configs import DYNAMIC, LINEAR, LLAMA3, LONG, YARN, small
 
 STRICT = int(transformers.__version__.split(".")[0]) >= 5
 """transformers 5 checks the types of fields; 4.57 does not."""
+
+RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 UNDECLARED = {
     *(
@@ -43,6 +46,9 @@ UNDECLARED = {
     *((family, "hidden_act") for family in ("gemma2", "gemma3_text")),
     ("gemma3_text", "sliding_window_pattern"),
     *(("gemma4_text", name) for name in ("hidden_act", "global_head_dim", "num_global_key_value_heads")),
+    *((family, "full_attention_interval") for family in RECURRENT),
+    *((family, "sliding_window") for family in RECURRENT),
+    ("qwen3_5_moe_text", "intermediate_size"),
 }
 """Fields that code of transformers reads though the family's class does not declare them, or that nothing reads."""
 
@@ -70,6 +76,8 @@ WITHOUT_EFFECT = {
     "return_dict_in_generate", "vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy",
     "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "embd_pdrop", "resid_pdrop",
     "use_double_wide_mlp",  # of layers that share keys and values, which are refused
+    # states that a layer's cache has room for; these layers use the first one
+    "number_of_conv_states",
     # properties of the class, not of the file
     "serialize_explicit_per_layer_config",
     "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan", "base_model_tp_plan", "sub_configs",
@@ -124,7 +132,8 @@ def test_defaults_are_those_of_transformers(family):
     for name, field in FIELDS[family].items():
         if (family, name) in UNDECLARED or (name not in defaults and of_base_class(name)):
             assert name not in defaults
-            assert field.default is None or name in ("hidden_act", "sliding_window_pattern", "global_head_dim")
+            others = ("hidden_act", "sliding_window_pattern", "global_head_dim", "full_attention_interval")
+            assert field.default is None or name in others
         else:
             assert (name, field.default) == (name, defaults[name])
     assert not set(DRAFT_FIELDS) & set(defaults)

@@ -12,17 +12,22 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.models.decoder import hidden_states, logits
-from pipeline.models.parallel import Pass, Seams, attend_up_to, plan_writes
+from pipeline.models.caches import empty_caches
+from pipeline.models.parallel import Seams
 from pipeline.models.weights import EMBEDDING, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.values import read_tensor
+from pipeline.sources.values import read_weight
 from pipeline.sources.weights import weights
+from pipeline.speculation.model import Model
 from support.checkpoints import opened, refusal
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
 }  # fmt: skip
 VISION = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -34,19 +39,13 @@ TOKENS = torch.arange(60).view(2, 30) + 3
 def our_logits(checkpoint: Checkpoint) -> Tensor:
     """Logits of the tokens by the decoder, with the checkpoint's weights in float32."""
     config, refs = checkpoint.config, weights(checkpoint)
-    loaded = {spec.name: read_tensor(refs[spec.name]).float() for spec in weight_specs(config)}
+    loaded = {spec.name: read_weight(refs, spec).float() for spec in weight_specs(config)}
     rows, count = TOKENS.shape
+    model = Model(config, loaded, empty_caches(config, rows, 65, torch.float32), Seams())
     positions = torch.arange(count).expand(rows, count)
-    state = {
-        f"{part}.{layer}": torch.zeros(rows, config.kv_heads, 65, config.head_dim)
-        for layer in range(config.layers) for part in ("k", "v")
-    }  # fmt: skip
-    writes = plan_writes(state, torch.arange(rows), positions, torch.ones(rows, count, dtype=torch.bool))
     with torch.no_grad():
-        hidden = hidden_states(
-            config, loaded, Seams(), TOKENS, Pass(positions, state, writes, attend_up_to(positions, 64))
-        )
-        return logits(config, loaded, Seams(), hidden.last_BTH)
+        hidden = model.hidden(TOKENS, positions, torch.ones(rows, dtype=torch.bool), 64)
+        return model.logits(hidden.last_BTH)
 
 
 def saved(model: Any, root: Path, **options: Any) -> Tensor:
@@ -74,6 +73,13 @@ def multimodal(kind: str, **changes: Any) -> Any:
             eoi_token_index=94, **changes,
         )  # fmt: skip
         return transformers.Gemma3ForConditionalGeneration(config)
+    if kind.startswith("qwen3_5"):
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        name = {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}[kind]
+        text = SMALL | DELTA_NET | (experts | {"shared_expert_intermediate_size": 24} if "moe" in kind else {})
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+        config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, **changes)
+        return getattr(transformers, f"{name}ForConditionalGeneration")(config)
     text = SMALL | {"model_type": {"mistral3": "mistral"}.get(kind, kind), "sliding_window": None}
     config = transformers.Mistral3Config(
         text_config=text, vision_config=VISION | {"model_type": "pixtral", "head_dim": 8}, image_token_index=95,
@@ -82,11 +88,18 @@ def multimodal(kind: str, **changes: Any) -> Any:
     return transformers.Mistral3ForConditionalGeneration(config)
 
 
+TEXTS = {
+    "gemma3": "gemma3_text", "mistral3": "mistral", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text",
+}  # fmt: skip
+"""Families of the text parts, where they are not the kind."""
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3", {}),
     "mistral3": ("mistral3", {"tie_word_embeddings": False}),
     "tied": ("mistral3", {}),
     "ministral3": ("ministral3", {}),
+    "qwen3.5": ("qwen3_5", {}),
+    "qwen3.5-moe": ("qwen3_5_moe", {}),
 }
 
 
@@ -100,7 +113,7 @@ def test_text_part_of_a_multimodal_model(tmp_path: Path, kind: str, changes: Any
             tmp_path / "m", {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
         )
     checkpoint = opened("m", tmp_path)
-    assert checkpoint.config.family == {"gemma3": "gemma3_text", "mistral3": "mistral"}.get(kind, kind)
+    assert checkpoint.config.family == TEXTS.get(kind, kind)
     assert "text_config" not in checkpoint.config_json
     close(our_logits(checkpoint), want)
 

@@ -17,7 +17,7 @@ from pipeline.backends.base import Ranks
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.module import run_phase
 from pipeline.graphs.packing import PlainPacking
-from pipeline.graphs.signature import Signature, signature, stored_weights
+from pipeline.graphs.signature import Signature, is_recurrent, signature, stored_weights
 from pipeline.graphs.spec import GraphSpec, PairSpec
 from pipeline.models.generation import generation_defaults
 from pipeline.models.parallel import Seams
@@ -75,8 +75,10 @@ class EagerRanks:
         return {t.name: out for t, out in zip(io.outputs, outputs, strict=True)}
 
     def copy_row(self, source: int, target: int, tokens: int) -> None:
-        for tensor in self.tensors_of_state.values():
-            if tensor.dim() == 4:
+        for name, tensor in self.tensors_of_state.items():
+            if is_recurrent(name):
+                tensor[target] = tensor[source]
+            elif tensor.dim() == 4:
                 tensor[target, :, :tokens] = tensor[source, :, :tokens]
 
     def reset(self) -> None:

@@ -52,7 +52,10 @@ SIZES: dict[str, Any] = {
 }
 
 
-CLASSES = {"Gemma3": "Gemma3TextConfig", "Gemma4": "Gemma4TextConfig"}
+CLASSES = {
+    "Gemma3": "Gemma3TextConfig", "Gemma4": "Gemma4TextConfig", "Qwen3_5": "Qwen3_5TextConfig",
+    "Qwen3_5Moe": "Qwen3_5MoeTextConfig",
+}  # fmt: skip
 """Names of config classes that are not the model's."""
 
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -82,6 +85,10 @@ GEMMA4 = {
     "head_dim": 12, "global_head_dim": 20, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
     "sliding_window": 6, "hidden_size_per_layer_input": 0,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}  # fmt: skip
+DELTA_NET = {
+    "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 12,
 }  # fmt: skip
 GEMMA = {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}
 
@@ -149,6 +156,14 @@ FAMILIES = {
     "gemma2": Family("Gemma2", GEMMA, "json-config"),
     "gemma3": Family("Gemma3", GEMMA | {"sliding_window_pattern": 2}, "json-config", draft={"num_hidden_layers": 2}),
     "gemma4": Family("Gemma4", GEMMA4, "json-config", derive=(0, 2)),
+    "qwen3-next": Family("Qwen3Next", DELTA_NET | SHARED_EXPERT, "json-config", derive=(0, 3)),
+    "qwen3.5": Family("Qwen3_5", DELTA_NET, "json-config", derive=(0, 3)),
+    "qwen3.5-moe": Family(  # a draft with a recurrent state of its own
+        "Qwen3_5Moe",
+        DELTA_NET | SHARED_EXPERT,
+        "json-config",
+        draft={"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    ),
     "smollm": Family(
         "Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}, "json-config", saved=torch.bfloat16
     ),
@@ -178,7 +193,7 @@ def _model(spec: Family, changes: dict[str, Any], seed: int) -> Any:
         for name, parameter in (*model.named_parameters(), *scalars):
             later = name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers.0." not in name
             noise = torch.randn(parameter.shape, generator=generator) * (0.03 if later else 0.18)
-            parameter.copy_(noise + (parameter.ndim == 1 and "bias" not in name))
+            parameter.copy_(noise + (parameter.ndim == 1 and "bias" not in name and "A_log" not in name))
     return model
 
 
@@ -187,6 +202,8 @@ def _resemble(draft: Any, target: Any) -> None:
     ours, theirs = draft.state_dict(), target.state_dict()
     with torch.no_grad():
         for name, tensor in ours.items():
+            if name not in theirs or theirs[name].shape[1:] != tensor.shape[1:]:
+                continue
             rows = min(len(tensor), len(theirs[name]))
             tensor[:rows] = theirs[name][:rows]
 

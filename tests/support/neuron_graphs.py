@@ -54,6 +54,11 @@ MECHANISMS = {
         "model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 6,
         "swiglu_limit": 0.7,
     },
+    "qwen3.5": {
+        "model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+        "partial_rotary_factor": 0.5,
+    },
     "qwen3-moe": {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }  # fmt: skip
 """Families with mechanisms beyond those of `FAMILIES`, whose graphs are lowered and run too."""
@@ -63,6 +68,7 @@ BY_RANK = {f"{family}-by-rank": MECHANISMS[family] for family in ("qwen3-moe", "
 
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 8], [11, 30]]
 LENGTH = 40
+REPLAYED = 6
 
 
 TAPPED = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
@@ -88,7 +94,9 @@ def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
     """Target and draft; those of `OVER_STATES` are over the three layers of a llama."""
     config = SMALL | (FAMILIES | MECHANISMS | BY_RANK).get(family, FAMILIES["llama"])
     draft = config | {"num_hidden_layers": 1, "tie_word_embeddings": not reduced}
-    if "layer_types" in config:
+    if "linear_attention" in config.get("layer_types", ()):  # a draft needs a layer with attention
+        draft |= {"num_hidden_layers": 2, "layer_types": config["layer_types"][:2]}
+    elif "layer_types" in config:
         draft["layer_types"] = config["layer_types"][-1:]
     if reduced:
         draft |= {"draft_vocab_size": 32}
@@ -104,7 +112,9 @@ def make(
     """A random pair of a family; its draft is the target's first layer, with an embedding of its own if it is split."""
     torch.manual_seed(0)
     target, draft = configs(family, reduced)
-    shape = PairSpec(ModelsSpec(target, draft, "float32", "float32", tp, replicated), rows, LENGTH, 16, lookup=lookup)
+    models = ModelsSpec(target, draft, "float32", "float32", tp, replicated)
+    replayed = REPLAYED if target.delta_net is not None else 0
+    shape = PairSpec(models, rows, LENGTH, 16, lookup=lookup, replayed=replayed)
     weights = {}
     for spec in weight_specs(target):
         noise = torch.randn(spec.shape) * (0.1 if spec.kind == "vector" else 0.3)

@@ -1,11 +1,13 @@
 """Small random pairs that run eagerly, and a reference generation that uses no cache and no speculation."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from pipeline.graphs.module import run_phase
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
+from pipeline.models.caches import empty_caches
 from pipeline.models.families import config_of
 from pipeline.models.parallel import Seams
 from pipeline.models.weights import EMBEDDING, weight_specs
@@ -43,7 +45,7 @@ class Pair:
         """Logits [T, V] of a whole sequence from an empty cache that nobody else sees."""
         alone = Pair(self.shape, self.tensors, empty_state(self.shape))
         spec = GraphSpec("score", 1, len(tokens), self.shape.length, model=model)
-        return alone.step(spec, tokens=[tokens], position=[0])[0][0]
+        return alone.step(spec, tokens=[tokens], position=[0], lengths=[len(tokens)])[0][0]
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """Plain greedy generation, recomputed from scratch for every token."""
@@ -77,10 +79,11 @@ def empty_state(shape: PairSpec) -> dict[str, torch.Tensor]:
         state = {"draft/feature": torch.zeros(shape.rows, shape.draft.hidden)}
     for model in ("target", "draft"):
         config = shape.models.config_of(model)
+        own = empty_caches(config, shape.rows, shape.length, torch.float32, replayed=shape.replayed)
         for layer in range(config.layers):
-            own = config.at(layer)
-            size = (shape.rows, own.kv_heads, shape.cache_length(model, layer), own.head_dim)
-            state |= {f"{model}/{part}.{layer}": torch.zeros(size) for part in ("k", "v")}
+            for name in {f"k.{layer}", f"v.{layer}"} & set(own):  # of a window
+                own[name] = own[name][:, :, : shape.cache_length(model, layer)].clone()
+        state |= {f"{model}/{name}": tensor for name, tensor in own.items()}
     return state
 
 
@@ -90,18 +93,23 @@ def make_pair(
     length: int = 40,
     candidates: int | None = None,
     vocab: tuple[int, int] | None = None,
+    family: dict[str, Any] | None = None,
+    replayed: int = 0,
 ) -> Pair:
-    """A random pair. `agreement`: the draft is the target (`all`), its first layer (`some`), its negative (`none`).
+    """A random pair. `agreement`: the draft is the target (`all`), its first layers (`some`), its negative (`none`).
 
     `vocab`: sizes of the target's and the draft's vocabulary; the draft then has an embedding and a head of its own.
+    `family`: other fields of the config, with the fields of the draft of `some` as `draft`.
     """
     torch.manual_seed(0)
     if vocab is not None:
         return _padded_pair(*vocab, rows, length, candidates)
-    target = config_of(SMALL, "target")
-    layers = 3 if agreement == "all" else 1
-    draft = config_of(SMALL | {"num_hidden_layers": layers, "shares_embedding": True}, "draft")
-    shape = PairSpec(ModelsSpec(target, draft, "float32", "float32", 1, True), rows, length, candidates)
+    fields = SMALL | (family or {})
+    smaller = {} if agreement == "all" else fields.pop("draft", {"num_hidden_layers": 1})
+    target = config_of(fields, "target")
+    draft = config_of(fields | smaller | {"shares_embedding": True}, "draft")
+    models = ModelsSpec(target, draft, "float32", "float32", 1, True)
+    shape = PairSpec(models, rows, length, candidates, replayed=replayed)
     weights = {}
     for spec in weight_specs(target):
         scale = 0.3 if spec.kind != "vector" else 0.1

@@ -19,7 +19,7 @@ from pipeline.files.temporary import prepared_folder, temporary_files, temporary
 from pipeline.files.unfinished import work_folder
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.shards import read_shard
-from pipeline.graphs.signature import Signature, TensorSpec, read_signature
+from pipeline.graphs.signature import Signature, TensorSpec, is_recurrent, read_signature
 from pipeline.graphs.spec import GraphSpec
 
 GRAPH_FILE = "graph.pt2"
@@ -105,9 +105,11 @@ class Session:
             tensor.zero_()
 
     def copy_row(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first positions of a row's caches to another row."""
-        for tensor in self._state.values():
-            if tensor.dim() == CACHE_DIMENSIONS:
+        """Copy the first positions of a row's caches, and its recurrent states, to another row."""
+        for name, tensor in self._state.items():
+            if is_recurrent(name):
+                tensor[target] = tensor[source]
+            elif tensor.dim() == CACHE_DIMENSIONS:
                 tensor[target, :, :tokens] = tensor[source, :, :tokens]
 
     def state(self) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.errors import no_string
 from pipeline.graphs.dtypes import torch_dtype
-from pipeline.models.parallel import Seams, empty_caches
+from pipeline.models.caches import empty_caches
+from pipeline.models.parallel import Seams
 from pipeline.models.weights import weight_specs
 from pipeline.progress import Progress, no_progress
 from pipeline.sources.checkpoint import Checkpoint

@@ -120,7 +120,7 @@ def _draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], judge: J
     for _ in range(-(-DRAWS // (spec.batch * size)) if size > 0 else 0):
         rows, samples = _generate(engine, spec, plain, starts, generator)
         begins = [row.start - 1 for row in rows]
-        scored = [row.tokens[begin:-1] for row, begin in zip(rows, begins, strict=True)]
+        scored = [row.tokens[:-1] for row in rows]
         for of_row, logits_TV in zip(samples, score(engine, scorer, scored, begins), strict=True):
             for sample, logits_V in zip(of_row, logits_TV, strict=True):
                 add_sample(drawn, sample, judge, logits_V, generator)

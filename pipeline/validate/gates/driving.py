@@ -37,7 +37,8 @@ def fill(engine: Engine, kv: int, sequences: Sequence[list[int]]) -> None:
     """Put sequences into the caches of both models, a row each, through the `score` graphs of a bucket."""
     for model in ("target", "draft"):
         spec = next(g for g in engine.graphs if g.phase == "score" and g.model == model and g.kv == kv)
-        run_score(engine, spec, sequences[: spec.batch], lambda row, first, logits: None)  # noqa: ARG005
+        if any(sequences):
+            run_score(engine, spec, sequences[: spec.batch], lambda row, first, logits: None)  # noqa: ARG005
 
 
 def drive(
@@ -61,8 +62,10 @@ def rewind(engine: Engine, plain: GraphSpec, rows: Sequence[Row]) -> None:
     """Bring the draft to the state before the last token of rows, by a decode graph that reads the token before it.
 
     Twice: a head writes its keys one position late, from the features that the step before left. After the second
-    step they are the same whatever ran earlier.
+    step they are the same whatever ran earlier. Recurrent states are computed again from the first token on.
     """
+    if engine.manifest.pair.replayed:
+        fill(engine, plain.kv, [row.tokens[:-2] for row in rows])
     for _ in range(2):
         step(engine, plain, [Row(row.tokens[:-1]) for row in rows], [True] * len(rows))
 

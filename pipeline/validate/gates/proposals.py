@@ -47,7 +47,7 @@ def _own_logits(
     scorer = next(g for g in engine.graphs if (g.phase, g.model, g.kv) == ("score", "draft", spec.kv))
     is_head = engine.manifest.draft_kind.reads_target_states
     further = [[] if is_head else [max(token, 0) for token in own[:-1]] for own in drafts]  # -1: none
-    read = [row.tokens[-1:] + own for row, own in zip(rows, further, strict=True)]
+    read = [row.tokens + own for row, own in zip(rows, further, strict=True)]
     return score(engine, scorer, read, [len(row.tokens) - 1 for row in rows])
 
 

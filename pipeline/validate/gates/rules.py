@@ -88,7 +88,7 @@ def _draw(engine: Engine, spec: GraphSpec, probes: Sequence[list[int]], judge: J
             of_row += of_step
     scorer = next(g for g in engine.graphs if (g.phase, g.model, g.kv) == ("score", "target", spec.kv))
     begins = [row.start - 1 for row in rows]
-    scored = [row.tokens[begin:-1] for row, begin in zip(rows, begins, strict=True)]
+    scored = [row.tokens[:-1] for row in rows]
     for of_row, logits_TV in zip(chosen, score(engine, scorer, scored, begins), strict=True):
         for ruled, logits_V in zip(of_row, logits_TV, strict=True):
             _judge(drawn, ruled, logits_V, judge, generator)

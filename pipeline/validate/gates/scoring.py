@@ -39,7 +39,15 @@ def run_score(
 def score(
     engine: Engine, spec: GraphSpec, sequences: Sequence[list[int]], first: Sequence[int] | None = None
 ) -> list[Tensor]:
-    """Return logits float32 [T, V] of up to B whole sequences."""
+    """Return logits float32 [T, V] of up to B sequences, whole or from the tokens `first` on, before which caches hold.
+
+    Recurrent states are not those before any token, so they are computed again from the start.
+    """
+    if first is not None:
+        if engine.manifest.pair.replayed:
+            whole = score(engine, spec, sequences)
+            return [logits[begin:] for logits, begin in zip(whole, first, strict=True)]
+        sequences = [sequence[begin:] for sequence, begin in zip(sequences, first, strict=True)]
     parts: list[list[Tensor]] = [[] for _ in sequences]
     run_score(engine, spec, sequences, lambda row, _, logits: parts[row].append(logits.clone()), first)
     return [torch.cat(pieces) for pieces in parts]

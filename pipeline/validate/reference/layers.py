@@ -33,6 +33,7 @@ from pipeline.sources.weights import shared_weights, weights
 from pipeline.validate.reference.golden import Golden, Summary, joined, project_cache, recorded_ids, summary
 from pipeline.validate.reference.routes import Router, Routes, digest
 from pipeline.validate.reference.skeleton import config_of, for_module, without_weights
+from pipeline.validate.reference.widest import Widest
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 """Names of a layer's cache argument in versions of transformers."""
@@ -114,7 +115,7 @@ class Reference:
         """
         runs = self.run_layers(sequences, experts)
         routes = [run.router.routes() for run in runs[self.dtype]]
-        caches = [[torch.stack(run.cache.layers, dim=1) for run in runs[kind]] for kind in self.kinds]
+        caches = [[torch.stack(run.cache.layers, dim=1).float() for run in runs[kind]] for kind in self.kinds]
         baseline, noise = (list(self._normed(runs.pop(kind), kind)) for kind in self.kinds)
         for high, low, keys, keys_noise, of_routers in zip(baseline, noise, *caches, routes, strict=True):
             yield replace(self.golden(high, low, keys, keys_noise), routes=of_routers)
@@ -130,13 +131,14 @@ class Reference:
         runs = {kind: [self._start(model, kind, *start) for start in starts] for kind in self.kinds}
         for index, layer in enumerate(self._layers):
             prefix = f"model.layers.{index}."
-            own = {n.removeprefix(prefix): self.read(n, r) for n, r in self._refs.items() if n.startswith(prefix)}
-            state = for_module(layer.state_dict(), own, self.checkpoint.config)
+            read = {n.removeprefix(prefix): self.read(n, r) for n, r in self._refs.items() if n.startswith(prefix)}
+            state = for_module(layer.state_dict(), read, self.checkpoint.config)
             for kind, started in runs.items():
                 layer.load_state_dict({name: tensor.to(kind) for name, tensor in state.items()}, assign=True)
                 for run in started:
                     self._tap(index, run, run.hidden)
-                    with run.router if self.checkpoint.config.layer(index).experts else nullcontext():
+                    own = self.checkpoint.config.layer(index)
+                    with run.router if own.experts else nullcontext(), Widest() if own.delta_net else nullcontext():
                         out = layer(run.hidden, **run.options[index])
                     run.hidden = out[0] if isinstance(out, tuple) else out
             layer.to("meta")
@@ -280,3 +282,22 @@ class _ProjectedCache:
         """Store projections of keys and values, and return both. Shapes: [1, heads, T, D]."""
         self.layers.append(torch.stack([project_cache(keys[0]), project_cache(values[0])], dim=1))
         return keys, values
+
+    def get_conv_state(self, *_: Any, **__: Any) -> None:
+        """Return the state of a convolution before the sequence: none."""
+
+    def get_recurrent_state(self, *_: Any, **__: Any) -> None:
+        """Return the recurrent state before the sequence: none."""
+
+    def update_conv_state(self, inputs: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Store projections of a recurrent layer's inputs in the place of keys, and return the inputs [1, C, T]."""
+        projected = project_cache(inputs.transpose(1, 2))
+        self.layers.append(torch.stack([projected, torch.zeros_like(projected)], dim=1))
+        return inputs
+
+    def update_recurrent_state(self, *_: Any, **__: Any) -> None:
+        """Store nothing of the state after the sequence."""
+
+    def is_recording_past(self, *_: Any, **__: Any) -> bool:
+        """Return whether the cache keeps earlier states."""
+        return False

@@ -66,7 +66,39 @@ def config_of(checkpoint: Checkpoint) -> Any:
 def for_module(names: Iterable[str], tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Return the tensors of a module with parameters `names`, stacked where the module has them as one."""
     no_string(names, "names", "names of parameters")
-    return {name: _found(ours(name), tensors, in_turn=interleaved(config)) for name in names}
+    found = {name: _of_gated(name, tensors, config) for name in names}
+    return {
+        name: _found(ours(name), tensors, in_turn=interleaved(config)) if tensor is None else tensor
+        for name, tensor in found.items()
+    }
+
+
+def _of_gated(name: str, tensors: Mapping[str, Tensor], config: ModelConfig) -> Tensor | None:
+    """Return a parameter that holds several of ours: of a gated delta net, or queries with the gate of attention."""
+    base, _, leaf = name.rpartition(".")
+    block, _, module = base.rpartition(".")
+
+    def of(*parts: str) -> list[Tensor]:
+        return [tensors[f"{block}.{part}.{leaf}"] for part in parts]
+
+    net = config.delta_net
+    if config.attention_gate and module == "q_proj":
+        return _by_groups(of("q_proj", "q_gate_proj"), config.heads)
+    if net is None or not base.startswith("linear_attn."):
+        return None
+    if module == "conv1d":
+        return torch.cat(of("q_conv", "k_conv", "v_conv")).view(-1, 1, net.kernel)
+    if module == "in_proj_qkv":
+        return torch.cat(of("q_proj", "k_proj", "v_proj"))
+    if module == "in_proj_z":
+        return of("z_proj")[0]
+    parts = {"in_proj_qkvz": ("q_proj", "k_proj", "v_proj", "z_proj"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
+    return _by_groups(of(*parts[module]), net.key_heads) if module in parts else None
+
+
+def _by_groups(parts: Sequence[Tensor], groups: int) -> Tensor:
+    """Return one tensor with the rows of all parts, group after group."""
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def ours(name: str) -> str:
