@@ -32,7 +32,7 @@ NO_VARIABLES = {
     "TANDEM_BF16",
 }
 DATACLASSES = {
-    "Clamp", "DividedRope", "Eagle3", "Experts", "GraphSpec", "Layer", "Limit", "LinearRope", "Llama3Rope",
+    "Clamp", "DeltaNet", "DividedRope", "Eagle3", "Experts", "GraphSpec", "Layer", "Limit", "LinearRope", "Llama3Rope",
     "Markov", "ModelConfig", "ModelsSpec", "Norms", "PairSpec", "ProportionalRope", "Ring", "Rope", "TapIds",
     "YarnRope",
 }  # fmt: skip
