@@ -36,7 +36,8 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
     positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     attend, nowhere = attend_up_to(positions_T[None]), cast("Any", None)
     seams = _Uncached()
-    state, rows_B = empty_caches(config, len(tokens_BT), 0, weights[NORM].dtype), torch.arange(len(tokens_BT))
+    caches, rows_B = empty_caches(config, len(tokens_BT), 0, weights[NORM].dtype), torch.arange(len(tokens_BT))
+    state = {name: tensor for name, tensor in caches.items() if not name.startswith(("k.", "v."))}  # none is kept
     positions_BT, keep_BT = positions_T.expand_as(tokens_BT), torch.ones_like(tokens_BT, dtype=torch.bool)
     recurrence = recurrence_of(config, state, rows_B, positions_BT, keep_BT)
     run = Pass(positions_BT, state, nowhere, attend, recurrence=recurrence)

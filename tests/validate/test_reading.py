@@ -23,6 +23,7 @@ def opened(root: Path, **changes) -> Checkpoint:
 
 NEEDED = {
     "gemma4_text": {"hidden_size_per_layer_input": 0},
+    **{f: {"full_attention_interval": 2} for f in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
     "granitemoehybrid": {"layer_types": ["attention"] * 2, "num_local_experts": 0, "mamba_n_heads": 4},
 }
 """Fields without which a family's defaults are those of layers that are not supported."""
