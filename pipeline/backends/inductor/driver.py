@@ -76,6 +76,11 @@ void AOTInductorModel::run_impl(
     for (const auto& call : calls) {{
         for (size_t n = 0; n < call.inputs; ++n) given[n] = values[*number++].get();
         {check}(call.run(given, results));
+        for (size_t n = 1; n < call.outputs; ++n) {{  // a result that is returned twice has one handle
+            for (size_t m = 0; m < n; ++m) {{
+                if (results[m] == results[n]) {check}(aoti_torch_new_tensor_handle(results[m], &results[n]));
+            }}
+        }}
         for (size_t n = 0; n < call.outputs; ++n) values[made++] = RAIIAtenTensorHandle(results[n]);
         for (size_t n = 0; n < call.freed; ++n) values[*number++].reset();
     }}
