@@ -45,7 +45,7 @@ def test_support_names_every_kind_of_registry_and_draft():
     assert set(support("registries").split(", ")) == {kinds[scheme] for scheme in STORES}
     words = {
         "draft_model": "smaller model", "eagle3": "EAGLE-3 head", "p_eagle": "P-EAGLE head", "dflash": "DFlash draft",
-        "dspark": "DSpark draft",
+        "dspark": "DSpark draft", "mtp": "MTP module",
     }  # fmt: skip
     assert all(words[kind] in support("drafts") for kind in DRAFT_KINDS)
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pipeline.models.draft_kind import DFLASH, DRAFT_MODEL, DSPARK, EAGLE3, P_EAGLE, DraftKind
+from pipeline.models.draft_kind import DFLASH, DRAFT_MODEL, DSPARK, EAGLE3, MTP, P_EAGLE, DraftKind
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,9 @@ class Eagle3:
     the block sees only itself and those before it. With `from_anchor` the newest token's position predicts the first
     draft token, and a mask the token after its position; else a mask predicts the token at its position. `markov` makes
     it a DSpark draft. `confidence`: the file has an estimate of acceptance rates too, which nothing reads.
+
+    `mtp` makes it the MTP module of a target (`models.mtp`): `fc` joins the token's embedding and the features, each
+    normalised, and its layer is one of the target's.
     """
 
     target_hidden: int
@@ -253,6 +256,7 @@ class Eagle3:
     from_anchor: bool = False
     markov: Markov | None = None
     confidence: bool = False
+    mtp: bool = False
 
     @property
     def most_drafts(self) -> int | None:
@@ -377,4 +381,6 @@ class ModelConfig:
             return DRAFT_MODEL
         if self.eagle3.block is not None:
             return DFLASH if self.eagle3.markov is None else DSPARK
+        if self.eagle3.mtp:
+            return MTP
         return EAGLE3 if self.eagle3.mask_token is None else P_EAGLE

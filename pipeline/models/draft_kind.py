@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DraftMethod = Literal["draft_model", "eagle3", "p_eagle", "dflash", "dspark"]
+DraftMethod = Literal["draft_model", "eagle3", "p_eagle", "mtp", "dflash", "dspark"]
 """`speculation.method` of a recipe."""
 
 
@@ -45,6 +45,7 @@ EAGLE3 = DraftKind(
 P_EAGLE = DraftKind(
     "p_eagle", "P-EAGLE head", reads_target_states=True, in_transformers=False, parallel=True, keeps_features=True
 )
+MTP = DraftKind("mtp", "MTP module", reads_target_states=True, in_transformers=False, keeps_features=True)
 DFLASH = DraftKind(
     "dflash", "DFlash draft", reads_target_states=True, in_transformers=False, parallel=True, blocks=True
 )
@@ -52,5 +53,5 @@ DSPARK = DraftKind(
     "dspark", "DSpark draft", reads_target_states=True, in_transformers=False, parallel=True, blocks=True
 )
 DRAFT_KINDS: dict[DraftMethod, DraftKind] = {
-    kind.method: kind for kind in (DRAFT_MODEL, EAGLE3, P_EAGLE, DFLASH, DSPARK)
+    kind.method: kind for kind in (DRAFT_MODEL, EAGLE3, P_EAGLE, MTP, DFLASH, DSPARK)
 }

@@ -31,7 +31,7 @@ from pipeline.models.decoder import (
 )
 from pipeline.models.parallel import Pass, Seams
 from pipeline.models.rotary import rotary_of
-from pipeline.models.weights import FC, FC_NORM, INPUT_NORM, NORM
+from pipeline.models.weights import FC, FC_NORM, FEATURE_NORM, INPUT_NORM, NORM, TOKEN_NORM
 
 
 def features(config: ModelConfig, weights: Weights, seams: Seams, states_BTX: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def write_cache(
     inputs, _ = inputs_of(config, weights, seams, tokens_BT, features_BTH)
     if last:
         x = first_layer(config, weights, seams, (tokens_BT, features_BTH), run)
-        inputs = further_layers(config, weights, seams, x, run, last).normed_BTH
+        inputs = further_layers(config, weights, seams, x, run, (1, last)).normed_BTH
     own = run.of_layer(last)
     rotary = rotary_of(config, run.positions_BT, inputs.dtype)
     store(config, layer_weights(weights, last), seams, inputs, rotary, own)
@@ -72,7 +72,7 @@ def hidden_states(
     seams = seams.of_live(run.live_BT)
     x = first_layer(config, weights, seams, (tokens_BT, features_BTH), run)
     if config.layers > 1:
-        x = further_layers(config, weights, seams, x, run, config.layers).x_BTH
+        x = further_layers(config, weights, seams, x, run, (1, config.layers)).x_BTH
     return outputs_of(config, weights, x)
 
 
@@ -82,6 +82,9 @@ def first_layer(
     """Run the layer that reads tokens [B, T] and features [B, T, H]: [B, T, H]."""
     w = layer_weights(weights, 0)
     inputs, residual = inputs_of(config, weights, seams, *read)
+    assert config.eagle3 is not None
+    if config.eagle3.mtp:
+        return further_layers(config, weights, seams, residual, run, (0, 1)).x_BTH
     rotary = rotary_of(config, run.positions_BT, inputs.dtype)
     own = run.of_layer(0)
     x = residual + attention(config, w, seams, inputs, rotary, own)
@@ -90,14 +93,15 @@ def first_layer(
 
 
 def further_layers(
-    config: ModelConfig, weights: Weights, seams: Seams, x_BTH: Tensor, run: Pass, until: int
+    config: ModelConfig, weights: Weights, seams: Seams, x_BTH: Tensor, run: Pass, layers: tuple[int, int]
 ) -> Stream:  # fmt: skip
-    """Run the layers from the second up to `until`, which is not run; its norm is applied."""
+    """Run layers of a decoder: from the first of `layers` up to the last, which is not run; its norm is applied."""
     assert run.attend is not None
     rotary = rotary_of(config, run.positions_BT, x_BTH.dtype)
     attend = attend_of(config, config.kinds[0], run.attend)
-    stream = Stream(x_BTH, norm(config, layer_weights(weights, 1), config.norms.before_attention, x_BTH))
-    for layer in range(1, until):
+    first = layer_weights(weights, layers[0])
+    stream = Stream(x_BTH, norm(config, first, config.norms.before_attention, x_BTH))
+    for layer in range(*layers):
         own = replace(run.of_layer(layer), attend=attend)
         w = layer_weights(weights, layer) | next_norm(config, weights, layer)
         stream = seams.once(run_layer, config, config.kinds[0], w, seams, stream, rotary, own)
@@ -107,7 +111,7 @@ def further_layers(
 
 def outputs_of(config: ModelConfig, weights: Weights, x_BTH: Tensor) -> tuple[Tensor, Tensor]:
     """Return the LM head's input, and what takes the place of the next position's features, of the layer's output."""
-    normed_BTH = rms_norm(x_BTH, weights[NORM], config.norm_eps)
+    normed_BTH = rms_norm(x_BTH, weights[NORM], config.norm_eps, config.norm_style)
     assert config.eagle3 is not None
     return normed_BTH, normed_BTH if config.eagle3.norm_output else x_BTH
 
@@ -115,10 +119,21 @@ def outputs_of(config: ModelConfig, weights: Weights, x_BTH: Tensor) -> tuple[Te
 def inputs_of(
     config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the input of q, k and v, [B, T, 2 H], and the residual stream [B, T, H]."""
+    """Return the input of q, k and v, [B, T, 2 H] (of an MTP module [B, T, H]), and the residual stream [B, T, H]."""
     w = layer_weights(weights, 0)
+    if config.eagle3 is not None and config.eagle3.mtp:
+        x = joined(config, weights, seams, tokens_BT, features_BTH)
+        return norm(config, w, config.norms.before_attention, x), x
     tokens = rms_norm(embed(config, weights, seams, tokens_BT), w["input_layernorm.weight"], config.norm_eps)
     head = config.eagle3
     assert head is not None
     normed = rms_norm(features_BTH, w["hidden_norm.weight"], config.norm_eps) if head.hidden_norm else features_BTH
     return torch.cat((tokens, normed), dim=-1), normed if head.norm_before_residual else features_BTH
+
+
+def joined(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, features_BTH: Tensor) -> Tensor:
+    """Return the input of an MTP module's layer: embeddings and features, each normalised, through `fc`: [B, T, H]."""
+    tokens_BTH = embed(config, weights, seams, tokens_BT)
+    read = ((tokens_BTH, weights[TOKEN_NORM]), (features_BTH, weights[FEATURE_NORM]))
+    both = [rms_norm(x_BTH, weight, config.norm_eps, config.norm_style) for x_BTH, weight in read]
+    return seams.linear(torch.cat(both, dim=-1), weights[FC], config.hidden)

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.models import eagle3
+from pipeline.models import eagle3, mtp
 from pipeline.models.config import ModelConfig
 from pipeline.models.fields import Fields
 from pipeline.models.other_drafts import refuse_other_kinds
@@ -50,6 +50,8 @@ def config_of(config_json: Mapping[str, Any], where: str) -> ModelConfig:
     """
     read_quantisation(config_json, where)
     refuse_other_kinds(config_json, config_json.get(eagle3.TENSORS) or {}, where)
+    if mtp.is_module(config_json):
+        return mtp.of_layer(config_of({name: of for name, of in config_json.items() if name != mtp.MARK}, where))
     if eagle3.is_head(config_json):
         return eagle3.read_config(config_json, where)
     family = config_json.get("model_type")

@@ -47,6 +47,8 @@ TAPS = 3
 
 FC, INPUT_NORM, FC_NORM = "fc.weight", "input_norm.weight", "fc_norm.{}.weight"
 HIDDEN_NORM = "model.layers.0.hidden_norm.weight"
+TOKEN_NORM, FEATURE_NORM = "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight"
+"""Norms of an MTP module before `fc`."""
 CONTEXT_NORM = "hidden_norm.weight"
 """The norm of a DFlash draft after `fc`."""
 
@@ -197,6 +199,11 @@ def _markov(c: ModelConfig, markov: Markov) -> Iterator[WeightSpec]:
 def _of_features(head: Eagle3, hidden: int) -> Iterator[WeightSpec]:
     """Yield the weights that make a head's features of the target's states."""
     width = head.tap_count * head.target_hidden
+    if head.mtp:
+        yield WeightSpec(FC, (hidden, hidden + width), "replicate", "linear")
+        for name in (TOKEN_NORM, FEATURE_NORM):
+            yield WeightSpec(name, (hidden,), "replicate", "vector")
+        return
     if head.block is not None:
         yield WeightSpec(FC, (hidden, width), "replicate", "linear")
         yield WeightSpec(CONTEXT_NORM, (hidden,), "replicate", "vector")
@@ -221,7 +228,8 @@ def _norm(c: ModelConfig, base: str, name: str | None) -> Iterator[WeightSpec]:
 
 def _attention(c: ModelConfig, layer: int, base: str) -> Iterator[WeightSpec]:
     q_rows, kv_rows = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    reads_both = c.eagle3 is not None and c.eagle3.block is None and layer == 0  # token's embedding, target's features
+    head = c.eagle3 if layer == 0 else None
+    reads_both = head is not None and head.block is None and not head.mtp  # token's embedding, target's features
     width = 2 * c.hidden if reads_both else c.hidden
     parts: tuple[tuple[str, int, Split], ...] = (
         ("q", q_rows, "q_rows"),

@@ -21,6 +21,7 @@ from pipeline import __version__
 from pipeline.errors import InputError, Problem
 from pipeline.files.atomic import FileDigest, write_atomic
 from pipeline.files.limits import parse_json
+from pipeline.models import mtp
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import fitted, with_rope_of
 from pipeline.models.eagle3_writers import RECIPE
@@ -248,13 +249,16 @@ def pair_configs(recipe: Recipe, lock: Lock, where: str) -> tuple[ModelConfig, M
 
 
 def derived_config(recipe: Recipe, target: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `config.json` of a draft that consists of layers of the target.
+    """Return `config.json` of a draft that consists of layers of the target, or is its MTP module.
 
     Raises:
         InputError: a layer that the target does not have.
+        SourceError: a target whose modules are not read.
 
     """
     layers = recipe.draft.derive.layers if recipe.draft.derive else ()
+    if layers is None:
+        return mtp.of_target(target, recipe.place("draft.derive.mtp"))
     whole = config_of(target, "target.config")
     for layer in layers:
         if layer >= whole.layers:

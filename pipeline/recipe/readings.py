@@ -18,6 +18,7 @@ READINGS = (
 UNREAD: Mapping[str, tuple[str, ...]] = {
     "eagle3": ("mask_token_id", "sample_from_anchor"),
     "p_eagle": ("norm_output", "sample_from_anchor"),
+    "mtp": READINGS,
     "dflash": ("norm_before_residual", "norm_output"),
     "dspark": ("norm_before_residual", "norm_output"),
 }

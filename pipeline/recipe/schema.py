@@ -91,12 +91,23 @@ Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
 
 
 class Derive(Record):
-    """A draft that consists of layers of the target."""
+    """A draft of the target's own files: exactly one of `layers` and `mtp`."""
 
     from_: Literal["target"] = Field(alias="from", description="the model whose layers are taken")
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_not_empty)] = Field(
-        description="layers of the target, from 0, in the order they run in the draft"
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_not_empty)] | None = Field(
+        default=None, description="layers of the target, from 0, in the order they run in the draft"
     )
+    mtp: Literal[True] | None = Field(
+        default=None, description="the MTP module inside the target (`mtp.*` tensors), with speculation.method mtp"
+    )
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> Derive:
+        if (self.layers is None) == (self.mtp is None):
+            count, change = ("neither", "add") if self.layers is None else ("both", "remove")
+            what = f"found {count} of layers and mtp; accepted: exactly one"
+            raise UnacceptedError(what, f"{change} one of them, for example layers: [0, 1]")
+        return self
 
 
 class _Weighted(Record):
@@ -186,8 +197,9 @@ class Speculation(Record):
     method: DraftMethod = Field(
         default="draft_model",
         description="what proposes: draft_model, a smaller model; eagle3, a one-layer head over the target's states; "
-        "p_eagle, a head that proposes all tokens of a step in one pass; dflash, a model over the target's states that "
-        "denoises a block of tokens in one pass; dspark, the same with a Markov head over the block's tokens",
+        "p_eagle, a head that proposes all tokens of a step in one pass; mtp, the MTP module inside the target; "
+        "dflash, a model over the target's states that denoises a block of tokens in one pass; dspark, the same with a "
+        "Markov head over the block's tokens",
     )
     draft_tokens: Buckets = Field(
         description="K: proposals per step, vLLM's num_speculative_tokens; a step emits 1 to K+1 tokens"

@@ -1,16 +1,43 @@
-"""A draft of some of its target's layers: the target's own files under new layer numbers. Copies nothing."""
+"""A draft of its target's own files: some layers under new numbers, or the MTP module. Copies nothing."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from pipeline.errors import SourceError
+from pipeline.models import mtp
 from pipeline.models.families import config_of
 from pipeline.models.layer_types import of_layers
+from pipeline.models.weights import FC
 from pipeline.sources.checkpoint import Checkpoint, with_shared_embedding
+from pipeline.sources.weights import weights
 
 LAYERS = "draft.derive.layers"
 """The recipe's key."""
+
+
+MTP = "draft.derive.mtp"
+"""The recipe's key of a target's MTP module."""
+
+
+def derive_mtp(target: Checkpoint, where: str = MTP) -> Checkpoint:
+    """Return the draft that is the MTP module inside a target, with the target's embedding and head.
+
+    Raises:
+        SourceError: a target without a module, or whose modules are not read.
+
+    """
+    config_json = mtp.of_target(target.config_json, where)
+    draft = replace(
+        target,
+        config=config_of(config_json, where),
+        config_json=config_json,
+        revision=f"{target.revision}#mtp",
+    )
+    if FC not in weights(draft):
+        what = f"the target's files have no MTP module: no tensor {mtp.PREFIX}{FC}"
+        raise SourceError(what, where=where, fix="use a checkpoint with the module, or another draft")
+    return draft
 
 
 def derive(target: Checkpoint, layers: tuple[int, ...], where: str = LAYERS) -> Checkpoint:

@@ -16,7 +16,7 @@ from pipeline.models.weights import EMBEDDING
 from pipeline.progress import Progress, no_progress
 from pipeline.recipe.schema import Recipe
 from pipeline.sources.checkpoint import Checkpoint, open_checkpoint, with_shared_embedding
-from pipeline.sources.derived import LAYERS, derive
+from pipeline.sources.derived import LAYERS, MTP, derive, derive_mtp
 from pipeline.sources.generation import generation_of, with_generation
 from pipeline.sources.heads import fit, with_readings
 from pipeline.sources.kinds import fetch
@@ -118,15 +118,18 @@ def resolve_pair(
 
 
 def derived(recipe: Recipe, target: Checkpoint) -> Checkpoint:
-    """Return the draft that consists of layers of a target, with its tensors checked.
+    """Return the draft that consists of layers of a target, or is its MTP module, with its tensors checked.
 
     Raises:
-        SourceError: a layer that the target does not have.
+        SourceError: a layer or a module that the target does not have.
 
     """
     assert recipe.draft.derive is not None
-    draft = derive(target, recipe.draft.derive.layers, recipe.place(LAYERS))
-    with at_key(recipe, LAYERS):
+    layers = recipe.draft.derive.layers
+    key = MTP if layers is None else LAYERS
+    place = recipe.place(key)
+    draft = derive_mtp(target, place) if layers is None else derive(target, layers, place)
+    with at_key(recipe, key):
         check_weights(draft)
     return draft
 

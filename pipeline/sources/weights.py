@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.errors import SourceError
-from pipeline.models import eagle3
+from pipeline.models import eagle3, mtp
 from pipeline.models.config import ModelConfig
 from pipeline.models.dspark import CONFIDENCE
 from pipeline.models.multimodal import PREFIXES, of_text, text_name
@@ -79,12 +79,17 @@ def weights(checkpoint: Checkpoint) -> Mapping[str, Source]:
             what = f"tensor {repeated[0]!r} is also in {stored[repeated[0]].file.name}"
             raise SourceError(what, where=str(checkpoint.file(name)), fix="download the checkpoint again")
         stored |= in_file
-    if any(name.startswith(PREFIXES) for name in stored):
+    head = checkpoint.config.eagle3
+    if head is not None and head.mtp:
+        stored = {name: tensor for name, tensor in stored.items() if mtp.tensor_name(name) is not None}
+    elif any(name.startswith(PREFIXES) for name in stored):
         stored = {name: tensor for name, tensor in stored.items() if of_text(name)}
     if MASK_HIDDEN in stored:  # [1, 1, X] or [1, X] in files
         stored[MASK_HIDDEN] = stored[MASK_HIDDEN].flat()
     tensors = with_quantised(stored, read_quantisation(checkpoint.config_json, str(checkpoint.root / "config.json")))
-    if checkpoint.config.draft_kind.reads_target_states:
+    if head is not None and head.mtp:
+        tensors = {mtp.tensor_name(name) or name: tensor for name, tensor in tensors.items()}
+    elif head is not None:
         tensors = {eagle3.tensor_name(name): tensor for name, tensor in tensors.items()}
     else:
         tensors = {text_name(name): tensor for name, tensor in tensors.items()}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import heads_of, layer_weights, mlp, project, rms_norm
+from pipeline.models.decoder import feed_forward, heads_of, layer_weights, norm, project
 from pipeline.models.eagle3_layer import features, inputs_of, outputs_of
 from pipeline.models.parallel import PLAIN
 from pipeline.models.rotary import Rotary, rotary_of, rotate
@@ -75,7 +75,7 @@ def guesses(config: ModelConfig, weights: dict[str, Tensor], batch: Batch, depth
         rotary = rotary_of(config, (positions_T + depth)[None], x_BTH.dtype)
         x_BTH = _run_layer(config, weights, inputs_of(config, weights, PLAIN, tokens_BT, x_BTH), rotary, (0, kept[0]))
         for layer in range(1, config.layers):
-            normed_BTH = rms_norm(x_BTH, weights[f"model.layers.{layer}.input_layernorm.weight"], config.norm_eps)
+            normed_BTH = norm(config, layer_weights(weights, layer), config.norms.before_attention, x_BTH)
             x_BTH = _run_layer(config, weights, (normed_BTH, x_BTH), rotary, (layer, kept[layer]))
         # The chain from position i has read up to token i + depth + 1: its answer predicts position i + depth + 1.
         rows_M, began_M = ahead(batch.learn_BT, depth + 1).nonzero(as_tuple=True)
@@ -96,8 +96,12 @@ def _run_layer(
     kept.keys.append(rotate(k, rotary))
     kept.values.append(v)
     attended_BTX = _attend(rotate(q, rotary), kept.keys, kept.values)
+    if config.attention_gate:
+        rows = {"self_attn.q_gate_proj": config.heads * config.head_dim}
+        attended_BTX = attended_BTX * torch.sigmoid(project(w, PLAIN, read[0], rows))
     x_BTH = read[1] + project(w, PLAIN, attended_BTX, {"self_attn.o_proj": config.hidden})
-    return x_BTH + mlp(config, w, PLAIN, rms_norm(x_BTH, w["post_attention_layernorm.weight"], config.norm_eps))
+    normed_BTH = norm(config, w, config.norms.before_mlp, x_BTH)
+    return x_BTH + feed_forward(config, config.kinds[0], w, PLAIN, normed_BTH)[0]
 
 
 def ahead(values_BT: Tensor, by: int) -> Tensor:

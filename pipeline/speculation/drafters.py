@@ -132,7 +132,8 @@ class DraftModel:
 class Eagle3:
     """A head in the EAGLE-3 convention: at position i it reads the token at i + 1 beside the target's features at i.
 
-    After every phase its caches hold all positions before the last token, so it needs no `score` before it speculates.
+    The MTP module of a target is one too. After every phase its caches hold all positions before the last token, so it
+    needs no `score` before it speculates.
     """
 
     model: Model
@@ -349,6 +350,7 @@ DRAFTERS: dict[DraftMethod, Callable[[Model], Drafter]] = {
     "draft_model": DraftModel,
     "eagle3": Eagle3,
     "p_eagle": PEagle,
+    "mtp": Eagle3,
     "dflash": DFlash,
     "dspark": DFlash,
 }

@@ -172,19 +172,20 @@ FAMILIES = {
 
 def write_pair(spec: Family, root: Path, seed: int = 3) -> dict[str, Any]:
     """Save target and draft below `root`; returns the recipe's `draft` section."""
-    target = _model(spec, spec.changes, seed=seed)
+    target = random_model(spec, spec.changes, seed=seed)
     _save(target, root / "target", spec)
     write_tokenizer(root / "target", spec.tokenizer)
     if spec.draft is None:
         return {"derive": {"from": "target", "layers": list(spec.derive)}}
-    draft = _model(spec, spec.changes | spec.draft, seed=seed + 1)
+    draft = random_model(spec, spec.changes | spec.draft, seed=seed + 1)
     _resemble(draft, target)
     _save(draft, root / "draft", spec)
     write_tokenizer(root / "draft", spec.tokenizer)
     return {"source": "./draft"}
 
 
-def _model(spec: Family, changes: dict[str, Any], seed: int) -> Any:
+def random_model(spec: Family, changes: dict[str, Any], seed: int) -> Any:
+    """A model of a family with random weights, by transformers."""
     config = getattr(transformers, CLASSES.get(spec.model, f"{spec.model}Config"))(**(SIZES | changes))
     model = getattr(transformers, f"{spec.model}ForCausalLM")(config).eval().float()
     generator = torch.Generator().manual_seed(seed)

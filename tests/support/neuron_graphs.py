@@ -8,6 +8,7 @@ from torch.nn import functional
 from pipeline.graphs.packing import PlainPacking
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec
+from pipeline.models import mtp
 from pipeline.models.config import ModelConfig
 from pipeline.models.families import config_of
 from pipeline.models.weights import D2T, EMBEDDING, HEAD, weight_specs
@@ -89,9 +90,15 @@ OVER_STATES = {
 }  # fmt: skip
 """Drafts over the target's states: fields beside those of a draft of one layer."""
 
+MODULE = "mtp"
+"""A target with recurrent layers whose draft is its MTP module."""
+
 
 def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
-    """Target and draft; those of `OVER_STATES` are over the three layers of a llama."""
+    """Target and draft; those of `OVER_STATES` are over the three layers of a llama, `MODULE` is inside its target."""
+    if family == MODULE:
+        config = SMALL | MECHANISMS["qwen3.5"]
+        return config_of(config, "target"), config_of(mtp.of_target(config, "target"), "draft")
     config = SMALL | (FAMILIES | MECHANISMS | BY_RANK).get(family, FAMILIES["llama"])
     draft = config | {"num_hidden_layers": 1, "tie_word_embeddings": not reduced}
     if "linear_attention" in config.get("layer_types", ()):  # a draft needs a layer with attention

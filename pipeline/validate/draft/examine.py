@@ -71,6 +71,7 @@ CHAINS: dict[DraftMethod, Guesses] = {
     "draft_model": model_chains.guesses,
     "eagle3": chains.guesses,
     "p_eagle": chains.guesses,
+    "mtp": chains.guesses,
     "dflash": block_chains.guesses,
     "dspark": block_chains.guesses,
 }

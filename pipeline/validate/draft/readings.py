@@ -48,7 +48,10 @@ def current(draft: Checkpoint) -> Reading:
 
 
 def others(target: Checkpoint, draft: Checkpoint, *, has_t2d: bool) -> list[Reading]:
-    """Return all other readings of a head, each once."""
+    """Return all other readings of a head, each once; the module of a target has none."""
+    head = draft.config.eagle3
+    if head is not None and head.mtp:
+        return []
     found = [*_taps(target.config, draft), *_switches(draft), *_ropes(target, draft)]
     if has_t2d and draft.config.draft_vocab is not None:
         other = "d2t" if current(draft).vocabulary == "t2d" else "t2d"

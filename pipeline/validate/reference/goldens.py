@@ -23,6 +23,7 @@ from pipeline.validate.reference.dflash import DFlashReference, DSparkReference
 from pipeline.validate.reference.eagle3 import Eagle3Reference
 from pipeline.validate.reference.golden import Golden, pack, unpack
 from pipeline.validate.reference.layers import Reference, Taps
+from pipeline.validate.reference.mtp import MtpReference
 from pipeline.validate.reference.products import WideProducts
 from pipeline.validate.reference.routes import digest
 
@@ -30,6 +31,7 @@ REFERENCES: dict[DraftMethod, type[Reference]] = {
     "draft_model": Reference,
     "eagle3": Eagle3Reference,
     "p_eagle": Eagle3Reference,
+    "mtp": MtpReference,
     "dflash": DFlashReference,
     "dspark": DSparkReference,
 }

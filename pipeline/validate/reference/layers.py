@@ -124,7 +124,7 @@ class Reference:
         self, sequences: list[list[int]], experts: Sequence[Tensor | None] = ()
     ) -> dict[torch.dtype, list[Recorder]]:
         """Run all layers in both precisions, along the same experts."""
-        model = self._skeleton()
+        model = self.skeleton()
         given = list(experts) or [None] * len(sequences)
         routers = [Router(of_sequence) for of_sequence in given]
         starts = list(zip(sequences, given, routers, strict=True))
@@ -162,7 +162,7 @@ class Reference:
         """Return the key of a run in `Taps`."""
         return self.dtype_name, self.narrow, kind, tuple(tokens), digest(experts)
 
-    def _skeleton(self) -> Any:
+    def skeleton(self) -> Any:
         """Make transformers' model without weights; its layers are taken out and run one by one."""
         ours = self.checkpoint.config
         options = {"attn_implementation": "eager" if ours.attention_cap is not None or ours.sinks else "sdpa"}
@@ -181,13 +181,17 @@ class Reference:
     ) -> Recorder:  # fmt: skip
         """Embed a sequence and record the arguments of each layer: mask, positions, rotary tables."""
         recorder = Recorder(self.tapped(kind, tokens, experts), router)
+        self.record(model, recorder, self.embed(tokens).to(kind))
+        return recorder
+
+    def record(self, model: Any, recorder: Recorder, embedded_TH: Tensor) -> None:
+        """Run transformers' model over embeddings, whose layers only record their arguments."""
         model.layers = nn.ModuleList([Recording(recorder, layer) for layer in self._layers])
         model.embed_tokens.padding_idx = None
-        model.embed_tokens.weight = nn.Parameter(self.embed(tokens).to(kind))  # transformers scales it, or not
-        model(input_ids=torch.arange(len(tokens))[None], use_cache=False)
+        model.embed_tokens.weight = nn.Parameter(embedded_TH)  # transformers scales it, or not
+        model(input_ids=torch.arange(len(embedded_TH))[None], use_cache=False)
         for options in recorder.options:
             options[next(name for name in CACHE_NAMES if name in options)] = recorder.cache
-        return recorder
 
     def embed(self, tokens: list[int]) -> Tensor:
         """Return embeddings [T, H] in the recipe's dtype."""

@@ -22,6 +22,7 @@ from support.neuron_graphs import (
     FAMILIES,
     LENGTH,
     MECHANISMS,
+    MODULE,
     OVER_STATES,
     PROMPTS,
     arguments_of,
@@ -72,7 +73,8 @@ def noise(shape):
 
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize(
-    ("family", "rows"), [*((family, 4) for family in (*FAMILIES, *OVER_STATES, "gpt-oss", "qwen3.5")), ("qwen3", 1)]
+    ("family", "rows"),
+    [*((family, 4) for family in (*FAMILIES, *OVER_STATES, MODULE, "gpt-oss", "qwen3.5")), ("qwen3", 1)],
 )
 def test_hlo_equals_eager(backend, graphs_of, family, rows, lookup):
     """Results and carried state of every phase, from caches that are not empty, to 1e-4."""
