@@ -18,6 +18,7 @@ from pipeline.models.rope import in_both_layouts
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.weights import EXPERT_NAMES, STACKED, interleaved
 
+SPECIAL = "__float__"
 WITH_INITIALIZATION = 5
 """Major version of transformers that has a module of initial values."""
 
@@ -53,10 +54,17 @@ def without_weights() -> Iterator[None]:
         yield
 
 
+def with_floats(value: Any) -> Any:
+    """Return a JSON value with the numbers that transformers 5 writes as {"__float__": "Infinity"}: JSON has none."""
+    if isinstance(value, Mapping):
+        return float(value[SPECIAL]) if set(value) == {SPECIAL} else {k: with_floats(v) for k, v in value.items()}
+    return [with_floats(item) for item in value] if isinstance(value, list) else value
+
+
 def config_of(checkpoint: Checkpoint) -> Any:
     """Return transformers' config of a checkpoint; of a derived draft, with its own layers."""
     named = without_quantisation(in_both_layouts(checkpoint.config_json, checkpoint.config.max_position))
-    fields = {key: value for key, value in named.items() if key != "model_type"}
+    fields = {key: with_floats(value) for key, value in named.items() if key != "model_type"}
     if len(fields.get("layer_types") or ()) != checkpoint.config.layers:
         fields.pop("layer_types", None)
     fields["num_hidden_layers"] = checkpoint.config.layers
