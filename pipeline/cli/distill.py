@@ -86,16 +86,17 @@ existing = click.Path(path_type=Path, exists=True)
 )
 @click.option(
     "--method",
-    type=click.Choice(["eagle3", "p_eagle", "draft_model"]),
+    type=click.Choice(["eagle3", "p_eagle", "dflash", "draft_model"]),
     default="eagle3",
     show_default=True,
     help="eagle3: a head on the target's hidden states; p_eagle: a head of several layers that proposes in one pass; "
-    "draft_model: a model of some target layers.",
+    "dflash: a model over these states that denoises a block of tokens in one pass; draft_model: a model "
+    "of some target layers.",
 )
 @click.option(
     "--layers",
-    help="Target layers that a draft model or P-EAGLE head starts from, like 0,1,29 (default: first two and last, or "
-    "last two).",
+    help="Target layers that a draft model, P-EAGLE head or DFlash draft starts from, like 0,1,29 (default: first two "
+    "and last, or last two).",
 )
 @click.option("--start", type=existing, help="Folder of a draft to train further (default: none).")
 @click.option(

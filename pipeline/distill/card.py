@@ -11,28 +11,43 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.distill.figures import DraftFigures
-from pipeline.distill.head import public_name
+from pipeline.distill.head import block_name, public_name
 from pipeline.files.atomic import atomic_dir
-from pipeline.models.draft_kind import DRAFT_KINDS
+from pipeline.models.draft_kind import DRAFT_KINDS, DraftMethod
+from pipeline.models.eagle3_writers import NESTED
 from pipeline.models.weights import D2T, MASK_HIDDEN
 from pipeline.recipe.schema import Recipe
+from pipeline.sources.heads import T2D
 
 
 def write_draft(
     out: Path, config: dict[str, Any], weights: dict[str, Tensor], ids_V: Tensor, figures: DraftFigures, recipe: Recipe
 ) -> None:
     """Write the folder atomically, with weights in bfloat16; replace an existing draft."""
-    file_name = public_name if DRAFT_KINDS[figures.method].reads_target_states else str
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_dir(out) as work:
+        write_files(work, config, weights, ids_V, figures.method)
+        (work / "training.json").write_text(figures.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (work / "README.md").write_text(card(figures, recipe), encoding="utf-8")
+
+
+def write_files(
+    folder: Path, config: dict[str, Any], weights: dict[str, Tensor], ids_V: Tensor, method: DraftMethod
+) -> None:  # fmt: skip
+    """Write `config.json` and the weights of a draft over the target's ids `ids_V`, under public names."""
+    kind = DRAFT_KINDS[method]
+    file_name = block_name if kind.blocks else public_name if kind.reads_target_states else str
     tensors = {file_name(name): tensor.bfloat16().contiguous() for name, tensor in weights.items()}
     if MASK_HIDDEN in tensors:
         tensors[MASK_HIDDEN] = tensors[MASK_HIDDEN].view(1, 1, -1)
     tensors[D2T] = ids_V.cpu() - torch.arange(len(ids_V))  # int64, as other servers read it
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_dir(out) as work:
-        (work / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
-        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (work / "training.json").write_text(figures.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (work / "README.md").write_text(card(figures, recipe), encoding="utf-8")
+    if kind.blocks:  # speculators needs both maps
+        kept = torch.zeros(config[NESTED]["vocab_size"], dtype=torch.bool)
+        kept[ids_V.cpu()] = True
+        tensors[T2D] = kept
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def card(figures: DraftFigures, recipe: Recipe) -> str:
@@ -79,4 +94,7 @@ def _kind(figures: DraftFigures) -> tuple[str, str]:
     if figures.method == "p_eagle":
         from_ = f" that start from its layers {layers}" if layers else ""
         return "A P-EAGLE head", f"Layers over the target's hidden states{from_}; all tokens of a step in one pass"
+    if figures.method == "dflash":
+        started = f"Layers that start from the target's layers {layers}"
+        return "A DFlash draft", f"{started}, over its hidden states; they denoise a block of tokens in one pass"
     return "An EAGLE-3 head", "One layer over the target's hidden states"

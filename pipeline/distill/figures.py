@@ -36,6 +36,7 @@ class TrainingFacts(Record):
     seed: int
     bfloat16: bool
     draft_vocab: int
+    anchors: int = 0
 
 
 class DraftFigures(Record):

@@ -56,8 +56,8 @@ def head_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...]) -> 
         "model_type": "llama",
         CREATED_BY: TANDEM,
         **{key: target.config_json[key] for key in KEPT if key in target.config_json},
-        **_rope(target),
-        **_sizes(target.config),
+        **rope_fields(target),
+        **size_fields(target.config),
         "num_hidden_layers": 1,
         "tie_word_embeddings": False,
         "draft_vocab_size": draft_vocab,
@@ -101,7 +101,7 @@ def _tapped(target: ModelConfig, taps: tuple[int, ...]) -> dict[str, Any]:
     return {TAPPED: list(taps), OPTIONS: {"use_aux_hidden_state": True, TAPPED: [tap - 1 for tap in taps]}}
 
 
-def _rope(target: Checkpoint) -> dict[str, Any]:
+def rope_fields(target: Checkpoint) -> dict[str, Any]:
     """Return the rotary embedding of a head, if its family reads the target's fields otherwise: its theta alone."""
     rules, kinds = rules_of(target.config_json.get("model_type")), target.config.kinds
     if rules == RopeRules():
@@ -110,7 +110,7 @@ def _rope(target: Checkpoint) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": None, "rope_parameters": None}
 
 
-def _sizes(target: ModelConfig) -> dict[str, Any]:
+def size_fields(target: ModelConfig) -> dict[str, Any]:
     """Return the target's sizes as fields of a config: the defaults of its family are not those of the head's."""
     return {
         "hidden_size": target.hidden,
@@ -172,7 +172,7 @@ def initial(
 ) -> dict[str, Tensor]:
     """Return a head's initial weights, float32: the target's last layer over its highest features, norm, head rows.
 
-    `layers` are the target's layers that the layers of a P-EAGLE head start from.
+    `layers` are the target's layers that the layers of a P-EAGLE head or a DFlash draft start from.
     """
     sources = layers or (target.config.layers - 1,) * config.layers
     start = _Start(target, config, ids_V, weights(target), sources, torch.Generator().manual_seed(seed))
@@ -206,8 +206,10 @@ class _Start:
 
     def _of_layer(self, spec: WeightSpec) -> Tensor:
         name, same_norms = _of_target(spec.name, self.sources), self.target.config.norms == self.config.norms
-        if spec.name.startswith("model.layers.") and not spec.name.startswith(FIRST):
-            return self._read(name) if name in self.refs and same_norms else self._of_kind(spec, name)
+        is_block = self.config.draft_kind.blocks
+        if spec.name.startswith("model.layers.") and (is_block or not spec.name.startswith(FIRST)):
+            is_there = name in self.refs and same_norms and self.refs[name].shape == spec.shape
+            return self._read(name) if is_there else self._of_kind(spec, name)
         if spec.name.endswith("hidden_norm.weight") and same_norms:
             return self._read(f"model.layers.{self.sources[0]}.input_layernorm.weight")
         if spec.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
@@ -244,3 +246,8 @@ def _of_target(name: str, sources: tuple[int, ...]) -> str:
 def public_name(name: str) -> str:
     """Return a weight's name in the files of public heads."""
     return name.replace(FIRST, "midlayer.").removeprefix("model.")
+
+
+def block_name(name: str) -> str:
+    """Return a weight's name in the files of DFlash drafts."""
+    return name.removeprefix("model.")

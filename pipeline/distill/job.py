@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.distill.block import block_config, block_training, hub_name, read_block
 from pipeline.distill.data import (
     PART,
     Conversation,
@@ -39,6 +40,7 @@ from pipeline.distill.settings import ANSWER_TOKENS, LENGTH, ROWS, DistillSettin
 from pipeline.distill.train import InitialDraft, TargetTables, Trainer, TrainingSettings, has_bfloat16
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
+from pipeline.models.draft_kind import DRAFT_KINDS
 from pipeline.models.eagle3 import read_config
 from pipeline.models.families import config_of
 from pipeline.models.quantisation import without_quantisation
@@ -48,7 +50,7 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.tokenizer import tokenizer_files
 from pipeline.sources.values import read_tensor
 from pipeline.sources.weights import weights
-from pipeline.speculation import chains, model_chains
+from pipeline.speculation import block_chains, chains, model_chains
 from pipeline.validate.prompts import Prompt, recipe_prompts
 
 MASKED_DEPTHS = 4
@@ -123,6 +125,9 @@ class Job:
             return model_config(self.target, self.vocab, settings.layers)
         if settings.method == "p_eagle":
             return parallel_config(self.target, self.vocab, self.taps, len(settings.layers))
+        if settings.method == "dflash":
+            verifier = hub_name(settings.recipe.target.source)
+            return block_config(self.target, self.vocab, self.taps, len(settings.layers), verifier)
         return head_config(self.target, self.vocab, self.taps)
 
     def write_data(self) -> None:
@@ -199,6 +204,8 @@ class Job:
             return replace(training, single=1.0)
         if settings.method == "p_eagle":  # which learns masks from the first step, as many as are drafted
             return replace(training, single=0.0, depths=MASKED_DEPTHS)
+        if settings.method == "dflash":
+            return block_training(training)
         # Steps on one token alone would first unlearn the later tokens of a trained head.
         return training if self.start is None else replace(training, single=0.0)
 
@@ -207,6 +214,10 @@ class Job:
         if self.settings.method == "draft_model":
             config = config_of(self.config_json, "draft")
             guesses, new = model_chains.guesses, layers_of(self.target, config, self.settings.layers, ids)
+        elif self.settings.method == "dflash":
+            config = read_block(self.config_json, self.target)
+            new = initial(self.target, config, ids, self.settings.seed, self.settings.layers)
+            guesses = block_chains.guesses
         else:
             config = read_config(self.config_json, "head")
             if self.start is not None:
@@ -226,8 +237,8 @@ class Job:
         for s in sequences:
             digest.update(f"{s.prompt} {len(s.tokens)} ".encode() + s.tokens.numpy().tobytes())
         name = f"{self.settings.objective}-{self.vocab}-{digest.hexdigest()[:16]}"
-        if self.settings.method == "p_eagle":
-            name += "-p-eagle"
+        if DRAFT_KINDS[self.settings.method].parallel:
+            name += f"-{self.settings.method.replace('_', '-')}"
         if self.settings.method != "eagle3":
             name += "-layers-" + "-".join(map(str, self.settings.layers))
         return name if self.start is None else f"{name}-from-{self.start.revision[-8:]}"

@@ -18,6 +18,7 @@ from pipeline.distill.job import Job
 from pipeline.distill.settings import DRAFT_VOCAB, DistillSettings
 from pipeline.errors import InputError
 from pipeline.files.atomic import disk_errors
+from pipeline.models.draft_kind import DRAFT_KINDS
 from pipeline.models.eagle3 import taps_of
 from pipeline.models.weights import TAPS
 from pipeline.sources.checkpoint import Checkpoint
@@ -98,11 +99,11 @@ def prepare(settings: DistillSettings) -> Job:
 
 
 def _layers(settings: DistillSettings, target: Checkpoint) -> tuple[int, ...]:
-    """Return the target's layers that a new draft model or P-EAGLE head starts from."""
+    """Return the target's layers that a new draft model, P-EAGLE head or DFlash draft starts from."""
     layers, chosen = target.config.layers, settings.layers
     if settings.method == "draft_model":
         chosen = chosen or tuple(dict.fromkeys((0, 1, layers - 1)))
-    elif settings.method == "p_eagle":
+    elif settings.method in ("p_eagle", "dflash"):
         chosen = chosen or (layers - 2, layers - 1)
     elif chosen:
         raise InputError("found layers for an EAGLE-3 head", where="--layers", fix="add --method draft_model")
@@ -129,7 +130,8 @@ def _vocab_of_start(settings: DistillSettings, start: Checkpoint, target: Checkp
     """Return the vocabulary's size of a draft to train further: its own, or that of the settings.
 
     Raises:
-        InputError: the start has the whole vocabulary or is of another method, or layers are given.
+        InputError: the start has the whole vocabulary, is a DFlash or DSpark draft or of another method, or layers are
+            given.
 
     """
     method = start.config.draft_kind.method
@@ -137,6 +139,9 @@ def _vocab_of_start(settings: DistillSettings, start: Checkpoint, target: Checkp
     if vocab is None:
         what = "the draft has no reduced vocabulary"
         raise InputError(what, where=str(settings.start), fix="start from a draft of `tandem distill`")
+    if DRAFT_KINDS[method].blocks:
+        what = f"training a {DRAFT_KINDS[method].label} further is unsupported"
+        raise InputError(what, where="--start", fix="train a new draft: remove --start")
     if method != settings.method:
         what = f"found {settings.method}, but the draft of --start is {method}"
         raise InputError(what, where="--method", fix=f"use --method {method}")

@@ -31,7 +31,7 @@ START_SHARE = 0.5
 class DistillSettings:
     """One draft to train. `tokens` of answers are written before training; `out` is the folder to write.
 
-    `layers` are those of the target that a draft model, or a P-EAGLE head, starts from, in order. `start` is the
+    `layers` are those of the target that a draft model or a parallel draft starts from, in order. `start` is the
     folder of a draft to train further, with its own layers and vocabulary; its share of the result is `start_share`.
     `text` are data folders of earlier runs for the same target, also learned from; their tokens count among `tokens`.
     `progress` is called with the answer tokens written.

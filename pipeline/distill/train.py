@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ class TrainingSettings:
     """Settings of a training. `objective` is `distribution`, the target's, or `token`, only the token that it chose.
 
     A share `single` of the steps, at the start, learns one drafted token at a third of the cost; the others `depths` in
-    a row.
+    a row. `anchors` is the number of random positions of a sequence at which blocks begin in a step; 0: every position.
     """
 
     steps: int = 2000
@@ -51,6 +51,7 @@ class TrainingSettings:
     objective: str = "distribution"
     seed: int = 0
     bfloat16: bool = True
+    anchors: int = 0
 
 
 def has_bfloat16(device: str) -> bool:
@@ -172,7 +173,8 @@ class Trainer:
             group["lr"] = self.settings.rate * self._schedule()
         depths = 1 if self.step < self.settings.single * self.settings.steps else self.settings.depths
         expected = self._expected(batch) if self.settings.objective == "distribution" else None
-        losses = [self._loss(batch, guess, expected) for guess in self._guesses(batch, depths)]
+        # Answers may be too short for the last depths: a mean of no positions is NaN.
+        losses = [self._loss(batch, guess, expected) for guess in self._guesses(batch, depths) if len(guess.rows_M)]
         shares = [self.settings.depth_weight**depth for depth in range(len(losses))]
         weighted = (share * loss for share, loss in zip(shares, losses, strict=True))
         loss = sum(weighted, torch.zeros(())) / sum(shares)
@@ -216,7 +218,8 @@ class Trainer:
             generator = torch.Generator().manual_seed(self.settings.seed * 1000 + epoch)
             for chosen in _grouped(sequences, self.settings.batch_tokens, generator):
                 if number >= self.step:
-                    yield make_batch([sequences[i] for i in chosen], self.device)
+                    batch = make_batch([sequences[i] for i in chosen], self.device)
+                    yield with_anchors(batch, self.settings.anchors, self.settings.seed * 2**32 + number)
                 number += 1
             epoch += 1
 
@@ -267,6 +270,23 @@ def make_batch(sequences: Sequence[Conversation], device: torch.device | str) ->
     prompts = torch.tensor([s.prompt for s in sequences])[:, None]
     learn = (positions >= prompts - 1) & (positions < lengths - 1)
     return Batch(tokens.to(device), taps.to(device), last.to(device), learn.to(device))
+
+
+def with_anchors(batch: Batch, count: int, seed: int) -> Batch:
+    """Return the batch with `count` random blocks in each sequence; 0: a block at every position.
+
+    A block begins where its first answer is to learn (arXiv 2602.06036, training); with fewer such positions than
+    `count`, some begin twice.
+
+    Shapes: `begins_BA` of the result is int64 [B, count].
+    """
+    if not count:
+        return batch
+    usable_BT = torch.nn.functional.pad(batch.learn_BT[:, 1:], (0, 1)).float().cpu()
+    usable_BT[usable_BT.sum(dim=1) == 0] = 1  # nothing to learn: any position, since none of its answers counts
+    generator = torch.Generator().manual_seed(seed)
+    begins_BA = torch.multinomial(usable_BT, count, replacement=True, generator=generator)
+    return replace(batch, begins_BA=begins_BA.to(batch.learn_BT.device))
 
 
 def _grouped(sequences: Sequence[Conversation], tokens: int, generator: torch.Generator) -> list[list[int]]:

@@ -30,12 +30,14 @@ class Batch:
     """Sequences right-padded to T: tokens int64 [B, T + 1], features of the first T, and positions to learn.
 
     `learn_BT` marks tokens of the answer, by the position whose distribution gives them: position i gives token i + 1.
+    `begins_BA` int64 are the positions at which chains begin, as many in each sequence; None: all. Heads begin at all.
     """
 
     tokens_BT1: Tensor
     taps_BTX: Tensor
     last_BTH: Tensor
     learn_BT: Tensor
+    begins_BA: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,45 @@ def test_a_p_eagle_head_learns_from_the_same_data_and_a_recipe_can_name_it(work,
     assert max(steps) > 2, "a mask was accepted"
 
 
+def pair_of_block(work, name):
+    content = CONTENT | {"draft": {"source": name}, "speculation": {"method": "dflash", "draft_tokens": (3, 7)}}
+    recipe = Recipe.model_validate(content)
+    return recipe, resolve_pair(recipe, base=work, cache=work / "cache" / "sources")
+
+
+def test_a_dflash_draft_is_written_in_the_form_of_speculators(work, figures):
+    """Its reader and that of speculators take it (`tests/drafts`); every field that readers default is there."""
+    found = distill(request_of(work, "new-block", method="dflash", layers=(1, 2), steps=2))
+    assert found.data == figures.data
+    assert (found.settings.depths, found.settings.anchors, len(found.right_given_previous["chat"])) == (7, 64, 7)
+    assert found.settings.depth_weight == pytest.approx(0.7788, abs=1e-4)
+    assert "A DFlash draft" in (work / "new-block" / "README.md").read_text()
+    draft = pair_of_block(work, "new-block")[1][1].config
+    head = draft.eagle3
+    assert (head.taps, head.block, head.mask_token, head.from_anchor) == ((0, 1, 2), 8, 511, False)
+    assert (draft.qk_norm, draft.layers, draft.draft_vocab, draft.shares_embedding) == ("head", 2, 256, True)
+    file = load_file(work / "new-block" / "model.safetensors")
+    assert (file["t2d"].shape, int(file["t2d"].sum())) == ((512,), 256)
+    assert torch.equal(torch.arange(256) + file[D2T], file["t2d"].nonzero()[:, 0])
+    with pytest.raises(InputError, match="training a DFlash draft further is unsupported"):
+        prepare(request_of(work, "never", method="dflash", start=work / "new-block", draft_vocab=None))
+
+
+@pytest.mark.slow
+def test_a_dflash_draft_learns_from_the_same_data_and_a_recipe_can_name_it(work, figures):
+    """Its first token is right twenty times as often as by chance, 1 in 256, and masks after it nearly always."""
+    found = distill(request_of(work, "block", method="dflash", layers=(0, 1, 2), steps=250))
+    first, second, *_ = found.right_given_previous["chat"]
+    assert first > 20 / 256
+    assert second > 0.5
+    recipe, pair = pair_of_block(work, "block")
+    engine = make_engine(recipe, pair)
+    prompts = [engine.text.chat(text) for text in HELD_OUT]
+    steps = emitted(engine, prompts, 60, draft_tokens=7)
+    assert sum(steps) / len(steps) > 1.1
+    assert max(steps) > 2, "a mask was accepted"
+
+
 def test_training_a_draft_model_reads_as_transformers_does(work, figures):
     """Its chains count what a row of drafted tokens would have had right."""
     target = resolve("pico://llama", base=work, cache=work / "cache" / "sources")

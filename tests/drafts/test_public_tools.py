@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.distill.block import block_config, read_block
+from pipeline.distill.card import write_files
+from pipeline.distill.head import initial
 from pipeline.errors import SourceError
 from pipeline.models.config import Markov, ModelConfig
 from pipeline.models.eagle3 import fitted
@@ -33,10 +36,20 @@ USUAL = (2, 6, 9)
 RESIDUAL = "norm_before_residual"
 
 
+def write_own(out: Path) -> None:
+    """A new DFlash draft of `tandem distill` before its training."""
+    target = resolve("pico://llama?layers=12", base=out, cache=out / "cache")
+    config_json = block_config(target, 128, USUAL, 2, "org/target")
+    ids = torch.linspace(2, 511, 128).long()
+    tensors = initial(target, read_block(config_json, target), ids, 0, (10, 11))
+    write_files(out / "tandem-dflash", config_json, tensors, ids, "dflash")
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Heads of both tools, written in their own environment."""
     out = tmp_path_factory.mktemp("written")
+    write_own(out)
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run([PYTHON, ROOT / "tests/support/public_heads.py", out], check=True, env=environment)
     return out
@@ -156,6 +169,20 @@ def test_a_dspark_draft_is_read_as_its_tool_runs_it(tool, kind, written, tmp_pat
     by_depth = torch.stack(logits_of(config, loaded, reference, answers, block_chains.guesses))
     for anchor, theirs in zip(reference["anchor"].tolist(), reference["logits"], strict=True):
         difference = (by_depth[:, anchor - 1] - theirs[4 - answers :]).abs().max()
+        assert difference < 1e-4, f"block at {anchor}: largest difference {difference}"
+
+
+def test_speculators_reads_a_dflash_draft_of_tandem_distill_as_it_is_read_here(written, tmp_path):
+    """Logits of the seven masks of blocks of eight, in float32; the file has bfloat16."""
+    draft = resolve(str(written / "tandem-dflash"), base=tmp_path, cache=tmp_path / "cache", role="draft")
+    config, refs = fitted(TARGET, draft.config), weights(draft)
+    reference = load_file(written / "tandem-dflash/reference.safetensors")
+    loaded = {spec.name: read_tensor(refs[spec.name]).float() for spec in weight_specs(config) if spec.name in refs}
+    loaded |= {EMBEDDING: reference[EMBEDDING]}
+    by_depth = torch.stack(logits_of(config, loaded, reference, 7, block_chains.guesses))
+    assert (config.draft_vocab, reference["anchor"].tolist()) == (128, [1, 2, 3])
+    for anchor, theirs in zip(reference["anchor"].tolist(), reference["logits"], strict=True):
+        difference = (by_depth[:, anchor - 1] - theirs[1:]).abs().max()
         assert difference < 1e-4, f"block at {anchor}: largest difference {difference}"
 
 

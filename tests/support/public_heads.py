@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
@@ -162,7 +162,7 @@ def losses_of(model: Any, *given: Any, **named: Any) -> Tensor:
 def write_dflash(out: Path, draft_vocab: int, dspark: dict[str, Any] | None = None, **layer: Any) -> None:
     """Write a DFlash draft of speculators, or a DSpark draft with fields of its own."""
     from speculators import SpeculatorsConfig, VerifierConfig
-    from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig, core
+    from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
     from speculators.models.dspark import DSparkDraftModel, DSparkSpeculatorConfig
     from speculators.proposals.greedy import GreedyTokenProposalConfig
 
@@ -188,6 +188,13 @@ def write_dflash(out: Path, draft_vocab: int, dspark: dict[str, Any] | None = No
     if draft_vocab != VOCAB:
         model.load_vocab_mappings(*maps(draft_vocab))
     model.save_pretrained(out)
+    write_blocks(out, model, is_dspark=is_dspark)
+
+
+def write_blocks(out: Path, model: Any, *, is_dspark: bool = False) -> None:
+    """Write the logits of blocks of a DFlash or DSpark draft of speculators, at valid anchors of its training."""
+    from speculators.models.dflash import core
+
     tokens, states = inputs(model.fc.in_features)
     anchors: list[Tensor] = []
     select = core.select_anchors
@@ -202,8 +209,31 @@ def write_dflash(out: Path, draft_vocab: int, dspark: dict[str, Any] | None = No
         found = logits_of(model, states[None], tokens[None, :TOKENS], **named)
     core.select_anchors = select
     of_target = {"model.embed_tokens.weight": model.embed_tokens.weight, "lm_head.weight": model.lm_head.weight}
-    known = {"tokens": tokens, "states": states, "logits": found.view(5, 4, -1), "anchor": anchors[0], **of_target}
+    known = {
+        "tokens": tokens,
+        "states": states,
+        "logits": found.view(5, model.block_size, -1)[anchors[1]],
+        "anchor": anchors[0][anchors[1]],
+        **of_target,
+    }
     save_file({name: t.detach().clone().contiguous() for name, t in known.items()}, out / "reference.safetensors")
+
+
+def read_dflash(folder: Path) -> None:
+    """Write the logits of a DFlash draft that another tool wrote, as speculators reads it.
+
+    The embedding, which the file does not have, is random.
+    """
+    from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
+
+    config = DFlashSpeculatorConfig.from_pretrained(folder)
+    config.transformer_layer_config._attn_implementation = "eager"
+    model = DFlashDraftModel(config).eval()
+    found = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    of_target = {"embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight"}
+    assert (set(found.missing_keys), found.unexpected_keys) == (of_target, []), found
+    torch.nn.init.normal_(model.embed_tokens.weight, generator=torch.Generator().manual_seed(3))
+    write_blocks(folder, model.float())
 
 
 def write_specforge_dflash(out: Path) -> None:
@@ -300,7 +330,9 @@ def reference(out: Path, tokens: Tensor, states: Tensor, logits: list[Tensor]) -
 
 
 def main(out: Path) -> None:
-    """Write every head."""
+    """Write every head, and the logits of a draft in `tandem-dflash`, if it is there."""
+    if (out / "tandem-dflash").is_dir():
+        read_dflash(out / "tandem-dflash")
     llama, qwen3 = LlamaConfig(**SIZES), Qwen3Config(**SIZES)
     biased = LlamaConfig(**SIZES, attention_bias=True)
     listed = {"eagle_aux_hidden_state_layer_ids": [2, 6, 9]}
