@@ -21,6 +21,8 @@ def cached_attention(  # noqa: PLR0913 - an operator has no other form of option
 ) -> Tensor:  # fmt: skip
     """Compute softmax attention (Vaswani et al. 2017) of grouped heads (Ainslie et al. 2023) in float32, rounded once.
 
+    The compiled kernel rounds queries and shares to bfloat16 where caches are bfloat16 and the processor multiplies it.
+
     A query sees the last `window` keys (0: all), scores are bounded by `cap` (0: not) as cap tanh(score / cap), and
     each head's sink takes part in the softmax without a value. In a `ring` of so many slots, a multiple of
     `cached_attention_kernel.CHUNK` (0: none), position p is at slot p modulo their number.

@@ -4,6 +4,9 @@ Keys and values are read in order, in chunks whose scores fit the L1 cache, for 
 them; sums are rescaled if a chunk has a new largest score (Milakov, Gimelshein 2018). A chunk's keys are transposed
 first, so that a query is multiplied with many keys at a time. Each query's sum runs over its keys in the same order for
 any number of queries and rows.
+
+Where caches and the processor's products are bfloat16, queries and shares are rounded to it and multiplied in pairs
+(`attention_pairs_kernel.py`).
 """
 
 from __future__ import annotations
@@ -15,21 +18,24 @@ import torch._inductor.lowering as lowering  # before what follows: inductor's m
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 
-from pipeline.backends.inductor.vectors import WIDENED, filled
+from pipeline.backends.inductor.attention_pairs_kernel import IN_PAIRS
+from pipeline.backends.inductor.vectors import NATIVE_BFLOAT16, WIDENED, filled
 
 CHUNK = 64
 """Keys of which the scores are computed together."""
 
 KERNEL = (
-    r"""
+    f"""
 HEADER
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+{NATIVE_BFLOAT16.includes}
 
-namespace NAME_parts {
+namespace NAME_parts {{
 """
     + WIDENED
+    + NATIVE_BFLOAT16.code
     + r"""
 using Cached = CACHED_TYPE;
 constexpr int64_t B = BATCH, N = QUERY_HEADS, G = KV_HEADS, T = TOKENS, D = HEAD_SIZE, S = KEYS, LENGTH = CACHE_LENGTH;
@@ -82,9 +88,13 @@ inline void transpose(const Cached* k, int64_t count, float* out) {
     }
 }
 
-// Queries of a task: query r sees the first keys[r] keys, from `before[r]` on.
+// Values that are multiplied in pairs, two of bfloat16 in each 32 bits.
+using Pair = uint32_t;
+
+// Queries of a task: query r sees the first keys[r] keys, from `before[r]` on. `q` are they in float32, or in pairs.
 struct Task {
     const float* q;
+    const Pair* pairs;
     const int64_t *before, *keys;
     alignas(64) float sums[SHARE * PADDED] = {};
     float best[SHARE], total[SHARE] = {};
@@ -111,16 +121,9 @@ inline void add_values(const float* scores, const Cached* v, const float* wide, 
     for (int64_t n = 0; n < Q * TILE; ++n) sum[n].store(sums + n / TILE * PADDED + (d + n % TILE) * LANES);
 }
 
-// `R` queries of a task, from `begin` on, with a chunk of keys and values; `wide` has values as float32, or is null.
+// Scores of `R` queries with a chunk of keys, side by side, before scale and cap.
 template <int64_t R>
-inline void attend(
-    Task& task, int64_t begin, int64_t first, int64_t count, const float* columns, const Cached* v, const float* wide
-) {
-    const float* q = task.q + begin * D;
-    const int64_t *before = task.before + begin, *keys = task.keys + begin;
-    float *best = task.best + begin, *total = task.total + begin, *sums = task.sums + begin * PADDED;
-    const Vec scale(1.0f / std::sqrt(static_cast<float>(D)));
-    alignas(64) float scores[R * CHUNK];
+inline void score(const float* q, int64_t count, const float* columns, float* scores) {
     for (int64_t s = 0; s < count; s += LANES) {
         Vec even[R], odd[R];  // two sums, so that one need not wait for the other
         for (int64_t r = 0; r < R; ++r) { even[r] = Vec(0.0f); odd[r] = Vec(0.0f); }
@@ -139,14 +142,49 @@ inline void attend(
             }
         }
         if constexpr (D % 2) add(even, D - 1, Vec::loadu(columns + (D - 1) * CHUNK + s));
-        for (int64_t r = 0; r < R; ++r) {
-            Vec score = (even[r] + odd[r]) * scale;
-            if constexpr (CAPPED) score = (score / Vec(CAP_VALUE)).tanh() * Vec(CAP_VALUE);
-            score.store(scores + r * CHUNK + s);
-        }
+        for (int64_t r = 0; r < R; ++r) (even[r] + odd[r]).store(scores + r * CHUNK + s);
     }
+}
+
+"""
+    + IN_PAIRS
+    + r"""
+// A chunk of keys and values. `wide` has values as float32, `pairs` two rows at a time; either may be null.
+struct Part {
+    int64_t first, count;
+    const float* columns;
+    const Cached* v;
+    const float* wide;
+    const Pair* pairs;
+};
+
+template <int64_t Q, int64_t TILE, bool PAIRED>
+inline void add(const float* scores, const Pair* shares, const Part& part, int64_t d, float* sums) {
+#if defined(TANDEM_BF16)
+    if constexpr (PAIRED) return add_in_pairs<Q, TILE>(shares, part.v, part.pairs, part.count, d, sums);
+#endif
+    if constexpr (!PAIRED) add_values<Q, TILE>(scores, part.v, part.wide, part.count, d, sums);
+}
+
+// `R` queries of a task, from `begin` on, with a chunk.
+template <int64_t R, bool PAIRED>
+inline void attend(Task& task, int64_t begin, const Part& part) {
+    const int64_t *before = task.before + begin, *keys = task.keys + begin, first = part.first;
+    float *best = task.best + begin, *total = task.total + begin, *sums = task.sums + begin * PADDED;
+    const Vec scale(1.0f / std::sqrt(static_cast<float>(D)));
+    alignas(64) float scores[R * CHUNK];
+    alignas(64) Pair shares_in_pairs[PAIRED ? R * CHUNK / 2 : 1];
+#if defined(TANDEM_BF16)
+    if constexpr (PAIRED) score_in_pairs<R>(task.pairs + begin * (D / 2), part.count, part.columns, scores);
+#endif
+    if constexpr (!PAIRED) score<R>(task.q + begin * D, part.count, part.columns, scores);
     for (int64_t r = 0; r < R; ++r) {
         float* mine = scores + r * CHUNK;
+        for (int64_t s = 0; s < part.count; s += LANES) {
+            Vec score = Vec::loadu(mine + s) * scale;
+            if constexpr (CAPPED) score = (score / Vec(CAP_VALUE)).tanh() * Vec(CAP_VALUE);
+            score.store(mine + s);
+        }
         for (int64_t s = std::clamp<int64_t>(keys[r] - first, 0, CHUNK); s < CHUNK; ++s) mine[s] = LOWEST;
         if constexpr (WINDOW > 0) std::fill_n(mine, std::clamp<int64_t>(before[r] - first, 0, CHUNK), LOWEST);
         Vec top(best[r]), shares(0.0f);
@@ -154,7 +192,7 @@ inline void attend(
         const float now = at::vec::vec_reduce_all<float>(
             [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
         for (int64_t s = 0; s < CHUNK; s += LANES) {
-            const Vec share = (Vec::loadu(mine + s) - Vec(now)).exp();
+            const Vec below = Vec::loadu(mine + s) - Vec(now), share = PAIRED ? below.exp_u20() : below.exp();
             share.store(mine + s);
             shares = shares + share;
         }
@@ -165,34 +203,37 @@ inline void attend(
         for (int64_t d = 0; d < PADDED; d += LANES) {
             (Vec::loadu(sums + r * PADDED + d) * Vec(shrink)).store(sums + r * PADDED + d);
         }
+#if defined(TANDEM_BF16)
+        if constexpr (PAIRED) to_pairs(mine, CHUNK, shares_in_pairs + r * CHUNK / 2);
+#endif
     }
     constexpr int64_t TILE = tile(R), SOME = std::min(std::max<int64_t>(REGISTERS / TILE, 1), R);
     for (int64_t d = 0; d < VECTORS; d += TILE) {
         int64_t r = 0;
-        const auto at = [&](int64_t query) { return sums + query * PADDED; };
-        for (; r + SOME <= R; r += SOME) add_values<SOME, TILE>(scores + r * CHUNK, v, wide, count, d, at(r));
-        if constexpr (R % SOME) add_values<R % SOME, TILE>(scores + r * CHUNK, v, wide, count, d, at(r));
+        const Pair* own = shares_in_pairs;
+        for (; r + SOME <= R; r += SOME, own += PAIRED ? SOME * CHUNK / 2 : 0) {
+            add<SOME, TILE, PAIRED>(scores + r * CHUNK, own, part, d, sums + r * PADDED);
+        }
+        if constexpr (R % SOME) add<R % SOME, TILE, PAIRED>(scores + r * CHUNK, own, part, d, sums + r * PADDED);
     }
 }
 
 // The first `live` of R queries of a task, from `begin` on, and others if there is no function for so few.
-template <int64_t R>
-inline void attend_live(
-    Task& task, int64_t begin, int64_t live, int64_t first, int64_t count, const float* columns, const Cached* v,
-    const float* wide
-) {
+template <int64_t R, bool PAIRED>
+inline void attend_live(Task& task, int64_t begin, int64_t live, const Part& part) {
     constexpr int64_t HALF = (R + 1) / 2;
     if constexpr (R > 3) {
-        if (live <= HALF) return attend_live<HALF>(task, begin, live, first, count, columns, v, wide);
+        if (live <= HALF) return attend_live<HALF, PAIRED>(task, begin, live, part);
     }
-    attend<R>(task, begin, first, count, columns, v, wide);
+    attend<R, PAIRED>(task, begin, part);
 }
 
 // The `C` queries of a task, which see the same keys and values.
-template <int64_t C>
+template <int64_t C, bool PAIRED>
 inline void run(Task& task, const Cached* k, const Cached* v, const float* sinks, Cached* const* out) {
-    constexpr bool WIDE = D % LANES != 0 || C > GROUP;  // values are widened once for all groups
+    constexpr bool MANY = C > GROUP, WIDE = !PAIRED && (D % LANES != 0 || MANY);  // converted once for all groups
     alignas(64) float columns[WIDTH * CHUNK], wide[WIDE ? CHUNK * PADDED : 1];
+    alignas(64) Pair pairs[PAIRED && MANY ? CHUNK / 2 * D : 1];
     std::fill_n(task.best, C, WINDOW ? LOWEST / 2 : LOWEST);  // above hidden scores, which may come first in a window
     if constexpr (SUNK) {
         std::copy_n(sinks, C, task.best);
@@ -207,17 +248,25 @@ inline void run(Task& task, const Cached* k, const Cached* v, const float* sinks
         transpose(k + slot * D, count, columns);
         const Cached* values = v + slot * D;
         while (task.keys[live - 1] <= first) --live;  // the last ones may see fewer keys, or be of no meaning
-        const float* floats = nullptr;
+        Part part{first, count, columns, values, nullptr, nullptr};
         if (WIDE && (D % LANES != 0 || live > GROUP)) {
             for (int64_t s = 0; s < count; ++s) widen(values + s * D, wide + s * PADDED);
-            floats = wide;
+            part.wide = wide;
         }
+#if defined(TANDEM_BF16)
+        if constexpr (PAIRED && MANY) {
+            if (live > GROUP) {
+                values_in_pairs(values, count, pairs);
+                part.pairs = pairs;
+            }
+        }
+#endif
         int64_t begin = 0;
         for (; begin + GROUP <= C && begin < live; begin += GROUP) {
-            attend_live<GROUP>(task, begin, live - begin, first, count, columns, values, floats);
+            attend_live<GROUP, PAIRED>(task, begin, live - begin, part);
         }
         if constexpr (C % GROUP) {
-            if (begin < live) attend<C % GROUP>(task, begin, first, count, columns, values, floats);
+            if (begin < live) attend<C % GROUP, PAIRED>(task, begin, part);
         }
     }
     for (int64_t r = 0; r < C; ++r) {
@@ -229,6 +278,21 @@ inline void run(Task& task, const Cached* k, const Cached* v, const float* sinks
         }
         for (int64_t d = WHOLE; d < D; ++d) out[r][d] = static_cast<Cached>(mine[d] / task.total[r]);
     }
+}
+
+template <int64_t C>
+inline void run(Task& task, const Cached* k, const Cached* v, const float* sinks, Cached* const* out) {
+#if defined(TANDEM_BF16)
+    if constexpr (PAIRS && LANES == 16) {
+        if (in_pairs()) {
+            alignas(64) Pair pairs[C * D / 2];
+            to_pairs(task.q, C * D, pairs);
+            task.pairs = pairs;
+            return run<C, true>(task, k, v, sinks, out);
+        }
+    }
+#endif
+    run<C, false>(task, k, v, sinks, out);
 }
 
 }

@@ -14,6 +14,9 @@ from support.compiled import run_compiled
 
 pytestmark = pytest.mark.compile
 
+IN_PAIRS = torch.cpu._is_avx512_bf16_supported()
+"""The processor multiplies pairs of bfloat16: queries and shares of such caches are rounded to it."""
+
 KV = 150
 LONG, SLOTS = 900, 128
 
@@ -140,7 +143,7 @@ def test_a_ring_gives_the_bits_of_the_whole_cache(compiled, dtype, tmp_path):
     whole, rings = found["ringed"][:3], found["ringed"][3:]
     for one, other, eager in zip(whole, rings, Ringed()(*operands)[3:], strict=True):
         assert torch.equal(one, other)
-        torch.testing.assert_close(other.float(), eager.float(), atol=1e-4, rtol=2**-7)
+        assert_near(other, eager, in_pairs=IN_PAIRS and shared)
 
 
 def parts(dim):
@@ -165,8 +168,10 @@ def test_compiled_attention_is_exact_and_reads_only_what_is_seen(compiled, isa, 
     rounding = {float32: 1e-6, float16: 2**-10, bfloat16: 2**-7}[dtype]
     assert torch.allclose(expected.float(), plain, atol=1e-5, rtol=rounding)
     assert output.dtype == dtype
-    assert torch.allclose(output.float(), expected.float(), atol=2e-6, rtol=rounding)
-    assert dtype == float32 or (output == expected).float().mean() > 0.99
+    in_pairs = IN_PAIRS and (isa, dtype, dim) == ("native", bfloat16, 64)
+    assert in_pairs or torch.allclose(output.float(), expected.float(), atol=2e-6, rtol=rounding)
+    assert dtype == float32 or in_pairs or (output == expected).float().mean() > 0.99
+    assert_near(output, expected, in_pairs=in_pairs)
     assert torch.equal(k[1, :, 149], new[1, :, 0])
 
 
@@ -181,7 +186,7 @@ def test_compiled_windows_caps_and_sinks_are_those_of_plain_attention(compiled, 
         attend = replace(attend_up_to(last, KV).within(how.get("window")), cap=how.get("cap"), sinks_N=how.get("sinks"))
         plain = PLAIN.attend(q, k.float(), v.float(), attend).view(2, 3, 6, 64)
         rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
-        torch.testing.assert_close(output.float(), plain, atol=1e-4, rtol=rounding)
+        assert_near(output, plain, in_pairs=IN_PAIRS and shared)
         torch.testing.assert_close(cached_attention(q, k, v, last, KV, **how).float(), plain, atol=1e-4, rtol=rounding)
 
 
@@ -195,8 +200,16 @@ def test_a_query_gives_the_same_bits_beside_any_others(compiled, dim, isa, tmp_p
     assert torch.equal(many[:, 60:65], some)
     assert torch.equal(some[:, 3:4], one)
     expected = PLAIN.attend(q, k.float(), v.float(), attend_up_to(last, KV, rows)).view(1, 70, 6, dim)
-    torch.testing.assert_close(many.float(), expected, atol=1e-4, rtol=2**-7)
+    assert_near(many, expected, in_pairs=IN_PAIRS and (isa, dim) == ("native", 64))
     torch.testing.assert_close(cached_attention(q, k, v, last, KV, rows=rows).float(), expected, atol=1e-4, rtol=2**-7)
+
+
+def assert_near(found, expected, *, in_pairs):
+    """Within the rounding of the result; in pairs also of scores up to about 20 and of shares, by 2**-9 each."""
+    atol = 2e-2 if in_pairs else 1e-4
+    torch.testing.assert_close(found.float(), expected.float(), atol=atol, rtol=2**-7)
+    if in_pairs:
+        assert (found.float() - expected.float()).square().mean().sqrt() < 5e-3
 
 
 def write(k, last, new):
