@@ -33,7 +33,8 @@ def block_config(
 ) -> dict[str, Any]:  # fmt: skip
     """Return the `config.json` of a DFlash draft in the form of speculators, with `layers` layers.
 
-    The mask token is the target's last one. Fields that readers default differently are all written.
+    The mask token is the target's last one. Fields that readers default differently are all written. No layer has a
+    window; with `sliding_window_non_causal: false` vLLM 0.32 makes every layer causal all the same.
     """
     steps = [{"proposal_type": "greedy", "speculative_tokens": BLOCK - 1}]
     names = target.config_json.get("architectures") or []
@@ -51,7 +52,7 @@ def block_config(
         "draft_vocab_size": draft_vocab,
         "mask_token_id": target.config.vocab - 1,
         "sample_from_anchor": False,
-        "sliding_window_non_causal": False,
+        "sliding_window_non_causal": True,
         "tie_word_embeddings": False,
         "transformer_layer_config": {
             "model_type": "qwen3",
