@@ -107,7 +107,8 @@ class Server:
 
     def end(self) -> None:
         """All of it."""
-        os.killpg(self.process.pid, signal.SIGTERM)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
         self.process.wait()
 
 
