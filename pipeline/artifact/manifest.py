@@ -23,7 +23,7 @@ from pipeline.files.limits import AGAIN, DO_NOT_USE, MAX_BYTES, check_counts, ch
 from pipeline.graphs.spec import GraphSpec, PairSpec, Role, Sampling
 from pipeline.models.draft_kind import DraftKind
 from pipeline.recipe.backend_settings import BackendSettings
-from pipeline.recipe.schema import Shapes
+from pipeline.recipe.schema import Name, Shapes
 from pipeline.recipe.step_costs import StepCosts
 from pipeline.records import Record
 
@@ -46,7 +46,6 @@ HOW_TO_NAME = "use an artifact's directory: `tandem build` and `tandem pull` pri
 CACHE_KIND: Literal["vllm-compile-cache"] = "vllm-compile-cache"
 SAMPLINGS: tuple[Sampling, ...] = ("greedy", "stochastic", "shaped")
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
 
 

@@ -26,6 +26,7 @@ from pipeline.recipe.write import Change, change_recipe
 
 if TYPE_CHECKING:
     from pipeline.graphs.spec import GraphSpec
+    from pipeline.runtime.calls import Generation
     from pipeline.runtime.engine import Engine
     from pipeline.validate.prompts import Prompt
 
@@ -115,7 +116,6 @@ def tune(
         InputError: no answer has a step.
 
     """
-    from pipeline.validate.gates.acceptance import acceptance_of, given_previous
     from pipeline.validate.lengths import cut_warning, longest_prompt
 
     no_string(prompts, "prompts", "prompts")
@@ -135,14 +135,21 @@ def tune(
     if not any(answer.emitted_per_step for answer in answers):
         what = "every answer ended with its first token: no step to measure"
         raise InputError(what, where="tune", fix="use other prompts, or more --max-new-tokens")
-    rates = {"all": list(acceptance_of(chosen, answers, built[-1]).accepted_given_previous)}
-    for kind in dict.fromkeys(prompt.kind for prompt in chosen):
-        of = [(p, a) for p, a in zip(chosen, answers, strict=True) if p.kind == kind]
-        rates[kind] = list(acceptance_of([p for p, _ in of], [a for _, a in of], built[-1]).accepted_given_previous)
+    return replace(choose(costs, _rates(chosen, answers, built[-1])), **_shapes(engine, prompts, tokens))
+
+
+def _rates(prompts: Sequence[Prompt], answers: Sequence[Generation], k: int) -> dict[str, list[float]]:
+    """Return acceptance rates of k drafts over all prompts, by class, and in steps with copied tokens."""
+    from pipeline.validate.gates.acceptance import acceptance_of, given_previous
+
+    rates = {"all": list(acceptance_of(prompts, answers, k).accepted_given_previous)}
+    for kind in dict.fromkeys(prompt.kind for prompt in prompts):
+        of = [(p, a) for p, a in zip(prompts, answers, strict=True) if p.kind == kind]
+        rates[kind] = list(acceptance_of([p for p, _ in of], [a for _, a in of], k).accepted_given_previous)
     steps = [step for answer in answers for step in zip(answer.emitted_per_step, answer.copied_per_step, strict=True)]
     if copied := [emitted for emitted, copies in steps if copies]:
-        rates["copies"] = given_previous(copied, built[-1])
-    return replace(choose(costs, rates), **_shapes(engine, prompts, tokens))
+        rates["copies"] = given_previous(copied, k)
+    return rates
 
 
 def _costs_by_tokens(engine: Engine, batch: int, progress: Progress) -> dict[int, dict[int, float]]:

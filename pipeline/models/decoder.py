@@ -58,12 +58,7 @@ class Stream(NamedTuple):
 
 
 def hidden_states(
-    config: ModelConfig,
-    weights: Weights,
-    seams: Seams,
-    tokens_BT: Tensor,
-    run: Pass,
-    taps: tuple[int, ...] = (),
+    config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor, run: Pass, taps: tuple[int, ...] = ()
 ) -> Hidden:
     """Run all layers and write keys and values into the caches of `run`.
 

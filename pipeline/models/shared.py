@@ -37,8 +37,7 @@ def shared_fields(
     """
     _reject_unsupported(fields)
     heads, layers = fields.size("num_attention_heads"), fields.size("num_hidden_layers")
-    size = head_dim(fields)
-    ropes, own_limits = read_rope(fields, size, full.get("head_dim"))
+    ropes, own_limits = read_rope(fields, head_dim(fields), full.get("head_dim"))
     of_layers = zip(*(given or [None] * layers for given in (windows, turned, experts, delta_nets)), strict=True)
     described = [_layer(ropes, full, *of_layer) for of_layer in of_layers]
     common: dict[str, Any] = {
@@ -48,7 +47,7 @@ def shared_fields(
         "intermediate": family.get("intermediate") or fields.size("intermediate_size"),
         "heads": heads,
         "kv_heads": fields.optional_size("num_key_value_heads") or heads,
-        "head_dim": size,
+        "head_dim": head_dim(fields),
         "vocab": fields.size("vocab_size"),
         "norm_eps": fields.value("rms_norm_eps"),
         "activation": family.get("activation") or _activation(fields),
