@@ -20,7 +20,6 @@ from pipeline.artifact.manifest import (
     Artifact,
     FileEntry,
     Manifest,
-    Name,
     Version,
     content_digest,
     dump,
@@ -29,6 +28,7 @@ from pipeline.artifact.manifest import (
 from pipeline.artifact.verify import ISA_ORDER, satisfies
 from pipeline.errors import ArtifactError, CorruptError, InputError
 from pipeline.files.limits import AGAIN, first_error, json_object
+from pipeline.recipe.schema import Name
 from pipeline.records import Record
 
 VERSION_LENGTH = 12
