@@ -342,7 +342,7 @@ class ModelConfig:
 
     def of_weight(self, name: str) -> ModelConfig:
         """Return the config with the heads of the layer of a weight, by the weight's name."""
-        found = OF_LAYER.match(name) if len(self.kinds) > 1 else None
+        found = OF_LAYER.match(name) if any(kind.head_dim or kind.kv_heads for kind in self.kinds) else None
         return self if found is None else self.at(int(found[1]))
 
     @property
