@@ -30,6 +30,11 @@ def is_module(config_json: Mapping[str, Any]) -> bool:
     return config_json.get(MARK) is True
 
 
+def is_stated(config_json: Mapping[str, Any]) -> bool:
+    """Return whether the config of a target states one module that is read."""
+    return config_json.get("model_type") in FAMILIES and any(config_json.get(name) == 1 for name in COUNTS)
+
+
 def of_target(config_json: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the config of the module inside a target.
 

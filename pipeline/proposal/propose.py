@@ -1,4 +1,4 @@
-"""A recipe for a target: its draft from the user, the table of known drafts, or its own layers. Imports no torch."""
+"""A recipe for a target: its draft from the user, the table of known drafts, or its own files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import SourceError
+from pipeline.models import mtp
 from pipeline.models.config import ModelConfig
+from pipeline.models.families import config_of
 from pipeline.progress import Log, Progress
 from pipeline.proposal.choices import Chosen, Pair, choose
 from pipeline.proposal.known import KnownDraft, drafts_of
@@ -19,7 +21,7 @@ from pipeline.sources.derived import derive
 FEW_LAYERS = 4
 """Targets with fewer layers derive a draft of one."""
 
-DERIVED_K, HEAD_K, MODEL_K = 2, 3, 4
+DERIVED_K, HEAD_K, MODEL_K, MODULE_K = 2, 3, 4, 2
 """K without a better source."""
 
 DISTILL = "agrees rarely; train a draft with `tandem distill`, or name one with --draft"
@@ -86,7 +88,7 @@ def _draft(
             log(f"{known.draft}: not used: {error.what}")
             continue
         return _named(opened, wish.folder, _credit(known), known.draft_tokens), opened.checkpoint.config
-    return _derived(target)
+    return _derived(target) if not mtp.is_stated(target.checkpoint.config_json) else _module(target)
 
 
 def _credit(known: KnownDraft) -> str:
@@ -104,6 +106,24 @@ def _named(draft: Opened, folder: Path, reason: str, tokens: int | None) -> Chos
         {"draft.source": draft.written(folder), "speculation.method": kind.method, "speculation.draft_tokens": [k]},
         {"draft.source": reason, "speculation.draft_tokens": f"{why}; `tandem tune` measures the best K"},
     )
+
+
+def _module(target: Opened) -> tuple[Chosen, ModelConfig]:
+    """Return the draft that is the MTP module inside a target."""
+    chosen = Chosen(
+        {
+            "draft.derive": {"from": "target", "mtp": True},
+            "speculation.method": "mtp",
+            "speculation.draft_tokens": [MODULE_K],
+        },
+        {
+            "draft.derive": "the MTP module that the target's config states; a build says if its files lack it",
+            "speculation.draft_tokens": "a module predicts one token, and more from its own output; `tandem tune` "
+            "measures the best K",
+        },
+    )
+    config_json = mtp.of_target(target.checkpoint.config_json, target.source)
+    return chosen, config_of(config_json, target.source)
 
 
 def _derived(target: Opened) -> tuple[Chosen, ModelConfig]:

@@ -23,6 +23,7 @@ from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pico import Pico, write
 from support.families import FAMILIES, write_pair
 from support.hub_server import FakeHub, Repo, running
+from support.mtp import write_target
 from support.paths import ROOT
 
 REASONED = (
@@ -75,6 +76,16 @@ def test_init_of_a_tiny_model_checks_and_plans() -> None:
     assert recipe.draft.derive is not None
     assert recipe.draft.derive.layers == (0, 3, 5)
     assert (recipe.target.dtype, recipe.parallel.tensor, recipe.shapes.kv) == ("float32", 1, (2048,))
+
+
+@pytest.mark.parametrize(("count", "method"), [(1, "mtp"), (0, "draft_model")])
+def test_init_takes_the_module_that_a_target_states(tmp_path: Path, count: int, method: str) -> None:
+    """As published configs of Qwen3.5 do."""
+    write_target("qwen3.5", tmp_path / "models", mtp_num_hidden_layers=count)
+    recipe = written("models/target", "--out", "recipe.yaml")
+    assert recipe.speculation.method == method
+    assert recipe.draft.derive is not None
+    assert recipe.draft.derive.mtp is (True if count else None)
 
 
 def test_init_states_the_reason_of_each_value(tmp_path: Path) -> None:
