@@ -137,6 +137,7 @@ FAMILIES = {
     "qwen3": Family("Qwen3", {"head_dim": 20, "tie_word_embeddings": False}, "json-config"),
     "smollm3": Family("SmolLM3", {"num_hidden_layers": 4}, "json-config"),
     "granite": Family("Granite", GRANITE, "json-config"),
+    "olmo2": Family("Olmo2", {}, "json-config"),
     "olmo3": Family(  # windows that every prompt passes, and a draft of layers of both kinds
         "Olmo3",
         {"num_hidden_layers": 4, "sliding_window": 5, "rope_scaling": YARN},
@@ -148,6 +149,7 @@ FAMILIES = {
     "ministral3": Family("Ministral3", {"head_dim": 16}, "json-jinja"),
     "qwen2-moe": Family("Qwen2Moe", SHARED_EXPERT, "json-config", derive=(0, 1)),
     "qwen3-moe": Family("Qwen3Moe", MIXTURE | {"mlp_only_layers": [1]}, "json-config", derive=(0, 1)),
+    "olmoe": Family("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}, "json-config"),
     "mixtral": Family("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "json-config"),
     "gpt-oss": Family("GptOss", GPT_OSS, "json-config", saved=torch.bfloat16, derive=(0, 1)),
     "granite-moe": Family("GraniteMoe", GRANITE | {"num_local_experts": 4}, "json-config"),
