@@ -39,6 +39,7 @@ MECHANISMS = {
     "granite4": {"model_type": "granitemoehybrid", "layer_types": ["attention"] * 3, "num_local_experts": 0,
                  "shared_intermediate_size": 40, "position_embedding_type": "nope", "attention_multiplier": 0.3},
     "glm4": {"model_type": "glm4"},
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False},
     "olmo3": {"model_type": "olmo3", "sliding_window": 6, "tie_word_embeddings": False},
     "gemma2": {"model_type": "gemma2", "sliding_window": 6},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 6, "sliding_window_pattern": 2},

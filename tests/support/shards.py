@@ -49,6 +49,8 @@ def query_heads(whole: Tensor, axis: int, rank: int, tp: int, kv_heads: int, hea
 
 def expected_slice(name: str, whole: Tensor, rank: int, tp: int, kv_heads: int, head_dim: int) -> Tensor:
     """What a rank must hold, by the plain definition of each split."""
+    if name.endswith(("q_norm.weight", "k_norm.weight")) and len(whole) > head_dim:  # of whole vectors
+        name = name.replace("_norm.", "_proj.")
     if ".experts." in name:
         return whole.chunk(tp, dim=2 if "down_proj" in name else 1)[rank]
     if name in (EMBEDDING, HEAD):
