@@ -1,10 +1,11 @@
 """Kinds of drafts on the same data, trained for the same number of steps: objectives, depths, a head or a model.
 
-    PYTHONPATH=. python benchmarks/drafts.py [RECIPE] [--steps 200] [--tokens 200000] [--seed 0]
+    PYTHONPATH=. python benchmarks/drafts.py [RECIPE] [--steps 200] [--tokens 200000] [--seed 0] [--only p_eagle dflash]
 
 Uses what `tandem distill RECIPE` has written, or writes it. Tokens a step are those of greedy speculation on the
 recipe's own prompts, which no draft is trained on. Speed is in plain decode steps: tokens of a step with the best K,
-over what it reads, 1 + K times the draft's weights over the target's (decoding on a CPU waits for weights).
+over what it reads, 1 + K times the draft's weights over the target's (decoding on a CPU waits for weights); of drafts
+that propose all tokens in one pass, 1 + these weights once.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pathlib import Path
 
 from pipeline.distill.run import prepare
 from pipeline.distill.settings import DistillSettings
+from pipeline.models.draft_kind import DRAFT_KINDS, DraftMethod
 from pipeline.models.weights import weight_specs
 from pipeline.recipe import load
 
 LARGEST_K = 6
-KINDS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
+KINDS: tuple[tuple[DraftMethod, str, tuple[int, ...]], ...] = (
     ("eagle3", "distribution", ()),
     ("eagle3", "token", ()),
     ("draft_model", "distribution", (0,)),
@@ -29,6 +31,9 @@ KINDS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
     ("draft_model", "distribution", (0, 1, -1)),
     ("draft_model", "token", (0, 1, -1)),
     ("draft_model", "distribution", (0, 1, 2, -1)),
+    ("p_eagle", "distribution", (-1,)),
+    ("p_eagle", "distribution", (-2, -1)),
+    ("dflash", "distribution", (-2, -1)),
 )
 
 
@@ -39,6 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0, help="of the data and the training, as distill's")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", choices=sorted({method for method, *_ in KINDS}))
     asked = parser.parse_args()
     settings = DistillSettings(
         recipe=load(asked.recipe), base=asked.recipe.parent, out=Path("unused"), tokens=asked.tokens,
@@ -52,7 +58,7 @@ def main() -> None:
     print("| draft | objective | right, given those before | tokens a step, K=4 | best K | speed | training |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     whole = sum(math.prod(s.shape) for s in weight_specs(job.target.config) if s.kind != "vector")
-    for method, objective, chosen in KINDS:
+    for method, objective, chosen in (kind for kind in KINDS if asked.only is None or kind[0] in asked.only):
         chosen = tuple(layer % layers for layer in chosen)
         job = replace(job, settings=replace(settings, method=method, objective=objective, layers=chosen))
         started = time.monotonic()
@@ -61,10 +67,12 @@ def main() -> None:
         found = trainer.accuracy(held_out)
         took = time.monotonic() - started
         ratio = sum(weight.numel() for weight in trainer.trained.values()) / whole
-        speeds = {k: found.tokens_per_step(k) / (1 + k * ratio) for k in range(1, LARGEST_K + 1)}
+        parallel = DRAFT_KINDS[method].parallel
+        passes = {k: 1 if parallel else k for k in range(1, LARGEST_K + 1)}
+        speeds = {k: found.tokens_per_step(k) / (1 + count * ratio) for k, count in passes.items()}
         best = max(speeds, key=lambda k: speeds[k])
         rates = ", ".join(f"{rate:.2f}" for rate in found.given_previous)
-        name = method if not chosen else f"layers {', '.join(map(str, chosen))}"
+        name = f"{method} layers {', '.join(map(str, chosen))}" if chosen else method
         print(f"| {name} | {objective} | {rates} | {found.tokens_per_step(4):.2f} | {best} | {speeds[best]:.2f} | "
               f"{took:.0f} s |", flush=True)  # fmt: skip
 
