@@ -195,7 +195,10 @@ class Eagle3:
         before_BTH = torch.cat((self._feature(rows), features_BTH[:, :-1]), dim=1)
         positions_BT = position_B[:, None] + index_range(tokens_BT.shape[1], tokens_BT) - 1
         hidden, _ = _run_head(self, rows, tokens_BT, before_BTH, positions_BT)
-        put(self.model, FEATURE, rows.index, features_BTH[:, -1], alive_B[:, None])
+        last_BH = features_BTH[:, -1]
+        if lengths_B is not None:  # without lengths, what follows sets it anew
+            last_BH = take(features_BTH, (lengths_B.long() - 1).clamp(min=0))
+        put(self.model, FEATURE, rows.index, last_BH, alive_B[:, None])
         known_BT1 = (positions_BT >= 0)[..., None]
         return Scores(torch.where(known_BT1, self.model.all_logits(hidden), 0.0), states.experts_BTLC)
 

@@ -97,6 +97,7 @@ def test_the_doctor_measures_a_module(work):
     ("family", "dtype", "sampling"),
     [
         ("qwen3.5", "float32", ("greedy",)),
+        pytest.param("qwen3.5", "float32", ("greedy", "stochastic", "shaped"), marks=pytest.mark.slow),
         ("qwen3-next", "float32", ("greedy",)),
         pytest.param("qwen3.5", "bfloat16", ("greedy", "stochastic", "shaped"), marks=pytest.mark.slow),
         pytest.param("qwen3.5-moe", "float32", ("greedy", "stochastic"), marks=pytest.mark.slow),

@@ -62,11 +62,13 @@ def rewind(engine: Engine, plain: GraphSpec, rows: Sequence[Row]) -> None:
     """Bring the draft to the state before the last token of rows, by a decode graph that reads the token before it.
 
     Twice: a head writes its keys one position late, from the features that the step before left. After the second
-    step they are the same whatever ran earlier. Recurrent states are computed again from the first token on.
+    step they are the same whatever ran earlier. Where the target has recurrent states, all is computed again from the
+    first token on, and the features are those before this token.
     """
-    if engine.manifest.pair.replayed:
+    is_recurrent = engine.manifest.pair.replayed > 0
+    if is_recurrent:
         fill(engine, plain.kv, [row.tokens[:-2] for row in rows])
-    for _ in range(2):
+    for _ in range(1 if is_recurrent else 2):
         step(engine, plain, [Row(row.tokens[:-1]) for row in rows], [True] * len(rows))
 
 
