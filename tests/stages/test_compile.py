@@ -51,6 +51,7 @@ CANNOT_SHAPE = {
     "recipe/document.py": "positions in YAML files",
     "recipe/readings.py": "types of keys of a recipe; what they select is in the configs (PairSpec)",
     "recipe/schema.py": "the recipe's types; the settings themselves are in the key (Backend.flags, PairSpec)",
+    "recipe/step_costs.py": "costs by which the runtime chooses K",
     "recipe/syntax.py": "text of YAML files",
     "progress.py": "types of callbacks",
     "records.py": "base class of records",
