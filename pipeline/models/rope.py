@@ -220,6 +220,8 @@ def _both_by_type(config: Mapping[str, Any], rules: RopeRules) -> dict[str, Any]
     whole = dict(config)
     if THETA in (full := ropes.get(FULL) or {}):
         whole[THETA] = full[THETA]
+    elif not ropes:
+        whole.setdefault(THETA, rules.theta)  # that of Olmo 3 is another one in 4.57
     if full.get("rope_type", full.get("type", "default")) != "default":
         whole.setdefault("rope_scaling", dict(full))
     local = ropes.get(SLIDING) or {}

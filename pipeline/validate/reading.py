@@ -207,11 +207,16 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
 def _their_scales(model: Any, config: Any) -> Reading:
     """Return what scores, embeddings, residuals and logits are multiplied by."""
     return {
-        "scale of attention": _attentions(model)[0].scaling,
+        "scale of attention": _attention_scale(_attentions(model)[0]),
         "scale of embeddings": _embedding_scale(model),
         "scale of residuals": getattr(model.layers[0], "residual_multiplier", 1.0),
         "scale of logits": 1 / getattr(config, "logits_scaling", 1.0),
     }
+
+
+def _attention_scale(attention: Any) -> float:
+    """Return what scores are multiplied by; some classes of 4.57 have no field for the usual scale."""
+    return float(getattr(attention, "scaling", attention.head_dim**-0.5))
 
 
 def _theirs_by_layer(model: Any, config: Any) -> Reading:
@@ -245,11 +250,16 @@ def _their_net(net: Any) -> list[int]:
 
 def _network(layer: Any) -> Any:
     """Return a layer's feed-forward network, or its experts; in 4.57 these are a list of networks."""
-    block = getattr(layer, "mlp", None) or layer.block_sparse_moe or layer.shared_mlp
+    block = _block(layer) or layer.shared_mlp
     experts = getattr(block, "experts", None)
     if experts is None:
         return block
     return experts[0] if isinstance(experts, torch.nn.ModuleList) else experts
+
+
+def _block(layer: Any) -> Any:
+    """Return a layer's feed-forward block by its usual names; None of Granite 4 without experts."""
+    return getattr(layer, "mlp", None) or getattr(layer, "block_sparse_moe", None)
 
 
 def _activation_at_1(network: Any) -> float | None:
@@ -272,7 +282,7 @@ def _inner_size(network: Any) -> int:
 
 def _their_experts(config: Any, layers: Iterable[Any]) -> list[int] | None:
     """Return the number of experts and of those of a token, if some layer has a router; None otherwise."""
-    blocks = (getattr(layer, "mlp", None) or layer.block_sparse_moe for layer in layers)
+    blocks = map(_block, layers)
     if not any(hasattr(block, "gate") or hasattr(block, "router") for block in blocks):
         return None
     return [getattr(config, "num_experts", None) or config.num_local_experts, config.num_experts_per_tok]
@@ -281,7 +291,7 @@ def _their_experts(config: Any, layers: Iterable[Any]) -> list[int] | None:
 def _turns(model: Any, layer: Any) -> bool:
     """Return whether queries and keys of a layer turn; Granite 4 may have no rotary embedding at all."""
     return (
-        model.rotary_emb is not None
+        getattr(model, "rotary_emb", True) is not None  # Olmo 3 has one for each type of layers in 4.57
         and hasattr(layer, "self_attn")
         and bool(getattr(layer.self_attn, "use_rope", True))
     )

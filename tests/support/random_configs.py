@@ -60,9 +60,13 @@ def random_config(family: str, seed: int, *, modern: bool = True) -> Config:
         config |= {"head_dim": size, "hidden_size": (heads if family in MULTIPLES else 4) * draw.randint(4, 18)}
     if family == "phi3":
         config |= divided(draw, size)
-    elif family not in OWN_ROPE:
+    elif family not in OWN_ROPE and (modern or family != "olmo2"):  # 4.57 reads no scaled one of Olmo 2
         config |= rope(draw, size, modern, part=PARTIAL.get(family, ()))
-    return config | OPTIONS[family](draw, layers)
+    config |= OPTIONS[family](draw, layers)
+    if not modern and family == "qwen2_moe":  # whose windows 4.57 has in other layers, or in all
+        config["use_sliding_window"] = False
+        config.pop("layer_types", None)
+    return config
 
 
 def inner(draw: Draw) -> int:

@@ -21,6 +21,7 @@ def opened(root: Path, **changes) -> Checkpoint:
     return resolve(str(root), base=root, cache=root / "cache")
 
 
+KNOWN = [family for family in FAMILIES if family in transformers.models.auto.configuration_auto.CONFIG_MAPPING]
 NEEDED = {
     "gemma4_text": {"hidden_size_per_layer_input": 0},
     **{f: {"full_attention_interval": 2} for f in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
@@ -29,7 +30,7 @@ NEEDED = {
 """Fields without which a family's defaults are those of layers that are not supported."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 def test_check_reading_accepts_every_family(tmp_path, family):
     check_reading(opened(tmp_path, model_type=family, head_dim=8, pad_token_id=0, **NEEDED.get(family, {})))
 
