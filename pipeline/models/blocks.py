@@ -1,4 +1,4 @@
-"""Blocks of queries in attention that is written out, as on Neuron: their scores are tensors. Imports no torch."""
+"""Blocks of queries in attention that is written out, as on Neuron, and chunks of recurrences. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ SCORES_BYTES = 128 << 20
 """Largest float32 scores of a block; half of the largest intermediate that a graph should have."""
 SMALLEST_BLOCK = 128
 """Rows that a chip multiplies at a time; smaller blocks would idle."""
+
+RECURRENT_CHUNK = 64
+"""Tokens of a gated delta net whose corrections are one triangular system, as in the paper's kernels."""
 
 
 def query_blocks(heads: int, tokens: int, keys: int) -> list[tuple[int, int]]:

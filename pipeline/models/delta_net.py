@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.models.blocks import RECURRENT_CHUNK
 from pipeline.models.config import DeltaNet
 from pipeline.models.parallel import Seams, State
 from pipeline.models.recurrence import Recurrence
 from pipeline.models.weights import DELTA, RECENT
-
-CHUNK = 64
-"""Tokens whose corrections are one triangular system, as in the paper's kernels."""
 
 EPS = 1e-6
 """Added to the squared length of queries and keys, as in transformers."""
@@ -113,7 +111,7 @@ def scan(heads: Heads, state: Tensor, kept_BN: Tensor) -> tuple[Tensor, Tensor]:
     Shapes: state float32 [B, R, D, E], kept_BN bool.
     """
     tokens = heads.q.shape[2]
-    size = min(CHUNK, tokens)
+    size = min(RECURRENT_CHUNK, tokens)
     chunks = -(-tokens // size)
     of_chunks = Heads(*(in_chunks(x, 2, chunks, size) for x in heads))
     kept = in_chunks(kept_BN, 1, chunks, size)[:, None]

@@ -15,7 +15,7 @@ from pipeline.graphs.dtypes import DTYPES
 from pipeline.graphs.packing import BlockPacking, Packing
 from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import ROLES, GraphSpec, ModelsSpec, PairSpec, Role
-from pipeline.models.blocks import query_blocks
+from pipeline.models.blocks import RECURRENT_CHUNK, query_blocks
 from pipeline.models.config import Experts, Layer, ModelConfig
 from pipeline.models.draft_kind import P_EAGLE
 from pipeline.models.weights import local_heads, local_shape
@@ -286,7 +286,24 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     inner = max(sizes, default=config.intermediate) // (1 if any(one.by_rank for one in experts) else tp)
     chosen = max((one.chosen for one in experts), default=0)  # each token once for each of its experts, and results
     feed_forward = size * (states + 4 * hidden + inner) + 4 * hidden * (2 + 2 * chosen)
-    return spec.batch * spec.tokens * max(attention, feed_forward)
+    return max(spec.batch * spec.tokens * max(attention, feed_forward), _recurrence_bytes(pair, spec, role))
+
+
+def _recurrence_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
+    """Estimate what a recurrent layer holds at its peak; 0 without one.
+
+    The states before and after, and in float32 about five values for each key and seven for each other token of a
+    chunk, by the test of scratch memory. Replayed tokens take part, and fill up the last chunk.
+    """
+    net = pair.models.config_of(role).delta_net
+    if net is None:
+        return 0
+    own, size = net.of_rank(pair.models.tp_of(role)), DTYPES[pair.models.dtype_of(role)].size_bytes
+    tokens = pair.replayed + spec.tokens
+    chunk = min(RECURRENT_CHUNK, tokens)
+    padded = -(-tokens // chunk) * chunk
+    heads = own.value_heads * (8 * own.key_dim * own.value_dim + 4 * padded * (5 * own.key_dim + 7 * chunk))
+    return spec.batch * (heads + size * spec.tokens * 2 * (pair.models.config_of(role).hidden + own.inputs))
 
 
 def _head_values(config: ModelConfig, tp: int) -> tuple[int, int]:
@@ -308,7 +325,8 @@ def _layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
         passes.add(2 * spec.batch)
     experts = [kind.experts for kind in config.kinds if kind.experts]
     mixtures = [_mixture_values(one, config.hidden, some, tp) for one in experts for some in passes]
-    return 4 * (rows * wide + 2 * spec.batch * heads * block * keys + max(mixtures, default=0))
+    attention = 4 * (rows * wide + 2 * spec.batch * heads * block * keys + max(mixtures, default=0))
+    return max(attention, _recurrence_bytes(pair, spec, role))
 
 
 def _mixture_values(experts: Experts, hidden: int, rows: int, tp: int) -> int:
