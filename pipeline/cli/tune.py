@@ -77,7 +77,7 @@ def tune(console: Console, options: TuneOptions) -> None:
         return
     _show(tuning, engine.manifest.draft_tokens)
     advice = "written to the recipe; build it again" if options.write else "--write writes them to the recipe"
-    print_line(f"draft_tokens: {value(tuning.draft_tokens)}; step costs: {value(data['step_costs'])} ({advice})")
+    print_line(f"draft_tokens: {tuning.draft_tokens}\nstep_costs: {data['step_costs']}\n({advice})")
 
 
 def _show(tuning: Tuning, built: Sequence[int]) -> None:

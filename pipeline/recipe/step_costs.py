@@ -44,6 +44,16 @@ StepCosts = Annotated[
 ]
 
 
+def fault_of(costs: StepCosts, draft_tokens: Sequence[int], batches: Sequence[int], length: int) -> str | None:
+    """Return what makes costs unusable for these K, batch buckets and the longest cache; None: nothing."""
+    if any(len(listed) != len(draft_tokens) for listed in lists(costs)):
+        return f"expected one cost for each of {list(draft_tokens)}"
+    found = by_shape(costs, batches, length)
+    if set(found) != set(batches) or any(max(by_tokens) < length for by_tokens in found.values()):
+        return f"expected costs for the batches {list(batches)}, of caches of up to {length} tokens"
+    return None
+
+
 def by_shape(costs: StepCosts, batches: Sequence[int], length: int) -> dict[int, dict[int, Costs]]:
     """Return the costs by batch bucket, then by the cached tokens up to which they hold, at most `length`."""
     of_batches: dict[int, BatchCosts] = costs if isinstance(costs, dict) else dict.fromkeys(batches, costs)

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pipeline.artifact.manifest import PairManifest
+from pipeline.artifact.manifest import MANIFEST, PairManifest
 from pipeline.backends.base import Ranks
+from pipeline.errors import CorruptError
+from pipeline.files.limits import AGAIN
 from pipeline.graphs.arguments import (
     Choice,
     Draw,
@@ -25,7 +27,7 @@ from pipeline.graphs.arguments import (
 )
 from pipeline.graphs.spec import GraphSpec
 from pipeline.graphs.verify_arguments import VerifyRow, verify_arguments
-from pipeline.recipe.step_costs import by_shape
+from pipeline.recipe.step_costs import by_shape, fault_of
 from pipeline.runtime.answers import EarlierAnswers, check_remembered
 from pipeline.runtime.chunks import PrefillCall, next_chunk, prefill_calls
 from pipeline.runtime.draft_length import COPIED, Acceptance, DraftLengthPolicies, DraftLengthPolicy
@@ -120,10 +122,17 @@ class Batch:
             self.answers.add(row.tenant, row.tokens[max(row.prompt - self.answers.size, 0) :])
 
     def draft_length_policy(self) -> DraftLengthPolicies | None:
-        """Return the policies that choose K for each step; None if the artifact has no step costs."""
+        """Return the policies that choose K for each step; None if the artifact has no step costs.
+
+        Raises:
+            CorruptError: costs that do not fit the artifact's graphs.
+
+        """
         costs, shapes, ks = self.manifest.step_costs, self.manifest.shapes, self.manifest.draft_tokens
         if costs is None:
             return None
+        if (what := fault_of(costs, ks, shapes.batch, shapes.kv[-1])) is not None:
+            raise CorruptError(f"step_costs: {what}", where=MANIFEST, fix=AGAIN)
         found = by_shape(costs, shapes.batch, shapes.kv[-1])
         return DraftLengthPolicies({
             batch: {tokens: DraftLengthPolicy(dict(zip(ks, of, strict=True))) for tokens, of in by_tokens.items()}

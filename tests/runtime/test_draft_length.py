@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from pipeline.errors import TandemError
+from pipeline.errors import CorruptError, TandemError
 from pipeline.recipe.schema import Recipe
 from pipeline.runtime.draft_length import Acceptance, DraftLengthPolicies, DraftLengthPolicy
 from pipeline.sources.pair import resolve_pair
@@ -120,6 +120,22 @@ def test_costs_of_long_caches_hold_from_there_on(tmp_path):
     drafted = 1 + sum(answer.emitted_per_step)  # the first token is the prompt's
     assert 64 <= 3 + drafted <= 64 + 5
     assert stats["decode_steps"] == 100 - drafted
+
+
+@pytest.mark.parametrize(
+    ("costs", "what"),
+    [
+        ((1.2,), r"expected one cost for each of \[2, 4\]"),
+        ({2: (1.2, 1.5)}, r"expected costs for the batches \[1\], of caches of up to 128 tokens"),
+        ({1: {64: (1.2, 1.5)}}, r"expected costs for the batches \[1\], of caches of up to 128 tokens"),
+    ],
+)
+def test_costs_in_a_manifest_that_do_not_fit_its_graphs_are_refused_before_any_step(engine, costs, what, monkeypatch):
+    """Was: a traceback at the step that needed them."""
+    manifest = engine.batch.manifest.model_copy(update={"step_costs": costs})
+    monkeypatch.setattr(engine.batch, "manifest", manifest)
+    with pytest.raises(CorruptError, match=what):
+        engine.generate([[5, 6, 7]], max_new_tokens=4)
 
 
 def test_a_given_k_has_no_pace(engine):
