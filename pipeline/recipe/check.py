@@ -142,7 +142,7 @@ def _cost_conflicts(costs: StepCosts, shapes: Shapes) -> Iterator[Finding]:
     for batch, by_tokens in by_shape(costs, shapes.batch, shapes.kv[-1]).items():
         if max(by_tokens) != shapes.kv[-1]:
             what = f"found costs for caches of up to {max(by_tokens)} tokens; the largest kv bucket is {shapes.kv[-1]}"
-            yield ("speculation", "step_costs", batch), what, f"name the last costs {shapes.kv[-1]}"
+            yield ("speculation", "step_costs", batch), what, f"write {shapes.kv[-1]} in place of {max(by_tokens)}"
 
 
 def _shape_conflicts(shapes: Shapes, speculation: Speculation | None, validate: Validate | None) -> Iterator[Finding]:
