@@ -33,7 +33,8 @@ from pipeline.graphs.dtypes import torch_dtype  # noqa: E402
 from pipeline.graphs.module import GraphModule, empty  # noqa: E402
 from pipeline.graphs.signature import signature  # noqa: E402
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec  # noqa: E402
-from pipeline.models.config import Layer, Rope  # noqa: E402
+from pipeline.models.config import Layer  # noqa: E402
+from pipeline.models.rope_types import Rope  # noqa: E402
 from pipeline.recipe.backend_settings import InductorSettings  # noqa: E402
 from support.graphs import compile_graph  # noqa: E402
 from support.pairs import make_pair  # noqa: E402

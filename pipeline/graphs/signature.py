@@ -156,7 +156,7 @@ def _weights(
 
 def _caches(pair: PairSpec, role: Role) -> Iterator[TensorSpec]:
     config, dtype = pair.models.config_of(role), pair.models.dtype_of(role)
-    for layer in range(config.layers):
+    for layer in config.keeping:
         net = config.layer(layer).delta_net
         if net is not None:
             own = net.of_rank(pair.models.tp_of(role))

@@ -17,7 +17,7 @@ def empty_caches(
     `replayed` as in `graphs.spec.PairSpec`.
     """
     state: State = {}
-    for layer in range(config.layers):
+    for layer in config.keeping:
         own, net = config.at(layer), config.layer(layer).delta_net
         if net is None:
             shape = (rows, own.kv_heads, length, own.head_dim)

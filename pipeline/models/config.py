@@ -11,24 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipeline.models.draft_kind import DFLASH, DRAFT_MODEL, DSPARK, EAGLE3, MTP, P_EAGLE, DraftKind
-
-
-@dataclass(frozen=True)
-class LinearRope:
-    """All frequencies divided by `factor` (`rope_type: linear`)."""
-
-    factor: float
-
-
-@dataclass(frozen=True)
-class Llama3Rope:
-    """Frequency scaling of Llama 3.1 and later (`rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
+from pipeline.models.rope_types import Rope
 
 TapMeaning = Literal["inputs", "outputs", "unclear"]
 """What an id k in a head's file is: the input of layer k, its output, or one of both by the target's depth."""
@@ -43,48 +26,8 @@ class TapIds:
     meaning: TapMeaning
 
 
-@dataclass(frozen=True)
-class YarnRope:
-    """YaRN (Peng et al. 2023): pairs up to `first` keep their frequency, from `last` on it is divided by `factor`."""
-
-    factor: float
-    first: float
-    last: float
-
-
-@dataclass(frozen=True)
-class DividedRope:
-    """Each pair's frequency divided by a number of its own (LongRoPE, Ding et al. 2024, up to the original length)."""
-
-    factors: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class ProportionalRope:
-    """The first `pairs` turn, at frequencies of the whole head divided by `factor`; others stand still (Gemma 4)."""
-
-    pairs: int
-    factor: float
-
-
-RopeScaling = LinearRope | Llama3Rope | YarnRope | DividedRope | ProportionalRope
-
 OF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 """Start of the names of a layer's weights."""
-
-
-@dataclass(frozen=True)
-class Rope:
-    """A rotary embedding (Su et al. 2021) of the first `dim` values of each head.
-
-    `scale` multiplies cosines and sines. `interleaved`: neighbours turn together, instead of values of the two halves.
-    """
-
-    theta: float
-    dim: int
-    scaling: RopeScaling | None = None
-    scale: float = 1.0
-    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,8 +103,9 @@ class Layer:
     """One kind of layer: its rotary embedding, its sliding window and its experts, where it has them.
 
     Without a `rope`, attention knows no positions but the order. A query sees the last `window` keys, its own included.
-    `head_dim` and `kv_heads` replace the model's. `values_are_keys`: values are projected as keys are, by the same
-    matrix. A layer with a `delta_net` has no attention.
+    `head_dim`, `kv_heads` and `intermediate` replace the model's. `values_are_keys`: values are projected as keys are,
+    by the same matrix. `shares_keys`: keys and values are those of the last layer with the same window that has its
+    own. A layer with a `delta_net` has no attention.
     """
 
     rope: Rope | None
@@ -171,6 +115,8 @@ class Layer:
     kv_heads: int | None = None
     values_are_keys: bool = False
     delta_net: DeltaNet | None = None
+    intermediate: int | None = None
+    shares_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,6 +128,9 @@ class Norms:
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
 
+
+SIZES_OF_LAYERS = ("head_dim", "kv_heads", "intermediate")
+"""Fields of a `Layer` that replace those of a model."""
 
 NormStyle = Literal["narrow", "wide", "offset"]
 """How RMSNorm scales: in the model's dtype, in float32, or in float32 by 1 + weight."""
@@ -274,7 +223,7 @@ class ModelConfig:
     score that takes part in the softmax without a value. `v_norm`: each head of the values is normalised, without
     weights. `layer_scalar`: the output of each layer is multiplied by a number of the checkpoint. `attention_gate`: the
     output of attention is multiplied with the sigmoid of a projection of its input, which checkpoints have in `q_proj`,
-    beside the queries of each head.
+    beside the queries of each head. `layer_input`: each layer has so many inputs beside the stream (`layer_inputs.py`).
 
     `draft_vocab` is the size of a reduced output vocabulary (EAGLE-3 convention: target id = draft id + d2t[draft id]);
     None means the output vocabulary is `vocab`. `shares_embedding`: the checkpoint has no embedding and uses the
@@ -312,6 +261,7 @@ class ModelConfig:
     v_norm: bool = False
     layer_scalar: bool = False
     attention_gate: bool = False
+    layer_input: int | None = None
     draft_vocab: int | None = None
     shares_embedding: bool = False
     shares_head: bool = False
@@ -331,14 +281,26 @@ class ModelConfig:
         return self.kinds[self.kind(index)]
 
     def of(self, kind: Layer) -> ModelConfig:
-        """Return the config with the heads of a kind of layers."""
-        if kind.head_dim is None and kind.kv_heads is None:
-            return self
-        return replace(self, head_dim=kind.head_dim or self.head_dim, kv_heads=kind.kv_heads or self.kv_heads)
+        """Return the config with the sizes of a kind of layers."""
+        own = {name: getattr(kind, name) for name in SIZES_OF_LAYERS if getattr(kind, name) is not None}
+        return replace(self, **own) if own else self
 
     def at(self, layer: int) -> ModelConfig:
-        """Return the config with the heads of a layer."""
+        """Return the config with the sizes of a layer."""
         return self.of(self.layer(layer))
+
+    def keys_of(self, layer: int) -> int:
+        """Return the layer whose keys and values a layer reads: its own number, unless it shares those of another."""
+        kind = self.layer(layer)
+        if not kind.shares_keys:
+            return layer
+        earlier = (other for other in reversed(range(layer)) if not self.layer(other).shares_keys)
+        return next(other for other in earlier if self.layer(other).window == kind.window)
+
+    @property
+    def keeping(self) -> tuple[int, ...]:
+        """Layers that keep something of a row between passes: all but those that share another's keys and values."""
+        return tuple(layer for layer in range(self.layers) if not self.layer(layer).shares_keys)
 
     def of_weight(self, name: str) -> ModelConfig:
         """Return the config with the heads of the layer of a weight, by the weight's name."""

@@ -10,7 +10,6 @@ heads and vocabulary are this rank's share.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,11 +19,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.models import delta_net
-from pipeline.models.config import Activation, DeltaNet, Layer, ModelConfig, NormStyle
-from pipeline.models.parallel import Attend, Gating, Pass, Seams, capped
+from pipeline.models.activations import activated
+from pipeline.models.config import DeltaNet, Layer, ModelConfig
+from pipeline.models.layer_inputs import layer_inputs, with_input
+from pipeline.models.norms import norm, norm_scaled, normalised, rms_norm
+from pipeline.models.parallel import Attend, Gating, Pass, Seams
 from pipeline.models.rotary import Rotary, rotary_of, rotate
 from pipeline.models.routing import of_rank, routed, shared_out
-from pipeline.models.weights import BASE, EMBEDDING, HEAD, NORM, OFFSET, fused_name, local_heads, padded_vocab
+from pipeline.models.shared_keys import over_caches
+from pipeline.models.vocabulary import embed, vocab_rows
+from pipeline.models.weights import BASE, NORM, OFFSET, fused_name, local_heads
 
 Weights = Mapping[str, Tensor]
 SHARED, SHARED_GATE = "mlp.shared_expert", "mlp.shared_expert_gate.weight"
@@ -71,6 +75,7 @@ def hidden_states(
         seams = seams.of_pass(tokens_BT.shape[1])
     seams = seams.of_live(run.live_BT)
     x = embed(config, weights, seams, tokens_BT)
+    inputs_BTLP = layer_inputs(config, weights, seams, tokens_BT, x) if config.layer_input else None
     rotaries = [rotary_of(config, run.positions_BT, x.dtype, kind) for kind in range(len(config.kinds))]
     of_kinds = [config.of(kind) for kind in config.kinds]
     runs = [pass_of(config, kind, run, kv_heads_of(own, seams)) for kind, own in enumerate(of_kinds)]
@@ -80,10 +85,12 @@ def hidden_states(
         if layer in taps:
             tapped.append(seams.all_tokens(stream.x_BTH))
         kind = config.kind(layer)
-        own = runs[kind].of_layer(layer)
+        own = runs[kind].of_layer(config.keys_of(layer))
+        if inputs_BTLP is not None:
+            own = replace(own, input_BTP=inputs_BTLP[:, :, layer])
         w = layer_weights(weights, layer) | next_norm(config, weights, layer) | rank_of(config, weights, layer, seams)
         stream = seams.once(run_layer, of_kinds[kind], config.kinds[kind], w, seams, stream, rotaries[kind], own)
-        run.keep(layer, own.state)
+        run.keep(config.keys_of(layer), own.state)
         if stream.experts_BTC is not None:
             experts.append(stream.experts_BTC)
             stream = stream._replace(experts_BTC=None)  # or layers would be different functions for a compiler
@@ -98,12 +105,14 @@ def hidden_states(
 def pass_of(config: ModelConfig, kind: int, run: Pass, kv_heads: int) -> Pass:
     """Return a pass for the layers of a kind: what their queries see, and where their caches are written."""
     assert run.attend is not None
-    ring = run.ring(config.first(kind))
-    attend = attend_of(config, config.kinds[kind], run.attend, ring)
+    ring = run.ring(config.keys_of(config.first(kind)))
+    shares = config.kinds[kind].shares_keys
+    attend = attend_of(config, config.kinds[kind], over_caches(run) if shares else run.attend, ring)
+    run = replace(run, attend=attend, own_keys=not shares)
     if not run.state:  # nothing is cached
-        return replace(run, attend=attend)
+        return run
     writes = run.writes if ring is None else run.writes.around(ring)
-    return replace(run, attend=attend, writes=writes.of_heads(kv_heads))
+    return replace(run, writes=writes.of_heads(kv_heads))
 
 
 def attend_of(config: ModelConfig, layer: Layer, attend: Attend, ring: int | None = None) -> Attend:
@@ -142,15 +151,12 @@ def run_layer(
     x = stream.x_BTH + after(config, w, names.after_attention, mixed_BTH)
     inner, experts_BTC = feed_forward(config, layer, w, seams, norm(config, w, names.before_mlp, x))
     x = x + after(config, w, names.after_mlp, inner)
+    if run.input_BTP is not None:
+        x = with_input(config, w, seams, x, run.input_BTP)
     if config.layer_scalar:
         x = x * w["layer_scalar"]
     normed = rms_norm(x, w[NEXT_NORM], config.norm_eps, config.norm_style) if NEXT_NORM in w else x
     return Stream(x, normed, experts_BTC)
-
-
-def norm(config: ModelConfig, w: Weights, name: str | None, x: Tensor) -> Tensor:
-    """Apply a layer's norm of that name; None: no norm."""
-    return x if name is None else rms_norm(x, w[f"{name}.weight"], config.norm_eps, config.norm_style)
 
 
 def after(config: ModelConfig, w: Weights, name: str | None, x: Tensor) -> Tensor:
@@ -159,72 +165,10 @@ def after(config: ModelConfig, w: Weights, name: str | None, x: Tensor) -> Tenso
     return x if config.residual_scale == 1 else x * config.residual_scale
 
 
-def logits(config: ModelConfig, weights: Weights, seams: Seams, hidden_BTH: Tensor, limit: int | None = None) -> Tensor:
-    """Return this rank's slice of the logits, float32 [B, T, V]; -inf from id `limit` (None: the vocabulary) on."""
-    rows = vocab_rows(config.out_vocab, seams.tp)
-    if config.tied:
-        out_BTV = seams.tied_head(hidden_BTH, weights[EMBEDDING], rows)
-    else:
-        out_BTV = seams.head(hidden_BTH, weights[HEAD], rows)
-    if config.logit_scale != 1:
-        out_BTV = out_BTV * config.logit_scale
-    out_BTV = capped(out_BTV, config.logit_cap)
-    size = min(limit or config.out_vocab, config.out_vocab)
-    if rows * seams.tp == size:
-        return out_BTV
-    ids_V = torch.arange(rows, device=out_BTV.device) + weights[OFFSET]
-    return torch.where(ids_V < size, out_BTV, -math.inf)
-
-
-def vocab_rows(vocab: int, tp: int) -> int:
-    """Return the vocabulary rows of one rank: all on a single rank, whole blocks when split."""
-    return vocab if tp == 1 else padded_vocab(vocab, tp) // tp
-
-
 def layer_weights(weights: Weights, layer: int) -> dict[str, Tensor]:
     """Return one layer's weights, by their names without the layer's prefix."""
     prefix = f"model.layers.{layer}."
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-
-
-def embed(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor) -> Tensor:
-    """Embed tokens: int [B, T] -> [B, T, H], in the model's dtype, scaled as the config says."""
-    x_BTH = embedded(config, weights, seams, tokens_BT)
-    if config.embedding_scale == 1:
-        return x_BTH
-    # A tensor: transformers rounds the scale to the model's dtype.
-    return x_BTH * torch.full((), config.embedding_scale, dtype=x_BTH.dtype, device=x_BTH.device)
-
-
-def embedded(config: ModelConfig, weights: Weights, seams: Seams, tokens_BT: Tensor) -> Tensor:
-    """Look tokens up in the embedding, which ranks share out: [B, T, H], in the model's dtype."""
-    table, dtype = weights[EMBEDDING], weights[NORM].dtype
-    if seams.tp == 1:
-        return seams.embed(tokens_BT, table).to(dtype)
-    rows = vocab_rows(config.vocab, seams.tp)
-    local_BT = tokens_BT - weights[OFFSET]
-    mine_BT = (local_BT >= 0) & (local_BT < rows)
-    x_BTH = seams.embed(local_BT.clamp(0, rows - 1), table).to(dtype)
-    return seams.own_tokens(torch.where(mine_BT[..., None], x_BTH, torch.zeros_like(x_BTH)))
-
-
-def rms_norm(x: Tensor, weight_H: Tensor, eps: float, style: NormStyle = "narrow") -> Tensor:
-    """Normalise in float32 (Zhang and Sennrich 2019), scale as transformers does in the given style."""
-    return norm_scaled(normalised(x, eps), weight_H, style, x.dtype)
-
-
-def normalised(x: Tensor, eps: float) -> Tensor:
-    """Normalise along the last axis: float32."""
-    wide = x.float()
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-
-
-def norm_scaled(wide: Tensor, weight_H: Tensor, style: NormStyle, dtype: torch.dtype) -> Tensor:
-    """Scale normalised float32 values; return them in the model's dtype."""
-    if style == "narrow":
-        return weight_H * wide.to(dtype)
-    scale_H = weight_H.float()
-    return (wide * (1 + scale_H if style == "offset" else scale_H)).to(dtype)
 
 
 def project(w: Weights, seams: Seams, x_BTH: Tensor, rows: Mapping[str, int]) -> Tensor:
@@ -244,15 +188,19 @@ def project(w: Weights, seams: Seams, x_BTH: Tensor, rows: Mapping[str, int]) ->
 def attention(
     config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, rotary: Rotary | None, run: Pass
 ) -> Tensor:  # fmt: skip
-    """Write one layer's keys and values, then attend over its cache: [B, T, H]."""
+    """Write one layer's keys and values, where it has its own, then attend over its cache: [B, T, H]."""
     assert run.attend is not None
     heads, kv_heads = local_heads(config, seams.tp), kv_heads_of(config, seams)
     x_BTX = seams.all_tokens(x_BTX)
-    turned, v = heads_of(config, w, seams, x_BTX, "qkv").split((heads + kv_heads, kv_heads), dim=1)
-    q, k = rotate(turned, rotary).split((heads, kv_heads), dim=1)
-    cached_k = seams.write(run.state, "k", k, run.writes)
-    cached_v = seams.write(run.state, "v", v, run.writes)
-    keys, values = (cached_k, cached_v) if run.attend.kv else (k, v)
+    if run.own_keys:
+        turned, v = heads_of(config, w, seams, x_BTX, "qkv").split((heads + kv_heads, kv_heads), dim=1)
+        q, k = rotate(turned, rotary).split((heads, kv_heads), dim=1)
+        cached_k = seams.write(run.state, "k", k, run.writes)
+        cached_v = seams.write(run.state, "v", v, run.writes)
+        keys, values = (cached_k, cached_v) if run.attend.kv else (k, v)
+    else:
+        q = rotate(heads_of(config, w, seams, x_BTX, "q"), rotary)
+        keys, values = run.state["k"], run.state["v"]
     attend = replace(run.attend, sinks_N=w["self_attn.sinks"]) if config.sinks else run.attend
     out_BTX = seams.attend(q, keys, values, attend)
     if config.attention_gate:
@@ -294,16 +242,18 @@ def kv_heads_of(config: ModelConfig, seams: Seams) -> int:
 
 
 def heads_of(config: ModelConfig, w: Weights, seams: Seams, x_BTX: Tensor, names: str) -> Tensor:
-    """Return the heads of "qkv" or "kv" concatenated, q and k normalised where the config says so: [B, N, T, D]."""
+    """Return the heads of "qkv", "kv" or "q" concatenated, normalised where the config says so: [B, N, T, D]."""
     kv_heads = kv_heads_of(config, seams)
     counts = {name: local_heads(config, seams.tp) if name == "q" else kv_heads for name in names}
     rows = {f"self_attn.{name}_proj": count * config.head_dim for name, count in counts.items()}
     out = project(w, seams, x_BTX, rows).view(*x_BTX.shape[:2], -1, config.head_dim)
+    normed = normed_heads if config.qk_norm == "head" else normed_vectors
+    if "v" not in names:
+        return (normed(config, w, seams, out, counts) if config.qk_norm else out).transpose(1, 2)
     if config.v_norm:
         rest, v = out.split((out.shape[2] - kv_heads, kv_heads), dim=2)
         out = torch.cat((rest, normalised(v, config.norm_eps).to(v.dtype)), dim=2)
     if config.qk_norm:
-        normed = normed_heads if config.qk_norm == "head" else normed_vectors
         rest, v = out.split((out.shape[2] - kv_heads, kv_heads), dim=2)
         out = torch.cat(
             (normed(config, w, seams, rest, {name: counts[name] for name in names if name in "qk"}), v), dim=2
@@ -376,8 +326,3 @@ def gated(config: ModelConfig, w: Weights, seams: Seams, x_BTH: Tensor, base: st
     else:
         inner = seams.swiglu(x_BTH, w[f"{base}.gate_proj.weight"], w[f"{base}.up_proj.weight"], rows)
     return seams.linear(inner, w[f"{base}.down_proj.weight"], config.hidden)
-
-
-def activated(activation: Activation, x: Tensor) -> Tensor:
-    """Apply an activation function."""
-    return functional.silu(x) if activation == "silu" else functional.gelu(x, approximate="tanh")

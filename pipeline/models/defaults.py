@@ -170,6 +170,8 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         "use_bidirectional_attention": Field(None, Kind.TEXT_OR_NULL),
         "eos_token_id": Field(1, Kind.TOKEN_IDS),
         "hidden_size_per_layer_input": Field(256, Kind.INT),
+        "vocab_size_per_layer_input": Field(262144, Kind.INT),
+        "use_double_wide_mlp": Field(False, Kind.BOOL),
         "attention_k_eq_v": Field(False, Kind.BOOL),
         "num_kv_shared_layers": Field(0, Kind.INT),
         "enable_moe_block": Field(False, Kind.BOOL),

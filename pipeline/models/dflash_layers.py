@@ -20,19 +20,18 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import (
     Stream,
     Weights,
-    embed,
     heads_of,
     kv_heads_of,
     layer_weights,
     mlp,
     next_norm,
-    norm,
-    rms_norm,
     run_layer,
     store,
 )
+from pipeline.models.norms import norm, rms_norm
 from pipeline.models.parallel import Attend, Pass, Seams, attend_up_to
 from pipeline.models.rotary import Rotary, rotary_of, rotate
+from pipeline.models.vocabulary import embed
 from pipeline.models.weights import CONTEXT_NORM, FC, NORM, local_heads
 
 

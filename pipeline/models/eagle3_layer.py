@@ -20,17 +20,16 @@ from pipeline.models.decoder import (
     Weights,
     attend_of,
     attention,
-    embed,
     layer_weights,
     mlp,
     next_norm,
-    norm,
-    rms_norm,
     run_layer,
     store,
 )
+from pipeline.models.norms import norm, rms_norm
 from pipeline.models.parallel import Pass, Seams
 from pipeline.models.rotary import rotary_of
+from pipeline.models.vocabulary import embed
 from pipeline.models.weights import FC, FC_NORM, FEATURE_NORM, INPUT_NORM, NORM, TOKEN_NORM
 
 

@@ -1,17 +1,19 @@
-"""Gemma 4, dense text models: Gemma 3 with larger heads where all keys are seen, whose values are keys.
+"""Gemma 4, dense text models: Gemma 3 with larger heads where all keys are seen, whose values may be keys.
 
-Not its smaller models, which share keys and values between layers and add inputs to each layer, and not its experts.
+The last layers of smaller models share keys and values of earlier ones, and each layer has inputs of its own. Experts
+are not supported.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.fields import Fields, is_int, shown
 from pipeline.models.gemma2 import NORMS, cap_of
 from pipeline.models.layer_types import FULL, PER_LAYER, every, windows
-from pipeline.models.shared import shared_fields
+from pipeline.models.shared import layered, shared_fields
 
 PATTERN = 6
 """One layer of so many sees all keys, where no field says so."""
@@ -27,7 +29,7 @@ def read_config(fields: Fields) -> ModelConfig:
     """Translate a `Gemma4TextConfig`.
 
     Raises:
-        SourceError: inputs by layer, shared keys and values, experts, or other sizes by layer, by field and value.
+        SourceError: experts, layers that share keys and values of none, or other sizes by layer, by field and value.
 
     """
     _reject_unsupported(fields)
@@ -41,8 +43,9 @@ def read_config(fields: Fields) -> ModelConfig:
         fields, windows=of_layers, full={**own, "values_are_keys": fields.value("attention_k_eq_v")},
         norms=NORMS, norm_style="wide", qk_norm="head", v_norm=True, layer_scalar=True, qkv_bias=bias, out_bias=bias,
         embedding_scale=fields.size("hidden_size") ** 0.5, attention_scale=1.0,
-        logit_cap=cap_of(fields, "final_logit_softcapping"),
+        logit_cap=cap_of(fields, "final_logit_softcapping"), layer_input=_layer_input(fields),
     )  # fmt: skip
+    config = _with_shared_keys(config, fields)
     for kind in config.kinds:
         if config.heads % config.of(kind).kv_heads:
             what = f"does not divide num_attention_heads={config.heads}"
@@ -51,10 +54,6 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def _reject_unsupported(fields: Fields) -> None:
-    size = fields.value("hidden_size_per_layer_input")
-    if size:
-        what = "inputs of each layer (per-layer embeddings) are not supported"
-        raise fields.error("hidden_size_per_layer_input", size, what, "use a model without them (0), as Gemma 4 31B")
     if fields.value("enable_moe_block"):
         raise fields.error("enable_moe_block", True, "experts of this family are not supported", "use a dense model")
     if (kind := fields.value("use_bidirectional_attention")) not in (None, "vision"):  # of images alone
@@ -63,6 +62,31 @@ def _reject_unsupported(fields: Fields) -> None:
         if fields.config.get(name) is not None:
             what = "transformers does not read this field here"
             raise fields.error(name, fields.config[name], what, "use rope_parameters")
+
+
+def _layer_input(fields: Fields) -> int | None:
+    """Return the size of a layer's input; None for 0, without inputs."""
+    size, rows = fields.value("hidden_size_per_layer_input"), fields.size("vocab_size_per_layer_input")
+    if size == 0:
+        return None
+    if rows != fields.size("vocab_size"):
+        raise fields.error("vocab_size_per_layer_input", rows, f"expected vocab_size={fields.size('vocab_size')}")
+    return fields.size("hidden_size_per_layer_input")
+
+
+def _with_shared_keys(config: ModelConfig, fields: Fields) -> ModelConfig:
+    """Return the config in which the last layers share keys and values, and may have networks of the double size."""
+    count = fields.value("num_kv_shared_layers")
+    if not 0 <= count < config.layers:
+        raise fields.error("num_kv_shared_layers", count, f"expected 0 to {config.layers - 1}, fewer than all layers")
+    layers = [config.layer(index) for index in range(config.layers)]
+    own, sharing = layers[: config.layers - count], layers[config.layers - count :]
+    if {layer.window for layer in own} != {layer.window for layer in layers}:
+        what = "each type of layers needs one with keys and values of its own"
+        raise fields.error("num_kv_shared_layers", count, what)
+    inner = 2 * config.intermediate if fields.value("use_double_wide_mlp") else None
+    sharing = [replace(layer, shares_keys=True, values_are_keys=False, intermediate=inner) for layer in sharing]
+    return replace(config, **layered([*own, *sharing]))
 
 
 def _own_heads(fields: Fields, full: list[int]) -> dict[str, Any]:

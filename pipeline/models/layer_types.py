@@ -12,6 +12,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 PER_LAYER = "per_layer_config"
 """Sizes of layers of Gemma 4 that differ from the model's, by the number of the layer."""
 
+SHARED_LAYERS = "num_kv_shared_layers"
+"""Number of last layers of Gemma 4 that share keys and values."""
+
 LAYER_TYPES = (FULL, SLIDING)
 OLDER = "layers_block_type"
 """Another name of `layer_types` in Granite 4."""
@@ -87,6 +90,8 @@ def of_layers(config: ModelConfig, config_json: Mapping[str, Any], layers: Seque
         fields["layer_types"] = types
     if OLDER in config_json:
         fields[OLDER] = types
+    if SHARED_LAYERS in config_json:
+        fields[SHARED_LAYERS] = sum(kind.shares_keys for kind in kinds)
     own = config_json.get(PER_LAYER)
     if isinstance(own, Mapping) and own:
         fields[PER_LAYER] = {str(new): own[str(old)] for new, old in enumerate(layers) if str(old) in own}

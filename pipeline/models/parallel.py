@@ -227,7 +227,8 @@ class Pass:
     """One pass of a model: positions int [B, T], its caches, where it writes them, and the keys it attends over.
 
     `attend` is None in a pass that only writes keys and values, `recurrence` in a model without recurrent layers.
-    `live_BT` bool are the tokens whose states are read afterwards, or written to a cache; None: all.
+    `live_BT` bool are the tokens whose states are read afterwards, or written to a cache; None: all. Of one layer,
+    `input_BTP` is its input beside the stream, and without `own_keys` its caches are those of another layer.
     """
 
     positions_BT: Tensor
@@ -236,6 +237,8 @@ class Pass:
     attend: Attend | None = None
     live_BT: Tensor | None = None
     recurrence: Recurrence | None = None
+    input_BTP: Tensor | None = None
+    own_keys: bool = True
 
     def of_layer(self, layer: int) -> Pass:
         """Return the pass of one layer, over its caches without its number: the same for all layers of a kind."""

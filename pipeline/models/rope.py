@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.models.config import Limit, ProportionalRope, Rope
+from pipeline.models.config import Limit
 from pipeline.models.fields import Fields
 from pipeline.models.layer_types import FULL, LAYER_TYPES, SLIDING
 from pipeline.models.rope_kinds import LENGTH_DEPENDENT, ORIGINAL, RopeObject, scaled
+from pipeline.models.rope_types import ProportionalRope, Rope
 
 LAYOUTS = ("rope_scaling", "rope_parameters")
 PARTIAL = "partial_rotary_factor"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.models.config import DividedRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
 from pipeline.models.fields import LARGEST, LIMIT, Fields, is_int
+from pipeline.models.rope_types import DividedRope, LinearRope, Llama3Rope, RopeScaling, YarnRope
 
 ORIGINAL = "original_max_position_embeddings"
 YARN_FAST, YARN_SLOW = 32.0, 1.0

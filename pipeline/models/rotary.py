@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.models.config import DividedRope, LinearRope, Llama3Rope, ModelConfig, ProportionalRope, Rope, YarnRope
+from pipeline.models.config import ModelConfig
+from pipeline.models.rope_types import DividedRope, LinearRope, Llama3Rope, ProportionalRope, Rope, YarnRope
 
 
 class Rotary(NamedTuple):

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.models.config import Activation, DeltaNet, Experts, Layer, Limit, ModelConfig, Rope
+from pipeline.models.config import Activation, DeltaNet, Experts, Layer, Limit, ModelConfig
 from pipeline.models.defaults import REFUSED
 from pipeline.models.fields import Fields
 from pipeline.models.layer_types import FULL, PER_LAYER, SLIDING
 from pipeline.models.rope import read_rope
+from pipeline.models.rope_types import Rope
 
 OWN_HEADS = ("gemma4_text",)
 """Families whose layers may have heads of their own, by `per_layer_config`."""
@@ -123,7 +124,7 @@ def _activation(fields: Fields) -> Activation:
 
 def _reject_unsupported(fields: Fields) -> None:
     for key, neutral in REFUSED.items():
-        if key == PER_LAYER and fields.family in OWN_HEADS:
+        if fields.has(key) or (key == PER_LAYER and fields.family in OWN_HEADS):
             continue
         value = fields.config.get(key)
         if value is None or value in neutral:

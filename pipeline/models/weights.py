@@ -29,6 +29,13 @@ NORM = "model.norm.weight"
 EXPERTS = ".experts."
 """Part of the names of experts' tensors: of all as one tensor without a number, of each with its number after it."""
 
+LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
+INPUT_PROJECTION, OF_INPUTS = "model.per_layer_model_projection.weight", "model.per_layer_projection_norm.weight"
+"""What makes the inputs of all layers (`models.layer_inputs`): a row for each token, a projection and a norm."""
+
+INPUT_GATE, FROM_INPUT, AFTER_INPUT = "per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm"
+"""What a layer adds its input by: two linear layers and the norm after them."""
+
 SCALAR = "layer_scalar"
 """A number of each layer by which its output is multiplied."""
 
@@ -146,7 +153,11 @@ def fused_specs(specs: Iterable[WeightSpec]) -> Iterator[WeightSpec]:
             yield spec
         elif layer in firsts:
             name, parts = firsts[layer]
-            own = tuple(known[f"{block}.{part}.{leaf}"] for part in parts)
+            of_parts = (known.get(f"{block}.{part}.{leaf}") for part in parts)
+            own = tuple(part for part in of_parts if part is not None)
+            if len(own) == 1:  # the queries of a layer that shares keys and values
+                yield spec
+                continue
             rows = sum(part.shape[0] for part in own)
             yield WeightSpec(f"{block}.{name}.{leaf}", (rows, *spec.shape[1:]), spec.split, "linear", own)
 
@@ -159,6 +170,10 @@ def fused_name(layer: str) -> str:
 
 def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
     yield WeightSpec(EMBEDDING, (c.vocab, c.hidden), "vocab", "embedding")
+    if c.layer_input is not None:
+        yield WeightSpec(LAYER_EMBEDDING, (c.vocab, c.layers * c.layer_input), "vocab", "embedding")
+        yield WeightSpec(INPUT_PROJECTION, (c.layers * c.layer_input, c.hidden), "replicate", "linear")
+        yield WeightSpec(OF_INPUTS, (c.layer_input,), "replicate", "vector")
     if c.eagle3 is not None:
         yield from _of_features(c.eagle3, c.hidden)
     for layer in range(c.layers):
@@ -172,8 +187,12 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
         yield from _norm(c, base, names.after_attention)
         yield from _norm(c, base, names.before_mlp)
         experts = c.layer(layer).experts
-        yield from _mlp(c, f"{base}.mlp") if experts is None else _experts(c, experts, f"{base}.mlp")
+        yield from _mlp(c.at(layer), f"{base}.mlp") if experts is None else _experts(c, experts, f"{base}.mlp")
         yield from _norm(c, base, names.after_mlp)
+        if c.layer_input is not None:
+            yield WeightSpec(f"{base}.{INPUT_GATE}.weight", (c.layer_input, c.hidden), "replicate", "linear")
+            yield WeightSpec(f"{base}.{FROM_INPUT}.weight", (c.hidden, c.layer_input), "replicate", "linear")
+            yield from _norm(c, base, AFTER_INPUT)
         if c.layer_scalar:
             yield WeightSpec(f"{base}.{SCALAR}", (1,), "replicate", "vector")
     yield WeightSpec(NORM, (c.hidden,), "replicate", "vector")
@@ -236,6 +255,7 @@ def _attention(c: ModelConfig, layer: int, base: str) -> Iterator[WeightSpec]:
         ("k", kv_rows, "kv_rows"),
         ("v", kv_rows, "kv_rows"),
     )
+    parts = parts[:1] if c.layer(layer).shares_keys else parts
     for name, rows, split in parts:
         yield WeightSpec(f"{base}.{name}_proj.weight", (rows, width), split, "linear")
         if c.qkv_bias:

@@ -189,7 +189,8 @@ def _parameters(config: ModelConfig) -> int:
 
 def _layer_parameters(config: ModelConfig, layer: Layer, *, of_token: bool = False) -> int:
     """Return about the number of a layer's parameters; `of_token`: of those that one token uses."""
-    of_kind, inner = config.of(layer), config.intermediate
+    of_kind = config.of(layer)
+    inner = of_kind.intermediate
     attention = (config.heads + of_kind.kv_heads) * of_kind.head_dim
     if layer.delta_net is not None:
         attention = layer.delta_net.keys + 3 * layer.delta_net.values // 2
@@ -198,6 +199,9 @@ def _layer_parameters(config: ModelConfig, layer: Layer, *, of_token: bool = Fal
     if layer.experts is not None:
         inner = layer.experts.intermediate * (layer.experts.chosen if of_token else layer.experts.count)
         inner += layer.experts.shared or 0
+    if layer.shares_keys:
+        attention -= of_kind.kv_heads * of_kind.head_dim
+    attention += config.layer_input or 0
     return config.hidden * (2 * attention + 3 * inner)
 
 
@@ -225,7 +229,7 @@ def saved_by_rings(pair: PairSpec) -> int:
 
 
 def _cache_bytes(pair: PairSpec, role: Role) -> int:
-    return sum(_layer_cache_bytes(pair, role, layer) for layer in range(pair.models.config_of(role).layers))
+    return sum(_layer_cache_bytes(pair, role, layer) for layer in pair.models.config_of(role).keeping)
 
 
 def _layer_cache_bytes(pair: PairSpec, role: Role, layer: int) -> int:
@@ -283,7 +287,8 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     attention = size * (states + 2 * qkv) + 4 * (qkv + heads + hidden)
     experts = [kind.experts for kind in config.kinds if kind.experts is not None]
     sizes = [max(one.chosen * one.intermediate, one.shared or 0) for one in experts]
-    inner = max(sizes, default=config.intermediate) // (1 if any(one.by_rank for one in experts) else tp)
+    widest = max(config.of(kind).intermediate for kind in config.kinds)
+    inner = max(sizes, default=widest) // (1 if any(one.by_rank for one in experts) else tp)
     chosen = max((one.chosen for one in experts), default=0)  # each token once for each of its experts, and results
     feed_forward = size * (states + 4 * hidden + inner) + 4 * hidden * (2 + 2 * chosen)
     return max(spec.batch * spec.tokens * max(attention, feed_forward), _recurrence_bytes(pair, spec, role))
@@ -319,7 +324,7 @@ def _layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     keys = spec.kv
     block = max(last - first for first, last in query_blocks(spec.batch * heads, spec.tokens, keys))
     heads_wide = max(_head_values(config.of(kind), tp)[0] for kind in config.kinds)
-    wide = 4 * config.hidden + 3 * heads_wide + 2 * config.intermediate // tp
+    wide = 4 * config.hidden + 3 * heads_wide + 2 * max(config.of(kind).intermediate for kind in config.kinds) // tp
     passes = {rows}
     if role == "draft" and spec.phase in ("speculate", "propose"):  # which proposes from one or two tokens of a row
         passes.add(2 * spec.batch)

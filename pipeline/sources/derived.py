@@ -54,6 +54,12 @@ def derive(target: Checkpoint, layers: tuple[int, ...], where: str = LAYERS) -> 
     if wrong or not layers:
         what = f"the target has no layer {wrong[0]}" if wrong else "no layers"
         raise SourceError(what, where=where, fix=f"use layers of 0..{count - 1}, for example [0, 1, {count - 1}]")
+    if target.config.layer_input is not None:
+        what = f"hidden_size_per_layer_input={target.config.layer_input}: layers with inputs make no draft of their own"
+        raise SourceError(what, where=where, fix="use a smaller model of the family, or train a head: tandem distill")
+    if sharing := [layer for layer in layers if target.config.layer(layer).shares_keys]:
+        what = f"layer {sharing[0]} shares keys and values of layer {target.config.keys_of(sharing[0])}"
+        raise SourceError(what, where=where, fix=f"use layers below {len(target.config.keeping)}")
     config_json = target.config_json | of_layers(target.config, target.config_json, layers)
     draft = replace(
         target,

@@ -30,8 +30,11 @@ MTP = re.compile(r"(model\.)?mtp(_layers)?\.")
 
 LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 
+OF_KEYS = tuple(f"self_attn.{name}." for name in ("k_proj", "v_proj", "k_norm", "v_norm"))
+"""Start of the names of what makes keys and values, after the layer's prefix."""
+
 BASE = "model."
-OF_BASE = ("embed_tokens.", "layers.", "norm.")
+OF_BASE = ("embed_tokens.", "layers.", "norm.", "embed_tokens_per_layer.", "per_layer_")
 """Tensors of the base model: transformers' AutoModel saves them without the prefix `model.`."""
 
 EXPERT_NAMES = tuple(
@@ -143,7 +146,7 @@ def is_floats(source: Source) -> bool:
 def _unfused(tensors: Mapping[str, Source], c: ModelConfig) -> Iterator[tuple[str, Source]]:
     """Split `qkv_proj` and `gate_up_proj`; with another number of rows it stays whole and is rejected as extra."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    inner = {c.intermediate, *(kind.experts.intermediate for kind in c.kinds if kind.experts)}
+    inner = {c.of(kind).intermediate for kind in c.kinds} | {e.intermediate for e in c.expert_layers}
     for name, tensor in tensors.items():
         stem, _, leaf = name.rpartition(".")
         block, _, fused = stem.rpartition(".")
@@ -249,7 +252,7 @@ def _extra(
     tensors: Mapping[str, Source], needed: Mapping[str, WeightSpec], checkpoint: Checkpoint
 ) -> Iterator[str]:  # fmt: skip
     for name, tensor in tensors.items():
-        if name in needed or IGNORED.fullmatch(name) or _is_mtp(name, checkpoint):
+        if name in needed or IGNORED.fullmatch(name) or _is_mtp(name, checkpoint) or _is_shared(name, checkpoint):
             continue
         if checkpoint.config.draft_kind.blocks and name.startswith(CONFIDENCE):
             continue
@@ -267,6 +270,14 @@ def _is_mtp(name: str, checkpoint: Checkpoint) -> bool:
     more, layer = checkpoint.config_json.get("num_nextn_predict_layers"), LAYER_NUMBER.match(name)
     after = layer is not None and int(layer[1]) >= checkpoint.config.layers
     return MTP.match(name) is not None or (after and isinstance(more, int) and more > 0)
+
+
+def _is_shared(name: str, checkpoint: Checkpoint) -> bool:
+    """Return whether a tensor makes keys or values that its layer shares with another: transformers ignores it."""
+    layer, config = LAYER_NUMBER.match(name), checkpoint.config
+    if layer is None or int(layer[1]) >= config.layers or not config.layer(int(layer[1])).shares_keys:
+        return False
+    return name[layer.end() :].startswith(OF_KEYS)
 
 
 def same_bytes(a: Source, b: Source) -> bool:

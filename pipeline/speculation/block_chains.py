@@ -15,10 +15,12 @@ from torch import Tensor
 
 from pipeline.models import markov
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import embed, heads_of, layer_weights, mlp, project, rms_norm
+from pipeline.models.decoder import heads_of, layer_weights, mlp, project
 from pipeline.models.dflash_layers import context
+from pipeline.models.norms import rms_norm
 from pipeline.models.parallel import PLAIN
 from pipeline.models.rotary import Rotary, rotary_of, rotate
+from pipeline.models.vocabulary import embed
 from pipeline.models.weights import HEAD, NORM
 from pipeline.speculation.chains import Batch, Guess, ahead
 

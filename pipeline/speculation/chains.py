@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import feed_forward, heads_of, layer_weights, norm, project
+from pipeline.models.decoder import feed_forward, heads_of, layer_weights, project
 from pipeline.models.eagle3_layer import features, inputs_of, outputs_of
+from pipeline.models.norms import norm
 from pipeline.models.parallel import PLAIN
 from pipeline.models.rotary import Rotary, rotary_of, rotate
 from pipeline.models.weights import HEAD, MASK_HIDDEN

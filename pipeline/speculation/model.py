@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import Hidden, Weights, hidden_states, logits
+from pipeline.models.decoder import Hidden, Weights, hidden_states
 from pipeline.models.parallel import Attend, Block, Pass, Seams, State, Writes, attend_up_to, first_cache, plan_writes
 from pipeline.models.recurrence import Recurrence, plan_recurrence
+from pipeline.models.vocabulary import logits
 from pipeline.models.weights import BASE, D2T, OFFSET, RECENT
 from pipeline.speculation.sampling import Sampling, Vocabulary, greedy, sample
 from pipeline.speculation.shaping import LogProbs, Shaping, Share, log_probs, shape

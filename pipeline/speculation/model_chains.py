@@ -24,9 +24,10 @@ from pipeline.speculation.model import recurrence_of
 
 
 class _Uncached(Seams):
-    """No cache: each pass attends over its own keys."""
+    """No cache: each pass attends over its own keys, and later layers may share them."""
 
     def write(self, state: State, name: str, new_BHTD: Tensor, writes: Writes) -> Tensor:  # noqa: ARG002 - the seam's signature
+        state[name] = new_BHTD
         return new_BHTD
 
 

@@ -3,9 +3,10 @@
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.models.config import Layer, Limit, LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
+from pipeline.models.config import Layer, Limit
 from pipeline.models.families import config_of
 from pipeline.models.rope import in_both_layouts
+from pipeline.models.rope_types import LinearRope, Llama3Rope, Rope, RopeScaling, YarnRope
 from pipeline.validate.reading import difference, here, readable
 from support.configs import DYNAMIC, LINEAR, LLAMA3, LONG, SMALL, YARN
 

@@ -8,9 +8,10 @@ import transformers
 
 from pipeline.errors import SourceError
 from pipeline.models.caches import empty_caches
-from pipeline.models.decoder import hidden_states, logits
+from pipeline.models.decoder import hidden_states
 from pipeline.models.families import config_of
 from pipeline.models.parallel import Pass, Seams, attend_up_to, plan_writes, slot_of
+from pipeline.models.vocabulary import logits
 from pipeline.speculation.model_chains import _Uncached
 
 SMALL = {
@@ -63,6 +64,11 @@ ROPES4 = {
         "rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 3.0, "rope_theta": 5000.0,
     },
 }  # fmt: skip
+INPUTS4 = GEMMA4 | {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 97}
+SHARED4 = GEMMA4 | {
+    "num_hidden_layers": 6, "num_kv_shared_layers": 3, "use_double_wide_mlp": True,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}  # fmt: skip
 GEMMA4_TEXT = GEMMA4 | {"model_type": "gemma4_text"}
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 SHARED_EXPERT = MIXTURE | {"shared_expert_intermediate_size": 56}
@@ -111,6 +117,8 @@ CASES = {
     "gemma3-linear": ("Gemma3", GEMMA | {"layer_types": TYPES, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
     "gemma4": ("Gemma4", GEMMA4 | {"attention_k_eq_v": True, "final_logit_softcapping": 3.0}),
     "gemma4-own-values": ("Gemma4", GEMMA4 | {"attention_bias": True, "rope_parameters": ROPES4}),
+    "gemma4-inputs": ("Gemma4", INPUTS4 | {"attention_k_eq_v": True}),
+    "gemma4-small": ("Gemma4", INPUTS4 | SHARED4 | {"hidden_size_per_layer_input": 6, "attention_bias": True}),
     "gemma4-equal-heads": ("Gemma4", GEMMA4 | {"per_layer_config": {}, "use_bidirectional_attention": "vision"}),
     "gemma4-one-window": ("Gemma4", GEMMA4 | {"attention_k_eq_v": True, "layer_types": [*TYPES[:2], "full_attention"]}),
     "qwen3-moe": ("Qwen3Moe", MIXTURE | {"norm_topk_prob": True, "head_dim": 16}),
@@ -238,7 +246,7 @@ def test_logits_equal_transformers(case):
 
 WINDOWED = [
     "mistral-window", "ministral3", "mixtral", "phi3", "gemma2", "gemma3", "gpt-oss", "olmo3", "smollm3-windows",
-    "qwen2-windows", "qwen3-windows", "qwen3-moe-mixed",
+    "qwen2-windows", "qwen3-windows", "qwen3-moe-mixed", "gemma4", "gemma4-small",
 ]  # fmt: skip
 MOST = 9
 """Tokens of the longest chunk."""
@@ -252,9 +260,9 @@ def test_logits_from_rings_equal_transformers_however_a_text_is_cut(case):
     slots = {kind.window: kind.window - 1 + MOST for kind in config.kinds if kind.window}
     state = {
         f"{part}.{layer}": torch.zeros(
-            2, config.kv_heads, slots.get(config.layer(layer).window, 128) + 1, config.head_dim
+            2, config.at(layer).kv_heads, slots.get(config.layer(layer).window, 128) + 1, config.at(layer).head_dim
         )
-        for layer in range(config.layers)
+        for layer in config.keeping
         for part in ("k", "v")
     }
     tokens, cuts = torch.randint(0, 97, (2, 127)), [0]
@@ -269,7 +277,7 @@ def test_logits_from_rings_equal_transformers_however_a_text_is_cut(case):
     assert error.max() < 2e-4, f"max {error.max():.2e}, mean {error.mean():.2e}"
 
 
-@pytest.mark.parametrize("case", ["gemma3", "llama2"])
+@pytest.mark.parametrize("case", ["gemma3", "gemma4-small", "llama2"])
 def test_a_pass_needs_no_caches(case):
     """As training reads texts: nothing is written, windows included."""
     hf_config, model = reference(case)
@@ -319,8 +327,13 @@ def test_slots_are_positions_modulo_their_number(slots):
         ({"hidden_size": None}, "hidden_size"),
         (GRANITE_HYBRID | {"layer_types": ["mamba", "attention", "mamba"]}, r'layer_types=\["mamba"\]'),
         (GRANITE_HYBRID | {"layer_types": None}, "layer_types=null: layers of Mamba-2"),
-        ({"model_type": "gemma4_text"}, "hidden_size_per_layer_input=256"),
-        (GEMMA4_TEXT | {"num_kv_shared_layers": 1}, "num_kv_shared_layers=1"),
+        ({"model_type": "gemma4_text"}, "vocab_size_per_layer_input=262144"),
+        (GEMMA4_TEXT | {"num_kv_shared_layers": 3}, "num_kv_shared_layers=3: expected 0 to 2"),
+        (GEMMA4_TEXT | {"num_kv_shared_layers": -1}, "num_kv_shared_layers=-1"),
+        (GEMMA4_TEXT | {"num_kv_shared_layers": 1}, "num_kv_shared_layers=1: each type of layers needs"),
+        ({"num_kv_shared_layers": 1}, "num_kv_shared_layers=1: this field is not supported"),
+        (GEMMA4_TEXT | INPUTS4 | {"vocab_size_per_layer_input": 96}, "vocab_size_per_layer_input=96"),
+        (GEMMA4_TEXT | INPUTS4 | {"hidden_size_per_layer_input": -1}, "hidden_size_per_layer_input=-1"),
         (GEMMA4_TEXT | {"enable_moe_block": True}, "enable_moe_block=true"),
         (GEMMA4_TEXT | {"use_bidirectional_attention": "all"}, 'use_bidirectional_attention="all"'),
         (GEMMA4_TEXT | {"layer_types": TYPES}, "the last layer must be full_attention"),

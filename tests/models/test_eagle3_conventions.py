@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.models.config import LinearRope, ModelConfig, YarnRope
+from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import describe, doubts, fitted, opened_config, tensor_name
 from pipeline.models.families import config_of
+from pipeline.models.rope_types import LinearRope, YarnRope
 from pipeline.models.weights import weight_specs
 from support.heads import ANGELSLIM, FLAT, MODELOPT, SAFEAILAB, SIZES, SPECULATORS, Parts, shapes
 from support.paths import ROOT

@@ -100,7 +100,7 @@ STRICTER = (
     "layers of Mamba-2",
     "experts beside a shared network",
     "expected rope, nope or null",
-    "per-layer embeddings",
+    "expected vocab_size=",
     "experts of this family",
     "transformers does not read this field here",
     "the last layer must be full_attention",

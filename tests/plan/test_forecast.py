@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.models.config import Layer, ModelConfig, Rope
+from pipeline.models.config import Layer, ModelConfig
+from pipeline.models.rope_types import Rope
 from pipeline.plan.estimates import ESTIMATES, HEADERS_S, Work, pace_of
 from pipeline.plan.forecast import cluster, forecast, makespan
 from pipeline.plan.history import CompiledGraph, History, PastBuild, machine

@@ -14,7 +14,8 @@ from pipeline.graphs.dtypes import DTYPES
 from pipeline.graphs.packing import BlockPacking
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec
-from pipeline.models.config import Experts, Layer, Limit, ModelConfig, Rope
+from pipeline.models.config import Experts, Layer, Limit, ModelConfig
+from pipeline.models.rope_types import Rope
 from pipeline.models.weights import weight_specs
 from pipeline.plan import lock as locks
 from pipeline.plan.estimates import GIB, layer_passes

@@ -98,6 +98,30 @@ def test_locked_config_is_the_file_of_its_digest(name: str) -> None:
         assert source.files["config.json"] in files, source.source
 
 
+def test_gemma4_e2b_has_its_published_size_and_caches_of_15_layers() -> None:
+    """As published: 2.3B beside 2.8B of embeddings; the last 20 of 35 layers share keys and values of two."""
+    config = config_of(
+        {
+            "model_type": "gemma4_text", "hidden_size": 1536, "num_hidden_layers": 35, "intermediate_size": 6144,
+            "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "global_head_dim": 512,
+            "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256,
+            "sliding_window": 512, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
+            "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7, "tie_word_embeddings": True,
+        },
+        "config.json",
+    )  # fmt: skip
+    sizes = {spec.name: math.prod(spec.shape) for spec in weight_specs(config)}
+    embeddings = sum(size for name, size in sizes.items() if "embed_tokens" in name)
+    assert abs(sum(sizes.values()) / 5.1e9 - 1) < 0.1, sum(sizes.values())
+    assert abs((sum(sizes.values()) - embeddings) / 2.3e9 - 1) < 0.2, sum(sizes.values()) - embeddings
+    assert config.keeping == tuple(range(15))
+    assert {config.keys_of(layer) for layer in range(15, 35)} == {13, 14}
+    models = ModelsSpec(config, config, "bfloat16", "bfloat16", 1, draft_replicated=False)
+    state = signature(GraphSpec("decode", 1, 1, 4096), PairSpec(models, 1, 4096), PlainPacking()).state
+    caches = [t for t in state if t.name.startswith("target")]
+    assert sum(math.prod(t.shape) for t in caches) == 2 * 4096 * (12 * 256 + 3 * 512)
+
+
 def test_gemma4_31b_has_its_published_size_and_caches_by_type_of_layers() -> None:
     """The text part as published (30.7B): 50 layers of 16 KV heads of 256 values, 10 of 4 heads of 512."""
     config = config_of(

@@ -14,7 +14,7 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 OF_FAMILY: dict[str, dict[str, Any]] = {
-    "gemma4_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16},
+    "gemma4_text": {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 64, "global_head_dim": 16},
     **{f: {"full_attention_interval": 2, "head_dim": 16} for f in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
     "granitemoehybrid": {"layer_types": ["attention"] * 2, "num_local_experts": 0, "mamba_n_heads": 4},
 }

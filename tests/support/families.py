@@ -86,6 +86,10 @@ GEMMA4 = {
     "sliding_window": 6, "hidden_size_per_layer_input": 0,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }  # fmt: skip
+GEMMA4_SMALL = GEMMA4 | {
+    "num_hidden_layers": 6, "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "attention_k_eq_v": False,
+    "layer_types": GEMMA4["layer_types"] * 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 400,
+}  # fmt: skip
 DELTA_NET = {
     "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 12,
@@ -158,6 +162,16 @@ FAMILIES = {
     "gemma2": Family("Gemma2", GEMMA, "json-config"),
     "gemma3": Family("Gemma3", GEMMA | {"sliding_window_pattern": 2}, "json-config", draft={"num_hidden_layers": 2}),
     "gemma4": Family("Gemma4", GEMMA4, "json-config", derive=(0, 2)),
+    "gemma4-small": Family(  # the last layers share keys and values, in the draft too
+        "Gemma4",
+        GEMMA4_SMALL,
+        "json-config",
+        draft={
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
     "qwen3-next": Family("Qwen3Next", DELTA_NET | SHARED_EXPERT, "json-config", derive=(0, 3)),
     "qwen3.5": Family("Qwen3_5", DELTA_NET, "json-config", derive=(0, 3)),
     "qwen3.5-moe": Family(  # a draft with a recurrent state of its own

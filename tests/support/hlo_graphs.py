@@ -9,7 +9,7 @@ import torch
 from pipeline.backends.neuron import hlo
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.spec import GraphSpec
-from pipeline.models.decoder import vocab_rows
+from pipeline.models.vocabulary import vocab_rows
 from pipeline.models.weights import OFFSET, vocab_offset
 from support.pairs import Pair
 from support.shards import expected_slice, in_out

@@ -48,6 +48,12 @@ MECHANISMS = {
         "global_head_dim": 16, "num_global_key_value_heads": 1,
         "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
     },
+    "gemma4-small": {
+        "model_type": "gemma4_text", "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 61,
+        "sliding_window": 6, "num_hidden_layers": 4,
+        "global_head_dim": 16, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "qwen2-moe": {
         "model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 32,
@@ -104,6 +110,8 @@ def configs(family: str, reduced: bool) -> tuple[ModelConfig, ModelConfig]:
     draft = config | {"num_hidden_layers": 1, "tie_word_embeddings": not reduced}
     if "linear_attention" in config.get("layer_types", ()):  # a draft needs a layer with attention
         draft |= {"num_hidden_layers": 2, "layer_types": config["layer_types"][:2]}
+    elif "num_kv_shared_layers" in config:
+        draft |= {"num_hidden_layers": 3, "layer_types": config["layer_types"][1:], "num_kv_shared_layers": 1}
     elif "layer_types" in config:
         draft["layer_types"] = config["layer_types"][-1:]
     if reduced:

@@ -194,15 +194,28 @@ def _gemma4(draw: Draw, layers: int) -> Config:
     kinds[FULL] |= draw.choice([{}, {"rope_type": "proportional"} | part])
     for kind in kinds.values():
         kind.setdefault("rope_type", "default")
+    small = draw.choice([{"hidden_size_per_layer_input": 0}, _small_gemma4(draw, layers)])
     return {
         "layer_types": [*draw.types(layers - 1), FULL],
         "sliding_window": draw.choice(WINDOWS),
-        "hidden_size_per_layer_input": 0,
         "global_head_dim": 4 * draw.randint(1, 6),
         "attention_k_eq_v": draw.chance(),
         "num_global_key_value_heads": 1,
         "rope_parameters": kinds,
-    } | draw.flags("attention_bias") | draw.some(final_logit_softcapping=lambda: 3.0)  # fmt: skip
+    } | draw.flags("attention_bias") | draw.some(final_logit_softcapping=lambda: 3.0) | small  # fmt: skip
+
+
+def _small_gemma4(draw: Draw, layers: int) -> Config:
+    """Return inputs of layers, and how many of the last layers share keys and values of those before them."""
+    vocab = draw.randint(40, 130)
+    inputs = {"hidden_size_per_layer_input": draw.randint(3, 20)}
+    inputs |= {"vocab_size": vocab, "vocab_size_per_layer_input": vocab}
+    if layers < 3 or draw.chance():
+        return inputs
+    sharing = draw.randint(1, layers - 2)
+    own = [SLIDING, *draw.types(layers - 2 - sharing), FULL] if layers - sharing > 1 else [FULL]
+    types = {"layer_types": [*own, *draw.types(sharing - 1), FULL]}
+    return inputs | types | draw.flags("use_double_wide_mlp") | {"num_kv_shared_layers": sharing}
 
 
 def by_type(draw: Draw) -> Config:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.graphs.spec import ROLES, ModelsSpec
-from pipeline.models.weights import EMBEDDING, HEAD, OFFSET, fused_specs, weight_specs
+from pipeline.models.weights import EMBEDDING, HEAD, LAYER_EMBEDDING, OFFSET, fused_specs, weight_specs
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve
 
@@ -53,7 +53,9 @@ def expected_slice(name: str, whole: Tensor, rank: int, tp: int, kv_heads: int, 
         name = name.replace("_norm.", "_proj.")
     if ".experts." in name:
         return whole.chunk(tp, dim=2 if "down_proj" in name else 1)[rank]
-    if name in (EMBEDDING, HEAD):
+    if ".linear_attn." in name and not name.endswith(".norm.weight"):
+        return whole.chunk(tp, dim=1 if "out_proj" in name else 0)[rank]
+    if name in (EMBEDDING, LAYER_EMBEDDING, HEAD):
         rows = -(-whole.shape[0] // (32 * tp)) * 32
         padded = torch.cat([whole, whole.new_zeros(rows * tp - whole.shape[0], whole.shape[1])])
         return padded[rank * rows : (rank + 1) * rows]

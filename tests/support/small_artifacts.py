@@ -18,7 +18,8 @@ from pipeline.artifact.reports import add_reports
 from pipeline.backends.base import Toolchain
 from pipeline.cache.local import Cache
 from pipeline.graphs.packing import PlainPacking
-from pipeline.models.config import Layer, ModelConfig, Rope
+from pipeline.models.config import Layer, ModelConfig
+from pipeline.models.rope_types import Rope
 from pipeline.plan.lock import Lock, LockedSource
 from pipeline.plan.plan import make_plan
 from pipeline.recipe.schema import Recipe

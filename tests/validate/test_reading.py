@@ -7,8 +7,9 @@ import pytest
 import transformers
 
 from pipeline.errors import HostError, SourceError
-from pipeline.models.config import Clamp, Layer, Llama3Rope, Rope
+from pipeline.models.config import Clamp, Layer
 from pipeline.models.families import FAMILIES
+from pipeline.models.rope_types import Llama3Rope, Rope
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve
 from pipeline.validate import reading

@@ -39,23 +39,24 @@ class CacheReader:
         cached = torch.cat(self.parts[row])[:tokens] if self._has_rings else self._read(row, torch.arange(tokens))
         both = torch.stack([torch.zeros_like(golden.caches), golden.caches_noise - golden.caches]).double()
         both[0, :, self._attention] = (cached - golden.caches[:, self._attention]).double()
-        for layer in set(range(self._layers)) - set(self._attention):
+        for layer in set(self._layers) - set(self._attention):
             both[:, :, layer] = self._recurrent(layer, row, golden)
         return both.pow(2).sum(-1)
 
     @property
-    def _layers(self) -> int:
-        return self.pair.models.config_of(self.model).layers
+    def _layers(self) -> tuple[int, ...]:
+        """Layers that keep something: the first ones, since others share what an earlier one keeps."""
+        return self.pair.models.config_of(self.model).keeping
 
     @property
     def _has_rings(self) -> bool:
-        return any(self.pair.cache_length(self.model, layer) < self.pair.length for layer in range(self._layers))
+        return any(self.pair.cache_length(self.model, layer) < self.pair.length for layer in self._layers)
 
     @property
     def _attention(self) -> list[int]:
         """Layers that have keys and values."""
         config = self.pair.models.config_of(self.model)
-        return [layer for layer in range(config.layers) if config.layer(layer).delta_net is None]
+        return [layer for layer in self._layers if config.layer(layer).delta_net is None]
 
     def _read(self, row: int, positions_T: Tensor) -> Tensor:
         """Return projections of keys and values of layers that have them, float32 [T, layers, key or value, R']."""

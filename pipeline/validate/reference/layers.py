@@ -25,7 +25,15 @@ from pipeline.models import int4, int8
 from pipeline.models.config import ModelConfig
 from pipeline.models.eagle3 import taps_of
 from pipeline.models.parallel import capped
-from pipeline.models.weights import EMBEDDING, HEAD, NORM, takes_four_bits
+from pipeline.models.weights import (
+    EMBEDDING,
+    HEAD,
+    INPUT_PROJECTION,
+    LAYER_EMBEDDING,
+    NORM,
+    OF_INPUTS,
+    takes_four_bits,
+)
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.packed import Source
 from pipeline.sources.values import read_tensor
@@ -139,7 +147,7 @@ class Reference:
                     self._tap(index, run, run.hidden)
                     own = self.checkpoint.config.layer(index)
                     with run.router if own.experts else nullcontext(), Widest() if own.delta_net else nullcontext():
-                        out = layer(run.hidden, **run.options[index])
+                        out = layer(run.hidden, *run.inputs[index], **run.options[index])
                     run.hidden = out[0] if isinstance(out, tuple) else out
             layer.to("meta")
         for kind, started in runs.items():
@@ -179,8 +187,10 @@ class Reference:
     def _start(
         self, model: Any, kind: torch.dtype, tokens: list[int], experts: Tensor | None, router: Router
     ) -> Recorder:  # fmt: skip
-        """Embed a sequence and record the arguments of each layer: mask, positions, rotary tables."""
+        """Embed a sequence and record the arguments of each layer: mask, positions, rotary tables, its inputs."""
         recorder = Recorder(self.tapped(kind, tokens, experts), router)
+        if self.checkpoint.config.layer_input is not None:
+            self._give_layer_inputs(model, kind, tokens)
         self.record(model, recorder, self.embed(tokens).to(kind))
         return recorder
 
@@ -195,9 +205,21 @@ class Reference:
 
     def embed(self, tokens: list[int]) -> Tensor:
         """Return embeddings [T, H] in the recipe's dtype."""
-        last = self._embedding.shape[0] - 1  # as the graphs do where a draft's vocabulary is padded less
-        rows = (self._embedding.rows(min(t, last), min(t, last) + 1) for t in tokens)
-        return torch.stack([self._read(EMBEDDING, row, self._embedding_narrow)[0] for row in rows])
+        return self._rows_of(EMBEDDING, self._embedding, tokens, self._embedding_narrow)
+
+    def _rows_of(self, name: str, table: Source, tokens: list[int], narrow: str | None) -> Tensor:
+        last = table.shape[0] - 1  # as the graphs do where a draft's vocabulary is padded less
+        rows = (table.rows(min(t, last), min(t, last) + 1) for t in tokens)
+        return torch.stack([self._read(name, row, narrow)[0] for row in rows])
+
+    def _give_layer_inputs(self, model: Any, kind: torch.dtype, tokens: list[int]) -> None:
+        """Give a model what makes the inputs of its layers, with the rows of these tokens alone."""
+        rows = self._rows_of(LAYER_EMBEDDING, self._refs[LAYER_EMBEDDING], tokens, self.narrow)
+        read = {name: self.read(name, self._refs[name]) for name in (INPUT_PROJECTION, OF_INPUTS)}
+        for name, tensor in (read | {LAYER_EMBEDDING: rows}).items():
+            module = model.get_submodule(name.removeprefix("model.").removesuffix(".weight"))
+            module.weight = nn.Parameter(tensor.to(kind))
+        model.embed_tokens_per_layer.padding_idx = None
 
     def _normed(self, runs: list[Recorder], kind: torch.dtype) -> Iterator[Tensor]:
         """Return normalised hidden states [T, H] of each sequence: the only kept result of a run."""
@@ -251,12 +273,16 @@ class Reference:
 
 
 class Recorder:
-    """A run of a sequence: its key in `Taps`, its router, hidden states and cache, and the arguments of each layer."""
+    """A run of a sequence: its key in `Taps`, its router, hidden states and cache, and the arguments of each layer.
+
+    `inputs` are those that a model gives by position.
+    """
 
     def __init__(self, key: TapKey, router: Router) -> None:
         self.key, self.router = key, router
         self.hidden = torch.empty(0)
         self.cache = _ProjectedCache()
+        self.inputs: list[tuple[Any, ...]] = []
         self.options: list[dict[str, Any]] = []
 
 
@@ -269,9 +295,10 @@ class Recording(nn.Module):
         if hasattr(layer, "attention_type"):  # which 4.57 asks a layer for
             self.attention_type = layer.attention_type
 
-    def forward(self, hidden_states: Tensor, *_: Any, **options: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *inputs: Any, **options: Any) -> Tensor:
         """Record and pass on."""
         self.recorder.hidden = hidden_states
+        self.recorder.inputs.append(inputs)
         self.recorder.options.append(options)
         return hidden_states
 

@@ -14,8 +14,9 @@ from pipeline.backends.inductor.session import LoadedGraph
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.signature import signature
 from pipeline.graphs.spec import GraphSpec, PairSpec
-from pipeline.models.config import Layer, Rope
+from pipeline.models.config import Layer
 from pipeline.models.families import config_of
+from pipeline.models.rope_types import Rope
 from pipeline.plan.estimates import MIB, scratch_bytes
 from pipeline.recipe.backend_settings import InductorSettings
 from support.graphs import compile_graph
