@@ -1,11 +1,13 @@
 """Kinds of drafts on the same data, trained for the same number of steps: objectives, depths, a head or a model.
 
     PYTHONPATH=. python benchmarks/drafts.py [RECIPE] [--steps 200] [--tokens 200000] [--seed 0] [--only p_eagle dflash]
+        [--start HEAD]
 
 Uses what `tandem distill RECIPE` has written, or writes it. Tokens a step are those of greedy speculation on the
 recipe's own prompts, which no draft is trained on. Speed is in plain decode steps: tokens of a step with the best K,
 over what it reads, 1 + K times the draft's weights over the target's (decoding on a CPU waits for weights); of drafts
-that propose all tokens in one pass, 1 + these weights once.
+that propose all tokens in one pass, 1 + these weights once. `--start` trains an EAGLE-3 head further, with all of the
+new weights: as what it is, and as a P-EAGLE head of two layers.
 """
 
 from __future__ import annotations
@@ -36,6 +38,11 @@ KINDS: tuple[tuple[DraftMethod, str, tuple[int, ...]], ...] = (
     ("dflash", "distribution", (-2, -1)),
 )
 
+FURTHER: tuple[tuple[DraftMethod, str, tuple[int, ...]], ...] = (
+    ("eagle3", "distribution", ()),
+    ("p_eagle", "distribution", (-1,)),
+)
+
 
 def main() -> None:
     """Train and print, one line a kind."""
@@ -45,10 +52,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0, help="of the data and the training, as distill's")
     parser.add_argument("--only", nargs="+", metavar="METHOD", choices=sorted({method for method, *_ in KINDS}))
+    parser.add_argument("--start", type=Path, help="EAGLE-3 head to train further")
     asked = parser.parse_args()
+    kinds = KINDS if asked.start is None else FURTHER
     settings = DistillSettings(
         recipe=load(asked.recipe), base=asked.recipe.parent, out=Path("unused"), tokens=asked.tokens,
-        steps=asked.steps, seed=asked.seed,
+        steps=asked.steps, seed=asked.seed, start=asked.start, start_share=0.0,
     )  # fmt: skip
     job = prepare(settings)
     job.write_data()
@@ -58,9 +67,9 @@ def main() -> None:
     print("| draft | objective | right, given those before | tokens a step, K=4 | best K | speed | training |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     whole = sum(math.prod(s.shape) for s in weight_specs(job.target.config) if s.kind != "vector")
-    for method, objective, chosen in (kind for kind in KINDS if asked.only is None or kind[0] in asked.only):
+    for method, objective, chosen in (kind for kind in kinds if asked.only is None or kind[0] in asked.only):
         chosen = tuple(layer % layers for layer in chosen)
-        job = replace(job, settings=replace(settings, method=method, objective=objective, layers=chosen))
+        job = prepare(replace(settings, method=method, objective=objective, layers=chosen))
         started = time.monotonic()
         trainer = job.trainer(sequences)
         trainer.train(sequences, [])

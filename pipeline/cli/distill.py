@@ -50,7 +50,7 @@ class DistillOptions:
             InputError: options that contradict each other, or a recipe that does not load.
 
         """
-        from pipeline.distill.settings import START_SHARE, DistillSettings  # imports torch
+        from pipeline.distill.settings import DistillSettings  # imports torch
 
         if self.start is None and self.start_share is not None:
             what = f"found {self.start_share} without --start"
@@ -62,7 +62,7 @@ class DistillOptions:
             tokens=self.tokens, steps=self.steps, draft_vocab=self.draft_vocab, seed=self.seed,
             objective=self.objective, device=self.device, prompts=self.prompts, transcripts=self.transcripts,
             text=self.text, method=self.method, layers=_numbers(self.layers), start=self.start,
-            start_share=START_SHARE if self.start_share is None else self.start_share, log=console.log,
+            start_share=self.start_share, log=console.log,
             progress=console.rate("text", "answer tokens"),
         )  # fmt: skip
 
@@ -96,13 +96,17 @@ existing = click.Path(path_type=Path, exists=True)
 @click.option(
     "--layers",
     help="Target layers that a draft model, P-EAGLE head or DFlash draft starts from, like 0,1,29 (default: first two "
-    "and last, or last two).",
+    "and last, or last two; the last one where a P-EAGLE head starts from an EAGLE-3 head).",
 )
-@click.option("--start", type=existing, help="Folder of a draft to train further (default: none).")
+@click.option(
+    "--start",
+    type=existing,
+    help="Folder of a draft to train further; an EAGLE-3 head may become a P-EAGLE head (default: none).",
+)
 @click.option(
     "--start-share",
     type=click.FloatRange(0, 1),
-    help="Share of --start in the weights; use less with more new text (default: 0.5).",
+    help="Share of --start in the weights; use less with more new text (default: 0.5; 0 in a head of another kind).",
 )
 @click.option(
     "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to train on."

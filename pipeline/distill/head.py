@@ -38,6 +38,8 @@ EMBEDDING_SCALE = 0.02
 """Scale of the initial weights with which the new layer reads a token's embedding."""
 
 FIRST = "model.layers.0."
+LAYER_OUTPUTS = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")
+"""Endings of the weights by which a layer adds to the residual stream."""
 DROPPED = (
     "shares_embedding", "speculators_config", "speculators_model_type", "speculators_version", ANGELSLIM_TAPPED,
     CAPTURED, NESTED, OPTIONS, RECIPE, TAPPED, TENSORS, *MASK_FIELDS,
@@ -70,8 +72,12 @@ def parallel_config(target: Checkpoint, draft_vocab: int, taps: tuple[int, ...],
 
     The mask token is the target's last one: the head knows masks by `mask_hidden`, not by their token.
     """
-    masks = {"ptd_token_id": target.config.vocab - 1, "num_hidden_layers": layers}
-    return head_config(target, draft_vocab, taps) | masks
+    return head_config(target, draft_vocab, taps) | parallel_fields(target, layers)
+
+
+def parallel_fields(target: Checkpoint, layers: int) -> dict[str, Any]:
+    """Return the fields of a P-EAGLE head of `layers` layers that an EAGLE-3 head does not have."""
+    return {"ptd_token_id": target.config.vocab - 1, "num_hidden_layers": layers}
 
 
 def continued_config(target: Checkpoint, start: Checkpoint, draft_vocab: int) -> dict[str, Any]:
@@ -233,6 +239,18 @@ class _Start:
 
     def _random(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(tuple(shape), generator=self.generator)
+
+
+def parallel_start(head: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a P-EAGLE head's initial weights from a trained EAGLE-3 head: its first draft token is that head's.
+
+    `new` are initial weights from the target (`initial`). Each layer after the first starts with outputs of zero, so it
+    changes nothing before it is trained (Goyal et al. 2017, section 5.1, does the same by the scale of a norm).
+    """
+    return {
+        name: head[name] if name in head else torch.zeros_like(tensor) if name.endswith(LAYER_OUTPUTS) else tensor
+        for name, tensor in new.items()
+    }
 
 
 def _of_target(name: str, sources: tuple[int, ...]) -> str:

@@ -34,14 +34,16 @@ from pipeline.distill.head import (
     layers_of,
     model_config,
     parallel_config,
+    parallel_fields,
+    parallel_start,
 )
 from pipeline.distill.prompts import SENTINEL, HeldOutFilter, read_prompts, read_transcripts
-from pipeline.distill.settings import ANSWER_TOKENS, LENGTH, ROWS, DistillSettings, data_key
+from pipeline.distill.settings import ANSWER_TOKENS, LENGTH, ROWS, START_SHARE, DistillSettings, data_key
 from pipeline.distill.train import InitialDraft, TargetTables, Trainer, TrainingSettings, has_bfloat16
 from pipeline.errors import InputError
 from pipeline.files.atomic import write_atomic
 from pipeline.models.draft_kind import DRAFT_KINDS
-from pipeline.models.eagle3 import read_config
+from pipeline.models.eagle3 import fitted, read_config
 from pipeline.models.families import config_of
 from pipeline.models.quantisation import without_quantisation
 from pipeline.models.weights import D2T, EMBEDDING, HEAD
@@ -87,6 +89,18 @@ class Job:
         """Whether a draft that is trained further gets another vocabulary; it keeps its rows of common tokens."""
         return self.start is not None and self.settings.draft_vocab is not None
 
+    @property
+    def becomes_parallel(self) -> bool:
+        """Whether an EAGLE-3 head is trained further as a P-EAGLE head."""
+        return self.start is not None and self.start.config.draft_kind.method != self.settings.method
+
+    @property
+    def start_share(self) -> float | None:
+        """Share of the start in the result: by default half, and none in a head of another kind; None without start."""
+        if self.start is None or self.settings.start_share is not None:
+            return self.settings.start_share
+        return 0.0 if self.becomes_parallel else START_SHARE
+
     @cached_property
     def text(self) -> Text:
         """The target's tokenizer and chat template."""
@@ -116,7 +130,8 @@ class Job:
         """The draft's `config.json`."""
         settings = self.settings
         if self.start is not None and self.start.config.eagle3 is not None:
-            return continued_config(self.target, self.start, self.vocab)
+            further = continued_config(self.target, self.start, self.vocab)
+            return further | (parallel_fields(self.target, 1 + len(settings.layers)) if self.becomes_parallel else {})
         if self.start is not None:
             stored = without_quantisation(self.start.config_json)
             own = {key: value for key, value in stored.items() if key != "shares_embedding"}
@@ -220,13 +235,18 @@ class Job:
             guesses = block_chains.guesses
         else:
             config = read_config(self.config_json, "head")
-            if self.start is not None:
+            layers = self.settings.layers
+            if self.becomes_parallel:
+                config, layers = fitted(self.target.config, config, "head"), (self.target.config.layers - 1, *layers)
+            elif self.start is not None:
                 config = replace(self.start.config, draft_vocab=self.vocab)
-            guesses, new = chains.guesses, initial(self.target, config, ids, self.settings.seed, self.settings.layers)
+            guesses, new = chains.guesses, initial(self.target, config, ids, self.settings.seed, layers)
         if self.start is None:
             return InitialDraft(guesses, config, new)
         refs = weights(self.start)
-        trained = {name: read_tensor(refs[name]).float() for name in new}
+        trained = {name: read_tensor(refs[name]).float() for name in new if name in refs}
+        if self.becomes_parallel:
+            trained = parallel_start(trained, new)
         if self.new_vocabulary:
             trained[HEAD] = _rows(trained[HEAD], _ids_of(self.start), new[HEAD], ids)
         return InitialDraft(guesses, config, trained)

@@ -52,14 +52,14 @@ def _run(job: Job) -> DraftFigures:
     held_out = job.held_out()
     trainer = job.trainer(sequences)
     trainer.train(sequences, [s for group in held_out.values() for s in group])
-    if job.start is not None:
-        trainer.average(settings.start_share)
+    if job.start_share is not None:
+        trainer.average(job.start_share)
     by_class = {kind: trainer.accuracy(group) for kind, group in held_out.items()}
     figures = DraftFigures(
         method=settings.method,
         layers=settings.layers,
         start=settings.start.name if settings.start is not None else None,
-        start_share=settings.start_share if settings.start is not None else None,
+        start_share=job.start_share,
         target=job.target.revision,
         data=job.counts,
         settings=TrainingFacts(**asdict(trainer.settings), draft_vocab=job.vocab),
@@ -95,16 +95,21 @@ def prepare(settings: DistillSettings) -> Job:
     start = fit(target, resolve(str(settings.start.absolute()), base=settings.base, cache=cache, role="draft"))
     check_pair(target, start)
     vocab = _vocab_of_start(settings, start, target)
+    if start.config.draft_kind.method != settings.method:
+        settings = replace(settings, layers=_layers(settings, target))
     return Job(settings, target, taps_of(target.config, start.config) or taps, vocab, start)
 
 
 def _layers(settings: DistillSettings, target: Checkpoint) -> tuple[int, ...]:
-    """Return the target's layers that a new draft model, P-EAGLE head or DFlash draft starts from."""
+    """Return the target's layers that a new draft model, P-EAGLE head or DFlash draft starts from.
+
+    With `start`, an EAGLE-3 head, they are those that the layers after the head's own start from.
+    """
     layers, chosen = target.config.layers, settings.layers
     if settings.method == "draft_model":
         chosen = chosen or tuple(dict.fromkeys((0, 1, layers - 1)))
     elif settings.method in ("p_eagle", "dflash"):
-        chosen = chosen or (layers - 2, layers - 1)
+        chosen = chosen or ((layers - 2, layers - 1) if settings.start is None else (layers - 1,))
     elif chosen:
         raise InputError("found layers for an EAGLE-3 head", where="--layers", fix="add --method draft_model")
     if wrong := [layer for layer in chosen if not 0 <= layer < layers]:
@@ -130,8 +135,8 @@ def _vocab_of_start(settings: DistillSettings, start: Checkpoint, target: Checkp
     """Return the vocabulary's size of a draft to train further: its own, or that of the settings.
 
     Raises:
-        InputError: the start has the whole vocabulary, is a DFlash or DSpark draft or of another method, or layers are
-            given.
+        InputError: the start has the whole vocabulary, is a DFlash or DSpark draft, or cannot become a draft of this
+            method, or it has its own layers and others are given.
 
     """
     method = start.config.draft_kind.method
@@ -142,10 +147,14 @@ def _vocab_of_start(settings: DistillSettings, start: Checkpoint, target: Checkp
     if DRAFT_KINDS[method].blocks:
         what = f"training a {DRAFT_KINDS[method].label} further is unsupported"
         raise InputError(what, where="--start", fix="train a new draft: remove --start")
-    if method != settings.method:
+    becomes_parallel = (method, settings.method) == ("eagle3", "p_eagle")
+    if method != settings.method and not becomes_parallel:
         what = f"found {settings.method}, but the draft of --start is {method}"
         raise InputError(what, where="--method", fix=f"use --method {method}")
-    if settings.layers:
+    if becomes_parallel and start.config.eagle3 is not None and start.config.eagle3.reads_output:
+        what = "the head of --start reads no layers of the target, as a P-EAGLE head must"
+        raise InputError(what, where="--start", fix="train a new P-EAGLE head: remove --start")
+    if settings.layers and not becomes_parallel:
         what = "found layers and --start, whose draft has its own layers"
         raise InputError(what, where="--layers", fix="remove --layers or --start")
     return _within(settings.draft_vocab or vocab, target)

@@ -32,7 +32,8 @@ class DistillSettings:
     """One draft to train. `tokens` of answers are written before training; `out` is the folder to write.
 
     `layers` are those of the target that a draft model or a parallel draft starts from, in order. `start` is the
-    folder of a draft to train further, with its own layers and vocabulary; its share of the result is `start_share`.
+    folder of a draft to train further, with its own layers and vocabulary; its share of the result is `start_share`
+    (None: `Job.start_share`). An EAGLE-3 head may also become a P-EAGLE head, whose later layers start from `layers`.
     `text` are data folders of earlier runs for the same target, also learned from; their tokens count among `tokens`.
     `progress` is called with the answer tokens written.
 
@@ -50,7 +51,7 @@ class DistillSettings:
     method: DraftMethod = "eagle3"
     layers: tuple[int, ...] = ()
     start: Path | None = None
-    start_share: float = START_SHARE
+    start_share: float | None = None
     seed: int = 0
     objective: str = "distribution"
     device: str = "cpu"

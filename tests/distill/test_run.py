@@ -25,6 +25,7 @@ from pipeline.sources.weights import weights as source_weights
 from pipeline.speculation import model_chains
 from pipeline.speculation.chains import guesses
 from support.eager import emitted, make_engine
+from support.heads import FLAT, Parts, write_head
 from support.tiny_distill import CONTENT, HELD_OUT, request_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "short_parts")
@@ -175,6 +176,39 @@ def test_a_draft_that_is_trained_further_may_get_another_vocabulary(work, figure
         kept += known
         assert torch.equal(row, old[HEAD][old_ids.index(token)].float() if known else target[token])
     assert kept > 128
+
+
+def test_an_eagle3_head_becomes_a_p_eagle_head(work, figures):
+    """Its first draft token is the head's until it is trained; then it is written as a P-EAGLE head."""
+    request = request_of(work, "wide", method="p_eagle", start=work / "head", steps=2, draft_vocab=None)
+    job = prepare(request)
+    sequences = job.sequences()
+    draft, batch = job.trainer(sequences).draft, make_batch(sequences[:2], "cpu")
+    old = job.start.config
+    assert (draft.config.layers, draft.config.eagle3.taps, job.start_share) == (2, old.eagle3.taps, 0)
+    embedding = {EMBEDDING: read_tensor(source_weights(job.target)[EMBEDDING]).float()}
+    own = {name: read_tensor(ref).float() for name, ref in source_weights(job.start).items()}
+    first, second = guesses(draft.config, draft.weights | embedding, batch, 2)
+    theirs, later = guesses(old, own | embedding, batch, 2)
+    assert torch.allclose(first.logits_MV, theirs.logits_MV, atol=1e-5)
+    assert not torch.allclose(second.logits_MV, later.logits_MV, atol=1e-1), "a mask is read there"
+    found = distill(request)
+    assert (found.start, found.start_share, found.layers) == ("head", 0, (2,))
+    assert found.settings.depths == 4
+    content = CONTENT | {"draft": {"source": "wide"}, "speculation": {"method": "p_eagle", "draft_tokens": (3,)}}
+    _, read = resolve_pair(Recipe.model_validate(content), base=work, cache=work / "cache" / "sources")
+    assert (read.config.layers, read.config.eagle3.mask_token, read.config.eagle3.taps) == (2, 511, old.eagle3.taps)
+    half = prepare(replace(request, start_share=0.5, layers=(0, 1)))
+    assert (half.start_share, half.trainer(sequences).draft.config.layers) == (0.5, 3)
+
+
+def test_a_head_without_layers_of_the_target_does_not_become_a_p_eagle_head(work):
+    write_head(work / "output-head", FLAT, Parts(taps=0, hidden_norm=False))
+    with pytest.raises(InputError, match="reads no layers of the target") as caught:
+        prepare(request_of(work, "never", method="p_eagle", start=work / "output-head", draft_vocab=None))
+    assert caught.value.where == "--start"
+    further = prepare(request_of(work, "never", start=work / "output-head", draft_vocab=None))
+    assert further.start.config.eagle3.reads_output
 
 
 class Killed(Exception):
