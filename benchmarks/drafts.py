@@ -1,7 +1,7 @@
 """Kinds of drafts on the same data, trained for the same number of steps: objectives, depths, a head or a model.
 
     PYTHONPATH=. python benchmarks/drafts.py [RECIPE] [--steps 200] [--tokens 200000] [--seed 0] [--only p_eagle dflash]
-        [--start HEAD]
+        [--start HEAD] [--text FOLDER ...]
 
 Uses what `tandem distill RECIPE` has written, or writes it. Tokens a step are those of greedy speculation on the
 recipe's own prompts, which no draft is trained on. Speed is in plain decode steps: tokens of a step with the best K,
@@ -53,11 +53,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the data and the training, as distill's")
     parser.add_argument("--only", nargs="+", metavar="METHOD", choices=sorted({method for method, *_ in KINDS}))
     parser.add_argument("--start", type=Path, help="EAGLE-3 head to train further")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="folders of more text, as distill's")
     asked = parser.parse_args()
     kinds = KINDS if asked.start is None else FURTHER
     settings = DistillSettings(
         recipe=load(asked.recipe), base=asked.recipe.parent, out=Path("unused"), tokens=asked.tokens,
         steps=asked.steps, seed=asked.seed, start=asked.start, start_share=0.0,
+        text=tuple(asked.text),
     )  # fmt: skip
     job = prepare(settings)
     job.write_data()

@@ -43,11 +43,12 @@ class Experts:
     """A mixture of experts in the place of a feed-forward network: a router chooses `chosen` of `count` for each token.
 
     `intermediate` is the size of one. Shares are the softmax of the router's scores, over all experts, or, if `among`,
-    over the chosen ones, which is the same as dividing them by their sum. `shared` is the size of a further expert that
-    every token uses, scaled by the sigmoid of a score of its own.
+    over the chosen ones, which is the same as dividing them by their sum. `by_input`: an expert's input, not its
+    output, is multiplied by its share, which is the sigmoid of its score (Llama 4). `shared` is the size of a further
+    expert that every token uses; with `shared_gate`, scaled by the sigmoid of a score of its own.
 
-    `bias`: the router and all matrices have biases. `clamp`: bounds of SwiGLU. `interleaved`: in checkpoints, gate and
-    up alternate in one tensor, and matrices that are not quantised have the inputs first.
+    `bias`: the router and all matrices have biases. `clamp`: bounds of SwiGLU. In checkpoints, `inputs_first`: matrices
+    that are not quantised have the inputs first; `interleaved`: gate and up alternate in one tensor.
 
     `by_rank`: whole experts stand on different ranks (expert parallelism), instead of a slice of each on every rank.
     """
@@ -56,9 +57,12 @@ class Experts:
     chosen: int
     intermediate: int
     among: bool
+    by_input: bool = False
     shared: int | None = None
+    shared_gate: bool = True
     bias: bool = False
     clamp: Clamp | None = None
+    inputs_first: bool = False
     interleaved: bool = False
     by_rank: bool = False
 
@@ -221,9 +225,10 @@ class ModelConfig:
     first kind. `qk_norm`: queries and keys are normalised, each head or the whole vector. `attention_scale` replaces
     1 / sqrt(head_dim). Attention scores and logits with a cap c become c tanh(x / c). `sinks`: each query head has a
     score that takes part in the softmax without a value. `v_norm`: each head of the values is normalised, without
-    weights. `layer_scalar`: the output of each layer is multiplied by a number of the checkpoint. `attention_gate`: the
-    output of attention is multiplied with the sigmoid of a projection of its input, which checkpoints have in `q_proj`,
-    beside the queries of each head. `layer_input`: each layer has so many inputs beside the stream (`layer_inputs.py`).
+    weights; `turned_norm`: each head of queries and keys, after it has turned, in layers with a rotary embedding.
+    `layer_scalar`: the output of each layer is multiplied by a number of the checkpoint. `attention_gate`: the output
+    of attention is multiplied with the sigmoid of a projection of its input, which checkpoints have in `q_proj`, beside
+    the queries of each head. `layer_input`: each layer has so many inputs beside the stream (`layer_inputs.py`).
 
     `draft_vocab` is the size of a reduced output vocabulary (EAGLE-3 convention: target id = draft id + d2t[draft id]);
     None means the output vocabulary is `vocab`. `shares_embedding`: the checkpoint has no embedding and uses the
@@ -259,6 +264,7 @@ class ModelConfig:
     logit_cap: float | None = None
     sinks: bool = False
     v_norm: bool = False
+    turned_norm: bool = False
     layer_scalar: bool = False
     attention_gate: bool = False
     layer_input: int | None = None

@@ -25,7 +25,7 @@ from pipeline.models.layer_inputs import layer_inputs, with_input
 from pipeline.models.norms import norm, norm_scaled, normalised, rms_norm
 from pipeline.models.parallel import Attend, Gating, Pass, Seams
 from pipeline.models.rotary import Rotary, rotary_of, rotate
-from pipeline.models.routing import of_rank, routed, shared_out
+from pipeline.models.routing import mixed, of_rank, routed, shared_out
 from pipeline.models.shared_keys import over_caches
 from pipeline.models.vocabulary import embed, vocab_rows
 from pipeline.models.weights import BASE, NORM, OFFSET, fused_name, local_heads
@@ -194,7 +194,10 @@ def attention(
     x_BTX = seams.all_tokens(x_BTX)
     if run.own_keys:
         turned, v = heads_of(config, w, seams, x_BTX, "qkv").split((heads + kv_heads, kv_heads), dim=1)
-        q, k = rotate(turned, rotary).split((heads, kv_heads), dim=1)
+        turned = rotate(turned, rotary)
+        if config.turned_norm and rotary is not None:
+            turned = normalised(turned, config.norm_eps).to(turned.dtype)
+        q, k = turned.split((heads, kv_heads), dim=1)
         cached_k = seams.write(run.state, "k", k, run.writes)
         cached_v = seams.write(run.state, "v", v, run.writes)
         keys, values = (cached_k, cached_v) if run.attend.kv else (k, v)
@@ -300,10 +303,12 @@ def feed_forward(
     biases = (w[f"{gate}.bias"], w[f"{up}.bias"]) if layer.experts.bias else None
     matrices = tuple(w[f"{name}.weight"] for name in (gate, up, down))
     own = of_rank(layer.experts, chosen, seams, w[RANK]) if RANK in w else chosen
-    out_BTH = seams.experts(x_BTH, own, matrices, Gating(biases, layer.experts.clamp))
+    out_BTH = mixed(layer.experts, seams, x_BTH, own, matrices, Gating(biases, layer.experts.clamp))
     if layer.experts.shared is not None:
-        share_BT1 = torch.sigmoid(seams.linear(x_BTH, w[SHARED_GATE], 1))
-        out_BTH = out_BTH + share_BT1 * gated(config, w, seams, x_BTH, SHARED, layer.experts.shared)
+        shared_BTH = gated(config, w, seams, x_BTH, SHARED, layer.experts.shared)
+        if layer.experts.shared_gate:
+            shared_BTH = torch.sigmoid(seams.linear(x_BTH, w[SHARED_GATE], 1)) * shared_BTH
+        out_BTH = out_BTH + shared_BTH
     out_BTH = seams.own_tokens(out_BTH)
     if layer.experts.bias:
         out_BTH = out_BTH + shared_out(w[f"{down}.bias"], chosen).to(out_BTH.dtype)

@@ -7,7 +7,6 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from pipeline.models.field_types import Field, Kind
 
@@ -130,6 +129,32 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         "head_dim": Field(128, Kind.INT),
         "max_position_embeddings": Field(262144, Kind.INT),
         "rms_norm_eps": Field(1e-5, Kind.FLOAT),
+        "eos_token_id": Field(2, Kind.TOKEN_IDS),
+    },
+    "llama4_text": {
+        **COMMON,
+        "vocab_size": Field(202048, Kind.INT),
+        "hidden_size": Field(5120, Kind.INT),
+        "intermediate_size": Field(8192, Kind.INT),
+        "intermediate_size_mlp": Field(16384, Kind.INT),
+        "num_hidden_layers": Field(48, Kind.INT),
+        "num_attention_heads": Field(40, Kind.INT),
+        "num_key_value_heads": Field(8, Kind.INT),
+        "head_dim": Field(128, Kind.INT),
+        "max_position_embeddings": Field(131072, Kind.INT),
+        "rms_norm_eps": Field(1e-5, Kind.FLOAT),
+        "attention_bias": Field(False, Kind.BOOL),
+        "num_experts_per_tok": Field(1, Kind.INT),
+        "num_local_experts": Field(16, Kind.INT),
+        "moe_layers": Field(None, Kind.INTS_OR_NULL),
+        "interleave_moe_layer_step": Field(1, Kind.INT),
+        "use_qk_norm": Field(True, Kind.BOOL),
+        "no_rope_layers": Field(None, Kind.INTS_OR_NULL),
+        "no_rope_layer_interval": Field(4, Kind.INT),
+        "attention_chunk_size": Field(8192, Kind.INT_OR_NULL),
+        "attn_temperature_tuning": Field(True, Kind.BOOL),
+        "floor_scale": Field(8192, Kind.INT),
+        "attn_scale": Field(0.1, Kind.FLOAT),
         "eos_token_id": Field(2, Kind.TOKEN_IDS),
     },
     "mistral": {
@@ -352,38 +377,3 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
     },
 }
 """Family -> field name -> field. Versions 4.57 and 5 of transformers have the same defaults; 4.57 checks no types."""
-
-OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
-    "gpt_oss": {"num_local_experts": "num_experts"},
-    "granitemoehybrid": {"layer_types": "layers_block_type"},
-    "mixtral": {"num_local_experts": "num_experts"},
-    "olmoe": {"num_experts": "num_local_experts"},
-    "qwen3_moe": {"num_experts": "num_local_experts"},
-}
-"""Family -> field -> another name under which transformers 5 reads it."""
-
-DRAFT_FIELDS: Mapping[str, Field] = {
-    "draft_vocab_size": Field(None, Kind.INT_OR_NULL),
-    "target_hidden_size": Field(None, Kind.INT_OR_NULL),
-    "shares_embedding": Field(False, Kind.BOOL),
-}
-"""Fields of drafts, which no class of transformers has."""
-
-REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "attention_chunk_size": (),
-    "compression_config": (),
-    "decoder": (),
-    "generator": (),
-    "is_causal": (True,),
-    "is_encoder_decoder": (False,),
-    "kv_sharing_modes": (),
-    "logit_scale": (1,),
-    "num_kv_shared_layers": (0,),
-    "per_layer_config": ({}, []),
-    "pruned_heads": ({},),
-    "text_config": (),
-    "text_encoder": (),
-}
-"""Fields of no family that code of transformers or vLLM reads and that change the output, and the values (null apart)
-that do not. Every other unknown field is ignored, as transformers ignores it.
-"""

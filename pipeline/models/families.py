@@ -23,6 +23,7 @@ FAMILIES = {
     "granitemoe": "pipeline.models.granitemoe",
     "granitemoehybrid": "pipeline.models.granitemoehybrid",
     "llama": "pipeline.models.llama",
+    "llama4_text": "pipeline.models.llama4",
     "ministral3": "pipeline.models.ministral3",
     "mistral": "pipeline.models.mistral",
     "mixtral": "pipeline.models.mixtral",

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES
+from pipeline.models.defaults import FIELDS
 from pipeline.models.field_types import Field, Kind
+from pipeline.models.other_fields import DRAFT_FIELDS, OTHER_NAMES
 
 LIMIT = 2**31
 MOST = {"num_hidden_layers": 1000, "num_experts": 4096, "num_local_experts": 4096}

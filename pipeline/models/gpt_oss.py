@@ -29,7 +29,7 @@ def read_config(fields: Fields) -> ModelConfig:
         raise fields.error("swiglu_limit", limit, "expected a positive number")
     experts = counted(
         fields, "intermediate_size", "num_local_experts", among=True,
-        bias=True, clamp=Clamp(limit, fields.value("swiglu_alpha")), interleaved=True,
+        bias=True, clamp=Clamp(limit, fields.value("swiglu_alpha")), inputs_first=True, interleaved=True,
     )  # fmt: skip
     config = shared_fields(
         fields, qkv_bias=bias, out_bias=bias, sinks=True, norm_style="wide", activation="silu",

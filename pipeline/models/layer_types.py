@@ -12,6 +12,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 PER_LAYER = "per_layer_config"
 """Sizes of layers of Gemma 4 that differ from the model's, by the number of the layer."""
 
+MOE_LAYERS = {"moe_layers", "interleave_moe_layer_step"}
+"""Fields of Llama 4 that say which layers have experts."""
+
 SHARED_LAYERS = "num_kv_shared_layers"
 """Number of last layers of Gemma 4 that share keys and values."""
 
@@ -19,6 +22,7 @@ LAYER_TYPES = (FULL, SLIDING)
 OLDER = "layers_block_type"
 """Another name of `layer_types` in Granite 4."""
 LINEAR = "linear_attention"
+CHUNKED = "chunked_attention"
 
 
 def windows(fields: Fields, default: tuple[str, ...] | None = None) -> list[int | None]:
@@ -100,6 +104,8 @@ def of_layers(config: ModelConfig, config_json: Mapping[str, Any], layers: Seque
     if any(kind.experts is None for kind in config.kinds) and any(kind.experts for kind in config.kinds):
         fields["mlp_only_layers"] = [layer for layer, kind in enumerate(kinds) if kind.experts is None]
         fields["decoder_sparse_step"] = 1
+        if MOE_LAYERS & config_json.keys():
+            fields["moe_layers"] = [layer for layer, kind in enumerate(kinds) if kind.experts is not None]
     return fields
 
 

@@ -35,6 +35,7 @@ class Text:
 CLASSES: Mapping[str, tuple[Text, ...]] = {
     "gemma3": (Text("gemma3_text", "Gemma3ForCausalLM", tied=True),),
     "gemma4": (Text("gemma4_text", "Gemma4ForCausalLM", tied=True),),
+    "llama4": (Text("llama4_text", "Llama4ForCausalLM", tied=False),),
     "qwen3_5": (Text("qwen3_5_text", "Qwen3_5ForCausalLM", tied=False),),
     "qwen3_5_moe": (Text("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", tied=False),),
     "mistral3": (

@@ -66,6 +66,7 @@ RULES: Mapping[str, RopeRules] = {
             "original_max_position_embeddings": 4096,
         },
     ),
+    "llama4_text": RopeRules(theta=5e5, interleaved=True),
     "mixtral": RopeRules(theta=1e6),
     "olmo3": RopeRules(theta=5e5, local=(None, 5e5)),
     "phi3": RopeRules(partial=1.0, older_names={"su": "longrope", "yarn": "longrope"}),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import Experts
-from pipeline.models.parallel import Chosen, Seams
+from pipeline.models.parallel import Chosen, Gating, Seams
 
 
 def routed(experts: Experts, w: Mapping[str, Tensor], seams: Seams, x_BTH: Tensor) -> Chosen:
@@ -20,11 +20,31 @@ def routed(experts: Experts, w: Mapping[str, Tensor], seams: Seams, x_BTH: Tenso
         scores_BTE = seams.head(x_BTH, w["mlp.gate.weight"], experts.count) + w["mlp.gate.bias"].float()
     else:
         scores_BTE = seams.linear(x_BTH, w["mlp.gate.weight"], experts.count).float()
+    if experts.by_input:
+        scores_BTC, chosen = seams.top(scores_BTE, experts.chosen)
+        return Chosen(chosen, torch.sigmoid(scores_BTC))
     if experts.among:
         scores_BTC, chosen = seams.top(scores_BTE, experts.chosen)
         return Chosen(chosen, torch.softmax(scores_BTC, dim=-1))
     shares, chosen = seams.top(torch.softmax(scores_BTE, dim=-1), experts.chosen)
     return Chosen(chosen, shares)
+
+
+def mixed(
+    experts: Experts, seams: Seams, x_BTH: Tensor, chosen: Chosen, matrices: tuple[Tensor, ...], gating: Gating
+) -> Tensor:
+    """Return the sum of the chosen experts' outputs by their shares, or of those of inputs by their shares: [B, T, H].
+
+    `matrices` are as in `Seams.experts`.
+    """
+    if not experts.by_input:
+        return seams.experts(x_BTH, chosen, matrices, gating)
+    outs = []
+    for place in range(experts.chosen):
+        numbers_BT1, shares_BT1 = (of[..., place, None] for of in (chosen.experts, chosen.shares))
+        one = Chosen(numbers_BT1, torch.ones_like(shares_BT1), chosen.elsewhere)  # of zeros, an expert makes zeros
+        outs.append(seams.experts(x_BTH * shares_BT1.to(x_BTH.dtype), one, matrices, gating))
+    return sum(outs[1:], outs[0])
 
 
 def of_rank(experts: Experts, chosen: Chosen, seams: Seams, rank_1: Tensor) -> Chosen:

@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.models.config import Activation, DeltaNet, Experts, Layer, Limit, ModelConfig
-from pipeline.models.defaults import REFUSED
 from pipeline.models.fields import Fields
 from pipeline.models.layer_types import FULL, PER_LAYER, SLIDING
+from pipeline.models.other_fields import REFUSED
 from pipeline.models.rope import read_rope
 from pipeline.models.rope_types import Rope
 

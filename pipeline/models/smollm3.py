@@ -11,7 +11,7 @@ from pipeline.models.shared import reject_null_head_dim, shared_fields
 def read_config(fields: Fields) -> ModelConfig:
     """Translate a `SmolLM3Config`; layers without the rotary embedding have the window, if it is used."""
     reject_null_head_dim(fields)
-    turned = _turned(fields)
+    turned = turned_layers(fields)
     used = fields.value("use_sliding_window") and fields.value("sliding_window") is not None
     types = tuple(SLIDING if used and not turns else FULL for turns in turned)
     bias, mlp_bias = fields.value("attention_bias"), fields.value("mlp_bias")
@@ -19,7 +19,7 @@ def read_config(fields: Fields) -> ModelConfig:
     return shared_fields(fields, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias, turned=turned, windows=of_layers)
 
 
-def _turned(fields: Fields) -> list[bool]:
+def turned_layers(fields: Fields) -> list[bool]:
     """Return whether each layer has the rotary embedding."""
     layers, given = fields.size("num_hidden_layers"), fields.value("no_rope_layers")
     if given is None:

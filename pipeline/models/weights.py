@@ -319,7 +319,8 @@ def _experts(c: ModelConfig, experts: Experts, base: str) -> Iterator[WeightSpec
         for name in ("gate", "up"):
             yield WeightSpec(f"{shared}.{name}_proj.weight", (experts.shared, c.hidden), "rows", "linear")
         yield WeightSpec(f"{shared}.down_proj.weight", (c.hidden, experts.shared), "columns", "linear")
-        yield WeightSpec(f"{shared}_gate.weight", (1, c.hidden), "replicate", "linear")
+        if experts.shared_gate:
+            yield WeightSpec(f"{shared}_gate.weight", (1, c.hidden), "replicate", "linear")
 
 
 def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ...]:

@@ -43,6 +43,7 @@ EXPERT_NAMES = tuple(
         (r"\.shared_mlp\.input_linear\.", ".mlp.gate_up_proj."),
         (r"\.shared_mlp\.output_linear\.", ".mlp.down_proj."),
         (r"\.block_sparse_moe\.", ".mlp."),
+        (r"\.feed_forward\.", ".mlp."),
         (r"\.mlp\.router\.(layer\.)?", ".mlp.gate."),
         (r"\.mlp\.input_linear\.weight", ".mlp.experts.gate_up_proj.weight"),
         (r"\.mlp\.output_linear\.weight", ".mlp.experts.down_proj.weight"),
@@ -52,8 +53,8 @@ EXPERT_NAMES = tuple(
         (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
     )
 )
-"""Names of experts, of routers and of the networks of Granite 4 in checkpoints, and those of Qwen and OLMoE, which
-models use.
+"""Names of experts, of routers and of the networks of Granite 4 and Llama 4 in checkpoints, and those of Qwen and
+OLMoE, which models use.
 """
 
 STACKED = re.compile(
@@ -128,14 +129,14 @@ def _renamed(tensors: Mapping[str, Source], c: ModelConfig) -> Iterator[tuple[st
             continue
         for expert in range(tensor.shape[0]):
             part = tensor.part(expert)
-            if interleaved(c) and stacked["end"] is None and is_floats(part):
+            if of_experts(c, "inputs_first") and stacked["end"] is None and is_floats(part):
                 part = transposed(plain(part))
             yield f"{stacked['block']}.{expert}.{stacked['leaf']}{stacked['end'] or '.weight'}", part
 
 
-def interleaved(c: ModelConfig) -> bool:
-    """Return whether a checkpoint has gate and up of experts in turn, and inputs first."""
-    return any(kind.experts is not None and kind.experts.interleaved for kind in c.kinds)
+def of_experts(c: ModelConfig, layout: str) -> bool:
+    """Return whether the experts of a checkpoint have this layout, a field of `Experts`."""
+    return any(kind.experts is not None and getattr(kind.experts, layout) for kind in c.kinds)
 
 
 def is_floats(source: Source) -> bool:
@@ -146,6 +147,7 @@ def is_floats(source: Source) -> bool:
 def _unfused(tensors: Mapping[str, Source], c: ModelConfig) -> Iterator[tuple[str, Source]]:
     """Split `qkv_proj` and `gate_up_proj`; with another number of rows it stays whole and is rejected as extra."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    in_turn = of_experts(c, "interleaved")
     inner = {c.of(kind).intermediate for kind in c.kinds} | {e.intermediate for e in c.expert_layers}
     for name, tensor in tensors.items():
         stem, _, leaf = name.rpartition(".")
@@ -154,7 +156,7 @@ def _unfused(tensors: Mapping[str, Source], c: ModelConfig) -> Iterator[tuple[st
         split: tuple[tuple[str, int], ...] = ()
         if fused == "qkv_proj" and rows == q + 2 * kv:
             split = (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
-        elif fused == "gate_up_proj" and EXPERTS in name and interleaved(c) and rows % 2 == 0 and is_floats(tensor):
+        elif fused == "gate_up_proj" and EXPERTS in name and in_turn and rows % 2 == 0 and is_floats(tensor):
             for phase, part in enumerate(("gate_proj", "up_proj")):
                 yield f"{block}.{part}.{leaf}", every(tensor, 2, phase)
             continue

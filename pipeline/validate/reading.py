@@ -16,6 +16,7 @@ from pipeline.models.activations import activated
 from pipeline.models.config import Layer, ModelConfig
 from pipeline.models.fields import shown
 from pipeline.models.layer_types import FULL, SLIDING
+from pipeline.models.llama4 import CHUNK
 from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import in_both_layouts
 from pipeline.models.rotary import rotary_frequencies
@@ -93,6 +94,9 @@ def here(config: ModelConfig) -> Reading:
         "mlp_bias": config.mlp_bias,
         "sinks": config.sinks,
         "norm of q": whole[config.qk_norm],
+        "norm of turned q": config.turned_norm,
+        "shared expert": _shared(config),
+        "attention_chunk_size": next((one.length for one in config.limits if one.field == CHUNK), None),
         "norms of a layer": sorted(filter(None, (*vars(config.norms).values(), config.layer_input and AFTER_INPUT))),
         "rms_norm_eps": config.norm_eps,
         "activation at 1": None if _bounds(config) else float(activated(config.activation, torch.ones(()))),
@@ -140,6 +144,12 @@ def _inner(config: ModelConfig, layer: Layer) -> int:
 def _experts(config: ModelConfig) -> list[int] | None:
     """Return the number of experts and of those of a token; None without experts."""
     return next(([kind.experts.count, kind.experts.chosen] for kind in config.kinds if kind.experts), None)
+
+
+def _shared(config: ModelConfig) -> list[Any] | None:
+    """Return the inner size of an expert of every token, and whether it has a gate; None without one."""
+    of_kinds = (kind.experts for kind in config.kinds if kind.experts and kind.experts.shared)
+    return next(([experts.shared, experts.shared_gate] for experts in of_kinds), None)
 
 
 def _delta_net(config: ModelConfig) -> list[int] | None:

@@ -11,7 +11,7 @@ import transformers
 
 from pipeline.files.atomic import disk_errors
 from pipeline.files.unfinished import work_folder
-from pipeline.models.layer_types import LAYER_TYPES, SLIDING
+from pipeline.models.layer_types import CHUNKED, LAYER_TYPES, SLIDING
 from pipeline.validate.reference.skeleton import without_weights
 
 Reading = dict[str, Any]
@@ -43,6 +43,9 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "mlp_bias": getattr(getattr(networks[0], "gate_proj", None), "bias", None) is not None,
         "sinks": hasattr(attention, "sinks"),
         "norm of q": None if q_norm is None else len(q_norm.weight),
+        "norm of turned q": any(hasattr(one, "qk_norm") for one in _attentions(model)),
+        "shared expert": next(map(_shared_size, filter(_has_shared, map(_block, model.layers))), None),
+        "attention_chunk_size": _chunk(config),
         "norms of a layer": sorted(name for name, _ in layer.named_children() if name.endswith("norm")),
         "rms_norm_eps": _eps(model.norm),
         "activation at 1": _activation_at_1(networks[0]),
@@ -131,7 +134,24 @@ def _network(layer: Any) -> Any:
 
 def _block(layer: Any) -> Any:
     """Return a layer's feed-forward block by its usual names; None of Granite 4 without experts."""
-    return getattr(layer, "mlp", None) or getattr(layer, "block_sparse_moe", None)
+    names = ("mlp", "block_sparse_moe", "feed_forward")
+    return next((getattr(layer, name) for name in names if getattr(layer, name, None) is not None), None)
+
+
+def _has_shared(block: Any) -> bool:
+    """Return whether a block has an expert of every token."""
+    return hasattr(block, "shared_expert")
+
+
+def _shared_size(block: Any) -> list[Any]:
+    """Return the inner size of an expert of every token, and whether it has a gate."""
+    return [_inner_size(block.shared_expert), hasattr(block, "shared_expert_gate")]
+
+
+def _chunk(config: Any) -> int | None:
+    """Return the length of the chunks within which some layers attend."""
+    within = CHUNKED in (getattr(config, "layer_types", None) or ())
+    return int(config.attention_chunk_size) if within else None
 
 
 def _activation_at_1(network: Any) -> float | None:
@@ -144,7 +164,7 @@ def _activation_at_1(network: Any) -> float | None:
 
 def _inner_size(network: Any) -> int:
     """Return the inner size of a network or of experts: the columns of the last matrix, or a field of its own."""
-    if hasattr(network, "gate_up_proj_bias"):  # matrices with the inputs first
+    if hasattr(network, "expert_dim") or hasattr(network, "gate_up_proj_bias"):  # matrices with the inputs first
         return int(network.intermediate_size)
     names = ("down_proj", "w2", "output_linear")
     down = next(getattr(network, name) for name in names if hasattr(network, name))
@@ -227,6 +247,8 @@ def _windows(model: Any, config: Any) -> list[int | None]:
     """Return the sliding window of each layer's cache, as transformers builds it; of a layer without one, its own."""
     caches = transformers.DynamicCache(config=config).layers[: len(model.layers)]
     windows = [vars(cache).get("sliding_window") for cache in caches] or [None] * len(model.layers)
+    if _chunk(config) is not None:  # whose caches forget what is outside a chunk
+        windows = [None] * len(model.layers)
     return [
         layer.self_attn.sliding_window if _shares_keys(layer) else window
         for layer, window in zip(model.layers, windows, strict=True)

@@ -73,7 +73,11 @@ GEMMA4_TEXT = GEMMA4 | {"model_type": "gemma4_text"}
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 SHARED_EXPERT = MIXTURE | {"shared_expert_intermediate_size": 56}
 SINKS = {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 4}
-CLASSES = {"Gemma3": "Gemma3TextConfig", "Gemma4": "Gemma4TextConfig"}
+LLAMA4 = {
+    "head_dim": 12, "num_local_experts": 4, "intermediate_size_mlp": 64, "no_rope_layers": [1, 0, 1],
+    "interleave_moe_layer_step": 2, "attention_chunk_size": 128, "floor_scale": 66,
+}  # fmt: skip
+CLASSES = {"Llama4": "Llama4TextConfig", "Gemma3": "Gemma3TextConfig", "Gemma4": "Gemma4TextConfig"}
 """Names of config classes that are not the model's."""
 
 CASES = {
@@ -155,6 +159,14 @@ CASES = {
         {"head_dim": 12, "num_local_experts": 4, "attention_bias": False, "rope_parameters": {"rope_theta": 900.0}}
         | {"num_experts_per_tok": 1, "layer_types": ["full_attention"] * 3, "swiglu_alpha": 1.3},
     ),
+    "llama4": ("Llama4", LLAMA4),
+    "llama4-experts": (
+        "Llama4",
+        LLAMA4
+        | {"num_experts_per_tok": 3, "interleave_moe_layer_step": 1, "use_qk_norm": False, "attention_bias": True}
+        | {"rope_parameters": LLAMA3, "attn_temperature_tuning": False, "attention_chunk_size": None},
+    ),
+    "llama4-dense": ("Llama4", LLAMA4 | {"moe_layers": [], "no_rope_layers": [], "tie_word_embeddings": True}),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
 }
 
@@ -171,8 +183,16 @@ def reference(case: str):
     return config, model
 
 
+def of_llama4(name, tensor):
+    """A tensor of Llama 4 by another family's name; experts with the outputs first."""
+    turns = ".feed_forward.experts." in name
+    name = name.replace(".feed_forward.router.", ".mlp.gate.").replace(".feed_forward.", ".mlp.")
+    return name, tensor.transpose(1, 2) if turns else tensor
+
+
 def unfused(config, state):
     """The matrices that some classes stack, as checkpoints are read."""
+    state = dict(of_llama4(*item) for item in state.items())
     parts = {"qkv_proj": (("q_proj", config.heads), ("k_proj", config.kv_heads), ("v_proj", config.kv_heads))}
     for name, tensor in state.items():
         block, _, leaf = name.rpartition(".")

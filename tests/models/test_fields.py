@@ -11,9 +11,10 @@ import torch
 import transformers
 
 from pipeline.errors import SourceError
-from pipeline.models.defaults import DRAFT_FIELDS, FIELDS, OTHER_NAMES, REFUSED
+from pipeline.models.defaults import FIELDS
 from pipeline.models.families import FAMILIES, config_of
 from pipeline.models.field_types import Kind
+from pipeline.models.other_fields import DRAFT_FIELDS, OTHER_NAMES, REFUSED
 from pipeline.models.quantisation import KEY as QUANTISED
 from pipeline.validate.reading import by_transformers, difference, readable
 from support.configs import DYNAMIC, LINEAR, LLAMA3, LONG, YARN, small
@@ -46,6 +47,7 @@ UNDECLARED = {
     *((family, "hidden_act") for family in ("gemma2", "gemma3_text")),
     ("gemma3_text", "sliding_window_pattern"),
     *(("gemma4_text", name) for name in ("hidden_act", "global_head_dim", "num_global_key_value_heads")),
+    ("llama4_text", "sliding_window"),
     *((family, "full_attention_interval") for family in RECURRENT),
     *((family, "sliding_window") for family in RECURRENT),
     ("qwen3_5_moe_text", "intermediate_size"),
@@ -105,6 +107,7 @@ STRICTER = (
     "transformers does not read this field here",
     "the last layer must be full_attention",
     "per_layer_config",
+    "layers of this family have attention_chunk_size",
     "expected an object with rope_theta",
 )
 """What is an error here although transformers 5 reads it: 4.57 reads it otherwise, or the model cannot be used."""

@@ -122,6 +122,21 @@ def test_gemma4_e2b_has_its_published_size_and_caches_of_15_layers() -> None:
     assert sum(math.prod(t.shape) for t in caches) == 2 * 4096 * (12 * 256 + 3 * 512)
 
 
+def test_llama4_scout_and_maverick_have_their_published_sizes() -> None:
+    """As published: 17B active of 109B and of 400B; the defaults of the class are Scout's text part."""
+    scout = {"model_type": "llama4_text"}
+    maverick = scout | {"num_local_experts": 128, "interleave_moe_layer_step": 2, "use_qk_norm": False}
+    for config_json, whole in ((scout, 109e9), (maverick, 400e9)):
+        config = config_of(config_json, "config.json")
+        sizes = {spec.name: math.prod(spec.shape) for spec in weight_specs(config)}
+        experts = sum(size for name, size in sizes.items() if ".experts." in name)
+        active = sum(sizes.values()) - experts * (1 - 1 / config_json.get("num_local_experts", 16))
+        assert abs(sum(sizes.values()) / whole - 1) < 0.02, sum(sizes.values())
+        assert abs(active / 17e9 - 1) < 0.03, active
+        assert config.longest == 8191
+        assert [config.layer(layer).rope is None for layer in range(4)] == [False, False, False, True]
+
+
 def test_gemma4_31b_has_its_published_size_and_caches_by_type_of_layers() -> None:
     """The text part as published (30.7B): 50 layers of 16 KV heads of 256 values, 10 of 4 heads of 512."""
     config = config_of(

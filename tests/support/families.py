@@ -53,8 +53,8 @@ SIZES: dict[str, Any] = {
 
 
 CLASSES = {
-    "Gemma3": "Gemma3TextConfig", "Gemma4": "Gemma4TextConfig", "Qwen3_5": "Qwen3_5TextConfig",
-    "Qwen3_5Moe": "Qwen3_5MoeTextConfig",
+    "Gemma3": "Gemma3TextConfig", "Gemma4": "Gemma4TextConfig", "Llama4": "Llama4TextConfig",
+    "Qwen3_5": "Qwen3_5TextConfig", "Qwen3_5Moe": "Qwen3_5MoeTextConfig",
 }  # fmt: skip
 """Names of config classes that are not the model's."""
 
@@ -89,6 +89,10 @@ GEMMA4 = {
 GEMMA4_SMALL = GEMMA4 | {
     "num_hidden_layers": 6, "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "attention_k_eq_v": False,
     "layer_types": GEMMA4["layer_types"] * 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 400,
+}  # fmt: skip
+LLAMA4 = {
+    "head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 1, "intermediate_size_mlp": 80,
+    "no_rope_layers": [1, 0, 1], "moe_layers": [0, 2], "tie_word_embeddings": False,
 }  # fmt: skip
 DELTA_NET = {
     "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -172,6 +176,7 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
+    "llama4": Family("Llama4", LLAMA4, "json-config", saved=torch.bfloat16, derive=(0, 1)),
     "qwen3-next": Family("Qwen3Next", DELTA_NET | SHARED_EXPERT, "json-config", derive=(0, 3)),
     "qwen3.5": Family("Qwen3_5", DELTA_NET, "json-config", derive=(0, 3)),
     "qwen3.5-moe": Family(  # a draft with a recurrent state of its own

@@ -54,6 +54,10 @@ MECHANISMS = {
         "global_head_dim": 16, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "llama4": {
+        "model_type": "llama4_text", "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size_mlp": 40,
+        "no_rope_layers": [1, 0, 1], "interleave_moe_layer_step": 2,
+    },
     "qwen2-moe": {
         "model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 32,

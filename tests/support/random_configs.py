@@ -76,7 +76,7 @@ def inner(draw: Draw) -> int:
 
 OWN_HEADS = (
     "llama", "mistral", "ministral3", "mixtral", "qwen3", "qwen3_moe", "glm4", "gemma2", "gemma3_text", "gemma4_text",
-    "gpt_oss", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
+    "gpt_oss", "llama4_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
 )  # fmt: skip
 """Families whose class has a field for the size of a head."""
 
@@ -84,7 +84,8 @@ MULTIPLES = ("gemma2", "gemma3_text", "llama")
 """Families of them whose class wants a hidden size that heads divide."""
 
 EXPERTS = (
-    "granitemoe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text",
+    "granitemoe", "gpt_oss", "llama4_text", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+    "qwen3_5_moe_text",
 )  # fmt: skip
 OWN_ROPE = ("gemma3_text", "gemma4_text", "granitemoehybrid", "ministral3", "olmo3", "phi3")
 """Families whose options have the rotary embedding."""
@@ -253,6 +254,22 @@ def _with_experts(draw: Draw, layers: int) -> Config:
     return _delta_net(draw, layers) | experts(draw, "num_experts") | shared
 
 
+def _llama4(draw: Draw, layers: int) -> Config:
+    """Return layers with and without experts and rotary embeddings; chunks and growth only beyond the text."""
+    turning = draw.choice([{"no_rope_layers": [draw.randint(0, 1) for _ in range(layers)]}, {"no_rope_layers": []}])
+    mixed = draw.choice(
+        [
+            {"moe_layers": draw.sample(range(layers), draw.randint(0, layers))},
+            {"interleave_moe_layer_step": draw.randint(1, layers)},
+        ]
+    )
+    lengths = {"attention_chunk_size": draw.choice([None, 110, 256]), "floor_scale": draw.choice([111, 8192])}
+    interval = {"no_rope_layer_interval": draw.randint(2, 5)}
+    return turning | mixed | lengths | interval | experts(draw, "num_local_experts") | draw.flags(
+        "use_qk_norm", "attn_temperature_tuning", "attention_bias"
+    ) | {"intermediate_size_mlp": draw.randint(17, 70)}  # fmt: skip
+
+
 def _smollm3(draw: Draw, layers: int) -> Config:
     turning = draw.choice(
         [{"no_rope_layers": [draw.randint(0, 1) for _ in range(layers)]}, {"no_rope_layer_interval": 2}, {}]
@@ -288,6 +305,7 @@ OPTIONS: dict[str, Callable[[Draw, int], Config]] = {
     ),
     "granitemoehybrid": _granite_hybrid,
     "llama": lambda draw, _: draw.flags("attention_bias", "mlp_bias"),
+    "llama4_text": _llama4,
     "ministral3": _ministral3,
     "mistral": lambda draw, _: {"sliding_window": draw.choice([None, *WINDOWS])},
     "mixtral": lambda draw, _: (

@@ -85,6 +85,29 @@ def test_check_reading_names_what_differs_of_gpt_oss(tmp_path, wrong, said):
     assert said in raised.value.what
 
 
+@pytest.mark.parametrize(
+    ("wrong", "of_experts", "said"),
+    [
+        ({"turned_norm": False}, {}, "norm of turned q: false, transformers: true"),
+        ({"limits": ()}, {}, "attention_chunk_size: null, transformers: 8192"),
+        ({}, {"shared": None}, "shared expert: null, transformers: [64, false]"),
+        ({}, {"shared_gate": True}, "shared expert: [64, true], transformers: [64, false]"),
+        ({"intermediate": 64}, {}, "inner size by layer: [64, 64], transformers: [40, 64]"),
+    ],
+)
+def test_check_reading_names_what_differs_of_llama4(tmp_path, wrong, of_experts, said):
+    checkpoint = opened(
+        tmp_path, model_type="llama4_text", head_dim=8, pad_token_id=0, intermediate_size_mlp=40, moe_layers=[1]
+    )
+    ours = checkpoint.config
+    kinds = [replace(kind, experts=kind.experts and replace(kind.experts, **of_experts)) for kind in ours.kinds]
+    misread = replace(checkpoint, config=replace(ours, kinds=tuple(kinds), **wrong))
+    check_reading(checkpoint)
+    with pytest.raises(SourceError) as raised:
+        check_reading(misread)
+    assert said in raised.value.what
+
+
 def test_check_reading_names_what_transformers_rejects(tmp_path):
     """Was: an error of transformers from the gates, after compiling."""
     checkpoint = opened(tmp_path, initializer_range="0.02")

@@ -329,6 +329,10 @@ class _ProjectedCache:
     def update_recurrent_state(self, *_: Any, **__: Any) -> None:
         """Store nothing of the state after the sequence."""
 
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """Return the tokens before the sequence: none."""
+        return 0
+
     def is_recording_past(self, *_: Any, **__: Any) -> bool:
         """Return whether the cache keeps earlier states."""
         return False

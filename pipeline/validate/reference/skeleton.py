@@ -16,7 +16,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import in_both_layouts
 from pipeline.sources.checkpoint import Checkpoint
-from pipeline.sources.weights import EXPERT_NAMES, STACKED, interleaved
+from pipeline.sources.weights import EXPERT_NAMES, STACKED, of_experts
 
 SPECIAL = "__float__"
 WITH_INITIALIZATION = 5
@@ -75,10 +75,7 @@ def for_module(names: Iterable[str], tensors: Mapping[str, Tensor], config: Mode
     """Return the tensors of a module with parameters `names`, stacked where the module has them as one."""
     no_string(names, "names", "names of parameters")
     found = {name: _of_gated(name, tensors, config) for name in names}
-    return {
-        name: _found(ours(name), tensors, in_turn=interleaved(config)) if tensor is None else tensor
-        for name, tensor in found.items()
-    }
+    return {name: _found(ours(name), tensors, config) if tensor is None else tensor for name, tensor in found.items()}
 
 
 def _of_gated(name: str, tensors: Mapping[str, Tensor], config: ModelConfig) -> Tensor | None:
@@ -117,8 +114,8 @@ def ours(name: str) -> str:
     return name.removeprefix(".")
 
 
-def _found(name: str, tensors: Mapping[str, Tensor], *, in_turn: bool = False) -> Tensor:
-    """Return a parameter; `in_turn`: experts have gate and up in turn, and the inputs of matrices first."""
+def _found(name: str, tensors: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+    """Return a parameter; of experts, in the layout that checkpoints of this config have."""
     if name in tensors:
         return tensors[name]
     stacked = STACKED.fullmatch(name)
@@ -126,15 +123,11 @@ def _found(name: str, tensors: Mapping[str, Tensor], *, in_turn: bool = False) -
         base, leaf = stacked["block"], stacked["leaf"]
         count = sum(other.startswith(f"{base}.") and other.endswith(".down_proj.weight") for other in tensors)
         leaf += stacked["end"] or ".weight"
-        whole = torch.stack([_found(f"{base}.{expert}.{leaf}", tensors) for expert in range(count)])
-        return _in_turn(whole, leaf) if in_turn else whole
+        whole = torch.stack([_found(f"{base}.{expert}.{leaf}", tensors, config) for expert in range(count)])
+        if of_experts(config, "interleaved") and leaf.startswith("gate_up_proj"):
+            whole = torch.stack(whole.chunk(2, dim=1), dim=2).flatten(1, 2)
+        is_turned = of_experts(config, "inputs_first") and not leaf.endswith("bias")
+        return whole.transpose(1, 2).contiguous() if is_turned else whole
     block, _, leaf = name.rpartition(".")
     stem, _, fused = block.rpartition(".")
     return torch.cat([tensors[f"{stem}.{part}.{leaf}"] for part in FUSED.get(fused, (fused,))])
-
-
-def _in_turn(whole: Tensor, leaf: str) -> Tensor:
-    """Return matrices [E, N, I] or biases [E, N] of experts with gate and up in turn, matrices transposed."""
-    if leaf.startswith("gate_up_proj"):
-        whole = torch.stack(whole.chunk(2, dim=1), dim=2).flatten(1, 2)
-    return whole if leaf.endswith("bias") else whole.transpose(1, 2).contiguous()
