@@ -30,7 +30,7 @@ from pipeline.runtime.open import load
 TURNS, STEPS, FREQUENCY = 8, 12, 4999
 KINDS = {
     "attention": r"cached_attention",
-    "products": r"block_linear|block_swiglu|expert_linear|expert_swiglu",
+    "products": r"block_linear|block_swiglu|expert_linear|expert_gated",
     "waiting": r"libgomp|libomp|libiomp",
     "other kernels": r"\bp[0-9a-f]{16}_|Sleef",
 }

@@ -13,17 +13,8 @@ from typing import Any, Protocol
 from pipeline.errors import CorruptError
 from pipeline.files.limits import AGAIN, json_object
 from pipeline.graphs.spec import GraphSpec, ModelsSpec, PairSpec, Role
-from pipeline.models.weights import (
-    BASE,
-    DELTA,
-    EMBEDDING,
-    OFFSET,
-    RECENT,
-    WeightSpec,
-    fused_specs,
-    local_shape,
-    weight_specs,
-)
+from pipeline.models.rank_slices import local_shape
+from pipeline.models.weights import BASE, DELTA, EMBEDDING, OFFSET, RECENT, WeightSpec, fused_specs, weight_specs
 
 
 class PackedShape(Protocol):

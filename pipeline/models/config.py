@@ -50,6 +50,9 @@ class Experts:
     `bias`: the router and all matrices have biases. `clamp`: bounds of SwiGLU. In checkpoints, `inputs_first`: matrices
     that are not quantised have the inputs first; `interleaved`: gate and up alternate in one tensor.
 
+    `scaled`: the router reads its input normalised and scaled, and each share is multiplied by a number of its expert
+    (Gemma 4).
+
     `by_rank`: whole experts stand on different ranks (expert parallelism), instead of a slice of each on every rank.
     """
 
@@ -64,6 +67,7 @@ class Experts:
     clamp: Clamp | None = None
     inputs_first: bool = False
     interleaved: bool = False
+    scaled: bool = False
     by_rank: bool = False
 
 
@@ -125,12 +129,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Norms:
-    """Names of the norms of a layer; None where there is none. Those after a block stand before the residual's sum."""
+    """Names of the norms of a layer; None where there is none. Those after a block stand before the residual's sum.
+
+    A layer with experts that has `before_experts` also has its feed-forward network: both read the residual stream
+    through their own norm, and `after_mlp` reads the sum of both outputs, after `beside_experts` and `after_experts`.
+    """
 
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
+    beside_experts: str | None = None
+    before_experts: str | None = None
+    after_experts: str | None = None
 
 
 SIZES_OF_LAYERS = ("head_dim", "kv_heads", "intermediate")
@@ -290,6 +301,10 @@ class ModelConfig:
         """Return the config with the sizes of a kind of layers."""
         own = {name: getattr(kind, name) for name in SIZES_OF_LAYERS if getattr(kind, name) is not None}
         return replace(self, **own) if own else self
+
+    def has_network(self, kind: Layer) -> bool:
+        """Return whether layers of a kind have a feed-forward network, alone or beside experts."""
+        return kind.experts is None or self.norms.before_experts is not None
 
     def at(self, layer: int) -> ModelConfig:
         """Return the config with the sizes of a layer."""

@@ -24,11 +24,12 @@ from pipeline.models.config import DeltaNet, Layer, ModelConfig
 from pipeline.models.layer_inputs import layer_inputs, with_input
 from pipeline.models.norms import norm, norm_scaled, normalised, rms_norm
 from pipeline.models.parallel import Attend, Gating, Pass, Seams
+from pipeline.models.rank_slices import local_heads
 from pipeline.models.rotary import Rotary, rotary_of, rotate
-from pipeline.models.routing import mixed, of_rank, routed, shared_out
+from pipeline.models.routing import mixed, of_rank, routed, router_input, shared_out
 from pipeline.models.shared_keys import over_caches
 from pipeline.models.vocabulary import embed, vocab_rows
-from pipeline.models.weights import BASE, NORM, OFFSET, fused_name, local_heads
+from pipeline.models.weights import BASE, NORM, OFFSET, fused_name
 
 Weights = Mapping[str, Tensor]
 SHARED, SHARED_GATE = "mlp.shared_expert", "mlp.shared_expert_gate.weight"
@@ -149,7 +150,10 @@ def run_layer(
     else:
         mixed_BTH = recurrent(config, layer.delta_net, w, seams, stream.normed_BTH, run)
     x = stream.x_BTH + after(config, w, names.after_attention, mixed_BTH)
-    inner, experts_BTC = feed_forward(config, layer, w, seams, norm(config, w, names.before_mlp, x))
+    if layer.experts is None or names.before_experts is None:
+        inner, experts_BTC = feed_forward(config, layer, w, seams, norm(config, w, names.before_mlp, x))
+    else:
+        inner, experts_BTC = beside_experts(config, layer, w, seams, x)
     x = x + after(config, w, names.after_mlp, inner)
     if run.input_BTP is not None:
         x = with_input(config, w, seams, x, run.input_BTP)
@@ -288,22 +292,35 @@ def normed_vectors(config: ModelConfig, w: Weights, seams: Seams, x_BTND: Tensor
     return torch.cat(normed, dim=2)
 
 
-def feed_forward(
+def beside_experts(
     config: ModelConfig, layer: Layer, w: Weights, seams: Seams, x_BTH: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Apply a layer's feed-forward network and its experts, both to the residual stream; return as `feed_forward`."""
+    names = config.norms
+    own = norm(config, w, names.beside_experts, mlp(config, w, seams, norm(config, w, names.before_mlp, x_BTH)))
+    read_BTH = norm(config, w, names.before_experts, x_BTH)
+    out, experts_BTC = feed_forward(config, layer, w, seams, read_BTH, router_input(w, x_BTH, config.norm_eps))
+    return own + norm(config, w, names.after_experts, out), experts_BTC
+
+
+def feed_forward(
+    config: ModelConfig, layer: Layer, w: Weights, seams: Seams, x_BTH: Tensor, router_BTH: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Apply a layer's feed-forward network, or its experts: [B, T, H] -> [B, T, H].
 
-    The second value are the experts of each token, int32 [B, T, C]; None without experts.
+    `router_BTH` is what the router reads; None: the same. The second value are the experts of each token, int32
+    [B, T, C]; None without experts.
     """
     if layer.experts is None:
         return mlp(config, w, seams, x_BTH), None
     x_BTH = seams.all_tokens(x_BTH)
-    chosen = routed(layer.experts, w, seams, x_BTH)
+    chosen = routed(layer.experts, w, seams, x_BTH if router_BTH is None else seams.all_tokens(router_BTH))
     gate, up, down = (f"mlp.experts.{name}_proj" for name in ("gate", "up", "down"))
     biases = (w[f"{gate}.bias"], w[f"{up}.bias"]) if layer.experts.bias else None
+    gating = Gating(biases, layer.experts.clamp, config.activation)
     matrices = tuple(w[f"{name}.weight"] for name in (gate, up, down))
     own = of_rank(layer.experts, chosen, seams, w[RANK]) if RANK in w else chosen
-    out_BTH = mixed(layer.experts, seams, x_BTH, own, matrices, Gating(biases, layer.experts.clamp))
+    out_BTH = mixed(layer.experts, seams, x_BTH, own, matrices, gating)
     if layer.experts.shared is not None:
         shared_BTH = gated(config, w, seams, x_BTH, SHARED, layer.experts.shared)
         if layer.experts.shared_gate:

@@ -30,9 +30,10 @@ from pipeline.models.decoder import (
 )
 from pipeline.models.norms import norm, rms_norm
 from pipeline.models.parallel import Attend, Pass, Seams, attend_up_to
+from pipeline.models.rank_slices import local_heads
 from pipeline.models.rotary import Rotary, rotary_of, rotate
 from pipeline.models.vocabulary import embed
-from pipeline.models.weights import CONTEXT_NORM, FC, NORM, local_heads
+from pipeline.models.weights import CONTEXT_NORM, FC, NORM
 
 
 def context(config: ModelConfig, weights: Weights, seams: Seams, states_BTX: Tensor) -> Tensor:

@@ -21,14 +21,18 @@ def read_experts(fields: Fields, size: str, count: str, *, among: bool) -> Exper
     return experts
 
 
-def counted(fields: Fields, size: str, count: str, *, among: bool, **others: Any) -> Experts:
-    """Return the experts of a config whose class does not read the activation; `others` are fields of `Experts`.
+def counted(
+    fields: Fields, size: str, count: str, *, among: bool, chosen: str = "num_experts_per_tok", **others: Any
+) -> Experts:  # fmt: skip
+    """Return the experts of a config, whatever its activation; `others` are fields of `Experts`.
+
+    `chosen` names the field of the number of experts of a token.
 
     Raises:
         SourceError: more chosen experts than there are.
 
     """
-    experts = Experts(fields.size(count), fields.size("num_experts_per_tok"), fields.size(size), among, **others)
+    experts = Experts(fields.size(count), fields.size(chosen), fields.size(size), among, **others)
     if experts.chosen > experts.count:
-        raise fields.error("num_experts_per_tok", experts.chosen, f"expected at most {count}={experts.count}")
+        raise fields.error(chosen, experts.chosen, f"expected at most {count}={experts.count}")
     return experts

@@ -1,7 +1,7 @@
-"""Gemma 4, dense text models: Gemma 3 with larger heads where all keys are seen, whose values may be keys.
+"""Gemma 4, text models: Gemma 3 with larger heads where all keys are seen, whose values may be keys.
 
-The last layers of smaller models share keys and values of earlier ones, and each layer has inputs of its own. Experts
-are not supported.
+The last layers of smaller models share keys and values of earlier ones, and each layer has inputs of its own. A larger
+model has experts beside the network of each layer.
 """
 
 from __future__ import annotations
@@ -9,11 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import Experts, ModelConfig
+from pipeline.models.experts import counted
 from pipeline.models.fields import Fields, is_int, shown
 from pipeline.models.gemma2 import NORMS, cap_of
 from pipeline.models.layer_types import FULL, PER_LAYER, every, windows
 from pipeline.models.shared import layered, shared_fields
+
+BESIDE_EXPERTS = replace(
+    NORMS, beside_experts="post_feedforward_layernorm_1", before_experts="pre_feedforward_layernorm_2",
+    after_experts="post_feedforward_layernorm_2",
+)  # fmt: skip
 
 PATTERN = 6
 """One layer of so many sees all keys, where no field says so."""
@@ -29,7 +35,7 @@ def read_config(fields: Fields) -> ModelConfig:
     """Translate a `Gemma4TextConfig`.
 
     Raises:
-        SourceError: experts, layers that share keys and values of none, or other sizes by layer, by field and value.
+        SourceError: layers that share keys and values of none, or other sizes by layer, by field and value.
 
     """
     _reject_unsupported(fields)
@@ -38,10 +44,12 @@ def read_config(fields: Fields) -> ModelConfig:
     if of_layers[-1] is not None:
         what = f"the last layer must be {FULL}, which transformers makes of it"
         raise fields.error("layer_types", fields.value("layer_types"), what)
+    experts = _experts(fields)
     own = _own_heads(fields, [layer for layer, window in enumerate(of_layers) if window is None])
     config = shared_fields(
         fields, windows=of_layers, full={**own, "values_are_keys": fields.value("attention_k_eq_v")},
-        norms=NORMS, norm_style="wide", qk_norm="head", v_norm=True, layer_scalar=True, qkv_bias=bias, out_bias=bias,
+        experts=[experts] * layers, norms=NORMS if experts is None else BESIDE_EXPERTS, norm_style="wide",
+        qk_norm="head", v_norm=True, layer_scalar=True, qkv_bias=bias, out_bias=bias,
         embedding_scale=fields.size("hidden_size") ** 0.5, attention_scale=1.0,
         logit_cap=cap_of(fields, "final_logit_softcapping"), layer_input=_layer_input(fields),
     )  # fmt: skip
@@ -54,14 +62,21 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def _reject_unsupported(fields: Fields) -> None:
-    if fields.value("enable_moe_block"):
-        raise fields.error("enable_moe_block", True, "experts of this family are not supported", "use a dense model")
     if (kind := fields.value("use_bidirectional_attention")) not in (None, "vision"):  # of images alone
         raise fields.error("use_bidirectional_attention", kind, "this field is not supported", "use a causal model")
     for name in UNREAD:
         if fields.config.get(name) is not None:
             what = "transformers does not read this field here"
             raise fields.error(name, fields.config[name], what, "use rope_parameters")
+
+
+def _experts(fields: Fields) -> Experts | None:
+    """Return the experts of each layer; None of a dense model."""
+    if not fields.value("enable_moe_block"):
+        return None
+    return counted(
+        fields, "moe_intermediate_size", "num_experts", among=True, chosen="top_k_experts", scaled=True,
+    )  # fmt: skip
 
 
 def _layer_input(fields: Fields) -> int | None:

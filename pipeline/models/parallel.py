@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.models.config import Clamp
+from pipeline.models.activations import activated
+from pipeline.models.config import Activation, Clamp
 from pipeline.models.recurrence import Recurrence
 from pipeline.models.weights import DELTA, RECENT
 
@@ -205,12 +206,13 @@ class Gating:
 
     biases: tuple[Tensor, Tensor] | None = None
     clamp: Clamp | None = None
+    activation: Activation = "silu"
 
     def of(self, gate: Tensor, up: Tensor, experts: Tensor | slice = slice(None)) -> Tensor:
         """Return the inner values of products [.., M, N], one of each of `experts` along the first axis."""
         if self.biases is not None:
             gate, up = gate + self.biases[0][experts][:, None], up + self.biases[1][experts][:, None]
-        return functional.silu(gate) * up if self.clamp is None else clamped(gate, up, self.clamp)
+        return activated(self.activation, gate) * up if self.clamp is None else clamped(gate, up, self.clamp)
 
 
 SWIGLU = Gating()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.config import Experts
+from pipeline.models.norms import normalised
 from pipeline.models.parallel import Chosen, Gating, Seams
 
 
@@ -25,9 +26,15 @@ def routed(experts: Experts, w: Mapping[str, Tensor], seams: Seams, x_BTH: Tenso
         return Chosen(chosen, torch.sigmoid(scores_BTC))
     if experts.among:
         scores_BTC, chosen = seams.top(scores_BTE, experts.chosen)
-        return Chosen(chosen, torch.softmax(scores_BTC, dim=-1))
+        shares_BTC = torch.softmax(scores_BTC, dim=-1)
+        return Chosen(chosen, shares_BTC * w["mlp.gate.per_expert_scale"][chosen] if experts.scaled else shares_BTC)
     shares, chosen = seams.top(torch.softmax(scores_BTE, dim=-1), experts.chosen)
     return Chosen(chosen, shares)
+
+
+def router_input(w: Mapping[str, Tensor], x_BTH: Tensor, eps: float) -> Tensor:
+    """Return what a `scaled` router reads: the stream, normalised, times a vector and 1 / sqrt(H): [B, T, H]."""
+    return normalised(x_BTH, eps).to(x_BTH.dtype) * w["mlp.gate.scale"] * x_BTH.shape[-1] ** -0.5
 
 
 def mixed(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.parallel import Seams, capped
-from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET, padded_vocab
+from pipeline.models.rank_slices import padded_vocab
+from pipeline.models.weights import EMBEDDING, HEAD, NORM, OFFSET
 
 Weights = Mapping[str, Tensor]
 

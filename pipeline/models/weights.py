@@ -185,10 +185,7 @@ def _specs(c: ModelConfig) -> Iterator[WeightSpec]:
         else:
             yield from _delta_net(c.hidden, net, f"{base}.linear_attn")
         yield from _norm(c, base, names.after_attention)
-        yield from _norm(c, base, names.before_mlp)
-        experts = c.layer(layer).experts
-        yield from _mlp(c.at(layer), f"{base}.mlp") if experts is None else _experts(c, experts, f"{base}.mlp")
-        yield from _norm(c, base, names.after_mlp)
+        yield from _feed_forward(c, layer, base)
         if c.layer_input is not None:
             yield WeightSpec(f"{base}.{INPUT_GATE}.weight", (c.layer_input, c.hidden), "replicate", "linear")
             yield WeightSpec(f"{base}.{FROM_INPUT}.weight", (c.hidden, c.layer_input), "replicate", "linear")
@@ -290,6 +287,19 @@ def _delta_net(hidden: int, net: DeltaNet, base: str) -> Iterator[WeightSpec]:
     yield WeightSpec(f"{base}.out_proj.weight", (hidden, values), "columns", "linear")
 
 
+def _feed_forward(c: ModelConfig, layer: int, base: str) -> Iterator[WeightSpec]:
+    """Yield a layer's feed-forward network, its experts, or both, and their norms."""
+    names = c.norms
+    yield from _norm(c, base, names.before_mlp)
+    if c.has_network(c.layer(layer)):
+        yield from _mlp(c.at(layer), f"{base}.mlp")
+    if (experts := c.layer(layer).experts) is not None:
+        for name in (names.beside_experts, names.before_experts, names.after_experts):
+            yield from _norm(c, base, name)
+        yield from _experts(c, experts, f"{base}.mlp")
+    yield from _norm(c, base, names.after_mlp)
+
+
 def _mlp(c: ModelConfig, base: str) -> Iterator[WeightSpec]:
     for name in ("gate", "up"):
         yield WeightSpec(f"{base}.{name}_proj.weight", (c.intermediate, c.hidden), "rows", "linear")
@@ -307,6 +317,9 @@ def _experts(c: ModelConfig, experts: Experts, base: str) -> Iterator[WeightSpec
     yield WeightSpec(f"{base}.gate.weight", (count, c.hidden), "replicate", "linear")
     if experts.bias:
         yield WeightSpec(f"{base}.gate.bias", (count,), "replicate", "vector")
+    if experts.scaled:
+        yield WeightSpec(f"{base}.gate.scale", (c.hidden,), "replicate", "vector")
+        yield WeightSpec(f"{base}.gate.per_expert_scale", (count,), "replicate", "vector")
     for name in ("gate", "up"):
         yield WeightSpec(f"{base}{EXPERTS}{name}_proj.weight", (count, size, c.hidden), rows, "experts")
         if experts.bias:
@@ -321,75 +334,3 @@ def _experts(c: ModelConfig, experts: Experts, base: str) -> Iterator[WeightSpec
         yield WeightSpec(f"{shared}.down_proj.weight", (c.hidden, experts.shared), "columns", "linear")
         if experts.shared_gate:
             yield WeightSpec(f"{shared}_gate.weight", (1, c.hidden), "replicate", "linear")
-
-
-def local_shape(spec: WeightSpec, config: ModelConfig, tp: int) -> tuple[int, ...]:
-    """Return the shape of one rank's slice before packing; a split vocabulary is padded to whole blocks per rank."""
-    config = config.of_weight(spec.name)
-    head, *rest = spec.shape
-    if spec.fused:
-        return (sum(local_shape(part, config, tp)[0] for part in spec.fused), *rest)
-    if spec.kind in OF_EXPERTS:
-        return (head // tp if spec.split == "experts" else head, *local_shape(spec.parts[0], config, tp))
-    if spec.split == "rows":
-        return (head // tp, *rest)
-    if spec.split == "columns":
-        return (head, rest[0] // tp)
-    if spec.split == "q_rows":
-        return (local_heads(config, tp) * config.head_dim, *rest)
-    if spec.split == "q_heads":
-        return (local_heads(config, tp),)
-    if spec.split == "q_columns":
-        return (head, local_heads(config, tp) * config.head_dim)
-    if spec.split == "kv_rows":
-        return (max(config.kv_heads // tp, 1) * config.head_dim, *rest)
-    if spec.split == "vocab":
-        return (padded_vocab(head, tp) // tp, *rest)
-    return spec.shape
-
-
-def owner(expert: tuple[int, int], tp: int) -> int:
-    """Return the rank of an expert, of so many, whose experts are neighbours."""
-    number, count = expert
-    return number * tp // count
-
-
-def padded_vocab(vocab: int, tp: int) -> int:
-    """Return the vocabulary rows after padding, with whole blocks on each of `tp` ranks."""
-    return up_to(vocab, BLOCK * tp)
-
-
-def vocab_offset(rows_per_rank: int, rank: int) -> int:
-    """Return the first vocabulary id of a rank's slice; a per-rank weight, so that all ranks share one graph."""
-    return rows_per_rank * rank
-
-
-def local_heads(config: ModelConfig, tp: int) -> int:
-    """Return the query heads on each rank: an equal share, rounded up where ranks share a KV head."""
-    if tp <= config.kv_heads:
-        return config.heads // tp
-    return -(-(config.heads // config.kv_heads) // (tp // config.kv_heads))
-
-
-def q_heads_of(rank: int, config: ModelConfig, tp: int) -> tuple[int, int]:
-    """Return the half-open range of the checkpoint's query heads on `rank`, of the KV head on it.
-
-    It is shorter than `local_heads` where the heads of a KV head do not fill its ranks, as NxD Inference pads them: the
-    rest is zeros, which add nothing to the attention's output.
-    """
-    share = local_heads(config, tp)
-    if tp <= config.kv_heads:
-        return rank * share, (rank + 1) * share
-    group, ranks = config.heads // config.kv_heads, tp // config.kv_heads
-    start = rank // ranks * group
-    first = min(rank % ranks * share, group)
-    return start + first, start + min(first + share, group)
-
-
-def kv_head_of(rank: int, config: ModelConfig, tp: int) -> tuple[int, int]:
-    """Return the half-open range of the checkpoint's KV heads on `rank`."""
-    if tp <= config.kv_heads:
-        per_rank = config.kv_heads // tp
-        return rank * per_rank, (rank + 1) * per_rank
-    head = rank // (tp // config.kv_heads)
-    return head, head + 1

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from pipeline.errors import Problem
 from pipeline.models.config import ModelConfig
-from pipeline.models.weights import INT4_GROUP, local_shape, takes_four_bits, weight_specs
+from pipeline.models.rank_slices import local_shape
+from pipeline.models.weights import INT4_GROUP, takes_four_bits, weight_specs
 from pipeline.recipe.schema import Recipe
 
 
@@ -118,7 +119,7 @@ def _method_conflicts(recipe: Recipe, target: ModelConfig, draft: ModelConfig) -
 def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
     """Yield sizes of a model that `tp` ranks cannot share; with more ranks than KV heads these are replicated.
 
-    Query heads follow their KV head: they are padded where they do not fill its ranks (`weights.q_heads_of`).
+    Query heads follow their KV head: they are padded where they do not fill its ranks (`rank_slices.q_heads_of`).
     """
     if config.delta_net is not None and config.delta_net.key_heads % tp:
         yield "linear_num_key_heads", config.delta_net.key_heads
@@ -126,7 +127,7 @@ def _undivided(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
         heads = config.of(kind).kv_heads
         if heads % tp and tp % heads:
             yield "num_key_value_heads", heads
-        if kind.experts is None and config.intermediate % tp:
+        if config.has_network(kind) and config.intermediate % tp:
             yield "intermediate_size", config.intermediate
         if kind.experts is not None and kind.experts.by_rank:
             if kind.experts.count % tp:

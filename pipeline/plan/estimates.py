@@ -18,7 +18,7 @@ from pipeline.graphs.spec import ROLES, GraphSpec, ModelsSpec, PairSpec, Role
 from pipeline.models.blocks import RECURRENT_CHUNK, query_blocks
 from pipeline.models.config import Experts, Layer, ModelConfig
 from pipeline.models.draft_kind import P_EAGLE
-from pipeline.models.weights import local_heads, local_shape
+from pipeline.models.rank_slices import local_heads, local_shape
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -197,7 +197,8 @@ def _layer_parameters(config: ModelConfig, layer: Layer, *, of_token: bool = Fal
     elif config.attention_gate:
         attention += config.heads * of_kind.head_dim // 2
     if layer.experts is not None:
-        inner = layer.experts.intermediate * (layer.experts.chosen if of_token else layer.experts.count)
+        inner = of_kind.intermediate if config.has_network(layer) else 0
+        inner += layer.experts.intermediate * (layer.experts.chosen if of_token else layer.experts.count)
         inner += layer.experts.shared or 0
     if layer.shares_keys:
         attention -= of_kind.kv_heads * of_kind.head_dim
@@ -287,8 +288,8 @@ def _fused_layer_bytes(pair: PairSpec, spec: GraphSpec, role: Role) -> int:
     attention = size * (states + 2 * qkv) + 4 * (qkv + heads + hidden)
     experts = [kind.experts for kind in config.kinds if kind.experts is not None]
     sizes = [max(one.chosen * one.intermediate, one.shared or 0) for one in experts]
-    widest = max(config.of(kind).intermediate for kind in config.kinds)
-    inner = max(sizes, default=widest) // (1 if any(one.by_rank for one in experts) else tp)
+    sizes += [config.of(kind).intermediate for kind in config.kinds if config.has_network(kind)]
+    inner = max(sizes) // (1 if any(one.by_rank for one in experts) else tp)
     chosen = max((one.chosen for one in experts), default=0)  # each token once for each of its experts, and results
     feed_forward = size * (states + 4 * hidden + inner) + 4 * hidden * (2 + 2 * chosen)
     return max(spec.batch * spec.tokens * max(attention, feed_forward), _recurrence_bytes(pair, spec, role))

@@ -45,6 +45,8 @@ EXPERT_NAMES = tuple(
         (r"\.block_sparse_moe\.", ".mlp."),
         (r"\.feed_forward\.", ".mlp."),
         (r"\.mlp\.router\.(layer\.)?", ".mlp.gate."),
+        (r"(?<!\.mlp)\.router\.(proj\.)?", ".mlp.gate."),
+        (r"(?<!\.mlp)\.experts\.", ".mlp.experts."),
         (r"\.mlp\.input_linear\.weight", ".mlp.experts.gate_up_proj.weight"),
         (r"\.mlp\.output_linear\.weight", ".mlp.experts.down_proj.weight"),
         (r"\.mlp\.experts\.(gate_up_proj|down_proj)_bias", r".mlp.experts.\1.bias"),

@@ -33,13 +33,8 @@ from pipeline.graphs.packing import Packing
 from pipeline.graphs.signature import stored_weights
 from pipeline.graphs.spec import ModelsSpec, Role
 from pipeline.models.config import ModelConfig
-from pipeline.models.weights import (
-    OFFSET,
-    WeightSpec,
-    local_shape,
-    padded_vocab,
-    vocab_offset,
-)
+from pipeline.models.rank_slices import local_shape, padded_vocab, vocab_offset
+from pipeline.models.weights import OFFSET, WeightSpec
 from pipeline.progress import ByteProgress
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.packed import PackedRef, Source

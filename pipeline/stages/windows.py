@@ -18,17 +18,8 @@ from pipeline.graphs.dtypes import SAFETENSORS
 from pipeline.graphs.packing import INT4_BYTES, SCALE_BYTES, Packing
 from pipeline.models import int4, int8
 from pipeline.models.config import ModelConfig
-from pipeline.models.weights import (
-    BLOCK,
-    INT4_GROUP,
-    WeightSpec,
-    kv_head_of,
-    local_heads,
-    owner,
-    padded_vocab,
-    q_heads_of,
-    up_to,
-)
+from pipeline.models.rank_slices import kv_head_of, local_heads, owner, padded_vocab, q_heads_of
+from pipeline.models.weights import BLOCK, INT4_GROUP, WeightSpec, up_to
 from pipeline.sources.dequantise import dequantised
 from pipeline.sources.packed import PackedRef, Source
 from pipeline.stages.streams import Bytes, Place

@@ -85,6 +85,7 @@ def here(config: ModelConfig) -> Reading:
         "hidden_size": config.hidden,
         "inner size by layer": [_inner(config, config.layer(index)) for index in range(config.layers)],
         "experts": _experts(config),
+        "experts beside a network": _beside(config),
         "biases of experts": any(kind.experts.bias for kind in config.kinds if kind.experts),
         "bounds of SwiGLU": _bounds(config),
         "head_dim": first.head_dim,
@@ -138,7 +139,15 @@ def _by_layer(config: ModelConfig) -> Reading:
 
 
 def _inner(config: ModelConfig, layer: Layer) -> int:
-    return config.of(layer).intermediate if layer.experts is None else layer.experts.intermediate
+    if layer.experts is None or config.has_network(layer):
+        return config.of(layer).intermediate
+    return layer.experts.intermediate
+
+
+def _beside(config: ModelConfig) -> int | None:
+    """Return the inner size of experts that stand beside a feed-forward network; None without any."""
+    sizes = [kind.experts.intermediate for kind in config.kinds if kind.experts and config.has_network(kind)]
+    return sizes[0] if sizes else None
 
 
 def _experts(config: ModelConfig) -> list[int] | None:

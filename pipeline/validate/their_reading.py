@@ -34,6 +34,7 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "hidden_size": embedding.embedding_dim,
         "inner size by layer": [_inner_size(network) for network in networks],
         "experts": _their_experts(config, model.layers),
+        "experts beside a network": getattr(getattr(layer, "experts", None), "intermediate_dim", None),
         "biases of experts": hasattr(networks[0], "gate_up_proj_bias"),
         "bounds of SwiGLU": [networks[0].limit, networks[0].alpha] if hasattr(networks[0], "limit") else None,
         "head_dim": attention.head_dim,
@@ -46,7 +47,7 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "norm of turned q": any(hasattr(one, "qk_norm") for one in _attentions(model)),
         "shared expert": next(map(_shared_size, filter(_has_shared, map(_block, model.layers))), None),
         "attention_chunk_size": _chunk(config),
-        "norms of a layer": sorted(name for name, _ in layer.named_children() if name.endswith("norm")),
+        "norms of a layer": sorted(name for name, _ in layer.named_children() if "norm" in name),
         "rms_norm_eps": _eps(model.norm),
         "activation at 1": _activation_at_1(networks[0]),
         # Gemma 3, which has norms of queries, keeps the field and does not apply it.
@@ -174,10 +175,11 @@ def _inner_size(network: Any) -> int:
 
 def _their_experts(config: Any, layers: Iterable[Any]) -> list[int] | None:
     """Return the number of experts and of those of a token, if some layer has a router; None otherwise."""
-    blocks = map(_block, layers)
-    if not any(hasattr(block, "gate") or hasattr(block, "router") for block in blocks):
+    places = [place for layer in layers for place in (layer, _block(layer))]
+    if not any(hasattr(place, "gate") or hasattr(place, "router") for place in places):
         return None
-    return [getattr(config, "num_experts", None) or config.num_local_experts, config.num_experts_per_tok]
+    chosen = getattr(config, "top_k_experts", None) or config.num_experts_per_tok
+    return [getattr(config, "num_experts", None) or config.num_local_experts, chosen]
 
 
 def _turns(model: Any, layer: Any) -> bool:

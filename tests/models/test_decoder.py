@@ -1,5 +1,6 @@
 """Decoders against transformers: logits of random small models of each family."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -69,6 +70,7 @@ SHARED4 = GEMMA4 | {
     "num_hidden_layers": 6, "num_kv_shared_layers": 3, "use_double_wide_mlp": True,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }  # fmt: skip
+EXPERTS4 = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 28}
 GEMMA4_TEXT = GEMMA4 | {"model_type": "gemma4_text"}
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 SHARED_EXPERT = MIXTURE | {"shared_expert_intermediate_size": 56}
@@ -123,6 +125,8 @@ CASES = {
     "gemma4-own-values": ("Gemma4", GEMMA4 | {"attention_bias": True, "rope_parameters": ROPES4}),
     "gemma4-inputs": ("Gemma4", INPUTS4 | {"attention_k_eq_v": True}),
     "gemma4-small": ("Gemma4", INPUTS4 | SHARED4 | {"hidden_size_per_layer_input": 6, "attention_bias": True}),
+    "gemma4-experts": ("Gemma4", GEMMA4 | EXPERTS4 | {"attention_k_eq_v": True}),
+    "gemma4-whole": ("Gemma4", INPUTS4 | SHARED4 | EXPERTS4 | {"hidden_size_per_layer_input": 6, "num_experts": 80}),
     "gemma4-equal-heads": ("Gemma4", GEMMA4 | {"per_layer_config": {}, "use_bidirectional_attention": "vision"}),
     "gemma4-one-window": ("Gemma4", GEMMA4 | {"attention_k_eq_v": True, "layer_types": [*TYPES[:2], "full_attention"]}),
     "qwen3-moe": ("Qwen3Moe", MIXTURE | {"norm_topk_prob": True, "head_dim": 16}),
@@ -199,7 +203,7 @@ def unfused(config, state):
         stem, _, fused = block.rpartition(".")
         if ".experts." in name and any("proj_bias" in other for other in state):
             yield from biased_experts_of(name, tensor)
-        elif ".mlp.router." in name or ".experts." in name or ".block_sparse_moe." in name:
+        elif ".router." in name or ".experts." in name or ".block_sparse_moe." in name:
             yield from experts_of(name, tensor)
         elif ".shared_mlp." in name and fused == "output_linear":
             yield name.replace("shared_mlp.output_linear", "mlp.down_proj"), tensor
@@ -228,6 +232,7 @@ def biased_experts_of(name, tensor):
 
 def experts_of(name, tensor):
     """The router and the matrices of experts, by the names that models use."""
+    name = re.sub(r"(\d)\.(router|experts)\.", r"\1.mlp.\2.", name).replace(".router.proj.", ".router.")  # Gemma 4
     name = name.replace(".block_sparse_moe.", ".mlp.").replace(".mlp.router.", ".mlp.gate.")
     if name.endswith("experts.gate_up_proj"):
         for part, half in zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True):
@@ -266,7 +271,7 @@ def test_logits_equal_transformers(case):
 
 WINDOWED = [
     "mistral-window", "ministral3", "mixtral", "phi3", "gemma2", "gemma3", "gpt-oss", "olmo3", "smollm3-windows",
-    "qwen2-windows", "qwen3-windows", "qwen3-moe-mixed", "gemma4", "gemma4-small",
+    "qwen2-windows", "qwen3-windows", "qwen3-moe-mixed", "gemma4", "gemma4-small", "gemma4-whole",
 ]  # fmt: skip
 MOST = 9
 """Tokens of the longest chunk."""
@@ -354,7 +359,8 @@ def test_slots_are_positions_modulo_their_number(slots):
         ({"num_kv_shared_layers": 1}, "num_kv_shared_layers=1: this field is not supported"),
         (GEMMA4_TEXT | INPUTS4 | {"vocab_size_per_layer_input": 96}, "vocab_size_per_layer_input=96"),
         (GEMMA4_TEXT | INPUTS4 | {"hidden_size_per_layer_input": -1}, "hidden_size_per_layer_input=-1"),
-        (GEMMA4_TEXT | {"enable_moe_block": True}, "enable_moe_block=true"),
+        (GEMMA4_TEXT | {"enable_moe_block": True}, "num_experts=null"),
+        (GEMMA4_TEXT | EXPERTS4 | {"top_k_experts": 7}, "top_k_experts=7: expected at most num_experts=6"),
         (GEMMA4_TEXT | {"use_bidirectional_attention": "all"}, 'use_bidirectional_attention="all"'),
         (GEMMA4_TEXT | {"layer_types": TYPES}, "the last layer must be full_attention"),
         (GEMMA4_TEXT | {"rope_theta": 10000.0}, "rope_theta=10000.0"),

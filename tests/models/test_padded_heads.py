@@ -9,8 +9,8 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import attention
 from pipeline.models.families import config_of
 from pipeline.models.parallel import Pass, Seams, attend_up_to, plan_writes
+from pipeline.models.rank_slices import kv_head_of, local_heads, q_heads_of
 from pipeline.models.rotary import rotary_of
-from pipeline.models.weights import kv_head_of, local_heads, q_heads_of
 from support.pairs import SMALL
 from support.shards import expected_slice
 

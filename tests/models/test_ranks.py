@@ -27,8 +27,8 @@ from pipeline.stages.shard_files import shard_path, write_shards
 from support import families
 
 SPLIT = (
-    "olmo3", "gemma3", "gemma4", "gemma4-small", "glm4", "granite", "granite4", "smollm3", "phi4-mini", "qwen3-moe",
-    "qwen2-moe", "mixtral", "gpt-oss", "llama4",
+    "olmo3", "gemma3", "gemma4", "gemma4-experts", "gemma4-small", "glm4", "granite", "granite4", "smollm3",
+    "phi4-mini", "qwen3-moe", "qwen2-moe", "mixtral", "gpt-oss", "llama4",
 )  # fmt: skip
 RECURRENT = ("qwen3-next", "qwen3.5")
 SPEC = GraphSpec("score", 1, 24, 32, model="target")
@@ -129,6 +129,7 @@ def test_logits_of_ranks_are_those_of_one(family: str, tmp_path: Path) -> None:
 
 MIXTURES = {
     "gpt-oss": {"num_local_experts": 8},
+    "gemma4-experts": {"num_experts": 8},
     "llama4": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "mixtral": {"num_local_experts": 8},
     "qwen2-moe": {"num_experts": 8},

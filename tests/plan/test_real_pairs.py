@@ -122,6 +122,26 @@ def test_gemma4_e2b_has_its_published_size_and_caches_of_15_layers() -> None:
     assert sum(math.prod(t.shape) for t in caches) == 2 * 4096 * (12 * 256 + 3 * 512)
 
 
+def test_gemma4_26b_a4b_has_its_published_sizes() -> None:
+    """The text part as published: 25.2B, of which 3.8B are active; 25 layers with a window, 5 that see all keys."""
+    config = config_of(
+        {
+            "model_type": "gemma4_text", "hidden_size": 2816, "num_hidden_layers": 30, "intermediate_size": 2112,
+            "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256,
+            "global_head_dim": 512, "vocab_size": 262144, "max_position_embeddings": 262144, "sliding_window": 1024,
+            "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 128,
+            "top_k_experts": 8, "moe_intermediate_size": 704, "tie_word_embeddings": True,
+        },
+        "config.json",
+    )  # fmt: skip
+    sizes = {spec.name: math.prod(spec.shape) for spec in weight_specs(config)}
+    copies = 5 * 2 * 512 * 2816  # values that are read from the keys' matrices
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert abs((sum(sizes.values()) - copies) / 25.2e9 - 1) < 0.005, sum(sizes.values())
+    assert abs((sum(sizes.values()) - copies - experts * (1 - 8 / 128)) / 3.8e9 - 1) < 0.01
+    assert sum(config.layer(layer).window is None for layer in range(30)) == 5
+
+
 def test_llama4_scout_and_maverick_have_their_published_sizes() -> None:
     """As published: 17B active of 109B and of 400B; the defaults of the class are Scout's text part."""
     scout = {"model_type": "llama4_text"}

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models.parallel import Pass, Seams
-from pipeline.models.weights import WeightSpec, local_heads
+from pipeline.models.rank_slices import local_heads
+from pipeline.models.weights import WeightSpec
 from pipeline.speculation.acceptance import Emitted
 from pipeline.speculation.drafters import TAIL, DraftModel, Eagle3, take
 from pipeline.speculation.model import Model, Rows

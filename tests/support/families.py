@@ -86,6 +86,7 @@ GEMMA4 = {
     "sliding_window": 6, "hidden_size_per_layer_input": 0,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }  # fmt: skip
+EXPERTS4 = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 48}
 GEMMA4_SMALL = GEMMA4 | {
     "num_hidden_layers": 6, "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "attention_k_eq_v": False,
     "layer_types": GEMMA4["layer_types"] * 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 400,
@@ -166,6 +167,7 @@ FAMILIES = {
     "gemma2": Family("Gemma2", GEMMA, "json-config"),
     "gemma3": Family("Gemma3", GEMMA | {"sliding_window_pattern": 2}, "json-config", draft={"num_hidden_layers": 2}),
     "gemma4": Family("Gemma4", GEMMA4, "json-config", derive=(0, 2)),
+    "gemma4-experts": Family("Gemma4", GEMMA4 | EXPERTS4, "json-config", saved=torch.bfloat16, derive=(0, 2)),
     "gemma4-small": Family(  # the last layers share keys and values, in the draft too
         "Gemma4",
         GEMMA4_SMALL,

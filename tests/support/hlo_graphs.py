@@ -9,8 +9,9 @@ import torch
 from pipeline.backends.neuron import hlo
 from pipeline.graphs.dtypes import torch_dtype
 from pipeline.graphs.spec import GraphSpec
+from pipeline.models.rank_slices import vocab_offset
 from pipeline.models.vocabulary import vocab_rows
-from pipeline.models.weights import OFFSET, vocab_offset
+from pipeline.models.weights import OFFSET
 from support.pairs import Pair
 from support.shards import expected_slice, in_out
 from support.xla_cpu import Executable

@@ -54,6 +54,11 @@ MECHANISMS = {
         "global_head_dim": 16, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "gemma4-experts": {
+        "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "sliding_window": 6, "global_head_dim": 16,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+        "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24,
+    },
     "llama4": {
         "model_type": "llama4_text", "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size_mlp": 40,
         "no_rope_layers": [1, 0, 1], "interleave_moe_layer_step": 2,

@@ -196,6 +196,11 @@ def _gemma4(draw: Draw, layers: int) -> Config:
     for kind in kinds.values():
         kind.setdefault("rope_type", "default")
     small = draw.choice([{"hidden_size_per_layer_input": 0}, _small_gemma4(draw, layers)])
+    number = draw.randint(2, 9)
+    mixture = {
+        "enable_moe_block": True, "num_experts": number, "top_k_experts": draw.randint(1, number),
+        "moe_intermediate_size": inner(draw),
+    }  # fmt: skip
     return {
         "layer_types": [*draw.types(layers - 1), FULL],
         "sliding_window": draw.choice(WINDOWS),
@@ -203,7 +208,9 @@ def _gemma4(draw: Draw, layers: int) -> Config:
         "attention_k_eq_v": draw.chance(),
         "num_global_key_value_heads": 1,
         "rope_parameters": kinds,
-    } | draw.flags("attention_bias") | draw.some(final_logit_softcapping=lambda: 3.0) | small  # fmt: skip
+    } | draw.flags("attention_bias") | draw.some(final_logit_softcapping=lambda: 3.0) | small | (
+        mixture if draw.chance() else {}
+    )  # fmt: skip
 
 
 def _small_gemma4(draw: Draw, layers: int) -> Config:

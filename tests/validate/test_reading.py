@@ -7,9 +7,10 @@ import pytest
 import transformers
 
 from pipeline.errors import HostError, SourceError
-from pipeline.models.config import Clamp, Layer
+from pipeline.models.config import Clamp, Experts, Layer
 from pipeline.models.families import FAMILIES
 from pipeline.models.rope_types import Llama3Rope, Rope
+from pipeline.models.shared import layered
 from pipeline.sources.checkpoint import Checkpoint
 from pipeline.sources.pair import resolve
 from pipeline.validate import reading
@@ -103,6 +104,35 @@ def test_check_reading_names_what_differs_of_llama4(tmp_path, wrong, of_experts,
     kinds = [replace(kind, experts=kind.experts and replace(kind.experts, **of_experts)) for kind in ours.kinds]
     misread = replace(checkpoint, config=replace(ours, kinds=tuple(kinds), **wrong))
     check_reading(checkpoint)
+    with pytest.raises(SourceError) as raised:
+        check_reading(misread)
+    assert said in raised.value.what
+
+
+@pytest.mark.skipif("gemma4_text" not in KNOWN, reason="transformers 4.57 has no class for it")
+@pytest.mark.parametrize(
+    ("wrong", "where", "of_layers", "said"),
+    [
+        ({"layer_input": 4}, (), {}, "inputs of layers: 4, transformers: 6"),
+        ({"layer_input": None}, (), {}, "norms of a layer: ["),
+        ({}, (2, 3), {"shares_keys": False}, "layers of the keys: [0, 1, 2, 3], transformers: [0, 1, 0, 1]"),
+        ({}, (3,), {"intermediate": None}, "inner size by layer: [64, 64, 128, 64], transformers: [64, 64, 128, 128]"),
+        ({}, range(4), {"experts": Experts(6, 3, 28, among=True)}, "experts: [6, 3], transformers: [6, 2]"),
+        ({}, range(4), {"experts": Experts(6, 2, 32, among=True)}, "experts beside a network: 32, transformers: 28"),
+    ],
+)
+def test_check_reading_names_what_differs_of_gemma4(tmp_path, wrong, where, of_layers, said):
+    """Of its layers' inputs, of keys that layers share, and of experts."""
+    checkpoint = opened(
+        tmp_path, model_type="gemma4_text", head_dim=8, pad_token_id=0, num_hidden_layers=4, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, use_double_wide_mlp=True,
+        hidden_size_per_layer_input=6, vocab_size_per_layer_input=70, enable_moe_block=True, num_experts=6,
+        top_k_experts=2, moe_intermediate_size=28,
+    )  # fmt: skip
+    check_reading(checkpoint)
+    read = enumerate(map(checkpoint.config.layer, range(4)))
+    layers = [replace(layer, **of_layers) if index in where else layer for index, layer in read]
+    misread = replace(checkpoint, config=replace(checkpoint.config, **layered(layers), **wrong))
     with pytest.raises(SourceError) as raised:
         check_reading(misread)
     assert said in raised.value.what

@@ -16,29 +16,31 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.backends.inductor.block_linear import block_linear
-from pipeline.models.config import Clamp
+from pipeline.models.config import Activation, Clamp
 from pipeline.models.parallel import Gating
 
 
-@torch.library.custom_op("tandem::expert_swiglu", mutates_args=())
-def expert_swiglu(
-    x: Tensor, chosen: Tensor, gate: Tensor, up: Tensor, biases: Sequence[Tensor], bounds: Sequence[float]
-) -> Tensor:
+@torch.library.custom_op("tandem::expert_gated", mutates_args=())
+def expert_gated(
+    x: Tensor, chosen: Tensor, gate: Tensor, up: Tensor, biases: Sequence[Tensor], bounds: Sequence[float],
+    gelu: bool = False,
+) -> Tensor:  # fmt: skip
     """Compute SwiGLU of each token's experts in float32, rounded once: `silu(x @ gate.T) * (x @ up.T)` (Shazeer 2020).
 
-    `biases` are none, or those of gate and up; `bounds` none, or those of a `Clamp`.
+    `biases` are none, or those of gate and up; `bounds` none, or those of a `Clamp`; `gelu`: GeGLU, of GELU by tanh.
     Shapes: x [M, I] of the model's dtype, chosen int32 [M, C], gate and up [E, N/32, ..] as of `block_swiglu`, biases
     of the model's dtype [E, up to N] -> x's dtype [M, C, N].
     """
     ids = chosen.flatten().long()
     products = [_products(x, chosen, weight)[:, None] for weight in (gate, up)]
+    activation: Activation = "gelu_tanh" if gelu else "silu"
     wide = [functional.pad(bias.float(), (0, _outputs(gate) - bias.shape[1])) for bias in biases]
-    gating = Gating((wide[0], wide[1]) if wide else None, Clamp(*bounds) if bounds else None)
+    gating = Gating((wide[0], wide[1]) if wide else None, Clamp(*bounds) if bounds else None, activation)
     inner = gating.of(products[0], products[1], ids).to(x.dtype).view(*chosen.shape, -1)
     return inner.masked_fill(chosen[..., None] < 0, 0)
 
 
-@expert_swiglu.register_fake
+@expert_gated.register_fake
 def _(x: Tensor, chosen: Tensor, gate: Tensor, *_: object) -> Tensor:
     return x.new_empty(*chosen.shape, _outputs(gate))
 

@@ -1,4 +1,4 @@
-"""C++ of `expert_swiglu` and `expert_linear`, and their registration with Inductor. Imported only to compile.
+"""C++ of `expert_gated` and `expert_linear`, and their registration with Inductor. Imported only to compile.
 
 Rows are sorted by expert; then each block of an expert that has rows is read once for all of them, in order, by one
 thread. Blocks of all such experts are shared out among threads. A row's sum runs over I in the same order as in
@@ -23,7 +23,7 @@ from pipeline.backends.inductor.vectors import NATIVE_BFLOAT16, ROW_SUMS, WIDENE
 EXPERTS = r"""
 constexpr int64_t E = EXPERT_COUNT, SHARE = ROWS_PER_INPUT, EXPERT_SIZE = BLOCKS * BLOCK_SIZE;
 constexpr int64_t BIASES = BIAS_WIDTH;  // of an expert, up to N; 0: there are none
-constexpr bool BOUNDED = IS_BOUNDED;
+constexpr bool BOUNDED = IS_BOUNDED, GELU = IS_GELU;
 
 // One block's biases of gate and up, zeros beyond the last.
 struct Biases {
@@ -36,13 +36,25 @@ struct Biases {
     }
 };
 
-// Inner values of one row of a block: SwiGLU, with bounds or without.
+// Inner values of one row of a block: SwiGLU with bounds.
 inline void bounded(const float* gate, const float* up, Output* out) {
     const Vec limit(BOUNDS_LIMIT), alpha(BOUNDS_ALPHA), one(1.0f);
     const auto product = [&](int64_t lane) {
         const Vec g = at::vec::clamp_max(Vec::loadu(gate + lane), limit);
         const Vec u = at::vec::clamp(Vec::loadu(up + lane), limit.neg(), limit);
         return g / (one + (g * alpha).neg().exp()) * (u + one);
+    };
+    for (int64_t lane = 0; lane < LANES; lane += CHUNK) {
+        store_both(product(lane), product(lane + Vec::size()), out + lane);
+    }
+}
+
+// GELU by tanh (Hendrycks and Gimpel 2016) of gate, times up.
+inline void of_gelu(const float* gate, const float* up, Output* out) {
+    const Vec half(0.5f), one(1.0f), root(0.7978845608028654f), cubic(0.044715f);
+    const auto product = [&](int64_t lane) {
+        const Vec g = Vec::loadu(gate + lane);
+        return half * g * (one + (root * (g + cubic * g * g * g)).tanh()) * Vec::loadu(up + lane);
     };
     for (int64_t lane = 0; lane < LANES; lane += CHUNK) {
         store_both(product(lane), product(lane + Vec::size()), out + lane);
@@ -57,6 +69,7 @@ inline void inner(float* gate, float* up, const Biases* biases, Output* out) {
         }
     }
     if constexpr (BOUNDED) bounded(gate, up, out);
+    else if constexpr (GELU) of_gelu(gate, up, out);
     else gated(gate, up, out);
 }
 
@@ -161,9 +174,11 @@ extern "C" SIGNATURE
 class BlockExpertsTemplate(CppTemplate):
     """The kernel for given shapes: `inputs` are x, chosen, and one weight, or, if `gated`, gate and up, and biases."""
 
-    def __init__(self, inputs: list[Any], layout: ir.Layout, *, gated: bool, bounds: Sequence[float]) -> None:
-        super().__init__("expert_swiglu" if gated else "expert_linear", inputs, layout, num_threads=1)
-        self.gated, self.bounds = gated, bounds
+    def __init__(
+        self, inputs: list[Any], layout: ir.Layout, *, gated: bool, bounds: Sequence[float], gelu: bool
+    ) -> None:
+        super().__init__("expert_gated" if gated else "expert_linear", inputs, layout, num_threads=1)
+        self.gated, self.bounds, self.gelu = gated, bounds, gelu
 
     def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
         """Return the C++ of the kernel."""
@@ -186,6 +201,7 @@ class BlockExpertsTemplate(CppTemplate):
             "BIAS_POINTERS": _pointers(vectors) or "nullptr",
             "BIAS_WIDTH": int(biases[0].get_size()[-1]) if biases else 0,
             "IS_BOUNDED": "true" if self.bounds else "false",
+            "IS_GELU": "true" if self.gelu else "false",
             "BOUNDS_LIMIT": f"float({limit!r})",
             "BOUNDS_ALPHA": f"float({alpha!r})",
             "WEIGHT_TYPE": kernel.dtype(weights[0]),
@@ -221,18 +237,22 @@ def _pointers(nodes: dict[str, Any]) -> str:
     return ", ".join(f"{name} + {node.get_layout().offset}" for name, node in nodes.items())
 
 
-def _lowered(operands: list[Any], dtype: torch.dtype, *, gated: bool, bounds: Sequence[float] = ()) -> Any:
+def _lowered(
+    operands: list[Any], dtype: torch.dtype, *, gated: bool, bounds: Sequence[float] = (), gelu: bool = False
+) -> Any:
     inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in operands]
     weight = inputs[2].get_size()
     layout = ir.FixedLayout(inputs[0].get_device(), dtype, [*inputs[1].get_size(), weight[1] * weight[3]])
-    out = BlockExpertsTemplate(inputs, layout, gated=gated, bounds=bounds).generate().output_node()
+    out = BlockExpertsTemplate(inputs, layout, gated=gated, bounds=bounds, gelu=gelu).generate().output_node()
     out.data.data.allow_epilogue_fusion = False
     return out
 
 
-@lowering.register_lowering(torch.ops.tandem.expert_swiglu, type_promotion_kind=None)  # type: ignore[untyped-decorator]
-def _lower_swiglu(x: Any, chosen: Any, gate: Any, up: Any, biases: list[Any], bounds: list[float]) -> Any:
-    return _lowered([x, chosen, gate, up, *biases], x.get_dtype(), gated=True, bounds=bounds)
+@lowering.register_lowering(torch.ops.tandem.expert_gated, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+def _lower_gated(
+    x: Any, chosen: Any, gate: Any, up: Any, biases: list[Any], bounds: list[float], gelu: bool = False
+) -> Any:
+    return _lowered([x, chosen, gate, up, *biases], x.get_dtype(), gated=True, bounds=bounds, gelu=gelu)
 
 
 @lowering.register_lowering(torch.ops.tandem.expert_linear, type_promotion_kind=None)  # type: ignore[untyped-decorator]

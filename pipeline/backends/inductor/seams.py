@@ -9,7 +9,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from pipeline.backends.inductor.block_experts import expert_linear, expert_swiglu
+from pipeline.backends.inductor.block_experts import expert_gated, expert_linear
 from pipeline.backends.inductor.block_linear import block_linear, block_swiglu
 from pipeline.backends.inductor.cached_attention import cached_attention
 from pipeline.backends.inductor.collectives import all_gather, all_reduce
@@ -74,7 +74,8 @@ class BlockedSeams(Seams):
         if self.live is not None:
             numbers_MC = torch.where(self.live.reshape(-1, 1), numbers_MC, torch.full_like(numbers_MC, -1))
         bounds = () if gating.clamp is None else (gating.clamp.limit, gating.clamp.alpha)
-        inner_MCN = expert_swiglu(x_MI, numbers_MC, gate, up, list(gating.biases or ()), list(bounds))
+        is_gelu = gating.activation == "gelu_tanh"
+        inner_MCN = expert_gated(x_MI, numbers_MC, gate, up, list(gating.biases or ()), list(bounds), is_gelu)
         out_MCI = expert_linear(inner_MCN[..., : _inputs(down)].contiguous(), numbers_MC, down)[..., : x_BTI.shape[-1]]
         out_MI = (out_MCI * chosen.shares.flatten(0, 1)[..., None]).sum(dim=1)
         return out_MI.to(x_BTI.dtype).view(x_BTI.shape)

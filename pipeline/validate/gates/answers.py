@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 
 from pipeline.graphs.spec import ModelsSpec
-from pipeline.models.weights import padded_vocab
+from pipeline.models.rank_slices import padded_vocab
 from pipeline.progress import Progress
 from pipeline.runtime.calls import Generation
 from pipeline.validate.gates.inputs import GateInputs, StageClock

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pipeline.backends.inductor.block_experts import expert_linear, expert_swiglu
+from pipeline.backends.inductor.block_experts import expert_gated, expert_linear
 from pipeline.backends.inductor.seams import BlockedSeams
 from pipeline.graphs.packing import BlockPacking
 from pipeline.models import int4, int8
-from pipeline.models.config import Clamp
+from pipeline.models.config import Activation, Clamp
 from pipeline.models.parallel import PLAIN, SWIGLU, Chosen, Gating
 from support.compiled import run_compiled
 
@@ -20,12 +20,13 @@ EXPERTS, INNER, HIDDEN = 7, 40, 64
 
 @dataclass(frozen=True)
 class Kind:
-    """Dtypes of values and of stored matrices, and whether there are biases of gate and up."""
+    """Dtypes of values and of stored matrices, whether there are biases of gate and up, and the activation."""
 
     dtype: torch.dtype
     stored: torch.dtype
     clamp: Clamp | None = None
     biased: bool = False
+    activation: Activation = "silu"
 
 
 BOUNDS = Clamp(0.8, 1.7)
@@ -41,6 +42,7 @@ DTYPES = (
 KINDS = [
     *(Kind(*dtypes) for dtypes in DTYPES),
     *(Kind(*dtypes, BOUNDS, biased=True) for dtypes in (DTYPES[0], *DTYPES[3:5])),
+    *(Kind(*dtypes, activation="gelu_tanh") for dtypes in (DTYPES[0], *DTYPES[3:5])),
 ]
 
 
@@ -58,14 +60,15 @@ def packed(plain, dtype):
 class Mixture(torch.nn.Module):
     """The experts of some tokens, and both products of a slice of them."""
 
-    def __init__(self, clamp=None, inner=INNER):
+    def __init__(self, clamp=None, inner=INNER, activation="silu"):
         super().__init__()
-        self.clamp, self.inner = clamp, inner
+        self.clamp, self.inner, self.activation = clamp, inner, activation
 
     def forward(self, x, chosen, shares, gate, up, down, *biases):
         bounds = [] if self.clamp is None else [self.clamp.limit, self.clamp.alpha]
-        inner = expert_swiglu(x[2:5], chosen[2:5].int(), gate, up, biases, bounds)
-        gating = Gating(biases or None, self.clamp)
+        is_gelu = self.activation != "silu"
+        inner = expert_gated(x[2:5], chosen[2:5].int(), gate, up, biases, bounds, is_gelu)
+        gating = Gating(biases or None, self.clamp, self.activation)
         of_tokens = Chosen(chosen[None], shares[None], elsewhere=True)
         whole = BlockedSeams().experts(x[None], of_tokens, (gate, up, down), gating)
         return whole, inner, expert_linear(inner[..., : self.inner].contiguous(), chosen[2:5].int(), down)
@@ -100,21 +103,20 @@ def test_compiled_experts_equal_those_written_out(tmp_path):
     cases = {kind: operands(kind.dtype, kind.stored) for kind in KINDS}
     biases = {kind: biases_of(kind.dtype, inner_of(kind.stored)) if kind.biased else () for kind in KINDS}
     modules = {
-        kind: (Mixture(kind.clamp, inner_of(kind.stored)), (*given, *biases[kind]))
+        kind: (Mixture(kind.clamp, inner_of(kind.stored), kind.activation), (*given, *biases[kind]))
         for kind, (given, _) in cases.items()
     }
     found = run_compiled(modules, tmp_path)
     for kind, ((x, chosen, shares, *blocks), plain) in cases.items():
         whole, inner, linear = found[kind]
-        gating = Gating(tuple(bias.float() for bias in biases[kind]) or None, kind.clamp)
+        gating = Gating(tuple(bias.float() for bias in biases[kind]) or None, kind.clamp, kind.activation)
         matrices = tuple(p.float() for p in plain)
         wide = PLAIN.experts(x.float()[None], Chosen(chosen[None], shares[None], elsewhere=True), matrices, gating)
         tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[kind.dtype]
         torch.testing.assert_close(whole.float(), wide, atol=tolerance, rtol=tolerance)
         bounds = [] if kind.clamp is None else [BOUNDS.limit, BOUNDS.alpha]
-        torch.testing.assert_close(
-            inner, expert_swiglu(x[2:5], chosen[2:5].int(), *blocks[:2], list(biases[kind]), bounds)
-        )
+        how = (list(biases[kind]), bounds, kind.activation != "silu")
+        torch.testing.assert_close(inner, expert_gated(x[2:5], chosen[2:5].int(), *blocks[:2], *how))
         torch.testing.assert_close(
             linear, expert_linear(inner[..., : inner_of(kind.stored)].contiguous(), chosen[2:5].int(), blocks[2])
         )

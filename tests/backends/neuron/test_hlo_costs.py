@@ -8,7 +8,7 @@ import torch
 from pipeline.backends.neuron import costs, module
 from pipeline.graphs.packing import InOutPacking
 from pipeline.graphs.spec import GraphSpec
-from pipeline.models.weights import local_heads
+from pipeline.models.rank_slices import local_heads
 from pipeline.plan.estimates import MIB, scratch_bytes, weight_bytes
 from support.neuron_graphs import LENGTH, OVER_STATES, arguments_of, make, phases, sums, weightless
 from support.pairs import empty_state

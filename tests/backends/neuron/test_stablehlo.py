@@ -172,7 +172,7 @@ def generate(graphs, steps: int = 4) -> tuple[list[list[int]], list[int]]:
         ("llama", False, 4, True), ("llama-bias", False, 4, False), ("qwen3", True, 4, False),
         ("qwen2-moe", False, 2, True), ("gemma2", False, 4, True), ("granite", False, 2, False),
         ("gemma4", False, 2, True), ("gemma4-small", False, 2, True), ("qwen3.5", False, 2, True),
-        ("llama4", False, 2, True),
+        ("gemma4-experts", False, 2, True), ("llama4", False, 2, True),
         ("olmo2", False, 4, True), ("olmo3", False, 2, False),
         ("qwen3-moe-by-rank", False, 2, True), ("gpt-oss-by-rank", False, 4, True),
         ("qwen3-moe-by-rank", False, 1, True),
