@@ -30,6 +30,12 @@ VLLM_READY  := $(VLLM_VENV)/.ready
 DRAFTS_VENV  ?= .venv-drafts
 DRAFTS_READY := $(DRAFTS_VENV)/.ready
 
+# Neuron hosts have transformers 4.57, other machines 5: a separate environment (2 GB).
+TRANSFORMERS_4_VENV  ?= .venv-transformers-4
+TRANSFORMERS_4_READY := $(TRANSFORMERS_4_VENV)/.ready
+TRANSFORMERS_4_TESTS := tests/models/test_config_of.py tests/models/test_families.py tests/models/test_fields.py \
+	tests/models/test_random_configs.py tests/sources/test_forms.py tests/validate
+
 # lm-eval, guidellm and LangChain, which call a server as their users do (1.5 GB).
 CLIENTS_VENV  ?= .venv-clients
 CLIENTS_READY := $(CLIENTS_VENV)/.ready
@@ -49,7 +55,7 @@ PYTEST := PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK    := not compile and not slow and not server and not vllm and not cuda and not neuron and not xla and not hlo and not browser and not ray and not drafts and not chaos
 
-.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-chaos fuzz test-xla test-hlo test-vllm test-drafts test-soak mutants lint format types imports docs check clean
+.PHONY: help build test test-quick test-slow test-report test-servers test-ray test-chaos fuzz test-xla test-hlo test-vllm test-drafts test-transformers-4 test-soak mutants lint format types imports docs check clean
 help:                    ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -122,6 +128,9 @@ test-vllm: $(VLLM_READY) $(CLIENTS_READY) ## a real vLLM serves an artifact over
 test-drafts: $(DEV_READY) $(DRAFTS_READY) ## heads, DFlash and DSpark drafts that public tools write, against the logits of their modules
 	TANDEM_DRAFTS_PYTHON=$(abspath $(DRAFTS_VENV))/bin/python $(PYTEST) -m drafts tests/drafts
 
+test-transformers-4: $(TRANSFORMERS_4_READY) ## configs, logits and gates with transformers 4.57, which Neuron hosts have
+	$(TRANSFORMERS_4_VENV)/bin/python -m pytest $(PARALLEL) -m "$(QUICK)" $(TRANSFORMERS_4_TESTS)
+
 check: lint types imports test ## required checks of a change: lint, types, imports, fast tests
 
 $(XLA_READY): tests/requirements-xla.txt
@@ -145,6 +154,12 @@ $(DRAFTS_READY): tests/requirements-drafts.txt
 	@echo "installing packages into $(DRAFTS_VENV): a few minutes, about 1.5 GB of disk" >&2
 	$(DRAFTS_VENV)/bin/python -m pip install --quiet --requirement $<
 	$(DRAFTS_VENV)/bin/python -m pip install --quiet --no-deps speculators==0.9.0 hs-connectors==0.9.0 specforge==0.2.0
+	touch $@
+
+$(TRANSFORMERS_4_READY): pyproject.toml
+	$(PYTHON) -m venv $(TRANSFORMERS_4_VENV)
+	@echo "installing packages into $(TRANSFORMERS_4_VENV): a few minutes, about 2 GB of disk" >&2
+	$(TRANSFORMERS_4_VENV)/bin/python -m pip install --quiet --editable '.[inductor,dev]' 'transformers>=4.57,<4.58'
 	touch $@
 
 $(CLIENTS_READY): tests/requirements-clients.txt
@@ -174,4 +189,4 @@ $(DEV_READY): pyproject.toml
 	touch $(READY) $@
 
 clean:                   ## remove environments, caches of tools and built files, but not artifacts/
-	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) $(DOCS_VENV) $(DRAFTS_VENV) $(CLIENTS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(XLA_VENV) $(VLLM_VENV) $(DOCS_VENV) $(DRAFTS_VENV) $(CLIENTS_VENV) $(TRANSFORMERS_4_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -158,6 +158,7 @@ DEVELOPMENT = (
     Variable("XLA_VENV", "`make test-xla`", "virtual environment", "`.venv-xla`"),
     Variable("XLA_PYTHON", "`make test-xla`", "Python interpreter", "`PYTHON`"),
     Variable("DRAFTS_VENV", "`make test-drafts`", "virtual environment", "`.venv-drafts`"),
+    Variable("TRANSFORMERS_4_VENV", "`make test-transformers-4`", "virtual environment", "`.venv-transformers-4`"),
     Variable("CLIENTS_VENV", "`make test-vllm`", "virtual environment of lm-eval, guidellm and LangChain", "`.venv-clients`"),
     Variable("VLLM_VENV", "`make test-vllm`", "virtual environment", "`.venv-vllm`"),
     Variable("DOCS_VENV", "`make docs`", "virtual environment", "`.venv-docs`"),

@@ -30,7 +30,7 @@ class RopeRules:
     kinds that it reads as another one. `local`: it has another rotary embedding for layers with a window; the field of
     its theta in the layout of transformers 4, where it has one, and the default of that theta. `absent`: the object of
     a config that has none, by the type of layers where they differ. `proportional`: it knows this kind. `in_4`:
-    versions 4 of transformers have the class.
+    versions 4 of transformers have the class; `fields_in_4`: those of an object of scaling that they accept there.
     """
 
     theta: float = 10000.0
@@ -41,6 +41,7 @@ class RopeRules:
     absent: Mapping[str, Any] = field(default_factory=dict)
     proportional: bool = False
     in_4: bool = True
+    fields_in_4: tuple[str, ...] = ()
 
 
 RULES: Mapping[str, RopeRules] = {
@@ -69,7 +70,11 @@ RULES: Mapping[str, RopeRules] = {
     "llama4_text": RopeRules(theta=5e5, interleaved=True),
     "mixtral": RopeRules(theta=1e6),
     "olmo3": RopeRules(theta=5e5, local=(None, 5e5)),
-    "phi3": RopeRules(partial=1.0, older_names={"su": "longrope", "yarn": "longrope"}),
+    "phi3": RopeRules(
+        partial=1.0,
+        older_names={"su": "longrope", "yarn": "longrope"},
+        fields_in_4=("type", "short_factor", "long_factor"),
+    ),
     "qwen3_5_moe_text": RopeRules(partial=0.25),
     "qwen3_5_text": RopeRules(partial=0.25),
     "qwen3_next": RopeRules(partial=0.25),
@@ -205,14 +210,20 @@ def in_both_layouts(config: Mapping[str, Any], max_position: int) -> dict[str, A
     if not rope and not rules.absent:
         return rest
     rope.setdefault("rope_type", rope.get("type", "default"))
+    kind = rules.older_names.get(rope["rope_type"], rope["rope_type"])
     rope.setdefault(THETA, config.get(THETA, rules.theta))
-    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+    if kind in ("llama3", "yarn", "longrope"):
         rope.setdefault(ORIGINAL, config.get(ORIGINAL, max_position))
     if rope.get(PARTIAL) is not None:
         rest[PARTIAL] = rope[PARTIAL]
     rest |= {THETA: rope[THETA], "rope_parameters": rope}
-    plain = rope["rope_type"] == "default" and not rules.absent  # else 4.57 takes the one of a config without
-    return rest if plain else rest | {"rope_scaling": rope}
+    if kind == "default" and not rules.absent:  # else 4.57 takes the one of a config without
+        return rest
+    if kind == "longrope" and rope.get("factor") is None:
+        rest.setdefault(ORIGINAL, rope[ORIGINAL])  # by which 4.57 computes the factor
+    if kind == "longrope" and rules.fields_in_4:
+        return rest | {"rope_scaling": {key: (rope | {"type": kind})[key] for key in rules.fields_in_4}}
+    return rest | {"rope_scaling": rope}
 
 
 def _both_by_type(config: Mapping[str, Any], rules: RopeRules) -> dict[str, Any]:

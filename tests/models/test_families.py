@@ -121,7 +121,8 @@ def check_greedy(root: Path, prompts: list[list[int]], answers: list[list[int]],
     What `generate` of transformers says with a pass for each token takes one for each answer. With `near_ties`, as
     kernels of bfloat16 round differently, a token may be nearly the best.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(root / "target", dtype=torch.float32)
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}  # another one of 4.57 has no caps on scores
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "target", **options)
     stops = model.generation_config.eos_token_id
     stops = set(stops if isinstance(stops, list) else [stops])
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -22,6 +22,16 @@ from support.configs import DYNAMIC, LINEAR, LLAMA3, LONG, YARN, small
 STRICT = int(transformers.__version__.split(".")[0]) >= 5
 """transformers 5 checks the types of fields; 4.57 does not."""
 
+KNOWN = [family for family in FAMILIES if family in transformers.models.auto.configuration_auto.CONFIG_MAPPING]
+"""Families that the installed transformers has; 4.57 lacks some."""
+
+OF_4 = {
+    ("gemma2", "use_bidirectional_attention"), ("gpt_oss", "attention_bias"), ("gpt_oss", "swiglu_alpha"),
+    ("gpt_oss", "swiglu_limit"), ("llama4_text", "attention_bias"), ("qwen2_moe", "layer_types"),
+    ("smollm3", "tie_word_embeddings"), ("glm4", "eos_token_id"), ("qwen3_next", "mlp_only_layers"),
+}  # fmt: skip
+"""Fields that the classes of 4.57 do not declare, or whose default is another one there."""
+
 RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 UNDECLARED = {
@@ -70,7 +80,7 @@ KINDS = {
     bool | None: Kind.BOOL_OR_NULL,
     Literal["all", "vision"] | None: Kind.TEXT_OR_NULL,
 }
-ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rope_local_base_freq"}
 WITHOUT_EFFECT = {
     # of training, of memory and speed, of the text side, of what is returned beside the logits
     "attention_dropout", "initializer_range", "gradient_checkpointing", "id2label", "dtype", "name_or_path", "auto_map",
@@ -84,6 +94,8 @@ WITHOUT_EFFECT = {
     "serialize_explicit_per_layer_config",
     "base_model_ep_plan", "base_model_fsdp_plan", "base_model_pp_plan", "base_model_tp_plan", "sub_configs",
     "default_rope_type",
+    # of 4.57: of tracing, of layers of Mamba, which are refused, and whether layers turn, which a build compares
+    *(() if STRICT else ("torchscript", "use_return_dict", "mamba_d_conv", "mamba_d_state", "position_embedding_type")),
 }  # fmt: skip
 STRICTER = (
     "partial_rotary_factor",
@@ -129,10 +141,13 @@ def of_base_class(field: str) -> bool:
     return field == "eos_token_id"  # 4.57: Qwen passes it to the base class, where it is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 def test_defaults_are_those_of_transformers(family):
     defaults = declared(family)
     for name, field in FIELDS[family].items():
+        if not STRICT and (family, name) in OF_4:
+            assert name not in defaults or field.default != defaults[name]
+            continue
         if (family, name) in UNDECLARED or (name not in defaults and of_base_class(name)):
             assert name not in defaults
             others = ("hidden_act", "sliding_window_pattern", "global_head_dim", "full_attention_interval")
@@ -141,11 +156,11 @@ def test_defaults_are_those_of_transformers(family):
             assert (name, field.default) == (name, defaults[name])
     assert not set(DRAFT_FIELDS) & set(defaults)
     other_names = {frozenset(names) for names in class_of(family).attribute_map.items()}
-    assert other_names == {frozenset(names) for names in OTHER_NAMES.get(family, {}).items()}
+    assert not STRICT or other_names == {frozenset(names) for names in OTHER_NAMES.get(family, {}).items()}
 
 
 @pytest.mark.skipif(not STRICT, reason="transformers 4.57 checks no types")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 def test_kinds_are_the_types_of_transformers(family):
     types = {field.name: field.type for field in fields(class_of(family))}
     for name, field in FIELDS[family].items():
@@ -153,7 +168,7 @@ def test_kinds_are_the_types_of_transformers(family):
             assert (name, field.kind) == (name, KINDS[types[name]])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 def test_every_field_that_an_inference_reads_is_known(family, monkeypatch):
     """Fields that a new version of transformers reads are in the table, refused, or without effect."""
     read: set[str] = set()
@@ -187,7 +202,10 @@ def test_every_field_that_an_inference_reads_is_known(family, monkeypatch):
 
 
 def same(config_json: dict[str, Any]) -> str:
-    """The outcome of reading a config here and with transformers; fails if the meanings differ."""
+    """The outcome of reading a config here and with transformers; fails if the meanings differ.
+
+    4.57 reads some fields otherwise: there a build is refused with both values, before it compiles.
+    """
     try:
         ours = config_of(config_json, "config.json")
     except SourceError as error:
@@ -201,6 +219,8 @@ def same(config_json: dict[str, Any]) -> str:
         differences = difference(ours, readable(config_json, ours.max_position)[0])
     except Exception:
         return "refused by transformers"
+    if differences and not STRICT:
+        return "refused"
     assert not differences, config_json
     return "read"
 
@@ -226,7 +246,7 @@ def mutations(family: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 def test_config_of_mutations_mean_the_same_or_are_refused(family):
     """Was: defaults of another family, `null` and "2" as tracebacks, windows that no layer has."""
     outcomes = [same(config) for config in mutations(family)]
@@ -261,7 +281,7 @@ def rope_objects(random_: random.Random) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 def test_config_of_rope_in_one_or_both_layouts_means_the_same_or_is_refused(family):
     """Was: `rope_scaling` beside `rope_parameters` was ignored (vllm 28542)."""
     random_ = random.Random(family)
@@ -276,7 +296,7 @@ def test_config_of_rope_in_one_or_both_layouts_means_the_same_or_is_refused(fami
         if random_.random() < 0.1:
             config["original_max_position_embeddings"] = random_.choice([16, 64, None])
         outcomes.append(same(json.loads(json.dumps(config))))
-    assert outcomes.count("read") > (0 if family == "gemma4_text" else 7)
+    assert outcomes.count("read") > (0 if family == "gemma4_text" else 7 if STRICT else 3)
 
 
 PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25}

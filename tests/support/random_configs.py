@@ -62,6 +62,8 @@ def random_config(family: str, seed: int, *, modern: bool = True) -> Config:
         config |= divided(draw, size)
     elif family not in OWN_ROPE and (modern or family != "olmo2"):  # 4.57 reads no scaled one of Olmo 2
         config |= rope(draw, size, modern, part=PARTIAL.get(family, ()))
+    if not modern and family == "llama4_text" and config.get("rope_scaling", {}).get("rope_type") != "llama3":
+        config.pop("rope_scaling", None)  # 4.57 takes every kind for this one
     config |= OPTIONS[family](draw, layers)
     if not modern and family == "qwen2_moe":  # whose windows 4.57 has in other layers, or in all
         config["use_sliding_window"] = False

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -292,15 +293,19 @@ class Recording(nn.Module):
     def __init__(self, recorder: Recorder, layer: nn.Module) -> None:
         super().__init__()
         self.recorder = recorder
-        if hasattr(layer, "attention_type"):  # which 4.57 asks a layer for
+        if hasattr(layer, "attention_type"):  # which 4.57 asks a layer for, or its attention
             self.attention_type = layer.attention_type
+        attention: Any = getattr(layer, "self_attn", None)
+        if hasattr(attention, "attention_type"):
+            self.self_attn = SimpleNamespace(attention_type=attention.attention_type)
 
     def forward(self, hidden_states: Tensor, *inputs: Any, **options: Any) -> Tensor:
-        """Record and pass on."""
-        self.recorder.hidden = hidden_states
+        """Record and pass on what the first layer got: some models of 4.57 take the first element of an output."""
+        if not self.recorder.options:
+            self.recorder.hidden = hidden_states
         self.recorder.inputs.append(inputs)
         self.recorder.options.append(options)
-        return hidden_states
+        return self.recorder.hidden
 
 
 class _ProjectedCache:
