@@ -57,7 +57,7 @@ QUICK    := not compile and not slow and not server and not vllm and not cuda an
 
 .PHONY: help build test test-quick test-slow test-report test-servers test-ray test-chaos fuzz test-xla test-hlo test-vllm test-drafts test-transformers-4 test-soak mutants lint format types imports docs check clean
 help:                    ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(READY)          ## compile, validate and package one recipe: make build RECIPE=name
 	$(BIN)/tandem build '$(subst ','\'',$(value RECIPE))'
