@@ -247,9 +247,12 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    "family", ["gemma3", "gemma4", "gemma4-small", "gpt-oss", "olmo3", "qwen3-moe", "qwen3.5", *SLOW]
-)
+BEYOND_LLAMA = [
+    "gemma3", "gemma4", "gemma4-experts", "gemma4-small", "gpt-oss", "llama4", "olmo3", "qwen3-moe", "qwen3.5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*BEYOND_LLAMA, *SLOW])
 def test_gates_pass_of_mechanisms_beyond_llama(family, tmp_path):
     """Layer by layer references of transformers, windows, experts and scales included, agree with the graphs."""
     recipe = load(fewer_graphs(write_recipe(family, tmp_path)))

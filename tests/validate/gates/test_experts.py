@@ -25,7 +25,7 @@ MODERN = int(transformers.__version__.split(".")[0]) >= 5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILY_NAMES = ["gpt-oss", "granite-moe", "mixtral", "olmoe", "qwen2-moe", "qwen3-moe"]
+FAMILY_NAMES = ["gemma4-experts", "gpt-oss", "granite-moe", "llama4", "mixtral", "olmoe", "qwen2-moe", "qwen3-moe"]
 FAST = "mixtral"
 
 
