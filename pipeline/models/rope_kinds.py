@@ -111,8 +111,8 @@ def scaled(rope: RopeObject, kind: str, theta: float, dim: int) -> tuple[RopeSca
 
 def _llama3(rope: RopeObject) -> Llama3Rope:
     low, high = (rope.positive(f"{name}_freq_factor") for name in ("low", "high"))
-    if high <= low:
-        raise rope.error("high_freq_factor", high, f"expected more than low_freq_factor={low}")
+    if high < low:
+        raise rope.error("high_freq_factor", high, f"expected at least low_freq_factor={low}")
     return Llama3Rope(
         factor=rope.positive("factor"),
         low_freq_factor=low,

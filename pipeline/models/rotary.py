@@ -58,13 +58,15 @@ def rotary_frequencies(rope: Rope, device: torch.device) -> Tensor:
 
 
 def _scale_llama3(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
-    """Scale as Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between them."""
+    """Scale as Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between them.
+
+    Llama 4 Scout has none between: both factors are 1.
+    """
     wavelength = 2 * math.pi / frequencies
     low = rope.original_max_position / rope.low_freq_factor
     high = rope.original_max_position / rope.high_freq_factor
-    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
+    width = rope.high_freq_factor - rope.low_freq_factor
+    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / width if width else 0.0
     between = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
     # Limits as tensors: XLA would compare with a Python number in float64.
     scaled = torch.where(wavelength > torch.full_like(wavelength, low), frequencies / rope.factor, between)

@@ -170,6 +170,7 @@ CASES = {
         | {"num_experts_per_tok": 3, "interleave_moe_layer_step": 1, "use_qk_norm": False, "attention_bias": True}
         | {"rope_parameters": LLAMA3, "attn_temperature_tuning": False, "attention_chunk_size": None},
     ),
+    "llama4-scout": ("Llama4", LLAMA4 | {"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0, "factor": 16.0}}),
     "llama4-dense": ("Llama4", LLAMA4 | {"moe_layers": [], "no_rope_layers": [], "tie_word_embeddings": True}),
     "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
 }

@@ -134,7 +134,7 @@ def scaling(draw: Draw) -> Config:
     kinds: list[Config] = [
         {"rope_type": "default"},
         {"rope_type": "linear"} | factor,
-        {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": draw.choice([2.0, 4.0])}
+        {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": draw.choice([1.0, 2.0, 4.0])}
         | factor
         | original,
         {"rope_type": "yarn"} | factor | original | yarn,
