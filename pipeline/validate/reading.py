@@ -85,6 +85,7 @@ def here(config: ModelConfig) -> Reading:
         "hidden_size": config.hidden,
         "inner size by layer": [_inner(config, config.layer(index)) for index in range(config.layers)],
         "experts": _experts(config),
+        "shares of experts are normalised": _normalised(config),
         "experts beside a network": _beside(config),
         "biases of experts": any(kind.experts.bias for kind in config.kinds if kind.experts),
         "bounds of SwiGLU": _bounds(config),
@@ -153,6 +154,11 @@ def _beside(config: ModelConfig) -> int | None:
 def _experts(config: ModelConfig) -> list[int] | None:
     """Return the number of experts and of those of a token; None without experts."""
     return next(([kind.experts.count, kind.experts.chosen] for kind in config.kinds if kind.experts), None)
+
+
+def _normalised(config: ModelConfig) -> bool | None:
+    """Return whether shares of experts have the sum 1; None without experts, or where shares are of inputs."""
+    return next((kind.experts.among for kind in config.kinds if kind.experts and not kind.experts.by_input), None)
 
 
 def _shared(config: ModelConfig) -> list[Any] | None:

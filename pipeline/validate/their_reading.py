@@ -34,6 +34,7 @@ def by_transformers(config_json: Mapping[str, Any]) -> Reading:
         "hidden_size": embedding.embedding_dim,
         "inner size by layer": [_inner_size(network) for network in networks],
         "experts": _their_experts(config, model.layers),
+        "shares of experts are normalised": _normalises(model.layers),
         "experts beside a network": getattr(getattr(layer, "experts", None), "intermediate_dim", None),
         "biases of experts": hasattr(networks[0], "gate_up_proj_bias"),
         "bounds of SwiGLU": [networks[0].limit, networks[0].alpha] if hasattr(networks[0], "limit") else None,
@@ -175,11 +176,26 @@ def _inner_size(network: Any) -> int:
 
 def _their_experts(config: Any, layers: Iterable[Any]) -> list[int] | None:
     """Return the number of experts and of those of a token, if some layer has a router; None otherwise."""
-    places = [place for layer in layers for place in (layer, _block(layer))]
-    if not any(hasattr(place, "gate") or hasattr(place, "router") for place in places):
+    if not _routers(layers):
         return None
     chosen = getattr(config, "top_k_experts", None) or config.num_experts_per_tok
     return [getattr(config, "num_experts", None) or config.num_local_experts, chosen]
+
+
+def _routers(layers: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Return the routers of layers, each after the module that has it."""
+    places = (place for layer in layers for place in (layer, _block(layer)))
+    found = ((place, getattr(place, "gate", None) or getattr(place, "router", None)) for place in places)
+    return [(place, router) for place, router in found if router is not None]
+
+
+def _normalises(layers: Iterable[Any]) -> bool | None:
+    """Return whether shares of experts have the sum 1, as in classes without a switch; None of Llama 4's sigmoids."""
+    routers = _routers(layers)
+    if not routers or any(hasattr(layer, "feed_forward") for layer in layers):
+        return None
+    place, router = routers[0]
+    return bool(getattr(place, "norm_topk_prob", getattr(router, "norm_topk_prob", True)))
 
 
 def _turns(model: Any, layer: Any) -> bool:

@@ -109,6 +109,20 @@ def test_check_reading_names_what_differs_of_llama4(tmp_path, wrong, of_experts,
     assert said in raised.value.what
 
 
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_check_reading_names_shares_that_are_not_those_of_transformers(tmp_path, family, normalised):
+    checkpoint = opened(
+        tmp_path, model_type=family, head_dim=8, pad_token_id=0, norm_topk_prob=normalised, **NEEDED.get(family, {})
+    )
+    check_reading(checkpoint)
+    ours = checkpoint.config
+    kinds = [kind.experts and replace(kind.experts, among=not normalised) for kind in ours.kinds]
+    wrong = tuple(replace(kind, experts=experts) for kind, experts in zip(ours.kinds, kinds, strict=True))
+    with pytest.raises(SourceError, match=f"normalised: {str(not normalised).lower()}, transformers: "):
+        check_reading(replace(checkpoint, config=replace(ours, kinds=wrong)))
+
+
 @pytest.mark.skipif("gemma4_text" not in KNOWN, reason="transformers 4.57 has no class for it")
 @pytest.mark.parametrize(
     ("wrong", "where", "of_layers", "said"),
