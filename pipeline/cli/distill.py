@@ -106,7 +106,7 @@ existing = click.Path(path_type=Path, exists=True)
 @click.option(
     "--start-share",
     type=click.FloatRange(0, 1),
-    help="Share of --start in the weights; use less with more new text (default: 0.5; 0 in a head of another kind).",
+    help="Share of --start in the weights; use less with more new text (default: 0.5; 0 if its kind changes).",
 )
 @click.option(
     "--tokens", type=click.IntRange(1), default=1_000_000, show_default=True, help="Answer tokens to train on."

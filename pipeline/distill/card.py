@@ -93,6 +93,8 @@ def _kind(figures: DraftFigures) -> tuple[str, str]:
         return "A draft model", started if layers else "A model of a few layers"
     if figures.method == "p_eagle":
         from_ = f" that start from its layers {layers}" if layers else ""
+        if layers and figures.start:
+            from_ = f": the first one is that of {figures.start}, the others start from the target's layers {layers}"
         return "A P-EAGLE head", f"Layers over the target's hidden states{from_}; all tokens of a step in one pass"
     if figures.method == "dflash":
         started = f"Layers that start from the target's layers {layers}"

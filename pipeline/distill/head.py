@@ -247,10 +247,9 @@ def parallel_start(head: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dic
     `new` are initial weights from the target (`initial`). Each layer after the first starts with outputs of zero, so it
     changes nothing before it is trained (Goyal et al. 2017, section 5.1, does the same by the scale of a norm).
     """
-    return {
-        name: head[name] if name in head else torch.zeros_like(tensor) if name.endswith(LAYER_OUTPUTS) else tensor
-        for name, tensor in new.items()
-    }
+    silent = {name: torch.zeros_like(tensor) for name, tensor in new.items() if name.endswith(LAYER_OUTPUTS)}
+    whole = {**new, **silent, **head}
+    return {name: whole[name] for name in new}
 
 
 def _of_target(name: str, sources: tuple[int, ...]) -> str:

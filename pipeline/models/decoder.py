@@ -295,11 +295,15 @@ def normed_vectors(config: ModelConfig, w: Weights, seams: Seams, x_BTND: Tensor
 def beside_experts(
     config: ModelConfig, layer: Layer, w: Weights, seams: Seams, x_BTH: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Apply a layer's feed-forward network and its experts, both to the residual stream; return as `feed_forward`."""
+    """Apply a layer's feed-forward network and its experts, both to the residual stream: [B, T, H] -> [B, T, H].
+
+    The second value is that of `feed_forward`.
+    """
     names = config.norms
     own = norm(config, w, names.beside_experts, mlp(config, w, seams, norm(config, w, names.before_mlp, x_BTH)))
-    read_BTH = norm(config, w, names.before_experts, x_BTH)
-    out, experts_BTC = feed_forward(config, layer, w, seams, read_BTH, router_input(w, x_BTH, config.norm_eps))
+    scaled = layer.experts is not None and layer.experts.scaled
+    router_BTH = router_input(w, x_BTH, config.norm_eps) if scaled else x_BTH
+    out, experts_BTC = feed_forward(config, layer, w, seams, norm(config, w, names.before_experts, x_BTH), router_BTH)
     return own + norm(config, w, names.after_experts, out), experts_BTC
 
 

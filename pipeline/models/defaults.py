@@ -379,4 +379,7 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         "attention_bias": Field(False, Kind.BOOL),
     },
 }
-"""Family -> field name -> field. Versions 4.57 and 5 of transformers have the same defaults; 4.57 checks no types."""
+"""Family -> field name -> field, as transformers 5 has them.
+
+4.57 checks no types, and lacks a few fields or has another default (`OF_4` in `tests/models/test_fields.py`).
+"""

@@ -35,7 +35,7 @@ def read_config(fields: Fields) -> ModelConfig:
 
 def _turned(fields: Fields) -> list[bool]:
     """Return whether each layer has the rotary embedding; an empty list is none."""
-    given = {key: value for key, value in fields.config.items() if key != "no_rope_layers" or value}
+    given = {key: value for key, value in fields.config.items() if key != "no_rope_layers" or value != []}
     return turned_layers(replace(fields, config=given))
 
 

@@ -49,7 +49,8 @@ def mixed(
     outs = []
     for place in range(experts.chosen):
         numbers_BT1, shares_BT1 = (of[..., place, None] for of in (chosen.experts, chosen.shares))
-        one = Chosen(numbers_BT1, torch.ones_like(shares_BT1), chosen.elsewhere)  # of zeros, an expert makes zeros
+        # What an expert of another rank adds: its share is 0, and so are its input and its output.
+        one = Chosen(numbers_BT1, torch.ones_like(shares_BT1), chosen.elsewhere)
         outs.append(seams.experts(x_BTH * shares_BT1.to(x_BTH.dtype), one, matrices, gating))
     return sum(outs[1:], outs[0])
 
