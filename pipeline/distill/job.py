@@ -244,7 +244,8 @@ class Job:
         if self.start is None:
             return InitialDraft(guesses, config, new)
         refs = weights(self.start)
-        trained = {name: read_tensor(refs[name]).float() for name in new if name in refs}
+        own = [name for name in new if name in refs or not self.becomes_parallel]
+        trained = {name: read_tensor(refs[name]).float() for name in own}
         if self.becomes_parallel:
             trained = parallel_start(trained, new)
         if self.new_vocabulary:

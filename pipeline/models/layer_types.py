@@ -22,7 +22,8 @@ LAYER_TYPES = (FULL, SLIDING)
 OLDER = "layers_block_type"
 """Another name of `layer_types` in Granite 4."""
 LINEAR = "linear_attention"
-CHUNKED = "chunked_attention"
+CHUNKED, CHUNK = "chunked_attention", "attention_chunk_size"
+"""The type of layers that attend within chunks, and the field of the chunks' length."""
 
 
 def windows(fields: Fields, default: tuple[str, ...] | None = None) -> list[int | None]:

@@ -11,11 +11,10 @@ from dataclasses import replace
 from pipeline.models.config import Experts, Limit, ModelConfig
 from pipeline.models.experts import read_experts
 from pipeline.models.fields import Fields
-from pipeline.models.layer_types import CHUNKED, FULL, layer_types
+from pipeline.models.layer_types import CHUNK, CHUNKED, FULL, layer_types
 from pipeline.models.shared import shared_fields
 from pipeline.models.smollm3 import turned_layers
 
-CHUNK = "attention_chunk_size"
 FLOOR = "floor_scale"
 
 

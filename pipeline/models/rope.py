@@ -30,7 +30,7 @@ class RopeRules:
     kinds that it reads as another one. `local`: it has another rotary embedding for layers with a window; the field of
     its theta in the layout of transformers 4, where it has one, and the default of that theta. `absent`: the object of
     a config that has none, by the type of layers where they differ. `proportional`: it knows this kind. `in_4`:
-    versions 4 of transformers have the class; `fields_in_4`: those of an object of scaling that they accept there.
+    versions 4 of transformers have the class. `fields_in_4`: the fields of a scaled one that they accept; empty: all.
     """
 
     theta: float = 10000.0

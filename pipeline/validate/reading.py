@@ -15,8 +15,7 @@ from pipeline.extras import error_of_another_torch
 from pipeline.models.activations import activated
 from pipeline.models.config import Layer, ModelConfig
 from pipeline.models.fields import shown
-from pipeline.models.layer_types import FULL, SLIDING
-from pipeline.models.llama4 import CHUNK
+from pipeline.models.layer_types import CHUNK, FULL, SLIDING
 from pipeline.models.quantisation import without_quantisation
 from pipeline.models.rope import in_both_layouts
 from pipeline.models.rotary import rotary_frequencies
